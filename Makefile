@@ -1,0 +1,48 @@
+# What a user needs: make quickstart. Everything below makes the environment it needs first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help venv quickstart test test-unit test-gpu check format
+
+help:
+	@echo 'make quickstart   train a small model on this machine, end to end'
+	@echo 'make venv         make the environment in $(VENV) (PYTHON=python3.12 chooses the Python)'
+	@echo 'make test         run the unit and integration tests'
+	@echo 'make test-unit    run the unit tests: seconds, no Ray'
+	@echo 'make test-gpu     run the tests that need a GPU'
+	@echo 'make check        lint, formatting, types and the direction of imports'
+	@echo 'make format       format the code as make check wants it'
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	  "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Installing the tested set into $(VENV): a few minutes the first time'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[advanced,dev]'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/python -m raytrain_adv.launch jobs/quickstart.yaml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest tests/unit tests/integration
+
+test-unit: $(INSTALLED)
+	$(BIN)/python -m pytest tests/unit
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/gpu
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .

@@ -1,0 +1,112 @@
+"""The console script `raytrain-adv`: launch, plan and schema."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from raytrain_adv import __version__
+from raytrain_adv.config import load
+from raytrain_adv.config.arguments import parse
+from raytrain_adv.config.problems import Problem, job_error
+from raytrain_adv.config.schema import schema
+from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError, StorageError
+
+USAGE = """usage: raytrain-adv COMMAND [...]
+
+  launch job.yaml [--plan] [key=value ...]   run a job
+  plan job.yaml [key=value ...]              show what a job would do, and the memory it takes
+  schema [--output FILE]                     print the JSON schema of the job file
+  --version                                  print the version"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code. Errors are printed as text."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except RaytrainAdvError as error:
+        _print_error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader, as in `raytrain-adv schema | head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+
+
+def _run(arguments: list[str]) -> int:
+    command, *rest = arguments or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(USAGE)
+        return EXIT_DONE
+    if command in ("--version", "version"):
+        print(f"raytrain-adv {__version__}")
+        return EXIT_DONE
+    if command not in COMMANDS:
+        if command.endswith((".yaml", ".yml")):
+            fix = f"write raytrain-adv launch {command}"
+        else:
+            fix = f"write one of {', '.join(COMMANDS)} first"
+        raise job_error("The command line", [Problem(f"{command!r} is not a command", fix)])
+    return COMMANDS[command](rest)
+
+
+def _launch(arguments: list[str]) -> int:
+    parse(arguments, "raytrain-adv launch")
+    from raytrain_adv import launch
+
+    return launch.main(arguments)
+
+
+def _plan(arguments: list[str]) -> int:
+    parsed = parse(arguments, "raytrain-adv plan")
+    job = load(parsed.path, parsed.overrides)
+    from raytrain_adv.driver.plan import show
+
+    show(job)
+    return EXIT_DONE
+
+
+def _schema(arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        print("usage: raytrain-adv schema [--output FILE]")
+        return EXIT_DONE
+    text = json.dumps(schema(), indent=2) + "\n"
+    if not arguments:
+        print(text, end="")
+        return EXIT_DONE
+    flag, equals, path = arguments[0].partition("=")
+    values = [path, *arguments[1:]] if equals else arguments[1:]
+    if flag not in ("--output", "-o") or len(values) != 1 or not values[0]:
+        wrong = " ".join(arguments)
+        raise job_error(
+            "The command line",
+            [Problem(f"schema takes no {wrong!r}", "write schema --output FILE")],
+        )
+    try:
+        Path(values[0]).write_text(text)
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            "The schema cannot be written", str(error), "name a file in a folder you can write"
+        ) from None
+    return EXIT_DONE
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "launch": _launch,
+    "plan": _plan,
+    "schema": _schema,
+}
+
+
+def _print_error(text: str) -> None:
+    """Print to stderr whatever its encoding is able to show."""
+    encoding = sys.stderr.encoding or "utf-8"
+    print("\n" + text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""A loaded job: every key resolved, none of them ever written to again."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from raytrain_adv.config.section import Section
+from raytrain_adv.config.sections import (
+    DataConfig,
+    ModelConfig,
+    OutputConfig,
+    ParallelConfig,
+    RayConfig,
+    TrainConfig,
+)
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+# What may differ between a run and its continuation without changing what is computed. Batch size,
+# accumulation and workers may change as long as their product does not: checkpoint.py holds that.
+FREE_TO_CHANGE = frozenset(
+    [
+        "output_dir",
+        "overwrite_output_dir",
+        "logging_steps",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+        "eval_strategy",
+        "eval_steps",
+        "resume_from_checkpoint",
+        "report_to",
+        "run_name",
+        "plot_loss",
+        "num_sample_answers",
+        "ray_num_workers",
+        "resources_per_worker",
+        "placement_strategy",
+        "ray_storage_path",
+        "ray_run_name",
+        "ray_init_kwargs",
+        "max_failures",
+        "preprocessing_num_workers",
+        "overwrite_cache",
+        "tokenized_path",
+        "cache_dir",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "fsdp_shard_size",
+        "fsdp_reshard_after_forward",
+        "fsdp_cpu_offload",
+        "ddp_timeout",
+        "gradient_checkpointing",
+        "disable_gradient_checkpointing",
+        "dataset_dir",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """A resolved job. Sections hold flat keys; each transform is a section of its own."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    parallel: ParallelConfig
+    output: OutputConfig
+    ray: RayConfig
+    transforms: tuple[Section, ...] = ()
+    """Every transform there is, enabled or not, in the order in which they are applied."""
+    source: str = ""
+    """The job file's path, for messages."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of the keys: those that change nothing here, and why."""
+
+    def sections(self) -> Iterator[Section]:
+        """Yield the six sections, then the transforms."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Section):
+                yield value
+        yield from self.transforms
+
+    def transform(self, kind: type[SectionType]) -> SectionType:
+        """Return this job's transform of the given type."""
+        return next(t for t in self.transforms if isinstance(t, kind))
+
+    def flat(self) -> dict[str, Any]:
+        """Return every key with its resolved value, as JSON types."""
+        return {
+            key: value for s in self.sections() for key, value in s.model_dump(mode="json").items()
+        }
+
+    def fingerprint(self) -> str:
+        """Return a hash of the keys that change what is computed, to tell a continuation from
+        another job.
+        """
+        keys = {k: v for k, v in self.flat().items() if k not in FREE_TO_CHANGE}
+        return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Return a line for each key that changes what is computed and has another value in
+        `other`.
+        """
+        mine = self.flat()
+        return [
+            f"{key}: {other.get(key)!r} then, {mine.get(key)!r} now"
+            for key in sorted(mine.keys() | other.keys())
+            if key not in FREE_TO_CHANGE and mine.get(key) != other.get(key)
+        ]

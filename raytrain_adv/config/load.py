@@ -1,0 +1,257 @@
+"""From a YAML file and key=value overrides to a JobConfig, or to one message that lists all that is
+wrong with them."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from raytrain_adv.config import llamafactory, rules
+from raytrain_adv.config.discovery import SECTIONS, section_types, transform_types
+from raytrain_adv.config.document import Document, Entry, read_file, read_value
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.problems import Problem, job_error, printable, show
+from raytrain_adv.config.schema import describe, field_schemas
+from raytrain_adv.config.section import Section
+
+COMMAND_LINE = "command line"
+_STAND_IN = "?"
+"""Value of a required key that is missing, so that the rules between the others can still be
+applied."""
+
+
+def load(path: str | Path, overrides: Iterable[str] | None = None) -> JobConfig:
+    """Return the job of a YAML file, with `key=value` overrides applied.
+
+    Raises:
+        JobError: listing every problem of the file and the overrides, with line numbers.
+    """
+    document = read_file(Path(path))
+    if document.problems and not document.entries:
+        raise job_error(str(path), document.problems)
+    _override(document, overrides or ())
+    checked = _check(document)
+    problems = [*document.problems, *checked.problems]
+    if problems:
+        raise job_error(str(path), sorted(problems, key=_place))
+    return replace(checked.job, source=str(path), notes=tuple(checked.notes))
+
+
+@dataclass(frozen=True)
+class _Checked:
+    job: JobConfig
+    problems: list[Problem]
+    notes: list[str]
+
+
+def _check(document: Document) -> _Checked:
+    kinds = section_types()
+    owned = frozenset(key for kind in kinds for key in kind.model_fields)
+    values = {key: entry.value for key, entry in document.entries.items()}
+    translated = llamafactory.translate(values, owned)
+    problems = [*translated.problems, *(_unknown(key, owned) for key in translated.unknown)]
+    refused = {translated.names.get(p.key, p.key) for p in problems}
+    sections: dict[type[Section], Section] = {}
+    for kind in kinds:
+        given = {key: value for key, value in translated.keys.items() if key in kind.model_fields}
+        sections[kind], wrong = _section(kind, given, refused)
+        refused |= {problem.key for problem in wrong}
+        problems += wrong
+    job = JobConfig(
+        **{name: sections[kind] for name, kind in SECTIONS.items()},  # type: ignore[arg-type]  # one kind per name
+        transforms=tuple(sections[kind] for kind in transform_types()),
+    )
+    for section in job.sections():
+        problems += [p for p in section.contradictions() if not refused & _keys_of(p)]
+    problems += [p for p in rules.contradictions(job) if not refused & _keys_of(p)]
+    renamed = (_with_name(problem, translated.names) for problem in problems)
+    located = [problem.at(_where(problem, document)) for problem in renamed]
+    notes = [*translated.notes, *(() if problems else rules.notes(job))]
+    return _Checked(job, located, notes)
+
+
+def _section(
+    kind: type[Section], given: Mapping[str, Any], refused: set[str]
+) -> tuple[Section, list[Problem]]:
+    """Return the section with what is right of the given values, and a problem for each of the
+    others."""
+    values = {key: _as_written(kind, key, value) for key, value in given.items()}
+    problems = {key: _bool_for_number(kind, key, value) for key, value in values.items()}
+    wrong = {key: problem for key, problem in problems.items() if problem is not None}
+    missing: dict[str, Any] = {}
+    try:
+        whole = kind.model_validate(
+            {key: value for key, value in values.items() if key not in wrong}
+        )
+    except ValidationError as error:
+        for detail in error.errors(include_url=False, include_context=False, include_input=False):
+            key = str(detail["loc"][0]) if detail["loc"] else ""
+            if detail["type"] == "missing":
+                missing[key] = _STAND_IN
+                wrong[key] = Problem(
+                    f"missing: {_sentence(kind, key)}", f"add {key}: ...", key
+                )
+            elif key not in wrong:
+                wrong[key] = _wrong_value(kind, key, values[key])
+        whole = kind.model_validate({k: v for k, v in values.items() if k not in wrong} | missing)
+    return whole, [problem for key, problem in wrong.items() if key not in refused]
+
+
+def _sentence(kind: type[Section], key: str) -> str:
+    return " ".join((kind.model_fields[key].description or "").split())
+
+
+def _as_written(kind: type[Section], key: str, value: Any) -> Any:
+    """Read a mapping that was written as text, as LLaMA-Factory's ray_init_kwargs: '{"address":
+    "auto"}'."""
+    annotation = str(kind.model_fields[key].annotation)
+    if isinstance(value, str) and value.lstrip().startswith("{") and "dict[" in annotation:
+        try:
+            return read_value(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _bool_for_number(kind: type[Section], key: str, value: Any) -> Problem | None:
+    """Refuse true and false for numbers, which pydantic would read as 1 and 0."""
+    if isinstance(value, bool) and not _mentions(kind.model_fields[key].annotation, bool):
+        return _wrong_value(kind, key, value)
+    return None
+
+
+def _mentions(annotation: Any, kind: type) -> bool:
+    return annotation is kind or any(_mentions(part, kind) for part in get_args(annotation))
+
+
+def _wrong_value(kind: type[Section], key: str, value: Any) -> Problem:
+    accepted = describe(field_schemas(kind)[key])
+    if value is None:
+        default = kind.default(key)
+        text = "it has no value"
+        fix = f"give {accepted}"
+        if not kind.model_fields[key].is_required():
+            fix += f", or delete the line for the default, {show(default)}"
+        return Problem(text, fix, key)
+    fix = f"give {accepted}"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and _mentions(kind.model_fields[key].annotation, str):
+        fix += f"; as text it is written {key}: '{show(value)}'"
+    nearest = (
+        difflib.get_close_matches(value, _choices(field_schemas(kind)[key]), 1, 0.5)
+        if isinstance(value, str)
+        else []
+    )
+    if nearest:
+        fix = f"did you mean {nearest[0]}? It takes {accepted}"
+    return Problem(f"{show(value, key)} is not accepted", fix, key)
+
+
+def _choices(schema: Mapping[str, Any]) -> list[str]:
+    options = [*schema.get("enum", ()), schema.get("const")]
+    inner = [*schema.get("anyOf", ()), schema.get("items", {})]
+    return [o for o in options if isinstance(o, str)] + [
+        c for part in inner if part for c in _choices(part)
+    ]
+
+
+def _unknown(key: str, owned: frozenset[str]) -> Problem:
+    normal = key.strip().lower().replace("-", "_").lstrip("_")
+    near = difflib.get_close_matches(normal, sorted(owned), 1, 0.7)
+    near = near or difflib.get_close_matches(
+        normal, sorted({*owned, *llamafactory.known_keys()}), 1, 0.6
+    )
+    fix = (
+        f"did you mean {near[0]}?"
+        if near
+        else "delete it; `raytrain-adv schema` lists the keys there are"
+    )
+    return Problem("there is no such key", fix, printable(key[:80]))
+
+
+def _override(document: Document, overrides: Iterable[str]) -> None:
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        problem = _override_problem(key, bool(equals), item)
+        if problem is None:
+            try:
+                _put(document, key, read_value(text))
+                continue
+            except ValueError as error:
+                fix = f"put the value in quotes: '{key}=\"...\"'"
+                problem = Problem(str(error), fix, printable(key[:80]))
+        document.problems.append(problem.at(COMMAND_LINE))
+
+
+def _override_problem(key: str, has_value: bool, item: str) -> Problem | None:
+    if item.startswith("-"):
+        plain = item.lstrip("-").replace("-", "_", item.partition("=")[0].count("-"))
+        return Problem(
+            f"{show(item)}: keys are written without dashes",
+            f"write {plain if has_value else 'key=value'}",
+        )
+    if not has_value or not key.strip():
+        return Problem(f"{show(item)} is not key=value", "write key=value, as learning_rate=1e-4")
+    return None
+
+
+def _put(document: Document, key: str, value: Any) -> None:
+    """Set a key, or with dots a place inside a key that holds a mapping.
+
+    Raises:
+        ValueError: when the place is inside something that is no mapping.
+    """
+    head, *rest = key.split(".")
+    if not rest:
+        document.entries[head] = Entry(value, COMMAND_LINE)
+        return
+    old = document.entries[head].value if head in document.entries else None
+    for name in reversed(rest):
+        value = {name: value}
+    if old is None:
+        merged = value
+    elif isinstance(old, dict):
+        merged = _merge(old, value)
+    else:
+        raise ValueError(
+            f"{head} holds {show(old, head)}, not a mapping, so it has no {'.'.join(rest)}"
+        )
+    document.entries[head] = Entry(merged, COMMAND_LINE)
+
+
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(old)
+    for key, value in new.items():
+        inner = result.get(key)
+        both = isinstance(inner, dict) and isinstance(value, dict)
+        result[key] = _merge(inner, value) if both else value  # type: ignore[arg-type]  # both are dicts
+    return result
+
+
+def _keys_of(problem: Problem) -> set[str]:
+    return set(problem.key.split(" and "))
+
+
+def _with_name(problem: Problem, names: Mapping[str, str]) -> Problem:
+    """Name a key as the user wrote it."""
+    return replace(problem, key=names.get(problem.key, problem.key))
+
+
+def _where(problem: Problem, document: Document) -> str:
+    """Return the places of a problem's keys, as `line 3, line 8`; a missing key has none."""
+    places = [
+        document.entries[key].where for key in problem.key.split(" and ") if key in document.entries
+    ]
+    return ", ".join(dict.fromkeys(places))
+
+
+def _place(problem: Problem) -> tuple[int, str]:
+    """Sort by line; what has no line comes first, the command line last."""
+    if problem.where.startswith(COMMAND_LINE):
+        return (10**9, "")
+    number = re.search(r"\d+", problem.where)
+    return (int(number.group()) if number else 0, "")

@@ -1,0 +1,125 @@
+"""Rules between keys of different sections: what cannot stand together, and what has no effect."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.problems import Problem
+from raytrain_adv.config.section import Section
+
+
+def contradictions(job: JobConfig) -> Iterable[Problem]:
+    """Find keys of different sections that cannot stand together; each Problem names them all."""
+    yield from _evaluation(job)
+    yield from _workers(job)
+    yield from _devices(job)
+    yield from _resuming(job)
+    yield from _from_scratch(job)
+    yield from _turned_off(job)
+
+
+def notes(job: JobConfig) -> Iterable[str]:
+    """Return a sentence for each key that another key of the same file leaves without effect."""
+    output, train = job.output, job.train
+    if train.max_steps > 0 and "num_train_epochs" in train.model_fields_set:
+        epochs, steps = train.num_train_epochs, train.max_steps
+        yield f"num_train_epochs: {epochs:g} changes nothing: max_steps: {steps} wins"
+    if output.save_strategy != "steps" and output.asked_for("save_steps"):
+        other = f"save_strategy is {output.save_strategy}"
+        yield f"save_steps: {output.save_steps:g} changes nothing: {other}"
+    if output.eval_strategy != "steps" and output.eval_steps is not None and _evaluates(job):
+        other = f"eval_strategy is {output.eval_strategy}"
+        yield f"eval_steps: {output.eval_steps:g} changes nothing: {other}"
+
+
+def _evaluates(job: JobConfig) -> bool:
+    return job.data.eval_dataset is not None or job.data.val_size > 0
+
+
+def _evaluation(job: JobConfig) -> Iterable[Problem]:
+    output = job.output
+    if output.eval_strategy != "no" and not _evaluates(job):
+        yield Problem(
+            f"eval_strategy: {output.eval_strategy} without rows to evaluate",
+            "hold rows out with val_size, or name an eval_dataset",
+            "eval_strategy",
+        )
+    if output.eval_steps is not None and "eval_strategy" not in output.model_fields_set:
+        yield Problem(
+            "eval_steps without eval_strategy would evaluate nothing",
+            "set eval_strategy: steps",
+            "eval_steps",
+        )
+
+
+def _workers(job: JobConfig) -> Iterable[Problem]:
+    shard, workers = job.parallel.fsdp_shard_size, job.ray.ray_num_workers
+    if shard is not None and isinstance(workers, int) and workers % shard:
+        yield Problem(
+            f"{workers} workers cannot be divided into groups of {shard}",
+            "give an fsdp_shard_size that divides ray_num_workers, or delete it",
+            "fsdp_shard_size and ray_num_workers",
+        )
+
+
+def _devices(job: JobConfig) -> Iterable[Problem]:
+    if not job.parallel.use_cpu:
+        return
+    if (job.ray.resources_per_worker or {}).get("GPU", 0.0) > 0:
+        yield Problem(
+            "one asks for GPUs, the other for none",
+            "keep one of them",
+            "use_cpu and resources_per_worker",
+        )
+    if job.model.flash_attn in ("fa2", "fa3"):
+        text = f"flash_attn: {job.model.flash_attn} needs a GPU"
+        yield Problem(text, "set flash_attn: auto, or use_cpu: false", "use_cpu and flash_attn")
+
+
+def _resuming(job: JobConfig) -> Iterable[Problem]:
+    output = job.output
+    path = output.resume_from_checkpoint
+    if (
+        isinstance(path, str)
+        and output.overwrite_output_dir
+        and _is_inside(path, output.output_dir)
+    ):
+        yield Problem(
+            "the checkpoint to go on from is in the folder that is to be emptied",
+            "set overwrite_output_dir: false, or choose another output_dir",
+            "resume_from_checkpoint and overwrite_output_dir",
+        )
+
+
+def _from_scratch(job: JobConfig) -> Iterable[Problem]:
+    adapters = [
+        t for t in job.transforms if t.enabled and "finetuning_type" in type(t).model_fields
+    ]
+    if job.model.train_from_scratch and adapters:
+        text = "adapters on random weights: finetuning_type is lora, which is also its default"
+        yield Problem(text, "set finetuning_type: full", "train_from_scratch and finetuning_type")
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return Path(path).absolute().is_relative_to(Path(folder).absolute())
+
+
+def _turned_off(job: JobConfig) -> Iterable[Problem]:
+    """Find keys of a transform that the job does not use."""
+    for transform in job.transforms:
+        if transform.enabled:
+            continue
+        switch = " and ".join(
+            key for key in transform.model_fields_set if _is_switch(transform, key)
+        )
+        for key in transform.model_fields_set:
+            if transform.asked_for(key) and not _is_switch(transform, key):
+                reason = f"with {switch} as it is set" if switch else "by its own keys"
+                text = f"it changes nothing, as its feature is turned off {reason}"
+                yield Problem(text, "delete it, or turn the feature on", key)
+
+
+def _is_switch(transform: Section, key: str) -> bool:
+    """Whether this key, set as it is, is what turns the transform off."""
+    others = transform.model_dump(include=transform.model_fields_set - {key})
+    return type(transform).model_validate(others).enabled != transform.enabled

@@ -1,0 +1,109 @@
+"""The JSON schema of the job file, from the same fields that load it: for editors, documentation
+and messages."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from raytrain_adv.config.discovery import section_types
+from raytrain_adv.config.llamafactory_keys import SAME
+from raytrain_adv.config.section import Section
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of the flat job file: each key's sentence, default and range.
+
+    With `# yaml-language-server: $schema=job.schema.json` on its first line, editors use it for a
+    job file.
+    """
+    properties: dict[str, Any] = {}
+    required: list[str] = []
+    for kind in section_types():
+        properties.update(field_schemas(kind))
+        required += [name for name, field in kind.model_fields.items() if field.is_required()]
+    for key, (values, why, _) in SAME.items():
+        if key not in properties:
+            properties[key] = {
+                "description": f"LLaMA-Factory's key, accepted as it is: {why}.",
+                "enum": [*values, None],
+                "deprecated": True,
+            }
+    return {
+        "$schema": DIALECT,
+        "title": "raytrain_adv job",
+        "description": "One fine-tuning run, in flat keys with LLaMA-Factory's names and defaults.",
+        "type": "object",
+        "additionalProperties": False,
+        "required": [*required, "dataset"],
+        "properties": properties,
+    }
+
+
+def field_schemas(kind: type[Section]) -> dict[str, Any]:
+    """Return the schema of each key of a section, with nothing left to look up elsewhere."""
+    whole = kind.model_json_schema()
+    definitions = whole.get("$defs", {})
+    return {name: _tidy(field, definitions) for name, field in whole["properties"].items()}
+
+
+def describe(field: Mapping[str, Any]) -> str:
+    """Say in words which values a key's schema accepts, as `a whole number at least 1, or auto`."""
+    if "anyOf" in field:
+        options = [describe(option) for option in field["anyOf"]]
+        return ", or ".join(dict.fromkeys(options))
+    if "enum" in field:
+        return "one of " + ", ".join(
+            "null" if value is None else str(value) for value in field["enum"]
+        )
+    if "const" in field:
+        return str(field["const"])
+    words = _KINDS[field.get("type", "any")] + _range(field)
+    if field.get("type") == "array" and "items" in field:
+        return f"{words} ({describe(field['items'])})"
+    inner = field.get("additionalProperties")
+    if isinstance(inner, dict):
+        return f"{words} to {describe(inner)}"
+    return words
+
+
+_KINDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "null",
+    "any": "any value",
+}
+_BOUNDS = {
+    "minimum": "at least {}",
+    "exclusiveMinimum": "above {}",
+    "maximum": "at most {}",
+    "exclusiveMaximum": "below {}",
+}
+
+
+def _range(field: Mapping[str, Any]) -> str:
+    bounds = [words.format(f"{field[key]:.10g}") for key, words in _BOUNDS.items() if key in field]
+    return " " + " and ".join(bounds) if bounds else ""
+
+
+def _tidy(node: Any, definitions: Mapping[str, Any]) -> Any:
+    if isinstance(node, list):
+        return [_tidy(item, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        target = definitions[node["$ref"].rsplit("/", 1)[-1]]
+        return _tidy({**target, **{k: v for k, v in node.items() if k != "$ref"}}, definitions)
+    # A property may be called title; pydantic's own titles are text.
+    tidied = {
+        key: _tidy(value, definitions)
+        for key, value in node.items()
+        if not (key == "title" and isinstance(value, str))
+    }
+    if isinstance(tidied.get("description"), str):
+        tidied["description"] = " ".join(tidied["description"].split())
+    return tidied

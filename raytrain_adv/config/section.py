@@ -1,0 +1,45 @@
+"""The shape every group of job keys shares."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from raytrain_adv.config.problems import Problem
+
+
+class Section(BaseModel):
+    """A frozen group of keys of the job file. The string under a field is its documentation and its
+    schema's."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        strict=False,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        arbitrary_types_allowed=False,
+    )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the job uses these keys at all; a transform may be off."""
+        return True
+
+    def contradictions(self) -> Iterable[Problem]:
+        """Find keys of this section that cannot stand together; each Problem names them all.
+
+        Rules between the keys of several sections are in config/rules.py.
+        """
+        return ()
+
+    def asked_for(self, key: str) -> bool:
+        """Whether the job gives this key a value other than its default."""
+        return key in self.model_fields_set and getattr(self, key) != self.default(key)
+
+    @classmethod
+    def default(cls, key: str) -> Any:
+        """Return the value of a key that the job leaves out; null for a required key."""
+        field = cls.model_fields[key]
+        return None if field.is_required() else field.get_default(call_default_factory=True)

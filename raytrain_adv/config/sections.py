@@ -1,0 +1,323 @@
+"""The keys of a job file that belong to no transform: names, meanings and defaults of LLaMA-Factory
+where it has them."""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from raytrain_adv.config.problems import Problem
+from raytrain_adv.config.section import Section
+
+LARGEST = 2**31 - 1
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Names = Text | Annotated[list[Text], Field(min_length=1)]
+Steps = Annotated[float, Field(gt=0, le=LARGEST)]
+Tracker = Literal["none", "tensorboard", "wandb", "mlflow"]
+SCHEDULE_OPTIONS = {
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps", "min_lr_ratio"),
+}
+"""The arguments that lr_scheduler_kwargs may hold for each lr_scheduler_type."""
+
+
+class ModelConfig(Section):
+    """Which model is trained."""
+
+    model_name_or_path: Text
+    """Folder of a Hugging Face causal language model, or its name on the Hub."""
+    model_revision: Text = "main"
+    """Branch, tag or commit of a Hub model."""
+    cache_dir: Text | None = None
+    """Folder for files downloaded from the Hub; none means the Hub client's own cache."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+    train_from_scratch: bool = False
+    """Initialise random weights from the model's config instead of loading a checkpoint."""
+    flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3"] = "auto"
+    """Attention: auto and sdpa use PyTorch's, disabled the eager form, fa2 and fa3 the flash-attn
+    packages."""
+
+
+class DataConfig(Section):
+    """What the model is trained on, and how rows become tokens."""
+
+    dataset: Names | None = None
+    """Names in dataset_info.json, paths to JSON, JSONL or Parquet files, or Hub names; comma
+    separated or a list."""
+    eval_dataset: Names | None = None
+    """Datasets for evaluation, written as dataset is; excludes val_size."""
+    dataset_dir: Text = "data"
+    """Folder that holds dataset_info.json and the files it names."""
+    template: (
+        Literal[
+            "llama3",
+            "chatml",
+            "qwen",
+            "qwen3_nothink",
+            "mistral",
+            "gemma",
+            "phi",
+            "alpaca",
+            "default",
+        ]
+        | None
+    ) = None
+    """Chat template; none uses the tokenizer's own."""
+    default_system: str | None = None
+    """System message for conversations that have none."""
+    cutoff_len: Count = 2048
+    """Longest sequence in tokens; what is longer is cut, and counted in the report."""
+    train_on_prompt: bool = False
+    """Compute the loss on the prompt's tokens too."""
+    mask_history: bool = False
+    """Compute the loss on the last turn of each conversation only."""
+    packing: bool = False
+    """Put several conversations into one sequence of cutoff_len tokens."""
+    neat_packing: bool = False
+    """Packing in which conversations do not attend to each other; implies packing."""
+    max_samples: Count | None = None
+    """Use at most this many rows of each dataset."""
+    val_size: Annotated[float, Field(ge=0.0, le=LARGEST)] = 0.0
+    """Rows held out for evaluation: a number of rows, or a share when below 1."""
+    preprocessing_num_workers: Count | None = None
+    """Processes that tokenise; none means one per CPU core, up to 16."""
+    overwrite_cache: bool = False
+    """Tokenise again even when the cache holds this dataset, tokenizer and template."""
+    tokenized_path: Text | None = None
+    """Folder for tokenised data; none means the user's cache folder."""
+    disable_shuffling: bool = False
+    """Read rows in file order instead of a seeded random order."""
+
+    def contradictions(self) -> Iterable[Problem]:
+        """Find data keys that cannot stand together."""
+        if self.dataset is None:
+            text = "missing: there is nothing to train on"
+            yield Problem(text, "name a dataset, or the path of one", "dataset")
+        if self.eval_dataset is not None and self.val_size > 0:
+            text = "rows for evaluation come from one of the two"
+            yield Problem(text, "keep one of them", "eval_dataset and val_size")
+        if self.val_size > 1 and self.val_size % 1:
+            text = f"{self.val_size} is neither a share below 1 nor a whole number of rows"
+            yield Problem(text, "give a share below 1, or a whole number of rows", "val_size")
+        if self.mask_history and self.train_on_prompt:
+            text = "one takes the loss on less than the answers, the other on more"
+            yield Problem(text, "set one of them to false", "mask_history and train_on_prompt")
+        if self.neat_packing and not self.packing and "packing" in self.model_fields_set:
+            text = "neat_packing is a way of packing"
+            yield Problem(text, "set packing: true, or delete it", "neat_packing and packing")
+
+
+class TrainConfig(Section):
+    """The optimisation: batch, length, optimizer, schedule, precision."""
+
+    stage: Literal["sft"] = "sft"
+    """Training stage; supervised fine-tuning is the one there is."""
+    per_device_train_batch_size: Count = 8
+    """Sequences per worker in one forward and backward pass."""
+    per_device_eval_batch_size: Count = 8
+    """Sequences per worker in one evaluation pass."""
+    gradient_accumulation_steps: Count = 1
+    """Forward and backward passes per optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-5
+    """Peak learning rate."""
+    num_train_epochs: Annotated[float, Field(gt=0.0)] = 3.0
+    """Passes over the data; max_steps, when given, wins."""
+    max_steps: Annotated[
+        int, Field(ge=-1, le=LARGEST, json_schema_extra={"not": {"const": 0}})
+    ] = -1
+    """Optimizer steps in all; -1 derives them from num_train_epochs."""
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
+    ] = "linear"
+    """Shape of the learning rate over the run."""
+    lr_scheduler_kwargs: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
+    """Arguments of the schedule: min_lr or min_lr_rate (cosine_with_min_lr); num_decay_steps,
+    min_lr_ratio (warmup_stable_decay)."""
+    warmup_ratio: Share | None = None
+    """Share of the steps over which the learning rate rises from 0; excludes warmup_steps."""
+    warmup_steps: Annotated[int, Field(ge=0, le=LARGEST)] = 0
+    """Steps over which the learning rate rises from 0."""
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adamw_torch_8bit"] = "adamw_torch_fused"
+    """AdamW: PyTorch's fused or plain form, or torchao's with 8-bit states."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay; not applied to biases and norms."""
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the gradient's running mean."""
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """Decay of the squared gradient's running mean."""
+    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the denominator of the update."""
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Gradients are scaled so that their global norm is at most this; 0 turns clipping off."""
+    bf16: bool = False
+    """Compute in bfloat16 with parameters and optimizer states in float32."""
+    pure_bf16: bool = False
+    """Keep parameters and optimizer states in bfloat16 too: 8 bytes a parameter instead of 16."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
+    """Seed of the data order, dropout and new weights."""
+
+    def contradictions(self) -> Iterable[Problem]:
+        """Find training keys that cannot stand together."""
+        if self.warmup_ratio and self.warmup_steps:
+            text = "two lengths of one warm-up"
+            yield Problem(text, "keep one of them", "warmup_ratio and warmup_steps")
+        if self.max_steps == 0:
+            fix = "give at least 1, or -1 to derive it from num_train_epochs"
+            yield Problem("0 steps train nothing", fix, "max_steps")
+        yield from self._schedule_contradictions()
+
+    def _schedule_contradictions(self) -> Iterable[Problem]:
+        kind, options = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        key, pair = "lr_scheduler_kwargs", "lr_scheduler_kwargs and lr_scheduler_type"
+        taken = SCHEDULE_OPTIONS.get(kind, ())
+        fix = f"{kind} takes {' and '.join(taken)}" if taken else f"delete it: {kind} takes none"
+        for name in options:
+            if name not in taken:
+                yield Problem(f"{kind} has no argument {name}", fix, pair)
+        if kind == "cosine_with_min_lr" and len(options.keys() & set(taken)) != 1:
+            text = "cosine_with_min_lr takes one of min_lr and min_lr_rate"
+            yield Problem(text, "set lr_scheduler_kwargs: {min_lr_rate: 0.1}", pair)
+        if options.get("min_lr", 0.0) > self.learning_rate:
+            text = f"min_lr {options['min_lr']} is above learning_rate {self.learning_rate}"
+            yield Problem(text, "give a min_lr below it", "lr_scheduler_kwargs and learning_rate")
+        for name in ("min_lr_rate", "min_lr_ratio"):
+            if options.get(name, 0.0) > 1:
+                yield Problem(
+                    f"{name}: {options[name]} is no share", "give a share from 0 to 1", key
+                )
+        if options.get("num_decay_steps", 0.0) % 1:
+            yield Problem("num_decay_steps is not a whole number", "give a number of steps", key)
+
+
+class ParallelConfig(Section):
+    """How the model is spread, compiled and checkpointed."""
+
+    gradient_checkpointing: bool | Literal["none", "full", "selective"] | None = None
+    """Recompute activations in backward: full (also true), selective (attention and matmuls are
+    kept), none (also false). Unset means full."""
+    disable_gradient_checkpointing: bool = False
+    """LLaMA-Factory's switch: true keeps all activations, as gradient_checkpointing: none does."""
+    torch_compile: bool = False
+    """Compile each transformer layer and the loss."""
+    fsdp_shard_size: Count | None = None
+    """Workers that share one copy of the model; fewer than there are workers gives HSDP, none means
+    all of them."""
+    fsdp_reshard_after_forward: bool = True
+    """Free gathered parameters after each layer's forward pass; false trades memory for less
+    communication."""
+    fsdp_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer states in host memory."""
+    ddp_timeout: Count = 1800
+    """Seconds after which a collective that does not complete is an error."""
+    use_cpu: bool = False
+    """Train on CPU even where the cluster has GPUs."""
+
+    def contradictions(self) -> Iterable[Problem]:
+        """Find keys of the parallel layout that cannot stand together."""
+        recomputes = self.gradient_checkpointing in (True, "full", "selective")
+        if self.disable_gradient_checkpointing and recomputes:
+            keys = "disable_gradient_checkpointing and gradient_checkpointing"
+            yield Problem("one turns recomputation off, the other on", "keep one of them", keys)
+
+
+class OutputConfig(Section):
+    """What is written, where and how often."""
+
+    output_dir: Text
+    """Folder of the run: model, report, metrics; on storage that all nodes of the job share."""
+    overwrite_output_dir: bool = False
+    """Start anew in a folder that holds a run; its checkpoints are deleted."""
+    logging_steps: Count = 10
+    """Steps between two lines of metrics."""
+    save_steps: Steps = 500
+    """Steps between two checkpoints, or a share of all steps when below 1."""
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    """When a checkpoint is written: never, every save_steps, or after each epoch."""
+    save_total_limit: Count | None = None
+    """Keep only this many checkpoints, the newest ones."""
+    save_only_model: bool = False
+    """Write no optimizer states into checkpoints; such a run cannot be resumed."""
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    """When the held-out rows are evaluated; they are in any case at the end of the run."""
+    eval_steps: Steps | None = None
+    """Steps between two evaluations, or a share of all steps when below 1; none means
+    logging_steps."""
+    resume_from_checkpoint: bool | Text | None = None
+    """true goes on from the newest complete checkpoint of this run; a path from that one."""
+    report_to: Tracker | list[Tracker] = "none"
+    """Trackers beside the report: tensorboard, wandb, mlflow; none, or a list."""
+    run_name: Text | None = None
+    """Name of the run in trackers; none means the output folder's name."""
+    plot_loss: bool = True
+    """Draw the plots in report.html."""
+    num_sample_answers: Annotated[int, Field(ge=0, le=1000)] = 1
+    """Held-out prompts that the trained model answers at the end, on the console and in the report.
+    """
+
+    def contradictions(self) -> Iterable[Problem]:
+        """Find output keys that cannot stand together."""
+        for key, value in (("save_steps", self.save_steps), ("eval_steps", self.eval_steps)):
+            if value is not None and value > 1 and value % 1:
+                text = f"{value} is neither a share below 1 nor a whole number of steps"
+                yield Problem(text, "give a share below 1, or a whole number of steps", key)
+        if self.resume_from_checkpoint is True and self.overwrite_output_dir:
+            text = "one goes on with the run in output_dir, the other deletes it"
+            keys = "resume_from_checkpoint and overwrite_output_dir"
+            yield Problem(text, "set one of them to false", keys)
+        if self.resume_from_checkpoint is True and self.save_only_model:
+            text = "checkpoints without optimizer states cannot be resumed"
+            yield Problem(
+                text, "set one of them to false", "resume_from_checkpoint and save_only_model"
+            )
+        if (
+            isinstance(self.report_to, list)
+            and "none" in self.report_to
+            and len(self.report_to) > 1
+        ):
+            yield Problem("none stands beside trackers", "take none off the list", "report_to")
+
+
+class RayConfig(Section):
+    """How Ray runs the job."""
+
+    ray_num_workers: Count | Literal["auto"] = 1
+    """Workers (ranks); auto takes every GPU of the cluster, or two CPU workers where there is none.
+    """
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """What each worker reserves, as {"GPU": 1, "CPU": 8}; none means one GPU where the cluster has
+    GPUs, else one CPU."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How workers are laid over nodes."""
+    ray_storage_path: Text | None = None
+    """Folder or URI for checkpoints (s3://, gs://, or a path all nodes share); none means
+    output_dir."""
+    ray_run_name: Text | None = None
+    """Name of the run in Ray and in the storage path; none means the output folder's name."""
+    ray_init_kwargs: dict[str, Any] | None = None
+    """Arguments of ray.init, as {"address": "auto"}."""
+    max_failures: Annotated[int, Field(ge=-1, le=LARGEST)] = 0
+    """Times that lost workers are restarted from the last checkpoint; -1 means without limit."""
+
+    def contradictions(self) -> Iterable[Problem]:
+        """Find requests that Ray would wait for in vain, or that no worker could use."""
+        key = "resources_per_worker"
+        resources = self.resources_per_worker or {}
+        for name in resources:
+            right = name.rstrip("s").upper()
+            if right in ("GPU", "CPU") and name != right:
+                yield Problem(f"{name} is no resource of Ray", f"write {right}", key)
+        gpus = resources.get("GPU", 0.0)
+        if gpus > 1:
+            text = f"{gpus:g} GPUs for each worker: a worker is one process and drives one GPU"
+            yield Problem(text, "set GPU: 1 and raise ray_num_workers", key)
+        elif 0 < gpus < 1 and self.ray_num_workers != 1:
+            text = f"{gpus:g} GPUs for each of several workers: each needs a GPU of its own"
+            yield Problem(text, "set GPU: 1", "resources_per_worker and ray_num_workers")

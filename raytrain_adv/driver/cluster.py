@@ -1,0 +1,203 @@
+"""The Ray cluster: joined or started, and asked whether it can hold the job, before scheduling."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import ClusterError
+
+# Ray's defaults lose or hide things; each is set only where the user has not (ray 2.60).
+RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a worker's death is seen in 0.5 s instead of 2 s
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # every print appears twice otherwise
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers keep the driver's folder
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about the coming default
+}
+CPU_WORKERS = 2
+"""Workers that ray_num_workers: auto takes where there is no GPU."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the job will ask of the cluster, with every auto resolved."""
+
+    num_workers: int
+    bundle: dict[str, float]
+    """What each worker reserves."""
+    use_gpu: bool
+    started_here: bool
+    """Whether this driver started the cluster."""
+    note: str
+    """The choice in a sentence, for the console."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that is alive, or one that an autoscaler may still start."""
+
+    address: str
+    resources: Mapping[str, float]
+    count: int = 1
+
+    def holds(self, bundle: Mapping[str, float]) -> int:
+        """Return how many bundles fit on one such node."""
+        fits = [int(self.resources.get(k, 0.0) / v + 1e-9) for k, v in bundle.items() if v > 0]
+        return min(fits) if fits else 10**6
+
+
+def connect(job: JobConfig) -> bool:
+    """Join the cluster named by ray_init_kwargs or RAY_ADDRESS, or start one; return whether one
+    was started.
+
+    Raises:
+        ClusterError: when the named cluster does not answer, or Ray cannot start.
+    """
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(job.parallel.ddp_timeout))
+    if ray.is_initialized():
+        return False
+    options: dict[str, Any] = {
+        "logging_level": "ERROR",
+        "log_to_driver": False,
+        **(job.ray.ray_init_kwargs or {}),
+    }
+    # Without an address ray.init would join whatever cluster happens to run on this machine.
+    address = options.setdefault("address", os.environ.get("RAY_ADDRESS") or "local")
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, TypeError, TimeoutError, OSError) as error:
+        raise ClusterError(
+            "Ray cannot be started here"
+            if address == "local"
+            else "The Ray cluster cannot be joined",
+            f"address: {address}; {type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0]}",
+            "check RAY_ADDRESS and ray_init_kwargs; leave both out to start Ray on this machine",
+        ) from error
+    return address == "local"
+
+
+def nodes() -> list[Node]:
+    """Return the nodes that are alive."""
+    return [Node(str(n["NodeManagerAddress"]), n["Resources"]) for n in ray.nodes() if n["Alive"]]
+
+
+def scalable_nodes() -> list[Node]:
+    """Return the kinds of node that an autoscaler may start, with how many at most; none on a fixed
+    cluster.
+    """
+    # Private, and the only place where Ray says it; Ray Data 2.60 reads it the same way.
+    config = ray._private.state.state.get_cluster_config()
+    if config is None:
+        return []
+    return [
+        Node(f"autoscaled {group.name}", dict(group.resources), max(int(group.max_count), 0))
+        for group in config.node_group_configs
+    ]
+
+
+def settle(job: JobConfig, started_here: bool) -> Placement:
+    """Resolve ray_num_workers and resources_per_worker against the cluster, and refuse what it
+    cannot hold.
+
+    Raises:
+        ClusterError: at once, with what was asked and what there is.
+    """
+    alive, scalable = nodes(), scalable_nodes()
+    num_gpus = sum(n.resources.get("GPU", 0.0) * n.count for n in [*alive, *scalable])
+    bundle = dict(job.ray.resources_per_worker or {})
+    if not bundle:
+        bundle = {"GPU": 1.0} if num_gpus >= 1 and not job.parallel.use_cpu else {"CPU": 1.0}
+    use_gpu = bundle.get("GPU", 0.0) > 0
+    workers = job.ray.ray_num_workers
+    if workers == "auto":
+        workers = int(num_gpus / bundle["GPU"]) if use_gpu else CPU_WORKERS
+    placement = Placement(
+        max(int(workers), 1), bundle, use_gpu, started_here, _note(job, workers, bundle, num_gpus)
+    )
+    _refuse_misfit(job, placement, alive, scalable)
+    return placement
+
+
+def _note(job: JobConfig, workers: int, bundle: dict[str, float], num_gpus: float) -> str:
+    reserved = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+    text = f"{workers} worker{'s' * (workers != 1)}, {reserved} each"
+    if "GPU" not in bundle and job.ray.resources_per_worker is None:
+        text += " (use_cpu: true)" if job.parallel.use_cpu else " (the cluster has no GPU)"
+    return text
+
+
+def _refuse_misfit(
+    job: JobConfig, placement: Placement, alive: list[Node], scalable: list[Node]
+) -> None:
+    per_node = [min(node.holds(placement.bundle), placement.num_workers) for node in alive]
+    per_node += [
+        min(n.holds(placement.bundle), placement.num_workers)
+        for n in scalable
+        for _ in range(n.count)
+    ]
+    strategy = job.ray.placement_strategy
+    if strategy == "STRICT_PACK":
+        possible = max(per_node, default=0)
+    elif strategy == "STRICT_SPREAD":
+        possible = sum(1 for n in per_node if n)
+    else:
+        possible = sum(per_node)
+    if possible >= placement.num_workers:
+        return
+    asked = ", ".join(f"{v:g} {k}" for k, v in placement.bundle.items())
+    found = [
+        f"asked: {placement.num_workers} workers with {asked} each ({strategy})",
+        f"there is room for {possible}:",
+    ]
+    found += [f"  {n.count} x {n.address}: {_shown(n.resources)}" for n in [*alive, *scalable]]
+    raise ClusterError(
+        "The cluster cannot hold this job",
+        "\n".join(found),
+        f"set ray_num_workers to {possible or 'what there is'} or less, "
+        "change resources_per_worker, or add nodes",
+    )
+
+
+def _shown(resources: Mapping[str, float]) -> str:
+    known = [f"{resources[k]:g} {k}" for k in ("GPU", "CPU") if k in resources]
+    return (
+        ", ".join([*known, *(k for k in resources if k.startswith("accelerator_type:"))])
+        or "nothing"
+    )
+
+
+def wait_for_room(
+    placement: Placement, say: Callable[[str], None], poll_s: float = 2.0, every_s: float = 30.0
+) -> None:
+    """Wait until the resources are free, saying what is missing; other jobs may hold them, or nodes
+    be starting.
+    """
+    last = 0.0
+    while True:
+        free = ray.available_resources()
+        missing = {
+            name: placement.num_workers * amount - free.get(name, 0.0)
+            for name, amount in placement.bundle.items()
+            if placement.num_workers * amount - free.get(name, 0.0) > 1e-6
+        }
+        if not missing:
+            return
+        if time.monotonic() - last > every_s:
+            last = time.monotonic()
+            lacking = ", ".join(f"{amount:g} {name}" for name, amount in missing.items())
+            say(
+                f"waiting for {lacking}: held by other jobs, or on nodes still to start "
+                "(Ctrl-C gives up)"
+            )
+        if scalable_nodes():
+            return  # asking for the workers is what makes the autoscaler start nodes
+        time.sleep(poll_s)

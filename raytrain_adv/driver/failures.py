@@ -1,0 +1,97 @@
+"""From what Ray raises to what the user reads: the cause before its collateral, and no retry that
+cannot help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
+
+from raytrain_adv.errors import RaytrainAdvError, TrainingError
+
+if TYPE_CHECKING:
+    from ray.train.v2._internal.execution.context import TrainRunContext
+
+# What a healthy worker says when another one has gone: never the cause when anything else is known.
+COLLATERAL = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "connectFullMesh failed",
+    "NCCL communicator was aborted",
+    "remote process exited",
+    "Broken pipe",
+    "Timed out waiting",
+    "DistBackendError",
+)
+LAST_LINES = 12
+
+
+class StopWhenRetryCannotHelp(UserCallback):
+    """Ends the run at once on an error that running again would repeat; Ray would retry it
+    max_failures times.
+    """
+
+    def after_exception(
+        self, run_context: TrainRunContext, worker_exceptions: Mapping[int, Exception]
+    ) -> None:
+        """Raise a worker's own error in the controller, which ends the run."""
+        for error in worker_exceptions.values():
+            root = unwrapped(error)
+            if isinstance(root, RaytrainAdvError) and not root.retry_can_help:
+                raise root
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """Return the error the worker's code raised, out of Ray's wrappers."""
+    inner = getattr(
+        error, "_base_exc", None
+    )  # ray.train's UserExceptionWithTraceback has no public accessor
+    return unwrapped(inner) if isinstance(inner, BaseException) else error
+
+
+def translated(error: TrainingFailedError | RayActorError) -> RaytrainAdvError:
+    """Return the error to show: a worker's own house error as it is, else the most telling worker's
+    last lines.
+    """
+    if isinstance(error, ControllerError):
+        root = unwrapped(error.controller_failure)
+        if isinstance(root, RaytrainAdvError):
+            return root
+        return TrainingError(
+            "Ray Train's controller failed", _last_lines(root), "see the Ray dashboard's logs"
+        )
+    if isinstance(error, WorkerGroupError):
+        return _of_workers(error.worker_failures)
+    return TrainingError(
+        "Ray Train's controller died",
+        _last_lines(error),
+        "run the job again with resume_from_checkpoint: true",
+    )
+
+
+def _of_workers(failures: Mapping[int, Exception]) -> RaytrainAdvError:
+    for error in failures.values():
+        root = unwrapped(error)
+        if isinstance(root, RaytrainAdvError):
+            return root
+    rank, cause = min(failures.items(), key=lambda item: (_is_collateral(item[1]), item[0]))
+    died = isinstance(unwrapped(cause), RayActorError)
+    what = f"Worker {rank} died" if died else f"Worker {rank} failed"
+    others = [r for r in failures if r != rank]
+    found = _last_lines(cause) + (f"\nworkers {others} failed with it" if others else "")
+    fix = "run again with resume_from_checkpoint: true; max_failures: N restarts by itself"
+    return TrainingError(what, found, fix)
+
+
+def _is_collateral(error: Exception) -> bool:
+    if isinstance(unwrapped(error), RayActorError):
+        return False
+    return any(sign in str(error) for sign in COLLATERAL)
+
+
+def _last_lines(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return "\n".join(lines[-LAST_LINES:]) or type(error).__name__

@@ -1,0 +1,161 @@
+"""The output folder: one run each. What is in it decides whether a job starts, goes on, or is
+refused.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import JobError
+from raytrain_adv.worker.storage import Storage, storage_errors
+
+RUN_FILE = "run.json"
+OURS = ("model", "report.json", "report.html", "metrics.jsonl", "checkpoints", "trackers", RUN_FILE)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where this run writes."""
+
+    folder: Path
+    storage_path: str
+    """Folder or URI below which Ray keeps this job's attempts."""
+    attempt: str
+    """Name of this attempt, in Ray and as a folder."""
+    resume: bool | str
+    finished: bool
+    """Whether the very same job has already run to its end here."""
+
+    @property
+    def storage(self) -> Storage:
+        """The root of this job's checkpoints."""
+        return Storage.at(self.storage_path)
+
+    def note(self, job: JobConfig, status: str, attempts: int) -> None:
+        """Write run.json: whose folder this is, and how its run stands."""
+        record = {
+            "fingerprint": job.fingerprint(),
+            "status": status,
+            "attempts": attempts,
+            "job": job.flat(),
+        }
+        Storage.at(str(self.folder)).write_json(RUN_FILE, {**record, "time": time.time()})
+
+
+def run_name(job: JobConfig) -> str:
+    """Return the run's name in Ray and in trackers."""
+    return job.ray.ray_run_name or Path(job.output.output_dir).name
+
+
+def storage_path(job: JobConfig) -> str:
+    """Return the folder or URI that holds this job's attempts and their checkpoints."""
+    if job.ray.ray_storage_path is None:
+        return str(Path(job.output.output_dir).absolute() / "checkpoints")
+    base = job.ray.ray_storage_path
+    base = base if "://" in base else str(Path(base).absolute())
+    return f"{base.rstrip('/')}/{run_name(job)}"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the folder for this driver.
+
+    Raises:
+        JobError: when another driver is running in it, or it cannot be written.
+    """
+    with storage_errors("output_dir cannot be written", str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise JobError(
+                "Another run is writing into output_dir right now",
+                str(folder),
+                "wait for it, stop it, or choose another output_dir",
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_output(job: JobConfig) -> Output:
+    """Decide what this launch is: a start, a continuation, or a finished run asked for again.
+
+    Raises:
+        JobError: when the folder holds a run and the job does not say what is to become of it.
+    """
+    folder = Path(job.output.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = Storage.at(storage_path(job))
+    record = Storage.at(str(folder)).read_json(RUN_FILE)
+    resume = job.output.resume_from_checkpoint or False
+    if job.output.overwrite_output_dir and not resume:
+        _clear(folder, storage)
+        record = None
+    if record is None:
+        _refuse_foreign_files(folder, resume)
+    else:
+        _refuse_unless_resumed(job, folder, record, resume)
+    attempts = int(record["attempts"]) if record else 0
+    finished = bool(record and record["status"] == "done" and resume is True)
+    name = f"{run_name(job)}_{attempts + 1:03d}"
+    output = Output(folder, storage_path(job), name, resume, finished)
+    if not finished:
+        output.note(job, "running", attempts + 1)
+    return output
+
+
+def _clear(folder: Path, storage: Storage) -> None:
+    for name in OURS:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    storage.delete()
+
+
+def _refuse_foreign_files(folder: Path, resume: bool | str) -> None:
+    there = [name for name in OURS if (folder / name).exists()]
+    if there and not resume:
+        raise JobError(
+            "output_dir holds files that this run would overwrite",
+            f"{folder}: {', '.join(there)}, and no {RUN_FILE} that says whose they are",
+            "choose another output_dir, or set overwrite_output_dir: true to delete them",
+        )
+
+
+def _refuse_unless_resumed(
+    job: JobConfig, folder: Path, record: dict[str, Any], resume: bool | str
+) -> None:
+    same = record["fingerprint"] == job.fingerprint()
+    ways_out = (
+        "choose another output_dir, or set overwrite_output_dir: true to start anew (its "
+        "checkpoints are deleted)"
+    )
+    if not same:
+        raise JobError(
+            "output_dir holds the run of a job with other settings",
+            "\n".join([f"{folder} ({record['status']})", *job.differences(record["job"])]),
+            ("restore these keys to go on with it, " if resume else "") + ways_out,
+        )
+    if not resume:
+        state = {"done": "has run to its end", "failed": "has failed part of the way"}.get(
+            record["status"], "has been started and has not ended"
+        )
+        raise JobError(
+            f"This job {state} in output_dir",
+            str(folder),
+            f"set resume_from_checkpoint: true to go on from its last checkpoint, {ways_out}",
+        )

@@ -1,0 +1,164 @@
+"""The plan of a run: what it would do, how long it is, what it needs. No GPU, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+
+from raytrain_adv import hardware
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.driver.advice import EXAMPLES, Advice, Case, Gpu, advise
+from raytrain_adv.driver.plan_data import DataSummary, look_at, summarise
+from raytrain_adv.driver.plan_text import WIDTH, render, render_brief, view
+from raytrain_adv.hardware import HardwareFacts
+from raytrain_adv.transforms.apply import prepare_all
+from raytrain_adv.transforms.transform import Plan
+from raytrain_adv.worker.arithmetic import Arithmetic, resolve_arithmetic
+from raytrain_adv.worker.data import PreparedData, pad_to
+from raytrain_adv.worker.flops import training_flops_per_token
+from raytrain_adv.worker.memory import MemoryPrediction
+from raytrain_adv.worker.model import build, decoder_layers
+
+__all__ = ["DataSummary", "RunPlan", "render", "render_brief", "resolve", "show"]
+
+CPU_WORKERS = 2
+"""Workers that ray_num_workers: auto takes on a cluster without GPUs."""
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """The model in a line."""
+
+    architecture: str
+    num_layers: int
+    num_parameters: int
+    num_trained: int
+    dtypes: tuple[str, ...]
+    attention: str
+    """Implementation in transformers' terms: sdpa, eager, flash_attention_2, ..."""
+    flops_per_token: float
+    """Forward and backward, at the padded length."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything a run settles before it starts."""
+
+    job: JobConfig
+    world_size: int
+    assumption: str
+    """Where the number of workers comes from when the job does not say it; else empty."""
+    model: ModelSummary
+    data: DataSummary
+    arithmetic: Arithmetic
+    seq_len: int
+    """Tokens of the longest padded sequence."""
+    transforms: Mapping[str, Plan]
+    memory: MemoryPrediction
+    gpus: tuple[Gpu, ...]
+    """What the prediction is held against."""
+    advice: Mapping[str, tuple[Advice, ...]]
+    """GPU name -> changes worth making."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan's numbers as JSON types."""
+        return {
+            "world_size": self.world_size,
+            "model": asdict(self.model),
+            "data": asdict(self.data),
+            "batch": asdict(self.arithmetic),
+            "memory": self.memory.as_dict(),
+        }
+
+
+def resolve(
+    job: JobConfig,
+    *,
+    world_size: int,
+    data: PreparedData | DataSummary,
+    facts: HardwareFacts | None = None,
+    assumption: str = "",
+) -> RunPlan:
+    """Work the plan out.
+
+    Args:
+        job: the loaded job.
+        world_size: number of workers.
+        data: the job's data, prepared or summarised.
+        facts: a node the job will run on; without a GPU in it, memory is held against examples.
+        assumption: why there are this many workers, where the job leaves it open.
+
+    Raises:
+        JobError: when the model, the data or a transform cannot be as the job asks for.
+    """
+    summary = data if isinstance(data, DataSummary) else summarise(data)
+    model = build(job)
+    transforms = prepare_all(job, model, facts)
+    seq_len = pad_to(job).length(summary.longest)
+    case = Case(job, model, world_size, seq_len)
+    gpus = _gpus(facts)
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    return RunPlan(
+        job=job,
+        world_size=world_size,
+        assumption=assumption,
+        model=ModelSummary(
+            architecture=type(model).__name__,
+            num_layers=len(decoder_layers(model)),
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            num_trained=sum(trained),
+            dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
+            attention=str(model.config._attn_implementation),
+            flops_per_token=training_flops_per_token(model, seq_len),
+        ),
+        data=summary,
+        arithmetic=resolve_arithmetic(job, summary.num_sequences, world_size),
+        seq_len=seq_len,
+        transforms=transforms,
+        memory=case.prediction(),
+        gpus=gpus,
+        advice={gpu.name: tuple(advise(case, gpu)) for gpu in gpus},
+    )
+
+
+def show(job: JobConfig, num_workers: int | None = None, verbose: bool = False) -> None:
+    """Print the plan of a job: for `raytrain-adv plan job.yaml` and `--plan`.
+
+    Args:
+        job: the loaded job.
+        num_workers: workers to plan for; none takes ray_num_workers.
+        verbose: show the keys that have their default too.
+
+    Raises:
+        JobError: when the job could not run as written.
+    """
+    console = Console(highlight=False)
+    facts = hardware.detect()
+    world_size, assumption = _workers(job, num_workers, facts)
+    with console.status("reading the data"):
+        data = look_at(job, lambda sentence: console.print(sentence, style="dim"))
+    plan = resolve(job, world_size=world_size, data=data, facts=facts, assumption=assumption)
+    if console.is_terminal:
+        console.print(view(plan, verbose), width=min(console.width, WIDTH))
+    else:
+        print(render(plan, verbose))
+
+
+def _workers(job: JobConfig, asked: int | None, facts: HardwareFacts) -> tuple[int, str]:
+    """Return the number of workers, and where it comes from unless the job says it."""
+    if asked is not None:
+        return asked, ""
+    if job.ray.ray_num_workers != "auto":
+        return job.ray.ray_num_workers, ""
+    if facts.num_gpus and not job.parallel.use_cpu:
+        return facts.num_gpus, "ray_num_workers is auto; this machine has that many GPUs"
+    return CPU_WORKERS, "ray_num_workers is auto; as on a cluster without GPUs (--workers N)"
+
+
+def _gpus(facts: HardwareFacts | None) -> tuple[Gpu, ...]:
+    if facts is not None and facts.device_type == "cuda":
+        return (Gpu(facts.device_name, facts.device_memory_gib, is_known=True),)
+    return EXAMPLES

@@ -1,0 +1,100 @@
+"""The function Ray Train runs on every worker: it makes a Run out of Ray's context and calls
+train().
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
+from ray.train.torch import get_device
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import JobError
+from raytrain_adv.worker.run import Run
+from raytrain_adv.worker.storage import Storage
+from raytrain_adv.worker.train import train
+
+STARTS = "starts.json"
+
+
+class RayReporter:
+    """Hands metrics and checkpoints to Ray Train."""
+
+    def metrics(self, row: dict[str, float]) -> None:
+        """Report a logging step's metrics; the dashboard's and a sweep's view of the run."""
+        ray.train.report({k: float(v) for k, v in row.items()})
+
+    def checkpoint(self, storage: Storage, name: str, metrics: dict[str, float]) -> None:
+        """Register the checkpoint and wait until Ray's controller has it.
+
+        Without the wait a checkpoint is lost to a kill within the controller's polling interval
+        (ray 2.60).
+        """
+        ray.train.report(
+            {k: float(v) for k, v in metrics.items()},
+            checkpoint=Checkpoint(path=storage.root, filesystem=storage.filesystem),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+
+
+def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Train on this Ray Train worker; return rank 0's figures to the driver."""
+    job: JobConfig = config["job"]
+    storage = Storage.at(config["storage_path"])
+    device = (
+        get_device() if config["use_gpu"] and torch.cuda.is_available() else torch.device("cpu")
+    )
+    if isinstance(device, list):
+        device = device[0]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        local_workers = ray.train.get_context().get_local_world_size()
+        torch.set_num_threads(max(1, min(8, (os.cpu_count() or 1) // local_workers)))
+    run = Run(
+        device=device,
+        storage=storage,
+        attempt=config["attempt"],
+        reporter=RayReporter(),
+        cpu_group=dist.new_group(backend="gloo") if dist.is_initialized() else None,
+        resume=config["resume"],
+    )
+    if run.is_main:
+        _require_shared(job, config["marker"])
+    run.restarts = run.broadcast(_count_start(run) if run.is_main else None)
+    return {**train(job, run), "restarts": run.restarts}
+
+
+def _count_start(run: Run) -> int:
+    """Return how often this attempt has started before; Ray restarts all workers without telling
+    them.
+    """
+    folder = run.storage.folder(run.attempt)
+    folder.make()
+    before = folder.read_json(STARTS)
+    starts = int(before["starts"]) if before else 0
+    folder.write_json(STARTS, {"starts": starts + 1})
+    return starts
+
+
+def _require_shared(job: JobConfig, marker: str) -> None:
+    """Raise unless this worker sees the file that the driver wrote into output_dir.
+
+    Raises:
+        JobError: what rank 0 would write would stay on its node.
+    """
+    if not os.path.exists(marker):
+        raise JobError(
+            "output_dir is not on storage that the driver and the workers share",
+            f"{job.output.output_dir}: written by the driver, not seen on node "
+            ""
+            f"{ray.util.get_node_ip_address()}",
+            "give a folder on a shared file system as output_dir; checkpoints may go to "
+            "ray_storage_path: s3://...",
+        )

@@ -1,0 +1,62 @@
+"""Errors a user reads: what happened, what was found, what to do. Each survives the trip from
+worker to driver.
+"""
+
+EXIT_DONE = 0
+EXIT_JOB_FILE = 2
+EXIT_TRAINING_FAILED = 3
+EXIT_CLUSTER_REFUSED = 4
+
+
+class RaytrainAdvError(Exception):
+    """An error that is shown to the user as text, without a traceback.
+
+    Args:
+        what: what happened, one sentence; the first line of the message.
+        found: what was found; several lines are allowed.
+        fix: what the user can do; several lines are allowed.
+
+    Positional arguments only: keyword-only arguments do not survive pickling between Ray processes.
+    """
+
+    exit_code = EXIT_TRAINING_FAILED
+    retry_can_help = False
+    """Whether Ray should restart the workers from the last checkpoint after this error."""
+
+    def __init__(self, what: str, found: str = "", fix: str = "") -> None:
+        super().__init__(what, found, fix)
+        self.what = what
+        self.found = found
+        self.fix = fix
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for label, text in (("found", self.found), ("fix", self.fix)):
+            for i, line in enumerate(text.splitlines()):
+                prefix = f"{label}:".ljust(7) if i == 0 else " " * 7
+                lines.append(f"  {prefix}{line}")
+        return "\n".join(lines)
+
+
+class JobError(RaytrainAdvError):
+    """The job file, or what it points to (dataset, model folder, output folder), cannot be run as
+    written.
+    """
+
+    exit_code = EXIT_JOB_FILE
+
+
+class TrainingError(RaytrainAdvError):
+    """Training started and cannot go on; running the same step again would fail in the same way."""
+
+
+class StorageError(RaytrainAdvError):
+    """Writing or reading a checkpoint, model or report failed (disk full, no permission, storage
+    unreachable).
+    """
+
+
+class ClusterError(RaytrainAdvError):
+    """The cluster cannot run this job: not enough workers, GPUs, or the wrong ones."""
+
+    exit_code = EXIT_CLUSTER_REFUSED

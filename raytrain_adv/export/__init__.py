@@ -1,0 +1,1 @@
+"""From a trained, sharded model to a folder that loads elsewhere."""

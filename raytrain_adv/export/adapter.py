@@ -1,0 +1,59 @@
+"""Adapters in PEFT's format: what PeftModel.from_pretrained, vLLM and transformers read."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from raytrain_adv.config import JobConfig
+from raytrain_adv.export.folder import NewFolder
+from raytrain_adv.shards import gather, plain_name
+from raytrain_adv.transforms.lora import ADAPTER, is_adapter
+from raytrain_adv.worker.model import is_local, model_source
+
+PREFIX = "base_model.model."
+"""Where PEFT's own wrapper keeps the model; its files carry the name."""
+
+
+def write_adapter(model: PreTrainedModel, job: JobConfig, new: NewFolder) -> None:
+    """Gather the adapters, and write adapter_model.safetensors and adapter_config.json on rank 0; a
+    collective.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for fqn, parameter in model.named_parameters():
+        if is_adapter(fqn):
+            whole = gather(parameter)
+            if new.writes:
+                tensors[peft_name(fqn)] = whole.cpu().contiguous()
+    new.run(lambda: _write(tensors, adapter_config(model, job), new.partial))
+
+
+def peft_name(fqn: str) -> str:
+    """Return an adapter parameter's name in PEFT's files."""
+    # DoRA's magnitudes keep the `.weight` that PEFT drops when it saves: PEFT reads both forms,
+    # while transformers 5.17 to 5.23 does not find the dropped one and goes on with magnitudes of
+    # its own.
+    return PREFIX + plain_name(fqn).replace(f".{ADAPTER}.", ".")
+
+
+def adapter_config(model: PreTrainedModel, job: JobConfig) -> LoraConfig:
+    """Return PEFT's config of the adapters, naming the model they belong to."""
+    config: Any = copy.copy(model.peft_config[ADAPTER])
+    local = is_local(job)
+    config.base_model_name_or_path = (
+        str(Path(model_source(job)).resolve()) if local else model_source(job)
+    )
+    config.revision = None if local else job.model.model_revision
+    config.inference_mode = True
+    config.init_lora_weights = True
+    written: LoraConfig = config
+    return written
+
+
+def _write(tensors: dict[str, torch.Tensor], config: LoraConfig, folder: Path) -> None:
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))

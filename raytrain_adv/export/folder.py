@@ -1,0 +1,155 @@
+"""A folder that appears whole or not at all, and tensor files that are written as tensors come."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from raytrain_adv.errors import RaytrainAdvError, StorageError
+
+GIB = 2**30
+
+
+class NewFolder:
+    """Rank 0's work on a folder that all ranks wait for. It is written beside its name and renamed
+    when complete.
+
+    The first failure is kept: the ranks go on with their collectives, and `publish` raises it on
+    all of them.
+
+    Args:
+        path: the folder's final name; one that is there is replaced.
+        device: where the process group's collectives run.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.partial")
+        self.device = device
+        self.writes = not dist.is_initialized() or dist.get_rank() == 0
+        self.failure: RaytrainAdvError | None = None
+        self.run(self._start)
+
+    def _start(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+
+    def run(self, action: Callable[[], None]) -> None:
+        """Do something on rank 0, unless an earlier action failed."""
+        if not self.writes or self.failure is not None:
+            return
+        try:
+            action()
+        except RaytrainAdvError as error:
+            self.failure = error
+        except (OSError, SafetensorError) as error:
+            self.failure = StorageError(
+                f"{self.path} could not be written",
+                f"{error}\n{free_space(self.path)}",
+                "make room or change output_dir, then start the job again with "
+                "resume_from_checkpoint: true",
+            )
+
+    def require(self, size: int) -> None:
+        """Fail early, on rank 0, when the disk has less than `size` bytes to spare."""
+        self.run(lambda: self._require(size))
+
+    def _require(self, size: int) -> None:
+        free = shutil.disk_usage(self.partial).free
+        if free < size:
+            raise StorageError(
+                f"{self.path} needs {size / GIB:.1f} GiB of disk space",
+                free_space(self.path),
+                "make room or change output_dir, then start the job again with "
+                "resume_from_checkpoint: true",
+            )
+
+    def publish(self) -> None:
+        """Give the folder its name, on rank 0, and let every rank know whether all went well.
+
+        Raises:
+            StorageError: on every rank, when something could not be written; nothing is left under
+                the name.
+        """
+        self.run(self._rename)
+        if self.failure is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        if dist.is_initialized():
+            told = [self.failure]
+            dist.broadcast_object_list(told, src=0, device=self.device)
+            self.failure = told[0]
+        if self.failure is not None:
+            raise self.failure
+
+    def _rename(self) -> None:
+        old = self.path.with_name(f".{self.path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.path.exists():
+            self.path.rename(old)
+        self.partial.rename(self.path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def free_space(path: Path) -> str:
+    """Say how much room the disk of a path has."""
+    parent = next(p for p in (path, *path.parents) if p.exists())
+    return f"{shutil.disk_usage(parent).free / GIB:.1f} GiB free on the disk of {parent}"
+
+
+class TensorFiles:
+    """model.safetensors, or numbered shards with an index when there is more than one file's worth.
+
+    Args:
+        folder: where to write.
+        max_file_bytes: a file is closed before it would grow beyond this; host memory holds one
+            file's tensors.
+    """
+
+    def __init__(self, folder: Path, max_file_bytes: int) -> None:
+        self.folder = folder
+        self.max_file_bytes = max_file_bytes
+        self.pending: dict[str, torch.Tensor] = {}
+        self.pending_bytes = 0
+        self.files: list[list[str]] = []
+        """The names in each file written so far."""
+        self.total_bytes = 0
+        self.total_parameters = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a tensor in host memory; it may be written at once or with later ones."""
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and self.pending_bytes + size > self.max_file_bytes:
+            self._write()
+        self.pending[name] = tensor.contiguous()
+        self.pending_bytes += size
+        self.total_bytes += size
+        self.total_parameters += tensor.numel()
+
+    def _write(self) -> None:
+        save_file(self.pending, self._shard(len(self.files)), metadata={"format": "pt"})
+        self.files.append(list(self.pending))
+        self.pending, self.pending_bytes = {}, 0
+
+    def _shard(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.safetensors"
+
+    def close(self) -> None:
+        """Write what is left, number the files, and write their index if there are several."""
+        self._write()
+        if len(self.files) == 1:
+            os.rename(self._shard(0), self.folder / "model.safetensors")
+            return
+        weight_map = {}
+        for number, names in enumerate(self.files):
+            file = f"model-{number + 1:05}-of-{len(self.files):05}.safetensors"
+            os.rename(self._shard(number), self.folder / file)
+            weight_map.update(dict.fromkeys(names, file))
+        sizes = {"total_parameters": self.total_parameters, "total_size": self.total_bytes}
+        index = json.dumps({"metadata": sizes, "weight_map": weight_map}, indent=2, sort_keys=True)
+        (self.folder / "model.safetensors.index.json").write_text(index + "\n")

@@ -1,0 +1,232 @@
+"""What a machine is: GPU, memory, software. Importing this imports no torch; `detect` does."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from raytrain_adv import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = (
+    "torch",
+    "torchao",
+    "transformers",
+    "ray",
+    "peft",
+    "datasets",
+    "triton",
+    "kernels",
+)
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class HardwareFacts:
+    """One worker's device and the node it is on, as found; sizes in bytes."""
+
+    device_type: Literal["cpu", "cuda"]
+    """What the worker computes on."""
+    device_name: str
+    """Name of the GPU as the driver gives it, or CPU with the processor's name."""
+    compute_capability: tuple[int, int] | None
+    """Major and minor compute capability of the GPU; none on CPU."""
+    device_memory_bytes: int
+    """Memory of the GPU, or on CPU the host memory this process may use."""
+    num_gpus: int
+    """GPUs that this process sees on the node."""
+    driver_version: str | None
+    """NVIDIA driver; none without one."""
+    cuda_version: str | None
+    """CUDA version that PyTorch was built for; none for a build without CUDA."""
+    hostname: str
+    """Name of the node."""
+    node_ip: str
+    """Address of the node in its network."""
+    host_memory_bytes: int
+    """Main memory of the node, or the container's limit where that is smaller."""
+    num_cores: int
+    """CPU cores this process may use."""
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    """Name -> version of Python, of this package and of PACKAGES; none if not installed."""
+
+    @property
+    def device_memory_gib(self) -> float:
+        """Memory of the GPU (on CPU: of the host) in GiB."""
+        return self.device_memory_bytes / GIB
+
+    def describe(self) -> str:
+        """Return one line for messages: node, GPUs, compute capability or cores, memory."""
+        if self.compute_capability is None:
+            what = f"no GPU, {self.num_cores} CPU cores"
+        else:
+            major, minor = self.compute_capability
+            what = f"{self.num_gpus} x {self.device_name}, compute capability {major}.{minor}"
+        return f"node {self.node_ip}, {what}, {self.device_memory_gib:.0f} GiB"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON types."""
+        return asdict(self)
+
+
+def detect(device: torch.device | str | None = None) -> HardwareFacts:
+    """Return the facts about `device` and this node; none means the first GPU, else the CPU."""
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    host_memory = host_memory_bytes()
+    name, capability, memory = f"CPU ({_processor_name()})", None, host_memory
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, properties.total_memory
+        capability = (properties.major, properties.minor)
+    return HardwareFacts(
+        device_type="cuda" if device.type == "cuda" else "cpu",
+        device_name=name,
+        compute_capability=capability,
+        device_memory_bytes=memory,
+        num_gpus=torch.cuda.device_count(),
+        driver_version=_driver_version() if torch.cuda.is_available() else None,
+        cuda_version=torch.version.cuda,
+        hostname=socket.gethostname(),
+        node_ip=_node_ip(),
+        host_memory_bytes=host_memory,
+        num_cores=len(os.sched_getaffinity(0)),
+        versions=package_versions(),
+    )
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of Python, of this package and of PACKAGES; none of those is imported."""
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "raytrain_adv": __version__,
+    }
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def host_memory_bytes() -> int:
+    """Return the node's memory, or the control group's limit where that is smaller."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        path = Path("/sys/fs/cgroup") / limit
+        if path.is_file():
+            text = path.read_text().strip()
+            if text.isdigit():
+                total = min(total, int(text))
+    return total
+
+
+def _processor_name() -> str:
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", path.read_text()) if path.is_file() else None
+    return found.group(1).strip() if found else platform.machine()
+
+
+def _driver_version() -> str | None:
+    path = Path("/proc/driver/nvidia/version")
+    if path.is_file():
+        found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", path.read_text())
+        if found:
+            return found.group(1)
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None  # a container without nvidia-smi still computes
+    return next(iter(answer.stdout.split()), None)
+
+
+def _node_ip() -> str:
+    """Return the address this node would send from; connecting a UDP socket sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("8.8.8.8", 80))
+        except OSError:
+            return "127.0.0.1"  # a machine without a network
+        return str(probe.getsockname()[0])
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A GPU's peak rate for dense matrix products."""
+
+    value: float
+    """FLOP/s, without sparsity."""
+    source: str
+    """Where the value is published."""
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """A row of the table of peaks, in TFLOP/s, dense, with float32 accumulation."""
+
+    name: str
+    """Pattern of the device name."""
+    bf16: float
+    fp8: float | None
+    source: str
+
+
+_H100_SHEET = "NVIDIA H100 Tensor Core GPU datasheet"
+_H200_SHEET = "NVIDIA H200 Tensor Core GPU datasheet"
+_ADA_PAPER = "NVIDIA Ada GPU Architecture whitepaper"
+
+# The first match counts: special forms stand before the plain name. Datasheets that give only
+# rates with 2:4 sparsity are halved.
+_PEAKS = (
+    _Rates(r"\bH100 PCIe\b", 756.5, 1513.0, f"{_H100_SHEET} (PCIe)"),
+    _Rates(r"\bH100 NVL\b", 835.5, 1670.5, f"{_H100_SHEET} (NVL)"),
+    _Rates(r"\bH100\b", 989.4, 1978.9, f"{_H100_SHEET} (SXM)"),
+    _Rates(r"\bH200 NVL\b", 835.5, 1670.5, f"{_H200_SHEET} (NVL)"),
+    _Rates(r"\bGH200\b", 989.4, 1978.9, "NVIDIA GH200 Grace Hopper Superchip datasheet"),
+    _Rates(r"\bH200\b", 989.4, 1978.9, f"{_H200_SHEET} (SXM)"),
+    _Rates(r"\bH800 PCIe\b", 756.5, 1513.0, "NVIDIA H800 datasheet (PCIe)"),
+    _Rates(r"\bH800\b", 989.4, 1978.9, "NVIDIA H800 datasheet (SXM)"),
+    _Rates(r"\bH20\b", 148.0, 296.0, "NVIDIA H20 datasheet"),
+    _Rates(r"\bGB200\b", 2500.0, 5000.0, "NVIDIA GB200 NVL72 datasheet (per GPU)"),
+    _Rates(r"\bB200\b", 2250.0, 4500.0, "NVIDIA HGX B200 datasheet (per GPU)"),
+    _Rates(r"\bB100\b", 1750.0, 3500.0, "NVIDIA HGX B100 datasheet (per GPU)"),
+    _Rates(r"\bA100\b", 312.0, None, "NVIDIA A100 Tensor Core GPU datasheet"),
+    _Rates(r"\bA800\b", 312.0, None, "NVIDIA A800 datasheet"),
+    _Rates(r"\bA30\b", 165.0, None, "NVIDIA A30 datasheet"),
+    _Rates(r"\bA40\b", 149.7, None, "NVIDIA A40 datasheet"),
+    _Rates(r"\bA10\b", 125.0, None, "NVIDIA A10 datasheet"),
+    _Rates(r"\bL40S\b", 362.1, 733.0, "NVIDIA L40S datasheet"),
+    _Rates(r"\bL40\b", 181.1, 362.1, "NVIDIA L40 datasheet"),
+    _Rates(r"\bL4\b", 121.0, 242.5, "NVIDIA L4 datasheet"),
+    _Rates(r"\bRTX 4090$", 165.2, 330.3, f"{_ADA_PAPER} (GeForce RTX 4090)"),
+    _Rates(r"\bRTX 3090$", 71.0, None, "NVIDIA GA102 whitepaper (GeForce RTX 3090)"),
+)
+
+
+def peak_flops(gpu_name: str, dtype: Literal["bf16", "fp8"]) -> Peak | None:
+    """Return the GPU's published dense peak for matrix products in `dtype`.
+
+    MFU is always the share of the bf16 peak, also of a run in FP8. None means unknown: a CPU, a GPU
+    that is not in the table or has no such rate, or a MIG slice, which is only a part of its GPU.
+    """
+    if "MIG" in gpu_name:
+        return None
+    for rates in _PEAKS:
+        if re.search(rates.name, gpu_name):
+            value = rates.bf16 if dtype == "bf16" else rates.fp8
+            return None if value is None else Peak(value * 1e12, rates.source)
+    return None

@@ -1,0 +1,42 @@
+"""python -m raytrain_adv.launch job.yaml [--plan] [key=value ...]: one job, from its file to its
+report.
+
+Exit codes: 0 done, 2 the job file (or what it names), 3 training failed, 4 the cluster refused.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from raytrain_adv.config import load
+from raytrain_adv.config.arguments import parse
+from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job named on the command line; return the exit code. Errors are printed as text."""
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        job = load(arguments.path, arguments.overrides)
+        if arguments.plan_only:
+            from raytrain_adv.driver.plan import show
+
+            show(job)
+            return EXIT_DONE
+        from raytrain_adv.driver.trainer import run
+
+        run(job)
+    except RaytrainAdvError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(
+            "\nStopped. resume_from_checkpoint: true goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
+        return 130
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

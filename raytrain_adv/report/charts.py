@@ -1,0 +1,114 @@
+"""Which plots the report has, from the rows of metrics.jsonl."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raytrain_adv.report.plot import Level, Mark, Plot, Series, Xy, plot_html
+from raytrain_adv.report.record import RunReport
+
+Row = Mapping[str, Any]
+MIN_POINTS_TO_SMOOTH = 40
+
+
+def charts_html(report: RunReport, rows: Sequence[Row]) -> str:
+    """Return every plot that there are points for."""
+    train = [row for row in rows if row["kind"] == "train"]
+    evals = [row for row in rows if row["kind"] == "eval"]
+    marks = _marks(rows)
+    plots = [_loss(train, evals, marks), *_single(train, marks), _times(train, marks)]
+    plots.append(_memory(train, marks, report))
+    return "".join(plot_html(plot) for plot in plots)
+
+
+def _loss(train: list[Row], evals: list[Row], marks: tuple[Mark, ...]) -> Plot:
+    points = _points(train, "loss")
+    curves = [Series("train", points, 1)]
+    if len(points) >= MIN_POINTS_TO_SMOOTH:
+        curves = [
+            Series("each row", points, 1, "faint"),
+            Series("train, smoothed", smoothed(points), 1),
+        ]
+    curves.append(Series("eval", _points(evals, "loss"), 2, "dots"))
+    return Plot(
+        "Loss",
+        "per label token",
+        tuple(curves),
+        (*marks, *_not_finite(train, "loss"), *_not_finite(evals, "loss")),
+        span="wide",
+    )
+
+
+def _single(train: list[Row], marks: tuple[Mark, ...]) -> list[Plot]:
+    """Return the plots of one measure each."""
+    rate = _points(train, "tokens_per_second_per_worker")
+    norm = _points(train, "grad_norm")
+    learning_rate = _points(train, "learning_rate")
+    return [
+        Plot("Learning rate", "", (Series("learning rate", learning_rate, 1),), marks, span="half"),
+        Plot(
+            "Gradient norm",
+            "before clipping",
+            (Series("gradient norm", norm, 1),),
+            (*marks, *_not_finite(train, "grad_norm")),
+            span="half",
+        ),
+        Plot("Speed", "tokens/s per worker", (Series("tokens/s", rate, 1),), marks, from_zero=True),
+    ]
+
+
+def _times(train: list[Row], marks: tuple[Mark, ...]) -> Plot:
+    waits: list[Xy] = []
+    previous = 0
+    for row in train:
+        waited = row.get("data_wait_s")
+        if waited is not None:
+            # The wait is the sum over the steps since the row before.
+            waits.append((row["step"], waited / max(row["step"] - previous, 1)))
+        previous = row["step"]
+    series = (
+        Series("step", _points(train, "step_s"), 1),
+        Series("data wait", waits, 2),
+    )
+    return Plot("Time per step", "s", series, marks, from_zero=True)
+
+
+def _memory(train: list[Row], marks: tuple[Mark, ...], report: RunReport) -> Plot:
+    levels: tuple[Level, ...] = ()
+    if report.predicted_memory_gib is not None:
+        levels = (
+            Level(report.predicted_memory_gib, f"predicted {report.predicted_memory_gib:.1f}"),
+        )
+    series = (Series("peak so far", _points(train, "peak_memory_gib"), 1),)
+    return Plot("Peak memory", "GiB, rank 0", series, marks, levels, from_zero=True)
+
+
+def smoothed(points: Sequence[Xy]) -> list[Xy]:
+    """Return the mean over a thirtieth of the points around each; over fewer at both ends."""
+    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    sums = [0.0, *itertools.accumulate(y for _, y in finite)]
+    half = max(len(finite) // 60, 1)
+    result: list[Xy] = []
+    for i, (x, _) in enumerate(finite):
+        # As many on either side, so that a falling curve is not shifted.
+        reach = min(half, i, len(finite) - 1 - i)
+        result.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+    return result
+
+
+def _points(rows: list[Row], key: str) -> list[Xy]:
+    return [(row["step"], float(row[key])) for row in rows if row.get(key) is not None]
+
+
+def _marks(rows: Sequence[Row]) -> tuple[Mark, ...]:
+    steps = {row["step"] for row in rows if row.get("event") == "resume" and row.get("step")}
+    return tuple(Mark(step, "resumed") for step in sorted(steps))
+
+
+def _not_finite(rows: list[Row], key: str) -> tuple[Mark, ...]:
+    """Mark the first NaN or infinity: what comes after it is lost in any case."""
+    for row in rows:
+        if key in row.get("non_finite", {}):
+            return (Mark(row["step"], f"{key} is {row['non_finite'][key]}", alarming=True),)
+    return ()

@@ -1,0 +1,68 @@
+"""CONTRACT.md: the fields of report.json in words, made of the types and their sentences.
+
+`python -m raytrain_adv.report.contract` writes it anew.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from raytrain_adv.report.record import (
+    Failure,
+    Record,
+    RunReport,
+    Sample,
+    TransformReport,
+    write_text,
+)
+
+PATH = Path(__file__).with_name("CONTRACT.md")
+RECORDS: tuple[type[Record], ...] = (RunReport, TransformReport, Sample, Failure)
+
+
+def contract() -> str:
+    """Return the document."""
+    parts = [
+        "# report.json\n\nWhat a run leaves in `output_dir/report.json`. Made by `python -m "
+        "raytrain_adv.report.contract`; the same as a JSON schema: `raytrain_adv.report.record."
+        "schema()`."
+    ]
+    definitions = RunReport.model_json_schema()
+    for record in RECORDS:
+        schema = definitions if record is RunReport else definitions["$defs"][record.__name__]
+        parts.append(_table(record.__name__, schema))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(name: str, schema: dict[str, Any]) -> str:
+    lines = [f"## {name}", "", " ".join(str(schema["description"]).split()), ""]
+    lines += ["| field | type | |", "|---|---|---|"]
+    for field, detail in schema["properties"].items():
+        sentence = " ".join(str(detail["description"]).split())
+        lines.append(f"| `{field}` | {_type(detail)} | {sentence} |")
+    return "\n".join(lines)
+
+
+def _type(detail: dict[str, Any]) -> str:
+    """Return a JSON schema's type in words, as `list of [integer, number or null]`."""
+    if "anyOf" in detail:
+        return " or ".join(_type(option) for option in detail["anyOf"])
+    if "$ref" in detail:
+        name = re.sub(r".*/", "", detail["$ref"])
+        return "value" if name == "JsonValue" else name
+    if "const" in detail:
+        return f"`{detail['const']}`"
+    if "enum" in detail:
+        return ", ".join(f"`{value}`" for value in detail["enum"])
+    if "prefixItems" in detail:
+        return f"[{', '.join(_type(item) for item in detail['prefixItems'])}]"
+    if detail.get("type") == "array":
+        return f"list of {_type(detail['items'])}"
+    if detail.get("type") == "object":
+        values = detail.get("additionalProperties")
+        return f"object of {_type(values)}" if isinstance(values, dict) else "object"
+    return str(detail["type"])
+
+
+if __name__ == "__main__":
+    write_text(contract(), PATH)

@@ -1,0 +1,77 @@
+"""How figures are written for people: on the console, in the log, in the report."""
+
+import math
+
+MISSING = "-"
+
+
+def clock(seconds: float | None) -> str:
+    """Return a duration as 0:07, 1:23, 2:03:04 or 3d 02:03."""
+    if seconds is None or not math.isfinite(seconds):
+        return MISSING
+    whole = max(round(seconds), 0)
+    minutes, secs = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        days, hours = divmod(hours, 24)
+        return f"{days}d {hours:02d}:{minutes:02d}"
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+def seconds(value: float | None) -> str:
+    """Return a measured time with its unit, as 12 ms, 0.53 s, 41 s or 2:05 min."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if abs(value) < 0.0995:
+        return f"{value * 1000:.3g} ms"
+    if value < 9.95:
+        return f"{value:.2f} s" if value < 0.995 else f"{value:.1f} s"
+    if value < 99.5:
+        return f"{value:.0f} s"
+    return f"{clock(value)} {'min' if value < 3599.5 else 'h'}"
+
+
+def loss(value: float | None) -> str:
+    """Return a loss with four places."""
+    return MISSING if value is None else f"{value:.4f}"
+
+
+def compact(value: float | None) -> str:
+    """Return a positive number in at most seven characters, as 12.3, 0.81, 3.1e-05 or 1.2e+09."""
+    if value is None:
+        return MISSING
+    if value == 0 or 0.0095 <= abs(value) < 99.95:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if 1 <= abs(value) < 9999.5 else f"{value:.1e}"
+
+
+def rate(value: float | None) -> str:
+    """Return tokens per second: 12,345, and with one place below 100."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
+
+
+def learning_rate(value: float | None) -> str:
+    """Return a learning rate as 9.85e-05."""
+    return MISSING if value is None else f"{value:.2e}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share as 41.6 %."""
+    return MISSING if share is None else f"{100 * share:.1f} %"
+
+
+def gib(value: float | None) -> str:
+    """Return an amount of memory in GiB, as 61.3."""
+    return MISSING if value is None else f"{value:.1f}"
+
+
+def count(value: float | None) -> str:
+    """Return a whole number with thousands separated."""
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def plural(number: int, noun: str) -> str:
+    """Return 1 step, 2 steps, 1,234 steps."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,0 +1,125 @@
+"""The closing lines of a run on the console."""
+
+import textwrap
+from pathlib import Path
+
+from raytrain_adv.report import numbers
+from raytrain_adv.report.record import RunReport, Sample
+
+NUM_SAMPLE_LINES = 8
+
+
+def summary(report: RunReport) -> str:
+    """Return what was reached, a sample answer, where the time went and where everything is."""
+    parts = [_sample(report.samples[0])] if report.samples else []
+    parts += [_block(_figures(report)), _timeline(report), _block(_places(report))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _figures(report: RunReport) -> list[tuple[str, str]]:
+    figures = [("steps", _steps(report))]
+    if report.train_loss:
+        figures.append(("train loss", _from_to(report.train_loss)))
+    if report.eval_loss:
+        figures.append(("eval loss", _from_to(report.eval_loss)))
+    figures.append(("speed", _speed(report)))
+    if report.peak_memory_gib is not None:
+        figures.append(("peak memory", _memory(report)))
+    for name, transform in report.transforms.items():
+        figures.append(
+            (name, f"{transform.changed:,} modules changed, {transform.skipped:,} skipped")
+        )
+    return [(label, text) for label, text in figures if text]
+
+
+def _steps(report: RunReport) -> str:
+    total = report.total_steps
+    text = (
+        f"{report.steps:,}" if total in (None, report.steps) else f"{report.steps:,} of {total:,}"
+    )
+    if report.epochs is not None:
+        text += f" ({report.epochs:.2f} epochs)"
+    if report.world_size:
+        workers = numbers.plural(report.world_size, "worker")
+        text += f" on {workers}, {report.device or 'device unknown'}"
+    if report.restarts:
+        text += f", {numbers.plural(report.restarts, 'restart')}"
+    if report.resumed_from_step is not None:
+        text += f", resumed from step {report.resumed_from_step:,}"
+    return text
+
+
+def _from_to(points: tuple[tuple[int, float | None], ...]) -> str:
+    first, last = points[0], points[-1]
+    end = f"{numbers.loss(last[1])} (step {last[0]:,})"
+    if len(points) == 1:
+        return end
+    return f"{numbers.loss(first[1])} (step {first[0]:,}) -> {end}"
+
+
+def _speed(report: RunReport) -> str:
+    if report.tokens_per_second_per_worker is None:
+        return ""
+    text = f"{numbers.rate(report.tokens_per_second_per_worker)} tokens/s per worker"
+    if report.step_seconds is not None:
+        text += f", {numbers.seconds(report.step_seconds)} per step"
+    if report.mfu_bf16 is not None:
+        text += f", MFU {numbers.percent(report.mfu_bf16)} of the bf16 peak"
+    return text
+
+
+def _memory(report: RunReport) -> str:
+    text = f"{numbers.gib(report.peak_memory_gib)} GiB"
+    if report.predicted_memory_gib is not None:
+        text += f" (predicted {numbers.gib(report.predicted_memory_gib)} GiB)"
+    return text
+
+
+def _timeline(report: RunReport) -> str:
+    if not report.timeline:
+        return ""
+    phases = ", ".join(
+        f"{name} {numbers.seconds(spent)}" for name, spent in report.timeline.items()
+    )
+    lines = textwrap.wrap(phases, width=78, initial_indent=" " * 2, subsequent_indent=" " * 2)
+    return "\n".join(["where the time went:", *lines])
+
+
+def _places(report: RunReport) -> list[tuple[str, str]]:
+    output_dir = Path(str(report.job.get("output_dir") or "."))
+    places = [
+        ("report", str(output_dir / "report.html")),
+        ("figures", str(output_dir / "report.json")),
+    ]
+    if report.model_dir:
+        places.insert(0, ("model", report.model_dir))
+    return places
+
+
+def _block(lines: list[tuple[str, str]]) -> str:
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(f"  {label:<{width}}  {text}" for label, text in lines)
+
+
+def _sample(sample: Sample) -> str:
+    lines = [
+        "sample answer:",
+        _indented("prompt", sample.prompt),
+        _indented("answer", sample.answer),
+    ]
+    if sample.reference is not None:
+        lines.append(_indented("reference", sample.reference))
+    return "\n".join(lines)
+
+
+def _indented(label: str, text: str) -> str:
+    """Return the text wrapped beside its label, long ones cut."""
+    wrapped = [
+        piece
+        for line in text.strip().splitlines()
+        for piece in textwrap.wrap(line, width=66, replace_whitespace=False) or [""]
+    ]
+    if len(wrapped) > NUM_SAMPLE_LINES:
+        wrapped = [*wrapped[:NUM_SAMPLE_LINES], "[...]"]
+    first, *rest = wrapped or ["(empty)"]
+    return "\n".join([f"  {label:<10}{first}", *(" " * 12 + line for line in rest)])

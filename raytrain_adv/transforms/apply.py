@@ -1,0 +1,184 @@
+"""Apply transforms to a model: plan, refuse conflicts, prepare, and prove that it happened."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from raytrain_adv.config import JobConfig
+from raytrain_adv.errors import JobError, TrainingError
+from raytrain_adv.transforms.naming import class_name
+from raytrain_adv.transforms.transform import Plan, Transform
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from raytrain_adv.hardware import HardwareFacts
+
+NAMED = 4
+"""Modules named in a message before it says how many more there are."""
+
+
+def enabled(job: JobConfig) -> list[Transform]:
+    """Return the transforms the job asks for, in the order in which they are applied."""
+    return [t for t in job.transforms if isinstance(t, Transform) and t.enabled]
+
+
+def plan_all(
+    job: JobConfig, model: nn.Module, facts: HardwareFacts | None = None
+) -> dict[str, Plan]:
+    """Return what each enabled transform would change, by its name; the model is left as it is.
+
+    A later transform is planned on a copy that the earlier ones have changed, so the model should
+    be on the meta device, where a copy costs no memory.
+
+    Args:
+        job: the resolved job.
+        model: the model before any transform.
+        facts: the machine the job will run on; none means this one.
+
+    Raises:
+        JobError: when a plan changes nothing, or two transforms want the same module.
+    """
+    if not enabled(job):
+        return {}
+    return prepare_all(job, copy.deepcopy(model), facts)
+
+
+def prepare_all(
+    job: JobConfig, model: nn.Module, facts: HardwareFacts | None = None
+) -> dict[str, Plan]:
+    """Apply every enabled transform to the model in place, each one planned, prepared and verified.
+
+    Raises:
+        JobError: when a plan changes nothing, or two transforms want the same module.
+        TrainingError: when a transform did not do what it had planned.
+    """
+    plans: dict[str, Plan] = {}
+    for transform in enabled(job):
+        plan = transform.plan(model)
+        refuse_empty(transform, plan)
+        refuse_conflict(transform, plan, plans)
+        before = classes(model)
+        transform.prepare(model, plan, facts or _this_machine())
+        verify(model, plan, before)
+        plans[transform.name] = plan
+    return plans
+
+
+def _this_machine() -> HardwareFacts:
+    from raytrain_adv import hardware
+
+    return hardware.detect()
+
+
+def classes(model: nn.Module) -> dict[str, str]:
+    """Return the class of every module by fqn."""
+    return {fqn: class_name(module) for fqn, module in model.named_modules()}
+
+
+def refuse_empty(transform: Transform, plan: Plan) -> None:
+    """Refuse a plan that changes nothing: the job asked for something it would not get.
+
+    Raises:
+        JobError: with the reasons for which modules were passed over.
+    """
+    if plan.changes:
+        return
+    reasons = Counter(plan.skipped.values())
+    raise JobError(
+        f"{transform.name} was asked for and would change nothing",
+        "\n".join(f"{count} modules: {reason}" for reason, count in reasons.most_common(NAMED))
+        or "no module of the model is of a kind it changes",
+        f"turn it off, or change its keys: {', '.join(type(transform).model_fields)}",
+    )
+
+
+def refuse_conflict(transform: Transform, plan: Plan, earlier: Mapping[str, Plan]) -> None:
+    """Refuse to change a module that an earlier transform changed, or one that contains or is part
+    of such a one.
+
+    Raises:
+        JobError: naming both transforms and the modules, unless this transform stacks on the
+            earlier one.
+    """
+    for name, other in earlier.items():
+        if name in transform.stacks_on:
+            continue
+        shared = [fqn for fqn in plan.changes if _touches(fqn, other.changes)]
+        if shared:
+            raise JobError(
+                f"{transform.name} and {name} would both change the same modules",
+                f"{len(shared)} of them: {listed(shared)}",
+                f"turn one of the two off, or keep {transform.name} away from what {name} changes",
+            )
+
+
+def _touches(fqn: str, owned: Mapping[str, object]) -> bool:
+    if fqn in owned or any(parent in owned for parent in _parents(fqn)):
+        return True
+    return fqn != "" and any(other.startswith(f"{fqn}.") for other in owned)
+
+
+def _parents(fqn: str) -> Iterator[str]:
+    while "." in fqn:
+        fqn = fqn.rpartition(".")[0]
+        yield fqn
+
+
+def verify(model: nn.Module, plan: Plan, before: Mapping[str, str]) -> None:
+    """Check the model against the plan: what was planned is there, and nothing else was changed to
+    its classes.
+
+    Raises:
+        TrainingError: naming the modules that differ.
+    """
+    now = classes(model)
+    wrong = [
+        f"{fqn} is {now.get(fqn, 'gone')}, planned {change.after}"
+        for fqn, change in plan.changes.items()
+        if now.get(fqn) != change.after
+    ]
+    planned = {change.after for change in plan.changes.values() if change.after != change.before}
+    stray = [
+        f"{fqn} became {kind}, which was not planned"
+        for fqn, kind in now.items()
+        if kind in planned and fqn not in plan.changes and before.get(fqn) != kind
+    ]
+    if wrong or stray:
+        raise TrainingError(
+            f"{plan.transform} did not do what it had planned",
+            f"{len(wrong) + len(stray)} modules differ: {listed(wrong + stray)}",
+            "this is a defect of raytrain_adv or of the versions installed: compare them with "
+            "constraints.txt",
+        )
+
+
+def listed(names: list[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def report(plans: Mapping[str, Plan]) -> dict[str, Any]:
+    """Return the plans for report.json: per transform what was changed and skipped, with classes
+    and reasons.
+    """
+    return {name: _entry(plan) for name, plan in plans.items()}
+
+
+def _entry(plan: Plan) -> dict[str, Any]:
+    skipped: dict[str, list[str]] = {}
+    for fqn, reason in plan.skipped.items():
+        skipped.setdefault(reason, []).append(fqn)
+    kinds = Counter(f"{change.before} -> {change.after}" for change in plan.changes.values())
+    return {
+        "changed": len(plan.changes),
+        "skipped": len(plan.skipped),
+        "changed_by_class": dict(kinds),
+        "changed_modules": list(plan.changes),
+        "skipped_reasons": skipped,
+        "notes": list(plan.notes),
+    }

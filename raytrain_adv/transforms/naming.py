@@ -1,0 +1,39 @@
+"""How modules are named in plans, messages and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def class_name(module: nn.Module) -> str:
+    """Return a module's class with its package, as `torch.nn.Linear` or
+    `peft.tuners.lora.layer.Linear`.
+
+    The class that fully_shard puts in a module's place reads as the class it stands for.
+    """
+    kind = type(module)
+    if (
+        kind.__name__.startswith("FSDP")
+        and len(kind.__mro__) > 2
+        and not kind.__module__.startswith("torch.nn")
+    ):
+        kind = next((k for k in kind.__mro__ if not k.__name__.startswith("FSDP")), kind)
+    package = kind.__module__
+    if package.startswith("torch.nn.modules."):
+        package = "torch.nn"
+    return f"{package}.{kind.__qualname__}"
+
+
+def short(name: str) -> str:
+    """Return the last segment of a dotted name."""
+    return name.rpartition(".")[2]
+
+
+def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """Return the known names most like a name that does not exist, the best first."""
+    return get_close_matches(name, list(dict.fromkeys(known)), n=most, cutoff=0.4)

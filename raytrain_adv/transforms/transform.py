@@ -1,0 +1,94 @@
+"""The shape all transforms share: YAML keys, rules, a plan, the changes, and the proof that they
+happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from raytrain_adv.config.section import Section
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from raytrain_adv.hardware import HardwareFacts
+
+STAGES = ("adapter", "precision", "kernel", "loss")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one module becomes: the class names before and after."""
+
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a transform will do to a model, by fully qualified module name (fqn)."""
+
+    transform: str
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """fqn -> why the module is left as it is."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the plan and the report: advice, costs, what to expect."""
+
+
+class Transform(Section):
+    """One feature: the fields are its YAML keys, the methods its rules and changes. Every method
+    may be left out.
+
+    A transform is found by its file in raytrain_adv/transforms; it must be importable without
+    torch.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[str]
+    """One of STAGES; transforms are applied in that order."""
+    stacks_on: ClassVar[frozenset[str]] = frozenset()
+    """Names of transforms whose modules this one may change again."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the job asks for this transform; a pure function of its own keys."""
+        return False
+
+    def check(self, facts: HardwareFacts) -> None:
+        """Raise if this machine or this software cannot do what the keys ask for.
+
+        Raises:
+            ClusterError: naming the rule that refused, what was found, and what to do.
+        """
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Say, module by module, what would change; change nothing. The model may be on the meta
+        device.
+
+        Raises:
+            JobError: when the keys name modules that the model does not have.
+        """
+        return Plan(self.name)
+
+    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+        """Change the model in place, exactly as planned; before it is compiled and sharded."""
+
+    def initialize(self, model: nn.Module, seed: int) -> None:
+        """Give values to the parameters that prepare added, after the model's own weights are
+        loaded and sharded.
+        """
+
+    def begin_step(self, model: nn.Module, step: int) -> None:
+        """Bring the model into its state for optimizer step `step` (from 0); a pure function of the
+        step.
+        """
+
+    def after_step(self, model: nn.Module) -> None:
+        """Follow up on new parameter values: after each optimizer step and after each load."""
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        """Return the deployable form of a gathered, unsharded model."""
+        return model

@@ -1,0 +1,1 @@
+"""What runs on every worker. Knows no Ray: the same code runs under torchrun or in one process."""

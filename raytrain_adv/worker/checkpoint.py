@@ -1,0 +1,386 @@
+"""Checkpoints that are whole or do not count: written in the background, named complete by a
+manifest, committed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import JobError, RaytrainAdvError, StorageError
+from raytrain_adv.worker.arithmetic import Arithmetic
+from raytrain_adv.worker.run import Run
+from raytrain_adv.worker.staging import plain_like, restore_quantized, staged
+from raytrain_adv.worker.storage import Storage, storage_errors
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+PENDING, DONE, FAILED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: all that its continuation needs beside the tensors."""
+
+    step: int
+    """Optimizer steps done."""
+    global_batch: int
+    """Sequences per optimizer step."""
+    num_sequences: int
+    """Sequences of one epoch; a continuation on other data is refused."""
+    num_tokens: int
+    """Tokens seen by all workers."""
+    window_loss: float
+    """Loss summed since the last logging step; exact in JSON."""
+    window_tokens: float
+    """Label tokens since the last logging step."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A complete checkpoint in storage."""
+
+    storage: Storage
+    progress: Progress
+    fingerprint: str
+    keys: dict[str, Any]
+    optimizer: bool
+
+    @property
+    def path(self) -> str:
+        """The folder's full path."""
+        return self.storage.root
+
+
+def find(folder: Storage) -> Found | None:
+    """Return the checkpoint in this folder if it is complete: its manifest is there and every file
+    has its size.
+    """
+    manifest = folder.read_json(MANIFEST)
+    if manifest is None or manifest.get("format") != FORMAT:
+        return None
+    sizes = folder.files()
+    if any(sizes.get(name) != size for name, size in manifest["files"].items()):
+        return None
+    return Found(
+        folder,
+        Progress(**manifest["progress"]),
+        manifest["fingerprint"],
+        manifest["job"],
+        manifest["optimizer"],
+    )
+
+
+def newest(root: Storage) -> Found | None:
+    """Return the complete checkpoint with the most steps over all attempts; incomplete ones are
+    passed over.
+    """
+    for _, _, folder in sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True):
+        found = find(folder)
+        if found is not None:
+            return found
+    return None
+
+
+def all_folders(root: Storage) -> list[tuple[int, str, Storage]]:
+    """Return (step, attempt, folder) of every checkpoint folder, complete or not."""
+    return [
+        (int(name.removeprefix("step_")), attempt, root.folder(attempt, name))
+        for attempt in root.folders()
+        for name in root.folder(attempt).folders()
+        if name.startswith("step_") and name.removeprefix("step_").isdigit()
+    ]
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """Return the trainable parameters (all of them, or the adapters) by clean names, sharded as
+    they are.
+    """
+    return get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Return what a checkpoint holds: trainable parameters and, unless left out, the optimizer's
+    states.
+    """
+    state: dict[str, Any] = {"model": model_state(model)}
+    if optimizer is not None:
+        options = StateDictOptions(ignore_frozen_params=True)
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=options)
+    return state
+
+
+def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read a checkpoint into the shards, whatever number of workers wrote it.
+
+    Raises:
+        StorageError: when a file cannot be read.
+    """
+    state = training_state(model, optimizer)
+    plain = plain_like(state)
+    local, temporary = found.storage.root, None
+    if not found.storage.is_local:
+        temporary = tempfile.mkdtemp(prefix="raytrain_adv_")
+        found.storage.download(temporary)
+        local = temporary
+    try:
+        with storage_errors("The checkpoint cannot be read", found.path):
+            dcp.load(plain, checkpoint_id=local)
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    quantized = restore_quantized(state, plain)
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    set_model_state_dict(model, plain["model"], options=options)
+    if not quantized:  # those were filled in place; loading them would make them plain tensors
+        options = StateDictOptions(ignore_frozen_params=True)
+        set_optimizer_state_dict(model, optimizer, plain["optimizer"], options=options)
+
+
+def to_resume(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
+    """Return the checkpoint that this attempt goes on from, or None to start at step 0. All ranks
+    agree.
+
+    Raises:
+        JobError: when a checkpoint was asked for by path and is not whole, or belongs to another
+        job.
+    """
+    outcome: Found | RaytrainAdvError | None = None
+    if run.is_main and (run.resume or run.restarts):
+        try:
+            outcome = _chosen(job, run, arithmetic)
+        except RaytrainAdvError as error:
+            outcome = error
+    message = run.broadcast(outcome.args if isinstance(outcome, RaytrainAdvError) else None)
+    if message is not None:
+        raise JobError(*message)
+    path = run.broadcast(outcome.path if isinstance(outcome, Found) else None)
+    return None if path is None else find(Storage(_filesystem(run, path), path))
+
+
+def _filesystem(run: Run, path: str) -> Any:
+    """A checkpoint named by a local path may lie outside the run's storage."""
+    inside = path.startswith(run.storage.root)
+    return run.storage.filesystem if inside else Storage.at(path).filesystem
+
+
+def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
+    if isinstance(run.resume, str) and not run.restarts:
+        found = find(Storage.at(run.resume))
+        if found is None:
+            raise JobError(
+                "resume_from_checkpoint does not name a complete checkpoint",
+                f"{run.resume}: no {MANIFEST} that matches the files there",
+                "name a step_... folder, or use resume_from_checkpoint: true for the "
+                "newest complete one",
+            )
+    else:
+        found = newest(run.storage)
+    if found is not None:
+        refuse_other_job(job, found, arithmetic)
+    return found
+
+
+def refuse_other_job(job: JobConfig, found: Found, arithmetic: Arithmetic) -> None:
+    """Raise unless the checkpoint is this job's: same keys where they matter, same data, same
+    global batch.
+
+    Raises:
+        JobError: naming each key that differs, with both values.
+    """
+    if not found.optimizer:
+        raise JobError(
+            "The checkpoint holds no optimizer states and cannot be resumed",
+            f"{found.path} was written with save_only_model: true",
+            "start anew, or resume from a checkpoint of a run with save_only_model: false",
+        )
+    if found.fingerprint != job.fingerprint():
+        differences = job.differences(found.keys)
+        raise JobError(
+            "The checkpoint belongs to a run with other settings",
+            "\n".join([found.path, *differences]),
+            "restore these keys to go on, or choose another output_dir (or "
+            "overwrite_output_dir: true) to start anew",
+        )
+    then = (found.progress.global_batch, found.progress.num_sequences)
+    now = (arithmetic.global_batch, arithmetic.num_sequences)
+    if then != now:
+        raise JobError(
+            "The checkpoint was written with another global batch or other data",
+            f"checkpoint: {then[0]} sequences per step of {then[1]}; this job: {now[0]} of "
+            f"{now[1]}",
+            "keep per_device_train_batch_size x gradient_accumulation_steps x workers, and "
+            "the data, as they were",
+        )
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time; `poll` after each step commits what is
+    finished.
+    """
+
+    def __init__(
+        self, job: JobConfig, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.job = job
+        self.run = run
+        self.model = model
+        self.optimizer = None if job.output.save_only_model else optimizer
+        self.attempt = run.storage.folder(run.attempt)
+        self.group = dist.new_group(backend="gloo") if run.world_size > 1 else None
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.pending: tuple[Progress, Storage, Future[None], dict[str, float]] | None = None
+        self.committed: list[int] = []
+        self.blocked_s = 0.0
+        """Seconds that training stood still for checkpoints."""
+
+    def save(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Start writing the state after `progress.step`; waits for the one before if that is still
+        being written.
+        """
+        self.finish()
+        name = f"step_{progress.step:08d}"
+        target = self.attempt.folder(name)
+        if self.run.is_main:
+            target.delete()
+            target.make()
+        self.run.barrier()
+        local = target.root if target.is_local else tempfile.mkdtemp(prefix="raytrain_adv_")
+        state = staged(training_state(self.model, self.optimizer))
+        done = self.pool.submit(self._write, state, local, target)
+        self.pending = (progress, target, done, metrics)
+
+    def _write(self, state: dict[str, Any], local: str, target: Storage) -> None:
+        """Run in the writer's thread: write this rank's shards to where they belong."""
+        try:
+            with storage_errors("The checkpoint cannot be written", target.root):
+                dcp.save(
+                    state,
+                    checkpoint_id=local,
+                    process_group=self.group,
+                    no_dist=self.run.world_size == 1,
+                )
+            if not target.is_local:
+                target.upload(local)
+        finally:
+            if not target.is_local:
+                shutil.rmtree(local, ignore_errors=True)
+
+    def poll(self) -> None:
+        """Commit the pending checkpoint if every rank has written its part; called by all ranks
+        after each step.
+        """
+        if self.pending is None:
+            return
+        status = self._status(self.pending[2])
+        if self.run.agree(status, dist.ReduceOp.MAX) == FAILED:
+            self._raise_failure()
+        if self.run.agree(status, dist.ReduceOp.MIN) == DONE:
+            self._commit()
+
+    def finish(self) -> None:
+        """Wait for the pending checkpoint and commit it."""
+        if self.pending is None:
+            return
+        self.pending[2].exception()  # waits; poll tells all ranks
+        self.run.barrier()
+        self.poll()
+
+    def close(self) -> None:
+        """Commit what is pending and stop the thread."""
+        self.finish()
+        self.pool.shutdown(wait=True)
+
+    @staticmethod
+    def _status(done: Future[None]) -> int:
+        if not done.done():
+            return PENDING
+        return FAILED if done.exception() is not None else DONE
+
+    def _raise_failure(self) -> None:
+        if self.pending is None:
+            return
+        _, target, done, _ = self.pending
+        self.pending = None
+        if self.run.is_main:
+            target.delete()
+        error = done.exception() if done.done() else None
+        if isinstance(error, StorageError):
+            raise error
+        if error is not None:
+            raise StorageError(
+                "The checkpoint cannot be written",
+                f"{target.root}: {_cause(error)}",
+                "free space, or choose another ray_storage_path; then run again with "
+                "resume_from_checkpoint: true",
+            ) from error
+        raise StorageError(
+            "The checkpoint cannot be written",
+            "another worker failed to write its part",
+            "see its error",
+        )
+
+    def _commit(self) -> None:
+        if self.pending is None:
+            return
+        progress, target, _, metrics = self.pending
+        self.pending = None
+        if self.run.is_main:
+            target.write_json(MANIFEST, self._manifest(progress, target))
+        self.run.barrier()
+        self.run.reporter.checkpoint(target, Path(target.root).name, metrics)
+        self.committed.append(progress.step)
+        if self.run.is_main:
+            self.run.say(
+                f"checkpoint of step {progress.step} committed",
+                event="checkpoint",
+                step=progress.step,
+            )
+            self._prune()
+
+    def _manifest(self, progress: Progress, target: Storage) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "progress": asdict(progress),
+            "fingerprint": self.job.fingerprint(),
+            "job": self.job.flat(),
+            "optimizer": self.optimizer is not None,
+            "world_size": self.run.world_size,
+            "torch": torch.__version__,
+            "files": {name: size for name, size in target.files().items() if name != MANIFEST},
+        }
+
+    def _prune(self) -> None:
+        """Delete the oldest complete checkpoints beyond save_total_limit, and torn ones that no
+        attempt still writes.
+        """
+        folders = sorted(all_folders(self.run.storage), key=lambda entry: entry[:2], reverse=True)
+        complete = [folder for _, _, folder in folders if folder.read_json(MANIFEST) is not None]
+        limit = self.job.output.save_total_limit
+        torn = [folder for _, _, folder in folders if folder.read_json(MANIFEST) is None]
+        for folder in [*(complete[limit:] if limit else []), *torn]:
+            folder.delete()
+
+
+def _cause(error: BaseException) -> str:
+    """Return the innermost reason; DCP wraps what each rank met in one exception."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[-1]

@@ -1,0 +1,244 @@
+"""What the job's dataset keys name: entries of dataset_info.json, paths, Hub datasets, the built-in
+set."""
+
+import difflib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from raytrain_adv.config.sections import DataConfig
+from raytrain_adv.errors import JobError
+
+INFO_FILE = "dataset_info.json"
+FILE_TYPES = (".json", ".jsonl", ".parquet")
+BUILTIN_SETS = ("python_stdlib_docs",)
+
+Formatting = Literal["alpaca", "sharegpt", "openai"]
+Kind = Literal["files", "hub", "builtin"]
+
+_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
+_OTHER_STAGES = ("images", "videos", "audios", "chosen", "rejected", "kto_tag")
+_TAGS = (
+    "role_tag",
+    "content_tag",
+    "user_tag",
+    "assistant_tag",
+    "observation_tag",
+    "function_tag",
+    "system_tag",
+)
+_SOURCES = ("file_name", "hf_hub_url", "builtin")
+_MIRRORS = ("ms_hub_url", "om_hub_url")
+_REFUSED = ("script_url", "cloud_file_name", *_MIRRORS)
+_KEYS = (
+    *_SOURCES,
+    "formatting",
+    "subset",
+    "split",
+    "folder",
+    "num_samples",
+    "columns",
+    "tags",
+    "ranking",
+    *_REFUSED,
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One dataset of the job."""
+
+    name: str
+    """As the job file has it."""
+    kind: Kind
+    target: str
+    """Path of a file or folder, name on the Hub, or name of the built-in set."""
+    formatting: Formatting | None = None
+    """None: found out from the columns."""
+    columns: dict[str, str] | None = None
+    """Meaning -> column; None: the usual names."""
+    tags: dict[str, str] = field(default_factory=dict)
+    subset: str | None = None
+    split: str = "train"
+    folder: str | None = None
+    num_samples: int | None = None
+    """Draw this many rows at random, repeating them where there are fewer."""
+
+
+def resolve(names: str | list[str] | None, data: DataConfig, key: str) -> list[Entry]:
+    """Find every dataset that `names` (the job's value of `key`) lists.
+
+    Raises:
+        JobError: for a name that is nowhere to be found, or an entry with a key that cannot be
+            honoured.
+    """
+    listed = names.split(",") if isinstance(names, str) else list(names or [])
+    wanted = [name.strip() for name in listed if name.strip()]
+    if not wanted:
+        raise JobError(
+            f"The job names no {key}",
+            f"{key}: {names!r}",
+            f"name a dataset of {INFO_FILE}, a file or a Hub dataset",
+        )
+    _refuse_remote_dir(data.dataset_dir)
+    info = _read_info(Path(data.dataset_dir))
+    return [_resolve_one(name, info, Path(data.dataset_dir), key) for name in wanted]
+
+
+def _refuse_remote_dir(dataset_dir: str) -> None:
+    if dataset_dir == "ONLINE" or dataset_dir.startswith("REMOTE:"):
+        raise JobError(
+            "dataset_dir must be a folder",
+            f"dataset_dir: {dataset_dir}",
+            "write Hub datasets as owner/name under dataset, and make dataset_dir a folder",
+        )
+
+
+def _read_info(dataset_dir: Path) -> dict[str, Any]:
+    path = dataset_dir / INFO_FILE
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(
+            f"{path} cannot be read", str(error), "make it a readable UTF-8 file"
+        ) from error
+    try:
+        info = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise JobError(
+            f"{path} is not valid JSON", f"line {error.lineno}: {error.msg}", "correct it"
+        ) from error
+    if not isinstance(info, dict):
+        raise JobError(
+            f"{path} must map dataset names to entries",
+            f"a JSON {type(info).__name__}",
+            "make it an object",
+        )
+    return info
+
+
+def _resolve_one(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -> Entry:
+    if name in info:
+        return _from_info(name, info[name], dataset_dir)
+    if name in BUILTIN_SETS:
+        return Entry(name, "builtin", name)
+    for path in (Path(name).expanduser(), dataset_dir / name):
+        if path.exists():
+            return Entry(name, "files", str(path))
+    looks_like_path = Path(name).suffix in FILE_TYPES or name.startswith((".", "/", "~"))
+    if not looks_like_path and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Entry(name, "hub", name)
+    raise _not_found(name, info, dataset_dir, key)
+
+
+def _not_found(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -> JobError:
+    folder = Path(name).expanduser().parent
+    files = [str(folder / p.name) for p in folder.iterdir()] if folder.is_dir() else []
+    near = difflib.get_close_matches(name, [*info, *BUILTIN_SETS], 1) or difflib.get_close_matches(
+        str(Path(name).expanduser()), files, 1
+    )
+    known = (
+        f"{dataset_dir / INFO_FILE} has {len(info)} entries"
+        if info
+        else f"{dataset_dir / INFO_FILE} has none"
+    )
+    hint = (
+        f"did you mean {near[0]}?"
+        if near
+        else "correct the name; a Hub dataset is written owner/name"
+    )
+    return JobError(
+        f"Dataset {name} was not found", f"{key}: {name}; no such file, and {known}", hint
+    )
+
+
+def _from_info(name: str, raw: Any, dataset_dir: Path) -> Entry:
+    where = f"{dataset_dir / INFO_FILE}, entry {name}"
+    if not isinstance(raw, dict):
+        raise JobError(
+            "A dataset entry must be an object", f"{where}: {raw!r}", 'write {"file_name": "..."}'
+        )
+    _check_keys(where, raw)
+    columns = _strings(where, raw, "columns", (*_COLUMNS, *_OTHER_STAGES))
+    tags = _strings(where, raw, "tags", _TAGS)
+    _refuse_other_stages(where, raw, columns)
+    formatting = raw.get("formatting", "alpaca")
+    if formatting not in ("alpaca", "sharegpt", "openai"):
+        raise JobError(
+            "Unknown dataset formatting",
+            f"{where}: formatting {formatting!r}",
+            "use alpaca, sharegpt, openai",
+        )
+    num_samples = raw.get("num_samples")
+    if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
+        raise JobError(
+            "num_samples must be a number of rows",
+            f"{where}: {num_samples!r}",
+            "use an integer from 1",
+        )
+    kind, target = _source(where, raw, dataset_dir)
+    if kind == "builtin":
+        return Entry(name, kind, target, num_samples=num_samples)
+    return Entry(
+        name, kind, target, formatting, columns if "columns" in raw else None, tags,
+        raw.get("subset"), raw.get("split", "train"), raw.get("folder"), num_samples,
+    )  # fmt: skip
+
+
+def _check_keys(where: str, raw: dict[str, Any]) -> None:
+    unknown = [key for key in raw if key not in _KEYS]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], _KEYS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(_KEYS)}"
+        raise JobError("Unknown key in a dataset entry", f"{where}: {', '.join(unknown)}", hint)
+
+
+def _strings(where: str, raw: dict[str, Any], key: str, known: tuple[str, ...]) -> dict[str, str]:
+    values = raw.get(key, {})
+    if not isinstance(values, dict) or not all(isinstance(v, str | None) for v in values.values()):
+        raise JobError(
+            f"{key} must map names to names",
+            f"{where}: {values!r}",
+            f"known names: {', '.join(known)}",
+        )
+    unknown = [k for k in values if k not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known names: {', '.join(known)}"
+        raise JobError(f"Unknown name under {key}", f"{where}: {', '.join(unknown)}", hint)
+    return {k: v for k, v in values.items() if v}
+
+
+def _refuse_other_stages(where: str, raw: dict[str, Any], columns: dict[str, str]) -> None:
+    refused = [f"columns.{c}" for c in _OTHER_STAGES if c in columns]
+    refused += ["ranking"] if raw.get("ranking") else []
+    has_source = any(raw.get(key) for key in _SOURCES)
+    refused += [key for key in _REFUSED if raw.get(key) and not (key in _MIRRORS and has_source)]
+    if refused:
+        raise JobError(
+            "This dataset cannot be used for supervised fine-tuning on text",
+            f"{where}: {', '.join(refused)} cannot be honoured",
+            "name a dataset with text answers, from file_name or hf_hub_url",
+        )
+
+
+def _source(where: str, raw: dict[str, Any], dataset_dir: Path) -> tuple[Kind, str]:
+    if "builtin" in raw:
+        if raw["builtin"] not in BUILTIN_SETS:
+            raise JobError(
+                "Unknown built-in dataset",
+                f"{where}: {raw['builtin']!r}",
+                f"known: {', '.join(BUILTIN_SETS)}",
+            )
+        return "builtin", raw["builtin"]
+    if raw.get("hf_hub_url"):
+        return "hub", str(raw["hf_hub_url"])
+    if raw.get("file_name"):
+        return "files", str(dataset_dir / str(raw["file_name"]))
+    raise JobError(
+        "A dataset entry names no source", where, "give file_name, hf_hub_url or builtin"
+    )

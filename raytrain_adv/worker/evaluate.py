@@ -1,0 +1,52 @@
+"""Loss and perplexity on held-out rows, the same number for any number of workers up to the sum's
+rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raytrain_adv.worker.loader import IGNORED, Batches, MicroBatch, eval_batches
+from raytrain_adv.worker.loss import LossFunction
+from raytrain_adv.worker.run import Run
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Batches, size: int, loss_sum: LossFunction, run: Run
+) -> dict[str, Any]:
+    """Return {loss, perplexity, num_label_tokens, seconds} over all rows of `batches`.
+
+    Ranks that have run out of rows still take part in the forward pass: FSDP2 gathers on all of
+    them.
+    """
+    start = time.perf_counter()
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=run.device)
+    idle: MicroBatch | None = None
+    for batch in eval_batches(batches, size, run.rank, run.world_size):
+        idle = idle or batches.micro_batch(0, [0])
+        current = batch or idle
+        inputs = {k: v.to(run.device) for k, v in current.inputs.items()}
+        labels = current.labels.to(run.device)
+        loss = loss_sum(model(**inputs, use_cache=False).logits, labels)
+        if batch is not None:
+            totals[0] += loss.double()
+            totals[1] += (labels != IGNORED).sum()
+    model.train()
+    if run.world_size > 1:
+        dist.all_reduce(totals)
+    loss_total, tokens = totals.tolist()
+    loss = loss_total / max(tokens, 1.0)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "num_label_tokens": int(tokens),
+        "seconds": time.perf_counter() - start,
+    }

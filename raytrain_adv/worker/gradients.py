@@ -1,0 +1,92 @@
+"""Gradients: the first-step gate, clipping, and the check that nothing is NaN."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from raytrain_adv.errors import TrainingError
+from raytrain_adv.worker.run import Run
+
+
+def require_all_gradients(model: nn.Module, run: Run) -> None:
+    """After the first backward pass: every trainable parameter has a finite gradient on some rank,
+    none is missing.
+
+    Raises:
+        TrainingError: on all ranks, naming the parameters; something cut the graph or overflowed.
+    """
+    missing, broken = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        gradient = parameter.grad
+        if gradient is None:
+            missing.append(name)
+            continue
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        if local.numel() and not bool(torch.isfinite(local).all()):
+            broken.append(name)
+    failed = run.agree(int(bool(missing or broken)), dist.ReduceOp.MAX)
+    if not failed:
+        return
+    lines = [f"no gradient: {name}" for name in missing[:8]] + [
+        f"not finite: {name}" for name in broken[:8]
+    ]
+    raise TrainingError(
+        "After the first backward pass, trainable parameters have no usable gradient",
+        "\n".join(lines or ["on another rank; see its error"])
+        + f"\n({len(missing)} without and {len(broken)} with a gradient that is not finite, "
+        "rank "
+        f"{run.rank})",
+        "freeze these modules, or switch off what replaced their forward pass; for values "
+        "that are not finite "
+        "lower learning_rate or use bf16: true",
+    )
+
+
+def clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale all gradients so that their global norm is at most max_norm (0: leave them); return the
+    norm before.
+
+    The norm is a scalar on the device; reading it waits for the GPU.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm
+
+
+class FiniteWatch:
+    """Remembers, on the device, the first step whose loss or gradient norm was not finite."""
+
+    NEVER = 2**62
+
+    def __init__(self, device: torch.device) -> None:
+        self.first_bad = torch.full((), self.NEVER, dtype=torch.int64, device=device)
+
+    def see(self, step: int, *values: torch.Tensor) -> None:
+        """Take a step's values without waiting for them."""
+        finite = torch.stack([torch.isfinite(v) for v in values]).all()
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
+
+    def check(self) -> None:
+        """Raise if any step seen so far was not finite.
+
+        Raises:
+            TrainingError: naming the first such step.
+        """
+        step = int(self.first_bad.item())
+        if step != self.NEVER:
+            raise TrainingError(
+                "The loss or the gradient norm is not finite",
+                f"first at optimizer step {step + 1}",
+                "lower learning_rate, add warmup_ratio, or check the rows of that step; "
+                "the last checkpoint is intact "
+                "(resume_from_checkpoint: true)",
+            )

@@ -1,0 +1,171 @@
+"""What a run measures about itself: speed, memory, time waiting for data; and the file it goes
+to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.hardware import peak_flops
+from raytrain_adv.worker.arithmetic import Arithmetic
+from raytrain_adv.worker.checkpoint import Found
+from raytrain_adv.worker.flops import training_flops_per_token
+from raytrain_adv.worker.metrics_file import MetricsFile
+from raytrain_adv.worker.run import Run
+from raytrain_adv.worker.trackers import open_trackers
+
+GIB = 2**30
+
+
+def open_metrics(job: JobConfig, run: Run, arithmetic: Arithmetic, found: Found | None) -> None:
+    """Open metrics.jsonl and the trackers on rank 0; rows after the step that is resumed from are
+    dropped.
+    """
+    if not run.is_main:
+        return
+    path = Path(job.output.output_dir) / "metrics.jsonl"
+    step = found.progress.step if found is not None else 0
+    goes_on = found is not None or run.restarts > 0
+    run.open_metrics(MetricsFile(path, resume_step=step if goes_on else None), open_trackers(job))
+    run.say(
+        "the run in numbers",
+        event="plan",
+        total_steps=arithmetic.total_steps,
+        resumed_from_step=step,
+    )
+
+
+class Meter:
+    """Times steps and counts tokens on one rank. Reading the clock waits for the GPU only at
+    logging steps.
+    """
+
+    def __init__(self, job: JobConfig, run: Run, model: nn.Module, arithmetic: Arithmetic) -> None:
+        self.run = run
+        self.arithmetic = arithmetic
+        self.on_gpu = run.device.type == "cuda"
+        self.flops_per_token = training_flops_per_token(model, job.data.cutoff_len)
+        name = torch.cuda.get_device_name(run.device) if self.on_gpu else "cpu"
+        self.peak = peak_flops(name, "bf16")
+        self.step_seconds: list[float] = []
+        self.rates: list[float] = []
+        """Tokens per second of this rank, per timed step."""
+        self.eval_losses: list[tuple[int, float]] = []
+        self.waits: list[float] = []
+        """Seconds per step that this rank waited for data, per logging step."""
+        self.last_loss = float("nan")
+        self.tokens_since_log = 0
+        self.steps_since_log = 0
+        self.paused_s = 0.0
+        self.waited_at_log = 0.0
+        self.norm: torch.Tensor | None = None
+        self.step = 0
+        self._log_time = time.perf_counter()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(run.device)
+
+    def begin(self, step: int) -> None:
+        """Note that optimizer step `step` (from 0) begins."""
+        self.step = step
+
+    def end(self, num_tokens: int, norm: torch.Tensor) -> None:
+        """Note that the step is queued; its time counts at the next logging step."""
+        self.tokens_since_log += num_tokens
+        self.steps_since_log += 1
+        self.norm = norm
+
+    def where(self) -> str:
+        """Return the step in words."""
+        return f"optimizer step {self.step + 1}"
+
+    def first_step_done(self) -> None:
+        """Wait for the first step and say how long it took: with torch_compile it compiles."""
+        self._synchronize()
+        seconds = time.perf_counter() - self._log_time
+        self.run.timeline["first step"] = seconds
+        self.run.say(f"first step done in {seconds:.1f} s", event="first_step", seconds=seconds)
+
+    @contextlib.contextmanager
+    def paused(self, phase: str) -> Iterator[None]:
+        """Leave what happens inside out of the steps' time, and put it into the timeline."""
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        seconds = time.perf_counter() - start
+        self.paused_s += seconds
+        self.run.timeline[phase] = self.run.timeline.get(phase, 0.0) + seconds
+
+    def _synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.run.device)
+
+    def row(
+        self, done: int, loss: float, label_tokens: float, lr: float, waited_s: float
+    ) -> dict[str, Any]:
+        """Return the line of metrics over the steps since the last one."""
+        self._synchronize()
+        now = time.perf_counter()
+        elapsed = max(now - self._log_time - self.paused_s, 1e-9)
+        step_s = elapsed / max(self.steps_since_log, 1)
+        rate = self.tokens_since_log / elapsed
+        self.step_seconds += [step_s] * self.steps_since_log
+        self.rates += [rate] * self.steps_since_log
+        self.last_loss = loss / max(label_tokens, 1.0)
+        row = {
+            "kind": "train",
+            "step": done,
+            "epoch": self.arithmetic.epoch_after(done),
+            "loss": self.last_loss,
+            "learning_rate": lr,
+            "grad_norm": float(self.norm) if self.norm is not None else None,
+            "step_s": step_s,
+            "tokens_per_second_per_worker": rate,
+            "mfu_bf16": self.mfu(rate),
+            "peak_memory_gib": self.peak_memory_gib(),
+            "data_wait_s": waited_s - self.waited_at_log,
+            "num_label_tokens": int(label_tokens),
+        }
+        self.waits.append(row["data_wait_s"] / max(self.steps_since_log, 1))
+        self._log_time, self.paused_s, self.steps_since_log, self.waited_at_log = (
+            now,
+            0.0,
+            0,
+            waited_s,
+        )
+        return row
+
+    def take_tokens(self) -> int:
+        """Return this rank's tokens since the last logging step and count from 0 again."""
+        tokens, self.tokens_since_log = self.tokens_since_log, 0
+        return tokens
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Return the share of the GPU's dense bf16 peak that the model's own operations reach; none
+        on CPU.
+        """
+        if self.peak is None:
+            return None
+        return tokens_per_second * self.flops_per_token / self.peak.value
+
+    def peak_memory_gib(self) -> float:
+        """Return the most GPU memory allocated so far, or on CPU the most resident memory of this
+        process.
+        """
+        if self.on_gpu:
+            return torch.cuda.max_memory_allocated(self.run.device) / GIB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def peak_over_ranks(self) -> float:
+        """Return the largest peak over all ranks."""
+        return self.run.agree(int(self.peak_memory_gib() * 2**20), dist.ReduceOp.MAX) / 2**20

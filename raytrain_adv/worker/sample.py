@@ -1,0 +1,35 @@
+"""Answers of the trained model to held-out prompts, made by all ranks in step, greedy."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+BUCKET = 256
+"""Prompt and answer are padded to a multiple of this: one shape, so one compiled graph."""
+
+
+@torch.no_grad()
+def greedy_answer(
+    model: nn.Module, prompt: list[int], stop: set[int], device: torch.device, max_new_tokens: int
+) -> list[int]:
+    """Return the greedily decoded continuation of `prompt` (token ids), without the stop token.
+
+    Every rank must call this with the same prompt: each forward pass gathers sharded parameters.
+    There is no cache of keys and values; causal attention makes the padding on the right harmless.
+    """
+    model.eval()
+    length = -(-(len(prompt) + max_new_tokens) // BUCKET) * BUCKET
+    tokens = torch.full((1, length), prompt[-1], dtype=torch.long, device=device)
+    tokens[0, : len(prompt)] = torch.tensor(prompt, device=device)
+    end = len(prompt)
+    for position in range(len(prompt), len(prompt) + max_new_tokens):
+        logits = model(input_ids=tokens, use_cache=False).logits
+        chosen = int(logits[0, position - 1].argmax())
+        if chosen in stop:
+            break
+        tokens[0, position] = chosen
+        end = position + 1
+    model.train()
+    answer: list[int] = tokens[0, len(prompt) : end].tolist()
+    return answer

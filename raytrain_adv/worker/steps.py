@@ -1,0 +1,212 @@
+"""The training loop: forward, backward, clip, step, and what happens between steps."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import TrainingError
+from raytrain_adv.transforms.apply import enabled
+from raytrain_adv.worker.arithmetic import Arithmetic
+from raytrain_adv.worker.checkpoint import CheckpointWriter, Progress
+from raytrain_adv.worker.evaluate import evaluate
+from raytrain_adv.worker.gradients import FiniteWatch, clip, require_all_gradients
+from raytrain_adv.worker.loader import Batches, MicroBatch, Prefetcher, StepBatch
+from raytrain_adv.worker.loss import loss_function
+from raytrain_adv.worker.metrics import Meter
+from raytrain_adv.worker.optim import learning_rate, set_learning_rate
+from raytrain_adv.worker.run import Run
+
+WARM_UP_STEPS = 3
+"""Steps left out of medians: they compile, allocate and tune."""
+
+
+class Loop:
+    """One rank's training loop over a model, its optimizer and its batches."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        run: Run,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        arithmetic: Arithmetic,
+        batches: Batches,
+        held_out: Batches | None,
+    ) -> None:
+        self.job = job
+        self.run = run
+        self.model = model
+        self.optimizer = optimizer
+        self.arithmetic = arithmetic
+        self.batches = batches
+        self.held_out = held_out
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.transforms = enabled(job)
+        self.loss_sum = loss_function(job.parallel.torch_compile)
+        self.finite = FiniteWatch(run.device)
+        self.meter = Meter(job, run, model, arithmetic)
+        self.window = torch.zeros(2, dtype=torch.float64, device=run.device)
+        """Loss and label tokens, summed over all workers since the last logging step."""
+        self.num_tokens = 0
+
+    def run_from(self, progress: Progress | None) -> None:
+        """Train from the given progress, or from the start, to the last step."""
+        first = 0
+        if progress is not None:
+            first, self.num_tokens = progress.step, progress.num_tokens
+            self.window += torch.tensor(
+                [progress.window_loss, progress.window_tokens], dtype=torch.float64
+            )
+        writer = CheckpointWriter(self.job, self.run, self.model, self.optimizer)
+        prefetcher = Prefetcher(self.batches, first, self.arithmetic.total_steps, self.run.device)
+        self.model.train()
+        try:
+            for step in range(first, self.arithmetic.total_steps):
+                self.step(step, prefetcher, first_here=step == first)
+                self.after(step + 1, prefetcher, writer)
+            writer.close()
+        except torch.OutOfMemoryError as error:
+            raise self.out_of_memory(error) from error
+        finally:
+            prefetcher.close()
+
+    def step(self, step: int, prefetcher: Prefetcher, first_here: bool) -> None:
+        """Do one optimizer step (counted from 0)."""
+        self.meter.begin(step)
+        for transform in self.transforms:
+            transform.begin_step(self.model, step)
+        batch = prefetcher.next()
+        label_tokens = self.global_label_tokens(batch)
+        loss = torch.zeros((), dtype=torch.float32, device=self.run.device)
+        for micro_batch in batch.micro_batches:
+            loss += self.forward_backward(step, micro_batch, label_tokens)
+        if first_here:
+            require_all_gradients(self.model, self.run)
+        norm = clip(self.parameters, self.job.train.max_grad_norm)
+        set_learning_rate(
+            self.optimizer.param_groups, learning_rate(self.job, self.arithmetic, step)
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for transform in self.transforms:
+            transform.after_step(self.model)
+        self.account(step, batch, loss, label_tokens, norm)
+        if first_here:
+            self.meter.first_step_done()
+
+    def forward_backward(self, step: int, batch: MicroBatch, label_tokens: int) -> torch.Tensor:
+        """Return the micro-batch's summed loss; its gradients are added to the parameters'.
+
+        Dropout is seeded by step and micro-batch: a resumed run draws the same, on any number of
+        workers.
+        """
+        torch.manual_seed(hash((self.job.train.seed, step, batch.number)) & 0x7FFFFFFF)
+        logits = self.model(**batch.inputs, use_cache=False).logits
+        loss = self.loss_sum(logits, batch.labels)
+        # FSDP2 averages gradients over the workers; the sum is wanted, over all label tokens.
+        (loss * (self.run.world_size / max(label_tokens, 1))).backward()
+        return loss.detach()
+
+    def global_label_tokens(self, batch: StepBatch) -> int:
+        """Return the number of tokens with a loss over all workers."""
+        return self.run.agree(batch.num_label_tokens, dist.ReduceOp.SUM)
+
+    def account(
+        self, step: int, batch: StepBatch, loss: torch.Tensor, label_tokens: int, norm: torch.Tensor
+    ) -> None:
+        """Add the step's loss to the window and watch for values that are not finite, without
+        waiting for the GPU.
+        """
+        total = loss.double()
+        if self.run.world_size > 1:
+            dist.all_reduce(total)
+        self.window[0] += total
+        self.window[1] += label_tokens
+        self.finite.see(step, total, norm)
+        self.meter.end(batch.num_tokens, norm)
+
+    def after(self, done: int, prefetcher: Prefetcher, writer: CheckpointWriter) -> None:
+        """Log, evaluate and save as the job asks for after `done` steps."""
+        saves, evaluates = self.arithmetic.saves_after(done), self.evaluates_after(done)
+        if done % self.job.output.logging_steps == 0 or done == self.arithmetic.total_steps:
+            self.log(done, prefetcher)
+        if evaluates:
+            self.evaluate(done)
+        writer.poll()
+        if saves:
+            self.finite.check()
+            with self.meter.paused("checkpoints"):
+                writer.save(
+                    self.progress(done), {"step": float(done), "loss": self.meter.last_loss}
+                )
+
+    def evaluates_after(self, done: int) -> bool:
+        """Whether held-out rows are evaluated after `done` steps; the end of the run always is."""
+        return self.held_out is not None and self.arithmetic.evaluates_after(done)
+
+    def log(self, done: int, prefetcher: Prefetcher) -> None:
+        """Write a line of metrics over the steps since the last one."""
+        self.finite.check()
+        loss_total, label_tokens = self.window.tolist()
+        self.window.zero_()
+        lr = learning_rate(self.job, self.arithmetic, done - 1)
+        row = self.meter.row(done, loss_total, label_tokens, lr, prefetcher.waited_s)
+        self.num_tokens += self.run.agree(self.meter.take_tokens(), dist.ReduceOp.SUM)
+        row["num_tokens"] = self.num_tokens
+        self.run.write(row)
+        self.run.reporter.metrics(
+            {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+        )
+
+    def evaluate(self, done: int) -> None:
+        """Evaluate the held-out rows and write the result."""
+        if self.held_out is None:
+            return
+        with self.meter.paused("evaluation"):
+            size = self.job.train.per_device_eval_batch_size
+            result = evaluate(self.model, self.held_out, size, self.loss_sum, self.run)
+        self.meter.eval_losses.append((done, result["loss"]))
+        self.run.write({"kind": "eval", "step": done, **result})
+
+    def progress(self, done: int) -> Progress:
+        """Return where the run stands after `done` steps."""
+        loss, tokens = self.window.tolist()
+        since_log = self.run.agree(self.meter.tokens_since_log, dist.ReduceOp.SUM)
+        a = self.arithmetic
+        return Progress(
+            done, a.global_batch, a.num_sequences, self.num_tokens + since_log, loss, tokens
+        )
+
+    def out_of_memory(self, error: torch.OutOfMemoryError) -> TrainingError:
+        """Return the error that says at which step memory ran out and what would need less."""
+        return TrainingError(
+            "The GPU is out of memory",
+            f"rank {self.run.rank}, {self.meter.where()}: {str(error).splitlines()[0]}",
+            "see raytrain-adv plan for what needs how much; less is needed with a "
+            "smaller per_device_train_batch_size or "
+            ""
+            "cutoff_len, gradient_checkpointing: full, optim: adamw_torch_8bit, more "
+            "workers, or fsdp_cpu_offload: true",
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """Return the run's figures for the report."""
+        steady = self.meter.step_seconds[WARM_UP_STEPS:] or self.meter.step_seconds
+        rates = self.meter.rates[WARM_UP_STEPS:] or self.meter.rates
+        rate = statistics.median(rates) if rates else None
+        return {
+            "steps": self.arithmetic.total_steps,
+            "total_steps": self.arithmetic.total_steps,
+            "epochs": self.arithmetic.epochs,
+            "step_seconds": statistics.median(steady) if steady else None,
+            "tokens_per_second_per_worker": rate,
+            "mfu_bf16": self.meter.mfu(rate) if rate else None,
+            "peak_memory_gib": self.meter.peak_over_ranks(),
+            "data_wait_seconds": statistics.median(self.meter.waits) if self.meter.waits else None,
+        }

@@ -1,0 +1,134 @@
+"""Files on any storage that Ray takes: a local or shared folder, s3://, gs://, and the rest of
+pyarrow's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from raytrain_adv.errors import StorageError
+
+
+@contextmanager
+def storage_errors(what: str, where: str) -> Iterator[None]:
+    """Turn an operating system's or a file system's refusal into a StorageError that names the
+    place.
+    """
+    try:
+        yield
+    except OSError as error:
+        fix = (
+            "free space, or choose another output_dir or ray_storage_path; then run again "
+            "with resume_from_checkpoint: true"
+        )
+        raise StorageError(what, f"{where}: {error}", fix) from error
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder on a file system."""
+
+    filesystem: pafs.FileSystem
+    root: str
+
+    @classmethod
+    def at(cls, path_or_uri: str) -> Storage:
+        """Open a local path or a URI.
+
+        Raises:
+            StorageError: when no file system serves the URI.
+        """
+        try:
+            if "://" in path_or_uri:
+                filesystem, root = pafs.FileSystem.from_uri(path_or_uri)
+                return cls(filesystem, root)
+        except (OSError, ValueError, ImportError) as error:
+            raise StorageError(
+                "The storage path cannot be opened",
+                f"{path_or_uri}: {error}",
+                "give a path that all nodes share, or an s3:// or gs:// URI",
+            ) from error
+        return cls(pafs.LocalFileSystem(), os.path.abspath(path_or_uri))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether paths can be opened with the operating system's calls (a shared mount counts)."""
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def path(self, *parts: str) -> str:
+        """Return the full path of a file or folder below the root."""
+        return posixpath.join(self.root, *parts)
+
+    def folder(self, *parts: str) -> Storage:
+        """Return a folder below this one, as a storage of its own."""
+        return Storage(self.filesystem, self.path(*parts))
+
+    def make(self) -> None:
+        """Create this folder and its parents."""
+        with storage_errors("The storage folder cannot be created", self.root):
+            self.filesystem.create_dir(self.root, recursive=True)
+
+    def folders(self) -> list[str]:
+        """Return the names of the folders in this one; none when it does not exist."""
+        return [name for name, info in self._list() if info.type == pafs.FileType.Directory]
+
+    def files(self) -> dict[str, int]:
+        """Return name -> size in bytes of the files in this folder."""
+        return {name: info.size for name, info in self._list() if info.type == pafs.FileType.File}
+
+    def _list(self) -> list[tuple[str, pafs.FileInfo]]:
+        infos = self.filesystem.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
+        return sorted((posixpath.basename(info.path), info) for info in infos)
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Write a file that is there whole or not at all."""
+        data = json.dumps(value, indent=1).encode()
+        with storage_errors("A file cannot be written", self.path(name)):
+            if not self.is_local:  # an object appears whole when its stream closes
+                with self.filesystem.open_output_stream(self.path(name)) as stream:
+                    stream.write(data)
+                return
+            partial = Path(self.path(name + ".partial"))
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path(name))
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Return a JSON object, or None when the file is missing or torn."""
+        try:
+            with self.filesystem.open_input_stream(self.path(name)) as stream:
+                value = json.loads(stream.read())
+        except (FileNotFoundError, ValueError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    def delete(self, *parts: str) -> None:
+        """Delete a folder and what is in it; nothing happens when it is not there."""
+        path = self.path(*parts)
+        if self.is_local:
+            shutil.rmtree(path, ignore_errors=True)
+        elif self.filesystem.get_file_info(path).type == pafs.FileType.Directory:
+            self.filesystem.delete_dir(path)
+
+    def upload(self, local: str) -> None:
+        """Copy the files of a local folder into this one."""
+        with storage_errors("The checkpoint cannot be uploaded", self.root):
+            self.filesystem.create_dir(self.root, recursive=True)
+            pafs.copy_files(local, self.root, pafs.LocalFileSystem(), self.filesystem)
+
+    def download(self, local: str) -> None:
+        """Copy this folder's files into a local one."""
+        with storage_errors("The checkpoint cannot be downloaded", self.root):
+            pafs.copy_files(self.root, local, self.filesystem, pafs.LocalFileSystem())

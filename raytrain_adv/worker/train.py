@@ -1,0 +1,89 @@
+"""The line, top to bottom: hardware, data, model, transforms, sharding, weights, optimizer, steps,
+export.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from raytrain_adv import hardware
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.transforms.apply import enabled, prepare_all
+from raytrain_adv.worker import checkpoint, data, memory, parallel, weights
+from raytrain_adv.worker.arithmetic import resolve_arithmetic
+from raytrain_adv.worker.finish import export, sample_answers
+from raytrain_adv.worker.loader import Batches
+from raytrain_adv.worker.metrics import open_metrics
+from raytrain_adv.worker.model import build
+from raytrain_adv.worker.optim import build_optimizer
+from raytrain_adv.worker.run import Run
+from raytrain_adv.worker.steps import Loop
+
+
+def train(job: JobConfig, run: Run) -> dict[str, Any]:
+    """Train on this rank and return what the report needs. Every rank of the run calls this.
+
+    Raises:
+        RaytrainAdvError: in the house form, for everything a user can do something about.
+    """
+    facts = hardware.detect(run.device)
+    for transform in enabled(job):
+        transform.check(facts)
+
+    with run.phase("data"):
+        prepared = data.prepare(job, run.say, rebuild=False)
+        tokenizer = data.load_tokenizer(job)
+    arithmetic = resolve_arithmetic(job, len(prepared.train), run.world_size)
+    found = checkpoint.to_resume(job, run, arithmetic)
+    open_metrics(job, run, arithmetic, found)
+
+    with run.phase("model"):
+        model = build(job)
+        plans = prepare_all(job, model, facts)
+        predicted = memory.predict(
+            model, job, run.world_size, job.data.cutoff_len, arithmetic.micro_batch
+        )
+        mesh = parallel.build_mesh(job, run.device)
+        parallel.shard(model, job, mesh)
+        weights.materialize(model, run.device, parallel.parameter_device(job))
+        if job.model.train_from_scratch:
+            weights.init_from_scratch(model, job, run.device)
+        else:
+            weights.load_pretrained(model, job, run.device)
+        for transform in enabled(job):
+            transform.initialize(model, job.train.seed)
+        optimizer = build_optimizer(model, job)
+    if found is not None:
+        with run.phase("resume"):
+            checkpoint.load(found, model, optimizer)
+    for transform in enabled(job):
+        transform.after_step(model)
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    batches = Batches(job, prepared.train, arithmetic, run.rank, pad)
+    held_out = (
+        Batches(job, prepared.eval, arithmetic, run.rank, pad)
+        if prepared.eval is not None
+        else None
+    )
+    loop = Loop(job, run, model, optimizer, arithmetic, batches, held_out)
+    loop.run_from(found.progress if found is not None else None)
+
+    samples = sample_answers(job, run, model, tokenizer, prepared)
+    model_dir = export(job, run, model, tokenizer)
+    return {
+        **loop.figures(),
+        "world_size": run.world_size,
+        "device": facts.device_name,
+        "versions": {name: v for name, v in facts.versions.items() if v is not None},
+        "predicted_memory_gib": predicted.total,
+        "predicted_memory": predicted.as_dict(),
+        "batch": asdict(arithmetic),
+        "resumed_from_step": found.progress.step if found is not None else None,
+        "transforms": plans,
+        "data": prepared.stats,
+        "samples": samples,
+        "model_dir": model_dir,
+        "timeline": run.timeline,
+    }

@@ -1,0 +1,155 @@
+"""python -m raytrain_adv.launch as a user runs it: real Ray, two CPU workers, gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.workers import losses
+
+LAUNCH = [sys.executable, "-m", "raytrain_adv.launch"]
+LINE = {"ray_num_workers": 2, "use_cpu": True, "val_size": 8, "num_sample_answers": 1}
+
+
+def launch(job: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LAUNCH, str(job), *overrides], capture_output=True, text=True, timeout=240
+    )
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError("waited in vain")
+        time.sleep(0.05)
+
+
+def steps_done(folder: Path) -> int:
+    try:
+        return max(losses(folder), default=0)
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def workers_of(driver: int) -> list[psutil.Process]:
+    processes = psutil.Process(driver).children(recursive=True)
+    return [p for p in processes if "RayTrainWorker" in " ".join(p.cmdline() or [p.name()])]
+
+
+def test_a_job_becomes_a_model_and_a_report(job_file, tmp_path):
+    done = launch(job_file(**LINE))
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "out"
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    assert report["status"] == "done" and report["error"] is None
+    assert report["world_size"] == 2 and report["steps"] == 6 and report["restarts"] == 0
+    assert [step for step, _ in report["train_loss"]] == [1, 2, 3, 4, 5, 6]
+    assert report["eval_loss"][-1][0] == 6
+    assert report["samples"][0]["answer"] is not None
+    assert (out / "report.html").read_text().startswith("<!")
+    model = AutoModelForCausalLM.from_pretrained(report["model_dir"])
+    tokenizer = AutoTokenizer.from_pretrained(report["model_dir"])
+    assert model.config.vocab_size >= len(tokenizer)
+    assert str(out / "model") in done.stdout
+    again = launch(tmp_path / "job.yaml", "learning_rate=0.5")
+    assert again.returncode == 2 and "learning_rate" in again.stderr
+
+
+def test_a_killed_worker_is_restarted_from_the_last_checkpoint(job_file, tmp_path):
+    """The run with a SIGKILL in it logs, bit for bit, the losses of the run without."""
+    whole = tmp_path / "whole"
+    assert (
+        launch(job_file("whole.yaml", **LINE, max_steps=40, output_dir=str(whole))).returncode == 0
+    )
+    keys = {**LINE, "max_steps": 40, "save_strategy": "steps", "save_steps": 5, "max_failures": 1}
+    driver = subprocess.Popen(
+        [*LAUNCH, str(job_file("killed.yaml", **keys))], stdout=subprocess.PIPE, text=True
+    )
+    out = tmp_path / "out"
+    wait_until(lambda: steps_done(out) >= 12)
+    workers_of(driver.pid)[-1].send_signal(signal.SIGKILL)
+    output = driver.communicate(timeout=240)[0]
+    assert driver.returncode == 0, output
+    report = json.loads((out / "report.json").read_text())
+    assert report["restarts"] == 1
+    assert report["resumed_from_step"] >= 10
+    assert losses(out) == losses(whole)
+
+
+def test_a_killed_driver_is_no_loss(job_file, tmp_path):
+    """After SIGKILL of the driver the same job with resume_from_checkpoint goes on where it stopped."""
+    keys = {**LINE, "max_steps": 60, "save_strategy": "steps", "save_steps": 5}
+    job = job_file(**keys)
+    driver = subprocess.Popen([*LAUNCH, str(job)], stdout=subprocess.DEVNULL)
+    out = tmp_path / "out"
+    wait_until(lambda: steps_done(out) >= 7)
+    family = [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]
+    for process in reversed(family):
+        if process.is_running():
+            process.send_signal(signal.SIGKILL)
+    driver.wait()
+    refused = launch(job)
+    assert refused.returncode == 2 and "resume_from_checkpoint: true" in refused.stderr
+    done = launch(job, "resume_from_checkpoint=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["resumed_from_step"] >= 5
+    assert sorted(losses(out)) == list(range(1, 61))
+    finished = launch(job, "resume_from_checkpoint=true")
+    assert finished.returncode == 0 and "already run to its end" in finished.stdout
+    other = launch(job, "resume_from_checkpoint=true", "learning_rate=0.5")
+    assert other.returncode == 2 and "learning_rate" in other.stderr
+
+
+def test_more_workers_than_the_cluster_has_is_refused_within_ten_seconds(job_file):
+    start = time.monotonic()
+    refused = launch(job_file(**{**LINE, "ray_num_workers": 4096}))
+    assert refused.returncode == 4
+    assert "4096 workers" in refused.stderr and "fix:" in refused.stderr
+    assert (
+        time.monotonic() - start < 40
+    )  # the whole process with its imports; the check itself is below
+    assert "seconds" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ({"model_name_or_path": "/nowhere/model"}, "/nowhere/model"),
+        ({"train_from_scratch": False}, "weights"),
+        ({"dataset": "/nowhere/data.json"}, "data.json"),
+        ({"learning_rat": 1}, "learning_rate"),
+    ],
+)
+def test_what_the_job_gets_wrong_is_said_in_the_house_form(job_file, broken, says):
+    refused = launch(job_file(**{**LINE, **broken}))
+    assert refused.returncode == 2
+    assert says in refused.stderr and "fix:" in refused.stderr
+    assert "Traceback" not in refused.stderr + refused.stdout
+
+
+def test_an_error_on_a_worker_reaches_the_user_as_itself(job_file, tmp_path):
+    """A disk that is full when the first checkpoint is written: the folder's place is taken by a file."""
+    keys = {**LINE, "save_strategy": "steps", "save_steps": 2, "max_failures": 3}
+    blocked = tmp_path / "storage"
+    job = job_file(**keys, ray_storage_path=str(blocked), ray_run_name="run")
+    (blocked / "run" / "run_001").mkdir(parents=True)
+    (blocked / "run" / "run_001" / "step_00000002").write_text("in the way")
+    failed = launch(job)
+    assert failed.returncode == 3, failed.stdout + failed.stderr
+    assert "step_00000002" in failed.stderr and "Traceback" not in failed.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["status"] == "failed" and "step_00000002" in report["error"]
+    assert os.path.exists(tmp_path / "out" / "report.html")

@@ -1,0 +1,333 @@
+"""From a job file and overrides to a job, or to one message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raytrain_adv.config import JobConfig, load
+from raytrain_adv.errors import JobError
+from raytrain_adv.transforms.lora import Lora
+
+SMALLEST = "model_name_or_path: org/model\noutput_dir: saves/run\ndataset: rows.jsonl\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def job_of(folder: Path, text: str, *overrides: str) -> JobConfig:
+    path = folder / "job.yaml"
+    path.write_text(SMALLEST + text)
+    return load(path, list(overrides))
+
+
+def message_of(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(JobError) as caught:
+        job_of(folder, text, *overrides)
+    return str(caught.value)
+
+
+def refusal_of(path: Path) -> str:
+    with pytest.raises(JobError) as caught:
+        load(path)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_the_smallest_job_has_three_keys(folder: Path) -> None:
+    job = job_of(folder, "")
+    assert (job.model.model_name_or_path, job.output.output_dir) == ("org/model", "saves/run")
+    assert job.train.learning_rate == 5e-5
+    assert job.notes == ()
+
+
+def test_an_override_wins_over_the_file(folder: Path) -> None:
+    job = job_of(folder, "learning_rate: 1e-4\n", "learning_rate=2e-4", "bf16=true")
+    assert job.train.learning_rate == 2e-4
+    assert job.train.bf16 is True
+
+
+def test_of_two_overrides_the_last_wins(folder: Path) -> None:
+    assert job_of(folder, "", "seed=1", "seed=2").train.seed == 2
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "0.0001", "'1e-4'", "1E-4"])
+def test_a_learning_rate_may_be_written_in_every_usual_way(folder: Path, written: str) -> None:
+    assert job_of(folder, f"learning_rate: {written}\n").train.learning_rate == 1e-4
+
+
+def test_a_dotted_override_reaches_into_a_mapping(folder: Path) -> None:
+    text = "lr_scheduler_type: cosine_with_min_lr\n"
+    job = job_of(folder, text, "lr_scheduler_kwargs.min_lr=1e-6")
+    assert job.train.lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
+def test_a_dotted_override_keeps_what_the_file_has_beside_it(folder: Path) -> None:
+    text = "ray_init_kwargs:\n  runtime_env: {env_vars: {A: '1'}}\n"
+    job = job_of(folder, text, "ray_init_kwargs.runtime_env.env_vars.B='2'")
+    assert job.ray.ray_init_kwargs == {"runtime_env": {"env_vars": {"A": "1", "B": "2"}}}
+
+
+def test_a_dotted_override_into_a_number_is_refused(folder: Path) -> None:
+    assert "not a mapping" in message_of(folder, "seed: 3\n", "seed.low=1")
+
+
+def test_a_mapping_may_be_written_as_text(folder: Path) -> None:
+    assert job_of(folder, "ray_init_kwargs: '{\"address\": \"auto\"}'\n").ray.ray_init_kwargs == {
+        "address": "auto"
+    }
+
+
+def test_all_problems_are_in_one_message_with_their_lines(folder: Path) -> None:
+    text = "lerning_rate: 1\nbf16: maybe\nmax_steps: 0\nwarmup_ratio: 0.1\nwarmup_steps: 5\n"
+    message = message_of(folder, text, "seed=-1", "nonsense")
+    lines = message.splitlines()
+    assert "(6 problems)" in lines[0]
+    for expected in (
+        "line 4: lerning_rate: there is no such key",
+        "line 5: bf16: 'maybe' is not accepted",
+        "line 6: max_steps: 0 steps train nothing",
+        "line 7, line 8: warmup_ratio and warmup_steps",
+        "command line: seed: -1 is not accepted",
+        "command line: 'nonsense' is not key=value",
+    ):
+        assert expected in message
+    assert "lerning_rate: did you mean learning_rate?" in message
+
+
+def test_missing_keys_are_named_with_their_meaning(folder: Path) -> None:
+    path = folder / "job.yaml"
+    path.write_text("bf16: true\n")
+    message = refusal_of(path)
+    assert "model_name_or_path: missing: Folder of a Hugging Face causal language model" in message
+    assert "output_dir: missing" in message
+    assert "dataset: missing" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("learning-rate", "learning_rate"),
+        ("per_device_batch_size", "per_device_eval_batch_size"),
+        ("Cutoff_Len", "cutoff_len"),
+        ("lora_r", "lora_rank"),
+        ("eval_step", "eval_steps"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one(folder: Path, key: str, nearest: str) -> None:
+    assert f"did you mean {nearest}?" in message_of(folder, f"{key}: 1\n")
+
+
+def test_a_key_like_no_other_is_not_guessed(folder: Path) -> None:
+    message = message_of(folder, "zzzzqq: 1\n")
+    assert "did you mean" not in message
+    assert "raytrain-adv schema" in message
+
+
+def test_a_key_given_twice_is_refused_with_both_lines(folder: Path) -> None:
+    message = message_of(folder, "seed: 1\nseed: 2\n")
+    assert "line 5: seed: given twice, first on line 4" in message
+
+
+@pytest.mark.parametrize("written", ["true", "8.5", "many", "[8]", "0", "-3", "null", "1e400"])
+def test_a_wrong_count_says_what_is_accepted(folder: Path, written: str) -> None:
+    message = message_of(folder, f"gradient_accumulation_steps: {written}\n")
+    assert "line 4: gradient_accumulation_steps" in message
+    assert "give a whole number at least 1" in message
+
+
+def test_a_whole_float_or_quoted_number_is_a_count(folder: Path) -> None:
+    job = job_of(folder, "gradient_accumulation_steps: 8.0\ncutoff_len: '512'\n")
+    assert (job.train.gradient_accumulation_steps, job.data.cutoff_len) == (8, 512)
+
+
+@pytest.mark.parametrize("written", [".nan", ".inf", "-1.0", "0"])
+def test_a_learning_rate_that_is_no_positive_number_is_refused(folder: Path, written: str) -> None:
+    assert "give a number above 0" in message_of(folder, f"learning_rate: {written}\n")
+
+
+def test_a_misspelled_choice_names_the_nearest(folder: Path) -> None:
+    assert "did you mean cosine?" in message_of(folder, "lr_scheduler_type: cosin\n")
+
+
+def test_a_number_for_text_says_to_quote_it(folder: Path) -> None:
+    assert "run_name: '2024'" in message_of(folder, "run_name: 2024\n")
+
+
+@pytest.mark.parametrize("word", ["no", "off", "false", "'no'"])
+def test_yamls_unquoted_no_is_a_strategy(folder: Path, word: str) -> None:
+    job = job_of(folder, f"save_strategy: {word}\neval_strategy: {word}\n")
+    assert (job.output.save_strategy, job.output.eval_strategy) == ("no", "no")
+
+
+def test_the_word_true_in_quotes_is_no_checkpoint_path(folder: Path) -> None:
+    assert job_of(folder, "resume_from_checkpoint: 'True'\n").output.resume_from_checkpoint is True
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("warmup_ratio: 0.1\nwarmup_steps: 10\n", "warmup_ratio and warmup_steps"),
+        ("eval_dataset: other\nval_size: 0.1\n", "eval_dataset and val_size"),
+        ("mask_history: true\ntrain_on_prompt: true\n", "mask_history and train_on_prompt"),
+        ("neat_packing: true\npacking: false\n", "neat_packing and packing"),
+        (
+            "disable_gradient_checkpointing: true\ngradient_checkpointing: true\n",
+            "disable_gradient_checkpointing and gradient_checkpointing",
+        ),
+        ("use_cpu: true\nresources_per_worker: {GPU: 1}\n", "use_cpu and resources_per_worker"),
+        ("use_cpu: true\nflash_attn: fa2\n", "use_cpu and flash_attn"),
+        (
+            "resume_from_checkpoint: true\noverwrite_output_dir: true\n",
+            "resume_from_checkpoint and overwrite_output_dir",
+        ),
+        (
+            "resume_from_checkpoint: saves/run/checkpoints/1\noverwrite_output_dir: true\n",
+            "resume_from_checkpoint and overwrite_output_dir",
+        ),
+        (
+            "resume_from_checkpoint: true\nsave_only_model: true\n",
+            "resume_from_checkpoint and save_only_model",
+        ),
+        ("fsdp_shard_size: 3\nray_num_workers: 4\n", "fsdp_shard_size and ray_num_workers"),
+        ("fsdp_shard_size: 8\nray_num_workers: 4\n", "fsdp_shard_size and ray_num_workers"),
+        ("train_from_scratch: true\n", "train_from_scratch and finetuning_type"),
+        (
+            "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {min_lr: 1e-6}\n",
+            "lr_scheduler_kwargs and lr_scheduler_type",
+        ),
+        ("lr_scheduler_type: cosine_with_min_lr\n", "lr_scheduler_kwargs and lr_scheduler_type"),
+        (
+            "resources_per_worker: {GPU: 0.5}\nray_num_workers: 2\n",
+            "resources_per_worker and ray_num_workers",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other_are_named(folder: Path, text: str, keys: str) -> None:
+    message = message_of(folder, text)
+    assert "(1 problem)" in message
+    assert keys in message
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("eval_strategy: steps\n", "eval_strategy: steps without rows"),
+        ("eval_steps: 10\nval_size: 0.1\n", "eval_steps without eval_strategy"),
+        ("val_size: 1.5\n", "val_size: 1.5 is neither"),
+        ("save_steps: 2.5\n", "save_steps: 2.5 is neither"),
+        ("resources_per_worker: {gpu: 1}\n", "write GPU"),
+        ("resources_per_worker: {GPU: 2}\n", "drives one GPU"),
+        ("report_to: [none, wandb]\n", "none stands beside trackers"),
+        ("dataset: ''\n", "given twice"),
+        ("dataset_dir: '  '\n", "dataset_dir"),
+    ],
+)
+def test_a_value_that_would_do_nothing_or_harm_is_refused(
+    folder: Path, text: str, word: str
+) -> None:
+    assert word in message_of(folder, text)
+
+
+def test_adapter_keys_without_adapters_are_refused(folder: Path) -> None:
+    message = message_of(folder, "finetuning_type: full\nlora_rank: 64\nuse_dora: true\n")
+    assert "line 5: lora_rank" in message
+    assert "line 6: use_dora" in message
+    assert "finetuning_type" in message
+
+
+def test_adapter_keys_at_their_defaults_are_harmless_without_adapters(folder: Path) -> None:
+    text = "finetuning_type: full\nlora_rank: 8\nuse_dora: false\nlora_target: all\n"
+    assert not job_of(folder, text).transform(Lora).enabled
+
+
+def test_a_wrong_value_hides_no_other_problem_and_makes_none_up(folder: Path) -> None:
+    message = message_of(folder, "val_size: lots\neval_strategy: steps\nuse_cpu: perhaps\n")
+    assert "(2 problems)" in message or "(3 problems)" in message
+    assert "val_size: 'lots'" in message
+    assert "use_cpu: 'perhaps'" in message
+
+
+def test_a_key_made_useless_by_another_is_noted(folder: Path) -> None:
+    job = job_of(folder, "max_steps: 10\nnum_train_epochs: 2\n", "save_strategy=epoch", "save_steps=7")
+    assert any("num_train_epochs: 2 changes nothing" in note for note in job.notes)
+    assert any("save_steps: 7 changes nothing" in note for note in job.notes)
+
+
+def test_a_folder_is_not_a_job_file(folder: Path) -> None:
+    (folder / "quick.yaml").write_text(SMALLEST)
+    message = refusal_of(folder)
+    assert "it is a folder" in message
+    assert "quick.yaml" in message
+
+
+def test_a_missing_file_names_the_nearest_one(folder: Path) -> None:
+    (folder / "quickstart.yaml").write_text(SMALLEST)
+    assert "quickstart.yaml?" in refusal_of(folder / "quikstart.yaml")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "# only a comment\n", "---\n"])
+def test_an_empty_file_is_refused(folder: Path, content: str) -> None:
+    path = folder / "job.yaml"
+    path.write_text(content)
+    assert "it is empty" in refusal_of(path)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "just words\n", "42\n"])
+def test_a_file_that_is_no_mapping_is_refused(folder: Path, content: str) -> None:
+    path = folder / "job.yaml"
+    path.write_text(content)
+    assert "not a list of key: value lines" in refusal_of(path)
+
+
+def test_a_binary_file_is_refused_with_its_line(folder: Path) -> None:
+    path = folder / "job.yaml"
+    path.write_bytes(b"a: 1\n\xff\xfe\x00\x01")
+    assert "line 2 is not UTF-8" in refusal_of(path)
+
+
+def test_broken_yaml_names_line_and_column(folder: Path) -> None:
+    assert "line 4, column 14" in message_of(folder, "dataset_dir: [a]]\n")
+    assert "begun on line 4" in message_of(folder, "dataset_dir: [unclosed\n")
+    assert "broken YAML" in message_of(folder, "\tseed: 1\n")
+
+
+def test_keys_that_are_not_text_are_refused(folder: Path) -> None:
+    message = message_of(folder, "1: a\ntrue: b\n? [x]\n: c\n")
+    assert "line 4: the key '1' is not text" in message
+    assert "line 5" in message
+    assert "a list or mapping" in message
+
+
+def test_an_alias_bomb_is_refused(folder: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    for n in range(1, 12):
+        lines.append(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]")
+    assert "values" in message_of(folder, "\n".join(lines) + "\n")
+
+
+def test_a_value_that_contains_itself_is_refused(folder: Path) -> None:
+    assert "contains itself" in message_of(folder, "ray_init_kwargs: &a {b: *a}\n")
+
+
+def test_deep_nesting_is_refused(folder: Path) -> None:
+    assert "nested too deeply" in message_of(folder, "dataset: " + "[" * 2000 + "]" * 2000 + "\n")
+
+
+def test_python_objects_are_never_made(folder: Path) -> None:
+    assert "tag" in message_of(folder, "run_name: !!python/object/apply:os.system [true]\n")
+
+
+def test_merge_keys_and_aliases_of_a_careful_file_work(folder: Path) -> None:
+    text = "run_name: &name first\nray_run_name: *name\n"
+    assert job_of(folder, text).ray.ray_run_name == "first"
+
+
+def test_a_secret_is_never_repeated(folder: Path) -> None:
+    message = message_of(folder, "hf_hub_token: hf_abcdef\n", "ms_hub_token=xyzzy")
+    assert "hf_abcdef" not in message
+    assert "xyzzy" not in message
+    assert "HF_TOKEN" in message

@@ -1,0 +1,56 @@
+import pytest
+
+from raytrain_adv.driver.output import held, open_output
+from raytrain_adv.errors import JobError
+
+
+def test_a_second_start_of_the_same_job_is_refused_and_says_how_to_go_on(make_job):
+    job = make_job()
+    open_output(job).folder.mkdir(exist_ok=True)
+    with pytest.raises(JobError, match="resume_from_checkpoint: true"):
+        open_output(job)
+
+
+def test_another_job_in_the_folder_is_refused_naming_the_keys(make_job):
+    open_output(make_job())
+    with pytest.raises(JobError, match=r"learning_rate: 0\.01 then, 0\.02 now"):
+        open_output(make_job(learning_rate=0.02))
+
+
+def test_a_continuation_with_other_settings_is_refused(make_job):
+    open_output(make_job())
+    with pytest.raises(JobError, match="learning_rate"):
+        open_output(make_job(learning_rate=0.02, resume_from_checkpoint=True))
+
+
+def test_settings_that_change_no_result_may_differ_in_a_continuation(make_job):
+    open_output(make_job())
+    again = open_output(make_job(logging_steps=3, resume_from_checkpoint=True))
+    assert again.attempt.endswith("_002")
+
+
+def test_a_finished_job_is_not_run_again_by_resuming(make_job):
+    job = make_job()
+    open_output(job).note(job, "done", 1)
+    assert open_output(make_job(resume_from_checkpoint=True)).finished
+
+
+def test_overwriting_deletes_the_run_and_nothing_else(make_job, tmp_path):
+    output = open_output(make_job())
+    (output.folder / "model").mkdir()
+    (output.folder / "model" / "config.json").write_text("{}")
+    (output.folder / "my-notes.txt").write_text("mine")
+    open_output(make_job(overwrite_output_dir=True))
+    assert not (output.folder / "model").exists()
+    assert (output.folder / "my-notes.txt").read_text() == "mine"
+
+
+def test_a_folder_with_someone_elses_model_is_refused(make_job, tmp_path):
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    with pytest.raises(JobError, match="would overwrite"):
+        open_output(make_job())
+
+
+def test_two_drivers_cannot_hold_one_folder(tmp_path):
+    with held(tmp_path), pytest.raises(JobError, match="right now"), held(tmp_path):
+        pass

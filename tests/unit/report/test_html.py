@@ -1,0 +1,181 @@
+import math
+from html.parser import HTMLParser
+
+import pytest
+
+from raytrain_adv.report.html import render, write_html
+from raytrain_adv.report.plot import (
+    Mark,
+    Plot,
+    Series,
+    linear_scale,
+    plot_html,
+    thinned,
+    tick_text,
+)
+from raytrain_adv.report.record import Failure, RunReport, Sample, TransformReport
+from raytrain_adv.worker.metrics_file import MetricsFile
+
+EVIL = "</pre></script><script>alert('x')</script><img src=x onerror=alert(1)>\x00"
+
+
+class Elements(HTMLParser):
+    """Collects what a browser would take for elements, and checks that they are closed."""
+
+    VOID = frozenset({"meta", "path", "br"})
+
+    def __init__(self, document: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(document)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def train_rows(num_rows):
+    return [
+        {
+            "kind": "train",
+            "step": step,
+            "loss": 1.0 + 5 / step,
+            "learning_rate": 1e-4,
+            "grad_norm": 1.0,
+            "step_s": 0.5,
+            "data_wait_s": 0.01,
+            "tokens_per_second_per_worker": 1000.0,
+            "peak_memory_gib": 3.0,
+        }
+        for step in range(1, num_rows + 1)
+    ]
+
+
+def evil_report():
+    reasons = {EVIL: 1}
+    transform = TransformReport(
+        changed=1, skipped=1, changed_modules=(EVIL,), skipped_reasons=reasons, notes=(EVIL,)
+    )
+    rows = {"read": 2, "used": 1, "unusable": 1, "unusable_reasons": reasons}
+    rows["unusable_examples"] = [{"where": "data.jsonl:17", "reason": EVIL}]
+    return RunReport(
+        status="failed",
+        error=EVIL,
+        failure=Failure(kind="E", what=EVIL, found=EVIL, fix=EVIL, exit_code=3, trace=EVIL),
+        run_name=EVIL,
+        device=EVIL,
+        world_size=2,
+        job={"dataset": EVIL},
+        versions={EVIL: EVIL},
+        transforms={EVIL: transform},
+        data={"rows": rows, "train": {"rows": 1}, EVIL: EVIL},
+        batch={EVIL: EVIL},
+        samples=[Sample(prompt=EVIL, answer=EVIL, reference=EVIL)],
+        timeline={EVIL: 1.0},
+        predicted_memory={"parameters": 1.0, "peak": EVIL, "explanations": {EVIL: EVIL}},
+        notes=(EVIL,),
+    )
+
+
+def test_text_from_outside_cannot_become_markup():
+    events = [{"kind": "event", "event": "x", "message": EVIL, "time": 0.0}]
+    found = Elements(render(evil_report(), [*train_rows(3), *events]))
+    assert found.tags.count("script") == 1
+    assert "img" not in found.tags
+    assert not [name for name, _ in found.attributes if name.startswith("on")]
+    assert found.text.count("<img src=x") >= 15
+
+
+def test_every_element_is_closed():
+    assert Elements(render(evil_report(), train_rows(50))).open == []
+
+
+def test_the_page_loads_nothing_from_elsewhere():
+    found = Elements(render(evil_report(), train_rows(3)))
+    assert not [name for name, _ in found.attributes if name in ("src", "href", "xlink:href")]
+    assert "url(" not in render(RunReport(status="done"), [])
+
+
+def test_a_failed_run_shows_the_error_with_found_and_fix_before_the_figures():
+    failure = Failure(kind="E", what="It broke", found="a number", fix="another one", exit_code=3)
+    page = render(RunReport(status="failed", error="x", failure=failure), [])
+    places = [page.index(words) for words in ("It broke", "a number", "another one", "Steps")]
+    assert places == sorted(places)
+
+
+def test_unusable_rows_are_shown_with_file_and_line():
+    assert "data.jsonl:17" in Elements(render(evil_report(), [])).text
+
+
+def test_plot_loss_false_leaves_out_the_plots(tmp_path):
+    with MetricsFile(tmp_path / "metrics.jsonl", None) as file:
+        for row in train_rows(5):
+            file.append(row)
+    report = RunReport(status="done")
+    with_plots = write_html(report, tmp_path).read_text()
+    without = write_html(report, tmp_path, plots=False).read_text()
+    assert "<svg" in with_plots
+    assert "<svg" not in without
+
+
+def test_a_report_of_a_hundred_thousand_rows_stays_small():
+    assert len(render(RunReport(status="done"), train_rows(100_000))) < 250_000
+
+
+def test_resumes_are_marked_in_the_plots():
+    event = {"kind": "event", "event": "resume", "step": 4, "message": "Resumed.", "time": 0.0}
+    assert "resumed</span>" in render(RunReport(status="running"), [*train_rows(9), event])
+
+
+def test_a_loss_that_is_no_number_is_marked():
+    bad = {"kind": "train", "step": 4, "loss": None, "non_finite": {"loss": "nan"}}
+    assert "loss is nan" in render(RunReport(status="failed"), [*train_rows(3), bad])
+
+
+def test_thinning_keeps_spikes_and_both_ends():
+    points = [(float(x), math.sin(x / 50)) for x in range(5000)]
+    points[1234] = (1234.0, 50.0)
+    kept = thinned(points, 200)
+    assert len(kept) <= 200
+    assert {points[0], points[1234], points[-1]} <= set(kept)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.0, 1.0, ["0", "0.25", "0.50", "0.75", "1.00"]),
+        (0.0, 1e-4, ["0", "2.5e-5", "5e-5", "7.5e-5", "1e-4"]),
+        (0.0, 15000.0, ["0", "5,000", "10k", "15k"]),
+        (2.0, 2.0, ["1.8", "1.9", "2.0", "2.1", "2.2"]),
+    ],
+)
+def test_ticks_are_round(low, high, ticks):
+    scale = linear_scale(low, high, 4)
+    step = scale.ticks[1] - scale.ticks[0]
+    assert [tick_text(tick, step) for tick in scale.ticks] == ticks
+
+
+def test_one_point_and_no_point_can_be_drawn():
+    assert "dots" in plot_html(Plot("Loss", "", (Series("train", [(1.0, 2.0)], 1),)))
+    assert plot_html(Plot("Loss", "", (Series("train", [(1.0, math.nan)], 1),))) == ""
+
+
+def test_one_spike_gives_a_logarithmic_axis():
+    points = [(float(x), 1.0) for x in range(1, 50)] + [(50.0, 1000.0)]
+    html = plot_html(Plot("Gradient norm", "", (Series("norm", points, 1),), (Mark(7, "here"),)))
+    assert [f">{tick}<" in html for tick in ("1", "10", "100", "1,000")] == [True] * 4

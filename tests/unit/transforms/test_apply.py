@@ -1,0 +1,207 @@
+"""What was planned happens, and only that; what contradicts it is refused by name."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from raytrain_adv.config import JobConfig
+from raytrain_adv.errors import JobError, TrainingError
+from raytrain_adv.hardware import HardwareFacts
+from raytrain_adv.transforms import Change, Plan, Transform
+from raytrain_adv.transforms.apply import plan_all, prepare_all, report
+from raytrain_adv.transforms.lora import Lora
+from raytrain_adv.transforms.naming import class_name
+from raytrain_adv.worker.model import build
+from tests.tiny_models import job_for, write_checkpoint
+
+NAMES = ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]
+
+
+class Swapped(nn.Linear):
+    """What the transforms below put in a linear's place."""
+
+
+class SwapBase(Lora):
+    """Swap the planned linears for Swapped.
+
+    It derives from Lora for its keys alone: discover() takes every direct subclass of Transform.
+    """
+
+    name: ClassVar[str] = "swap"
+    stage: ClassVar[str] = "precision"
+    planned: ClassVar[list[str]] = NAMES
+    really: ClassVar[list[str]] = NAMES
+
+    @property
+    def enabled(self) -> bool:
+        """Always."""
+        return True
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Plan what the class says."""
+        change = Change("torch.nn.Linear", f"{__name__}.Swapped")
+        return Plan(
+            self.name, dict.fromkeys(self.planned, change), {"lm_head": "the head"}, ("A note.",)
+        )
+
+    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+        """Change the class alone."""
+        for fqn in self.really:
+            module = model.get_submodule(fqn)
+            module.__class__ = Swapped
+
+
+@pytest.fixture
+def model_and_job(tmp_path: Path) -> tuple[PreTrainedModel, JobConfig]:
+    job = job_for(write_checkpoint("llama", tmp_path / "m"), tmp_path)
+    return build(job), job
+
+
+def with_transforms(job: JobConfig, *transforms: Transform) -> JobConfig:
+    others = tuple(t for t in job.transforms if type(t) is Lora)
+    return replace(job, transforms=(*others, *transforms))
+
+
+def test_planning_changes_nothing(model_and_job: tuple[PreTrainedModel, JobConfig]) -> None:
+    model, job = model_and_job
+    before = {fqn: class_name(m) for fqn, m in model.named_modules()}
+    plan_all(with_transforms(job, SwapBase()), model)
+    assert {fqn: class_name(m) for fqn, m in model.named_modules()} == before
+
+
+def test_what_is_planned_is_what_preparing_reports(
+    model_and_job: tuple[PreTrainedModel, JobConfig],
+) -> None:
+    model, job = model_and_job
+    job = with_transforms(job, SwapBase())
+    assert plan_all(job, model) == prepare_all(job, model)
+    assert all(isinstance(model.get_submodule(fqn), Swapped) for fqn in NAMES)
+
+
+def test_the_report_is_json_with_counts_classes_and_reasons(
+    model_and_job: tuple[PreTrainedModel, JobConfig],
+) -> None:
+    model, job = model_and_job
+    entry = json.loads(json.dumps(report(plan_all(with_transforms(job, SwapBase()), model))))[
+        "swap"
+    ]
+    assert (entry["changed"], entry["skipped"]) == (2, 1)
+    assert entry["changed_by_class"] == {f"torch.nn.Linear -> {__name__}.Swapped": 2}
+    assert entry["skipped_reasons"] == {"the head": ["lm_head"]}
+    assert entry["notes"] == ["A note."]
+
+
+class ForgetsOne(SwapBase):
+    """Do less than planned."""
+
+    name: ClassVar[str] = "forgets"
+    really: ClassVar[list[str]] = NAMES[:1]
+
+
+class DoesMore(SwapBase):
+    """Do more than planned."""
+
+    name: ClassVar[str] = "more"
+    really: ClassVar[list[str]] = [*NAMES, "lm_head"]
+
+
+class Idle(SwapBase):
+    """Plan nothing."""
+
+    name: ClassVar[str] = "idle"
+    planned: ClassVar[list[str]] = []
+
+
+class Second(SwapBase):
+    """Want what the first has changed."""
+
+    name: ClassVar[str] = "second"
+
+
+class Above(SwapBase):
+    """Want a module that contains what the first has changed."""
+
+    name: ClassVar[str] = "above"
+    planned: ClassVar[list[str]] = ["model.layers.0.mlp"]
+
+
+class Stacked(SwapBase):
+    """Change again what the first has changed, and say so."""
+
+    name: ClassVar[str] = "stacked"
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"swap"})
+
+
+def test_a_module_that_was_planned_and_not_changed_is_named(
+    model_and_job: tuple[PreTrainedModel, JobConfig],
+) -> None:
+    model, job = model_and_job
+    with pytest.raises(
+        TrainingError, match=r"model.layers.0.mlp.down_proj is torch.nn.Linear, planned"
+    ):
+        prepare_all(with_transforms(job, ForgetsOne()), model)
+
+
+def test_a_module_that_was_changed_and_not_planned_is_named(
+    model_and_job: tuple[PreTrainedModel, JobConfig],
+) -> None:
+    model, job = model_and_job
+    with pytest.raises(TrainingError, match=r"lm_head became .*Swapped, which was not planned"):
+        prepare_all(with_transforms(job, DoesMore()), model)
+
+
+def test_a_plan_that_changes_nothing_is_refused_with_the_reasons(
+    model_and_job: tuple[PreTrainedModel, JobConfig],
+) -> None:
+    model, job = model_and_job
+    with pytest.raises(JobError, match="idle was asked for and would change nothing") as caught:
+        plan_all(with_transforms(job, Idle()), model)
+    assert "1 modules: the head" in str(caught.value)
+
+
+@pytest.mark.parametrize("later", [Second(), Above()])
+def test_two_owners_of_a_module_or_of_its_parts_are_refused(
+    later: Transform, model_and_job: tuple[PreTrainedModel, JobConfig]
+) -> None:
+    model, job = model_and_job
+    with pytest.raises(JobError, match=f"{later.name} and swap would both change the same modules"):
+        plan_all(with_transforms(job, SwapBase(), later), model)
+
+
+def test_a_transform_may_stack_on_one_that_it_names(
+    model_and_job: tuple[PreTrainedModel, JobConfig],
+) -> None:
+    model, job = model_and_job
+    plans: Mapping[str, Plan] = plan_all(with_transforms(job, SwapBase(), Stacked()), model)
+    assert list(plans) == ["swap", "stacked"]
+
+
+def test_a_later_transform_sees_the_modules_an_earlier_one_made(tmp_path: Path) -> None:
+    class OnBase(SwapBase):
+        """Swap the linears inside adapters."""
+
+        name: ClassVar[str] = "on_base"
+        stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
+        planned: ClassVar[list[str]] = [f"{name}.base_layer" for name in NAMES]
+        really: ClassVar[list[str]] = [f"{name}.base_layer" for name in NAMES]
+
+    folder = write_checkpoint("llama", tmp_path / "m")
+    job = with_transforms(job_for(folder, tmp_path, finetuning_type="lora"), OnBase())
+    assert set(plan_all(job, build(job))) == {"lora", "on_base"}
+
+
+def test_class_names_are_readable_and_see_through_fully_shard() -> None:
+    class FSDPSwapped(Swapped):
+        """What fully_shard makes."""
+
+    assert class_name(nn.Linear(1, 1)) == "torch.nn.Linear"
+    assert class_name(FSDPSwapped(1, 1)) == f"{__name__}.Swapped"
+    with torch.device("meta"):
+        assert class_name(nn.LayerNorm(2)) == "torch.nn.LayerNorm"

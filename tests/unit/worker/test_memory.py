@@ -1,0 +1,133 @@
+"""Predictions against peaks measured on one H200 (torch.cuda.max_memory_allocated, torch 2.11)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrain_adv.config import JobConfig
+from raytrain_adv.transforms.apply import prepare_all
+from raytrain_adv.worker.memory import MemoryPrediction, predict
+from raytrain_adv.worker.model import build
+from tests.tiny_models import job_for
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+LLAMA_1B = {
+    **LLAMA_8B,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "tie_word_embeddings": True,
+}
+PURE = {"pure_bf16": True, "torch_compile": True}
+MASTER = {"bf16": True, "torch_compile": True}
+LORA = {**MASTER, "finetuning_type": "lora", "lora_rank": 16, "train_from_scratch": False}
+
+
+def job_on(folder: Path, config: dict[str, Any], **keys: Any) -> JobConfig:
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "model.safetensors").write_bytes(b"")
+    values = {"train_from_scratch": True, "per_device_train_batch_size": 1, **keys}
+    return job_for(model, folder, **values)
+
+
+def prediction(
+    folder: Path, config: dict[str, Any], world_size: int = 1, seq_len: int = 8192, **keys: Any
+) -> MemoryPrediction:
+    job = job_on(folder, config, **keys)
+    model = build(job)
+    prepare_all(job, model)
+    return predict(model, job, world_size, seq_len, job.train.per_device_train_batch_size)
+
+
+# tests/gpu/test_memory_prediction.py measures these again.
+@pytest.mark.parametrize(
+    ("measured", "config", "keys"),
+    [
+        (83.14, LLAMA_8B, {**PURE, "gradient_checkpointing": "none"}),
+        (60.29, LLAMA_8B, {**PURE, "gradient_checkpointing": "full"}),
+        (72.13, LLAMA_8B, {**PURE, "gradient_checkpointing": "selective"}),
+        (100.58, LLAMA_8B, {"pure_bf16": True, "gradient_checkpointing": "none"}),
+        (76.58, LLAMA_8B, {"pure_bf16": True, "gradient_checkpointing": "selective"}),
+        (27.18, LLAMA_1B, {**MASTER, "gradient_checkpointing": "none"}),
+        (20.86, LLAMA_1B, {"bf16": True, "gradient_checkpointing": "full"}),
+        (53.62, LLAMA_8B, {**LORA, "gradient_checkpointing": "none"}),
+        (49.10, LLAMA_8B, {**PURE, "optim": "adamw_torch_8bit"}),
+    ],
+)
+def test_prediction_is_within_five_percent_of_the_peak_on_an_h200(
+    tmp_path: Path, measured: float, config: dict[str, Any], keys: dict[str, Any]
+) -> None:
+    assert prediction(tmp_path, config, **keys).total == pytest.approx(measured, rel=0.05)
+
+
+def test_the_total_is_the_largest_moment_and_not_the_sum(tmp_path: Path) -> None:
+    found = prediction(tmp_path, LLAMA_1B, **PURE)
+    assert found.total == max(phase.total for phase in found.phases)
+    parts = [found.parameters, found.gradients, found.optimizer, found.activations, found.logits]
+    assert found.total < sum(parts)
+
+
+def test_shards_divide_by_the_shard_size_and_not_by_the_workers(tmp_path: Path) -> None:
+    alone = prediction(tmp_path, LLAMA_1B, **MASTER)
+    hybrid = prediction(
+        tmp_path, LLAMA_1B, world_size=8, ray_num_workers=8, fsdp_shard_size=4, **MASTER
+    )
+    assert hybrid.parameters == pytest.approx(alone.parameters / 4)
+    assert hybrid.optimizer == pytest.approx(alone.optimizer / 4)
+
+
+def test_offloaded_states_are_in_host_memory(tmp_path: Path) -> None:
+    found = prediction(tmp_path, LLAMA_1B, fsdp_cpu_offload=True, **MASTER)
+    assert found.parameters == found.gradients == found.optimizer == 0.0
+    assert found.host == pytest.approx(16 * 1.2358e9 / 2**30, rel=0.01)
+
+
+def test_one_worker_in_its_own_dtype_gathers_nothing(tmp_path: Path) -> None:
+    assert prediction(tmp_path, LLAMA_8B, **PURE).explanations["gathered"].startswith("nothing")
+    assert prediction(tmp_path, LLAMA_8B, **MASTER).gathered > 0
+
+
+def test_frozen_weights_have_no_gradients_and_no_optimizer_states(tmp_path: Path) -> None:
+    found = prediction(tmp_path, LLAMA_8B, **LORA)
+    assert found.parameters == pytest.approx(8.03e9 * 2 / 2**30, rel=0.02)
+    assert found.gradients + found.optimizer < 1.0
+
+
+def test_accumulated_gradients_are_there_during_forward(tmp_path: Path) -> None:
+    once = prediction(tmp_path, LLAMA_1B, **PURE)
+    twice = prediction(tmp_path, LLAMA_1B, gradient_accumulation_steps=2, **PURE)
+    assert once.phases[0].gradients == 0.0
+    assert twice.phases[0].gradients == twice.gradients
+
+
+def test_eager_attention_grows_with_the_square_of_the_length(tmp_path: Path) -> None:
+    keys = {"pure_bf16": True, "flash_attn": "disabled", "gradient_checkpointing": "none"}
+    short = prediction(tmp_path, LLAMA_1B, seq_len=2048, **keys).activations
+    long = prediction(tmp_path, LLAMA_1B, seq_len=8192, **keys).activations
+    assert long > 12 * short
+
+
+def test_evaluation_counts_only_with_held_out_rows(tmp_path: Path) -> None:
+    names = [p.name for p in prediction(tmp_path, LLAMA_1B, **PURE).phases]
+    held = prediction(tmp_path, LLAMA_1B, val_size=10, per_device_eval_batch_size=64, **PURE)
+    assert "evaluation" not in names
+    assert held.peak == "evaluation"
+
+
+def test_the_prediction_is_json(tmp_path: Path) -> None:
+    found = prediction(tmp_path, LLAMA_1B, **PURE)
+    assert json.loads(json.dumps(found.as_dict()))["total"] == found.total
