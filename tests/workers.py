@@ -14,6 +14,7 @@ from typing import Any
 PROGRAM = """
 import sys, json
 from raytrain_adv.config import load
+from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.worker.run import local_run
 from raytrain_adv.worker.train import train
 import torch
@@ -21,7 +22,7 @@ torch.set_num_threads(1)
 for path in sys.argv[1:]:
     job = load(path)
     run = local_run(job)
-    figures = train(job, run)
+    figures = train(job, run, export_model)
     if run.is_main:
         told = {k: figures[k] for k in ("steps", "resumed_from_step", "model_dir")}
         print("FIGURES " + json.dumps(told), flush=True)

@@ -3,7 +3,6 @@ Problem."""
 
 import difflib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,34 +96,29 @@ def read_file(path: Path) -> Document:
     return read_text(text)
 
 
-def read_text(text: str, where: str = "") -> Document:
-    """Return the keys of YAML text. With `where`, all of them are from there instead of from a
-    line."""
+def read_text(text: str) -> Document:
+    """Return the keys of YAML text, with line numbers."""
     document = Document()
     try:
         root = _compose(text)
-        document.problems = [p.at(where) for p in _check_nodes(root)] if root else []
-        if root is None or document.problems:
-            return (
-                document
-                if root
-                else _refused("it is empty", "write at least model_name_or_path and output_dir")
-            )
+        if root is None or root.tag.endswith(":null"):
+            return _refused("it is empty", "write at least model_name_or_path and output_dir")
         if not isinstance(root, yaml.MappingNode):
-            line = printable(show(text.strip().splitlines()[0]))
-            return _refused(
-                f"it is not a list of key: value lines, but {line}",
-                "write one `key: value` per line",
-            )
-        _construct(root, document, where)
+            line = show(text.strip().splitlines()[0])
+            text = f"it is not a list of key: value lines, but {line}"
+            return _refused(text, "write one `key: value` per line")
+        walk = _Walk(root)
+        document.problems = walk.problems
+        if walk.is_readable:
+            _construct(root, document)
     except yaml.YAMLError as error:
-        document.problems.append(_syntax_problem(error).at(where))
+        document.problems.append(_syntax_problem(error))
     except ValueError as error:
         text = f"a value cannot be read: {error}"
-        document.problems.append(Problem(text, "write it as text in quotes", "", where))
+        document.problems.append(Problem(text, "write it as text in quotes"))
     except RecursionError:
         text = "a value cannot be read: it is nested too deeply"
-        document.problems.append(Problem(text, "write a flat list of keys", "", where))
+        document.problems.append(Problem(text, "write a flat list of keys"))
     return document
 
 
@@ -136,9 +130,11 @@ def read_value(text: str) -> Any:
     """
     try:
         root = _compose(text)
-        for problem in _check_nodes(root) if root else ():
+        if root is None:
+            return None
+        for problem in _Walk(root).problems:
             raise ValueError(problem.text)
-        return None if root is None else _constructed(root)
+        return _constructed(root)
     except yaml.YAMLError as error:
         raise ValueError(_syntax_problem(error).text) from None
     except RecursionError:
@@ -158,16 +154,15 @@ def _compose(text: str) -> yaml.Node | None:
     return root
 
 
-def _construct(root: yaml.MappingNode, document: Document, where: str) -> None:
-    plain = [pair for pair in root.value if pair[0].tag != _MERGE]
-    if len(plain) < len(root.value):
-        merged = yaml.MappingNode(
-            root.tag, [pair for pair in root.value if pair[0].tag == _MERGE], root.start_mark
-        )
+def _construct(root: yaml.MappingNode, document: Document) -> None:
+    merges = [pair for pair in root.value if pair[0].tag == _MERGE]
+    if merges:
+        merged = yaml.MappingNode(root.tag, merges, root.start_mark)
         for key, value in _constructed(merged).items():
-            document.entries[key] = Entry(value, where or _line(root))
-    for key_node, value_node in plain:
-        document.entries[key_node.value] = Entry(_constructed(value_node), where or _line(key_node))
+            document.entries[key] = Entry(value, _line(root))
+    for key_node, value_node in root.value:
+        if _is_text(key_node):
+            document.entries[key_node.value] = Entry(_constructed(value_node), _line(key_node))
 
 
 def _constructed(node: yaml.Node) -> Any:
@@ -178,73 +173,74 @@ def _constructed(node: yaml.Node) -> Any:
         loader.dispose()
 
 
-def _check_nodes(root: yaml.Node) -> list[Problem]:
-    """Find what YAML allows and a job does not: repeated or non-text keys, other tags, loops and
-    alias bombs."""
-    problems: list[Problem] = []
-    open_nodes: set[int] = set()
-    count = 0
+class _Walk:
+    """Finds what YAML allows and a job does not: repeated or non-text keys, other tags, characters
+    that no file can hold, values that contain themselves, and aliases that multiply."""
 
-    def visit(node: yaml.Node) -> Iterator[Problem]:
-        nonlocal count
-        count += 1
-        if count > MAX_NODES:
+    def __init__(self, root: yaml.Node) -> None:
+        self.problems: list[Problem] = []
+        self.is_readable = True
+        """Whether the values can be made in spite of the problems."""
+        self._count = 0
+        self._open: set[int] = set()
+        self._visit(root)
+        if self._count > MAX_NODES:
+            text = f"more than {MAX_NODES} values"
+            self.problems.append(Problem(text, "name a job file: a page of key: value lines"))
+
+    def _refuse(self, node: yaml.Node, text: str, fix: str) -> None:
+        self.problems.append(Problem(text, fix, where=_line(node)))
+        self.is_readable = False
+
+    def _visit(self, node: yaml.Node) -> None:
+        self._count += 1
+        if self._count > MAX_NODES:
+            self.is_readable = False
             return
         if node.tag not in _TAGS:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-            yield Problem(
-                f"the tag {tag} is not read here", "write a plain value", where=_line(node)
-            )
+            self._refuse(node, f"the tag {show(tag)} is not read here", "write a plain value")
         if isinstance(node, yaml.ScalarNode):
-            yield from _check_scalar(node)
-            return
-        if id(node) in open_nodes:
-            yield Problem("a value that contains itself", "write it out", where=_line(node))
-            return
-        open_nodes.add(id(node))
-        for child in _children(node):
-            yield from child if isinstance(child, list) else visit(child)
-        open_nodes.discard(id(node))
-
-    problems.extend(visit(root))
-    if count > MAX_NODES:
-        problems.append(
-            Problem(f"more than {MAX_NODES} values", "name a job file: a page of key: value lines")
-        )
-    return problems[:100]
-
-
-def _check_scalar(node: yaml.ScalarNode) -> Iterator[Problem]:
-    if node.tag.endswith(":bool") and node.value.lower() not in _Loader.bool_values:
-        yield Problem(
-            f"{show(node.value)} is not true or false", "write true or false", where=_line(node)
-        )
-    if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in node.value):
-        yield Problem(
-            "text holds a character that no file can hold", "remove it", where=_line(node)
-        )
-
-
-def _children(node: yaml.Node) -> Iterator[yaml.Node | list[Problem]]:
-    if isinstance(node, yaml.SequenceNode):
-        yield from node.value
-        return
-    seen: dict[str, yaml.Node] = {}
-    for key, value in node.value:
-        if key.tag == _MERGE:
-            yield value
-            continue
-        if key.tag != _STRING or not isinstance(key, yaml.ScalarNode):
-            written = show(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-            yield [
-                Problem(f"the key {written} is not text", "put the key in quotes", where=_line(key))
-            ]
-        elif key.value in seen:
-            text = f"given twice, first on {_line(seen[key.value])}"
-            yield [Problem(text, "keep one of the two lines", printable(key.value), _line(key))]
+            self._check_scalar(node)
+        elif id(node) in self._open:
+            self._refuse(node, "a value that contains itself", "write it out")
         else:
-            seen[key.value] = key
-        yield value
+            self._open.add(id(node))
+            children = node.value
+            if isinstance(node, yaml.MappingNode):
+                self._check_keys([key for key, _ in node.value])
+                children = [value for _, value in node.value]
+            for child in children:
+                self._visit(child)
+            self._open.discard(id(node))
+
+    def _check_scalar(self, node: yaml.ScalarNode) -> None:
+        if node.tag.endswith(":bool") and node.value.lower() not in _Loader.bool_values:
+            self._refuse(node, f"{show(node.value)} is not true or false", "write true or false")
+        if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in node.value):
+            self._refuse(node, "a character that no file can hold", "remove it")
+
+    def _check_keys(self, keys: list[yaml.Node]) -> None:
+        seen: dict[str, yaml.Node] = {}
+        for key in keys:
+            if key.tag == _MERGE:
+                continue
+            if not _is_text(key):
+                written = (
+                    show(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+                )
+                text = f"the key {written} is not text"
+                self.problems.append(Problem(text, "put the key in quotes", where=_line(key)))
+            elif key.value in seen:
+                text = f"given twice, first on {_line(seen[key.value])}"
+                fix = "keep one of the two lines"
+                self.problems.append(Problem(text, fix, printable(key.value), _line(key)))
+            else:
+                seen[key.value] = key
+
+
+def _is_text(key: yaml.Node) -> bool:
+    return isinstance(key, yaml.ScalarNode) and key.tag == _STRING
 
 
 def _line(node: yaml.Node) -> str:

@@ -92,9 +92,7 @@ def _section(
             key = str(detail["loc"][0]) if detail["loc"] else ""
             if detail["type"] == "missing":
                 missing[key] = _STAND_IN
-                wrong[key] = Problem(
-                    f"missing: {_sentence(kind, key)}", f"add {key}: ...", key
-                )
+                wrong[key] = Problem(f"missing: {_sentence(kind, key)}", f"add {key}: ...", key)
             elif key not in wrong:
                 wrong[key] = _wrong_value(kind, key, values[key])
         whole = kind.model_validate({k: v for k, v in values.items() if k not in wrong} | missing)

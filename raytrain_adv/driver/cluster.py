@@ -82,7 +82,7 @@ def connect(job: JobConfig) -> bool:
             f"{str(error).strip().partition(chr(10))[0]}",
             "check RAY_ADDRESS and ray_init_kwargs; leave both out to start Ray on this machine",
         ) from error
-    return address == "local"
+    return bool(address == "local")
 
 
 def nodes() -> list[Node]:

@@ -52,7 +52,8 @@ class Console:
         self._file = FollowedFile(Path(output_dir) / FILE_NAME)
         self._lock = threading.RLock()
         self._finished = threading.Event()
-        self._broken = False
+        self._stopped = False
+        self._nobody_reads = False
         self._live: Live | None = None
         self._spinner = Spinner("dots")
         self._thread = threading.Thread(target=self._follow, name="live view", daemon=True)
@@ -97,6 +98,8 @@ class Console:
 
     def _update(self, closing: bool = False) -> None:
         """Take in new rows and show them."""
+        if self._stopped:
+            return
         try:
             with self._lock:
                 for row in self._file.new_rows():
@@ -127,7 +130,7 @@ class Console:
         return f"[{numbers.clock(time.time() - self._progress.started)}] {text}"
 
     def _print(self, text: str, style: str = "") -> None:
-        if self._broken:
+        if self._nobody_reads:
             return
         shown = printable(text, self._stream.encoding)
         try:
@@ -138,14 +141,13 @@ class Console:
                 self._stream.flush()
         except (OSError, ValueError):
             # The reader of a pipe is gone, or the stream is closed: nobody is there to be told.
-            self._broken = True
+            self._nobody_reads = True
 
     def _give_up(self, error: Exception) -> None:
         self._finished.set()
-        if not self._broken:
-            reason = f"{type(error).__name__}: {error}"
-            self._print(f"The live view stopped ({reason}); the run goes on, see {FILE_NAME}.")
-        self._broken = True
+        self._stopped = True
+        reason = f"{type(error).__name__}: {error}"
+        self._print(f"The live view stopped ({reason}); the run goes on, see {FILE_NAME}.")
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -29,7 +29,7 @@ COLLATERAL = (
 LAST_LINES = 12
 
 
-class StopWhenRetryCannotHelp(UserCallback):
+class StopWhenRetryCannotHelp(UserCallback):  # type: ignore[misc] # ray is Any to mypy
     """Ends the run at once on an error that running again would repeat; Ray would retry it
     max_failures times.
     """

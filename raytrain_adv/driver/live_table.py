@@ -25,6 +25,7 @@ COLUMNS = {
     "wait": 7,
 }
 COLUMN_WIDTH = 8.5
+MIN_BAR_WIDTH = 12
 
 
 def live_view(progress: Progress, spinner: Spinner, width: int, height: int) -> RenderableType:
@@ -83,18 +84,22 @@ def _eval_cells(row: Row, progress: Progress) -> dict[str, str]:
 
 
 def _bar(progress: Progress, width: int) -> RenderableType:
-    passed = numbers.clock(time.time() - progress.started)
+    passed = f"{numbers.clock(time.time() - progress.started)} passed"
     if progress.total_steps is None:
-        return Text(f"step {progress.step:,}  {passed} passed")
-    share = progress.step / progress.total_steps
+        return Text(f"step {progress.step:,}  {passed}")
     eta = progress.eta_s()
-    ends = "" if not eta else f"  {numbers.clock(eta)} left"
-    phase = "" if progress.phase == "training" else f"  {progress.phase}"
-    text = f"{share:4.0%}  {passed} passed{ends}{phase}"
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    bar_width = max(width - len(text) - 4, 8)
+    words = [f"{progress.step / progress.total_steps:4.0%}", passed]
+    if eta:
+        words.insert(1, f"{numbers.clock(eta)} left")
+    if progress.phase != "training":
+        words.append(progress.phase)
+    while len(words) > 1 and len("  ".join(words)) > width - MIN_BAR_WIDTH - 4:
+        words.pop()
+    text = "  ".join(words)
+    bar_width = width - len(text) - 4
     bar = ProgressBar(total=progress.total_steps, completed=progress.step, width=bar_width)
-    grid.add_row(bar, Text(text, no_wrap=True, overflow="ellipsis"))
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_row(bar, Text(text, no_wrap=True))
     return grid
 
 

@@ -15,6 +15,7 @@ from ray.train.torch import get_device
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
+from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.storage import Storage
 from raytrain_adv.worker.train import train
@@ -68,7 +69,7 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     if run.is_main:
         _require_shared(job, config["marker"])
     run.restarts = run.broadcast(_count_start(run) if run.is_main else None)
-    return {**train(job, run), "restarts": run.restarts}
+    return {**train(job, run, export_model), "restarts": run.restarts}
 
 
 def _count_start(run: Run) -> int:

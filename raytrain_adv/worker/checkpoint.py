@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError, RaytrainAdvError, StorageError
@@ -143,7 +144,7 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
         local = temporary
     try:
         with storage_errors("The checkpoint cannot be read", found.path):
-            dcp.load(plain, checkpoint_id=local)
+            load_state(plain, checkpoint_id=local)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -272,7 +273,7 @@ class CheckpointWriter:
         """Run in the writer's thread: write this rank's shards to where they belong."""
         try:
             with storage_errors("The checkpoint cannot be written", target.root):
-                dcp.save(
+                save_state(
                     state,
                     checkpoint_id=local,
                     process_group=self.group,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.worker.data import PreparedData
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.sample import greedy_answer
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_ANSWER_TOKENS = 96
+
+ExportFunction = Callable[[PreTrainedModel, JobConfig, Path, "PreTrainedTokenizerBase"], object]
+"""Writes the model folder; called on all ranks. The export package has it."""
 
 
 def sample_answers(
@@ -41,12 +45,18 @@ def sample_answers(
     return samples
 
 
-def export(job: JobConfig, run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+def export(
+    job: JobConfig,
+    run: Run,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    write: ExportFunction,
+) -> str:
     """Write output_dir/model on rank 0, gathered parameter by parameter; return its path."""
     out = Path(job.output.output_dir) / "model"
     with run.phase("export"):
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-        export_model(model, job, out, tokenizer)
+        write(model, job, out, tokenizer)
         run.barrier()
     return str(out)

@@ -122,7 +122,7 @@ class Meter:
         self.step_seconds += [step_s] * self.steps_since_log
         self.rates += [rate] * self.steps_since_log
         self.last_loss = loss / max(label_tokens, 1.0)
-        row = {
+        row: dict[str, Any] = {
             "kind": "train",
             "step": done,
             "epoch": self.arithmetic.epoch_after(done),

@@ -29,17 +29,16 @@ def build_optimizer(model: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
         for params, decay in ((decayed, train.weight_decay), (plain, 0.0))
         if params
     ]
-    options = {
-        "lr": train.learning_rate,
-        "betas": (train.adam_beta1, train.adam_beta2),
-        "eps": train.adam_epsilon,
-    }
+    betas, epsilon = (train.adam_beta1, train.adam_beta2), train.adam_epsilon
     if train.optim == "adamw_torch_8bit":
         from torchao.optim import AdamW8bit
 
-        optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
+        optimizer: torch.optim.Optimizer = AdamW8bit(
+            groups, lr=train.learning_rate, betas=betas, eps=epsilon
+        )
         return optimizer
-    return torch.optim.AdamW(groups, fused=train.optim == "adamw_torch_fused", **options)
+    fused = train.optim == "adamw_torch_fused"
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=epsilon, fused=fused)
 
 
 def set_learning_rate(groups: Iterable[dict[str, object]], value: float) -> None:

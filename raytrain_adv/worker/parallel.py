@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
@@ -94,7 +95,7 @@ def needs_fsdp(model: nn.Module, job: JobConfig, mesh: DeviceMesh | None) -> boo
     return mesh.size() > 1 or cast or job.parallel.fsdp_cpu_offload
 
 
-def shard(model: nn.Module, job: JobConfig, mesh: DeviceMesh | None) -> None:
+def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> None:
     """Apply activation checkpointing, compilation and FSDP2 to the model, in place and layer by
     layer.
 

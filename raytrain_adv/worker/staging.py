@@ -1,8 +1,8 @@
-"""What goes into a checkpoint: copies in host memory that training does not touch, of plain tensors.
+"""What goes into a checkpoint: copies of plain tensors in host memory, out of training's way.
 
-torchao's 8-bit optimizer states are written as float32. Block-wise quantisation of such values gives
-the same codes and scales again, and plain tensors can be read on any number of workers and without
-torchao; the subclass can be cut only along its blocks (torchao 0.18, subclass_8bit.py).
+torchao's 8-bit optimizer states are written as float32: plain tensors can be read on any number of
+workers and without torchao, where the subclass can be cut only along its blocks (torchao 0.18,
+subclass_8bit.py). Quantising them again on load is not exact to the last code.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _is_quantized(tensor: torch.Tensor) -> bool:
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     if not _is_quantized(tensor):
         return tensor.detach()
-    values: torch.Tensor = _local(tensor).dequantize()  # type: ignore[no-untyped-call]
+    values: torch.Tensor = _local(tensor).dequantize()
     if not isinstance(tensor, DTensor):
         return values
     return DTensor.from_local(

@@ -110,7 +110,7 @@ class Loop:
         logits = self.model(**batch.inputs, use_cache=False).logits
         loss = self.loss_sum(logits, batch.labels)
         # FSDP2 averages gradients over the workers; the sum is wanted, over all label tokens.
-        (loss * (self.run.world_size / max(label_tokens, 1))).backward()
+        (loss * (self.run.world_size / max(label_tokens, 1))).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def global_label_tokens(self, batch: StepBatch) -> int:

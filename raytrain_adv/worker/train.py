@@ -12,7 +12,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.transforms.apply import enabled, prepare_all
 from raytrain_adv.worker import checkpoint, data, memory, parallel, weights
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
-from raytrain_adv.worker.finish import export, sample_answers
+from raytrain_adv.worker.finish import ExportFunction, export, sample_answers
 from raytrain_adv.worker.loader import Batches
 from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.model import build
@@ -21,7 +21,7 @@ from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.steps import Loop
 
 
-def train(job: JobConfig, run: Run) -> dict[str, Any]:
+def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, Any]:
     """Train on this rank and return what the report needs. Every rank of the run calls this.
 
     Raises:
@@ -71,7 +71,7 @@ def train(job: JobConfig, run: Run) -> dict[str, Any]:
     loop.run_from(found.progress if found is not None else None)
 
     samples = sample_answers(job, run, model, tokenizer, prepared)
-    model_dir = export(job, run, model, tokenizer)
+    model_dir = export(job, run, model, tokenizer, write_model)
     return {
         **loop.figures(),
         "world_size": run.world_size,

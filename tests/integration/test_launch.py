@@ -89,7 +89,7 @@ def test_a_killed_worker_is_restarted_from_the_last_checkpoint(job_file, tmp_pat
 
 
 def test_a_killed_driver_is_no_loss(job_file, tmp_path):
-    """After SIGKILL of the driver the same job with resume_from_checkpoint goes on where it stopped."""
+    """After SIGKILL of the driver the job with resume_from_checkpoint goes on where it stopped."""
     keys = {**LINE, "max_steps": 60, "save_strategy": "steps", "save_steps": 5}
     job = job_file(**keys)
     driver = subprocess.Popen([*LAUNCH, str(job)], stdout=subprocess.DEVNULL)
@@ -141,7 +141,7 @@ def test_what_the_job_gets_wrong_is_said_in_the_house_form(job_file, broken, say
 
 
 def test_an_error_on_a_worker_reaches_the_user_as_itself(job_file, tmp_path):
-    """A disk that is full when the first checkpoint is written: the folder's place is taken by a file."""
+    """A checkpoint that cannot be written: its folder's place is taken by a file."""
     keys = {**LINE, "save_strategy": "steps", "save_steps": 2, "max_failures": 3}
     blocked = tmp_path / "storage"
     job = job_file(**keys, ray_storage_path=str(blocked), ray_run_name="run")

@@ -71,7 +71,7 @@ def _start(opening: bytes) -> subprocess.Popen[bytes]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     child = subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-c", f"from {__name__} import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
@@ -121,7 +121,8 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
         answers.flush()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Be one of the processes."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not get in between the answers
     _serve(sys.stdin.buffer, answers)

@@ -61,7 +61,9 @@ ON_RAY = {
     "resources_per_worker": {"GPU": 1},
 }
 PREPROCESSING = {
-    key: value for key, value in LORA.items() if key not in ("bf16", "learning_rate", "logging_steps")
+    key: value
+    for key, value in LORA.items()
+    if key not in ("bf16", "learning_rate", "logging_steps")
 } | {"tokenized_path": "saves/tokens"}
 FROM_THE_BOARD = {
     **LORA,
@@ -119,22 +121,34 @@ def test_a_plain_sft_file_of_llamafactory_loads(tmp_path: Path, keys: dict[str, 
         ({"use_dft_loss": True}, ["use_dft_loss", "cross-entropy"]),
         ({"use_asft_loss": True, "asft_alpha": 0.05}, ["use_asft_loss", "asft_alpha"]),
         ({"finetuning_type": "oft", "oft_block_size": 64}, ["finetuning_type", "oft_block_size"]),
-        ({"finetuning_type": "freeze", "freeze_trainable_layers": 8}, ["finetuning_type", "freeze_"]),
+        (
+            {"finetuning_type": "freeze", "freeze_trainable_layers": 8},
+            ["finetuning_type", "freeze_"],
+        ),
         ({"mixture_of_depths": "convert", "optim": "paged_adamw_8bit"}, ["mixture", "optim"]),
-        ({"pissa_init": True, "pissa_iter": 8, "pissa_convert": True}, ["pissa_init", "pissa_conv"]),
+        (
+            {"pissa_init": True, "pissa_iter": 8, "pissa_convert": True},
+            ["pissa_init", "pissa_conv"],
+        ),
         ({"loraplus_lr_ratio": 16.0}, ["loraplus_lr_ratio"]),
         ({"fsdp": "full_shard offload"}, ["fsdp", "fsdp_cpu_offload"]),
         ({"image_max_pixels": 262144, "template": "qwen3_vl_nothink"}, ["image_max_", "template"]),
         ({"use_kt": True, "kt_config": {"kt_num_threads": 96}}, ["use_kt", "kt_config"]),
         ({"stage": "dpo", "pref_beta": 0.2}, ["stage", "pref_beta"]),
         ({"do_train": False, "do_predict": True}, ["do_train", "do_predict"]),
-        ({"adapter_name_or_path": "saves/a", "predict_with_generate": True}, ["adapter", "predict_w"]),
+        (
+            {"adapter_name_or_path": "saves/a", "predict_with_generate": True},
+            ["adapter", "predict_w"],
+        ),
         ({"dataset_dir": "REMOTE:org/data"}, ["dataset_dir", "Hub datasets"]),
         ({"dataset_dir": "ONLINE"}, ["dataset_dir", "Hub datasets"]),
         ({"streaming": True, "buffer_size": 4}, ["streaming", "buffer_size"]),
         ({"fp16": True}, ["fp16", "bf16: true"]),
         ({"use_unsloth": True, "neftune_noise_alpha": 5}, ["use_unsloth", "neftune"]),
-        ({"resize_vocab": True, "additional_target": "embed_tokens"}, ["resize_vocab", "additional"]),
+        (
+            {"resize_vocab": True, "additional_target": "embed_tokens"},
+            ["resize_vocab", "additional"],
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_named_in_one_message(

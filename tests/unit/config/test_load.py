@@ -76,7 +76,7 @@ def test_a_dotted_override_into_a_number_is_refused(folder: Path) -> None:
 
 
 def test_a_mapping_may_be_written_as_text(folder: Path) -> None:
-    assert job_of(folder, "ray_init_kwargs: '{\"address\": \"auto\"}'\n").ray.ray_init_kwargs == {
+    assert job_of(folder, 'ray_init_kwargs: \'{"address": "auto"}\'\n').ray.ray_init_kwargs == {
         "address": "auto"
     }
 
@@ -252,7 +252,9 @@ def test_a_wrong_value_hides_no_other_problem_and_makes_none_up(folder: Path) ->
 
 
 def test_a_key_made_useless_by_another_is_noted(folder: Path) -> None:
-    job = job_of(folder, "max_steps: 10\nnum_train_epochs: 2\n", "save_strategy=epoch", "save_steps=7")
+    job = job_of(
+        folder, "max_steps: 10\nnum_train_epochs: 2\n", "save_strategy=epoch", "save_steps=7"
+    )
     assert any("num_train_epochs: 2 changes nothing" in note for note in job.notes)
     assert any("save_steps: 7 changes nothing" in note for note in job.notes)
 

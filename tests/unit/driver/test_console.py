@@ -158,9 +158,9 @@ def test_rows_of_before_are_not_shown_again(tmp_path):
     with MetricsFile(tmp_path / "metrics.jsonl", None) as file:
         file.append({**ROW, "step": 1})
     stream = io.StringIO()
-    with Console(tmp_path, None, stream, poll_s=0.01):
-        with MetricsFile(tmp_path / "metrics.jsonl", 1) as file:
-            file.append({**ROW, "step": 2})
+    console = Console(tmp_path, None, stream, poll_s=0.01)
+    with console, MetricsFile(tmp_path / "metrics.jsonl", 1) as file:
+        file.append({**ROW, "step": 2})
     assert re.findall(r"^step (\d+)", stream.getvalue(), re.M) == ["2"]
 
 
@@ -214,9 +214,8 @@ def test_a_closed_pipe_does_not_stop_the_run(tmp_path):
 
 
 def test_an_error_of_the_run_passes_through(tmp_path):
-    with pytest.raises(RuntimeError, match="died"):
-        with Console(tmp_path, None, io.StringIO()):
-            raise RuntimeError("worker died")
+    with pytest.raises(RuntimeError, match="died"), Console(tmp_path, None, io.StringIO()):
+        raise RuntimeError("worker died")
     assert "live view" not in [thread.name for thread in threading.enumerate()]
 
 

@@ -140,7 +140,7 @@ def test_advice_for_a_gpu_that_is_too_small_fits_it_when_followed(tmp_path: Path
 
 def test_changes_are_combined_where_no_single_one_is_enough(tmp_path: Path) -> None:
     case = llama_8b_case(tmp_path, fsdp_cpu_offload=True, gradient_checkpointing="none")
-    gpu = Gpu("small", 9.5)
+    gpu = Gpu("small", 10.2)
     advice = advise(case, gpu)
     assert advice
     assert len(advice[0].keys) > 1

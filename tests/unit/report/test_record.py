@@ -10,11 +10,26 @@ from raytrain_adv.report.contract import PATH, RECORDS, contract
 from raytrain_adv.report.record import RunReport, TransformReport, describe_failure, fold_names
 from raytrain_adv.transforms import Change, Plan
 
-CONTRACT = (
-    "status error job world_size device versions steps train_loss eval_loss "
-    "tokens_per_second_per_worker step_seconds peak_memory_gib predicted_memory_gib mfu_bf16 "
-    "restarts resumed_from_step transforms model_dir"
-).split()
+CONTRACT = [
+    "status",
+    "error",
+    "job",
+    "world_size",
+    "device",
+    "versions",
+    "steps",
+    "train_loss",
+    "eval_loss",
+    "tokens_per_second_per_worker",
+    "step_seconds",
+    "peak_memory_gib",
+    "predicted_memory_gib",
+    "mfu_bf16",
+    "restarts",
+    "resumed_from_step",
+    "transforms",
+    "model_dir",
+]
 
 
 def test_report_has_every_field_of_the_contract_from_the_start(tmp_path):
