@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_rows import TINY_LLAMA
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -19,6 +18,7 @@ from raytrain_adv.config.sections import (
     RayConfig,
     TrainConfig,
 )
+from tests.unit.worker.data.sample_rows import TINY_LLAMA
 
 MARKERS = [
     "<|im_start|>",

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_rows import pairs
 
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.worker.data import IGNORE, dataset_rows, load_tokenizer, prepare, tokenise
+from tests.unit.worker.data.sample_rows import pairs
 
 CHAT = {
     "conversations": [
@@ -425,7 +425,7 @@ def build(self, writer):
     import time; time.sleep(2)
     return original(self, writer)
 dataset_rows.TokenisedDatasets.build = build
-from sample_rows import TINY_LLAMA
+from tests.unit.worker.data.sample_rows import TINY_LLAMA
 job = JobConfig(
     ModelConfig(model_name_or_path=str(TINY_LLAMA)),
     DataConfig(dataset={file!r}, tokenized_path={str(tmp_path / "together")!r}),
