@@ -292,7 +292,7 @@ def test_a_binary_file_is_refused_with_its_line(folder: Path) -> None:
 
 
 def test_broken_yaml_names_line_and_column(folder: Path) -> None:
-    assert "line 4, column 14" in message_of(folder, "dataset_dir: [a]]\n")
+    assert "line 4, column 17" in message_of(folder, "dataset_dir: [a]]\n")
     assert "begun on line 4" in message_of(folder, "dataset_dir: [unclosed\n")
     assert "broken YAML" in message_of(folder, "\tseed: 1\n")
 

@@ -79,7 +79,12 @@ def differences_on_ranks(jobs: dict[str, JobConfig]) -> dict[str, Any]:
 @pytest.mark.parametrize(("count", "shard_size"), [(2, None), (4, None), (4, 2)])
 def test_shards_equal_from_pretrained(count: int, shard_size: int | None, tmp_path: Path) -> None:
     kinds = ("llama", "llama-tied", "qwen3", "gemma2", "mixtral", "qwen3_moe")
-    keys = {"bf16": True, "fsdp_shard_size": shard_size, "gradient_checkpointing": "full"}
+    keys = {
+        "bf16": True,
+        "fsdp_shard_size": shard_size,
+        "ray_num_workers": count,
+        "gradient_checkpointing": "full",
+    }
     jobs = {
         kind: job_for(write_checkpoint(kind, tmp_path / kind), tmp_path / f"job-{kind}", **keys)
         for kind in kinds
