@@ -1,0 +1,112 @@
+"""What users type."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raytrain_adv import cli
+from raytrain_adv.config.arguments import parse
+from raytrain_adv.errors import JobError
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(JobError) as caught:
+        parse(argv)
+    return str(caught.value)
+
+
+def test_file_overrides_and_plan_are_told_apart_in_any_order() -> None:
+    expected = ("job.yaml", ["seed=1", "run_name=a b"], True)
+    assert parse(["job.yaml", "seed=1", "--plan", "run_name=a b"]) == expected
+    assert parse(["--plan", "seed=1", "run_name=a b", "job.yaml"]) == expected
+
+
+def test_a_path_with_an_equals_sign_is_a_path_when_it_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "lr=1.yaml"
+    path.write_text("a: 1")
+    assert parse([str(path), "lr=2"]) == (str(path), ["lr=2"], False)
+
+
+def test_a_flag_says_how_the_key_is_written() -> None:
+    assert "write learning_rate=1e-4" in refusal("job.yaml", "--learning-rate", "1e-4")
+    assert "write learning_rate=1e-4" in refusal("job.yaml", "--learning_rate=1e-4")
+    assert "write bf16=true" in refusal("job.yaml", "--bf16")
+
+
+def test_a_key_without_a_value_says_how_it_is_written() -> None:
+    assert "write bf16=value" in refusal("job.yaml", "bf16")
+
+
+def test_no_file_shows_the_usage() -> None:
+    assert "usage: python -m raytrain_adv.launch job.yaml" in refusal()
+    assert "no job file is named" in refusal("seed=1")
+
+
+def test_all_wrong_arguments_are_in_one_message() -> None:
+    assert "(3 problems)" in refusal("job.yaml", "--a", "--b", "c")
+
+
+@pytest.mark.parametrize("argv", [["plan"], ["plan", "none.yaml"], ["schema", "x"], ["job.yaml"]])
+def test_a_wrong_command_line_ends_with_2_and_a_message(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    assert "fix:" in capsys.readouterr().err
+
+
+def test_a_job_file_without_a_command_says_launch(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["job.yaml"])
+    assert "raytrain-adv launch job.yaml" in capsys.readouterr().err
+
+
+def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    assert cli.main([]) == 0
+    assert "raytrain-adv COMMAND" in capsys.readouterr().out
+
+
+def test_schema_is_printed_or_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "job.schema.json"
+    assert cli.main(["schema"]) == 0
+    assert cli.main(["schema", "--output", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(path.read_text())
+
+
+def test_a_schema_that_cannot_be_written_is_an_error_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["schema", "--output", str(tmp_path / "none" / "x.json")]) != 0
+    assert "found:" in capsys.readouterr().err
+
+
+def test_loading_a_job_is_quick_and_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("model_name_or_path: a/b\noutput_dir: c\ndataset: d\n")
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "import raytrain_adv.config as c\n"
+        f"c.load({str(job)!r}, ['seed=1'])\n"
+        "took = time.perf_counter() - start\n"
+        "heavy = {'torch', 'ray', 'transformers', 'numpy', 'peft'} & set(sys.modules)\n"
+        "print(took, *heavy)"
+    )
+    ran = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    printed = [run.stdout.split() for run in ran]
+    assert [words[1:] for words in printed] == [[], [], []]
+    # The quickest of three: other processes of a busy machine are no part of the claim.
+    assert min(float(words[0]) for words in printed) < 1.0
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"{sys.executable} -m raytrain_adv.cli schema | head -n 1; echo ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["{", "0"]
+    assert ran.stderr == ""

@@ -1,0 +1,145 @@
+"""Whatever stands in a job file or on a command line: a job, or one message in the house form."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from raytrain_adv import cli
+from raytrain_adv.config import JobConfig, load
+from raytrain_adv.config.arguments import parse
+from raytrain_adv.config.discovery import section_types
+from raytrain_adv.config.llamafactory import known_keys
+from raytrain_adv.errors import JobError
+
+KEYS = sorted({*known_keys(), *(key for kind in section_types() for key in kind.model_fields)})
+SMALLEST = {"model_name_or_path": "org/model", "output_dir": "saves/run", "dataset": "rows.jsonl"}
+FILES = Path(tempfile.mkdtemp(prefix="raytrain_adv_fuzz_"))
+
+fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["auto", "none", "1e-4", "steps", "no", "full", "lora", "{", "{a: 1}", "\0"])
+    | st.dates()
+    | st.binary(max_size=5)
+)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+keys = st.sampled_from(KEYS) | st.text(max_size=20)
+jobs = st.dictionaries(keys, values, max_size=6)
+
+
+def outcome(content: bytes, overrides: list[str] | None = None) -> JobConfig | None:
+    """Return the job, or nothing where it is refused as it should be."""
+    path = FILES / "job.yaml"
+    path.write_bytes(content)
+    try:
+        job = load(path, overrides or [])
+    except JobError as error:
+        lines = str(error).splitlines()
+        assert "cannot be run as written" in lines[0]
+        assert lines[1].startswith("  found: ")
+        assert any(line.startswith("  fix:   ") for line in lines)
+        str(error).encode()
+        return None
+    job.fingerprint()
+    return job
+
+
+@fuzz
+@given(st.binary(max_size=200))
+@example(b"\x00")
+@example(b"a: &a [*a]\n")
+@example(b"<<: &a {<<: *a}\n")
+@example(b"<<: [1]\n")
+@example(b"a: !!bool maybe\n")
+@example(b"a: !!int x\n")
+@example(b"a: " + b"9" * 5000)
+@example(b"seed: " + b"9" * 4000)
+@example(b"learning_rate: 0x" + b"f" * 4000)
+@example(b'a: "\\ud800"\n')
+@example(b'"\\ud800": 1\n')
+@example(b"? {a: b}\n: c\n")
+@example(b"a: << \n")
+@example(b"!!str a: 1\n")
+@example(b"!!map [a]\n")
+@example(b"--- a\n--- b\n")
+@example(b"%YAML 9.9\n---\na: 1\n")
+@example(b"a: 1__0\n? !!str [x]\n: y\n")
+@example(b"\xef\xbb\xbfseed: 1\n")
+def test_any_bytes_are_a_job_or_a_message(content: bytes) -> None:
+    outcome(content)
+
+
+@fuzz
+@given(jobs)
+def test_any_keys_and_values_are_a_job_or_a_message(job: dict[str, Any]) -> None:
+    outcome(yaml.dump({**SMALLEST, **job}, allow_unicode=True).encode("utf-8", "replace"))
+
+
+@fuzz
+@given(st.lists(st.tuples(keys, st.text(max_size=20)), max_size=4), st.lists(st.text(max_size=12)))
+def test_any_override_is_a_job_or_a_message(
+    pairs: list[tuple[str, str]], others: list[str]
+) -> None:
+    overrides = [f"{key}={value}" for key, value in pairs] + others
+    outcome(yaml.safe_dump(SMALLEST).encode(), overrides)
+
+
+@fuzz
+@given(st.sampled_from(KEYS), scalars)
+def test_one_key_of_any_value_is_in_the_job_or_in_the_message(key: str, value: Any) -> None:
+    path = FILES / "one.yaml"
+    path.write_text(yaml.dump({**SMALLEST, key: value}), encoding="utf-8", errors="replace")
+    try:
+        job = load(path)
+    except JobError as error:
+        assert key in str(error) or "tag" in str(error) or "character" in str(error)
+        return
+    assert isinstance(job, JobConfig)
+
+
+@fuzz
+@given(st.text(max_size=40))
+def test_any_path_is_a_message(path: str) -> None:
+    with contextlib.suppress(JobError):
+        load(str(FILES / "nowhere" / path.replace("..", "")))
+
+
+@fuzz
+@given(st.lists(st.text(max_size=12) | st.sampled_from(["--plan", "job.yaml", "a=1", "--a"])))
+def test_any_command_line_is_read_or_refused(argv: list[str]) -> None:
+    with contextlib.suppress(JobError, SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        parse(argv)
+
+
+@fuzz
+@given(
+    st.sampled_from(["plan", "launch", "schema", "nonsense"]),
+    st.lists(st.text(max_size=12).filter(lambda text: not text.startswith("-o")), max_size=3),
+)
+def test_no_traceback_leaves_the_console_script(command: str, rest: list[str]) -> None:
+    missing = str(FILES / "missing.yaml")
+    arguments = [missing, *rest] if command in ("plan", "launch") else ["x", *rest]
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.suppress(SystemExit):
+            assert cli.main([command, *arguments]) == 2
+            assert "cannot be run as written" in errors.getvalue()
