@@ -20,8 +20,8 @@ from raytrain_adv.config.section import Section
 
 COMMAND_LINE = "command line"
 _STAND_IN = "?"
-"""Value of a required key that is missing, so that the rules between the others can still be
-applied."""
+"""Value of a required key that is missing or wrong, so that the rules between the others can still
+be applied."""
 
 
 def load(path: str | Path, overrides: Iterable[str] | None = None) -> JobConfig:
@@ -82,21 +82,22 @@ def _section(
     values = {key: _as_written(kind, key, value) for key, value in given.items()}
     problems = {key: _bool_for_number(kind, key, value) for key, value in values.items()}
     wrong = {key: problem for key, problem in problems.items() if problem is not None}
-    missing: dict[str, Any] = {}
     try:
-        whole = kind.model_validate(
-            {key: value for key, value in values.items() if key not in wrong}
-        )
+        whole = kind.model_validate({k: v for k, v in values.items() if k not in wrong})
     except ValidationError as error:
         for detail in error.errors(include_url=False, include_context=False, include_input=False):
-            key = str(detail["loc"][0]) if detail["loc"] else ""
-            if detail["type"] == "missing":
-                missing[key] = _STAND_IN
+            key = str(detail["loc"][0])
+            if key not in values:
                 wrong[key] = Problem(f"missing: {_sentence(kind, key)}", f"add {key}: ...", key)
             elif key not in wrong:
                 wrong[key] = _wrong_value(kind, key, values[key])
-        whole = kind.model_validate({k: v for k, v in values.items() if k not in wrong} | missing)
+        right = {key: value for key, value in values.items() if key not in wrong}
+        whole = kind.model_validate(right | _stand_ins(kind, wrong))
     return whole, [problem for key, problem in wrong.items() if key not in refused]
+
+
+def _stand_ins(kind: type[Section], wrong: Iterable[str]) -> dict[str, str]:
+    return {key: _STAND_IN for key in wrong if kind.model_fields[key].is_required()}
 
 
 def _sentence(kind: type[Section], key: str) -> str:

@@ -37,10 +37,15 @@ class Problem:
         return self if self.where else replace(self, where=where)
 
 
+def is_secret(key: str) -> bool:
+    """Whether a key's value must not be repeated in a message."""
+    return key.endswith(_SECRET_ENDINGS)
+
+
 def show(value: Any, key: str = "") -> str:
     """Return a value as one would write it in YAML, shortened; never the value of a key that holds
     a secret."""
-    if key.endswith(_SECRET_ENDINGS) and value is not None:
+    if value is not None and is_secret(key):
         return "(not shown)"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

@@ -7,6 +7,7 @@ from typing import Any
 from raytrain_adv.config.discovery import section_types
 from raytrain_adv.config.llamafactory_keys import SAME
 from raytrain_adv.config.section import Section
+from raytrain_adv.config.sections import LARGEST
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -86,7 +87,11 @@ _BOUNDS = {
 
 
 def _range(field: Mapping[str, Any]) -> str:
-    bounds = [words.format(f"{field[key]:.10g}") for key, words in _BOUNDS.items() if key in field]
+    bounds = [
+        words.format(f"{field[key]:.10g}")
+        for key, words in _BOUNDS.items()
+        if key in field and field[key] < LARGEST
+    ]
     return " " + " and ".join(bounds) if bounds else ""
 
 

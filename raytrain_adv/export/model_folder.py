@@ -151,6 +151,7 @@ def verify_folder(
     reference: torch.Tensor,
     device: torch.device | None = None,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> float:
     """Load an exported folder as a user would, and return how far its logits are from the trained
     model's.
@@ -161,6 +162,7 @@ def verify_folder(
         reference: [batch, tokens, vocabulary], the trained model's logits for them.
         device: where to load it; none means the CPU.
         trust_remote_code: run model code that is in the folder.
+        attn_implementation: the attention the reference was made with, as transformers names it.
 
     Returns:
         The largest absolute difference.
@@ -170,7 +172,11 @@ def verify_folder(
     """
     auto: Any = AutoModelForCausalLM
     model, info = auto.from_pretrained(
-        folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
+        folder,
+        dtype="auto",
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
     )
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:

@@ -53,7 +53,7 @@ def build(job: JobConfig) -> PreTrainedModel:
             model: PreTrainedModel = auto.from_config(
                 config,
                 dtype=parameter_dtype(job),
-                attn_implementation=ATTENTION[job.model.flash_attn],
+                attn_implementation=attention(job, config),
                 trust_remote_code=job.model.trust_remote_code,
             )
     except Exception as error:
@@ -302,6 +302,24 @@ def refusal_of(job: JobConfig, config: PretrainedConfig | None, error: Exception
         f"{type(error).__name__}: {first_line(error)}",
         "check its config.json; a newer architecture may need a newer transformers",
     )
+
+
+def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
+    """Return transformers' name of the attention to use; none leaves the choice to transformers.
+
+    Raises:
+        JobError: when the attention asked for would leave out what the architecture computes.
+    """
+    # PyTorch's fused attention has no cap on the scores; transformers before 5.23 uses it all the
+    # same for Gemma 2, and drops the cap. Remove when the lowest transformers allowed refuses.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and job.model.flash_attn == "sdpa":
+        raise JobError(
+            f"{job.model.model_name_or_path} does not support flash_attn: sdpa",
+            "its config caps attention scores (attn_logit_softcapping), which sdpa cannot",
+            "set flash_attn: auto",
+        )
+    return "eager" if capped and job.model.flash_attn == "auto" else ATTENTION[job.model.flash_attn]
 
 
 def check_attention(job: JobConfig) -> None:

@@ -107,8 +107,8 @@ class Loop:
         workers.
         """
         torch.manual_seed(hash((self.job.train.seed, step, batch.number)) & 0x7FFFFFFF)
-        logits = self.model(**batch.inputs, use_cache=False).logits
-        loss = self.loss_sum(logits, batch.labels)
+        # No name holds the logits: backward frees them as soon as it is past them.
+        loss = self.loss_sum(self.model(**batch.inputs, use_cache=False).logits, batch.labels)
         # FSDP2 averages gradients over the workers; the sum is wanted, over all label tokens.
         (loss * (self.run.world_size / max(label_tokens, 1))).backward()  # type: ignore[no-untyped-call]
         return loss.detach()

@@ -38,6 +38,10 @@ def test_a_flag_says_how_the_key_is_written() -> None:
     assert "write bf16=true" in refusal("job.yaml", "--bf16")
 
 
+def test_a_secret_in_a_flag_is_not_repeated() -> None:
+    assert "xyzzy" not in refusal("job.yaml", "--hf_hub_token=xyzzy", "--hf_hub_token", "xyzzy")
+
+
 def test_a_key_without_a_value_says_how_it_is_written() -> None:
     assert "write bf16=value" in refusal("job.yaml", "bf16")
 
@@ -48,7 +52,7 @@ def test_no_file_shows_the_usage() -> None:
 
 
 def test_all_wrong_arguments_are_in_one_message() -> None:
-    assert "(3 problems)" in refusal("job.yaml", "--a", "--b", "c")
+    assert "(3 problems)" in refusal("job.yaml", "--a=1", "b", "--c")
 
 
 @pytest.mark.parametrize("argv", [["plan"], ["plan", "none.yaml"], ["schema", "x"], ["job.yaml"]])

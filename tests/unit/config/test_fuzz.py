@@ -21,7 +21,8 @@ from raytrain_adv.errors import JobError
 
 KEYS = sorted({*known_keys(), *(key for kind in section_types() for key in kind.model_fields)})
 SMALLEST = {"model_name_or_path": "org/model", "output_dir": "saves/run", "dataset": "rows.jsonl"}
-FILES = Path(tempfile.mkdtemp(prefix="raytrain_adv_fuzz_"))
+FOLDER = tempfile.TemporaryDirectory()  # removed when the interpreter ends
+FILES = Path(FOLDER.name)
 
 fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 scalars = (
@@ -139,7 +140,9 @@ def test_no_traceback_leaves_the_console_script(command: str, rest: list[str]) -
     missing = str(FILES / "missing.yaml")
     arguments = [missing, *rest] if command in ("plan", "launch") else ["x", *rest]
     errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        with contextlib.suppress(SystemExit):
-            assert cli.main([command, *arguments]) == 2
-            assert "cannot be run as written" in errors.getvalue()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stderr(errors))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.suppress(SystemExit))  # from --help
+        assert cli.main([command, *arguments]) == 2
+        assert "cannot be run as written" in errors.getvalue()

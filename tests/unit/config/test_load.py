@@ -259,6 +259,13 @@ def test_a_key_made_useless_by_another_is_noted(folder: Path) -> None:
     assert any("save_steps: 7 changes nothing" in note for note in job.notes)
 
 
+@pytest.mark.parametrize("written", ["null", "true", "[]", "3", "''"])
+def test_a_wrong_value_of_a_required_key_is_one_problem(folder: Path, written: str) -> None:
+    message = message_of(folder, "", f"output_dir={written}")
+    assert "(1 problem)" in message
+    assert "command line: output_dir" in message
+
+
 def test_a_folder_is_not_a_job_file(folder: Path) -> None:
     (folder / "quick.yaml").write_text(SMALLEST)
     message = refusal_of(folder)

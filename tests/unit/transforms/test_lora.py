@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from raytrain_adv import hardware
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.export.model_folder import export_model
@@ -36,16 +36,12 @@ def lora_job(folder: Path, place: Path, **keys: Any) -> JobConfig:
 
 def adapted(job: JobConfig, seed: int = 3) -> PreTrainedModel:
     model = build(job)
-    prepare_all(job, model)
+    prepare_all(job, model, hardware.detect(CPU))
     parallel.shard(model, job, parallel.build_mesh(job, CPU))
     materialize(model, CPU)
     load_pretrained(model, job, CPU)
     for transform in enabled(job):
         transform.initialize(model, seed)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # gloo has no PREMUL_SUM, which FSDP2 would use for a divide factor of 1.
-            module.set_force_sum_reduction_for_comms(True)
     return model
 
 
