@@ -21,7 +21,9 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.worker.metrics_file import plain_row
 from raytrain_adv.worker.redact import redact
 
-STATE_FILE = "trackers.json"
+FOLDER = "trackers"
+"""Folder in output_dir for what trackers write."""
+STATE_FILE = "runs.json"
 CLOSE_TIMEOUT_S = 60.0
 NOT_METRICS = frozenset({"kind", "step", "time", "non_finite"})
 
@@ -176,19 +178,22 @@ def open_trackers(
     output_dir = Path(job.output.output_dir)
     run_name = run_name or job.output.run_name or output_dir.resolve().name
     shown = redact(job.flat() if config is None else config)
-    run_ids = _read_ids(output_dir) if resume_step else {}
+    folder = output_dir / FOLDER
+    run_ids = _read_ids(folder) if resume_step else {}
     trackers: list[Tracker] = []
+    if wanted:
+        folder.mkdir(parents=True, exist_ok=True)
     for name in wanted:
-        opened = _OPENERS[name](output_dir, run_name, shown, resume_step, run_ids.get(name))
+        opened = _OPENERS[name](folder, run_name, shown, resume_step, run_ids.get(name))
         trackers.append(opened)
         run_ids[name] = opened.run_id
     if wanted:
-        (output_dir / STATE_FILE).write_text(json.dumps(run_ids))
+        (folder / STATE_FILE).write_text(json.dumps(run_ids))
     return Trackers(tuple(trackers), emit)
 
 
 class TensorBoard:
-    """TensorBoard event files in output_dir/tensorboard."""
+    """TensorBoard event files in output_dir/trackers/tensorboard."""
 
     name = "tensorboard"
     failures: tuple[type[BaseException], ...] = (OSError,)
@@ -196,7 +201,7 @@ class TensorBoard:
 
     def __init__(
         self,
-        output_dir: Path,
+        folder: Path,
         run_name: str,
         config: dict[str, Any],
         resume_step: int,
@@ -207,7 +212,7 @@ class TensorBoard:
         # ones.
         purge = resume_step + 1 if resume_step else None
         try:
-            self._writer = writer(str(output_dir / "tensorboard"), purge_step=purge)
+            self._writer = writer(str(folder / "tensorboard"), purge_step=purge)
         except OSError as error:
             fix = "check that output_dir can be written to"
             raise _cannot_open(self.name, error, fix) from error
@@ -232,7 +237,7 @@ class Wandb:
 
     def __init__(
         self,
-        output_dir: Path,
+        folder: Path,
         run_name: str,
         config: dict[str, Any],
         resume_step: int,
@@ -244,7 +249,7 @@ class Wandb:
             self._run = wandb.init(
                 name=run_name,
                 config=config,
-                dir=str(output_dir),
+                dir=str(folder),
                 id=run_id,
                 resume="allow" if run_id else None,
             )
@@ -273,7 +278,7 @@ class Mlflow:
 
     def __init__(
         self,
-        output_dir: Path,
+        folder: Path,
         run_name: str,
         config: dict[str, Any],
         resume_step: int,
@@ -340,9 +345,9 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
-def _read_ids(output_dir: Path) -> dict[str, str]:
+def _read_ids(folder: Path) -> dict[str, str]:
     try:
-        ids: dict[str, str] = json.loads((output_dir / STATE_FILE).read_text())
+        ids: dict[str, str] = json.loads((folder / STATE_FILE).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         # The run did not report to anything before, or was killed as it began to: it begins there.
         return {}

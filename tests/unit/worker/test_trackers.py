@@ -40,7 +40,6 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 def scalars(folder: Path) -> list[tuple[int, str, float]]:
     from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the format's writer)
 
     found = []
     for file in sorted(folder.glob("events.*")):
@@ -115,7 +114,7 @@ def test_tensorboard_gets_the_numbers_of_each_row(tmp_path):
     opened.log(ROW, 3)
     opened.log({"kind": "eval", "step": 3, "loss": 2.0, "perplexity": 7.4}, 3)
     opened.close()
-    assert scalars(tmp_path / "tensorboard") == [
+    assert scalars(tmp_path / "trackers" / "tensorboard") == [
         (3, "train/loss", 2.5),
         (3, "eval/loss", 2.0),
         (3, "eval/perplexity", pytest.approx(7.4)),
@@ -199,7 +198,7 @@ def test_wandb_goes_on_in_the_run_that_is_resumed(tmp_path, monkeypatch):
     inits = [arguments for call, arguments in fake.calls if call == "init"]
     assert [(i["id"], i["resume"]) for i in inits] == [(None, None), ("abc", "allow")]
     assert ("log", {"train/loss": 2.5, "step": 3}) in fake.calls
-    assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "abc"}
+    assert json.loads((tmp_path / "trackers" / "runs.json").read_text()) == {"wandb": "abc"}
 
 
 def test_a_tracker_that_cannot_be_opened_stops_the_job(tmp_path, monkeypatch):
@@ -224,7 +223,7 @@ def test_wandb_offline_writes_a_run(tmp_path, monkeypatch):
     opened = open_trackers(job_with("wandb", tmp_path))
     opened.log(ROW, 3)
     opened.close()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert list(tmp_path.glob("trackers/wandb/offline-run-*/*.wandb"))
 
 
 @needs("mlflow")
@@ -237,6 +236,6 @@ def test_mlflow_writes_metrics_and_resumes_its_run(tmp_path, monkeypatch):
         opened = open_trackers(job_with("mlflow", tmp_path), resume_step=resume_step)
         opened.log({**ROW, "step": resume_step + 1}, resume_step + 1)
         opened.close()
-    run_id = json.loads((tmp_path / "trackers.json").read_text())["mlflow"]
+    run_id = json.loads((tmp_path / "trackers" / "runs.json").read_text())["mlflow"]
     history = MlflowClient().get_metric_history(run_id, "train/loss")
     assert sorted((m.step, m.value) for m in history) == [(1, 2.5), (4, 2.5)]
