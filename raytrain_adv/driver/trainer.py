@@ -18,13 +18,14 @@ from raytrain_adv.driver.cluster import Placement
 from raytrain_adv.driver.console import Console, summary
 from raytrain_adv.driver.failures import StopWhenRetryCannotHelp, translated
 from raytrain_adv.driver.output import Output
-from raytrain_adv.driver.plan import render, resolve
+from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.ray_worker import ray_worker
 from raytrain_adv.errors import RaytrainAdvError
 from raytrain_adv.report import record
 from raytrain_adv.report.build import failed, finished, started
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import RunReport
+from raytrain_adv.worker import trackers
 from raytrain_adv.worker.data import PreparedData, prepare
 
 
@@ -49,8 +50,8 @@ def _run_in(job: JobConfig, place: Output, console: Console) -> RunReport:
     timeline: dict[str, float] = {}
     report = started(job, output.run_name(job))
     try:
-        placement = _prepare(job, console, timeline)
-        report = started(job, output.run_name(job), placement.num_workers)
+        placement, plan = _prepare(job, console, timeline)
+        report = started(job, output.run_name(job), placement.num_workers, plan.memory)
         record.write(report, place.folder)
         start = time.perf_counter()
         result = fit(job, place, placement, console)
@@ -66,8 +67,11 @@ def _run_in(job: JobConfig, place: Output, console: Console) -> RunReport:
     return report
 
 
-def _prepare(job: JobConfig, console: Console, timeline: dict[str, float]) -> Placement:
+def _prepare(
+    job: JobConfig, console: Console, timeline: dict[str, float]
+) -> tuple[Placement, RunPlan]:
     """Tokenise the data while Ray starts; then settle where the job runs, and show the plan."""
+    trackers.check(job.output.report_to)
     start = time.perf_counter()
     with ThreadPoolExecutor(max_workers=1) as pool:
         data: Future[PreparedData] = pool.submit(prepare, job, console.say)
@@ -78,13 +82,15 @@ def _prepare(job: JobConfig, console: Console, timeline: dict[str, float]) -> Pl
         placement = cluster.settle(job, started_here)
         timeline["Ray"] = time.perf_counter() - start
         prepared = data.result()
+    # Only what the data took longer than Ray: both went on at the same time.
     timeline["data"] = time.perf_counter() - start - timeline["Ray"]
     start = time.perf_counter()
-    console.say(render(resolve(job, world_size=placement.num_workers, data=prepared)))
+    plan = resolve(job, world_size=placement.num_workers, data=prepared)
     console.say(placement.note)
+    console.say(render_brief(plan))
     timeline["plan"] = time.perf_counter() - start
     cluster.wait_for_room(placement, console.say)
-    return placement
+    return placement, plan
 
 
 def _address() -> str:
