@@ -14,6 +14,7 @@ from raytrain_adv.config import llamafactory, rules
 from raytrain_adv.config.discovery import SECTIONS, section_types, transform_types
 from raytrain_adv.config.document import MAX_DEPTH, Document, Entry, read_file, read_value
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.other_formats import WRITTEN_AS
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
 from raytrain_adv.config.section import Section
@@ -56,6 +57,7 @@ def _check(document: Document) -> _Checked:
     translated = llamafactory.translate(values, owned)
     problems = [*translated.problems, *(_unknown(key, owned) for key in translated.unknown)]
     refused = {translated.names.get(p.key, p.key) for p in problems}
+    refused |= {WRITTEN_AS[key] for key in translated.unknown if key in WRITTEN_AS}
     sections: dict[type[Section], Section] = {}
     for kind in kinds:
         given = {key: value for key, value in translated.keys.items() if key in kind.model_fields}
@@ -170,10 +172,10 @@ def _choices(schema: Mapping[str, Any]) -> list[str]:
 
 def _unknown(key: str, owned: frozenset[str]) -> Problem:
     normal = key.strip().lower().replace("-", "_").lstrip("_")
-    near = difflib.get_close_matches(normal, sorted(owned), 1, 0.7)
-    near = near or difflib.get_close_matches(
-        normal, sorted({*owned, *llamafactory.known_keys()}), 1, 0.6
-    )
+    near = [WRITTEN_AS[normal]] if normal in WRITTEN_AS else []
+    near = near or difflib.get_close_matches(normal, sorted(owned), 1, 0.7)
+    # A key that would be refused is worth naming only where it is the one that was meant.
+    near = near or difflib.get_close_matches(normal, sorted(llamafactory.known_keys()), 1, 0.85)
     fix = (
         f"did you mean {near[0]}?"
         if near

@@ -17,6 +17,9 @@ Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Names = Text | Annotated[list[Text], Field(min_length=1)]
 Steps = Annotated[float, Field(gt=0, le=LARGEST)]
 Tracker = Literal["none", "tensorboard", "wandb", "mlflow"]
+Template = Literal[
+    "llama3", "chatml", "qwen", "qwen3_nothink", "mistral", "gemma", "phi", "alpaca", "default"
+]
 SCHEDULE_OPTIONS = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
     "warmup_stable_decay": ("num_decay_steps", "min_lr_ratio"),
@@ -52,20 +55,7 @@ class DataConfig(Section):
     """Datasets for evaluation, written as dataset is; excludes val_size."""
     dataset_dir: Text = "data"
     """Folder that holds dataset_info.json and the files it names."""
-    template: (
-        Literal[
-            "llama3",
-            "chatml",
-            "qwen",
-            "qwen3_nothink",
-            "mistral",
-            "gemma",
-            "phi",
-            "alpaca",
-            "default",
-        ]
-        | None
-    ) = None
+    template: Template | None = None
     """Chat template; none uses the tokenizer's own."""
     default_system: str | None = None
     """System message for conversations that have none."""
