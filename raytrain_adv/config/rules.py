@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.problems import Problem, show
+from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.section import Section
 
 
@@ -69,14 +69,31 @@ def _evaluation(job: JobConfig) -> Iterable[Problem]:
         )
 
 
+def check_workers(job: JobConfig, num_workers: int | None) -> None:
+    """Refuse a number of workers, other than the job's own, that could not run the job.
+
+    Raises:
+        JobError: naming the key that stands against it.
+    """
+    if num_workers is not None and (problem := _misfit(job, num_workers, "--workers")):
+        raise job_error("The command line", [problem])
+
+
 def _workers(job: JobConfig) -> Iterable[Problem]:
-    shard, workers = job.parallel.fsdp_shard_size, job.ray.ray_num_workers
-    if shard is not None and isinstance(workers, int) and workers % shard:
-        yield Problem(
-            f"{workers} workers cannot be divided into groups of {shard}",
-            "give an fsdp_shard_size that divides ray_num_workers, or delete it",
-            "fsdp_shard_size and ray_num_workers",
-        )
+    workers = job.ray.ray_num_workers
+    if isinstance(workers, int) and (problem := _misfit(job, workers, "ray_num_workers")):
+        yield problem
+
+
+def _misfit(job: JobConfig, workers: int, key: str) -> Problem | None:
+    shard = job.parallel.fsdp_shard_size
+    if shard is None or workers % shard == 0:
+        return None
+    return Problem(
+        f"{workers} workers cannot be divided into groups of {shard}",
+        f"give an fsdp_shard_size that divides {key}, or delete it",
+        f"fsdp_shard_size and {key}",
+    )
 
 
 def _devices(job: JobConfig) -> Iterable[Problem]:
