@@ -1,5 +1,6 @@
 """Rules between keys of different sections: what cannot stand together, and what has no effect."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -7,9 +8,13 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.section import Section
 
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
+"""What Linux file systems hold."""
+
 
 def contradictions(job: JobConfig) -> Iterable[Problem]:
     """Find keys of different sections that cannot stand together; each Problem names them all."""
+    yield from _paths(job)
     yield from _evaluation(job)
     yield from _workers(job)
     yield from _devices(job)
@@ -46,6 +51,44 @@ def notes(job: JobConfig) -> Iterable[str]:
     if job.model.asked_for("model_revision") and Path(job.model.model_name_or_path).is_dir():
         revision = show(job.model.model_revision)
         yield f"model_revision: {revision} changes nothing: model_name_or_path is a folder"
+
+
+def _paths(job: JobConfig) -> Iterable[Problem]:
+    """Find paths that no file system can hold, and files where a folder is needed."""
+    model, data, output, ray = job.model, job.data, job.output, job.ray
+    folders = {
+        "dataset_dir": data.dataset_dir,
+        "tokenized_path": data.tokenized_path,
+        "cache_dir": model.cache_dir,
+        "output_dir": output.output_dir,
+    }
+    named = {
+        **folders,
+        "model_name_or_path": model.model_name_or_path,
+        "dataset": data.dataset,
+        "eval_dataset": data.eval_dataset,
+        "resume_from_checkpoint": output.resume_from_checkpoint,
+        "run_name": output.run_name,
+        "ray_run_name": ray.ray_run_name,
+        "ray_storage_path": ray.ray_storage_path,
+    }
+    for key, value in named.items():
+        paths = value if isinstance(value, list) else str(value or "").split(",")
+        longest = max(len(os.fsencode(name)) for path in paths for name in path.split("/"))
+        whole = max(len(os.fsencode(path)) for path in paths)
+        if longest > MAX_NAME_BYTES or whole > MAX_PATH_BYTES:
+            text = f"a name of {longest} bytes in a path of {whole}"
+            fix = f"give names of at most {MAX_NAME_BYTES} bytes, {MAX_PATH_BYTES} in all"
+            yield Problem(text, fix, key)
+        elif key in folders and isinstance(value, str) and _is_other_than_a_folder(value):
+            yield Problem(f"{show(value)} is there, and is not a folder", "name a folder", key)
+
+
+def _is_other_than_a_folder(path: str) -> bool:
+    try:
+        return os.path.exists(path) and not os.path.isdir(path)
+    except ValueError:
+        return False
 
 
 def _evaluates(job: JobConfig) -> bool:

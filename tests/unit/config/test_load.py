@@ -233,6 +233,9 @@ def test_keys_that_contradict_each_other_are_named(folder: Path, text: str, keys
         ("resources_per_worker: {GPU: 2}\n", "drives one GPU"),
         ("report_to: [none, wandb]\n", "none stands beside trackers"),
         ("dataset: ''\n", "given twice"),
+        ("tokenized_path: " + "x" * 300 + "\n", "a name of 300 bytes"),
+        ("eval_dataset: [a, " + "é/" * 3000 + "]\n", "in a path of 9000"),
+        ("tokenized_path: /dev/null\n", "is there, and is not a folder"),
         ("eval_steps: 10\n", "hold rows out with val_size or eval_dataset"),
         ("eval_dataset: ' , '\n", "names no dataset"),
         ("report_to: [wandb, wandb]\n", "listed twice"),
@@ -249,6 +252,11 @@ def test_a_value_that_would_do_nothing_or_harm_is_refused(
     folder: Path, text: str, word: str
 ) -> None:
     assert word in message_of(folder, text)
+
+
+def test_a_long_list_of_datasets_is_no_long_name(folder: Path) -> None:
+    names = ",".join(f"rows_{n:03d}.jsonl" for n in range(500))
+    assert job_of(folder, "", f"dataset={names}").data.dataset == names
 
 
 def test_adapter_keys_without_adapters_are_refused(folder: Path) -> None:
