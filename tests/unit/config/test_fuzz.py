@@ -207,9 +207,15 @@ def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(main: Any, *argv: str) -> tuple[int, str]:
-    """Return exit code and stderr of a command that runs in this process."""
+    """Return exit code and stderr of a command that runs in this process; what it writes under a
+    relative path, even ../../x, stays among the test's files."""
     errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+    folder = FILES / "deep" / "deeper"
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(folder))
+        stack.enter_context(contextlib.redirect_stderr(errors))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         code = main(list(argv))
     return code, errors.getvalue()
 
