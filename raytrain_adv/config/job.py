@@ -102,13 +102,13 @@ class JobConfig:
         keys = {k: v for k, v in self.flat().items() if k not in FREE_TO_CHANGE}
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """Return a line for each key that changes what is computed and has another value in
-        `other`.
+    def differences(self, other: dict[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
+        """Return a line for each key that changes what is computed, is not in `free`, and has
+        another value in `other`.
         """
         mine = self.flat()
         return [
             f"{key}: {other.get(key)!r} then, {mine.get(key)!r} now"
             for key in sorted(mine.keys() | other.keys())
-            if key not in FREE_TO_CHANGE and mine.get(key) != other.get(key)
+            if key not in FREE_TO_CHANGE | free and mine.get(key) != other.get(key)
         ]

@@ -40,6 +40,7 @@ class Fp8(Transform):
 
     name: ClassVar[str] = "fp8"
     stage: ClassVar[str] = "precision"
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
     proven_by: ClassVar[str] = "aten::_scaled_mm"
 
     fp8: bool = False

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError, RaytrainAdvError, StorageError
 from raytrain_adv.ops.float8_weight import as_plain
+from raytrain_adv.transforms.transform import Transform
 from raytrain_adv.worker.arithmetic import Arithmetic
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.staging import plain_like, restore_quantized, staged
@@ -91,12 +92,12 @@ def find(folder: Storage) -> Found | None:
     )
 
 
-def newest(root: Storage) -> Found | None:
-    """Return the complete checkpoint with the most steps over all attempts; incomplete ones are
-    passed over.
+def newest(root: Storage, attempt: str | None = None) -> Found | None:
+    """Return the complete checkpoint with the most steps, of one attempt or over all; incomplete
+    ones are passed over.
     """
-    for _, _, folder in sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True):
-        found = find(folder)
+    for _, name, folder in sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True):
+        found = find(folder) if attempt in (None, name) else None
         if found is not None:
             return found
     return None
@@ -189,25 +190,48 @@ def _filesystem(run: Run, path: str) -> Any:
 
 
 def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
-    if isinstance(run.resume, str) and not run.restarts:
-        found = find(Storage.at(run.resume))
-        if found is None:
-            raise JobError(
-                "resume_from_checkpoint does not name a complete checkpoint",
-                f"{run.resume}: no {MANIFEST} that matches the files there",
-                "name a step_... folder, or use resume_from_checkpoint: true for the "
-                "newest complete one",
-            )
+    """Return the checkpoint to go on from: after a restart this attempt's own, else what the job
+    says.
+    """
+    own = newest(run.storage, run.attempt) if run.restarts else None
+    if own is not None or not run.resume:
+        found, free = own, frozenset[str]()
+    elif isinstance(run.resume, str):
+        found, free = _named(run.resume), precision_keys(job)
     else:
-        found = newest(run.storage)
+        found, free = newest(run.storage), frozenset[str]()
     if found is not None:
-        refuse_other_job(job, found, arithmetic)
+        refuse_other_job(job, found, arithmetic, free)
+        for difference in job.differences(found.keys):
+            run.say(f"the checkpoint goes on in another precision: {difference}")
     return found
 
 
-def refuse_other_job(job: JobConfig, found: Found, arithmetic: Arithmetic) -> None:
-    """Raise unless the checkpoint is this job's: same keys where they matter, same data, same
-    global batch.
+def _named(path: str) -> Found:
+    found = find(Storage.at(path))
+    if found is None:
+        raise JobError(
+            "resume_from_checkpoint does not name a complete checkpoint",
+            f"{path}: no {MANIFEST} that matches the files there",
+            "name a step_... folder, or use resume_from_checkpoint: true for the newest complete "
+            "one",
+        )
+    return found
+
+
+def precision_keys(job: JobConfig) -> frozenset[str]:
+    """Return the keys of the transforms that change how products are computed, not what is trained:
+    a checkpoint of one precision can be gone on with in another, if it is named.
+    """
+    transforms = [t for t in job.transforms if isinstance(t, Transform) and t.stage == "precision"]
+    return frozenset(key for t in transforms for key in type(t).model_fields)
+
+
+def refuse_other_job(
+    job: JobConfig, found: Found, arithmetic: Arithmetic, free: frozenset[str]
+) -> None:
+    """Raise unless the checkpoint is this job's: same keys where they matter, but for those in
+    `free`, same data, same global batch.
 
     Raises:
         JobError: naming each key that differs, with both values.
@@ -218,8 +242,8 @@ def refuse_other_job(job: JobConfig, found: Found, arithmetic: Arithmetic) -> No
             f"{found.path} was written with save_only_model: true",
             "start anew, or resume from a checkpoint of a run with save_only_model: false",
         )
-    if found.fingerprint != job.fingerprint():
-        differences = job.differences(found.keys)
+    differences = job.differences(found.keys, free)
+    if differences:
         raise JobError(
             "The checkpoint belongs to a run with other settings",
             "\n".join([found.path, *differences]),

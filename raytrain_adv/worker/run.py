@@ -65,6 +65,8 @@ class Run:
     """Seconds spent per phase, in order."""
     metrics: MetricsFile | None = None
     trackers: Trackers | None = None
+    _early: list[dict[str, Any]] = field(default_factory=list)
+    """Rows from before the file was opened."""
 
     @property
     def rank(self) -> int:
@@ -82,8 +84,11 @@ class Run:
         return self.rank == 0
 
     def open_metrics(self, metrics: MetricsFile, trackers: Trackers) -> None:
-        """Give rank 0 the file and the trackers that rows go to."""
+        """Give rank 0 the file and the trackers that rows go to; what was said before follows."""
         self.metrics, self.trackers = metrics, trackers
+        early, self._early = self._early, []
+        for row in early:
+            self.write(row)
 
     def close(self) -> None:
         """Send the trackers what they have not had yet; to be called however the run ends."""
@@ -92,8 +97,11 @@ class Run:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl and hand its numbers to the trackers, on rank 0."""
+        row = {"time": time.time(), **row}
         if self.metrics is not None:
-            self.metrics.append({**row, "time": time.time()})
+            self.metrics.append(row)
+        elif self.is_main:
+            self._early.append(row)
         if self.trackers is not None and "step" in row and row["kind"] != "event":
             self.trackers.log(row, row["step"])
 

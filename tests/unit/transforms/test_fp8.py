@@ -1,0 +1,170 @@
+"""FP8's rules and plan, and that what is planned is what happens; no GPU needed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from raytrain_adv import hardware
+from raytrain_adv.errors import ClusterError, JobError, TrainingError
+from raytrain_adv.transforms.apply import plan_all, prepare_all
+from raytrain_adv.transforms.fp8 import OWN, TORCHAO, Fp8
+from raytrain_adv.worker.data import collate, pad_to
+from raytrain_adv.worker.data.sequences import Sequence
+from raytrain_adv.worker.model import build
+from tests.tiny_models import job_for, write_checkpoint
+
+CPU = hardware.detect("cpu")
+H100 = replace(
+    CPU,
+    device_type="cuda",
+    device_name="NVIDIA H100 80GB HBM3",
+    compute_capability=(9, 0),
+    num_gpus=8,
+    node_ip="10.0.3.9",
+)
+A100 = replace(H100, device_name="NVIDIA A100-SXM4-80GB", compute_capability=(8, 0))
+KEYS = {"fp8": True, "fp8_allow_cpu": True, "fp8_min_features": 0, "finetuning_type": "full"}
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96}
+
+
+def planned(tmp_path, kind="llama", shapes=WIDE, **keys):
+    folder = write_checkpoint(kind, tmp_path / "model", **shapes)
+    job = job_for(folder, tmp_path, **{**KEYS, **keys})
+    model = build(job)
+    return job, model, plan_all(job, model, CPU)["fp8"]
+
+
+@pytest.mark.parametrize(
+    "facts, rule",
+    [
+        (A100, "FP8 requires Hopper architecture (compute capability 9.0 or newer)"),
+        (CPU, "FP8 requires Hopper architecture (compute capability 9.0 or newer)"),
+        (replace(H100, versions={"torch": "2.6.1", "torchao": "0.18.0"}), "FP8 requires PyTorch"),
+        (replace(H100, versions={"torch": "2.11.0+cu130", "torchao": None}), "torchao not avail"),
+    ],
+)
+def test_a_machine_without_fp8_is_refused_by_rule_and_name(facts, rule):
+    with pytest.raises(ClusterError) as refusal:
+        Fp8(fp8=True).check(facts)
+    assert rule in refusal.value.what
+    assert facts.node_ip in refusal.value.found
+    assert refusal.value.fix
+
+
+def test_hopper_and_newer_are_taken_and_a_cpu_only_on_request():
+    Fp8(fp8=True).check(H100)
+    Fp8(fp8=True).check(replace(H100, compute_capability=(10, 0)))
+    Fp8(fp8=True, fp8_allow_cpu=True).check(CPU)
+    with pytest.raises(ClusterError):
+        Fp8(fp8=True, fp8_allow_cpu=True).check(A100)
+
+
+def test_fp8_all_gather_is_refused_by_name_with_another_recipe(tmp_path):
+    keys = {**KEYS, "fp8_enable_fsdp_float8_all_gather": True, "fp8_recipe": "rowwise"}
+    with pytest.raises(JobError) as refusal:
+        job_for(tmp_path, tmp_path, **keys)
+    message = str(refusal.value)
+    assert "fp8_enable_fsdp_float8_all_gather" in message and "rowwise" in message
+
+
+def test_head_and_layers_of_odd_sizes_stay(tmp_path):
+    _, _, plan = planned(tmp_path, shapes={**WIDE, "intermediate_size": 120})
+    assert plan.skipped["lm_head"] == "the language-model head"
+    reason = plan.skipped["model.layers.0.mlp.up_proj"]
+    assert "64 x 120" in reason and "16" in reason
+    assert len(plan.changes) == 8  # four of attention, in two layers
+
+
+def test_small_layers_stay_unless_asked_for(tmp_path):
+    _, _, plan = planned(tmp_path, fp8_min_features=48)
+    small = {fqn for fqn, reason in plan.skipped.items() if "too small to gain" in reason}
+    names = ("k_proj", "v_proj")
+    assert small == {f"model.layers.{n}.self_attn.{p}" for n in (0, 1) for p in names}
+    with pytest.raises(JobError, match="would change nothing"):
+        planned(tmp_path, fp8_min_features=None)
+
+
+@pytest.mark.parametrize(
+    "patterns", ["down_proj", ["model.layers.*.mlp.down_proj"], "mlp.down_proj, lm_head"]
+)
+def test_excluded_layers_stay(tmp_path, patterns):
+    _, _, plan = planned(tmp_path, fp8_exclude=patterns)
+    left = [fqn for fqn, reason in plan.skipped.items() if reason == "in fp8_exclude"]
+    assert left == [f"model.layers.{n}.mlp.down_proj" for n in (0, 1)]
+
+
+def test_an_exclude_that_matches_nothing_is_an_error_that_names_the_nearest(tmp_path):
+    with pytest.raises(JobError, match="fp8_exclude down_prj matches no linear") as refusal:
+        planned(tmp_path, fp8_exclude="down_prj")
+    assert "down_proj" in refusal.value.fix
+
+
+def test_routers_and_adapters_stay(tmp_path):
+    shapes = {"hidden_size": 64, "num_experts": 16, "shared_expert_intermediate_size": 32}
+    _, _, plan = planned(tmp_path, "qwen2_moe", shapes)
+    routers = [fqn for fqn in plan.skipped if fqn.endswith(("gate", "shared_expert_gate"))]
+    assert routers and all("gate_proj" not in fqn for fqn in routers)
+    assert any(fqn.endswith("shared_expert.gate_proj") for fqn in plan.changes)
+    assert any("stacked tensors" in note for note in plan.notes)
+
+
+def test_lora_on_an_fp8_base(tmp_path):
+    _, _, plan = planned(tmp_path, finetuning_type="lora", lora_rank=16)
+    assert all(fqn.endswith("base_layer") for fqn in plan.changes)
+    adapters = [fqn for fqn, reason in plan.skipped.items() if reason == "an adapter"]
+    assert len(adapters) == 2 * len(plan.changes)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_what_is_planned_is_what_the_model_becomes(tmp_path, recipe):
+    job, model, plan = planned(tmp_path, fp8_recipe=recipe)
+    plans = prepare_all(job, model, CPU)
+    assert plans["fp8"].changes.keys() == plan.changes.keys()
+    kind = OWN if recipe == "tensorwise" else TORCHAO
+    found = {
+        fqn
+        for fqn, m in model.named_modules()
+        if f"{type(m).__module__}.{type(m).__qualname__}" == kind
+    }
+    assert found == plan.changes.keys()
+
+
+def test_a_layer_that_was_not_converted_is_noticed(tmp_path, monkeypatch):
+    job, model, _ = planned(tmp_path)
+    prepare = Fp8.prepare
+
+    def forgets_one(self, model, plan, facts):
+        prepare(self, model, plan, facts)
+        model.set_submodule("model.layers.1.mlp.up_proj", nn.Linear(64, 128, bias=False))
+
+    monkeypatch.setattr(Fp8, "prepare", forgets_one)
+    with pytest.raises(TrainingError, match="fp8 did not do what it had planned") as error:
+        prepare_all(job, model, CPU)
+    assert "model.layers.1.mlp.up_proj" in error.value.found
+
+
+def test_parameters_keep_their_names_and_dtype(tmp_path):
+    job, model, _ = planned(tmp_path)
+    before = {name: p.dtype for name, p in model.named_parameters()}
+    prepare_all(job, model, CPU)
+    assert {name: p.dtype for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("lengths", [[3], [17, 40], [100, 5, 61]])
+@pytest.mark.parametrize("changed", [{}, {"packing": True}, {"torch_compile": True}])
+def test_every_batch_has_a_number_of_tokens_that_fp8_can_multiply(make_job, lengths, changed):
+    """A GPU needs the tokens of a pass to be divisible by 16; a CPU would not notice."""
+    job = make_job(cutoff_len=100, **changed)
+    sequences = [Sequence(torch.arange(n).numpy(), torch.arange(n).numpy(), (n,)) for n in lengths]
+    batch = collate(sequences, pad_token_id=0, pad_to=pad_to(job), neat=False)
+    assert batch["input_ids"].numel() % 16 == 0
+    assert batch["input_ids"].shape[1] % 16 == 0
+
+
+def test_advice_names_what_makes_fp8_slow(make_job):
+    eager = Fp8(fp8=True).advice(make_job(), 1024)
+    assert any("torch_compile" in sentence for sentence in eager)
+    assert any("1,024 tokens" in sentence for sentence in eager)
+    assert Fp8(fp8=True).advice(make_job(torch_compile=True), 8192) == ()
