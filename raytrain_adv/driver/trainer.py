@@ -13,23 +13,29 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver import cluster, output
+from raytrain_adv.driver import cluster, output, preflight, preflight_table
 from raytrain_adv.driver.cluster import Placement
 from raytrain_adv.driver.console import Console, summary
 from raytrain_adv.driver.failures import StopWhenRetryCannotHelp, translated
 from raytrain_adv.driver.output import Output
 from raytrain_adv.driver.plan import render, resolve
+from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.ray_worker import ray_worker
 from raytrain_adv.errors import RaytrainAdvError
 from raytrain_adv.report import record
 from raytrain_adv.report.build import failed, finished, started
 from raytrain_adv.report.html import write_html
-from raytrain_adv.report.record import RunReport
+from raytrain_adv.report.record import PreflightReport, RunReport
+from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker.data import PreparedData, prepare
 
 
-def run(job: JobConfig) -> None:
+def run(job: JobConfig, read: Read = read_nodes) -> None:
     """Run the job to its end: train, export, report.
+
+    Args:
+        job: the loaded job.
+        read: says what the cluster's nodes are.
 
     Raises:
         RaytrainAdvError: in the house form; its exit_code is the process's.
@@ -41,16 +47,18 @@ def run(job: JobConfig) -> None:
             print(summary(record.read(place.folder)))
             return
         with Console(place.folder) as console:
-            report = _run_in(job, place, console)
+            report = _run_in(job, place, console, read)
         print(summary(report))
 
 
-def _run_in(job: JobConfig, place: Output, console: Console) -> RunReport:
+def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunReport:
     timeline: dict[str, float] = {}
+    nodes: list[PreflightReport] = []
     report = started(job, output.run_name(job))
     try:
-        placement = _prepare(job, console, timeline)
+        placement = _prepare(job, console, timeline, nodes, read)
         report = started(job, output.run_name(job), placement.num_workers)
+        report = report.model_copy(update={"preflight": nodes[-1]})
         record.write(report, place.folder)
         start = time.perf_counter()
         result = fit(job, place, placement, console)
@@ -58,6 +66,7 @@ def _run_in(job: JobConfig, place: Output, console: Console) -> RunReport:
         report = finished(report, result, timeline, place.folder)
     except (RaytrainAdvError, KeyboardInterrupt) as error:
         report = failed(report, error, timeline, place.folder)
+        report = report.model_copy(update={"preflight": nodes[-1] if nodes else None})
         raise
     finally:
         record.write(report, place.folder)
@@ -66,8 +75,17 @@ def _run_in(job: JobConfig, place: Output, console: Console) -> RunReport:
     return report
 
 
-def _prepare(job: JobConfig, console: Console, timeline: dict[str, float]) -> Placement:
-    """Tokenise the data while Ray starts; then settle where the job runs, and show the plan."""
+def _prepare(
+    job: JobConfig,
+    console: Console,
+    timeline: dict[str, float],
+    nodes: list[PreflightReport],
+    read: Read,
+) -> Placement:
+    """Tokenise the data while Ray starts and the nodes are probed; settle where the job runs, and
+    show the plan. `timeline` and `nodes` are filled in for the report, also of a run that is
+    refused.
+    """
     start = time.perf_counter()
     with ThreadPoolExecutor(max_workers=1) as pool:
         data: Future[PreparedData] = pool.submit(prepare, job, console.say)
@@ -77,11 +95,19 @@ def _prepare(job: JobConfig, console: Console, timeline: dict[str, float]) -> Pl
         )
         placement = cluster.settle(job, started_here)
         timeline["Ray"] = time.perf_counter() - start
+        found = preflight.look_at(placement, enabled(job), read)
+        nodes.append(preflight_table.report(found))
+        console.say(preflight_table.render(found))
+        placement = preflight.settled(job, placement, found)
+        timeline["preflight"] = found.seconds
         prepared = data.result()
-    timeline["data"] = time.perf_counter() - start - timeline["Ray"]
+    timeline["data"] = time.perf_counter() - start - timeline["Ray"] - timeline["preflight"]
     start = time.perf_counter()
-    console.say(render(resolve(job, world_size=placement.num_workers, data=prepared)))
+    plan = resolve(job, world_size=placement.num_workers, data=prepared, facts=found.facts)
+    console.say(render(plan))
     console.say(placement.note)
+    for warning in preflight.refuse_too_large(job, plan, found):
+        console.say(f"warning: {warning}")
     timeline["plan"] = time.perf_counter() - start
     cluster.wait_for_room(placement, console.say)
     return placement
@@ -130,19 +156,26 @@ def _trainer(
             "attempt": attempt,
             "resume": resume,
             "use_gpu": placement.use_gpu,
+            "versions": placement.versions,
             "marker": str(place.folder.absolute() / output.RUN_FILE),
         },
         torch_config=TorchConfig(backend=backend, timeout_s=job.parallel.ddp_timeout),
-        scaling_config=ScalingConfig(
-            num_workers=placement.num_workers,
-            use_gpu=placement.use_gpu,
-            resources_per_worker=placement.bundle,
-            placement_strategy=job.ray.placement_strategy,
-        ),
+        scaling_config=scaling(job, placement),
         run_config=RunConfig(
             name=attempt,
             storage_path=place.storage_path,
             failure_config=FailureConfig(max_failures=job.ray.max_failures),
             callbacks=[StopWhenRetryCannotHelp()],
         ),
+    )
+
+
+def scaling(job: JobConfig, placement: Placement) -> ScalingConfig:
+    """Return what Ray Train is asked for: how many workers, what each reserves, and where."""
+    return ScalingConfig(
+        num_workers=placement.num_workers,
+        use_gpu=placement.use_gpu,
+        resources_per_worker=placement.bundle,
+        placement_strategy=job.ray.placement_strategy,
+        label_selector=placement.label_selector,
     )
