@@ -12,6 +12,7 @@ from raytrain_adv.config.arguments import parse
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.schema import schema
 from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError, StorageError
+from raytrain_adv.quiet import quieten
 
 USAGE = """usage: raytrain-adv COMMAND [...]
 
@@ -24,6 +25,7 @@ USAGE = """usage: raytrain-adv COMMAND [...]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code. Errors are printed as text."""
+    quieten()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)

@@ -11,10 +11,12 @@ import sys
 from raytrain_adv.config import load
 from raytrain_adv.config.arguments import parse
 from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError
+from raytrain_adv.quiet import quieten
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job named on the command line; return the exit code. Errors are printed as text."""
+    quieten()
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         job = load(arguments.path, arguments.overrides)

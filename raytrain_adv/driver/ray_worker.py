@@ -71,7 +71,10 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     if run.is_main:
         _require_shared(job, config["marker"])
     run.restarts = run.broadcast(_count_start(run) if run.is_main else None)
-    return {**train(job, run, export_model), "restarts": run.restarts}
+    try:
+        return {**train(job, run, export_model), "restarts": run.restarts}
+    finally:
+        run.close()
 
 
 def _count_start(run: Run) -> int:

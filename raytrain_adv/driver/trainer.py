@@ -18,7 +18,7 @@ from raytrain_adv.driver.cluster import Placement
 from raytrain_adv.driver.console import Console, summary
 from raytrain_adv.driver.failures import StopWhenRetryCannotHelp, translated
 from raytrain_adv.driver.output import Output
-from raytrain_adv.driver.plan import render, resolve
+from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.ray_worker import ray_worker
 from raytrain_adv.errors import RaytrainAdvError
@@ -27,6 +27,7 @@ from raytrain_adv.report.build import failed, finished, started
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import PreflightReport, RunReport
 from raytrain_adv.transforms.apply import enabled
+from raytrain_adv.worker import trackers
 from raytrain_adv.worker.data import PreparedData, prepare
 
 
@@ -56,8 +57,8 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
     nodes: list[PreflightReport] = []
     report = started(job, output.run_name(job))
     try:
-        placement = _prepare(job, console, timeline, nodes, read)
-        report = started(job, output.run_name(job), placement.num_workers)
+        placement, plan = _prepare(job, console, timeline, nodes, read)
+        report = started(job, output.run_name(job), placement.num_workers, plan.memory)
         report = report.model_copy(update={"preflight": nodes[-1]})
         record.write(report, place.folder)
         start = time.perf_counter()
@@ -81,11 +82,11 @@ def _prepare(
     timeline: dict[str, float],
     nodes: list[PreflightReport],
     read: Read,
-) -> Placement:
+) -> tuple[Placement, RunPlan]:
     """Tokenise the data while Ray starts and the nodes are probed; settle where the job runs, and
-    show the plan. `timeline` and `nodes` are filled in for the report, also of a run that is
-    refused.
+    show the plan. `timeline` and `nodes` are filled in for the report, also of a refused run.
     """
+    trackers.check(job.output.report_to)
     start = time.perf_counter()
     with ThreadPoolExecutor(max_workers=1) as pool:
         data: Future[PreparedData] = pool.submit(prepare, job, console.say)
@@ -99,18 +100,19 @@ def _prepare(
         nodes.append(preflight_table.report(found))
         console.say(preflight_table.render(found))
         placement = preflight.settled(job, placement, found)
-        timeline["preflight"] = found.seconds
+        timeline["preflight"] = time.perf_counter() - start - timeline["Ray"]
         prepared = data.result()
+    # Only what the data took longer than Ray and the probes: all went on at the same time.
     timeline["data"] = time.perf_counter() - start - timeline["Ray"] - timeline["preflight"]
     start = time.perf_counter()
     plan = resolve(job, world_size=placement.num_workers, data=prepared, facts=found.facts)
-    console.say(render(plan))
     console.say(placement.note)
+    console.say(render_brief(plan))
     for warning in preflight.refuse_too_large(job, plan, found):
         console.say(f"warning: {warning}")
     timeline["plan"] = time.perf_counter() - start
     cluster.wait_for_room(placement, console.say)
-    return placement
+    return placement, plan
 
 
 def _address() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -9,10 +10,16 @@ from typing import Any
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.report.record import RunReport, Sample, TransformReport, describe_failure
+from raytrain_adv.worker.memory import MemoryPrediction
 from raytrain_adv.worker.metrics_file import FILE_NAME, read
 
 
-def started(job: JobConfig, run_name: str, world_size: int | None = None) -> RunReport:
+def started(
+    job: JobConfig,
+    run_name: str,
+    world_size: int | None = None,
+    predicted: MemoryPrediction | None = None,
+) -> RunReport:
     """Return the report of a run that begins: what was asked for, and when."""
     return RunReport(
         status="running",
@@ -22,6 +29,8 @@ def started(job: JobConfig, run_name: str, world_size: int | None = None) -> Run
         job=job.flat(),
         job_file=job.source,
         world_size=world_size,
+        predicted_memory_gib=predicted.total if predicted is not None else None,
+        predicted_memory=predicted.as_dict() if predicted is not None else {},
     )
 
 
@@ -33,7 +42,8 @@ def finished(
     Args:
         report: the one written at the start.
         figures: what rank 0's train() returned.
-        timeline: the driver's phases; the workers' are put behind them.
+        timeline: the driver's phases in seconds; the last, `training`, is taken apart into the
+            workers' own.
         folder: output_dir, for the losses in metrics.jsonl.
     """
     update = {
@@ -43,15 +53,13 @@ def finished(
             name: TransformReport.of(plan) for name, plan in figures["transforms"].items()
         },
         "samples": tuple(Sample(**sample) for sample in figures["samples"]),
-        "timeline": {**timeline, **figures["timeline"]},
+        "timeline": _with_workers(timeline, figures),
         **_losses(folder),
     }
     same = (
-        "world_size device versions steps total_steps epochs "
-        "tokens_per_second_per_worker step_seconds peak_memory_gib "
-        ""
-        "data_wait_seconds predicted_memory_gib predicted_memory mfu_bf16 restarts "
-        "resumed_from_step data batch model_dir"
+        "world_size device versions steps total_steps epochs tokens_per_second_per_worker "
+        "step_seconds peak_memory_gib data_wait_seconds predicted_memory_gib predicted_memory "
+        "mfu_bf16 restarts resumed_from_step data batch model_dir"
     )
     update |= {name: figures[name] for name in same.split()}
     return RunReport(**{**report.model_dump(), **update})
@@ -61,18 +69,47 @@ def failed(
     report: RunReport, error: BaseException, timeline: dict[str, float], folder: Path
 ) -> RunReport:
     """Return the report of a run that ended in an error, with what it had reached."""
-    losses = _losses(folder)
-    steps = [step for step, _ in losses["train_loss"]]
+    rows = read(folder / FILE_NAME)
+    begun = [row for row in rows if row.get("event") == "plan"]
+    trained = [row for row in rows if row.get("kind") == "train"]
     update = {
         "status": "failed",
         "finished_at": time.time(),
         "error": str(error) or type(error).__name__,
         "failure": describe_failure(error),
-        "steps": max(steps, default=0),
+        "steps": max((row["step"] for row in trained), default=0),
+        "peak_memory_gib": max((row["peak_memory_gib"] for row in trained), default=None),
         "timeline": timeline,
-        **losses,
+        **_medians(trained),
+        **_losses(folder),
     }
+    if begun:
+        same = ("total_steps", "resumed_from_step", "restarts")
+        update |= {name: begun[-1].get(name) for name in same}
     return RunReport(**{**report.model_dump(), **update})
+
+
+def _with_workers(timeline: dict[str, float], figures: dict[str, Any]) -> dict[str, float]:
+    """Return the driver's phases with `training` taken apart: until rank 0's train() began, rank
+    0's phases, and what was left until Ray Train gave the result back.
+    """
+    phases = dict(timeline)
+    training = phases.pop("training")
+    start = max(figures["began_at"] - (time.time() - training), 0.0)
+    own: dict[str, float] = figures["timeline"]
+    rest = max(training - start - sum(own.values()), 0.0)
+    return {**phases, "workers start": start, **own, "the rest": rest}
+
+
+def _medians(trained: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the medians over logged steps; the first, with compilation in it, counts only where it
+    is alone.
+    """
+    names = ("step_seconds", "tokens_per_second_per_worker", "mfu_bf16")
+    keys = ("step_s", "tokens_per_second_per_worker", "mfu_bf16")
+    rows = trained[1:] or trained
+    values = {n: [r[k] for r in rows if r.get(k)] for n, k in zip(names, keys, strict=True)}
+    return {name: statistics.median(of) for name, of in values.items() if of}
 
 
 def _losses(folder: Path) -> dict[str, list[tuple[int, float]]]:

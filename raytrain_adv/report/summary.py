@@ -70,6 +70,8 @@ def _speed(report: RunReport) -> str:
 
 def _memory(report: RunReport) -> str:
     text = f"{numbers.gib(report.peak_memory_gib)} GiB"
+    if (report.device or "").startswith("CPU"):
+        return f"{text} of the process, Python and libraries included"
     if report.predicted_memory_gib is not None:
         text += f" (predicted {numbers.gib(report.predicted_memory_gib)} GiB)"
     return text

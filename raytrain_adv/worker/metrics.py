@@ -36,12 +36,18 @@ def open_metrics(job: JobConfig, run: Run, arithmetic: Arithmetic, found: Found 
     path = Path(job.output.output_dir) / "metrics.jsonl"
     step = found.progress.step if found is not None else 0
     goes_on = found is not None or run.restarts > 0
-    run.open_metrics(MetricsFile(path, resume_step=step if goes_on else None), open_trackers(job))
+    file = MetricsFile(path, resume_step=step if goes_on else None)
+    trackers = open_trackers(
+        job, resume_step=step if goes_on else 0, emit=lambda slug, text: run.say(text, event=slug)
+    )
+    run.open_metrics(file, trackers)
     run.say(
         "the run in numbers",
         event="plan",
         total_steps=arithmetic.total_steps,
-        resumed_from_step=step,
+        resumed_from_step=step if found is not None else None,
+        restarts=run.restarts,
+        world_size=run.world_size,
     )
 
 
@@ -70,9 +76,21 @@ class Meter:
         self.waited_at_log = 0.0
         self.norm: torch.Tensor | None = None
         self.step = 0
-        self._log_time = time.perf_counter()
+        self._started = self._log_time = time.perf_counter()
+        self._phases: set[str] = set()
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(run.device)
+
+    def start(self) -> None:
+        """Note that the loop begins."""
+        self._started = self._log_time = time.perf_counter()
+        self.run.timeline |= {"first step": 0.0, "steps": 0.0}
+
+    def stop(self) -> None:
+        """Put the loop's time into the timeline, without what has a line of its own there."""
+        self._synchronize()
+        own = sum(self.run.timeline.get(name, 0.0) for name in ("first step", *self._phases))
+        self.run.timeline["steps"] = time.perf_counter() - self._started - own
 
     def begin(self, step: int) -> None:
         """Note that optimizer step `step` (from 0) begins."""
@@ -104,6 +122,7 @@ class Meter:
         self._synchronize()
         seconds = time.perf_counter() - start
         self.paused_s += seconds
+        self._phases.add(phase)
         self.run.timeline[phase] = self.run.timeline.get(phase, 0.0) + seconds
 
     def _synchronize(self) -> None:

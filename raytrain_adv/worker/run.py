@@ -85,6 +85,11 @@ class Run:
         """Give rank 0 the file and the trackers that rows go to."""
         self.metrics, self.trackers = metrics, trackers
 
+    def close(self) -> None:
+        """Send the trackers what they have not had yet; to be called however the run ends."""
+        if self.trackers is not None:
+            self.trackers.close()
+
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl and hand its numbers to the trackers, on rank 0."""
         if self.metrics is not None:

@@ -66,11 +66,14 @@ class Loop:
         writer = CheckpointWriter(self.job, self.run, self.model, self.optimizer)
         prefetcher = Prefetcher(self.batches, first, self.arithmetic.total_steps, self.run.device)
         self.model.train()
+        self.meter.start()
         try:
             for step in range(first, self.arithmetic.total_steps):
                 self.step(step, prefetcher, first_here=step == first)
                 self.after(step + 1, prefetcher, writer)
-            writer.close()
+            with self.meter.paused("checkpoints"):
+                writer.close()
+            self.meter.stop()
         except torch.OutOfMemoryError as error:
             raise self.out_of_memory(error) from error
         finally:

@@ -4,6 +4,7 @@ export.
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -27,11 +28,12 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     Raises:
         RaytrainAdvError: in the house form, for everything a user can do something about.
     """
+    began_at = time.time()
     facts = hardware.detect(run.device)
     for transform in enabled(job):
         transform.check(facts)
 
-    with run.phase("data"):
+    with run.phase("open data"):
         prepared = data.prepare(job, run.say, rebuild=False)
         tokenizer = data.load_tokenizer(job)
     arithmetic = resolve_arithmetic(job, len(prepared.train), run.world_size)
@@ -41,9 +43,8 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     with run.phase("model"):
         model = build(job)
         plans = prepare_all(job, model, facts)
-        predicted = memory.predict(
-            model, job, run.world_size, job.data.cutoff_len, arithmetic.micro_batch
-        )
+        longest = data.pad_to(job).length(int(prepared.train.lengths.max()))
+        predicted = memory.predict(model, job, run.world_size, longest, arithmetic.micro_batch)
         mesh = parallel.build_mesh(job, run.device)
         parallel.shard(model, job, mesh)
         weights.materialize(model, run.device, parallel.parameter_device(job))
@@ -85,5 +86,6 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         "data": prepared.stats,
         "samples": samples,
         "model_dir": model_dir,
+        "began_at": began_at,
         "timeline": run.timeline,
     }
