@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver import cluster, versions
@@ -18,13 +19,19 @@ from raytrain_adv.driver.probe import Read, Reading, read_nodes
 from raytrain_adv.driver.probe_script import own_package
 from raytrain_adv.errors import ClusterError, RaytrainAdvError
 from raytrain_adv.hardware import GIB, HardwareFacts
-from raytrain_adv.transforms.transform import Transform
 from raytrain_adv.worker.memory import RESERVE
 
 NEEDED = ("raytrain_adv", "torch", "transformers")
 """Packages without which no worker starts."""
 NO_ROOM = "has no room for a worker"
 DIFFERS = "Versions differ between the nodes"
+
+
+class Rule(Protocol):
+    """What a transform has to say about a machine."""
+
+    def check(self, facts: HardwareFacts) -> None:
+        """Raise if the machine will not do."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class Preflight:
         return min(found, key=lambda facts: facts.device_memory_bytes, default=None)
 
 
-def look_at(placement: Placement, rules: Sequence[Transform], read: Read = read_nodes) -> Preflight:
+def look_at(placement: Placement, rules: Sequence[Rule], read: Read = read_nodes) -> Preflight:
     """Probe every node that is alive and judge it; judge those yet to start by what they declare.
 
     Args:
@@ -103,9 +110,13 @@ def look_at(placement: Placement, rules: Sequence[Transform], read: Read = read_
     for node in cluster.scalable_nodes():
         if node.count and node.holds(placement.bundle):
             num_gpus = int(node.resources.get("GPU", 0))
-            verdicts.append(
-                judged(placement, rules, node, declared_reading(node.accelerator, num_gpus))
-            )
+            reading = declared_reading(node.accelerator, num_gpus)
+            verdicts.append(judged(placement, rules, node, reading))
+    return compared(verdicts, placement.use_gpu, seconds)
+
+
+def compared(verdicts: Sequence[Verdict], use_gpu: bool, seconds: float = 0.0) -> Preflight:
+    """Return what was found once nodes are left out whose versions differ from most."""
     verdicts = _of_one_version(verdicts)
     sentences = versions.spread(
         [
@@ -114,11 +125,11 @@ def look_at(placement: Placement, rules: Sequence[Transform], read: Read = read_
             if v.accepted and v.probed is not None
         ]
     )
-    return Preflight(tuple(verdicts), placement.use_gpu, seconds, tuple(sentences))
+    return Preflight(tuple(verdicts), use_gpu, seconds, tuple(sentences))
 
 
 def judged(
-    placement: Placement, rules: Sequence[Transform], node: Node, answer: Reading | str | None
+    placement: Placement, rules: Sequence[Rule], node: Node, answer: Reading | str | None
 ) -> Verdict:
     """Return the verdict on one node.
 
@@ -137,8 +148,8 @@ def judged(
     try:
         refuse_unusable(placement, node, answer)
         for facts in answer.facts(node.address, placement.use_gpu):
-            for transform in rules:
-                transform.check(facts)
+            for rule in rules:
+                rule.check(facts)
     except RaytrainAdvError as error:
         return Verdict(node, answer, room, error.what, error.found, error.fix)
     return Verdict(node, answer, room)

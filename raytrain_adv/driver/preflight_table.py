@@ -6,12 +6,13 @@ import io
 from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from raytrain_adv.driver.preflight import Preflight, Verdict
 from raytrain_adv.driver.probe import GpuReading
-from raytrain_adv.driver.versions import DECISIVE
+from raytrain_adv.driver.versions import DECISIVE, some
 from raytrain_adv.hardware import GIB
 from raytrain_adv.report.record import NodeReport, PreflightReport
 
@@ -29,13 +30,15 @@ def render(found: Preflight) -> str:
 def view(found: Preflight) -> Group:
     """Return the table for a rich console; nodes that are alike share a row."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("node", "GPUs", "cc", "free / GiB", "driver", "verdict"):
+    for name in ("node", "GPUs", "cc", "GiB free/all", "driver", "verdict"):
         table.add_column(name, overflow="fold")
-    for verdicts in _alike(found.verdicts):
+    rows = _alike(found.verdicts)
+    for verdicts in rows:
         table.add_row(*_cells(verdicts))
     count = len(found.verdicts)
     title = f"Cluster: {count} node{'s' * (count != 1)}, asked in {found.seconds:.1f} s"
     parts: list[RenderableType] = [Text(title, style="bold cyan"), table]
+    parts += [line for verdicts in rows if verdicts[0].refusal for line in _refusal(verdicts)]
     parts += [Text(sentence) for sentence in _versions(found.verdicts)]
     parts += [Text(f"warning: {sentence}", style="yellow") for sentence in found.warnings]
     return Group(*parts)
@@ -57,8 +60,8 @@ def _alike(verdicts: Sequence[Verdict]) -> list[list[Verdict]]:
         free = _free_gib(gpus)
         driver = verdict.reading.driver_version if verdict.reading is not None else None
         kind = tuple((gpu.name, gpu.total_bytes) for gpu in gpus)
-        # what was found names the node: nodes that were refused for it stay apart
-        key = (kind, round(free), driver, verdict.reason, verdict.found, verdict.workers)
+        against = verdict.found.replace(verdict.node.address, "")
+        key = (kind, round(free), driver, verdict.reason, against, verdict.workers)
         rows.setdefault(key, []).append(verdict)
     return list(rows.values())
 
@@ -66,9 +69,6 @@ def _alike(verdicts: Sequence[Verdict]) -> list[list[Verdict]]:
 def _cells(verdicts: list[Verdict]) -> list[Text]:
     first = verdicts[0]
     node, reading = first.node, first.reading
-    name = f"{node.count} x {node.address}" if node.count > 1 else node.address
-    if len(verdicts) > 1:
-        name += f" and {len(verdicts) - 1} more"
     gpus = reading.gpus if reading is not None else ()
     memory = f"{_free_gib(gpus):.0f} / {_total_gib(gpus):.0f}" if gpus else "-"
     if first.accepted:
@@ -77,11 +77,25 @@ def _cells(verdicts: list[Verdict]) -> list[Text]:
         if reading is None or reading.is_declared:
             verdict.append(", if it is what it declares", style="dim")
     else:
-        verdict = Text(first.reason, style="red" if first.workers else "dim")
-        if first.refusal:
-            verdict.append(f"\n{first.found}", style="dim")
+        verdict = (
+            Text("left out", "red")
+            if first.refusal and first.workers
+            else Text(first.reason, "dim")
+        )
     cells = [_kinds(gpus), _capability(gpus) or "-", memory, reading and reading.driver_version]
-    return [Text(name), *(Text(cell or "-") for cell in cells), verdict]
+    return [Text(_name(verdicts)), *(Text(cell or "-") for cell in cells), verdict]
+
+
+def _name(verdicts: Sequence[Verdict]) -> str:
+    node = verdicts[0].node
+    name = f"{node.count} x {node.address}" if node.count > 1 else node.address
+    return name if len(verdicts) == 1 else f"{name} and {len(verdicts) - 1} more"
+
+
+def _refusal(verdicts: Sequence[Verdict]) -> list[RenderableType]:
+    first = verdicts[0]
+    rule = Text.assemble(f"{_name(verdicts)} left out: ", (first.refusal, "red"))
+    return [rule, Padding(Text(first.found, style="dim"), (0, 0, 0, 2))]
 
 
 def _kinds(gpus: Sequence[GpuReading]) -> str:
@@ -114,7 +128,7 @@ def _versions(verdicts: Sequence[Verdict]) -> list[str]:
             )
     if len(nodes) == 1:
         return list(nodes)
-    return [f"{', '.join(dict.fromkeys(where))}: {shown}" for shown, where in nodes.items()]
+    return [f"{some(where)}: {shown}" for shown, where in nodes.items()]
 
 
 def _node_report(verdict: Verdict) -> NodeReport:

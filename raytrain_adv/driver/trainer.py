@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -88,20 +90,17 @@ def _prepare(
     """
     trackers.check(job.output.report_to)
     start = time.perf_counter()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        data: Future[PreparedData] = pool.submit(prepare, job, console.say)
-        started_here = cluster.connect(job)
-        console.say(
-            "Ray started on this machine" if started_here else f"joined Ray at {_address()}"
-        )
-        placement = cluster.settle(job, started_here)
-        timeline["Ray"] = time.perf_counter() - start
-        found = preflight.look_at(placement, enabled(job), read)
-        nodes.append(preflight_table.report(found))
-        console.say(preflight_table.render(found))
-        placement = preflight.settled(job, placement, found)
-        timeline["preflight"] = time.perf_counter() - start - timeline["Ray"]
-        prepared = data.result()
+    data = _in_background(lambda: prepare(job, console.say))
+    started_here = cluster.connect(job)
+    console.say("Ray started on this machine" if started_here else f"joined Ray at {_address()}")
+    placement = cluster.settle(job, started_here)
+    timeline["Ray"] = time.perf_counter() - start
+    found = preflight.look_at(placement, enabled(job), read)
+    nodes.append(preflight_table.report(found))
+    console.say(preflight_table.render(found))
+    placement = preflight.settled(job, placement, found)
+    timeline["preflight"] = time.perf_counter() - start - timeline["Ray"]
+    prepared = data.result()
     # Only what the data took longer than Ray and the probes: all went on at the same time.
     timeline["data"] = time.perf_counter() - start - timeline["Ray"] - timeline["preflight"]
     start = time.perf_counter()
@@ -113,6 +112,22 @@ def _prepare(
     timeline["plan"] = time.perf_counter() - start
     cluster.wait_for_room(placement, console.say)
     return placement, plan
+
+
+def _in_background(work: Callable[[], PreparedData]) -> Future[PreparedData]:
+    """Begin the work on a thread that nothing waits for: a refusal comes at once, and the process
+    then ends, which an executor's threads would not let it.
+    """
+    future: Future[PreparedData] = Future()
+
+    def do() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # it is raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=do, name="data", daemon=True).start()
+    return future
 
 
 def _address() -> str:

@@ -42,7 +42,7 @@ def spread(of_nodes: Sequence[tuple[str, Versions]]) -> list[str]:
         for address, versions in of_nodes:
             nodes.setdefault(versions.get(name), []).append(address)
         if len(nodes) > 1:
-            kinds = [f"{v or 'none'} on {_some(where)}" for v, where in nodes.items()]
+            kinds = [f"{v or 'none'} on {some(where)}" for v, where in nodes.items()]
             sentences.append(f"{name} differs between the nodes: {', '.join(kinds)}")
     return sentences
 
@@ -61,6 +61,7 @@ def require(accepted: Versions) -> None:
         )
 
 
-def _some(addresses: Sequence[str]) -> str:
+def some(addresses: Sequence[str]) -> str:
+    """Return the first few addresses, and how many more there are."""
     more = len(addresses) - 3
     return ", ".join(addresses[:3]) + (f" and {more} more" if more > 0 else "")
