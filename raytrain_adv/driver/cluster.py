@@ -226,11 +226,11 @@ def wait_for_room(
     """
     last = 0.0
     while True:
-        free = _free(placement)
+        now = free(placement)
         missing = {
-            name: placement.num_workers * amount - free.get(name, 0.0)
+            name: placement.num_workers * amount - now.get(name, 0.0)
             for name, amount in placement.bundle.items()
-            if placement.num_workers * amount - free.get(name, 0.0) > 1e-6
+            if placement.num_workers * amount - now.get(name, 0.0) > 1e-6
         }
         if not missing:
             return
@@ -246,7 +246,7 @@ def wait_for_room(
         time.sleep(poll_s)
 
 
-def _free(placement: Placement) -> dict[str, float]:
+def free(placement: Placement) -> dict[str, float]:
     """Return the free resources of the nodes that may be used, added up."""
     total: dict[str, float] = {}
     # Private until Ray has a public form of it (2.60: ray.available_resources has no nodes).
