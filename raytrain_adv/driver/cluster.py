@@ -66,6 +66,8 @@ class Node:
     count: int = 1
     node_id: str = ""
     """Ray's id of it; empty for one that is yet to start."""
+    is_draining: bool = False
+    """Whether Ray is about to take it out of the cluster."""
 
     @property
     def accelerator(self) -> str:
@@ -115,8 +117,14 @@ def connect(job: JobConfig | None) -> bool:
 
 def nodes() -> list[Node]:
     """Return the nodes that are alive."""
+    draining = ray._private.state.state.get_draining_nodes()  # not public as of ray 2.60
     return [
-        Node(str(n["NodeManagerAddress"]), n["Resources"], node_id=str(n["NodeID"]))
+        Node(
+            str(n["NodeManagerAddress"]),
+            n["Resources"],
+            node_id=str(n["NodeID"]),
+            is_draining=n["NodeID"] in draining,
+        )
         for n in ray.nodes()
         if n["Alive"]
     ]

@@ -5,6 +5,7 @@ left out, with the rule that refused.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,6 +146,9 @@ def judged(
         return Verdict(node, None, room, "The node did not answer the probe", answer, fix)
     if answer is None or not room:
         return Verdict(node, answer, room)
+    if node.is_draining:
+        found = f"node {node.address}: Ray takes it out of the cluster"
+        return Verdict(node, answer, room, "The node is being drained", found, "add a node for it")
     try:
         refuse_unusable(placement, node, answer)
         for facts in answer.facts(node.address, placement.use_gpu):
@@ -171,7 +175,7 @@ def refuse_unusable(placement: Placement, node: Node, reading: Reading) -> None:
             f"node {node.address}: not installed for Python {reading.versions.get('python')}",
             f"install {names} there; {versions.IMAGE}",
         )
-    version, code = own_package()
+    version, code = _own_package()
     here = {"raytrain_adv": version, versions.CODE: code}
     there = {"raytrain_adv": reading.versions["raytrain_adv"], versions.CODE: reading.code or code}
     if here != there:
@@ -195,6 +199,11 @@ def refuse_unusable(placement: Placement, node: Node, reading: Reading) -> None:
             f"node {node.address}: {reading.gpus[0].name}",
             "turn MIG off there (nvidia-smi -mig 0), or set ray_num_workers: 1",
         )
+
+
+@functools.cache
+def _own_package() -> tuple[str | None, str | None]:
+    return own_package()  # reads every file: once, not for every node
 
 
 def settled(job: JobConfig, placement: Placement, found: Preflight) -> Placement:

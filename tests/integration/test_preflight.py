@@ -5,6 +5,7 @@ what their probes would find is given as data.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -91,6 +92,20 @@ def test_an_fp8_job_is_placed_on_the_h100_node_only(simulated, make_job):
         scaling_config=trainer.scaling(job, placement),
     ).fit()
     assert set(result.return_value.split(",")) == {id_of("H100")}
+
+
+def test_a_worker_that_differs_from_what_was_accepted_ends_the_run_without_retries(
+    simulated, make_job, tmp_path
+):
+    """Every node is said to have a torchao that the workers then do not find."""
+    job = make_job(ray_num_workers=1, use_cpu=True, max_failures=3)
+    other = node_with(torchao="9.9.9")
+    with pytest.raises(ClusterError, match="other versions") as error:
+        trainer.run(job, by_kind(**{"H100": other, "A100": other, "": other}))
+    assert "(9.9.9 elsewhere)" in error.value.found
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["failure"]["exit_code"] == 4
+    assert [node["used"] for node in report["preflight"]["nodes"]] == [True, True, True]
 
 
 def test_too_many_workers_are_refused_at_once_and_nothing_is_reserved(simulated, make_job):

@@ -20,6 +20,7 @@ from raytrain_adv.driver.plan_data import look_at as look_at_data
 from raytrain_adv.driver.preflight import Preflight, Verdict
 from raytrain_adv.driver.probe import Reading
 from raytrain_adv.errors import ClusterError
+from raytrain_adv.report.preflight_section import preflight_html
 from raytrain_adv.report.record import PreflightReport
 from tests.readings import A100, H100, H200, HopperOnly, node_with, without
 
@@ -164,6 +165,11 @@ def test_a_node_that_declares_gpus_and_shows_none_is_left_out():
     assert "NVML Shared Library Not Found" in verdict.found
 
 
+def test_a_node_that_is_being_drained_is_left_out():
+    node = dataclasses.replace(a_node("1", node_with(H100)), is_draining=True)
+    assert preflight.judged(asks(2), [], node, node_with(H100)).refusal.endswith("drained")
+
+
 def test_mig_slices_do_not_train_together():
     gpu = dataclasses.replace(node_with(H100).gpus[0], name=f"{H100} MIG 1g.10gb", is_mig=True)
     sliced = dataclasses.replace(node_with(H100), gpus=(gpu, gpu))
@@ -255,6 +261,8 @@ def test_the_report_keeps_every_node():
     assert used.used and used.gpus == (H100, H100) and used.compute_capability == "9.0"
     assert not refused.used and refused.reason.startswith("FP8 requires Hopper")
     assert silent.found == "NodeDiedError: gone" and silent.gpus == ()
+    section = preflight_html(report)
+    assert f"2 x {A100}" in section and "FP8 requires Hopper" in section
 
 
 def test_a_worker_with_other_versions_than_were_accepted_stops():
