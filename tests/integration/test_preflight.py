@@ -19,7 +19,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.placement_group import placement_group_table
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from raytrain_adv.driver import cluster, preflight, preflight_table, probe, trainer
 from raytrain_adv.driver.cluster import Node
@@ -139,15 +143,18 @@ def test_two_nodes_with_different_torchao_are_refused(simulated, make_job):
     assert "torchao 0.17.0 (0.18.0 elsewhere)" in error.value.found
 
 
-def test_the_real_probe_reads_every_node_and_holds_nothing(simulated):
-    nodes, free = cluster.nodes(), ray.available_resources()
+def test_the_real_probe_reads_every_node_though_all_of_it_is_reserved(simulated):
+    whole = [{"CPU": 2}, {"CPU": 4, "GPU": 2}, {"CPU": 4, "GPU": 4}]
+    reserved = placement_group(whole)
+    assert reserved.wait(30)
+    nodes = cluster.nodes()
     readings = read_nodes(nodes)
+    remove_placement_group(reserved)
     assert readings.keys() == {node.node_id for node in nodes}
     for reading in readings.values():
         assert isinstance(reading, Reading), reading
         assert reading.versions["torch"] == package_versions()["torch"]
         assert reading.code is not None
-    assert ray.available_resources() == free
 
 
 def test_a_wait_counts_only_the_nodes_that_may_be_used(simulated, make_job):
