@@ -50,7 +50,8 @@ def finished(
         "status": "done",
         "finished_at": time.time(),
         "transforms": {
-            name: TransformReport.of(plan) for name, plan in figures["transforms"].items()
+            name: TransformReport.of(plan, figures["proof"].get(name))
+            for name, plan in figures["transforms"].items()
         },
         "samples": tuple(Sample(**sample) for sample in figures["samples"]),
         "timeline": _with_workers(timeline, figures),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from raytrain_adv.errors import JobError
-from raytrain_adv.transforms.naming import class_name, nearest, short
+from raytrain_adv.transforms.naming import ROUTERS, class_name, nearest, output_head, short
 from raytrain_adv.transforms.transform import Change, Plan, Transform
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 ADAPTED = "peft.tuners.lora.layer.Linear"
 ADAPTER = "default"
 """PEFT's name for the one adapter there is."""
-ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-"""Names that mixture-of-experts models give to the linears that choose experts."""
 
 
 class Lora(Transform):
@@ -241,17 +239,6 @@ def is_adapter(fqn: str) -> bool:
 def names(target: str, fqn: str) -> bool:
     """Whether an entry of lora_target names this module: its whole fqn, or the end of it."""
     return fqn == target or fqn.endswith(f".{target}")
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the module that makes logits, if the model says which it is."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        return None
-    untyped: Any = model
-    head: nn.Module | None = untyped.get_output_embeddings()
-    return head
 
 
 def head_name(model: nn.Module) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +27,23 @@ def class_name(module: nn.Module) -> str:
     if package.startswith("torch.nn.modules."):
         package = "torch.nn"
     return f"{package}.{kind.__qualname__}"
+
+
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+"""Names that mixture-of-experts models give to the linears that choose experts."""
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Return the module that makes logits, if the model, or the one inside PEFT's, says which it
+    is.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return None
+    untyped: Any = model
+    head: nn.Module | None = untyped.get_output_embeddings()
+    return head
 
 
 def short(name: str) -> str:

@@ -13,6 +13,7 @@ from raytrain_adv.config.section import Section
 if TYPE_CHECKING:
     from torch import nn
 
+    from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
 
 STAGES = ("adapter", "precision", "kernel", "loss")
@@ -49,6 +50,10 @@ class Transform(Section):
     name: ClassVar[str]
     stage: ClassVar[str]
     """One of STAGES; transforms are applied in that order."""
+    proven_by: ClassVar[str] = ""
+    """Operator that must run in a training step, at least once per changed module, as
+    aten::_scaled_mm; none where the modules' classes are proof enough.
+    """
     stacks_on: ClassVar[frozenset[str]] = frozenset()
     """Names of transforms whose modules this one may change again."""
 
@@ -73,8 +78,20 @@ class Transform(Section):
         """
         return Plan(self.name)
 
+    def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:
+        """Say what the job's other keys mean for this feature, for the plan and the report.
+
+        Args:
+            job: the resolved job.
+            num_tokens: tokens of one worker's forward pass.
+        """
+        return ()
+
     def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
         """Change the model in place, exactly as planned; before it is compiled and sharded."""
+
+    def before_sharding(self, model: nn.Module) -> None:
+        """Change how FSDP2 will shard and gather; called only where it will be applied."""
 
     def initialize(self, model: nn.Module, seed: int) -> None:
         """Give values to the parameters that prepare added, after the model's own weights are

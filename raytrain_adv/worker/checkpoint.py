@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError, RaytrainAdvError, StorageError
+from raytrain_adv.ops.float8_weight import as_plain
 from raytrain_adv.worker.arithmetic import Arithmetic
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.staging import plain_like, restore_quantized, staged
@@ -115,7 +116,11 @@ def model_state(model: nn.Module) -> dict[str, Any]:
     """Return the trainable parameters (all of them, or the adapters) by clean names, sharded as
     they are.
     """
-    return get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    state = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    return {
+        name: as_plain(value) if isinstance(value, torch.Tensor) else value
+        for name, value in state.items()
+    }
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
         StorageError: when a file cannot be read.
     """
     state = training_state(model, optimizer)
-    plain = plain_like(state)
+    read = plain_like(state)
     local, temporary = found.storage.root, None
     if not found.storage.is_local:
         temporary = tempfile.mkdtemp(prefix="raytrain_adv_")
@@ -144,16 +149,16 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
         local = temporary
     try:
         with storage_errors("The checkpoint cannot be read", found.path):
-            load_state(plain, checkpoint_id=local)
+            load_state(read, checkpoint_id=local)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-    quantized = restore_quantized(state, plain)
+    quantized = restore_quantized(state, read)
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
-    set_model_state_dict(model, plain["model"], options=options)
+    set_model_state_dict(model, read["model"], options=options)
     if not quantized:  # those were filled in place; loading them would make them plain tensors
         options = StateDictOptions(ignore_frozen_params=True)
-        set_optimizer_state_dict(model, optimizer, plain["optimizer"], options=options)
+        set_optimizer_state_dict(model, optimizer, read["optimizer"], options=options)
 
 
 def to_resume(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:

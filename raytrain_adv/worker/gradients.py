@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from raytrain_adv.errors import TrainingError
+from raytrain_adv.ops.adamw import ClippingAdamW, local
 from raytrain_adv.worker.run import Run
 
 
@@ -47,18 +48,26 @@ def require_all_gradients(model: nn.Module, run: Run) -> None:
     )
 
 
-def clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale all gradients so that their global norm is at most max_norm (0: leave them); return the
-    norm before.
+def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
+    """Have the coming step scale all gradients so that their global norm is at most max_norm (0:
+    leave them); return the norm before.
 
     The norm is a scalar on the device; reading it waits for the GPU.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [
+        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    if max_norm <= 0:
+        return norm
+    # Source: torch.nn.utils.clip_grads_with_norm_, which scales in a pass of its own.
+    factor = torch.clamp(max_norm / (norm.float() + 1e-6), max=1.0)
+    if isinstance(optimizer, ClippingAdamW):
+        optimizer.clip_factor = factor
+    else:
+        torch._foreach_mul_([local(g) for g in gradients], factor)
     return norm
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.ops.adamw import ClippingAdamW
 from raytrain_adv.worker.arithmetic import Arithmetic
 
 
@@ -37,8 +38,9 @@ def build_optimizer(model: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
             groups, lr=train.learning_rate, betas=betas, eps=epsilon
         )
         return optimizer
-    fused = train.optim == "adamw_torch_fused"
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=epsilon, fused=fused)
+    if train.optim == "adamw_torch_fused":
+        return ClippingAdamW(groups, lr=train.learning_rate, betas=betas, eps=epsilon)
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=epsilon)
 
 
 def set_learning_rate(groups: Iterable[dict[str, object]], value: float) -> None:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
+from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker.model import decoder_layers
 
 # Kept by selective checkpointing: what costs most to compute again. The rest of a layer is
@@ -103,7 +104,11 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
     skipped in the recomputation when its hooks are inside the checkpoint (PyTorch before 2.13).
     """
     mode = checkpointing_mode(job)
-    shard_module = _sharder(job, mesh) if needs_fsdp(model, job, mesh) else None
+    shard_module = None
+    if needs_fsdp(model, job, mesh):
+        for transform in enabled(job):
+            transform.before_sharding(model)
+        shard_module = _sharder(job, mesh)
     for fqn, layer in decoder_layers(model):
         if mode != "none":
             layer = _checkpointed(layer, mode)

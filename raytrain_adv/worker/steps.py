@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from raytrain_adv.worker.loader import Batches, MicroBatch, Prefetcher, StepBatc
 from raytrain_adv.worker.loss import loss_function
 from raytrain_adv.worker.metrics import Meter
 from raytrain_adv.worker.optim import learning_rate, set_learning_rate
+from raytrain_adv.worker.proof import Proof
 from raytrain_adv.worker.run import Run
 
 WARM_UP_STEPS = 3
@@ -38,6 +40,7 @@ class Loop:
         arithmetic: Arithmetic,
         batches: Batches,
         held_out: Batches | None,
+        proof: Proof,
     ) -> None:
         self.job = job
         self.run = run
@@ -46,7 +49,7 @@ class Loop:
         self.arithmetic = arithmetic
         self.batches = batches
         self.held_out = held_out
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.proof = proof
         self.transforms = enabled(job)
         self.loss_sum = loss_function(job.parallel.torch_compile)
         self.finite = FiniteWatch(run.device)
@@ -88,10 +91,12 @@ class Loop:
         label_tokens = self.global_label_tokens(batch)
         loss = torch.zeros((), dtype=torch.float32, device=self.run.device)
         for micro_batch in batch.micro_batches:
-            loss += self.forward_backward(step, micro_batch, label_tokens)
+            # Not in the first step, where compilation would be in the profile.
+            with nullcontext() if first_here else self.proof.watching():
+                loss += self.forward_backward(step, micro_batch, label_tokens)
         if first_here:
             require_all_gradients(self.model, self.run)
-        norm = clip(self.parameters, self.job.train.max_grad_norm)
+        norm = clip(self.optimizer, self.job.train.max_grad_norm)
         set_learning_rate(
             self.optimizer.param_groups, learning_rate(self.job, self.arithmetic, step)
         )

@@ -18,6 +18,7 @@ from raytrain_adv.worker.loader import Batches
 from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.model import build
 from raytrain_adv.worker.optim import build_optimizer
+from raytrain_adv.worker.proof import Proof
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.steps import Loop
 
@@ -68,7 +69,8 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         if prepared.eval is not None
         else None
     )
-    loop = Loop(job, run, model, optimizer, arithmetic, batches, held_out)
+    proof = Proof(job, run, plans)
+    loop = Loop(job, run, model, optimizer, arithmetic, batches, held_out, proof)
     loop.run_from(found.progress if found is not None else None)
 
     samples = sample_answers(job, run, model, tokenizer, prepared)
@@ -83,6 +85,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         "batch": asdict(arithmetic),
         "resumed_from_step": found.progress.step if found is not None else None,
         "transforms": plans,
+        "proof": proof.found,
         "data": prepared.stats,
         "samples": samples,
         "model_dir": model_dir,

@@ -20,6 +20,7 @@ from transformers.initialization import guard_torch_init_functions
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError, RaytrainAdvError, TrainingError
+from raytrain_adv.ops.float8_weight import as_plain
 from raytrain_adv.shards import copy_local, local_region, plain_name, seed_of
 from raytrain_adv.worker.checkpoint_files import CheckpointFiles, model_folder
 from raytrain_adv.worker.conversion import Group, Route, route
@@ -30,7 +31,9 @@ def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and persistent buffers by their name in the plain model, tied ones
     once.
     """
-    named: dict[str, torch.Tensor] = {plain_name(n): p for n, p in model.named_parameters()}
+    named: dict[str, torch.Tensor] = {
+        plain_name(n): as_plain(p) for n, p in model.named_parameters()
+    }
     for fqn, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:

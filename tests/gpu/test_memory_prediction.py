@@ -156,7 +156,7 @@ def measure(config: dict[str, Any], keys: dict[str, Any], seq_len: int) -> tuple
         loss = loss_sum(logits, inputs["input_ids"]) / seq_len
         del logits
         loss.backward()
-        clip([p for p in model.parameters() if p.requires_grad], 1.0)
+        clip(optimizer, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     measured = torch.cuda.max_memory_allocated() / GIB

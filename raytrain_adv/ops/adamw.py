@@ -1,0 +1,90 @@
+"""AdamW that reads each gradient once: clipping happens in the same pass as the step.
+
+torch's fused AdamW reaches about 60 % of an H200's memory bandwidth on an 8B model, and clipping
+before it reads and writes every gradient once more: 61 ms of a 634 ms step, where the bytes that
+have to move take 26.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from raytrain_adv.ops.float8_weight import as_plain
+
+
+class ClippingAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW with the clip factor taken into the step.
+
+    States have the names and shapes of torch's, so that checkpoints are interchangeable. On a GPU a
+    Triton kernel does the step, elsewhere torch does. Arithmetic is in float32 whatever the dtype
+    of parameters and states; the order of operations is torch's fused kernel's.
+
+    Args:
+        params: parameters or groups of them, as for torch.optim.AdamW.
+        **options: lr, betas, eps, weight_decay; with GPU parameters all of one dtype per tensor.
+    """
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, fused=True, **options)
+        self.clip_factor: torch.Tensor | None = None
+        """float32 scalar on the device that gradients are multiplied with; none leaves them."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Do one step; gradients are left as they are."""
+        if closure is not None:
+            raise ValueError("ClippingAdamW takes no closure")
+        on_gpu = any(p.is_cuda for group in self.param_groups for p in group["params"])
+        if not on_gpu:
+            self._clip_in_place()
+            super().step()
+            return None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_on_gpu(parameter, group)
+        return None
+
+    def _clip_in_place(self) -> None:
+        if self.clip_factor is not None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        local(parameter.grad).mul_(self.clip_factor)
+
+    def _step_on_gpu(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        from raytrain_adv.ops.adamw_kernel import adamw_step
+
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        # Loading a state of fused AdamW puts the count on the GPU; reading it there would wait.
+        state["step"] = state["step"].cpu() + 1
+        assert parameter.grad is not None
+        beta1, beta2 = group["betas"]
+        adamw_step(
+            local(parameter),
+            local(parameter.grad),
+            local(state["exp_avg"]),
+            local(state["exp_avg_sq"]),
+            self.clip_factor,
+            step=int(state["step"].item()),
+            learning_rate=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            epsilon=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor, of the same storage."""
+    tensor = as_plain(tensor.detach())
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,257 @@
+"""FP8 training: the three products of each linear in float8 through torchao, with bf16 weights."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeGuard
+
+from pydantic import Field
+
+from raytrain_adv.config.problems import Problem
+from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.transforms.naming import ROUTERS, class_name, nearest, output_head, short
+from raytrain_adv.transforms.transform import Change, Plan, Transform
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torchao.float8 import Float8LinearConfig
+
+    from raytrain_adv.config.job import JobConfig
+    from raytrain_adv.hardware import HardwareFacts
+
+OWN = "raytrain_adv.ops.float8_linear.Float8Linear"
+TORCHAO = "torchao.float8.float8_linear.Float8Linear"
+MULTIPLE = 16
+"""torch._scaled_mm takes only sizes divisible by this on a GPU; on a CPU it takes all."""
+SMALLEST = {"tensorwise": 1024, "rowwise": 2049, "rowwise_with_gw_hp": 2049}
+"""Features on either side below which a linear does not gain.
+
+Source for rowwise: torchao's measurements on an H100 (docs/static/fp8-rowwise-perf.png): N of 2048
+or less never wins. Tensorwise: k_proj and v_proj of the 8B shape (N = 1024) cost nothing in FP8
+where their input is cast for q_proj anyway (jobs/benchmarks).
+"""
+ENOUGH_TOKENS = 8192
+
+
+class Fp8(Transform):
+    """Train the linears in FP8; parameters, gradients and optimizer states stay as they are."""
+
+    name: ClassVar[str] = "fp8"
+    stage: ClassVar[str] = "precision"
+    proven_by: ClassVar[str] = "aten::_scaled_mm"
+
+    fp8: bool = False
+    """Compute the products of the linears in FP8: needs H100, H200 or newer GPUs."""
+    fp8_recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
+    """How factors are scaled: tensorwise (fastest), rowwise (one scale per row, more exact),
+    rowwise_with_gw_hp (rowwise, weight gradients in bf16).
+    """
+    fp8_enable_fsdp_float8_all_gather: bool = False
+    """Gather sharded weights in FP8, half the bytes of bf16; only with fp8_recipe: tensorwise."""
+    fp8_exclude: tuple[str, ...] = ()
+    """Linears to leave in bf16: names, ends of names (down_proj), or patterns
+    (model.layers.0.*).
+    """
+    fp8_min_features: Annotated[int, Field(ge=0)] | None = None
+    """Linears with fewer input or output features stay in bf16; none takes what was measured for
+    the recipe, 0 leaves none out for its size.
+    """
+    fp8_allow_cpu: bool = False
+    """Allow FP8 on a CPU, where it is exact but slow: for trying a job out."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether FP8 is asked for."""
+        return self.fp8
+
+    @property
+    def is_tensorwise(self) -> bool:
+        """Whether each factor has one scale."""
+        return self.fp8_recipe == "tensorwise"
+
+    def contradictions(self) -> Iterable[Problem]:
+        """Refuse fp8 all-gather with scales that are not one per tensor."""
+        if self.fp8_enable_fsdp_float8_all_gather and not self.is_tensorwise:
+            yield Problem(
+                f"weights are gathered in FP8 with one scale each, and fp8_recipe is "
+                f"{self.fp8_recipe}",
+                "set fp8_recipe: tensorwise, or fp8_enable_fsdp_float8_all_gather: false",
+                "fp8_enable_fsdp_float8_all_gather and fp8_recipe",
+            )
+
+    def check(self, facts: HardwareFacts) -> None:
+        """Refuse machines and software without FP8.
+
+        Raises:
+            ClusterError: with the rule, what was found on the node, and what to do.
+        """
+        torch_version = facts.versions.get("torch")
+        if torch_version is None or release(torch_version) < (2, 7):
+            raise ClusterError(
+                "FP8 requires PyTorch 2.7+",
+                f"node {facts.node_ip}, torch {torch_version or 'is not installed'}",
+                "install torch>=2.11 on that node, or set fp8: false",
+            )
+        if facts.versions.get("torchao") is None:
+            raise ClusterError(
+                "FP8 needs torchao: torchao not available",
+                f"node {facts.node_ip}, no torchao",
+                "pip install 'torchao>=0.18,<0.19' on that node, or set fp8: false",
+            )
+        if facts.device_type == "cpu" and self.fp8_allow_cpu:
+            return
+        if facts.compute_capability is None or facts.compute_capability < (9, 0):
+            raise ClusterError(
+                "FP8 requires Hopper architecture (compute capability 9.0 or newer)",
+                facts.describe(),
+                "run on H100/H200 workers, or set fp8: false",
+            )
+
+    def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:
+        """Return what the job's other keys mean for FP8.
+
+        Args:
+            job: the resolved job.
+            num_tokens: tokens of one worker's forward pass.
+        """
+        sentences = []
+        if not job.parallel.torch_compile:
+            sentences.append(
+                "torch_compile is off: every cast is a kernel of its own, and FP8 is slower than "
+                "bf16; set torch_compile: true"
+            )
+        if num_tokens < ENOUGH_TOKENS:
+            sentences.append(
+                f"{num_tokens:,} tokens per forward pass: below {ENOUGH_TOKENS:,} FP8 may be "
+                "slower than bf16; raise per_device_train_batch_size or cutoff_len"
+            )
+        return tuple(sentences)
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Choose the linears that compute in FP8.
+
+        Raises:
+            JobError: when a pattern of fp8_exclude matches no linear.
+        """
+        linears = {fqn: m for fqn, m in model.named_modules() if is_linear(m)}
+        self._check_exclude(list(linears))
+        head = output_head(model)
+        changes: dict[str, Change] = {}
+        skipped: dict[str, str] = {}
+        for fqn, module in linears.items():
+            reason = "the language-model head" if module is head else self._reason(fqn, module)
+            if reason:
+                skipped[fqn] = reason
+            else:
+                after = OWN if self.is_tensorwise else TORCHAO
+                changes[fqn] = Change(class_name(module), after)
+        return Plan(self.name, changes, skipped, self._notes(model, linears, changes))
+
+    def _reason(self, fqn: str, module: nn.Linear) -> str:
+        if any(matches(pattern, fqn) for pattern in self.fp8_exclude):
+            return "in fp8_exclude"
+        if class_name(module) != "torch.nn.Linear":
+            return f"a {class_name(module)}, not a plain linear"
+        if short(fqn) in ROUTERS:
+            return "it routes tokens to experts"
+        if "lora_" in fqn:
+            return "an adapter"
+        sizes = (module.in_features, module.out_features)
+        if any(size % MULTIPLE for size in sizes):
+            return f"{sizes[0]} x {sizes[1]}: not divisible by {MULTIPLE}"
+        smallest = self.fp8_min_features
+        if smallest is None:
+            smallest = SMALLEST[self.fp8_recipe]
+        if min(sizes) < smallest:
+            return f"{sizes[0]} x {sizes[1]}: too small to gain (fp8_min_features: {smallest})"
+        return ""
+
+    def _check_exclude(self, linears: list[str]) -> None:
+        for pattern in self.fp8_exclude:
+            if any(matches(pattern, fqn) for fqn in linears):
+                continue
+            known = sorted({short(fqn) for fqn in linears})
+            close = nearest(pattern, known) or known
+            raise JobError(
+                f"fp8_exclude {pattern} matches no linear of the model",
+                f"its linears are {', '.join(known)}",
+                f"did you mean {', '.join(close[:3])}? a pattern may hold *",
+            )
+
+    def _notes(
+        self, model: nn.Module, linears: dict[str, nn.Linear], changes: dict[str, Change]
+    ) -> tuple[str, ...]:
+        total = sum(m.weight.numel() for m in linears.values()) or 1
+        share = sum(linears[fqn].weight.numel() for fqn in changes) / total
+        notes = [
+            f"{self.fp8_recipe}: {share:.0%} of the linears' products; weights, gradients and "
+            "optimizer states keep their dtype, so FP8 saves no memory for them"
+        ]
+        if any(p.ndim == 3 for p in model.parameters()):
+            notes.append("experts are held as stacked tensors, not as linears: they stay in bf16")
+        return tuple(notes)
+
+    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+        """Put a Float8Linear that owns the same parameters in each planned linear's place."""
+        from torchao.float8.float8_linear import Float8Linear as TorchaoFloat8Linear
+
+        from raytrain_adv.ops.float8_linear import Float8Linear
+
+        kind = Float8Linear if self.is_tensorwise else TorchaoFloat8Linear
+        config = self._config()
+        for fqn in plan.changes:
+            model.set_submodule(fqn, kind.from_float(model.get_submodule(fqn), config))
+        if not self.is_tensorwise:
+            self._keep_rounding()
+
+    def _config(self) -> Float8LinearConfig:
+        from torchao.float8 import Float8LinearConfig
+
+        return Float8LinearConfig.from_recipe_name(self.fp8_recipe)
+
+    @staticmethod
+    def _keep_rounding() -> None:
+        """Have Inductor round to bf16 where eager code does: without it row-wise scales and the
+        values they are taken from differ (pytorch#150859). Remove when that is closed.
+        """
+        import torch._inductor.config
+
+        torch._inductor.config.emulate_precision_casts = True
+
+    def before_sharding(self, model: nn.Module) -> None:
+        """Have FSDP2 gather the weights in float8, where the job asks for it."""
+        if not self.fp8_enable_fsdp_float8_all_gather:
+            return
+        from torchao.float8.float8_linear import Float8Linear
+
+        from raytrain_adv.ops.float8_weight import gather_in_float8
+
+        for module in model.modules():
+            if isinstance(module, Float8Linear):
+                gather_in_float8(module)
+
+    def after_step(self, model: nn.Module) -> None:
+        """Compute the scales of all sharded weights with one all-reduce instead of one each."""
+        if self.fp8_enable_fsdp_float8_all_gather:
+            from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+            precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version: 2.11.0+cu130 gives (2, 11, 0)."""
+    return tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def matches(pattern: str, fqn: str) -> bool:
+    """Whether a name, an end of a name, or a pattern with * stands for a module."""
+    return fqn == pattern or fqn.endswith(f".{pattern}") or fnmatch.fnmatchcase(fqn, pattern)
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a torch linear."""
+    from torch import nn
+
+    return isinstance(module, nn.Linear)

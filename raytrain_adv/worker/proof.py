@@ -1,0 +1,82 @@
+"""Proof, from a profile of one training step, that what was asked for is what ran."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import TrainingError
+from raytrain_adv.transforms.apply import enabled
+from raytrain_adv.transforms.transform import Plan, Transform
+from raytrain_adv.worker.run import Run
+
+MOST_KERNELS = 6
+"""GPU kernels named in the report, those that took longest."""
+
+
+class Proof:
+    """Profiles one forward and backward pass, and holds it against what transforms promised.
+
+    Args:
+        job: the resolved job.
+        run: this rank's run.
+        plans: what each transform has changed.
+    """
+
+    def __init__(self, job: JobConfig, run: Run, plans: Mapping[str, Plan]) -> None:
+        self.run = run
+        self.plans = plans
+        self.pending = [t for t in enabled(job) if t.proven_by]
+        self.found: dict[str, dict[str, Any]] = {}
+        """Transform -> operator, how often it ran in the pass, and the GPU kernels it launched."""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Profile what happens inside, unless everything is proven.
+
+        Raises:
+            TrainingError: on all ranks, when an operator ran less often than modules were changed.
+        """
+        if not self.pending:
+            yield
+            return
+        activities = [ProfilerActivity.CPU]
+        if self.run.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        with profile(activities=activities, acc_events=True) as seen:
+            yield
+            if self.run.device.type == "cuda":
+                torch.cuda.synchronize(self.run.device)
+        for transform in self.pending:
+            self._hold(transform, seen)
+        self.pending = []
+
+    def _hold(self, transform: Transform, seen: profile) -> None:
+        events = seen.events()  # type: ignore[no-untyped-call] # torch.profiler has no types here
+        calls = [e for e in events or () if e.name == transform.proven_by]
+        kernels: dict[str, float] = {}
+        for call in calls:
+            for kernel in call.kernels:
+                kernels[kernel.name] = kernels.get(kernel.name, 0.0) + kernel.duration
+        longest = sorted(kernels, key=lambda name: -kernels[name])[:MOST_KERNELS]
+        planned = len(self.plans[transform.name].changes)
+        self.found[transform.name] = {
+            "operator": transform.proven_by,
+            "calls": len(calls),
+            "modules": planned,
+            "gpu_kernels": longest,
+        }
+        if self.run.agree(len(calls), dist.ReduceOp.MIN) < planned:
+            raise TrainingError(
+                f"{transform.name} was prepared and does not run",
+                f"{transform.proven_by} ran {len(calls)} times in a training step on rank "
+                f"{self.run.rank}, for {planned} modules",
+                "something computes these modules by another way: switch off use_kernels, "
+                "use_liger_kernel or flash_attn one by one, or report it with this job",
+            )
