@@ -1,10 +1,9 @@
-"""Readings of nodes as data, and a rule like FP8's, for tests of preflight."""
+"""Readings of nodes as data, for tests of preflight."""
 
 from __future__ import annotations
 
 from raytrain_adv.driver.probe import GpuReading, Reading
-from raytrain_adv.errors import ClusterError
-from raytrain_adv.hardware import GIB, HardwareFacts, package_versions
+from raytrain_adv.hardware import GIB, package_versions
 
 CAPABILITIES = {
     "NVIDIA H100 80GB HBM3": (9, 0),
@@ -37,17 +36,3 @@ def node_with(
 def without(package: str, reading: Reading) -> Reading:
     """Return the reading of a node that lacks a package."""
     return Reading(**{**vars(reading), "versions": {**reading.versions, package: None}})
-
-
-class HopperOnly:
-    """A rule that needs compute capability 9.0 and torchao, as FP8's does."""
-
-    def check(self, facts: HardwareFacts) -> None:
-        if facts.versions.get("torchao") is None:
-            raise ClusterError("torchao not available", facts.describe(), "install torchao 0.18")
-        if facts.compute_capability is None or facts.compute_capability < (9, 0):
-            raise ClusterError(
-                "FP8 requires Hopper architecture (compute capability 9.0 or newer)",
-                facts.describe(),
-                "run on H100/H200 workers, or set fp8: false",
-            )
