@@ -10,6 +10,7 @@ from raytrain_adv import __version__
 from raytrain_adv.config import load
 from raytrain_adv.config.arguments import parse
 from raytrain_adv.config.problems import Problem, job_error
+from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.schema import schema
 from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError, StorageError
 from raytrain_adv.quiet import quieten
@@ -17,7 +18,8 @@ from raytrain_adv.quiet import quieten
 USAGE = """usage: raytrain-adv COMMAND [...]
 
   launch job.yaml [--plan] [key=value ...]   run a job
-  plan job.yaml [key=value ...]              show what a job would do, and the memory it takes
+  plan job.yaml [--workers N] [--verbose] [key=value ...]
+                                             show what a job would do, and the memory it takes
   preflight [job.yaml] [key=value ...]       check the cluster's nodes, for a job or for any
   schema [--output FILE]                     print the JSON schema of the job file
   --version                                  print the version"""
@@ -65,11 +67,12 @@ def _launch(arguments: list[str]) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
-    parsed = parse(arguments, "raytrain-adv plan")
+    parsed = parse(arguments, "raytrain-adv plan", plans=True)
     job = load(parsed.path, parsed.overrides)
+    check_workers(job, parsed.workers)
     from raytrain_adv.driver.plan import show
 
-    show(job)
+    show(job, parsed.workers, parsed.verbose)
     return EXIT_DONE
 
 

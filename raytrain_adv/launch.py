@@ -10,6 +10,7 @@ import sys
 
 from raytrain_adv.config import load
 from raytrain_adv.config.arguments import parse
+from raytrain_adv.config.rules import check_workers
 from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError
 from raytrain_adv.quiet import quieten
 
@@ -21,9 +22,10 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         job = load(arguments.path, arguments.overrides)
         if arguments.plan_only:
+            check_workers(job, arguments.workers)
             from raytrain_adv.driver.plan import show
 
-            show(job)
+            show(job, arguments.workers, arguments.verbose)
             return EXIT_DONE
         from raytrain_adv.driver.trainer import run
 

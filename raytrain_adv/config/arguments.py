@@ -1,4 +1,4 @@
-"""The command line of a job: its file, key=value overrides, and --plan."""
+"""The command line of a job: its file, key=value overrides, and --plan with its options."""
 
 import sys
 from collections.abc import Sequence
@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from raytrain_adv.config.problems import Problem, is_secret, job_error
+from raytrain_adv.config.sections import LARGEST
 
-USAGE = """usage: {program} job.yaml [--plan] [key=value ...]
+USAGE = """usage: {program} job.yaml {options}[key=value ...]
 
-  job.yaml    the job: flat keys, those of LLaMA-Factory (`raytrain-adv schema` lists them)
-  key=value   another value for a key, as YAML: learning_rate=1e-4 lr_scheduler_kwargs.min_lr=1e-6
-  --plan      show what would be done, and the memory it takes; train nothing"""
+  job.yaml     the job: flat keys, those of LLaMA-Factory (`raytrain-adv schema` lists them)
+  key=value    another value for a key, as YAML: learning_rate=1e-4 lr_scheduler_kwargs.min_lr=1e-6
+{plan}  --workers N  plan for N workers, whatever ray_num_workers says
+  --verbose    show the keys that have their default too"""
+_PLAN = """  --plan       show what would be done, and the memory it takes; train nothing. With it:
+"""
 
 
 class Arguments(NamedTuple):
@@ -20,23 +24,39 @@ class Arguments(NamedTuple):
     path: str
     overrides: list[str]
     plan_only: bool
+    workers: int | None = None
+    """Workers to plan for; none means those of the job."""
+    verbose: bool = False
+    """Whether the plan shows the keys that have their default."""
 
 
-def parse(argv: Sequence[str], program: str = "python -m raytrain_adv.launch") -> Arguments:
+def parse(
+    argv: Sequence[str], program: str = "python -m raytrain_adv.launch", *, plans: bool = False
+) -> Arguments:
     """Return the parts of a job's command line.
+
+    Args:
+        argv: the arguments after the program's name.
+        program: what the user typed, for the usage.
+        plans: whether this command always plans, as `raytrain-adv plan` does.
 
     Raises:
         JobError: naming each argument that is none, and how it is written.
         SystemExit: after printing the usage, when it is asked for.
     """
-    usage = USAGE.format(program=program)
+    usage = _usage(program, plans)
     if "-h" in argv or "--help" in argv:
         print(usage)
         sys.exit(0)
-    problems: list[Problem] = []
+    plan_only = plans or "--plan" in argv
+    options, arguments, problems = _options(argv)
+    if not plan_only:
+        problems += [
+            Problem(f"{name} says how a plan is shown", f"write --plan too, or leave {name} out")
+            for name in options
+        ]
     overrides: list[str] = []
     paths: list[str] = []
-    arguments = [argument for argument in argv if argument != "--plan"]
     for place, argument in enumerate(arguments):
         if argument.startswith("-"):
             problems.append(_flag_problem(arguments, place))
@@ -55,7 +75,51 @@ def parse(argv: Sequence[str], program: str = "python -m raytrain_adv.launch") -
         problems.insert(0, Problem("no job file is named", usage.splitlines()[0]))
     if problems:
         raise job_error("The command line", problems)
-    return Arguments(paths[0], overrides, "--plan" in argv)
+    return Arguments(
+        paths[0], overrides, plan_only, options.get("--workers"), "--verbose" in options
+    )
+
+
+def _usage(program: str, plans: bool) -> str:
+    options = "[--workers N] [--verbose] "
+    return USAGE.format(
+        program=program,
+        options=options if plans else "[--plan] ",
+        plan="" if plans else _PLAN,
+    )
+
+
+def _options(argv: Sequence[str]) -> tuple[dict[str, int], list[str], list[Problem]]:
+    """Take the options off a command line: their values, the other arguments, what is wrong."""
+    found: dict[str, int] = {}
+    others: list[str] = []
+    problems: list[Problem] = []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        if name == "--workers":
+            if not equals:
+                value = rest.pop(0) if rest and not _is_job_or_key(rest[0]) else ""
+            found[name] = _count(value)
+            if not found[name]:
+                text = f"--workers {value[:80]!r}: it takes a number of workers"
+                problems.append(Problem(text, f"write --workers N, N from 1 to {LARGEST}"))
+        elif argument == "--verbose":
+            found[argument] = 1
+        elif argument != "--plan":
+            others.append(argument)
+    return found, others, problems
+
+
+def _count(text: str) -> int:
+    """Return the whole number that is written, or 0 where it is none that can be counted with."""
+    digits = text if text.isascii() and text.isdigit() and len(text) <= len(str(LARGEST)) else "0"
+    return int(digits) if int(digits) <= LARGEST else 0
+
+
+def _is_job_or_key(argument: str) -> bool:
+    return argument.startswith("--") or "=" in argument or argument.endswith((".yaml", ".yml"))
 
 
 def _flag_problem(arguments: Sequence[str], place: int) -> Problem:

@@ -3,6 +3,7 @@ Problem."""
 
 import difflib
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ MAX_DEPTH = 30
 MAX_NODES = 20_000
 """YAML values of a job, with every alias counted as often as it is used: a page of keys has about
 fifty."""
+MAX_DIGITS = 1000
+A_PAGE = "name a job file: a page of key: value lines"
 
 _TAGS = {
     f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")
@@ -39,12 +42,19 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
 
 
+class _TooLarge(ValueError):
+    """YAML that no job file would hold."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as LLaMA-Factory reads it (through OmegaConf): 1e-4 is a number; no dates, octal or
     base-60 numbers."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        return int(self.construct_scalar(node).replace("_", ""), 0)
+        digits = self.construct_scalar(node).replace("_", "")
+        if len(digits) > MAX_DIGITS:
+            raise ValueError(f"a whole number of {len(digits)} digits")
+        return int(digits, 0)
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -73,8 +83,14 @@ for _kind, _pattern, _first in (
 def read_file(path: Path) -> Document:
     """Return the keys of a job file, with line numbers."""
     try:
-        if path.is_dir():
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
             return _refused("it is a folder", f"name a file: {_nearest_file(path) or 'job.yaml'}")
+        if not stat.S_ISREG(mode):  # reading a pipe or a device may never end
+            return _refused(
+                "it is a pipe or a device, not a file",
+                "write the job to a file; key=value on the command line changes single keys",
+            )
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
@@ -83,11 +99,10 @@ def read_file(path: Path) -> Document:
             "there is no such file", f"did you mean {nearest}?" if nearest else "name a job file"
         )
     except (OSError, ValueError) as error:
-        return _refused(f"it cannot be read: {error}", "name a YAML file that this user can read")
+        reason = error.strerror if isinstance(error, OSError) else error
+        return _refused(f"it cannot be read: {reason}", "name a YAML file that this user can read")
     if len(content) > MAX_BYTES:
-        return _refused(
-            f"it is larger than {MAX_BYTES} bytes", "name a job file: a page of key: value lines"
-        )
+        return _refused(f"it is larger than {MAX_BYTES} bytes", A_PAGE)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -113,12 +128,13 @@ def read_text(text: str) -> Document:
             _construct(root, document)
     except yaml.YAMLError as error:
         document.problems.append(_syntax_problem(error))
+    except _TooLarge as error:
+        document.problems.append(Problem(str(error), A_PAGE))
     except ValueError as error:
         text = f"a value cannot be read: {error}"
         document.problems.append(Problem(text, "write it as text in quotes"))
     except RecursionError:
-        text = "a value cannot be read: it is nested too deeply"
-        document.problems.append(Problem(text, "write a flat list of keys"))
+        document.problems.append(Problem("it is nested too deeply", A_PAGE))
     return document
 
 
@@ -143,13 +159,15 @@ def read_value(text: str) -> Any:
 
 def _compose(text: str) -> yaml.Node | None:
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > MAX_DEPTH:
-            raise ValueError("it is nested too deeply")
+            raise _TooLarge("it is nested too deeply")
+        if count > 3 * MAX_NODES:  # a value has at most three: its key, and a collection's two ends
+            raise _TooLarge(f"more than {MAX_NODES} values")
     root: yaml.Node | None = yaml.compose(text, Loader=_Loader)
     return root
 
@@ -186,7 +204,7 @@ class _Walk:
         self._visit(root)
         if self._count > MAX_NODES:
             text = f"more than {MAX_NODES} values"
-            self.problems.append(Problem(text, "name a job file: a page of key: value lines"))
+            self.problems.append(Problem(text, A_PAGE))
 
     def _refuse(self, node: yaml.Node, text: str, fix: str) -> None:
         self.problems.append(Problem(text, fix, where=_line(node)))

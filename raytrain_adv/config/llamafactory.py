@@ -6,11 +6,15 @@ added takes its keys over.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
-from raytrain_adv.config.llamafactory_keys import LISTED, REFUSED, SAME
+from raytrain_adv.config import llamafactory_keys
+from raytrain_adv.config.llamafactory_keys import LISTED, SAME
+from raytrain_adv.config.other_formats import ELSEWHERE
 from raytrain_adv.config.problems import Problem, show
+from raytrain_adv.config.sections import Template
 
+REFUSED = {**llamafactory_keys.REFUSED, **ELSEWHERE}
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "enable_liger_kernel": "use_liger_kernel",
@@ -19,6 +23,7 @@ RENAMED = {
 """Keys that are written under another name here; true only when that name has an owner."""
 
 OPTIMIZERS = {"adamw_8bit": "adamw_torch_8bit", "adamw_bnb_8bit": "adamw_torch_8bit"}
+TEMPLATES: tuple[str, ...] = get_args(Template)
 UNSET_WHEN_NULL = {
     "packing",
     "report_to",
@@ -91,6 +96,9 @@ def translate(keys: Mapping[str, Any], owned: frozenset[str]) -> Translation:
             _refuse_unless(result, key, value, (default,), why, fix)
         elif ours not in LISTED:
             result.unknown.append(key)
+    if keys.get("do_eval") is True and not (keys.get("val_size") or keys.get("eval_dataset")):
+        fix = "hold rows out with val_size, or name an eval_dataset"
+        result.problems.append(Problem("true: there are no rows to evaluate", fix, "do_eval"))
     return result
 
 
@@ -162,6 +170,18 @@ def _optim(value: Any) -> Any:
     return OPTIMIZERS.get(value, value) if isinstance(value, str) else value
 
 
+def _template(value: Any) -> Any:
+    if not isinstance(value, str) or value in TEMPLATES:
+        return value
+    fix = f"delete it: the tokenizer's own chat template is used; or give {', '.join(TEMPLATES)}"
+    return Problem(f"{show(value)}: this template is not in this version", fix)
+
+
+def _flash_attn(value: Any) -> Any:
+    names = {"flash_attention_2": "fa2", "flash_attention_3": "fa3", "eager": "disabled"}
+    return names.get(value, value) if isinstance(value, str) else value
+
+
 def _dataset_dir(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("REMOTE:"):
         fix = "delete it and name the Hub datasets in dataset, or give a folder"
@@ -191,6 +211,8 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "eval_strategy": _strategy,
     "warmup_steps": _warmup_steps,
     "optim": _optim,
+    "template": _template,
+    "flash_attn": _flash_attn,
     "dataset_dir": _dataset_dir,
     "resume_from_checkpoint": _resume,
     "gradient_checkpointing": _gradient_checkpointing,

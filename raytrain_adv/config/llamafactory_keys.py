@@ -23,7 +23,8 @@ def _note(why: str, keys: str) -> dict[str, str]:
     return dict.fromkeys(keys.split(), why)
 
 
-def _refuse(why: str, fix: str, defaults: str) -> dict[str, Refused]:
+def refuse(why: str, fix: str, defaults: str) -> dict[str, Refused]:
+    """Return an entry for each key of `defaults`, which is `key: default, ...` as YAML."""
     values: dict[str, Any] = yaml.safe_load("{" + defaults + "}")
     return {key: (default, why, fix) for key, default in values.items()}
 
@@ -73,7 +74,7 @@ SAME: dict[str, Accepted] = {
         ),
         "FSDP2 always shards, layer by layer",
         "fsdp",
-        "delete it; fsdp_shard_size and fsdp_cpu_offload choose the rest",
+        "delete it; set fsdp_shard_size, fsdp_reshard_after_forward and fsdp_cpu_offload",
     ),
     **_accept(
         ("no", "all", "non_padding", True, False),
@@ -127,77 +128,85 @@ _PLAIN_OPTIM = "delete it; optim takes adamw_torch_fused, adamw_torch and adamw_
 _TOKEN = "remove it from the file and put HF_TOKEN into the environment of the nodes"
 _VOCABULARY = "add the tokens to the tokenizer and model once, and train that folder"
 _QUANTIZED = f"training on a quantised model {_LATER}"
-_RECIPE = "delete it; use LLaMA-Factory or TRL for this stage"
 
 REFUSED: dict[str, Refused] = {
-    **_refuse(
+    **refuse(
         "FSDP2 shards the model, not DeepSpeed",
-        "delete it; fsdp_cpu_offload and fsdp_reshard_after_forward do what its configs choose",
+        "delete it; ZeRO-2 is fsdp_reshard_after_forward: false, offload fsdp_cpu_offload: true",
         "deepspeed: null",
     ),
-    **_refuse(
+    **refuse(
         "FSDP2 has its own keys here",
         "delete it; set fsdp_shard_size, fsdp_reshard_after_forward and fsdp_cpu_offload",
         "fsdp_config: null, accelerator_config: null, parallelism_config: null",
     ),
-    **_refuse(
+    **refuse(
         "float16 training is not supported",
-        "set bf16: true",
+        "delete it, and set bf16: true",
         "fp16: false, fp16_full_eval: false",
     ),
-    **_refuse(
+    **refuse(
         "evaluation computes as training does",
         "delete it; bf16 holds for both",
         "bf16_full_eval: false",
     ),
-    **_refuse(
-        "PyTorch's own setting is kept",
-        DELETE,
-        "tf32: null",
-    ),
-    **_refuse(
+    **refuse("PyTorch's own setting is kept", DELETE, "tf32: null"),
+    **refuse(
         "it is written disable_gradient_checkpointing or gradient_checkpointing here",
         "use that key",
         "activation_checkpointing: null",
     ),
     # Secrets and uploads.
-    **_refuse(
+    **refuse(
         "a token in a job file ends up in logs",
         _TOKEN,
         "hf_hub_token: null, hub_token: null",
     ),
-    **_refuse(
+    **refuse(
         "this hub is not read",
         "give a local folder in model_name_or_path",
         "ms_hub_token: null, om_hub_token: null",
     ),
-    **_refuse(
+    **refuse(
         "nothing is uploaded",
         "delete it; upload the model folder with `hf upload`",
         "push_to_hub: false, hub_model_id: null, hub_private_repo: null, hub_strategy: "
         "every_save, hub_always_push: false, hub_revision: null",
     ),
     # Adapters and other ways to train.
-    **_refuse(
+    **refuse(
         f"starting from an adapter {_LATER}",
         "merge it into the model first, or go on from a checkpoint with resume_from_checkpoint",
         "adapter_name_or_path: null, adapter_folder: null, create_new_adapter: false",
     ),
-    **_refuse(
-        _OTHER,
-        "delete it; lora_target takes a list of module names",
-        "additional_target: null, loraplus_lr_ratio: null, loraplus_lr_embedding: 1.0e-6, "
+    **refuse(
+        f"training further modules whole beside adapters {_LATER}",
+        "delete it; lora_target takes a list of linear modules, finetuning_type: full trains all",
+        "additional_target: null",
+    ),
+    **refuse(
+        f"LoRA+ {_LATER}",
+        "delete it; all adapters train with learning_rate",
+        "loraplus_lr_ratio: null, loraplus_lr_embedding: 1.0e-6",
+    ),
+    **refuse(
+        f"starting adapters from the weights' singular vectors {_LATER}",
+        "delete it; adapters start as in LoRA, or in DoRA with use_dora: true",
         "pissa_init: false, pissa_iter: 16, pissa_convert: false",
     ),
-    **_refuse(
+    **refuse(
         _OTHER,
         "delete it; finetuning_type takes lora and full",
         "freeze_trainable_layers: 2, freeze_trainable_modules: all, freeze_extra_modules: null, "
         "use_llama_pro: false, module_dropout: 0.0, oft_rank: 0, oft_block_size: 32, "
-        "oft_target: all, freeze_language_model: false, mixture_of_depths: null, shift_attn: "
-        "false",
+        "oft_target: all, freeze_language_model: false",
     ),
-    **_refuse(
+    **refuse(
+        f"changing the architecture {_LATER}",
+        "delete it; layers and attention are those of the model's config",
+        "mixture_of_depths: null, shift_attn: false",
+    ),
+    **refuse(
         f"this optimizer {_LATER}",
         _PLAIN_OPTIM,
         "use_galore: false, galore_target: all, galore_rank: 16, galore_update_interval: 200, "
@@ -209,75 +218,74 @@ REFUSED: dict[str, Refused] = {
         "50, badam_update_ratio: 0.05, badam_mask_mode: adjacent, badam_verbose: 0, "
         "use_adam_mini: false, use_muon: false, optim_args: null, optim_target_modules: null",
     ),
-    **_refuse(
+    **refuse(
         f"this loss {_LATER}",
         "delete it; the loss is cross-entropy",
         "use_dft_loss: false, use_asft_loss: false, asft_alpha: 0.1, use_eaft_loss: false, "
-        "eaft_alpha: 1.0, label_smoothing_factor: 0.0, moe_aux_loss_coef: null, "
+        "eaft_alpha: 1.0, label_smoothing_factor: 0.0, moe_aux_loss_coef: null",
+    ),
+    **refuse(
+        f"noise on the embeddings {_LATER}",
+        "delete it; weight_decay and lora_dropout act against overfitting",
         "neftune_noise_alpha: null",
     ),
-    **_refuse(
-        "it belongs to another training stage",
-        _RECIPE,
-        "pref_beta: 0.1, pref_ftx: 0.0, pref_bco_weight: 0.0, pref_loss: sigmoid, "
-        "dpo_label_smoothing: 0.0, kto_chosen_weight: 1.0, kto_rejected_weight: 1.0, "
-        "simpo_gamma: 0.5, ppo_buffer_size: 1, ppo_epochs: 4, ppo_score_norm: false, "
-        "ppo_target: 6.0, ppo_whiten_rewards: false, ref_model: null, ref_model_adapters: null, "
-        "ref_model_quantization_bit: null, reward_model: null, reward_model_adapters: null, "
-        "reward_model_quantization_bit: null, reward_model_type: lora, ld_alpha: null",
-    ),
-    **_refuse(
+    **refuse(
         f"this backend {_LATER}",
         "delete it; jobs run on PyTorch with FSDP2",
-        "use_unsloth: false, use_unsloth_gc: false, use_kt: false, kt_config: null, "
+        "use_unsloth: false, use_kt: false, kt_config: null, "
         "kt_cpu_activation: null, kt_weight_path: null, kt_non_expert_weight_path: null, "
         "kt_expert_checkpoint_path: null, kt_use_lora_experts: null, kt_lora_expert_num: null, "
         "kt_lora_expert_intermediate_size: null, use_mca: false, use_megatron_bridge: false, "
         "use_hyper_parallel: false, hyper_parallel_args: null, hyper_parallel_cp_size: 1, "
         "use_v1_kernels: false, ddp_backend: null",
     ),
+    **refuse(
+        f"recomputation in Unsloth's way {_LATER}",
+        "delete it; set gradient_checkpointing: full or selective",
+        "use_unsloth_gc: false",
+    ),
     # Features of later transforms: each is taken over by the transform that owns the key.
-    **_refuse(
+    **refuse(
         _QUANTIZED,
         "delete it; fit the model with LoRA, gradient checkpointing and more workers",
         "quantization_bit: null, quantization_method: bnb, quantization_type: nf4, "
         "double_quantization: true, quantization_device_map: null",
     ),
-    **_refuse(
+    **refuse(
         f"FP8 training {_LATER}",
         "delete it; bf16: true trains in bfloat16",
         "fp8: false, fp8_enable_fsdp_float8_all_gather: false, fp8_recipe: null, fp8_exclude: null",
     ),
-    **_refuse(
+    **refuse(
         f"quantisation-aware training {_LATER}",
         DELETE,
         "enable_qat: false, qat_activation_dtype: null, qat_weight_dtype: int8, qat_group_size: "
         "32, qat_quantize_embedding: true, fake_quant_after_n_steps: null",
     ),
-    **_refuse(
+    **refuse(
         f"kernels from the Hub, Liger and Cut Cross-Entropy: this {_LATER}",
         "delete it; torch_compile: true fuses what PyTorch can",
         "use_kernels: false, kernel_name: null, kernels_lock: null, kernels_trust: null, "
         "use_liger_kernel: false, liger_kernel_config: null, cut_cross_entropy: false",
     ),
     # Model, tokenizer and data.
-    **_refuse(
+    **refuse(
         f"changing the vocabulary {_LATER}",
         _VOCABULARY,
         "resize_vocab: false, add_tokens: null, add_special_tokens: null, "
         "new_special_tokens_config: null, init_special_tokens: noise_init",
     ),
-    **_refuse(
+    **refuse(
         "special tokens in the data are read as such",
         DELETE,
         "split_special_tokens: false",
     ),
-    **_refuse(
+    **refuse(
         "the model is trained as its config says",
         "delete it, or edit config.json of the model",
         "rope_scaling: null, upcast_layernorm: false, upcast_lmhead_output: false",
     ),
-    **_refuse(
+    **refuse(
         "images, video and audio are not read",
         "delete it, and train on text datasets",
         "media_dir: null, image_max_pixels: 589824, image_min_pixels: 1024, "
@@ -286,33 +294,33 @@ REFUSED: dict[str, Refused] = {
         "audio_sampling_rate: 16000, freeze_vision_tower: true, "
         "freeze_multi_modal_projector: true",
     ),
-    **_refuse(
+    **refuse(
         "datasets are tokenised once and memory-mapped, never streamed",
         "delete it; max_samples limits the rows",
         "streaming: false, buffer_size: 16384, interleave_probs: null",
     ),
-    **_refuse(
+    **refuse(
         "the tokenizer's chat template decides this",
         "delete it, or change the tokenizer's chat template",
         "tool_format: null, enable_thinking: true, preserve_thinking: false",
     ),
-    **_refuse(
+    **refuse(
         "lengths are not sorted into batches",
         "use packing: true",
         "group_by_length: false, length_column_name: length, sortish_sampler: false",
     ),
-    **_refuse(
+    **refuse(
         "the last batch of an epoch is always used",
         DELETE,
         "dataloader_drop_last: false",
     ),
-    **_refuse(
+    **refuse(
         "seed holds for the data too",
         "delete it and set seed",
         "data_seed: null",
     ),
     # Evaluation, prediction, inference.
-    **_refuse(
+    **refuse(
         "evaluation gives loss and perplexity, and num_sample_answers sample answers",
         "delete it; generate from the finished model folder",
         "do_predict: false, predict_with_generate: false, generation_max_length: null, "
@@ -322,65 +330,49 @@ REFUSED: dict[str, Refused] = {
         "skip_special_tokens: true, compute_accuracy: false, include_for_metrics: null, "
         "label_names: null, eval_on_each_dataset: false",
     ),
-    **_refuse(
+    **refuse(
         "evaluation runs every eval_steps and at the end",
         "delete it and set eval_strategy and eval_steps",
         "eval_delay: 0, eval_on_start: false",
     ),
-    **_refuse(
+    **refuse(
         f"choosing or stopping by a metric {_LATER}",
         "delete it; the last step's model is saved, and metrics.jsonl has every evaluation",
         "load_best_model_at_end: false, metric_for_best_model: null, greater_is_better: null, "
         "early_stopping_steps: null",
     ),
-    **_refuse(
-        "a job trains; it does not serve",
-        "delete it",
-        "infer_backend: huggingface, infer_dtype: auto, offload_folder: offload, vllm_maxlen: "
-        "4096, vllm_gpu_util: 0.7, vllm_enforce_eager: false, vllm_max_lora_rank: 32, "
-        "vllm_config: null, sglang_maxlen: 4096, sglang_mem_fraction: 0.7, sglang_tp_size: -1, "
-        "sglang_config: null, sglang_lora_backend: triton",
-    ),
-    **_refuse(
-        "the finished model folder is written to output_dir/model",
-        "delete it",
-        "export_dir: null, export_size: 5, export_device: cpu, export_quantization_bit: null, "
-        "export_quantization_dataset: null, export_quantization_nsamples: 128, "
-        "export_quantization_maxlen: 1024, export_legacy_format: false, export_hub_model_id: "
-        "null",
-    ),
     # Running.
-    **_refuse(
+    **refuse(
         "metrics are logged every logging_steps",
         "set logging_steps",
         "logging_first_step: false",
     ),
-    **_refuse(
+    **refuse(
         "checkpoints go to storage that all nodes share",
         "delete it; set ray_storage_path",
         "save_on_each_node: false, enable_jit_checkpoint: false, ray_storage_filesystem: null",
     ),
-    **_refuse(
+    **refuse(
         "a resumed run always goes on exactly where it was",
         "delete it; another output_dir starts anew",
         "ignore_data_skip: false, restore_callback_states_from_checkpoint: false",
     ),
-    **_refuse(
+    **refuse(
         "Ray connects the workers",
         "delete it",
         "master_addr: null, master_port: null, local_rank: -1",
     ),
-    **_refuse(
+    **refuse(
         "the batch size is the one in the file",
         "set per_device_train_batch_size",
         "auto_find_batch_size: false, torch_empty_cache_steps: null",
     ),
-    **_refuse(
+    **refuse(
         f"this {_LATER}",
         "delete it",
         "full_determinism: false, debug: ''",
     ),
-    **_refuse(
+    **refuse(
         f"the profiler {_LATER}",
         "delete it; the report has the seconds of each phase",
         "enable_torch_profiler: false, profiler_output_dir: null, profiler_wait_steps: 1, "
@@ -388,7 +380,7 @@ REFUSED: dict[str, Refused] = {
         "profiler_record_shapes: true, profiler_profile_memory: true, profiler_with_stack: "
         "true, profile_modules: null",
     ),
-    **_refuse(
+    **refuse(
         "this tracker is not supported",
         "delete it; report_to takes tensorboard, wandb and mlflow",
         "use_swanlab: false, swanlab_project: llamafactory, swanlab_workspace: null, "
@@ -396,7 +388,7 @@ REFUSED: dict[str, Refused] = {
         "null, swanlab_lark_webhook_url: null, swanlab_lark_secret: null, trackio_space_id: "
         "null, trackio_bucket_id: null, trackio_static_space_id: null",
     ),
-    **_refuse(
+    **refuse(
         "trackers are set up by their own environment variables",
         "delete it, or set WANDB_PROJECT",
         "project: huggingface",

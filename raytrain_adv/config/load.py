@@ -12,11 +12,13 @@ from pydantic import ValidationError
 
 from raytrain_adv.config import llamafactory, rules
 from raytrain_adv.config.discovery import SECTIONS, section_types, transform_types
-from raytrain_adv.config.document import Document, Entry, read_file, read_value
+from raytrain_adv.config.document import MAX_DEPTH, Document, Entry, read_file, read_value
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.problems import Problem, job_error, printable, show
+from raytrain_adv.config.other_formats import WRITTEN_AS
+from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
 from raytrain_adv.config.section import Section
+from raytrain_adv.config.sections import LARGEST
 
 COMMAND_LINE = "command line"
 _STAND_IN = "?"
@@ -55,6 +57,7 @@ def _check(document: Document) -> _Checked:
     translated = llamafactory.translate(values, owned)
     problems = [*translated.problems, *(_unknown(key, owned) for key in translated.unknown)]
     refused = {translated.names.get(p.key, p.key) for p in problems}
+    refused |= {WRITTEN_AS[key] for key in translated.unknown if key in WRITTEN_AS}
     sections: dict[type[Section], Section] = {}
     for kind in kinds:
         given = {key: value for key, value in translated.keys.items() if key in kind.model_fields}
@@ -118,12 +121,15 @@ def _as_written(kind: type[Section], key: str, value: Any) -> Any:
 
 def _bool_for_number(kind: type[Section], key: str, value: Any) -> Problem | None:
     """Refuse true and false for numbers, which pydantic would read as 1 and 0."""
-    if isinstance(value, bool) and not _mentions(kind.model_fields[key].annotation, bool):
+    annotation = kind.model_fields[key].annotation
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    found = any(isinstance(one, bool) for one in (value, *inner))
+    if found and not _mentions(annotation, bool) and not _mentions(annotation, Any):
         return _wrong_value(kind, key, value)
     return None
 
 
-def _mentions(annotation: Any, kind: type) -> bool:
+def _mentions(annotation: Any, kind: Any) -> bool:
     return annotation is kind or any(_mentions(part, kind) for part in get_args(annotation))
 
 
@@ -138,6 +144,8 @@ def _wrong_value(kind: type[Section], key: str, value: Any) -> Problem:
         return Problem(text, fix, key)
     fix = f"give {accepted}"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and value > LARGEST and _has_bound(field_schemas(kind)[key], LARGEST):
+        fix += f", at most {LARGEST}"
     if is_number and _mentions(kind.model_fields[key].annotation, str):
         fix += f"; as text it is written {key}: '{show(value)}'"
     nearest = (
@@ -150,6 +158,10 @@ def _wrong_value(kind: type[Section], key: str, value: Any) -> Problem:
     return Problem(f"{show(value, key)} is not accepted", fix, key)
 
 
+def _has_bound(schema: Mapping[str, Any], bound: int) -> bool:
+    return any(bound == part.get("maximum") for part in (schema, *schema.get("anyOf", ())))
+
+
 def _choices(schema: Mapping[str, Any]) -> list[str]:
     options = [*schema.get("enum", ()), schema.get("const")]
     inner = [*schema.get("anyOf", ()), schema.get("items", {})]
@@ -160,16 +172,18 @@ def _choices(schema: Mapping[str, Any]) -> list[str]:
 
 def _unknown(key: str, owned: frozenset[str]) -> Problem:
     normal = key.strip().lower().replace("-", "_").lstrip("_")
-    near = difflib.get_close_matches(normal, sorted(owned), 1, 0.7)
-    near = near or difflib.get_close_matches(
-        normal, sorted({*owned, *llamafactory.known_keys()}), 1, 0.6
-    )
+    near = [WRITTEN_AS[normal]] if normal in WRITTEN_AS else []
+    near = near or difflib.get_close_matches(normal, sorted(owned), 1, 0.7)
+    # A key that would be refused is worth naming only where it is the one that was meant.
+    near = near or difflib.get_close_matches(normal, sorted(llamafactory.known_keys()), 1, 0.85)
     fix = (
         f"did you mean {near[0]}?"
         if near
         else "delete it; `raytrain-adv schema` lists the keys there are"
     )
-    return Problem("there is no such key", fix, printable(key[:80]))
+    if not key.strip():
+        return Problem("a key without a name", "delete the line, or name the key")
+    return Problem("there is no such key", fix, key)
 
 
 def _override(document: Document, overrides: Iterable[str]) -> None:
@@ -178,12 +192,12 @@ def _override(document: Document, overrides: Iterable[str]) -> None:
         problem = _override_problem(key, bool(equals), item)
         if problem is None:
             try:
-                _put(document, key, read_value(text))
-                continue
+                problem = _put(document, key, read_value(text))
             except ValueError as error:
-                fix = f"put the value in quotes: '{key}=\"...\"'"
-                problem = Problem(str(error), fix, printable(key[:80]))
-        document.problems.append(problem.at(COMMAND_LINE))
+                fix = f"put the value in quotes: '{key[:80]}=\"...\"'"
+                problem = Problem(str(error), fix, key[:80])
+        if problem is not None:
+            document.problems.append(problem.at(COMMAND_LINE))
 
 
 def _override_problem(key: str, has_value: bool, item: str) -> Problem | None:
@@ -195,19 +209,21 @@ def _override_problem(key: str, has_value: bool, item: str) -> Problem | None:
         )
     if not has_value or not key.strip():
         return Problem(f"{show(item)} is not key=value", "write key=value, as learning_rate=1e-4")
+    names = key.split(".")
+    if not all(name.strip() for name in names) or len(names) > MAX_DEPTH:
+        fix = "write key=value, or for a place inside a mapping key.name=value"
+        return Problem(f"{show(key)} is not a key, or a key with a dot and a name", fix)
     return None
 
 
-def _put(document: Document, key: str, value: Any) -> None:
-    """Set a key, or with dots a place inside a key that holds a mapping.
-
-    Raises:
-        ValueError: when the place is inside something that is no mapping.
+def _put(document: Document, key: str, value: Any) -> Problem | None:
+    """Set a key, or with dots a place inside a key that holds a mapping; refuse a place inside
+    anything else.
     """
     head, *rest = key.split(".")
     if not rest:
         document.entries[head] = Entry(value, COMMAND_LINE)
-        return
+        return None
     old = document.entries[head].value if head in document.entries else None
     for name in reversed(rest):
         value = {name: value}
@@ -216,10 +232,10 @@ def _put(document: Document, key: str, value: Any) -> None:
     elif isinstance(old, dict):
         merged = _merge(old, value)
     else:
-        raise ValueError(
-            f"{head} holds {show(old, head)}, not a mapping, so it has no {'.'.join(rest)}"
-        )
+        text = f"{head} holds {show(old, head)}, not a mapping, so it has no {'.'.join(rest)}"
+        return Problem(text, f"write {head}=value", key)
     document.entries[head] = Entry(merged, COMMAND_LINE)
+    return None
 
 
 def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from raytrain_adv.errors import JobError
 
 MAX_SHOWN = 60
 """Problems beyond this many are counted, not listed."""
+MAX_PATH = 300
 _SECRET_ENDINGS = ("token", "api_key", "secret", "password")
 
 _short = reprlib.Repr()
@@ -78,5 +79,5 @@ def job_error(source: str, problems: Iterable[Problem]) -> JobError:
         printable(f"{', '.join(keys)}: {fix}" if keys else fix) for fix, keys in remedies.items()
     ]
     count = "1 problem" if len(every) == 1 else f"{len(every)} problems"
-    what = f"{printable(source)} cannot be run as written ({count})"
+    what = f"{printable(source[:MAX_PATH])} cannot be run as written ({count})"
     return JobError(what, "\n".join(found), "\n".join(fixes))

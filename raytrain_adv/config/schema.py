@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from raytrain_adv.config.discovery import section_types
-from raytrain_adv.config.llamafactory_keys import SAME
+from raytrain_adv.config.llamafactory import RENAMED
+from raytrain_adv.config.llamafactory_keys import LISTED, SAME
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sections import LARGEST
 
@@ -30,6 +31,13 @@ def schema() -> dict[str, Any]:
                 "enum": [*values, None],
                 "deprecated": True,
             }
+    for key, why in LISTED.items():
+        sentence = f"LLaMA-Factory's key; it changes nothing here: {why}."
+        properties.setdefault(key, {"description": sentence, "deprecated": True})
+    for key, ours in RENAMED.items():
+        if ours in properties:
+            sentence = f"LLaMA-Factory's name of {ours}. {properties[ours]['description']}"
+            properties[key] = properties[ours] | {"description": sentence, "deprecated": True}
     return {
         "$schema": DIALECT,
         "title": "raytrain_adv job",

@@ -1,6 +1,7 @@
 """The keys of a job file that belong to no transform: names, meanings and defaults of LLaMA-Factory
 where it has them."""
 
+import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,9 @@ Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Names = Text | Annotated[list[Text], Field(min_length=1)]
 Steps = Annotated[float, Field(gt=0, le=LARGEST)]
 Tracker = Literal["none", "tensorboard", "wandb", "mlflow"]
+Template = Literal[
+    "llama3", "chatml", "qwen", "qwen3_nothink", "mistral", "gemma", "phi", "alpaca", "default"
+]
 SCHEDULE_OPTIONS = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
     "warmup_stable_decay": ("num_decay_steps", "min_lr_ratio"),
@@ -51,20 +55,7 @@ class DataConfig(Section):
     """Datasets for evaluation, written as dataset is; excludes val_size."""
     dataset_dir: Text = "data"
     """Folder that holds dataset_info.json and the files it names."""
-    template: (
-        Literal[
-            "llama3",
-            "chatml",
-            "qwen",
-            "qwen3_nothink",
-            "mistral",
-            "gemma",
-            "phi",
-            "alpaca",
-            "default",
-        ]
-        | None
-    ) = None
+    template: Template | None = None
     """Chat template; none uses the tokenizer's own."""
     default_system: str | None = None
     """System message for conversations that have none."""
@@ -96,6 +87,9 @@ class DataConfig(Section):
         if self.dataset is None:
             text = "missing: there is nothing to train on"
             yield Problem(text, "name a dataset, or the path of one", "dataset")
+        for key, names in (("dataset", self.dataset), ("eval_dataset", self.eval_dataset)):
+            if isinstance(names, str) and not names.replace(",", "").strip():
+                yield Problem(f"{names!r} names no dataset", "name one, or its path", key)
         if self.eval_dataset is not None and self.val_size > 0:
             text = "rows for evaluation come from one of the two"
             yield Problem(text, "keep one of them", "eval_dataset and val_size")
@@ -123,7 +117,7 @@ class TrainConfig(Section):
     """Forward and backward passes per optimizer step."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-5
     """Peak learning rate."""
-    num_train_epochs: Annotated[float, Field(gt=0.0)] = 3.0
+    num_train_epochs: Annotated[float, Field(gt=0.0, le=LARGEST)] = 3.0
     """Passes over the data; max_steps, when given, wins."""
     max_steps: Annotated[
         int, Field(ge=-1, le=LARGEST, json_schema_extra={"not": {"const": 0}})
@@ -166,9 +160,13 @@ class TrainConfig(Section):
 
     def contradictions(self) -> Iterable[Problem]:
         """Find training keys that cannot stand together."""
-        if self.warmup_ratio and self.warmup_steps:
+        if self.warmup_ratio is not None and self.warmup_steps:
             text = "two lengths of one warm-up"
             yield Problem(text, "keep one of them", "warmup_ratio and warmup_steps")
+        warmup = "warmup_ratio" if self.warmup_ratio else "warmup_steps"
+        if self.lr_scheduler_type == "constant" and getattr(self, warmup):
+            fix = f"set lr_scheduler_type: constant_with_warmup, or delete {warmup}"
+            yield Problem("constant has no warm-up", fix, f"lr_scheduler_type and {warmup}")
         if self.max_steps == 0:
             fix = "give at least 1, or -1 to derive it from num_train_epochs"
             yield Problem("0 steps train nothing", fix, "max_steps")
@@ -259,8 +257,8 @@ class OutputConfig(Section):
     plot_loss: bool = True
     """Draw the plots in report.html."""
     num_sample_answers: Annotated[int, Field(ge=0, le=1000)] = 1
-    """Held-out prompts that the trained model answers at the end, on the console and in the report.
-    """
+    """Prompts that the trained model answers at the end, on the console and in the report; held-out
+    ones where there are any."""
 
     def contradictions(self) -> Iterable[Problem]:
         """Find output keys that cannot stand together."""
@@ -283,6 +281,8 @@ class OutputConfig(Section):
             and len(self.report_to) > 1
         ):
             yield Problem("none stands beside trackers", "take none off the list", "report_to")
+        if isinstance(self.report_to, list) and len(set(self.report_to)) < len(self.report_to):
+            yield Problem("a tracker is listed twice", "list it once", "report_to")
 
 
 class RayConfig(Section):
@@ -323,3 +323,8 @@ class RayConfig(Section):
         elif 0 < gpus < 1 and self.ray_num_workers != 1:
             text = f"{gpus:g} GPUs for each of several workers: each needs a GPU of its own"
             yield Problem(text, "set GPU: 1", "resources_per_worker and ray_num_workers")
+        try:
+            json.dumps(self.ray_init_kwargs, allow_nan=False)
+        except ValueError:
+            text = "it holds a number that is infinite or none"
+            yield Problem(text, "give a number, or put text in quotes", "ray_init_kwargs")

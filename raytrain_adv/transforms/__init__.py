@@ -9,9 +9,20 @@ __all__ = ["STAGES", "Change", "Plan", "Transform", "discover"]
 
 
 def discover() -> tuple[type[Transform], ...]:
-    """Return every transform class of this package, in the order of application (stage, then
-    name).
+    """Return every transform class that a module of this package defines, in the order of
+    application (stage, then name).
+
+    A class that a module merely imports is another module's.
     """
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    return tuple(sorted(Transform.__subclasses__(), key=lambda t: (STAGES.index(t.stage), t.name)))
+    found: list[type[Transform]] = []
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        found += [
+            kind
+            for kind in vars(module).values()
+            if isinstance(kind, type)
+            and issubclass(kind, Transform)
+            and kind is not Transform
+            and kind.__module__ == module.__name__
+        ]
+    return tuple(sorted(found, key=lambda t: (STAGES.index(t.stage), t.name)))

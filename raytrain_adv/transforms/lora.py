@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from raytrain_adv.config.sections import LARGEST, Names
 from raytrain_adv.errors import JobError
 from raytrain_adv.transforms.naming import ROUTERS, class_name, nearest, output_head, short
 from raytrain_adv.transforms.transform import Change, Plan, Transform
@@ -30,13 +31,13 @@ class Lora(Transform):
 
     finetuning_type: Literal["lora", "full"] = "lora"
     """lora trains adapters on a frozen model, full trains all of its weights."""
-    lora_rank: Annotated[int, Field(ge=1)] = 8
+    lora_rank: Annotated[int, Field(ge=1, le=LARGEST)] = 8
     """Rank of the adapters."""
-    lora_alpha: Annotated[int, Field(ge=1)] | None = None
+    lora_alpha: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
     """Scale of the adapters' output, divided by the rank; none means twice the rank."""
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the adapters' input."""
-    lora_target: str | list[str] = "all"
+    lora_target: Names = "all"
     """Names of the linear modules that get adapters, comma separated or a list; all means every one
     but lm_head.
     """

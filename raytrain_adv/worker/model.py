@@ -143,12 +143,12 @@ def read_config(job: JobConfig) -> PretrainedConfig:
     name, keys = model_source(job), hub_keys(job)
     try:
         raw, _ = PretrainedConfig.get_config_dict(name, **keys)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: no mapping
         raise unreadable(job, error) from error
-    if "model_type" not in raw:
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise JobError(
             f"{name}: config.json does not say what kind of model this is",
-            "no model_type among its keys",
+            "no name under model_type",
             "point model_name_or_path at a Hugging Face causal language model",
         )
     refuse_kind(name, raw)
@@ -245,14 +245,17 @@ def unreadable(job: JobConfig, error: Exception) -> JobError:
 
 def refuse_kind(name: str, raw: dict[str, Any]) -> None:
     """Refuse checkpoints that are quantised, encoder-decoder, or not causal language models."""
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown method")
+    quantization = raw.get("quantization_config")
+    if quantization:
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "unknown method") if known else quantization
         raise JobError(
             f"{name} holds quantised weights",
             f"config.json has quantization_config ({method})",
             "train from the unquantised checkpoint",
         )
-    classes = raw.get("architectures") or []
+    named = raw.get("architectures")
+    classes = [str(name) for name in named] if isinstance(named, list) else []
     is_causal = any(CAUSAL_CLASS.search(c) for c in classes)
     if raw.get("is_encoder_decoder") or (classes and not is_causal and "auto_map" not in raw):
         raise JobError(

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from raytrain_adv import cli
+from raytrain_adv import cli, launch
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.config.arguments import parse
 from raytrain_adv.config.discovery import section_types
 from raytrain_adv.config.llamafactory import known_keys
 from raytrain_adv.errors import JobError
+from tests.conftest import TINY_LLAMA, write_rows
 
 KEYS = sorted({*known_keys(), *(key for kind in section_types() for key in kind.model_fields)})
 SMALLEST = {"model_name_or_path": "org/model", "output_dir": "saves/run", "dataset": "rows.jsonl"}
@@ -146,3 +150,134 @@ def test_no_traceback_leaves_the_console_script(command: str, rest: list[str]) -
         stack.enter_context(contextlib.suppress(SystemExit))  # from --help
         assert cli.main([command, *arguments]) == 2
         assert "cannot be run as written" in errors.getvalue()
+
+
+NASTY = [
+    "null",
+    "true",
+    "-1",
+    "0",
+    "1e-300",
+    "1e400",
+    ".nan",
+    "2147483647",
+    "9" * 30,
+    "''",
+    "'../../x'",
+    "/dev/null",
+    '"\\0"',
+    "'" + "x" * 5000 + "'",
+    "[]",
+    "[x, y]",
+    "{a: {b: 1}}",
+    "{GPU: 1e300}",
+    "2020-01-01",
+    "&a [*a]",
+    "auto",
+]
+"""Each key is given each of these, one at a time."""
+OWNED = sorted(key for kind in section_types() for key in kind.model_fields)
+
+
+@pytest.fixture(scope="module")
+def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a job whose plan takes a tenth of a second: one layer, eight rows."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = folder / "model"
+    model.mkdir()
+    for file in TINY_LLAMA.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            (model / file.name).write_bytes(file.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    config |= {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    (model / "config.json").write_text(json.dumps(config))
+    keys = {
+        "model_name_or_path": str(model),
+        "train_from_scratch": True,
+        "finetuning_type": "full",
+        "dataset": str(write_rows(folder / "rows.json", 8)),
+        "cutoff_len": 128,
+        "output_dir": str(folder / "out"),
+        "tokenized_path": str(folder / "tokenised"),
+    }
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    return path
+
+
+def run(main: Any, *argv: str) -> tuple[int, str]:
+    """Return exit code and stderr of a command that runs in this process; what it writes under a
+    relative path, even ../../x, stays among the test's files."""
+    errors = io.StringIO()
+    folder = FILES / "deep" / "deeper"
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(folder))
+        stack.enter_context(contextlib.redirect_stderr(errors))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        code = main(list(argv))
+    return code, errors.getvalue()
+
+
+def test_the_tiny_job_can_be_planned(tiny_job: Path) -> None:
+    assert run(cli.main, "plan", str(tiny_job))[0] == 0
+
+
+@pytest.mark.parametrize("key", OWNED)
+def test_no_value_of_a_key_brings_a_traceback(key: str, tiny_job: Path) -> None:
+    commands = itertools.cycle(["plan", "launch"])
+    for value, command in zip(NASTY, commands, strict=False):
+        item = f"{key}={value}"
+        if command == "plan":
+            code, errors = run(cli.main, "plan", str(tiny_job), item)
+        else:
+            code, errors = run(launch.main, str(tiny_job), "--plan", item)
+        assert code in (0, 2), item
+        assert "Traceback" not in errors, item
+        assert code == 0 or ("found:" in errors and "fix:" in errors), item
+
+
+@settings(fuzz, max_examples=60)
+@given(jobs, st.booleans())
+def test_no_job_file_brings_a_traceback_out_of_a_command(job: dict[str, Any], plan: bool) -> None:
+    path = FILES / "command.yaml"
+    keys = {**SMALLEST, **job}
+    path.write_text(yaml.dump(keys, allow_unicode=True), encoding="utf-8", errors="replace")
+    argv = ["plan", str(path)] if plan else ["launch", str(path), "--plan"]
+    code, errors = run(cli.main, *argv)
+    assert code == 2
+    assert "found:" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00",
+        b"\xff\xfe\x00",
+        b"a: 1\na: 2\n",
+        b"a: &a [*a]\n",
+        b"- " * 20_000,
+        b"{" * 50_000,
+        b"a: [" + b"[" * 5_000,
+        b"? " * 5_000,
+        b"x: " + b"9" * 100_000,
+        b"x: 0x" + b"f" * 100_000,
+        b"a0: &a0 [x, x, x, x, x, x, x, x]\n"
+        + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b"*a%d, " % (n - 1) * 8) for n in range(1, 12)),
+        b"<<: [{a: 1}, {b: 2}]\n",
+        b"when: 2020-01-01 00:00:00\n",
+        b"n: .inf\nm: -.INF\nk: .NaN\n",
+    ],
+    ids=range(15),
+)
+@pytest.mark.parametrize("command", ["plan", "launch"])
+def test_no_bytes_bring_a_traceback_out_of_a_command(content: bytes, command: str) -> None:
+    path = FILES / "bytes.yaml"
+    path.write_bytes(content)
+    argv = ["plan", str(path)] if command == "plan" else ["launch", str(path), "--plan"]
+    code, errors = run(cli.main, *argv)
+    assert code == 2
+    assert "cannot be run as written" in errors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -195,6 +197,14 @@ def test_the_word_true_in_quotes_is_no_checkpoint_path(folder: Path) -> None:
         ("fsdp_shard_size: 3\nray_num_workers: 4\n", "fsdp_shard_size and ray_num_workers"),
         ("fsdp_shard_size: 8\nray_num_workers: 4\n", "fsdp_shard_size and ray_num_workers"),
         ("train_from_scratch: true\n", "train_from_scratch and finetuning_type"),
+        ("finetuning_type: lora\npure_bf16: true\n", "pure_bf16 and finetuning_type"),
+        ("warmup_ratio: 0.0\nwarmup_steps: 10\n", "warmup_ratio and warmup_steps"),
+        (
+            "lr_scheduler_type: constant\nwarmup_ratio: 0.1\n",
+            "lr_scheduler_type and warmup_ratio",
+        ),
+        ("lr_scheduler_type: constant\nwarmup_steps: 5\n", "lr_scheduler_type and warmup_steps"),
+        ("max_failures: 2\nsave_only_model: true\n", "max_failures and save_only_model"),
         (
             "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {min_lr: 1e-6}\n",
             "lr_scheduler_kwargs and lr_scheduler_type",
@@ -223,6 +233,18 @@ def test_keys_that_contradict_each_other_are_named(folder: Path, text: str, keys
         ("resources_per_worker: {GPU: 2}\n", "drives one GPU"),
         ("report_to: [none, wandb]\n", "none stands beside trackers"),
         ("dataset: ''\n", "given twice"),
+        ("tokenized_path: " + "x" * 300 + "\n", "a name of 300 bytes"),
+        ("eval_dataset: [a, " + "é/" * 3000 + "]\n", "in a path of 9000"),
+        ("tokenized_path: /dev/null\n", "is there, and is not a folder"),
+        ("eval_steps: 10\n", "hold rows out with val_size or eval_dataset"),
+        ("eval_dataset: ' , '\n", "names no dataset"),
+        ("report_to: [wandb, wandb]\n", "listed twice"),
+        ("ray_init_kwargs: {num_cpus: .nan}\n", "infinite or none"),
+        ("resources_per_worker: {GPU: true}\n", "give a mapping to a number"),
+        ("lora_rank: 99999999999999999999\n", "at most 2147483647"),
+        ("lora_target: []\n", "give text, or a list"),
+        ("seed: " + "9" * 5000 + "\n", "a whole number of 5000 digits"),
+        ("'': 1\n", "a key without a name"),
         ("dataset_dir: '  '\n", "dataset_dir"),
     ],
 )
@@ -230,6 +252,11 @@ def test_a_value_that_would_do_nothing_or_harm_is_refused(
     folder: Path, text: str, word: str
 ) -> None:
     assert word in message_of(folder, text)
+
+
+def test_a_long_list_of_datasets_is_no_long_name(folder: Path) -> None:
+    names = ",".join(f"rows_{n:03d}.jsonl" for n in range(500))
+    assert job_of(folder, "", f"dataset={names}").data.dataset == names
 
 
 def test_adapter_keys_without_adapters_are_refused(folder: Path) -> None:
@@ -259,6 +286,39 @@ def test_a_key_made_useless_by_another_is_noted(folder: Path) -> None:
     assert any("save_steps: 7 changes nothing" in note for note in job.notes)
 
 
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("save_strategy: no\nsave_total_limit: 2\n", "save_total_limit: 2 changes nothing"),
+        ("save_strategy: no\nsave_only_model: true\n", "save_only_model: true changes nothing"),
+        ("save_strategy: no\nmax_failures: 2\n", "max_failures restarts at the first step"),
+        ("eval_strategy: no\neval_steps: 5\n", "eval_steps: 5 changes nothing"),
+        ("per_device_eval_batch_size: 1\n", "per_device_eval_batch_size: 1 changes nothing"),
+        ("run_name: a\n", "run_name: 'a' changes nothing: report_to is none"),
+        (
+            "finetuning_type: full\npure_bf16: true\nbf16: true\n",
+            "bf16: true changes nothing: pure_bf16: true wins",
+        ),
+    ],
+)
+def test_what_another_key_leaves_without_effect_is_noted(
+    folder: Path, text: str, note: str
+) -> None:
+    assert any(note in found for found in job_of(folder, text).notes)
+
+
+def test_a_revision_of_a_folder_is_noted(folder: Path) -> None:
+    job = job_of(folder, "", f"model_name_or_path={folder}", "model_revision=v1")
+    assert "model_revision: 'v1' changes nothing: model_name_or_path is a folder" in job.notes
+
+
+@pytest.mark.parametrize("key", [".", "..", "a..b", ".a", "seed.", "ray_init_kwargs." + "a." * 99])
+def test_a_dotted_override_has_a_name_beside_each_dot(folder: Path, key: str) -> None:
+    message = message_of(folder, "", f"{key}=1")
+    assert "(1 problem)" in message
+    assert "is not a key, or a key with a dot and a name" in message
+
+
 @pytest.mark.parametrize("written", ["null", "true", "[]", "3", "''"])
 def test_a_wrong_value_of_a_required_key_is_one_problem(folder: Path, written: str) -> None:
     message = message_of(folder, "", f"output_dir={written}")
@@ -276,6 +336,22 @@ def test_a_folder_is_not_a_job_file(folder: Path) -> None:
 def test_a_missing_file_names_the_nearest_one(folder: Path) -> None:
     (folder / "quickstart.yaml").write_text(SMALLEST)
     assert "quickstart.yaml?" in refusal_of(folder / "quikstart.yaml")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    assert "a pipe or a device" in refusal_of(folder / "pipe")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/null"])
+def test_a_device_is_refused_and_not_read(path: str) -> None:
+    assert "cannot be run as written" in refusal_of(Path(path))
+
+
+def test_a_file_of_many_values_is_refused_before_all_are_read(folder: Path) -> None:
+    started = time.process_time()
+    assert "more than 20000 values" in message_of(folder, "a: [" + "1," * 450_000 + "]\n")
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "# only a comment\n", "---\n"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,17 @@ def test_every_key_has_its_sentence() -> None:
     assert all("\n" not in field["description"] for field in properties.values())
 
 
+def test_an_editor_shows_a_sentence_for_each_key_of_each_job() -> None:
+    properties = schema()["properties"]
+    for path in JOBS:
+        for key in yaml.safe_load(path.read_text()):
+            assert properties[key]["description"].rstrip().endswith((".", ").")), key
+
+
+def test_nothing_has_to_be_looked_up_outside_a_keys_own_entry() -> None:
+    assert "$ref" not in json.dumps(schema())
+
+
 def test_every_key_of_every_section_is_in_the_schema() -> None:
     owned = {key for kind in section_types() for key in kind.model_fields}
     assert owned <= set(schema()["properties"])
@@ -88,6 +100,8 @@ def test_what_the_loader_refuses_the_schema_refuses(keys: dict[str, Any]) -> Non
     "keys",
     [
         {"do_train": True},
+        {"dataloader_num_workers": 4},
+        {"evaluation_strategy": "steps"},
         {"ray_num_workers": "auto"},
         {"ray_num_workers": 4},
         {"gradient_checkpointing": "selective"},

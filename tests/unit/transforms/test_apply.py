@@ -31,7 +31,7 @@ class Swapped(nn.Linear):
 class SwapBase(Lora):
     """Swap the planned linears for Swapped.
 
-    It derives from Lora for its keys alone: discover() takes every direct subclass of Transform.
+    It derives from Lora for its keys alone, which worker.model asks every job for.
     """
 
     name: ClassVar[str] = "swap"

@@ -112,7 +112,7 @@ def test_a_whole_name_adapts_one_module(tmp_path: Path) -> None:
     [
         ("q_prj", "did you mean q_proj"),
         ("embed_tokens", "embed_tokens is not a linear module"),
-        ("", "lora_target is empty"),
+        (",", "lora_target is empty"),
     ],
 )
 def test_a_target_that_matches_no_linear_is_refused(
