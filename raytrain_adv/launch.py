@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the job file (or what it names), 3 training failed, 4 the 
 
 from __future__ import annotations
 
+import os
 import sys
 
 from raytrain_adv.config import load
@@ -33,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     except RaytrainAdvError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # The reader of --plan, as in `... --plan | head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print(
             "\nStopped. resume_from_checkpoint: true goes on from the last checkpoint.",

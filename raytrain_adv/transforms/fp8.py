@@ -50,9 +50,9 @@ class Fp8(Transform):
     """
     fp8_enable_fsdp_float8_all_gather: bool = False
     """Gather sharded weights in FP8, half the bytes of bf16; only with fp8_recipe: tensorwise."""
-    fp8_exclude: tuple[str, ...] = ()
-    """Linears to leave in bf16: names, ends of names (down_proj), or patterns
-    (model.layers.0.*).
+    fp8_exclude: str | list[str] = ""
+    """Linears to leave in bf16, comma separated or a list: names, ends of names (down_proj), or
+    patterns (model.layers.0.*).
     """
     fp8_min_features: Annotated[int, Field(ge=0)] | None = None
     """Linears with fewer input or output features stay in bf16; none takes what was measured for
@@ -70,6 +70,13 @@ class Fp8(Transform):
     def is_tensorwise(self) -> bool:
         """Whether each factor has one scale."""
         return self.fp8_recipe == "tensorwise"
+
+    @property
+    def excluded(self) -> list[str]:
+        """The patterns in fp8_exclude, as a list."""
+        given = self.fp8_exclude
+        patterns = given.split(",") if isinstance(given, str) else given
+        return [pattern.strip() for pattern in patterns if pattern.strip()]
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse fp8 all-gather with scales that are not one per tensor."""
@@ -150,7 +157,7 @@ class Fp8(Transform):
         return Plan(self.name, changes, skipped, self._notes(model, linears, changes))
 
     def _reason(self, fqn: str, module: nn.Linear) -> str:
-        if any(matches(pattern, fqn) for pattern in self.fp8_exclude):
+        if any(matches(pattern, fqn) for pattern in self.excluded):
             return "in fp8_exclude"
         if class_name(module) != "torch.nn.Linear":
             return f"a {class_name(module)}, not a plain linear"
@@ -169,7 +176,7 @@ class Fp8(Transform):
         return ""
 
     def _check_exclude(self, linears: list[str]) -> None:
-        for pattern in self.fp8_exclude:
+        for pattern in self.excluded:
             if any(matches(pattern, fqn) for fqn in linears):
                 continue
             known = sorted({short(fqn) for fqn in linears})
