@@ -1,4 +1,4 @@
-"""The console script `raytrain-adv`: launch, plan and schema."""
+"""The console script `raytrain-adv`: launch, plan, preflight and schema."""
 
 import json
 import os
@@ -20,6 +20,7 @@ USAGE = """usage: raytrain-adv COMMAND [...]
   launch job.yaml [--plan] [key=value ...]   run a job
   plan job.yaml [--workers N] [--verbose] [key=value ...]
                                              show what a job would do, and the memory it takes
+  preflight [job.yaml] [key=value ...]       check the cluster's nodes, for a job or for any
   schema [--output FILE]                     print the JSON schema of the job file
   --version                                  print the version"""
 
@@ -75,6 +76,17 @@ def _plan(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
+def _preflight(arguments: list[str]) -> int:
+    job = None
+    if arguments:
+        parsed = parse(arguments, "raytrain-adv preflight")
+        job = load(parsed.path, parsed.overrides)
+    from raytrain_adv.driver.check import show
+
+    show(job)
+    return EXIT_DONE
+
+
 def _schema(arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print("usage: raytrain-adv schema [--output FILE]")
@@ -103,6 +115,7 @@ def _schema(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "launch": _launch,
     "plan": _plan,
+    "preflight": _preflight,
     "schema": _schema,
 }
 

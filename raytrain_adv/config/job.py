@@ -42,6 +42,7 @@ FREE_TO_CHANGE = frozenset(
         "ray_run_name",
         "ray_init_kwargs",
         "max_failures",
+        "force",
         "preprocessing_num_workers",
         "overwrite_cache",
         "tokenized_path",

@@ -305,6 +305,8 @@ class RayConfig(Section):
     """Arguments of ray.init, as {"address": "auto"}."""
     max_failures: Annotated[int, Field(ge=-1, le=LARGEST)] = 0
     """Times that lost workers are restarted from the last checkpoint; -1 means without limit."""
+    force: bool = False
+    """Start even where the predicted memory is more than the GPUs were found to have."""
 
     def contradictions(self) -> Iterable[Problem]:
         """Find requests that Ray would wait for in vain, or that no worker could use."""

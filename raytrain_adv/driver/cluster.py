@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -36,6 +36,25 @@ class Placement:
     """Whether this driver started the cluster."""
     note: str
     """The choice in a sentence, for the console."""
+    avoided: tuple[str, ...] = ()
+    """Ids of the nodes that preflight left out."""
+    avoided_accelerators: tuple[str, ...] = ()
+    """Ray's accelerator types that an autoscaler must not start for this job."""
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    """Package -> version on the nodes that preflight accepted; each worker compares its own."""
+
+    @property
+    def label_selector(self) -> dict[str, str] | None:
+        """Where workers may be, in Ray's terms; none means anywhere.
+
+        Nodes are named that must not be used, so that one which joins later may be: a worker
+        checks itself before it begins.
+        """
+        unwanted = {
+            "ray.io/node-id": self.avoided,
+            "ray.io/accelerator-type": self.avoided_accelerators,
+        }
+        return {key: f"!in({','.join(v)})" for key, v in unwanted.items() if v} or None
 
 
 @dataclass(frozen=True)
@@ -45,6 +64,16 @@ class Node:
     address: str
     resources: Mapping[str, float]
     count: int = 1
+    node_id: str = ""
+    """Ray's id of it; empty for one that is yet to start."""
+    is_draining: bool = False
+    """Whether Ray is about to take it out of the cluster."""
+
+    @property
+    def accelerator(self) -> str:
+        """The GPU that Ray or the cluster's configuration says it has; empty if none is named."""
+        prefix = "accelerator_type:"
+        return next((k.removeprefix(prefix) for k in self.resources if k.startswith(prefix)), "")
 
     def holds(self, bundle: Mapping[str, float]) -> int:
         """Return how many bundles fit on one such node."""
@@ -52,7 +81,7 @@ class Node:
         return min(fits) if fits else 10**6
 
 
-def connect(job: JobConfig) -> bool:
+def connect(job: JobConfig | None) -> bool:
     """Join the cluster named by ray_init_kwargs or RAY_ADDRESS, or start one; return whether one
     was started.
 
@@ -61,13 +90,14 @@ def connect(job: JobConfig) -> bool:
     """
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(job.parallel.ddp_timeout))
+    if job is not None:
+        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(job.parallel.ddp_timeout))
     if ray.is_initialized():
         return False
     options: dict[str, Any] = {
         "logging_level": "ERROR",
         "log_to_driver": False,
-        **(job.ray.ray_init_kwargs or {}),
+        **((job.ray.ray_init_kwargs if job is not None else None) or {}),
     }
     # Without an address ray.init would join whatever cluster happens to run on this machine.
     address = options.setdefault("address", os.environ.get("RAY_ADDRESS") or "local")
@@ -87,7 +117,17 @@ def connect(job: JobConfig) -> bool:
 
 def nodes() -> list[Node]:
     """Return the nodes that are alive."""
-    return [Node(str(n["NodeManagerAddress"]), n["Resources"]) for n in ray.nodes() if n["Alive"]]
+    draining = ray._private.state.state.get_draining_nodes()  # not public as of ray 2.60
+    return [
+        Node(
+            str(n["NodeManagerAddress"]),
+            n["Resources"],
+            node_id=str(n["NodeID"]),
+            is_draining=n["NodeID"] in draining,
+        )
+        for n in ray.nodes()
+        if n["Alive"]
+    ]
 
 
 def scalable_nodes() -> list[Node]:
@@ -121,13 +161,20 @@ def settle(job: JobConfig, started_here: bool) -> Placement:
     if workers == "auto":
         workers = int(num_gpus / bundle["GPU"]) if use_gpu else CPU_WORKERS
     placement = Placement(
-        max(int(workers), 1), bundle, use_gpu, started_here, _note(job, workers, bundle, num_gpus)
+        max(int(workers), 1), bundle, use_gpu, started_here, note(job, workers, bundle)
     )
     _refuse_misfit(job, placement, alive, scalable)
     return placement
 
 
-def _note(job: JobConfig, workers: int, bundle: dict[str, float], num_gpus: float) -> str:
+def one_worker(started_here: bool) -> Placement:
+    """Return what the smallest job would ask for: a GPU, or a CPU where no node has a GPU."""
+    use_gpu = any(node.resources.get("GPU", 0.0) >= 1 for node in nodes())
+    return Placement(1, {"GPU": 1.0} if use_gpu else {"CPU": 1.0}, use_gpu, started_here, "")
+
+
+def note(job: JobConfig, workers: int | str, bundle: Mapping[str, float]) -> str:
+    """Return what the job asks of the cluster, in a sentence."""
     reserved = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
     text = f"{workers} worker{'s' * (workers != 1)}, {reserved} each"
     if "GPU" not in bundle and job.ray.resources_per_worker is None:
@@ -138,19 +185,8 @@ def _note(job: JobConfig, workers: int, bundle: dict[str, float], num_gpus: floa
 def _refuse_misfit(
     job: JobConfig, placement: Placement, alive: list[Node], scalable: list[Node]
 ) -> None:
-    per_node = [min(node.holds(placement.bundle), placement.num_workers) for node in alive]
-    per_node += [
-        min(n.holds(placement.bundle), placement.num_workers)
-        for n in scalable
-        for _ in range(n.count)
-    ]
     strategy = job.ray.placement_strategy
-    if strategy == "STRICT_PACK":
-        possible = max(per_node, default=0)
-    elif strategy == "STRICT_SPREAD":
-        possible = sum(1 for n in per_node if n)
-    else:
-        possible = sum(per_node)
+    possible = room([*alive, *scalable], placement, strategy)
     if possible >= placement.num_workers:
         return
     asked = ", ".join(f"{v:g} {k}" for k, v in placement.bundle.items())
@@ -158,7 +194,7 @@ def _refuse_misfit(
         f"asked: {placement.num_workers} workers with {asked} each ({strategy})",
         f"there is room for {possible}:",
     ]
-    found += [f"  {n.count} x {n.address}: {_shown(n.resources)}" for n in [*alive, *scalable]]
+    found += [f"  {n.count} x {n.address}: {shown(n.resources)}" for n in [*alive, *scalable]]
     raise ClusterError(
         "The cluster cannot hold this job",
         "\n".join(found),
@@ -167,7 +203,22 @@ def _refuse_misfit(
     )
 
 
-def _shown(resources: Mapping[str, float]) -> str:
+def room(nodes: Sequence[Node], placement: Placement, strategy: str) -> int:
+    """Return how many of the workers these nodes can hold together, under a placement strategy."""
+    per_node = [
+        min(node.holds(placement.bundle), placement.num_workers)
+        for node in nodes
+        for _ in range(node.count)
+    ]
+    if strategy == "STRICT_PACK":
+        return max(per_node, default=0)
+    if strategy == "STRICT_SPREAD":
+        return sum(1 for n in per_node if n)
+    return sum(per_node)
+
+
+def shown(resources: Mapping[str, float]) -> str:
+    """Return a node's resources in a few words."""
     known = [f"{resources[k]:g} {k}" for k in ("GPU", "CPU") if k in resources]
     return (
         ", ".join([*known, *(k for k in resources if k.startswith("accelerator_type:"))])
@@ -183,11 +234,11 @@ def wait_for_room(
     """
     last = 0.0
     while True:
-        free = ray.available_resources()
+        now = free(placement)
         missing = {
-            name: placement.num_workers * amount - free.get(name, 0.0)
+            name: placement.num_workers * amount - now.get(name, 0.0)
             for name, amount in placement.bundle.items()
-            if placement.num_workers * amount - free.get(name, 0.0) > 1e-6
+            if placement.num_workers * amount - now.get(name, 0.0) > 1e-6
         }
         if not missing:
             return
@@ -201,3 +252,14 @@ def wait_for_room(
         if scalable_nodes():
             return  # asking for the workers is what makes the autoscaler start nodes
         time.sleep(poll_s)
+
+
+def free(placement: Placement) -> dict[str, float]:
+    """Return the free resources of the nodes that may be used, added up."""
+    total: dict[str, float] = {}
+    # Private until Ray has a public form of it (2.60: ray.available_resources has no nodes).
+    for node_id, resources in ray._private.state.available_resources_per_node().items():
+        if node_id not in placement.avoided:
+            for name, amount in resources.items():
+                total[name] = total.get(name, 0.0) + amount
+    return total

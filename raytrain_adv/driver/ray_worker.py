@@ -14,6 +14,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 from ray.train.torch import get_device
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.driver import versions
 from raytrain_adv.errors import JobError
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.worker.run import Run
@@ -48,6 +49,7 @@ class RayReporter:
 def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Train on this Ray Train worker; return rank 0's figures to the driver."""
     job: JobConfig = config["job"]
+    versions.require(config["versions"])
     storage = Storage.at(config["storage_path"])
     device = (
         get_device() if config["use_gpu"] and torch.cuda.is_available() else torch.device("cpu")

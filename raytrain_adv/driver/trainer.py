@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,30 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver import cluster, output
+from raytrain_adv.driver import cluster, output, preflight, preflight_table
 from raytrain_adv.driver.cluster import Placement
 from raytrain_adv.driver.console import Console, summary
 from raytrain_adv.driver.failures import StopWhenRetryCannotHelp, translated
 from raytrain_adv.driver.output import Output
 from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
+from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.ray_worker import ray_worker
 from raytrain_adv.errors import RaytrainAdvError
 from raytrain_adv.report import record
 from raytrain_adv.report.build import failed, finished, started
 from raytrain_adv.report.html import write_html
-from raytrain_adv.report.record import RunReport
+from raytrain_adv.report.record import PreflightReport, RunReport
+from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker import trackers
 from raytrain_adv.worker.data import PreparedData, prepare
 
 
-def run(job: JobConfig) -> None:
+def run(job: JobConfig, read: Read = read_nodes) -> None:
     """Run the job to its end: train, export, report.
+
+    Args:
+        job: the loaded job.
+        read: says what the cluster's nodes are.
 
     Raises:
         RaytrainAdvError: in the house form; its exit_code is the process's.
@@ -42,16 +50,18 @@ def run(job: JobConfig) -> None:
             print(summary(record.read(place.folder)))
             return
         with Console(place.folder) as console:
-            report = _run_in(job, place, console)
+            report = _run_in(job, place, console, read)
         print(summary(report))
 
 
-def _run_in(job: JobConfig, place: Output, console: Console) -> RunReport:
+def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunReport:
     timeline: dict[str, float] = {}
+    nodes: list[PreflightReport] = []
     report = started(job, output.run_name(job))
     try:
-        placement, plan = _prepare(job, console, timeline)
+        placement, plan = _prepare(job, console, timeline, nodes, read)
         report = started(job, output.run_name(job), placement.num_workers, plan.memory)
+        report = report.model_copy(update={"preflight": nodes[-1]})
         record.write(report, place.folder)
         start = time.perf_counter()
         result = fit(job, place, placement, console)
@@ -59,6 +69,7 @@ def _run_in(job: JobConfig, place: Output, console: Console) -> RunReport:
         report = finished(report, result, timeline, place.folder)
     except (RaytrainAdvError, KeyboardInterrupt) as error:
         report = failed(report, error, timeline, place.folder)
+        report = report.model_copy(update={"preflight": nodes[-1] if nodes else None})
         raise
     finally:
         record.write(report, place.folder)
@@ -68,29 +79,55 @@ def _run_in(job: JobConfig, place: Output, console: Console) -> RunReport:
 
 
 def _prepare(
-    job: JobConfig, console: Console, timeline: dict[str, float]
+    job: JobConfig,
+    console: Console,
+    timeline: dict[str, float],
+    nodes: list[PreflightReport],
+    read: Read,
 ) -> tuple[Placement, RunPlan]:
-    """Tokenise the data while Ray starts; then settle where the job runs, and show the plan."""
+    """Tokenise the data while Ray starts and the nodes are probed; settle where the job runs, and
+    show the plan. `timeline` and `nodes` are filled in for the report, also of a refused run.
+    """
     trackers.check(job.output.report_to)
     start = time.perf_counter()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        data: Future[PreparedData] = pool.submit(prepare, job, console.say)
-        started_here = cluster.connect(job)
-        console.say(
-            "Ray started on this machine" if started_here else f"joined Ray at {_address()}"
-        )
-        placement = cluster.settle(job, started_here)
-        timeline["Ray"] = time.perf_counter() - start
-        prepared = data.result()
-    # Only what the data took longer than Ray: both went on at the same time.
-    timeline["data"] = time.perf_counter() - start - timeline["Ray"]
+    data = _in_background(lambda: prepare(job, console.say))
+    started_here = cluster.connect(job)
+    console.say("Ray started on this machine" if started_here else f"joined Ray at {_address()}")
+    placement = cluster.settle(job, started_here)
+    timeline["Ray"] = time.perf_counter() - start
+    found = preflight.look_at(placement, enabled(job), read)
+    nodes.append(preflight_table.report(found))
+    console.say(preflight_table.render(found))
+    placement = preflight.settled(job, placement, found)
+    timeline["preflight"] = time.perf_counter() - start - timeline["Ray"]
+    prepared = data.result()
+    # Only what the data took longer than Ray and the probes: all went on at the same time.
+    timeline["data"] = time.perf_counter() - start - timeline["Ray"] - timeline["preflight"]
     start = time.perf_counter()
-    plan = resolve(job, world_size=placement.num_workers, data=prepared)
+    plan = resolve(job, world_size=placement.num_workers, data=prepared, facts=found.facts)
     console.say(placement.note)
     console.say(render_brief(plan))
+    for warning in preflight.refuse_too_large(job, plan, found):
+        console.say(f"warning: {warning}")
     timeline["plan"] = time.perf_counter() - start
     cluster.wait_for_room(placement, console.say)
     return placement, plan
+
+
+def _in_background(work: Callable[[], PreparedData]) -> Future[PreparedData]:
+    """Begin the work on a thread that nothing waits for: a refusal comes at once, and the process
+    then ends, which an executor's threads would not let it.
+    """
+    future: Future[PreparedData] = Future()
+
+    def do() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # it is raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=do, name="data", daemon=True).start()
+    return future
 
 
 def _address() -> str:
@@ -136,19 +173,26 @@ def _trainer(
             "attempt": attempt,
             "resume": resume,
             "use_gpu": placement.use_gpu,
+            "versions": placement.versions,
             "marker": str(place.folder.absolute() / output.RUN_FILE),
         },
         torch_config=TorchConfig(backend=backend, timeout_s=job.parallel.ddp_timeout),
-        scaling_config=ScalingConfig(
-            num_workers=placement.num_workers,
-            use_gpu=placement.use_gpu,
-            resources_per_worker=placement.bundle,
-            placement_strategy=job.ray.placement_strategy,
-        ),
+        scaling_config=scaling(job, placement),
         run_config=RunConfig(
             name=attempt,
             storage_path=place.storage_path,
             failure_config=FailureConfig(max_failures=job.ray.max_failures),
             callbacks=[StopWhenRetryCannotHelp()],
         ),
+    )
+
+
+def scaling(job: JobConfig, placement: Placement) -> ScalingConfig:
+    """Return what Ray Train is asked for: how many workers, what each reserves, and where."""
+    return ScalingConfig(
+        num_workers=placement.num_workers,
+        use_gpu=placement.use_gpu,
+        resources_per_worker=placement.bundle,
+        placement_strategy=job.ray.placement_strategy,
+        label_selector=placement.label_selector,
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 from raytrain_adv.report.record import (
     Failure,
+    NodeReport,
+    PreflightReport,
     Record,
     RunReport,
     Sample,
@@ -17,7 +19,14 @@ from raytrain_adv.report.record import (
 )
 
 PATH = Path(__file__).with_name("CONTRACT.md")
-RECORDS: tuple[type[Record], ...] = (RunReport, TransformReport, Sample, Failure)
+RECORDS: tuple[type[Record], ...] = (
+    RunReport,
+    PreflightReport,
+    NodeReport,
+    TransformReport,
+    Sample,
+    Failure,
+)
 
 
 def contract() -> str:

@@ -126,6 +126,48 @@ class Sample(Record):
     """The dataset's answer."""
 
 
+class NodeReport(Record):
+    """A node of the cluster as it was found before anything was scheduled."""
+
+    address: str
+    """Address of the node, or the autoscaler's group of nodes that are yet to start."""
+    node_id: str = ""
+    """Ray's id of the node; empty for one that is yet to start."""
+    used: bool
+    """Whether workers were allowed on it."""
+    workers: int
+    """Workers that it has room for."""
+    reason: str = ""
+    """The rule that left it out; empty where none did."""
+    found: str = ""
+    """What was found against it."""
+    gpus: tuple[str, ...] = ()
+    """Name of each GPU, or of each MIG slice."""
+    compute_capability: str | None = None
+    """Lowest compute capability of its GPUs, as 9.0; null without a GPU."""
+    memory_gib: Number = None
+    """Memory of its smallest GPU."""
+    free_memory_gib: Number = None
+    """Free memory of the GPU that had least of it."""
+    driver_version: str | None = None
+    """NVIDIA driver."""
+    cuda_version: str | None = None
+    """CUDA version PyTorch was built for there."""
+    versions: dict[str, str | None] = {}
+    """Version of each package there; null where it is not installed."""
+
+
+class PreflightReport(Record):
+    """What was found on the cluster's nodes before anything was scheduled."""
+
+    nodes: tuple[NodeReport, ...]
+    """Every node that was alive, and the groups that an autoscaler may start."""
+    warnings: tuple[str, ...] = ()
+    """What was found and did not stop the run."""
+    seconds: Number = None
+    """How long the nodes took to answer."""
+
+
 class RunReport(Record):
     """The contract of report.json.
 
@@ -154,6 +196,8 @@ class RunReport(Record):
     """Path of the job file on the driver."""
     overrides: tuple[Arguments, ...] = ()
     """The key=value arguments of the command line."""
+    preflight: PreflightReport | None = None
+    """The cluster's nodes, which of them were used, and why not the others."""
     world_size: int | None = None
     """Workers (ranks) of the run, of its last start where it was restarted."""
     device: str | None = None

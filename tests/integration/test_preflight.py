@@ -1,0 +1,221 @@
+"""Preflight on simulated clusters: real Ray nodes on one machine with declared GPUs and labels;
+what their probes would find is given as data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from raytrain_adv.driver import cluster, preflight, preflight_table, probe, trainer
+from raytrain_adv.driver.cluster import Node
+from raytrain_adv.driver.probe import Read, Reading, read_nodes
+from raytrain_adv.errors import ClusterError
+from raytrain_adv.hardware import package_versions
+from raytrain_adv.transforms.apply import enabled
+from tests.readings import A100, H100, node_with, without
+
+READINGS = {"H100": node_with(H100), "A100": node_with(A100), "": node_with()}
+
+
+@pytest.fixture(scope="module")
+def simulated() -> Iterator[Cluster]:
+    """Start a head without GPU, a node that declares 2 H100 and one that declares 4 A100."""
+    folder = Path(tempfile.mkdtemp(prefix="pf", dir="/tmp"))  # sockets' paths must be short
+    (folder / "ray").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", str(folder))
+        nodes = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+        )
+        add(nodes, "H100", 2)
+        add(nodes, "A100", 4)
+        for name, value in cluster.RAY_SETTINGS.items():
+            patch.setenv(name, os.environ.get(name, value))
+        ray.init(address=nodes.address, logging_level="ERROR", log_to_driver=False)
+        yield nodes
+        ray.shutdown()
+        nodes.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def add(nodes: Cluster, kind: str, num_gpus: int) -> object:
+    return nodes.add_node(
+        num_cpus=4,
+        num_gpus=num_gpus,
+        labels={"ray.io/accelerator-type": kind},
+        resources={f"accelerator_type:{kind}": 1},
+    )
+
+
+def by_kind(**readings: Reading | str) -> Read:
+    """Return a way to read nodes that goes by the kind of GPU they declare."""
+    known: Mapping[str, Reading | str] = {**READINGS, **readings}
+    return lambda nodes: {node.node_id: known[node.accelerator] for node in nodes}
+
+
+def id_of(kind: str) -> str:
+    return next(node.node_id for node in cluster.nodes() if node.accelerator == kind)
+
+
+def where(config: dict[str, object]) -> str:
+    """Return the nodes that the workers are on."""
+    import torch.distributed as dist
+
+    nodes: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+    return ",".join(nodes)
+
+
+def test_an_fp8_job_is_placed_on_the_h100_node_only(simulated, make_job):
+    job = make_job(ray_num_workers=2, fp8=True)
+    found = preflight.look_at(cluster.settle(job, False), enabled(job), by_kind())
+    placement = preflight.settled(job, cluster.settle(job, False), found)
+    assert placement.label_selector == {"ray.io/node-id": f"!in({id_of('A100')})"}
+    result = TorchTrainer(
+        where,
+        train_loop_config={},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=trainer.scaling(job, placement),
+    ).fit()
+    assert set(result.return_value.split(",")) == {id_of("H100")}
+
+
+def test_a_worker_that_differs_from_what_was_accepted_ends_the_run_without_retries(
+    simulated, make_job, tmp_path
+):
+    """Every node is said to have a torchao that the workers then do not find."""
+    job = make_job(ray_num_workers=1, use_cpu=True, max_failures=3)
+    other = node_with(torchao="9.9.9")
+    with pytest.raises(ClusterError, match="other versions") as error:
+        trainer.run(job, by_kind(**{"H100": other, "A100": other, "": other}))
+    assert "(9.9.9 elsewhere)" in error.value.found
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["failure"]["exit_code"] == 4
+    assert [node["used"] for node in report["preflight"]["nodes"]] == [True, True, True]
+
+
+def test_too_many_workers_are_refused_at_once_and_nothing_is_reserved(simulated, make_job):
+    job = make_job(ray_num_workers=4, fp8=True)
+    before = len(placement_group_table())
+    start = time.monotonic()
+    placement = cluster.settle(job, False)
+    found = preflight.look_at(placement, enabled(job), by_kind())
+    with pytest.raises(ClusterError, match="FP8 requires Hopper") as error:
+        preflight.settled(job, placement, found)
+    assert time.monotonic() - start < 3
+    assert "there is room for 2" in error.value.found
+    assert len(placement_group_table()) == before
+
+
+def test_a_node_without_torch_is_left_out(simulated, make_job):
+    job = make_job(ray_num_workers=2)
+    placement = cluster.settle(job, False)
+    read = by_kind(H100=without("torch", READINGS["H100"]))
+    found = preflight.look_at(placement, [], read)
+    assert preflight.settled(job, placement, found).avoided == (id_of("H100"),)
+    assert "torch not available" in preflight_table.render(found)
+
+
+def test_two_nodes_with_different_torchao_are_refused(simulated, make_job):
+    job = make_job(ray_num_workers=6)
+    placement = cluster.settle(job, False)
+    found = preflight.look_at(placement, [], by_kind(H100=node_with(H100, torchao="0.17.0")))
+    with pytest.raises(ClusterError, match="Versions differ between the nodes") as error:
+        preflight.settled(job, placement, found)
+    assert "torchao 0.17.0 (0.18.0 elsewhere)" in error.value.found
+
+
+def test_the_real_probe_reads_every_node_though_all_of_it_is_reserved(simulated):
+    whole = [{"CPU": 2}, {"CPU": 4, "GPU": 2}, {"CPU": 4, "GPU": 4}]
+    reserved = placement_group(whole)
+    assert reserved.wait(30)
+    nodes = cluster.nodes()
+    readings = read_nodes(nodes)
+    remove_placement_group(reserved)
+    assert readings.keys() == {node.node_id for node in nodes}
+    for reading in readings.values():
+        assert isinstance(reading, Reading), reading
+        assert reading.versions["torch"] == package_versions()["torch"]
+        assert reading.code is not None
+
+
+def test_a_wait_counts_only_the_nodes_that_may_be_used(simulated, make_job):
+    job = make_job(ray_num_workers=2)
+    anywhere = cluster.settle(job, False)
+    on_h100 = dataclasses.replace(anywhere, avoided=(id_of("A100"),))
+    nowhere = dataclasses.replace(anywhere, avoided=(id_of("A100"), id_of("H100")))
+    assert cluster.free(on_h100).get("GPU", 0.0) <= 2
+    assert cluster.free(nowhere).get("GPU", 0.0) == 0 < cluster.free(nowhere)["CPU"]
+
+
+def test_a_node_that_dies_during_the_probe_is_left_out_and_the_others_are_used(simulated, make_job):
+    doomed = add(simulated, "H200", 2)
+    lost = id_of("H200")
+    job = make_job(ray_num_workers=2, fp8=True)
+    placement = cluster.settle(job, False)
+
+    def read(nodes: Sequence[Node]) -> Mapping[str, Reading | str]:
+        simulated.remove_node(doomed, allow_graceful=False)
+        answers = read_nodes(nodes, timeout_s=5)
+        assert isinstance(answers[lost], str)
+        return {**by_kind(H200="")(nodes), lost: answers[lost]}
+
+    start = time.monotonic()
+    found = preflight.look_at(placement, enabled(job), read)
+    assert time.monotonic() - start < 15
+    placed = preflight.settled(job, placement, found)
+    assert lost in placed.avoided and id_of("H100") not in placed.avoided
+    assert "did not answer" in preflight_table.render(found)
+
+
+def test_a_probe_that_takes_too_long_is_no_hang(simulated, monkeypatch, tmp_path):
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(probe, "SCRIPT", slow)
+    start = time.monotonic()
+    readings = read_nodes(cluster.nodes()[:1], timeout_s=2)
+    assert time.monotonic() - start < 5
+    assert list(readings.values()) == ["no answer within 2 s"]
+
+
+def test_the_command_shows_the_nodes_and_with_a_job_refuses_gpus_that_are_not_there(
+    simulated, job_file
+):
+    alone = preflight_command(simulated)
+    with_job = preflight_command(simulated, str(job_file(ray_num_workers=2)))
+    shown, errors = alone.communicate(timeout=120)
+    assert alone.returncode == 0, shown + errors
+    assert f"torch {package_versions()['torch']}" in shown
+    shown, errors = with_job.communicate(timeout=120)
+    assert with_job.returncode == 4, shown + errors
+    assert "No GPU is found on a node that declares some" in errors
+    assert "left out" in shown and "fix:" in errors
+
+
+def preflight_command(nodes: Cluster, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "raytrain_adv.cli", "preflight", *arguments],
+        env={**os.environ, "RAY_ADDRESS": nodes.address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
