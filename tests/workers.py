@@ -1,35 +1,47 @@
-"""Run train() on several CPU processes over gloo, without Ray."""
+"""Run train() on several CPU processes over gloo, without Ray.
+
+Processes are kept for the tests that follow: they take seconds to import torch and to find each
+other, most tests less to train.
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 PROGRAM = """
-import sys, json
+import json, sys
+import torch
+import torch.distributed as dist
 from raytrain_adv.config import load
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.worker.run import local_run
 from raytrain_adv.worker.train import train
-import torch
+
 torch.set_num_threads(1)
-for path in sys.argv[1:]:
-    job = load(path)
-    run = local_run(job)
-    figures = train(job, run, export_model)
-    if run.is_main:
-        told = {k: figures[k] for k in ("steps", "resumed_from_step", "model_dir")}
-        print("FIGURES " + json.dumps(told), flush=True)
-import torch.distributed as dist
+for line in sys.stdin:
+    for path in json.loads(line):
+        job = load(path)
+        run = local_run(job)
+        figures = train(job, run, export_model)
+        run.close()
+        if run.is_main:
+            told = {k: figures[k] for k in ("steps", "resumed_from_step", "model_dir")}
+            print("FIGURES " + json.dumps(told), flush=True)
+    print("FINISHED", flush=True)
 if dist.is_initialized():
     dist.destroy_process_group()
 """
+TIMEOUT_S = 500.0
 
 
 def free_port() -> int:
@@ -40,44 +52,91 @@ def free_port() -> int:
     return port
 
 
-def start_workers(jobs: Sequence[Path], count: int) -> list[subprocess.Popen[str]]:
-    """Start `count` ranks that run the jobs one after another; the caller waits for them."""
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
+@dataclass
+class Rank:
+    """A process of a group, and what it has printed."""
+
+    process: subprocess.Popen[str]
+    log: Path
+    read: int = 0
+
+    def ask(self, jobs: list[str]) -> None:
+        """Have it run these jobs."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(jobs) + "\n")
+        self.process.stdin.flush()
+
+    def news(self) -> str:
+        """Return what it has printed since it was last asked."""
+        return self.log.read_text()[self.read :]
+
+
+GROUPS: dict[int, list[Rank]] = {}
+
+
+def group(count: int) -> list[Rank]:
+    """Return `count` ranks that wait for jobs."""
+    if count not in GROUPS:
+        GROUPS[count] = _started(count)
+    return GROUPS[count]
+
+
+def _started(count: int) -> list[Rank]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment["MASTER_PORT"] = str(free_port())
     if count > 1:
         environment["WORLD_SIZE"] = str(count)
-    processes = []
+    ranks = []
     for rank in range(count):
         places = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *map(str, jobs)],
+        log = Path(tempfile.mkstemp(prefix=f"rank_{rank}_of_{count}_")[1])
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM],
                 env={**environment, **places},
-                stdout=subprocess.PIPE,
+                stdin=subprocess.PIPE,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-        )
-    return processes
+        ranks.append(Rank(process, log))
+    return ranks
+
+
+def stop(count: int) -> None:
+    """End a group's processes."""
+    for rank in GROUPS.pop(count, []):
+        rank.process.kill()
+        rank.process.wait()
+        rank.log.unlink()
+
+
+@atexit.register
+def stop_all() -> None:
+    """End every group with the tests."""
+    for count in list(GROUPS):
+        stop(count)
 
 
 def run_workers(count: int, *jobs: Path) -> list[dict[str, Any]]:
-    """Run the jobs on `count` ranks, one after another in the same processes (they take seconds to
-    start); return rank 0's figures of each. Fails with the ranks' output."""
-    processes = start_workers(jobs, count)
-    outputs = [p.communicate(timeout=500)[0] for p in processes]
-    failed = [
-        f"rank {rank}:\n{out}"
-        for rank, (p, out) in enumerate(zip(processes, outputs, strict=True))
-        if p.returncode
-    ]
-    if failed:
-        raise AssertionError("\n".join(failed))
-    lines = [line for line in outputs[0].splitlines() if line.startswith("FIGURES ")]
+    """Run the jobs on `count` ranks, one after another; return rank 0's figures of each. Fails with
+    the ranks' output.
+    """
+    ranks = group(count)
+    for rank in ranks:
+        rank.ask([str(job) for job in jobs])
+    deadline = time.monotonic() + TIMEOUT_S
+    while not all(rank.news().endswith("FINISHED\n") for rank in ranks):
+        died = any(rank.process.poll() is not None for rank in ranks)
+        if died or time.monotonic() > deadline:
+            time.sleep(1.0)
+            output = "\n".join(f"rank {i}:\n{rank.news()}" for i, rank in enumerate(ranks))
+            stop(count)
+            raise AssertionError(output)
+        time.sleep(0.05)
+    lines = [line for line in ranks[0].news().splitlines() if line.startswith("FIGURES ")]
+    for rank in ranks:
+        rank.read = len(rank.log.read_text())
     return [json.loads(line.removeprefix("FIGURES ")) for line in lines]
 
 
