@@ -34,6 +34,7 @@ FREE_TO_CHANGE = frozenset(
         "report_to",
         "run_name",
         "plot_loss",
+        "compare_with",
         "num_sample_answers",
         "ray_num_workers",
         "resources_per_worker",

@@ -256,6 +256,8 @@ class OutputConfig(Section):
     """Name of the run in trackers; none means the output folder's name."""
     plot_loss: bool = True
     """Draw the plots in report.html."""
+    compare_with: Text | None = None
+    """output_dir of a finished run, whose curves and figures the report puts beside this run's."""
     num_sample_answers: Annotated[int, Field(ge=0, le=1000)] = 1
     """Prompts that the trained model answers at the end, on the console and in the report; held-out
     ones where there are any."""

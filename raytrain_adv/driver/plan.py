@@ -14,7 +14,7 @@ from raytrain_adv.driver.advice import EXAMPLES, Advice, Case, Gpu, advise
 from raytrain_adv.driver.plan_data import DataSummary, look_at, summarise
 from raytrain_adv.driver.plan_text import WIDTH, render, render_brief, view
 from raytrain_adv.hardware import HardwareFacts
-from raytrain_adv.transforms.apply import prepare_all
+from raytrain_adv.transforms.apply import prepare_all, with_advice
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.arithmetic import Arithmetic, resolve_arithmetic
 from raytrain_adv.worker.data import PreparedData, pad_to
@@ -96,8 +96,9 @@ def resolve(
     """
     summary = data if isinstance(data, DataSummary) else summarise(data)
     model = build(job)
-    transforms = prepare_all(job, model, facts)
     seq_len = pad_to(job).length(summary.longest)
+    num_tokens = job.train.per_device_train_batch_size * seq_len
+    transforms = with_advice(job, prepare_all(job, model, facts), num_tokens)
     case = Case(job, model, world_size, seq_len)
     gpus = _gpus(facts)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]

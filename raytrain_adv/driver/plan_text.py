@@ -33,7 +33,9 @@ def render(plan: RunPlan, verbose: bool = False) -> str:
 def render_brief(plan: RunPlan) -> str:
     """Return the plan in a few lines, for the start of a run: length, batch, transforms, memory."""
     rows = [*_batch_rows(plan)]
-    rows += [(name, _counts(p)) for name, p in plan.transforms.items()]
+    for name, own in plan.transforms.items():
+        rows.append((name, _counts(own)))
+        rows += [("", note) for note in own.notes]
     rows.append(("memory", _memory_sentence(plan)))
     return _plain(_pairs(rows))
 

@@ -25,7 +25,7 @@ from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.ray_worker import ray_worker
 from raytrain_adv.errors import RaytrainAdvError
 from raytrain_adv.report import record
-from raytrain_adv.report.build import failed, finished, started
+from raytrain_adv.report.build import against, failed, finished, started
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import PreflightReport, RunReport
 from raytrain_adv.transforms.apply import enabled
@@ -66,7 +66,7 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
         start = time.perf_counter()
         result = fit(job, place, placement, console)
         timeline["training"] = time.perf_counter() - start
-        report = finished(report, result, timeline, place.folder)
+        report = against(finished(report, result, timeline, place.folder), job)
     except (RaytrainAdvError, KeyboardInterrupt) as error:
         report = failed(report, error, timeline, place.folder)
         report = report.model_copy(update={"preflight": nodes[-1] if nodes else None})
@@ -89,6 +89,8 @@ def _prepare(
     show the plan. `timeline` and `nodes` are filled in for the report, also of a refused run.
     """
     trackers.check(job.output.report_to)
+    if job.output.compare_with is not None:
+        record.read(job.output.compare_with)  # its absence is said now, not at the end
     start = time.perf_counter()
     data = _in_background(lambda: prepare(job, console.say))
     started_here = cluster.connect(job)

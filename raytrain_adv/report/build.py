@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.report.record import RunReport, Sample, TransformReport, describe_failure
+from raytrain_adv.report.record import (
+    Baseline,
+    Point,
+    RunReport,
+    Sample,
+    TransformReport,
+    describe_failure,
+)
+from raytrain_adv.report.record import read as read_report
 from raytrain_adv.worker.memory import MemoryPrediction
 from raytrain_adv.worker.metrics_file import FILE_NAME, read
 
@@ -111,6 +119,39 @@ def _medians(trained: list[dict[str, Any]]) -> dict[str, float]:
     rows = trained[1:] or trained
     values = {n: [r[k] for r in rows if r.get(k)] for n, k in zip(names, keys, strict=True)}
     return {name: statistics.median(of) for name, of in values.items() if of}
+
+
+def against(report: RunReport, job: JobConfig) -> RunReport:
+    """Return the report measured by the run that compare_with names; as it is where none is.
+
+    Raises:
+        StorageError: when that folder holds no report.
+    """
+    folder = job.output.compare_with
+    if folder is None:
+        return report
+    other = read_report(folder)
+    baseline = Baseline(
+        output_dir=folder,
+        changed_keys=tuple(job.differences(dict(other.job))),
+        train_loss=other.train_loss,
+        eval_loss=other.eval_loss,
+        final_eval_loss_change=_change(report.eval_loss, other.eval_loss),
+        speedup=_ratio(report.tokens_per_second_per_worker, other.tokens_per_second_per_worker),
+        memory_ratio=_ratio(report.peak_memory_gib, other.peak_memory_gib),
+    )
+    return report.model_copy(update={"baseline": baseline})
+
+
+def _change(mine: tuple[Point, ...], other: tuple[Point, ...]) -> float | None:
+    if not mine or not other or mine[-1][0] != other[-1][0]:
+        return None
+    ratio = _ratio(mine[-1][1], other[-1][1])
+    return None if ratio is None else ratio - 1.0
+
+
+def _ratio(mine: float | None, other: float | None) -> float | None:
+    return mine / other if mine is not None and other else None
 
 
 def _losses(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -17,7 +17,12 @@ def charts_html(report: RunReport, rows: Sequence[Row]) -> str:
     train = [row for row in rows if row["kind"] == "train"]
     evals = [row for row in rows if row["kind"] == "eval"]
     marks = _marks(rows)
-    plots = [_loss(train, evals, marks), *_single(train, marks), _times(train, marks)]
+    plots = [
+        _loss(train, evals, marks),
+        *_against(report),
+        *_single(train, marks),
+        _times(train, marks),
+    ]
     plots.append(_memory(train, marks, report))
     return "".join(plot_html(plot) for plot in plots)
 
@@ -38,6 +43,33 @@ def _loss(train: list[Row], evals: list[Row], marks: tuple[Mark, ...]) -> Plot:
         (*marks, *_not_finite(train, "loss"), *_not_finite(evals, "loss")),
         span="wide",
     )
+
+
+def _against(report: RunReport) -> list[Plot]:
+    """Return this run's curves beside those of the run named by compare_with."""
+    other = report.baseline
+    if other is None:
+        return []
+    pairs = [
+        ("Training loss", report.train_loss, other.train_loss),
+        ("Eval loss", report.eval_loss, other.eval_loss),
+    ]
+    return [
+        Plot(
+            f"{title}, beside {other.output_dir}",
+            "per label token",
+            (
+                Series("this run", smoothed(_finite(mine)), 1),
+                Series("the other", smoothed(_finite(theirs)), 2),
+            ),
+            span="half",
+        )
+        for title, mine, theirs in pairs
+    ]
+
+
+def _finite(points: Sequence[tuple[int, float | None]]) -> list[Xy]:
+    return [(step, value) for step, value in points if value is not None]
 
 
 def _single(train: list[Row], marks: tuple[Mark, ...]) -> list[Plot]:

@@ -58,6 +58,7 @@ def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = T
             ),
             section("Sample answers", "".join(map(_sample, report.samples))),
             section("What the transforms did", _transforms(report)),
+            section("Beside another run", _baseline(report)),
             section("Data", data_section.data_html(report.data)),
             section("Memory of a worker", _memory(report)),
             section("Where the time went", _timeline(report)),
@@ -205,6 +206,20 @@ def _memory(report: RunReport) -> str:
         why = folded("How the parts come about", table(("part", ""), list(explained.items())))
     faded = {label for label, _ in shown}
     return card(f'{bars(rows, faded)}<p class="note">{text(note)}</p>{why}')
+
+
+def _baseline(report: RunReport) -> str:
+    other = report.baseline
+    if other is None:
+        return ""
+    rows = [("run", other.output_dir), *(("key", line) for line in other.changed_keys)]
+    if other.final_eval_loss_change is not None:
+        rows.append(("last eval loss", f"{other.final_eval_loss_change:+.2%} here"))
+    if other.speedup is not None:
+        rows.append(("speed", f"{other.speedup:.2f} x here"))
+    if other.memory_ratio is not None:
+        rows.append(("peak memory", f"{other.memory_ratio:.2f} x here"))
+    return card(table(("", ""), rows))
 
 
 def _timeline(report: RunReport) -> str:

@@ -168,6 +168,27 @@ class PreflightReport(Record):
     """How long the nodes took to answer."""
 
 
+class Baseline(Record):
+    """The run named by compare_with, and this run measured by it."""
+
+    output_dir: str
+    """Its output_dir."""
+    changed_keys: tuple[str, ...] = ()
+    """The keys that change what is computed and differ, as `fp8: False then, True now`."""
+    train_loss: tuple[Point, ...] = ()
+    """Its training loss as [step, value]."""
+    eval_loss: tuple[Point, ...] = ()
+    """Its loss on the held-out rows as [step, value]."""
+    final_eval_loss_change: Number = None
+    """This run's last eval loss over its last one, less 1: 0.004 means 0.4 % higher; null unless
+    both end at the same step.
+    """
+    speedup: Number = None
+    """This run's tokens per second per worker over its."""
+    memory_ratio: Number = None
+    """This run's peak memory over its."""
+
+
 class RunReport(Record):
     """The contract of report.json.
 
@@ -244,6 +265,8 @@ class RunReport(Record):
     """Seconds of each phase of the run, in order."""
     model_dir: str | None = None
     """Folder of the trained model; null until it is exported."""
+    baseline: Baseline | None = None
+    """The run named by compare_with; null where none is."""
     notes: tuple[str, ...] = ()
     """Whatever else a reader should know, one sentence each."""
 

@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 
 from raytrain_adv.report import numbers
-from raytrain_adv.report.record import RunReport, Sample
+from raytrain_adv.report.record import Baseline, RunReport, Sample
 
 NUM_SAMPLE_LINES = 8
 
@@ -25,11 +25,24 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
     figures.append(("speed", _speed(report)))
     if report.peak_memory_gib is not None:
         figures.append(("peak memory", _memory(report)))
+    if report.baseline is not None:
+        figures.append(("compared", _compared(report.baseline)))
     for name, transform in report.transforms.items():
         figures.append(
             (name, f"{transform.changed:,} modules changed, {transform.skipped:,} skipped")
         )
     return [(label, text) for label, text in figures if text]
+
+
+def _compared(other: Baseline) -> str:
+    parts = []
+    if other.final_eval_loss_change is not None:
+        parts.append(f"eval loss {other.final_eval_loss_change:+.2%}")
+    if other.speedup is not None:
+        parts.append(f"{other.speedup:.2f} x the speed")
+    if other.memory_ratio is not None:
+        parts.append(f"{other.memory_ratio:.2f} x the memory")
+    return f"{', '.join(parts)} of {other.output_dir}"
 
 
 def _steps(report: RunReport) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.config import JobConfig
@@ -66,6 +67,18 @@ def prepare_all(
         verify(model, plan, before)
         plans[transform.name] = plan
     return plans
+
+
+def with_advice(job: JobConfig, plans: Mapping[str, Plan], num_tokens: int) -> dict[str, Plan]:
+    """Return the plans, with what the job's other keys mean for each transform among their notes.
+
+    Args:
+        job: the resolved job.
+        plans: by transform.
+        num_tokens: tokens of one worker's forward pass.
+    """
+    advice = {t.name: t.advice(job, num_tokens) for t in enabled(job)}
+    return {name: replace(plan, notes=plan.notes + advice[name]) for name, plan in plans.items()}
 
 
 def _this_machine() -> HardwareFacts:
