@@ -4,6 +4,7 @@ import hashlib
 import re
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -36,24 +37,50 @@ def copy_local(target: torch.Tensor, part: torch.Tensor) -> None:
         local.copy_(part)
 
 
+SHARDED = "shard"
+"""Name of the mesh dimension over which FSDP2 shards; HSDP has another, over which it copies."""
+
+
 @torch.no_grad()
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole tensor on every rank, on the device that computes; a collective."""
+    """Return the whole tensor on every rank, on the device that computes; a collective.
+
+    Not by DTensor.full_tensor: its functional collectives end in a segmentation fault where ranks
+    share a GPU over gloo (torch 2.11).
+    """
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     mesh, local = tensor.device_mesh, tensor.to_local()
-    if local.device.type != mesh.device_type:
-        # CPU offload: the shards are in host memory, the collectives run on the GPUs.
-        tensor = DTensor.from_local(
-            local.to(mesh.device_type),
-            mesh,
-            tensor.placements,
-            run_check=False,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        )
-    whole: torch.Tensor = tensor.full_tensor()
-    return whole.detach()
+    group = mesh.get_group(SHARDED)
+    num_rows, num_ranks = tensor.shape[0], dist.get_world_size(group)
+    # FSDP2 gives each rank this many rows; the last ranks have fewer, or none.
+    rows = -(-num_rows // num_ranks)
+    # With CPU offload the shards are in host memory, and the collectives run on the GPUs.
+    padded = local.new_zeros((rows, *tensor.shape[1:]), device=mesh.device_type)
+    padded[: local.shape[0]].copy_(local)
+    whole = padded.new_empty((rows * num_ranks, *tensor.shape[1:]))
+    dist.all_gather_into_tensor(whole, padded, group=group)
+    return whole[:num_rows]
+
+
+@torch.no_grad()
+def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the 2-norm over all elements of all ranks' parts, a float32 scalar on the device.
+
+    See gather for why DTensor does not compute it.
+    """
+    norm = torch.nn.utils.get_total_norm([local_part(t) for t in tensors], foreach=True).float()
+    sharded = next((t for t in tensors if isinstance(t, DTensor)), None)
+    if sharded is None:
+        return norm
+    squared = norm.square().to(sharded.device_mesh.device_type)
+    dist.all_reduce(squared, group=sharded.device_mesh.get_group(SHARDED))
+    return squared.sqrt()
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor, of the same storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def seed_of(seed: int, fqn: str) -> int:

@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from raytrain_adv.errors import TrainingError
-from raytrain_adv.ops.adamw import ClippingAdamW, local
+from raytrain_adv.ops.adamw import ClippingAdamW
+from raytrain_adv.shards import global_norm, local_part
 from raytrain_adv.worker.run import Run
 
 
@@ -57,17 +58,16 @@ def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
     gradients = [
         p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
     ]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = global_norm(gradients)
     if max_norm <= 0:
         return norm
     # Source: torch.nn.utils.clip_grads_with_norm_, which scales in a pass of its own.
-    factor = torch.clamp(max_norm / (norm.float() + 1e-6), max=1.0)
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    factor = factor.to(local_part(gradients[0]).device)  # the CPU with fsdp_cpu_offload
     if isinstance(optimizer, ClippingAdamW):
         optimizer.clip_factor = factor
     else:
-        torch._foreach_mul_([local(g) for g in gradients], factor)
+        torch._foreach_mul_([local_part(g) for g in gradients], factor)
     return norm
 
 

@@ -120,7 +120,7 @@ def run_ranks(count: int, *jobs: Path) -> str:
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": str(count)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", RANKS, *map(str, jobs)],
+            [sys.executable, "-X", "faulthandler", "-c", RANKS, *map(str, jobs)],
             env={**os.environ, **places, "RANK": str(rank), "LOCAL_RANK": "0"},
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -130,7 +130,8 @@ def run_ranks(count: int, *jobs: Path) -> str:
         for rank in range(count)
     ]
     outputs = [p.communicate(timeout=400)[0] for p in processes]
-    assert not any(p.returncode for p in processes), "\n".join(outputs)
+    codes = [p.returncode for p in processes]
+    assert codes == [0] * count, "\n".join([f"exit codes {codes}", *outputs])
     return outputs[0]
 
 
