@@ -23,14 +23,14 @@ class _Matmul(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, trains_weight: bool
     ) -> torch.Tensor:
-        x_scale, weight_scale = tensorwise_scale(x, E4M3), tensorwise_scale(weight, E4M3)
+        x_scale = tensorwise_scale(x, E4M3)
+        weight8, weight_scale = _factor(weight)
         if trains_weight:
             x8, x8_t = cast_both(x, x_scale, E4M3)
         else:
             x8, x8_t = cast(x, x_scale, E4M3), None
         ctx.trains_weight = trains_weight
         ctx.save_for_backward(x8_t, x_scale, weight, weight_scale)
-        weight8 = cast(weight, weight_scale, E4M3)
         return _product(x8, weight8, x_scale, weight_scale, x.dtype, fast=True)
 
     @staticmethod
@@ -40,7 +40,7 @@ class _Matmul(torch.autograd.Function):
         x8_t, x_scale, weight, weight_scale = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         scale = tensorwise_scale(gradient, E5M2)
-        weight8_t = cast_transposed(weight, weight_scale, E4M3)
+        weight8_t, weight_scale = _transposed_factor(weight, weight_scale)
         grad_weight = None
         if ctx.trains_weight:
             gradient8, gradient8_t = cast_both(gradient, scale, E5M2)
@@ -49,6 +49,25 @@ class _Matmul(torch.autograd.Function):
             gradient8 = cast(gradient, scale, E5M2)
         grad_x = _product(gradient8, weight8_t, scale, weight_scale, gradient.dtype, fast=False)
         return grad_x, grad_weight, None
+
+
+def _factor(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a weight in float8 and its scale; FSDP2 may have gathered it so."""
+    if isinstance(weight, Float8TrainingTensor):
+        return weight._data, weight._scale
+    scale = tensorwise_scale(weight, E4M3)
+    return cast(weight, scale, E4M3), scale
+
+
+def _transposed_factor(
+    weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a weight's transpose in float8, contiguous, and its scale."""
+    if isinstance(weight, Float8TrainingTensor):
+        # As bytes: transposing float8 has been miscompiled (triton 3.7, triton#11111).
+        byte = weight._data.view(torch.uint8).t().contiguous()
+        return byte.view(E4M3), weight._scale
+    return cast_transposed(weight, scale, E4M3), scale
 
 
 def _product(
@@ -79,12 +98,8 @@ class Float8Linear(TorchaoFloat8Linear):  # type: ignore[misc] # torchao ships n
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
-        if isinstance(self.weight, Float8TrainingTensor):
-            # FSDP2 gathered the weight in float8; torchao knows how to multiply with it.
-            output: torch.Tensor = super().forward(input)
-            return output
         trains_weight = torch.is_grad_enabled() and self.weight.requires_grad
         rows = input.reshape(-1, self.in_features)
-        output = _Matmul.apply(rows, self.weight, trains_weight)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _Matmul.apply(rows, self.weight, trains_weight)  # type: ignore[no-untyped-call]
         output = output.view(*input.shape[:-1], self.out_features)
         return output if self.bias is None else output + self.bias.to(output.dtype)
