@@ -143,6 +143,8 @@ def _sharder(job: JobConfig, mesh: DeviceMesh | None) -> Callable[[nn.Module], F
     return partial(
         fully_shard,
         mesh=mesh,
+        # The root too, which FSDP2 by itself would leave whole: head and embedding would stay over
+        # the loss, where memory peaks.
         reshard_after_forward=options.fsdp_reshard_after_forward,
         mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype(job), reduce_dtype=torch.float32),
         offload_policy=offload,
