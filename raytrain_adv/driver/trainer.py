@@ -20,7 +20,7 @@ from raytrain_adv.driver.failures import StopWhenRetryCannotHelp, translated
 from raytrain_adv.driver.output import Output
 from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.ray_worker import ray_worker
-from raytrain_adv.errors import RaytrainAdvError
+from raytrain_adv.errors import StorageError
 from raytrain_adv.report import record
 from raytrain_adv.report.build import failed, finished, started
 from raytrain_adv.report.html import write_html
@@ -57,14 +57,22 @@ def _run_in(job: JobConfig, place: Output, console: Console) -> RunReport:
         result = fit(job, place, placement, console)
         timeline["training"] = time.perf_counter() - start
         report = finished(report, result, timeline, place.folder)
-    except (RaytrainAdvError, KeyboardInterrupt) as error:
+    except BaseException as error:  # also Ctrl-C, and the SystemExit that Ray makes of SIGTERM
         report = failed(report, error, timeline, place.folder)
+        try:
+            _leave(job, place, report)
+        except StorageError as unwritten:  # beside what ended the run, not in its place
+            console.say(f"\n{unwritten}")
         raise
-    finally:
-        record.write(report, place.folder)
-        write_html(report, place.folder, plots=job.output.plot_loss)
-        place.note(job, report.status, int(place.attempt.rpartition("_")[2]))
+    _leave(job, place, report)
     return report
+
+
+def _leave(job: JobConfig, place: Output, report: RunReport) -> None:
+    """Write what stays of the run: its report, and how it ended."""
+    record.write(report, place.folder)
+    write_html(report, place.folder, plots=job.output.plot_loss)
+    place.note(job, report.status, int(place.attempt.rpartition("_")[2]))
 
 
 def _prepare(
