@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import ClusterError
@@ -201,3 +203,13 @@ def wait_for_room(
         if scalable_nodes():
             return  # asking for the workers is what makes the autoscaler start nodes
         time.sleep(poll_s)
+
+
+def release(group: str) -> None:
+    """Give back the placement group, named by its id in hex, of a controller that has died.
+
+    Ray Train does so itself only where it can ask its dashboard, which it does not find when more
+    than one Ray runs on the machine (ray 2.60, placement_group_cleaner.py); the next controller
+    would wait for ever.
+    """
+    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))

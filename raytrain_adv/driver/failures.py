@@ -72,6 +72,15 @@ def translated(error: TrainingFailedError | RayActorError) -> RaytrainAdvError:
     )
 
 
+def stopped(error: SystemExit) -> TrainingError:
+    """Return the error to show when the driver was told to end, as ray job stop does."""
+    return TrainingError(
+        "The run was stopped",
+        f"the driver got SIGTERM, as from ray job stop (exit code {error.code})",
+        "run again with resume_from_checkpoint: true to go on from the last checkpoint",
+    )
+
+
 def _of_workers(failures: Mapping[int, Exception]) -> RaytrainAdvError:
     for error in failures.values():
         root = unwrapped(error)

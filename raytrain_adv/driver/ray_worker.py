@@ -77,14 +77,22 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 def _count_start(run: Run) -> int:
     """Return how often this attempt has started before; Ray restarts all workers without telling
-    them.
+    them. Each death of the controller has added an r to the attempt's name.
     """
     folder = run.storage.folder(run.attempt)
     folder.make()
-    before = folder.read_json(STARTS)
-    starts = int(before["starts"]) if before else 0
-    folder.write_json(STARTS, {"starts": starts + 1})
-    return starts
+    launch = run.attempt.rstrip("r")
+    same = {name for name in run.storage.folders() if name.rstrip("r") == launch} | {run.attempt}
+    found = {name: run.storage.folder(name).read_json(STARTS) or {"starts": 0} for name in same}
+    group = ray.util.get_current_placement_group()
+    folder.write_json(
+        STARTS,
+        {
+            "starts": found[run.attempt]["starts"] + 1,
+            "placement_group": group.id.hex() if group is not None else None,
+        },
+    )
+    return sum(int(one["starts"]) for one in found.values())
 
 
 def _require_shared(job: JobConfig, marker: str) -> None:
@@ -97,7 +105,6 @@ def _require_shared(job: JobConfig, marker: str) -> None:
         raise JobError(
             "output_dir is not on storage that the driver and the workers share",
             f"{job.output.output_dir}: written by the driver, not seen on node "
-            ""
             f"{ray.util.get_node_ip_address()}",
             "give a folder on a shared file system as output_dir; checkpoints may go to "
             "ray_storage_path: s3://...",

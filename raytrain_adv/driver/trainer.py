@@ -16,10 +16,10 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver import cluster, output
 from raytrain_adv.driver.cluster import Placement
 from raytrain_adv.driver.console import Console, summary
-from raytrain_adv.driver.failures import StopWhenRetryCannotHelp, translated
+from raytrain_adv.driver.failures import StopWhenRetryCannotHelp, stopped, translated
 from raytrain_adv.driver.output import Output
 from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
-from raytrain_adv.driver.ray_worker import ray_worker
+from raytrain_adv.driver.ray_worker import STARTS, ray_worker
 from raytrain_adv.errors import StorageError
 from raytrain_adv.report import record
 from raytrain_adv.report.build import failed, finished, started
@@ -58,12 +58,13 @@ def _run_in(job: JobConfig, place: Output, console: Console) -> RunReport:
         timeline["training"] = time.perf_counter() - start
         report = finished(report, result, timeline, place.folder)
     except BaseException as error:  # also Ctrl-C, and the SystemExit that Ray makes of SIGTERM
-        report = failed(report, error, timeline, place.folder)
+        shown = stopped(error) if isinstance(error, SystemExit) else error
+        report = failed(report, shown, timeline, place.folder)
         try:
             _leave(job, place, report)
         except StorageError as unwritten:  # beside what ended the run, not in its place
             console.say(f"\n{unwritten}")
-        raise
+        raise shown from error.__cause__
     _leave(job, place, report)
     return report
 
@@ -127,8 +128,17 @@ def fit(job: JobConfig, place: Output, placement: Placement, console: Console) -
             if deaths_left == 0:
                 raise translated(error) from error
             deaths_left -= 1
-            attempt, resume = f"{attempt}r", True
             console.say("Ray Train's controller died; starting again from the last checkpoint")
+            _clear_up(place, attempt)
+            cluster.wait_for_room(placement, console.say)
+            attempt, resume = f"{attempt}r", resume or True
+
+
+def _clear_up(place: Output, attempt: str) -> None:
+    """Release what the workers of an attempt held, where they got as far as saying what it is."""
+    start = place.storage.folder(attempt).read_json(STARTS)
+    if start is not None and start["placement_group"] is not None:
+        cluster.release(start["placement_group"])
 
 
 def _trainer(

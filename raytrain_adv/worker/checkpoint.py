@@ -189,7 +189,8 @@ def _filesystem(run: Run, path: str) -> Any:
 
 
 def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
-    if isinstance(run.resume, str) and not run.restarts:
+    found = newest(run.storage) if run.restarts or run.resume is True else None
+    if found is None and isinstance(run.resume, str):
         found = find(Storage.at(run.resume))
         if found is None:
             raise JobError(
@@ -198,8 +199,6 @@ def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
                 "name a step_... folder, or use resume_from_checkpoint: true for the "
                 "newest complete one",
             )
-    else:
-        found = newest(run.storage)
     if found is not None:
         refuse_other_job(job, found, arithmetic)
     return found

@@ -25,10 +25,8 @@ ATTENTION = {
     "fa3": "flash_attention_3",
 }
 CAUSAL_CLASS = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
-SIZES = tuple(
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "vocab_size".split()
-)
+ATTENTION_SIZES = ("num_attention_heads", "num_key_value_heads")
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", *ATTENTION_SIZES)
 OTHER_MODALITIES = re.compile(
     r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector|embed_vision|embed_audio)$"
 )
@@ -283,7 +281,7 @@ def refuse_sizes(name: str, config: PretrainedConfig) -> None:
     text: Any = config.get_text_config()
     sizes = {key: getattr(text, key, None) for key in SIZES}
     wrong = [f"{k}: {v}" for k, v in sizes.items() if isinstance(v, int) and v < 1]
-    heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    heads, groups = (sizes[key] for key in ATTENTION_SIZES)
     if not wrong and isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         wrong = [f"num_attention_heads: {heads} is not a multiple of num_key_value_heads: {groups}"]
     if wrong:
