@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = """
-import sys, json
+import sys, json, os, resource
+if "LARGEST_FILE" in os.environ:  # what a full disk does, without one
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST_FILE"]),) * 2)
 from raytrain_adv.config import load
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.worker.run import local_run

@@ -102,5 +102,8 @@ def _is_collateral(error: Exception) -> bool:
 
 
 def _last_lines(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    root = unwrapped(error)
+    notes = getattr(root, "__notes__", [])  # the innermost frames, as ray_worker adds them
+    text = "\n".join([*notes, f"{type(root).__name__}: {root}"]) if notes else str(error)
+    lines = [line for line in text.strip().splitlines() if line.strip()]
     return "\n".join(lines[-LAST_LINES:]) or type(error).__name__

@@ -5,6 +5,7 @@ train().
 from __future__ import annotations
 
 import os
+import traceback
 from typing import Any
 
 import ray.train
@@ -21,6 +22,8 @@ from raytrain_adv.worker.storage import Storage
 from raytrain_adv.worker.train import train
 
 STARTS = "starts.json"
+LAST_FRAMES = 3
+"""Innermost frames of a worker's traceback that its error takes to the driver."""
 
 
 class RayReporter:
@@ -71,6 +74,10 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     run.restarts = run.broadcast(_count_start(run) if run.is_main else None)
     try:
         return {**train(job, run, export_model), "restarts": run.restarts}
+    except Exception as error:
+        # Ray Train brings the error to the driver without its traceback (ray 2.60, poll.py).
+        error.add_note("".join(traceback.format_tb(error.__traceback__)[-LAST_FRAMES:]))
+        raise
     finally:
         run.close()
 
