@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -47,6 +48,8 @@ class Node:
     address: str
     resources: Mapping[str, float]
     count: int = 1
+    group: str = ""
+    """Kind of node in an autoscaler's terms."""
 
     def holds(self, bundle: Mapping[str, float]) -> int:
         """Return how many bundles fit on one such node."""
@@ -89,7 +92,15 @@ def connect(job: JobConfig) -> bool:
 
 def nodes() -> list[Node]:
     """Return the nodes that are alive."""
-    return [Node(str(n["NodeManagerAddress"]), n["Resources"]) for n in ray.nodes() if n["Alive"]]
+    return [
+        Node(
+            str(n["NodeManagerAddress"]),
+            n["Resources"],
+            group=str((n.get("Labels") or {}).get("ray.io/node-group", "")),
+        )
+        for n in ray.nodes()
+        if n["Alive"]
+    ]
 
 
 def scalable_nodes() -> list[Node]:
@@ -101,8 +112,23 @@ def scalable_nodes() -> list[Node]:
     if config is None:
         return []
     return [
-        Node(f"autoscaled {group.name}", dict(group.resources), max(int(group.max_count), 0))
+        Node(
+            f"autoscaled {group.name}",
+            dict(group.resources),
+            max(int(group.max_count), 0),
+            group=str(group.name),
+        )
         for group in config.node_group_configs
+    ]
+
+
+def still_to_start(scalable: list[Node], alive: list[Node]) -> list[Node]:
+    """Return how many nodes of each kind an autoscaler may start beside those that are alive."""
+    running = Counter(node.group for node in alive if node.group)
+    return [
+        replace(kind, count=max(kind.count - running[kind.group], 0))
+        for kind in scalable
+        if kind.count > running[kind.group]
     ]
 
 
@@ -113,7 +139,8 @@ def settle(job: JobConfig, started_here: bool) -> Placement:
     Raises:
         ClusterError: at once, with what was asked and what there is.
     """
-    alive, scalable = nodes(), scalable_nodes()
+    alive = nodes()
+    scalable = still_to_start(scalable_nodes(), alive)
     num_gpus = sum(n.resources.get("GPU", 0.0) * n.count for n in [*alive, *scalable])
     bundle = dict(job.ray.resources_per_worker or {})
     if not bundle:
@@ -164,8 +191,8 @@ def _refuse_misfit(
     raise ClusterError(
         "The cluster cannot hold this job",
         "\n".join(found),
-        f"set ray_num_workers to {possible or 'what there is'} or less, "
-        "change resources_per_worker, or add nodes",
+        (f"set ray_num_workers to {possible} or less, " if possible else "")
+        + "change resources_per_worker, or add nodes",
     )
 
 
