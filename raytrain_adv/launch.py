@@ -34,6 +34,15 @@ def main(argv: list[str] | None = None) -> int:
     except RaytrainAdvError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("raytrain_adv"):
+            raise
+        print(
+            f"\n{error.name} is not installed for {sys.executable}\n"
+            "  fix:   activate the project's environment (. .venv/bin/activate), or pip install -e .",
+            file=sys.stderr,
+        )
+        return RaytrainAdvError.exit_code
     except BrokenPipeError:
         # The reader of --plan, as in `... --plan | head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

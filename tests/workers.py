@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = """
-import json, sys
+import json, os, resource, sys
+if "LARGEST_FILE" in os.environ:  # what a full disk does, without one
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST_FILE"]),) * 2)
 import torch
 import torch.distributed as dist
 from raytrain_adv.config import load
@@ -138,6 +140,18 @@ def run_workers(count: int, *jobs: Path) -> list[dict[str, Any]]:
     for rank in ranks:
         rank.read = len(rank.log.read_text())
     return [json.loads(line.removeprefix("FIGURES ")) for line in lines]
+
+
+def run_apart(job: Path) -> tuple[int, str]:
+    """Run a job in a process of its own, in the environment as it is now; return its exit code and
+    output.
+    """
+    (rank,) = _started(1)
+    rank.ask([str(job)])
+    assert rank.process.stdin is not None
+    rank.process.stdin.close()
+    code = rank.process.wait(timeout=TIMEOUT_S)
+    return code, rank.news()
 
 
 def losses(folder: Path) -> dict[int, float]:

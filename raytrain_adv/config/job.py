@@ -62,7 +62,7 @@ FREE_TO_CHANGE = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JobConfig:
     """A resolved job. Sections hold flat keys; each transform is a section of its own."""
 
@@ -78,6 +78,10 @@ class JobConfig:
     """The job file's path, for messages."""
     notes: tuple[str, ...] = ()
     """What the user should know of the keys: those that change nothing here, and why."""
+
+    def __repr__(self) -> str:
+        """Name the job without its keys, some of which may be secrets: Ray's dashboard shows it."""
+        return f"JobConfig({self.source!r})"
 
     def sections(self) -> Iterator[Section]:
         """Yield the six sections, then the transforms."""

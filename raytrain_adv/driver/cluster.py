@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import ClusterError
@@ -17,7 +20,8 @@ from raytrain_adv.errors import ClusterError
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a worker's death is seen in 0.5 s instead of 2 s
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # every print appears twice otherwise
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers keep the driver's folder
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # ray_worker goes into the driver's folder
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # without it the dashboard does not list the run
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about the coming default
 }
 CPU_WORKERS = 2
@@ -75,6 +79,9 @@ class Node:
         prefix = "accelerator_type:"
         return next((k.removeprefix(prefix) for k in self.resources if k.startswith(prefix)), "")
 
+    group: str = ""
+    """Kind of node in an autoscaler's terms."""
+
     def holds(self, bundle: Mapping[str, float]) -> int:
         """Return how many bundles fit on one such node."""
         fits = [int(self.resources.get(k, 0.0) / v + 1e-9) for k, v in bundle.items() if v > 0]
@@ -110,9 +117,16 @@ def connect(job: JobConfig | None) -> bool:
             else "The Ray cluster cannot be joined",
             f"address: {address}; {type(error).__name__}: "
             f"{str(error).strip().partition(chr(10))[0]}",
-            "check RAY_ADDRESS and ray_init_kwargs; leave both out to start Ray on this machine",
+            "check RAY_ADDRESS and ray_init_kwargs; leave both out to start Ray on this machine; "
+            "for a cluster that asks for a token set RAY_AUTH_MODE=token",
         ) from error
     return bool(address == "local")
+
+
+def dashboard() -> str | None:
+    """Return the address of the cluster's dashboard; none if it has none."""
+    url = ray._private.worker.get_dashboard_url()  # ray.init gives it only to who started Ray
+    return f"http://{url}" if url else None
 
 
 def nodes() -> list[Node]:
@@ -124,6 +138,7 @@ def nodes() -> list[Node]:
             n["Resources"],
             node_id=str(n["NodeID"]),
             is_draining=n["NodeID"] in draining,
+            group=str((n.get("Labels") or {}).get("ray.io/node-group", "")),
         )
         for n in ray.nodes()
         if n["Alive"]
@@ -139,8 +154,23 @@ def scalable_nodes() -> list[Node]:
     if config is None:
         return []
     return [
-        Node(f"autoscaled {group.name}", dict(group.resources), max(int(group.max_count), 0))
+        Node(
+            f"autoscaled {group.name}",
+            dict(group.resources),
+            max(int(group.max_count), 0),
+            group=str(group.name),
+        )
         for group in config.node_group_configs
+    ]
+
+
+def still_to_start(scalable: list[Node], alive: list[Node]) -> list[Node]:
+    """Return how many nodes of each kind an autoscaler may start beside those that are alive."""
+    running = Counter(node.group for node in alive if node.group)
+    return [
+        replace(kind, count=max(kind.count - running[kind.group], 0))
+        for kind in scalable
+        if kind.count > running[kind.group]
     ]
 
 
@@ -151,7 +181,8 @@ def settle(job: JobConfig, started_here: bool) -> Placement:
     Raises:
         ClusterError: at once, with what was asked and what there is.
     """
-    alive, scalable = nodes(), scalable_nodes()
+    alive = nodes()
+    scalable = still_to_start(scalable_nodes(), alive)
     num_gpus = sum(n.resources.get("GPU", 0.0) * n.count for n in [*alive, *scalable])
     bundle = dict(job.ray.resources_per_worker or {})
     if not bundle:
@@ -198,8 +229,8 @@ def _refuse_misfit(
     raise ClusterError(
         "The cluster cannot hold this job",
         "\n".join(found),
-        f"set ray_num_workers to {possible or 'what there is'} or less, "
-        "change resources_per_worker, or add nodes",
+        (f"set ray_num_workers to {possible} or less, " if possible else "")
+        + "change resources_per_worker, or add nodes",
     )
 
 
@@ -263,3 +294,13 @@ def free(placement: Placement) -> dict[str, float]:
             for name, amount in resources.items():
                 total[name] = total.get(name, 0.0) + amount
     return total
+
+
+def release(group: str) -> None:
+    """Give back the placement group, named by its id in hex, of a controller that has died.
+
+    Ray Train does so itself only where it can ask its dashboard, which it does not find when more
+    than one Ray runs on the machine (ray 2.60, placement_group_cleaner.py); the next controller
+    would wait for ever.
+    """
+    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))

@@ -72,6 +72,17 @@ def translated(error: TrainingFailedError | RayActorError) -> RaytrainAdvError:
     )
 
 
+def stopped(error: SystemExit) -> TrainingError:
+    """Return the error to show when the driver was told to end: Ray Train makes an exit of both
+    signals.
+    """
+    return TrainingError(
+        "The run was stopped",
+        f"by Ctrl-C, or by SIGTERM as ray job stop sends it (exit code {error.code})",
+        "run again with resume_from_checkpoint: true to go on from the last checkpoint",
+    )
+
+
 def _of_workers(failures: Mapping[int, Exception]) -> RaytrainAdvError:
     for error in failures.values():
         root = unwrapped(error)
@@ -93,5 +104,8 @@ def _is_collateral(error: Exception) -> bool:
 
 
 def _last_lines(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    root = unwrapped(error)
+    notes = getattr(root, "__notes__", [])  # the innermost frames, as ray_worker adds them
+    text = "\n".join([*notes, f"{type(root).__name__}: {root}"]) if notes else str(error)
+    lines = [line for line in text.strip().splitlines() if line.strip()]
     return "\n".join(lines[-LAST_LINES:]) or type(error).__name__

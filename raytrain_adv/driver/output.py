@@ -16,9 +16,12 @@ from filelock import FileLock, Timeout
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
+from raytrain_adv.worker.metrics_file import FILE_NAME, read
 from raytrain_adv.worker.storage import Storage, storage_errors
 
 RUN_FILE = "run.json"
+RAYS_COPIES = "/runtime_resources/working_dir_files/"
+"""Where Ray unpacks the working directory of a submitted job (ray 2.60)."""
 OURS = ("model", "report.json", "report.html", "metrics.jsonl", "checkpoints", "trackers", RUN_FILE)
 
 
@@ -70,8 +73,14 @@ def held(folder: Path) -> Iterator[None]:
     """Hold the folder for this driver.
 
     Raises:
-        JobError: when another driver is running in it, or it cannot be written.
+        JobError: when another driver is running in it, it would not last, or it cannot be written.
     """
+    if RAYS_COPIES in str(folder.absolute()):
+        raise JobError(
+            "output_dir would lie in Ray's copy of the working directory, which Ray deletes",
+            str(folder.absolute()),
+            "give an absolute path, on storage that all nodes share, as output_dir",
+        )
     with storage_errors("output_dir cannot be written", str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
@@ -105,7 +114,7 @@ def open_output(job: JobConfig) -> Output:
         record = None
     if record is None:
         _refuse_foreign_files(folder, resume)
-    else:
+    elif _trained(folder, storage):
         _refuse_unless_resumed(job, folder, record, resume)
     attempts = int(record["attempts"]) if record else 0
     finished = bool(record and record["status"] == "done" and resume is True)
@@ -114,6 +123,14 @@ def open_output(job: JobConfig) -> Output:
     if not finished:
         output.note(job, "running", attempts + 1)
     return output
+
+
+def _trained(folder: Path, storage: Storage) -> bool:
+    """Whether the run that is there got as far as to leave something that could be lost."""
+    rows = read(folder / FILE_NAME)
+    if (folder / "model").exists() or any(row["kind"] == "train" for row in rows):
+        return True
+    return any(storage.folder(attempt).folders() for attempt in storage.folders())
 
 
 def _clear(folder: Path, storage: Storage) -> None:

@@ -245,11 +245,11 @@ def _memory_views(plan: RunPlan) -> Iterator[RenderableType]:
 def _phase_table(plan: RunPlan) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("at", no_wrap=True)
-    for part in (*PARTS, "total"):
+    for part in (*PARTS, "workspace", "total"):
         table.add_column(part, justify="right", no_wrap=True)
     for phase in plan.memory.phases:
         is_peak = phase.name == plan.memory.peak
-        cells = [_gib(getattr(phase, part)) for part in PARTS]
+        cells = [_gib(getattr(phase, part)) for part in (*PARTS, "workspace")]
         total = f"{phase.total:.2f}" + (" <" if is_peak else "  ")
         table.add_row(phase.name, *cells, total, style="bold" if is_peak else "")
     return table
@@ -261,7 +261,7 @@ def _gib(value: float) -> str:
 
 def _memory_sentence(plan: RunPlan) -> str:
     at = _phase_named(plan, plan.memory.peak)
-    largest = max(PARTS, key=lambda part: getattr(at, part))
+    largest = max((*PARTS, "workspace"), key=lambda part: getattr(at, part))
     return f"peak {plan.memory.total:.1f} GiB, at: {at.name}; most of it {largest}"
 
 

@@ -5,6 +5,7 @@ train().
 from __future__ import annotations
 
 import os
+import traceback
 from typing import Any
 
 import ray.train
@@ -22,6 +23,8 @@ from raytrain_adv.worker.storage import Storage
 from raytrain_adv.worker.train import train
 
 STARTS = "starts.json"
+LAST_FRAMES = 3
+"""Innermost frames of a worker's traceback that its error takes to the driver."""
 
 
 class RayReporter:
@@ -49,6 +52,8 @@ class RayReporter:
 def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Train on this Ray Train worker; return rank 0's figures to the driver."""
     job: JobConfig = config["job"]
+    if os.path.isdir(config["folder"]):
+        os.chdir(config["folder"])  # a relative path in the job is meant as on the driver
     versions.require(config["versions"])
     storage = Storage.at(config["storage_path"])
     device = (
@@ -73,20 +78,32 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     run.restarts = run.broadcast(_count_start(run) if run.is_main else None)
     try:
         return {**train(job, run, export_model), "restarts": run.restarts}
+    except Exception as error:
+        # Ray Train brings the error to the driver without its traceback (ray 2.60, poll.py).
+        error.add_note("".join(traceback.format_tb(error.__traceback__)[-LAST_FRAMES:]))
+        raise
     finally:
         run.close()
 
 
 def _count_start(run: Run) -> int:
     """Return how often this attempt has started before; Ray restarts all workers without telling
-    them.
+    them. Each death of the controller has added an r to the attempt's name.
     """
     folder = run.storage.folder(run.attempt)
     folder.make()
-    before = folder.read_json(STARTS)
-    starts = int(before["starts"]) if before else 0
-    folder.write_json(STARTS, {"starts": starts + 1})
-    return starts
+    launch = run.attempt.rstrip("r")
+    same = {name for name in run.storage.folders() if name.rstrip("r") == launch} | {run.attempt}
+    found = {name: run.storage.folder(name).read_json(STARTS) or {"starts": 0} for name in same}
+    group = ray.util.get_current_placement_group()
+    folder.write_json(
+        STARTS,
+        {
+            "starts": found[run.attempt]["starts"] + 1,
+            "placement_group": group.id.hex() if group is not None else None,
+        },
+    )
+    return sum(int(one["starts"]) for one in found.values())
 
 
 def _require_shared(job: JobConfig, marker: str) -> None:
@@ -99,7 +116,6 @@ def _require_shared(job: JobConfig, marker: str) -> None:
         raise JobError(
             "output_dir is not on storage that the driver and the workers share",
             f"{job.output.output_dir}: written by the driver, not seen on node "
-            ""
             f"{ray.util.get_node_ip_address()}",
             "give a folder on a shared file system as output_dir; checkpoints may go to "
             "ray_storage_path: s3://...",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,14 +19,14 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver import cluster, output, preflight, preflight_table
 from raytrain_adv.driver.cluster import Placement
 from raytrain_adv.driver.console import Console, summary
-from raytrain_adv.driver.failures import StopWhenRetryCannotHelp, translated
+from raytrain_adv.driver.failures import StopWhenRetryCannotHelp, stopped, translated
 from raytrain_adv.driver.output import Output
 from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.probe import Read, read_nodes
-from raytrain_adv.driver.ray_worker import ray_worker
-from raytrain_adv.errors import RaytrainAdvError
+from raytrain_adv.driver.ray_worker import STARTS, ray_worker
+from raytrain_adv.errors import StorageError
 from raytrain_adv.report import record
-from raytrain_adv.report.build import against, failed, finished, started
+from raytrain_adv.report.build import against, failed, finished, planned, started
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import PreflightReport, RunReport
 from raytrain_adv.transforms.apply import enabled
@@ -60,22 +61,31 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
     report = started(job, output.run_name(job))
     try:
         placement, plan = _prepare(job, console, timeline, nodes, read)
-        report = started(job, output.run_name(job), placement.num_workers, plan.memory)
+        report = planned(report, placement.num_workers, plan.memory)
         report = report.model_copy(update={"preflight": nodes[-1]})
         record.write(report, place.folder)
         start = time.perf_counter()
         result = fit(job, place, placement, console)
         timeline["training"] = time.perf_counter() - start
         report = against(finished(report, result, timeline, place.folder), job)
-    except (RaytrainAdvError, KeyboardInterrupt) as error:
-        report = failed(report, error, timeline, place.folder)
+    except BaseException as error:  # also Ctrl-C, and the SystemExit that Ray makes of SIGTERM
+        shown = stopped(error) if isinstance(error, SystemExit) else error
+        report = failed(report, shown, timeline, place.folder)
         report = report.model_copy(update={"preflight": nodes[-1] if nodes else None})
-        raise
-    finally:
-        record.write(report, place.folder)
-        write_html(report, place.folder, plots=job.output.plot_loss)
-        place.note(job, report.status, int(place.attempt.rpartition("_")[2]))
+        try:
+            _leave(job, place, report)
+        except StorageError as unwritten:  # beside what ended the run, not in its place
+            console.say(f"\n{unwritten}")
+        raise shown from error.__cause__
+    _leave(job, place, report)
     return report
+
+
+def _leave(job: JobConfig, place: Output, report: RunReport) -> None:
+    """Write what stays of the run: its report, and how it ended."""
+    record.write(report, place.folder)
+    write_html(report, place.folder, plots=job.output.plot_loss)
+    place.note(job, report.status, int(place.attempt.rpartition("_")[2]))
 
 
 def _prepare(
@@ -95,6 +105,7 @@ def _prepare(
     data = _in_background(lambda: prepare(job, console.say))
     started_here = cluster.connect(job)
     console.say("Ray started on this machine" if started_here else f"joined Ray at {_address()}")
+    console.say(f"dashboard: {cluster.dashboard() or 'none (Ray was started without one)'}")
     placement = cluster.settle(job, started_here)
     timeline["Ray"] = time.perf_counter() - start
     found = preflight.look_at(placement, enabled(job), read)
@@ -103,8 +114,10 @@ def _prepare(
     placement = preflight.settled(job, placement, found)
     timeline["preflight"] = time.perf_counter() - start - timeline["Ray"]
     prepared = data.result()
-    # Only what the data took longer than Ray and the probes: all went on at the same time.
-    timeline["data"] = time.perf_counter() - start - timeline["Ray"] - timeline["preflight"]
+    # Data is tokenised while Ray starts and nodes are probed; what it takes longer is waited for.
+    timeline["wait for data"] = (
+        time.perf_counter() - start - timeline["Ray"] - timeline["preflight"]
+    )
     start = time.perf_counter()
     plan = resolve(job, world_size=placement.num_workers, data=prepared, facts=found.facts)
     console.say(placement.note)
@@ -158,8 +171,17 @@ def fit(job: JobConfig, place: Output, placement: Placement, console: Console) -
             if deaths_left == 0:
                 raise translated(error) from error
             deaths_left -= 1
-            attempt, resume = f"{attempt}r", True
             console.say("Ray Train's controller died; starting again from the last checkpoint")
+            _clear_up(place, attempt)
+            cluster.wait_for_room(placement, console.say)
+            attempt, resume = f"{attempt}r", resume or True
+
+
+def _clear_up(place: Output, attempt: str) -> None:
+    """Release what the workers of an attempt held, where they got as far as saying what it is."""
+    start = place.storage.folder(attempt).read_json(STARTS)
+    if start is not None and start["placement_group"] is not None:
+        cluster.release(start["placement_group"])
 
 
 def _trainer(
@@ -176,6 +198,7 @@ def _trainer(
             "resume": resume,
             "use_gpu": placement.use_gpu,
             "versions": placement.versions,
+            "folder": os.getcwd(),
             "marker": str(place.folder.absolute() / output.RUN_FILE),
         },
         torch_config=TorchConfig(backend=backend, timeout_s=job.parallel.ddp_timeout),

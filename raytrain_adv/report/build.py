@@ -22,12 +22,7 @@ from raytrain_adv.worker.memory import MemoryPrediction
 from raytrain_adv.worker.metrics_file import FILE_NAME, read
 
 
-def started(
-    job: JobConfig,
-    run_name: str,
-    world_size: int | None = None,
-    predicted: MemoryPrediction | None = None,
-) -> RunReport:
+def started(job: JobConfig, run_name: str) -> RunReport:
     """Return the report of a run that begins: what was asked for, and when."""
     return RunReport(
         status="running",
@@ -36,10 +31,17 @@ def started(
         started_at=time.time(),
         job=job.flat(),
         job_file=job.source,
-        world_size=world_size,
-        predicted_memory_gib=predicted.total if predicted is not None else None,
-        predicted_memory=predicted.as_dict() if predicted is not None else {},
     )
+
+
+def planned(report: RunReport, world_size: int, predicted: MemoryPrediction) -> RunReport:
+    """Return the report of a run whose plan is settled."""
+    update = {
+        "world_size": world_size,
+        "predicted_memory_gib": predicted.total,
+        "predicted_memory": predicted.as_dict(),
+    }
+    return RunReport(**{**report.model_dump(), **update})
 
 
 def finished(

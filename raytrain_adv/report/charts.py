@@ -108,7 +108,8 @@ def _times(train: list[Row], marks: tuple[Mark, ...]) -> Plot:
 
 def _memory(train: list[Row], marks: tuple[Mark, ...], report: RunReport) -> Plot:
     levels: tuple[Level, ...] = ()
-    if report.predicted_memory_gib is not None:
+    on_cpu = (report.device or "").startswith("CPU")  # where a process's memory is measured
+    if report.predicted_memory_gib is not None and not on_cpu:
         levels = (
             Level(report.predicted_memory_gib, f"predicted {report.predicted_memory_gib:.1f}"),
         )

@@ -111,6 +111,8 @@ def _figures(report: RunReport) -> list[str]:
         speed += f", {numbers.seconds(report.step_seconds)} per step"
     predicted = report.predicted_memory_gib
     against = "" if predicted is None else f"predicted {numbers.gib(predicted)} GiB"
+    if (report.device or "").startswith("CPU"):
+        against = "of the process, libraries included"
     restarts = numbers.plural(report.restarts, "restart") if report.restarts else ""
     resumed = report.resumed_from_step
     if resumed is not None:

@@ -244,7 +244,7 @@ class RunReport(Record):
     peak_memory_gib: Number = None
     """Largest allocated GPU memory over all ranks; on CPU the largest worker's resident memory."""
     predicted_memory_gib: Number = None
-    """The plan's prediction of peak_memory_gib."""
+    """The plan's prediction of a GPU's peak_memory_gib."""
     predicted_memory: JsonObject = {}
     """The prediction's parts in GiB: parameters, gradients, optimizer, activations, logits."""
     mfu_bf16: Number = None

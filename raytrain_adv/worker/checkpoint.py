@@ -411,6 +411,8 @@ class CheckpointWriter:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the innermost reason; DCP wraps what each rank met in one exception."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[-1]
+    """Return the innermost reason; DCP wraps what each rank met in one exception, and torch's file
+    writer follows the operating system's refusal with its own.
+    """
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return next((line.strip() for line in lines if "[Errno" in line), lines[-1])

@@ -41,6 +41,8 @@ def open_metrics(job: JobConfig, run: Run, arithmetic: Arithmetic, found: Found 
         job, resume_step=step if goes_on else 0, emit=lambda slug, text: run.say(text, event=slug)
     )
     run.open_metrics(file, trackers)
+    if run.resume and found is None:
+        run.say("There is no complete checkpoint to go on from: the run starts at step 0.")
     run.say(
         "the run in numbers",
         event="plan",

@@ -25,6 +25,8 @@ ATTENTION = {
     "fa3": "flash_attention_3",
 }
 CAUSAL_CLASS = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
+ATTENTION_SIZES = ("num_attention_heads", "num_key_value_heads")
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", *ATTENTION_SIZES)
 OTHER_MODALITIES = re.compile(
     r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector|embed_vision|embed_audio)$"
 )
@@ -158,6 +160,7 @@ def read_config(job: JobConfig) -> PretrainedConfig:
         )
     except Exception as error:
         raise refusal_of(job, None, error) from error
+    refuse_sizes(name, config)
     return config
 
 
@@ -173,6 +176,7 @@ def check_folder(job: JobConfig) -> None:
     name = job.model.model_name_or_path
     path = Path(name).expanduser()
     if path.is_dir():
+        refuse_pipes(name, path)
         if not (path / "config.json").is_file():
             held = sorted(p.name for p in path.iterdir())
             raise JobError(
@@ -190,6 +194,13 @@ def check_folder(job: JobConfig) -> None:
         raise JobError(
             f"there is no model folder {name}", nearest_folders(path), "correct model_name_or_path"
         )
+
+
+def refuse_pipes(name: str, folder: Path) -> None:
+    """Refuse a folder in which a pipe or a device stands for a file: a reader would wait for it."""
+    odd = [p for p in folder.iterdir() if p.exists() and not (p.is_file() or p.is_dir())]
+    if odd:
+        raise JobError(f"{name} is not a model folder", f"{odd[0]} is no file", "put one there")
 
 
 def looks_like_hub_name(name: str) -> bool:
@@ -263,6 +274,19 @@ def refuse_kind(name: str, raw: dict[str, Any]) -> None:
             f"config.json says {', '.join(classes) or raw['model_type']}",
             "point model_name_or_path at a decoder model (its architecture ends in ForCausalLM)",
         )
+
+
+def refuse_sizes(name: str, config: PretrainedConfig) -> None:
+    """Refuse a config whose sizes make no model: transformers builds some of them all the same."""
+    text: Any = config.get_text_config()
+    sizes = {key: getattr(text, key, None) for key in SIZES}
+    wrong = [f"{k}: {v}" for k, v in sizes.items() if isinstance(v, int) and v < 1]
+    heads, groups = (sizes[key] for key in ATTENTION_SIZES)
+    if not wrong and isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        wrong = [f"num_attention_heads: {heads} is not a multiple of num_key_value_heads: {groups}"]
+    if wrong:
+        what = f"{name}: config.json describes no model"
+        raise JobError(what, ", ".join(wrong), "correct config.json")
 
 
 def refuse_other_modalities(job: JobConfig, model: PreTrainedModel) -> None:

@@ -20,6 +20,10 @@ from raytrain_adv.worker.metrics_file import MetricsFile
 from raytrain_adv.worker.storage import Storage
 from raytrain_adv.worker.trackers import Trackers
 
+REPORT_EVERY_S = 2.0
+"""Seconds between two reports to the runtime. Ray Train holds a worker in its report until its
+controller has looked at the one before, every 0.5 to 2 s (ray 2.60)."""
+
 
 class Reporter(Protocol):
     """The runtime's ear. Every rank calls each method the same number of times: they may be
@@ -67,6 +71,8 @@ class Run:
     trackers: Trackers | None = None
     _early: list[dict[str, Any]] = field(default_factory=list)
     """Rows from before the file was opened."""
+    reported_at: float = 0.0
+    """When metrics were last handed to the reporter, on the clock of time.monotonic."""
 
     @property
     def rank(self) -> int:
@@ -104,6 +110,17 @@ class Run:
             self._early.append(row)
         if self.trackers is not None and "step" in row and row["kind"] != "event":
             self.trackers.log(row, row["step"])
+
+    def report(self, row: dict[str, Any], is_last: bool) -> None:
+        """Hand a row's numbers to the runtime, unless it was given some a moment ago; every rank
+        calls this. metrics.jsonl and the trackers have every row.
+        """
+        is_due = time.monotonic() - self.reported_at >= REPORT_EVERY_S or is_last
+        if self.agree(int(is_due), dist.ReduceOp.MIN):
+            self.reporter.metrics(
+                {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+            )
+            self.reported_at = time.monotonic()
 
     def say(self, message: str, event: str = "note", **facts: Any) -> None:
         """Tell the user a sentence: the driver's console shows it, metrics.jsonl keeps it."""

@@ -2,16 +2,20 @@
 
 torchao's 8-bit optimizer states are written as float32: plain tensors can be read on any number of
 workers and without torchao, where the subclass can be cut only along its blocks (torchao 0.18,
-subclass_8bit.py). Quantising them again on load is not exact to the last code.
+subclass_8bit.py). Reading them back on the same number of workers gives every code and scale again;
+on another number blocks begin elsewhere, and some values move by a rounding.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+
+BLOCKS_AT_A_TIME = 2**16
 
 
 def staged(state: Any) -> Any:
@@ -34,8 +38,49 @@ def restore_quantized(state: Any, plain: Any) -> bool:
     if not isinstance(state, torch.Tensor) or not _is_quantized(state):
         return False
     with torch.no_grad():
-        _local(state).copy_(_local(plain))
+        _quantize_again(_local(state), _local(plain))
     return True
+
+
+def _quantize_again(state: Any, values: torch.Tensor) -> None:
+    """Fill torchao's 8-bit state with values that were read, some blocks at a time: the codes pass
+    through int64, eight times what they take in the end.
+    """
+    blocks = values.reshape(-1, state.block_size)
+    codes, scales = state.codes.view(-1, state.block_size), state.scale
+    for start in range(0, len(blocks), BLOCKS_AT_A_TIME):
+        part = slice(start, start + BLOCKS_AT_A_TIME)
+        codes[part], scales[part] = quantized(blocks[part], state.qmap)
+
+
+def quantized(blocks: torch.Tensor, qmap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return 8-bit codes and scales that give back exactly what was dequantised from such.
+
+    torchao takes the largest magnitude of a block as its scale. Its signed map reaches from -0.993
+    to 1, so a block whose largest magnitude is negative has lost 0.7 % when it is quantised again,
+    and all its codes move. Its scale was that magnitude / 0.993, or a neighbour of it in float32.
+
+    Args:
+        blocks: (blocks, values in one), float32.
+        qmap: (256,), what each code stands for, ascending.
+    """
+    from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
+
+    scaled, scales = scale_tensor(blocks, blocks.shape[1])
+    codes = quantize_8bit_with_qmap(scaled, qmap)
+    if qmap[0] == 0:  # the unsigned map holds its largest magnitude exactly
+        return codes, scales
+    estimate = blocks.abs().amax(-1) / -qmap[0]
+    up, down = (estimate.nextafter(torch.full_like(estimate, end)) for end in (math.inf, 0.0))
+    for candidates in (estimate, up, down):
+        moved = (dequant_with_qmap(codes, qmap, scales) != blocks).any(-1)
+        if not moved.any():
+            break
+        tried = quantize_8bit_with_qmap(blocks / candidates.unsqueeze(-1), qmap)
+        exact = (dequant_with_qmap(tried, qmap, candidates) == blocks).all(-1) & moved
+        codes = torch.where(exact.unsqueeze(-1), tried, codes)
+        scales = torch.where(exact, candidates, scales)
+    return codes, scales
 
 
 def _mapped(state: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -69,6 +69,7 @@ class Loop:
         writer = CheckpointWriter(self.job, self.run, self.model, self.optimizer)
         prefetcher = Prefetcher(self.batches, first, self.arithmetic.total_steps, self.run.device)
         self.model.train()
+        self.run.say("training", event="phase")
         self.meter.start()
         try:
             for step in range(first, self.arithmetic.total_steps):
@@ -168,9 +169,7 @@ class Loop:
         self.num_tokens += self.run.agree(self.meter.take_tokens(), dist.ReduceOp.SUM)
         row["num_tokens"] = self.num_tokens
         self.run.write(row)
-        self.run.reporter.metrics(
-            {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
-        )
+        self.run.report(row, is_last=done == self.arithmetic.total_steps)
 
     def evaluate(self, done: int) -> None:
         """Evaluate the held-out rows and write the result."""

@@ -43,9 +43,14 @@ def steps_done(folder: Path) -> int:
         return 0
 
 
-def workers_of(driver: int) -> list[psutil.Process]:
+def processes_of(driver: int, name: str) -> list[psutil.Process]:
     processes = psutil.Process(driver).children(recursive=True)
-    return [p for p in processes if "RayTrainWorker" in " ".join(p.cmdline() or [p.name()])]
+    return [p for p in processes if name in " ".join(p.cmdline() or [p.name()])]
+
+
+def torn_checkpoints(out: Path) -> list[Path]:
+    folders = (out / "checkpoints").glob("*/step_*")
+    return [folder for folder in folders if not (folder / "manifest.json").exists()]
 
 
 def test_a_job_becomes_a_model_and_a_report(job_file, tmp_path):
@@ -67,24 +72,28 @@ def test_a_job_becomes_a_model_and_a_report(job_file, tmp_path):
     assert again.returncode == 2 and "learning_rate" in again.stderr
 
 
-def test_a_killed_worker_is_restarted_from_the_last_checkpoint(job_file, tmp_path):
-    """The run with a SIGKILL in it logs, bit for bit, the losses of the run without."""
+def test_killed_workers_and_a_killed_controller_are_restarted(job_file, tmp_path):
+    """A SIGKILL of a worker while a checkpoint is written, and one of Ray Train's controller: the
+    run logs, bit for bit, the losses of a run without."""
     whole = tmp_path / "whole"
     assert (
         launch(job_file("whole.yaml", **LINE, max_steps=40, output_dir=str(whole))).returncode == 0
     )
-    keys = {**LINE, "max_steps": 40, "save_strategy": "steps", "save_steps": 5, "max_failures": 1}
+    keys = {**LINE, "max_steps": 40, "save_strategy": "steps", "save_steps": 5, "max_failures": 2}
     driver = subprocess.Popen(
         [*LAUNCH, str(job_file("killed.yaml", **keys))], stdout=subprocess.PIPE, text=True
     )
     out = tmp_path / "out"
-    wait_until(lambda: steps_done(out) >= 12)
-    workers_of(driver.pid)[-1].send_signal(signal.SIGKILL)
+    wait_until(lambda: bool(torn_checkpoints(out)) and steps_done(out) >= 10)
+    processes_of(driver.pid, "RayTrainWorker")[-1].send_signal(signal.SIGKILL)
+    wait_until(lambda: (out / "checkpoints" / "out_001" / "starts.json").read_text().count("2") > 0)
+    wait_until(lambda: (out / "checkpoints" / "out_001" / "step_00000020").exists())
+    processes_of(driver.pid, "TrainController")[-1].send_signal(signal.SIGKILL)
     output = driver.communicate(timeout=240)[0]
     assert driver.returncode == 0, output
     report = json.loads((out / "report.json").read_text())
-    assert report["restarts"] == 1
-    assert report["resumed_from_step"] >= 10
+    assert report["restarts"] == 2
+    assert report["resumed_from_step"] >= 15
     assert losses(out) == losses(whole)
 
 

@@ -75,8 +75,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(job_file, tmp_path, 
     assert [f["resumed_from_step"] for f in figures] == [3, 3]
     assert losses(part) == losses(whole)
     assert column(part, "grad_norm") == column(whole, "grad_norm")
-    # 8-bit states are written as float32; quantising them again moves a few codes.
-    assert list(losses(eight).values()) == pytest.approx(list(expected.values()), rel=1e-3)
+    assert losses(eight) == expected
 
 
 def test_a_run_resumes_on_another_number_of_workers(job_file, tmp_path):

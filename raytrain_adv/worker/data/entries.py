@@ -99,6 +99,8 @@ def _refuse_remote_dir(dataset_dir: str) -> None:
 def _read_info(dataset_dir: Path) -> dict[str, Any]:
     path = dataset_dir / INFO_FILE
     try:
+        if path.exists() and not path.is_file():  # reading a named pipe would wait for ever
+            raise OSError(f"{path} is not a file")
         text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         return {}

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.worker.data.templates import TEMPLATES, adopt, find_template
+from raytrain_adv.worker.model import read_config, refuse_pipes
 
 
 def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
@@ -41,6 +42,8 @@ def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
 def _load(job: JobConfig) -> PreTrainedTokenizerBase:
     name = job.model.model_name_or_path
     folder = Path(name)
+    if folder.is_dir():
+        refuse_pipes(name, folder)
     try:
         loaded = AutoTokenizer.from_pretrained(
             name,
@@ -49,6 +52,7 @@ def _load(job: JobConfig) -> PreTrainedTokenizerBase:
             trust_remote_code=job.model.trust_remote_code,
         )
     except Exception as error:  # whatever transformers raises on a malformed config or tokenizer
+        read_config(job)  # it reads the model's config too; where that is at fault, this says so
         inside = (
             ", ".join(sorted(p.name for p in folder.iterdir())[:8])
             if folder.is_dir()

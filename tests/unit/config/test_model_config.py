@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from raytrain_adv.errors import JobError
+from raytrain_adv.worker.data import load_tokenizer
 from raytrain_adv.worker.model import read_config
 from tests.tiny_models import job_for
 
@@ -29,6 +31,11 @@ from tests.tiny_models import job_for
         '{"model_type": "llama", "quantization_config": [1]}',
         '{"model_type": "llama", "hidden_size": "x"}',
         '{"model_type": "llama", "rope_scaling": 5}',
+        '{"model_type": "llama", "hidden_size": 0}',
+        '{"model_type": "llama", "num_hidden_layers": 0}',
+        '{"model_type": "llama", "intermediate_size": -1}',
+        '{"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 3}',
+        '{"model_type": "gpt2", "n_embd": 0}',
     ],
 )
 def test_a_config_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
@@ -47,3 +54,20 @@ def test_quantised_weights_are_refused_with_their_method(tmp_path: Path) -> None
     (model / "config.json").write_text(text)
     with pytest.raises(JobError, match=r"quantization_config \(awq\)"):
         read_config(job_for(model, tmp_path))
+
+
+def test_a_model_folder_with_a_pipe_in_it_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    os.mkfifo(model / "tokenizer_config.json")
+    with pytest.raises(JobError, match=r"tokenizer_config\.json"):
+        load_tokenizer(job_for(model, tmp_path))
+
+
+def test_a_config_at_fault_is_not_blamed_on_the_tokenizer(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 0}')
+    with pytest.raises(JobError, match=r"check its config\.json"):
+        load_tokenizer(job_for(model, tmp_path))

@@ -1,10 +1,14 @@
 from dataclasses import asdict
 
-from raytrain_adv.worker.checkpoint import FORMAT, MANIFEST, Progress, find, newest
+import torch
+
+from raytrain_adv.worker.arithmetic import resolve_arithmetic
+from raytrain_adv.worker.checkpoint import FORMAT, MANIFEST, Progress, find, newest, to_resume
+from raytrain_adv.worker.run import Run, SilentReporter
 from raytrain_adv.worker.storage import Storage
 
 
-def write_checkpoint(root, attempt, step, *, manifest=True, size=3):
+def write_checkpoint(root, attempt, step, *, manifest=True, size=3, fingerprint="f"):
     folder = Storage.at(str(root / attempt / f"step_{step:08d}"))
     folder.make()
     (root / attempt / f"step_{step:08d}" / "__0_0.distcp").write_bytes(b"abc")
@@ -14,7 +18,7 @@ def write_checkpoint(root, attempt, step, *, manifest=True, size=3):
             {
                 "format": FORMAT,
                 "progress": asdict(Progress(step, 4, 10, 0, 0.0, 0.0)),
-                "fingerprint": "f",
+                "fingerprint": fingerprint,
                 "job": {},
                 "optimizer": True,
                 "files": {"__0_0.distcp": size},
@@ -44,3 +48,19 @@ def test_a_torn_manifest_is_not_taken(tmp_path):
 
 def test_no_checkpoint_is_found_in_an_empty_or_missing_folder(tmp_path):
     assert newest(Storage.at(str(tmp_path / "nowhere"))) is None
+
+
+def test_a_restart_goes_on_from_the_named_checkpoint_until_there_is_a_newer_one(make_job, tmp_path):
+    """Workers that die before their first checkpoint have not lost the one they came from."""
+    job = make_job(per_device_train_batch_size=4)
+    named = write_checkpoint(tmp_path / "other", "a_001", 10, fingerprint=job.fingerprint()).root
+    run = Run(
+        torch.device("cpu"), Storage.at(str(tmp_path / "own")), "b_001", SilentReporter(),
+        restarts=1, resume=named,
+    )  # fmt: skip
+    arithmetic = resolve_arithmetic(job, num_sequences=10, world_size=1)
+    found = to_resume(job, run, arithmetic)
+    assert found is not None and found.path == named
+    newer = write_checkpoint(tmp_path / "own", "b_001", 20, fingerprint=job.fingerprint()).root
+    found = to_resume(job, run, arithmetic)
+    assert found is not None and found.path == newer

@@ -1,6 +1,7 @@
 """Names of datasets, and files of every kind of goodness."""
 
 import json
+import os
 import sys
 
 import pyarrow
@@ -22,6 +23,13 @@ def entries(make_job, tmp_path, info, names):
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     data = make_job(dataset=names, dataset_dir=str(tmp_path)).data
     return resolve(data.dataset, data, "dataset")
+
+
+def test_a_dataset_info_that_is_a_pipe_is_refused_and_not_waited_for(make_job, tmp_path):
+    os.mkfifo(tmp_path / "dataset_info.json")
+    data = make_job(dataset="x", dataset_dir=str(tmp_path)).data
+    with pytest.raises(JobError, match="is not a file"):
+        resolve(data.dataset, data, "dataset")
 
 
 def test_jsonl_json_and_parquet_hold_the_same_rows(tmp_path, write_rows):

@@ -109,6 +109,7 @@ def test_tokenizer_without_chat_template_and_no_template_is_refused(make_job, ma
 
 def test_folder_without_tokenizer_is_refused_by_name(make_job, tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(JobError, match="could not be loaded"):
         load_tokenizer(make_job(model_name_or_path=str(tmp_path / "empty")))
 

@@ -1,0 +1,101 @@
+"""What a user sees and keeps when a run fails: the cause first, no retry in vain, no checkpoint
+lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.workers import losses, run_apart, run_workers
+
+LAUNCH = [sys.executable, "-m", "raytrain_adv.launch"]
+BREAKING = """
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+    num_passes = 0
+
+    def forward(self, *args, **kwargs):
+        self.num_passes += 1
+        if self.num_passes == {at_pass} and dist.get_rank() == {rank}:
+            raise {error}
+        return super().forward(*args, **kwargs)
+"""
+
+
+@pytest.fixture
+def breaking(keys, job_file, monkeypatch, tmp_path) -> Callable[..., Path]:
+    """Write a job whose model, with code of its own, raises on one rank in one forward pass."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+    def write(error: str, rank: int, at_pass: int, **changed: object) -> Path:
+        model = Path(keys["model_name_or_path"])
+        code = BREAKING.format(error=error, rank=rank, at_pass=at_pass)
+        (model / "own.py").write_text(code)
+        config = json.loads((model / "config.json").read_text())
+        config |= {"model_type": "own", "architectures": ["OwnModel"]}
+        config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+        (model / "config.json").write_text(json.dumps(config))
+        return job_file(trust_remote_code=True, use_cpu=True, **changed)
+
+    return write
+
+
+def launch(job: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*LAUNCH, str(job)], capture_output=True, text=True, timeout=240)
+
+
+def test_the_rank_that_failed_is_named_before_those_that_failed_with_it(breaking, tmp_path):
+    job = breaking("ValueError('the cause')", rank=1, at_pass=3, ray_num_workers=2)
+    failed = launch(job)
+    assert failed.returncode == 3, failed.stdout + failed.stderr
+    assert "Worker 1 failed" in failed.stderr and "ValueError: the cause" in failed.stderr
+    assert "own.py" in failed.stderr  # the file and line, without a whole traceback
+    assert "Connection" not in failed.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["status"] == "failed" and "the cause" in report["error"]
+    assert report["steps"] == 2 and len(report["train_loss"]) == 2
+    assert report["total_steps"] == 6 and report["step_seconds"] > 0 and report["restarts"] == 0
+    assert "the cause" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_out_of_memory_in_the_first_step_is_not_tried_again(breaking, tmp_path):
+    error = "torch.OutOfMemoryError('tried to allocate 2.00 GiB')"
+    failed = launch(breaking(error, rank=0, at_pass=1, ray_num_workers=1, max_failures=3))
+    assert failed.returncode == 3, failed.stdout + failed.stderr
+    assert "out of memory" in failed.stderr and "optimizer step 1" in failed.stderr
+    starts = tmp_path / "out" / "checkpoints" / "out_001" / "starts.json"
+    assert json.loads(starts.read_text())["starts"] == 1
+
+
+def test_a_disk_that_fills_up_loses_no_checkpoint(job_file, tmp_path, monkeypatch):
+    """Files may not grow beyond half a checkpoint; with room again the run goes on, bit for bit."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    often = {"save_strategy": "steps", "save_steps": 3}
+    run_workers(
+        1, job_file("whole.yaml", output_dir=str(whole), **often), job_file("out.yaml", **often)
+    )
+    last = out / "checkpoints" / "local" / "step_00000006"
+    limit = (last / "__0_0.distcp").stat().st_size // 2
+    (last / "manifest.json").unlink()
+    resume = job_file("resume.yaml", resume_from_checkpoint=True, **often)
+    monkeypatch.setenv("LARGEST_FILE", str(limit))
+    code, said = run_apart(resume)
+    assert code and "The checkpoint cannot be written" in said, said
+    assert "fix:" in said
+    monkeypatch.delenv("LARGEST_FILE")
+    assert run_workers(1, resume)[0]["resumed_from_step"] == 3
+    assert losses(out) == losses(whole)
+    assert os.path.exists(out / "model" / "model.safetensors")

@@ -1,0 +1,14 @@
+"""What a cluster can hold, as values: no Ray is started."""
+
+from raytrain_adv.driver.cluster import Node, still_to_start
+
+CPU2 = {"CPU": 2.0}
+
+
+def test_nodes_that_run_are_not_counted_again_among_those_an_autoscaler_may_start():
+    """A job for twice the largest cluster would wait for ever."""
+    kinds = [Node("autoscaled big", CPU2, 3, "big"), Node("autoscaled one", CPU2, 1, "one")]
+    alive = [Node("10.0.0.1", CPU2), Node("10.0.0.2", CPU2, group="one")]
+    assert still_to_start(kinds, alive) == kinds[:1]
+    alive += [Node("10.0.0.3", CPU2, group="big")]
+    assert [kind.count for kind in still_to_start(kinds, alive)] == [2]
