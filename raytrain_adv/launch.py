@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(
             f"\n{error.name} is not installed for {sys.executable}\n"
-            "  fix:   activate the project's environment (. .venv/bin/activate), or pip install -e .",
+            "  fix:   activate the environment (. .venv/bin/activate), or pip install -e .",
             file=sys.stderr,
         )
         return RaytrainAdvError.exit_code

@@ -68,6 +68,8 @@ class Node:
     address: str
     resources: Mapping[str, float]
     count: int = 1
+    group: str = ""
+    """Kind of node in an autoscaler's terms."""
     node_id: str = ""
     """Ray's id of it; empty for one that is yet to start."""
     is_draining: bool = False
@@ -78,9 +80,6 @@ class Node:
         """The GPU that Ray or the cluster's configuration says it has; empty if none is named."""
         prefix = "accelerator_type:"
         return next((k.removeprefix(prefix) for k in self.resources if k.startswith(prefix)), "")
-
-    group: str = ""
-    """Kind of node in an autoscaler's terms."""
 
     def holds(self, bundle: Mapping[str, float]) -> int:
         """Return how many bundles fit on one such node."""

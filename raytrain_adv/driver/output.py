@@ -114,7 +114,7 @@ def open_output(job: JobConfig) -> Output:
         record = None
     if record is None:
         _refuse_foreign_files(folder, resume)
-    elif _trained(folder, storage):
+    elif record["status"] == "done" or _trained(folder, storage):
         _refuse_unless_resumed(job, folder, record, resume)
     attempts = int(record["attempts"]) if record else 0
     finished = bool(record and record["status"] == "done" and resume is True)

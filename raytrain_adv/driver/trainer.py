@@ -61,7 +61,7 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
     report = started(job, output.run_name(job))
     try:
         placement, plan = _prepare(job, console, timeline, nodes, read)
-        report = planned(report, placement.num_workers, plan.memory)
+        report = planned(report, placement.num_workers, plan.memory, plan.transforms)
         report = report.model_copy(update={"preflight": nodes[-1]})
         record.write(report, place.folder)
         start = time.perf_counter()

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from raytrain_adv.config import JobConfig
-from raytrain_adv.export.folder import NewFolder
+from raytrain_adv.export.folder import NewFolder, save_tensors
 from raytrain_adv.shards import gather, plain_name
 from raytrain_adv.transforms.lora import ADAPTER, is_adapter
 from raytrain_adv.worker.model import is_local, model_source
@@ -55,5 +54,5 @@ def adapter_config(model: PreTrainedModel, job: JobConfig) -> LoraConfig:
 
 
 def _write(tensors: dict[str, torch.Tensor], config: LoraConfig, folder: Path) -> None:
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "adapter_model.safetensors")
     config.save_pretrained(str(folder))

@@ -102,6 +102,17 @@ def free_space(path: Path) -> str:
     return f"{shutil.disk_usage(parent).free / GIB:.1f} GiB free on the disk of {parent}"
 
 
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read as they may read any new file of this user's:
+    safetensors gives it to its owner only.
+    """
+    save_file(tensors, path, metadata={"format": "pt"})
+    ordinary = path.with_name(f".{path.name}.mode")
+    ordinary.touch()
+    path.chmod(ordinary.stat().st_mode & 0o777)
+    ordinary.unlink()
+
+
 class TensorFiles:
     """model.safetensors, or numbered shards with an index when there is more than one file's worth.
 
@@ -132,7 +143,7 @@ class TensorFiles:
         self.total_parameters += tensor.numel()
 
     def _write(self) -> None:
-        save_file(self.pending, self._shard(len(self.files)), metadata={"format": "pt"})
+        save_tensors(self.pending, self._shard(len(self.files)))
         self.files.append(list(self.pending))
         self.pending, self.pending_bytes = {}, 0
 

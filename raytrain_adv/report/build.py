@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from raytrain_adv.report.record import (
     describe_failure,
 )
 from raytrain_adv.report.record import read as read_report
+from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.memory import MemoryPrediction
 from raytrain_adv.worker.metrics_file import FILE_NAME, read
 
@@ -34,12 +36,18 @@ def started(job: JobConfig, run_name: str) -> RunReport:
     )
 
 
-def planned(report: RunReport, world_size: int, predicted: MemoryPrediction) -> RunReport:
+def planned(
+    report: RunReport,
+    world_size: int,
+    predicted: MemoryPrediction,
+    transforms: Mapping[str, Plan],
+) -> RunReport:
     """Return the report of a run whose plan is settled."""
     update = {
         "world_size": world_size,
         "predicted_memory_gib": predicted.total,
         "predicted_memory": predicted.as_dict(),
+        "transforms": {name: TransformReport.of(plan) for name, plan in transforms.items()},
     }
     return RunReport(**{**report.model_dump(), **update})
 

@@ -254,7 +254,9 @@ class RunReport(Record):
     resumed_from_step: int | None = None
     """Step of the checkpoint the run last went on from; null if it never did."""
     transforms: dict[str, TransformReport] = {}
-    """What each enabled transform changed and skipped, by its name."""
+    """What each enabled transform changed and skipped, by its name; as planned where the run did
+    not get to its end.
+    """
     data: JsonObject = {}
     """Rows read, used and unusable (file, line and reason), tokens, sequences, packing."""
     batch: JsonObject = {}

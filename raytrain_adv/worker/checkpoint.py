@@ -202,7 +202,7 @@ def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
         found, free = newest(run.storage), frozenset[str]()
     if found is not None:
         refuse_other_job(job, found, arithmetic, free)
-        for difference in job.differences(found.keys):
+        for difference in job.differences(found.keys) if free else ():
             run.say(f"the checkpoint goes on in another precision: {difference}")
     return found
 
@@ -242,7 +242,8 @@ def refuse_other_job(
             f"{found.path} was written with save_only_model: true",
             "start anew, or resume from a checkpoint of a run with save_only_model: false",
         )
-    differences = job.differences(found.keys, free)
+    same = found.fingerprint == job.fingerprint()
+    differences = [] if same else job.differences(found.keys, free)
     if differences:
         raise JobError(
             "The checkpoint belongs to a run with other settings",

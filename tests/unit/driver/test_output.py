@@ -1,24 +1,32 @@
 import pytest
 
-from raytrain_adv.driver.output import held, open_output
+from raytrain_adv.config import JobConfig
+from raytrain_adv.driver.output import Output, held, open_output
 from raytrain_adv.errors import JobError
+
+
+def start(job: JobConfig) -> Output:
+    """Start a run that gets as far as to log a step."""
+    output = open_output(job)
+    (output.folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    return output
 
 
 def test_a_second_start_of_the_same_job_is_refused_and_says_how_to_go_on(make_job):
     job = make_job()
-    open_output(job).folder.mkdir(exist_ok=True)
+    start(job)
     with pytest.raises(JobError, match="resume_from_checkpoint: true"):
         open_output(job)
 
 
 def test_another_job_in_the_folder_is_refused_naming_the_keys(make_job):
-    open_output(make_job())
+    start(make_job())
     with pytest.raises(JobError, match=r"learning_rate: 0\.01 then, 0\.02 now"):
         open_output(make_job(learning_rate=0.02))
 
 
 def test_a_continuation_with_other_settings_is_refused(make_job):
-    open_output(make_job())
+    start(make_job())
     with pytest.raises(JobError, match="learning_rate"):
         open_output(make_job(learning_rate=0.02, resume_from_checkpoint=True))
 
@@ -49,6 +57,19 @@ def test_a_folder_with_someone_elses_model_is_refused(make_job, tmp_path):
     (tmp_path / "out" / "model").mkdir(parents=True)
     with pytest.raises(JobError, match="would overwrite"):
         open_output(make_job())
+
+
+def test_a_run_that_trained_nothing_is_not_in_the_way(make_job):
+    """After a mistake that shows before the first step, the mended job starts as it is."""
+    open_output(make_job()).note(make_job(), "failed", 1)
+    assert open_output(make_job(learning_rate=0.02)).attempt.endswith("_002")
+
+
+def test_a_folder_in_rays_copy_of_the_working_directory_is_refused(tmp_path):
+    """Ray deletes what a submitted job leaves there."""
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1" / "saves"
+    with pytest.raises(JobError, match="absolute path"), held(folder):
+        pass
 
 
 def test_two_drivers_cannot_hold_one_folder(tmp_path):

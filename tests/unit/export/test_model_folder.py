@@ -90,6 +90,13 @@ def test_a_sharded_wrapped_compiled_model_exports_to_a_folder_with_the_same_logi
         assert index["weight_map"].keys() == tensors_of(folder).keys(), kind
 
 
+def test_every_file_may_be_read_by_whom_the_users_files_may_be_read(tmp_path: Path) -> None:
+    job = job_for(write_checkpoint("llama", tmp_path / "model"), tmp_path / "job")
+    export_model(loaded(job), job, tmp_path / "out")
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
+
+
 def test_float32_runs_export_float32_and_bf16_runs_bfloat16(tmp_path: Path) -> None:
     folder = write_checkpoint("llama", tmp_path / "model")
     for keys, dtype in (({}, "float32"), ({"bf16": True}, "bfloat16")):
