@@ -170,6 +170,11 @@ def _transform(name: str, done: TransformReport) -> str:
     if done.changed_by_class:
         rows = [(change, numbers.count(n)) for change, n in done.changed_by_class.items()]
         parts.append(table(("changed", "modules"), rows, num_columns=1))
+    if done.proof:
+        parts.append(f"<p>Proof: {text(done.proof_sentence)}</p>")
+        kernels = [str(name) for name in done.proof.get("gpu_kernels") or ()]  # type: ignore[union-attr]
+        if kernels:
+            parts.append(folded("GPU kernels it launched, the longest first", _names(kernels)))
     if done.changed_modules:
         parts.append(folded("Names of the changed modules", _names(done.changed_modules)))
     if done.skipped_reasons:

@@ -93,6 +93,16 @@ class TransformReport(Record):
     empty where the modules' classes are proof enough.
     """
 
+    @property
+    def proof_sentence(self) -> str:
+        """The proof in words; empty where there is none."""
+        if not self.proof:
+            return ""
+        return (
+            f"{self.proof['operator']} ran {self.proof['calls']} times in one training step, for "
+            f"{self.proof['modules']} modules"
+        )
+
     @classmethod
     def of(cls, plan: Plan, proof: Mapping[str, Any] | None = None) -> "TransformReport":
         """Return what a plan that was carried out and verified comes to."""

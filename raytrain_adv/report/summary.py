@@ -31,6 +31,8 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
         figures.append(
             (name, f"{transform.changed:,} modules changed, {transform.skipped:,} skipped")
         )
+        if transform.proof:
+            figures.append(("", transform.proof_sentence))
     return [(label, text) for label, text in figures if text]
 
 

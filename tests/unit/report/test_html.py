@@ -179,3 +179,16 @@ def test_one_spike_gives_a_logarithmic_axis():
     points = [(float(x), 1.0) for x in range(1, 50)] + [(50.0, 1000.0)]
     html = plot_html(Plot("Gradient norm", "", (Series("norm", points, 1),), (Mark(7, "here"),)))
     assert [f">{tick}<" in html for tick in ("1", "10", "100", "1,000")] == [True] * 4
+
+
+def test_the_proof_that_a_transform_ran_is_shown():
+    proof = {
+        "operator": "aten::_scaled_mm",
+        "calls": 672,
+        "modules": 224,
+        "gpu_kernels": ["nvjet_qqtst_320x128"],
+    }
+    done = TransformReport(changed=224, skipped=1, proof=proof)
+    page = render(RunReport(status="done", transforms={"fp8": done}), [])
+    assert "aten::_scaled_mm ran 672 times in one training step, for 224 modules" in page
+    assert "nvjet_qqtst_320x128" in page
