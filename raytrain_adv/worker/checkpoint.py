@@ -25,10 +25,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.errors import JobError, RaytrainAdvError, StorageError
+from raytrain_adv.errors import StorageError
 from raytrain_adv.ops.float8_weight import as_plain
-from raytrain_adv.transforms.transform import Transform
-from raytrain_adv.worker.arithmetic import Arithmetic
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.staging import plain_like, restore_quantized, staged
 from raytrain_adv.worker.storage import Storage, storage_errors
@@ -160,107 +158,6 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
     if not quantized:  # those were filled in place; loading them would make them plain tensors
         options = StateDictOptions(ignore_frozen_params=True)
         set_optimizer_state_dict(model, optimizer, read["optimizer"], options=options)
-
-
-def to_resume(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
-    """Return the checkpoint that this attempt goes on from, or None to start at step 0. All ranks
-    agree.
-
-    Raises:
-        JobError: when a checkpoint was asked for by path and is not whole, or belongs to another
-        job.
-    """
-    outcome: Found | RaytrainAdvError | None = None
-    if run.is_main and (run.resume or run.restarts):
-        try:
-            outcome = _chosen(job, run, arithmetic)
-        except RaytrainAdvError as error:
-            outcome = error
-    message = run.broadcast(outcome.args if isinstance(outcome, RaytrainAdvError) else None)
-    if message is not None:
-        raise JobError(*message)
-    path = run.broadcast(outcome.path if isinstance(outcome, Found) else None)
-    return None if path is None else find(Storage(_filesystem(run, path), path))
-
-
-def _filesystem(run: Run, path: str) -> Any:
-    """A checkpoint named by a local path may lie outside the run's storage."""
-    inside = path.startswith(run.storage.root)
-    return run.storage.filesystem if inside else Storage.at(path).filesystem
-
-
-def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
-    """Return the checkpoint to go on from: after a restart this attempt's own, else what the job
-    says.
-    """
-    own = newest(run.storage, run.attempt) if run.restarts else None
-    if own is not None or not run.resume:
-        found, free = own, frozenset[str]()
-    elif isinstance(run.resume, str):
-        found, free = _named(run.resume), precision_keys(job)
-    else:
-        found, free = newest(run.storage), frozenset[str]()
-    if found is not None:
-        refuse_other_job(job, found, arithmetic, free)
-        for difference in job.differences(found.keys) if free else ():
-            run.say(f"the checkpoint goes on in another precision: {difference}")
-    return found
-
-
-def _named(path: str) -> Found:
-    found = find(Storage.at(path))
-    if found is None:
-        raise JobError(
-            "resume_from_checkpoint does not name a complete checkpoint",
-            f"{path}: no {MANIFEST} that matches the files there",
-            "name a step_... folder, or use resume_from_checkpoint: true for the newest complete "
-            "one",
-        )
-    return found
-
-
-def precision_keys(job: JobConfig) -> frozenset[str]:
-    """Return the keys of the transforms that change how products are computed, not what is trained:
-    a checkpoint of one precision can be gone on with in another, if it is named.
-    """
-    transforms = [t for t in job.transforms if isinstance(t, Transform) and t.stage == "precision"]
-    return frozenset(key for t in transforms for key in type(t).model_fields)
-
-
-def refuse_other_job(
-    job: JobConfig, found: Found, arithmetic: Arithmetic, free: frozenset[str]
-) -> None:
-    """Raise unless the checkpoint is this job's: same keys where they matter, but for those in
-    `free`, same data, same global batch.
-
-    Raises:
-        JobError: naming each key that differs, with both values.
-    """
-    if not found.optimizer:
-        raise JobError(
-            "The checkpoint holds no optimizer states and cannot be resumed",
-            f"{found.path} was written with save_only_model: true",
-            "start anew, or resume from a checkpoint of a run with save_only_model: false",
-        )
-    same = found.fingerprint == job.fingerprint()
-    differences = [] if same else job.differences(found.keys, free)
-    if differences:
-        raise JobError(
-            "The checkpoint belongs to a run with other settings",
-            "\n".join([found.path, *differences]),
-            "restore these keys to go on, or choose another output_dir (or "
-            "overwrite_output_dir: true) to start anew",
-        )
-    then = (found.progress.global_batch, found.progress.num_sequences)
-    now = (arithmetic.global_batch, arithmetic.num_sequences)
-    if then != now:
-        raise JobError(
-            "The checkpoint was written with another global batch or other data",
-            f"checkpoint: {then[0]} sequences per step of {then[1]}; this job: {now[0]} of "
-            f"{now[1]}",
-            "keep per_device_train_batch_size x gradient_accumulation_steps x workers, and "
-            "the data, as they were",
-        )
 
 
 class CheckpointWriter:

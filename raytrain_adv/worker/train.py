@@ -19,6 +19,7 @@ from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.model import build
 from raytrain_adv.worker.optim import build_optimizer
 from raytrain_adv.worker.proof import Proof
+from raytrain_adv.worker.resume import to_resume
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.steps import Loop
 
@@ -38,7 +39,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         prepared = data.prepare(job, run.say, rebuild=False)
         tokenizer = data.load_tokenizer(job)
     arithmetic = resolve_arithmetic(job, len(prepared.train), run.world_size)
-    found = checkpoint.to_resume(job, run, arithmetic)
+    found = to_resume(job, run, arithmetic)
     open_metrics(job, run, arithmetic, found)
 
     with run.phase("model"):
