@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ RAY_SETTINGS = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # without it the dashboard does not list the run
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about the coming default
 }
+CONNECT_TIMEOUT_S = 5.0
 CPU_WORKERS = 2
 """Workers that ray_num_workers: auto takes where there is no GPU."""
 
@@ -107,6 +109,7 @@ def connect(job: JobConfig | None) -> bool:
     }
     # Without an address ray.init would join whatever cluster happens to run on this machine.
     address = options.setdefault("address", os.environ.get("RAY_ADDRESS") or "local")
+    require_answer(str(address))
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, TypeError, TimeoutError, OSError) as error:
@@ -120,6 +123,29 @@ def connect(job: JobConfig | None) -> bool:
             "for a cluster that asks for a token set RAY_AUTH_MODE=token",
         ) from error
     return bool(address == "local")
+
+
+def require_answer(address: str) -> None:
+    """Raise unless somebody listens at a cluster's address; Ray would try for minutes.
+
+    Args:
+        address: host:port or ray://host:port; other forms, as local and auto, are left to Ray.
+
+    Raises:
+        ClusterError: within CONNECT_TIMEOUT_S.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            "The Ray cluster does not answer",
+            f"address: {address}; {error}",
+            "check RAY_ADDRESS and ray_init_kwargs, and that the head node runs; leave both out to "
+            "start Ray on this machine",
+        ) from error
 
 
 def dashboard() -> str | None:
