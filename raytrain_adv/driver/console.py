@@ -22,8 +22,9 @@ from raytrain_adv.worker.metrics_file import FILE_NAME
 
 __all__ = ["Console", "summary"]
 
-# Events that are for programs: what they say is in the bar, or follows as a row.
-SILENT_EVENTS = frozenset({"plan"})
+# Events that are for programs: what they say is in the bar or follows as a row, or, of data, the
+# driver has said it when it prepared them.
+SILENT_EVENTS = frozenset({"plan", "data"})
 
 
 class Console:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from raytrain_adv import hardware
@@ -36,7 +37,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         transform.check(facts)
 
     with run.phase("open data"):
-        prepared = data.prepare(job, run.say, rebuild=False)
+        prepared = data.prepare(job, partial(run.say, event="data"), rebuild=False)
         tokenizer = data.load_tokenizer(job)
     arithmetic = resolve_arithmetic(job, len(prepared.train), run.world_size)
     found = to_resume(job, run, arithmetic)

@@ -1,0 +1,94 @@
+"""The HF Trainer on the work of llama3_8b_bf16.yaml: what LLaMA-Factory and Axolotl drive.
+
+    python jobs/benchmarks/hf_trainer.py
+
+Prints a JSON line: median step after three, tokens/s, peak memory. Random weights of the 8B shape,
+bf16, torch_compile, fused AdamW, one sequence of 8,192 tokens a step.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+ROOT = Path(__file__).parents[2]
+WARM_UP_STEPS = 3
+
+
+class RandomTokens(torch.utils.data.Dataset):
+    """Sequences of random token ids, the same at each run."""
+
+    def __init__(self, vocab_size: int, length: int) -> None:
+        self.vocab_size, self.length = vocab_size, length
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(0, self.vocab_size, (self.length,), generator=generator)
+        return {"input_ids": ids, "labels": ids}
+
+
+class Clock(TrainerCallback):
+    """Notes when each step ends."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: object, **options: object) -> None:
+        """Wait for the GPU and look at the clock."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.time())
+
+
+def main() -> None:
+    """Train some steps and print what they took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(ROOT / "jobs/models/llama3-8b-shape"))
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a sequence")
+    parser.add_argument("--steps", type=int, default=8, help="steps measured, after three")
+    chosen = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    config = AutoConfig.from_pretrained(chosen.model)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    torch.set_default_dtype(torch.float32)
+    model.config.use_cache = False
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=1,
+            max_steps=chosen.steps + WARM_UP_STEPS,
+            bf16=True,
+            torch_compile=on_gpu,
+            optim="adamw_torch_fused",
+            learning_rate=1e-5,
+            logging_steps=1000,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=not on_gpu,
+        )
+        data = RandomTokens(config.vocab_size, chosen.tokens)
+        Trainer(model=model, args=arguments, train_dataset=data, callbacks=[clock]).train()
+    steps = [b - a for a, b in zip(clock.ends[2:], clock.ends[3:], strict=False)]
+    median = sorted(steps)[len(steps) // 2]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+    print(json.dumps({"step_s": median, "tokens_s": chosen.tokens / median, "peak_gib": peak}))
+
+
+if __name__ == "__main__":
+    main()
