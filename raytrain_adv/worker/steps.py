@@ -63,9 +63,7 @@ class Loop:
         first = 0
         if progress is not None:
             first, self.num_tokens = progress.step, progress.num_tokens
-            self.window += torch.tensor(
-                [progress.window_loss, progress.window_tokens], dtype=torch.float64
-            )
+            self.window[0], self.window[1] = progress.window_loss, progress.window_tokens
         writer = CheckpointWriter(self.job, self.run, self.model, self.optimizer)
         prefetcher = Prefetcher(self.batches, first, self.arithmetic.total_steps, self.run.device)
         self.model.train()
@@ -197,7 +195,6 @@ class Loop:
             f"rank {self.run.rank}, {self.meter.where()}: {str(error).splitlines()[0]}",
             "see raytrain-adv plan for what needs how much; less is needed with a "
             "smaller per_device_train_batch_size or "
-            ""
             "cutoff_len, gradient_checkpointing: full, optim: adamw_torch_8bit, more "
             "workers, or fsdp_cpu_offload: true",
         )
