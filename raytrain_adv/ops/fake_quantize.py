@@ -41,6 +41,13 @@ def fake_quantize_groups(
     Returns:
         [rows, columns] and [rows, columns / group_size], both of the weight's dtype.
     """
+    return round_groups(weight, bits, group_size)
+
+
+def round_groups(
+    weight: torch.Tensor, bits: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what fake_quantize_groups does by torchao's own operations, on any device."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     dtype = getattr(torch, f"int{bits}")
@@ -86,6 +93,11 @@ def fake_quantize_tokens(
     Returns:
         The rounded activations, like x; scales [..., 1] of x's dtype; zero points [..., 1] in int8.
     """
+    return round_tokens(x)
+
+
+def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Do what fake_quantize_tokens does by torchao's own operations, on any device."""
     from torchao.quantization.quant_primitives import (
         MappingType,
         choose_qparams_affine,
@@ -145,9 +157,9 @@ def fake_quantize_float8(x: torch.Tensor, after: torch.Tensor | None = None) -> 
         x: [..., features], float32 or bfloat16.
         after: see the module's text.
     """
-    amax = x.abs().amax(dim=-1, keepdim=True).to(torch.float32).clamp(min=EPS)
+    amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
     largest = torch.finfo(E4M3).max
-    scale = amax / largest
+    scale = (amax / largest).to(torch.float32)  # divided in x's dtype, as torchao does
     rounded = (x.to(torch.float32) / scale).clamp(min=-largest, max=largest).to(E4M3)
     return (rounded.to(torch.float32) * scale).to(x.dtype)
 

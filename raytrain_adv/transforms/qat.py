@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 LINEAR = "raytrain_adv.ops.fake_quantized.FakeQuantizedLinear"
 EMBEDDING = "raytrain_adv.ops.fake_quantized.FakeQuantizedEmbedding"
 FLOAT8 = "float8_e4m3fn"
-BF16, PTQ, QAT = "bf16", "PTQ", "QAT"
+BF16, PTQ, QAT, UNQUANTISED = "bf16", "PTQ", "QAT", "QAT's weights, not quantised"
 """How a model is evaluated: not quantised, quantised without having been trained for it, quantised
 after that."""
 GROUP_SIZES = (16, 32, 64, 128, 256, 512)
@@ -314,11 +314,18 @@ class Qat(Transform):
             if module.rounds != on:
                 module.rounds = on
 
-    def variants(self, step: int, total_steps: int) -> dict[str, bool]:
+    def variants(self, step: int, total_steps: int, of: str = "") -> dict[str, bool]:
         """Return bf16 and PTQ where fake quantisation begins, and what came of it at the end."""
-        if step == total_steps:
-            return {BF16: False, PTQ if self.first_step is None else QAT: True}
-        return {BF16: False, PTQ: True} if step == self.first_step else {}
+        if of:
+            return {f"{BF16} {of}": False, f"{PTQ} of the {of}": True}
+        if step == total_steps and self.first_step is not None:
+            return {UNQUANTISED: False, QAT: True}
+        at_switch = step == (total_steps if self.first_step is None else self.first_step)
+        return {BF16: False, PTQ: True} if at_switch else {}
+
+    def twin_dir(self, output_dir: str) -> str | None:
+        """Return where the run without fake quantisation is, where `compare` asks for it."""
+        return f"{output_dir.rstrip('/')}-bf16" if self.compare else None
 
     def linear_config(self) -> AOBaseConfig:
         """Return torchao's configuration of the linears: what is trained for, converted to and

@@ -117,11 +117,27 @@ class Transform(Section):
     def switch(self, model: nn.Module, on: bool) -> None:
         """Turn the feature on or off, where that can be; held-out rows are evaluated with it on."""
 
-    def variants(self, step: int, total_steps: int) -> dict[str, bool]:
+    def variants(self, step: int, total_steps: int, of: str = "") -> dict[str, bool]:
         """Return what to evaluate after `step` steps beside the run itself: the name of each
         variant, and whether the feature is on in it.
+
+        Args:
+            step: optimizer steps that were done.
+            total_steps: of the run.
+            of: whose weights the model has, if not this run's: a twin's that was trained without
+                the feature.
         """
         return {}
+
+    def twin_dir(self, output_dir: str) -> str | None:
+        """Return the output_dir of the same job without this feature that is trained first, where
+        the keys ask for one.
+        """
+        return None
+
+    def without(self) -> Transform:
+        """Return these keys with the feature turned off."""
+        return type(self)()
 
     def after_step(self, model: nn.Module) -> None:
         """Follow up on new parameter values: after each optimizer step and after each load."""
