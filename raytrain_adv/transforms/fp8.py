@@ -236,9 +236,9 @@ class Fp8(Transform):
     def after_step(self, model: nn.Module) -> None:
         """Compute the scales of all sharded weights with one all-reduce instead of one each."""
         if self.fp8_enable_fsdp_float8_all_gather:
-            from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+            from raytrain_adv.ops.float8_weight import update_scales
 
-            precompute_float8_dynamic_scale_for_fsdp(model)
+            update_scales(model)
 
 
 def release(version: str) -> tuple[int, ...]:
