@@ -22,7 +22,17 @@ from raytrain_adv.worker.storage import Storage, storage_errors
 RUN_FILE = "run.json"
 RAYS_COPIES = "/runtime_resources/working_dir_files/"
 """Where Ray unpacks the working directory of a submitted job (ray 2.60)."""
-OURS = ("model", "report.json", "report.html", "metrics.jsonl", "checkpoints", "trackers", RUN_FILE)
+OURS = (
+    "model",
+    "report.json",
+    "report.html",
+    "metrics.jsonl",
+    "checkpoints",
+    "trackers",
+    "kernels",
+    "kernels.lock.json",
+    RUN_FILE,
+)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from raytrain_adv.transforms.apply import enabled, prepare_all, with_advice
 from raytrain_adv.worker import checkpoint, data, memory, parallel, weights
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
 from raytrain_adv.worker.finish import ExportFunction, export, sample_answers
+from raytrain_adv.worker.install import fetched, installed
 from raytrain_adv.worker.loader import Batches
 from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.model import build
@@ -44,8 +45,9 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     open_metrics(job, run, arithmetic, found)
 
     with run.phase("model"):
+        fetched(job, run, facts)
         model = build(job)
-        plans = prepare_all(job, model, facts)
+        plans = installed(job, run, model, prepare_all(job, model, facts))
         longest = data.pad_to(job).length(int(prepared.train.lengths.max()))
         plans = with_advice(job, plans, longest * arithmetic.micro_batch)
         predicted = memory.predict(model, job, run.world_size, longest, arithmetic.micro_batch)
