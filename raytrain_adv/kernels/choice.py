@@ -64,9 +64,10 @@ def choose(model: nn.Module, builds: Sequence[Build], compiled: bool) -> Choice:
     for fqn, module in model.named_modules():
         site = sites.shape_name(module)
         if site is not None and fqn not in choice.layers:
-            inside = _inside(fqn, choice)
-            reason = f"inside {inside}, whose forward pass is the kernel's" if inside else ""
-            choice.skipped.setdefault(fqn, reason or f"no kernel that is asked for is for {site}")
+            reason = f"no kernel that is asked for is for {site}"
+            if _inside(fqn, choice):
+                reason = "inside a module whose forward pass is the kernel's"
+            choice.skipped.setdefault(fqn, reason)
     choice.skipped = {f: r for f, r in choice.skipped.items() if f not in choice.layers}
     return choice
 

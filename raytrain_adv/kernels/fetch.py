@@ -12,7 +12,7 @@ from pathlib import Path
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.kernels import hub, variants
 from raytrain_adv.kernels import lock as locks
-from raytrain_adv.kernels.lock import Lock, Locked
+from raytrain_adv.kernels.lock import Locked
 from raytrain_adv.kernels.source import Wanted
 from raytrain_adv.kernels.variants import Target
 
@@ -67,15 +67,47 @@ def fetch(every: Sequence[Wanted], place: Place, file: Path, say: Callable[[str]
         JobError: when one cannot be found, or is not what was locked.
         StorageError: when the files cannot be written.
     """
+    before = locks.read(file).kernels if file.is_file() else ()
     kernels: list[Locked] = []
     for wanted in every:
         build = find(wanted, place)
         folder = _placed(build, file)
         relative = str(folder.relative_to(file.parent))
         kernels.append(build.locked.model_copy(update={"folder": relative}))
-        say(f"kernel {build.name}: {build.locked.variant}, {len(build.locked.files)} files")
-    if not file.is_file() or locks.read(file) != Lock(kernels=tuple(kernels)):
+        if kernels[-1] not in before:
+            say(f"kernel {build.name}: {len(build.locked.files)} files of {build.locked.variant}")
+    if tuple(kernels) != before:
         locks.write(kernels, file)
+
+
+def bring(wanted: Wanted, locked: Locked, file: Path) -> None:
+    """Put one locked kernel's files beside its lock file, and note there where they are.
+
+    Args:
+        wanted: the kernel, by the commit that is locked.
+        locked: what the lock file says of it.
+        file: the lock file.
+
+    Raises:
+        JobError: when they cannot be had, or are not those locked.
+    """
+    source = _beside(file, locked)
+    if source is None or locks.differences(locked, source):
+        source = wanted.folder.absolute() if wanted.is_local else None
+        for folder in (source / "build", source) if source is not None else ():
+            if (folder / locked.variant).is_dir():
+                source = folder / locked.variant
+                break
+    if source is None:
+        commit = locked.commit or ""
+        source = hub.cached(wanted, commit, locked.variant, None) or hub.download(
+            wanted, commit, locked.variant, None
+        )
+    locks.require_same(locked, source, file)
+    folder = _placed(Build(wanted, locked, source), file)
+    moved = locked.model_copy(update={"folder": str(folder.relative_to(file.parent))})
+    every = tuple(moved if one == locked else one for one in locks.read(file).kernels)
+    locks.write(every, file)
 
 
 def _placed(build: Build, file: Path) -> Path:

@@ -20,14 +20,14 @@ KIND = "kernel"
 Answer = TypeVar("Answer")
 
 
-def cached(wanted: Wanted, commit: str, variant: str | None, target: Target) -> Path | None:
+def cached(wanted: Wanted, commit: str, variant: str | None, target: Target | None) -> Path | None:
     """Return a build that an earlier download has left in the cache; nothing is asked of the Hub.
 
     Args:
         wanted: the kernel.
         commit: its commit.
         variant: the build; none chooses for the target.
-        target: what it has to fit.
+        target: what it has to fit; none is content with the variant.
     """
     from huggingface_hub import snapshot_download
 
@@ -43,10 +43,19 @@ def cached(wanted: Wanted, commit: str, variant: str | None, target: Target) -> 
         return None
     builds = Path(root) / "build"
     names = [p.name for p in builds.iterdir()] if builds.is_dir() else []
-    chosen = variants.choose([variant] if variant in names else names, target)
-    if chosen is None or (variant is not None and chosen != variant):
+    chosen = _chosen(names, variant, target)
+    if chosen is None or not (builds / chosen / "metadata.json").is_file():
         return None
-    return builds / chosen if (builds / chosen / "metadata.json").is_file() else None
+    return builds / chosen
+
+
+def _chosen(names: Sequence[str], variant: str | None, target: Target | None) -> str | None:
+    """Return the build to take of those there are; none where it is not there or does not fit."""
+    if variant is not None:
+        names = [name for name in names if name == variant]
+    if target is None:
+        return next(iter(names), None)
+    return variants.choose(names, target)
 
 
 def commit_of(wanted: Wanted) -> str:
@@ -76,7 +85,7 @@ def commit_of(wanted: Wanted) -> str:
     return commit
 
 
-def download(wanted: Wanted, commit: str, variant: str | None, target: Target) -> Path:
+def download(wanted: Wanted, commit: str, variant: str | None, target: Target | None) -> Path:
     """Bring a build into the cache and return its folder there.
 
     Raises:
@@ -89,9 +98,9 @@ def download(wanted: Wanted, commit: str, variant: str | None, target: Target) -
         ),
     )
     names = sorted({Path(entry.path).name for entry in found})
-    chosen = variant if variant in names else variants.choose(names, target)
-    if chosen is None or (variant is not None and chosen != variant):
-        raise no_build(wanted.asked, names, target)
+    chosen = _chosen(names, variant, target)
+    if chosen is None:
+        raise no_build(wanted.asked, names, target or variant)
     root = _asked(
         wanted,
         lambda api: api.snapshot_download(
@@ -125,7 +134,7 @@ def trusted(wanted: Wanted, trust: Sequence[str]) -> str:
     )
 
 
-def no_build(name: str, names: Sequence[str], target: Target) -> JobError:
+def no_build(name: str, names: Sequence[str], target: Target | str | None) -> JobError:
     """Return the error for a kernel without a build for the target."""
     return JobError(
         f"{name} has no build for {target}",

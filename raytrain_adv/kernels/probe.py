@@ -74,7 +74,6 @@ def try_out(
             f"{type(error).__name__}: {_first_line(error)}",
             "leave that layer out with layers, or mend the kernel",
         ) from error
-    _refuse_cut(found, expected, name, module, owner, attribute, forward, device, dtype)
     bypassed = sorted(expected.called - found.called)
     if bypassed:
         raise JobError(
@@ -82,6 +81,7 @@ def try_out(
             "it reads their weights: FP8, QAT and adapters on them would be off without a word",
             "take a kernel that calls the modules, as LigerSwiGLUMLP does",
         )
+    _refuse_cut(found, expected, name, module, owner, attribute, forward, device, dtype)
     return _compared(found, expected, name, module, device, dtype)
 
 
@@ -104,7 +104,7 @@ def _refuse_cut(
     if not cut:
         return
     named = [part for part in cut if part]
-    if owner is not None:
+    if owner is not None and next(module.parameters(), None) is None:
         named += _cut_in(owner, attribute, forward, device, dtype)
     raise JobError(
         f"the kernel {name} has no gradient: it computes forward only, and was made for inference",
@@ -123,14 +123,17 @@ def _cut_in(
     dtype: torch.dtype,
 ) -> list[str]:
     """Return the parameters of the module around that would be left without a gradient."""
-    if is_one_tensor(owner) is False or _size_of(owner) is None:
+    size = _size_of(owner)
+    if size is None or not is_one_tensor(owner):
         return []
     own = _copy(owner, device, dtype)
-    size = _size_of(own) or 0
-    expected = _run(type(own).forward, own, size, device, dtype)
-    inner = own.get_submodule(attribute)
-    vars(inner)["forward"] = forward.__get__(inner)
-    found = _run(type(own).forward, own, size, device, dtype)
+    try:
+        expected = _run(type(own).forward, own, size, device, dtype)
+        inner = own.get_submodule(attribute)
+        vars(inner)["forward"] = forward.__get__(inner)
+        found = _run(type(own).forward, own, size, device, dtype)
+    except (TypeError, ValueError, RuntimeError):  # it needs more than a tensor: names are a help
+        return []
     return [
         part.rpartition(".")[0]
         for part, gradient in expected.gradients.items()

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 from raytrain_adv.config.problems import Problem, show
 
@@ -34,6 +34,11 @@ class KernelEntry(BaseModel):
     layers: dict[Text, Text] = Field(default_factory=dict)
     """Which layer of the kernel replaces which modules, as {RMSNorm: LigerRMSNorm}; none takes all
     that fit."""
+
+    @model_serializer
+    def as_written(self) -> dict[str, Any]:
+        """Return the keys that are given."""
+        return {key: getattr(self, key) for key in type(self).model_fields if getattr(self, key)}
 
 
 @dataclass(frozen=True)
