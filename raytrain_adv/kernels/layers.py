@@ -44,65 +44,87 @@ def read_layers(folder: Path) -> dict[str, Layer]:
     )
 
 
+@dataclass(frozen=True)
+class _Class:
+    """A class of a source file, with the names that its bases are found under."""
+
+    node: ast.ClassDef
+    scope: dict[str, _Class]
+
+    def lineage(self) -> list[ast.ClassDef]:
+        """Return the class and those of its bases whose source is in the build, the nearest
+        first.
+        """
+        nodes, waiting = [], [self]
+        while waiting:
+            one = waiting.pop(0)
+            if one.node in nodes:
+                continue
+            nodes.append(one.node)
+            names = [base.id for base in one.node.bases if isinstance(base, ast.Name)]
+            waiting += [one.scope[name] for name in names if name in one.scope]
+        return nodes
+
+    def defines(self, method: str) -> bool:
+        """Whether it or a base defines a method."""
+        return any(
+            isinstance(item, ast.FunctionDef) and item.name == method
+            for node in self.lineage()
+            for item in node.body
+        )
+
+    def flag(self, name: str, default: bool) -> bool:
+        """Return a constant of the class or its nearest base that has it."""
+        for node in self.lineage():
+            for item in node.body:
+                if isinstance(item, ast.Assign | ast.AnnAssign):
+                    targets = item.targets if isinstance(item, ast.Assign) else [item.target]
+                    value = item.value
+                    if any(isinstance(t, ast.Name) and t.id == name for t in targets):
+                        return bool(value.value) if isinstance(value, ast.Constant) else default
+        return default
+
+
 def _layers(file: Path) -> dict[str, Layer]:
-    classes = _classes(file, set())
     return {
         name: Layer(
             name,
-            has_backward=_flag(node, "has_backward", classes, True),
-            can_torch_compile=_flag(node, "can_torch_compile", classes, False),
-            has_state=_defines(node, "__init__"),
+            has_backward=one.flag("has_backward", True),
+            can_torch_compile=one.flag("can_torch_compile", False),
+            has_state=one.defines("__init__"),
         )
-        for name, node in classes.items()
-        if _defines(node, "forward") or any(b in classes for b in _bases(node))
+        for name, one in _classes(file, set()).items()
+        if one.defines("forward")
     }
 
 
-def _classes(file: Path, seen: set[Path]) -> dict[str, ast.ClassDef]:
+def _classes(file: Path, seen: set[Path]) -> dict[str, _Class]:
     """Return the classes a file defines, or takes from files beside it."""
     if file in seen or not file.is_file():
         return {}
-    seen.add(file)
     try:
         tree = ast.parse(file.read_text())
     except (OSError, SyntaxError, ValueError) as error:
         raise JobError(
             "a kernel's layers cannot be read", f"{file}: {error}", "mend that file"
         ) from None
-    found: dict[str, ast.ClassDef] = {}
+    found: dict[str, _Class] = {}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            found[node.name] = node
+            found[node.name] = _Class(node, found)
         elif isinstance(node, ast.ImportFrom) and node.level == 1:
-            for alias in node.names:
-                module = node.module or alias.name
-                place = file.parent / module.replace(".", "/")
-                beside = place.with_suffix(".py")
-                there = _classes(beside if beside.is_file() else place / "__init__.py", seen)
-                if alias.name == "*":
-                    found |= there
-                elif alias.name in there:
-                    found[alias.asname or alias.name] = there[alias.name]
+            found |= _imported(node, file, seen | {file})
     return found
 
 
-def _bases(node: ast.ClassDef) -> list[str]:
-    return [base.id for base in node.bases if isinstance(base, ast.Name)]
-
-
-def _defines(node: ast.ClassDef, method: str) -> bool:
-    return any(isinstance(item, ast.FunctionDef) and item.name == method for item in node.body)
-
-
-def _flag(node: ast.ClassDef, name: str, classes: dict[str, ast.ClassDef], default: bool) -> bool:
-    for item in node.body:
-        targets = item.targets if isinstance(item, ast.Assign) else []
-        if isinstance(item, ast.AnnAssign):
-            targets = [item.target]
-        if any(isinstance(t, ast.Name) and t.id == name for t in targets):
-            value = item.value if isinstance(item, ast.Assign | ast.AnnAssign) else None
-            return bool(value.value) if isinstance(value, ast.Constant) else default
-    for base in _bases(node):
-        if base in classes and classes[base] is not node:
-            return _flag(classes[base], name, classes, default)
-    return default
+def _imported(node: ast.ImportFrom, file: Path, seen: set[Path]) -> dict[str, _Class]:
+    taken: dict[str, _Class] = {}
+    for alias in node.names:
+        place = file.parent / (node.module or alias.name).replace(".", "/")
+        beside = place.with_suffix(".py")
+        there = _classes(beside if beside.is_file() else place / "__init__.py", seen)
+        if alias.name == "*":
+            taken |= there
+        elif alias.name in there:
+            taken[alias.asname or alias.name] = there[alias.name]
+    return taken
