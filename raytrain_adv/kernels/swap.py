@@ -5,7 +5,9 @@ our own, and see that they are there.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +51,7 @@ def load_layer(source: LayerSource) -> type[nn.Module]:
     """
     from kernels import get_local_kernel
 
+    _forget_others(source.folder)
     try:
         module = get_local_kernel(source.folder)
     except Exception as error:  # whatever a stranger's code raises, it is said and ends the run
@@ -66,6 +69,21 @@ def load_layer(source: LayerSource) -> type[nn.Module]:
             "its __init__.py needs `from . import layers`",
         )
     return _bridged(source, kind) if source.layer in BRIDGED else kind
+
+
+def _forget_others(folder: Path) -> None:
+    """Make room for a build whose name in Python another one has that is loaded: its submodules
+    would be taken for this one's (kernels 0.17.2 imports them by the id in metadata.json).
+    """
+    try:
+        name = str(json.loads((folder / "metadata.json").read_text())["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # the kernels package says what is wrong with it
+    for key, module in list(sys.modules.items()):
+        if key == name or key.startswith(f"{name}."):
+            file = getattr(module, "__file__", None)
+            if file is None or not Path(file).is_relative_to(folder):
+                del sys.modules[key]
 
 
 def _classes(layers: Any) -> list[str]:

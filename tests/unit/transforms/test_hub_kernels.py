@@ -121,6 +121,14 @@ def test_a_kernel_without_layers_takes_every_module_that_its_layers_fit(install,
     assert "Linear" not in "".join(change.after for change in plan.changes.values())
 
 
+def test_two_kernels_of_one_id_are_not_mistaken_for_each_other(install, tmp_path):
+    norm = write_kernel(tmp_path / "norm", id="_same_id")
+    silu = write_kernel(tmp_path / "silu", ACTIVATION, id="_same_id")
+    model, plan = install([layers(norm, RMSNorm="RMSNorm"), layers(silu, SwiGLUMLP="Silu")])
+    assert {c.after.rpartition(":")[2] for c in plan.changes.values()} == {"RMSNorm", "Silu"}
+    assert own_forward(model.model.norm).__qualname__ == "RMSNorm.forward"
+
+
 def test_classes_are_as_they_were_and_no_other_module_has_a_forward_of_its_own(install, mine):
     model, plan = install(layers(mine, RMSNorm="RMSNorm"))
     own = {fqn for fqn, m in model.named_modules() if "forward" in vars(m)}
