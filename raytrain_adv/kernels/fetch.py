@@ -35,7 +35,8 @@ class Build:
 class Place:
     """Where kernels are looked for."""
 
-    target: Target
+    target: Target | None
+    """What builds have to fit; none takes any, for a plan made elsewhere."""
     given: Path | None = None
     """Lock file of the job, from which nothing may differ."""
     own: Path | None = None
@@ -140,7 +141,7 @@ def _beside(file: Path, locked: Locked | None) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _as_locked(wanted: Wanted, file: Path, target: Target) -> Build:
+def _as_locked(wanted: Wanted, file: Path, target: Target | None) -> Build:
     locked = locks.read(file).of(wanted)
     if locked is None:
         has = ", ".join(
@@ -165,7 +166,9 @@ def _as_locked(wanted: Wanted, file: Path, target: Target) -> Build:
     return Build(wanted, locked, folder)
 
 
-def _require_fit(locked: Locked, target: Target) -> None:
+def _require_fit(locked: Locked, target: Target | None) -> None:
+    if target is None:
+        return
     if variants.is_build(locked.variant) and variants.choose([locked.variant], target) is None:
         raise hub.no_build(f"{locked.source}, as it is locked,", [locked.variant], target)
 
@@ -183,7 +186,7 @@ def _from_hub(wanted: Wanted, place: Place) -> Build:
     return Build(wanted, _pin(wanted, folder, commit, trust), folder)
 
 
-def _local(wanted: Wanted, target: Target) -> Build:
+def _local(wanted: Wanted, target: Target | None) -> Build:
     folder = _local_folder(wanted, target)
     refuse_dependent(folder)
     return Build(wanted, _pin(wanted, folder, None, "a folder named in the job"), folder)
@@ -200,7 +203,15 @@ def _pin(wanted: Wanted, folder: Path, commit: str | None, trust: str) -> Locked
     )
 
 
-def _local_folder(wanted: Wanted, target: Target) -> Path:
+def local_build(wanted: Wanted, target: Target) -> Path | None:
+    """Return the build in a local kernel's folder; none where the folder is not on this machine."""
+    try:
+        return _local_folder(wanted, target)
+    except JobError:
+        return None
+
+
+def _local_folder(wanted: Wanted, target: Target | None) -> Path:
     """Return the build in a local kernel's folder: in build/, in the folder, or the folder."""
     root = wanted.folder.absolute()
     if not root.is_dir():
@@ -210,14 +221,15 @@ def _local_folder(wanted: Wanted, target: Target) -> Path:
             "correct kernel_name; relative paths count from the folder you launch in",
         )
     if (root / "metadata.json").is_file():
-        if variants.is_build(root.name) and variants.choose([root.name], target) is None:
+        if variants.is_build(root.name) and hub.chosen([root.name], None, target) is None:
             raise hub.no_build(wanted.source, [root.name], target)
         return root
     names: list[str] = []
     for base in (root / "build", root):
         here = [p.name for p in base.iterdir() if p.is_dir()] if base.is_dir() else []
-        names += [name for name in here if variants.is_build(name)]
-        chosen = variants.choose(here, target)
+        builds = sorted(name for name in here if variants.is_build(name))
+        names += builds
+        chosen = hub.chosen(builds, None, target)
         if chosen is not None:
             return base / chosen
     raise hub.no_build(wanted.source, sorted(names), target)

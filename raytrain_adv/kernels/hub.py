@@ -15,6 +15,11 @@ from raytrain_adv.kernels.variants import Target
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+
+class NoBuild(JobError):
+    """A kernel that is there, and not for the machines it is asked for."""
+
+
 KIND = "kernel"
 """The Hub's kind of repository, beside model and dataset."""
 Answer = TypeVar("Answer")
@@ -43,14 +48,20 @@ def cached(wanted: Wanted, commit: str, variant: str | None, target: Target | No
         return None
     builds = Path(root) / "build"
     names = [p.name for p in builds.iterdir()] if builds.is_dir() else []
-    chosen = _chosen(names, variant, target)
-    if chosen is None or not (builds / chosen / "metadata.json").is_file():
+    name = chosen(names, variant, target)
+    if name is None or not (builds / name / "metadata.json").is_file():
         return None
-    return builds / chosen
+    return builds / name
 
 
-def _chosen(names: Sequence[str], variant: str | None, target: Target | None) -> str | None:
-    """Return the build to take of those there are; none where it is not there or does not fit."""
+def chosen(names: Sequence[str], variant: str | None, target: Target | None) -> str | None:
+    """Return the build to take of those there are; none where it is not there or does not fit.
+
+    Args:
+        names: of the builds.
+        variant: the one to take; none chooses.
+        target: what it has to fit; none takes any.
+    """
     if variant is not None:
         names = [name for name in names if name == variant]
     if target is None:
@@ -98,8 +109,8 @@ def download(wanted: Wanted, commit: str, variant: str | None, target: Target | 
         ),
     )
     names = sorted({Path(entry.path).name for entry in found})
-    chosen = _chosen(names, variant, target)
-    if chosen is None:
+    name = chosen(names, variant, target)
+    if name is None:
         raise no_build(wanted.asked, names, target or variant)
     root = _asked(
         wanted,
@@ -107,12 +118,12 @@ def download(wanted: Wanted, commit: str, variant: str | None, target: Target | 
             wanted.source,
             repo_type=KIND,
             revision=commit,
-            allow_patterns=[f"build/{chosen}/*"],
+            allow_patterns=[f"build/{name}/*"],
             ignore_patterns=["*.pyc"],
             cache_dir=_cache(),
         ),
     )
-    return Path(str(root)) / "build" / chosen
+    return Path(str(root)) / "build" / name
 
 
 def trusted(wanted: Wanted, trust: Sequence[str]) -> str:
@@ -134,10 +145,10 @@ def trusted(wanted: Wanted, trust: Sequence[str]) -> str:
     )
 
 
-def no_build(name: str, names: Sequence[str], target: Target | str | None) -> JobError:
+def no_build(name: str, names: Sequence[str], target: Target | str | None) -> NoBuild:
     """Return the error for a kernel without a build for the target."""
-    return JobError(
-        f"{name} has no build for {target}",
+    return NoBuild(
+        f"{name} has no build for {target or 'any machine'}",
         f"it has {', '.join(names) or 'none'}",
         "name another version of it, or leave it out; builds are named by framework, backend and "
         "system, as torch-cuda (any PyTorch) or torch211-cxx11-cu130-x86_64-linux",

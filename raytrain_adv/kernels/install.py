@@ -72,6 +72,8 @@ def install(
         kind = type(module).__name__
         precision = str(dtype).removeprefix("torch.")
         trials.append(SiteTrial(names[source].name, kind, device.type, precision, trial, len(fqns)))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     for (source, _), fqns in groups.items():
         swap({fqn: model.get_submodule(fqn) for fqn in fqns}, source, device, compiled)
     return trials

@@ -198,7 +198,7 @@ def _run(
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(0)  # dropout of an adapter falls alike in both passes
+            torch.manual_seed(0)
             x = random(*TOKENS, size).requires_grad_()
             value = forward(module, x)
             if not isinstance(value, torch.Tensor):
@@ -221,6 +221,9 @@ def _copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
     vars(own).pop("forward", None)
     own = own.to_empty(device=device).to(dtype).train()
     generator = torch.Generator().manual_seed(1)
+    for part in own.modules():
+        if isinstance(part, nn.Dropout):
+            part.eval()  # a kernel may call modules in another order, and would drop other values
     with torch.no_grad():
         for parameter in own.parameters():
             values = torch.randn(parameter.shape, generator=generator)

@@ -132,6 +132,17 @@ def problems(given: str | KernelEntry | list[str | KernelEntry] | None) -> Itera
                 text = "version and revision both say which files to take"
                 yield Problem(text, "keep one of them", key)
     for one in read(given):
+        if one.is_local:
+            yield from path_problems(one.source, key)
         if not one.is_local and not HUB_NAME.fullmatch(one.source):
             text = f"{show(one.source)} is neither a folder nor a name on the Hub"
             yield Problem(text, "write owner/name, as kernels-community/activation", key)
+
+
+def path_problems(path: str, key: str) -> Iterable[Problem]:
+    """Find a path that no file system can hold, or that begins with a user there is not."""
+    try:
+        Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        text = f"{show(path)} is no path: {next(iter(str(error).splitlines()), '')[:80]}"
+        yield Problem(text, "give the path of a folder", key)

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.kernels import fetch, lock, source
 from raytrain_adv.kernels.fetch import Build, Place
+from raytrain_adv.kernels.hub import NoBuild
 from raytrain_adv.kernels.source import KernelEntry, Text, Wanted
-from raytrain_adv.kernels.variants import Target, numbers
+from raytrain_adv.kernels.variants import Target, is_build, numbers
+from raytrain_adv.kernels.variants import choose as choose_build
 from raytrain_adv.transforms.naming import class_name
 from raytrain_adv.transforms.transform import Change, Plan, Transform
 
@@ -43,7 +47,9 @@ class HubKernels(Transform):
     use_kernels: bool = False
     """Compute modules by kernels; without kernel_name by those that are known to train this model
     right."""
-    kernel_name: Text | KernelEntry | list[Text | KernelEntry] | None = None
+    kernel_name: (
+        Text | KernelEntry | Annotated[list[Text | KernelEntry], Field(min_length=1)] | None
+    ) = None
     """Kernels on the Hub or in folders: a name as kernels-community/activation@v1, a path, an entry
     {repo, revision or version, layers} or {path, layers}, or a list of these."""
     kernels_lock: Text | None = None
@@ -66,6 +72,8 @@ class HubKernels(Transform):
     def contradictions(self) -> Iterable[Problem]:
         """Refuse entries that name no kernel."""
         yield from source.problems(self.kernel_name)
+        if self.kernels_lock is not None:
+            yield from source.path_problems(self.kernels_lock, "kernels_lock")
 
     def check(self, facts: HardwareFacts) -> None:
         """Refuse machines without the kernels package.
@@ -119,13 +127,14 @@ class HubKernels(Transform):
         if not self.wanted and not all_sites(model).get("RMSNorm"):
             why = "use_kernels: true replaces nothing here: the model has no RMSNorm it knows"
             return Plan(self.name, notes=(why,), empty_because=why)
-        builds = [fetch.find(one, self._place(job, facts)) for one in wanted]
+        builds = [self._planned(one, job, facts) for one in wanted]
         chosen = choose(model, builds, compiled=job.parallel.torch_compile)
         changes = {
             fqn: Change(class_name(model.get_submodule(fqn)), one.name, part="forward")
             for fqn, one in chosen.layers.items()
         }
         notes = [*map(_origin, builds), *chosen.notes, *self._costs(job, chosen)]
+        notes += [note for build in builds for note in self._reservations(build, job, facts)]
         if not self.wanted:
             notes.insert(
                 0,
@@ -134,6 +143,31 @@ class HubKernels(Transform):
             )
         details = {"kernels": [b.locked.model_dump(exclude={"folder"}) for b in builds]}
         return Plan(self.name, changes, chosen.skipped, tuple(notes), details=details)
+
+    def _planned(self, wanted: Wanted, job: JobConfig, facts: HardwareFacts) -> Build:
+        """Return a kernel's build; any of them where the plan is made on a machine without the GPU
+        that the job will run on. A run has been refused by `fetch` then.
+        """
+        place = self._place(job, facts)
+        try:
+            return fetch.find(wanted, place)
+        except NoBuild:
+            if job.parallel.use_cpu or facts.device_type != "cpu":
+                raise
+            return fetch.find(wanted, replace(place, target=None))
+
+    @staticmethod
+    def _reservations(build: Build, job: JobConfig, facts: HardwareFacts) -> Iterable[str]:
+        target = Target.of(facts)
+        if is_build(build.locked.variant) and choose_build([build.locked.variant], target) is None:
+            yield f"{build.name} has no build for {target}: a run here would be refused"
+        if build.wanted.is_local and build.folder.is_relative_to(own_lock(job).parent):
+            origin = fetch.local_build(build.wanted, target)
+            if origin is not None and lock.differences(build.locked, origin):
+                yield (
+                    f"{build.wanted.source} has changed since this run began, which goes on with "
+                    "its copy in output_dir"
+                )
 
     @staticmethod
     def _costs(job: JobConfig, chosen: Choice) -> Iterable[str]:

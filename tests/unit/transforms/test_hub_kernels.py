@@ -308,15 +308,37 @@ def test_an_activation_inside_an_mlp_that_is_replaced_has_two_owners(make, mine,
 def test_a_missing_folder_and_a_missing_build_are_refused_before_a_worker(make, tmp_path):
     for folder in ("/nowhere/kernel", str(tmp_path / "gone")):
         assert "there is no kernel folder" in refusal(plan_with(make), folder)
-    write_kernel(tmp_path / "gpu", variant="torch-cuda")
-    message = refusal(plan_with(make), str(tmp_path / "gpu"))
+    folder = write_kernel(tmp_path / "gpu", variant="torch-cuda")
+    message = refusal(plan_with(make), str(folder), use_cpu=True)
     assert "has no build for PyTorch" in message and "it has torch-cuda" in message
+
+
+def test_a_plan_made_without_the_gpu_shows_what_a_run_there_would_do(make, tmp_path):
+    folder = write_kernel(tmp_path / "gpu", variant="torch-cuda")
+    job, model = make(layers(folder, RMSNorm="RMSNorm"))
+    plan = plan_all(job, model, CPU)["kernels"]
+    assert len(plan.changes) == 5
+    assert any("a run here would be refused" in note for note in plan.notes)
+    assert "has no build for PyTorch" in refusal(fetch_all, job, CPU, print)
+    fetch_all(job, GPU, print)
+    assert not any("refused" in note for note in plan_all(job, model, GPU)["kernels"].notes)
+
+
+def test_a_folder_that_changed_since_the_run_began_is_told_and_not_taken(make, mine):
+    job, model = make(layers(mine, RMSNorm="RMSNorm"))
+    fetch_all(job, CPU, print)
+    before = plan_all(job, model, CPU)["kernels"]
+    file = mine / "build" / "torch-cpu" / "layers.py"
+    file.write_text(file.read_text() + "\nCHANGED = True\n")
+    plan = plan_all(job, model, CPU)["kernels"]
+    assert plan.changes == before.changes
+    assert any("has changed since this run began" in note for note in plan.notes)
 
 
 def test_a_folder_of_one_build_is_checked_like_any_other(make, tmp_path):
     write_kernel(tmp_path / "gpu", variant="torch-cuda")
     direct = str(tmp_path / "gpu" / "build" / "torch-cuda")
-    assert "has no build for" in refusal(plan_with(make), direct)
+    assert "has no build for" in refusal(plan_with(make), direct, use_cpu=True)
 
 
 def test_a_kernel_that_needs_other_kernels_is_refused(make, tmp_path):
@@ -380,13 +402,13 @@ def test_a_machine_without_the_kernels_package_is_refused():
         ),
         ({"use_kernels": True, "kernel_name": "activation"}, "neither a folder nor a name"),
         ({"use_kernels": True, "kernel_name": {"rep": "a/b"}}, "kernel_name"),
-        ({"use_kernels": True, "kernel_name": []}, None),
+        ({"use_kernels": True, "kernel_name": []}, "kernel_name: [] is not accepted"),
+        ({"use_kernels": True, "kernel_name": "/" + 300 * "k"}, "is no path"),
+        ({"use_kernels": True, "kernel_name": "~nobody-here/k"}, "is no path"),
+        ({"use_kernels": True, "kernels_lock": "/" + 300 * "k"}, "kernels_lock"),
     ],
 )
 def test_keys_that_name_no_kernel_are_refused_on_loading(checkpoints, tmp_path, keys, says):
-    if says is None:
-        job_for(checkpoints("llama"), tmp_path, **keys)
-        return
     with pytest.raises(JobError) as caught:
         job_for(checkpoints("llama"), tmp_path, **keys)
     assert says in str(caught.value)
