@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrain_adv.errors import JobError
 
 LAYERS = '''
 import torch
@@ -198,3 +204,16 @@ def write_kernel(
     }
     (build / "metadata.json").write_text(json.dumps(described))
     return folder
+
+
+def layers(folder: Path, **named: str) -> dict[str, Any]:
+    """Return an entry of kernel_name: site -> layer."""
+    return {"path": str(folder), "layers": named}
+
+
+def refusal(run: Callable[..., Any], *args: Any, **keys: Any) -> str:
+    """Return the message with which a call is refused; it is in the house form."""
+    with pytest.raises(JobError) as caught:
+        run(*args, **keys)
+    assert caught.value.found and caught.value.fix
+    return str(caught.value)

@@ -47,9 +47,19 @@ def installed(
         TrainingError: when ranks would compute with different replacements.
     """
     found = install_all(job, model, plans, run.device, compute_dtype(job))
+    require_alike(run, found)
+    return found
+
+
+def require_alike(run: Run, plans: Mapping[str, Plan]) -> None:
+    """Compare what was changed, and into what, between all ranks.
+
+    Raises:
+        TrainingError: on all ranks, when one differs.
+    """
     mine = {
         name: {fqn: change.after for fqn, change in plan.changes.items()}
-        for name, plan in found.items()
+        for name, plan in plans.items()
     }
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
@@ -59,4 +69,3 @@ def installed(
             f"rank {run.rank}: {', '.join(f'{n} {len(m)} modules' for n, m in mine.items())}",
             "give all nodes the same versions and the same files",
         )
-    return found

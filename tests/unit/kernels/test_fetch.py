@@ -17,13 +17,12 @@ from urllib.parse import unquote
 import pytest
 
 from raytrain_adv.cli import main
-from raytrain_adv.errors import JobError
 from raytrain_adv.kernels import fetch, lock
 from raytrain_adv.kernels.fetch import Place
 from raytrain_adv.kernels.layers import read_layers
 from raytrain_adv.kernels.source import KernelEntry, read
 from raytrain_adv.kernels.variants import Target
-from tests.kernel_folders import LAYERS, write_kernel
+from tests.kernel_folders import LAYERS, refusal, write_kernel
 from tests.tiny_models import job_for, write_checkpoint
 
 CPU = Target(torch=(2, 13), cuda=None, machine="x86_64")
@@ -35,13 +34,6 @@ PUBLISHERS = ("org", "partner", "stranger")
 def wanted(given):
     (one,) = read(given)
     return one
-
-
-def refusal(run, *args):
-    with pytest.raises(JobError) as caught:
-        run(*args)
-    assert caught.value.found and caught.value.fix
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
