@@ -47,13 +47,12 @@ def rms_norm_backward(
     gradient, x, weight, inverse, of_x, of_weight, rows, features, BLOCK: tl.constexpr
 ):
     """Each program takes every n-th row, and sums its part of the weight's gradient."""
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < features
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for number in range(program, rows, tl.num_programs(0)):
-        row = number.to(tl.int64)
+    for row in range(program, rows, tl.num_programs(0)):
         place = row * features + column
         g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
         share = tl.load(inverse + row)
