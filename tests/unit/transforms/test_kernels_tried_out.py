@@ -75,6 +75,17 @@ def test_classes_are_as_they_were_and_no_other_module_has_a_forward_of_its_own(i
     assert not hasattr(nn.Linear, "kernel_layer_name")
 
 
+def test_what_transformers_registers_for_kernels_stays_registered(install, mine, monkeypatch):
+    """As transformers 5.17 with kernels 0.16 has it; eval and train leave the swap alone."""
+    monkeypatch.setattr(LlamaRMSNorm, "kernel_layer_name", "RMSNorm", raising=False)
+    monkeypatch.setattr(LlamaRMSNorm, "kernel_condition", None, raising=False)
+    model, plan = install(layers(mine, RMSNorm="RMSNorm"))
+    assert (LlamaRMSNorm.kernel_layer_name, LlamaRMSNorm.kernel_condition) == ("RMSNorm", None)
+    model.eval()
+    model.train()
+    assert all(own_forward(model.get_submodule(fqn)) for fqn in plan.changes)
+
+
 def test_silu_of_the_activation_kernel_trains_with_our_gradient(install, make, silu):
     model, plan = install(str(silu), dtype=torch.bfloat16)
     assert {c.after.rpartition(":")[2] for c in plan.changes.values()} == {"Silu"}
