@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.transforms.naming import class_name
 from raytrain_adv.transforms.transform import Plan, Transform
 
 if TYPE_CHECKING:
@@ -62,9 +61,9 @@ def prepare_all(
         plan = transform.plan(model)
         refuse_empty(transform, plan)
         refuse_conflict(transform, plan, plans)
-        before = classes(model)
+        before = kinds(model, transform)
         transform.prepare(model, plan, facts or _this_machine())
-        verify(model, plan, before)
+        verify(transform, model, plan, before)
         plans[transform.name] = plan
     return plans
 
@@ -87,9 +86,9 @@ def _this_machine() -> HardwareFacts:
     return hardware.detect()
 
 
-def classes(model: nn.Module) -> dict[str, str]:
-    """Return the class of every module by fqn."""
-    return {fqn: class_name(module) for fqn, module in model.named_modules()}
+def kinds(model: nn.Module, transform: Transform) -> dict[str, str]:
+    """Return what every module is by fqn, in the transform's words."""
+    return {fqn: transform.what_is(module) for fqn, module in model.named_modules()}
 
 
 def refuse_empty(transform: Transform, plan: Plan) -> None:
@@ -141,14 +140,14 @@ def _parents(fqn: str) -> Iterator[str]:
         yield fqn
 
 
-def verify(model: nn.Module, plan: Plan, before: Mapping[str, str]) -> None:
+def verify(transform: Transform, model: nn.Module, plan: Plan, before: Mapping[str, str]) -> None:
     """Check the model against the plan: what was planned is there, and nothing else was changed to
     its classes.
 
     Raises:
         TrainingError: naming the modules that differ.
     """
-    now = classes(model)
+    now = kinds(model, transform)
     wrong = [
         f"{fqn} is {now.get(fqn, 'gone')}, planned {change.after}"
         for fqn, change in plan.changes.items()

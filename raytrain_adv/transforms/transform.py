@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from raytrain_adv.config.section import Section
+from raytrain_adv.transforms.naming import class_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +22,7 @@ STAGES = ("adapter", "precision", "kernel", "loss")
 
 @dataclass(frozen=True)
 class Change:
-    """What one module becomes: the class names before and after."""
+    """What one module becomes: its class before and after, as Transform.what_is has it."""
 
     before: str
     after: str
@@ -89,6 +90,12 @@ class Transform(Section):
 
     def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
         """Change the model in place, exactly as planned; before it is compiled and sharded."""
+
+    def what_is(self, module: nn.Module) -> str:
+        """Return what a module is, in the words of the plan's changes: its class. A transform that
+        changes more than classes says more, and is verified by it.
+        """
+        return class_name(module)
 
     def before_sharding(self, model: nn.Module) -> None:
         """Change how FSDP2 will shard and gather; called only where it will be applied."""
