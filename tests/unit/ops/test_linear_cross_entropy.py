@@ -1,5 +1,9 @@
 """The chunked loss and its gradients are torch's, and the logits of all tokens never exist."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,3 +148,31 @@ def test_a_chunk_holds_what_its_bytes_allow(monkeypatch):
     assert ops.chunk_tokens(262144, 2) == 512
     assert ops.chunk_tokens(10**9, 4) == ops.CHUNK_MULTIPLE
     assert [part.stop - part.start for part in ops.chunks(2100, 128256, 2)] == [1024, 1024, 52]
+
+
+INTERPRETED = """
+import torch
+from raytrain_adv.ops import linear_cross_entropy as ops
+from raytrain_adv.ops import linear_cross_entropy_kernel as kernel
+
+torch.manual_seed(0)
+for logit_map in (ops.LogitMap(), ops.LogitMap(2.0, 3.0)):
+    x = 3 * torch.randn(5, 20000)
+    labels = torch.tensor([0, 19999, -100, 7, 16384])
+    expected, found, kept = x.clone(), x.clone(), x.clone()
+    of_torch = ops.reference_softmax_gradient_(expected, labels, logit_map, True)
+    arguments = labels, logit_map.scale, logit_map.softcap
+    torch.testing.assert_close(kernel.launch(found, *arguments, True, -100), of_torch)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(kernel.launch(kept, *arguments, False, -100), of_torch)
+    assert torch.equal(kept, x)
+kernel.launch_scale(x, torch.tensor(0.3))
+assert torch.equal(x, kept * torch.tensor(0.3))
+"""
+
+
+def test_the_triton_kernels_do_what_the_reference_does():
+    """Interpreted on the CPU; tests/gpu has them compiled."""
+    pytest.importorskip("triton", reason="PyTorch's CPU builds come without triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, check=True, timeout=120)
