@@ -13,6 +13,7 @@ from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.transforms.transform import Plan, Transform
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from raytrain_adv.hardware import HardwareFacts
@@ -66,6 +67,23 @@ def prepare_all(
         verify(transform, model, plan, before)
         plans[transform.name] = plan
     return plans
+
+
+def probe_all(
+    job: JobConfig,
+    model: nn.Module,
+    plans: Mapping[str, Plan],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Plan]:
+    """Try what each transform changed on the device that trains; return the plans with what was
+    found.
+
+    Raises:
+        TrainingError: when a changed module does not do what it stands for.
+    """
+    found = {t.name: t.probe(model, plans[t.name], device, dtype) for t in enabled(job)}
+    return {name: replace(plan, notes=plan.notes + found[name]) for name, plan in plans.items()}
 
 
 def with_advice(job: JobConfig, plans: Mapping[str, Plan], num_tokens: int) -> dict[str, Plan]:

@@ -12,6 +12,7 @@ from raytrain_adv.config.section import Section
 from raytrain_adv.transforms.naming import class_name
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from raytrain_adv.config.job import JobConfig
@@ -96,6 +97,17 @@ class Transform(Section):
         changes more than classes says more, and is verified by it.
         """
         return class_name(module)
+
+    def probe(
+        self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype
+    ) -> tuple[str, ...]:
+        """Try what was changed on the worker's device, before weights are loaded; return sentences
+        for the report.
+
+        Raises:
+            TrainingError: when a changed module does not do what it stands for.
+        """
+        return ()
 
     def before_sharding(self, model: nn.Module) -> None:
         """Change how FSDP2 will shard and gather; called only where it will be applied."""

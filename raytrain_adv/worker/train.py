@@ -11,7 +11,7 @@ from typing import Any
 
 from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.transforms.apply import enabled, prepare_all, with_advice
+from raytrain_adv.transforms.apply import enabled, prepare_all, probe_all, with_advice
 from raytrain_adv.worker import checkpoint, data, memory, parallel, weights
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
 from raytrain_adv.worker.finish import ExportFunction, export, sample_answers
@@ -47,6 +47,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     with run.phase("model"):
         model = build(job)
         plans = prepare_all(job, model, facts)
+        plans = probe_all(job, model, plans, run.device, parallel.compute_dtype(job))
         longest = data.pad_to(job).length(int(prepared.train.lengths.max()))
         plans = with_advice(job, plans, longest * arithmetic.micro_batch)
         predicted = memory.predict(model, job, run.world_size, longest, arithmetic.micro_batch)
