@@ -263,9 +263,9 @@ REFUSED: dict[str, Refused] = {
         "32, qat_quantize_embedding: true, fake_quant_after_n_steps: null",
     ),
     **refuse(
-        f"Liger and Cut Cross-Entropy: this {_LATER}",
-        "delete it; torch_compile: true fuses what PyTorch can",
-        "use_liger_kernel: false, liger_kernel_config: null, cut_cross_entropy: false",
+        "Liger's layers are named in use_liger_kernel itself",
+        "write use_liger_kernel: {rms_norm: true, swiglu: true}",
+        "liger_kernel_config: null",
     ),
     # Model, tokenizer and data.
     **refuse(

@@ -20,6 +20,7 @@ def contradictions(job: JobConfig) -> Iterable[Problem]:
     yield from _devices(job)
     yield from _resuming(job)
     yield from _adapters(job)
+    yield from _loss(job)
     yield from _turned_off(job)
 
 
@@ -189,6 +190,21 @@ def _adapters(job: JobConfig) -> Iterable[Problem]:
             "set bf16: true in the place of pure_bf16; the frozen model is then in bfloat16",
             "pure_bf16 and finetuning_type",
         )
+
+
+def _loss(job: JobConfig) -> Iterable[Problem]:
+    """Find a loss kernel that the job's precision or device does not have."""
+    owner = next((t for t in job.transforms if "loss_kernel" in type(t).model_fields), None)
+    flat = owner.model_dump() if owner is not None and owner.enabled else {}
+    key = "cut_cross_entropy" if flat.get("cut_cross_entropy") else "loss_kernel"
+    kernel = key if flat.get(key) is True else flat.get(key)
+    half = job.train.bf16 or job.train.pure_bf16
+    if kernel == "cut_cross_entropy" and not half:
+        text = "cut_cross_entropy computes in bf16 only"
+        yield Problem(text, "set bf16: true, or loss_kernel: chunked", f"{key} and bf16")
+    if kernel in ("cut_cross_entropy", "liger") and job.parallel.use_cpu:
+        text = f"{kernel} is written in Triton and needs a GPU"
+        yield Problem(text, "set loss_kernel: chunked, or use_cpu: false", f"{key} and use_cpu")
 
 
 def _is_given(job: JobConfig, key: str) -> bool:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.transforms.naming import class_name
 from raytrain_adv.transforms.transform import Plan, Transform
 
 if TYPE_CHECKING:
@@ -64,9 +63,9 @@ def prepare_all(
         plan = transform.plan_for(job, model, machine)
         refuse_empty(transform, plan)
         refuse_conflict(transform, plan, plans)
-        before = classes(model)
+        before = kinds(model, transform)
         transform.prepare(model, plan, machine)
-        verify(model, plan, before)
+        verify(transform, model, plan, before)
         plans[transform.name] = plan
     return plans
 
@@ -104,6 +103,23 @@ def install_all(
     return installed
 
 
+def probe_all(
+    job: JobConfig,
+    model: nn.Module,
+    plans: Mapping[str, Plan],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Plan]:
+    """Try what each transform changed on the device that trains; return the plans with what was
+    found.
+
+    Raises:
+        TrainingError: when a changed module does not do what it stands for.
+    """
+    found = {t.name: t.probe(model, plans[t.name], device, dtype) for t in enabled(job)}
+    return {name: replace(plan, notes=plan.notes + found[name]) for name, plan in plans.items()}
+
+
 def with_advice(job: JobConfig, plans: Mapping[str, Plan], num_tokens: int) -> dict[str, Plan]:
     """Return the plans, with what the job's other keys mean for each transform among their notes.
 
@@ -122,9 +138,9 @@ def _this_machine() -> HardwareFacts:
     return hardware.detect()
 
 
-def classes(model: nn.Module) -> dict[str, str]:
-    """Return the class of every module by fqn."""
-    return {fqn: class_name(module) for fqn, module in model.named_modules()}
+def kinds(model: nn.Module, transform: Transform) -> dict[str, str]:
+    """Return what every module is by fqn, in the transform's words."""
+    return {fqn: transform.what_is(module) for fqn, module in model.named_modules()}
 
 
 def refuse_empty(transform: Transform, plan: Plan) -> None:
@@ -176,14 +192,14 @@ def _parents(fqn: str) -> Iterator[str]:
         yield fqn
 
 
-def verify(model: nn.Module, plan: Plan, before: Mapping[str, str]) -> None:
+def verify(transform: Transform, model: nn.Module, plan: Plan, before: Mapping[str, str]) -> None:
     """Check the model against the plan: what was planned is there, and nothing else was changed to
     its classes.
 
     Raises:
         TrainingError: naming the modules that differ.
     """
-    now = classes(model)
+    now = kinds(model, transform)
     due = {
         fqn: change.after if change.part == "class" else change.before
         for fqn, change in plan.changes.items()

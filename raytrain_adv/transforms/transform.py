@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.section import Section
+from raytrain_adv.transforms.naming import class_name
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +23,8 @@ STAGES = ("adapter", "precision", "kernel", "loss")
 
 @dataclass(frozen=True)
 class Change:
-    """What one module becomes: the class names before and after; of a forward pass, the class it
-    was and the name of what computes it now.
+    """What one module becomes: its class before and after, as Transform.what_is has it; of a
+    forward pass that `install` replaces, the class it was and the name of what computes it now.
     """
 
     before: str
@@ -113,6 +114,23 @@ class Transform(Section):
 
     def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
         """Change the model in place, exactly as planned; before it is compiled and sharded."""
+
+    def what_is(self, module: nn.Module) -> str:
+        """Return what a module is, in the words of the plan's changes: its class. A transform that
+        changes more than classes says more, and is verified by it.
+        """
+        return class_name(module)
+
+    def probe(
+        self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype
+    ) -> tuple[str, ...]:
+        """Try what was changed on the worker's device, before weights are loaded; return sentences
+        for the report.
+
+        Raises:
+            TrainingError: when a changed module does not do what it stands for.
+        """
+        return ()
 
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import RaytrainAdvError, TrainingError
 from raytrain_adv.hardware import HardwareFacts
-from raytrain_adv.transforms.apply import fetch_all, install_all
+from raytrain_adv.transforms.apply import fetch_all, install_all, probe_all
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.parallel import compute_dtype
 from raytrain_adv.worker.run import Run
@@ -46,7 +46,8 @@ def installed(
         JobError: when a replacement turns out to be wrong.
         TrainingError: when ranks would compute with different replacements.
     """
-    found = install_all(job, model, plans, run.device, compute_dtype(job))
+    device, dtype = run.device, compute_dtype(job)
+    found = probe_all(job, model, install_all(job, model, plans, device, dtype), device, dtype)
     require_alike(run, found)
     return found
 

@@ -17,6 +17,7 @@ from raytrain_adv.worker.arithmetic import resolve_arithmetic
 from raytrain_adv.worker.finish import ExportFunction, export, sample_answers
 from raytrain_adv.worker.install import fetched, installed
 from raytrain_adv.worker.loader import Batches
+from raytrain_adv.worker.loss_check import check_loss
 from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.model import build
 from raytrain_adv.worker.optim import build_optimizer
@@ -66,6 +67,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
             checkpoint.load(found, model, optimizer)
     for transform in enabled(job):
         transform.after_step(model)
+    plans = check_loss(model, run, plans)
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     batches = Batches(job, prepared.train, arithmetic, run.rank, pad)
