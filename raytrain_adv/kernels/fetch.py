@@ -177,7 +177,7 @@ def _from_hub(wanted: Wanted, place: Place) -> Build:
     commit = wanted.commit
     folder = hub.cached(wanted, commit, None, place.target) if commit is not None else None
     if folder is not None:
-        trust = "taken from the cache by its commit"
+        trust = "from the cache by its commit; the Hub was not asked about its publisher"
     else:
         commit = hub.commit_of(wanted)
         trust = hub.trusted(wanted, place.trust)

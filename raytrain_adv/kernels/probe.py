@@ -65,7 +65,10 @@ def try_out(
     """
     size = _input_size(module, name)
     own = _copy(module, device, dtype)
-    expected = _run(type(own).forward, own, size, device, dtype)
+    try:
+        expected = _run(type(own).forward, own, size, device, dtype)
+    except Exception as error:  # the module needs more than one tensor, whatever it says of it
+        raise _untried(module, name) from error
     try:
         found = _run(forward, own, size, device, dtype)
     except Exception as error:  # whatever a stranger's code raises, it is said and ends the run
@@ -263,12 +266,16 @@ def _size_of(module: nn.Module) -> int | None:
 def _input_size(module: nn.Module, name: str) -> int:
     size = _size_of(module)
     if size is None or not is_one_tensor(module):
-        raise JobError(
-            f"the kernel {name} cannot be tried out in {type(module).__name__}",
-            "its forward pass takes more than one tensor, or one of unknown size",
-            "leave that layer out with layers: what cannot be tried out is not used",
-        )
+        raise _untried(module, name)
     return size
+
+
+def _untried(module: nn.Module, name: str) -> JobError:
+    return JobError(
+        f"the kernel {name} cannot be tried out in {type(module).__name__}",
+        "its forward pass takes more than one tensor, or one of unknown size",
+        "leave that layer out with layers: what cannot be tried out is not used",
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -29,9 +29,16 @@ if TYPE_CHECKING:
     from raytrain_adv.kernels.choice import Choice
 
 DEFAULT = Wanted(
-    "kernels-community/liger-kernels", is_local=False, layers={"RMSNorm": "LigerRMSNorm"}
+    "kernels-community/liger-kernels",
+    is_local=False,
+    version=3,
+    layers={"RMSNorm": "LigerRMSNorm"},
 )
-"""What use_kernels: true means alone: the one layer of the Hub's default mapping that trains."""
+"""What use_kernels: true means alone.
+
+Source: transformers 5.23's own mapping of kernels, in which it is the one layer of a dense model
+that is meant for training.
+"""
 OLDEST = (0, 16)
 """Version of the kernels package that has the modes used here."""
 

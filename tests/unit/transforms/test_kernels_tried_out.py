@@ -165,6 +165,12 @@ def test_a_forward_only_kernel_without_known_gradient_names_what_it_would_cut(in
     assert "cut the gradient of its input and of gate_proj" in message
 
 
+@pytest.mark.parametrize("kind", ["LlamaDecoderLayer", "LlamaAttention", "LlamaModel"])
+def test_what_cannot_be_tried_out_is_not_used(install, mine, kind):
+    message = refusal(install, layers(mine, **{kind: "RMSNorm"}))
+    assert f"cannot be tried out in {kind}" in message
+
+
 def test_a_kernel_that_passes_linears_by_is_refused(install, mine):
     message = refusal(install, layers(mine, LlamaMLP="Bypass"))
     assert "does not call down_proj, gate_proj, up_proj of LlamaMLP" in message
