@@ -1,4 +1,4 @@
-"""The console script `raytrain-adv`: launch, plan, preflight and schema."""
+"""The console script `raytrain-adv`: launch, plan, preflight, kernels and schema."""
 
 import json
 import os
@@ -21,6 +21,9 @@ USAGE = """usage: raytrain-adv COMMAND [...]
   plan job.yaml [--workers N] [--verbose] [key=value ...]
                                              show what a job would do, and the memory it takes
   preflight [job.yaml] [key=value ...]       check the cluster's nodes, for a job or for any
+  kernels lock job.yaml [--output FILE] [--torch X.Y] [--cuda X.Y|cpu] [key=value ...]
+                                             pin a job's kernels, for a cluster without internet
+  kernels fetch | verify FILE                bring the files of a lock file; compare them with it
   schema [--output FILE]                     print the JSON schema of the job file
   --version                                  print the version"""
 
@@ -87,6 +90,48 @@ def _preflight(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
+def _kernels(arguments: list[str]) -> int:
+    action, *rest = arguments or ["--help"]
+    if action in ("-h", "--help"):
+        print(f"usage: {KERNELS_USAGE}")
+        return EXIT_DONE
+    if action == "lock":
+        flags, rest = _flags(rest, ("--output", "--torch", "--cuda"))
+        parsed = parse(rest, "raytrain-adv kernels lock")
+        job = load(parsed.path, parsed.overrides)
+        from raytrain_adv.driver import kernel_commands
+
+        file = Path(flags.get("--output", "kernels.lock.json"))
+        kernel_commands.lock(job, file, flags.get("--torch"), flags.get("--cuda"))
+        return EXIT_DONE
+    if action not in ("fetch", "verify") or len(rest) != 1:
+        wrong = Problem(f"kernels takes no {' '.join(arguments)!r}", f"write {KERNELS_USAGE}")
+        raise job_error("The command line", [wrong])
+    from raytrain_adv.driver import kernel_commands
+
+    (kernel_commands.fetch if action == "fetch" else kernel_commands.verify)(Path(rest[0]))
+    return EXIT_DONE
+
+
+def _flags(arguments: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """Return the flags with a value that are among the arguments, and the others."""
+    flags: dict[str, str] = {}
+    rest: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        name, equals, value = waiting.pop(0).partition("=")
+        if name not in names:
+            rest.append(f"{name}{equals}{value}")
+            continue
+        if not equals and waiting:
+            value = waiting.pop(0)
+        if not value:
+            problem = Problem(f"{name} has no value", f"write {KERNELS_USAGE}")
+            raise job_error("The command line", [problem])
+        flags[name] = value
+    return flags, rest
+
+
 def _schema(arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print("usage: raytrain-adv schema [--output FILE]")
@@ -112,10 +157,16 @@ def _schema(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
+KERNELS_USAGE = (
+    "raytrain-adv kernels lock job.yaml [--output FILE] [--torch X.Y] [--cuda X.Y|cpu], or "
+    "raytrain-adv kernels fetch | verify FILE"
+)
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "launch": _launch,
     "plan": _plan,
     "preflight": _preflight,
+    "kernels": _kernels,
     "schema": _schema,
 }
 

@@ -27,6 +27,8 @@ PACKAGES = (
     "datasets",
     "triton",
     "kernels",
+    "liger-kernel",
+    "cut-cross-entropy",
 )
 GIB = 2**30
 

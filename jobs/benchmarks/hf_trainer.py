@@ -1,6 +1,7 @@
 """The HF Trainer on the work of llama3_8b_bf16.yaml: what LLaMA-Factory and Axolotl drive.
 
     python jobs/benchmarks/hf_trainer.py
+    python jobs/benchmarks/hf_trainer.py --liger --checkpointing --eager
 
 Prints a JSON line: median step after three, tokens/s, peak memory. Random weights of the 8B shape,
 bf16, torch_compile, fused AdamW, one sequence of 8,192 tokens a step.
@@ -58,10 +59,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "jobs/models/llama3-8b-shape"))
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a sequence")
+    parser.add_argument("--liger", action="store_true", help="use_liger_kernel")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient_checkpointing")
+    parser.add_argument("--eager", action="store_true", help="no torch_compile")
     parser.add_argument("--steps", type=int, default=8, help="steps measured, after three")
     chosen = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     config = AutoConfig.from_pretrained(chosen.model)
+    config.max_position_embeddings = max(config.max_position_embeddings, chosen.tokens)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if on_gpu else "cpu"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -74,7 +79,9 @@ def main() -> None:
             per_device_train_batch_size=1,
             max_steps=chosen.steps + WARM_UP_STEPS,
             bf16=True,
-            torch_compile=on_gpu,
+            torch_compile=on_gpu and not chosen.eager,
+            use_liger_kernel=chosen.liger,
+            gradient_checkpointing=chosen.checkpointing,
             optim="adamw_torch_fused",
             learning_rate=1e-5,
             logging_steps=1000,

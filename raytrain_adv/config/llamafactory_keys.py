@@ -252,10 +252,9 @@ REFUSED: dict[str, Refused] = {
         "double_quantization: true, quantization_device_map: null",
     ),
     **refuse(
-        f"kernels from the Hub, Liger and Cut Cross-Entropy: this {_LATER}",
-        "delete it; torch_compile: true fuses what PyTorch can",
-        "use_kernels: false, kernel_name: null, kernels_lock: null, kernels_trust: null, "
-        "use_liger_kernel: false, liger_kernel_config: null, cut_cross_entropy: false",
+        "Liger's layers are named in use_liger_kernel itself",
+        "write use_liger_kernel: {rms_norm: true, swiglu: true}",
+        "liger_kernel_config: null",
     ),
     # Model, tokenizer and data.
     **refuse(

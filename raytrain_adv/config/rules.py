@@ -21,6 +21,7 @@ def contradictions(job: JobConfig) -> Iterable[Problem]:
     yield from _resuming(job)
     yield from _adapters(job)
     yield from _exclusive(job)
+    yield from _loss(job)
     yield from _turned_off(job)
 
 
@@ -200,6 +201,21 @@ def _exclusive(job: JobConfig) -> Iterable[Problem]:
             if any(key in type(other).model_fields for other in on):
                 own = next(k for k in type(transform).model_fields if _is_switch(transform, k))
                 yield Problem(reason, "turn one of the two off", f"{key} and {own}")
+
+
+def _loss(job: JobConfig) -> Iterable[Problem]:
+    """Find a loss kernel that the job's precision or device does not have."""
+    owner = next((t for t in job.transforms if "loss_kernel" in type(t).model_fields), None)
+    flat = owner.model_dump() if owner is not None and owner.enabled else {}
+    key = "cut_cross_entropy" if flat.get("cut_cross_entropy") else "loss_kernel"
+    kernel = key if flat.get(key) is True else flat.get(key)
+    half = job.train.bf16 or job.train.pure_bf16
+    if kernel == "cut_cross_entropy" and not half:
+        text = "cut_cross_entropy computes in bf16 only"
+        yield Problem(text, "set bf16: true, or loss_kernel: chunked", f"{key} and bf16")
+    if kernel in ("cut_cross_entropy", "liger") and job.parallel.use_cpu:
+        text = f"{kernel} is written in Triton and needs a GPU"
+        yield Problem(text, "set loss_kernel: chunked, or use_cpu: false", f"{key} and use_cpu")
 
 
 def _is_given(job: JobConfig, key: str) -> bool:

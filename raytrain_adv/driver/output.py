@@ -22,7 +22,18 @@ from raytrain_adv.worker.storage import Storage, storage_errors
 RUN_FILE = "run.json"
 RAYS_COPIES = "/runtime_resources/working_dir_files/"
 """Where Ray unpacks the working directory of a submitted job (ray 2.60)."""
-OURS = ("model", "report.json", "report.html", "metrics.jsonl", "checkpoints", "trackers", RUN_FILE)
+PINNED = "kernels.lock.json"
+OURS = (
+    "model",
+    "report.json",
+    "report.html",
+    "metrics.jsonl",
+    "checkpoints",
+    "trackers",
+    "kernels",
+    PINNED,
+    RUN_FILE,
+)
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,8 @@ def open_output(job: JobConfig) -> Output:
         _refuse_foreign_files(folder, resume)
     elif record["status"] == "done" or _trained(folder, storage):
         _refuse_unless_resumed(job, folder, record, resume)
+    if not resume:
+        (folder / PINNED).unlink(missing_ok=True)  # a new start pins its kernels anew
     attempts = int(record["attempts"]) if record else 0
     finished = bool(record and record["status"] == "done" and resume is True)
     name = f"{run_name(job)}_{attempts + 1:03d}"

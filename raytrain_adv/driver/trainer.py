@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver import cluster, output, preflight, preflight_table
 from raytrain_adv.driver.cluster import Placement
@@ -30,7 +31,7 @@ from raytrain_adv.report import record
 from raytrain_adv.report.build import against, failed, finished, planned, started
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import PreflightReport, RunReport
-from raytrain_adv.transforms.apply import enabled
+from raytrain_adv.transforms.apply import enabled, fetch_all
 from raytrain_adv.worker import trackers
 from raytrain_adv.worker.data import PreparedData, prepare
 
@@ -125,6 +126,7 @@ def _prepare(
         time.perf_counter() - start - timeline["Ray"] - timeline["preflight"]
     )
     start = time.perf_counter()
+    fetch_all(job, found.facts or hardware.detect(), console.say)
     plan = resolve(job, world_size=placement.num_workers, data=prepared, facts=found.facts)
     console.say(placement.note)
     console.say(render_brief(plan))

@@ -88,6 +88,10 @@ class TransformReport(Record):
     """Names of the skipped modules by reason, numbered ones folded."""
     notes: tuple[str, ...] = ()
     """Sentences of advice, cost and what to expect."""
+    details: JsonObject = {}
+    """What else there is to know; for kernels: source, commit, build and sha256 of each file, and
+    how far off each layer was when it was tried out.
+    """
     proof: JsonObject = {}
     """What a profile of one training step saw: the operator, how often it ran, its GPU kernels;
     empty where the modules' classes are proof enough.
@@ -121,6 +125,7 @@ class TransformReport(Record):
             skipped_reasons={reason: len(fqns) for reason, fqns in reasons.items()},
             skipped_modules={reason: fold_names(fqns) for reason, fqns in reasons.items()},
             notes=plan.notes,
+            details=dict(plan.details),
             proof=dict(proof or {}),
         )
 

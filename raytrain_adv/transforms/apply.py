@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.transforms.naming import class_name
 from raytrain_adv.transforms.transform import Plan, Transform
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from raytrain_adv.hardware import HardwareFacts
@@ -59,14 +59,65 @@ def prepare_all(
     """
     plans: dict[str, Plan] = {}
     for transform in enabled(job):
-        plan = transform.plan(model)
+        machine = facts or _this_machine()
+        plan = transform.plan_for(job, model, machine)
         refuse_empty(transform, plan)
         refuse_conflict(transform, plan, plans)
-        before = classes(model)
-        transform.prepare(model, plan, facts or _this_machine())
-        verify(model, plan, before)
+        before = kinds(model, transform)
+        transform.prepare(model, plan, machine)
+        verify(transform, model, plan, before)
         plans[transform.name] = plan
     return plans
+
+
+def fetch_all(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
+    """Bring what transforms need on the workers into output_dir.
+
+    Raises:
+        JobError: when it cannot be had.
+    """
+    for transform in enabled(job):
+        transform.fetch(job, facts, say)
+
+
+def install_all(
+    job: JobConfig,
+    model: nn.Module,
+    plans: Mapping[str, Plan],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Plan]:
+    """Replace the planned forward passes on a worker, each transform's verified; return the plans
+    with what was found.
+
+    Raises:
+        JobError: when a replacement turns out to be wrong.
+        TrainingError: when a transform did not do what it had planned.
+    """
+    installed: dict[str, Plan] = {}
+    for transform in enabled(job):
+        before = own_forwards(model)
+        plan = transform.install(model, plans[transform.name], job, device, dtype)
+        verify_forwards(model, plan, before)
+        installed[transform.name] = plan
+    return installed
+
+
+def probe_all(
+    job: JobConfig,
+    model: nn.Module,
+    plans: Mapping[str, Plan],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Plan]:
+    """Try what each transform changed on the device that trains; return the plans with what was
+    found.
+
+    Raises:
+        TrainingError: when a changed module does not do what it stands for.
+    """
+    found = {t.name: t.probe(model, plans[t.name], device, dtype) for t in enabled(job)}
+    return {name: replace(plan, notes=plan.notes + found[name]) for name, plan in plans.items()}
 
 
 def with_advice(job: JobConfig, plans: Mapping[str, Plan], num_tokens: int) -> dict[str, Plan]:
@@ -87,9 +138,9 @@ def _this_machine() -> HardwareFacts:
     return hardware.detect()
 
 
-def classes(model: nn.Module) -> dict[str, str]:
-    """Return the class of every module by fqn."""
-    return {fqn: class_name(module) for fqn, module in model.named_modules()}
+def kinds(model: nn.Module, transform: Transform) -> dict[str, str]:
+    """Return what every module is by fqn, in the transform's words."""
+    return {fqn: transform.what_is(module) for fqn, module in model.named_modules()}
 
 
 def refuse_empty(transform: Transform, plan: Plan) -> None:
@@ -98,7 +149,7 @@ def refuse_empty(transform: Transform, plan: Plan) -> None:
     Raises:
         JobError: with the reasons for which modules were passed over.
     """
-    if plan.changes:
+    if plan.changes or plan.empty_because:
         return
     reasons = Counter(plan.skipped.values())
     raise JobError(
@@ -141,29 +192,64 @@ def _parents(fqn: str) -> Iterator[str]:
         yield fqn
 
 
-def verify(model: nn.Module, plan: Plan, before: Mapping[str, str]) -> None:
+def verify(transform: Transform, model: nn.Module, plan: Plan, before: Mapping[str, str]) -> None:
     """Check the model against the plan: what was planned is there, and nothing else was changed to
     its classes.
 
     Raises:
         TrainingError: naming the modules that differ.
     """
-    now = classes(model)
-    wrong = [
-        f"{fqn} is {now.get(fqn, 'gone')}, planned {change.after}"
+    now = kinds(model, transform)
+    due = {
+        fqn: change.after if change.part == "class" else change.before
         for fqn, change in plan.changes.items()
-        if now.get(fqn) != change.after
+    }
+    wrong = [
+        f"{fqn} is {now.get(fqn, 'gone')}, planned {kind}"
+        for fqn, kind in due.items()
+        if now.get(fqn) != kind
     ]
-    planned = {change.after for change in plan.changes.values() if change.after != change.before}
+    planned = {due[fqn] for fqn, change in plan.changes.items() if due[fqn] != change.before}
     stray = [
         f"{fqn} became {kind}, which was not planned"
         for fqn, kind in now.items()
         if kind in planned and fqn not in plan.changes and before.get(fqn) != kind
     ]
-    if wrong or stray:
+    _refuse_differences(plan, wrong + stray)
+
+
+def own_forwards(model: nn.Module) -> dict[str, object]:
+    """Return the function of each forward pass that a module has beside its class's."""
+    found = {fqn: vars(module).get("forward") for fqn, module in model.named_modules()}
+    return {fqn: getattr(f, "__func__", f) for fqn, f in found.items() if f is not None}
+
+
+def verify_forwards(model: nn.Module, plan: Plan, before: Mapping[str, object]) -> None:
+    """Check that the planned forward passes were replaced, and no others.
+
+    Raises:
+        TrainingError: naming the modules that differ.
+    """
+    now = own_forwards(model)
+    planned = {fqn: c.after for fqn, c in plan.changes.items() if c.part == "forward"}
+    wrong = [
+        f"{fqn} has the forward pass it had, planned {after}"
+        for fqn, after in planned.items()
+        if now.get(fqn) is before.get(fqn) or now[fqn] is type(model.get_submodule(fqn)).forward
+    ]
+    stray = [
+        f"{fqn} has another forward pass, which was not planned"
+        for fqn in now.keys() | before.keys()
+        if fqn not in planned and now.get(fqn) is not before.get(fqn)
+    ]
+    _refuse_differences(plan, wrong + sorted(stray))
+
+
+def _refuse_differences(plan: Plan, lines: list[str]) -> None:
+    if lines:
         raise TrainingError(
             f"{plan.transform} did not do what it had planned",
-            f"{len(wrong) + len(stray)} modules differ: {listed(wrong + stray)}",
+            f"{len(lines)} modules differ: {listed(lines)}",
             "this is a defect of raytrain_adv or of the versions installed: compare them with "
             "constraints.txt",
         )

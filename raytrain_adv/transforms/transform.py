@@ -4,13 +4,15 @@ happened.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.section import Section
+from raytrain_adv.transforms.naming import class_name
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from raytrain_adv.config.job import JobConfig
@@ -21,10 +23,15 @@ STAGES = ("adapter", "precision", "kernel", "loss")
 
 @dataclass(frozen=True)
 class Change:
-    """What one module becomes: the class names before and after."""
+    """What one module becomes: its class before and after, as Transform.what_is has it; of a
+    forward pass that `install` replaces, the class it was and the name of what computes it now.
+    """
 
     before: str
     after: str
+    part: Literal["class", "forward"] = "class"
+    """What is changed: the module's class, in `prepare`, or its forward pass alone, in `install`.
+    """
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,10 @@ class Plan:
     """fqn -> why the module is left as it is."""
     notes: tuple[str, ...] = ()
     """Sentences for the plan and the report: advice, costs, what to expect."""
+    empty_because: str = ""
+    """Why a plan without changes is what was asked for; a plan that does not say so is refused."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """More for report.json, as JSON types."""
 
 
 class Transform(Section):
@@ -85,6 +96,20 @@ class Transform(Section):
             JobError: naming the key and what would fit.
         """
 
+    def fetch(self, job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
+        """Bring what the workers need into output_dir. Called on the driver before anything is
+        planned, and on rank 0 before the model is built: the second time it finds all there.
+
+        Args:
+            job: the resolved job.
+            facts: a machine the job will run on.
+            say: tells the user a sentence.
+        """
+
+    def plan_for(self, job: JobConfig, model: nn.Module, facts: HardwareFacts) -> Plan:
+        """Plan with what other keys of the job and the machine decide; most need only the model."""
+        return self.plan(model)
+
     def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:
         """Say what the job's other keys mean for this feature, for the plan and the report.
 
@@ -96,6 +121,41 @@ class Transform(Section):
 
     def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
         """Change the model in place, exactly as planned; before it is compiled and sharded."""
+
+    def what_is(self, module: nn.Module) -> str:
+        """Return what a module is, in the words of the plan's changes: its class. A transform that
+        changes more than classes says more, and is verified by it.
+        """
+        return class_name(module)
+
+    def probe(
+        self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype
+    ) -> tuple[str, ...]:
+        """Try what was changed on the worker's device, before weights are loaded; return sentences
+        for the report.
+
+        Raises:
+            TrainingError: when a changed module does not do what it stands for.
+        """
+        return ()
+
+    def install(
+        self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
+    ) -> Plan:
+        """Replace the forward passes that were planned, after trying the new ones out; on workers
+        alone, after `prepare` and before the model is compiled and sharded.
+
+        Args:
+            model: on the meta device.
+            plan: what was planned.
+            job: the resolved job.
+            device: where this worker computes.
+            dtype: that of matrix products and activations.
+
+        Returns:
+            The plan, with what was found.
+        """
+        return plan
 
     def before_sharding(self, model: nn.Module) -> None:
         """Change how FSDP2 will shard and gather; called only where it will be applied."""

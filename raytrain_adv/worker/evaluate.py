@@ -35,7 +35,7 @@ def evaluate(
         current = batch or idle
         inputs = {k: v.to(run.device) for k, v in current.inputs.items()}
         labels = current.labels.to(run.device)
-        loss = loss_sum(model(**inputs, use_cache=False).logits, labels)
+        loss = loss_sum(model, inputs, labels)
         if batch is not None:
             totals[0] += loss.double()
             totals[1] += (labels != IGNORED).sum()

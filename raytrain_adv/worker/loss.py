@@ -4,17 +4,20 @@ loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
+from raytrain_adv.ops.linear_cross_entropy import IGNORED
+from raytrain_adv.ops.loss_head import loss_in_head, takes_labels
+
 CHUNK_TOKENS = 2048
 """Tokens whose logits are held in float32 at once where the loss is not compiled."""
 
-LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+LossFunction = Callable[[nn.Module, Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -43,11 +46,20 @@ def chunked_cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> tor
     return total
 
 
-def loss_function(compile_it: bool) -> LossFunction:
-    """Return the loss for logits [batch, time, vocabulary] and labels [batch, time]."""
+def loss_function(model: nn.Module, compile_it: bool) -> LossFunction:
+    """Return what makes the summed loss of a model, its inputs, and labels [sequences, time].
+
+    Where a transform has put the loss into the model's head, that is asked; else it is computed of
+    the logits of all tokens.
+    """
+    if takes_labels(model):
+        return loss_in_head
     inner = torch.compile(cross_entropy_sum) if compile_it else chunked_cross_entropy_sum
 
-    def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return inner(logits.flatten(0, 1), labels.flatten())
+    def loss_sum(
+        model: nn.Module, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor
+    ) -> torch.Tensor:
+        # No name holds the logits: backward frees them as soon as it is past them.
+        return inner(model(**inputs, use_cache=False).logits.flatten(0, 1), labels.flatten())
 
     return loss_sum

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.worker.flops import text_config
 from raytrain_adv.worker.loss import CHUNK_TOKENS
-from raytrain_adv.worker.memory_sizes import GIB, Passes, States, num_elements
+from raytrain_adv.worker.memory_sizes import GIB, Passes, States, head_loss, num_elements
 from raytrain_adv.worker.parallel import checkpointing_mode, compute_dtype
 
 REDUCE_BYTES = 4
@@ -227,12 +227,19 @@ def _explanations(
     }[mode]
     how = "compiled layers" if job.parallel.torch_compile else "eager layers"
     copies = "" if job.parallel.torch_compile else f", float32 {CHUNK_TOKENS} tokens at a time"
+    logits = f"{tokens:,} x {text_config(model).vocab_size:,}, and their gradient{copies}"
+    in_head = head_loss(model)
+    if in_head is not None:
+        logits = (
+            f"{in_head.kernel}: never of all {tokens:,} tokens; with the gradients of the head and "
+            "its input"
+        )
     return {
         "parameters": f"{num_elements(model):,} in {' and '.join(dtypes)}{over}",
         "gradients": f"of {trained:,} trained parameters{over}",
         "optimizer": f"{optimizer}{over}",
         "activations": f"{tokens:,} tokens, {how}; {kept}",
-        "logits": f"{tokens:,} x {text_config(model).vocab_size:,}, and their gradient{copies}",
+        "logits": logits,
         "gathered": "whole layers while FSDP2 computes with them"
         if states.is_sharded
         else "nothing: one worker, no FSDP2",

@@ -9,6 +9,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.ops.linear_cross_entropy import MOST_ROUNDINGS, chunk_tokens
+from raytrain_adv.ops.loss_head import HeadLoss, loss_of
 from raytrain_adv.worker.activations import AttentionKind, read_layer
 from raytrain_adv.worker.flops import text_config
 from raytrain_adv.worker.loss import CHUNK_TOKENS
@@ -100,7 +102,7 @@ class Passes:
     logits: float
     """Logits, their gradient and the loss's copies, at their most."""
     logits_gradient: float
-    """The gradient that goes into the head's backward pass."""
+    """The gradient that goes into the head's backward pass, or comes from the head's loss."""
     logits_eval: float
     """Logits and the loss's copies of an evaluation pass; 0 without held-out rows."""
 
@@ -129,14 +131,20 @@ class Passes:
         vocab, caps = config.vocab_size, getattr(config, "final_logit_softcapping", None)
         evaluates = bool(job.data.val_size or job.data.eval_dataset)
         eval_tokens = job.train.per_device_eval_batch_size * seq_len if evaluates else 0
-        loss = Loss(vocab, size, compiled, capped=caps is not None)
+        in_head = head_loss(model)
+        loss: Loss | LossInHead = Loss(vocab, size, compiled, capped=caps is not None)
+        if in_head is not None:
+            # transformers leaves this method without types.
+            head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
+            loss = LossInHead(in_head, config.hidden_size, size, trained)
         return Passes(
             kept=(sum(kept) + final) * unit,
             kept_by_one=max(kept) * unit,
             recomputed=recomputed * unit,
             temporaries=max(x.backward_temporaries(size, kind, seq_len) for x in layers) * unit,
             logits=loss.training(batch * seq_len) / GIB,
-            logits_gradient=batch * seq_len * vocab * size / GIB,
+            logits_gradient=loss.gradient(batch * seq_len) / GIB,
             logits_eval=loss.evaluation(eval_tokens) / GIB,
         )
 
@@ -165,10 +173,66 @@ class Loss:
         # At the last chunk; then the chunks' gradients are joined, and exist twice for a moment.
         return tokens * row + gradients + max(copies - chunk * self.size, gradients)
 
+    def gradient(self, tokens: int) -> float:
+        """Return what goes into the head's backward pass."""
+        return tokens * self.vocab * self.size
+
     def evaluation(self, tokens: int) -> float:
-        """Return the same for a pass without gradients."""
+        """Return what training does, for a pass without gradients."""
         copies = 0 if self.compiled else 8 * min(tokens, CHUNK_TOKENS) * self.vocab
         return tokens * self.vocab * self.size + copies
+
+
+@dataclass(frozen=True)
+class LossInHead:
+    """Bytes of a loss that the head computes, without the logits of all tokens; see
+    ops/loss_head.py.
+    """
+
+    loss: HeadLoss
+    hidden: int
+    size: int
+    trained: int
+    """Elements of the head's parameters that get a gradient."""
+
+    def training(self, tokens: int) -> float:
+        """Return the most that a chunk and the gradients made with it take, in the forward pass."""
+        return self.chunk(tokens) + self.gradient(tokens) + self.of_parameters(tokens)
+
+    def chunk(self, tokens: int) -> float:
+        """Return the bytes of a chunk's logits."""
+        if self.loss.kernel == "cut_cross_entropy":
+            return 0.0  # they stay on the chip
+        largest = chunk_tokens(self.loss.vocab, self.size)
+        if self.loss.kernel == "liger":
+            # Source: liger_kernel.ops.fused_linear_cross_entropy, inc_factor and chunk_size.
+            largest = 1 << (-(-tokens * self.hidden // self.loss.vocab) - 1).bit_length()
+        return min(tokens, largest) * self.loss.vocab * self.size
+
+    def of_parameters(self, tokens: int) -> float:
+        """Return the bytes of the parameters' gradient while it is added up."""
+        if self.loss.kernel == "cut_cross_entropy":
+            return 0.0  # made in backward
+        if self.loss.kernel == "liger":
+            return self.trained * (4 + self.size)  # in float32, then cast
+        num_chunks = -(-tokens // chunk_tokens(self.loss.vocab, self.size))
+        summed = 4 + self.size if num_chunks > MOST_ROUNDINGS and self.size < 4 else self.size
+        return self.trained * (summed if self.loss.reads_weight else summed + self.size)
+
+    def gradient(self, tokens: int) -> float:
+        """Return the bytes of the gradient of the head's input."""
+        return tokens * self.hidden * self.size
+
+    def evaluation(self, tokens: int) -> float:
+        """Return what training does, for a pass without gradients."""
+        return self.chunk(tokens)
+
+
+def head_loss(model: PreTrainedModel) -> HeadLoss | None:
+    """Return how the model's head computes the loss, if it does."""
+    # transformers leaves this method without types.
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return None if head is None else loss_of(head)
 
 
 def uses_fsdp(model: nn.Module, job: JobConfig, world_size: int) -> bool:

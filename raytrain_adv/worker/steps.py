@@ -51,7 +51,7 @@ class Loop:
         self.held_out = held_out
         self.proof = proof
         self.transforms = enabled(job)
-        self.loss_sum = loss_function(job.parallel.torch_compile)
+        self.loss_sum = loss_function(model, job.parallel.torch_compile)
         self.finite = FiniteWatch(run.device)
         self.meter = Meter(job, run, model, arithmetic)
         self.window = torch.zeros(2, dtype=torch.float64, device=run.device)
@@ -124,8 +124,7 @@ class Loop:
         workers.
         """
         torch.manual_seed(hash((self.job.train.seed, step, batch.number)) & 0x7FFFFFFF)
-        # No name holds the logits: backward frees them as soon as it is past them.
-        loss = self.loss_sum(self.model(**batch.inputs, use_cache=False).logits, batch.labels)
+        loss = self.loss_sum(self.model, batch.inputs, batch.labels)
         # FSDP2 averages gradients over the workers; the sum is wanted, over all label tokens.
         (loss * (self.run.world_size / max(label_tokens, 1))).backward()  # type: ignore[no-untyped-call]
         return loss.detach()

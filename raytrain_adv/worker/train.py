@@ -15,7 +15,9 @@ from raytrain_adv.transforms.apply import enabled, prepare_all, with_advice
 from raytrain_adv.worker import checkpoint, data, memory, parallel, weights
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
 from raytrain_adv.worker.finish import ExportFunction, export, sample_answers
+from raytrain_adv.worker.install import fetched, installed
 from raytrain_adv.worker.loader import Batches
+from raytrain_adv.worker.loss_check import check_loss
 from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.model import build
 from raytrain_adv.worker.optim import build_optimizer
@@ -47,8 +49,9 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     open_metrics(job, run, arithmetic, found)
 
     with run.phase("model"):
+        fetched(job, run, facts)
         model = build(job)
-        plans = prepare_all(job, model, facts)
+        plans = installed(job, run, model, prepare_all(job, model, facts))
         longest = data.pad_to(job).length(int(prepared.train.lengths.max()))
         plans = with_advice(job, plans, longest * arithmetic.micro_batch)
         predicted = memory.predict(model, job, run.world_size, longest, arithmetic.micro_batch)
@@ -67,6 +70,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
             checkpoint.load(found, model, optimizer)
     for transform in enabled(job):
         transform.after_step(model)
+    plans = check_loss(model, run, plans)
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     batches = Batches(job, prepared.train, arithmetic, run.rank, pad)

@@ -145,16 +145,17 @@ def measure(config: dict[str, Any], keys: dict[str, Any], seq_len: int) -> tuple
     device = torch.device("cuda")
     parallel.shard(model, job, parallel.build_mesh(job, device))
     materialize(model, device)
-    optimizer, loss_sum = build_optimizer(model, job), loss_function(job.parallel.torch_compile)
+    optimizer, loss_sum = (
+        build_optimizer(model, job),
+        loss_function(model, job.parallel.torch_compile),
+    )
     inputs = {"input_ids": torch.randint(0, config["vocab_size"], (1, seq_len), device=device)}
     if job.data.neat_packing:
         inputs["position_ids"] = (torch.arange(seq_len, device=device) % 1000)[None]
     for step in range(3):
         if step == 2:
             torch.cuda.reset_peak_memory_stats()
-        logits = model(**inputs, use_cache=False).logits
-        loss = loss_sum(logits, inputs["input_ids"]) / seq_len
-        del logits
+        loss = loss_sum(model, inputs, inputs["input_ids"]) / seq_len
         loss.backward()
         clip(optimizer, 1.0)
         optimizer.step()

@@ -1,0 +1,149 @@
+"""The lock file: which files a job's kernels are, to the byte, and where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from raytrain_adv.errors import JobError, StorageError
+from raytrain_adv.kernels.source import Wanted
+
+FILE_NAME = "kernels.lock.json"
+FOLDER = "kernels"
+"""Folder of the files, beside the lock file."""
+
+
+class Locked(BaseModel):
+    """One kernel, pinned."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    asked: str
+    """As the job wrote it, as kernels-community/activation@v1."""
+    commit: str | None
+    """Commit on the Hub; null for a folder."""
+    variant: str
+    """The build, as torch-cuda."""
+    files: dict[str, str]
+    """Path in the build -> sha256."""
+    folder: str | None = None
+    """Where the build lies, from the lock file's folder; null where it has not been fetched."""
+    trust: str = ""
+    """Why its publisher was trusted."""
+
+    @property
+    def digest(self) -> str:
+        """One hash of all files."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def at(self) -> str:
+        """Commit, or hash of the files of a folder, shortened."""
+        return (self.commit or self.digest)[:7]
+
+
+class Lock(BaseModel):
+    """A lock file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    kernels: tuple[Locked, ...]
+
+    def of(self, wanted: Wanted) -> Locked | None:
+        """Return what is locked for a kernel; none where nothing is, or another revision of it."""
+        for locked in self.kernels:
+            if locked.source != wanted.source:
+                continue
+            if wanted.commit is not None and wanted.commit == locked.commit:
+                return locked
+            if wanted.commit is None and wanted.asked in (locked.asked, locked.source):
+                return locked
+        return None
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file of a build; what Python compiles on import is left out."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and "__pycache__" not in p.parts)
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def differences(locked: Locked, folder: Path) -> list[str]:
+    """Return a line for each file that is not as it was locked."""
+    found = digests(folder) if folder.is_dir() else {}
+    names = sorted(locked.files.keys() | found.keys())
+    lines = []
+    for name in names:
+        if name not in found:
+            lines.append(f"{name} is missing")
+        elif name not in locked.files:
+            lines.append(f"{name} is not in the lock")
+        elif found[name] != locked.files[name]:
+            lines.append(f"{name}: sha256 {found[name][:12]}, locked {locked.files[name][:12]}")
+    return lines
+
+
+def require_same(locked: Locked, folder: Path, lock_file: Path) -> None:
+    """Refuse a build whose files are not those that were locked.
+
+    Raises:
+        JobError: naming the files.
+    """
+    lines = differences(locked, folder)
+    if lines:
+        raise JobError(
+            f"the files of {locked.source} are not those in {lock_file}",
+            "\n".join([str(folder), *lines[:6]] + (["..."] if len(lines) > 6 else [])),
+            "put the locked files back (raytrain-adv kernels fetch), or make a new lock if the "
+            "change is meant (raytrain-adv kernels lock)",
+        )
+
+
+def read(file: Path) -> Lock:
+    """Read a lock file.
+
+    Raises:
+        JobError: when it is missing, or is no lock file.
+    """
+    try:
+        return Lock.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise JobError(
+            "there is no lock file to read",
+            f"{file}: {error.strerror or error}",
+            f"make it with raytrain-adv kernels lock job.yaml --output {file}",
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise JobError(
+            f"{file} is not a lock file of this version",
+            f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}",
+            f"make it anew with raytrain-adv kernels lock job.yaml --output {file}",
+        ) from None
+
+
+def write(kernels: Iterable[Locked], file: Path) -> None:
+    """Write a lock file in one move.
+
+    Raises:
+        StorageError: when it cannot be written.
+    """
+    text = Lock(kernels=tuple(kernels)).model_dump_json(indent=1)
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text + "\n")
+        os.replace(partial, file)
+    except OSError as error:
+        raise StorageError(
+            "The lock file cannot be written",
+            f"{file}: {error.strerror or error}",
+            "name a file in a folder that you can write to",
+        ) from None

@@ -1,0 +1,148 @@
+"""What a job asks for under kernel_name, in one form."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
+
+from raytrain_adv.config.problems import Problem, show
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+
+
+class KernelEntry(BaseModel):
+    """One entry of kernel_name, written out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    repo: Text | None = None
+    """Repository of kernels on the Hub, as kernels-community/activation."""
+    path: Text | None = None
+    """Folder of a kernel, in the place of repo."""
+    revision: Text | None = None
+    """Commit, branch or tag of repo."""
+    version: Annotated[int, Field(ge=0, le=10**6)] | None = None
+    """Version of repo, the N of its branch vN."""
+    layers: dict[Text, Text] = Field(default_factory=dict)
+    """Which layer of the kernel replaces which modules, as {RMSNorm: LigerRMSNorm}; none takes all
+    that fit."""
+
+    @model_serializer
+    def as_written(self) -> dict[str, Any]:
+        """Return the keys that are given."""
+        return {key: getattr(self, key) for key in type(self).model_fields if getattr(self, key)}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A kernel that is asked for."""
+
+    source: str
+    """Name on the Hub, or path of a folder."""
+    is_local: bool
+    revision: str | None = None
+    version: int | None = None
+    layers: dict[str, str] = field(default_factory=dict, hash=False)
+    """Site -> layer of the kernel; empty leaves the choice to the kernel's layers."""
+
+    @property
+    def asked(self) -> str:
+        """The kernel as one writes it in a line."""
+        at = f"v{self.version}" if self.version is not None else self.revision
+        return f"{self.source}@{at}" if at else self.source
+
+    @property
+    def label(self) -> str:
+        """Short name for plans: a folder's own name, a repository's whole."""
+        return Path(self.source).name if self.is_local else self.source
+
+    @property
+    def folder(self) -> Path:
+        """A local kernel's folder."""
+        return Path(self.source).expanduser()
+
+    @property
+    def commit(self) -> str | None:
+        """The commit, where the job names one."""
+        pinned = self.revision is not None and COMMIT.fullmatch(self.revision)
+        return self.revision if pinned else None
+
+
+def read(given: str | KernelEntry | list[str | KernelEntry] | None) -> tuple[Wanted, ...]:
+    """Return the kernels that kernel_name asks for, in its order."""
+    if given is None:
+        return ()
+    entries = given if isinstance(given, list) else [given]
+    return tuple(_of_name(e) if isinstance(e, str) else _of_entry(e) for e in entries)
+
+
+def _of_name(name: str) -> Wanted:
+    name = name.strip()
+    if looks_like_path(name):
+        return Wanted(name, is_local=True)
+    source, _, at = name.partition("@")
+    version = re.fullmatch(r"v(\d{1,6})", at)
+    if version:
+        return Wanted(source, is_local=False, version=int(version[1]))
+    return Wanted(source, is_local=False, revision=at or None)
+
+
+def _of_entry(entry: KernelEntry) -> Wanted:
+    if entry.path is not None:
+        return Wanted(entry.path, is_local=True, layers=dict(entry.layers))
+    return Wanted(
+        entry.repo or "",
+        is_local=False,
+        revision=entry.revision,
+        version=entry.version,
+        layers=dict(entry.layers),
+    )
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name is that of a folder: it begins as a path does, has more than one slash, or is
+    there.
+    """
+    if name.startswith(("/", "./", "../", "~")):
+        return True
+    return name.partition("@")[0].count("/") > 1 or (bool(name) and os.path.isdir(name))
+
+
+def problems(given: str | KernelEntry | list[str | KernelEntry] | None) -> Iterable[Problem]:
+    """Find entries that name no kernel, or name it in two ways."""
+    key = "kernel_name"
+    for entry in given if isinstance(given, list) else [given]:
+        if isinstance(entry, KernelEntry):
+            if (entry.repo is None) == (entry.path is None):
+                text = "an entry names its kernel by repo or by path"
+                yield Problem(text, "give one of the two", key)
+                continue
+            if entry.path is not None and (entry.revision or entry.version is not None):
+                text = f"{show(entry.path)} is a folder, which has no version or revision"
+                yield Problem(text, "delete version and revision", key)
+            if entry.revision is not None and entry.version is not None:
+                text = "version and revision both say which files to take"
+                yield Problem(text, "keep one of them", key)
+    for one in read(given):
+        if one.is_local:
+            yield from path_problems(one.source, key)
+        if not one.is_local and not HUB_NAME.fullmatch(one.source):
+            text = f"{show(one.source)} is neither a folder nor a name on the Hub"
+            yield Problem(text, "write owner/name, as kernels-community/activation", key)
+
+
+def path_problems(path: str, key: str) -> Iterable[Problem]:
+    """Find a path that no file system can hold, or that begins with a user there is not."""
+    try:
+        Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        text = f"{show(path)} is no path: {next(iter(str(error).splitlines()), '')[:80]}"
+        yield Problem(text, "give the path of a folder", key)

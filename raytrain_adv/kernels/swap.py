@@ -1,0 +1,218 @@
+"""Put a kernel's forward passes on planned modules, through the kernels package and a mapping of
+our own, and see that they are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytrain_adv.errors import JobError
+from raytrain_adv.kernels.sites import BRIDGED, GATED
+from raytrain_adv.ops import activation as ops
+
+REGISTERED = ("kernel_layer_name", "kernel_condition")
+"""What marks a class for kernelize (kernels 0.16, 0.17)."""
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """Where a layer comes from; the kernels package asks it to `load`."""
+
+    folder: Path
+    layer: str
+    site: str
+
+    def load(self) -> type[nn.Module]:
+        """Return the layer's class; for a forward-only one that is known, one with a gradient."""
+        return load_layer(self)
+
+    def __str__(self) -> str:
+        return f"{self.folder}:{self.layer}"
+
+
+@cache
+def load_layer(source: LayerSource) -> type[nn.Module]:
+    """Import a build by its path, without asking the network, and return one of its layers.
+
+    Raises:
+        JobError: when it cannot be imported, or has no such layer.
+    """
+    from kernels import get_local_kernel
+
+    _forget_others(source.folder)
+    try:
+        module = get_local_kernel(source.folder)
+    except Exception as error:  # whatever a stranger's code raises, it is said and ends the run
+        raise JobError(
+            f"the kernel in {source.folder} cannot be loaded",
+            f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+            "take a build for this machine, or mend the kernel",
+        ) from error
+    kind = getattr(getattr(module, "layers", None), source.layer, None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise JobError(
+            f"the kernel in {source.folder} has no layer {source.layer}",
+            f"layers of {module.__name__}: "
+            + (", ".join(_classes(getattr(module, "layers", None))) or "none"),
+            "its __init__.py needs `from . import layers`",
+        )
+    return _bridged(source, kind) if source.layer in BRIDGED else kind
+
+
+def _forget_others(folder: Path) -> None:
+    """Make room for a build whose name in Python another one has that is loaded: its submodules
+    would be taken for this one's (kernels 0.17.2 imports them by the id in metadata.json).
+    """
+    try:
+        name = str(json.loads((folder / "metadata.json").read_text())["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # the kernels package says what is wrong with it
+    for key, module in list(sys.modules.items()):
+        if key == name or key.startswith(f"{name}."):
+            file = getattr(module, "__file__", None)
+            if file is None or not Path(file).is_relative_to(folder):
+                del sys.modules[key]
+
+
+def _classes(layers: Any) -> list[str]:
+    return sorted(n for n, v in vars(layers).items() if isinstance(v, type)) if layers else []
+
+
+def _bridged(source: LayerSource, kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a layer that computes as the kernel does, with the gradient it lacks."""
+    function, is_fused = BRIDGED[source.layer]
+    kernel = kind().forward
+    tag = hashlib.sha256(str(source.folder).encode()).hexdigest()[:8]
+    name = f"{source.layer}_{source.site}_{tag}"
+    if source.site not in GATED.values():
+        if is_fused:
+            raise JobError(
+                f"{source.layer} computes a product with a second tensor",
+                f"layers puts it in the place of {source.site}, which has one",
+                f"write {{{GATED[function]}: {source.layer}}}",
+            )
+        bare = ops.activation(name, function, kernel)
+
+        class Activation(nn.Module):
+            """The kernel's activation, with its derivative."""
+
+            can_torch_compile = True
+            has_backward = True
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                """Return the activation of x."""
+                out: torch.Tensor = bare(x)
+                return out
+
+        return Activation
+    product = ops.gated(name, function, kernel, is_fused)
+
+    class GatedMlp(nn.Module):
+        """A gated MLP around the kernel's activation; its linears are called as modules."""
+
+        can_torch_compile = True
+        has_backward = True
+        gate_proj: nn.Module
+        up_proj: nn.Module
+        down_proj: nn.Module
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Return down_proj(activation(gate_proj(x)) * up_proj(x))."""
+            out: torch.Tensor = self.down_proj(product(self.gate_proj(x), self.up_proj(x)))
+            return out
+
+    return GatedMlp
+
+
+class _Chosen(nn.Module):
+    """Shows kernelize the planned modules and no others: on each other one that is registered it
+    would put a forward pass of its own, and warn.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        vars(self)["chosen"] = modules
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the planned modules."""
+        yield from vars(self)["chosen"].items()
+
+
+def swap(
+    modules: Mapping[str, nn.Module], source: LayerSource, device: torch.device, compiled: bool
+) -> None:
+    """Put the layer's forward pass on each module.
+
+    Args:
+        modules: by fqn.
+        source: the layer.
+        device: that of training.
+        compiled: whether torch.compile will trace it.
+
+    Raises:
+        JobError: when the kernels package refuses the layer, or it is not there afterwards.
+    """
+    from kernels import Mode, kernelize, use_kernel_mapping
+
+    mode = Mode.TRAINING | Mode.TORCH_COMPILE if compiled else Mode.TRAINING
+    mapping = {str(source): {device.type: {mode: source}}}
+    logger = logging.getLogger("kernels")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with (
+            _registered({type(m) for m in modules.values()}, str(source)),
+            use_kernel_mapping(mapping, inherit_mapping=False),
+        ):
+            kernelize(_Chosen(modules), mode=mode, device=device.type, use_fallback=False)
+    except (TypeError, ValueError) as error:
+        raise JobError(
+            f"the kernel layer {source} cannot stand in for a module",
+            str(error).strip(),
+            "leave it out with layers, or mend the kernel: a layer has no constructor, no other "
+            "members, and takes what the module takes",
+        ) from error
+    finally:
+        logger.setLevel(level)
+    expected = load_layer(source).forward
+    missing = [fqn for fqn, module in modules.items() if own_forward(module) is not expected]
+    if missing:
+        raise JobError(
+            f"the kernel layer {source} was not put in place",
+            f"{', '.join(missing[:4])}: the forward pass is still another one",
+            "unset DISABLE_KERNEL_MAPPING if it is set",
+        )
+
+
+def own_forward(module: nn.Module) -> Any:
+    """Return the function behind a module's own forward pass; none where it has its class's."""
+    return getattr(vars(module).get("forward"), "__func__", None)
+
+
+@contextmanager
+def _registered(kinds: set[type[nn.Module]], name: str) -> Iterator[None]:
+    """Register classes under a name for the time being; as they were afterwards."""
+    before = {kind: {k: vars(kind)[k] for k in REGISTERED if k in vars(kind)} for kind in kinds}
+    for kind in kinds:
+        for key in before[kind]:
+            delattr(kind, key)
+        kind.kernel_layer_name = name  # type: ignore[attr-defined]  # what kernelize looks for
+    try:
+        yield
+    finally:
+        for kind, values in before.items():
+            del kind.kernel_layer_name  # type: ignore[attr-defined]  # set above
+            for key, value in values.items():
+                setattr(kind, key, value)

@@ -1,0 +1,110 @@
+"""Activations computed forward by someone else's kernel, with the gradient that it lacks.
+
+Kernels made for inference write into a tensor they are given, and autograd does not see them: their
+output has no gradient, and whatever comes before them is not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+Unary = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A function of one number, and its derivative."""
+
+    value: Unary
+    backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """(gradient of the output, input) -> gradient of the input."""
+
+
+def _quick(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _quick_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    exact = x.float()
+    share = torch.sigmoid(1.702 * exact)
+    return (gradient.float() * share * (1 + 1.702 * exact * (1 - share))).to(x.dtype)
+
+
+def _tanh(x: torch.Tensor) -> torch.Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def _tanh_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+    return out
+
+
+# ATen's backward kernels compute in float32 whatever the dtype, and round once.
+ACTIVATIONS = {
+    "silu": Activation(functional.silu, torch.ops.aten.silu_backward),
+    "gelu": Activation(functional.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": Activation(_tanh, _tanh_backward),
+    "gelu_quick": Activation(_quick, _quick_backward),
+}
+
+
+def activation(name: str, kind: str, kernel: Unary) -> Any:
+    """Return an operator of one tensor: forward by the kernel, backward by the derivative.
+
+    Args:
+        name: of the operator, unique in the process.
+        kind: one of ACTIVATIONS.
+        kernel: returns a new tensor of its input's shape and dtype.
+    """
+    known = ACTIVATIONS[kind]
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return kernel(x)
+
+    def setup(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return known.backward(gradient, x)
+
+    op = torch.library.custom_op(f"raytrain_adv::{name}", forward, mutates_args=())
+    op.register_fake(lambda x: x.new_empty(x.shape))
+    op.register_autograd(backward, setup_context=setup)
+    return op
+
+
+def gated(name: str, kind: str, kernel: Unary, is_fused: bool) -> Any:
+    """Return an operator of two tensors, activation(gate) * up: forward by the kernel, backward by
+    the derivative. Only gate and up are kept for backward, not activation(gate).
+
+    Args:
+        name: of the operator, unique in the process.
+        kind: one of ACTIVATIONS.
+        kernel: returns a new tensor: activation(x), or where it is fused, activation(a) * b of a
+            tensor that holds a and b side by side, [..., 2 * features].
+        is_fused: which of the two the kernel computes.
+    """
+    known = ACTIVATIONS[kind]
+
+    def forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if is_fused:
+            return kernel(torch.cat([gate, up], dim=-1))
+        return kernel(gate).mul_(up)
+
+    def setup(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        return known.backward(gradient * up, gate), gradient * known.value(gate)
+
+    op = torch.library.custom_op(f"raytrain_adv::{name}", forward, mutates_args=())
+    op.register_fake(lambda gate, up: gate.new_empty(gate.shape))
+    op.register_autograd(backward, setup_context=setup)
+    return op

@@ -1,0 +1,255 @@
+"""Kernels of the Hub, or of one's own, in the place of modules' forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from raytrain_adv.config.problems import Problem
+from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.kernels import fetch, lock, source
+from raytrain_adv.kernels.fetch import Build, Place
+from raytrain_adv.kernels.hub import NoBuild
+from raytrain_adv.kernels.source import KernelEntry, Text, Wanted
+from raytrain_adv.kernels.variants import Target, is_build, numbers
+from raytrain_adv.kernels.variants import choose as choose_build
+from raytrain_adv.transforms.naming import class_name
+from raytrain_adv.transforms.transform import Change, Plan, Transform
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from raytrain_adv.config.job import JobConfig
+    from raytrain_adv.hardware import HardwareFacts
+    from raytrain_adv.kernels.choice import Choice
+
+DEFAULT = Wanted(
+    "kernels-community/liger-kernels",
+    is_local=False,
+    version=3,
+    layers={"RMSNorm": "LigerRMSNorm"},
+)
+"""What use_kernels: true means alone.
+
+Source: transformers 5.23's own mapping of kernels, in which it is the one layer of a dense model
+that is meant for training.
+"""
+OLDEST = (0, 16)
+"""Version of the kernels package that has the modes used here."""
+
+
+class HubKernels(Transform):
+    """Compute modules by kernels: forward passes are swapped, modules and weights stay."""
+
+    name: ClassVar[str] = "kernels"
+    stage: ClassVar[str] = "kernel"
+    # Whatever these put inside an MLP is still called: a trial on the worker sees to it.
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "quantized_base", "fp8", "qat"})
+
+    use_kernels: bool = False
+    """Compute modules by kernels; without kernel_name by those that are known to train this model
+    right."""
+    kernel_name: (
+        Text | KernelEntry | Annotated[list[Text | KernelEntry], Field(min_length=1)] | None
+    ) = None
+    """Kernels on the Hub or in folders: a name as kernels-community/activation@v1, a path, an entry
+    {repo, revision or version, layers} or {path, layers}, or a list of these."""
+    kernels_lock: Text | None = None
+    """Lock file made by `raytrain-adv kernels lock`: kernels that are not in it, or differ from it,
+    are refused."""
+    kernels_trust: list[Text] = []  # noqa: RUF012  # pydantic copies it
+    """Publishers on the Hub whose code may run on the workers, beside those the Hub marks as
+    trusted."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether kernels are asked for."""
+        return self.use_kernels
+
+    @property
+    def wanted(self) -> tuple[Wanted, ...]:
+        """The kernels that kernel_name asks for."""
+        return source.read(self.kernel_name)
+
+    def contradictions(self) -> Iterable[Problem]:
+        """Refuse entries that name no kernel."""
+        yield from source.problems(self.kernel_name)
+        if self.kernels_lock is not None:
+            yield from source.path_problems(self.kernels_lock, "kernels_lock")
+
+    def check(self, facts: HardwareFacts) -> None:
+        """Refuse machines without the kernels package.
+
+        Raises:
+            ClusterError: with what was found on the node, and what to do.
+        """
+        version = facts.versions.get("kernels")
+        if version is None or numbers(version) < OLDEST:
+            raise ClusterError(
+                f"use_kernels needs the package kernels, {OLDEST[0]}.{OLDEST[1]} or newer",
+                f"node {facts.node_ip}, kernels {version or 'is not installed'}",
+                "pip install 'raytrain-adv[advanced]' on that node, or set use_kernels: false",
+            )
+
+    def fetch(self, job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
+        """Put the kernels' files into output_dir, pinned by kernels.lock.json there; what an
+        earlier start of this run has put there stays.
+        """
+        wanted = self._wanted_on(job, facts)
+        if wanted:
+            fetch.fetch(wanted, self._place(job, facts), own_lock(job), say)
+
+    def _place(self, job: JobConfig, facts: HardwareFacts) -> Place:
+        return Place(
+            target=Target.of(facts),
+            given=Path(self.kernels_lock).expanduser() if self.kernels_lock is not None else None,
+            own=own_lock(job),
+            trust=tuple(self.kernels_trust),
+        )
+
+    def _wanted_on(self, job: JobConfig, facts: HardwareFacts) -> tuple[Wanted, ...]:
+        if self.wanted:
+            return self.wanted
+        return () if no_default(job, facts) else (DEFAULT,)
+
+    def plan_for(self, job: JobConfig, model: nn.Module, facts: HardwareFacts) -> Plan:
+        """Choose a kernel's layer for each module that one is asked for.
+
+        Raises:
+            JobError: when a kernel that is asked for is not there or replaces nothing, or two want
+                the same module.
+        """
+        from raytrain_adv.kernels.choice import choose
+        from raytrain_adv.kernels.sites import all_sites
+
+        wanted = self._wanted_on(job, facts)
+        if not wanted:
+            why = no_default(job, facts)
+            return Plan(self.name, notes=(why,), empty_because=why)
+        if not self.wanted and not all_sites(model).get("RMSNorm"):
+            why = "use_kernels: true replaces nothing here: the model has no RMSNorm it knows"
+            return Plan(self.name, notes=(why,), empty_because=why)
+        builds = [self._planned(one, job, facts) for one in wanted]
+        chosen = choose(model, builds, compiled=job.parallel.torch_compile)
+        changes = {
+            fqn: Change(class_name(model.get_submodule(fqn)), one.name, part="forward")
+            for fqn, one in chosen.layers.items()
+        }
+        notes = [*map(_origin, builds), *chosen.notes, *self._costs(job, chosen)]
+        notes += [note for build in builds for note in self._reservations(build, job, facts)]
+        if not self.wanted:
+            notes.insert(
+                0,
+                "use_kernels: true without kernel_name: LigerRMSNorm, whose gradient "
+                "is known to be right; nothing else of the Hub's own choice trains",
+            )
+        details = {"kernels": [b.locked.model_dump(exclude={"folder"}) for b in builds]}
+        return Plan(self.name, changes, chosen.skipped, tuple(notes), details=details)
+
+    def _planned(self, wanted: Wanted, job: JobConfig, facts: HardwareFacts) -> Build:
+        """Return a kernel's build; any of them where the plan is made on a machine without the GPU
+        that the job will run on. A run has been refused by `fetch` then.
+        """
+        place = self._place(job, facts)
+        try:
+            return fetch.find(wanted, place)
+        except NoBuild:
+            if job.parallel.use_cpu or facts.device_type != "cpu":
+                raise
+            return fetch.find(wanted, replace(place, target=None))
+
+    @staticmethod
+    def _reservations(build: Build, job: JobConfig, facts: HardwareFacts) -> Iterable[str]:
+        target = Target.of(facts)
+        if is_build(build.locked.variant) and choose_build([build.locked.variant], target) is None:
+            yield f"{build.name} has no build for {target}: a run here would be refused"
+        if build.wanted.is_local and build.folder.is_relative_to(own_lock(job).parent):
+            origin = fetch.local_build(build.wanted, target)
+            if origin is not None and lock.differences(build.locked, origin):
+                yield (
+                    f"{build.wanted.source} has changed since this run began, which goes on with "
+                    "its copy in output_dir"
+                )
+
+    @staticmethod
+    def _costs(job: JobConfig, chosen: Choice) -> Iterable[str]:
+        bridged = sorted({one.name for one in chosen.layers.values() if one.is_bridged})
+        if bridged:
+            yield (
+                f"{', '.join(bridged)}: the kernel computes forward only; its gradient is "
+                "raytrain_adv's"
+            )
+        if job.parallel.torch_compile:
+            yield (
+                "torch_compile fuses what it compiles with its neighbours, and cannot do that with "
+                "a kernel: the step may be slower than with use_kernels: false; compare the two"
+            )
+
+    def install(
+        self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
+    ) -> Plan:
+        """Try each kernel out on this device and dtype, and put it in its places.
+
+        Raises:
+            JobError: when a kernel's files are not those locked, or it is wrong, cuts a gradient or
+                bypasses a module.
+        """
+        from raytrain_adv import hardware
+        from raytrain_adv.kernels.choice import choose
+        from raytrain_adv.kernels.install import install
+
+        if not plan.changes:
+            return plan
+        facts = hardware.detect(device)
+        builds = [fetch.find(one, self._place(job, facts)) for one in self._wanted_on(job, facts)]
+        for build in builds:
+            lock.require_same(build.locked, build.folder, own_lock(job))
+        chosen = choose(model, builds, compiled=job.parallel.torch_compile)
+        if {fqn: one.name for fqn, one in chosen.layers.items()} != {
+            fqn: change.after for fqn, change in plan.changes.items()
+        }:
+            raise JobError(
+                "the kernels changed between the plan and the run",
+                f"{own_lock(job)}",
+                "run the job again, with nobody else writing into output_dir",
+            )
+        trials = install(model, chosen, device, dtype, compiled=job.parallel.torch_compile)
+        return replace(
+            plan,
+            notes=plan.notes + tuple(trial.sentence for trial in trials),
+            details={**plan.details, "trials": [trial.as_dict() for trial in trials]},
+        )
+
+
+def own_lock(job: JobConfig) -> Path:
+    """Return the lock file of a run."""
+    return Path(job.output.output_dir) / lock.FILE_NAME
+
+
+def no_default(job: JobConfig, facts: HardwareFacts) -> str:
+    """Return why use_kernels: true alone replaces nothing; empty where it does not."""
+    if job.parallel.torch_compile:
+        return (
+            "use_kernels: true replaces nothing under torch_compile: LigerRMSNorm, what it means "
+            "alone, is not made to be compiled, and PyTorch fuses the norm itself"
+        )
+    if facts.device_type != "cuda":
+        return (
+            "use_kernels: true replaces nothing on a CPU: LigerRMSNorm, what it means alone, is a "
+            "Triton kernel and needs a GPU"
+        )
+    return ""
+
+
+def _origin(build: Build) -> str:
+    locked = build.locked
+    pinned = f"commit {locked.commit}" if locked.commit else f"sha256 {locked.digest[:12]}"
+    return (
+        f"{build.wanted.asked}: {pinned}, build {locked.variant}, {len(locked.files)} files; "
+        f"{locked.trust}"
+    )

@@ -1,0 +1,255 @@
+"""Liger's Triton layers (RMSNorm, SwiGLU, rotary embedding) in this model's own modules alone.
+
+Liger patches whole modules of transformers even where it is given a model; what it changes there is
+put back, so that other models of the process stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from types import FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from raytrain_adv.config.problems import Problem
+from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.transforms.naming import class_name, nearest
+from raytrain_adv.transforms.transform import Change, Plan, Transform
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from raytrain_adv.config.job import JobConfig
+    from raytrain_adv.hardware import HardwareFacts
+
+PACKAGE = "liger-kernel"
+LAYERS = ("rms_norm", "layer_norm", "swiglu", "geglu")
+"""Layers that true turns on where the model has them."""
+ROPE = "rope"
+LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+ROTARY = "apply_rotary_pos_emb"
+"""The function by which attention modules of transformers rotate queries and keys."""
+
+
+class Liger(Transform):
+    """Compute norms, gated MLPs and rotary embeddings by Liger's Triton kernels."""
+
+    name: ClassVar[str] = "liger"
+    stage: ClassVar[str] = "kernel"
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "quantized_base", "fp8", "qat"})
+
+    use_liger_kernel: bool | dict[str, bool] = False
+    """Use Liger's layers: true takes its norms and gated MLPs; a mapping takes what it names, of
+    rms_norm, layer_norm, swiglu, geglu and rope. The loss has a key of its own, loss_kernel.
+    """
+
+    @property
+    def layers(self) -> dict[str, bool]:
+        """Every layer Liger has, and whether it is wanted."""
+        given = self.use_liger_kernel
+        if isinstance(given, bool):
+            return {**dict.fromkeys(LAYERS, given), ROPE: False}
+        return {name: given.get(name, False) for name in (*LAYERS, ROPE)}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any layer is asked for."""
+        return any(self.layers.values())
+
+    def contradictions(self) -> Iterable[Problem]:
+        """Refuse names that Liger does not have, and its losses, which have another owner."""
+        given = self.use_liger_kernel
+        if isinstance(given, bool):
+            return
+        key = "use_liger_kernel"
+        for name, wanted in given.items():
+            if name in LOSSES and wanted:
+                text = f"{name}: true: the loss has one owner, loss_kernel"
+                yield Problem(text, "set loss_kernel: liger, and delete it here", key)
+            elif name not in (*LAYERS, ROPE, *LOSSES):
+                near = nearest(name, (*LAYERS, ROPE))
+                fix = f"did you mean {near[0]}?" if near else f"name {', '.join((*LAYERS, ROPE))}"
+                yield Problem(f"Liger has no layer {name}", fix, key)
+        if not any(given.values()):
+            yield Problem("a mapping that turns nothing on", "set use_liger_kernel: false", key)
+
+    def check(self, facts: HardwareFacts) -> None:
+        """Refuse nodes without a GPU or without the package.
+
+        Raises:
+            ClusterError: with what was found on the node, and what to do.
+        """
+        other = "set use_liger_kernel: false"
+        if facts.versions.get(PACKAGE) is None:
+            raise ClusterError(
+                f"use_liger_kernel needs the package {PACKAGE}",
+                f"node {facts.node_ip}, {PACKAGE} is not installed",
+                f"pip install {PACKAGE} on that node, or {other}",
+            )
+        if facts.device_type != "cuda":
+            raise ClusterError(
+                "Liger's layers are written in Triton and run on GPUs only",
+                facts.describe(),
+                f"run on GPU workers, or {other}",
+            )
+
+    def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:
+        """Return what compiling means for Liger's layers.
+
+        Args:
+            job: the resolved job.
+            num_tokens: tokens of one worker's forward pass.
+        """
+        if not job.parallel.torch_compile:
+            return ()
+        return (
+            "torch_compile fuses norms and MLPs by itself, and cannot fuse what is around Liger's "
+            "kernels: with both a step can be slower than with torch_compile alone",
+        )
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Apply Liger to a copy of the model, and say which modules it changed there.
+
+        Raises:
+            JobError: for a model that Liger does not know, or that lacks a layer asked for by name.
+        """
+        self._check_model(model)
+        trial = copy.deepcopy(model)
+        changed_by = self._apply(trial)
+        if isinstance(self.use_liger_kernel, dict):
+            for name, wanted in self.layers.items():
+                if wanted and not changed_by.get(name):
+                    raise JobError(
+                        f"use_liger_kernel: {name}: true changes nothing in this model",
+                        f"Liger has no {name} for {_model_type(model)}",
+                        f"delete {name}",
+                    )
+        now = dict(trial.named_modules())
+        changes = {
+            fqn: Change(class_name(module), self.what_is(now[fqn]))
+            for fqn, module in model.named_modules()
+            if self.what_is(now[fqn]) != self.what_is(module)
+        }
+        return Plan(self.name, changes)
+
+    @staticmethod
+    def _check_model(model: nn.Module) -> None:
+        try:
+            from liger_kernel.transformers import monkey_patch
+        except ImportError as error:
+            raise JobError(
+                f"use_liger_kernel needs the package {PACKAGE}, also where the plan is made",
+                str(error),
+                f"pip install {PACKAGE} here, or set use_liger_kernel: false",
+            ) from error
+        known = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+        kind = _model_type(model)
+        if kind not in known:
+            near = nearest(kind, known)
+            raise JobError(
+                f"Liger has no kernels for this model: {kind}",
+                f"the nearest it has are {', '.join(near)}" if near else f"it has {len(known)}",
+                "set use_liger_kernel: false",
+            )
+
+    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+        """Bind Liger's forward to the planned modules."""
+        self._apply(model)
+
+    def _apply(self, model: nn.Module) -> dict[str, int]:
+        """Patch the model's instances, a kind of layer at a time; return how many each changed."""
+        counts = {}
+        for name, wanted in self.layers.items():
+            if not wanted:
+                continue
+            before = {fqn: self.what_is(m) for fqn, m in model.named_modules()}
+            with _globals_kept(model):
+                _bind_rotary(model) if name == ROPE else _bind_layers(model, name)
+            now = {fqn: self.what_is(m) for fqn, m in model.named_modules()}
+            counts[name] = sum(before[fqn] != kind for fqn, kind in now.items())
+        return counts
+
+    def what_is(self, module: nn.Module) -> str:
+        """Return a module's class, and Liger's class or function where one is bound to it."""
+        bound = getattr(module.__dict__.get("forward"), "__func__", None)
+        if bound is None:
+            return class_name(module)
+        if str(bound.__module__).startswith("liger_kernel."):
+            return f"{class_name(module)} with {bound.__module__}.{bound.__qualname__}"
+        rotary: Any = getattr(bound, "__globals__", {}).get(ROTARY)
+        if str(getattr(rotary, "__module__", "")).startswith("liger_kernel."):
+            return f"{class_name(module)} with {rotary.__module__}.{rotary.__name__}"
+        return class_name(module)
+
+    def probe(
+        self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype
+    ) -> tuple[str, ...]:
+        """Hold values and gradients of each kind of changed module against the class's own.
+
+        Raises:
+            TrainingError: where they differ, or a child module is no longer called.
+        """
+        from raytrain_adv.transforms.probe import probe_forwards
+
+        return probe_forwards(model, plan, device, dtype)
+
+
+def _model_type(model: nn.Module) -> str:
+    config: Any = model.config
+    return str(config.model_type)
+
+
+def _bind_layers(model: nn.Module, name: str) -> None:
+    from liger_kernel.transformers import monkey_patch
+
+    apply = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN[_model_type(model)]
+    flags = {
+        flag: False for flag in (*LAYERS, ROPE, *LOSSES) if flag in signature(apply).parameters
+    }
+    if name in flags:
+        apply(model=model, **{**flags, name: True})
+
+
+def _bind_rotary(model: nn.Module) -> None:
+    """Give each attention module a forward of its own, whose rotary function is Liger's.
+
+    Liger itself replaces the function for the whole process.
+    """
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    for module in model.modules():
+        forward = type(module).forward
+        if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
+            continue
+        names = {**forward.__globals__, ROTARY: liger_rotary_pos_emb}
+        # torch.compile looks globals up in the module of this name, where Liger's is not.
+        names.pop("__name__", None)
+        own = FunctionType(
+            forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+        )
+        own.__kwdefaults__ = forward.__kwdefaults__
+        module.forward = MethodType(own, module)
+
+
+@contextmanager
+def _globals_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what Liger changes in the modules that the model's classes come from."""
+    homes = {sys.modules[type(m).__module__] for m in model.modules()}
+    names = {home: dict(vars(home)) for home in homes if isinstance(home, ModuleType)}
+    forwards: dict[type, Callable[..., Any]] = {
+        type(m): vars(type(m))["forward"] for m in model.modules() if "forward" in vars(type(m))
+    }
+    yield
+    for home, values in names.items():
+        for name in vars(home).keys() - values.keys():
+            delattr(home, name)
+        for name, value in values.items():
+            if vars(home).get(name) is not value:
+                setattr(home, name, value)
+    for kind, forward in forwards.items():
+        if vars(kind)["forward"] is not forward:
+            kind.forward = forward  # type: ignore[attr-defined] # a class of modules

@@ -1,0 +1,212 @@
+"""How the loss is computed: the one owner of a model's head and loss, whatever key asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from raytrain_adv.config.problems import Problem
+from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.transforms.naming import class_name, output_head
+from raytrain_adv.transforms.transform import Change, Plan, Transform
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from raytrain_adv.config.job import JobConfig
+    from raytrain_adv.hardware import HardwareFacts
+    from raytrain_adv.ops.linear_cross_entropy import LogitMap
+
+AUTO: Literal["torch", "chunked"] = "torch"
+"""What loss_kernel: auto means."""
+PLAIN = "torch.nn.Linear"
+PACKAGES = {"cut_cross_entropy": "cut-cross-entropy", "liger": "liger-kernel"}
+"""Kernel -> the package it comes from."""
+SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Keys of model configs by which logits are multiplied: Cohere, Falcon-H1, Muse."""
+DIVISORS = ("logits_scaling",)
+"""Keys by which logits are divided: Granite, MiniCPM."""
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""Keys that bend logits by tanh: Gemma, RecurrentGemma."""
+
+
+class LossKernel(Transform):
+    """Compute the loss inside the head, so that the logits of all tokens never exist."""
+
+    name: ClassVar[str] = "loss_kernel"
+    stage: ClassVar[str] = "loss"
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "quantized_base", "fp8", "qat"})
+
+    loss_kernel: Literal["auto", "torch", "chunked", "cut_cross_entropy", "liger"] = "auto"
+    """How head and loss are computed: torch (logits of all tokens, then the loss), chunked (a part
+    of the tokens at a time), cut_cross_entropy or liger (those packages' kernels, GPU only); auto
+    takes what measured best.
+    """
+    cut_cross_entropy: bool = False
+    """The same as loss_kernel: cut_cross_entropy."""
+
+    @property
+    def kernel(self) -> str:
+        """The kernel asked for, by whichever key."""
+        if self.cut_cross_entropy:
+            return "cut_cross_entropy"
+        return AUTO if self.loss_kernel == "auto" else self.loss_kernel
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the loss is computed in the head."""
+        return self.kernel != "torch"
+
+    def asked_for(self, key: str) -> bool:
+        """Whether a key has another value than its default; torch turns nothing on."""
+        is_plain = key == "loss_kernel" and self.loss_kernel == "torch"
+        return super().asked_for(key) and not is_plain
+
+    def contradictions(self) -> Iterable[Problem]:
+        """Refuse two kernels for one loss."""
+        if self.cut_cross_entropy and self.loss_kernel not in ("auto", "cut_cross_entropy"):
+            yield Problem(
+                f"the loss has one owner, and {self.loss_kernel} and cut_cross_entropy both claim "
+                "it",
+                "keep one of them",
+                "cut_cross_entropy and loss_kernel",
+            )
+
+    def check(self, facts: HardwareFacts) -> None:
+        """Refuse kernels that the node cannot run.
+
+        Raises:
+            ClusterError: without the package, or without a GPU.
+        """
+        package = PACKAGES.get(self.kernel)
+        if package is None:
+            return
+        other = "set loss_kernel: chunked, which runs everywhere"
+        if facts.versions.get(package) is None:
+            raise ClusterError(
+                f"The loss kernel {self.kernel} needs the package {package}",
+                f"node {facts.node_ip}, {package} is not installed",
+                f"pip install {package} on that node, or {other}",
+            )
+        if facts.device_type != "cuda":
+            raise ClusterError(
+                f"The loss kernel {self.kernel} is written in Triton and runs on GPUs only",
+                facts.describe(),
+                f"run on GPU workers, or {other}",
+            )
+
+    def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:
+        """Return how many chunks there are, and what differs from torch's loss.
+
+        Args:
+            job: the resolved job.
+            num_tokens: tokens of one worker's forward pass.
+        """
+        if self.kernel == "liger":
+            return ("its weight gradient is added up in float32: a second one while it runs",)
+        return ()
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Say how the head will compute the loss.
+
+        Raises:
+            JobError: when the model has no head, or the kernel would pass by what is on it.
+        """
+        head = output_head(model)
+        fqn = next((fqn for fqn, m in model.named_modules() if m is head), None)
+        if head is None or fqn is None:
+            raise JobError(
+                f"loss_kernel: {self.kernel} needs a language-model head",
+                f"{class_name(model)} does not say which module makes its logits",
+                "set loss_kernel: torch",
+            )
+        kind = class_name(head)
+        self._check_head(fqn, head, kind)
+        return Plan(self.name, {fqn: Change(kind, self._after(head))}, {}, self._notes(model, head))
+
+    def _check_head(self, fqn: str, head: nn.Module, kind: str) -> None:
+        if self.kernel == "chunked":
+            return
+        key = "cut_cross_entropy: true" if self.cut_cross_entropy else f"loss_kernel: {self.kernel}"
+        fix = "set loss_kernel: chunked, which calls the module"
+        if not self._is_plain(head):
+            raise JobError(
+                f"{key} would pass by what is on {fqn}",
+                f"{fqn} is a {kind}, and the kernel multiplies with its weight alone",
+                f"{fix}, or keep {fqn} plain",
+            )
+        if self.kernel == "cut_cross_entropy" and getattr(head, "bias", None) is not None:
+            raise JobError(f"{key} has no bias", f"{fqn} has one", fix)
+
+    @staticmethod
+    def _is_plain(head: nn.Module) -> bool:
+        return class_name(head) == PLAIN and "forward" not in head.__dict__
+
+    def _after(self, head: nn.Module) -> str:
+        how = "" if self._is_plain(head) else ", called chunk by chunk"
+        return f"{class_name(head)} with the loss of {self.kernel}{how}"
+
+    def _notes(self, model: nn.Module, head: nn.Module) -> tuple[str, ...]:
+        logit_map = read_logit_map(model)
+        notes = []
+        if logit_map.scale != 1.0:
+            notes.append(f"logits are multiplied by {logit_map.scale:g}, as the model does")
+        if logit_map.softcap is not None:
+            notes.append(f"logits are capped at {logit_map.softcap:g}, as the model does")
+        return tuple(notes)
+
+    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+        """Have the planned head compute the loss where it is given labels."""
+        from raytrain_adv.ops.loss_head import HeadLoss, install
+
+        for fqn in plan.changes:
+            head = model.get_submodule(fqn)
+            install(
+                model,
+                head,
+                HeadLoss(
+                    self.kernel,  # type: ignore[arg-type] # torch is not enabled
+                    read_logit_map(model),
+                    self._is_plain(head),
+                    text_config(model).vocab_size,
+                ),
+            )
+
+    def what_is(self, module: nn.Module) -> str:
+        """Return a module's class, and the loss that it computes."""
+        from raytrain_adv.ops.loss_head import loss_of
+
+        loss = loss_of(module)
+        if loss is None:
+            return class_name(module)
+        how = "" if loss.reads_weight else ", called chunk by chunk"
+        return f"{class_name(module)} with the loss of {loss.kernel}{how}"
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the config of the language model; the types of transformers leave it open."""
+    config: Any = model.config
+    return config.get_text_config()
+
+
+def read_logit_map(model: nn.Module) -> LogitMap:
+    """Return what the model does to its head's output, by the names that configs have for it.
+
+    A model that does more is found out by the check before training, which compares losses.
+    """
+    from raytrain_adv.ops.linear_cross_entropy import LogitMap
+
+    config = text_config(model)
+    scale, softcap = 1.0, None
+    for key in SCALES:
+        scale *= _number(config, key) or 1.0
+    for key in DIVISORS:
+        scale /= _number(config, key) or 1.0
+    for key in SOFTCAPS:
+        softcap = _number(config, key) or softcap
+    return LogitMap(scale, softcap)
+
+
+def _number(config: Any, key: str) -> float | None:
+    value = getattr(config, key, None)
+    return float(value) if isinstance(value, int | float) else None

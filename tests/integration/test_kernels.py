@@ -1,0 +1,81 @@
+"""Swapped forward passes on two ranks under FSDP2, eager and compiled: they stay, and change no
+loss that rounding does not.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.kernel_folders import ACTIVATION, LAYERS, write_kernel
+from tests.workers import losses, run_apart, run_workers
+
+FP8 = {"fp8": True, "fp8_allow_cpu": True, "fp8_min_features": 16, "bf16": True}
+# Leaves a byte beside its build for each call, also from compiled code, to which it is opaque.
+COUNTED = ACTIVATION.replace(
+    "def written_into(out, value):\n",
+    "from pathlib import Path\n\n\n"
+    "def written_into(out, value):\n"
+    "    with open(Path(__file__).parents[1] / 'calls', 'ab', buffering=0) as file:\n"
+    "        file.write(b'x')\n",
+)
+
+
+def test_two_ranks_learn_by_kernels_eager_compiled_in_fp8_and_with_adapters(job_file, tmp_path):
+    norm = {"path": str(write_kernel(tmp_path / "norm", LAYERS)), "layers": {"RMSNorm": "RMSNorm"}}
+    activation = str(write_kernel(tmp_path / "act", COUNTED, name="activation"))
+    kernels = {"use_kernels": True, "kernel_name": [norm, activation]}
+    config = tmp_path / "model-source" / "config.json"
+    changed = {"num_hidden_layers": 1, "attention_dropout": 0.0}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+
+    def job(name, **keys):
+        same = {"max_steps": 3, "packing": True, "cutoff_len": 64}  # one shape: compiled once
+        return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **same, **keys)
+
+    (figures, *_) = run_workers(
+        2,
+        job("plain"),
+        job("kernels", **kernels),
+        job("recomputed", **kernels, disable_gradient_checkpointing=False),
+        job("compiled", **kernels, torch_compile=True),
+        job("fp8", **FP8),
+        job("fp8-kernels", **FP8, **kernels),
+    )
+    adapters = {
+        "model_name_or_path": figures["model_dir"],
+        "train_from_scratch": False,
+        "finetuning_type": "lora",
+        "lora_rank": 4,
+    }
+    run_workers(2, job("lora", **adapters), job("lora-kernels", **adapters, **kernels))
+
+    def of(name):
+        return list(losses(tmp_path / name).values())
+
+    def calls(name):
+        (file,) = (tmp_path / name).glob("kernels/act-*/calls")
+        return file.stat().st_size
+
+    for name in ("kernels", "recomputed", "compiled"):
+        assert of(name) == pytest.approx(of("plain"), rel=1e-5), name
+    assert of("recomputed") == of("kernels")
+    # On each rank once on trial, and once a step; twice where activations are recomputed.
+    assert [calls(n) for n in ("kernels", "recomputed", "compiled")] == [8, 14, 8]
+    assert of("fp8-kernels") == pytest.approx(of("fp8"), rel=5e-3)
+    assert abs(of("fp8-kernels")[0] - of("kernels")[0]) / of("kernels")[0] > 1e-5  # FP8 is on
+    assert of("lora-kernels") == pytest.approx(of("lora"), rel=1e-3)
+    lock = json.loads((tmp_path / "kernels" / "kernels.lock.json").read_text())
+    folders = [tmp_path / "kernels" / kernel["folder"] for kernel in lock["kernels"]]
+    assert len(folders) == 2 and all((folder / "layers.py").is_file() for folder in folders)
+
+
+def test_a_wrong_kernel_ends_the_run_on_the_worker_before_a_step(job_file, tmp_path):
+    folder: Path = write_kernel(tmp_path / "mine")
+    named = {"path": str(folder), "layers": {"RMSNorm": "WrongGradient"}}
+    code, output = run_apart(job_file(use_kernels=True, kernel_name=named))
+    assert code != 0
+    assert "does not compute what LlamaRMSNorm does" in output
+    assert not losses(tmp_path / "out")

@@ -1,0 +1,195 @@
+"""Liger's layers are bound to this model alone, and verified one by one; tests/gpu runs them."""
+
+import types
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from raytrain_adv.config import load
+from raytrain_adv.errors import ClusterError, JobError, TrainingError
+from raytrain_adv.hardware import HardwareFacts
+from raytrain_adv.transforms import Change, Plan
+from raytrain_adv.transforms.apply import plan_all, prepare_all
+from raytrain_adv.transforms.liger import Liger
+from raytrain_adv.transforms.probe import probe_forwards
+from tests.tiny_models import KINDS, SIZES, job_for
+
+pytest.importorskip("liger_kernel", reason="liger-kernel is an extra, for Linux alone")
+NODE = HardwareFacts("cpu", "CPU", None, 2**34, 0, None, None, "a", "10.0.0.1", 2**34, 2, {})
+
+
+def model_of(kind, tmp_path, **keys):
+    config = AutoConfig.for_model(kind, **{**SIZES, **KINDS.get(kind, {})})
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return job_for(tmp_path, tmp_path / "job", train_from_scratch=True, **keys), model
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("llama", {"LigerRMSNorm.forward": 5, "LigerSwiGLUMLP.forward": 2}),
+        ("qwen3", {"LigerRMSNorm.forward": 9, "LigerSwiGLUMLP.forward": 2}),
+        ("gemma2", {"LigerRMSNorm.forward": 9, "LigerGEGLUMLP.forward": 2}),
+    ],
+)
+def test_true_takes_the_norms_and_mlps_that_liger_has_for_the_model(kind, expected, tmp_path):
+    job, model = model_of(kind, tmp_path, use_liger_kernel=True)
+    plan = prepare_all(job, model)["liger"]
+    ends = (change.after.rpartition(" with ")[2].split(".") for change in plan.changes.values())
+    assert Counter(".".join(parts[-2:]) for parts in ends) == expected
+    for fqn in plan.changes:
+        assert model.get_submodule(fqn).forward.__func__.__module__.startswith("liger_kernel.")
+
+
+def test_other_models_of_the_process_stay_as_they_are(tmp_path):
+    from transformers.models.llama import modeling_llama
+
+    names = ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb")
+    before = [getattr(modeling_llama, name) for name in names]
+    forward = modeling_llama.LlamaForCausalLM.forward
+    every = {"rms_norm": True, "swiglu": True, "rope": True}
+    job, model = model_of("llama", tmp_path, use_liger_kernel=every)
+    prepare_all(job, model)
+    assert [getattr(modeling_llama, name) for name in names] == before
+    assert modeling_llama.LlamaForCausalLM.forward is forward and "forward" not in vars(model)
+    _, other = model_of("llama", tmp_path)
+    assert not any("forward" in vars(m) for m in other.modules())
+
+
+def test_the_plan_changes_nothing_and_a_mapping_takes_what_it_names(tmp_path):
+    layers = {"rms_norm": False, "swiglu": True, "rope": False}
+    job, model = model_of("llama", tmp_path, use_liger_kernel=layers)
+    changes = plan_all(job, model)["liger"].changes
+    assert list(changes) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_rope_is_each_attentions_own_and_computes_by_ligers_function(tmp_path, monkeypatch):
+    from liger_kernel.transformers import rope
+    from transformers.models.llama import modeling_llama
+
+    calls = []
+
+    def counted(q, k, cos, sin, *rest):
+        calls.append(q.shape)
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+
+    counted.__module__ = "liger_kernel.transformers.rope"
+    monkeypatch.setattr(rope, "liger_rotary_pos_emb", counted)
+    job, _ = model_of("llama", tmp_path, use_liger_kernel={"rope": True})
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).eval()
+    ids = torch.arange(20)[None]
+    expected = model(input_ids=ids).logits
+    assert set(prepare_all(job, model)["liger"].changes) == {
+        "model.layers.0.self_attn",
+        "model.layers.1.self_attn",
+    }
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=0)
+    assert len(calls) == 2
+    layer = torch.compile(model.model, backend="eager")
+    layer(input_ids=ids)
+    assert len(calls) >= 4
+
+
+def test_a_model_that_liger_does_not_know_is_an_error(tmp_path):
+    job, model = model_of("cohere", tmp_path, use_liger_kernel=True)
+    with pytest.raises(JobError, match="no kernels for this model: cohere"):
+        plan_all(job, model)
+
+
+def test_a_layer_asked_for_that_the_model_lacks_is_an_error(tmp_path):
+    job, model = model_of("gemma2", tmp_path, use_liger_kernel={"rms_norm": True, "swiglu": True})
+    with pytest.raises(JobError, match="swiglu: true changes nothing in this model"):
+        plan_all(job, model)
+
+
+def test_names_that_liger_lacks_and_its_losses_are_refused_by_name(job_file):
+    with pytest.raises(JobError, match="did you mean rms_norm") as error:
+        load(job_file(use_liger_kernel={"rmsnorm": True, "fused_linear_cross_entropy": True}))
+    assert "loss_kernel: liger" in str(error.value)
+    with pytest.raises(JobError, match="turns nothing on"):
+        load(job_file(use_liger_kernel={"rope": False}))
+
+
+def test_llamafactorys_key_is_the_same(job_file):
+    job = load(job_file(enable_liger_kernel=True))
+    assert job.transform(Liger).enabled
+
+
+def test_a_node_without_a_gpu_or_without_the_package_is_refused():
+    liger = Liger(use_liger_kernel=True)
+    with pytest.raises(ClusterError, match="needs the package liger-kernel"):
+        liger.check(NODE)
+    there = {**NODE.as_dict(), "versions": {"liger-kernel": "0.8.5"}}
+    with pytest.raises(ClusterError, match="run on GPUs only"):
+        liger.check(HardwareFacts(**there))
+    liger.check(HardwareFacts(**{**there, "device_type": "cuda"}))
+
+
+def test_compiling_as_well_is_advised_against(job_file):
+    job = load(job_file(use_liger_kernel=True, torch_compile=True))
+    (sentence,) = job.transform(Liger).advice(job, 8192)
+    assert "can be slower than with torch_compile alone" in sentence
+    assert job.transform(Liger).advice(load(job_file()), 8192) == ()
+
+
+class Mlp(nn.Module):
+    """A module whose forward is replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(16, 24), nn.Linear(16, 24)
+        self.down_proj = nn.Linear(24, 16)
+
+    def forward(self, x):
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def right(self, x):
+    up = self.up_proj(x)
+    return self.down_proj(up * nn.functional.silu(self.gate_proj(x)))
+
+
+def wrong(self, x):
+    return self.down_proj(nn.functional.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def reads_weights(self, x):
+    up = nn.functional.linear(x, self.up_proj.weight, self.up_proj.bias)
+    return self.down_proj(nn.functional.silu(self.gate_proj(x)) * up)
+
+
+def cuts(self, x):
+    gate = nn.functional.silu(self.gate_proj(x)).detach()
+    return self.down_proj(gate * self.up_proj(x))
+
+
+def probed(forward):
+    model = nn.Sequential(Mlp())
+    model[0].forward = types.MethodType(forward, model[0])
+    plan = Plan("liger", {"0": Change("Mlp", f"Mlp with {forward.__name__}")})
+    return probe_forwards(model, plan, torch.device("cpu"), torch.float32)
+
+
+def test_the_probe_passes_what_computes_the_same():
+    (sentence,) = probed(right)
+    assert sentence.startswith("0 probed on cpu in float32: values 0.00%")
+
+
+@pytest.mark.parametrize(
+    ("forward", "found"),
+    [
+        (wrong, "the output"),
+        (reads_weights, "0.up_proj is not called"),
+        (cuts, "no gradient of gate_proj.weight"),
+    ],
+)
+def test_the_probe_stops_what_does_not(forward, found):
+    with pytest.raises(TrainingError, match=f"{forward.__name__} does not do what 0 does") as error:
+        probed(forward)
+    assert found in error.value.found

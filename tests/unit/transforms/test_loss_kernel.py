@@ -1,0 +1,225 @@
+"""The loss in the head is the model's own; what would pass by an adapter or a cap is refused."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from raytrain_adv.config import load
+from raytrain_adv.errors import ClusterError, JobError, TrainingError
+from raytrain_adv.hardware import HardwareFacts
+from raytrain_adv.ops import linear_cross_entropy as ops
+from raytrain_adv.ops.loss_head import loss_in_head, loss_of, takes_labels
+from raytrain_adv.transforms import loss_kernel
+from raytrain_adv.transforms.apply import enabled, plan_all, prepare_all
+from raytrain_adv.transforms.loss_kernel import LossKernel
+from raytrain_adv.worker.loss import loss_function
+from raytrain_adv.worker.loss_check import check_loss
+from raytrain_adv.worker.model import build
+from raytrain_adv.worker.run import local_run
+from tests.tiny_models import KINDS, SIZES, job_for
+
+MODELS = {
+    "llama": {},
+    "llama-tied": {},
+    "gemma2": {"final_logit_softcapping": 5.0},
+    "cohere": {"logit_scale": 0.2},
+    "granite": {"logits_scaling": 4.0},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+    "gpt2": {},
+    "mixtral": {},
+}
+"""gptj's head has a bias."""
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(ops, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(ops, "CHUNK_MULTIPLE", 16)
+
+
+def model_of(kind, tmp_path, dtype=torch.float32, **keys):
+    """Return a job and a tiny real model with the job's transforms on it."""
+    torch.manual_seed(0)
+    changed = {**SIZES, "vocab_size": 96, **KINDS.get(kind, {}), **MODELS.get(kind, {})}
+    config = AutoConfig.for_model(kind.partition("-")[0], **changed)
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    job = job_for(tmp_path, tmp_path / "job", train_from_scratch=True, **keys)
+    return job, model, prepare_all(job, model)
+
+
+def loss_and_gradients(model, loss_sum):
+    torch.manual_seed(1)
+    ids = torch.randint(0, 96, (2, 30))
+    labels = torch.randint(0, 96, (2, 30))
+    labels[:, :7] = -100
+    model.eval()
+    model.zero_grad()
+    loss = loss_sum(model, {"input_ids": ids}, labels)
+    (loss * 0.37).backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_loss_and_all_gradients_are_those_of_plain_logits(kind, tmp_path):
+    _, model, _ = model_of(kind, tmp_path)
+    _, ours, plans = model_of(kind, tmp_path, loss_kernel="chunked")
+    assert len(plans["loss_kernel"].changes) == 1
+    expected, gradients = loss_and_gradients(model, loss_function(model, False))
+    found, of_ours = loss_and_gradients(ours, loss_function(ours, False))
+    assert takes_labels(ours) and not takes_labels(model)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert of_ours.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(of_ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_without_labels_the_model_gives_logits_as_before(tmp_path):
+    _, model, _ = model_of("gemma2", tmp_path)
+    _, ours, _ = model_of("gemma2", tmp_path, loss_kernel="chunked")
+    ids = torch.arange(40)[None]
+    assert torch.equal(
+        model(input_ids=ids, use_cache=False).logits, ours(input_ids=ids, use_cache=False).logits
+    )
+
+
+def test_a_copy_of_the_model_computes_with_its_own_weights(tmp_path):
+    _, model, _ = model_of("llama", tmp_path, loss_kernel="chunked")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    inputs, labels = {"input_ids": torch.arange(40)[None]}, torch.arange(40)[None]
+    assert loss_in_head(other, inputs, labels).item() == pytest.approx(40 * 4.5643, rel=1e-4)
+    assert loss_in_head(model, inputs, labels).item() > 41 * 4.6
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_before_training_says_what_it_found(kind, dtype, tmp_path):
+    job, model, plans = model_of(kind, tmp_path, dtype, loss_kernel="chunked")
+    checked = check_loss(model, local_run(job, torch.device("cpu")), plans)
+    assert "checked on 64 tokens before training" in checked["loss_kernel"].notes[-1]
+    assert all(p.grad is None for p in model.parameters()) and model.training
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"), [("cohere", "SCALES"), ("granite", "DIVISORS"), ("gemma2", "SOFTCAPS")]
+)
+def test_what_a_model_does_to_its_logits_by_an_unknown_key_stops_the_run(
+    kind, keys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loss_kernel, keys, ())
+    job, model, plans = model_of(kind, tmp_path, loss_kernel="chunked")
+    with pytest.raises(TrainingError, match="loss of chunked is not the model's own") as error:
+        check_loss(model, local_run(job, torch.device("cpu")), plans)
+    assert "loss: " in error.value.found and "set loss_kernel: torch" in error.value.fix
+
+
+class Doubled(torch.nn.Linear):
+    """A head that does more than its weight says."""
+
+    def forward(self, input):
+        return 2.0 * super().forward(input)
+
+
+def with_other_head(model):
+    head = Doubled(*reversed(model.lm_head.weight.shape), bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    return model
+
+
+def test_a_head_that_is_no_plain_linear_is_called_and_not_passed_by(tmp_path):
+    job, _, _ = model_of("llama", tmp_path, loss_kernel="chunked")
+    _, plain, _ = model_of("llama", tmp_path, loss_kernel="torch")
+    ours, plain = with_other_head(copy.deepcopy(plain)), with_other_head(plain)
+    plans = prepare_all(job, ours)
+    assert plans["loss_kernel"].changes["lm_head"].after.endswith("called chunk by chunk")
+    expected, gradients = loss_and_gradients(plain, loss_function(plain, False))
+    found, of_ours = loss_and_gradients(ours, loss_function(ours, False))
+    assert found == pytest.approx(expected, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(of_ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("key", [{"loss_kernel": "liger"}, {"cut_cross_entropy": True}])
+def test_a_kernel_that_reads_the_weight_is_refused_on_a_head_with_adapters(key, tmp_path):
+    _, model, _ = model_of("llama", tmp_path)
+    model.save_pretrained(tmp_path)
+    lora = {"finetuning_type": "lora", "lora_target": "q_proj,lm_head"}
+    job = job_for(tmp_path, tmp_path / "job", bf16=True, **lora, **key)
+    with pytest.raises(JobError) as error:
+        plan_all(job, build(job))
+    assert next(iter(key)) in error.value.what and "lm_head" in error.value.what
+    assert "peft.tuners.lora.layer.Linear" in error.value.found
+    assert "loss_kernel: chunked" in error.value.fix
+
+
+def test_a_head_with_adapters_is_called_and_its_adapters_get_gradients(tmp_path):
+    _, model, _ = model_of("llama", tmp_path)
+    model.save_pretrained(tmp_path)
+    lora = {"finetuning_type": "lora", "lora_target": "q_proj,lm_head"}
+    of_torch, of_ours = (
+        job_for(tmp_path, tmp_path / kernel, loss_kernel=kernel, **lora)
+        for kernel in ("torch", "chunked")
+    )
+    found = []
+    for job in (of_torch, of_ours):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        prepare_all(job, model)
+        torch.manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        found.append(loss_and_gradients(model, loss_function(model, False)))
+    (expected, gradients), (loss, ours) = found
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert sum("lm_head.lora_" in name for name in ours) == 2 and len(ours) == len(gradients)
+    for name, gradient in gradients.items():
+        assert gradient.norm() > 0
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+CPU = HardwareFacts("cpu", "CPU", None, 2**34, 0, None, None, "a", "10.0.0.1", 2**34, 2, {})
+
+
+@pytest.mark.parametrize(("kernel", "package"), sorted(loss_kernel.PACKAGES.items()))
+def test_kernels_in_triton_are_refused_without_a_gpu_and_without_their_package(kernel, package):
+    transform = LossKernel(loss_kernel=kernel)
+    with pytest.raises(ClusterError, match=f"needs the package {package}"):
+        transform.check(CPU)
+    there = HardwareFacts(**{**CPU.as_dict(), "versions": {package: "1.0"}})
+    with pytest.raises(ClusterError, match="runs on GPUs only") as error:
+        transform.check(there)
+    assert "10.0.0.1" in error.value.found and "loss_kernel: chunked" in error.value.fix
+    on_gpu = {**there.as_dict(), "device_type": "cuda", "compute_capability": (9, 0)}
+    transform.check(HardwareFacts(**on_gpu))
+
+
+def test_two_owners_of_the_loss_are_refused_by_name(job_file):
+    with pytest.raises(JobError) as error:
+        load(job_file(cut_cross_entropy=True, loss_kernel="liger"))
+    assert "cut_cross_entropy and loss_kernel" in str(error.value)
+    both = load(job_file(cut_cross_entropy=True, loss_kernel="cut_cross_entropy", bf16=True))
+    assert [t.name for t in enabled(both)] == ["loss_kernel"]
+
+
+def test_cut_cross_entropy_needs_half_precision(job_file):
+    with pytest.raises(JobError, match="bf16"):
+        load(job_file(cut_cross_entropy=True))
+    load(job_file(cut_cross_entropy=True, bf16=True))
+
+
+def test_torch_is_accepted_by_name_and_owns_nothing(job_file):
+    assert enabled(load(job_file(loss_kernel="torch"))) == []
+
+
+def test_the_head_says_what_computes_its_loss(tmp_path):
+    _, model, _ = model_of("llama", tmp_path, loss_kernel="chunked")
+    assert loss_of(model.lm_head).name == "chunked"
+    assert loss_of(model.model.norm) is None
