@@ -263,9 +263,10 @@ REFUSED: dict[str, Refused] = {
         "32, qat_quantize_embedding: true, fake_quant_after_n_steps: null",
     ),
     **refuse(
-        f"kernels from the Hub: this {_LATER}",
+        f"kernels from the Hub, Liger and Cut Cross-Entropy: this {_LATER}",
         "delete it; torch_compile: true fuses what PyTorch can",
-        "use_kernels: false, kernel_name: null, kernels_lock: null, kernels_trust: null",
+        "use_kernels: false, kernel_name: null, kernels_lock: null, kernels_trust: null, "
+        "use_liger_kernel: false, cut_cross_entropy: false",
     ),
     **refuse(
         "Liger's layers are named in use_liger_kernel itself",
