@@ -67,7 +67,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
             checkpoint.load(found, model, optimizer)
     for transform in enabled(job):
         transform.after_step(model)
-    plans = check_loss(model, run, plans)
+    plans = check_loss(job, model, run, plans)
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     flash = is_flash(model)
