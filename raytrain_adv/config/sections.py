@@ -40,9 +40,13 @@ class ModelConfig(Section):
     """Run model code that comes with the checkpoint."""
     train_from_scratch: bool = False
     """Initialise random weights from the model's config instead of loading a checkpoint."""
-    flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3"] = "auto"
-    """Attention: auto and sdpa use PyTorch's, disabled the eager form, fa2 and fa3 the flash-attn
-    packages."""
+    flash_attn: (
+        Literal["auto", "disabled", "sdpa", "fa2", "fa3"]
+        | Annotated[str, Field(pattern=r"^hub:([\w.-]+/[\w.-]+(@[\w.-]+)?|[/.~].*)$")]
+    ) = "auto"
+    """Attention: sdpa is PyTorch's, disabled the eager form, fa2 and fa3 the flash-attn packages,
+    hub:owner/kernel@version a kernel from the Hub, hub:/path one from a folder; auto takes fa3 or
+    fa2 where they are installed and fit the GPU, else sdpa."""
 
 
 class DataConfig(Section):

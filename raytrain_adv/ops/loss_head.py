@@ -79,7 +79,7 @@ def takes_labels(model: nn.Module) -> bool:
 
 
 def loss_in_head(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor
+    model: nn.Module, inputs: Mapping[str, torch.Tensor | int], labels: torch.Tensor
 ) -> torch.Tensor:
     """Return the loss summed over the labels, a float32 scalar.
 

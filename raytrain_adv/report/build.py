@@ -77,9 +77,9 @@ def finished(
         **_losses(folder),
     }
     same = (
-        "world_size device versions steps total_steps epochs tokens_per_second_per_worker "
-        "step_seconds peak_memory_gib data_wait_seconds predicted_memory_gib predicted_memory "
-        "mfu_bf16 restarts resumed_from_step data batch model_dir"
+        "world_size device attention versions steps total_steps epochs step_seconds "
+        "tokens_per_second_per_worker peak_memory_gib data_wait_seconds predicted_memory_gib "
+        "predicted_memory mfu_bf16 restarts resumed_from_step data batch model_dir"
     )
     update |= {name: figures[name] for name in same.split()}
     return RunReport(**{**report.model_dump(), **update})

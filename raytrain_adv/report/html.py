@@ -262,7 +262,9 @@ def _run(report: RunReport, rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
         if row["kind"] == "event"
     ]
-    notes = "".join(f'<p class="note">{text(note)}</p>' for note in report.notes)
+    sentences = [f"Attention: {report.attention}."] if report.attention else []
+    sentences += report.notes
+    notes = "".join(f'<p class="note">{text(note)}</p>' for note in sentences)
     said = folded(numbers.plural(len(events), "event"), table((), events)) if events else ""
     side_by_side = f'<div class="two">{"".join(cards)}</div>' if cards else ""
     return side_by_side + below(card(notes + said) if notes or said else "")

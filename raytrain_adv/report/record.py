@@ -253,6 +253,8 @@ class RunReport(Record):
     """Workers (ranks) of the run, of its last start where it was restarted."""
     device: str | None = None
     """What a worker computes on, as NVIDIA H200 or CPU."""
+    attention: str | None = None
+    """What computed attention, in transformers' words: sdpa, eager, flash_attention_2, ..."""
     versions: dict[str, str] = {}
     """Version of Python and of each package that takes part, on the workers."""
     steps: int = 0

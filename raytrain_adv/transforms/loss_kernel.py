@@ -53,6 +53,11 @@ class LossKernel(Transform):
         return AUTO if self.loss_kernel == "auto" else self.loss_kernel
 
     @property
+    def is_auto(self) -> bool:
+        """Whether the kernel was chosen here and not by the job."""
+        return self.loss_kernel == "auto" and not self.cut_cross_entropy
+
+    @property
     def enabled(self) -> bool:
         """Whether the loss is computed in the head."""
         return self.kernel != "torch"

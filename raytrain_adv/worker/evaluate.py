@@ -32,10 +32,9 @@ def evaluate(
     idle: MicroBatch | None = None
     for batch in eval_batches(batches, size, run.rank, run.world_size):
         idle = idle or batches.micro_batch(0, [0])
-        current = batch or idle
-        inputs = {k: v.to(run.device) for k, v in current.inputs.items()}
-        labels = current.labels.to(run.device)
-        loss = loss_sum(model, inputs, labels)
+        current = (batch or idle).on(run.device)
+        labels = current.labels
+        loss = loss_sum(model, current.inputs, labels)
         if batch is not None:
             totals[0] += loss.double()
             totals[1] += (labels != IGNORED).sum()

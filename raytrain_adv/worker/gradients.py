@@ -5,48 +5,51 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.ops.adamw import ClippingAdamW
 from raytrain_adv.shards import global_norm, local_part
 from raytrain_adv.worker.run import Run
 
+USABLE, BROKEN, MISSING = 0, 1, 2
+NAMED = 8
+"""Parameters named in the message, of each kind."""
+
 
 def require_all_gradients(model: nn.Module, run: Run) -> None:
-    """After the first backward pass: every trainable parameter has a finite gradient on some rank,
-    none is missing.
+    """After the first backward pass: every trainable parameter has a gradient, and it is finite.
 
     Raises:
-        TrainingError: on all ranks, naming the parameters; something cut the graph or overflowed.
+        TrainingError: on all ranks, naming the parameters that lack one on any rank; something cut
+            the graph or overflowed.
     """
-    missing, broken = [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        gradient = parameter.grad
-        if gradient is None:
-            missing.append(name)
-            continue
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        if local.numel() and not bool(torch.isfinite(local).all()):
-            broken.append(name)
-    failed = run.agree(int(bool(missing or broken)), dist.ReduceOp.MAX)
-    if not failed:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    states = torch.tensor([_state(p) for _, p in trained], dtype=torch.int64)
+    if run.world_size > 1:
+        dist.all_reduce(states, op=dist.ReduceOp.MAX, group=run.cpu_group)
+    missing, broken = (
+        [name for (name, _), state in zip(trained, states.tolist(), strict=True) if state == kind]
+        for kind in (MISSING, BROKEN)
+    )
+    if not missing and not broken:
         return
-    lines = [f"no gradient: {name}" for name in missing[:8]] + [
-        f"not finite: {name}" for name in broken[:8]
-    ]
+    lines = [f"no gradient: {name}" for name in missing[:NAMED]]
+    lines += [f"not finite: {name}" for name in broken[:NAMED]]
     raise TrainingError(
         "After the first backward pass, trainable parameters have no usable gradient",
-        "\n".join(lines or ["on another rank; see its error"])
-        + f"\n({len(missing)} without and {len(broken)} with a gradient that is not finite, "
-        "rank "
-        f"{run.rank})",
-        "freeze these modules, or switch off what replaced their forward pass; for values "
-        "that are not finite "
-        "lower learning_rate or use bf16: true",
+        "\n".join(lines) + f"\n({len(missing)} without and {len(broken)} with a gradient that is "
+        f"not finite, of {len(trained)}, over all ranks)",
+        "freeze these modules, or switch off what replaced their forward pass; for values that are "
+        "not finite lower learning_rate or use bf16: true",
     )
+
+
+def _state(parameter: nn.Parameter) -> int:
+    gradient = parameter.grad
+    if gradient is None:
+        return MISSING
+    local = local_part(gradient)
+    return USABLE if not local.numel() or bool(torch.isfinite(local).all()) else BROKEN
 
 
 def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:

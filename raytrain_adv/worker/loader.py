@@ -6,13 +6,13 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.worker.arithmetic import Arithmetic
-from raytrain_adv.worker.data import SequenceSet, collate, pad_to
+from raytrain_adv.worker.data import SequenceSet, bounds, collate, pad_to
 from raytrain_adv.worker.data.order import global_batch
 
 IGNORED = -100
@@ -22,18 +22,33 @@ IGNORED = -100
 class MicroBatch:
     """What one forward and backward pass takes.
 
-    inputs holds input_ids [sequences, time] and, with neat_packing, position_ids of the same shape;
-    labels [sequences, time] are shifted already, -100 where no loss is taken.
+    inputs holds input_ids [sequences, time] and, with neat_packing, position_ids of the same shape,
+    for flash attention also the conversations' bounds and a length that none exceeds; labels
+    [sequences, time] are shifted already, -100 where no loss is taken.
     """
 
     number: int
     """Place among the step's micro-batches over all workers: seeds dropout, so that it does not
     depend on them.
     """
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, torch.Tensor | int]
     labels: torch.Tensor
     num_tokens: int
     """Tokens without padding."""
+
+    def on(self, device: torch.device) -> MicroBatch:
+        """Return it with its tensors on the device, copied without waiting for the copy."""
+        if device.type == "cpu":
+            return self
+        inputs = {
+            k: _copied(v, device) if isinstance(v, torch.Tensor) else v
+            for k, v in self.inputs.items()
+        }
+        return replace(self, inputs=inputs, labels=_copied(self.labels, device))
+
+
+def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -63,12 +78,14 @@ class Batches:
         arithmetic: Arithmetic,
         rank: int,
         pad_token_id: int,
+        flash: bool = False,
     ) -> None:
         self.data = data
         self.arithmetic = arithmetic
         self.seed = job.train.seed
         self.shuffle = not job.data.disable_shuffling
         self.neat = job.data.neat_packing
+        self.by_bounds = self.neat and flash
         self.pad_token_id = pad_token_id
         self.pad_to = pad_to(job)
         self.first = rank * arithmetic.accumulation_steps
@@ -93,23 +110,21 @@ class Batches:
             sequences, pad_token_id=self.pad_token_id, pad_to=self.pad_to, neat=self.neat
         )
         labels = tensors.pop("labels")
-        return MicroBatch(number, tensors, labels, sum(len(s.input_ids) for s in sequences))
+        inputs: dict[str, torch.Tensor | int] = {**tensors}
+        if self.by_bounds:
+            # The names by which transformers hands them to flash attention. It would find them
+            # itself in position_ids, but only for a single sequence: in a batch of several, packed
+            # conversations would see each other.
+            starts = bounds(tensors["position_ids"])
+            inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+            longest = tensors["input_ids"].shape[1]
+            inputs |= {"max_length_q": longest, "max_length_k": longest}
+        return MicroBatch(number, inputs, labels, sum(len(s.input_ids) for s in sequences))
 
 
 def to_device(batch: StepBatch, device: torch.device) -> StepBatch:
-    """Return the batch with its tensors on the device, copied without waiting for the copy."""
-    if device.type == "cpu":
-        return batch
-    moved = [
-        MicroBatch(
-            m.number,
-            {k: v.pin_memory().to(device, non_blocking=True) for k, v in m.inputs.items()},
-            m.labels.pin_memory().to(device, non_blocking=True),
-            m.num_tokens,
-        )
-        for m in batch.micro_batches
-    ]
-    return StepBatch(batch.step, moved, batch.num_label_tokens, batch.num_tokens)
+    """Return the batch with its tensors on the device."""
+    return replace(batch, micro_batches=[m.on(device) for m in batch.micro_batches])
 
 
 class Prefetcher:

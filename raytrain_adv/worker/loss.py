@@ -17,7 +17,7 @@ from raytrain_adv.ops.loss_head import loss_in_head, takes_labels
 CHUNK_TOKENS = 2048
 """Tokens whose logits are held in float32 at once where the loss is not compiled."""
 
-LossFunction = Callable[[nn.Module, Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
+LossFunction = Callable[[nn.Module, Mapping[str, torch.Tensor | int], torch.Tensor], torch.Tensor]
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ def loss_function(model: nn.Module, compile_it: bool) -> LossFunction:
     inner = torch.compile(cross_entropy_sum) if compile_it else chunked_cross_entropy_sum
 
     def loss_sum(
-        model: nn.Module, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor
+        model: nn.Module, inputs: Mapping[str, torch.Tensor | int], labels: torch.Tensor
     ) -> torch.Tensor:
         # No name holds the logits: backward frees them as soon as it is past them.
         return inner(model(**inputs, use_cache=False).logits.flatten(0, 1), labels.flatten())

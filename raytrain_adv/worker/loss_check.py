@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
+from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.ops.linear_cross_entropy import IGNORED
-from raytrain_adv.ops.loss_head import loss_in_head, loss_of, takes_labels
+from raytrain_adv.ops.loss_head import loss_in_head, loss_of, remove, takes_labels
 from raytrain_adv.shards import local_part
+from raytrain_adv.transforms.loss_kernel import LossKernel
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.loss import cross_entropy_sum
 from raytrain_adv.worker.run import Run
@@ -34,10 +36,14 @@ class _Seen:
     gradients: dict[str, torch.Tensor]
 
 
-def check_loss(model: PreTrainedModel, run: Run, plans: Mapping[str, Plan]) -> dict[str, Plan]:
+def check_loss(
+    job: JobConfig, model: PreTrainedModel, run: Run, plans: Mapping[str, Plan]
+) -> dict[str, Plan]:
     """Compare loss and gradients of the head on a few tokens; return the plans with what was found.
 
-    Every rank calls this, after the weights are there. Gradients are cleared afterwards.
+    Every rank calls this, after the weights are there. Gradients are cleared afterwards. Where
+    loss_kernel: auto chose the kernel and it is not right for this model, torch's loss is used, and
+    the plan says so.
 
     Raises:
         TrainingError: on all ranks, where they differ by more than rounding.
@@ -64,10 +70,16 @@ def check_loss(model: PreTrainedModel, run: Run, plans: Mapping[str, Plan]) -> d
         if not value <= (loss_allowed if name == "loss" else gradient_allowed)
     ]
     if run.agree(int(bool(wrong)), dist.ReduceOp.MAX):
+        found = "\n".join(wrong or ["on another rank; see its error"])
+        if job.transform(LossKernel).is_auto:
+            remove(model, head)
+            sentence = f"torch's loss in the place of {loss.kernel}, which does not fit this model"
+            run.say(f"loss_kernel: auto takes {sentence}: {found.splitlines()[0]}")
+            skipped = dict.fromkeys(plans["loss_kernel"].changes, sentence)
+            return {**plans, "loss_kernel": Plan("loss_kernel", skipped=skipped)}
         raise TrainingError(
             f"The loss of {loss.kernel} is not the model's own",
-            "\n".join(wrong or ["on another rank; see its error"])
-            + f"\n(loss {ours.loss:.5f} in the head, {plain.loss:.5f} of its logits, on "
+            f"{found}\n(loss {ours.loss:.5f} in the head, {plain.loss:.5f} of its logits, on "
             f"{NUM_TOKENS} tokens, rank {run.rank})",
             "set loss_kernel: torch; a model that changes its logits after the head, by a key that "
             "is not known here, needs it",

@@ -1,6 +1,5 @@
 """The model as an empty shape: built on the meta device from its config, without any weights."""
 
-import importlib.util
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,17 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.transforms.lora import Lora
+from raytrain_adv.worker.attention import attention, refuse_unsupported
 
-# Without the package transformers would fetch a kernel from the Hub in its place, without being
-# asked.
-FLASH_PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
-ATTENTION = {
-    "auto": None,
-    "disabled": "eager",
-    "sdpa": "sdpa",
-    "fa2": "flash_attention_2",
-    "fa3": "flash_attention_3",
-}
 CAUSAL_CLASS = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 ATTENTION_SIZES = ("num_attention_heads", "num_key_value_heads")
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", *ATTENTION_SIZES)
@@ -44,18 +34,18 @@ def build(job: JobConfig) -> PreTrainedModel:
         JobError: when the model cannot be found or read, is no causal language model, or has no
             weights to load.
     """
-    check_attention(job)
     config = read_config(job)
     if not job.model.train_from_scratch:
         check_weights(job)
     config.use_cache = False
+    implementation = attention(job, config)
     try:
         with torch.device("meta"):
             auto: Any = AutoModelForCausalLM
             model: PreTrainedModel = auto.from_config(
                 config,
                 dtype=parameter_dtype(job),
-                attn_implementation=attention(job, config),
+                attn_implementation=implementation,
                 trust_remote_code=job.model.trust_remote_code,
             )
     except Exception as error:
@@ -64,6 +54,7 @@ def build(job: JobConfig) -> PreTrainedModel:
         raise refusal_of(job, config, error) from error
     model.config.use_cache = False
     refuse_other_modalities(job, model)
+    refuse_unsupported(job, model)
     model.train()
     return model
 
@@ -329,35 +320,6 @@ def refusal_of(job: JobConfig, config: PretrainedConfig | None, error: Exception
         f"{type(error).__name__}: {first_line(error)}",
         "check its config.json; a newer architecture may need a newer transformers",
     )
-
-
-def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
-    """Return transformers' name of the attention to use; none leaves the choice to transformers.
-
-    Raises:
-        JobError: when the attention asked for would leave out what the architecture computes.
-    """
-    # PyTorch's fused attention has no cap on the scores; transformers before 5.23 uses it all the
-    # same for Gemma 2, and drops the cap. Remove when the lowest transformers allowed refuses.
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if capped and job.model.flash_attn == "sdpa":
-        raise JobError(
-            f"{job.model.model_name_or_path} does not support flash_attn: sdpa",
-            "its config caps attention scores (attn_logit_softcapping), which sdpa cannot",
-            "set flash_attn: auto",
-        )
-    return "eager" if capped and job.model.flash_attn == "auto" else ATTENTION[job.model.flash_attn]
-
-
-def check_attention(job: JobConfig) -> None:
-    """Refuse a flash attention whose package is not installed."""
-    package = FLASH_PACKAGES.get(job.model.flash_attn)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise JobError(
-            f"flash_attn: {job.model.flash_attn} needs the package {package}",
-            "it is not installed here",
-            "install it on the driver and the workers, or set flash_attn: auto",
-        )
 
 
 def check_weights(job: JobConfig) -> None:

@@ -14,6 +14,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.transforms.apply import enabled, prepare_all, with_advice
 from raytrain_adv.worker import checkpoint, data, memory, parallel, weights
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
+from raytrain_adv.worker.attention import is_flash
 from raytrain_adv.worker.finish import ExportFunction, export, sample_answers
 from raytrain_adv.worker.install import fetched, installed
 from raytrain_adv.worker.loader import Batches
@@ -70,12 +71,13 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
             checkpoint.load(found, model, optimizer)
     for transform in enabled(job):
         transform.after_step(model)
-    plans = check_loss(model, run, plans)
+    plans = check_loss(job, model, run, plans)
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    batches = Batches(job, prepared.train, arithmetic, run.rank, pad)
+    flash = is_flash(model)
+    batches = Batches(job, prepared.train, arithmetic, run.rank, pad, flash)
     held_out = (
-        Batches(job, prepared.eval, arithmetic, run.rank, pad)
+        Batches(job, prepared.eval, arithmetic, run.rank, pad, flash)
         if prepared.eval is not None
         else None
     )
@@ -91,6 +93,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         **loop.figures(),
         "world_size": run.world_size,
         "device": facts.device_name,
+        "attention": str(model.config._attn_implementation),
         "versions": {name: v for name, v in facts.versions.items() if v is not None},
         "predicted_memory_gib": predicted.total,
         "predicted_memory": predicted.as_dict(),

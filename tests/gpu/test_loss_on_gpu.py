@@ -143,7 +143,7 @@ def trained(folder: Path, **keys):
     weights.init_from_scratch(model, job, device)
     for transform in enabled(job):
         transform.initialize(model, 0)
-    return model, check_loss(model, local_run(job, device), plans), job
+    return model, check_loss(job, model, local_run(job, device), plans), job
 
 
 def losses_of(model, job, steps=4):
@@ -221,7 +221,7 @@ def test_lora_on_the_head_trains_as_with_plain_logits(tmp_path):
         for transform in enabled(job):
             transform.initialize(model, 0)
         model.to(torch.bfloat16)
-        check_loss(model, local_run(job, device), plans)
+        check_loss(job, model, local_run(job, device), plans)
         if kernel == "chunked":
             assert not loss_of(model.lm_head).reads_weight
         found[kernel] = losses_of(model, job)

@@ -12,6 +12,9 @@ from raytrain_adv.worker.data.sequences import IGNORE, Sequence
 MULTIPLE = 16
 """FP8 matrix products need the number of tokens in a forward pass to be divisible by 16."""
 
+BOUNDS = 64
+"""Bounds of packed conversations come in multiples of it."""
+
 
 @dataclass(frozen=True)
 class PadTo:
@@ -75,6 +78,27 @@ def collate(
     if neat:
         batch["position_ids"] = np.stack([_restarting(s.segments, length) for s in sequences])
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def bounds(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return where conversations begin in packed sequences laid end to end, and their end: what
+    flash attention takes in place of a mask.
+
+    Filled up with empty conversations at the end to a multiple of BOUNDS: a handful of shapes, so a
+    handful of compiled graphs.
+
+    Args:
+        position_ids: [sequences, time], from 0 in each conversation.
+
+    Returns:
+        int32 [conversations + 1], ascending.
+    """
+    flat = position_ids.flatten()
+    starts = torch.nonzero(flat == 0).flatten().to(torch.int32)
+    rows = -(-(len(starts) + 1) // BOUNDS) * BOUNDS
+    filled = torch.full((rows,), flat.numel(), dtype=torch.int32)
+    filled[: len(starts)] = starts
+    return filled
 
 
 def _restarting(

@@ -102,7 +102,7 @@ def test_a_copy_of_the_model_computes_with_its_own_weights(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_check_before_training_says_what_it_found(kind, dtype, tmp_path):
     job, model, plans = model_of(kind, tmp_path, dtype, loss_kernel="chunked")
-    checked = check_loss(model, local_run(job, torch.device("cpu")), plans)
+    checked = check_loss(job, model, local_run(job, torch.device("cpu")), plans)
     assert "checked on 64 tokens before training" in checked["loss_kernel"].notes[-1]
     assert all(p.grad is None for p in model.parameters()) and model.training
 
@@ -116,8 +116,19 @@ def test_what_a_model_does_to_its_logits_by_an_unknown_key_stops_the_run(
     monkeypatch.setattr(loss_kernel, keys, ())
     job, model, plans = model_of(kind, tmp_path, loss_kernel="chunked")
     with pytest.raises(TrainingError, match="loss of chunked is not the model's own") as error:
-        check_loss(model, local_run(job, torch.device("cpu")), plans)
+        check_loss(job, model, local_run(job, torch.device("cpu")), plans)
     assert "loss: " in error.value.found and "set loss_kernel: torch" in error.value.fix
+
+
+def test_auto_takes_torchs_loss_where_its_own_choice_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_kernel, "SCALES", ())
+    monkeypatch.setattr(loss_kernel, "AUTO", "chunked")
+    job, model, plans = model_of("cohere", tmp_path)
+    assert takes_labels(model)
+    checked = check_loss(job, model, local_run(job, torch.device("cpu")), plans)
+    assert not takes_labels(model) and "forward" not in vars(model.lm_head)
+    assert not checked["loss_kernel"].changes
+    assert "does not fit this model" in checked["loss_kernel"].skipped["lm_head"]
 
 
 class Doubled(torch.nn.Linear):

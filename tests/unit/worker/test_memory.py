@@ -40,7 +40,8 @@ def job_on(folder: Path, config: dict[str, Any], **keys: Any) -> JobConfig:
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(config))
     (model / "model.safetensors").write_bytes(b"")
-    values = {"train_from_scratch": True, "per_device_train_batch_size": 1, **keys}
+    values = {"train_from_scratch": True, "per_device_train_batch_size": 1, "loss_kernel": "torch"}
+    values |= keys
     return job_for(model, folder, **values)
 
 

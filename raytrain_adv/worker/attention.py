@@ -1,0 +1,254 @@
+"""Which attention a job's model computes with: what was asked for, or the best that is there."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from raytrain_adv.config import JobConfig
+from raytrain_adv.errors import JobError
+
+# Without the package transformers would fetch a kernel from the Hub in its place, without being
+# asked.
+FLASH_PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
+ATTENTION = {
+    "disabled": "eager",
+    "sdpa": "sdpa",
+    "fa2": "flash_attention_2",
+    "fa3": "flash_attention_3",
+}
+LOWEST_CAPABILITY = {"fa3": (9, 0), "fa2": (8, 0)}
+"""Package of flash attention -> the GPUs it is for; FlashAttention-3 is for Hopper alone."""
+HUB = "hub:"
+HUB_ATTENTION = "hub_attention"
+"""The name under which a kernel of hub:<repo> is registered with transformers, which would load
+one of its own choice for a name with flash in it.
+"""
+
+
+def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
+    """Return transformers' name of the attention to use; none leaves the choice to transformers.
+
+    Raises:
+        JobError: when what was asked for is not there, or would leave out what the architecture
+            computes.
+    """
+    asked = job.model.flash_attn
+    _check_package(asked)
+    # PyTorch's fused attention has no cap on the scores; transformers before 5.23 uses it all the
+    # same for Gemma 2, and drops the cap. Remove when the lowest transformers allowed refuses.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and asked == "sdpa":
+        raise JobError(
+            f"{job.model.model_name_or_path} does not support flash_attn: sdpa",
+            "its config caps attention scores (attn_logit_softcapping), which sdpa cannot",
+            "set flash_attn: auto",
+        )
+    if asked.startswith(HUB):
+        return _register(asked.removeprefix(HUB))
+    if asked != "auto":
+        return ATTENTION[asked]
+    best = _best_package(job, config)
+    return ATTENTION[best] if best is not None else "eager" if capped else None
+
+
+def is_flash(model: PreTrainedModel) -> bool:
+    """Whether the model's attention takes packed conversations by their bounds, without a mask."""
+    name = str(model.config._attn_implementation)
+    return name == HUB_ATTENTION or name.startswith("flash_attention_")
+
+
+def refuse_unsupported(job: JobConfig, model: PreTrainedModel) -> None:
+    """Refuse a kernel of hub:<repo> for an architecture that has no flash attention.
+
+    Raises:
+        JobError: naming the architecture.
+    """
+    if job.model.flash_attn.startswith(HUB) and not model._supports_flash_attn:
+        raise JobError(
+            f"{job.model.model_name_or_path} does not support flash_attn: {job.model.flash_attn}",
+            f"{type(model).__name__} has no flash attention",
+            "set flash_attn: auto",
+        )
+
+
+def _check_package(asked: str) -> None:
+    package = FLASH_PACKAGES.get(asked)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise JobError(
+            f"flash_attn: {asked} needs the package {package}",
+            "it is not installed here",
+            "install it on the driver and the workers, or set flash_attn: auto",
+        )
+
+
+def _best_package(job: JobConfig, config: PretrainedConfig) -> str | None:
+    """Return the flash attention that is installed and fits GPU, precision and architecture."""
+    half = job.train.bf16 or job.train.pure_bf16
+    if not half or job.parallel.use_cpu or not torch.cuda.is_available():
+        return None
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    kind: Any = auto._model_mapping.get(type(config), None)
+    if kind is None or not getattr(kind, "_supports_flash_attn", False):
+        return None
+    for name, lowest in LOWEST_CAPABILITY.items():
+        capability = torch.cuda.get_device_capability()
+        fits = capability >= lowest and (name != "fa3" or capability[0] == lowest[0])
+        if fits and importlib.util.find_spec(FLASH_PACKAGES[name]) is not None:
+            return name
+    return None
+
+
+def _register(source: str) -> str:
+    """Make a kernel known to transformers under HUB_ATTENTION; return that name.
+
+    A kernel from the Hub is loaded where there is a GPU, one from a folder everywhere: a driver
+    without a GPU makes plans too.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known: Any = ALL_ATTENTION_FUNCTIONS
+    masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
+    hub = HubAttention(source)
+    if hub.is_folder or torch.cuda.is_available():
+        hub.kernel()
+    known.register(HUB_ATTENTION, hub)
+    masks.register(HUB_ATTENTION, masks["flash_attention_2"])
+    return HUB_ATTENTION
+
+
+@dataclass
+class HubAttention:
+    """Flash attention by a kernel of the Hub or of a folder, in transformers' calling convention.
+
+    Not by transformers' own loading, which takes one minor version of `kernels` alone, knows no
+    folders, and drops the bounds of packed conversations in batches of several sequences.
+    """
+
+    source: str
+    """Repository with @version or @revision, or the folder of a kernel."""
+    _loaded: list[ModuleType] = field(default_factory=list, repr=False)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the kernel is on this machine's disk."""
+        return self.source.startswith(("/", ".", "~"))
+
+    def kernel(self) -> ModuleType:
+        """Return the kernel, loaded once.
+
+        Raises:
+            JobError: when it cannot be had, or is no flash attention.
+        """
+        if not self._loaded:
+            self._loaded.append(self._load())
+        return self._loaded[0]
+
+    def _load(self) -> ModuleType:
+        if importlib.util.find_spec("kernels") is None:
+            raise JobError(
+                f"flash_attn: {HUB}{self.source} needs the package kernels",
+                "it is not installed here",
+                "pip install kernels on the driver and the workers, or set flash_attn: auto",
+            )
+        try:
+            kernel = self._get()
+        except Exception as error:
+            # Offline, missing, not built for this torch: kernels has an error class for each.
+            first = next(iter(str(error).splitlines()), "")
+            raise JobError(
+                f"flash_attn: {HUB}{self.source} cannot be loaded",
+                f"{type(error).__name__}: {first}",
+                f"where the Hub cannot be reached give a folder that holds the kernel: {HUB}/path; "
+                "or set flash_attn: auto",
+            ) from error
+        missing = [
+            n for n in ("flash_attn_func", "flash_attn_varlen_func") if not hasattr(kernel, n)
+        ]
+        if missing:
+            raise JobError(
+                f"flash_attn: {HUB}{self.source} is no flash attention",
+                f"it has no {' and no '.join(missing)}",
+                "name a kernel as kernels-community/flash-attn2, or set flash_attn: auto",
+            )
+        return kernel
+
+    def _get(self) -> ModuleType:
+        import kernels
+
+        if self.is_folder:
+            kernel: ModuleType = kernels.get_local_kernel(Path(self.source).expanduser())
+            return kernel
+        repo, _, pinned = self.source.partition("@")
+        number = pinned.removeprefix("v") or str(_version_of(repo))
+        if number.isdigit():
+            kernel = kernels.get_kernel(repo, version=int(number))
+        else:
+            kernel = kernels.get_kernel(repo, revision=pinned)
+        return kernel
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Return attention's output [sequences, time, heads, features], causal.
+
+        Args:
+            module: the attention module that asks.
+            query: [sequences, heads, time, features], as key and value with their own heads.
+            key: see query.
+            value: see query.
+            attention_mask: none; padding lies on the right and is a conversation of its own.
+            dropout: share of the weights that is dropped.
+            scaling: factor of the scores; none means 1 / sqrt(features).
+            sliding_window: tokens that one sees, itself included; none means all before it.
+            softcap: largest magnitude of a score.
+            cu_seq_lens_q: int32, where conversations begin in the sequences laid end to end.
+            max_length_q: tokens of the longest, at least.
+            **others: what transformers passes to other attentions.
+        """
+        kernel: Any = self.kernel()
+        options: dict[str, Any] = {"softmax_scale": scaling, "causal": True}
+        if dropout:
+            options["dropout_p"] = dropout
+        if sliding_window is not None:
+            options["window_size"] = (sliding_window - 1, 0)
+        if softcap is not None:
+            options["softcap"] = softcap
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if cu_seq_lens_q is None:
+            output = kernel.flash_attn_func(q, k, v, **options)
+        else:
+            bounds = {"cu_seqlens_q": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_q}
+            lengths = {"max_seqlen_q": max_length_q, "max_seqlen_k": max_length_q}
+            flat = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
+            output = kernel.flash_attn_varlen_func(*flat, **bounds, **lengths, **options)
+        whole: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return whole.reshape(q.shape[0], q.shape[1], *whole.shape[-2:]), None
+
+
+def _version_of(repo: str) -> int:
+    """Return the version that transformers was tested with; 1 where it says none."""
+    from transformers.integrations import hub_kernels
+
+    return int(getattr(hub_kernels, "FLASH_ATTN_KERNEL_VERSIONS", {}).get(repo, 1))
