@@ -179,10 +179,10 @@ class Liger(Transform):
         if bound is None:
             return class_name(module)
         if str(bound.__module__).startswith("liger_kernel."):
-            return f"{class_name(module)} with {bound.__module__}.{bound.__qualname__}"
+            return f"{class_name(module)} with Liger's {bound.__qualname__.partition('.')[0]}"
         rotary: Any = getattr(bound, "__globals__", {}).get(ROTARY)
         if str(getattr(rotary, "__module__", "")).startswith("liger_kernel."):
-            return f"{class_name(module)} with {rotary.__module__}.{rotary.__name__}"
+            return f"{class_name(module)} with Liger's {rotary.__name__}"
         return class_name(module)
 
     def probe(
