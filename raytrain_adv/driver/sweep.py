@@ -24,7 +24,7 @@ from raytrain_adv.driver.sweep_progress import Progress
 from raytrain_adv.driver.sweep_results import Results
 from raytrain_adv.driver.sweep_room import Room
 from raytrain_adv.driver.sweep_trial import run_trial
-from raytrain_adv.errors import JobError, StorageError, TrainingError
+from raytrain_adv.errors import JobError, RaytrainAdvError, StorageError, TrainingError
 from raytrain_adv.report.sweep_record import SweepReport
 from raytrain_adv.report.sweep_table import render
 from raytrain_adv.worker import metrics_file
@@ -162,7 +162,7 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
     started_here = cluster.connect(job)
     print("Ray started on this machine" if started_here else "joined Ray")
     print(f"dashboard: {cluster.dashboard() or 'none (Ray was started without one)'}")
-    room = sweep_room.look_at([t for t in todo], started_here, read)
+    room = sweep_room.look_at(todo, started_here, read)
     print(preflight_table.render(room.found))
     total_steps = _prepare_data(todo, room)
     at_once = _at_once(sweep, room, len(todo))
@@ -173,17 +173,24 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
 
 def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
     """Tokenise, once each, the data that trials share; return the steps of the longest trial."""
-    prepared: dict[str, int] = {}
+    num_sequences: dict[str, int] = {}
     longest = 0
     for trial in trials:
         job = trial.job
         key = f"{job.data.model_dump()} {job.model.model_dump()}"
-        if key not in prepared:
-            prepared[key] = len(prepare(job, lambda sentence: print(sentence, flush=True)).train)
         workers = job.ray.ray_num_workers
         workers = room.placement.num_workers if workers == "auto" else workers
-        longest = max(longest, resolve_arithmetic(job, prepared[key], workers).total_steps)
+        try:
+            if key not in num_sequences:
+                num_sequences[key] = len(prepare(job, _say).train)
+            longest = max(longest, resolve_arithmetic(job, num_sequences[key], workers).total_steps)
+        except RaytrainAdvError as error:  # it is the trial's own: it will end in it, and say so
+            _say(f"{trial.name}: {error.what}")
     return longest
+
+
+def _say(sentence: str) -> None:
+    print(sentence, flush=True)
 
 
 def _at_once(sweep: Sweep, room: Room, num_trials: int) -> int:

@@ -89,7 +89,7 @@ td{overflow-wrap:anywhere}
 .num,.num:last-child{text-align:right;padding-right:0;font-variant-numeric:tabular-nums;
 white-space:nowrap;padding-left:12px}
 .short td:first-child{white-space:nowrap;overflow-wrap:normal}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto}a{color:var(--c1)}
 .two{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:12px}.two .card{margin:0}
 details{margin-top:10px}.card>details:first-child{margin-top:0}
 .bar+.note,.after{margin-top:12px}summary{cursor:pointer;color:var(--dim)}summary:hover{color:var(--ink)}

@@ -199,6 +199,8 @@ def _x_scale(plot: Plot, values: list[float]) -> Scale:
 def _y_scale(plot: Plot, values: list[float]) -> Scale:
     values = values + [level.value for level in plot.levels]
     low, high = min(values), max(values)
+    if any(level.value == high for level in plot.levels):
+        high += 0.08 * (high - low)  # room for the words above a line at the top
     middle = sorted(values)[len(values) // 2]
     # One spike would press everything else to the ground.
     if not plot.from_zero and low > 0 and high > 20 * middle:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from raytrain_adv import __version__
 from raytrain_adv.config.sweep import NEVER, SWITCH
@@ -13,7 +14,7 @@ from raytrain_adv.report.parts import bars, card, folded, section
 from raytrain_adv.report.plot import Level, Plot, Series, Xy, plot_html
 from raytrain_adv.report.record import write_text
 from raytrain_adv.report.sweep_record import SweepReport, TrialReport
-from raytrain_adv.report.sweep_table import BEST, HEADS, cells, figure
+from raytrain_adv.report.sweep_table import HEADS, cells, figure, written
 
 FILE_NAME = "sweep.html"
 
@@ -128,7 +129,7 @@ def _levels(report: SweepReport, key: str, others: Sequence[TrialReport]) -> tup
     """Return a horizontal line for each value of the key that is no number: its best trial's."""
     found: dict[str, list[float]] = {}
     for trial in others:
-        label = str(trial.values.get(key))
+        label = written(trial.values.get(key))
         label = "PTQ (never)" if key == SWITCH and label == NEVER else f"{key}: {label}"
         found.setdefault(label, []).append(trial.metric or 0.0)
     pick = min if report.mode == "min" else max
@@ -142,7 +143,7 @@ def _bars(report: SweepReport, key: str, measured: Sequence[TrialReport]) -> str
     best: dict[str, float] = {}
     pick = min if report.mode == "min" else max
     for trial in measured:
-        label, value = str(trial.values.get(key)), trial.metric or 0.0
+        label, value = written(trial.values.get(key)), trial.metric or 0.0
         best[label] = pick(best.get(label, value), value)
     if not best or any(value < 0 for value in best.values()):
         return ""
@@ -172,19 +173,27 @@ def _best_of_each(points: Sequence[tuple[float, float]], mode: str) -> list[Xy]:
 
 def _table(report: SweepReport) -> str:
     heads, rows = cells(report)
-    num_keys = len(report.keys)
-
-    def line(tag: str, row: Sequence[str], is_best: bool = False) -> str:
-        marked = "<b>{}</b>" if is_best else "{}"
-        return "".join(
-            f"<{tag}{' class=num' if num_keys <= i < len(row) - 1 else ''}>"
-            f"{marked.format(text(cell))}</{tag}>"
-            for i, cell in enumerate(row)
-        )
-
-    body = "".join(f"<tr>{line('td', row, row[-1] == BEST)}</tr>" for row in rows)
-    table = f'<table class="short trials"><tr>{line("th", heads)}</tr>{body}</table>'
+    lines = [_line("th", report, heads)]
+    lines += [
+        _line("td", report, row, trial) for row, trial in zip(rows, report.trials, strict=True)
+    ]
+    table = f'<table class="short">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
     return card(f'<div class="scroll">{table}</div>')
+
+
+def _line(
+    tag: str, report: SweepReport, row: Sequence[str], trial: TrialReport | None = None
+) -> str:
+    num_keys = len(report.keys)
+    found = []
+    for i, cell in enumerate(row):
+        is_best = trial is not None and trial.name == report.best
+        body = f"<b>{text(cell)}</b>" if is_best else text(cell)
+        if i == num_keys and trial is not None and trial.status not in ("waiting", "running"):
+            place = quote(f"trials/{trial.name}/report.html")
+            body = f'<a href="{place}">{body}</a>'
+        found.append(f"<{tag}{' class=num' if i > num_keys else ''}>{body}</{tag}>")
+    return "".join(found)
 
 
 def _troubles(report: SweepReport) -> str:

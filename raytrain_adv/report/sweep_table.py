@@ -34,17 +34,17 @@ def figure(metric: str, value: float | None) -> str:
 
 
 def cells(report: SweepReport) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and a row for each trial: swept keys, the metric, other figures, state."""
+    """Return the heads and a row for each trial: swept keys, state, the metric, other figures."""
     columns = [report.metric, *(name for name in ALWAYS if name != report.metric)]
-    columns = [c for c in columns if c == report.metric or _any(report.trials, c)]
-    heads = [*report.keys, *(HEADS[c] for c in columns), "steps", "time", "state"]
+    columns = [c for i, c in enumerate(columns) if i == 0 or _any(report.trials, c)]
+    heads = [*report.keys, "state", *(HEADS[c] for c in columns), "steps", "time"]
     rows = []
     for trial in report.trials:
-        figures = [figure(c, getattr(trial, c)) for c in columns]
-        values = [_short(trial.values.get(key)) for key in report.keys]
-        rows.append([*values, *figures, _steps(trial), numbers.clock(trial.seconds), _state(trial)])
-        if trial.name == report.best:
-            rows[-1][-1] = BEST
+        values = [written(trial.values.get(key)) for key in report.keys]
+        state = BEST if trial.name == report.best else trial.status
+        figures = [figure(report.metric, trial.metric)]
+        figures += [figure(c, getattr(trial, c)) for c in columns[1:]]
+        rows.append([*values, state, *figures, _steps(trial), numbers.clock(trial.seconds)])
     return heads, rows
 
 
@@ -58,25 +58,19 @@ def _steps(trial: TrialReport) -> str:
     return f"{trial.steps:,} of {trial.total_steps:,}"
 
 
-def _state(trial: TrialReport) -> str:
-    return trial.status
-
-
-def _short(value: Any) -> str:
-    text = {None: "null", True: "true", False: "false"}.get(value, "") if _plain(value) else ""
-    text = text or str(value)
+def written(value: Any) -> str:
+    """Return a swept value as YAML would have it, shortened."""
+    is_word = value is None or isinstance(value, bool)
+    text = {None: "null", True: "true", False: "false"}[value] if is_word else str(value)
     return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 3]}..."
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
 
 
 def render(report: SweepReport) -> str:
     """Return the table, what went wrong below it, and where everything is."""
     heads, rows = cells(report)
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    lines = ["  ".join(_padded(row, widths)).rstrip() for row in [heads, *rows]]
+    num_left = len(report.keys) + 1
+    lines = ["  ".join(_padded(row, widths, num_left)) for row in [heads, *rows]]
     for trial in report.trials:
         if trial.error:
             lines.append(f"\n{trial.name} {trial.status}:")
@@ -92,10 +86,9 @@ def render(report: SweepReport) -> str:
     return "\n".join(lines)
 
 
-def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Right-align all but the last cell, the trial's state."""
-    last = len(row) - 1
+def _padded(row: Sequence[str], widths: Sequence[int], num_left: int) -> list[str]:
+    """Align the first num_left cells, which are words, to the left, and numbers to the right."""
     return [
-        cell.ljust(width) if i == last else cell.rjust(width)
+        cell.ljust(width) if i < num_left else cell.rjust(width)
         for i, (cell, width) in enumerate(zip(row, widths, strict=True))
     ]
