@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import MetricName, Trial
 from raytrain_adv.errors import StorageError
 from raytrain_adv.report.record import Arguments, JsonObject, Number, Record, RunReport, write_text
@@ -125,7 +124,7 @@ def _last(points: tuple[tuple[int, float | None], ...]) -> float | None:
 
 def trial_report(trial: Trial, run: RunReport | None, metric: MetricName) -> TrialReport:
     """Return what a trial came to, from the report of its run; none means that it has not begun."""
-    own = {"name": trial.name, "values": trial.values, "output_dir": folder(trial.job)}
+    own = {"name": trial.name, "values": trial.values, "output_dir": trial.job.output.output_dir}
     if run is None:
         return TrialReport(**own, status="waiting")
     stopped = run.failure is not None and run.failure.kind == STOPPED
@@ -145,11 +144,6 @@ def trial_report(trial: Trial, run: RunReport | None, metric: MetricName) -> Tri
         seconds=passed,
         resumed_from_step=run.resumed_from_step,
     )
-
-
-def folder(job: JobConfig) -> str:
-    """Return the folder of a trial's run."""
-    return job.output.output_dir
 
 
 def best(trials: tuple[TrialReport, ...], mode: Literal["min", "max"]) -> TrialReport | None:
@@ -186,4 +180,4 @@ def read(output_dir: str | Path) -> SweepReport:
 
 def schema() -> dict[str, Any]:
     """Return the JSON schema of sweep.json."""
-    return SweepReport.model_json_schema(mode="serialization")
+    return SweepReport.model_json_schema()
