@@ -59,7 +59,7 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
     """
     folder = Path(job.output.output_dir)
     with output.held(folder):
-        _open(job, folder)
+        open_folder(job, folder)
         results = Results(job, _swept(job))
         try:
             _run_trials(job, results, read)
@@ -100,7 +100,7 @@ def _swept(job: JobConfig) -> Sweep:
     return job.sweep
 
 
-def _open(job: JobConfig, folder: Path) -> None:
+def open_folder(job: JobConfig, folder: Path) -> None:
     """Begin a folder, go on with it, or empty it.
 
     Raises:
