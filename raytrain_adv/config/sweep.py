@@ -81,6 +81,9 @@ class SweepOptions(Section):
     reduction_factor: Annotated[int, Field(ge=2, le=100)] = 3
     """asha compares trials at grace_steps, and at each multiple by this factor; about one in this
     many goes on."""
+    keep_models: Literal["all", "best"] = "all"
+    """best deletes, as trials end, the models and checkpoints of all but the best one so far; their
+    reports stay."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class Rungs:
             step *= factor
         self._reached: dict[str, int] = {}
         """Trial -> the last rung it was compared at."""
+        self._let_go: set[str] = set()
+        """Trials that were told to stop; they may make some more steps before they do."""
 
     def first_judged(self, name: str) -> int:
         """Return the step before which this trial is not judged."""
@@ -68,7 +70,7 @@ class Rungs:
             step: optimizer steps it has made.
             value: the metric; none or a value that is not finite counts as the worst.
         """
-        if name in self.exempt:
+        if name in self.exempt or name in self._let_go:
             return None
         least = max(self.first_judged(name), self._reached.get(name, 0) + 1)
         due = [rung for rung in self.values if least <= rung <= step]
@@ -85,6 +87,7 @@ class Rungs:
         cutoff = float(np.percentile(others, 100 / self.factor, method="lower"))
         if cost <= cutoff:
             return None
+        self._let_go.add(name)
         best = min(others) if self.mode == "min" else -min(others)
         return (
             f"at step {rung}: {'none' if value is None else f'{value:.4f}'}, when the best of "

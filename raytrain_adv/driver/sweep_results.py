@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,8 @@ from raytrain_adv.report.sweep_table import figure
 from raytrain_adv.worker.storage import Storage
 
 BEST_JOB = "best_job.yaml"
+MODELS = ("model", "model-quantized")
+"""Folders of trained weights in a run's output_dir."""
 
 
 class Results:
@@ -72,6 +75,8 @@ class Results:
             self._release(name)
         one = self._read(name)
         self._update(one)
+        if self._sweep.options.keep_models == "best":
+            self._delete_models()
         return one
 
     def finish(self) -> None:
@@ -87,6 +92,8 @@ class Results:
     def fail(self, error: BaseException) -> None:
         """Note what ended the sweep."""
         text = str(error) or type(error).__name__
+        if isinstance(error, KeyboardInterrupt):
+            text = "The sweep was stopped by Ctrl-C"
         self._write({"status": "failed", "finished_at": time.time(), "error": text})
 
     def described(self, value: float | None) -> str:
@@ -107,6 +114,16 @@ class Results:
             why = f"it ended without a finite value of {self._sweep.metric}"
             return one.model_copy(update={"status": "failed", "error": why})
         return one
+
+    def _delete_models(self) -> None:
+        """Delete models and checkpoints of the trials that have ended behind the best."""
+        best = self.best
+        for one in self.report.trials:
+            if one.status in ("done", "stopped") and best is not None and one.name != best.name:
+                for model in MODELS:
+                    shutil.rmtree(Path(one.output_dir) / model, ignore_errors=True)
+                Storage.at(output.storage_path(self._trials[one.name].job)).delete()
+                self._update(one.model_copy(update={"model_dir": None}))
 
     def _release(self, name: str) -> None:
         """Give back what the workers of a trial held whose driver has died."""

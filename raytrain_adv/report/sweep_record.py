@@ -31,7 +31,7 @@ class TrialReport(Record):
     output_dir: str
     """Folder of its run: report, metrics, model."""
     model_dir: str | None = None
-    """Folder of its trained model."""
+    """Folder of its trained model; null where there is none, or keep_models has deleted it."""
     steps: int = 0
     """Optimizer steps that were finished."""
     total_steps: int | None = None
@@ -138,7 +138,7 @@ def trial_report(trial: Trial, run: RunReport | None, metric: MetricName) -> Tri
         status="stopped" if stopped else run.status,
         metric=figures[metric] if run.status == "done" else None,
         error=run.error,
-        model_dir=run.model_dir,
+        model_dir=run.model_dir if run.model_dir and Path(run.model_dir).is_dir() else None,
         steps=run.steps,
         total_steps=run.total_steps,
         seconds=passed,

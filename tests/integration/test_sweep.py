@@ -27,7 +27,7 @@ def sweep_file(keys: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
     def write(section: dict[str, Any], **changed: Any) -> Path:
         path = tmp_path / "sweep.yaml"
         given = {k: v for k, v in {**keys, **LINE, **changed}.items() if k not in section}
-        path.write_text(yaml.safe_dump({**given, "sweep": section}))
+        path.write_text(yaml.safe_dump({**given, "sweep": section}, sort_keys=False))
         return path
 
     return write
@@ -42,6 +42,10 @@ def launch(job: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 def trials_of(out: Path) -> dict[str, dict[str, Any]]:
     found = json.loads((out / "sweep.json").read_text())
     return {trial["name"]: trial for trial in found["trials"]}
+
+
+def status_of(out: Path, name: str) -> str:
+    return str(trials_of(out)[name]["status"]) if (out / "sweep.json").exists() else ""
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 180) -> None:
@@ -73,11 +77,7 @@ def test_a_killed_sweep_goes_on_and_one_trial_that_fails_does_not_end_it(
     short, long = (trial.name for trial in load(job).sweep.trials[:2])
     driver = subprocess.Popen([*LAUNCH, str(job)], stdout=subprocess.DEVNULL)
     checkpoints = out / "trials" / long / "checkpoints"
-    wait_until(
-        lambda: (
-            trials_of(out)[short]["status"] == "done" if (out / "sweep.json").exists() else False
-        )
-    )
+    wait_until(lambda: status_of(out, short) == "done")
     wait_until(lambda: any(checkpoints.glob("*/step_*/manifest.json")))
     kill(driver)
     assert trials_of(out)[long]["status"] == "running"

@@ -131,6 +131,14 @@ def test_a_rung_is_met_once_also_by_a_trial_that_repeats_steps() -> None:
     assert rungs.judge("restarted", 30, 9.0) is None
 
 
+def test_a_trial_that_was_told_to_stop_is_judged_no_more() -> None:
+    rungs = Rungs("min", 10, 3, 100, {})
+    rungs.judge("good", 10, 1.0)
+    assert rungs.judge("bad", 10, 2.0) is not None
+    assert rungs.judge("bad", 30, 0.1) is None
+    assert "bad" not in rungs.values[30]
+
+
 def test_a_loss_that_is_not_finite_is_the_worst() -> None:
     rungs = Rungs("min", 10, 3, 100, {})
     assert rungs.judge("first", 10, math.nan) is None
@@ -217,6 +225,24 @@ def test_how_trials_end_is_in_the_table(swept: Callable[..., JobConfig], tmp_pat
     assert [t.metric for t in found.trials] == [3.0, None, None]
     assert found.trials[2].error == "out of memory"
     assert found.best == "learning_rate=0.001" and found.status == "done"
+
+
+def test_keep_models_best_keeps_one_model_and_every_report(
+    swept: Callable[..., JobConfig], tmp_path: Path
+) -> None:
+    job = swept({**SWEEP, "keep_models": "best"})
+    assert job.sweep is not None
+    results = results_of(job)
+    for index, loss in enumerate((3.0, 2.0, 2.5)):
+        folder = Path(job.sweep.trials[index].job.output.output_dir)
+        for made in ("model", "model-quantized", "checkpoints/run_001"):
+            (folder / made).mkdir(parents=True)
+        results.ended(leave(job, index, loss, model_dir=str(folder / "model")), None)
+    kept = [path.parent.name for path in (tmp_path / "out").glob("trials/*/model*")]
+    assert kept == ["learning_rate=0.01"] * 2
+    assert len(list((tmp_path / "out").glob("trials/*/report.json"))) == 3
+    assert [t.model_dir is None for t in results.report.trials] == [True, False, True]
+    assert results_of(job).report.trial("learning_rate=0.1").model_dir is None
 
 
 def test_a_trial_without_a_finite_value_is_no_success(swept: Callable[..., JobConfig]) -> None:
