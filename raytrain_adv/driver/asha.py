@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ray.tune.schedulers import FIFOScheduler
@@ -25,8 +25,9 @@ class Rungs:
     trial's steps from 0, so that a trial which begins to quantise late would be judged by what it
     was before; here a trial meets only rungs from its own switch plus the grace period on.
 
+    Values are losses: the lowest is the best.
+
     Args:
-        mode: whether low or high values are good.
         grace_steps: step of the first rung; each next one is `factor` times as far.
         factor: one trial in this many goes on.
         total_steps: steps of the longest trial; a rung at its end would save nothing.
@@ -36,14 +37,12 @@ class Rungs:
 
     def __init__(
         self,
-        mode: Literal["min", "max"],
         grace_steps: int,
         factor: int,
         total_steps: int,
         switches: Mapping[str, int],
         exempt: frozenset[str] = frozenset(),
     ) -> None:
-        self.mode = mode
         self.grace_steps = grace_steps
         self.factor = factor
         self.switches = switches
@@ -68,7 +67,7 @@ class Rungs:
         Args:
             name: the trial.
             step: optimizer steps it has made.
-            value: the metric; none or a value that is not finite counts as the worst.
+            value: its loss; none or a value that is not finite counts as the worst.
         """
         if name in self.exempt or name in self._let_go:
             return None
@@ -78,26 +77,20 @@ class Rungs:
             return None
         rung = max(due)
         self._reached[name] = rung
-        cost = self._cost(value)
+        loss = math.inf if value is None or not math.isfinite(value) else value
         others = list(self.values[rung].values())
-        self.values[rung][name] = cost
+        self.values[rung][name] = loss
         if not others:
             return None
-        # Costs that are infinite would make NaN between two of them.
+        # Between two losses that are infinite an interpolated one would be NaN.
         cutoff = float(np.percentile(others, 100 / self.factor, method="lower"))
-        if cost <= cutoff:
+        if loss <= cutoff:
             return None
         self._let_go.add(name)
-        best = min(others) if self.mode == "min" else -min(others)
         return (
-            f"at step {rung}: {'none' if value is None else f'{value:.4f}'}, when the best of "
-            f"{len(others)} others had {best:.4f} there"
+            f"loss {'none' if value is None else f'{value:.4f}'} at step {rung}, where the best of "
+            f"{len(others)} before it had {min(others):.4f}"
         )
-
-    def _cost(self, value: float | None) -> float:
-        if value is None or not math.isfinite(value):
-            return math.inf
-        return value if self.mode == "min" else -value
 
 
 class DelayAwareAsha(FIFOScheduler):  # type: ignore[misc] # ray is Any to mypy

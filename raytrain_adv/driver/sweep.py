@@ -248,7 +248,7 @@ def _scheduler(sweep: Sweep, total_steps: int, results: Results) -> DelayAwareAs
         tell(
             folders[name],
             "The sweep stopped this trial early: it had fallen behind the others",
-            f"{sweep.metric} {reason} (asha)",
+            f"{'training' if sweep.metric == 'train_loss' else 'held-out'} {reason} (asha)",
             "scheduler: none runs every trial to its end; grace_steps gives each more time",
         )
 
@@ -260,7 +260,6 @@ def rungs_of(sweep: Sweep, total_steps: int) -> Rungs:
     grace = sweep.options.grace_steps or math.ceil(total_steps / 10)
     switches = {t.name: _switch(t.job.flat()) for t in sweep.trials}
     return Rungs(
-        sweep.mode,
         grace,
         sweep.options.reduction_factor,
         total_steps,

@@ -97,7 +97,7 @@ def test_nodes_of_one_kind_are_counted_as_often_as_there_are() -> None:
 
 def test_a_trial_is_not_judged_before_its_own_switch() -> None:
     """However bad its value: what it had before is another model's."""
-    rungs = Rungs("min", 10, 2, 1000, {"late": 200})
+    rungs = Rungs(10, 2, 1000, {"late": 200})
     for step in range(10, 210, 10):
         assert rungs.judge("early", step, 1.0) is None
         assert rungs.judge("late", step, 99.0) is None
@@ -108,23 +108,20 @@ def test_a_trial_is_not_judged_before_its_own_switch() -> None:
 
 def test_a_trial_is_not_compared_at_a_rung_before_its_switch() -> None:
     """An evaluation after the switch is no value of a rung that lies before it."""
-    rungs = Rungs("min", 10, 4, 1000, {"late": 35})
+    rungs = Rungs(10, 4, 1000, {"late": 35})
     rungs.judge("late", 50, 1.0)
     assert all("late" not in at_rung for at_rung in rungs.values.values())
     assert rungs.judge("other", 40, 5.0) is None
 
 
 def test_the_best_go_on_and_the_rest_are_stopped() -> None:
-    rungs = Rungs("min", 10, 3, 100, {})
+    rungs = Rungs(10, 3, 100, {})
     assert [rungs.judge(f"t{n}", 10, float(n)) for n in (3, 2, 1)] == [None] * 3
     assert rungs.judge("t4", 10, 4.0) is not None
-    highest = Rungs("max", 10, 3, 100, {})
-    highest.judge("a", 10, 2.0)
-    assert highest.judge("b", 10, 1.0) is not None and highest.judge("c", 10, 3.0) is None
 
 
 def test_a_rung_is_met_once_also_by_a_trial_that_repeats_steps() -> None:
-    rungs = Rungs("min", 10, 3, 100, {})
+    rungs = Rungs(10, 3, 100, {})
     rungs.judge("good", 10, 1.0)
     rungs.judge("restarted", 30, 0.5)
     assert rungs.judge("restarted", 20, 9.0) is None
@@ -132,7 +129,7 @@ def test_a_rung_is_met_once_also_by_a_trial_that_repeats_steps() -> None:
 
 
 def test_a_trial_that_was_told_to_stop_is_judged_no_more() -> None:
-    rungs = Rungs("min", 10, 3, 100, {})
+    rungs = Rungs(10, 3, 100, {})
     rungs.judge("good", 10, 1.0)
     assert rungs.judge("bad", 10, 2.0) is not None
     assert rungs.judge("bad", 30, 0.1) is None
@@ -140,26 +137,26 @@ def test_a_trial_that_was_told_to_stop_is_judged_no_more() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_the_worst() -> None:
-    rungs = Rungs("min", 10, 3, 100, {})
+    rungs = Rungs(10, 3, 100, {})
     assert rungs.judge("first", 10, math.nan) is None
     assert rungs.judge("second", 10, 8.0) is None
     assert rungs.judge("third", 10, None) is not None
 
 
 def test_the_reference_without_quantisation_is_neither_judged_nor_compared_with() -> None:
-    rungs = Rungs("min", 10, 3, 100, {}, frozenset(["never"]))
+    rungs = Rungs(10, 3, 100, {}, frozenset(["never"]))
     rungs.judge("never", 10, 0.0)
     assert rungs.judge("a", 10, 5.0) is None
     assert rungs.judge("never", 30, 99.0) is None
 
 
 def test_no_rung_lies_at_the_end_of_the_run() -> None:
-    assert list(Rungs("min", 10, 3, 90, {}).values) == [10, 30]
+    assert list(Rungs(10, 3, 90, {}).values) == [10, 30]
 
 
 def test_the_scheduler_tells_a_trial_to_stop_and_leaves_its_process_to_end_itself() -> None:
     told: list[tuple[str, int]] = []
-    rungs = Rungs("min", 10, 3, 100, {})
+    rungs = Rungs(10, 3, 100, {})
     asha = DelayAwareAsha(rungs, lambda name, step, reason: told.append((name, step)))
 
     class Trial:
