@@ -6,9 +6,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray import tune
@@ -25,6 +24,7 @@ from raytrain_adv.driver.sweep_results import Results
 from raytrain_adv.driver.sweep_room import Room
 from raytrain_adv.driver.sweep_trial import run_trial
 from raytrain_adv.errors import JobError, RaytrainAdvError, StorageError, TrainingError
+from raytrain_adv.report import numbers
 from raytrain_adv.report.sweep_record import SweepReport
 from raytrain_adv.report.sweep_table import render
 from raytrain_adv.worker import metrics_file
@@ -153,8 +153,8 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
     sweep = _swept(job)
     todo = [t for t in sweep.trials if not results.has_ended(t.name)]
     kept = len(sweep.trials) - len(todo)
-    values = "value" if len(sweep.keys) == 1 else "values"
-    print(f"{len(sweep.trials)} trials with different {values} of {', '.join(sweep.keys)}")
+    number = numbers.plural(len(sweep.trials), "trial")
+    print(f"{number} that differ in {', '.join(sweep.keys)}, compared by {sweep.metric}")
     if kept:
         print(f"{kept} of them have ended before and are not run again")
     if not todo:
@@ -258,7 +258,7 @@ def _scheduler(sweep: Sweep, total_steps: int, results: Results) -> DelayAwareAs
 def rungs_of(sweep: Sweep, total_steps: int) -> Rungs:
     """Return the steps at which asha compares a sweep's trials."""
     grace = sweep.options.grace_steps or math.ceil(total_steps / 10)
-    switches = {t.name: _switch(t.job.flat()) for t in sweep.trials}
+    switches = {t.name: t.job.flat().get(SWITCH) for t in sweep.trials}
     return Rungs(
         grace,
         sweep.options.reduction_factor,
@@ -266,7 +266,3 @@ def rungs_of(sweep: Sweep, total_steps: int) -> Rungs:
         {name: step for name, step in switches.items() if isinstance(step, int)},
         frozenset(name for name, step in switches.items() if step == NEVER),
     )
-
-
-def _switch(keys: Mapping[str, Any]) -> Any:
-    return keys.get(SWITCH)

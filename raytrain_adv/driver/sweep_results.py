@@ -56,8 +56,11 @@ class Results:
         return sweep_record.best(self.report.trials, self.report.mode)
 
     def has_ended(self, name: str) -> bool:
-        """Whether an earlier launch has brought the trial to its end, or stopped it."""
-        return self.report.trial(name).status in ("done", "stopped")
+        """Whether an earlier launch has brought the trial to its end, or stopped it; without a
+        scheduler those that were stopped go on.
+        """
+        ended = ("done",) if self._sweep.options.scheduler == "none" else ("done", "stopped")
+        return self.report.trial(name).status in ended
 
     def begin(self, at_once: int) -> None:
         """Note that trials are run, so many at the same time."""

@@ -255,7 +255,8 @@ def test_a_trial_without_a_finite_value_is_no_success(swept: Callable[..., JobCo
 
 
 def test_only_trials_that_ended_are_not_run_again(swept: Callable[..., JobConfig]) -> None:
-    job = swept(resume_from_checkpoint=True)
+    early = {"eval_strategy": "steps", "eval_steps": 2, "resume_from_checkpoint": True}
+    job = swept({**SWEEP, "scheduler": "asha"}, **early)
     failure = Failure(kind=sweep_record.STOPPED, what="The sweep stopped it", exit_code=3)
     names = [
         leave(job, 0, 3.0),
@@ -265,6 +266,8 @@ def test_only_trials_that_ended_are_not_run_again(swept: Callable[..., JobConfig
     results = results_of(job)
     assert [results.has_ended(name) for name in names] == [True, True, False]
     assert results.report.trial(names[2]).status == "waiting"
+    to_their_end = results_of(swept(**early))
+    assert [to_their_end.has_ended(name) for name in names] == [True, False, False]
 
 
 def test_a_folder_with_a_sweep_is_refused_unless_the_job_says_what_becomes_of_it(
