@@ -36,6 +36,8 @@ FREE_TO_CHANGE = frozenset(
         "run_name",
         "plot_loss",
         "compare_with",
+        "compare",
+        "export_model",
         "num_sample_answers",
         "ray_num_workers",
         "resources_per_worker",

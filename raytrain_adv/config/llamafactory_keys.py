@@ -252,17 +252,6 @@ REFUSED: dict[str, Refused] = {
         "double_quantization: true, quantization_device_map: null",
     ),
     **refuse(
-        f"FP8 training {_LATER}",
-        "delete it; bf16: true trains in bfloat16",
-        "fp8: false, fp8_enable_fsdp_float8_all_gather: false, fp8_recipe: null, fp8_exclude: null",
-    ),
-    **refuse(
-        f"quantisation-aware training {_LATER}",
-        DELETE,
-        "enable_qat: false, qat_activation_dtype: null, qat_weight_dtype: int8, qat_group_size: "
-        "32, qat_quantize_embedding: true, fake_quant_after_n_steps: null",
-    ),
-    **refuse(
         f"kernels from the Hub, Liger and Cut Cross-Entropy: this {_LATER}",
         "delete it; torch_compile: true fuses what PyTorch can",
         "use_kernels: false, kernel_name: null, kernels_lock: null, kernels_trust: null, "

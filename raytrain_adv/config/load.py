@@ -207,7 +207,9 @@ def _wrong_value(kind: type[Section], key: str, value: Any) -> Problem:
     )
     if nearest:
         fix = f"did you mean {nearest[0]}? It takes {accepted}"
-    return Problem(f"{show(value, key)} is not accepted", fix, key)
+    reason = kind.why_not(key, value)
+    text = f"{show(value, key)} is not accepted" + (f": {reason}" if reason else "")
+    return Problem(text, fix, key)
 
 
 def _has_bound(schema: Mapping[str, Any], bound: int) -> bool:

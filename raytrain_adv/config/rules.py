@@ -20,6 +20,7 @@ def contradictions(job: JobConfig) -> Iterable[Problem]:
     yield from _devices(job)
     yield from _resuming(job)
     yield from _adapters(job)
+    yield from _exclusive(job)
     yield from _turned_off(job)
 
 
@@ -189,6 +190,16 @@ def _adapters(job: JobConfig) -> Iterable[Problem]:
             "set bf16: true in the place of pure_bf16; the frozen model is then in bfloat16",
             "pure_bf16 and finetuning_type",
         )
+
+
+def _exclusive(job: JobConfig) -> Iterable[Problem]:
+    """Find transforms that cannot be on together."""
+    on = [t for t in job.transforms if t.enabled]
+    for transform in on:
+        for key, reason in transform.excludes.items():
+            if any(key in type(other).model_fields for other in on):
+                own = next(k for k in type(transform).model_fields if _is_switch(transform, k))
+                yield Problem(reason, "turn one of the two off", f"{key} and {own}")
 
 
 def _is_given(job: JobConfig, key: str) -> bool:

@@ -1,7 +1,7 @@
 """The shape every group of job keys shares."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,6 +22,9 @@ class Section(BaseModel):
         arbitrary_types_allowed=False,
     )
 
+    excludes: ClassVar[dict[str, str]] = {}
+    """Keys that turn on what cannot be on together with these keys, and why."""
+
     @property
     def enabled(self) -> bool:
         """Whether the job uses these keys at all; a transform may be off."""
@@ -37,6 +40,11 @@ class Section(BaseModel):
     def asked_for(self, key: str) -> bool:
         """Whether the job gives this key a value other than its default."""
         return key in self.model_fields_set and getattr(self, key) != self.default(key)
+
+    @classmethod
+    def why_not(cls, key: str, value: object) -> str:
+        """Say more of a value that a key does not accept; empty where its choices say enough."""
+        return ""
 
     @classmethod
     def default(cls, key: str) -> Any:

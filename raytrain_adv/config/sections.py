@@ -258,6 +258,9 @@ class OutputConfig(Section):
     """Draw the plots in report.html."""
     compare_with: Text | None = None
     """output_dir of a finished run, whose curves and figures the report puts beside this run's."""
+    export_model: bool = True
+    """Write the trained model into output_dir; false leaves it in the checkpoints, as for a
+    benchmark."""
     num_sample_answers: Annotated[int, Field(ge=0, le=1000)] = 1
     """Prompts that the trained model answers at the end, on the console and in the report; held-out
     ones where there are any."""

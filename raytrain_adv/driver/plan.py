@@ -15,7 +15,7 @@ from raytrain_adv.driver.advice import EXAMPLES, Advice, Case, Gpu, advise
 from raytrain_adv.driver.plan_data import DataSummary, look_at, summarise
 from raytrain_adv.driver.plan_text import WIDTH, render, render_brief, view
 from raytrain_adv.hardware import HardwareFacts
-from raytrain_adv.transforms.apply import prepare_all, with_advice
+from raytrain_adv.transforms.apply import enabled, prepare_all, with_advice
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.arithmetic import Arithmetic, resolve_arithmetic
 from raytrain_adv.worker.data import PreparedData, pad_to
@@ -100,6 +100,9 @@ def resolve(
     seq_len = pad_to(job).length(summary.longest)
     num_tokens = job.train.per_device_train_batch_size * seq_len
     transforms = with_advice(job, prepare_all(job, model, facts), num_tokens)
+    arithmetic = resolve_arithmetic(job, summary.num_sequences, world_size)
+    for transform in enabled(job):
+        transform.check_length(arithmetic.total_steps)
     case = Case(job, model, world_size, seq_len)
     gpus = _gpus(facts)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -117,7 +120,7 @@ def resolve(
             flops_per_token=training_flops_per_token(model, seq_len),
         ),
         data=summary,
-        arithmetic=resolve_arithmetic(job, summary.num_sequences, world_size),
+        arithmetic=arithmetic,
         seq_len=seq_len,
         transforms=transforms,
         memory=case.prediction(),

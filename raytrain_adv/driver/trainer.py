@@ -25,6 +25,7 @@ from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.ray_worker import STARTS, ray_worker
 from raytrain_adv.driver.stopping import StopWhenTold
+from raytrain_adv.driver.twin import beside_its_twin, twins
 from raytrain_adv.errors import StorageError
 from raytrain_adv.report import record
 from raytrain_adv.report.build import against, failed, finished, planned, started
@@ -45,6 +46,11 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
     Raises:
         RaytrainAdvError: in the house form; its exit_code is the process's.
     """
+    for twin in twins(job):
+        print(f"First, to compare with, without the feature, in {twin.output.output_dir}:\n")
+        run(twin, read)
+        print()
+    job = beside_its_twin(job)
     with output.held(Path(job.output.output_dir)):
         place = output.open_output(job)
         if place.finished:

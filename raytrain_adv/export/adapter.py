@@ -10,12 +10,10 @@ from transformers import PreTrainedModel
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.export.folder import NewFolder, save_tensors
-from raytrain_adv.shards import gather, plain_name
+from raytrain_adv.shards import gather
 from raytrain_adv.transforms.lora import ADAPTER, is_adapter
+from raytrain_adv.worker.adapter import peft_name
 from raytrain_adv.worker.model import is_local, model_source
-
-PREFIX = "base_model.model."
-"""Where PEFT's own wrapper keeps the model; its files carry the name."""
 
 
 def write_adapter(model: PreTrainedModel, job: JobConfig, new: NewFolder) -> None:
@@ -29,14 +27,6 @@ def write_adapter(model: PreTrainedModel, job: JobConfig, new: NewFolder) -> Non
             if new.writes:
                 tensors[peft_name(fqn)] = whole.cpu().contiguous()
     new.run(lambda: _write(tensors, adapter_config(model, job), new.partial))
-
-
-def peft_name(fqn: str) -> str:
-    """Return an adapter parameter's name in PEFT's files."""
-    # DoRA's magnitudes keep the `.weight` that PEFT drops when it saves: PEFT reads both forms,
-    # while transformers 5.17 to 5.23 does not find the dropped one and goes on with magnitudes of
-    # its own.
-    return PREFIX + plain_name(fqn).replace(f".{ADAPTER}.", ".")
 
 
 def adapter_config(model: PreTrainedModel, job: JobConfig) -> LoraConfig:

@@ -15,12 +15,17 @@ EPS = 1e-12
 
 
 def tensorwise_scale(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the float32 scalar that maps the largest magnitude onto the dtype's largest value.
+    """Return the float32 scalar that maps the largest magnitude onto the dtype's largest value."""
+    return scale_of(tensor.abs().max(), dtype)
+
+
+def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return, in float32, what maps each of these magnitudes onto the dtype's largest value.
 
     Source: torchao.float8.float8_utils.amax_to_scale; the division is in float64 there, so that
     eager and compiled code agree.
     """
-    amax = tensor.abs().max().to(torch.float64)
+    amax = amax.to(torch.float64)
     return (torch.finfo(dtype).max / torch.clamp(amax, min=EPS)).to(torch.float32)
 
 
@@ -73,22 +78,88 @@ def _(
 
 
 @torch.library.custom_op("raytrain_adv::cast_transposed", mutates_args=(), device_types="cpu")
-def cast_transposed(tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the cast of a matrix's transpose, [columns, rows], contiguous; see cast_both."""
+def cast_transposed(
+    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, after: torch.Tensor
+) -> torch.Tensor:
+    """Return the cast of a matrix's transpose, [columns, rows], contiguous; see cast_both.
+
+    Args:
+        tensor: [rows, columns], contiguous.
+        scale: float32 scalar on the same device.
+        dtype: a float8 dtype.
+        after: a tensor that must be there before; see transposed.
+    """
     return cast(tensor, scale, dtype).t().contiguous()
 
 
 @cast_transposed.register_fake
-def _(tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _(
+    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, after: torch.Tensor
+) -> torch.Tensor:
     rows, columns = tensor.shape
     return tensor.new_empty((columns, rows), dtype=dtype)
 
 
 @cast_transposed.register_kernel("cuda")
-def _(tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _(
+    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, after: torch.Tensor
+) -> torch.Tensor:
     from raytrain_adv.ops.float8_cast_kernel import launch
 
     rows, columns = tensor.shape
     transposed = tensor.new_empty((columns, rows), dtype=dtype)
     launch(tensor, scale, None, transposed)
     return transposed
+
+
+@torch.library.custom_op("raytrain_adv::transposed", mutates_args=(), device_types="cpu")
+def transposed(matrix: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return a float8 matrix's transpose, [columns, rows], contiguous.
+
+    Args:
+        matrix: [rows, columns] in a float8 dtype, contiguous.
+        after: a tensor that must be there before. Its values are not looked at: one that exists
+            only in backward keeps this operator there. A transpose of a weight depends on nothing
+            of backward, and the partitioner of torch.compile then prefers to compute it in forward
+            and to keep it: a whole copy of the model on every GPU, whatever FSDP2 frees.
+    """
+    # As bytes: transposing float8 has been miscompiled (triton 3.7, triton#11111).
+    return matrix.view(torch.uint8).t().contiguous().view(matrix.dtype)
+
+
+@transposed.register_fake
+def _(matrix: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    rows, columns = matrix.shape
+    return matrix.new_empty((columns, rows))
+
+
+@transposed.register_kernel("cuda")
+def _(matrix: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    from raytrain_adv.ops.float8_cast_kernel import launch_transpose
+
+    rows, columns = matrix.shape
+    result = matrix.new_empty((columns, rows))
+    launch_transpose(matrix, result)
+    return result
+
+
+def cast_padded(
+    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, num_rows: int
+) -> torch.Tensor:
+    """Return the cast of a matrix, see cast, with rows of any value added up to `num_rows`.
+
+    Args:
+        tensor: [rows, columns], contiguous, with at most `num_rows` rows.
+        scale: float32 scalar on the same device.
+        dtype: a float8 dtype.
+        num_rows: rows of the result.
+    """
+    result = tensor.new_empty((num_rows, *tensor.shape[1:]), dtype=dtype)
+    own = result[: tensor.shape[0]]
+    if tensor.is_cuda:
+        from raytrain_adv.ops.float8_cast_kernel import launch_plain
+
+        launch_plain(tensor, scale, own)
+    else:
+        own.copy_(cast(tensor, scale, dtype))
+    return result

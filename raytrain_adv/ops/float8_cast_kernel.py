@@ -1,4 +1,4 @@
-"""The Triton kernel of float8_cast: one read of a tile, one write per layout."""
+"""The Triton kernels of float8_cast: one read of a tile, one write per layout."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ TILES = [
     triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps)
     for rows, columns, warps in ((64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 8))
 ]
+
+BLOCK = 4096
+"""Numbers that a program of the cast without a transpose takes."""
+
+
+@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
+def _to_bytes(value, LARGEST: tl.constexpr, IS_E5M2: tl.constexpr):  # type: ignore[no-untyped-def] # its arguments are not Python values
+    # A NaN must come out as one, as in torch: minimum and maximum would give a bound.
+    value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    # As bytes from here on: transposing float8 has been miscompiled (triton 3.7, triton#11111).
+    if IS_E5M2:
+        byte = value.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    else:
+        byte = value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    return byte
 
 
 @triton.autotune(configs=TILES, key=["rows", "columns", "WRITE_PLAIN"])  # type: ignore[untyped-decorator]
@@ -34,13 +49,7 @@ def _cast(  # type: ignore[no-untyped-def] # its arguments are not Python values
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     offsets = row[:, None].to(tl.int64) * columns + column[None, :]
     value = tl.load(source + offsets, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
-    # A NaN must come out as one, as in torch: minimum and maximum would give a bound.
-    value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    # As bytes from here on: transposing float8 has been miscompiled (triton 3.7, triton#11111).
-    if IS_E5M2:
-        byte = value.to(tl.float8e5).to(tl.uint8, bitcast=True)
-    else:
-        byte = value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    byte = _to_bytes(value, LARGEST, IS_E5M2)
     if WRITE_PLAIN:
         tl.store(plain + offsets, byte, mask=inside)
     offsets_t = column[:, None].to(tl.int64) * rows + row[None, :]
@@ -72,3 +81,54 @@ def launch(
         IS_E5M2=dtype == torch.float8_e5m2,
         WRITE_PLAIN=plain is not None,
     )
+
+
+@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
+def _cast_plain(  # type: ignore[no-untyped-def] # its arguments are not Python values
+    source, scale, target, size, LARGEST: tl.constexpr, IS_E5M2: tl.constexpr, BLOCK: tl.constexpr
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < size
+    value = tl.load(source + offsets, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
+    tl.store(target + offsets, _to_bytes(value, LARGEST, IS_E5M2), mask=inside)
+
+
+def launch_plain(source: torch.Tensor, scale: torch.Tensor, target: torch.Tensor) -> None:
+    """Write the cast of `source` into `target`, of the same shape and contiguous."""
+    size = source.numel()
+    if not size:
+        return
+    _cast_plain[(triton.cdiv(size, BLOCK),)](
+        source.contiguous(),
+        scale,
+        target.view(torch.uint8),
+        size,
+        LARGEST=torch.finfo(target.dtype).max,
+        IS_E5M2=target.dtype == torch.float8_e5m2,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+
+
+@triton.autotune(configs=TILES, key=["rows", "columns"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator] # triton ships no types
+def _transpose(  # type: ignore[no-untyped-def] # its arguments are not Python values
+    source, target, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    byte = tl.load(source + row[:, None].to(tl.int64) * columns + column[None, :], mask=inside)
+    offsets_t = column[:, None].to(tl.int64) * rows + row[None, :]
+    inside_t = (column[:, None] < columns) & (row[None, :] < rows)
+    tl.store(target + offsets_t, tl.trans(byte), mask=inside_t)
+
+
+def launch_transpose(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Write the transpose of a matrix of bytes, [rows, columns], into `target`."""
+    rows, columns = source.shape
+
+    def grid(tile: dict[str, Any]) -> tuple[int, int]:
+        return (triton.cdiv(columns, tile["COLUMNS"]), triton.cdiv(rows, tile["ROWS"]))
+
+    _transpose[grid](source.contiguous().view(torch.uint8), target.view(torch.uint8), rows, columns)

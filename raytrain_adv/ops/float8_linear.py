@@ -8,7 +8,13 @@ import torch
 from torchao.float8.float8_linear import Float8Linear as TorchaoFloat8Linear
 from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
-from raytrain_adv.ops.float8_cast import cast, cast_both, cast_transposed, tensorwise_scale
+from raytrain_adv.ops.float8_cast import (
+    cast,
+    cast_both,
+    cast_transposed,
+    tensorwise_scale,
+    transposed,
+)
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -40,7 +46,7 @@ class _Matmul(torch.autograd.Function):
         x8_t, x_scale, weight, weight_scale = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         scale = tensorwise_scale(gradient, E5M2)
-        weight8_t, weight_scale = _transposed_factor(weight, weight_scale)
+        weight8_t, weight_scale = _transposed_factor(weight, weight_scale, after=scale)
         grad_weight = None
         if ctx.trains_weight:
             gradient8, gradient8_t = cast_both(gradient, scale, E5M2)
@@ -60,14 +66,12 @@ def _factor(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _transposed_factor(
-    weight: torch.Tensor, scale: torch.Tensor
+    weight: torch.Tensor, scale: torch.Tensor, after: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a weight's transpose in float8, contiguous, and its scale."""
+    """Return a weight's transpose in float8, contiguous, and its scale; computed after `after`."""
     if isinstance(weight, Float8TrainingTensor):
-        # As bytes: transposing float8 has been miscompiled (triton 3.7, triton#11111).
-        byte = weight._data.view(torch.uint8).t().contiguous()
-        return byte.view(E4M3), weight._scale
-    return cast_transposed(weight, scale, E4M3), scale
+        return transposed(weight._data, after), weight._scale
+    return cast_transposed(weight, scale, E4M3, after), scale
 
 
 def _product(

@@ -19,6 +19,7 @@ from raytrain_adv.report.record import (
     describe_failure,
 )
 from raytrain_adv.report.record import read as read_report
+from raytrain_adv.report.variants import quantised_loss, recovered, variants
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.memory import MemoryPrediction
 from raytrain_adv.worker.metrics_file import FILE_NAME, read
@@ -164,9 +165,16 @@ def _ratio(mine: float | None, other: float | None) -> float | None:
     return mine / other if mine is not None and other else None
 
 
-def _losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def _losses(folder: Path) -> dict[str, Any]:
     rows = read(folder / FILE_NAME)
-    curves: dict[str, list[tuple[int, float]]] = {"train_loss": [], "eval_loss": []}
+    found = variants(rows)
+    curves: dict[str, Any] = {
+        "train_loss": [],
+        "eval_loss": [],
+        "variants": found,
+        "recovered": recovered(found),
+        "quantized_eval_loss": quantised_loss(found),
+    }
     for row in rows:
         if row.get("kind") in ("train", "eval"):
             curves[f"{row['kind']}_loss"].append((row["step"], row["loss"]))

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from raytrain_adv import __version__
-from raytrain_adv.report import data_section, numbers
+from raytrain_adv.report import data_section, numbers, variants
 from raytrain_adv.report.charts import charts_html
 from raytrain_adv.report.page import page, text
 from raytrain_adv.report.parts import badge, bars, below, card, folded, section, table
@@ -58,6 +58,7 @@ def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = T
             ),
             section("Sample answers", "".join(map(_sample, report.samples))),
             section("What the transforms did", _transforms(report)),
+            section("What quantisation costs", _variants(report)),
             section("Beside another run", _baseline(report)),
             section("Data", data_section.data_html(report.data)),
             section("Memory of a worker", _memory(report)),
@@ -213,6 +214,15 @@ def _memory(report: RunReport) -> str:
         why = folded("How the parts come about", table(("part", ""), list(explained.items())))
     faded = {label for label, _ in shown}
     return card(f'{bars(rows, faded)}<p class="note">{text(note)}</p>{why}')
+
+
+def _variants(report: RunReport) -> str:
+    rows = variants.table_rows(report)
+    if not rows:
+        return ""
+    said = variants.sentence(report)
+    note = f'<p class="note">{text(said)}</p>' if said else ""
+    return card(table(variants.HEADS, rows, num_columns=4) + note)
 
 
 def _baseline(report: RunReport) -> str:

@@ -199,6 +199,21 @@ class Baseline(Record):
     """This run's peak memory over its."""
 
 
+class Variant(Record):
+    """The held-out rows evaluated with a feature on or off."""
+
+    name: str
+    """bf16: not quantised; PTQ: quantised without having been trained for it; QAT: after that
+    training; those of the twin were trained without it throughout.
+    """
+    step: int
+    """Optimizer steps after which it was evaluated."""
+    loss: Number = None
+    """Mean loss per label token."""
+    perplexity: Number = None
+    """Its exponential."""
+
+
 class RunReport(Record):
     """The contract of report.json.
 
@@ -277,6 +292,15 @@ class RunReport(Record):
     """Seconds of each phase of the run, in order."""
     model_dir: str | None = None
     """Folder of the trained model; null until it is exported."""
+    variants: tuple[Variant, ...] = ()
+    """What quantisation costs and training with it buys, in held-out loss."""
+    recovered: Number = None
+    """Share of the quantisation loss that training recovered: (PTQ - QAT) / (PTQ - bf16), of the
+    twin's weights where there is one, else of those at which fake quantisation began; null without
+    QAT, or where PTQ loses nothing.
+    """
+    quantized_eval_loss: Number = None
+    """Held-out loss of the quantised model that the run has made; null without one."""
     baseline: Baseline | None = None
     """The run named by compare_with; null where none is."""
     notes: tuple[str, ...] = ()

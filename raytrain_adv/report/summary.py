@@ -3,7 +3,7 @@
 import textwrap
 from pathlib import Path
 
-from raytrain_adv.report import numbers
+from raytrain_adv.report import numbers, variants
 from raytrain_adv.report.record import Baseline, RunReport, Sample
 
 NUM_SAMPLE_LINES = 8
@@ -12,7 +12,8 @@ NUM_SAMPLE_LINES = 8
 def summary(report: RunReport) -> str:
     """Return what was reached, a sample answer, where the time went and where everything is."""
     parts = [_sample(report.samples[0])] if report.samples else []
-    parts += [_block(_figures(report)), _timeline(report), _block(_places(report))]
+    parts += [_block(_figures(report)), _variants(report)]
+    parts += [_timeline(report), _block(_places(report))]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -34,6 +35,22 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
         if transform.proof:
             figures.append(("", transform.proof_sentence))
     return [(label, text) for label, text in figures if text]
+
+
+def _variants(report: RunReport) -> str:
+    rows = [variants.HEADS, *variants.table_rows(report)]
+    if len(rows) == 1:
+        return ""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in rows
+    ]
+    said = variants.sentence(report)
+    return "\n".join([*(f"  {line}" for line in lines), *([f"  {said}"] if said else [])])
 
 
 def _compared(other: Baseline) -> str:

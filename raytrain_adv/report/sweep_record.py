@@ -105,11 +105,9 @@ class SweepReport(Record):
 
 def metrics(report: RunReport) -> dict[MetricName, float | None]:
     """Return a run's value of each metric that trials can be compared by."""
-    # Losses are those at the end; the other fields are one figure of the whole run.
-    found = report.model_dump()
     return {
         "eval_loss": _last(report.eval_loss),
-        "quantized_eval_loss": found.get("quantized_eval_loss"),
+        "quantized_eval_loss": report.quantized_eval_loss,
         "train_loss": _last(report.train_loss),
         "tokens_per_second_per_worker": report.tokens_per_second_per_worker,
         "step_seconds": report.step_seconds,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeGuard
@@ -10,8 +9,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeGuard
 from pydantic import Field
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.errors import ClusterError, JobError
-from raytrain_adv.transforms.naming import ROUTERS, class_name, nearest, output_head, short
+from raytrain_adv.errors import ClusterError
+from raytrain_adv.transforms.naming import (
+    ROUTERS,
+    class_name,
+    matches,
+    output_head,
+    patterns,
+    refuse_unmatched,
+    short,
+)
 from raytrain_adv.transforms.transform import Change, Plan, Transform
 
 if TYPE_CHECKING:
@@ -75,9 +82,7 @@ class Fp8(Transform):
     @property
     def excluded(self) -> list[str]:
         """The patterns in fp8_exclude, as a list."""
-        given = self.fp8_exclude
-        patterns = given.split(",") if isinstance(given, str) else given
-        return [pattern.strip() for pattern in patterns if pattern.strip()]
+        return patterns(self.fp8_exclude)
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse fp8 all-gather with scales that are not one per tensor."""
@@ -144,7 +149,7 @@ class Fp8(Transform):
             JobError: when a pattern of fp8_exclude matches no linear.
         """
         linears = {fqn: m for fqn, m in model.named_modules() if is_linear(m)}
-        self._check_exclude(list(linears))
+        refuse_unmatched("fp8_exclude", self.excluded, list(linears))
         head = output_head(model)
         changes: dict[str, Change] = {}
         skipped: dict[str, str] = {}
@@ -175,18 +180,6 @@ class Fp8(Transform):
         if min(sizes) < smallest:
             return f"{sizes[0]} x {sizes[1]}: too small to gain (fp8_min_features: {smallest})"
         return ""
-
-    def _check_exclude(self, linears: list[str]) -> None:
-        for pattern in self.excluded:
-            if any(matches(pattern, fqn) for fqn in linears):
-                continue
-            known = sorted({short(fqn) for fqn in linears})
-            close = nearest(pattern, known) or known
-            raise JobError(
-                f"fp8_exclude {pattern} matches no linear of the model",
-                f"its linears are {', '.join(known)}",
-                f"did you mean {', '.join(close[:3])}? a pattern may hold *",
-            )
 
     def _notes(
         self, model: nn.Module, linears: dict[str, nn.Linear], changes: dict[str, Change]
@@ -243,19 +236,14 @@ class Fp8(Transform):
     def after_step(self, model: nn.Module) -> None:
         """Compute the scales of all sharded weights with one all-reduce instead of one each."""
         if self.fp8_enable_fsdp_float8_all_gather:
-            from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+            from raytrain_adv.ops.float8_weight import update_scales
 
-            precompute_float8_dynamic_scale_for_fsdp(model)
+            update_scales(model)
 
 
 def release(version: str) -> tuple[int, ...]:
     """Return the numbers of a version: 2.11.0+cu130 gives (2, 11, 0)."""
     return tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[:3])
-
-
-def matches(pattern: str, fqn: str) -> bool:
-    """Whether a name, an end of a name, or a pattern with * stands for a module."""
-    return fqn == pattern or fqn.endswith(f".{pattern}") or fnmatch.fnmatchcase(fqn, pattern)
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
+
+from raytrain_adv.errors import JobError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +47,47 @@ def output_head(model: nn.Module) -> nn.Module | None:
     untyped: Any = model
     head: nn.Module | None = untyped.get_output_embeddings()
     return head
+
+
+def input_embedding(model: nn.Module) -> nn.Embedding | None:
+    """Return the table in which the model, or the one inside PEFT's, looks up its input ids."""
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return None
+    untyped: Any = model
+    found = untyped.get_input_embeddings()
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def patterns(given: str | list[str]) -> list[str]:
+    """Return the names and patterns of a key that takes them comma separated or as a list."""
+    several = given.split(",") if isinstance(given, str) else given
+    return [pattern.strip() for pattern in several if pattern.strip()]
+
+
+def matches(pattern: str, fqn: str) -> bool:
+    """Whether a name, an end of a name, or a pattern with * stands for a module."""
+    return fqn == pattern or fqn.endswith(f".{pattern}") or fnmatch.fnmatchcase(fqn, pattern)
+
+
+def refuse_unmatched(key: str, given: Iterable[str], linears: list[str]) -> None:
+    """Refuse patterns that stand for none of a model's linears.
+
+    Raises:
+        JobError: naming the pattern, the linears there are, and the nearest ones.
+    """
+    for pattern in given:
+        if any(matches(pattern, fqn) for fqn in linears):
+            continue
+        known = sorted({short(fqn) for fqn in linears})
+        close = nearest(pattern, known) or known
+        raise JobError(
+            f"{key} {pattern} matches no linear of the model",
+            f"its linears are {', '.join(known)}",
+            f"did you mean {', '.join(close[:3])}? a pattern may hold *",
+        )
 
 
 def short(name: str) -> str:

@@ -78,6 +78,13 @@ class Transform(Section):
         """
         return Plan(self.name)
 
+    def check_length(self, total_steps: int) -> None:
+        """Raise if the keys do not fit a run of so many optimizer steps.
+
+        Raises:
+            JobError: naming the key and what would fit.
+        """
+
     def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:
         """Say what the job's other keys mean for this feature, for the plan and the report.
 
@@ -102,6 +109,35 @@ class Transform(Section):
         """Bring the model into its state for optimizer step `step` (from 0); a pure function of the
         step.
         """
+
+    def is_on(self, step: int) -> bool:
+        """Whether the feature is on in optimizer step `step` (from 0)."""
+        return True
+
+    def switch(self, model: nn.Module, on: bool) -> None:
+        """Turn the feature on or off, where that can be; held-out rows are evaluated with it on."""
+
+    def variants(self, step: int, total_steps: int, of: str = "") -> dict[str, bool]:
+        """Return what to evaluate after `step` steps beside the run itself: the name of each
+        variant, and whether the feature is on in it.
+
+        Args:
+            step: optimizer steps that were done.
+            total_steps: of the run.
+            of: whose weights the model has, if not this run's: a twin's that was trained without
+                the feature.
+        """
+        return {}
+
+    def twin_dir(self, output_dir: str) -> str | None:
+        """Return the output_dir of the same job without this feature that is trained first, where
+        the keys ask for one.
+        """
+        return None
+
+    def without(self) -> Transform:
+        """Return these keys with the feature turned off."""
+        return type(self)()
 
     def after_step(self, model: nn.Module) -> None:
         """Follow up on new parameter values: after each optimizer step and after each load."""

@@ -37,13 +37,18 @@ class Proof:
         """Transform -> operator, how often it ran in the pass, and the GPU kernels it launched."""
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Profile what happens inside, unless everything is proven.
+    def watching(self, step: int) -> Iterator[None]:
+        """Profile what happens inside for the features that are on, unless they are proven.
+
+        Args:
+            step: optimizer step, from 0. A feature that begins with it is not profiled yet, as
+                compilation would be in the profile.
 
         Raises:
             TrainingError: on all ranks, when an operator ran less often than modules were changed.
         """
-        if not self.pending:
+        due = [t for t in self.pending if t.is_on(step) and t.is_on(step - 1)]
+        if not due:
             yield
             return
         activities = [ProfilerActivity.CPU]
@@ -53,9 +58,17 @@ class Proof:
             yield
             if self.run.device.type == "cuda":
                 torch.cuda.synchronize(self.run.device)
-        for transform in self.pending:
+        for transform in due:
             self._hold(transform, seen)
-        self.pending = []
+            self.pending.remove(transform)
+
+    def say_what_is_missing(self) -> None:
+        """Say which features no step was profiled with: the run was too short for it."""
+        for transform in self.pending:
+            self.run.say(
+                f"{transform.name}: the run had no step after its first one with it, so that none "
+                f"was profiled for {transform.proven_by}; its modules are those that were planned"
+            )
 
     def _hold(self, transform: Transform, seen: profile) -> None:
         events = seen.events()  # type: ignore[no-untyped-call] # torch.profiler has no types here

@@ -57,21 +57,23 @@ class Loop:
         self.window = torch.zeros(2, dtype=torch.float64, device=run.device)
         """Loss and label tokens, summed over all workers since the last logging step."""
         self.num_tokens = 0
+        self.evaluated: tuple[int, dict[str, Any]] = (-1, {})
+        """The last evaluation: after how many steps, and what it gave."""
 
     def run_from(self, progress: Progress | None) -> None:
         """Train from the given progress, or from the start, to the last step."""
         first = 0
         if progress is not None:
             first, self.num_tokens = progress.step, progress.num_tokens
-            self.window += torch.tensor(
-                [progress.window_loss, progress.window_tokens], dtype=torch.float64
-            )
+            self.window[0], self.window[1] = progress.window_loss, progress.window_tokens
         writer = CheckpointWriter(self.job, self.run, self.model, self.optimizer)
         prefetcher = Prefetcher(self.batches, first, self.arithmetic.total_steps, self.run.device)
         self.model.train()
         self.run.say("training", event="phase")
         self.meter.start()
         try:
+            if first == 0 and not self.job.model.train_from_scratch:
+                self.evaluate_variants(0)
             for step in range(first, self.arithmetic.total_steps):
                 self.step(step, prefetcher, first_here=step == first)
                 self.after(step + 1, prefetcher, writer)
@@ -82,6 +84,12 @@ class Loop:
             raise self.out_of_memory(error) from error
         finally:
             prefetcher.close()
+        self.switch_all_on()
+
+    def switch_all_on(self) -> None:
+        """Turn every feature on: what is evaluated, sampled and exported has them all."""
+        for transform in self.transforms:
+            transform.switch(self.model, True)
 
     def step(self, step: int, prefetcher: Prefetcher, first_here: bool) -> None:
         """Do one optimizer step (counted from 0)."""
@@ -93,7 +101,7 @@ class Loop:
         loss = torch.zeros((), dtype=torch.float32, device=self.run.device)
         for micro_batch in batch.micro_batches:
             # Not in the first step, where compilation would be in the profile.
-            with nullcontext() if first_here else self.proof.watching():
+            with nullcontext() if first_here else self.proof.watching(step):
                 loss += self.forward_backward(step, micro_batch, label_tokens)
         if first_here:
             require_all_gradients(self.model, self.run)
@@ -147,6 +155,7 @@ class Loop:
             self.log(done, prefetcher)
         if evaluates:
             self.evaluate(done)
+        self.evaluate_variants(done)
         writer.poll()
         if saves:
             self.finite.check()
@@ -175,11 +184,43 @@ class Loop:
         """Evaluate the held-out rows and write the result."""
         if self.held_out is None:
             return
-        with self.meter.paused("evaluation"):
-            size = self.job.train.per_device_eval_batch_size
-            result = evaluate(self.model, self.held_out, size, self.loss_sum, self.run)
+        self.switch_all_on()
+        result = self.held_out_loss(self.held_out)
+        self.evaluated = (done, result)
         self.meter.eval_losses.append((done, result["loss"]))
         self.run.write({"kind": "eval", "step": done, **result})
+
+    def held_out_loss(self, rows: Batches) -> dict[str, Any]:
+        """Return loss and perplexity on held-out rows with the model as it is."""
+        with self.meter.paused("evaluation"):
+            size = self.job.train.per_device_eval_batch_size
+            return evaluate(self.model, rows, size, self.loss_sum, self.run)
+
+    def evaluate_variants(self, done: int, of: str = "") -> None:
+        """Evaluate what transforms want to be measured by after `done` steps, and say it.
+
+        Args:
+            done: optimizer steps.
+            of: whose weights these are, if not this run's.
+        """
+        if self.held_out is None:
+            return
+        for transform in self.transforms:
+            variants = transform.variants(done, self.arithmetic.total_steps, of)
+            for name, on in variants.items():
+                transform.switch(self.model, on)
+                known = on and not of and self.evaluated[0] == done
+                result = self.evaluated[1] if known else self.held_out_loss(self.held_out)
+                self.run.say(
+                    f"{name} after {done} steps: held-out loss {result['loss']:.4f}, perplexity "
+                    f"{result['perplexity']:.4g}",
+                    event="variant",
+                    transform=transform.name,
+                    variant=name,
+                    step=done,
+                    loss=result["loss"],
+                    perplexity=result["perplexity"],
+                )
 
     def progress(self, done: int) -> Progress:
         """Return where the run stands after `done` steps."""
@@ -197,7 +238,6 @@ class Loop:
             f"rank {self.run.rank}, {self.meter.where()}: {str(error).splitlines()[0]}",
             "see raytrain-adv plan for what needs how much; less is needed with a "
             "smaller per_device_train_batch_size or "
-            ""
             "cutoff_len, gradient_checkpointing: full, optim: adamw_torch_8bit, more "
             "workers, or fsdp_cpu_offload: true",
         )

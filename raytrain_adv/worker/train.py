@@ -23,6 +23,7 @@ from raytrain_adv.worker.proof import Proof
 from raytrain_adv.worker.resume import to_resume
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.steps import Loop
+from raytrain_adv.worker.twin import measure_twin
 
 
 def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, Any]:
@@ -40,6 +41,8 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         prepared = data.prepare(job, partial(run.say, event="data"), rebuild=False)
         tokenizer = data.load_tokenizer(job)
     arithmetic = resolve_arithmetic(job, len(prepared.train), run.world_size)
+    for transform in enabled(job):
+        transform.check_length(arithmetic.total_steps)
     found = to_resume(job, run, arithmetic)
     open_metrics(job, run, arithmetic, found)
 
@@ -75,9 +78,11 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     proof = Proof(job, run, plans)
     loop = Loop(job, run, model, optimizer, arithmetic, batches, held_out, proof)
     loop.run_from(found.progress if found is not None else None)
+    proof.say_what_is_missing()
 
     samples = sample_answers(job, run, model, tokenizer, prepared)
-    model_dir = export(job, run, model, tokenizer, write_model)
+    model_dir = export(job, run, model, tokenizer, write_model) if job.output.export_model else None
+    measure_twin(job, run, model, loop)
     return {
         **loop.figures(),
         "world_size": run.world_size,

@@ -12,7 +12,14 @@ from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear as TorchaoFloat8Linear
 
 from raytrain_adv.ops.adamw import ClippingAdamW
-from raytrain_adv.ops.float8_cast import cast, cast_both, cast_transposed, tensorwise_scale
+from raytrain_adv.ops.float8_cast import (
+    cast,
+    cast_both,
+    cast_padded,
+    cast_transposed,
+    tensorwise_scale,
+    transposed,
+)
 from raytrain_adv.ops.float8_linear import Float8Linear
 from raytrain_adv.worker.gradients import clip
 
@@ -34,11 +41,25 @@ def test_the_cast_kernel_is_the_cast_to_the_bit(dtype, shape):
     tensor[0, 0], tensor[-1, -1] = float("nan"), 1e30
     scale = tensorwise_scale(torch.randn(shape, device="cuda"), dtype)
     expected = cast(tensor, scale, dtype).view(torch.uint8)
-    plain, transposed = cast_both(tensor, scale, dtype)
+    plain, turned = cast_both(tensor, scale, dtype)
     assert torch.equal(plain.view(torch.uint8), expected)
-    assert torch.equal(transposed.view(torch.uint8), expected.t())
-    again = cast_transposed(tensor, scale, dtype)
+    assert torch.equal(turned.view(torch.uint8), expected.t())
+    again = cast_transposed(tensor, scale, dtype, scale)
     assert torch.equal(again.view(torch.uint8), expected.t())
+    assert torch.equal(transposed(plain, scale).view(torch.uint8), expected.t())
+
+
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(8192, 4096), (1000, 1040), (17, 33), (0, 64)])
+def test_the_cast_before_the_gather_is_the_cast_to_the_bit(source, shape):
+    tensor = torch.randn(shape, device="cuda", dtype=source)
+    if tensor.numel():
+        tensor[0, 0], tensor[-1, -1] = float("nan"), 1e30
+    scale = tensorwise_scale(torch.randn(64, 64, device="cuda"), torch.float8_e4m3fn)
+    found = cast_padded(tensor, scale, torch.float8_e4m3fn, shape[0] + 3)
+    expected = cast(tensor, scale, torch.float8_e4m3fn)
+    assert found.shape == (shape[0] + 3, shape[1])
+    assert torch.equal(found[: shape[0]].view(torch.uint8), expected.view(torch.uint8))
 
 
 def passed(linear, x, gradient):

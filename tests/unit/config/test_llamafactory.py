@@ -225,12 +225,12 @@ def test_one_is_not_true(tmp_path: Path) -> None:
 
 
 def test_a_transform_takes_its_keys_over_from_the_table() -> None:
-    assert "enable_qat" in llamafactory.known_keys()
-    refused = llamafactory.translate({"enable_qat": True}, frozenset())
-    taken_over = llamafactory.translate({"enable_qat": True}, frozenset({"enable_qat"}))
-    assert [problem.key for problem in refused.problems] == ["enable_qat"]
+    assert "quantization_bit" in llamafactory.known_keys()
+    refused = llamafactory.translate({"quantization_bit": 4}, frozenset())
+    taken_over = llamafactory.translate({"quantization_bit": 4}, frozenset({"quantization_bit"}))
+    assert [problem.key for problem in refused.problems] == ["quantization_bit"]
     assert taken_over.problems == []
-    assert taken_over.keys == {"enable_qat": True}
+    assert taken_over.keys == {"quantization_bit": 4}
 
 
 def test_an_alias_of_a_transforms_key_follows_its_owner() -> None:

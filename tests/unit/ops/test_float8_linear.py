@@ -5,7 +5,13 @@ import torch
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear as TorchaoFloat8Linear
 
-from raytrain_adv.ops.float8_cast import cast, cast_both, cast_transposed, tensorwise_scale
+from raytrain_adv.ops.float8_cast import (
+    cast,
+    cast_both,
+    cast_transposed,
+    tensorwise_scale,
+    transposed,
+)
 from raytrain_adv.ops.float8_linear import Float8Linear
 
 CONFIG = Float8LinearConfig.from_recipe_name("tensorwise")
@@ -71,11 +77,12 @@ def test_compiled_gives_what_eager_gives():
 def test_casts_agree_and_bring_overflow_to_the_ends(dtype):
     tensor = torch.randn(32, 48).bfloat16()
     scale = tensorwise_scale(tensor, dtype) * 4  # a fixed scale that is too large for some
-    plain, transposed = cast_both(tensor, scale, dtype)
+    plain, turned = cast_both(tensor, scale, dtype)
     assert torch.equal(plain.float(), cast(tensor, scale, dtype).float())
-    assert torch.equal(transposed.float(), plain.t().float())
-    assert torch.equal(cast_transposed(tensor, scale, dtype).float(), transposed.float())
-    assert transposed.is_contiguous()
+    assert torch.equal(turned.float(), plain.t().float())
+    assert torch.equal(transposed(plain, scale).float(), turned.float())
+    assert torch.equal(cast_transposed(tensor, scale, dtype, scale).float(), turned.float())
+    assert turned.is_contiguous() and transposed(plain, scale).is_contiguous()
     assert plain.float().abs().max() == torch.finfo(dtype).max
 
 
@@ -83,4 +90,9 @@ def test_the_custom_operators_keep_torchs_rules():
     tensor = torch.randn(16, 32).bfloat16()
     scale = tensorwise_scale(tensor, torch.float8_e4m3fn)
     torch.library.opcheck(cast_both, (tensor, scale, torch.float8_e4m3fn))
-    torch.library.opcheck(cast_transposed, (tensor, scale, torch.float8_e4m3fn))
+    torch.library.opcheck(cast_transposed, (tensor, scale, torch.float8_e4m3fn, scale))
+    # The other checks compare the inputs before and after, which torch cannot for float8.
+    checks = ("test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        transposed, (cast(tensor, scale, torch.float8_e4m3fn), scale), test_utils=checks
+    )

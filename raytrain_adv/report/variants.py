@@ -1,0 +1,100 @@
+"""What a feature cost and bought in held-out loss: bf16, quantised without and with training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raytrain_adv.report import numbers
+from raytrain_adv.report.record import RunReport, Variant
+from raytrain_adv.transforms.qat import BF16, PTQ, QAT
+
+TWIN = "twin"
+HEADS = ("weights", "step", "held-out loss", "perplexity", "against bf16")
+
+
+def variants(rows: Sequence[Mapping[str, Any]]) -> tuple[Variant, ...]:
+    """Return what was evaluated, from the rows of metrics.jsonl; of what a restarted run evaluated
+    twice, the last.
+    """
+    found: dict[tuple[str, int], Variant] = {}
+    for row in rows:
+        if row.get("event") == "variant" and row.get("loss") is not None:
+            key = (row["variant"], row["step"])
+            found.pop(key, None)
+            found[key] = Variant(
+                name=row["variant"],
+                step=row["step"],
+                loss=row["loss"],
+                perplexity=row["perplexity"],
+            )
+    return tuple(found.values())
+
+
+def quantised_loss(found: Sequence[Variant]) -> float | None:
+    """Return the held-out loss of the quantised model that the run has made; null without one."""
+    names = [v.name for v in found]
+    made = QAT if QAT in names else PTQ
+    return next((v.loss for v in reversed(found) if v.name == made), None)
+
+
+def reference(found: Sequence[Variant]) -> tuple[Variant, Variant] | None:
+    """Return bf16 and PTQ of the same weights: the twin's, else those at which fake quantisation
+    began.
+    """
+    for ending in (f" {TWIN}", ""):
+        named = {v.name: v for v in found}
+        ptq = f"{PTQ} of the {TWIN}" if ending else PTQ
+        if f"{BF16}{ending}" in named and ptq in named:
+            return named[f"{BF16}{ending}"], named[ptq]
+    return None
+
+
+def recovered(found: Sequence[Variant]) -> float | None:
+    """Return the share of the quantisation loss that training with it recovered: (PTQ - QAT) /
+    (PTQ - bf16); null where there is no QAT, or PTQ loses nothing.
+    """
+    pair, loss = reference(found), next((v.loss for v in found if v.name == QAT), None)
+    if pair is None or loss is None or None in (pair[0].loss, pair[1].loss):
+        return None
+    bf16, ptq = float(pair[0].loss or 0.0), float(pair[1].loss or 0.0)
+    return (ptq - loss) / (ptq - bf16) if ptq > bf16 else None
+
+
+def degradation(variant: Variant, found: Sequence[Variant]) -> float | None:
+    """Return how much a variant's loss is above the reference's in bf16, as a share."""
+    pair = reference(found)
+    if pair is None or not pair[0].loss or variant.loss is None or variant.name == pair[0].name:
+        return None
+    return variant.loss / pair[0].loss - 1.0
+
+
+def table_rows(report: RunReport) -> list[tuple[str, str, str, str, str]]:
+    """Return a line per variant, in the order of HEADS."""
+    found = report.variants
+    shares = [degradation(variant, found) for variant in found]
+    return [
+        (
+            variant.name,
+            f"{variant.step:,}",
+            numbers.loss(variant.loss),
+            numbers.compact(variant.perplexity),
+            "" if share is None else f"{share:+.2%}",
+        )
+        for variant, share in zip(found, shares, strict=True)
+    ]
+
+
+def sentence(report: RunReport) -> str:
+    """Say what quantisation-aware training bought; empty where the run has none."""
+    found = report.variants
+    pair = reference(found)
+    if pair is None or QAT not in [v.name for v in found]:
+        return ""
+    bf16, ptq = pair
+    gap = (ptq.loss or math.nan) - (bf16.loss or math.nan)
+    of = "its bf16 twin" if bf16.name != BF16 else f"the weights after {bf16.step:,} steps"
+    if report.recovered is None:
+        return f"PTQ of {of} lost nothing ({gap:+.4f}): there was nothing to recover"
+    return f"QAT recovered {report.recovered:.0%} of the {gap:.4f} that PTQ of {of} loses"

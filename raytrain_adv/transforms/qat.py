@@ -1,0 +1,385 @@
+"""Quantisation-aware training: linears and embeddings compute with the values that the quantised
+model will have, so that training makes up for their rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from raytrain_adv.config.problems import Problem
+from raytrain_adv.config.sections import LARGEST
+from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.transforms.naming import (
+    ROUTERS,
+    class_name,
+    input_embedding,
+    matches,
+    output_head,
+    patterns,
+    refuse_unmatched,
+    short,
+)
+from raytrain_adv.transforms.transform import Change, Plan, Transform
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torchao.core.config import AOBaseConfig
+
+    from raytrain_adv.hardware import HardwareFacts
+    from raytrain_adv.ops.fake_quantized import FakeQuantized
+
+LINEAR = "raytrain_adv.ops.fake_quantized.FakeQuantizedLinear"
+EMBEDDING = "raytrain_adv.ops.fake_quantized.FakeQuantizedEmbedding"
+FLOAT8 = "float8_e4m3fn"
+BF16, PTQ, QAT, UNQUANTISED = "bf16", "PTQ", "QAT", "QAT's weights, not quantised"
+"""How a model is evaluated: not quantised, quantised without having been trained for it, quantised
+after that."""
+GROUP_SIZES = (16, 32, 64, 128, 256, 512)
+SERVED = (
+    "weights int8, int4, int3 or int2 with activations int8 or none, in groups or per channel; "
+    "weights float8_e4m3fn with activations float8_e4m3fn or none, per channel"
+)
+NOT_SERVED = {
+    "nvfp4": "NVFP4 needs Blackwell GPUs, in training as in serving",
+    "mxfp4": "MX formats need Blackwell GPUs, in training as in serving",
+    "mxfp8": "MX formats need Blackwell GPUs, in training as in serving",
+    "int1": "torchao has no fake quantisation below two bits",
+    "float8_e5m2": "torchao serves float8 weights as e4m3 only",
+    "fp8": "its name is float8_e4m3fn",
+}
+"""Dtypes that are asked for and cannot be had, and why."""
+
+
+class Qat(Transform):
+    """Train with fake quantisation; parameters and optimizer states stay as they are."""
+
+    name: ClassVar[str] = "qat"
+    stage: ClassVar[str] = "precision"
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
+    excludes: ClassVar[dict[str, str]] = {
+        "fp8": "both replace the products of the same linears, and one would undo the other"
+    }
+
+    enable_qat: bool = False
+    """Train with fake quantisation, and export the quantised model beside the trained one."""
+    qat_weight_dtype: Literal["int8", "int4", "int3", "int2", "float8_e4m3fn"] = "int8"
+    """What weights are rounded to."""
+    qat_activation_dtype: Literal["none", "int8", "float8_e4m3fn"] | None = None
+    """What the inputs of linears are rounded to, with one range per token; none leaves them."""
+    qat_group_size: Annotated[int, Field(ge=2, le=LARGEST)] | None = 32
+    """Input features of a weight that share a scale; null gives each output channel one. Float8
+    weights have one per channel in any case.
+    """
+    qat_quantize_embedding: bool = True
+    """Quantise the input embedding too, as the weights; not with float8."""
+    qat_exclude: str | list[str] = ""
+    """Linears to leave alone, comma separated or a list: names, ends of names (down_proj), or
+    patterns (model.layers.0.*).
+    """
+    fake_quant_after_n_steps: Annotated[int, Field(ge=0, le=LARGEST)] | Literal["never"] | None = (
+        None
+    )
+    """Optimizer steps to train before fake quantisation begins; null and 0 begin with it, never
+    leaves it out of training: the model is quantised afterwards (PTQ).
+    """
+    compare: bool = False
+    """Train the same job without fake quantisation first, and measure this run by it."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether quantisation-aware training is asked for."""
+        return self.enable_qat
+
+    @property
+    def proven_by(self) -> str:  # type: ignore[override] # a class variable where it never varies
+        """The operator that rounds weights."""
+        kind = "float8" if self.is_float8 else "groups"
+        return f"raytrain_adv::fake_quantize_{kind}"
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether weights are rounded to float8."""
+        return self.qat_weight_dtype == FLOAT8
+
+    @property
+    def activation_dtype(self) -> str:
+        """What activations are rounded to; empty for nothing."""
+        return "" if self.qat_activation_dtype in (None, "none") else str(self.qat_activation_dtype)
+
+    @property
+    def group_size(self) -> int | None:
+        """Input features that share a scale; none means all of them."""
+        return None if self.is_float8 else self.qat_group_size
+
+    @property
+    def excluded(self) -> list[str]:
+        """The patterns in qat_exclude, as a list."""
+        return patterns(self.qat_exclude)
+
+    @property
+    def first_step(self) -> int | None:
+        """The first optimizer step (from 0) with fake quantisation; none where there is none."""
+        delay = self.fake_quant_after_n_steps
+        return None if delay == "never" else int(delay or 0)
+
+    def is_on(self, step: int) -> bool:
+        """Whether optimizer step `step` (from 0) is trained with fake quantisation."""
+        return self.first_step is not None and step >= self.first_step
+
+    @property
+    def scheme(self) -> str:
+        """The configuration in words, as `int4 weights in groups of 32, int8 activations`."""
+        size = self.group_size
+        groups = f"in groups of {size}" if size else "per channel"
+        activations = f"{self.activation_dtype} activations" if self.activation_dtype else ""
+        return ", ".join(filter(None, (f"{self.qat_weight_dtype} weights {groups}", activations)))
+
+    @classmethod
+    def why_not(cls, key: str, value: object) -> str:
+        """Say why a dtype that exists elsewhere cannot be had."""
+        if key not in ("qat_weight_dtype", "qat_activation_dtype"):
+            return ""
+        known = NOT_SERVED.get(str(value).lower(), "")
+        return f"{known}; served are: {SERVED}" if known else f"served are: {SERVED}"
+
+    def contradictions(self) -> Iterable[Problem]:
+        """Refuse combinations that no torchao tensor stores."""
+        if not self.enable_qat:
+            return
+        keys = "qat_weight_dtype and qat_activation_dtype"
+        if self.activation_dtype and self.is_float8 != (self.activation_dtype == FLOAT8):
+            text = f"no kernel multiplies {self.qat_weight_dtype} with {self.activation_dtype}"
+            yield Problem(text, f"served are: {SERVED}", keys)
+        if not self.is_float8:
+            return
+        if "qat_group_size" in self.model_fields_set and self.qat_group_size is not None:
+            text = "float8 weights have one scale per channel"
+            fix = "delete qat_group_size, or set it to null"
+            yield Problem(text, fix, "qat_weight_dtype and qat_group_size")
+        if "qat_quantize_embedding" in self.model_fields_set and self.qat_quantize_embedding:
+            text = "torchao looks up no rows of float8 tables"
+            fix = "set qat_quantize_embedding: false, or take integer weights"
+            yield Problem(text, fix, "qat_weight_dtype and qat_quantize_embedding")
+
+    def check(self, facts: HardwareFacts) -> None:
+        """Refuse machines and software on which the exported model could not be compared.
+
+        Raises:
+            ClusterError: with the rule, what was found on the node, and what to do.
+        """
+        if facts.versions.get("torchao") is None:
+            raise ClusterError(
+                "QAT needs torchao: torchao not available",
+                f"node {facts.node_ip}, no torchao",
+                "pip install 'torchao>=0.18,<0.19' on that node, or set enable_qat: false",
+            )
+        capability = facts.compute_capability
+        if self.activation_dtype == FLOAT8 and (capability is None or capability < (8, 9)):
+            raise ClusterError(
+                "QAT with float8 activations requires compute capability 8.9 or newer",
+                f"{facts.describe()}: the quantised model does not run there, so that it could not "
+                "be compared with the trained one",
+                "run on H100/H200 workers, or set qat_activation_dtype: none",
+            )
+
+    def check_length(self, total_steps: int) -> None:
+        """Refuse a delay that would outlast the run.
+
+        Raises:
+            JobError: the run would never quantise, though it was asked to.
+        """
+        first = self.first_step
+        if first is not None and first >= total_steps:
+            raise JobError(
+                "Fake quantisation would never begin",
+                f"fake_quant_after_n_steps: {first}, and the run has {total_steps} steps",
+                f"give at most {total_steps - 1}; half of the steps is a usual choice. "
+                "fake_quant_after_n_steps: never quantises after training (PTQ)",
+            )
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Choose the linears, and the embedding, that compute with rounded values.
+
+        Raises:
+            JobError: when a pattern matches nothing, a group size does not divide a layer, or
+                adapters read the weights past the linear (DoRA).
+        """
+        from torch import nn
+
+        linears = {f: m for f, m in model.named_modules() if isinstance(m, nn.Linear)}
+        refuse_unmatched("qat_exclude", self.excluded, list(linears))
+        head = output_head(model)
+        changes: dict[str, Change] = {}
+        skipped: dict[str, str] = {}
+        for fqn, module in linears.items():
+            reason = "the language-model head" if module is head else self._reason(fqn, module)
+            if reason:
+                skipped[fqn] = reason
+            else:
+                changes[fqn] = Change(class_name(module), LINEAR)
+        self._check_groups({fqn: linears[fqn].in_features for fqn in changes})
+        self._check_dora(model)
+        embedding = input_embedding(model)
+        if embedding is not None:
+            fqn = next(name for name, module in model.named_modules() if module is embedding)
+            reason = self._embedding_reason(embedding)
+            if reason:
+                skipped[fqn] = reason
+            else:
+                self._check_groups({fqn: int(embedding.embedding_dim)})
+                changes[fqn] = Change(class_name(embedding), EMBEDDING)
+        return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
+
+    def _reason(self, fqn: str, module: nn.Linear) -> str:
+        if any(matches(pattern, fqn) for pattern in self.excluded):
+            return "in qat_exclude"
+        if class_name(module) != "torch.nn.Linear":
+            return f"a {class_name(module)}, not a plain linear"
+        if short(fqn) in ROUTERS:
+            return "it routes tokens to experts"
+        return "an adapter" if "lora_" in fqn else ""
+
+    def _embedding_reason(self, embedding: nn.Embedding) -> str:
+        if not self.qat_quantize_embedding:
+            return "qat_quantize_embedding: false"
+        if self.is_float8:
+            return "torchao looks up no rows of float8 tables"
+        if class_name(embedding) != "torch.nn.Embedding":
+            return f"a {class_name(embedding)}, not a plain embedding"
+        return ""
+
+    def _check_groups(self, widths: dict[str, int]) -> None:
+        size = self.group_size
+        odd = {fqn: width for fqn, width in widths.items() if size and width % size}
+        if not odd:
+            return
+        fqn, width = next(iter(odd.items()))
+        fit = [str(n) for n in GROUP_SIZES if all(w % n == 0 for w in widths.values())]
+        raise JobError(
+            f"qat_group_size: {size} does not divide every layer",
+            f"{fqn} has {width} features, and {len(odd) - 1} more do not divide",
+            f"set qat_group_size: {' or '.join([*fit, 'null (one scale per channel)'])}, or leave "
+            "layers out with qat_exclude",
+        )
+
+    @staticmethod
+    def _check_dora(model: nn.Module) -> None:
+        if any(".lora_magnitude_vector." in name for name, _ in model.named_parameters()):
+            raise JobError(
+                "QAT and DoRA do not go together",
+                "DoRA computes with the base weights themselves, which would not be rounded",
+                "set use_dora: false, or enable_qat: false",
+            )
+
+    def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
+        first = self.first_step
+        when = "never in training (PTQ)" if first is None else f"from optimizer step {first}"
+        yield f"{self.scheme}; {when}, in evaluation always"
+        yield "exported twice: model (as trained) and model-quantized (torchao's tensors)"
+        if any(change.after == EMBEDDING for change in changes.values()) and is_tied(model):
+            yield (
+                "the embedding is tied to the head: it is quantised where it is looked up, the "
+                "head is not, and the quantised model holds both"
+            )
+        if any(p.ndim == 3 for p in model.parameters()):
+            yield "experts are held as stacked tensors, not as linears: they are not quantised"
+
+    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+        """Put a layer that rounds, and owns the same parameters, in each planned one's place."""
+        from torch import nn
+
+        from raytrain_adv.ops.fake_quantized import FakeQuantizedEmbedding, FakeQuantizedLinear
+
+        for fqn in plan.changes:
+            old = model.get_submodule(fqn)
+            new: nn.Module
+            if isinstance(old, nn.Embedding):
+                new = FakeQuantizedEmbedding.of(old, self.qat_weight_dtype, self.group_size)
+            elif isinstance(old, nn.Linear):
+                new = FakeQuantizedLinear.of(
+                    old, self.qat_weight_dtype, self.group_size, self.activation_dtype
+                )
+            model.set_submodule(fqn, new)
+
+    def begin_step(self, model: nn.Module, step: int) -> None:
+        """Switch fake quantisation on or off for optimizer step `step` (from 0)."""
+        self.switch(model, self.is_on(step))
+
+    def switch(self, model: nn.Module, on: bool) -> None:
+        """Have every layer that can round do so, or compute as a plain one."""
+        for module in rounding(model):
+            if module.rounds != on:
+                module.rounds = on
+
+    def variants(self, step: int, total_steps: int, of: str = "") -> dict[str, bool]:
+        """Return bf16 and PTQ where fake quantisation begins, and what came of it at the end."""
+        if of:
+            return {f"{BF16} {of}": False, f"{PTQ} of the {of}": True}
+        if step == total_steps and self.first_step is not None:
+            return {UNQUANTISED: False, QAT: True}
+        at_switch = step == (total_steps if self.first_step is None else self.first_step)
+        return {BF16: False, PTQ: True} if at_switch else {}
+
+    def twin_dir(self, output_dir: str) -> str | None:
+        """Return where the run without fake quantisation is, where `compare` asks for it."""
+        return f"{output_dir.rstrip('/')}-bf16" if self.compare else None
+
+    def linear_config(self) -> AOBaseConfig:
+        """Return torchao's configuration of the linears: what is trained for, converted to and
+        written into the exported config.json.
+        """
+        import torch
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            Float8WeightOnlyConfig,
+            Int8DynamicActivationIntxWeightConfig,
+            PerRow,
+        )
+
+        config: AOBaseConfig
+        if self.is_float8:
+            config = (
+                Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+                if self.activation_dtype
+                else Float8WeightOnlyConfig()
+            )
+        elif self.activation_dtype:
+            config = Int8DynamicActivationIntxWeightConfig(
+                weight_dtype=getattr(torch, self.qat_weight_dtype),
+                weight_granularity=self._granularity(),
+            )
+        else:
+            config = self.embedding_config()
+        return config
+
+    def embedding_config(self) -> AOBaseConfig:
+        """Return torchao's configuration of the embedding: integers without activations."""
+        import torch
+        from torchao.quantization import IntxWeightOnlyConfig
+
+        return IntxWeightOnlyConfig(
+            weight_dtype=getattr(torch, self.qat_weight_dtype), granularity=self._granularity()
+        )
+
+    def _granularity(self) -> object:
+        from torchao.quantization import PerAxis, PerGroup
+
+        return PerGroup(self.group_size) if self.group_size else PerAxis(0)
+
+
+def rounding(model: nn.Module) -> Iterator[FakeQuantized]:
+    """Yield the layers that can round."""
+    from raytrain_adv.ops.fake_quantized import FakeQuantizedEmbedding, FakeQuantizedLinear
+
+    for module in model.modules():
+        if isinstance(module, FakeQuantizedLinear | FakeQuantizedEmbedding):
+            yield module
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the embedding and the head are one parameter."""
+    head, embedding = output_head(model), input_embedding(model)
+    return head is not None and embedding is not None and head.weight is embedding.weight

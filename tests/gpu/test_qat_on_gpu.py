@@ -1,0 +1,58 @@
+"""The kernels of fake quantisation on a GPU, against torchao's operations."""
+
+import copy
+
+import pytest
+import torch
+
+from raytrain_adv.ops.fake_quantize import (
+    fake_quantize_groups,
+    fake_quantize_tokens,
+    round_groups,
+    round_tokens,
+)
+from raytrain_adv.ops.fake_quantized import FakeQuantizedLinear
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape, group", [((64, 128), 32), ((33, 14336), 14336), ((1024, 4096), 64)]
+)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weights_are_rounded_as_on_the_cpu_where_they_are_converted(shape, group, bits, dtype):
+    weight = torch.randn(shape, device="cuda", dtype=dtype)
+    weight[0] = 0.0
+    rounded, scale = fake_quantize_groups(weight, bits, group)
+    expected, expected_scale = round_groups(weight.cpu(), bits, group)
+    torch.testing.assert_close(scale.cpu(), expected_scale, rtol=0, atol=0)
+    torch.testing.assert_close(rounded.cpu(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 17, 128), (4096, 4096), (257, 14336)])
+def test_activations_are_rounded_as_torchaos_tensors_round_them(shape, dtype):
+    x = torch.randn(shape, device="cuda", dtype=dtype) * 3 + 0.5
+    x[0] = 0.0
+    for own, other in zip(fake_quantize_tokens(x), round_tokens(x), strict=True):
+        torch.testing.assert_close(own, other.view(own.shape), rtol=0, atol=0)
+
+
+def test_a_compiled_linear_rounds_as_the_eager_one():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(512, 1024, bias=False, device="cuda", dtype=torch.bfloat16)
+    eager = FakeQuantizedLinear.of(copy.deepcopy(linear), "int4", 32, "int8")
+    other = FakeQuantizedLinear.of(copy.deepcopy(linear), "int4", 32, "int8")
+    compiled = torch.compile(other)
+    x = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
+    gradient = torch.randn(256, 1024, device="cuda", dtype=torch.bfloat16)
+    torch.testing.assert_close(compiled(x), eager(x), rtol=0, atol=0)
+    for call in (compiled, eager):
+        call(x).backward(gradient)
+    # Where a value lies on an end of the range, fused code may cut its gradient and eager not.
+    own, theirs = other.weight.grad.double().flatten(), eager.weight.grad.double().flatten()
+    assert torch.nn.functional.cosine_similarity(own, theirs, dim=0) > 0.999

@@ -1,0 +1,158 @@
+"""QAT through the line on CPU processes: the delay, resuming, evaluation, sharding, adapters."""
+
+import json
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from raytrain_adv.transforms.qat import rounding
+from tests.integration.test_line_without_ray import kill_last_checkpoint
+from tests.workers import losses, run_workers
+
+QAT = {
+    "enable_qat": True,
+    "qat_weight_dtype": "int4",
+    "qat_activation_dtype": "int8",
+    "qat_group_size": 32,
+    "bf16": True,
+}
+DELAYED = {**QAT, "fake_quant_after_n_steps": 3}
+EVALUATED = {"val_size": 8, "eval_strategy": "steps", "eval_steps": 2}
+
+
+def events(folder, kind):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row.get("event") == kind]
+
+
+def test_rounding_begins_with_step_n_by_its_numbers(job_file, tmp_path):
+    """Losses before it are the plain run's, to the bit; from it on they are not; with 0 they never
+    are.
+    """
+
+    def job(name, **keys):
+        return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **keys)
+
+    plain = {"bf16": True}
+    run_workers(2, job("plain", **plain), job("delayed", **DELAYED), job("now", **QAT))
+    expected, found = losses(tmp_path / "plain"), losses(tmp_path / "delayed")
+    assert [step for step in expected if expected[step] == found[step]] == [1, 2, 3]
+    assert losses(tmp_path / "now")[1] != expected[1]
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=2e-2)
+
+
+@pytest.mark.parametrize("saved_at", [2, 3, 4])
+def test_a_run_resumed_before_at_and_after_n_is_the_uninterrupted_run(job_file, tmp_path, saved_at):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    keys = {**DELAYED, "save_strategy": "steps", "save_steps": saved_at}
+    run_workers(
+        1,
+        job_file("whole.yaml", output_dir=str(whole), **DELAYED),
+        job_file("part.yaml", output_dir=str(part), **keys),
+    )
+    for checkpoint in sorted((part / "checkpoints" / "local").iterdir())[1:]:
+        (checkpoint / "manifest.json").unlink()
+    again = job_file("again.yaml", output_dir=str(part), resume_from_checkpoint=True, **keys)
+    assert run_workers(1, again)[0]["resumed_from_step"] == saved_at
+    assert losses(part) == losses(whole)
+
+
+def test_evaluation_is_always_with_rounding_and_the_switch_is_measured(job_file, tmp_path):
+    out = tmp_path / "out"
+    run_workers(1, job_file("job.yaml", output_dir=str(out), **DELAYED, **EVALUATED))
+    found = {(row["variant"], row["step"]): row["loss"] for row in events(out, "variant")}
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    evaluated = {row["step"]: row["loss"] for row in rows if row["kind"] == "eval"}
+    assert set(found) == {
+        ("bf16", 3),
+        ("PTQ", 3),
+        ("QAT", 6),
+        ("QAT's weights, not quantised", 6),
+    }
+    assert found["QAT", 6] == evaluated[6] != found["QAT's weights, not quantised", 6]
+    assert found["PTQ", 3] != found["bf16", 3]
+
+
+def test_never_trains_in_bf16_and_evaluates_ptq(job_file, tmp_path):
+    def job(name, **keys):
+        return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **keys, **EVALUATED)
+
+    never = {**QAT, "fake_quant_after_n_steps": "never"}
+    run_workers(1, job("plain", bf16=True), job("never", **never))
+    assert losses(tmp_path / "never") == losses(tmp_path / "plain")
+    found = {row["variant"] for row in events(tmp_path / "never", "variant")}
+    assert found == {"bf16", "PTQ"}
+
+
+def test_sharding_checkpointing_and_compiling_change_little(job_file, tmp_path):
+    def job(name, **keys):
+        return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **{**QAT, **keys})
+
+    twice = {"gradient_accumulation_steps": 2}
+    recomputed = {"disable_gradient_checkpointing": False}
+    compiled = {"torch_compile": True, **recomputed, **twice}
+    run_workers(1, job("one", **twice), job("compiled", **compiled))
+    run_workers(2, job("two"), job("full", **recomputed))
+    expected = list(losses(tmp_path / "one").values())
+    assert losses(tmp_path / "full") == losses(tmp_path / "two")
+    for name in ("two", "compiled"):
+        found = list(losses(tmp_path / name).values())
+        assert found == pytest.approx(expected, rel=5e-3), name
+
+
+def test_adapters_train_on_a_rounded_base(job_file, tmp_path):
+    base = tmp_path / "base"
+    run_workers(1, job_file("base.yaml", output_dir=str(base), bf16=True))
+    lora = {
+        "model_name_or_path": str(base / "model"),
+        "train_from_scratch": False,
+        "finetuning_type": "lora",
+        "lora_rank": 4,
+    }
+
+    def job(name, **keys):
+        return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **lora, **keys)
+
+    run_workers(2, job("plain", bf16=True), job("qat", **DELAYED))
+    plain, found = losses(tmp_path / "plain"), losses(tmp_path / "qat")
+    assert [step for step in plain if plain[step] == found[step]] == [1, 2, 3]
+
+
+def test_the_same_checkpoint_goes_on_in_bf16_and_in_qat(job_file, tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    run_workers(2, job_file("a.yaml", output_dir=str(tmp_path / "a"), **QAT, **saved))
+    kill_last_checkpoint(tmp_path / "a")
+    named = {
+        "resume_from_checkpoint": str(tmp_path / "a" / "checkpoints" / "local" / "step_00000003"),
+        "output_dir": str(tmp_path / "b"),
+        "bf16": True,
+    }
+    assert run_workers(2, job_file("b.yaml", **named))[0]["resumed_from_step"] == 3
+
+
+def test_switching_costs_one_more_graph(make_job):
+    """A layer is compiled for each state it is in, and not again when it comes back to it."""
+    from raytrain_adv.transforms.apply import prepare_all
+    from raytrain_adv.transforms.qat import Qat
+    from raytrain_adv.worker import parallel, weights
+    from raytrain_adv.worker.model import build
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    job = make_job(**QAT, torch_compile=False)
+    model = build(job)
+    prepare_all(job, model)
+    parallel.shard(model, job, None)
+    weights.materialize(model, torch.device("cpu"))
+    weights.init_from_scratch(model, job, torch.device("cpu"))
+    for layer in model.model.layers:
+        layer.compile(backend=counter)
+    ids = torch.arange(16).view(1, 16)
+    counts = []
+    for on in (False, False, True, True, False, True):
+        job.transform(Qat).switch(model, on)
+        assert {m.rounds for m in rounding(model)} == {on}
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+        counts.append(counter.frame_count)
+    assert counts == [counts[0]] * 2 + [2 * counts[0]] * 4

@@ -1,0 +1,146 @@
+"""QAT's rules, plan and schedule; no GPU needed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from raytrain_adv import hardware
+from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.transforms.apply import plan_all, prepare_all
+from raytrain_adv.transforms.qat import EMBEDDING, LINEAR, Qat, rounding
+from raytrain_adv.worker.model import build
+from tests.tiny_models import job_for, write_checkpoint
+
+CPU = hardware.detect("cpu")
+H100 = replace(CPU, device_type="cuda", device_name="NVIDIA H100", compute_capability=(9, 0))
+KEYS = {"enable_qat": True, "finetuning_type": "full"}
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96}
+
+
+def planned(tmp_path, kind="llama", shapes=WIDE, **keys):
+    folder = write_checkpoint(kind, tmp_path / "model", **shapes)
+    job = job_for(folder, tmp_path, **{**KEYS, **keys})
+    return job, build(job), lambda: plan_all(job, build(job), CPU)["qat"]
+
+
+def refusal(tmp_path, **keys):
+    with pytest.raises(JobError) as found:
+        job_for(tmp_path, tmp_path, **{**KEYS, **keys})
+    return str(found.value)
+
+
+def test_linears_and_the_embedding_are_planned_and_the_head_stays(tmp_path):
+    _, _, plan = planned(tmp_path)
+    found = plan()
+    assert found.skipped == {"lm_head": "the language-model head"}
+    assert found.changes["model.embed_tokens"].after == EMBEDDING
+    linears = [fqn for fqn, change in found.changes.items() if change.after == LINEAR]
+    assert len(linears) == 14  # seven, in two layers
+
+
+def test_what_is_planned_owns_the_same_parameters(tmp_path):
+    job, model, _ = planned(tmp_path)
+    before = dict(model.named_parameters())
+    prepare_all(job, model, CPU)
+    assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in before.items()}
+
+
+@pytest.mark.parametrize(
+    "step, delay, on",
+    [(0, None, True), (0, 0, True), (4, 5, False), (5, 5, True), (99, "never", False)],
+)
+def test_rounding_begins_exactly_with_step_n(tmp_path, step, delay, on):
+    job, model, _ = planned(tmp_path, fake_quant_after_n_steps=delay)
+    prepare_all(job, model, CPU)
+    qat = job.transform(Qat)
+    qat.begin_step(model, step)
+    assert {module.rounds for module in rounding(model)} == {on}
+    assert qat.is_on(step) is on
+
+
+def test_a_delay_beyond_the_last_step_is_refused():
+    with pytest.raises(JobError) as found:
+        Qat(enable_qat=True, fake_quant_after_n_steps=30).check_length(30)
+    assert "at most 29" in found.value.fix and "30" in found.value.found
+    Qat(enable_qat=True, fake_quant_after_n_steps=29).check_length(30)
+    Qat(enable_qat=True, fake_quant_after_n_steps="never").check_length(30)
+
+
+def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(tmp_path):
+    shapes = {**WIDE, "intermediate_size": 48}
+    _, _, plan = planned(tmp_path, shapes=shapes, qat_group_size=32)
+    with pytest.raises(JobError) as found:
+        plan()
+    assert "mlp.down_proj has 48 features" in found.value.found
+    assert "16 or null" in found.value.fix
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ({"qat_weight_dtype": "nvfp4"}, "Blackwell"),
+        ({"qat_weight_dtype": "int5"}, "served are"),
+        ({"qat_weight_dtype": "int4", "qat_activation_dtype": "float8_e4m3fn"}, "no kernel"),
+        ({"qat_weight_dtype": "float8_e4m3fn", "qat_activation_dtype": "int8"}, "no kernel"),
+        ({"qat_weight_dtype": "float8_e4m3fn", "qat_group_size": 32}, "one scale per channel"),
+        ({"qat_weight_dtype": "float8_e4m3fn", "qat_quantize_embedding": True}, "float8 tables"),
+        ({"fp8": True}, "both replace the products"),
+        ({"fake_quant_after_n_steps": "later"}, "never"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_what_can(tmp_path, keys, said):
+    assert said in refusal(tmp_path, **keys)
+
+
+def test_the_documented_example_is_served(tmp_path):
+    keys = {"qat_weight_dtype": "int8", "qat_activation_dtype": "int8", "qat_group_size": 32}
+    delayed = {"qat_quantize_embedding": True, "fake_quant_after_n_steps": 100}
+    _, _, plan = planned(tmp_path, **keys, **delayed)
+    assert "from optimizer step 100" in plan().notes[0]
+    assert len(plan().changes) == 15
+
+
+def test_float8_leaves_the_embedding_and_says_why(tmp_path):
+    _, _, plan = planned(tmp_path, qat_weight_dtype="float8_e4m3fn")
+    assert "float8 tables" in plan().skipped["model.embed_tokens"]
+
+
+def test_an_exclude_that_matches_nothing_is_an_error(tmp_path):
+    _, _, plan = planned(tmp_path, qat_exclude="down_prj")
+    with pytest.raises(JobError, match="matches no linear"):
+        plan()
+    _, _, plan = planned(tmp_path / "b", qat_exclude="down_proj, *.0.*.q_proj")
+    assert list(plan().skipped.values()).count("in qat_exclude") == 3
+
+
+def test_adapters_stay_and_their_base_is_rounded(tmp_path):
+    _, _, plan = planned(tmp_path, finetuning_type="lora")
+    found = plan()
+    assert "model.layers.0.self_attn.q_proj.base_layer" in found.changes
+    assert not any("lora_" in fqn for fqn in found.changes)
+
+
+def test_dora_reads_weights_past_the_linear_and_is_refused(tmp_path):
+    _, _, plan = planned(tmp_path, finetuning_type="lora", use_dora=True)
+    with pytest.raises(JobError, match="QAT and DoRA"):
+        plan()
+
+
+def test_a_tied_embedding_is_rounded_and_the_head_is_not(tmp_path):
+    job, model, plan = planned(tmp_path, shapes={**WIDE, "tie_word_embeddings": True})
+    assert any("tied to the head" in note for note in plan().notes)
+    prepare_all(job, model, CPU)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_a_machine_that_cannot_run_the_quantised_model_is_refused():
+    qat = Qat(
+        enable_qat=True, qat_weight_dtype="float8_e4m3fn", qat_activation_dtype="float8_e4m3fn"
+    )
+    with pytest.raises(ClusterError, match=r"8\.9"):
+        qat.check(CPU)
+    qat.check(H100)
+    with pytest.raises(ClusterError, match="torchao not available"):
+        qat.check(replace(CPU, versions={"torchao": None}))
