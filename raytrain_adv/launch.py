@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from raytrain_adv.config import load
+from raytrain_adv.config import JobConfig, load
 from raytrain_adv.config.arguments import parse
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError
@@ -28,9 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
             show(job, arguments.workers, arguments.verbose)
             return EXIT_DONE
-        from raytrain_adv.driver.trainer import run
-
-        run(job)
+        _run(job)
     except RaytrainAdvError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code
@@ -53,6 +51,17 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 130
     return EXIT_DONE
+
+
+def _run(job: JobConfig) -> None:
+    if job.sweep is not None:
+        from raytrain_adv.driver import sweep
+
+        sweep.run(job)
+    else:
+        from raytrain_adv.driver import trainer
+
+        trainer.run(job)
 
 
 if __name__ == "__main__":

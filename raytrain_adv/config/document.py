@@ -4,6 +4,7 @@ Problem."""
 import difflib
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class Entry:
 
     value: Any
     where: str
+    inner: Mapping[str, str] = field(default_factory=dict)
+    """Where the keys of a mapping were written."""
 
 
 @dataclass
@@ -180,7 +183,15 @@ def _construct(root: yaml.MappingNode, document: Document) -> None:
             document.entries[key] = Entry(value, _line(root))
     for key_node, value_node in root.value:
         if _is_text(key_node):
-            document.entries[key_node.value] = Entry(_constructed(value_node), _line(key_node))
+            entry = Entry(_constructed(value_node), _line(key_node), _lines(value_node))
+            document.entries[key_node.value] = entry
+
+
+def _lines(node: yaml.Node) -> dict[str, str]:
+    """Return where the keys of a mapping are written; of any other value there are none."""
+    if not isinstance(node, yaml.MappingNode):
+        return {}
+    return {key.value: _line(key) for key, _ in node.value if _is_text(key)}
 
 
 def _constructed(node: yaml.Node) -> Any:

@@ -15,6 +15,7 @@ from raytrain_adv.config.sections import (
     RayConfig,
     TrainConfig,
 )
+from raytrain_adv.config.sweep import Sweep
 
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -80,6 +81,8 @@ class JobConfig:
     """The job file's path, for messages."""
     notes: tuple[str, ...] = ()
     """What the user should know of the keys: those that change nothing here, and why."""
+    sweep: Sweep | None = None
+    """The trials of a job file with a sweep section; this job is then the first of them."""
 
     def __repr__(self) -> str:
         """Name the job without its keys, some of which may be secrets: Ray's dashboard shows it."""
@@ -92,6 +95,16 @@ class JobConfig:
             if isinstance(value, Section):
                 yield value
         yield from self.transforms
+
+    def given(self) -> dict[str, Any]:
+        """Return the keys that the file and the command line gave, with their values as JSON types:
+        what a job file of this job holds.
+        """
+        return {
+            key: value
+            for s in self.sections()
+            for key, value in s.model_dump(mode="json", exclude_unset=True).items()
+        }
 
     def transform(self, kind: type[SectionType]) -> SectionType:
         """Return this job's transform of the given type."""

@@ -3,22 +3,23 @@ wrong with them."""
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from raytrain_adv.config import llamafactory, rules
+from raytrain_adv.config import llamafactory, rules, sweep, sweep_rules
 from raytrain_adv.config.discovery import SECTIONS, section_types, transform_types
 from raytrain_adv.config.document import MAX_DEPTH, Document, Entry, read_file, read_value
-from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.job import JobConfig, SectionType
 from raytrain_adv.config.other_formats import WRITTEN_AS
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sections import LARGEST
+from raytrain_adv.config.sweep import Axis, Sweep, SweepOptions, Trial
 
 COMMAND_LINE = "command line"
 _STAND_IN = "?"
@@ -36,11 +37,15 @@ def load(path: str | Path, overrides: Iterable[str] | None = None) -> JobConfig:
     if document.problems and not document.entries:
         raise job_error(str(path), document.problems)
     _override(document, overrides or ())
-    checked = _check(document)
+    section = document.entries.pop(sweep_rules.KEY, None)
+    if section is None or section.value is None:
+        checked = _check(document)
+    else:
+        checked = _check_sweep(document, section)
     problems = [*document.problems, *checked.problems]
     if problems:
         raise job_error(str(path), sorted(problems, key=_place))
-    return replace(checked.job, source=str(path), notes=tuple(checked.notes))
+    return _named(checked, str(path))
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,53 @@ class _Checked:
     job: JobConfig
     problems: list[Problem]
     notes: list[str]
+
+
+def _named(checked: _Checked, source: str) -> JobConfig:
+    """Return the job with its file's name, in its trials too."""
+    job = replace(checked.job, source=source, notes=tuple(checked.notes))
+    if job.sweep is None:
+        return job
+    trials = tuple(replace(t, job=replace(t.job, source=source)) for t in job.sweep.trials)
+    return replace(job, sweep=replace(job.sweep, trials=trials))
+
+
+def _check_sweep(document: Document, section: Entry) -> _Checked:
+    """Check the job of every trial; the job that is returned is the first one's."""
+    owned = {key for kind in section_types() for key in kind.model_fields}
+    known = owned | {key for key, ours in llamafactory.RENAMED.items() if ours in owned}
+    parts = sweep_rules.take_apart(section, document.entries, known)
+    options, wrong = _section(SweepOptions, parts.options, set())
+    problems = [
+        *parts.problems,
+        *(replace(p, key=f"{sweep_rules.KEY}.{p.key}", where=parts.places[p.key]) for p in wrong),
+        *sweep_rules.option_problems(parts, options),
+    ]
+    seed = _check(document).job.train.seed
+    every = [] if problems else sweep.combinations(parts.axes, options.num_samples, seed)
+    to_check = every or [{a.key: a.first for a in parts.axes}]
+    checked = [_check(_with_values(document, parts.axes, values)) for values in to_check]
+    at_the_ends = sweep.extremes(parts.axes, to_check[0])
+    ends = [_check(_with_values(document, parts.axes, values)) for values in at_the_ends]
+    problems += [p for one in [*checked, *ends] for p in one.problems]
+    jobs = [one.job for one in checked]
+    metric = options.metric or sweep.default_metric(jobs)
+    if not problems:
+        found = sweep_rules.metric_problems(parts, options, metric, jobs)
+        problems = [p.at(_where(p, document) or section.where) for p in found]
+    trials = [
+        Trial(name, values, sweep.as_trial(job, name))
+        for name, values, job in zip(sweep.names(every), every, jobs, strict=False)
+    ]
+    swept = Sweep(options, tuple(a.key for a in parts.axes), metric, tuple(trials))
+    notes = list(dict.fromkeys(note for one in checked for note in one.notes))
+    return _Checked(replace(jobs[0], sweep=swept), list(dict.fromkeys(problems)), notes)
+
+
+def _with_values(document: Document, axes: Sequence[Axis], values: Mapping[str, Any]) -> Document:
+    """Return the job file as a trial's would be."""
+    swept = {a.key: Entry(values[a.key], a.where) for a in axes}
+    return Document({**document.entries, **swept})
 
 
 def _check(document: Document) -> _Checked:
@@ -78,8 +130,8 @@ def _check(document: Document) -> _Checked:
 
 
 def _section(
-    kind: type[Section], given: Mapping[str, Any], refused: set[str]
-) -> tuple[Section, list[Problem]]:
+    kind: type[SectionType], given: Mapping[str, Any], refused: set[str]
+) -> tuple[SectionType, list[Problem]]:
     """Return the section with what is right of the given values, and a problem for each of the
     others."""
     values = {key: _as_written(kind, key, value) for key, value in given.items()}
@@ -236,7 +288,8 @@ def _put(document: Document, key: str, value: Any) -> Problem | None:
     else:
         text = f"{head} holds {show(old, head)}, not a mapping, so it has no {'.'.join(rest)}"
         return Problem(text, f"write {head}=value", key)
-    document.entries[head] = Entry(merged, COMMAND_LINE)
+    inner = document.entries[head].inner if head in document.entries else {}
+    document.entries[head] = Entry(merged, COMMAND_LINE, {**inner, rest[0]: COMMAND_LINE})
     return None
 
 

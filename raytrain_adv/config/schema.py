@@ -9,6 +9,7 @@ from raytrain_adv.config.llamafactory import RENAMED
 from raytrain_adv.config.llamafactory_keys import LISTED, SAME
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sections import LARGEST
+from raytrain_adv.config.sweep import DISTRIBUTIONS, SET_BY_THE_SWEEP, SweepOptions
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -38,15 +39,53 @@ def schema() -> dict[str, Any]:
         if ours in properties:
             sentence = f"LLaMA-Factory's name of {ours}. {properties[ours]['description']}"
             properties[key] = properties[ours] | {"description": sentence, "deprecated": True}
+    properties["sweep"] = _sweep_schema(properties)
     return {
         "$schema": DIALECT,
         "title": "raytrain_adv job",
-        "description": "One fine-tuning run, in flat keys with LLaMA-Factory's names and defaults.",
+        "description": "One fine-tuning run, or with sweep several, in flat keys with "
+        "LLaMA-Factory's names and defaults.",
         "type": "object",
         "additionalProperties": False,
         "required": [*required, "dataset"],
         "properties": properties,
     }
+
+
+def _sweep_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of the sweep section: its options, and any other key with values to try."""
+    swept = {
+        key: _values_schema(field)
+        for key, field in properties.items()
+        if key not in SET_BY_THE_SWEEP and not ("deprecated" in field and key not in RENAMED)
+    }
+    return {
+        "description": "Keys of the job with values to try: a list, or a distribution to draw "
+        "num_samples values from. Every combination is a trial of its own, and the options say "
+        "how trials are run and compared. null runs the job without the sweep.",
+        "type": ["object", "null"],
+        "additionalProperties": False,
+        "properties": {**field_schemas(SweepOptions), **swept},
+    }
+
+
+def _values_schema(field: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a sweep takes for a key: values of the key itself, or where to draw them from."""
+    value = {k: v for k, v in field.items() if k not in ("description", "default", "deprecated")}
+    some = {"type": "array", "items": value, "minItems": 1}
+    forms: list[dict[str, Any]] = [some]
+    pair = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+    for kind in DISTRIBUTIONS:
+        one = some if kind == "choice" else pair
+        forms.append(
+            {
+                "type": "object",
+                "properties": {kind: one},
+                "required": [kind],
+                "additionalProperties": False,
+            }
+        )
+    return {"description": field.get("description", ""), "anyOf": forms}
 
 
 def field_schemas(kind: type[Section]) -> dict[str, Any]:

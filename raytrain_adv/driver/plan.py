@@ -10,6 +10,7 @@ from rich.console import Console
 
 from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.driver import sweep_plan
 from raytrain_adv.driver.advice import EXAMPLES, Advice, Case, Gpu, advise
 from raytrain_adv.driver.plan_data import DataSummary, look_at, summarise
 from raytrain_adv.driver.plan_text import WIDTH, render, render_brief, view
@@ -140,6 +141,8 @@ def show(job: JobConfig, num_workers: int | None = None, verbose: bool = False) 
         JobError: when the job could not run as written.
     """
     console = Console(highlight=False)
+    if job.sweep is not None:
+        console.print(sweep_plan.render(job.sweep), markup=False, soft_wrap=True)
     facts = hardware.detect()
     world_size, assumption = _workers(job, num_workers, facts)
     with console.status("reading the data"):

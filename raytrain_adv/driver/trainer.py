@@ -25,6 +25,7 @@ from raytrain_adv.driver.output import Output
 from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.ray_worker import STARTS, ray_worker
+from raytrain_adv.driver.stopping import StopWhenTold
 from raytrain_adv.driver.twin import beside_its_twin, twins
 from raytrain_adv.errors import StorageError
 from raytrain_adv.report import record
@@ -215,7 +216,7 @@ def _trainer(
             name=attempt,
             storage_path=place.storage_path,
             failure_config=FailureConfig(max_failures=job.ray.max_failures),
-            callbacks=[StopWhenRetryCannotHelp()],
+            callbacks=[StopWhenRetryCannotHelp(), StopWhenTold(place.folder)],
         ),
     )
 

@@ -1,6 +1,7 @@
-"""CONTRACT.md: the fields of report.json in words, made of the types and their sentences.
+"""CONTRACT.md and SWEEP_CONTRACT.md: the fields of report.json and sweep.json in words, made of the
+types and their sentences.
 
-`python -m raytrain_adv.report.contract` writes it anew.
+`python -m raytrain_adv.report.contract` writes them anew.
 """
 
 import re
@@ -17,8 +18,10 @@ from raytrain_adv.report.record import (
     TransformReport,
     write_text,
 )
+from raytrain_adv.report.sweep_record import SweepReport
 
 PATH = Path(__file__).with_name("CONTRACT.md")
+SWEEP_PATH = Path(__file__).with_name("SWEEP_CONTRACT.md")
 RECORDS: tuple[type[Record], ...] = (
     RunReport,
     PreflightReport,
@@ -40,6 +43,20 @@ def contract() -> str:
     for record in RECORDS:
         schema = definitions if record is RunReport else definitions["$defs"][record.__name__]
         parts.append(_table(record.__name__, schema))
+    return "\n\n".join(parts) + "\n"
+
+
+def sweep_contract() -> str:
+    """Return the document of sweep.json."""
+    definitions = SweepReport.model_json_schema()
+    parts = [
+        "# sweep.json\n\nWhat a sweep leaves in `output_dir/sweep.json`, written anew whenever a "
+        "trial begins or ends; each trial's folder has a `report.json` of its own (CONTRACT.md). "
+        "Made by `python -m raytrain_adv.report.contract`; the same as a JSON schema: "
+        "`raytrain_adv.report.sweep_record.schema()`.",
+        _table("SweepReport", definitions),
+        _table("TrialReport", definitions["$defs"]["TrialReport"]),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -75,3 +92,4 @@ def _type(detail: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     write_text(contract(), PATH)
+    write_text(sweep_contract(), SWEEP_PATH)

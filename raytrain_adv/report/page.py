@@ -89,7 +89,7 @@ td{overflow-wrap:anywhere}
 .num,.num:last-child{text-align:right;padding-right:0;font-variant-numeric:tabular-nums;
 white-space:nowrap;padding-left:12px}
 .short td:first-child{white-space:nowrap;overflow-wrap:normal}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto}a{color:var(--c1)}
 .two{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:12px}.two .card{margin:0}
 details{margin-top:10px}.card>details:first-child{margin-top:0}
 .bar+.note,.after{margin-top:12px}summary{cursor:pointer;color:var(--dim)}summary:hover{color:var(--ink)}
@@ -136,23 +136,22 @@ for (const area of document.querySelectorAll(".area")) {
   const plot = JSON.parse(area.dataset.plot), [low, high] = plot.x;
   const hair = area.appendChild(document.createElement("div")); hair.className = "hair";
   const tip = area.appendChild(document.createElement("div")); tip.className = "tip";
-  const nearest = (points, x) =>
-    points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
+  const place = x => plot.log ? Math.log(x / low) / Math.log(high / low) : (x - low) / (high - low);
+  const nearest = (points, at) =>
+    points.reduce((a, b) => Math.abs(place(b[0]) - at) < Math.abs(place(a[0]) - at) ? b : a);
+  const shown = x => x && Math.abs(x) < 1e-3 ? x.toExponential(2)
+    : x.toLocaleString("en", {maximumSignificantDigits: 6});
   const show = event => {
     const box = area.getBoundingClientRect(), share = (event.clientX - box.left) / box.width;
-    const x = nearest(plot.series.map(s => nearest(s[2], low + share * (high - low))),
-      low + share * (high - low))[0];
-    const left = (x - low) / (high - low);
+    const x = nearest(plot.series.map(s => nearest(s[2], share)), share)[0], left = place(x);
     hair.style.cssText = `display:block;left:${100 * left}%`;
-    tip.textContent = "step " + x.toLocaleString("en");
+    tip.textContent = plot.over + " " + (plot.over === "step" ? x.toLocaleString("en") : shown(x));
     for (const [name, color, points] of plot.series) {
-      const point = nearest(points, x);
+      const point = nearest(points, left);
       if (point[0] !== x) continue;
       const line = tip.appendChild(document.createElement("div"));
       line.className = "key k" + color;
-      const y = Math.abs(point[1]);
-      line.textContent = name + "  " + (y && y < 1e-3 ? point[1].toExponential(2)
-        : point[1].toLocaleString("en", {maximumSignificantDigits: 6}));
+      line.textContent = name + "  " + shown(point[1]);
     }
     const side = left > .5 ? `right:${100 * (1 - left) + 1}%` : `left:${100 * left + 1}%`;
     tip.style.cssText = "display:block;" + side;

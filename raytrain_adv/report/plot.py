@@ -20,7 +20,8 @@ class Series:
     points: Sequence[Xy]
     color: int
     """Number of the colour in the page's palette."""
-    style: Literal["line", "faint", "dots"] = "line"
+    style: Literal["line", "faint", "dots", "points"] = "line"
+    """dots are joined by a thin line, points are not."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot over the steps of the run."""
+    """One plot over the steps of the run, or over another number."""
 
     title: str
     unit: str
@@ -52,6 +53,9 @@ class Plot:
     from_zero: bool = False
     span: Literal["wide", "half", "third"] = "third"
     """Share of the page's width."""
+    over: str = "step"
+    """What lies on the horizontal axis. Steps begin at 0; of anything else, positive values that
+    differ much are on a logarithmic axis."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def plot_html(plot: Plot) -> str:
     if not series:
         return ""
     steps = [x for s in series for x, _ in s.points] + [mark.step for mark in plot.marks]
-    x_axis = linear_scale(0.0, max(steps), 6, whole=True, outside=False)
+    x_axis = _x_scale(plot, steps)
     y_axis = _y_scale(plot, [y for s in series for _, y in s.points])
     shapes = [_grid(x_axis, y_axis), *(_level(level, y_axis) for level in plot.levels)]
     shapes += [_mark(mark, x_axis) for mark in plot.marks if x_axis.low <= mark.step <= x_axis.high]
@@ -85,6 +89,8 @@ def plot_html(plot: Plot) -> str:
     data = json.dumps(
         {
             "x": [x_axis.low, x_axis.high],
+            "over": plot.over,
+            "log": x_axis.logarithmic,
             "series": [
                 [s.name, s.color, [[_short(x), _short(y)] for x, y in thinned(s.points)]]
                 for s in series
@@ -93,7 +99,8 @@ def plot_html(plot: Plot) -> str:
         },
         separators=(",", ":"),
     )
-    label = html.escape(f"{plot.title} over optimizer steps")
+    over = "optimizer steps" if plot.over == "step" else plot.over
+    label = html.escape(f"{plot.title} over {over}")
     return (
         f'<figure class="plot {plot.span}">{_caption(plot, series)}'
         f'<div class="area" data-plot="{html.escape(data)}">'
@@ -179,9 +186,21 @@ def _finite(series: Series) -> Series:
     return Series(series.name, points, series.color, series.style)
 
 
+def _x_scale(plot: Plot, values: list[float]) -> Scale:
+    low, high = min(values), max(values)
+    if plot.over == "step":
+        return linear_scale(0.0, high, 6, whole=True, outside=False)
+    if low > 0 and high >= 20 * low:
+        return log_scale(low, high)
+    whole = all(float(value).is_integer() for value in values)
+    return linear_scale(low, high, 6, whole=whole, outside=False)
+
+
 def _y_scale(plot: Plot, values: list[float]) -> Scale:
     values = values + [level.value for level in plot.levels]
     low, high = min(values), max(values)
+    if any(level.value == high for level in plot.levels):
+        high += 0.08 * (high - low)  # room for the words above a line at the top
     middle = sorted(values)[len(values) // 2]
     # One spike would press everything else to the ground.
     if not plot.from_zero and low > 0 and high > 20 * middle:
@@ -217,12 +236,12 @@ def _mark(mark: Mark, x_axis: Scale) -> str:
 
 def _curve(series: Series, x_axis: Scale, y_axis: Scale) -> str:
     places = [_xy(x, y, x_axis, y_axis) for x, y in thinned(series.points)]
-    if series.style == "dots" or len(places) == 1:
+    if series.style in ("dots", "points") or len(places) == 1:
         # A line without length has round ends: a dot that stays round when the plot is stretched.
         dots = "".join(f"M{place}h.01" for place in places)
         line = (
             ""
-            if len(places) == 1
+            if len(places) == 1 or series.style == "points"
             else f'<path class="thin c{series.color}" d="M{"L".join(places)}"/>'
         )
         return f'{line}<path class="dots c{series.color}" d="{dots}"/>'
@@ -251,7 +270,8 @@ def _tick_labels(x_axis: Scale, y_axis: Scale) -> str:
     ]
     x_step = x_axis.ticks[1] - x_axis.ticks[0] if len(x_axis.ticks) > 1 else 1.0
     labels += [
-        f'<span class="tx" style="left:{100 * x_axis.place(t):.2f}%">{tick_text(t, x_step)}</span>'
+        f'<span class="tx" style="left:{100 * x_axis.place(t):.2f}%">'
+        f"{tick_text(t, t if x_axis.logarithmic else x_step)}</span>"
         for t in x_axis.ticks
     ]
     return "".join(labels)

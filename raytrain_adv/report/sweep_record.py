@@ -1,0 +1,181 @@
+"""sweep.json: the trials of a sweep and what each came to; a contract that scripts read."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from raytrain_adv.config.sweep import MetricName, Trial
+from raytrain_adv.errors import StorageError
+from raytrain_adv.report.record import Arguments, JsonObject, Number, Record, RunReport, write_text
+
+FILE_NAME = "sweep.json"
+STOPPED = "StoppedBySweep"
+"""Kind of the failure in the report of a trial that its sweep has stopped."""
+
+
+class TrialReport(Record):
+    """One trial. Its own report, with every curve, is in output_dir/report.json."""
+
+    name: str
+    """Its swept keys with their values; the name of its folder."""
+    values: JsonObject
+    """Each swept key's value."""
+    status: Literal["waiting", "running", "done", "stopped", "failed"]
+    """stopped means that the scheduler let it go before its end; failed, that it ended in an error.
+    """
+    metric: Number = None
+    """Its value of the sweep's metric; null unless it is done."""
+    error: str | None = None
+    """Why it was stopped or failed, as a user of a single run would see it."""
+    output_dir: str
+    """Folder of its run: report, metrics, model."""
+    model_dir: str | None = None
+    """Folder of its trained model; null where there is none, or keep_models has deleted it."""
+    steps: int = 0
+    """Optimizer steps that were finished."""
+    total_steps: int | None = None
+    """Optimizer steps it has by its plan."""
+    train_loss: Number = None
+    """Training loss of the last logged step."""
+    eval_loss: Number = None
+    """Last loss on the held-out rows."""
+    quantized_eval_loss: Number = None
+    """Loss of the converted model on the held-out rows; null without QAT."""
+    tokens_per_second_per_worker: Number = None
+    """Median after warm-up."""
+    step_seconds: Number = None
+    """Median time of an optimizer step after warm-up."""
+    peak_memory_gib: Number = None
+    """As in its report."""
+    mfu_bf16: Number = None
+    """As in its report."""
+    seconds: Number = None
+    """From the start of its last launch to its end."""
+    resumed_from_step: int | None = None
+    """Step of the checkpoint it last went on from; null if it never did."""
+
+
+class SweepReport(Record):
+    """The contract of sweep.json."""
+
+    format_version: Literal[1] = 1
+    """Version of this contract; raised when a field changes its meaning or goes."""
+    status: Literal["running", "done", "failed"]
+    """running is written as trials go on: where it stays, the driver was killed. done means that a
+    trial has a value of the metric.
+    """
+    error: str | None = None
+    """The error's whole message as the user saw it; null unless status is failed."""
+    name: str = ""
+    """Name of the sweep."""
+    command: Arguments = ""
+    """The command that started it."""
+    job_file: str = ""
+    """Path of the job file on the driver."""
+    output_dir: str = ""
+    """Folder of the sweep."""
+    started_at: Number = None
+    """When the launch command began, in unix seconds."""
+    finished_at: Number = None
+    """When the sweep ended, in unix seconds."""
+    keys: tuple[str, ...]
+    """The swept keys."""
+    metric: MetricName
+    """What trials are compared by; a field of TrialReport says more of it."""
+    mode: Literal["min", "max"]
+    """Whether the lowest or the highest value is the best."""
+    scheduler: Literal["none", "asha"] = "none"
+    """asha stops trials early."""
+    max_concurrent_trials: int | None = None
+    """Trials that were run at the same time."""
+    trials: tuple[TrialReport, ...]
+    """Every trial, in the order of the section's values."""
+    best: str | None = None
+    """Name of the best trial that is done."""
+    best_job: str | None = None
+    """Path of the best trial's job, ready to run."""
+    notes: tuple[str, ...] = ()
+    """Whatever else a reader should know, one sentence each."""
+
+    def trial(self, name: str) -> TrialReport:
+        """Return the trial of this name."""
+        return next(t for t in self.trials if t.name == name)
+
+
+def metrics(report: RunReport) -> dict[MetricName, float | None]:
+    """Return a run's value of each metric that trials can be compared by."""
+    return {
+        "eval_loss": _last(report.eval_loss),
+        "quantized_eval_loss": report.quantized_eval_loss,
+        "train_loss": _last(report.train_loss),
+        "tokens_per_second_per_worker": report.tokens_per_second_per_worker,
+        "step_seconds": report.step_seconds,
+        "peak_memory_gib": report.peak_memory_gib,
+        "mfu_bf16": report.mfu_bf16,
+    }
+
+
+def _last(points: tuple[tuple[int, float | None], ...]) -> float | None:
+    return points[-1][1] if points else None
+
+
+def trial_report(trial: Trial, run: RunReport | None, metric: MetricName) -> TrialReport:
+    """Return what a trial came to, from the report of its run; none means that it has not begun."""
+    own = {"name": trial.name, "values": trial.values, "output_dir": trial.job.output.output_dir}
+    if run is None:
+        return TrialReport(**own, status="waiting")
+    stopped = run.failure is not None and run.failure.kind == STOPPED
+    figures = metrics(run)
+    passed = None
+    if run.finished_at is not None and run.started_at is not None:
+        passed = run.finished_at - run.started_at
+    return TrialReport(
+        **own,
+        **figures,
+        status="stopped" if stopped else run.status,
+        metric=figures[metric] if run.status == "done" else None,
+        error=run.error,
+        model_dir=run.model_dir if run.model_dir and Path(run.model_dir).is_dir() else None,
+        steps=run.steps,
+        total_steps=run.total_steps,
+        seconds=passed,
+        resumed_from_step=run.resumed_from_step,
+    )
+
+
+def best(trials: tuple[TrialReport, ...], mode: Literal["min", "max"]) -> TrialReport | None:
+    """Return the trial with the best value; the first of those that are equal."""
+    done = [t for t in trials if t.metric is not None]
+    sign = 1 if mode == "min" else -1
+    return min(done, key=lambda t: sign * (t.metric or 0.0), default=None)
+
+
+def write(report: SweepReport, output_dir: str | Path) -> Path:
+    """Write sweep.json and return its path.
+
+    Raises:
+        StorageError: when it cannot be written.
+    """
+    return write_text(report.model_dump_json(indent=2) + "\n", Path(output_dir) / FILE_NAME)
+
+
+def read(output_dir: str | Path) -> SweepReport:
+    """Read sweep.json.
+
+    Raises:
+        StorageError: when it is missing, or is not one of this version.
+    """
+    path = Path(output_dir) / FILE_NAME
+    try:
+        return SweepReport.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
+        raise StorageError(
+            "There is no report of a sweep to read", f"{path}: {reason}", "give its output_dir"
+        ) from error
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of sweep.json."""
+    return SweepReport.model_json_schema()

@@ -1,0 +1,127 @@
+"""A sweep as a user runs it: real Ray with two CPUs, trials of one worker each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from raytrain_adv.config import load
+
+LAUNCH = [sys.executable, "-m", "raytrain_adv.launch"]
+LINE = {"use_cpu": True, "val_size": 8, "ray_init_kwargs": {"num_cpus": 2}}
+
+
+@pytest.fixture
+def sweep_file(keys: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
+    """Write a job file with a sweep section; the keys that it sweeps over are left out."""
+
+    def write(section: dict[str, Any], **changed: Any) -> Path:
+        path = tmp_path / "sweep.yaml"
+        given = {k: v for k, v in {**keys, **LINE, **changed}.items() if k not in section}
+        path.write_text(yaml.safe_dump({**given, "sweep": section}, sort_keys=False))
+        return path
+
+    return write
+
+
+def launch(job: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LAUNCH, str(job), *overrides], capture_output=True, text=True, timeout=400
+    )
+
+
+def trials_of(out: Path) -> dict[str, dict[str, Any]]:
+    found = json.loads((out / "sweep.json").read_text())
+    return {trial["name"]: trial for trial in found["trials"]}
+
+
+def status_of(out: Path, name: str) -> str:
+    return str(trials_of(out)[name]["status"]) if (out / "sweep.json").exists() else ""
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 400) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError("waited in vain")
+        time.sleep(0.05)
+
+
+def kill(driver: subprocess.Popen[Any]) -> None:
+    """Kill a driver and the Ray that it has started."""
+    family = [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]
+    for process in reversed(family):
+        if process.is_running():
+            process.kill()
+    driver.wait()
+
+
+def test_a_killed_sweep_goes_on_and_one_trial_that_fails_does_not_end_it(
+    sweep_file, keys, tmp_path
+):
+    """Two trials at a time on two CPUs, their drivers beside them; SIGKILL when one is done, the
+    other in the middle, and those whose model is not there have yet to fail."""
+    models = [keys["model_name_or_path"], str(tmp_path / "no-model")]
+    section = {"model_name_or_path": models, "max_steps": [6, 500]}
+    job = sweep_file(section, save_strategy="steps", save_steps=10, logging_steps=10)
+    out = tmp_path / "out"
+    short, long = (trial.name for trial in load(job).sweep.trials[:2])
+    driver = subprocess.Popen([*LAUNCH, str(job)], stdout=subprocess.DEVNULL)
+    checkpoints = out / "trials" / long / "checkpoints"
+    try:
+        wait_until(lambda: status_of(out, short) == "done")
+        wait_until(lambda: any(checkpoints.glob("*/step_*/manifest.json")))
+    finally:
+        kill(driver)
+    assert trials_of(out)[long]["status"] == "running"
+    finished = (out / "trials" / short / "report.json").stat().st_mtime_ns
+
+    done = launch(job, "resume_from_checkpoint=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = trials_of(out)
+    assert [t["status"] for t in trials.values()] == ["done", "done", "failed", "failed"]
+    assert (out / "trials" / short / "report.json").stat().st_mtime_ns == finished
+    assert trials[long]["resumed_from_step"] >= 10 and trials[long]["steps"] == 500
+    assert "1 of them have ended before" in done.stdout
+    assert str(tmp_path / "no-model") in done.stdout
+    found = json.loads((out / "sweep.json").read_text())
+    best = found["best"]
+    assert found["max_concurrent_trials"] == 2
+    assert trials[best]["metric"] == min(t["metric"] for t in trials.values() if t["metric"])
+    assert load(out / "best_job.yaml").train.max_steps == trials[best]["values"]["max_steps"]
+    assert (out / "sweep.html").read_text().count("<svg") == 1
+    console = (out / "trials" / long / "console.log").read_text()
+    assert "step  20/500" in console
+
+
+def test_asha_stops_a_trial_and_its_workers_give_back_their_cpu(sweep_file, tmp_path):
+    """On one CPU: the third trial can only run where the second's worker is gone."""
+    section = {"learning_rate": [1e-2, 1e-9, 2e-2], "scheduler": "asha", "grace_steps": 4}
+    changed = {"max_steps": 400, "eval_strategy": "steps", "eval_steps": 4, "logging_steps": 4}
+    done = launch(sweep_file(section, **changed, ray_init_kwargs={"num_cpus": 1}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second, third = trials_of(tmp_path / "out").values()
+    assert first["status"] == "done" and third["status"] in ("done", "stopped")
+    assert second["status"] == "stopped" and 4 <= second["steps"] < 400
+    assert "fallen behind" in second["error"] and "at step 4" in second["error"]
+    report = json.loads((Path(second["output_dir"]) / "report.json").read_text())
+    assert report["failure"]["kind"] == "StoppedBySweep"
+
+
+def test_a_sweep_without_a_success_says_what_ended_each_trial(sweep_file, tmp_path):
+    missing = [str(tmp_path / name) for name in ("no-model", "neither")]
+    failed = launch(sweep_file({"model_name_or_path": missing}))
+    assert failed.returncode == 3, failed.stdout + failed.stderr
+    assert "No trial of the sweep succeeded" in failed.stderr and "Traceback" not in failed.stderr
+    assert all(failed.stderr.count(f"{path}") >= 1 for path in missing)
+    found = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert found["status"] == "failed" and found["best"] is None

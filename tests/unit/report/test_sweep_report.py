@@ -1,0 +1,140 @@
+"""What a sweep leaves behind: sweep.json, its page, its table, their contract."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+from raytrain_adv.config.sweep import METRICS, MetricName
+from raytrain_adv.errors import StorageError
+from raytrain_adv.report import sweep_record
+from raytrain_adv.report.contract import SWEEP_PATH, sweep_contract
+from raytrain_adv.report.plot import Plot, Series, plot_html
+from raytrain_adv.report.record import RunReport
+from raytrain_adv.report.sweep_html import render
+from raytrain_adv.report.sweep_record import SweepReport, TrialReport, best, metrics
+from raytrain_adv.report.sweep_table import render as render_table
+from raytrain_adv.report.sweep_table import written
+
+DELAY = "fake_quant_after_n_steps"
+
+
+def trial(metric: float | None, status: str = "done", **values: Any) -> TrialReport:
+    name = ",".join(f"{key}={value}" for key, value in values.items())
+    error = "It failed\n  found: <b>why</b>" if status == "failed" else None
+    return TrialReport(
+        **{"name": name, "values": values, "status": status, "metric": metric, "error": error},
+        output_dir=f"saves/trials/{name}",
+    )
+
+
+def sweep_of(*trials: TrialReport, **changed: Any) -> SweepReport:
+    keys = tuple(dict.fromkeys(key for t in trials for key in t.values))
+    chosen = best(trials, "min")
+    given = {"status": "done", "metric": "eval_loss", "mode": "min", **changed}
+    return SweepReport(
+        keys=keys, trials=trials, best=chosen.name if chosen else None, output_dir="o", **given
+    )
+
+
+DELAYS = sweep_of(
+    trial(3.0, **{DELAY: 0}),
+    trial(2.5, **{DELAY: 50}),
+    trial(2.75, **{DELAY: 100}),
+    trial(3.5, **{DELAY: "never"}),
+)
+
+
+def test_every_metric_has_a_value_in_the_report_of_a_run() -> None:
+    report = RunReport(
+        status="done",
+        eval_loss=((1, 4.0), (9, 3.0)),
+        train_loss=((1, 5.0), (9, 2.0)),
+        tokens_per_second_per_worker=100.0,
+        step_seconds=0.5,
+        peak_memory_gib=7.0,
+        mfu_bf16=0.4,
+    )
+    found = metrics(report)
+    assert set(found) == set(METRICS) == set(get_args(MetricName)) <= set(TrialReport.model_fields)
+    assert found["eval_loss"] == 3.0 and found["train_loss"] == 2.0
+    assert found["tokens_per_second_per_worker"] == 100.0 and found["mfu_bf16"] == 0.4
+
+
+def test_a_run_that_was_not_evaluated_has_no_loss() -> None:
+    assert metrics(RunReport(status="done"))["eval_loss"] is None
+
+
+def test_the_best_is_the_highest_or_the_lowest() -> None:
+    trials = (trial(None, "failed", seed=0), trial(2.0, seed=1), trial(1.0, seed=2))
+    assert best(trials, "min") == trials[2] and best(trials, "max") == trials[1]
+    assert best(trials[:1], "min") is None
+
+
+def test_the_delay_that_never_comes_is_a_line_across_the_plot() -> None:
+    page = render(DELAYS)
+    assert "PTQ (never)  3.5000" in page
+    assert "[[0.0,3.0],[50.0,2.5],[100.0,2.75]]" in page
+    assert page.count('class="level"') == 1
+
+
+def test_values_that_are_no_numbers_are_bars() -> None:
+    page = render(sweep_of(trial(3.0, fp8=True), trial(2.0, fp8=False)))
+    assert "by fp8" in page and "<svg" not in page and ">true<" in page
+
+
+def test_rates_that_differ_much_lie_on_a_logarithmic_axis() -> None:
+    rates = sweep_of(*(trial(3.0 + r, learning_rate=r) for r in (1e-5, 1e-4, 1e-3)))
+    page = render(rates)
+    assert "&quot;log&quot;:true" in page
+    steps = plot_html(Plot("Loss", "", (Series("loss", [(1, 2.0), (1000, 1.0)], 1),)))
+    assert "&quot;log&quot;:false" in steps and "&quot;x&quot;:[0.0,1000]" in steps
+
+
+def test_the_page_shows_what_failed_as_text() -> None:
+    page = render(sweep_of(trial(3.0, seed=1), trial(None, "failed", seed=2)))
+    assert "&lt;b&gt;why&lt;/b&gt;" in page and "seed=2: failed" in page
+    assert "1 of 2" in page
+
+
+def test_a_page_without_any_result_says_that_it_goes_on() -> None:
+    page = render(sweep_of(trial(None, "waiting", seed=1), status="running"))
+    assert "This sweep has not ended" in page
+
+
+def test_the_table_has_a_line_for_each_trial_and_marks_the_best() -> None:
+    shown = render_table(DELAYS).splitlines()
+    assert shown[0].split()[:4] == [DELAY, "state", "eval", "loss"]
+    assert [line.split()[1] for line in shown[1:5]] == ["done", "best", "done", "done"]
+    failed = render_table(sweep_of(trial(None, "failed", seed=2)))
+    assert "seed=2 failed:\n  It failed\n    found: <b>why</b>" in failed
+
+
+def test_swept_values_are_written_as_in_the_job_file() -> None:
+    assert [written(v) for v in (None, True, 0, 1, 0.5, "x")] == [
+        "null",
+        "true",
+        "0",
+        "1",
+        "0.5",
+        "x",
+    ]
+
+
+def test_sweep_json_is_read_as_it_was_written(tmp_path) -> None:
+    sweep_record.write(DELAYS, tmp_path)
+    assert sweep_record.read(tmp_path) == DELAYS
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(StorageError, match="There is no report of a sweep"):
+        sweep_record.read(tmp_path)
+
+
+def test_every_field_of_the_sweeps_contract_has_its_sentence() -> None:
+    for kind in (SweepReport, TrialReport):
+        for name, field in kind.model_fields.items():
+            assert (field.description or "").strip().endswith("."), name
+
+
+def test_the_sweeps_contract_document_is_current() -> None:
+    assert SWEEP_PATH.read_text() == sweep_contract(), "run python -m raytrain_adv.report.contract"
