@@ -20,10 +20,12 @@ from raytrain_adv.config import JobConfig, load
 from raytrain_adv.transforms.apply import enabled, prepare_all
 from raytrain_adv.worker import parallel, weights
 from raytrain_adv.worker.gradients import clip
+from raytrain_adv.worker.install import fetched, installed
 from raytrain_adv.worker.loss import loss_function
 from raytrain_adv.worker.memory import predict
 from raytrain_adv.worker.model import build
 from raytrain_adv.worker.optim import build_optimizer
+from raytrain_adv.worker.run import local_run
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ROOT / "jobs/models/llama3-8b-shape"
@@ -72,8 +74,10 @@ class Whole:
         facts = hardware.detect(DEVICE)
         for transform in enabled(job):
             transform.check(facts)
+        run = local_run(job, DEVICE)
+        fetched(job, run, facts)
         model = build(job)
-        prepare_all(job, model, facts)
+        installed(job, run, model, prepare_all(job, model, facts))
         parallel.shard(model, job, None)
         weights.materialize(model, DEVICE)
         weights.init_from_scratch(model, job, DEVICE)

@@ -51,8 +51,13 @@ def test_a_compiled_linear_rounds_as_the_eager_one():
     x = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
     gradient = torch.randn(256, 1024, device="cuda", dtype=torch.bfloat16)
     torch.testing.assert_close(compiled(x), eager(x), rtol=0, atol=0)
-    for call in (compiled, eager):
+    for call in (compiled, eager, linear):
         call(x).backward(gradient)
-    # Where a value lies on an end of the range, fused code may cut its gradient and eager not.
-    own, theirs = other.weight.grad.double().flatten(), eager.weight.grad.double().flatten()
-    assert torch.nn.functional.cosine_similarity(own, theirs, dim=0) > 0.999
+    # Values on an end of the range are cut by torch's bfloat16 rounding, and not by fused code,
+    # which rounds less: its gradient is no further from the unquantised one.
+    plain = linear.weight.grad.double().flatten()
+    near = [
+        torch.nn.functional.cosine_similarity(of.weight.grad.double().flatten(), plain, dim=0)
+        for of in (other, eager)
+    ]
+    assert near[0] > near[1] - 1e-3 and min(near) > 0.98
