@@ -145,9 +145,10 @@ def fake_quantize_float8(x: torch.Tensor, after: torch.Tensor | None = None) -> 
         x: [..., features], float32 or bfloat16.
         after: see the module's text.
     """
-    amax = x.abs().amax(dim=-1, keepdim=True).to(torch.float32).clamp(min=EPS)
+    amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
     largest = torch.finfo(E4M3).max
-    scale = amax / largest
+    # The quotient is rounded to x's dtype, as torchao's is.
+    scale = (amax / largest).to(torch.float32)
     rounded = (x.to(torch.float32) / scale).clamp(min=-largest, max=largest).to(E4M3)
     return (rounded.to(torch.float32) * scale).to(x.dtype)
 

@@ -78,7 +78,8 @@ def finished(
     same = (
         "world_size device versions steps total_steps epochs tokens_per_second_per_worker "
         "step_seconds peak_memory_gib data_wait_seconds predicted_memory_gib predicted_memory "
-        "mfu_bf16 restarts resumed_from_step data batch model_dir"
+        "mfu_bf16 restarts resumed_from_step data batch model_dir model_gib "
+        "quantized_dir quantized_gib quantized_logit_difference quantized_comparison"
     )
     update |= {name: figures[name] for name in same.split()}
     return RunReport(**{**report.model_dump(), **update})

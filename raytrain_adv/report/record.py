@@ -277,6 +277,18 @@ class RunReport(Record):
     """Seconds of each phase of the run, in order."""
     model_dir: str | None = None
     """Folder of the trained model; null until it is exported."""
+    model_gib: Number = None
+    """Its size on disk."""
+    quantized_dir: str | None = None
+    """Folder of the quantised model; null without quantisation-aware training."""
+    quantized_gib: Number = None
+    """Its size on disk."""
+    quantized_logit_difference: Number = None
+    """Largest difference between the logits of the quantised folder, loaded anew, and those of the
+    model in memory with fake quantisation on.
+    """
+    quantized_comparison: str = ""
+    """On how many tokens and where they were compared, and what was allowed."""
     baseline: Baseline | None = None
     """The run named by compare_with; null where none is."""
     notes: tuple[str, ...] = ()

@@ -77,7 +77,8 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     loop.run_from(found.progress if found is not None else None)
 
     samples = sample_answers(job, run, model, tokenizer, prepared)
-    model_dir = export(job, run, model, tokenizer, write_model)
+    optimizer.state.clear()  # makes room for the quantised model beside the trained one
+    exported = export(job, run, model, tokenizer, prepared, write_model)
     return {
         **loop.figures(),
         "world_size": run.world_size,
@@ -91,7 +92,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         "proof": proof.found,
         "data": prepared.stats,
         "samples": samples,
-        "model_dir": model_dir,
+        **asdict(exported),
         "began_at": began_at,
         "timeline": run.timeline,
     }
