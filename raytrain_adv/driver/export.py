@@ -150,9 +150,11 @@ def _export_run(
     """Write a checkpoint's model, and the quantised one if the run's keys or these ask for it."""
     kept = {key for kind in KEPT for key in kind.model_fields}
     others = {key for kind in transform_types() for key in kind.model_fields} - kept
-    keys = {key: value for key, value in stored.items() if key not in others}
+    is_off = any(item.lower().replace(" ", "") == "enable_qat=false" for item in given)
+    dropped = others | set(Qat.model_fields if is_off else ())
+    keys = {key: value for key, value in stored.items() if key not in dropped}
     job = load_keys({**keys, "output_dir": str(folder)}, str(folder / RUN_FILE), given)
-    if given and not job.transform(Qat).enabled:
+    if given and not is_off and not job.transform(Qat).enabled:
         raise _not_asked_for(f"{', '.join(given)}; the run has enable_qat: false")
     found = _checkpoint(job, checkpoint_name)
     step = found.progress.step

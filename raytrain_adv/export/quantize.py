@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -288,7 +289,12 @@ def quantization_config(plain: PreTrainedModel, job: JobConfig, configs: Configs
     others = {name.removesuffix(".weight"): c for name, c in configs.items() if name not in linears}
     alone = dict.fromkeys(fqn for name, fqn in linears.items() if name not in configs)
     chosen = {**others, **alone, "_default": job.transform(Qat).linear_config()}
-    config: Any = TorchAoConfig(FqnToConfig(chosen), include_input_output_embeddings=bool(others))
+    with warnings.catch_warnings():
+        # torchao 0.18 warns that _default will go. It is what engines that fuse q, k and v into one
+        # linear find that linear's configuration by; without it they would need its name.
+        warnings.filterwarnings("ignore", message="Config Deprecation: _default")
+        by_fqn = FqnToConfig(chosen)
+    config: Any = TorchAoConfig(by_fqn, include_input_output_embeddings=bool(others))
     described: dict[str, Any] = config.to_dict()
     return described
 
@@ -296,8 +302,8 @@ def quantization_config(plain: PreTrainedModel, job: JobConfig, configs: Configs
 def add_adapter(adapter: Path, folder: Path, final: Path) -> None:
     """Put a LoRA run's adapter into its quantised base's folder.
 
-    transformers loads both at once from a folder that holds both, and PEFT's
-    AutoPeftModelForCausalLM by the path that adapter_config.json names.
+    transformers loads both from a folder that holds both, and the adapter in the model's dtype, in
+    which it was trained.
 
     Args:
         adapter: the folder that holds the adapter.
