@@ -4,6 +4,7 @@ folder; one process, in host memory, without Ray.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,9 @@ def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
     weights.materialize(model, CPU)
     if job.transform(Lora).enabled:
         weights.load_pretrained(model, job, CPU)
-    checkpoint.load(found, model)
+    with warnings.catch_warnings():  # PyTorch's, that there is one process: so it is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        checkpoint.load(found, model)
     return model
 
 

@@ -153,7 +153,7 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None
         local = temporary
     try:
         with storage_errors("The checkpoint cannot be read", found.path):
-            load_state(read, checkpoint_id=local, no_dist=not dist.is_initialized())
+            load_state(read, checkpoint_id=local)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -22,6 +22,7 @@ from raytrain_adv.export import quantized_model
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.quantize import write_quantized
 from raytrain_adv.transforms.apply import enabled, prepare_all
+from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.worker.model import build
 from raytrain_adv.worker.weights import load_pretrained, materialize
 from tests.conftest import MakeJob
@@ -170,6 +171,50 @@ def test_the_config_names_what_was_left_alone(loaded: dict[str, dict[str, Any]])
     chosen = config["quantization_config"]["quant_type"]["default"]["_data"]["fqn_to_config"]
     alone = {fqn for fqn, kind in chosen.items() if kind is None}
     assert alone == {"lm_head", *(f"model.layers.{n}.self_attn.o_proj" for n in (0, 1))}
+
+
+def test_linears_that_transformers_splits_while_it_loads_are_quantised_by_their_own_names(
+    tmp_path: Path,
+) -> None:
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    split = WeightConverter(
+        source_patterns=["mlp.gate_up.weight"],
+        target_patterns=["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+        operations=[Chunk(dim=0)],
+    )
+    job = qat_job("qwen2", tmp_path, **INT4, qat_exclude="up_proj")
+    source, out = Path(job.model.model_name_or_path), tmp_path / "out"
+    tensors = load_file(source / "model.safetensors")
+    for n in (0, 1):
+        parts = [tensors.pop(f"model.layers.{n}.mlp.{p}_proj.weight") for p in ("gate", "up")]
+        tensors[f"model.layers.{n}.mlp.gate_up.weight"] = torch.cat(parts)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    before = get_checkpoint_conversion_mapping("qwen2")
+    register_checkpoint_conversion_mapping("qwen2", [split], overwrite=True)
+    try:
+        out.mkdir()
+        write_quantized(source, out, job, torch.bfloat16, CPU)
+        with torch.no_grad():
+            wanted = trained(job)(input_ids=TOKENS.unsqueeze(0)).logits
+    finally:
+        register_checkpoint_conversion_mapping("qwen2", before or [], overwrite=True)
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(out)(input_ids=TOKENS.unsqueeze(0)).logits
+    assert torch.equal(found, wanted)
+
+
+def test_float8_products_leave_out_linears_of_sizes_they_cannot_take(tmp_path: Path) -> None:
+    source = write_checkpoint("llama", tmp_path / "m", intermediate_size=56)
+    keys = {**FLOAT8, "qat_activation_dtype": "float8_e4m3fn", "qat_quantize_embedding": False}
+    job = job_for(source, tmp_path / "job", enable_qat=True, bf16=True, **keys)
+    plan = job.transform(Qat).plan(build(job))
+    assert "model.layers.0.self_attn.q_proj" in plan.changes
+    assert "divisible by 16" in plan.skipped["model.layers.0.mlp.down_proj"]
 
 
 def corrupted(*args: Any) -> None:
