@@ -1,4 +1,4 @@
-"""The console script `raytrain-adv`: launch, plan, preflight, kernels and schema."""
+"""The console script `raytrain-adv`: launch, plan, preflight, export, kernels and schema."""
 
 import json
 import os
@@ -24,8 +24,24 @@ USAGE = """usage: raytrain-adv COMMAND [...]
   kernels lock job.yaml [--output FILE] [--torch X.Y] [--cuda X.Y|cpu] [key=value ...]
                                              pin a job's kernels, for a cluster without internet
   kernels fetch | verify FILE                bring the files of a lock file; compare them with it
+  export RUN [--checkpoint step_N] [--output DIR] [key=value ...]
+                                             write a checkpoint's model, and the quantised one
+  export MODEL --output DIR enable_qat=true [key=value ...]
+                                             quantise a model folder as it is (PTQ)
   schema [--output FILE]                     print the JSON schema of the job file
   --version                                  print the version"""
+
+
+EXPORT_USAGE = """usage: raytrain-adv export RUN [--checkpoint STEP] [--output DIR] [key=value ...]
+       raytrain-adv export MODEL --output DIR enable_qat=true [key=value ...]
+
+  RUN           output_dir of a run; its keys hold, and QAT keys given here go before them
+  --checkpoint  step_N, or the path of a checkpoint; without it the newest
+  --output      for a run: gets model, and with QAT model-quantized (default: in RUN);
+                for a model folder: the quantised folder
+  MODEL         a Hugging Face folder, quantised as it is, without training for it (PTQ)
+  key=value     enable_qat=true qat_weight_dtype=int4 qat_activation_dtype=int8 qat_group_size=32
+                qat_quantize_embedding=false qat_exclude=down_proj"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,6 +148,43 @@ def _flags(arguments: list[str], names: tuple[str, ...]) -> tuple[dict[str, str]
     return flags, rest
 
 
+def _export(arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        print(EXPORT_USAGE)
+        return EXIT_DONE
+    options = {"--checkpoint": "", "--output": ""}
+    sources: list[str] = []
+    overrides: list[str] = []
+    problems: list[Problem] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        if name in options:
+            options[name] = value if equals else rest.pop(0) if rest else ""
+            if not options[name]:
+                problems.append(Problem(f"{name} has no value", f"write {name} VALUE"))
+        elif argument.startswith("-"):
+            problems.append(
+                Problem(f"there is no option {name}", f"there are {', '.join(options)}")
+            )
+        elif equals and not Path(argument).is_dir():
+            overrides.append(argument)
+        else:
+            sources.append(argument)
+    if len(sources) != 1:
+        found = (
+            f"{len(sources)} folders are named: {', '.join(sources)}" if sources else "no folder"
+        )
+        problems.append(Problem(found, "name one: a run's output_dir or a model folder"))
+    if problems:
+        raise job_error("The command line", problems)
+    from raytrain_adv.driver.export import run
+
+    run(sources[0], options["--checkpoint"], options["--output"], overrides)
+    return EXIT_DONE
+
+
 def _schema(arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print("usage: raytrain-adv schema [--output FILE]")
@@ -167,6 +220,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "preflight": _preflight,
     "kernels": _kernels,
+    "export": _export,
     "schema": _schema,
 }
 

@@ -30,6 +30,7 @@ from raytrain_adv.worker.run import local_run
 from raytrain_adv.worker.train import train
 
 torch.set_num_threads(1)
+TOLD = ("steps", "resumed_from_step", "model_dir", "quantized_dir", "quantized_logit_difference")
 for line in sys.stdin:
     for path in json.loads(line):
         job = load(path)
@@ -37,7 +38,7 @@ for line in sys.stdin:
         figures = train(job, run, export_model)
         run.close()
         if run.is_main:
-            told = {k: figures[k] for k in ("steps", "resumed_from_step", "model_dir")}
+            told = {k: figures[k] for k in TOLD}
             print("FIGURES " + json.dumps(told), flush=True)
     print("FINISHED", flush=True)
 if dist.is_initialized():

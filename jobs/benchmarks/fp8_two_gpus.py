@@ -29,6 +29,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker import data
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
+from raytrain_adv.worker.finish import Exported
 from raytrain_adv.worker.loader import Batches
 from raytrain_adv.worker.loss import loss_function
 from raytrain_adv.worker.run import Run, local_run
@@ -85,9 +86,10 @@ def measured(name: str, job_file: Path, overrides: list[str]) -> dict[str, Any]:
     run = local_run(job)
     kernels: dict[str, float] = {}
 
-    def instead_of_export(model: Any, *_: Any) -> None:
+    def instead_of_export(model: Any, *_: Any) -> Exported:
         if name == "fp8_all_gather":
             kernels.update(profiled(model, job, run))
+        return Exported()
 
     figures = train(job, run, instead_of_export)
     found = {key: figures[key] for key in FIGURES}

@@ -48,6 +48,32 @@ def load(path: str | Path, overrides: Iterable[str] | None = None) -> JobConfig:
     return _named(checked, str(path))
 
 
+def load_keys(
+    keys: Mapping[str, Any], source: str, overrides: Iterable[str] | None = None
+) -> JobConfig:
+    """Return the job of keys as JobConfig.flat gives them, with `key=value` overrides applied.
+
+    Keys at their defaults count as left out, as they were when the job was written.
+
+    Args:
+        keys: by name.
+        source: where they come from, for messages.
+        overrides: as for `load`.
+
+    Raises:
+        JobError: listing every problem.
+    """
+    defaults = {key: kind.default(key) for kind in section_types() for key in kind.model_fields}
+    given = {k: v for k, v in keys.items() if k not in defaults or v != defaults[k]}
+    document = Document({key: Entry(value, source) for key, value in given.items()})
+    _override(document, overrides or ())
+    checked = _check(document)
+    problems = [*document.problems, *checked.problems]
+    if problems:
+        raise job_error(source, sorted(problems, key=_place))
+    return replace(checked.job, source=source, notes=tuple(checked.notes))
+
+
 @dataclass(frozen=True)
 class _Checked:
     job: JobConfig

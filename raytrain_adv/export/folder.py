@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,11 @@ from safetensors.torch import save_file
 from raytrain_adv.errors import RaytrainAdvError, StorageError
 
 GIB = 2**30
+MAX_FILE_BYTES = 5_000_000_000
+"""Size at which a new safetensors file is begun."""
+RESUME = (
+    "make room or change output_dir, then start the job again with resume_from_checkpoint: true"
+)
 
 
 class NewFolder:
@@ -26,12 +31,14 @@ class NewFolder:
     Args:
         path: the folder's final name; one that is there is replaced.
         device: where the process group's collectives run.
+        way_out: what a user can do when it cannot be written.
     """
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, way_out: str = RESUME) -> None:
         self.path = path
         self.partial = path.with_name(f".{path.name}.partial")
         self.device = device
+        self.way_out = way_out
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
         self.failure: RaytrainAdvError | None = None
         self.run(self._start)
@@ -52,22 +59,25 @@ class NewFolder:
             self.failure = StorageError(
                 f"{self.path} could not be written",
                 f"{error}\n{free_space(self.path)}",
-                "make room or change output_dir, then start the job again with "
-                "resume_from_checkpoint: true",
+                self.way_out,
             )
 
     def require(self, size: int) -> None:
         """Fail early, on rank 0, when the disk has less than `size` bytes to spare."""
-        self.run(lambda: self._require(size))
+        self.run(lambda: self.require_now(size))
 
-    def _require(self, size: int) -> None:
+    def require_now(self, size: int) -> None:
+        """Do so from within an action.
+
+        Raises:
+            StorageError: saying what is needed and what is free.
+        """
         free = shutil.disk_usage(self.partial).free
         if free < size:
             raise StorageError(
                 f"{self.path} needs {size / GIB:.1f} GiB of disk space",
                 free_space(self.path),
-                "make room or change output_dir, then start the job again with "
-                "resume_from_checkpoint: true",
+                self.way_out,
             )
 
     def publish(self) -> None:
@@ -102,11 +112,18 @@ def free_space(path: Path) -> str:
     return f"{shutil.disk_usage(parent).free / GIB:.1f} GiB free on the disk of {parent}"
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def folder_gib(path: Path) -> float:
+    """Return the size on disk of a folder's files, in GiB."""
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file()) / GIB
+
+
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file that others may read as they may read any new file of this user's:
     safetensors gives it to its owner only.
     """
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata={**(metadata or {}), "format": "pt"})
     ordinary = path.with_name(f".{path.name}.mode")
     ordinary.touch()
     path.chmod(ordinary.stat().st_mode & 0o777)
@@ -120,10 +137,14 @@ class TensorFiles:
         folder: where to write.
         max_file_bytes: a file is closed before it would grow beyond this; host memory holds one
             file's tensors.
+        metadata: written into each file.
     """
 
-    def __init__(self, folder: Path, max_file_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, max_file_bytes: int, metadata: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = folder
+        self.metadata = metadata
         self.max_file_bytes = max_file_bytes
         self.pending: dict[str, torch.Tensor] = {}
         self.pending_bytes = 0
@@ -143,7 +164,7 @@ class TensorFiles:
         self.total_parameters += tensor.numel()
 
     def _write(self) -> None:
-        save_tensors(self.pending, self._shard(len(self.files)))
+        save_tensors(self.pending, self._shard(len(self.files)), self.metadata)
         self.files.append(list(self.pending))
         self.pending, self.pending_bytes = {}, 0
 

@@ -3,13 +3,13 @@
 import copy
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -17,17 +17,17 @@ from transformers import (
 )
 
 from raytrain_adv.config import JobConfig
-from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.adapter import write_adapter
-from raytrain_adv.export.folder import NewFolder, TensorFiles
+from raytrain_adv.export.folder import MAX_FILE_BYTES, NewFolder, TensorFiles, folder_gib
+from raytrain_adv.export.quantized_model import export_quantized, quantized_dir
 from raytrain_adv.shards import gather
 from raytrain_adv.transforms.lora import Lora
+from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.worker.checkpoint_files import model_folder
 from raytrain_adv.worker.conversion import save_groups
+from raytrain_adv.worker.finish import Exported
 from raytrain_adv.worker.model import build, is_local, model_source, read_config
 from raytrain_adv.worker.weights import saved_tensors
-
-MAX_FILE_BYTES = 5_000_000_000
 
 
 def export_model(
@@ -35,8 +35,9 @@ def export_model(
     job: JobConfig,
     out_dir: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    input_ids: torch.Tensor | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
-) -> None:
+) -> Exported:
     """Write the model as a folder that loads with AutoModelForCausalLM; every rank calls this.
 
     Weights are bfloat16 for a run in bf16 or pure_bf16, otherwise float32. A LoRA run writes its
@@ -44,18 +45,27 @@ def export_model(
     Rank 0 holds one file's tensors in host memory, every rank one whole tensor on its device. The
     folder appears under its name when it is complete.
 
+    With quantisation-aware training the quantised model is written beside it, from its files, and
+    its logits are compared with those of the model in memory.
+
     Args:
         model: trained; sharded, wrapped and compiled as it is.
         job: the job that trained it.
         out_dir: replaced if it exists.
         tokenizer: saved beside the model, with its chat template.
+        input_ids: [tokens], held-out ones, to compare the quantised model on; none leaves that out.
         max_file_bytes: size at which a new safetensors file is begun.
 
+    Returns:
+        What was written, and how the quantised model compares; the comparison on rank 0 only.
+
     Raises:
-        StorageError: on every rank, when the folder could not be written; nothing is left under its
+        StorageError: on every rank, when a folder could not be written; nothing is left under its
             name.
+        TrainingError: on every rank, when the quantised model does not compute what was trained.
     """
-    new = NewFolder(out_dir, collective_device(model))
+    device = collective_device(model)
+    new = NewFolder(out_dir, device)
     if job.transform(Lora).enabled:
         write_adapter(model, job, new)
     else:
@@ -63,6 +73,21 @@ def export_model(
     if tokenizer is not None:
         new.run(lambda: _save_tokenizer(tokenizer, new.partial))
     new.publish()
+    written = Exported(str(out_dir), folder_gib(out_dir))
+    if not job.transform(Qat).enabled:
+        return written
+    quantized = NewFolder(quantized_dir(out_dir), device)
+    base = source_folder(job) if job.transform(Lora).enabled else None
+    compared = export_quantized(
+        model, job, out_dir, base, quantized, export_dtype(job), input_ids, max_file_bytes
+    )
+    return replace(
+        written,
+        quantized_dir=str(quantized.path),
+        quantized_gib=folder_gib(quantized.path),
+        quantized_logit_difference=compared.difference if compared else None,
+        quantized_comparison=compared.how if compared else "",
+    )
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -142,50 +167,3 @@ def source_folder(job: JobConfig) -> Path | None:
     if is_local(job):
         return Path(model_source(job))
     return None if job.model.train_from_scratch else model_folder(job)
-
-
-@torch.no_grad()
-def verify_folder(
-    folder: Path,
-    input_ids: torch.Tensor,
-    reference: torch.Tensor,
-    device: torch.device | None = None,
-    trust_remote_code: bool = False,
-    attn_implementation: str | None = None,
-) -> float:
-    """Load an exported folder as a user would, and return how far its logits are from the trained
-    model's.
-
-    Args:
-        folder: written by export_model.
-        input_ids: [batch, tokens], long.
-        reference: [batch, tokens, vocabulary], the trained model's logits for them.
-        device: where to load it; none means the CPU.
-        trust_remote_code: run model code that is in the folder.
-        attn_implementation: the attention the reference was made with, as transformers names it.
-
-    Returns:
-        The largest absolute difference.
-
-    Raises:
-        TrainingError: when weights are missing from the folder, or left over.
-    """
-    auto: Any = AutoModelForCausalLM
-    model, info = auto.from_pretrained(
-        folder,
-        dtype="auto",
-        output_loading_info=True,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-    )
-    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-    if wrong:
-        raise TrainingError(
-            f"the model that was written to {folder} does not load",
-            "\n".join(f"{kind}: {', '.join(names[:4])}" for kind, names in wrong.items()),
-            "this is a defect of raytrain_adv or of the versions installed: compare them with "
-            "constraints.txt",
-        )
-    model = model.to(device or torch.device("cpu")).eval()
-    logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits
-    return float((logits.float() - reference.to(logits.device).float()).abs().max())

@@ -159,7 +159,8 @@ def fake_quantize_float8(x: torch.Tensor, after: torch.Tensor | None = None) -> 
     """
     amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
     largest = torch.finfo(E4M3).max
-    scale = (amax / largest).to(torch.float32)  # divided in x's dtype, as torchao does
+    # The quotient is rounded to x's dtype, as torchao's is.
+    scale = (amax / largest).to(torch.float32)
     rounded = (x.to(torch.float32) / scale).clamp(min=-largest, max=largest).to(E4M3)
     return (rounded.to(torch.float32) * scale).to(x.dtype)
 

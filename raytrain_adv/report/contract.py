@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_adv.report.record import (
+    Baseline,
     Failure,
     NodeReport,
     PreflightReport,
@@ -16,6 +17,7 @@ from raytrain_adv.report.record import (
     RunReport,
     Sample,
     TransformReport,
+    Variant,
     write_text,
 )
 from raytrain_adv.report.sweep_record import SweepReport
@@ -29,6 +31,8 @@ RECORDS: tuple[type[Record], ...] = (
     TransformReport,
     Sample,
     Failure,
+    Variant,
+    Baseline,
 )
 
 

@@ -67,6 +67,14 @@ def gib(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1f}"
 
 
+def disk(gib: float) -> str:
+    """Return a size on disk given in GiB with its unit, as 15.0 GiB, 340 MiB or 85 KiB."""
+    if gib >= 0.995:
+        return f"{gib:.1f} GiB"
+    mib = gib * 1024
+    return f"{mib:.0f} MiB" if mib >= 0.995 else f"{mib * 1024:.0f} KiB"
+
+
 def count(value: float | None) -> str:
     """Return a whole number with thousands separated."""
     return MISSING if value is None else f"{value:,.0f}"

@@ -34,6 +34,8 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
         )
         if transform.proof:
             figures.append(("", transform.proof_sentence))
+    if report.quantized_logit_difference is not None:
+        figures.append(("quantised", _quantized(report)))
     return [(label, text) for label, text in figures if text]
 
 
@@ -51,6 +53,13 @@ def _variants(report: RunReport) -> str:
     ]
     said = variants.sentence(report)
     return "\n".join([*(f"  {line}" for line in lines), *([f"  {said}"] if said else [])])
+
+
+def _quantized(report: RunReport) -> str:
+    return (
+        f"logits differ by {report.quantized_logit_difference:.3g} from those of training "
+        f"({report.quantized_comparison})"
+    )
 
 
 def _compared(other: Baseline) -> str:
@@ -125,9 +134,15 @@ def _places(report: RunReport) -> list[tuple[str, str]]:
         ("report", str(output_dir / "report.html")),
         ("figures", str(output_dir / "report.json")),
     ]
+    if report.quantized_dir:
+        places.insert(0, ("quantised", f"{report.quantized_dir}{_size(report.quantized_gib)}"))
     if report.model_dir:
-        places.insert(0, ("model", report.model_dir))
+        places.insert(0, ("model", f"{report.model_dir}{_size(report.model_gib)}"))
     return places
+
+
+def _size(gib: float | None) -> str:
+    return "" if gib is None else f" ({numbers.disk(gib)})"
 
 
 def _block(lines: list[tuple[str, str]]) -> str:

@@ -5,7 +5,7 @@ model will have, so that training makes up for their rounding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -210,8 +210,9 @@ class Qat(Transform):
         from torch import nn
 
         linears = {f: m for f, m in model.named_modules() if isinstance(m, nn.Linear)}
-        refuse_unmatched("qat_exclude", self.excluded, list(linears))
-        head = output_head(model)
+        refuse_unmatched("qat_exclude", self.excluded, [own_name(fqn) for fqn in linears])
+        head: Any = output_head(model)
+        head = getattr(head, "base_layer", head)  # under an adapter
         changes: dict[str, Change] = {}
         skipped: dict[str, str] = {}
         for fqn, module in linears.items():
@@ -234,12 +235,16 @@ class Qat(Transform):
         return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
 
     def _reason(self, fqn: str, module: nn.Linear) -> str:
-        if any(matches(pattern, fqn) for pattern in self.excluded):
+        if any(matches(pattern, own_name(fqn)) for pattern in self.excluded):
             return "in qat_exclude"
         if class_name(module) != "torch.nn.Linear":
             return f"a {class_name(module)}, not a plain linear"
-        if short(fqn) in ROUTERS:
+        if short(own_name(fqn)) in ROUTERS:
             return "it routes tokens to experts"
+        if self.activation_dtype == FLOAT8 and (
+            module.in_features % 16 or module.out_features % 16
+        ):
+            return "sizes not divisible by 16, which float8 products need"
         return "an adapter" if "lora_" in fqn else ""
 
     def _embedding_reason(self, embedding: nn.Embedding) -> str:
@@ -339,10 +344,14 @@ class Qat(Transform):
             PerRow,
         )
 
+        from raytrain_adv.ops.fake_quantize import EPS
+
         config: AOBaseConfig
         if self.is_float8:
             config = (
-                Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+                Float8DynamicActivationFloat8WeightConfig(
+                    granularity=PerRow(), activation_value_lb=EPS
+                )
                 if self.activation_dtype
                 else Float8WeightOnlyConfig()
             )
@@ -368,6 +377,11 @@ class Qat(Transform):
         from torchao.quantization import PerAxis, PerGroup
 
         return PerGroup(self.group_size) if self.group_size else PerAxis(0)
+
+
+def own_name(fqn: str) -> str:
+    """Return a linear's name in the plain model: PEFT keeps it inside the adapter's module."""
+    return fqn.removesuffix(".base_layer")
 
 
 def rounding(model: nn.Module) -> Iterator[FakeQuantized]:

@@ -133,8 +133,13 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) ->
     return state
 
 
-def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Read a checkpoint into the shards, whatever number of workers wrote it.
+
+    Args:
+        found: the checkpoint.
+        model: sharded or not.
+        optimizer: whose states are read too; none leaves them out.
 
     Raises:
         StorageError: when a file cannot be read.
@@ -155,7 +160,9 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
     quantized = restore_quantized(state, read)
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     set_model_state_dict(model, read["model"], options=options)
-    if not quantized:  # those were filled in place; loading them would make them plain tensors
+    if (
+        optimizer is not None and not quantized
+    ):  # those were filled in place; loading them would make them plain tensors
         options = StateDictOptions(ignore_frozen_params=True)
         set_optimizer_state_dict(model, optimizer, read["optimizer"], options=options)
 

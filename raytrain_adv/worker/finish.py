@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,8 +23,31 @@ if TYPE_CHECKING:
 
 MAX_ANSWER_TOKENS = 96
 
-ExportFunction = Callable[[PreTrainedModel, JobConfig, Path, "PreTrainedTokenizerBase"], object]
-"""Writes the model folder; called on all ranks. The export package has it."""
+NUM_COMPARED = 1024
+"""Tokens handed to the export, which compares on as many of them as it takes."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a run leaves to be used, by the names of the report."""
+
+    model_dir: str | None = None
+    model_gib: float | None = None
+    """Size on disk."""
+    quantized_dir: str | None = None
+    quantized_gib: float | None = None
+    quantized_logit_difference: float | None = None
+    """Largest difference between its logits and those of the model trained with fake quantisation;
+    rank 0 has it."""
+    quantized_comparison: str = ""
+    """On what and where they were compared."""
+
+
+ExportFunction = Callable[
+    [PreTrainedModel, JobConfig, Path, "PreTrainedTokenizerBase", torch.Tensor], Exported
+]
+"""Writes the model folder, or two; called on all ranks, with held-out token ids [tokens]. The
+export package has it."""
 
 
 def sample_answers(
@@ -50,13 +76,28 @@ def export(
     run: Run,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
     write: ExportFunction,
-) -> str:
-    """Write output_dir/model on rank 0, gathered parameter by parameter; return its path."""
+) -> Exported:
+    """Write output_dir/model, and the quantised model where there is one, on rank 0."""
+    if not job.output.export_model:
+        return Exported()
     out = Path(job.output.output_dir) / "model"
     with run.phase("export"):
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-        write(model, job, out, tokenizer)
+        exported = write(model, job, out, tokenizer, compared_tokens(data))
         run.barrier()
-    return str(out)
+    return exported
+
+
+def compared_tokens(data: PreparedData) -> torch.Tensor:
+    """Return token ids [tokens] of the first held-out rows, one after another; of the training rows
+    where none are held out.
+    """
+    parts: list[NDArray[np.int32]] = []
+    for sequence in data.eval or data.train:
+        parts.append(sequence.input_ids)
+        if sum(map(len, parts)) >= NUM_COMPARED:
+            break
+    return torch.from_numpy(np.concatenate(parts)[:NUM_COMPARED])

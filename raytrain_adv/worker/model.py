@@ -254,7 +254,7 @@ def refuse_kind(name: str, raw: dict[str, Any]) -> None:
         raise JobError(
             f"{name} holds quantised weights",
             f"config.json has quantization_config ({method})",
-            "train from the unquantised checkpoint",
+            "use the unquantised checkpoint it was made from",
         )
     named = raw.get("architectures")
     classes = [str(name) for name in named] if isinstance(named, list) else []

@@ -87,7 +87,8 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     proof.say_what_is_missing()
 
     samples = sample_answers(job, run, model, tokenizer, prepared)
-    model_dir = export(job, run, model, tokenizer, write_model) if job.output.export_model else None
+    optimizer.state.clear()  # makes room for the quantised model beside the trained one
+    exported = export(job, run, model, tokenizer, prepared, write_model)
     measure_twin(job, run, model, loop)
     return {
         **loop.figures(),
@@ -103,7 +104,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         "proof": proof.found,
         "data": prepared.stats,
         "samples": samples,
-        "model_dir": model_dir,
+        **asdict(exported),
         "began_at": began_at,
         "timeline": run.timeline,
     }

@@ -16,7 +16,8 @@ from transformers import (
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import StorageError
-from raytrain_adv.export.model_folder import export_model, verify_folder
+from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.export.verify import verify_folder
 from raytrain_adv.worker import parallel
 from raytrain_adv.worker.model import build
 from raytrain_adv.worker.weights import init_from_scratch, load_pretrained, materialize

@@ -1,0 +1,227 @@
+"""`raytrain-adv export`: model folders from a run's checkpoint, or a quantised one from any model
+folder; one process, in host memory, without Ray.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from raytrain_adv import hardware
+from raytrain_adv.config.discovery import transform_types
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.load import load_keys
+from raytrain_adv.config.problems import Problem, job_error
+from raytrain_adv.driver.output import RUN_FILE, storage_path
+from raytrain_adv.errors import JobError, StorageError
+from raytrain_adv.export.folder import NewFolder, folder_gib
+from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.export.quantize import write_quantized
+from raytrain_adv.export.verify import MOST_TOKENS
+from raytrain_adv.report.numbers import disk
+from raytrain_adv.transforms.apply import prepare_all
+from raytrain_adv.transforms.lora import Lora
+from raytrain_adv.transforms.qat import FLOAT8, Qat
+from raytrain_adv.worker import checkpoint, weights
+from raytrain_adv.worker.checkpoint import Found
+from raytrain_adv.worker.data import load_tokenizer
+from raytrain_adv.worker.model import build, nearest_folders, read_config
+from raytrain_adv.worker.storage import Storage
+
+CPU = torch.device("cpu")
+MEANINGLESS = frozenset({"compare", "fake_quant_after_n_steps"})
+"""QAT keys that say how to train."""
+KEPT = (Lora, Qat)
+"""Transforms whose keys matter when there is nothing to train."""
+
+
+def run(source: str, checkpoint_name: str, output: str, overrides: Sequence[str]) -> None:
+    """Write model folders, and print where they are and their sizes on disk.
+
+    Args:
+        source: a run's output_dir, or a model folder.
+        checkpoint_name: step_N or a path, for a run; empty takes the newest.
+        output: the folder to write; empty stands for one in the run's.
+        overrides: QAT keys as key=value.
+
+    Raises:
+        JobError: when there is no such run, checkpoint or model, or a key is none of QAT's.
+        StorageError: when the folder cannot be written.
+        TrainingError: when the quantised model does not compute what the checkpoint does with fake
+            quantisation.
+    """
+    folder = Path(source).expanduser()
+    given = _qat_keys(overrides)
+    record = Storage.at(str(folder)).read_json(RUN_FILE) if folder.is_dir() else None
+    try:
+        if record is not None:
+            _export_run(folder, record["job"], checkpoint_name, output, given)
+        elif (folder / "config.json").is_file():
+            _export_folder(folder, checkpoint_name, output, given)
+        else:
+            raise _neither(source, folder)
+    except StorageError as error:
+        way_out = "make room, or name another folder by --output"
+        raise StorageError(error.what, error.found, way_out) from error
+
+
+def _qat_keys(overrides: Sequence[str]) -> list[str]:
+    """Refuse keys that do not say how a model is quantised."""
+    allowed = {*Qat.model_fields, "trust_remote_code"} - MEANINGLESS
+    problems = [
+        Problem(
+            "is not a key of this command" if key not in MEANINGLESS else "says how to train",
+            f"leave it out; there are {', '.join(sorted(allowed))}",
+            key,
+        )
+        for key in (item.partition("=")[0] for item in overrides)
+        if key not in allowed
+    ]
+    if problems:
+        raise job_error("The command line", problems)
+    return list(overrides)
+
+
+def _neither(source: str, folder: Path) -> JobError:
+    if not folder.is_dir():
+        found = nearest_folders(folder)
+    else:
+        found = f"it holds {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}"
+    return JobError(
+        f"{source} is neither a run's output_dir nor a model folder",
+        found,
+        f"name a folder that holds {RUN_FILE}, or one that holds config.json and safetensors files",
+    )
+
+
+def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[str]) -> None:
+    """Quantise a model folder as it is (PTQ)."""
+    if checkpoint_name:
+        fix = "leave --checkpoint out, or name the output_dir of a run"
+        raise JobError("a model folder has no checkpoints", f"--checkpoint {checkpoint_name}", fix)
+    if not output:
+        raise JobError("--output is missing", str(source), "name the new folder: --output DIR")
+    keys = {
+        "model_name_or_path": str(source),
+        "finetuning_type": "full",
+        "dataset": "none",
+        "output_dir": output,
+    }
+    job = load_keys(keys, str(source), given)
+    if not job.transform(Qat).enabled:
+        raise _not_asked_for(f"{source} is a model folder already")
+    target = _new(Path(output))
+    new = NewFolder(target, CPU)
+    stored = read_config(job).dtype
+    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+    new.run(lambda: write_quantized(source, new.partial, job, dtype, CPU, require=new.require_now))
+    new.publish()
+    before = sum(f.stat().st_size for f in source.glob("*.safetensors")) / 2**30
+    print(
+        f"quantised  {target} ({disk(folder_gib(target))}; the weights of {source}: {disk(before)})"
+    )
+    print(f"           {job.transform(Qat).scheme}; not trained for it (PTQ)")
+
+
+def _not_asked_for(found: str) -> JobError:
+    return JobError(
+        "enable_qat: true is missing: nothing would be quantised",
+        found,
+        "write enable_qat=true, and how: qat_weight_dtype=int4 qat_activation_dtype=int8 "
+        "qat_group_size=32",
+    )
+
+
+def _new(path: Path) -> Path:
+    if path.exists():
+        raise JobError(
+            f"{path} exists already", "nothing is overwritten", "name another folder by --output"
+        )
+    return path
+
+
+def _export_run(
+    folder: Path, stored: Mapping[str, Any], checkpoint_name: str, output: str, given: list[str]
+) -> None:
+    """Write a checkpoint's model, and the quantised one if the run's keys or these ask for it."""
+    kept = {key for kind in KEPT for key in kind.model_fields}
+    others = {key for kind in transform_types() for key in kind.model_fields} - kept
+    is_off = any(item.lower().replace(" ", "") == "enable_qat=false" for item in given)
+    dropped = others | set(Qat.model_fields if is_off else ())
+    keys = {key: value for key, value in stored.items() if key not in dropped}
+    job = load_keys({**keys, "output_dir": str(folder)}, str(folder / RUN_FILE), given)
+    if given and not is_off and not job.transform(Qat).enabled:
+        raise _not_asked_for(f"{', '.join(given)}; the run has enable_qat: false")
+    found = _checkpoint(job, checkpoint_name)
+    step = found.progress.step
+    out = _new(Path(output) if output else folder / f"exported-step_{step}")
+    model = _loaded(job, found)
+    written = export_model(model, job, out / "model", load_tokenizer(job), _tokens(model, job))
+    print(f"model      {written.model_dir} ({disk(written.model_gib or 0.0)}; step {step:,})")
+    if written.quantized_dir is None or written.quantized_gib is None:
+        return
+    print(f"quantised  {written.quantized_dir} ({disk(written.quantized_gib)})")
+    print(f"           {job.transform(Qat).scheme}")
+    if written.quantized_logit_difference is None:
+        print("           not compared: float8 products need a GPU, and this command has none")
+    else:
+        print(
+            f"           logits differ by {written.quantized_logit_difference:.3g} from the "
+            f"checkpoint's with fake quantisation ({written.quantized_comparison})"
+        )
+
+
+def _checkpoint(job: JobConfig, name: str) -> Found:
+    """Return the complete checkpoint that is meant: by step, by path, or the newest.
+
+    Raises:
+        JobError: when there is none, naming those there are.
+    """
+    root = Storage.at(storage_path(job))
+    if name and ("/" in name or Path(name).is_dir()):
+        found = checkpoint.find(Storage.at(name))
+    else:
+        digits = name.removeprefix("step_")
+        folders = sorted(checkpoint.all_folders(root), key=lambda entry: entry[:2], reverse=True)
+        steps = [f for f in folders if not name or (digits.isdigit() and f[0] == int(digits))]
+        found = next((one for *_, f in steps if (one := checkpoint.find(f)) is not None), None)
+    if found is not None:
+        return found
+    whole = {step for step, _, f in checkpoint.all_folders(root) if checkpoint.find(f) is not None}
+    if not whole:
+        raise JobError(
+            "the run has no complete checkpoint",
+            f"none in {root.root}",
+            f"quantise the model it wrote: raytrain-adv export {job.output.output_dir}/model "
+            "--output DIR enable_qat=true; or run with save_strategy: steps",
+        )
+    listed = ", ".join(f"step_{step}" for step in sorted(whole))
+    raise JobError(f"there is no complete checkpoint {name}", f"there are {listed}", "name one")
+
+
+def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
+    """Return the checkpoint's model in host memory, with its adapters and fake quantisation."""
+    model = build(job)
+    prepare_all(job, model, hardware.detect(CPU))
+    weights.materialize(model, CPU)
+    if job.transform(Lora).enabled:
+        weights.load_pretrained(model, job, CPU)
+    with warnings.catch_warnings():  # PyTorch's, that there is one process: so it is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        checkpoint.load(found, model)
+    return model
+
+
+def _tokens(model: PreTrainedModel, job: JobConfig) -> torch.Tensor | None:
+    """Return token ids to compare the quantised model on, any that the model knows; none where it
+    does not run without a GPU.
+    """
+    if job.transform(Qat).activation_dtype == FLOAT8:
+        return None
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return torch.randint(vocabulary, (MOST_TOKENS,), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,317 @@
+"""A model folder written anew, with linears and embedding as torchao's quantised tensors: tensor by
+tensor, so that a model is never held whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles
+from raytrain_adv.ops.fake_quantize import EPS
+from raytrain_adv.shards import plain_name
+from raytrain_adv.transforms.apply import plan_all
+from raytrain_adv.transforms.qat import EMBEDDING, Qat, is_tied
+from raytrain_adv.worker.checkpoint_files import CheckpointFiles
+from raytrain_adv.worker.conversion import Group
+from raytrain_adv.worker.model import build, head_fqn
+from raytrain_adv.worker.weights import convert_group, match
+
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
+
+COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.tiktoken",
+    "*.model",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""What goes with a model's weights into a folder that is made of another."""
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+Configs = Mapping[str, "AOBaseConfig"]
+"""torchao's configuration of each tensor that is quantised, by its name in the model."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the new folder, not yet read."""
+
+    name: str
+    """Its name in the new folder: the model's own where it is quantised, because torchao finds it
+    by that, otherwise the one it has in the old folder."""
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+    is_listed: bool = True
+    """Whether the files' metadata names it; see `describe`."""
+
+
+def write_quantized(
+    source: Path,
+    folder: Path,
+    job: JobConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    require: Callable[[int], object] = lambda size: None,
+) -> None:
+    """Write the model of `source` into `folder`, quantised as the job's QAT keys say.
+
+    The folder loads with AutoModelForCausalLM.from_pretrained, wherever torchao is installed. In
+    host memory are one file's tensors and the one that is being quantised.
+
+    Args:
+        source: a folder with config.json and safetensors files of the job's architecture.
+        folder: exists already.
+        job: names the architecture, and what is quantised (the transform qat).
+        dtype: which the model computes in: weights are rounded to it before they are quantised.
+        device: where a tensor is quantised.
+        max_file_bytes: size at which a new safetensors file is begun.
+        require: is told the bytes that will be written, before they are.
+
+    Raises:
+        JobError: when the files of `source` are not what the architecture needs.
+    """
+    plain = build(job)
+    configs = tensor_configs(plain, job)
+    with CheckpointFiles(source) as files:
+        pieces = list(_pieces(plain, files, configs))
+        metadata, size = describe(pieces, configs, dtype)
+        require(size)
+        written = TensorFiles(folder, max_file_bytes, metadata)
+        for piece in pieces:
+            value = _value(piece.read(), configs.get(piece.name), dtype, device)
+            for name, tensor in _flat(piece.name, value)[0].items():
+                written.add(name, tensor.cpu())
+        written.close()
+    _copy_beside(source, folder)
+    _write_config(source, folder, plain, job, configs, dtype)
+
+
+def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
+    """Return torchao's configuration of each tensor that the job's plan quantises.
+
+    Args:
+        plain: the model on the meta device, without any transform.
+        job: with the transform qat enabled.
+    """
+    qat = job.transform(Qat)
+    changes = plan_all(job, plain)[qat.name].changes
+    return {
+        plain_name(f"{fqn}.weight"): (
+            qat.embedding_config() if change.after == EMBEDDING else qat.linear_config()
+        )
+        for fqn, change in changes.items()
+    }
+
+
+def _pieces(plain: PreTrainedModel, files: CheckpointFiles, configs: Configs) -> Iterator[Piece]:
+    """Yield the new folder's tensors, in the old one's layout but for what is quantised."""
+    found = match(plain, files)
+    untied = f"{head_fqn(plain)}.weight" if is_untied(plain, configs) else ""
+    for target, source in found.direct.items():
+        shape, read = files.shapes[source], partial(files.read, source)
+        yield Piece(target if target in configs else source, shape, read)
+        if untied and target in configs and plain.get_parameter(target) is _head(plain):
+            yield Piece(untied, shape, read)
+    for group in found.groups:
+        if configs.keys().isdisjoint(group.targets):
+            for name, _ in group.sources:
+                yield Piece(name, files.shapes[name], partial(files.read, name), is_listed=False)
+        else:
+            for target in group.targets:
+                shape = tuple(plain.get_parameter(target).shape)
+                yield Piece(target, shape, partial(_converted, group, target, files, plain))
+
+
+def _head(plain: PreTrainedModel) -> nn.Parameter:
+    return plain.get_parameter(f"{head_fqn(plain)}.weight")
+
+
+def _converted(
+    group: Group, target: str, files: CheckpointFiles, plain: PreTrainedModel
+) -> torch.Tensor:
+    return convert_group(group, files, plain)[target]
+
+
+def is_untied(plain: PreTrainedModel, configs: Configs) -> bool:
+    """Whether the embedding is tied to the head and only the embedding is quantised: the new folder
+    then holds both.
+    """
+    return is_tied(plain) and any(plain.get_parameter(name) is _head(plain) for name in configs)
+
+
+def describe(
+    pieces: list[Piece], configs: Configs, dtype: torch.dtype
+) -> tuple[dict[str, str], int]:
+    """Return the metadata that each of the folder's files carries, and the bytes of all tensors.
+
+    Readers go by it to put quantised tensors together: those that read file by file (vLLM), and
+    those that merge the files' metadata (transformers, where `tensor_names` of the last would win).
+    So each file has all of it, plain tensors included, for readers that keep what is listed only.
+    The experts that transformers fuses while it loads are left out: a reader's work grows with the
+    square of the names.
+    """
+    metadata: dict[str, str] = {}
+    size = 0
+    for piece in pieces:
+        empty = torch.empty(piece.shape, dtype=dtype, device="meta")
+        tensors, described = _flat(
+            piece.name, _value(empty, configs.get(piece.name), dtype, empty.device)
+        )
+        size += sum(t.numel() * t.element_size() for t in tensors.values())
+        if piece.is_listed:
+            metadata[piece.name] = described[piece.name]
+    metadata["tensor_names"] = json.dumps(list(metadata))
+    return metadata, size
+
+
+def _flat(name: str, value: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return a tensor as the plain ones it consists of, and what says how to join them."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    flat: tuple[dict[str, torch.Tensor], dict[str, str]] = flatten_tensor_state_dict({name: value})
+    return flat
+
+
+def _value(
+    tensor: torch.Tensor, config: AOBaseConfig | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return a tensor as it is stored: in the dtype that computes, quantised where it has a config;
+    integers and booleans as they are.
+    """
+    if config is not None:
+        return quantized(tensor.to(device=device, dtype=dtype), config)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+@torch.no_grad()
+def quantized(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
+    """Return a weight [rows, columns] as the tensor that torchao's configuration makes of it."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Float8WeightOnlyConfig,
+        quantize_,
+    )
+
+    if isinstance(config, Float8WeightOnlyConfig | Float8DynamicActivationFloat8WeightConfig):
+        return _float8(weight, config)
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    quantize_(linear, config, filter_fn=lambda module, fqn: True)
+    return linear.weight.data
+
+
+def _float8(weight: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return what torchao's two float8 configurations make of a weight.
+
+    Not by quantize_: it makes NaN of rows of zeros (pytorch/ao#4713), and asks for a GPU where only
+    the product needs one. Remove when it does neither.
+    """
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+    keys: dict[str, Any] = {"granularity": PerRow()}
+    if isinstance(config, Float8DynamicActivationFloat8WeightConfig):
+        of_activations, of_weights = config.granularity
+        keys |= {
+            "granularity": of_weights,
+            "mm_config": config.mm_config,
+            "kernel_preference": config.kernel_preference,
+            "act_quant_kwargs": QuantizeTensorToFloat8Kwargs(
+                config.activation_dtype,
+                of_activations,
+                hp_value_lb=config.activation_value_lb,
+                hp_value_ub=config.activation_value_ub,
+                kernel_preference=config.kernel_preference,
+            ),
+        }
+    tensor: torch.Tensor = Float8Tensor.from_hp(
+        weight, float8_dtype=config.weight_dtype, hp_value_lb=EPS, **keys
+    )
+    return tensor
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def _write_config(
+    source: Path,
+    folder: Path,
+    plain: PreTrainedModel,
+    job: JobConfig,
+    configs: Configs,
+    dtype: torch.dtype,
+) -> None:
+    """Write the source's config.json with how the model is quantised."""
+    config = json.loads((source / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["quantization_config"] = quantization_config(plain, job, configs)
+    if is_untied(plain, configs):
+        for part in (config, *(v for k, v in config.items() if k == "text_config")):
+            part["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def quantization_config(plain: PreTrainedModel, job: JobConfig, configs: Configs) -> dict[str, Any]:
+    """Return transformers' description of the quantised model: the linears' configuration, that of
+    the embedding, and none for each linear that was left alone.
+    """
+    from torchao.quantization import FqnToConfig
+    from transformers import TorchAoConfig
+
+    linears = {f"{f}.weight": f for f, m in plain.named_modules() if isinstance(m, nn.Linear)}
+    others = {name.removesuffix(".weight"): c for name, c in configs.items() if name not in linears}
+    alone = dict.fromkeys(fqn for name, fqn in linears.items() if name not in configs)
+    chosen = {**others, **alone, "_default": job.transform(Qat).linear_config()}
+    with warnings.catch_warnings():
+        # torchao 0.18 warns that _default will go. It is what engines that fuse q, k and v into one
+        # linear find that linear's configuration by; without it they would need its name.
+        warnings.filterwarnings("ignore", message="Config Deprecation: _default")
+        by_fqn = FqnToConfig(chosen)
+    config: Any = TorchAoConfig(by_fqn, include_input_output_embeddings=bool(others))
+    described: dict[str, Any] = config.to_dict()
+    return described
+
+
+def add_adapter(adapter: Path, folder: Path, final: Path) -> None:
+    """Put a LoRA run's adapter into its quantised base's folder.
+
+    transformers loads both from a folder that holds both, and the adapter in the model's dtype, in
+    which it was trained.
+
+    Args:
+        adapter: the folder that holds the adapter.
+        folder: where the quantised base was written.
+        final: the name that `folder` will have.
+    """
+    shutil.copyfile(adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    config |= {"base_model_name_or_path": str(final.absolute()), "revision": None}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _copy_beside(adapter, folder)

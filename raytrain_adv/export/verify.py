@@ -1,0 +1,189 @@
+"""Exported folders loaded as a user would load them, and held to the model that was trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import TrainingError
+from raytrain_adv.export.folder import GIB, folder_gib
+from raytrain_adv.transforms.apply import enabled
+from raytrain_adv.transforms.qat import FLOAT8, Qat
+from raytrain_adv.worker.parallel import compute_dtype
+
+MOST_TOKENS = 256
+"""Tokens that are compared; logits of 256 tokens and 128,256 words take 131 MB in float32."""
+TOLERANCE = 0.05
+"""What logits may differ by, as a share of the largest, where bit for bit cannot be asked for."""
+DEFECT = (
+    "this is a defect of raytrain_adv or of the versions installed: compare them with "
+    "constraints.txt"
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a quantised folder's logits are from those of the model that was trained for it."""
+
+    difference: float
+    """The largest absolute difference."""
+    how: str
+    """What was compared, where, and what was allowed."""
+
+
+@torch.no_grad()
+def verify_folder(
+    folder: Path,
+    input_ids: torch.Tensor,
+    reference: torch.Tensor,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> float:
+    """Load an exported folder as a user would, and return how far its logits are from the trained
+    model's.
+
+    Args:
+        folder: written by export_model.
+        input_ids: [batch, tokens], long.
+        reference: [batch, tokens, vocabulary], the trained model's logits for them.
+        device: where to load it; none means the CPU.
+        trust_remote_code: run model code that is in the folder.
+        attn_implementation: the attention the reference was made with, as transformers names it.
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        TrainingError: when weights are missing from the folder, or left over.
+    """
+    model = load_folder(folder, trust_remote_code, attn_implementation)
+    model = model.to(device or torch.device("cpu")).eval()
+    logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits
+    return float((logits.float() - reference.to(logits.device).float()).abs().max())
+
+
+def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str | None) -> Any:
+    """Load an exported folder as a user would, into host memory, and return the model.
+
+    Raises:
+        TrainingError: when weights are missing from the folder, or left over.
+    """
+    auto: Any = AutoModelForCausalLM
+    model, info = auto.from_pretrained(
+        folder,
+        dtype="auto",
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        raise TrainingError(
+            f"the model that was written to {folder} does not load",
+            "\n".join(f"{kind}: {', '.join(names[:4])}" for kind, names in wrong.items()),
+            DEFECT,
+        )
+    return model
+
+
+@torch.no_grad()
+def fake_quantized_logits(
+    model: PreTrainedModel, job: JobConfig, input_ids: torch.Tensor
+) -> torch.Tensor:
+    """Return the trained model's logits with fake quantisation on; a collective.
+
+    Not compiled: compiled layers round at other places than the folder's, which will be loaded
+    plain.
+
+    Args:
+        model: trained; sharded, wrapped and compiled as it is.
+        job: the job that trained it.
+        input_ids: [batch, tokens], long, where the model computes.
+
+    Returns:
+        [batch, tokens, vocabulary], in host memory.
+    """
+    job.transform(Qat).switch(model, True)
+    model.train(False)
+    dtype = compute_dtype(job)
+    named = dict(model.named_parameters())
+    with torch.compiler.set_stance("force_eager"):
+        if any(not isinstance(p, DTensor) and p.dtype != dtype for p in named.values()):
+            # Not sharded, so that FSDP2 does not cast them to the dtype they are exported in.
+            cast = {name: p.to(dtype) for name, p in named.items()}
+            output = functional_call(model, cast, (), {"input_ids": input_ids, "use_cache": False})
+        else:
+            output = model(input_ids=input_ids, use_cache=False)
+    model.train()
+    logits: torch.Tensor = output.logits
+    return logits.cpu()
+
+
+@torch.no_grad()
+def compare_quantized(
+    folder: Path,
+    job: JobConfig,
+    input_ids: torch.Tensor,
+    reference: torch.Tensor,
+    attn_implementation: str | None,
+) -> Comparison:
+    """Hold a quantised folder's logits to the fake-quantised model's.
+
+    Args:
+        folder: holds the quantised model, with its adapter where there is one.
+        job: the job that trained it.
+        input_ids: [batch, tokens], long, on the device that trained.
+        reference: [batch, tokens, vocabulary], what fake_quantized_logits returned for them.
+        attn_implementation: the attention the reference was made with.
+
+    Raises:
+        TrainingError: when they differ by more than is allowed, naming both.
+    """
+    trained_on = input_ids.device
+    device = roomy_device(trained_on, folder)
+    model = load_folder(folder, job.model.trust_remote_code, attn_implementation).to(device).eval()
+    logits = model(input_ids=input_ids.to(device), use_cache=False).logits
+    found, wanted = logits.float().cpu(), reference.float()
+    apart = (found - wanted).abs()
+    difference, largest = float(apart.max()), float(wanted.abs().max())
+    reason = why_not_exact(job, trained_on, device)
+    allowed = TOLERANCE * largest if reason else 0.0
+    how = f"{input_ids.numel()} tokens on {device}, " + (
+        f"at most {allowed:.3g}: {reason}" if reason else "bit for bit"
+    )
+    if not difference <= allowed:  # also where it is not a number
+        place = int(apart.nan_to_num(nan=float("inf")).argmax())
+        raise TrainingError(
+            "the quantised model does not compute what was trained",
+            f"logits differ by {difference:.4g} ({how}): {wanted.flatten()[place]:.6g} in training "
+            f"with fake quantisation, {found.flatten()[place]:.6g} from the quantised files",
+            f"{DEFECT}; the trained model itself is exported, and was not quantised",
+        )
+    return Comparison(difference, how)
+
+
+def why_not_exact(job: JobConfig, trained_on: torch.device, device: torch.device) -> str:
+    """Say why logits need not agree bit for bit; empty where they must."""
+    if device != trained_on:
+        return f"{trained_on} has no room for it, and another device adds in another order"
+    if job.transform(Qat).activation_dtype == FLOAT8:
+        return "float8 products are added up by another kernel than bfloat16 ones"
+    others = [t.name for t in enabled(job) if t.name not in ("lora", "qat")]
+    return f"{', '.join(others)} rounds at other places than the plain model" if others else ""
+
+
+def roomy_device(device: torch.device, folder: Path) -> torch.device:
+    """Return the device if the folder's model fits beside what is on it, otherwise the CPU."""
+    if device.type != "cuda":
+        return device
+    torch.cuda.empty_cache()
+    needed = (1.3 * folder_gib(folder) + 2.0) * GIB
+    return device if torch.cuda.mem_get_info(device)[0] > needed else torch.device("cpu")

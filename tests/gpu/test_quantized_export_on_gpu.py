@@ -1,0 +1,67 @@
+"""The quantised folder computes on a GPU what training computed there with fake quantisation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.transforms.apply import enabled, prepare_all
+from raytrain_adv.worker.finish import Exported
+from raytrain_adv.worker.model import build
+from raytrain_adv.worker.weights import load_pretrained, materialize
+from tests.tiny_models import job_for, write_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+GPU = torch.device("cuda")
+SIZES = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512}
+FLOAT8 = {
+    "qat_weight_dtype": "float8_e4m3fn",
+    "qat_group_size": None,
+    "qat_quantize_embedding": False,
+}
+LORA = {"finetuning_type": "lora", "lora_rank": 8, "bf16": True, "pure_bf16": False}
+
+
+def exported(place: Path, kind: str = "llama", **keys: Any) -> Exported:
+    source = write_checkpoint(kind, place / "source", **SIZES)
+    standard = {"enable_qat": True, "pure_bf16": True, **keys}
+    job = job_for(source, place / "job", **standard)
+    model = build(job)
+    prepare_all(job, model)
+    materialize(model, GPU)
+    load_pretrained(model, job, GPU)
+    for transform in enabled(job):
+        transform.initialize(model, 3)
+    tokens = torch.arange(64) * 7 % 512
+    return export_model(model, job, place / "model", input_ids=tokens)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"qat_activation_dtype": "int8"},
+        {"qat_weight_dtype": "int4", "qat_activation_dtype": "int8"},
+        {"qat_weight_dtype": "int4", "qat_group_size": None},
+        {"qat_weight_dtype": "int4", "qat_activation_dtype": "int8", **LORA},
+        FLOAT8,
+    ],
+)
+def test_it_computes_the_same_bits(tmp_path: Path, keys: dict[str, Any]) -> None:
+    for kind in ("llama", "llama-tied"):
+        written = exported(tmp_path / kind, kind, **keys)
+        assert "on cuda" in written.quantized_comparison
+        assert written.quantized_logit_difference == 0.0
+
+
+def test_float8_products_agree_within_what_is_said(tmp_path: Path) -> None:
+    written = exported(tmp_path, **FLOAT8, qat_activation_dtype="float8_e4m3fn")
+    assert "another kernel" in written.quantized_comparison
+    assert written.quantized_logit_difference is not None
+    assert written.quantized_logit_difference > 0.0  # by a kernel of its own, not dequantised
