@@ -124,6 +124,9 @@ def metric_problems(
     if resumes - {"None", "True", "False"}:
         fix = "set resume_from_checkpoint: true: each trial goes on with its own checkpoints"
         yield Problem("a sweep does not begin with a checkpoint", fix, "resume_from_checkpoint")
+    if any(j.flat().get("compare") for j in jobs):
+        fix = "set compare: false; the sweep has PTQ among its trials"
+        yield Problem("every trial would train a twin of its own", fix, "compare")
     if options.scheduler == "asha":
         if metric not in KNOWN_EARLY:
             text = f"{metric} is known at a trial's end, too late to stop it"

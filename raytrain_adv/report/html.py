@@ -220,9 +220,9 @@ def _variants(report: RunReport) -> str:
     rows = variants.table_rows(report)
     if not rows:
         return ""
-    said = variants.sentence(report)
-    note = f'<p class="note">{text(said)}</p>' if said else ""
-    return card(table(variants.HEADS, rows, num_columns=4) + note)
+    said = [variants.sentence(report), variants.compared(report)]
+    notes = "".join(f'<p class="note">{text(sentence)}</p>' for sentence in said if sentence)
+    return card(table(variants.HEADS, rows, num_columns=4) + notes)
 
 
 def _baseline(report: RunReport) -> str:

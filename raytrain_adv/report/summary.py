@@ -34,8 +34,7 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
         )
         if transform.proof:
             figures.append(("", transform.proof_sentence))
-    if report.quantized_logit_difference is not None:
-        figures.append(("quantised", _quantized(report)))
+    figures.append(("quantised", variants.compared(report)))
     return [(label, text) for label, text in figures if text]
 
 
@@ -53,13 +52,6 @@ def _variants(report: RunReport) -> str:
     ]
     said = variants.sentence(report)
     return "\n".join([*(f"  {line}" for line in lines), *([f"  {said}"] if said else [])])
-
-
-def _quantized(report: RunReport) -> str:
-    return (
-        f"logits differ by {report.quantized_logit_difference:.3g} from those of training "
-        f"({report.quantized_comparison})"
-    )
 
 
 def _compared(other: Baseline) -> str:

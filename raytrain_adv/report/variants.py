@@ -98,3 +98,13 @@ def sentence(report: RunReport) -> str:
     if report.recovered is None:
         return f"PTQ of {of} lost nothing ({gap:+.4f}): there was nothing to recover"
     return f"QAT recovered {report.recovered:.0%} of the {gap:.4f} that PTQ of {of} loses"
+
+
+def compared(report: RunReport) -> str:
+    """Say how near the quantised folder is to the model that was trained; empty without one."""
+    if report.quantized_logit_difference is None:
+        return ""
+    return (
+        f"logits differ by {report.quantized_logit_difference:.3g} from those of training "
+        f"({report.quantized_comparison})"
+    )

@@ -199,6 +199,11 @@ def test_a_sweep_does_not_begin_with_a_checkpoint(tmp_path: Path) -> None:
     assert f"line {FIRST_LINE}: resume_from_checkpoint" in said
 
 
+def test_a_twin_for_every_trial_is_refused(tmp_path: Path) -> None:
+    text = "enable_qat: true\ncompare: true\nsweep:\n  fake_quant_after_n_steps: [0, 5]\n"
+    assert "every trial would train a twin" in message_of(tmp_path, text)
+
+
 def test_options_of_a_sweep_are_named_as_no_key_of_a_job() -> None:
     keys = {key for kind in section_types() for key in kind.model_fields}
     assert not (keys | set(RENAMED)) & set(SweepOptions.model_fields)
