@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from raytrain_adv.hardware import HardwareFacts
     from raytrain_adv.ops.linear_cross_entropy import LogitMap
 
-AUTO: Literal["torch", "chunked"] = "chunked"
+AUTO: Literal["torch", "chunked"] = "torch"
 """What loss_kernel: auto means."""
 PLAIN = "torch.nn.Linear"
 PACKAGES = {"cut_cross_entropy": "cut-cross-entropy", "liger": "liger-kernel"}
