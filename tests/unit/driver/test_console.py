@@ -75,6 +75,8 @@ def in_terminal(tmp_path, ending, width=80, sends=None):
         stdout=follower,
         stderr=follower,
         env={**os.environ, "TERM": "xterm-256color"},
+        # Where the tests run in a shell's background, SIGINT is ignored, and would be here too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(follower)
     output = b""
