@@ -115,7 +115,8 @@ class LossKernel(Transform):
         """Say how the head will compute the loss.
 
         Raises:
-            JobError: when the model has no head, or the kernel would pass by what is on it.
+            JobError: when the model has no head or code of its own, or the kernel would pass by
+                what is on the head.
         """
         head = output_head(model)
         fqn = next((fqn for fqn, m in model.named_modules() if m is head), None)
@@ -123,6 +124,13 @@ class LossKernel(Transform):
             raise JobError(
                 f"loss_kernel: {self.kernel} needs a language-model head",
                 f"{class_name(model)} does not say which module makes its logits",
+                "set loss_kernel: torch",
+            )
+        if not class_name(model).startswith("transformers."):
+            # Its forward pass may do more than call the head, and would be passed by.
+            raise JobError(
+                f"loss_kernel: {self.kernel} is for models of transformers",
+                f"{class_name(model)} has a forward pass of its own",
                 "set loss_kernel: torch",
             )
         kind = class_name(head)

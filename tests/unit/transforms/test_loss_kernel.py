@@ -234,3 +234,14 @@ def test_the_head_says_what_computes_its_loss(tmp_path):
     _, model, _ = model_of("llama", tmp_path, loss_kernel="chunked")
     assert loss_of(model.lm_head).name == "chunked"
     assert loss_of(model.model.norm) is None
+
+
+def test_a_forward_pass_of_the_models_own_is_not_passed_by(tmp_path):
+    _, model, _ = model_of("llama", tmp_path)
+
+    class Own(type(model)):
+        pass
+
+    model.__class__ = Own
+    with pytest.raises(JobError, match="for models of transformers"):
+        LossKernel(loss_kernel="chunked").plan(model)
