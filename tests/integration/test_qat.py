@@ -156,3 +156,16 @@ def test_switching_costs_one_more_graph(make_job):
         model(input_ids=ids, use_cache=False).logits.sum().backward()
         counts.append(counter.frame_count)
     assert counts == [counts[0]] * 2 + [2 * counts[0]] * 4
+
+
+def test_an_fp8_checkpoint_goes_on_in_qat(job_file, tmp_path):
+    fp8 = {"fp8": True, "fp8_allow_cpu": True, "fp8_min_features": 16, "bf16": True}
+    gathered = {**fp8, "fp8_enable_fsdp_float8_all_gather": True}
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    run_workers(2, job_file("a.yaml", output_dir=str(tmp_path / "a"), **gathered, **saved))
+    named = {
+        "resume_from_checkpoint": str(tmp_path / "a" / "checkpoints" / "local" / "step_00000003"),
+        "output_dir": str(tmp_path / "b"),
+    }
+    assert run_workers(2, job_file("b.yaml", **named, **QAT))[0]["resumed_from_step"] == 3
+    assert set(losses(tmp_path / "b")) == {4, 5, 6}
