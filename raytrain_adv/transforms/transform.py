@@ -89,13 +89,6 @@ class Transform(Section):
         """
         return Plan(self.name)
 
-    def check_length(self, total_steps: int) -> None:
-        """Raise if the keys do not fit a run of so many optimizer steps.
-
-        Raises:
-            JobError: naming the key and what would fit.
-        """
-
     def fetch(self, job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
         """Bring what the workers need into output_dir. Called on the driver before anything is
         planned, and on rank 0 before the model is built: the second time it finds all there.
