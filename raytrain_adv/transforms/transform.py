@@ -65,6 +65,10 @@ class Transform(Section):
     """Operator that must run in a training step, at least once per changed module, as
     aten::_scaled_mm; none where the modules' classes are proof enough.
     """
+    evaluated_as: ClassVar[str] = ""
+    """Where the feature can be switched off in training: what held-out rows are evaluated as, which
+    always have it on; for console and report.
+    """
     stacks_on: ClassVar[frozenset[str]] = frozenset()
     """Names of transforms whose modules this one may change again."""
 
