@@ -37,6 +37,13 @@ class Section(BaseModel):
         """
         return ()
 
+    def check_length(self, total_steps: int) -> None:
+        """Raise if the keys do not fit a run of so many optimizer steps.
+
+        Raises:
+            JobError: naming the key and what would fit.
+        """
+
     def asked_for(self, key: str) -> bool:
         """Whether the job gives this key a value other than its default."""
         return key in self.model_fields_set and getattr(self, key) != self.default(key)

@@ -59,6 +59,7 @@ class Qat(Transform):
     name: ClassVar[str] = "qat"
     stage: ClassVar[str] = "precision"
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
+    evaluated_as: ClassVar[str] = "fake-quantised"
     excludes: ClassVar[dict[str, str]] = {
         "fp8": "both replace the products of the same linears, and one would undo the other"
     }
@@ -282,7 +283,8 @@ class Qat(Transform):
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
         first = self.first_step
         when = "never in training (PTQ)" if first is None else f"from optimizer step {first}"
-        yield f"{self.scheme}; {when}, in evaluation always"
+        yield f"{self.scheme}; {when}"
+        yield f"evaluation runs {self.evaluated_as}, at every step"
         yield "exported twice: model (as trained) and model-quantized (torchao's tensors)"
         if any(change.after == EMBEDDING for change in changes.values()) and is_tied(model):
             yield (
