@@ -199,9 +199,15 @@ def _adapters(job: JobConfig) -> Iterable[Problem]:
 
 
 def _exclusive(job: JobConfig) -> Iterable[Problem]:
-    """Find transforms that cannot be on together."""
+    """Find transforms that cannot be on together, and those that are on without one they need."""
     on = [t for t in job.transforms if t.enabled]
     for transform in on:
+        for key, reason in transform.needs.items():
+            if not any(key in type(other).model_fields for other in on):
+                owner = next(t for t in job.transforms if key in type(t).model_fields)
+                own = next(k for k in type(transform).model_fields if _is_switch(transform, k))
+                fix = f"set {key}: {owner.default(key)}, or delete {own}"
+                yield Problem(reason, fix, f"{key} and {own}")
         for key, reason in transform.excludes.items():
             if any(key in type(other).model_fields for other in on):
                 own = next(k for k in type(transform).model_fields if _is_switch(transform, k))

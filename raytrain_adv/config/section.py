@@ -25,6 +25,9 @@ class Section(BaseModel):
     excludes: ClassVar[dict[str, str]] = {}
     """Keys that turn on what cannot be on together with these keys, and why."""
 
+    needs: ClassVar[dict[str, str]] = {}
+    """Keys of what has to be on together with these keys, and why."""
+
     @property
     def enabled(self) -> bool:
         """Whether the job uses these keys at all; a transform may be off."""

@@ -162,6 +162,15 @@ class Transform(Section):
         loaded and sharded.
         """
 
+    def loaded(self, model: nn.Module, plan: Plan) -> tuple[str, ...]:
+        """Hold weights that were changed as they were read to what they stand for; return sentences
+        for the report. Called on all ranks once, before training.
+
+        Raises:
+            TrainingError: on all ranks, when they do not stand for it.
+        """
+        return ()
+
     def begin_step(self, model: nn.Module, step: int) -> None:
         """Bring the model into its state for optimizer step `step` (from 0); a pure function of the
         step.
