@@ -1,6 +1,7 @@
 """Replaced layers beside torch's own and beside torch_compile: 8B shape, 8,192 tokens, one GPU.
 
     python jobs/benchmarks/layer_kernels.py [--out jobs/benchmarks/results/layer_kernels.json]
+    ... --only "compiled;compiled, llama_layers"
     ... --variants '{"eager": {}, "hub": {"use_kernels": true, "kernel_name": "..."}}'
 
 Each variant is a set of job keys; torch_compile is off unless it says otherwise, the loss is the
@@ -13,16 +14,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from whole_steps import Whole, free, head_of_results, job_of, measured
+from whole_steps import ROOT, Whole, free, head_of_results, job_of, measured
 
+OURS = {"use_kernels": True, "kernel_name": str(ROOT / "jobs/kernels/llama_layers")}
 VARIANTS: dict[str, dict[str, Any]] = {
     "eager": {},
     "eager, liger": {"use_liger_kernel": True},
     "eager, liger with rope": {
         "use_liger_kernel": {"rms_norm": True, "swiglu": True, "rope": True}
     },
+    "eager, llama_layers": OURS,
     "compiled": {"torch_compile": True},
     "compiled, liger": {"torch_compile": True, "use_liger_kernel": True},
+    "compiled, llama_layers": {"torch_compile": True, **OURS},
 }
 
 
@@ -32,6 +36,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--variants", default="", help="name -> job keys, as JSON")
+    parser.add_argument("--only", default="", help="names of variants, with ; between them")
     parser.add_argument("--loss-kernel", default="chunked")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=6, help="measured, after three")
@@ -39,6 +44,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     chosen = parser.parse_args()
     variants = json.loads(chosen.variants) if chosen.variants else VARIANTS
+    if chosen.only:
+        variants = {name: variants[name] for name in chosen.only.split(";")}
     figures: dict[str, dict[str, Any]] = {}
     for name, keys in variants.items():
         base = {"torch_compile": False, "loss_kernel": chosen.loss_kernel}
