@@ -205,7 +205,7 @@ class LossInHead:
         """Return the bytes of a chunk's logits."""
         if self.loss.kernel == "cut_cross_entropy":
             return 0.0  # they stay on the chip
-        largest = chunk_tokens(self.loss.vocab, self.size)
+        largest = chunk_tokens(tokens, self.loss.vocab, self.size)
         if self.loss.kernel == "liger":
             # Source: liger_kernel.ops.fused_linear_cross_entropy, inc_factor and chunk_size.
             largest = 1 << (-(-tokens * self.hidden // self.loss.vocab) - 1).bit_length()
@@ -217,7 +217,7 @@ class LossInHead:
             return 0.0  # made in backward
         if self.loss.kernel == "liger":
             return self.trained * (4 + self.size)  # in float32, then cast
-        num_chunks = -(-tokens // chunk_tokens(self.loss.vocab, self.size))
+        num_chunks = -(-tokens // chunk_tokens(tokens, self.loss.vocab, self.size))
         summed = 4 + self.size if num_chunks > MOST_ROUNDINGS and self.size < 4 else self.size
         return self.trained * (summed if self.loss.reads_weight else summed + self.size)
 
