@@ -1,7 +1,7 @@
 """Replaced layers beside torch's own and beside torch_compile: 8B shape, 8,192 tokens, one GPU.
 
     python jobs/benchmarks/layer_kernels.py [--out jobs/benchmarks/results/layer_kernels.json]
-    ... --only "compiled;compiled, llama_layers"
+    ... --only compiled "compiled, llama_layers"
     ... --variants '{"eager": {}, "hub": {"use_kernels": true, "kernel_name": "..."}}'
 
 Each variant is a set of job keys; torch_compile is off unless it says otherwise, the loss is the
