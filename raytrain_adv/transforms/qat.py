@@ -57,10 +57,17 @@ class Qat(Transform):
     """Train with fake quantisation; parameters and optimizer states stay as they are."""
 
     name: ClassVar[str] = "qat"
+    feature: ClassVar[str] = "QAT"
+    tried_with: ClassVar[dict[str, Any]] = {
+        "enable_qat": True,
+        "qat_weight_dtype": "int4",
+        "qat_activation_dtype": "int8",
+    }
     stage: ClassVar[str] = "precision"
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
     excludes: ClassVar[dict[str, str]] = {
-        "fp8": "both replace the products of the same linears, and one would undo the other"
+        "fp8": "both replace the products of the same linears, and one would undo the other",
+        "use_dora": "DoRA computes with the base weights themselves, which would not be rounded",
     }
 
     enable_qat: bool = False
@@ -204,8 +211,7 @@ class Qat(Transform):
         """Choose the linears, and the embedding, that compute with rounded values.
 
         Raises:
-            JobError: when a pattern matches nothing, a group size does not divide a layer, or
-                adapters read the weights past the linear (DoRA).
+            JobError: when a pattern matches nothing, or a group size does not divide a layer.
         """
         from torch import nn
 
@@ -222,7 +228,6 @@ class Qat(Transform):
             else:
                 changes[fqn] = Change(class_name(module), LINEAR)
         self._check_groups({fqn: linears[fqn].in_features for fqn in changes})
-        self._check_dora(model)
         embedding = input_embedding(model)
         if embedding is not None:
             fqn = next(name for name, module in model.named_modules() if module is embedding)
@@ -269,15 +274,6 @@ class Qat(Transform):
             f"set qat_group_size: {' or '.join([*fit, 'null (one scale per channel)'])}, or leave "
             "layers out with qat_exclude",
         )
-
-    @staticmethod
-    def _check_dora(model: nn.Module) -> None:
-        if any(".lora_magnitude_vector." in name for name, _ in model.named_parameters()):
-            raise JobError(
-                "QAT and DoRA do not go together",
-                "DoRA computes with the base weights themselves, which would not be rounded",
-                "set use_dora: false, or enable_qat: false",
-            )
 
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
         first = self.first_step
