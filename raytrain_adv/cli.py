@@ -1,4 +1,4 @@
-"""The console script `raytrain-adv`: launch, plan, preflight, export, kernels and schema."""
+"""The console script `raytrain-adv`: launch, plan, preflight, export, kernels, explain, schema."""
 
 import json
 import os
@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from raytrain_adv import __version__
-from raytrain_adv.config import load
+from raytrain_adv.config import load, matrix
 from raytrain_adv.config.arguments import parse
+from raytrain_adv.config.explain import explain
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.schema import schema
-from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError, StorageError
+from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError, StorageError
 from raytrain_adv.quiet import quieten
 
 USAGE = """usage: raytrain-adv COMMAND [...]
@@ -28,6 +29,8 @@ USAGE = """usage: raytrain-adv COMMAND [...]
                                              write a checkpoint's model, and the quantised one
   export MODEL --output DIR enable_qat=true [key=value ...]
                                              quantise a model folder as it is (PTQ)
+  explain [FEATURE]                          say what a feature does and goes together with; the
+                                             compatibility matrix
   schema [--output FILE]                     print the JSON schema of the job file
   --version                                  print the version"""
 
@@ -185,6 +188,35 @@ def _export(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
+def _explain(arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        print(f"usage: {EXPLAIN_USAGE}")
+        return EXIT_DONE
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if not flags:
+        print(explain(" ".join(arguments)) if arguments else matrix.table())
+        return EXIT_DONE
+    if flags[0] not in ("--check", "--write") or len(arguments) != 2:
+        wrong = Problem(f"explain takes no {' '.join(arguments)!r}", f"write {EXPLAIN_USAGE}")
+        raise job_error("The command line", [wrong])
+    (page,) = (Path(argument) for argument in arguments if argument not in flags)
+    try:
+        old = page.read_text()
+        new = matrix.renewed(old)
+        if flags[0] == "--write":
+            page.write_text(new)
+            return EXIT_DONE
+    except (OSError, ValueError) as error:
+        raise StorageError("The page cannot be read or written", str(error), "name one") from None
+    if new != old:
+        raise JobError(
+            f"The compatibility matrix in {page} is stale",
+            "the features' own rules say something else",
+            f"raytrain-adv explain --write {page}",
+        )
+    return EXIT_DONE
+
+
 def _schema(arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print("usage: raytrain-adv schema [--output FILE]")
@@ -210,6 +242,11 @@ def _schema(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
+EXPLAIN_USAGE = (
+    "raytrain-adv explain [FEATURE], or raytrain-adv explain --check | --write PAGE: whether the "
+    "matrix in a page of Markdown is up to date; bring it up to date"
+)
+
 KERNELS_USAGE = (
     "raytrain-adv kernels lock job.yaml [--output FILE] [--torch X.Y] [--cuda X.Y|cpu], or "
     "raytrain-adv kernels fetch | verify FILE"
@@ -221,6 +258,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "preflight": _preflight,
     "kernels": _kernels,
     "export": _export,
+    "explain": _explain,
     "schema": _schema,
 }
 

@@ -1,11 +1,16 @@
 """The shape every group of job keys shares."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from raytrain_adv.config.problems import Problem
+
+if TYPE_CHECKING:
+    from raytrain_adv.config.job import JobConfig
 
 
 class Section(BaseModel):
@@ -22,8 +27,16 @@ class Section(BaseModel):
         arbitrary_types_allowed=False,
     )
 
+    feature: ClassVar[str] = ""
+    """What the compatibility matrix calls what these keys turn on; empty where they are none."""
+    tried_with: ClassVar[dict[str, Any]] = {}
+    """Keys and values by which tests turn the feature on, in a small model."""
+    needs_gpu: ClassVar[bool] = False
+    """Whether it runs on GPUs only, so that its tests do too."""
     excludes: ClassVar[dict[str, str]] = {}
     """Keys that turn on what cannot be on together with these keys, and why."""
+    careful: ClassVar[dict[str, str]] = {}
+    """Keys that turn on what needs care together with these keys, and which."""
 
     needs: ClassVar[dict[str, str]] = {}
     """Keys of what has to be on together with these keys, and why."""
@@ -36,7 +49,14 @@ class Section(BaseModel):
     def contradictions(self) -> Iterable[Problem]:
         """Find keys of this section that cannot stand together; each Problem names them all.
 
-        Rules between the keys of several sections are in config/rules.py.
+        Rules between the keys of several sections are in config/rules.py; those of a feature with
+        other keys in its `excludes`, and in `conflicts` where it takes more than being on.
+        """
+        return ()
+
+    def conflicts(self, job: JobConfig) -> Iterable[Problem]:
+        """Find keys of other sections that do not go with these, which are on; each Problem names
+        both.
         """
         return ()
 

@@ -3,7 +3,7 @@ where it has them."""
 
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -201,6 +201,9 @@ class TrainConfig(Section):
 
 class ParallelConfig(Section):
     """How the model is spread, compiled and checkpointed."""
+
+    feature: ClassVar[str] = "FSDP"
+    tried_with: ClassVar[dict[str, Any]] = {"ray_num_workers": 2}
 
     gradient_checkpointing: bool | Literal["none", "full", "selective"] | None = None
     """Recompute activations in backward: full (also true), selective (attention and matmuls are

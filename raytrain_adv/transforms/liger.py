@@ -39,6 +39,12 @@ class Liger(Transform):
     """Compute norms, gated MLPs and rotary embeddings by Liger's Triton kernels."""
 
     name: ClassVar[str] = "liger"
+    feature: ClassVar[str] = "Liger"
+    needs_gpu: ClassVar[bool] = True
+    tried_with: ClassVar[dict[str, Any]] = {"use_liger_kernel": {"rope": True}}
+    careful: ClassVar[dict[str, str]] = {
+        "use_kernels": "a module has one kernel: name layers for each that the other does not take"
+    }
     stage: ClassVar[str] = "kernel"
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "quantized_base", "fp8", "qat"})
 

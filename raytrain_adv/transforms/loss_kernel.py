@@ -34,6 +34,8 @@ class LossKernel(Transform):
     """Compute the loss inside the head, so that the logits of all tokens never exist."""
 
     name: ClassVar[str] = "loss_kernel"
+    feature: ClassVar[str] = "Loss kernel"
+    tried_with: ClassVar[dict[str, Any]] = {"loss_kernel": "chunked"}
     stage: ClassVar[str] = "loss"
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "quantized_base", "fp8", "qat"})
 
@@ -76,6 +78,17 @@ class LossKernel(Transform):
                 "keep one of them",
                 "cut_cross_entropy and loss_kernel",
             )
+
+    def conflicts(self, job: JobConfig) -> Iterable[Problem]:
+        """Refuse a kernel that the job's precision or device does not have."""
+        key = "cut_cross_entropy" if self.cut_cross_entropy else "loss_kernel"
+        half = job.train.bf16 or job.train.pure_bf16
+        if self.kernel == "cut_cross_entropy" and not half:
+            text = "cut_cross_entropy computes in bf16 only"
+            yield Problem(text, "set bf16: true, or loss_kernel: chunked", f"{key} and bf16")
+        if self.kernel in PACKAGES and job.parallel.use_cpu:
+            text = f"{self.kernel} is written in Triton and needs a GPU"
+            yield Problem(text, "set loss_kernel: chunked, or use_cpu: false", f"{key} and use_cpu")
 
     def check(self, facts: HardwareFacts) -> None:
         """Refuse kernels that the node cannot run.

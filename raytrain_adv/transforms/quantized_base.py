@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
@@ -44,6 +44,8 @@ class QuantizedBase(Transform):
     """
 
     name: ClassVar[str] = "quantized_base"
+    feature: ClassVar[str] = "Standard Quantization"
+    tried_with: ClassVar[dict[str, Any]] = {"quantization_bit": 4, "finetuning_type": "lora"}
     stage: ClassVar[str] = "precision"
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
     proven_by: ClassVar[str] = "raytrain_adv::dequantize"

@@ -144,7 +144,7 @@ def test_a_plain_sft_file_of_llamafactory_loads(tmp_path: Path, keys: dict[str, 
         ({"dataset_dir": "ONLINE"}, ["dataset_dir", "Hub datasets"]),
         ({"streaming": True, "buffer_size": 4}, ["streaming", "buffer_size"]),
         ({"fp16": True}, ["fp16", "bf16: true"]),
-        ({"use_unsloth": True, "neftune_noise_alpha": 5}, ["use_unsloth", "neftune"]),
+        ({"use_unsloth": True, "use_dft_loss": True}, ["use_unsloth", "use_dft_loss"]),
         (
             {"resize_vocab": True, "additional_target": "embed_tokens"},
             ["resize_vocab", "additional"],

@@ -127,9 +127,9 @@ def test_adapters_stay_and_their_base_is_rounded(tmp_path):
 
 
 def test_dora_reads_weights_past_the_linear_and_is_refused(tmp_path):
-    _, _, plan = planned(tmp_path, finetuning_type="lora", use_dora=True)
-    with pytest.raises(JobError, match="QAT and DoRA"):
-        plan()
+    text = refusal(tmp_path, finetuning_type="lora", use_dora=True)
+    assert "use_dora and enable_qat: DoRA computes with the base weights themselves" in text
+    assert "set use_dora: false, or enable_qat: false" in text
 
 
 def test_a_tied_embedding_is_rounded_and_the_head_is_not(tmp_path):
