@@ -37,7 +37,7 @@ FLOAT8 = "float8_e4m3fn"
 BF16, PTQ, QAT, UNQUANTISED = "bf16", "PTQ", "QAT", "QAT's weights, not quantised"
 """How a model is evaluated: not quantised, quantised without having been trained for it, quantised
 after that."""
-GROUP_SIZES = (16, 32, 64, 128, 256, 512)
+GROUP_SIZES = (8, 16, 32, 64, 128, 256, 512)
 SERVED = (
     "weights int8, int4, int3 or int2 with activations int8 or none, in groups or per channel; "
     "weights float8_e4m3fn with activations float8_e4m3fn or none, per channel"
