@@ -25,6 +25,7 @@ def contradictions(job: JobConfig) -> Iterable[Problem]:
     yield from _exclusive(job)
     yield from _loss(job)
     yield from _float8_activations(job)
+    yield from _twin(job)
     yield from _delay(job)
     yield from _turned_off(job)
 
@@ -54,6 +55,8 @@ def notes(job: JobConfig) -> Iterable[str]:
         yield f"per_device_eval_batch_size: {size} changes nothing: no rows are held out"
     if output.run_name is not None and output.report_to in ("none", [], ["none"]):
         yield f"run_name: {show(output.run_name)} changes nothing: report_to is none"
+    if _compares(job) and any(t.model_dump().get(SWITCH) == "never" for t in job.transforms):
+        yield f"compare: true changes nothing: with {SWITCH}: never the run is its own twin"
     if job.model.asked_for("model_revision") and Path(job.model.model_name_or_path).is_dir():
         revision = show(job.model.model_revision)
         yield f"model_revision: {revision} changes nothing: model_name_or_path is a folder"
@@ -220,6 +223,17 @@ def _loss(job: JobConfig) -> Iterable[Problem]:
     if kernel in ("cut_cross_entropy", "liger") and job.parallel.use_cpu:
         text = f"{kernel} is written in Triton and needs a GPU"
         yield Problem(text, "set loss_kernel: chunked, or use_cpu: false", f"{key} and use_cpu")
+
+
+def _compares(job: JobConfig) -> bool:
+    return any(t.enabled and t.model_dump().get("compare") for t in job.transforms)
+
+
+def _twin(job: JobConfig) -> Iterable[Problem]:
+    """Find a twin that would be trained for nothing."""
+    if _compares(job) and not _evaluates(job):
+        text = "a twin is compared by the loss on held-out rows, and none are held out"
+        yield Problem(text, "hold rows out with val_size, or set compare: false", "compare")
 
 
 def _float8_activations(job: JobConfig) -> Iterable[Problem]:

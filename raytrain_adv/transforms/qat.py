@@ -332,7 +332,8 @@ class Qat(Transform):
 
     def twin_dir(self, output_dir: str) -> str | None:
         """Return where the run without fake quantisation is, where `compare` asks for it."""
-        return f"{output_dir.rstrip('/')}-bf16" if self.compare else None
+        trains_with_it = self.compare and self.first_step is not None
+        return f"{output_dir.rstrip('/')}-bf16" if trains_with_it else None
 
     def linear_config(self) -> AOBaseConfig:
         """Return torchao's configuration of the linears: what is trained for, converted to and
