@@ -7,6 +7,7 @@ from pathlib import Path
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.section import Section
+from raytrain_adv.config.sweep import SWITCH
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """What Linux file systems hold."""
@@ -21,6 +22,7 @@ def contradictions(job: JobConfig) -> Iterable[Problem]:
     yield from _resuming(job)
     yield from _exclusive(job)
     yield from _unmet(job)
+    yield from _twin(job)
     for section in job.sections():
         if section.enabled:
             yield from section.conflicts(job)
@@ -52,6 +54,8 @@ def notes(job: JobConfig) -> Iterable[str]:
         yield f"per_device_eval_batch_size: {size} changes nothing: no rows are held out"
     if output.run_name is not None and output.report_to in ("none", [], ["none"]):
         yield f"run_name: {show(output.run_name)} changes nothing: report_to is none"
+    if _compares(job) and any(t.model_dump().get(SWITCH) == "never" for t in job.transforms):
+        yield f"compare: true changes nothing: with {SWITCH}: never the run is its own twin"
     if job.model.asked_for("model_revision") and Path(job.model.model_name_or_path).is_dir():
         revision = show(job.model.model_revision)
         yield f"model_revision: {revision} changes nothing: model_name_or_path is a folder"
@@ -200,6 +204,17 @@ def _unmet(job: JobConfig) -> Iterable[Problem]:
                 own = switch(section)
                 fix = f"set {key}: {show(type(owner).default(key), key)}, or delete {own}"
                 yield Problem(reason, fix, f"{key} and {own}")
+
+
+def _compares(job: JobConfig) -> bool:
+    return any(t.enabled and t.model_dump().get("compare") for t in job.transforms)
+
+
+def _twin(job: JobConfig) -> Iterable[Problem]:
+    """Find a twin that would be trained for nothing."""
+    if _compares(job) and not _evaluates(job):
+        text = "a twin is compared by the loss on held-out rows, and none are held out"
+        yield Problem(text, "hold rows out with val_size, or set compare: false", "compare")
 
 
 def _together(job: JobConfig, careful: bool) -> Iterable[tuple[Section, str, str, str]]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -18,11 +19,16 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.load import load_keys
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.driver.output import RUN_FILE, storage_path
-from raytrain_adv.errors import JobError, StorageError
-from raytrain_adv.export.folder import NewFolder, folder_gib
+from raytrain_adv.errors import JobError, StorageError, TrainingError
+from raytrain_adv.export.folder import GIB, NewFolder, folder_gib
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.quantize import write_quantized
-from raytrain_adv.export.verify import MOST_TOKENS
+from raytrain_adv.export.verify import (
+    DEFECT,
+    MOST_TOKENS,
+    compare_quantized,
+    fake_quantized_logits,
+)
 from raytrain_adv.report.numbers import disk
 from raytrain_adv.transforms.apply import prepare_all
 from raytrain_adv.transforms.lora import Lora
@@ -36,6 +42,7 @@ from raytrain_adv.worker.storage import Storage
 CPU = torch.device("cpu")
 MEANINGLESS = frozenset({"compare", "fake_quant_after_n_steps"})
 """QAT keys that say how to train."""
+NO_GPU = "float8 products need a GPU, and this command has none"
 KEPT = (Lora, Qat)
 """Transforms whose keys matter when there is nothing to train."""
 
@@ -106,26 +113,74 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
         raise JobError("a model folder has no checkpoints", f"--checkpoint {checkpoint_name}", fix)
     if not output:
         raise JobError("--output is missing", str(source), "name the new folder: --output DIR")
-    keys = {
+    keys: dict[str, Any] = {
         "model_name_or_path": str(source),
         "finetuning_type": "full",
         "dataset": "none",
         "output_dir": output,
     }
+    stored = read_config(load_keys(keys, str(source), _code(given))).dtype
+    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+    if dtype != torch.bfloat16 and f"qat_activation_dtype={FLOAT8}" in given:
+        raise JobError(
+            "float8 activations need a model in bfloat16: products of float8 rows come out in it",
+            f"{source} is in {str(dtype).removeprefix('torch.')}",
+            "leave qat_activation_dtype out, or give a bfloat16 copy of the model",
+        )
+    keys["pure_bf16"] = dtype == torch.bfloat16
     job = load_keys(keys, str(source), given)
     if not job.transform(Qat).enabled:
         raise _not_asked_for(f"{source} is a model folder already")
     target = _new(Path(output))
     new = NewFolder(target, CPU)
-    stored = read_config(job).dtype
-    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     new.run(lambda: write_quantized(source, new.partial, job, dtype, CPU, require=new.require_now))
+    compared: list[str] = []
+    new.run(lambda: compared.append(_compared(job, new.partial, dtype)))
     new.publish()
-    before = sum(f.stat().st_size for f in source.glob("*.safetensors")) / 2**30
+    before = sum(f.stat().st_size for f in source.glob("*.safetensors")) / GIB
     print(
         f"quantised  {target} ({disk(folder_gib(target))}; the weights of {source}: {disk(before)})"
     )
     print(f"           {job.transform(Qat).scheme}; not trained for it (PTQ)")
+    print(f"           {compared[0]}")
+
+
+def _code(given: list[str]) -> list[str]:
+    """Return what of the keys is needed to read a model's config: whether its code may run."""
+    return [item for item in given if item.startswith("trust_remote_code=")]
+
+
+def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
+    """Hold a quantised folder to its source with fake quantisation, and say how near it is; where
+    this machine cannot, say why.
+
+    Raises:
+        TrainingError: when they do not compute the same.
+    """
+    model = build(job)
+    size = sum(p.numel() * (p.element_size() + dtype.itemsize) for p in model.parameters())
+    needed, free = size / GIB, psutil.virtual_memory().available / GIB
+    tokens = _tokens(model, job)
+    if tokens is None:
+        return f"not compared: {NO_GPU}"
+    if needed > free:
+        return f"not compared: that takes {needed:.1f} GiB of memory, and {free:.1f} are free"
+    model = _fake_quantised(job)
+    weights.load_pretrained(model, job, CPU)
+    tokens = tokens.unsqueeze(0)
+    reference = fake_quantized_logits(model, job, tokens, dtype)
+    attention = model.config._attn_implementation
+    del model
+    try:
+        found = compare_quantized(folder, job, tokens, reference, attention)
+    except TrainingError as error:
+        what = "the quantised model does not compute what its source does with fake quantisation"
+        raise TrainingError(what, error.found, DEFECT) from error
+    return _said(found.difference, found.how, "the source's")
+
+
+def _said(difference: float, how: str, whose: str) -> str:
+    return f"logits differ by {difference:.3g} from {whose} with fake quantisation ({how})"
 
 
 def _not_asked_for(found: str) -> JobError:
@@ -168,12 +223,10 @@ def _export_run(
     print(f"quantised  {written.quantized_dir} ({disk(written.quantized_gib)})")
     print(f"           {job.transform(Qat).scheme}")
     if written.quantized_logit_difference is None:
-        print("           not compared: float8 products need a GPU, and this command has none")
+        print(f"           not compared: {NO_GPU}")
     else:
-        print(
-            f"           logits differ by {written.quantized_logit_difference:.3g} from the "
-            f"checkpoint's with fake quantisation ({written.quantized_comparison})"
-        )
+        difference, how = written.quantized_logit_difference, written.quantized_comparison
+        print("           " + _said(difference, how, "the checkpoint's"))
 
 
 def _checkpoint(job: JobConfig, name: str) -> Found:
@@ -206,14 +259,20 @@ def _checkpoint(job: JobConfig, name: str) -> Found:
 
 def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
     """Return the checkpoint's model in host memory, with its adapters and fake quantisation."""
-    model = build(job)
-    prepare_all(job, model, hardware.detect(CPU))
-    weights.materialize(model, CPU)
+    model = _fake_quantised(job)
     if job.transform(Lora).enabled:
         weights.load_pretrained(model, job, CPU)
     with warnings.catch_warnings():  # PyTorch's, that there is one process: so it is meant
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         checkpoint.load(found, model)
+    return model
+
+
+def _fake_quantised(job: JobConfig) -> PreTrainedModel:
+    """Return the job's model in host memory, prepared; its weights have yet to be loaded."""
+    model = build(job)
+    prepare_all(job, model, hardware.detect(CPU))
+    weights.materialize(model, CPU)
     return model
 
 
@@ -223,5 +282,7 @@ def _tokens(model: PreTrainedModel, job: JobConfig) -> torch.Tensor | None:
     """
     if job.transform(Qat).activation_dtype == FLOAT8:
         return None
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    return torch.randint(vocabulary, (MOST_TOKENS,), generator=torch.Generator().manual_seed(0))
+    config: Any = model.config.get_text_config()
+    number = min(MOST_TOKENS, getattr(config, "max_position_embeddings", MOST_TOKENS))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(int(config.vocab_size), (number,), generator=generator)

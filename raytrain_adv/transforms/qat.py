@@ -42,7 +42,7 @@ FLOAT8 = "float8_e4m3fn"
 BF16, PTQ, QAT, UNQUANTISED = "bf16", "PTQ", "QAT", "QAT's weights, not quantised"
 """How a model is evaluated: not quantised, quantised without having been trained for it, quantised
 after that."""
-GROUP_SIZES = (16, 32, 64, 128, 256, 512)
+GROUP_SIZES = (8, 16, 32, 64, 128, 256, 512)
 SERVED = (
     "weights int8, int4, int3 or int2 with activations int8 or none, in groups or per channel; "
     "weights float8_e4m3fn with activations float8_e4m3fn or none, per channel"
@@ -401,7 +401,8 @@ class Qat(Transform):
 
     def twin_dir(self, output_dir: str) -> str | None:
         """Return where the run without fake quantisation is, where `compare` asks for it."""
-        return f"{output_dir.rstrip('/')}-bf16" if self.compare else None
+        trains_with_it = self.compare and self.first_step is not None
+        return f"{output_dir.rstrip('/')}-bf16" if trains_with_it else None
 
     def linear_config(self) -> AOBaseConfig:
         """Return torchao's configuration of the linears; see ops/quantized_config.py."""
