@@ -191,11 +191,28 @@ class Liger(Transform):
         """Hold values and gradients of each kind of changed module against the class's own.
 
         Raises:
-            TrainingError: where they differ, or a child module is no longer called.
+            JobError: where they differ, or a child module is no longer called.
         """
-        from raytrain_adv.transforms.probe import probe_forwards
+        import torch
 
-        return probe_forwards(model, plan, device, dtype)
+        from raytrain_adv.kernels.probe import Candidate, Untried
+        from raytrain_adv.kernels.trials import alike, tried_out
+
+        sentences = []
+        layers = {fqn: change.after for fqn, change in plan.changes.items()}
+        for layer, fqns in alike(model, layers):
+            module: Any = model.get_submodule(fqns[0])
+            name = layer.partition(" with ")[2] or layer
+            candidate = Candidate(
+                module.forward.__func__, name, module, "set it to false in use_liger_kernel"
+            )
+            try:
+                sentences.append(tried_out(candidate, name, len(fqns), device, dtype).sentence)
+            except Untried as error:
+                sentences.append(f"{error.what}: {error.found}")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return tuple(sentences)
 
 
 def _model_type(model: nn.Module) -> str:
@@ -221,18 +238,34 @@ def _bind_rotary(model: nn.Module) -> None:
     """
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
+    of_class: dict[type, FunctionType] = {}
     for module in model.modules():
         forward = type(module).forward
         if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
             continue
-        names = {**forward.__globals__, ROTARY: liger_rotary_pos_emb}
-        # torch.compile looks globals up in the module of this name, where Liger's is not.
-        names.pop("__name__", None)
-        own = FunctionType(
-            forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
-        )
-        own.__kwdefaults__ = forward.__kwdefaults__
-        module.forward = MethodType(own, module)
+        if type(module) not in of_class:
+            of_class[type(module)] = _with_name(forward, ROTARY, liger_rotary_pos_emb)
+        module.forward = MethodType(of_class[type(module)], module)
+
+
+def _with_name(function: FunctionType, name: str, value: object) -> FunctionType:
+    """Return a function that does the same with another value of a global name.
+
+    torch.compile keeps what it made of a code object, and puts what that calls into the globals of
+    the frame it met first: code and globals must belong to each other, one to one.
+    """
+    names = {**function.__globals__, name: value}
+    # torch.compile looks globals up in the module of this name, where ours is not.
+    names.pop("__name__", None)
+    own = FunctionType(
+        function.__code__.replace(),
+        names,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 @contextmanager

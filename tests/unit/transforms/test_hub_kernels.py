@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -121,6 +122,34 @@ def test_a_folder_of_one_build_is_checked_like_any_other(make, tmp_path):
 def test_a_kernel_that_needs_other_kernels_is_refused(make, tmp_path):
     folder = write_kernel(tmp_path / "k", **{"kernel-depends": ["org/other"]})
     assert "needs other kernels" in refusal(plan_with(make), str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("torch", "installed package"),
+        ("json", "installed package"),
+        ("my kernel", "no name in Python"),
+        (7, "cannot be read"),
+    ],
+)
+def test_an_id_that_python_has_for_something_else_is_refused(make, tmp_path, name, says):
+    """Loading it would put it in torch's place, and end the process."""
+    folder = write_kernel(tmp_path / "k", id=name)
+    assert says in refusal(plan_with(make), str(folder))
+
+
+@pytest.mark.parametrize("kind", ["link to nothing", "link to itself", "pipe"])
+def test_what_is_no_file_in_a_build_is_refused_by_its_path(make, tmp_path, kind):
+    folder = write_kernel(tmp_path / "k")
+    odd = folder / "build" / "torch-cpu" / "odd"
+    {
+        "link to nothing": lambda: odd.symlink_to("/nowhere/at/all"),
+        "link to itself": lambda: odd.symlink_to(odd.parent),
+        "pipe": lambda: os.mkfifo(odd),
+    }[kind]()
+    message = refusal(plan_with(make), str(folder))
+    assert "holds what is no file" in message and str(odd) in message
 
 
 def test_alone_it_is_ligers_norm_on_a_gpu_and_says_why_it_is_nothing_elsewhere(make):
