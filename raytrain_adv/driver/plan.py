@@ -18,6 +18,7 @@ from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.transforms.apply import enabled, prepare_all, with_advice
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.arithmetic import Arithmetic, resolve_arithmetic
+from raytrain_adv.worker.attention import attention_name
 from raytrain_adv.worker.data import PreparedData, pad_to
 from raytrain_adv.worker.flops import training_flops_per_token
 from raytrain_adv.worker.memory import MemoryPrediction
@@ -116,7 +117,7 @@ def resolve(
             num_parameters=sum(p.numel() for p in model.parameters()),
             num_trained=sum(trained),
             dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
-            attention=str(model.config._attn_implementation),
+            attention=attention_name(job, model),
             flops_per_token=training_flops_per_token(model, seq_len),
         ),
         data=summary,

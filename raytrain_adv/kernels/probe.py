@@ -21,10 +21,10 @@ SHAPES = ((2, 16), (3, 336))
 into; FP8 products can divide both by 16."""
 TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Largest error, relative in norm, that is the dtype's rounding: two or three roundings of each
-value (in float32 with room for another order of sums)."""
-TIMES_NOISE = 2.0
-"""How much of what the module itself makes of one rounding of its input comes on top: little in
-most, much where values are rounded to 4 or 8 bits inside and fall on the other side."""
+value (in float32 with room for another order of sums).
+
+On top comes what the module itself makes of rounding its input once: little in most, 3 to 5 % where
+values are rounded to 8 bits inside and some fall on the other side."""
 
 
 VALUES = "the values"
@@ -186,7 +186,7 @@ def _compared(
     dtype: torch.dtype,
 ) -> Trial:
     errors, by_noise = _errors(found, expected), _errors(noisy, expected)
-    allowed = {part: TOLERANCE[dtype] + TIMES_NOISE * noise for part, noise in by_noise.items()}
+    allowed = {part: TOLERANCE[dtype] + noise for part, noise in by_noise.items()}
     of_gradients = {part: error for part, error in errors.items() if part != VALUES}
     trial = Trial(errors[VALUES], max(of_gradients.values(), default=0.0), allowed[VALUES])
     worst = max(errors, key=lambda part: errors[part] / allowed[part])

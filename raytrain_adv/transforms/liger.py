@@ -7,6 +7,7 @@ put back, so that other models of the process stay as they are.
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,10 @@ class Liger(Transform):
         """Whether any layer is asked for."""
         return any(self.layers.values())
 
+    def asked_for(self, key: str) -> bool:
+        """Whether the key turns a layer on; what else is wrong with it, `contradictions` says."""
+        return super().asked_for(key) and self.enabled
+
     def contradictions(self) -> Iterable[Problem]:
         """Refuse names that Liger does not have, and its losses, which have another owner."""
         given = self.use_liger_kernel
@@ -108,7 +113,8 @@ class Liger(Transform):
             return ()
         return (
             "torch_compile fuses norms and MLPs by itself, and cannot fuse what is around Liger's "
-            "kernels: with both a step can be slower than with torch_compile alone",
+            "kernels, nor see what they write to, so that it copies what they are given: with both "
+            "a step can be slower than with torch_compile alone; compare the two",
         )
 
     def plan(self, model: nn.Module) -> Plan:
@@ -184,6 +190,17 @@ class Liger(Transform):
         if str(getattr(rotary, "__module__", "")).startswith("liger_kernel."):
             return f"{class_name(module)} with Liger's {rotary.__name__}"
         return class_name(module)
+
+    def install(
+        self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
+    ) -> Plan:
+        """Keep PyTorch from printing a traceback for each kernel that it compiles around."""
+        if job.parallel.torch_compile:
+            # Liger 0.8.5 gives epsilon to its kernels as a Python float, and torch's search for
+            # what they write to fails on it. `advice` says what follows. Remove when either is
+            # mended.
+            logging.getLogger("torch._higher_order_ops.triton_kernel_wrap").setLevel(logging.ERROR)
+        return plan
 
     def probe(
         self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype

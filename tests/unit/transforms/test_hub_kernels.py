@@ -182,7 +182,11 @@ def test_a_machine_without_the_kernels_package_is_refused():
             "keep one of them",
         ),
         ({"use_kernels": True, "kernel_name": "activation"}, "neither a folder nor a name"),
-        ({"use_kernels": True, "kernel_name": {"rep": "a/b"}}, "kernel_name"),
+        ({"use_kernels": True, "kernel_name": {"rep": "a/b"}}, "rep: extra inputs are not"),
+        (
+            {"use_kernels": True, "kernel_name": ["a/b", {"repo": "a/b", "version": "one"}]},
+            "version: input should be a valid integer",
+        ),
         ({"use_kernels": True, "kernel_name": []}, "kernel_name: [] is not accepted"),
         ({"use_kernels": True, "kernel_name": "/" + 300 * "k"}, "is no path"),
         ({"use_kernels": True, "kernel_name": "~nobody-here/k"}, "is no path"),

@@ -232,6 +232,29 @@ def test_files_that_changed_after_they_were_fetched_are_refused(make, mine):
     assert "are not those in" in message and "layers.py: sha256" in message
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("variant", "../../../elsewhere"),
+        ("folder", "../../elsewhere"),
+        ("folder", "/elsewhere"),
+        ("commit", "main"),
+        ("files", {"../layers.py": 64 * "0"}),
+        ("files", {"layers.py": "0"}),
+    ],
+)
+def test_a_lock_file_that_leads_out_of_its_folder_is_refused(make, mine, key, value):
+    """The files of a kernel are written to where it says."""
+    job, model = make(layers(mine, RMSNorm="RMSNorm"))
+    fetch_all(job, CPU, print)
+    file = own_lock(job)
+    lock = json.loads(file.read_text())
+    lock["kernels"][0][key] = value
+    file.write_text(json.dumps(lock))
+    message = refusal(plan_all, job, model, CPU)
+    assert "is not a lock file of this version" in message and f"kernels.0.{key}" in message
+
+
 def test_workers_load_from_output_dir_when_the_folder_is_gone(make, mine):
     job, model = make(layers(mine, RMSNorm="RMSNorm"))
     fetch_all(job, CPU, print)

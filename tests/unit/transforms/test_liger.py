@@ -130,6 +130,12 @@ def test_a_node_without_a_gpu_or_without_the_package_is_refused():
     liger.check(HardwareFacts(**{**there, "device_type": "cuda"}))
 
 
+@pytest.mark.parametrize("given", [{}, {"rms_norm": False}, {"rmsnorm": True}])
+def test_a_mapping_that_turns_nothing_on_is_one_problem(job_file, given):
+    with pytest.raises(JobError, match=r"\(1 problem\)"):
+        load(job_file(use_liger_kernel=given))
+
+
 def test_compiling_as_well_is_advised_against(job_file):
     job = load(job_file(use_liger_kernel=True, torch_compile=True))
     (sentence,) = job.transform(Liger).advice(job, 8192)
