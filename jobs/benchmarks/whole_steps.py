@@ -1,12 +1,14 @@
 """What the scripts here share: a model on this device with a job's transforms, and its steps."""
 
+import argparse
 import gc
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -43,11 +45,13 @@ def job_of(changed: dict[str, int], **keys: Any) -> JobConfig:
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     config = json.loads((SHAPE / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changed}))
+    full = keys.get("finetuning_type", "full") == "full"
     values = {
         "model_name_or_path": str(folder),
-        "train_from_scratch": True,
+        "train_from_scratch": full,
         "finetuning_type": "full",
-        "pure_bf16": True,
+        "pure_bf16": full,
+        "bf16": not full,  # adapters are trained in float32, on a model in bf16
         "torch_compile": DEVICE.type == "cuda",
         "disable_gradient_checkpointing": True,
         "per_device_train_batch_size": 1,
@@ -76,11 +80,14 @@ class Whole:
             transform.check(facts)
         run = local_run(job, DEVICE)
         fetched(job, run, facts)
-        model = build(job)
+        model = build(_from_scratch(job))
         installed(job, run, model, prepare_all(job, model, facts))
-        parallel.shard(model, job, None)
+        parallel.shard(model, job, parallel.build_mesh(job, DEVICE))
         weights.materialize(model, DEVICE)
-        weights.init_from_scratch(model, job, DEVICE)
+        weights.init_from_scratch(model, _from_scratch(job), DEVICE)
+        for transform in enabled(job):
+            transform.initialize(model, job.train.seed)
+            transform.after_step(model)
         return cls(job, model, build_optimizer(model, job))
 
     def predicted_gib(self, tokens: int) -> float:
@@ -90,7 +97,7 @@ class Whole:
     def stepper(self, tokens: int) -> Callable[[], float]:
         """Return what does one step on a sequence of that length and gives its loss per token."""
         loss_sum = loss_function(self.model, self.job.parallel.torch_compile)
-        vocab = self.model.config.vocab_size
+        vocab, transforms = self.model.config.vocab_size, enabled(self.job)
         torch.manual_seed(0)
         ids = torch.randint(0, vocab, (1, tokens + 1), device=DEVICE)
         inputs, labels = {"input_ids": ids[:, :-1].contiguous()}, ids[:, 1:].contiguous()
@@ -101,9 +108,57 @@ class Whole:
             clip(self.optimizer, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            for transform in transforms:
+                transform.after_step(self.model)
             return loss.item() / tokens
 
         return step
+
+
+def _from_scratch(job: JobConfig) -> JobConfig:
+    """Return the job that builds the model: one that trains adapters would look for weights."""
+    model = job.model.model_copy(update={"train_from_scratch": True})
+    return replace(job, model=model)
+
+
+def compare(text: str, variants: dict[str, dict[str, Any]], base: dict[str, Any]) -> None:
+    """Measure each variant as the command line says, print a table, write the results.
+
+    Args:
+        text: the script's own, for --help.
+        variants: name -> job keys; the first is what the others are held against.
+        base: keys of all of them, unless a variant says otherwise.
+    """
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variants", default="", help="name -> job keys, as JSON")
+    parser.add_argument("--only", nargs="*", default=[], help="names of the variants to measure")
+    parser.add_argument("--loss-kernel", default="chunked")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=6, help="measured, after three")
+    parser.add_argument("--shape", default="{}", help="config keys to change, as JSON, for a trial")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    chosen = parser.parse_args()
+    variants = json.loads(chosen.variants) if chosen.variants else variants
+    variants = {name: variants[name] for name in chosen.only or variants}
+    figures: dict[str, dict[str, Any]] = {}
+    for name, keys in variants.items():
+        shared = {**base, "loss_kernel": chosen.loss_kernel}
+        model = Whole.of(job_of(json.loads(chosen.shape), **{**shared, **keys}))
+        result = measured(model.stepper(chosen.tokens), chosen.steps, warm_up=3)
+        figures[name] = {**result, "tokens_per_second": chosen.tokens / result["seconds"]}
+        print(name, json.dumps(figures[name]), file=sys.stderr, flush=True)
+        del model
+        free()
+    if chosen.out is not None:
+        results = head_of_results(" ".join(["python", *sys.argv]))
+        results |= {"tokens": chosen.tokens, "variants": variants, "figures": figures}
+        chosen.out.write_text(json.dumps(results, indent=1) + "\n")
+    base_s = next(iter(figures.values()))["seconds"]
+    for name, result in figures.items():
+        speed = f"{1e3 * result['seconds']:8.1f} ms  {base_s / result['seconds']:6.3f} x"
+        print(f"{name:<28} {speed}  {result['peak_gib']:6.2f} GiB")
 
 
 def measured(do: Callable[[], object], steps: int, warm_up: int) -> dict[str, float]:

@@ -39,9 +39,9 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.kinds = (weight_dtype, group_size, activation_dtype)
-        rounded_weight, _ = _weight(weight, weight_dtype, group_size)
-        rounded, _, _ = _activation(x, activation_dtype)
-        return F.linear(rounded, rounded_weight, bias)
+        rounded, _ = rounded_weight(weight, weight_dtype, group_size)
+        rounded_x, _, _ = rounded_activation(x, activation_dtype)
+        return F.linear(rounded_x, rounded, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -51,14 +51,14 @@ class _Product(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         rows = gradient.reshape(-1, gradient.shape[-1])
         grad_x = grad_weight = grad_bias = None
-        rounded_weight, weight_scale = _weight(weight, weight_dtype, group_size, gradient)
-        rounded, scale, zero_point = _activation(x, activation_dtype, gradient)
+        rounded, weight_scale = rounded_weight(weight, weight_dtype, group_size, gradient)
+        rounded_x, scale, zero_point = rounded_activation(x, activation_dtype, gradient)
         if needs_x:
-            grad_x = (rows @ rounded_weight).view(x.shape)
+            grad_x = (rows @ rounded).view(x.shape)
             if scale is not None and zero_point is not None:
                 grad_x = through_tokens(grad_x, x, scale, zero_point)
         if needs_weight:
-            grad_weight = rows.t() @ rounded.reshape(-1, rounded.shape[-1])
+            grad_weight = rows.t() @ rounded_x.reshape(-1, x.shape[-1])
             if weight_scale is not None:
                 grad_weight = through_groups(grad_weight, weight, weight_scale, BITS[weight_dtype])
         if needs_bias:
@@ -82,7 +82,7 @@ class _Rows(torch.autograd.Function):
         ctx.save_for_backward(ids, weight)
         ctx.kinds = (weight_dtype, group_size, padding_idx)
         rows = F.embedding(ids, weight)
-        rounded, _ = _weight(rows.view(-1, rows.shape[-1]), weight_dtype, group_size)
+        rounded, _ = rounded_weight(rows.view(-1, rows.shape[-1]), weight_dtype, group_size)
         return rounded.view(rows.shape)
 
     @staticmethod
@@ -92,13 +92,13 @@ class _Rows(torch.autograd.Function):
         grad_weight: torch.Tensor = torch.ops.aten.embedding_dense_backward(
             gradients[0].contiguous(), ids, weight.shape[0], padding_idx, False
         )
-        _, scale = _weight(weight, weight_dtype, group_size, grad_weight)
+        _, scale = rounded_weight(weight, weight_dtype, group_size, grad_weight)
         if scale is not None:
             grad_weight = through_groups(grad_weight, weight, scale, BITS[weight_dtype])
         return None, grad_weight, None, None, None
 
 
-def _weight(
+def rounded_weight(
     weight: torch.Tensor, dtype: str, group_size: int, after: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return a weight rounded, and the scales its gradient passes through; none for float8, where
@@ -110,7 +110,7 @@ def _weight(
     return rounded, scale
 
 
-def _activation(
+def rounded_activation(
     x: torch.Tensor, dtype: str, after: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return activations rounded, and the scales and zero points their gradient passes through."""

@@ -37,7 +37,7 @@ class _Matmul(torch.autograd.Function):
             x8, x8_t = cast(x, x_scale, E4M3), None
         ctx.trains_weight = trains_weight
         ctx.save_for_backward(x8_t, x_scale, weight, weight_scale)
-        return _product(x8, weight8, x_scale, weight_scale, x.dtype, fast=True)
+        return product(x8, weight8, x_scale, weight_scale, x.dtype, fast=True)
 
     @staticmethod
     def backward(
@@ -50,10 +50,10 @@ class _Matmul(torch.autograd.Function):
         grad_weight = None
         if ctx.trains_weight:
             gradient8, gradient8_t = cast_both(gradient, scale, E5M2)
-            grad_weight = _product(gradient8_t, x8_t, scale, x_scale, weight.dtype, fast=False)
+            grad_weight = product(gradient8_t, x8_t, scale, x_scale, weight.dtype, fast=False)
         else:
             gradient8 = cast(gradient, scale, E5M2)
-        grad_x = _product(gradient8, weight8_t, scale, weight_scale, gradient.dtype, fast=False)
+        grad_x = product(gradient8, weight8_t, scale, weight_scale, gradient.dtype, fast=False)
         return grad_x, grad_weight, None
 
 
@@ -74,7 +74,7 @@ def _transposed_factor(
     return cast_transposed(weight, scale, E4M3, after), scale
 
 
-def _product(
+def product(
     left: torch.Tensor,
     right: torch.Tensor,
     left_scale: torch.Tensor,
@@ -93,6 +93,23 @@ def _product(
     )
 
 
+def linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, trains_weight: bool
+) -> torch.Tensor:
+    """Return input @ weight.t() + bias, [..., out_features], computed in float8.
+
+    Args:
+        input: [..., in_features], float32 or bfloat16.
+        weight: [out_features, in_features], in the input's dtype, or gathered in float8.
+        bias: [out_features].
+        trains_weight: whether the weight will be asked for its gradient.
+    """
+    rows = input.reshape(-1, input.shape[-1])
+    output: torch.Tensor = _Matmul.apply(rows, weight, trains_weight)  # type: ignore[no-untyped-call]
+    output = output.view(*input.shape[:-1], weight.shape[0])
+    return output if bias is None else output + bias.to(output.dtype)
+
+
 class Float8Linear(TorchaoFloat8Linear):  # type: ignore[misc] # torchao ships no types
     """A linear whose three products run in float8 with one scale per tensor.
 
@@ -103,7 +120,4 @@ class Float8Linear(TorchaoFloat8Linear):  # type: ignore[misc] # torchao ships n
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
         trains_weight = torch.is_grad_enabled() and self.weight.requires_grad
-        rows = input.reshape(-1, self.in_features)
-        output: torch.Tensor = _Matmul.apply(rows, self.weight, trains_weight)  # type: ignore[no-untyped-call]
-        output = output.view(*input.shape[:-1], self.out_features)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+        return linear(input, self.weight, self.bias, trains_weight)

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 LINEAR = "raytrain_adv.ops.fake_quantized.FakeQuantizedLinear"
 EMBEDDING = "raytrain_adv.ops.fake_quantized.FakeQuantizedEmbedding"
+IN_FLOAT8 = "raytrain_adv.ops.float8_linear.Float8Linear"
+LINEAR_IN_FLOAT8 = "raytrain_adv.ops.float8_fake_quantized.Float8FakeQuantizedLinear"
+AFTER = {"torch.nn.Linear": LINEAR, IN_FLOAT8: LINEAR_IN_FLOAT8}
+"""What each kind of linear becomes."""
 FLOAT8 = "float8_e4m3fn"
 BF16, PTQ, QAT, UNQUANTISED = "bf16", "PTQ", "QAT", "QAT's weights, not quantised"
 """How a model is evaluated: not quantised, quantised without having been trained for it, quantised
@@ -58,10 +62,8 @@ class Qat(Transform):
 
     name: ClassVar[str] = "qat"
     stage: ClassVar[str] = "precision"
-    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
-    excludes: ClassVar[dict[str, str]] = {
-        "fp8": "both replace the products of the same linears, and one would undo the other"
-    }
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "fp8"})
+    evaluated_as: ClassVar[str] = "fake-quantised"
 
     enable_qat: bool = False
     """Train with fake quantisation, and export the quantised model beside the trained one."""
@@ -220,9 +222,10 @@ class Qat(Transform):
             if reason:
                 skipped[fqn] = reason
             else:
-                changes[fqn] = Change(class_name(module), LINEAR)
+                changes[fqn] = Change(class_name(module), AFTER[class_name(module)])
         self._check_groups({fqn: linears[fqn].in_features for fqn in changes})
         self._check_dora(model)
+        self._check_frozen({fqn: linears[fqn] for fqn in changes})
         embedding = input_embedding(model)
         if embedding is not None:
             fqn = next(name for name, module in model.named_modules() if module is embedding)
@@ -237,7 +240,7 @@ class Qat(Transform):
     def _reason(self, fqn: str, module: nn.Linear) -> str:
         if any(matches(pattern, own_name(fqn)) for pattern in self.excluded):
             return "in qat_exclude"
-        if class_name(module) != "torch.nn.Linear":
+        if class_name(module) not in AFTER:
             return f"a {class_name(module)}, not a plain linear"
         if short(own_name(fqn)) in ROUTERS:
             return "it routes tokens to experts"
@@ -279,11 +282,29 @@ class Qat(Transform):
                 "set use_dora: false, or enable_qat: false",
             )
 
+    def _check_frozen(self, linears: dict[str, nn.Linear]) -> None:
+        from raytrain_adv.ops.float8_fake_quantized import is_coarse
+
+        in_float8 = [m for m in linears.values() if class_name(m) == IN_FLOAT8]
+        frozen = sum(not m.weight.requires_grad for m in in_float8)
+        if frozen and not is_coarse(self.qat_weight_dtype):
+            raise JobError(
+                f"FP8 has little to do beside QAT with {self.qat_weight_dtype} weights under LoRA",
+                f"{frozen} linears are frozen, so that they have no weight gradient, and their "
+                f"forward pass stays exact: FP8 would round more than {self.qat_weight_dtype}",
+                "set fp8: false, or qat_weight_dtype: int4",
+            )
+
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
         first = self.first_step
         when = "never in training (PTQ)" if first is None else f"from optimizer step {first}"
-        yield f"{self.scheme}; {when}, in evaluation always"
+        yield f"{self.scheme}; {when}"
+        yield f"evaluation runs {self.evaluated_as}, at every step"
         yield "exported twice: model (as trained) and model-quantized (torchao's tensors)"
+        if any(change.after == LINEAR_IN_FLOAT8 for change in changes.values()):
+            from raytrain_adv.ops.float8_fake_quantized import described
+
+            yield f"FP8 and QAT together need careful tuning: {described(self.qat_weight_dtype)}"
         if any(change.after == EMBEDDING for change in changes.values()) and is_tied(model):
             yield (
                 "the embedding is tied to the head: it is quantised where it is looked up, the "
@@ -297,14 +318,16 @@ class Qat(Transform):
         from torch import nn
 
         from raytrain_adv.ops.fake_quantized import FakeQuantizedEmbedding, FakeQuantizedLinear
+        from raytrain_adv.ops.float8_fake_quantized import Float8FakeQuantizedLinear
 
-        for fqn in plan.changes:
+        kinds = {LINEAR: FakeQuantizedLinear, LINEAR_IN_FLOAT8: Float8FakeQuantizedLinear}
+        for fqn, change in plan.changes.items():
             old = model.get_submodule(fqn)
             new: nn.Module
             if isinstance(old, nn.Embedding):
                 new = FakeQuantizedEmbedding.of(old, self.qat_weight_dtype, self.group_size)
             elif isinstance(old, nn.Linear):
-                new = FakeQuantizedLinear.of(
+                new = kinds[change.after].of(
                     old, self.qat_weight_dtype, self.group_size, self.activation_dtype
                 )
             model.set_submodule(fqn, new)
@@ -333,50 +356,16 @@ class Qat(Transform):
         return f"{output_dir.rstrip('/')}-bf16" if self.compare else None
 
     def linear_config(self) -> AOBaseConfig:
-        """Return torchao's configuration of the linears: what is trained for, converted to and
-        written into the exported config.json.
-        """
-        import torch
-        from torchao.quantization import (
-            Float8DynamicActivationFloat8WeightConfig,
-            Float8WeightOnlyConfig,
-            Int8DynamicActivationIntxWeightConfig,
-            PerRow,
-        )
+        """Return torchao's configuration of the linears; see ops/quantized_config.py."""
+        from raytrain_adv.ops.quantized_config import config_of
 
-        from raytrain_adv.ops.fake_quantize import EPS
-
-        config: AOBaseConfig
-        if self.is_float8:
-            config = (
-                Float8DynamicActivationFloat8WeightConfig(
-                    granularity=PerRow(), activation_value_lb=EPS
-                )
-                if self.activation_dtype
-                else Float8WeightOnlyConfig()
-            )
-        elif self.activation_dtype:
-            config = Int8DynamicActivationIntxWeightConfig(
-                weight_dtype=getattr(torch, self.qat_weight_dtype),
-                weight_granularity=self._granularity(),
-            )
-        else:
-            config = self.embedding_config()
-        return config
+        return config_of(self.qat_weight_dtype, self.group_size, self.activation_dtype)
 
     def embedding_config(self) -> AOBaseConfig:
-        """Return torchao's configuration of the embedding: integers without activations."""
-        import torch
-        from torchao.quantization import IntxWeightOnlyConfig
+        """Return torchao's configuration of the embedding: that of weights alone."""
+        from raytrain_adv.ops.quantized_config import config_of
 
-        return IntxWeightOnlyConfig(
-            weight_dtype=getattr(torch, self.qat_weight_dtype), granularity=self._granularity()
-        )
-
-    def _granularity(self) -> object:
-        from torchao.quantization import PerAxis, PerGroup
-
-        return PerGroup(self.group_size) if self.group_size else PerAxis(0)
+        return config_of(self.qat_weight_dtype, self.group_size, "")
 
 
 def own_name(fqn: str) -> str:

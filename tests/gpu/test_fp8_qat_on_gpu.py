@@ -1,0 +1,80 @@
+"""FP8 with QAT and with frozen weights on a GPU: numbers, compiled and eager, and what is run."""
+
+import copy
+
+import pytest
+import torch
+from torchao.float8 import Float8LinearConfig
+
+from raytrain_adv.ops.fake_quantized import FakeQuantizedLinear
+from raytrain_adv.ops.float8_fake_quantized import Float8FakeQuantizedLinear, is_coarse
+from raytrain_adv.ops.float8_linear import Float8Linear
+from tests.unit.ops.test_float8_fake_quantized import SCHEMES, apart, cosine, passed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+        reason="needs a GPU with FP8 (compute capability 9.0)",
+    ),
+]
+
+
+def linears(scheme, bias=False):
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(512, 1024, bias=bias, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2, 128, 512, device="cuda", dtype=torch.bfloat16)
+    gradient = torch.randn(2, 128, 1024, device="cuda", dtype=torch.bfloat16) * 1e-3
+    return plain, FakeQuantizedLinear.of(copy.deepcopy(plain), *scheme), x, gradient
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_pair_computes_within_the_stated_bound(scheme, compiled):
+    """Compiled by Inductor, as in training; see the CPU test of the same numbers."""
+    torch._dynamo.reset()
+    plain, exact, x, gradient = linears(scheme)
+    ours = Float8FakeQuantizedLinear.of(copy.deepcopy(plain), *scheme)
+    call = torch.compile(ours, fullgraph=True) if compiled else ours
+    found, expected = passed(ours, x, gradient, call), passed(exact, x, gradient)
+    assert apart(found[0], expected[0]) < (0.045 if is_coarse(scheme[0]) else 1e-6)
+    for own, other, unrounded in zip(
+        found[1:], expected[1:], passed(plain, x, gradient)[1:], strict=True
+    ):
+        assert cosine(own, other) > 0.99
+        assert cosine(own, unrounded) > 0.9
+    ours.eval()
+    with torch.no_grad():
+        assert torch.equal(ours(x), exact(x))
+
+
+def test_off_it_is_the_float8_linear_to_the_bit():
+    plain, _, x, gradient = linears(SCHEMES[0])
+    ours = Float8FakeQuantizedLinear.of(copy.deepcopy(plain), *SCHEMES[0])
+    ours.rounds = False
+    config = Float8LinearConfig.from_recipe_name("tensorwise")
+    other = Float8Linear.from_float(copy.deepcopy(plain), config)
+    for one, two in zip(passed(ours, x, gradient), passed(other, x, gradient), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8 and qat"])
+def test_a_frozen_weight_costs_no_gradient_product_when_compiled(kind):
+    """Two products of three, and no transposed cast of the input."""
+    torch._dynamo.reset()
+    plain, _, x, gradient = linears(SCHEMES[0])
+    plain.requires_grad_(False)
+    if kind == "fp8":
+        config = Float8LinearConfig.from_recipe_name("tensorwise")
+        ours = Float8Linear.from_float(plain, config)
+    else:
+        ours = Float8FakeQuantizedLinear.of(plain, *SCHEMES[0])
+    call = torch.compile(ours, fullgraph=True)
+    x = x.clone().requires_grad_()
+    call(x).backward(gradient)
+    with torch.profiler.profile() as seen:
+        call(x).backward(gradient)
+    counts = {e.key: e.count for e in seen.key_averages()}
+    assert counts["aten::_scaled_mm"] == 2
+    assert "raytrain_adv::cast_both" not in counts
+    assert plain.weight.grad is None and x.grad.abs().sum() > 0
