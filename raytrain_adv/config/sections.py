@@ -48,6 +48,13 @@ class ModelConfig(Section):
     hub:owner/kernel@version a kernel from the Hub, hub:/path one from a folder; auto takes fa3 or
     fa2 where they are installed and fit the GPU, else sdpa."""
 
+    @classmethod
+    def why_not(cls, key: str, value: object) -> str:
+        """Say how a kernel for attention is named."""
+        if key == "flash_attn" and str(value).startswith("hub:"):
+            return "after hub: stands owner/kernel, owner/kernel@version, or the path of a folder"
+        return ""
+
 
 class DataConfig(Section):
     """What the model is trained on, and how rows become tokens."""

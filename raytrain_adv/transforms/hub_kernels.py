@@ -81,6 +81,11 @@ class HubKernels(Transform):
         """The kernels that kernel_name asks for."""
         return source.read(self.kernel_name)
 
+    @classmethod
+    def why_not(cls, key: str, value: object) -> str:
+        """Say which key of which entry is wrong."""
+        return source.why_not(value) if key == "kernel_name" else ""
+
     def contradictions(self) -> Iterable[Problem]:
         """Refuse entries that name no kernel."""
         yield from source.problems(self.kernel_name)
