@@ -25,7 +25,7 @@ def base(keys, job_file, tmp_path):
     config = Path(keys["model_name_or_path"]) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | SIZES))
     out = tmp_path / "base"
-    run_workers(2, job_file("base.yaml", output_dir=str(out), max_steps=12))
+    run_workers(2, job_file("base.yaml", output_dir=str(out), max_steps=4))
     return out / "model"
 
 
@@ -71,7 +71,7 @@ def test_qlora_is_lora_on_the_dequantised_base_and_resumes_and_merges(
 
     whole = dequantized(base, tmp_path / "dequantized")
     quantized = job("qlora", **QUANTIZED, **saved)
-    int8 = job("int8", quantization_bit=8)
+    int8 = job("int8", quantization_bit=8, max_steps=2)
     run_workers(2, quantized, job("plain", whole), int8)
     found = losses(tmp_path / "qlora")
     assert found == losses(tmp_path / "plain")
@@ -83,12 +83,9 @@ def test_qlora_is_lora_on_the_dequantised_base_and_resumes_and_merges(
 
     kill_last_checkpoint(tmp_path / "qlora")
     again = job("again", out="qlora", **QUANTIZED, **saved, resume_from_checkpoint=True)
-    compiled = job("compiled", **QUANTIZED, torch_compile=True, max_steps=2)
     (resumed,) = run_workers(2, again)
-    run_workers(1, compiled)
     assert resumed["resumed_from_step"] == 3
     assert losses(tmp_path / "qlora") == found
-    assert losses(tmp_path / "compiled")[1] == pytest.approx(found[1], rel=0.2)
 
     merges(quantized, whole, tmp_path, capsys)
 
