@@ -25,7 +25,7 @@ USAGE = """usage: raytrain-adv COMMAND [...]
   kernels lock job.yaml [--output FILE] [--torch X.Y] [--cuda X.Y|cpu] [key=value ...]
                                              pin a job's kernels, for a cluster without internet
   kernels fetch | verify FILE                bring the files of a lock file; compare them with it
-  export RUN [--checkpoint step_N] [--output DIR] [key=value ...]
+  export RUN [--checkpoint step_N] [--output DIR] [--merge] [key=value ...]
                                              write a checkpoint's model, and the quantised one
   export MODEL --output DIR enable_qat=true [key=value ...]
                                              quantise a model folder as it is (PTQ)
@@ -36,12 +36,15 @@ USAGE = """usage: raytrain-adv COMMAND [...]
 
 
 EXPORT_USAGE = """usage: raytrain-adv export RUN [--checkpoint STEP] [--output DIR] [key=value ...]
+       raytrain-adv export RUN [--checkpoint STEP] [--output DIR] --merge
        raytrain-adv export MODEL --output DIR enable_qat=true [key=value ...]
 
   RUN           output_dir of a run; its keys hold, and QAT keys given here go before them
   --checkpoint  step_N, or the path of a checkpoint; without it the newest
   --output      for a run: gets model, and with QAT model-quantized (default: in RUN);
                 for a model folder: the quantised folder
+  --merge       after LoRA: one model with the adapter merged into the base it was trained on, also
+                into a quantised one, which is then written in bf16
   MODEL         a Hugging Face folder, quantised as it is, without training for it (PTQ)
   key=value     enable_qat=true qat_weight_dtype=int4 qat_activation_dtype=int8 qat_group_size=32
                 qat_quantize_embedding=false qat_exclude=down_proj"""
@@ -156,10 +159,11 @@ def _export(arguments: list[str]) -> int:
         print(EXPORT_USAGE)
         return EXIT_DONE
     options = {"--checkpoint": "", "--output": ""}
+    merge = "--merge" in arguments
     sources: list[str] = []
     overrides: list[str] = []
     problems: list[Problem] = []
-    rest = list(arguments)
+    rest = [argument for argument in arguments if argument != "--merge"]
     while rest:
         argument = rest.pop(0)
         name, equals, value = argument.partition("=")
@@ -168,9 +172,8 @@ def _export(arguments: list[str]) -> int:
             if not options[name]:
                 problems.append(Problem(f"{name} has no value", f"write {name} VALUE"))
         elif argument.startswith("-"):
-            problems.append(
-                Problem(f"there is no option {name}", f"there are {', '.join(options)}")
-            )
+            known = ", ".join([*options, "--merge"])
+            problems.append(Problem(f"there is no option {name}", f"there are {known}"))
         elif equals and not Path(argument).is_dir():
             overrides.append(argument)
         else:
@@ -184,7 +187,7 @@ def _export(arguments: list[str]) -> int:
         raise job_error("The command line", problems)
     from raytrain_adv.driver.export import run
 
-    run(sources[0], options["--checkpoint"], options["--output"], overrides)
+    run(sources[0], options["--checkpoint"], options["--output"], overrides, merge)
     return EXIT_DONE
 
 

@@ -106,14 +106,25 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
     return model
 
 
-@torch.no_grad()
 def fake_quantized_logits(
     model: PreTrainedModel,
     job: JobConfig,
     input_ids: torch.Tensor,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return the trained model's logits with fake quantisation on; a collective.
+    """Return trained_logits with fake quantisation on."""
+    job.transform(Qat).switch(model, True)
+    return trained_logits(model, job, input_ids, dtype)
+
+
+@torch.no_grad()
+def trained_logits(
+    model: PreTrainedModel,
+    job: JobConfig,
+    input_ids: torch.Tensor,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Return the trained model's logits; a collective.
 
     Not compiled: compiled layers round at other places than the folder's, which will be loaded
     plain.
@@ -127,7 +138,6 @@ def fake_quantized_logits(
     Returns:
         [batch, tokens, vocabulary], in host memory.
     """
-    job.transform(Qat).switch(model, True)
     model.train(False)
     dtype = dtype or compute_dtype(job)
     named = dict(model.named_parameters())
