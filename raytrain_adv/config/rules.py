@@ -22,6 +22,7 @@ def contradictions(job: JobConfig) -> Iterable[Problem]:
     yield from _adapters(job)
     yield from _exclusive(job)
     yield from _fp8_and_qat(job)
+    yield from _float8_activations(job)
     yield from _loss(job)
     yield from _turned_off(job)
 
@@ -222,6 +223,19 @@ def _fp8_and_qat(job: JobConfig) -> Iterable[Problem]:
             f"{on['fp8_recipe']}",
             "set fp8_recipe: tensorwise, or enable_qat: false",
             "fp8_recipe and enable_qat",
+        )
+
+
+def _float8_activations(job: JobConfig) -> Iterable[Problem]:
+    """Find float8 activations in a model whose products are not in bf16."""
+    qat = next((t for t in job.transforms if "qat_activation_dtype" in type(t).model_fields), None)
+    flat = qat.model_dump() if qat is not None and qat.enabled else {}
+    half = job.train.bf16 or job.train.pure_bf16
+    if flat.get("qat_activation_dtype") == "float8_e4m3fn" and not half:
+        yield Problem(
+            "products of float8 rows come out in bf16",
+            "set bf16: true, or qat_activation_dtype: none",
+            "qat_activation_dtype and bf16",
         )
 
 

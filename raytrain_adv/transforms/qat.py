@@ -97,8 +97,8 @@ class Qat(Transform):
     @property
     def proven_by(self) -> str:  # type: ignore[override] # a class variable where it never varies
         """The operator that rounds weights."""
-        kind = "float8" if self.is_float8 else "groups"
-        return f"raytrain_adv::fake_quantize_{kind}"
+        kind = "quantize_float8" if self.is_float8 else "fake_quantize_groups"
+        return f"raytrain_adv::{kind}"
 
     @property
     def is_float8(self) -> bool:
@@ -282,11 +282,11 @@ class Qat(Transform):
             )
 
     def _check_frozen(self, linears: dict[str, nn.Linear]) -> None:
-        from raytrain_adv.ops.float8_fake_quantized import is_coarse
+        from raytrain_adv.ops.float8_fake_quantized import is_forward_in_float8
 
         in_float8 = [m for m in linears.values() if class_name(m) == IN_FLOAT8]
         frozen = sum(not m.weight.requires_grad for m in in_float8)
-        if frozen and not is_coarse(self.qat_weight_dtype):
+        if frozen and not is_forward_in_float8(self.qat_weight_dtype, self.activation_dtype):
             raise JobError(
                 f"FP8 has little to do beside QAT with {self.qat_weight_dtype} weights under LoRA",
                 f"{frozen} linears are frozen, so that they have no weight gradient, and their "
@@ -302,7 +302,8 @@ class Qat(Transform):
         if any(change.after == LINEAR_IN_FLOAT8 for change in changes.values()):
             from raytrain_adv.ops.float8_fake_quantized import described
 
-            yield f"FP8 and QAT together need careful tuning: {described(self.qat_weight_dtype)}"
+            how = described(self.qat_weight_dtype, self.activation_dtype)
+            yield f"FP8 and QAT together need careful tuning: {how}"
         if any(change.after == EMBEDDING for change in changes.values()) and is_tied(model):
             yield (
                 "the embedding is tied to the head: it is quantised where it is looked up, the "
