@@ -24,6 +24,7 @@ PACKAGES = (
     "transformers",
     "ray",
     "peft",
+    "bitsandbytes",
     "datasets",
     "triton",
     "kernels",

@@ -50,15 +50,28 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    mesh, local = tensor.device_mesh, tensor.to_local()
+    return gather_rows(tensor.to_local(), tensor)
+
+
+@torch.no_grad()
+def gather_rows(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor on every rank, on the device that computes; a collective.
+
+    Args:
+        local: the rows that this rank holds of it: those that it holds of `like`.
+        like: sharded by FSDP2, or not.
+    """
+    if not isinstance(like, DTensor):
+        return local
+    mesh = like.device_mesh
     group = mesh.get_group(SHARDED)
-    num_rows, num_ranks = tensor.shape[0], dist.get_world_size(group)
+    num_rows, num_ranks = like.shape[0], dist.get_world_size(group)
     # FSDP2 gives each rank this many rows; the last ranks have fewer, or none.
     rows = -(-num_rows // num_ranks)
     # With CPU offload the shards are in host memory, and the collectives run on the GPUs.
-    padded = local.new_zeros((rows, *tensor.shape[1:]), device=mesh.device_type)
+    padded = local.new_zeros((rows, *local.shape[1:]), device=mesh.device_type)
     padded[: local.shape[0]].copy_(local)
-    whole = padded.new_empty((rows * num_ranks, *tensor.shape[1:]))
+    whole = padded.new_empty((rows * num_ranks, *local.shape[1:]))
     dist.all_gather_into_tensor(whole, padded, group=group)
     return whole[:num_rows]
 

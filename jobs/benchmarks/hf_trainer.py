@@ -2,15 +2,17 @@
 
     python jobs/benchmarks/hf_trainer.py
     python jobs/benchmarks/hf_trainer.py --liger --checkpointing --eager
+    ... --tokens 131072 --warm-up 1 --warm-up-tokens 2048 --steps 1       does that length fit?
 
-Prints a JSON line: median step after three, tokens/s, peak memory. Random weights of the 8B shape,
-bf16, torch_compile, fused AdamW, one sequence of 8,192 tokens a step.
+Prints a JSON line: median step after the warm-up, tokens/s, peak memory. Random weights of the 8B
+shape, bf16, torch_compile, fused AdamW, one sequence of 8,192 tokens a step.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,29 +25,33 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parents[2]
-WARM_UP_STEPS = 3
 
 
 class RandomTokens(torch.utils.data.Dataset):
-    """Sequences of random token ids, the same at each run."""
+    """Sequences of random token ids, the same at each run; the first ones may be shorter."""
 
-    def __init__(self, vocab_size: int, length: int) -> None:
-        self.vocab_size, self.length = vocab_size, length
+    def __init__(self, vocab_size: int, length: int, first: list[int]) -> None:
+        self.vocab_size, self.length, self.first = vocab_size, length, first
 
     def __len__(self) -> int:
         return 1000
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(index)
-        ids = torch.randint(0, self.vocab_size, (self.length,), generator=generator)
+        length = self.first.pop(0) if self.first else self.length
+        ids = torch.randint(0, self.vocab_size, (length,), generator=generator)
         return {"input_ids": ids, "labels": ids}
 
 
 class Clock(TrainerCallback):
-    """Notes when each step ends."""
+    """Notes when training begins and each step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+
+    def on_train_begin(self, *args: object, **options: object) -> None:
+        """Look at the clock."""
+        self.on_step_end()
 
     def on_step_end(self, *args: object, **options: object) -> None:
         """Wait for the GPU and look at the clock."""
@@ -62,7 +68,9 @@ def main() -> None:
     parser.add_argument("--liger", action="store_true", help="use_liger_kernel")
     parser.add_argument("--checkpointing", action="store_true", help="gradient_checkpointing")
     parser.add_argument("--eager", action="store_true", help="no torch_compile")
-    parser.add_argument("--steps", type=int, default=8, help="steps measured, after three")
+    parser.add_argument("--steps", type=int, default=8, help="steps measured")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before those")
+    parser.add_argument("--warm-up-tokens", type=int, help="their tokens, if they differ")
     chosen = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     config = AutoConfig.from_pretrained(chosen.model)
@@ -77,7 +85,7 @@ def main() -> None:
         arguments = TrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=1,
-            max_steps=chosen.steps + WARM_UP_STEPS,
+            max_steps=chosen.steps + chosen.warm_up,
             bf16=True,
             torch_compile=on_gpu and not chosen.eager,
             use_liger_kernel=chosen.liger,
@@ -89,9 +97,15 @@ def main() -> None:
             report_to=[],
             use_cpu=not on_gpu,
         )
-        data = RandomTokens(config.vocab_size, chosen.tokens)
-        Trainer(model=model, args=arguments, train_dataset=data, callbacks=[clock]).train()
-    steps = [b - a for a, b in zip(clock.ends[2:], clock.ends[3:], strict=False)]
+        first = [chosen.warm_up_tokens or chosen.tokens] * chosen.warm_up
+        data = RandomTokens(config.vocab_size, chosen.tokens, first)
+        try:
+            Trainer(model=model, args=arguments, train_dataset=data, callbacks=[clock]).train()
+        except torch.OutOfMemoryError as error:
+            print(json.dumps({"out_of_memory": str(error).splitlines()[0]}))
+            return
+    ends = clock.ends[chosen.warm_up :]
+    steps = [b - a for a, b in pairwise(ends)]
     median = sorted(steps)[len(steps) // 2]
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     print(json.dumps({"step_s": median, "tokens_s": chosen.tokens / median, "peak_gib": peak}))

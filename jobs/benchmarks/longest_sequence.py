@@ -1,12 +1,16 @@
 """The longest sequence that one GPU trains: 8B shape, full activation checkpointing.
 
     python jobs/benchmarks/longest_sequence.py [--out jobs/benchmarks/results/longest_sequence.json]
-    ... --from 65536 --to 131072 --optim adamw_torch_8bit
+    ... --lengths 131072,163840 --optim adamw_torch_8bit
+    ... --plan                     what the plan predicts for each length; no GPU
 
-Lengths are doubled until memory runs out. The first length gets two steps, so that the optimizer's
-states are there; each other one. The same on the HF Trainer with Liger, a process per length:
+Lengths are tried in their order until memory runs out. Two short steps come first: they make the
+optimizer's states, and graphs that take any length, so that one step of each length is a measured
+one. `compiled_anew` is how many graphs a length needed all the same; its seconds have that in them.
+The same on the HF Trainer with Liger, a process per length:
 
-    python jobs/benchmarks/hf_trainer.py --liger --checkpointing --eager --tokens 32768 --steps 1
+    python jobs/benchmarks/hf_trainer.py --liger --checkpointing --eager --warm-up 1 \\
+        --warm-up-tokens 2048 --steps 1 --tokens 131072
 """
 
 import argparse
@@ -16,59 +20,84 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 from whole_steps import Whole, free, head_of_results, job_of, peak_gib, reset_peak, timed
 
+from raytrain_adv.config import JobConfig
+from raytrain_adv.transforms.apply import prepare_all
+from raytrain_adv.worker.memory import predict
+from raytrain_adv.worker.model import build
 
-def at(model: Whole, tokens: int, is_first: bool) -> dict[str, Any]:
+SHORT = (2048, 3072)
+"""Tokens of the steps that come first; the second shows torch.compile that lengths differ."""
+
+
+def at(model: Whole, tokens: int) -> dict[str, Any]:
     """Train a step at this length; where memory runs out, say so."""
-    torch._dynamo.reset()
     predicted = model.predicted_gib(tokens)
     step = model.stepper(tokens)
+    graphs = counters["stats"]["unique_graphs"]
+    reset_peak()
     try:
-        if is_first:
-            step()
-        reset_peak()
         seconds = timed(step)
     except torch.OutOfMemoryError as error:
         model.optimizer.zero_grad(set_to_none=True)
         return {"out_of_memory": str(error).splitlines()[0], "predicted_gib": predicted}
     return {
-        "seconds_with_compilation": seconds,
+        "seconds": seconds,
         "tokens_per_second": tokens / seconds,
+        "compiled_anew": counters["stats"]["unique_graphs"] - graphs,
         "peak_gib": peak_gib(),
         "predicted_gib": predicted,
     }
 
 
+def planned(job: JobConfig, lengths: list[int]) -> None:
+    """Print what the plan would predict."""
+    model = build(job)
+    prepare_all(job, model)
+    for tokens in lengths:
+        found = predict(model, job, 1, tokens, 1)
+        print(f"{tokens:>8,} tokens: {found.total:6.1f} GiB, at {found.peak}")
+
+
 def main() -> None:
-    """Double the length until it does not fit."""
+    """Try lengths until one does not fit."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--from", dest="first", type=int, default=32768)
-    parser.add_argument("--to", dest="last", type=int, default=262144)
+    parser.add_argument("--lengths", default="65536,131072,163840", help="the shortest first")
+    parser.add_argument("--plan", action="store_true", help="train nothing: predict")
+    parser.add_argument("--eager", action="store_true", help="no torch_compile")
     parser.add_argument("--loss-kernel", default="chunked")
     parser.add_argument("--optim", default="adamw_torch_fused")
     parser.add_argument("--shape", default="{}", help="config keys to change, as JSON, for a trial")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     chosen = parser.parse_args()
+    lengths = [int(part) for part in chosen.lengths.split(",")]
     keys = {
         "disable_gradient_checkpointing": False,
         "gradient_checkpointing": "full",
         "loss_kernel": chosen.loss_kernel,
         "optim": chosen.optim,
     }
-    lengths = {"max_position_embeddings": chosen.last}
-    model = Whole.of(job_of({**lengths, **json.loads(chosen.shape)}, **keys))
+    if chosen.eager or chosen.plan:
+        keys["torch_compile"] = not chosen.eager
+    shape = {"max_position_embeddings": max(lengths), **json.loads(chosen.shape)}
+    job = job_of(shape, **keys)
+    if chosen.plan:
+        planned(job, lengths)
+        return
+    model = Whole.of(job)
+    for tokens in SHORT:
+        model.stepper(tokens)()
     figures: dict[str, dict[str, Any]] = {}
-    tokens = chosen.first
-    while tokens <= chosen.last:
-        figures[str(tokens)] = at(model, tokens, is_first=tokens == chosen.first)
-        print(tokens, json.dumps(figures[str(tokens)]), flush=True)
+    for tokens in lengths:
         free()
+        figures[str(tokens)] = at(model, tokens)
+        print(tokens, json.dumps(figures[str(tokens)]), flush=True)
         if "out_of_memory" in figures[str(tokens)]:
             break
-        tokens *= 2
     if chosen.out is not None:
         results = head_of_results(" ".join(["python", *sys.argv]))
         chosen.out.write_text(json.dumps({**results, "lengths": figures}, indent=1) + "\n")

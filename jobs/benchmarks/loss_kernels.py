@@ -6,8 +6,9 @@
 
 `alone` times forward and backward of head and loss and gives the peak memory over the head's weight
 and the hidden states; `step` whole training steps, compiled, without activation checkpointing. In
-both torch comes first and again last, so that what the card's clock does is seen. `@2048` and
-`@float32` are the chunked loss with other chunks and with its weight gradient added up in float32.
+both torch comes first and again last, so that what the card's clock does is seen. `@1024` and
+`@2048` are the chunked loss with chunks of that many tokens, `@float32` has its weight gradient
+added up in float32.
 """
 
 import argparse
@@ -37,19 +38,20 @@ from raytrain_adv.ops.linear_cross_entropy import LogitMap
 from raytrain_adv.ops.loss_head import BACKENDS, HeadLoss, install, remove
 from raytrain_adv.worker.loss import cross_entropy_sum
 
-KERNELS = ("torch", "chunked", "chunked@2048", "chunked@float32", "cut_cross_entropy", "liger")
+KERNELS = ("torch", "chunked", "chunked@1024", "chunked@2048", "cut_cross_entropy", "liger")
 Result = dict[str, Any]
 
 
 @contextmanager
-def chunking(name: str):
+def chunking(name: str, vocab: int):
     """Set the chunked loss up as the part of a variant's name after the @ says."""
     before = ops.CHUNK_BYTES, ops.MOST_ROUNDINGS
-    if name.endswith("@2048"):
-        ops.CHUNK_BYTES *= 2
-    if name.endswith("@float32"):
+    kernel, _, how = name.partition("@")
+    if how.isdigit():
+        ops.CHUNK_BYTES = int(how) * vocab * torch.bfloat16.itemsize
+    if how == "float32":
         ops.MOST_ROUNDINGS = 0
-    yield name.partition("@")[0]
+    yield kernel
     ops.CHUNK_BYTES, ops.MOST_ROUNDINGS = before
 
 
@@ -112,10 +114,10 @@ def off_float32(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
 
 def whole(name: str, model: Whole, tokens: int, steps: int) -> Result:
     """Measure training steps of a model whose head takes this variant's loss."""
-    with chunking(name) as kernel:
+    vocab = model.model.config.vocab_size
+    with chunking(name, vocab) as kernel:
         head = model.model.get_output_embeddings()
         if kernel != "torch":
-            vocab = model.model.config.vocab_size
             install(model.model, head, HeadLoss(kernel, LogitMap(), True, vocab))
         try:
             step = model.stepper(tokens)
@@ -166,7 +168,7 @@ def main() -> None:
         config = json.loads((Path(sizes) / "config.json").read_text())
         figures["head and loss"] = {}
         for name in [*kernels, "torch again"]:
-            with chunking(name.removesuffix(" again")) as kernel:
+            with chunking(name.removesuffix(" again"), config["vocab_size"]) as kernel:
                 figures["head and loss"][name] = attempted(
                     name,
                     lambda kernel=kernel: alone(

@@ -127,7 +127,6 @@ _OTHER = f"this method {_LATER}"
 _PLAIN_OPTIM = "delete it; optim takes adamw_torch_fused, adamw_torch and adamw_torch_8bit"
 _TOKEN = "remove it from the file and put HF_TOKEN into the environment of the nodes"
 _VOCABULARY = "add the tokens to the tokenizer and model once, and train that folder"
-_QUANTIZED = f"training on a quantised model {_LATER}"
 
 REFUSED: dict[str, Refused] = {
     **refuse(
@@ -244,12 +243,10 @@ REFUSED: dict[str, Refused] = {
         "delete it; set gradient_checkpointing: full or selective",
         "use_unsloth_gc: false",
     ),
-    # Features of later transforms: each is taken over by the transform that owns the key.
     **refuse(
-        _QUANTIZED,
-        "delete it; fit the model with LoRA, gradient checkpointing and more workers",
-        "quantization_bit: null, quantization_method: bnb, quantization_type: nf4, "
-        "double_quantization: true, quantization_device_map: null",
+        "FSDP2 places the quantised model: each worker has its shards",
+        "delete it",
+        "quantization_device_map: null",
     ),
     **refuse(
         "Liger's layers are named in use_liger_kernel itself",

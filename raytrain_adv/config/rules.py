@@ -7,6 +7,8 @@ from pathlib import Path
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.section import Section
+from raytrain_adv.config.sweep import SWITCH
+from raytrain_adv.errors import JobError
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """What Linux file systems hold."""
@@ -24,6 +26,8 @@ def contradictions(job: JobConfig) -> Iterable[Problem]:
     yield from _fp8_and_qat(job)
     yield from _float8_activations(job)
     yield from _loss(job)
+    yield from _float8_activations(job)
+    yield from _delay(job)
     yield from _turned_off(job)
 
 
@@ -196,9 +200,15 @@ def _adapters(job: JobConfig) -> Iterable[Problem]:
 
 
 def _exclusive(job: JobConfig) -> Iterable[Problem]:
-    """Find transforms that cannot be on together."""
+    """Find transforms that cannot be on together, and those that are on without one they need."""
     on = [t for t in job.transforms if t.enabled]
     for transform in on:
+        for key, reason in transform.needs.items():
+            if not any(key in type(other).model_fields for other in on):
+                owner = next(t for t in job.transforms if key in type(t).model_fields)
+                own = next(k for k in type(transform).model_fields if _is_switch(transform, k))
+                fix = f"set {key}: {owner.default(key)}, or delete {own}"
+                yield Problem(reason, fix, f"{key} and {own}")
         for key, reason in transform.excludes.items():
             if any(key in type(other).model_fields for other in on):
                 own = next(k for k in type(transform).model_fields if _is_switch(transform, k))
@@ -252,6 +262,34 @@ def _loss(job: JobConfig) -> Iterable[Problem]:
     if kernel in ("cut_cross_entropy", "liger") and job.parallel.use_cpu:
         text = f"{kernel} is written in Triton and needs a GPU"
         yield Problem(text, "set loss_kernel: chunked, or use_cpu: false", f"{key} and use_cpu")
+
+
+def _float8_activations(job: JobConfig) -> Iterable[Problem]:
+    """Find a run whose quantised model could not be computed, and so not be compared."""
+    key = "qat_activation_dtype"
+    owner = next((t for t in job.transforms if key in type(t).model_fields), None)
+    if owner is None or not owner.enabled or not str(getattr(owner, key)).startswith("float8"):
+        return
+    none = f"or set {key}: none"
+    if job.parallel.use_cpu:
+        text = "float8 products need a GPU of compute capability 8.9 or newer"
+        yield Problem(text, f"set use_cpu: false, {none}", f"{key} and use_cpu")
+    if not (job.train.bf16 or job.train.pure_bf16):
+        text = "products of float8 rows come out in bfloat16 alone"
+        default = "" if _is_given(job, "bf16") else ", whose default is false"
+        yield Problem(text + default, f"set bf16: true, {none}", f"{key} and bf16")
+
+
+def _delay(job: JobConfig) -> Iterable[Problem]:
+    """Find a delay that would outlast the run, where the file says how long that is."""
+    owner = next((t for t in job.transforms if SWITCH in type(t).model_fields), None)
+    if owner is None or not owner.enabled or job.train.max_steps <= 0:
+        return
+    try:
+        owner.check_length(job.train.max_steps)
+    except JobError as error:
+        text = f"{error.what[0].lower()}{error.what[1:]}: {error.found}"
+        yield Problem(text, error.fix, f"{SWITCH} and max_steps")
 
 
 def _is_given(job: JobConfig, key: str) -> bool:

@@ -25,6 +25,9 @@ class Section(BaseModel):
     excludes: ClassVar[dict[str, str]] = {}
     """Keys that turn on what cannot be on together with these keys, and why."""
 
+    needs: ClassVar[dict[str, str]] = {}
+    """Keys of what has to be on together with these keys, and why."""
+
     @property
     def enabled(self) -> bool:
         """Whether the job uses these keys at all; a transform may be off."""
@@ -36,6 +39,13 @@ class Section(BaseModel):
         Rules between the keys of several sections are in config/rules.py.
         """
         return ()
+
+    def check_length(self, total_steps: int) -> None:
+        """Raise if the keys do not fit a run of so many optimizer steps.
+
+        Raises:
+            JobError: naming the key and what would fit.
+        """
 
     def asked_for(self, key: str) -> bool:
         """Whether the job gives this key a value other than its default."""

@@ -24,6 +24,9 @@ RAY_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # ray_worker goes into the driver's folder
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # without it the dashboard does not list the run
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about the coming default
+    # A raylet warns of four times as many processes, which a sweep has on a machine with few cores:
+    # its trials' drivers and controllers reserve none, and wait most of the time.
+    "RAY_worker_maximum_startup_concurrency": str(max(os.cpu_count() or 1, 16)),
 }
 CONNECT_TIMEOUT_S = 5.0
 CPU_WORKERS = 2

@@ -80,6 +80,7 @@ def _eval_cells(row: Row, progress: Progress) -> dict[str, str]:
         "loss": numbers.loss(value(row, "loss")),
         "lr": f"ppl {numbers.compact(value(row, 'perplexity'))}",
         "grad": numbers.seconds(row.get("seconds")),
+        "tok/s": str(row.get("how", "")),
     }
 
 

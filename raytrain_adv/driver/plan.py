@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
@@ -15,6 +16,7 @@ from raytrain_adv.driver.advice import EXAMPLES, Advice, Case, Gpu, advise
 from raytrain_adv.driver.plan_data import DataSummary, look_at, summarise
 from raytrain_adv.driver.plan_text import WIDTH, render, render_brief, view
 from raytrain_adv.hardware import HardwareFacts
+from raytrain_adv.ops.quantized_linear import num_weights, quantized_linears
 from raytrain_adv.transforms.apply import enabled, prepare_all, with_advice
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.arithmetic import Arithmetic, resolve_arithmetic
@@ -113,9 +115,9 @@ def resolve(
         model=ModelSummary(
             architecture=type(model).__name__,
             num_layers=len(decoder_layers(model)),
-            num_parameters=sum(p.numel() for p in model.parameters()),
+            num_parameters=num_weights(model),
             num_trained=sum(trained),
-            dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
+            dtypes=_dtypes(model),
             attention=str(model.config._attn_implementation),
             flops_per_token=training_flops_per_token(model, seq_len),
         ),
@@ -152,6 +154,11 @@ def show(job: JobConfig, num_workers: int | None = None, verbose: bool = False) 
         console.print(view(plan, verbose), width=min(console.width, WIDTH))
     else:
         print(render(plan, verbose))
+
+
+def _dtypes(model: nn.Module) -> tuple[str, ...]:
+    plain = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    return (*sorted({m.form.kind for _, m in quantized_linears(model)}), *sorted(plain))
 
 
 def _workers(job: JobConfig, asked: int | None, facts: HardwareFacts) -> tuple[int, str]:

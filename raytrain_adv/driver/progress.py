@@ -109,8 +109,9 @@ def log_line(row: Row, progress: Progress) -> str:
             f"perplexity {perplexity}",
             f"{numbers.count(row.get('num_label_tokens'))} label tokens",
             numbers.seconds(row.get("seconds")),
+            str(row.get("how", "")),
         ]
-        return "  ".join(parts)
+        return "  ".join(filter(None, parts))
     epoch = value(row, "epoch")
     parts = [
         f"step {step}",

@@ -27,6 +27,7 @@ from raytrain_adv.errors import JobError, RaytrainAdvError, StorageError, Traini
 from raytrain_adv.report import numbers
 from raytrain_adv.report.sweep_record import SweepReport
 from raytrain_adv.report.sweep_table import render
+from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker import metrics_file
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
 from raytrain_adv.worker.data import prepare
@@ -172,9 +173,13 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
 
 
 def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
-    """Tokenise, once each, the data that trials share; return the steps of the longest trial."""
+    """Tokenise, once each, the data that trials share; return the steps of the longest trial.
+
+    Raises:
+        JobError: when a trial's keys do not fit its number of steps: nothing has been run yet.
+    """
     num_sequences: dict[str, int] = {}
-    longest = 0
+    steps: dict[str, int] = {}
     for trial in trials:
         job = trial.job
         key = f"{job.data.model_dump()} {job.model.model_dump()}"
@@ -183,10 +188,21 @@ def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
         try:
             if key not in num_sequences:
                 num_sequences[key] = len(prepare(job, _say).train)
-            longest = max(longest, resolve_arithmetic(job, num_sequences[key], workers).total_steps)
+            steps[trial.name] = resolve_arithmetic(job, num_sequences[key], workers).total_steps
         except RaytrainAdvError as error:  # it is the trial's own: it will end in it, and say so
             _say(f"{trial.name}: {error.what}")
-    return longest
+    for trial in trials:
+        if trial.name in steps:
+            _check_length(trial, steps[trial.name])
+    return max(steps.values(), default=0)
+
+
+def _check_length(trial: Trial, total_steps: int) -> None:
+    for transform in enabled(trial.job):
+        try:
+            transform.check_length(total_steps)
+        except JobError as error:
+            raise JobError(error.what, f"trial {trial.name}: {error.found}", error.fix) from error
 
 
 def _say(sentence: str) -> None:

@@ -35,7 +35,8 @@ def _loss(train: list[Row], evals: list[Row], marks: tuple[Mark, ...]) -> Plot:
             Series("each row", points, 1, "faint"),
             Series("train, smoothed", smoothed(points), 1),
         ]
-    curves.append(Series("eval", _points(evals, "loss"), 2, "dots"))
+    how = next((f", {row['how']}" for row in evals if row.get("how")), "")
+    curves.append(Series(f"eval{how}", _points(evals, "loss"), 2, "dots"))
     return Plot(
         "Loss",
         "per label token",

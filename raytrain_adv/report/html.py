@@ -118,8 +118,9 @@ def _figures(report: RunReport) -> list[str]:
     resumed = report.resumed_from_step
     if resumed is not None:
         restarts += f"{', ' if restarts else ''}resumed from step {resumed:,}"
+    began = _began(report.eval_loss)
     return [
-        _figure("Eval loss", _last(report.eval_loss), "", _began(report.eval_loss)),
+        _figure("Eval loss", _last(report.eval_loss), variants.evaluated_as(report), began),
         _figure("Train loss", _last(report.train_loss), "", _began(report.train_loss)),
         _figure("Speed", rate and numbers.rate(rate), "", speed),
         _figure("MFU", mfu and numbers.percent(mfu), "", "of the dense bf16 peak"),

@@ -137,7 +137,8 @@ class RunReport(Record):
     recovered: Number = None
     """Share of the quantisation loss that training recovered: (PTQ - QAT) / (PTQ - bf16), of the
     twin's weights where there is one, else of those at which fake quantisation began; null without
-    QAT, or where PTQ loses nothing.
+    QAT, where PTQ loses next to nothing, and where QAT ended below weights that have not been
+    trained as long.
     """
     quantized_eval_loss: Number = None
     """Held-out loss of the quantised model that the run has made; null without one."""

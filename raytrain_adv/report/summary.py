@@ -22,7 +22,9 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
     if report.train_loss:
         figures.append(("train loss", _from_to(report.train_loss)))
     if report.eval_loss:
-        figures.append(("eval loss", _from_to(report.eval_loss)))
+        how = variants.evaluated_as(report)
+        text = _from_to(report.eval_loss) + (f", {how}" if how else "")
+        figures.append(("eval loss", text))
     figures.append(("speed", _speed(report)))
     if report.peak_memory_gib is not None:
         figures.append(("peak memory", _memory(report)))

@@ -8,9 +8,11 @@ from typing import Any
 
 from raytrain_adv.report import numbers
 from raytrain_adv.report.record import RunReport, Variant
-from raytrain_adv.transforms.qat import BF16, PTQ, QAT
+from raytrain_adv.transforms.qat import BF16, PTQ, QAT, Qat
 
 TWIN = "twin"
+NEGLIGIBLE = 1e-4
+"""Of the loss in bf16. Of a PTQ that loses less no share is stated: it would be noise."""
 HEADS = ("weights", "step", "held-out loss", "perplexity", "against bf16")
 
 
@@ -53,13 +55,16 @@ def reference(found: Sequence[Variant]) -> tuple[Variant, Variant] | None:
 
 def recovered(found: Sequence[Variant]) -> float | None:
     """Return the share of the quantisation loss that training with it recovered: (PTQ - QAT) /
-    (PTQ - bf16); null where there is no QAT, or PTQ loses nothing.
+    (PTQ - bf16); null where there is no QAT, where PTQ loses next to nothing, and where QAT ended
+    below bf16 weights of an earlier step, by what it has trained since.
     """
     pair, loss = reference(found), next((v.loss for v in found if v.name == QAT), None)
     if pair is None or loss is None or None in (pair[0].loss, pair[1].loss):
         return None
     bf16, ptq = float(pair[0].loss or 0.0), float(pair[1].loss or 0.0)
-    return (ptq - loss) / (ptq - bf16) if ptq > bf16 else None
+    if ptq - bf16 <= NEGLIGIBLE * bf16 or (loss < bf16 and pair[0].name == BF16):
+        return None
+    return (ptq - loss) / (ptq - bf16)
 
 
 def degradation(variant: Variant, found: Sequence[Variant]) -> float | None:
@@ -93,11 +98,23 @@ def sentence(report: RunReport) -> str:
     if pair is None or QAT not in [v.name for v in found]:
         return ""
     bf16, ptq = pair
-    gap = (ptq.loss or math.nan) - (bf16.loss or math.nan)
-    of = "its bf16 twin" if bf16.name != BF16 else f"the weights after {bf16.step:,} steps"
+    before, gap = bf16.loss or math.nan, (ptq.loss or math.nan) - (bf16.loss or math.nan)
+    has_twin = bf16.name != BF16
+    of = "its bf16 twin" if has_twin else f"the weights after {bf16.step:,} steps"
+    if gap <= NEGLIGIBLE * before:
+        return f"PTQ of {of} loses next to nothing ({gap / before:+.4%}): nothing to recover"
+    since = "" if has_twin else "; compare: true measures by a bf16 twin that is trained as long"
     if report.recovered is None:
-        return f"PTQ of {of} lost nothing ({gap:+.4f}): there was nothing to recover"
-    return f"QAT recovered {report.recovered:.0%} of the {gap:.4f} that PTQ of {of} loses"
+        return (
+            f"PTQ of {of} loses {gap:.4f}; QAT ended below their bf16 loss by what it has trained "
+            f"since, which says nothing of quantisation{since}"
+        )
+    return f"QAT recovered {report.recovered:.0%} of the {gap:.4f} that PTQ of {of} loses{since}"
+
+
+def evaluated_as(report: RunReport) -> str:
+    """Say how held-out rows were evaluated, where it is not as the run was trained at first."""
+    return Qat.evaluated_as if Qat.name in report.transforms else ""
 
 
 def compared(report: RunReport) -> str:

@@ -120,6 +120,17 @@ def probe_all(
     return {name: replace(plan, notes=plan.notes + found[name]) for name, plan in plans.items()}
 
 
+def loaded_all(job: JobConfig, model: nn.Module, plans: Mapping[str, Plan]) -> dict[str, Plan]:
+    """Hold what was loaded to what each transform has made of it; return the plans with what was
+    found.
+
+    Raises:
+        TrainingError: when weights do not stand for those that were read.
+    """
+    found = {t.name: t.loaded(model, plans[t.name]) for t in enabled(job)}
+    return {name: replace(plan, notes=plan.notes + found[name]) for name, plan in plans.items()}
+
+
 def with_advice(job: JobConfig, plans: Mapping[str, Plan], num_tokens: int) -> dict[str, Plan]:
     """Return the plans, with what the job's other keys mean for each transform among their notes.
 

@@ -63,6 +63,7 @@ class Qat(Transform):
     name: ClassVar[str] = "qat"
     stage: ClassVar[str] = "precision"
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "fp8"})
+    evaluated_as: ClassVar[str] = "fake-quantised"
 
     enable_qat: bool = False
     """Train with fake quantisation, and export the quantised model beside the trained one."""
@@ -297,7 +298,8 @@ class Qat(Transform):
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
         first = self.first_step
         when = "never in training (PTQ)" if first is None else f"from optimizer step {first}"
-        yield f"{self.scheme}; {when}, in evaluation always"
+        yield f"{self.scheme}; {when}"
+        yield f"evaluation runs {self.evaluated_as}, at every step"
         yield "exported twice: model (as trained) and model-quantized (torchao's tensors)"
         if any(change.after == LINEAR_IN_FLOAT8 for change in changes.values()):
             from raytrain_adv.ops.float8_fake_quantized import described

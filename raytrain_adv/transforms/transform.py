@@ -65,6 +65,10 @@ class Transform(Section):
     """Operator that must run in a training step, at least once per changed module, as
     aten::_scaled_mm; none where the modules' classes are proof enough.
     """
+    evaluated_as: ClassVar[str] = ""
+    """Where the feature can be switched off in training: what held-out rows are evaluated as, which
+    always have it on; for console and report.
+    """
     stacks_on: ClassVar[frozenset[str]] = frozenset()
     """Names of transforms whose modules this one may change again."""
 
@@ -93,13 +97,6 @@ class Transform(Section):
             JobError: when the keys name modules that the model does not have.
         """
         return Plan(self.name)
-
-    def check_length(self, total_steps: int) -> None:
-        """Raise if the keys do not fit a run of so many optimizer steps.
-
-        Raises:
-            JobError: naming the key and what would fit.
-        """
 
     def fetch(self, job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
         """Bring what the workers need into output_dir. Called on the driver before anything is
@@ -169,6 +166,15 @@ class Transform(Section):
         """Give values to the parameters that prepare added, after the model's own weights are
         loaded and sharded.
         """
+
+    def loaded(self, model: nn.Module, plan: Plan) -> tuple[str, ...]:
+        """Hold weights that were changed as they were read to what they stand for; return sentences
+        for the report. Called on all ranks once, before training.
+
+        Raises:
+            TrainingError: on all ranks, when they do not stand for it.
+        """
+        return ()
 
     def begin_step(self, model: nn.Module, step: int) -> None:
         """Bring the model into its state for optimizer step `step` (from 0); a pure function of the

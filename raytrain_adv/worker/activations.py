@@ -216,8 +216,10 @@ def _linears(layer: nn.Module, config: PretrainedConfig) -> Iterator[Linear]:
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         share = experts_seen if EXPERT_LIST.search(fqn) else 1.0
-        rows, columns = module.weight.shape
-        width_in, width_out = (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+        if isinstance(module, nn.Linear):  # whose weight may be packed
+            width_in, width_out = module.in_features, module.out_features
+        else:
+            width_in, width_out = module.weight.shape
         rank = _adapter_rank(layer, fqn)
         yield Linear(
             fqn=fqn.removesuffix(".base_layer"),

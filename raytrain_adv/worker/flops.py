@@ -19,6 +19,8 @@ from typing import cast
 from torch import nn
 from transformers import PretrainedConfig
 
+from raytrain_adv.ops.quantized_linear import QuantizedLinear
+
 ROUTED_EXPERT = re.compile(r"\bexperts\.\d+\.")
 WITHOUT_ATTENTION = ("linear_attention", "mamba", "conv", "recurrent")
 
@@ -37,6 +39,9 @@ def training_flops_per_token(model: nn.Module, seq_len: int) -> float:
         if isinstance(module, nn.Embedding):
             continue
         share = active if ROUTED_EXPERT.search(fqn) else 1.0
+        if isinstance(module, QuantizedLinear):  # frozen, and packed
+            flops += module.in_features * module.out_features * share * 4
+            continue
         for name, parameter in module.named_parameters(recurse=False):
             if name.startswith("bias") or parameter.ndim not in (2, 3):
                 continue

@@ -13,9 +13,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.ops.quantized_linear import num_weights, quantized_linears
 from raytrain_adv.worker.flops import text_config
 from raytrain_adv.worker.loss import CHUNK_TOKENS
-from raytrain_adv.worker.memory_sizes import GIB, Passes, States, head_loss, num_elements
+from raytrain_adv.worker.memory_sizes import GIB, Passes, States, head_loss
 from raytrain_adv.worker.parallel import checkpointing_mode, compute_dtype
 
 REDUCE_BYTES = 4
@@ -215,6 +216,8 @@ def _explanations(
 ) -> dict[str, str]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    quantized = {layer.form.kind for _, layer in quantized_linears(model)}
+    dtypes = [*sorted(quantized), *dtypes]
     over = f", over {states.shard_size} workers" if states.shard_size > 1 else ""
     optimizer = {"adamw_torch_8bit": "two states of 8 bits"}.get(
         job.train.optim, "two states in the parameters' dtype"
@@ -235,7 +238,7 @@ def _explanations(
             "its input"
         )
     return {
-        "parameters": f"{num_elements(model):,} in {' and '.join(dtypes)}{over}",
+        "parameters": f"{num_weights(model):,} in {' and '.join(dtypes)}{over}",
         "gradients": f"of {trained:,} trained parameters{over}",
         "optimizer": f"{optimizer}{over}",
         "activations": f"{tokens:,} tokens, {how}; {kept}",

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.ops.linear_cross_entropy import MOST_ROUNDINGS, chunk_tokens
 from raytrain_adv.ops.loss_head import HeadLoss, loss_of
+from raytrain_adv.ops.quantized_linear import quantized_linears
 from raytrain_adv.worker.activations import AttentionKind, read_layer
 from raytrain_adv.worker.flops import text_config
 from raytrain_adv.worker.loss import CHUNK_TOKENS
@@ -98,7 +99,7 @@ class Passes:
     recomputed: float
     """Computed again while one layer's backward pass runs."""
     temporaries: float
-    """Gradients of activations in one layer's backward pass."""
+    """Gradients of activations in one layer's backward pass, and a quantised weight made whole."""
     logits: float
     """Logits, their gradient and the loss's copies, at their most."""
     logits_gradient: float
@@ -142,7 +143,8 @@ class Passes:
             kept=(sum(kept) + final) * unit,
             kept_by_one=max(kept) * unit,
             recomputed=recomputed * unit,
-            temporaries=max(x.backward_temporaries(size, kind, seq_len) for x in layers) * unit,
+            temporaries=max(x.backward_temporaries(size, kind, seq_len) for x in layers) * unit
+            + largest_dequantized(model) * size / GIB,
             logits=loss.training(batch * seq_len) / GIB,
             logits_gradient=loss.gradient(batch * seq_len) / GIB,
             logits_eval=loss.evaluation(eval_tokens) / GIB,
@@ -203,7 +205,7 @@ class LossInHead:
         """Return the bytes of a chunk's logits."""
         if self.loss.kernel == "cut_cross_entropy":
             return 0.0  # they stay on the chip
-        largest = chunk_tokens(self.loss.vocab, self.size)
+        largest = chunk_tokens(tokens, self.loss.vocab, self.size)
         if self.loss.kernel == "liger":
             # Source: liger_kernel.ops.fused_linear_cross_entropy, inc_factor and chunk_size.
             largest = 1 << (-(-tokens * self.hidden // self.loss.vocab) - 1).bit_length()
@@ -215,7 +217,7 @@ class LossInHead:
             return 0.0  # made in backward
         if self.loss.kernel == "liger":
             return self.trained * (4 + self.size)  # in float32, then cast
-        num_chunks = -(-tokens // chunk_tokens(self.loss.vocab, self.size))
+        num_chunks = -(-tokens // chunk_tokens(tokens, self.loss.vocab, self.size))
         summed = 4 + self.size if num_chunks > MOST_ROUNDINGS and self.size < 4 else self.size
         return self.trained * (summed if self.loss.reads_weight else summed + self.size)
 
@@ -249,8 +251,14 @@ def attention_kind(config: PretrainedConfig, job: JobConfig) -> AttentionKind:
     return "masked" if masked else "fused"
 
 
+def largest_dequantized(model: nn.Module) -> int:
+    """Return the weights of the largest quantised linear: one at a time is made whole."""
+    sizes = (m.in_features * m.out_features for _, m in quantized_linears(model))
+    return max(sizes, default=0)
+
+
 def num_elements(module: nn.Module) -> int:
-    """Return the elements of all parameters, tied ones counted once."""
+    """Return the elements of all parameters as they are held, tied ones counted once."""
     return sum(p.numel() for p in module.parameters())
 
 

@@ -187,7 +187,8 @@ class Loop:
         result = self.held_out_loss(self.held_out)
         self.evaluated = (done, result)
         self.meter.eval_losses.append((done, result["loss"]))
-        self.run.write({"kind": "eval", "step": done, **result})
+        how = ", ".join(t.evaluated_as for t in self.transforms if t.evaluated_as)
+        self.run.write({"kind": "eval", "step": done, **result, **({"how": how} if how else {})})
 
     def held_out_loss(self, rows: Batches) -> dict[str, Any]:
         """Return loss and perplexity on held-out rows with the model as it is."""

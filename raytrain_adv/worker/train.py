@@ -11,7 +11,7 @@ from typing import Any
 
 from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.transforms.apply import enabled, prepare_all, with_advice
+from raytrain_adv.transforms.apply import enabled, loaded_all, prepare_all, with_advice
 from raytrain_adv.worker import checkpoint, data, memory, parallel, weights
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
 from raytrain_adv.worker.attention import is_flash
@@ -65,6 +65,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
             weights.load_pretrained(model, job, run.device)
         for transform in enabled(job):
             transform.initialize(model, job.train.seed)
+        plans = loaded_all(job, model, plans)
         optimizer = build_optimizer(model, job)
     if found is not None:
         with run.phase("resume"):

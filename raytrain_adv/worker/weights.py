@@ -21,6 +21,7 @@ from transformers.initialization import guard_torch_init_functions
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError, RaytrainAdvError, TrainingError
 from raytrain_adv.ops.float8_weight import as_plain
+from raytrain_adv.ops.quantized_linear import QuantizedLinear, quantized_linears
 from raytrain_adv.shards import copy_local, local_region, plain_name, seed_of
 from raytrain_adv.worker.checkpoint_files import CheckpointFiles, model_folder
 from raytrain_adv.worker.conversion import Group, Route, route
@@ -140,21 +141,33 @@ def load_pretrained(
 
     Tensors that keep their layout are read by each rank for itself, only its own region. Those that
     transformers fuses or splits are read and converted by rank 0, one group (at most a layer) at a
-    time, and broadcast. Parameters that a transform added are left alone.
+    time, and broadcast. Parameters that a transform added are left alone. Linears that are held
+    quantised take their rows one by one, so that no rank has more than one of them as it was.
 
     Raises:
         JobError: when tensors are missing, unexpected, or of another shape, listing them.
     """
     plain = build(job)
-    targets = saved_tensors(model)
+    targets, quantized = saved_tensors(model), quantized_weights(model)
     with CheckpointFiles(model_folder(job)) as files:
         found = match(plain, files)
         for name, source in found.direct.items():
-            region = local_region(targets[name])
-            copy_local(targets[name], files.read(source, region))
+            if name in quantized:
+                layer = quantized[name]
+                layer.take(files.read(source, layer.region), device)
+            else:
+                region = local_region(targets[name])
+                copy_local(targets[name], files.read(source, region))
         for group in found.groups:
-            broadcast_group(group, files, plain, targets, device)
+            broadcast_group(group, files, plain, targets, quantized, device)
     return files
+
+
+def quantized_weights(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Return the linears that are held quantised, by the names of their weights in the plain
+    model.
+    """
+    return {plain_name(f"{fqn}.weight"): layer for fqn, layer in quantized_linears(model)}
 
 
 def match(plain: PreTrainedModel, files: CheckpointFiles) -> Route:
@@ -233,6 +246,7 @@ def broadcast_group(
     files: CheckpointFiles,
     plain: PreTrainedModel,
     targets: dict[str, torch.Tensor],
+    quantized: dict[str, QuantizedLinear],
     device: torch.device,
 ) -> None:
     """Convert one group on rank 0, send it to all ranks, and let each take its region."""
@@ -255,10 +269,13 @@ def broadcast_group(
         if rank() == 0:
             whole = values.pop(name).to(device=device, dtype=target.dtype).contiguous()
         else:
-            whole = torch.empty(target.shape, dtype=target.dtype, device=device)
+            whole = torch.empty(plain.get_parameter(name).shape, dtype=target.dtype, device=device)
         if world_size() > 1:
             dist.broadcast(whole, src=0)
-        copy_local(target, whole[local_region(target)])
+        if name in quantized:
+            quantized[name].take(whole[quantized[name].region], device)
+        else:
+            copy_local(target, whole[local_region(target)])
 
 
 def convert_group(

@@ -204,6 +204,18 @@ def test_a_twin_for_every_trial_is_refused(tmp_path: Path) -> None:
     assert "every trial would train a twin" in message_of(tmp_path, text)
 
 
+@pytest.mark.parametrize("values", ["[0, 5, 8]", "{randint: [0, 8]}"])
+def test_a_delay_beyond_the_last_step_is_refused_with_its_value(
+    tmp_path: Path, values: str
+) -> None:
+    text = f"enable_qat: true\nmax_steps: 8\nsweep:\n  fake_quant_after_n_steps: {values}\n"
+    found = message_of(tmp_path, text)
+    assert "fake quantisation would never begin" in found
+    assert "fake_quant_after_n_steps: 8, and the run has 8 steps" in found
+    assert f"line {FIRST_LINE + 3}" in found and f"line {FIRST_LINE + 1}" in found
+    job_of(tmp_path, text.replace("8]", "7]"))
+
+
 def test_options_of_a_sweep_are_named_as_no_key_of_a_job() -> None:
     keys = {key for kind in section_types() for key in kind.model_fields}
     assert not (keys | set(RENAMED)) & set(SweepOptions.model_fields)

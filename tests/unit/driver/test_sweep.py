@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,6 +177,20 @@ def test_the_first_rung_is_a_tenth_of_the_longest_trial(swept: Callable[..., Job
     job = swept(section, eval_strategy="steps", eval_steps=2)
     assert job.sweep is not None
     assert list(sweep.rungs_of(job.sweep, 300).values) == [30, 90, 270]
+
+
+def test_a_delay_beyond_the_last_epoch_is_refused_before_a_trial_is_run(
+    swept: Callable[..., JobConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "prepare", lambda job, say: SimpleNamespace(train=range(10)))
+    room = SimpleNamespace(placement=placement(1, CPU=1))
+    keys = {"enable_qat": True, "max_steps": -1, "num_train_epochs": 2.0}
+    job = swept({"fake_quant_after_n_steps": [0, 9, 40]}, **keys)
+    assert job.sweep is not None
+    with pytest.raises(JobError) as caught:
+        sweep._prepare_data(job.sweep.trials, room)
+    assert "trial fake_quant_after_n_steps=40: " in caught.value.found
+    assert sweep._prepare_data(job.sweep.trials[:2], room) > 9
 
 
 def test_a_run_ends_at_its_next_report_once_it_is_told_to(tmp_path: Path) -> None:

@@ -142,12 +142,21 @@ def test_a_head_that_keeps_its_output_is_told_that_it_is_gone():
         )
 
 
-def test_a_chunk_holds_what_its_bytes_allow(monkeypatch):
+def test_chunks_hold_what_their_bytes_allow_and_are_about_as_long(monkeypatch):
     monkeypatch.undo()
-    assert ops.chunk_tokens(128256, 2) == 1024
-    assert ops.chunk_tokens(262144, 2) == 512
-    assert ops.chunk_tokens(10**9, 4) == ops.CHUNK_MULTIPLE
-    assert [part.stop - part.start for part in ops.chunks(2100, 128256, 2)] == [1024, 1024, 52]
+
+    def lengths(tokens, vocab, itemsize):
+        return [part.stop - part.start for part in ops.chunks(tokens, vocab, itemsize)]
+
+    assert lengths(8192, 128256, 2) == [1664, 1664, 1664, 1664, 1536]
+    assert lengths(2100, 128256, 2) == [1152, 948]
+    assert lengths(1792, 128256, 2) == [1792] and lengths(1, 128256, 2) == [1]
+    assert lengths(0, 128256, 2) == []
+    assert set(lengths(8192, 262144, 2)[:-1]) == {896}
+    assert set(lengths(4096, 10**9, 4)) == {ops.CHUNK_MULTIPLE}
+    for tokens in range(1, 9000, 97):
+        assert sum(lengths(tokens, 128256, 2)) == tokens
+        assert max(lengths(tokens, 128256, 2)) * 128256 * 2 <= ops.CHUNK_BYTES
 
 
 INTERPRETED = """

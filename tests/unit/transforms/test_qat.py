@@ -15,6 +15,7 @@ from tests.tiny_models import job_for, write_checkpoint
 CPU = hardware.detect("cpu")
 H100 = replace(CPU, device_type="cuda", device_name="NVIDIA H100", compute_capability=(9, 0))
 KEYS = {"enable_qat": True, "finetuning_type": "full"}
+FLOAT8 = {"qat_weight_dtype": "float8_e4m3fn", "qat_activation_dtype": "float8_e4m3fn"}
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96}
 
 
@@ -92,6 +93,9 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(tmp_pat
             "come out in bf16",
         ),
         ({"fake_quant_after_n_steps": "later"}, "never"),
+        ({"fake_quant_after_n_steps": 9, "max_steps": 9}, "at most 8"),
+        ({**FLOAT8, "bf16": False}, "set bf16: true"),
+        ({**FLOAT8, "bf16": True, "use_cpu": True}, "compute capability 8.9"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_what_can(tmp_path, keys, said):
@@ -165,9 +169,7 @@ def test_a_tied_embedding_is_rounded_and_the_head_is_not(tmp_path):
 
 
 def test_a_machine_that_cannot_run_the_quantised_model_is_refused():
-    qat = Qat(
-        enable_qat=True, qat_weight_dtype="float8_e4m3fn", qat_activation_dtype="float8_e4m3fn"
-    )
+    qat = Qat(enable_qat=True, **FLOAT8)
     with pytest.raises(ClusterError, match=r"8\.9"):
         qat.check(CPU)
     qat.check(H100)

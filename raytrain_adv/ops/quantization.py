@@ -1,0 +1,253 @@
+"""Weights in 4 or 8 bits by bitsandbytes' kernels: rounding them, and what they stand for.
+
+Every tensor here is bytes: what FSDP2 shards and gathers is a parameter of the dtype that computes
+(it casts all others), whose bytes are read as packed weights and as scales. A row of a weight and
+its scales are whole bytes of one row, so that shards are cut between rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+
+BLOCK = 64
+"""Weights of a row that share a scale in 4 bits; bitsandbytes' default."""
+NESTED_BLOCK = 256
+"""Scales that share a scale of their own where they are quantised too; the only size there is."""
+LARGEST_ITEM = 4
+"""Rows of scales are filled up to a multiple of this, to be read as bfloat16 or float32."""
+FP16 = torch.finfo(torch.float16)
+SLACK = 1e-6
+"""What float32 arithmetic on scales may add, relative: kernels multiply by reciprocals."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a weight is held."""
+
+    kind: Literal["nf4", "fp4", "int8"]
+    """nf4 and fp4: 16 values in blocks of BLOCK; int8: bitsandbytes' LLM.int8, a scale per row."""
+    nested: bool = False
+    """Whether the scales are quantised too (double quantisation); in 4 bits only."""
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether a weight takes a byte."""
+        return self.kind == "int8"
+
+    def row_bytes(self, columns: int) -> int:
+        """Return the bytes of a row's weights."""
+        return columns if self.is_int8 else columns // 2
+
+    def scale_bytes(self, columns: int) -> int:
+        """Return the bytes of a row's scales."""
+        if self.is_int8:
+            return 4
+        return columns // BLOCK * (1 if self.nested else 4)
+
+    def padded_scale_bytes(self, columns: int) -> int:
+        """Return the bytes they are held in."""
+        return -(-self.scale_bytes(columns) // LARGEST_ITEM) * LARGEST_ITEM
+
+    def nested_bytes(self, rows: int, columns: int) -> int:
+        """Return the bytes of the scales' own scales and of what is added to them; 0 without."""
+        return 4 * (1 + -(-rows * (columns // BLOCK) // NESTED_BLOCK)) if self.nested else 0
+
+    def bits(self, rows: int, columns: int) -> float:
+        """Return the bits per weight of a matrix, scales counted."""
+        per_row = self.row_bytes(columns) + self.padded_scale_bytes(columns)
+        return 8 * (rows * per_row + self.nested_bytes(rows, columns)) / (rows * columns)
+
+
+@cache
+def bitsandbytes() -> Any:
+    """Import bitsandbytes, without letting it fetch anything.
+
+    On CPUs with AVX512-BF16 its import loads a kernel from the Hub, of no fixed commit, for
+    generation on a CPU, which nothing here uses (bitsandbytes 0.50, backends/cpu/ops.py). It goes
+    on without where the kernels package is missing. Remove when it loads that kernel on first use.
+    """
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, held = logger.level, sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment] # how Python marks what is not there
+    logger.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("bitsandbytes")
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if held is not None:
+            sys.modules["kernels"] = held
+
+
+@cache
+def nested_map(device: torch.device) -> torch.Tensor:
+    """Return the 256 values that quantised scales are taken from, float32 on the device."""
+    values: torch.Tensor = bitsandbytes().functional.create_dynamic_map().to(device)
+    return values
+
+
+@cache
+def widest_step(kind: str) -> float:
+    """Return half of the widest gap between neighbouring values of a 4-bit kind: what a weight is
+    off by at most, as a share of its block's largest.
+    """
+    values = bitsandbytes().functional.get_4bit_type(kind, device="cpu").sort().values
+    return float(values.diff().max()) / 2
+
+
+@torch.no_grad()
+def quantize(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round rows of a weight as bitsandbytes' Linear4bit and Linear8bitLt do.
+
+    Args:
+        weight: [rows, columns], on the device whose kernels round; columns are divisible by BLOCK
+            in 4 bits.
+        form: how it is to be held; scales are not quantised here, as that takes all rows.
+
+    Returns:
+        The weights' bytes [rows, row_bytes] in uint8, and float32 scales [rows, blocks of a row].
+    """
+    bnb, rows = bitsandbytes(), weight.shape[0]
+    weight = weight.contiguous()
+    if form.is_int8:
+        packed, scale, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        return packed.view(torch.uint8), scale.view(rows, 1)
+    packed, scale = torch.ops.bitsandbytes.quantize_4bit(weight, BLOCK, form.kind, torch.uint8)
+    return packed.view(rows, -1), scale.view(rows, -1)
+
+
+@torch.no_grad()
+def quantize_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round the scales of a whole weight, as bitsandbytes' double quantisation does.
+
+    Args:
+        scale: [rows, blocks of a row], float32, all rows of the weight.
+
+    Returns:
+        Their bytes, of the same shape in uint8; and float32 [1 + scales of scales], of which the
+        first is added to all.
+    """
+    bitsandbytes()
+    flat = scale.reshape(-1)
+    offset = flat.mean()
+    rounded, outer = torch.ops.bitsandbytes.quantize_blockwise(
+        flat - offset, nested_map(scale.device), NESTED_BLOCK
+    )
+    return rounded.view(scale.shape), torch.cat((offset.view(1), outer))
+
+
+def dequantize_scales(rounded: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
+    """Return the float32 scales [rows, blocks of a row] that quantize_scales has rounded."""
+    bitsandbytes()
+    flat: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+        rounded.reshape(-1),
+        outer[1:].contiguous(),
+        nested_map(rounded.device),
+        NESTED_BLOCK,
+        torch.float32,
+    )
+    return (flat + outer[0]).view(rounded.shape)
+
+
+def dequantize_rows(
+    packed: torch.Tensor, scale: torch.Tensor, kind: str, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the weights that bytes stand for: [rows, columns].
+
+    Args:
+        packed: [rows, row_bytes], uint8.
+        scale: [rows, blocks of a row], float32.
+        kind: nf4, fp4 or int8.
+        columns: of the weight.
+        dtype: of what is returned.
+    """
+    shape = (packed.shape[0], columns)
+    if kind == "int8":
+        whole = torch.empty(shape, dtype=dtype, device=packed.device)
+        return torch.mul(packed.view(torch.int8), scale * (1.0 / 127.0), out=whole)
+    bitsandbytes()
+    values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        packed.reshape(-1, 1), scale.reshape(-1), BLOCK, kind, shape, dtype
+    )
+    return values
+
+
+@torch.library.custom_op("raytrain_adv::dequantize", mutates_args=())
+def dequantize(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    nested: torch.Tensor | None,
+    kind: str,
+    columns: int,
+    after: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the weight that a quantised linear's parameters stand for, in their own dtype.
+
+    Args:
+        weight: [rows, row_bytes / item size], bytes.
+        scale: [rows, padded_scale_bytes / item size], bytes.
+        nested: [nested_bytes / item size], bytes; none where scales are not quantised.
+        kind: nf4, fp4 or int8.
+        columns: of the weight that is returned.
+        after: nothing is done with it. In a backward pass it is the gradient: without it Inductor
+            would find the same call in forward, and keep its result for all layers.
+    """
+    packed = weight.view(torch.uint8)
+    num_blocks = 1 if kind == "int8" else columns // BLOCK
+    if nested is None:
+        scales = scale.view(torch.float32)[:, :num_blocks]
+    else:
+        rounded = scale.view(torch.uint8)[:, :num_blocks]
+        scales = dequantize_scales(rounded, nested.view(torch.float32))
+    return dequantize_rows(packed, scales, kind, columns, weight.dtype)
+
+
+@dequantize.register_fake
+def _(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    nested: torch.Tensor | None,
+    kind: str,
+    columns: int,
+    after: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return weight.new_empty((weight.shape[0], columns))
+
+
+@torch.no_grad()
+def distance(
+    weight: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor, off: torch.Tensor, form: Form
+) -> torch.Tensor:
+    """Return how far rounded weights are from the originals.
+
+    Args:
+        weight: [rows, columns], as it was read, in the dtype that computes.
+        rounded: [rows, columns], what its bytes stand for.
+        scale: [rows, blocks of a row], float32, before it was rounded itself.
+        off: [rows, blocks of a row], how much rounding may have changed each scale.
+        form: how the weight is held.
+
+    Returns:
+        float64 [3]: the sum of the squared differences, that of the squared weights, and the
+        largest difference as a share of the largest that rounding explains.
+    """
+    if weight.numel() == 0:
+        return torch.zeros(3, dtype=torch.float64, device=weight.device)
+    original = weight.float()
+    difference = rounded.float() - original
+    blocks = difference.abs().view(*scale.shape, -1)
+    # In int8 the weights pass through float16, as bitsandbytes has it.
+    step, cast = (0.5 / 127, FP16.eps) if form.is_int8 else (widest_step(form.kind), 0.0)
+    last = (torch.finfo(weight.dtype).eps + cast) / 2 + SLACK
+    allowed = step * scale + off + last * (scale + off) + FP16.smallest_normal * FP16.eps
+    worst = (blocks.amax(-1) / allowed).max().nan_to_num(nan=float("inf"))
+    return torch.stack(
+        [difference.double().square().sum(), original.double().square().sum(), worst.double()]
+    )

@@ -1,0 +1,370 @@
+"""Standard quantization: the frozen base in 4 or 8 bits by bitsandbytes, for adapters on top of it
+(QLoRA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from raytrain_adv.config.problems import Problem
+from raytrain_adv.errors import ClusterError, JobError, TrainingError
+from raytrain_adv.transforms.naming import (
+    ROUTERS,
+    class_name,
+    matches,
+    output_head,
+    patterns,
+    refuse_unmatched,
+    short,
+)
+from raytrain_adv.transforms.transform import Change, Plan, Transform
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from raytrain_adv.hardware import HardwareFacts
+    from raytrain_adv.ops.quantization import Form
+    from raytrain_adv.ops.quantized_linear import QuantizedLinear
+
+OWN = "raytrain_adv.ops.quantized_linear.QuantizedLinear"
+BLOCK = 64
+"""Weights of a row that share a scale in 4 bits."""
+PROBED = (2048, 256, 192)
+"""Tokens, input and output features of the product that is held to bitsandbytes' own: so many
+tokens that it multiplies as in training."""
+NAMED = 4
+OTHER_METHODS = ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
+
+
+class QuantizedBase(Transform):
+    """Hold the frozen model in 4 or 8 bits and train adapters on it; weights are rounded as they
+    are read, and stay so.
+    """
+
+    name: ClassVar[str] = "quantized_base"
+    stage: ClassVar[str] = "precision"
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
+    proven_by: ClassVar[str] = "raytrain_adv::dequantize"
+    excludes: ClassVar[dict[str, str]] = {
+        "fp8": "FP8 and standard quantization are mutually exclusive",
+        "enable_qat": "QAT and standard quantization are mutually exclusive",
+    }
+    needs: ClassVar[dict[str, str]] = {
+        "finetuning_type": "quantised weights have no gradient: only adapters on them are trained"
+    }
+
+    quantization_bit: Literal[4, 8] | None = None
+    """Bits of the frozen model's weights: 4 (QLoRA) or 8; null leaves them as they are."""
+    quantization_method: Literal["bnb"] = "bnb"
+    """Whose kernels round: bitsandbytes'."""
+    quantization_type: Literal["nf4", "fp4"] = "nf4"
+    """The 16 values of 4 bits: nf4, spaced for normally distributed weights, or fp4."""
+    double_quantization: bool = True
+    """Quantise the scales of 4-bit weights too: 4.13 bits per weight in the place of 4.5."""
+    quantization_exclude: str | list[str] = ""
+    """Linears to leave as they are, comma separated or a list: names, ends of names (down_proj), or
+    patterns (model.layers.0.*).
+    """
+
+    @property
+    def enabled(self) -> bool:
+        """Whether a quantised base is asked for."""
+        return self.quantization_bit is not None
+
+    @property
+    def excluded(self) -> list[str]:
+        """The patterns in quantization_exclude, as a list."""
+        return patterns(self.quantization_exclude)
+
+    @property
+    def form(self) -> Form:
+        """How weights are held."""
+        from raytrain_adv.ops.quantization import Form
+
+        if self.quantization_bit == 8:
+            return Form("int8")
+        return Form(self.quantization_type, self.double_quantization)
+
+    @property
+    def scheme(self) -> str:
+        """The form in words."""
+        if self.quantization_bit == 8:
+            return "int8 with a scale per row"
+        scales = ", scales quantised too" if self.double_quantization else ""
+        return f"{self.quantization_type} in blocks of {BLOCK}{scales}"
+
+    @classmethod
+    def why_not(cls, key: str, value: object) -> str:
+        """Say why a method or a width that exists elsewhere cannot be had."""
+        if key == "quantization_method" and value in OTHER_METHODS:
+            return f"{value} is not in this version; bitsandbytes (bnb) quantises as it loads"
+        return "bitsandbytes has 4 and 8 bits" if key == "quantization_bit" else ""
+
+    def contradictions(self) -> Iterable[Problem]:
+        """Refuse keys of 4 bits beside 8."""
+        if self.quantization_bit != 8:
+            return
+        for key in ("quantization_type", "double_quantization"):
+            if self.asked_for(key):
+                text = "8 bits are integers with a scale per row: there is no other form of them"
+                fix = f"delete {key}, or set quantization_bit: 4"
+                yield Problem(text, fix, f"{key} and quantization_bit")
+
+    def check(self, facts: HardwareFacts) -> None:
+        """Refuse a machine without bitsandbytes.
+
+        Raises:
+            ClusterError: naming the node.
+        """
+        if facts.versions.get("bitsandbytes") is None:
+            raise ClusterError(
+                "standard quantization needs bitsandbytes: bitsandbytes not available",
+                f"node {facts.node_ip}, no bitsandbytes",
+                "pip install 'bitsandbytes>=0.50' on that node, or delete quantization_bit",
+            )
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Choose the linears that are held quantised.
+
+        Raises:
+            JobError: when a pattern matches nothing, or adapters read the weights past the linear
+                (DoRA).
+        """
+        from torch import nn
+
+        base = {f: m for f, m in model.named_modules() if "lora_" not in f}
+        linears = {f: m for f, m in base.items() if isinstance(m, nn.Linear)}
+        refuse_unmatched("quantization_exclude", self.excluded, [own_name(f) for f in linears])
+        refuse_dora(model)
+        head = output_head(model)
+        changes: dict[str, Change] = {}
+        skipped: dict[str, str] = {}
+        for fqn, module in linears.items():
+            is_head = module in (head, getattr(head, "base_layer", None))
+            reason = "the language-model head" if is_head else self._reason(fqn, module)
+            if reason:
+                skipped[fqn] = reason
+            else:
+                changes[fqn] = Change(class_name(module), OWN)
+        for fqn, module in base.items():
+            if isinstance(module, nn.Embedding):
+                skipped[fqn] = "an embedding: looked up, not multiplied"
+        return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
+
+    def _reason(self, fqn: str, module: nn.Linear) -> str:
+        if any(matches(pattern, own_name(fqn)) for pattern in self.excluded):
+            return "in quantization_exclude"
+        if class_name(module) != "torch.nn.Linear":
+            return f"a {class_name(module)}, not a plain linear"
+        if short(own_name(fqn)) in ROUTERS:
+            return "it routes tokens to experts"
+        if self.quantization_bit == 4 and module.in_features % BLOCK:
+            return f"{module.in_features} input features do not divide into blocks of {BLOCK}"
+        return ""
+
+    def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
+        form, count, size, bits = self.form, 0, 0, 0.0
+        for fqn in changes:
+            weight = model.get_submodule(fqn).get_parameter("weight")
+            count += weight.numel()
+            size = weight.element_size()
+            bits += weight.numel() * form.bits(weight.shape[0], weight.shape[1])
+        total = sum(p.numel() for fqn, p in model.named_parameters() if "lora_" not in fqn)
+        if not count:
+            return
+        yield (
+            f"{self.scheme}: {count:,} of {total:,} weights ({count / total:.1%}) in "
+            f"{bits / count:.2f} bits each: {readable(bits / 8)} in the place of "
+            f"{readable(count * size)}"
+        )
+        rest = ", ".join(f"{kind} {n:,}" for kind, n in self._left(model, changes).items())
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        yield f"left in {dtype}: {rest}"
+        yield "nothing of the base is trained; checkpoints and the exported adapter hold none of it"
+        if any(p.ndim == 3 for p in model.parameters()):
+            yield "experts are held as stacked tensors, not as linears: they are not quantised"
+
+    @staticmethod
+    def _left(model: nn.Module, changes: dict[str, Change]) -> dict[str, int]:
+        """Return what is not quantised: kind -> number of weights."""
+        from torch import nn
+
+        head, left, seen = output_head(model), dict[str, int](), set[nn.Parameter]()
+        for fqn, module in model.named_modules():
+            for name, p in module.named_parameters(recurse=False):
+                if p in seen or "lora_" in fqn or (fqn in changes and name == "weight"):
+                    continue
+                seen.add(p)
+                if isinstance(module, nn.Embedding):
+                    kind = "embeddings"
+                elif module in (head, getattr(head, "base_layer", None)):
+                    kind = "the head"
+                elif name == "bias":
+                    kind = "biases"
+                elif p.ndim == 1:
+                    kind = "norms"
+                else:
+                    kind = "other weights"
+                left[kind] = left.get(kind, 0) + p.numel()
+        return left
+
+    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+        """Put a frozen linear that holds its weight quantised in each planned one's place."""
+        from torch import nn
+
+        from raytrain_adv.ops.quantized_linear import QuantizedLinear
+
+        for fqn in plan.changes:
+            old = model.get_submodule(fqn)
+            if isinstance(old, nn.Linear):
+                model.set_submodule(fqn, QuantizedLinear.of(old, self.form))
+
+    def probe(
+        self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype
+    ) -> tuple[str, ...]:
+        """Hold a product and its gradient to bitsandbytes' own linear, on the worker's device.
+
+        Raises:
+            TrainingError: when its kernels do not run there, or the two differ.
+        """
+        try:
+            apart = apart_from_bitsandbytes(self.form, device, dtype)
+        except (RuntimeError, AttributeError, ImportError) as error:
+            raise TrainingError(
+                "bitsandbytes does not run on this device",
+                f"{device}, {dtype}: {type(error).__name__}: {str(error).splitlines()[0]}",
+                "install a bitsandbytes that has this CUDA version (python -m bitsandbytes says "
+                "what it finds), or delete quantization_bit",
+            ) from error
+        own = "Linear8bitLt's weights" if self.form.is_int8 else "Linear4bit"
+        if apart:
+            raise TrainingError(
+                "A quantised linear does not compute what bitsandbytes' own does",
+                f"{' and '.join(apart)} differ from {own}, {self.scheme}, on {device} in {dtype}",
+                "this is a defect of raytrain_adv or of the versions installed: compare them with "
+                "constraints.txt",
+            )
+        return (f"values and gradients equal bitsandbytes' {own} bit for bit on {device.type}",)
+
+    def loaded(self, model: nn.Module, plan: Plan) -> tuple[str, ...]:
+        """Hold the quantised weights to the originals they were made from.
+
+        Raises:
+            TrainingError: on all ranks, when weights are missing, are further away than rounding
+                explains, or would be trained.
+        """
+        from raytrain_adv.ops.quantized_linear import quantized_linears
+
+        read = {f: m for f, m in quantized_linears(model) if m.distance is not None}
+        found = dict(zip(read, distances(list(read.values())), strict=True))
+        wrong = [f"{fqn} was not read" for fqn in plan.changes if fqn not in read]
+        wrong += [
+            f"{fqn}: a weight is {worst:.3g} times as far off as rounding explains"
+            for fqn, (_, _, worst) in found.items()
+            if not worst <= 1
+        ]
+        wrong += [
+            f"{fqn} would be trained"
+            for fqn, p in model.named_parameters()
+            if p.requires_grad and "lora_" not in fqn
+        ]
+        if wrong:
+            raise TrainingError(
+                "The quantised base is not what was asked for",
+                "\n".join(wrong[:NAMED]) + f"\n({len(wrong)} in all)",
+                "check the checkpoint for weights that are not finite",
+            )
+        apart = {f: (squared / size) ** 0.5 for f, (squared, size, _) in found.items() if size}
+        squared, size = (sum(row[n] for row in found.values()) for n in (0, 1))
+        overall = (squared / size) ** 0.5
+        most = max(apart, key=lambda fqn: apart[fqn])
+        return (
+            f"quantised weights are {overall:.2%} from the originals (relative norms), at most "
+            f"{apart[most]:.2%} ({own_name(most)}); no weight is further off than "
+            f"{max(row[2] for row in found.values()):.2f} of what rounding explains",
+        )
+
+
+def readable(num_bytes: float) -> str:
+    """Return a size in GiB, or in MiB where that is small."""
+    gib = num_bytes / 2**30
+    return f"{gib:,.2f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.2f} MiB"
+
+
+def own_name(fqn: str) -> str:
+    """Return a linear's name in the plain model: PEFT keeps it inside the adapter's module."""
+    return fqn.removesuffix(".base_layer")
+
+
+def refuse_dora(model: nn.Module) -> None:
+    """Refuse adapters that compute with the base weights themselves.
+
+    Raises:
+        JobError: naming both keys.
+    """
+    if any(".lora_magnitude_vector." in name for name, _ in model.named_parameters()):
+        raise JobError(
+            "standard quantization and DoRA do not go together",
+            "DoRA computes with the norms of the base weights, which would be made whole for it in "
+            "each step",
+            "set use_dora: false, or delete quantization_bit",
+        )
+
+
+def distances(layers: list[QuantizedLinear]) -> list[tuple[float, float, float]]:
+    """Return per layer, over all ranks, the squared difference from the originals, their squared
+    norm, and the largest difference as a share of what rounding explains; a collective.
+    """
+    import torch
+    import torch.distributed as dist
+
+    table = torch.stack([m.distance for m in layers if m.distance is not None])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sums, worst = table[:, :2].contiguous(), table[:, 2].contiguous()
+        dist.all_reduce(sums)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        table = torch.cat((sums, worst[:, None]), dim=1)
+    return [(float(a), float(b), float(c)) for a, b, c in table.tolist()]
+
+
+def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return what of a small product differs from bitsandbytes' own: its values, its gradient."""
+    import torch
+    from torch import nn
+
+    from raytrain_adv.ops.quantization import bitsandbytes
+    from raytrain_adv.ops.quantized_linear import QuantizedLinear
+
+    tokens, columns, rows = PROBED
+    kinds = bitsandbytes().nn
+    with torch.device("meta"):  # without values, which would be drawn from the run's generator
+        plain = nn.Linear(columns, rows, bias=False, dtype=dtype)
+        held = kinds.Linear4bit(columns, rows, False, dtype, form.nested, form.kind)
+    with torch.device(device):
+        generator = torch.Generator(device).manual_seed(0)
+
+        def drawn(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, dtype=dtype, generator=generator)
+
+        weight, x, pull = 0.02 * drawn(rows, columns), drawn(tokens, columns), drawn(tokens, rows)
+        ours = QuantizedLinear.of(plain, form).to_empty(device=device)
+        ours.take(weight, device)
+        x.requires_grad_()
+        values = ours(x)
+        (gradient,) = torch.autograd.grad(values, x, pull)
+        if form.is_int8:
+            # From host memory: that is when it quantises. Source of the rest: MatMul8bitFp.
+            int8 = kinds.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+            int8 = int8.to(device)
+            whole = int8.CB.to(dtype).mul_(int8.SCB[:, None].mul(1.0 / 127.0))
+            other, back = x @ whole.t(), pull @ whole
+        else:
+            held.weight = type(held.weight)(
+                weight, False, compress_statistics=form.nested, quant_type=form.kind, module=held
+            )
+            other = held.to(device)(x)
+            (back,) = torch.autograd.grad(other, x, pull)
+    pairs = {"values": (values, other), "gradients": (gradient, back)}
+    return [name for name, (one, two) in pairs.items() if not torch.equal(one, two)]

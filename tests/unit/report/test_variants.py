@@ -1,0 +1,60 @@
+"""What is said of a quantised run's losses: a share only where it says something."""
+
+import pytest
+
+from raytrain_adv.report import variants
+from raytrain_adv.report.html import render
+from raytrain_adv.report.record import RunReport, TransformReport, Variant
+from raytrain_adv.report.summary import summary
+
+TWIN = ("bf16 twin", "PTQ of the twin")
+
+
+def report_of(bf16: float, ptq: float, qat: float, twin: bool = False) -> RunReport:
+    names = (*(TWIN if twin else ("bf16", "PTQ")), "QAT")
+    steps = (8, 8, 8) if twin else (4, 4, 8)
+    found = tuple(
+        Variant(name=name, step=step, loss=loss, perplexity=1.0)
+        for name, step, loss in zip(names, steps, (bf16, ptq, qat), strict=True)
+    )
+    return RunReport(
+        status="done",
+        variants=found,
+        recovered=variants.recovered(found),
+        eval_loss=((8, qat),),
+        transforms={"qat": TransformReport(changed=1, skipped=0)},
+    )
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_the_share_is_of_what_ptq_loses(twin: bool) -> None:
+    report = report_of(2.0, 2.1, 2.02, twin)
+    assert report.recovered == pytest.approx(0.8)
+    said = variants.sentence(report)
+    assert "QAT recovered 80% of the 0.1000" in said
+    assert ("compare: true" in said) is not twin
+
+
+def test_no_share_is_stated_of_next_to_nothing() -> None:
+    report = report_of(6.9221, 6.92212, 6.8838)
+    assert report.recovered is None
+    assert "next to nothing" in variants.sentence(report)
+
+
+def test_what_training_gained_since_the_switch_is_not_called_recovered() -> None:
+    report = report_of(7.0, 7.1, 6.0)
+    assert report.recovered is None
+    assert "says nothing of quantisation; compare: true" in variants.sentence(report)
+
+
+def test_qat_below_its_twin_has_recovered_more_than_all() -> None:
+    assert report_of(2.0, 2.1, 1.99, twin=True).recovered == pytest.approx(1.1)
+
+
+def test_console_and_report_say_that_evaluation_runs_fake_quantised() -> None:
+    report = report_of(2.0, 2.1, 2.02)
+    assert "2.0200 (step 8), fake-quantised" in summary(report)
+    rows = [{"kind": "eval", "step": 8, "loss": 2.02, "how": "fake-quantised"}]
+    assert "eval, fake-quantised" in render(report, rows)
+    plain = report.model_copy(update={"transforms": {}})
+    assert "fake-quantised" not in summary(plain)
