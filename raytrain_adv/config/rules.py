@@ -23,8 +23,9 @@ def contradictions(job: JobConfig) -> Iterable[Problem]:
     yield from _resuming(job)
     yield from _adapters(job)
     yield from _exclusive(job)
-    yield from _fp8_and_qat(job)
-    yield from _float8_activations(job)
+    for section in job.sections():
+        if section.enabled:
+            yield from section.conflicts(job)
     yield from _loss(job)
     yield from _float8_activations(job)
     yield from _delay(job)
@@ -213,40 +214,6 @@ def _exclusive(job: JobConfig) -> Iterable[Problem]:
             if any(key in type(other).model_fields for other in on):
                 own = next(k for k in type(transform).model_fields if _is_switch(transform, k))
                 yield Problem(reason, "turn one of the two off", f"{key} and {own}")
-
-
-def _fp8_and_qat(job: JobConfig) -> Iterable[Problem]:
-    """Find the forms of FP8 whose weights QAT could not round."""
-    on = {key: getattr(t, key) for t in job.transforms if t.enabled for key in type(t).model_fields}
-    if "enable_qat" not in on or "fp8" not in on:
-        return
-    if on["fp8_enable_fsdp_float8_all_gather"]:
-        yield Problem(
-            "QAT rounds the weights as they are, and gathered in FP8 they are rounded to float8 "
-            "already: it would train for other numbers than are exported",
-            "set fp8_enable_fsdp_float8_all_gather: false, or enable_qat: false",
-            "fp8_enable_fsdp_float8_all_gather and enable_qat",
-        )
-    if on["fp8_recipe"] != "tensorwise":
-        yield Problem(
-            f"weights that QAT rounds are multiplied in FP8 with one scale each, and fp8_recipe is "
-            f"{on['fp8_recipe']}",
-            "set fp8_recipe: tensorwise, or enable_qat: false",
-            "fp8_recipe and enable_qat",
-        )
-
-
-def _float8_activations(job: JobConfig) -> Iterable[Problem]:
-    """Find float8 activations in a model whose products are not in bf16."""
-    qat = next((t for t in job.transforms if "qat_activation_dtype" in type(t).model_fields), None)
-    flat = qat.model_dump() if qat is not None and qat.enabled else {}
-    half = job.train.bf16 or job.train.pure_bf16
-    if flat.get("qat_activation_dtype") == "float8_e4m3fn" and not half:
-        yield Problem(
-            "products of float8 rows come out in bf16",
-            "set bf16: true, or qat_activation_dtype: none",
-            "qat_activation_dtype and bf16",
-        )
 
 
 def _loss(job: JobConfig) -> Iterable[Problem]:

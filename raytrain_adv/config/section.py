@@ -1,11 +1,16 @@
 """The shape every group of job keys shares."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from raytrain_adv.config.problems import Problem
+
+if TYPE_CHECKING:
+    from raytrain_adv.config.job import JobConfig
 
 
 class Section(BaseModel):
@@ -36,7 +41,14 @@ class Section(BaseModel):
     def contradictions(self) -> Iterable[Problem]:
         """Find keys of this section that cannot stand together; each Problem names them all.
 
-        Rules between the keys of several sections are in config/rules.py.
+        Rules between the keys of several sections are in config/rules.py; those of a feature with
+        other keys in its `excludes`, and in `conflicts` where it takes more than being on.
+        """
+        return ()
+
+    def conflicts(self, job: JobConfig) -> Iterable[Problem]:
+        """Find keys of other sections that do not go with these, which are on; each Problem names
+        both.
         """
         return ()
 

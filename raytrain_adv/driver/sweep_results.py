@@ -152,7 +152,9 @@ class Results:
         keys |= {k: v for k, v in first.items() if k in SET_BY_THE_SWEEP}
         keys.pop("resume_from_checkpoint", None)
         keys["output_dir"] = str(Path(self._job.output.output_dir) / "best")
-        keys = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in keys.items()}
+        keys = {
+            k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in keys.items()
+        }
         return (
             f"# The best of {len(self.report.trials)} trials of {self._job.source}: "
             f"{self.described(best.metric)}\n"

@@ -177,8 +177,9 @@ def _(x: torch.Tensor, after: torch.Tensor | None = None) -> tuple[torch.Tensor,
 
 def fake_quantize_float8(x: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
     """Return a tensor rounded to float8_e4m3fn with one scale per row; see quantize_float8."""
-    rounded, scale = quantize_float8(x, after)
-    return (rounded.to(torch.float32) * scale).to(x.dtype)
+    values, scale = quantize_float8(x, after)
+    rounded: torch.Tensor = (values.to(torch.float32) * scale).to(x.dtype)
+    return rounded
 
 
 def through_groups(

@@ -10,11 +10,14 @@ float8 for all of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from raytrain_adv.errors import JobError
 from raytrain_adv.ops.fake_quantize import BITS, bounds, through_groups
 from raytrain_adv.ops.fake_quantized import (
     FLOAT8,
@@ -64,6 +67,22 @@ def described(weight_dtype: str, activation_dtype: str) -> str:
         "gradients are in FP8, and forward passes are not: FP8 would round them by "
         f"{OWN_ROUNDING}{known}; {exact}"
     )
+
+
+def refuse_frozen(linears: Iterable[nn.Linear], weight_dtype: str, activation_dtype: str) -> None:
+    """Refuse linears of which one product of three would be in float8, or none.
+
+    Raises:
+        JobError: when their weights are frozen, and their forward pass stays out of float8.
+    """
+    frozen = sum(not linear.weight.requires_grad for linear in linears)
+    if frozen and not is_forward_in_float8(weight_dtype, activation_dtype):
+        raise JobError(
+            f"FP8 has little to do beside QAT with {weight_dtype} weights under LoRA",
+            f"{frozen} linears are frozen, so that they have no weight gradient, and their forward "
+            f"pass stays exact: FP8 would round more than {weight_dtype}",
+            "set fp8: false, or qat_weight_dtype: int4",
+        )
 
 
 @torch._dynamo.allow_in_graph

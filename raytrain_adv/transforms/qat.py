@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torchao.core.config import AOBaseConfig
 
+    from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
     from raytrain_adv.ops.fake_quantized import FakeQuantized
 
@@ -166,6 +167,20 @@ class Qat(Transform):
             fix = "set qat_quantize_embedding: false, or take integer weights"
             yield Problem(text, fix, "qat_weight_dtype and qat_quantize_embedding")
 
+    def conflicts(self, job: JobConfig) -> Iterable[Problem]:
+        """Refuse the forms of FP8 in which weights could not be rounded first."""
+        fp8 = {k: v for t in job.transforms if t.enabled for k, v in t.model_dump().items()}
+        if not fp8.get("fp8"):
+            return
+        off = "or enable_qat: false"
+        if fp8["fp8_enable_fsdp_float8_all_gather"]:
+            key = "fp8_enable_fsdp_float8_all_gather"
+            text = "QAT would round weights that were gathered in float8, and export others"
+            yield Problem(text, f"set {key}: false, {off}", f"{key} and enable_qat")
+        if fp8["fp8_recipe"] != "tensorwise":
+            text = f"rounded weights are multiplied in FP8 with one scale, not {fp8['fp8_recipe']}"
+            yield Problem(text, f"set fp8_recipe: tensorwise, {off}", "fp8_recipe and enable_qat")
+
     def check(self, facts: HardwareFacts) -> None:
         """Refuse machines and software on which the exported model could not be compared.
 
@@ -225,7 +240,11 @@ class Qat(Transform):
                 changes[fqn] = Change(class_name(module), AFTER[class_name(module)])
         self._check_groups({fqn: linears[fqn].in_features for fqn in changes})
         self._check_dora(model)
-        self._check_frozen({fqn: linears[fqn] for fqn in changes})
+        in_float8 = [linears[f] for f, change in changes.items() if change.before == IN_FLOAT8]
+        if in_float8:
+            from raytrain_adv.ops.float8_fake_quantized import refuse_frozen
+
+            refuse_frozen(in_float8, self.qat_weight_dtype, self.activation_dtype)
         embedding = input_embedding(model)
         if embedding is not None:
             fqn = next(name for name, module in model.named_modules() if module is embedding)
@@ -280,19 +299,6 @@ class Qat(Transform):
                 "QAT and DoRA do not go together",
                 "DoRA computes with the base weights themselves, which would not be rounded",
                 "set use_dora: false, or enable_qat: false",
-            )
-
-    def _check_frozen(self, linears: dict[str, nn.Linear]) -> None:
-        from raytrain_adv.ops.float8_fake_quantized import is_forward_in_float8
-
-        in_float8 = [m for m in linears.values() if class_name(m) == IN_FLOAT8]
-        frozen = sum(not m.weight.requires_grad for m in in_float8)
-        if frozen and not is_forward_in_float8(self.qat_weight_dtype, self.activation_dtype):
-            raise JobError(
-                f"FP8 has little to do beside QAT with {self.qat_weight_dtype} weights under LoRA",
-                f"{frozen} linears are frozen, so that they have no weight gradient, and their "
-                f"forward pass stays exact: FP8 would round more than {self.qat_weight_dtype}",
-                "set fp8: false, or qat_weight_dtype: int4",
             )
 
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:

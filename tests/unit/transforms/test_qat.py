@@ -87,10 +87,10 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(tmp_pat
         ({"qat_weight_dtype": "float8_e4m3fn", "qat_group_size": 32}, "one scale per channel"),
         ({"qat_weight_dtype": "float8_e4m3fn", "qat_quantize_embedding": True}, "float8 tables"),
         ({"fp8": True, "fp8_recipe": "rowwise"}, "fp8_recipe: tensorwise"),
-        ({"fp8": True, "fp8_enable_fsdp_float8_all_gather": True}, "rounded to float8 already"),
+        ({"fp8": True, "fp8_enable_fsdp_float8_all_gather": True}, "gathered in float8"),
         (
             {"qat_weight_dtype": "float8_e4m3fn", "qat_activation_dtype": "float8_e4m3fn"},
-            "come out in bf16",
+            "come out in bfloat16",
         ),
         ({"fake_quant_after_n_steps": "later"}, "never"),
         ({"fake_quant_after_n_steps": 9, "max_steps": 9}, "at most 8"),
