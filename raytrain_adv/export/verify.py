@@ -18,7 +18,7 @@ from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import GIB, folder_gib
 from raytrain_adv.export.quantize import DEPRECATION
 from raytrain_adv.transforms.apply import enabled
-from raytrain_adv.transforms.qat import FLOAT8, Qat
+from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.worker.parallel import compute_dtype
 
 MOST_TOKENS = 256
@@ -200,8 +200,6 @@ def why_not_exact(job: JobConfig, trained_on: torch.device, device: torch.device
     """Say why logits need not agree bit for bit; empty where they must."""
     if device != trained_on:
         return f"{trained_on} has no room for it, and another device adds in another order"
-    if job.transform(Qat).activation_dtype == FLOAT8:
-        return "float8 products are added up by another kernel than bfloat16 ones"
     # What computes in FP8 and rounds too is exact in evaluation; what QAT leaves out is in FP8.
     exact = {"lora", "qat"} if job.transform(Qat).excluded else {"lora", "qat", "fp8"}
     others = [t.name for t in enabled(job) if t.name not in exact and t.stage != "loss"]

@@ -146,28 +146,40 @@ def _(
     return rounded, scale, zero_point
 
 
-@torch.library.custom_op("raytrain_adv::fake_quantize_float8", mutates_args=())
-def fake_quantize_float8(x: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
-    """Return a tensor rounded to float8_e4m3fn with one float32 scale per row.
+@torch.library.custom_op("raytrain_adv::quantize_float8", mutates_args=())
+def quantize_float8(
+    x: torch.Tensor, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a tensor in float8_e4m3fn, and one scale per row.
 
-    Source: torchao.quantization.Float8Tensor.from_hp and dequantize, torchao 0.18, with a bound
-    that keeps rows of zeros zero.
+    Source: torchao.quantization.Float8Tensor.from_hp, torchao 0.18, with a bound that keeps rows of
+    zeros zero.
 
     Args:
         x: [..., features], float32 or bfloat16.
         after: see the module's text.
+
+    Returns:
+        [..., features] in float8_e4m3fn, and [..., 1] in float32.
     """
     amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
     largest = torch.finfo(E4M3).max
     # The quotient is rounded to x's dtype, as torchao's is.
     scale = (amax / largest).to(torch.float32)
-    rounded = (x.to(torch.float32) / scale).clamp(min=-largest, max=largest).to(E4M3)
-    return (rounded.to(torch.float32) * scale).to(x.dtype)
+    return (x.to(torch.float32) / scale).clamp(min=-largest, max=largest).to(E4M3), scale
 
 
-@fake_quantize_float8.register_fake
-def _(x: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
-    return x.new_empty(x.shape)
+@quantize_float8.register_fake
+def _(x: torch.Tensor, after: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=E4M3), scale
+
+
+def fake_quantize_float8(x: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a tensor rounded to float8_e4m3fn with one scale per row; see quantize_float8."""
+    values, scale = quantize_float8(x, after)
+    rounded: torch.Tensor = (values.to(torch.float32) * scale).to(x.dtype)
+    return rounded
 
 
 def through_groups(

@@ -13,6 +13,7 @@ from raytrain_adv.ops.fake_quantize import (
     fake_quantize_float8,
     fake_quantize_groups,
     fake_quantize_tokens,
+    quantize_float8,
     through_groups,
     through_tokens,
 )
@@ -39,6 +40,8 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.kinds = (weight_dtype, group_size, activation_dtype)
+        if weight_dtype == activation_dtype == FLOAT8:
+            return float8_product(x, weight, bias)
         rounded, _ = rounded_weight(weight, weight_dtype, group_size)
         rounded_x, _, _ = rounded_activation(x, activation_dtype)
         return F.linear(rounded_x, rounded, bias)
@@ -120,6 +123,34 @@ def rounded_activation(
         return x, None, None
     rounded, scale, zero_point = fake_quantize_tokens(x, after)
     return rounded, scale, zero_point
+
+
+def float8_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return x @ weight.t() + bias with both factors in float8, one scale per row of each.
+
+    Source: torchao 0.18, _float8_addmm_impl, which is what the exported tensor does, without mslk.
+
+    Args:
+        x: [..., in_features], float32 or bfloat16; of the latter alone on a GPU.
+        weight: [out_features, in_features].
+        bias: [out_features].
+    """
+    values, scale = quantize_float8(x.reshape(-1, x.shape[-1]))
+    of_weight, weight_scale = quantize_float8(weight)
+    # _scaled_mm adds no bias to float32.
+    added = bias if x.dtype != torch.float32 else None
+    output = torch._scaled_mm(
+        values,
+        of_weight.t(),
+        scale_a=scale,
+        scale_b=weight_scale.t(),
+        bias=added,
+        out_dtype=x.dtype,
+        use_fast_accum=True,
+    ).view(*x.shape[:-1], weight.shape[0])
+    return output if bias is None or added is not None else output + bias
 
 
 class FakeQuantizedLinear(nn.Linear):

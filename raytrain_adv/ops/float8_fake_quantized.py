@@ -3,19 +3,29 @@
 Float8 rounds too: to four significant bits, which is 3.7 % of a product of normally distributed
 factors (tests/unit/ops). Integer weights of at most four bits change it by 9.5 % and more, those of
 eight by 1 %. So the first are multiplied in float8 in forward, and of the others forward stays
-exact: what float8 would add is more than what is trained for. Both products of backward are in
+exact: what float8 would add is more than what is trained for. Weights and activations that are
+rounded to float8 are multiplied as the exported model does it. Both products of backward are in
 float8 for all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from raytrain_adv.errors import JobError
 from raytrain_adv.ops.fake_quantize import BITS, bounds, through_groups
-from raytrain_adv.ops.fake_quantized import FakeQuantizedLinear, rounded_activation, rounded_weight
+from raytrain_adv.ops.fake_quantized import (
+    FLOAT8,
+    FakeQuantizedLinear,
+    float8_product,
+    rounded_activation,
+    rounded_weight,
+)
 from raytrain_adv.ops.float8_cast import (
     cast,
     cast_both,
@@ -37,7 +47,12 @@ def is_coarse(weight_dtype: str) -> bool:
     return BITS.get(weight_dtype, 8) <= 4
 
 
-def described(weight_dtype: str) -> str:
+def is_forward_in_float8(weight_dtype: str, activation_dtype: str) -> bool:
+    """Whether the forward product is computed in float8, and not backward's two alone."""
+    return is_coarse(weight_dtype) or weight_dtype == activation_dtype == FLOAT8
+
+
+def described(weight_dtype: str, activation_dtype: str) -> str:
     """Say what is computed in float8, and what that does to the numbers."""
     exact = "evaluation is exact, as the exported model computes"
     if is_coarse(weight_dtype):
@@ -45,11 +60,29 @@ def described(weight_dtype: str) -> str:
             f"all three products are in FP8, which rounds them by {OWN_ROUNDING} beside the "
             f"{ROUNDING[weight_dtype]} of {weight_dtype} weights in groups of 32; {exact}"
         )
+    if is_forward_in_float8(weight_dtype, activation_dtype):
+        return f"all three products are in FP8, forward as the exported model computes it; {exact}"
     known = f" and {weight_dtype} by {ROUNDING[weight_dtype]}" if weight_dtype in ROUNDING else ""
     return (
         "gradients are in FP8, and forward passes are not: FP8 would round them by "
         f"{OWN_ROUNDING}{known}; {exact}"
     )
+
+
+def refuse_frozen(linears: Iterable[nn.Linear], weight_dtype: str, activation_dtype: str) -> None:
+    """Refuse linears of which one product of three would be in float8, or none.
+
+    Raises:
+        JobError: when their weights are frozen, and their forward pass stays out of float8.
+    """
+    frozen = sum(not linear.weight.requires_grad for linear in linears)
+    if frozen and not is_forward_in_float8(weight_dtype, activation_dtype):
+        raise JobError(
+            f"FP8 has little to do beside QAT with {weight_dtype} weights under LoRA",
+            f"{frozen} linears are frozen, so that they have no weight gradient, and their forward "
+            f"pass stays exact: FP8 would round more than {weight_dtype}",
+            "set fp8: false, or qat_weight_dtype: int4",
+        )
 
 
 @torch._dynamo.allow_in_graph
@@ -78,6 +111,8 @@ class _Product(torch.autograd.Function):
         ctx.kinds = (trains_weight, weight_dtype, group_size)
         ctx.save_for_backward(x8_t, x_scale, weight)
         if not is_coarse(weight_dtype) or scales is None:
+            if weight_dtype == activation_dtype == FLOAT8:
+                return float8_product(x, weight, bias)
             return F.linear(rounded_x, rounded, bias)
         x8 = cast(rounded_x, x_scale, E4M3) if x8 is None else x8
         if scales.shape[1] > 1:

@@ -167,13 +167,18 @@ def gather_in_float8(linear: nn.Linear) -> None:
 @torch.no_grad()
 def update_scales(model: nn.Module) -> None:
     """Compute the scales of all weights that are gathered in float8, with one all-reduce; to be
-    called whenever their values have changed.
+    called whenever their values have changed. Frozen weights keep the scale they have.
 
     Source: torchao.float8.precompute_float8_dynamic_scale_for_fsdp; not that one, because DTensor's
     collectives end in a segmentation fault where ranks share a GPU over gloo (torch 2.11).
     """
     parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
-    shards = [p._local_tensor for p in parameters if isinstance(p._local_tensor, GatheredInFloat8)]
+    shards = [
+        local
+        for p in parameters
+        if isinstance(local := p._local_tensor, GatheredInFloat8)
+        and (p.requires_grad or local.scale.value is None)
+    ]
     if not shards:
         return
     mesh = parameters[0].device_mesh

@@ -90,7 +90,7 @@ def _prepare(
     earlier: Mapping[str, Plan],
 ) -> Plan:
     machine = facts or _this_machine()
-    plan = transform.plan_for(job, model, machine)
+    plan = give_way(transform, transform.plan_for(job, model, machine), earlier)
     refuse_empty(transform, plan)
     refuse_conflict(transform, plan, earlier)
     before = kinds(model, transform)
@@ -198,6 +198,18 @@ def refuse_empty(transform: Transform, plan: Plan) -> None:
         or "no module of the model is of a kind it changes",
         f"turn it off, or change its keys: {', '.join(type(transform).model_fields)}",
     )
+
+
+def give_way(transform: Transform, plan: Plan, earlier: Mapping[str, Plan]) -> Plan:
+    """Return the plan without the modules that this transform leaves to earlier ones."""
+    left = {
+        fqn: f"computed by {name}"
+        for name in sorted(transform.gives_way_to & earlier.keys())
+        for fqn in plan.changes
+        if _touches(fqn, earlier[name].changes)
+    }
+    kept = {fqn: change for fqn, change in plan.changes.items() if fqn not in left}
+    return replace(plan, changes=kept, skipped={**plan.skipped, **left})
 
 
 def refuse_conflict(transform: Transform, plan: Plan, earlier: Mapping[str, Plan]) -> None:

@@ -50,9 +50,15 @@ class Liger(Transform):
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "quantized_base", "fp8", "qat"})
 
     use_liger_kernel: bool | dict[str, bool] = False
-    """Use Liger's layers: true takes its norms and gated MLPs; a mapping takes what it names, of
-    rms_norm, layer_norm, swiglu, geglu and rope. The loss has a key of its own, loss_kernel.
+    """Use Liger's layers: true takes its norms and gated MLPs, but for those that use_kernels
+    computes; a mapping takes what it names, of rms_norm, layer_norm, swiglu, geglu and rope. The
+    loss has a key of its own, loss_kernel.
     """
+
+    @property
+    def gives_way_to(self) -> frozenset[str]:
+        """Kernels that are asked for by name, where Liger's layers are not."""
+        return frozenset({"kernels"} if self.use_liger_kernel is True else ())
 
     @property
     def layers(self) -> dict[str, bool]:
@@ -170,7 +176,14 @@ class Liger(Transform):
 
     def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
         """Bind Liger's forward to the planned modules."""
+        before = {fqn: vars(module).get("forward") for fqn, module in model.named_modules()}
         self._apply(model)
+        for fqn, module in model.named_modules():
+            if fqn in plan.changes or vars(module).get("forward") is before[fqn]:
+                continue
+            del module.forward
+            if before[fqn] is not None:
+                module.forward = before[fqn]
 
     def _apply(self, model: nn.Module) -> dict[str, int]:
         """Patch the model's instances, a kind of layer at a time; return how many each changed."""

@@ -112,8 +112,8 @@ class Qat(Transform):
     @property
     def proven_by(self) -> str:  # type: ignore[override] # a class variable where it never varies
         """The operator that rounds weights."""
-        kind = "float8" if self.is_float8 else "groups"
-        return f"raytrain_adv::fake_quantize_{kind}"
+        kind = "quantize_float8" if self.is_float8 else "fake_quantize_groups"
+        return f"raytrain_adv::{kind}"
 
     @property
     def is_float8(self) -> bool:
@@ -201,29 +201,19 @@ class Qat(Transform):
                 text = f"{error.what[0].lower()}{error.what[1:]}: {error.found}"
                 yield Problem(text, error.fix, "fake_quant_after_n_steps and max_steps")
 
-    def _with_fp8(self, job: JobConfig) -> Iterable[Problem]:
-        on = {
-            key: getattr(t, key)
-            for t in job.transforms
-            if t.enabled
-            for key in type(t).model_fields
-        }
-        if "fp8" not in on:
+    @staticmethod
+    def _with_fp8(job: JobConfig) -> Iterable[Problem]:
+        fp8 = {k: v for t in job.transforms if t.enabled for k, v in t.model_dump().items()}
+        if not fp8.get("fp8"):
             return
-        if on["fp8_enable_fsdp_float8_all_gather"]:
-            yield Problem(
-                "QAT rounds the weights as they are, and gathered in FP8 they are rounded to "
-                "float8 already: it would train for other numbers than are exported",
-                "set fp8_enable_fsdp_float8_all_gather: false, or enable_qat: false",
-                "fp8_enable_fsdp_float8_all_gather and enable_qat",
-            )
-        if on["fp8_recipe"] != "tensorwise":
-            yield Problem(
-                "weights that QAT rounds are multiplied in FP8 with one scale each, and fp8_recipe "
-                f"is {on['fp8_recipe']}",
-                "set fp8_recipe: tensorwise, or enable_qat: false",
-                "fp8_recipe and enable_qat",
-            )
+        off = "or enable_qat: false"
+        if fp8["fp8_enable_fsdp_float8_all_gather"]:
+            key = "fp8_enable_fsdp_float8_all_gather"
+            text = "QAT would round weights that were gathered in float8, and export others"
+            yield Problem(text, f"set {key}: false, {off}", f"{key} and enable_qat")
+        if fp8["fp8_recipe"] != "tensorwise":
+            text = f"rounded weights are multiplied in FP8 with one scale, not {fp8['fp8_recipe']}"
+            yield Problem(text, f"set fp8_recipe: tensorwise, {off}", "fp8_recipe and enable_qat")
 
     def check(self, facts: HardwareFacts) -> None:
         """Refuse machines and software on which the exported model could not be compared.
@@ -282,7 +272,11 @@ class Qat(Transform):
             else:
                 changes[fqn] = Change(class_name(module), AFTER[class_name(module)])
         self._check_groups({fqn: linears[fqn].in_features for fqn in changes})
-        self._check_frozen({fqn: linears[fqn] for fqn in changes})
+        in_float8 = [linears[f] for f, change in changes.items() if change.before == IN_FLOAT8]
+        if in_float8:
+            from raytrain_adv.ops.float8_fake_quantized import refuse_frozen
+
+            refuse_frozen(in_float8, self.qat_weight_dtype, self.activation_dtype)
         embedding = input_embedding(model)
         if embedding is not None:
             fqn = next(name for name, module in model.named_modules() if module is embedding)
@@ -330,19 +324,6 @@ class Qat(Transform):
             "layers out with qat_exclude",
         )
 
-    def _check_frozen(self, linears: dict[str, nn.Linear]) -> None:
-        from raytrain_adv.ops.float8_fake_quantized import is_coarse
-
-        in_float8 = [m for m in linears.values() if class_name(m) == IN_FLOAT8]
-        frozen = sum(not m.weight.requires_grad for m in in_float8)
-        if frozen and not is_coarse(self.qat_weight_dtype):
-            raise JobError(
-                f"FP8 has little to do beside QAT with {self.qat_weight_dtype} weights under LoRA",
-                f"{frozen} linears are frozen, so that they have no weight gradient, and their "
-                f"forward pass stays exact: FP8 would round more than {self.qat_weight_dtype}",
-                "set fp8: false, or qat_weight_dtype: int4",
-            )
-
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
         first = self.first_step
         when = "never in training (PTQ)" if first is None else f"from optimizer step {first}"
@@ -352,7 +333,8 @@ class Qat(Transform):
         if any(change.after == LINEAR_IN_FLOAT8 for change in changes.values()):
             from raytrain_adv.ops.float8_fake_quantized import described
 
-            yield f"FP8 and QAT together need careful tuning: {described(self.qat_weight_dtype)}"
+            how = described(self.qat_weight_dtype, self.activation_dtype)
+            yield f"FP8 and QAT together need careful tuning: {how}"
         if any(change.after == EMBEDDING for change in changes.values()) and is_tied(model):
             yield (
                 "the embedding is tied to the head: it is quantised where it is looked up, the "

@@ -73,6 +73,11 @@ class Transform(Section):
     """Names of transforms whose modules this one may change again."""
 
     @property
+    def gives_way_to(self) -> frozenset[str]:
+        """Names of transforms to which this one leaves modules that both would change."""
+        return frozenset()
+
+    @property
     def enabled(self) -> bool:
         """Whether the job asks for this transform; a pure function of its own keys."""
         return False

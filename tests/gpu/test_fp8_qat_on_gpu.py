@@ -1,6 +1,7 @@
 """FP8 with QAT and with frozen weights on a GPU: numbers, compiled and eager, and what is run."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torchao.float8 import Float8LinearConfig
 from raytrain_adv.ops.fake_quantized import FakeQuantizedLinear
 from raytrain_adv.ops.float8_fake_quantized import Float8FakeQuantizedLinear, is_coarse
 from raytrain_adv.ops.float8_linear import Float8Linear
+from tests.kernel_folders import ACTIVATION, write_kernel
 from tests.unit.ops.test_float8_fake_quantized import SCHEMES, apart, cosine, passed
+from tests.workers import losses, run_workers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,3 +81,40 @@ def test_a_frozen_weight_costs_no_gradient_product_when_compiled(kind):
     assert counts["aten::_scaled_mm"] == 2
     assert "raytrain_adv::cast_both" not in counts
     assert plain.weight.grad is None and x.grad.abs().sum() > 0
+
+
+def test_the_documented_combinations_train_with_every_feature_on(job_file, tmp_path):
+    """FP8, a Hub kernel, Liger and torch_compile; QAT and a Hub kernel; FP8 and QAT with all of it.
+    The profile of a step proves FP8 and QAT after kernels were put around them, or the run stops.
+    """
+    activation = write_kernel(tmp_path / "act", ACTIVATION, "torch-cuda", name="activation")
+    source = tmp_path / "model-source" / "config.json"
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "attention_dropout": 0.0}
+    source.write_text(json.dumps(json.loads(source.read_text()) | sizes))
+    shared = {"pure_bf16": True, "packing": True, "cutoff_len": 64, "learning_rate": 1e-3}
+    kernel = {"use_kernels": True, "kernel_name": str(activation)}
+    compiled = {"torch_compile": True, "use_liger_kernel": True}
+    fp8 = {"fp8": True, "fp8_min_features": 16}
+    qat = {"enable_qat": True, "qat_activation_dtype": "int8", "qat_weight_dtype": "int4"}
+    variants = {
+        "plain": {},
+        "fp8": {**fp8, **kernel, **compiled},
+        "qat": {**qat, **kernel},
+        "both": {**fp8, **qat, **kernel, **compiled},
+    }
+    figures = run_workers(
+        1,
+        *(
+            job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **{**shared, **keys})
+            for name, keys in variants.items()
+        ),
+    )
+    plain = list(losses(tmp_path / "plain").values())
+    for name in ("fp8", "qat", "both"):
+        found = list(losses(tmp_path / name).values())
+        assert found == pytest.approx(plain, rel=2e-2) and found != plain, name
+    assert list(losses(tmp_path / "both").values()) == pytest.approx(
+        list(losses(tmp_path / "qat").values()), rel=5e-3
+    )
+    # Compared by each run itself; kernels round at other places than the plain model.
+    assert all(run["quantized_logit_difference"] is not None for run in figures[2:])

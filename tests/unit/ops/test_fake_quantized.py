@@ -90,6 +90,31 @@ def test_torchaos_float8_weights_compute_the_same_numbers():
     torch.testing.assert_close(ours(x), converted(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchaos_float8_products_are_the_same_bits(dtype):
+    """The product itself is torchao's, not one of dequantised values: only rounding is trained."""
+    from torchao.quantization import Float8Tensor, PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+    from raytrain_adv.ops.fake_quantize import EPS
+    from raytrain_adv.ops.quantized_config import config_of
+
+    config = config_of(FLOAT8, None, FLOAT8)
+    linear, x, _ = inputs(dtype)
+    of_activations = QuantizeTensorToFloat8Kwargs(
+        torch.float8_e4m3fn, PerRow(), hp_value_lb=EPS, kernel_preference=config.kernel_preference
+    )
+    weight = Float8Tensor.from_hp(
+        linear.weight.detach(),
+        hp_value_lb=EPS,
+        mm_config=config.mm_config,
+        act_quant_kwargs=of_activations,
+    )
+    ours = FakeQuantizedLinear.of(linear, FLOAT8, None, FLOAT8)
+    with torch.no_grad():
+        assert torch.equal(ours(x), F.linear(x, weight, linear.bias))
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
 @pytest.mark.parametrize("scheme", INTEGERS[:-1] + FLOATS)
 def test_gradients_point_where_unquantised_ones_do(scheme, size):

@@ -12,8 +12,9 @@ from raytrain_adv.config import load
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.transforms import Change, Plan
-from raytrain_adv.transforms.apply import plan_all, prepare_all
+from raytrain_adv.transforms.apply import fetch_all, plan_all, prepare_all
 from raytrain_adv.transforms.liger import Liger
+from tests.kernel_folders import ACTIVATION, write_kernel
 from tests.tiny_models import KINDS, SIZES, job_for
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is an extra, for Linux alone")
@@ -58,6 +59,22 @@ def test_other_models_of_the_process_stay_as_they_are(tmp_path):
     assert modeling_llama.LlamaForCausalLM.forward is forward and "forward" not in vars(model)
     _, other = model_of("llama", tmp_path)
     assert not any("forward" in vars(m) for m in other.modules())
+
+
+def test_true_leaves_to_kernels_what_they_compute_and_a_mapping_does_not(tmp_path):
+    """So the documented combination of both holds as it is written."""
+    keys = {"use_kernels": True, "kernel_name": str(write_kernel(tmp_path / "a", ACTIVATION))}
+    job, model = model_of("llama", tmp_path, use_liger_kernel=True, **keys)
+    fetch_all(job, NODE, print)
+    plan = prepare_all(job, model, NODE)["liger"]
+    assert len(plan.changes) == 5 and all("norm" in fqn for fqn in plan.changes)
+    assert set(plan.skipped.values()) == {"computed by kernels"} and len(plan.skipped) == 2
+    assert "forward" not in vars(model.model.layers[0].mlp)
+    named = {"rms_norm": True, "swiglu": True}
+    job, model = model_of("llama", tmp_path / "b", use_liger_kernel=named, **keys)
+    fetch_all(job, NODE, print)
+    with pytest.raises(JobError, match="would both change the same modules"):
+        prepare_all(job, model, NODE)
 
 
 def test_the_plan_changes_nothing_and_a_mapping_takes_what_it_names(tmp_path):

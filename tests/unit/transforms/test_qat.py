@@ -9,7 +9,7 @@ from raytrain_adv import hardware
 from raytrain_adv.driver.twin import twins
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.transforms.apply import plan_all, prepare_all
-from raytrain_adv.transforms.qat import EMBEDDING, LINEAR, Qat, rounding
+from raytrain_adv.transforms.qat import EMBEDDING, LINEAR, LINEAR_IN_FLOAT8, Qat, rounding
 from raytrain_adv.worker.model import build
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -88,7 +88,11 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(tmp_pat
         ({"qat_weight_dtype": "float8_e4m3fn", "qat_group_size": 32}, "one scale per channel"),
         ({"qat_weight_dtype": "float8_e4m3fn", "qat_quantize_embedding": True}, "float8 tables"),
         ({"fp8": True, "fp8_recipe": "rowwise"}, "fp8_recipe: tensorwise"),
-        ({"fp8": True, "fp8_enable_fsdp_float8_all_gather": True}, "rounded to float8 already"),
+        ({"fp8": True, "fp8_enable_fsdp_float8_all_gather": True}, "gathered in float8"),
+        (
+            {"qat_weight_dtype": "float8_e4m3fn", "qat_activation_dtype": "float8_e4m3fn"},
+            "come out in bfloat16",
+        ),
         ({"fake_quant_after_n_steps": "later"}, "never"),
         ({"fake_quant_after_n_steps": 9, "max_steps": 9}, "at most 8"),
         ({"compare": True}, "hold rows out"),
@@ -126,6 +130,30 @@ def test_an_exclude_that_matches_nothing_is_an_error(tmp_path):
         plan()
     _, _, plan = planned(tmp_path / "b", qat_exclude="down_proj, *.0.*.q_proj")
     assert list(plan().skipped.values()).count("in qat_exclude") == 3
+
+
+def test_on_an_fp8_linear_the_plan_says_what_is_computed_in_fp8(tmp_path):
+    fp8 = {"fp8": True, "fp8_min_features": 16, "fp8_exclude": "down_proj"}
+    job, model, plan = planned(tmp_path, **fp8, qat_weight_dtype="int4")
+    plans = prepare_all(job, model, CPU)
+    kinds = [change.after for change in plans["qat"].changes.values()]
+    assert (kinds.count(LINEAR_IN_FLOAT8), kinds.count(LINEAR), kinds.count(EMBEDDING)) == (
+        12,
+        2,
+        1,
+    )
+    assert any("careful tuning: all three products" in note for note in plans["qat"].notes)
+    _, _, plan = planned(tmp_path / "b", **fp8, qat_weight_dtype="int8")
+    assert any("forward passes are not" in note for note in plan().notes)
+
+
+def test_fp8_beside_int8_on_frozen_weights_would_do_little_and_is_refused(tmp_path):
+    keys = {"fp8": True, "fp8_min_features": 16, "finetuning_type": "lora"}
+    _, _, plan = planned(tmp_path, **keys)
+    with pytest.raises(JobError, match="little to do"):
+        plan()
+    _, _, plan = planned(tmp_path / "b", **keys, qat_weight_dtype="int4")
+    assert any(change.after == LINEAR_IN_FLOAT8 for change in plan().changes.values())
 
 
 def test_adapters_stay_and_their_base_is_rounded(tmp_path):
