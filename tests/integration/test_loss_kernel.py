@@ -1,4 +1,6 @@
-"""The chunked loss in whole runs on CPU processes over gloo: the losses of the torch loss."""
+"""The chunked loss, which is the default, in whole runs on CPU processes over gloo: the losses of
+the torch loss.
+"""
 
 import json
 from pathlib import Path
@@ -29,15 +31,14 @@ def test_losses_are_those_of_plain_logits_on_one_worker_and_on_two(job_file, key
     def job(name, **changed):
         return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **same, **changed)
 
-    run_workers(1, job("torch-1"), job("chunked-1", loss_kernel="chunked"))
-    run_workers(
-        2, job("torch-2", loss_kernel="torch"), job("chunked-2", loss_kernel="chunked", bf16=False)
-    )
+    run_workers(1, job("torch-1", loss_kernel="torch"), job("chunked-1"))
+    run_workers(2, job("torch-2", loss_kernel="torch"), job("chunked-2", bf16=False))
     for workers in (1, 2):
         reference, found = tmp_path / f"torch-{workers}", tmp_path / f"chunked-{workers}"
         expected = list(losses(reference).values())
         assert len(expected) == 6 and expected[-1] < expected[0] - 0.1
         assert list(losses(found).values()) == pytest.approx(expected, rel=2e-5)
+        assert "checked on 64 tokens before training" in (found / "metrics.jsonl").read_text()
         assert eval_losses(found) == pytest.approx(eval_losses(reference), rel=2e-5)
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from raytrain_adv.config import load
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
@@ -26,12 +26,12 @@ MODELS = {
     "gemma2": {"final_logit_softcapping": 5.0},
     "cohere": {"logit_scale": 0.2},
     "granite": {"logits_scaling": 4.0},
-    "hyperclovax": {"logits_scaling": 4.0, "head_dim": 8},
+    "hyperclovax": {"logits_scaling": 0.25, "head_dim": 8},
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
     "gpt2": {},
     "mixtral": {},
 }
-"""gptj's head has a bias."""
+"""gptj's head has a bias; hyperclovax multiplies by the key that granite divides by."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,8 @@ def small_chunks(monkeypatch):
 
 def model_of(kind, tmp_path, dtype=torch.float32, **keys):
     """Return a job and a tiny real model with the job's transforms on it."""
+    if kind.partition("-")[0] not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {kind}")
     torch.manual_seed(0)
     changed = {**SIZES, "vocab_size": 96, **KINDS.get(kind, {}), **MODELS.get(kind, {})}
     config = AutoConfig.for_model(kind.partition("-")[0], **changed)
