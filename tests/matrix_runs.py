@@ -107,7 +107,7 @@ def write_shape(folder: Path, changed: dict[str, int]) -> Path:
         if file.suffix in (".json", ".jinja"):
             shutil.copy(file, folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, **changed}
     (folder / "config.json").write_text(json.dumps(config))
     return folder

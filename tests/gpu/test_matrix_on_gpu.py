@@ -24,6 +24,7 @@ def runs(tmp_path_factory):
     before = dict(os.environ)
     os.environ |= {**ALONE, "MASTER_PORT": str(workers.free_port())}
     wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    wide |= {"num_hidden_layers": 2}
     yield Runs(tmp_path_factory.mktemp("matrix"), 1, {"bf16": True}, shape=wide)
     workers.stop(1)
     os.environ.clear()
