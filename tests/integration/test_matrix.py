@@ -8,6 +8,7 @@ from tests.matrix_runs import FEATURES, UNSHARDED, Runs, losses_of, numbers, req
 
 CELLS = [cell for cell in matrix.cells() if cell.test == matrix.TRAINED]
 ON_CPU = [slug for slug, feature in FEATURES.items() if not feature.kind.needs_gpu]
+ROUNDING = frozenset({"fp8", "qat", "standard_quantization"})
 EXACT = '''
 import torch
 from torch import nn
@@ -58,7 +59,9 @@ def test_it_trains_by_its_numbers_resumes_and_exports(runs, cell):
         others = [slug for slug in slugs if slug != "fsdp"]
         sharded = runs.with_features(*others)
         whole = runs.with_features(*others, **UNSHARDED)
-        assert losses_of(sharded) == close(losses_of(whole), 1e-4)
+        # Sums in another order flip some roundings of features that round.
+        rounds = ROUNDING.intersection(others)
+        assert losses_of(sharded) == close(losses_of(whole), 1e-3 if rounds else 1e-4)
         require_loads(sharded)
         return
     if len(slugs) == 1:
