@@ -216,7 +216,7 @@ def _local_folder(wanted: Wanted, target: Target | None) -> Path:
     root = wanted.folder.absolute()
     if not root.is_dir():
         raise JobError(
-            f"there is no kernel folder {wanted.source}",
+            f"kernel not found: there is no kernel folder {wanted.source}",
             f"{root} is {'a file' if root.exists() else 'not there'}",
             "correct kernel_name; relative paths count from the folder you launch in",
         )

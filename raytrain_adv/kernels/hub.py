@@ -178,7 +178,7 @@ def _asked(wanted: Wanted, ask: Callable[[HfApi], Answer]) -> Answer:
         return ask(HfApi(library_name="raytrain_adv"))
     except RepositoryNotFoundError as error:
         raise JobError(
-            f"there is no kernel {wanted.source} on the Hub",
+            f"kernel not found: there is no kernel {wanted.source} on the Hub",
             _first_line(error),
             "correct its name, or set HF_TOKEN if the repository is private",
         ) from error

@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
 from raytrain_adv.ops.float8_cast import cast_padded, scale_of
 from raytrain_adv.shards import SHARDED
@@ -144,6 +143,9 @@ class GatheredInFloat8(torch.Tensor):
         """Make the whole weight of what was gathered, or give the one there is its new scale;
         called by FSDP2.
         """
+        # Here, because what reads and writes checkpoints of any job comes by this module.
+        from torchao.float8.float8_training_tensor import Float8TrainingTensor
+
         (data,), (scale,) = all_gather_outputs, metadata
         if out is None:
             values = data.view(torch.float8_e4m3fn)

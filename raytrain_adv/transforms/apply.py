@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.config import JobConfig
-from raytrain_adv.errors import JobError, TrainingError
+from raytrain_adv.config.problems import show
+from raytrain_adv.config.rules import switch
+from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.transforms.transform import Plan, Transform
 
 if TYPE_CHECKING:
@@ -25,6 +28,28 @@ NAMED = 4
 def enabled(job: JobConfig) -> list[Transform]:
     """Return the transforms the job asks for, in the order in which they are applied."""
     return [t for t in job.transforms if isinstance(t, Transform) and t.enabled]
+
+
+def check_all(job: JobConfig, facts: HardwareFacts) -> None:
+    """Check on a worker that this machine and its software can do what the job asks for.
+
+    Raises:
+        ClusterError: naming the rule that refused, or the package that cannot be imported.
+    """
+    for transform in enabled(job):
+        transform.check(facts)
+        for package in transform.imports:
+            try:
+                importlib.import_module(package)
+            except (ImportError, OSError) as error:
+                version = facts.versions.get(package.replace("_", "-")) or "of unknown version"
+                off = f"{switch(transform)}: {show(type(transform).default(switch(transform)))}"
+                raise ClusterError(
+                    f"{type(transform).feature} needs {package}: {package} not available",
+                    f"node {facts.node_ip}, {package} {version} cannot be imported: {error}",
+                    f"install it anew on that node, with the versions of constraints.txt, or set "
+                    f"{off}",
+                ) from error
 
 
 def plan_all(

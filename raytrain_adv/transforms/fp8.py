@@ -54,6 +54,7 @@ class Fp8(Transform):
         "fp8_min_features": 16,
     }
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
+    imports: ClassVar[tuple[str, ...]] = ("torchao",)
     proven_by: ClassVar[str] = "aten::_scaled_mm"
 
     fp8: bool = False

@@ -100,8 +100,9 @@ class HubKernels(Transform):
         """
         version = facts.versions.get("kernels")
         if version is None or numbers(version) < OLDEST:
+            missing = ": kernels package not available" if version is None else ""
             raise ClusterError(
-                f"use_kernels needs the package kernels, {OLDEST[0]}.{OLDEST[1]} or newer",
+                f"use_kernels needs the package kernels, {OLDEST[0]}.{OLDEST[1]} or newer{missing}",
                 f"node {facts.node_ip}, kernels {version or 'is not installed'}",
                 "pip install 'raytrain-adv[advanced]' on that node, or set use_kernels: false",
             )

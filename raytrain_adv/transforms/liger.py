@@ -42,6 +42,7 @@ class Liger(Transform):
     name: ClassVar[str] = "liger"
     feature: ClassVar[str] = "Liger"
     needs_gpu: ClassVar[bool] = True
+    imports: ClassVar[tuple[str, ...]] = ("liger_kernel",)
     tried_with: ClassVar[dict[str, Any]] = {"use_liger_kernel": {"rope": True}}
     careful: ClassVar[dict[str, str]] = {
         "use_kernels": "a module has one kernel: name layers for each that the other does not take"

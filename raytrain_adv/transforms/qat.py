@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from raytrain_adv.config.problems import Problem
+from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.transforms.naming import (
@@ -69,6 +69,7 @@ class Qat(Transform):
         "qat_activation_dtype": "int8",
     }
     stage: ClassVar[str] = "precision"
+    imports: ClassVar[tuple[str, ...]] = ("torchao",)
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "fp8"})
     evaluated_as: ClassVar[str] = "fake-quantised"
     excludes: ClassVar[dict[str, str]] = {
@@ -144,6 +145,13 @@ class Qat(Transform):
     def is_on(self, step: int) -> bool:
         """Whether optimizer step `step` (from 0) is trained with fake quantisation."""
         return self.first_step is not None and step >= self.first_step
+
+    def remedy(self, step: int) -> str:
+        """Point to the delay, where the step was trained with fake quantisation."""
+        if not self.is_on(step):
+            return ""
+        now = show(self.fake_quant_after_n_steps)
+        return f"begin fake quantisation later: raise fake_quant_after_n_steps (now {now})"
 
     @property
     def scheme(self) -> str:

@@ -49,6 +49,7 @@ class QuantizedBase(Transform):
     feature: ClassVar[str] = "Standard Quantization"
     tried_with: ClassVar[dict[str, Any]] = {"quantization_bit": 4, "finetuning_type": "lora"}
     stage: ClassVar[str] = "precision"
+    imports: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
     proven_by: ClassVar[str] = "raytrain_adv::dequantize"
     excludes: ClassVar[dict[str, str]] = {

@@ -61,6 +61,8 @@ class Transform(Section):
     name: ClassVar[str]
     stage: ClassVar[str]
     """One of STAGES; transforms are applied in that order."""
+    imports: ClassVar[tuple[str, ...]] = ()
+    """Packages that workers import for it."""
     proven_by: ClassVar[str] = ""
     """Operator that must run in a training step, at least once per changed module, as
     aten::_scaled_mm; none where the modules' classes are proof enough.
@@ -196,6 +198,12 @@ class Transform(Section):
     def is_on(self, step: int) -> bool:
         """Whether the feature is on in optimizer step `step` (from 0)."""
         return True
+
+    def remedy(self, step: int) -> str:
+        """Return what of these keys to try where the loss rises or is not finite in optimizer step
+        `step` (from 0); empty where the feature is not suspect.
+        """
+        return ""
 
     def switch(self, model: nn.Module, on: bool) -> None:
         """Turn the feature on or off, where that can be; held-out rows are evaluated with it on."""

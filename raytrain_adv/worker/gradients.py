@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,8 +18,13 @@ NAMED = 8
 """Parameters named in the message, of each kind."""
 
 
-def require_all_gradients(model: nn.Module, run: Run) -> None:
+def require_all_gradients(model: nn.Module, run: Run, remedies: tuple[str, ...] = ()) -> None:
     """After the first backward pass: every trainable parameter has a gradient, and it is finite.
+
+    Args:
+        model: the model.
+        run: this rank's run.
+        remedies: what the job's features suggest where gradients are not finite.
 
     Raises:
         TrainingError: on all ranks, naming the parameters that lack one on any rank; something cut
@@ -39,8 +46,13 @@ def require_all_gradients(model: nn.Module, run: Run) -> None:
         "After the first backward pass, trainable parameters have no usable gradient",
         "\n".join(lines) + f"\n({len(missing)} without and {len(broken)} with a gradient that is "
         f"not finite, of {len(trained)}, over all ranks)",
-        "freeze these modules, or switch off what replaced their forward pass; for values that are "
-        "not finite lower learning_rate or use bf16: true",
+        "\n".join(
+            [
+                *(remedies if broken else ()),
+                "freeze these modules, or switch off what replaced their forward pass; for values "
+                "that are not finite lower learning_rate or use bf16: true",
+            ]
+        ),
     )
 
 
@@ -79,7 +91,11 @@ class FiniteWatch:
 
     NEVER = 2**62
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, remedies: Callable[[int], tuple[str, ...]] = lambda step: ()
+    ) -> None:
+        self.remedies = remedies
+        """What the job's features suggest for an optimizer step."""
         self.first_bad = torch.full((), self.NEVER, dtype=torch.int64, device=device)
 
     def see(self, step: int, *values: torch.Tensor) -> None:
@@ -98,7 +114,11 @@ class FiniteWatch:
             raise TrainingError(
                 "The loss or the gradient norm is not finite",
                 f"first at optimizer step {step + 1}",
-                "lower learning_rate, add warmup_ratio, or check the rows of that step; "
-                "the last checkpoint is intact "
-                "(resume_from_checkpoint: true)",
+                "\n".join(
+                    [
+                        *self.remedies(step),
+                        "lower learning_rate, add warmup_ratio, or check the rows of that step; "
+                        "the last checkpoint is intact (resume_from_checkpoint: true)",
+                    ]
+                ),
             )

@@ -15,6 +15,7 @@ from raytrain_adv.errors import TrainingError
 from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker.arithmetic import Arithmetic
 from raytrain_adv.worker.checkpoint import CheckpointWriter, Progress
+from raytrain_adv.worker.convergence import Convergence
 from raytrain_adv.worker.evaluate import evaluate
 from raytrain_adv.worker.gradients import FiniteWatch, clip, require_all_gradients
 from raytrain_adv.worker.loader import Batches, MicroBatch, Prefetcher, StepBatch
@@ -52,7 +53,8 @@ class Loop:
         self.proof = proof
         self.transforms = enabled(job)
         self.loss_sum = loss_function(model, job.parallel.torch_compile)
-        self.finite = FiniteWatch(run.device)
+        self.finite = FiniteWatch(run.device, self.remedies)
+        self.convergence = Convergence(self.transforms, run.say)
         self.meter = Meter(job, run, model, arithmetic)
         self.window = torch.zeros(2, dtype=torch.float64, device=run.device)
         """Loss and label tokens, summed over all workers since the last logging step."""
@@ -104,7 +106,7 @@ class Loop:
             with nullcontext() if first_here else self.proof.watching(step):
                 loss += self.forward_backward(step, micro_batch, label_tokens)
         if first_here:
-            require_all_gradients(self.model, self.run)
+            require_all_gradients(self.model, self.run, self.remedies(step))
         norm = clip(self.optimizer, self.job.train.max_grad_norm)
         set_learning_rate(
             self.optimizer.param_groups, learning_rate(self.job, self.arithmetic, step)
@@ -179,7 +181,12 @@ class Loop:
         self.num_tokens += self.run.agree(self.meter.take_tokens(), dist.ReduceOp.SUM)
         row["num_tokens"] = self.num_tokens
         self.run.write(row)
+        self.convergence.see(done, row["loss"])
         self.run.report(row, is_last=done == self.arithmetic.total_steps)
+
+    def remedies(self, step: int) -> tuple[str, ...]:
+        """Return what the job's features suggest where step `step` (from 0) went wrong."""
+        return tuple(filter(None, (t.remedy(step) for t in self.transforms)))
 
     def evaluate(self, done: int) -> None:
         """Evaluate the held-out rows and write the result."""

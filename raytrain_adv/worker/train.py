@@ -11,7 +11,13 @@ from typing import Any
 
 from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.transforms.apply import enabled, loaded_all, prepare_all, with_advice
+from raytrain_adv.transforms.apply import (
+    check_all,
+    enabled,
+    loaded_all,
+    prepare_all,
+    with_advice,
+)
 from raytrain_adv.worker import checkpoint, data, memory, parallel, weights
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
 from raytrain_adv.worker.attention import attention_name, is_flash
@@ -37,8 +43,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     """
     began_at = time.time()
     facts = hardware.detect(run.device)
-    for transform in enabled(job):
-        transform.check(facts)
+    check_all(job, facts)
 
     with run.phase("open data"):
         prepared = data.prepare(job, partial(run.say, event="data"), rebuild=False)

@@ -349,7 +349,7 @@ def test_versions_commits_publishers_and_missing_names_are_told_apart(hub, tmp_p
     assert "REFUSED stranger is not a publisher that the Hub trusts" in answers[1]
     assert "kernels_trust: [stranger]" in answers[1]
     assert "REFUSED org/k has no v7" in answers[2] and "main, v1, v3" in answers[2]
-    assert "REFUSED there is no kernel org/none on the Hub" in answers[3]
+    assert "REFUSED kernel not found: there is no kernel org/none on the Hub" in answers[3]
     assert answers[4] == f"{COMMIT} torch-cuda named in kernels_trust"
 
 

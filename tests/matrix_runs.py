@@ -1,0 +1,138 @@
+"""Short runs of a tiny model with any features on, for the cells of the compatibility matrix."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from raytrain_adv.config import matrix
+from tests.conftest import TINY_LLAMA, write_rows
+from tests.workers import run_workers
+
+FEATURES = {feature.slug: feature for feature in matrix.features()}
+UNSHARDED = {"fsdp_shard_size": 1}
+SAVED_AT, STEPS = 2, 3
+
+Numbers = dict[int, tuple[float, float]]
+"""Step -> loss and gradient norm, as logged."""
+
+
+@dataclass
+class Runs:
+    """Runs on the same ranks, each done once."""
+
+    folder: Path
+    workers: int
+    changed: dict[str, Any]
+    """Keys of every job."""
+    instead: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Feature -> keys in the place of those that it is tried with."""
+    shape: dict[str, int] = field(default_factory=dict)
+    """Keys of the model's config that differ."""
+    done: dict[str, Path] = field(default_factory=dict)
+
+    def base(self) -> dict[str, Any]:
+        """Return the keys of a job without features, on weights that were trained a little."""
+        source = self.folder / "base"
+        keys = {
+            "model_name_or_path": str(source / "model"),
+            "finetuning_type": "full",
+            "dataset": str(self.folder / "rows.json"),
+            "tokenized_path": str(self.folder / "tokenized"),
+            "cutoff_len": 64,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1.0e-3,
+            "max_steps": STEPS,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_gradient_checkpointing": True,
+            "num_sample_answers": 0,
+            "ray_num_workers": self.workers,
+            **self.changed,
+        }
+        if not source.is_dir():
+            write_rows(self.folder / "rows.json")
+            shape = write_shape(self.folder / "shape", self.shape)
+            scratch = {"model_name_or_path": str(shape), "train_from_scratch": True}
+            self.run("base", {**keys, **scratch, "learning_rate": 1.0e-2})
+        return keys
+
+    def run(self, name: str, keys: dict[str, Any]) -> dict[str, Any]:
+        """Run a job in a folder of its name; return rank 0's figures."""
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**keys, "output_dir": str(self.folder / name)}))
+        (figures,) = run_workers(self.workers, path)
+        return figures
+
+    def keys_of(self, slugs: tuple[str, ...]) -> dict[str, Any]:
+        """Return what turns these features on, in a job of its own."""
+        chosen = [self.instead.get(slug, FEATURES[slug].keys) for slug in slugs if slug != "fsdp"]
+        return {key: value for keys in chosen for key, value in keys.items()}
+
+    def with_features(self, *slugs: str, **changed: Any) -> Path:
+        """Return the folder of a run with these features."""
+        name = "+".join([*slugs, *sorted(changed)]) or "plain"
+        if name not in self.done:
+            keys = {**self.base(), **self.keys_of(slugs), **changed}
+            keys |= {"ray_num_workers": self.workers}
+            self.run(name, keys)
+            self.done[name] = self.folder / name
+        return self.done[name]
+
+    def resumed(self, *slugs: str) -> tuple[Numbers, Numbers]:
+        """Return the numbers of a run that saved, and of its last step done again after a kill."""
+        name = "saved-" + "+".join(slugs)
+        saved = {"save_strategy": "steps", "save_steps": SAVED_AT}
+        keys = {**self.base(), **self.keys_of(slugs), **saved, "ray_num_workers": self.workers}
+        self.run(name, keys)
+        whole = numbers(self.folder / name)
+        (self.folder / name / "checkpoints/local" / f"step_{STEPS:08d}" / "manifest.json").unlink()
+        figures = self.run(name, {**keys, "resume_from_checkpoint": True})
+        assert figures["resumed_from_step"] == SAVED_AT
+        self.done["+".join(slugs)] = self.folder / name
+        return whole, numbers(self.folder / name)
+
+
+def write_shape(folder: Path, changed: dict[str, int]) -> Path:
+    """Write the shape of a tiny Llama, and its tokenizer."""
+    folder.mkdir()
+    for file in TINY_LLAMA.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copy(file, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, **changed}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def numbers(folder: Path) -> Numbers:
+    """Return what a run has logged of each step."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: (r["loss"], r["grad_norm"]) for r in rows if r["kind"] == "train"}
+
+
+def losses_of(folder: Path) -> list[float]:
+    """Return a run's losses."""
+    return [loss for loss, _ in numbers(folder).values()]
+
+
+def require_loads(folder: Path) -> None:
+    """Load what a run has exported, as its user would."""
+    model = folder / "model"
+    if (model / "adapter_config.json").is_file():
+        base = json.loads((model / "adapter_config.json").read_text())["base_model_name_or_path"]
+        loaded: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), model)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(model)
+    assert loaded.num_parameters() > 1000
+    if (folder / "model-quantized").is_dir():
+        quantized = AutoModelForCausalLM.from_pretrained(folder / "model-quantized")
+        assert "torchao" in str(quantized.config.quantization_config)
