@@ -12,7 +12,7 @@ help:
 	@echo 'make test         run the unit and integration tests'
 	@echo 'make test-unit    run the unit tests: seconds, no Ray'
 	@echo 'make test-gpu     run the tests that need a GPU'
-	@echo 'make check        lint, formatting, types and the direction of imports'
+	@echo 'make check        lint, formatting, types, the direction of imports, and the README'
 	@echo 'make format       format the code as make check wants it'
 
 venv: $(INSTALLED)
@@ -42,6 +42,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/raytrain-adv explain --check README.md
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix-only --quiet .

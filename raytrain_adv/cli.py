@@ -1,4 +1,4 @@
-"""The console script `raytrain-adv`: launch, plan, preflight, export, kernels and schema."""
+"""The console script `raytrain-adv`: launch, plan, preflight, export, kernels, explain, schema."""
 
 import json
 import os
@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from raytrain_adv import __version__
-from raytrain_adv.config import load
+from raytrain_adv.config import load, matrix
 from raytrain_adv.config.arguments import parse
+from raytrain_adv.config.explain import explain
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.schema import schema
-from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError, StorageError
+from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError, StorageError
 from raytrain_adv.quiet import quieten
 
 USAGE = """usage: raytrain-adv COMMAND [...]
@@ -24,21 +25,26 @@ USAGE = """usage: raytrain-adv COMMAND [...]
   kernels lock job.yaml [--output FILE] [--torch X.Y] [--cuda X.Y|cpu] [key=value ...]
                                              pin a job's kernels, for a cluster without internet
   kernels fetch | verify FILE                bring the files of a lock file; compare them with it
-  export RUN [--checkpoint step_N] [--output DIR] [key=value ...]
+  export RUN [--checkpoint step_N] [--output DIR] [--merge] [key=value ...]
                                              write a checkpoint's model, and the quantised one
   export MODEL --output DIR enable_qat=true [key=value ...]
                                              quantise a model folder as it is (PTQ)
+  explain [FEATURE]                          say what a feature does and goes together with; the
+                                             compatibility matrix
   schema [--output FILE]                     print the JSON schema of the job file
   --version                                  print the version"""
 
 
 EXPORT_USAGE = """usage: raytrain-adv export RUN [--checkpoint STEP] [--output DIR] [key=value ...]
+       raytrain-adv export RUN [--checkpoint STEP] [--output DIR] --merge
        raytrain-adv export MODEL --output DIR enable_qat=true [key=value ...]
 
   RUN           output_dir of a run; its keys hold, and QAT keys given here go before them
   --checkpoint  step_N, or the path of a checkpoint; without it the newest
   --output      for a run: gets model, and with QAT model-quantized (default: in RUN);
                 for a model folder: the quantised folder
+  --merge       after LoRA: one model with the adapter merged into the base it was trained on, also
+                into a quantised one, which is then written in bf16
   MODEL         a Hugging Face folder, quantised as it is, without training for it (PTQ)
   key=value     enable_qat=true qat_weight_dtype=int4 qat_activation_dtype=int8 qat_group_size=32
                 qat_quantize_embedding=false qat_exclude=down_proj"""
@@ -153,10 +159,11 @@ def _export(arguments: list[str]) -> int:
         print(EXPORT_USAGE)
         return EXIT_DONE
     options = {"--checkpoint": "", "--output": ""}
+    merge = "--merge" in arguments
     sources: list[str] = []
     overrides: list[str] = []
     problems: list[Problem] = []
-    rest = list(arguments)
+    rest = [argument for argument in arguments if argument != "--merge"]
     while rest:
         argument = rest.pop(0)
         name, equals, value = argument.partition("=")
@@ -165,9 +172,8 @@ def _export(arguments: list[str]) -> int:
             if not options[name]:
                 problems.append(Problem(f"{name} has no value", f"write {name} VALUE"))
         elif argument.startswith("-"):
-            problems.append(
-                Problem(f"there is no option {name}", f"there are {', '.join(options)}")
-            )
+            known = ", ".join([*options, "--merge"])
+            problems.append(Problem(f"there is no option {name}", f"there are {known}"))
         elif equals and not Path(argument).is_dir():
             overrides.append(argument)
         else:
@@ -181,7 +187,36 @@ def _export(arguments: list[str]) -> int:
         raise job_error("The command line", problems)
     from raytrain_adv.driver.export import run
 
-    run(sources[0], options["--checkpoint"], options["--output"], overrides)
+    run(sources[0], options["--checkpoint"], options["--output"], overrides, merge)
+    return EXIT_DONE
+
+
+def _explain(arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        print(f"usage: {EXPLAIN_USAGE}")
+        return EXIT_DONE
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if not flags:
+        print(explain(" ".join(arguments)) if arguments else matrix.table())
+        return EXIT_DONE
+    if flags[0] not in ("--check", "--write") or len(arguments) != 2:
+        wrong = Problem(f"explain takes no {' '.join(arguments)!r}", f"write {EXPLAIN_USAGE}")
+        raise job_error("The command line", [wrong])
+    (page,) = (Path(argument) for argument in arguments if argument not in flags)
+    try:
+        old = page.read_text()
+        new = matrix.renewed(old)
+        if flags[0] == "--write":
+            page.write_text(new)
+            return EXIT_DONE
+    except (OSError, ValueError) as error:
+        raise StorageError("The page cannot be read or written", str(error), "name one") from None
+    if new != old:
+        raise JobError(
+            f"The compatibility matrix in {page} is stale",
+            "the features' own rules say something else",
+            f"raytrain-adv explain --write {page}",
+        )
     return EXIT_DONE
 
 
@@ -210,6 +245,11 @@ def _schema(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
+EXPLAIN_USAGE = (
+    "raytrain-adv explain [FEATURE], or raytrain-adv explain --check | --write PAGE: whether the "
+    "matrix in a page of Markdown is up to date; bring it up to date"
+)
+
 KERNELS_USAGE = (
     "raytrain-adv kernels lock job.yaml [--output FILE] [--torch X.Y] [--cuda X.Y|cpu], or "
     "raytrain-adv kernels fetch | verify FILE"
@@ -221,6 +261,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "preflight": _preflight,
     "kernels": _kernels,
     "export": _export,
+    "explain": _explain,
     "schema": _schema,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import pytest
 import yaml
 
+MODULES = tempfile.TemporaryDirectory(prefix="modules")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault(
     "RAY_AUTH_MODE", "disabled"
 )  # a local ray.init would write a token into the home folder
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# transformers reads it once, as it is imported: code of models' own, which tests write.
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 
 ROOT = Path(__file__).parent.parent
 TINY_LLAMA = ROOT / "jobs" / "models" / "tiny-llama"
@@ -79,6 +83,13 @@ def keys(tmp_path: Path) -> dict[str, Any]:
         "num_sample_answers": 0,
         "tokenized_path": str(tmp_path / "tokenized"),
     }
+
+
+@pytest.fixture
+def one_layer(keys: dict[str, Any]) -> None:
+    """Leave the model one layer: what is compiled on a CPU takes many seconds for each."""
+    config = Path(keys["model_name_or_path"]) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
 
 
 @pytest.fixture

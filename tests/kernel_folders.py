@@ -70,6 +70,31 @@ class WrongValue(nn.Module):
         return F.rms_norm(hidden_states, size, None, self.variance_epsilon) + 0 * self.weight
 
 
+class WrongWhenLong(RMSNorm):
+    """Forgets what is beyond its first block of rows."""
+
+    def forward(self, hidden_states):
+        out = RMSNorm.forward(self, hidden_states)
+        rows = out.reshape(-1, out.shape[-1])
+        return torch.cat([rows[:256], 0 * rows[256:]]).reshape(out.shape)
+
+
+class OtherDtype(RMSNorm):
+    """Right, and twice as wide as what it was given."""
+
+    def forward(self, hidden_states):
+        return RMSNorm.forward(self, hidden_states).double()
+
+
+class WritesOver(RMSNorm):
+    """Leaves its own values in its input, behind autograd's back."""
+
+    def forward(self, hidden_states):
+        out = RMSNorm.forward(self, hidden_states.clone())
+        hidden_states.data.copy_(out.data)
+        return out
+
+
 class Crashes(nn.Module):
     """Raises."""
     can_torch_compile = True

@@ -1,4 +1,8 @@
-"""Run a function on several CPU ranks that talk over gloo, from within a test."""
+"""Run a function on several CPU ranks that talk over gloo, from within a test.
+
+Their processes are forked from a server that has the packages imported: starting them costs no
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,30 @@ import pickle
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 PRELOAD = [
     "torch",
     "transformers",
     "raytrain_adv.export.model_folder",
-    "raytrain_adv.worker.parallel",
+    "raytrain_adv.worker.train",
 ]
+
+
+def server() -> ForkServerContext:
+    """Return the context whose processes are forked from the server.
+
+    With a GPU it imports nothing: libraries ask for the GPU as they are imported, and CUDA cannot
+    be used in a process forked from one that has.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([] if torch.cuda.is_available() else PRELOAD)
+    return context
 
 
 def _rank(
@@ -27,9 +46,6 @@ def _rank(
     answer: Connection,
     args: tuple[Any, ...],
 ) -> None:
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     try:
@@ -55,13 +71,10 @@ def _answer(receive: Connection) -> tuple[bool, Any]:
 
 
 def run_ranks(function: Callable[..., Any], count: int, folder: Path, *args: Any) -> list[Any]:
-    """Call `function(*args)` on `count` ranks and return what each returned.
-
-    The ranks are forked from a server that has the packages imported, so that starting them costs
-    no seconds. `function` must be at the top of its module.
+    """Call `function(*args)` on `count` ranks and return what each returned. `function` must be at
+    the top of its module.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = server()
     meeting = folder / f"meeting-{os.urandom(4).hex()}"
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     processes = [

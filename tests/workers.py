@@ -1,7 +1,7 @@
 """Run train() on several CPU processes over gloo, without Ray.
 
-Processes are kept for the tests that follow: they take seconds to import torch and to find each
-other, most tests less to train.
+Processes are kept for the tests that follow: most tests take less to train than these to find each
+other.
 """
 
 from __future__ import annotations
@@ -9,41 +9,26 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import resource
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PROGRAM = """
-import json, os, resource, sys
-if "LARGEST_FILE" in os.environ:  # what a full disk does, without one
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST_FILE"]),) * 2)
 import torch
 import torch.distributed as dist
+
 from raytrain_adv.config import load
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.worker.run import local_run
 from raytrain_adv.worker.train import train
+from tests.ranks import server
 
-torch.set_num_threads(1)
 TOLD = ("steps", "resumed_from_step", "model_dir", "quantized_dir", "quantized_logit_difference")
-for line in sys.stdin:
-    for path in json.loads(line):
-        job = load(path)
-        run = local_run(job)
-        figures = train(job, run, export_model)
-        run.close()
-        if run.is_main:
-            told = {k: figures[k] for k in TOLD}
-            print("FIGURES " + json.dumps(told), flush=True)
-    print("FINISHED", flush=True)
-if dist.is_initialized():
-    dist.destroy_process_group()
-"""
 TIMEOUT_S = 500.0
 
 
@@ -59,15 +44,14 @@ def free_port() -> int:
 class Rank:
     """A process of a group, and what it has printed."""
 
-    process: subprocess.Popen[str]
+    process: BaseProcess
+    jobs: Connection
     log: Path
     read: int = 0
 
     def ask(self, jobs: list[str]) -> None:
         """Have it run these jobs."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(jobs) + "\n")
-        self.process.stdin.flush()
+        self.jobs.send(jobs)
 
     def news(self) -> str:
         """Return what it has printed since it was last asked."""
@@ -85,32 +69,55 @@ def group(count: int) -> list[Rank]:
 
 
 def _started(count: int) -> list[Rank]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    environment["MASTER_PORT"] = str(free_port())
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if count > 1:
         environment["WORLD_SIZE"] = str(count)
+    context = server()
     ranks = []
     for rank in range(count):
         places = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
         log = Path(tempfile.mkstemp(prefix=f"rank_{rank}_of_{count}_")[1])
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM],
-                env={**environment, **places},
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        ranks.append(Rank(process, log))
+        answers, jobs = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(answers, log, {**environment, **places}))
+        process.start()
+        answers.close()
+        ranks.append(Rank(process, jobs, log))
     return ranks
+
+
+def _work(jobs: Connection, log: Path, environment: dict[str, str]) -> None:
+    """Be a rank: run the jobs that come, until there will be no more."""
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    if "LARGEST_FILE" in environment:  # what a full disk does, without one
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(environment["LARGEST_FILE"]),) * 2)
+    torch.set_num_threads(1)
+    while True:
+        try:
+            paths = jobs.recv()
+        except EOFError:
+            break
+        for path in paths:
+            job = load(path)
+            run = local_run(job)
+            figures = train(job, run, export_model)
+            run.close()
+            if run.is_main:
+                print("FIGURES " + json.dumps({k: figures[k] for k in TOLD}), flush=True)
+        print("FINISHED", flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def stop(count: int) -> None:
     """End a group's processes."""
     for rank in GROUPS.pop(count, []):
         rank.process.kill()
-        rank.process.wait()
+        rank.process.join()
+        rank.jobs.close()
         rank.log.unlink()
 
 
@@ -130,7 +137,7 @@ def run_workers(count: int, *jobs: Path) -> list[dict[str, Any]]:
         rank.ask([str(job) for job in jobs])
     deadline = time.monotonic() + TIMEOUT_S
     while not all(rank.news().endswith("FINISHED\n") for rank in ranks):
-        died = any(rank.process.poll() is not None for rank in ranks)
+        died = any(rank.process.exitcode is not None for rank in ranks)
         if died or time.monotonic() > deadline:
             time.sleep(1.0)
             output = "\n".join(f"rank {i}:\n{rank.news()}" for i, rank in enumerate(ranks))
@@ -149,9 +156,10 @@ def run_apart(job: Path) -> tuple[int, str]:
     """
     (rank,) = _started(1)
     rank.ask([str(job)])
-    assert rank.process.stdin is not None
-    rank.process.stdin.close()
-    code = rank.process.wait(timeout=TIMEOUT_S)
+    rank.jobs.close()
+    rank.process.join(TIMEOUT_S)
+    code = rank.process.exitcode
+    assert code is not None, f"not done in {TIMEOUT_S:g} s:\n{rank.news()}"
     return code, rank.news()
 
 

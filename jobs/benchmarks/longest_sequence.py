@@ -2,11 +2,13 @@
 
     python jobs/benchmarks/longest_sequence.py [--out jobs/benchmarks/results/longest_sequence.json]
     ... --lengths 131072,163840 --optim adamw_torch_8bit
+    ... --eager --liger            what the HF Trainer computes below
     ... --plan                     what the plan predicts for each length; no GPU
 
 Lengths are tried in their order until memory runs out. Two short steps come first: they make the
 optimizer's states, and graphs that take any length, so that one step of each length is a measured
-one. `compiled_anew` is how many graphs a length needed all the same; its seconds have that in them.
+one. `compiled_anew` is how many graphs a length needed all the same (why is printed), and
+`seconds_compiling` what of its seconds that took.
 The same on the HF Trainer with Liger, a process per length:
 
     python jobs/benchmarks/hf_trainer.py --liger --checkpointing --eager --warm-up 1 \\
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import calculate_time_spent, counters
 from whole_steps import Whole, free, head_of_results, job_of, peak_gib, reset_peak, timed
 
 from raytrain_adv.config import JobConfig
@@ -28,15 +30,16 @@ from raytrain_adv.transforms.apply import prepare_all
 from raytrain_adv.worker.memory import predict
 from raytrain_adv.worker.model import build
 
-SHORT = (2048, 3072)
-"""Tokens of the steps that come first; the second shows torch.compile that lengths differ."""
+SHORT = (4096, 32768)
+"""Tokens of the steps that come first; the second shows torch.compile that lengths differ, and is
+what it chooses its kernels for."""
 
 
 def at(model: Whole, tokens: int) -> dict[str, Any]:
     """Train a step at this length; where memory runs out, say so."""
     predicted = model.predicted_gib(tokens)
     step = model.stepper(tokens)
-    graphs = counters["stats"]["unique_graphs"]
+    graphs, compiling = counters["stats"]["unique_graphs"], seconds_compiling()
     reset_peak()
     try:
         seconds = timed(step)
@@ -46,10 +49,17 @@ def at(model: Whole, tokens: int) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
+        "seconds_compiling": seconds_compiling() - compiling,
         "compiled_anew": counters["stats"]["unique_graphs"] - graphs,
         "peak_gib": peak_gib(),
         "predicted_gib": predicted,
     }
+
+
+def seconds_compiling() -> float:
+    """Return what torch.compile has taken in this process, forward and backward graphs."""
+    spent = calculate_time_spent()
+    return sum(spent.get(part, 0.0) for part in ("entire_frame_compile", "entire_backward_compile"))
 
 
 def planned(job: JobConfig, lengths: list[int]) -> None:
@@ -69,6 +79,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="65536,131072,163840", help="the shortest first")
     parser.add_argument("--plan", action="store_true", help="train nothing: predict")
     parser.add_argument("--eager", action="store_true", help="no torch_compile")
+    parser.add_argument("--liger", action="store_true", help="use_liger_kernel")
     parser.add_argument("--loss-kernel", default="chunked")
     parser.add_argument("--optim", default="adamw_torch_fused")
     parser.add_argument("--shape", default="{}", help="config keys to change, as JSON, for a trial")
@@ -80,6 +91,7 @@ def main() -> None:
         "gradient_checkpointing": "full",
         "loss_kernel": chosen.loss_kernel,
         "optim": chosen.optim,
+        "use_liger_kernel": chosen.liger,
     }
     if chosen.eager or chosen.plan:
         keys["torch_compile"] = not chosen.eager
@@ -88,6 +100,7 @@ def main() -> None:
     if chosen.plan:
         planned(job, lengths)
         return
+    torch._logging.set_logs(recompiles=True)
     model = Whole.of(job)
     for tokens in SHORT:
         model.stepper(tokens)()

@@ -8,7 +8,6 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sweep import SWITCH
-from raytrain_adv.errors import JobError
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """What Linux file systems hold."""
@@ -21,14 +20,12 @@ def contradictions(job: JobConfig) -> Iterable[Problem]:
     yield from _workers(job)
     yield from _devices(job)
     yield from _resuming(job)
-    yield from _adapters(job)
     yield from _exclusive(job)
+    yield from _unmet(job)
+    yield from _twin(job)
     for section in job.sections():
         if section.enabled:
             yield from section.conflicts(job)
-    yield from _loss(job)
-    yield from _float8_activations(job)
-    yield from _delay(job)
     yield from _turned_off(job)
 
 
@@ -57,9 +54,13 @@ def notes(job: JobConfig) -> Iterable[str]:
         yield f"per_device_eval_batch_size: {size} changes nothing: no rows are held out"
     if output.run_name is not None and output.report_to in ("none", [], ["none"]):
         yield f"run_name: {show(output.run_name)} changes nothing: report_to is none"
+    if _compares(job) and any(t.model_dump().get(SWITCH) == "never" for t in job.transforms):
+        yield f"compare: true changes nothing: with {SWITCH}: never the run is its own twin"
     if job.model.asked_for("model_revision") and Path(job.model.model_name_or_path).is_dir():
         revision = show(job.model.model_revision)
         yield f"model_revision: {revision} changes nothing: model_name_or_path is a folder"
+    for _, own, key, care in _together(job, careful=True):
+        yield f"{own} and {key} need care together: {care}"
 
 
 def _paths(job: JobConfig) -> Iterable[Problem]:
@@ -181,86 +182,60 @@ def _resuming(job: JobConfig) -> Iterable[Problem]:
         yield Problem(text, fix, "max_failures and save_only_model")
 
 
-def _adapters(job: JobConfig) -> Iterable[Problem]:
-    if not any(t.enabled and "finetuning_type" in type(t).model_fields for t in job.transforms):
-        return
-    default = "" if _is_given(job, "finetuning_type") else ", its default"
-    if job.model.train_from_scratch:
-        yield Problem(
-            "adapters alone are saved, and random weights would be lost: "
-            f"finetuning_type is lora{default}",
-            "set finetuning_type: full",
-            "train_from_scratch and finetuning_type",
-        )
-    if job.train.pure_bf16:
-        yield Problem(
-            f"adapters are always trained in float32: finetuning_type is lora{default}",
-            "set bf16: true in the place of pure_bf16; the frozen model is then in bfloat16",
-            "pure_bf16 and finetuning_type",
-        )
-
-
 def _exclusive(job: JobConfig) -> Iterable[Problem]:
-    """Find transforms that cannot be on together, and those that are on without one they need."""
-    on = [t for t in job.transforms if t.enabled]
-    for transform in on:
-        for key, reason in transform.needs.items():
-            if not any(key in type(other).model_fields for other in on):
-                owner = next(t for t in job.transforms if key in type(t).model_fields)
-                own = next(k for k in type(transform).model_fields if _is_switch(transform, k))
-                fix = f"set {key}: {owner.default(key)}, or delete {own}"
+    """Find features that cannot be on together, each two of them once."""
+    seen = set()
+    for section, own, key, reason in _together(job, careful=False):
+        pair = frozenset((own, key))
+        if pair not in seen:
+            seen.add(pair)
+            off = show(next(type(s) for s in job.sections() if _has(s, key)).default(key), key)
+            fix = f"set {key}: {off}, or {own}: {show(type(section).default(own), own)}"
+            yield Problem(reason, fix, f"{key} and {own}")
+
+
+def _unmet(job: JobConfig) -> Iterable[Problem]:
+    """Find features that are on without one they need."""
+    on = [section for section in job.sections() if section.enabled]
+    for section in on:
+        for key, reason in section.needs.items():
+            if not any(_has(other, key) for other in on):
+                owner = next(s for s in job.sections() if _has(s, key))
+                own = switch(section)
+                fix = f"set {key}: {show(type(owner).default(key), key)}, or delete {own}"
                 yield Problem(reason, fix, f"{key} and {own}")
-        for key, reason in transform.excludes.items():
-            if any(key in type(other).model_fields for other in on):
-                own = next(k for k in type(transform).model_fields if _is_switch(transform, k))
-                yield Problem(reason, "turn one of the two off", f"{key} and {own}")
 
 
-def _loss(job: JobConfig) -> Iterable[Problem]:
-    """Find a loss kernel that the job's precision or device does not have."""
-    owner = next((t for t in job.transforms if "loss_kernel" in type(t).model_fields), None)
-    flat = owner.model_dump() if owner is not None and owner.enabled else {}
-    key = "cut_cross_entropy" if flat.get("cut_cross_entropy") else "loss_kernel"
-    kernel = key if flat.get(key) is True else flat.get(key)
-    half = job.train.bf16 or job.train.pure_bf16
-    if kernel == "cut_cross_entropy" and not half:
-        text = "cut_cross_entropy computes in bf16 only"
-        yield Problem(text, "set bf16: true, or loss_kernel: chunked", f"{key} and bf16")
-    if kernel in ("cut_cross_entropy", "liger") and job.parallel.use_cpu:
-        text = f"{kernel} is written in Triton and needs a GPU"
-        yield Problem(text, "set loss_kernel: chunked, or use_cpu: false", f"{key} and use_cpu")
+def _compares(job: JobConfig) -> bool:
+    return any(t.enabled and t.model_dump().get("compare") for t in job.transforms)
 
 
-def _float8_activations(job: JobConfig) -> Iterable[Problem]:
-    """Find a run whose quantised model could not be computed, and so not be compared."""
-    key = "qat_activation_dtype"
-    owner = next((t for t in job.transforms if key in type(t).model_fields), None)
-    if owner is None or not owner.enabled or not str(getattr(owner, key)).startswith("float8"):
-        return
-    none = f"or set {key}: none"
-    if job.parallel.use_cpu:
-        text = "float8 products need a GPU of compute capability 8.9 or newer"
-        yield Problem(text, f"set use_cpu: false, {none}", f"{key} and use_cpu")
-    if not (job.train.bf16 or job.train.pure_bf16):
-        text = "products of float8 rows come out in bfloat16 alone"
-        default = "" if _is_given(job, "bf16") else ", whose default is false"
-        yield Problem(text + default, f"set bf16: true, {none}", f"{key} and bf16")
+def _twin(job: JobConfig) -> Iterable[Problem]:
+    """Find a twin that would be trained for nothing."""
+    if _compares(job) and not _evaluates(job):
+        text = "a twin is compared by the loss on held-out rows, and none are held out"
+        yield Problem(text, "hold rows out with val_size, or set compare: false", "compare")
 
 
-def _delay(job: JobConfig) -> Iterable[Problem]:
-    """Find a delay that would outlast the run, where the file says how long that is."""
-    owner = next((t for t in job.transforms if SWITCH in type(t).model_fields), None)
-    if owner is None or not owner.enabled or job.train.max_steps <= 0:
-        return
-    try:
-        owner.check_length(job.train.max_steps)
-    except JobError as error:
-        text = f"{error.what[0].lower()}{error.what[1:]}: {error.found}"
-        yield Problem(text, error.fix, f"{SWITCH} and max_steps")
+def _together(job: JobConfig, careful: bool) -> Iterable[tuple[Section, str, str, str]]:
+    """Yield each rule of a feature that is on with a key that is in use: the feature, the key that
+    turns it on, the other key, and why.
+    """
+    on = [section for section in job.sections() if section.enabled]
+    for section in on:
+        for key, reason in (section.careful if careful else section.excludes).items():
+            if any(_has(other, key) and other.asked_for(key) for other in on):
+                yield section, switch(section), key, reason
 
 
-def _is_given(job: JobConfig, key: str) -> bool:
-    return any(key in section.model_fields_set for section in job.sections())
+def _has(section: Section, key: str) -> bool:
+    return key in type(section).model_fields
+
+
+def switch(section: Section) -> str:
+    """Return the key that turns a feature on as the job has it."""
+    keys = list(type(section).model_fields)
+    return next((key for key in keys if _is_switch(section, key)), keys[0])
 
 
 def _is_inside(path: str, folder: str) -> bool:
@@ -272,12 +247,12 @@ def _turned_off(job: JobConfig) -> Iterable[Problem]:
     for transform in job.transforms:
         if transform.enabled:
             continue
-        switch = " and ".join(
+        switches = " and ".join(
             key for key in transform.model_fields_set if _is_switch(transform, key)
         )
         for key in transform.model_fields_set:
             if transform.asked_for(key) and not _is_switch(transform, key):
-                reason = f"with {switch} as it is set" if switch else "by its own keys"
+                reason = f"with {switches} as it is set" if switches else "by its own keys"
                 text = f"it changes nothing, as its feature is turned off {reason}"
                 yield Problem(text, "delete it, or turn the feature on", key)
 

@@ -27,8 +27,16 @@ class Section(BaseModel):
         arbitrary_types_allowed=False,
     )
 
+    feature: ClassVar[str] = ""
+    """What the compatibility matrix calls what these keys turn on; empty where they are none."""
+    tried_with: ClassVar[dict[str, Any]] = {}
+    """Keys and values by which tests turn the feature on, in a small model."""
+    needs_gpu: ClassVar[bool] = False
+    """Whether it runs on GPUs only, so that its tests do too."""
     excludes: ClassVar[dict[str, str]] = {}
     """Keys that turn on what cannot be on together with these keys, and why."""
+    careful: ClassVar[dict[str, str]] = {}
+    """Keys that turn on what needs care together with these keys, and which."""
 
     needs: ClassVar[dict[str, str]] = {}
     """Keys of what has to be on together with these keys, and why."""

@@ -3,7 +3,7 @@ where it has them."""
 
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -47,6 +47,13 @@ class ModelConfig(Section):
     """Attention: sdpa is PyTorch's, disabled the eager form, fa2 and fa3 the flash-attn packages,
     hub:owner/kernel@version a kernel from the Hub, hub:/path one from a folder; auto takes fa3 or
     fa2 where they are installed and fit the GPU, else sdpa."""
+
+    @classmethod
+    def why_not(cls, key: str, value: object) -> str:
+        """Say how a kernel for attention is named."""
+        if key == "flash_attn" and str(value).startswith("hub:"):
+            return "after hub: stands owner/kernel, owner/kernel@version, or the path of a folder"
+        return ""
 
 
 class DataConfig(Section):
@@ -201,6 +208,9 @@ class TrainConfig(Section):
 
 class ParallelConfig(Section):
     """How the model is spread, compiled and checkpointed."""
+
+    feature: ClassVar[str] = "FSDP"
+    tried_with: ClassVar[dict[str, Any]] = {"ray_num_workers": 2}
 
     gradient_checkpointing: bool | Literal["none", "full", "selective"] | None = None
     """Recompute activations in backward: full (also true), selective (attention and matmuls are

@@ -211,10 +211,13 @@ def _written(value: Any) -> str:
 
 def combinations(axes: Sequence[Axis], num_samples: int, seed: int) -> list[dict[str, Any]]:
     """Return the swept keys' values of each trial: every combination of the listed values, each
-    with every draw. A draw that comes twice is tried once.
+    with every draw. A draw that comes twice is tried once. To steps that are drawn for the switch
+    to fake quantisation, the trial in which it never comes is added: PTQ.
     """
     listed = [a for a in axes if a.distribution is None]
     draws = _draws([a for a in axes if a.distribution is not None], num_samples, seed)
+    if _draws_the_switch(axes):
+        draws.append({**draws[0], SWITCH: NEVER})
     found: dict[str, dict[str, Any]] = {}
     for values in itertools.product(*(a.values for a in listed)):
         for draw in draws:
@@ -222,6 +225,11 @@ def combinations(axes: Sequence[Axis], num_samples: int, seed: int) -> list[dict
             combination = {a.key: both[a.key] for a in axes}
             found.setdefault(_written(combination), combination)
     return list(found.values())
+
+
+def _draws_the_switch(axes: Sequence[Axis]) -> bool:
+    drawn = [a.distribution for a in axes if a.key == SWITCH and a.distribution is not None]
+    return any(NEVER not in distribution.of for distribution in drawn)
 
 
 def _draws(axes: Sequence[Axis], num_samples: int, seed: int) -> list[dict[str, Any]]:
@@ -241,6 +249,7 @@ def _draws(axes: Sequence[Axis], num_samples: int, seed: int) -> list[dict[str, 
 def count(axes: Sequence[Axis], num_samples: int) -> int:
     """Return how many trials there would be, without making them."""
     product = num_samples if any(a.distribution is not None for a in axes) else 1
+    product += _draws_the_switch(axes)
     for a in axes:
         product *= len(a.values) if a.distribution is None else 1
     return product

@@ -28,6 +28,9 @@ RAY_SETTINGS = {
     # its trials' drivers and controllers reserve none, and wait most of the time.
     "RAY_worker_maximum_startup_concurrency": str(max(os.cpu_count() or 1, 16)),
 }
+# On a Ray that the driver starts. Nobody takes its one node away with notice: no process need watch
+# for it.
+LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 CONNECT_TIMEOUT_S = 5.0
 CPU_WORKERS = 2
 """Workers that ray_num_workers: auto takes where there is no GPU."""
@@ -99,12 +102,6 @@ def connect(job: JobConfig | None) -> bool:
     Raises:
         ClusterError: when the named cluster does not answer, or Ray cannot start.
     """
-    for name, value in RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    if job is not None:
-        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(job.parallel.ddp_timeout))
-    if ray.is_initialized():
-        return False
     options: dict[str, Any] = {
         "logging_level": "ERROR",
         "log_to_driver": False,
@@ -112,6 +109,12 @@ def connect(job: JobConfig | None) -> bool:
     }
     # Without an address ray.init would join whatever cluster happens to run on this machine.
     address = options.setdefault("address", os.environ.get("RAY_ADDRESS") or "local")
+    for name, value in _settings(options).items():
+        os.environ.setdefault(name, value)
+    if job is not None:
+        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(job.parallel.ddp_timeout))
+    if ray.is_initialized():
+        return False
     require_answer(str(address))
     try:
         ray.init(**options)
@@ -126,6 +129,20 @@ def connect(job: JobConfig | None) -> bool:
             "for a cluster that asks for a token set RAY_AUTH_MODE=token",
         ) from error
     return bool(address == "local")
+
+
+def _settings(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return what to set in the environment, which Ray's processes inherit.
+
+    Args:
+        options: what ray.init is given.
+    """
+    if options["address"] != "local":
+        return RAY_SETTINGS
+    settings = {**RAY_SETTINGS, **LOCAL_SETTINGS}
+    if options.get("include_dashboard") is False:
+        del settings["RAY_TRAIN_ENABLE_STATE_TRACKING"]  # a process that only the dashboard asks
+    return settings
 
 
 def require_answer(address: str) -> None:

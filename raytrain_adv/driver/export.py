@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -18,15 +19,23 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.load import load_keys
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.driver.output import RUN_FILE, storage_path
-from raytrain_adv.errors import JobError, StorageError
-from raytrain_adv.export.folder import NewFolder, folder_gib
+from raytrain_adv.errors import JobError, StorageError, TrainingError
+from raytrain_adv.export.folder import GIB, NewFolder, folder_gib
+from raytrain_adv.export.merge import export_merged
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.quantize import write_quantized
-from raytrain_adv.export.verify import MOST_TOKENS
+from raytrain_adv.export.verify import (
+    DEFECT,
+    MOST_TOKENS,
+    compare_quantized,
+    fake_quantized_logits,
+)
 from raytrain_adv.report.numbers import disk
-from raytrain_adv.transforms.apply import prepare_all
+from raytrain_adv.transforms.apply import loaded_all, prepare_all
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.qat import FLOAT8, Qat
+from raytrain_adv.transforms.quantized_base import QuantizedBase
+from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker import checkpoint, weights
 from raytrain_adv.worker.checkpoint import Found
 from raytrain_adv.worker.data import load_tokenizer
@@ -36,11 +45,14 @@ from raytrain_adv.worker.storage import Storage
 CPU = torch.device("cpu")
 MEANINGLESS = frozenset({"compare", "fake_quant_after_n_steps"})
 """QAT keys that say how to train."""
-KEPT = (Lora, Qat)
+NO_GPU = "float8 products need a GPU, and this command has none"
+KEPT = (Lora, Qat, QuantizedBase)
 """Transforms whose keys matter when there is nothing to train."""
 
 
-def run(source: str, checkpoint_name: str, output: str, overrides: Sequence[str]) -> None:
+def run(
+    source: str, checkpoint_name: str, output: str, overrides: Sequence[str], merge: bool = False
+) -> None:
     """Write model folders, and print where they are and their sizes on disk.
 
     Args:
@@ -48,6 +60,7 @@ def run(source: str, checkpoint_name: str, output: str, overrides: Sequence[str]
         checkpoint_name: step_N or a path, for a run; empty takes the newest.
         output: the folder to write; empty stands for one in the run's.
         overrides: QAT keys as key=value.
+        merge: write one model, with the adapter of a LoRA run merged into its base.
 
     Raises:
         JobError: when there is no such run, checkpoint or model, or a key is none of QAT's.
@@ -59,7 +72,11 @@ def run(source: str, checkpoint_name: str, output: str, overrides: Sequence[str]
     given = _qat_keys(overrides)
     record = Storage.at(str(folder)).read_json(RUN_FILE) if folder.is_dir() else None
     try:
-        if record is not None:
+        if record is not None and merge:
+            _merge_run(folder, record["job"], checkpoint_name, output, given)
+        elif merge:
+            raise _not_mergeable(f"{source} is not a run's output_dir")
+        elif record is not None:
             _export_run(folder, record["job"], checkpoint_name, output, given)
         elif (folder / "config.json").is_file():
             _export_folder(folder, checkpoint_name, output, given)
@@ -106,26 +123,74 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
         raise JobError("a model folder has no checkpoints", f"--checkpoint {checkpoint_name}", fix)
     if not output:
         raise JobError("--output is missing", str(source), "name the new folder: --output DIR")
-    keys = {
+    keys: dict[str, Any] = {
         "model_name_or_path": str(source),
         "finetuning_type": "full",
         "dataset": "none",
         "output_dir": output,
     }
+    stored = read_config(load_keys(keys, str(source), _code(given))).dtype
+    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+    if dtype != torch.bfloat16 and f"qat_activation_dtype={FLOAT8}" in given:
+        raise JobError(
+            "float8 activations need a model in bfloat16: products of float8 rows come out in it",
+            f"{source} is in {str(dtype).removeprefix('torch.')}",
+            "leave qat_activation_dtype out, or give a bfloat16 copy of the model",
+        )
+    keys["pure_bf16"] = dtype == torch.bfloat16
     job = load_keys(keys, str(source), given)
     if not job.transform(Qat).enabled:
         raise _not_asked_for(f"{source} is a model folder already")
     target = _new(Path(output))
     new = NewFolder(target, CPU)
-    stored = read_config(job).dtype
-    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     new.run(lambda: write_quantized(source, new.partial, job, dtype, CPU, require=new.require_now))
+    compared: list[str] = []
+    new.run(lambda: compared.append(_compared(job, new.partial, dtype)))
     new.publish()
-    before = sum(f.stat().st_size for f in source.glob("*.safetensors")) / 2**30
+    before = sum(f.stat().st_size for f in source.glob("*.safetensors")) / GIB
     print(
         f"quantised  {target} ({disk(folder_gib(target))}; the weights of {source}: {disk(before)})"
     )
     print(f"           {job.transform(Qat).scheme}; not trained for it (PTQ)")
+    print(f"           {compared[0]}")
+
+
+def _code(given: list[str]) -> list[str]:
+    """Return what of the keys is needed to read a model's config: whether its code may run."""
+    return [item for item in given if item.startswith("trust_remote_code=")]
+
+
+def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
+    """Hold a quantised folder to its source with fake quantisation, and say how near it is; where
+    this machine cannot, say why.
+
+    Raises:
+        TrainingError: when they do not compute the same.
+    """
+    model = build(job)
+    size = sum(p.numel() * (p.element_size() + dtype.itemsize) for p in model.parameters())
+    needed, free = size / GIB, psutil.virtual_memory().available / GIB
+    tokens = _tokens(model, job)
+    if tokens is None:
+        return f"not compared: {NO_GPU}"
+    if needed > free:
+        return f"not compared: that takes {needed:.1f} GiB of memory, and {free:.1f} are free"
+    model, _ = _prepared(job)
+    weights.load_pretrained(model, job, CPU)
+    tokens = tokens.unsqueeze(0)
+    reference = fake_quantized_logits(model, job, tokens, dtype)
+    attention = model.config._attn_implementation
+    del model
+    try:
+        found = compare_quantized(folder, job, tokens, reference, attention)
+    except TrainingError as error:
+        what = "the quantised model does not compute what its source does with fake quantisation"
+        raise TrainingError(what, error.found, DEFECT) from error
+    return _said(found.difference, found.how, "the source's")
+
+
+def _said(difference: float, how: str, whose: str) -> str:
+    return f"logits differ by {difference:.3g} from {whose} with fake quantisation ({how})"
 
 
 def _not_asked_for(found: str) -> JobError:
@@ -145,10 +210,53 @@ def _new(path: Path) -> Path:
     return path
 
 
-def _export_run(
+def _not_mergeable(found: str) -> JobError:
+    fix = "leave --merge out, or name the output_dir of a LoRA run"
+    return JobError("--merge has nothing to merge", found, fix)
+
+
+def _merge_run(
     folder: Path, stored: Mapping[str, Any], checkpoint_name: str, output: str, given: list[str]
 ) -> None:
-    """Write a checkpoint's model, and the quantised one if the run's keys or these ask for it."""
+    """Write a checkpoint's adapter and its base as one model."""
+    if given:
+        raise _not_mergeable(f"{', '.join(given)}: a merged model is not quantised")
+    job = _job_of(folder, stored, [])
+    if job.transform(Qat).enabled:
+        raise JobError(
+            "An adapter trained with QAT cannot be merged",
+            "it was trained on the rounded base, and rounding the sum of both puts back the error "
+            "that training has taken out",
+            "leave --merge out: model-quantized holds the rounded base and the adapter",
+        )
+    if not job.transform(Lora).enabled:
+        raise _not_mergeable(f"finetuning_type: full in {folder / RUN_FILE}")
+    found = _checkpoint(job, checkpoint_name)
+    out = _new(Path(output) if output else folder / f"merged-step_{found.progress.step}") / "model"
+    model = _loaded(job, found)
+    way_out = "make room, or name another folder by --output"
+    merged = export_merged(model, job, out, load_tokenizer(job), _any_tokens(model), way_out)
+    print(f"merged     {out} ({disk(merged.gib)}; step {found.progress.step:,})")
+    base = job.transform(QuantizedBase)
+    if base.enabled:
+        print(
+            f"           the adapter and its base as they were trained: {base.scheme}, written "
+            "whole\n           the quantisation stays in the weights"
+        )
+    print(
+        f"           logits differ by {merged.difference:.3g} at most from those of base and "
+        f"adapter, whose largest is {merged.largest:.3g}\n"
+        f"           ({merged.num_tokens} tokens; sums are rounded to the written dtype)"
+    )
+    if merged.unquantized_difference is not None:
+        print(
+            "           merged into the weights as they were before, they would differ by "
+            f"{merged.unquantized_difference:.3g}"
+        )
+
+
+def _job_of(folder: Path, stored: Mapping[str, Any], given: list[str]) -> JobConfig:
+    """Return a run's job, without what only matters in training."""
     kept = {key for kind in KEPT for key in kind.model_fields}
     others = {key for kind in transform_types() for key in kind.model_fields} - kept
     is_off = any(item.lower().replace(" ", "") == "enable_qat=false" for item in given)
@@ -157,6 +265,14 @@ def _export_run(
     job = load_keys({**keys, "output_dir": str(folder)}, str(folder / RUN_FILE), given)
     if given and not is_off and not job.transform(Qat).enabled:
         raise _not_asked_for(f"{', '.join(given)}; the run has enable_qat: false")
+    return job
+
+
+def _export_run(
+    folder: Path, stored: Mapping[str, Any], checkpoint_name: str, output: str, given: list[str]
+) -> None:
+    """Write a checkpoint's model, and the quantised one if the run's keys or these ask for it."""
+    job = _job_of(folder, stored, given)
     found = _checkpoint(job, checkpoint_name)
     step = found.progress.step
     out = _new(Path(output) if output else folder / f"exported-step_{step}")
@@ -168,12 +284,10 @@ def _export_run(
     print(f"quantised  {written.quantized_dir} ({disk(written.quantized_gib)})")
     print(f"           {job.transform(Qat).scheme}")
     if written.quantized_logit_difference is None:
-        print("           not compared: float8 products need a GPU, and this command has none")
+        print(f"           not compared: {NO_GPU}")
     else:
-        print(
-            f"           logits differ by {written.quantized_logit_difference:.3g} from the "
-            f"checkpoint's with fake quantisation ({written.quantized_comparison})"
-        )
+        difference, how = written.quantized_logit_difference, written.quantized_comparison
+        print("           " + _said(difference, how, "the checkpoint's"))
 
 
 def _checkpoint(job: JobConfig, name: str) -> Found:
@@ -206,15 +320,27 @@ def _checkpoint(job: JobConfig, name: str) -> Found:
 
 def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
     """Return the checkpoint's model in host memory, with its adapters and fake quantisation."""
-    model = build(job)
-    prepare_all(job, model, hardware.detect(CPU))
-    weights.materialize(model, CPU)
+    model, plans = _prepared(job)
     if job.transform(Lora).enabled:
         weights.load_pretrained(model, job, CPU)
+    loaded_all(job, model, plans)
     with warnings.catch_warnings():  # PyTorch's, that there is one process: so it is meant
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         checkpoint.load(found, model)
     return model
+
+
+def _prepared(job: JobConfig) -> tuple[PreTrainedModel, dict[str, Plan]]:
+    """Return the job's model in host memory, prepared, and what was planned; its weights have yet
+    to be loaded.
+    """
+    facts = hardware.detect(CPU)
+    if job.transform(QuantizedBase).enabled:
+        job.transform(QuantizedBase).check(facts)
+    model = build(job)
+    plans = prepare_all(job, model, facts)
+    weights.materialize(model, CPU)
+    return model, plans
 
 
 def _tokens(model: PreTrainedModel, job: JobConfig) -> torch.Tensor | None:
@@ -223,5 +349,11 @@ def _tokens(model: PreTrainedModel, job: JobConfig) -> torch.Tensor | None:
     """
     if job.transform(Qat).activation_dtype == FLOAT8:
         return None
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    return torch.randint(vocabulary, (MOST_TOKENS,), generator=torch.Generator().manual_seed(0))
+    return _any_tokens(model)
+
+
+def _any_tokens(model: PreTrainedModel) -> torch.Tensor:
+    config: Any = model.config.get_text_config()
+    number = min(MOST_TOKENS, getattr(config, "max_position_embeddings", MOST_TOKENS))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(int(config.vocab_size), (number,), generator=generator)

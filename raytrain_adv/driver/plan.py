@@ -20,6 +20,7 @@ from raytrain_adv.ops.quantized_linear import num_weights, quantized_linears
 from raytrain_adv.transforms.apply import enabled, prepare_all, with_advice
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.arithmetic import Arithmetic, resolve_arithmetic
+from raytrain_adv.worker.attention import attention_name
 from raytrain_adv.worker.data import PreparedData, pad_to
 from raytrain_adv.worker.flops import training_flops_per_token
 from raytrain_adv.worker.memory import MemoryPrediction
@@ -118,7 +119,7 @@ def resolve(
             num_parameters=num_weights(model),
             num_trained=sum(trained),
             dtypes=_dtypes(model),
-            attention=str(model.config._attn_implementation),
+            attention=attention_name(job, model),
             flops_per_token=training_flops_per_token(model, seq_len),
         ),
         data=summary,

@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 
 from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
@@ -35,6 +36,16 @@ from raytrain_adv.report.record import PreflightReport, RunReport
 from raytrain_adv.transforms.apply import enabled, fetch_all
 from raytrain_adv.worker import trackers
 from raytrain_adv.worker.data import PreparedData, prepare
+
+
+class Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
+    """Ray's trainer without its actor for ray.data's datasets, for which workers would wait 2 s and
+    more though there are none (ray 2.60). Remove when Ray starts it only where datasets are given.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [one for one in callbacks if not isinstance(one, DatasetsCallback)]
 
 
 def run(job: JobConfig, read: Read = read_nodes) -> None:
@@ -195,10 +206,10 @@ def _clear_up(place: Output, attempt: str) -> None:
 
 def _trainer(
     job: JobConfig, place: Output, placement: Placement, attempt: str, resume: bool | str
-) -> TorchTrainer:
+) -> Trainer:
     shares_gpu = 0 < placement.bundle.get("GPU", 0.0) < 1
     backend = "cpu:gloo,cuda:nccl" if placement.use_gpu and not shares_gpu else "gloo"
-    return TorchTrainer(
+    return Trainer(
         ray_worker,
         train_loop_config={
             "job": job,

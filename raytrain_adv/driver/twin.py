@@ -25,6 +25,7 @@ def twins(job: JobConfig) -> Iterator[JobConfig]:
                 "output_dir": folder,
                 "resume_from_checkpoint": None if job.output.overwrite_output_dir else True,
                 "compare_with": None,
+                "export_model": True,  # what this run will be measured by
                 "num_sample_answers": 0,
             }
         )

@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,10 @@ def export_model(
     if job.transform(Lora).enabled:
         write_adapter(model, job, new)
     else:
-        write_model(model, job, new, max_file_bytes)
+        trained = saved_tensors(model)
+        write_model(lambda name: gather(trained[name]), job, new, max_file_bytes)
     if tokenizer is not None:
-        new.run(lambda: _save_tokenizer(tokenizer, new.partial))
+        new.run(lambda: save_tokenizer(tokenizer, new.partial))
     new.publish()
     written = Exported(str(out_dir), folder_gib(out_dir))
     if not job.transform(Qat).enabled:
@@ -90,7 +91,8 @@ def export_model(
     )
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files, with its chat template."""
     tokenizer.save_pretrained(str(folder))
 
 
@@ -109,19 +111,25 @@ def export_dtype(job: JobConfig) -> torch.dtype:
 
 
 def write_model(
-    model: PreTrainedModel, job: JobConfig, new: NewFolder, max_file_bytes: int
+    whole_tensor: Callable[[str], torch.Tensor], job: JobConfig, new: NewFolder, max_file_bytes: int
 ) -> None:
     """Gather the weights group by group and write them, the config and what goes with it, on rank
     0.
+
+    Args:
+        whole_tensor: returns a tensor by its name in the plain model; called on every rank.
+        job: the job that trained it.
+        new: the folder.
+        max_file_bytes: size at which a new safetensors file is begun.
     """
     plain, dtype = build(job), export_dtype(job)
-    trained, wanted = saved_tensors(model), saved_tensors(plain)
+    wanted = saved_tensors(plain)
     new.require(sum(t.numel() * stored_dtype(t, dtype).itemsize for t in wanted.values()))
     files = TensorFiles(new.partial, max_file_bytes)
     for group in save_groups(plain, wanted):
         whole: dict[str, torch.Tensor] = {}
         for name in group.names():
-            tensor = gather(trained[name])
+            tensor = whole_tensor(name)
             if new.writes and new.failure is None:
                 whole[name] = tensor.to(stored_dtype(tensor, dtype)).cpu()
             del tensor

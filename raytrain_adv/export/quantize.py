@@ -48,6 +48,11 @@ COPIED = (
 """What goes with a model's weights into a folder that is made of another."""
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
+DEPRECATION = "Config Deprecation: _default"
+"""Of the warning by torchao 0.18 that _default will go. It is what engines that fuse q, k and v
+into one linear find that linear's configuration by; without it they would need its name.
+"""
+
 Configs = Mapping[str, "AOBaseConfig"]
 """torchao's configuration of each tensor that is quantised, by its name in the model."""
 
@@ -290,9 +295,7 @@ def quantization_config(plain: PreTrainedModel, job: JobConfig, configs: Configs
     alone = dict.fromkeys(fqn for name, fqn in linears.items() if name not in configs)
     chosen = {**others, **alone, "_default": job.transform(Qat).linear_config()}
     with warnings.catch_warnings():
-        # torchao 0.18 warns that _default will go. It is what engines that fuse q, k and v into one
-        # linear find that linear's configuration by; without it they would need its name.
-        warnings.filterwarnings("ignore", message="Config Deprecation: _default")
+        warnings.filterwarnings("ignore", message=DEPRECATION)
         by_fqn = FqnToConfig(chosen)
     config: Any = TorchAoConfig(by_fqn, include_input_output_embeddings=bool(others))
     described: dict[str, Any] = config.to_dict()

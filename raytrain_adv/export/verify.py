@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import GIB, folder_gib
+from raytrain_adv.export.quantize import DEPRECATION
 from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.worker.parallel import compute_dtype
@@ -77,13 +80,22 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
         TrainingError: when weights are missing from the folder, or left over.
     """
     auto: Any = AutoModelForCausalLM
-    model, info = auto.from_pretrained(
-        folder,
-        dtype="auto",
-        output_loading_info=True,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-    )
+    bars: Any = transformers_logging
+    had_bar = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=DEPRECATION)
+            model, info = auto.from_pretrained(
+                folder,
+                dtype="auto",
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+            )
+    finally:
+        if had_bar:
+            bars.enable_progress_bar()
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         raise TrainingError(
@@ -94,11 +106,25 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
     return model
 
 
-@torch.no_grad()
 def fake_quantized_logits(
-    model: PreTrainedModel, job: JobConfig, input_ids: torch.Tensor
+    model: PreTrainedModel,
+    job: JobConfig,
+    input_ids: torch.Tensor,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return the trained model's logits with fake quantisation on; a collective.
+    """Return trained_logits with fake quantisation on."""
+    job.transform(Qat).switch(model, True)
+    return trained_logits(model, job, input_ids, dtype)
+
+
+@torch.no_grad()
+def trained_logits(
+    model: PreTrainedModel,
+    job: JobConfig,
+    input_ids: torch.Tensor,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Return the trained model's logits; a collective.
 
     Not compiled: compiled layers round at other places than the folder's, which will be loaded
     plain.
@@ -107,13 +133,13 @@ def fake_quantized_logits(
         model: trained; sharded, wrapped and compiled as it is.
         job: the job that trained it.
         input_ids: [batch, tokens], long, where the model computes.
+        dtype: the one to compute in; none means the job's.
 
     Returns:
         [batch, tokens, vocabulary], in host memory.
     """
-    job.transform(Qat).switch(model, True)
     model.train(False)
-    dtype = compute_dtype(job)
+    dtype = dtype or compute_dtype(job)
     named = dict(model.named_parameters())
     with torch.compiler.set_stance("force_eager"):
         if any(not isinstance(p, DTensor) and p.dtype != dtype for p in named.values()):

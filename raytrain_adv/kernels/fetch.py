@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytrain_adv.errors import JobError, StorageError
-from raytrain_adv.kernels import hub, variants
+from raytrain_adv.kernels import hub, metadata, variants
 from raytrain_adv.kernels import lock as locks
 from raytrain_adv.kernels.lock import Locked
 from raytrain_adv.kernels.source import Wanted
@@ -163,6 +162,7 @@ def _as_locked(wanted: Wanted, file: Path, target: Target | None) -> Build:
             wanted, commit, locked.variant, target
         )
     locks.require_same(locked, folder, file)
+    metadata.check(folder)
     return Build(wanted, locked, folder)
 
 
@@ -182,13 +182,13 @@ def _from_hub(wanted: Wanted, place: Place) -> Build:
         commit = hub.commit_of(wanted)
         trust = hub.trusted(wanted, place.trust)
         folder = hub.download(wanted, commit, None, place.target)
-    refuse_dependent(folder)
+    metadata.check(folder)
     return Build(wanted, _pin(wanted, folder, commit, trust), folder)
 
 
 def _local(wanted: Wanted, target: Target | None) -> Build:
     folder = _local_folder(wanted, target)
-    refuse_dependent(folder)
+    metadata.check(folder)
     return Build(wanted, _pin(wanted, folder, None, "a folder named in the job"), folder)
 
 
@@ -233,27 +233,3 @@ def _local_folder(wanted: Wanted, target: Target | None) -> Path:
         if chosen is not None:
             return base / chosen
     raise hub.no_build(wanted.source, sorted(names), target)
-
-
-def refuse_dependent(folder: Path) -> None:
-    """Refuse a build without a description, or one that would fetch other kernels when loaded.
-
-    Raises:
-        JobError: with what metadata.json says.
-    """
-    file = folder / "metadata.json"
-    try:
-        metadata = json.loads(file.read_text())
-        depends = [str(one) for one in metadata.get("kernel-depends", [])]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise JobError(
-            "a kernel's metadata.json cannot be read",
-            f"{file}: {error}",
-            'it needs id, name, version, license, backend and "python-depends"',
-        ) from None
-    if depends:
-        raise JobError(
-            f"the kernel in {folder} needs other kernels, which are not fetched for it",
-            f"kernel-depends: {', '.join(depends)}",
-            "name a kernel that stands alone",
-        )

@@ -7,9 +7,9 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.kernels.source import Wanted
@@ -17,6 +17,16 @@ from raytrain_adv.kernels.source import Wanted
 FILE_NAME = "kernels.lock.json"
 FOLDER = "kernels"
 """Folder of the files, beside the lock file."""
+
+
+def _inside(path: str) -> str:
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError(f"{path} leads out of the folder")
+    return path
+
+
+Inside = Annotated[str, AfterValidator(_inside)]
+"""A path that stays in the folder it counts from: files are written to where a lock file says."""
 
 
 class Locked(BaseModel):
@@ -27,13 +37,13 @@ class Locked(BaseModel):
     source: str
     asked: str
     """As the job wrote it, as kernels-community/activation@v1."""
-    commit: str | None
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
     """Commit on the Hub; null for a folder."""
-    variant: str
+    variant: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     """The build, as torch-cuda."""
-    files: dict[str, str]
+    files: dict[Inside, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
     """Path in the build -> sha256."""
-    folder: str | None = None
+    folder: Inside | None = None
     """Where the build lies, from the lock file's folder; null where it has not been fetched."""
     trust: str = ""
     """Why its publisher was trusted."""
@@ -125,7 +135,8 @@ def read(file: Path) -> Lock:
         raise JobError(
             f"{file} is not a lock file of this version",
             f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}",
-            f"make it anew with raytrain-adv kernels lock job.yaml --output {file}",
+            f"make it anew with raytrain-adv kernels lock job.yaml --output {file}; one that a run "
+            "has left in its output_dir may be deleted",
         ) from None
 
 

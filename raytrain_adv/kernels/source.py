@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
 
 from raytrain_adv.config.problems import Problem, show
 
@@ -114,6 +114,19 @@ def looks_like_path(name: str) -> bool:
     if name.startswith(("/", "./", "../", "~")):
         return True
     return name.partition("@")[0].count("/") > 1 or (bool(name) and os.path.isdir(name))
+
+
+def why_not(given: object) -> str:
+    """Say what is wrong with the first entry that is no entry; empty where none is."""
+    for entry in given if isinstance(given, list) else [given]:
+        if isinstance(entry, dict):
+            try:
+                KernelEntry.model_validate(entry)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, first["loc"]))
+                return f"{where}: {first['msg'].lower()}"
+    return ""
 
 
 def problems(given: str | KernelEntry | list[str | KernelEntry] | None) -> Iterable[Problem]:

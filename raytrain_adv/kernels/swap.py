@@ -5,7 +5,6 @@ our own, and see that they are there.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from raytrain_adv.errors import JobError
+from raytrain_adv.kernels import metadata
 from raytrain_adv.kernels.sites import BRIDGED, GATED
 from raytrain_adv.ops import activation as ops
 
@@ -51,10 +51,11 @@ def load_layer(source: LayerSource) -> type[nn.Module]:
     """
     from kernels import get_local_kernel
 
-    _forget_others(source.folder)
+    _forget_others(source.folder, metadata.check(source.folder))
     try:
         module = get_local_kernel(source.folder)
-    except Exception as error:  # whatever a stranger's code raises, it is said and ends the run
+    except (Exception, SystemExit) as error:
+        # Whatever a stranger's code does, it is said and ends the run.
         raise JobError(
             f"the kernel in {source.folder} cannot be loaded",
             f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
@@ -71,14 +72,10 @@ def load_layer(source: LayerSource) -> type[nn.Module]:
     return _bridged(source, kind) if source.layer in BRIDGED else kind
 
 
-def _forget_others(folder: Path) -> None:
+def _forget_others(folder: Path, name: str) -> None:
     """Make room for a build whose name in Python another one has that is loaded: its submodules
     would be taken for this one's (kernels 0.17.2 imports them by the id in metadata.json).
     """
-    try:
-        name = str(json.loads((folder / "metadata.json").read_text())["id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # the kernels package says what is wrong with it
     for key, module in list(sys.modules.items()):
         if key == name or key.startswith(f"{name}."):
             file = getattr(module, "__file__", None)

@@ -95,8 +95,13 @@ def sentence(report: RunReport) -> str:
     """Say what quantisation-aware training bought; empty where the run has none."""
     found = report.variants
     pair = reference(found)
-    if pair is None or QAT not in [v.name for v in found]:
+    if QAT not in [v.name for v in found]:
         return ""
+    if pair is None:
+        return (
+            "there is no PTQ to measure QAT by: there were no weights before fake quantisation, or "
+            "this folder does not hold the run that made them; compare: true trains a bf16 twin"
+        )
     bf16, ptq = pair
     before, gap = bf16.loss or math.nan, (ptq.loss or math.nan) - (bf16.loss or math.nan)
     has_twin = bf16.name != BF16

@@ -41,7 +41,8 @@ def plan_all(
         facts: the machine the job will run on; none means this one.
 
     Raises:
-        JobError: when a plan changes nothing, or two transforms want the same module.
+        JobError: when plans change nothing, or two transforms want the same module; it names all
+            that is wrong.
     """
     if not enabled(job):
         return {}
@@ -54,20 +55,48 @@ def prepare_all(
     """Apply every enabled transform to the model in place, each one planned, prepared and verified.
 
     Raises:
-        JobError: when a plan changes nothing, or two transforms want the same module.
+        JobError: when plans change nothing, or two transforms want the same module; it names all
+            that is wrong.
         TrainingError: when a transform did not do what it had planned.
     """
     plans: dict[str, Plan] = {}
+    errors: list[JobError] = []
     for transform in enabled(job):
-        machine = facts or _this_machine()
-        plan = give_way(transform, transform.plan_for(job, model, machine), plans)
-        refuse_empty(transform, plan)
-        refuse_conflict(transform, plan, plans)
-        before = kinds(model, transform)
-        transform.prepare(model, plan, machine)
-        verify(transform, model, plan, before)
-        plans[transform.name] = plan
+        try:
+            plans[transform.name] = _prepare(transform, job, model, facts, plans)
+        except JobError as error:
+            errors.append(error)
+    if errors:
+        raise _together(errors)
     return plans
+
+
+def _together(errors: list[JobError]) -> JobError:
+    """Return one error that says all that several say."""
+    if len(errors) == 1:
+        return errors[0]
+    return JobError(
+        f"{len(errors)} features cannot be had as the job asks for them",
+        "\n".join(f"{error.what}: {error.found}" for error in errors),
+        "\n".join(dict.fromkeys(error.fix for error in errors)),
+    )
+
+
+def _prepare(
+    transform: Transform,
+    job: JobConfig,
+    model: nn.Module,
+    facts: HardwareFacts | None,
+    earlier: Mapping[str, Plan],
+) -> Plan:
+    machine = facts or _this_machine()
+    plan = give_way(transform, transform.plan_for(job, model, machine), earlier)
+    refuse_empty(transform, plan)
+    refuse_conflict(transform, plan, earlier)
+    before = kinds(model, transform)
+    transform.prepare(model, plan, machine)
+    verify(transform, model, plan, before)
+    return plan
 
 
 def fetch_all(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeGuard
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeGuard
 
 from pydantic import Field
 
@@ -46,7 +46,13 @@ class Fp8(Transform):
     """Train the linears in FP8; parameters, gradients and optimizer states stay as they are."""
 
     name: ClassVar[str] = "fp8"
+    feature: ClassVar[str] = "FP8"
     stage: ClassVar[str] = "precision"
+    tried_with: ClassVar[dict[str, Any]] = {
+        "fp8": True,
+        "fp8_allow_cpu": True,
+        "fp8_min_features": 16,
+    }
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
     proven_by: ClassVar[str] = "aten::_scaled_mm"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -47,6 +47,11 @@ class HubKernels(Transform):
     """Compute modules by kernels: forward passes are swapped, modules and weights stay."""
 
     name: ClassVar[str] = "kernels"
+    feature: ClassVar[str] = "HF Kernels"
+    tried_with: ClassVar[dict[str, Any]] = {
+        "use_kernels": True,
+        "kernel_name": "jobs/kernels/llama_layers",
+    }
     stage: ClassVar[str] = "kernel"
     # Whatever these put inside an MLP is still called: a trial on the worker sees to it.
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "quantized_base", "fp8", "qat"})
@@ -75,6 +80,11 @@ class HubKernels(Transform):
     def wanted(self) -> tuple[Wanted, ...]:
         """The kernels that kernel_name asks for."""
         return source.read(self.kernel_name)
+
+    @classmethod
+    def why_not(cls, key: str, value: object) -> str:
+        """Say which key of which entry is wrong."""
+        return source.why_not(value) if key == "kernel_name" else ""
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse entries that name no kernel."""

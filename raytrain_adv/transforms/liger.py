@@ -7,6 +7,7 @@ put back, so that other models of the process stay as they are.
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,12 @@ class Liger(Transform):
     """Compute norms, gated MLPs and rotary embeddings by Liger's Triton kernels."""
 
     name: ClassVar[str] = "liger"
+    feature: ClassVar[str] = "Liger"
+    needs_gpu: ClassVar[bool] = True
+    tried_with: ClassVar[dict[str, Any]] = {"use_liger_kernel": {"rope": True}}
+    careful: ClassVar[dict[str, str]] = {
+        "use_kernels": "a module has one kernel: name layers for each that the other does not take"
+    }
     stage: ClassVar[str] = "kernel"
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "quantized_base", "fp8", "qat"})
 
@@ -65,6 +72,10 @@ class Liger(Transform):
     def enabled(self) -> bool:
         """Whether any layer is asked for."""
         return any(self.layers.values())
+
+    def asked_for(self, key: str) -> bool:
+        """Whether the key turns a layer on; what else is wrong with it, `contradictions` says."""
+        return super().asked_for(key) and self.enabled
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse names that Liger does not have, and its losses, which have another owner."""
@@ -114,7 +125,8 @@ class Liger(Transform):
             return ()
         return (
             "torch_compile fuses norms and MLPs by itself, and cannot fuse what is around Liger's "
-            "kernels: with both a step can be slower than with torch_compile alone",
+            "kernels, nor see what they write to, so that it copies what they are given: with both "
+            "a step can be slower than with torch_compile alone; compare the two",
         )
 
     def plan(self, model: nn.Module) -> Plan:
@@ -198,17 +210,45 @@ class Liger(Transform):
             return f"{class_name(module)} with Liger's {rotary.__name__}"
         return class_name(module)
 
+    def install(
+        self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
+    ) -> Plan:
+        """Keep PyTorch from printing a traceback for each kernel that it compiles around."""
+        if job.parallel.torch_compile:
+            # Liger 0.8.5 gives epsilon to its kernels as a Python float, and torch's search for
+            # what they write to fails on it. `advice` says what follows. Remove when either is
+            # mended.
+            logging.getLogger("torch._higher_order_ops.triton_kernel_wrap").setLevel(logging.ERROR)
+        return plan
+
     def probe(
         self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype
     ) -> tuple[str, ...]:
         """Hold values and gradients of each kind of changed module against the class's own.
 
         Raises:
-            TrainingError: where they differ, or a child module is no longer called.
+            JobError: where they differ, or a child module is no longer called.
         """
-        from raytrain_adv.transforms.probe import probe_forwards
+        import torch
 
-        return probe_forwards(model, plan, device, dtype)
+        from raytrain_adv.kernels.probe import Candidate, Untried
+        from raytrain_adv.kernels.trials import alike, tried_out
+
+        sentences = []
+        layers = {fqn: change.after for fqn, change in plan.changes.items()}
+        for layer, fqns in alike(model, layers):
+            module: Any = model.get_submodule(fqns[0])
+            name = layer.partition(" with ")[2] or layer
+            candidate = Candidate(
+                module.forward.__func__, name, module, "set it to false in use_liger_kernel"
+            )
+            try:
+                sentences.append(tried_out(candidate, name, len(fqns), device, dtype).sentence)
+            except Untried as error:
+                sentences.append(f"{error.what}: {error.found}")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return tuple(sentences)
 
 
 def _model_type(model: nn.Module) -> str:
@@ -234,18 +274,34 @@ def _bind_rotary(model: nn.Module) -> None:
     """
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
+    of_class: dict[type, FunctionType] = {}
     for module in model.modules():
         forward = type(module).forward
         if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
             continue
-        names = {**forward.__globals__, ROTARY: liger_rotary_pos_emb}
-        # torch.compile looks globals up in the module of this name, where Liger's is not.
-        names.pop("__name__", None)
-        own = FunctionType(
-            forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
-        )
-        own.__kwdefaults__ = forward.__kwdefaults__
-        module.forward = MethodType(own, module)
+        if type(module) not in of_class:
+            of_class[type(module)] = _with_name(forward, ROTARY, liger_rotary_pos_emb)
+        module.forward = MethodType(of_class[type(module)], module)
+
+
+def _with_name(function: FunctionType, name: str, value: object) -> FunctionType:
+    """Return a function that does the same with another value of a global name.
+
+    torch.compile keeps what it made of a code object, and puts what that calls into the globals of
+    the frame it met first: code and globals must belong to each other, one to one.
+    """
+    names = {**function.__globals__, name: value}
+    # torch.compile looks globals up in the module of this name, where ours is not.
+    names.pop("__name__", None)
+    own = FunctionType(
+        function.__code__.replace(),
+        names,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 @contextmanager

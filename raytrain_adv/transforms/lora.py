@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from raytrain_adv.config.problems import Problem
 from raytrain_adv.config.sections import LARGEST, Names
 from raytrain_adv.errors import JobError
 from raytrain_adv.transforms.naming import ROUTERS, class_name, nearest, output_head, short
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
+    from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
 
 ADAPTED = "peft.tuners.lora.layer.Linear"
@@ -27,6 +30,8 @@ class Lora(Transform):
     """Train low-rank adapters instead of the model's own weights."""
 
     name: ClassVar[str] = "lora"
+    feature: ClassVar[str] = "LoRA"
+    tried_with: ClassVar[dict[str, Any]] = {"finetuning_type": "lora"}
     stage: ClassVar[str] = "adapter"
 
     finetuning_type: Literal["lora", "full"] = "lora"
@@ -58,6 +63,23 @@ class Lora(Transform):
             self.lora_target.split(",") if isinstance(self.lora_target, str) else self.lora_target
         )
         return [name.strip() for name in names if name.strip()]
+
+    def conflicts(self, job: JobConfig) -> Iterable[Problem]:
+        """Refuse adapters on random weights, which would be lost, and in bfloat16."""
+        default = "" if "finetuning_type" in self.model_fields_set else ", its default"
+        if job.model.train_from_scratch:
+            yield Problem(
+                "adapters alone are saved, and random weights would be lost: "
+                f"finetuning_type is lora{default}",
+                "set finetuning_type: full",
+                "train_from_scratch and finetuning_type",
+            )
+        if job.train.pure_bf16:
+            yield Problem(
+                f"adapters are always trained in float32: finetuning_type is lora{default}",
+                "set bf16: true in the place of pure_bf16; the frozen model is then in bfloat16",
+                "pure_bf16 and finetuning_type",
+            )
 
     def plan(self, model: nn.Module) -> Plan:
         """Choose the linears that get adapters.

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
@@ -35,6 +35,8 @@ PROBED = (2048, 256, 192)
 """Tokens, input and output features of the product that is held to bitsandbytes' own: so many
 tokens that it multiplies as in training."""
 NAMED = 4
+PACKAGES = {"bnb": "bitsandbytes"}
+"""quantization_method -> the package whose kernels round."""
 OTHER_METHODS = ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
 
 
@@ -44,6 +46,8 @@ class QuantizedBase(Transform):
     """
 
     name: ClassVar[str] = "quantized_base"
+    feature: ClassVar[str] = "Standard Quantization"
+    tried_with: ClassVar[dict[str, Any]] = {"quantization_bit": 4, "finetuning_type": "lora"}
     stage: ClassVar[str] = "precision"
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
     proven_by: ClassVar[str] = "raytrain_adv::dequantize"
@@ -118,11 +122,12 @@ class QuantizedBase(Transform):
         Raises:
             ClusterError: naming the node.
         """
-        if facts.versions.get("bitsandbytes") is None:
+        package = PACKAGES[self.quantization_method]
+        if facts.versions.get(package) is None:
             raise ClusterError(
-                "standard quantization needs bitsandbytes: bitsandbytes not available",
-                f"node {facts.node_ip}, no bitsandbytes",
-                "pip install 'bitsandbytes>=0.50' on that node, or delete quantization_bit",
+                f"standard quantization needs {package}: {package} not available",
+                f"node {facts.node_ip}, no {package}",
+                f"pip install '{package}>=0.50' on that node, or delete quantization_bit",
             )
 
     def plan(self, model: nn.Module) -> Plan:

@@ -181,6 +181,18 @@ class Transform(Section):
         step.
         """
 
+    def begin_batch(
+        self, model: nn.Module, step: int, first: int, segments: tuple[tuple[int, ...], ...]
+    ) -> None:
+        """Take note of what the next forward pass of optimizer step `step` (from 0) is given.
+
+        Args:
+            model: the model.
+            step: optimizer step.
+            first: place of the batch's first sequence among all of the step, over all workers.
+            segments: of each sequence the tokens of the conversations in it; padding follows.
+        """
+
     def is_on(self, step: int) -> bool:
         """Whether the feature is on in optimizer step `step` (from 0)."""
         return True

@@ -64,6 +64,12 @@ def is_flash(model: PreTrainedModel) -> bool:
     return name == HUB_ATTENTION or name.startswith("flash_attention_")
 
 
+def attention_name(job: JobConfig, model: PreTrainedModel) -> str:
+    """Return what computes attention, for plans and reports: transformers' name, or the kernel."""
+    name = str(model.config._attn_implementation)
+    return job.model.flash_attn if name == HUB_ATTENTION else name
+
+
 def refuse_unsupported(job: JobConfig, model: PreTrainedModel) -> None:
     """Refuse a kernel of hub:<repo> for an architecture that has no flash attention.
 

@@ -35,6 +35,10 @@ class MicroBatch:
     labels: torch.Tensor
     num_tokens: int
     """Tokens without padding."""
+    first: int
+    """Place of its first sequence among the step's over all workers."""
+    segments: tuple[tuple[int, ...], ...]
+    """Tokens of the conversations in each sequence; padding follows them."""
 
     def on(self, device: torch.device) -> MicroBatch:
         """Return it with its tensors on the device, copied without waiting for the copy."""
@@ -119,7 +123,14 @@ class Batches:
             inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
             longest = tensors["input_ids"].shape[1]
             inputs |= {"max_length_q": longest, "max_length_k": longest}
-        return MicroBatch(number, inputs, labels, sum(len(s.input_ids) for s in sequences))
+        return MicroBatch(
+            number,
+            inputs,
+            labels,
+            sum(len(s.input_ids) for s in sequences),
+            number * self.arithmetic.micro_batch,
+            tuple(s.segments for s in sequences),
+        )
 
 
 def to_device(batch: StepBatch, device: torch.device) -> StepBatch:

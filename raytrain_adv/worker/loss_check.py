@@ -15,11 +15,19 @@ from transformers import PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.ops.linear_cross_entropy import IGNORED
-from raytrain_adv.ops.loss_head import loss_in_head, loss_of, remove, takes_labels
+from raytrain_adv.ops.loss_head import (
+    BACKENDS,
+    HeadLoss,
+    loss_in_head,
+    loss_of,
+    remove,
+    takes_labels,
+)
 from raytrain_adv.shards import local_part
 from raytrain_adv.transforms.loss_kernel import LossKernel
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.loss import cross_entropy_sum
+from raytrain_adv.worker.parallel import compute_dtype
 from raytrain_adv.worker.run import Run
 
 NUM_TOKENS = 64
@@ -42,11 +50,12 @@ def check_loss(
     """Compare loss and gradients of the head on a few tokens; return the plans with what was found.
 
     Every rank calls this, after the weights are there. Gradients are cleared afterwards. Where
-    loss_kernel: auto chose the kernel and it is not right for this model, torch's loss is used, and
-    the plan says so.
+    loss_kernel: auto chose the kernel and it is not right for this model or device, torch's loss is
+    used, and the plan says so.
 
     Raises:
-        TrainingError: on all ranks, where they differ by more than rounding.
+        TrainingError: on all ranks, where they differ by more than rounding, or the kernel does not
+            run on one of them.
     """
     if not takes_labels(model):
         return dict(plans)
@@ -54,6 +63,14 @@ def check_loss(
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     loss = loss_of(head)
     assert loss is not None  # takes_labels: both are installed together
+    failed = _failure(loss, run.device, compute_dtype(job))
+    if run.agree(int(bool(failed)), dist.ReduceOp.MAX):
+        refusal = TrainingError(
+            f"The loss of {loss.kernel} does not run here",
+            failed or "it fails on another rank; see its error",
+            "mend what it says is missing, or set loss_kernel: torch",
+        )
+        return _left_to_torch(job, model, head, run, plans, refusal)
     with run.phase("check the loss"), _quiet(model):
         plain = _pass(model, head, run, in_head=False)
         ours = _pass(model, head, run, in_head=True)
@@ -71,19 +88,14 @@ def check_loss(
     ]
     if run.agree(int(bool(wrong)), dist.ReduceOp.MAX):
         found = "\n".join(wrong or ["on another rank; see its error"])
-        if job.transform(LossKernel).is_auto:
-            remove(model, head)
-            sentence = f"torch's loss in the place of {loss.kernel}, which does not fit this model"
-            run.say(f"loss_kernel: auto takes {sentence}: {found.splitlines()[0]}")
-            skipped = dict.fromkeys(plans["loss_kernel"].changes, sentence)
-            return {**plans, "loss_kernel": Plan("loss_kernel", skipped=skipped)}
-        raise TrainingError(
+        refusal = TrainingError(
             f"The loss of {loss.kernel} is not the model's own",
             f"{found}\n(loss {ours.loss:.5f} in the head, {plain.loss:.5f} of its logits, on "
             f"{NUM_TOKENS} tokens, rank {run.rank})",
             "set loss_kernel: torch; a model that changes its logits after the head, by a key that "
             "is not known here, needs it",
         )
+        return _left_to_torch(job, model, head, run, plans, refusal)
     worst = max(v for k, v in apart.items() if k != "loss")
     sentence = (
         f"checked on {NUM_TOKENS} tokens before training: loss {ours.loss / NUM_TOKENS:.5f}, "
@@ -95,6 +107,45 @@ def check_loss(
         name: replace(plan, notes=(*plan.notes, sentence)) if name == "loss_kernel" else plan
         for name, plan in plans.items()
     }
+
+
+def _failure(loss: HeadLoss, device: torch.device, dtype: torch.dtype) -> str:
+    """Say why the chunked loss does not run on this device; empty where it does. It is tried on a
+    few numbers, by each rank for itself: in the model the others would wait for the one that fails.
+    """
+    if loss.kernel != "chunked":
+        return ""
+    hidden, weight = (torch.zeros(n, 16, device=device, dtype=dtype) for n in (16, 32))
+    labels = torch.zeros(16, device=device, dtype=torch.int64)
+    try:
+        BACKENDS[loss.kernel](hidden.requires_grad_(), weight, None, labels, loss.logit_map)
+    except (RuntimeError, ImportError, OSError) as error:  # as Triton without a compiler
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return ""
+
+
+def _left_to_torch(
+    job: JobConfig,
+    model: PreTrainedModel,
+    head: nn.Module,
+    run: Run,
+    plans: Mapping[str, Plan],
+    refusal: TrainingError,
+) -> dict[str, Plan]:
+    """Take torch's loss in the place of what auto chose, and say so.
+
+    Raises:
+        TrainingError: where the job itself asks for the kernel.
+    """
+    if not job.transform(LossKernel).is_auto:
+        raise refusal
+    remove(model, head)
+    sentence = (
+        f"loss_kernel: auto is torch after all: {refusal.what}: {refusal.found.splitlines()[0]}"
+    )
+    run.say(sentence)
+    skipped = dict.fromkeys(plans["loss_kernel"].changes, "the loss is torch's after all")
+    return {**plans, "loss_kernel": Plan("loss_kernel", skipped=skipped, notes=(sentence,))}
 
 
 @contextmanager

@@ -124,6 +124,8 @@ class Loop:
         workers.
         """
         torch.manual_seed(hash((self.job.train.seed, step, batch.number)) & 0x7FFFFFFF)
+        for transform in self.transforms:
+            transform.begin_batch(self.model, step, batch.first, batch.segments)
         loss = self.loss_sum(self.model, batch.inputs, batch.labels)
         # FSDP2 averages gradients over the workers; the sum is wanted, over all label tokens.
         (loss * (self.run.world_size / max(label_tokens, 1))).backward()  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.transforms.apply import enabled, loaded_all, prepare_all, with_advice
 from raytrain_adv.worker import checkpoint, data, memory, parallel, weights
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
-from raytrain_adv.worker.attention import is_flash
+from raytrain_adv.worker.attention import attention_name, is_flash
 from raytrain_adv.worker.finish import ExportFunction, export, sample_answers
 from raytrain_adv.worker.install import fetched, installed
 from raytrain_adv.worker.loader import Batches
@@ -95,7 +95,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         **loop.figures(),
         "world_size": run.world_size,
         "device": facts.device_name,
-        "attention": str(model.config._attn_implementation),
+        "attention": attention_name(job, model),
         "versions": {name: v for name, v in facts.versions.items() if v is not None},
         "predicted_memory_gib": predicted.total,
         "predicted_memory": predicted.as_dict(),

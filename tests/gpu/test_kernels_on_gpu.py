@@ -12,7 +12,7 @@ from torch.nn import functional
 from raytrain_adv import hardware
 from raytrain_adv.errors import JobError
 from raytrain_adv.kernels.fetch import Place, find
-from raytrain_adv.kernels.probe import try_out
+from raytrain_adv.kernels.probe import Candidate, try_out
 from raytrain_adv.kernels.source import read
 from raytrain_adv.kernels.swap import LayerSource, load_layer
 from raytrain_adv.kernels.variants import Target
@@ -67,7 +67,8 @@ def layer(name, site):
 def test_the_example_computes_and_learns_as_torch_does(dtype, features):
     for name, module in (("RMSNorm", Norm(features)), ("SwiGLUMLP", Mlp(features // 4))):
         kind = layer(name, name)
-        found = try_out(kind.forward, module, name, torch.device("cuda"), dtype)
+        candidate = Candidate(kind.forward, name, module, "leave it out")
+        found = try_out(candidate, torch.device("cuda"), dtype)
         limit = 1e-2 if dtype == torch.bfloat16 else 1e-5
         assert found.value_error < limit and found.gradient_error < limit, (name, found)
 

@@ -17,6 +17,7 @@ from raytrain_adv.config import JobConfig
 from raytrain_adv.config import sections as s
 from raytrain_adv.transforms.apply import prepare_all
 from raytrain_adv.transforms.lora import Lora
+from raytrain_adv.transforms.quantized_base import QuantizedBase
 from raytrain_adv.worker import parallel
 from raytrain_adv.worker.gradients import clip
 from raytrain_adv.worker.loss import loss_function
@@ -62,6 +63,7 @@ LORA: dict[str, Any] = {
 }
 NONE, FULL, SELECTIVE = ({"gradient_checkpointing": m} for m in ("none", "full", "selective"))
 EAGER: dict[str, Any] = {"torch_compile": False}
+NF4: dict[str, Any] = {"quantization_bit": 4}
 
 Variant = tuple[str, dict[str, Any], dict[str, Any], int]
 VARIANTS: tuple[Variant, ...] = (
@@ -70,6 +72,8 @@ VARIANTS: tuple[Variant, ...] = (
     ("8B pure_bf16, compiled, selective", LLAMA_8B, {**PURE, **SELECTIVE}, 8192),
     ("1B float32 master, compiled, none", LLAMA_1B, {**MASTER, **NONE}, 8192),
     ("1B float32 master, eager, full", LLAMA_1B, {**MASTER, **EAGER, **FULL}, 8192),
+    ("8B QLoRA nf4, compiled, none", LLAMA_8B, {**LORA, **NF4, **NONE}, 8192),
+    ("8B QLoRA nf4, eager, full", LLAMA_8B, {**LORA, **NF4, **EAGER, **FULL}, 8192),
     ("8B LoRA, compiled, none", LLAMA_8B, {**LORA, **NONE}, 8192),
     ("8B LoRA, eager, full", LLAMA_8B, {**LORA, **EAGER, **FULL}, 8192),
     ("8B pure_bf16, eager, none", LLAMA_8B, {**PURE, **EAGER, **NONE}, 8192),
@@ -115,7 +119,7 @@ def job_with(**keys: Any) -> JobConfig:
         parallel=part(s.ParallelConfig),
         output=part(s.OutputConfig),
         ray=part(s.RayConfig),
-        transforms=(part(Lora),),
+        transforms=(part(Lora), part(QuantizedBase)),
     )
 
 
@@ -171,7 +175,7 @@ def free() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, config, keys, seq_len", VARIANTS[:5], ids=[v[0] for v in VARIANTS[:5]]
+    "name, config, keys, seq_len", VARIANTS[:6], ids=[v[0] for v in VARIANTS[:6]]
 )
 def test_prediction_is_within_ten_percent_of_the_peak(
     name: str, config: dict[str, Any], keys: dict[str, Any], seq_len: int

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import pytest
 
 from tests.workers import losses, run_apart, run_workers
 
-LAUNCH = [sys.executable, "-m", "raytrain_adv.launch"]
 BREAKING = """
 import torch
 import torch.distributed as dist
@@ -36,9 +33,8 @@ class OwnModel(LlamaForCausalLM):
 
 
 @pytest.fixture
-def breaking(keys, job_file, monkeypatch, tmp_path) -> Callable[..., Path]:
+def breaking(keys, job_file) -> Callable[..., Path]:
     """Write a job whose model, with code of its own, raises on one rank in one forward pass."""
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
 
     def write(error: str, rank: int, at_pass: int, **changed: object) -> Path:
         model = Path(keys["model_name_or_path"])
@@ -53,11 +49,7 @@ def breaking(keys, job_file, monkeypatch, tmp_path) -> Callable[..., Path]:
     return write
 
 
-def launch(job: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*LAUNCH, str(job)], capture_output=True, text=True, timeout=240)
-
-
-def test_the_rank_that_failed_is_named_before_those_that_failed_with_it(breaking, tmp_path):
+def test_the_rank_that_failed_is_named_before_those_that_failed_with_it(launch, breaking, tmp_path):
     job = breaking("ValueError('the cause')", rank=1, at_pass=3, ray_num_workers=2)
     failed = launch(job)
     assert failed.returncode == 3, failed.stdout + failed.stderr
@@ -71,7 +63,7 @@ def test_the_rank_that_failed_is_named_before_those_that_failed_with_it(breaking
     assert "the cause" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_out_of_memory_in_the_first_step_is_not_tried_again(breaking, tmp_path):
+def test_out_of_memory_in_the_first_step_is_not_tried_again(launch, breaking, tmp_path):
     error = "torch.OutOfMemoryError('tried to allocate 2.00 GiB')"
     failed = launch(breaking(error, rank=0, at_pass=1, ray_num_workers=1, max_failures=3))
     assert failed.returncode == 3, failed.stdout + failed.stderr

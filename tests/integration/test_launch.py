@@ -1,4 +1,6 @@
-"""python -m raytrain_adv.launch as a user runs it: real Ray, two CPU workers, gloo."""
+"""python -m raytrain_adv.launch as a user runs it: real Ray, two CPU workers, gloo. What is to be
+killed, and one whole run, are processes of their own; the others run in this one, on one Ray.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,11 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.workers import losses
+from tests.workers import losses, run_workers
 
 LAUNCH = [sys.executable, "-m", "raytrain_adv.launch"]
-LINE = {"ray_num_workers": 2, "use_cpu": True, "val_size": 8, "num_sample_answers": 1}
-
-
-def launch(job: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*LAUNCH, str(job), *overrides], capture_output=True, text=True, timeout=240
-    )
+LINE = {"ray_num_workers": 2, "use_cpu": True, "val_size": 8}
+KILLED = {**LINE, "ray_init_kwargs": {"include_dashboard": False}, "save_strategy": "steps"}
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
@@ -53,8 +50,9 @@ def torn_checkpoints(out: Path) -> list[Path]:
     return [folder for folder in folders if not (folder / "manifest.json").exists()]
 
 
-def test_a_job_becomes_a_model_and_a_report(job_file, tmp_path):
-    done = launch(job_file(**LINE))
+def test_a_job_becomes_a_model_and_a_report(launch, job_file, tmp_path):
+    job = job_file(**LINE, num_sample_answers=1)
+    done = subprocess.run([*LAUNCH, str(job)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "out"
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
@@ -68,18 +66,16 @@ def test_a_job_becomes_a_model_and_a_report(job_file, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(report["model_dir"])
     assert model.config.vocab_size >= len(tokenizer)
     assert str(out / "model") in done.stdout
-    again = launch(tmp_path / "job.yaml", "learning_rate=0.5")
+    again = launch(job, "learning_rate=0.5")
     assert again.returncode == 2 and "learning_rate" in again.stderr
 
 
 def test_killed_workers_and_a_killed_controller_are_restarted(job_file, tmp_path):
     """A SIGKILL of a worker while a checkpoint is written, and one of Ray Train's controller: the
-    run logs, bit for bit, the losses of a run without."""
+    run logs, bit for bit, the losses of a run without either, and without Ray."""
     whole = tmp_path / "whole"
-    assert (
-        launch(job_file("whole.yaml", **LINE, max_steps=40, output_dir=str(whole))).returncode == 0
-    )
-    keys = {**LINE, "max_steps": 40, "save_strategy": "steps", "save_steps": 5, "max_failures": 2}
+    run_workers(2, job_file("whole.yaml", **LINE, max_steps=40, output_dir=str(whole)))
+    keys = {**KILLED, "max_steps": 40, "save_steps": 5, "max_failures": 2}
     driver = subprocess.Popen(
         [*LAUNCH, str(job_file("killed.yaml", **keys))], stdout=subprocess.PIPE, text=True
     )
@@ -97,10 +93,9 @@ def test_killed_workers_and_a_killed_controller_are_restarted(job_file, tmp_path
     assert losses(out) == losses(whole)
 
 
-def test_a_killed_driver_is_no_loss(job_file, tmp_path):
+def test_a_killed_driver_is_no_loss(launch, job_file, tmp_path):
     """After SIGKILL of the driver the job with resume_from_checkpoint goes on where it stopped."""
-    keys = {**LINE, "max_steps": 60, "save_strategy": "steps", "save_steps": 5}
-    job = job_file(**keys)
+    job = job_file(**KILLED, max_steps=60, save_steps=5)
     driver = subprocess.Popen([*LAUNCH, str(job)], stdout=subprocess.DEVNULL)
     out = tmp_path / "out"
     wait_until(lambda: steps_done(out) >= 7)
@@ -122,15 +117,12 @@ def test_a_killed_driver_is_no_loss(job_file, tmp_path):
     assert other.returncode == 2 and "learning_rate" in other.stderr
 
 
-def test_more_workers_than_the_cluster_has_is_refused_within_ten_seconds(job_file):
+def test_more_workers_than_the_cluster_has_is_refused_within_ten_seconds(launch, job_file):
     start = time.monotonic()
     refused = launch(job_file(**{**LINE, "ray_num_workers": 4096}))
     assert refused.returncode == 4
     assert "4096 workers" in refused.stderr and "fix:" in refused.stderr
-    assert (
-        time.monotonic() - start < 40
-    )  # the whole process with its imports; the check itself is below
-    assert "seconds" not in refused.stderr
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(
@@ -142,14 +134,14 @@ def test_more_workers_than_the_cluster_has_is_refused_within_ten_seconds(job_fil
         ({"learning_rat": 1}, "learning_rate"),
     ],
 )
-def test_what_the_job_gets_wrong_is_said_in_the_house_form(job_file, broken, says):
+def test_what_the_job_gets_wrong_is_said_in_the_house_form(launch, job_file, broken, says):
     refused = launch(job_file(**{**LINE, **broken}))
     assert refused.returncode == 2
     assert says in refused.stderr and "fix:" in refused.stderr
     assert "Traceback" not in refused.stderr + refused.stdout
 
 
-def test_an_error_on_a_worker_reaches_the_user_as_itself(job_file, tmp_path):
+def test_an_error_on_a_worker_reaches_the_user_as_itself(launch, job_file, tmp_path):
     """A checkpoint that cannot be written: its folder's place is taken by a file."""
     keys = {**LINE, "save_strategy": "steps", "save_steps": 2, "max_failures": 3}
     blocked = tmp_path / "storage"

@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+import yaml
 from torch._dynamo.testing import CompileCounter
 
+from raytrain_adv.config import load
+from raytrain_adv.driver.twin import twins
 from raytrain_adv.transforms.qat import rounding
 from tests.integration.test_line_without_ray import kill_last_checkpoint
 from tests.workers import losses, run_workers
@@ -74,6 +77,22 @@ def test_evaluation_is_always_with_rounding_and_the_switch_is_measured(job_file,
     assert found["PTQ", 3] != found["bf16", 3]
 
 
+def test_a_twin_is_measured_by_its_own_weights_and_their_ptq(job_file, tmp_path):
+    """As the driver runs them with compare: true, also where the run itself exports nothing."""
+    out = tmp_path / "out"
+    keys = {**DELAYED, **EVALUATED, "bf16": False, "output_dir": str(out)}
+    job = job_file("job.yaml", **keys, compare=True, export_model=False)
+    (twin,) = twins(load(job))
+    own = {k: v for k, v in twin.given().items() if k != "resume_from_checkpoint"}
+    twin_file = tmp_path / "twin.yaml"
+    twin_file.write_text(yaml.safe_dump(own))
+    run_workers(1, twin_file, job)
+    found = {row["variant"]: row["loss"] for row in events(out, "variant")}
+    rows = map(json.loads, (tmp_path / "out-bf16" / "metrics.jsonl").read_text().splitlines())
+    assert found["bf16 twin"] == [row["loss"] for row in rows if row["kind"] == "eval"][-1]
+    assert found["PTQ of the twin"] != found["bf16 twin"]
+
+
 def test_never_trains_in_bf16_and_evaluates_ptq(job_file, tmp_path):
     def job(name, **keys):
         return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **keys, **EVALUATED)
@@ -85,7 +104,7 @@ def test_never_trains_in_bf16_and_evaluates_ptq(job_file, tmp_path):
     assert found == {"bf16", "PTQ"}
 
 
-def test_sharding_checkpointing_and_compiling_change_little(job_file, tmp_path):
+def test_sharding_checkpointing_and_compiling_change_little(one_layer, job_file, tmp_path):
     def job(name, **keys):
         return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **{**QAT, **keys})
 

@@ -1,4 +1,6 @@
-"""A sweep as a user runs it: real Ray with two CPUs, trials of one worker each."""
+"""A sweep as a user runs it: real Ray with two CPUs. One that is to be killed is a process of its
+own; the others run in this one.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ import yaml
 from raytrain_adv.config import load
 
 LAUNCH = [sys.executable, "-m", "raytrain_adv.launch"]
-LINE = {"use_cpu": True, "val_size": 8, "ray_init_kwargs": {"num_cpus": 2}}
+LINE = {"use_cpu": True, "val_size": 8}
+OWN_RAY = {"ray_init_kwargs": {"num_cpus": 2, "include_dashboard": False}}
 
 
 @pytest.fixture
@@ -31,12 +34,6 @@ def sweep_file(keys: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-def launch(job: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*LAUNCH, str(job), *overrides], capture_output=True, text=True, timeout=400
-    )
 
 
 def trials_of(out: Path) -> dict[str, dict[str, Any]]:
@@ -66,13 +63,14 @@ def kill(driver: subprocess.Popen[Any]) -> None:
 
 
 def test_a_killed_sweep_goes_on_and_one_trial_that_fails_does_not_end_it(
-    sweep_file, keys, tmp_path
+    launch, sweep_file, keys, tmp_path
 ):
     """Two trials at a time on two CPUs, their drivers beside them; SIGKILL when one is done, the
     other in the middle, and those whose model is not there have yet to fail."""
     models = [keys["model_name_or_path"], str(tmp_path / "no-model")]
     section = {"model_name_or_path": models, "max_steps": [6, 500]}
-    job = sweep_file(section, save_strategy="steps", save_steps=10, logging_steps=10)
+    often = {"save_strategy": "steps", "save_steps": 10, "logging_steps": 10}
+    job = sweep_file(section, **often, **OWN_RAY)
     out = tmp_path / "out"
     short, long = (trial.name for trial in load(job).sweep.trials[:2])
     driver = subprocess.Popen([*LAUNCH, str(job)], stdout=subprocess.DEVNULL)
@@ -103,21 +101,23 @@ def test_a_killed_sweep_goes_on_and_one_trial_that_fails_does_not_end_it(
     assert "step  20/500" in console
 
 
-def test_asha_stops_a_trial_and_its_workers_give_back_their_cpu(sweep_file, tmp_path):
-    """On one CPU: the third trial can only run where the second's worker is gone."""
-    section = {"learning_rate": [1e-2, 1e-9, 2e-2], "scheduler": "asha", "grace_steps": 4}
+def test_asha_stops_a_trial_and_its_workers_give_back_their_cpu(launch, sweep_file, tmp_path):
+    """A worker takes both CPUs: the third trial can only run where the second's is gone."""
+    section = {"learning_rate": [1e-2, 1e-9, 2e-9], "scheduler": "asha", "grace_steps": 4}
     changed = {"max_steps": 400, "eval_strategy": "steps", "eval_steps": 4, "logging_steps": 4}
-    done = launch(sweep_file(section, **changed, ray_init_kwargs={"num_cpus": 1}))
+    both = {"ray_num_workers": 1, "resources_per_worker": {"CPU": 2}}
+    done = launch(sweep_file(section, **changed, **both))
     assert done.returncode == 0, done.stdout + done.stderr
-    first, second, third = trials_of(tmp_path / "out").values()
-    assert first["status"] == "done" and third["status"] in ("done", "stopped")
-    assert second["status"] == "stopped" and 4 <= second["steps"] < 400
-    assert "fallen behind" in second["error"] and "at step 4" in second["error"]
-    report = json.loads((Path(second["output_dir"]) / "report.json").read_text())
-    assert report["failure"]["kind"] == "StoppedBySweep"
+    first, *behind = trials_of(tmp_path / "out").values()
+    assert first["status"] == "done" and len(behind) == 2
+    for trial in behind:
+        assert trial["status"] == "stopped" and 4 <= trial["steps"] < 400
+        assert "fallen behind" in trial["error"] and "at step 4" in trial["error"]
+        report = json.loads((Path(trial["output_dir"]) / "report.json").read_text())
+        assert report["failure"]["kind"] == "StoppedBySweep"
 
 
-def test_a_sweep_without_a_success_says_what_ended_each_trial(sweep_file, tmp_path):
+def test_a_sweep_without_a_success_says_what_ended_each_trial(launch, sweep_file, tmp_path):
     missing = [str(tmp_path / name) for name in ("no-model", "neither")]
     failed = launch(sweep_file({"model_name_or_path": missing}))
     assert failed.returncode == 3, failed.stdout + failed.stderr

@@ -112,7 +112,8 @@ def test_a_plain_sft_file_of_llamafactory_loads(tmp_path: Path, keys: dict[str, 
     ("extra", "named"),
     [
         ({"deepspeed": "examples/deepspeed/ds_z3_config.json"}, ["deepspeed", "FSDP2"]),
-        ({"quantization_bit": 4, "double_quantization": False}, ["quantization_bit", "double_"]),
+        ({"quantization_bit": 4, "quantization_method": "hqq"}, ["quantization_method", "bnb"]),
+        ({"quantization_bit": 4, "quantization_device_map": "auto"}, ["quantization_device_map"]),
         ({"use_galore": True, "galore_layerwise": True, "galore_rank": 128}, ["galore_layerwise"]),
         ({"use_badam": True, "badam_mode": "layer", "badam_verbose": 2}, ["use_badam", "verbose"]),
         ({"use_apollo": True, "apollo_rank": 128}, ["use_apollo", "apollo_rank"]),
@@ -144,7 +145,7 @@ def test_a_plain_sft_file_of_llamafactory_loads(tmp_path: Path, keys: dict[str, 
         ({"dataset_dir": "ONLINE"}, ["dataset_dir", "Hub datasets"]),
         ({"streaming": True, "buffer_size": 4}, ["streaming", "buffer_size"]),
         ({"fp16": True}, ["fp16", "bf16: true"]),
-        ({"use_unsloth": True, "neftune_noise_alpha": 5}, ["use_unsloth", "neftune"]),
+        ({"use_unsloth": True, "use_dft_loss": True}, ["use_unsloth", "use_dft_loss"]),
         (
             {"resize_vocab": True, "additional_target": "embed_tokens"},
             ["resize_vocab", "additional"],
@@ -225,12 +226,12 @@ def test_one_is_not_true(tmp_path: Path) -> None:
 
 
 def test_a_transform_takes_its_keys_over_from_the_table() -> None:
-    assert "quantization_bit" in llamafactory.known_keys()
-    refused = llamafactory.translate({"quantization_bit": 4}, frozenset())
-    taken_over = llamafactory.translate({"quantization_bit": 4}, frozenset({"quantization_bit"}))
-    assert [problem.key for problem in refused.problems] == ["quantization_bit"]
+    assert "use_muon" in llamafactory.known_keys()
+    refused = llamafactory.translate({"use_muon": True}, frozenset())
+    taken_over = llamafactory.translate({"use_muon": True}, frozenset({"use_muon"}))
+    assert [problem.key for problem in refused.problems] == ["use_muon"]
     assert taken_over.problems == []
-    assert taken_over.keys == {"quantization_bit": 4}
+    assert taken_over.keys == {"use_muon": True}
 
 
 def test_an_alias_of_a_transforms_key_follows_its_owner() -> None:

@@ -22,6 +22,7 @@ from raytrain_adv.config.sweep import (
     SweepOptions,
     axis,
     combinations,
+    count,
     default_metric,
     names,
 )
@@ -127,6 +128,18 @@ def test_a_delay_is_swept_beside_the_trial_that_never_switches() -> None:
     assert axis("fake_quant_after_n_steps", [0, 50], "").values == (0, 50, "never")
     assert axis("fake_quant_after_n_steps", ["never", 0], "").values == ("never", 0)
     assert axis("max_steps", [1, 50], "").values == (1, 50)
+
+
+def test_ptq_is_added_to_a_delay_that_is_drawn() -> None:
+    keys = [axis("seed", [1, 2], ""), axis("fake_quant_after_n_steps", {"randint": [0, 90]}, "")]
+    found = combinations(keys, 3, 0)
+    assert [values["fake_quant_after_n_steps"] for values in found].count("never") == 2
+    assert len(found) == count(keys, 3) == 8
+    chosen = axis("fake_quant_after_n_steps", {"choice": [5, "never"]}, "")
+    assert {values["fake_quant_after_n_steps"] for values in combinations([chosen], 9, 0)} == {
+        5,
+        "never",
+    }
 
 
 def test_trials_are_compared_by_the_held_out_loss_without_qat(tmp_path: Path) -> None:

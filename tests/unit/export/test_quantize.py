@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig, load
+from raytrain_adv.driver import export
 from raytrain_adv.driver.output import Output, storage_path
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export import quantized_model
@@ -217,9 +219,9 @@ def test_float8_products_leave_out_linears_of_sizes_they_cannot_take(tmp_path: P
     assert "divisible by 16" in plan.skipped["model.layers.0.mlp.down_proj"]
 
 
-def corrupted(*args: Any) -> None:
+def corrupted(*args: Any, **named: Any) -> None:
     """Write as ever, then double a scale."""
-    write_quantized(*args)
+    write_quantized(*args, **named)
     file = args[1] / "model.safetensors"
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
@@ -317,14 +319,43 @@ def test_any_model_folder_is_quantised_as_it_is(
     job = qat_job("qwen2", tmp_path, **INT4)
     source, out = job.model.model_name_or_path, tmp_path / "ptq"
     keys = ["enable_qat=true", "qat_group_size=8", *(f"{k}={v}" for k, v in INT4.items())]
+    capsys.readouterr()
     assert main(["export", source, "--output", str(out), *keys]) == 0
-    assert "KiB" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "KiB" in said.out and said.err == ""
+    assert "logits differ by 0 from the source's with fake quantisation " in said.out
     with torch.no_grad():
         wanted = trained(job)(input_ids=TOKENS.unsqueeze(0)).logits
         found = AutoModelForCausalLM.from_pretrained(out)(input_ids=TOKENS.unsqueeze(0)).logits
     assert torch.equal(wanted, found)
     assert main(["export", source, "--output", str(out), *keys]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_ptq_that_computes_something_else_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(write_checkpoint("llama", tmp_path / "m"))
+    keys = ["--output", str(tmp_path / "ptq"), "enable_qat=true", "qat_group_size=8"]
+
+    monkeypatch.setattr(export, "write_quantized", corrupted)
+    assert main(["export", source, *keys]) == 3
+    assert "does not compute what its source does" in capsys.readouterr().err
+    assert not (tmp_path / "ptq").exists()
+
+
+def test_ptq_says_why_it_was_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(write_checkpoint("llama", tmp_path / "m"))
+    to = ["--output", str(tmp_path / "float8"), "enable_qat=true", "qat_weight_dtype=float8_e4m3fn"]
+    assert main(["export", source, *to, "qat_activation_dtype=float8_e4m3fn"]) == 0
+    assert "not compared: float8 products need a GPU" in capsys.readouterr().out
+    free = SimpleNamespace(available=1)
+    monkeypatch.setattr(export.psutil, "virtual_memory", lambda: free)
+    to = ["--output", str(tmp_path / "int8"), "enable_qat=true", "qat_group_size=8"]
+    assert main(["export", source, *to]) == 0
+    assert "GiB of memory, and 0.0 are free" in capsys.readouterr().out
 
 
 def test_the_command_says_what_it_cannot_do(

@@ -51,6 +51,12 @@ def test_qat_below_its_twin_has_recovered_more_than_all() -> None:
     assert report_of(2.0, 2.1, 1.99, twin=True).recovered == pytest.approx(1.1)
 
 
+def test_a_run_without_a_ptq_to_measure_by_says_so() -> None:
+    report = report_of(2.0, 2.1, 2.02)
+    report = report.model_copy(update={"variants": report.variants[2:]})
+    assert "no PTQ to measure QAT by" in variants.sentence(report)
+
+
 def test_console_and_report_say_that_evaluation_runs_fake_quantised() -> None:
     report = report_of(2.0, 2.1, 2.02)
     assert "2.0200 (step 8), fake-quantised" in summary(report)

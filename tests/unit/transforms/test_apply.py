@@ -175,6 +175,17 @@ def test_two_owners_of_a_module_or_of_its_parts_are_refused(
         plan_all(with_transforms(job, SwapBase(), later), model)
 
 
+def test_all_that_is_wrong_is_named_at_once(
+    model_and_job: tuple[PreTrainedModel, JobConfig],
+) -> None:
+    model, job = model_and_job
+    with pytest.raises(JobError, match="2 features cannot be had") as caught:
+        plan_all(with_transforms(job, SwapBase(), Idle(), Second()), model)
+    assert "idle was asked for and would change nothing: 1 modules: the head" in caught.value.found
+    assert "second and swap would both change the same modules" in caught.value.found
+    assert "turn one of the two off" in caught.value.fix
+
+
 def test_a_transform_may_stack_on_one_that_it_names(
     model_and_job: tuple[PreTrainedModel, JobConfig],
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -123,6 +124,34 @@ def test_a_kernel_that_needs_other_kernels_is_refused(make, tmp_path):
     assert "needs other kernels" in refusal(plan_with(make), str(folder))
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("torch", "installed package"),
+        ("json", "installed package"),
+        ("my kernel", "no name in Python"),
+        (7, "cannot be read"),
+    ],
+)
+def test_an_id_that_python_has_for_something_else_is_refused(make, tmp_path, name, says):
+    """Loading it would put it in torch's place, and end the process."""
+    folder = write_kernel(tmp_path / "k", id=name)
+    assert says in refusal(plan_with(make), str(folder))
+
+
+@pytest.mark.parametrize("kind", ["link to nothing", "link to itself", "pipe"])
+def test_what_is_no_file_in_a_build_is_refused_by_its_path(make, tmp_path, kind):
+    folder = write_kernel(tmp_path / "k")
+    odd = folder / "build" / "torch-cpu" / "odd"
+    {
+        "link to nothing": lambda: odd.symlink_to("/nowhere/at/all"),
+        "link to itself": lambda: odd.symlink_to(odd.parent),
+        "pipe": lambda: os.mkfifo(odd),
+    }[kind]()
+    message = refusal(plan_with(make), str(folder))
+    assert "holds what is no file" in message and str(odd) in message
+
+
 def test_alone_it_is_ligers_norm_on_a_gpu_and_says_why_it_is_nothing_elsewhere(make):
     job, model = make()
     plan = plan_all(job, model, CPU)["kernels"]
@@ -153,7 +182,11 @@ def test_a_machine_without_the_kernels_package_is_refused():
             "keep one of them",
         ),
         ({"use_kernels": True, "kernel_name": "activation"}, "neither a folder nor a name"),
-        ({"use_kernels": True, "kernel_name": {"rep": "a/b"}}, "kernel_name"),
+        ({"use_kernels": True, "kernel_name": {"rep": "a/b"}}, "rep: extra inputs are not"),
+        (
+            {"use_kernels": True, "kernel_name": ["a/b", {"repo": "a/b", "version": "one"}]},
+            "version: input should be a valid integer",
+        ),
         ({"use_kernels": True, "kernel_name": []}, "kernel_name: [] is not accepted"),
         ({"use_kernels": True, "kernel_name": "/" + 300 * "k"}, "is no path"),
         ({"use_kernels": True, "kernel_name": "~nobody-here/k"}, "is no path"),

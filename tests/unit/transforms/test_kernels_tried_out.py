@@ -68,7 +68,7 @@ def test_two_kernels_of_one_id_are_not_mistaken_for_each_other(install, tmp_path
 
 
 def test_classes_are_as_they_were_and_no_other_module_has_a_forward_of_its_own(install, mine):
-    model, plan = install(layers(mine, RMSNorm="RMSNorm"))
+    model, plan = install(layers(mine, RMSNorm="RMSNorm"), loss_kernel="torch")
     own = {fqn for fqn, m in model.named_modules() if "forward" in vars(m)}
     assert own == set(plan.changes)
     assert not hasattr(LlamaRMSNorm, "kernel_layer_name")
@@ -148,6 +148,9 @@ def test_a_bare_activation_may_be_named_by_itself(install, silu):
         ("SaysForwardOnly", ("cannot be used here", "has_backward = False")),
         ("WrongGradient", ("does not compute what LlamaRMSNorm does", "the gradient of weight")),
         ("WrongValue", ("does not compute what LlamaRMSNorm does", "values are off")),
+        ("WrongWhenLong", ("does not compute what LlamaRMSNorm does", "in float32, 1008 rows")),
+        ("OtherDtype", ("does not compute what LlamaRMSNorm does", "it returns float64")),
+        ("WritesOver", ("WritesOver writes over what it is given", "its input or its param")),
         ("Crashes", ("fails where it is to replace LlamaRMSNorm", "no such tile")),
         ("Stateful", ("cannot be used here", "constructor")),
         ("TwoArguments", ("fails where it is to replace LlamaRMSNorm", "missing 1 required")),
@@ -165,7 +168,7 @@ def test_a_forward_only_kernel_without_known_gradient_names_what_it_would_cut(in
     assert "cut the gradient of its input and of gate_proj" in message
 
 
-@pytest.mark.parametrize("kind", ["LlamaDecoderLayer", "LlamaAttention", "LlamaModel"])
+@pytest.mark.parametrize("kind", ["LlamaDecoderLayer", "LlamaRotaryEmbedding", "LlamaModel"])
 def test_what_cannot_be_tried_out_is_not_used(install, mine, kind):
     message = refusal(install, layers(mine, **{kind: "RMSNorm"}))
     assert f"cannot be tried out in {kind}" in message
@@ -207,6 +210,18 @@ def test_a_kernel_that_cannot_be_loaded_says_why(install, tmp_path):
     assert "cannot be loaded" in message and "there_is_no_such_package" in message
 
 
+def test_a_kernel_that_ends_the_process_on_import_is_an_error(install, tmp_path):
+    text = "import sys\n\nsys.exit(0)\n" + ACTIVATION
+    message = refusal(install, str(write_kernel(tmp_path / "k", text)))
+    assert "cannot be loaded" in message and "SystemExit: 0" in message
+
+
+def test_norms_of_other_sizes_are_tried_out_by_themselves(install, mine):
+    """Llama's norms are all of one size; Qwen 3 has others inside its attention."""
+    _, plan = install(layers(mine, RMSNorm="RMSNorm"), kind="qwen3")
+    assert sorted(t["num_modules"] for t in plan.details["trials"]) == [4, 5]
+
+
 def test_files_that_changed_after_they_were_fetched_are_refused(make, mine):
     job, model = make(layers(mine, RMSNorm="RMSNorm"))
     fetch_all(job, CPU, print)
@@ -215,6 +230,29 @@ def test_files_that_changed_after_they_were_fetched_are_refused(make, mine):
     copied.write_text(copied.read_text() + "\nEVIL = 1\n")
     message = refusal(install_all, job, model, plans, torch.device("cpu"), torch.float32)
     assert "are not those in" in message and "layers.py: sha256" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("variant", "../../../elsewhere"),
+        ("folder", "../../elsewhere"),
+        ("folder", "/elsewhere"),
+        ("commit", "main"),
+        ("files", {"../layers.py": 64 * "0"}),
+        ("files", {"layers.py": "0"}),
+    ],
+)
+def test_a_lock_file_that_leads_out_of_its_folder_is_refused(make, mine, key, value):
+    """The files of a kernel are written to where it says."""
+    job, model = make(layers(mine, RMSNorm="RMSNorm"))
+    fetch_all(job, CPU, print)
+    file = own_lock(job)
+    lock = json.loads(file.read_text())
+    lock["kernels"][0][key] = value
+    file.write_text(json.dumps(lock))
+    message = refusal(plan_all, job, model, CPU)
+    assert "is not a lock file of this version" in message and f"kernels.0.{key}" in message
 
 
 def test_workers_load_from_output_dir_when_the_folder_is_gone(make, mine):
@@ -277,7 +315,7 @@ class DoesMore(HubKernels):
 
     def install(self, model, plan, job, device, dtype):
         """Do too much."""
-        model.lm_head.forward = model.lm_head.forward
+        model.model.embed_tokens.forward = model.model.embed_tokens.forward
         return super().install(model, plan, job, device, dtype)
 
 
@@ -285,7 +323,7 @@ class DoesMore(HubKernels):
     ("kind", "says"),
     [
         (Forgets, "has the forward pass it had, planned mine@"),
-        (DoesMore, "lm_head has another forward pass, which was not planned"),
+        (DoesMore, "embed_tokens has another forward pass, which was not planned"),
     ],
 )
 def test_forward_passes_that_differ_from_the_plan_stop_the_run(make, mine, kind, says):

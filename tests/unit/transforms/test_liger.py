@@ -9,12 +9,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytrain_adv.config import load
-from raytrain_adv.errors import ClusterError, JobError, TrainingError
+from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.transforms import Change, Plan
 from raytrain_adv.transforms.apply import fetch_all, plan_all, prepare_all
 from raytrain_adv.transforms.liger import Liger
-from raytrain_adv.transforms.probe import probe_forwards
 from tests.kernel_folders import ACTIVATION, write_kernel
 from tests.tiny_models import KINDS, SIZES, job_for
 
@@ -54,7 +53,7 @@ def test_other_models_of_the_process_stay_as_they_are(tmp_path):
     before = [getattr(modeling_llama, name) for name in names]
     forward = modeling_llama.LlamaForCausalLM.forward
     every = {"rms_norm": True, "swiglu": True, "rope": True}
-    job, model = model_of("llama", tmp_path, use_liger_kernel=every)
+    job, model = model_of("llama", tmp_path, use_liger_kernel=every, loss_kernel="torch")
     prepare_all(job, model)
     assert [getattr(modeling_llama, name) for name in names] == before
     assert modeling_llama.LlamaForCausalLM.forward is forward and "forward" not in vars(model)
@@ -148,6 +147,12 @@ def test_a_node_without_a_gpu_or_without_the_package_is_refused():
     liger.check(HardwareFacts(**{**there, "device_type": "cuda"}))
 
 
+@pytest.mark.parametrize("given", [{}, {"rms_norm": False}, {"rmsnorm": True}])
+def test_a_mapping_that_turns_nothing_on_is_one_problem(job_file, given):
+    with pytest.raises(JobError, match=r"\(1 problem\)"):
+        load(job_file(use_liger_kernel=given))
+
+
 def test_compiling_as_well_is_advised_against(job_file):
     job = load(job_file(use_liger_kernel=True, torch_compile=True))
     (sentence,) = job.transform(Liger).advice(job, 8192)
@@ -190,23 +195,86 @@ def probed(forward):
     model = nn.Sequential(Mlp())
     model[0].forward = types.MethodType(forward, model[0])
     plan = Plan("liger", {"0": Change("Mlp", f"Mlp with {forward.__name__}")})
-    return probe_forwards(model, plan, torch.device("cpu"), torch.float32)
+    return Liger(use_liger_kernel=True).probe(model, plan, torch.device("cpu"), torch.float32)
 
 
 def test_the_probe_passes_what_computes_the_same():
     (sentence,) = probed(right)
-    assert sentence.startswith("0 probed on cpu in float32: values 0.00%")
+    assert sentence.startswith("right tried out in Mlp on cpu in float32: values off by ")
+    assert sentence.endswith("in 1 modules")
 
 
 @pytest.mark.parametrize(
     ("forward", "found"),
     [
-        (wrong, "the output"),
-        (reads_weights, "0.up_proj is not called"),
-        (cuts, "no gradient of gate_proj.weight"),
+        (wrong, "wrong does not compute what Mlp does"),
+        (reads_weights, "reads_weights does not call up_proj of Mlp"),
+        (cuts, "cut the gradient of gate_proj.weight, gate_proj.bias"),
     ],
 )
 def test_the_probe_stops_what_does_not(forward, found):
-    with pytest.raises(TrainingError, match=f"{forward.__name__} does not do what 0 does") as error:
+    with pytest.raises(JobError) as error:
         probed(forward)
-    assert found in error.value.found
+    assert found in str(error.value)
+
+
+def test_rope_is_found_by_every_layer_that_torch_compile_breaks_in_two(tmp_path, monkeypatch):
+    """What was compiled for the first layer's attention runs in the others', and in those of a
+    model without Liger nothing of it does.
+    """
+    from liger_kernel.transformers import rope
+    from transformers.models.llama import modeling_llama
+
+    theirs, calls = modeling_llama.apply_rotary_pos_emb, []
+
+    def breaking(q, k, cos, sin, *rest):
+        torch._dynamo.graph_break()
+        calls.append(q.shape)
+        return theirs(q, k, cos, sin)
+
+    breaking.__module__ = "liger_kernel.transformers.rope"
+    monkeypatch.setattr(rope, "liger_rotary_pos_emb", breaking)
+    job, _ = model_of("llama", tmp_path, use_liger_kernel={"rope": True})
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).eval()
+    plain, ids = AutoModelForCausalLM.from_config(model.config).eval(), torch.arange(20)[None]
+    prepare_all(job, model)
+    for one in (model, plain):
+        expected = one(input_ids=ids).logits
+        calls.clear()
+        for layer in one.model.layers:
+            layer.compile(backend="eager")
+        torch.testing.assert_close(one(input_ids=ids).logits, expected)
+        assert bool(calls) == (one is model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "glm4"])
+def test_rope_is_tried_out_in_an_attention_of_its_own(kind, tmp_path, monkeypatch):
+    """Queries and keys are turned by known angles; a rotation the other way is found out. glm4
+    turns half of the features.
+    """
+    monkeypatch.setitem(KINDS, "glm4", {"pad_token_id": 0, "head_dim": 8})
+    from liger_kernel.transformers import rope
+    from transformers.models.llama import modeling_llama
+
+    theirs = __import__(
+        f"transformers.models.{kind}.modeling_{kind}", fromlist=["apply_rotary_pos_emb"]
+    ).apply_rotary_pos_emb
+
+    def turned(by):
+        def rotated(q, k, cos, sin, *rest):
+            return theirs(q, k, cos, by * sin)
+
+        rotated.__module__ = modeling_llama.__name__.replace("transformers", "liger_kernel", 1)
+        return rotated
+
+    for by, wrong in ((1.0, None), (-1.0, "does not compute what")):
+        monkeypatch.setattr(rope, "liger_rotary_pos_emb", turned(by))
+        job, model = model_of(kind, tmp_path, use_liger_kernel={"rope": True})
+        plan = prepare_all(job, model)["liger"]
+        arguments = model, plan, torch.device("cpu"), torch.float32
+        if wrong is None:
+            (sentence,) = job.transform(Liger).probe(*arguments)
+            assert "tried out in" in sentence and sentence.endswith("in 2 modules")
+        else:
+            with pytest.raises(JobError, match=wrong):
+                job.transform(Liger).probe(*arguments)

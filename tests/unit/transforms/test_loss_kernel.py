@@ -26,6 +26,7 @@ MODELS = {
     "gemma2": {"final_logit_softcapping": 5.0},
     "cohere": {"logit_scale": 0.2},
     "granite": {"logits_scaling": 4.0},
+    "hyperclovax": {"logits_scaling": 4.0, "head_dim": 8},
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
     "gpt2": {},
     "mixtral": {},
@@ -67,8 +68,8 @@ def loss_and_gradients(model, loss_sum):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_loss_and_all_gradients_are_those_of_plain_logits(kind, tmp_path):
-    _, model, _ = model_of(kind, tmp_path)
-    _, ours, plans = model_of(kind, tmp_path, loss_kernel="chunked")
+    _, model, _ = model_of(kind, tmp_path, loss_kernel="torch")
+    _, ours, plans = model_of(kind, tmp_path)
     assert len(plans["loss_kernel"].changes) == 1
     expected, gradients = loss_and_gradients(model, loss_function(model, False))
     found, of_ours = loss_and_gradients(ours, loss_function(ours, False))
@@ -80,8 +81,8 @@ def test_loss_and_all_gradients_are_those_of_plain_logits(kind, tmp_path):
 
 
 def test_without_labels_the_model_gives_logits_as_before(tmp_path):
-    _, model, _ = model_of("gemma2", tmp_path)
-    _, ours, _ = model_of("gemma2", tmp_path, loss_kernel="chunked")
+    _, model, _ = model_of("gemma2", tmp_path, loss_kernel="torch")
+    _, ours, _ = model_of("gemma2", tmp_path)
     ids = torch.arange(40)[None]
     assert torch.equal(
         model(input_ids=ids, use_cache=False).logits, ours(input_ids=ids, use_cache=False).logits
@@ -120,15 +121,56 @@ def test_what_a_model_does_to_its_logits_by_an_unknown_key_stops_the_run(
     assert "loss: " in error.value.found and "set loss_kernel: torch" in error.value.fix
 
 
+def test_auto_is_chunked_and_says_so(tmp_path):
+    _, model, plans = model_of("llama", tmp_path)
+    assert loss_of(model.lm_head).kernel == "chunked" and loss_of(model.lm_head).reads_weight
+    assert plans["loss_kernel"].notes[0].startswith("loss_kernel: auto is chunked: ")
+
+
 def test_auto_takes_torchs_loss_where_its_own_choice_does_not_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(loss_kernel, "SCALES", ())
-    monkeypatch.setattr(loss_kernel, "AUTO", "chunked")
     job, model, plans = model_of("cohere", tmp_path)
     assert takes_labels(model)
-    checked = check_loss(job, model, local_run(job, torch.device("cpu")), plans)
+    checked = check_loss(job, model, local_run(job, torch.device("cpu")), plans)["loss_kernel"]
     assert not takes_labels(model) and "forward" not in vars(model.lm_head)
-    assert not checked["loss_kernel"].changes
-    assert "does not fit this model" in checked["loss_kernel"].skipped["lm_head"]
+    assert not checked.changes and list(checked.skipped) == ["lm_head"]
+    assert "auto is torch after all: The loss of chunked is not the model's own" in checked.notes[0]
+
+
+def no_compiler(*_):
+    raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+
+def test_auto_takes_torchs_loss_where_triton_cannot_compile(tmp_path, monkeypatch):
+    """As on a GPU in an image without gcc, where PyTorch itself runs."""
+    monkeypatch.setattr(ops, "softmax_gradient_", no_compiler)
+    job, model, plans = model_of("llama", tmp_path)
+    checked = check_loss(job, model, local_run(job, torch.device("cpu")), plans)["loss_kernel"]
+    assert not takes_labels(model) and not checked.changes
+    assert "does not run here: RuntimeError: Failed to find C compiler." in checked.notes[0]
+    job, model, plans = model_of("llama", tmp_path, loss_kernel="chunked")
+    with pytest.raises(TrainingError, match="loss of chunked does not run here") as error:
+        check_loss(job, model, local_run(job, torch.device("cpu")), plans)
+    assert "C compiler" in error.value.found and "loss_kernel: torch" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("bert", "computes with cls.predictions.transform.dense.weight after its body"),
+        ("llama4_text", "does not say which module is its body"),
+    ],
+)
+def test_a_model_that_does_more_than_body_and_head_keeps_its_own_forward(kind, found, tmp_path):
+    sizes = {"intermediate_size_mlp": 56, "num_local_experts": 2, "head_dim": 8}
+    with torch.device("meta"):
+        config = AutoConfig.for_model(kind, **SIZES, **(sizes if kind == "llama4_text" else {}))
+        model = AutoModelForCausalLM.from_config(config)
+    plan = LossKernel().plan(model)
+    assert not plan.changes and found in plan.empty_because and plan.notes == (plan.empty_because,)
+    with pytest.raises(JobError, match="for models that are a body and a head") as error:
+        LossKernel(loss_kernel="chunked").plan(model)
+    assert found in error.value.found
 
 
 class Doubled(torch.nn.Linear):
@@ -160,7 +202,7 @@ def test_a_head_that_is_no_plain_linear_is_called_and_not_passed_by(tmp_path):
 
 @pytest.mark.parametrize("key", [{"loss_kernel": "liger"}, {"cut_cross_entropy": True}])
 def test_a_kernel_that_reads_the_weight_is_refused_on_a_head_with_adapters(key, tmp_path):
-    _, model, _ = model_of("llama", tmp_path)
+    _, model, _ = model_of("llama", tmp_path, loss_kernel="torch")
     model.save_pretrained(tmp_path)
     lora = {"finetuning_type": "lora", "lora_target": "q_proj,lm_head"}
     job = job_for(tmp_path, tmp_path / "job", bf16=True, **lora, **key)
@@ -172,7 +214,7 @@ def test_a_kernel_that_reads_the_weight_is_refused_on_a_head_with_adapters(key, 
 
 
 def test_a_head_with_adapters_is_called_and_its_adapters_get_gradients(tmp_path):
-    _, model, _ = model_of("llama", tmp_path)
+    _, model, _ = model_of("llama", tmp_path, loss_kernel="torch")
     model.save_pretrained(tmp_path)
     lora = {"finetuning_type": "lora", "lora_target": "q_proj,lm_head"}
     of_torch, of_ours = (
@@ -237,7 +279,7 @@ def test_the_head_says_what_computes_its_loss(tmp_path):
 
 
 def test_a_forward_pass_of_the_models_own_is_not_passed_by(tmp_path):
-    _, model, _ = model_of("llama", tmp_path)
+    _, model, _ = model_of("llama", tmp_path, loss_kernel="torch")
 
     class Own(type(model)):
         pass
@@ -245,3 +287,5 @@ def test_a_forward_pass_of_the_models_own_is_not_passed_by(tmp_path):
     model.__class__ = Own
     with pytest.raises(JobError, match="for models of transformers"):
         LossKernel(loss_kernel="chunked").plan(model)
+    plan = LossKernel().plan(model)
+    assert not plan.changes and "has a forward pass of its own" in plan.empty_because

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from raytrain_adv import hardware
+from raytrain_adv.driver.twin import twins
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.transforms.apply import plan_all, prepare_all
 from raytrain_adv.transforms.qat import EMBEDDING, LINEAR, LINEAR_IN_FLOAT8, Qat, rounding
@@ -94,12 +95,20 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(tmp_pat
         ),
         ({"fake_quant_after_n_steps": "later"}, "never"),
         ({"fake_quant_after_n_steps": 9, "max_steps": 9}, "at most 8"),
+        ({"compare": True}, "hold rows out"),
         ({**FLOAT8, "bf16": False}, "set bf16: true"),
         ({**FLOAT8, "bf16": True, "use_cpu": True}, "compute capability 8.9"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_what_can(tmp_path, keys, said):
     assert said in refusal(tmp_path, **keys)
+
+
+def test_a_run_that_never_switches_is_its_own_twin(tmp_path):
+    keys = {**KEYS, "compare": True, "val_size": 8, "fake_quant_after_n_steps": "never"}
+    job = job_for(tmp_path, tmp_path, **keys)
+    assert list(twins(job)) == []
+    assert any("the run is its own twin" in note for note in job.notes)
 
 
 def test_the_documented_example_is_served(tmp_path):
@@ -155,9 +164,9 @@ def test_adapters_stay_and_their_base_is_rounded(tmp_path):
 
 
 def test_dora_reads_weights_past_the_linear_and_is_refused(tmp_path):
-    _, _, plan = planned(tmp_path, finetuning_type="lora", use_dora=True)
-    with pytest.raises(JobError, match="QAT and DoRA"):
-        plan()
+    text = refusal(tmp_path, finetuning_type="lora", use_dora=True)
+    assert "use_dora and enable_qat: DoRA computes with the base weights themselves" in text
+    assert "set use_dora: false, or enable_qat: false" in text
 
 
 def test_a_tied_embedding_is_rounded_and_the_head_is_not(tmp_path):

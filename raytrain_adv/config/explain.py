@@ -1,0 +1,86 @@
+"""A feature in words, from what its file declares: for `raytrain-adv explain`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from raytrain_adv.config import matrix
+from raytrain_adv.config.matrix import Feature
+from raytrain_adv.config.problems import Problem, job_error, show
+from raytrain_adv.config.schema import describe, field_schemas
+
+WIDTH = 100
+
+
+def explain(name: str) -> str:
+    """Return what a feature does, its keys, and what it goes together with.
+
+    Args:
+        name: its name in the matrix, in any case, or one of its keys.
+
+    Raises:
+        JobError: when there is no such feature, naming the nearest.
+    """
+    return "\n".join(_lines(find(name)))
+
+
+def find(name: str) -> Feature:
+    """Return the feature of this name, or that has this key.
+
+    Raises:
+        JobError: when there is none, naming the nearest.
+    """
+    wanted = name.lower().replace(" ", "_").replace("-", "_")
+    known: dict[str, Feature] = {}
+    for feature in matrix.features():
+        known |= {key: feature for key in feature.kind.model_fields if key not in known}
+    known |= {feature.slug: feature for feature in matrix.features()}
+    if wanted in known:
+        return known[wanted]
+    near = difflib.get_close_matches(wanted, known, 1, 0.6)
+    every = ", ".join(feature.slug for feature in matrix.features())
+    fix = f"did you mean {near[0]}?" if near else f"name one of {every}, or a key of one"
+    raise job_error("The command line", [Problem(f"there is no feature {show(name)}", fix)])
+
+
+def _lines(feature: Feature) -> Iterator[str]:
+    yield f"{feature.title}: {matrix.sentence(feature.kind)}"
+    yield f"  {_place(feature)}"
+    yield ""
+    yield "Keys"
+    for key, schema in field_schemas(feature.kind).items():
+        default = f"; {show(schema['default'])} by default" if "default" in schema else ""
+        yield from _wrapped(f"{key}: {describe(schema)}{default}", "  ")
+        yield from _wrapped(str(schema.get("description", "")), "      ")
+    yield ""
+    yield "Together with"
+    found = [cell for cell in matrix.cells() if feature in cell.features]
+    width = max(len(one.title) for one in matrix.features())
+    for cell in sorted(found, key=lambda cell: len(cell.features)):
+        title = next((one.title for one in cell.features if one != feature), "no other")
+        yield f"  {title.ljust(width)}  {cell.verdict.ljust(7)}  {cell.test_id}"
+        if cell.reason:
+            yield from _wrapped(f"{' and '.join(cell.keys)}: {cell.reason}", "      ")
+    for key, why in matrix.exceptions(feature).items():
+        yield from _wrapped(f"not with {key}: {why}", "  ")
+    if feature.keys:
+        yield ""
+        yield "Tests turn it on with"
+        yield from (f"  {key}: {show(value)}" for key, value in feature.keys.items())
+
+
+def _place(feature: Feature) -> str:
+    """Return the file that owns the feature, from the package on."""
+    file = Path(inspect.getfile(feature.kind))
+    root = Path(__file__).parent.parent.parent
+    return str(file.relative_to(root) if file.is_relative_to(root) else file)
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False
+    )

@@ -1,0 +1,164 @@
+"""One model of a LoRA run: its adapter merged into the base that it was trained on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import TrainingError
+from raytrain_adv.export.folder import MAX_FILE_BYTES, NewFolder, folder_gib
+from raytrain_adv.export.model_folder import save_tokenizer, write_model
+from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, TOLERANCE, load_folder, trained_logits
+from raytrain_adv.ops.quantized_linear import QuantizedLinear
+from raytrain_adv.shards import plain_name
+from raytrain_adv.transforms.lora import ADAPTED
+from raytrain_adv.transforms.naming import class_name
+from raytrain_adv.transforms.quantized_base import QuantizedBase
+from raytrain_adv.worker.checkpoint_files import CheckpointFiles, model_folder
+from raytrain_adv.worker.model import build
+from raytrain_adv.worker.weights import match, quantized_weights, saved_tensors
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model, and how it compares with the base and the adapter it was made from."""
+
+    gib: float
+    """Size on disk."""
+    difference: float
+    """The largest difference of a logit from the trained model's."""
+    largest: float
+    """The trained model's largest logit."""
+    num_tokens: int
+    """Tokens that were compared."""
+    unquantized_difference: float | None
+    """The difference there would be, had the adapter been merged into the weights as they were
+    before they were quantised; none where the base is not quantised.
+    """
+
+
+def export_merged(
+    model: PreTrainedModel,
+    job: JobConfig,
+    out_dir: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    way_out: str,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> Merged:
+    """Write one model folder, load it anew, and hold its logits to the trained model's.
+
+    A quantised base is merged as what it stands for: the adapter was trained on those values. Each
+    sum is made in float32 and rounded once.
+
+    Args:
+        model: the base with its adapters, in host memory, not sharded.
+        job: the job that trained it.
+        out_dir: replaced if it exists.
+        tokenizer: saved beside the model.
+        input_ids: [tokens], to compare on.
+        way_out: what a user can do when the folder cannot be written.
+        max_file_bytes: size at which a new safetensors file is begun.
+
+    Raises:
+        StorageError: when the folder could not be written.
+        TrainingError: when the merged model does not compute what was trained. In both cases
+            nothing is left under the folder's name.
+    """
+    new = NewFolder(out_dir, torch.device("cpu"), way_out)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", MOST_TOKENS)
+    tokens = input_ids[: min(limit, MOST_TOKENS)].long().unsqueeze(0)
+    compared: list[Merged] = []
+    write_model(merged_tensors(model), job, new, max_file_bytes)
+    new.run(lambda: save_tokenizer(tokenizer, new.partial))
+    new.run(lambda: compared.append(_compare(model, job, new.partial, tokens)))
+    new.publish()
+    return compared[0]
+
+
+def merged_tensors(model: PreTrainedModel) -> Callable[[str], torch.Tensor]:
+    """Return a function from a tensor's name in the plain model to its value with the adapter in
+    it; one at a time is made.
+    """
+    kept = saved_tensors(model)
+    adapted = {
+        plain_name(f"{fqn}.base_layer.weight"): module
+        for fqn, module in model.named_modules()
+        if class_name(module) == ADAPTED
+    }
+    quantized = quantized_weights(model)
+
+    def value(name: str) -> torch.Tensor:
+        if name in adapted:
+            return _merged(adapted[name])
+        return quantized[name].dequantized() if name in quantized else kept[name].detach()
+
+    return value
+
+
+@torch.no_grad()
+def _merged(layer: Any) -> torch.Tensor:
+    """Return an adapted linear's weight with the adapter in it, in float32; by PEFT's own rule."""
+    base: nn.Module = layer.base_layer
+    if isinstance(base, QuantizedLinear):
+        whole: nn.Module = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        whole.weight = nn.Parameter(base.dequantized().float())
+    else:
+        whole = copy.deepcopy(base).float()
+    layer.base_layer = whole
+    layer.merge()
+    layer.merged_adapters.clear()
+    layer.base_layer = base
+    merged: torch.Tensor = whole.get_parameter("weight").detach()
+    return merged
+
+
+@torch.no_grad()
+def _compare(
+    model: PreTrainedModel, job: JobConfig, folder: Path, input_ids: torch.Tensor
+) -> Merged:
+    wanted = trained_logits(model, job, input_ids).float()
+    attention = model.config._attn_implementation
+    merged = load_folder(folder, job.model.trust_remote_code, attention).eval()
+    difference, largest = _apart(merged, input_ids, wanted), float(wanted.abs().max())
+    if not difference <= TOLERANCE * largest:
+        raise TrainingError(
+            "the merged model does not compute what was trained",
+            f"logits differ by {difference:.4g} from those of base and adapter, of which the "
+            f"largest is {largest:.4g} ({input_ids.numel()} tokens)",
+            f"{DEFECT}; the adapter itself can be exported without --merge",
+        )
+    other = None
+    if job.transform(QuantizedBase).enabled and _exchange(model, job, merged):
+        other = _apart(merged, input_ids, wanted)
+    return Merged(folder_gib(folder), difference, largest, input_ids.numel(), other)
+
+
+def _apart(merged: Any, input_ids: torch.Tensor, wanted: torch.Tensor) -> float:
+    logits = merged(input_ids=input_ids, use_cache=False).logits
+    return float((logits.float() - wanted).abs().max())
+
+
+@torch.no_grad()
+def _exchange(model: PreTrainedModel, job: JobConfig, merged: nn.Module) -> bool:
+    """Exchange the quantised part of a merged model's weights for the weights as they were; return
+    whether all are there under the names they have in the model.
+    """
+    quantized = quantized_weights(model)
+    with CheckpointFiles(model_folder(job)) as files:
+        direct = match(build(job), files).direct
+        if not quantized.keys() <= direct.keys():
+            return False
+        for name, layer in quantized.items():
+            weight = merged.get_parameter(name)
+            adapter = weight.float() - layer.dequantized().float()
+            weight.copy_(files.read(direct[name]).float() + adapter)
+    return True

@@ -1,0 +1,232 @@
+"""NEFTune: uniform noise on the embeddings of what is trained on, against overfitting.
+
+Source: https://arxiv.org/abs/2310.05914. The paper scales the noise by the length of the example.
+transformers takes the length of the padded or packed row in its place, which makes the noise of
+packed rows too small by a factor that depends on what else is in them, and gives padding noise too.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from raytrain_adv.errors import JobError, TrainingError
+from raytrain_adv.transforms.naming import class_name, input_embedding
+from raytrain_adv.transforms.transform import Change, Plan, Transform
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from raytrain_adv.hardware import HardwareFacts
+
+NOISE = "raytrain_adv::neftune_noise"
+"""What a profile of a training step calls the noise."""
+PROBED = ((24,), (8, 12))
+"""Conversations of the two rows that are tried out, 32 places each."""
+PROBED_LENGTH, PROBED_ROWS = 32, 4
+
+
+class Neftune(Transform):
+    """Add noise to the embeddings in training: of each conversation's own length, none on padding,
+    none in evaluation.
+    """
+
+    name: ClassVar[str] = "neftune"
+    feature: ClassVar[str] = "NEFTune"
+    stage: ClassVar[str] = "kernel"
+    # The hook is on whatever looks the embeddings up.
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "quantized_base", "fp8", "qat"})
+    proven_by: ClassVar[str] = NOISE
+    tried_with: ClassVar[dict[str, Any]] = {"neftune_noise_alpha": 5}
+
+    neftune_noise_alpha: Annotated[float, Field(ge=0)] | None = None
+    """Size of the noise on the embeddings: alpha / sqrt(tokens of the conversation x features); 5
+    to 15 are usual, null and 0 add none.
+    """
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is noise."""
+        return bool(self.neftune_noise_alpha)
+
+    def asked_for(self, key: str) -> bool:
+        """Whether a key has another value than its default; 0 turns nothing on."""
+        return super().asked_for(key) and self.neftune_noise_alpha != 0
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Find the table in which input ids are looked up.
+
+        Raises:
+            JobError: when the model does not say which it is.
+        """
+        embedding = input_embedding(model)
+        fqn = next((fqn for fqn, module in model.named_modules() if module is embedding), None)
+        if embedding is None or fqn is None:
+            raise JobError(
+                "neftune_noise_alpha needs an input embedding",
+                f"{class_name(model)} does not say which module looks input ids up",
+                "delete neftune_noise_alpha",
+            )
+        kind = class_name(embedding)
+        note = (
+            f"uniform noise up to {self.neftune_noise_alpha:g} / sqrt(tokens of the conversation x "
+            f"{embedding.embedding_dim}) on the embeddings; none on padding and in evaluation"
+        )
+        return Plan(self.name, {fqn: Change(kind, f"{kind} with noise")}, notes=(note,))
+
+    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+        """Put the hook on the planned embedding."""
+        for fqn in plan.changes:
+            noise = Noise(self.neftune_noise_alpha or 0.0)
+            model.get_submodule(fqn).register_forward_hook(noise)
+
+    def what_is(self, module: nn.Module) -> str:
+        """Return a module's class, and whether it adds noise."""
+        return f"{class_name(module)}{' with noise' if noise_of(module) is not None else ''}"
+
+    def initialize(self, model: nn.Module, seed: int) -> None:
+        """Seed the noise."""
+        for module in model.modules():
+            noise = noise_of(module)
+            if noise is not None:
+                noise.seed = seed
+
+    def begin_batch(
+        self, model: nn.Module, step: int, first: int, segments: tuple[tuple[int, ...], ...]
+    ) -> None:
+        """Tell the hook whose noise is due.
+
+        Args:
+            model: the model.
+            step: optimizer step.
+            first: place of the batch's first sequence among all of the step, over all workers.
+            segments: of each sequence the tokens of the conversations in it; padding follows.
+        """
+        for module in model.modules():
+            noise = noise_of(module)
+            if noise is not None:
+                noise.step, noise.first, noise.segments = step, first, segments
+
+    def probe(
+        self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype
+    ) -> tuple[str, ...]:
+        """Measure the noise on the device that trains, on a table of zeros.
+
+        Raises:
+            TrainingError: when it is not as large as it should be, is on padding or in evaluation,
+                or is not the same when it is made again.
+        """
+        return tuple(self._measure(model.get_submodule(f), device, dtype) for f in plan.changes)
+
+    def _measure(self, embedding: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+        import torch
+        from torch import nn
+
+        found = noise_of(embedding)
+        width = int(embedding.embedding_dim)  # type: ignore[arg-type] # planned as an embedding
+        table = nn.Embedding(PROBED_ROWS, width, device=device, dtype=dtype)
+        nn.init.zeros_(table.weight)
+        noise = copy.copy(found) or Noise(0.0)
+        table.register_forward_hook(noise)
+        noise.segments = PROBED
+        ids = torch.zeros(len(PROBED), PROBED_LENGTH, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            made, again = table(ids).float(), table(ids).float()
+            silent = table.eval()(ids)
+        shares = []
+        problems = [] if torch.equal(made, again) else ["it is another one when it is made again"]
+        for row, lengths in enumerate(PROBED):
+            start = 0
+            for length in lengths:
+                bound = self._bound(length, width)
+                part = made[row, start : start + length] / bound
+                shares.append((float(part.abs().max()), float(part.square().mean().sqrt())))
+                start += length
+            if bool(made[row, start:].any()):
+                problems.append("padding has noise")
+        if bool(silent.any()):
+            problems.append("evaluation has noise")
+        # A uniform variable's root mean square is 1 / sqrt(3) of its bound.
+        if any(top > 1.01 or abs(rms * math.sqrt(3) - 1) > 0.1 for top, rms in shares):
+            problems.append(f"largest value and root mean square to the bound: {shares}")
+        if problems:
+            raise TrainingError(
+                "The noise of NEFTune is not what it should be",
+                "\n".join(problems),
+                "delete neftune_noise_alpha, or report this with the versions installed",
+            )
+        length = PROBED[0][0]
+        return (
+            f"tried out on {device.type}: on {length} tokens at most "
+            f"{shares[0][0] * self._bound(length, width):.4g}, where "
+            f"{self.neftune_noise_alpha:g} / sqrt({length} x {width}) is "
+            f"{self._bound(length, width):.4g}; root mean square {shares[0][1]:.3f} of that "
+            "(0.577 expected); on padding and in evaluation exactly none"
+        )
+
+    def _bound(self, length: int, width: int) -> float:
+        return (self.neftune_noise_alpha or 0.0) / math.sqrt(length * width)
+
+
+class Noise:
+    """A forward hook that adds a training batch's noise to its embeddings.
+
+    The noise of a conversation is a function of the seed, the optimizer step, and its place among
+    all sequences of the step: it does not depend on how workers and accumulation make the step up,
+    nor on what was drawn before a run was resumed, and changes no other random values.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self.seed = 0
+        self.step = 0
+        self.first = 0
+        self.segments: tuple[tuple[int, ...], ...] = ()
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the embeddings [sequences, time, features] with noise, in training."""
+        import torch
+
+        if not module.training:
+            return output
+        rows, time = output.shape[:2]
+        if rows != len(self.segments) or any(sum(s) > time for s in self.segments):
+            raise TrainingError(
+                "NEFTune was given another batch than it was told of",
+                f"{rows} sequences of {time} tokens; told {[sum(s) for s in self.segments]}",
+                "this is a defect of raytrain_adv; delete neftune_noise_alpha to go on without it",
+            )
+        with torch.profiler.record_function(NOISE):
+            return output + self.made_for(output)
+
+    def made_for(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the noise for embeddings of this shape, device and dtype."""
+        import torch
+
+        from raytrain_adv.shards import seed_of
+
+        noise = torch.zeros_like(output, requires_grad=False)
+        generator = torch.Generator(output.device)
+        for row, lengths in enumerate(self.segments):
+            start = 0
+            for number, length in enumerate(lengths):
+                place = f"neftune/{self.step}/{self.first + row}/{number}"
+                generator.manual_seed(seed_of(self.seed, place))
+                part = torch.empty(length, output.shape[2], device=output.device)
+                bound = self.alpha / math.sqrt(length * output.shape[2])
+                part.uniform_(-bound, bound, generator=generator)
+                noise[row, start : start + length] = part
+                start += length
+        return noise
+
+
+def noise_of(module: nn.Module) -> Noise | None:
+    """Return the hook of a module that adds noise."""
+    hooks = module._forward_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, Noise)), None)
