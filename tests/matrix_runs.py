@@ -54,6 +54,7 @@ class Runs:
             "save_strategy": "no",
             "disable_gradient_checkpointing": True,
             "num_sample_answers": 0,
+            "loss_kernel": "torch",  # chunked is the default, and one of the features
             "ray_num_workers": self.workers,
             **self.changed,
         }
@@ -75,6 +76,11 @@ class Runs:
         """Return what turns these features on, in a job of its own."""
         chosen = [self.instead.get(slug, FEATURES[slug].keys) for slug in slugs if slug != "fsdp"]
         return {key: value for keys in chosen for key, value in keys.items()}
+
+    def is_part(self, slug: str, slugs: tuple[str, ...]) -> bool:
+        """Whether one of several features is on without being asked for, as the others need it."""
+        rest = tuple(one for one in slugs if one != slug)
+        return self.keys_of(rest) == self.keys_of(slugs)
 
     def with_features(self, *slugs: str, **changed: Any) -> Path:
         """Return the folder of a run with these features."""

@@ -59,7 +59,8 @@ def test_it_trains_by_its_numbers_on_a_gpu(runs, cell):
     both = runs.done["+".join(slugs)]
     for slug in slugs:
         (other,) = (one for one in slugs if one != slug)
-        assert numbers(both) != numbers(runs.with_features(other)), f"{slug} is off"
+        if not runs.is_part(slug, slugs):
+            assert numbers(both) != numbers(runs.with_features(other)), f"{slug} is off"
     assert losses_of(both) == close(losses_of(runs.with_features()))
     require_loads(both)
 
