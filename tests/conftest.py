@@ -86,13 +86,6 @@ def keys(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def one_layer(keys: dict[str, Any]) -> None:
-    """Leave the model one layer: what is compiled on a CPU takes many seconds for each."""
-    config = Path(keys["model_name_or_path"]) / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
-
-
-@pytest.fixture
 def job_file(tmp_path: Path, keys: dict[str, Any]) -> Callable[..., Path]:
     """Write a job file with these keys changed, and return its path."""
 

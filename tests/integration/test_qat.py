@@ -104,7 +104,7 @@ def test_never_trains_in_bf16_and_evaluates_ptq(job_file, tmp_path):
     assert found == {"bf16", "PTQ"}
 
 
-def test_sharding_checkpointing_and_compiling_change_little(one_layer, job_file, tmp_path):
+def test_sharding_checkpointing_and_compiling_change_little(job_file, tmp_path):
     def job(name, **keys):
         return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **{**QAT, **keys})
 
