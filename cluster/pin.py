@@ -21,7 +21,7 @@ IMAGE_ONLY = ("boto3", "setuptools>=77")
 """The autoscaler of `ray up` on AWS; what installs this package."""
 OTHERWISE = ("python-dateutil",)
 """Not as constraints.txt has it: botocore wants a version below 3 (boto3 1.44)."""
-HEADER = """# What cluster/Dockerfile installs: every file by its hash, for Python {python} on Linux x86_64.
+HEADER = """# What cluster/Dockerfile installs, files by their hash: Python {python}, Linux x86_64.
 # Made by: python{python} cluster/pin.py
 """
 

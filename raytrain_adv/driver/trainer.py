@@ -25,7 +25,7 @@ from raytrain_adv.driver.output import Output
 from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.ray_worker import STARTS, ray_worker
-from raytrain_adv.driver.stopping import StopWhenTold
+from raytrain_adv.driver.stopping import StopWhenTold, asking
 from raytrain_adv.driver.twin import beside_its_twin, twins
 from raytrain_adv.errors import StorageError
 from raytrain_adv.report import record
@@ -73,7 +73,8 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
         report = report.model_copy(update={"preflight": nodes[-1]})
         record.write(report, place.folder)
         start = time.perf_counter()
-        result = fit(job, place, placement, console)
+        with asking(place.folder, console.say):
+            result = fit(job, place, placement, console)
         timeline["training"] = time.perf_counter() - start
         report = against(finished(report, result, timeline, place.folder), job)
     except BaseException as error:  # also Ctrl-C, and the SystemExit that Ray makes of SIGTERM
@@ -138,6 +139,15 @@ def _prepare(
     return placement, plan
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
+    """Ray's trainer, which leaves SIGINT to the driver: Ray's own handler ends the workers where
+    they are, without a checkpoint (ray 2.60, data_parallel_trainer.py).
+    """
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Register none."""
+
+
 def _in_background(work: Callable[[], PreparedData]) -> Future[PreparedData]:
     """Begin the work on a thread that nothing waits for: a refusal comes at once, and the process
     then ends, which an executor's threads would not let it.
@@ -195,13 +205,14 @@ def _clear_up(place: Output, attempt: str) -> None:
 
 def _trainer(
     job: JobConfig, place: Output, placement: Placement, attempt: str, resume: bool | str
-) -> TorchTrainer:
+) -> _Trainer:
     shares_gpu = 0 < placement.bundle.get("GPU", 0.0) < 1
     backend = "cpu:gloo,cuda:nccl" if placement.use_gpu and not shares_gpu else "gloo"
-    return TorchTrainer(
+    return _Trainer(
         ray_worker,
         train_loop_config={
             "job": job,
+            "run": output.run_name(job),
             "storage_path": place.storage_path,
             "attempt": attempt,
             "resume": resume,

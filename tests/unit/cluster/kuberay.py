@@ -1,9 +1,9 @@
 """The fields of KubeRay's RayCluster and RayJob, and of the Kubernetes objects beside them, as JSON
 schemas that refuse what they do not name.
 
-Kubernetes itself drops a field it does not know without a word, so that a misspelt one is a setting
-that is not there. Names, types and allowed values are those of KubeRay 1.6 and 1.7 (ray.io/v1). Of a
-pod's fields only those are here that a Ray pod of ours may need.
+Kubernetes itself drops a field it does not know without a word, so that a misspelt one is a
+setting that is not there. Names, types and allowed values are those of KubeRay 1.6 and 1.7
+(ray.io/v1). Of a pod's fields only those are here that a Ray pod of ours may need.
 """
 
 from __future__ import annotations
