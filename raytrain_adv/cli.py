@@ -1,4 +1,6 @@
-"""The console script `raytrain-adv`: launch, plan, preflight, export, kernels, explain, schema."""
+"""The console script `raytrain-adv`: launch, submit, status, plan, preflight, export, kernels,
+explain and schema.
+"""
 
 import json
 import os
@@ -19,6 +21,9 @@ from raytrain_adv.quiet import quieten
 USAGE = """usage: raytrain-adv COMMAND [...]
 
   launch job.yaml [--plan] [key=value ...]   run a job
+  submit job.yaml [--address URL] [--runtime-env FILE] [key=value ...]
+                                             run a job on a running cluster, and follow its log
+  status [--address URL] [RUN]               the runs of a cluster, or one of them
   plan job.yaml [--workers N] [--verbose] [key=value ...]
                                              show what a job would do, and the memory it takes
   preflight [job.yaml] [key=value ...]       check the cluster's nodes, for a job or for any
@@ -48,6 +53,24 @@ EXPORT_USAGE = """usage: raytrain-adv export RUN [--checkpoint STEP] [--output D
   MODEL         a Hugging Face folder, quantised as it is, without training for it (PTQ)
   key=value     enable_qat=true qat_weight_dtype=int4 qat_activation_dtype=int8 qat_group_size=32
                 qat_quantize_embedding=false qat_exclude=down_proj"""
+
+
+SUBMIT_USAGE = """usage: raytrain-adv submit job.yaml [--address URL] [--runtime-env FILE]
+                           [key=value ...]
+
+  Sends this folder (without checkpoints, data and environments) and runs the job there; its log is
+  followed to the end, and its exit code is this command's. Ctrl-C stops the job, with a checkpoint.
+
+  --address      of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
+                 http://127.0.0.1:8265)
+  --runtime-env  what travels, and the environment there (default: jobs/runtime_env.yaml)
+  key=value      as for launch; output_dir has to be an absolute path on storage of the cluster"""
+
+STATUS_USAGE = """usage: raytrain-adv status [--address URL] [RUN]
+
+  --address      of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
+                 http://127.0.0.1:8265)
+  RUN            a run's name, or its output_dir; without it all runs that the cluster knows"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +114,35 @@ def _launch(arguments: list[str]) -> int:
     return launch.main(arguments)
 
 
+def _submit(arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        print(SUBMIT_USAGE)
+        return EXIT_DONE
+    flags, rest = _flags(arguments, ("--address", "--runtime-env"), "raytrain-adv submit --help")
+    parsed = parse(rest, "raytrain-adv submit")
+    if parsed.plan_only:
+        wrong = Problem("a plan is made here", "write raytrain-adv plan job.yaml")
+        raise job_error("The command line", [wrong])
+    from raytrain_adv.driver.submission import submit
+
+    address, env = flags.get("--address"), flags.get("--runtime-env")
+    return submit(parsed.path, parsed.overrides, address, env)
+
+
+def _status(arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        print(STATUS_USAGE)
+        return EXIT_DONE
+    flags, rest = _flags(arguments, ("--address",), "raytrain-adv status --help")
+    if len(rest) > 1 or any(argument.startswith("-") for argument in rest):
+        wrong = Problem(f"status takes no {' '.join(rest)!r}", "write raytrain-adv status --help")
+        raise job_error("The command line", [wrong])
+    from raytrain_adv.driver.status import show
+
+    show(flags.get("--address"), rest[0] if rest else None)
+    return EXIT_DONE
+
+
 def _plan(arguments: list[str]) -> int:
     parsed = parse(arguments, "raytrain-adv plan", plans=True)
     job = load(parsed.path, parsed.overrides)
@@ -118,7 +170,7 @@ def _kernels(arguments: list[str]) -> int:
         print(f"usage: {KERNELS_USAGE}")
         return EXIT_DONE
     if action == "lock":
-        flags, rest = _flags(rest, ("--output", "--torch", "--cuda"))
+        flags, rest = _flags(rest, ("--output", "--torch", "--cuda"), KERNELS_USAGE)
         parsed = parse(rest, "raytrain-adv kernels lock")
         job = load(parsed.path, parsed.overrides)
         from raytrain_adv.driver import kernel_commands
@@ -135,7 +187,9 @@ def _kernels(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
-def _flags(arguments: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+def _flags(
+    arguments: list[str], names: tuple[str, ...], usage: str
+) -> tuple[dict[str, str], list[str]]:
     """Return the flags with a value that are among the arguments, and the others."""
     flags: dict[str, str] = {}
     rest: list[str] = []
@@ -148,7 +202,7 @@ def _flags(arguments: list[str], names: tuple[str, ...]) -> tuple[dict[str, str]
         if not equals and waiting:
             value = waiting.pop(0)
         if not value:
-            problem = Problem(f"{name} has no value", f"write {KERNELS_USAGE}")
+            problem = Problem(f"{name} has no value", f"write {usage}")
             raise job_error("The command line", [problem])
         flags[name] = value
     return flags, rest
@@ -257,6 +311,8 @@ KERNELS_USAGE = (
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "launch": _launch,
+    "submit": _submit,
+    "status": _status,
     "plan": _plan,
     "preflight": _preflight,
     "kernels": _kernels,

@@ -50,6 +50,10 @@ class TrainingError(RaytrainAdvError):
     """Training started and cannot go on; running the same step again would fail in the same way."""
 
 
+class Stopped(TrainingError):
+    """The run was asked to end, and has ended between two steps."""
+
+
 class StorageError(RaytrainAdvError):
     """Writing or reading a checkpoint, model or report failed (disk full, no permission, storage
     unreachable).

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -16,6 +17,8 @@ from ray.train.torch import get_device
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver import versions
+from raytrain_adv.driver.metrics import RunMetrics
+from raytrain_adv.driver.stopping import AskedToStop
 from raytrain_adv.errors import JobError
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.worker.run import Run
@@ -28,10 +31,18 @@ LAST_FRAMES = 3
 
 
 class RayReporter:
-    """Hands metrics and checkpoints to Ray Train."""
+    """Hands metrics and checkpoints to Ray Train, and metrics to Prometheus."""
+
+    exported: RunMetrics | None = None
+    """This rank's, once it knows its place in the run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._asked = AskedToStop(folder)
 
     def metrics(self, row: dict[str, float]) -> None:
         """Report a logging step's metrics; the dashboard's and a sweep's view of the run."""
+        if self.exported is not None:
+            self.exported.take(row)
         ray.train.report({k: float(v) for k, v in row.items()})
 
     def checkpoint(self, storage: Storage, name: str, metrics: dict[str, float]) -> None:
@@ -47,6 +58,10 @@ class RayReporter:
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+
+    def stop_wanted(self) -> bool:
+        """Whether the driver was told to stop, and has left word."""
+        return self._asked.now()
 
 
 def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -65,17 +80,19 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.set_device(device)
         local_workers = ray.train.get_context().get_local_world_size()
         torch.set_num_threads(max(1, min(8, (os.cpu_count() or 1) // local_workers)))
+    reporter = RayReporter(Path(config["marker"]).parent)
     run = Run(
         device=device,
         storage=storage,
         attempt=config["attempt"],
-        reporter=RayReporter(),
+        reporter=reporter,
         cpu_group=dist.new_group(backend="gloo") if dist.is_initialized() else None,
         resume=config["resume"],
     )
     if run.is_main:
         _require_shared(job, config["marker"])
     run.restarts = run.broadcast(_count_start(run) if run.is_main else None)
+    reporter.exported = RunMetrics(job, config["run"], run.rank, run.restarts)
     try:
         return {**train(job, run, export_model), "restarts": run.restarts}
     except Exception as error:
@@ -84,6 +101,7 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         raise
     finally:
         run.close()
+        reporter.exported.close()
 
 
 def _count_start(run: Run) -> int:

@@ -26,7 +26,7 @@ from raytrain_adv.driver.output import Output
 from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.ray_worker import STARTS, ray_worker
-from raytrain_adv.driver.stopping import StopWhenTold
+from raytrain_adv.driver.stopping import StopWhenTold, asking
 from raytrain_adv.driver.twin import beside_its_twin, twins
 from raytrain_adv.errors import StorageError
 from raytrain_adv.report import record
@@ -40,12 +40,17 @@ from raytrain_adv.worker.data import PreparedData, prepare
 
 class Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
     """Ray's trainer without its actor for ray.data's datasets, for which workers would wait 2 s and
-    more though there are none (ray 2.60). Remove when Ray starts it only where datasets are given.
+    more though there are none (ray 2.60; remove when Ray starts it only where datasets are given),
+    and which leaves SIGINT to the driver: Ray's own handler ends the workers where they are,
+    without a checkpoint (ray 2.60, data_parallel_trainer.py).
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         return [one for one in callbacks if not isinstance(one, DatasetsCallback)]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Register none."""
 
 
 def run(job: JobConfig, read: Read = read_nodes) -> None:
@@ -84,7 +89,8 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
         report = report.model_copy(update={"preflight": nodes[-1]})
         record.write(report, place.folder)
         start = time.perf_counter()
-        result = fit(job, place, placement, console)
+        with asking(place.folder, console.say):
+            result = fit(job, place, placement, console)
         timeline["training"] = time.perf_counter() - start
         report = against(finished(report, result, timeline, place.folder), job)
     except BaseException as error:  # also Ctrl-C, and the SystemExit that Ray makes of SIGTERM
@@ -213,6 +219,7 @@ def _trainer(
         ray_worker,
         train_loop_config={
             "job": job,
+            "run": output.run_name(job),
             "storage_path": place.storage_path,
             "attempt": attempt,
             "resume": resume,

@@ -18,6 +18,11 @@ def redact(job: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _redact_nested(value) for key, value in job.items()}
 
 
+def is_secret(name: str) -> bool:
+    """Whether a key or an environment variable of this name holds a secret."""
+    return bool(_SECRET.search(name))
+
+
 def redact_arguments(command: str) -> str:
     """Return command-line arguments without the value of ray_init_kwargs and what follows it."""
     return re.sub(r"(?s)(ray_init_kwargs=).*", rf"\1{REDACTED}", command)
@@ -34,6 +39,6 @@ def _redact_nested(value: Any) -> Any:
 def _redact_entry(key: str, value: Any) -> Any:
     if key == "env_vars" and isinstance(value, Mapping):
         return dict.fromkeys(value, REDACTED)
-    if _SECRET.search(key):
+    if is_secret(key):
         return REDACTED
     return _redact_nested(value)

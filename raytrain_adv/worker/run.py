@@ -38,6 +38,11 @@ class Reporter(Protocol):
         lose it.
         """
 
+    def stop_wanted(self) -> bool:
+        """Whether the run is to end after this step, with a checkpoint. Asked on rank 0 alone, in
+        every step.
+        """
+
 
 class SilentReporter:
     """For torchrun and in-process runs, where nobody listens."""
@@ -47,6 +52,10 @@ class SilentReporter:
 
     def checkpoint(self, storage: Storage, name: str, metrics: dict[str, float]) -> None:
         """Do nothing: the checkpoint's manifest is what makes it count."""
+
+    def stop_wanted(self) -> bool:
+        """Nobody says so."""
+        return False
 
 
 @dataclass
@@ -136,11 +145,15 @@ class Run:
 
     def agree(self, value: int, op: dist.ReduceOp.RedOpType) -> int:
         """Return the minimum, maximum or sum of every rank's value, without touching the GPU."""
+        return self.agree_all([value], op)[0]
+
+    def agree_all(self, values: list[int], op: dist.ReduceOp.RedOpType) -> list[int]:
+        """Return what `agree` does, of several values at the price of one."""
         if self.world_size == 1:
-            return value
-        tensor = torch.tensor([value], dtype=torch.int64)
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, op=op, group=self.cpu_group)
-        return int(tensor.item())
+        return [int(value) for value in tensor.tolist()]
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.errors import TrainingError
+from raytrain_adv.errors import Stopped, TrainingError
 from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker.arithmetic import Arithmetic
 from raytrain_adv.worker.checkpoint import CheckpointWriter, Progress
@@ -59,6 +59,8 @@ class Loop:
         self.window = torch.zeros(2, dtype=torch.float64, device=run.device)
         """Loss and label tokens, summed over all workers since the last logging step."""
         self.num_tokens = 0
+        self.stop_wanted = False
+        """Whether the run is to end after this step; all ranks know it in the same step."""
         self.evaluated: tuple[int, dict[str, Any]] = (-1, {})
         """The last evaluation: after how many steps, and what it gave."""
 
@@ -79,6 +81,8 @@ class Loop:
             for step in range(first, self.arithmetic.total_steps):
                 self.step(step, prefetcher, first_here=step == first)
                 self.after(step + 1, prefetcher, writer)
+                if self.stop_wanted and step + 1 < self.arithmetic.total_steps:
+                    self.leave(step + 1, writer)
             with self.meter.paused("checkpoints"):
                 writer.close()
             self.meter.stop()
@@ -87,6 +91,25 @@ class Loop:
         finally:
             prefetcher.close()
         self.switch_all_on()
+
+    def leave(self, done: int, writer: CheckpointWriter) -> None:
+        """End the run as it was asked to, with a checkpoint after `done` steps.
+
+        Raises:
+            Stopped: on all ranks, once the checkpoint is complete.
+        """
+        again = "run again with resume_from_checkpoint: true to go on from "
+        if self.job.output.save_strategy == "no":
+            found, again = f"after step {done}; save_strategy: no, so that nothing is kept", ""
+        else:
+            self.run.say("saving a checkpoint before the run stops", event="phase")
+            if not self.arithmetic.saves_after(done):
+                self.finite.check()
+                writer.save(self.progress(done), self.saved_metrics(done))
+            writer.close()
+            found, again = f"after step {done}, with a checkpoint", f"{again}step {done}"
+        self.run.barrier()
+        raise Stopped("The run was stopped", found, again)
 
     def switch_all_on(self) -> None:
         """Turn every feature on: what is evaluated, sampled and exported has them all."""
@@ -134,8 +157,11 @@ class Loop:
         return loss.detach()
 
     def global_label_tokens(self, batch: StepBatch) -> int:
-        """Return the number of tokens with a loss over all workers."""
-        return self.run.agree(batch.num_label_tokens, dist.ReduceOp.SUM)
+        """Return the number of tokens with a loss over all workers; note whether to stop."""
+        told = int(self.run.is_main and self.run.reporter.stop_wanted())
+        tokens, asked = self.run.agree_all([batch.num_label_tokens, told], dist.ReduceOp.SUM)
+        self.stop_wanted = asked > 0
+        return tokens
 
     def account(
         self, step: int, batch: StepBatch, loss: torch.Tensor, label_tokens: int, norm: torch.Tensor
@@ -163,9 +189,11 @@ class Loop:
         if saves:
             self.finite.check()
             with self.meter.paused("checkpoints"):
-                writer.save(
-                    self.progress(done), {"step": float(done), "loss": self.meter.last_loss}
-                )
+                writer.save(self.progress(done), self.saved_metrics(done))
+
+    def saved_metrics(self, done: int) -> dict[str, float]:
+        """Return what Ray is told with a checkpoint."""
+        return {"step": float(done), "loss": self.meter.last_loss}
 
     def evaluates_after(self, done: int) -> bool:
         """Whether held-out rows are evaluated after `done` steps; the end of the run always is."""

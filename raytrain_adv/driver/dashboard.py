@@ -1,0 +1,71 @@
+"""A running cluster's dashboard, as a client: the jobs and runs that it knows of."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from raytrain_adv.errors import ClusterError
+
+DEFAULT = "http://127.0.0.1:8265"
+RUNS = "/api/train/v2/runs/v1"
+"""Ray Train's runs (ray 2.60); its web pages have no tab for them."""
+
+
+def named(address: str | None) -> str | None:
+    """Return the address that was given, or that the environment names as Ray's own commands take
+    it; none if neither does.
+    """
+    return address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """Return a client of the cluster whose dashboard answers there.
+
+    Args:
+        address: http://host:port of the dashboard; none means what `named` finds, or this machine.
+
+    Raises:
+        ClusterError: when nobody answers, or not to us.
+    """
+    url = named(address) or DEFAULT
+    try:
+        return JobSubmissionClient(url)
+    except AuthenticationError as error:
+        raise ClusterError(
+            "The cluster asks for its token",
+            f"{url}: {str(error).splitlines()[0]}",
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or have the token in ~/.ray/auth_token); "
+            "cluster/README.md says where it is",
+        ) from None
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(
+            "The cluster's dashboard does not answer",
+            f"{url}: {str(error).splitlines()[0]}",
+            "give the dashboard's address, as --address http://127.0.0.1:8265, and check that it "
+            "is reached from here (kubectl port-forward, ray dashboard)",
+        ) from None
+
+
+def train_runs(client: JobSubmissionClient) -> list[dict[str, Any]]:
+    """Return Ray Train's runs, the last started first, with attempts and workers.
+
+    Raises:
+        ClusterError: when the dashboard cannot say.
+    """
+    try:
+        # Private, for its headers with the cluster's token; there is no public client (ray 2.60).
+        answer = client._do_request("GET", RUNS)
+        answer.raise_for_status()
+    except (requests.RequestException, RuntimeError) as error:
+        raise ClusterError(
+            "The dashboard cannot list Ray Train's runs",
+            f"{RUNS}: {str(error).splitlines()[0]}",
+            "the cluster needs ray 2.60 with ray[default]",
+        ) from None
+    runs: list[dict[str, Any]] = answer.json()["train_runs"]
+    return sorted(runs, key=lambda run: run["start_time_ns"], reverse=True)
