@@ -30,10 +30,11 @@ from raytrain_adv.export.verify import (
     compare_quantized,
     fake_quantized_logits,
 )
+from raytrain_adv.ops.quantized_config import FLOAT8
 from raytrain_adv.report.numbers import disk
 from raytrain_adv.transforms.apply import loaded_all, prepare_all
 from raytrain_adv.transforms.lora import Lora
-from raytrain_adv.transforms.qat import FLOAT8, Qat
+from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.transforms.quantized_base import QuantizedBase
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker import checkpoint, weights

@@ -1,4 +1,4 @@
-"""torchao's configurations of what fake quantisation trains for."""
+"""What fake quantisation trains for: the dtypes torchao serves, and its configurations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
 
 FLOAT8 = "float8_e4m3fn"
+GROUP_SIZES = (8, 16, 32, 64, 128, 256, 512)
+SERVED = (
+    "weights int8, int4, int3 or int2 with activations int8 or none, in groups or per channel; "
+    "weights float8_e4m3fn with activations float8_e4m3fn or none, per channel"
+)
+NOT_SERVED = {
+    "nvfp4": "NVFP4 needs Blackwell GPUs, in training as in serving",
+    "mxfp4": "MX formats need Blackwell GPUs, in training as in serving",
+    "mxfp8": "MX formats need Blackwell GPUs, in training as in serving",
+    "int1": "torchao has no fake quantisation below two bits",
+    "float8_e5m2": "torchao serves float8 weights as e4m3 only",
+    "fp8": "its name is float8_e4m3fn",
+}
+"""Dtypes that are asked for and cannot be had, and why."""
 
 
 def config_of(weight_dtype: str, group_size: int | None, activation_dtype: str) -> AOBaseConfig:

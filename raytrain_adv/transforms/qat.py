@@ -12,6 +12,7 @@ from pydantic import Field
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.ops.quantized_config import FLOAT8, GROUP_SIZES, NOT_SERVED, SERVED
 from raytrain_adv.transforms.naming import (
     ROUTERS,
     class_name,
@@ -36,26 +37,9 @@ LINEAR = "raytrain_adv.ops.fake_quantized.FakeQuantizedLinear"
 EMBEDDING = "raytrain_adv.ops.fake_quantized.FakeQuantizedEmbedding"
 IN_FLOAT8 = "raytrain_adv.ops.float8_linear.Float8Linear"
 LINEAR_IN_FLOAT8 = "raytrain_adv.ops.float8_fake_quantized.Float8FakeQuantizedLinear"
-AFTER = {"torch.nn.Linear": LINEAR, IN_FLOAT8: LINEAR_IN_FLOAT8}
-"""What each kind of linear becomes."""
-FLOAT8 = "float8_e4m3fn"
+BECOMES = {"torch.nn.Linear": LINEAR, IN_FLOAT8: LINEAR_IN_FLOAT8}
 BF16, PTQ, QAT, UNQUANTISED = "bf16", "PTQ", "QAT", "QAT's weights, not quantised"
-"""How a model is evaluated: not quantised, quantised without having been trained for it, quantised
-after that."""
-GROUP_SIZES = (8, 16, 32, 64, 128, 256, 512)
-SERVED = (
-    "weights int8, int4, int3 or int2 with activations int8 or none, in groups or per channel; "
-    "weights float8_e4m3fn with activations float8_e4m3fn or none, per channel"
-)
-NOT_SERVED = {
-    "nvfp4": "NVFP4 needs Blackwell GPUs, in training as in serving",
-    "mxfp4": "MX formats need Blackwell GPUs, in training as in serving",
-    "mxfp8": "MX formats need Blackwell GPUs, in training as in serving",
-    "int1": "torchao has no fake quantisation below two bits",
-    "float8_e5m2": "torchao serves float8 weights as e4m3 only",
-    "fp8": "its name is float8_e4m3fn",
-}
-"""Dtypes that are asked for and cannot be had, and why."""
+"""How a model is evaluated: as it is, quantised without training for it, or with."""
 
 
 class Qat(Transform):
@@ -156,8 +140,7 @@ class Qat(Transform):
     @property
     def scheme(self) -> str:
         """The configuration in words, as `int4 weights in groups of 32, int8 activations`."""
-        size = self.group_size
-        groups = f"in groups of {size}" if size else "per channel"
+        groups = f"in groups of {self.group_size}" if self.group_size else "per channel"
         activations = f"{self.activation_dtype} activations" if self.activation_dtype else ""
         return ", ".join(filter(None, (f"{self.qat_weight_dtype} weights {groups}", activations)))
 
@@ -214,9 +197,8 @@ class Qat(Transform):
         fp8 = {k: v for t in job.transforms if t.enabled for k, v in t.model_dump().items()}
         if not fp8.get("fp8"):
             return
-        off = "or enable_qat: false"
-        if fp8["fp8_enable_fsdp_float8_all_gather"]:
-            key = "fp8_enable_fsdp_float8_all_gather"
+        key, off = "fp8_enable_fsdp_float8_all_gather", "or enable_qat: false"
+        if fp8[key]:
             text = "QAT would round weights that were gathered in float8, and export others"
             yield Problem(text, f"set {key}: false, {off}", f"{key} and enable_qat")
         if fp8["fp8_recipe"] != "tensorwise":
@@ -267,6 +249,8 @@ class Qat(Transform):
         """
         from torch import nn
 
+        from raytrain_adv.ops.float8_fake_quantized import refuse_frozen
+
         linears = {f: m for f, m in model.named_modules() if isinstance(m, nn.Linear)}
         refuse_unmatched("qat_exclude", self.excluded, [own_name(fqn) for fqn in linears])
         head: Any = output_head(model)
@@ -278,13 +262,10 @@ class Qat(Transform):
             if reason:
                 skipped[fqn] = reason
             else:
-                changes[fqn] = Change(class_name(module), AFTER[class_name(module)])
+                changes[fqn] = Change(class_name(module), BECOMES[class_name(module)])
         self._check_groups({fqn: linears[fqn].in_features for fqn in changes})
         in_float8 = [linears[f] for f, change in changes.items() if change.before == IN_FLOAT8]
-        if in_float8:
-            from raytrain_adv.ops.float8_fake_quantized import refuse_frozen
-
-            refuse_frozen(in_float8, self.qat_weight_dtype, self.activation_dtype)
+        refuse_frozen(in_float8, self.qat_weight_dtype, self.activation_dtype)
         embedding = input_embedding(model)
         if embedding is not None:
             fqn = next(name for name, module in model.named_modules() if module is embedding)
@@ -299,7 +280,7 @@ class Qat(Transform):
     def _reason(self, fqn: str, module: nn.Linear) -> str:
         if any(matches(pattern, own_name(fqn)) for pattern in self.excluded):
             return "in qat_exclude"
-        if class_name(module) not in AFTER:
+        if class_name(module) not in BECOMES:
             return f"a {class_name(module)}, not a plain linear"
         if short(own_name(fqn)) in ROUTERS:
             return "it routes tokens to experts"
@@ -333,17 +314,17 @@ class Qat(Transform):
         )
 
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
-        first = self.first_step
+        from raytrain_adv.ops.float8_fake_quantized import described
+
+        kinds, first = {change.after for change in changes.values()}, self.first_step
         when = "never in training (PTQ)" if first is None else f"from optimizer step {first}"
         yield f"{self.scheme}; {when}"
         yield f"evaluation runs {self.evaluated_as}, at every step"
         yield "exported twice: model (as trained) and model-quantized (torchao's tensors)"
-        if any(change.after == LINEAR_IN_FLOAT8 for change in changes.values()):
-            from raytrain_adv.ops.float8_fake_quantized import described
-
+        if LINEAR_IN_FLOAT8 in kinds:
             how = described(self.qat_weight_dtype, self.activation_dtype)
             yield f"FP8 and QAT together need careful tuning: {how}"
-        if any(change.after == EMBEDDING for change in changes.values()) and is_tied(model):
+        if EMBEDDING in kinds and is_tied(model):
             yield (
                 "the embedding is tied to the head: it is quantised where it is looked up, the "
                 "head is not, and the quantised model holds both"
