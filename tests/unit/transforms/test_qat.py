@@ -90,6 +90,10 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(tmp_pat
         ({"fp8": True, "fp8_recipe": "rowwise"}, "fp8_recipe: tensorwise"),
         ({"fp8": True, "fp8_enable_fsdp_float8_all_gather": True}, "gathered in float8"),
         (
+            {"fp8": True, "torch_compile": True, "use_liger_kernel": True},
+            "set use_liger_kernel: false",
+        ),
+        (
             {"qat_weight_dtype": "float8_e4m3fn", "qat_activation_dtype": "float8_e4m3fn"},
             "come out in bfloat16",
         ),
