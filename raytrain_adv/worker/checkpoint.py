@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import StorageError
 from raytrain_adv.ops.float8_weight import as_plain
+from raytrain_adv.worker.redact import redact
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.staging import plain_like, restore_quantized, staged
 from raytrain_adv.worker.storage import Storage, storage_errors
@@ -296,7 +297,7 @@ class CheckpointWriter:
             "format": FORMAT,
             "progress": asdict(progress),
             "fingerprint": self.job.fingerprint(),
-            "job": self.job.flat(),
+            "job": redact(self.job.flat()),
             "optimizer": self.optimizer is not None,
             "world_size": self.run.world_size,
             "torch": torch.__version__,
