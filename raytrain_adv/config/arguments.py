@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from raytrain_adv.config.problems import Problem, is_secret, job_error
+from raytrain_adv.config.problems import Problem, job_error
+from raytrain_adv.config.secrets import is_secret_name
 from raytrain_adv.config.sections import LARGEST
 
 USAGE = """usage: {program} job.yaml {options}[key=value ...]
@@ -129,7 +130,7 @@ def _flag_problem(arguments: Sequence[str], place: int) -> Problem:
         value = arguments[place + 1] if _is_value_of_flag(arguments, place + 1) else "true"
     else:
         value = argument.partition("=")[2]
-    value = "..." if is_secret(key) else value
+    value = "..." if is_secret_name(key) else value
     fix = f"write {key}={value}" if key.isidentifier() else "write key=value"
     flag = argument.partition("=")[0]
     return Problem(f"{flag!r}: there is no such option; keys are written without dashes", fix)

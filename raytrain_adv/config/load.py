@@ -17,6 +17,7 @@ from raytrain_adv.config.job import JobConfig, SectionType
 from raytrain_adv.config.other_formats import WRITTEN_AS
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
+from raytrain_adv.config.secrets import Kind, secrets_in
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.config.sweep import Axis, Sweep, SweepOptions, Trial
@@ -31,12 +32,15 @@ def load(path: str | Path, overrides: Iterable[str] | None = None) -> JobConfig:
     """Return the job of a YAML file, with `key=value` overrides applied.
 
     Raises:
-        JobError: listing every problem of the file and the overrides, with line numbers.
+        JobError: listing every problem of the file and the overrides, with line numbers; secrets
+            in them alone and before any other problem, whose text could repeat them.
     """
+    overrides = list(overrides or ())
     document = read_file(Path(path))
+    refuse_secrets(str(path), document.entries, overrides)
     if document.problems and not document.entries:
         raise job_error(str(path), document.problems)
-    _override(document, overrides or ())
+    _override(document, overrides)
     section = document.entries.pop(sweep_rules.KEY, None)
     if section is None or section.value is None:
         checked = _check(document)
@@ -66,7 +70,9 @@ def load_keys(
     defaults = {key: kind.default(key) for kind in section_types() for key in kind.model_fields}
     given = {k: v for k, v in keys.items() if k not in defaults or v != defaults[k]}
     document = Document({key: Entry(value, source) for key, value in given.items()})
-    _override(document, overrides or ())
+    overrides = list(overrides or ())
+    refuse_secrets(source, {}, overrides)
+    _override(document, overrides)
     checked = _check(document)
     problems = [*document.problems, *checked.problems]
     if problems:
@@ -264,6 +270,35 @@ def _unknown(key: str, owned: frozenset[str]) -> Problem:
     if not key.strip():
         return Problem("a key without a name", "delete the line, or name the key")
     return Problem("there is no such key", fix, key)
+
+
+def refuse_secrets(source: str, entries: Mapping[str, Entry], overrides: Iterable[str]) -> None:
+    """Raise if a key's value, at any depth, or an override is or holds a secret.
+
+    Raises:
+        JobError: naming the keys and where secrets belong; never the secrets.
+    """
+    found = [
+        Problem(f"{kind.name}, which a job must not hold", _belongs(kind), place, entry.where)
+        for key, entry in entries.items()
+        for place, kind in secrets_in(key, entry.value)
+    ]
+    for item in overrides:
+        key, _, text = item.lstrip("-").partition("=")
+        try:
+            value = read_value(text)
+        except ValueError:
+            value = text
+        found += [
+            Problem(f"{kind.name}, which a job must not hold", _belongs(kind), place, COMMAND_LINE)
+            for place, kind in secrets_in(key, value)
+        ]
+    if found:
+        raise job_error(source, dict.fromkeys(found))
+
+
+def _belongs(kind: Kind) -> str:
+    return f"take it out, and put it where it is not shown: {kind.place}"
 
 
 def _override(document: Document, overrides: Iterable[str]) -> None:

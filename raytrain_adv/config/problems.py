@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from raytrain_adv.config.secrets import HIDDEN, hide, is_secret_name
 from raytrain_adv.errors import JobError
 
 MAX_SHOWN = 60
 """Problems beyond this many are counted, not listed."""
 MAX_PATH = 300
-_SECRET_ENDINGS = ("token", "api_key", "secret", "password")
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -38,23 +38,19 @@ class Problem:
         return self if self.where else replace(self, where=where)
 
 
-def is_secret(key: str) -> bool:
-    """Whether a key's value must not be repeated in a message."""
-    return key.endswith(_SECRET_ENDINGS)
-
-
 def show(value: Any, key: str = "") -> str:
     """Return a value as one would write it in YAML, shortened; never the value of a key that holds
     a secret."""
-    if value is not None and is_secret(key):
-        return "(not shown)"
+    if value is not None and is_secret_name(key):
+        return HIDDEN
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int) and value.bit_length() > 200:
         return "a number of more than 60 digits"
     if isinstance(value, int | float):
         return str(value)
-    return printable(_short.repr(value))
+    # Hidden before it is shortened, too: half a secret has no known form.
+    return printable(hide(_short.repr(hide(value) if isinstance(value, str) else value)))
 
 
 def printable(text: str) -> str:
@@ -72,12 +68,13 @@ def job_error(source: str, problems: Iterable[Problem]) -> JobError:
             keys = remedies.setdefault(problem.fix, [])
             if problem.key and problem.key not in keys:
                 keys.append(problem.key)
-    found = [printable(problem.found()) for problem in listed]
+    found = [printable(hide(problem.found())) for problem in listed]
     if len(every) > len(listed):
         found.append(f"and {len(every) - len(listed)} more")
     fixes = [
-        printable(f"{', '.join(keys)}: {fix}" if keys else fix) for fix, keys in remedies.items()
+        printable(hide(f"{', '.join(keys)}: {fix}" if keys else fix))
+        for fix, keys in remedies.items()
     ]
     count = "1 problem" if len(every) == 1 else f"{len(every)} problems"
-    what = f"{printable(source[:MAX_PATH])} cannot be run as written ({count})"
+    what = f"{printable(hide(source)[:MAX_PATH])} cannot be run as written ({count})"
     return JobError(what, "\n".join(found), "\n".join(fixes))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.errors import ClusterError
+from raytrain_adv.config.secrets import secrets_in
+from raytrain_adv.errors import ClusterError, JobError
 
 # Ray's defaults lose or hide things; each is set only where the user has not (ray 2.60).
 RAY_SETTINGS = {
@@ -101,7 +106,9 @@ def connect(job: JobConfig | None) -> bool:
 
     Raises:
         ClusterError: when the named cluster does not answer, or Ray cannot start.
+        JobError: when the runtime environment that this was submitted with holds a secret.
     """
+    _refuse_submitted_secrets()
     options: dict[str, Any] = {
         "logging_level": "ERROR",
         "log_to_driver": False,
@@ -117,7 +124,8 @@ def connect(job: JobConfig | None) -> bool:
         return False
     require_answer(str(address))
     try:
-        ray.init(**options)
+        with _on_loopback(address == "local"):
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, TypeError, TimeoutError, OSError) as error:
         raise ClusterError(
             "Ray cannot be started here"
@@ -129,6 +137,46 @@ def connect(job: JobConfig | None) -> bool:
             "for a cluster that asks for a token set RAY_AUTH_MODE=token",
         ) from error
     return bool(address == "local")
+
+
+@contextmanager
+def _on_loopback(is_local: bool) -> Iterator[None]:
+    """Make a Ray that is started here listen on 127.0.0.1 only, unless its user says otherwise.
+
+    Ray would listen on every interface (GCS, raylet, workers), for nodes that might join; its own
+    switch is for other systems, and read as ray is imported (ray 2.60, services.py: an address of
+    this machine given to ray.init is replaced). Remove when ray.init takes a loopback address.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    if is_local and ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR not in os.environ:
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _refuse_submitted_secrets() -> None:
+    """Raise if `ray job submit` was given a runtime environment with a secret, which Ray's API
+    shows in clear to whoever reaches it.
+
+    Raises:
+        JobError: naming the variables, never their values.
+    """
+    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR) or "{}")
+    found = list(secrets_in("runtime_env", submitted.get("runtime_env")))
+    if found:
+        raise JobError(
+            "The runtime environment of this Ray job holds a secret, which Ray's API shows in "
+            "clear",
+            "\n".join(f"{place}: {kind.name}" for place, kind in found),
+            "\n".join(
+                dict.fromkeys(
+                    f"take it out, and put it where it is not shown: {kind.place}"
+                    for _, kind in found
+                )
+            ),
+        )
 
 
 def _settings(options: Mapping[str, Any]) -> dict[str, str]:

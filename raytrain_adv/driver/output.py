@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.worker.metrics_file import FILE_NAME, read
+from raytrain_adv.worker.redact import redact
 from raytrain_adv.worker.storage import Storage, storage_errors
 
 RUN_FILE = "run.json"
@@ -60,7 +61,7 @@ class Output:
             "fingerprint": job.fingerprint(),
             "status": status,
             "attempts": attempts,
-            "job": job.flat(),
+            "job": redact(job.flat()),
         }
         Storage.at(str(self.folder)).write_json(RUN_FILE, {**record, "time": time.time()})
 

@@ -21,15 +21,16 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from raytrain_adv import __version__
 from raytrain_adv.config import JobConfig, load
+from raytrain_adv.config.secrets import is_secret_name, secrets_in
 from raytrain_adv.driver import dashboard
 from raytrain_adv.driver.output import run_name
 from raytrain_adv.errors import EXIT_DONE, EXIT_TRAINING_FAILED, ClusterError, JobError
 from raytrain_adv.transforms.apply import enabled
-from raytrain_adv.worker.redact import is_secret, redact
+from raytrain_adv.worker.redact import redact
 
 DEFAULT_ENV = "jobs/runtime_env.yaml"
 EXCLUDES = (
-    *(".git", ".venv", "__pycache__", "*.egg-info", "/saves/", "/data/", "checkpoints/"),
+    *(".git", ".venv", ".env", "__pycache__", "*.egg-info", "/saves/", "/data/", "checkpoints/"),
     *("wandb/", "mlruns/", "*.safetensors", "*.distcp", "*.bin", "*.pt", "*.pth", "*.gguf"),
     *("*.arrow", "*.parquet"),
 )
@@ -126,11 +127,13 @@ def refuse_secrets(env: Mapping[str, Any], overrides: Sequence[str]) -> None:
     Raises:
         JobError: naming the keys, never the values.
     """
-    found = [f"env_vars: {name}" for name in env.get("env_vars") or {} if is_secret(name)]
+    found = [f"{place}: {kind.name}" for place, kind in secrets_in("runtime_env", env)]
     for override in overrides:
         key, _, text = override.partition("=")
         value = yaml.safe_load(text) if text.lstrip().startswith(("{", "[")) else text
-        if any(is_secret(part) for part in key.split(".")) or redact({key: value}) != {key: value}:
+        if any(is_secret_name(part) for part in key.split(".")) or redact({key: value}) != {
+            key: value
+        }:
             found.append(f"the command line: {key}")
     if found:
         raise JobError(

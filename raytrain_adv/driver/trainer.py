@@ -83,6 +83,8 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
     timeline: dict[str, float] = {}
     nodes: list[PreflightReport] = []
     report = started(job, output.run_name(job))
+    for note in report.notes:
+        console.say(note)
     try:
         placement, plan = _prepare(job, console, timeline, nodes, read)
         report = planned(report, placement.num_workers, plan.memory, plan.transforms)

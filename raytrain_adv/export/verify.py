@@ -91,6 +91,7 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
                 dtype="auto",
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                use_safetensors=True,  # a pickled file could run code of its own
                 attn_implementation=attn_implementation,
             )
     finally:

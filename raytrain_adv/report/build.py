@@ -34,7 +34,16 @@ def started(job: JobConfig, run_name: str) -> RunReport:
         started_at=time.time(),
         job=job.flat(),
         job_file=job.source,
+        notes=_notes(job),
     )
+
+
+def _notes(job: JobConfig) -> tuple[str, ...]:
+    """Return what was said of the keys, and whose code ran."""
+    if not job.model.trust_remote_code:
+        return job.notes
+    name = job.model.model_name_or_path
+    return (*job.notes, f"trust_remote_code: true ran whatever model code comes with {name}.")
 
 
 def planned(

@@ -21,12 +21,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import StorageError
 from raytrain_adv.ops.float8_weight import as_plain
+from raytrain_adv.worker.checkpoint_reader import read_state
+from raytrain_adv.worker.redact import redact
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.staging import plain_like, restore_quantized, staged
 from raytrain_adv.worker.storage import Storage, storage_errors
@@ -142,7 +143,7 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None
         optimizer: whose states are read too; none leaves them out.
 
     Raises:
-        StorageError: when a file cannot be read.
+        StorageError: when a file cannot be read, or is more than data.
     """
     state = training_state(model, optimizer)
     read = plain_like(state)
@@ -153,7 +154,7 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None
         local = temporary
     try:
         with storage_errors("The checkpoint cannot be read", found.path):
-            load_state(read, checkpoint_id=local)
+            read_state(read, local, found.path)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -296,7 +297,7 @@ class CheckpointWriter:
             "format": FORMAT,
             "progress": asdict(progress),
             "fingerprint": self.job.fingerprint(),
-            "job": self.job.flat(),
+            "job": redact(self.job.flat()),
             "optimizer": self.optimizer is not None,
             "world_size": self.run.world_size,
             "torch": torch.__version__,

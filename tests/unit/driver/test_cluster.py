@@ -1,11 +1,16 @@
 """What a cluster can hold, as values: no Ray is started."""
 
+import json
+import os
 import time
 
 import pytest
+import ray
+from ray._private import ray_constants, services
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-from raytrain_adv.driver.cluster import Node, require_answer, still_to_start
-from raytrain_adv.errors import ClusterError
+from raytrain_adv.driver.cluster import Node, connect, require_answer, still_to_start
+from raytrain_adv.errors import ClusterError, JobError
 from tests.workers import free_port
 
 CPU2 = {"CPU": 2.0}
@@ -33,3 +38,50 @@ def test_a_cluster_that_does_not_answer_is_said_at_once():
     assert time.monotonic() - start < 5
     require_answer("local")
     require_answer("auto")
+
+
+@pytest.fixture
+def asked_of_ray(monkeypatch):
+    """What ray.init is given, and the address at which a Ray started then listens."""
+    found: dict[str, object] = {}
+
+    def init(**options):
+        found.update(options, node=services.get_node_ip_address())
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for name in ("RAY_ADDRESS", ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)  # connect adds to it, for Ray's processes
+    yield found
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_a_ray_that_is_started_here_listens_on_loopback(asked_of_ray, make_job):
+    assert connect(make_job())
+    assert asked_of_ray["address"] == "local" and asked_of_ray["node"] == "127.0.0.1"
+    assert "dashboard_host" not in asked_of_ray  # Ray's default is loopback, too
+    assert ray_constants.ENABLE_RAY_CLUSTER  # as it was: a driver that joins a cluster needs it
+
+
+def test_a_ray_for_others_is_asked_for_by_name(asked_of_ray, make_job, monkeypatch):
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda address: "10.0.0.1")
+    monkeypatch.setenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "1")
+    connect(make_job(ray_init_kwargs={"dashboard_host": "0.0.0.0"}))
+    assert asked_of_ray["node"] == "10.0.0.1" and asked_of_ray["dashboard_host"] == "0.0.0.0"
+    monkeypatch.delenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
+    assert not connect(make_job(ray_init_kwargs={"address": "auto"}))
+    assert asked_of_ray["node"] == "10.0.0.1"
+
+
+def test_a_job_submitted_with_a_secret_in_its_runtime_environment_is_refused(
+    asked_of_ray, make_job, monkeypatch
+):
+    env = {"env_vars": {"HF_TOKEN": "planted", "NCCL_DEBUG": "INFO"}}
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": env}))
+    with pytest.raises(JobError, match=r"runtime_env.env_vars.HF_TOKEN") as error:
+        connect(make_job())
+    assert "planted" not in str(error.value) and "Kubernetes" in error.value.fix
+    assert "NCCL_DEBUG" not in str(error.value) and not asked_of_ray

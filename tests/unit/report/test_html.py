@@ -13,7 +13,15 @@ from raytrain_adv.report.plot import (
     thinned,
     tick_text,
 )
-from raytrain_adv.report.record import Failure, RunReport, Sample, TransformReport
+from raytrain_adv.report.record import (
+    Baseline,
+    Failure,
+    PreflightReport,
+    RunReport,
+    Sample,
+    TransformReport,
+)
+from raytrain_adv.report.record_parts import NodeReport
 from raytrain_adv.worker.metrics_file import MetricsFile
 
 EVIL = "</pre></script><script>alert('x')</script><img src=x onerror=alert(1)>\x00"
@@ -99,6 +107,23 @@ def test_text_from_outside_cannot_become_markup():
     assert "img" not in found.tags
     assert not [name for name, _ in found.attributes if name.startswith("on")]
     assert found.text.count("<img src=x") >= 15
+
+
+def test_neither_a_file_s_name_nor_a_baseline_nor_a_node_becomes_markup():
+    node = NodeReport(
+        address=EVIL, used=False, workers=0, gpus=(EVIL,), reason=EVIL, found=EVIL,
+        driver_version=EVIL, versions={EVIL: EVIL},
+    )  # fmt: skip
+    preflight = PreflightReport(nodes=(node,), warnings=(EVIL,))
+    baseline = Baseline(output_dir=EVIL, changed_keys=(EVIL,))
+    report = RunReport(
+        status="done", job_file=EVIL, command=EVIL, overrides=(EVIL,), model_dir=EVIL,
+        attention=EVIL, baseline=baseline, preflight=preflight, job={EVIL: [EVIL]},
+        quantized_dir=EVIL, quantized_comparison=EVIL,
+    )  # fmt: skip
+    found = Elements(render(report, train_rows(3)))
+    assert found.tags.count("script") == 1 and "img" not in found.tags
+    assert found.text.count("<img src=x") >= 8 and found.open == []
 
 
 def test_every_element_is_closed():

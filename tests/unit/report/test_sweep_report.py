@@ -16,6 +16,7 @@ from raytrain_adv.report.sweep_html import render
 from raytrain_adv.report.sweep_record import SweepReport, TrialReport, best, metrics
 from raytrain_adv.report.sweep_table import render as render_table
 from raytrain_adv.report.sweep_table import written
+from tests.unit.report.test_html import EVIL, Elements
 
 DELAY = "fake_quant_after_n_steps"
 
@@ -96,6 +97,21 @@ def test_the_page_shows_what_failed_as_text() -> None:
     page = render(sweep_of(trial(3.0, seed=1), trial(None, "failed", seed=2)))
     assert "&lt;b&gt;why&lt;/b&gt;" in page and "seed=2: failed" in page
     assert "1 of 2" in page
+
+
+def test_text_from_outside_cannot_become_markup_in_a_sweep() -> None:
+    """Names, swept values, errors, paths and notes may come from a job file or from data."""
+    failed = trial(None, "failed", run_name=EVIL)
+    done = [trial(3.0, run_name=f"{EVIL}{n}", learning_rate=n / 10) for n in (1, 2)]
+    done = [t.model_copy(update={"model_dir": EVIL, "error": EVIL}) for t in done]
+    said = {"name": EVIL, "job_file": EVIL, "command": EVIL, "best_job": EVIL, "notes": (EVIL,)}
+    whole = sweep_of(*done, failed, **said, error=EVIL).model_copy(update={"output_dir": EVIL})
+    for report in (whole, sweep_of(trial(1.0, **{EVIL: EVIL}), trial(2.0, **{EVIL: 1}))):
+        found = Elements(render(report))
+        assert found.tags.count("script") == 1 and "img" not in found.tags
+        assert not [name for name, _ in found.attributes if name.startswith("on")]
+        assert not [v for n, v in found.attributes if n == "href" and not v.startswith("trials/")]
+        assert "<img src=x" in found.text and found.open == []
 
 
 def test_a_page_without_any_result_says_that_it_goes_on() -> None:

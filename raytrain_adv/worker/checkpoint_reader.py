@@ -1,0 +1,170 @@
+"""Reads a checkpoint's files without running what is in them: DCP's own reader unpickles."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import pickle
+from collections import OrderedDict
+from dataclasses import replace
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.futures import Future
+
+from raytrain_adv.errors import RaytrainAdvError, StorageError
+
+METADATA = ".metadata"
+_CLASSES: tuple[Any, ...] = (
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.Metadata,
+    metadata.MetadataIndex,
+    metadata.StorageMeta,
+    metadata.TensorProperties,
+    metadata.TensorStorageMetadata,
+    metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo,
+    filesystem._StoragePrefix,
+    torch.Size,
+    torch.serialization._get_layout,
+    pathlib.Path,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    OrderedDict,
+    set,
+)
+_DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+ALLOWED: dict[str, Any] = {f"{c.__module__}.{c.__qualname__}": c for c in _CLASSES} | _DTYPES
+"""All that the metadata of a checkpoint is made of, by its name in the pickle (torch 2.11 to
+2.13)."""
+
+# What else pickle raises where bytes mean nothing to it, by its documentation.
+_OF_GARBAGE = (AttributeError, EOFError, ImportError, IndexError, TypeError, ValueError)
+
+
+def read_state(state: dict[str, Any], folder: str, shown: str) -> None:
+    """Read a checkpoint's tensors and values into a nested state, on every rank its shards.
+
+    Args:
+        state: what is filled in; it says what is read.
+        folder: the checkpoint's, on this node.
+        shown: its name in messages.
+
+    Raises:
+        StorageError: when a file cannot be read, or asks for code to be run.
+    """
+    try:
+        load_state(state, storage_reader=PlainReader(folder), planner=PlainPlanner())
+    except CheckpointException as error:
+        # It has every rank's; DCP makes no ordinary exception of it (torch 2.13, api.py).
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, RaytrainAdvError):
+            raise cause from None
+        raise StorageError(
+            "The checkpoint cannot be read",
+            f"{shown}: {type(cause).__name__}: {_first_line(cause)}",
+            "resume from the one before: resume_from_checkpoint: .../step_N",
+        ) from error
+
+
+class PlainReader(FileSystemReader):
+    """DCP's reader, for metadata and tensors that are data only.
+
+    The metadata is read at once: what goes wrong as DCP asks for it is logged as missing metadata.
+
+    Raises:
+        StorageError: when the metadata asks for anything else than what it is made of.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self._metadata = _metadata(pathlib.Path(folder) / METADATA)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the checkpoint's metadata."""
+        meta = self._metadata.storage_meta or StorageMeta()
+        meta.load_id = self.load_id
+        return replace(self._metadata, storage_meta=meta)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read this rank's part of the plan.
+
+        Raises:
+            StorageError: when a shard is more than data.
+        """
+        try:
+            return super().read_data(plan, planner)
+        except pickle.UnpicklingError as error:
+            raise _refused(pathlib.Path(self.path), _first_line(error)) from error
+
+
+class PlainPlanner(DefaultLoadPlanner):
+    """DCP's planner, for values that are data only: it would unpickle whatever they are."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Take a value that is no tensor.
+
+        Raises:
+            StorageError: from the reader, when it is more than data.
+        """
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes what ALLOWED names, and nothing else."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self._path = pathlib.Path(file.name)
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = ALLOWED.get(f"{module}.{name}")
+        if found is None:
+            raise _refused(self._path, f"{module}.{name}")
+        return found
+
+
+def _metadata(path: pathlib.Path) -> Metadata:
+    with path.open("rb") as file:
+        try:
+            found = _Unpickler(file).load()
+        except (pickle.UnpicklingError, *_OF_GARBAGE) as error:
+            raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
+    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
+        raise _damaged(path, "it holds no metadata of DCP's")
+    for info in found.storage_data.values():
+        if pathlib.PurePath(info.relative_path).name != info.relative_path:
+            raise _refused(path, f"the file {info.relative_path}, which is not beside it")
+    return found
+
+
+def _refused(path: pathlib.Path, wanted: str) -> StorageError:
+    return StorageError(
+        "The checkpoint asks for more than data, and was not read: it could run code of its own",
+        f"{path}: {wanted}",
+        "this is none that raytrain_adv wrote, or somebody has changed it: find out who can write "
+        "there, and go on from a checkpoint whose origin you know",
+    )
+
+
+def _damaged(path: pathlib.Path, reason: object) -> StorageError:
+    return StorageError(
+        "The checkpoint cannot be read",
+        f"{path}: {reason}",
+        "it is damaged: resume from the one before, resume_from_checkpoint: .../step_N",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
