@@ -247,9 +247,9 @@ def _merge_run(
         if base.form.kind == "fp4":
             # tests/gpu/test_quantized_base_on_gpu.py; nf4 is rounded alike on both.
             print(
-                "           bitsandbytes rounds fp4 here, on a CPU, otherwise than on a GPU: if the "
-                "run had GPUs,\n           1 % of the base's values are a step off those the "
-                "adapter was trained on; nf4's are not"
+                "           bitsandbytes rounds fp4 here, on a CPU, otherwise than on a GPU: if "
+                "the run had GPUs,\n           1 % of the base's values are a step off those "
+                "the adapter was trained on; nf4's are not"
             )
     print(
         f"           logits differ by {merged.difference:.3g} at most from those of base and "
