@@ -15,6 +15,7 @@ from raytrain_adv.transforms.naming import (
     class_name,
     matches,
     output_head,
+    own_name,
     patterns,
     refuse_unmatched,
     short,
@@ -156,8 +157,9 @@ class Fp8(Transform):
             JobError: when a pattern of fp8_exclude matches no linear.
         """
         linears = {fqn: m for fqn, m in model.named_modules() if is_linear(m)}
-        refuse_unmatched("fp8_exclude", self.excluded, list(linears))
+        refuse_unmatched("fp8_exclude", self.excluded, [own_name(fqn) for fqn in linears])
         head = output_head(model)
+        head = getattr(head, "base_layer", head)  # under an adapter
         changes: dict[str, Change] = {}
         skipped: dict[str, str] = {}
         for fqn, module in linears.items():
@@ -170,11 +172,11 @@ class Fp8(Transform):
         return Plan(self.name, changes, skipped, self._notes(model, linears, changes))
 
     def _reason(self, fqn: str, module: nn.Linear) -> str:
-        if any(matches(pattern, fqn) for pattern in self.excluded):
+        if any(matches(pattern, own_name(fqn)) for pattern in self.excluded):
             return "in fp8_exclude"
         if class_name(module) != "torch.nn.Linear":
             return f"a {class_name(module)}, not a plain linear"
-        if short(fqn) in ROUTERS:
+        if short(own_name(fqn)) in ROUTERS:
             return "it routes tokens to experts"
         if "lora_" in fqn:
             return "an adapter"

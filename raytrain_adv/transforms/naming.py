@@ -67,6 +67,11 @@ def patterns(given: str | list[str]) -> list[str]:
     return [pattern.strip() for pattern in several if pattern.strip()]
 
 
+def own_name(fqn: str) -> str:
+    """Return a linear's name in the plain model: PEFT keeps it inside the adapter's module."""
+    return fqn.removesuffix(".base_layer")
+
+
 def matches(pattern: str, fqn: str) -> bool:
     """Whether a name, an end of a name, or a pattern with * stands for a module."""
     return fqn == pattern or fqn.endswith(f".{pattern}") or fnmatch.fnmatchcase(fqn, pattern)

@@ -19,6 +19,7 @@ from raytrain_adv.transforms.naming import (
     input_embedding,
     matches,
     output_head,
+    own_name,
     patterns,
     refuse_unmatched,
     short,
@@ -395,11 +396,6 @@ class Qat(Transform):
         from raytrain_adv.ops.quantized_config import config_of
 
         return config_of(self.qat_weight_dtype, self.group_size, "")
-
-
-def own_name(fqn: str) -> str:
-    """Return a linear's name in the plain model: PEFT keeps it inside the adapter's module."""
-    return fqn.removesuffix(".base_layer")
 
 
 def rounding(model: nn.Module) -> Iterator[FakeQuantized]:

@@ -14,6 +14,7 @@ from raytrain_adv.transforms.naming import (
     class_name,
     matches,
     output_head,
+    own_name,
     patterns,
     refuse_unmatched,
     short,
@@ -55,6 +56,7 @@ class QuantizedBase(Transform):
     excludes: ClassVar[dict[str, str]] = {
         "fp8": "FP8 and standard quantization are mutually exclusive",
         "enable_qat": "QAT and standard quantization are mutually exclusive",
+        "use_dora": "DoRA computes with the base weights themselves, which are held quantised",
     }
     needs: ClassVar[dict[str, str]] = {
         "finetuning_type": "quantised weights have no gradient: only adapters on them are trained"
@@ -297,11 +299,6 @@ def readable(num_bytes: float) -> str:
     """Return a size in GiB, or in MiB where that is small."""
     gib = num_bytes / 2**30
     return f"{gib:,.2f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.2f} MiB"
-
-
-def own_name(fqn: str) -> str:
-    """Return a linear's name in the plain model: PEFT keeps it inside the adapter's module."""
-    return fqn.removesuffix(".base_layer")
 
 
 def refuse_dora(model: nn.Module) -> None:
