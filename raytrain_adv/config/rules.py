@@ -202,7 +202,7 @@ def _unmet(job: JobConfig) -> Iterable[Problem]:
             if not any(_has(other, key) for other in on):
                 owner = next(s for s in job.sections() if _has(s, key))
                 own = switch(section)
-                fix = f"set {key}: {show(type(owner).default(key), key)}, or delete {own}"
+                fix = f"set {key}: {type(owner).default(key)}, or delete {own}"
                 yield Problem(reason, fix, f"{key} and {own}")
 
 

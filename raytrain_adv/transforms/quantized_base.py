@@ -137,15 +137,13 @@ class QuantizedBase(Transform):
         """Choose the linears that are held quantised.
 
         Raises:
-            JobError: when a pattern matches nothing, or adapters read the weights past the linear
-                (DoRA).
+            JobError: when a pattern matches nothing.
         """
         from torch import nn
 
         base = {f: m for f, m in model.named_modules() if "lora_" not in f}
         linears = {f: m for f, m in base.items() if isinstance(m, nn.Linear)}
         refuse_unmatched("quantization_exclude", self.excluded, [own_name(f) for f in linears])
-        refuse_dora(model)
         head = output_head(model)
         changes: dict[str, Change] = {}
         skipped: dict[str, str] = {}
@@ -299,21 +297,6 @@ def readable(num_bytes: float) -> str:
     """Return a size in GiB, or in MiB where that is small."""
     gib = num_bytes / 2**30
     return f"{gib:,.2f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.2f} MiB"
-
-
-def refuse_dora(model: nn.Module) -> None:
-    """Refuse adapters that compute with the base weights themselves.
-
-    Raises:
-        JobError: naming both keys.
-    """
-    if any(".lora_magnitude_vector." in name for name, _ in model.named_parameters()):
-        raise JobError(
-            "standard quantization and DoRA do not go together",
-            "DoRA computes with the norms of the base weights, which would be made whole for it in "
-            "each step",
-            "set use_dora: false, or delete quantization_bit",
-        )
 
 
 def distances(layers: list[QuantizedLinear]) -> list[tuple[float, float, float]]:

@@ -110,6 +110,15 @@ def test_routers_and_adapters_stay(tmp_path):
     assert any("stacked tensors" in note for note in plan.notes)
 
 
+@pytest.mark.parametrize("excluded", ["down_proj", "model.layers.0.mlp.down_proj"])
+def test_under_adapters_names_are_the_models_own_and_the_head_stays(tmp_path, excluded):
+    lora = {"finetuning_type": "lora", "lora_target": "q_proj,down_proj,lm_head"}
+    _, _, plan = planned(tmp_path, **lora, fp8_exclude=excluded)
+    assert plan.skipped["model.layers.0.mlp.down_proj.base_layer"] == "in fp8_exclude"
+    assert plan.skipped["lm_head.base_layer"] == "the language-model head"
+    assert "model.layers.0.self_attn.q_proj.base_layer" in plan.changes
+
+
 def test_lora_on_an_fp8_base(tmp_path):
     _, _, plan = planned(tmp_path, finetuning_type="lora", lora_rank=16)
     assert all(fqn.endswith("base_layer") for fqn in plan.changes)

@@ -88,7 +88,7 @@ def test_a_node_without_bitsandbytes_is_named():
 
 
 def test_dora_is_refused(tmp_path):
-    with pytest.raises(JobError, match="standard quantization and DoRA do not go together"):
+    with pytest.raises(JobError, match="DoRA computes with the base weights themselves"):
         planned(tmp_path, use_dora=True)
 
 
