@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.errors import ClusterError, JobError, TrainingError
+from raytrain_adv.errors import ClusterError, TrainingError
 from raytrain_adv.transforms.naming import (
     ROUTERS,
     class_name,
