@@ -12,6 +12,7 @@ import sys
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.config.arguments import parse
 from raytrain_adv.config.rules import check_workers
+from raytrain_adv.config.secrets import hide_environment
 from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError
 from raytrain_adv.quiet import quieten
 
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
             return EXIT_DONE
         _run(job)
     except RaytrainAdvError as error:
-        print(f"\n{error}", file=sys.stderr)
+        print(f"\n{hide_environment(str(error))}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("raytrain_adv"):

@@ -4,12 +4,17 @@ A job file travels into reports, checkpoints, trackers and Ray's API, which show
 may hold none.
 """
 
+import html
+import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 HIDDEN = "(not shown)"
+SHORTEST = 8
+"""Characters of a value in the environment that is hidden in text; `none` and `true` are none."""
 
 _NAME = re.compile(
     r"(password|passwd|passphrase|secret|credential|(^|[_.-])key|(api|access|private|secret)key"
@@ -100,6 +105,20 @@ def hide(text: str) -> str:
     """Return the text without the secrets that are known by their form."""
     for kind in KINDS:
         text = kind.pattern.sub(_without, text)
+    return text
+
+
+def hide_environment(text: str) -> str:
+    """Return the text without the values of this process's environment variables that are named as
+    secrets: an error of a library may repeat one.
+
+    Args:
+        text: plain, or of a JSON or HTML file.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= SHORTEST and is_secret_name(name) and not os.path.exists(value):
+            for written in {value, html.escape(value), json.dumps(value)[1:-1]}:
+                text = text.replace(written, HIDDEN)
     return text
 
 

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+from raytrain_adv.config.secrets import hide_environment
 from raytrain_adv.driver.follow import FollowedFile
 from raytrain_adv.driver.live_table import live_view
 from raytrain_adv.driver.progress import Progress, Row, log_line
@@ -133,7 +134,7 @@ class Console:
     def _print(self, text: str, style: str = "") -> None:
         if self._nobody_reads:
             return
-        shown = printable(text, self._stream.encoding)
+        shown = printable(hide_environment(text), self._stream.encoding)
         try:
             if self._live is not None:
                 self._live.console.print(Text(shown, style=style), soft_wrap=True)

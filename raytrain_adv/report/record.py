@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from raytrain_adv.config.secrets import hide_environment
 from raytrain_adv.errors import RaytrainAdvError, StorageError
 from raytrain_adv.report.record_parts import (
     Arguments,
@@ -205,7 +206,7 @@ def write_text(text: str, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A lone surrogate, which a dataset may hold, cannot be encoded; it is written as \udXXX.
         with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+            file.write(hide_environment(text))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

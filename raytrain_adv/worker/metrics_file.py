@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from raytrain_adv.config.secrets import hide_environment
 from raytrain_adv.errors import StorageError
 
 FILE_NAME = "metrics.jsonl"
@@ -62,7 +63,7 @@ class MetricsFile:
             StorageError: when the line cannot be written.
         """
         line = json.dumps({"time": round(time.time(), 3)} | plain_row(row), allow_nan=False) + "\n"
-        data = line.encode()
+        data = (hide_environment(line) if row.get("kind") == "event" else line).encode()
         try:
             while data:
                 data = data[os.write(self._fd, data) :]

@@ -7,6 +7,7 @@ import pytest
 from raytrain_adv.errors import ClusterError, StorageError
 from raytrain_adv.report import record
 from raytrain_adv.report.contract import PATH, RECORDS, contract
+from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import RunReport, TransformReport, describe_failure, fold_names
 from raytrain_adv.transforms import Change, Plan
 
@@ -77,6 +78,20 @@ def test_secrets_of_the_job_are_not_written(tmp_path):
         overrides=('ray_init_kwargs={"_redis_password": "s3cret"}',),
     )
     assert "s3cret" not in record.write(report, tmp_path).read_text()
+
+
+def test_an_error_that_repeats_a_secret_of_the_environment_is_written_without_it(
+    tmp_path, monkeypatch
+):
+    """A library's message may hold one, in the page and in the record."""
+    secret = 'planted<&"9'
+    monkeypatch.setenv("HF_TOKEN", secret)
+    monkeypatch.setenv("SOME_KEY", "failed")  # too short to be one
+    error = TypeError(f"401 for token {secret}")
+    report = RunReport(status="failed", error=str(error), failure=describe_failure(error))
+    for path in (record.write(report, tmp_path), write_html(report, tmp_path)):
+        text = path.read_text()
+        assert "planted" not in text and "401 for token (not shown)" in text and "failed" in text
 
 
 def test_no_report_and_a_broken_one_are_storage_errors(tmp_path):

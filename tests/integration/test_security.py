@@ -1,0 +1,84 @@
+"""A real run with secrets in its environment: what it leaves, says, and shows through Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+OWN = ("gcs_server", "raylet", "ray::Dashboard", "ray::RuntimeEnv")
+"""Ray's processes that any machine could speak to where they listened for it."""
+
+
+def listening(driver: psutil.Process) -> set[tuple[str, str]]:
+    """Return (process, address) of every socket that Ray's own processes listen on."""
+    found = set()
+    for process in driver.children(recursive=True):
+        try:
+            name = process.name()
+            if name.startswith(OWN) or "dashboard/dashboard.py" in " ".join(process.cmdline()):
+                sockets = [c for c in process.net_connections("inet") if c.status == "LISTEN"]
+                found |= {(name, c.laddr.ip.removeprefix("::ffff:")) for c in sockets}
+        except psutil.Error:
+            continue  # it has ended
+    return found
+
+
+def shown_by_ray(output: str) -> str:
+    """Return what the dashboard's API says of jobs and training runs, as far as it is up."""
+    url = next((w for w in output.split() if w.startswith("http://127.0.0.1")), None)
+    text = ""
+    for path in ("/api/jobs/", "/api/train/v2/runs/v1") if url else ():
+        try:
+            with urllib.request.urlopen(f"{url}{path}", timeout=5) as answer:
+                text += answer.read().decode()
+        except OSError:
+            continue  # not up yet, or gone
+    return text
+
+
+def test_secrets_of_the_environment_stay_there_and_ray_on_loopback(job_file, tmp_path):
+    planted = {
+        "HF_TOKEN": "hf_" + "Q7wE2rT9yU4iO6pA1sD3fG5hJ8kL0zXcVb",
+        "AWS_ACCESS_KEY_ID": "AKIA" + "Q7WE2RT9YU4IO6PA",
+        "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI" + "K7MDENGbPxRfiCYzPlAnTeD",
+        "WANDB_API_KEY": "0123456789abcdef" * 2 + "76543210",
+    }
+    job = job_file(
+        use_cpu=True, trust_remote_code=True, save_strategy="steps", save_steps=2, max_steps=3
+    )
+    session = tempfile.TemporaryDirectory(prefix="rt", dir="/tmp")  # sockets' paths must be short
+    log = tmp_path / "output.txt"
+    sockets: set[tuple[str, str]] = set()
+    shown = ""
+    with session as folder, log.open("w") as file:
+        environment = {**os.environ, **planted, "RAY_TMPDIR": folder}
+        command = [sys.executable, "-m", "raytrain_adv.launch", str(job)]
+        driver = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        end = time.monotonic() + 110
+        while driver.poll() is None and time.monotonic() < end:
+            sockets |= listening(psutil.Process(driver.pid))
+            shown = max(shown, shown_by_ray(log.read_text()), key=len)
+            time.sleep(2)
+        driver.kill()
+        said = log.read_text()
+        assert driver.returncode == 0, said
+        kept = {str(path): path for top in (tmp_path, folder) for path in Path(top).rglob("*")}
+        text = {n: p.read_bytes() for n, p in kept.items() if p.is_file() and not p.is_symlink()}
+    for name, secret in planted.items():
+        assert [n for n, content in text.items() if secret.encode() in content] == [], name
+        assert secret not in said and secret not in shown, name
+    assert any(name.endswith(".distcp") for name in text)
+    assert "train_loop_config" in shown, "the dashboard's API was not reached"
+    assert {name for name, _ in sockets} >= {"gcs_server", "raylet"}
+    assert {(name, ip) for name, ip in sockets if ip not in ("127.0.0.1", "::1")} == set()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert any("trust_remote_code" in note for note in report["notes"])
+    assert "trust_remote_code: true ran" in said
