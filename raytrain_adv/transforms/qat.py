@@ -205,15 +205,6 @@ class Qat(Transform):
         if fp8["fp8_recipe"] != "tensorwise":
             text = f"rounded weights are multiplied in FP8 with one scale, not {fp8['fp8_recipe']}"
             yield Problem(text, f"set fp8_recipe: tensorwise, {off}", "fp8_recipe and enable_qat")
-        if fp8.get("use_liger_kernel") and job.parallel.torch_compile:
-            # tests/gpu/test_fp8_qat_on_gpu.py; without Liger the three compile to the eager losses.
-            text = (
-                "with both, FP8 and torch_compile a small model did not learn on an H200: its loss "
-                "fell from 8.57 to 8.32 in two steps, and to 7.41 without them; the cause is not "
-                "known yet"
-            )
-            fix = "set use_liger_kernel: false, which torch_compile makes up for, or fp8: false"
-            yield Problem(text, fix, "use_liger_kernel and enable_qat")
 
     def check(self, facts: HardwareFacts) -> None:
         """Refuse machines and software on which the exported model could not be compared.
