@@ -61,8 +61,8 @@ class Qat(Transform):
         "use_dora": "DoRA computes with the base weights themselves, which would not be rounded",
     }
     careful: ClassVar[dict[str, str]] = {
-        "fp8": "FP8 rounds products by 3.7 % on top of what QAT rounds; held-out losses are exact, "
-        "so compare them with those of a run without fp8",
+        "fp8": "FP8 rounds products by 3.7 % beside what QAT rounds, and whole runs were compared "
+        "on CPUs alone; held-out losses are exact: compare them with a short run's without fp8"
     }
 
     enable_qat: bool = False
