@@ -125,7 +125,7 @@ def project(tmp_path, keys, monkeypatch) -> Path:
     changed = {"model_name_or_path": "model", "dataset": "rows.json", "output_dir": "saves/out"}
     changed |= {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1000, "bf16": False}
     changed |= {"ray_num_workers": 2, "use_cpu": True, "enable_qat": True}
-    changed |= {"fake_quant_after_n_steps": 15}
+    changed |= {"fake_quant_after_n_steps": 15, "loss_kernel": "torch"}
     (folder / "job.yaml").write_text(yaml.safe_dump({**keys, **changed}))
     return folder
 

@@ -16,7 +16,8 @@ from raytrain_adv.config.discovery import section_types
 from raytrain_adv.config.schema import describe, field_schemas, schema
 
 ROOT = Path(__file__).parents[3]
-JOBS = sorted(path for path in (ROOT / "jobs").rglob("*.yaml"))
+NO_JOB = {"runtime_env.yaml"}
+JOBS = sorted(path for path in (ROOT / "jobs").rglob("*.yaml") if path.name not in NO_JOB)
 SMALLEST = {"model_name_or_path": "org/model", "output_dir": "saves/run", "dataset": "rows.jsonl"}
 
 
