@@ -67,6 +67,10 @@ def _lines(feature: Feature) -> Iterator[str]:
             yield from _wrapped(f"{' and '.join(cell.keys)}: {cell.reason}", "      ")
     for key, why in matrix.exceptions(feature).items():
         yield from _wrapped(f"not with {key}: {why}", "  ")
+    for key, other, why in matrix.refused_by_others(feature):
+        yield from _wrapped(f"{key} not with {other.title}: {why}", "  ")
+    for setting, why in matrix.needed(feature):
+        yield from _wrapped(f"not without {setting}: {why}", "  ")
     if feature.keys:
         yield ""
         yield "Tests turn it on with"

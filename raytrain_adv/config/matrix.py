@@ -114,6 +114,23 @@ def exceptions(feature: Feature) -> dict[str, str]:
     }
 
 
+def refused_by_others(feature: Feature) -> Iterable[tuple[str, Feature, str]]:
+    """Yield the keys of a feature, beside those that turn it on, that another does not go with, or
+    not without care; the other; and why.
+    """
+    for other in features():
+        if other != feature:
+            for key, why in exceptions(other).items():
+                if key in feature.kind.model_fields:
+                    yield key, other, why
+
+
+def needed(feature: Feature) -> Iterable[tuple[str, str]]:
+    """Yield what a feature does not run without, as `key: value`, and why."""
+    for key, why in feature.kind.needs.items():
+        yield f"{key}: {feature.keys[key]}", why
+
+
 def table() -> str:
     """Return the matrix as a table in Markdown, with what its letters and its rules are."""
     every = features()
@@ -161,6 +178,8 @@ def _reasons() -> Iterable[str]:
     for feature in features():
         for key, why in exceptions(feature).items():
             yield f"- {feature.title}, not with `{key}`: {why}."
+        for setting, why in needed(feature):
+            yield f"- {feature.title}, not without `{setting}`: {why}."
 
 
 def sentence(kind: type[Section]) -> str:

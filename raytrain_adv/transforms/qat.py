@@ -58,7 +58,7 @@ class Qat(Transform):
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "fp8"})
     evaluated_as: ClassVar[str] = "fake-quantised"
     excludes: ClassVar[dict[str, str]] = {
-        "use_dora": "DoRA computes with the base weights themselves, which would not be rounded",
+        "use_dora": "DoRA computes with the base weights themselves, which would not be rounded"
     }
     careful: ClassVar[dict[str, str]] = {
         "fp8": "FP8 rounds products by 3.7 % beside what QAT rounds, and whole runs were compared "
@@ -173,9 +173,7 @@ class Qat(Transform):
             yield Problem(text, fix, "qat_weight_dtype and qat_quantize_embedding")
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
-        """Refuse forms of FP8 whose weights could not be rounded, runs whose quantised model could
-        not be computed, and a delay that would outlast the run where the file says how long it is.
-        """
+        """Refuse what could not be rounded or computed, and a delay that would outlast the run."""
         yield from self._with_fp8(job)
         if self.activation_dtype == FLOAT8:
             key, none = "qat_activation_dtype", "or set qat_activation_dtype: none"

@@ -118,6 +118,8 @@ def test_a_feature_is_explained_by_its_name_and_by_its_keys() -> None:
     assert "fp8_exclude: text, or a list (text)" in text
     assert "[fp8+hf_kernels]" in text and "[lora+fp8]" in text
     assert "not with use_dora: DoRA computes with the base weights" in explain("qat")
+    assert "use_dora not with QAT: DoRA computes with the base weights" in explain("lora")
+    assert "not without finetuning_type: lora: " in explain("quantization_bit")
 
 
 def test_a_feature_that_is_not_there_is_answered_with_the_nearest() -> None:
