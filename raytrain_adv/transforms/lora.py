@@ -100,11 +100,13 @@ class Lora(Transform):
         return Plan(self.name, changes, skipped, self._notes(model, linears, changes))
 
     def _reason_to_skip(self, fqn: str, module: nn.Module, model: nn.Module) -> str:
-        if "all" in self.targets:
-            if module is output_head(model):
-                return "the language-model head"
-            return "it routes tokens to experts" if short(fqn) in ROUTERS else ""
-        return "" if any(names(target, fqn) for target in self.targets) else "not in lora_target"
+        if any(names(target, fqn) for target in self.targets):  # beside all, too
+            return ""
+        if "all" not in self.targets:
+            return "not in lora_target"
+        if module is output_head(model):
+            return "the language-model head"
+        return "it routes tokens to experts" if short(fqn) in ROUTERS else ""
 
     def _check_targets(self, model: nn.Module, linears: dict[str, nn.Module]) -> None:
         if not self.targets:
