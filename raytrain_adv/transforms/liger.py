@@ -95,6 +95,13 @@ class Liger(Transform):
         if not any(given.values()):
             yield Problem("a mapping that turns nothing on", "set use_liger_kernel: false", key)
 
+    def conflicts(self, job: JobConfig) -> Iterable[Problem]:
+        """Refuse a run on CPUs."""
+        if job.parallel.use_cpu:
+            text = "Liger's layers are written in Triton and need a GPU"
+            fix = "set use_liger_kernel: false, or use_cpu: false"
+            yield Problem(text, fix, "use_liger_kernel and use_cpu")
+
     def check(self, facts: HardwareFacts) -> None:
         """Refuse nodes without a GPU or without the package.
 

@@ -61,6 +61,13 @@ def test_hopper_and_newer_are_taken_and_a_cpu_only_on_request():
         Fp8(fp8=True, fp8_allow_cpu=True).check(A100)
 
 
+def test_a_run_on_cpus_is_refused_when_the_file_is_read(tmp_path):
+    keys = {**KEYS, "use_cpu": True}
+    assert job_for(tmp_path, tmp_path, **keys).parallel.use_cpu
+    with pytest.raises(JobError, match="fp8 and use_cpu"):
+        job_for(tmp_path, tmp_path, **{**keys, "fp8_allow_cpu": False})
+
+
 def test_fp8_all_gather_is_refused_by_name_with_another_recipe(tmp_path):
     keys = {**KEYS, "fp8_enable_fsdp_float8_all_gather": True, "fp8_recipe": "rowwise"}
     with pytest.raises(JobError) as refusal:

@@ -137,6 +137,11 @@ def test_llamafactorys_key_is_the_same(job_file):
     assert job.transform(Liger).enabled
 
 
+def test_a_run_on_cpus_is_refused_when_the_file_is_read(job_file):
+    with pytest.raises(JobError, match="use_liger_kernel and use_cpu"):
+        load(job_file(use_liger_kernel=True, use_cpu=True))
+
+
 def test_a_node_without_a_gpu_or_without_the_package_is_refused():
     liger = Liger(use_liger_kernel=True)
     with pytest.raises(ClusterError, match="needs the package liger-kernel"):
