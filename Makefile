@@ -29,10 +29,11 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m raytrain_adv.launch jobs/quickstart.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests/unit tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest tests/integration
 
 test-unit: $(INSTALLED)
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu

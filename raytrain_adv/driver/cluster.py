@@ -143,17 +143,19 @@ def connect(job: JobConfig | None) -> bool:
 def _on_loopback(is_local: bool) -> Iterator[None]:
     """Make a Ray that is started here listen on 127.0.0.1 only, unless its user says otherwise.
 
-    Ray would listen on every interface (GCS, raylet, workers), for nodes that might join; its own
-    switch is for other systems, and read as ray is imported (ray 2.60, services.py: an address of
-    this machine given to ray.init is replaced). Remove when ray.init takes a loopback address.
+    Ray would listen on every interface, for nodes that might join; its own switch is for other
+    systems, and read as ray is imported (ray 2.60, services.py). Remove when ray.init takes one.
     """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    if is_local and ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR not in os.environ:
-        ray_constants.ENABLE_RAY_CLUSTER = False
+    before, switch = ray_constants.ENABLE_RAY_CLUSTER, ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    if not is_local or switch in os.environ:
+        return (yield)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[switch] = "0"  # for Ray's own processes, as the dashboard's
     try:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[switch]
 
 
 def _refuse_submitted_secrets() -> None:
