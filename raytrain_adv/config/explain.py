@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from raytrain_adv.config import matrix
 from raytrain_adv.config.matrix import Feature
+from raytrain_adv.config.other_formats import WRITTEN_AS
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
 
@@ -17,15 +20,34 @@ WIDTH = 100
 
 
 def explain(name: str) -> str:
-    """Return what a feature does, its keys, and what it goes together with.
+    """Return what a feature does, its keys, and what it goes together with; of several features,
+    whether each two of them go together.
 
     Args:
-        name: its name in the matrix, in any case, or one of its keys.
+        name: its name in the matrix, in any case, or one of its keys; or several, apart by blanks,
+            commas or plus signs.
 
     Raises:
         JobError: when there is no such feature, naming the nearest.
     """
+    parts = [part for part in re.split(r"[\s,+]+", name.strip()) if part]
+    if len(parts) > 1 and _slug(name) not in _known():
+        return "\n".join(_together(list(dict.fromkeys(find(part) for part in parts))))
     return "\n".join(_lines(find(name)))
+
+
+def _together(features: Sequence[Feature]) -> Iterator[str]:
+    for pair in combinations(features, 2):
+        cell = next(cell for cell in matrix.cells() if set(cell.features) == set(pair))
+        yield f"{' and '.join(one.title for one in cell.features)}: {cell.verdict}"
+        yield f"  shown by {cell.test_id}"
+        if cell.reason:
+            yield from _wrapped(f"{' and '.join(cell.keys)}: {cell.reason}", "  ")
+    yield from _wrapped(
+        "Keys that exclude each other: raytrain-adv explain "
+        + ", raytrain-adv explain ".join(one.slug for one in features),
+        "",
+    )
 
 
 def find(name: str) -> Feature:
@@ -34,17 +56,26 @@ def find(name: str) -> Feature:
     Raises:
         JobError: when there is none, naming the nearest.
     """
-    wanted = name.lower().replace(" ", "_").replace("-", "_")
-    known: dict[str, Feature] = {}
-    for feature in matrix.features():
-        known |= {key: feature for key in feature.kind.model_fields if key not in known}
-    known |= {feature.slug: feature for feature in matrix.features()}
+    known, wanted = _known(), _slug(name)
+    wanted = WRITTEN_AS.get(wanted, wanted)
     if wanted in known:
         return known[wanted]
     near = difflib.get_close_matches(wanted, known, 1, 0.6)
     every = ", ".join(feature.slug for feature in matrix.features())
     fix = f"did you mean {near[0]}?" if near else f"name one of {every}, or a key of one"
     raise job_error("The command line", [Problem(f"there is no feature {show(name)}", fix)])
+
+
+def _slug(name: str) -> str:
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _known() -> dict[str, Feature]:
+    """Return every feature by its keys and by its name."""
+    known: dict[str, Feature] = {}
+    for feature in matrix.features():
+        known |= {key: feature for key in feature.kind.model_fields if key not in known}
+    return known | {feature.slug: feature for feature in matrix.features()}
 
 
 def _lines(feature: Feature) -> Iterator[str]:

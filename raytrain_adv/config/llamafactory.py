@@ -170,6 +170,10 @@ def _optim(value: Any) -> Any:
     return OPTIMIZERS.get(value, value) if isinstance(value, str) else value
 
 
+def _quantization_method(value: Any) -> Any:
+    return "bnb" if value == "bitsandbytes" else value
+
+
 def _template(value: Any) -> Any:
     if not isinstance(value, str) or value in TEMPLATES:
         return value
@@ -211,6 +215,7 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "eval_strategy": _strategy,
     "warmup_steps": _warmup_steps,
     "optim": _optim,
+    "quantization_method": _quantization_method,
     "template": _template,
     "flash_attn": _flash_attn,
     "dataset_dir": _dataset_dir,

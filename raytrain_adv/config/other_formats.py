@@ -34,6 +34,20 @@ WRITTEN_AS: dict[str, str] = {
     "mp_shard_size": "fsdp_shard_size",
     "attn_implementation": "flash_attn",
     "num_workers": "ray_num_workers",
+    "enable_fp8": "fp8",
+    "use_fp8": "fp8",
+    "float8": "fp8",
+    "fp8_training": "fp8",
+    "use_qat": "enable_qat",
+    "qat": "enable_qat",
+    "use_cce": "loss_kernel",
+    "cce": "loss_kernel",
+    "cut_cross_entropy": "loss_kernel",
+    "use_cut_cross_entropy": "loss_kernel",
+    "use_hub_kernels": "use_kernels",
+    "load_in_4bit": "quantization_bit",
+    "load_in_8bit": "quantization_bit",
+    "qlora": "quantization_bit",
 }
 """What other files call a key -> its name here. Values may be written differently too, so the user
 changes them."""

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raytrain_adv.errors import JobError
+
 HIDDEN = "(not shown)"
 SHORTEST = 8
 """Characters of a value in the environment that is hidden in text; `none` and `true` are none."""
@@ -139,6 +141,28 @@ def secrets_in(key: str, value: Any) -> Iterator[tuple[str, Kind]]:
         kind = _kind(key, value)
         if kind is not None:
             yield hide(key), kind
+
+
+def refuse_submitted(job_config: str | None) -> None:
+    """Raise if `ray job submit` was given a runtime environment with a secret, which Ray's API
+    shows in clear to whoever reaches it.
+
+    Args:
+        job_config: what Ray leaves for the job's entry point, as JSON.
+
+    Raises:
+        JobError: naming the variables, never their values.
+    """
+    submitted = json.loads(job_config or "{}")
+    found = list(secrets_in("runtime_env", submitted.get("runtime_env")))
+    if found:
+        places = dict.fromkeys(kind.place for _, kind in found)
+        raise JobError(
+            "The runtime environment of this Ray job holds a secret, which Ray's API shows in "
+            "clear",
+            "\n".join(f"{place}: {kind.name}" for place, kind in found),
+            "\n".join(f"take it out, and put it where it is not shown: {p}" for p in places),
+        )
 
 
 def _kind(key: str, value: Any) -> Kind | None:

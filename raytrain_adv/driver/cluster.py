@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -10,17 +9,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.secrets import secrets_in
-from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.config.secrets import refuse_submitted
+from raytrain_adv.errors import ClusterError
 
 # Ray's defaults lose or hide things; each is set only where the user has not (ray 2.60).
 RAY_SETTINGS = {
@@ -108,7 +109,7 @@ def connect(job: JobConfig | None) -> bool:
         ClusterError: when the named cluster does not answer, or Ray cannot start.
         JobError: when the runtime environment that this was submitted with holds a secret.
     """
-    _refuse_submitted_secrets()
+    refuse_submitted(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR))
     options: dict[str, Any] = {
         "logging_level": "ERROR",
         "log_to_driver": False,
@@ -123,9 +124,13 @@ def connect(job: JobConfig | None) -> bool:
     if ray.is_initialized():
         return False
     require_answer(str(address))
+    token = Path.home() / ".ray" / "auth_token"
+    had_token = token.exists()
     try:
         with _on_loopback(address == "local"):
             ray.init(**options)
+        if not had_token and token.exists():
+            token.chmod(0o600)  # Ray has made it, for everybody to read (ray 2.60)
     except Exception as error:  # Ray raises bare ones, as where a node is slow to start (2.60)
         raise ClusterError(
             "Ray cannot be started here"
@@ -156,29 +161,6 @@ def _on_loopback(is_local: bool) -> Iterator[None]:
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
         del os.environ[switch]
-
-
-def _refuse_submitted_secrets() -> None:
-    """Raise if `ray job submit` was given a runtime environment with a secret, which Ray's API
-    shows in clear to whoever reaches it.
-
-    Raises:
-        JobError: naming the variables, never their values.
-    """
-    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR) or "{}")
-    found = list(secrets_in("runtime_env", submitted.get("runtime_env")))
-    if found:
-        raise JobError(
-            "The runtime environment of this Ray job holds a secret, which Ray's API shows in "
-            "clear",
-            "\n".join(f"{place}: {kind.name}" for place, kind in found),
-            "\n".join(
-                dict.fromkeys(
-                    f"take it out, and put it where it is not shown: {kind.place}"
-                    for _, kind in found
-                )
-            ),
-        )
 
 
 def _settings(options: Mapping[str, Any]) -> dict[str, str]:
@@ -218,10 +200,14 @@ def require_answer(address: str) -> None:
         ) from error
 
 
-def dashboard() -> str | None:
-    """Return the address of the cluster's dashboard; none if it has none."""
+def dashboard() -> str:
+    """Return where the cluster's dashboard is, and what it asks for, in words."""
     url = ray._private.worker.get_dashboard_url()  # ray.init gives it only to who started Ray
-    return f"http://{url}" if url else None
+    if not url:
+        return "none (Ray was started without one)"
+    # Ray 2.60 turns this on where it is started with no word about it in RAY_AUTH_MODE.
+    asks = " (asks for the token that `ray get-auth-token` prints)"
+    return f"http://{url}{asks if is_token_auth_enabled() else ''}"
 
 
 def nodes() -> list[Node]:

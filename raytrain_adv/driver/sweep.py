@@ -162,7 +162,7 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
         return
     started_here = cluster.connect(job)
     print("Ray started on this machine" if started_here else "joined Ray")
-    print(f"dashboard: {cluster.dashboard() or 'none (Ray was started without one)'}")
+    print(f"dashboard: {cluster.dashboard()}")
     room = sweep_room.look_at(todo, started_here, read)
     print(preflight_table.render(room.found))
     total_steps = _prepare_data(todo, room)

@@ -132,7 +132,7 @@ def _prepare(
     data = _in_background(lambda: prepare(job, console.say))
     started_here = cluster.connect(job)
     console.say("Ray started on this machine" if started_here else f"joined Ray at {_address()}")
-    console.say(f"dashboard: {cluster.dashboard() or 'none (Ray was started without one)'}")
+    console.say(f"dashboard: {cluster.dashboard()}")
     placement = cluster.settle(job, started_here)
     timeline["Ray"] = time.perf_counter() - start
     found = preflight.look_at(placement, enabled(job), read)

@@ -324,10 +324,7 @@ class Qat(Transform):
             how = described(self.qat_weight_dtype, self.activation_dtype)
             yield f"FP8 and QAT together need careful tuning: {how}"
         if EMBEDDING in kinds and is_tied(model):
-            yield (
-                "the embedding is tied to the head: it is quantised where it is looked up, the "
-                "head is not, and the quantised model holds both"
-            )
+            yield "the head tied to the embedding is not quantised: the quantised model holds both"
         if any(p.ndim == 3 for p in model.parameters()):
             yield "experts are held as stacked tensors, not as linears: they are not quantised"
 

@@ -31,13 +31,16 @@ def listening(driver: psutil.Process) -> set[tuple[str, str]]:
     return found
 
 
-def shown_by_ray(output: str) -> str:
+def shown_by_ray(output: str, home: Path) -> str:
     """Return what the dashboard's API says of jobs and training runs, as far as it is up."""
     url = next((w for w in output.split() if w.startswith("http://127.0.0.1")), None)
+    token = home / ".ray" / "auth_token"
+    headers = {"Authorization": f"Bearer {token.read_text()}"} if token.exists() else {}
     text = ""
     for path in ("/api/jobs/", "/api/train/v2/runs/v1") if url else ():
         try:
-            with urllib.request.urlopen(f"{url}{path}", timeout=5) as answer:
+            request = urllib.request.Request(f"{url}{path}", headers=headers)
+            with urllib.request.urlopen(request, timeout=5) as answer:
                 text += answer.read().decode()
         except OSError:
             continue  # not up yet, or gone
@@ -59,13 +62,16 @@ def test_secrets_of_the_environment_stay_there_and_ray_on_loopback(job_file, tmp
     sockets: set[tuple[str, str]] = set()
     shown = ""
     with session as folder, log.open("w") as file:
-        environment = {**os.environ, **planted, "RAY_TMPDIR": folder}
+        home = tmp_path / "home"
+        home.mkdir()
+        environment = {**os.environ, **planted, "RAY_TMPDIR": folder, "HOME": str(home)}
+        del environment["RAY_AUTH_MODE"]  # as a user starts it: Ray then asks for a token
         command = [sys.executable, "-m", "raytrain_adv.launch", str(job)]
         driver = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         end = time.monotonic() + 110
         while driver.poll() is None and time.monotonic() < end:
             sockets |= listening(psutil.Process(driver.pid))
-            shown += shown_by_ray(log.read_text())
+            shown += shown_by_ray(log.read_text(), home)
             time.sleep(1)
         driver.kill()
         said = log.read_text()
@@ -77,6 +83,8 @@ def test_secrets_of_the_environment_stay_there_and_ray_on_loopback(job_file, tmp
         assert secret not in said and secret not in shown, name
     assert any(name.endswith(".distcp") for name in text)
     assert "train_loop_config" in shown, "the dashboard's API was not reached"
+    assert "asks for the token that `ray get-auth-token` prints" in said
+    assert (home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
     assert {name for name, _ in sockets} >= {"gcs_server", "raylet"}
     assert {(name, ip) for name, ip in sockets if ip not in ("127.0.0.1", "::1")} == set()
     report = json.loads((tmp_path / "out" / "report.json").read_text())

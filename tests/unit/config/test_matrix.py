@@ -120,6 +120,16 @@ def test_a_feature_is_explained_by_its_name_and_by_its_keys() -> None:
     assert "not with use_dora: DoRA computes with the base weights" in explain("qat")
     assert "use_dora not with QAT: DoRA computes with the base weights" in explain("lora")
     assert "not without finetuning_type: lora: " in explain("quantization_bit")
+    assert explain("enable_fp8") == text, "as other trainers write it"
+
+
+def test_several_features_are_explained_by_their_cells() -> None:
+    text = explain("FP8 QAT")
+    assert text == explain("fp8+qat")
+    assert "FP8 and QAT: careful" in text and "[fp8+qat]" in text and "held-out losses" in text
+    assert explain("standard quantization") == explain("quantization_bit"), "one name of two words"
+    with pytest.raises(JobError, match="there is no feature 'foo'"):
+        explain("fp8 foo")
 
 
 def test_a_feature_that_is_not_there_is_answered_with_the_nearest() -> None:
