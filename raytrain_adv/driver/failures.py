@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 
-from raytrain_adv.errors import RaytrainAdvError, TrainingError
+from raytrain_adv.errors import RaytrainAdvError, Stopped, TrainingError
 
 if TYPE_CHECKING:
     from ray.train.v2._internal.execution.context import TrainRunContext
@@ -72,11 +72,11 @@ def translated(error: TrainingFailedError | RayActorError) -> RaytrainAdvError:
     )
 
 
-def stopped(error: SystemExit) -> TrainingError:
+def stopped(error: SystemExit) -> Stopped:
     """Return the error to show when the driver was told to end: Ray Train makes an exit of both
     signals.
     """
-    return TrainingError(
+    return Stopped(
         "The run was stopped",
         f"by Ctrl-C, or by SIGTERM as ray job stop sends it (exit code {error.code})",
         "run again with resume_from_checkpoint: true to go on from the last checkpoint",

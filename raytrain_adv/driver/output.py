@@ -23,6 +23,12 @@ from raytrain_adv.worker.storage import Storage, storage_errors
 RUN_FILE = "run.json"
 RAYS_COPIES = "/runtime_resources/working_dir_files/"
 """Where Ray unpacks the working directory of a submitted job (ray 2.60)."""
+ENDED = {
+    "done": "has run to its end",
+    "failed": "has failed part of the way",
+    "stopped": "was stopped part of the way",
+}
+"""A run's status -> what is said of its job."""
 PINNED = "kernels.lock.json"
 OURS = (
     "model",
@@ -182,9 +188,7 @@ def _refuse_unless_resumed(
             ("restore these keys to go on with it, " if resume else "") + ways_out,
         )
     if not resume:
-        state = {"done": "has run to its end", "failed": "has failed part of the way"}.get(
-            record["status"], "has been started and has not ended"
-        )
+        state = ENDED.get(record["status"], "has been started and has not ended")
         raise JobError(
             f"This job {state} in output_dir",
             str(folder),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.train import UserCallback
 
-from raytrain_adv.errors import TrainingError
+from raytrain_adv.errors import Stopped
 from raytrain_adv.report.record import write_text
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ ASK_FILE = "stop_after_step"
 LOOK_EVERY_S = 0.5
 
 
-class StoppedBySweep(TrainingError):
+class StoppedBySweep(Stopped):
     """The sweep's scheduler has let this trial go; nothing failed."""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import Stopped
 from raytrain_adv.report.record import (
     Baseline,
     Point,
@@ -98,12 +99,12 @@ def finished(
 def failed(
     report: RunReport, error: BaseException, timeline: dict[str, float], folder: Path
 ) -> RunReport:
-    """Return the report of a run that ended in an error, with what it had reached."""
+    """Return the report of a run that failed or was told to stop, with what it had reached."""
     rows = read(folder / FILE_NAME)
     begun = [row for row in rows if row.get("event") == "plan"]
     trained = [row for row in rows if row.get("kind") == "train"]
     update = {
-        "status": "failed",
+        "status": "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed",
         "finished_at": time.time(),
         "error": str(error) or type(error).__name__,
         "failure": describe_failure(error),

@@ -99,7 +99,8 @@ def _error(report: RunReport) -> str:
     parts = "".join(f"<dt>{label}</dt><dd>{text(line)}</dd>" for label, line in lines if line)
     trace = folded("Traceback", f"<pre>{text(failure.trace)}</pre>") if failure.trace else ""
     what = f"<h2>{text(failure.what)}</h2>"
-    return f'<section class="card error">{what}<dl>{parts}</dl>{trace}</section>'
+    kind = "card" if report.status == "stopped" else "card error"
+    return f'<section class="{kind}">{what}<dl>{parts}</dl>{trace}</section>'
 
 
 def _figures(report: RunReport) -> list[str]:

@@ -29,7 +29,7 @@ p{margin:0 0 8px}
 .sub span+span:before{content:"\\00b7";margin:0 .5em}
 .status{font-size:13px;font-weight:600;padding:2px 11px;border-radius:99px}
 .done{color:var(--good);background:var(--goodbg)}.failed{color:var(--bad);background:var(--badbg)}
-.running{color:var(--busy);background:var(--busybg)}
+.running,.stopped{color:var(--busy);background:var(--busybg)}
 .card,.plot{background:var(--card);border:1px solid var(--line);border-radius:10px;
 box-shadow:var(--shadow);
 padding:16px 18px}

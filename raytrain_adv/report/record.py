@@ -61,10 +61,12 @@ class RunReport(Record):
 
     format_version: Literal[1] = 1
     """Version of this contract; raised when a field changes its meaning or goes."""
-    status: Literal["running", "done", "failed"]
-    """running is written at the start: where it stays, the driver was killed."""
+    status: Literal["running", "done", "stopped", "failed"]
+    """running is written at the start: where it stays, the driver was killed. stopped: by Ctrl-C, by
+    SIGTERM as `ray job stop` sends it, or by its sweep.
+    """
     error: str | None = None
-    """The error's whole message as the user saw it; null unless status is failed."""
+    """The error's whole message as the user saw it; null unless status is failed or stopped."""
     failure: Failure | None = None
     """The same error in its parts."""
     run_name: str = ""

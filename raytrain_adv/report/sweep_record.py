@@ -125,7 +125,7 @@ def trial_report(trial: Trial, run: RunReport | None, metric: MetricName) -> Tri
     own = {"name": trial.name, "values": trial.values, "output_dir": trial.job.output.output_dir}
     if run is None:
         return TrialReport(**own, status="waiting")
-    stopped = run.failure is not None and run.failure.kind == STOPPED
+    ended = "stopped" if run.failure is not None and run.failure.kind == STOPPED else "failed"
     figures = metrics(run)
     passed = None
     if run.finished_at is not None and run.started_at is not None:
@@ -133,7 +133,7 @@ def trial_report(trial: Trial, run: RunReport | None, metric: MetricName) -> Tri
     return TrialReport(
         **own,
         **figures,
-        status="stopped" if stopped else run.status,
+        status=ended if run.status in ("stopped", "failed") else run.status,
         metric=figures[metric] if run.status == "done" else None,
         error=run.error,
         model_dir=run.model_dir if run.model_dir and Path(run.model_dir).is_dir() else None,

@@ -163,6 +163,7 @@ def test_a_submitted_job_is_seen_and_stopped_with_a_checkpoint(cluster, project,
     last = max(rows(out))
     manifest = next((out / "checkpoints").glob(f"*/step_{last:08d}/manifest.json"))
     assert json.loads(manifest.read_text())["progress"]["step"] == last
+    assert json.loads((out / "report.json").read_text())["status"] == "stopped"
 
     listed = cluster.call("status", cwd=tmp_path).stdout
     assert re.search(rf"out +errored .*{last}/{STEPS}", listed), listed
