@@ -1,5 +1,5 @@
-"""The console script `raytrain-adv`: launch, submit, status, plan, preflight, export, kernels,
-explain and schema.
+"""The console script `raytrain-adv`: launch, submit, status, doctor, plan, preflight, export,
+kernels, explain and schema.
 """
 
 import json
@@ -15,7 +15,13 @@ from raytrain_adv.config.explain import explain
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.schema import schema
-from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError, StorageError
+from raytrain_adv.errors import (
+    EXIT_DONE,
+    EXIT_NOT_MENDED,
+    JobError,
+    RaytrainAdvError,
+    StorageError,
+)
 from raytrain_adv.quiet import quieten
 
 USAGE = """usage: raytrain-adv COMMAND [...]
@@ -24,6 +30,7 @@ USAGE = """usage: raytrain-adv COMMAND [...]
   submit job.yaml [--address URL] [--runtime-env FILE] [key=value ...]
                                              run a job on a running cluster, and follow its log
   status [--address URL] [RUN]               the runs of a cluster, or one of them
+  doctor RUN [--fix]                         what is wrong with a run's files; mend it
   plan job.yaml [--workers N] [--verbose] [key=value ...]
                                              show what a job would do, and the memory it takes
   preflight [job.yaml] [key=value ...]       check the cluster's nodes, for a job or for any
@@ -71,6 +78,17 @@ STATUS_USAGE = """usage: raytrain-adv status [--address URL] [RUN]
   --address      of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
                  http://127.0.0.1:8265)
   RUN            a run's name, or its output_dir; without it all runs that the cluster knows"""
+
+
+DOCTOR_USAGE = """usage: raytrain-adv doctor RUN [--fix]
+
+  Says what is wrong with the files of a run that is not running, what each thing means for a rerun
+  with resume_from_checkpoint: true, and which checkpoint that goes on from. Exit code 0: nothing is
+  wrong (any more); 5: something is; 2: there is no such run, or it is alive.
+
+  RUN     output_dir of a run; its checkpoints are looked at too, wherever they are
+  --fix   mend what can be mended. Nothing is deleted: what is taken out lies in RUN/set-aside
+          afterwards. Without it nothing is changed"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,6 +159,20 @@ def _status(arguments: list[str]) -> int:
 
     show(flags.get("--address"), rest[0] if rest else None)
     return EXIT_DONE
+
+
+def _doctor(arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        print(DOCTOR_USAGE)
+        return EXIT_DONE
+    rest = [argument for argument in arguments if argument != "--fix"]
+    if len(rest) != 1 or rest[0].startswith("-"):
+        wrong = f"doctor takes no {' '.join(rest)!r}" if rest else "no run is named"
+        problem = Problem(wrong, "write raytrain-adv doctor RUN [--fix], RUN being its output_dir")
+        raise job_error("The command line", [problem])
+    from raytrain_adv.driver.doctor import show
+
+    return EXIT_DONE if show(Path(rest[0]), fix="--fix" in arguments) else EXIT_NOT_MENDED
 
 
 def _plan(arguments: list[str]) -> int:
@@ -313,6 +345,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "launch": _launch,
     "submit": _submit,
     "status": _status,
+    "doctor": _doctor,
     "plan": _plan,
     "preflight": _preflight,
     "kernels": _kernels,

@@ -6,6 +6,7 @@ EXIT_DONE = 0
 EXIT_JOB_FILE = 2
 EXIT_TRAINING_FAILED = 3
 EXIT_CLUSTER_REFUSED = 4
+EXIT_NOT_MENDED = 5
 
 
 class RaytrainAdvError(Exception):

@@ -21,6 +21,7 @@ from raytrain_adv.worker.redact import redact
 from raytrain_adv.worker.storage import Storage, storage_errors
 
 RUN_FILE = "run.json"
+LOCK = ".lock"
 RAYS_COPIES = "/runtime_resources/working_dir_files/"
 """Where Ray unpacks the working directory of a submitted job (ray 2.60)."""
 ENDED = {
@@ -79,11 +80,17 @@ def run_name(job: JobConfig) -> str:
 
 def storage_path(job: JobConfig) -> str:
     """Return the folder or URI that holds this job's attempts and their checkpoints."""
-    if job.ray.ray_storage_path is None:
-        return str(Path(job.output.output_dir).absolute() / "checkpoints")
-    base = job.ray.ray_storage_path
+    return storage_below(Path(job.output.output_dir), job.ray.ray_storage_path, run_name(job))
+
+
+def storage_below(folder: Path, base: str | None, name: str) -> str:
+    """Return where the checkpoints are of the run `name` in `folder`, with the ray_storage_path
+    `base`.
+    """
+    if base is None:
+        return str(folder.absolute() / "checkpoints")
     base = base if "://" in base else str(Path(base).absolute())
-    return f"{base.rstrip('/')}/{run_name(job)}"
+    return f"{base.rstrip('/')}/{name}"
 
 
 @contextmanager
@@ -101,7 +108,7 @@ def held(folder: Path) -> Iterator[None]:
         )
     with storage_errors("output_dir cannot be written", str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+        lock = FileLock(folder / LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -39,7 +39,7 @@ class MetricsFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             kept, num_dropped = _rows_to_keep(self.path, resume_step)
-            _replace(self.path, kept)
+            replace(self.path, kept)
             self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
             raise _unwritable(self.path, error) from error
@@ -162,7 +162,7 @@ def _rows_to_keep(path: Path, resume_step: int | None) -> tuple[list[dict[str, A
     return kept, len(rows) - len(kept)
 
 
-def _replace(path: Path, rows: list[dict[str, Any]]) -> None:
+def replace(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put the rows in place of the file; a kill leaves either the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:

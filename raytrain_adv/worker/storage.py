@@ -122,6 +122,19 @@ class Storage:
         elif self.filesystem.get_file_info(path).type == pafs.FileType.Directory:
             self.filesystem.delete_dir(path)
 
+    def move(self, name: str, target: str) -> None:
+        """Move a file or folder of this one to a full path of the same file system."""
+        with storage_errors("Something cannot be moved", self.path(name)):
+            if self.is_local:
+                shutil.move(self.path(name), target)
+                return
+            # Object stores rename no folders.
+            pafs.copy_files(self.path(name), target, self.filesystem, self.filesystem)
+            if self.filesystem.get_file_info(self.path(name)).type == pafs.FileType.Directory:
+                self.filesystem.delete_dir(self.path(name))
+            else:
+                self.filesystem.delete_file(self.path(name))
+
     def upload(self, local: str) -> None:
         """Copy the files of a local folder into this one."""
         with storage_errors("The checkpoint cannot be uploaded", self.root):
