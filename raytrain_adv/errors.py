@@ -54,6 +54,12 @@ class Stopped(TrainingError):
     """The run was asked to end, and has ended between two steps."""
 
 
+class Hung(TrainingError):
+    """Workers got no step done for step_timeout; others, or the same anew, may."""
+
+    retry_can_help = True
+
+
 class StorageError(RaytrainAdvError):
     """Writing or reading a checkpoint, model or report failed (disk full, no permission, storage
     unreachable).

@@ -32,6 +32,7 @@ OURS = (
     "checkpoints",
     "trackers",
     "kernels",
+    "bad_batches",
     PINNED,
     RUN_FILE,
 )

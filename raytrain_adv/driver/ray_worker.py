@@ -16,7 +16,8 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 from ray.train.torch import get_device
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver import versions
+from raytrain_adv.driver import hang, versions
+from raytrain_adv.driver.failures import take_word
 from raytrain_adv.driver.metrics import RunMetrics
 from raytrain_adv.driver.stopping import AskedToStop
 from raytrain_adv.errors import JobError
@@ -89,8 +90,11 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         cpu_group=dist.new_group(backend="gloo") if dist.is_initialized() else None,
         resume=config["resume"],
     )
+    hang.listen(run.beat)
     if run.is_main:
         _require_shared(job, config["marker"])
+        if word := take_word(storage.folder(run.attempt)):
+            run.fault(word)
     run.restarts = run.broadcast(_count_start(run) if run.is_main else None)
     reporter.exported = RunMetrics(job, config["run"], run.rank, run.restarts)
     try:
