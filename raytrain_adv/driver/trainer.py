@@ -29,13 +29,14 @@ from raytrain_adv.driver.failures import (
     translated,
 )
 from raytrain_adv.driver.hang import WatchForHangs
+from raytrain_adv.driver.notice import ListenForSigterm
 from raytrain_adv.driver.output import Output
 from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.ray_worker import STARTS, ray_worker
-from raytrain_adv.driver.stopping import StopWhenTold, asking
+from raytrain_adv.driver.stopping import StopWhenTold, asking, is_asked
 from raytrain_adv.driver.twin import beside_its_twin, twins
-from raytrain_adv.errors import StorageError
+from raytrain_adv.errors import StorageError, Terminated
 from raytrain_adv.report import record
 from raytrain_adv.report.build import against, failed, finished, planned, started
 from raytrain_adv.report.html import write_html
@@ -201,18 +202,22 @@ def fit(job: JobConfig, place: Output, placement: Placement, console: Console) -
             result = trainer.fit()
             return dict(result.return_value)
         except TrainingFailedError as error:
-            raise translated(error) from error
+            shown = translated(error)
+            if not isinstance(shown, Terminated) or is_asked(place.folder):
+                raise shown from error
+            why = f"{shown.what}: {shown.found}"  # no failure: max_failures does not count it
         except (
             RayActorError
         ) as error:  # the controller: Ray restarts workers, but nobody restarts it
             if deaths_left == 0:
                 raise translated(error) from error
             deaths_left -= 1
-            console.say("Ray Train's controller died; starting again from the last checkpoint")
+            why = "Ray Train's controller died"
             _clear_up(place, attempt)
-            cluster.wait_for_room(placement, console.say)
-            attempt, resume = f"{attempt}r", resume or True
-            leave_word(place.storage.folder(attempt), "Ray Train's controller died")
+        console.say(f"{why}; starting again from the last checkpoint")
+        cluster.wait_for_room(placement, console.say)
+        attempt, resume = f"{attempt}r", resume or True
+        leave_word(place.storage.folder(attempt), why)
 
 
 def _clear_up(place: Output, attempt: str) -> None:
@@ -254,6 +259,7 @@ def _trainer(
 def _callbacks(job: JobConfig, place: Output, attempt: str) -> list[Any]:
     """Return what looks after the run in Ray Train's controller."""
     callbacks = [
+        ListenForSigterm(),
         TellTheNextStart(place.storage_path, attempt),
         StopWhenRetryCannotHelp(),
         StopWhenTold(place.folder),

@@ -46,6 +46,16 @@ class Reporter(Protocol):
         every step.
         """
 
+    def told_to_end(self) -> bool:
+        """Whether this worker's process was told to end; the run does after this step, with a
+        checkpoint, to go on elsewhere. Asked on every rank in every step.
+        """
+
+    def drained(self) -> str:
+        """Say which nodes are about to be taken away, once for each; empty if there is none. Asked
+        on every rank in every step.
+        """
+
 
 class SilentReporter:
     """For torchrun and in-process runs, where nobody listens."""
@@ -59,6 +69,14 @@ class SilentReporter:
     def stop_wanted(self) -> bool:
         """Nobody says so."""
         return False
+
+    def told_to_end(self) -> bool:
+        """Nobody says so."""
+        return False
+
+    def drained(self) -> str:
+        """None is known of."""
+        return ""
 
 
 @dataclass

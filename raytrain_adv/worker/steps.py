@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.errors import Stopped, TrainingError
+from raytrain_adv.errors import Stopped, Terminated, TrainingError
 from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker.arithmetic import Arithmetic
 from raytrain_adv.worker.bad_loss import LossGuard
@@ -65,6 +65,10 @@ class Loop:
         """Whether every trainable parameter is known to get a gradient."""
         self.stop_wanted = False
         """Whether the run is to end after this step; all ranks know it in the same step."""
+        self.told_to_end = False
+        """Whether a worker's process was told to end; as above."""
+        self.drained = False
+        """Whether a node is about to be taken away, of which no checkpoint knows yet; as above."""
         self.evaluated: tuple[int, dict[str, Any]] = (-1, {})
         """The last evaluation: after how many steps, and what it gave."""
 
@@ -86,7 +90,8 @@ class Loop:
             for step in range(first, self.arithmetic.total_steps):
                 self.step(step, prefetcher, first_here=step == first)
                 self.after(step + 1, prefetcher, writer)
-                if self.stop_wanted and step + 1 < self.arithmetic.total_steps:
+                last = step + 1 == self.arithmetic.total_steps
+                if (self.stop_wanted or self.told_to_end) and not last:
                     self.leave(step + 1, writer)
             with self.meter.paused("checkpoints"):
                 writer.close()
@@ -102,6 +107,7 @@ class Loop:
 
         Raises:
             Stopped: on all ranks, once the checkpoint is complete.
+            Terminated: where a worker's process was told to end, not the run.
         """
         self.run.beat.stop()
         again = "run again with resume_from_checkpoint: true to go on from "
@@ -115,6 +121,8 @@ class Loop:
             writer.close()
             found, again = f"after step {done}, with a checkpoint", f"{again}step {done}"
         self.run.barrier()
+        if not self.stop_wanted:
+            raise Terminated("A worker was told to end, by SIGTERM", found, again)
         raise Stopped("The run was stopped", found, again)
 
     def switch_all_on(self) -> None:
@@ -170,10 +178,19 @@ class Loop:
         return loss.detach()
 
     def global_label_tokens(self, batch: StepBatch) -> int:
-        """Return the number of tokens with a loss over all workers; note whether to stop."""
-        told = int(self.run.is_main and self.run.reporter.stop_wanted())
-        tokens, asked = self.run.agree_all([batch.num_label_tokens, told], dist.ReduceOp.SUM)
-        self.stop_wanted = asked > 0
+        """Return the number of tokens with a loss over all workers; note whether to stop, and who
+        is about to go.
+        """
+        reporter = self.run.reporter
+        told = int(self.run.is_main and reporter.stop_wanted())
+        drained = reporter.drained()
+        values = [batch.num_label_tokens, told, int(reporter.told_to_end()), int(bool(drained))]
+        tokens, *asked = self.run.agree_all(values, dist.ReduceOp.SUM)
+        self.stop_wanted, self.told_to_end, leaving = (count > 0 for count in asked)
+        if leaving:
+            self.drained = True
+            said = next(filter(None, self.run.gather(drained)))
+            self.run.fault(f"{said}: a checkpoint is made after this step")
         return tokens
 
     def over_workers(self, loss: torch.Tensor) -> torch.Tensor:
@@ -202,10 +219,13 @@ class Loop:
             self.evaluate(done)
         self.evaluate_variants(done)
         writer.poll()
-        if saves:
+        if saves or (self.drained and self.job.output.save_strategy != "no"):
             self.finite.check()
             with self.meter.paused("checkpoints"):
                 writer.save(self.progress(done), self.saved_metrics(done))
+                if self.drained:  # there may be no later step to commit it
+                    writer.finish()
+        self.drained = False
 
     def saved_metrics(self, done: int) -> dict[str, float]:
         """Return what Ray is told with a checkpoint."""
