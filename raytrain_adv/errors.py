@@ -55,6 +55,16 @@ class Stopped(TrainingError):
     """The run was asked to end, and has ended between two steps."""
 
 
+class Terminated(TrainingError):
+    """A worker's process was told to end, and all have, between two steps and with a checkpoint."""
+
+
+class Hung(TrainingError):
+    """Workers got no step done for step_timeout; others, or the same anew, may."""
+
+    retry_can_help = True
+
+
 class StorageError(RaytrainAdvError):
     """Writing or reading a checkpoint, model or report failed (disk full, no permission, storage
     unreachable).

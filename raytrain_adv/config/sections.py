@@ -162,6 +162,14 @@ class TrainConfig(Section):
     """Added to the denominator of the update."""
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """Gradients are scaled so that their global norm is at most this; 0 turns clipping off."""
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+    """What follows a step whose loss or gradient norm is NaN or infinite, or whose loss is bad by
+    bad_loss_factor: stop ends the run, its checkpoints intact; skip leaves that update out, says so
+    and counts it, and ends the run after ten in a row. Each step is then judged before its update,
+    which waits for the GPU. The batch is kept in output_dir/bad_batches."""
+    bad_loss_factor: Annotated[float, Field(gt=1.0)] | None = None
+    """A step's loss above so many times the median of the 20 steps before it is bad too; none means
+    that NaN and infinity alone are."""
     bf16: bool = False
     """Compute in bfloat16 with parameters and optimizer states in float32."""
     pure_bf16: bool = False
@@ -324,6 +332,11 @@ class RayConfig(Section):
     """Arguments of ray.init, as {"address": "auto"}."""
     max_failures: Annotated[int, Field(ge=-1, le=LARGEST)] = 0
     """Times that lost workers are restarted from the last checkpoint; -1 means without limit."""
+    step_timeout: Annotated[float, Field(gt=0.0, le=LARGEST)] | None = None
+    """Seconds without an optimizer step after which the workers are ended, those that hang are
+    named, and max_failures counts; none leaves it to ddp_timeout. Time counts from the end of a
+    start's first step on, but not in evaluation, saving and what follows the last step; a worker
+    whose process does not answer at all for so long is ended there too."""
     force: bool = False
     """Start even where the predicted memory is more than the GPUs were found to have."""
 

@@ -4,13 +4,15 @@ cannot help.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 
-from raytrain_adv.errors import RaytrainAdvError, Stopped, TrainingError
+from raytrain_adv.errors import RaytrainAdvError, StorageError, Stopped, TrainingError
+from raytrain_adv.worker.storage import Storage
 
 if TYPE_CHECKING:
     from ray.train.v2._internal.execution.context import TrainRunContext
@@ -27,6 +29,7 @@ COLLATERAL = (
     "DistBackendError",
 )
 LAST_LINES = 12
+WORD = "failure.json"
 
 
 class StopWhenRetryCannotHelp(UserCallback):  # type: ignore[misc] # ray is Any to mypy
@@ -42,6 +45,39 @@ class StopWhenRetryCannotHelp(UserCallback):  # type: ignore[misc] # ray is Any 
             root = unwrapped(error)
             if isinstance(root, RaytrainAdvError) and not root.retry_can_help:
                 raise root
+
+
+class TellTheNextStart(UserCallback):  # type: ignore[misc] # ray is Any to mypy
+    """Leaves word of why workers are started again, which Ray keeps to itself."""
+
+    def __init__(self, storage_path: str, attempt: str) -> None:
+        self._storage_path = storage_path
+        self._attempt = attempt
+
+    def after_exception(
+        self, run_context: TrainRunContext, worker_exceptions: Mapping[int, Exception]
+    ) -> None:
+        """Write down what has happened to the workers."""
+        error = _of_workers(worker_exceptions)
+        lines = [line.strip() for line in error.found.splitlines()]
+        with contextlib.suppress(OSError, StorageError):  # the run goes on without the word
+            folder = Storage.at(self._storage_path).folder(self._attempt)
+            leave_word(folder, f"{error.what}: {lines[0]}" if lines else error.what)
+
+
+def leave_word(attempt: Storage, message: str) -> None:
+    """Leave word in an attempt's folder for the next start of its workers."""
+    attempt.make()
+    attempt.write_json(WORD, {"message": f"{message}; the workers were started again"})
+
+
+def take_word(attempt: Storage) -> str:
+    """Return what was left for this start, once; empty if nothing was."""
+    word = attempt.read_json(WORD)
+    if word is None:
+        return ""
+    attempt.write_json(WORD, {"message": ""})
+    return str(word["message"])
 
 
 def unwrapped(error: BaseException) -> BaseException:

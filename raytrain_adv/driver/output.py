@@ -39,6 +39,7 @@ OURS = (
     "checkpoints",
     "trackers",
     "kernels",
+    "bad_batches",
     PINNED,
     RUN_FILE,
 )

@@ -16,8 +16,10 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 from ray.train.torch import get_device
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver import versions
+from raytrain_adv.driver import hang, versions
+from raytrain_adv.driver.failures import take_word
 from raytrain_adv.driver.metrics import RunMetrics
+from raytrain_adv.driver.notice import DrainNotice, told_to_end
 from raytrain_adv.driver.stopping import AskedToStop
 from raytrain_adv.errors import JobError
 from raytrain_adv.export.model_folder import export_model
@@ -38,6 +40,7 @@ class RayReporter:
 
     def __init__(self, folder: Path) -> None:
         self._asked = AskedToStop(folder)
+        self._drain = DrainNotice()
 
     def metrics(self, row: dict[str, float]) -> None:
         """Report a logging step's metrics; the dashboard's and a sweep's view of the run."""
@@ -62,6 +65,14 @@ class RayReporter:
     def stop_wanted(self) -> bool:
         """Whether the driver was told to stop, and has left word."""
         return self._asked.now()
+
+    def told_to_end(self) -> bool:
+        """Whether this worker's process has had a SIGTERM."""
+        return told_to_end()
+
+    def drained(self) -> str:
+        """Say which nodes Ray is about to lose, once for each."""
+        return self._drain.new()
 
 
 def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -89,8 +100,11 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         cpu_group=dist.new_group(backend="gloo") if dist.is_initialized() else None,
         resume=config["resume"],
     )
+    hang.listen(run.beat)
     if run.is_main:
         _require_shared(job, config["marker"])
+        if word := take_word(storage.folder(run.attempt)):
+            run.fault(word)
     run.restarts = run.broadcast(_count_start(run) if run.is_main else None)
     reporter.exported = RunMetrics(job, config["run"], run.rank, run.restarts)
     try:

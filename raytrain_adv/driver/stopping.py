@@ -77,6 +77,11 @@ class AskedToStop:
         return self._asked
 
 
+def is_asked(folder: Path) -> bool:
+    """Whether the driver was told to stop, and has left word."""
+    return (folder / ASK_FILE).exists()
+
+
 @contextlib.contextmanager
 def asking(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """While the workers train, have SIGINT and SIGTERM ask them to stop; the second one ends the

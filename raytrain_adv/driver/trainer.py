@@ -21,14 +21,22 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver import cluster, output, preflight, preflight_table
 from raytrain_adv.driver.cluster import Placement
 from raytrain_adv.driver.console import Console, summary
-from raytrain_adv.driver.failures import StopWhenRetryCannotHelp, stopped, translated
+from raytrain_adv.driver.failures import (
+    StopWhenRetryCannotHelp,
+    TellTheNextStart,
+    leave_word,
+    stopped,
+    translated,
+)
+from raytrain_adv.driver.hang import WatchForHangs
+from raytrain_adv.driver.notice import ListenForSigterm
 from raytrain_adv.driver.output import Output
 from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.ray_worker import STARTS, ray_worker
-from raytrain_adv.driver.stopping import StopWhenTold, asking
+from raytrain_adv.driver.stopping import StopWhenTold, asking, is_asked
 from raytrain_adv.driver.twin import beside_its_twin, twins
-from raytrain_adv.errors import StorageError
+from raytrain_adv.errors import StorageError, Terminated
 from raytrain_adv.report import record
 from raytrain_adv.report.build import against, failed, finished, planned, started
 from raytrain_adv.report.html import write_html
@@ -42,12 +50,14 @@ class Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
     """Ray's trainer without its actor for ray.data's datasets, for which workers would wait 2 s and
     more though there are none (ray 2.60; remove when Ray starts it only where datasets are given),
     and which leaves SIGINT to the driver: Ray's own handler ends the workers where they are,
-    without a checkpoint (ray 2.60, data_parallel_trainer.py).
+    without a checkpoint (ray 2.60, data_parallel_trainer.py). What finds workers that hang is asked
+    first, so that what deals with their errors sees those it gives them.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        return [one for one in callbacks if not isinstance(one, DatasetsCallback)]
+        kept = [one for one in callbacks if not isinstance(one, DatasetsCallback)]
+        return sorted(kept, key=lambda one: not isinstance(one, WatchForHangs))
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Register none."""
@@ -192,17 +202,22 @@ def fit(job: JobConfig, place: Output, placement: Placement, console: Console) -
             result = trainer.fit()
             return dict(result.return_value)
         except TrainingFailedError as error:
-            raise translated(error) from error
+            shown = translated(error)
+            if not isinstance(shown, Terminated) or is_asked(place.folder):
+                raise shown from error
+            why = f"{shown.what}: {shown.found}"  # no failure: max_failures does not count it
         except (
             RayActorError
         ) as error:  # the controller: Ray restarts workers, but nobody restarts it
             if deaths_left == 0:
                 raise translated(error) from error
             deaths_left -= 1
-            console.say("Ray Train's controller died; starting again from the last checkpoint")
+            why = "Ray Train's controller died"
             _clear_up(place, attempt)
-            cluster.wait_for_room(placement, console.say)
-            attempt, resume = f"{attempt}r", resume or True
+        console.say(f"{why}; starting again from the last checkpoint")
+        cluster.wait_for_room(placement, console.say)
+        attempt, resume = f"{attempt}r", resume or True
+        leave_word(place.storage.folder(attempt), why)
 
 
 def _clear_up(place: Output, attempt: str) -> None:
@@ -236,9 +251,22 @@ def _trainer(
             name=attempt,
             storage_path=place.storage_path,
             failure_config=FailureConfig(max_failures=job.ray.max_failures),
-            callbacks=[StopWhenRetryCannotHelp(), StopWhenTold(place.folder)],
+            callbacks=_callbacks(job, place, attempt),
         ),
     )
+
+
+def _callbacks(job: JobConfig, place: Output, attempt: str) -> list[Any]:
+    """Return what looks after the run in Ray Train's controller."""
+    callbacks = [
+        ListenForSigterm(),
+        TellTheNextStart(place.storage_path, attempt),
+        StopWhenRetryCannotHelp(),
+        StopWhenTold(place.folder),
+    ]
+    if job.ray.step_timeout is not None:
+        callbacks.append(WatchForHangs(job.ray.step_timeout))
+    return callbacks
 
 
 def scaling(job: JobConfig, placement: Placement) -> ScalingConfig:

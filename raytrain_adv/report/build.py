@@ -82,6 +82,7 @@ def finished(
             name: TransformReport.of(plan, figures["proof"].get(name))
             for name, plan in figures["transforms"].items()
         },
+        "notes": (*report.notes, *_faults(folder)),
         "samples": tuple(Sample(**sample) for sample in figures["samples"]),
         "timeline": _with_workers(timeline, figures),
         **_losses(folder),
@@ -89,8 +90,8 @@ def finished(
     same = (
         "world_size device attention versions steps total_steps epochs step_seconds "
         "tokens_per_second_per_worker peak_memory_gib data_wait_seconds predicted_memory_gib "
-        "predicted_memory mfu_bf16 restarts resumed_from_step data batch model_dir model_gib "
-        "quantized_dir quantized_gib quantized_logit_difference quantized_comparison"
+        "predicted_memory mfu_bf16 restarts skipped_steps resumed_from_step data batch model_dir "
+        "model_gib quantized_dir quantized_gib quantized_logit_difference quantized_comparison"
     )
     update |= {name: figures[name] for name in same.split()}
     return RunReport(**{**report.model_dump(), **update})
@@ -111,6 +112,8 @@ def failed(
         "steps": max((row["step"] for row in trained), default=0),
         "peak_memory_gib": max((row["peak_memory_gib"] for row in trained), default=None),
         "timeline": timeline,
+        "notes": (*report.notes, *_faults(folder)),
+        "skipped_steps": max((row.get("num_skipped", 0) for row in trained), default=0),
         **_medians(trained),
         **_losses(folder),
     }
@@ -118,6 +121,12 @@ def failed(
         same = ("total_steps", "resumed_from_step", "restarts")
         update |= {name: begun[-1].get(name) for name in same}
     return RunReport(**{**report.model_dump(), **update})
+
+
+def _faults(folder: Path) -> tuple[str, ...]:
+    """Return what went wrong and was dealt with, one sentence each."""
+    rows = read(folder / FILE_NAME)
+    return tuple(str(row["message"]) for row in rows if row.get("event") == "fault")
 
 
 def _with_workers(timeline: dict[str, float], figures: dict[str, Any]) -> dict[str, float]:

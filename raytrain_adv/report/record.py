@@ -119,6 +119,8 @@ class RunReport(Record):
     """Median share of the device's dense bf16 peak, as 0.42; null where the peak is not known."""
     restarts: int = 0
     """Times that lost workers were started again."""
+    skipped_steps: int = 0
+    """Optimizer steps whose update was left out because of a bad loss (on_bad_loss: skip)."""
     resumed_from_step: int | None = None
     """Step of the checkpoint the run last went on from; null if it never did."""
     transforms: dict[str, TransformReport] = Field(default_factory=dict)

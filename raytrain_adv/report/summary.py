@@ -79,6 +79,8 @@ def _steps(report: RunReport) -> str:
         text += f" on {workers}, {report.device or 'device unknown'}"
     if report.restarts:
         text += f", {numbers.plural(report.restarts, 'restart')}"
+    if report.skipped_steps:
+        text += f", {report.skipped_steps:,} of them skipped for a bad loss"
     if report.resumed_from_step is not None:
         text += f", resumed from step {report.resumed_from_step:,}"
     return text

@@ -7,7 +7,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import StorageError
 from raytrain_adv.ops.float8_weight import as_plain
 from raytrain_adv.worker.checkpoint_reader import read_state
+from raytrain_adv.worker.damage import MANIFEST, checksums, wrong_sizes
+from raytrain_adv.worker.persist import cause, persistently
 from raytrain_adv.worker.redact import redact
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.staging import plain_like, restore_quantized, staged
 from raytrain_adv.worker.storage import Storage, storage_errors
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 
 PENDING, DONE, FAILED = 0, 1, 2
@@ -54,6 +55,10 @@ class Progress:
     """Loss summed since the last logging step; exact in JSON."""
     window_tokens: float
     """Label tokens since the last logging step."""
+    num_skipped: int = 0
+    """Updates that were left out because their loss was bad."""
+    recent: list[float] = field(default_factory=list)
+    """Losses that the next step's is held against, where bad_loss_factor asks for it."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,7 @@ def find(folder: Storage) -> Found | None:
     manifest = folder.read_json(MANIFEST)
     if manifest is None or manifest.get("format") != FORMAT:
         return None
-    sizes = folder.files()
-    if any(sizes.get(name) != size for name, size in manifest["files"].items()):
+    if wrong_sizes(folder, manifest):
         return None
     return Found(
         folder,
@@ -168,6 +172,16 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None
         set_optimizer_state_dict(model, optimizer, read["optimizer"], options=options)
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a rank has written of a checkpoint."""
+
+    crc32: dict[str, int]
+    """Name -> checksum of its files."""
+    failures: list[str]
+    """What failed before it was written, in words."""
+
+
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time; `poll` after each step commits what is
     finished.
@@ -183,7 +197,7 @@ class CheckpointWriter:
         self.attempt = run.storage.folder(run.attempt)
         self.group = dist.new_group(backend="gloo") if run.world_size > 1 else None
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self.pending: tuple[Progress, Storage, Future[None], dict[str, float]] | None = None
+        self.pending: tuple[Progress, Storage, Future[Written], dict[str, float]] | None = None
         self.committed: list[int] = []
         self.blocked_s = 0.0
         """Seconds that training stood still for checkpoints."""
@@ -197,16 +211,25 @@ class CheckpointWriter:
         target = self.attempt.folder(name)
         if self.run.is_main:
             target.delete()
-            target.make()
+            what = f"the checkpoint of step {progress.step} cannot be begun"
+            persistently(target.make, what, self.run.fault)
         self.run.barrier()
         local = target.root if target.is_local else tempfile.mkdtemp(prefix="raytrain_adv_")
         state = staged(training_state(self.model, self.optimizer))
-        done = self.pool.submit(self._write, state, local, target)
+        done = self.pool.submit(self._write, progress.step, state, local, target)
         self.pending = (progress, target, done, metrics)
 
-    def _write(self, state: dict[str, Any], local: str, target: Storage) -> None:
-        """Run in the writer's thread: write this rank's shards to where they belong."""
-        try:
+    def _write(self, step: int, state: dict[str, Any], local: str, target: Storage) -> Written:
+        """Run in the writer's thread: write this rank's shards to where they belong; again, where
+        storage fails for a while.
+        """
+        failures: list[str] = []
+
+        def tell(message: str) -> None:
+            failures.append(message)
+            self.run.fault(message)  # of rank 0; the others' follow with the commit
+
+        def write() -> None:
             with storage_errors("The checkpoint cannot be written", target.root):
                 save_state(
                     state,
@@ -214,11 +237,17 @@ class CheckpointWriter:
                     process_group=self.group,
                     no_dist=self.run.world_size == 1,
                 )
+
+        what = f"the checkpoint of step {step} could not be written"
+        try:
+            persistently(write, what, tell)
+            written = checksums(Path(local), self.run.rank)
             if not target.is_local:
-                target.upload(local)
+                persistently(lambda: target.upload(local), what, tell)
         finally:
             if not target.is_local:
                 shutil.rmtree(local, ignore_errors=True)
+        return Written(written, failures)
 
     def poll(self) -> None:
         """Commit the pending checkpoint if every rank has written its part; called by all ranks
@@ -246,7 +275,7 @@ class CheckpointWriter:
         self.pool.shutdown(wait=True)
 
     @staticmethod
-    def _status(done: Future[None]) -> int:
+    def _status(done: Future[Written]) -> int:
         if not done.done():
             return PENDING
         return FAILED if done.exception() is not None else DONE
@@ -264,7 +293,7 @@ class CheckpointWriter:
         if error is not None:
             raise StorageError(
                 "The checkpoint cannot be written",
-                f"{target.root}: {_cause(error)}",
+                f"{target.root}: {cause(error)}",
                 "free space, or choose another ray_storage_path; then run again with "
                 "resume_from_checkpoint: true",
             ) from error
@@ -277,10 +306,16 @@ class CheckpointWriter:
     def _commit(self) -> None:
         if self.pending is None:
             return
-        progress, target, _, metrics = self.pending
+        progress, target, done, metrics = self.pending
         self.pending = None
+        parts = self.run.gather(done.result())
         if self.run.is_main:
-            target.write_json(MANIFEST, self._manifest(progress, target))
+            for rank, part in enumerate(parts):
+                for message in set(part.failures) - set(parts[0].failures):
+                    self.run.fault(f"worker {rank}: {message}")
+            manifest = self._manifest(progress, target, parts)
+            what = f"the checkpoint of step {progress.step} could not be completed"
+            persistently(lambda: target.write_json(MANIFEST, manifest), what, self.run.fault)
         self.run.barrier()
         self.run.reporter.checkpoint(target, Path(target.root).name, metrics)
         self.committed.append(progress.step)
@@ -292,7 +327,9 @@ class CheckpointWriter:
             )
             self._prune()
 
-    def _manifest(self, progress: Progress, target: Storage) -> dict[str, Any]:
+    def _manifest(
+        self, progress: Progress, target: Storage, parts: list[Written]
+    ) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "progress": asdict(progress),
@@ -302,6 +339,7 @@ class CheckpointWriter:
             "world_size": self.run.world_size,
             "torch": torch.__version__,
             "files": {name: size for name, size in target.files().items() if name != MANIFEST},
+            "crc32": {name: crc for part in parts for name, crc in part.crc32.items()},
         }
 
     def _prune(self) -> None:
@@ -314,11 +352,3 @@ class CheckpointWriter:
         torn = [folder for _, _, folder in folders if folder.read_json(MANIFEST) is None]
         for folder in [*(complete[limit:] if limit else []), *torn]:
             folder.delete()
-
-
-def _cause(error: BaseException) -> str:
-    """Return the innermost reason; DCP wraps what each rank met in one exception, and torch's file
-    writer follows the operating system's refusal with its own.
-    """
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return next((line.strip() for line in lines if "[Errno" in line), lines[-1])

@@ -92,10 +92,15 @@ class FiniteWatch:
     NEVER = 2**62
 
     def __init__(
-        self, device: torch.device, remedies: Callable[[int], tuple[str, ...]] = lambda step: ()
+        self,
+        device: torch.device,
+        remedies: Callable[[int], tuple[str, ...]],
+        keep: Callable[[int], str],
     ) -> None:
         self.remedies = remedies
         """What the job's features suggest for an optimizer step."""
+        self.keep = keep
+        """Keeps the batch of an optimizer step; returns where, in words."""
         self.first_bad = torch.full((), self.NEVER, dtype=torch.int64, device=device)
 
     def see(self, step: int, *values: torch.Tensor) -> None:
@@ -113,12 +118,13 @@ class FiniteWatch:
         if step != self.NEVER:
             raise TrainingError(
                 "The loss or the gradient norm is not finite",
-                f"first at optimizer step {step + 1}",
+                f"first at optimizer step {step + 1}; {self.keep(step)}",
                 "\n".join(
                     [
                         *self.remedies(step),
-                        "lower learning_rate, add warmup_ratio, or check the rows of that step; "
-                        "the last checkpoint is intact (resume_from_checkpoint: true)",
+                        "lower learning_rate, add warmup_ratio, check the rows of that step, or "
+                        "set on_bad_loss: skip; the last checkpoint is intact "
+                        "(resume_from_checkpoint: true)",
                     ]
                 ),
             )

@@ -8,7 +8,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.worker.arithmetic import Arithmetic
@@ -94,10 +96,15 @@ class Batches:
         self.pad_to = pad_to(job)
         self.first = rank * arithmetic.accumulation_steps
 
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """Return the sequences of step `step` (from 0), of all workers: [global batch]."""
+        size, count = self.arithmetic.global_batch, len(self.data)
+        return global_batch(step, size, count, self.seed, self.shuffle)
+
     def step(self, step: int) -> StepBatch:
         """Return this rank's micro-batches of optimizer step `step` (from 0), on the CPU."""
         a = self.arithmetic
-        indices = global_batch(step, a.global_batch, len(self.data), self.seed, self.shuffle)
+        indices = self.indices(step)
         micro_batches, labels, tokens = [], 0, 0
         for number in range(self.first, self.first + a.accumulation_steps):
             chosen = indices[number * a.micro_batch : (number + 1) * a.micro_batch]

@@ -91,6 +91,7 @@ class Meter:
     def stop(self) -> None:
         """Put the loop's time into the timeline, without what has a line of its own there."""
         self._synchronize()
+        self.run.beat.stop()
         own = sum(self.run.timeline.get(name, 0.0) for name in ("first step", *self._phases))
         self.run.timeline["steps"] = time.perf_counter() - self._started - own
 
@@ -103,6 +104,7 @@ class Meter:
         self.tokens_since_log += num_tokens
         self.steps_since_log += 1
         self.norm = norm
+        self.run.beat.step_done()
 
     def where(self) -> str:
         """Return the step in words."""
@@ -120,7 +122,8 @@ class Meter:
         """Leave what happens inside out of the steps' time, and put it into the timeline."""
         self._synchronize()
         start = time.perf_counter()
-        yield
+        with self.run.beat.paused():
+            yield
         self._synchronize()
         seconds = time.perf_counter() - start
         self.paused_s += seconds
@@ -142,7 +145,8 @@ class Meter:
         rate = self.tokens_since_log / elapsed
         self.step_seconds += [step_s] * self.steps_since_log
         self.rates += [rate] * self.steps_since_log
-        self.last_loss = loss / max(label_tokens, 1.0)
+        # None of the steps may have counted: on_bad_loss: skip.
+        self.last_loss = loss / label_tokens if label_tokens else float("nan")
         row: dict[str, Any] = {
             "kind": "train",
             "step": done,

@@ -8,21 +8,43 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError, RaytrainAdvError
 from raytrain_adv.transforms.transform import Transform
 from raytrain_adv.worker.arithmetic import Arithmetic
-from raytrain_adv.worker.checkpoint import MANIFEST, Found, find, newest
+from raytrain_adv.worker.checkpoint import FORMAT, Found, all_folders, find, newest
+from raytrain_adv.worker.damage import MANIFEST, set_aside, wrong_bytes, wrong_sizes
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.storage import Storage
 
 
 def to_resume(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
     """Return the checkpoint that this attempt goes on from, or None to start at step 0. All ranks
-    agree.
+    agree. A damaged one is passed over for the one before, and said, unless it was named.
 
     Raises:
         JobError: when a checkpoint was asked for by path and is not whole, or belongs to another
         job.
+        StorageError: when one cannot be read.
     """
+    if not run.resume and not run.restarts:
+        return None
+    while True:
+        found = _agreed(job, run, arithmetic)
+        if found is None:
+            return None
+        with run.phase("check the checkpoint"):
+            shares = run.gather(wrong_bytes(found.storage, run.rank, run.world_size))
+        damage = "\n".join(filter(None, shares))
+        if not damage:
+            return found
+        if found.path == _absolute(run.resume):
+            raise _is_damaged(found.path, damage)
+        if run.is_main:
+            _pass_over(run, found.storage, damage)
+        run.barrier()
+
+
+def _agreed(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
+    """Return rank 0's choice, on all ranks."""
     outcome: Found | RaytrainAdvError | None = None
-    if run.is_main and (run.resume or run.restarts):
+    if run.is_main:
         try:
             outcome = _chosen(job, run, arithmetic)
         except RaytrainAdvError as error:
@@ -32,6 +54,26 @@ def to_resume(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
         raise JobError(*message)
     path = run.broadcast(outcome.path if isinstance(outcome, Found) else None)
     return None if path is None else find(Storage(_filesystem(run, path), path))
+
+
+def _absolute(resume: bool | str) -> str | None:
+    """Return the folder of a checkpoint that was named."""
+    return Storage.at(resume).root if isinstance(resume, str) else None
+
+
+def _is_damaged(path: str, damage: str) -> JobError:
+    return JobError(
+        "The checkpoint that resume_from_checkpoint names is damaged",
+        f"{path}: {damage}",
+        "name another one, or use resume_from_checkpoint: true for the newest undamaged one",
+    )
+
+
+def _pass_over(run: Run, folder: Storage, damage: str) -> None:
+    """Say that a checkpoint is damaged, and have it no longer count."""
+    first = damage.splitlines()[0]
+    run.fault(f"{folder.root} is damaged: {first}. The run goes on from the one before it.")
+    set_aside(folder)
 
 
 def _filesystem(run: Run, path: str) -> Any:
@@ -44,6 +86,8 @@ def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
     """Return the checkpoint to go on from: after a restart this attempt's own, else what the job
     says.
     """
+    if not isinstance(run.resume, str) or run.restarts:
+        _pass_over_torn(run)
     own = newest(run.storage, run.attempt) if run.restarts else None
     if own is not None or not run.resume:
         found, free = own, frozenset[str]()
@@ -58,8 +102,26 @@ def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
     return found
 
 
+def _pass_over_torn(run: Run) -> None:
+    """Say of each checkpoint newer than the newest complete one that it was complete and has lost
+    files; one that a kill has left without a manifest never was.
+    """
+    for _, _, folder in sorted(all_folders(run.storage), key=lambda entry: entry[:2], reverse=True):
+        manifest = folder.read_json(MANIFEST)
+        if manifest is None or manifest.get("format") != FORMAT:
+            continue
+        damage = wrong_sizes(folder, manifest)
+        if not damage:
+            return
+        _pass_over(run, folder, damage)
+
+
 def _named(path: str) -> Found:
-    found = find(Storage.at(path))
+    folder = Storage.at(path)
+    found = find(folder)
+    manifest = folder.read_json(MANIFEST) if found is None else None
+    if manifest is not None and manifest.get("format") == FORMAT:
+        raise _is_damaged(path, wrong_sizes(folder, manifest))
     if found is None:
         raise JobError(
             "resume_from_checkpoint does not name a complete checkpoint",

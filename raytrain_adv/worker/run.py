@@ -10,15 +10,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.worker.beat import Beat
 from raytrain_adv.worker.metrics_file import MetricsFile
 from raytrain_adv.worker.storage import Storage
 from raytrain_adv.worker.trackers import Trackers
+
+T = TypeVar("T")
 
 REPORT_EVERY_S = 2.0
 """Seconds between two reports to the runtime. Ray Train holds a worker in its report until its
@@ -43,6 +46,16 @@ class Reporter(Protocol):
         every step.
         """
 
+    def told_to_end(self) -> bool:
+        """Whether this worker's process was told to end; the run does after this step, with a
+        checkpoint, to go on elsewhere. Asked on every rank in every step.
+        """
+
+    def drained(self) -> str:
+        """Say which nodes are about to be taken away, once for each; empty if there is none. Asked
+        on every rank in every step.
+        """
+
 
 class SilentReporter:
     """For torchrun and in-process runs, where nobody listens."""
@@ -56,6 +69,14 @@ class SilentReporter:
     def stop_wanted(self) -> bool:
         """Nobody says so."""
         return False
+
+    def told_to_end(self) -> bool:
+        """Nobody says so."""
+        return False
+
+    def drained(self) -> str:
+        """None is known of."""
+        return ""
 
 
 @dataclass
@@ -78,6 +99,8 @@ class Run:
     """Seconds spent per phase, in order."""
     metrics: MetricsFile | None = None
     trackers: Trackers | None = None
+    beat: Beat = field(default_factory=Beat)
+    """How far the training thread is, which made this."""
     _early: list[dict[str, Any]] = field(default_factory=list)
     """Rows from before the file was opened."""
     reported_at: float = 0.0
@@ -162,6 +185,18 @@ class Run:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value, group=self.cpu_group)
+        return box
+
+    def fault(self, message: str, **facts: Any) -> None:
+        """Tell the user of something that went wrong and was dealt with; the report keeps it."""
+        self.say(message, event="fault", **facts)
 
     def barrier(self) -> None:
         """Wait for every rank, on the CPU."""

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.errors import Stopped, TrainingError
+from raytrain_adv.errors import Stopped, Terminated, TrainingError
 from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker.arithmetic import Arithmetic
+from raytrain_adv.worker.bad_loss import LossGuard
 from raytrain_adv.worker.checkpoint import CheckpointWriter, Progress
 from raytrain_adv.worker.convergence import Convergence
 from raytrain_adv.worker.evaluate import evaluate
@@ -53,14 +54,21 @@ class Loop:
         self.proof = proof
         self.transforms = enabled(job)
         self.loss_sum = loss_function(model, job.parallel.torch_compile)
-        self.finite = FiniteWatch(run.device, self.remedies)
+        self.guard = LossGuard(job, run, batches, self.remedies)
+        self.finite = FiniteWatch(run.device, self.remedies, self.guard.keep)
         self.convergence = Convergence(self.transforms, run.say)
         self.meter = Meter(job, run, model, arithmetic)
         self.window = torch.zeros(2, dtype=torch.float64, device=run.device)
         """Loss and label tokens, summed over all workers since the last logging step."""
         self.num_tokens = 0
+        self.gradients_seen = False
+        """Whether every trainable parameter is known to get a gradient."""
         self.stop_wanted = False
         """Whether the run is to end after this step; all ranks know it in the same step."""
+        self.told_to_end = False
+        """Whether a worker's process was told to end; as above."""
+        self.drained = False
+        """Whether a node is about to be taken away, of which no checkpoint knows yet; as above."""
         self.evaluated: tuple[int, dict[str, Any]] = (-1, {})
         """The last evaluation: after how many steps, and what it gave."""
 
@@ -70,6 +78,7 @@ class Loop:
         if progress is not None:
             first, self.num_tokens = progress.step, progress.num_tokens
             self.window[0], self.window[1] = progress.window_loss, progress.window_tokens
+            self.guard.num_skipped, self.guard.recent = progress.num_skipped, progress.recent
         writer = CheckpointWriter(self.job, self.run, self.model, self.optimizer)
         prefetcher = Prefetcher(self.batches, first, self.arithmetic.total_steps, self.run.device)
         self.model.train()
@@ -81,7 +90,8 @@ class Loop:
             for step in range(first, self.arithmetic.total_steps):
                 self.step(step, prefetcher, first_here=step == first)
                 self.after(step + 1, prefetcher, writer)
-                if self.stop_wanted and step + 1 < self.arithmetic.total_steps:
+                last = step + 1 == self.arithmetic.total_steps
+                if (self.stop_wanted or self.told_to_end) and not last:
                     self.leave(step + 1, writer)
             with self.meter.paused("checkpoints"):
                 writer.close()
@@ -97,7 +107,9 @@ class Loop:
 
         Raises:
             Stopped: on all ranks, once the checkpoint is complete.
+            Terminated: where a worker's process was told to end, not the run.
         """
+        self.run.beat.stop()
         again = "run again with resume_from_checkpoint: true to go on from "
         if self.job.output.save_strategy == "no":
             found, again = f"after step {done}; save_strategy: no, so that nothing is kept", ""
@@ -109,6 +121,8 @@ class Loop:
             writer.close()
             found, again = f"after step {done}, with a checkpoint", f"{again}step {done}"
         self.run.barrier()
+        if not self.stop_wanted:
+            raise Terminated("A worker was told to end, by SIGTERM", found, again)
         raise Stopped("The run was stopped", found, again)
 
     def switch_all_on(self) -> None:
@@ -128,19 +142,26 @@ class Loop:
             # Not in the first step, where compilation would be in the profile.
             with nullcontext() if first_here else self.proof.watching(step):
                 loss += self.forward_backward(step, micro_batch, label_tokens)
-        if first_here:
+        total = self.over_workers(loss)
+        if not self.gradients_seen and not (self.guard.skips and not torch.isfinite(total)):
             require_all_gradients(self.model, self.run, self.remedies(step))
+            self.gradients_seen = True
         norm = clip(self.optimizer, self.job.train.max_grad_norm)
-        set_learning_rate(
-            self.optimizer.param_groups, learning_rate(self.job, self.arithmetic, step)
-        )
-        self.optimizer.step()
+        if not self.guard.must_skip(step, total, label_tokens, norm):
+            self.update(step)
+            self.account(step, total, label_tokens, norm)
         self.optimizer.zero_grad(set_to_none=True)
-        for transform in self.transforms:
-            transform.after_step(self.model)
-        self.account(step, batch, loss, label_tokens, norm)
+        self.meter.end(batch.num_tokens, norm)
         if first_here:
             self.meter.first_step_done()
+
+    def update(self, step: int) -> None:
+        """Change the parameters by their gradients, as optimizer step `step` (from 0)."""
+        rate = learning_rate(self.job, self.arithmetic, step)
+        set_learning_rate(self.optimizer.param_groups, rate)
+        self.optimizer.step()
+        for transform in self.transforms:
+            transform.after_step(self.model)
 
     def forward_backward(self, step: int, batch: MicroBatch, label_tokens: int) -> torch.Tensor:
         """Return the micro-batch's summed loss; its gradients are added to the parameters'.
@@ -157,25 +178,37 @@ class Loop:
         return loss.detach()
 
     def global_label_tokens(self, batch: StepBatch) -> int:
-        """Return the number of tokens with a loss over all workers; note whether to stop."""
-        told = int(self.run.is_main and self.run.reporter.stop_wanted())
-        tokens, asked = self.run.agree_all([batch.num_label_tokens, told], dist.ReduceOp.SUM)
-        self.stop_wanted = asked > 0
+        """Return the number of tokens with a loss over all workers; note whether to stop, and who
+        is about to go.
+        """
+        reporter = self.run.reporter
+        told = int(self.run.is_main and reporter.stop_wanted())
+        drained = reporter.drained()
+        values = [batch.num_label_tokens, told, int(reporter.told_to_end()), int(bool(drained))]
+        tokens, *asked = self.run.agree_all(values, dist.ReduceOp.SUM)
+        self.stop_wanted, self.told_to_end, leaving = (count > 0 for count in asked)
+        if leaving:
+            self.drained = True
+            said = next(filter(None, self.run.gather(drained)))
+            self.run.fault(f"{said}: a checkpoint is made after this step")
         return tokens
 
+    def over_workers(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the step's loss summed over all workers, without waiting for the GPU."""
+        total = loss.double()
+        if self.run.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
     def account(
-        self, step: int, batch: StepBatch, loss: torch.Tensor, label_tokens: int, norm: torch.Tensor
+        self, step: int, total: torch.Tensor, label_tokens: int, norm: torch.Tensor
     ) -> None:
         """Add the step's loss to the window and watch for values that are not finite, without
         waiting for the GPU.
         """
-        total = loss.double()
-        if self.run.world_size > 1:
-            dist.all_reduce(total)
         self.window[0] += total
         self.window[1] += label_tokens
         self.finite.see(step, total, norm)
-        self.meter.end(batch.num_tokens, norm)
 
     def after(self, done: int, prefetcher: Prefetcher, writer: CheckpointWriter) -> None:
         """Log, evaluate and save as the job asks for after `done` steps."""
@@ -186,10 +219,13 @@ class Loop:
             self.evaluate(done)
         self.evaluate_variants(done)
         writer.poll()
-        if saves:
+        if saves or (self.drained and self.job.output.save_strategy != "no"):
             self.finite.check()
             with self.meter.paused("checkpoints"):
                 writer.save(self.progress(done), self.saved_metrics(done))
+                if self.drained:  # there may be no later step to commit it
+                    writer.finish()
+        self.drained = False
 
     def saved_metrics(self, done: int) -> dict[str, float]:
         """Return what Ray is told with a checkpoint."""
@@ -208,8 +244,11 @@ class Loop:
         row = self.meter.row(done, loss_total, label_tokens, lr, prefetcher.waited_s)
         self.num_tokens += self.run.agree(self.meter.take_tokens(), dist.ReduceOp.SUM)
         row["num_tokens"] = self.num_tokens
+        if self.guard.skips:
+            row["num_skipped"] = self.guard.num_skipped
         self.run.write(row)
-        self.convergence.see(done, row["loss"])
+        if label_tokens:
+            self.convergence.see(done, row["loss"])
         self.run.report(row, is_last=done == self.arithmetic.total_steps)
 
     def remedies(self, step: int) -> tuple[str, ...]:
@@ -263,9 +302,15 @@ class Loop:
         """Return where the run stands after `done` steps."""
         loss, tokens = self.window.tolist()
         since_log = self.run.agree(self.meter.tokens_since_log, dist.ReduceOp.SUM)
-        a = self.arithmetic
         return Progress(
-            done, a.global_batch, a.num_sequences, self.num_tokens + since_log, loss, tokens
+            step=done,
+            global_batch=self.arithmetic.global_batch,
+            num_sequences=self.arithmetic.num_sequences,
+            num_tokens=self.num_tokens + since_log,
+            window_loss=loss,
+            window_tokens=tokens,
+            num_skipped=self.guard.num_skipped,
+            recent=self.guard.recent,
         )
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> TrainingError:
@@ -292,5 +337,6 @@ class Loop:
             "tokens_per_second_per_worker": rate,
             "mfu_bf16": self.meter.mfu(rate) if rate else None,
             "peak_memory_gib": self.meter.peak_over_ranks(),
+            "skipped_steps": self.guard.num_skipped,
             "data_wait_seconds": statistics.median(self.meter.waits) if self.meter.waits else None,
         }

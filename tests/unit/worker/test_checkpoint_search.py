@@ -3,7 +3,8 @@ from dataclasses import asdict
 import torch
 
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
-from raytrain_adv.worker.checkpoint import FORMAT, MANIFEST, Progress, find, newest
+from raytrain_adv.worker.checkpoint import FORMAT, Progress, find, newest
+from raytrain_adv.worker.damage import MANIFEST
 from raytrain_adv.worker.resume import to_resume
 from raytrain_adv.worker.run import Run, SilentReporter
 from raytrain_adv.worker.storage import Storage

@@ -1,0 +1,90 @@
+"""How far this worker is, for whoever asks its process: the training thread may hang, and cannot
+say so itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+# Where a thread stands that waits for other workers, and what may lie between it and the wait.
+_COLLECTIVES = "torch/distributed/"
+_BETWEEN = ("torch/_ops.py", "torch/utils/_contextlib.py")
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """A worker's answer."""
+
+    step: int
+    """Optimizer steps of this start that it has finished."""
+    stalled_s: float
+    """Seconds since it last finished one; 0 where they do not count."""
+    place: str
+    """The line of code at which its training thread is."""
+    waits: bool
+    """Whether that is a wait for other workers."""
+
+
+@dataclass
+class Beat:
+    """Notes each finished optimizer step. Time counts from the end of the first on, but not inside
+    `paused`.
+    """
+
+    thread: int = field(default_factory=threading.get_ident)
+    """The training thread."""
+    step: int = 0
+    _since: float | None = None
+    """When the last step was finished, on the clock of time.monotonic; none where time does not
+    count.
+    """
+
+    def step_done(self) -> None:
+        """Note that a step is finished."""
+        self.step += 1
+        self._since = time.monotonic()
+
+    def stop(self) -> None:
+        """Note that no step is to be expected any more."""
+        self._since = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something between two steps that may take long."""
+        counted, self._since = self._since is not None, None
+        yield
+        self._since = time.monotonic() if counted else None
+
+    def pulse(self) -> Pulse:
+        """Return how far the training thread is; for another thread to ask."""
+        since = self._since
+        stalled_s = 0.0 if since is None else time.monotonic() - since
+        frame = sys._current_frames().get(self.thread)
+        return Pulse(self.step, stalled_s, _place(frame), _waits(frame))
+
+
+def _place(frame: FrameType | None) -> str:
+    """Return the innermost line that is not of a library, and the innermost of all."""
+    innermost = own = frame
+    while own is not None and own.f_back is not None and "site-packages" in own.f_code.co_filename:
+        own = own.f_back
+    lines = [_line(f) for f in (own, innermost) if f is not None]
+    return " -> ".join(dict.fromkeys(lines)) or "its training thread has ended"
+
+
+def _line(frame: FrameType) -> str:
+    path = Path(frame.f_code.co_filename)
+    return f"{path.parent.name}/{path.name}:{frame.f_lineno} {frame.f_code.co_name}"
+
+
+def _waits(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename.endswith(_BETWEEN):
+        frame = frame.f_back
+    return frame is not None and _COLLECTIVES in frame.f_code.co_filename

@@ -1,0 +1,126 @@
+"""What goes wrong in a run of weeks, done to real processes: workers and Ray Train's controller
+that are killed, a worker that hangs, storage that fails for a while, a damaged checkpoint, a bad
+loss.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from raytrain_adv.config import load
+from raytrain_adv.errors import RaytrainAdvError
+from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.worker.run import local_run
+from raytrain_adv.worker.train import train
+from tests.ranks import run_ranks
+from tests.workers import losses, run_workers
+
+NOT_A_NUMBER = """
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+    num_passes = 0
+
+    def forward(self, *args, **kwargs):
+        self.num_passes += 1
+        found = super().forward(*args, **kwargs)
+        if self.num_passes == 3 and dist.get_rank() == 1:
+            found.logits = found.logits * float("nan")
+        return found
+"""
+
+
+def with_a_bad_batch(model: Path) -> None:
+    """Have the third forward pass give NaN on rank 1."""
+    (model / "own.py").write_text(NOT_A_NUMBER)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def trained_on_a_failing_disk(jobs: list[str]) -> list[dict[str, Any] | str]:
+    """Train on this rank; the disk of rank 1 fails once, as it writes its first checkpoint."""
+    if dist.get_rank() == 1:
+        fsync, failures = os.fsync, [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+        def failing(file: int) -> None:
+            if failures:
+                raise failures.pop()
+            fsync(file)
+
+        os.fsync = failing
+    found: list[dict[str, Any] | str] = []
+    for path in jobs:
+        job = load(path)
+        run = local_run(job)
+        try:
+            figures = train(job, run, export_model)
+            found.append({key: figures[key] for key in ("steps", "skipped_steps")})
+        except RaytrainAdvError as error:
+            found.append(str(error))
+        run.close()
+    return found
+
+
+def faults(out: Path) -> list[str]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["message"] for row in rows if row.get("event") == "fault"]
+
+
+def flip_a_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_bad_batch_a_failing_disk_and_damaged_checkpoints(job_file, keys, tmp_path):
+    """Rank 1 has NaN in step 3, and its disk fails once: the update is skipped on both ranks, or
+    the run stops, the batch kept; the checkpoint is written again. The last two are damaged: the
+    run resumes from the one before them and logs the same losses; one that is named is refused."""
+    with_a_bad_batch(Path(keys["model_name_or_path"]))
+    keys |= {"trust_remote_code": True, "use_cpu": True, "export_model": False}
+    keys |= {"save_strategy": "steps", "save_steps": 2, "ray_num_workers": 2}
+    skip, stop = tmp_path / "out", tmp_path / "stop"
+    jobs = [
+        job_file("skip.yaml", on_bad_loss="skip", max_steps=8),
+        job_file("stop.yaml", output_dir=str(stop)),
+    ]
+    for figures, message in run_ranks(trained_on_a_failing_disk, 2, tmp_path, list(map(str, jobs))):
+        assert figures == {"steps": 8, "skipped_steps": 1}
+        assert "is not finite" in message and "first at optimizer step 3" in message
+        assert str(stop / "bad_batches" / "step_00000003.json") in message
+    written, skipped = sorted(faults(skip), key=lambda text: text.startswith("step 3"))
+    assert "step 3: loss nan" in skipped and "its update was skipped" in skipped
+    assert "of step 2 could not be written" in written and "Input/output error" in written
+    before = losses(skip)
+    assert before[3] is None and all(before[step] is not None for step in (1, 2, 4, 5, 6, 7, 8))
+    kept = json.loads((skip / "bad_batches" / "step_00000003.json").read_text())["sequences"]
+    assert [one["rank"] for one in kept] == [0, 0, 1, 1] and "Count to" in kept[0]["text"]
+    assert (skip / "checkpoints" / "local" / "step_00000002" / "manifest.json").exists()
+
+    last = skip / "checkpoints" / "local" / "step_00000008"
+    flip_a_byte(last / "__1_0.distcp")
+    named = job_file(
+        "named.yaml", on_bad_loss="skip", max_steps=8, resume_from_checkpoint=str(last)
+    )
+    for (message,) in run_ranks(trained_on_a_failing_disk, 2, tmp_path, [str(named)]):
+        assert "is damaged" in message and "__1_0.distcp does not have the bytes" in message
+    os.truncate(last.with_name("step_00000006") / "__0_0.distcp", 100)
+    again = job_file("again.yaml", **skipping, resume_from_checkpoint=True)
+    assert run_workers(2, again)[0]["resumed_from_step"] == 4
+    assert losses(skip) == before
+    damaged = [line for line in faults(skip) if "is damaged" in line]
+    assert "step_00000008" in damaged[0] and "CRC-32" in damaged[0]
+    assert "step_00000006" in damaged[1] and "has 100 bytes" in damaged[1]
