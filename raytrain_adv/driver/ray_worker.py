@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from raytrain_adv.worker.storage import Storage
 from raytrain_adv.worker.train import train
 
 STARTS = "starts.json"
+SHOWN_NODES = 8
 LAST_FRAMES = 3
 """Innermost frames of a worker's traceback that its error takes to the driver."""
 
@@ -91,7 +93,8 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     )
     if run.is_main:
         _require_shared(job, config["marker"])
-    run.restarts = run.broadcast(_count_start(run) if run.is_main else None)
+    places = gathered(run)
+    run.restarts = run.broadcast(_count_start(run, places) if run.is_main else None)
     reporter.exported = RunMetrics(job, config["run"], run.rank, run.restarts)
     try:
         return {**train(job, run, export_model), "restarts": run.restarts}
@@ -104,7 +107,38 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         reporter.exported.close()
 
 
-def _count_start(run: Run) -> int:
+def gathered(run: Run) -> dict[str, str]:
+    """Return the nodes that the workers are on, id -> address, in the order of their ranks."""
+    here = (ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+    every: list[Any] = [here] * run.world_size
+    if run.world_size > 1:
+        dist.all_gather_object(every, here, group=run.cpu_group)
+    return dict(every)
+
+
+def said(places: Mapping[str, str], before: Mapping[str, str], alive: Set[str]) -> dict[str, str]:
+    """Return what to tell of where the workers start: nodes, lost nodes, and a sentence.
+
+    Args:
+        places: their nodes, id -> address.
+        before: those of the start before, if there was one.
+        alive: ids of the cluster's nodes.
+    """
+    lost = [address for node, address in before.items() if node not in alive]
+    nodes = list(places.values())
+    text = f"workers on {_listed(nodes)}"
+    if lost:
+        text += f"; lost: {_listed(lost)}"
+    return {"message": text, "nodes": " ".join(nodes), "lost": " ".join(lost)}
+
+
+def _listed(addresses: list[str]) -> str:
+    more = len(addresses) - SHOWN_NODES
+    text = ", ".join(addresses[:SHOWN_NODES]) + (f" and {more} more" if more > 0 else "")
+    return f"node{'s' * (len(addresses) != 1)} {text}"
+
+
+def _count_start(run: Run, places: Mapping[str, str]) -> int:
     """Return how often this attempt has started before; Ray restarts all workers without telling
     them. Each death of the controller has added an r to the attempt's name.
     """
@@ -113,12 +147,15 @@ def _count_start(run: Run) -> int:
     launch = run.attempt.rstrip("r")
     same = {name for name in run.storage.folders() if name.rstrip("r") == launch} | {run.attempt}
     found = {name: run.storage.folder(name).read_json(STARTS) or {"starts": 0} for name in same}
+    alive = {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
+    run.say(event="workers", **said(places, found[run.attempt].get("nodes", {}), alive))
     group = ray.util.get_current_placement_group()
     folder.write_json(
         STARTS,
         {
             "starts": found[run.attempt]["starts"] + 1,
             "placement_group": group.id.hex() if group is not None else None,
+            "nodes": dict(places),
         },
     )
     return sum(int(one["starts"]) for one in found.values())

@@ -22,6 +22,7 @@ from raytrain_adv.report.record_parts import (
     Record,
     Sample,
     Seconds,
+    Start,
     TransformReport,
     Variant,
     fold_names,
@@ -40,6 +41,7 @@ __all__ = [
     "Record",
     "RunReport",
     "Sample",
+    "Start",
     "TransformReport",
     "Variant",
     "describe_failure",
@@ -117,6 +119,8 @@ class RunReport(Record):
     """Median share of the device's dense bf16 peak, as 0.42; null where the peak is not known."""
     restarts: int = 0
     """Times that lost workers were started again."""
+    starts: tuple[Start, ...] = ()
+    """Each start of the workers: at which step, how many, and which nodes had been lost."""
     resumed_from_step: int | None = None
     """Step of the checkpoint the run last went on from; null if it never did."""
     transforms: dict[str, TransformReport] = Field(default_factory=dict)
