@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.secrets import secrets_in
 from raytrain_adv.config.workers import numbers
+from raytrain_adv.driver.placement import Placement
 from raytrain_adv.errors import ClusterError, JobError
 
 # Ray's defaults lose or hide things; each is set only where the user has not (ray 2.60).
@@ -42,54 +43,6 @@ ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
 CONNECT_TIMEOUT_S = 5.0
 CPU_WORKERS = 2
 """Workers that ray_num_workers: auto takes where there is no GPU."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What the job will ask of the cluster, with every auto resolved."""
-
-    num_workers: int
-    """Where their number may change, the most there may be."""
-    bundle: dict[str, float]
-    """What each worker reserves."""
-    use_gpu: bool
-    started_here: bool
-    """Whether this driver started the cluster."""
-    note: str
-    """The choice in a sentence, for the console."""
-    avoided: tuple[str, ...] = ()
-    """Ids of the nodes that preflight left out."""
-    avoided_accelerators: tuple[str, ...] = ()
-    """Ray's accelerator types that an autoscaler must not start for this job."""
-    numbers: tuple[int, ...] = ()
-    """The numbers of workers that will do, ascending; none where it is one throughout."""
-    versions: Mapping[str, str | None] = field(default_factory=dict)
-    """Package -> version on the nodes that preflight accepted; each worker compares its own."""
-
-    @property
-    def fewest(self) -> int:
-        """Workers without which the run does not go on."""
-        return self.numbers[0] if self.numbers else self.num_workers
-
-    @property
-    def asked(self) -> str:
-        """How many workers are asked for, in words."""
-        if self.numbers:
-            return f"{self.fewest} workers at least"
-        return f"{self.num_workers} worker{'s' * (self.num_workers != 1)}"
-
-    @property
-    def label_selector(self) -> dict[str, str] | None:
-        """Where workers may be, in Ray's terms; none means anywhere.
-
-        Nodes are named that must not be used, so that one which joins later may be: a worker
-        checks itself before it begins.
-        """
-        unwanted = {
-            "ray.io/node-id": self.avoided,
-            "ray.io/accelerator-type": self.avoided_accelerators,
-        }
-        return {key: f"!in({','.join(v)})" for key, v in unwanted.items() if v} or None
 
 
 @dataclass(frozen=True)

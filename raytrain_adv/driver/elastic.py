@@ -14,7 +14,8 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from raytrain_adv.driver import cluster
-from raytrain_adv.driver.cluster import Node, Placement
+from raytrain_adv.driver.cluster import Node
+from raytrain_adv.driver.placement import Placement
 
 
 class KeepsTheBatch(ElasticScalingPolicy):  # type: ignore[misc] # ray is Any to mypy

@@ -10,7 +10,8 @@ from types import TracebackType
 from ray.exceptions import RayError
 
 from raytrain_adv.driver import cluster
-from raytrain_adv.driver.cluster import Node, Placement
+from raytrain_adv.driver.cluster import Node
+from raytrain_adv.driver.placement import Placement
 
 EVERY_S = 1.0
 

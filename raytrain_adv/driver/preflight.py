@@ -13,8 +13,9 @@ from typing import Protocol
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver import cluster, versions
-from raytrain_adv.driver.cluster import Node, Placement
+from raytrain_adv.driver.cluster import Node
 from raytrain_adv.driver.declared import declared_reading
+from raytrain_adv.driver.placement import Placement
 from raytrain_adv.driver.plan import RunPlan
 from raytrain_adv.driver.probe import Read, Reading, read_nodes
 from raytrain_adv.driver.probe_script import own_package

@@ -5,6 +5,7 @@ train().
 from __future__ import annotations
 
 import os
+import time
 import traceback
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -95,6 +96,7 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         _require_shared(job, config["marker"])
     places = gathered(run)
     run.restarts = run.broadcast(_count_start(run, places) if run.is_main else None)
+    require_shared_storage(run)
     reporter.exported = RunMetrics(job, config["run"], run.rank, run.restarts)
     try:
         return {**train(job, run, export_model), "restarts": run.restarts}
@@ -159,6 +161,24 @@ def _count_start(run: Run, places: Mapping[str, str]) -> int:
         },
     )
     return sum(int(one["starts"]) for one in found.values())
+
+
+def require_shared_storage(run: Run, patience_s: float = 10.0) -> None:
+    """Raise unless this worker sees what rank 0 has written to where checkpoints go.
+
+    Raises:
+        JobError: its part of each checkpoint would stay on its own node.
+    """
+    end = time.monotonic() + patience_s
+    while run.storage.folder(run.attempt).read_json(STARTS) is None:
+        if time.monotonic() > end:
+            raise JobError(
+                "Checkpoints would not be on storage that the workers share",
+                f"{run.storage.path(run.attempt, STARTS)}: written by rank 0, not seen by rank "
+                f"{run.rank} on node {ray.util.get_node_ip_address()}",
+                "give a folder on a shared file system as output_dir, or ray_storage_path: s3://...",
+            )
+        time.sleep(0.5)
 
 
 def _require_shared(job: JobConfig, marker: str) -> None:

@@ -19,13 +19,13 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver import cluster, output, preflight, preflight_table
-from raytrain_adv.driver.cluster import Placement
 from raytrain_adv.driver.console import Console, summary
 from raytrain_adv.driver.elastic import KeepsTheBatch
 from raytrain_adv.driver.failures import StopWhenRetryCannotHelp, stopped, translated
 from raytrain_adv.driver.node_network import NodeNetwork
 from raytrain_adv.driver.node_watch import NodeWatch, usable
 from raytrain_adv.driver.output import Output
+from raytrain_adv.driver.placement import Placement
 from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.ray_worker import STARTS, ray_worker

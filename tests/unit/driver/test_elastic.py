@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from raytrain_adv.config import load
 from raytrain_adv.config.workers import numbers
-from raytrain_adv.driver.cluster import Node, Placement
+from raytrain_adv.driver.cluster import Node
 from raytrain_adv.driver.elastic import fitting
 from raytrain_adv.driver.node_network import interface
 from raytrain_adv.driver.node_watch import NodeWatch
+from raytrain_adv.driver.placement import Placement
 from raytrain_adv.driver.plan import show
 from raytrain_adv.driver.preflight import settled
-from raytrain_adv.driver.ray_worker import said
+from raytrain_adv.driver.ray_worker import require_shared_storage, said
 from raytrain_adv.driver.trainer import scaling
-from raytrain_adv.errors import ClusterError
+from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.worker.run import Run, SilentReporter
+from raytrain_adv.worker.storage import Storage
 from tests.readings import A100, H100, node_with
 from tests.unit.driver.test_preflight import found_on
 
@@ -103,3 +107,15 @@ def test_gloo_takes_the_interface_that_has_the_nodes_address():
     addresses = {"lo": ["127.0.0.1", "::1"], "eth0": ["192.0.2.2"], "ib0": ["10.0.0.1"]}
     assert interface("10.0.0.1", addresses) == "ib0"
     assert interface("127.0.0.2", addresses) == ""
+
+
+def test_a_worker_that_does_not_see_rank_0s_files_is_refused(tmp_path, monkeypatch):
+    """Its shards would lie on its own disk, and no checkpoint would be whole."""
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.2")
+    storage = Storage.at(str(tmp_path))
+    run = Run(torch.device("cpu"), storage, "out_001", SilentReporter())
+    with pytest.raises(JobError, match=r"not seen by rank 0 on node 10\.0\.0\.2"):
+        require_shared_storage(run, patience_s=0.0)
+    storage.folder("out_001").make()
+    storage.folder("out_001").write_json("starts.json", {"starts": 1})
+    require_shared_storage(run)
