@@ -8,6 +8,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sweep import SWITCH
+from raytrain_adv.config.workers import num_passes, sharing
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """What Linux file systems hold."""
@@ -133,13 +134,39 @@ def check_workers(job: JobConfig, num_workers: int | None) -> None:
 
 
 def _workers(job: JobConfig) -> Iterable[Problem]:
+    key = "ray_num_workers"
     workers = job.ray.ray_num_workers
-    if isinstance(workers, int) and (problem := _misfit(job, workers, "ray_num_workers")):
+    if isinstance(workers, int) and (problem := _misfit(job, workers, key)):
         yield problem
+    if job.ray.ends is not None and job.ray.ends[0] < job.ray.ends[1]:
+        # The most first: where they will not do, what the fewest might be is not worth saying.
+        problems = (_misfit(job, number, key) for number in reversed(job.ray.ends))
+        yield from list(filter(None, problems))[:1]
+        yield from _elastic(job)
+
+
+def _elastic(job: JobConfig) -> Iterable[Problem]:
+    """Find what leaves workers whose number changes nothing to go on from."""
+    text = "another number of workers goes on from the last checkpoint"
+    if job.output.save_strategy == "no":
+        keys = "ray_num_workers and save_strategy"
+        yield Problem(f"{text}, and none is written", "set save_strategy: steps", keys)
+    elif job.output.save_only_model:
+        keys = "ray_num_workers and save_only_model"
+        yield Problem(f"{text}, with its optimizer states", "set save_only_model: false", keys)
 
 
 def _misfit(job: JobConfig, workers: int, key: str) -> Problem | None:
     shard = job.parallel.fsdp_shard_size
+    passes = num_passes(job, workers)
+    if passes % workers:
+        good = ", ".join(map(str, sharing(job, passes)))
+        return Problem(
+            f"{workers} workers cannot share the {passes} passes equally that a step has with "
+            f"{passes // job.train.gradient_accumulation_steps}",
+            f"numbers that work: {good}; or change gradient_accumulation_steps",
+            f"{key} and gradient_accumulation_steps",
+        )
     if shard is None or workers % shard == 0:
         return None
     return Problem(

@@ -107,6 +107,8 @@ def describe(field: Mapping[str, Any]) -> str:
     if "const" in field:
         return str(field["const"])
     words = _KINDS[field.get("type", "any")] + _range(field)
+    if "minItems" in field and field["minItems"] == field.get("maxItems"):
+        words += f" of {field['minItems']}"
     if field.get("type") == "array" and "items" in field:
         return f"{words} ({describe(field['items'])})"
     inner = field.get("additionalProperties")

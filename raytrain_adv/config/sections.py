@@ -13,6 +13,7 @@ from raytrain_adv.config.section import Section
 LARGEST = 2**31 - 1
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Ends = Annotated[list[Count], Field(min_length=2, max_length=2)]
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Names = Text | Annotated[list[Text], Field(min_length=1)]
 Steps = Annotated[float, Field(gt=0, le=LARGEST)]
@@ -315,9 +316,9 @@ class OutputConfig(Section):
 class RayConfig(Section):
     """How Ray runs the job."""
 
-    ray_num_workers: Count | Literal["auto"] = 1
-    """Workers (ranks); auto takes every GPU of the cluster, or two CPU workers where there is none.
-    """
+    ray_num_workers: Count | Literal["auto"] | Ends = 1
+    """Workers (ranks); auto takes every GPU of the cluster, or two CPU workers where there is none;
+    [2, 8] goes on with fewer where workers are lost and grows again, with the batch of 8."""
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = None
     """What each worker reserves, as {"GPU": 1, "CPU": 8}; none means one GPU where the cluster has
     GPUs, else one CPU."""
@@ -340,8 +341,15 @@ class RayConfig(Section):
     force: bool = False
     """Start even where the predicted memory is more than the GPUs were found to have."""
 
+    @property
+    def ends(self) -> tuple[int, int] | None:
+        """The fewest and the most workers, where their number may change during the run."""
+        workers = self.ray_num_workers
+        return (workers[0], workers[1]) if isinstance(workers, list) else None
+
     def contradictions(self) -> Iterable[Problem]:
         """Find requests that Ray would wait for in vain, or that no worker could use."""
+        yield from self._elastic()
         key = "resources_per_worker"
         resources = self.resources_per_worker or {}
         for name in resources:
@@ -360,3 +368,16 @@ class RayConfig(Section):
         except ValueError:
             text = "it holds a number that is infinite or none"
             yield Problem(text, "give a number, or put text in quotes", "ray_init_kwargs")
+
+    def _elastic(self) -> Iterable[Problem]:
+        if self.ends is None:
+            return
+        fewest, most = self.ends
+        if fewest >= most:
+            text = f"[{fewest}, {most}] is not [the fewest, the most] workers"
+            fix = f"write [{most}, {fewest}]" if fewest > most else f"write {most}"
+            yield Problem(text, fix, "ray_num_workers")
+        if self.max_failures == 0:
+            text = "with max_failures: 0 the first worker that is lost ends the run"
+            fix = "set max_failures to how often workers may be lost, or -1 for any number"
+            yield Problem(text, fix, "ray_num_workers and max_failures")

@@ -124,6 +124,9 @@ def metric_problems(
     if resumes - {"None", "True", "False"}:
         fix = "set resume_from_checkpoint: true: each trial goes on with its own checkpoints"
         yield Problem("a sweep does not begin with a checkpoint", fix, "resume_from_checkpoint")
+    if any(j.ray.ends for j in jobs):
+        text = "trials that run at the same time each have a number of workers that stays"
+        yield Problem(text, "give one number, the workers of each trial", "ray_num_workers")
     if any(j.flat().get("compare") for j in jobs):
         fix = "set compare: false; the sweep has PTQ among its trials"
         yield Problem("every trial would train a twin of its own", fix, "compare")

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.workers import numbers
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.worker.memory import RESERVE, MemoryPrediction, predict
 from raytrain_adv.worker.parallel import checkpointing_mode
@@ -170,6 +171,8 @@ def _combined(case: Case, gpu: Gpu, helping: list[Advice]) -> list[Advice]:
 
 
 def _more_workers(case: Case, gpu: Gpu) -> Advice | None:
+    if case.job.ray.ends is not None:
+        return _more_at_least(case, gpu)
     workers = case.world_size * 2
     while workers <= MOST_WORKERS:
         keys = {"ray_num_workers": workers}
@@ -177,6 +180,16 @@ def _more_workers(case: Case, gpu: Gpu) -> Advice | None:
         if _fits(total, gpu):
             return Advice(keys, total, "smaller shards; the batch per step grows with the workers")
         workers *= 2
+    return None
+
+
+def _more_at_least(case: Case, gpu: Gpu) -> Advice | None:
+    """Return the smallest number of the fewest workers with which it fits."""
+    for workers in numbers(case.job):
+        smaller = dataclasses.replace(case, world_size=workers)
+        if workers > case.world_size and _fits(smaller.prediction().total, gpu):
+            keys = {"ray_num_workers": [workers, numbers(case.job)[-1]]}
+            return Advice(keys, smaller.prediction().total, "never fewer, with larger shards")
     return None
 
 
@@ -195,7 +208,8 @@ def written(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, list | tuple):
-        return ", ".join(map(written, value))
+        items = ", ".join(map(written, value))
+        return f"[{items}]" if all(isinstance(one, int) for one in value) else items
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)

@@ -34,7 +34,7 @@ def show(job: JobConfig | None, read: Read = read_nodes) -> None:
     placement = preflight.settled(job, placement, found)
     with console.status("reading the data"):
         data = look_at_data(job, lambda sentence: console.print(sentence, style="dim"))
-    plan = resolve(job, world_size=placement.num_workers, data=data, facts=found.facts)
+    plan = resolve(job, world_size=placement.fewest, data=data, facts=found.facts)
     for warning in preflight.refuse_too_large(job, plan, found):
         console.print(f"warning: {warning}", markup=False)
     console.print(f"{placement.note}: it can run", markup=False)

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.secrets import refuse_submitted
+from raytrain_adv.config.workers import numbers
+from raytrain_adv.driver.placement import Placement
 from raytrain_adv.errors import ClusterError
 
 # Ray's defaults lose or hide things; each is set only where the user has not (ray 2.60).
@@ -37,42 +39,11 @@ RAY_SETTINGS = {
 # On a Ray that the driver starts. Nobody takes its one node away with notice: no process need watch
 # for it.
 LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+# Where the number of workers may change: their places were free when it was decided on.
+ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
 CONNECT_TIMEOUT_S = 5.0
 CPU_WORKERS = 2
 """Workers that ray_num_workers: auto takes where there is no GPU."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What the job will ask of the cluster, with every auto resolved."""
-
-    num_workers: int
-    bundle: dict[str, float]
-    """What each worker reserves."""
-    use_gpu: bool
-    started_here: bool
-    """Whether this driver started the cluster."""
-    note: str
-    """The choice in a sentence, for the console."""
-    avoided: tuple[str, ...] = ()
-    """Ids of the nodes that preflight left out."""
-    avoided_accelerators: tuple[str, ...] = ()
-    """Ray's accelerator types that an autoscaler must not start for this job."""
-    versions: Mapping[str, str | None] = field(default_factory=dict)
-    """Package -> version on the nodes that preflight accepted; each worker compares its own."""
-
-    @property
-    def label_selector(self) -> dict[str, str] | None:
-        """Where workers may be, in Ray's terms; none means anywhere.
-
-        Nodes are named that must not be used, so that one which joins later may be: a worker
-        checks itself before it begins.
-        """
-        unwanted = {
-            "ray.io/node-id": self.avoided,
-            "ray.io/accelerator-type": self.avoided_accelerators,
-        }
-        return {key: f"!in({','.join(v)})" for key, v in unwanted.items() if v} or None
 
 
 @dataclass(frozen=True)
@@ -121,6 +92,8 @@ def connect(job: JobConfig | None) -> bool:
         os.environ.setdefault(name, value)
     if job is not None:
         os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(job.parallel.ddp_timeout))
+        for name, value in ELASTIC_SETTINGS.items() if job.ray.ends else ():
+            os.environ.setdefault(name, value)
     if ray.is_initialized():
         return False
     require_answer(str(address))
@@ -272,8 +245,14 @@ def settle(job: JobConfig, started_here: bool) -> Placement:
     workers = job.ray.ray_num_workers
     if workers == "auto":
         workers = int(num_gpus / bundle["GPU"]) if use_gpu else CPU_WORKERS
+    most = max(workers if isinstance(workers, int) else max(workers), 1)
     placement = Placement(
-        max(int(workers), 1), bundle, use_gpu, started_here, note(job, workers, bundle)
+        most,
+        bundle,
+        use_gpu,
+        started_here,
+        note(job, most, bundle),
+        numbers=numbers(job),
     )
     _refuse_misfit(job, placement, alive, scalable)
     return placement
@@ -285,10 +264,12 @@ def one_worker(started_here: bool) -> Placement:
     return Placement(1, {"GPU": 1.0} if use_gpu else {"CPU": 1.0}, use_gpu, started_here, "")
 
 
-def note(job: JobConfig, workers: int | str, bundle: Mapping[str, float]) -> str:
+def note(job: JobConfig, workers: int, bundle: Mapping[str, float]) -> str:
     """Return what the job asks of the cluster, in a sentence."""
     reserved = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
     text = f"{workers} worker{'s' * (workers != 1)}, {reserved} each"
+    if several := numbers(job):
+        text = f"{' or '.join(map(str, several))} workers as nodes come and go, {reserved} each"
     if "GPU" not in bundle and job.ray.resources_per_worker is None:
         text += " (use_cpu: true)" if job.parallel.use_cpu else " (the cluster has no GPU)"
     return text
@@ -299,11 +280,11 @@ def _refuse_misfit(
 ) -> None:
     strategy = job.ray.placement_strategy
     possible = room([*alive, *scalable], placement, strategy)
-    if possible >= placement.num_workers:
+    if possible >= placement.fewest:
         return
     asked = ", ".join(f"{v:g} {k}" for k, v in placement.bundle.items())
     found = [
-        f"asked: {placement.num_workers} workers with {asked} each ({strategy})",
+        f"asked: {placement.asked} with {asked} each ({strategy})",
         f"there is room for {possible}:",
     ]
     found += [f"  {n.count} x {n.address}: {shown(n.resources)}" for n in [*alive, *scalable]]
@@ -348,9 +329,9 @@ def wait_for_room(
     while True:
         now = free(placement)
         missing = {
-            name: placement.num_workers * amount - now.get(name, 0.0)
+            name: placement.fewest * amount - now.get(name, 0.0)
             for name, amount in placement.bundle.items()
-            if placement.num_workers * amount - now.get(name, 0.0) > 1e-6
+            if placement.fewest * amount - now.get(name, 0.0) > 1e-6
         }
         if not missing:
             return
@@ -369,12 +350,18 @@ def wait_for_room(
 def free(placement: Placement) -> dict[str, float]:
     """Return the free resources of the nodes that may be used, added up."""
     total: dict[str, float] = {}
-    # Private until Ray has a public form of it (2.60: ray.available_resources has no nodes).
-    for node_id, resources in ray._private.state.available_resources_per_node().items():
+    for node_id, resources in free_on_nodes().items():
         if node_id not in placement.avoided:
             for name, amount in resources.items():
                 total[name] = total.get(name, 0.0) + amount
     return total
+
+
+def free_on_nodes() -> Mapping[str, Mapping[str, float]]:
+    """Return node id -> its free resources."""
+    # Private until Ray has a public form of it (2.60: ray.available_resources has no nodes).
+    found: Mapping[str, Mapping[str, float]] = ray._private.state.available_resources_per_node()
+    return found
 
 
 def release(group: str) -> None:

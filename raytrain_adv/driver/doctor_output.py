@@ -22,8 +22,8 @@ from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.report import record
 from raytrain_adv.report.numbers import plural
 from raytrain_adv.worker import metrics_file
-from raytrain_adv.worker.checkpoint import MANIFEST
 from raytrain_adv.worker.checkpoint_files import CheckpointFiles
+from raytrain_adv.worker.damage import MANIFEST
 from raytrain_adv.worker.metrics_file import FILE_NAME, parse_row, replace
 from raytrain_adv.worker.storage import Storage, storage_errors
 

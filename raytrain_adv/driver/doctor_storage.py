@@ -10,8 +10,9 @@ from typing import Any
 from raytrain_adv.driver.finding import FOLDER, Finding, SetAside
 from raytrain_adv.errors import StorageError
 from raytrain_adv.report.numbers import plural
-from raytrain_adv.worker.checkpoint import FORMAT, MANIFEST, Found, all_folders, find
+from raytrain_adv.worker.checkpoint import FORMAT, Found, all_folders, find
 from raytrain_adv.worker.checkpoint_reader import PlainReader
+from raytrain_adv.worker.damage import MANIFEST
 from raytrain_adv.worker.storage import Storage
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 
-from raytrain_adv.errors import RaytrainAdvError, StorageError, Stopped, TrainingError
+from raytrain_adv.errors import RaytrainAdvError, Stopped, StorageError, TrainingError
 from raytrain_adv.worker.storage import Storage
 
 if TYPE_CHECKING:

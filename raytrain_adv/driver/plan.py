@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from torch import nn
 
 from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.workers import accumulation, numbers
 from raytrain_adv.driver import sweep_plan
 from raytrain_adv.driver.advice import EXAMPLES, Advice, Case, Gpu, advise
 from raytrain_adv.driver.plan_data import DataSummary, look_at, summarise
@@ -48,6 +49,16 @@ class ModelSummary:
 
 
 @dataclass(frozen=True)
+class Size:
+    """What another number of workers makes of a run."""
+
+    workers: int
+    accumulation_steps: int
+    memory_gib: float
+    """Predicted peak per GPU."""
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """Everything a run settles before it starts."""
 
@@ -66,6 +77,9 @@ class RunPlan:
     """What the prediction is held against."""
     advice: Mapping[str, tuple[Advice, ...]]
     """GPU name -> changes worth making."""
+    sizes: tuple[Size, ...] = ()
+    """The run with each number of workers it may have; none where it is one throughout. The plan
+    itself is then for the fewest, which need most memory."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan's numbers as JSON types."""
@@ -129,7 +143,13 @@ def resolve(
         memory=case.prediction(),
         gpus=gpus,
         advice={gpu.name: tuple(advise(case, gpu)) for gpu in gpus},
+        sizes=tuple(_size(case, workers) for workers in numbers(job)),
     )
+
+
+def _size(case: Case, workers: int) -> Size:
+    of_that_size = replace(case, world_size=workers)
+    return Size(workers, accumulation(case.job, workers), of_that_size.prediction().total)
 
 
 def show(job: JobConfig, num_workers: int | None = None, verbose: bool = False) -> None:
@@ -166,8 +186,10 @@ def _workers(job: JobConfig, asked: int | None, facts: HardwareFacts) -> tuple[i
     """Return the number of workers, and where it comes from unless the job says it."""
     if asked is not None:
         return asked, ""
-    if job.ray.ray_num_workers != "auto":
+    if isinstance(job.ray.ray_num_workers, int):
         return job.ray.ray_num_workers, ""
+    if several := numbers(job):
+        return several[0], "the fewest of ray_num_workers, which need most memory"
     if facts.num_gpus and not job.parallel.use_cpu:
         return facts.num_gpus, "ray_num_workers is auto; this machine has that many GPUs"
     return CPU_WORKERS, "ray_num_workers is auto; as on a cluster without GPUs (--workers N)"

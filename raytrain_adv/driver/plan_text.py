@@ -151,6 +151,13 @@ def _batch_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
         f"x {_count(a.world_size, 'worker')} = {_count(a.global_batch, 'sequence')}, "
         f"about {mean * a.global_batch:,.0f} tokens",
     )
+    for size in plan.sizes[1:]:
+        yield (
+            "",
+            f"with {_count(size.workers, 'worker')}: the same in "
+            f"{_count(size.accumulation_steps, 'pass', 'passes')}, at most "
+            f"{size.memory_gib:.1f} GiB per {_device(plan)}",
+        )
     yield "epoch", f"{about}{_count(a.steps_per_epoch, 'step')}"
     source = "max_steps" if job.train.max_steps > 0 else "num_train_epochs"
     warm = f", {a.warmup_steps:,} of them warm-up" if a.warmup_steps else ""

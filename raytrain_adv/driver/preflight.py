@@ -13,8 +13,9 @@ from typing import Protocol
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver import cluster, versions
-from raytrain_adv.driver.cluster import Node, Placement
+from raytrain_adv.driver.cluster import Node
 from raytrain_adv.driver.declared import declared_reading
+from raytrain_adv.driver.placement import Placement
 from raytrain_adv.driver.plan import RunPlan
 from raytrain_adv.driver.probe import Read, Reading, read_nodes
 from raytrain_adv.driver.probe_script import own_package
@@ -223,7 +224,7 @@ def settled(job: JobConfig, placement: Placement, found: Preflight) -> Placement
     if auto:
         # auto asks for every GPU: one is not passed over for an odd version, which can be mended
         refused = [v for v in refused if v.refusal == DIFFERS] or refused
-    if room < num_workers or (auto and any(v.refusal == DIFFERS for v in refused)):
+    if room < wanted.fewest or (auto and any(v.refusal == DIFFERS for v in refused)):
         raise _too_few(job, placement, refused, room)
     left_out = [v.node for v in found.verdicts if v.workers and not v.accepted]
     wanted_types = {node.accelerator for node in nodes}
@@ -247,8 +248,7 @@ def _too_few(
     rules = list(dict.fromkeys(v.refusal for v in refused))
     bundle = ", ".join(f"{amount:g} {name}" for name, amount in placement.bundle.items())
     lines = [
-        f"asked: {placement.num_workers} worker{'s' * (placement.num_workers != 1)} with {bundle} "
-        f"each ({job.ray.placement_strategy})",
+        f"asked: {placement.asked} with {bundle} each ({job.ray.placement_strategy})",
         f"there is room for {room} on the nodes that qualify; left out:",
     ]
     for verdict in refused:

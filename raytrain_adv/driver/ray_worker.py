@@ -5,7 +5,9 @@ train().
 from __future__ import annotations
 
 import os
+import time
 import traceback
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from raytrain_adv.worker.storage import Storage
 from raytrain_adv.worker.train import train
 
 STARTS = "starts.json"
+SHOWN_NODES = 8
 LAST_FRAMES = 3
 """Innermost frames of a worker's traceback that its error takes to the driver."""
 
@@ -105,7 +108,9 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         _require_shared(job, config["marker"])
         if word := take_word(storage.folder(run.attempt)):
             run.fault(word)
-    run.restarts = run.broadcast(_count_start(run) if run.is_main else None)
+    places = gathered(run)
+    run.restarts = run.broadcast(_count_start(run, places) if run.is_main else None)
+    require_shared_storage(run)
     reporter.exported = RunMetrics(job, config["run"], run.rank, run.restarts)
     try:
         return {**train(job, run, export_model), "restarts": run.restarts}
@@ -118,7 +123,38 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         reporter.exported.close()
 
 
-def _count_start(run: Run) -> int:
+def gathered(run: Run) -> dict[str, str]:
+    """Return the nodes that the workers are on, id -> address, in the order of their ranks."""
+    here = (ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+    every: list[Any] = [here] * run.world_size
+    if run.world_size > 1:
+        dist.all_gather_object(every, here, group=run.cpu_group)
+    return dict(every)
+
+
+def said(places: Mapping[str, str], before: Mapping[str, str], alive: Set[str]) -> dict[str, str]:
+    """Return what to tell of where the workers start: nodes, lost nodes, and a sentence.
+
+    Args:
+        places: their nodes, id -> address.
+        before: those of the start before, if there was one.
+        alive: ids of the cluster's nodes.
+    """
+    lost = [address for node, address in before.items() if node not in alive]
+    nodes = list(places.values())
+    text = f"workers on {_listed(nodes)}"
+    if lost:
+        text += f"; lost: {_listed(lost)}"
+    return {"message": text, "nodes": " ".join(nodes), "lost": " ".join(lost)}
+
+
+def _listed(addresses: list[str]) -> str:
+    more = len(addresses) - SHOWN_NODES
+    text = ", ".join(addresses[:SHOWN_NODES]) + (f" and {more} more" if more > 0 else "")
+    return f"node{'s' * (len(addresses) != 1)} {text}"
+
+
+def _count_start(run: Run, places: Mapping[str, str]) -> int:
     """Return how often this attempt has started before; Ray restarts all workers without telling
     them. Each death of the controller has added an r to the attempt's name.
     """
@@ -127,15 +163,36 @@ def _count_start(run: Run) -> int:
     launch = run.attempt.rstrip("r")
     same = {name for name in run.storage.folders() if name.rstrip("r") == launch} | {run.attempt}
     found = {name: run.storage.folder(name).read_json(STARTS) or {"starts": 0} for name in same}
+    alive = {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
+    run.say(event="workers", **said(places, found[run.attempt].get("nodes", {}), alive))
     group = ray.util.get_current_placement_group()
     folder.write_json(
         STARTS,
         {
             "starts": found[run.attempt]["starts"] + 1,
             "placement_group": group.id.hex() if group is not None else None,
+            "nodes": dict(places),
         },
     )
     return sum(int(one["starts"]) for one in found.values())
+
+
+def require_shared_storage(run: Run, patience_s: float = 10.0) -> None:
+    """Raise unless this worker sees what rank 0 has written to where checkpoints go.
+
+    Raises:
+        JobError: its part of each checkpoint would stay on its own node.
+    """
+    end = time.monotonic() + patience_s
+    while run.storage.folder(run.attempt).read_json(STARTS) is None:
+        if time.monotonic() > end:
+            raise JobError(
+                "Checkpoints would not be on storage that the workers share",
+                f"{run.storage.path(run.attempt, STARTS)}: written by rank 0, not seen by rank "
+                f"{run.rank} on node {ray.util.get_node_ip_address()}",
+                "give a folder on a shared file system as output_dir, or ray_storage_path: s3://...",
+            )
+        time.sleep(0.5)
 
 
 def _require_shared(job: JobConfig, marker: str) -> None:

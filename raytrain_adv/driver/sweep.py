@@ -184,7 +184,7 @@ def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
         job = trial.job
         key = f"{job.data.model_dump()} {job.model.model_dump()}"
         workers = job.ray.ray_num_workers
-        workers = room.placement.num_workers if workers == "auto" else workers
+        workers = workers if isinstance(workers, int) else room.placement.num_workers
         try:
             if key not in num_sequences:
                 num_sequences[key] = len(prepare(job, _say).train)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import Trial
 from raytrain_adv.driver import cluster, preflight
-from raytrain_adv.driver.cluster import Node, Placement
+from raytrain_adv.driver.cluster import Node
+from raytrain_adv.driver.placement import Placement
 from raytrain_adv.driver.preflight import Preflight
 from raytrain_adv.driver.probe import Read
 from raytrain_adv.errors import ClusterError

@@ -13,14 +13,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 
 from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver import cluster, output, preflight, preflight_table
-from raytrain_adv.driver.cluster import Placement
 from raytrain_adv.driver.console import Console, summary
+from raytrain_adv.driver.elastic import KeepsTheBatch
 from raytrain_adv.driver.failures import (
     StopWhenRetryCannotHelp,
     TellTheNextStart,
@@ -29,8 +29,11 @@ from raytrain_adv.driver.failures import (
     translated,
 )
 from raytrain_adv.driver.hang import WatchForHangs
+from raytrain_adv.driver.node_network import NodeNetwork
+from raytrain_adv.driver.node_watch import NodeWatch, usable
 from raytrain_adv.driver.notice import ListenForSigterm
 from raytrain_adv.driver.output import Output
+from raytrain_adv.driver.placement import Placement
 from raytrain_adv.driver.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.ray_worker import STARTS, ray_worker
@@ -53,6 +56,14 @@ class Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
     without a checkpoint (ray 2.60, data_parallel_trainer.py). What finds workers that hang is asked
     first, so that what deals with their errors sees those it gives them.
     """
+
+    elastic: KeepsTheBatch | None = None
+    """What decides on the number of workers, where it may change."""
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        if self.elastic is not None:
+            arguments["scaling_policy"] = self.elastic
+        return super()._initialize_and_run_controller(**arguments)
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
@@ -97,11 +108,12 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
         console.say(note)
     try:
         placement, plan = _prepare(job, console, timeline, nodes, read)
-        report = planned(report, placement.num_workers, plan.memory, plan.transforms)
+        report = planned(report, placement.fewest, plan.memory, plan.transforms)
         report = report.model_copy(update={"preflight": nodes[-1]})
         record.write(report, place.folder)
         start = time.perf_counter()
-        with asking(place.folder, console.say):
+        watch = NodeWatch(placement, usable(placement), console.say)
+        with asking(place.folder, console.say), watch:
             result = fit(job, place, placement, console)
         timeline["training"] = time.perf_counter() - start
         report = against(finished(report, result, timeline, place.folder), job)
@@ -157,7 +169,7 @@ def _prepare(
     )
     start = time.perf_counter()
     fetch_all(job, found.facts or hardware.detect(), console.say)
-    plan = resolve(job, world_size=placement.num_workers, data=prepared, facts=found.facts)
+    plan = resolve(job, world_size=placement.fewest, data=prepared, facts=found.facts)
     console.say(placement.note)
     console.say(render_brief(plan))
     for warning in preflight.refuse_too_large(job, plan, found):
@@ -232,7 +244,7 @@ def _trainer(
 ) -> Trainer:
     shares_gpu = 0 < placement.bundle.get("GPU", 0.0) < 1
     backend = "cpu:gloo,cuda:nccl" if placement.use_gpu and not shares_gpu else "gloo"
-    return Trainer(
+    trainer = Trainer(
         ray_worker,
         train_loop_config={
             "job": job,
@@ -245,7 +257,7 @@ def _trainer(
             "folder": os.getcwd(),
             "marker": str(place.folder.absolute() / output.RUN_FILE),
         },
-        torch_config=TorchConfig(backend=backend, timeout_s=job.parallel.ddp_timeout),
+        torch_config=NodeNetwork(backend=backend, timeout_s=job.parallel.ddp_timeout),
         scaling_config=scaling(job, placement),
         run_config=RunConfig(
             name=attempt,
@@ -254,6 +266,10 @@ def _trainer(
             callbacks=_callbacks(job, place, attempt),
         ),
     )
+    if placement.numbers:
+        strategy = job.ray.placement_strategy
+        trainer.elastic = KeepsTheBatch(scaling(job, placement), placement, strategy)
+    return trainer
 
 
 def _callbacks(job: JobConfig, place: Output, attempt: str) -> list[Any]:
@@ -272,7 +288,9 @@ def _callbacks(job: JobConfig, place: Output, attempt: str) -> list[Any]:
 def scaling(job: JobConfig, placement: Placement) -> ScalingConfig:
     """Return what Ray Train is asked for: how many workers, what each reserves, and where."""
     return ScalingConfig(
-        num_workers=placement.num_workers,
+        num_workers=(placement.fewest, placement.num_workers)
+        if placement.numbers
+        else placement.num_workers,
         use_gpu=placement.use_gpu,
         resources_per_worker=placement.bundle,
         placement_strategy=job.ray.placement_strategy,

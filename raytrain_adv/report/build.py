@@ -20,6 +20,7 @@ from raytrain_adv.report.record import (
     describe_failure,
 )
 from raytrain_adv.report.record import read as read_report
+from raytrain_adv.report.starts import starts
 from raytrain_adv.report.variants import quantised_loss, recovered, variants
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.memory import MemoryPrediction
@@ -118,7 +119,7 @@ def failed(
         **_losses(folder),
     }
     if begun:
-        same = ("total_steps", "resumed_from_step", "restarts")
+        same = ("total_steps", "resumed_from_step", "restarts", "world_size")
         update |= {name: begun[-1].get(name) for name in same}
     return RunReport(**{**report.model_dump(), **update})
 
@@ -189,6 +190,7 @@ def _losses(folder: Path) -> dict[str, Any]:
     rows = read(folder / FILE_NAME)
     found = variants(rows)
     curves: dict[str, Any] = {
+        "starts": starts(rows),
         "train_loss": [],
         "eval_loss": [],
         "variants": found,

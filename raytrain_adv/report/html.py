@@ -14,6 +14,7 @@ from raytrain_adv.report.page import page, text
 from raytrain_adv.report.parts import badge, bars, below, card, folded, section, table
 from raytrain_adv.report.preflight_section import preflight_html
 from raytrain_adv.report.record import Failure, RunReport, Sample, TransformReport, write_text
+from raytrain_adv.report.starts import starts_html
 from raytrain_adv.worker import metrics_file
 
 FILE_NAME = "report.html"
@@ -64,6 +65,7 @@ def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = T
             section("Memory of a worker", _memory(report)),
             section("Where the time went", _timeline(report)),
             section("The cluster before the run", preflight_html(report.preflight)),
+            section("The workers' starts", starts_html(report.starts)),
             section("The run", _run(report, rows)),
             section("The job", _job(report)),
             f"<footer>raytrain_adv {__version__}, written {_moment(time.time())}. The same figures "

@@ -22,6 +22,7 @@ from raytrain_adv.report.record_parts import (
     Record,
     Sample,
     Seconds,
+    Start,
     TransformReport,
     Variant,
     fold_names,
@@ -40,6 +41,7 @@ __all__ = [
     "Record",
     "RunReport",
     "Sample",
+    "Start",
     "TransformReport",
     "Variant",
     "describe_failure",
@@ -62,8 +64,8 @@ class RunReport(Record):
     format_version: Literal[1] = 1
     """Version of this contract; raised when a field changes its meaning or goes."""
     status: Literal["running", "done", "stopped", "failed"]
-    """running is written at the start: where it stays, the driver was killed. stopped: by Ctrl-C, by
-    SIGTERM as `ray job stop` sends it, or by its sweep.
+    """running is written at the start: where it stays, the driver was killed. stopped: by Ctrl-C,
+    by SIGTERM as `ray job stop` sends it, or by its sweep.
     """
     error: str | None = None
     """The error's whole message as the user saw it; null unless status is failed or stopped."""
@@ -121,6 +123,8 @@ class RunReport(Record):
     """Times that lost workers were started again."""
     skipped_steps: int = 0
     """Optimizer steps whose update was left out because of a bad loss (on_bad_loss: skip)."""
+    starts: tuple[Start, ...] = ()
+    """Each start of the workers: at which step, how many, and which nodes had been lost."""
     resumed_from_step: int | None = None
     """Step of the checkpoint the run last went on from; null if it never did."""
     transforms: dict[str, TransformReport] = Field(default_factory=dict)

@@ -201,6 +201,21 @@ class Baseline(Record):
     """This run's peak memory over its."""
 
 
+class Start(Record):
+    """A start of the workers."""
+
+    step: int
+    """Optimizer steps that were behind the run."""
+    time: Number = None
+    """When it was, in unix seconds."""
+    workers: int
+    """How many there were."""
+    nodes: tuple[str, ...] = ()
+    """Address of each node they were on."""
+    lost: tuple[str, ...] = ()
+    """Nodes of the start before that had gone."""
+
+
 class Variant(Record):
     """The held-out rows evaluated with a feature on or off."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from raytrain_adv.report import numbers, variants
 from raytrain_adv.report.record import Baseline, RunReport, Sample
+from raytrain_adv.report.starts import story
 
 NUM_SAMPLE_LINES = 8
 
@@ -75,7 +76,7 @@ def _steps(report: RunReport) -> str:
     if report.epochs is not None:
         text += f" ({report.epochs:.2f} epochs)"
     if report.world_size:
-        workers = numbers.plural(report.world_size, "worker")
+        workers = story(report.starts) or numbers.plural(report.world_size, "worker")
         text += f" on {workers}, {report.device or 'device unknown'}"
     if report.restarts:
         text += f", {numbers.plural(report.restarts, 'restart')}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.workers import num_passes, sharing
 from raytrain_adv.errors import JobError
 
 Strategy = Literal["no", "steps", "epoch"]
@@ -113,14 +114,20 @@ def resolve_arithmetic(job: JobConfig, num_sequences: int, world_size: int) -> A
             "check dataset, max_samples and val_size",
         )
     train, output = job.train, job.output
-    sequences_per_worker = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    global_batch = sequences_per_worker * world_size
+    passes = num_passes(job, world_size)
+    if passes % world_size:
+        raise JobError(
+            "The workers cannot share the passes of a step equally",
+            f"{passes} passes in a step, {world_size} workers",
+            f"numbers that work: {', '.join(map(str, sharing(job, passes)))}",
+        )
+    global_batch = train.per_device_train_batch_size * passes
     total_steps, filled = _length(job, num_sequences, global_batch)
     return Arithmetic(
         num_sequences=num_sequences,
         world_size=world_size,
         micro_batch=train.per_device_train_batch_size,
-        accumulation_steps=train.gradient_accumulation_steps,
+        accumulation_steps=passes // world_size,
         global_batch=global_batch,
         total_steps=total_steps,
         warmup_steps=_warmup(job, total_steps),

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.workers import accumulation
 from raytrain_adv.ops.quantized_linear import num_weights, quantized_linears
 from raytrain_adv.worker.flops import text_config
 from raytrain_adv.worker.loss import CHUNK_TOKENS
@@ -100,7 +101,7 @@ def predict(
     """
     states = States.of(model, job, world_size)
     passes = Passes.of(model, job, seq_len, batch)
-    phases = _phases(states, passes, job)
+    phases = _phases(states, passes, job, accumulation(job, world_size) > 1)
     host = 0.0
     if job.parallel.fsdp_cpu_offload:
         host = states.parameters + states.gradients + states.optimizer
@@ -121,9 +122,9 @@ def predict(
     )
 
 
-def _phases(s: States, a: Passes, job: JobConfig) -> tuple[Phase, ...]:
+def _phases(s: States, a: Passes, job: JobConfig, accumulates: bool) -> tuple[Phase, ...]:
     """Put the moments of a step together; the optimizer's states are there from the second on."""
-    earlier = s.gradients if job.train.gradient_accumulation_steps > 1 else 0.0
+    earlier = s.gradients if accumulates else 0.0
     stays = 0.0 if job.parallel.fsdp_reshard_after_forward else s.root + s.layer * s.num_layers
     one = a.recomputed + a.temporaries
     held = Phase("", parameters=s.parameters, optimizer=s.optimizer)

@@ -15,7 +15,8 @@ import pytest
 
 from raytrain_adv import hardware
 from raytrain_adv.driver import preflight
-from raytrain_adv.driver.cluster import Node, Placement
+from raytrain_adv.driver.cluster import Node
+from raytrain_adv.driver.placement import Placement
 from raytrain_adv.driver.probe import Reading
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.export.model_folder import export_model

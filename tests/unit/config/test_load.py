@@ -196,6 +196,20 @@ def test_the_word_true_in_quotes_is_no_checkpoint_path(folder: Path) -> None:
         ),
         ("fsdp_shard_size: 3\nray_num_workers: 4\n", "fsdp_shard_size and ray_num_workers"),
         ("fsdp_shard_size: 8\nray_num_workers: 4\n", "fsdp_shard_size and ray_num_workers"),
+        ("ray_num_workers: [8, 2]\nmax_failures: 1\n", "write [2, 8]"),
+        ("ray_num_workers: [2, 8]\n", "ray_num_workers and max_failures"),
+        (
+            "ray_num_workers: [3, 8]\nmax_failures: 1\n",
+            "numbers that work: 1, 2, 4, 8; or change gradient_accumulation_steps",
+        ),
+        (
+            "ray_num_workers: [2, 8]\nfsdp_shard_size: 4\nmax_failures: 1\n",
+            "fsdp_shard_size and ray_num_workers",
+        ),
+        (
+            "ray_num_workers: [2, 8]\nsave_strategy: no\nmax_failures: 1\n",
+            "ray_num_workers and save_strategy",
+        ),
         ("train_from_scratch: true\n", "train_from_scratch and finetuning_type"),
         ("finetuning_type: lora\npure_bf16: true\n", "pure_bf16 and finetuning_type"),
         ("warmup_ratio: 0.0\nwarmup_steps: 10\n", "warmup_ratio and warmup_steps"),

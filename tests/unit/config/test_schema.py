@@ -105,6 +105,7 @@ def test_what_the_loader_refuses_the_schema_refuses(keys: dict[str, Any]) -> Non
         {"evaluation_strategy": "steps"},
         {"ray_num_workers": "auto"},
         {"ray_num_workers": 4},
+        {"ray_num_workers": [2, 8], "max_failures": 3},
         {"gradient_checkpointing": "selective"},
         {"gradient_checkpointing": False},
         {"dataset": ["a", "b"]},
@@ -125,7 +126,10 @@ def test_a_missing_model_is_refused() -> None:
     ("key", "words"),
     [
         ("learning_rate", "a number above 0"),
-        ("ray_num_workers", "a whole number at least 1, or auto"),
+        (
+            "ray_num_workers",
+            "a whole number at least 1, or auto, or a list of 2 (a whole number at least 1)",
+        ),
         ("bf16", "true or false"),
         ("warmup_ratio", "a number at least 0 and at most 1, or null"),
     ],

@@ -13,8 +13,9 @@ import pytest
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver import preflight, preflight_table, probe, versions
 from raytrain_adv.driver.advice import Advice
-from raytrain_adv.driver.cluster import Node, Placement
+from raytrain_adv.driver.cluster import Node
 from raytrain_adv.driver.declared import declared_reading
+from raytrain_adv.driver.placement import Placement
 from raytrain_adv.driver.plan import RunPlan, resolve
 from raytrain_adv.driver.plan_data import look_at as look_at_data
 from raytrain_adv.driver.preflight import Preflight, Verdict

@@ -15,7 +15,8 @@ import yaml
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver import sweep
 from raytrain_adv.driver.asha import DelayAwareAsha, Rungs
-from raytrain_adv.driver.cluster import Node, Placement
+from raytrain_adv.driver.cluster import Node
+from raytrain_adv.driver.placement import Placement
 from raytrain_adv.driver.stopping import StoppedBySweep, StopWhenTold, take_back, tell
 from raytrain_adv.driver.sweep_plan import render as render_plan
 from raytrain_adv.driver.sweep_results import Results

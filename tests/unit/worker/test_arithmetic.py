@@ -31,6 +31,20 @@ def test_the_batch_is_rows_times_passes_times_workers(make_job: Any) -> None:
     assert resolve_arithmetic(job, 1000, 5).global_batch == 60
 
 
+def test_fewer_workers_of_an_elastic_job_make_the_same_batch_in_more_passes(make_job: Any) -> None:
+    job = make_job(
+        ray_num_workers=[2, 8],
+        max_failures=-1,
+        gradient_accumulation_steps=3,
+        save_strategy="steps",
+    )
+    found = {n: resolve_arithmetic(job, 1000, n) for n in (2, 4, 8)}
+    assert {n: a.accumulation_steps for n, a in found.items()} == {2: 12, 4: 6, 8: 3}
+    assert {a.global_batch for a in found.values()} == {2 * 3 * 8}
+    with pytest.raises(JobError, match="numbers that work: 1, 2, 3, 4, 6, 8, 12, 24"):
+        resolve_arithmetic(job, 1000, 5)
+
+
 def test_epochs_round_the_last_batch_up_and_say_what_fills_it(make_job: Any) -> None:
     job = make_job(max_steps=-1, num_train_epochs=2.0, per_device_train_batch_size=8)
     result = resolve_arithmetic(job, 101, 1)
