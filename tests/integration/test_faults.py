@@ -8,9 +8,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,9 @@ from typing import Any
 
 import psutil
 import torch.distributed as dist
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from raytrain_adv.config import load
 from raytrain_adv.errors import RaytrainAdvError
@@ -233,3 +238,45 @@ def _trains(out: Path) -> bool:
     return rows(out)[-1]["kind"] == "train" or any(
         row["kind"] == "train" for row in rows(out)[rows(out).index(events(out, "plan")[-1]) :]
     )
+
+
+def test_a_drained_node_leaves_a_checkpoint_and_costs_no_retry(job_file, tmp_path, monkeypatch):
+    """The worker's node gets notice that it is taken away in 6 s: the run saves after its step, and
+    goes on on the other node, with max_failures: 0."""
+    out = tmp_path / "out"
+    line = {"ray_num_workers": 1, "use_cpu": True, "max_steps": 2000, "export_model": False}
+    line |= {"save_strategy": "steps", "save_steps": 100_000}
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # sockets' paths must be short
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    node = cluster.add_node(num_cpus=1)
+    command = [sys.executable, "-m", "raytrain_adv.launch", str(job_file(**line))]
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    driver = subprocess.Popen(command, env=environment, **pipes)
+    try:
+        wait_until(lambda: bool(rows(out)) and rows(out)[-1]["kind"] == "train", driver)
+        cluster.add_node(num_cpus=1)
+        drained = GcsClient(address=cluster.address).drain_node(
+            node.node_id,
+            DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+            "a spot notice",
+            int((time.time() + 6) * 1000),
+        )
+        assert drained[0], drained[1]
+        wait_until(lambda: bool(events(out, "checkpoint")), driver)
+        saved = events(out, "checkpoint")[-1]["step"]
+        wait_until(lambda: len(events(out, "plan")) == 2 and _trains(out), driver)
+        driver.send_signal(signal.SIGTERM)
+        output = driver.communicate(timeout=240)[0]
+    finally:
+        driver.kill()
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+    assert driver.returncode != 0 and "The run was stopped" in output
+    assert events(out, "plan")[-1]["resumed_from_step"] == saved
+    assert "the node of worker 0 will be taken away in" in faults(out)[0]
+    steps = [row["step"] for row in rows(out) if row["kind"] == "train"]
+    assert steps == list(range(1, len(steps) + 1))
