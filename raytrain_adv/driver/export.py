@@ -39,6 +39,7 @@ from raytrain_adv.transforms.quantized_base import QuantizedBase
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker import checkpoint, weights
 from raytrain_adv.worker.checkpoint import Found
+from raytrain_adv.worker.damage import wrong_bytes
 from raytrain_adv.worker.data import load_tokenizer
 from raytrain_adv.worker.model import build, nearest_folders, read_config
 from raytrain_adv.worker.storage import Storage
@@ -302,7 +303,7 @@ def _checkpoint(job: JobConfig, name: str) -> Found:
     """Return the complete checkpoint that is meant: by step, by path, or the newest.
 
     Raises:
-        JobError: when there is none, naming those there are.
+        JobError: when there is none, naming those there are; when it is damaged.
     """
     root = Storage.at(storage_path(job))
     if name and ("/" in name or Path(name).is_dir()):
@@ -313,6 +314,9 @@ def _checkpoint(job: JobConfig, name: str) -> Found:
         steps = [f for f in folders if not name or (digits.isdigit() and f[0] == int(digits))]
         found = next((one for *_, f in steps if (one := checkpoint.find(f)) is not None), None)
     if found is not None:
+        if damage := wrong_bytes(found.storage, rank=0, world_size=1):
+            fix = "name another one with --checkpoint"
+            raise JobError("the checkpoint is damaged", f"{found.path}: {damage}", fix)
         return found
     whole = {step for step, _, f in checkpoint.all_folders(root) if checkpoint.find(f) is not None}
     if not whole:

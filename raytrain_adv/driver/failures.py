@@ -58,11 +58,9 @@ class TellTheNextStart(UserCallback):  # type: ignore[misc] # ray is Any to mypy
         self, run_context: TrainRunContext, worker_exceptions: Mapping[int, Exception]
     ) -> None:
         """Write down what has happened to the workers."""
-        error = _of_workers(worker_exceptions)
-        lines = [line.strip() for line in error.found.splitlines()]
         with contextlib.suppress(OSError, StorageError):  # the run goes on without the word
             folder = Storage.at(self._storage_path).folder(self._attempt)
-            leave_word(folder, f"{error.what}: {lines[0]}" if lines else error.what)
+            leave_word(folder, _in_a_sentence(worker_exceptions))
 
 
 def leave_word(attempt: Storage, message: str) -> None:
@@ -82,9 +80,9 @@ def take_word(attempt: Storage) -> str:
 
 def unwrapped(error: BaseException) -> BaseException:
     """Return the error the worker's code raised, out of Ray's wrappers."""
-    inner = getattr(
-        error, "_base_exc", None
-    )  # ray.train's UserExceptionWithTraceback has no public accessor
+    # ray.train's UserExceptionWithTraceback has no public accessor; the other is of a worker that
+    # did not answer, as it has died.
+    inner = getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None)
     return unwrapped(inner) if isinstance(inner, BaseException) else error
 
 
@@ -120,17 +118,40 @@ def stopped(error: SystemExit) -> Stopped:
 
 
 def _of_workers(failures: Mapping[int, Exception]) -> RaytrainAdvError:
-    for error in failures.values():
-        root = unwrapped(error)
-        if isinstance(root, RaytrainAdvError):
-            return root
-    rank, cause = min(failures.items(), key=lambda item: (_is_collateral(item[1]), item[0]))
-    died = isinstance(unwrapped(cause), RayActorError)
-    what = f"Worker {rank} died" if died else f"Worker {rank} failed"
+    rank, cause = _first_cause(failures)
+    root = unwrapped(cause)
+    if isinstance(root, RaytrainAdvError):
+        return root
     others = [r for r in failures if r != rank]
     found = _last_lines(cause) + (f"\nworkers {others} failed with it" if others else "")
     fix = "run again with resume_from_checkpoint: true; max_failures: N restarts by itself"
-    return TrainingError(what, found, fix)
+    return TrainingError(_what(rank, root), found, fix)
+
+
+def _in_a_sentence(failures: Mapping[int, Exception]) -> str:
+    rank, cause = _first_cause(failures)
+    root = unwrapped(cause)
+    if isinstance(root, RaytrainAdvError):
+        return f"{root.what}: {root.found.splitlines()[0]}" if root.found else root.what
+    if isinstance(root, RayActorError):
+        return _what(rank, root)
+    return f"{_what(rank, root)}: {_last_lines(cause).splitlines()[-1]}"
+
+
+def _first_cause(failures: Mapping[int, Exception]) -> tuple[int, Exception]:
+    """Return the failure that tells most, and its rank: an error of the house, what is not
+    collateral, the lowest rank.
+    """
+
+    def order(item: tuple[int, Exception]) -> tuple[bool, bool, int]:
+        rank, error = item
+        return not isinstance(unwrapped(error), RaytrainAdvError), _is_collateral(error), rank
+
+    return min(failures.items(), key=order)
+
+
+def _what(rank: int, root: BaseException) -> str:
+    return f"Worker {rank} {'died' if isinstance(root, RayActorError) else 'failed'}"
 
 
 def _is_collateral(error: Exception) -> bool:

@@ -85,6 +85,8 @@ class WatchForHangs(WorkerGroupCallback):  # type: ignore[misc] # ray is Any to 
             error = self._error(hung)
             for rank in hung:
                 statuses[rank].error = error
+                # Ray would first wait 30 s for it to leave its process group (ray 2.60).
+                ray.kill(self._workers[rank].actor)
 
     def _answers(self) -> dict[int, Pulse]:
         """Return what has come in since the last look."""

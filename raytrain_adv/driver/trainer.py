@@ -215,7 +215,9 @@ def fit(job: JobConfig, place: Output, placement: Placement, console: Console) -
             return dict(result.return_value)
         except TrainingFailedError as error:
             shown = translated(error)
-            if not isinstance(shown, Terminated) or is_asked(place.folder):
+            keeps = job.output.save_strategy != "no" and not job.output.save_only_model
+            goes_on = isinstance(shown, Terminated) and keeps and not is_asked(place.folder)
+            if not goes_on:
                 raise shown from error
             why = f"{shown.what}: {shown.found}"  # no failure: max_failures does not count it
         except (

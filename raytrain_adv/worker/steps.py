@@ -218,7 +218,8 @@ class Loop:
         if evaluates:
             self.evaluate(done)
         self.evaluate_variants(done)
-        writer.poll()
+        with self.run.beat.paused():
+            writer.poll()
         if saves or (self.drained and self.job.output.save_strategy != "no"):
             self.finite.check()
             with self.meter.paused("checkpoints"):

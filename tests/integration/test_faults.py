@@ -5,13 +5,25 @@ loss.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from raytrain_adv.config import load
 from raytrain_adv.errors import RaytrainAdvError
@@ -112,10 +124,9 @@ def test_a_bad_batch_a_failing_disk_and_damaged_checkpoints(job_file, keys, tmp_
 
     last = skip / "checkpoints" / "local" / "step_00000008"
     flip_a_byte(last / "__1_0.distcp")
-    named = job_file(
-        "named.yaml", on_bad_loss="skip", max_steps=8, resume_from_checkpoint=str(last)
-    )
-    for (message,) in run_ranks(trained_on_a_failing_disk, 2, tmp_path, [str(named)]):
+    skipping = {"on_bad_loss": "skip", "max_steps": 8}
+    named = str(job_file("named.yaml", **skipping, resume_from_checkpoint=str(last)))
+    for (message,) in run_ranks(trained_on_a_failing_disk, 2, tmp_path, [named]):
         assert "is damaged" in message and "__1_0.distcp does not have the bytes" in message
     os.truncate(last.with_name("step_00000006") / "__0_0.distcp", 100)
     again = job_file("again.yaml", **skipping, resume_from_checkpoint=True)
@@ -124,3 +135,162 @@ def test_a_bad_batch_a_failing_disk_and_damaged_checkpoints(job_file, keys, tmp_
     damaged = [line for line in faults(skip) if "is damaged" in line]
     assert "step_00000008" in damaged[0] and "CRC-32" in damaged[0]
     assert "step_00000006" in damaged[1] and "has 100 bytes" in damaged[1]
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """Return the rows that are whole; the file is being written."""
+    try:
+        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def events(out: Path, event: str) -> list[dict[str, Any]]:
+    return [row for row in rows(out) if row.get("event") == event]
+
+
+def wait_until(condition: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 240
+    while not condition():
+        assert driver.poll() is None, driver.communicate()[0]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def end(driver: subprocess.Popen[str]) -> None:
+    """Leave no process of a driver that is still there."""
+    if driver.poll() is None:
+        for process in psutil.Process(driver.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        driver.kill()
+
+
+def process_of(driver: int, name: str, log: Path, rank: int) -> psutil.Process:
+    """Return a process of the run: of the workers the one of this rank; rank 0 writes the log."""
+    found = [p for p in psutil.Process(driver).children(recursive=True) if name in _command(p)]
+    if name == "RayTrainWorker":
+        found.sort(key=lambda p: str(log) not in [file.path for file in p.open_files()])
+    return found[rank]
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
+def torn_checkpoints(out: Path) -> list[Path]:
+    folders = (out / "checkpoints").glob("*/step_*")
+    return [folder for folder in folders if not (folder / "manifest.json").exists()]
+
+
+WRITING, WRITTEN = "a checkpoint is being written", "a checkpoint has just been committed"
+FAULTS = (
+    ("RayTrainWorker", 1, signal.SIGKILL, WRITTEN),
+    ("RayTrainWorker", 0, signal.SIGKILL, WRITING),
+    ("RayTrainWorker", 1, signal.SIGSTOP, WRITTEN),
+    ("RayTrainWorker", 1, signal.SIGTERM, WRITTEN),
+    ("TrainController", 0, signal.SIGKILL, WRITTEN),
+)
+SAVED_EVERY, STEPS = 10, 70
+
+
+def test_killed_stopped_and_hanging_processes_lose_no_more_than_an_interval(job_file, tmp_path):
+    """One run that has all of FAULTS: each time it goes on from the checkpoint it had committed, in
+    less than 30 s, and its losses are bit for bit those of a run that had none, without Ray.
+    SIGTERM costs no step, and no retry: max_failures is 3, and four workers were lost."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    line = {"ray_num_workers": 2, "use_cpu": True, "max_steps": STEPS}
+    run_workers(2, job_file("whole.yaml", **line, output_dir=str(whole)))
+    line |= {"save_strategy": "steps", "save_steps": SAVED_EVERY, "export_model": False}
+    line |= {"max_failures": 3, "step_timeout": 10, "ray_init_kwargs": {"include_dashboard": False}}
+    command = [sys.executable, "-m", "raytrain_adv.launch", str(job_file("hurt.yaml", **line))]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for number, (name, rank, sent, when) in enumerate(FAULTS, start=1):
+            wait_until(lambda n=number: len(events(out, "plan")) == n and _trains(out), driver)
+            process = process_of(driver.pid, name, out / "metrics.jsonl", rank)
+            saved = len(events(out, "checkpoint"))
+            if when == WRITING:
+                wait_until(lambda: bool(torn_checkpoints(out)), driver)
+            else:
+                wait_until(lambda saved=saved: len(events(out, "checkpoint")) > saved, driver)
+            committed, reached = events(out, "checkpoint")[-1]["step"], max(losses(out))
+            process.send_signal(sent)
+            hurt_at = time.time()
+            wait_until(lambda n=number: len(events(out, "plan")) > n and _trains(out), driver)
+            start = events(out, "plan")[-1]
+            assert start["resumed_from_step"] >= committed
+            # Training goes on while a checkpoint is written: those steps count to the next.
+            assert reached - start["resumed_from_step"] <= SAVED_EVERY or when == WRITING
+            if sent == signal.SIGTERM:
+                assert start["resumed_from_step"] >= reached
+            went_on = [row["time"] for row in rows(out) if row["kind"] == "train"][-1] - hurt_at
+            print(f"{name} {rank} {sent.name}: at {reached}, from {committed}, {went_on:.1f} s")
+            # Two cores that others compute on take longer to start two workers.
+            assert went_on < 30 or os.getloadavg()[0] > 6
+        output = driver.communicate(timeout=240)[0]
+    finally:
+        end(driver)
+    assert driver.returncode == 0, output
+    assert [row["step"] for row in rows(out) if row["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert losses(out) == losses(whole)
+    report = json.loads((out / "report.json").read_text())
+    assert report["restarts"] == len(FAULTS)
+    lost, lost_main, hung, told, controller = report["notes"][-len(FAULTS) :]
+    assert "Worker 1 died" in lost and "Worker 0 died" in lost_main
+    assert "because of worker 1" in hung and "its process does not answer" in hung
+    assert "SIGTERM" in told and "controller died" in controller
+    assert all(note in output for note in (lost, lost_main, hung, told, controller))
+
+
+def _trains(out: Path) -> bool:
+    """Whether a step has been logged since the last start."""
+    return rows(out)[-1]["kind"] == "train" or any(
+        row["kind"] == "train" for row in rows(out)[rows(out).index(events(out, "plan")[-1]) :]
+    )
+
+
+def test_a_drained_node_leaves_a_checkpoint_and_costs_no_retry(job_file, tmp_path, monkeypatch):
+    """The worker's node gets notice that it is taken away in 6 s: the run saves after its step, and
+    goes on on the other node, with max_failures: 0."""
+    out = tmp_path / "out"
+    line = {"ray_num_workers": 1, "use_cpu": True, "max_steps": 2000, "export_model": False}
+    line |= {"save_strategy": "steps", "save_steps": 100_000}
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # sockets' paths must be short
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    node = cluster.add_node(num_cpus=1)
+    command = [sys.executable, "-m", "raytrain_adv.launch", str(job_file(**line))]
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    driver = subprocess.Popen(command, env=environment, **pipes)
+    try:
+        wait_until(lambda: bool(rows(out)) and rows(out)[-1]["kind"] == "train", driver)
+        cluster.add_node(num_cpus=1)
+        drained = GcsClient(address=cluster.address).drain_node(
+            node.node_id,
+            DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+            "a spot notice",
+            int((time.time() + 6) * 1000),
+        )
+        assert drained[0], drained[1]
+        wait_until(lambda: bool(events(out, "checkpoint")), driver)
+        saved = events(out, "checkpoint")[-1]["step"]
+        wait_until(lambda: len(events(out, "plan")) == 2 and _trains(out), driver)
+        driver.send_signal(signal.SIGTERM)
+        output = driver.communicate(timeout=240)[0]
+    finally:
+        end(driver)
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+    assert driver.returncode != 0 and "The run was stopped" in output
+    assert events(out, "plan")[-1]["resumed_from_step"] == saved
+    assert "the node of worker 0 will be taken away in" in faults(out)[0]
+    steps = [row["step"] for row in rows(out) if row["kind"] == "train"]
+    assert steps == list(range(1, len(steps) + 1))

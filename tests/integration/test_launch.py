@@ -18,7 +18,7 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.workers import losses, run_workers
+from tests.workers import losses
 
 LAUNCH = [sys.executable, "-m", "raytrain_adv.launch"]
 LINE = {"ray_num_workers": 2, "use_cpu": True, "val_size": 8}
@@ -40,16 +40,6 @@ def steps_done(folder: Path) -> int:
         return 0
 
 
-def processes_of(driver: int, name: str) -> list[psutil.Process]:
-    processes = psutil.Process(driver).children(recursive=True)
-    return [p for p in processes if name in " ".join(p.cmdline() or [p.name()])]
-
-
-def torn_checkpoints(out: Path) -> list[Path]:
-    folders = (out / "checkpoints").glob("*/step_*")
-    return [folder for folder in folders if not (folder / "manifest.json").exists()]
-
-
 def test_a_job_becomes_a_model_and_a_report(launch, job_file, tmp_path):
     job = job_file(**LINE, num_sample_answers=1)
     done = subprocess.run([*LAUNCH, str(job)], capture_output=True, text=True, timeout=240)
@@ -68,29 +58,6 @@ def test_a_job_becomes_a_model_and_a_report(launch, job_file, tmp_path):
     assert str(out / "model") in done.stdout
     again = launch(job, "learning_rate=0.5")
     assert again.returncode == 2 and "learning_rate" in again.stderr
-
-
-def test_killed_workers_and_a_killed_controller_are_restarted(job_file, tmp_path):
-    """A SIGKILL of a worker while a checkpoint is written, and one of Ray Train's controller: the
-    run logs, bit for bit, the losses of a run without either, and without Ray."""
-    whole = tmp_path / "whole"
-    run_workers(2, job_file("whole.yaml", **LINE, max_steps=40, output_dir=str(whole)))
-    keys = {**KILLED, "max_steps": 40, "save_steps": 5, "max_failures": 2}
-    driver = subprocess.Popen(
-        [*LAUNCH, str(job_file("killed.yaml", **keys))], stdout=subprocess.PIPE, text=True
-    )
-    out = tmp_path / "out"
-    wait_until(lambda: bool(torn_checkpoints(out)) and steps_done(out) >= 10)
-    processes_of(driver.pid, "RayTrainWorker")[-1].send_signal(signal.SIGKILL)
-    wait_until(lambda: (out / "checkpoints" / "out_001" / "starts.json").read_text().count("2") > 0)
-    wait_until(lambda: (out / "checkpoints" / "out_001" / "step_00000020").exists())
-    processes_of(driver.pid, "TrainController")[-1].send_signal(signal.SIGKILL)
-    output = driver.communicate(timeout=240)[0]
-    assert driver.returncode == 0, output
-    report = json.loads((out / "report.json").read_text())
-    assert report["restarts"] == 2
-    assert report["resumed_from_step"] >= 15
-    assert losses(out) == losses(whole)
 
 
 def test_a_killed_driver_is_no_loss(launch, job_file, tmp_path):

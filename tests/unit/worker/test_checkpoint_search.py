@@ -1,10 +1,13 @@
+import json
 from dataclasses import asdict
 
+import pytest
 import torch
 
+from raytrain_adv.errors import JobError
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
 from raytrain_adv.worker.checkpoint import FORMAT, Progress, find, newest
-from raytrain_adv.worker.damage import MANIFEST
+from raytrain_adv.worker.damage import MANIFEST, checksums
 from raytrain_adv.worker.resume import to_resume
 from raytrain_adv.worker.run import Run, SilentReporter
 from raytrain_adv.worker.storage import Storage
@@ -14,6 +17,7 @@ def write_checkpoint(root, attempt, step, *, manifest=True, size=3, fingerprint=
     folder = Storage.at(str(root / attempt / f"step_{step:08d}"))
     folder.make()
     (root / attempt / f"step_{step:08d}" / "__0_0.distcp").write_bytes(b"abc")
+    (root / attempt / f"step_{step:08d}" / ".metadata").write_bytes(b"m")
     if manifest:
         folder.write_json(
             MANIFEST,
@@ -66,3 +70,47 @@ def test_a_restart_goes_on_from_the_named_checkpoint_until_there_is_a_newer_one(
     newer = write_checkpoint(tmp_path / "own", "b_001", 20, fingerprint=job.fingerprint()).root
     found = to_resume(job, run, arithmetic)
     assert found is not None and found.path == newer
+
+
+def resumed(make_job, root, resume, said):
+    """Return where a run resumes that finds checkpoints of 10, 20 and 30 steps in `root`."""
+    job = make_job(per_device_train_batch_size=4)
+    run = Run(torch.device("cpu"), Storage.at(str(root)), "b_001", SilentReporter(), resume=resume)
+    run.fault = said.append
+    return to_resume(job, run, resolve_arithmetic(job, num_sequences=10, world_size=1))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_a_damaged_checkpoint_is_passed_over_and_said_and_refused_by_name(
+    make_job, tmp_path, damage
+):
+    fingerprint = make_job(per_device_train_batch_size=4).fingerprint()
+    for step in (10, 20):
+        write_checkpoint(tmp_path, "a_001", step, fingerprint=fingerprint)
+    last = tmp_path / "a_001" / "step_00000020"
+    manifest = json.loads((last / MANIFEST).read_text())
+    manifest["crc32"] = checksums(last, rank=0)
+    (last / MANIFEST).write_text(json.dumps(manifest))
+    assert resumed(make_job, tmp_path, True, []).progress.step == 20
+
+    file = last / "__0_0.distcp"
+    {
+        "flipped": lambda: file.write_bytes(b"abd"),
+        "cut": lambda: file.write_bytes(b"ab"),
+        "missing": file.unlink,
+    }[damage]()
+    with pytest.raises(JobError, match="is damaged") as error:
+        resumed(make_job, tmp_path, str(last), [])
+    assert "__0_0.distcp" in error.value.found and "resume_from_checkpoint: true" in error.value.fix
+    said: list[str] = []
+    assert resumed(make_job, tmp_path, True, said).progress.step == 10
+    assert len(said) == 1 and f"{last} is damaged: __0_0.distcp" in said[0]
+    again: list[str] = []
+    assert resumed(make_job, tmp_path, True, again).progress.step == 10
+    assert not again  # it no longer counts
+
+
+def test_a_checkpoint_from_before_checksums_is_taken(make_job, tmp_path):
+    fingerprint = make_job(per_device_train_batch_size=4).fingerprint()
+    write_checkpoint(tmp_path, "a_001", 10, fingerprint=fingerprint)
+    assert resumed(make_job, tmp_path, True, []).progress.step == 10
