@@ -148,11 +148,10 @@ def _snapshot(
 ) -> list[Finding]:
     name = f"{attempt}/{SNAPSHOT}"
     means = (
-        f"Ray Train's controller cannot start under the name {attempt} again. A rerun has a name "
-        "of its own, and resumes by what is in the checkpoints; it takes this one only where "
-        "run.json is lost"
+        "none: a rerun has a name of its own in Ray, and resumes by what is in the checkpoints; "
+        f"under the name {attempt} Ray Train's controller would not start again"
     )
-    fix = "set aside: Ray then takes the attempt for one without checkpoints"
+    fix = "set aside"
     named = _named(root.folder(attempt).read_json(SNAPSHOT))
     if named is None:
         torn = "it is torn, or not what Ray writes"

@@ -83,6 +83,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+def unfolded(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what was printed, without its line breaks."""
+    return " ".join(capsys.readouterr().out.split())
+
+
 def cut(name: str) -> Callable[[Path], None]:
     """Return the damage of a file that is half there."""
 
@@ -211,11 +216,11 @@ def test_each_damage_is_found_and_mended_and_nothing_is_deleted(name, out, capsy
     damage(out)
     before = contents(out)
     assert not show(out, fix=False)
-    said = capsys.readouterr().out
+    said = unfolded(capsys)
     assert words in said and verdict in said and "Nothing was changed" in said
     assert contents(out) == before
     assert show(out, fix=True), capsys.readouterr().out
-    assert words in capsys.readouterr().out
+    assert words in unfolded(capsys)
     after = contents(out)
     lost = {path for path, data in before.items() if data not in after.values()}
     assert lost <= {"metrics.jsonl"} and (not lost or name in ("rows lost", "last rows lost"))
@@ -238,7 +243,7 @@ def test_a_rerun_goes_on_after_the_mending_where_it_broke_off_or_did_nothing_bef
     with pytest.raises(KeyError):
         trained(again(sound, broken))
     assert show(out, fix=True)
-    assert FOUR in capsys.readouterr().out
+    assert FOUR in unfolded(capsys)
     output, resumed_from = trained(again(sound, out))
     assert resumed_from == 4 and output.attempt == "out_002"
     assert losses(out) == expected
@@ -272,7 +277,7 @@ def test_what_no_checkpoint_can_bring_back_is_said_and_left(out, capsys):
     shutil.rmtree(out / "checkpoints")
     (out / "model" / "model.safetensors").unlink()
     assert not show(out, fix=True)
-    said = capsys.readouterr().out
+    said = unfolded(capsys)
     assert "bring it back from a copy" in said and "Not mended" in said
     assert (out / "model" / "config.json").exists()
 
