@@ -50,8 +50,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def keys(tmp_path: Path) -> dict[str, Any]:
-    """Keys of a job that trains the shipped tiny Llama, made tinier, on a few rows in a second or
-    two.
+    """Keys of a tiny job, whose files are in the test's own folder."""
+    return tiny_keys(tmp_path)
+
+
+def tiny_keys(tmp_path: Path) -> dict[str, Any]:
+    """Return keys of a job that trains the shipped tiny Llama, made tinier, on a few rows in a
+    second or two.
     """
     model = tmp_path / "model-source"
     model.mkdir()

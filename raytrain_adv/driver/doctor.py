@@ -4,6 +4,7 @@ resumes, and, with --fix, mending it. Without Ray.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.report.numbers import plural
 from raytrain_adv.worker.storage import Storage, storage_errors
 
+WIDTH = 100
 ROUNDS = 4
 """Mending one thing may bring up another: a snapshot names the checkpoint that was set aside."""
 
@@ -66,9 +68,11 @@ def show(folder: Path, fix: bool) -> bool:
             if fix and any(finding.mend for finding in new):
                 _mend(new, aside)
                 found = examine(folder)
-        print("\n" + _resumes(found, fix))
+        print("\n" + _paragraph(_resumes(found, fix)))
         for place in sorted(aside.places):
-            print(f"What was taken out is in {place}; delete it when you do not need it.")
+            print(
+                _paragraph(f"What was taken out is in {place}; delete it when you do not need it.")
+            )
         if found.findings and not fix:
             print(f"Nothing was changed. To mend it: raytrain-adv doctor {folder} --fix")
         elif found.findings:
@@ -85,7 +89,7 @@ def examine(folder: Path) -> Examined:
     seen = doctor_storage.checkpoints(storage)
     findings = [
         *doctor_storage.examine(storage, seen, job.get("save_total_limit")),
-        *doctor_output.examine(folder, run, seen),
+        *doctor_output.examine(folder, storage, run, seen),
     ]
     return Examined(run, storage, seen, findings)
 
@@ -141,8 +145,15 @@ def _told(number: int, finding: Finding, fix: bool) -> str:
     label = "mended" if fix and finding.mend else "--fix" if finding.mend else "to do"
     lines = [f"\n{number}. {finding.where}"]
     for name, text in (("found", finding.what), ("means", finding.means), (label, finding.mending)):
-        lines.append(f"   {name.ljust(7)} {text}")
+        lines.append(_paragraph(f"   {name.ljust(7)} {text}", indent=" " * 11))
     return "\n".join(lines)
+
+
+def _paragraph(text: str, indent: str = "") -> str:
+    """Fold a text; paths stay whole."""
+    return textwrap.fill(
+        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _resumes(found: Examined, fix: bool) -> str:

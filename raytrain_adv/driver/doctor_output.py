@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from raytrain_adv.driver.doctor_storage import Seen, leftover
 from raytrain_adv.driver.finding import Finding, SetAside
-from raytrain_adv.driver.output import RUN_FILE
+from raytrain_adv.driver.output import RUN_FILE, attempts_in
 from raytrain_adv.driver.stopping import ASK_FILE
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.report import record
@@ -45,16 +45,19 @@ def record_of(folder: Path) -> Record | None:
     return found
 
 
-def examine(folder: Path, run: Record | None, seen: Sequence[Seen]) -> list[Finding]:
+def examine(
+    folder: Path, storage: Storage, run: Record | None, seen: Sequence[Seen]
+) -> list[Finding]:
     """Return what is wrong with output_dir.
 
     Args:
         folder: output_dir.
+        storage: of the run's checkpoints.
         run: its run.json, if that is sound.
         seen: the run's checkpoints.
     """
     whole = [one for one in seen if not one.damage]
-    findings = [_lost(folder, seen, whole)] if run is None else []
+    findings = [_lost(folder, storage, whole)] if run is None else []
     if run is not None and run["status"] == "running":
         findings.append(_killed(folder, run))
     findings += _metrics(folder, run, whole)
@@ -91,21 +94,19 @@ def _killed(folder: Path, run: Record) -> Finding:
     )
 
 
-def _lost(folder: Path, seen: Sequence[Seen], whole: Sequence[Seen]) -> Finding:
+def _lost(folder: Path, storage: Storage, whole: Sequence[Seen]) -> Finding:
     """Return the finding of a run.json that is missing or torn."""
     path = folder / RUN_FILE
     what = "it is torn, or lacks what a rerun asks it for" if path.exists() else MISSING
     means = (
-        "without resume_from_checkpoint a rerun is refused; with it, it does not know whose folder "
-        "this is, and takes the first attempt's name again, for which Ray Train's controller may "
-        "not start"
+        "without resume_from_checkpoint a rerun is refused; with it, another job's keys are found "
+        "out only once the workers run, and a run that has ended is taken for one that has not"
     )
     manifest = whole[0].folder.read_json(MANIFEST) if whole else None
     if manifest is None:
         way_out = "no checkpoint says whose the run was: start anew with overwrite_output_dir: true"
         return Finding(str(path), what, means, way_out)
-    numbers = [re.search(r"_(\d+)r*$", one.attempt) for one in seen]
-    attempts = max([int(number[1]) for number in numbers if number], default=0)
+    attempts = attempts_in(storage)
 
     def mend(aside: SetAside) -> None:
         if path.exists():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -149,17 +149,21 @@ def _snapshot(
 ) -> list[Finding]:
     name = f"{attempt}/{SNAPSHOT}"
     means = (
-        f"Ray Train's controller cannot start under the name {attempt} again. A rerun has a name "
-        "of its own, and resumes by what is in the checkpoints; it takes this one only where "
-        "run.json is lost"
+        "none: a rerun has a name of its own in Ray, and resumes by what is in the checkpoints; "
+        f"under the name {attempt} Ray Train's controller would not start again"
     )
-    fix = "set aside: Ray then takes the attempt for one without checkpoints"
+    fix = "set aside"
     named = _named(root.folder(attempt).read_json(SNAPSHOT))
     if named is None:
         torn = "it is torn, or not what Ray writes"
         return [Finding(root.path(name), torn, means, fix, _taking(root, name))]
     there = set(root.folder(attempt).folders())
-    gone = [one for one in named if one not in there and not _is_pruned(one, attempt, seen, limit)]
+    known = {(one.step, one.attempt) for one in seen} | {(_step(one), attempt) for one in named}
+    gone = [
+        one
+        for one in named
+        if one not in there and not _is_pruned((_step(one), attempt), known, limit)
+    ]
     if not gone:
         return []
     what = f"it names {', '.join(gone)}, which something other than the run has removed"
@@ -175,12 +179,20 @@ def _named(snapshot: dict[str, Any] | None) -> list[str] | None:
         return None
 
 
-def _is_pruned(name: str, attempt: str, seen: Sequence[Seen], limit: int | None) -> bool:
+def _step(name: str) -> int:
+    digits = name.removeprefix("step_")
+    return int(digits) if digits.isdigit() else 0
+
+
+def _is_pruned(
+    gone: tuple[int, str], known: Collection[tuple[int, str]], limit: int | None
+) -> bool:
     """Whether save_total_limit accounts for a checkpoint's absence: Ray's snapshot goes on naming
     those that the run has deleted.
+
+    Args:
+        gone: its step and attempt.
+        known: those of all that there are or have been.
+        limit: save_total_limit.
     """
-    digits = name.removeprefix("step_")
-    if not limit or not digits.isdigit():
-        return False
-    newer = [s for s in seen if not s.damage and (s.step, s.attempt) > (int(digits), attempt)]
-    return len(newer) >= limit
+    return limit is not None and sum(one > gone for one in known) >= limit

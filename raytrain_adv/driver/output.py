@@ -4,6 +4,7 @@ refused.
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -144,13 +145,21 @@ def open_output(job: JobConfig) -> Output:
         _refuse_unless_resumed(job, folder, record, resume)
     if not resume:
         (folder / PINNED).unlink(missing_ok=True)  # a new start pins its kernels anew
-    attempts = int(record["attempts"]) if record else 0
+    attempts = int(record["attempts"]) if record else attempts_in(storage)
     finished = bool(record and record["status"] == "done" and resume is True)
     name = f"{run_name(job)}_{attempts + 1:03d}"
     output = Output(folder, storage_path(job), name, resume, finished)
     if not finished:
         output.note(job, "running", attempts + 1)
     return output
+
+
+def attempts_in(storage: Storage) -> int:
+    """Return how many attempts have left something in storage. Ray Train's controller does not
+    start under the name of one whose checkpoints are not what Ray remembers of them.
+    """
+    numbers = (re.search(r"_(\d+)r*$", name) for name in storage.folders())
+    return max((int(number[1]) for number in numbers if number), default=0)
 
 
 def _trained(folder: Path, storage: Storage) -> bool:

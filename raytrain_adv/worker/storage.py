@@ -129,11 +129,15 @@ class Storage:
                 shutil.move(self.path(name), target)
                 return
             # Object stores rename no folders.
+            is_folder = (
+                self.filesystem.get_file_info(self.path(name)).type == pafs.FileType.Directory
+            )
+            if is_folder:
+                self.filesystem.create_dir(target, recursive=True)
             pafs.copy_files(self.path(name), target, self.filesystem, self.filesystem)
-            if self.filesystem.get_file_info(self.path(name)).type == pafs.FileType.Directory:
-                self.filesystem.delete_dir(self.path(name))
-            else:
-                self.filesystem.delete_file(self.path(name))
+            (self.filesystem.delete_dir if is_folder else self.filesystem.delete_file)(
+                self.path(name)
+            )
 
     def upload(self, local: str) -> None:
         """Copy the files of a local folder into this one."""

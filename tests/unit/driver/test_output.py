@@ -43,6 +43,16 @@ def test_a_finished_job_is_not_run_again_by_resuming(make_job):
     assert open_output(make_job(resume_from_checkpoint=True)).finished
 
 
+def test_a_lost_run_file_does_not_bring_an_attempts_name_back(make_job):
+    """Ray's snapshot of it names checkpoints that save_total_limit has deleted since: its
+    controller died as it started (ray 2.60).
+    """
+    output = open_output(make_job())
+    output.storage.folder(output.attempt, "step_00000003").make()
+    (output.folder / "run.json").unlink()
+    assert open_output(make_job(resume_from_checkpoint=True)).attempt.endswith("_002")
+
+
 def test_overwriting_deletes_the_run_and_nothing_else(make_job, tmp_path):
     output = open_output(make_job())
     (output.folder / "model").mkdir()
