@@ -183,8 +183,8 @@ def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
     for trial in trials:
         job = trial.job
         key = f"{job.data.model_dump()} {job.model.model_dump()}"
-        workers = job.ray.ray_num_workers
-        workers = room.placement.num_workers if workers == "auto" else workers
+        asked = job.ray.ray_num_workers
+        workers = asked if isinstance(asked, int) else room.placement.num_workers
         try:
             if key not in num_sequences:
                 num_sequences[key] = len(prepare(job, _say).train)
