@@ -162,7 +162,7 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
         return
     started_here = cluster.connect(job)
     print("Ray started on this machine" if started_here else "joined Ray")
-    print(f"dashboard: {cluster.dashboard()}")
+    print(f"dashboard: {cluster.dashboard() or 'none (Ray was started without one)'}")
     room = sweep_room.look_at(todo, started_here, read)
     print(preflight_table.render(room.found))
     total_steps = _prepare_data(todo, room)
@@ -183,8 +183,8 @@ def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
     for trial in trials:
         job = trial.job
         key = f"{job.data.model_dump()} {job.model.model_dump()}"
-        workers = job.ray.ray_num_workers
-        workers = workers if isinstance(workers, int) else room.placement.num_workers
+        asked = job.ray.ray_num_workers
+        workers = asked if isinstance(asked, int) else room.placement.num_workers
         try:
             if key not in num_sequences:
                 num_sequences[key] = len(prepare(job, _say).train)

@@ -122,14 +122,14 @@ def test_a_run_over_hosts_goes_on_without_one_that_is_cut_off_and_grows_when_it_
         wait_for(lambda: condition() or driver.poll() is not None)
         assert driver.poll() is None, log.read_text()
 
-    wait(lambda: last_step(out) > 2 * SAVE_STEPS)
+    wait(lambda: f"checkpoint of step {SAVE_STEPS} committed" in log.read_text())
     hosts.network.cut_off(hosts.second)
     wait(lambda: f"node {hosts.second.address} was lost" in log.read_text())
     reached = last_step(out)
     hosts.second.power_off()
     hosts.network.reconnect(hosts.second)
     hosts.join(hosts.second, "--address", hosts.environment["RAY_ADDRESS"], "--num-cpus", "1")
-    wait(lambda: log.read_text().count(f"workers on nodes {hosts.first.address}") > 1)
+    wait(lambda: log.read_text().count("workers on nodes ") > 1)  # in the plural
     grown = last_step(out)
     wait(lambda: last_step(out) > grown + MORE_STEPS)
     os.kill(driver.pid, signal.SIGTERM)
@@ -140,7 +140,7 @@ def test_a_run_over_hosts_goes_on_without_one_that_is_cut_off_and_grows_when_it_
     lost, back = report.starts[1], report.starts[2]
     assert set(report.starts[0].nodes) == {hosts.first.address, hosts.second.address}
     assert lost.nodes == (hosts.first.address,) and lost.lost == (hosts.second.address,)
-    assert reached - SAVE_STEPS <= lost.step <= reached
+    assert SAVE_STEPS <= lost.step <= reached < lost.step + 2 * SAVE_STEPS  # one was being written
     assert back.step % SAVE_STEPS == 0 and set(back.nodes) == set(report.starts[0].nodes)
     assert f"2 workers, 1 from step {lost.step}, 2 from step {back.step:,}" in log.read_text()
 
