@@ -222,7 +222,9 @@ def verdicts(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         job = load(str(write_job(Path(folder), 1)), ["output_dir=out", "use_cpu=false", "fp8=true"])
     resources = {"GPU": 8.0, "CPU": 8.0, "accelerator_type:H100": 1.0}
-    nodes = [Node(f"10.0.{n // 250}.{n % 250}", resources, node_id=f"{n:056x}") for n in range(count)]
+    nodes = [
+        Node(f"10.0.{n // 250}.{n % 250}", resources, node_id=f"{n:056x}") for n in range(count)
+    ]
     placement = Placement(8 * count, {"GPU": 1.0, "CPU": 1.0}, True, False, "")
     reading = node_with(H100, num_gpus=8)
     start = time.perf_counter()
@@ -262,8 +264,8 @@ def main() -> None:
         "date": str(date.today()),
         "command": "python jobs/benchmarks/start_up.py --workers "
         + " ".join(map(str, options.workers)),
-        "note_on_times": "seconds are those of a machine that had other work (load_at_the_end); CPU "
-        "seconds, files, sockets and bytes are not",
+        "note_on_times": "wall seconds are those of a machine with other work (load_at_the_end); "
+        "CPU seconds, files, sockets and bytes are not",
         "cores": len(os.sched_getaffinity(0)),
         "load_at_the_end": round(os.getloadavg()[0], 1),
         "versions": {k: v for k, v in package_versions().items() if v is not None},

@@ -42,13 +42,13 @@ LORA_SPEED = 0.885
 """MFU under LoRA to that of full training: 599 ms for 0.71 of the operations. Source:
 jobs/benchmarks/results/fp8_pairs.json."""
 
-TENSOR_BYTES = 1400
-"""What a checkpoint holds of each tensor of each rank beside its values: torch.save's own file, and
-its entry in .metadata. Counted with torch 2.13."""
-
-ENVELOPE_NODES = 2000
-"""Nodes of the largest cluster that Ray's release benchmarks start. Source: ray-project/ray, pull
-request 64446 (placement groups and actors on 2,000 and more nodes)."""
+PART_BYTES = 1555
+"""What a checkpoint's data files hold beside the values of each part of a tensor: torch.save's
+archive around it. Counted with torch 2.13."""
+ENTRY_BYTES = 265
+"""What .metadata holds of each part. Counted with torch 2.13; longer names take more."""
+SETTINGS = 24
+"""Entries of the optimizer's settings, such as lr, of two groups of parameters."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,8 @@ class CheckpointCost:
     """Bytes in storage: trained parameters, and the optimizer's states unless left out."""
     per_rank: float
     """Bytes that each rank copies to host memory; copies of the model are written once."""
+    metadata: float
+    """Bytes of .metadata, which rank 0 writes and every rank reads; part of the total."""
     staging: float
     """Seconds that training stands still: the copy into host memory."""
     save: float
@@ -271,17 +273,19 @@ class CheckpointCost:
     """Seconds to read the weights that training starts from; 0 from scratch."""
 
 
-def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> float:
-    """Return the bytes of a checkpoint.
+def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[float, float]:
+    """Return the bytes of a checkpoint, and those of .metadata among them.
 
         sum over trained parameters of numel x (bytes of a parameter + bytes of two states)
-        + TENSOR_BYTES for each tensor of each rank that has a part of it
+        + entries x (PART_BYTES + ENTRY_BYTES)
 
-    AdamW's states have the parameter's dtype; those of 8 bits are written in float32
-    (worker/staging.py). Every parameter has a scalar too, its step, written once.
+    A parameter has an entry for each rank with a part of it, and as many for each of its states,
+    and one for a scalar, its step. AdamW's states have the parameter's dtype; those of 8 bits are
+    written in float32 (worker/staging.py).
     """
     shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
-    total, with_states = 0.0, not job.output.save_only_model
+    with_states = not job.output.save_only_model
+    values, entries = 0.0, SETTINGS if with_states else 0
     for p in model.parameters():
         if not p.requires_grad:
             continue
@@ -292,18 +296,18 @@ def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> float:
         states = 2 * (4 if quantised else size) if with_states else 0
         rows = p.shape[0] if p.ndim else 1
         parts = math.ceil(rows / math.ceil(rows / shard_size))
-        total += p.numel() * (size + states)
-        total += TENSOR_BYTES * (3 * parts + 1 if with_states else parts)
-    return total
+        values += p.numel() * (size + states)
+        entries += 3 * parts + 1 if with_states else parts
+    return values + entries * (PART_BYTES + ENTRY_BYTES), entries * ENTRY_BYTES
 
 
 def checkpoint_cost(
     model: nn.Module, job: JobConfig, world_size: int, a: Assumptions
 ) -> CheckpointCost:
     """Return a checkpoint's cost: bytes over what storage gives to all, or to one node, whichever
-    takes longer.
+    takes longer. Reading is of every copy of the model, and of .metadata on every rank.
     """
-    total = saved_bytes(model, job, world_size)
+    total, metadata = saved_bytes(model, job, world_size)
     shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
     replicas, nodes = world_size // shard_size, math.ceil(world_size / a.gpus_per_node)
     whole_model = 0 if job.model.train_from_scratch else num_bytes(model.parameters())
@@ -315,8 +319,9 @@ def checkpoint_cost(
     return CheckpointCost(
         total=total,
         per_rank=total / shard_size,
+        metadata=metadata,
         staging=total / shard_size / (a.host_copy_gb_s * GB),
         save=seconds(total),
-        load=seconds(total * replicas),
+        load=seconds(total * replicas + metadata * (world_size - replicas)),
         model_load=seconds(whole_model * replicas),
     )

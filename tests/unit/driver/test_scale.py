@@ -119,4 +119,4 @@ def test_bytes_are_those_of_real_collectives_and_checkpoints(tmp_path: Path, ran
         assert (sum(reductions), len(reductions)) == (moved.reduced, moved.reductions), name
         between = seen.get("all_reduce", [])
         assert (sum(between), len(between)) == (moved.all_reduced, moved.all_reductions), name
-        assert scale.saved_bytes(model, job, ranks) == pytest.approx(stored, rel=0.05), name
+        assert scale.saved_bytes(model, job, ranks)[0] == pytest.approx(stored, rel=0.03), name
