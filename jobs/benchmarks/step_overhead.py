@@ -5,13 +5,13 @@
 Trains a tiny model on one CPU worker, in turn through the launch command's own line and without
 Ray (worker.run.local_run), and times on the worker what belongs to them: the loop's log, in it the
 report to Ray, and the look for a request to stop. The figures are milliseconds. A report is made
-every 2 s at most, so that its share of a step of another length is computed: `of_the_8b_step` is
+every 2 s at most, so that its share of a step of another length is computed: in `per_8b_step_ms`
 
-    (log + look for a stop + report x step / 2 s) / step,    step = 741 ms
+    log + look for a stop + report x step / 2 s,    step = 741 ms
 
 the 8B step on one H200 (results/fp8_pairs.json), with every step logged. Computed from a CPU's
-times: on a node with a free core it is less. Whole steps are compared too, as a check that nothing
-is left out; other work on the machine shows in them.
+times: other work on the machine shows in them, in the means more than in the medians. Whole steps
+are compared too, as a check that nothing is left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 STEP_MS = 741.0
 """Step of the 8B shape on one H200."""
-TIMED = ("log", "report", "stop_wanted", "exported")
 
 
 def time_calls(seconds: dict[str, list[float]], *, with_ray: bool) -> None:
@@ -117,7 +116,7 @@ def measured(folder: Path, name: str, steps: int, with_ray: bool) -> dict[str, A
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
     seconds = json.loads((folder / name / "times.json").read_text())
-    kept = {label: times[5:] for label, times in seconds.items()}
+    kept = {label: times[1 if label == "report" else 5 :] for label, times in seconds.items()}
     return {
         "step_ms": [1e3 * row["step_s"] for row in rows[5:]],
         **{label: [1e3 * one for one in times] for label, times in kept.items()},
@@ -127,11 +126,8 @@ def measured(folder: Path, name: str, steps: int, with_ray: bool) -> dict[str, A
 def summary(values: list[float]) -> dict[str, float]:
     """Return how many there are, their median, mean and quartiles."""
     low, middle, high = statistics.quantiles(values, n=4)
-    found = {"median": middle, "mean": statistics.fmean(values), "quartiles": [low, high]}
-    return {
-        "count": len(values),
-        **json.loads(json.dumps(found), parse_float=lambda x: round(float(x), 4)),
-    }
+    found = {"median": middle, "mean": statistics.fmean(values), "low": low, "high": high}
+    return {"count": len(values), **{name: round(value, 4) for name, value in found.items()}}
 
 
 def main() -> None:
@@ -159,10 +155,18 @@ def main() -> None:
             print(f"{kind}: {statistics.median(found['step_ms']):.2f} ms a step", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     ray, plain = runs["ray"], runs["plain"]
-    report = statistics.fmean(ray["report"])
-    # The log of the line without Ray: a report would be in the other's.
-    log, stop = statistics.fmean(plain["log"]), statistics.fmean(ray["stop_wanted"])
-    per_step = log + stop + report * STEP_MS / (1e3 * REPORT_EVERY_S)
+
+    def per_8b_step(middle: Callable[[list[float]], float]) -> dict[str, float]:
+        # The log of the line without Ray: a report would be in the other's.
+        parts = {
+            "log": middle(plain["log"]),
+            "stop_wanted": middle(ray["stop_wanted"]),
+            "report": middle(ray["report"]) * STEP_MS / (1e3 * REPORT_EVERY_S),
+        }
+        whole = sum(parts.values())
+        shown = {**parts, "all": whole}
+        return {k: round(v, 4) for k, v in shown.items()} | {"share": round(whole / STEP_MS, 6)}
+
     figures = {
         "date": str(date.today()),
         "command": f"python jobs/benchmarks/step_overhead.py --rounds {options.rounds} "
@@ -174,9 +178,11 @@ def main() -> None:
         "whole_step_with_less_without_ms": round(
             statistics.median(ray["step_ms"]) - statistics.median(plain["step_ms"]), 3
         ),
-        "per_8b_step_ms": {"computed": True, "log": round(log, 3), "stop_wanted": round(stop, 3)}
-        | {"report": round(per_step - log - stop, 3), "all": round(per_step, 3)},
-        "of_the_8b_step": round(per_step / STEP_MS, 5),
+        "per_8b_step_ms": {
+            "computed": True,
+            "by_medians": per_8b_step(statistics.median),
+            "by_means": per_8b_step(statistics.fmean),
+        },
     }
     text = json.dumps(figures, indent=1)
     print(text)
