@@ -45,10 +45,13 @@ def assumptions(pairs: Iterable[str]) -> tuple[Assumptions, list[Problem]]:
         if not wrong and value is None:
             what = f"--assume {name}={text[:40]!r}: it takes a number above 0"
             problems.append(Problem(what, f"write --assume {name}=NUMBER"))
-        elif value is not None:
+        elif value is not None and not wrong:
             values[name] = value
-    known = {name: value for name, value in values.items() if name in _names()}
-    return Assumptions(**known), problems
+    per_node = values.get("gpus_per_node", 1.0)
+    if per_node != int(per_node):
+        text = f"--assume gpus_per_node={per_node:g}: it takes a whole number"
+        problems.append(Problem(text, "write --assume gpus_per_node=8"))
+    return Assumptions(**values), problems
 
 
 def _names() -> list[str]:
