@@ -31,8 +31,9 @@ USAGE = """usage: raytrain-adv COMMAND [...]
                                              run a job on a running cluster, and follow its log
   status [--address URL] [RUN]               the runs of a cluster, or one of them
   doctor RUN [--fix]                         what is wrong with a run's files; mend it
-  plan job.yaml [--workers N] [--verbose] [key=value ...]
-                                             show what a job would do, and the memory it takes
+  plan job.yaml [--workers N] [--verbose] [--assume NAME=VALUE] [key=value ...]
+                                             show what a job would do, the memory it takes, and what
+                                             many workers move, store and run into
   preflight [job.yaml] [key=value ...]       check the cluster's nodes, for a job or for any
   kernels lock job.yaml [--output FILE] [--torch X.Y] [--cuda X.Y|cpu] [key=value ...]
                                              pin a job's kernels, for a cluster without internet
@@ -181,7 +182,7 @@ def _plan(arguments: list[str]) -> int:
     check_workers(job, parsed.workers)
     from raytrain_adv.driver.plan import show
 
-    show(job, parsed.workers, parsed.verbose)
+    show(job, parsed.workers, parsed.verbose, parsed.assumed)
     return EXIT_DONE
 
 

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
             check_workers(job, arguments.workers)
             from raytrain_adv.driver.plan import show
 
-            show(job, arguments.workers, arguments.verbose)
+            show(job, arguments.workers, arguments.verbose, arguments.assumed)
             return EXIT_DONE
         _run(job)
     except RaytrainAdvError as error:

@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from raytrain_adv.config.assumptions import Assumptions, assumptions
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.secrets import is_secret_name
 from raytrain_adv.config.sections import LARGEST
@@ -14,7 +16,8 @@ USAGE = """usage: {program} job.yaml {options}[key=value ...]
   job.yaml     the job: flat keys, those of LLaMA-Factory (`raytrain-adv schema` lists them)
   key=value    another value for a key, as YAML: learning_rate=1e-4 lr_scheduler_kwargs.min_lr=1e-6
 {plan}  --workers N  plan for N workers, whatever ray_num_workers says
-  --verbose    show the keys that have their default too"""
+  --verbose    show the keys that have their default too
+  --assume NAME=VALUE  of the cluster, for more workers than one node has: {names}"""
 _PLAN = """  --plan       show what would be done, and the memory it takes; train nothing. With it:
 """
 
@@ -29,6 +32,8 @@ class Arguments(NamedTuple):
     """Workers to plan for; none means those of the job."""
     verbose: bool = False
     """Whether the plan shows the keys that have their default."""
+    assumed: Assumptions | None = None
+    """The cluster to plan for; none where nothing is said of it."""
 
 
 def parse(
@@ -51,6 +56,8 @@ def parse(
         sys.exit(0)
     plan_only = plans or "--plan" in argv
     options, arguments, problems = _options(argv)
+    assumed, wrong = assumptions(options["--assume"]) if "--assume" in options else (None, [])
+    problems += wrong
     if not plan_only:
         problems += [
             Problem(f"{name} says how a plan is shown", f"write --plan too, or leave {name} out")
@@ -76,23 +83,33 @@ def parse(
         problems.insert(0, Problem("no job file is named", usage.splitlines()[0]))
     if problems:
         raise job_error("The command line", problems)
+    workers = options["--workers"][0] if "--workers" in options else None
     return Arguments(
-        paths[0], overrides, plan_only, options.get("--workers"), "--verbose" in options
+        paths[0],
+        overrides,
+        plan_only,
+        _count(workers) if workers is not None else None,
+        "--verbose" in options,
+        assumed,
     )
 
 
 def _usage(program: str, plans: bool) -> str:
-    options = "[--workers N] [--verbose] "
+    options = "[--workers N] [--verbose] [--assume NAME=VALUE] "
+    names = "\n".join(
+        f"               {name} ({value:g})" for name, value in asdict(Assumptions()).items()
+    )
     return USAGE.format(
         program=program,
+        names=f"\n{names}",
         options=options if plans else "[--plan] ",
         plan="" if plans else _PLAN,
     )
 
 
-def _options(argv: Sequence[str]) -> tuple[dict[str, int], list[str], list[Problem]]:
+def _options(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str], list[Problem]]:
     """Take the options off a command line: their values, the other arguments, what is wrong."""
-    found: dict[str, int] = {}
+    found: dict[str, list[str]] = {}
     others: list[str] = []
     problems: list[Problem] = []
     rest = list(argv)
@@ -102,12 +119,16 @@ def _options(argv: Sequence[str]) -> tuple[dict[str, int], list[str], list[Probl
         if name == "--workers":
             if not equals:
                 value = rest.pop(0) if rest and not _is_job_or_key(rest[0]) else ""
-            found[name] = _count(value)
-            if not found[name]:
+            found[name] = [value]
+            if not _count(value):
                 text = f"--workers {value[:80]!r}: it takes a number of workers"
                 problems.append(Problem(text, f"write --workers N, N from 1 to {LARGEST}"))
+        elif name == "--assume":
+            if not equals:
+                value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
+            found[name] = [*found.get(name, []), value]
         elif argument == "--verbose":
-            found[argument] = 1
+            found[argument] = []
         elif argument != "--plan":
             others.append(argument)
     return found, others, problems

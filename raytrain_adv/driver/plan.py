@@ -10,12 +10,14 @@ from rich.console import Console
 from torch import nn
 
 from raytrain_adv import hardware
+from raytrain_adv.config.assumptions import Assumptions
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.workers import accumulation, numbers
 from raytrain_adv.driver import sweep_plan
 from raytrain_adv.driver.advice import EXAMPLES, Advice, Case, Gpu, advise
 from raytrain_adv.driver.plan_data import DataSummary, look_at, summarise
 from raytrain_adv.driver.plan_text import WIDTH, render, render_brief, view
+from raytrain_adv.driver.scale_limits import Limit, Scale, Work
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.ops.quantized_linear import num_weights, quantized_linears
 from raytrain_adv.transforms.apply import enabled, prepare_all, with_advice
@@ -80,6 +82,10 @@ class RunPlan:
     sizes: tuple[Size, ...] = ()
     """The run with each number of workers it may have; none where it is one throughout. The plan
     itself is then for the fewest, which need most memory."""
+    scale: Scale | None = None
+    """What many workers move and store; none where it was not asked for."""
+    limits: tuple[Limit, ...] = ()
+    """What more workers run into, the first one first; with `scale`."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan's numbers as JSON types."""
@@ -99,6 +105,7 @@ def resolve(
     data: PreparedData | DataSummary,
     facts: HardwareFacts | None = None,
     assumption: str = "",
+    assumed: Assumptions | None = None,
 ) -> RunPlan:
     """Work the plan out.
 
@@ -108,6 +115,8 @@ def resolve(
         data: the job's data, prepared or summarised.
         facts: a node the job will run on; without a GPU in it, memory is held against examples.
         assumption: why there are this many workers, where the job leaves it open.
+        assumed: the cluster that traffic, checkpoints and limits are computed for; none leaves
+            them out.
 
     Raises:
         JobError: when the model, the data or a transform cannot be as the job asks for.
@@ -123,6 +132,16 @@ def resolve(
     case = Case(job, model, world_size, seq_len)
     gpus = _gpus(facts)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    flops = training_flops_per_token(model, seq_len)
+    work = Work(
+        model=model,
+        job=job,
+        flops_per_token=flops,
+        tokens_per_sequence=summary.num_tokens / summary.num_sequences,
+        num_sequences=summary.num_sequences,
+        save_every=arithmetic.save_every,
+        gpu="" if job.parallel.use_cpu else gpus[0].name,
+    )
     return RunPlan(
         job=job,
         world_size=world_size,
@@ -134,7 +153,7 @@ def resolve(
             num_trained=sum(trained),
             dtypes=_dtypes(model),
             attention=attention_name(job, model),
-            flops_per_token=training_flops_per_token(model, seq_len),
+            flops_per_token=flops,
         ),
         data=summary,
         arithmetic=arithmetic,
@@ -144,6 +163,8 @@ def resolve(
         gpus=gpus,
         advice={gpu.name: tuple(advise(case, gpu)) for gpu in gpus},
         sizes=tuple(_size(case, workers) for workers in numbers(job)),
+        scale=work.at(world_size, assumed) if assumed else None,
+        limits=tuple(work.limits(world_size, assumed)) if assumed else (),
     )
 
 
@@ -152,13 +173,20 @@ def _size(case: Case, workers: int) -> Size:
     return Size(workers, accumulation(case.job, workers), of_that_size.prediction().total)
 
 
-def show(job: JobConfig, num_workers: int | None = None, verbose: bool = False) -> None:
+def show(
+    job: JobConfig,
+    num_workers: int | None = None,
+    verbose: bool = False,
+    assumed: Assumptions | None = None,
+) -> None:
     """Print the plan of a job: for `raytrain-adv plan job.yaml` and `--plan`.
 
     Args:
         job: the loaded job.
         num_workers: workers to plan for; none takes ray_num_workers.
         verbose: show the keys that have their default too.
+        assumed: the cluster; where it has more workers than one node's, their traffic, checkpoints
+            and limits are shown.
 
     Raises:
         JobError: when the job could not run as written.
@@ -170,7 +198,15 @@ def show(job: JobConfig, num_workers: int | None = None, verbose: bool = False) 
     world_size, assumption = _workers(job, num_workers, facts)
     with console.status("reading the data"):
         data = look_at(job, lambda sentence: console.print(sentence, style="dim"))
-    plan = resolve(job, world_size=world_size, data=data, facts=facts, assumption=assumption)
+    cluster = assumed or Assumptions()
+    plan = resolve(
+        job,
+        world_size=world_size,
+        data=data,
+        facts=facts,
+        assumption=assumption,
+        assumed=cluster if world_size > cluster.gpus_per_node or assumed else None,
+    )
     if console.is_terminal:
         console.print(view(plan, verbose), width=min(console.width, WIDTH))
     else:

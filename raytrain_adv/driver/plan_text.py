@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from raytrain_adv.driver import scale_text
 from raytrain_adv.driver.advice import written
 from raytrain_adv.report.record import fold_names
 from raytrain_adv.transforms.transform import Plan
@@ -52,6 +53,9 @@ def view(plan: RunPlan, verbose: bool = False) -> Group:
     parts += _section("Batch", _pairs(_batch_rows(plan)))
     parts += _section("Transforms", *_transform_views(plan))
     parts += _section(f"Memory per {_device(plan)}, GiB", *_memory_views(plan))
+    if plan.scale is not None:
+        rows = scale_text.rows(plan.scale, plan.limits)
+        parts += _section(scale_text.title(plan.scale), _pairs(rows))
     return Group(*parts)
 
 

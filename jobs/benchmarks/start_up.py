@@ -1,0 +1,284 @@
+"""Start-up and control-plane cost of a launch, by the number of CPU workers.
+
+    python jobs/benchmarks/start_up.py [--workers 1 2 4 8 16] [--out FILE]
+
+Launches a tiny job through the real command for each number of workers, and samples Ray's and its
+own processes from /proc: CPU seconds, open files, memory, bytes in the object store. All workers
+share this machine's cores, which is most of the wall time here and none of it on a cluster, where
+each node starts its own; what grows with the workers on the head alone is in `per_worker`, the
+slope of a line through the figures, and it is what `raytrain-adv plan --workers N` extrapolates.
+The last part times preflight's verdicts on nodes given as data, without Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).parents[2]
+EVERY_S = 1.0
+"""Seconds between two samples."""
+MOST_S = 180.0
+"""Seconds after which a launch is ended, and no larger one is tried."""
+TICK = os.sysconf("SC_CLK_TCK")
+ROLES = {
+    "gcs_server": "gcs_server",
+    "raylet": "/raylet/raylet",
+    "controller": "ray::TrainController",
+    "worker": "ray::RayTrainWorker",
+    "driver": "raytrain_adv.launch",
+}
+"""Role -> what its command line has in it; whatever else the launch starts is `other`."""
+ON_HEAD = ("gcs_server", "raylet", "controller", "driver")
+"""Roles that one process has, on the head, however many workers there are."""
+
+
+@dataclass
+class Seen:
+    """What the processes of one role were seen to take, each at its most."""
+
+    cpu_s: dict[int, float] = field(default_factory=dict)
+    files: dict[int, int] = field(default_factory=dict)
+    sockets: dict[int, int] = field(default_factory=dict)
+    rss_mib: dict[int, float] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, float]:
+        """Return CPU seconds of all, and open files, sockets and memory of the largest."""
+        return {
+            "processes": len(self.cpu_s),
+            "cpu_s": round(sum(self.cpu_s.values()), 2),
+            "open_files": max(self.files.values()),
+            "sockets": max(self.sockets.values()),
+            "rss_mib": round(max(self.rss_mib.values()), 1),
+        }
+
+
+def descendants(root: int) -> Iterator[int]:
+    """Yield a process and all that it has started."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                children[int((entry / "stat").read_text().rpartition(")")[2].split()[1])].append(
+                    int(entry.name)
+                )
+            except OSError:
+                continue  # it has ended
+    waiting = [root]
+    while waiting:
+        process = waiting.pop()
+        yield process
+        waiting += children[process]
+
+
+def sample(root: int, seen: dict[str, Seen]) -> int:
+    """Look at the launch's processes once; return the bytes of the object store in use."""
+    stored = 0
+    for process in descendants(root):
+        folder = Path(f"/proc/{process}")
+        try:
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            role = next((r for r, part in ROLES.items() if part in command), "other")
+            stat = (folder / "stat").read_text().rpartition(")")[2].split()
+            files = [os.readlink(f"{folder}/fd/{one}") for one in os.listdir(folder / "fd")]
+            if role == "raylet":
+                stored = mapped(folder / "smaps")
+        except OSError:
+            continue  # it has ended
+        entry = seen[role]
+        entry.cpu_s[process] = (int(stat[11]) + int(stat[12])) / TICK
+        entry.files[process] = max(entry.files.get(process, 0), len(files))
+        sockets = sum(one.startswith("socket:") for one in files)
+        entry.sockets[process] = max(entry.sockets.get(process, 0), sockets)
+        rss = int(stat[21]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        entry.rss_mib[process] = max(entry.rss_mib.get(process, 0.0), rss)
+    return stored
+
+
+def mapped(smaps: Path) -> int:
+    """Return the resident bytes of the object store, which the raylet maps from shared memory."""
+    total, inside = 0, False
+    for line in smaps.read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            inside = "plasma" in line
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def write_job(folder: Path, steps: int) -> Path:
+    """Write the tiny job and its data; return its file."""
+    rows = [
+        {"instruction": f"Count to {n % 9 + 1}.", "input": "", "output": f"{n} " * (n % 9 + 1)}
+        for n in range(64)
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    job = {
+        "model_name_or_path": str(ROOT / "jobs/models/tiny-llama"),
+        "train_from_scratch": True,
+        "finetuning_type": "full",
+        "bf16": False,
+        "use_cpu": True,
+        "dataset": str(folder / "rows.json"),
+        "cutoff_len": 64,
+        "tokenized_path": str(folder / "tokenized"),
+        "max_steps": steps,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "export_model": False,
+        "num_sample_answers": 0,
+        "disable_gradient_checkpointing": True,
+    }
+    file = folder / "job.yaml"
+    file.write_text(yaml.safe_dump(job))
+    return file
+
+
+def launched(job: Path, workers: int, most_s: float) -> dict[str, Any] | None:
+    """Launch the job on `workers` workers; return its figures, or none where it took too long."""
+    out = job.parent / f"out_{workers}"
+    keys = {
+        "ray_num_workers": str(workers),
+        "output_dir": str(out),
+        "ray_init_kwargs": json.dumps({"num_cpus": workers, "include_dashboard": False}),
+    }
+    command = [sys.executable, "-m", "raytrain_adv.launch", str(job)]
+    command += [f"{key}={value}" for key, value in keys.items()]
+    # Sockets' paths must be short.
+    temporary = Path(tempfile.mkdtemp(prefix="su", dir="/tmp"))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "RAY_TMPDIR": str(temporary),
+        "OMP_NUM_THREADS": "1",
+    }
+    seen: dict[str, Seen] = defaultdict(Seen)
+    began, stored = time.time(), 0
+    with (job.parent / f"log_{workers}").open("w+") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        while process.poll() is None:
+            stored = max(stored, sample(process.pid, seen))
+            if time.time() - began > most_s:
+                process.terminate()
+            time.sleep(EVERY_S)
+        log.seek(0)
+        output = log.read()
+    wall = time.time() - began
+    shutil.rmtree(temporary, ignore_errors=True)
+    if wall > most_s:
+        return None
+    if process.returncode:
+        raise SystemExit(f"{workers} workers: the launch failed\n{output[-3000:]}")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    first = next(row["time"] for row in rows if row.get("event") == "first_step")
+    report = json.loads((out / "report.json").read_text())
+    return {
+        "wall_s": round(wall, 1),
+        "to_first_step_s": round(first - began, 1),
+        "timeline_s": {name: round(s, 2) for name, s in report["timeline"].items()},
+        "object_store_bytes": stored,
+        "by_role": {role: seen[role].figures() for role in (*ROLES, "other")},
+    }
+
+
+def lines(runs: dict[int, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return role -> figure -> the line through it over the workers: at none, and per worker."""
+    counts = sorted(runs)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for role in ON_HEAD:
+        found[role] = {}
+        for name in ("cpu_s", "open_files", "sockets", "rss_mib"):
+            values = [runs[n]["by_role"][role][name] for n in counts]
+            slope, at_none = np.polyfit(counts, values, 1)
+            found[role][name] = {"base": round(at_none, 3), "per_worker": round(slope, 4)}
+    return found
+
+
+def verdicts(count: int) -> dict[str, float]:
+    """Return the seconds that preflight takes to judge `count` nodes of 8 H100 that have answered;
+    what they answer is given.
+    """
+    from raytrain_adv.config import load
+    from raytrain_adv.driver import preflight, preflight_table
+    from raytrain_adv.driver.cluster import Node, Placement
+    from raytrain_adv.transforms.apply import enabled
+    from tests.readings import H100, node_with
+
+    with tempfile.TemporaryDirectory() as folder:
+        job = load(str(write_job(Path(folder), 1)), ["output_dir=out", "use_cpu=false", "fp8=true"])
+    resources = {"GPU": 8.0, "CPU": 8.0, "accelerator_type:H100": 1.0}
+    nodes = [
+        Node(f"10.0.{n // 250}.{n % 250}", resources, node_id=f"{n:056x}") for n in range(count)
+    ]
+    placement = Placement(8 * count, {"GPU": 1.0, "CPU": 1.0}, True, False, "")
+    reading = node_with(H100, num_gpus=8)
+    start = time.perf_counter()
+    judged = [preflight.judged(placement, enabled(job), node, reading) for node in nodes]
+    found = preflight.compared(judged, True)
+    preflight_table.render(found)
+    seconds = time.perf_counter() - start
+    if len(found.accepted) != count:
+        raise SystemExit(f"{count - len(found.accepted)} of {count} simulated nodes were refused")
+    return {"nodes": count, "verdicts_and_table_s": round(seconds, 4)}
+
+
+def main() -> None:
+    """Launch, fit, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--most-s", type=float, default=MOST_S, help="end a launch after")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    from raytrain_adv.hardware import package_versions
+
+    folder = Path(tempfile.mkdtemp(prefix="start_up_"))
+    runs: dict[int, dict[str, Any]] = {}
+    note = ""
+    for workers in options.workers:
+        found = launched(write_job(folder, options.steps), workers, options.most_s)
+        if found is None:
+            note = f"{workers} workers took more than {options.most_s:g} s and were ended"
+            print(note, flush=True)
+            break
+        runs[workers] = found
+        print(f"{workers} workers: first step after {found['to_first_step_s']} s", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    figures = {
+        "date": str(date.today()),
+        "command": "python jobs/benchmarks/start_up.py --workers "
+        + " ".join(map(str, options.workers)),
+        "note_on_times": "wall seconds are those of a machine with other work (load_at_the_end); "
+        "CPU seconds, files, sockets and bytes are not",
+        "cores": len(os.sched_getaffinity(0)),
+        "load_at_the_end": round(os.getloadavg()[0], 1),
+        "versions": {k: v for k, v in package_versions().items() if v is not None},
+        "note": note,
+        "runs": {str(n): found for n, found in runs.items()},
+        "on_the_head": lines(runs) if len(runs) > 1 else {},
+        "preflight_without_ray": [verdicts(n) for n in (1, 64, 512)],
+    }
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What a plan for many workers assumes of their cluster; `--assume NAME=VALUE` changes it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+
+from raytrain_adv.config.problems import Problem
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """A cluster in numbers; GB are 10^9 bytes. None of them was measured here."""
+
+    gpus_per_node: float = 8
+    """GPUs of a node, as in a DGX or HGX H100."""
+    nvlink_gb_s: float = 360
+    """Into one GPU from the others of its node: 450 GB/s a direction by NVIDIA's H100 datasheet,
+    80 % of it."""
+    network_gb_s: float = 320
+    """Into one node: eight ports of 400 Gb/s, 80 % of it."""
+    network_hop_us: float = 14
+    """From node to node in a ring: NCCL's own tuning table, network, ring, Simple protocol."""
+    nvlink_hop_us: float = 3.4
+    """From GPU to GPU in a ring: the same table, NVLink."""
+    storage_gb_s: float = 10
+    """Out of and into the shared storage, all nodes together."""
+    storage_node_gb_s: float = 3
+    """The same for one node: a port of 25 Gb/s."""
+    host_copy_gb_s: float = 5
+    """From one GPU into pageable host memory."""
+    open_files: float = 65536
+    """Files that a process on the head may have open (ulimit -n)."""
+
+
+def assumptions(pairs: Iterable[str]) -> tuple[Assumptions, list[Problem]]:
+    """Return the assumptions with these NAME=VALUE pairs in place, and what is wrong with them."""
+    values: dict[str, float] = {}
+    problems = []
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        value, wrong = _positive(text), list(_unknown(name))
+        problems += wrong
+        if not wrong and value is None:
+            what = f"--assume {name}={text[:40]!r}: it takes a number above 0"
+            problems.append(Problem(what, f"write --assume {name}=NUMBER"))
+        elif value is not None and not wrong:
+            values[name] = value
+    per_node = values.get("gpus_per_node", 1.0)
+    if per_node != int(per_node):
+        text = f"--assume gpus_per_node={per_node:g}: it takes a whole number"
+        problems.append(Problem(text, "write --assume gpus_per_node=8"))
+    return Assumptions(**values), problems
+
+
+def _names() -> list[str]:
+    return [field.name for field in fields(Assumptions)]
+
+
+def _positive(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < float("inf") else None
+
+
+def _unknown(name: str) -> Iterator[Problem]:
+    if name in _names():
+        return
+    close = difflib.get_close_matches(name, _names(), n=1)
+    fix = f"write {close[0]}" if close else "there are " + ", ".join(_names())
+    yield Problem(f"--assume {name[:40]!r}: nothing of that name is assumed", fix)
