@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from raytrain_adv.driver.doctor_storage import Seen, leftover
 from raytrain_adv.driver.finding import Finding, SetAside
-from raytrain_adv.driver.output import RUN_FILE, attempts_in
+from raytrain_adv.driver.output import RUN_FILE, Record, attempts_in
 from raytrain_adv.driver.stopping import ASK_FILE
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.report import record
@@ -28,22 +28,11 @@ from raytrain_adv.worker.checkpoint_files import CheckpointFiles
 from raytrain_adv.worker.metrics_file import FILE_NAME, parse_row, replace
 from raytrain_adv.worker.storage import Storage, storage_errors
 
-Record = Mapping[str, Any]
-"""What run.json holds."""
 ROWS_LOST = "rows_lost"
 """The event that says which steps have no row."""
 MODELS = ("model", "model-quantized")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 MISSING = "it is missing"
-
-
-def record_of(folder: Path) -> Record | None:
-    """Return run.json; none where it is missing, torn, or lacks what a rerun asks it for."""
-    found = Storage.at(str(folder)).read_json(RUN_FILE)
-    kinds = {"fingerprint": str, "status": str, "attempts": int, "job": dict}
-    if found is None or any(not isinstance(found.get(k), kind) for k, kind in kinds.items()):
-        return None
-    return found
 
 
 def examine(
