@@ -306,6 +306,23 @@ def test_a_folder_that_holds_no_run_is_refused_and_a_sweeps_names_its_trials(tmp
         show(tmp_path, fix=True)
 
 
+def test_a_trial_whose_model_its_sweep_has_deleted_is_healthy(sound, tmp_path):
+    """keep_models: best keeps one trial's."""
+    trial = Path(shutil.copytree(sound, tmp_path / "trials" / "lr_1"))
+    shutil.rmtree(trial / "model")
+    assert show(trial, fix=False)
+
+
+def test_checkpoints_on_other_storage_are_set_aside_there(sound, out, tmp_path):
+    shutil.move(out / "checkpoints", tmp_path / "storage" / "out")
+    noted(ray_storage_path=str(tmp_path / "storage"))(out)
+    shard = tmp_path / "storage" / "out" / "out_001" / "step_00000006" / "__0_0.distcp"
+    shard.write_bytes(b"")
+    assert show(out, fix=True)
+    assert not shard.exists() and not (out / "set-aside").exists()
+    assert list((tmp_path / "storage" / "out" / "set-aside").glob("*/out_001/step_00000006"))
+
+
 def test_a_folder_moves_on_storage_that_renames_none(tmp_path):
     remote = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
     written("a/step_1/x", "1")(tmp_path)
