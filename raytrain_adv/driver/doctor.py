@@ -13,10 +13,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from raytrain_adv.driver import doctor_output, doctor_storage
-from raytrain_adv.driver.doctor_output import Record
 from raytrain_adv.driver.doctor_storage import Seen
 from raytrain_adv.driver.finding import Finding, SetAside
-from raytrain_adv.driver.output import LOCK, OURS, RUN_FILE, storage_below
+from raytrain_adv.driver.output import LOCK, OURS, RUN_FILE, Record, record_of, storage_below
 from raytrain_adv.errors import JobError
 from raytrain_adv.report.numbers import plural
 from raytrain_adv.worker.storage import Storage, storage_errors
@@ -82,7 +81,7 @@ def show(folder: Path, fix: bool) -> bool:
 
 def examine(folder: Path) -> Examined:
     """Look at the run in a folder, and at its checkpoints."""
-    run = doctor_output.record_of(folder)
+    run = record_of(folder)
     job = run["job"] if run is not None else {}
     name = job.get("ray_run_name") or Path(job.get("output_dir") or folder).name
     storage = Storage.at(storage_below(folder, job.get("ray_storage_path"), name))

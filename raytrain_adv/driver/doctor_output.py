@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from raytrain_adv.driver.doctor_storage import Seen, leftover
 from raytrain_adv.driver.finding import Finding, SetAside
-from raytrain_adv.driver.output import RUN_FILE, attempts_in
+from raytrain_adv.driver.output import RUN_FILE, Record, attempts_in
 from raytrain_adv.driver.stopping import ASK_FILE
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.report import record
@@ -27,22 +28,11 @@ from raytrain_adv.worker.damage import MANIFEST
 from raytrain_adv.worker.metrics_file import FILE_NAME, parse_row, replace
 from raytrain_adv.worker.storage import Storage, storage_errors
 
-Record = Mapping[str, Any]
-"""What run.json holds."""
 ROWS_LOST = "rows_lost"
 """The event that says which steps have no row."""
 MODELS = ("model", "model-quantized")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 MISSING = "it is missing"
-
-
-def record_of(folder: Path) -> Record | None:
-    """Return run.json; none where it is missing, torn, or lacks what a rerun asks it for."""
-    found = Storage.at(str(folder)).read_json(RUN_FILE)
-    kinds = {"fingerprint": str, "status": str, "attempts": int, "job": dict}
-    if found is None or any(not isinstance(found.get(k), kind) for k, kind in kinds.items()):
-        return None
-    return found
 
 
 def examine(
@@ -128,48 +118,38 @@ def _metrics(folder: Path, run: Record | None, whole: Sequence[Seen]) -> list[Fi
     bad = [number for number, row in rows if row is None]
     good = [row for _, row in rows if row is not None]
     kept = without_repeats(good)
-    findings = []
 
     def rewrite(aside: SetAside) -> None:
         aside.copy(path)
         with storage_errors("The metrics cannot be written", str(path)):
             replace(path, kept)
 
+    wrong = []
     if tail:
-        findings.append(
-            Finding(
-                str(path),
-                f"its last line is torn, after {len(tail):,} bytes",
-                "none: a rerun that resumes drops it too",
-                "the torn line is dropped; the file as it was is set aside",
-                rewrite,
-            )
-        )
+        what = f"its last line is torn, after {len(tail):,} bytes"
+        means = "none: a rerun that resumes drops it too"
+        wrong.append((what, means, "the torn line is dropped"))
     if bad:
-        listed = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        findings.append(
-            Finding(
-                str(path),
-                f"{plural(len(bad), 'line')} hold no row: {listed}",
-                "none for the training; the rows of their steps are lost",
-                "the lines are dropped; the file as it was is set aside",
-                rewrite,
-            )
-        )
+        what = f"lines that hold no row: {_listed(bad)}"
+        means = "none for the training; the rows of their steps are lost"
+        wrong.append((what, means, "the lines are dropped"))
     if len(kept) < len(good):
-        steps = repeated(good)
-        listed = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
-        findings.append(
-            Finding(
-                str(path),
-                f"{plural(len(steps), 'step')} stand there more than once: {listed}",
-                "none for the training; the curve of the report goes back and forth, and a rerun "
-                "keeps what lies before the step it resumes from",
-                "the last row of each step is kept; the file as it was is set aside",
-                rewrite,
-            )
+        what = f"steps that stand there more than once: {_listed(repeated(good))}"
+        means = (
+            "none for the training; the report's curve goes back and forth, and a rerun keeps what "
+            "lies before the step it resumes from"
         )
+        wrong.append((what, means, "the last row of each step is kept"))
+    findings = [
+        Finding(str(path), what, means, f"{fix}; the file as it was is set aside", rewrite)
+        for what, means, fix in wrong
+    ]
     return findings + _gaps(path, kept, run, whole)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    more = f" and {len(numbers) - 5:,} more" if len(numbers) > 5 else ""
+    return ", ".join(map(str, numbers[:5])) + more
 
 
 def without_repeats(rows: Sequence[Record]) -> list[dict[str, Any]]:
@@ -184,8 +164,8 @@ def without_repeats(rows: Sequence[Record]) -> list[dict[str, Any]]:
 
 def repeated(rows: Sequence[Record]) -> list[int]:
     """Return the steps that have more than one row of a kind."""
-    keys = [(row["kind"], row["step"]) for row in rows if row["kind"] != "event" and "step" in row]
-    return sorted({step for kind, step in keys if keys.count((kind, step)) > 1})
+    found = Counter((row["kind"], row["step"]) for row in rows if "step" in row)
+    return sorted({step for (kind, step), n in found.items() if n > 1 and kind != "event"})
 
 
 def gaps(rows: Sequence[Record], every: int, reached: int) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ ENDED = {
 }
 """A run's status -> what is said of its job."""
 PINNED = "kernels.lock.json"
+Record = Mapping[str, Any]
+"""What run.json holds."""
 OURS = (
     "model",
     "report.json",
@@ -125,6 +127,15 @@ def held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def record_of(folder: Path) -> Record | None:
+    """Return run.json; none where it is missing, torn, or lacks what a rerun asks it for."""
+    found = Storage.at(str(folder)).read_json(RUN_FILE)
+    kinds = {"fingerprint": str, "status": str, "attempts": int, "job": dict}
+    if found is None or any(not isinstance(found.get(k), kind) for k, kind in kinds.items()):
+        return None
+    return found
+
+
 def open_output(job: JobConfig) -> Output:
     """Decide what this launch is: a start, a continuation, or a finished run asked for again.
 
@@ -134,7 +145,7 @@ def open_output(job: JobConfig) -> Output:
     folder = Path(job.output.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     storage = Storage.at(storage_path(job))
-    record = Storage.at(str(folder)).read_json(RUN_FILE)
+    record = record_of(folder)
     resume = job.output.resume_from_checkpoint or False
     if job.output.overwrite_output_dir and not resume:
         _clear(folder, storage)
@@ -185,13 +196,14 @@ def _refuse_foreign_files(folder: Path, resume: bool | str) -> None:
     if there and not resume:
         raise JobError(
             "output_dir holds files that this run would overwrite",
-            f"{folder}: {', '.join(there)}, and no {RUN_FILE} that says whose they are",
-            "choose another output_dir, or set overwrite_output_dir: true to delete them",
+            f"{folder}: {', '.join(there)}, and no sound {RUN_FILE} that says whose they are",
+            "choose another output_dir, or set overwrite_output_dir: true to delete them; "
+            f"raytrain-adv doctor {folder} --fix mends the folder of a run",
         )
 
 
 def _refuse_unless_resumed(
-    job: JobConfig, folder: Path, record: dict[str, Any], resume: bool | str
+    job: JobConfig, folder: Path, record: Record, resume: bool | str
 ) -> None:
     same = record["fingerprint"] == job.fingerprint()
     ways_out = (

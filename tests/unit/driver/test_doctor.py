@@ -16,11 +16,12 @@ from raytrain_adv import cli
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver.doctor import show
 from raytrain_adv.driver.output import Output, held, open_output
-from raytrain_adv.errors import EXIT_DONE, EXIT_JOB_FILE, EXIT_NOT_MENDED, JobError
+from raytrain_adv.errors import EXIT_DONE, EXIT_JOB_FILE, EXIT_NOT_MENDED, JobError, Stopped
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.report import record
 from raytrain_adv.report.build import started
-from raytrain_adv.worker.run import Run, SilentReporter
+from raytrain_adv.worker.checkpoint import newest
+from raytrain_adv.worker.run import Reporter, Run, SilentReporter
 from raytrain_adv.worker.storage import Storage
 from raytrain_adv.worker.train import train
 from tests.conftest import tiny_keys
@@ -30,7 +31,7 @@ ATTEMPT = "checkpoints/out_001"
 LAST = f"{ATTEMPT}/step_00000006"
 
 
-def trained(job: JobConfig) -> tuple[Output, int | None]:
+def trained(job: JobConfig, reporter: Reporter | None = None) -> tuple[Output, int | None]:
     """Train here, without Ray, what a launch would; return the step it resumed from."""
     output = open_output(job)
     assert not output.finished
@@ -38,7 +39,7 @@ def trained(job: JobConfig) -> tuple[Output, int | None]:
         torch.device("cpu"),
         output.storage,
         output.attempt,
-        SilentReporter(),
+        reporter or SilentReporter(),
         resume=output.resume,
     )
     figures = train(job, run, export_model)
@@ -71,9 +72,9 @@ def out(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "out"))
 
 
-def again(sound: Path, out: Path) -> JobConfig:
+def again(sound: Path, out: Path, *changes: str) -> JobConfig:
     """Return the job that resumes in the copy."""
-    changed = [f"output_dir={out}", "resume_from_checkpoint=true"]
+    changed = [f"output_dir={out}", "resume_from_checkpoint=true", *changes]
     return load(sound.parent / "job.yaml", changed)
 
 
@@ -183,8 +184,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "snapshot torn": (cut(f"{ATTEMPT}/checkpoint_manager_snapshot.json"), "it is torn", DONE),
     "beyond the limit": (noted(save_total_limit=1), "save_total_limit: 1 keeps newer", DONE),
     "last line torn": (rows(lambda r: [*r, '{"kind": "tra']), "its last line is torn", DONE),
-    "bad line": (rows(lambda r: [*r[:3], "\0\0\n", *r[3:]]), "1 line hold no row: 4", DONE),
-    "steps twice": (rows(lambda r: [*r, *r]), "6 steps stand there more than once", DONE),
+    "bad line": (rows(lambda r: [*r[:3], "\0\0\n", *r[3:]]), "lines that hold no row: 4", DONE),
+    "steps twice": (rows(lambda r: [*r, *r]), "more than once: 1, 2, 3, 4, 5 and 1 more", DONE),
     "rows lost": (rows(without(3, 4)), "steps 3 to 4 have no row", DONE),
     "last rows lost": (rows(without(5, 6)), "steps 5 to 6 have no row", DONE),
     "no metrics": (removed("metrics.jsonl"), "it is missing", DONE),
@@ -251,18 +252,22 @@ def test_a_rerun_goes_on_after_the_mending_where_it_broke_off_or_did_nothing_bef
     assert show(out, fix=False), capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_no_longer_costs_a_whole_one(sound, out):
-    """Counted by save_total_limit: 1, it has the next checkpoint deleted as it is committed."""
-    whole = {"save_total_limit": 1}
-    noted(status="failed", **whole)(out)
+class StopAfterFive(SilentReporter):
+    """Asks the run to stop in its fifth step, if it begins with that."""
+
+    def stop_wanted(self) -> bool:
+        return True
+
+
+def test_a_damaged_checkpoint_no_longer_costs_the_whole_ones(sound, out):
+    """Counted by save_total_limit: 1, it has those deleted that are older, the new one too."""
+    noted(status="failed", save_total_limit=1)(out)
     (out / LAST / "__0_0.distcp").unlink()
     assert show(out, fix=True)
-    job = load(sound.parent / "job.yaml", [
-        f"output_dir={out}", "resume_from_checkpoint=true", "save_total_limit=1", "save_steps=5",
-    ])  # fmt: skip
-    trained(job)
-    left = sorted(path.name for path in (out / "checkpoints").glob("out_*/step_*"))
-    assert left[-1] == "step_00000006" and (out / "checkpoints" / "out_002" / left[-1]).exists()
+    with pytest.raises(Stopped, match="after step 5"):
+        trained(again(sound, out, "save_total_limit=1"), StopAfterFive())
+    found = newest(Storage.at(str(out / "checkpoints")))
+    assert found is not None and found.progress.step == 5
 
 
 def test_a_run_that_is_alive_is_not_touched(out):
@@ -299,6 +304,23 @@ def test_a_folder_that_holds_no_run_is_refused_and_a_sweeps_names_its_trials(tmp
     (tmp_path / "trials" / "lr_1").mkdir(parents=True)
     with pytest.raises(JobError, match="lr_1"):
         show(tmp_path, fix=True)
+
+
+def test_a_trial_whose_model_its_sweep_has_deleted_is_healthy(sound, tmp_path):
+    """keep_models: best keeps one trial's."""
+    trial = Path(shutil.copytree(sound, tmp_path / "trials" / "lr_1"))
+    shutil.rmtree(trial / "model")
+    assert show(trial, fix=False)
+
+
+def test_checkpoints_on_other_storage_are_set_aside_there(sound, out, tmp_path):
+    shutil.move(out / "checkpoints", tmp_path / "storage" / "out")
+    noted(ray_storage_path=str(tmp_path / "storage"))(out)
+    shard = tmp_path / "storage" / "out" / "out_001" / "step_00000006" / "__0_0.distcp"
+    shard.write_bytes(b"")
+    assert show(out, fix=True)
+    assert not shard.exists() and not (out / "set-aside").exists()
+    assert list((tmp_path / "storage" / "out" / "set-aside").glob("*/out_001/step_00000006"))
 
 
 def test_a_folder_moves_on_storage_that_renames_none(tmp_path):

@@ -53,6 +53,13 @@ def test_a_lost_run_file_does_not_bring_an_attempts_name_back(make_job):
     assert open_output(make_job(resume_from_checkpoint=True)).attempt.endswith("_002")
 
 
+def test_a_run_file_that_is_not_one_is_refused_with_the_command_that_mends_it(make_job, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text('{"status": "running"}')
+    with pytest.raises(JobError, match=r"doctor .* --fix"):
+        open_output(make_job())
+
+
 def test_overwriting_deletes_the_run_and_nothing_else(make_job, tmp_path):
     output = open_output(make_job())
     (output.folder / "model").mkdir()
