@@ -27,13 +27,13 @@ SAVE_STEPS = 10
 MORE_STEPS = 15
 JOINED = "This command will now block"
 """What `ray start --block` says once the node has joined."""
-WAIT_S = 240.0
+WAIT_S = 300.0
 # Ray's own are set for networks that are away for a minute (ray 2.60).
 QUICK_TO_NOTICE = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1500",
-    "RAY_health_check_failure_threshold": "4",
+    "RAY_health_check_failure_threshold": "5",
 }
 
 
