@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Host:
 
     address: str
     holder: subprocess.Popen[str]
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def inside(self) -> list[str]:
@@ -46,7 +47,8 @@ class Host:
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """Start a process there."""
-        return subprocess.Popen([*self.inside, *command], text=True, **options)
+        self.started.append(subprocess.Popen([*self.inside, *command], text=True, **options))
+        return self.started[-1]
 
     def do(self, *command: str) -> None:
         """Run a command there to its end."""
@@ -57,6 +59,8 @@ class Host:
         for pid in self._pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        for process in self.started:
+            process.wait()
 
     def _pids(self) -> Iterator[int]:
         own = os.stat(f"/proc/{self.holder.pid}/ns/net").st_ino
@@ -106,7 +110,7 @@ class Network:
         for host in [*self.hosts, self._switch]:
             host.power_off()
             host.holder.kill()
-            host.holder.wait()
+            host.holder.communicate()
 
 
 def _holder(make: Sequence[str]) -> subprocess.Popen[str]:

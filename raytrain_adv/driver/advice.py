@@ -79,7 +79,8 @@ class Case:
         if keys.get("pure_bf16"):
             model = copy.deepcopy(model)
             nn.Module.to(model, torch.bfloat16)
-        workers = int(keys.get("ray_num_workers", self.world_size))
+        asked = keys.get("ray_num_workers", self.world_size)
+        workers = int(min(asked) if isinstance(asked, list) else asked)
         return Case(with_keys(self.job, keys), model, workers, self.seq_len)
 
 

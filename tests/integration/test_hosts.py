@@ -27,13 +27,13 @@ SAVE_STEPS = 10
 MORE_STEPS = 15
 JOINED = "This command will now block"
 """What `ray start --block` says once the node has joined."""
-WAIT_S = 240.0
+WAIT_S = 300.0
 # Ray's own are set for networks that are away for a minute (ray 2.60).
 QUICK_TO_NOTICE = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1500",
-    "RAY_health_check_failure_threshold": "4",
+    "RAY_health_check_failure_threshold": "5",
 }
 
 
@@ -142,7 +142,7 @@ def test_a_run_over_hosts_goes_on_without_one_that_is_cut_off_and_grows_when_it_
     assert lost.nodes == (hosts.first.address,) and lost.lost == (hosts.second.address,)
     assert SAVE_STEPS <= lost.step <= reached < lost.step + 2 * SAVE_STEPS  # one was being written
     assert back.step % SAVE_STEPS == 0 and set(back.nodes) == set(report.starts[0].nodes)
-    assert f"2 workers, 1 from step {lost.step}, 2 from step {back.step:,}" in log.read_text()
+    assert "The workers&#x27; starts" in (out / "report.html").read_text()
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["kind"] == "train"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from raytrain_adv.config import load
 from raytrain_adv.config.workers import numbers
+from raytrain_adv.driver import cluster
 from raytrain_adv.driver.cluster import Node
-from raytrain_adv.driver.elastic import fitting
+from raytrain_adv.driver.elastic import KeepsTheBatch, fitting
 from raytrain_adv.driver.node_network import interface
 from raytrain_adv.driver.node_watch import NodeWatch
 from raytrain_adv.driver.placement import Placement
@@ -54,6 +56,21 @@ def test_as_many_run_as_there_is_room_for_and_the_batch_divides_by():
     assert fitting(on_gpus(1), asks(2, 4, 8), "PACK") == 0
     assert fitting(on_gpus(8, 1, 1), asks(2, 4, 8), "STRICT_SPREAD") == 2
     assert fitting(on_gpus(4, 4), asks(2, 4, 8), "STRICT_PACK") == 4
+
+
+def test_neither_nodes_that_were_left_out_nor_what_others_hold_are_counted(make_job, monkeypatch):
+    """Ray's own policy counts both, and asks for their workers in vain again and again."""
+    job = make_job(**ELASTIC)
+    placed = dataclasses.replace(asks(2, 4, 8), avoided=("id3",))
+    policy = KeepsTheBatch(scaling(job, placed), placed, "PACK")
+    free = {"id1": {"GPU": 1.0}, "id2": {"GPU": 4.0}, "id3": {"GPU": 4.0}}
+    monkeypatch.setattr(cluster, "nodes", lambda: on_gpus(4, 4, 4))
+    monkeypatch.setattr(cluster, "free_on_nodes", lambda: free)
+    assert policy._count_possible_workers({}) == 4
+    policy._held["id1"] += 3  # this run's own
+    assert policy._count_possible_workers({}) == 8
+    policy.before_controller_execute_resize_decision(None)
+    assert policy._count_possible_workers({}) == 4
 
 
 def test_a_cluster_that_holds_the_fewest_is_enough_and_the_wrong_nodes_are_left_out(make_job):

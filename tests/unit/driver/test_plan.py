@@ -126,8 +126,13 @@ def llama_8b_case(folder: Path, **keys: Any) -> Case:
     return Case(job, build(job), 1, 8192)
 
 
-def test_advice_for_a_gpu_that_is_too_small_fits_it_when_followed(tmp_path: Path) -> None:
-    case, gpu = llama_8b_case(tmp_path), Gpu("H100", 79.1)
+@pytest.mark.parametrize(
+    "workers", [{}, {"ray_num_workers": [1, 8], "max_failures": -1, "save_strategy": "steps"}]
+)
+def test_advice_for_a_gpu_that_is_too_small_fits_it_when_followed(
+    tmp_path: Path, workers: dict[str, Any]
+) -> None:
+    case, gpu = llama_8b_case(tmp_path, **workers), Gpu("H100", 79.1)
     assert not case.prediction().fits(gpu.memory_gib)
     advice = advise(case, gpu)
     assert {"bf16": False, "pure_bf16": True} in [dict(a.keys) for a in advice]
