@@ -280,8 +280,8 @@ def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[floa
         + entries x (PART_BYTES + ENTRY_BYTES)
 
     A parameter has an entry for each rank of a copy, also one whose part is empty, as many for each
-    of its states, and one for a scalar, its step. AdamW's states have the parameter's dtype; those of 8 bits are
-    written in float32 (worker/staging.py).
+    of its states, and one for a scalar, its step. AdamW's states have the parameter's dtype; those
+    of 8 bits are written in float32 (worker/staging.py).
     """
     shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
     with_states = not job.output.save_only_model
