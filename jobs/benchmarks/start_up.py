@@ -1,13 +1,16 @@
-"""Start-up and control-plane cost of a launch, by the number of CPU workers.
+"""Start-up and control-plane cost of a run, by the number of CPU workers.
 
-    python jobs/benchmarks/start_up.py [--workers 1 2 4 8 16] [--out FILE]
+    python jobs/benchmarks/start_up.py [--workers 1 2 4 8 16] [--empty 1 2 4 8 16] [--out FILE]
 
-Launches a tiny job through the real command for each number of workers, and samples Ray's and its
-own processes from /proc: CPU seconds, open files, memory, bytes in the object store. All workers
-share this machine's cores, which is most of the wall time here and none of it on a cluster, where
-each node starts its own; what grows with the workers on the head alone is in `per_worker`, the
-slope of a line through the figures, and it is what `raytrain-adv plan --workers N` extrapolates.
-The last part times preflight's verdicts on nodes given as data, without Ray.
+--workers launches a tiny job through the real command for each number; --empty has Ray Train start
+as many workers that import no torch, report four times and end, on the same Ray with the same
+settings: what the head does for a worker is the same, and it takes seconds where torch takes
+minutes of few cores. Ray's and the run's processes are sampled from /proc: CPU seconds, open files,
+memory, bytes in the object store. All workers share this machine's cores, which is most of the wall
+time here and none of it on a cluster, where each node starts its own; what grows with the workers
+on the head alone is in `on_the_head`, a line through the empty runs' figures, and it is what
+`raytrain-adv plan --workers N` extrapolates. The last part times preflight's verdicts on nodes
+given as data, without Ray.
 """
 
 from __future__ import annotations
@@ -42,9 +45,10 @@ ROLES = {
     "controller": "ray::TrainController",
     "worker": "ray::RayTrainWorker",
     "driver": "raytrain_adv.launch",
+    "driver of nothing": "--one",
 }
 """Role -> what its command line has in it; whatever else the launch starts is `other`."""
-ON_HEAD = ("gcs_server", "raylet", "controller", "driver")
+ON_HEAD = ("gcs_server", "raylet", "controller", "driver of nothing")
 """Roles that one process has, on the head, however many workers there are."""
 
 
@@ -159,6 +163,51 @@ def launched(job: Path, workers: int, most_s: float) -> dict[str, Any] | None:
     }
     command = [sys.executable, "-m", "raytrain_adv.launch", str(job)]
     command += [f"{key}={value}" for key, value in keys.items()]
+    watched = watch(command, job.parent / f"log_{workers}", most_s)
+    if watched is None:
+        return None
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    first = next(row["time"] for row in rows if row.get("event") == "first_step")
+    report = json.loads((out / "report.json").read_text())
+    return {
+        "to_first_step_s": round(first - watched.pop("began"), 1),
+        "timeline_s": {name: round(s, 2) for name, s in report["timeline"].items()},
+        **watched,
+    }
+
+
+def empty(folder: Path, workers: int, most_s: float) -> dict[str, Any] | None:
+    """Have Ray Train start workers that do nothing; return the figures, or none as above."""
+    command = [sys.executable, __file__, "--one", str(workers), "--out", str(folder / "storage")]
+    watched = watch(command, folder / f"log_empty_{workers}", most_s)
+    return None if watched is None else {k: v for k, v in watched.items() if k != "began"}
+
+
+def train_nothing(workers: int, storage: str) -> None:
+    """Be the driver of `empty`."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from raytrain_adv.driver.cluster import LOCAL_SETTINGS, RAY_SETTINGS
+
+    os.environ |= {**RAY_SETTINGS, **LOCAL_SETTINGS, "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300"  # few cores, other work on them
+    ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
+
+    def nothing() -> None:
+        for step in range(4):
+            ray.train.report({"step": step})
+
+    DataParallelTrainer(
+        nothing,
+        scaling_config=ScalingConfig(num_workers=workers),
+        run_config=RunConfig(name=f"empty_{workers}", storage_path=storage),
+    ).fit()
+
+
+def watch(command: list[str], log_file: Path, most_s: float) -> dict[str, Any] | None:
+    """Run a command and sample it; return its figures, or none where it took too long."""
     # Sockets' paths must be short.
     temporary = Path(tempfile.mkdtemp(prefix="su", dir="/tmp"))
     environment = {
@@ -169,7 +218,7 @@ def launched(job: Path, workers: int, most_s: float) -> dict[str, Any] | None:
     }
     seen: dict[str, Seen] = defaultdict(Seen)
     began, stored = time.time(), 0
-    with (job.parent / f"log_{workers}").open("w+") as log:
+    with log_file.open("w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         while process.poll() is None:
             stored = max(stored, sample(process.pid, seen))
@@ -183,16 +232,12 @@ def launched(job: Path, workers: int, most_s: float) -> dict[str, Any] | None:
     if wall > most_s:
         return None
     if process.returncode:
-        raise SystemExit(f"{workers} workers: the launch failed\n{output[-3000:]}")
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    first = next(row["time"] for row in rows if row.get("event") == "first_step")
-    report = json.loads((out / "report.json").read_text())
+        raise SystemExit(f"{' '.join(command)} failed\n{output[-3000:]}")
     return {
+        "began": began,
         "wall_s": round(wall, 1),
-        "to_first_step_s": round(first - began, 1),
-        "timeline_s": {name: round(s, 2) for name, s in report["timeline"].items()},
         "object_store_bytes": stored,
-        "by_role": {role: seen[role].figures() for role in (*ROLES, "other")},
+        "by_role": {role: one.figures() for role, one in seen.items()},
     }
 
 
@@ -240,44 +285,64 @@ def verdicts(count: int) -> dict[str, float]:
 def main() -> None:
     """Launch, fit, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--empty", type=int, nargs="*", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--most-s", type=float, default=MOST_S, help="end a launch after")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
+    if options.one is not None:
+        train_nothing(options.one, str(options.out))
+        return
     from raytrain_adv.hardware import package_versions
 
+    verdicts(1)  # imports what the rules need
     folder = Path(tempfile.mkdtemp(prefix="start_up_"))
-    runs: dict[int, dict[str, Any]] = {}
-    note = ""
-    for workers in options.workers:
-        found = launched(write_job(folder, options.steps), workers, options.most_s)
-        if found is None:
-            note = f"{workers} workers took more than {options.most_s:g} s and were ended"
-            print(note, flush=True)
-            break
-        runs[workers] = found
-        print(f"{workers} workers: first step after {found['to_first_step_s']} s", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    figures = {
+    figures: dict[str, Any] = {
         "date": str(date.today()),
-        "command": "python jobs/benchmarks/start_up.py --workers "
-        + " ".join(map(str, options.workers)),
-        "note_on_times": "wall seconds are those of a machine with other work (load_at_the_end); "
-        "CPU seconds, files, sockets and bytes are not",
+        "command": " ".join(["python jobs/benchmarks/start_up.py", *map(shown, sys.argv[1:])]),
         "cores": len(os.sched_getaffinity(0)),
-        "load_at_the_end": round(os.getloadavg()[0], 1),
         "versions": {k: v for k, v in package_versions().items() if v is not None},
-        "note": note,
-        "runs": {str(n): found for n, found in runs.items()},
-        "on_the_head": lines(runs) if len(runs) > 1 else {},
         "preflight_without_ray": [verdicts(n) for n in (1, 64, 512)],
+        "note": "Ray without its dashboard. Wall seconds are those of a machine with other work "
+        "(load); CPU seconds, files, sockets and bytes are not.",
+        "ended": [],
+        "runs": {},
+        "empty": {},
     }
-    text = json.dumps(figures, indent=1)
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
+    job = write_job(folder, options.steps)
+    for kind, counts in (("empty", options.empty), ("runs", options.workers)):
+        for workers in counts:
+            if kind == "empty":
+                found = empty(folder, workers, options.most_s)
+            else:
+                found = launched(job, workers, options.most_s)
+            if found is None:
+                ended = f"{kind}, {workers} workers: more than {options.most_s:g} s, ended"
+                figures["ended"] = [*figures["ended"], ended]
+                print(ended, flush=True)
+                break
+            figures[kind][workers] = {**found, "load": round(os.getloadavg()[0], 1)}
+            print(f"{kind}, {workers} workers: {found['wall_s']} s", flush=True)
+            write(figures, options.out)
+    shutil.rmtree(folder, ignore_errors=True)
+    write(figures, options.out)
+    print(json.dumps(figures, indent=1))
+
+
+def shown(argument: str) -> str:
+    """Return an argument as the record has it, without the place of a file."""
+    return "FILE" if argument.endswith(".json") else argument
+
+
+def write(figures: dict[str, Any], out: Path | None) -> None:
+    """Put the lines through what there is with it, and write it."""
+    if len(figures["empty"]) > 1:
+        figures["on_the_head"] = lines(figures["empty"])
+    if out is not None:
+        out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -279,9 +279,9 @@ def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[floa
         sum over trained parameters of numel x (bytes of a parameter + bytes of two states)
         + entries x (PART_BYTES + ENTRY_BYTES)
 
-    A parameter has an entry for each rank with a part of it, and as many for each of its states,
-    and one for a scalar, its step. AdamW's states have the parameter's dtype; those of 8 bits are
-    written in float32 (worker/staging.py).
+    A parameter has an entry for each rank of a copy, also one whose part is empty, as many for each
+    of its states, and one for a scalar, its step. AdamW's states have the parameter's dtype; those
+    of 8 bits are written in float32 (worker/staging.py).
     """
     shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
     with_states = not job.output.save_only_model
@@ -294,10 +294,8 @@ def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[floa
             local >= SMALLEST_QUANTISED and local % QUANTISED_BLOCK == 0
         )
         states = 2 * (4 if quantised else size) if with_states else 0
-        rows = p.shape[0] if p.ndim else 1
-        parts = math.ceil(rows / math.ceil(rows / shard_size))
         values += p.numel() * (size + states)
-        entries += 3 * parts + 1 if with_states else parts
+        entries += 3 * shard_size + 1 if with_states else shard_size
     return values + entries * (PART_BYTES + ENTRY_BYTES), entries * ENTRY_BYTES
 
 

@@ -138,7 +138,7 @@ def results(name: str) -> dict[str, Any]:
 
 def work(folder: Path, **keys: Any) -> Work:
     values = {"pure_bf16": True, "torch_compile": True, "train_from_scratch": True}
-    values |= {"disable_gradient_checkpointing": True, "save_steps": 100, **keys}
+    values |= {"disable_gradient_checkpointing": True, "per_device_train_batch_size": 1, **keys}
     job = job_for(ROOT / "jobs/models/llama3-8b-shape", folder, **values)
     model = build(job)
     flops = training_flops_per_token(model, 8192)
