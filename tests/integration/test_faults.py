@@ -47,15 +47,15 @@ class OwnModel(LlamaForCausalLM):
     def forward(self, *args, **kwargs):
         self.num_passes += 1
         found = super().forward(*args, **kwargs)
-        if self.num_passes == 3 and dist.get_rank() == 1:
+        if self.num_passes == {at_pass} and dist.get_rank() == 1:
             found.logits = found.logits * float("nan")
         return found
 """
 
 
-def with_a_bad_batch(model: Path) -> None:
-    """Have the third forward pass give NaN on rank 1."""
-    (model / "own.py").write_text(NOT_A_NUMBER)
+def with_a_bad_batch(model: Path, at_pass: int) -> None:
+    """Have one forward pass of a start give NaN on rank 1."""
+    (model / "own.py").write_text(NOT_A_NUMBER.format(at_pass=at_pass))
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "own", "architectures": ["OwnModel"]}
     config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
@@ -101,7 +101,7 @@ def test_a_bad_batch_a_failing_disk_and_damaged_checkpoints(job_file, keys, tmp_
     """Rank 1 has NaN in step 3, and its disk fails once: the update is skipped on both ranks, or
     the run stops, the batch kept; the checkpoint is written again. The last two are damaged: the
     run resumes from the one before them and logs the same losses; one that is named is refused."""
-    with_a_bad_batch(Path(keys["model_name_or_path"]))
+    with_a_bad_batch(Path(keys["model_name_or_path"]), at_pass=3)
     keys |= {"trust_remote_code": True, "use_cpu": True, "export_model": False}
     keys |= {"save_strategy": "steps", "save_steps": 2, "ray_num_workers": 2}
     skip, stop = tmp_path / "out", tmp_path / "stop"
@@ -129,6 +129,7 @@ def test_a_bad_batch_a_failing_disk_and_damaged_checkpoints(job_file, keys, tmp_
     for (message,) in run_ranks(trained_on_a_failing_disk, 2, tmp_path, [named]):
         assert "is damaged" in message and "__1_0.distcp does not have the bytes" in message
     os.truncate(last.with_name("step_00000006") / "__0_0.distcp", 100)
+    with_a_bad_batch(Path(keys["model_name_or_path"]), at_pass=0)
     again = job_file("again.yaml", **skipping, resume_from_checkpoint=True)
     assert run_workers(2, again)[0]["resumed_from_step"] == 4
     assert losses(skip) == before
