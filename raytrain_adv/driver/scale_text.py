@@ -23,8 +23,9 @@ def rows(s: Scale, limits: tuple[Limit, ...]) -> Iterator[tuple[str, str]]:
     h = s.head
     yield (
         "head node",
-        f"{h.cpu_s:,.0f} s of CPU to start and end a run, {h.memory_gib:.1f} GiB, up to "
-        f"{h.files:,.0f} open files in one process; extrapolated from 1 to 8 CPU workers",
+        f"gcs_server and Ray Train's controller take {h.cpu_s:,.0f} s of CPU to start and end a "
+        f"run, {h.memory_gib:.1f} GiB and up to {h.files:,.0f} open files; extrapolated from a few "
+        "CPU workers on one node",
     )
     yield "", "data and checkpoints do not pass through Ray's object store"
     yield from _limits(s, limits)
