@@ -114,7 +114,7 @@ class Work:
         compute = None
         if self.gpu:
             tokens = sequences * self.tokens_per_sequence
-            compute = compute_seconds(job, self.flops_per_token, tokens, self.gpu)
+            compute = compute_seconds(job, self.flops_per_token, tokens, self.gpu, moved)
         times = Times(*communication(moved, a), compute)
         interval = None
         if compute is not None and self.save_every:

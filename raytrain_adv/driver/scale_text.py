@@ -55,7 +55,10 @@ def _times(s: Scale) -> Iterator[tuple[str, str]]:
         "time of it",
         f"{t.communication:.3f} s: {t.bandwidth:.3f} by bandwidth, {t.latency:.3f} in hops",
     )
-    yield "computation", f"{t.compute:.3f} s a step on {s.gpu}, at the MFU measured on one H200"
+    yield (
+        "computation",
+        f"{t.compute:.3f} s a step on {s.gpu}, FSDP2's copies in it, at the MFU of one H200",
+    )
     low, high = max(t.compute, t.communication), t.compute + t.communication
     yield (
         "step",
