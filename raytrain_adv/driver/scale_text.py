@@ -25,7 +25,7 @@ def rows(s: Scale, limits: tuple[Limit, ...]) -> Iterator[tuple[str, str]]:
         "head node",
         f"gcs_server and Ray Train's controller take {h.cpu_s:,.0f} s of CPU to start and end a "
         f"run, {h.memory_gib:.1f} GiB and up to {h.files:,.0f} open files; extrapolated from a few "
-        "CPU workers on one node",
+        "empty CPU workers on one node",
     )
     yield "", "data and checkpoints do not pass through Ray's object store"
     yield from _limits(s, limits)
