@@ -214,6 +214,7 @@ def watch(command: list[str], log_file: Path, most_s: float) -> dict[str, Any] |
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
         "RAY_TMPDIR": str(temporary),
+        "RAY_AUTH_MODE": "disabled",  # or Ray writes a token into the home folder
         "OMP_NUM_THREADS": "1",
     }
     seen: dict[str, Seen] = defaultdict(Seen)

@@ -10,8 +10,9 @@ every 2 s at most, so that its share of a step of another length is computed: in
     log + look for a stop + report x step / 2 s,    step = 741 ms
 
 the 8B step on one H200 (results/fp8_pairs.json), with every step logged. Computed from a CPU's
-times: other work on the machine shows in them, in the means more than in the medians. Whole steps
-are compared too, as a check that nothing is left out.
+times: other work on the machine shows in them (`load_at_the_end`, and steps that take longer than
+some 30 ms), in the means most and in the least times hardly. Whole steps are compared too, as a
+check that nothing is left out, which says something on an idle machine only.
 """
 
 from __future__ import annotations
@@ -107,15 +108,21 @@ def measured(folder: Path, name: str, steps: int, with_ray: bool) -> dict[str, A
     path.write_text(yaml.safe_dump(keys))
     temporary = Path(tempfile.mkdtemp(prefix="so", dir="/tmp"))  # sockets' paths must be short
     environment = {**os.environ, "RAY_TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    environment["RAY_AUTH_MODE"] = "disabled"  # or Ray writes a token into the home folder
     environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     command = [sys.executable, __file__, "--one", "ray" if with_ray else "plain", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     shutil.rmtree(temporary, ignore_errors=True)
     if done.returncode:
         raise SystemExit(f"{name}: {(done.stdout + done.stderr)[-3000:]}")
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return times_of(folder / name)
+
+
+def times_of(out: Path) -> dict[str, Any]:
+    """Return what `measured` does, from the run's folder."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
-    seconds = json.loads((folder / name / "times.json").read_text())
+    seconds = json.loads((out / "times.json").read_text())
     kept = {label: times[1 if label == "report" else 5 :] for label, times in seconds.items()}
     return {
         "step_ms": [1e3 * row["step_s"] for row in rows[5:]],
@@ -124,9 +131,10 @@ def measured(folder: Path, name: str, steps: int, with_ray: bool) -> dict[str, A
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Return how many there are, their median, mean and quartiles."""
+    """Return how many there are, their least, quartiles and mean."""
     low, middle, high = statistics.quantiles(values, n=4)
-    found = {"median": middle, "mean": statistics.fmean(values), "low": low, "high": high}
+    found = {"least": min(values), "low": low, "median": middle, "high": high}
+    found["mean"] = statistics.fmean(values)
     return {"count": len(values), **{name: round(value, 4) for name, value in found.items()}}
 
 
@@ -142,9 +150,6 @@ def main() -> None:
     if options.one:
         run_once(options.one[1], options.one[0] == "ray")
         return
-    from raytrain_adv.hardware import package_versions
-    from raytrain_adv.worker.run import REPORT_EVERY_S
-
     folder = Path(tempfile.mkdtemp(prefix="step_overhead_"))
     runs: dict[str, dict[str, list[float]]] = {"plain": {}, "ray": {}}
     for number in range(options.rounds):
@@ -153,7 +158,18 @@ def main() -> None:
             for label, values in found.items():
                 runs[kind].setdefault(label, []).extend(values)
             print(f"{kind}: {statistics.median(found['step_ms']):.2f} ms a step", flush=True)
+            figures = record(runs, number + 1, options.steps) if runs["ray"] else {}
+            if options.out is not None and figures:
+                options.out.write_text(json.dumps(figures, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps(figures, indent=1))
+
+
+def record(runs: dict[str, dict[str, list[float]]], rounds: int, steps: int) -> dict[str, Any]:
+    """Return what is written."""
+    from raytrain_adv.hardware import package_versions
+    from raytrain_adv.worker.run import REPORT_EVERY_S
+
     ray, plain = runs["ray"], runs["plain"]
 
     def per_8b_step(middle: Callable[[list[float]], float]) -> dict[str, float]:
@@ -167,10 +183,9 @@ def main() -> None:
         shown = {**parts, "all": whole}
         return {k: round(v, 4) for k, v in shown.items()} | {"share": round(whole / STEP_MS, 6)}
 
-    figures = {
+    return {
         "date": str(date.today()),
-        "command": f"python jobs/benchmarks/step_overhead.py --rounds {options.rounds} "
-        f"--steps {options.steps}",
+        "command": f"python jobs/benchmarks/step_overhead.py --rounds {rounds} --steps {steps}",
         "cores": len(os.sched_getaffinity(0)),
         "load_at_the_end": round(os.getloadavg()[0], 1),
         "versions": {k: v for k, v in package_versions().items() if v is not None},
@@ -180,14 +195,11 @@ def main() -> None:
         ),
         "per_8b_step_ms": {
             "computed": True,
+            "by_least": per_8b_step(min),
             "by_medians": per_8b_step(statistics.median),
             "by_means": per_8b_step(statistics.fmean),
         },
     }
-    text = json.dumps(figures, indent=1)
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,10 @@ LORA_SPEED = 0.885
 """MFU under LoRA to that of full training: 599 ms for 0.71 of the operations. Source:
 jobs/benchmarks/results/fp8_pairs.json."""
 
+COPIED_B_S = 1.08e12
+"""Bytes gathered and reduced per second of FSDP2's own copies of them: 8 % of the 8B shape's 742 ms
+on one H200, of 64.2 GB. Source: worker/parallel.py, needs_fsdp."""
+
 PART_BYTES = 1555
 """What a checkpoint's data files hold beside the values of each part of a tensor: torch.save's
 archive around it. Counted with torch 2.13."""
@@ -174,7 +178,8 @@ class Times:
     latency: float
     """Hops of all rings, one after another."""
     compute: float | None
-    """None where no rate is known."""
+    """Computation, with FSDP2's copies of what it gathers and reduces; none where no rate is known.
+    """
 
     @property
     def communication(self) -> float:
@@ -229,10 +234,13 @@ def _hops(ranks: int, nodes: int, a: Assumptions) -> float:
     return (between * a.network_hop_us + (ranks - 1 - between) * a.nvlink_hop_us) * 1e-6
 
 
-def compute_seconds(job: JobConfig, flops_per_token: float, tokens: float, gpu: str) -> float:
-    """Return the seconds that a GPU computes in a step.
+def compute_seconds(
+    job: JobConfig, flops_per_token: float, tokens: float, gpu: str, moved: Traffic
+) -> float:
+    """Return the seconds that a GPU computes in a step, no communication in it.
 
         operations / (the GPU's dense bf16 peak x the MFU measured on one H200)
+        + (bytes gathered + bytes reduced) / COPIED_B_S
 
     The MFU is that of the nearest measured job: by gradient_checkpointing, FP8, QAT, LoRA and
     torch_compile. Fewer tokens a pass than the 8,192 of the measurement reach less.
@@ -242,6 +250,7 @@ def compute_seconds(job: JobConfig, flops_per_token: float, tokens: float, gpu: 
         flops_per_token: of forward and backward.
         tokens: of one GPU in one optimizer step.
         gpu: its name; one without a known peak counts as an H100.
+        moved: what FSDP2 moves in the step.
     """
     mfu = MFU[checkpointing_mode(job)]
     mfu *= FP8_SPEEDUP if job.transform(Fp8).enabled else 1.0
@@ -250,7 +259,8 @@ def compute_seconds(job: JobConfig, flops_per_token: float, tokens: float, gpu: 
     mfu *= 1.0 if job.parallel.torch_compile else EAGER_SPEED
     peak = peak_flops(gpu, "bf16") or peak_flops("H100", "bf16")
     assert peak is not None  # the table has an H100
-    return tokens * flops_per_token / (peak.value * mfu)
+    copies = (moved.gathered + moved.reduced) / COPIED_B_S
+    return tokens * flops_per_token / (peak.value * mfu) + copies
 
 
 @dataclass(frozen=True)

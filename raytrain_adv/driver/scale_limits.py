@@ -23,13 +23,16 @@ from raytrain_adv.driver.scale import (
 )
 from raytrain_adv.transforms.fp8 import Fp8
 
-# base, per worker. Source: jobs/benchmarks/results/start_up.json, `on_the_head`.
-HEAD_FILES = {"gcs_server": (0.0, 0.0), "raylet": (0.0, 0.0), "controller": (0.0, 0.0)}
+HEAD_ROLES = ("gcs_server", "controller")
+"""Processes on the head that every worker is connected to; a raylet serves its own node's."""
+# (base, per worker): lines through what was measured. Source: on_the_head in
+# jobs/benchmarks/results/start_up.json.
+HEAD_FILES = {"gcs_server": (66.0, 2.0), "controller": (53.0, 1.0)}
 """Open files by process."""
-HEAD_CPU_S = (0.0, 0.0)
-"""CPU seconds of a short run: gcs_server, raylet, controller and driver."""
-HEAD_RSS_MIB = (0.0, 0.0)
-"""Resident MiB of the four."""
+HEAD_CPU_S = (2.96, 0.1)
+"""CPU seconds of both for a run of a few reports."""
+HEAD_RSS_MIB = (248.05, 1.136)
+"""Resident MiB of both; the controller of a real run has torch too, some 190 MiB."""
 
 MOST_WORKERS = 16384
 """Limits are looked for up to here."""
@@ -45,12 +48,11 @@ class Head:
     """What the control plane takes on the head node, extrapolated from a few CPU workers."""
 
     cpu_s: float
-    """CPU seconds of Ray's head processes, the driver and the controller, for a run to start and to
-    end."""
+    """CPU seconds of HEAD_ROLES for a run to start and to end."""
     files: float
     """Open files, sockets among them, of the process that has most."""
     memory_gib: float
-    """Resident memory of those processes."""
+    """Resident memory of both."""
 
     @staticmethod
     def of(world_size: int) -> Head:
@@ -112,7 +114,7 @@ class Work:
         compute = None
         if self.gpu:
             tokens = sequences * self.tokens_per_sequence
-            compute = compute_seconds(job, self.flops_per_token, tokens, self.gpu)
+            compute = compute_seconds(job, self.flops_per_token, tokens, self.gpu, moved)
         times = Times(*communication(moved, a), compute)
         interval = None
         if compute is not None and self.save_every:

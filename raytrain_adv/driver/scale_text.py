@@ -23,8 +23,9 @@ def rows(s: Scale, limits: tuple[Limit, ...]) -> Iterator[tuple[str, str]]:
     h = s.head
     yield (
         "head node",
-        f"{h.cpu_s:,.0f} s of CPU to start and end a run, {h.memory_gib:.1f} GiB, up to "
-        f"{h.files:,.0f} open files in one process; extrapolated from 1 to 8 CPU workers",
+        f"gcs_server and Ray Train's controller take {h.cpu_s:,.0f} s of CPU to start and end a "
+        f"run, {h.memory_gib:.1f} GiB and up to {h.files:,.0f} open files; extrapolated from a few "
+        "empty CPU workers on one node",
     )
     yield "", "data and checkpoints do not pass through Ray's object store"
     yield from _limits(s, limits)
@@ -54,7 +55,10 @@ def _times(s: Scale) -> Iterator[tuple[str, str]]:
         "time of it",
         f"{t.communication:.3f} s: {t.bandwidth:.3f} by bandwidth, {t.latency:.3f} in hops",
     )
-    yield "computation", f"{t.compute:.3f} s a step on {s.gpu}, at the MFU measured on one H200"
+    yield (
+        "computation",
+        f"{t.compute:.3f} s a step on {s.gpu}, FSDP2's copies in it, at the MFU of one H200",
+    )
     low, high = max(t.compute, t.communication), t.compute + t.communication
     yield (
         "step",

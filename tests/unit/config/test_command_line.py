@@ -24,7 +24,7 @@ def refusal(*argv: str) -> str:
 
 
 def test_file_overrides_and_plan_are_told_apart_in_any_order() -> None:
-    expected = ("job.yaml", ["seed=1", "run_name=a b"], True, None, False)
+    expected = ("job.yaml", ["seed=1", "run_name=a b"], True, None, False, None)
     assert parse(["job.yaml", "seed=1", "--plan", "run_name=a b"]) == expected
     assert parse(["--plan", "seed=1", "run_name=a b", "job.yaml"]) == expected
 
@@ -32,7 +32,7 @@ def test_file_overrides_and_plan_are_told_apart_in_any_order() -> None:
 def test_a_path_with_an_equals_sign_is_a_path_when_it_is_there(tmp_path: Path) -> None:
     path = tmp_path / "lr=1.yaml"
     path.write_text("a: 1")
-    assert parse([str(path), "lr=2"]) == (str(path), ["lr=2"], False, None, False)
+    assert parse([str(path), "lr=2"]) == (str(path), ["lr=2"], False, None, False, None)
 
 
 @pytest.mark.parametrize(
@@ -44,11 +44,18 @@ def test_a_path_with_an_equals_sign_is_a_path_when_it_is_there(tmp_path: Path) -
     ],
 )
 def test_a_plan_takes_workers_and_verbose_in_any_order(argv: list[str]) -> None:
-    assert parse(argv) == ("job.yaml", ["a=1"], True, 8, True)
+    assert parse(argv) == ("job.yaml", ["a=1"], True, 8, True, None)
 
 
 def test_the_plan_command_needs_no_plan_option() -> None:
-    assert parse(["job.yaml", "--workers", "2"], plans=True) == ("job.yaml", [], True, 2, False)
+    assert parse(["job.yaml", "--workers", "2"], plans=True) == (
+        "job.yaml",
+        [],
+        True,
+        2,
+        False,
+        None,
+    )
 
 
 @pytest.mark.parametrize("option", ["--workers=2", "--verbose"])
@@ -90,7 +97,7 @@ def test_both_commands_hand_the_options_to_the_plan(
     monkeypatch.setattr(plan, "show", lambda job, *options: shown.append(options))
     assert cli.main(["plan", str(job), "--workers", "8", "--verbose"]) == 0
     assert launch.main([str(job), "--plan"]) == 0
-    assert shown == [(8, True), (None, False)]
+    assert shown == [(8, True, None), (None, False, None)]
 
 
 def test_the_usage_of_each_command_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
