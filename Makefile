@@ -29,8 +29,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m raytrain_adv.launch jobs/quickstart.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration
 
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 
 from raytrain_adv.transforms.transform import Transform
@@ -11,6 +13,37 @@ WINDOW = 3
 """Logged losses that are compared by their median: one bad batch is no rise."""
 RISE = 1.1
 """How many times the loss from before a feature began is called a rise."""
+
+
+def _window() -> deque[float]:
+    return deque(maxlen=WINDOW)
+
+
+@dataclass(eq=False)
+class Seen:
+    """The losses that one feature is judged by: a few, however long the run."""
+
+    off: deque[float] = field(default_factory=_window)
+    """The last ones without it."""
+    first: list[float] = field(default_factory=list)
+    """The first ones with it."""
+    later: deque[float] = field(default_factory=_window)
+    """The last ones with it, after those."""
+
+    def take(self, loss: float, is_on: bool) -> None:
+        """Take the next loss."""
+        if not is_on:
+            self.off.append(loss)
+        elif len(self.first) < WINDOW:
+            self.first.append(loss)
+        else:
+            self.later.append(loss)
+
+    def compared(self) -> tuple[list[float], list[float]]:
+        """Return the losses from before it began, or its first, and the last ones since."""
+        if not self.off:
+            return self.first, list(self.later)
+        return list(self.off), [*self.first, *self.later][-WINDOW:]
 
 
 class Convergence:
@@ -25,23 +58,21 @@ class Convergence:
     def __init__(self, transforms: Sequence[Transform], say: Callable[[str], None]) -> None:
         self.watched = list(transforms)
         self.say = say
-        self.losses: list[tuple[int, float]] = []
+        self.seen = [Seen() for _ in self.watched]
 
     def see(self, done: int, loss: float) -> None:
         """Take the loss that was logged after `done` steps; say where it has risen, once for each
         feature.
         """
-        self.losses.append((done, loss))
-        for transform in list(self.watched):
+        for transform, seen in list(zip(self.watched, self.seen, strict=True)):
+            seen.take(loss, transform.is_on(done - 1))
             remedy = transform.remedy(done - 1)
             if not remedy:
                 continue
-            off = [loss for at, loss in self.losses if not transform.is_on(at - 1)]
-            on = [loss for at, loss in self.losses if transform.is_on(at - 1)]
-            before = off[-WINDOW:] or on[:WINDOW]
-            since = on[-WINDOW:] if off else on[WINDOW:][-WINDOW:]
+            before, since = seen.compared()
             if len(since) == WINDOW and median(since) > RISE * median(before):
                 self.watched.remove(transform)
+                self.seen.remove(seen)
                 self.say(
                     f"the loss has risen from {median(before):.4f} to {median(since):.4f} with "
                     f"{type(transform).feature}: {remedy}, or lower learning_rate"

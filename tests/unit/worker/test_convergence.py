@@ -36,3 +36,12 @@ def test_nothing_is_told_of_a_loss_that_falls_or_rises_without_it(losses, keys):
 
 def test_a_rise_since_the_first_step_is_held_against_the_first_losses():
     assert len(told([1, 1, 1, 1, 2, 3])) == 1
+
+
+def test_a_run_of_weeks_keeps_no_more_losses_than_a_short_one():
+    """It kept all of them, and went through them at each logged step."""
+    watch = Convergence([Qat(enable_qat=True, fake_quant_after_n_steps=5000)], print)
+    for done in range(1, 10_001):
+        watch.see(done, 2.0)
+    (seen,) = watch.seen
+    assert len(seen.off) + len(seen.first) + len(seen.later) == 9
