@@ -26,8 +26,6 @@ from tests.ranks import run_ranks
 from tests.workers import losses
 
 STARTS, LAST, EVERY, KEPT = 21, 70, 3, 3
-AT_A_TIME = 7
-"""Starts in one process group; then comes another, as after the death of a node."""
 
 
 class Killed(RuntimeError):
@@ -43,7 +41,7 @@ class Ending(SilentReporter):
         self.last, self.kills, self.asked = last, kills, 0
 
     def metrics(self, row: dict[str, float]) -> None:
-        """End it here, on all ranks."""
+        """End it here."""
         self.asked = int(row["step"])
         if self.kills and self.asked == self.last:
             raise Killed
@@ -53,13 +51,13 @@ class Ending(SilentReporter):
         return not self.kills and self.asked + 1 == self.last
 
 
-def attempts(path: str, first: int, number: int) -> list[str]:
-    """Be a rank of attempts `first` and following; return how each ended."""
+def attempts(path: str) -> list[str]:
+    """Be the rank of all attempts; return how each ended."""
     run_module.REPORT_EVERY_S = 0.0  # every step is reported: attempts end at a step, not a time
     job = load(path)
     storage = Storage.at(str(Path(job.output.output_dir) / "checkpoints"))
     ended = []
-    for start in range(first, first + number):
+    for start in range(STARTS):
         last = 3 * start + 5 if start < STARTS - 1 else LAST + 1
         run = Run(
             torch.device("cpu"),
@@ -97,12 +95,10 @@ def test_a_run_that_was_restarted_twenty_times_is_consistent_with_no_step_twice(
         "eval_steps": 7,
     }
     whole = tmp_path / "whole"
-    run_ranks(_undisturbed, 2, tmp_path, str(job_file("whole.yaml", output_dir=str(whole), **keys)))
+    run_ranks(_undisturbed, 1, tmp_path, str(job_file("whole.yaml", output_dir=str(whole), **keys)))
     path = job_file(**keys)
     output = open_output(load(path))
-    ended: list[str] = []
-    for first in range(0, STARTS, AT_A_TIME):
-        ended += run_ranks(attempts, 2, tmp_path, str(path), first, AT_A_TIME)[0]
+    (ended,) = run_ranks(attempts, 1, tmp_path, str(path))
     assert ended == ["Killed", "Stopped"] * 10 + ["done"]
     rows = [json.loads(line) for line in (output.folder / "metrics.jsonl").read_text().splitlines()]
     trained = [row["step"] for row in rows if row["kind"] == "train"]
