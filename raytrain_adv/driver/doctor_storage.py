@@ -12,7 +12,7 @@ from raytrain_adv.errors import StorageError
 from raytrain_adv.report.numbers import plural
 from raytrain_adv.worker.checkpoint import FORMAT, Found, all_folders, find
 from raytrain_adv.worker.checkpoint_reader import PlainReader
-from raytrain_adv.worker.damage import MANIFEST
+from raytrain_adv.worker.damage import DAMAGED, MANIFEST, wrong_bytes
 from raytrain_adv.worker.storage import Storage
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -49,6 +49,8 @@ def _looked_at(folder: Storage) -> tuple[Found | None, str]:
     manifest = folder.read_json(MANIFEST)
     if manifest is None:
         is_torn = MANIFEST in folder.files()
+        if DAMAGED in folder.files():
+            return None, "a run found that its files are not what was written"
         killed = f"no {MANIFEST}: it was still being written when the run ended"
         return None, f"its {MANIFEST} is torn" if is_torn else killed
     if manifest.get("format") != FORMAT:
@@ -64,7 +66,8 @@ def _looked_at(folder: Storage) -> tuple[Found | None, str]:
             PlainReader(folder.root)
         except (StorageError, OSError) as error:
             return None, error.found if isinstance(error, StorageError) else str(error)
-    return found, ""
+    wrong = wrong_bytes(folder, rank=0, world_size=1)
+    return (None, wrong) if wrong else (found, "")
 
 
 def _wrong_files(folder: Storage, written: dict[str, int]) -> str:

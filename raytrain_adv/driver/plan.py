@@ -133,15 +133,7 @@ def resolve(
     gpus = _gpus(facts)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     flops = training_flops_per_token(model, seq_len)
-    work = Work(
-        model=model,
-        job=job,
-        flops_per_token=flops,
-        tokens_per_sequence=summary.num_tokens / summary.num_sequences,
-        num_sequences=summary.num_sequences,
-        save_every=arithmetic.save_every,
-        gpu="" if job.parallel.use_cpu else gpus[0].name,
-    )
+    work = _work(case, summary, arithmetic, flops, gpus) if assumed else None
     return RunPlan(
         job=job,
         world_size=world_size,
@@ -163,8 +155,31 @@ def resolve(
         gpus=gpus,
         advice={gpu.name: tuple(advise(case, gpu)) for gpu in gpus},
         sizes=tuple(_size(case, workers) for workers in numbers(job)),
-        scale=work.at(world_size, assumed) if assumed else None,
-        limits=tuple(work.limits(world_size, assumed)) if assumed else (),
+        scale=work.at(world_size, assumed) if work and assumed else None,
+        limits=tuple(work.limits(world_size, assumed)) if work and assumed else (),
+    )
+
+
+def _work(
+    case: Case, data: DataSummary, arithmetic: Arithmetic, flops: float, gpus: tuple[Gpu, ...]
+) -> Work:
+    """Return what a step computes, for what many workers make of it.
+
+    Args:
+        case: the model and its job.
+        data: what it is trained on.
+        arithmetic: its steps.
+        flops: operations per token.
+        gpus: the first is what it is computed on, unless on a CPU.
+    """
+    return Work(
+        model=case.model,
+        job=case.job,
+        flops_per_token=flops,
+        tokens_per_sequence=data.num_tokens / data.num_sequences,
+        num_sequences=data.num_sequences,
+        save_every=arithmetic.save_every,
+        gpu="" if case.job.parallel.use_cpu else gpus[0].name,
     )
 
 

@@ -99,6 +99,17 @@ def cut(name: str) -> Callable[[Path], None]:
     return damage
 
 
+def changed(name: str) -> Callable[[Path], None]:
+    """Change a byte of a file; its size stays."""
+
+    def damage(out: Path) -> None:
+        content = bytearray((out / name).read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        (out / name).write_bytes(content)
+
+    return damage
+
+
 def removed(name: str) -> Callable[[Path], None]:
     """Return the damage of a file or folder that somebody has removed."""
 
@@ -174,6 +185,7 @@ DONE = "The run has ended"
 SIX, FOUR = "goes on from step 6", "goes on from step 4"
 DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "file cut": (cut(f"{LAST}/__0_0.distcp"), "were written", DONE),
+    "bytes changed": (changed(f"{LAST}/__0_0.distcp"), "the bytes that were written", DONE),
     "file removed": (removed(f"{LAST}/__0_0.distcp"), "__0_0.distcp is missing", DONE),
     "killed mid-save": (removed(f"{LAST}/manifest.json"), "still being written", DONE),
     "manifest torn": (cut(f"{LAST}/manifest.json"), "its manifest.json is torn", DONE),
