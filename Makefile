@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv quickstart test test-unit test-gpu check format
+.PHONY: help venv quickstart test test-unit test-faults test-gpu check format
 
 help:
 	@echo 'make quickstart   train a small model on this machine, end to end'
 	@echo 'make venv         make the environment in $(VENV) (PYTHON=python3.12 chooses the Python)'
 	@echo 'make test         run the unit and integration tests'
 	@echo 'make test-unit    run the unit tests: seconds, no Ray'
+	@echo 'make test-faults  run the tests that kill processes and cut hosts off: minutes, no other load'
 	@echo 'make test-gpu     run the tests that need a GPU'
 	@echo 'make check        lint, formatting, types, the direction of imports, and the README'
 	@echo 'make format       format the code as make check wants it'
@@ -29,7 +30,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m raytrain_adv.launch jobs/quickstart.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' tests/unit tests/integration
+
+test-faults: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow tests/integration
 
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch.distributed as dist
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
@@ -199,6 +200,7 @@ FAULTS = (
 SAVED_EVERY, STEPS = 10, 70
 
 
+@pytest.mark.slow
 def test_killed_stopped_and_hanging_processes_lose_no_more_than_an_interval(job_file, tmp_path):
     """One run that has all of FAULTS: each time it goes on from the checkpoint it had committed, in
     less than 30 s, and its losses are bit for bit those of a run that had none, without Ray.
@@ -255,6 +257,7 @@ def _trains(out: Path) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_a_drained_node_leaves_a_checkpoint_and_costs_no_retry(job_file, tmp_path, monkeypatch):
     """The worker's node gets notice that it is taken away in 6 s: the run saves after its step, and
     goes on on the other node, with max_failures: 0."""

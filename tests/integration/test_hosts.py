@@ -107,6 +107,7 @@ def last_step(out: Path) -> int:
     return max(losses(out), default=0) if (out / "metrics.jsonl").exists() else 0
 
 
+@pytest.mark.slow
 def test_a_run_over_hosts_goes_on_without_one_that_is_cut_off_and_grows_when_it_is_back(
     hosts, job_file, tmp_path
 ):

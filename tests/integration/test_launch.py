@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -113,9 +114,16 @@ def test_an_error_on_a_worker_reaches_the_user_as_itself(launch, job_file, tmp_p
     keys = {**LINE, "save_strategy": "steps", "save_steps": 2, "max_failures": 3}
     blocked = tmp_path / "storage"
     job = job_file(**keys, ray_storage_path=str(blocked), ray_run_name="run")
-    (blocked / "run" / "run_001").mkdir(parents=True)
-    (blocked / "run" / "run_001" / "step_00000002").write_text("in the way")
+    attempt = blocked / "run" / "run_001"
+
+    def put_it_in_the_way() -> None:
+        wait_until(attempt.is_dir)  # as the run begins
+        (attempt / "step_00000002").write_text("in the way")
+
+    thread = threading.Thread(target=put_it_in_the_way)
+    thread.start()
     failed = launch(job)
+    thread.join()
     assert failed.returncode == 3, failed.stdout + failed.stderr
     assert "step_00000002" in failed.stderr and "Traceback" not in failed.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
