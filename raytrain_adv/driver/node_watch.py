@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping
 
 from ray.exceptions import RayError
 
 from raytrain_adv.driver import cluster
 from raytrain_adv.driver.cluster import Node
 from raytrain_adv.driver.placement import Placement
+from raytrain_adv.report.numbers import plural
 
 EVERY_S = 1.0
 
@@ -32,20 +32,17 @@ class NodeWatch:
         self._say = say
         self._seen = nodes
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="node watch", daemon=True)
 
-    def __enter__(self) -> NodeWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._over.set()
-        self._thread.join(timeout=EVERY_S)
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Say what changes for as long as the block runs."""
+        thread = threading.Thread(target=self._follow, name="node watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join(timeout=EVERY_S)
 
     def _follow(self) -> None:
         while not self._over.wait(EVERY_S):
@@ -58,7 +55,7 @@ class NodeWatch:
         come = [node.address for key, node in now.items() if key not in self._seen]
         self._seen = now
         room = sum(node.holds(self._placement.bundle) for node in now.values())
-        workers = f"{room} worker{'s' * (room != 1)}"
+        workers = plural(room, "worker")
         if room < self._placement.fewest:
             workers += f", the run waits for {self._placement.fewest}"
         for address in gone:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from raytrain_adv.report.numbers import plural
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -38,7 +40,7 @@ class Placement:
         """How many workers are asked for, in words."""
         if self.numbers:
             return f"{self.fewest} workers at least"
-        return f"{self.num_workers} worker{'s' * (self.num_workers != 1)}"
+        return plural(self.num_workers, "worker")
 
     @property
     def label_selector(self) -> dict[str, str] | None:

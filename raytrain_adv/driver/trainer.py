@@ -113,7 +113,7 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
         record.write(report, place.folder)
         start = time.perf_counter()
         watch = NodeWatch(placement, usable(placement), console.say)
-        with asking(place.folder, console.say), watch:
+        with asking(place.folder, console.say), watch.watching():
             result = fit(job, place, placement, console)
         timeline["training"] = time.perf_counter() - start
         report = against(finished(report, result, timeline, place.folder), job)

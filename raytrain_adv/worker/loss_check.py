@@ -76,11 +76,7 @@ def check_loss(
         ours = _pass(model, head, run, in_head=True)
     dtype = torch.bfloat16 if _computes_in_half(plain) else torch.float32
     loss_allowed, gradient_allowed = ALLOWED[dtype]
-    apart = {"loss": abs(ours.loss - plain.loss) / max(abs(plain.loss), 1e-6)}
-    apart |= {
-        f"gradient of {name}": _distance(ours.gradients[name], plain.gradients[name])
-        for name in plain.gradients
-    }
+    apart = _apart(ours, plain)
     wrong = [
         f"{name}: {value:.2%} apart"
         for name, value in apart.items()
@@ -107,6 +103,16 @@ def check_loss(
         name: replace(plan, notes=(*plan.notes, sentence)) if name == "loss_kernel" else plan
         for name, plan in plans.items()
     }
+
+
+def _apart(ours: _Seen, plain: _Seen) -> dict[str, float]:
+    """Return how far two passes' losses and gradients are apart, as shares of the plain one's."""
+    loss = abs(ours.loss - plain.loss) / max(abs(plain.loss), 1e-6)
+    gradients = {
+        f"gradient of {name}": _distance(ours.gradients[name], plain.gradients[name])
+        for name in plain.gradients
+    }
+    return {"loss": loss, **gradients}
 
 
 def _failure(loss: HeadLoss, device: torch.device, dtype: torch.dtype) -> str:

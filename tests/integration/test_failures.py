@@ -10,26 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.own_code import with_own_code
 from tests.workers import losses, run_apart, run_workers
-
-BREAKING = """
-import torch
-import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
-
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-
-class OwnModel(LlamaForCausalLM):
-    config_class = OwnConfig
-    num_passes = 0
-
-    def forward(self, *args, **kwargs):
-        self.num_passes += 1
-        if self.num_passes == {at_pass} and dist.get_rank() == {rank}:
-            raise {error}
-        return super().forward(*args, **kwargs)
-"""
 
 
 @pytest.fixture
@@ -38,12 +20,7 @@ def breaking(keys, job_file) -> Callable[..., Path]:
 
     def write(error: str, rank: int, at_pass: int, **changed: object) -> Path:
         model = Path(keys["model_name_or_path"])
-        code = BREAKING.format(error=error, rank=rank, at_pass=at_pass)
-        (model / "own.py").write_text(code)
-        config = json.loads((model / "config.json").read_text())
-        config |= {"model_type": "own", "architectures": ["OwnModel"]}
-        config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-        (model / "config.json").write_text(json.dumps(config))
+        with_own_code(model, before=f"if here: raise {error}", rank=rank, at_pass=at_pass)
         return job_file(trust_remote_code=True, use_cpu=True, **changed)
 
     return write

@@ -31,36 +31,15 @@ from raytrain_adv.errors import RaytrainAdvError
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.worker.run import local_run
 from raytrain_adv.worker.train import train
+from tests.own_code import with_own_code
 from tests.ranks import run_ranks
 from tests.workers import losses, run_workers
-
-NOT_A_NUMBER = """
-import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
-
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-
-class OwnModel(LlamaForCausalLM):
-    config_class = OwnConfig
-    num_passes = 0
-
-    def forward(self, *args, **kwargs):
-        self.num_passes += 1
-        found = super().forward(*args, **kwargs)
-        if self.num_passes == {at_pass} and dist.get_rank() == 1:
-            found.logits = found.logits * float("nan")
-        return found
-"""
 
 
 def with_a_bad_batch(model: Path, at_pass: int) -> None:
     """Have one forward pass of a start give NaN on rank 1."""
-    (model / "own.py").write_text(NOT_A_NUMBER.format(at_pass=at_pass))
-    config = json.loads((model / "config.json").read_text())
-    config |= {"model_type": "own", "architectures": ["OwnModel"]}
-    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    (model / "config.json").write_text(json.dumps(config))
+    bad = 'found.logits = found.logits * float("nan") if here else found.logits'
+    with_own_code(model, after=bad, rank=1, at_pass=at_pass)
 
 
 def trained_on_a_failing_disk(jobs: list[str]) -> list[dict[str, Any] | str]:

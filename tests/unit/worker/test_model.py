@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from raytrain_adv.errors import JobError
 from raytrain_adv.worker.model import build, decoder_layers, head_fqn
+from tests.own_code import with_own_code
 from tests.tiny_models import KINDS, job_for, write_checkpoint
 
 LAYERS = {"gpt2": "transformer.h"}
@@ -162,20 +163,9 @@ def test_a_broken_config_is_refused(tmp_path: Path) -> None:
     assert "config.json cannot be read" in message(folder, tmp_path)
 
 
-REMOTE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-class OwnModel(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
-
-
 def test_code_that_comes_with_a_model_runs_only_when_allowed(tmp_path: Path) -> None:
     folder = write_checkpoint("llama", tmp_path / "m")
-    (folder / "own.py").write_text(REMOTE)
-    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    edit_config(folder, model_type="own", architectures=["OwnModel"], auto_map=auto_map)
+    with_own_code(folder)
     assert "set trust_remote_code: true" in message(folder, tmp_path)
     model = build(job_for(folder, tmp_path, trust_remote_code=True))
     assert type(model).__name__ == "OwnModel"
