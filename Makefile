@@ -30,7 +30,8 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m raytrain_adv.launch jobs/quickstart.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' tests/unit tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' \
+	  tests/integration tests/unit
 
 test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/integration

@@ -10,7 +10,6 @@ import atexit
 import json
 import os
 import resource
-import socket
 import tempfile
 import time
 from dataclasses import dataclass
@@ -32,14 +31,6 @@ TOLD = ("steps", "resumed_from_step", "model_dir", "quantized_dir", "quantized_l
 TIMEOUT_S = 500.0
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 @dataclass
 class Rank:
     """A process of a group, and what it has printed."""
@@ -49,8 +40,8 @@ class Rank:
     log: Path
     read: int = 0
 
-    def ask(self, jobs: list[str]) -> None:
-        """Have it run these jobs."""
+    def ask(self, jobs: list[tuple[str, int]]) -> None:
+        """Have it run these jobs; of each, its file and the port of the store where ranks meet."""
         self.jobs.send(jobs)
 
     def news(self) -> str:
@@ -69,7 +60,8 @@ def group(count: int) -> list[Rank]:
 
 
 def _started(count: int) -> list[Rank]:
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
+    environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # as torchrun: no rank holds the store
     if count > 1:
         environment["WORLD_SIZE"] = str(count)
     context = server()
@@ -85,6 +77,11 @@ def _started(count: int) -> list[Rank]:
     return ranks
 
 
+def _store() -> dist.TCPStore:
+    """Return a store at a port that it has taken: one that is only chosen may be gone."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def _work(jobs: Connection, log: Path, environment: dict[str, str]) -> None:
     """Be a rank: run the jobs that come, until there will be no more."""
     with log.open("w") as output:
@@ -97,19 +94,20 @@ def _work(jobs: Connection, log: Path, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            paths = jobs.recv()
+            asked = jobs.recv()
         except EOFError:
             break
-        for path in paths:
+        for path, port in asked:
+            os.environ["MASTER_PORT"] = str(port)
             job = load(path)
             run = local_run(job)
             figures = train(job, run, export_model)
             run.close()
             if run.is_main:
                 print("FIGURES " + json.dumps({k: figures[k] for k in TOLD}), flush=True)
+            if dist.is_initialized():  # gloo's threads would poll until this process ends
+                dist.destroy_process_group()
         print("FINISHED", flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def stop(count: int) -> None:
@@ -133,8 +131,9 @@ def run_workers(count: int, *jobs: Path) -> list[dict[str, Any]]:
     the ranks' output.
     """
     ranks = group(count)
+    stores = [_store() for _ in jobs]
     for rank in ranks:
-        rank.ask([str(job) for job in jobs])
+        rank.ask([(str(job), store.port) for job, store in zip(jobs, stores, strict=True)])
     deadline = time.monotonic() + TIMEOUT_S
     while not all(rank.news().endswith("FINISHED\n") for rank in ranks):
         died = any(rank.process.exitcode is not None for rank in ranks)
@@ -154,8 +153,8 @@ def run_apart(job: Path) -> tuple[int, str]:
     """Run a job in a process of its own, in the environment as it is now; return its exit code and
     output.
     """
-    (rank,) = _started(1)
-    rank.ask([str(job)])
+    (rank,), store = _started(1), _store()
+    rank.ask([(str(job), store.port)])
     rank.jobs.close()
     rank.process.join(TIMEOUT_S)
     code = rank.process.exitcode

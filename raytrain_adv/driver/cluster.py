@@ -24,6 +24,7 @@ from raytrain_adv.config.secrets import refuse_submitted
 from raytrain_adv.config.workers import numbers
 from raytrain_adv.driver.placement import Placement
 from raytrain_adv.errors import ClusterError
+from raytrain_adv.report.numbers import plural
 
 # Ray's defaults lose or hide things; each is set only where the user has not (ray 2.60).
 RAY_SETTINGS = {
@@ -267,7 +268,7 @@ def one_worker(started_here: bool) -> Placement:
 def note(job: JobConfig, workers: int, bundle: Mapping[str, float]) -> str:
     """Return what the job asks of the cluster, in a sentence."""
     reserved = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-    text = f"{workers} worker{'s' * (workers != 1)}, {reserved} each"
+    text = f"{plural(workers, 'worker')}, {reserved} each"
     if several := numbers(job):
         text = f"{' or '.join(map(str, several))} workers as nodes come and go, {reserved} each"
     if "GPU" not in bundle and job.ray.resources_per_worker is None:

@@ -14,6 +14,7 @@ from raytrain_adv.driver.preflight import Preflight, Verdict
 from raytrain_adv.driver.probe import GpuReading
 from raytrain_adv.driver.versions import DECISIVE, some
 from raytrain_adv.hardware import GIB
+from raytrain_adv.report.numbers import plural
 from raytrain_adv.report.record import NodeReport, PreflightReport
 
 WIDTH = 100
@@ -35,8 +36,7 @@ def view(found: Preflight) -> Group:
     rows = _alike(found.verdicts)
     for verdicts in rows:
         table.add_row(*_cells(verdicts))
-    count = len(found.verdicts)
-    title = f"Cluster: {count} node{'s' * (count != 1)}, asked in {found.seconds:.1f} s"
+    title = f"Cluster: {plural(len(found.verdicts), 'node')}, asked in {found.seconds:.1f} s"
     parts: list[RenderableType] = [Text(title, style="bold cyan"), table]
     parts += [line for verdicts in rows if verdicts[0].refusal for line in _refusal(verdicts)]
     parts += [Text(sentence) for sentence in _versions(found.verdicts)]
@@ -73,7 +73,7 @@ def _cells(verdicts: list[Verdict]) -> list[Text]:
     memory = f"{_free_gib(gpus):.0f} / {_total_gib(gpus):.0f}" if gpus else "-"
     if first.accepted:
         each = " each" if len(verdicts) > 1 or node.count > 1 else ""
-        verdict = Text(f"{first.workers} worker{'s' * (first.workers != 1)}{each}", style="green")
+        verdict = Text(f"{plural(first.workers, 'worker')}{each}", style="green")
         if reading is None or reading.is_declared:
             verdict.append(", if it is what it declares", style="dim")
     else:

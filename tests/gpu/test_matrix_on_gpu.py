@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 CELLS = [cell for cell in matrix.cells() if cell.verdict != "no"]
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
     """Runs in one process that torchrun would have started."""
     workers.stop(1)
     before = dict(os.environ)
-    os.environ |= {**ALONE, "MASTER_PORT": str(workers.free_port())}
+    os.environ |= ALONE
     wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     wide |= {"num_hidden_layers": 2}
     yield Runs(tmp_path_factory.mktemp("matrix"), 1, {"bf16": True}, shape=wide)

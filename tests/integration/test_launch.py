@@ -89,7 +89,7 @@ def test_more_workers_than_the_cluster_has_is_refused_within_ten_seconds(launch,
     start = time.monotonic()
     refused = launch(job_file(**{**LINE, "ray_num_workers": 4096}))
     assert refused.returncode == 4
-    assert "4096 workers" in refused.stderr and "fix:" in refused.stderr
+    assert "4,096 workers" in refused.stderr and "fix:" in refused.stderr
     assert time.monotonic() - start < 10
 
 

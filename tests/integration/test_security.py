@@ -68,7 +68,7 @@ def test_secrets_of_the_environment_stay_there_and_ray_on_loopback(job_file, tmp
         del environment["RAY_AUTH_MODE"]  # as a user starts it: Ray then asks for a token
         command = [sys.executable, "-m", "raytrain_adv.launch", str(job)]
         driver = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-        end = time.monotonic() + 110
+        end = time.monotonic() + 300
         while driver.poll() is None and time.monotonic() < end:
             sockets |= listening(psutil.Process(driver.pid))
             shown += shown_by_ray(log.read_text(), home)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +26,7 @@ import yaml
 
 from raytrain_adv.driver.metrics import EXPORTED
 from tests.conftest import ROOT
-from tests.workers import free_port, losses
+from tests.workers import losses
 
 RAYTRAIN_ADV = [sys.executable, "-m", "raytrain_adv.cli"]
 START_TIMEOUT_S = 240.0
@@ -87,9 +90,15 @@ def cluster() -> Iterator[Cluster]:
 
 
 def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on, and that the system gives to nobody who asks for any:
+    tests run beside each other.
+    """
     ports: set[int] = set()
     while len(ports) < count:
-        ports.add(free_port())
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports.add(port)
     return list(ports)
 
 

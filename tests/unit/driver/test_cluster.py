@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import time
 
 import pytest
@@ -11,7 +12,6 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from raytrain_adv.driver.cluster import Node, connect, require_answer, still_to_start
 from raytrain_adv.errors import ClusterError, JobError
-from tests.workers import free_port
 
 CPU2 = {"CPU": 2.0}
 
@@ -28,13 +28,12 @@ def test_nodes_that_run_are_not_counted_again_among_those_an_autoscaler_may_star
 def test_a_cluster_that_does_not_answer_is_said_at_once():
     """Ray itself would try for minutes."""
     start = time.monotonic()
-    for address in (
-        f"127.0.0.1:{free_port()}",
-        f"ray://127.0.0.1:{free_port()}",
-        "127.0.0.1:99999",
-    ):
-        with pytest.raises(ClusterError, match="does not answer"):
-            require_answer(address)
+    with socket.socket() as held:  # nobody listens on it, nor can begin to
+        held.bind(("127.0.0.1", 0))
+        nobodys = f"127.0.0.1:{held.getsockname()[1]}"
+        for address in (nobodys, f"ray://{nobodys}", "127.0.0.1:99999"):
+            with pytest.raises(ClusterError, match="does not answer"):
+                require_answer(address)
     assert time.monotonic() - start < 5
     require_answer("local")
     require_answer("auto")
