@@ -65,6 +65,10 @@ class Hung(TrainingError):
     retry_can_help = True
 
 
+class HeadLost(TrainingError):
+    """Ray's head node can no longer be reached, and nothing of Ray with it."""
+
+
 class StorageError(RaytrainAdvError):
     """Writing or reading a checkpoint, model or report failed (disk full, no permission, storage
     unreachable).

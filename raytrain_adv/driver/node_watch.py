@@ -46,7 +46,9 @@ class NodeWatch:
 
     def _follow(self) -> None:
         while not self._over.wait(EVERY_S):
-            with contextlib.suppress(RayError):  # the head does not answer: Ray ends the driver
+            with contextlib.suppress(
+                RayError
+            ):  # the head does not answer: head_watch deals with it
                 self.look(usable(self._placement))
 
     def look(self, now: Mapping[str, Node]) -> None:

@@ -14,9 +14,10 @@ from ray import tune
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import NEVER, SWITCH, Sweep, Trial
-from raytrain_adv.driver import cluster, output, preflight_table, sweep_room
+from raytrain_adv.driver import cluster, head_watch, output, preflight_table, sweep_room
 from raytrain_adv.driver.asha import DelayAwareAsha, Rungs
 from raytrain_adv.driver.failures import stopped
+from raytrain_adv.driver.head_watch import HeadWatch
 from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.stopping import tell
 from raytrain_adv.driver.sweep_progress import Progress
@@ -169,7 +170,8 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
     at_once = _at_once(sweep, room, len(todo))
     results.begin(at_once)
     print(f"{room.placement.note} for a trial; {at_once} at a time", flush=True)
-    _tune(sweep, todo, at_once, total_steps, results)
+    with HeadWatch(head_watch.address(), results.fail).watching():
+        _tune(sweep, todo, at_once, total_steps, results)
 
 
 def _prepare_data(trials: Sequence[Trial], room: Room) -> int:

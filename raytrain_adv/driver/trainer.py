@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
@@ -18,7 +17,7 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 
 from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver import cluster, output, preflight, preflight_table
+from raytrain_adv.driver import cluster, head_watch, output, preflight, preflight_table
 from raytrain_adv.driver.console import Console, summary
 from raytrain_adv.driver.elastic import KeepsTheBatch
 from raytrain_adv.driver.failures import (
@@ -29,6 +28,7 @@ from raytrain_adv.driver.failures import (
     translated,
 )
 from raytrain_adv.driver.hang import WatchForHangs
+from raytrain_adv.driver.head_watch import HeadWatch
 from raytrain_adv.driver.node_network import NodeNetwork
 from raytrain_adv.driver.node_watch import NodeWatch, usable
 from raytrain_adv.driver.notice import ListenForSigterm
@@ -106,6 +106,15 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
     report = started(job, output.run_name(job))
     for note in report.notes:
         console.say(note)
+
+    def fail(error: BaseException) -> None:
+        ended = failed(report, error, timeline, place.folder)
+        ended = ended.model_copy(update={"preflight": nodes[-1] if nodes else None})
+        try:
+            _leave(job, place, ended)
+        except StorageError as unwritten:  # beside what ended the run, not in its place
+            console.say(f"\n{unwritten}")
+
     try:
         placement, plan = _prepare(job, console, timeline, nodes, read)
         report = planned(report, placement.fewest, plan.memory, plan.transforms)
@@ -113,18 +122,14 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
         record.write(report, place.folder)
         start = time.perf_counter()
         watch = NodeWatch(placement, usable(placement), console.say)
-        with asking(place.folder, console.say), watch.watching():
-            result = fit(job, place, placement, console)
+        head = HeadWatch(head_watch.address(), fail)
+        with asking(place.folder, console.say), head.watching(), watch.watching():
+            result = fit(job, place, placement, console, head)
         timeline["training"] = time.perf_counter() - start
         report = against(finished(report, result, timeline, place.folder), job)
     except BaseException as error:  # also Ctrl-C, and the SystemExit that Ray makes of SIGTERM
         shown = stopped(error) if isinstance(error, SystemExit) else error
-        report = failed(report, shown, timeline, place.folder)
-        report = report.model_copy(update={"preflight": nodes[-1] if nodes else None})
-        try:
-            _leave(job, place, report)
-        except StorageError as unwritten:  # beside what ended the run, not in its place
-            console.say(f"\n{unwritten}")
+        fail(shown)
         raise shown from error.__cause__
     _leave(job, place, report)
     return report
@@ -153,7 +158,9 @@ def _prepare(
     start = time.perf_counter()
     data = _in_background(lambda: prepare(job, console.say))
     started_here = cluster.connect(job)
-    console.say("Ray started on this machine" if started_here else f"joined Ray at {_address()}")
+    console.say(
+        "Ray started on this machine" if started_here else f"joined Ray at {head_watch.address()}"
+    )
     console.say(f"dashboard: {cluster.dashboard()}")
     placement = cluster.settle(job, started_here)
     timeline["Ray"] = time.perf_counter() - start
@@ -195,11 +202,9 @@ def _in_background(work: Callable[[], PreparedData]) -> Future[PreparedData]:
     return future
 
 
-def _address() -> str:
-    return str(ray.get_runtime_context().gcs_address)
-
-
-def fit(job: JobConfig, place: Output, placement: Placement, console: Console) -> dict[str, Any]:
+def fit(
+    job: JobConfig, place: Output, placement: Placement, console: Console, head: HeadWatch
+) -> dict[str, Any]:
     """Run the workers to the end; return rank 0's figures.
 
     Raises:
@@ -223,6 +228,7 @@ def fit(job: JobConfig, place: Output, placement: Placement, console: Console) -
         except (
             RayActorError
         ) as error:  # the controller: Ray restarts workers, but nobody restarts it
+            head.wait()
             if deaths_left == 0:
                 raise translated(error) from error
             deaths_left -= 1

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,67 @@ def _trains(out: Path) -> bool:
     )
 
 
+@contextlib.contextmanager
+def head_of_no_cpus() -> Iterator[Cluster]:
+    """Start a head that holds no worker; workers are on the nodes that are added."""
+    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # sockets' paths must be short
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        head = {"num_cpus": 0, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def driver_on(cluster: Cluster, job: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """Launch a job on that Ray, in a process of its own."""
+    command = [sys.executable, "-m", "raytrain_adv.launch", str(job), *overrides]
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    driver = subprocess.Popen(command, env=environment, **pipes)
+    try:
+        yield driver
+    finally:
+        end(driver)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["GCS", "GCS and raylet"])
+def test_after_the_head_died_the_same_job_goes_on_on_a_new_one(job_file, tmp_path, killed):
+    """Ray would end the driver with exit code 1 and no word. The run says what happened and what to
+    do, in less than 60 s, and its report that it failed; on another Ray it loses no more than an
+    interval, and logs what a run without faults does."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    line = {"ray_num_workers": 1, "use_cpu": True, "max_steps": 400, "export_model": False}
+    line |= {"save_strategy": "steps", "save_steps": 10, "max_failures": 3}
+    job = job_file(**line)
+    with head_of_no_cpus() as cluster, driver_on(cluster, job) as driver:
+        cluster.add_node(num_cpus=1)
+        wait_until(lambda: bool(events(out, "checkpoint")), driver)
+        cluster.head_node.kill_gcs_server(check_alive=False)
+        if killed == "GCS and raylet":
+            cluster.head_node.kill_raylet(check_alive=False)
+        hurt_at = time.monotonic()
+        output = driver.communicate(timeout=120)[0]
+        assert time.monotonic() - hurt_at < 60
+    assert driver.returncode == 3 and "Ray's head node is gone" in output, output
+    assert "resume_from_checkpoint: true" in output
+    assert json.loads((out / "report.json").read_text())["status"] == "failed"
+    reached = max(losses(out))
+    resume = "resume_from_checkpoint=true"
+    with head_of_no_cpus() as cluster, driver_on(cluster, job, resume) as driver:
+        cluster.add_node(num_cpus=1)
+        output = driver.communicate(timeout=240)[0]
+    assert driver.returncode == 0, output
+    assert 0 <= reached - events(out, "plan")[-1]["resumed_from_step"] <= 10 < reached < 400
+    run_workers(1, job_file("whole.yaml", **{**line, "output_dir": str(whole)}))
+    assert losses(out) == losses(whole)
+
+
 @pytest.mark.slow
 def test_a_drained_node_leaves_a_checkpoint_and_costs_no_retry(job_file, tmp_path, monkeypatch):
     """The worker's node gets notice that it is taken away in 6 s: the run saves after its step, and
@@ -244,16 +305,8 @@ def test_a_drained_node_leaves_a_checkpoint_and_costs_no_retry(job_file, tmp_pat
     line = {"ray_num_workers": 1, "use_cpu": True, "max_steps": 2000, "export_model": False}
     line |= {"save_strategy": "steps", "save_steps": 100_000}
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
-    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # sockets' paths must be short
-    monkeypatch.setenv("RAY_TMPDIR", folder)
-    head = {"num_cpus": 0, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    node = cluster.add_node(num_cpus=1)
-    command = [sys.executable, "-m", "raytrain_adv.launch", str(job_file(**line))]
-    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    driver = subprocess.Popen(command, env=environment, **pipes)
-    try:
+    with head_of_no_cpus() as cluster, driver_on(cluster, job_file(**line)) as driver:
+        node = cluster.add_node(num_cpus=1)
         wait_until(lambda: bool(rows(out)) and rows(out)[-1]["kind"] == "train", driver)
         cluster.add_node(num_cpus=1)
         drained = GcsClient(address=cluster.address).drain_node(
@@ -268,10 +321,6 @@ def test_a_drained_node_leaves_a_checkpoint_and_costs_no_retry(job_file, tmp_pat
         wait_until(lambda: len(events(out, "plan")) == 2 and _trains(out), driver)
         driver.send_signal(signal.SIGTERM)
         output = driver.communicate(timeout=240)[0]
-    finally:
-        end(driver)
-        cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
     assert driver.returncode != 0 and "The run was stopped" in output
     assert events(out, "plan")[-1]["resumed_from_step"] == saved
     assert "the node of worker 0 will be taken away in" in faults(out)[0]
