@@ -237,15 +237,15 @@ def _trains(out: Path) -> bool:
 
 
 @contextlib.contextmanager
-def head_of_no_cpus() -> Iterator[Cluster]:
-    """Start a head that holds no worker; workers are on the nodes that are added."""
+def head_and_node() -> Iterator[tuple[Cluster, Any]]:
+    """Start a head that holds no worker, and a node that holds one."""
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # sockets' paths must be short
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
         head = {"num_cpus": 0, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
-            yield cluster
+            yield cluster, cluster.add_node(num_cpus=1)
         finally:
             cluster.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
@@ -274,8 +274,7 @@ def test_after_the_head_died_the_same_job_goes_on_on_a_new_one(job_file, tmp_pat
     line = {"ray_num_workers": 1, "use_cpu": True, "max_steps": 400, "export_model": False}
     line |= {"save_strategy": "steps", "save_steps": 10, "max_failures": 3}
     job = job_file(**line)
-    with head_of_no_cpus() as cluster, driver_on(cluster, job) as driver:
-        cluster.add_node(num_cpus=1)
+    with head_and_node() as (cluster, _), driver_on(cluster, job) as driver:
         wait_until(lambda: bool(events(out, "checkpoint")), driver)
         cluster.head_node.kill_gcs_server(check_alive=False)
         if killed == "GCS and raylet":
@@ -288,8 +287,7 @@ def test_after_the_head_died_the_same_job_goes_on_on_a_new_one(job_file, tmp_pat
     assert json.loads((out / "report.json").read_text())["status"] == "failed"
     reached = max(losses(out))
     resume = "resume_from_checkpoint=true"
-    with head_of_no_cpus() as cluster, driver_on(cluster, job, resume) as driver:
-        cluster.add_node(num_cpus=1)
+    with head_and_node() as (cluster, _), driver_on(cluster, job, resume) as driver:
         output = driver.communicate(timeout=240)[0]
     assert driver.returncode == 0, output
     assert 0 <= reached - events(out, "plan")[-1]["resumed_from_step"] <= 10 < reached < 400
@@ -305,8 +303,7 @@ def test_a_drained_node_leaves_a_checkpoint_and_costs_no_retry(job_file, tmp_pat
     line = {"ray_num_workers": 1, "use_cpu": True, "max_steps": 2000, "export_model": False}
     line |= {"save_strategy": "steps", "save_steps": 100_000}
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
-    with head_of_no_cpus() as cluster, driver_on(cluster, job_file(**line)) as driver:
-        node = cluster.add_node(num_cpus=1)
+    with head_and_node() as (cluster, node), driver_on(cluster, job_file(**line)) as driver:
         wait_until(lambda: bool(rows(out)) and rows(out)[-1]["kind"] == "train", driver)
         cluster.add_node(num_cpus=1)
         drained = GcsClient(address=cluster.address).drain_node(
