@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import ray
 
 from raytrain_adv.config.secrets import hide_environment
+from raytrain_adv.driver.looking import looking
 from raytrain_adv.errors import HeadLost
 
 EVERY_S = 2.0
@@ -36,8 +37,8 @@ class HeadWatch:
     def __init__(self, address: str, leave: Callable[[HeadLost], None]) -> None:
         self._address = address
         self._leave = leave
-        self._over = threading.Event()
         self._watched = False
+        self._heard = 0.0
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -49,27 +50,20 @@ class HeadWatch:
         if not is_main or not self._answers():
             yield
             return
-        self._watched = True
-        thread = threading.Thread(target=self._follow, name="head watch", daemon=True)
-        thread.start()
-        try:
+        self._watched, self._heard = True, time.monotonic()
+        with looking("head watch", self._look, EVERY_S):
             yield
-        finally:
-            self._over.set()
-            thread.join(timeout=TIMEOUT_S)
 
     def wait(self) -> None:
         """Return once the head can be reached; until then the watch may end the process."""
         while self._watched and not self._answers():
             time.sleep(EVERY_S)
 
-    def _follow(self) -> None:
-        heard = time.monotonic()
-        while not self._over.wait(EVERY_S):
-            if self._answers():
-                heard = time.monotonic()
-            elif time.monotonic() - heard >= ENDED_AFTER_S:
-                self._end()
+    def _look(self) -> None:
+        if self._answers():
+            self._heard = time.monotonic()
+        elif time.monotonic() - self._heard >= ENDED_AFTER_S:
+            self._end()
 
     def _answers(self) -> bool:
         host, _, port = self._address.rpartition(":")

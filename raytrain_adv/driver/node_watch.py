@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 from ray.exceptions import RayError
 
 from raytrain_adv.driver import cluster
 from raytrain_adv.driver.cluster import Node
+from raytrain_adv.driver.looking import looking
 from raytrain_adv.driver.placement import Placement
 from raytrain_adv.report.numbers import plural
 
@@ -31,25 +32,15 @@ class NodeWatch:
         self._placement = placement
         self._say = say
         self._seen = nodes
-        self._over = threading.Event()
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Say what changes for as long as the block runs."""
-        thread = threading.Thread(target=self._follow, name="node watch", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._over.set()
-            thread.join(timeout=EVERY_S)
+        return looking("node watch", self._look, EVERY_S)
 
-    def _follow(self) -> None:
-        while not self._over.wait(EVERY_S):
-            with contextlib.suppress(
-                RayError
-            ):  # the head does not answer: head_watch deals with it
-                self.look(usable(self._placement))
+    def _look(self) -> None:
+        # Where the head does not answer, head_watch ends the run.
+        with contextlib.suppress(RayError):
+            self.look(usable(self._placement))
 
     def look(self, now: Mapping[str, Node]) -> None:
         """Say how these nodes, by their ids, differ from those seen last."""

@@ -225,9 +225,8 @@ def fit(
             if not goes_on:
                 raise shown from error
             why = f"{shown.what}: {shown.found}"  # no failure: max_failures does not count it
-        except (
-            RayActorError
-        ) as error:  # the controller: Ray restarts workers, but nobody restarts it
+        except RayActorError as error:
+            # The controller: Ray restarts workers, but nobody restarts it.
             head.wait()
             if deaths_left == 0:
                 raise translated(error) from error
