@@ -104,6 +104,9 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
             "\n".join(f"{kind}: {', '.join(names[:4])}" for kind, names in wrong.items()),
             DEFECT,
         )
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:  # transformers 5.17 makes adapters float32, whatever their files hold
+            parameter.data = parameter.data.to(model.dtype)
     return model
 
 

@@ -7,7 +7,6 @@ put back, so that other models of the process stay as they are.
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -133,8 +132,8 @@ class Liger(Transform):
             return ()
         return (
             "torch_compile fuses norms and MLPs by itself, and cannot fuse what is around Liger's "
-            "kernels, nor see what they write to, so that it copies what they are given: with both "
-            "a step can be slower than with torch_compile alone; compare the two",
+            "kernels: with both a step can be slower than with torch_compile alone; compare the "
+            "two",
         )
 
     def plan(self, model: nn.Module) -> Plan:
@@ -202,6 +201,7 @@ class Liger(Transform):
             before = {fqn: self.what_is(m) for fqn, m in model.named_modules()}
             with _globals_kept(model):
                 _bind_rotary(model) if name == ROPE else _bind_layers(model, name)
+            _bind_stand_ins(model)
             now = {fqn: self.what_is(m) for fqn, m in model.named_modules()}
             counts[name] = sum(before[fqn] != kind for fqn, kind in now.items())
         return counts
@@ -221,12 +221,14 @@ class Liger(Transform):
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
     ) -> Plan:
-        """Keep PyTorch from printing a traceback for each kernel that it compiles around."""
+        """Refuse layers that torch.compile would compile wrongly.
+
+        Raises:
+            JobError: for a layer of Liger's that has no operator in ops/liger_layers.py.
+        """
         if job.parallel.torch_compile:
-            # Liger 0.8.5 gives epsilon to its kernels as a Python float, and torch's search for
-            # what they write to fails on it. `advice` says what follows. Remove when either is
-            # mended.
-            logging.getLogger("torch._higher_order_ops.triton_kernel_wrap").setLevel(logging.ERROR)
+            for fqn in plan.changes:
+                _require_understood(vars(model.get_submodule(fqn))["forward"].__func__)
         return plan
 
     def probe(
@@ -275,6 +277,25 @@ def _bind_layers(model: nn.Module, name: str) -> None:
         apply(model=model, **{**flags, name: True})
 
 
+def _bind_stand_ins(model: nn.Module) -> None:
+    """Have Liger's forward passes call what torch.compile compiles right."""
+    from raytrain_adv.ops.liger_layers import STAND_INS
+
+    of_forward: dict[FunctionType, FunctionType] = {}
+    for module in model.modules():
+        forward: Any = getattr(vars(module).get("forward"), "__func__", None)
+        if not str(getattr(forward, "__module__", "")).startswith("liger_kernel."):
+            continue
+        names = {name: STAND_INS[name] for name in forward.__code__.co_names if name in STAND_INS}
+        if not names or all(forward.__globals__.get(name) is names[name] for name in names):
+            continue
+        if forward not in of_forward:
+            own = _with_names(forward, names)
+            own.__module__, own.__qualname__ = forward.__module__, forward.__qualname__
+            of_forward[forward] = own
+        module.forward = MethodType(of_forward[forward], module)
+
+
 def _bind_rotary(model: nn.Module) -> None:
     """Give each attention module a forward of its own, whose rotary function is Liger's.
 
@@ -288,17 +309,36 @@ def _bind_rotary(model: nn.Module) -> None:
         if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
             continue
         if type(module) not in of_class:
-            of_class[type(module)] = _with_name(forward, ROTARY, liger_rotary_pos_emb)
+            of_class[type(module)] = _with_names(forward, {ROTARY: liger_rotary_pos_emb})
         module.forward = MethodType(of_class[type(module)], module)
 
 
-def _with_name(function: FunctionType, name: str, value: object) -> FunctionType:
-    """Return a function that does the same with another value of a global name.
+def _require_understood(forward: FunctionType) -> None:
+    """Refuse a forward pass of Liger's that calls a kernel in a way that is not known here.
+
+    Raises:
+        JobError: naming it.
+    """
+    from raytrain_adv.ops.liger_layers import STAND_INS, UNDERSTOOD
+
+    own = str(forward.__module__).startswith("liger_kernel.")  # or an attention module's, for rope
+    if own and not {*STAND_INS, *UNDERSTOOD}.intersection(forward.__code__.co_names):
+        raise JobError(
+            f"torch_compile may compile Liger's {forward.__qualname__.partition('.')[0]} wrongly",
+            "it does not see what Liger's kernels write to, and raytrain_adv has no operator for "
+            "this one that says it",
+            "set torch_compile: false, or name the layers to take without it, as in "
+            "use_liger_kernel: {rms_norm: true}",
+        )
+
+
+def _with_names(function: FunctionType, values: dict[str, Any]) -> FunctionType:
+    """Return a function that does the same with other values of global names.
 
     torch.compile keeps what it made of a code object, and puts what that calls into the globals of
     the frame it met first: code and globals must belong to each other, one to one.
     """
-    names = {**function.__globals__, name: value}
+    names = {**function.__globals__, **values}
     # torch.compile looks globals up in the module of this name, where ours is not.
     names.pop("__name__", None)
     own = FunctionType(

@@ -19,6 +19,7 @@ from raytrain_adv.worker.checkpoint import CheckpointWriter, Progress
 from raytrain_adv.worker.convergence import Convergence
 from raytrain_adv.worker.evaluate import evaluate
 from raytrain_adv.worker.gradients import FiniteWatch, clip, require_all_gradients
+from raytrain_adv.worker.kept_weights import bits_of, require_kept
 from raytrain_adv.worker.loader import Batches, MicroBatch, Prefetcher, StepBatch
 from raytrain_adv.worker.loss import loss_function
 from raytrain_adv.worker.metrics import Meter
@@ -138,10 +139,15 @@ class Loop:
         batch = prefetcher.next()
         label_tokens = self.global_label_tokens(batch)
         loss = torch.zeros((), dtype=torch.float32, device=self.run.device)
+        # Where graphs are new; a later step runs the same.
+        is_new = first_here or any(t.is_on(step) != t.is_on(step - 1) for t in self.transforms)
+        weights = bits_of(self.model) if is_new else None
         for micro_batch in batch.micro_batches:
             # Not in the first step, where compilation would be in the profile.
             with nullcontext() if first_here else self.proof.watching(step):
                 loss += self.forward_backward(step, micro_batch, label_tokens)
+        if weights is not None:
+            require_kept(self.model, weights, self.run)
         total = self.over_workers(loss)
         if not self.gradients_seen and not (self.guard.skips and not torch.isfinite(total)):
             require_all_gradients(self.model, self.run, self.remedies(step))

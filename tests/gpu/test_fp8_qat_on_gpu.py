@@ -95,6 +95,7 @@ COMPILED = {"torch_compile": True}
 def test_the_documented_combinations_train_with_every_feature_on(job_file, tmp_path):
     """FP8, a Hub kernel, Liger and torch_compile; QAT and a Hub kernel; and what lies between them.
     The profile of a step proves FP8 and QAT after kernels were put around them, or the run stops.
+    Compiled, Liger's own functions had the weights of norms overwritten by their gradients.
     """
     activation = write_kernel(tmp_path / "act", ACTIVATION, "torch-cuda", name="activation")
     source = tmp_path / "model-source" / "config.json"
@@ -103,6 +104,8 @@ def test_the_documented_combinations_train_with_every_feature_on(job_file, tmp_p
     kernel = {"use_kernels": True, "kernel_name": str(activation)}
     variants = {
         "plain": {},
+        "liger, compiled": {**LIGER, **COMPILED},
+        "fp8, liger, compiled": {**FP8, **LIGER, **COMPILED},
         "fp8, kernel, liger, compiled": {**FP8, **kernel, **LIGER, **COMPILED},
         "qat, kernel": {**QAT, **kernel},
         "qat, compiled": {**QAT, **COMPILED},
@@ -111,6 +114,8 @@ def test_the_documented_combinations_train_with_every_feature_on(job_file, tmp_p
         "fp8, qat": {**FP8, **QAT},
         "fp8, qat, compiled": {**FP8, **QAT, **COMPILED},
         "fp8, qat, kernel, liger": {**FP8, **QAT, **kernel, **LIGER},
+        "fp8, qat, liger, compiled": {**FP8, **QAT, **LIGER, **COMPILED},
+        "all of them": {**FP8, **QAT, **kernel, **LIGER, **COMPILED},
     }
     run_workers(
         1,
