@@ -13,6 +13,19 @@ TILES = [
     for rows, columns, warps in ((64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 8))
 ]
 
+
+def _quick(call: Any, quantiles: Any) -> Any:
+    """Time a tile size, for milliseconds: by itself Triton takes an eighth of a second for each."""
+    return triton.testing.do_bench(call, warmup=2, rep=10, quantiles=quantiles)
+
+
+def size_class(length: int) -> int:
+    """Return what stands for a length where tile sizes are chosen: batches without packing have
+    another number of tokens each, and every one would be tuned for anew, in mid-training.
+    """
+    return 1 << max(length - 1, 0).bit_length()
+
+
 BLOCK = 4096
 """Numbers that a program of the cast without a transpose takes."""
 
@@ -29,7 +42,9 @@ def _to_bytes(value, LARGEST: tl.constexpr, IS_E5M2: tl.constexpr):  # type: ign
     return byte
 
 
-@triton.autotune(configs=TILES, key=["rows", "columns", "WRITE_PLAIN"])  # type: ignore[untyped-decorator]
+@triton.autotune(  # type: ignore[untyped-decorator]
+    configs=TILES, key=["rows_class", "columns_class", "WRITE_PLAIN"], do_bench=_quick
+)
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
 def _cast(  # type: ignore[no-untyped-def] # its arguments are not Python values
     source,
@@ -38,6 +53,8 @@ def _cast(  # type: ignore[no-untyped-def] # its arguments are not Python values
     transposed,
     rows,
     columns,
+    rows_class,
+    columns_class,
     LARGEST: tl.constexpr,
     IS_E5M2: tl.constexpr,
     WRITE_PLAIN: tl.constexpr,
@@ -77,6 +94,8 @@ def launch(
         transposed.view(torch.uint8),
         rows,
         columns,
+        size_class(rows),
+        size_class(columns),
         LARGEST=torch.finfo(dtype).max,
         IS_E5M2=dtype == torch.float8_e5m2,
         WRITE_PLAIN=plain is not None,
@@ -110,10 +129,19 @@ def launch_plain(source: torch.Tensor, scale: torch.Tensor, target: torch.Tensor
     )
 
 
-@triton.autotune(configs=TILES, key=["rows", "columns"])  # type: ignore[untyped-decorator]
+@triton.autotune(  # type: ignore[untyped-decorator]
+    configs=TILES, key=["rows_class", "columns_class"], do_bench=_quick
+)
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
 def _transpose(  # type: ignore[no-untyped-def] # its arguments are not Python values
-    source, target, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    source,
+    target,
+    rows,
+    columns,
+    rows_class,
+    columns_class,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -131,4 +159,11 @@ def launch_transpose(source: torch.Tensor, target: torch.Tensor) -> None:
     def grid(tile: dict[str, Any]) -> tuple[int, int]:
         return (triton.cdiv(columns, tile["COLUMNS"]), triton.cdiv(rows, tile["ROWS"]))
 
-    _transpose[grid](source.contiguous().view(torch.uint8), target.view(torch.uint8), rows, columns)
+    _transpose[grid](
+        source.contiguous().view(torch.uint8),
+        target.view(torch.uint8),
+        rows,
+        columns,
+        size_class(rows),
+        size_class(columns),
+    )

@@ -28,10 +28,11 @@ from raytrain_adv.errors import StorageError
 from raytrain_adv.ops.float8_weight import as_plain
 from raytrain_adv.worker.checkpoint_reader import read_state
 from raytrain_adv.worker.damage import MANIFEST, checksums, wrong_sizes
+from raytrain_adv.worker.host_memory import HostMemory
 from raytrain_adv.worker.persist import cause, persistently
 from raytrain_adv.worker.redact import redact
 from raytrain_adv.worker.run import Run
-from raytrain_adv.worker.staging import plain_like, restore_quantized, staged
+from raytrain_adv.worker.staging import plain_like, restore_quantized, staged, tensors_of
 from raytrain_adv.worker.storage import Storage, storage_errors
 
 FORMAT = 1
@@ -198,6 +199,7 @@ class CheckpointWriter:
         self.group = dist.new_group(backend="gloo") if run.world_size > 1 else None
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending: tuple[Progress, Storage, Future[Written], dict[str, float]] | None = None
+        self.memory = HostMemory(run.say)
         self.committed: list[int] = []
         self.blocked_s = 0.0
         """Seconds that training stood still for checkpoints."""
@@ -215,7 +217,7 @@ class CheckpointWriter:
             persistently(target.make, what, self.run.fault)
         self.run.barrier()
         local = target.root if target.is_local else tempfile.mkdtemp(prefix="raytrain_adv_")
-        state = staged(training_state(self.model, self.optimizer))
+        state = staged(training_state(self.model, self.optimizer), self.memory)
         done = self.pool.submit(self._write, progress.step, state, local, target)
         self.pending = (progress, target, done, metrics)
 
@@ -253,6 +255,8 @@ class CheckpointWriter:
         """Commit the pending checkpoint if every rank has written its part; called by all ranks
         after each step.
         """
+        if not self.memory.is_prepared and self.job.output.save_strategy != "no":
+            self.memory.prepare(tensors_of(training_state(self.model, self.optimizer)))
         if self.pending is None:
             return
         status = self._status(self.pending[2])
@@ -273,6 +277,7 @@ class CheckpointWriter:
         """Commit what is pending and stop the thread."""
         self.finish()
         self.pool.shutdown(wait=True)
+        self.memory.release()
 
     @staticmethod
     def _status(done: Future[Written]) -> int:

@@ -9,23 +9,47 @@ on another number blocks begin elsewhere, and some values move by a rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from raytrain_adv.worker.host_memory import HostMemory
+
 BLOCKS_AT_A_TIME = 2**16
 
 
-def staged(state: Any) -> Any:
-    """Return the nested state with every tensor copied to host memory, sharded as it was."""
-    return _mapped(state, lambda tensor: _host_copy(_plain(tensor)))
+def staged(state: Any, memory: HostMemory) -> Any:
+    """Return the nested state with every tensor copied to host memory, sharded as it was.
+
+    Args:
+        state: dicts, lists and tuples of tensors and other values.
+        memory: the copies are in it until the next call.
+    """
+    copies = _mapped(state, lambda path, tensor: _host_copy(path, _plain(tensor), memory))
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return copies
 
 
 def plain_like(state: Any) -> Any:
     """Return the nested state for reading a checkpoint: its own tensors, 8-bit ones as float32."""
-    return _mapped(state, _plain)
+    return _mapped(state, lambda _, tensor: _plain(tensor))
+
+
+def tensors_of(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield path and tensor of what a checkpoint of this state holds; 8-bit ones, which it holds
+    as float32, are left out.
+    """
+    if isinstance(state, dict):
+        for key, value in state.items():
+            yield from tensors_of(value, f"{path}/{key}")
+    elif isinstance(state, list | tuple):
+        for number, value in enumerate(state):
+            yield from tensors_of(value, f"{path}/{number}")
+    elif isinstance(state, torch.Tensor) and not _is_quantized(state):
+        yield path, state.detach()
 
 
 def restore_quantized(state: Any, plain: Any) -> bool:
@@ -83,12 +107,12 @@ def quantized(blocks: torch.Tensor, qmap: torch.Tensor) -> tuple[torch.Tensor, t
     return codes, scales
 
 
-def _mapped(state: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _mapped(state: Any, change: Callable[[str, torch.Tensor], torch.Tensor], path: str = "") -> Any:
     if isinstance(state, dict):
-        return {key: _mapped(value, change) for key, value in state.items()}
+        return {key: _mapped(value, change, f"{path}/{key}") for key, value in state.items()}
     if isinstance(state, list | tuple):
-        return [_mapped(value, change) for value in state]
-    return change(state) if isinstance(state, torch.Tensor) else state
+        return [_mapped(value, change, f"{path}/{n}") for n, value in enumerate(state)]
+    return change(path, state) if isinstance(state, torch.Tensor) else state
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,5 +140,9 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     ).to(values.device)
 
 
-def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if tensor.device.type == "cpu" else tensor.to("cpu")
+def _host_copy(path: str, tensor: torch.Tensor, memory: HostMemory) -> torch.Tensor:
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    copy = memory.of(path, tensor)
+    _local(copy).copy_(_local(tensor), non_blocking=True)
+    return copy

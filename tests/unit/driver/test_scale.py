@@ -24,6 +24,7 @@ from raytrain_adv.transforms.apply import prepare_all
 from raytrain_adv.worker import parallel, weights
 from raytrain_adv.worker.checkpoint import training_state
 from raytrain_adv.worker.flops import training_flops_per_token
+from raytrain_adv.worker.host_memory import HostMemory
 from raytrain_adv.worker.model import build
 from raytrain_adv.worker.optim import build_optimizer
 from raytrain_adv.worker.staging import staged
@@ -92,7 +93,7 @@ def step_of(job: JobConfig, folder: str) -> tuple[dict[str, list[int]], int]:
     end()
     optimizer.step()
     path = Path(folder, f"{job.output.output_dir.replace('/', '_')}_{dist.get_world_size()}")
-    save(staged(training_state(model, optimizer)), checkpoint_id=path)
+    save(staged(training_state(model, optimizer), HostMemory(print)), checkpoint_id=path)
     dist.barrier()
     return seen, sum(file.stat().st_size for file in path.iterdir())
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from raytrain_adv.worker.staging import plain_like, restore_quantized, staged
+from raytrain_adv.worker.host_memory import HostMemory, available_bytes
+from raytrain_adv.worker.staging import plain_like, restore_quantized, staged, tensors_of
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -16,7 +17,7 @@ def test_8bit_states_come_back_with_every_value(signed):
     values[7] = 0.0
     state = OptimState8bit.zeros(values.shape, signed=signed)
     state.copy_(values if signed else values.square())
-    written = staged({"exp_avg": state})
+    written = staged({"exp_avg": state}, HostMemory(print))
     other = OptimState8bit.zeros(values.shape, signed=signed)
     other.copy_(torch.randn(4096, 256).abs())
     read = plain_like({"exp_avg": other})
@@ -35,3 +36,15 @@ def test_values_cut_into_other_blocks_are_quantised_as_torchao_does():
     expected.copy_(values)
     restore_quantized({"exp_avg": state}, {"exp_avg": values})
     assert torch.equal(state.codes, expected.codes) and torch.equal(state.scale, expected.scale)
+
+
+def test_a_copy_is_apart_from_its_tensor_and_named_by_its_path():
+    state = {"model": {"a": torch.ones(3)}, "steps": [torch.zeros(()), 7]}
+    copies = staged(state, HostMemory(print))
+    state["model"]["a"].zero_()
+    assert torch.equal(copies["model"]["a"], torch.ones(3)) and copies["steps"][1] == 7
+    assert [path for path, _ in tensors_of(state)] == ["/model/a", "/steps/0"]
+
+
+def test_memory_that_is_free_is_read_from_the_machine():
+    assert 2**20 < available_bytes() <= 2**62
