@@ -255,8 +255,7 @@ class CheckpointWriter:
         """Commit the pending checkpoint if every rank has written its part; called by all ranks
         after each step.
         """
-        if not self.memory.is_prepared and self.job.output.save_strategy != "no":
-            self.memory.prepare(tensors_of(training_state(self.model, self.optimizer)))
+        self._prepare_memory()
         if self.pending is None:
             return
         status = self._status(self.pending[2])
@@ -264,6 +263,15 @@ class CheckpointWriter:
             self._raise_failure()
         if self.run.agree(status, dist.ReduceOp.MIN) == DONE:
             self._commit()
+
+    def _prepare_memory(self) -> None:
+        """Take host memory for the copies, once the optimizer has its states."""
+        if self.memory.is_prepared or self.job.output.save_strategy == "no":
+            return
+        # Asked for states before there are any, PyTorch would make a step to have them.
+        has_states = self.optimizer is None or len(self.optimizer.state) > 0
+        if self.run.device.type == "cuda" and has_states:
+            self.memory.prepare(tensors_of(training_state(self.model, self.optimizer)))
 
     def finish(self) -> None:
         """Wait for the pending checkpoint and commit it."""

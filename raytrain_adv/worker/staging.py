@@ -20,6 +20,7 @@ from raytrain_adv.worker.host_memory import HostMemory
 BLOCKS_AT_A_TIME = 2**16
 
 
+@torch.no_grad()
 def staged(state: Any, memory: HostMemory) -> Any:
     """Return the nested state with every tensor copied to host memory, sharded as it was.
 

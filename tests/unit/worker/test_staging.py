@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.checkpoint import load, save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from raytrain_adv.worker.host_memory import HostMemory, available_bytes
+from raytrain_adv.worker.host_memory import PAGE, HostMemory, available_bytes
 from raytrain_adv.worker.staging import plain_like, restore_quantized, staged, tensors_of
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -48,3 +54,38 @@ def test_a_copy_is_apart_from_its_tensor_and_named_by_its_path():
 
 def test_memory_that_is_free_is_read_from_the_machine():
     assert 2**20 < available_bytes() <= 2**62
+
+
+def copied_on_a_rank(folder):
+    """Copy a sharded weight to memory as a GPU's would be, save it; return what was locked."""
+    locked = []
+
+    class Runtime:
+        def cudaHostRegister(self, address, size, flags):  # CUDA's own name
+            assert address % PAGE == 0 and size % PAGE == 0
+            locked.append(size)
+            return 0
+
+        def cudaHostUnregister(self, address):  # CUDA's own name
+            locked.pop()
+
+    torch.cuda.cudart = Runtime
+    torch.manual_seed(0)
+    model = nn.Linear(999, 1001, bias=False)
+    whole = model.weight.detach().clone()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    assert torch.empty_like(model.weight, device="meta").to_local().device.type == "meta"
+    memory = HostMemory(print)
+    copy = memory._taken(model.weight.detach())
+    assert isinstance(copy, DTensor) and copy.shape == whole.shape and locked
+    copy.to_local().copy_(model.weight.detach().to_local())
+    save({"weight": copy}, checkpoint_id=folder)
+    read = {"weight": torch.zeros_like(whole)}
+    load(read, checkpoint_id=folder)
+    assert torch.equal(read["weight"], whole)
+    memory.release()
+    return len(locked)
+
+
+def test_memory_for_a_sharded_tensor_holds_this_ranks_part(tmp_path):
+    assert run_ranks(copied_on_a_rank, 2, tmp_path, str(tmp_path / "saved")) == [0, 0]
