@@ -41,7 +41,7 @@ class HostMemory:
         self.locked: list[torch.Tensor] = []
         """Bytes, whole pages."""
         self.refused = False
-        """Whether CUDA would not lock some."""
+        """Whether some could not be had; said once."""
         self.pool: ThreadPoolExecutor | None = None
         self.coming: dict[str, Future[torch.Tensor]] = {}
 
@@ -80,12 +80,8 @@ class HostMemory:
         status = int(cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0))
         if status == 0:
             self.locked.append(whole)
-        elif not self.refused:
-            self.refused = True
-            self.say(
-                f"host memory for checkpoints was not page-locked (CUDA error {status}), so that "
-                "steps wait longer for them: raise ulimit -l"
-            )
+        else:
+            self._say_once(f"CUDA error {status}; ulimit -l may be too low")
         copy = whole[: local.nbytes].view(local.dtype).view(local.shape)
         if not isinstance(tensor, DTensor):
             return copy
@@ -95,10 +91,21 @@ class HostMemory:
         sharded._local_tensor = copy
         return sharded
 
+    def _say_once(self, reason: str) -> None:
+        if not self.refused:
+            self.refused = True
+            self.say(
+                f"host memory for checkpoints was not page-locked, so that steps wait longer for "
+                f"them: {reason}"
+            )
+
     def of(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the memory for a tensor; new and not page-locked where none was taken for it."""
         if path in self.coming:
-            self.copies[path] = self.coming.pop(path).result()
+            try:
+                self.copies[path] = self.coming.pop(path).result()
+            except RuntimeError as error:  # PyTorch's, where the node has no more memory
+                self._say_once(str(error).splitlines()[0])
         known = self.copies.get(path)
         if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
             return known

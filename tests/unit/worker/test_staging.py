@@ -89,3 +89,18 @@ def copied_on_a_rank(folder):
 
 def test_memory_for_a_sharded_tensor_holds_this_ranks_part(tmp_path):
     assert run_ranks(copied_on_a_rank, 2, tmp_path, str(tmp_path / "saved")) == [0, 0]
+
+
+def test_memory_that_cannot_be_had_is_told_of_and_the_copy_is_made(monkeypatch):
+    said = []
+    memory = HostMemory(said.append)
+    memory.prepare(iter(()))
+
+    def fail(tensor):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(memory, "_taken", fail)
+    for path in ("/a", "/b"):
+        memory.coming[path] = memory.pool.submit(memory._taken, torch.ones(3))
+        assert memory.of(path, torch.ones(3)).shape == (3,)
+    assert len(said) == 1 and "can't allocate memory" in said[0]
