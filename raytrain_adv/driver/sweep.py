@@ -164,13 +164,13 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
     started_here = cluster.connect(job)
     print("Ray started on this machine" if started_here else "joined Ray")
     print(f"dashboard: {cluster.dashboard() or 'none (Ray was started without one)'}")
-    room = sweep_room.look_at(todo, started_here, read)
-    print(preflight_table.render(room.found))
-    total_steps = _prepare_data(todo, room)
-    at_once = _at_once(sweep, room, len(todo))
-    results.begin(at_once)
-    print(f"{room.placement.note} for a trial; {at_once} at a time", flush=True)
     with HeadWatch(head_watch.address(), results.fail).watching():
+        room = sweep_room.look_at(todo, started_here, read)
+        print(preflight_table.render(room.found))
+        total_steps = _prepare_data(todo, room)
+        at_once = _at_once(sweep, room, len(todo))
+        results.begin(at_once)
+        print(f"{room.placement.note} for a trial; {at_once} at a time", flush=True)
         _tune(sweep, todo, at_once, total_steps, results)
 
 

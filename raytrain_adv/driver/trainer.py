@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +117,16 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
             console.say(f"\n{unwritten}")
 
     try:
-        placement, plan = _prepare(job, console, timeline, nodes, read)
-        report = planned(report, placement.fewest, plan.memory, plan.transforms)
-        report = report.model_copy(update={"preflight": nodes[-1]})
-        record.write(report, place.folder)
-        start = time.perf_counter()
-        watch = NodeWatch(placement, usable(placement), console.say)
-        head = HeadWatch(head_watch.address(), fail)
-        with asking(place.folder, console.say), head.watching(), watch.watching():
-            result = fit(job, place, placement, console, head)
-        timeline["training"] = time.perf_counter() - start
+        with ExitStack() as watched:
+            placement, plan, head = _prepare(job, console, timeline, nodes, read, watched, fail)
+            report = planned(report, placement.fewest, plan.memory, plan.transforms)
+            report = report.model_copy(update={"preflight": nodes[-1]})
+            record.write(report, place.folder)
+            start = time.perf_counter()
+            watch = NodeWatch(placement, usable(placement), console.say)
+            with asking(place.folder, console.say), watch.watching():
+                result = fit(job, place, placement, console, head)
+            timeline["training"] = time.perf_counter() - start
         report = against(finished(report, result, timeline, place.folder), job)
     except BaseException as error:  # also Ctrl-C, and the SystemExit that Ray makes of SIGTERM
         shown = stopped(error) if isinstance(error, SystemExit) else error
@@ -148,9 +149,13 @@ def _prepare(
     timeline: dict[str, float],
     nodes: list[PreflightReport],
     read: Read,
-) -> tuple[Placement, RunPlan]:
+    watched: ExitStack,
+    leave: Callable[[BaseException], None],
+) -> tuple[Placement, RunPlan, HeadWatch]:
     """Tokenise the data while Ray starts and the nodes are probed; settle where the job runs, and
-    show the plan. `timeline` and `nodes` are filled in for the report, also of a refused run.
+    show the plan. `timeline` and `nodes` are filled in for the report, also of a refused run. The
+    head is watched from here on, until `watched` is left; `leave` notes how the run ended if it is
+    gone.
     """
     trackers.check(job.output.report_to)
     if job.output.compare_with is not None:
@@ -162,6 +167,8 @@ def _prepare(
         "Ray started on this machine" if started_here else f"joined Ray at {head_watch.address()}"
     )
     console.say(f"dashboard: {cluster.dashboard()}")
+    head = HeadWatch(head_watch.address(), leave)
+    watched.enter_context(head.watching())
     placement = cluster.settle(job, started_here)
     timeline["Ray"] = time.perf_counter() - start
     found = preflight.look_at(placement, enabled(job), read)
@@ -183,7 +190,7 @@ def _prepare(
         console.say(f"warning: {warning}")
     timeline["plan"] = time.perf_counter() - start
     cluster.wait_for_room(placement, console.say)
-    return placement, plan
+    return placement, plan, head
 
 
 def _in_background(work: Callable[[], PreparedData]) -> Future[PreparedData]:

@@ -296,6 +296,30 @@ def test_after_the_head_died_the_same_job_goes_on_on_a_new_one(job_file, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_job_that_waits_for_room_is_told_that_the_head_is_gone(job_file, tmp_path):
+    """Before training too: another job holds the only CPU as the head dies."""
+    line = {"ray_num_workers": 1, "use_cpu": True, "max_steps": 4000, "export_model": False}
+    first, second = tmp_path / "first", tmp_path / "second"
+    holds = job_file("first.yaml", **line, output_dir=str(first))
+    waits = job_file("second.yaml", **line, output_dir=str(second))
+    with head_and_node() as (cluster, _), driver_on(cluster, holds) as driver:
+        wait_until(lambda: bool(rows(first)) and rows(first)[-1]["kind"] == "train", driver)
+        with driver_on(cluster, waits) as other:
+            said = ""
+            while "waiting for 1 CPU" not in said:
+                line_said = other.stdout.readline()
+                assert line_said, said
+                said += line_said
+            cluster.head_node.kill_gcs_server(check_alive=False)
+            hurt_at = time.monotonic()
+            said += other.communicate(timeout=120)[0]
+            assert time.monotonic() - hurt_at < 60
+    assert other.returncode == 3 and "Ray's head node is gone" in said, said
+    report = json.loads((second / "report.json").read_text())
+    assert report["status"] == "failed" and "head node is gone" in report["error"]
+
+
+@pytest.mark.slow
 def test_a_drained_node_leaves_a_checkpoint_and_costs_no_retry(job_file, tmp_path, monkeypatch):
     """The worker's node gets notice that it is taken away in 6 s: the run saves after its step, and
     goes on on the other node, with max_failures: 0."""
