@@ -74,7 +74,8 @@ def verify_folder(
 
 
 def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str | None) -> Any:
-    """Load an exported folder as a user would, into host memory, and return the model.
+    """Load an exported folder as a user would, into host memory, and return the model; adapters in
+    the dtype of their files.
 
     Raises:
         TrainingError: when weights are missing from the folder, or left over.

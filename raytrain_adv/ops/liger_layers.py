@@ -190,7 +190,7 @@ _layer_norm.register_autograd(_layer_norm_gradients, setup_context=_keep_layer_n
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     eps: float,
     impl: object = None,
     mode: object = None,
@@ -201,6 +201,7 @@ def layer_norm(
 
         eager: torch.Tensor = theirs(x, weight, bias, eps, impl=impl, mode=mode)
         return eager
+    bias = torch.zeros_like(weight) if bias is None else bias
     out: torch.Tensor = _layer_norm(x, weight, bias, float(eps))[0]
     return out
 

@@ -284,7 +284,7 @@ def _bind_stand_ins(model: nn.Module) -> None:
     of_forward: dict[FunctionType, FunctionType] = {}
     for module in model.modules():
         forward: Any = getattr(vars(module).get("forward"), "__func__", None)
-        if not str(getattr(forward, "__module__", "")).startswith("liger_kernel."):
+        if not _is_ligers(forward):
             continue
         names = {name: STAND_INS[name] for name in forward.__code__.co_names if name in STAND_INS}
         if not names or all(forward.__globals__.get(name) is names[name] for name in names):
@@ -321,8 +321,11 @@ def _require_understood(forward: FunctionType) -> None:
     """
     from raytrain_adv.ops.liger_layers import STAND_INS, UNDERSTOOD
 
-    own = str(forward.__module__).startswith("liger_kernel.")  # or an attention module's, for rope
-    if own and not {*STAND_INS, *UNDERSTOOD}.intersection(forward.__code__.co_names):
+    if not _is_ligers(forward):
+        return  # an attention module's own, which rotates by Liger's function
+    named = {name: forward.__globals__.get(name) for name in forward.__code__.co_names}
+    calls = {name for name, value in named.items() if _is_ligers(value)}
+    if calls - {*STAND_INS, *UNDERSTOOD}:
         raise JobError(
             f"torch_compile may compile Liger's {forward.__qualname__.partition('.')[0]} wrongly",
             "it does not see what Liger's kernels write to, and raytrain_adv has no operator for "
@@ -330,6 +333,10 @@ def _require_understood(forward: FunctionType) -> None:
             "set torch_compile: false, or name the layers to take without it, as in "
             "use_liger_kernel: {rms_norm: true}",
         )
+
+
+def _is_ligers(value: object) -> bool:
+    return str(getattr(value, "__module__", "")).startswith("liger_kernel.")
 
 
 def _with_names(function: FunctionType, values: dict[str, Any]) -> FunctionType:

@@ -62,7 +62,7 @@ class Qat(Transform):
     }
     careful: ClassVar[dict[str, str]] = {
         "fp8": "FP8 rounds products by 3.7 % beside what QAT rounds, and whole runs were compared "
-        "on CPUs alone; held-out losses are exact: compare them with a short run's without fp8"
+        "with small models only; held-out losses are exact: compare a short run's without fp8"
     }
 
     enable_qat: bool = False

@@ -56,7 +56,14 @@ class HostMemory:
         workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         size = sum(local_part(t).numel() * t.element_size() for t in wanted.values())
         threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // workers))
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="host_memory")
+        # The current GPU is a thread's own: without it each would open another on the first GPU.
+        devices = {tensor.device for tensor in wanted.values()}
+
+        def begin() -> None:
+            for device in devices:
+                torch.cuda.set_device(device)
+
+        self.pool = ThreadPoolExecutor(threads, "host_memory", begin)
         free = available_bytes()
         if size * workers > LARGEST_SHARE * free:
             self.say(
@@ -111,10 +118,14 @@ class HostMemory:
             return known
         return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
 
-    def release(self) -> None:
-        """Give the memory back."""
+    def stop(self) -> None:
+        """Take no more."""
         if self.pool is not None:
             self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.stop()
         cuda: Any = torch.cuda
         for pages in self.locked:
             cuda.cudart().cudaHostUnregister(pages.data_ptr())
@@ -135,5 +146,11 @@ def available_bytes() -> int:
     free = int(found["MemAvailable"]) * 1024
     limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
     if limit.is_file() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + _cached(limit.parent))
     return free
+
+
+def _cached(group: Path) -> int:
+    """Return the bytes of files that a control group's use counts and the kernel gives back."""
+    lines = (group / "memory.stat").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))

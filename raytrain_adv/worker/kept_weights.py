@@ -1,5 +1,6 @@
 """The check that forward and backward passes leave the weights as they are: the optimizer alone
-changes them.
+changes them. Of weights that FSDP2 shards it sees the shards, and not the whole ones that a pass
+computes with, which are gathered anew for the next.
 """
 
 from __future__ import annotations

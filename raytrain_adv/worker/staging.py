@@ -29,8 +29,8 @@ def staged(state: Any, memory: HostMemory) -> Any:
         memory: the copies are in it until the next call.
     """
     copies = _mapped(state, lambda path, tensor: _host_copy(path, _plain(tensor), memory))
-    if torch.cuda.is_available():
-        torch.cuda.current_stream().synchronize()
+    for device in {tensor.device for _, tensor in tensors_of(state) if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
     return copies
 
 

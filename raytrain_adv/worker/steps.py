@@ -101,6 +101,7 @@ class Loop:
             raise self.out_of_memory(error) from error
         finally:
             prefetcher.close()
+            writer.memory.stop()
         self.switch_all_on()
 
     def leave(self, done: int, writer: CheckpointWriter) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from raytrain_adv.config import load
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.hardware import HardwareFacts
+from raytrain_adv.ops import liger_layers
 from raytrain_adv.transforms import Change, Plan
 from raytrain_adv.transforms.apply import fetch_all, plan_all, prepare_all
 from raytrain_adv.transforms.liger import Liger
@@ -44,6 +45,30 @@ def test_true_takes_the_norms_and_mlps_that_liger_has_for_the_model(kind, expect
     assert Counter(ends) == expected
     for fqn in plan.changes:
         assert model.get_submodule(fqn).forward.__func__.__module__.startswith("liger_kernel.")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "phi3"])
+def test_compiled_all_that_true_takes_is_known_not_to_write_over_weights(kind, tmp_path):
+    """torch.compile does not see what Liger's kernels write to."""
+    job, model = model_of(kind, tmp_path, use_liger_kernel=True, torch_compile=True)
+    plan = prepare_all(job, model)["liger"]
+    device = torch.device("cuda")
+    assert job.transform(Liger).install(model, plan, job, device, torch.bfloat16) is plan
+    norm = model.model.norm.forward.__func__
+    assert norm.__globals__["LigerRMSNormFunction"] is liger_layers.RMSNormFunction
+
+
+def test_compiled_a_layer_that_is_not_known_is_refused(tmp_path):
+    """Mixtral's experts; its norms alone are fine."""
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    job, model = model_of("mixtral", tmp_path, use_liger_kernel=True, torch_compile=True)
+    plan = prepare_all(job, model)["liger"]
+    with pytest.raises(JobError, match=r"may compile Liger.s Liger\w+ wrongly"):
+        job.transform(Liger).install(model, plan, job, cuda, bf16)
+    norms = {"use_liger_kernel": {"rms_norm": True}, "torch_compile": True}
+    job, model = model_of("mixtral", tmp_path / "norms", **norms)
+    plan = prepare_all(job, model)["liger"]
+    assert job.transform(Liger).install(model, plan, job, cuda, bf16) is plan
 
 
 def test_other_models_of_the_process_stay_as_they_are(tmp_path):
