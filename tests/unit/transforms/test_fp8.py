@@ -184,3 +184,10 @@ def test_advice_names_what_makes_fp8_slow(make_job):
     assert any("torch_compile" in sentence for sentence in eager)
     assert any("1,024 tokens" in sentence for sentence in eager)
     assert Fp8(fp8=True).advice(make_job(torch_compile=True), 8192) == ()
+
+
+def test_fp8_and_qat_compile_with_kernels_and_liger(make_job):
+    """It was refused while Liger's layers were compiled wrongly; tests/gpu trains it."""
+    keys = {"fp8": True, "enable_qat": True, "qat_weight_dtype": "int4", "qat_group_size": 32}
+    both = {"use_kernels": True, "use_liger_kernel": True, "torch_compile": True}
+    assert make_job(**keys, **both).parallel.torch_compile

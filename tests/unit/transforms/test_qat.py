@@ -88,12 +88,7 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(tmp_pat
         ({"qat_weight_dtype": "float8_e4m3fn", "qat_group_size": 32}, "one scale per channel"),
         ({"qat_weight_dtype": "float8_e4m3fn", "qat_quantize_embedding": True}, "float8 tables"),
         ({"fp8": True, "fp8_recipe": "rowwise"}, "fp8_recipe: tensorwise"),
-        ({"fp8": True, "torch_compile": True, "use_kernels": True}, "set use_kernels: false"),
         ({"fp8": True, "fp8_enable_fsdp_float8_all_gather": True}, "gathered in float8"),
-        (
-            {"fp8": True, "torch_compile": True, "use_liger_kernel": True},
-            "set use_liger_kernel: false",
-        ),
         (
             {"qat_weight_dtype": "float8_e4m3fn", "qat_activation_dtype": "float8_e4m3fn"},
             "come out in bfloat16",
