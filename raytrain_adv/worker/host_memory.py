@@ -93,10 +93,10 @@ class HostMemory:
         if not isinstance(tensor, DTensor):
             return copy
         # DTensor.from_local would move it to the device of the mesh.
-        sharded = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
-        assert isinstance(sharded, DTensor)
+        sharded: Any = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
         sharded._local_tensor = copy
-        return sharded
+        held: torch.Tensor = sharded
+        return held
 
     def _say_once(self, reason: str) -> None:
         if not self.refused:
