@@ -65,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "jobs/models/llama3-8b-shape"))
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a sequence")
+    parser.add_argument("--shape", default="{}", help="config keys to change, as JSON, for a trial")
     parser.add_argument("--liger", action="store_true", help="use_liger_kernel")
     parser.add_argument("--checkpointing", action="store_true", help="gradient_checkpointing")
     parser.add_argument("--eager", action="store_true", help="no torch_compile")
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--warm-up-tokens", type=int, help="their tokens, if they differ")
     chosen = parser.parse_args()
     on_gpu = torch.cuda.is_available()
-    config = AutoConfig.from_pretrained(chosen.model)
+    config = AutoConfig.from_pretrained(chosen.model, **json.loads(chosen.shape))
     config.max_position_embeddings = max(config.max_position_embeddings, chosen.tokens)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if on_gpu else "cpu"):

@@ -1,6 +1,7 @@
 """What Ray, reporting and metrics add to a training step: the same loop with and without Ray.
 
     python jobs/benchmarks/step_overhead.py [--rounds 3] [--steps 300] [--out FILE]
+    ... --job jobs/benchmarks/llama3_8b_bf16.yaml [key=value ...]       another job, on a GPU
 
 Trains a tiny model on one CPU worker, in turn through the launch command's own line and without
 Ray (worker.run.local_run), and times on the worker what belongs to them: the loop's log, in it the
@@ -97,35 +98,47 @@ def run_once(path: str, with_ray: bool) -> None:
     Path(job.output.output_dir, "times.json").write_text(json.dumps(seconds))
 
 
-def measured(folder: Path, name: str, steps: int, with_ray: bool) -> dict[str, Any]:
-    """Return a run's milliseconds: of its steps, and of each call of interest."""
+def job_file(folder: Path, name: str, options: argparse.Namespace) -> Path:
+    """Write the job of a run; return its file."""
     import yaml
     from start_up import write_job
 
-    path = write_job(folder, steps)
+    path = write_job(folder, options.steps)
     keys = yaml.safe_load(path.read_text())
+    if options.job is not None:
+        keys = yaml.safe_load(options.job.read_text())
+        for item in options.keys:
+            key, _, value = item.partition("=")
+            keys[key] = yaml.safe_load(value)
+        keys |= {"max_steps": options.steps, "logging_steps": 1, "export_model": False}
     keys |= {"output_dir": str(folder / name), "ray_num_workers": 1}
     path.write_text(yaml.safe_dump(keys))
+    return path
+
+
+def measured(folder: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return a run's milliseconds: of its steps, and of each call of interest."""
+    path = job_file(folder, name, options)
     temporary = Path(tempfile.mkdtemp(prefix="so", dir="/tmp"))  # sockets' paths must be short
     environment = {**os.environ, "RAY_TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
     environment["RAY_AUTH_MODE"] = "disabled"  # or Ray writes a token into the home folder
     environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-    command = [sys.executable, __file__, "--one", "ray" if with_ray else "plain", str(path)]
+    command = [sys.executable, __file__, "--one", name.partition("_")[0], str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     shutil.rmtree(temporary, ignore_errors=True)
     if done.returncode:
         raise SystemExit(f"{name}: {(done.stdout + done.stderr)[-3000:]}")
-    return times_of(folder / name)
+    return times_of(folder / name, options.skip)
 
 
-def times_of(out: Path) -> dict[str, Any]:
-    """Return what `measured` does, from the run's folder."""
+def times_of(out: Path, skip: int) -> dict[str, Any]:
+    """Return what `measured` does, from the run's folder, without the first steps."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
     seconds = json.loads((out / "times.json").read_text())
-    kept = {label: times[1 if label == "report" else 5 :] for label, times in seconds.items()}
+    kept = {label: times[1 if label == "report" else skip :] for label, times in seconds.items()}
     return {
-        "step_ms": [1e3 * row["step_s"] for row in rows[5:]],
+        "step_ms": [1e3 * row["step_s"] for row in rows[skip:]],
         **{label: [1e3 * one for one in times] for label, times in kept.items()},
     }
 
@@ -143,6 +156,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--skip", type=int, default=5, help="first steps that do not count")
+    parser.add_argument("--job", type=Path, help="train this job and not the tiny one")
+    parser.add_argument("keys", nargs="*", metavar="key=value", help="that job's, changed")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -154,18 +170,25 @@ def main() -> None:
     runs: dict[str, dict[str, list[float]]] = {"plain": {}, "ray": {}}
     for number in range(options.rounds):
         for kind in runs:
-            found = measured(folder, f"{kind}_{number}", options.steps, kind == "ray")
+            found = measured(folder, f"{kind}_{number}", options)
             for label, values in found.items():
                 runs[kind].setdefault(label, []).extend(values)
             print(f"{kind}: {statistics.median(found['step_ms']):.2f} ms a step", flush=True)
-            figures = record(runs, number + 1, options.steps) if runs["ray"] else {}
+            figures = record(runs, options) if runs["ray"] else {}
             if options.out is not None and figures:
                 options.out.write_text(json.dumps(figures, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(figures, indent=1))
 
 
-def record(runs: dict[str, dict[str, list[float]]], rounds: int, steps: int) -> dict[str, Any]:
+def device() -> str:
+    """Return what was trained on."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def record(runs: dict[str, dict[str, list[float]]], options: argparse.Namespace) -> dict[str, Any]:
     """Return what is written."""
     from raytrain_adv.hardware import package_versions
     from raytrain_adv.worker.run import REPORT_EVERY_S
@@ -183,23 +206,27 @@ def record(runs: dict[str, dict[str, list[float]]], rounds: int, steps: int) -> 
         shown = {**parts, "all": whole}
         return {k: round(v, 4) for k, v in shown.items()} | {"share": round(whole / STEP_MS, 6)}
 
-    return {
+    figures: dict[str, Any] = {
         "date": str(date.today()),
-        "command": f"python jobs/benchmarks/step_overhead.py --rounds {rounds} --steps {steps}",
+        "command": " ".join(["python", *sys.argv]),
+        "device": device(),
         "cores": len(os.sched_getaffinity(0)),
         "load_at_the_end": round(os.getloadavg()[0], 1),
         "versions": {k: v for k, v in package_versions().items() if v is not None},
         "ms": {kind: {k: summary(v) for k, v in found.items()} for kind, found in runs.items()},
-        "whole_step_with_less_without_ms": round(
-            statistics.median(ray["step_ms"]) - statistics.median(plain["step_ms"]), 3
-        ),
-        "per_8b_step_ms": {
+        "with_to_without_ray": {
+            name: round(middle(ray["step_ms"]) / middle(plain["step_ms"]), 6)
+            for name, middle in (("median", statistics.median), ("mean", statistics.fmean))
+        },
+    }
+    if options.job is None:  # on a GPU the log waits for the step: its time is not its own
+        figures["per_8b_step_ms"] = {
             "computed": True,
             "by_least": per_8b_step(min),
             "by_medians": per_8b_step(statistics.median),
             "by_means": per_8b_step(statistics.fmean),
-        },
-    }
+        }
+    return figures
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import torch
 
 from raytrain_adv.worker.host_memory import HostMemory
 from raytrain_adv.worker.staging import staged, tensors_of
+from tests import workers
+from tests.matrix_runs import Runs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,3 +56,19 @@ def test_a_node_without_the_memory_is_told_of(monkeypatch):
     assert equal(staged(state, memory), state)
     assert "not page-locked" in said[0] and "steps wait longer" in said[0]
     memory.release()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_shards_of_two_gpus_are_copied_to_locked_memory_and_a_run_resumes_from_them(
+    tmp_path,
+):
+    """Training goes on while its checkpoint is written: of another moment's state the resumed step
+    would be another one."""
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 128}
+    runs = Runs(tmp_path, 2, {"bf16": True}, shape=wide)
+    before, after = runs.resumed("fp8")
+    assert after.keys() == before.keys()
+    for step, (loss, norm) in before.items():
+        assert after[step] == (pytest.approx(loss, rel=1e-3), pytest.approx(norm, rel=1e-2))
+    output = [rank.log.read_text() for rank in workers.group(2)]
+    assert not any("not page-locked" in text for text in output), output

@@ -1,4 +1,6 @@
-"""The compatibility matrix on one GPU, in bf16 and under FSDP2 of one rank, with Liger's cells."""
+"""The compatibility matrix on one GPU and, where there are two, over both: bf16, FSDP2, NCCL, with
+Liger's cells.
+"""
 
 import os
 
@@ -17,16 +19,20 @@ CELLS = [cell for cell in matrix.cells() if cell.verdict != "no"]
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Runs in one process that torchrun would have started."""
-    workers.stop(1)
+@pytest.fixture(scope="module", params=[1, 2], ids=["one GPU", "two GPUs"])
+def runs(request, tmp_path_factory):
+    """Runs in processes that torchrun would have started, each with a GPU."""
+    gpus = request.param
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    workers.stop(gpus)
     before = dict(os.environ)
-    os.environ |= ALONE
+    if gpus == 1:
+        os.environ |= ALONE
     wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     wide |= {"num_hidden_layers": 2}
-    yield Runs(tmp_path_factory.mktemp("matrix"), 1, {"bf16": True}, shape=wide)
-    workers.stop(1)
+    yield Runs(tmp_path_factory.mktemp("matrix"), gpus, {"bf16": True}, shape=wide)
+    workers.stop(gpus)
     os.environ.clear()
     os.environ |= before
 
