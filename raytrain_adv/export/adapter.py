@@ -1,11 +1,12 @@
 """Adapters in PEFT's format: what PeftModel.from_pretrained, vLLM and transformers read."""
 
+from __future__ import annotations
+
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from raytrain_adv.config import JobConfig
@@ -14,6 +15,10 @@ from raytrain_adv.shards import gather
 from raytrain_adv.transforms.lora import ADAPTER, is_adapter
 from raytrain_adv.worker.adapter import peft_name
 from raytrain_adv.worker.model import is_local, model_source
+
+if TYPE_CHECKING:
+    # Not for every process of every run: it imports bitsandbytes, and that PyTorch's compiler.
+    from peft import LoraConfig
 
 
 def write_adapter(model: PreTrainedModel, job: JobConfig, new: NewFolder) -> None:

@@ -109,11 +109,13 @@ def test_a_resumed_fp8_run_is_the_uninterrupted_run_bit_for_bit(job_file, tmp_pa
 
 def test_fp8_compiled_checkpointed_and_under_lora(job_file, tmp_path):
     base = tmp_path / "base"
+    # One shape, compiled once; test_matrix.py compiles FP8 for rows of several lengths.
+    packed = {"packing": True, "cutoff_len": 64}
     compiled = {"torch_compile": True, "disable_gradient_checkpointing": False}
     (figures, *_) = run_workers(
         2,
-        job_file("base.yaml", output_dir=str(base), **FP8),
-        job_file("c.yaml", output_dir=str(tmp_path / "c"), **GATHERED, **compiled),
+        job_file("base.yaml", output_dir=str(base), **FP8, **packed),
+        job_file("c.yaml", output_dir=str(tmp_path / "c"), **GATHERED, **packed, **compiled),
     )
     lora = {
         **FP8,

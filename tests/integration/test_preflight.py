@@ -76,16 +76,15 @@ def id_of(kind: str) -> str:
     return next(node.node_id for node in cluster.nodes() if node.accelerator == kind)
 
 
-def where(config: dict[str, object]) -> str:
-    """Return the nodes that the workers are on."""
-    import torch.distributed as dist
-
-    nodes: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
-    return ",".join(nodes)
-
-
 def test_an_fp8_job_is_placed_on_the_h100_node_only(simulated, make_job):
+    def where(config: dict[str, object]) -> str:
+        """Return the nodes that the workers are on, which need not import this file for it."""
+        import torch.distributed as dist
+
+        nodes: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+        return ",".join(nodes)
+
     job = make_job(ray_num_workers=2, fp8=True)
     found = preflight.look_at(cluster.settle(job, False), enabled(job), by_kind())
     placement = preflight.settled(job, cluster.settle(job, False), found)

@@ -26,6 +26,7 @@ import yaml
 
 from raytrain_adv.driver.metrics import EXPORTED
 from tests.conftest import ROOT
+from tests.own_code import with_own_code
 from tests.workers import losses
 
 RAYTRAIN_ADV = [sys.executable, "-m", "raytrain_adv.cli"]
@@ -128,13 +129,15 @@ def project(tmp_path, keys, monkeypatch) -> Path:
     folder = tmp_path / "project"
     folder.mkdir()
     shutil.move(keys["model_name_or_path"], folder / "model")
+    # A step waits as for a GPU: the run lasts, and leaves the CPU to what is asked of it meanwhile.
+    with_own_code(folder / "model", before="__import__('time').sleep(0.2)")
     shutil.move(keys["dataset"], folder / "rows.json")
     (folder / "saves").mkdir()
     (folder / "saves" / "model.safetensors").write_bytes(bytes(1000))
     changed = {"model_name_or_path": "model", "dataset": "rows.json", "output_dir": "saves/out"}
     changed |= {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1000, "bf16": False}
     changed |= {"ray_num_workers": 2, "use_cpu": True, "enable_qat": True}
-    changed |= {"fake_quant_after_n_steps": 15, "loss_kernel": "torch"}
+    changed |= {"fake_quant_after_n_steps": 15, "loss_kernel": "torch", "trust_remote_code": True}
     (folder / "job.yaml").write_text(yaml.safe_dump({**keys, **changed}))
     return folder
 
