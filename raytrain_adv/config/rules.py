@@ -278,7 +278,8 @@ def _turned_off(job: JobConfig) -> Iterable[Problem]:
             key for key in transform.model_fields_set if _is_switch(transform, key)
         )
         for key in transform.model_fields_set:
-            if transform.asked_for(key) and not _is_switch(transform, key):
+            unused = not _is_switch(transform, key) and not transform.serves(key, job)
+            if transform.asked_for(key) and unused:
                 reason = f"with {switches} as it is set" if switches else "by its own keys"
                 text = f"it changes nothing, as its feature is turned off {reason}"
                 yield Problem(text, "delete it, or turn the feature on", key)

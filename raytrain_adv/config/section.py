@@ -46,6 +46,10 @@ class Section(BaseModel):
         """Whether the job uses these keys at all; a transform may be off."""
         return True
 
+    def serves(self, key: str, job: JobConfig) -> bool:
+        """Whether other keys of the job use a key of these though these are off."""
+        return False
+
     def contradictions(self) -> Iterable[Problem]:
         """Find keys of this section that cannot stand together; each Problem names them all.
 

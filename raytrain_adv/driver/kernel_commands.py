@@ -12,10 +12,11 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.kernels import fetch as kernel_files
 from raytrain_adv.kernels import lock as locks
 from raytrain_adv.kernels.fetch import Place
-from raytrain_adv.kernels.lock import Locked
+from raytrain_adv.kernels.lock import Locked, Use
 from raytrain_adv.kernels.source import Wanted
 from raytrain_adv.kernels.variants import Target, numbers
 from raytrain_adv.transforms.hub_kernels import DEFAULT, HubKernels
+from raytrain_adv.worker.attention import kernel_asked
 
 
 def lock(job: JobConfig, file: Path, torch: str | None, cuda: str | None) -> None:
@@ -31,15 +32,25 @@ def lock(job: JobConfig, file: Path, torch: str | None, cuda: str | None) -> Non
         JobError: when the job asks for no kernels, or one cannot be found.
     """
     keys = job.transform(HubKernels)
-    if not keys.enabled:
+    wanted: list[tuple[Wanted, Use]] = []
+    if keys.enabled:
+        wanted += [(one, "layers") for one in keys.wanted or (DEFAULT,)]
+    of_attention = kernel_asked(job)
+    if of_attention is not None:
+        wanted.append((of_attention, "attention"))
+    if not wanted:
         raise JobError(
-            "the job asks for no kernels", f"{job.source}: use_kernels is false", "set it to true"
+            "the job asks for no kernels",
+            f"{job.source}: use_kernels is false, and flash_attn names none",
+            "set use_kernels: true, or flash_attn: hub:owner/kernel",
         )
     place = Place(target_of(job, torch, cuda), trust=tuple(keys.kernels_trust))
-    builds = [kernel_files.find(one, place) for one in keys.wanted or (DEFAULT,)]
-    locks.write([build.locked for build in builds], file)
-    for build in builds:
-        print(_line(build.locked))
+    locked = [
+        kernel_files.find(one, place).locked.model_copy(update={"use": use}) for one, use in wanted
+    ]
+    locks.write(locked, file)
+    for one in locked:
+        print(_line(one))
     print(f"locked for {place.target} in {file}")
     print(f"bring the files: raytrain-adv kernels fetch {file}; use them: kernels_lock: {file}")
 

@@ -45,9 +45,10 @@ from raytrain_adv.report import record
 from raytrain_adv.report.build import against, failed, finished, planned, started
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import PreflightReport, RunReport
-from raytrain_adv.transforms.apply import enabled, fetch_all
+from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker import trackers
 from raytrain_adv.worker.data import PreparedData, prepare
+from raytrain_adv.worker.install import fetch
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
@@ -182,7 +183,7 @@ def _prepare(
         time.perf_counter() - start - timeline["Ray"] - timeline["preflight"]
     )
     start = time.perf_counter()
-    fetch_all(job, found.facts or hardware.detect(), console.say)
+    fetch(job, found.facts or hardware.detect(), console.say)
     plan = resolve(job, world_size=placement.fewest, data=prepared, facts=found.facts)
     console.say(placement.note)
     console.say(render_brief(plan))

@@ -11,7 +11,7 @@ from pathlib import Path
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.kernels import hub, metadata, variants
 from raytrain_adv.kernels import lock as locks
-from raytrain_adv.kernels.lock import Locked
+from raytrain_adv.kernels.lock import Locked, Use
 from raytrain_adv.kernels.source import Wanted
 from raytrain_adv.kernels.variants import Target
 
@@ -60,22 +60,30 @@ def find(wanted: Wanted, place: Place) -> Build:
     return _local(wanted, place.target) if wanted.is_local else _from_hub(wanted, place)
 
 
-def fetch(every: Sequence[Wanted], place: Place, file: Path, say: Callable[[str], None]) -> None:
-    """Find the kernels, put their files beside a lock file, and write it.
+def fetch(
+    every: Sequence[Wanted],
+    place: Place,
+    file: Path,
+    say: Callable[[str], None],
+    use: Use = "layers",
+) -> None:
+    """Find the kernels of one use, put their files beside a lock file, and write it; those of
+    another use that it has stay in it.
 
     Raises:
         JobError: when one cannot be found, or is not what was locked.
         StorageError: when the files cannot be written.
     """
     before = locks.read(file).kernels if file.is_file() else ()
-    kernels: list[Locked] = []
+    kernels = [one for one in before if one.use != use]
     for wanted in every:
         build = find(wanted, place)
         folder = _placed(build, file)
         relative = str(folder.relative_to(file.parent))
-        kernels.append(build.locked.model_copy(update={"folder": relative}))
+        kernels.append(build.locked.model_copy(update={"folder": relative, "use": use}))
         if kernels[-1] not in before:
             say(f"kernel {build.name}: {len(build.locked.files)} files of {build.locked.variant}")
+    kernels.sort(key=lambda one: one.use, reverse=True)
     if tuple(kernels) != before:
         locks.write(kernels, file)
 
@@ -150,7 +158,7 @@ def _as_locked(wanted: Wanted, file: Path, target: Target | None) -> Build:
             f"{wanted.asked} is not in the lock file of the job",
             f"{file} has {has or 'no kernels'}",
             f"add it with raytrain-adv kernels lock job.yaml --output {file}, or take it out of "
-            "kernel_name",
+            "the job",
         )
     _require_fit(locked, target)
     folder = _beside(file, locked)
@@ -218,7 +226,7 @@ def _local_folder(wanted: Wanted, target: Target | None) -> Path:
         raise JobError(
             f"kernel not found: there is no kernel folder {wanted.source}",
             f"{root} is {'a file' if root.exists() else 'not there'}",
-            "correct kernel_name; relative paths count from the folder you launch in",
+            "correct its path in the job; relative ones count from the folder you launch in",
         )
     if (root / "metadata.json").is_file():
         if variants.is_build(root.name) and hub.chosen([root.name], None, target) is None:

@@ -25,6 +25,7 @@ def _inside(path: str) -> str:
     return path
 
 
+Use = Literal["layers", "attention"]
 Inside = Annotated[str, AfterValidator(_inside)]
 """A path that stays in the folder it counts from: files are written to where a lock file says."""
 
@@ -47,6 +48,8 @@ class Locked(BaseModel):
     """Where the build lies, from the lock file's folder; null where it has not been fetched."""
     trust: str = ""
     """Why its publisher was trusted."""
+    use: Use = "layers"
+    """What it computes: modules (kernel_name), or attention (flash_attn)."""
 
     @property
     def digest(self) -> str:

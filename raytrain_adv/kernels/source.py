@@ -81,10 +81,11 @@ def read(given: str | KernelEntry | list[str | KernelEntry] | None) -> tuple[Wan
     if given is None:
         return ()
     entries = given if isinstance(given, list) else [given]
-    return tuple(_of_name(e) if isinstance(e, str) else _of_entry(e) for e in entries)
+    return tuple(of_name(e) if isinstance(e, str) else _of_entry(e) for e in entries)
 
 
-def _of_name(name: str) -> Wanted:
+def of_name(name: str) -> Wanted:
+    """Return the kernel that a line names: owner/name, owner/name@version, or a folder."""
     name = name.strip()
     if looks_like_path(name):
         return Wanted(name, is_local=True)

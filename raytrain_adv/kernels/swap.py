@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,25 +43,35 @@ class LayerSource:
         return f"{self.folder}:{self.layer}"
 
 
-@cache
-def load_layer(source: LayerSource) -> type[nn.Module]:
-    """Import a build by its path, without asking the network, and return one of its layers.
+def load_module(folder: Path) -> ModuleType:
+    """Import a build by its path, without asking the network.
 
     Raises:
-        JobError: when it cannot be imported, or has no such layer.
+        JobError: when it cannot be imported.
     """
     from kernels import get_local_kernel
 
-    _forget_others(source.folder, metadata.check(source.folder))
+    _forget_others(folder, metadata.check(folder))
     try:
-        module = get_local_kernel(source.folder)
+        module: ModuleType = get_local_kernel(folder)
     except (Exception, SystemExit) as error:
         # Whatever a stranger's code does, it is said and ends the run.
         raise JobError(
-            f"the kernel in {source.folder} cannot be loaded",
+            f"the kernel in {folder} cannot be loaded",
             f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
             "take a build for this machine, or mend the kernel",
         ) from error
+    return module
+
+
+@cache
+def load_layer(source: LayerSource) -> type[nn.Module]:
+    """Return a layer of a build.
+
+    Raises:
+        JobError: when the build cannot be imported, or has no such layer.
+    """
+    module = load_module(source.folder)
     kind = getattr(getattr(module, "layers", None), source.layer, None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise JobError(

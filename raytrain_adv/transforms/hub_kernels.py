@@ -66,7 +66,7 @@ class HubKernels(Transform):
     {repo, revision or version, layers} or {path, layers}, or a list of these."""
     kernels_lock: Text | None = None
     """Lock file made by `raytrain-adv kernels lock`: kernels that are not in it, or differ from it,
-    are refused."""
+    are refused, that of flash_attn too."""
     kernels_trust: list[Text] = []  # noqa: RUF012  # pydantic copies it
     """Publishers on the Hub whose code may run on the workers, beside those the Hub marks as
     trusted."""
@@ -75,6 +75,10 @@ class HubKernels(Transform):
     def enabled(self) -> bool:
         """Whether kernels are asked for."""
         return self.use_kernels
+
+    def serves(self, key: str, job: JobConfig) -> bool:
+        """Lock file and trust hold for attention's kernel too."""
+        return key in ("kernels_lock", "kernels_trust") and job.model.flash_attn.startswith("hub:")
 
     @property
     def wanted(self) -> tuple[Wanted, ...]:
@@ -113,9 +117,10 @@ class HubKernels(Transform):
         """
         wanted = self._wanted_on(job, facts)
         if wanted:
-            fetch.fetch(wanted, self._place(job, facts), own_lock(job), say)
+            fetch.fetch(wanted, self.place(job, facts), own_lock(job), say)
 
-    def _place(self, job: JobConfig, facts: HardwareFacts) -> Place:
+    def place(self, job: JobConfig, facts: HardwareFacts) -> Place:
+        """Return where the job's kernels are looked for."""
         return Place(
             target=Target.of(facts),
             given=Path(self.kernels_lock).expanduser() if self.kernels_lock is not None else None,
@@ -166,7 +171,7 @@ class HubKernels(Transform):
         """Return a kernel's build; any of them where the plan is made on a machine without the GPU
         that the job will run on. A run has been refused by `fetch` then.
         """
-        place = self._place(job, facts)
+        place = self.place(job, facts)
         try:
             return fetch.find(wanted, place)
         except NoBuild:
@@ -217,7 +222,7 @@ class HubKernels(Transform):
         if not plan.changes:
             return plan
         facts = hardware.detect(device)
-        builds = [fetch.find(one, self._place(job, facts)) for one in self._wanted_on(job, facts)]
+        builds = [fetch.find(one, self.place(job, facts)) for one in self._wanted_on(job, facts)]
         for build in builds:
             lock.require_same(build.locked, build.folder, own_lock(job))
         chosen = choose(model, builds, compiled=job.parallel.torch_compile)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from raytrain_adv import hardware
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError
+from raytrain_adv.hardware import HardwareFacts
+from raytrain_adv.kernels import fetch as kernel_files
+from raytrain_adv.kernels import lock as locks
+from raytrain_adv.kernels.hub import NoBuild
+from raytrain_adv.kernels.source import Wanted, of_name
+from raytrain_adv.kernels.swap import load_module
+from raytrain_adv.transforms.hub_kernels import HubKernels, own_lock
 
 # Without the package transformers would fetch a kernel from the Hub in its place, without being
 # asked.
@@ -51,7 +60,7 @@ def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
             "set flash_attn: auto",
         )
     if asked.startswith(HUB):
-        return _register(asked.removeprefix(HUB))
+        return _register(job)
     if asked != "auto":
         return ATTENTION[asked]
     best = _best_package(job, config)
@@ -65,9 +74,41 @@ def is_flash(model: PreTrainedModel) -> bool:
 
 
 def attention_name(job: JobConfig, model: PreTrainedModel) -> str:
-    """Return what computes attention, for plans and reports: transformers' name, or the kernel."""
+    """Return what computes attention, for plans and reports: transformers' name, or the kernel with
+    its commit or the hash of its files, as the run has pinned it.
+    """
     name = str(model.config._attn_implementation)
-    return job.model.flash_attn if name == HUB_ATTENTION else name
+    wanted = kernel_asked(job)
+    if name != HUB_ATTENTION or wanted is None:
+        return name
+    file = own_lock(job)
+    locked = locks.read(file).of(wanted) if file.is_file() else None
+    return job.model.flash_attn + (f", {locked.at}" if locked is not None else "")
+
+
+def kernel_asked(job: JobConfig) -> Wanted | None:
+    """Return the kernel that flash_attn names, in a version that is known to work where it names
+    none; none where flash_attn is another attention.
+    """
+    if not job.model.flash_attn.startswith(HUB):
+        return None
+    wanted = of_name(job.model.flash_attn.removeprefix(HUB))
+    if wanted.is_local or wanted.version is not None or wanted.revision is not None:
+        return wanted
+    return replace(wanted, version=_version_of(wanted.source))
+
+
+def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
+    """Put the kernel's files into output_dir, pinned by kernels.lock.json there.
+
+    Raises:
+        JobError: when it cannot be had, or is not what kernels_lock says.
+    """
+    wanted, file = kernel_asked(job), own_lock(job)
+    if wanted is not None or file.is_file():
+        place = job.transform(HubKernels).place(job, facts)
+        every = () if wanted is None else (wanted,)
+        kernel_files.fetch(every, place, file, say, use="attention")
 
 
 def refuse_unsupported(job: JobConfig, model: PreTrainedModel) -> None:
@@ -113,93 +154,88 @@ def _best_package(job: JobConfig, config: PretrainedConfig) -> str | None:
     return None
 
 
-def _register(source: str) -> str:
+def _register(job: JobConfig) -> str:
     """Make a kernel known to transformers under HUB_ATTENTION; return that name.
 
-    A kernel from the Hub is loaded where there is a GPU, one from a folder everywhere: a driver
-    without a GPU makes plans too.
+    It is loaded where there is a GPU; elsewhere, as on a driver that makes plans, only one from a
+    folder, if it has a build for that machine.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     known: Any = ALL_ATTENTION_FUNCTIONS
     masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
-    hub = HubAttention(source)
-    if hub.is_folder or torch.cuda.is_available():
+    hub = HubAttention(job)
+    if torch.cuda.is_available():
         hub.kernel()
+    elif hub.wanted.is_local:
+        with contextlib.suppress(NoBuild):  # the GPUs that it is for are elsewhere
+            hub.kernel()
     known.register(HUB_ATTENTION, hub)
     masks.register(HUB_ATTENTION, masks["flash_attention_2"])
     return HUB_ATTENTION
 
 
-@dataclass
 class HubAttention:
     """Flash attention by a kernel of the Hub or of a folder, in transformers' calling convention.
 
     Not by transformers' own loading, which takes one minor version of `kernels` alone, knows no
-    folders, and drops the bounds of packed conversations in batches of several sequences.
+    folders and no lock files, and drops the bounds of packed conversations in batches of several
+    sequences.
     """
 
-    source: str
-    """Repository with @version or @revision, or the folder of a kernel."""
-    _loaded: list[ModuleType] = field(default_factory=list, repr=False)
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether the kernel is on this machine's disk."""
-        return self.source.startswith(("/", ".", "~"))
+    def __init__(self, job: JobConfig) -> None:
+        wanted = kernel_asked(job)
+        if wanted is None:
+            raise ValueError(f"flash_attn: {job.model.flash_attn} names no kernel")
+        self.job, self.wanted = job, wanted
+        self._loaded: ModuleType | None = None
 
     def kernel(self) -> ModuleType:
         """Return the kernel, loaded once.
 
         Raises:
-            JobError: when it cannot be had, or is no flash attention.
+            JobError: when it cannot be had, is not the one that is locked, or is no flash
+                attention.
+            NoBuild: when it is for other machines than this one.
         """
-        if not self._loaded:
-            self._loaded.append(self._load())
-        return self._loaded[0]
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
 
     def _load(self) -> ModuleType:
+        asked = f"flash_attn: {self.job.model.flash_attn}"
         if importlib.util.find_spec("kernels") is None:
             raise JobError(
-                f"flash_attn: {HUB}{self.source} needs the package kernels",
+                f"{asked} needs the package kernels",
                 "it is not installed here",
                 "pip install kernels on the driver and the workers, or set flash_attn: auto",
             )
+        facts = hardware.detect(None if torch.cuda.is_available() else "cpu")
+        place = self.job.transform(HubKernels).place(self.job, facts)
         try:
-            kernel = self._get()
-        except Exception as error:
-            # Offline, missing, not built for this torch: kernels has an error class for each.
-            first = next(iter(str(error).splitlines()), "")
+            build = kernel_files.find(self.wanted, place)
+            if place.own is not None and place.own.is_file():
+                locks.require_same(build.locked, build.folder, place.own)
+            kernel = load_module(build.folder)
+        except NoBuild:
+            raise
+        except JobError as error:
             raise JobError(
-                f"flash_attn: {HUB}{self.source} cannot be loaded",
-                f"{type(error).__name__}: {first}",
-                f"where the Hub cannot be reached give a folder that holds the kernel: {HUB}/path; "
-                "or set flash_attn: auto",
+                f"{asked} cannot be loaded",
+                f"{error.what}\n{error.found}",
+                f"{error.fix};\nor give a folder that holds the kernel: {HUB}/path; or set "
+                "flash_attn: auto",
             ) from error
         missing = [
             n for n in ("flash_attn_func", "flash_attn_varlen_func") if not hasattr(kernel, n)
         ]
         if missing:
             raise JobError(
-                f"flash_attn: {HUB}{self.source} is no flash attention",
+                f"{asked} is no flash attention",
                 f"it has no {' and no '.join(missing)}",
                 "name a kernel as kernels-community/flash-attn2, or set flash_attn: auto",
             )
-        return kernel
-
-    def _get(self) -> ModuleType:
-        import kernels
-
-        if self.is_folder:
-            kernel: ModuleType = kernels.get_local_kernel(Path(self.source).expanduser())
-            return kernel
-        repo, _, pinned = self.source.partition("@")
-        number = pinned.removeprefix("v") or str(_version_of(repo))
-        if number.isdigit():
-            kernel = kernels.get_kernel(repo, version=int(number))
-        else:
-            kernel = kernels.get_kernel(repo, revision=pinned)
         return kernel
 
     def __call__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch.distributed as dist
@@ -15,8 +15,19 @@ from raytrain_adv.errors import RaytrainAdvError, TrainingError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.transforms.apply import fetch_all, install_all, probe_all
 from raytrain_adv.transforms.transform import Plan
+from raytrain_adv.worker import attention
 from raytrain_adv.worker.parallel import compute_dtype
 from raytrain_adv.worker.run import Run
+
+
+def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
+    """Bring what transforms and attention need on the workers into output_dir.
+
+    Raises:
+        JobError: when it cannot be had.
+    """
+    fetch_all(job, facts, say)
+    attention.fetch(job, facts, say)
 
 
 def fetched(job: JobConfig, run: Run, facts: HardwareFacts) -> None:
@@ -29,7 +40,7 @@ def fetched(job: JobConfig, run: Run, facts: HardwareFacts) -> None:
     refused: RaytrainAdvError | None = None
     if run.is_main:
         try:
-            fetch_all(job, facts, partial(run.say, event="fetch"))
+            fetch(job, facts, partial(run.say, event="fetch"))
         except RaytrainAdvError as error:
             refused = error
     refused = run.broadcast(refused)

@@ -6,15 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from raytrain_adv import hardware
 from raytrain_adv.config import load
+from raytrain_adv.driver import kernel_commands
 from raytrain_adv.errors import JobError
+from raytrain_adv.kernels import lock as locks
+from raytrain_adv.transforms.hub_kernels import own_lock
 from raytrain_adv.worker import attention
 from raytrain_adv.worker.attention import HUB_ATTENTION, is_flash
 from raytrain_adv.worker.data import bounds
+from raytrain_adv.worker.install import fetch
 from raytrain_adv.worker.model import build
 from tests.tiny_models import job_for, write_checkpoint
 from tests.workers import losses, run_workers
 
+CPU = hardware.detect("cpu")
 KERNEL = """
 import torch
 import torch.nn.functional as F
@@ -117,6 +123,53 @@ def refused(tmp_path, asked, kind="llama"):
 def test_a_folder_without_a_kernel_is_refused(tmp_path):
     error = refused(tmp_path, f"hub:{tmp_path / 'nothing'}")
     assert "cannot be loaded" in error.what and "give a folder" in error.fix
+    assert "there is no kernel folder" in error.found
+
+
+def test_the_kernel_is_pinned_beside_the_run_and_no_other_file_is_loaded(tmp_path):
+    """Driver and workers load the copy in output_dir; a file that was changed there is named."""
+    source = write_kernel(tmp_path / "kernel")
+    job = job_for(write_checkpoint("llama", tmp_path / "m"), tmp_path, flash_attn=f"hub:{source}")
+    fetch(job, CPU, print)
+    (locked,) = locks.read(own_lock(job)).kernels
+    assert (locked.use, locked.asked) == ("attention", str(source))
+    assert attention.attention_name(job, build(job)) == f"hub:{source}, {locked.at}"
+    (own_lock(job).parent / locked.folder / "__init__.py").write_text(KERNEL + "# changed")
+    with pytest.raises(JobError) as error:
+        build(job)
+    assert "cannot be loaded" in error.value.what and "__init__.py: sha256" in error.value.found
+
+
+def test_another_use_of_kernels_stays_in_the_lock_file(tmp_path):
+    source = write_kernel(tmp_path / "kernel")
+    model = write_checkpoint("llama", tmp_path / "m")
+    keys = {"use_kernels": True, "kernel_name": "jobs/kernels/llama_layers"}
+    job = job_for(model, tmp_path, flash_attn=f"hub:{source}", **keys)
+    for _ in range(2):
+        fetch(job, CPU, print)
+        assert [k.use for k in locks.read(own_lock(job)).kernels] == ["layers", "attention"]
+    fetch(job_for(model, tmp_path, **keys), CPU, print)
+    assert [k.use for k in locks.read(own_lock(job)).kernels] == ["layers"]
+
+
+def test_a_kernel_that_is_not_in_the_jobs_lock_file_is_refused(tmp_path, capsys):
+    model = write_checkpoint("llama", tmp_path / "m")
+    one, other = (f"hub:{write_kernel(tmp_path / name)}" for name in ("one", "other"))
+    file = tmp_path / "locked" / "kernels.lock.json"
+    kernel_commands.lock(job_for(model, tmp_path, flash_attn=one), file, None, None)
+    kernel_commands.fetch(file)
+    kernel_commands.verify(file)
+    fetch(job_for(model, tmp_path, flash_attn=one, kernels_lock=str(file)), CPU, print)
+    with pytest.raises(JobError, match="is not in the lock file of the job"):
+        fetch(job_for(model, tmp_path, flash_attn=other, kernels_lock=str(file)), CPU, print)
+
+
+def test_a_bare_name_is_a_version_that_is_known(tmp_path):
+    model = write_checkpoint("llama", tmp_path / "m")
+    job = job_for(model, tmp_path, flash_attn="hub:kernels-community/flash-attn2")
+    wanted = attention.kernel_asked(job)
+    assert wanted.source == "kernels-community/flash-attn2" and wanted.version is not None
+    assert attention.kernel_asked(job_for(model, tmp_path)) is None
 
 
 def test_a_kernel_that_is_no_flash_attention_is_refused(tmp_path):
@@ -128,8 +181,10 @@ def test_a_kernel_that_is_no_flash_attention_is_refused(tmp_path):
 def test_the_hub_offline_says_that_a_folder_is_needed(tmp_path, monkeypatch):
     """Only a process with a GPU loads from the Hub; here the loading itself is asked."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = write_checkpoint("llama", tmp_path / "m")
+    asked = "hub:kernels-community/flash-attn2@0123456789abcdef"
     with pytest.raises(JobError) as error:
-        attention.HubAttention("kernels-community/flash-attn2@0123456789abcdef").kernel()
+        attention.HubAttention(job_for(model, tmp_path, flash_attn=asked)).kernel()
     assert "kernels-community/flash-attn2" in error.value.what and "hub:/path" in error.value.fix
 
 
