@@ -296,6 +296,38 @@ def test_after_the_head_died_the_same_job_goes_on_on_a_new_one(job_file, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_sweep_whose_head_died_goes_on_on_a_new_one(job_file, tmp_path):
+    """One trial was done, and is not run again; the other goes on from its checkpoint."""
+    out = tmp_path / "out"
+    line = {"ray_num_workers": 1, "use_cpu": True, "export_model": False, "max_steps": None}
+    line |= {"save_strategy": "steps", "save_steps": 10, "logging_steps": 10, "val_size": 8}
+    section = {"max_steps": [6, 400], "metric": "eval_loss"}
+    job = job_file(**line, sweep=section, output_dir=str(out))
+    short, long = (out / "trials" / trial.name for trial in load(job).sweep.trials)
+
+    def half_done() -> bool:
+        report = short / "report.json"
+        done = report.is_file() and json.loads(report.read_text())["status"] == "done"
+        return done and bool(events(long, "checkpoint"))
+
+    with head_and_node() as (cluster, _), driver_on(cluster, job) as driver:
+        wait_until(half_done, driver)
+        cluster.head_node.kill_gcs_server(check_alive=False)
+        hurt_at = time.monotonic()
+        output = driver.communicate(timeout=120)[0]
+        assert time.monotonic() - hurt_at < 60
+    assert driver.returncode == 3 and "Ray's head node is gone" in output, output
+    assert "resume_from_checkpoint: true" in output
+    reached, finished = max(losses(long)), (short / "report.json").stat().st_mtime_ns
+    resume = "resume_from_checkpoint=true"
+    with head_and_node() as (cluster, _), driver_on(cluster, job, resume) as driver:
+        output = driver.communicate(timeout=300)[0]
+    assert driver.returncode == 0, output
+    assert (short / "report.json").stat().st_mtime_ns == finished
+    assert 0 <= reached - events(long, "plan")[-1]["resumed_from_step"] <= 10 < reached < 400
+
+
+@pytest.mark.slow
 def test_a_job_that_waits_for_room_is_told_that_the_head_is_gone(job_file, tmp_path):
     """Before training too: another job holds the only CPU as the head dies."""
     line = {"ray_num_workers": 1, "use_cpu": True, "max_steps": 4000, "export_model": False}
