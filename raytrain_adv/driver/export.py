@@ -271,6 +271,9 @@ def _job_of(folder: Path, stored: Mapping[str, Any], given: list[str]) -> JobCon
     is_off = any(item.lower().replace(" ", "") == "enable_qat=false" for item in given)
     dropped = others | set(Qat.model_fields if is_off else ())
     keys = {key: value for key, value in stored.items() if key not in dropped}
+    attention = str(keys.get("flash_attn", ""))
+    if attention in ("fa2", "fa3") or attention.startswith("hub:"):
+        keys["flash_attn"] = "auto"  # nothing is trained here, and it may be for GPUs alone
     job = load_keys({**keys, "output_dir": str(folder)}, str(folder / RUN_FILE), given)
     if given and not is_off and not job.transform(Qat).enabled:
         raise _not_asked_for(f"{', '.join(given)}; the run has enable_qat: false")

@@ -203,7 +203,7 @@ def _paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _paths(inner, key)
     elif isinstance(value, str):
         for part in value.split(","):
-            text = part.strip()
+            text = part.strip().removeprefix("hub:")  # flash_attn: hub:/path
             is_name = text not in ("", ".") and len(text) < 256 and "\0" not in text
             if is_name and Path(text).exists():
                 yield key, text

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.transforms.apply import enabled
+from raytrain_adv.transforms.fp8 import Fp8
 
 
 def twins(job: JobConfig) -> Iterator[JobConfig]:
@@ -29,7 +30,9 @@ def twins(job: JobConfig) -> Iterator[JobConfig]:
                 "num_sample_answers": 0,
             }
         )
-        others = tuple(transform.without() if t is transform else t for t in job.transforms)
+        # It is called the bf16 twin: FP8 is off in it too.
+        off = (transform, job.transform(Fp8))
+        others = tuple(t.without() if t in off else t for t in job.transforms)
         yield replace(job, output=output, transforms=others)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,8 +133,8 @@ def trained_logits(
 ) -> torch.Tensor:
     """Return the trained model's logits; a collective.
 
-    Not compiled: compiled layers round at other places than the folder's, which will be loaded
-    plain.
+    Not compiled, and without kernels' forward passes: these round at other places than the
+    folder's, which will be loaded plain.
 
     Args:
         model: trained; sharded, wrapped and compiled as it is.
@@ -146,7 +148,7 @@ def trained_logits(
     model.train(False)
     dtype = dtype or compute_dtype(job)
     named = dict(model.named_parameters())
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), plain_forwards(model, job):
         if any(not isinstance(p, DTensor) and p.dtype != dtype for p in named.values()):
             # Not sharded, so that FSDP2 does not cast them to the dtype they are exported in.
             cast = {name: p.to(dtype) for name, p in named.items()}
@@ -156,6 +158,19 @@ def trained_logits(
     model.train()
     logits: torch.Tensor = output.logits
     return logits.cpu()
+
+
+@contextmanager
+def plain_forwards(model: PreTrainedModel, job: JobConfig) -> Iterator[None]:
+    """Have modules compute by their class's forward pass where a kernel's is bound to them."""
+    kept: dict[Any, Any] = {}
+    if any(t.stage == "kernel" for t in enabled(job)):
+        kept = {m: m.__dict__.pop("forward") for m in model.modules() if "forward" in vars(m)}
+    try:
+        yield
+    finally:
+        for module, forward in kept.items():
+            module.forward = forward
 
 
 @torch.no_grad()
@@ -206,8 +221,11 @@ def why_not_exact(job: JobConfig, trained_on: torch.device, device: torch.device
     if device != trained_on:
         return f"{trained_on} has no room for it, and another device adds in another order"
     # What computes in FP8 and rounds too is exact in evaluation; what QAT leaves out is in FP8.
-    exact = {"lora", "qat"} if job.transform(Qat).excluded else {"lora", "qat", "fp8"}
-    others = [t.name for t in enabled(job) if t.name not in exact and t.stage != "loss"]
+    # Kernels are off for the comparison, and noise is for training alone.
+    exact = {"lora", "qat", "neftune"} | (set() if job.transform(Qat).excluded else {"fp8"})
+    others = [
+        t.name for t in enabled(job) if t.name not in exact and t.stage not in ("loss", "kernel")
+    ]
     return f"{', '.join(others)} rounds at other places than the plain model" if others else ""
 
 

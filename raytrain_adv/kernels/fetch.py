@@ -78,6 +78,8 @@ def fetch(
     kernels = [one for one in before if one.use != use]
     for wanted in every:
         build = find(wanted, place)
+        if place.given is not None and place.given.is_file():
+            _require_the_locked(build, place.given, file)
         folder = _placed(build, file)
         relative = str(folder.relative_to(file.parent))
         kernels.append(build.locked.model_copy(update={"folder": relative, "use": use}))
@@ -148,7 +150,24 @@ def _beside(file: Path, locked: Locked | None) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _as_locked(wanted: Wanted, file: Path, target: Target | None) -> Build:
+def _require_the_locked(build: Build, given: Path, own: Path) -> None:
+    """Refuse to go on with what a run has pinned where the job's lock file says another by now."""
+    locked = require_in(build.wanted, given)
+    if locked.files != build.locked.files:
+        raise JobError(
+            f"{build.wanted.asked} is not what the lock file of the job says",
+            f"the run began with {build.locked.at} ({own}); {given} has {locked.at}",
+            "put the lock file back that the run began with, or begin a new run in another "
+            "output_dir",
+        )
+
+
+def require_in(wanted: Wanted, file: Path) -> Locked:
+    """Return what a lock file says of a kernel.
+
+    Raises:
+        JobError: when it has nothing of it.
+    """
     locked = locks.read(file).of(wanted)
     if locked is None:
         has = ", ".join(
@@ -160,6 +179,11 @@ def _as_locked(wanted: Wanted, file: Path, target: Target | None) -> Build:
             f"add it with raytrain-adv kernels lock job.yaml --output {file}, or take it out of "
             "the job",
         )
+    return locked
+
+
+def _as_locked(wanted: Wanted, file: Path, target: Target | None) -> Build:
+    locked = require_in(wanted, file)
     _require_fit(locked, target)
     folder = _beside(file, locked)
     if folder is None and wanted.is_local:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeGuard
 from pydantic import Field
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.errors import ClusterError
+from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.transforms.naming import (
     ROUTERS,
     class_name,
@@ -41,6 +41,13 @@ or less never wins. Tensorwise: k_proj and v_proj of the 8B shape (N = 1024) mad
 difference either way in one trial of 8 layers on an H100, so that only smaller ones are left out.
 """
 ENOUGH_TOKENS = 8192
+
+FLOAT32 = (
+    "what is around FP8's products would be float32, and on an H100 gradients of weights came out "
+    "of them that are not finite"
+)
+"""Seen in eager steps with torch 2.11 and triton 3.6; tests/gpu/test_float8_on_gpu.py has what to
+look at (float32 sources of the cast)."""
 
 
 class Fp8(Transform):
@@ -103,11 +110,14 @@ class Fp8(Transform):
             )
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
-        """Refuse CPUs, where nobody asked for them."""
+        """Refuse CPUs, where nobody asked for them, and float32 around the products."""
         if job.parallel.use_cpu and not self.fp8_allow_cpu:
             text = "FP8 requires Hopper architecture: H100, H200 or newer GPUs"
             fix = "set use_cpu: false, or fp8_allow_cpu: true, which is exact but slow"
             yield Problem(text, fix, "fp8 and use_cpu")
+        if not _is_half(job) and not self.fp8_allow_cpu:
+            text = f"bf16 and pure_bf16 are false: {FLOAT32}"
+            yield Problem(text, "set bf16: true, or pure_bf16: true", "fp8 and bf16")
 
     def check(self, facts: HardwareFacts) -> None:
         """Refuse machines and software without FP8.
@@ -156,6 +166,20 @@ class Fp8(Transform):
                 "slower than bf16; raise per_device_train_batch_size or cutoff_len"
             )
         return tuple(sentences)
+
+    def plan_for(self, job: JobConfig, model: nn.Module, facts: HardwareFacts) -> Plan:
+        """Plan as `plan` does.
+
+        Raises:
+            JobError: where a job that was for a CPU would compute in float32 on a GPU.
+        """
+        if facts.device_type == "cuda" and not _is_half(job):
+            raise JobError(
+                "fp8: true needs bf16: true on a GPU",
+                f"bf16 and pure_bf16 are false: {FLOAT32}",
+                "set bf16: true, or pure_bf16: true",
+            )
+        return self.plan(model)
 
     def plan(self, model: nn.Module) -> Plan:
         """Choose the linears that compute in FP8.
@@ -255,6 +279,10 @@ class Fp8(Transform):
             from raytrain_adv.ops.float8_weight import update_scales
 
             update_scales(model)
+
+
+def _is_half(job: JobConfig) -> bool:
+    return job.train.bf16 or job.train.pure_bf16
 
 
 def release(version: str) -> tuple[int, ...]:

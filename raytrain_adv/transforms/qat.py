@@ -262,6 +262,13 @@ class Qat(Transform):
                 skipped[fqn] = reason
             else:
                 changes[fqn] = Change(class_name(module), BECOMES[class_name(module)])
+        if not changes:
+            raise JobError(
+                "enable_qat: true would round no linear of this model",
+                ", ".join(sorted({f"{why} ({fqn})" for fqn, why in skipped.items()})[:4])
+                or f"{class_name(model)} computes with other modules than torch.nn.Linear",
+                "correct qat_exclude, or set enable_qat: false",
+            )
         self._check_groups({fqn: linears[fqn].in_features for fqn in changes})
         in_float8 = [linears[f] for f, change in changes.items() if change.before == IN_FLOAT8]
         refuse_frozen(in_float8, self.qat_weight_dtype, self.activation_dtype)

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -81,8 +82,13 @@ def attention_name(job: JobConfig, model: PreTrainedModel) -> str:
     wanted = kernel_asked(job)
     if name != HUB_ATTENTION or wanted is None:
         return name
-    file = own_lock(job)
-    locked = locks.read(file).of(wanted) if file.is_file() else None
+    given = job.transform(HubKernels).kernels_lock
+    files = [own_lock(job), *([Path(given).expanduser()] if given is not None else [])]
+    found = [locks.read(file).of(wanted) for file in files if file.is_file()]
+    locked = next((one for one in found if one is not None), None)
+    if locked is None and wanted.is_local:
+        place = job.transform(HubKernels).place(job, hardware.detect("cpu"))
+        locked = kernel_files.find(wanted, replace(place, target=None)).locked
     return job.model.flash_attn + (f", {locked.at}" if locked is not None else "")
 
 
@@ -92,8 +98,11 @@ def kernel_asked(job: JobConfig) -> Wanted | None:
     """
     if not job.model.flash_attn.startswith(HUB):
         return None
-    wanted = of_name(job.model.flash_attn.removeprefix(HUB))
-    if wanted.is_local or wanted.version is not None or wanted.revision is not None:
+    name = job.model.flash_attn.removeprefix(HUB)
+    if name.startswith(("/", ".", "~")):  # another is the Hub's, whatever folder it is read in
+        return Wanted(name, is_local=True)
+    wanted = replace(of_name(name), is_local=False)
+    if wanted.version is not None or wanted.revision is not None:
         return wanted
     return replace(wanted, version=_version_of(wanted.source))
 
@@ -117,6 +126,13 @@ def refuse_unsupported(job: JobConfig, model: PreTrainedModel) -> None:
     Raises:
         JobError: naming the architecture.
     """
+    sinks = [name for name, _ in model.named_parameters() if name.endswith(".sinks")]
+    if job.model.flash_attn.startswith(HUB) and sinks:
+        raise JobError(
+            f"{job.model.model_name_or_path} does not support flash_attn: {job.model.flash_attn}",
+            f"its attention has sinks ({sinks[0]}), which the kernel would leave out",
+            "set flash_attn: auto",
+        )
     if job.model.flash_attn.startswith(HUB) and not model._supports_flash_attn:
         raise JobError(
             f"{job.model.model_name_or_path} does not support flash_attn: {job.model.flash_attn}",
@@ -171,6 +187,10 @@ def _register(job: JobConfig) -> str:
     elif hub.wanted.is_local:
         with contextlib.suppress(NoBuild):  # the GPUs that it is for are elsewhere
             hub.kernel()
+    else:
+        place = job.transform(HubKernels).place(job, hardware.detect("cpu"))
+        if place.given is not None and not (place.own and place.own.is_file()):
+            kernel_files.require_in(hub.wanted, place.given)
     known.register(HUB_ATTENTION, hub)
     masks.register(HUB_ATTENTION, masks["flash_attention_2"])
     return HUB_ATTENTION
@@ -233,8 +253,9 @@ class HubAttention:
         if missing:
             raise JobError(
                 f"{asked} is no flash attention",
-                f"it has no {' and no '.join(missing)}",
-                "name a kernel as kernels-community/flash-attn2, or set flash_attn: auto",
+                f"it has no {' and no '.join(missing)}: {build.folder}",
+                "name a kernel as kernels-community/flash-attn2, or set flash_attn: auto;\na run "
+                f"that goes on keeps its copy: once it is mended delete {own_lock(self.job)}",
             )
         return kernel
 
@@ -269,6 +290,12 @@ class HubAttention:
             max_length_q: tokens of the longest, at least.
             **others: what transformers passes to other attentions.
         """
+        if others.get("s_aux") is not None:
+            raise JobError(
+                f"flash_attn: {self.job.model.flash_attn} cannot compute this model's attention",
+                f"{type(module).__name__} has sinks, which the kernel would leave out",
+                "set flash_attn: auto",
+            )
         kernel: Any = self.kernel()
         options: dict[str, Any] = {"softmax_scale": scaling, "causal": True}
         if dropout:

@@ -85,7 +85,7 @@ def test_an_fp8_job_is_placed_on_the_h100_node_only(simulated, make_job):
         dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
         return ",".join(nodes)
 
-    job = make_job(ray_num_workers=2, fp8=True)
+    job = make_job(ray_num_workers=2, fp8=True, bf16=True)
     found = preflight.look_at(cluster.settle(job, False), enabled(job), by_kind())
     placement = preflight.settled(job, cluster.settle(job, False), found)
     assert placement.label_selector == {"ray.io/node-id": f"!in({id_of('A100')})"}
@@ -113,7 +113,7 @@ def test_a_worker_that_differs_from_what_was_accepted_ends_the_run_without_retri
 
 
 def test_too_many_workers_are_refused_at_once_and_nothing_is_reserved(simulated, make_job):
-    job = make_job(ray_num_workers=4, fp8=True)
+    job = make_job(ray_num_workers=4, fp8=True, bf16=True)
     before = len(placement_group_table())
     start = time.monotonic()
     placement = cluster.settle(job, False)
@@ -172,7 +172,7 @@ def test_a_wait_counts_only_the_nodes_that_may_be_used(simulated, make_job):
 def test_a_node_that_dies_during_the_probe_is_left_out_and_the_others_are_used(simulated, make_job):
     doomed = add(simulated, "H200", 2)
     lost = id_of("H200")
-    job = make_job(ray_num_workers=2, fp8=True)
+    job = make_job(ray_num_workers=2, fp8=True, bf16=True)
     placement = cluster.settle(job, False)
 
     def read(nodes: Sequence[Node]) -> Mapping[str, Reading | str]:

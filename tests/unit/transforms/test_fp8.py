@@ -61,6 +61,20 @@ def test_hopper_and_newer_are_taken_and_a_cpu_only_on_request():
         Fp8(fp8=True, fp8_allow_cpu=True).check(A100)
 
 
+def test_float32_around_the_products_is_refused_but_on_a_cpu(tmp_path):
+    """On a GPU it has given gradients that are not finite."""
+    folder = write_checkpoint("llama", tmp_path / "model", **WIDE)
+    with pytest.raises(JobError, match="bf16 and pure_bf16 are false") as refusal:
+        job_for(folder, tmp_path, **{**KEYS, "fp8_allow_cpu": False})
+    assert "set bf16: true" in refusal.value.fix
+    job = job_for(folder, tmp_path, **KEYS)
+    assert plan_all(job, build(job), CPU)["fp8"].changes
+    with pytest.raises(JobError, match="needs bf16: true on a GPU"):
+        plan_all(job, build(job), H100)
+    half = job_for(folder, tmp_path, **KEYS, bf16=True)
+    assert plan_all(half, build(half), H100)["fp8"].changes
+
+
 def test_a_run_on_cpus_is_refused_when_the_file_is_read(tmp_path):
     keys = {**KEYS, "use_cpu": True}
     assert job_for(tmp_path, tmp_path, **keys).parallel.use_cpu
@@ -188,6 +202,12 @@ def test_advice_names_what_makes_fp8_slow(make_job):
 
 def test_fp8_and_qat_compile_with_kernels_and_liger(make_job):
     """It was refused while Liger's layers were compiled wrongly; tests/gpu trains it."""
-    keys = {"fp8": True, "enable_qat": True, "qat_weight_dtype": "int4", "qat_group_size": 32}
+    keys = {
+        "fp8": True,
+        "bf16": True,
+        "enable_qat": True,
+        "qat_weight_dtype": "int4",
+        "qat_group_size": 32,
+    }
     both = {"use_kernels": True, "use_liger_kernel": True, "torch_compile": True}
     assert make_job(**keys, **both).parallel.torch_compile

@@ -8,7 +8,9 @@ import torch
 from raytrain_adv import hardware
 from raytrain_adv.driver.twin import twins
 from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.export.verify import why_not_exact
 from raytrain_adv.transforms.apply import plan_all, prepare_all
+from raytrain_adv.transforms.fp8 import Fp8
 from raytrain_adv.transforms.qat import EMBEDDING, LINEAR, LINEAR_IN_FLOAT8, Qat, rounding
 from raytrain_adv.worker.model import build
 from tests.tiny_models import job_for, write_checkpoint
@@ -132,8 +134,40 @@ def test_an_exclude_that_matches_nothing_is_an_error(tmp_path):
     assert list(plan().skipped.values()).count("in qat_exclude") == 3
 
 
+def test_the_bf16_twin_is_without_fp8_too(tmp_path):
+    keys = {"fp8": True, "bf16": True, "fp8_min_features": 0, "compare": True, "val_size": 8}
+    job, _, _ = planned(tmp_path, **keys, qat_weight_dtype="int4")
+    (twin,) = twins(job)
+    assert not twin.transform(Fp8).enabled and not twin.transform(Qat).enabled
+    assert job.transform(Fp8).enabled
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"neftune_noise_alpha": 5},
+        {"use_kernels": True, "kernel_name": "jobs/kernels/llama_layers"},
+        {"bf16": True, "use_liger_kernel": True},
+    ],
+)
+def test_converted_models_are_held_to_trained_ones_bit_for_bit_beside(tmp_path, keys):
+    """Noise is for training alone, and kernels are off for the comparison."""
+    job, _, _ = planned(tmp_path, **keys)
+    assert why_not_exact(job, torch.device("cpu"), torch.device("cpu")) == ""
+
+
+def test_a_model_of_which_no_linear_would_be_rounded_is_refused(tmp_path):
+    """GPT-2's are of a class of their own; its embedding alone is not what was asked for."""
+    _, _, plan = planned(tmp_path, kind="gpt2", shapes={})
+    with pytest.raises(JobError, match="would round no linear"):
+        plan()
+    _, _, plan = planned(tmp_path / "b", qat_exclude="*proj")
+    with pytest.raises(JobError, match="in qat_exclude"):
+        plan()
+
+
 def test_on_an_fp8_linear_the_plan_says_what_is_computed_in_fp8(tmp_path):
-    fp8 = {"fp8": True, "fp8_min_features": 16, "fp8_exclude": "down_proj"}
+    fp8 = {"fp8": True, "bf16": True, "fp8_min_features": 16, "fp8_exclude": "down_proj"}
     job, model, plan = planned(tmp_path, **fp8, qat_weight_dtype="int4")
     plans = prepare_all(job, model, CPU)
     kinds = [change.after for change in plans["qat"].changes.values()]
@@ -148,7 +182,7 @@ def test_on_an_fp8_linear_the_plan_says_what_is_computed_in_fp8(tmp_path):
 
 
 def test_fp8_beside_int8_on_frozen_weights_would_do_little_and_is_refused(tmp_path):
-    keys = {"fp8": True, "fp8_min_features": 16, "finetuning_type": "lora"}
+    keys = {"fp8": True, "bf16": True, "fp8_min_features": 16, "finetuning_type": "lora"}
     _, _, plan = planned(tmp_path, **keys)
     with pytest.raises(JobError, match="little to do"):
         plan()

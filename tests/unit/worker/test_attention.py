@@ -175,7 +175,38 @@ def test_a_bare_name_is_a_version_that_is_known(tmp_path):
 def test_a_kernel_that_is_no_flash_attention_is_refused(tmp_path):
     source = write_kernel(tmp_path / "kernel", "def relu(x): return x.relu()")
     error = refused(tmp_path, f"hub:{source}")
-    assert error.found == "it has no flash_attn_func and no flash_attn_varlen_func"
+    assert error.found.startswith("it has no flash_attn_func and no flash_attn_varlen_func")
+
+
+def test_a_model_with_sinks_is_refused(tmp_path):
+    """transformers hands them over beside the mask; the kernel has no place for them."""
+    source = write_kernel(tmp_path / "kernel")
+    model = write_checkpoint("llama", tmp_path / "m")
+    hub = attention.HubAttention(job_for(model, tmp_path, flash_attn=f"hub:{source}"))
+    q = torch.randn(1, 2, 4, 8)
+    assert hub(torch.nn.Identity(), q, q, q, None)[0].shape == (1, 4, 2, 8)
+    with pytest.raises(JobError, match="sinks"):
+        hub(torch.nn.Identity(), q, q, q, None, s_aux=torch.zeros(2))
+
+
+def test_a_run_does_not_go_on_with_another_kernel_than_the_jobs_lock_file_has(tmp_path):
+    model, kernel = write_checkpoint("llama", tmp_path / "m"), write_kernel(tmp_path / "kernel")
+    file = tmp_path / "locked" / "kernels.lock.json"
+    job = job_for(model, tmp_path, flash_attn=f"hub:{kernel}", kernels_lock=str(file))
+    for changed in ("", "# mended\n"):
+        (kernel / "build" / "torch-cpu" / "__init__.py").write_text(KERNEL + changed)
+        kernel_commands.lock(job, file, None, None)
+        if not changed:
+            fetch(job, CPU, print)
+    with pytest.raises(JobError, match="the run began with"):
+        fetch(job, CPU, print)
+
+
+def test_a_name_of_the_hub_is_one_in_every_folder(tmp_path, monkeypatch):
+    (tmp_path / "own" / "attn").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    job = job_for(write_checkpoint("llama", tmp_path / "m"), tmp_path, flash_attn="hub:own/attn")
+    assert not attention.kernel_asked(job).is_local
 
 
 def test_the_hub_offline_says_that_a_folder_is_needed(tmp_path, monkeypatch):
