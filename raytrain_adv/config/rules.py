@@ -282,7 +282,8 @@ def _turned_off(job: JobConfig) -> Iterable[Problem]:
             if transform.asked_for(key) and unused:
                 reason = f"with {switches} as it is set" if switches else "by its own keys"
                 text = f"it changes nothing, as its feature is turned off {reason}"
-                yield Problem(text, "delete it, or turn the feature on", key)
+                on = next(iter(type(transform).model_fields))
+                yield Problem(text, f"delete it, or turn the feature on ({on})", key)
 
 
 def _is_switch(transform: Section, key: str) -> bool:

@@ -240,6 +240,20 @@ class Qat(Transform):
                 "fake_quant_after_n_steps: never quantises after training (PTQ)",
             )
 
+    def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:
+        """Say what is left out where nothing is exported.
+
+        Args:
+            job: the resolved job.
+            num_tokens: tokens of one worker's forward pass.
+        """
+        if job.output.export_model:
+            return ()
+        return (
+            "export_model is false: no quantised model is written, nor held to the trained one; "
+            "raytrain-adv export does both from a checkpoint",
+        )
+
     def plan(self, model: nn.Module) -> Plan:
         """Choose the linears, and the embedding, that compute with rounded values.
 
@@ -326,7 +340,7 @@ class Qat(Transform):
         when = "never in training (PTQ)" if first is None else f"from optimizer step {first}"
         yield f"{self.scheme}; {when}"
         yield f"evaluation runs {self.evaluated_as}, at every step"
-        yield "exported twice: model (as trained) and model-quantized (torchao's tensors)"
+        yield "export writes two: model (as trained) and model-quantized (torchao's tensors)"
         if LINEAR_IN_FLOAT8 in kinds:
             how = described(self.qat_weight_dtype, self.activation_dtype)
             yield f"FP8 and QAT together need careful tuning: {how}"

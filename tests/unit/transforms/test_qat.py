@@ -156,6 +156,14 @@ def test_converted_models_are_held_to_trained_ones_bit_for_bit_beside(tmp_path, 
     assert why_not_exact(job, torch.device("cpu"), torch.device("cpu")) == ""
 
 
+def test_a_run_that_exports_nothing_says_what_is_not_compared(tmp_path):
+    job, _, _ = planned(tmp_path, export_model=False)
+    (said,) = job.transform(Qat).advice(job, 8192)
+    assert "nor held to the trained one" in said
+    exporting, _, _ = planned(tmp_path / "b")
+    assert exporting.transform(Qat).advice(exporting, 8192) == ()
+
+
 def test_a_model_of_which_no_linear_would_be_rounded_is_refused(tmp_path):
     """GPT-2's are of a class of their own; its embedding alone is not what was asked for."""
     _, _, plan = planned(tmp_path, kind="gpt2", shapes={})
