@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import PlacementGroupID
@@ -101,11 +101,12 @@ def connect(job: JobConfig | None) -> bool:
     token = Path.home() / ".ray" / "auth_token"
     had_token = token.exists()
     try:
-        with _on_loopback(address == "local"):
+        with _on_loopback(address == "local"), _in_a_group_of_its_own():
             ray.init(**options)
         if not had_token and token.exists():
             token.chmod(0o600)  # Ray has made it, for everybody to read (ray 2.60)
     except Exception as error:  # Ray raises bare ones, as where a node is slow to start (2.60)
+        is_slow = address == "local" and "timed out" in str(error)
         raise ClusterError(
             "Ray cannot be started here"
             if address == "local"
@@ -113,7 +114,8 @@ def connect(job: JobConfig | None) -> bool:
             f"address: {address}; {type(error).__name__}: "
             f"{str(error).strip().partition(chr(10))[0]}",
             "check RAY_ADDRESS and ray_init_kwargs; leave both out to start Ray on this machine; "
-            "for a cluster that asks for a token set RAY_AUTH_MODE=token",
+            "for a cluster that asks for a token set RAY_AUTH_MODE=token"
+            + ("; a machine with much other work may be too slow: try again" if is_slow else ""),
         ) from error
     return bool(address == "local")
 
@@ -135,6 +137,28 @@ def _on_loopback(is_local: bool) -> Iterator[None]:
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
         del os.environ[switch]
+
+
+@contextmanager
+def _in_a_group_of_its_own() -> Iterator[None]:
+    """Start Ray's processes in another process group than the driver's.
+
+    A SIGTERM to the driver's group, as `timeout` and batch systems send it, would end them while
+    the driver waits for the run's last checkpoint; Ray sees to SIGINT alone (ray 2.60,
+    services.py). They end with the driver all the same, which the kernel sees to. Remove when Ray
+    does it.
+    """
+    started = services.ConsolePopen
+
+    class Grouped(started):  # type: ignore[misc, valid-type] # ray is Any to mypy
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, process_group=0, **options)
+
+    services.ConsolePopen = Grouped
+    try:
+        yield
+    finally:
+        services.ConsolePopen = started
 
 
 def _settings(options: Mapping[str, Any]) -> dict[str, str]:

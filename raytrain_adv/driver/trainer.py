@@ -191,6 +191,7 @@ def _prepare(
         console.say(f"warning: {warning}")
     timeline["plan"] = time.perf_counter() - start
     cluster.wait_for_room(placement, console.say)
+    console.say("starting the workers: they import PyTorch and join each other")
     return placement, plan, head
 
 

@@ -32,9 +32,8 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
     if report.baseline is not None:
         figures.append(("compared", _compared(report.baseline)))
     for name, transform in report.transforms.items():
-        figures.append(
-            (name, f"{transform.changed:,} modules changed, {transform.skipped:,} skipped")
-        )
+        changed = numbers.plural(transform.changed, "module")
+        figures.append((name, f"{changed} changed, {transform.skipped:,} skipped"))
         if transform.proof:
             figures.append(("", transform.proof_sentence))
     figures.append(("quantised", variants.compared(report)))

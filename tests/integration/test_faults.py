@@ -296,6 +296,25 @@ def test_after_the_head_died_the_same_job_goes_on_on_a_new_one(job_file, tmp_pat
 
 
 @pytest.mark.slow
+def test_sigterm_to_the_whole_group_is_no_loss(job_file, tmp_path):
+    """As `timeout` and batch systems send it: Ray's processes are in the driver's session."""
+    out = tmp_path / "out"
+    line = {"ray_num_workers": 1, "use_cpu": True, "max_steps": 20_000, "export_model": False}
+    line |= {"save_strategy": "steps", "save_steps": 100_000, "output_dir": str(out)}
+    command = [sys.executable, "-m", "raytrain_adv.launch", str(job_file(**line))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    driver = subprocess.Popen(command, start_new_session=True, **pipes)
+    try:
+        wait_until(lambda: bool(rows(out)) and rows(out)[-1]["kind"] == "train", driver)
+        os.killpg(driver.pid, signal.SIGTERM)
+        output = driver.communicate(timeout=120)[0]
+    finally:
+        end(driver)
+    assert "The run was stopped" in output and "head node is gone" not in output, output
+    assert events(out, "checkpoint")[-1]["step"] == max(losses(out))
+
+
+@pytest.mark.slow
 def test_a_sweep_whose_head_died_goes_on_on_a_new_one(job_file, tmp_path):
     """One trial was done, and is not run again; the other goes on from its checkpoint."""
     out = tmp_path / "out"

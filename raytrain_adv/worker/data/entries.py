@@ -140,14 +140,18 @@ def _resolve_one(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -
 def _not_found(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -> JobError:
     folder = Path(name).expanduser().parent
     files = [str(folder / p.name) for p in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(name, [*info, *BUILTIN_SETS], 1) or difflib.get_close_matches(
-        str(Path(name).expanduser()), files, 1
+    beside = sorted(p.name for p in dataset_dir.iterdir()) if dataset_dir.is_dir() else []
+    beside = [file for file in beside if Path(file).suffix in FILE_TYPES and file != INFO_FILE]
+    names = [*info, *BUILTIN_SETS, *beside]
+    same = [file for file in beside if Path(file).stem == name]
+    near = (
+        same
+        or difflib.get_close_matches(name, names, 1)
+        or difflib.get_close_matches(str(Path(name).expanduser()), files, 1)
     )
-    known = (
-        f"{dataset_dir / INFO_FILE} has {len(info)} entries"
-        if info
-        else f"{dataset_dir / INFO_FILE} has none"
-    )
+    known = f"{dataset_dir / INFO_FILE} has {len(info)} entries"
+    if not (dataset_dir / INFO_FILE).is_file():
+        known = f"there is no {dataset_dir / INFO_FILE}"
     hint = (
         f"did you mean {near[0]}?"
         if near
