@@ -28,7 +28,7 @@ from raytrain_adv.worker.train import train
 from tests.readings import A100, H100, node_with, without
 
 ROOT = Path(__file__).parents[2]
-FP8 = {"fp8": True}
+FP8 = {"fp8": True, "bf16": True}
 QAT = {"enable_qat": True, "qat_weight_dtype": "int2"}
 KERNELS = {"use_kernels": True, "kernel_name": "jobs/kernels/llama_layers"}
 ROWS = dict(
