@@ -62,6 +62,7 @@ def kill(driver: subprocess.Popen[Any]) -> None:
     driver.wait()
 
 
+@pytest.mark.slow  # three minutes beside the others; test_faults.py has the head's death under one
 def test_a_killed_sweep_goes_on_and_one_trial_that_fails_does_not_end_it(
     launch, sweep_file, keys, tmp_path
 ):
