@@ -178,6 +178,11 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Seed of the data order, dropout and new weights."""
 
+    @property
+    def computes_in_bf16(self) -> bool:
+        """Whether products are in bfloat16, whatever parameters are kept in."""
+        return self.bf16 or self.pure_bf16
+
     def contradictions(self) -> Iterable[Problem]:
         """Find training keys that cannot stand together."""
         if self.warmup_ratio is not None and self.warmup_steps:

@@ -107,7 +107,7 @@ def collective_device(model: PreTrainedModel) -> torch.device:
 
 def export_dtype(job: JobConfig) -> torch.dtype:
     """Return the dtype of the exported weights: the one the model was run in."""
-    return torch.bfloat16 if job.train.bf16 or job.train.pure_bf16 else torch.float32
+    return torch.bfloat16 if job.train.computes_in_bf16 else torch.float32
 
 
 def write_model(

@@ -115,7 +115,7 @@ class Fp8(Transform):
             text = "FP8 requires Hopper architecture: H100, H200 or newer GPUs"
             fix = "set use_cpu: false, or fp8_allow_cpu: true, which is exact but slow"
             yield Problem(text, fix, "fp8 and use_cpu")
-        if not _is_half(job) and not self.fp8_allow_cpu:
+        if not job.train.computes_in_bf16 and not self.fp8_allow_cpu:
             text = f"bf16 and pure_bf16 are false: {FLOAT32}"
             yield Problem(text, "set bf16: true, or pure_bf16: true", "fp8 and bf16")
 
@@ -173,7 +173,7 @@ class Fp8(Transform):
         Raises:
             JobError: where a job that was for a CPU would compute in float32 on a GPU.
         """
-        if facts.device_type == "cuda" and not _is_half(job):
+        if facts.device_type == "cuda" and not job.train.computes_in_bf16:
             raise JobError(
                 "fp8: true needs bf16: true on a GPU",
                 f"bf16 and pure_bf16 are false: {FLOAT32}",
@@ -279,10 +279,6 @@ class Fp8(Transform):
             from raytrain_adv.ops.float8_weight import update_scales
 
             update_scales(model)
-
-
-def _is_half(job: JobConfig) -> bool:
-    return job.train.bf16 or job.train.pure_bf16
 
 
 def release(version: str) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ class LossKernel(Transform):
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
         """Refuse a kernel that the job's precision or device does not have."""
         key = "cut_cross_entropy" if self.cut_cross_entropy else "loss_kernel"
-        half = job.train.bf16 or job.train.pure_bf16
+        half = job.train.computes_in_bf16
         if self.kernel == "cut_cross_entropy" and not half:
             text = "cut_cross_entropy computes in bf16 only"
             yield Problem(text, "set bf16: true, or loss_kernel: chunked", f"{key} and bf16")

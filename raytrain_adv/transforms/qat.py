@@ -180,7 +180,7 @@ class Qat(Transform):
             if job.parallel.use_cpu:
                 text = "float8 products need a GPU of compute capability 8.9 or newer"
                 yield Problem(text, f"set use_cpu: false, {none}", f"{key} and use_cpu")
-            if not (job.train.bf16 or job.train.pure_bf16):
+            if not job.train.computes_in_bf16:
                 text = "products of float8 rows come out in bfloat16 alone"
                 default = "" if "bf16" in job.train.model_fields_set else ", whose default is false"
                 yield Problem(text + default, f"set bf16: true, {none}", f"{key} and bf16")

@@ -153,7 +153,7 @@ def _check_package(asked: str) -> None:
 
 def _best_package(job: JobConfig, config: PretrainedConfig) -> str | None:
     """Return the flash attention that is installed and fits GPU, precision and architecture."""
-    half = job.train.bf16 or job.train.pure_bf16
+    half = job.train.computes_in_bf16
     if not half or job.parallel.use_cpu or not torch.cuda.is_available():
         return None
     from transformers import AutoModelForCausalLM

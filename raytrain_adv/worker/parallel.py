@@ -52,7 +52,7 @@ def checkpointing_mode(job: JobConfig) -> str:
 
 def compute_dtype(job: JobConfig) -> torch.dtype:
     """Return the dtype of matrix products and activations."""
-    return torch.bfloat16 if job.train.bf16 or job.train.pure_bf16 else torch.float32
+    return torch.bfloat16 if job.train.computes_in_bf16 else torch.float32
 
 
 def build_mesh(job: JobConfig, device: torch.device) -> DeviceMesh | None:
