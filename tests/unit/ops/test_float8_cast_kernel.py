@@ -22,13 +22,16 @@ scale = torch.tensor(2.0)
 for rows in (129, 200, 256, 257):
     # Numbers that float8 holds exactly: the interpreter does not round as a GPU does.
     numbers = torch.Generator().manual_seed(rows)
-    source = torch.randint(-8, 9, (rows, 72), generator=numbers).float()
+    source = torch.randint(-8, 9, (rows, 72), generator=numbers).bfloat16()
     plain = torch.empty(rows, 72, dtype=torch.float8_e4m3fn)
     transposed = torch.empty(72, rows, dtype=torch.float8_e4m3fn)
     launch(source, scale, plain, transposed)
     expected = (source * scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(plain.view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(transposed.view(torch.uint8), expected.view(torch.uint8).t())
+    again = torch.empty_like(transposed)
+    launch(source.float(), scale, None, again)
+    assert torch.equal(again.view(torch.uint8), transposed.view(torch.uint8))
     back = torch.empty_like(plain)
     launch_transpose(transposed, back)
     assert torch.equal(back.view(torch.uint8), plain.view(torch.uint8))
@@ -45,8 +48,8 @@ def test_casts_are_exact_and_lengths_that_are_alike_are_tuned_for_once():
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )
     assert ran.returncode == 0, ran.stderr
-    # Two kernels, two classes of lengths (to 256, and beyond), four tile sizes.
-    assert "TUNED 16" in ran.stdout
+    # The cast, and the transpose of either side: two classes of lengths, four tile sizes.
+    assert "TUNED 24" in ran.stdout
 
 
 def test_classes_of_lengths_are_powers_of_two():

@@ -1,5 +1,6 @@
 """FP8's rules and plan, and that what is planned is what happens; no GPU needed."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from raytrain_adv import hardware
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
-from raytrain_adv.transforms.apply import plan_all, prepare_all
+from raytrain_adv.transforms.apply import plan_all, prepare_all, probe_all
 from raytrain_adv.transforms.fp8 import OWN, TORCHAO, Fp8
 from raytrain_adv.worker.data import collate, pad_to
 from raytrain_adv.worker.data.sequences import Sequence
@@ -61,18 +62,37 @@ def test_hopper_and_newer_are_taken_and_a_cpu_only_on_request():
         Fp8(fp8=True, fp8_allow_cpu=True).check(A100)
 
 
-def test_float32_around_the_products_is_refused_but_on_a_cpu(tmp_path):
-    """On a GPU it has given gradients that are not finite."""
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_each_size_are_tried_out_where_they_train(recipe, dtype, tmp_path):
     folder = write_checkpoint("llama", tmp_path / "model", **WIDE)
-    with pytest.raises(JobError, match="bf16 and pure_bf16 are false") as refusal:
-        job_for(folder, tmp_path, **{**KEYS, "fp8_allow_cpu": False})
-    assert "set bf16: true" in refusal.value.fix
+    job = job_for(folder, tmp_path, **KEYS, fp8_recipe=recipe)
+    model = build(job)
+    plans = prepare_all(job, model, CPU)
+    (note,) = plans["fp8"].notes
+    found = probe_all(job, model, plans, torch.device("cpu"), dtype)["fp8"].notes
+    assert found[0] == note and found[1].startswith("tried out on cpu in ")
+    off = [float(number) for number in re.findall(r"by (\d\S+),", found[1])]
+    assert len(off) == 2 and all(0.01 < number < 0.1 for number in off)
+
+
+def test_products_that_come_out_wrong_stop_the_run(tmp_path, monkeypatch):
+    """A transposed cast that was compiled wrongly gave weight gradients of other numbers."""
+    from raytrain_adv.ops import float8_linear
+
+    folder = write_checkpoint("llama", tmp_path / "model", **WIDE)
     job = job_for(folder, tmp_path, **KEYS)
-    assert plan_all(job, build(job), CPU)["fp8"].changes
-    with pytest.raises(JobError, match="needs bf16: true on a GPU"):
-        plan_all(job, build(job), H100)
-    half = job_for(folder, tmp_path, **KEYS, bf16=True)
-    assert plan_all(half, build(half), H100)["fp8"].changes
+    model = build(job)
+    plans = prepare_all(job, model, CPU)
+
+    def both(tensor, scale, dtype):
+        plain = float8_linear.cast(tensor, scale, dtype)
+        return plain, plain.t().contiguous().view(torch.uint8).roll(1, 0).view(dtype)
+
+    monkeypatch.setattr(float8_linear, "cast_both", both)
+    with pytest.raises(TrainingError, match="FP8 does not compute what it should") as refusal:
+        probe_all(job, model, plans, torch.device("cpu"), torch.bfloat16)
+    assert "gradients by 1.4" in refusal.value.found and "set fp8: false" in refusal.value.fix
 
 
 def test_a_run_on_cpus_is_refused_when_the_file_is_read(tmp_path):
