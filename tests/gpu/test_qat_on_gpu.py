@@ -11,7 +11,7 @@ from raytrain_adv.ops.fake_quantize import (
     round_groups,
     round_tokens,
 )
-from raytrain_adv.ops.fake_quantized import FakeQuantizedLinear
+from raytrain_adv.ops.fake_quantized import FakeQuantizedEmbedding, FakeQuantizedLinear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,3 +61,19 @@ def test_a_compiled_linear_rounds_as_the_eager_one():
         for of in (other, eager)
     ]
     assert near[0] > near[1] - 1e-3 and min(near) > 0.98
+
+
+def test_a_tables_backward_needs_its_gradient_and_little_beside():
+    """Rounded whole, its scales had cost four times the gradient's bytes at the step's peak."""
+    table = torch.nn.Embedding(128256, 1024, device="cuda", dtype=torch.bfloat16)
+    ours = FakeQuantizedEmbedding.of(table, "int8", 32)
+    ids = torch.randint(128256, (2, 4096), device="cuda")
+    rows = ours(ids)
+    gradient = torch.randn_like(rows)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    rows.backward(gradient)
+    size = table.weight.nbytes
+    assert torch.cuda.max_memory_allocated() - before < 1.6 * size
+    assert ours.weight.grad.nbytes == size

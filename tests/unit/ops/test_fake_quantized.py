@@ -14,6 +14,7 @@ from torchao.quantization import (
 )
 from torchao.quantization.qat import QATConfig
 
+from raytrain_adv.ops import fake_quantized
 from raytrain_adv.ops.fake_quantized import FLOAT8, FakeQuantizedEmbedding, FakeQuantizedLinear
 
 INTEGERS = [
@@ -154,8 +155,10 @@ def test_frozen_weights_get_no_gradient_and_inputs_do():
     assert ours.weight.grad is None and x.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("rows_at_once", [8192, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_embedding_rounds_the_rows_it_looks_up(dtype):
+def test_an_embedding_rounds_the_rows_it_looks_up(dtype, rows_at_once, monkeypatch):
+    monkeypatch.setattr(fake_quantized, "ROWS_AT_ONCE", rows_at_once)
     torch.manual_seed(0)
     table = torch.nn.Embedding(50, 64, padding_idx=0, dtype=dtype)
     ids = torch.tensor([[3, 7, 3, 0], [49, 1, 2, 3]])
