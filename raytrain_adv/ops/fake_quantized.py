@@ -99,9 +99,8 @@ class _Rows(torch.autograd.Function):
         )
         if weight_dtype != FLOAT8:
             # Part by part: rounded whole, a table of 128,256 rows of 4,096 took 4 GiB beside it.
-            for rows, of in zip(
-                grad_weight.split(ROWS_AT_ONCE), weight.split(ROWS_AT_ONCE), strict=True
-            ):
+            parts = (torch.split(x, ROWS_AT_ONCE) for x in (grad_weight, weight))
+            for rows, of in zip(*parts, strict=True):
                 _, scale = fake_quantize_groups(of, BITS[weight_dtype], group_size, rows)
                 rows.copy_(through_groups(rows, of, scale, BITS[weight_dtype]))
         return None, grad_weight, None, None, None

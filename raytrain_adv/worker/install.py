@@ -16,6 +16,7 @@ from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.transforms.apply import fetch_all, install_all, probe_all
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker import attention
+from raytrain_adv.worker.attention_trial import try_attention
 from raytrain_adv.worker.parallel import compute_dtype
 from raytrain_adv.worker.run import Run
 
@@ -61,6 +62,20 @@ def installed(
     found = probe_all(job, model, install_all(job, model, plans, device, dtype), device, dtype)
     require_alike(run, found)
     return found
+
+
+def attended(job: JobConfig, run: Run, model: PreTrainedModel) -> str:
+    """Try the model's attention out; return what computes it and what was found, for the report.
+
+    Raises:
+        JobError: when it is not the attention that the model asks for.
+    """
+    name = attention.attention_name(job, model)
+    tried = try_attention(job, model, run.device, compute_dtype(job))
+    if not tried:
+        return name
+    run.say(f"attention {name}: {tried}", event="attention")
+    return f"{name}; {tried}"
 
 
 def require_alike(run: Run, plans: Mapping[str, Plan]) -> None:

@@ -20,9 +20,9 @@ from raytrain_adv.transforms.apply import (
 )
 from raytrain_adv.worker import checkpoint, data, memory, parallel, weights
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
-from raytrain_adv.worker.attention import attention_name, is_flash
+from raytrain_adv.worker.attention import is_flash
 from raytrain_adv.worker.finish import ExportFunction, export, sample_answers
-from raytrain_adv.worker.install import fetched, installed
+from raytrain_adv.worker.install import attended, fetched, installed
 from raytrain_adv.worker.loader import Batches
 from raytrain_adv.worker.loss_check import check_loss
 from raytrain_adv.worker.metrics import open_metrics
@@ -57,6 +57,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     with run.phase("model"):
         fetched(job, run, facts)
         model = build(job)
+        attention = attended(job, run, model)
         plans = installed(job, run, model, prepare_all(job, model, facts))
         longest = data.pad_to(job).length(int(prepared.train.lengths.max()))
         plans = with_advice(job, plans, longest * arithmetic.micro_batch)
@@ -100,7 +101,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         **loop.figures(),
         "world_size": run.world_size,
         "device": facts.device_name,
-        "attention": attention_name(job, model),
+        "attention": attention,
         "versions": {name: v for name, v in facts.versions.items() if v is not None},
         "predicted_memory_gib": predicted.total,
         "predicted_memory": predicted.as_dict(),

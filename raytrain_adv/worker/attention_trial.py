@@ -1,0 +1,300 @@
+"""Flash attention tried out before it is trusted with training: values and gradients against
+attention's definition, in each form that the model's layers ask for.
+
+A kernel that leaves out the causal mask, or halves a gradient, trains without an error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from raytrain_adv.config import JobConfig
+from raytrain_adv.errors import JobError
+from raytrain_adv.kernels.probe import TOLERANCE
+from raytrain_adv.worker.attention import is_flash
+from raytrain_adv.worker.data import bounds
+
+SEGMENTS = ((100, 236), (17, 300, 19))
+"""Tokens of the conversations in each sequence of the trial, more than the blocks that kernels cut
+them into."""
+WINDOW = 24
+"""Tokens that one sees in the trial where layers have a window, which is shorter than SEGMENTS."""
+NAMES = ("the values", "the gradient of queries", "the gradient of keys", "the gradient of values")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a layer asks of attention."""
+
+    heads: int
+    key_heads: int
+    features: int
+    """Of each head."""
+    scaling: float
+    has_window: bool
+    softcap: float | None
+    """Largest magnitude of a score; none is not bounded."""
+
+    def __str__(self) -> str:
+        window = ", a sliding window" if self.has_window else ""
+        softcap = f", scores capped at {self.softcap:g}" if self.softcap is not None else ""
+        return f"{self.heads} heads of {self.features}, {self.key_heads} of keys{window}{softcap}"
+
+
+def forms(model: PreTrainedModel) -> dict[Form, str]:
+    """Return the forms that a model's layers ask for, each with a module that does."""
+    found: dict[Form, str] = {}
+    for fqn, module in model.named_modules():
+        own: dict[str, Any] = vars(module)
+        features = own.get("qk_head_dim", own.get("head_dim"))
+        if features is None or not {"config", "scaling"} <= own.keys():
+            continue
+        config = own["config"]
+        heads = int(config.num_attention_heads)
+        window = own.get("sliding_window", getattr(config, "sliding_window", None))
+        form = Form(
+            heads,
+            heads // int(own.get("num_key_value_groups", 1)),
+            int(features),
+            float(own["scaling"]),
+            window is not None,
+            own.get("attn_logit_softcapping"),
+        )
+        found.setdefault(form, fqn)
+    return found
+
+
+def try_attention(
+    job: JobConfig, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Hold the model's flash attention to attention's definition; return what was found, and an
+    empty text where attention is PyTorch's own.
+
+    Args:
+        job: the resolved job.
+        model: it may be on the meta device.
+        device: where this worker computes.
+        dtype: of queries, keys and values.
+
+    Raises:
+        JobError: when it computes something else, or has no gradient.
+    """
+    if not is_flash(model):
+        return ""
+    every = forms(model)
+    if not every:
+        return "not tried out: no layer is of a form that is known"
+    errors = [_tried(job, model, form, fqn, device, dtype) for form, fqn in every.items()]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    values, gradients = max(e[0] for e in errors), max(max(e[1:]) for e in errors)
+    return (
+        f"tried out on {device.type} in {_plain(dtype)}, {len(every)} forms: values off by "
+        f"{values:.1e}, gradients by {gradients:.1e}"
+    )
+
+
+def _tried(
+    job: JobConfig,
+    model: PreTrainedModel,
+    form: Form,
+    fqn: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[float]:
+    """Return the largest errors of one form, by NAMES."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known: Any = ALL_ATTENTION_FUNCTIONS
+    compute = known[model.config._attn_implementation]
+    module = model.get_submodule(fqn)
+    asked = f"flash_attn: {job.model.flash_attn}"
+    worst = [0.0] * len(NAMES)
+    for packed in (False, True):
+        inputs = _inputs(form, device, dtype)
+        pull = _numbers(1, _shape(form, form.heads), device, dtype).transpose(1, 2)
+        where = (
+            f"on {device.type} in {_plain(dtype)}, {fqn} ({form}), "
+            f"{'packed conversations' if packed else 'whole sequences'}"
+        )
+        before = [x.detach().clone() for x in inputs]
+        try:
+            value, _ = compute(module, *inputs, None, **_options(form, packed, device))
+            found = [value.detach(), *_gradients(value, inputs, pull)]
+        except Exception as error:  # whatever a stranger's code raises, it is said and ends the run
+            first = next(iter(str(error).strip().splitlines()), "")
+            raise JobError(
+                f"{asked} fails where {type(module).__name__} calls it",
+                f"{where}: {type(error).__name__}: {first}",
+                "take another kernel or version, or set flash_attn: auto",
+            ) from error
+        if not all(map(torch.equal, before, inputs)):
+            raise _refusal(asked, module, f"{where}: it writes over queries, keys or values")
+        if missing := [n for n, x in zip(NAMES, found, strict=True) if x is None]:
+            raise JobError(
+                f"{asked} has no gradient: it was made for inference",
+                f"{where}: it would cut {' and '.join(missing)}",
+                "take a kernel with a backward pass, or set flash_attn: auto",
+            )
+        exact = _defined(form, inputs, pull, packed)
+        noisy = _defined(form, _inputs(form, device, dtype, noise=True), pull, packed)
+        errors = [_apart(x, y) for x, y in zip(found, exact, strict=True)]
+        allowed = [TOLERANCE[dtype] + _apart(x, y) for x, y in zip(noisy, exact, strict=True)]
+        if wrong := [
+            f"{name} off by {error:.2g}, of which rounding explains {most:.2g}"
+            for name, error, most in zip(NAMES, errors, allowed, strict=True)
+            if not error <= most
+        ]:
+            if errors[0] > allowed[0]:
+                wrong.append(_looks_like(form, inputs, pull, packed, found[0], allowed[0]))
+            raise _refusal(asked, module, "\n".join([f"{where}:", *filter(None, wrong)]))
+        worst = [max(pair) for pair in zip(worst, errors, strict=True)]
+    return worst
+
+
+def _options(form: Form, packed: bool, device: torch.device) -> dict[str, Any]:
+    """Return what transformers passes beside queries, keys and values."""
+    options: dict[str, Any] = {"dropout": 0.0, "scaling": form.scaling}
+    options["sliding_window"] = WINDOW if form.has_window else None
+    if form.softcap is not None:
+        options["softcap"] = form.softcap
+    if packed:
+        positions = [[p for n in lengths for p in range(n)] for lengths in SEGMENTS]
+        starts = bounds(torch.tensor(positions)).to(device)
+        longest = len(positions[0])
+        options |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+        options |= {"max_length_q": longest, "max_length_k": longest}
+    return options
+
+
+def _defined(
+    form: Form,
+    inputs: list[torch.Tensor],
+    pull: torch.Tensor,
+    packed: bool,
+    without: str = "",
+) -> list[torch.Tensor]:
+    """Return attention's values and gradients by its definition, computed in float32.
+
+    Args:
+        form: what is asked for.
+        inputs: queries, keys and values [sequences, heads, time, features].
+        pull: gradient of the values [sequences, time, heads, features].
+        packed: whether conversations see themselves alone.
+        without: one of LEFT_OUT.
+    """
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    q, k, v = exact
+    share = form.heads // form.key_heads
+    k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * form.scaling
+    if form.softcap is not None and without != "softcap":
+        scores = form.softcap * torch.tanh(scores / form.softcap)
+    seen = _seen(form, packed, without).to(scores.device)
+    weights = scores.masked_fill(~seen[:, None], -math.inf).softmax(dim=-1)
+    value = (weights @ v).transpose(1, 2)
+    gradients = torch.autograd.grad(value, exact, pull.float())
+    return [value.detach(), *gradients]
+
+
+LEFT_OUT = {
+    "causal": "tokens see those that follow",
+    "window": "the sliding window is left out",
+    "softcap": "scores are not capped",
+    "bounds": "packed conversations see each other",
+}
+
+
+def _seen(form: Form, packed: bool, without: str) -> torch.Tensor:
+    """Return whether a token sees another: [sequences, time, time]."""
+    time = torch.arange(sum(SEGMENTS[0]))
+    back = time[:, None] - time
+    seen = torch.ones_like(back, dtype=torch.bool) if without == "causal" else back >= 0
+    if form.has_window and without != "window":
+        seen = seen & (back < WINDOW)
+    numbers = torch.stack(
+        [torch.arange(len(n)).repeat_interleave(torch.tensor(n)) for n in SEGMENTS]
+    )
+    same = numbers[:, :, None] == numbers[:, None, :]
+    return seen & same if packed and without != "bounds" else seen.expand_as(same)
+
+
+def _looks_like(
+    form: Form,
+    inputs: list[torch.Tensor],
+    pull: torch.Tensor,
+    packed: bool,
+    value: torch.Tensor,
+    allowed: float,
+) -> str:
+    """Say what the kernel seems to leave out; empty where it is none of what is known."""
+    for name, text in LEFT_OUT.items():
+        other = _defined(form, inputs, pull, packed, without=name)
+        if _apart(value, other[0]) <= allowed:
+            return f"its values are those where {text}"
+    return ""
+
+
+def _gradients(
+    value: torch.Tensor, inputs: list[torch.Tensor], pull: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    if not value.requires_grad:
+        return (None,) * len(inputs)
+    return torch.autograd.grad(value, inputs, pull.to(value.dtype), allow_unused=True)
+
+
+def _inputs(
+    form: Form, device: torch.device, dtype: torch.dtype, noise: bool = False
+) -> list[torch.Tensor]:
+    """Return queries, keys and values whose scores are near 1, or near enough to their cap to feel
+    it.
+    """
+    shapes = [_shape(form, heads) for heads in (form.heads, form.key_heads, form.key_heads)]
+    inputs = [_numbers(2 + n, shape, device, torch.float32) for n, shape in enumerate(shapes)]
+    reach = 1.0 if form.softcap is None else form.softcap / 4
+    inputs[0] = inputs[0] * (reach / (form.scaling * math.sqrt(form.features)))
+    inputs = [x.to(dtype) for x in inputs]
+    if noise:
+        eps = torch.finfo(dtype).eps
+        inputs = [
+            x.float() * (1 + eps * (2 * torch.rand(x.shape, device=device) - 1)) for x in inputs
+        ]
+    return [x.requires_grad_() for x in inputs]
+
+
+def _shape(form: Form, heads: int) -> tuple[int, ...]:
+    return (len(SEGMENTS), heads, sum(SEGMENTS[0]), form.features)
+
+
+def _numbers(
+    seed: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def _apart(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return how far apart two tensors are, relative in norm; infinite where they cannot be held
+    to each other, or are not finite.
+    """
+    if found.shape != exact.shape:
+        return math.inf
+    error = float((found.float() - exact).norm() / exact.norm())
+    return error if math.isfinite(error) else math.inf
+
+
+def _refusal(asked: str, module: torch.nn.Module, found: str) -> JobError:
+    return JobError(
+        f"{asked} does not compute the attention that {type(module).__name__} asks for",
+        found,
+        "take another kernel or version, or set flash_attn: auto",
+    )
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
