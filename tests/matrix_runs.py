@@ -84,7 +84,7 @@ class Runs:
 
     def with_features(self, *slugs: str, **changed: Any) -> Path:
         """Return the folder of a run with these features."""
-        name = "+".join([*slugs, *sorted(changed)]) or "plain"
+        name = name_of(slugs, changed)
         if name not in self.done:
             keys = {**self.base(), **self.keys_of(slugs), **changed}
             keys |= {"ray_num_workers": self.workers}
@@ -92,18 +92,24 @@ class Runs:
             self.done[name] = self.folder / name
         return self.done[name]
 
-    def resumed(self, *slugs: str) -> tuple[Numbers, Numbers]:
+    def resumed(self, *slugs: str, **changed: Any) -> tuple[Numbers, Numbers]:
         """Return the numbers of a run that saved, and of its last step done again after a kill."""
-        name = "saved-" + "+".join(slugs)
+        name = "saved-" + name_of(slugs, changed)
         saved = {"save_strategy": "steps", "save_steps": SAVED_AT}
-        keys = {**self.base(), **self.keys_of(slugs), **saved, "ray_num_workers": self.workers}
+        keys = {**self.base(), **self.keys_of(slugs), **changed, **saved}
+        keys |= {"ray_num_workers": self.workers}
         self.run(name, keys)
         whole = numbers(self.folder / name)
         (self.folder / name / "checkpoints/local" / f"step_{STEPS:08d}" / "manifest.json").unlink()
         figures = self.run(name, {**keys, "resume_from_checkpoint": True})
         assert figures["resumed_from_step"] == SAVED_AT
-        self.done["+".join(slugs)] = self.folder / name
+        self.done[name_of(slugs, changed)] = self.folder / name
         return whole, numbers(self.folder / name)
+
+
+def name_of(slugs: tuple[str, ...], changed: dict[str, Any]) -> str:
+    """Return the name of a run by its features and the keys that differ beside them."""
+    return "+".join([*slugs, *sorted(changed)]) or "plain"
 
 
 def write_shape(folder: Path, changed: dict[str, int]) -> Path:

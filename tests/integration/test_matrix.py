@@ -37,6 +37,9 @@ class SwiGLUMLP(nn.Module):
 '''
 
 
+PAIRS = [cell for cell in CELLS if len({one.slug for one in cell.features} - {"fsdp"}) == 2]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("matrix")
@@ -80,13 +83,17 @@ def test_it_trains_by_its_numbers_resumes_and_exports(runs, cell):
     require_loads(both)
 
 
-@pytest.mark.parametrize("precision", ["fp8", "qat"])
-def test_all_that_goes_together_is_on_at_once(runs, precision):
+def going_together(precision):
     def fits(slug):
         cell = matrix.cell_of(FEATURES[precision], FEATURES[slug])
         return slug == precision or (cell.verdict == "yes" and slug != "fsdp")
 
-    slugs = tuple(slug for slug in ON_CPU if fits(slug))
+    return tuple(slug for slug in ON_CPU if fits(slug))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "qat"])
+def test_all_that_goes_together_is_on_at_once(runs, precision):
+    slugs = going_together(precision)
     before, after = runs.resumed(*slugs)
     assert after == before
     every = runs.done["+".join(slugs)]
@@ -105,3 +112,30 @@ def test_fp8_kernels_and_compile_go_together(runs):
     assert numbers(compiled) != numbers(runs.with_features("hf_kernels"))
     assert numbers(compiled) != numbers(eager)
     require_loads(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", PAIRS, ids=lambda cell: cell.slug)
+def test_a_pair_compiles_to_what_it_is_uncompiled(runs, cell):
+    """Both features are on by their numbers under torch_compile, and a resumed run goes on to the
+    bit.
+    """
+    require_compiles(runs, tuple(one.slug for one in cell.features))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp8", "qat"])
+def test_all_that_goes_together_compiles(runs, precision):
+    require_compiles(runs, going_together(precision))
+
+
+def require_compiles(runs, slugs):
+    before, after = runs.resumed(*slugs, torch_compile=True)
+    assert after == before
+    every = runs.done["+".join([*slugs, "torch_compile"])]
+    assert losses_of(every) == close(losses_of(runs.with_features(*slugs)), 5e-3)
+    for slug in slugs:
+        rest = runs.with_features(*(one for one in slugs if one != slug), torch_compile=True)
+        if not runs.is_part(slug, slugs):
+            assert numbers(every) != numbers(rest), f"{slug} is off"
+    require_loads(every)
