@@ -48,6 +48,7 @@ def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, causal, window_size, dropout_p
     )
 """
+FOLLOW = "tokens see those that follow"
 SIZES = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
 
 
@@ -73,7 +74,7 @@ def test_flash_attention_is_within_rounding_of_the_definition(tmp_path):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (("causal, False, scale", "False, False, scale"), "tokens see those that follow"),
+        (("left, right = window", "left, right, causal = window[0], -1, False"), FOLLOW),
         (("window_size_left=left", "window_size_left=-1"), "the sliding window is left out"),
         (("return out", "return out / 2 + out.detach() / 2"), "the gradient of queries off by 0.5"),
     ],
