@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv quickstart test test-unit test-faults test-gpu check format
+.PHONY: help venv quickstart test test-unit test-faults test-compiled test-gpu check format
 
 help:
 	@echo 'make quickstart   train a small model on this machine, end to end'
@@ -34,7 +34,10 @@ test: $(INSTALLED)
 	  tests/integration tests/unit
 
 test-faults: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow tests/integration
+	$(BIN)/python -m pytest -m slow --ignore tests/integration/test_matrix.py tests/integration
+
+test-compiled: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow tests/integration/test_matrix.py
 
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit

@@ -1,5 +1,6 @@
 """python -m raytrain_adv.launch as a user runs it: real Ray, two CPU workers, gloo. What is to be
-killed, and one whole run, are processes of their own; the others run in this one, on one Ray.
+killed is a process of its own; the others run in this one, on one Ray. A whole run is that of
+test_whole_run.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.workers import losses
 
@@ -39,26 +38,6 @@ def steps_done(folder: Path) -> int:
         return max(losses(folder), default=0)
     except (FileNotFoundError, ValueError):
         return 0
-
-
-def test_a_job_becomes_a_model_and_a_report(launch, job_file, tmp_path):
-    job = job_file(**LINE, num_sample_answers=1)
-    done = subprocess.run([*LAUNCH, str(job)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    out = tmp_path / "out"
-    report: dict[str, Any] = json.loads((out / "report.json").read_text())
-    assert report["status"] == "done" and report["error"] is None
-    assert report["world_size"] == 2 and report["steps"] == 6 and report["restarts"] == 0
-    assert [step for step, _ in report["train_loss"]] == [1, 2, 3, 4, 5, 6]
-    assert report["eval_loss"][-1][0] == 6
-    assert report["samples"][0]["answer"] is not None
-    assert (out / "report.html").read_text().startswith("<!")
-    model = AutoModelForCausalLM.from_pretrained(report["model_dir"])
-    tokenizer = AutoTokenizer.from_pretrained(report["model_dir"])
-    assert model.config.vocab_size >= len(tokenizer)
-    assert str(out / "model") in done.stdout
-    again = launch(job, "learning_rate=0.5")
-    assert again.returncode == 2 and "learning_rate" in again.stderr
 
 
 def test_a_killed_driver_is_no_loss(launch, job_file, tmp_path):

@@ -1,4 +1,6 @@
-"""A real run with secrets in its environment: what it leaves, says, and shows through Ray."""
+"""A whole run as a user starts it, with secrets in its environment: what it leaves, says, and shows
+through Ray.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,12 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import psutil
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+STEPS = 40
 OWN = ("gcs_server", "raylet", "ray::Dashboard", "ray::RuntimeEnv")
 """Ray's processes that any machine could speak to where they listened for it."""
 
@@ -47,7 +52,26 @@ def shown_by_ray(output: str, home: Path) -> str:
     return text
 
 
-def test_secrets_of_the_environment_stay_there_and_ray_on_loopback(job_file, tmp_path):
+def require_complete(out: Path, said: str) -> dict[str, Any]:
+    """Hold a run of two workers to what it should leave; return its report."""
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    assert report["status"] == "done" and report["error"] is None
+    assert report["world_size"] == 2 and report["steps"] == STEPS and report["restarts"] == 0
+    assert [step for step, _ in report["train_loss"]] == list(range(1, STEPS + 1))
+    assert report["eval_loss"][-1][0] == STEPS
+    assert report["samples"][0]["answer"] is not None
+    assert (out / "report.html").read_text().startswith("<!")
+    model = AutoModelForCausalLM.from_pretrained(report["model_dir"])
+    tokenizer = AutoTokenizer.from_pretrained(report["model_dir"])
+    assert model.config.vocab_size >= len(tokenizer)
+    assert str(out / "model") in said
+    return report
+
+
+def test_a_job_becomes_a_model_and_a_report_and_secrets_stay_where_they_are(
+    launch, job_file, tmp_path
+):
+    """Ray listens on the loopback interface alone."""
     planted = {
         "HF_TOKEN": "hf_" + "Q7wE2rT9yU4iO6pA1sD3fG5hJ8kL0zXcVb",
         "AWS_ACCESS_KEY_ID": "AKIA" + "Q7WE2RT9YU4IO6PA",
@@ -55,7 +79,14 @@ def test_secrets_of_the_environment_stay_there_and_ray_on_loopback(job_file, tmp
         "WANDB_API_KEY": "0123456789abcdef" * 2 + "76543210",
     }
     job = job_file(
-        use_cpu=True, trust_remote_code=True, save_strategy="steps", save_steps=20, max_steps=40
+        use_cpu=True,
+        ray_num_workers=2,
+        val_size=8,
+        num_sample_answers=1,
+        trust_remote_code=True,
+        save_strategy="steps",
+        save_steps=20,
+        max_steps=STEPS,
     )
     session = tempfile.TemporaryDirectory(prefix="rt", dir="/tmp")  # sockets' paths must be short
     log = tmp_path / "output.txt"
@@ -87,6 +118,8 @@ def test_secrets_of_the_environment_stay_there_and_ray_on_loopback(job_file, tmp
     assert (home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
     assert {name for name, _ in sockets} >= {"gcs_server", "raylet"}
     assert {(name, ip) for name, ip in sockets if ip not in ("127.0.0.1", "::1")} == set()
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = require_complete(tmp_path / "out", said)
     assert any("trust_remote_code" in note for note in report["notes"])
     assert "trust_remote_code: true ran" in said
+    again = launch(job, "learning_rate=0.5")
+    assert again.returncode == 2 and "learning_rate" in again.stderr
