@@ -40,8 +40,9 @@ from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker import checkpoint, weights
 from raytrain_adv.worker.checkpoint import Found
 from raytrain_adv.worker.damage import wrong_bytes
-from raytrain_adv.worker.data import load_tokenizer
-from raytrain_adv.worker.model import build, nearest_folders, read_config
+from raytrain_adv.worker.data.tokenizer import load_tokenizer
+from raytrain_adv.worker.model import build, read_config
+from raytrain_adv.worker.model_files import nearest_folders
 from raytrain_adv.worker.storage import Storage
 
 CPU = torch.device("cpu")

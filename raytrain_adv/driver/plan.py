@@ -24,7 +24,8 @@ from raytrain_adv.transforms.apply import enabled, prepare_all, with_advice
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.arithmetic import Arithmetic, resolve_arithmetic
 from raytrain_adv.worker.attention import attention_name
-from raytrain_adv.worker.data import PreparedData, pad_to
+from raytrain_adv.worker.data.collate import pad_to
+from raytrain_adv.worker.data.prepare import PreparedData
 from raytrain_adv.worker.flops import training_flops_per_token
 from raytrain_adv.worker.memory import MemoryPrediction
 from raytrain_adv.worker.model import build, decoder_layers

@@ -31,7 +31,7 @@ from raytrain_adv.report.sweep_table import render
 from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker import metrics_file
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
-from raytrain_adv.worker.data import prepare
+from raytrain_adv.worker.data.prepare import prepare
 from raytrain_adv.worker.storage import Storage
 
 TRIALS = "trials"

@@ -14,7 +14,7 @@ from raytrain_adv.driver.advice import Case, Gpu, advise
 from raytrain_adv.driver.plan import RunPlan, render, render_brief, resolve, show
 from raytrain_adv.driver.plan_data import DataSummary, look_at, summarise
 from raytrain_adv.errors import JobError
-from raytrain_adv.worker.data import prepare
+from raytrain_adv.worker.data.prepare import prepare
 from raytrain_adv.worker.model import build
 from tests.tiny_models import job_for, write_checkpoint
 

@@ -11,7 +11,7 @@ from raytrain_adv import hardware
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.transforms.apply import plan_all, prepare_all, probe_all
 from raytrain_adv.transforms.fp8 import OWN, TORCHAO, Fp8
-from raytrain_adv.worker.data import collate, pad_to
+from raytrain_adv.worker.data.collate import collate, pad_to
 from raytrain_adv.worker.data.sequences import Sequence
 from raytrain_adv.worker.model import build
 from tests.tiny_models import job_for, write_checkpoint
