@@ -157,6 +157,8 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
     kept = len(sweep.trials) - len(todo)
     number = numbers.plural(len(sweep.trials), "trial")
     print(f"{number} that differ in {', '.join(sweep.keys)}, compared by {sweep.metric}")
+    for note in job.notes:
+        print(note)
     if kept:
         print(f"{kept} of them have ended before and are not run again")
     if not todo:
