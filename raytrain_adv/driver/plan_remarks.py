@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import ClusterError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.report.numbers import plural
+from raytrain_adv.transforms.apply import enabled
 
 
 def remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> tuple[str, ...]:
@@ -23,6 +25,7 @@ def remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> tuple[str,
         *job.notes,
         *_checkpoint(job),
         *_gpus(job, world_size, facts),
+        *_refusals(job, facts),
         f"no cluster was asked whether it can run this: {preflight} does",
     )
 
@@ -31,6 +34,14 @@ def _checkpoint(job: JobConfig) -> Iterator[str]:
     path = job.output.resume_from_checkpoint
     if isinstance(path, str) and "://" not in path and not Path(path).is_dir():
         yield f"resume_from_checkpoint: there is no folder {path} on this machine"
+
+
+def _refusals(job: JobConfig, facts: HardwareFacts) -> Iterator[str]:
+    for transform in enabled(job):
+        try:
+            transform.check(facts)
+        except ClusterError as error:
+            yield f"not on this machine: {error.what}"
 
 
 def _gpus(job: JobConfig, world_size: int, facts: HardwareFacts) -> Iterator[str]:

@@ -205,6 +205,13 @@ def test_the_plan_says_what_its_figures_do_not(
     assert "no cluster was asked whether it can run this: raytrain-adv preflight" in printed
 
 
+def test_a_plan_says_what_this_machine_would_refuse(make_job: Any) -> None:
+    job = make_job(fp8=True, fp8_min_features=0)
+    hopper = "not on this machine: FP8 requires Hopper architecture (compute capability 9.0 or "
+    assert any(one.startswith(hopper) for one in remarks(job, 1, hardware.detect("cpu")))
+    assert not any(one.startswith(hopper) for one in remarks(job, 1, H200))
+
+
 def test_a_plan_for_cpus_or_gpus_that_are_there_says_nothing_of_gpus(make_job: Any) -> None:
     assert len(remarks(make_job(use_cpu=True), 2, hardware.detect("cpu"))) == 1
     assert len(remarks(make_job(), 1, H200)) == 1

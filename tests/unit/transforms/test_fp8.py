@@ -54,6 +54,17 @@ def test_a_machine_without_fp8_is_refused_by_rule_and_name(facts, rule):
     assert refusal.value.fix
 
 
+def test_linears_too_small_are_no_reason_before_a_machine_without_fp8(tmp_path):
+    job = job_for(write_checkpoint("llama", tmp_path / "model", **WIDE), tmp_path, fp8=True)
+    with pytest.raises(JobError) as here:
+        plan_all(job, build(job), CPU)
+    assert here.value.what.startswith("FP8 requires Hopper architecture")
+    assert "no GPU" in here.value.found and "too small to gain" in here.value.found
+    assert here.value.fix.startswith("run on H100/H200 workers")
+    with pytest.raises(JobError, match=r"^fp8 was asked for and would change nothing"):
+        plan_all(job, build(job), H100)
+
+
 def test_hopper_and_newer_are_taken_and_a_cpu_only_on_request():
     Fp8(fp8=True).check(H100)
     Fp8(fp8=True).check(replace(H100, compute_capability=(10, 0)))
