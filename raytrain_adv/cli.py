@@ -23,6 +23,7 @@ from raytrain_adv.errors import (
     StorageError,
 )
 from raytrain_adv.quiet import quieten
+from raytrain_adv.worker.early import check_files
 
 USAGE = """usage: raytrain-adv COMMAND [...]
 
@@ -191,6 +192,7 @@ def _preflight(arguments: list[str]) -> int:
     if arguments:
         parsed = parse(arguments, "raytrain-adv preflight")
         job = load(parsed.path, parsed.overrides)
+        check_files(job)
     from raytrain_adv.driver.check import show
 
     show(job)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.config.arguments import parse
@@ -15,6 +16,7 @@ from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.secrets import hide_environment
 from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError
 from raytrain_adv.quiet import quieten
+from raytrain_adv.worker.early import check_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +56,18 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_DONE
 
 
+def _has_ended(job: JobConfig) -> bool:
+    """Whether the job is done: asked for again it shows its report, with or without its files."""
+    if job.output.resume_from_checkpoint is not True:
+        return False
+    from raytrain_adv.driver import output
+
+    return output.has_ended(Path(job.output.output_dir))
+
+
 def _run(job: JobConfig) -> None:
+    if not _has_ended(job):
+        check_files(job)
     if job.sweep is not None:
         from raytrain_adv.driver import sweep
 

@@ -27,8 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from raytrain_adv.config import load
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.transforms.apply import enabled
-from raytrain_adv.worker import data
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
+from raytrain_adv.worker.data.prepare import prepare
 from raytrain_adv.worker.finish import Exported
 from raytrain_adv.worker.loader import Batches
 from raytrain_adv.worker.loss import loss_function
@@ -52,7 +52,7 @@ def profiled(model: Any, job: JobConfig, run: Run) -> dict[str, float]:
     """Return the milliseconds of each GPU kernel in a forward and backward pass; on a CPU, of each
     operator.
     """
-    prepared = data.prepare(job, lambda *_: None, rebuild=False)
+    prepared = prepare(job, lambda *_: None, rebuild=False)
     arithmetic = resolve_arithmetic(job, len(prepared.train), run.world_size)
     batches = Batches(job, prepared.train, arithmetic, run.rank, 0)
     batch = batches.micro_batch(0, [run.rank])

@@ -124,7 +124,8 @@ def _check_sweep(document: Document, section: Entry) -> _Checked:
         for name, values, job in zip(sweep.names(every), every, jobs, strict=False)
     ]
     swept = Sweep(options, tuple(a.key for a in parts.axes), metric, tuple(trials))
-    notes = list(dict.fromkeys(note for one in checked for note in one.notes))
+    found_in = [[a.note for a in parts.axes if a.note], *(one.notes for one in checked)]
+    notes = list(dict.fromkeys(note for found in found_in for note in found))
     return _Checked(replace(jobs[0], sweep=swept), list(dict.fromkeys(problems)), notes)
 
 

@@ -60,6 +60,8 @@ def notes(job: JobConfig) -> Iterable[str]:
     if job.model.asked_for("model_revision") and Path(job.model.model_name_or_path).is_dir():
         revision = show(job.model.model_revision)
         yield f"model_revision: {revision} changes nothing: model_name_or_path is a folder"
+    for section in job.sections():
+        yield from section.without_effect(job)
     for _, own, key, care in _together(job, careful=True):
         yield f"{own} and {key} need care together: {care}"
 

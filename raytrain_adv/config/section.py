@@ -64,6 +64,12 @@ class Section(BaseModel):
         """
         return ()
 
+    def without_effect(self, job: JobConfig) -> Iterable[str]:
+        """Return a sentence for each key of these, which are in use, that other keys of the job
+        leave without effect.
+        """
+        return ()
+
     def check_length(self, total_steps: int) -> None:
         """Raise if the keys do not fit a run of so many optimizer steps.
 

@@ -119,6 +119,8 @@ class Axis:
     """Values that are each tried."""
     distribution: Distribution | None = None
     """Where values are drawn from, in the place of a list."""
+    note: str = ""
+    """What was made of the values that the user should know."""
 
     @property
     def first(self) -> Any:
@@ -158,12 +160,24 @@ def axis(key: str, value: Any, where: str) -> Axis:
         ValueError: saying what is wrong with them.
     """
     if isinstance(value, dict):
-        return Axis(key, where, distribution=_distribution(value))
+        distribution = _distribution(value)
+        kept, note = _one_start(key, distribution.of)
+        return Axis(key, where, distribution=Distribution(distribution.kind, kept), note=note)
     if not isinstance(value, list):
         raise ValueError(f"{show(value, key)} is one value; a sweep takes a list of values")
     if not value:
         raise ValueError("the list of values is empty")
-    return Axis(key, where, values=_with_baseline(key, _distinct(value)))
+    values, note = _one_start(key, _distinct(value))
+    return Axis(key, where, values=_with_baseline(key, values), note=note)
+
+
+def _one_start(key: str, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], str]:
+    """Keep one of the two values of the switch that begin with fake quantisation, and say so."""
+    from_the_start = [v for v in values if v is None or (type(v) is int and v == 0)]
+    if key != SWITCH or len(from_the_start) < 2:
+        return values, ""
+    kept = tuple(v for v in values if v is not None)
+    return kept, f"{SWITCH}: null and 0 are one trial: fake quantisation begins with either"
 
 
 def _with_baseline(key: str, values: tuple[Any, ...]) -> tuple[Any, ...]:

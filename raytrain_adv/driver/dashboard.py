@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
+from ray._private.authentication.authentication_token_setup import (
+    AUTH_MODE_ENV_VAR,
+    _enable_token_auth,
+)
+from ray._raylet import AuthenticationTokenLoader
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from raytrain_adv.errors import ClusterError
 
 DEFAULT = "http://127.0.0.1:8265"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 RUNS = "/api/train/v2/runs/v1"
 """Ray Train's runs (ray 2.60); its web pages have no tab for them."""
 
@@ -34,13 +41,14 @@ def connect(address: str | None) -> JobSubmissionClient:
     """
     url = named(address) or DEFAULT
     try:
-        return JobSubmissionClient(url)
+        return _client(url)
     except AuthenticationError as error:
         raise ClusterError(
             "The cluster asks for its token",
             f"{url}: {str(error).splitlines()[0]}",
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or have the token in ~/.ray/auth_token); "
-            "cluster/README.md says where it is",
+            "cluster/README.md says where it is; a Ray that a launch started on this machine has "
+            "it in ~/.ray/auth_token of the user who launched",
         ) from None
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(
@@ -49,6 +57,26 @@ def connect(address: str | None) -> JobSubmissionClient:
             "give the dashboard's address, as --address http://127.0.0.1:8265, and check that it "
             "is reached from here (kubectl port-forward, ray dashboard)",
         ) from None
+
+
+def _client(url: str) -> JobSubmissionClient:
+    """Return a client; one that shows this user's token, where this machine's Ray asks for it.
+
+    Ray asks for it by default where a launch has started it, and its own clients do not show it
+    unless RAY_AUTH_MODE says so (ray 2.60). To another machine nothing is sent unasked.
+    """
+    try:
+        return JobSubmissionClient(url)
+    except AuthenticationError:
+        is_here = urlsplit(url).hostname in LOOPBACK
+        if not is_here or AUTH_MODE_ENV_VAR in os.environ or not _has_token():
+            raise
+        _enable_token_auth()
+        return JobSubmissionClient(url)
+
+
+def _has_token() -> bool:
+    return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
 
 
 def train_runs(client: JobSubmissionClient) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ folder; one process, in host memory, without Ray.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import psutil
 import torch
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from raytrain_adv import hardware
 from raytrain_adv.config.discovery import transform_types
+from raytrain_adv.config.document import read_value
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.load import load_keys
 from raytrain_adv.config.problems import Problem, job_error
@@ -40,8 +43,9 @@ from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker import checkpoint, weights
 from raytrain_adv.worker.checkpoint import Found
 from raytrain_adv.worker.damage import wrong_bytes
-from raytrain_adv.worker.data import load_tokenizer
-from raytrain_adv.worker.model import build, nearest_folders, read_config
+from raytrain_adv.worker.data.tokenizer import load_tokenizer
+from raytrain_adv.worker.model import build, read_config
+from raytrain_adv.worker.model_files import nearest_folders
 from raytrain_adv.worker.storage import Storage
 
 CPU = torch.device("cpu")
@@ -133,7 +137,7 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
     }
     stored = read_config(load_keys(keys, str(source), _code(given))).dtype
     dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    if dtype != torch.bfloat16 and f"qat_activation_dtype={FLOAT8}" in given:
+    if dtype != torch.bfloat16 and _values(given).get("qat_activation_dtype") == FLOAT8:
         raise JobError(
             "float8 activations need a model in bfloat16: products of float8 rows come out in it",
             f"{source} is in {str(dtype).removeprefix('torch.')}",
@@ -160,6 +164,25 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
 def _code(given: list[str]) -> list[str]:
     """Return what of the keys is needed to read a model's config: whether its code may run."""
     return [item for item in given if item.startswith("trust_remote_code=")]
+
+
+def _values(given: list[str]) -> dict[str, Any]:
+    """Return what the keys are set to, read as YAML; what is none is refused with the job."""
+    values: dict[str, Any] = {}
+    for item in given:
+        key, _, text = item.partition("=")
+        with contextlib.suppress(ValueError):
+            values[key] = read_value(text)
+    return values
+
+
+def _turns_off_qat(given: list[str]) -> bool:
+    """Whether the keys say enable_qat: false, in whichever of its spellings."""
+    value = _values(given).get("enable_qat")
+    try:
+        return value is not None and not Qat.model_validate({"enable_qat": value}).enable_qat
+    except ValidationError:  # refused as the job is loaded
+        return False
 
 
 def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
@@ -268,7 +291,7 @@ def _job_of(folder: Path, stored: Mapping[str, Any], given: list[str]) -> JobCon
     """Return a run's job, without what only matters in training."""
     kept = {key for kind in KEPT for key in kind.model_fields}
     others = {key for kind in transform_types() for key in kind.model_fields} - kept
-    is_off = any(item.lower().replace(" ", "") == "enable_qat=false" for item in given)
+    is_off = _turns_off_qat(given)
     dropped = others | set(Qat.model_fields if is_off else ())
     keys = {key: value for key, value in stored.items() if key not in dropped}
     attention = str(keys.get("flash_attn", ""))

@@ -22,6 +22,7 @@ from raytrain_adv.worker.redact import redact
 from raytrain_adv.worker.storage import Storage, storage_errors
 
 RUN_FILE = "run.json"
+SWEEP_FILE = "sweep.json"
 LOCK = ".lock"
 RAYS_COPIES = "/runtime_resources/working_dir_files/"
 """Where Ray unpacks the working directory of a submitted job (ray 2.60)."""
@@ -134,6 +135,14 @@ def record_of(folder: Path) -> Record | None:
     if found is None or any(not isinstance(found.get(k), kind) for k, kind in kinds.items()):
         return None
     return found
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a run, or a sweep, has come to its end in this folder."""
+    if not folder.is_dir():
+        return False
+    records = (Storage.at(str(folder)).read_json(name) for name in (RUN_FILE, SWEEP_FILE))
+    return any(record is not None and record.get("status") == "done" for record in records)
 
 
 def open_output(job: JobConfig) -> Output:

@@ -16,6 +16,7 @@ from raytrain_adv.config.workers import accumulation, numbers
 from raytrain_adv.driver import sweep_plan
 from raytrain_adv.driver.advice import EXAMPLES, Advice, Case, Gpu, advise
 from raytrain_adv.driver.plan_data import DataSummary, look_at, summarise
+from raytrain_adv.driver.plan_remarks import remarks
 from raytrain_adv.driver.plan_text import WIDTH, render, render_brief, view
 from raytrain_adv.driver.scale_limits import Limit, Scale, Work
 from raytrain_adv.hardware import HardwareFacts
@@ -24,7 +25,8 @@ from raytrain_adv.transforms.apply import enabled, prepare_all, with_advice
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.arithmetic import Arithmetic, resolve_arithmetic
 from raytrain_adv.worker.attention import attention_name
-from raytrain_adv.worker.data import PreparedData, pad_to
+from raytrain_adv.worker.data.collate import pad_to
+from raytrain_adv.worker.data.prepare import PreparedData
 from raytrain_adv.worker.flops import training_flops_per_token
 from raytrain_adv.worker.memory import MemoryPrediction
 from raytrain_adv.worker.model import build, decoder_layers
@@ -86,6 +88,8 @@ class RunPlan:
     """What many workers move and store; none where it was not asked for."""
     limits: tuple[Limit, ...] = ()
     """What more workers run into, the first one first; with `scale`."""
+    remarks: tuple[str, ...] = ()
+    """Sentences on keys without effect, and on what was not looked at."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan's numbers as JSON types."""
@@ -222,6 +226,7 @@ def show(
         assumption=assumption,
         assumed=cluster if world_size > cluster.gpus_per_node or assumed else None,
     )
+    plan = replace(plan, remarks=remarks(job, world_size, facts))
     if console.is_terminal:
         console.print(view(plan, verbose), width=min(console.width, WIDTH))
     else:

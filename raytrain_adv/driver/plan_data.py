@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.worker.data import PreparedData, cache, prepare
+from raytrain_adv.worker.data import cache
 from raytrain_adv.worker.data.dataset_rows import TokenisedDatasets
 from raytrain_adv.worker.data.entries import Entry, resolve
+from raytrain_adv.worker.data.prepare import PreparedData, prepare
 from raytrain_adv.worker.data.sources import open_source
 from raytrain_adv.worker.data.tokenizer import load_tokenizer
 

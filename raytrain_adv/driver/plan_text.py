@@ -56,6 +56,8 @@ def view(plan: RunPlan, verbose: bool = False) -> Group:
     if plan.scale is not None:
         rows = scale_text.rows(plan.scale, plan.limits)
         parts += _section(scale_text.title(plan.scale), _pairs(rows))
+    if plan.remarks:
+        parts += _section("To know", *map(Text, plan.remarks))
     return Group(*parts)
 
 

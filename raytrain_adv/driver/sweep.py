@@ -31,11 +31,11 @@ from raytrain_adv.report.sweep_table import render
 from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker import metrics_file
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
-from raytrain_adv.worker.data import prepare
+from raytrain_adv.worker.data.prepare import prepare
 from raytrain_adv.worker.storage import Storage
 
 TRIALS = "trials"
-OURS = (TRIALS, "sweep.json", "sweep.html", "best_job.yaml")
+OURS = (TRIALS, output.SWEEP_FILE, "sweep.html", "best_job.yaml")
 DRIVER_SHARE = 0.001
 """Of its node's own resource, which a trial's driver holds so as to be where the sweep is; it
 reserves no CPU, so that trials cannot wait for each other's."""
@@ -119,7 +119,7 @@ def open_folder(job: JobConfig, folder: Path) -> None:
             "choose another output_dir",
         )
     there = [name for name in OURS if (folder / name).exists()]
-    if there and not resume:
+    if there and not resume and _has_begun(folder):
         raise JobError(
             "output_dir holds a sweep already",
             f"{folder}: {', '.join(there)}",
@@ -127,6 +127,15 @@ def open_folder(job: JobConfig, folder: Path) -> None:
             "overwrite_output_dir: true to start anew (its trials are deleted)",
         )
     _refuse_other_jobs(_swept(job).trials)
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a trial of the sweep that is there has left something. One whose Ray did not start
+    has not, and is not in the way.
+    """
+    found = Storage.at(str(folder)).read_json(output.SWEEP_FILE)
+    waits = found is not None and found.get("best_job") is None
+    return not waits or any((folder / TRIALS).glob("*/*"))
 
 
 def _clear(job: JobConfig, folder: Path) -> None:
@@ -157,6 +166,8 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
     kept = len(sweep.trials) - len(todo)
     number = numbers.plural(len(sweep.trials), "trial")
     print(f"{number} that differ in {', '.join(sweep.keys)}, compared by {sweep.metric}")
+    for note in job.notes:
+        print(note)
     if kept:
         print(f"{kept} of them have ended before and are not run again")
     if not todo:

@@ -47,7 +47,7 @@ from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import PreflightReport, RunReport
 from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker import trackers
-from raytrain_adv.worker.data import PreparedData, prepare
+from raytrain_adv.worker.data.prepare import PreparedData, prepare
 from raytrain_adv.worker.install import fetch
 
 

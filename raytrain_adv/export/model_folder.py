@@ -26,7 +26,8 @@ from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.worker.checkpoint_files import model_folder
 from raytrain_adv.worker.conversion import save_groups
 from raytrain_adv.worker.finish import Exported
-from raytrain_adv.worker.model import build, is_local, model_source, read_config
+from raytrain_adv.worker.model import build, read_config
+from raytrain_adv.worker.model_files import is_local, model_source
 from raytrain_adv.worker.weights import saved_tensors
 
 

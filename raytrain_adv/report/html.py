@@ -204,14 +204,20 @@ def _memory(report: RunReport) -> str:
     rows = [(part, size, f"{size:.2f} GiB") for part, size in sizes.items() if size]
     if not rows:
         return ""
+    on_cpu = (report.device or "").startswith("CPU")
     shown = [
-        ("predicted peak", report.predicted_memory_gib),
-        ("measured peak", report.peak_memory_gib),
+        ("predicted peak of tensors" if on_cpu else "predicted peak", report.predicted_memory_gib),
+        ("peak of the process" if on_cpu else "measured peak", report.peak_memory_gib),
     ]
     rows += [(label, size, f"{size:.2f} GiB") for label, size in shown if size is not None]
     peak = prediction.get("peak")
     note = "Each part at its own largest; not all are held at the same moment"
     note += f": the peak is in {peak}." if peak else "."
+    if on_cpu:
+        note += (
+            " The prediction is of the tensors alone; the process was measured with Python and "
+            "its libraries, so that the two are not to be compared."
+        )
     explained = prediction.get("explanations")
     why = ""
     if isinstance(explained, dict):

@@ -90,10 +90,25 @@ def prepare_all(
         try:
             plans[transform.name] = _prepare(transform, job, model, facts, plans)
         except JobError as error:
-            errors.append(error)
+            errors.append(_after_the_machines(error, transform, facts or _this_machine()))
     if errors:
         raise _together(errors)
     return plans
+
+
+def _after_the_machines(error: JobError, transform: Transform, machine: HardwareFacts) -> JobError:
+    """Return a plan's refusal behind that of the machine, where it refuses too: a run there would
+    end in that one.
+    """
+    try:
+        transform.check(machine)
+    except ClusterError as refusal:
+        return JobError(
+            f"{refusal.what}; and {error.what}",
+            f"{refusal.found}\n{error.found}",
+            f"{refusal.fix}\n{error.fix}",
+        )
+    return error
 
 
 def _together(errors: list[JobError]) -> JobError:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from raytrain_adv.config.problems import Problem
+from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.kernels import fetch, lock, source
 from raytrain_adv.kernels.fetch import Build, Place
@@ -79,6 +79,17 @@ class HubKernels(Transform):
     def serves(self, key: str, job: JobConfig) -> bool:
         """Lock file and trust hold for attention's kernel too."""
         return key in ("kernels_lock", "kernels_trust") and job.model.flash_attn.startswith("hub:")
+
+    def without_effect(self, job: JobConfig) -> Iterable[str]:
+        """Say it where publishers are trusted and every kernel comes from a folder."""
+        attention = job.model.flash_attn
+        is_folder = attention.startswith(("hub:/", "hub:.", "hub:~"))
+        of_attention = attention.startswith("hub:") and not is_folder
+        are_local = bool(self.wanted) and all(one.is_local for one in self.wanted)
+        of_modules = self.enabled and not are_local  # without kernel_name it is one of the Hub's
+        if self.asked_for("kernels_trust") and not of_attention and not of_modules:
+            trust = show(self.kernels_trust)
+            yield f"kernels_trust: {trust} changes nothing: no kernel of the Hub is asked for"
 
     @property
     def wanted(self) -> tuple[Wanted, ...]:

@@ -17,7 +17,7 @@ from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.kernels.probe import TOLERANCE
 from raytrain_adv.worker.attention import is_flash
-from raytrain_adv.worker.data import bounds
+from raytrain_adv.worker.data.collate import bounds
 
 SEGMENTS = ((100, 236), (17, 300, 19))
 """Tokens of the conversations in each sequence of the trial, more than the blocks that kernels cut

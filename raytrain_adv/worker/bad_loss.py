@@ -14,7 +14,7 @@ import torch
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import StorageError, TrainingError
-from raytrain_adv.worker.data import load_tokenizer
+from raytrain_adv.worker.data.tokenizer import load_tokenizer
 from raytrain_adv.worker.loader import Batches
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.storage import Storage

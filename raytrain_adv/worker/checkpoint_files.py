@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.shards import Region
-from raytrain_adv.worker.model import is_local, model_source, unreadable
+from raytrain_adv.worker.model import unreadable
+from raytrain_adv.worker.model_files import is_local, model_source
 
 INDEX = "model.safetensors.index.json"
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.worker.data import PreparedData
+from raytrain_adv.worker.data.prepare import PreparedData
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.sample import greedy_answer
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.worker.arithmetic import Arithmetic
-from raytrain_adv.worker.data import SequenceSet, bounds, collate, pad_to
+from raytrain_adv.worker.data.collate import bounds, collate, pad_to
 from raytrain_adv.worker.data.order import global_batch
+from raytrain_adv.worker.data.sequences import SequenceSet
 
 IGNORED = -100
 

@@ -18,9 +18,12 @@ from raytrain_adv.transforms.apply import (
     prepare_all,
     with_advice,
 )
-from raytrain_adv.worker import checkpoint, data, memory, parallel, weights
+from raytrain_adv.worker import checkpoint, memory, parallel, weights
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
 from raytrain_adv.worker.attention import is_flash
+from raytrain_adv.worker.data.collate import pad_to
+from raytrain_adv.worker.data.prepare import prepare
+from raytrain_adv.worker.data.tokenizer import load_tokenizer
 from raytrain_adv.worker.finish import ExportFunction, export, sample_answers
 from raytrain_adv.worker.install import attended, fetched, installed
 from raytrain_adv.worker.loader import Batches
@@ -46,8 +49,8 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     check_all(job, facts)
 
     with run.phase("open data"):
-        prepared = data.prepare(job, partial(run.say, event="data"), rebuild=False)
-        tokenizer = data.load_tokenizer(job)
+        prepared = prepare(job, partial(run.say, event="data"), rebuild=False)
+        tokenizer = load_tokenizer(job)
     arithmetic = resolve_arithmetic(job, len(prepared.train), run.world_size)
     for transform in enabled(job):
         transform.check_length(arithmetic.total_steps)
@@ -59,7 +62,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         model = build(job)
         attention = attended(job, run, model)
         plans = installed(job, run, model, prepare_all(job, model, facts))
-        longest = data.pad_to(job).length(int(prepared.train.lengths.max()))
+        longest = pad_to(job).length(int(prepared.train.lengths.max()))
         plans = with_advice(job, plans, longest * arithmetic.micro_batch)
         predicted = memory.predict(model, job, run.world_size, longest, arithmetic.micro_batch)
         mesh = parallel.build_mesh(job, run.device)

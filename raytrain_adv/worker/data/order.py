@@ -6,6 +6,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from raytrain_adv.errors import JobError
+
 
 def random_order(n: int, *entropy: int) -> NDArray[np.int64]:
     """Return a permutation of range(n) that depends on `entropy` alone.
@@ -16,6 +18,22 @@ def random_order(n: int, *entropy: int) -> NDArray[np.int64]:
     """
     raw = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(n)
     return np.argsort(np.asarray(raw), kind="stable")
+
+
+def num_held_out(n: int, val_size: float, rows: str) -> int:
+    """Return how many of `n` rows are held out, by the job's val_size; `rows` says what they are.
+
+    Raises:
+        JobError: when none would be, or none left to train on.
+    """
+    num_held = int(val_size) if val_size >= 1 else round(n * val_size)
+    if val_size and not 0 < num_held < n:
+        raise JobError(
+            "val_size leaves no rows to train on or none to evaluate",
+            f"val_size: {val_size:g} of {n} {rows}",
+            "choose a val_size between 1 row and all but one",
+        )
+    return num_held
 
 
 @lru_cache(maxsize=4)

@@ -13,7 +13,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.worker.data import cache
 from raytrain_adv.worker.data.dataset_rows import TokenisedDatasets
 from raytrain_adv.worker.data.entries import resolve
-from raytrain_adv.worker.data.order import random_order
+from raytrain_adv.worker.data.order import num_held_out, random_order
 from raytrain_adv.worker.data.packing import pack
 from raytrain_adv.worker.data.progress import Say
 from raytrain_adv.worker.data.sequences import SequenceSet, TokenRows
@@ -137,13 +137,7 @@ def _tokenised(
 
 def _split(n: int, val_size: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the rows to train on and the rows held out, each in file order."""
-    num_held = int(val_size) if val_size >= 1 else round(n * val_size)
-    if val_size and not 0 < num_held < n:
-        raise JobError(
-            "val_size leaves no rows to train on or none to evaluate",
-            f"val_size: {val_size:g} of {n} usable rows",
-            "choose a val_size between 1 row and all but one",
-        )
+    num_held = num_held_out(n, val_size, "usable rows")
     order = random_order(n, seed, _SPLIT)
     return np.sort(order[num_held:]), np.sort(order[:num_held])
 

@@ -48,7 +48,7 @@ def open_source(entry: Entry, cache_dir: str | None) -> Source:
     if entry.kind == "hub":
         return _open_hub(entry, cache_dir)
     files = data_files(Path(entry.target))
-    return Source(_hash_files(files), lambda: _read_files(files))
+    return Source(_hash_files(files), lambda: read_files(files))
 
 
 def data_files(path: Path) -> list[Path]:
@@ -114,7 +114,12 @@ def _hash_files(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _read_files(files: list[Path]) -> Iterator[Row]:
+def read_files(files: list[Path]) -> Iterator[Row]:
+    """Yield the rows of data files, one after the other.
+
+    Raises:
+        JobError: at the first row that is broken.
+    """
     sizes = [file.stat().st_size for file in files]
     before = 0
     for file, size in zip(files, sizes, strict=True):

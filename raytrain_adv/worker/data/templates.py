@@ -1,15 +1,18 @@
 """Chat templates by name, laid out as LLaMA-Factory lays out those of the same name."""
 
+from __future__ import annotations
+
 import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.errors import JobError
 from raytrain_adv.worker.data.formats import Conversation, Message, UnusableRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BOS, EOS, CONTENT = "{bos}", "{eos}", "{content}"
 
@@ -247,6 +250,24 @@ def find_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
+def unfit(template: Template) -> JobError:
+    """Return the error of a tokenizer that lacks the token by which a template ends answers."""
+    return JobError(
+        f"Template {template.name} does not fit this model's tokenizer",
+        f"the tokenizer has no token {template.end_of_turn}, so answers would not end",
+        "use the template of the model's family; alpaca and default need no special tokens",
+    )
+
+
+def no_template(model: str) -> JobError:
+    """Return the error of a job that names no template, for a tokenizer that has none either."""
+    return JobError(
+        "The tokenizer has no chat template, and the job names none",
+        f"model_name_or_path: {model}",
+        f"set template to one of {', '.join(TEMPLATES)}",
+    )
+
+
 def adopt(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
     """Make a tokenizer end answers as the template does, and carry the template into the model
     folder.
@@ -256,11 +277,7 @@ def adopt(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
     """
     if template.end_of_turn != EOS:
         if tokenizer.convert_tokens_to_ids(template.end_of_turn) in (None, tokenizer.unk_token_id):
-            raise JobError(
-                f"Template {template.name} does not fit this model's tokenizer",
-                f"the tokenizer has no token {template.end_of_turn}, so answers would not end",
-                "use the template of the model's family; alpaca and default need no special tokens",
-            )
+            raise unfit(template)
         tokenizer.eos_token = template.end_of_turn
     if tokenizer.eos_token is None:
         raise JobError(

@@ -8,8 +8,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
-from raytrain_adv.worker.data.templates import TEMPLATES, adopt, find_template
-from raytrain_adv.worker.model import read_config, refuse_pipes
+from raytrain_adv.worker.data.templates import adopt, find_template, no_template
+from raytrain_adv.worker.model import read_config
+from raytrain_adv.worker.model_files import refuse_pipes
 
 
 def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
@@ -23,11 +24,7 @@ def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
     if job.data.template is not None:
         adopt(tokenizer, find_template(job.data.template))
     elif tokenizer.chat_template is None:
-        raise JobError(
-            "The tokenizer has no chat template, and the job names none",
-            f"model_name_or_path: {job.model.model_name_or_path}",
-            f"set template to one of {', '.join(TEMPLATES)}",
-        )
+        raise no_template(job.model.model_name_or_path)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise JobError(

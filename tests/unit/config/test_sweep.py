@@ -229,6 +229,19 @@ def test_a_delay_beyond_the_last_step_is_refused_with_its_value(
     job_of(tmp_path, text.replace("8]", "7]"))
 
 
+@pytest.mark.parametrize("values", ["[null, 0, 5]", "[0, 5, null]", "{choice: [0, null, 5]}"])
+def test_two_words_for_fake_quantisation_from_the_start_are_one_trial(
+    tmp_path: Path, values: str
+) -> None:
+    text = f"enable_qat: true\nsweep:\n  num_samples: 40\n  fake_quant_after_n_steps: {values}\n"
+    text = text if "choice" in values else text.replace("  num_samples: 40\n", "")
+    job = job_of(tmp_path, text)
+    found = [values["fake_quant_after_n_steps"] for values in values_of(tmp_path, text)]
+    assert sorted(map(str, found)) == ["0", "5", "never"]
+    assert any("null and 0 are one trial" in note for note in job.notes)
+    assert not job_of(tmp_path, text.replace("null", "7")).notes
+
+
 def test_options_of_a_sweep_are_named_as_no_key_of_a_job() -> None:
     keys = {key for kind in section_types() for key in kind.model_fields}
     assert not (keys | set(RENAMED)) & set(SweepOptions.model_fields)

@@ -13,8 +13,9 @@ from raytrain_adv.driver import plan_data
 from raytrain_adv.driver.advice import Case, Gpu, advise
 from raytrain_adv.driver.plan import RunPlan, render, render_brief, resolve, show
 from raytrain_adv.driver.plan_data import DataSummary, look_at, summarise
+from raytrain_adv.driver.plan_remarks import remarks
 from raytrain_adv.errors import JobError
-from raytrain_adv.worker.data import prepare
+from raytrain_adv.worker.data.prepare import prepare
 from raytrain_adv.worker.model import build
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -190,6 +191,31 @@ def test_show_plans_for_the_workers_asked_for(
 ) -> None:
     show(make_job(), num_workers=4)
     assert "x 4 workers = 8 sequences" in words(capsys.readouterr().out)
+
+
+def test_the_plan_says_what_its_figures_do_not(
+    make_job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"bf16": True, "pure_bf16": True}
+    show(make_job(resume_from_checkpoint=str(tmp_path / "gone"), **keys))
+    printed = words(capsys.readouterr().out)
+    assert "bf16: true changes nothing: pure_bf16: true wins" in printed
+    assert f"there is no folder {tmp_path / 'gone'}" in printed.replace("- ", "-")
+    assert "this machine has no GPU, and the plan is for GPUs" in printed
+    assert "no cluster was asked whether it can run this: raytrain-adv preflight" in printed
+
+
+def test_a_plan_says_what_this_machine_would_refuse(make_job: Any) -> None:
+    job = make_job(fp8=True, fp8_min_features=0)
+    hopper = "not on this machine: FP8 requires Hopper architecture (compute capability 9.0 or "
+    assert any(one.startswith(hopper) for one in remarks(job, 1, hardware.detect("cpu")))
+    assert not any(one.startswith(hopper) for one in remarks(job, 1, H200))
+
+
+def test_a_plan_for_cpus_or_gpus_that_are_there_says_nothing_of_gpus(make_job: Any) -> None:
+    assert len(remarks(make_job(use_cpu=True), 2, hardware.detect("cpu"))) == 1
+    assert len(remarks(make_job(), 1, H200)) == 1
+    assert "this machine has 1 GPU for 8 workers" in remarks(make_job(), 8, H200)
 
 
 def test_missing_data_is_refused_as_in_a_run(make_job: Any, tmp_path: Path) -> None:

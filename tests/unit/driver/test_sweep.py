@@ -21,7 +21,7 @@ from raytrain_adv.driver.stopping import StoppedBySweep, StopWhenTold, take_back
 from raytrain_adv.driver.sweep_plan import render as render_plan
 from raytrain_adv.driver.sweep_results import Results
 from raytrain_adv.driver.sweep_room import trials_at_once
-from raytrain_adv.errors import JobError
+from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.report import record, sweep_record
 from raytrain_adv.report.record import Failure, RunReport
 
@@ -297,6 +297,20 @@ def test_a_folder_with_a_sweep_is_refused_unless_the_job_says_what_becomes_of_it
     assert (folder / "trials" / "learning_rate=0.001").exists()
     sweep.open_folder(swept(overwrite_output_dir=True), folder)
     assert not (folder / "trials").exists()
+
+
+def test_a_sweep_in_which_no_trial_began_is_not_in_the_way(
+    swept: Callable[..., JobConfig], tmp_path: Path
+) -> None:
+    job, folder = swept(), tmp_path / "out"
+    folder.mkdir()
+    results_of(job).fail(ClusterError("Ray cannot be started here"))
+    assert {path.name for path in folder.iterdir()} == {"sweep.json", "sweep.html"}
+    sweep.open_folder(job, folder)
+    sweep.open_folder(swept({"learning_rate": [1e-4, 1e-3]}), folder)
+    leave(job, 1, None, status="failed")
+    with pytest.raises(JobError, match="output_dir holds a sweep already"):
+        sweep.open_folder(job, folder)
 
 
 def test_a_sweep_with_other_fixed_keys_is_not_gone_on_with(

@@ -320,6 +320,17 @@ def test_a_sharded_run_exports_what_it_trained_and_so_does_the_command_from_its_
         assert ours.keys() == runs.keys() and all(torch.equal(ours[k], runs[k]) for k in ours)
 
 
+@pytest.mark.parametrize("word", ["false", "no", "No", "off", "OFF", "'false'"])
+def test_qat_is_left_out_of_an_export_in_any_spelling_of_no(
+    job_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    keys = {"enable_qat": True, "qat_weight_dtype": "int4", "qat_group_size": 8}
+    (tmp_path / "out").mkdir()
+    note(job_file(**keys))
+    assert main(["export", str(tmp_path / "out"), f"enable_qat={word}"]) == 2
+    assert "the run has no complete checkpoint" in capsys.readouterr().err
+
+
 def test_any_model_folder_is_quantised_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,6 +143,16 @@ def test_a_failed_run_shows_the_error_with_found_and_fix_before_the_figures():
     assert places == sorted(places)
 
 
+def test_memory_on_a_cpu_is_not_held_to_a_prediction_of_other_things():
+    sizes = {"predicted_memory": {"parameters": 1.0}, "predicted_memory_gib": 1.5}
+    report = RunReport(status="done", peak_memory_gib=3.0, **sizes)
+    on_cpu = Elements(render(report.model_copy(update={"device": "CPU (x86)"}), [])).text
+    assert "predicted peak of tensors" in on_cpu and "peak of the process" in on_cpu
+    assert "not to be compared" in on_cpu and "measured peak" not in on_cpu
+    on_gpu = Elements(render(report.model_copy(update={"device": "NVIDIA H100"}), [])).text
+    assert "measured peak" in on_gpu and "not to be compared" not in on_gpu
+
+
 def test_unusable_rows_are_shown_with_file_and_line():
     assert "data.jsonl:17" in Elements(render(evil_report(), [])).text
 

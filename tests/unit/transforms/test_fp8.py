@@ -11,7 +11,7 @@ from raytrain_adv import hardware
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.transforms.apply import plan_all, prepare_all, probe_all
 from raytrain_adv.transforms.fp8 import OWN, TORCHAO, Fp8
-from raytrain_adv.worker.data import collate, pad_to
+from raytrain_adv.worker.data.collate import collate, pad_to
 from raytrain_adv.worker.data.sequences import Sequence
 from raytrain_adv.worker.model import build
 from tests.tiny_models import job_for, write_checkpoint
@@ -52,6 +52,17 @@ def test_a_machine_without_fp8_is_refused_by_rule_and_name(facts, rule):
     assert rule in refusal.value.what
     assert facts.node_ip in refusal.value.found
     assert refusal.value.fix
+
+
+def test_linears_too_small_are_no_reason_before_a_machine_without_fp8(tmp_path):
+    job = job_for(write_checkpoint("llama", tmp_path / "model", **WIDE), tmp_path, fp8=True)
+    with pytest.raises(JobError) as here:
+        plan_all(job, build(job), CPU)
+    assert here.value.what.startswith("FP8 requires Hopper architecture")
+    assert "no GPU" in here.value.found and "too small to gain" in here.value.found
+    assert here.value.fix.startswith("run on H100/H200 workers")
+    with pytest.raises(JobError, match=r"^fp8 was asked for and would change nothing"):
+        plan_all(job, build(job), H100)
 
 
 def test_hopper_and_newer_are_taken_and_a_cpu_only_on_request():

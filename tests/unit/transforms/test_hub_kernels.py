@@ -172,6 +172,26 @@ def test_a_machine_without_the_kernels_package_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("keys", "changes_nothing"),
+    [
+        ({"flash_attn": "hub:/folder"}, True),
+        ({"flash_attn": "hub:./folder", "use_kernels": True, "kernel_name": "/folder"}, True),
+        ({"use_kernels": True, "kernel_name": [{"path": "/folder"}, "/other"]}, True),
+        ({"flash_attn": "hub:me/attention"}, False),
+        ({"use_kernels": True}, False),
+        ({"use_kernels": True, "kernel_name": ["/folder", "me/norm"]}, False),
+        ({"flash_attn": "hub:/folder", "use_kernels": True}, False),
+    ],
+)
+def test_trust_without_a_kernel_of_the_hub_is_said_to_change_nothing(
+    checkpoints, tmp_path, keys, changes_nothing
+):
+    notes = job_for(checkpoints("llama"), tmp_path, kernels_trust=["me"], **keys).notes
+    said = "kernels_trust: ['me'] changes nothing: no kernel of the Hub is asked for"
+    assert (said in notes) == changes_nothing
+
+
+@pytest.mark.parametrize(
     ("keys", "says"),
     [
         ({"kernel_name": "kernels-community/activation"}, "turned off"),

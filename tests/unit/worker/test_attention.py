@@ -14,7 +14,7 @@ from raytrain_adv.kernels import lock as locks
 from raytrain_adv.transforms.hub_kernels import own_lock
 from raytrain_adv.worker import attention
 from raytrain_adv.worker.attention import HUB_ATTENTION, is_flash
-from raytrain_adv.worker.data import bounds
+from raytrain_adv.worker.data.collate import bounds
 from raytrain_adv.worker.install import fetch
 from raytrain_adv.worker.model import build
 from tests.tiny_models import job_for, write_checkpoint

@@ -9,7 +9,7 @@ from raytrain_adv.config.rules import contradictions
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
 from raytrain_adv.worker.bad_loss import IN_A_ROW, MOST_KEPT, LossGuard
-from raytrain_adv.worker.data import prepare
+from raytrain_adv.worker.data.prepare import prepare
 from raytrain_adv.worker.loader import Batches
 from raytrain_adv.worker.run import local_run
 

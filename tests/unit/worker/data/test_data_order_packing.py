@@ -7,15 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raytrain_adv.worker.data import (
-    PadTo,
-    Sequence,
-    collate,
-    epoch_permutation,
-    global_batch,
-    pad_to,
-)
+from raytrain_adv.worker.data.collate import PadTo, collate, pad_to
+from raytrain_adv.worker.data.order import epoch_permutation, global_batch
 from raytrain_adv.worker.data.packing import pack
+from raytrain_adv.worker.data.sequences import Sequence
 
 
 def test_permutation_is_the_same_on_every_machine_and_release():

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from raytrain_adv.errors import JobError, StorageError
-from raytrain_adv.worker.data import IGNORE, dataset_rows, load_tokenizer, prepare, tokenise
+from raytrain_adv.worker.data import dataset_rows, tokenise
+from raytrain_adv.worker.data.prepare import prepare
+from raytrain_adv.worker.data.sequences import IGNORE
+from raytrain_adv.worker.data.tokenizer import load_tokenizer
 from tests.unit.worker.data.sample_rows import pairs
 
 CHAT = {
@@ -417,7 +420,8 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sections import *
-from raytrain_adv.worker.data import dataset_rows, prepare
+from raytrain_adv.worker.data import dataset_rows
+from raytrain_adv.worker.data.prepare import prepare
 original = dataset_rows.TokenisedDatasets.build
 def build(self, writer):
     with open({str(log)!r}, "a") as opened:

@@ -3,10 +3,10 @@
 import pytest
 
 from raytrain_adv.errors import JobError
-from raytrain_adv.worker.data import load_tokenizer
 from raytrain_adv.worker.data.formats import Conversation, UnusableRow
 from raytrain_adv.worker.data.render import renderer
 from raytrain_adv.worker.data.templates import TEMPLATES, find_template
+from raytrain_adv.worker.data.tokenizer import load_tokenizer
 
 CHAT = [
     {"role": "system", "content": "S"},
