@@ -11,7 +11,7 @@ from ray._private.authentication.authentication_token_setup import (
     AUTH_MODE_ENV_VAR,
     _enable_token_auth,
 )
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] # compiled
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 

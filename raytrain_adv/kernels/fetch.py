@@ -71,7 +71,7 @@ def fetch(
     another use that it has stay in it.
 
     Raises:
-        JobError: when one cannot be found, is not what was locked, or has the id of another.
+        JobError: when one cannot be found, or is not what was locked.
         StorageError: when the files cannot be written.
     """
     before = locks.read(file).kernels if file.is_file() else ()
@@ -85,28 +85,9 @@ def fetch(
         kernels.append(build.locked.model_copy(update={"folder": relative, "use": use}))
         if kernels[-1] not in before:
             say(f"kernel {build.name}: {len(build.locked.files)} files of {build.locked.variant}")
-    _refuse_namesakes(kernels, file.parent)
     kernels.sort(key=lambda one: one.use, reverse=True)
     if tuple(kernels) != before:
         locks.write(kernels, file)
-
-
-def _refuse_namesakes(kernels: Sequence[Locked], beside: Path) -> None:
-    """Refuse two kernels that Python imports under one name: one would compute with the other's
-    modules.
-    """
-    named: dict[str, Locked] = {}
-    for one in kernels:
-        if one.folder is None or not (beside / one.folder).is_dir():
-            continue
-        name = metadata.check(beside / one.folder)
-        other = named.setdefault(name, one)
-        if other.files != one.files:
-            raise JobError(
-                f"the kernels {other.asked} and {one.asked} cannot be loaded beside each other",
-                f"both are imported as {name}, the id in their {metadata.FILE_NAME}",
-                f"give one of them another id in its {metadata.FILE_NAME}, or leave it out",
-            )
 
 
 def bring(wanted: Wanted, locked: Locked, file: Path) -> None:

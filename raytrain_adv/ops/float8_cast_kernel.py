@@ -204,8 +204,10 @@ def wrong_tiles(source_dtype: torch.dtype, device: torch.device) -> list[str]:
                 launch(source, scale, plain, found[0])
                 launch(source, scale, None, found[1])
                 launch_transpose(plain, found[2])
-            turned = (x.view(torch.uint8).t() for x in found)
-            if not all(torch.equal(x, expected) for x in (plain.view(torch.uint8), *turned)):
+            alone = torch.empty_like(plain)
+            launch_plain(source, scale, alone)
+            every = [plain, alone, *(x.t() for x in found)]
+            if not all(torch.equal(x.view(torch.uint8), expected) for x in every):
                 wrong.append(f"{str(dtype).removeprefix('torch.')}, tile {tile}")
     return wrong
 

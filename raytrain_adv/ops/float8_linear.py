@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from raytrain_adv.ops.float8_cast import (
 )
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+PROBED_ROWS = 256
 
 
 @torch._dynamo.allow_in_graph
@@ -121,3 +123,47 @@ class Float8Linear(TorchaoFloat8Linear):  # type: ignore[misc] # torchao ships n
         """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
         trains_weight = torch.is_grad_enabled() and self.weight.requires_grad
         return linear(input, self.weight, self.bias, trains_weight)
+
+
+def distance(
+    linear: Any, config: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Return how far a float8 linear's product, and its gradients, are from those without float8,
+    relative in norm, on random numbers; what is not finite is infinitely far.
+
+    Args:
+        linear: of a class that computes in float8; it may be on the meta device, and is left as it
+            is. One that rounds its factors too is held to the one that only rounds.
+        config: torchao's, for the classes that take one.
+        device: where to compute.
+        dtype: of input and weight.
+    """
+    from raytrain_adv.ops.fake_quantized import FakeQuantizedLinear
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    sizes = (linear.in_features, linear.out_features)
+    plain = torch.nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
+    plain.weight.data.copy_(numbers(*plain.weight.shape))
+    pair: list[Any]
+    if isinstance(linear, FakeQuantizedLinear):
+        scheme = (linear.weight_dtype, linear.group_size, linear.activation_dtype)
+        pair = [kind.of(plain, *scheme) for kind in (FakeQuantizedLinear, type(linear))]
+    else:
+        pair = [plain, type(linear).from_float(plain, config)]
+    x, pull = numbers(PROBED_ROWS, sizes[0]), 1e-4 * numbers(PROBED_ROWS, sizes[1])
+    results = []
+    for one in pair:
+        inputs = (x.clone().requires_grad_(), one.weight)
+        with torch.enable_grad():
+            value = one.train()(inputs[0])
+            results.append([value.detach(), *torch.autograd.grad(value, inputs, pull)])
+    off = [
+        float((ours.float() - exact.float()).norm() / exact.float().norm())
+        for exact, ours in zip(*results, strict=True)
+    ]
+    off = [error if math.isfinite(error) else math.inf for error in off]
+    return off[0], max(off[1:])

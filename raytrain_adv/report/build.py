@@ -89,10 +89,11 @@ def finished(
         **_losses(folder),
     }
     same = (
-        "world_size device attention versions steps total_steps epochs step_seconds "
-        "tokens_per_second_per_worker peak_memory_gib data_wait_seconds predicted_memory_gib "
-        "predicted_memory mfu_bf16 restarts skipped_steps resumed_from_step data batch model_dir "
-        "model_gib quantized_dir quantized_gib quantized_logit_difference quantized_comparison"
+        "world_size device attention attention_trial versions steps total_steps epochs "
+        "step_seconds tokens_per_second_per_worker peak_memory_gib data_wait_seconds "
+        "predicted_memory_gib predicted_memory mfu_bf16 restarts skipped_steps resumed_from_step "
+        "data batch model_dir model_gib quantized_dir quantized_gib quantized_logit_difference "
+        "quantized_comparison"
     )
     update |= {name: figures[name] for name in same.split()}
     return RunReport(**{**report.model_dump(), **update})

@@ -273,6 +273,8 @@ def _run(report: RunReport, rows: Sequence[Mapping[str, Any]]) -> str:
         if row["kind"] == "event"
     ]
     sentences = [f"Attention: {report.attention}."] if report.attention else []
+    if report.attention_trial:
+        sentences[-1] = f"Attention: {report.attention}; {report.attention_trial}."
     sentences += report.notes
     notes = "".join(f'<p class="note">{text(note)}</p>' for note in sentences)
     said = folded(numbers.plural(len(events), "event"), table((), events)) if events else ""

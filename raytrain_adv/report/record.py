@@ -93,6 +93,9 @@ class RunReport(Record):
     """What a worker computes on, as NVIDIA H200 or CPU."""
     attention: str | None = None
     """What computed attention, in transformers' words: sdpa, eager, flash_attention_2, ..."""
+    attention_trial: str | None = None
+    """How near flash attention came to the definition before training; null where attention is
+    PyTorch's own."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Version of Python and of each package that takes part, on the workers."""
     steps: int = 0

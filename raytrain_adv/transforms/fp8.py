@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeGuard
@@ -46,7 +45,6 @@ ENOUGH_TOKENS = 8192
 OFF_BY = 0.1
 """Largest error of a product and of its gradients, relative in norm, that is FP8's rounding: 3.7 %
 of a product of normally distributed factors in e4m3, 6 % where the gradient is in e5m2."""
-PROBED_ROWS = 256
 
 
 class Fp8(Transform):
@@ -227,24 +225,36 @@ class Fp8(Transform):
     def probe(
         self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype
     ) -> tuple[str, ...]:
-        """Hold FP8's product and its gradients, in each size there is, to those without FP8; on a
-        GPU also the casts, bit for bit, in every form they may take there.
+        """Hold the product and gradients of each kind of linear, in each size there is, to those
+        without FP8; on a GPU also the casts, bit for bit, in every form they may take there.
 
         Raises:
             TrainingError: where they are further off than FP8 rounds.
         """
         import torch
 
-        if device.type == "cuda" and self.is_tensorwise:
-            from raytrain_adv.ops.float8_cast_kernel import wrong_tiles
+        from raytrain_adv.ops.float8_linear import distance
 
-            _refuse_wrong(wrong_tiles(dtype, device), dtype)
-        linears: list[Any] = [model.get_submodule(fqn) for fqn in plan.changes]
-        sizes = sorted({(linear.in_features, linear.out_features) for linear in linears})
-        errors = [self._errors(size, device, dtype) for size in sizes]
+        kinds: dict[object, Any] = {}
+        for fqn in plan.changes:
+            linear: Any = model.get_submodule(fqn)
+            kinds.setdefault(_kind_of(linear), linear)
+        try:
+            if device.type == "cuda" and self.is_tensorwise:
+                from raytrain_adv.ops.float8_cast_kernel import wrong_tiles
+
+                for source in {dtype, torch.float32}:  # and master weights, before they are sent
+                    _refuse_wrong(wrong_tiles(source, device), source)
+            errors = [distance(linear, self._config(), device, dtype) for linear in kinds.values()]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ImportError, OSError) as error:
+            first = next(iter(str(error).strip().splitlines()), "")
+            _refuse_wrong([f"{type(error).__name__}: {first}"], dtype)
         wrong = [
-            f"{i} x {o}: values off by {value:.2g}, gradients by {gradient:.2g}"
-            for (i, o), (value, gradient) in zip(sizes, errors, strict=True)
+            f"{linear.in_features} x {linear.out_features}: values off by {value:.2g}, gradients "
+            f"by {gradient:.2g}"
+            for linear, (value, gradient) in zip(kinds.values(), errors, strict=True)
             if not max(value, gradient) < OFF_BY
         ]
         _refuse_wrong(wrong, dtype)
@@ -252,37 +262,10 @@ class Fp8(Transform):
             torch.cuda.empty_cache()
         precision = str(dtype).removeprefix("torch.")
         return (
-            f"tried out on {device.type} in {precision}, {len(sizes)} sizes: products off by "
+            f"tried out on {device.type} in {precision}, {len(kinds)} sizes: products off by "
             f"{max(e[0] for e in errors):.1e}, gradients by {max(e[1] for e in errors):.1e}, which "
             f"is FP8's rounding",
         )
-
-    def _errors(
-        self, size: tuple[int, int], device: torch.device, dtype: torch.dtype
-    ) -> tuple[float, float]:
-        """Return how far a linear's product and its gradients are off; not finite is infinite."""
-        import torch
-
-        generator = torch.Generator(device).manual_seed(0)
-
-        def numbers(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
-
-        plain = torch.nn.Linear(*size, bias=False, device=device, dtype=dtype)
-        plain.weight.data.copy_(numbers(*plain.weight.shape))
-        x, pull = numbers(PROBED_ROWS, size[0]), 1e-4 * numbers(PROBED_ROWS, size[1])
-        results = []
-        for linear in (plain, self._kind().from_float(plain, self._config())):
-            inputs = (x.clone().requires_grad_(), linear.weight)
-            with torch.enable_grad():
-                value = linear(inputs[0])
-                results.append([value.detach(), *torch.autograd.grad(value, inputs, pull)])
-        off = [
-            float((ours.float() - exact.float()).norm() / exact.float().norm())
-            for exact, ours in zip(*results, strict=True)
-        ]
-        off = [error if math.isfinite(error) else math.inf for error in off]
-        return off[0], max(off[1:])
 
     def _kind(self) -> Any:
         if not self.is_tensorwise:
@@ -325,6 +308,14 @@ class Fp8(Transform):
             from raytrain_adv.ops.float8_weight import update_scales
 
             update_scales(model)
+
+
+def _kind_of(linear: Any) -> object:
+    """Return what tells linears apart that compute differently: class, sizes, how they round."""
+    rounding = [
+        vars(linear).get(name) for name in ("weight_dtype", "group_size", "activation_dtype")
+    ]
+    return type(linear), linear.in_features, linear.out_features, *rounding
 
 
 def _refuse_wrong(found: list[str], dtype: torch.dtype) -> None:

@@ -304,6 +304,8 @@ class HubAttention:
             options["window_size"] = (sliding_window - 1, 0)
         if softcap is not None:
             options["softcap"] = softcap
+        features = value.shape[-1]  # fewer than the queries' in multi-head latent attention
+        value = torch.nn.functional.pad(value, (0, query.shape[-1] - features))
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if cu_seq_lens_q is None:
             output = kernel.flash_attn_func(q, k, v, **options)
@@ -313,7 +315,8 @@ class HubAttention:
             flat = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
             output = kernel.flash_attn_varlen_func(*flat, **bounds, **lengths, **options)
         whole: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return whole.reshape(q.shape[0], q.shape[1], *whole.shape[-2:]), None
+        whole = whole.reshape(q.shape[0], q.shape[1], *whole.shape[-2:])
+        return whole[..., :features], None
 
 
 def _version_of(repo: str) -> int:

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.kernels.probe import TOLERANCE
-from raytrain_adv.worker.attention import is_flash
+from raytrain_adv.worker.attention import HUB, is_flash
 from raytrain_adv.worker.data.collate import bounds
 
-SEGMENTS = ((100, 236), (17, 300, 19))
+SEGMENTS = ((100, 500), (17, 500, 83))
 """Tokens of the conversations in each sequence of the trial, more than the blocks that kernels cut
 them into."""
 WINDOW = 24
@@ -39,20 +39,34 @@ class Form:
     has_window: bool
     softcap: float | None
     """Largest magnitude of a score; none is not bounded."""
+    value_features: int
+    """Of each head of values."""
+    dropout: float
+    """Share of the weights that is dropped in training."""
 
     def __str__(self) -> str:
         window = ", a sliding window" if self.has_window else ""
         softcap = f", scores capped at {self.softcap:g}" if self.softcap is not None else ""
         return f"{self.heads} heads of {self.features}, {self.key_heads} of keys{window}{softcap}"
 
+    @property
+    def remedy(self) -> str:
+        """What computes it in any case."""
+        return f"flash_attn: {'sdpa' if self.softcap is None else 'disabled'}"
 
-def forms(model: PreTrainedModel) -> dict[Form, str]:
-    """Return the forms that a model's layers ask for, each with a module that does."""
+
+def forms(model: PreTrainedModel) -> tuple[dict[Form, str], list[str]]:
+    """Return the forms that a model's layers ask for, each with a module that does, and the classes
+    of attention whose form is not known.
+    """
     found: dict[Form, str] = {}
+    unknown: set[str] = set()
     for fqn, module in model.named_modules():
         own: dict[str, Any] = vars(module)
         features = own.get("qk_head_dim", own.get("head_dim"))
         if features is None or not {"config", "scaling"} <= own.keys():
+            if _is_innermost_attention(module):
+                unknown.add(type(module).__name__)
             continue
         config = own["config"]
         heads = int(config.num_attention_heads)
@@ -64,9 +78,16 @@ def forms(model: PreTrainedModel) -> dict[Form, str]:
             float(own["scaling"]),
             window is not None,
             own.get("attn_logit_softcapping"),
+            int(own.get("v_head_dim", features)),
+            float(own.get("attention_dropout", 0.0)),
         )
         found.setdefault(form, fqn)
-    return found
+    return found, sorted(unknown)
+
+
+def _is_innermost_attention(module: torch.nn.Module) -> bool:
+    named = [part for part in module.modules() if "attention" in type(part).__name__.lower()]
+    return named == [module]
 
 
 def try_attention(
@@ -86,16 +107,25 @@ def try_attention(
     """
     if not is_flash(model):
         return ""
-    every = forms(model)
+    every, unknown = forms(model)
+    if (unknown or not every) and job.model.flash_attn.startswith(HUB):
+        raise JobError(
+            f"flash_attn: {job.model.flash_attn} cannot be tried out in this model",
+            f"what {', '.join(unknown) or type(model).__name__} asks of attention is not known, "
+            "and a kernel that leaves some of it out would train all the same",
+            "set flash_attn: sdpa",
+        )
+    left = f"; not tried out in {', '.join(unknown)}, whose form is not known" if unknown else ""
     if not every:
-        return "not tried out: no layer is of a form that is known"
+        return left.removeprefix("; ") or "not tried out: no layer is of a form that is known"
     errors = [_tried(job, model, form, fqn, device, dtype) for form, fqn in every.items()]
     if device.type == "cuda":
         torch.cuda.empty_cache()
     values, gradients = max(e[0] for e in errors), max(max(e[1:]) for e in errors)
     return (
-        f"tried out on {device.type} in {_plain(dtype)}, {len(every)} forms: values off by "
-        f"{values:.1e}, gradients by {gradients:.1e}"
+        f"tried out on {device.type} in {_plain(dtype)}, {len(every)} "
+        f"{'form' if len(every) == 1 else 'forms'}: values off by {values:.1e}, gradients by "
+        f"{gradients:.1e}{left}"
     )
 
 
@@ -117,29 +147,41 @@ def _tried(
     worst = [0.0] * len(NAMES)
     for packed in (False, True):
         inputs = _inputs(form, device, dtype)
-        pull = _numbers(1, _shape(form, form.heads), device, dtype).transpose(1, 2)
+        shape = (*_shape(form, form.heads)[:-1], form.value_features)
+        pull = _numbers(1, shape, device, dtype).transpose(1, 2)
         where = (
             f"on {device.type} in {_plain(dtype)}, {fqn} ({form}), "
             f"{'packed conversations' if packed else 'whole sequences'}"
         )
         before = [x.detach().clone() for x in inputs]
         try:
-            value, _ = compute(module, *inputs, None, **_options(form, packed, device))
+            options = _options(form, packed, device)
+            value, _ = compute(module, *inputs, None, **options)
             found = [value.detach(), *_gradients(value, inputs, pull)]
+            dropped = _dropped(form, compute, module, inputs, options)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a stranger's code raises, it is said and ends the run
             first = next(iter(str(error).strip().splitlines()), "")
             raise JobError(
                 f"{asked} fails where {type(module).__name__} calls it",
                 f"{where}: {type(error).__name__}: {first}",
-                "take another kernel or version, or set flash_attn: auto",
+                f"take another kernel or version, or set {form.remedy}",
             ) from error
         if not all(map(torch.equal, before, inputs)):
-            raise _refusal(asked, module, f"{where}: it writes over queries, keys or values")
+            said = f"{where}: it writes over queries, keys or values"
+            raise _refusal(asked, module, said, form)
+        if value.dtype != dtype:
+            said = f"{where}: its values are {_plain(value.dtype)}"
+            raise _refusal(asked, module, said, form)
+        if dropped is not None and torch.equal(dropped, value):
+            said = f"{where}: it drops nothing, and attention_dropout is {form.dropout:g}"
+            raise _refusal(asked, module, said, form)
         if missing := [n for n, x in zip(NAMES, found, strict=True) if x is None]:
             raise JobError(
                 f"{asked} has no gradient: it was made for inference",
                 f"{where}: it would cut {' and '.join(missing)}",
-                "take a kernel with a backward pass, or set flash_attn: auto",
+                f"take a kernel with a backward pass, or set {form.remedy}",
             )
         exact = _defined(form, inputs, pull, packed)
         noisy = _defined(form, _inputs(form, device, dtype, noise=True), pull, packed)
@@ -152,9 +194,28 @@ def _tried(
         ]:
             if errors[0] > allowed[0]:
                 wrong.append(_looks_like(form, inputs, pull, packed, found[0], allowed[0]))
-            raise _refusal(asked, module, "\n".join([f"{where}:", *filter(None, wrong)]))
+            said = "\n".join([f"{where}:", *filter(None, wrong)])
+            raise _refusal(asked, module, said, form)
         worst = [max(pair) for pair in zip(worst, errors, strict=True)]
     return worst
+
+
+@torch.no_grad()
+def _dropped(
+    form: Form,
+    compute: Any,
+    module: torch.nn.Module,
+    inputs: list[torch.Tensor],
+    options: dict[str, Any],
+) -> torch.Tensor | None:
+    """Return values with the dropout of training; none where there is none."""
+    if not form.dropout:
+        return None
+    devices = [inputs[0].device] if inputs[0].is_cuda else []
+    with torch.random.fork_rng(devices):
+        value, _ = compute(module, *inputs, None, **{**options, "dropout": form.dropout})
+    dropped: torch.Tensor = value
+    return dropped
 
 
 def _options(form: Form, packed: bool, device: torch.device) -> dict[str, Any]:
@@ -255,15 +316,15 @@ def _inputs(
     it.
     """
     shapes = [_shape(form, heads) for heads in (form.heads, form.key_heads, form.key_heads)]
+    shapes[2] = (*shapes[2][:-1], form.value_features)
     inputs = [_numbers(2 + n, shape, device, torch.float32) for n, shape in enumerate(shapes)]
     reach = 1.0 if form.softcap is None else form.softcap / 4
     inputs[0] = inputs[0] * (reach / (form.scaling * math.sqrt(form.features)))
     inputs = [x.to(dtype) for x in inputs]
     if noise:
         eps = torch.finfo(dtype).eps
-        inputs = [
-            x.float() * (1 + eps * (2 * torch.rand(x.shape, device=device) - 1)) for x in inputs
-        ]
+        shares = [_numbers(9, x.shape, device, torch.float32).clamp(-1, 1) for x in inputs]
+        inputs = [x.float() * (1 + eps * share) for x, share in zip(inputs, shares, strict=True)]
     return [x.requires_grad_() for x in inputs]
 
 
@@ -288,11 +349,11 @@ def _apart(found: torch.Tensor, exact: torch.Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _refusal(asked: str, module: torch.nn.Module, found: str) -> JobError:
+def _refusal(asked: str, module: torch.nn.Module, found: str, form: Form) -> JobError:
     return JobError(
         f"{asked} does not compute the attention that {type(module).__name__} asks for",
         found,
-        "take another kernel or version, or set flash_attn: auto",
+        f"take another kernel or version, or set {form.remedy}",
     )
 
 

@@ -64,7 +64,7 @@ def installed(
     return found
 
 
-def attended(job: JobConfig, run: Run, model: PreTrainedModel) -> str:
+def attended(job: JobConfig, run: Run, model: PreTrainedModel) -> dict[str, str | None]:
     """Try the model's attention out; return what computes it and what was found, for the report.
 
     Raises:
@@ -72,10 +72,9 @@ def attended(job: JobConfig, run: Run, model: PreTrainedModel) -> str:
     """
     name = attention.attention_name(job, model)
     tried = try_attention(job, model, run.device, compute_dtype(job))
-    if not tried:
-        return name
-    run.say(f"attention {name}: {tried}", event="attention")
-    return f"{name}; {tried}"
+    if tried:
+        run.say(f"attention {name}: {tried}", event="attention")
+    return {"attention": name, "attention_trial": tried or None}
 
 
 def require_alike(run: Run, plans: Mapping[str, Plan]) -> None:

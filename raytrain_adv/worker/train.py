@@ -104,7 +104,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         **loop.figures(),
         "world_size": run.world_size,
         "device": facts.device_name,
-        "attention": attention,
+        **attention,
         "versions": {name: v for name, v in facts.versions.items() if v is not None},
         "predicted_memory_gib": predicted.total,
         "predicted_memory": predicted.as_dict(),

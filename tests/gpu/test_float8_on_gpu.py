@@ -225,3 +225,16 @@ def test_two_ranks_on_one_gpu_gather_in_fp8_without_changing_a_bit(job_file, tmp
     assert list(losses(tmp_path / "gathered").values()) == pytest.approx(
         list(found.values()), rel=2e-3
     )
+
+
+def test_a_float32_run_trains_in_fp8_as_without(job_file, tmp_path):
+    """Eager steps of a small model had gradients that were not finite."""
+    from tests.workers import losses, run_workers
+
+    jobs = {
+        "float32": job_file("a.yaml", output_dir=str(tmp_path / "float32")),
+        "fp8": job_file("b.yaml", output_dir=str(tmp_path / "fp8"), fp8=True, fp8_min_features=16),
+    }
+    run_workers(1, *jobs.values())
+    expected, found = (list(losses(tmp_path / name).values()) for name in jobs)
+    assert found != expected and found == pytest.approx(expected, rel=2e-2)

@@ -55,21 +55,6 @@ def test_a_name_says_source_version_and_revision(given, source, version, revisio
     assert one.is_local == (source in ("/k", "./k@v1", "jobs/kernels/swiglu"))
 
 
-def test_two_kernels_of_one_id_are_refused_beside_each_other(tmp_path):
-    """Python knows one module by a name: one kernel would have computed with the other's."""
-    one, other = (
-        write_kernel(tmp_path / name, LAYERS + f"# {name}", id="_same") for name in ("one", "other")
-    )
-    place, file = Place(CPU), tmp_path / "out" / lock.FILE_NAME
-    fetch.fetch([wanted(KernelEntry(path=str(one)))], place, file, print)
-    again = [wanted(KernelEntry(path=str(path))) for path in (one, other)]
-    refused = refusal(lambda: fetch.fetch(again, place, file, print))
-    assert "cannot be loaded beside each other" in refused and "_same" in refused
-    attention = [wanted(KernelEntry(path=str(other)))]
-    refused = refusal(lambda: fetch.fetch(attention, place, file, print, use="attention"))
-    assert "give one of them another id" in refused
-
-
 def test_files_are_put_beside_the_lock_file_and_found_there_again(tmp_path):
     kernel, said = write_kernel(tmp_path / "mine"), []
     file = tmp_path / "out" / lock.FILE_NAME

@@ -106,6 +106,44 @@ def test_products_that_come_out_wrong_stop_the_run(tmp_path, monkeypatch):
     assert "gradients by 1.4" in refusal.value.found and "set fp8: false" in refusal.value.fix
 
 
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_beside_qat_the_linears_that_round_are_tried_out(tmp_path, monkeypatch, weights):
+    """The class that trains, and not that of FP8 alone."""
+    from raytrain_adv.ops import float8_fake_quantized
+
+    folder = write_checkpoint("llama", tmp_path / "model", **WIDE)
+    qat = {"enable_qat": True, "qat_weight_dtype": weights, "qat_activation_dtype": "int8"}
+    job = job_for(folder, tmp_path, **KEYS, **qat)
+    model = build(job)
+    plans = prepare_all(job, model, CPU)
+    cpu, dtype = torch.device("cpu"), torch.bfloat16
+    assert "tried out on cpu" in probe_all(job, model, plans, cpu, dtype)["fp8"].notes[-1]
+
+    def nothing(left, right, *_, **__):
+        return left.new_zeros(left.shape[0], right.shape[0], dtype=dtype)
+
+    monkeypatch.setattr(float8_fake_quantized, "product", nothing)
+    with pytest.raises(TrainingError, match="FP8 does not compute what it should"):
+        probe_all(job, model, plans, cpu, dtype)
+
+
+def test_a_machine_that_cannot_try_it_out_says_so_in_the_house_form(tmp_path, monkeypatch):
+    from raytrain_adv.ops import float8_linear
+
+    folder = write_checkpoint("llama", tmp_path / "model", **WIDE)
+    job = job_for(folder, tmp_path, **KEYS)
+    model = build(job)
+    plans = prepare_all(job, model, CPU)
+
+    def broken(*_):
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(float8_linear, "cast_both", broken)
+    with pytest.raises(TrainingError) as refusal:
+        probe_all(job, model, plans, torch.device("cpu"), torch.bfloat16)
+    assert refusal.value.found == "RuntimeError: Failed to find C compiler."
+
+
 def test_a_run_on_cpus_is_refused_when_the_file_is_read(tmp_path):
     keys = {**KEYS, "use_cpu": True}
     assert job_for(tmp_path, tmp_path, **keys).parallel.use_cpu

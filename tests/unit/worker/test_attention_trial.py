@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from raytrain_adv.errors import JobError
+from raytrain_adv.worker.attention import HUB_ATTENTION
 from raytrain_adv.worker.attention_trial import forms, try_attention
 from raytrain_adv.worker.model import build
 from tests.tiny_models import job_for, write_checkpoint
 from tests.unit.worker.test_attention import write_kernel
+from tests.workers import losses, run_apart
 
 CPU = torch.device("cpu")
 KERNEL = """
@@ -30,6 +32,7 @@ def flash_attn_func(
         scores = softcap * torch.tanh(scores / softcap)
     seen = _seen(q.shape[2], causal, window_size, q.device)
     weights = scores.masked_fill(~seen, float("-inf")).float().softmax(-1).to(q.dtype)
+    weights = torch.nn.functional.dropout(weights, dropout_p)
     return (weights @ v).transpose(1, 2)
 
 
@@ -54,9 +57,9 @@ WRONG = {
 }
 
 
-def tried(tmp_path, source, kind="llama", dtype=torch.float32):
+def tried(tmp_path, source, kind="llama", dtype=torch.float32, **config):
     kernel = write_kernel(tmp_path / "kernel", source)
-    folder = write_checkpoint(kind, tmp_path / "m")
+    folder = write_checkpoint(kind, tmp_path / "m", **config)
     job = job_for(folder, tmp_path, flash_attn=f"hub:{kernel}")
     return try_attention(job, build(job), CPU, dtype)
 
@@ -66,7 +69,7 @@ def tried(tmp_path, source, kind="llama", dtype=torch.float32):
 def test_a_right_one_passes_in_every_form_that_layers_ask_for(tmp_path, kind, count, dtype):
     """Gemma 2 caps its scores, and every other layer has a window."""
     found = tried(tmp_path, KERNEL, kind, dtype)
-    assert f"in {str(dtype)[6:]}, {count} forms: values off by" in found
+    assert f"in {str(dtype)[6:]}, {count} form" in found and "values off by" in found
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -96,7 +99,7 @@ def test_one_that_cannot_do_what_the_model_asks_is_refused_in_words(tmp_path):
     source = KERNEL.replace(", softcap=0.0", "").replace("if softcap:", "if False:")
     with pytest.raises(JobError, match="fails where Gemma2Attention calls it") as error:
         tried(tmp_path, source, "gemma2")
-    assert "softcap" in error.value.found and "flash_attn: auto" in error.value.fix
+    assert "softcap" in error.value.found and "set flash_attn: disabled" in error.value.fix
 
 
 def test_one_that_writes_over_its_input_is_refused(tmp_path):
@@ -104,6 +107,58 @@ def test_one_that_writes_over_its_input_is_refused(tmp_path):
     with pytest.raises(JobError) as error:
         tried(tmp_path, source)
     assert "writes over queries, keys or values" in error.value.found
+
+
+def test_values_of_another_dtype_are_refused(tmp_path):
+    source = KERNEL.replace(
+        "(weights @ v).transpose(1, 2)", "(weights @ v).transpose(1, 2).float()"
+    )
+    with pytest.raises(JobError) as error:
+        tried(tmp_path, source, dtype=torch.bfloat16)
+    assert "its values are float32" in error.value.found
+
+
+@pytest.mark.parametrize("lacks", ["the argument", "the effect"])
+def test_one_that_drops_nothing_is_refused_where_the_model_drops(tmp_path, lacks):
+    source = KERNEL.replace("    weights = torch.nn.functional.dropout(weights, dropout_p)\n", "")
+    if lacks == "the argument":
+        source = source.replace("dropout_p=0.0, ", "")
+    assert tried(tmp_path / "none", source)
+    with pytest.raises(JobError) as error:
+        tried(tmp_path / "some", source, attention_dropout=0.1)
+    expected = "dropout_p" if lacks == "the argument" else "it drops nothing"
+    assert expected in error.value.found
+
+
+def test_a_model_whose_layers_are_not_known_takes_no_kernel(tmp_path):
+    """GPT-NeoX keeps what it asks of attention under names of its own."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        attn_implementation="eager",
+    )
+    model = GPTNeoXForCausalLM(config)
+    assert forms(model) == ({}, ["GPTNeoXAttention"])
+    kernel = write_kernel(tmp_path / "kernel", KERNEL)
+    folder = write_checkpoint("llama", tmp_path / "m")
+    job = job_for(folder, tmp_path, flash_attn=f"hub:{kernel}")
+    model.config._attn_implementation = HUB_ATTENTION
+    with pytest.raises(JobError, match="cannot be tried out in this model") as error:
+        try_attention(job, model, CPU, torch.float32)
+    assert "GPTNeoXAttention" in error.value.found
+
+
+def test_a_wrong_kernel_ends_the_run_before_a_step(job_file, tmp_path):
+    source = KERNEL.replace(*WRONG["tokens see those that follow"])
+    kernel = write_kernel(tmp_path / "kernel", source)
+    code, said = run_apart(job_file(flash_attn=f"hub:{kernel}"))
+    assert code != 0 and "tokens see those that follow" in said
+    assert not losses(tmp_path / "out")
 
 
 def test_pytorchs_own_attention_is_not_tried(tmp_path):
@@ -117,7 +172,9 @@ def test_pytorchs_own_attention_is_not_tried(tmp_path):
 def test_every_layers_form_is_known(tmp_path, kind):
     job = job_for(write_checkpoint(kind, tmp_path / "m"), tmp_path)
     model = build(job)
-    (first, *others) = forms(model)
+    known, unknown = forms(model)
+    (first, *others) = known
+    assert unknown == []
     config = model.config.get_text_config()
     windows = kind in ("mistral", "gemma2", "gemma3_text")
     assert any(form.has_window for form in (first, *others)) == windows
