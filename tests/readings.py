@@ -29,6 +29,7 @@ def node_with(
         hostname="node",
         num_cores=8,
         host_memory_bytes=512 * GIB,
+        host_free_bytes=500 * GIB,
         versions={**package_versions(), **versions},
     )
 

@@ -1,6 +1,7 @@
 """Start-up and control-plane cost of a run, by the number of CPU workers.
 
     python jobs/benchmarks/start_up.py [--workers 1 2 4 8 16] [--empty 1 2 4 8 16] [--out FILE]
+    python jobs/benchmarks/start_up.py --preflight-nodes 1 4 16 32 64 [--out FILE]
 
 --workers launches a tiny job through the real command for each number; --empty has Ray Train start
 as many workers that import no torch, report four times and end, on the same Ray with the same
@@ -11,6 +12,9 @@ time here and none of it on a cluster, where each node starts its own; what grow
 on the head alone is in `on_the_head`, a line through the empty runs' figures, and it is what
 `raytrain-adv plan --workers N` extrapolates. The last part times preflight's verdicts on nodes
 given as data, without Ray.
+
+--preflight-nodes measures preflight alone, on as many Ray nodes as it names, all of them on this
+machine (preflight_nodes.py), and puts it beside what the file has.
 """
 
 from __future__ import annotations
@@ -283,11 +287,34 @@ def verdicts(count: int) -> dict[str, float]:
     return {"nodes": count, "verdicts_and_table_s": round(seconds, 4)}
 
 
+def preflight_nodes(counts: list[int], most_s: float, out: Path | None) -> None:
+    """Measure preflight on so many Ray nodes; print it, and put it into the file."""
+    from preflight_nodes import of_counts
+
+    figures = json.loads(out.read_text()) if out is not None and out.is_file() else {}
+    runs: list[dict[str, Any]] = []
+    figures["preflight_on_nodes"] = {
+        "date": str(date.today()),
+        "command": command_line(),
+        "cores": len(os.sched_getaffinity(0)),
+        "note": "All nodes on this machine: their workers' starts queue for its cores, as they do "
+        "not on a cluster, and with whatever else it does (load). gib is of all nodes.",
+        "runs": runs,
+    }
+    with tempfile.TemporaryDirectory(prefix="start_up_") as folder:
+        for run in of_counts(counts, write_job(Path(folder), 1), most_s):
+            print(json.dumps(run), flush=True)
+            runs.append(run)
+            if out is not None:
+                out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
 def main() -> None:
     """Launch, fit, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--empty", type=int, nargs="*", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--preflight-nodes", type=int, nargs="+", help="measure preflight alone")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--most-s", type=float, default=MOST_S, help="end a launch after")
@@ -297,13 +324,16 @@ def main() -> None:
     if options.one is not None:
         train_nothing(options.one, str(options.out))
         return
+    if options.preflight_nodes:
+        preflight_nodes(options.preflight_nodes, options.most_s, options.out)
+        return
     from raytrain_adv.hardware import package_versions
 
     verdicts(1)  # imports what the rules need
     folder = Path(tempfile.mkdtemp(prefix="start_up_"))
     figures: dict[str, Any] = {
         "date": str(date.today()),
-        "command": " ".join(["python jobs/benchmarks/start_up.py", *map(shown, sys.argv[1:])]),
+        "command": command_line(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {k: v for k, v in package_versions().items() if v is not None},
         "preflight_without_ray": [verdicts(n) for n in (1, 64, 512)],
@@ -331,6 +361,11 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     write(figures, options.out)
     print(json.dumps(figures, indent=1))
+
+
+def command_line() -> str:
+    """Return the command as the record has it."""
+    return " ".join(["python jobs/benchmarks/start_up.py", *map(shown, sys.argv[1:])])
 
 
 def shown(argument: str) -> str:

@@ -344,7 +344,8 @@ class RayConfig(Section):
     start's first step on, but not in evaluation, saving and what follows the last step; a worker
     whose process does not answer at all for so long is ended there too."""
     force: bool = False
-    """Start even where the predicted memory is more than the GPUs were found to have."""
+    """Start even where the predicted memory is more than the GPUs, or the host memory more than the
+    nodes, were found to have."""
 
     @property
     def ends(self) -> tuple[int, int] | None:

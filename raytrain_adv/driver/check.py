@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver import cluster, preflight, preflight_table
+from raytrain_adv.driver import cluster, host_check, preflight, preflight_table
 from raytrain_adv.driver.plan import resolve
 from raytrain_adv.driver.plan_data import look_at as look_at_data
 from raytrain_adv.driver.preflight import Preflight
@@ -35,7 +35,8 @@ def show(job: JobConfig | None, read: Read = read_nodes) -> None:
     with console.status("reading the data"):
         data = look_at_data(job, lambda sentence: console.print(sentence, style="dim"))
     plan = resolve(job, world_size=placement.fewest, data=data, facts=found.facts)
-    for warning in preflight.refuse_too_large(job, plan, found):
+    too_large = preflight.refuse_too_large(job, plan, found)
+    for warning in (*too_large, *host_check.refuse_too_large(job, plan, found)):
         console.print(f"warning: {warning}", markup=False)
     console.print(f"{placement.note}: it can run", markup=False)
 

@@ -15,11 +15,12 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.workers import accumulation, numbers
 from raytrain_adv.driver import sweep_plan
 from raytrain_adv.driver.advice import EXAMPLES, Advice, Case, Gpu, advise
+from raytrain_adv.driver.host_need import HostNeed
 from raytrain_adv.driver.plan_data import DataSummary, look_at, summarise
 from raytrain_adv.driver.plan_remarks import remarks
 from raytrain_adv.driver.plan_text import WIDTH, render, render_brief, view
 from raytrain_adv.driver.scale_limits import Limit, Scale, Work
-from raytrain_adv.hardware import HardwareFacts
+from raytrain_adv.hardware import GIB, HardwareFacts
 from raytrain_adv.ops.quantized_linear import num_weights, quantized_linears
 from raytrain_adv.transforms.apply import enabled, prepare_all, with_advice
 from raytrain_adv.transforms.transform import Plan
@@ -77,6 +78,10 @@ class RunPlan:
     """Tokens of the longest padded sequence."""
     transforms: Mapping[str, Plan]
     memory: MemoryPrediction
+    host: HostNeed
+    """Host memory on a node that is full of workers."""
+    host_gib: float | None
+    """What a node has of it; none where no GPU node is known."""
     gpus: tuple[Gpu, ...]
     """What the prediction is held against."""
     advice: Mapping[str, tuple[Advice, ...]]
@@ -137,6 +142,7 @@ def resolve(
     gpus = _gpus(facts)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     flops = training_flops_per_token(model, seq_len)
+    memory = case.prediction()
     work = _work(case, summary, arithmetic, flops, gpus) if assumed else None
     return RunPlan(
         job=job,
@@ -155,7 +161,9 @@ def resolve(
         arithmetic=arithmetic,
         seq_len=seq_len,
         transforms=transforms,
-        memory=case.prediction(),
+        memory=memory,
+        host=HostNeed.of(memory, min(world_size, _workers_per_node(facts, assumed))),
+        host_gib=_host_gib(facts),
         gpus=gpus,
         advice={gpu.name: tuple(advise(case, gpu)) for gpu in gpus},
         sizes=tuple(_size(case, workers) for workers in numbers(job)),
@@ -249,6 +257,19 @@ def _workers(job: JobConfig, asked: int | None, facts: HardwareFacts) -> tuple[i
     if facts.num_gpus and not job.parallel.use_cpu:
         return facts.num_gpus, "ray_num_workers is auto; this machine has that many GPUs"
     return CPU_WORKERS, "ray_num_workers is auto; as on a cluster without GPUs (--workers N)"
+
+
+def _workers_per_node(facts: HardwareFacts | None, assumed: Assumptions | None) -> int:
+    """Return the GPUs of a node: as assumed, else of the one that is known."""
+    if assumed is None and facts is not None and facts.device_type == "cuda":
+        return max(facts.num_gpus, 1)
+    return int((assumed or Assumptions()).gpus_per_node)
+
+
+def _host_gib(facts: HardwareFacts | None) -> float | None:
+    if facts is None or facts.device_type != "cuda":
+        return None
+    return facts.host_memory_bytes / GIB or None  # a node yet to start has not said it
 
 
 def _gpus(facts: HardwareFacts | None) -> tuple[Gpu, ...]:

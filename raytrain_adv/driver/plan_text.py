@@ -249,8 +249,11 @@ def _memory_views(plan: RunPlan) -> Iterator[RenderableType]:
     shown = [p for p in PARTS if getattr(plan.memory, p) >= 0.005]
     yield Padding(_pairs((p, plan.memory.explanations[p]) for p in shown), (1, 0, 0, 0))
     yield Padding(Text(_memory_sentence(plan), style="bold"), (1, 0, 0, 0))
-    if plan.memory.host:
-        yield Text(f"and {plan.memory.host:.1f} GiB of host memory per worker (fsdp_cpu_offload)")
+    if plan.host.per_worker >= 0.05:
+        yield Text(f"and host memory: {plan.host.sentence()}")
+        short = plan.host_gib is not None and plan.host.per_node > plan.host_gib
+        for verdict in plan.host.verdicts(plan.host_gib):
+            yield Padding(Text(verdict, style="bold red" if short else ""), (0, 0, 0, 4))
     if not plan.job.parallel.use_cpu:
         yield from _verdicts(plan)
 

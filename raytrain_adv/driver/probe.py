@@ -51,6 +51,8 @@ class Reading:
     hostname: str = ""
     num_cores: int = 0
     host_memory_bytes: int = 0
+    host_free_bytes: int = 0
+    """Of these, free for new use when the node was asked; 0 where that is not known."""
     versions: Mapping[str, str | None] = field(default_factory=dict)
     """Package -> version; none if it is not installed."""
     code: str | None = None

@@ -147,6 +147,25 @@ def host_memory_bytes() -> int:
     return total
 
 
+def host_free_bytes() -> int:
+    """Return the memory that is free for new use, also under a control group's limit; 0 where the
+    system does not say.
+    """
+    lines = Path("/proc/meminfo")
+    found = (
+        re.search(r"^MemAvailable:\s+(\d+)", lines.read_text(), re.M) if lines.is_file() else None
+    )
+    if found is None:
+        return 0
+    free, group = int(found.group(1)) * 1024, Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        used = int((group / "memory.current").read_text())
+        files = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+        free = min(free, int(limit.read_text()) - used + int(files.group(1) if files else 0))
+    return free
+
+
 def reading(packages: list[str]) -> dict[str, object]:
     """Return everything about this node."""
     own_version, code = own_package()
@@ -156,6 +175,7 @@ def reading(packages: list[str]) -> dict[str, object]:
         "cuda_version": cuda_version(),
         "num_cores": len(os.sched_getaffinity(0)),
         "host_memory_bytes": host_memory_bytes(),
+        "host_free_bytes": host_free_bytes(),
         "versions": {**versions(packages), "raytrain_adv": own_version},
         "code": code,
     }

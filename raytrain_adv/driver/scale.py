@@ -21,7 +21,7 @@ from raytrain_adv.transforms.fp8 import Fp8
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.worker.memory import REDUCE_BYTES
-from raytrain_adv.worker.memory_sizes import QUANTISED_BLOCK, SMALLEST_QUANTISED, num_bytes
+from raytrain_adv.worker.memory_sizes import has_8bit_states, num_bytes
 from raytrain_adv.worker.model import decoder_layers
 from raytrain_adv.worker.parallel import checkpointing_mode, compute_dtype
 
@@ -299,10 +299,7 @@ def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[floa
     for p in model.parameters():
         if not p.requires_grad:
             continue
-        size, local = p.element_size(), p.numel() / shard_size
-        quantised = job.train.optim == "adamw_torch_8bit" and (
-            local >= SMALLEST_QUANTISED and local % QUANTISED_BLOCK == 0
-        )
+        size, quantised = p.element_size(), has_8bit_states(p, job, shard_size)
         states = 2 * (4 if quantised else size) if with_states else 0
         values += p.numel() * (size + states)
         entries += 3 * shard_size + 1 if with_states else shard_size

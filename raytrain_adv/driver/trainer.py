@@ -18,7 +18,7 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 
 from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver import cluster, head_watch, output, preflight, preflight_table
+from raytrain_adv.driver import cluster, head_watch, host_check, output, preflight, preflight_table
 from raytrain_adv.driver.console import Console, summary
 from raytrain_adv.driver.elastic import KeepsTheBatch
 from raytrain_adv.driver.failures import (
@@ -187,7 +187,8 @@ def _prepare(
     plan = resolve(job, world_size=placement.fewest, data=prepared, facts=found.facts)
     console.say(placement.note)
     console.say(render_brief(plan))
-    for warning in preflight.refuse_too_large(job, plan, found):
+    too_large = preflight.refuse_too_large(job, plan, found)
+    for warning in (*too_large, *host_check.refuse_too_large(job, plan, found)):
         console.say(f"warning: {warning}")
     timeline["plan"] = time.perf_counter() - start
     cluster.wait_for_room(placement, console.say)

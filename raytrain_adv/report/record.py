@@ -119,7 +119,8 @@ class RunReport(Record):
     predicted_memory_gib: Number = None
     """The plan's prediction of a GPU's peak_memory_gib."""
     predicted_memory: JsonObject = Field(default_factory=dict)
-    """The prediction's parts in GiB: parameters, gradients, optimizer, activations, logits."""
+    """The prediction's parts in GiB: parameters, gradients, optimizer, activations, logits; and
+    host memory per worker: what is offloaded, and the copies of checkpoints."""
     mfu_bf16: Number = None
     """Median share of the device's dense bf16 peak, as 0.42; null where the peak is not known."""
     restarts: int = 0

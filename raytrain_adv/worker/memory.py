@@ -17,7 +17,7 @@ from raytrain_adv.config.workers import accumulation
 from raytrain_adv.ops.quantized_linear import num_weights, quantized_linears
 from raytrain_adv.worker.flops import text_config
 from raytrain_adv.worker.loss import CHUNK_TOKENS
-from raytrain_adv.worker.memory_sizes import GIB, Passes, States, head_loss
+from raytrain_adv.worker.memory_sizes import GIB, HostCopies, Passes, States, head_loss
 from raytrain_adv.worker.parallel import checkpointing_mode, compute_dtype
 
 REDUCE_BYTES = 4
@@ -74,6 +74,8 @@ class MemoryPrediction:
     """The moments of a step, in order."""
     host: float
     """Host memory per worker for what is offloaded."""
+    copies: HostCopies
+    """Host memory per worker for checkpoints."""
     explanations: dict[str, str]
     """Part -> how its size comes about."""
 
@@ -118,6 +120,7 @@ def predict(
         peak=peak.name,
         phases=phases,
         host=host,
+        copies=HostCopies.of(model, job, world_size),
         explanations=_explanations(model, job, states, batch * seq_len),
     )
 

@@ -273,10 +273,52 @@ def optimizer_bytes(trained: list[nn.Parameter], job: JobConfig, shard_size: int
         return 2 * num_bytes(trained) / shard_size
     total = 0.0
     for p in trained:
-        local = p.numel() / shard_size
-        quantised = local >= SMALLEST_QUANTISED and local % QUANTISED_BLOCK == 0
-        total += 2 * local * (QUANTISED_STATE_BYTES if quantised else p.element_size())
+        quantised = has_8bit_states(p, job, shard_size)
+        size = QUANTISED_STATE_BYTES if quantised else p.element_size()
+        total += 2 * p.numel() / shard_size * size
     return total
+
+
+@dataclass(frozen=True)
+class HostCopies:
+    """Host memory of a worker that checkpoints are copied to, in GiB; see worker/host_memory.py."""
+
+    kept: float
+    """Taken after the first step and kept for the run; page-locked where the node has room."""
+    new: float
+    """Taken anew for each checkpoint, until it is written: what is in host memory already, and
+    8-bit states, which are copied as float32."""
+
+    @staticmethod
+    def of(model: nn.Module, job: JobConfig, world_size: int) -> HostCopies:
+        """Read the sizes off the model: of the first worker's shard, the largest; each worker has
+        its own, also where another holds the same.
+        """
+        if job.output.save_strategy == "no":
+            return HostCopies(0.0, 0.0)
+        shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
+        with_states = not job.output.save_only_model
+        kept = new = 0.0
+        for p in model.parameters():
+            if not p.requires_grad:
+                continue
+            rows = p.shape[0] if p.ndim else 1
+            local = -(-rows // shard_size) * (p.numel() // max(rows, 1))
+            kept += local * p.element_size()
+            if with_states and has_8bit_states(p, job, shard_size):
+                new += 2 * 4 * local
+            elif with_states:
+                kept += 2 * local * p.element_size()
+        if job.parallel.use_cpu or job.parallel.fsdp_cpu_offload:
+            kept, new = 0.0, kept + new
+        return HostCopies(kept / GIB, new / GIB)
+
+
+def has_8bit_states(parameter: nn.Parameter, job: JobConfig, shard_size: int) -> bool:
+    """Whether torchao's optimizer keeps a parameter's states in 8 bits."""
+    local = parameter.numel() / shard_size
+    is_large = local >= SMALLEST_QUANTISED and local % QUANTISED_BLOCK == 0
+    return job.train.optim == "adamw_torch_8bit" and is_large
 
 
 def step_bytes(

@@ -5,12 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.transforms.apply import prepare_all
+from raytrain_adv.worker import weights
+from raytrain_adv.worker.checkpoint import training_state
+from raytrain_adv.worker.host_memory import HostMemory
 from raytrain_adv.worker.memory import MemoryPrediction, predict
+from raytrain_adv.worker.memory_sizes import HostCopies
 from raytrain_adv.worker.model import build
-from tests.tiny_models import job_for
+from raytrain_adv.worker.optim import build_optimizer
+from raytrain_adv.worker.staging import staged, tensors_of
+from tests.tiny_models import job_for, write_checkpoint
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -95,6 +102,55 @@ def test_offloaded_states_are_in_host_memory(tmp_path: Path) -> None:
     found = prediction(tmp_path, LLAMA_1B, fsdp_cpu_offload=True, **MASTER)
     assert found.parameters == found.gradients == found.optimizer == 0.0
     assert found.host == pytest.approx(16 * 1.2358e9 / 2**30, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"bf16": True},
+        {"pure_bf16": True},
+        {"bf16": True, "finetuning_type": "lora", "lora_rank": 8},
+        {"bf16": True, "save_only_model": True},
+        {"bf16": True, "optim": "adamw_torch_8bit"},
+    ],
+)
+def test_copies_for_checkpoints_are_as_large_as_those_that_are_made(
+    tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
+    job = job_for(write_checkpoint("llama", tmp_path / "model", **sizes), tmp_path, **keys)
+    model = build(job)
+    prepare_all(job, model)
+    predicted = HostCopies.of(model, job, 1)
+    weights.materialize(model, torch.device("cpu"))
+    weights.init_from_scratch(model, job, torch.device("cpu"))
+    optimizer = build_optimizer(model, job)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    state = training_state(model, None if job.output.save_only_model else optimizer)
+    total = sum(copy.nbytes for _, copy in tensors_of(staged(state, HostMemory(print)))) / 2**30
+    kept = sum(tensor.nbytes for _, tensor in tensors_of(state)) / 2**30
+    assert predicted.kept == pytest.approx(kept, rel=0.01)
+    assert predicted.kept + predicted.new == pytest.approx(total, rel=0.01)
+
+
+def test_copies_for_checkpoints_are_kept_of_what_is_on_a_gpu(tmp_path: Path) -> None:
+    """Parameters and two states in float32: 12 bytes each."""
+    whole = 12 * 1.2358e9 / 2**30
+    alone = prediction(tmp_path, LLAMA_1B, **MASTER).copies
+    assert alone.kept == pytest.approx(whole, rel=0.01) and alone.new == 0.0
+    offloaded = prediction(tmp_path, LLAMA_1B, fsdp_cpu_offload=True, **MASTER).copies
+    assert offloaded == HostCopies(0.0, alone.kept)
+    none = prediction(tmp_path, LLAMA_1B, save_strategy="no", **MASTER).copies
+    assert none == HostCopies(0.0, 0.0)
+
+
+def test_each_copy_of_the_model_has_its_own_copies_for_checkpoints(tmp_path: Path) -> None:
+    alone = prediction(tmp_path, LLAMA_1B, **MASTER).copies
+    for keys in ({}, {"fsdp_shard_size": 4}):
+        found = prediction(tmp_path, LLAMA_1B, world_size=8, ray_num_workers=8, **keys, **MASTER)
+        assert found.copies.kept == pytest.approx(alone.kept / (4 if keys else 8), rel=0.01)
 
 
 def test_one_worker_in_its_own_dtype_gathers_nothing(tmp_path: Path) -> None:
