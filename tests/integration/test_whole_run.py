@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raytrain_adv import launch
+
 STEPS = 40
 OWN = ("gcs_server", "raylet", "ray::Dashboard", "ray::RuntimeEnv")
 """Ray's processes that any machine could speak to where they listened for it."""
@@ -69,7 +71,7 @@ def require_complete(out: Path, said: str) -> dict[str, Any]:
 
 
 def test_a_job_becomes_a_model_and_a_report_and_secrets_stay_where_they_are(
-    launch, job_file, tmp_path
+    job_file, tmp_path, capsys
 ):
     """Ray listens on the loopback interface alone."""
     planted = {
@@ -121,5 +123,5 @@ def test_a_job_becomes_a_model_and_a_report_and_secrets_stay_where_they_are(
     report = require_complete(tmp_path / "out", said)
     assert any("trust_remote_code" in note for note in report["notes"])
     assert "trust_remote_code: true ran" in said
-    again = launch(job, "learning_rate=0.5")
-    assert again.returncode == 2 and "learning_rate" in again.stderr
+    assert launch.main([str(job), "learning_rate=0.5"]) == 2
+    assert "learning_rate" in capsys.readouterr().err
