@@ -63,6 +63,30 @@ def test_rounding_begins_exactly_with_step_n(tmp_path, step, delay, on):
     assert qat.is_on(step) is on
 
 
+@pytest.mark.parametrize("kind", ["embedding", "linear"])
+def test_each_layer_computes_unrounded_before_step_n_and_rounded_from_it_on(tmp_path, kind):
+    """By what it returns: the loss alone would not tell of an embedding that never switches."""
+    job, model, _ = planned(tmp_path, fake_quant_after_n_steps=3)
+    prepare_all(job, model, CPU)
+    model.to_empty(device="cpu").to(torch.float32)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    if kind == "embedding":
+        layer, x = model.model.embed_tokens, torch.arange(32)
+        plain = torch.nn.functional.embedding(x, layer.weight)
+    else:
+        layer, x = model.model.layers[0].mlp.up_proj, torch.randn(8, 64)
+        plain = torch.nn.functional.linear(x, layer.weight)
+    found = []
+    for step in (0, 2, 3, 4):
+        job.transform(Qat).begin_step(model, step)
+        found.append(layer(x))
+    assert torch.equal(found[0], plain) and torch.equal(found[1], plain)
+    assert not torch.equal(found[2], plain) and torch.equal(found[2], found[3])
+    assert torch.allclose(found[2], plain, rtol=0.1, atol=0.5)
+
+
 def test_a_delay_beyond_the_last_step_is_refused():
     with pytest.raises(JobError) as found:
         Qat(enable_qat=True, fake_quant_after_n_steps=30).check_length(30)
