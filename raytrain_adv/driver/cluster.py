@@ -103,8 +103,6 @@ def connect(job: JobConfig | None) -> bool:
     try:
         with _on_loopback(address == "local"), _in_a_group_of_its_own():
             ray.init(**options)
-        if not had_token and token.exists():
-            token.chmod(0o600)  # Ray has made it, for everybody to read (ray 2.60)
     except Exception as error:  # Ray raises bare ones, as where a node is slow to start (2.60)
         is_slow = address == "local" and "timed out" in str(error)
         raise ClusterError(
@@ -117,6 +115,9 @@ def connect(job: JobConfig | None) -> bool:
             "for a cluster that asks for a token set RAY_AUTH_MODE=token"
             + ("; a machine with much other work may be too slow: try again" if is_slow else ""),
         ) from error
+    finally:
+        if not had_token and token.exists():
+            token.chmod(0o600)  # Ray has made it, for everybody to read (ray 2.60)
     return bool(address == "local")
 
 

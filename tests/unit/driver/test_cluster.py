@@ -75,6 +75,30 @@ def test_a_ray_for_others_is_asked_for_by_name(asked_of_ray, make_job, monkeypat
     assert asked_of_ray["node"] == "10.0.0.1"
 
 
+@pytest.mark.parametrize("starts", [True, False])
+def test_the_token_that_ray_makes_is_its_users_alone(
+    asked_of_ray, make_job, monkeypatch, tmp_path, starts
+):
+    """Ray leaves it for everybody to read, also where it does not start after that."""
+    token = tmp_path / ".ray" / "auth_token"
+
+    def init(**options):
+        token.parent.mkdir()
+        token.write_text("secret")
+        token.chmod(0o644)
+        if not starts:
+            raise RuntimeError("the node timed out")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if starts:
+        connect(make_job())
+    else:
+        with pytest.raises(ClusterError, match="Ray cannot be started here"):
+            connect(make_job())
+    assert token.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_job_submitted_with_a_secret_in_its_runtime_environment_is_refused(
     asked_of_ray, make_job, monkeypatch
 ):
