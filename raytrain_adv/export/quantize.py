@@ -22,7 +22,8 @@ from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles
 from raytrain_adv.ops.fake_quantize import EPS
 from raytrain_adv.shards import plain_name
 from raytrain_adv.transforms.apply import plan_all
-from raytrain_adv.transforms.qat import EMBEDDING, Qat, is_tied
+from raytrain_adv.transforms.naming import is_tied
+from raytrain_adv.transforms.qat import EMBEDDING, Qat
 from raytrain_adv.worker.checkpoint_files import CheckpointFiles
 from raytrain_adv.worker.conversion import Group
 from raytrain_adv.worker.model import build, head_fqn

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from raytrain_adv.errors import JobError
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
@@ -22,6 +25,29 @@ NOT_SERVED = {
     "fp8": "its name is float8_e4m3fn",
 }
 """Dtypes that are asked for and cannot be had, and why."""
+
+
+def refuse_odd_groups(size: int | None, widths: Mapping[str, int]) -> None:
+    """Refuse a group size that does not divide each layer.
+
+    Args:
+        size: input features that share a scale; none means all of them.
+        widths: layer -> its input features.
+
+    Raises:
+        JobError: naming a layer, and the sizes that fit all of them.
+    """
+    odd = {fqn: width for fqn, width in widths.items() if size and width % size}
+    if not odd:
+        return
+    fqn, width = next(iter(odd.items()))
+    fit = [str(n) for n in GROUP_SIZES if all(w % n == 0 for w in widths.values())]
+    raise JobError(
+        f"qat_group_size: {size} does not divide every layer",
+        f"{fqn} has {width} features, and {len(odd) - 1} more do not divide",
+        f"set qat_group_size: {' or '.join([*fit, 'null (one scale per channel)'])}, or leave "
+        "layers out with qat_exclude",
+    )
 
 
 def config_of(weight_dtype: str, group_size: int | None, activation_dtype: str) -> AOBaseConfig:

@@ -103,3 +103,9 @@ def short(name: str) -> str:
 def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     """Return the known names most like a name that does not exist, the best first."""
     return get_close_matches(name, list(dict.fromkeys(known)), n=most, cutoff=0.4)
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the embedding and the head are one parameter."""
+    head, embedding = output_head(model), input_embedding(model)
+    return head is not None and embedding is not None and head.weight is embedding.weight

@@ -12,11 +12,12 @@ from pydantic import Field
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import ClusterError, JobError
-from raytrain_adv.ops.quantized_config import FLOAT8, GROUP_SIZES, NOT_SERVED, SERVED
+from raytrain_adv.ops.quantized_config import FLOAT8, NOT_SERVED, SERVED, refuse_odd_groups
 from raytrain_adv.transforms.naming import (
     ROUTERS,
     class_name,
     input_embedding,
+    is_tied,
     matches,
     output_head,
     own_name,
@@ -283,7 +284,7 @@ class Qat(Transform):
                 or f"{class_name(model)} computes with other modules than torch.nn.Linear",
                 "correct qat_exclude, or set enable_qat: false",
             )
-        self._check_groups({fqn: linears[fqn].in_features for fqn in changes})
+        refuse_odd_groups(self.group_size, {fqn: linears[fqn].in_features for fqn in changes})
         in_float8 = [linears[f] for f, change in changes.items() if change.before == IN_FLOAT8]
         refuse_frozen(in_float8, self.qat_weight_dtype, self.activation_dtype)
         embedding = input_embedding(model)
@@ -293,7 +294,7 @@ class Qat(Transform):
             if reason:
                 skipped[fqn] = reason
             else:
-                self._check_groups({fqn: int(embedding.embedding_dim)})
+                refuse_odd_groups(self.group_size, {fqn: int(embedding.embedding_dim)})
                 changes[fqn] = Change(class_name(embedding), EMBEDDING)
         return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
 
@@ -304,9 +305,8 @@ class Qat(Transform):
             return f"a {class_name(module)}, not a plain linear"
         if short(own_name(fqn)) in ROUTERS:
             return "it routes tokens to experts"
-        if self.activation_dtype == FLOAT8 and (
-            module.in_features % 16 or module.out_features % 16
-        ):
+        is_odd = module.in_features % 16 or module.out_features % 16
+        if is_odd and self.activation_dtype == FLOAT8:
             return "sizes not divisible by 16, which float8 products need"
         return "an adapter" if "lora_" in fqn else ""
 
@@ -318,20 +318,6 @@ class Qat(Transform):
         if class_name(embedding) != "torch.nn.Embedding":
             return f"a {class_name(embedding)}, not a plain embedding"
         return ""
-
-    def _check_groups(self, widths: dict[str, int]) -> None:
-        size = self.group_size
-        odd = {fqn: width for fqn, width in widths.items() if size and width % size}
-        if not odd:
-            return
-        fqn, width = next(iter(odd.items()))
-        fit = [str(n) for n in GROUP_SIZES if all(w % n == 0 for w in widths.values())]
-        raise JobError(
-            f"qat_group_size: {size} does not divide every layer",
-            f"{fqn} has {width} features, and {len(odd) - 1} more do not divide",
-            f"set qat_group_size: {' or '.join([*fit, 'null (one scale per channel)'])}, or leave "
-            "layers out with qat_exclude",
-        )
 
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
         from raytrain_adv.ops.float8_fake_quantized import described
@@ -412,9 +398,3 @@ def rounding(model: nn.Module) -> Iterator[FakeQuantized]:
     for module in model.modules():
         if isinstance(module, FakeQuantizedLinear | FakeQuantizedEmbedding):
             yield module
-
-
-def is_tied(model: nn.Module) -> bool:
-    """Whether the embedding and the head are one parameter."""
-    head, embedding = output_head(model), input_embedding(model)
-    return head is not None and embedding is not None and head.weight is embedding.weight
