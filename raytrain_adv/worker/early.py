@@ -33,7 +33,7 @@ def check_files(job: JobConfig) -> None:
     """Refuse what the files that this machine sees make impossible. What is on the Hub, and rows
     that turn out unusable, are found where they are fetched and tokenised.
 
-    In a sweep a file that is missing ends its own trial only; here, what would end every one.
+    In a sweep a file that is missing ends its own trial only; here, what would end every one alike.
 
     Raises:
         JobError: as later, when the model or the data is read.
@@ -49,9 +49,9 @@ def check_files(job: JobConfig) -> None:
             found[key] = _refusal(one)
             if found[key] is None:
                 return
-    for error in found.values():
-        if error is not None:
-            raise error
+    every = {str(error): error for error in found.values() if error is not None}
+    if len(every) == 1:  # several are each said of the trial that they end
+        raise next(iter(every.values()))
 
 
 def _refusal(job: JobConfig) -> JobError | None:

@@ -74,5 +74,6 @@ def test_a_tokenizer_without_a_chat_template_is_refused_early(make_job: Any) -> 
 def test_a_trials_own_wrong_file_is_left_to_the_trial(make_job: Any) -> None:
     keys = {"val_size": 8, "save_strategy": "steps"}
     check_files(make_job(**keys, sweep={"template": ["gemma", "phi"]}))
-    with pytest.raises(JobError, match="Template gemma does not fit"):
-        check_files(make_job(**keys, sweep={"template": ["gemma", "chatml"]}))
+    check_files(make_job(**keys, sweep={"template": ["gemma", "chatml"]}))  # each said of its own
+    with pytest.raises(JobError, match="Template chatml does not fit"):
+        check_files(make_job(**keys, template="chatml", sweep={"learning_rate": [1e-3, 1e-4]}))
