@@ -76,4 +76,4 @@ def test_a_trials_own_wrong_file_is_left_to_the_trial(make_job: Any) -> None:
     check_files(make_job(**keys, sweep={"template": ["gemma", "phi"]}))
     check_files(make_job(**keys, sweep={"template": ["gemma", "chatml"]}))  # each said of its own
     with pytest.raises(JobError, match="Template chatml does not fit"):
-        check_files(make_job(**keys, template="chatml", sweep={"learning_rate": [1e-3, 1e-4]}))
+        check_files(make_job(**keys, template="chatml", sweep={"weight_decay": [0.0, 0.1]}))
