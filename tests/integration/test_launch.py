@@ -40,6 +40,7 @@ def steps_done(folder: Path) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_no_loss(launch, job_file, tmp_path):
     """After SIGKILL of the driver the job with resume_from_checkpoint goes on where it stopped."""
     job = job_file(**KILLED, max_steps=60, save_steps=5)

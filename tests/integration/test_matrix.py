@@ -104,6 +104,7 @@ def test_all_that_goes_together_is_on_at_once(runs, precision):
     require_loads(every)
 
 
+@pytest.mark.slow
 def test_fp8_kernels_and_compile_go_together(runs):
     """What the compiled layers compute in FP8 with kernels is what they compute uncompiled."""
     eager = runs.with_features("fp8", "hf_kernels")
