@@ -153,14 +153,12 @@ def _tried(
             f"on {device.type} in {_plain(dtype)}, {fqn} ({form}), "
             f"{'packed conversations' if packed else 'whole sequences'}"
         )
-        before = [x.detach().clone() for x in inputs]
         try:
-            options = _options(form, packed, device)
-            value, _ = compute(module, *inputs, None, **options)
-            found = [value.detach(), *_gradients(value, inputs, pull)]
-            dropped = _dropped(form, compute, module, inputs, options)
+            found = _found(form, compute, module, inputs, pull, packed)
         except torch.OutOfMemoryError:
             raise
+        except _Wrong as error:
+            raise _refusal(asked, module, f"{where}: {error}", form) from None
         except Exception as error:  # whatever a stranger's code raises, it is said and ends the run
             first = next(iter(str(error).strip().splitlines()), "")
             raise JobError(
@@ -168,36 +166,72 @@ def _tried(
                 f"{where}: {type(error).__name__}: {first}",
                 f"take another kernel or version, or set {form.remedy}",
             ) from error
-        if not all(map(torch.equal, before, inputs)):
-            said = f"{where}: it writes over queries, keys or values"
-            raise _refusal(asked, module, said, form)
-        if value.dtype != dtype:
-            said = f"{where}: its values are {_plain(value.dtype)}"
-            raise _refusal(asked, module, said, form)
-        if dropped is not None and torch.equal(dropped, value):
-            said = f"{where}: it drops nothing, and attention_dropout is {form.dropout:g}"
-            raise _refusal(asked, module, said, form)
         if missing := [n for n, x in zip(NAMES, found, strict=True) if x is None]:
             raise JobError(
                 f"{asked} has no gradient: it was made for inference",
                 f"{where}: it would cut {' and '.join(missing)}",
                 f"take a kernel with a backward pass, or set {form.remedy}",
             )
-        exact = _defined(form, inputs, pull, packed)
-        noisy = _defined(form, _inputs(form, device, dtype, noise=True), pull, packed)
-        errors = [_apart(x, y) for x, y in zip(found, exact, strict=True)]
-        allowed = [TOLERANCE[dtype] + _apart(x, y) for x, y in zip(noisy, exact, strict=True)]
-        if wrong := [
-            f"{name} off by {error:.2g}, of which rounding explains {most:.2g}"
-            for name, error, most in zip(NAMES, errors, allowed, strict=True)
-            if not error <= most
-        ]:
-            if errors[0] > allowed[0]:
-                wrong.append(_looks_like(form, inputs, pull, packed, found[0], allowed[0]))
-            said = "\n".join([f"{where}:", *filter(None, wrong)])
-            raise _refusal(asked, module, said, form)
+        errors, wrong = _compared(form, [x for x in found if x is not None], inputs, pull, packed)
+        if wrong:
+            raise _refusal(asked, module, "\n".join([f"{where}:", *wrong]), form)
         worst = [max(pair) for pair in zip(worst, errors, strict=True)]
     return worst
+
+
+class _Wrong(Exception):
+    """What a kernel does that attention does not."""
+
+
+def _found(
+    form: Form,
+    compute: Any,
+    module: torch.nn.Module,
+    inputs: list[torch.Tensor],
+    pull: torch.Tensor,
+    packed: bool,
+) -> list[torch.Tensor | None]:
+    """Return the kernel's values and gradients, by NAMES.
+
+    Raises:
+        _Wrong: when it writes over its input, returns another dtype, or drops nothing.
+    """
+    before = [x.detach().clone() for x in inputs]
+    options = _options(form, packed, inputs[0].device)
+    value, _ = compute(module, *inputs, None, **options)
+    gradients = _gradients(value, inputs, pull)
+    dropped = _dropped(form, compute, module, inputs, options)
+    if not all(map(torch.equal, before, inputs)):
+        raise _Wrong("it writes over queries, keys or values")
+    if value.dtype != inputs[0].dtype:
+        raise _Wrong(f"its values are {_plain(value.dtype)}")
+    if dropped is not None and torch.equal(dropped, value):
+        raise _Wrong(f"it drops nothing, and attention_dropout is {form.dropout:g}")
+    return [value.detach(), *gradients]
+
+
+def _compared(
+    form: Form,
+    found: list[torch.Tensor],
+    inputs: list[torch.Tensor],
+    pull: torch.Tensor,
+    packed: bool,
+) -> tuple[list[float], list[str]]:
+    """Return the errors, by NAMES, and what of them rounding does not explain."""
+    device, dtype = inputs[0].device, inputs[0].dtype
+    exact = _defined(form, inputs, pull, packed)
+    noisy = _defined(form, _inputs(form, device, dtype, noise=True), pull, packed)
+    errors = [_apart(x, y) for x, y in zip(found, exact, strict=True)]
+    allowed = [TOLERANCE[dtype] + _apart(x, y) for x, y in zip(noisy, exact, strict=True)]
+    off = [
+        f"{name} off by {error:.2g}, of which rounding explains {most:.2g}"
+        for name, error, most in zip(NAMES, errors, allowed, strict=True)
+        if not error <= most
+    ]
+    like = ""
+    if errors[0] > allowed[0]:
+        like = _looks_like(form, inputs, pull, packed, found[0], allowed[0])
+    return errors, [*off, *filter(None, [like])]
 
 
 @torch.no_grad()
