@@ -99,6 +99,7 @@ def _work(jobs: Connection, log: Path, environment: dict[str, str]) -> None:
             break
         for path, port in asked:
             os.environ["MASTER_PORT"] = str(port)
+            torch._dynamo.reset()  # what is compiled is not that of the job before
             job = load(path)
             run = local_run(job)
             figures = train(job, run, export_model)

@@ -18,12 +18,9 @@ pytestmark = [
 PAIRS = [cell for cell in CELLS if len({one.slug for one in cell.features} - {"fsdp"}) == 2]
 
 
-@pytest.mark.parametrize("slugs", [(), ("qat",)], ids=["plain", "qat"])
+@pytest.mark.parametrize("slugs", [(), ("qat",), ("fp8",)], ids=["plain", "qat", "fp8"])
 def test_equal_runs_have_equal_numbers(runs, slugs):  # noqa: F811 # the fixture
-    """What the tests below take for granted: a difference is a feature's. Not so with FP8, whose
-    equal runs of one process differ by 0.02 %: there the profile that each run takes of its second
-    step shows FP8's products and QAT's rounding, or the run stops.
-    """
+    """What the tests below take for granted: a difference is a feature's."""
     again = runs.with_features(*slugs, torch_compile=True, ddp_timeout=1200)
     assert numbers(again) == numbers(runs.with_features(*slugs, torch_compile=True))
 

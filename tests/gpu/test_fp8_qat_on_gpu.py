@@ -85,11 +85,31 @@ def test_a_frozen_weight_costs_no_gradient_product_when_compiled(kind):
     assert plain.weight.grad is None and x.grad.abs().sum() > 0
 
 
-KERNEL_KEYS = {"pure_bf16": True, "packing": True, "cutoff_len": 64, "learning_rate": 1e-3}
-QAT = {"enable_qat": True, "qat_activation_dtype": "int8", "qat_weight_dtype": "int4"}
-FP8 = {"fp8": True, "fp8_min_features": 16}
-LIGER = {"use_liger_kernel": True}
-COMPILED = {"torch_compile": True}
+SAME = {"pure_bf16": True, "packing": True, "cutoff_len": 64, "learning_rate": 1e-3}
+KEYS = {
+    "fp8": {"fp8": True, "fp8_min_features": 16},
+    "qat": {"enable_qat": True, "qat_activation_dtype": "int8", "qat_weight_dtype": "int4"},
+    "liger": {"use_liger_kernel": True},
+    "compiled": {"torch_compile": True},
+}
+COMBINATIONS = [
+    ("liger", "compiled"),
+    ("fp8", "compiled"),
+    ("fp8", "liger", "compiled"),
+    ("fp8", "kernel", "liger", "compiled"),
+    ("qat",),
+    ("kernel",),
+    ("qat", "kernel"),
+    ("qat", "compiled"),
+    ("qat", "liger", "compiled"),
+    ("qat", "kernel", "liger", "compiled"),
+    ("fp8",),
+    ("fp8", "qat"),
+    ("fp8", "qat", "compiled"),
+    ("fp8", "qat", "liger", "compiled"),
+    ("fp8", "qat", "kernel", "compiled"),
+    ("fp8", "qat", "kernel", "liger", "compiled"),
+]
 
 
 def test_the_documented_combinations_train_with_every_feature_on(job_file, tmp_path):
@@ -97,40 +117,38 @@ def test_the_documented_combinations_train_with_every_feature_on(job_file, tmp_p
     The profile of a step proves FP8 and QAT after kernels were put around them, or the run stops.
     Compiled, Liger's own functions had the weights of norms overwritten by their gradients.
     """
-    activation = write_kernel(tmp_path / "act", ACTIVATION, "torch-cuda", name="activation")
+    # Torch's own function to the bit would not show in a loss: within rounding, and not equal.
+    near = ACTIVATION.replace("empty_like(x), F.silu(x))", "empty_like(x), F.silu(x) * 1.004)")
+    assert near != ACTIVATION
+    activation = write_kernel(tmp_path / "act", near, "torch-cuda", name="activation")
     source = tmp_path / "model-source" / "config.json"
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "attention_dropout": 0.0}
     source.write_text(json.dumps(json.loads(source.read_text()) | sizes))
     kernel = {"use_kernels": True, "kernel_name": str(activation)}
-    variants = {
-        "plain": {},
-        "liger, compiled": {**LIGER, **COMPILED},
-        "fp8, liger, compiled": {**FP8, **LIGER, **COMPILED},
-        "fp8, kernel, liger, compiled": {**FP8, **kernel, **LIGER, **COMPILED},
-        "qat, kernel": {**QAT, **kernel},
-        "qat, compiled": {**QAT, **COMPILED},
-        "qat, liger, compiled": {**QAT, **LIGER, **COMPILED},
-        "qat, kernel, liger, compiled": {**QAT, **kernel, **LIGER, **COMPILED},
-        "fp8, qat": {**FP8, **QAT},
-        "fp8, qat, compiled": {**FP8, **QAT, **COMPILED},
-        "fp8, qat, kernel, liger": {**FP8, **QAT, **kernel, **LIGER},
-        "fp8, qat, liger, compiled": {**FP8, **QAT, **LIGER, **COMPILED},
-        "all of them": {**FP8, **QAT, **kernel, **LIGER, **COMPILED},
+    keys = {**KEYS, "kernel": kernel}
+    variants = [(), ("compiled",), *COMBINATIONS]
+    jobs = [
+        job_file(
+            f"{'_'.join(['run', *names])}.yaml",
+            output_dir=str(tmp_path / "runs" / "_".join(["run", *names])),
+            export_model=False,
+            **{**SAME, **{key: value for one in names for key, value in keys[one].items()}},
+        )
+        for names in variants
+    ]
+    run_workers(1, *jobs)
+    every = {
+        frozenset(names): list(losses(tmp_path / "runs" / "_".join(["run", *names])).values())
+        for names in variants
     }
-    run_workers(
-        1,
-        *(
-            job_file(
-                f"{name}.yaml",
-                output_dir=str(tmp_path / name),
-                export_model=False,
-                **{**KERNEL_KEYS, **keys},
-            )
-            for name, keys in variants.items()
-        ),
-    )
-    every = {name: list(losses(tmp_path / name).values()) for name in variants}
-    plain = every.pop("plain")
+    plain = every[frozenset()]
     wrong = {n: found for n, found in every.items() if found != pytest.approx(plain, rel=2e-2)}
     assert not wrong, f"{wrong} beside {plain}"
-    assert all(found != plain for found in every.values())
+    seen = set()
+    for names, found in every.items():
+        for one in names - {"compiled"}:
+            if names - {one} in every:
+                assert found != every[names - {one}], f"{one} of {sorted(names)} is off"
+                seen.add((one, names))
+    whole = frozenset({"fp8", "qat", "kernel", "liger", "compiled"})
+    assert {one for one, names in seen if names == whole} == whole - {"compiled"}

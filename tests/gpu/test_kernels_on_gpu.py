@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
@@ -133,7 +134,12 @@ def test_runs_with_kernels_learn_alike_and_keep_fp8_and_adapters(job_file, tmp_p
         "pure_bf16": False,
         "bf16": True,
     }
-    run_workers(1, job("lora", **adapters), job("lora-example", **adapters, **example))
+    *_, adapted = run_workers(
+        1, job("lora", **adapters), job("lora-example", **adapters, **example)
+    )
+    learned = load_file(Path(adapted["model_dir"]) / "adapter_model.safetensors")
+    learned = {name: weight for name, weight in learned.items() if "lora_B" in name}
+    assert len(learned) > 6 and all(weight.abs().max() > 0 for weight in learned.values())
 
     def of(name):
         return list(losses(tmp_path / name).values())
@@ -148,6 +154,7 @@ def test_runs_with_kernels_learn_alike_and_keep_fp8_and_adapters(job_file, tmp_p
     if IS_HOPPER:
         pairs |= {"fp8-example": "fp8", "fp8-compiled-example": "fp8"}
         assert of("fp8-example") != of("example")
+        assert of("fp8-compiled-example") != of("compiled-example")
     for name, reference in pairs.items():
         assert of(name) == pytest.approx(of(reference), rel=5e-3), name
         if reference != "lora":  # six steps of adapters do not yet show in the loss
