@@ -5,9 +5,8 @@ refused.
 from __future__ import annotations
 
 import re
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.driver.replaced import KERNELS, PINNED, Replaced, put_back, set_aside
 from raytrain_adv.errors import JobError
+from raytrain_adv.report import record as reports
+from raytrain_adv.transforms.hub_kernels import HubKernels
 from raytrain_adv.worker.metrics_file import FILE_NAME, read
 from raytrain_adv.worker.redact import redact
 from raytrain_adv.worker.storage import Storage, storage_errors
@@ -32,7 +34,6 @@ ENDED = {
     "stopped": "was stopped part of the way",
 }
 """A run's status -> what is said of its job."""
-PINNED = "kernels.lock.json"
 Record = Mapping[str, Any]
 """What run.json holds."""
 OURS = (
@@ -42,7 +43,7 @@ OURS = (
     "metrics.jsonl",
     "checkpoints",
     "trackers",
-    "kernels",
+    KERNELS,
     "bad_batches",
     PINNED,
     RUN_FILE,
@@ -61,11 +62,25 @@ class Output:
     resume: bool | str
     finished: bool
     """Whether the very same job has already run to its end here."""
+    number: int
+    """How many attempts there are with this one."""
+    replaced: Replaced
+    """What was in the folder, where this run takes its place."""
 
     @property
     def storage(self) -> Storage:
         """The root of this job's checkpoints."""
         return Storage.at(self.storage_path)
+
+    def begin(self, job: JobConfig, say: Callable[[str], None]) -> None:
+        """Delete what this run replaces, now that it can start, and note whose the folder is.
+
+        Raises:
+            StorageError: when it cannot be deleted, or written.
+        """
+        if self.replaced.is_there:
+            say(self.replaced.delete())
+            self.note(job, "running", self.number)
 
     def note(self, job: JobConfig, status: str, attempts: int) -> None:
         """Write run.json: whose folder this is, and how its run stands."""
@@ -153,25 +168,35 @@ def open_output(job: JobConfig) -> Output:
     """
     folder = Path(job.output.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    put_back(folder)
     storage = Storage.at(storage_path(job))
     record = record_of(folder)
     resume = job.output.resume_from_checkpoint or False
-    if job.output.overwrite_output_dir and not resume:
-        _clear(folder, storage)
+    replaced = Replaced(folder, OURS, [storage], is_there=False)
+    if job.output.overwrite_output_dir and resume is not True:
+        _refuse_to_delete_what_is_read(job, replaced)
+        left = any((folder / name).exists() for name in OURS)
+        replaced.is_there = left or _trained(folder, storage)
         record = None
-    if record is None:
+    elif record is None:
         _refuse_foreign_files(folder, resume)
     elif record["status"] == "done" or _trained(folder, storage):
         _refuse_unless_resumed(job, folder, record, resume)
-    if not resume:
+    if replaced.is_there:
+        set_aside(folder)
+    elif not resume:
         (folder / PINNED).unlink(missing_ok=True)  # a new start pins its kernels anew
-    attempts = int(record["attempts"]) if record else attempts_in(storage)
     finished = bool(record and record["status"] == "done" and resume is True)
-    name = f"{run_name(job)}_{attempts + 1:03d}"
-    output = Output(folder, storage_path(job), name, resume, finished)
-    if not finished:
-        output.note(job, "running", attempts + 1)
+    before = 0 if replaced.is_there else _attempts_before(record, storage)
+    name = f"{run_name(job)}_{before + 1:03d}"
+    output = Output(folder, storage_path(job), name, resume, finished, before + 1, replaced)
+    if not finished and not replaced.is_there:
+        output.note(job, "running", output.number)
     return output
+
+
+def _attempts_before(record: Record | None, storage: Storage) -> int:
+    return int(record["attempts"]) if record else attempts_in(storage)
 
 
 def attempts_in(storage: Storage) -> int:
@@ -190,14 +215,16 @@ def _trained(folder: Path, storage: Storage) -> bool:
     return any(storage.folder(attempt).folders() for attempt in storage.folders())
 
 
-def _clear(folder: Path, storage: Storage) -> None:
-    for name in OURS:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    storage.delete()
+def _refuse_to_delete_what_is_read(job: JobConfig, replaced: Replaced) -> None:
+    compared, resume = job.output.compare_with, job.output.resume_from_checkpoint
+    named = {
+        "model_name_or_path": job.model.model_name_or_path,
+        "kernels_lock": job.transform(HubKernels).kernels_lock,
+        "compare_with": None if compared is None else str(Path(compared) / reports.FILE_NAME),
+        "resume_from_checkpoint": resume if isinstance(resume, str) else None,
+    }
+    for key, value in named.items():
+        replaced.refuse_to_delete(key, value)
 
 
 def _refuse_foreign_files(folder: Path, resume: bool | str) -> None:

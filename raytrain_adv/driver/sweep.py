@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from raytrain_adv.driver.asha import DelayAwareAsha, Rungs
 from raytrain_adv.driver.failures import stopped
 from raytrain_adv.driver.head_watch import HeadWatch
 from raytrain_adv.driver.probe import Read, read_nodes
+from raytrain_adv.driver.replaced import Replaced
 from raytrain_adv.driver.stopping import tell
 from raytrain_adv.driver.sweep_progress import Progress
 from raytrain_adv.driver.sweep_results import Results
@@ -61,8 +61,7 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
     """
     folder = Path(job.output.output_dir)
     with output.held(folder):
-        open_folder(job, folder)
-        results = Results(job, _swept(job))
+        results = Results(job, _swept(job), open_folder(job, folder))
         try:
             _run_trials(job, results, read)
             results.finish()
@@ -102,15 +101,16 @@ def _swept(job: JobConfig) -> Sweep:
     return job.sweep
 
 
-def open_folder(job: JobConfig, folder: Path) -> None:
-    """Begin a folder, go on with it, or empty it.
+def open_folder(job: JobConfig, folder: Path) -> Replaced:
+    """Begin a folder, or go on with it; return what is to be deleted before trials are run.
 
     Raises:
         JobError: when it holds something that the job does not say what is to become of.
     """
     resume = job.output.resume_from_checkpoint is True
-    if job.output.overwrite_output_dir and not resume:
-        _clear(job, folder)
+    trials = _swept(job).trials
+    storages = [Storage.at(output.storage_path(trial.job)) for trial in trials]
+    replaced = Replaced(folder, OURS, storages, is_there=False)
     there = [name for name in output.OURS if (folder / name).exists()]
     if there:
         raise JobError(
@@ -119,6 +119,11 @@ def open_folder(job: JobConfig, folder: Path) -> None:
             "choose another output_dir",
         )
     there = [name for name in OURS if (folder / name).exists()]
+    if job.output.overwrite_output_dir and not resume:
+        for path in {trial.job.model.model_name_or_path for trial in trials}:
+            replaced.refuse_to_delete("model_name_or_path", path)
+        replaced.is_there = bool(there) or any(storage.folders() for storage in storages)
+        return replaced
     if there and not resume and _has_begun(folder):
         raise JobError(
             "output_dir holds a sweep already",
@@ -126,7 +131,8 @@ def open_folder(job: JobConfig, folder: Path) -> None:
             "set resume_from_checkpoint: true to go on with it, choose another output_dir, or set "
             "overwrite_output_dir: true to start anew (its trials are deleted)",
         )
-    _refuse_other_jobs(_swept(job).trials)
+    _refuse_other_jobs(trials)
+    return replaced
 
 
 def _has_begun(folder: Path) -> bool:
@@ -136,14 +142,6 @@ def _has_begun(folder: Path) -> bool:
     found = Storage.at(str(folder)).read_json(output.SWEEP_FILE)
     waits = found is not None and found.get("best_job") is None
     return not waits or any((folder / TRIALS).glob("*/*"))
-
-
-def _clear(job: JobConfig, folder: Path) -> None:
-    for trial in _swept(job).trials:
-        Storage.at(output.storage_path(trial.job)).delete()
-    shutil.rmtree(folder / TRIALS, ignore_errors=True)
-    for name in OURS[1:]:
-        (folder / name).unlink(missing_ok=True)
 
 
 def _refuse_other_jobs(trials: Sequence[Trial]) -> None:

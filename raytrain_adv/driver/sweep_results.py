@@ -13,6 +13,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import SET_BY_THE_SWEEP, Sweep
 from raytrain_adv.driver import cluster, output
 from raytrain_adv.driver.ray_worker import STARTS
+from raytrain_adv.driver.replaced import Replaced
 from raytrain_adv.report import record, sweep_record
 from raytrain_adv.report.record import write_text
 from raytrain_adv.report.sweep_html import write_html
@@ -28,9 +29,10 @@ MODELS = ("model", "model-quantized")
 class Results:
     """The sweep's report, brought up to date from the reports in the trials' folders."""
 
-    def __init__(self, job: JobConfig, sweep: Sweep) -> None:
+    def __init__(self, job: JobConfig, sweep: Sweep, replaced: Replaced) -> None:
         self._job = job
         self._sweep = sweep
+        self._replaced = replaced
         self._trials = {t.name: t for t in sweep.trials}
         self._died: dict[str, str] = {}
         """Trial -> what its process died of, where it left no report of its end."""
@@ -63,7 +65,13 @@ class Results:
         return self.report.trial(name).status in ended
 
     def begin(self, at_once: int) -> None:
-        """Note that trials are run, so many at the same time."""
+        """Note that trials are run, so many at the same time, and delete what they replace.
+
+        Raises:
+            StorageError: when that cannot be deleted.
+        """
+        if self._replaced.is_there:
+            print(self._replaced.delete())
         self._write({"max_concurrent_trials": at_once})
 
     def started(self, name: str) -> None:
@@ -93,7 +101,10 @@ class Results:
         self._write(update)
 
     def fail(self, error: BaseException) -> None:
-        """Note what ended the sweep."""
+        """Note what ended the sweep, unless the one that it replaces is still there."""
+        if self._replaced.is_there:
+            print(f"\n{self._replaced.keep()}")
+            return
         text = str(error) or type(error).__name__
         if isinstance(error, KeyboardInterrupt):
             text = "The sweep was stopped by Ctrl-C"
@@ -107,7 +118,8 @@ class Results:
         """Return how a trial stands by the report in its folder."""
         trial = self._trials[name]
         folder = trial.job.output.output_dir
-        run = record.read(folder) if (Path(folder) / record.FILE_NAME).exists() else None
+        is_there = (Path(folder) / record.FILE_NAME).exists() and not self._replaced.is_there
+        run = record.read(folder) if is_there else None
         one = sweep_record.trial_report(trial, run, self._sweep.metric)
         if one.status == "running" and name not in self._begun:
             return one.model_copy(update={"status": "waiting"})  # its driver was killed

@@ -110,6 +110,9 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
         console.say(note)
 
     def fail(error: BaseException) -> None:
+        if place.replaced.is_there:
+            console.say(f"\n{place.replaced.keep()}")
+            return
         ended = failed(report, error, timeline, place.folder)
         ended = ended.model_copy(update={"preflight": nodes[-1] if nodes else None})
         try:
@@ -120,6 +123,7 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
     try:
         with ExitStack() as watched:
             placement, plan, head = _prepare(job, console, timeline, nodes, read, watched, fail)
+            place.begin(job, console.say)
             report = planned(report, placement.fewest, plan.memory, plan.transforms)
             report = report.model_copy(update={"preflight": nodes[-1]})
             record.write(report, place.folder)
@@ -141,7 +145,7 @@ def _leave(job: JobConfig, place: Output, report: RunReport) -> None:
     """Write what stays of the run: its report, and how it ended."""
     record.write(report, place.folder)
     write_html(report, place.folder, plots=job.output.plot_loss)
-    place.note(job, report.status, int(place.attempt.rpartition("_")[2]))
+    place.note(job, report.status, place.number)
 
 
 def _prepare(

@@ -60,14 +60,85 @@ def test_a_run_file_that_is_not_one_is_refused_with_the_command_that_mends_it(ma
         open_output(make_job())
 
 
-def test_overwriting_deletes_the_run_and_nothing_else(make_job, tmp_path):
-    output = open_output(make_job())
-    (output.folder / "model").mkdir()
-    (output.folder / "model" / "config.json").write_text("{}")
+@pytest.fixture
+def old(make_job):
+    """Leave a finished run with a model, a checkpoint and pinned kernels; return its folder."""
+    output = start(make_job())
+    output.note(make_job(), "done", 1)
+    kernel = output.folder / "kernels" / "old-123"
+    for folder in (output.folder / "model", output.folder / "checkpoints/out_001/step_1", kernel):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("old")
+    (output.folder / "kernels.lock.json").write_text("old-123")
     (output.folder / "my-notes.txt").write_text("mine")
-    open_output(make_job(overwrite_output_dir=True))
-    assert not (output.folder / "model").exists()
-    assert (output.folder / "my-notes.txt").read_text() == "mine"
+    return output.folder
+
+
+def contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_overwriting_deletes_the_run_and_nothing_else_when_the_new_one_begins(make_job, old):
+    job = make_job(overwrite_output_dir=True, learning_rate=0.02)
+    output, said = open_output(job), []
+    assert output.attempt == "out_001"
+    (old / "kernels" / "new-456").mkdir()
+    (old / "kernels.lock.json").write_text("new-456")  # as the driver pins them for the plan
+    output.begin(job, said.append)
+    assert set(contents(old)) == {"run.json", "kernels.lock.json", "my-notes.txt"}
+    assert [path.name for path in (old / "kernels").iterdir()] == ["new-456"]
+    assert open_output(make_job(learning_rate=0.02)).number == 2
+    (sentence,) = said
+    for name in ("model", "checkpoints", "metrics.jsonl", "run.json"):
+        assert name in sentence
+
+
+@pytest.mark.parametrize("ends", ["is refused", "is killed"])
+def test_a_launch_that_does_not_begin_deletes_nothing(make_job, old, ends):
+    """Refused by preflight or its plan, it had deleted the run before without a word."""
+    before = contents(old)
+    output = open_output(make_job(overwrite_output_dir=True, learning_rate=0.02))
+    assert output.replaced.is_there
+    (old / "kernels.lock.json").write_text("new-456")
+    if ends == "is refused":
+        assert str(old) in output.replaced.keep()
+    else:
+        open_output(make_job(resume_from_checkpoint=True))
+    assert contents(old) == before
+
+
+def test_checkpoints_kept_elsewhere_are_deleted_too_and_named(make_job, tmp_path):
+    keys = {"ray_storage_path": str(tmp_path / "elsewhere")}
+    start(make_job(**keys)).storage.folder("out_001", "step_1").make()
+    job, said = make_job(**keys, overwrite_output_dir=True), []
+    open_output(job).begin(job, said.append)
+    assert not (tmp_path / "elsewhere" / "out").exists()
+    assert str(tmp_path / "elsewhere" / "out") in said[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("model_name_or_path", "model"),
+        ("kernels_lock", "kernels.lock.json"),
+        ("compare_with", ""),
+        ("resume_from_checkpoint", "checkpoints/out_001/step_1"),
+    ],
+)
+def test_what_the_new_run_reads_is_not_deleted(make_job, old, key, name):
+    (old / "report.json").write_text("{}")
+    before = contents(old)
+    extra = {"use_kernels": True, "kernel_name": "a/b"} if key == "kernels_lock" else {}
+    with pytest.raises(JobError, match=f"{key}"):
+        open_output(make_job(overwrite_output_dir=True, **{key: str(old / name)}, **extra))
+    assert contents(old) == before
+
+
+def test_a_first_launch_that_would_overwrite_leaves_the_report_of_its_refusal(make_job, tmp_path):
+    output = open_output(make_job(overwrite_output_dir=True))
+    assert not output.replaced.is_there
+    assert (tmp_path / "out" / "run.json").is_file()
 
 
 def test_a_folder_with_someone_elses_model_is_refused(make_job, tmp_path):

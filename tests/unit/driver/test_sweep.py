@@ -17,6 +17,7 @@ from raytrain_adv.driver import sweep
 from raytrain_adv.driver.asha import DelayAwareAsha, Rungs
 from raytrain_adv.driver.cluster import Node
 from raytrain_adv.driver.placement import Placement
+from raytrain_adv.driver.replaced import Replaced
 from raytrain_adv.driver.stopping import StoppedBySweep, StopWhenTold, take_back, tell
 from raytrain_adv.driver.sweep_plan import render as render_plan
 from raytrain_adv.driver.sweep_results import Results
@@ -53,7 +54,7 @@ def job_file(tmp_path: Path, keys: dict[str, Any]) -> Callable[..., Path]:
 
 def results_of(job: JobConfig) -> Results:
     assert job.sweep is not None
-    return Results(job, job.sweep)
+    return Results(job, job.sweep, Replaced(Path(job.output.output_dir), sweep.OURS, [], False))
 
 
 def leave(job: JobConfig, index: int, loss: float | None, **changed: Any) -> str:
@@ -295,8 +296,25 @@ def test_a_folder_with_a_sweep_is_refused_unless_the_job_says_what_becomes_of_it
         sweep.open_folder(job, folder)
     sweep.open_folder(swept(resume_from_checkpoint=True), folder)
     assert (folder / "trials" / "learning_rate=0.001").exists()
-    sweep.open_folder(swept(overwrite_output_dir=True), folder)
-    assert not (folder / "trials").exists()
+
+
+def test_overwriting_deletes_a_sweep_when_trials_begin_and_not_before(
+    swept: Callable[..., JobConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    results_of(swept()).ended(leave(swept(), 0, 3.0), None)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {"sweep.json", "report.json"} <= {path.name for path in before}
+    anew = swept(overwrite_output_dir=True)
+    results = Results(anew, anew.sweep, sweep.open_folder(anew, folder))  # type: ignore[arg-type]
+    assert not any(results.has_ended(trial.name) for trial in anew.sweep.trials)  # type: ignore[union-attr]
+    results.fail(ClusterError("no node has a GPU"))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert "holds what it held before" in capsys.readouterr().out
+    results.begin(1)
+    assert "deleted what" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {"sweep.json", "sweep.html"}
+    assert sweep_record.read(folder).status == "running"
 
 
 def test_a_sweep_in_which_no_trial_began_is_not_in_the_way(

@@ -1,0 +1,115 @@
+"""What overwrite_output_dir deletes, and when: not before the new run is about to start."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from raytrain_adv.errors import JobError
+from raytrain_adv.worker.storage import Storage, storage_errors
+
+PINNED = "kernels.lock.json"
+ASIDE = f".{PINNED}.replaced"
+"""Name of the old run's lock file while the new one's kernels are pinned."""
+KERNELS = "kernels"
+
+
+@dataclass
+class Replaced:
+    """What output_dir holds that a new run, or sweep, takes the place of. It stays as it is until
+    workers can be started: a launch that is refused deletes nothing.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    """Files and folders there that are deleted."""
+    storages: Sequence[Storage]
+    """Where its checkpoints are."""
+    is_there: bool
+    """Whether there is something to lose that has not been deleted yet."""
+
+    def delete(self) -> str:
+        """Delete it, but for the kernels that the new run has pinned by now; return what is to be
+        said of that.
+
+        Raises:
+            StorageError: when it cannot be deleted.
+        """
+        there = [name for name in self.names if (self.folder / name).exists()]
+        elsewhere = [s.root for s in self.storages if s.folders() and not self._is_in(s)]
+        with storage_errors(
+            "what overwrite_output_dir replaces cannot be deleted", str(self.folder)
+        ):
+            for storage in self.storages:
+                storage.delete()
+            for name in self.names:
+                if name not in (PINNED, KERNELS):
+                    _remove(self.folder / name)
+            for path in (self.folder / KERNELS).glob("*"):
+                if path.name not in self._pinned():
+                    _remove(path)
+            (self.folder / ASIDE).unlink(missing_ok=True)
+        self.is_there = False
+        what = ", ".join(there + elsewhere)
+        return f"overwrite_output_dir: deleted what {self.folder} held: {what}"
+
+    def keep(self) -> str:
+        """Leave it as it was found; return what is to be said of that."""
+        put_back(self.folder)
+        return (
+            f"{self.folder} holds what it held before: overwrite_output_dir deletes it when the "
+            "workers start"
+        )
+
+    def refuse_to_delete(self, key: str, value: str | None) -> None:
+        """Refuse a job that reads what would be deleted.
+
+        Args:
+            key: a key of the job. value: what it names, perhaps a path.
+
+        Raises:
+            JobError: where it is, or lies in, what would be deleted.
+        """
+        if value is None or not Path(value).expanduser().exists():
+            return
+        places = [self.folder / name for name in self.names]
+        places += [Path(one.root) for one in self.storages if one.is_local]
+        if any(_is_inside(str(Path(value).expanduser()), place) for place in places):
+            raise JobError(
+                f"{key} names what overwrite_output_dir would delete",
+                f"{key}: {value}, of the run in output_dir: {self.folder}",
+                "choose another output_dir, or move it elsewhere first",
+            )
+
+    def _is_in(self, storage: Storage) -> bool:
+        return storage.is_local and _is_inside(storage.root, self.folder)
+
+    def _pinned(self) -> str:
+        """Return the lock file that names the new run's kernels."""
+        file = self.folder / PINNED
+        return file.read_text() if file.is_file() else ""
+
+
+def set_aside(folder: Path) -> None:
+    """Keep the old run's lock file: the new run pins its kernels anew."""
+    if (folder / PINNED).exists():
+        (folder / PINNED).replace(folder / ASIDE)
+
+
+def put_back(folder: Path) -> None:
+    """Undo set_aside, also that of a launch that was killed."""
+    if (folder / ASIDE).exists():
+        (folder / ASIDE).replace(folder / PINNED)
+
+
+def _is_inside(path: str, folder: Path) -> bool:
+    return Path(path).resolve().is_relative_to(folder.resolve())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
