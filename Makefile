@@ -12,6 +12,7 @@ help:
 	@echo 'make test         run the unit and integration tests'
 	@echo 'make test-unit    run the unit tests: seconds, no Ray'
 	@echo 'make test-faults  run the tests that kill processes and cut hosts off: minutes, no other load'
+	@echo 'make test-compiled  run the tests whose models take minutes to compile'
 	@echo 'make test-gpu     run the tests that need a GPU'
 	@echo 'make check        lint, formatting, types, the direction of imports, and the README'
 	@echo 'make format       format the code as make check wants it'
@@ -34,10 +35,11 @@ test: $(INSTALLED)
 	  tests/integration tests/unit
 
 test-faults: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow --ignore tests/integration/test_matrix.py tests/integration
+	$(BIN)/python -m pytest -m slow --ignore tests/integration/test_matrix.py \
+	  --ignore tests/integration/test_qat.py tests/integration
 
 test-compiled: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow tests/integration/test_matrix.py
+	$(BIN)/python -m pytest -m slow tests/integration/test_matrix.py tests/integration/test_qat.py
 
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit

@@ -142,13 +142,17 @@ def _check(document: Document) -> _Checked:
     translated = llamafactory.translate(values, owned)
     problems = [*translated.problems, *(_unknown(key, owned) for key in translated.unknown)]
     refused = {translated.names.get(p.key, p.key) for p in problems}
-    refused |= {WRITTEN_AS[key] for key in translated.unknown if key in WRITTEN_AS}
+    meant = {name for key in translated.unknown for name in _nearest(key, owned)}
+    refused |= meant
     sections: dict[type[Section], Section] = {}
     for kind in kinds:
         given = {key: value for key, value in translated.keys.items() if key in kind.model_fields}
         sections[kind], wrong = _section(kind, given, refused)
         refused |= {problem.key for problem in wrong}
         problems += wrong
+    for kind in transform_types():
+        if meant & set(list(kind.model_fields)[:1]):  # its switch is misspelt: it is not off
+            refused |= set(kind.model_fields)
     job = JobConfig(
         **{name: sections[kind] for name, kind in SECTIONS.items()},  # type: ignore[arg-type]  # one kind per name
         transforms=tuple(sections[kind] for kind in transform_types()),
@@ -257,12 +261,17 @@ def _choices(schema: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _unknown(key: str, owned: frozenset[str]) -> Problem:
+def _nearest(key: str, owned: frozenset[str]) -> list[str]:
+    """Return the key that was meant, or none."""
     normal = key.strip().lower().replace("-", "_").lstrip("_")
     near = [WRITTEN_AS[normal]] if normal in WRITTEN_AS else []
     near = near or difflib.get_close_matches(normal, sorted(owned), 1, 0.7)
     # A key that would be refused is worth naming only where it is the one that was meant.
-    near = near or difflib.get_close_matches(normal, sorted(llamafactory.known_keys()), 1, 0.85)
+    return near or difflib.get_close_matches(normal, sorted(llamafactory.known_keys()), 1, 0.85)
+
+
+def _unknown(key: str, owned: frozenset[str]) -> Problem:
+    near = _nearest(key, owned)
     fix = (
         f"did you mean {near[0]}?"
         if near

@@ -260,7 +260,9 @@ class OutputConfig(Section):
     output_dir: Text
     """Folder of the run: model, report, metrics; on storage that all nodes of the job share."""
     overwrite_output_dir: bool = False
-    """Start anew in a folder that holds a run; its checkpoints are deleted."""
+    """Start anew in a folder that holds a run, which is deleted, with its checkpoints, once the
+    workers of the new one can start.
+    """
     logging_steps: Count = 10
     """Steps between two lines of metrics."""
     save_steps: Steps = 500

@@ -111,6 +111,13 @@ def _qat_keys(overrides: Sequence[str]) -> list[str]:
 
 
 def _neither(source: str, folder: Path) -> JobError:
+    runs = [p for p in folder.absolute().parents if (p / RUN_FILE).is_file()]
+    if runs:
+        return JobError(
+            f"{source} is neither a run's output_dir nor a model folder",
+            f"it lies in the run {runs[0]}",
+            f"raytrain-adv export {runs[0]}, with --checkpoint for another than its newest",
+        )
     if not folder.is_dir():
         found = nearest_folders(folder)
     else:
@@ -350,7 +357,9 @@ def _checkpoint(job: JobConfig, name: str) -> Found:
             "the run has no complete checkpoint",
             f"none in {root.root}",
             f"quantise the model it wrote: raytrain-adv export {job.output.output_dir}/model "
-            "--output DIR enable_qat=true; or run with save_strategy: steps",
+            "--output DIR enable_qat=true; or run with save_strategy: steps"
+            if (Path(job.output.output_dir) / "model").is_dir()
+            else "run it with save_strategy: steps, or to its end",
         )
     listed = ", ".join(f"step_{step}" for step in sorted(whole))
     raise JobError(f"there is no complete checkpoint {name}", f"there are {listed}", "name one")

@@ -164,7 +164,12 @@ def _sample(sample: Sample) -> str:
 
 def _transforms(report: RunReport) -> str:
     if not report.transforms:
-        return card('<p class="note">None: the model was trained as it is, every weight of it.</p>')
+        why = (
+            "None: the model was trained as it is, every weight of it."
+            if report.world_size is not None
+            else "None yet: the run ended before its plan was made."
+        )
+        return card(f'<p class="note">{why}</p>')
     return "".join(_transform(name, done) for name, done in report.transforms.items())
 
 

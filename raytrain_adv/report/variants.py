@@ -68,9 +68,13 @@ def recovered(found: Sequence[Variant]) -> float | None:
 
 
 def degradation(variant: Variant, found: Sequence[Variant]) -> float | None:
-    """Return how much a variant's loss is above the reference's in bf16, as a share."""
+    """Return how much a variant's loss is above the reference's in bf16, as a share; null where the
+    reference is of an earlier step, so that it would be what was trained since.
+    """
     pair = reference(found)
     if pair is None or not pair[0].loss or variant.loss is None or variant.name == pair[0].name:
+        return None
+    if pair[0].name == BF16 and variant.step != pair[0].step:
         return None
     return variant.loss / pair[0].loss - 1.0
 

@@ -135,10 +135,12 @@ class Fp8(Transform):
         if facts.device_type == "cpu" and self.fp8_allow_cpu:
             return
         if facts.compute_capability is None or facts.compute_capability < (9, 0):
+            on_cpu = "; fp8_allow_cpu: true tries it out on a CPU, exact but slow"
             raise ClusterError(
                 "FP8 requires Hopper architecture (compute capability 9.0 or newer)",
                 facts.describe(),
-                "run on H100/H200 workers, or set fp8: false",
+                "run on H100/H200 workers, or set fp8: false"
+                + (on_cpu if facts.device_type == "cpu" else ""),
             )
 
     def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:

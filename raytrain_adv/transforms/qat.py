@@ -58,6 +58,7 @@ class Qat(Transform):
     imports: ClassVar[tuple[str, ...]] = ("torchao",)
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "fp8"})
     evaluated_as: ClassVar[str] = "fake-quantised"
+    switches: ClassVar[str] = "fake quantisation"
     excludes: ClassVar[dict[str, str]] = {
         "use_dora": "DoRA computes with the base weights themselves, which would not be rounded"
     }
@@ -73,9 +74,8 @@ class Qat(Transform):
     qat_activation_dtype: Literal["none", "int8", "float8_e4m3fn"] | None = None
     """What the inputs of linears are rounded to, with one range per token; none leaves them."""
     qat_group_size: Annotated[int, Field(ge=2, le=LARGEST)] | None = 32
-    """Input features of a weight that share a scale; null gives each output channel one. Float8
-    weights have one per channel in any case.
-    """
+    """Input features of a weight that share a scale; null gives each output channel one, which
+    float8 always has."""
     qat_quantize_embedding: bool = True
     """Quantise the input embedding too, as the weights; not with float8."""
     qat_exclude: str | list[str] = ""

@@ -71,6 +71,8 @@ class Transform(Section):
     """Where the feature can be switched off in training: what held-out rows are evaluated as, which
     always have it on; for console and report.
     """
+    switches: ClassVar[str] = ""
+    """What is switched where is_on changes, for console and events; empty stands for the name."""
     stacks_on: ClassVar[frozenset[str]] = frozenset()
     """Names of transforms whose modules this one may change again."""
 
@@ -198,6 +200,11 @@ class Transform(Section):
     def is_on(self, step: int) -> bool:
         """Whether the feature is on in optimizer step `step` (from 0)."""
         return True
+
+    def switched(self, step: int) -> str:
+        """Return what to say where is_on changes with optimizer step `step` (from 0)."""
+        what = self.switches or self.name
+        return f"{what} is {'on' if self.is_on(step) else 'off'} from step {step + 1:,}"
 
     def remedy(self, step: int) -> str:
         """Return what of these keys to try where the loss rises or is not finite in optimizer step

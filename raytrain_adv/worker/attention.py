@@ -23,10 +23,10 @@ from raytrain_adv.kernels.hub import NoBuild
 from raytrain_adv.kernels.source import Wanted, of_name
 from raytrain_adv.kernels.swap import load_module
 from raytrain_adv.transforms.hub_kernels import HubKernels, own_lock
+from raytrain_adv.worker.early import FLASH_PACKAGES, check_flash_package
 
 # Without the package transformers would fetch a kernel from the Hub in its place, without being
 # asked.
-FLASH_PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
 ATTENTION = {
     "disabled": "eager",
     "sdpa": "sdpa",
@@ -50,7 +50,7 @@ def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
             computes.
     """
     asked = job.model.flash_attn
-    _check_package(asked)
+    check_flash_package(asked)
     # PyTorch's fused attention has no cap on the scores; transformers before 5.23 uses it all the
     # same for Gemma 2, and drops the cap. Remove when the lowest transformers allowed refuses.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
@@ -138,16 +138,6 @@ def refuse_unsupported(job: JobConfig, model: PreTrainedModel) -> None:
             f"{job.model.model_name_or_path} does not support flash_attn: {job.model.flash_attn}",
             f"{type(model).__name__} has no flash attention",
             "set flash_attn: auto",
-        )
-
-
-def _check_package(asked: str) -> None:
-    package = FLASH_PACKAGES.get(asked)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise JobError(
-            f"flash_attn: {asked} needs the package {package}",
-            "it is not installed here",
-            "install it on the driver and the workers, or set flash_attn: auto",
         )
 
 

@@ -4,6 +4,7 @@ the words in which it would be refused later.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from itertools import islice
@@ -25,6 +26,7 @@ NAMING_TOKENS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+FLASH_PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
 READ_AT_ONCE = 64 * 2**20
 """Bytes of a .json file, which is read as a whole, up to which its rows are counted here."""
 
@@ -66,8 +68,27 @@ def _check(job: JobConfig) -> None:
     check_folder(job)
     if not job.model.train_from_scratch:
         check_weights(job)
+    check_flash_package(job.model.flash_attn)
     _check_template(job)
     _check_data(job)
+
+
+def check_flash_package(asked: str) -> None:
+    """Refuse a flash attention whose package is not here.
+
+    Args:
+        asked: the job's flash_attn.
+
+    Raises:
+        JobError: naming the package.
+    """
+    package = FLASH_PACKAGES.get(asked)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise JobError(
+            f"flash_attn: {asked} needs the package {package}",
+            "it is not installed here",
+            "install it on the driver and the workers, or set flash_attn: auto",
+        )
 
 
 def _check_template(job: JobConfig) -> None:

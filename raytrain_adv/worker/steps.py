@@ -141,8 +141,10 @@ class Loop:
         label_tokens = self.global_label_tokens(batch)
         loss = torch.zeros((), dtype=torch.float32, device=self.run.device)
         # Where graphs are new; a later step runs the same.
-        is_new = first_here or any(t.is_on(step) != t.is_on(step - 1) for t in self.transforms)
-        weights = bits_of(self.model) if is_new else None
+        switched = [t for t in self.transforms if t.is_on(step) != t.is_on(step - 1)]
+        for transform in switched:
+            self.run.say(transform.switched(step), event="switch")
+        weights = bits_of(self.model) if first_here or switched else None
         for micro_batch in batch.micro_batches:
             # Not in the first step, where compilation would be in the profile.
             with nullcontext() if first_here else self.proof.watching(step):

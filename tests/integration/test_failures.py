@@ -9,8 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from raytrain_adv.config import load
+from raytrain_adv.driver.failures import StopWhenRetryCannotHelp
+from raytrain_adv.errors import TrainingError
+from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.worker.run import Run, SilentReporter
+from raytrain_adv.worker.storage import Storage
+from raytrain_adv.worker.train import train
 from tests.own_code import with_own_code
+from tests.ranks import run_ranks
 from tests.workers import losses, run_apart, run_workers
 
 
@@ -40,6 +50,27 @@ def test_the_rank_that_failed_is_named_before_those_that_failed_with_it(launch, 
     assert "the cause" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("at_pass", [1, 3])
+def test_running_again_is_no_help_where_a_step_is_out_of_memory(breaking, tmp_path, at_pass):
+    error = "torch.OutOfMemoryError('tried to allocate 2.00 GiB')"
+    job = breaking(error, rank=0, at_pass=at_pass)
+    (said,) = run_ranks(out_of_memory, 1, tmp_path, str(job))
+    assert f"optimizer step {at_pass}" in said
+
+
+def out_of_memory(path):
+    """Run a job to the error that ends it and its retries; return what that says."""
+    job = load(path)
+    storage = Storage.at(str(Path(job.output.output_dir) / "checkpoints"))
+    run = Run(torch.device("cpu"), storage, "out_001", SilentReporter(), dist.new_group())
+    with pytest.raises(TrainingError, match="out of memory") as failed:
+        train(job, run, export_model)
+    with pytest.raises(TrainingError, match="out of memory"):
+        StopWhenRetryCannotHelp().after_exception(None, {0: failed.value})
+    return str(failed.value)
+
+
+@pytest.mark.slow  # a minute beside the others
 def test_out_of_memory_in_the_first_step_is_not_tried_again(launch, breaking, tmp_path):
     error = "torch.OutOfMemoryError('tried to allocate 2.00 GiB')"
     failed = launch(breaking(error, rank=0, at_pass=1, ray_num_workers=1, max_failures=3))

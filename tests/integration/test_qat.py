@@ -42,6 +42,9 @@ def test_rounding_begins_with_step_n_by_its_numbers(job_file, tmp_path):
     expected, found = losses(tmp_path / "plain"), losses(tmp_path / "delayed")
     assert [step for step in expected if expected[step] == found[step]] == [1, 2, 3]
     assert losses(tmp_path / "now")[1] != expected[1]
+    for name, first in (("delayed", 4), ("now", 1)):
+        (said,) = events(tmp_path / name, "switch")
+        assert said["message"] == f"fake quantisation is on from step {first}"
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=2e-2)
 
 
@@ -104,20 +107,28 @@ def test_never_trains_in_bf16_and_evaluates_ptq(job_file, tmp_path):
     assert found == {"bf16", "PTQ"}
 
 
-def test_sharding_checkpointing_and_compiling_change_little(job_file, tmp_path):
+def test_sharding_and_checkpointing_change_little(job_file, tmp_path):
     def job(name, **keys):
         return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **{**QAT, **keys})
 
-    twice = {"gradient_accumulation_steps": 2}
-    recomputed = {"disable_gradient_checkpointing": False}
-    compiled = {"torch_compile": True, **recomputed, **twice}
-    run_workers(1, job("one", **twice), job("compiled", **compiled))
-    run_workers(2, job("two"), job("full", **recomputed))
+    run_workers(1, job("one", gradient_accumulation_steps=2))
+    run_workers(2, job("two"), job("full", disable_gradient_checkpointing=False))
     expected = list(losses(tmp_path / "one").values())
     assert losses(tmp_path / "full") == losses(tmp_path / "two")
-    for name in ("two", "compiled"):
-        found = list(losses(tmp_path / name).values())
-        assert found == pytest.approx(expected, rel=5e-3), name
+    assert list(losses(tmp_path / "two").values()) == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.slow  # minutes of compilation
+def test_compiling_with_checkpointing_changes_little(job_file, tmp_path):
+    keys = {**QAT, "gradient_accumulation_steps": 2}
+    compiled = {"torch_compile": True, "disable_gradient_checkpointing": False}
+    run_workers(
+        1,
+        job_file("one.yaml", output_dir=str(tmp_path / "one"), **keys),
+        job_file("compiled.yaml", output_dir=str(tmp_path / "compiled"), **keys, **compiled),
+    )
+    found, expected = (list(losses(tmp_path / name).values()) for name in ("compiled", "one"))
+    assert found == pytest.approx(expected, rel=5e-3)
 
 
 def test_adapters_train_on_a_rounded_base(job_file, tmp_path):

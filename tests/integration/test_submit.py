@@ -148,7 +148,8 @@ def rows(out: Path) -> dict[int, float]:
 
 def test_a_submitted_job_is_seen_and_stopped_with_a_checkpoint(cluster, project, tmp_path):
     """What a run exports, what status says of it, Ctrl-C with a checkpoint; exit codes of jobs
-    that are stopped, are refused there, and run to their end."""
+    that are stopped and that run to their end.
+    """
     out = tmp_path / "out"
     command = ["submit", "job.yaml", f"output_dir={out}", "--address", cluster.dashboard]
     submitted = subprocess.Popen(
@@ -179,11 +180,13 @@ def test_a_submitted_job_is_seen_and_stopped_with_a_checkpoint(cluster, project,
 
     listed = cluster.call("status", cwd=tmp_path).stdout
     assert re.search(rf"out +errored .*{last}/{STEPS}", listed), listed
-    refused = cluster.call(
-        *command[:3], "resume_from_checkpoint=true", "ray_num_workers=64", cwd=project
-    )
-    assert refused.returncode == 4 and "64 workers" in refused.stdout, refused.stdout
     short = ("max_steps=2", "fake_quant_after_n_steps=1", "ray_num_workers=1")
     done = cluster.call(*command[:2], f"output_dir={tmp_path / 'short'}", *short, cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "short" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.slow  # a minute beside the others
+def test_a_submitted_job_that_the_cluster_cannot_run_says_so_with_its_exit_code(cluster, project):
+    refused = cluster.call("submit", "job.yaml", "ray_num_workers=64", cwd=project)
+    assert refused.returncode == 4 and "64 workers" in refused.stdout, refused.stdout

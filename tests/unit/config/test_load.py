@@ -151,6 +151,12 @@ def test_a_learning_rate_that_is_no_positive_number_is_refused(folder: Path, wri
     assert "give a number above 0" in message_of(folder, f"learning_rate: {written}\n")
 
 
+def test_keys_of_a_feature_whose_switch_is_misspelt_are_not_called_useless(folder: Path) -> None:
+    said = message_of(folder, "enable_qatt: true\nqat_weight_dtype: int4\n")
+    assert "did you mean enable_qat?" in said and "changes nothing" not in said
+    assert "changes nothing" in message_of(folder, "typo: 1\nqat_weight_dtype: int4\n")
+
+
 def test_a_misspelled_choice_names_the_nearest(folder: Path) -> None:
     assert "did you mean cosine?" in message_of(folder, "lr_scheduler_type: cosin\n")
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver import export
-from raytrain_adv.driver.output import Output, storage_path
+from raytrain_adv.driver.output import open_output
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export import quantized_model
 from raytrain_adv.export.model_folder import export_model
@@ -280,9 +280,7 @@ def same_folder(a: Path, b: Path) -> bool:
 def note(job_path: Path) -> JobConfig:
     """Write run.json, as the driver does."""
     job = load(job_path)
-    Output(Path(job.output.output_dir), storage_path(job), "local", False, False).note(
-        job, "done", 1
-    )
+    open_output(job).note(job, "done", 1)
     return job
 
 
@@ -382,12 +380,13 @@ def test_the_command_says_what_it_cannot_do(
     model = str(write_checkpoint("llama", tmp_path / "m"))
     job = make_job()
     run = job.output.output_dir
-    Path(run).mkdir()
-    Output(Path(run), storage_path(job), "local", False, False).note(job, "done", 1)
+    open_output(job).note(job, "done", 1)
+    (Path(run) / "checkpoints" / "old").mkdir(parents=True)
     out = ["--output", str(tmp_path / "new")]
     cases = {
         "no folder": [],
         "neither a run's output_dir nor a model folder": [str(tmp_path / "none"), *out],
+        "it lies in the run": [f"{run}/checkpoints/old", *out],
         "enable_qat: true is missing": [model, *out],
         "--output is missing": [model, "enable_qat=true"],
         "is not a key of this command": [model, *out, "enable_qat=true", "learning_rate=1"],

@@ -143,6 +143,12 @@ def test_a_failed_run_shows_the_error_with_found_and_fix_before_the_figures():
     assert places == sorted(places)
 
 
+def test_a_refused_run_is_not_called_trained():
+    refused = RunReport(status="failed", error="FP8 requires Hopper architecture")
+    assert "the run ended before its plan was made" in render(refused, [])
+    assert "trained as it is" in render(RunReport(status="done", world_size=1), [])
+
+
 def test_memory_on_a_cpu_is_not_held_to_a_prediction_of_other_things():
     sizes = {"predicted_memory": {"parameters": 1.0}, "predicted_memory_gib": 1.5}
     report = RunReport(status="done", peak_memory_gib=3.0, **sizes)

@@ -52,6 +52,7 @@ def test_a_machine_without_fp8_is_refused_by_rule_and_name(facts, rule):
     assert rule in refusal.value.what
     assert facts.node_ip in refusal.value.found
     assert refusal.value.fix
+    assert ("fp8_allow_cpu: true" in refusal.value.fix) is (facts is CPU)
 
 
 def test_linears_too_small_are_no_reason_before_a_machine_without_fp8(tmp_path):
