@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from torch import nn
+from transformers import PreTrainedModel
 
 from raytrain_adv import hardware
 from raytrain_adv.config.assumptions import Assumptions
@@ -140,7 +141,6 @@ def resolve(
         transform.check_length(arithmetic.total_steps)
     case = Case(job, model, world_size, seq_len)
     gpus = _gpus(facts)
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
     flops = training_flops_per_token(model, seq_len)
     memory = case.prediction()
     work = _work(case, summary, arithmetic, flops, gpus) if assumed else None
@@ -148,15 +148,7 @@ def resolve(
         job=job,
         world_size=world_size,
         assumption=assumption,
-        model=ModelSummary(
-            architecture=type(model).__name__,
-            num_layers=len(decoder_layers(model)),
-            num_parameters=num_weights(model),
-            num_trained=sum(trained),
-            dtypes=_dtypes(model),
-            attention=attention_name(job, model),
-            flops_per_token=flops,
-        ),
+        model=_model_summary(job, model, flops),
         data=summary,
         arithmetic=arithmetic,
         seq_len=seq_len,
@@ -169,6 +161,18 @@ def resolve(
         sizes=tuple(_size(case, workers) for workers in numbers(job)),
         scale=work.at(world_size, assumed) if work and assumed else None,
         limits=tuple(work.limits(world_size, assumed)) if work and assumed else (),
+    )
+
+
+def _model_summary(job: JobConfig, model: PreTrainedModel, flops: float) -> ModelSummary:
+    return ModelSummary(
+        architecture=type(model).__name__,
+        num_layers=len(decoder_layers(model)),
+        num_parameters=num_weights(model),
+        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        dtypes=_dtypes(model),
+        attention=attention_name(job, model),
+        flops_per_token=flops,
     )
 
 
