@@ -15,6 +15,7 @@ from raytrain_adv.config.explain import explain
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.schema import schema
+from raytrain_adv.config.secrets import hide_environment
 from raytrain_adv.errors import (
     EXIT_DONE,
     EXIT_NOT_MENDED,
@@ -361,7 +362,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def _print_error(text: str) -> None:
     """Print to stderr whatever its encoding is able to show."""
     encoding = sys.stderr.encoding or "utf-8"
-    print("\n" + text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
+    shown = hide_environment(text).encode(encoding, "backslashreplace").decode(encoding)
+    print(f"\n{shown}", file=sys.stderr)
 
 
 if __name__ == "__main__":

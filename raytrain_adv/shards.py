@@ -5,6 +5,8 @@ import re
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -89,6 +91,15 @@ def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     squared = norm.square().to(sharded.device_mesh.device_type)
     dist.all_reduce(squared, group=sharded.device_mesh.get_group(SHARDED))
     return squared.sqrt()
+
+
+def reshard(model: nn.Module) -> None:
+    """Have every parameter be its shard: a forward pass without a backward pass leaves whole ones
+    there, in the compute dtype, where fsdp_reshard_after_forward is false.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

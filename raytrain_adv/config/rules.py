@@ -17,6 +17,7 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 def contradictions(job: JobConfig) -> Iterable[Problem]:
     """Find keys of different sections that cannot stand together; each Problem names them all."""
     yield from _paths(job)
+    yield from _run_names(job)
     yield from _evaluation(job)
     yield from _workers(job)
     yield from _devices(job)
@@ -95,6 +96,14 @@ def _paths(job: JobConfig) -> Iterable[Problem]:
             yield Problem(text, fix, key)
         elif key in folders and isinstance(value, str) and _is_other_than_a_folder(value):
             yield Problem(f"{show(value)} is there, and is not a folder", "name a folder", key)
+
+
+def _run_names(job: JobConfig) -> Iterable[Problem]:
+    """Find names that would be another folder than one of their own below ray_storage_path."""
+    name = job.ray.ray_run_name
+    if name is not None and (name.strip() in ("", ".", "..") or "/" in name or "\\" in name):
+        text = f"{show(name)} is not the name of a folder of its own"
+        yield Problem(text, "give letters, digits, - and _, or delete the line", "ray_run_name")
 
 
 def _is_other_than_a_folder(path: str) -> bool:

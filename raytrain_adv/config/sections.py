@@ -174,7 +174,8 @@ class TrainConfig(Section):
     bf16: bool = False
     """Compute in bfloat16 with parameters and optimizer states in float32."""
     pure_bf16: bool = False
-    """Keep parameters and optimizer states in bfloat16 too: 8 bytes a parameter instead of 16."""
+    """Keep parameters and optimizer states in bfloat16 too: 8 bytes a parameter instead of 16, and
+    updates below 0.2 % of a weight are lost to rounding."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Seed of the data order, dropout and new weights."""
 
@@ -260,8 +261,8 @@ class OutputConfig(Section):
     output_dir: Text
     """Folder of the run: model, report, metrics; on storage that all nodes of the job share."""
     overwrite_output_dir: bool = False
-    """Start anew in a folder that holds a run, which is deleted, with its checkpoints, once the
-    workers of the new one can start.
+    """Start anew in a folder that holds a run, which is deleted, with its checkpoints, once
+    preflight and plan have accepted the new one.
     """
     logging_steps: Count = 10
     """Steps between two lines of metrics."""

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -300,7 +301,7 @@ def as_trial(job: JobConfig, name: str) -> JobConfig:
     """Return a trial's job: in a folder of its own, going on with what that folder holds."""
     output, ray = job.output, job.ray
     folder = str(Path(output.output_dir) / "trials" / name)
-    whole = ray.ray_run_name or Path(output.output_dir).name
+    whole = ray.ray_run_name or Path(os.path.abspath(output.output_dir)).name
     tracked = {} if output.run_name is None else {"run_name": f"{output.run_name}-{name}"}
     keys = {
         "output_dir": folder,

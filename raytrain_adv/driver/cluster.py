@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -343,34 +342,6 @@ def shown(resources: Mapping[str, float]) -> str:
         ", ".join([*known, *(k for k in resources if k.startswith("accelerator_type:"))])
         or "nothing"
     )
-
-
-def wait_for_room(
-    placement: Placement, say: Callable[[str], None], poll_s: float = 2.0, every_s: float = 30.0
-) -> None:
-    """Wait until the resources are free, saying what is missing; other jobs may hold them, or nodes
-    be starting.
-    """
-    last = 0.0
-    while True:
-        now = free(placement)
-        missing = {
-            name: placement.fewest * amount - now.get(name, 0.0)
-            for name, amount in placement.bundle.items()
-            if placement.fewest * amount - now.get(name, 0.0) > 1e-6
-        }
-        if not missing:
-            return
-        if time.monotonic() - last > every_s:
-            last = time.monotonic()
-            lacking = ", ".join(f"{amount:g} {name}" for name, amount in missing.items())
-            say(
-                f"waiting for {lacking}: held by other jobs, or on nodes still to start "
-                "(Ctrl-C gives up)"
-            )
-        if scalable_nodes():
-            return  # asking for the workers is what makes the autoscaler start nodes
-        time.sleep(poll_s)
 
 
 def free(placement: Placement) -> dict[str, float]:

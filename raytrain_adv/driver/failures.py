@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 
+from raytrain_adv.config.secrets import hide_environment
 from raytrain_adv.errors import RaytrainAdvError, Stopped, StorageError, TrainingError
 from raytrain_adv.worker.storage import Storage
 
@@ -66,6 +67,7 @@ class TellTheNextStart(UserCallback):  # type: ignore[misc] # ray is Any to mypy
 def leave_word(attempt: Storage, message: str) -> None:
     """Leave word in an attempt's folder for the next start of its workers."""
     attempt.make()
+    message = hide_environment(message)
     attempt.write_json(WORD, {"message": f"{message}; the workers were started again"})
 
 

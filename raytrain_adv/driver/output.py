@@ -4,6 +4,7 @@ refused.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver.replaced import KERNELS, PINNED, Replaced, put_back, set_aside
+from raytrain_adv.driver.replaced import KERNELS, PINNED, Replaced, is_inside, put_back, set_aside
 from raytrain_adv.errors import JobError
 from raytrain_adv.report import record as reports
 from raytrain_adv.transforms.hub_kernels import HubKernels
@@ -28,6 +30,8 @@ SWEEP_FILE = "sweep.json"
 LOCK = ".lock"
 RAYS_COPIES = "/runtime_resources/working_dir_files/"
 """Where Ray unpacks the working directory of a submitted job (ray 2.60)."""
+OWNER = "owner.json"
+"""In storage outside of output_dir: whose checkpoints are there."""
 ENDED = {
     "done": "has run to its end",
     "failed": "has failed part of the way",
@@ -38,6 +42,9 @@ Record = Mapping[str, Any]
 """What run.json holds."""
 OURS = (
     "model",
+    "model-quantized",
+    ".model.partial",
+    ".model-quantized.partial",
     "report.json",
     "report.html",
     "metrics.jsonl",
@@ -80,7 +87,18 @@ class Output:
         """
         if self.replaced.is_there:
             say(self.replaced.delete())
+            self.own()
             self.note(job, "running", self.number)
+
+    def own(self) -> None:
+        """Write down whose the storage is, where it is not in output_dir itself.
+
+        Raises:
+            StorageError: when it cannot be written.
+        """
+        if not is_inside(self.storage, self.folder):
+            self.storage.make()
+            self.storage.write_json(OWNER, {"output_dir": str(self.folder.absolute())})
 
     def note(self, job: JobConfig, status: str, attempts: int) -> None:
         """Write run.json: whose folder this is, and how its run stands."""
@@ -95,7 +113,7 @@ class Output:
 
 def run_name(job: JobConfig) -> str:
     """Return the run's name in Ray and in trackers."""
-    return job.ray.ray_run_name or Path(job.output.output_dir).name
+    return job.ray.ray_run_name or Path(os.path.abspath(job.output.output_dir)).name
 
 
 def storage_path(job: JobConfig) -> str:
@@ -109,8 +127,10 @@ def storage_below(folder: Path, base: str | None, name: str) -> str:
     """
     if base is None:
         return str(folder.absolute() / "checkpoints")
-    base = base if "://" in base else str(Path(base).absolute())
-    return f"{base.rstrip('/')}/{name}"
+    if "://" not in base:
+        return str(Path(base).absolute() / name)
+    uri = urlsplit(base)  # what stands behind a question mark says how to reach the bucket
+    return urlunsplit(uri._replace(path=f"{uri.path.rstrip('/')}/{name}"))
 
 
 @contextmanager
@@ -169,12 +189,35 @@ def open_output(job: JobConfig) -> Output:
     folder = Path(job.output.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     put_back(folder)
+    output = _decided(job, folder)
+    if output.replaced.is_there:
+        set_aside(folder)
+    elif not output.resume:
+        (folder / PINNED).unlink(missing_ok=True)  # a new start pins its kernels anew
+    if not output.finished and not output.replaced.is_there:
+        output.own()
+        output.note(job, "running", output.number)
+    return output
+
+
+def refuse(job: JobConfig) -> None:
+    """Refuse the launch as open_output would, and change nothing.
+
+    Raises:
+        JobError: when the folder holds a run and the job does not say what is to become of it.
+    """
+    _decided(job, Path(job.output.output_dir))
+
+
+def _decided(job: JobConfig, folder: Path) -> Output:
     storage = Storage.at(storage_path(job))
     record = record_of(folder)
     resume = job.output.resume_from_checkpoint or False
     replaced = Replaced(folder, OURS, [storage], is_there=False)
+    _refuse_a_sweeps_folder(folder)
+    refuse_anothers(storage, folder, has_run=record is not None)
     if job.output.overwrite_output_dir and resume is not True:
-        _refuse_to_delete_what_is_read(job, replaced)
+        refuse_to_delete_what_is_read(job, replaced)
         left = any((folder / name).exists() for name in OURS)
         replaced.is_there = left or _trained(folder, storage)
         record = None
@@ -182,17 +225,10 @@ def open_output(job: JobConfig) -> Output:
         _refuse_foreign_files(folder, resume)
     elif record["status"] == "done" or _trained(folder, storage):
         _refuse_unless_resumed(job, folder, record, resume)
-    if replaced.is_there:
-        set_aside(folder)
-    elif not resume:
-        (folder / PINNED).unlink(missing_ok=True)  # a new start pins its kernels anew
     finished = bool(record and record["status"] == "done" and resume is True)
     before = 0 if replaced.is_there else _attempts_before(record, storage)
     name = f"{run_name(job)}_{before + 1:03d}"
-    output = Output(folder, storage_path(job), name, resume, finished, before + 1, replaced)
-    if not finished and not replaced.is_there:
-        output.note(job, "running", output.number)
-    return output
+    return Output(folder, storage_path(job), name, resume, finished, before + 1, replaced)
 
 
 def _attempts_before(record: Record | None, storage: Storage) -> int:
@@ -215,7 +251,12 @@ def _trained(folder: Path, storage: Storage) -> bool:
     return any(storage.folder(attempt).folders() for attempt in storage.folders())
 
 
-def _refuse_to_delete_what_is_read(job: JobConfig, replaced: Replaced) -> None:
+def refuse_to_delete_what_is_read(job: JobConfig, replaced: Replaced) -> None:
+    """Refuse a job that reads of the run that it replaces.
+
+    Raises:
+        JobError: naming the key.
+    """
     compared, resume = job.output.compare_with, job.output.resume_from_checkpoint
     named = {
         "model_name_or_path": job.model.model_name_or_path,
@@ -225,6 +266,40 @@ def _refuse_to_delete_what_is_read(job: JobConfig, replaced: Replaced) -> None:
     }
     for key, value in named.items():
         replaced.refuse_to_delete(key, value)
+
+
+def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
+    """Refuse storage that holds the checkpoints of another output_dir's run.
+
+    Args:
+        storage: where this run's checkpoints would be.
+        folder: output_dir.
+        has_run: whether it holds a run, which may have been there before owners were written down.
+
+    Raises:
+        JobError: naming that output_dir.
+    """
+    if is_inside(storage, folder):
+        return
+    with storage_errors("ray_storage_path cannot be read", storage.root):
+        owner, found = storage.read_json(OWNER), storage.folders()
+    other = owner.get("output_dir") if owner is not None else None
+    if other == str(folder.absolute()) or (owner is None and (has_run or not found)):
+        return
+    raise JobError(
+        "ray_storage_path holds the checkpoints of another run of this name",
+        f"{storage.root}: of the run in {other or 'an output_dir that is not known'}; "
+        f"this one's is {folder.absolute()}",
+        "give ray_run_name: another, or another ray_storage_path; where it is the same run, whose "
+        f"folder was moved, delete {storage.path(OWNER)}",
+    )
+
+
+def _refuse_a_sweeps_folder(folder: Path) -> None:
+    if (folder / SWEEP_FILE).exists():
+        raise JobError(
+            "output_dir holds a sweep, not a single run", str(folder), "choose another output_dir"
+        )
 
 
 def _refuse_foreign_files(folder: Path, resume: bool | str) -> None:

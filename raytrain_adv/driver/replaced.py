@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from raytrain_adv.errors import JobError
+from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.worker.storage import Storage, storage_errors
 
 PINNED = "kernels.lock.json"
@@ -38,12 +38,15 @@ class Replaced:
             StorageError: when it cannot be deleted.
         """
         there = [name for name in self.names if (self.folder / name).exists()]
-        elsewhere = [s.root for s in self.storages if s.folders() and not self._is_in(s)]
+        elsewhere = [s.root for s in self.storages if s.folders() and not is_inside(s, self.folder)]
         with storage_errors(
             "what overwrite_output_dir replaces cannot be deleted", str(self.folder)
         ):
+            self.is_there = False  # what is said from here on is said of what is being deleted
             for storage in self.storages:
                 storage.delete()
+                if storage.folders():
+                    raise OSError(f"{storage.root} is still there")
             for name in self.names:
                 if name not in (PINNED, KERNELS):
                     _remove(self.folder / name)
@@ -51,7 +54,6 @@ class Replaced:
                 if path.name not in self._pinned():
                     _remove(path)
             (self.folder / ASIDE).unlink(missing_ok=True)
-        self.is_there = False
         what = ", ".join(there + elsewhere)
         return f"overwrite_output_dir: deleted what {self.folder} held: {what}"
 
@@ -59,8 +61,8 @@ class Replaced:
         """Leave it as it was found; return what is to be said of that."""
         put_back(self.folder)
         return (
-            f"{self.folder} holds what it held before: overwrite_output_dir deletes it when the "
-            "workers start"
+            f"{self.folder} holds what it held before: overwrite_output_dir deletes it once "
+            "the new run is accepted"
         )
 
     def refuse_to_delete(self, key: str, value: str | None) -> None:
@@ -72,19 +74,16 @@ class Replaced:
         Raises:
             JobError: where it is, or lies in, what would be deleted.
         """
-        if value is None or not Path(value).expanduser().exists():
+        named = _storage_of(value)
+        if named is None:
             return
-        places = [self.folder / name for name in self.names]
-        places += [Path(one.root) for one in self.storages if one.is_local]
-        if any(_is_inside(str(Path(value).expanduser()), place) for place in places):
+        places = [Storage.at(str(self.folder / name)) for name in self.names]
+        if any(_holds(place, named) for place in (*places, *self.storages)):
             raise JobError(
                 f"{key} names what overwrite_output_dir would delete",
                 f"{key}: {value}, of the run in output_dir: {self.folder}",
                 "choose another output_dir, or move it elsewhere first",
             )
-
-    def _is_in(self, storage: Storage) -> bool:
-        return storage.is_local and _is_inside(storage.root, self.folder)
 
     def _pinned(self) -> str:
         """Return the lock file that names the new run's kernels."""
@@ -104,8 +103,29 @@ def put_back(folder: Path) -> None:
         (folder / ASIDE).replace(folder / PINNED)
 
 
-def _is_inside(path: str, folder: Path) -> bool:
-    return Path(path).resolve().is_relative_to(folder.resolve())
+def is_inside(storage: Storage, folder: Path) -> bool:
+    """Whether a storage lies in a folder."""
+    return _holds(Storage.at(str(folder)), storage)
+
+
+def _storage_of(value: str | None) -> Storage | None:
+    """Return the place that a key's value names; none where it names none that is there."""
+    if value is None:
+        return None
+    if "://" not in value:
+        path = Path(value).expanduser()
+        return Storage.at(str(path)) if path.exists() else None
+    try:
+        return Storage.at(value)
+    except StorageError:
+        return None
+
+
+def _holds(place: Storage, other: Storage) -> bool:
+    if place.is_local and other.is_local:
+        return Path(other.root).resolve().is_relative_to(Path(place.root).resolve())
+    same = place.filesystem == other.filesystem
+    return same and f"{other.root}/".startswith(f"{place.root.rstrip('/')}/")
 
 
 def _remove(path: Path) -> None:

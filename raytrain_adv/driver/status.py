@@ -57,7 +57,7 @@ def show(address: str | None, run: str | None) -> None:
         ClusterError: when the cluster does not answer.
         JobError: when there is no such run.
     """
-    folder = Path(run) if run is not None and (Path(run) / RUN_FILE).exists() else None
+    folder = _folder(run)
     if folder is not None and dashboard.named(address) is None:
         print("\n".join([*of_folder(folder), "no --address: Ray was not asked"]))
         return
@@ -78,6 +78,16 @@ def show(address: str | None, run: str | None) -> None:
     for one in chosen:
         lines += [*([""] if lines else []), *details(one, client, files=folder is None)]
     print("\n".join(lines))
+
+
+def _folder(run: str | None) -> Path | None:
+    """Return the output_dir that a run was named by; none where it is another name."""
+    if run is None:
+        return None
+    try:
+        return Path(run) if (Path(run) / RUN_FILE).exists() else None
+    except OSError:  # longer than a file's name can be
+        return None
 
 
 def names(run: Entry) -> set[str]:
@@ -124,7 +134,7 @@ def written(folder: str | None) -> Written | None:
     last: Entry = trained[-1] if trained else {}
     begun: Entry = plans[-1] if plans else {}
     return Written(
-        status=record["status"],
+        status=str(record.get("status", "unknown")),
         step=last.get("step", begun.get("resumed_from_step") or 0),
         total_steps=begun.get("total_steps"),
         loss=last.get("loss"),

@@ -255,9 +255,9 @@ async def _tail(client: JobSubmissionClient, name: str) -> None:
     """Print the log; where the connection breaks (a port that is forwarded does), go on from what
     was printed.
     """
-    printed = 0
-    for _ in range(MAX_RETRIES):
-        seen = 0
+    printed = failures = 0
+    while failures < MAX_RETRIES:
+        seen, before = 0, printed
         try:
             async for text in client.tail_job_logs(name):
                 fresh = text[max(printed - seen, 0) :] if seen < printed else text
@@ -268,10 +268,11 @@ async def _tail(client: JobSubmissionClient, name: str) -> None:
                 return
         except (aiohttp.ClientError, RuntimeError, ConnectionError, OSError) as error:
             print(f"\nthe log's connection broke ({error}); trying again", flush=True)
+        failures = 0 if printed > before else failures + 1
         await asyncio.sleep(RETRY_S)
     raise ClusterError(
         "The job's log cannot be followed any longer",
-        f"{MAX_RETRIES} times without an answer",
+        f"{MAX_RETRIES} times in a row without an answer",
         f"the job goes on: ray job logs --follow {name}",
     )
 

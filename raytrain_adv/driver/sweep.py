@@ -120,8 +120,10 @@ def open_folder(job: JobConfig, folder: Path) -> Replaced:
         )
     there = [name for name in OURS if (folder / name).exists()]
     if job.output.overwrite_output_dir and not resume:
-        for path in {trial.job.model.model_name_or_path for trial in trials}:
-            replaced.refuse_to_delete("model_name_or_path", path)
+        for trial, storage in zip(trials, storages, strict=True):
+            own = Path(trial.job.output.output_dir)
+            output.refuse_anothers(storage, own, has_run=output.record_of(own) is not None)
+            output.refuse_to_delete_what_is_read(trial.job, replaced)
         replaced.is_there = bool(there) or any(storage.folders() for storage in storages)
         return replaced
     if there and not resume and _has_begun(folder):

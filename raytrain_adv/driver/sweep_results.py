@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.secrets import hide_environment
 from raytrain_adv.config.sweep import SET_BY_THE_SWEEP, Sweep
 from raytrain_adv.driver import cluster, output
 from raytrain_adv.driver.ray_worker import STARTS
@@ -82,7 +83,7 @@ class Results:
     def ended(self, name: str, error: BaseException | None) -> TrialReport:
         """Note that a trial has ended; `error` is what its process died of, none if it lived."""
         if error is not None:
-            self._died[name] = str(error).strip().splitlines()[-1]
+            self._died[name] = hide_environment(str(error)).strip().splitlines()[-1]
             self._release(name)
         one = self._read(name)
         self._update(one)

@@ -13,6 +13,7 @@ from pathlib import Path
 from ray import tune
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.secrets import hide_environment
 from raytrain_adv.driver import trainer
 from raytrain_adv.driver.follow import FollowedFile
 from raytrain_adv.driver.stopping import take_back
@@ -68,4 +69,4 @@ def _run_line(job: JobConfig, folder: Path, errors: list[BaseException]) -> None
             trainer.run(job)
         except BaseException as error:  # it is raised again, or told, on the trial's own thread
             errors.append(error)
-            print(f"\n{error}")
+            print(f"\n{hide_environment(str(error))}")

@@ -40,6 +40,7 @@ from raytrain_adv.driver.probe import Read, read_nodes
 from raytrain_adv.driver.ray_worker import STARTS, ray_worker
 from raytrain_adv.driver.stopping import StopWhenTold, asking, is_asked
 from raytrain_adv.driver.twin import beside_its_twin, twins
+from raytrain_adv.driver.waiting import wait_for_room
 from raytrain_adv.errors import StorageError, Terminated
 from raytrain_adv.report import record
 from raytrain_adv.report.build import against, failed, finished, planned, started
@@ -47,6 +48,7 @@ from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import PreflightReport, RunReport
 from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker import trackers
+from raytrain_adv.worker.checkpoint import AGAIN
 from raytrain_adv.worker.data.prepare import PreparedData, prepare
 from raytrain_adv.worker.install import fetch
 
@@ -86,12 +88,17 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
     Raises:
         RaytrainAdvError: in the house form; its exit_code is the process's.
     """
-    for twin in twins(job):
+    folder = Path(job.output.output_dir)
+    first = list(twins(job))
+    if first:
+        with output.held(folder):
+            output.refuse(job)  # not hours later
+    for twin in first:
         print(f"First, to compare with, without the feature, in {twin.output.output_dir}:\n")
         run(twin, read)
         print()
     job = beside_its_twin(job)
-    with output.held(Path(job.output.output_dir)):
+    with output.held(folder):
         place = output.open_output(job)
         if place.finished:
             print("This job has already run to its end here; nothing was done.\n")
@@ -195,7 +202,7 @@ def _prepare(
     for warning in (*too_large, *host_check.refuse_too_large(job, plan, found)):
         console.say(f"warning: {warning}")
     timeline["plan"] = time.perf_counter() - start
-    cluster.wait_for_room(placement, console.say)
+    wait_for_room(placement, console.say)
     console.say("starting the workers: they import PyTorch and join each other")
     return placement, plan, head
 
@@ -248,8 +255,8 @@ def fit(
             why = "Ray Train's controller died"
             _clear_up(place, attempt)
         console.say(f"{why}; starting again from the last checkpoint")
-        cluster.wait_for_room(placement, console.say)
-        attempt, resume = f"{attempt}r", resume or True
+        wait_for_room(placement, console.say, given_up=lambda: is_asked(place.folder))
+        attempt, resume = f"{attempt}{AGAIN}", resume or True
         leave_word(place.storage.folder(attempt), why)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.export.folder import NewFolder, save_tensors
-from raytrain_adv.shards import gather
+from raytrain_adv.shards import gather, reshard
 from raytrain_adv.transforms.lora import ADAPTER, is_adapter
 from raytrain_adv.worker.adapter import peft_name
 from raytrain_adv.worker.model_files import is_local, model_source
@@ -25,6 +25,7 @@ def write_adapter(model: PreTrainedModel, job: JobConfig, new: NewFolder) -> Non
     """Gather the adapters, and write adapter_model.safetensors and adapter_config.json on rank 0; a
     collective.
     """
+    reshard(model)
     tensors: dict[str, torch.Tensor] = {}
     for fqn, parameter in model.named_parameters():
         if is_adapter(fqn):

@@ -75,7 +75,7 @@ def export_model(
     if tokenizer is not None:
         new.run(lambda: save_tokenizer(tokenizer, new.partial))
     new.publish()
-    written = Exported(str(out_dir), folder_gib(out_dir))
+    written = Exported(str(out_dir), folder_gib(out_dir) if new.writes else None)
     if not job.transform(Qat).enabled:
         return written
     quantized = NewFolder(quantized_dir(out_dir), device)
@@ -86,7 +86,7 @@ def export_model(
     return replace(
         written,
         quantized_dir=str(quantized.path),
-        quantized_gib=folder_gib(quantized.path),
+        quantized_gib=folder_gib(quantized.path) if new.writes else None,
         quantized_logit_difference=compared.difference if compared else None,
         quantized_comparison=compared.how if compared else "",
     )

@@ -37,12 +37,19 @@ KEEP_THE_TYPE = frozenset(
 """What FSDP2 does to a weight to shard it, move it, or give it memory."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Scale:
-    """What a weight is multiplied with in the cast; shared by all forms FSDP2 makes of it."""
+    """What a weight is multiplied with in the cast; shared by all forms FSDP2 makes of it.
+
+    One is equal to itself alone, and is its own copy: compiled code that takes the weight, as
+    torchao's 8-bit AdamW, is guarded by it, and would be compiled anew for each new value.
+    """
 
     value: torch.Tensor | None = None
     """float32 scalar on the device that gathers; none until update_scales has been called."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scale:
+        return self
 
 
 class GatheredInFloat8(torch.Tensor):

@@ -107,7 +107,11 @@ class Fp8(Transform):
             )
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
-        """Refuse CPUs, where nobody asked for them."""
+        """Refuse CPUs, where nobody asked for them, and who reads the weights that are gathered."""
+        if self.fp8_enable_fsdp_float8_all_gather and job.flat().get("use_dora"):
+            text = "DoRA adds to the base weights, which arrive in float8"
+            fix = "set use_dora: false, or fp8_enable_fsdp_float8_all_gather: false"
+            yield Problem(text, fix, "fp8_enable_fsdp_float8_all_gather and use_dora")
         if job.parallel.use_cpu and not self.fp8_allow_cpu:
             text = "FP8 requires Hopper architecture: H100, H200 or newer GPUs"
             fix = "set use_cpu: false, or fp8_allow_cpu: true, which is exact but slow"

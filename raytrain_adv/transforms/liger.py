@@ -367,13 +367,15 @@ def _globals_kept(model: nn.Module) -> Iterator[None]:
     forwards: dict[type, Callable[..., Any]] = {
         type(m): vars(type(m))["forward"] for m in model.modules() if "forward" in vars(type(m))
     }
-    yield
-    for home, values in names.items():
-        for name in vars(home).keys() - values.keys():
-            delattr(home, name)
-        for name, value in values.items():
-            if vars(home).get(name) is not value:
-                setattr(home, name, value)
-    for kind, forward in forwards.items():
-        if vars(kind)["forward"] is not forward:
-            kind.forward = forward  # type: ignore[attr-defined] # a class of modules
+    try:
+        yield
+    finally:
+        for home, values in names.items():
+            for name in vars(home).keys() - values.keys():
+                delattr(home, name)
+            for name, value in values.items():
+                if vars(home).get(name) is not value:
+                    setattr(home, name, value)
+        for kind, forward in forwards.items():
+            if vars(kind)["forward"] is not forward:
+                kind.forward = forward  # type: ignore[attr-defined] # a class of modules

@@ -96,12 +96,17 @@ def find(folder: Storage) -> Found | None:
     )
 
 
+AGAIN = "r"
+"""Stands behind an attempt's name once for each time that the driver has started it again."""
+
+
 def newest(root: Storage, attempt: str | None = None) -> Found | None:
-    """Return the complete checkpoint with the most steps, of one attempt or over all; incomplete
-    ones are passed over.
+    """Return the complete checkpoint with the most steps, of one attempt, with those that it was
+    started again as, or over all; incomplete ones are passed over.
     """
     for _, name, folder in sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True):
-        found = find(folder) if attempt in (None, name) else None
+        is_of_it = attempt is None or name.rstrip(AGAIN) == attempt.rstrip(AGAIN)
+        found = find(folder) if is_of_it else None
         if found is not None:
             return found
     return None

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from raytrain_adv.shards import reshard
 from raytrain_adv.worker.loader import IGNORED, Batches, MicroBatch, eval_batches
 from raytrain_adv.worker.loss import LossFunction
 from raytrain_adv.worker.run import Run
@@ -39,6 +40,7 @@ def evaluate(
             totals[0] += loss.double()
             totals[1] += (labels != IGNORED).sum()
     model.train()
+    reshard(model)
     if run.world_size > 1:
         dist.all_reduce(totals)
     loss_total, tokens = totals.tolist()

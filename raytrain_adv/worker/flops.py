@@ -25,12 +25,12 @@ ROUTED_EXPERT = re.compile(r"\bexperts\.\d+\.")
 WITHOUT_ATTENTION = ("linear_attention", "mamba", "conv", "recurrent")
 
 
-def training_flops_per_token(model: nn.Module, seq_len: int) -> float:
+def training_flops_per_token(model: nn.Module, seq_len: float) -> float:
     """Return the floating-point operations of forward and backward per token of a sequence.
 
     Args:
         model: a transformers causal language model, on any device, sharded or not.
-        seq_len: tokens per sequence.
+        seq_len: tokens per sequence; where they differ, the mean over all tokens of their own's.
     """
     config = text_config(model)
     active = active_expert_share(config)
@@ -51,7 +51,7 @@ def training_flops_per_token(model: nn.Module, seq_len: int) -> float:
     return flops + attention_flops_per_token(config, seq_len)
 
 
-def attention_flops_per_token(config: PretrainedConfig, seq_len: int) -> float:
+def attention_flops_per_token(config: PretrainedConfig, seq_len: float) -> float:
     """Return the operations of the attention products, forward and backward, over all layers."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -73,7 +73,7 @@ def attention_flops_per_token(config: PretrainedConfig, seq_len: int) -> float:
     return total
 
 
-def mean_keys(seq_len: int, window: int) -> float:
+def mean_keys(seq_len: float, window: float) -> float:
     """Return the keys a token attends to on average, under a causal mask with a window."""
     window = min(window, seq_len)
     return window - window**2 / (2 * seq_len)

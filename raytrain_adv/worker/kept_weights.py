@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from raytrain_adv.errors import TrainingError
-from raytrain_adv.shards import local_part
+from raytrain_adv.shards import local_part, reshard
 from raytrain_adv.worker.run import Run
 
 NAMED = 8
@@ -29,9 +28,7 @@ def bits_of(model: nn.Module) -> torch.Tensor:
     """Return the sum of each parameter's bits on this rank, read as integers: int64, on the CPU, in
     the order of named_parameters. Reads every parameter once.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # an evaluation before may have left whole weights there
+    reshard(model)
     sums = [_bits(p) for p in model.parameters()]
     return torch.stack([one.cpu() for one in sums]) if sums else torch.zeros(0, dtype=torch.int64)
 

@@ -172,7 +172,10 @@ def _phases(s: States, a: Passes, job: JobConfig, accumulates: bool) -> tuple[Ph
         ),
     ]
     if a.logits_eval:
-        phases.append(replace(held, name="evaluation", logits=a.logits_eval, gathered=stays))
+        phases += [
+            replace(held, name="evaluation, layers", activations=a.layer_eval, gathered=whole),
+            replace(held, name="evaluation", logits=a.logits_eval, gathered=max(stays, s.root)),
+        ]
     return tuple(phases)
 
 

@@ -106,6 +106,8 @@ class Passes:
     """The gradient that goes into the head's backward pass, or comes from the head's loss."""
     logits_eval: float
     """Logits and the loss's copies of an evaluation pass; 0 without held-out rows."""
+    layer_eval: float
+    """A layer's input, output and inner activations in an evaluation pass, which keeps none."""
 
     @staticmethod
     def of(model: PreTrainedModel, job: JobConfig, seq_len: int, batch: int) -> Passes:
@@ -148,6 +150,9 @@ class Passes:
             logits=loss.training(batch * seq_len) / GIB,
             logits_gradient=loss.gradient(batch * seq_len) / GIB,
             logits_eval=loss.evaluation(eval_tokens) / GIB,
+            layer_eval=max(size * (3 * x.hidden + x.mlp_inner + x.mlp_width) for x in layers)
+            * eval_tokens
+            / GIB,
         )
 
 

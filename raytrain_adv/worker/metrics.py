@@ -57,13 +57,19 @@ def open_metrics(job: JobConfig, run: Run, arithmetic: Arithmetic, found: Found 
 class Meter:
     """Times steps and counts tokens on one rank. Reading the clock waits for the GPU only at
     logging steps.
+
+    Args:
+        run: this rank's run.
+        model: the model.
+        arithmetic: the run in numbers.
+        attended: mean length, over all tokens, of the sequence that each is in.
     """
 
-    def __init__(self, job: JobConfig, run: Run, model: nn.Module, arithmetic: Arithmetic) -> None:
+    def __init__(self, run: Run, model: nn.Module, arithmetic: Arithmetic, attended: float) -> None:
         self.run = run
         self.arithmetic = arithmetic
         self.on_gpu = run.device.type == "cuda"
-        self.flops_per_token = training_flops_per_token(model, job.data.cutoff_len)
+        self.flops_per_token = training_flops_per_token(model, attended)
         name = torch.cuda.get_device_name(run.device) if self.on_gpu else "cpu"
         self.peak = peak_flops(name, "bf16")
         self.step_seconds = array("d")  # 8 bytes a step, where a list takes 32
@@ -74,6 +80,8 @@ class Meter:
         """Seconds per step that this rank waited for data, per logging step."""
         self.last_loss = float("nan")
         self.tokens_since_log = 0
+        self.untimed_tokens = 0
+        """Of those the ones of the first step, whose time does not count."""
         self.steps_since_log = 0
         self.paused_s = 0.0
         self.waited_at_log = 0.0
@@ -112,9 +120,14 @@ class Meter:
         return f"optimizer step {self.step + 1}"
 
     def first_step_done(self) -> None:
-        """Wait for the first step and say how long it took: with torch_compile it compiles."""
+        """Wait for the first step and say how long it took: with torch_compile it compiles, and is
+        left out of the steps' time.
+        """
         self._synchronize()
-        seconds = time.perf_counter() - self._log_time
+        now = time.perf_counter()
+        seconds = now - self._log_time - self.paused_s
+        self._log_time, self.paused_s, self.steps_since_log = now, 0.0, 0
+        self.untimed_tokens = self.tokens_since_log
         self.run.timeline["first step"] = seconds
         self.run.say(f"first step done in {seconds:.1f} s", event="first_step", seconds=seconds)
 
@@ -142,10 +155,13 @@ class Meter:
         self._synchronize()
         now = time.perf_counter()
         elapsed = max(now - self._log_time - self.paused_s, 1e-9)
-        step_s = elapsed / max(self.steps_since_log, 1)
-        rate = self.tokens_since_log / elapsed
-        self.step_seconds.extend([step_s] * self.steps_since_log)
-        self.rates.extend([rate] * self.steps_since_log)
+        steps, tokens = self.steps_since_log, self.tokens_since_log - self.untimed_tokens
+        if not steps:  # the row is of the first step alone
+            steps, tokens = 1, self.tokens_since_log
+            elapsed = max(self.run.timeline.get("first step", elapsed), 1e-9)
+        step_s, rate = elapsed / steps, tokens / elapsed
+        self.step_seconds.extend([step_s] * steps)
+        self.rates.extend([rate] * steps)
         # None of the steps may have counted: on_bad_loss: skip.
         self.last_loss = loss / label_tokens if label_tokens else float("nan")
         row: dict[str, Any] = {
@@ -173,7 +189,7 @@ class Meter:
 
     def take_tokens(self) -> int:
         """Return this rank's tokens since the last logging step and count from 0 again."""
-        tokens, self.tokens_since_log = self.tokens_since_log, 0
+        tokens, self.tokens_since_log, self.untimed_tokens = self.tokens_since_log, 0, 0
         return tokens
 
     def mfu(self, tokens_per_second: float) -> float | None:

@@ -39,7 +39,10 @@ KEPT_OPERATORS = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._grouped_mm.default,
 )
+MOST_GRAPHS = 64
+"""Times that a kind of layer may be compiled."""
 
 
 def checkpointing_mode(job: JobConfig) -> str:
@@ -104,6 +107,8 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
     skipped in the recomputation when its hooks are inside the checkpoint (PyTorch before 2.13).
     """
     mode = checkpointing_mode(job)
+    if job.parallel.torch_compile:
+        require_compiled()
     shard_module = None
     if needs_fsdp(model, job, mesh):
         for transform in enabled(job):
@@ -121,6 +126,16 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
         shard_module(model)
 
 
+def require_compiled() -> None:
+    """Have a layer that torch.compile gives up on raise, where it would run eager from then on.
+
+    All layers of a kind are one piece of code to it, compiled for training and evaluation, with
+    fake quantisation and without, for one length and for any: 8, its default, are soon reached.
+    """
+    torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
 def _checkpointed(layer: nn.Module, mode: str) -> nn.Module:
     options: dict[str, Any] = {"checkpoint_impl": CheckpointImpl.NO_REENTRANT}
     if mode == "selective":
@@ -131,7 +146,7 @@ def _checkpointed(layer: nn.Module, mode: str) -> nn.Module:
 
 
 def _keep_expensive(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = operator in KEPT_OPERATORS
+    keep = operator in KEPT_OPERATORS or _is_flash_attention(str(operator))
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -149,3 +164,8 @@ def _sharder(job: JobConfig, mesh: DeviceMesh | None) -> Callable[[nn.Module], F
         mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype(job), reduce_dtype=torch.float32),
         offload_policy=offload,
     )
+
+
+def _is_flash_attention(operator: str) -> bool:
+    """Whether it is the forward pass of a package's or the Hub's flash attention, by its name."""
+    return "flash_attn" in operator and ("fwd" in operator or "forward" in operator)

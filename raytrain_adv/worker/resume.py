@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError, RaytrainAdvError
 from raytrain_adv.transforms.transform import Transform
 from raytrain_adv.worker.arithmetic import Arithmetic
-from raytrain_adv.worker.checkpoint import FORMAT, Found, all_folders, find, newest
+from raytrain_adv.worker.checkpoint import AGAIN, FORMAT, Found, all_folders, find, newest
 from raytrain_adv.worker.damage import MANIFEST, set_aside, wrong_bytes, wrong_sizes
 from raytrain_adv.worker.run import Run
 from raytrain_adv.worker.storage import Storage
@@ -53,7 +51,19 @@ def _agreed(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
     if message is not None:
         raise JobError(*message)
     path = run.broadcast(outcome.path if isinstance(outcome, Found) else None)
-    return None if path is None else find(Storage(_filesystem(run, path), path))
+    if path is None:
+        return None
+    named = isinstance(run.resume, str) and path == _absolute(run.resume)
+    filesystem = Storage.at(str(run.resume)).filesystem if named else run.storage.filesystem
+    found = find(Storage(filesystem, path))
+    blind = [rank for rank, sees in enumerate(run.gather(found is not None)) if not sees]
+    if blind:
+        raise JobError(
+            "Not all workers see the checkpoint to go on from",
+            f"{path}: not seen by rank {', '.join(map(str, blind[:8]))} of {run.world_size}",
+            "put it on storage that all nodes share",
+        )
+    return found
 
 
 def _absolute(resume: bool | str) -> str | None:
@@ -76,19 +86,14 @@ def _pass_over(run: Run, folder: Storage, damage: str) -> None:
     set_aside(folder)
 
 
-def _filesystem(run: Run, path: str) -> Any:
-    """A checkpoint named by a local path may lie outside the run's storage."""
-    inside = path.startswith(run.storage.root)
-    return run.storage.filesystem if inside else Storage.at(path).filesystem
-
-
 def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
     """Return the checkpoint to go on from: after a restart this attempt's own, else what the job
     says.
     """
-    if not isinstance(run.resume, str) or run.restarts:
+    again = run.restarts > 0 or run.attempt.endswith(AGAIN)
+    if not isinstance(run.resume, str) or again:
         _pass_over_torn(run)
-    own = newest(run.storage, run.attempt) if run.restarts else None
+    own = newest(run.storage, run.attempt) if again else None
     if own is not None or not run.resume:
         found, free = own, frozenset[str]()
     elif isinstance(run.resume, str):

@@ -22,7 +22,7 @@ from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError, RaytrainAdvError, TrainingError
 from raytrain_adv.ops.float8_weight import as_plain
 from raytrain_adv.ops.quantized_linear import QuantizedLinear, quantized_linears
-from raytrain_adv.shards import copy_local, local_region, plain_name, seed_of
+from raytrain_adv.shards import copy_local, local_region, plain_name, reshard, seed_of
 from raytrain_adv.worker.checkpoint_files import CheckpointFiles, model_folder
 from raytrain_adv.worker.conversion import Group, Route, route
 from raytrain_adv.worker.model import build, decoder_layers
@@ -32,6 +32,7 @@ def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and persistent buffers by their name in the plain model, tied ones
     once.
     """
+    reshard(model)
     named: dict[str, torch.Tensor] = {
         plain_name(n): as_plain(p) for n, p in model.named_parameters()
     }

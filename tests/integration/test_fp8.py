@@ -137,3 +137,25 @@ def test_fp8_compiled_checkpointed_and_under_lora(job_file, tmp_path):
     assert list(found.values()) == pytest.approx(list(reference.values()), rel=5e-3)
     expected = list(losses(base).values())
     assert list(losses(tmp_path / "c").values()) == pytest.approx(expected, rel=5e-3)
+
+
+def test_what_stays_gathered_after_a_forward_pass_is_exported_from_its_shards(job_file, tmp_path):
+    """Evaluation and sample answers leave whole weights there, in float8 or rounded to bf16."""
+    stays = {"fsdp_reshard_after_forward": False, "num_sample_answers": 1, "val_size": 8}
+
+    def job(name, **changed):
+        return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **changed)
+
+    plain, kept = job("base", **GATHERED, val_size=8), job("base-stays", **GATHERED, **stays)
+    figures, _ = run_workers(2, plain, kept)
+    lora = {
+        "model_name_or_path": figures["model_dir"],
+        "train_from_scratch": False,
+        "finetuning_type": "lora",
+        "bf16": True,
+        "lora_rank": 4,
+    }
+    run_workers(2, job("lora", **lora, val_size=8), job("lora-stays", **lora, **stays))
+    for name, file in (("base", "model"), ("lora", "adapter_model")):
+        one, two = (tmp_path / f"{run}/model/{file}.safetensors" for run in (name, f"{name}-stays"))
+        assert one.read_bytes() == two.read_bytes()

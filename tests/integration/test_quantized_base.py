@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from raytrain_adv.cli import main
 from raytrain_adv.config import load
-from raytrain_adv.driver.output import open_output
 from tests.integration.test_line_without_ray import kill_last_checkpoint
+from tests.noted import note_done
 from tests.workers import losses, run_workers
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -94,7 +94,7 @@ def merges(job_path, whole, tmp_path, capsys):
     """The merged model is the dequantised base with the adapter, and the command says so."""
     job, out = load(job_path), tmp_path / "merged"
     run = Path(job.output.output_dir)
-    open_output(job).note(job, "done", 2)
+    note_done(job)
     assert main(["export", str(run), "--merge", "--output", str(out)]) == 0
     said = capsys.readouterr().out
     assert "nf4 in blocks of 64, scales quantised too" in said

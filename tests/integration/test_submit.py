@@ -187,6 +187,9 @@ def test_a_submitted_job_is_seen_and_stopped_with_a_checkpoint(cluster, project,
 
 
 @pytest.mark.slow  # a minute beside the others
-def test_a_submitted_job_that_the_cluster_cannot_run_says_so_with_its_exit_code(cluster, project):
-    refused = cluster.call("submit", "job.yaml", "ray_num_workers=64", cwd=project)
+def test_a_submitted_job_that_the_cluster_cannot_run_says_so_with_its_exit_code(
+    cluster, project, tmp_path
+):
+    changed = (f"output_dir={tmp_path / 'out'}", "ray_num_workers=64")
+    refused = cluster.call("submit", "job.yaml", *changed, cwd=project)
     assert refused.returncode == 4 and "64 workers" in refused.stdout, refused.stdout

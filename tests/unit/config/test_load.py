@@ -100,6 +100,12 @@ def test_all_problems_are_in_one_message_with_their_lines(folder: Path) -> None:
     assert "lerning_rate: did you mean learning_rate?" in message
 
 
+def test_dora_and_weights_that_arrive_in_float8_are_refused_together(folder: Path) -> None:
+    gathered = "fp8: true\nfp8_enable_fsdp_float8_all_gather: true\nbf16: true\n"
+    message = message_of(folder, f"{gathered}finetuning_type: lora\nuse_dora: true\n")
+    assert "fp8_enable_fsdp_float8_all_gather and use_dora: DoRA adds to the base" in message
+
+
 def test_missing_keys_are_named_with_their_meaning(folder: Path) -> None:
     path = folder / "job.yaml"
     path.write_text("bf16: true\n")

@@ -4,14 +4,16 @@ import json
 import os
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
 from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
+from raytrain_adv.driver import waiting
 from raytrain_adv.driver.cluster import Node, connect, require_answer, still_to_start
-from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.errors import ClusterError, JobError, Stopped
 
 CPU2 = {"CPU": 2.0}
 
@@ -108,3 +110,14 @@ def test_a_job_submitted_with_a_secret_in_its_runtime_environment_is_refused(
         connect(make_job())
     assert "planted" not in str(error.value) and "Kubernetes" in error.value.fix
     assert "NCCL_DEBUG" not in str(error.value) and not asked_of_ray
+
+
+def test_waiting_for_room_ends_when_the_run_is_told_to_stop(monkeypatch):
+    """One Ctrl-C, or `ray job stop`, was not heard while no worker ran."""
+    monkeypatch.setattr(waiting, "free", lambda placement: {})
+    monkeypatch.setattr(waiting, "scalable_nodes", lambda: [])
+    placement = SimpleNamespace(bundle={"GPU": 1.0}, fewest=2)
+    said, asked = [], iter([False, True])
+    with pytest.raises(Stopped, match="stopped"):
+        waiting.wait_for_room(placement, said.append, poll_s=0.0, given_up=lambda: next(asked))
+    assert said[0].startswith("waiting for 2 GPU")

@@ -1,8 +1,17 @@
+from pathlib import Path
+
 import pytest
 
 from raytrain_adv.config import JobConfig
-from raytrain_adv.driver.output import Output, held, open_output
-from raytrain_adv.errors import JobError
+from raytrain_adv.driver.output import (
+    Output,
+    held,
+    open_output,
+    refuse,
+    run_name,
+    storage_below,
+)
+from raytrain_adv.errors import JobError, StorageError
 
 
 def start(job: JobConfig) -> Output:
@@ -66,7 +75,12 @@ def old(make_job):
     output = start(make_job())
     output.note(make_job(), "done", 1)
     kernel = output.folder / "kernels" / "old-123"
-    for folder in (output.folder / "model", output.folder / "checkpoints/out_001/step_1", kernel):
+    for folder in (
+        output.folder / "model",
+        output.folder / "model-quantized",
+        output.folder / "checkpoints/out_001/step_1",
+        kernel,
+    ):
         folder.mkdir(parents=True)
         (folder / "file").write_text("old")
     (output.folder / "kernels.lock.json").write_text("old-123")
@@ -113,7 +127,7 @@ def test_checkpoints_kept_elsewhere_are_deleted_too_and_named(make_job, tmp_path
     start(make_job(**keys)).storage.folder("out_001", "step_1").make()
     job, said = make_job(**keys, overwrite_output_dir=True), []
     open_output(job).begin(job, said.append)
-    assert not (tmp_path / "elsewhere" / "out").exists()
+    assert [path.name for path in (tmp_path / "elsewhere" / "out").iterdir()] == ["owner.json"]
     assert str(tmp_path / "elsewhere" / "out") in said[0]
 
 
@@ -132,6 +146,77 @@ def test_what_the_new_run_reads_is_not_deleted(make_job, old, key, name):
     extra = {"use_kernels": True, "kernel_name": "a/b"} if key == "kernels_lock" else {}
     with pytest.raises(JobError, match=f"{key}"):
         open_output(make_job(overwrite_output_dir=True, **{key: str(old / name)}, **extra))
+    assert contents(old) == before
+
+
+def test_checkpoints_of_another_output_dir_are_neither_used_nor_deleted(make_job, tmp_path):
+    """Runs are kept by the last part of output_dir: two of them had one place."""
+    keys = {"ray_storage_path": str(tmp_path / "store")}
+    first = open_output(make_job(**keys, output_dir=str(tmp_path / "a" / "sft")))
+    first.storage.folder(first.attempt, "step_00000003").make()
+    for overwrites in (False, True):
+        other = make_job(
+            **keys, output_dir=str(tmp_path / "b" / "sft"), overwrite_output_dir=overwrites
+        )
+        with pytest.raises(JobError, match="another run of this name") as refused:
+            open_output(other)
+        assert str(tmp_path / "a" / "sft") in refused.value.found
+    assert first.storage.folders() == ["sft_001"]
+    own = make_job(**keys, output_dir=str(tmp_path / "b" / "sft"), ray_run_name="other")
+    assert open_output(own).attempt == "other_001"
+
+
+def test_a_checkpoint_named_by_a_uri_is_not_deleted_either(make_job, tmp_path):
+    keys = {"ray_storage_path": str(tmp_path / "store")}
+    storage = start(make_job(**keys)).storage.folder("out_001", "step_1")
+    storage.make()
+    resume = {"overwrite_output_dir": True, "resume_from_checkpoint": f"file://{storage.root}"}
+    with pytest.raises(JobError, match="resume_from_checkpoint names what"):
+        open_output(make_job(**keys, **resume))
+    assert Path(storage.root).is_dir()
+
+
+def test_a_runs_name_goes_into_the_path_of_a_uri():
+    uri = "s3://bucket/runs/?region=us-east-1&endpoint_override=minio:9000"
+    found = storage_below(Path("out"), uri, "sft")
+    assert found == "s3://bucket/runs/sft?region=us-east-1&endpoint_override=minio:9000"
+    assert storage_below(Path("out"), "s3://bucket", "sft") == "s3://bucket/sft"
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/b", "../x", " "])
+def test_a_run_name_that_is_no_folder_of_its_own_is_refused(make_job, name):
+    """overwrite_output_dir deletes the folder of that name below ray_storage_path."""
+    with pytest.raises(JobError, match="ray_run_name"):
+        make_job(ray_run_name=name)
+
+
+def test_a_run_in_this_folder_has_the_folders_name(make_job, monkeypatch, tmp_path):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert run_name(make_job(output_dir=".")) == "mine"
+
+
+def test_a_deletion_that_fails_is_not_called_keeping(make_job, old, monkeypatch):
+    output = open_output(make_job(overwrite_output_dir=True))
+    monkeypatch.setattr("shutil.rmtree", lambda path, **kwargs: None)
+    with pytest.raises(StorageError, match="cannot be deleted"):
+        output.begin(make_job(), print)
+    assert not output.replaced.is_there
+
+
+def test_a_single_run_does_not_move_into_a_sweeps_folder(make_job, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text("{}")
+    for overwrites in (False, True):
+        with pytest.raises(JobError, match="holds a sweep"):
+            open_output(make_job(overwrite_output_dir=overwrites))
+
+
+def test_what_a_twins_main_job_is_refused_for_is_found_without_changing_anything(make_job, old):
+    before = contents(old)
+    with pytest.raises(JobError, match="learning_rate"):
+        refuse(make_job(learning_rate=0.02))
+    refuse(make_job(learning_rate=0.02, overwrite_output_dir=True))
     assert contents(old) == before
 
 

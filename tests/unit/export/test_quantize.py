@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver import export
-from raytrain_adv.driver.output import open_output
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export import quantized_model
 from raytrain_adv.export.model_folder import export_model
@@ -28,6 +27,7 @@ from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.worker.model import build
 from raytrain_adv.worker.weights import load_pretrained, materialize
 from tests.conftest import MakeJob
+from tests.noted import note_done
 from tests.tiny_models import job_for, write_checkpoint
 from tests.workers import run_workers
 
@@ -280,7 +280,7 @@ def same_folder(a: Path, b: Path) -> bool:
 def note(job_path: Path) -> JobConfig:
     """Write run.json, as the driver does."""
     job = load(job_path)
-    open_output(job).note(job, "done", 1)
+    note_done(job)
     return job
 
 
@@ -380,7 +380,7 @@ def test_the_command_says_what_it_cannot_do(
     model = str(write_checkpoint("llama", tmp_path / "m"))
     job = make_job()
     run = job.output.output_dir
-    open_output(job).note(job, "done", 1)
+    note_done(job)
     (Path(run) / "checkpoints" / "old").mkdir(parents=True)
     out = ["--output", str(tmp_path / "new")]
     cases = {

@@ -3,6 +3,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from raytrain_adv.errors import JobError
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
@@ -70,6 +71,54 @@ def test_a_restart_goes_on_from_the_named_checkpoint_until_there_is_a_newer_one(
     newer = write_checkpoint(tmp_path / "own", "b_001", 20, fingerprint=job.fingerprint()).root
     found = to_resume(job, run, arithmetic)
     assert found is not None and found.path == newer
+
+
+def test_a_run_started_again_by_its_driver_goes_on_from_its_own_newest_checkpoint(
+    make_job, tmp_path
+):
+    """As after its controller's death: steps since the checkpoint that the job names were lost."""
+    job = make_job(per_device_train_batch_size=4)
+    named = write_checkpoint(tmp_path / "other", "a_001", 10, fingerprint=job.fingerprint()).root
+    own = Storage.at(str(tmp_path / "own"))
+    run = Run(torch.device("cpu"), own, "b_002rr", SilentReporter(), resume=named)
+    arithmetic = resolve_arithmetic(job, num_sequences=10, world_size=1)
+    assert to_resume(job, run, arithmetic).path == named
+    write_checkpoint(tmp_path / "own", "b_001", 60, fingerprint=job.fingerprint())
+    newest_of_it = write_checkpoint(tmp_path / "own", "b_002", 50, fingerprint=job.fingerprint())
+    assert to_resume(job, run, arithmetic).path == newest_of_it.root
+    run.attempt = "b_003"
+    assert to_resume(job, run, arithmetic).path == named
+
+
+def test_a_checkpoint_in_a_bucket_is_looked_for_there(make_job, tmp_path, monkeypatch):
+    """Its path without s3:// was looked for on this machine, and the run began at step 0."""
+    job = make_job(per_device_train_batch_size=4)
+    write_checkpoint(tmp_path / "bucket", "a_001", 10, fingerprint=job.fingerprint())
+    bucket = SubTreeFileSystem(str(tmp_path), LocalFileSystem())
+    opened = Storage.at
+
+    def at(path):
+        return Storage(bucket, path[5:]) if path.startswith("s3://") else opened(path)
+
+    monkeypatch.setattr(Storage, "at", at)
+    run = Run(
+        torch.device("cpu"), opened(str(tmp_path / "own")), "b_001", SilentReporter(),
+        resume="s3://bucket/a_001/step_00000010",
+    )  # fmt: skip
+    found = to_resume(job, run, resolve_arithmetic(job, num_sequences=10, world_size=1))
+    assert found is not None and found.progress.step == 10
+
+
+def test_a_checkpoint_that_not_all_workers_see_ends_the_run(make_job, tmp_path, monkeypatch):
+    """The others began at step 0."""
+    job = make_job(per_device_train_batch_size=4)
+    named = write_checkpoint(tmp_path / "other", "a_001", 10, fingerprint=job.fingerprint()).root
+    own = Storage.at(str(tmp_path / "own"))
+    run = Run(torch.device("cpu"), own, "b_001", SilentReporter(), resume=named)
+    monkeypatch.setattr(Run, "gather", lambda self, sees: [sees, False])
+    with pytest.raises(JobError, match="Not all workers see") as refused:
+        to_resume(job, run, resolve_arithmetic(job, num_sequences=10, world_size=1))
+    assert "not seen by rank 1" in refused.value.found
 
 
 def resumed(make_job, root, resume, said):

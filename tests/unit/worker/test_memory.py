@@ -186,6 +186,17 @@ def test_evaluation_counts_only_with_held_out_rows(tmp_path: Path) -> None:
     assert held.peak == "evaluation"
 
 
+def test_layers_of_an_evaluation_batch_count_where_it_is_larger_than_a_training_batch(
+    tmp_path: Path,
+) -> None:
+    keys = {**LORA, "gradient_checkpointing": "full", "per_device_train_batch_size": 1}
+    held = prediction(tmp_path, LLAMA_8B, seq_len=32768, val_size=8, **keys)
+    totals = {phase.name: phase.total for phase in held.phases}
+    inner = 2 * 8 * 32768 * 3 * 14336 / 2**30  # gate, up and their product, in bf16
+    assert totals["evaluation, layers"] > inner + held.parameters
+    assert totals["evaluation, layers"] > totals["backward, first layer"]
+
+
 def test_the_prediction_is_json(tmp_path: Path) -> None:
     found = prediction(tmp_path, LLAMA_1B, **PURE)
     assert json.loads(json.dumps(found.as_dict()))["total"] == found.total

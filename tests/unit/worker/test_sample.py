@@ -1,0 +1,17 @@
+"""Sample answers on models with a limited number of positions."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from raytrain_adv.worker.sample import greedy_answer
+
+
+@pytest.mark.parametrize(("prompt", "tokens"), [(20, 12), (60, 4), (64, 0), (80, 0)])
+def test_an_answer_ends_where_the_models_positions_do(prompt, tokens):
+    """Learned positions: one more was an index error after the last step, before the export."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=64, n_embd=16, n_layer=1, n_head=2, vocab_size=50)
+    model = GPT2LMHeadModel(config)
+    answer = greedy_answer(model, [1] * prompt, set(), torch.device("cpu"), 12)
+    assert len(answer) == tokens
