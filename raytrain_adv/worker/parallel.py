@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     checkpoint_wrapper,
@@ -25,10 +26,12 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.errors import JobError
+from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker.model import decoder_layers
 
+P = ParamSpec("P")
+T = TypeVar("T")
 # Kept by selective checkpointing: what costs most to compute again. The rest of a layer is
 # element-wise.
 KEPT_OPERATORS = (
@@ -134,6 +137,23 @@ def require_compiled() -> None:
     """
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def never_left_eager(train: Callable[P, T]) -> Callable[P, T]:
+    """Make torch.compile's giving up, wherever in a run it does, a TrainingError."""
+
+    @wraps(train)
+    def run(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return train(*arguments, **named)
+        except FailOnRecompileLimitHit as error:
+            raise TrainingError(
+                f"torch.compile would leave a layer eager: it was compiled {MOST_GRAPHS} times",
+                str(error.__context__ or error).splitlines()[0],
+                "set packing: true, which leaves one length, or torch_compile: false",
+            ) from error
+
+    return run
 
 
 def _checkpointed(layer: nn.Module, mode: str) -> nn.Module:

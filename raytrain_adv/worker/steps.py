@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import Stopped, Terminated, TrainingError
@@ -25,7 +24,6 @@ from raytrain_adv.worker.loader import Batches, MicroBatch, Prefetcher, StepBatc
 from raytrain_adv.worker.loss import loss_function
 from raytrain_adv.worker.metrics import Meter
 from raytrain_adv.worker.optim import learning_rate, set_learning_rate
-from raytrain_adv.worker.parallel import MOST_GRAPHS
 from raytrain_adv.worker.proof import Proof
 from raytrain_adv.worker.run import Run
 
@@ -101,8 +99,6 @@ class Loop:
             self.meter.stop()
         except torch.OutOfMemoryError as error:
             raise self.out_of_memory(error) from error
-        except FailOnRecompileLimitHit as error:
-            raise self.not_compiled(error) from error
         finally:
             prefetcher.close()
             writer.memory.stop()
@@ -336,14 +332,6 @@ class Loop:
             "smaller per_device_train_batch_size or "
             "cutoff_len, gradient_checkpointing: full, optim: adamw_torch_8bit, more "
             "workers, or fsdp_cpu_offload: true",
-        )
-
-    def not_compiled(self, error: FailOnRecompileLimitHit) -> TrainingError:
-        """Return the error that says that a layer would not be compiled any longer."""
-        return TrainingError(
-            f"torch.compile has compiled a layer {MOST_GRAPHS} times and would leave it eager",
-            f"rank {self.run.rank}, {self.meter.where()}: {str(error).splitlines()[0]}",
-            "set packing: true, which leaves one length, or torch_compile: false",
         )
 
     def figures(self) -> dict[str, Any]:

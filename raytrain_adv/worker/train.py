@@ -38,6 +38,7 @@ from raytrain_adv.worker.steps import Loop
 from raytrain_adv.worker.twin import measure_twin
 
 
+@parallel.never_left_eager
 def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, Any]:
     """Train on this rank and return what the report needs. Every rank of the run calls this.
 

@@ -152,3 +152,29 @@ def test_the_documented_combinations_train_with_every_feature_on(job_file, tmp_p
                 seen.add((one, names))
     whole = frozenset({"fp8", "qat", "kernel", "liger", "compiled"})
     assert {one for one, names in seen if names == whole} == whole - {"compiled"}
+
+
+def test_layers_stay_compiled_in_every_form_that_they_are_called_in(job_file, tmp_path):
+    """QAT that begins late, adapters, rows of any length, evaluations: layers are compiled for
+    each, and from the ninth time on torch.compile had left them eager. It is an error now, so that
+    a run to its end shows that none is.
+    """
+    source = tmp_path / "model-source" / "config.json"
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "attention_dropout": 0.0}
+    source.write_text(json.dumps(json.loads(source.read_text()) | sizes))
+    rows = {"val_size": 8, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 8, "bf16": True}
+    base = job_file("base.yaml", output_dir=str(tmp_path / "base"), **rows)
+    (figures,) = run_workers(1, base)
+    keys = {
+        "model_name_or_path": figures["model_dir"],
+        "train_from_scratch": False,
+        "finetuning_type": "lora",
+        "lora_dropout": 0.1,
+        "fake_quant_after_n_steps": 4,
+        "num_sample_answers": 1,
+        **KEYS["qat"],
+        **KEYS["compiled"],
+    }
+    job = job_file("job.yaml", output_dir=str(tmp_path / "out"), **rows, **keys)
+    (figures,) = run_workers(1, job)
+    assert figures["steps"] == 8 and len(losses(tmp_path / "out")) == 8

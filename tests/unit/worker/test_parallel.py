@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch._dynamo.exc import FailOnRecompileLimitHit
 
+from raytrain_adv.errors import TrainingError
 from raytrain_adv.worker import parallel
 
 
@@ -16,8 +16,9 @@ def test_a_layer_that_would_be_left_eager_is_an_error(monkeypatch):
         parallel.require_compiled()
         for how in ("a", "bb", "ccc"):
             add(torch.ones(2), how)
-        with pytest.raises(FailOnRecompileLimitHit):
-            add(torch.ones(2), "dddd")
+        with pytest.raises(TrainingError, match="would leave a layer eager") as refused:
+            parallel.never_left_eager(add)(torch.ones(2), "dddd")
+    assert refused.value.found and "torch_compile: false" in refused.value.fix
 
 
 @pytest.mark.parametrize(
