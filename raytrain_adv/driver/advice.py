@@ -40,6 +40,7 @@ class Gpu:
     """Whether it is the job's own, not an example."""
 
 
+PURE_BF16 = "half the bytes a parameter; updates below 0.2 % of a weight are lost to rounding"
 EXAMPLES = (Gpu("H100 80 GB", 79.1), Gpu("H200 141 GB", 139.8))
 
 
@@ -137,7 +138,7 @@ def _savings(case: Case) -> Iterator[tuple[dict[str, Any], str]]:
     if train.optim != "adamw_torch_8bit":
         yield {"optim": "adamw_torch_8bit"}, "8-bit optimizer states"
     if train.bf16 and not train.pure_bf16 and not job.transform(Lora).enabled:
-        yield {"bf16": False, "pure_bf16": True}, "half the bytes a parameter, less exact updates"
+        yield {"bf16": False, "pure_bf16": True}, PURE_BF16
     if not job.parallel.fsdp_cpu_offload:
         yield {"fsdp_cpu_offload": True}, "much slower: states live in host memory"
 

@@ -98,7 +98,7 @@ class Output:
         """
         if not is_inside(self.storage, self.folder):
             self.storage.make()
-            self.storage.write_json(OWNER, {"output_dir": str(self.folder.absolute())})
+            self.storage.write_json(OWNER, {"output_dir": str(self.folder.resolve())})
 
     def note(self, job: JobConfig, status: str, attempts: int) -> None:
         """Write run.json: whose folder this is, and how its run stands."""
@@ -284,12 +284,12 @@ def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
     with storage_errors("ray_storage_path cannot be read", storage.root):
         owner, found = storage.read_json(OWNER), storage.folders()
     other = owner.get("output_dir") if owner is not None else None
-    if other == str(folder.absolute()) or (owner is None and (has_run or not found)):
+    if other == str(folder.resolve()) or (owner is None and (has_run or not found)):
         return
     raise JobError(
         "ray_storage_path holds the checkpoints of another run of this name",
         f"{storage.root}: of the run in {other or 'an output_dir that is not known'}; "
-        f"this one's is {folder.absolute()}",
+        f"this one's is {folder.resolve()}",
         "give ray_run_name: another, or another ray_storage_path; where it is the same run, whose "
         f"folder was moved, delete {storage.path(OWNER)}",
     )

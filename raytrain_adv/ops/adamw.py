@@ -36,7 +36,7 @@ class ClippingAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Do one step; gradients are left as they are."""
+        """Do one step; on a GPU gradients are left as they are, elsewhere they are clipped."""
         if closure is not None:
             raise ValueError("ClippingAdamW takes no closure")
         on_gpu = any(p.is_cuda for group in self.param_groups for p in group["params"])

@@ -60,6 +60,8 @@ class Progress:
     """Updates that were left out because their loss was bad."""
     recent: list[float] = field(default_factory=list)
     """Losses that the next step's is held against, where bad_loss_factor asks for it."""
+    skipped_in_a_row: int = 0
+    """Updates that were left out since the last one that was not."""
 
 
 @dataclass(frozen=True)
@@ -204,16 +206,21 @@ class CheckpointWriter:
         self.group = dist.new_group(backend="gloo") if run.world_size > 1 else None
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending: tuple[Progress, Storage, Future[Written], dict[str, float]] | None = None
+        self.saved_step: int | None = None
+        """The last one that was saved after: a second save would delete the first one first."""
         self.memory = HostMemory(run.say)
         self.committed: list[int] = []
         self.blocked_s = 0.0
         """Seconds that training stood still for checkpoints."""
 
     def save(self, progress: Progress, metrics: dict[str, float]) -> None:
-        """Start writing the state after `progress.step`; waits for the one before if that is still
-        being written.
+        """Start writing the state after `progress.step`, once; waits for the one before if that is
+        still being written.
         """
+        if self.saved_step == progress.step:
+            return
         self.finish()
+        self.saved_step = progress.step
         name = f"step_{progress.step:08d}"
         target = self.attempt.folder(name)
         if self.run.is_main:

@@ -80,6 +80,7 @@ class Loop:
             first, self.num_tokens = progress.step, progress.num_tokens
             self.window[0], self.window[1] = progress.window_loss, progress.window_tokens
             self.guard.num_skipped, self.guard.recent = progress.num_skipped, progress.recent
+            self.guard.in_a_row = progress.skipped_in_a_row
         writer = CheckpointWriter(self.job, self.run, self.model, self.optimizer)
         prefetcher = Prefetcher(self.batches, first, self.arithmetic.total_steps, self.run.device)
         self.model.train()
@@ -321,6 +322,7 @@ class Loop:
             window_tokens=tokens,
             num_skipped=self.guard.num_skipped,
             recent=self.guard.recent,
+            skipped_in_a_row=self.guard.in_a_row,
         )
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> TrainingError:

@@ -1,17 +1,21 @@
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from raytrain_adv.config import load
 from raytrain_adv.errors import JobError
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
-from raytrain_adv.worker.checkpoint import FORMAT, Progress, find, newest
+from raytrain_adv.worker.checkpoint import FORMAT, CheckpointWriter, Progress, find, newest
 from raytrain_adv.worker.damage import MANIFEST, checksums
 from raytrain_adv.worker.resume import to_resume
 from raytrain_adv.worker.run import Run, SilentReporter
 from raytrain_adv.worker.storage import Storage
+from tests.ranks import run_ranks
 
 
 def write_checkpoint(root, attempt, step, *, manifest=True, size=3, fingerprint="f"):
@@ -163,3 +167,27 @@ def test_a_checkpoint_from_before_checksums_is_taken(make_job, tmp_path):
     fingerprint = make_job(per_device_train_batch_size=4).fingerprint()
     write_checkpoint(tmp_path, "a_001", 10, fingerprint=fingerprint)
     assert resumed(make_job, tmp_path, True, []).progress.step == 10
+
+
+def test_a_step_is_saved_once(job_file, tmp_path):
+    """Drained and told to end after one step, a run deleted its only checkpoint to write it again;
+    killed meanwhile it had none.
+    """
+    ((first, second),) = run_ranks(saved_twice, 1, tmp_path, str(job_file()), str(tmp_path / "own"))
+    assert first == second
+
+
+def saved_twice(path, folder):
+    """Return when the checkpoint of a step was written, after each of two saves, in ns."""
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = Run(torch.device("cpu"), Storage.at(folder), "a_001", SilentReporter(), dist.new_group())
+    writer = CheckpointWriter(load(path), run, model, optimizer)
+    times = []
+    for _ in range(2):
+        writer.save(Progress(3, 4, 10, 0, 0.0, 0.0), {})
+        writer.finish()
+        manifest = Path(folder, "a_001", "step_00000003", MANIFEST)
+        times.append(manifest.stat().st_mtime_ns)
+    writer.close()
+    return times
