@@ -168,6 +168,9 @@ class QuantizedBase(Transform):
             return "it routes tokens to experts"
         if self.quantization_bit == 4 and module.in_features % BLOCK:
             return f"{module.in_features} input features do not divide into blocks of {BLOCK}"
+        size = module.weight.element_size()  # bytes are held in the dtype that computes
+        if self.form.row_bytes(module.in_features) % size:
+            return f"{module.in_features} input features are no whole number of {size} bytes"
         return ""
 
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
