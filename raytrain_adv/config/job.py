@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -90,6 +91,12 @@ class JobConfig:
     def __repr__(self) -> str:
         """Name the job without its keys, some of which may be secrets: Ray's dashboard shows it."""
         return f"JobConfig({self.source!r})"
+
+    @property
+    def run_name(self) -> str:
+        """The run's name in Ray, and of its folder below ray_storage_path."""
+        folder = os.path.abspath(self.output.output_dir)  # that of "." has a name too
+        return self.ray.ray_run_name or os.path.basename(folder)
 
     def sections(self) -> Iterator[Section]:
         """Yield the six sections, then the transforms."""

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -301,7 +300,6 @@ def as_trial(job: JobConfig, name: str) -> JobConfig:
     """Return a trial's job: in a folder of its own, going on with what that folder holds."""
     output, ray = job.output, job.ray
     folder = str(Path(output.output_dir) / "trials" / name)
-    whole = ray.ray_run_name or Path(os.path.abspath(output.output_dir)).name
     tracked = {} if output.run_name is None else {"run_name": f"{output.run_name}-{name}"}
     keys = {
         "output_dir": folder,
@@ -311,7 +309,7 @@ def as_trial(job: JobConfig, name: str) -> JobConfig:
     return dataclasses.replace(
         job,
         output=output.model_copy(update=keys | tracked),
-        ray=ray.model_copy(update={"ray_run_name": f"{whole}-{name}"}),
+        ray=ray.model_copy(update={"ray_run_name": f"{job.run_name}-{name}"}),
         data=job.data.model_copy(update={"overwrite_cache": False}),
     )
 

@@ -163,7 +163,12 @@ def _resumes(found: Examined, fix: bool) -> str:
     whole = next((one for one in found.seen if not one.damage), None)
     is_done = found.run is not None and found.run["status"] == "done"
     if is_done and not any(one.reopens for one in found.findings):
-        return "The run has ended: it was trained to its last step, and a rerun does nothing."
+        overwrites = found.run is not None and found.run["job"].get("overwrite_output_dir")
+        without = "deletes it (overwrite_output_dir: true)" if overwrites else "is refused"
+        return (
+            "The run has ended: it was trained to its last step. A rerun with "
+            f"resume_from_checkpoint: true does nothing; one without {without}."
+        )
     if whole is None or whole.found is None:
         none = f"there is no whole checkpoint in {found.storage.root}"
         return f"{with_key} starts at step 0: {none}."

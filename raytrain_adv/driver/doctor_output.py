@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from raytrain_adv.driver.doctor_storage import Seen, leftover
 from raytrain_adv.driver.finding import Finding, SetAside
-from raytrain_adv.driver.output import RUN_FILE, Record, attempts_in
+from raytrain_adv.driver.output import MODELS, RUN_FILE, Record, attempts_in
 from raytrain_adv.driver.stopping import ASK_FILE
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.report import record
@@ -30,7 +30,6 @@ from raytrain_adv.worker.storage import Storage, storage_errors
 
 ROWS_LOST = "rows_lost"
 """The event that says which steps have no row."""
-MODELS = ("model", "model-quantized")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 MISSING = "it is missing"
 

@@ -111,22 +111,16 @@ def _qat_keys(overrides: Sequence[str]) -> list[str]:
 
 
 def _neither(source: str, folder: Path) -> JobError:
-    runs = [p for p in folder.absolute().parents if (p / RUN_FILE).is_file()]
+    fix = f"name a folder that holds {RUN_FILE}, or one that holds config.json and safetensors"
+    runs = [path for path in folder.absolute().parents if (path / RUN_FILE).is_file()]
     if runs:
-        return JobError(
-            f"{source} is neither a run's output_dir nor a model folder",
-            f"it lies in the run {runs[0]}",
-            f"raytrain-adv export {runs[0]}, with --checkpoint for another than its newest",
-        )
-    if not folder.is_dir():
+        found = f"it lies in the run {runs[0]}"
+        fix = f"raytrain-adv export {runs[0]}, with --checkpoint for another than its newest"
+    elif not folder.is_dir():
         found = nearest_folders(folder)
     else:
         found = f"it holds {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}"
-    return JobError(
-        f"{source} is neither a run's output_dir nor a model folder",
-        found,
-        f"name a folder that holds {RUN_FILE}, or one that holds config.json and safetensors files",
-    )
+    return JobError(f"{source} is neither a run's output_dir nor a model folder", found, fix)
 
 
 def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[str]) -> None:
@@ -353,14 +347,11 @@ def _checkpoint(job: JobConfig, name: str) -> Found:
         return found
     whole = {step for step, _, f in checkpoint.all_folders(root) if checkpoint.find(f) is not None}
     if not whole:
-        raise JobError(
-            "the run has no complete checkpoint",
-            f"none in {root.root}",
-            f"quantise the model it wrote: raytrain-adv export {job.output.output_dir}/model "
-            "--output DIR enable_qat=true; or run with save_strategy: steps"
-            if (Path(job.output.output_dir) / "model").is_dir()
-            else "run it with save_strategy: steps, or to its end",
-        )
+        run = job.output.output_dir
+        export = f"quantise its model: raytrain-adv export {run}/model --output DIR enable_qat=true"
+        fix = export if (Path(run) / "model").is_dir() else "run it to its end"
+        fix += "; or run with save_strategy: steps"
+        raise JobError("the run has no complete checkpoint", f"none in {root.root}", fix)
     listed = ", ".join(f"step_{step}" for step in sorted(whole))
     raise JobError(f"there is no complete checkpoint {name}", f"there are {listed}", "name one")
 

@@ -4,7 +4,6 @@ refused.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +16,9 @@ from urllib.parse import urlsplit, urlunsplit
 from filelock import FileLock, Timeout
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver.replaced import KERNELS, PINNED, Replaced, is_inside, put_back, set_aside
+from raytrain_adv.driver.replaced import Replaced, is_inside, put_back, set_aside
 from raytrain_adv.errors import JobError
+from raytrain_adv.kernels import lock as locks
 from raytrain_adv.report import record as reports
 from raytrain_adv.transforms.hub_kernels import HubKernels
 from raytrain_adv.worker.metrics_file import FILE_NAME, read
@@ -33,16 +33,16 @@ RAYS_COPIES = "/runtime_resources/working_dir_files/"
 OWNER = "owner.json"
 """In storage outside of output_dir: whose checkpoints are there."""
 ENDED = {
-    "done": "has run to its end",
     "failed": "has failed part of the way",
     "stopped": "was stopped part of the way",
 }
 """A run's status -> what is said of its job."""
 Record = Mapping[str, Any]
 """What run.json holds."""
+MODELS = ("model", "model-quantized")
+"""Folders of trained weights in output_dir."""
 OURS = (
-    "model",
-    "model-quantized",
+    *MODELS,
     ".model.partial",
     ".model-quantized.partial",
     "report.json",
@@ -50,9 +50,9 @@ OURS = (
     "metrics.jsonl",
     "checkpoints",
     "trackers",
-    KERNELS,
+    locks.FOLDER,
     "bad_batches",
-    PINNED,
+    locks.FILE_NAME,
     RUN_FILE,
 )
 
@@ -111,14 +111,9 @@ class Output:
         Storage.at(str(self.folder)).write_json(RUN_FILE, {**record, "time": time.time()})
 
 
-def run_name(job: JobConfig) -> str:
-    """Return the run's name in Ray and in trackers."""
-    return job.ray.ray_run_name or Path(os.path.abspath(job.output.output_dir)).name
-
-
 def storage_path(job: JobConfig) -> str:
     """Return the folder or URI that holds this job's attempts and their checkpoints."""
-    return storage_below(Path(job.output.output_dir), job.ray.ray_storage_path, run_name(job))
+    return storage_below(Path(job.output.output_dir), job.ray.ray_storage_path, job.run_name)
 
 
 def storage_below(folder: Path, base: str | None, name: str) -> str:
@@ -189,27 +184,24 @@ def open_output(job: JobConfig) -> Output:
     folder = Path(job.output.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     put_back(folder)
-    output = _decided(job, folder)
+    output = decided(job)
     if output.replaced.is_there:
         set_aside(folder)
     elif not output.resume:
-        (folder / PINNED).unlink(missing_ok=True)  # a new start pins its kernels anew
+        (folder / locks.FILE_NAME).unlink(missing_ok=True)  # a new start pins its kernels anew
     if not output.finished and not output.replaced.is_there:
         output.own()
         output.note(job, "running", output.number)
     return output
 
 
-def refuse(job: JobConfig) -> None:
-    """Refuse the launch as open_output would, and change nothing.
+def decided(job: JobConfig) -> Output:
+    """Return what a launch would be, and change nothing.
 
     Raises:
         JobError: when the folder holds a run and the job does not say what is to become of it.
     """
-    _decided(job, Path(job.output.output_dir))
-
-
-def _decided(job: JobConfig, folder: Path) -> Output:
+    folder = Path(job.output.output_dir)
     storage = Storage.at(storage_path(job))
     record = record_of(folder)
     resume = job.output.resume_from_checkpoint or False
@@ -227,7 +219,7 @@ def _decided(job: JobConfig, folder: Path) -> Output:
         _refuse_unless_resumed(job, folder, record, resume)
     finished = bool(record and record["status"] == "done" and resume is True)
     before = 0 if replaced.is_there else _attempts_before(record, storage)
-    name = f"{run_name(job)}_{before + 1:03d}"
+    name = f"{job.run_name}_{before + 1:03d}"
     return Output(folder, storage_path(job), name, resume, finished, before + 1, replaced)
 
 
@@ -326,6 +318,12 @@ def _refuse_unless_resumed(
             "output_dir holds the run of a job with other settings",
             "\n".join([f"{folder} ({record['status']})", *job.differences(record["job"])]),
             ("restore these keys to go on with it, " if resume else "") + ways_out,
+        )
+    if not resume and record["status"] == "done":
+        raise JobError(
+            "This job has run to its end in output_dir",
+            f"{folder}: nothing is left to train; its report is {folder / 'report.html'}",
+            ways_out,
         )
     if not resume:
         state = ENDED.get(record["status"], "has been started and has not ended")

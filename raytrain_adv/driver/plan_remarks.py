@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.errors import ClusterError
+from raytrain_adv.driver.output import decided
+from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.report.numbers import plural
 from raytrain_adv.transforms.apply import enabled
@@ -24,6 +25,7 @@ def remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> tuple[str,
     return (
         *job.notes,
         *_checkpoint(job),
+        *_output(job),
         *_gpus(job, world_size, facts),
         *_refusals(job, facts),
         f"no cluster was asked whether it can run this: {preflight} does",
@@ -34,6 +36,21 @@ def _checkpoint(job: JobConfig) -> Iterator[str]:
     path = job.output.resume_from_checkpoint
     if isinstance(path, str) and "://" not in path and not Path(path).is_dir():
         yield f"resume_from_checkpoint: there is no folder {path} on this machine"
+
+
+def _output(job: JobConfig) -> Iterator[str]:
+    """Say what becomes of a run that is in output_dir. Buckets are not asked for a plan."""
+    if job.sweep is not None or "://" in (job.ray.ray_storage_path or ""):
+        return
+    try:
+        found = decided(job)
+    except JobError as error:
+        yield f"as output_dir stands, a launch is refused: {error.what} ({job.output.output_dir})"
+        return
+    if found.replaced.is_there:
+        yield f"a launch deletes the run in {found.folder} (overwrite_output_dir: true)"
+    elif found.finished:
+        yield f"a launch does nothing: this job has run to its end in {found.folder}"
 
 
 def _refusals(job: JobConfig, facts: HardwareFacts) -> Iterator[str]:

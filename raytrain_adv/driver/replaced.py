@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytrain_adv.errors import JobError, StorageError
+from raytrain_adv.kernels import lock as locks
 from raytrain_adv.worker.storage import Storage, storage_errors
 
-PINNED = "kernels.lock.json"
-ASIDE = f".{PINNED}.replaced"
+ASIDE = f".{locks.FILE_NAME}.replaced"
 """Name of the old run's lock file while the new one's kernels are pinned."""
-KERNELS = "kernels"
 
 
 @dataclass
@@ -48,10 +47,12 @@ class Replaced:
                 if storage.folders():
                     raise OSError(f"{storage.root} is still there")
             for name in self.names:
-                if name not in (PINNED, KERNELS):
+                if name not in (locks.FILE_NAME, locks.FOLDER):
                     _remove(self.folder / name)
-            for path in (self.folder / KERNELS).glob("*"):
-                if path.name not in self._pinned():
+            pinned = self.folder / locks.FILE_NAME
+            needed = pinned.read_text() if pinned.is_file() else ""
+            for path in (self.folder / locks.FOLDER).glob("*"):
+                if path.name not in needed:
                     _remove(path)
             (self.folder / ASIDE).unlink(missing_ok=True)
         what = ", ".join(there + elsewhere)
@@ -85,22 +86,17 @@ class Replaced:
                 "choose another output_dir, or move it elsewhere first",
             )
 
-    def _pinned(self) -> str:
-        """Return the lock file that names the new run's kernels."""
-        file = self.folder / PINNED
-        return file.read_text() if file.is_file() else ""
-
 
 def set_aside(folder: Path) -> None:
     """Keep the old run's lock file: the new run pins its kernels anew."""
-    if (folder / PINNED).exists():
-        (folder / PINNED).replace(folder / ASIDE)
+    if (folder / locks.FILE_NAME).exists():
+        (folder / locks.FILE_NAME).replace(folder / ASIDE)
 
 
 def put_back(folder: Path) -> None:
     """Undo set_aside, also that of a launch that was killed."""
     if (folder / ASIDE).exists():
-        (folder / ASIDE).replace(folder / PINNED)
+        (folder / ASIDE).replace(folder / locks.FILE_NAME)
 
 
 def is_inside(storage: Storage, folder: Path) -> bool:

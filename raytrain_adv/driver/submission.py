@@ -23,7 +23,6 @@ from raytrain_adv import __version__
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.config.secrets import is_secret_name, secrets_in
 from raytrain_adv.driver import dashboard
-from raytrain_adv.driver.output import run_name
 from raytrain_adv.errors import EXIT_DONE, EXIT_TRAINING_FAILED, ClusterError, JobError
 from raytrain_adv.transforms.apply import enabled
 from raytrain_adv.worker.redact import redact
@@ -66,7 +65,7 @@ def submit(path: str, overrides: list[str], address: str | None, env_file: str |
         logging.getLogger(f"ray.{noisy}").setLevel(logging.WARNING)
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
     command = ["python", "-m", "raytrain_adv.launch", path, *overrides]
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", run_name(job)) + time.strftime("-%Y%m%d-%H%M%S")
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", job.run_name) + time.strftime("-%Y%m%d-%H%M%S")
     print(f"{len(files)} files of {folder} travel, {size_mib:.1f} MiB", flush=True)
     try:
         client.submit_job(
@@ -88,7 +87,7 @@ def metadata(job: JobConfig, path: str) -> dict[str, str]:
     features = [transform.name for transform in enabled(job)]
     return {
         "raytrain_adv": __version__,
-        "run": run_name(job),
+        "run": job.run_name,
         "job_file": path,
         "model": job.model.model_name_or_path,
         "output_dir": job.output.output_dir,

@@ -23,8 +23,6 @@ from raytrain_adv.report.sweep_table import figure
 from raytrain_adv.worker.storage import Storage
 
 BEST_JOB = "best_job.yaml"
-MODELS = ("model", "model-quantized")
-"""Folders of trained weights in a run's output_dir."""
 
 
 class Results:
@@ -40,7 +38,7 @@ class Results:
         self._begun: set[str] = set()
         self.report = SweepReport(
             status="running",
-            name=output.run_name(job),
+            name=job.run_name,
             command=" ".join(sys.argv),
             job_file=job.source,
             output_dir=job.output.output_dir,
@@ -136,7 +134,7 @@ class Results:
         best = self.best
         for one in self.report.trials:
             if one.status in ("done", "stopped") and best is not None and one.name != best.name:
-                for model in MODELS:
+                for model in output.MODELS:
                     shutil.rmtree(Path(one.output_dir) / model, ignore_errors=True)
                 Storage.at(output.storage_path(self._trials[one.name].job)).delete()
                 self._update(one.model_copy(update={"model_dir": None}))

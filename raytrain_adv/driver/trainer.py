@@ -92,7 +92,7 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
     first = list(twins(job))
     if first:
         with output.held(folder):
-            output.refuse(job)  # not hours later
+            output.decided(job)  # refused now, not hours later
     for twin in first:
         print(f"First, to compare with, without the feature, in {twin.output.output_dir}:\n")
         run(twin, read)
@@ -112,7 +112,7 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
 def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunReport:
     timeline: dict[str, float] = {}
     nodes: list[PreflightReport] = []
-    report = started(job, output.run_name(job))
+    report = started(job, job.run_name)
     for note in report.notes:
         console.say(note)
 
@@ -276,7 +276,7 @@ def _trainer(
         ray_worker,
         train_loop_config={
             "job": job,
-            "run": output.run_name(job),
+            "run": job.run_name,
             "storage_path": place.storage_path,
             "attempt": attempt,
             "resume": resume,

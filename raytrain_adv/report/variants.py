@@ -89,7 +89,7 @@ def table_rows(report: RunReport) -> list[tuple[str, str, str, str, str]]:
             f"{variant.step:,}",
             numbers.loss(variant.loss),
             numbers.compact(variant.perplexity),
-            "" if share is None else f"{share:+.2%}",
+            "-" if share is None else f"{share:+.2%}".replace("-0.00%", "+0.00%"),
         )
         for variant, share in zip(found, shares, strict=True)
     ]

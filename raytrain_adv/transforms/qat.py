@@ -80,8 +80,7 @@ class Qat(Transform):
     """Quantise the input embedding too, as the weights; not with float8."""
     qat_exclude: str | list[str] = ""
     """Linears to leave alone, comma separated or a list: names, ends of names (down_proj), or
-    patterns (model.layers.0.*).
-    """
+    patterns (model.layers.0.*)."""
     fake_quant_after_n_steps: Annotated[int, Field(ge=0, le=LARGEST)] | Literal["never"] | None = (
         None
     )
@@ -323,7 +322,7 @@ class Qat(Transform):
         from raytrain_adv.ops.float8_fake_quantized import described
 
         kinds, first = {change.after for change in changes.values()}, self.first_step
-        when = "never in training (PTQ)" if first is None else f"from optimizer step {first}"
+        when = "never in training (PTQ)" if first is None else f"from step {first + 1:,} on"
         yield f"{self.scheme}; {when}"
         yield f"evaluation runs {self.evaluated_as}, at every step"
         yield "export writes two: model (as trained) and model-quantized (torchao's tensors)"

@@ -25,8 +25,6 @@ from raytrain_adv.kernels.swap import load_module
 from raytrain_adv.transforms.hub_kernels import HubKernels, own_lock
 from raytrain_adv.worker.early import FLASH_PACKAGES, check_flash_package
 
-# Without the package transformers would fetch a kernel from the Hub in its place, without being
-# asked.
 ATTENTION = {
     "disabled": "eager",
     "sdpa": "sdpa",

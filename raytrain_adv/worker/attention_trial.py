@@ -223,15 +223,14 @@ def _compared(
     noisy = _defined(form, _inputs(form, device, dtype, noise=True), pull, packed)
     errors = [_apart(x, y) for x, y in zip(found, exact, strict=True)]
     allowed = [TOLERANCE[dtype] + _apart(x, y) for x, y in zip(noisy, exact, strict=True)]
-    off = [
+    wrong = [
         f"{name} off by {error:.2g}, of which rounding explains {most:.2g}"
         for name, error, most in zip(NAMES, errors, allowed, strict=True)
         if not error <= most
     ]
-    like = ""
     if errors[0] > allowed[0]:
-        like = _looks_like(form, inputs, pull, packed, found[0], allowed[0])
-    return errors, [*off, *filter(None, [like])]
+        wrong.append(_looks_like(form, inputs, pull, packed, found[0], allowed[0]))
+    return errors, [line for line in wrong if line]
 
 
 @torch.no_grad()

@@ -26,6 +26,8 @@ NAMING_TOKENS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+# Without the package transformers would fetch a kernel from the Hub in its place, without being
+# asked.
 FLASH_PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
 READ_AT_ONCE = 64 * 2**20
 """Bytes of a .json file, which is read as a whole, up to which its rows are counted here."""

@@ -47,9 +47,9 @@ def _agreed(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
             outcome = _chosen(job, run, arithmetic)
         except RaytrainAdvError as error:
             outcome = error
-    message = run.broadcast(outcome.args if isinstance(outcome, RaytrainAdvError) else None)
-    if message is not None:
-        raise JobError(*message)
+    refused = run.broadcast(outcome if isinstance(outcome, RaytrainAdvError) else None)
+    if refused is not None:
+        raise refused
     path = run.broadcast(outcome.path if isinstance(outcome, Found) else None)
     if path is None:
         return None

@@ -105,6 +105,7 @@ COMBINATIONS = [
     ("qat", "kernel", "liger", "compiled"),
     ("fp8",),
     ("fp8", "qat"),
+    ("fp8", "qat", "kernel", "liger"),
     ("fp8", "qat", "compiled"),
     ("fp8", "qat", "liger", "compiled"),
     ("fp8", "qat", "kernel", "compiled"),

@@ -2,16 +2,18 @@ from pathlib import Path
 
 import pytest
 
+from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig
+from raytrain_adv.driver.failures import leave_word, take_word
 from raytrain_adv.driver.output import (
     Output,
+    decided,
     held,
     open_output,
-    refuse,
-    run_name,
     storage_below,
 )
 from raytrain_adv.errors import JobError, StorageError
+from raytrain_adv.worker.storage import Storage
 
 
 def start(job: JobConfig) -> Output:
@@ -193,7 +195,7 @@ def test_a_run_name_that_is_no_folder_of_its_own_is_refused(make_job, name):
 def test_a_run_in_this_folder_has_the_folders_name(make_job, monkeypatch, tmp_path):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
-    assert run_name(make_job(output_dir=".")) == "mine"
+    assert make_job(output_dir=".").run_name == "mine"
 
 
 def test_a_deletion_that_fails_is_not_called_keeping(make_job, old, monkeypatch):
@@ -215,8 +217,8 @@ def test_a_single_run_does_not_move_into_a_sweeps_folder(make_job, tmp_path):
 def test_what_a_twins_main_job_is_refused_for_is_found_without_changing_anything(make_job, old):
     before = contents(old)
     with pytest.raises(JobError, match="learning_rate"):
-        refuse(make_job(learning_rate=0.02))
-    refuse(make_job(learning_rate=0.02, overwrite_output_dir=True))
+        decided(make_job(learning_rate=0.02))
+    decided(make_job(learning_rate=0.02, overwrite_output_dir=True))
     assert contents(old) == before
 
 
@@ -248,3 +250,27 @@ def test_a_folder_in_rays_copy_of_the_working_directory_is_refused(tmp_path):
 def test_two_drivers_cannot_hold_one_folder(tmp_path):
     with held(tmp_path), pytest.raises(JobError, match="right now"), held(tmp_path):
         pass
+
+
+def test_a_finished_job_asked_for_again_is_told_that_nothing_is_left_to_train(make_job):
+    """It was told to go on from its last checkpoint, which trains nothing."""
+    open_output(make_job()).note(make_job(), "done", 1)
+    with pytest.raises(JobError, match="has run to its end") as refused:
+        open_output(make_job())
+    assert "nothing is left to train" in refused.value.found
+    assert "resume_from_checkpoint" not in refused.value.fix
+
+
+def test_word_for_the_next_start_holds_no_secret(tmp_path, monkeypatch):
+    """An error that repeats a token goes into the checkpoints' storage, and to the console."""
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    storage = Storage.at(str(tmp_path / "attempt"))
+    leave_word(storage, "401 for hf_abcdefghijklmnop")
+    assert "hf_abc" not in take_word(storage)
+
+
+def test_no_command_prints_a_secret(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    assert main(["doctor", "/nowhere/hf_abcdefghijklmnop"]) == 2
+    said = capsys.readouterr().err
+    assert "/nowhere" in said and "hf_abc" not in said

@@ -11,6 +11,7 @@ import pytest
 from raytrain_adv import hardware
 from raytrain_adv.driver import plan_data
 from raytrain_adv.driver.advice import Case, Gpu, advise
+from raytrain_adv.driver.output import open_output
 from raytrain_adv.driver.plan import RunPlan, render, render_brief, resolve, show
 from raytrain_adv.driver.plan_data import DataSummary, look_at, summarise
 from raytrain_adv.driver.plan_remarks import remarks
@@ -216,6 +217,20 @@ def test_a_plan_for_cpus_or_gpus_that_are_there_says_nothing_of_gpus(make_job: A
     assert len(remarks(make_job(use_cpu=True), 2, hardware.detect("cpu"))) == 1
     assert len(remarks(make_job(), 1, H200)) == 1
     assert "this machine has 1 GPU for 8 workers" in remarks(make_job(), 8, H200)
+
+
+def test_a_plan_says_what_becomes_of_a_run_that_is_in_output_dir(make_job: Any) -> None:
+    """A finished run was deleted by a launch whose plan had not named it."""
+
+    def said(**keys: Any) -> list[str]:
+        every = remarks(make_job(use_cpu=True, **keys), 2, hardware.detect("cpu"))
+        return [one for one in every if "a launch" in one]
+
+    assert not said() and not Path(make_job().output.output_dir).exists()
+    open_output(make_job(use_cpu=True)).note(make_job(use_cpu=True), "done", 1)
+    assert "a launch is refused: This job has run to its end" in said()[0]
+    assert said(overwrite_output_dir=True)[0].startswith("a launch deletes the run in ")
+    assert said(resume_from_checkpoint=True)[0].startswith("a launch does nothing")
 
 
 def test_missing_data_is_refused_as_in_a_run(make_job: Any, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Liger's layers are bound to this model alone, and verified one by one; tests/gpu runs them."""
 
+import sys
 import types
 from collections import Counter
 
@@ -14,7 +15,7 @@ from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.ops import liger_layers
 from raytrain_adv.transforms import Change, Plan
 from raytrain_adv.transforms.apply import fetch_all, plan_all, prepare_all
-from raytrain_adv.transforms.liger import Liger
+from raytrain_adv.transforms.liger import Liger, _globals_kept
 from tests.kernel_folders import ACTIVATION, write_kernel
 from tests.tiny_models import KINDS, SIZES, job_for
 
@@ -308,3 +309,14 @@ def test_rope_is_tried_out_in_an_attention_of_its_own(kind, tmp_path, monkeypatc
         else:
             with pytest.raises(JobError, match=wrong):
                 job.transform(Liger).probe(*arguments)
+
+
+def test_what_an_error_interrupts_is_put_back_too(tmp_path):
+    """A sweep's driver lives on: the next trial would have had Liger's functions."""
+    _, model = model_of("llama", tmp_path)
+    home = sys.modules[type(model).__module__]
+    before = dict(vars(home))
+    with pytest.raises(ZeroDivisionError), _globals_kept(model):
+        home.apply_rotary_pos_emb, home.added = None, True
+        raise ZeroDivisionError
+    assert vars(home) == before

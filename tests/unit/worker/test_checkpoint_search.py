@@ -8,7 +8,8 @@ import torch.distributed as dist
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from raytrain_adv.config import load
-from raytrain_adv.errors import JobError
+from raytrain_adv.errors import JobError, StorageError
+from raytrain_adv.worker import resume
 from raytrain_adv.worker.arithmetic import resolve_arithmetic
 from raytrain_adv.worker.checkpoint import FORMAT, CheckpointWriter, Progress, find, newest
 from raytrain_adv.worker.damage import MANIFEST, checksums
@@ -191,3 +192,14 @@ def saved_twice(path, folder):
         times.append(manifest.stat().st_mtime_ns)
     writer.close()
     return times
+
+
+def test_rank_0s_refusal_is_every_ranks_own(make_job, tmp_path, monkeypatch):
+    """Storage that fails was a JobError, exit code 2, on all ranks."""
+
+    def failing(root, attempt=None):
+        raise StorageError("The bucket does not answer", "s3://b", "try again")
+
+    monkeypatch.setattr(resume, "newest", failing)
+    with pytest.raises(StorageError, match="does not answer"):
+        resumed(make_job, tmp_path, True, [])

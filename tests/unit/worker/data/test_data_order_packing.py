@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from raytrain_adv.worker.data.collate import PadTo, collate, pad_to
 from raytrain_adv.worker.data.order import epoch_permutation, global_batch
 from raytrain_adv.worker.data.packing import pack
-from raytrain_adv.worker.data.sequences import Sequence
+from raytrain_adv.worker.data.sequences import Sequence, SequenceSet, TokenRows
 
 
 def test_permutation_is_the_same_on_every_machine_and_release():
@@ -146,3 +146,13 @@ def test_padding_does_not_change_the_logits_before_it():
     batch = collate([sequence(5), sequence(20)], pad_token_id=0, pad_to=PadTo(), neat=False)
     alone = logits(model, {"input_ids": batch["input_ids"][:1, :5]})
     torch.testing.assert_close(logits(model, batch)[:1, :5], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_costs_what_the_tokens_of_a_sequence_can_see():
+    """Over all tokens: 4 of them see 4, 2 see 2, and apart in their pack 3 and 1, 2."""
+    offsets = np.array([0, 3, 4, 6])
+    rows = TokenRows(np.zeros(6, np.int32), np.ones(6, bool), offsets, np.zeros(3, np.int32))
+    packed = SequenceSet(rows, [np.array([0, 1]), np.array([2])])
+    assert packed.attended(apart=False) == pytest.approx((4 * 4 + 2 * 2) / 6)
+    assert packed.attended(apart=True) == pytest.approx((3 * 3 + 1 + 2 * 2) / 6)
+    assert SequenceSet(rows, []).attended(apart=True) == 0.0
