@@ -9,22 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from raytrain_adv import __version__
-from raytrain_adv.config import load, matrix
+from raytrain_adv.config import compatibility, load
 from raytrain_adv.config.arguments import parse
 from raytrain_adv.config.explain import explain
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.schema import schema
-from raytrain_adv.config.secrets import hide_environment
-from raytrain_adv.errors import (
-    EXIT_DONE,
-    EXIT_NOT_MENDED,
-    JobError,
-    RaytrainAdvError,
-    StorageError,
-)
-from raytrain_adv.quiet import quieten
-from raytrain_adv.worker.early import check_files
+from raytrain_adv.errors import EXIT_DONE, EXIT_NOT_MENDED, JobError, RaytrainAdvError, StorageError
+from raytrain_adv.library_noise import quieten
+from raytrain_adv.redaction import hide_environment
+from raytrain_adv.worker.preconditions import check_files
 
 USAGE = """usage: raytrain-adv COMMAND [...]
 
@@ -144,7 +138,7 @@ def _submit(arguments: list[str]) -> int:
     if parsed.plan_only:
         wrong = Problem("a plan is made here", "write raytrain-adv plan job.yaml")
         raise job_error("The command line", [wrong])
-    from raytrain_adv.driver.submission import submit
+    from raytrain_adv.driver.commands.submit import submit
 
     address, env = flags.get("--address"), flags.get("--runtime-env")
     return submit(parsed.path, parsed.overrides, address, env)
@@ -158,7 +152,7 @@ def _status(arguments: list[str]) -> int:
     if len(rest) > 1 or any(argument.startswith("-") for argument in rest):
         wrong = Problem(f"status takes no {' '.join(rest)!r}", "write raytrain-adv status --help")
         raise job_error("The command line", [wrong])
-    from raytrain_adv.driver.status import show
+    from raytrain_adv.driver.commands.status import show
 
     show(flags.get("--address"), rest[0] if rest else None)
     return EXIT_DONE
@@ -173,7 +167,7 @@ def _doctor(arguments: list[str]) -> int:
         wrong = f"doctor takes no {' '.join(rest)!r}" if rest else "no run is named"
         problem = Problem(wrong, "write raytrain-adv doctor RUN [--fix], RUN being its output_dir")
         raise job_error("The command line", [problem])
-    from raytrain_adv.driver.doctor import show
+    from raytrain_adv.driver.commands.doctor import show
 
     return EXIT_DONE if show(Path(rest[0]), fix="--fix" in arguments) else EXIT_NOT_MENDED
 
@@ -182,7 +176,7 @@ def _plan(arguments: list[str]) -> int:
     parsed = parse(arguments, "raytrain-adv plan", plans=True)
     job = load(parsed.path, parsed.overrides)
     check_workers(job, parsed.workers)
-    from raytrain_adv.driver.plan import show
+    from raytrain_adv.driver.plan.plan import show
 
     show(job, parsed.workers, parsed.verbose, parsed.assumed)
     return EXIT_DONE
@@ -194,7 +188,7 @@ def _preflight(arguments: list[str]) -> int:
         parsed = parse(arguments, "raytrain-adv preflight")
         job = load(parsed.path, parsed.overrides)
         check_files(job)
-    from raytrain_adv.driver.check import show
+    from raytrain_adv.driver.commands.preflight import show
 
     show(job)
     return EXIT_DONE
@@ -209,17 +203,17 @@ def _kernels(arguments: list[str]) -> int:
         flags, rest = _flags(rest, ("--output", "--torch", "--cuda"), KERNELS_USAGE)
         parsed = parse(rest, "raytrain-adv kernels lock")
         job = load(parsed.path, parsed.overrides)
-        from raytrain_adv.driver import kernel_commands
+        from raytrain_adv.driver.commands import kernels
 
         file = Path(flags.get("--output", "kernels.lock.json"))
-        kernel_commands.lock(job, file, flags.get("--torch"), flags.get("--cuda"))
+        kernels.lock(job, file, flags.get("--torch"), flags.get("--cuda"))
         return EXIT_DONE
     if action not in ("fetch", "verify") or len(rest) != 1:
         wrong = Problem(f"kernels takes no {' '.join(arguments)!r}", f"write {KERNELS_USAGE}")
         raise job_error("The command line", [wrong])
-    from raytrain_adv.driver import kernel_commands
+    from raytrain_adv.driver.commands import kernels
 
-    (kernel_commands.fetch if action == "fetch" else kernel_commands.verify)(Path(rest[0]))
+    (kernels.fetch if action == "fetch" else kernels.verify)(Path(rest[0]))
     return EXIT_DONE
 
 
@@ -275,7 +269,7 @@ def _export(arguments: list[str]) -> int:
         problems.append(Problem(found, "name one: a run's output_dir or a model folder"))
     if problems:
         raise job_error("The command line", problems)
-    from raytrain_adv.driver.export import run
+    from raytrain_adv.driver.commands.export import run
 
     run(sources[0], options["--checkpoint"], options["--output"], overrides, merge)
     return EXIT_DONE
@@ -287,7 +281,7 @@ def _explain(arguments: list[str]) -> int:
         return EXIT_DONE
     flags = [argument for argument in arguments if argument.startswith("-")]
     if not flags:
-        print(explain(" ".join(arguments)) if arguments else matrix.table())
+        print(explain(" ".join(arguments)) if arguments else compatibility.table())
         return EXIT_DONE
     if flags[0] not in ("--check", "--write") or len(arguments) != 2:
         wrong = Problem(f"explain takes no {' '.join(arguments)!r}", f"write {EXPLAIN_USAGE}")
@@ -295,7 +289,7 @@ def _explain(arguments: list[str]) -> int:
     (page,) = (Path(argument) for argument in arguments if argument not in flags)
     try:
         old = page.read_text()
-        new = matrix.renewed(old)
+        new = compatibility.renewed(old)
         if flags[0] == "--write":
             page.write_text(new)
             return EXIT_DONE

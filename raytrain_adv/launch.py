@@ -13,10 +13,10 @@ from pathlib import Path
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.config.arguments import parse
 from raytrain_adv.config.rules import check_workers
-from raytrain_adv.config.secrets import hide_environment
 from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError
-from raytrain_adv.quiet import quieten
-from raytrain_adv.worker.early import check_files
+from raytrain_adv.library_noise import quieten
+from raytrain_adv.redaction import hide_environment
+from raytrain_adv.worker.preconditions import check_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         job = load(arguments.path, arguments.overrides)
         if arguments.plan_only:
             check_workers(job, arguments.workers)
-            from raytrain_adv.driver.plan import show
+            from raytrain_adv.driver.plan.plan import show
 
             show(job, arguments.workers, arguments.verbose, arguments.assumed)
             return EXIT_DONE
@@ -60,20 +60,20 @@ def _has_ended(job: JobConfig) -> bool:
     """Whether the job is done: asked for again it shows its report, with or without its files."""
     if job.output.resume_from_checkpoint is not True:
         return False
-    from raytrain_adv.driver import output
+    from raytrain_adv.driver.output import output_dir
 
-    return output.has_ended(Path(job.output.output_dir))
+    return output_dir.has_ended(Path(job.output.output_dir))
 
 
 def _run(job: JobConfig) -> None:
     if not _has_ended(job):
         check_files(job)
     if job.sweep is not None:
-        from raytrain_adv.driver import sweep
+        from raytrain_adv.driver.sweep import sweep
 
         sweep.run(job)
     else:
-        from raytrain_adv.driver import trainer
+        from raytrain_adv.driver.training import trainer
 
         trainer.run(job)
 

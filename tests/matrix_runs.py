@@ -12,11 +12,11 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from raytrain_adv.config import matrix
+from raytrain_adv.config import compatibility
 from tests.conftest import TINY_LLAMA, write_rows
 from tests.workers import run_workers
 
-FEATURES = {feature.slug: feature for feature in matrix.features()}
+FEATURES = {feature.slug: feature for feature in compatibility.features()}
 UNSHARDED = {"fsdp_shard_size": 1}
 SAVED_AT, STEPS = 2, 3
 

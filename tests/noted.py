@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from raytrain_adv.config import JobConfig
-from raytrain_adv.driver.output import Output, storage_path
-from raytrain_adv.driver.replaced import Replaced
+from raytrain_adv.driver.output.output_dir import Output, storage_path
+from raytrain_adv.driver.output.replace import Replaced
 
 
 def note_done(job: JobConfig) -> None:

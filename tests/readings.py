@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raytrain_adv.driver.probe import GpuReading, Reading
+from raytrain_adv.driver.preflight.probe import GpuReading, Reading
 from raytrain_adv.hardware import GIB, package_versions
 
 CAPABILITIES = {

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from raytrain_adv.config import load
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.worker.run import local_run
+from raytrain_adv.run.run import local_run
 from raytrain_adv.worker.train import train
 from tests.ranks import server
 

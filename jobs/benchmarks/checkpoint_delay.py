@@ -25,12 +25,12 @@ from typing import Any, NoReturn
 import yaml
 from whole_steps import ROOT, SHAPE, head_of_results
 
+from raytrain_adv.checkpoint.host_memory import HostMemory
+from raytrain_adv.checkpoint.save import CheckpointWriter, training_state
+from raytrain_adv.checkpoint.staging import staged
 from raytrain_adv.config import load
-from raytrain_adv.worker.checkpoint import CheckpointWriter, training_state
-from raytrain_adv.worker.host_memory import HostMemory
-from raytrain_adv.worker.run import local_run
-from raytrain_adv.worker.staging import staged
-from raytrain_adv.worker.steps import Loop
+from raytrain_adv.run.run import local_run
+from raytrain_adv.worker.loop import Loop
 from raytrain_adv.worker.train import train
 
 DRY_AT, SAVED_AT, MOST = 12, 13, 60
@@ -112,7 +112,7 @@ class Measured:
 
 def prepare(writer: CheckpointWriter) -> None:
     """Take the memory, as the writer's own poll does after the first step."""
-    from raytrain_adv.worker.staging import tensors_of
+    from raytrain_adv.checkpoint.staging import tensors_of
 
     writer.memory.prepare(tensors_of(training_state(writer.model, writer.optimizer)))
 

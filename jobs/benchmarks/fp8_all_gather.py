@@ -51,9 +51,9 @@ class Gathered:
 def count(rank: int, port: int, keys: dict[str, object], answer: "mp.SimpleQueue[int]") -> None:
     """Run one pass on this rank; rank 0 answers with the bytes gathered."""
     from raytrain_adv.config import load
-    from raytrain_adv.transforms.apply import prepare_all
-    from raytrain_adv.worker import parallel, weights
-    from raytrain_adv.worker.model import build
+    from raytrain_adv.model import parallel, weights
+    from raytrain_adv.model.build import build
+    from raytrain_adv.transforms.applied import prepare_all
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)

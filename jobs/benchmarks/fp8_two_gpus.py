@@ -26,13 +26,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from raytrain_adv.config import load
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.transforms.apply import enabled
-from raytrain_adv.worker.arithmetic import resolve_arithmetic
-from raytrain_adv.worker.data.prepare import prepare
+from raytrain_adv.data.batches.loader import Batches
+from raytrain_adv.data.prepare import prepare
+from raytrain_adv.ops.loss.function import loss_function
+from raytrain_adv.run.run import Run, local_run
+from raytrain_adv.run.schedule import resolve_arithmetic
+from raytrain_adv.transforms.applied import enabled
 from raytrain_adv.worker.finish import Exported
-from raytrain_adv.worker.loader import Batches
-from raytrain_adv.worker.loss import loss_function
-from raytrain_adv.worker.run import Run, local_run
 from raytrain_adv.worker.train import train
 
 ROOT = Path(__file__).parents[2]

@@ -26,9 +26,9 @@ from torch._dynamo.utils import counters
 from whole_steps import Whole, free, head_of_results, job_of, peak_gib, reset_peak, timed
 
 from raytrain_adv.config import JobConfig
-from raytrain_adv.transforms.apply import prepare_all
-from raytrain_adv.worker.memory import predict
-from raytrain_adv.worker.model import build
+from raytrain_adv.estimate.memory import predict
+from raytrain_adv.model.build import build
+from raytrain_adv.transforms.applied import prepare_all
 
 SHORT = (4096, 32768)
 """Tokens of the steps that come first; the second shows torch.compile that lengths differ, and is

@@ -33,10 +33,10 @@ from whole_steps import (
     reset_peak,
 )
 
-from raytrain_adv.ops import linear_cross_entropy as ops
-from raytrain_adv.ops.linear_cross_entropy import LogitMap
-from raytrain_adv.ops.loss_head import BACKENDS, HeadLoss, install, remove
-from raytrain_adv.worker.loss import cross_entropy_sum
+from raytrain_adv.ops.loss import linear_cross_entropy as ops
+from raytrain_adv.ops.loss.function import cross_entropy_sum
+from raytrain_adv.ops.loss.head import BACKENDS, HeadLoss, install, remove
+from raytrain_adv.ops.loss.linear_cross_entropy import LogitMap
 
 KERNELS = ("torch", "chunked", "chunked@1024", "chunked@2048", "cut_cross_entropy", "liger")
 Result = dict[str, Any]

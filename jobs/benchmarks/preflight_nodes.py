@@ -120,7 +120,7 @@ def started(count: int, folder: Path) -> Any:
     """
     from ray.cluster_utils import Cluster
 
-    from raytrain_adv.worker.host_memory import available_bytes
+    from raytrain_adv.checkpoint.host_memory import available_bytes
 
     one = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     # Ray's own hooks for the exit are signal handlers, which threads may not set (ray 2.60).
@@ -141,12 +141,14 @@ def started(count: int, folder: Path) -> Any:
 
 def preflight_once(job: Any, count: int) -> dict[str, Any]:
     """Run the driver's preflight on the cluster that this process has joined."""
-    from raytrain_adv.driver import cluster, preflight, preflight_table, probe
-    from raytrain_adv.transforms.apply import enabled
+    from raytrain_adv.driver.cluster import connect
+    from raytrain_adv.driver.preflight import probe, verdicts
+    from raytrain_adv.driver.preflight import table as preflight_table
+    from raytrain_adv.transforms.applied import enabled
 
     before, begin = taken(), time.perf_counter()
-    found = preflight.look_at(
-        cluster.settle(job, False),
+    found = verdicts.look_at(
+        connect.settle(job, False),
         enabled(job),
         lambda nodes: probe.read_nodes(nodes, TIMEOUT_S),
     )
@@ -169,10 +171,10 @@ def measure(count: int, job_file: Path, folder: Path) -> dict[str, Any]:
     import ray
 
     from raytrain_adv.config import load
-    from raytrain_adv.driver import cluster
+    from raytrain_adv.driver.cluster import connect
 
     (folder / "ray").mkdir()
-    os.environ |= {**cluster.RAY_SETTINGS, **SETTINGS, "RAY_TMPDIR": str(folder)}
+    os.environ |= {**connect.RAY_SETTINGS, **SETTINGS, "RAY_TMPDIR": str(folder)}
     job = load(str(job_file), [f"output_dir={folder / 'out'}", f"ray_num_workers={count}"])
     start = time.perf_counter()
     nodes = started(count, folder)

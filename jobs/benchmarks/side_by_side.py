@@ -32,7 +32,7 @@ FIGURES = (
 def run_one(arguments: list[str]) -> None:
     """Train one variant in this process, and write its figures into the file named last."""
     from raytrain_adv.config import load
-    from raytrain_adv.worker.run import local_run
+    from raytrain_adv.run.run import local_run
     from raytrain_adv.worker.train import train
 
     job = load(arguments[0], arguments[1:-1])

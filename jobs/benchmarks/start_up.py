@@ -193,7 +193,7 @@ def train_nothing(workers: int, storage: str) -> None:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from raytrain_adv.driver.cluster import LOCAL_SETTINGS, RAY_SETTINGS
+    from raytrain_adv.driver.cluster.connect import LOCAL_SETTINGS, RAY_SETTINGS
 
     os.environ |= {**RAY_SETTINGS, **LOCAL_SETTINGS, "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300"  # few cores, other work on them
@@ -264,9 +264,10 @@ def verdicts(count: int) -> dict[str, float]:
     what they answer is given.
     """
     from raytrain_adv.config import load
-    from raytrain_adv.driver import preflight, preflight_table
-    from raytrain_adv.driver.cluster import Node, Placement
-    from raytrain_adv.transforms.apply import enabled
+    from raytrain_adv.driver.cluster.connect import Node, Placement
+    from raytrain_adv.driver.preflight import table
+    from raytrain_adv.driver.preflight import verdicts as preflight
+    from raytrain_adv.transforms.applied import enabled
     from tests.readings import H100, node_with
 
     with tempfile.TemporaryDirectory() as folder:
@@ -280,7 +281,7 @@ def verdicts(count: int) -> dict[str, float]:
     start = time.perf_counter()
     judged = [preflight.judged(placement, enabled(job), node, reading) for node in nodes]
     found = preflight.compared(judged, True)
-    preflight_table.render(found)
+    table.render(found)
     seconds = time.perf_counter() - start
     if len(found.accepted) != count:
         raise SystemExit(f"{count - len(found.accepted)} of {count} simulated nodes were refused")

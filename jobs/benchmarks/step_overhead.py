@@ -39,7 +39,7 @@ STEP_MS = 741.0
 
 def time_calls(seconds: dict[str, list[float]], *, with_ray: bool) -> None:
     """Time the calls of interest in this process from now on."""
-    from raytrain_adv.worker.steps import Loop
+    from raytrain_adv.worker.loop import Loop
 
     def timed(owner: type, name: str, label: str) -> None:
         original: Callable[..., Any] = getattr(owner, name)
@@ -55,8 +55,8 @@ def time_calls(seconds: dict[str, list[float]], *, with_ray: bool) -> None:
 
     timed(Loop, "log", "log")
     if with_ray:
-        from raytrain_adv.driver.metrics import RunMetrics
-        from raytrain_adv.driver.ray_worker import RayReporter
+        from raytrain_adv.driver.training.prometheus import RunMetrics
+        from raytrain_adv.driver.training.worker_entry import RayReporter
 
         timed(RayReporter, "metrics", "report")
         timed(RayReporter, "stop_wanted", "stop_wanted")
@@ -67,7 +67,7 @@ def worker(config: dict[str, Any]) -> dict[str, Any]:
     """Be ray_worker, and leave its times beside the metrics; the driver sends this to the worker
     by value.
     """
-    from raytrain_adv.driver.ray_worker import ray_worker
+    from raytrain_adv.driver.training.worker_entry import ray_worker
 
     seconds: dict[str, list[float]] = {}
     time_calls(seconds, with_ray=True)
@@ -82,12 +82,12 @@ def run_once(path: str, with_ray: bool) -> None:
 
     job = load(path)
     if with_ray:
-        from raytrain_adv.driver import trainer
+        from raytrain_adv.driver.training import trainer
 
         trainer.ray_worker = worker
         trainer.run(job)
         return
-    from raytrain_adv.worker.run import local_run
+    from raytrain_adv.run.run import local_run
     from raytrain_adv.worker.train import train
 
     seconds: dict[str, list[float]] = {}
@@ -191,7 +191,7 @@ def device() -> str:
 def record(runs: dict[str, dict[str, list[float]]], options: argparse.Namespace) -> dict[str, Any]:
     """Return what is written."""
     from raytrain_adv.hardware import package_versions
-    from raytrain_adv.worker.run import REPORT_EVERY_S
+    from raytrain_adv.run.run import REPORT_EVERY_S
 
     ray, plain = runs["ray"], runs["plain"]
 

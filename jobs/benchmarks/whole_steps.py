@@ -19,15 +19,15 @@ from transformers import PreTrainedModel
 
 from raytrain_adv import hardware
 from raytrain_adv.config import JobConfig, load
-from raytrain_adv.transforms.apply import enabled, prepare_all
-from raytrain_adv.worker import parallel, weights
-from raytrain_adv.worker.gradients import clip
+from raytrain_adv.estimate.memory import predict
+from raytrain_adv.model import parallel, weights
+from raytrain_adv.model.build import build
+from raytrain_adv.ops.loss.function import loss_function
+from raytrain_adv.run.run import local_run
+from raytrain_adv.transforms.applied import enabled, prepare_all
+from raytrain_adv.worker.checks.gradients import clip
 from raytrain_adv.worker.install import fetched, installed
-from raytrain_adv.worker.loss import loss_function
-from raytrain_adv.worker.memory import predict
-from raytrain_adv.worker.model import build
 from raytrain_adv.worker.optim import build_optimizer
-from raytrain_adv.worker.run import local_run
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ROOT / "jobs/models/llama3-8b-shape"

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from raytrain_adv.worker.data import stdlib_docs
+from raytrain_adv.data.read import stdlib_docs
 
 FOLDER = Path(__file__).parent / "tiny-llama"
 VOCAB_SIZE = 4096

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from raytrain_adv.config.assumptions import Assumptions, assumptions
 from raytrain_adv.config.problems import Problem, job_error
-from raytrain_adv.config.secrets import is_secret_name
 from raytrain_adv.config.sections import LARGEST
+from raytrain_adv.redaction import is_secret_name
 
 USAGE = """usage: {program} job.yaml {options}[key=value ...]
 

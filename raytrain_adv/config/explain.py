@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from raytrain_adv.config import matrix
-from raytrain_adv.config.matrix import Feature
-from raytrain_adv.config.other_formats import WRITTEN_AS
+from raytrain_adv.config import compatibility
+from raytrain_adv.config.compatibility import Feature
+from raytrain_adv.config.llamafactory.other_formats import WRITTEN_AS
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
 
@@ -38,7 +38,7 @@ def explain(name: str) -> str:
 
 def _together(features: Sequence[Feature]) -> Iterator[str]:
     for pair in combinations(features, 2):
-        cell = next(cell for cell in matrix.cells() if set(cell.features) == set(pair))
+        cell = next(cell for cell in compatibility.cells() if set(cell.features) == set(pair))
         yield f"{' and '.join(one.title for one in cell.features)}: {cell.verdict}"
         yield f"  shown by {cell.test_id}"
         if cell.reason:
@@ -61,7 +61,7 @@ def find(name: str) -> Feature:
     if wanted in known:
         return known[wanted]
     near = difflib.get_close_matches(wanted, known, 1, 0.6)
-    every = ", ".join(feature.slug for feature in matrix.features())
+    every = ", ".join(feature.slug for feature in compatibility.features())
     fix = f"did you mean {near[0]}?" if near else f"name one of {every}, or a key of one"
     raise job_error("The command line", [Problem(f"there is no feature {show(name)}", fix)])
 
@@ -73,13 +73,13 @@ def _slug(name: str) -> str:
 def _known() -> dict[str, Feature]:
     """Return every feature by its keys and by its name."""
     known: dict[str, Feature] = {}
-    for feature in matrix.features():
+    for feature in compatibility.features():
         known |= {key: feature for key in feature.kind.model_fields if key not in known}
-    return known | {feature.slug: feature for feature in matrix.features()}
+    return known | {feature.slug: feature for feature in compatibility.features()}
 
 
 def _lines(feature: Feature) -> Iterator[str]:
-    yield f"{feature.title}: {matrix.sentence(feature.kind)}"
+    yield f"{feature.title}: {compatibility.sentence(feature.kind)}"
     yield f"  {_place(feature)}"
     yield ""
     yield "Keys"
@@ -89,18 +89,18 @@ def _lines(feature: Feature) -> Iterator[str]:
         yield from _wrapped(str(schema.get("description", "")), "      ")
     yield ""
     yield "Together with"
-    found = [cell for cell in matrix.cells() if feature in cell.features]
-    width = max(len(one.title) for one in matrix.features())
+    found = [cell for cell in compatibility.cells() if feature in cell.features]
+    width = max(len(one.title) for one in compatibility.features())
     for cell in sorted(found, key=lambda cell: len(cell.features)):
         title = next((one.title for one in cell.features if one != feature), "no other")
         yield f"  {title.ljust(width)}  {cell.verdict.ljust(7)}  {cell.test_id}"
         if cell.reason:
             yield from _wrapped(f"{' and '.join(cell.keys)}: {cell.reason}", "      ")
-    for key, why in matrix.exceptions(feature).items():
+    for key, why in compatibility.exceptions(feature).items():
         yield from _wrapped(f"not with {key}: {why}", "  ")
-    for key, other, why in matrix.refused_by_others(feature):
+    for key, other, why in compatibility.refused_by_others(feature):
         yield from _wrapped(f"{key} not with {other.title}: {why}", "  ")
-    for setting, why in matrix.needed(feature):
+    for setting, why in compatibility.needed(feature):
         yield from _wrapped(f"not without {setting}: {why}", "  ")
     if feature.keys:
         yield ""

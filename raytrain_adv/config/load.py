@@ -10,17 +10,18 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from raytrain_adv.config import llamafactory, rules, sweep, sweep_rules
+from raytrain_adv.config import rules, sweep, sweep_rules
 from raytrain_adv.config.discovery import SECTIONS, section_types, transform_types
-from raytrain_adv.config.document import MAX_DEPTH, Document, Entry, read_file, read_value
 from raytrain_adv.config.job import JobConfig, SectionType
-from raytrain_adv.config.other_formats import WRITTEN_AS
+from raytrain_adv.config.llamafactory import translate
+from raytrain_adv.config.llamafactory.other_formats import WRITTEN_AS
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
-from raytrain_adv.config.secrets import Kind, secrets_in
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.config.sweep import Axis, Sweep, SweepOptions, Trial
+from raytrain_adv.config.yaml_source import MAX_DEPTH, Document, Entry, read_file, read_value
+from raytrain_adv.redaction import Kind, secrets_in
 
 COMMAND_LINE = "command line"
 _STAND_IN = "?"
@@ -99,7 +100,7 @@ def _named(checked: _Checked, source: str) -> JobConfig:
 def _check_sweep(document: Document, section: Entry) -> _Checked:
     """Check the job of every trial; the job that is returned is the first one's."""
     owned = {key for kind in section_types() for key in kind.model_fields}
-    known = owned | {key for key, ours in llamafactory.RENAMED.items() if ours in owned}
+    known = owned | {key for key, ours in translate.RENAMED.items() if ours in owned}
     parts = sweep_rules.take_apart(section, document.entries, known)
     options, wrong = _section(SweepOptions, parts.options, set())
     problems = [
@@ -139,7 +140,7 @@ def _check(document: Document) -> _Checked:
     kinds = section_types()
     owned = frozenset(key for kind in kinds for key in kind.model_fields)
     values = {key: entry.value for key, entry in document.entries.items()}
-    translated = llamafactory.translate(values, owned)
+    translated = translate.translate(values, owned)
     problems = [*translated.problems, *(_unknown(key, owned) for key in translated.unknown)]
     refused = {translated.names.get(p.key, p.key) for p in problems}
     meant = {name for key in translated.unknown for name in _nearest(key, owned)}
@@ -267,7 +268,7 @@ def _nearest(key: str, owned: frozenset[str]) -> list[str]:
     near = [WRITTEN_AS[normal]] if normal in WRITTEN_AS else []
     near = near or difflib.get_close_matches(normal, sorted(owned), 1, 0.7)
     # A key that would be refused is worth naming only where it is the one that was meant.
-    return near or difflib.get_close_matches(normal, sorted(llamafactory.known_keys()), 1, 0.85)
+    return near or difflib.get_close_matches(normal, sorted(translate.known_keys()), 1, 0.85)
 
 
 def _unknown(key: str, owned: frozenset[str]) -> Problem:

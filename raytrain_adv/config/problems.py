@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raytrain_adv.config.secrets import HIDDEN, hide, is_secret_name
 from raytrain_adv.errors import JobError
+from raytrain_adv.redaction import HIDDEN, hide, is_secret_name
 
 MAX_SHOWN = 60
 """Problems beyond this many are counted, not listed."""

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raytrain_adv.config.document import Entry
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sweep import (
@@ -19,6 +18,7 @@ from raytrain_adv.config.sweep import (
     count,
     has_qat,
 )
+from raytrain_adv.config.yaml_source import Entry
 
 KEY = "sweep"
 EXAMPLE = "write sweep: with lines as `learning_rate: [1e-5, 2e-5]` below it"

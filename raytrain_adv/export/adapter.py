@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from raytrain_adv.config import JobConfig
+from raytrain_adv.dtensor import gather, reshard
 from raytrain_adv.export.folder import NewFolder, save_tensors
-from raytrain_adv.shards import gather, reshard
+from raytrain_adv.model.adapter import peft_name
+from raytrain_adv.model.files import is_local, model_source
 from raytrain_adv.transforms.lora import ADAPTER, is_adapter
-from raytrain_adv.worker.adapter import peft_name
-from raytrain_adv.worker.model_files import is_local, model_source
 
 if TYPE_CHECKING:
     # Not for every process of every run: it imports bitsandbytes, and that PyTorch's compiler.

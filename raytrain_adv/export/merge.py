@@ -13,18 +13,18 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.dtensor import plain_name
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import MAX_FILE_BYTES, NewFolder, folder_gib
 from raytrain_adv.export.model_folder import save_tokenizer, write_model
 from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, TOLERANCE, load_folder, trained_logits
-from raytrain_adv.ops.quantized_linear import QuantizedLinear
-from raytrain_adv.shards import plain_name
+from raytrain_adv.model.build import build
+from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
+from raytrain_adv.model.weights import match, quantized_weights, saved_tensors
+from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
 from raytrain_adv.transforms.lora import ADAPTED
-from raytrain_adv.transforms.naming import class_name
+from raytrain_adv.transforms.modules import class_name
 from raytrain_adv.transforms.quantized_base import QuantizedBase
-from raytrain_adv.worker.checkpoint_files import CheckpointFiles, model_folder
-from raytrain_adv.worker.model import build
-from raytrain_adv.worker.weights import match, quantized_weights, saved_tensors
 
 
 @dataclass(frozen=True)

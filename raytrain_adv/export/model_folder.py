@@ -17,18 +17,18 @@ from transformers import (
 )
 
 from raytrain_adv.config import JobConfig
+from raytrain_adv.dtensor import gather
 from raytrain_adv.export.adapter import write_adapter
 from raytrain_adv.export.folder import MAX_FILE_BYTES, NewFolder, TensorFiles, folder_gib
 from raytrain_adv.export.quantized_model import export_quantized, quantized_dir
-from raytrain_adv.shards import gather
+from raytrain_adv.model.build import build, read_config
+from raytrain_adv.model.conversion import save_groups
+from raytrain_adv.model.files import is_local, model_source
+from raytrain_adv.model.weight_files import model_folder
+from raytrain_adv.model.weights import saved_tensors
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.qat import Qat
-from raytrain_adv.worker.checkpoint_files import model_folder
-from raytrain_adv.worker.conversion import save_groups
 from raytrain_adv.worker.finish import Exported
-from raytrain_adv.worker.model import build, read_config
-from raytrain_adv.worker.model_files import is_local, model_source
-from raytrain_adv.worker.weights import saved_tensors
 
 
 def export_model(

@@ -18,16 +18,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.dtensor import plain_name
 from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles
-from raytrain_adv.ops.fake_quantize import EPS
-from raytrain_adv.shards import plain_name
-from raytrain_adv.transforms.apply import plan_all
-from raytrain_adv.transforms.naming import is_tied
+from raytrain_adv.model.build import build, head_fqn
+from raytrain_adv.model.conversion import Group
+from raytrain_adv.model.weight_files import CheckpointFiles
+from raytrain_adv.model.weights import convert_group, match
+from raytrain_adv.ops.fake_quant.rounding import EPS
+from raytrain_adv.transforms.applied import plan_all
+from raytrain_adv.transforms.modules import is_tied
 from raytrain_adv.transforms.qat import EMBEDDING, Qat
-from raytrain_adv.worker.checkpoint_files import CheckpointFiles
-from raytrain_adv.worker.conversion import Group
-from raytrain_adv.worker.model import build, head_fqn
-from raytrain_adv.worker.weights import convert_group, match
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig

@@ -19,9 +19,9 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import GIB, folder_gib
 from raytrain_adv.export.quantize import DEPRECATION
-from raytrain_adv.transforms.apply import enabled
+from raytrain_adv.model.parallel import compute_dtype
+from raytrain_adv.transforms.applied import enabled
 from raytrain_adv.transforms.qat import Qat
-from raytrain_adv.worker.parallel import compute_dtype
 
 MOST_TOKENS = 256
 """Tokens that are compared; logits of 256 tokens and 128,256 words take 131 MB in float32."""

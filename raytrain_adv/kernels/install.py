@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from raytrain_adv.kernels.choice import Choice
-from raytrain_adv.kernels.probe import Candidate
 from raytrain_adv.kernels.swap import LayerSource, load_layer, swap
-from raytrain_adv.kernels.trials import SiteTrial, alike, tried_out
+from raytrain_adv.trial.module import Candidate
+from raytrain_adv.trial.sites import SiteTrial, alike, tried_out
 
 
 def install(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from raytrain_adv.ops.float8_weight import as_plain
+from raytrain_adv.ops.float8.all_gather import as_plain
 
 
 class ClippingAdamW(torch.optim.AdamW):

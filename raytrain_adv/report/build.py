@@ -11,6 +11,7 @@ from typing import Any
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import Stopped
+from raytrain_adv.estimate.memory import MemoryPrediction
 from raytrain_adv.report.record import (
     Baseline,
     Point,
@@ -22,9 +23,8 @@ from raytrain_adv.report.record import (
 from raytrain_adv.report.record import read as read_report
 from raytrain_adv.report.starts import starts
 from raytrain_adv.report.variants import quantised_loss, recovered, variants
+from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.transforms.transform import Plan
-from raytrain_adv.worker.memory import MemoryPrediction
-from raytrain_adv.worker.metrics_file import FILE_NAME, read
 
 
 def started(job: JobConfig, run_name: str) -> RunReport:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from raytrain_adv.report import numbers
+from raytrain_adv import text as numbers
 from raytrain_adv.report.page import text
 from raytrain_adv.report.parts import badge, below, card, folded, table
 

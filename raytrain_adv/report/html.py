@@ -8,14 +8,15 @@ from typing import Any
 import yaml
 
 from raytrain_adv import __version__
-from raytrain_adv.report import data_section, numbers, variants
+from raytrain_adv import text as numbers
+from raytrain_adv.report import data_section, variants
 from raytrain_adv.report.charts import charts_html
 from raytrain_adv.report.page import page, text
 from raytrain_adv.report.parts import badge, bars, below, card, folded, section, table
 from raytrain_adv.report.preflight_section import preflight_html
 from raytrain_adv.report.record import Failure, RunReport, Sample, TransformReport, write_text
 from raytrain_adv.report.starts import starts_html
-from raytrain_adv.worker import metrics_file
+from raytrain_adv.storage import metrics_file
 
 FILE_NAME = "report.html"
 MEMORY_PARTS = (

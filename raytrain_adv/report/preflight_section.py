@@ -1,6 +1,6 @@
 """The section of report.html on the cluster's nodes."""
 
-from raytrain_adv.report import numbers
+from raytrain_adv import text as numbers
 from raytrain_adv.report.page import text
 from raytrain_adv.report.parts import card, table
 from raytrain_adv.report.record import NodeReport, PreflightReport

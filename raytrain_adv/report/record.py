@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from raytrain_adv.config.secrets import hide_environment
 from raytrain_adv.errors import RaytrainAdvError, StorageError
+from raytrain_adv.redaction import hide_environment
 from raytrain_adv.report.record_parts import (
     Arguments,
     Baseline,

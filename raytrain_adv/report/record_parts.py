@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
 
+from raytrain_adv.run.redact import redact, redact_arguments
 from raytrain_adv.transforms.transform import Plan
-from raytrain_adv.worker.redact import redact, redact_arguments
 
 
 def _json(value: Any) -> Any:

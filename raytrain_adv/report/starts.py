@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raytrain_adv.report import numbers
+from raytrain_adv import text
 from raytrain_adv.report.parts import card, table
 from raytrain_adv.report.record import Start
 
@@ -40,7 +40,7 @@ def story(starts: Sequence[Start]) -> str:
     if not changes:
         return ""
     later = "".join(f", {one.workers} from step {one.step:,}" for one in changes)
-    return numbers.plural(starts[0].workers, "worker") + later
+    return text.plural(starts[0].workers, "worker") + later
 
 
 def differ(one: Start, before: Start) -> bool:

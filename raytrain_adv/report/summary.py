@@ -3,7 +3,8 @@
 import textwrap
 from pathlib import Path
 
-from raytrain_adv.report import numbers, variants
+from raytrain_adv import text as numbers
+from raytrain_adv.report import variants
 from raytrain_adv.report.record import Baseline, RunReport, Sample
 from raytrain_adv.report.starts import story
 

@@ -7,8 +7,8 @@ from typing import Any
 from urllib.parse import quote
 
 from raytrain_adv import __version__
+from raytrain_adv import text as numbers
 from raytrain_adv.config.sweep import NEVER, SWITCH
-from raytrain_adv.report import numbers
 from raytrain_adv.report.page import page, text
 from raytrain_adv.report.parts import bars, card, folded, section
 from raytrain_adv.report.plot import Level, Plot, Series, Xy, plot_html

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raytrain_adv.report import numbers
+from raytrain_adv import text as numbers
 from raytrain_adv.report.sweep_record import SweepReport, TrialReport
 
 HEADS = {

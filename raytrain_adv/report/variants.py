@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raytrain_adv.report import numbers
+from raytrain_adv import text
 from raytrain_adv.report.record import RunReport, Variant
 from raytrain_adv.transforms.qat import BF16, PTQ, QAT, Qat
 
@@ -87,8 +87,8 @@ def table_rows(report: RunReport) -> list[tuple[str, str, str, str, str]]:
         (
             variant.name,
             f"{variant.step:,}",
-            numbers.loss(variant.loss),
-            numbers.compact(variant.perplexity),
+            text.loss(variant.loss),
+            text.compact(variant.perplexity),
             "-" if share is None else f"{share:+.2%}".replace("-0.00%", "+0.00%"),
         )
         for variant, share in zip(found, shares, strict=True)

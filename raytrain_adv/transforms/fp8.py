@@ -10,7 +10,7 @@ from pydantic import Field
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import ClusterError, TrainingError
-from raytrain_adv.transforms.naming import (
+from raytrain_adv.transforms.modules import (
     ROUTERS,
     class_name,
     matches,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
 
-OWN = "raytrain_adv.ops.float8_linear.Float8Linear"
+OWN = "raytrain_adv.ops.float8.linear.Float8Linear"
 TORCHAO = "torchao.float8.float8_linear.Float8Linear"
 MULTIPLE = 16
 """torch._scaled_mm takes only sizes divisible by this on a GPU; on a CPU it takes all."""
@@ -239,7 +239,7 @@ class Fp8(Transform):
         """
         import torch
 
-        from raytrain_adv.ops.float8_linear import distance
+        from raytrain_adv.ops.float8.linear import distance
 
         kinds: dict[object, Any] = {}
         for fqn in plan.changes:
@@ -247,7 +247,7 @@ class Fp8(Transform):
             kinds.setdefault(_kind_of(linear), linear)
         try:
             if device.type == "cuda" and self.is_tensorwise:
-                from raytrain_adv.ops.float8_cast_kernel import wrong_tiles
+                from raytrain_adv.ops.float8.cast_kernel import wrong_tiles
 
                 for source in {dtype, torch.float32}:  # and master weights, before they are sent
                     _refuse_wrong(wrong_tiles(source, device), source)
@@ -278,7 +278,7 @@ class Fp8(Transform):
             from torchao.float8.float8_linear import Float8Linear as TorchaoFloat8Linear
 
             return TorchaoFloat8Linear
-        from raytrain_adv.ops.float8_linear import Float8Linear
+        from raytrain_adv.ops.float8.linear import Float8Linear
 
         return Float8Linear
 
@@ -302,7 +302,7 @@ class Fp8(Transform):
             return
         from torchao.float8.float8_linear import Float8Linear
 
-        from raytrain_adv.ops.float8_weight import gather_in_float8
+        from raytrain_adv.ops.float8.all_gather import gather_in_float8
 
         for module in model.modules():
             if isinstance(module, Float8Linear):
@@ -311,7 +311,7 @@ class Fp8(Transform):
     def after_step(self, model: nn.Module) -> None:
         """Compute the scales of all sharded weights with one all-reduce instead of one each."""
         if self.fp8_enable_fsdp_float8_all_gather:
-            from raytrain_adv.ops.float8_weight import update_scales
+            from raytrain_adv.ops.float8.all_gather import update_scales
 
             update_scales(model)
 

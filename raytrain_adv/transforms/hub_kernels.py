@@ -17,7 +17,7 @@ from raytrain_adv.kernels.hub import NoBuild
 from raytrain_adv.kernels.source import KernelEntry, Text, Wanted
 from raytrain_adv.kernels.variants import Target, is_build, numbers
 from raytrain_adv.kernels.variants import choose as choose_build
-from raytrain_adv.transforms.naming import class_name
+from raytrain_adv.transforms.modules import class_name
 from raytrain_adv.transforms.transform import Change, Plan, Transform
 
 if TYPE_CHECKING:

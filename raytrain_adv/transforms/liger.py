@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import ClusterError, JobError
-from raytrain_adv.transforms.naming import class_name, nearest
+from raytrain_adv.transforms.modules import class_name, nearest
 from raytrain_adv.transforms.transform import Change, Plan, Transform
 
 if TYPE_CHECKING:
@@ -241,8 +241,8 @@ class Liger(Transform):
         """
         import torch
 
-        from raytrain_adv.kernels.probe import Candidate, Untried
-        from raytrain_adv.kernels.trials import alike, tried_out
+        from raytrain_adv.trial.module import Candidate, Untried
+        from raytrain_adv.trial.sites import alike, tried_out
 
         sentences = []
         layers = {fqn: change.after for fqn, change in plan.changes.items()}

@@ -11,7 +11,7 @@ from pydantic import Field
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.config.sections import LARGEST, Names
 from raytrain_adv.errors import JobError
-from raytrain_adv.transforms.naming import ROUTERS, class_name, nearest, output_head, short
+from raytrain_adv.transforms.modules import ROUTERS, class_name, nearest, output_head, short
 from raytrain_adv.transforms.transform import Change, Plan, Transform
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ class Lora(Transform):
     def _initialize_one(self, fqn: str, module: nn.Module, seed: int) -> None:
         import torch
 
-        from raytrain_adv.shards import copy_local, gather, local_region, plain_name, seed_of
+        from raytrain_adv.dtensor import copy_local, gather, local_region, plain_name, seed_of
 
         weights = {
             f"{part}.weight": module.get_parameter(f"{part}.{ADAPTER}.weight")

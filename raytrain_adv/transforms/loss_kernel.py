@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import ClusterError, JobError
-from raytrain_adv.transforms.naming import class_name, output_head
+from raytrain_adv.transforms.modules import class_name, output_head
 from raytrain_adv.transforms.transform import Change, Plan, Transform
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
-    from raytrain_adv.ops.linear_cross_entropy import LogitMap
+    from raytrain_adv.ops.loss.linear_cross_entropy import LogitMap
 
 AUTO = "chunked"
 """What loss_kernel: auto takes where the model lets it: of the kernels it measured as fast as
@@ -215,7 +215,7 @@ class LossKernel(Transform):
 
     def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
         """Have the planned head compute the loss where it is given labels."""
-        from raytrain_adv.ops.loss_head import HeadLoss, install
+        from raytrain_adv.ops.loss.head import HeadLoss, install
 
         for fqn in plan.changes:
             head = model.get_submodule(fqn)
@@ -232,7 +232,7 @@ class LossKernel(Transform):
 
     def what_is(self, module: nn.Module) -> str:
         """Return a module's class, and the loss that it computes."""
-        from raytrain_adv.ops.loss_head import loss_of
+        from raytrain_adv.ops.loss.head import loss_of
 
         loss = loss_of(module)
         if loss is None:
@@ -262,7 +262,7 @@ def read_logit_map(model: nn.Module) -> LogitMap:
 
     A model that does more is found out by the check before training, which compares losses.
     """
-    from raytrain_adv.ops.linear_cross_entropy import LogitMap
+    from raytrain_adv.ops.loss.linear_cross_entropy import LogitMap
 
     config = text_config(model)
     scale, softcap = 1.0, None

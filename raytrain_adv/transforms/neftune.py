@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.transforms.naming import class_name, input_embedding
+from raytrain_adv.transforms.modules import class_name, input_embedding
 from raytrain_adv.transforms.transform import Change, Plan, Transform
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Noise:
         """Return the noise for embeddings of this shape, device and dtype."""
         import torch
 
-        from raytrain_adv.shards import seed_of
+        from raytrain_adv.dtensor import seed_of
 
         noise = torch.zeros_like(output, requires_grad=False)
         generator = torch.Generator(output.device)

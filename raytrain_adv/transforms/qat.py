@@ -12,8 +12,8 @@ from pydantic import Field
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import ClusterError, JobError
-from raytrain_adv.ops.quantized_config import FLOAT8, NOT_SERVED, SERVED, refuse_odd_groups
-from raytrain_adv.transforms.naming import (
+from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8, NOT_SERVED, SERVED, refuse_odd_groups
+from raytrain_adv.transforms.modules import (
     ROUTERS,
     class_name,
     input_embedding,
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
     from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
-    from raytrain_adv.ops.fake_quantized import FakeQuantized
+    from raytrain_adv.ops.fake_quant.layers import FakeQuantized
 
-LINEAR = "raytrain_adv.ops.fake_quantized.FakeQuantizedLinear"
-EMBEDDING = "raytrain_adv.ops.fake_quantized.FakeQuantizedEmbedding"
-IN_FLOAT8 = "raytrain_adv.ops.float8_linear.Float8Linear"
-LINEAR_IN_FLOAT8 = "raytrain_adv.ops.float8_fake_quantized.Float8FakeQuantizedLinear"
+LINEAR = "raytrain_adv.ops.fake_quant.layers.FakeQuantizedLinear"
+EMBEDDING = "raytrain_adv.ops.fake_quant.layers.FakeQuantizedEmbedding"
+IN_FLOAT8 = "raytrain_adv.ops.float8.linear.Float8Linear"
+LINEAR_IN_FLOAT8 = "raytrain_adv.ops.float8.qat_linear.Float8FakeQuantizedLinear"
 BECOMES = {"torch.nn.Linear": LINEAR, IN_FLOAT8: LINEAR_IN_FLOAT8}
 BF16, PTQ, QAT, UNQUANTISED = "bf16", "PTQ", "QAT", "QAT's weights, not quantised"
 """How a model is evaluated: as it is, quantised without training for it, or with."""
@@ -262,7 +262,7 @@ class Qat(Transform):
         """
         from torch import nn
 
-        from raytrain_adv.ops.float8_fake_quantized import refuse_frozen
+        from raytrain_adv.ops.float8.qat_linear import refuse_frozen
 
         linears = {f: m for f, m in model.named_modules() if isinstance(m, nn.Linear)}
         refuse_unmatched("qat_exclude", self.excluded, [own_name(fqn) for fqn in linears])
@@ -319,7 +319,7 @@ class Qat(Transform):
         return ""
 
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
-        from raytrain_adv.ops.float8_fake_quantized import described
+        from raytrain_adv.ops.float8.qat_linear import described
 
         kinds, first = {change.after for change in changes.values()}, self.first_step
         when = "never in training (PTQ)" if first is None else f"from step {first + 1:,} on"
@@ -338,8 +338,8 @@ class Qat(Transform):
         """Put a layer that rounds, and owns the same parameters, in each planned one's place."""
         from torch import nn
 
-        from raytrain_adv.ops.fake_quantized import FakeQuantizedEmbedding, FakeQuantizedLinear
-        from raytrain_adv.ops.float8_fake_quantized import Float8FakeQuantizedLinear
+        from raytrain_adv.ops.fake_quant.layers import FakeQuantizedEmbedding, FakeQuantizedLinear
+        from raytrain_adv.ops.float8.qat_linear import Float8FakeQuantizedLinear
 
         kinds = {LINEAR: FakeQuantizedLinear, LINEAR_IN_FLOAT8: Float8FakeQuantizedLinear}
         for fqn, change in plan.changes.items():
@@ -379,20 +379,20 @@ class Qat(Transform):
 
     def linear_config(self) -> AOBaseConfig:
         """Return torchao's configuration of the linears; see ops/quantized_config.py."""
-        from raytrain_adv.ops.quantized_config import config_of
+        from raytrain_adv.ops.fake_quant.torchao_config import config_of
 
         return config_of(self.qat_weight_dtype, self.group_size, self.activation_dtype)
 
     def embedding_config(self) -> AOBaseConfig:
         """Return torchao's configuration of the embedding: that of weights alone."""
-        from raytrain_adv.ops.quantized_config import config_of
+        from raytrain_adv.ops.fake_quant.torchao_config import config_of
 
         return config_of(self.qat_weight_dtype, self.group_size, "")
 
 
 def rounding(model: nn.Module) -> Iterator[FakeQuantized]:
     """Yield the layers that can round."""
-    from raytrain_adv.ops.fake_quantized import FakeQuantizedEmbedding, FakeQuantizedLinear
+    from raytrain_adv.ops.fake_quant.layers import FakeQuantizedEmbedding, FakeQuantizedLinear
 
     for module in model.modules():
         if isinstance(module, FakeQuantizedLinear | FakeQuantizedEmbedding):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import ClusterError, TrainingError
-from raytrain_adv.transforms.naming import (
+from raytrain_adv.transforms.modules import (
     ROUTERS,
     class_name,
     matches,
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from raytrain_adv.hardware import HardwareFacts
-    from raytrain_adv.ops.quantization import Form
-    from raytrain_adv.ops.quantized_linear import QuantizedLinear
+    from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
+    from raytrain_adv.ops.bitsandbytes.quantize import Form
 
-OWN = "raytrain_adv.ops.quantized_linear.QuantizedLinear"
+OWN = "raytrain_adv.ops.bitsandbytes.linear.QuantizedLinear"
 BLOCK = 64
 """Weights of a row that share a scale in 4 bits."""
 PROBED = (2048, 256, 192)
@@ -88,7 +88,7 @@ class QuantizedBase(Transform):
     @property
     def form(self) -> Form:
         """How weights are held."""
-        from raytrain_adv.ops.quantization import Form
+        from raytrain_adv.ops.bitsandbytes.quantize import Form
 
         if self.quantization_bit == 8:
             return Form("int8")
@@ -223,7 +223,7 @@ class QuantizedBase(Transform):
         """Put a frozen linear that holds its weight quantised in each planned one's place."""
         from torch import nn
 
-        from raytrain_adv.ops.quantized_linear import QuantizedLinear
+        from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
 
         for fqn in plan.changes:
             old = model.get_submodule(fqn)
@@ -264,7 +264,7 @@ class QuantizedBase(Transform):
             TrainingError: on all ranks, when weights are missing, are further away than rounding
                 explains, or would be trained.
         """
-        from raytrain_adv.ops.quantized_linear import quantized_linears
+        from raytrain_adv.ops.bitsandbytes.linear import quantized_linears
 
         read = {f: m for f, m in quantized_linears(model) if m.distance is not None}
         found = dict(zip(read, distances(list(read.values())), strict=True))
@@ -323,8 +323,8 @@ def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype
     import torch
     from torch import nn
 
-    from raytrain_adv.ops.quantization import bitsandbytes
-    from raytrain_adv.ops.quantized_linear import QuantizedLinear
+    from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
+    from raytrain_adv.ops.bitsandbytes.quantize import bitsandbytes
 
     tokens, columns, rows = PROBED
     kinds = bitsandbytes().nn

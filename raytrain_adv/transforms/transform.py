@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.section import Section
-from raytrain_adv.transforms.naming import class_name
+from raytrain_adv.transforms.modules import class_name
 
 if TYPE_CHECKING:
     import torch

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrain_adv.shards import reshard
-from raytrain_adv.worker.loader import IGNORED, Batches, MicroBatch, eval_batches
-from raytrain_adv.worker.loss import LossFunction
-from raytrain_adv.worker.run import Run
+from raytrain_adv.data.batches.loader import IGNORED, Batches, MicroBatch, eval_batches
+from raytrain_adv.dtensor import reshard
+from raytrain_adv.ops.loss.function import LossFunction
+from raytrain_adv.run.run import Run
 
 
 @torch.no_grad()

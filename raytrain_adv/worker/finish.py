@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.worker.data.prepare import PreparedData
-from raytrain_adv.worker.run import Run
+from raytrain_adv.data.prepare import PreparedData
+from raytrain_adv.run.run import Run
 from raytrain_adv.worker.sample import greedy_answer
 
 if TYPE_CHECKING:

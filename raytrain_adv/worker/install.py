@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import RaytrainAdvError, TrainingError
 from raytrain_adv.hardware import HardwareFacts
-from raytrain_adv.transforms.apply import fetch_all, install_all, probe_all
+from raytrain_adv.model import attention
+from raytrain_adv.model.parallel import compute_dtype
+from raytrain_adv.run.run import Run
+from raytrain_adv.transforms.applied import fetch_all, install_all, probe_all
 from raytrain_adv.transforms.transform import Plan
-from raytrain_adv.worker import attention
-from raytrain_adv.worker.attention_trial import try_attention
-from raytrain_adv.worker.parallel import compute_dtype
-from raytrain_adv.worker.run import Run
+from raytrain_adv.worker.trials.attention import try_attention
 
 
 def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from raytrain_adv.checkpoint.save import Found
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.hardware import peak_flops
-from raytrain_adv.worker.arithmetic import Arithmetic
-from raytrain_adv.worker.checkpoint import Found
-from raytrain_adv.worker.flops import training_flops_per_token
-from raytrain_adv.worker.metrics_file import MetricsFile
-from raytrain_adv.worker.run import Run
-from raytrain_adv.worker.trackers import open_trackers
+from raytrain_adv.run.run import Run
+from raytrain_adv.run.schedule import Arithmetic
+from raytrain_adv.run.trackers import open_trackers
+from raytrain_adv.storage.metrics_file import MetricsFile
 
 GIB = 2**30
 

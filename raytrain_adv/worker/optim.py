@@ -12,7 +12,7 @@ from torch import nn
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.ops.adamw import ClippingAdamW
-from raytrain_adv.worker.arithmetic import Arithmetic
+from raytrain_adv.run.schedule import Arithmetic
 
 
 def build_optimizer(model: nn.Module, job: JobConfig) -> torch.optim.Optimizer:

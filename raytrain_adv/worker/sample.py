@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrain_adv.shards import reshard
-from raytrain_adv.worker.flops import text_config
+from raytrain_adv.dtensor import reshard
+from raytrain_adv.estimate.flops import text_config
 
 BUCKET = 256
 """Prompt and answer are padded to a multiple of this: one shape, so one compiled graph."""

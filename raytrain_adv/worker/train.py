@@ -10,31 +10,27 @@ from functools import partial
 from typing import Any
 
 from raytrain_adv import hardware
+from raytrain_adv.checkpoint import save
+from raytrain_adv.checkpoint.resume import to_resume
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.transforms.apply import (
-    check_all,
-    enabled,
-    loaded_all,
-    prepare_all,
-    with_advice,
-)
-from raytrain_adv.worker import checkpoint, memory, parallel, weights
-from raytrain_adv.worker.arithmetic import resolve_arithmetic
-from raytrain_adv.worker.attention import is_flash
-from raytrain_adv.worker.data.collate import pad_to
-from raytrain_adv.worker.data.prepare import prepare
-from raytrain_adv.worker.data.tokenizer import load_tokenizer
+from raytrain_adv.data.batches.collate import pad_to
+from raytrain_adv.data.batches.loader import Batches
+from raytrain_adv.data.prepare import prepare
+from raytrain_adv.data.tokens.tokenizer import load_tokenizer
+from raytrain_adv.estimate import memory
+from raytrain_adv.model import parallel, weights
+from raytrain_adv.model.attention import is_flash
+from raytrain_adv.model.build import build
+from raytrain_adv.run.run import Run
+from raytrain_adv.run.schedule import resolve_arithmetic
+from raytrain_adv.transforms.applied import check_all, enabled, loaded_all, prepare_all, with_advice
+from raytrain_adv.worker.checks.profile import Proof
 from raytrain_adv.worker.finish import ExportFunction, export, sample_answers
 from raytrain_adv.worker.install import attended, fetched, installed
-from raytrain_adv.worker.loader import Batches
-from raytrain_adv.worker.loss_check import check_loss
+from raytrain_adv.worker.loop import Loop
 from raytrain_adv.worker.metrics import open_metrics
-from raytrain_adv.worker.model import build
 from raytrain_adv.worker.optim import build_optimizer
-from raytrain_adv.worker.proof import Proof
-from raytrain_adv.worker.resume import to_resume
-from raytrain_adv.worker.run import Run
-from raytrain_adv.worker.steps import Loop
+from raytrain_adv.worker.trials.loss import check_loss
 from raytrain_adv.worker.twin import measure_twin
 
 
@@ -79,7 +75,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         optimizer = build_optimizer(model, job)
     if found is not None:
         with run.phase("resume"):
-            checkpoint.load(found, model, optimizer)
+            save.load(found, model, optimizer)
     for transform in enabled(job):
         transform.after_step(model)
     plans = check_loss(job, model, run, plans)

@@ -8,12 +8,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.transforms.apply import enabled
+from raytrain_adv.model.adapter import load_adapter
+from raytrain_adv.model.weights import load_pretrained
+from raytrain_adv.run.run import Run
+from raytrain_adv.transforms.applied import enabled
 from raytrain_adv.transforms.lora import Lora
-from raytrain_adv.worker.adapter import load_adapter
-from raytrain_adv.worker.run import Run
-from raytrain_adv.worker.steps import Loop
-from raytrain_adv.worker.weights import load_pretrained
+from raytrain_adv.worker.loop import Loop
 
 
 def measure_twin(job: JobConfig, run: Run, model: PreTrainedModel, loop: Loop) -> None:

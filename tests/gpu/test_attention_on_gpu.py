@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from raytrain_adv.errors import JobError
-from raytrain_adv.worker.attention_trial import try_attention
-from raytrain_adv.worker.model import build
+from raytrain_adv.model.build import build
+from raytrain_adv.worker.trials.attention import try_attention
 from tests.kernel_folders import write_kernel
 from tests.tiny_models import job_for, write_checkpoint
 from tests.workers import losses, run_workers

@@ -11,9 +11,9 @@ import torch
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear as TorchaoFloat8Linear
 
-from raytrain_adv.ops import float8_cast_kernel as kernels
 from raytrain_adv.ops.adamw import ClippingAdamW
-from raytrain_adv.ops.float8_cast import (
+from raytrain_adv.ops.float8 import cast_kernel as kernels
+from raytrain_adv.ops.float8.cast import (
     cast,
     cast_both,
     cast_padded,
@@ -21,8 +21,8 @@ from raytrain_adv.ops.float8_cast import (
     tensorwise_scale,
     transposed,
 )
-from raytrain_adv.ops.float8_linear import Float8Linear, linear
-from raytrain_adv.worker.gradients import clip
+from raytrain_adv.ops.float8.linear import Float8Linear, linear
+from raytrain_adv.worker.checks.gradients import clip
 
 pytestmark = [
     pytest.mark.gpu,
@@ -152,8 +152,8 @@ import json, sys
 import torch, torch.distributed as dist
 from raytrain_adv.config import load
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.worker.run import Run, SilentReporter
-from raytrain_adv.worker.storage import Storage
+from raytrain_adv.run.run import Run, SilentReporter
+from raytrain_adv.storage.storage import Storage
 from raytrain_adv.worker.train import train
 torch.cuda.set_device(0)
 dist.init_process_group("gloo")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torchao.float8 import Float8LinearConfig
 
-from raytrain_adv.ops.fake_quantized import FakeQuantizedLinear
-from raytrain_adv.ops.float8_fake_quantized import Float8FakeQuantizedLinear, is_coarse
-from raytrain_adv.ops.float8_linear import Float8Linear
+from raytrain_adv.ops.fake_quant.layers import FakeQuantizedLinear
+from raytrain_adv.ops.float8.linear import Float8Linear
+from raytrain_adv.ops.float8.qat_linear import Float8FakeQuantizedLinear, is_coarse
 from tests.kernel_folders import ACTIVATION, write_kernel
-from tests.unit.ops.test_float8_fake_quantized import SCHEMES, apart, cosine, passed
+from tests.unit.ops.float8.test_qat_linear import SCHEMES, apart, cosine, passed
 from tests.workers import losses, run_workers
 
 pytestmark = [

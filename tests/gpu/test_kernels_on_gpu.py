@@ -13,10 +13,10 @@ from torch.nn import functional
 from raytrain_adv import hardware
 from raytrain_adv.errors import JobError
 from raytrain_adv.kernels.fetch import Place, find
-from raytrain_adv.kernels.probe import Candidate, try_out
 from raytrain_adv.kernels.source import read
 from raytrain_adv.kernels.swap import LayerSource, load_layer
 from raytrain_adv.kernels.variants import Target
+from raytrain_adv.trial.module import Candidate, try_out
 from tests.kernel_folders import ACTIVATION, write_kernel
 from tests.workers import losses, run_workers
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from raytrain_adv import hardware
-from raytrain_adv.transforms.apply import enabled, prepare_all, probe_all
-from raytrain_adv.worker import parallel, weights
-from raytrain_adv.worker.loss import loss_function
-from raytrain_adv.worker.model import build
+from raytrain_adv.model import parallel, weights
+from raytrain_adv.model.build import build
+from raytrain_adv.ops.loss.function import loss_function
+from raytrain_adv.transforms.applied import enabled, prepare_all, probe_all
 from tests.tiny_models import job_for
 
 pytestmark = [

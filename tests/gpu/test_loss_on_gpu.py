@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from raytrain_adv import hardware
-from raytrain_adv.ops import linear_cross_entropy as ops
-from raytrain_adv.ops.linear_cross_entropy import LogitMap, called_cross_entropy
-from raytrain_adv.ops.loss_head import BACKENDS, loss_of
-from raytrain_adv.transforms.apply import enabled, prepare_all
-from raytrain_adv.worker import parallel, weights
-from raytrain_adv.worker.loss import loss_function
-from raytrain_adv.worker.loss_check import check_loss
-from raytrain_adv.worker.model import build
-from raytrain_adv.worker.run import local_run
+from raytrain_adv.model import parallel, weights
+from raytrain_adv.model.build import build
+from raytrain_adv.ops.loss import linear_cross_entropy as ops
+from raytrain_adv.ops.loss.function import loss_function
+from raytrain_adv.ops.loss.head import BACKENDS, loss_of
+from raytrain_adv.ops.loss.linear_cross_entropy import LogitMap, called_cross_entropy
+from raytrain_adv.run.run import local_run
+from raytrain_adv.transforms.applied import enabled, prepare_all
+from raytrain_adv.worker.trials.loss import check_loss
 from tests.tiny_models import job_for
 
 pytestmark = [
@@ -187,7 +187,7 @@ def test_fp8_on_the_head_stays_on_in_the_chunked_loss():
     """Put on the head by hand: the transform leaves it out."""
     from torchao.float8 import Float8LinearConfig
 
-    from raytrain_adv.ops.float8_linear import Float8Linear
+    from raytrain_adv.ops.float8.linear import Float8Linear
 
     torch.manual_seed(0)
     head = torch.nn.Linear(256, 4096, bias=False, device="cuda", dtype=torch.bfloat16)

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from raytrain_adv.config import matrix
+from raytrain_adv.config import compatibility
 from tests import workers
 from tests.matrix_runs import FEATURES, Runs, losses_of, numbers, require_loads
 
@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-CELLS = [cell for cell in matrix.cells() if cell.verdict != "no"]
+CELLS = [cell for cell in compatibility.cells() if cell.verdict != "no"]
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 

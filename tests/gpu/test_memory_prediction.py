@@ -15,16 +15,16 @@ import torch.distributed as dist
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.config import sections as s
-from raytrain_adv.transforms.apply import prepare_all
+from raytrain_adv.estimate.memory import GIB, predict
+from raytrain_adv.model import parallel
+from raytrain_adv.model.build import build
+from raytrain_adv.model.weights import materialize
+from raytrain_adv.ops.loss.function import loss_function
+from raytrain_adv.transforms.applied import prepare_all
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.quantized_base import QuantizedBase
-from raytrain_adv.worker import parallel
-from raytrain_adv.worker.gradients import clip
-from raytrain_adv.worker.loss import loss_function
-from raytrain_adv.worker.memory import GIB, predict
-from raytrain_adv.worker.model import build
+from raytrain_adv.worker.checks.gradients import clip
 from raytrain_adv.worker.optim import build_optimizer
-from raytrain_adv.worker.weights import materialize
 
 pytestmark = [
     pytest.mark.gpu,

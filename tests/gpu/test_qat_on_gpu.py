@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from raytrain_adv.ops.fake_quantize import (
+from raytrain_adv.ops.fake_quant.layers import FakeQuantizedEmbedding, FakeQuantizedLinear
+from raytrain_adv.ops.fake_quant.rounding import (
     fake_quantize_groups,
     fake_quantize_tokens,
     round_groups,
     round_tokens,
 )
-from raytrain_adv.ops.fake_quantized import FakeQuantizedEmbedding, FakeQuantizedLinear
 
 pytestmark = [
     pytest.mark.gpu,

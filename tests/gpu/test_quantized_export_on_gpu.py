@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.transforms.apply import enabled, prepare_all
+from raytrain_adv.model.build import build
+from raytrain_adv.model.weights import load_pretrained, materialize
+from raytrain_adv.transforms.applied import enabled, prepare_all
 from raytrain_adv.worker.finish import Exported
-from raytrain_adv.worker.model import build
-from raytrain_adv.worker.weights import load_pretrained, materialize
 from tests.tiny_models import job_for, write_checkpoint
 
 pytestmark = [

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raytrain_adv.config import JobConfig
+from raytrain_adv.dtensor import gather, plain_name
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.shards import gather, plain_name
-from raytrain_adv.transforms.apply import enabled, prepare_all
-from raytrain_adv.worker import parallel
-from raytrain_adv.worker.model import build
-from raytrain_adv.worker.weights import init_from_scratch, load_pretrained, materialize
+from raytrain_adv.model import parallel
+from raytrain_adv.model.build import build
+from raytrain_adv.model.weights import init_from_scratch, load_pretrained, materialize
+from raytrain_adv.transforms.applied import enabled, prepare_all
 from tests.tiny_models import job_for, write_checkpoint
 
 GPU = torch.device("cuda", 0)

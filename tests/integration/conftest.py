@@ -17,13 +17,13 @@ import ray
 from ray.cluster_utils import Cluster
 
 from raytrain_adv import launch as command
-from raytrain_adv.driver import cluster
+from raytrain_adv.driver.cluster import connect
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 # As on a Ray that the driver starts itself; without the process that only a dashboard asks.
 SETTINGS = {
-    **cluster.RAY_SETTINGS,
-    **cluster.LOCAL_SETTINGS,
+    **connect.RAY_SETTINGS,
+    **connect.LOCAL_SETTINGS,
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
 

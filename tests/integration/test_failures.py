@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 from raytrain_adv.config import load
-from raytrain_adv.driver.failures import StopWhenRetryCannotHelp
+from raytrain_adv.driver.training.failures import StopWhenRetryCannotHelp
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.worker.run import Run, SilentReporter
-from raytrain_adv.worker.storage import Storage
+from raytrain_adv.run.run import Run, SilentReporter
+from raytrain_adv.storage.storage import Storage
 from raytrain_adv.worker.train import train
 from tests.own_code import with_own_code
 from tests.ranks import run_ranks

@@ -29,7 +29,7 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from raytrain_adv.config import load
 from raytrain_adv.errors import RaytrainAdvError
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.worker.run import local_run
+from raytrain_adv.run.run import local_run
 from raytrain_adv.worker.train import train
 from tests.own_code import with_own_code
 from tests.ranks import run_ranks

@@ -2,11 +2,11 @@
 
 import pytest
 
-from raytrain_adv.config import matrix
+from raytrain_adv.config import compatibility
 from tests.kernel_folders import write_kernel
 from tests.matrix_runs import FEATURES, UNSHARDED, Runs, losses_of, numbers, require_loads
 
-CELLS = [cell for cell in matrix.cells() if cell.test == matrix.TRAINED]
+CELLS = [cell for cell in compatibility.cells() if cell.test == compatibility.TRAINED]
 ON_CPU = [slug for slug, feature in FEATURES.items() if not feature.kind.needs_gpu]
 ROUNDING = frozenset({"fp8", "qat", "standard_quantization"})
 EXACT = '''
@@ -85,7 +85,7 @@ def test_it_trains_by_its_numbers_resumes_and_exports(runs, cell):
 
 def going_together(precision):
     def fits(slug):
-        cell = matrix.cell_of(FEATURES[precision], FEATURES[slug])
+        cell = compatibility.cell_of(FEATURES[precision], FEATURES[slug])
         return slug == precision or (cell.verdict == "yes" and slug != "fsdp")
 
     return tuple(slug for slug in ON_CPU if fits(slug))

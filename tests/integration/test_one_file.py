@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from raytrain_adv.transforms.naming import class_name
+from raytrain_adv.transforms.modules import class_name
 from raytrain_adv.transforms.transform import Change, Plan, Transform
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ for name, keys in (("refused", ["fp8=true"]), ("careful", ["enable_qat=true"])):
         told[name] = list(load(base, keys).notes)
     except JobError as error:
         told[name] = str(error)
-from raytrain_adv.transforms.apply import prepare_all, report
-from raytrain_adv.worker.model import build
+from raytrain_adv.transforms.applied import prepare_all, report
+from raytrain_adv.model.build import build
 told["report"] = report(prepare_all(job, build(job)))
 print(json.dumps(told))
 cli.main(["explain", "doubled_mlps"])

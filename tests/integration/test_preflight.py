@@ -25,12 +25,14 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from raytrain_adv.driver import cluster, preflight, preflight_table, probe, trainer
-from raytrain_adv.driver.cluster import Node
-from raytrain_adv.driver.probe import Read, Reading, read_nodes
+from raytrain_adv.driver.cluster import connect
+from raytrain_adv.driver.cluster.connect import Node
+from raytrain_adv.driver.preflight import probe, table, verdicts
+from raytrain_adv.driver.preflight.probe import Read, Reading, read_nodes
+from raytrain_adv.driver.training import trainer
 from raytrain_adv.errors import ClusterError
 from raytrain_adv.hardware import package_versions
-from raytrain_adv.transforms.apply import enabled
+from raytrain_adv.transforms.applied import enabled
 from tests.readings import A100, H100, node_with, without
 
 READINGS = {"H100": node_with(H100), "A100": node_with(A100), "": node_with()}
@@ -48,7 +50,7 @@ def simulated() -> Iterator[Cluster]:
         )
         add(nodes, "H100", 2)
         add(nodes, "A100", 4)
-        for name, value in cluster.RAY_SETTINGS.items():
+        for name, value in connect.RAY_SETTINGS.items():
             patch.setenv(name, os.environ.get(name, value))
         ray.init(address=nodes.address, logging_level="ERROR", log_to_driver=False)
         yield nodes
@@ -73,7 +75,7 @@ def by_kind(**readings: Reading | str) -> Read:
 
 
 def id_of(kind: str) -> str:
-    return next(node.node_id for node in cluster.nodes() if node.accelerator == kind)
+    return next(node.node_id for node in connect.nodes() if node.accelerator == kind)
 
 
 def test_an_fp8_job_is_placed_on_the_h100_node_only(simulated, make_job):
@@ -86,8 +88,8 @@ def test_an_fp8_job_is_placed_on_the_h100_node_only(simulated, make_job):
         return ",".join(nodes)
 
     job = make_job(ray_num_workers=2, fp8=True, bf16=True)
-    found = preflight.look_at(cluster.settle(job, False), enabled(job), by_kind())
-    placement = preflight.settled(job, cluster.settle(job, False), found)
+    found = verdicts.look_at(connect.settle(job, False), enabled(job), by_kind())
+    placement = verdicts.settled(job, connect.settle(job, False), found)
     assert placement.label_selector == {"ray.io/node-id": f"!in({id_of('A100')})"}
     result = TorchTrainer(
         where,
@@ -116,10 +118,10 @@ def test_too_many_workers_are_refused_at_once_and_nothing_is_reserved(simulated,
     job = make_job(ray_num_workers=4, fp8=True, bf16=True)
     before = len(placement_group_table())
     start = time.monotonic()
-    placement = cluster.settle(job, False)
-    found = preflight.look_at(placement, enabled(job), by_kind())
+    placement = connect.settle(job, False)
+    found = verdicts.look_at(placement, enabled(job), by_kind())
     with pytest.raises(ClusterError, match="FP8 requires Hopper") as error:
-        preflight.settled(job, placement, found)
+        verdicts.settled(job, placement, found)
     assert time.monotonic() - start < 3
     assert "there is room for 2" in error.value.found
     assert len(placement_group_table()) == before
@@ -127,19 +129,19 @@ def test_too_many_workers_are_refused_at_once_and_nothing_is_reserved(simulated,
 
 def test_a_node_without_torch_is_left_out(simulated, make_job):
     job = make_job(ray_num_workers=2)
-    placement = cluster.settle(job, False)
+    placement = connect.settle(job, False)
     read = by_kind(H100=without("torch", READINGS["H100"]))
-    found = preflight.look_at(placement, [], read)
-    assert preflight.settled(job, placement, found).avoided == (id_of("H100"),)
-    assert "torch not available" in preflight_table.render(found)
+    found = verdicts.look_at(placement, [], read)
+    assert verdicts.settled(job, placement, found).avoided == (id_of("H100"),)
+    assert "torch not available" in table.render(found)
 
 
 def test_two_nodes_with_different_torchao_are_refused(simulated, make_job):
     job = make_job(ray_num_workers=6)
-    placement = cluster.settle(job, False)
-    found = preflight.look_at(placement, [], by_kind(H100=node_with(H100, torchao="0.17.0")))
+    placement = connect.settle(job, False)
+    found = verdicts.look_at(placement, [], by_kind(H100=node_with(H100, torchao="0.17.0")))
     with pytest.raises(ClusterError, match="Versions differ between the nodes") as error:
-        preflight.settled(job, placement, found)
+        verdicts.settled(job, placement, found)
     assert "torchao 0.17.0 (0.18.0 elsewhere)" in error.value.found
 
 
@@ -147,7 +149,7 @@ def test_the_real_probe_reads_every_node_though_all_of_it_is_reserved(simulated)
     whole = [{"CPU": 2}, {"CPU": 4, "GPU": 2}, {"CPU": 4, "GPU": 4}]
     reserved = placement_group(whole)
     assert reserved.wait(30)
-    nodes = cluster.nodes()
+    nodes = connect.nodes()
     readings = read_nodes(nodes)
     remove_placement_group(reserved)
     assert readings.keys() == {node.node_id for node in nodes}
@@ -159,21 +161,21 @@ def test_the_real_probe_reads_every_node_though_all_of_it_is_reserved(simulated)
 
 def test_a_wait_counts_only_the_nodes_that_may_be_used(simulated, make_job):
     job = make_job(ray_num_workers=2)
-    anywhere = cluster.settle(job, False)
+    anywhere = connect.settle(job, False)
     on_h100 = dataclasses.replace(anywhere, avoided=(id_of("A100"),))
     nowhere = dataclasses.replace(anywhere, avoided=(id_of("A100"), id_of("H100")))
-    assert cluster.free(on_h100).get("GPU", 0.0) <= 2
+    assert connect.free(on_h100).get("GPU", 0.0) <= 2
     deadline = time.monotonic() + 30  # until Ray has what an earlier run held back
-    while not cluster.free(nowhere).get("CPU") and time.monotonic() < deadline:
+    while not connect.free(nowhere).get("CPU") and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert cluster.free(nowhere).get("GPU", 0.0) == 0 < cluster.free(nowhere)["CPU"]
+    assert connect.free(nowhere).get("GPU", 0.0) == 0 < connect.free(nowhere)["CPU"]
 
 
 def test_a_node_that_dies_during_the_probe_is_left_out_and_the_others_are_used(simulated, make_job):
     doomed = add(simulated, "H200", 2)
     lost = id_of("H200")
     job = make_job(ray_num_workers=2, fp8=True, bf16=True)
-    placement = cluster.settle(job, False)
+    placement = connect.settle(job, False)
 
     def read(nodes: Sequence[Node]) -> Mapping[str, Reading | str]:
         simulated.remove_node(doomed, allow_graceful=False)
@@ -182,11 +184,11 @@ def test_a_node_that_dies_during_the_probe_is_left_out_and_the_others_are_used(s
         return {**by_kind(H200="")(nodes), lost: answers[lost]}
 
     start = time.monotonic()
-    found = preflight.look_at(placement, enabled(job), read)
+    found = verdicts.look_at(placement, enabled(job), read)
     assert time.monotonic() - start < 15
-    placed = preflight.settled(job, placement, found)
+    placed = verdicts.settled(job, placement, found)
     assert lost in placed.avoided and id_of("H100") not in placed.avoided
-    assert "did not answer" in preflight_table.render(found)
+    assert "did not answer" in table.render(found)
 
 
 def test_a_probe_that_takes_too_long_is_no_hang(simulated, monkeypatch, tmp_path):
@@ -194,7 +196,7 @@ def test_a_probe_that_takes_too_long_is_no_hang(simulated, monkeypatch, tmp_path
     slow.write_text("import time; time.sleep(60)")
     monkeypatch.setattr(probe, "SCRIPT", slow)
     start = time.monotonic()
-    readings = read_nodes(cluster.nodes()[:1], timeout_s=2)
+    readings = read_nodes(connect.nodes()[:1], timeout_s=2)
     assert time.monotonic() - start < 5
     assert list(readings.values()) == ["no answer within 2 s"]
 

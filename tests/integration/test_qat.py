@@ -8,7 +8,7 @@ import yaml
 from torch._dynamo.testing import CompileCounter
 
 from raytrain_adv.config import load
-from raytrain_adv.driver.twin import twins
+from raytrain_adv.driver.training.twin import twins
 from raytrain_adv.transforms.qat import rounding
 from tests.integration.test_line_without_ray import kill_last_checkpoint
 from tests.workers import losses, run_workers
@@ -163,10 +163,10 @@ def test_the_same_checkpoint_goes_on_in_bf16_and_in_qat(job_file, tmp_path):
 
 def test_switching_costs_one_more_graph(make_job):
     """A layer is compiled for each state it is in, and not again when it comes back to it."""
-    from raytrain_adv.transforms.apply import prepare_all
+    from raytrain_adv.model import parallel, weights
+    from raytrain_adv.model.build import build
+    from raytrain_adv.transforms.applied import prepare_all
     from raytrain_adv.transforms.qat import Qat
-    from raytrain_adv.worker import parallel, weights
-    from raytrain_adv.worker.model import build
 
     torch._dynamo.reset()
     counter = CompileCounter()

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from raytrain_adv.checkpoint.save import all_folders, find
 from raytrain_adv.config import load
-from raytrain_adv.driver.doctor import show
-from raytrain_adv.driver.output import open_output
+from raytrain_adv.driver.commands.doctor import show
+from raytrain_adv.driver.output.output_dir import open_output
 from raytrain_adv.errors import Stopped
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.report import record
 from raytrain_adv.report.build import started
-from raytrain_adv.worker import run as run_module
-from raytrain_adv.worker.checkpoint import all_folders, find
-from raytrain_adv.worker.run import Run, SilentReporter
-from raytrain_adv.worker.storage import Storage
+from raytrain_adv.run import run as run_module
+from raytrain_adv.run.run import Run, SilentReporter
+from raytrain_adv.storage.storage import Storage
 from raytrain_adv.worker.train import train
 from tests.ranks import run_ranks
 from tests.workers import losses

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raytrain_adv.driver.metrics import EXPORTED
+from raytrain_adv.driver.training.prometheus import EXPORTED
 from tests.conftest import ROOT
 from tests.own_code import with_own_code
 from tests.workers import losses

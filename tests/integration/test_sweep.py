@@ -102,7 +102,7 @@ def test_a_killed_sweep_goes_on_and_one_trial_that_fails_does_not_end_it(
     assert "step  20/200" in console
 
 
-@pytest.mark.slow  # two minutes; tests/unit/driver/test_sweep.py has what it decides by
+@pytest.mark.slow  # two minutes; tests/unit/driver/sweep/test_sweep.py has what it decides by
 def test_asha_stops_a_trial_and_its_workers_give_back_their_cpu(launch, sweep_file, tmp_path):
     """A worker takes both CPUs: the third trial can only run where the second's is gone."""
     section = {"learning_rate": [1e-2, 1e-9, 2e-9], "scheduler": "asha", "grace_steps": 4}

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 
 from raytrain_adv import hardware
-from raytrain_adv.driver import preflight
-from raytrain_adv.driver.cluster import Node
-from raytrain_adv.driver.placement import Placement
-from raytrain_adv.driver.probe import Reading
+from raytrain_adv.driver.cluster.connect import Node
+from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.preflight import verdicts
+from raytrain_adv.driver.preflight.probe import Reading
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.kernels import fetch
 from raytrain_adv.kernels.source import Wanted
-from raytrain_adv.transforms.apply import check_all, enabled
-from raytrain_adv.worker.run import local_run
+from raytrain_adv.run.run import local_run
+from raytrain_adv.transforms.applied import check_all, enabled
 from raytrain_adv.worker.train import train
 from tests.readings import A100, H100, node_with, without
 
@@ -71,7 +71,7 @@ def test_the_driver_says_it_of_a_node_as_probed(make_job: Callable[..., Any], me
     reading, keys = NODES[message]
     placement = Placement(1, {"GPU": 1.0}, True, False, "")
     node = Node("10.0.0.7", {"GPU": 2.0, "CPU": 8.0}, node_id="id7")
-    verdict = preflight.judged(placement, enabled(make_job(**keys)), node, reading)
+    verdict = verdicts.judged(placement, enabled(make_job(**keys)), node, reading)
     holds(message, verdict.refusal, verdict.fix)
     assert "10.0.0.7" in verdict.found
 
@@ -116,7 +116,7 @@ import json, sys
 from raytrain_adv.config import load
 from raytrain_adv.errors import RaytrainAdvError
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.worker.run import local_run
+from raytrain_adv.run.run import local_run
 from raytrain_adv.worker.train import train
 
 for path in sys.argv[1:]:

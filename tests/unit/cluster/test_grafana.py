@@ -9,7 +9,7 @@ from typing import Any
 from ray.train.v2._internal.metrics.controller import ControllerMetrics
 from ray.train.v2._internal.metrics.worker import WorkerMetrics
 
-from raytrain_adv.driver.metrics import EXPORTED
+from raytrain_adv.driver.training.prometheus import EXPORTED
 from tests.conftest import ROOT
 
 

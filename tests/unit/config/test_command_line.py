@@ -11,7 +11,7 @@ import pytest
 
 from raytrain_adv import cli, launch
 from raytrain_adv.config.arguments import parse
-from raytrain_adv.driver import plan
+from raytrain_adv.driver.plan import plan
 from raytrain_adv.errors import JobError
 
 ROOT = Path(__file__).parents[3]

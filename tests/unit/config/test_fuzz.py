@@ -19,7 +19,7 @@ from raytrain_adv import cli, launch
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.config.arguments import parse
 from raytrain_adv.config.discovery import section_types
-from raytrain_adv.config.llamafactory import known_keys
+from raytrain_adv.config.llamafactory.translate import known_keys
 from raytrain_adv.errors import JobError
 from tests.conftest import TINY_LLAMA, write_rows
 

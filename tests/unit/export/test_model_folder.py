@@ -18,9 +18,9 @@ from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import StorageError
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.verify import verify_folder
-from raytrain_adv.worker import parallel
-from raytrain_adv.worker.model import build
-from raytrain_adv.worker.weights import init_from_scratch, load_pretrained, materialize
+from raytrain_adv.model import parallel
+from raytrain_adv.model.build import build
+from raytrain_adv.model.weights import init_from_scratch, load_pretrained, materialize
 from tests.ranks import run_ranks
 from tests.tiny_models import KINDS, job_for, write_checkpoint
 

@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig, load
-from raytrain_adv.driver import export
+from raytrain_adv.driver.commands import export
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export import quantized_model
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.quantize import write_quantized
-from raytrain_adv.transforms.apply import enabled, prepare_all
+from raytrain_adv.model.build import build
+from raytrain_adv.model.weights import load_pretrained, materialize
+from raytrain_adv.transforms.applied import enabled, prepare_all
 from raytrain_adv.transforms.qat import Qat
-from raytrain_adv.worker.model import build
-from raytrain_adv.worker.weights import load_pretrained, materialize
 from tests.conftest import MakeJob
 from tests.noted import note_done
 from tests.tiny_models import job_for, write_checkpoint

@@ -4,15 +4,7 @@ from html.parser import HTMLParser
 import pytest
 
 from raytrain_adv.report.html import render, write_html
-from raytrain_adv.report.plot import (
-    Mark,
-    Plot,
-    Series,
-    linear_scale,
-    plot_html,
-    thinned,
-    tick_text,
-)
+from raytrain_adv.report.plot import Mark, Plot, Series, linear_scale, plot_html, thinned, tick_text
 from raytrain_adv.report.record import (
     Baseline,
     Failure,
@@ -22,7 +14,7 @@ from raytrain_adv.report.record import (
     TransformReport,
 )
 from raytrain_adv.report.record_parts import NodeReport
-from raytrain_adv.worker.metrics_file import MetricsFile
+from raytrain_adv.storage.metrics_file import MetricsFile
 
 EVIL = "</pre></script><script>alert('x')</script><img src=x onerror=alert(1)>\x00"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from raytrain_adv import hardware
-from raytrain_adv.transforms.apply import fetch_all, install_all, prepare_all
-from raytrain_adv.worker.model import build
+from raytrain_adv.model.build import build
+from raytrain_adv.transforms.applied import fetch_all, install_all, prepare_all
 from tests.kernel_folders import ACTIVATION, write_kernel
 from tests.tiny_models import job_for, write_checkpoint
 

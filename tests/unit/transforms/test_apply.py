@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.hardware import HardwareFacts
+from raytrain_adv.model.build import build
 from raytrain_adv.transforms import Change, Plan, Transform
-from raytrain_adv.transforms.apply import plan_all, prepare_all, report
+from raytrain_adv.transforms.applied import plan_all, prepare_all, report
 from raytrain_adv.transforms.lora import Lora
-from raytrain_adv.transforms.naming import class_name
-from raytrain_adv.worker.model import build
+from raytrain_adv.transforms.modules import class_name
 from tests.tiny_models import job_for, write_checkpoint
 
 NAMES = ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from raytrain_adv import hardware
+from raytrain_adv.data.batches.collate import collate, pad_to
+from raytrain_adv.data.batches.sequences import Sequence
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
-from raytrain_adv.transforms.apply import plan_all, prepare_all, probe_all
+from raytrain_adv.model.build import build
+from raytrain_adv.transforms.applied import plan_all, prepare_all, probe_all
 from raytrain_adv.transforms.fp8 import OWN, TORCHAO, Fp8
-from raytrain_adv.worker.data.collate import collate, pad_to
-from raytrain_adv.worker.data.sequences import Sequence
-from raytrain_adv.worker.model import build
 from tests.tiny_models import job_for, write_checkpoint
 
 CPU = hardware.detect("cpu")
@@ -90,7 +90,7 @@ def test_products_of_each_size_are_tried_out_where_they_train(recipe, dtype, tmp
 
 def test_products_that_come_out_wrong_stop_the_run(tmp_path, monkeypatch):
     """A transposed cast that was compiled wrongly gave weight gradients of other numbers."""
-    from raytrain_adv.ops import float8_linear
+    from raytrain_adv.ops.float8 import linear
 
     folder = write_checkpoint("llama", tmp_path / "model", **WIDE)
     job = job_for(folder, tmp_path, **KEYS)
@@ -98,10 +98,10 @@ def test_products_that_come_out_wrong_stop_the_run(tmp_path, monkeypatch):
     plans = prepare_all(job, model, CPU)
 
     def both(tensor, scale, dtype):
-        plain = float8_linear.cast(tensor, scale, dtype)
+        plain = linear.cast(tensor, scale, dtype)
         return plain, plain.t().contiguous().view(torch.uint8).roll(1, 0).view(dtype)
 
-    monkeypatch.setattr(float8_linear, "cast_both", both)
+    monkeypatch.setattr(linear, "cast_both", both)
     with pytest.raises(TrainingError, match="FP8 does not compute what it should") as refusal:
         probe_all(job, model, plans, torch.device("cpu"), torch.bfloat16)
     assert "gradients by 1.4" in refusal.value.found and "set fp8: false" in refusal.value.fix
@@ -110,7 +110,7 @@ def test_products_that_come_out_wrong_stop_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("weights", ["int4", "int8"])
 def test_beside_qat_the_linears_that_round_are_tried_out(tmp_path, monkeypatch, weights):
     """The class that trains, and not that of FP8 alone."""
-    from raytrain_adv.ops import float8_fake_quantized
+    from raytrain_adv.ops.float8 import qat_linear
 
     folder = write_checkpoint("llama", tmp_path / "model", **WIDE)
     qat = {"enable_qat": True, "qat_weight_dtype": weights, "qat_activation_dtype": "int8"}
@@ -123,13 +123,13 @@ def test_beside_qat_the_linears_that_round_are_tried_out(tmp_path, monkeypatch, 
     def nothing(left, right, *_, **__):
         return left.new_zeros(left.shape[0], right.shape[0], dtype=dtype)
 
-    monkeypatch.setattr(float8_fake_quantized, "product", nothing)
+    monkeypatch.setattr(qat_linear, "product", nothing)
     with pytest.raises(TrainingError, match="FP8 does not compute what it should"):
         probe_all(job, model, plans, cpu, dtype)
 
 
 def test_a_machine_that_cannot_try_it_out_says_so_in_the_house_form(tmp_path, monkeypatch):
-    from raytrain_adv.ops import float8_linear
+    from raytrain_adv.ops.float8 import linear
 
     folder = write_checkpoint("llama", tmp_path / "model", **WIDE)
     job = job_for(folder, tmp_path, **KEYS)
@@ -139,7 +139,7 @@ def test_a_machine_that_cannot_try_it_out_says_so_in_the_house_form(tmp_path, mo
     def broken(*_):
         raise RuntimeError("Failed to find C compiler.")
 
-    monkeypatch.setattr(float8_linear, "cast_both", broken)
+    monkeypatch.setattr(linear, "cast_both", broken)
     with pytest.raises(TrainingError) as refusal:
         probe_all(job, model, plans, torch.device("cpu"), torch.bfloat16)
     assert refusal.value.found == "RuntimeError: Failed to find C compiler."

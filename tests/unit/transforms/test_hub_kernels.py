@@ -9,7 +9,7 @@ import pytest
 
 from raytrain_adv import hardware
 from raytrain_adv.errors import ClusterError, JobError
-from raytrain_adv.transforms.apply import fetch_all, plan_all
+from raytrain_adv.transforms.applied import fetch_all, plan_all
 from raytrain_adv.transforms.hub_kernels import HubKernels
 from tests.kernel_folders import ACTIVATION, layers, refusal, write_kernel
 from tests.tiny_models import job_for

@@ -17,12 +17,12 @@ from raytrain_adv.kernels import lock as locks
 from raytrain_adv.kernels.layers import read_layers
 from raytrain_adv.kernels.swap import own_forward
 from raytrain_adv.report.record import TransformReport
-from raytrain_adv.transforms.apply import fetch_all, install_all, plan_all, prepare_all
+from raytrain_adv.run.run import Run, SilentReporter
+from raytrain_adv.storage.storage import Storage
+from raytrain_adv.transforms.applied import fetch_all, install_all, plan_all, prepare_all
 from raytrain_adv.transforms.hub_kernels import HubKernels, own_lock
 from raytrain_adv.transforms.transform import Change, Plan
 from raytrain_adv.worker.install import require_alike
-from raytrain_adv.worker.run import Run, SilentReporter
-from raytrain_adv.worker.storage import Storage
 from tests.kernel_folders import ACTIVATION, layers, refusal, write_kernel
 from tests.ranks import run_ranks
 

@@ -14,7 +14,7 @@ from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.ops import liger_layers
 from raytrain_adv.transforms import Change, Plan
-from raytrain_adv.transforms.apply import fetch_all, plan_all, prepare_all
+from raytrain_adv.transforms.applied import fetch_all, plan_all, prepare_all
 from raytrain_adv.transforms.liger import Liger, _globals_kept
 from tests.kernel_folders import ACTIVATION, write_kernel
 from tests.tiny_models import KINDS, SIZES, job_for

@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from raytrain_adv import hardware
 from raytrain_adv.config import JobConfig
+from raytrain_adv.dtensor import gather, plain_name
 from raytrain_adv.errors import JobError
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.hardware import HardwareFacts
-from raytrain_adv.shards import gather, plain_name
-from raytrain_adv.transforms.apply import enabled, plan_all, prepare_all
+from raytrain_adv.model import parallel
+from raytrain_adv.model.build import build
+from raytrain_adv.model.weights import load_pretrained, materialize
+from raytrain_adv.transforms.applied import enabled, plan_all, prepare_all
 from raytrain_adv.transforms.lora import Lora
-from raytrain_adv.worker import parallel
-from raytrain_adv.worker.model import build
-from raytrain_adv.worker.weights import load_pretrained, materialize
 from tests.ranks import run_ranks
 from tests.tiny_models import job_for, write_checkpoint
 

@@ -9,15 +9,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from raytrain_adv.config import load
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.hardware import HardwareFacts
-from raytrain_adv.ops import linear_cross_entropy as ops
-from raytrain_adv.ops.loss_head import loss_in_head, loss_of, takes_labels
+from raytrain_adv.model.build import build
+from raytrain_adv.ops.loss import linear_cross_entropy as ops
+from raytrain_adv.ops.loss.function import loss_function
+from raytrain_adv.ops.loss.head import loss_in_head, loss_of, takes_labels
+from raytrain_adv.run.run import local_run
 from raytrain_adv.transforms import loss_kernel
-from raytrain_adv.transforms.apply import enabled, plan_all, prepare_all
+from raytrain_adv.transforms.applied import enabled, plan_all, prepare_all
 from raytrain_adv.transforms.loss_kernel import LossKernel
-from raytrain_adv.worker.loss import loss_function
-from raytrain_adv.worker.loss_check import check_loss
-from raytrain_adv.worker.model import build
-from raytrain_adv.worker.run import local_run
+from raytrain_adv.worker.trials.loss import check_loss
 from tests.tiny_models import KINDS, SIZES, job_for
 
 MODELS = {

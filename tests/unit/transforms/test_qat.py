@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from raytrain_adv import hardware
-from raytrain_adv.driver.twin import twins
+from raytrain_adv.driver.training.twin import twins
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.export.verify import why_not_exact
-from raytrain_adv.transforms.apply import plan_all, prepare_all
+from raytrain_adv.model.build import build
+from raytrain_adv.transforms.applied import plan_all, prepare_all
 from raytrain_adv.transforms.fp8 import Fp8
 from raytrain_adv.transforms.qat import EMBEDDING, LINEAR, LINEAR_IN_FLOAT8, Qat, rounding
-from raytrain_adv.worker.model import build
 from tests.tiny_models import job_for, write_checkpoint
 
 CPU = hardware.detect("cpu")

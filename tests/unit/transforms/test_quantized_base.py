@@ -7,14 +7,14 @@ import torch
 
 from raytrain_adv import hardware
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
-from raytrain_adv.ops.quantized_linear import QuantizedLinear, num_weights, quantized_linears
-from raytrain_adv.transforms.apply import loaded_all, plan_all, prepare_all, probe_all
+from raytrain_adv.estimate import memory
+from raytrain_adv.estimate.flops import training_flops_per_token
+from raytrain_adv.estimate.sizes import GIB
+from raytrain_adv.model.build import build
+from raytrain_adv.model.weights import load_pretrained, materialize
+from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear, num_weights, quantized_linears
+from raytrain_adv.transforms.applied import loaded_all, plan_all, prepare_all, probe_all
 from raytrain_adv.transforms.quantized_base import QuantizedBase
-from raytrain_adv.worker import memory
-from raytrain_adv.worker.flops import training_flops_per_token
-from raytrain_adv.worker.memory_sizes import GIB
-from raytrain_adv.worker.model import build
-from raytrain_adv.worker.weights import load_pretrained, materialize
 from tests.tiny_models import job_for, write_checkpoint
 
 CPU = hardware.detect("cpu")

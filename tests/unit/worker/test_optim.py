@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from raytrain_adv.worker.arithmetic import resolve_arithmetic
+from raytrain_adv.run.schedule import resolve_arithmetic
 from raytrain_adv.worker.optim import build_optimizer, learning_rate
 
 

@@ -1,0 +1,1 @@
+"""Training checkpoints: save, load, resume."""

@@ -1,0 +1,181 @@
+"""Which checkpoint a run goes on from, and whether it may."""
+
+from __future__ import annotations
+
+from raytrain_adv.checkpoint.folders import MANIFEST, set_aside, wrong_bytes, wrong_sizes
+from raytrain_adv.checkpoint.save import AGAIN, FORMAT, Found, all_folders, find, newest
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import JobError, RaytrainAdvError
+from raytrain_adv.run.run import Run
+from raytrain_adv.run.schedule import Arithmetic
+from raytrain_adv.storage.storage import Storage
+from raytrain_adv.transforms.transform import Transform
+
+
+def to_resume(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
+    """Return the checkpoint that this attempt goes on from, or None to start at step 0. All ranks
+    agree. A damaged one is passed over for the one before, and said, unless it was named.
+
+    Raises:
+        JobError: when a checkpoint was asked for by path and is not whole, or belongs to another
+        job.
+        StorageError: when one cannot be read.
+    """
+    if not run.resume and not run.restarts:
+        return None
+    while True:
+        found = _agreed(job, run, arithmetic)
+        if found is None:
+            return None
+        with run.phase("check the checkpoint"):
+            shares = run.gather(wrong_bytes(found.storage, run.rank, run.world_size))
+        damage = "\n".join(filter(None, shares))
+        if not damage:
+            return found
+        if found.path == _absolute(run.resume):
+            raise _is_damaged(found.path, damage)
+        if run.is_main:
+            _pass_over(run, found.storage, damage)
+        run.barrier()
+
+
+def _agreed(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
+    """Return rank 0's choice, on all ranks."""
+    outcome: Found | RaytrainAdvError | None = None
+    if run.is_main:
+        try:
+            outcome = _chosen(job, run, arithmetic)
+        except RaytrainAdvError as error:
+            outcome = error
+    refused = run.broadcast(outcome if isinstance(outcome, RaytrainAdvError) else None)
+    if refused is not None:
+        raise refused
+    path = run.broadcast(outcome.path if isinstance(outcome, Found) else None)
+    if path is None:
+        return None
+    named = isinstance(run.resume, str) and path == _absolute(run.resume)
+    filesystem = Storage.at(str(run.resume)).filesystem if named else run.storage.filesystem
+    found = find(Storage(filesystem, path))
+    blind = [rank for rank, sees in enumerate(run.gather(found is not None)) if not sees]
+    if blind:
+        raise JobError(
+            "Not all workers see the checkpoint to go on from",
+            f"{path}: not seen by rank {', '.join(map(str, blind[:8]))} of {run.world_size}",
+            "put it on storage that all nodes share",
+        )
+    return found
+
+
+def _absolute(resume: bool | str) -> str | None:
+    """Return the folder of a checkpoint that was named."""
+    return Storage.at(resume).root if isinstance(resume, str) else None
+
+
+def _is_damaged(path: str, damage: str) -> JobError:
+    return JobError(
+        "The checkpoint that resume_from_checkpoint names is damaged",
+        f"{path}: {damage}",
+        "name another one, or use resume_from_checkpoint: true for the newest undamaged one",
+    )
+
+
+def _pass_over(run: Run, folder: Storage, damage: str) -> None:
+    """Say that a checkpoint is damaged, and have it no longer count."""
+    first = damage.splitlines()[0]
+    run.fault(f"{folder.root} is damaged: {first}. The run goes on from the one before it.")
+    set_aside(folder)
+
+
+def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
+    """Return the checkpoint to go on from: after a restart this attempt's own, else what the job
+    says.
+    """
+    again = run.restarts > 0 or run.attempt.endswith(AGAIN)
+    if not isinstance(run.resume, str) or again:
+        _pass_over_torn(run)
+    own = newest(run.storage, run.attempt) if again else None
+    if own is not None or not run.resume:
+        found, free = own, frozenset[str]()
+    elif isinstance(run.resume, str):
+        found, free = _named(run.resume), precision_keys(job)
+    else:
+        found, free = newest(run.storage), frozenset[str]()
+    if found is not None:
+        refuse_other_job(job, found, arithmetic, free)
+        for difference in job.differences(found.keys) if free else ():
+            run.say(f"the checkpoint goes on in another precision: {difference}")
+    return found
+
+
+def _pass_over_torn(run: Run) -> None:
+    """Say of each checkpoint newer than the newest complete one that it was complete and has lost
+    files; one that a kill has left without a manifest never was.
+    """
+    for _, _, folder in sorted(all_folders(run.storage), key=lambda entry: entry[:2], reverse=True):
+        manifest = folder.read_json(MANIFEST)
+        if manifest is None or manifest.get("format") != FORMAT:
+            continue
+        damage = wrong_sizes(folder, manifest)
+        if not damage:
+            return
+        _pass_over(run, folder, damage)
+
+
+def _named(path: str) -> Found:
+    folder = Storage.at(path)
+    found = find(folder)
+    manifest = folder.read_json(MANIFEST) if found is None else None
+    if manifest is not None and manifest.get("format") == FORMAT:
+        raise _is_damaged(path, wrong_sizes(folder, manifest))
+    if found is None:
+        raise JobError(
+            "resume_from_checkpoint does not name a complete checkpoint",
+            f"{path}: no {MANIFEST} that matches the files there",
+            "name a step_... folder, or use resume_from_checkpoint: true for the newest complete "
+            "one",
+        )
+    return found
+
+
+def precision_keys(job: JobConfig) -> frozenset[str]:
+    """Return the keys of the transforms that change how products are computed, not what is trained:
+    a checkpoint of one precision can be gone on with in another, if it is named.
+    """
+    transforms = [t for t in job.transforms if isinstance(t, Transform) and t.stage == "precision"]
+    return frozenset(key for t in transforms for key in type(t).model_fields)
+
+
+def refuse_other_job(
+    job: JobConfig, found: Found, arithmetic: Arithmetic, free: frozenset[str]
+) -> None:
+    """Raise unless the checkpoint is this job's: same keys where they matter, but for those in
+    `free`, same data, same global batch.
+
+    Raises:
+        JobError: naming each key that differs, with both values.
+    """
+    if not found.optimizer:
+        raise JobError(
+            "The checkpoint holds no optimizer states and cannot be resumed",
+            f"{found.path} was written with save_only_model: true",
+            "start anew, or resume from a checkpoint of a run with save_only_model: false",
+        )
+    same = found.fingerprint == job.fingerprint()
+    differences = [] if same else job.differences(found.keys, free)
+    if differences:
+        raise JobError(
+            "The checkpoint belongs to a run with other settings",
+            "\n".join([found.path, *differences]),
+            "restore these keys to go on, or choose another output_dir (or "
+            "overwrite_output_dir: true) to start anew",
+        )
+    then = (found.progress.global_batch, found.progress.num_sequences)
+    now = (arithmetic.global_batch, arithmetic.num_sequences)
+    if then != now:
+        raise JobError(
+            "The checkpoint was written with another global batch or other data",
+            f"checkpoint: {then[0]} sequences per step of {then[1]}; this job: {now[0]} of "
+            f"{now[1]}",
+            "keep per_device_train_batch_size x gradient_accumulation_steps x workers, and "
+            "the data, as they were",
+        )

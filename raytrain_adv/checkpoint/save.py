@@ -1,0 +1,379 @@
+"""Checkpoints that are whole or do not count: written in the background, named complete by a
+manifest, committed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+
+from raytrain_adv.checkpoint.folders import MANIFEST, checksums, wrong_sizes
+from raytrain_adv.checkpoint.host_memory import HostMemory
+from raytrain_adv.checkpoint.load import read_state
+from raytrain_adv.checkpoint.staging import plain_like, restore_quantized, staged, tensors_of
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import StorageError
+from raytrain_adv.ops.float8.all_gather import as_plain
+from raytrain_adv.run.redact import redact
+from raytrain_adv.run.run import Run
+from raytrain_adv.storage.retry import cause, persistently
+from raytrain_adv.storage.storage import Storage, storage_errors
+
+FORMAT = 1
+
+PENDING, DONE, FAILED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: all that its continuation needs beside the tensors."""
+
+    step: int
+    """Optimizer steps done."""
+    global_batch: int
+    """Sequences per optimizer step."""
+    num_sequences: int
+    """Sequences of one epoch; a continuation on other data is refused."""
+    num_tokens: int
+    """Tokens seen by all workers."""
+    window_loss: float
+    """Loss summed since the last logging step; exact in JSON."""
+    window_tokens: float
+    """Label tokens since the last logging step."""
+    num_skipped: int = 0
+    """Updates that were left out because their loss was bad."""
+    recent: list[float] = field(default_factory=list)
+    """Losses that the next step's is held against, where bad_loss_factor asks for it."""
+    skipped_in_a_row: int = 0
+    """Updates that were left out since the last one that was not."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A complete checkpoint in storage."""
+
+    storage: Storage
+    progress: Progress
+    fingerprint: str
+    keys: dict[str, Any]
+    optimizer: bool
+
+    @property
+    def path(self) -> str:
+        """The folder's full path."""
+        return self.storage.root
+
+
+def find(folder: Storage) -> Found | None:
+    """Return the checkpoint in this folder if it is complete: its manifest is there and every file
+    has its size.
+    """
+    manifest = folder.read_json(MANIFEST)
+    if manifest is None or manifest.get("format") != FORMAT:
+        return None
+    if wrong_sizes(folder, manifest):
+        return None
+    return Found(
+        folder,
+        Progress(**manifest["progress"]),
+        manifest["fingerprint"],
+        manifest["job"],
+        manifest["optimizer"],
+    )
+
+
+AGAIN = "r"
+"""Stands behind an attempt's name once for each time that the driver has started it again."""
+
+
+def newest(root: Storage, attempt: str | None = None) -> Found | None:
+    """Return the complete checkpoint with the most steps, of one attempt, with those that it was
+    started again as, or over all; incomplete ones are passed over.
+    """
+    for _, name, folder in sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True):
+        is_of_it = attempt is None or name.rstrip(AGAIN) == attempt.rstrip(AGAIN)
+        found = find(folder) if is_of_it else None
+        if found is not None:
+            return found
+    return None
+
+
+def all_folders(root: Storage) -> list[tuple[int, str, Storage]]:
+    """Return (step, attempt, folder) of every checkpoint folder, complete or not."""
+    return [
+        (int(name.removeprefix("step_")), attempt, root.folder(attempt, name))
+        for attempt in root.folders()
+        for name in root.folder(attempt).folders()
+        if name.startswith("step_") and name.removeprefix("step_").isdigit()
+    ]
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """Return the trainable parameters (all of them, or the adapters) by clean names, sharded as
+    they are.
+    """
+    state = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    return {
+        name: as_plain(value) if isinstance(value, torch.Tensor) else value
+        for name, value in state.items()
+    }
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Return what a checkpoint holds: trainable parameters and, unless left out, the optimizer's
+    states.
+    """
+    state: dict[str, Any] = {"model": model_state(model)}
+    if optimizer is not None:
+        options = StateDictOptions(ignore_frozen_params=True)
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=options)
+    return state
+
+
+def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Read a checkpoint into the shards, whatever number of workers wrote it.
+
+    Args:
+        found: the checkpoint.
+        model: sharded or not.
+        optimizer: whose states are read too; none leaves them out.
+
+    Raises:
+        StorageError: when a file cannot be read, or is more than data.
+    """
+    state = training_state(model, optimizer)
+    read = plain_like(state)
+    local, temporary = found.storage.root, None
+    if not found.storage.is_local:
+        temporary = tempfile.mkdtemp(prefix="raytrain_adv_")
+        found.storage.download(temporary)
+        local = temporary
+    try:
+        with storage_errors("The checkpoint cannot be read", found.path):
+            read_state(read, local, found.path)
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    quantized = restore_quantized(state, read)
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    set_model_state_dict(model, read["model"], options=options)
+    if (
+        optimizer is not None and not quantized
+    ):  # those were filled in place; loading them would make them plain tensors
+        options = StateDictOptions(ignore_frozen_params=True)
+        set_optimizer_state_dict(model, optimizer, read["optimizer"], options=options)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank has written of a checkpoint."""
+
+    crc32: dict[str, int]
+    """Name -> checksum of its files."""
+    failures: list[str]
+    """What failed before it was written, in words."""
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time; `poll` after each step commits what is
+    finished.
+    """
+
+    def __init__(
+        self, job: JobConfig, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.job = job
+        self.run = run
+        self.model = model
+        self.optimizer = None if job.output.save_only_model else optimizer
+        self.attempt = run.storage.folder(run.attempt)
+        self.group = dist.new_group(backend="gloo") if run.world_size > 1 else None
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.pending: tuple[Progress, Storage, Future[Written], dict[str, float]] | None = None
+        self.saved_step: int | None = None
+        """The last one that was saved after: a second save would delete the first one first."""
+        self.memory = HostMemory(run.say)
+        self.committed: list[int] = []
+        self.blocked_s = 0.0
+        """Seconds that training stood still for checkpoints."""
+
+    def save(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Start writing the state after `progress.step`, once; waits for the one before if that is
+        still being written.
+        """
+        if self.saved_step == progress.step:
+            return
+        self.finish()
+        self.saved_step = progress.step
+        name = f"step_{progress.step:08d}"
+        target = self.attempt.folder(name)
+        if self.run.is_main:
+            target.delete()
+            what = f"the checkpoint of step {progress.step} cannot be begun"
+            persistently(target.make, what, self.run.fault)
+        self.run.barrier()
+        local = target.root if target.is_local else tempfile.mkdtemp(prefix="raytrain_adv_")
+        state = staged(training_state(self.model, self.optimizer), self.memory)
+        done = self.pool.submit(self._write, progress.step, state, local, target)
+        self.pending = (progress, target, done, metrics)
+
+    def _write(self, step: int, state: dict[str, Any], local: str, target: Storage) -> Written:
+        """Run in the writer's thread: write this rank's shards to where they belong; again, where
+        storage fails for a while.
+        """
+        failures: list[str] = []
+
+        def tell(message: str) -> None:
+            failures.append(message)
+            self.run.fault(message)  # of rank 0; the others' follow with the commit
+
+        def write() -> None:
+            with storage_errors("The checkpoint cannot be written", target.root):
+                save_state(
+                    state,
+                    checkpoint_id=local,
+                    process_group=self.group,
+                    no_dist=self.run.world_size == 1,
+                )
+
+        what = f"the checkpoint of step {step} could not be written"
+        try:
+            persistently(write, what, tell)
+            written = checksums(Path(local), self.run.rank)
+            if not target.is_local:
+                persistently(lambda: target.upload(local), what, tell)
+        finally:
+            if not target.is_local:
+                shutil.rmtree(local, ignore_errors=True)
+        return Written(written, failures)
+
+    def poll(self) -> None:
+        """Commit the pending checkpoint if every rank has written its part; called by all ranks
+        after each step.
+        """
+        self._prepare_memory()
+        if self.pending is None:
+            return
+        status = self._status(self.pending[2])
+        if self.run.agree(status, dist.ReduceOp.MAX) == FAILED:
+            self._raise_failure()
+        if self.run.agree(status, dist.ReduceOp.MIN) == DONE:
+            self._commit()
+
+    def _prepare_memory(self) -> None:
+        """Take host memory for the copies, once the optimizer has its states."""
+        if self.memory.is_prepared or self.job.output.save_strategy == "no":
+            return
+        # Asked for states before there are any, PyTorch would make a step to have them.
+        has_states = self.optimizer is None or len(self.optimizer.state) > 0
+        if self.run.device.type == "cuda" and has_states:
+            self.memory.prepare(tensors_of(training_state(self.model, self.optimizer)))
+
+    def finish(self) -> None:
+        """Wait for the pending checkpoint and commit it."""
+        if self.pending is None:
+            return
+        self.pending[2].exception()  # waits; poll tells all ranks
+        self.run.barrier()
+        self.poll()
+
+    def close(self) -> None:
+        """Commit what is pending and stop the thread."""
+        self.finish()
+        self.pool.shutdown(wait=True)
+        self.memory.release()
+
+    @staticmethod
+    def _status(done: Future[Written]) -> int:
+        if not done.done():
+            return PENDING
+        return FAILED if done.exception() is not None else DONE
+
+    def _raise_failure(self) -> None:
+        if self.pending is None:
+            return
+        _, target, done, _ = self.pending
+        self.pending = None
+        if self.run.is_main:
+            target.delete()
+        error = done.exception() if done.done() else None
+        if isinstance(error, StorageError):
+            raise error
+        if error is not None:
+            raise StorageError(
+                "The checkpoint cannot be written",
+                f"{target.root}: {cause(error)}",
+                "free space, or choose another ray_storage_path; then run again with "
+                "resume_from_checkpoint: true",
+            ) from error
+        raise StorageError(
+            "The checkpoint cannot be written",
+            "another worker failed to write its part",
+            "see its error",
+        )
+
+    def _commit(self) -> None:
+        if self.pending is None:
+            return
+        progress, target, done, metrics = self.pending
+        self.pending = None
+        parts = self.run.gather(done.result())
+        if self.run.is_main:
+            for rank, part in enumerate(parts):
+                for message in set(part.failures) - set(parts[0].failures):
+                    self.run.fault(f"worker {rank}: {message}")
+            manifest = self._manifest(progress, target, parts)
+            what = f"the checkpoint of step {progress.step} could not be completed"
+            persistently(lambda: target.write_json(MANIFEST, manifest), what, self.run.fault)
+        self.run.barrier()
+        self.run.reporter.checkpoint(target, Path(target.root).name, metrics)
+        self.committed.append(progress.step)
+        if self.run.is_main:
+            self.run.say(
+                f"checkpoint of step {progress.step} committed",
+                event="checkpoint",
+                step=progress.step,
+            )
+            self._prune()
+
+    def _manifest(
+        self, progress: Progress, target: Storage, parts: list[Written]
+    ) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "progress": asdict(progress),
+            "fingerprint": self.job.fingerprint(),
+            "job": redact(self.job.flat()),
+            "optimizer": self.optimizer is not None,
+            "world_size": self.run.world_size,
+            "torch": torch.__version__,
+            "files": {name: size for name, size in target.files().items() if name != MANIFEST},
+            "crc32": {name: crc for part in parts for name, crc in part.crc32.items()},
+        }
+
+    def _prune(self) -> None:
+        """Delete the oldest complete checkpoints beyond save_total_limit, and torn ones that no
+        attempt still writes.
+        """
+        folders = sorted(all_folders(self.run.storage), key=lambda entry: entry[:2], reverse=True)
+        complete = [folder for _, _, folder in folders if folder.read_json(MANIFEST) is not None]
+        limit = self.job.output.save_total_limit
+        torn = [folder for _, _, folder in folders if folder.read_json(MANIFEST) is None]
+        for folder in [*(complete[limit:] if limit else []), *torn]:
+            folder.delete()

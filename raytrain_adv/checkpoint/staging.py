@@ -1,0 +1,149 @@
+"""What goes into a checkpoint: copies of plain tensors in host memory, out of training's way.
+
+torchao's 8-bit optimizer states are written as float32: plain tensors can be read on any number of
+workers and without torchao, where the subclass can be cut only along its blocks (torchao 0.18,
+subclass_8bit.py). Reading them back on the same number of workers gives every code and scale again;
+on another number blocks begin elsewhere, and some values move by a rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from raytrain_adv.checkpoint.host_memory import HostMemory
+
+BLOCKS_AT_A_TIME = 2**16
+
+
+@torch.no_grad()
+def staged(state: Any, memory: HostMemory) -> Any:
+    """Return the nested state with every tensor copied to host memory, sharded as it was.
+
+    Args:
+        state: dicts, lists and tuples of tensors and other values.
+        memory: the copies are in it until the next call.
+    """
+    copies = _mapped(state, lambda path, tensor: _host_copy(path, _plain(tensor), memory))
+    for device in {tensor.device for _, tensor in tensors_of(state) if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return copies
+
+
+def plain_like(state: Any) -> Any:
+    """Return the nested state for reading a checkpoint: its own tensors, 8-bit ones as float32."""
+    return _mapped(state, lambda _, tensor: _plain(tensor))
+
+
+def tensors_of(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield path and tensor of what a checkpoint of this state holds; 8-bit ones, which it holds
+    as float32, are left out.
+    """
+    if isinstance(state, dict):
+        for key, value in state.items():
+            yield from tensors_of(value, f"{path}/{key}")
+    elif isinstance(state, list | tuple):
+        for number, value in enumerate(state):
+            yield from tensors_of(value, f"{path}/{number}")
+    elif isinstance(state, torch.Tensor) and not _is_quantized(state):
+        yield path, state.detach()
+
+
+def restore_quantized(state: Any, plain: Any) -> bool:
+    """Copy float32 values that were read into the state's 8-bit tensors; return whether any are."""
+    if isinstance(state, dict):
+        return any([restore_quantized(value, plain[key]) for key, value in state.items()])
+    if isinstance(state, list | tuple):
+        pairs = zip(state, plain, strict=True)
+        return any([restore_quantized(value, other) for value, other in pairs])
+    if not isinstance(state, torch.Tensor) or not _is_quantized(state):
+        return False
+    with torch.no_grad():
+        _quantize_again(_local(state), _local(plain))
+    return True
+
+
+def _quantize_again(state: Any, values: torch.Tensor) -> None:
+    """Fill torchao's 8-bit state with values that were read, some blocks at a time: the codes pass
+    through int64, eight times what they take in the end.
+    """
+    blocks = values.reshape(-1, state.block_size)
+    codes, scales = state.codes.view(-1, state.block_size), state.scale
+    for start in range(0, len(blocks), BLOCKS_AT_A_TIME):
+        part = slice(start, start + BLOCKS_AT_A_TIME)
+        codes[part], scales[part] = quantized(blocks[part], state.qmap)
+
+
+def quantized(blocks: torch.Tensor, qmap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return 8-bit codes and scales that give back exactly what was dequantised from such.
+
+    torchao takes the largest magnitude of a block as its scale. Its signed map reaches from -0.993
+    to 1, so a block whose largest magnitude is negative has lost 0.7 % when it is quantised again,
+    and all its codes move. Its scale was that magnitude / 0.993, or a neighbour of it in float32.
+
+    Args:
+        blocks: (blocks, values in one), float32.
+        qmap: (256,), what each code stands for, ascending.
+    """
+    from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
+
+    scaled, scales = scale_tensor(blocks, blocks.shape[1])
+    codes = quantize_8bit_with_qmap(scaled, qmap)
+    if qmap[0] == 0:  # the unsigned map holds its largest magnitude exactly
+        return codes, scales
+    estimate = blocks.abs().amax(-1) / -qmap[0]
+    up, down = (estimate.nextafter(torch.full_like(estimate, end)) for end in (math.inf, 0.0))
+    for candidates in (estimate, up, down):
+        moved = (dequant_with_qmap(codes, qmap, scales) != blocks).any(-1)
+        if not moved.any():
+            break
+        tried = quantize_8bit_with_qmap(blocks / candidates.unsqueeze(-1), qmap)
+        exact = (dequant_with_qmap(tried, qmap, candidates) == blocks).all(-1) & moved
+        codes = torch.where(exact.unsqueeze(-1), tried, codes)
+        scales = torch.where(exact, candidates, scales)
+    return codes, scales
+
+
+def _mapped(state: Any, change: Callable[[str, torch.Tensor], torch.Tensor], path: str = "") -> Any:
+    if isinstance(state, dict):
+        return {key: _mapped(value, change, f"{path}/{key}") for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [_mapped(value, change, f"{path}/{n}") for n, value in enumerate(state)]
+    return change(path, state) if isinstance(state, torch.Tensor) else state
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _is_quantized(tensor: torch.Tensor) -> bool:
+    # By name: importing torchao takes a second that other jobs need not spend.
+    return type(_local(tensor)).__name__ == "OptimState8bit"
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    if not _is_quantized(tensor):
+        return tensor.detach()
+    values: torch.Tensor = _local(tensor).dequantize()
+    if not isinstance(tensor, DTensor):
+        return values
+    return DTensor.from_local(
+        values,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    ).to(values.device)
+
+
+def _host_copy(path: str, tensor: torch.Tensor, memory: HostMemory) -> torch.Tensor:
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    copy = memory.of(path, tensor)
+    _local(copy).copy_(_local(tensor), non_blocking=True)
+    return copy

@@ -1,0 +1,112 @@
+"""From sequences to the tensors of one forward pass."""
+
+from collections.abc import Sequence as Listlike
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.data.batches.sequences import IGNORE, Sequence
+
+MULTIPLE = 16
+"""FP8 matrix products need the number of tokens in a forward pass to be divisible by 16."""
+
+BOUNDS = 64
+"""Bounds of packed conversations come in multiples of it."""
+
+
+@dataclass(frozen=True)
+class PadTo:
+    """The lengths to which a batch may be padded."""
+
+    lengths: tuple[int, ...] = ()
+    """Allowed lengths, ascending; empty allows every multiple of 16."""
+
+    def length(self, longest: int) -> int:
+        """Return the padded length of a batch whose longest sequence has `longest` tokens."""
+        for allowed in self.lengths:
+            if longest <= allowed:
+                return allowed
+        return _round_up(longest)
+
+
+def pad_to(job: JobConfig) -> PadTo:
+    """Choose the lengths for a job.
+
+    Packed sequences are padded to cutoff_len. With torch_compile, others are padded to an eighth, a
+    quarter, a half or all of it, so that a handful of graphs is compiled and not one per length;
+    else to the next multiple of 16.
+    """
+    cutoff = job.data.cutoff_len
+    if job.data.packing or job.data.neat_packing:
+        return PadTo((_round_up(cutoff),))
+    if job.parallel.torch_compile:
+        return PadTo(tuple(sorted({_round_up(-(-cutoff // part)) for part in (8, 4, 2, 1)})))
+    return PadTo()
+
+
+def collate(
+    sequences: Listlike[Sequence], *, pad_token_id: int, pad_to: PadTo, neat: bool
+) -> dict[str, torch.Tensor]:
+    """Pad sequences on the right and stack them.
+
+    There is no attention_mask: a token never attends to what lies to its right, and padding carries
+    no label.
+
+    Args:
+        sequences: the B sequences.
+        pad_token_id: what stands in padded places.
+        pad_to: the lengths allowed.
+        neat: whether packed conversations must not see each other. Models of transformers derive
+            that from position ids that restart, provided that no attention_mask and no cache
+            (use_cache=False) is given. Padding is a conversation of its own.
+
+    Returns:
+        input_ids, labels (-100 in padding) and, if neat, position_ids: int64 [B, T] each.
+    """
+    length = pad_to.length(max(len(s.input_ids) for s in sequences))
+    shape = (len(sequences), length)
+    batch = {
+        "input_ids": np.full(shape, pad_token_id, dtype=np.int64),
+        "labels": np.full(shape, IGNORE, dtype=np.int64),
+    }
+    for row, sequence in enumerate(sequences):
+        num_tokens = len(sequence.input_ids)
+        batch["input_ids"][row, :num_tokens] = sequence.input_ids
+        batch["labels"][row, :num_tokens] = sequence.labels
+    if neat:
+        batch["position_ids"] = np.stack([_restarting(s.segments, length) for s in sequences])
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def bounds(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return where conversations begin in packed sequences laid end to end, and their end: what
+    flash attention takes in place of a mask.
+
+    Filled up with empty conversations at the end to a multiple of BOUNDS: a handful of shapes, so a
+    handful of compiled graphs.
+
+    Args:
+        position_ids: [sequences, time], from 0 in each conversation.
+
+    Returns:
+        int32 [conversations + 1], ascending.
+    """
+    flat = position_ids.flatten()
+    starts = torch.nonzero(flat == 0).flatten().to(torch.int32)
+    rows = -(-(len(starts) + 1) // BOUNDS) * BOUNDS
+    filled = torch.full((rows,), flat.numel(), dtype=torch.int32)
+    filled[: len(starts)] = starts
+    return filled
+
+
+def _restarting(
+    segments: tuple[int, ...], length: int
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    padding = length - sum(segments)
+    return np.concatenate([np.arange(n, dtype=np.int64) for n in (*segments, padding)])
+
+
+def _round_up(length: int) -> int:
+    return -(-length // MULTIPLE) * MULTIPLE

@@ -1,0 +1,209 @@
+"""The micro-batches of each optimizer step: the same ones whatever the number of workers."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.data.batches.collate import bounds, collate, pad_to
+from raytrain_adv.data.batches.order import global_batch
+from raytrain_adv.data.batches.sequences import SequenceSet
+from raytrain_adv.run.schedule import Arithmetic
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass takes.
+
+    inputs holds input_ids [sequences, time] and, with neat_packing, position_ids of the same shape,
+    for flash attention also the conversations' bounds and a length that none exceeds; labels
+    [sequences, time] are shifted already, -100 where no loss is taken.
+    """
+
+    number: int
+    """Place among the step's micro-batches over all workers: seeds dropout, so that it does not
+    depend on them.
+    """
+    inputs: dict[str, torch.Tensor | int]
+    labels: torch.Tensor
+    num_tokens: int
+    """Tokens without padding."""
+    first: int
+    """Place of its first sequence among the step's over all workers."""
+    segments: tuple[tuple[int, ...], ...]
+    """Tokens of the conversations in each sequence; padding follows them."""
+
+    def on(self, device: torch.device) -> MicroBatch:
+        """Return it with its tensors on the device, copied without waiting for the copy."""
+        if device.type == "cpu":
+            return self
+        inputs = {
+            k: _copied(v, device) if isinstance(v, torch.Tensor) else v
+            for k, v in self.inputs.items()
+        }
+        return replace(self, inputs=inputs, labels=_copied(self.labels, device))
+
+
+def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One worker's share of an optimizer step."""
+
+    step: int
+    micro_batches: list[MicroBatch]
+    num_label_tokens: int
+    """Tokens with a loss, over this worker's micro-batches."""
+    num_tokens: int
+    """Tokens without padding, over this worker's micro-batches."""
+
+
+class Batches:
+    """Cuts the global batch of each step into micro-batches and gives each rank its run of them.
+
+    Micro-batch m of a step holds the step's sequences [m * micro_batch, (m + 1) * micro_batch) and
+    belongs to rank m // accumulation_steps: 1 worker x 4 passes, 2 x 2 and 4 x 1 make the same
+    micro-batches.
+    """
+
+    def __init__(
+        self,
+        job: JobConfig,
+        data: SequenceSet,
+        arithmetic: Arithmetic,
+        rank: int,
+        pad_token_id: int,
+        flash: bool = False,
+    ) -> None:
+        self.data = data
+        self.arithmetic = arithmetic
+        self.seed = job.train.seed
+        self.shuffle = not job.data.disable_shuffling
+        self.neat = job.data.neat_packing
+        self.by_bounds = self.neat and flash
+        self.pad_token_id = pad_token_id
+        self.pad_to = pad_to(job)
+        self.first = rank * arithmetic.accumulation_steps
+
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """Return the sequences of step `step` (from 0), of all workers: [global batch]."""
+        size, count = self.arithmetic.global_batch, len(self.data)
+        return global_batch(step, size, count, self.seed, self.shuffle)
+
+    def step(self, step: int) -> StepBatch:
+        """Return this rank's micro-batches of optimizer step `step` (from 0), on the CPU."""
+        a = self.arithmetic
+        indices = self.indices(step)
+        micro_batches, labels, tokens = [], 0, 0
+        for number in range(self.first, self.first + a.accumulation_steps):
+            chosen = indices[number * a.micro_batch : (number + 1) * a.micro_batch]
+            batch = self.micro_batch(number, [int(i) for i in chosen])
+            micro_batches.append(batch)
+            labels += int((batch.labels != IGNORED).sum())
+            tokens += batch.num_tokens
+        return StepBatch(step, micro_batches, labels, tokens)
+
+    def micro_batch(self, number: int, indices: list[int]) -> MicroBatch:
+        """Return the sequences of these indices as padded tensors."""
+        sequences = [self.data[i] for i in indices]
+        tensors = collate(
+            sequences, pad_token_id=self.pad_token_id, pad_to=self.pad_to, neat=self.neat
+        )
+        labels = tensors.pop("labels")
+        inputs: dict[str, torch.Tensor | int] = {**tensors}
+        if self.by_bounds:
+            # The names by which transformers hands them to flash attention. It would find them
+            # itself in position_ids, but only for a single sequence: in a batch of several, packed
+            # conversations would see each other.
+            starts = bounds(tensors["position_ids"])
+            inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+            longest = tensors["input_ids"].shape[1]
+            inputs |= {"max_length_q": longest, "max_length_k": longest}
+        return MicroBatch(
+            number,
+            inputs,
+            labels,
+            sum(len(s.input_ids) for s in sequences),
+            number * self.arithmetic.micro_batch,
+            tuple(s.segments for s in sequences),
+        )
+
+
+def to_device(batch: StepBatch, device: torch.device) -> StepBatch:
+    """Return the batch with its tensors on the device."""
+    return replace(batch, micro_batches=[m.on(device) for m in batch.micro_batches])
+
+
+class Prefetcher:
+    """Makes the next steps' batches in a thread while the current one is computed."""
+
+    def __init__(
+        self, batches: Batches, first: int, last: int, device: torch.device, ahead: int = 2
+    ) -> None:
+        self.queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=ahead)
+        self.device = device
+        self.waited_s = 0.0
+        """Seconds the training loop has waited for data so far."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._fill, args=(batches, range(first, last)), daemon=True
+        )
+        self._thread.start()
+
+    def _fill(self, batches: Batches, steps: range) -> None:
+        try:
+            for step in steps:
+                batch: StepBatch | BaseException = batches.step(step)
+                if not self._put(batch):
+                    return
+        except BaseException as error:  # handed to the training loop, which raises it
+            self._put(error)
+
+    def _put(self, item: StepBatch | BaseException) -> bool:
+        while not self._stop.is_set():
+            try:
+                self.queue.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def next(self) -> StepBatch:
+        """Return the next step's batch on the device; count the time waited for it."""
+        start = time.perf_counter()
+        item = self.queue.get()
+        self.waited_s += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            raise item
+        return to_device(item, self.device)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stop.set()
+        self._thread.join()
+
+
+def eval_batches(
+    batches: Batches, size: int, rank: int, world_size: int
+) -> Iterator[MicroBatch | None]:
+    """Yield this rank's evaluation micro-batches; None where the others still have one and this
+    rank has not.
+    """
+    total = len(batches.data)
+    num_batches = -(-total // size)
+    for first in range(0, num_batches, world_size):
+        number = first + rank
+        rows = list(range(number * size, min((number + 1) * size, total)))
+        yield batches.micro_batch(number, rows) if rows else None

@@ -1,0 +1,1 @@
+"""Datasets as rows: entries, files, formats."""

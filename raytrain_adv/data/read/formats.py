@@ -1,0 +1,261 @@
+"""From a row's columns to a conversation: the alpaca, sharegpt and openai layouts."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raytrain_adv.data.read.entries import INFO_FILE, Entry, Formatting
+from raytrain_adv.errors import JobError
+
+Message = dict[str, Any]
+"""role: system, user, assistant or tool; content: text; tool_calls where an assistant calls
+functions."""
+
+
+class UnusableRow(Exception):
+    """A row that cannot be trained on; the text says why."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages that alternate between user (or tool) and assistant, after at most one system
+    message."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    """Function descriptions for the chat template."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a dataset keeps what."""
+
+    formatting: Formatting
+    columns: Mapping[str, str]
+    """prompt, query, response, history, messages, system, tools -> column"""
+    tags: Mapping[str, str]
+    """role_tag, content_tag -> key of a message; user_tag, assistant_tag, ... -> value of
+    role_tag"""
+
+    def conversation(self, values: Any) -> Conversation:
+        """Convert one row.
+
+        Raises:
+            UnusableRow: if it has no answer, or is not laid out as the others are.
+        """
+        if not isinstance(values, dict):
+            raise UnusableRow(f"the row is a {type(values).__name__}, not an object")
+        return (
+            _from_alpaca(self, values)
+            if self.formatting == "alpaca"
+            else _from_messages(self, values)
+        )
+
+
+_SHAREGPT_TAGS = {
+    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+    "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system",
+}  # fmt: skip
+_OPENAI_TAGS = {
+    "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
+    "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system",
+}  # fmt: skip
+_QUESTION_AND_ANSWER = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+)
+_MESSAGE_KEYS: dict[Formatting, set[str]] = {
+    "openai": {"role", "content"},
+    "sharegpt": {"from", "value"},
+}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_EXTRA = ("history", "system", "tools")
+
+
+def layout(entry: Entry, sample: list[Any]) -> Layout:
+    """Return an entry's layout; what the entry leaves open is found out from a sample of its rows.
+
+    Raises:
+        JobError: if the rows fit no known layout, or lack a column that is to be read.
+    """
+    rows: list[dict[str, Any]] = [values for values in sample if isinstance(values, dict)]
+    found = {column for values in rows for column in values}
+    example = {column: value for values in rows for column, value in values.items() if value}
+    if entry.formatting is not None and entry.columns is not None:
+        chosen = Layout(entry.formatting, entry.columns, _default_tags(entry.formatting))
+    else:
+        chosen = _guess(entry, found, example)
+    meaning = "response" if chosen.formatting == "alpaca" else "messages"
+    needed = [chosen.columns.get(meaning) or meaning, *(entry.columns or {}).values()]
+    if missing := [column for column in dict.fromkeys(needed) if column not in found]:
+        raise JobError(
+            f"Dataset {entry.name} lacks columns that are to be read",
+            f"formatting {chosen.formatting}, missing: {', '.join(missing)}; "
+            f"columns found: {', '.join(sorted(found)) or 'none'}",
+            f"correct formatting and columns in its entry of {INFO_FILE}",
+        )
+    return replace(chosen, tags={**chosen.tags, **entry.tags})
+
+
+def _default_tags(formatting: Formatting) -> dict[str, str]:
+    return _OPENAI_TAGS if formatting == "openai" else _SHAREGPT_TAGS
+
+
+def _guess(entry: Entry, found: set[str], example: dict[str, Any]) -> Layout:
+    extra: dict[str, str] = {c: c for c in _EXTRA if c in found}
+    alpaca = {"prompt": "instruction", "query": "input", "response": "output", **extra}
+    if entry.formatting == "alpaca":
+        return Layout("alpaca", alpaca, {})
+    messages = next((c for c in ("messages", "conversations", "conversation") if c in found), None)
+    extra.pop("history", None)
+    columns = {"messages": messages or "conversations", **extra}
+    if entry.formatting is not None:
+        return Layout(entry.formatting, columns, _default_tags(entry.formatting))
+    for formatting, keys in _MESSAGE_KEYS.items():
+        if messages is not None and keys <= _keys_of_first(example.get(messages)):
+            return Layout(formatting, columns, _default_tags(formatting))
+    for prompt, response in _QUESTION_AND_ANSWER:
+        if {prompt, response} <= found:
+            return Layout("alpaca", {**alpaca, "prompt": prompt, "response": response}, {})
+    raise JobError(
+        f"The layout of dataset {entry.name} is not known",
+        f"columns: {', '.join(sorted(found)) or 'none, the rows are no objects'}",
+        "use instruction and output (alpaca), conversations of from and value (sharegpt),\n"
+        "or messages of role and content (openai); or name the columns in dataset_info.json",
+    )
+
+
+def _keys_of_first(turns: Any) -> set[str]:
+    return (
+        set(turns[0]) if isinstance(turns, list) and turns and isinstance(turns[0], dict) else set()
+    )
+
+
+def _from_alpaca(layout: Layout, values: dict[str, Any]) -> Conversation:
+    columns = layout.columns
+    messages = _system(columns, values)
+    history = values.get(columns["history"]) if "history" in columns else None
+    if not isinstance(history, list | None):
+        raise UnusableRow(f"history is a {type(history).__name__}, not a list")
+    for turn in history or []:
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise UnusableRow(f"history holds {turn!r:.60}, not a pair of question and answer")
+        messages.append({"role": "user", "content": _text(turn[0], "history")})
+        messages.append({"role": "assistant", "content": _text(turn[1], "history")})
+    parts = [_text(values.get(columns[c]), columns[c]) for c in ("prompt", "query") if c in columns]
+    question = "\n".join(part for part in parts if part)
+    if not question:
+        raise UnusableRow("the question is empty")
+    answer = _text(values.get(columns["response"]), columns["response"])
+    if not answer.strip():
+        raise UnusableRow(f"no answer: {columns['response']} is empty or missing")
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Conversation(messages, _tools(columns, values))
+
+
+def _from_messages(layout: Layout, values: dict[str, Any]) -> Conversation:
+    columns, tags = layout.columns, layout.tags
+    turns = values.get(columns["messages"])
+    if not isinstance(turns, list) or not turns:
+        raise UnusableRow(f"no answer: {columns['messages']} is empty or missing")
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise UnusableRow(f"message {number} is a {type(turn).__name__}, not an object")
+        messages.append(_message(tags, turn, number))
+    if messages[0]["role"] != "system":
+        messages = _system(columns, values) + messages
+    _check_turns(messages)
+    return Conversation(messages, _tools(columns, values))
+
+
+def _message(tags: Mapping[str, str], turn: dict[str, Any], number: int) -> Message:
+    role, content = turn.get(tags["role_tag"]), turn.get(tags["content_tag"])
+    if role == tags["function_tag"]:
+        return {"role": "assistant", "content": "", "tool_calls": _calls(content, number)}
+    names = {
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "observation_tag": "tool",
+        "system_tag": "system",
+    }
+    known = {tags[tag]: name for tag, name in names.items()}
+    if not isinstance(role, str) or role not in known:
+        raise UnusableRow(
+            f"message {number} has the unknown role {role!r}; known: {', '.join(known)}"
+        )
+    message: Message = {"role": known[role], "content": _text(content, f"message {number}")}
+    if turn.get("tool_calls"):
+        message["tool_calls"] = _calls(turn["tool_calls"], number)
+    return message
+
+
+def _calls(content: Any, number: int) -> list[dict[str, Any]]:
+    try:
+        calls = json.loads(content) if isinstance(content, str) else content
+        calls = calls if isinstance(calls, list) else [calls]
+        inner = [call.get("function", call) for call in calls]
+        functions = [
+            {"name": c["name"], "arguments": _arguments(c.get("arguments", {}))} for c in inner
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnusableRow(
+            f"message {number} is no function call with a name and arguments"
+        ) from error
+    return [{"type": "function", "function": function} for function in functions]
+
+
+def _arguments(arguments: Any) -> Any:
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+def _check_turns(messages: list[Message]) -> None:
+    turns = [m for i, m in enumerate(messages) if i or m["role"] != "system"]
+    asks = True
+    for number, message in enumerate(turns, 1):
+        role = message["role"]
+        if role == "tool" and number > 1 and turns[number - 2]["role"] == "tool":
+            continue  # the results of several calls at once
+        if role not in (("user", "tool") if asks else ("assistant",)):
+            expected = "a question" if asks else "an answer"
+            raise UnusableRow(f"turn {number} is of role {role}, where {expected} was expected")
+        asks = not asks
+    if not turns or not asks:
+        raise UnusableRow("no answer: the last message is not the assistant's")
+    if not turns[-1]["content"].strip() and "tool_calls" not in turns[-1]:
+        raise UnusableRow("no answer: the last message is empty")
+
+
+def _system(columns: Mapping[str, str], values: dict[str, Any]) -> list[Message]:
+    text = _text(values.get(columns["system"]), "system") if "system" in columns else ""
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _tools(columns: Mapping[str, str], values: dict[str, Any]) -> list[Any] | None:
+    tools = values.get(columns["tools"]) if "tools" in columns else None
+    if not tools:
+        return None
+    try:
+        parsed = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise UnusableRow("tools is not valid JSON") from error
+    return (parsed if isinstance(parsed, list) else [parsed]) or None
+
+
+def _text(value: Any, name: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        if not value.isascii() and _SURROGATE.search(value):
+            raise UnusableRow(f"{name} holds half a surrogate pair, which is no character")
+        return value
+    if isinstance(value, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in value
+    ):
+        return "".join(_text(part["text"], name) for part in value)
+    raise UnusableRow(f"{name} is a {type(value).__name__}, not text")

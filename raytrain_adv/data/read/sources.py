@@ -1,0 +1,291 @@
+"""Reading rows from files and the Hub, each with the place a message can name."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytrain_adv.data.read.entries import FILE_TYPES, Entry
+from raytrain_adv.errors import JobError
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a dataset as it was found."""
+
+    where: str
+    """File and line, or file and row."""
+    values: Any
+    """A dict of columns, unless the file is at fault."""
+    progress: float
+    """Share of its dataset that has been read, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset that is ready to be read."""
+
+    fingerprint: str
+    """Hash of its contents."""
+    rows: Callable[[], Iterator[Row]]
+
+
+def open_source(entry: Entry, cache_dir: str | None) -> Source:
+    """Find a dataset's files, or fetch it from the Hub, and hash what it holds.
+
+    Raises:
+        JobError: for a missing, empty or unreadable source.
+    """
+    if entry.kind == "builtin":
+        from raytrain_adv.data.read import (
+            stdlib_docs,  # a module of its own concern, needed by few jobs
+        )
+
+        return Source(stdlib_docs.fingerprint(), stdlib_docs.rows)
+    if entry.kind == "hub":
+        return _open_hub(entry, cache_dir)
+    files = data_files(Path(entry.target))
+    return Source(_hash_files(files), lambda: read_files(files))
+
+
+def data_files(path: Path) -> list[Path]:
+    """List the data files at a path: itself, or the files of known types in a folder, sorted.
+
+    Raises:
+        JobError: if there are none, or one is empty.
+    """
+    if path.is_dir():
+        inside = [
+            p for p in sorted(path.iterdir()) if p.is_file() and p.name != "dataset_info.json"
+        ]
+        files = [p for p in inside if p.suffix.lower() in FILE_TYPES]
+        if not files:
+            names = ", ".join(p.name for p in inside[:5]) or "an empty folder"
+            raise JobError(
+                f"The folder {path} holds no dataset",
+                names,
+                f"put {', '.join(FILE_TYPES)} files into it",
+            )
+    else:
+        files = [path]
+    for file in files:
+        _check_file(file)
+    return files
+
+
+def _check_file(file: Path) -> None:
+    if not file.exists():
+        siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+        near = difflib.get_close_matches(file.name, siblings, 1)
+        hint = (
+            f"did you mean {file.parent / near[0]}?"
+            if near
+            else "correct file_name, or put the file there"
+        )
+        raise JobError(
+            f"The dataset file {file} does not exist",
+            f"{len(siblings)} files in {file.parent}",
+            hint,
+        )
+    if file.suffix.lower() not in FILE_TYPES:
+        raise JobError(
+            f"The dataset file {file} is of a type that is not read",
+            file.suffix or "no file name extension",
+            f"convert it to one of {', '.join(FILE_TYPES)}",
+        )
+    if file.stat().st_size == 0:
+        raise JobError(f"The dataset file {file} is empty", "0 bytes", "give a file with rows")
+
+
+def _hash_files(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.suffix.lower().encode())
+        try:
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        except OSError as error:
+            raise JobError(
+                f"The dataset file {file} cannot be read", str(error), "check its permissions"
+            ) from error
+    return digest.hexdigest()
+
+
+def read_files(files: list[Path]) -> Iterator[Row]:
+    """Yield the rows of data files, one after the other.
+
+    Raises:
+        JobError: at the first row that is broken.
+    """
+    sizes = [file.stat().st_size for file in files]
+    before = 0
+    for file, size in zip(files, sizes, strict=True):
+        read = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[
+            file.suffix.lower()
+        ]
+        for row in read(file):
+            yield Row(row.where, row.values, (before + row.progress * size) / sum(sizes))
+        before += size
+
+
+def _read_jsonl(file: Path) -> Iterator[Row]:
+    size, consumed = file.stat().st_size, 0
+    with file.open("rb") as opened:
+        for number, line in enumerate(opened, 1):
+            consumed += len(line)
+            text = _decode(file, line, number).strip()
+            if not text:
+                continue
+            try:
+                values = json.loads(text)
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # of these only JSONDecodeError has a line
+                raise _broken(file, number, str(error)) from error
+            yield Row(f"{file}:{number}", values, consumed / size)
+
+
+def _decode(file: Path, data: bytes, line: int) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = line + data.count(b"\n", 0, error.start)
+        raise JobError(
+            f"{file} is not UTF-8 text",
+            f"line {at}: byte 0x{data[error.start]:02x}",
+            "save it as UTF-8",
+        ) from error
+
+
+def _broken(file: Path, line: int, message: str) -> JobError:
+    return JobError(f"{file} is not valid JSON", f"line {line}: {message}", "correct that line")
+
+
+def _read_json(file: Path) -> Iterator[Row]:
+    """Read an array of rows, or rows one after the other, and know each row's line."""
+    text = _decode(file, file.read_bytes(), 1)
+    decoder, scanner = json.JSONDecoder(), _Scanner(file, text)
+    in_array = scanner.skip_to_value() == "["
+    if in_array:
+        scanner.at += 1
+        if scanner.skip_to_value() == "]":
+            raise JobError(
+                f"The dataset file {file} is empty",
+                "an array without rows",
+                "give a file with rows",
+            )
+    while True:
+        scanner.skip_to_value()
+        line = scanner.line()
+        try:
+            values, scanner.at = decoder.raw_decode(text, scanner.at)
+        except json.JSONDecodeError as error:
+            raise _broken(file, error.lineno, error.msg) from error
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a number or a nesting beyond Python's limits
+            raise _broken(file, line, str(error)) from error
+        yield Row(f"{file}:{line}", values, scanner.at / len(text))
+        if scanner.ended(in_array):
+            return
+
+
+class _Scanner:
+    """A place in a JSON text, with its line number."""
+
+    def __init__(self, file: Path, text: str) -> None:
+        self.file, self.text, self.at = file, text, 0
+        self._counted, self._line = 0, 1
+
+    def skip_to_value(self) -> str:
+        """Go past white space; return the character there."""
+        while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+            self.at += 1
+        if self.at == len(self.text):
+            raise _broken(self.file, self.line(), "the file ends where a row was expected")
+        return self.text[self.at]
+
+    def line(self) -> int:
+        """Return the line number of the place."""
+        self._line += self.text.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line
+
+    def ended(self, in_array: bool) -> bool:
+        """After a row: return whether it was the last, else go to the next."""
+        rest_is_blank = (
+            not self.text[self.at : self.at + 4096].strip() and not self.text[self.at :].strip()
+        )
+        if rest_is_blank:
+            if in_array:
+                raise _broken(self.file, self.line(), "the array is not closed")
+            return True
+        found = self.skip_to_value()
+        if not in_array:
+            return False
+        if found == ",":
+            self.at += 1
+            return False
+        if found == "]" and not self.text[self.at + 1 :].strip():
+            return True
+        raise _broken(
+            self.file, self.line(), f"expected a comma or the end of the array, found {found!r}"
+        )
+
+
+def _read_parquet(file: Path) -> Iterator[Row]:
+    import pyarrow  # heavy, and needed for this file type alone
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        total, number = table.metadata.num_rows, 0
+        if not total:
+            raise JobError(
+                f"The dataset file {file} is empty", "a table without rows", "give a file with rows"
+            )
+        for batch in table.iter_batches(batch_size=1000):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(f"{file} row {number}", values, number / total)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise JobError(
+            f"{file} is not a readable Parquet file", str(error), "write it again"
+        ) from error
+
+
+def _open_hub(entry: Entry, cache_dir: str | None) -> Source:
+    import datasets  # takes seconds to import
+
+    try:
+        loaded = datasets.load_dataset(
+            entry.target,
+            name=entry.subset,
+            data_dir=entry.folder,
+            split=entry.split,
+            cache_dir=cache_dir,
+        )
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # what datasets and huggingface_hub raise derives from these
+        what = f"The dataset {entry.target} could not be loaded from the Hugging Face Hub"
+        fix = "check its name, subset, split, the network and HF_TOKEN; or give a local file"
+        raise JobError(what, _shorten(error), fix) from error
+    total = len(loaded)
+
+    def rows() -> Iterator[Row]:
+        for number, values in enumerate(loaded, 1):
+            yield Row(f"{entry.target} row {number}", values, number / total)
+
+    return Source(str(loaded._fingerprint), rows)
+
+
+def _shorten(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:500]

@@ -1,0 +1,1 @@
+"""Rows to token IDs and labels."""

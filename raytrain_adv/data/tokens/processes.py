@@ -1,0 +1,128 @@
+"""Tokenising in several processes.
+
+Each is a Python interpreter of its own that reads chunks from its standard input and writes results
+to its standard output. multiprocessing is not used: its workers run the user's main module again,
+or are forked from a process in which the threads of torch and Ray are running.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+from transformers import PreTrainedTokenizerBase
+
+from raytrain_adv.data.read.formats import Layout
+from raytrain_adv.data.tokens.tokenize import Chunk, RawRow, Recipe, Tokeniser
+from raytrain_adv.errors import RaytrainAdvError, TrainingError
+
+Task = tuple[list[RawRow], Layout, float]
+"""Rows, their layout, and the share of the datasets read with them."""
+
+
+def tokenise_here(tasks: Iterator[Task], tokeniser: Tokeniser) -> Iterator[tuple[Chunk, float]]:
+    """Tokenise chunk by chunk in this process; the tokenizer has threads of its own."""
+    for rows, layout, share in tasks:
+        yield tokeniser(rows, layout), share
+
+
+def tokenise_in_processes(
+    tasks: Iterator[Task], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, num_processes: int
+) -> Iterator[tuple[Chunk, float]]:
+    """Tokenise in processes; results come in the order of the tasks, whatever the number of
+    processes."""
+    opening = pickle.dumps((tokenizer, recipe))
+    own = threading.local()
+    children: list[subprocess.Popen[bytes]] = []
+
+    def work(rows: list[RawRow], layout: Layout) -> Chunk:
+        if not hasattr(own, "child"):
+            own.child = _start(opening)
+            children.append(own.child)
+        return _ask(own.child, (rows, layout))
+
+    pool = ThreadPoolExecutor(num_processes)
+    pending: deque[tuple[Future[Chunk], float]] = deque()
+    try:
+        for rows, layout, share in tasks:
+            pending.append((pool.submit(work, rows, layout), share))
+            if len(pending) > 2 * num_processes:
+                future, done = pending.popleft()
+                yield future.result(), done
+        for future, done in pending:
+            yield future.result(), done
+    finally:
+        for child in list(children):
+            child.kill()
+        pool.shutdown(cancel_futures=True)
+        for child in children:
+            child.communicate()
+
+
+def _start(opening: bytes) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import main; main()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+    assert child.stdin is not None  # it is a pipe
+    child.stdin.write(opening)
+    return child
+
+
+def _ask(child: subprocess.Popen[bytes], task: Any) -> Chunk:
+    assert child.stdin is not None and child.stdout is not None  # they are pipes
+    try:
+        pickle.dump(task, child.stdin)
+        child.stdin.flush()
+        answer = pickle.load(child.stdout)
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+        raise TrainingError(
+            "A process that tokenises ended before its work was done",
+            f"exit code {child.wait()} (negative: killed by that signal; -9 is most often memory)",
+            "lower preprocessing_num_workers",
+        ) from error
+    if isinstance(answer, RaytrainAdvError):
+        raise answer
+    if not isinstance(answer, Chunk):
+        raise TrainingError(
+            "A process that tokenises failed",
+            str(answer),
+            "report this with the dataset's first rows",
+        )
+    return answer
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answer until the requests end."""
+    tokenizer, recipe = pickle.load(requests)
+    tokeniser = Tokeniser(tokenizer, recipe)
+    while True:
+        try:
+            rows, layout = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            answer: Any = tokeniser(rows, layout)
+        except RaytrainAdvError as error:
+            answer = error
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+def main() -> None:
+    """Be one of the processes."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints must not get in between the answers
+    _serve(sys.stdin.buffer, answers)

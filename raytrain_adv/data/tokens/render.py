@@ -1,0 +1,183 @@
+"""From a conversation to stretches of text that are, or are not, the assistant's."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from raytrain_adv.data.read.formats import Conversation, Message, UnusableRow
+from raytrain_adv.data.tokens.templates import Piece, find_template
+from raytrain_adv.errors import JobError
+
+Renderer = Callable[[Conversation], list[Piece]]
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def renderer(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, default_system: str | None
+) -> Renderer:
+    """Return the function that writes down conversations: by a template's name, or by the
+    tokenizer's chat template."""
+    if template is None:
+        write = _by_chat_template(tokenizer)
+    else:
+        named = find_template(template)
+        bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+
+        def write(conversation: Conversation) -> list[Piece]:
+            return named.pieces(conversation, bos, eos)
+
+    def render(conversation: Conversation) -> list[Piece]:
+        if default_system and conversation.messages[0]["role"] != "system":
+            system = {"role": "system", "content": default_system}
+            conversation = Conversation([system, *conversation.messages], conversation.tools)
+        return write(conversation)
+
+    return render
+
+
+def _by_chat_template(tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    chat_template = _the_chat_template(tokenizer)
+    split = _split_by_marks if _GENERATION.search(chat_template) else _split_by_prefixes
+
+    def render(conversation: Conversation) -> list[Piece]:
+        _check_roles(conversation, chat_template)
+        try:
+            return split(_Page(tokenizer, chat_template, conversation.tools), conversation.messages)
+        except jinja2.TemplateError as error:
+            raise UnusableRow(f"the chat template refuses it: {error}") from error
+
+    return render
+
+
+def _the_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several templates by name, as some model folders have them
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise JobError(
+            "The tokenizer has no default chat template",
+            str(template)[:80],
+            "set template in the job",
+        )
+    return template
+
+
+def _check_roles(conversation: Conversation, chat_template: str) -> None:
+    """Refuse what a chat template without the words for it would leave out without a word."""
+    for present, word, what in (
+        (bool(conversation.tools), "tools", "tools"),
+        (any("tool_calls" in m for m in conversation.messages), "tool_calls", "function calls"),
+        (
+            any(m["role"] == "tool" for m in conversation.messages),
+            "tool",
+            "the results of function calls",
+        ),
+    ):
+        if present and word not in chat_template:
+            raise UnusableRow(f"the tokenizer's chat template has no form for {what}")
+
+
+class _Page:
+    """Writes messages with one chat template."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template: str, tools: list[Any] | None
+    ) -> None:
+        self.chat_template, self.tools = chat_template, tools
+        self.special: dict[str, Any] = dict(tokenizer.special_tokens_map)
+
+    def write(self, messages: list[Message], asks: bool) -> str:
+        """Return the text; with the beginning of an answer at its end if `asks`."""
+        return self._render(messages, asks, marked=False)[0]
+
+    def write_marked(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text and the (start, end) characters of each answer, as the template marks
+        them."""
+        return self._render(messages, asks=False, marked=True)
+
+    def _render(
+        self, messages: list[Message], asks: bool, marked: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        rendered: Any = render_jinja_template(
+            conversations=[messages],
+            tools=self.tools,
+            chat_template=self.chat_template,
+            return_assistant_tokens_mask=marked,
+            add_generation_prompt=asks,
+            **self.special,
+        )
+        texts, spans = rendered
+        return texts[0], spans[0] if marked else []
+
+
+def _split_by_marks(page: _Page, messages: list[Message]) -> list[Piece]:
+    """Split where the template's generation blocks begin and end.
+
+    What the template puts after the last answer, if it also stands after an earlier one, is the end
+    of a turn that the marks leave out; the model has to learn it too.
+    """
+    text, spans = page.write_marked(messages)
+    ending = text[spans[-1][1] :] if spans else ""
+    pieces, at = [], 0
+    for start, end in spans:
+        if text.startswith(ending, end):
+            end += len(ending)
+        pieces += [Piece(text[at:start], False), Piece(text[start:end], True)]
+        at = end
+    return [p for p in (*pieces, Piece(text[at:], False)) if p.text]
+
+
+def _split_by_prefixes(page: _Page, messages: list[Message]) -> list[Piece]:
+    """Split where the text before an answer, and the text up to its end, stop when they are written
+    by themselves."""
+    text = page.write(messages, asks=False)
+    pieces, at = [], 0
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = page.write(messages[:turn], asks=True)
+        if not text.startswith(prompt) or len(prompt) < at:
+            raise _inconsistent(text, prompt)
+        end = (
+            len(text)
+            if turn == len(messages) - 1
+            else _end_of_answer(page, text, prompt, messages[: turn + 1])
+        )
+        pieces += [Piece(text[at : len(prompt)], False), Piece(text[len(prompt) : end], True)]
+        at = end
+    return [p for p in pieces if p.text]
+
+
+def _end_of_answer(page: _Page, text: str, prompt: str, messages: list[Message]) -> int:
+    """Find where an earlier answer ends.
+
+    Templates of reasoning models write the newest answer differently from earlier ones; then the
+    end is what follows the answer's own words.
+    """
+    until = page.write(messages, asks=False)
+    if text.startswith(until):
+        return len(until)
+    words = messages[-1]["content"].strip()
+    _, found, tail = until.rpartition(words)
+    start = text.find(words, len(prompt))
+    if not words or not found or start < 0 or not text.startswith(tail, start + len(words)):
+        raise _inconsistent(text, until)
+    return start + len(words) + len(tail)
+
+
+def _inconsistent(text: str, prefix: str) -> JobError:
+    same = next(
+        (i for i, (a, b) in enumerate(zip(text, prefix, strict=False)) if a != b),
+        min(len(text), len(prefix)),
+    )
+    return JobError(
+        "The answers cannot be told from the prompts in what the tokenizer's chat template writes",
+        f"a conversation begins {text[max(0, same - 40) : same + 40]!r}\n"
+        f"but its beginning alone  {prefix[max(0, same - 40) : same + 40]!r}",
+        "set template in the job, or mark the answers with {% generation %} in the chat template",
+    )

@@ -1,0 +1,235 @@
+"""From a chunk of rows to token ids with a loss mask."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from raytrain_adv.data.read.formats import Conversation, Layout, UnusableRow
+from raytrain_adv.data.tokens.render import Renderer, renderer
+from raytrain_adv.data.tokens.templates import Piece
+from raytrain_adv.errors import JobError
+
+RawRow = tuple[str, Any]
+"""Where a row stands, and its columns."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The job keys that decide which tokens a row becomes."""
+
+    template: str | None
+    default_system: str | None
+    cutoff_len: int
+    train_on_prompt: bool
+    mask_history: bool
+
+
+@dataclass
+class Chunk:
+    """Tokenised rows, one after the other."""
+
+    ids: NDArray[np.int32]
+    """[tokens]"""
+    trained: NDArray[np.bool_]
+    """[tokens]"""
+    lengths: NDArray[np.int64]
+    """[rows]"""
+    answer_starts: NDArray[np.int32]
+    """[rows]"""
+    num_read: int = 0
+    num_cut: int = 0
+    """Rows that were longer than cutoff_len, among those used."""
+    unusable: list[tuple[str, str]] = field(default_factory=list)
+    """Where, and why."""
+
+
+class Tokeniser:
+    """Turns chunks of rows into tokens; the same rows give the same tokens, however they are
+    chunked."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        self.tokenizer, self.recipe = tokenizer, recipe
+        self.render: Renderer = renderer(tokenizer, recipe.template, recipe.default_system)
+        self.encode = _encode_pieces if joins_cleanly(tokenizer) else _encode_whole
+        if self.encode is _encode_whole and not tokenizer.is_fast:
+            raise JobError(
+                "This tokenizer does not tell where its tokens lie in the text",
+                type(tokenizer).__name__,
+                "use a model folder with a tokenizer.json",
+            )
+
+    def __call__(self, rows: list[RawRow], layout: Layout) -> Chunk:
+        """Tokenise a chunk."""
+        unusable: list[tuple[str, str]] = []
+        places, rendered = [], []
+        for where, values in rows:
+            try:
+                rendered.append(self._pieces(layout.conversation(values)))
+                places.append(where)
+            except UnusableRow as reason:
+                unusable.append((where, str(reason)))
+            except JobError as error:
+                raise JobError(error.what, f"{where}\n{error.found}", error.fix) from error
+        chunk = self._cut(places, self.encode(self.tokenizer, rendered, places, unusable), unusable)
+        chunk.num_read = len(rows)
+        return chunk
+
+    def _pieces(self, conversation: Conversation) -> list[Piece]:
+        pieces = self.render(conversation)
+        if not any(p.is_answer for p in pieces):
+            raise UnusableRow("no answer: the chat template writes none")
+        return pieces
+
+    def _cut(
+        self, places: list[str], encoded: list["_Encoded"], unusable: list[tuple[str, str]]
+    ) -> Chunk:
+        cutoff = self.recipe.cutoff_len
+        kept, num_cut = [], 0
+        for where, row in zip(places, encoded, strict=True):
+            if row is None:
+                continue
+            trained = self._mask(row)[:cutoff]
+            if not trained[1:].any():
+                unusable.append(
+                    (where, f"the answer begins at token {row.answer_start + 1}, beyond cutoff_len")
+                )
+                continue
+            num_cut += len(row.ids) > cutoff
+            kept.append((row.ids[:cutoff], trained, min(row.answer_start, cutoff)))
+        return Chunk(
+            ids=np.concatenate([k[0] for k in kept] or [np.zeros(0, np.int32)]),
+            trained=np.concatenate([k[1] for k in kept] or [np.zeros(0, np.bool_)]),
+            lengths=np.array([len(k[0]) for k in kept], dtype=np.int64),
+            answer_starts=np.array([k[2] for k in kept], dtype=np.int32),
+            num_cut=num_cut,
+            unusable=unusable,
+        )
+
+    def _mask(self, row: "_Tokens") -> NDArray[np.bool_]:
+        if self.recipe.train_on_prompt:
+            return np.ones(len(row.ids), dtype=np.bool_)
+        if self.recipe.mask_history:
+            return row.is_answer & (np.arange(len(row.ids)) >= row.answer_start)
+        return row.is_answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    ids: NDArray[np.int32]
+    is_answer: NDArray[np.bool_]
+    answer_start: int
+    """Where the last answer begins."""
+
+
+_Encoded = _Tokens | None
+
+
+def joins_cleanly(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether texts tokenised one by one and joined are the joined text: no space is put before
+    each, none eaten.
+
+    True of byte-level tokenizers; not of those that put a space before every text (Llama 2, Mistral
+    7B).
+    """
+    for first, second in (("a:", " b"), ("a\n", "b"), ("a", "b"), ("a ", " b")):
+        ids = list(
+            chain.from_iterable(tokenizer([first, second], add_special_tokens=False)["input_ids"])
+        )
+        if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != first + second:
+            return False
+    return True
+
+
+def _batch_encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], offsets: bool) -> Any:
+    """Tokenise texts, in parallel threads of the tokenizer's own."""
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=offsets,
+        verbose=False,
+    )
+
+
+def _encode_pieces(
+    tokenizer: PreTrainedTokenizerBase,
+    rendered: list[list[Piece]],
+    places: list[str],
+    unusable: list[tuple[str, str]],
+) -> list[_Encoded]:
+    """Tokenise prompts and answers apart, as generation meets them."""
+    texts = [piece.text for pieces in rendered for piece in pieces]
+    ids = iter(_batch_encode(tokenizer, texts, offsets=False)["input_ids"] if texts else [])
+    encoded: list[_Encoded] = []
+    for pieces in rendered:
+        parts = [next(ids) for _ in pieces]
+        lengths = [len(part) for part in parts]
+        answers = [i for i, piece in enumerate(pieces) if piece.is_answer]
+        encoded.append(
+            _Tokens(
+                np.fromiter(chain.from_iterable(parts), dtype=np.int32, count=sum(lengths)),
+                np.repeat([piece.is_answer for piece in pieces], lengths),
+                sum(lengths[: answers[-1]]),
+            )
+        )
+    return encoded
+
+
+def _encode_whole(
+    tokenizer: PreTrainedTokenizerBase,
+    rendered: list[list[Piece]],
+    places: list[str],
+    unusable: list[tuple[str, str]],
+) -> list[_Encoded]:
+    """Tokenise whole conversations and find the answers' tokens by where they lie in the text."""
+    if not rendered:
+        return []
+    both = _batch_encode(
+        tokenizer, ["".join(p.text for p in pieces) for pieces in rendered], offsets=True
+    )
+    prompts = _batch_encode(
+        tokenizer, [_first_prompt(pieces) for pieces in rendered], offsets=False
+    )["input_ids"]
+    encoded: list[_Encoded] = []
+    for where, pieces, ids, offsets, prompt in zip(
+        places, rendered, both["input_ids"], both["offset_mapping"], prompts, strict=True
+    ):
+        borders = np.cumsum([len(p.text) for p in pieces])
+        spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+        piece_of = np.searchsorted(borders, spans[:, 0], side="right").clip(max=len(pieces) - 1)
+        if ids[: len(prompt)] != prompt or (spans[:, 1] > borders[piece_of]).any():
+            unusable.append(
+                (
+                    where,
+                    "a token spans the end of the prompt and the answer; set template in the job",
+                )
+            )
+            encoded.append(None)
+            continue
+        answers = [i for i, piece in enumerate(pieces) if piece.is_answer]
+        is_answer = np.array([piece.is_answer for piece in pieces])[piece_of]
+        start = int(np.searchsorted(piece_of, answers[-1]))
+        encoded.append(_Tokens(np.array(ids, dtype=np.int32), is_answer, start))
+    return encoded
+
+
+def _first_prompt(pieces: Iterable[Piece]) -> str:
+    """Return the text before the first answer."""
+    texts = []
+    for piece in pieces:
+        if piece.is_answer:
+            break
+        texts.append(piece.text)
+    return "".join(texts)
+
+
+def reasons(unusable: list[tuple[str, str]]) -> dict[str, int]:
+    """Count unusable rows by reason, numbers in the reasons left out."""
+    return dict(Counter("".join("#" if c.isdigit() else c for c in why) for _, why in unusable))

@@ -1,0 +1,1 @@
+"""The Ray cluster: connecting, placement, waiting, elasticity."""

@@ -1,0 +1,1 @@
+"""The raytrain-adv commands."""

@@ -1,0 +1,108 @@
+"""`raytrain-adv kernels lock | fetch | verify`: kernels for clusters that do not reach the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from raytrain_adv import hardware
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.problems import Problem, job_error
+from raytrain_adv.errors import JobError
+from raytrain_adv.kernels import fetch as kernel_files
+from raytrain_adv.kernels import lock as locks
+from raytrain_adv.kernels.fetch import Place
+from raytrain_adv.kernels.lock import Locked, Use
+from raytrain_adv.kernels.source import Wanted
+from raytrain_adv.kernels.variants import Target, numbers
+from raytrain_adv.model.attention import kernel_asked
+from raytrain_adv.transforms.hub_kernels import DEFAULT, HubKernels
+
+
+def lock(job: JobConfig, file: Path, torch: str | None, cuda: str | None) -> None:
+    """Pin the job's kernels in a lock file: commit, build and the sha256 of each file.
+
+    Args:
+        job: the job that asks for them.
+        file: the lock file to write.
+        torch: version of PyTorch on the workers; none takes this machine's.
+        cuda: version of CUDA there, or `cpu`; none takes this machine's.
+
+    Raises:
+        JobError: when the job asks for no kernels, or one cannot be found.
+    """
+    keys = job.transform(HubKernels)
+    wanted: list[tuple[Wanted, Use]] = []
+    if keys.enabled:
+        wanted += [(one, "layers") for one in keys.wanted or (DEFAULT,)]
+    of_attention = kernel_asked(job)
+    if of_attention is not None:
+        wanted.append((of_attention, "attention"))
+    if not wanted:
+        raise JobError(
+            "the job asks for no kernels",
+            f"{job.source}: use_kernels is false, and flash_attn names none",
+            "set use_kernels: true, or flash_attn: hub:owner/kernel",
+        )
+    place = Place(target_of(job, torch, cuda), trust=tuple(keys.kernels_trust))
+    locked = [
+        kernel_files.find(one, place).locked.model_copy(update={"use": use}) for one, use in wanted
+    ]
+    locks.write(locked, file)
+    for one in locked:
+        print(_line(one))
+    print(f"locked for {place.target} in {file}")
+    print(f"bring the files: raytrain-adv kernels fetch {file}; use them: kernels_lock: {file}")
+
+
+def target_of(job: JobConfig, torch: str | None, cuda: str | None) -> Target:
+    """Return what builds have to fit: this machine, but for what is given."""
+    target = Target.of(hardware.detect("cpu" if job.parallel.use_cpu else None))
+    for flag, version in (("--torch", torch), ("--cuda", cuda)):
+        if version not in (None, "cpu") and numbers(version) == (0, 0):
+            problem = Problem(f"{version!r} is no version", "write two numbers, as 2.11", flag)
+            raise job_error("The command line", [problem])
+    if torch is not None:
+        target = replace(target, torch=numbers(torch))
+    if cuda is not None:
+        target = replace(target, cuda=None if cuda == "cpu" else numbers(cuda))
+    return target
+
+
+def fetch(file: Path) -> None:
+    """Bring the locked files beside the lock file; what is there and right stays.
+
+    Raises:
+        JobError: when the files cannot be had, or are not those locked.
+    """
+    found = locks.read(file)
+    for locked in found.kernels:
+        is_local = locked.commit is None
+        wanted = Wanted(locked.source, is_local=is_local, revision=locked.commit)
+        kernel_files.bring(wanted, locked, file)
+        print(_line(locked))
+    print(f"{len(found.kernels)} kernels beside {file}")
+
+
+def verify(file: Path) -> None:
+    """Compare the files beside a lock file with it.
+
+    Raises:
+        JobError: naming the files that differ or are missing.
+    """
+    found = locks.read(file)
+    for locked in found.kernels:
+        if locked.folder is None:
+            raise JobError(
+                f"the files of {locked.source} are not beside {file}",
+                "they were locked and never fetched",
+                f"raytrain-adv kernels fetch {file}",
+            )
+        locks.require_same(locked, file.parent / locked.folder, file)
+        print(_line(locked))
+    print(f"{len(found.kernels)} kernels are as locked in {file}")
+
+
+def _line(locked: Locked) -> str:
+    at = locked.commit or f"sha256 {locked.digest[:12]}"
+    return f"{locked.asked}  {at}  {locked.variant}  {len(locked.files)} files"

@@ -1,0 +1,334 @@
+"""The output folder: one run each. What is in it decides whether a job starts, goes on, or is
+refused.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from filelock import FileLock, Timeout
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.driver.output.replace import Replaced, is_inside, put_back, set_aside
+from raytrain_adv.errors import JobError
+from raytrain_adv.kernels import lock as locks
+from raytrain_adv.report import record as reports
+from raytrain_adv.run.redact import redact
+from raytrain_adv.storage.metrics_file import FILE_NAME, read
+from raytrain_adv.storage.storage import Storage, storage_errors
+from raytrain_adv.transforms.hub_kernels import HubKernels
+
+RUN_FILE = "run.json"
+SWEEP_FILE = "sweep.json"
+LOCK = ".lock"
+RAYS_COPIES = "/runtime_resources/working_dir_files/"
+"""Where Ray unpacks the working directory of a submitted job (ray 2.60)."""
+OWNER = "owner.json"
+"""In storage outside of output_dir: whose checkpoints are there."""
+ENDED = {
+    "failed": "has failed part of the way",
+    "stopped": "was stopped part of the way",
+}
+"""A run's status -> what is said of its job."""
+Record = Mapping[str, Any]
+"""What run.json holds."""
+MODELS = ("model", "model-quantized")
+"""Folders of trained weights in output_dir."""
+OURS = (
+    *MODELS,
+    ".model.partial",
+    ".model-quantized.partial",
+    "report.json",
+    "report.html",
+    "metrics.jsonl",
+    "checkpoints",
+    "trackers",
+    locks.FOLDER,
+    "bad_batches",
+    locks.FILE_NAME,
+    RUN_FILE,
+)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where this run writes."""
+
+    folder: Path
+    storage_path: str
+    """Folder or URI below which Ray keeps this job's attempts."""
+    attempt: str
+    """Name of this attempt, in Ray and as a folder."""
+    resume: bool | str
+    finished: bool
+    """Whether the very same job has already run to its end here."""
+    number: int
+    """How many attempts there are with this one."""
+    replaced: Replaced
+    """What was in the folder, where this run takes its place."""
+
+    @property
+    def storage(self) -> Storage:
+        """The root of this job's checkpoints."""
+        return Storage.at(self.storage_path)
+
+    def begin(self, job: JobConfig, say: Callable[[str], None]) -> None:
+        """Delete what this run replaces, now that it can start, and note whose the folder is.
+
+        Raises:
+            StorageError: when it cannot be deleted, or written.
+        """
+        if self.replaced.is_there:
+            say(self.replaced.delete())
+            self.own()
+            self.note(job, "running", self.number)
+
+    def own(self) -> None:
+        """Write down whose the storage is, where it is not in output_dir itself.
+
+        Raises:
+            StorageError: when it cannot be written.
+        """
+        if not is_inside(self.storage, self.folder):
+            self.storage.make()
+            self.storage.write_json(OWNER, {"output_dir": str(self.folder.resolve())})
+
+    def note(self, job: JobConfig, status: str, attempts: int) -> None:
+        """Write run.json: whose folder this is, and how its run stands."""
+        record = {
+            "fingerprint": job.fingerprint(),
+            "status": status,
+            "attempts": attempts,
+            "job": redact(job.flat()),
+        }
+        Storage.at(str(self.folder)).write_json(RUN_FILE, {**record, "time": time.time()})
+
+
+def storage_path(job: JobConfig) -> str:
+    """Return the folder or URI that holds this job's attempts and their checkpoints."""
+    return storage_below(Path(job.output.output_dir), job.ray.ray_storage_path, job.run_name)
+
+
+def storage_below(folder: Path, base: str | None, name: str) -> str:
+    """Return where the checkpoints are of the run `name` in `folder`, with the ray_storage_path
+    `base`.
+    """
+    if base is None:
+        return str(folder.absolute() / "checkpoints")
+    if "://" not in base:
+        return str(Path(base).absolute() / name)
+    uri = urlsplit(base)  # what stands behind a question mark says how to reach the bucket
+    return urlunsplit(uri._replace(path=f"{uri.path.rstrip('/')}/{name}"))
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the folder for this driver.
+
+    Raises:
+        JobError: when another driver is running in it, it would not last, or it cannot be written.
+    """
+    if RAYS_COPIES in str(folder.absolute()):
+        raise JobError(
+            "output_dir would lie in Ray's copy of the working directory, which Ray deletes",
+            str(folder.absolute()),
+            "give an absolute path, on storage that all nodes share, as output_dir",
+        )
+    with storage_errors("output_dir cannot be written", str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise JobError(
+                "Another run is writing into output_dir right now",
+                str(folder),
+                "wait for it, stop it, or choose another output_dir",
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def record_of(folder: Path) -> Record | None:
+    """Return run.json; none where it is missing, torn, or lacks what a rerun asks it for."""
+    found = Storage.at(str(folder)).read_json(RUN_FILE)
+    kinds = {"fingerprint": str, "status": str, "attempts": int, "job": dict}
+    if found is None or any(not isinstance(found.get(k), kind) for k, kind in kinds.items()):
+        return None
+    return found
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a run, or a sweep, has come to its end in this folder."""
+    if not folder.is_dir():
+        return False
+    records = (Storage.at(str(folder)).read_json(name) for name in (RUN_FILE, SWEEP_FILE))
+    return any(record is not None and record.get("status") == "done" for record in records)
+
+
+def open_output(job: JobConfig) -> Output:
+    """Decide what this launch is: a start, a continuation, or a finished run asked for again.
+
+    Raises:
+        JobError: when the folder holds a run and the job does not say what is to become of it.
+    """
+    folder = Path(job.output.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    put_back(folder)
+    output = decided(job)
+    if output.replaced.is_there:
+        set_aside(folder)
+    elif not output.resume:
+        (folder / locks.FILE_NAME).unlink(missing_ok=True)  # a new start pins its kernels anew
+    if not output.finished and not output.replaced.is_there:
+        output.own()
+        output.note(job, "running", output.number)
+    return output
+
+
+def decided(job: JobConfig) -> Output:
+    """Return what a launch would be, and change nothing.
+
+    Raises:
+        JobError: when the folder holds a run and the job does not say what is to become of it.
+    """
+    folder = Path(job.output.output_dir)
+    storage = Storage.at(storage_path(job))
+    record = record_of(folder)
+    resume = job.output.resume_from_checkpoint or False
+    replaced = Replaced(folder, OURS, [storage], is_there=False)
+    _refuse_a_sweeps_folder(folder)
+    refuse_anothers(storage, folder, has_run=record is not None)
+    if job.output.overwrite_output_dir and resume is not True:
+        refuse_to_delete_what_is_read(job, replaced)
+        left = any((folder / name).exists() for name in OURS)
+        replaced.is_there = left or _trained(folder, storage)
+        record = None
+    elif record is None:
+        _refuse_foreign_files(folder, resume)
+    elif record["status"] == "done" or _trained(folder, storage):
+        _refuse_unless_resumed(job, folder, record, resume)
+    finished = bool(record and record["status"] == "done" and resume is True)
+    before = 0 if replaced.is_there else _attempts_before(record, storage)
+    name = f"{job.run_name}_{before + 1:03d}"
+    return Output(folder, storage_path(job), name, resume, finished, before + 1, replaced)
+
+
+def _attempts_before(record: Record | None, storage: Storage) -> int:
+    return int(record["attempts"]) if record else attempts_in(storage)
+
+
+def attempts_in(storage: Storage) -> int:
+    """Return how many attempts have left something in storage. Ray Train's controller does not
+    start under the name of one whose checkpoints are not what Ray remembers of them.
+    """
+    numbers = (re.search(r"_(\d+)r*$", name) for name in storage.folders())
+    return max((int(number[1]) for number in numbers if number), default=0)
+
+
+def _trained(folder: Path, storage: Storage) -> bool:
+    """Whether the run that is there got as far as to leave something that could be lost."""
+    rows = read(folder / FILE_NAME)
+    if (folder / "model").exists() or any(row["kind"] == "train" for row in rows):
+        return True
+    return any(storage.folder(attempt).folders() for attempt in storage.folders())
+
+
+def refuse_to_delete_what_is_read(job: JobConfig, replaced: Replaced) -> None:
+    """Refuse a job that reads of the run that it replaces.
+
+    Raises:
+        JobError: naming the key.
+    """
+    compared, resume = job.output.compare_with, job.output.resume_from_checkpoint
+    named = {
+        "model_name_or_path": job.model.model_name_or_path,
+        "kernels_lock": job.transform(HubKernels).kernels_lock,
+        "compare_with": None if compared is None else str(Path(compared) / reports.FILE_NAME),
+        "resume_from_checkpoint": resume if isinstance(resume, str) else None,
+    }
+    for key, value in named.items():
+        replaced.refuse_to_delete(key, value)
+
+
+def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
+    """Refuse storage that holds the checkpoints of another output_dir's run.
+
+    Args:
+        storage: where this run's checkpoints would be.
+        folder: output_dir.
+        has_run: whether it holds a run, which may have been there before owners were written down.
+
+    Raises:
+        JobError: naming that output_dir.
+    """
+    if is_inside(storage, folder):
+        return
+    with storage_errors("ray_storage_path cannot be read", storage.root):
+        owner, found = storage.read_json(OWNER), storage.folders()
+    other = owner.get("output_dir") if owner is not None else None
+    if other == str(folder.resolve()) or (owner is None and (has_run or not found)):
+        return
+    raise JobError(
+        "ray_storage_path holds the checkpoints of another run of this name",
+        f"{storage.root}: of the run in {other or 'an output_dir that is not known'}; "
+        f"this one's is {folder.resolve()}",
+        "give ray_run_name: another, or another ray_storage_path; where it is the same run, whose "
+        f"folder was moved, delete {storage.path(OWNER)}",
+    )
+
+
+def _refuse_a_sweeps_folder(folder: Path) -> None:
+    if (folder / SWEEP_FILE).exists():
+        raise JobError(
+            "output_dir holds a sweep, not a single run", str(folder), "choose another output_dir"
+        )
+
+
+def _refuse_foreign_files(folder: Path, resume: bool | str) -> None:
+    there = [name for name in OURS if (folder / name).exists()]
+    if there and not resume:
+        raise JobError(
+            "output_dir holds files that this run would overwrite",
+            f"{folder}: {', '.join(there)}, and no sound {RUN_FILE} that says whose they are",
+            "choose another output_dir, or set overwrite_output_dir: true to delete them; "
+            f"raytrain-adv doctor {folder} --fix mends the folder of a run",
+        )
+
+
+def _refuse_unless_resumed(
+    job: JobConfig, folder: Path, record: Record, resume: bool | str
+) -> None:
+    same = record["fingerprint"] == job.fingerprint()
+    ways_out = (
+        "choose another output_dir, or set overwrite_output_dir: true to start anew (its "
+        "checkpoints are deleted)"
+    )
+    if not same:
+        raise JobError(
+            "output_dir holds the run of a job with other settings",
+            "\n".join([f"{folder} ({record['status']})", *job.differences(record["job"])]),
+            ("restore these keys to go on with it, " if resume else "") + ways_out,
+        )
+    if not resume and record["status"] == "done":
+        raise JobError(
+            "This job has run to its end in output_dir",
+            f"{folder}: nothing is left to train; its report is {folder / 'report.html'}",
+            ways_out,
+        )
+    if not resume:
+        state = ENDED.get(record["status"], "has been started and has not ended")
+        raise JobError(
+            f"This job {state} in output_dir",
+            str(folder),
+            f"set resume_from_checkpoint: true to go on from its last checkpoint, {ways_out}",
+        )

@@ -1,0 +1,154 @@
+"""The data as a plan needs it: counted where that takes seconds, else estimated from a sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.data.prepare import PreparedData, prepare
+from raytrain_adv.data.read.entries import Entry, resolve
+from raytrain_adv.data.read.sources import open_source
+from raytrain_adv.data.tokens import cache
+from raytrain_adv.data.tokens.datasets import TokenisedDatasets
+from raytrain_adv.data.tokens.tokenizer import load_tokenizer
+
+Say = Callable[[str], None]
+
+COUNTED = 20_000
+"""Datasets of up to this many rows are tokenised for the plan, into the cache that the run uses."""
+SAMPLE = 2_000
+"""Rows at the start of a larger dataset that its size is estimated from."""
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Sizes of the job's data."""
+
+    num_rows: int
+    """Conversations to train on."""
+    num_sequences: int
+    num_tokens: int
+    """Tokens in the sequences, padding left out."""
+    longest: int
+    """Tokens of the longest training sequence."""
+    num_held_out: int
+    """Sequences for evaluation; 0 where none are."""
+    longest_held_out: int
+    packing_efficiency: float | None
+    """Share of the packed sequences that is filled; none without packing."""
+    estimated_from: int = 0
+    """Rows of the sample that the sizes were estimated from; 0 where they were counted."""
+
+
+def summarise(prepared: PreparedData) -> DataSummary:
+    """Return the sizes of prepared data."""
+    train, held_out = prepared.train, prepared.eval
+    numbers = prepared.stats["train"]
+    return DataSummary(
+        num_rows=numbers["rows"],
+        num_sequences=len(train),
+        num_tokens=numbers["tokens"],
+        longest=int(train.lengths.max()),
+        num_held_out=len(held_out) if held_out is not None else 0,
+        longest_held_out=int(held_out.lengths.max()) if held_out is not None else 0,
+        packing_efficiency=numbers.get("packing_efficiency"),
+    )
+
+
+def look_at(job: JobConfig, say: Say) -> DataSummary:
+    """Return the sizes of the job's data; large data that is not tokenised yet is estimated.
+
+    Raises:
+        JobError: when the data cannot be found or used; a run would end there too.
+    """
+    entries = resolve(job.data.dataset, job.data, "dataset")
+    num_rows = [_estimated_rows(entry, job) for entry in entries]
+    if sum(num_rows) <= COUNTED or _is_cached(job, entries):
+        return summarise(prepare(job, say))
+    say(f"about {sum(num_rows):,} rows: estimated from the first {SAMPLE:,} of each dataset")
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [
+            _scaled(_sampled(job, name, folder), rows)
+            for name, rows in zip(_names(job), num_rows, strict=True)
+        ]
+    return _split(job, _joined(parts))
+
+
+def _estimated_rows(entry: Entry, job: JobConfig) -> int:
+    """Return about how many rows a dataset has, from how far into it the first ones reach."""
+    if entry.num_samples is not None:
+        rows = entry.num_samples
+    else:
+        first = list(islice(open_source(entry, job.model.cache_dir).rows(), SAMPLE))
+        reached = first[-1].progress if first else 1.0
+        rows = len(first) if len(first) < SAMPLE else round(len(first) / max(reached, 1e-9))
+    return min(rows, job.data.max_samples or rows)
+
+
+def _is_cached(job: JobConfig, entries: list[Entry]) -> bool:
+    if job.data.overwrite_cache:
+        return False
+    datasets = TokenisedDatasets(job, load_tokenizer(job), entries, lambda sentence: None)
+    return (cache.cache_root(job.data.tokenized_path) / datasets.key()).is_dir()
+
+
+def _names(job: JobConfig) -> list[str]:
+    names = job.data.dataset or []
+    return [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names)
+
+
+def _sampled(job: JobConfig, name: str, folder: str) -> DataSummary:
+    """Prepare the first rows of one dataset, in a cache of its own."""
+    keys = {
+        "dataset": [name],
+        "eval_dataset": None,
+        "val_size": 0.0,
+        "max_samples": min(SAMPLE, job.data.max_samples or SAMPLE),
+        "tokenized_path": folder,
+        "preprocessing_num_workers": 1,
+    }
+    small = dataclasses.replace(job, data=job.data.model_copy(update=keys))
+    return summarise(prepare(small, lambda sentence: None))
+
+
+def _scaled(sample: DataSummary, num_rows: int) -> DataSummary:
+    factor = num_rows / sample.num_rows
+    return dataclasses.replace(
+        sample,
+        num_rows=num_rows,
+        num_sequences=max(round(sample.num_sequences * factor), 1),
+        num_tokens=round(sample.num_tokens * factor),
+        estimated_from=sample.num_rows,
+    )
+
+
+def _joined(parts: list[DataSummary]) -> DataSummary:
+    filled = [p.packing_efficiency for p in parts if p.packing_efficiency is not None]
+    return DataSummary(
+        num_rows=sum(p.num_rows for p in parts),
+        num_sequences=sum(p.num_sequences for p in parts),
+        num_tokens=sum(p.num_tokens for p in parts),
+        longest=max(p.longest for p in parts),
+        num_held_out=0,
+        longest_held_out=0,
+        packing_efficiency=sum(filled) / len(filled) if filled else None,
+        estimated_from=sum(p.estimated_from for p in parts),
+    )
+
+
+def _split(job: JobConfig, whole: DataSummary) -> DataSummary:
+    """Take the held-out rows off an estimate."""
+    size = job.data.val_size
+    held = (int(size) if size >= 1 else round(whole.num_rows * size)) / whole.num_rows
+    return dataclasses.replace(
+        whole,
+        num_rows=round(whole.num_rows * (1 - held)),
+        num_sequences=max(round(whole.num_sequences * (1 - held)), 1),
+        num_tokens=round(whole.num_tokens * (1 - held)),
+        num_held_out=round(whole.num_sequences * held),
+        longest_held_out=whole.longest if held else 0,
+    )

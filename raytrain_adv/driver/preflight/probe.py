@@ -1,0 +1,164 @@
+"""One light probe per node, all at once: what each node has, or why that cannot be said."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import cloudpickle
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raytrain_adv.driver.cluster.connect import Node
+from raytrain_adv.hardware import PACKAGES, HardwareFacts
+
+SCRIPT = Path(__file__).with_name("probe_script.py")
+SCRIPT_TIMEOUT_S = 20.0
+"""A driver that hangs would hold the script for ever."""
+NODE_TIMEOUT_S = 60.0
+"""Time for a node to unpack the job's working_dir, start a process, and answer."""
+
+
+@dataclass(frozen=True)
+class GpuReading:
+    """A GPU as NVML gives it, or a MIG slice of one; sizes in bytes."""
+
+    name: str
+    compute_capability: tuple[int, int]
+    total_bytes: int
+    free_bytes: int
+    is_mig: bool = False
+    """Whether it is a slice."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a node is, as its probe found it or, `is_declared`, as an autoscaler's group says."""
+
+    gpus: tuple[GpuReading, ...] = ()
+    gpu_error: str = ""
+    """Why NVML gave no GPUs, in its words."""
+    driver_version: str | None = None
+    cuda_version: str | None = None
+    """CUDA version PyTorch was built for."""
+    hostname: str = ""
+    num_cores: int = 0
+    host_memory_bytes: int = 0
+    host_free_bytes: int = 0
+    """Of these, free for new use when the node was asked; 0 where that is not known."""
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    """Package -> version; none if it is not installed."""
+    code: str | None = None
+    """Hash of raytrain_adv's code: two commits may have one version."""
+    is_declared: bool = False
+
+    def facts(self, address: str, use_gpu: bool) -> list[HardwareFacts]:
+        """Return what transforms check: an entry for each kind of GPU, or one for the CPU."""
+        if not use_gpu:
+            return [self._facts(address, None)]
+        kinds = {(gpu.name, gpu.compute_capability, gpu.total_bytes): gpu for gpu in self.gpus}
+        return [self._facts(address, gpu) for gpu in kinds.values()]
+
+    def _facts(self, address: str, gpu: GpuReading | None) -> HardwareFacts:
+        return HardwareFacts(
+            device_type="cpu" if gpu is None else "cuda",
+            device_name="CPU" if gpu is None else gpu.name,
+            compute_capability=None if gpu is None else gpu.compute_capability,
+            device_memory_bytes=self.host_memory_bytes if gpu is None else gpu.total_bytes,
+            num_gpus=len(self.gpus),
+            driver_version=self.driver_version,
+            cuda_version=self.cuda_version,
+            hostname=self.hostname,
+            node_ip=address,
+            host_memory_bytes=self.host_memory_bytes,
+            num_cores=self.num_cores,
+            versions=self.versions,
+        )
+
+
+Read = Callable[[Sequence[Node]], Mapping[str, Reading | str]]
+"""Nodes -> by node id, what each one is, or why it did not say."""
+
+
+def read_nodes(
+    nodes: Sequence[Node], timeout_s: float = NODE_TIMEOUT_S
+) -> dict[str, Reading | str]:
+    """Probe the nodes in parallel; a node that is lost or late has a sentence for a reading.
+
+    A probe reserves neither a CPU nor a GPU, so busy nodes answer too.
+    """
+    source = SCRIPT.read_text()
+    # Pickled by value: the node may have no raytrain_adv to import the function from.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        task = ray.remote(num_cpus=0, max_retries=0)(run_script)
+        answers = {
+            task.options(
+                name="raytrain_adv probe",
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
+            ).remote(source, list(PACKAGES), SCRIPT_TIMEOUT_S): node.node_id
+            for node in nodes
+        }
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    readings: dict[str, Reading | str] = {}
+    pending, end = list(answers), time.monotonic() + timeout_s
+    while pending and time.monotonic() < end:
+        ready, pending = ray.wait(pending, timeout=max(0.0, end - time.monotonic()))
+        for answer in ready:
+            readings[answers[answer]] = _taken(answer)
+    for answer in pending:
+        ray.cancel(answer, force=True)
+        readings[answers[answer]] = f"no answer within {timeout_s:g} s"
+    return readings
+
+
+def run_script(source: str, packages: list[str], timeout_s: float) -> str:
+    """Run the probe's script on this node in a process of its own; return what it printed.
+
+    Raises:
+        RuntimeError: when it fails or takes too long.
+    """
+    import os
+
+    # What a worker can import, the script finds: Ray puts a working_dir on sys.path only.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", "-c", source, *packages]
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"the probe was stopped after {timeout_s:g} s") from None
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
+    return done.stdout
+
+
+def parsed(printed: str) -> Reading:
+    """Return the reading that the script printed.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    fields: dict[str, Any] = json.loads(printed.strip().rpartition("\n")[2])
+    gpus = [
+        GpuReading(**{**gpu, "compute_capability": tuple(gpu["compute_capability"])})
+        for gpu in fields.pop("gpus")
+    ]
+    return Reading(gpus=tuple(gpus), **fields)
+
+
+def _taken(answer: Any) -> Reading | str:
+    try:
+        return parsed(ray.get(answer))
+    except (RayError, ValueError, RuntimeError) as error:  # a task's own error is both of two types
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[-1] if lines else ''}"

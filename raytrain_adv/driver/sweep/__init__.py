@@ -1,0 +1,1 @@
+"""A sweep of trials with Ray Tune."""

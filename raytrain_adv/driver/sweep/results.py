@@ -1,0 +1,175 @@
+"""What a sweep's trials came to: kept in sweep.json and sweep.html as they end, then compared."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.sweep import SET_BY_THE_SWEEP, Sweep
+from raytrain_adv.driver.cluster import connect
+from raytrain_adv.driver.output import output_dir
+from raytrain_adv.driver.output.replace import Replaced
+from raytrain_adv.driver.training.worker_entry import STARTS
+from raytrain_adv.redaction import hide_environment
+from raytrain_adv.report import record, sweep_record
+from raytrain_adv.report.record import write_text
+from raytrain_adv.report.sweep_html import write_html
+from raytrain_adv.report.sweep_record import SweepReport, TrialReport
+from raytrain_adv.report.sweep_table import figure
+from raytrain_adv.storage.storage import Storage
+
+BEST_JOB = "best_job.yaml"
+
+
+class Results:
+    """The sweep's report, brought up to date from the reports in the trials' folders."""
+
+    def __init__(self, job: JobConfig, sweep: Sweep, replaced: Replaced) -> None:
+        self._job = job
+        self._sweep = sweep
+        self._replaced = replaced
+        self._trials = {t.name: t for t in sweep.trials}
+        self._died: dict[str, str] = {}
+        """Trial -> what its process died of, where it left no report of its end."""
+        self._begun: set[str] = set()
+        self.report = SweepReport(
+            status="running",
+            name=job.run_name,
+            command=" ".join(sys.argv),
+            job_file=job.source,
+            output_dir=job.output.output_dir,
+            started_at=time.time(),
+            keys=sweep.keys,
+            metric=sweep.metric,
+            mode=sweep.mode,
+            scheduler=sweep.options.scheduler,
+            trials=tuple(self._read(name) for name in self._trials),
+            notes=job.notes,
+        )
+
+    @property
+    def best(self) -> TrialReport | None:
+        """The best trial so far."""
+        return sweep_record.best(self.report.trials, self.report.mode)
+
+    def has_ended(self, name: str) -> bool:
+        """Whether an earlier launch has brought the trial to its end, or stopped it; without a
+        scheduler those that were stopped go on.
+        """
+        ended = ("done",) if self._sweep.options.scheduler == "none" else ("done", "stopped")
+        return self.report.trial(name).status in ended
+
+    def begin(self, at_once: int) -> None:
+        """Note that trials are run, so many at the same time, and delete what they replace.
+
+        Raises:
+            StorageError: when that cannot be deleted.
+        """
+        if self._replaced.is_there:
+            print(self._replaced.delete())
+        self._write({"max_concurrent_trials": at_once})
+
+    def started(self, name: str) -> None:
+        """Note that a trial runs."""
+        self._begun.add(name)
+        self._update(self.report.trial(name).model_copy(update={"status": "running"}))
+
+    def ended(self, name: str, error: BaseException | None) -> TrialReport:
+        """Note that a trial has ended; `error` is what its process died of, none if it lived."""
+        if error is not None:
+            self._died[name] = hide_environment(str(error)).strip().splitlines()[-1]
+            self._release(name)
+        one = self._read(name)
+        self._update(one)
+        if self._sweep.options.keep_models == "best":
+            self._delete_models()
+        return one
+
+    def finish(self) -> None:
+        """Compare the trials; write the best one's job."""
+        best = self.best
+        update: dict[str, object] = {"status": "done", "finished_at": time.time()}
+        if best is not None:
+            path = Path(self._job.output.output_dir) / BEST_JOB
+            write_text(self._best_job(best), path)
+            update |= {"best": best.name, "best_job": str(path)}
+        self._write(update)
+
+    def fail(self, error: BaseException) -> None:
+        """Note what ended the sweep, unless the one that it replaces is still there."""
+        if self._replaced.is_there:
+            print(f"\n{self._replaced.keep()}")
+            return
+        text = str(error) or type(error).__name__
+        if isinstance(error, KeyboardInterrupt):
+            text = "The sweep was stopped by Ctrl-C"
+        self._write({"status": "failed", "finished_at": time.time(), "error": text})
+
+    def described(self, value: float | None) -> str:
+        """Return a value of the metric with its name."""
+        return f"{self.report.metric} {figure(self.report.metric, value)}"
+
+    def _read(self, name: str) -> TrialReport:
+        """Return how a trial stands by the report in its folder."""
+        trial = self._trials[name]
+        folder = trial.job.output.output_dir
+        is_there = (Path(folder) / record.FILE_NAME).exists() and not self._replaced.is_there
+        run = record.read(folder) if is_there else None
+        one = sweep_record.trial_report(trial, run, self._sweep.metric)
+        if one.status == "running" and name not in self._begun:
+            return one.model_copy(update={"status": "waiting"})  # its driver was killed
+        if name in self._died and one.status in ("running", "waiting"):
+            return one.model_copy(update={"status": "failed", "error": self._died[name]})
+        if one.status == "done" and one.metric is None:
+            why = f"it ended without a finite value of {self._sweep.metric}"
+            return one.model_copy(update={"status": "failed", "error": why})
+        return one
+
+    def _delete_models(self) -> None:
+        """Delete models and checkpoints of the trials that have ended behind the best."""
+        best = self.best
+        for one in self.report.trials:
+            if one.status in ("done", "stopped") and best is not None and one.name != best.name:
+                for model in output_dir.MODELS:
+                    shutil.rmtree(Path(one.output_dir) / model, ignore_errors=True)
+                Storage.at(output_dir.storage_path(self._trials[one.name].job)).delete()
+                self._update(one.model_copy(update={"model_dir": None}))
+
+    def _release(self, name: str) -> None:
+        """Give back what the workers of a trial held whose driver has died."""
+        storage = Storage.at(output_dir.storage_path(self._trials[name].job))
+        for attempt in storage.folders():
+            start = storage.folder(attempt).read_json(STARTS)
+            if start is not None and start["placement_group"] is not None:
+                connect.release(start["placement_group"])
+
+    def _update(self, one: TrialReport) -> None:
+        trials = tuple(one if t.name == one.name else t for t in self.report.trials)
+        self._write({"trials": trials})
+
+    def _write(self, update: dict[str, object]) -> None:
+        self.report = self.report.model_copy(update=update)
+        sweep_record.write(self.report, self._job.output.output_dir)
+        write_html(self.report, self._job.output.output_dir)
+
+    def _best_job(self, best: TrialReport) -> str:
+        """Return the best trial's job file: the sweep's keys with the trial's values."""
+        first, own = self._job.given(), self._trials[best.name].job.given()
+        keys = {k: v for k, v in own.items() if k not in SET_BY_THE_SWEEP}
+        keys |= {k: v for k, v in first.items() if k in SET_BY_THE_SWEEP}
+        keys.pop("resume_from_checkpoint", None)
+        keys["output_dir"] = str(Path(self._job.output.output_dir) / "best")
+        keys = {
+            k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in keys.items()
+        }
+        return (
+            f"# The best of {len(self.report.trials)} trials of {self._job.source}: "
+            f"{self.described(best.metric)}\n"
+            f"# with {best.name}; its own run is in {best.output_dir}.\n"
+            + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=100)
+        )

@@ -1,0 +1,87 @@
+"""A run's figures for Prometheus: every rank exports its own through Ray's metrics, on its node's
+metrics port, where Ray puts `ray_` before each name. cluster/grafana has the dashboard for them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from ray.util.metrics import Gauge
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.transforms.applied import enabled
+
+PREFIX = "raytrain_adv_"
+FROM_ROW = {
+    "step": ("step", "Optimizer steps done."),
+    "loss": ("loss", "Training loss per label token, over the last logging interval, all ranks."),
+    "learning_rate": ("learning_rate", "Learning rate of the last step."),
+    "grad_norm": ("grad_norm", "Norm of the last step's gradient before clipping, all ranks."),
+    "step_s": ("step_seconds", "Seconds per optimizer step, over the last logging interval."),
+    "tokens_per_second_per_worker": ("tokens_per_second", "Tokens per second of this rank."),
+    "mfu_bf16": ("mfu_bf16", "Share of the GPU's dense bf16 peak; only where that is known."),
+    "peak_memory_gib": ("peak_memory_gib", "Most GPU memory allocated so far; on a CPU, RSS."),
+    "num_tokens": ("tokens", "Tokens trained on since the run began, all ranks."),
+}
+"""Key of a logging step's row -> name and meaning of what is exported."""
+DATA_WAIT = ("data_wait_seconds", "Seconds per step that this rank waited for data.")
+RESTARTS = ("restarts", "How often the run's workers were restarted.")
+TRANSFORM_ON = ("transform_on", "1 while a feature of the job is on (fake quantisation), else 0.")
+TAGS = ("run", "rank")
+REPEAT_S = 5.0
+"""Ray forgets a value that is not set again within two of its 10 s (ray 2.60), and a logging step
+may take longer.
+"""
+
+
+EXPORTED = {
+    PREFIX + name: text for name, text in (*FROM_ROW.values(), DATA_WAIT, RESTARTS, TRANSFORM_ON)
+}
+"""Name, without Ray's prefix -> meaning."""
+
+
+class RunMetrics:
+    """One rank's exported figures; `close` ends it."""
+
+    def __init__(self, job: JobConfig, run: str, rank: int, restarts: int) -> None:
+        self._tags = {"run": run, "rank": str(rank)}
+        self._logging_steps = job.output.logging_steps
+        self._transforms = enabled(job)
+        more = {TRANSFORM_ON[0]: ("transform",)}
+        named = (*FROM_ROW.values(), DATA_WAIT, RESTARTS, TRANSFORM_ON)
+        self._gauges = {
+            name: Gauge(PREFIX + name, meaning, (*TAGS, *more.get(name, ())))
+            for name, meaning in named
+        }
+        self._values: dict[tuple[str, str], float] = {(RESTARTS[0], ""): restarts}
+        """Name and transform -> value; replaced as a whole, as two threads read it."""
+        self._ended = threading.Event()
+        self._export()
+        self._thread = threading.Thread(target=self._repeat, name="metrics", daemon=True)
+        self._thread.start()
+
+    def take(self, row: Mapping[str, float]) -> None:
+        """Export the numbers of a logging step's row; those that it lacks keep their last value."""
+        values = {(name, ""): row[key] for key, (name, _) in FROM_ROW.items() if key in row}
+        steps = int(row["step"])
+        in_row = steps % self._logging_steps or self._logging_steps
+        values[DATA_WAIT[0], ""] = row["data_wait_s"] / in_row
+        for transform in self._transforms:
+            values[TRANSFORM_ON[0], transform.name] = float(transform.is_on(steps - 1))
+        self._values = {**self._values, **values}
+        self._export()
+
+    def close(self) -> None:
+        """Export nothing any more."""
+        self._ended.set()
+        self._thread.join()
+
+    def _export(self) -> None:
+        for (name, transform), value in self._values.items():
+            tags = {**self._tags, "transform": transform} if transform else self._tags
+            self._gauges[name].set(value, tags)
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(REPEAT_S):
+            self._export()

@@ -1,0 +1,1 @@
+"""What the driver watches while workers train."""

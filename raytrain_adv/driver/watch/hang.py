@@ -1,0 +1,151 @@
+"""Ends the workers when no optimizer step gets done for step_timeout, and says which hang."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import ray
+from ray.exceptions import RayError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+from raytrain_adv.errors import Hung
+from raytrain_adv.run.heartbeat import Beat, Pulse
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.train.v2._internal.execution.worker_group import (
+        Worker,
+        WorkerGroup,
+        WorkerGroupPollStatus,
+    )
+
+ASK_EVERY_S = 10.0
+"""Seconds between two questions to a worker, at most."""
+SHOWN = 8
+"""Workers named in the message."""
+
+# Ray Train asks a worker on its process's main thread, while training is on another: here the two
+# meet. A process has one training thread.
+_beats: list[Beat] = []
+
+
+def listen(beat: Beat) -> None:
+    """Have this worker's process answer for the beat, in place of an earlier one."""
+    _beats[:] = [beat]
+
+
+def answer() -> Pulse | None:
+    """Return how far this process's training thread is; none before it has begun."""
+    return _beats[0].pulse() if _beats else None
+
+
+class WatchForHangs(WorkerGroupCallback):  # type: ignore[misc] # ray is Any to mypy
+    """Asks each worker how far it is. Runs in Ray Train's controller, beside its own polling, which
+    takes a worker's silence for 600 s and knows nothing of steps (ray 2.60).
+
+    A worker that hangs gets an error in Ray's status of it, as if it had raised it: Ray then ends
+    all workers, and starts them again where max_failures allows.
+
+    Args:
+        timeout_s: step_timeout.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.ask_every_s = max(min(timeout_s / 4, ASK_EVERY_S), 0.5)
+        self._workers: list[Worker] = []
+        self._asked_at = 0.0
+        self._open: dict[int, tuple[ObjectRef, float]] = {}
+        """Rank -> the question it has not answered, and when it was put."""
+
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        """Take note of who is to be asked."""
+        self._workers = list(worker_group.get_workers())
+        self._open = {}
+
+    def before_worker_group_shutdown(self, worker_group: WorkerGroup) -> None:
+        """Ask nobody any more."""
+        self._workers, self._open = [], {}
+
+    def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
+        """Ask the workers, and give those that hang an error."""
+        statuses = worker_group_status.worker_statuses
+        if worker_group_status.errors or not all(s.running for s in statuses.values()):
+            return
+        now = time.monotonic()
+        pulses = self._answers()
+        if now - self._asked_at >= self.ask_every_s:
+            self._asked_at = now
+            for rank, worker in enumerate(self._workers):
+                if rank not in self._open:
+                    self._open[rank] = (worker.execute_async(answer), now)
+        hung = hanging(pulses, {r: now - at for r, (_, at) in self._open.items()}, self.timeout_s)
+        if hung:
+            error = self._error(hung)
+            for rank in hung:
+                statuses[rank].error = error
+                # Ray would first wait 30 s for it to leave its process group (ray 2.60).
+                ray.kill(self._workers[rank].actor)
+
+    def _answers(self) -> dict[int, Pulse]:
+        """Return what has come in since the last look."""
+        if not self._open:
+            return {}
+        refs = {ref: rank for rank, (ref, _) in self._open.items()}
+        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+        pulses = {}
+        for ref in done:
+            del self._open[refs[ref]]
+            try:
+                pulse = ray.get(ref)
+            except RayError:  # the worker has died: Ray's own polling says so, and why
+                continue
+            if pulse is not None:
+                pulses[refs[ref]] = pulse
+        return pulses
+
+    def _error(self, hung: dict[int, str]) -> Hung:
+        lines = []
+        for rank, what in list(hung.items())[:SHOWN]:
+            about = self._workers[rank].metadata
+            lines.append(f"worker {rank} (node {about.node_ip}, process {about.pid}): {what}")
+        if len(hung) > SHOWN:
+            lines.append(f"and {len(hung) - SHOWN} more")
+        ranks = ", ".join(str(rank) for rank in hung)
+        return Hung(
+            f"Training hangs: no optimizer step for step_timeout: {self.timeout_s:g} s, because of "
+            f"worker {ranks}",
+            "\n".join(lines),
+            "run again with resume_from_checkpoint: true, without its node if it is always the "
+            "same; max_failures: N restarts by itself; raise step_timeout if a step may take as "
+            "long",
+        )
+
+
+def hanging(
+    pulses: dict[int, Pulse], silent_s: dict[int, float], timeout_s: float
+) -> dict[int, str]:
+    """Return rank -> what it does, of the workers that hold up the run; none where it goes on.
+
+    Args:
+        pulses: the answers of this moment, by rank.
+        silent_s: for each rank that has not answered, the seconds since it was asked.
+        timeout_s: how long may pass without a step or an answer.
+    """
+    stalled = {rank: p for rank, p in pulses.items() if p.stalled_s > timeout_s}
+    if not stalled and not any(s > timeout_s for s in silent_s.values()):
+        return {}
+    silent = {
+        rank: f"its process does not answer, for {s:.0f} s"
+        for rank, s in sorted(silent_s.items())
+        if s > timeout_s / 2
+    }
+    if silent:
+        return silent
+    # Those that wait for others are held up themselves, unless all do.
+    causes = {rank: p for rank, p in stalled.items() if not p.waits} or stalled
+    return {
+        rank: f"{p.step} steps done since it was started, then {p.stalled_s:.0f} s at {p.place}"
+        for rank, p in sorted(causes.items())
+    }

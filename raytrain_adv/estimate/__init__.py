@@ -1,0 +1,1 @@
+"""Memory, FLOPs, traffic and limits, before a run."""

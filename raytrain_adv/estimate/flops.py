@@ -1,0 +1,115 @@
+"""Model FLOPs per token: what the mathematics of a training step needs, recomputation not counted.
+
+    forward   2 x W                    each matrix element is multiplied and added once per token
+    backward  2 x W (inputs' gradient) + 2 x W (weights' gradient; none for frozen weights)
+    attention 12 x heads x (d_qk + d_v) / 2 x (keys a token attends to), summed over the layers
+
+W counts the elements of every matrix a token is multiplied with: the linears and the head, tied to
+the embedding or not; not the embedding, which is looked up. Of a mixture's experts only the active
+ones count. Under a causal mask a token attends to T / 2 keys on average; with a sliding window of
+w < T to w - w^2 / (2 T). Source: PaLM, https://arxiv.org/abs/2204.02311, appendix B, whose
+attention term is twice this one: it does not take the causal mask into account.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import cast
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
+
+ROUTED_EXPERT = re.compile(r"\bexperts\.\d+\.")
+WITHOUT_ATTENTION = ("linear_attention", "mamba", "conv", "recurrent")
+
+
+def training_flops_per_token(model: nn.Module, seq_len: float) -> float:
+    """Return the floating-point operations of forward and backward per token of a sequence.
+
+    Args:
+        model: a transformers causal language model, on any device, sharded or not.
+        seq_len: tokens per sequence; where they differ, the mean over all tokens of their own's.
+    """
+    config = text_config(model)
+    active = active_expert_share(config)
+    flops = 0.0
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        share = active if ROUTED_EXPERT.search(fqn) else 1.0
+        if isinstance(module, QuantizedLinear):  # frozen, and packed
+            flops += module.in_features * module.out_features * share * 4
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.startswith("bias") or parameter.ndim not in (2, 3):
+                continue
+            # Stacked experts: [expert, out, in].
+            used = active if parameter.ndim == 3 else share
+            flops += parameter.numel() * used * (6 if parameter.requires_grad else 4)
+    return flops + attention_flops_per_token(config, seq_len)
+
+
+def attention_flops_per_token(config: PretrainedConfig, seq_len: float) -> float:
+    """Return the operations of the attention products, forward and backward, over all layers."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    query_dim, value_dim = head_dim, getattr(config, "v_head_dim", None) or head_dim
+    if getattr(config, "qk_nope_head_dim", None):  # multi-head latent attention
+        query_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    per_key = 12.0 * heads * (query_dim + value_dim) / 2
+    window = getattr(config, "sliding_window", None) or seq_len
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        # Mistral's window holds in every layer; where it can be switched off it has a switch.
+        slides = getattr(config, "use_sliding_window", True)
+        types = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
+    total = 0.0
+    for kind in types:
+        if kind.startswith(WITHOUT_ATTENTION):
+            continue
+        total += per_key * mean_keys(seq_len, window if "sliding" in kind else seq_len)
+    return total
+
+
+def mean_keys(seq_len: float, window: float) -> float:
+    """Return the keys a token attends to on average, under a causal mask with a window."""
+    window = min(window, seq_len)
+    return window - window**2 / (2 * seq_len)
+
+
+def active_expert_share(config: PretrainedConfig) -> float:
+    """Return the share of a mixture's routed experts that a token passes through; 1 without any."""
+    experts = num_experts(config)
+    return experts_per_token(config) / experts if experts else 1.0
+
+
+def num_experts(config: PretrainedConfig) -> int:
+    """Return the number of routed experts per layer; architectures name it differently."""
+    for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+        count = getattr(config, key, None)
+        if isinstance(count, int) and count > 1:
+            return count
+    return 0
+
+
+def experts_per_token(config: PretrainedConfig) -> int:
+    """Return how many routed experts a token passes through."""
+    for key in (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_k",
+        "top_k_experts",
+    ):
+        count = getattr(config, key, None)
+        if isinstance(count, int):
+            return count
+    return 1
+
+
+def text_config(model: nn.Module) -> PretrainedConfig:
+    """Return the config of the model's language part."""
+    config = cast(PretrainedConfig, model.config)
+    return config.get_text_config()

@@ -1,0 +1,256 @@
+"""How much memory a worker's GPU will need, from the shapes of the model alone.
+
+Not everything is held at once, so the moments of a step are added up one by one and the largest
+counts. What is predicted is what torch.cuda.max_memory_allocated reports; the CUDA context and
+what the allocator cannot use come on top (see `RESERVE`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.workers import accumulation
+from raytrain_adv.estimate.flops import text_config
+from raytrain_adv.estimate.sizes import GIB, HostCopies, Passes, States, head_loss
+from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
+from raytrain_adv.ops.bitsandbytes.linear import num_weights, quantized_linears
+from raytrain_adv.ops.loss.function import CHUNK_TOKENS
+
+REDUCE_BYTES = 4
+"""FSDP2 adds gradients up in float32."""
+GATHERED_AHEAD = 2
+"""Layers whose parameters are whole at a time: the one that computes and the one fetched for it."""
+WORKSPACE_BYTES = 96 * 2**20
+"""cuBLAS and attention workspaces, rotary tables, token ids."""
+RESERVE = 0.06
+"""Share of a GPU's memory to leave free: CUDA context, NCCL buffers, fragmentation."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is in GPU memory at one moment of a training step, in GiB."""
+
+    name: str
+    parameters: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    logits: float = 0.0
+    gathered: float = 0.0
+    workspace: float = WORKSPACE_BYTES / GIB
+
+    @property
+    def total(self) -> float:
+        """The sum, in GiB."""
+        held = self.parameters + self.gradients + self.optimizer
+        return held + self.activations + self.logits + self.gathered + self.workspace
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """Predicted peak memory of one worker, in GiB. The parts are each one's own largest size."""
+
+    parameters: float
+    """This worker's shard of the parameters."""
+    gradients: float
+    """This worker's shard of the gradients."""
+    optimizer: float
+    """This worker's shard of the optimizer's states."""
+    activations: float
+    """What forward keeps for backward, and what a layer's backward pass needs beside it."""
+    logits: float
+    """Logits, their gradient, and the loss's own copies."""
+    gathered: float
+    """Whole parameters and gradients of the layers FSDP2 is working on."""
+    total: float
+    """The most that is held at one moment: less than the sum of the parts."""
+    peak: str
+    """Name of that moment."""
+    phases: tuple[Phase, ...]
+    """The moments of a step, in order."""
+    host: float
+    """Host memory per worker for what is offloaded."""
+    copies: HostCopies
+    """Host memory per worker for checkpoints."""
+    explanations: dict[str, str]
+    """Part -> how its size comes about."""
+
+    def fits(self, memory_gib: float) -> bool:
+        """Whether a GPU with this memory has room, with RESERVE left free."""
+        return self.total <= memory_gib * (1 - RESERVE)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the prediction as JSON types."""
+        phases = [{**asdict(p), "total": p.total} for p in self.phases]
+        return {**asdict(self), "phases": phases}
+
+
+def predict(
+    model: PreTrainedModel, job: JobConfig, world_size: int, seq_len: int, batch: int
+) -> MemoryPrediction:
+    """Predict the peak memory of each worker.
+
+    Args:
+        model: the model after its transforms, before sharding; the meta device is enough.
+        job: the resolved job.
+        world_size: number of workers.
+        seq_len: tokens of the longest sequence, padding included.
+        batch: sequences per worker in one forward and backward pass.
+    """
+    states = States.of(model, job, world_size)
+    passes = Passes.of(model, job, seq_len, batch)
+    phases = _phases(states, passes, job, accumulation(job, world_size) > 1)
+    host = 0.0
+    if job.parallel.fsdp_cpu_offload:
+        host = states.parameters + states.gradients + states.optimizer
+        phases = tuple(replace(p, parameters=0.0, gradients=0.0, optimizer=0.0) for p in phases)
+    peak = max(phases, key=lambda phase: phase.total)
+    return MemoryPrediction(
+        parameters=max(p.parameters for p in phases),
+        gradients=max(p.gradients for p in phases),
+        optimizer=max(p.optimizer for p in phases),
+        activations=max(p.activations for p in phases),
+        logits=max(p.logits for p in phases),
+        gathered=max(p.gathered for p in phases),
+        total=peak.total,
+        peak=peak.name,
+        phases=phases,
+        host=host,
+        copies=HostCopies.of(model, job, world_size),
+        explanations=_explanations(model, job, states, batch * seq_len),
+    )
+
+
+def _phases(s: States, a: Passes, job: JobConfig, accumulates: bool) -> tuple[Phase, ...]:
+    """Put the moments of a step together; the optimizer's states are there from the second on."""
+    earlier = s.gradients if accumulates else 0.0
+    stays = 0.0 if job.parallel.fsdp_reshard_after_forward else s.root + s.layer * s.num_layers
+    one = a.recomputed + a.temporaries
+    held = Phase("", parameters=s.parameters, optimizer=s.optimizer)
+    g = _Gradients.sharded(s, job, earlier) if s.is_sharded else _Gradients.whole(s, earlier)
+    whole = max(stays, s.root + GATHERED_AHEAD * s.layer)
+    phases = [
+        replace(
+            held,
+            name="loss",
+            gradients=earlier,
+            activations=a.kept,
+            logits=a.logits,
+            gathered=stays,
+        ),
+        replace(
+            held,
+            name="backward, head",
+            gradients=g.first,
+            activations=a.kept,
+            logits=a.logits_gradient,
+            gathered=max(stays, s.root) + g.head_reducing,
+        ),
+        replace(
+            held,
+            name="backward, last layer",
+            gradients=g.first,
+            activations=a.kept + one,
+            gathered=whole + g.reducing,
+        ),
+        replace(
+            held,
+            name="backward, first layer",
+            gradients=g.last,
+            activations=a.kept_by_one + one,
+            gathered=whole + g.reducing,
+        ),
+        replace(
+            held, name="backward, end", gradients=s.gradients, gathered=s.root + g.end_reducing
+        ),
+        replace(
+            held, name="optimizer step", gradients=s.gradients, activations=s.optimizer_temporaries
+        ),
+    ]
+    if a.logits_eval:
+        phases += [
+            replace(held, name="evaluation, layers", activations=a.layer_eval, gathered=whole),
+            replace(held, name="evaluation", logits=a.logits_eval, gathered=max(stays, s.root)),
+        ]
+    return tuple(phases)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Gradients in the course of a backward pass; in GiB."""
+
+    first: float
+    """There when the last layer's backward pass begins."""
+    last: float
+    """There when the first layer's backward pass runs."""
+    head_reducing: float = 0.0
+    """The head's whole gradient: FSDP2 reduces it last."""
+    reducing: float = 0.0
+    """A layer's gradients on their way through the reduction, and the head's."""
+    end_reducing: float = 0.0
+    """The head's and the embedding's on their way through the reduction."""
+
+    @staticmethod
+    def whole(s: States, earlier: float) -> _Gradients:
+        """Without FSDP2: the first layer's and the embedding's gradients come last."""
+        missing = s.layer_gradient + (0.0 if s.is_tied else s.embedding_gradient)
+        return _Gradients(
+            first=max(earlier, s.head_gradient),
+            last=earlier or s.gradients - missing,
+            end_reducing=s.embedding_gradient if s.is_tied or earlier else 0.0,
+        )
+
+    @staticmethod
+    def sharded(s: States, job: JobConfig, earlier: float) -> _Gradients:
+        """With FSDP2: whole in the compute dtype, copied to float32, reduced into the shards."""
+        with_copy = 1 + REDUCE_BYTES / compute_dtype(job).itemsize
+        outside = s.head_gradient + (0.0 if s.is_tied else s.embedding_gradient)
+        return _Gradients(
+            first=earlier,
+            last=s.gradients,
+            head_reducing=s.head_gradient,
+            reducing=s.layer_gradient * with_copy + s.head_gradient,
+            end_reducing=outside * with_copy,
+        )
+
+
+def _explanations(
+    model: PreTrainedModel, job: JobConfig, states: States, tokens: int
+) -> dict[str, str]:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    quantized = {layer.form.kind for _, layer in quantized_linears(model)}
+    dtypes = [*sorted(quantized), *dtypes]
+    over = f", over {states.shard_size} workers" if states.shard_size > 1 else ""
+    optimizer = {"adamw_torch_8bit": "two states of 8 bits"}.get(
+        job.train.optim, "two states in the parameters' dtype"
+    )
+    mode = checkpointing_mode(job)
+    kept = {
+        "none": "everything backward needs is kept",
+        "selective": "results of matrix products and attention are kept",
+        "full": "each layer's input is kept",
+    }[mode]
+    how = "compiled layers" if job.parallel.torch_compile else "eager layers"
+    copies = "" if job.parallel.torch_compile else f", float32 {CHUNK_TOKENS} tokens at a time"
+    logits = f"{tokens:,} x {text_config(model).vocab_size:,}, and their gradient{copies}"
+    in_head = head_loss(model)
+    if in_head is not None:
+        logits = (
+            f"{in_head.kernel}: never of all {tokens:,} tokens; with the gradients of the head and "
+            "its input"
+        )
+    return {
+        "parameters": f"{num_weights(model):,} in {' and '.join(dtypes)}{over}",
+        "gradients": f"of {trained:,} trained parameters{over}",
+        "optimizer": f"{optimizer}{over}",
+        "activations": f"{tokens:,} tokens, {how}; {kept}",
+        "logits": logits,
+        "gathered": "whole layers while FSDP2 computes with them"
+        if states.is_sharded
+        else "nothing: one worker, no FSDP2",
+    }

@@ -1,0 +1,341 @@
+"""The sizes that a prediction of memory is put together from: states, passes, logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.estimate.activations import AttentionKind, read_layer
+from raytrain_adv.estimate.flops import text_config
+from raytrain_adv.model.build import decoder_layers
+from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
+from raytrain_adv.ops.bitsandbytes.linear import quantized_linears
+from raytrain_adv.ops.loss.function import CHUNK_TOKENS
+from raytrain_adv.ops.loss.head import HeadLoss, loss_of
+from raytrain_adv.ops.loss.linear_cross_entropy import MOST_ROUNDINGS, chunk_tokens
+
+GIB = 2**30
+QUANTISED_BLOCK = 256
+QUANTISED_STATE_BYTES = 1 + 4 / QUANTISED_BLOCK
+"""torchao's 8-bit optimizer state: a byte per value and a float32 scale per block."""
+SMALLEST_QUANTISED = 4096
+"""Parameters with fewer elements keep plain states in torchao's 8-bit optimizer."""
+
+
+@dataclass(frozen=True)
+class States:
+    """What lives as long as the model, and its parts that FSDP2 makes whole for a while; in GiB."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    head_gradient: float
+    """Whole gradient of the head."""
+    embedding_gradient: float
+    """Whole gradient of the input embedding; the same tensor as the head's where they are tied."""
+    layer_gradient: float
+    """Whole gradient of one layer, in the dtype in which backward makes it."""
+    root: float
+    """Whole parameters outside the layers, in the compute dtype; 0 without FSDP2."""
+    layer: float
+    """Whole parameters of one layer, in the compute dtype; 0 without FSDP2."""
+    optimizer_temporaries: float
+    """What the optimizer's step holds beside its states."""
+    num_layers: int
+    shard_size: int
+    is_tied: bool
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 is applied."""
+        return self.layer > 0
+
+    @staticmethod
+    def of(model: PreTrainedModel, job: JobConfig, world_size: int) -> States:
+        """Read the sizes off the model."""
+        size, sharded = compute_dtype(job).itemsize, uses_fsdp(model, job, world_size)
+        shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
+        layers = [layer for _, layer in decoder_layers(model)]
+        largest = max(layers, key=num_elements)
+        root = num_elements(model) - sum(num_elements(layer) for layer in layers)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        grad_sizes = {p: size if sharded else p.element_size() for p in trained}
+        # transformers leaves this method without types.
+        head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        embedding = model.get_input_embeddings()
+
+        def gradient(module: nn.Module | None) -> float:
+            parameters = module.parameters() if module is not None else ()
+            return sum(p.numel() * grad_sizes.get(p, 0) for p in parameters) / GIB
+
+        return States(
+            parameters=num_bytes(model.parameters()) / shard_size / GIB,
+            gradients=num_bytes(trained) / shard_size / GIB,
+            optimizer=optimizer_bytes(trained, job, shard_size) / GIB,
+            optimizer_temporaries=step_bytes(trained, job, shard_size, sharded) / GIB,
+            head_gradient=gradient(head),
+            embedding_gradient=gradient(embedding),
+            layer_gradient=gradient(largest),
+            root=root * size / GIB if sharded else 0.0,
+            layer=num_elements(largest) * size / GIB if sharded else 0.0,
+            num_layers=len(layers),
+            shard_size=shard_size,
+            is_tied=head is not None and head.weight is embedding.weight,
+        )
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What forward and backward hold for a micro-batch; in GiB."""
+
+    kept: float
+    """Kept by forward for backward, over all layers."""
+    kept_by_one: float
+    """The part of it that belongs to one layer."""
+    recomputed: float
+    """Computed again while one layer's backward pass runs."""
+    temporaries: float
+    """Gradients of activations in one layer's backward pass, and a quantised weight made whole."""
+    logits: float
+    """Logits, their gradient and the loss's copies, at their most."""
+    logits_gradient: float
+    """The gradient that goes into the head's backward pass, or comes from the head's loss."""
+    logits_eval: float
+    """Logits and the loss's copies of an evaluation pass; 0 without held-out rows."""
+    layer_eval: float
+    """A layer's input, output and inner activations in an evaluation pass, which keeps none."""
+
+    @staticmethod
+    def of(model: PreTrainedModel, job: JobConfig, seq_len: int, batch: int) -> Passes:
+        """Work the sizes out from the layers' shapes."""
+        config, size = text_config(model), compute_dtype(job).itemsize
+        mode, compiled = checkpointing_mode(job), job.parallel.torch_compile
+        kind = attention_kind(config, job)
+        layers = [read_layer(layer, config) for _, layer in decoder_layers(model)]
+        whole = [
+            (x.kept_compiled if compiled else x.kept_eager)(size, kind, seq_len) for x in layers
+        ]
+        kept = {
+            "none": whole,
+            "full": [float(size * x.hidden) for x in layers],
+            "selective": [x.kept_selective(size, compiled) for x in layers],
+        }[mode]
+        recomputed = 0.0
+        if mode != "none":
+            held = kept if mode == "selective" else [0.0] * len(kept)
+            recomputed = max(max(w - h, 0.0) for w, h in zip(whole, held, strict=True))
+        # The final norm runs uncompiled: float32 copy, normalised form, the head's input.
+        final = (4 + 2 * size) * config.hidden_size
+        unit = batch * seq_len / GIB
+        vocab, caps = config.vocab_size, getattr(config, "final_logit_softcapping", None)
+        evaluates = bool(job.data.val_size or job.data.eval_dataset)
+        eval_tokens = job.train.per_device_eval_batch_size * seq_len if evaluates else 0
+        in_head = head_loss(model)
+        loss: Loss | LossInHead = Loss(vocab, size, compiled, capped=caps is not None)
+        if in_head is not None:
+            # transformers leaves this method without types.
+            head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
+            loss = LossInHead(in_head, config.hidden_size, size, trained)
+        return Passes(
+            kept=(sum(kept) + final) * unit,
+            kept_by_one=max(kept) * unit,
+            recomputed=recomputed * unit,
+            temporaries=max(x.backward_temporaries(size, kind, seq_len) for x in layers) * unit
+            + largest_dequantized(model) * size / GIB,
+            logits=loss.training(batch * seq_len) / GIB,
+            logits_gradient=loss.gradient(batch * seq_len) / GIB,
+            logits_eval=loss.evaluation(eval_tokens) / GIB,
+            layer_eval=max(size * (3 * x.hidden + x.mlp_inner + x.mlp_width) for x in layers)
+            * eval_tokens
+            / GIB,
+        )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Bytes of the loss over full logits; see worker/loss.py."""
+
+    vocab: int
+    size: int
+    compiled: bool
+    capped: bool
+    """Whether the model bends its logits by tanh, which keeps a copy."""
+
+    def training(self, tokens: int) -> float:
+        """Return the most that logits, their gradient and float32 copies take."""
+        row = self.vocab * (self.size * (2 if self.capped else 1))
+        if self.compiled:
+            return tokens * (row + self.vocab * self.size)
+        chunk = min(tokens, CHUNK_TOKENS) * self.vocab
+        # Of a chunk, float32: log-softmax, its gradient, the gradient of the logits' copy.
+        copies = 3 * 4 * chunk
+        if tokens <= CHUNK_TOKENS:
+            return max(tokens * row + 2 * 4 * chunk, copies)
+        gradients = tokens * self.vocab * self.size
+        # At the last chunk; then the chunks' gradients are joined, and exist twice for a moment.
+        return tokens * row + gradients + max(copies - chunk * self.size, gradients)
+
+    def gradient(self, tokens: int) -> float:
+        """Return what goes into the head's backward pass."""
+        return tokens * self.vocab * self.size
+
+    def evaluation(self, tokens: int) -> float:
+        """Return what training does, for a pass without gradients."""
+        copies = 0 if self.compiled else 8 * min(tokens, CHUNK_TOKENS) * self.vocab
+        return tokens * self.vocab * self.size + copies
+
+
+@dataclass(frozen=True)
+class LossInHead:
+    """Bytes of a loss that the head computes, without the logits of all tokens; see
+    ops/loss_head.py.
+    """
+
+    loss: HeadLoss
+    hidden: int
+    size: int
+    trained: int
+    """Elements of the head's parameters that get a gradient."""
+
+    def training(self, tokens: int) -> float:
+        """Return the most that a chunk and the gradients made with it take, in the forward pass."""
+        return self.chunk(tokens) + self.gradient(tokens) + self.of_parameters(tokens)
+
+    def chunk(self, tokens: int) -> float:
+        """Return the bytes of a chunk's logits."""
+        if self.loss.kernel == "cut_cross_entropy":
+            return 0.0  # they stay on the chip
+        largest = chunk_tokens(tokens, self.loss.vocab, self.size)
+        if self.loss.kernel == "liger":
+            # Source: liger_kernel.ops.fused_linear_cross_entropy, inc_factor and chunk_size.
+            largest = 1 << (-(-tokens * self.hidden // self.loss.vocab) - 1).bit_length()
+        return min(tokens, largest) * self.loss.vocab * self.size
+
+    def of_parameters(self, tokens: int) -> float:
+        """Return the bytes of the parameters' gradient while it is added up."""
+        if self.loss.kernel == "cut_cross_entropy":
+            return 0.0  # made in backward
+        if self.loss.kernel == "liger":
+            return self.trained * (4 + self.size)  # in float32, then cast
+        num_chunks = -(-tokens // chunk_tokens(tokens, self.loss.vocab, self.size))
+        summed = 4 + self.size if num_chunks > MOST_ROUNDINGS and self.size < 4 else self.size
+        return self.trained * (summed if self.loss.reads_weight else summed + self.size)
+
+    def gradient(self, tokens: int) -> float:
+        """Return the bytes of the gradient of the head's input."""
+        return tokens * self.hidden * self.size
+
+    def evaluation(self, tokens: int) -> float:
+        """Return what training does, for a pass without gradients."""
+        return self.chunk(tokens)
+
+
+def head_loss(model: PreTrainedModel) -> HeadLoss | None:
+    """Return how the model's head computes the loss, if it does."""
+    # transformers leaves this method without types.
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return None if head is None else loss_of(head)
+
+
+def uses_fsdp(model: nn.Module, job: JobConfig, world_size: int) -> bool:
+    """Whether fully_shard will be applied; as worker/parallel.py decides it on the workers."""
+    cast = any(p.dtype != compute_dtype(job) for p in model.parameters())
+    return world_size > 1 or cast or job.parallel.fsdp_cpu_offload
+
+
+def attention_kind(config: PretrainedConfig, job: JobConfig) -> AttentionKind:
+    """Return how attention will run; PyTorch's takes a mask to keep packed conversations apart."""
+    if config._attn_implementation == "eager":
+        return "eager"
+    masked = job.data.neat_packing and config._attn_implementation == "sdpa"
+    return "masked" if masked else "fused"
+
+
+def largest_dequantized(model: nn.Module) -> int:
+    """Return the weights of the largest quantised linear: one at a time is made whole."""
+    sizes = (m.in_features * m.out_features for _, m in quantized_linears(model))
+    return max(sizes, default=0)
+
+
+def num_elements(module: nn.Module) -> int:
+    """Return the elements of all parameters as they are held, tied ones counted once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def num_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Return the bytes of all the parameters."""
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def optimizer_bytes(trained: list[nn.Parameter], job: JobConfig, shard_size: int) -> float:
+    """Return the bytes of AdamW's two states per worker."""
+    if job.train.optim != "adamw_torch_8bit":
+        return 2 * num_bytes(trained) / shard_size
+    total = 0.0
+    for p in trained:
+        quantised = has_8bit_states(p, job, shard_size)
+        size = QUANTISED_STATE_BYTES if quantised else p.element_size()
+        total += 2 * p.numel() / shard_size * size
+    return total
+
+
+@dataclass(frozen=True)
+class HostCopies:
+    """Host memory of a worker that checkpoints are copied to, in GiB; see worker/host_memory.py."""
+
+    kept: float
+    """Taken after the first step and kept for the run; page-locked where the node has room."""
+    new: float
+    """Taken anew for each checkpoint, until it is written: what is in host memory already, and
+    8-bit states, which are copied as float32."""
+
+    @staticmethod
+    def of(model: nn.Module, job: JobConfig, world_size: int) -> HostCopies:
+        """Read the sizes off the model: of the first worker's shard, the largest; each worker has
+        its own, also where another holds the same.
+        """
+        if job.output.save_strategy == "no":
+            return HostCopies(0.0, 0.0)
+        shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
+        with_states = not job.output.save_only_model
+        kept = new = 0.0
+        for p in model.parameters():
+            if not p.requires_grad:
+                continue
+            rows = p.shape[0] if p.ndim else 1
+            local = -(-rows // shard_size) * (p.numel() // max(rows, 1))
+            kept += local * p.element_size()
+            if with_states and has_8bit_states(p, job, shard_size):
+                new += 2 * 4 * local
+            elif with_states:
+                kept += 2 * local * p.element_size()
+        if job.parallel.use_cpu or job.parallel.fsdp_cpu_offload:
+            kept, new = 0.0, kept + new
+        return HostCopies(kept / GIB, new / GIB)
+
+
+def has_8bit_states(parameter: nn.Parameter, job: JobConfig, shard_size: int) -> bool:
+    """Whether torchao's optimizer keeps a parameter's states in 8 bits."""
+    local = parameter.numel() / shard_size
+    is_large = local >= SMALLEST_QUANTISED and local % QUANTISED_BLOCK == 0
+    return job.train.optim == "adamw_torch_8bit" and is_large
+
+
+def step_bytes(
+    trained: list[nn.Parameter], job: JobConfig, shard_size: int, sharded: bool
+) -> float:
+    """Return the bytes that an optimizer step holds for a while: none in the fused form."""
+    largest = max(trained, key=lambda p: p.numel())
+    if job.train.optim == "adamw_torch_8bit":
+        # Parameter by parameter, with both states in float32.
+        return 2 * 4 * largest.numel() / shard_size
+    if job.train.optim == "adamw_torch":
+        # Of sharded parameters one by one, else of all at once: the denominator of the update.
+        each = 2 * largest.numel() * largest.element_size()
+        return (each if sharded else num_bytes(trained)) / shard_size
+    return 0.0

@@ -1,0 +1,1 @@
+"""The model: files, building, attention, sharding, weights."""

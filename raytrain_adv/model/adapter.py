@@ -1,0 +1,30 @@
+"""Adapters in PEFT's files: their names there, and reading them back into the shards."""
+
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+
+from raytrain_adv.dtensor import copy_local, local_region, plain_name
+from raytrain_adv.transforms.lora import ADAPTER, is_adapter
+
+FILE_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""Where PEFT's own wrapper keeps the model; its files carry the name."""
+
+
+def peft_name(fqn: str) -> str:
+    """Return an adapter parameter's name in PEFT's files."""
+    # DoRA's magnitudes keep the `.weight` that PEFT drops when it saves: PEFT reads both forms,
+    # while transformers 5.17 to 5.23 does not find the dropped one and goes on with magnitudes of
+    # its own.
+    return PREFIX + plain_name(fqn).replace(f".{ADAPTER}.", ".")
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Read a folder's adapters into this rank's shards of a model that has the same ones."""
+    with safe_open(folder / FILE_NAME, framework="pt") as file:
+        for fqn, parameter in model.named_parameters():
+            if is_adapter(fqn):
+                part = file.get_slice(peft_name(fqn))[local_region(parameter)]
+                copy_local(parameter, part)

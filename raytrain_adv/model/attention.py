@@ -1,0 +1,314 @@
+"""Which attention a job's model computes with: what was asked for, or the best that is there."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from raytrain_adv import hardware
+from raytrain_adv.config import JobConfig
+from raytrain_adv.errors import JobError
+from raytrain_adv.hardware import HardwareFacts
+from raytrain_adv.kernels import fetch as kernel_files
+from raytrain_adv.kernels import lock as locks
+from raytrain_adv.kernels.hub import NoBuild
+from raytrain_adv.kernels.source import Wanted, of_name
+from raytrain_adv.kernels.swap import load_module
+from raytrain_adv.model.files import FLASH_PACKAGES, check_flash_package
+from raytrain_adv.transforms.hub_kernels import HubKernels, own_lock
+
+ATTENTION = {
+    "disabled": "eager",
+    "sdpa": "sdpa",
+    "fa2": "flash_attention_2",
+    "fa3": "flash_attention_3",
+}
+LOWEST_CAPABILITY = {"fa3": (9, 0), "fa2": (8, 0)}
+"""Package of flash attention -> the GPUs it is for; FlashAttention-3 is for Hopper alone."""
+HUB = "hub:"
+HUB_ATTENTION = "hub_attention"
+"""The name under which a kernel of hub:<repo> is registered with transformers, which would load
+one of its own choice for a name with flash in it.
+"""
+
+
+def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
+    """Return transformers' name of the attention to use; none leaves the choice to transformers.
+
+    Raises:
+        JobError: when what was asked for is not there, or would leave out what the architecture
+            computes.
+    """
+    asked = job.model.flash_attn
+    check_flash_package(asked)
+    # PyTorch's fused attention has no cap on the scores; transformers before 5.23 uses it all the
+    # same for Gemma 2, and drops the cap. Remove when the lowest transformers allowed refuses.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and asked == "sdpa":
+        raise JobError(
+            f"{job.model.model_name_or_path} does not support flash_attn: sdpa",
+            "its config caps attention scores (attn_logit_softcapping), which sdpa cannot",
+            "set flash_attn: auto",
+        )
+    if asked.startswith(HUB):
+        return _register(job)
+    if asked != "auto":
+        return ATTENTION[asked]
+    best = _best_package(job, config)
+    return ATTENTION[best] if best is not None else "eager" if capped else None
+
+
+def is_flash(model: PreTrainedModel) -> bool:
+    """Whether the model's attention takes packed conversations by their bounds, without a mask."""
+    name = str(model.config._attn_implementation)
+    return name == HUB_ATTENTION or name.startswith("flash_attention_")
+
+
+def attention_name(job: JobConfig, model: PreTrainedModel) -> str:
+    """Return what computes attention, for plans and reports: transformers' name, or the kernel with
+    its commit or the hash of its files, as the run has pinned it.
+    """
+    name = str(model.config._attn_implementation)
+    wanted = kernel_asked(job)
+    if name != HUB_ATTENTION or wanted is None:
+        return name
+    given = job.transform(HubKernels).kernels_lock
+    files = [own_lock(job), *([Path(given).expanduser()] if given is not None else [])]
+    found = [locks.read(file).of(wanted) for file in files if file.is_file()]
+    locked = next((one for one in found if one is not None), None)
+    if locked is None and wanted.is_local:
+        place = job.transform(HubKernels).place(job, hardware.detect("cpu"))
+        locked = kernel_files.find(wanted, replace(place, target=None)).locked
+    return job.model.flash_attn + (f", {locked.at}" if locked is not None else "")
+
+
+def kernel_asked(job: JobConfig) -> Wanted | None:
+    """Return the kernel that flash_attn names, in a version that is known to work where it names
+    none; none where flash_attn is another attention.
+    """
+    if not job.model.flash_attn.startswith(HUB):
+        return None
+    name = job.model.flash_attn.removeprefix(HUB)
+    if name.startswith(("/", ".", "~")):  # another is the Hub's, whatever folder it is read in
+        return Wanted(name, is_local=True)
+    wanted = replace(of_name(name), is_local=False)
+    if wanted.version is not None or wanted.revision is not None:
+        return wanted
+    return replace(wanted, version=_version_of(wanted.source))
+
+
+def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
+    """Put the kernel's files into output_dir, pinned by kernels.lock.json there.
+
+    Raises:
+        JobError: when it cannot be had, or is not what kernels_lock says.
+    """
+    wanted, file = kernel_asked(job), own_lock(job)
+    if wanted is not None or file.is_file():
+        place = job.transform(HubKernels).place(job, facts)
+        every = () if wanted is None else (wanted,)
+        kernel_files.fetch(every, place, file, say, use="attention")
+
+
+def refuse_unsupported(job: JobConfig, model: PreTrainedModel) -> None:
+    """Refuse a kernel of hub:<repo> for an architecture that has no flash attention.
+
+    Raises:
+        JobError: naming the architecture.
+    """
+    sinks = [name for name, _ in model.named_parameters() if name.endswith(".sinks")]
+    if job.model.flash_attn.startswith(HUB) and sinks:
+        raise JobError(
+            f"{job.model.model_name_or_path} does not support flash_attn: {job.model.flash_attn}",
+            f"its attention has sinks ({sinks[0]}), which the kernel would leave out",
+            "set flash_attn: auto",
+        )
+    if job.model.flash_attn.startswith(HUB) and not model._supports_flash_attn:
+        raise JobError(
+            f"{job.model.model_name_or_path} does not support flash_attn: {job.model.flash_attn}",
+            f"{type(model).__name__} has no flash attention",
+            "set flash_attn: auto",
+        )
+
+
+def _best_package(job: JobConfig, config: PretrainedConfig) -> str | None:
+    """Return the flash attention that is installed and fits GPU, precision and architecture."""
+    half = job.train.computes_in_bf16
+    if not half or job.parallel.use_cpu or not torch.cuda.is_available():
+        return None
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    kind: Any = auto._model_mapping.get(type(config), None)
+    if kind is None or not getattr(kind, "_supports_flash_attn", False):
+        return None
+    for name, lowest in LOWEST_CAPABILITY.items():
+        capability = torch.cuda.get_device_capability()
+        fits = capability >= lowest and (name != "fa3" or capability[0] == lowest[0])
+        if fits and importlib.util.find_spec(FLASH_PACKAGES[name]) is not None:
+            return name
+    return None
+
+
+def _register(job: JobConfig) -> str:
+    """Make a kernel known to transformers under HUB_ATTENTION; return that name.
+
+    It is loaded where there is a GPU; elsewhere, as on a driver that makes plans, only one from a
+    folder, if it has a build for that machine.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known: Any = ALL_ATTENTION_FUNCTIONS
+    masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
+    hub = HubAttention(job)
+    if torch.cuda.is_available():
+        hub.kernel()
+    elif hub.wanted.is_local:
+        with contextlib.suppress(NoBuild):  # the GPUs that it is for are elsewhere
+            hub.kernel()
+    else:
+        place = job.transform(HubKernels).place(job, hardware.detect("cpu"))
+        if place.given is not None and not (place.own and place.own.is_file()):
+            kernel_files.require_in(hub.wanted, place.given)
+    known.register(HUB_ATTENTION, hub)
+    masks.register(HUB_ATTENTION, masks["flash_attention_2"])
+    return HUB_ATTENTION
+
+
+class HubAttention:
+    """Flash attention by a kernel of the Hub or of a folder, in transformers' calling convention.
+
+    Not by transformers' own loading, which takes one minor version of `kernels` alone, knows no
+    folders and no lock files, and drops the bounds of packed conversations in batches of several
+    sequences.
+    """
+
+    def __init__(self, job: JobConfig) -> None:
+        wanted = kernel_asked(job)
+        if wanted is None:
+            raise ValueError(f"flash_attn: {job.model.flash_attn} names no kernel")
+        self.job, self.wanted = job, wanted
+        self._loaded: ModuleType | None = None
+
+    def kernel(self) -> ModuleType:
+        """Return the kernel, loaded once.
+
+        Raises:
+            JobError: when it cannot be had, is not the one that is locked, or is no flash
+                attention.
+            NoBuild: when it is for other machines than this one.
+        """
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def _load(self) -> ModuleType:
+        asked = f"flash_attn: {self.job.model.flash_attn}"
+        if importlib.util.find_spec("kernels") is None:
+            raise JobError(
+                f"{asked} needs the package kernels",
+                "it is not installed here",
+                "pip install kernels on the driver and the workers, or set flash_attn: auto",
+            )
+        facts = hardware.detect(None if torch.cuda.is_available() else "cpu")
+        place = self.job.transform(HubKernels).place(self.job, facts)
+        try:
+            build = kernel_files.find(self.wanted, place)
+            if place.own is not None and place.own.is_file():
+                locks.require_same(build.locked, build.folder, place.own)
+            kernel = load_module(build.folder)
+        except NoBuild:
+            raise
+        except JobError as error:
+            raise JobError(
+                f"{asked} cannot be loaded",
+                f"{error.what}\n{error.found}",
+                f"{error.fix};\nor give a folder that holds the kernel: {HUB}/path; or set "
+                "flash_attn: auto",
+            ) from error
+        missing = [
+            n for n in ("flash_attn_func", "flash_attn_varlen_func") if not hasattr(kernel, n)
+        ]
+        if missing:
+            raise JobError(
+                f"{asked} is no flash attention",
+                f"it has no {' and no '.join(missing)}: {build.folder}",
+                "name a kernel as kernels-community/flash-attn2, or set flash_attn: auto;\na run "
+                f"that goes on keeps its copy: once it is mended delete {own_lock(self.job)}",
+            )
+        return kernel
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Return attention's output [sequences, time, heads, features], causal.
+
+        Args:
+            module: the attention module that asks.
+            query: [sequences, heads, time, features], as key and value with their own heads.
+            key: see query.
+            value: see query.
+            attention_mask: none; padding lies on the right and is a conversation of its own.
+            dropout: share of the weights that is dropped.
+            scaling: factor of the scores; none means 1 / sqrt(features).
+            sliding_window: tokens that one sees, itself included; none means all before it.
+            softcap: largest magnitude of a score.
+            cu_seq_lens_q: int32, where conversations begin in the sequences laid end to end.
+            max_length_q: tokens of the longest, at least.
+            **others: what transformers passes to other attentions.
+        """
+        if others.get("s_aux") is not None:
+            raise JobError(
+                f"flash_attn: {self.job.model.flash_attn} cannot compute this model's attention",
+                f"{type(module).__name__} has sinks, which the kernel would leave out",
+                "set flash_attn: auto",
+            )
+        kernel: Any = self.kernel()
+        options: dict[str, Any] = {"softmax_scale": scaling, "causal": True}
+        if dropout:
+            options["dropout_p"] = dropout
+        if sliding_window is not None:
+            options["window_size"] = (sliding_window - 1, 0)
+        if softcap is not None:
+            options["softcap"] = softcap
+        features = value.shape[-1]  # fewer than the queries' in multi-head latent attention
+        value = torch.nn.functional.pad(value, (0, query.shape[-1] - features))
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if cu_seq_lens_q is None:
+            output = kernel.flash_attn_func(q, k, v, **options)
+        else:
+            bounds = {"cu_seqlens_q": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_q}
+            lengths = {"max_seqlen_q": max_length_q, "max_seqlen_k": max_length_q}
+            flat = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
+            output = kernel.flash_attn_varlen_func(*flat, **bounds, **lengths, **options)
+        whole: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        whole = whole.reshape(q.shape[0], q.shape[1], *whole.shape[-2:])
+        return whole[..., :features], None
+
+
+def _version_of(repo: str) -> int:
+    """Return the version that transformers was tested with; 1 where it says none."""
+    from transformers.integrations import hub_kernels
+
+    return int(getattr(hub_kernels, "FLASH_ATTN_KERNEL_VERSIONS", {}).get(repo, 1))

@@ -1,0 +1,271 @@
+"""The model as an empty shape: built on the meta device from its config, without any weights."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from raytrain_adv.config import JobConfig
+from raytrain_adv.errors import JobError, TrainingError
+from raytrain_adv.model.attention import attention, refuse_unsupported
+from raytrain_adv.model.files import (
+    check_folder,
+    check_weights,
+    is_local,
+    model_source,
+    nearest_folders,
+)
+from raytrain_adv.transforms.lora import Lora
+
+CAUSAL_CLASS = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
+ATTENTION_SIZES = ("num_attention_heads", "num_key_value_heads")
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", *ATTENTION_SIZES)
+OTHER_MODALITIES = re.compile(
+    r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector|embed_vision|embed_audio)$"
+)
+
+
+def build(job: JobConfig) -> PreTrainedModel:
+    """Build the job's model on the meta device: every parameter has its shape and dtype, none has
+    memory.
+
+    Parameters are float32, or bfloat16 with pure_bf16 and for the frozen base of a LoRA run in
+    bf16. Tied weights are tied; the key-value cache is off; rotary tables keep the dtype the
+    architecture gives them.
+
+    Raises:
+        JobError: when the model cannot be found or read, is no causal language model, or has no
+            weights to load.
+    """
+    config = read_config(job)
+    if not job.model.train_from_scratch:
+        check_weights(job)
+    config.use_cache = False
+    implementation = attention(job, config)
+    try:
+        with torch.device("meta"):
+            auto: Any = AutoModelForCausalLM
+            model: PreTrainedModel = auto.from_config(
+                config,
+                dtype=parameter_dtype(job),
+                attn_implementation=implementation,
+                trust_remote_code=job.model.trust_remote_code,
+            )
+    except Exception as error:
+        # What a config can do to the code that reads it has no end: whatever it is, it is the
+        # config's fault.
+        raise refusal_of(job, config, error) from error
+    model.config.use_cache = False
+    refuse_other_modalities(job, model)
+    refuse_unsupported(job, model)
+    model.train()
+    return model
+
+
+def parameter_dtype(job: JobConfig) -> torch.dtype:
+    """Return the dtype in which the model's own parameters are kept."""
+    frozen_in_bf16 = job.train.bf16 and job.transform(Lora).enabled
+    return torch.bfloat16 if job.train.pure_bf16 or frozen_in_bf16 else torch.float32
+
+
+def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Return fqn and module of each transformer layer, in order; sharding, compiling and
+    recomputation go by these.
+
+    Raises:
+        TrainingError: when the model has no list of layers.
+    """
+    names = set(model._no_split_modules or ())
+    stacks: dict[str, list[tuple[str, nn.Module]]] = {}
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            stacks[fqn] = [(f"{fqn}.{i}", layer) for i, layer in enumerate(module)]
+    declared = {
+        fqn: stack
+        for fqn, stack in stacks.items()
+        if all(type(layer).__name__ in names for _, layer in stack)
+    }
+    candidates = declared or {
+        fqn: s for fqn, s in stacks.items() if len({type(m) for _, m in s}) == 1
+    }
+    if not candidates:
+        raise TrainingError(
+            f"{type(model).__name__} has no list of transformer layers",
+            f"lists of modules: {', '.join(stacks) or 'none'}; "
+            f"layer classes it names: {sorted(names) or 'none'}",
+            "train an architecture whose layers are in one torch.nn.ModuleList",
+        )
+    return max(candidates.values(), key=num_parameters)
+
+
+def num_parameters(layers: list[tuple[str, nn.Module]]) -> int:
+    """Return the number of parameters in all the layers."""
+    return sum(p.numel() for _, layer in layers for p in layer.parameters())
+
+
+def head_fqn(model: PreTrainedModel) -> str:
+    """Return the fqn of the module that turns hidden states into logits."""
+    untyped: Any = model
+    head: nn.Module | None = untyped.get_output_embeddings()
+    fqns: list[str] = [fqn for fqn, module in model.named_modules() if module is head]
+    if fqns:
+        return fqns[0]
+    raise TrainingError(
+        f"{type(model).__name__} has no output embeddings",
+        f"modules: {', '.join(name for name, _ in model.named_children())}",
+        "train a causal language model with a language-model head",
+    )
+
+
+def read_config(job: JobConfig) -> PretrainedConfig:
+    """Read the model's config.json, from its folder or the Hub, and refuse what cannot be trained.
+
+    Raises:
+        JobError: when there is no such model, it cannot be reached, or it is of a kind that cannot
+            be trained.
+    """
+    check_folder(job)
+    name, keys = model_source(job), hub_keys(job)
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(name, **keys)
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: no mapping
+        raise unreadable(job, error) from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise JobError(
+            f"{name}: config.json does not say what kind of model this is",
+            "no name under model_type",
+            "point model_name_or_path at a Hugging Face causal language model",
+        )
+    refuse_kind(name, raw)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            name, trust_remote_code=job.model.trust_remote_code, **keys
+        )
+    except Exception as error:
+        raise refusal_of(job, None, error) from error
+    refuse_sizes(name, config)
+    return config
+
+
+def hub_keys(job: JobConfig) -> dict[str, Any]:
+    """Return the arguments by which Hub files are found; empty for a folder."""
+    if is_local(job):
+        return {}
+    return {"revision": job.model.model_revision, "cache_dir": job.model.cache_dir}
+
+
+def unreadable(job: JobConfig, error: Exception) -> JobError:
+    """Say why a model's files could not be read: no such name, gated, or no connection."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    name = job.model.model_name_or_path
+    if is_local(job):
+        return JobError(
+            f"{name}: config.json cannot be read", first_line(error), "mend or replace config.json"
+        )
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, GatedRepoError):
+        return JobError(
+            f"the model {name} is gated on the Hugging Face Hub",
+            first_line(error),
+            f"ask for access at https://huggingface.co/{name}, and set HF_TOKEN on driver and "
+            "workers",
+        )
+    if isinstance(cause, RepositoryNotFoundError):
+        return JobError(
+            f"there is no model {name}: neither a folder nor a repository on the Hugging Face Hub",
+            nearest_folders(Path(name).expanduser()),
+            "correct model_name_or_path, or set HF_TOKEN if the repository is private",
+        )
+    return JobError(
+        f"there is no folder {name}, and it could not be read from the Hugging Face Hub",
+        f"{first_line(error)}\n{nearest_folders(Path(name).expanduser())}",
+        "correct model_name_or_path and model_revision, or check that the Hub can be reached",
+    )
+
+
+def refuse_kind(name: str, raw: dict[str, Any]) -> None:
+    """Refuse checkpoints that are quantised, encoder-decoder, or not causal language models."""
+    quantization = raw.get("quantization_config")
+    if quantization:
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "unknown method") if known else quantization
+        raise JobError(
+            f"{name} holds quantised weights",
+            f"config.json has quantization_config ({method})",
+            "use the unquantised checkpoint it was made from",
+        )
+    named = raw.get("architectures")
+    classes = [str(name) for name in named] if isinstance(named, list) else []
+    is_causal = any(CAUSAL_CLASS.search(c) for c in classes)
+    if raw.get("is_encoder_decoder") or (classes and not is_causal and "auto_map" not in raw):
+        raise JobError(
+            f"{name} is not a causal language model",
+            f"config.json says {', '.join(classes) or raw['model_type']}",
+            "point model_name_or_path at a decoder model (its architecture ends in ForCausalLM)",
+        )
+
+
+def refuse_sizes(name: str, config: PretrainedConfig) -> None:
+    """Refuse a config whose sizes make no model: transformers builds some of them all the same."""
+    text: Any = config.get_text_config()
+    sizes = {key: getattr(text, key, None) for key in SIZES}
+    wrong = [f"{k}: {v}" for k, v in sizes.items() if isinstance(v, int) and v < 1]
+    heads, groups = (sizes[key] for key in ATTENTION_SIZES)
+    if not wrong and isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        wrong = [f"num_attention_heads: {heads} is not a multiple of num_key_value_heads: {groups}"]
+    if wrong:
+        what = f"{name}: config.json describes no model"
+        raise JobError(what, ", ".join(wrong), "correct config.json")
+
+
+def refuse_other_modalities(job: JobConfig, model: PreTrainedModel) -> None:
+    """Refuse a model with image or audio parts: they would get no gradients from text."""
+    parts = [fqn for fqn, _ in model.named_modules() if OTHER_MODALITIES.search(fqn)]
+    if parts:
+        raise JobError(
+            f"{job.model.model_name_or_path} is multimodal, and only text models can be trained",
+            f"{type(model).__name__} has {', '.join(parts[:3])}",
+            "use the text-only checkpoint of this family",
+        )
+
+
+def refusal_of(job: JobConfig, config: PretrainedConfig | None, error: Exception) -> JobError:
+    """Turn a refusal of transformers to read a config or build a model into one that says what to
+    do.
+    """
+    name, text = job.model.model_name_or_path, str(error)
+    if "trust_remote_code" in text:
+        return JobError(
+            f"{name} comes with its own model code, which is not run unless you allow it",
+            first_line(error),
+            "read that code, then set trust_remote_code: true",
+        )
+    if "Unrecognized configuration class" in text or "AutoModelForCausalLM" in text:
+        kind = config.model_type if config is not None else "unknown"
+        return JobError(
+            f"{name} is not a causal language model",
+            f"model_type {kind} has no causal language model in transformers",
+            "point model_name_or_path at a causal language model",
+        )
+    if "attention" in text.lower() and job.model.flash_attn != "auto":
+        return JobError(
+            f"{name} does not support flash_attn: {job.model.flash_attn}",
+            first_line(error),
+            "set flash_attn: auto",
+        )
+    return JobError(
+        f"{name}: transformers cannot build this model",
+        f"{type(error).__name__}: {first_line(error)}",
+        "check its config.json; a newer architecture may need a newer transformers",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its class when it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,120 @@
+"""The files of a local model, looked at without reading them into anything, and without torch."""
+
+import importlib.util
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import JobError
+
+# Without the package transformers would fetch a kernel from the Hub in its place, without being
+# asked.
+FLASH_PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
+
+
+def is_local(job: JobConfig) -> bool:
+    """Return whether model_name_or_path is a folder; otherwise it is a name on the Hub."""
+    return Path(job.model.model_name_or_path).expanduser().is_dir()
+
+
+def model_source(job: JobConfig) -> str:
+    """Return the model's folder as a path that needs no shell, or its name on the Hub as it is."""
+    name = job.model.model_name_or_path
+    return str(Path(name).expanduser()) if is_local(job) else name
+
+
+def check_folder(job: JobConfig) -> None:
+    """Refuse a path that is no model folder, naming the nearest one that is."""
+    name = job.model.model_name_or_path
+    path = Path(name).expanduser()
+    if path.is_dir():
+        refuse_pipes(name, path)
+        if not (path / "config.json").is_file():
+            held = sorted(p.name for p in path.iterdir())
+            raise JobError(
+                f"{name} is not a model folder",
+                f"no config.json in it; it holds {', '.join(held[:8]) or 'nothing'}",
+                "point model_name_or_path at the folder that holds config.json",
+            )
+    elif path.is_file():
+        raise JobError(
+            f"model_name_or_path is a file: {name}",
+            "a folder with config.json and safetensors files is needed",
+            f"give its folder: {path.parent}",
+        )
+    elif not looks_like_hub_name(name):
+        raise JobError(
+            f"there is no model folder {name}", nearest_folders(path), "correct model_name_or_path"
+        )
+
+
+def refuse_pipes(name: str, folder: Path) -> None:
+    """Refuse a folder in which a pipe or a device stands for a file: a reader would wait for it."""
+    odd = [p for p in folder.iterdir() if p.exists() and not (p.is_file() or p.is_dir())]
+    if odd:
+        raise JobError(f"{name} is not a model folder", f"{odd[0]} is no file", "put one there")
+
+
+def looks_like_hub_name(name: str) -> bool:
+    """Return whether a name without a folder of that name could be on the Hub: `owner/model` or
+    `model`.
+    """
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
+
+
+def nearest_folders(path: Path) -> str:
+    """Say which folders there are beside a missing one, the most similar names first."""
+    parent = path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        parent = parent.parent
+    folders = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
+    close = get_close_matches(path.name, folders, n=3, cutoff=0.5)
+    if close:
+        return f"{parent} has {', '.join(close)}"
+    return f"{parent} has {', '.join(folders[:5]) or 'no folders'}"
+
+
+def check_weights(job: JobConfig) -> None:
+    """Refuse a model folder that holds no safetensors weights. Hub models are checked when they are
+    fetched.
+    """
+    if not is_local(job):
+        return
+    folder = Path(job.model.model_name_or_path).expanduser()
+    if any(folder.glob("*.safetensors")):
+        return
+    old = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+    if old:
+        raise JobError(
+            f"{folder} holds its weights as pickled files, which are not read",
+            f"{', '.join(old[:3])} and no *.safetensors",
+            "convert it once:\n"
+            'python -c "import sys; from transformers import AutoModelForCausalLM as M; '
+            "M.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[2])\" "
+            f"{folder} NEW_FOLDER\n"
+            "then copy the tokenizer files over",
+        )
+    raise JobError(
+        f"{folder} holds no weights",
+        "config.json but no *.safetensors",
+        "point model_name_or_path at a folder with weights, or set train_from_scratch: true",
+    )
+
+
+def check_flash_package(asked: str) -> None:
+    """Refuse a flash attention whose package is not here.
+
+    Args:
+        asked: the job's flash_attn.
+
+    Raises:
+        JobError: naming the package.
+    """
+    package = FLASH_PACKAGES.get(asked)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise JobError(
+            f"flash_attn: {asked} needs the package {package}",
+            "it is not installed here",
+            "install it on the driver and the workers, or set flash_attn: auto",
+        )

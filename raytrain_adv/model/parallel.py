@@ -1,0 +1,191 @@
+"""Compile each layer, recompute its activations, shard it: in this order, as FSDP2 wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import JobError, TrainingError
+from raytrain_adv.model.build import decoder_layers
+from raytrain_adv.transforms.applied import enabled
+
+P = ParamSpec("P")
+T = TypeVar("T")
+# Kept by selective checkpointing: what costs most to compute again. The rest of a layer is
+# element-wise.
+KEPT_OPERATORS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._grouped_mm.default,
+)
+MOST_GRAPHS = 64
+"""Times that a kind of layer may be compiled."""
+
+
+def checkpointing_mode(job: JobConfig) -> str:
+    """Return none, full or selective. Unset means full, as in LLaMA-Factory."""
+    asked = job.parallel.gradient_checkpointing
+    if job.parallel.disable_gradient_checkpointing or asked is False or asked == "none":
+        return "none"
+    return "selective" if asked == "selective" else "full"
+
+
+def compute_dtype(job: JobConfig) -> torch.dtype:
+    """Return the dtype of matrix products and activations."""
+    return torch.bfloat16 if job.train.computes_in_bf16 else torch.float32
+
+
+def build_mesh(job: JobConfig, device: torch.device) -> DeviceMesh | None:
+    """Return the mesh over all ranks: (shard), or (replicate, shard) for HSDP; none in a single
+    plain process.
+
+    Raises:
+        JobError: when fsdp_shard_size does not divide the number of workers.
+    """
+    if not dist.is_initialized():
+        return None
+    world = dist.get_world_size()
+    shard = job.parallel.fsdp_shard_size or world
+    if world % shard:
+        raise JobError(
+            "fsdp_shard_size must divide the number of workers",
+            f"fsdp_shard_size: {shard}, workers: {world}",
+            f"choose a divisor of {world}, or leave fsdp_shard_size out",
+        )
+    if shard == world:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(
+        device.type, (world // shard, shard), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def parameter_device(job: JobConfig) -> torch.device | None:
+    """Return where parameters live if not on the device that computes."""
+    return torch.device("cpu") if job.parallel.fsdp_cpu_offload else None
+
+
+def needs_fsdp(model: nn.Module, job: JobConfig, mesh: DeviceMesh | None) -> bool:
+    """Whether fully_shard has anything to do.
+
+    On one worker whose parameters already have the compute dtype there is nothing to gather, cast
+    or reduce; FSDP2 would still copy every parameter and gradient (8 % of the step on an H200).
+    """
+    if mesh is None:
+        return False
+    cast = any(p.dtype != compute_dtype(job) for p in model.parameters())
+    return mesh.size() > 1 or cast or job.parallel.fsdp_cpu_offload
+
+
+def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> None:
+    """Apply activation checkpointing, compilation and FSDP2 to the model, in place and layer by
+    layer.
+
+    The checkpoint wrapper goes inside fully_shard: FSDP2's mixed-precision cast of the inputs is
+    skipped in the recomputation when its hooks are inside the checkpoint (PyTorch before 2.13).
+    """
+    mode = checkpointing_mode(job)
+    if job.parallel.torch_compile:
+        require_compiled()
+    shard_module = None
+    if needs_fsdp(model, job, mesh):
+        for transform in enabled(job):
+            transform.before_sharding(model)
+        shard_module = _sharder(job, mesh)
+    for fqn, layer in decoder_layers(model):
+        if mode != "none":
+            layer = _checkpointed(layer, mode)
+            model.set_submodule(fqn, layer)
+        if job.parallel.torch_compile:
+            layer.compile(fullgraph=False)
+        if shard_module is not None:
+            shard_module(layer)
+    if shard_module is not None:
+        shard_module(model)
+
+
+def require_compiled() -> None:
+    """Have a layer that torch.compile gives up on raise, where it would run eager from then on.
+
+    All layers of a kind are one piece of code to it, compiled for training and evaluation, with
+    fake quantisation and without, for one length and for any: 8, its default, are soon reached.
+    """
+    torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def never_left_eager(train: Callable[P, T]) -> Callable[P, T]:
+    """Make torch.compile's giving up, wherever in a run it does, a TrainingError."""
+
+    @wraps(train)
+    def run(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return train(*arguments, **named)
+        except FailOnRecompileLimitHit as error:
+            raise TrainingError(
+                f"torch.compile would leave a layer eager: it was compiled {MOST_GRAPHS} times",
+                str(error.__context__ or error).splitlines()[0],
+                "set packing: true, which leaves one length, or torch_compile: false",
+            ) from error
+
+    return run
+
+
+def _checkpointed(layer: nn.Module, mode: str) -> nn.Module:
+    options: dict[str, Any] = {"checkpoint_impl": CheckpointImpl.NO_REENTRANT}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
+    wrapped = checkpoint_wrapper(layer, **options)
+    assert isinstance(wrapped, nn.Module)
+    return wrapped
+
+
+def _keep_expensive(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = operator in KEPT_OPERATORS or _is_flash_attention(str(operator))
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _sharder(job: JobConfig, mesh: DeviceMesh | None) -> Callable[[nn.Module], FSDPModule]:
+    options = job.parallel
+    offload = OffloadPolicy()
+    if options.fsdp_cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=mesh is not None and mesh.device_type == "cuda")
+    return partial(
+        fully_shard,
+        mesh=mesh,
+        # The root too, which FSDP2 by itself would leave whole: head and embedding would stay over
+        # the loss, where memory peaks.
+        reshard_after_forward=options.fsdp_reshard_after_forward,
+        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype(job), reduce_dtype=torch.float32),
+        offload_policy=offload,
+    )
+
+
+def _is_flash_attention(operator: str) -> bool:
+    """Whether it is the forward pass of a package's or the Hub's flash attention, by its name."""
+    return "flash_attn" in operator and ("fwd" in operator or "forward" in operator)

@@ -1,0 +1,154 @@
+"""A model's safetensors files: where they are, what they hold, and reading a region of a tensor."""
+
+import json
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+
+from raytrain_adv.config import JobConfig
+from raytrain_adv.dtensor import Region
+from raytrain_adv.errors import JobError
+from raytrain_adv.model.build import unreadable
+from raytrain_adv.model.files import is_local, model_source
+
+INDEX = "model.safetensors.index.json"
+
+
+def model_folder(job: JobConfig) -> Path:
+    """Return the folder of the model's files; a Hub model is downloaded once per node, under a
+    lock.
+
+    Raises:
+        JobError: when the Hub has no such model, refuses it, or cannot be reached.
+    """
+    if is_local(job):
+        return Path(model_source(job))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    name = job.model.model_name_or_path
+    cache = Path(job.model.cache_dir or HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(cache / f".{name.replace('/', '--')}.lock"):
+            folder = snapshot_download(
+                name,
+                revision=job.model.model_revision,
+                cache_dir=cache,
+                allow_patterns=["*.safetensors", "*.json"],
+            )
+    except (OSError, ValueError) as error:
+        raise unreadable(job, error) from error
+    return Path(folder)
+
+
+class CheckpointFiles:
+    """The tensors of a model folder by name, opened but not read. Use as a context manager.
+
+    Args:
+        folder: holds model.safetensors, or shards with their index.
+
+    Raises:
+        JobError: when files are missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bytes_read = 0
+        """Bytes of tensor data this process has read so far."""
+        self.largest_read = 0
+        """Bytes of the largest piece read at once: what loading adds to the host memory of the
+        shards.
+        """
+        self._open = ExitStack()
+        self._handles: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Name -> shape of every tensor."""
+        for file, names in tensor_files(folder).items():
+            self._open_file(file, names)
+
+    def _open_file(self, file: Path, names: Iterable[str] | None) -> None:
+        try:
+            handle = self._open.enter_context(safe_open(file, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise JobError(
+                f"{file} cannot be read", str(error), "copy or download the model folder again"
+            ) from error
+        held = set(handle.keys())
+        if names is not None and not set(names) <= held:
+            absent = sorted(set(names) - held)
+            raise JobError(
+                f"{file} does not hold what {INDEX} says",
+                f"{len(absent)} tensors are missing, the first is {absent[0]}",
+                "copy or download the model folder again",
+            )
+        for name in held:
+            self._handles[name] = handle
+            self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """Read a tensor, or the region of it, in the file's dtype, into host memory."""
+        handle = self._handles[name]
+        # Slices of rank-0 tensors are not supported by safetensors.
+        tensor: torch.Tensor
+        tensor = handle.get_slice(name)[region] if region else handle.get_tensor(name)
+        size = tensor.numel() * tensor.element_size()
+        self.bytes_read += size
+        self.largest_read = max(self.largest_read, size)
+        return tensor
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.close()
+
+
+def tensor_files(folder: Path) -> dict[Path, list[str] | None]:
+    """Return each safetensors file of a model folder, with the names its index expects in it (none:
+    no index).
+
+    Raises:
+        JobError: when the folder has no weights, or the index names files that are not there.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / "model.safetensors").is_file():
+            return {folder / "model.safetensors": None}
+        raise JobError(
+            f"{folder} holds no weights",
+            f"neither model.safetensors nor {INDEX}",
+            "point model_name_or_path at a folder with weights, or set train_from_scratch: true",
+        )
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JobError(
+            f"{index} cannot be read",
+            f"{type(error).__name__}: {error}",
+            "copy the model folder again",
+        ) from error
+    files: dict[Path, list[str] | None] = {}
+    for name, file in weight_map.items():
+        held = files.setdefault(folder / file, [])
+        if held is not None:
+            held.append(name)
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise JobError(
+            f"{folder} lacks files that its index names",
+            f"{len(absent)} of {len(files)} are missing: {', '.join(absent[:3])}",
+            "copy or download the model folder again",
+        )
+    return files

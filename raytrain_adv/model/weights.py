@@ -1,0 +1,380 @@
+"""Memory and values for a model that was built, prepared and sharded on the meta device.
+
+    model = build(job); prepare; shard
+    materialize(model, device)
+    load_pretrained(model, job, device)   or   init_from_scratch(model, job, device)
+
+Every rank reads or makes exactly its own shards. `device` is the one that computes, also where
+parameters live in host memory.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
+
+from raytrain_adv.config import JobConfig
+from raytrain_adv.dtensor import copy_local, local_region, plain_name, reshard, seed_of
+from raytrain_adv.errors import JobError, RaytrainAdvError, TrainingError
+from raytrain_adv.model.build import build, decoder_layers
+from raytrain_adv.model.conversion import Group, Route, route
+from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
+from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear, quantized_linears
+from raytrain_adv.ops.float8.all_gather import as_plain
+
+
+def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and persistent buffers by their name in the plain model, tied ones
+    once.
+    """
+    reshard(model)
+    named: dict[str, torch.Tensor] = {
+        plain_name(n): as_plain(p) for n, p in model.named_parameters()
+    }
+    for fqn, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                named[plain_name(f"{fqn}.{name}".lstrip("."))] = buffer
+    return named
+
+
+def materialize(
+    model: PreTrainedModel, device: torch.device, parameter_device: torch.device | None = None
+) -> None:
+    """Give a meta-device model memory, tie what is tied, and compute every buffer that no
+    checkpoint holds.
+
+    Args:
+        model: sharded or not; its parameters have no useful values afterwards.
+        device: where the model computes; buffers go there.
+        parameter_device: where parameters live if elsewhere, as with CPU offload.
+
+    Raises:
+        TrainingError: when the architecture does not say how to compute one of its buffers.
+    """
+    model.to_empty(device=parameter_device or device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.device != device:
+                setattr(module, name, torch.empty_like(buffer, device=device))
+    model.tie_weights()
+    compute_buffers(model)
+
+
+@torch.no_grad()
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Compute non-persistent buffers (rotary tables, embedding scales) as transformers does: by
+    `_init_weights`.
+    """
+    untouched = []
+    with guard_torch_init_functions():
+        for fqn, module, owner in owned_modules(model):
+            names = [
+                n
+                for n, b in module.named_buffers(recurse=False)
+                if n in module._non_persistent_buffers_set
+            ]
+            if not names:
+                continue
+            for name in names:
+                poison(module.get_buffer(name))
+            # transformers' initialisers leave alone what carries this mark.
+            marked = list(module.parameters())
+            for parameter in marked:
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            initialise(owner, module)
+            for parameter in marked:
+                del parameter._is_hf_initialized  # type: ignore[attr-defined]
+            untouched += [f"{fqn}.{name}" for name in names if is_poisoned(module.get_buffer(name))]
+    if untouched:
+        raise TrainingError(
+            f"{type(model).__name__} does not say how to compute buffers that no checkpoint holds",
+            ", ".join(untouched[:4]),
+            "its _init_weights must set them, as transformers 5 requires of every model",
+        )
+
+
+def poison(buffer: torch.Tensor) -> None:
+    """Fill a buffer with a value that no computation would leave in all of it."""
+    if buffer.is_floating_point():
+        buffer.fill_(float("nan"))
+    elif buffer.dtype is not torch.bool:
+        buffer.fill_(torch.iinfo(buffer.dtype).min)
+    else:
+        buffer.fill_(False)
+
+
+def is_poisoned(buffer: torch.Tensor) -> bool:
+    """Whether a buffer still holds what `poison` wrote."""
+    if buffer.numel() == 0:
+        return False
+    if buffer.is_floating_point():
+        return bool(buffer.isnan().any())
+    if buffer.dtype is not torch.bool:
+        return bool((buffer == torch.iinfo(buffer.dtype).min).all())
+    return not bool(buffer.any())
+
+
+def owned_modules(
+    module: nn.Module, fqn: str = "", owner: PreTrainedModel | None = None
+) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+    """Yield fqn, module, and the innermost model it belongs to (whose `_init_weights` applies),
+    children first.
+    """
+    if isinstance(module, PreTrainedModel):
+        owner = module
+    for name, child in module.named_children():
+        yield from owned_modules(child, f"{fqn}.{name}".lstrip("."), owner)
+    if owner is not None:
+        yield fqn, module, owner
+
+
+def load_pretrained(
+    model: PreTrainedModel, job: JobConfig, device: torch.device
+) -> CheckpointFiles:
+    """Load the job's checkpoint straight into the shards of this rank; returns the files, to
+    account for what was read.
+
+    Tensors that keep their layout are read by each rank for itself, only its own region. Those that
+    transformers fuses or splits are read and converted by rank 0, one group (at most a layer) at a
+    time, and broadcast. Parameters that a transform added are left alone. Linears that are held
+    quantised take their rows one by one, so that no rank has more than one of them as it was.
+
+    Raises:
+        JobError: when tensors are missing, unexpected, or of another shape, listing them.
+    """
+    plain = build(job)
+    targets, quantized = saved_tensors(model), quantized_weights(model)
+    with CheckpointFiles(model_folder(job)) as files:
+        found = match(plain, files)
+        for name, source in found.direct.items():
+            if name in quantized:
+                layer = quantized[name]
+                layer.take(files.read(source, layer.region), device)
+            else:
+                region = local_region(targets[name])
+                copy_local(targets[name], files.read(source, region))
+        for group in found.groups:
+            broadcast_group(group, files, plain, targets, quantized, device)
+    return files
+
+
+def quantized_weights(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Return the linears that are held quantised, by the names of their weights in the plain
+    model.
+    """
+    return {plain_name(f"{fqn}.weight"): layer for fqn, layer in quantized_linears(model)}
+
+
+def match(plain: PreTrainedModel, files: CheckpointFiles) -> Route:
+    """Find for every tensor of the plain model where in the checkpoint it comes from.
+
+    Raises:
+        JobError: listing tensors that are missing, unexpected, or of another shape.
+    """
+    found = route(plain, files.shapes)
+    join_tied(plain, files, found)
+    wanted = saved_tensors(plain)
+    converted = {name for group in found.groups for name in group.targets}
+    missing = sorted(wanted.keys() - found.direct.keys() - converted)
+    ignored = ignored_names(plain)
+    unexpected = [n for n in found.unexpected if not (ignored and ignored.search(n))]
+    reshaped = [
+        f"{source} is {list(files.shapes[source])}, the model has {list(wanted[name].shape)}"
+        for name, source in found.direct.items()
+        if files.shapes[source] != tuple(wanted[name].shape)
+    ]
+    if not (missing or unexpected or reshaped):
+        return found
+    lines = [
+        f"{len(items)} {kind}: {', '.join(items[:4])}{' ...' if len(items) > 4 else ''}"
+        for kind, items in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("wrongly shaped", reshaped),
+        )
+        if items
+    ]
+    raise JobError(
+        f"the weights in {files.folder} do not fit {type(plain).__name__}",
+        "\n".join(lines),
+        "check that config.json belongs to these weights",
+    )
+
+
+def join_tied(plain: PreTrainedModel, files: CheckpointFiles, found: Route) -> None:
+    """Keep one source for each set of tied tensors, whichever name the checkpoint has it under.
+
+    Raises:
+        JobError: when the checkpoint holds two different tensors where the config says they are
+            one.
+    """
+    first: dict[int, str] = {}
+    for name, parameter in plain.named_parameters(remove_duplicate=False):
+        kept = first.setdefault(id(parameter), name)
+        if kept == name or name not in found.direct:
+            continue
+        source = found.direct.pop(name)
+        held = found.direct.setdefault(kept, source)
+        if held != source and not torch.equal(files.read(held), files.read(source)):
+            raise JobError(
+                f"the config ties {name} to {kept}, but {files.folder} holds two different tensors",
+                f"{source} and {held} differ",
+                "set tie_word_embeddings to false in its config.json",
+            )
+
+
+def ignored_names(plain: PreTrainedModel) -> re.Pattern[str] | None:
+    """Return the pattern of checkpoint names that the architecture says to ignore, as obsolete
+    rotary tables.
+    """
+    patterns = [str(p) for p in plain._keys_to_ignore_on_load_unexpected or ()]
+    buffers = [name for name, _ in plain.named_buffers()]
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        patterns.append(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in buffers):
+        patterns.append(r"(^|\.)position_ids$")
+    return re.compile("|".join(f"({p})" for p in patterns)) if patterns else None
+
+
+def broadcast_group(
+    group: Group,
+    files: CheckpointFiles,
+    plain: PreTrainedModel,
+    targets: dict[str, torch.Tensor],
+    quantized: dict[str, QuantizedLinear],
+    device: torch.device,
+) -> None:
+    """Convert one group on rank 0, send it to all ranks, and let each take its region."""
+    values: dict[str, torch.Tensor] = {}
+    failure: RaytrainAdvError | None = None
+    if rank() == 0:
+        try:
+            values = convert_group(group, files, plain)
+        except RaytrainAdvError as error:
+            failure = error
+    if world_size() > 1:
+        # Without this the other ranks would wait for a tensor that never comes.
+        told = [failure]
+        dist.broadcast_object_list(told, src=0, device=device)
+        failure = told[0]
+    if failure is not None:
+        raise failure
+    for name in group.targets:
+        target = targets[name]
+        if rank() == 0:
+            whole = values.pop(name).to(device=device, dtype=target.dtype).contiguous()
+        else:
+            whole = torch.empty(plain.get_parameter(name).shape, dtype=target.dtype, device=device)
+        if world_size() > 1:
+            dist.broadcast(whole, src=0)
+        if name in quantized:
+            quantized[name].take(whole[quantized[name].region], device)
+        else:
+            copy_local(target, whole[local_region(target)])
+
+
+def convert_group(
+    group: Group, files: CheckpointFiles, plain: PreTrainedModel
+) -> dict[str, torch.Tensor]:
+    """Return a group's tensors for the model, whole, in host memory.
+
+    Raises:
+        JobError: when the conversion fails or gives other tensors than the model has.
+    """
+    held = ", ".join(name for name, _ in group.sources[:3])
+    wanted = {name: tuple(plain.get_parameter(name).shape) for name in group.targets}
+    try:
+        values = group.convert(files.read, plain)
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        raise JobError(
+            f"the weights in {files.folder} cannot be converted for {type(plain).__name__}",
+            f"{held} ...: {type(error).__name__}: {error}",
+            "check that config.json belongs to these weights",
+        ) from error
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    if shapes != wanted:
+        raise JobError(
+            f"the weights in {files.folder} do not fit {type(plain).__name__}",
+            f"{held} ... become {shapes}, the model has {wanted}",
+            "check that config.json belongs to these weights",
+        )
+    return values
+
+
+def init_from_scratch(model: PreTrainedModel, job: JobConfig, device: torch.device) -> None:
+    """Give a materialised model the random weights its architecture prescribes; the same on any
+    number of ranks.
+
+    Each module draws from a generator seeded by the job's seed and the module's name, so the values
+    do not depend on sharding. Whole tensors exist one layer at a time, on `device`.
+    """
+    plain = build(job)
+    targets = saved_tensors(model)
+    layers = {fqn for fqn, _ in decoder_layers(plain)}
+    on_gpu = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=on_gpu), torch.no_grad(), guard_torch_init_functions():
+        for fqn, part, owner in list(units(plain, layers)):
+            initialise_unit(fqn, part, owner, fqn in layers, job.train.seed, device, targets)
+
+
+def units(
+    plain: PreTrainedModel, layers: set[str]
+) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+    """Yield what is initialised at once: whole layers, and each module outside of them."""
+    for fqn, module, owner in owned_modules(plain):
+        inside = any(fqn.startswith(f"{layer}.") for layer in layers)
+        if not inside:
+            yield fqn, module, owner
+
+
+def initialise_unit(
+    fqn: str,
+    part: nn.Module,
+    owner: PreTrainedModel,
+    is_layer: bool,
+    seed: int,
+    device: torch.device,
+    targets: dict[str, torch.Tensor],
+) -> None:
+    """Make one unit's whole tensors, initialise them, copy this rank's regions, and drop them
+    again.
+    """
+    held = {
+        name: f"{fqn}.{name}".lstrip(".")
+        for name in part.state_dict()
+        if f"{fqn}.{name}".lstrip(".") in targets and (is_layer or "." not in name)
+    }
+    if not held:
+        return
+    part.to_empty(device=device, recurse=is_layer)
+    members = owned_modules(part, fqn, owner) if is_layer else [(fqn, part, owner)]
+    for member_fqn, member, member_owner in members:
+        # Not per layer: a parent may change what its child drew, and then continues the parent's
+        # own sequence.
+        torch.manual_seed(seed_of(seed, member_fqn))
+        initialise(member_owner, member)
+    values = part.state_dict()
+    for name, target in held.items():
+        copy_local(targets[target], values[name][local_region(targets[target])])
+    part.to_empty(device="meta", recurse=is_layer)
+
+
+def initialise(owner: Any, module: nn.Module) -> None:
+    """Let a model give its initial values to one of its modules."""
+    owner._init_weights(module)
+
+
+def rank() -> int:
+    """Return this process's rank, 0 outside of a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 outside of a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,187 @@
+"""A frozen linear whose weight is held in 4 or 8 bits, and sharded so by FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from raytrain_adv.dtensor import Region, copy_local, gather, gather_rows, local_part, local_region
+from raytrain_adv.ops.bitsandbytes.quantize import (
+    NESTED_BLOCK,
+    Form,
+    dequantize,
+    dequantize_rows,
+    dequantize_scales,
+    distance,
+    nested_map,
+    quantize,
+    quantize_scales,
+)
+
+
+@torch._dynamo.allow_in_graph
+class _Product(torch.autograd.Function):
+    """x @ weight.t() + bias with the weight the bytes stand for; backward makes it again from the
+    bytes: kept whole, the weights of all layers would be in memory as if they were not quantised.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        nested: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        kind: str,
+        columns: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight, scale, nested)
+        ctx.form = (kind, columns)
+        return F.linear(x, dequantize(weight, scale, nested, kind, columns), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        weight, scale, nested = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = gradient @ dequantize(weight, scale, nested, *ctx.form, gradient)
+        if ctx.needs_input_grad[4]:
+            grad_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+        return grad_x, None, None, None, grad_bias, None, None
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear that computes as bitsandbytes' Linear4bit does, bit for bit (tests/unit/ops), or
+    with the weights of its Linear8bitLt and activations as they are.
+    """
+
+    form: Form
+    scale: nn.Parameter
+    """Bytes of the scales; see ops/quantization.py for the shapes."""
+    nested: nn.Parameter | None
+    distance: torch.Tensor | None
+    """How far this rank's rows are from the originals; none before they were read."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear, form: Form) -> QuantizedLinear:
+        """Return one in a linear's place, without values.
+
+        Args:
+            linear: its dtype is the one that computes; on the meta device or not.
+            form: how the weight is to be held.
+        """
+        rows, columns = linear.out_features, linear.in_features
+        like, size = linear.weight, linear.weight.element_size()
+        with torch.device("meta"):
+            new = cls(columns, rows, bias=linear.bias is not None)
+
+        def held(*shape: int) -> nn.Parameter:
+            *outer, num_bytes = shape
+            return nn.Parameter(like.new_empty((*outer, num_bytes // size)), requires_grad=False)
+
+        new.form, new.distance = form, None
+        new.weight = held(rows, form.row_bytes(columns))
+        new.scale = held(rows, form.padded_scale_bytes(columns))
+        new.nested = held(form.nested_bytes(rows, columns)) if form.nested else None
+        new.bias = linear.bias
+        if new.bias is not None:
+            new.bias.requires_grad_(False)
+        return new
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
+        output: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            input,
+            self.weight,
+            self.scale,
+            self.nested,
+            self.bias,
+            self.form.kind,
+            self.in_features,
+        )
+        return output
+
+    @property
+    def region(self) -> Region:
+        """Which part of the original weight this rank holds."""
+        return local_region(self.weight)[0], slice(0, self.in_features)
+
+    @torch.no_grad()
+    def take(self, part: torch.Tensor, device: torch.device) -> None:
+        """Quantise this rank's rows of the original weight into its shards; a collective where
+        scales are quantised too, as those of all rows are taken together.
+
+        Args:
+            part: [rows of `region`, in_features], of any floating dtype and device.
+            device: whose kernels round; shards may be elsewhere.
+        """
+        form, columns = self.form, self.in_features
+        part = part.to(device=device, dtype=self.weight.dtype)
+        packed, scale = quantize(part, form) if len(part) else _nothing(part, form)
+        used, off = scale, torch.zeros_like(scale)
+        _store(self.weight, packed)
+        if self.nested is None:
+            _store(self.scale, scale.contiguous().view(torch.uint8))
+        else:
+            rows = self.region[0]
+            whole = gather_rows(scale, self.weight)
+            rounded, outer = quantize_scales(whole)
+            used = dequantize_scales(rounded, outer)[rows]
+            step = float(nested_map(device).diff().max()) / 2
+            per_scale = outer[1:].repeat_interleave(NESTED_BLOCK)[: whole.numel()]
+            off = (per_scale.view_as(whole) * step)[rows]
+            _store(self.scale, rounded[rows])
+            nested = outer.view(self.nested.dtype)
+            copy_local(self.nested, nested[local_region(self.nested)])
+        held = local_part(self.weight).to(device).view(torch.uint8)
+        values = dequantize_rows(held, used, form.kind, columns, part.dtype)
+        self.distance = distance(part, values, scale, off, form)
+
+    @torch.no_grad()
+    def dequantized(self) -> torch.Tensor:
+        """Return the weight that the bytes stand for, whole: [out_features, in_features]; a
+        collective.
+        """
+        nested = None if self.nested is None else gather(self.nested)
+        whole: torch.Tensor = dequantize(
+            gather(self.weight), gather(self.scale), nested, self.form.kind, self.in_features
+        )
+        return whole
+
+
+def _nothing(part: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what no rows are quantised to; bitsandbytes' kernels take at least one."""
+    columns = part.shape[1]
+    blocks = 1 if form.is_int8 else form.scale_bytes(columns) // (1 if form.nested else 4)
+    packed = part.new_empty((0, form.row_bytes(columns)), dtype=torch.uint8)
+    return packed, part.new_empty((0, blocks), dtype=torch.float32)
+
+
+def _store(target: torch.Tensor, rows: torch.Tensor) -> None:
+    """Write bytes [rows, n] into this rank's shard, whose rows may be longer."""
+    padding = target.shape[1] * target.element_size() - rows.shape[1]
+    copy_local(target, F.pad(rows, (0, padding)).contiguous().view(target.dtype))
+
+
+def quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Yield the linears of a model that are held quantised, by fqn."""
+    for fqn, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            yield fqn, module
+
+
+def num_weights(module: nn.Module) -> int:
+    """Return the number of weights of a model or a part of it, tied ones counted once, quantised
+    ones as what they stand for.
+    """
+    held = sum(p.numel() for p in module.parameters())
+    for _, layer in quantized_linears(module):
+        stored = [layer.weight, layer.scale, *([layer.nested] if layer.nested is not None else [])]
+        held += layer.in_features * layer.out_features - sum(p.numel() for p in stored)
+    return held

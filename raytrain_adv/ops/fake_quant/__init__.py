@@ -1,0 +1,1 @@
+"""Fake quantization of linears and embeddings."""

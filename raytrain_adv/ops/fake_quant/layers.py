@@ -1,0 +1,241 @@
+"""Linear and embedding layers that compute with the values a quantised model would have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from raytrain_adv.ops.fake_quant.rounding import (
+    BITS,
+    fake_quantize_float8,
+    fake_quantize_groups,
+    fake_quantize_tokens,
+    quantize_float8,
+    through_groups,
+    through_tokens,
+)
+
+FLOAT8 = "float8_e4m3fn"
+ROWS_AT_ONCE = 8192
+"""Rows of an embedding whose gradient is passed through their rounding together."""
+
+
+@torch._dynamo.allow_in_graph
+class _Product(torch.autograd.Function):
+    """x @ weight.t() + bias with both factors rounded. Kept for backward are the factors as they
+    came, which a plain linear keeps too: they are rounded again there. Kept rounded, the weights of
+    all layers would stay in memory whole, and sharding them would have been of no use.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight_dtype: str,
+        group_size: int,
+        activation_dtype: str,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.kinds = (weight_dtype, group_size, activation_dtype)
+        if weight_dtype == activation_dtype == FLOAT8:
+            return float8_product(x, weight, bias)
+        rounded, _ = rounded_weight(weight, weight_dtype, group_size)
+        rounded_x, _, _ = rounded_activation(x, activation_dtype)
+        return F.linear(rounded_x, rounded, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        weight_dtype, group_size, activation_dtype = ctx.kinds
+        gradient = gradients[0]
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        grad_x = grad_weight = grad_bias = None
+        rounded, weight_scale = rounded_weight(weight, weight_dtype, group_size, gradient)
+        rounded_x, scale, zero_point = rounded_activation(x, activation_dtype, gradient)
+        if needs_x:
+            grad_x = (rows @ rounded).view(x.shape)
+            if scale is not None and zero_point is not None:
+                grad_x = through_tokens(grad_x, x, scale, zero_point)
+        if needs_weight:
+            grad_weight = rows.t() @ rounded_x.reshape(-1, x.shape[-1])
+            if weight_scale is not None:
+                grad_weight = through_groups(grad_weight, weight, weight_scale, BITS[weight_dtype])
+        if needs_bias:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+@torch._dynamo.allow_in_graph
+class _Rows(torch.autograd.Function):
+    """Rows of a table of rounded weights; only the rows that are looked up are rounded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: torch.Tensor,
+        weight: torch.Tensor,
+        weight_dtype: str,
+        group_size: int,
+        padding_idx: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(ids, weight)
+        ctx.kinds = (weight_dtype, group_size, padding_idx)
+        rows = F.embedding(ids, weight)
+        rounded, _ = rounded_weight(rows.view(-1, rows.shape[-1]), weight_dtype, group_size)
+        return rounded.view(rows.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ids, weight = ctx.saved_tensors
+        weight_dtype, group_size, padding_idx = ctx.kinds
+        grad_weight: torch.Tensor = torch.ops.aten.embedding_dense_backward(
+            gradients[0].contiguous(), ids, weight.shape[0], padding_idx, False
+        )
+        if weight_dtype != FLOAT8:
+            # Part by part: rounded whole, a table of 128,256 rows of 4,096 took 4 GiB beside it.
+            parts = (torch.split(x, ROWS_AT_ONCE) for x in (grad_weight, weight))
+            for rows, of in zip(*parts, strict=True):
+                _, scale = fake_quantize_groups(of, BITS[weight_dtype], group_size, rows)
+                rows.copy_(through_groups(rows, of, scale, BITS[weight_dtype]))
+        return None, grad_weight, None, None, None
+
+
+def rounded_weight(
+    weight: torch.Tensor, dtype: str, group_size: int, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a weight rounded, and the scales its gradient passes through; none for float8, where
+    it passes as it is: no value is out of range.
+    """
+    if dtype == FLOAT8:
+        return fake_quantize_float8(weight, after), None
+    rounded, scale = fake_quantize_groups(weight, BITS[dtype], group_size, after)
+    return rounded, scale
+
+
+def rounded_activation(
+    x: torch.Tensor, dtype: str, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return activations rounded, and the scales and zero points their gradient passes through."""
+    if dtype == FLOAT8:
+        return fake_quantize_float8(x, after), None, None
+    if dtype == "":
+        return x, None, None
+    rounded, scale, zero_point = fake_quantize_tokens(x, after)
+    return rounded, scale, zero_point
+
+
+def float8_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return x @ weight.t() + bias with both factors in float8, one scale per row of each.
+
+    Source: torchao 0.18, _float8_addmm_impl, which is what the exported tensor does, without mslk.
+
+    Args:
+        x: [..., in_features], float32 or bfloat16; of the latter alone on a GPU.
+        weight: [out_features, in_features].
+        bias: [out_features].
+    """
+    values, scale = quantize_float8(x.reshape(-1, x.shape[-1]))
+    of_weight, weight_scale = quantize_float8(weight)
+    # _scaled_mm adds no bias to float32.
+    added = bias if x.dtype != torch.float32 else None
+    output = torch._scaled_mm(
+        values,
+        of_weight.t(),
+        scale_a=scale,
+        scale_b=weight_scale.t(),
+        bias=added,
+        out_dtype=x.dtype,
+        use_fast_accum=True,
+    ).view(*x.shape[:-1], weight.shape[0])
+    return output if bias is None or added is not None else output + bias
+
+
+class FakeQuantizedLinear(nn.Linear):
+    """A linear that multiplies rounded activations with rounded weights.
+
+    Forward and gradients are torchao 0.18's FakeQuantizedLinear's bit for bit for integers
+    (tests/unit/ops); its float8 form scales gradients out of float8's range, which ours passes
+    straight through.
+    """
+
+    weight_dtype: str
+    group_size: int
+    activation_dtype: str
+    """Empty: activations are left as they are."""
+    rounds: bool
+    """Whether it rounds now, or computes as a plain linear."""
+
+    @classmethod
+    def of(
+        cls, linear: nn.Linear, weight_dtype: str, group_size: int | None, activation_dtype: str
+    ) -> FakeQuantizedLinear:
+        """Return one that owns a linear's parameters.
+
+        Args:
+            linear: its parameters may be on the meta device.
+            weight_dtype: int8, int4, int3, int2 or float8_e4m3fn.
+            group_size: input features that share a scale; none means all of them.
+            activation_dtype: int8, float8_e4m3fn, or empty for none.
+        """
+        with torch.device("meta"):
+            new = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        new.weight, new.bias = linear.weight, linear.bias
+        new.weight_dtype, new.activation_dtype = weight_dtype, activation_dtype
+        new.group_size = group_size or linear.in_features
+        new.rounds = True
+        return new
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
+        if not self.rounds:
+            return F.linear(input, self.weight, self.bias)
+        output: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            input,
+            self.weight,
+            self.bias,
+            self.weight_dtype,
+            self.group_size,
+            self.activation_dtype,
+        )
+        return output
+
+
+class FakeQuantizedEmbedding(nn.Embedding):
+    """An embedding whose rows are rounded as they are looked up."""
+
+    weight_dtype: str
+    group_size: int
+    rounds: bool
+
+    @classmethod
+    def of(
+        cls, embedding: nn.Embedding, weight_dtype: str, group_size: int | None
+    ) -> FakeQuantizedEmbedding:
+        """Return one that owns an embedding's parameter; see FakeQuantizedLinear.of."""
+        with torch.device("meta"):
+            new = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
+        new.weight = embedding.weight
+        new.weight_dtype, new.group_size = weight_dtype, group_size or embedding.embedding_dim
+        new.rounds = True
+        return new
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the rows of the ids: [...] -> [..., embedding_dim]."""
+        if not self.rounds:
+            return F.embedding(input, self.weight, self.padding_idx)
+        padding = -1 if self.padding_idx is None else self.padding_idx
+        rows: torch.Tensor = _Rows.apply(  # type: ignore[no-untyped-call]
+            input, self.weight, self.weight_dtype, self.group_size, padding
+        )
+        return rows
+
+
+FakeQuantized = FakeQuantizedLinear | FakeQuantizedEmbedding

@@ -1,0 +1,230 @@
+"""Round a tensor to what a quantised one would hold, in its own dtype: the numbers of torchao's
+tensors, operation by operation.
+
+Each operation takes `after`, a tensor that nothing is done with. In a backward pass it is the
+gradient: without it Inductor would find the same call in forward, and keep its result, for a weight
+unsharded, until backward.
+"""
+
+from __future__ import annotations
+
+import torch
+
+BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
+"""Integer weights that torchao stores and loads."""
+EPS = 1e-12
+"""Smallest amax of a row that is scaled to float8; without a bound a row of zeros becomes NaN
+(pytorch/ao#4713)."""
+E4M3 = torch.float8_e4m3fn
+SMALLEST, LARGEST = -128, 127
+
+
+def bounds(bits: int) -> tuple[int, int]:
+    """Return the smallest and largest signed integer of so many bits."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+@torch.library.custom_op("raytrain_adv::fake_quantize_groups", mutates_args=(), device_types="cpu")
+def fake_quantize_groups(
+    weight: torch.Tensor, bits: int, group_size: int, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a matrix rounded to symmetric integers, and their scales.
+
+    Source: torchao.quantization.IntxUnpackedToInt8Tensor.from_hp and dequantize, torchao 0.18.
+
+    Args:
+        weight: [rows, columns], float32 or bfloat16.
+        bits: of each integer.
+        group_size: columns that share a scale; divides their number.
+        after: see the module's text.
+
+    Returns:
+        [rows, columns] and [rows, columns / group_size], both of the weight's dtype.
+    """
+    return round_groups(weight, bits, group_size)
+
+
+def round_groups(
+    weight: torch.Tensor, bits: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what fake_quantize_groups does by torchao's own operations, on any device."""
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    dtype = getattr(torch, f"int{bits}")
+    quantised = IntxUnpackedToInt8Tensor.from_hp(weight, (1, group_size), dtype)
+    return quantised.dequantize(), quantised.scale
+
+
+@fake_quantize_groups.register_fake
+def _(
+    weight: torch.Tensor, bits: int, group_size: int, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = weight.shape
+    scale = weight.new_empty((rows, columns // group_size))
+    return weight.new_empty((rows, columns)), scale
+
+
+@fake_quantize_groups.register_kernel("cuda")
+def _(
+    weight: torch.Tensor, bits: int, group_size: int, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from raytrain_adv.ops.fake_quant.rounding_kernel import launch
+
+    rows, columns = weight.shape
+    rounded = weight.new_empty((rows, columns))
+    scale = weight.new_empty((rows, columns // group_size))
+    launch(weight.contiguous(), rounded, scale, None, group_size, bounds(bits))
+    return rounded, scale
+
+
+@torch.library.custom_op("raytrain_adv::fake_quantize_tokens", mutates_args=(), device_types="cpu")
+def fake_quantize_tokens(
+    x: torch.Tensor, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return activations rounded to asymmetric int8, one range per token.
+
+    Source: torchao 0.18, _apply_int8_act_asym_per_token_quant_dequant, which is what its tensors do
+    with their input.
+
+    Args:
+        x: [..., features], float32 or bfloat16.
+        after: see the module's text.
+
+    Returns:
+        The rounded activations, like x; scales [..., 1] of x's dtype; zero points [..., 1] in int8.
+    """
+    return round_tokens(x)
+
+
+def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Do what fake_quantize_tokens does by torchao's own operations, on any device."""
+    from torchao.quantization.quant_primitives import (
+        MappingType,
+        choose_qparams_affine,
+        dequantize_affine,
+        quantize_affine,
+    )
+
+    block = (1,) * (x.ndim - 1) + (x.shape[-1],)
+    scale, zero_point = choose_qparams_affine(
+        x,
+        MappingType.ASYMMETRIC,
+        block,
+        target_dtype=torch.int8,
+        quant_min=SMALLEST,
+        quant_max=LARGEST,
+        zero_point_dtype=torch.int8,
+    )
+    shared = (block, scale, zero_point)
+    integers = quantize_affine(x, *shared, torch.int8, SMALLEST, LARGEST)
+    rounded = dequantize_affine(
+        integers, *shared, torch.int8, SMALLEST, LARGEST, output_dtype=x.dtype
+    )
+    ranges = (*x.shape[:-1], 1)
+    return rounded, scale.reshape(ranges), zero_point.reshape(ranges)
+
+
+@fake_quantize_tokens.register_fake
+def _(
+    x: torch.Tensor, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ranges = (*x.shape[:-1], 1)
+    scale, zero_point = x.new_empty(ranges), x.new_empty(ranges, dtype=torch.int8)
+    return x.new_empty(x.shape), scale, zero_point
+
+
+@fake_quantize_tokens.register_kernel("cuda")
+def _(
+    x: torch.Tensor, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from raytrain_adv.ops.fake_quant.rounding_kernel import launch
+
+    ranges = (*x.shape[:-1], 1)
+    rounded, scale = x.new_empty(x.shape), x.new_empty(ranges)
+    zero_point = x.new_empty(ranges, dtype=torch.int8)
+    launch(x.contiguous(), rounded, scale, zero_point, x.shape[-1], (SMALLEST, LARGEST))
+    return rounded, scale, zero_point
+
+
+@torch.library.custom_op("raytrain_adv::quantize_float8", mutates_args=())
+def quantize_float8(
+    x: torch.Tensor, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a tensor in float8_e4m3fn, and one scale per row.
+
+    Source: torchao.quantization.Float8Tensor.from_hp, torchao 0.18, with a bound that keeps rows of
+    zeros zero.
+
+    Args:
+        x: [..., features], float32 or bfloat16.
+        after: see the module's text.
+
+    Returns:
+        [..., features] in float8_e4m3fn, and [..., 1] in float32.
+    """
+    amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
+    largest = torch.finfo(E4M3).max
+    # The quotient is rounded to x's dtype, as torchao's is.
+    scale = (amax / largest).to(torch.float32)
+    return (x.to(torch.float32) / scale).clamp(min=-largest, max=largest).to(E4M3), scale
+
+
+@quantize_float8.register_fake
+def _(x: torch.Tensor, after: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=E4M3), scale
+
+
+def fake_quantize_float8(x: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a tensor rounded to float8_e4m3fn with one scale per row; see quantize_float8."""
+    values, scale = quantize_float8(x, after)
+    rounded: torch.Tensor = (values.to(torch.float32) * scale).to(x.dtype)
+    return rounded
+
+
+def through_groups(
+    gradient: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Return the gradient that passes straight through fake_quantize_groups: nothing for values
+    that were cut off at an end of the range.
+
+    Scaling there and back is what torchao's operations do; it rounds in bfloat16.
+
+    Args:
+        gradient: [rows, columns], of the rounded weight.
+        weight: [rows, columns], before it was rounded.
+        scale: [rows, groups], as fake_quantize_groups returned it.
+        bits: of each integer.
+    """
+    groups = (*scale.shape, -1)
+    passed = through(gradient.view(groups), weight.view(groups), scale.unsqueeze(-1), 0, bits)
+    return passed.view(weight.shape)
+
+
+def through_tokens(
+    gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient that passes straight through fake_quantize_tokens; see through_groups.
+
+    Args:
+        gradient: [..., features], of the rounded activations.
+        x: [..., features], before they were rounded.
+        scale: [..., 1], as fake_quantize_tokens returned it.
+        zero_point: [..., 1], likewise.
+    """
+    return through(gradient, x, scale, zero_point, 8)
+
+
+def through(
+    gradient: torch.Tensor,
+    value: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | int,
+    bits: int,
+) -> torch.Tensor:
+    """Return the gradient where a value's integer is in range, zero elsewhere."""
+    smallest, largest = bounds(bits)
+    inverse = scale.reciprocal()
+    integer = torch.round(value * inverse) + zero_point
+    inside = (integer >= smallest) & (integer <= largest)
+    return torch.where(inside, gradient * scale, 0.0) * inverse

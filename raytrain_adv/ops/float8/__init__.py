@@ -1,0 +1,1 @@
+"""FP8 linears: casts, products, FP8 all-gather."""

@@ -1,0 +1,226 @@
+"""Weights that FSDP2 gathers in float8: how they come about, and how they are plain again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from raytrain_adv.dtensor import SHARDED
+from raytrain_adv.ops.float8.cast import cast_padded, scale_of
+
+aten = torch.ops.aten
+KEEP_THE_TYPE = frozenset(
+    (
+        aten.detach.default,
+        aten.empty_like.default,
+        aten.new_zeros.default,
+        aten.slice.Tensor,
+        aten.copy_.default,
+        aten.view.default,
+        aten.as_strided.default,
+        aten._to_copy.default,
+        aten._pin_memory.default,
+        aten.split.Tensor,
+        aten.clone.default,
+    )
+)
+"""What FSDP2 does to a weight to shard it, move it, or give it memory."""
+
+
+@dataclass(eq=False)
+class Scale:
+    """What a weight is multiplied with in the cast; shared by all forms FSDP2 makes of it.
+
+    One is equal to itself alone, and is its own copy: compiled code that takes the weight, as
+    torchao's 8-bit AdamW, is guarded by it, and would be compiled anew for each new value.
+    """
+
+    value: torch.Tensor | None = None
+    """float32 scalar on the device that gathers; none until update_scales has been called."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scale:
+        return self
+
+
+class GatheredInFloat8(torch.Tensor):
+    """A weight, or a rank's shard of one, that FSDP2 casts to e4m3 before it gathers it.
+
+    The numbers are those of torchao's WeightWithDynamicFloat8CastTensor. That one casts by four
+    operators, 27 bytes a number in each forward and backward pass, where 3 have to move; sends the
+    rows of a rank as they are, which needs a number of rows that the ranks divide; and forgets the
+    scale when FSDP2 pads a shard or moves it from host memory to the GPU.
+
+    Args:
+        tensor: the values, in the dtype of the parameter.
+        scale: the weight's.
+    """
+
+    @staticmethod
+    def __new__(cls, tensor: torch.Tensor, scale: Scale) -> GatheredInFloat8:
+        """Make a tensor that looks like `tensor` and owns nothing."""
+        made: GatheredInFloat8 = torch.Tensor._make_wrapper_subclass(
+            cls,
+            tensor.size(),
+            strides=tensor.stride(),
+            storage_offset=tensor.storage_offset(),
+            dtype=tensor.dtype,
+            layout=tensor.layout,
+            device=tensor.device,
+            pin_memory=tensor.is_pinned(),
+            requires_grad=tensor.requires_grad,
+        )
+        return made
+
+    def __init__(self, tensor: torch.Tensor, scale: Scale) -> None:
+        self.plain = tensor
+        self.scale = scale
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({self.plain}, {self.scale})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Scale]:
+        return ["plain"], self.scale
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], scale: Scale, outer_size: Any, outer_stride: Any
+    ) -> GatheredInFloat8:
+        return GatheredInFloat8(inner["plain"], scale)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override] # torch declares no class method
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        plain = pytree.tree_map_only(GatheredInFloat8, lambda t: t.plain, (args, kwargs or {}))
+        out = func(*plain[0], **plain[1])
+        first = args[0]
+        if func not in KEEP_THE_TYPE or not isinstance(first, GatheredInFloat8):
+            return out
+        return pytree.tree_map_only(torch.Tensor, lambda t: GatheredInFloat8(t, first.scale), out)
+
+    def fsdp_pre_all_gather(
+        self,
+        mesh: DeviceMesh,
+        outer_size: torch.Size,
+        outer_stride: tuple[int, ...],
+        module: nn.Module,
+        mp_policy: MixedPrecisionPolicy,
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Return the bytes of this rank's rows in e4m3, and the scale; called by FSDP2.
+
+        Args:
+            mesh: the ranks that the weight is sharded over.
+            outer_size: of the whole weight.
+            outer_stride: of the whole weight.
+            module: the linear.
+            mp_policy: of the module.
+        """
+        scale = self.scale.value
+        if scale is None:
+            largest = _largest([self.plain])
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.get_group())
+            scale = scale_of(largest[0], torch.float8_e4m3fn)
+        # All ranks send the same number of rows: the last ones may own fewer.
+        num_rows = -(-outer_size[0] // mesh.size())
+        rows = cast_padded(self.plain, scale, torch.float8_e4m3fn, num_rows)
+        return (rows.view(torch.uint8),), (scale,)  # as bytes: gloo gathers no float8
+
+    def fsdp_post_all_gather(
+        self,
+        all_gather_outputs: tuple[torch.Tensor, ...],
+        metadata: tuple[torch.Tensor, ...],
+        param_dtype: torch.dtype,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
+        """Make the whole weight of what was gathered, or give the one there is its new scale;
+        called by FSDP2.
+        """
+        # Here, because what reads and writes checkpoints of any job comes by this module.
+        from torchao.float8.float8_training_tensor import Float8TrainingTensor
+
+        (data,), (scale,) = all_gather_outputs, metadata
+        if out is None:
+            values = data.view(torch.float8_e4m3fn)
+            return Float8TrainingTensor(values, scale, param_dtype, None), (data,)
+        assert isinstance(out, Float8TrainingTensor)
+        out._scale = scale
+        return None
+
+
+def gather_in_float8(linear: nn.Linear) -> None:
+    """Have FSDP2 cast this linear's weight before it is gathered; to be called before fully_shard.
+
+    Source: torchao.float8.float8_linear.Float8Linear.from_float, which does it at conversion, also
+    where nothing is ever gathered.
+    """
+    linear.weight = nn.Parameter(
+        GatheredInFloat8(linear.weight, Scale()), requires_grad=linear.weight.requires_grad
+    )
+
+
+@torch.no_grad()
+def update_scales(model: nn.Module) -> None:
+    """Compute the scales of all weights that are gathered in float8, with one all-reduce; to be
+    called whenever their values have changed. Frozen weights keep the scale they have.
+
+    Source: torchao.float8.precompute_float8_dynamic_scale_for_fsdp; not that one, because DTensor's
+    collectives end in a segmentation fault where ranks share a GPU over gloo (torch 2.11).
+    """
+    parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
+    shards = [
+        local
+        for p in parameters
+        if isinstance(local := p._local_tensor, GatheredInFloat8)
+        and (p.requires_grad or local.scale.value is None)
+    ]
+    if not shards:
+        return
+    mesh = parameters[0].device_mesh
+    # With CPU offload the shards are in host memory, and the collectives run on the GPUs.
+    largest = _largest([shard.plain for shard in shards]).to(mesh.device_type)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.get_group(SHARDED))
+    scales = scale_of(largest, torch.float8_e4m3fn).unbind()
+    for shard, scale in zip(shards, scales, strict=True):
+        shard.scale.value = scale
+
+
+def _largest(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return each tensor's largest magnitude, 0 for an empty one: [len(tensors)], float32."""
+    filled = [t if t.numel() else t.new_zeros(1) for t in tensors]
+    return torch.stack(torch._foreach_norm(filled, ord=math.inf)).to(torch.float32)
+
+
+def as_plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same values, of the same storage, without the type above; others as they are.
+
+    A checkpoint with that type in it could be read only by a process that has torchao.
+    """
+    if isinstance(tensor, GatheredInFloat8):
+        return tensor.plain
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else None
+    if not isinstance(local, GatheredInFloat8):
+        return tensor
+    assert isinstance(tensor, DTensor)
+    return DTensor.from_local(
+        local.plain,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )

@@ -1,0 +1,165 @@
+"""Cast a matrix to float8 together with its transpose, reading it once.
+
+Hopper's float8 products want both factors with the summed dimension last, so that a training step
+needs every activation, gradient and weight in both layouts. Cast and transposed copy as two kernels
+read the bfloat16 matrix twice and write the second one slowly: 63 ms of a 634 ms step of an 8B
+model on an H200 went into one of these (torch 2.11).
+"""
+
+from __future__ import annotations
+
+import torch
+
+EPS = 1e-12
+"""Smallest amax that is divided by; torchao's (float8_utils.EPS)."""
+
+
+def tensorwise_scale(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the float32 scalar that maps the largest magnitude onto the dtype's largest value."""
+    return scale_of(tensor.abs().max(), dtype)
+
+
+def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return, in float32, what maps each of these magnitudes onto the dtype's largest value.
+
+    Source: torchao.float8.float8_utils.amax_to_scale; the division is in float64 there, so that
+    eager and compiled code agree.
+    """
+    amax = amax.to(torch.float64)
+    return (torch.finfo(dtype).max / torch.clamp(amax, min=EPS)).to(torch.float32)
+
+
+def cast(tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return tensor * scale in float8, values out of range brought to its ends."""
+    largest = torch.finfo(dtype).max
+    return (tensor.to(torch.float32) * scale).clamp(min=-largest, max=largest).to(dtype)
+
+
+@torch.library.custom_op("raytrain_adv::cast_both", mutates_args=(), device_types="cpu")
+def cast_both(
+    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cast of a matrix, and the cast of its transpose; both contiguous.
+
+    Args:
+        tensor: [rows, columns], contiguous.
+        scale: float32 scalar on the same device.
+        dtype: a float8 dtype.
+
+    Returns:
+        [rows, columns] and [columns, rows].
+    """
+    plain = cast(tensor, scale, dtype)
+    return plain, plain.t().contiguous()
+
+
+@cast_both.register_fake
+def _(
+    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = tensor.shape
+    return (
+        tensor.new_empty((rows, columns), dtype=dtype),
+        tensor.new_empty((columns, rows), dtype=dtype),
+    )
+
+
+@cast_both.register_kernel("cuda")
+def _(
+    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from raytrain_adv.ops.float8.cast_kernel import launch
+
+    rows, columns = tensor.shape
+    plain = tensor.new_empty((rows, columns), dtype=dtype)
+    transposed = tensor.new_empty((columns, rows), dtype=dtype)
+    launch(tensor, scale, plain, transposed)
+    return plain, transposed
+
+
+@torch.library.custom_op("raytrain_adv::cast_transposed", mutates_args=(), device_types="cpu")
+def cast_transposed(
+    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, after: torch.Tensor
+) -> torch.Tensor:
+    """Return the cast of a matrix's transpose, [columns, rows], contiguous; see cast_both.
+
+    Args:
+        tensor: [rows, columns], contiguous.
+        scale: float32 scalar on the same device.
+        dtype: a float8 dtype.
+        after: a tensor that must be there before; see transposed.
+    """
+    return cast(tensor, scale, dtype).t().contiguous()
+
+
+@cast_transposed.register_fake
+def _(
+    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, after: torch.Tensor
+) -> torch.Tensor:
+    rows, columns = tensor.shape
+    return tensor.new_empty((columns, rows), dtype=dtype)
+
+
+@cast_transposed.register_kernel("cuda")
+def _(
+    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, after: torch.Tensor
+) -> torch.Tensor:
+    from raytrain_adv.ops.float8.cast_kernel import launch
+
+    rows, columns = tensor.shape
+    transposed = tensor.new_empty((columns, rows), dtype=dtype)
+    launch(tensor, scale, None, transposed)
+    return transposed
+
+
+@torch.library.custom_op("raytrain_adv::transposed", mutates_args=(), device_types="cpu")
+def transposed(matrix: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return a float8 matrix's transpose, [columns, rows], contiguous.
+
+    Args:
+        matrix: [rows, columns] in a float8 dtype, contiguous.
+        after: a tensor that must be there before. Its values are not looked at: one that exists
+            only in backward keeps this operator there. A transpose of a weight depends on nothing
+            of backward, and the partitioner of torch.compile then prefers to compute it in forward
+            and to keep it: a whole copy of the model on every GPU, whatever FSDP2 frees.
+    """
+    # As bytes: transposing float8 has been miscompiled (triton 3.7, triton#11111).
+    return matrix.view(torch.uint8).t().contiguous().view(matrix.dtype)
+
+
+@transposed.register_fake
+def _(matrix: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    rows, columns = matrix.shape
+    return matrix.new_empty((columns, rows))
+
+
+@transposed.register_kernel("cuda")
+def _(matrix: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    from raytrain_adv.ops.float8.cast_kernel import launch_transpose
+
+    rows, columns = matrix.shape
+    result = matrix.new_empty((columns, rows))
+    launch_transpose(matrix, result)
+    return result
+
+
+def cast_padded(
+    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, num_rows: int
+) -> torch.Tensor:
+    """Return the cast of a matrix, see cast, with rows of any value added up to `num_rows`.
+
+    Args:
+        tensor: [rows, columns], contiguous, with at most `num_rows` rows.
+        scale: float32 scalar on the same device.
+        dtype: a float8 dtype.
+        num_rows: rows of the result.
+    """
+    result = tensor.new_empty((num_rows, *tensor.shape[1:]), dtype=dtype)
+    own = result[: tensor.shape[0]]
+    if tensor.is_cuda:
+        from raytrain_adv.ops.float8.cast_kernel import launch_plain
+
+        launch_plain(tensor, scale, own)
+    else:
+        own.copy_(cast(tensor, scale, dtype))
+    return result

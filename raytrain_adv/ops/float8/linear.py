@@ -1,0 +1,169 @@
+"""torchao's Float8Linear with scales per tensor, the same numbers by fewer passes over memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torchao.float8.float8_linear import Float8Linear as TorchaoFloat8Linear
+from torchao.float8.float8_training_tensor import Float8TrainingTensor
+
+from raytrain_adv.ops.float8.cast import (
+    cast,
+    cast_both,
+    cast_transposed,
+    tensorwise_scale,
+    transposed,
+)
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+PROBED_ROWS = 256
+
+
+@torch._dynamo.allow_in_graph
+class _Matmul(torch.autograd.Function):
+    """x @ w.t() with float8 factors; the input is kept for backward as its transposed cast, which
+    is what backward multiplies with.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, trains_weight: bool
+    ) -> torch.Tensor:
+        x_scale = tensorwise_scale(x, E4M3)
+        weight8, weight_scale = _factor(weight)
+        if trains_weight:
+            x8, x8_t = cast_both(x, x_scale, E4M3)
+        else:
+            x8, x8_t = cast(x, x_scale, E4M3), None
+        ctx.trains_weight = trains_weight
+        ctx.save_for_backward(x8_t, x_scale, weight, weight_scale)
+        return product(x8, weight8, x_scale, weight_scale, x.dtype, fast=True)
+
+    @staticmethod
+    def backward(
+        ctx: Any, *gradients: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        x8_t, x_scale, weight, weight_scale = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        scale = tensorwise_scale(gradient, E5M2)
+        weight8_t, weight_scale = _transposed_factor(weight, weight_scale, after=scale)
+        grad_weight = None
+        if ctx.trains_weight:
+            gradient8, gradient8_t = cast_both(gradient, scale, E5M2)
+            grad_weight = product(gradient8_t, x8_t, scale, x_scale, weight.dtype, fast=False)
+        else:
+            gradient8 = cast(gradient, scale, E5M2)
+        grad_x = product(gradient8, weight8_t, scale, weight_scale, gradient.dtype, fast=False)
+        return grad_x, grad_weight, None
+
+
+def _factor(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a weight in float8 and its scale; FSDP2 may have gathered it so."""
+    if isinstance(weight, Float8TrainingTensor):
+        return weight._data, weight._scale
+    scale = tensorwise_scale(weight, E4M3)
+    return cast(weight, scale, E4M3), scale
+
+
+def _transposed_factor(
+    weight: torch.Tensor, scale: torch.Tensor, after: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a weight's transpose in float8, contiguous, and its scale; computed after `after`."""
+    if isinstance(weight, Float8TrainingTensor):
+        return transposed(weight._data, after), weight._scale
+    return cast_transposed(weight, scale, E4M3, after), scale
+
+
+def product(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    left_scale: torch.Tensor,
+    right_scale: torch.Tensor,
+    dtype: torch.dtype,
+    fast: bool,
+) -> torch.Tensor:
+    """Return left [a, k] @ right.t() [k, b] with both scales taken out again."""
+    return torch._scaled_mm(
+        left,
+        right.t(),
+        scale_a=left_scale.reciprocal(),
+        scale_b=right_scale.reciprocal(),
+        out_dtype=dtype,
+        use_fast_accum=fast,
+    )
+
+
+def linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, trains_weight: bool
+) -> torch.Tensor:
+    """Return input @ weight.t() + bias, [..., out_features], computed in float8.
+
+    Args:
+        input: [..., in_features], float32 or bfloat16.
+        weight: [out_features, in_features], in the input's dtype, or gathered in float8.
+        bias: [out_features].
+        trains_weight: whether the weight will be asked for its gradient.
+    """
+    rows = input.reshape(-1, input.shape[-1])
+    output: torch.Tensor = _Matmul.apply(rows, weight, trains_weight)  # type: ignore[no-untyped-call]
+    output = output.view(*input.shape[:-1], weight.shape[0])
+    return output if bias is None else output + bias.to(output.dtype)
+
+
+class Float8Linear(TorchaoFloat8Linear):  # type: ignore[misc] # torchao ships no types
+    """A linear whose three products run in float8 with one scale per tensor.
+
+    The numbers are those of torchao 0.18's Float8Linear with the tensorwise recipe, bit for bit on
+    the same inputs (tests/unit/ops, tests/gpu); what differs is how often memory is read.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
+        trains_weight = torch.is_grad_enabled() and self.weight.requires_grad
+        return linear(input, self.weight, self.bias, trains_weight)
+
+
+def distance(
+    linear: Any, config: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Return how far a float8 linear's product, and its gradients, are from those without float8,
+    relative in norm, on random numbers; what is not finite is infinitely far.
+
+    Args:
+        linear: of a class that computes in float8; it may be on the meta device, and is left as it
+            is. One that rounds its factors too is held to the one that only rounds.
+        config: torchao's, for the classes that take one.
+        device: where to compute.
+        dtype: of input and weight.
+    """
+    from raytrain_adv.ops.fake_quant.layers import FakeQuantizedLinear
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    sizes = (linear.in_features, linear.out_features)
+    plain = torch.nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
+    plain.weight.data.copy_(numbers(*plain.weight.shape))
+    pair: list[Any]
+    if isinstance(linear, FakeQuantizedLinear):
+        scheme = (linear.weight_dtype, linear.group_size, linear.activation_dtype)
+        pair = [kind.of(plain, *scheme) for kind in (FakeQuantizedLinear, type(linear))]
+    else:
+        pair = [plain, type(linear).from_float(plain, config)]
+    x, pull = numbers(PROBED_ROWS, sizes[0]), 1e-4 * numbers(PROBED_ROWS, sizes[1])
+    results = []
+    for one in pair:
+        inputs = (x.clone().requires_grad_(), one.weight)
+        with torch.enable_grad():
+            value = one.train()(inputs[0])
+            results.append([value.detach(), *torch.autograd.grad(value, inputs, pull)])
+    off = [
+        float((ours.float() - exact.float()).norm() / exact.float().norm())
+        for exact, ours in zip(*results, strict=True)
+    ]
+    off = [error if math.isfinite(error) else math.inf for error in off]
+    return off[0], max(off[1:])

@@ -1,0 +1,1 @@
+"""Cross-entropy without the whole logits."""

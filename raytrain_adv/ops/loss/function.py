@@ -1,0 +1,65 @@
+"""Cross-entropy as a sum over label tokens; who divides by their global count is the training
+loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from raytrain_adv.ops.loss.head import loss_in_head, takes_labels
+from raytrain_adv.ops.loss.linear_cross_entropy import IGNORED
+
+CHUNK_TOKENS = 2048
+"""Tokens whose logits are held in float32 at once where the loss is not compiled."""
+
+LossFunction = Callable[[nn.Module, Mapping[str, torch.Tensor | int], torch.Tensor], torch.Tensor]
+
+
+def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the summed cross-entropy in float32.
+
+    Args:
+        logits: [tokens, vocabulary], any float dtype.
+        labels: [tokens], the token that follows, or -100.
+    """
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+def chunked_cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return cross_entropy_sum without a float32 copy of all logits: chunks are computed again in
+    backward.
+
+    Args:
+        logits: [tokens, vocabulary], any float dtype.
+        labels: [tokens], the token that follows, or -100.
+    """
+    if logits.shape[0] <= CHUNK_TOKENS:
+        return cross_entropy_sum(logits, labels)
+    total = logits.new_zeros((), dtype=torch.float32)
+    for part, target in zip(logits.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True):  # type: ignore[no-untyped-call]
+        total = total + checkpoint(cross_entropy_sum, part, target, use_reentrant=False)
+    return total
+
+
+def loss_function(model: nn.Module, compile_it: bool) -> LossFunction:
+    """Return what makes the summed loss of a model, its inputs, and labels [sequences, time].
+
+    Where a transform has put the loss into the model's head, that is asked; else it is computed of
+    the logits of all tokens.
+    """
+    if takes_labels(model):
+        return loss_in_head
+    inner = torch.compile(cross_entropy_sum) if compile_it else chunked_cross_entropy_sum
+
+    def loss_sum(
+        model: nn.Module, inputs: Mapping[str, torch.Tensor | int], labels: torch.Tensor
+    ) -> torch.Tensor:
+        # No name holds the logits: backward frees them as soon as it is past them.
+        return inner(model(**inputs, use_cache=False).logits.flatten(0, 1), labels.flatten())
+
+    return loss_sum

@@ -1,0 +1,191 @@
+"""The loss inside a model's head: the one place where FSDP2 has the head's weight whole, whatever
+the layout, and where the logits of all tokens need not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from raytrain_adv.ops.loss.linear_cross_entropy import (
+    IGNORED,
+    LogitMap,
+    called_cross_entropy,
+    linear_cross_entropy,
+)
+
+Kernel = Literal["chunked", "cut_cross_entropy", "liger"]
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """How a head computes its loss."""
+
+    kernel: Kernel
+    logit_map: LogitMap
+    reads_weight: bool
+    """Whether the weight is multiplied with directly; otherwise the module is called."""
+    vocab: int
+    """Logits of a token."""
+
+    @property
+    def name(self) -> str:
+        """The kernel, and that it calls the module where it does."""
+        return self.kernel if self.reads_weight else f"{self.kernel}, module called"
+
+
+def install(model: nn.Module, head: nn.Module, loss: HeadLoss) -> None:
+    """Have the head return the summed loss where it is given labels, and the model hand them on.
+
+    Without labels both do what they did. Deep copies of the model are copies of this too.
+
+    Args:
+        model: a causal language model of transformers; changed in place.
+        head: its output embeddings.
+        loss: how the head is to compute the loss.
+    """
+    head.loss = loss  # type: ignore[assignment] # a plain attribute
+    for module, forward in ((head, _head_forward), (model, _model_forward)):
+        # Another's replacement of this instance's forward stays in use.
+        module.plain_forward = module.__dict__.get("forward")  # type: ignore[assignment]
+        module.forward = MethodType(forward, module)
+
+
+def remove(model: nn.Module, head: nn.Module) -> None:
+    """Undo install."""
+    for module in (head, model):
+        del module.forward
+        if module.plain_forward is not None:
+            module.forward = module.plain_forward  # type: ignore[assignment]
+        del module.plain_forward
+    del head.loss
+
+
+def loss_of(module: nn.Module) -> HeadLoss | None:
+    """Return how a module computes the loss, if it is a head that does."""
+    loss = module.__dict__.get("loss")
+    forward = getattr(module.__dict__.get("forward"), "__func__", None)
+    return loss if isinstance(loss, HeadLoss) and forward is _head_forward else None
+
+
+def takes_labels(model: nn.Module) -> bool:
+    """Whether the model returns a loss when it is called with labels_of_tokens."""
+    return getattr(model.__dict__.get("forward"), "__func__", None) is _model_forward
+
+
+def loss_in_head(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor | int], labels: torch.Tensor
+) -> torch.Tensor:
+    """Return the loss summed over the labels, a float32 scalar.
+
+    Args:
+        model: one that takes_labels, sharded or not.
+        inputs: input_ids, and what else the model takes.
+        labels: [sequences, time], the token that follows, or -100.
+    """
+    loss: torch.Tensor = model(**inputs, use_cache=False, labels_of_tokens=labels)
+    return loss
+
+
+def _model_forward(
+    self: Any, *args: Any, labels_of_tokens: torch.Tensor | None = None, **inputs: Any
+) -> Any:
+    if labels_of_tokens is None:
+        return _plain(self, *args, **inputs)
+    hidden = self.base_model(*args, **inputs)[0]
+    return self.get_output_embeddings()(hidden, labels=labels_of_tokens)
+
+
+def _head_forward(self: Any, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+    if labels is None:
+        return _plain(self, hidden)
+    loss: HeadLoss = self.loss
+    rows, flat = hidden.flatten(0, -2), labels.flatten()
+    if not loss.reads_weight:
+        parameters = list(self.parameters())
+        return called_cross_entropy(
+            rows, flat, _Plain(self), parameters, loss.vocab, loss.logit_map
+        )
+    return BACKENDS[loss.kernel](rows, self.weight, self.bias, flat, loss.logit_map)
+
+
+def _plain(module: Any, *args: Any, **inputs: Any) -> Any:
+    """Call the forward that install found."""
+    if module.plain_forward is not None:
+        return module.plain_forward(*args, **inputs)
+    return type(module).forward(module, *args, **inputs)
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A head's forward without the loss."""
+
+    head: nn.Module
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = _plain(self.head, hidden)
+        return logits
+
+
+def cut_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    logit_map: LogitMap,
+) -> torch.Tensor:
+    """Return linear_cross_entropy by Apple's Triton kernels; no bias.
+
+    No gradient is left out for being small: the package's own filter is for speed.
+    """
+    from cut_cross_entropy import linear_cross_entropy as fused
+
+    if bias is not None:
+        raise ValueError("cut_cross_entropy has no bias")
+    scaled = hidden if logit_map.scale == 1.0 else hidden * logit_map.scale
+    loss: torch.Tensor = fused(
+        scaled,
+        weight,
+        labels,
+        ignore_index=IGNORED,
+        softcap=logit_map.softcap,
+        reduction="sum",
+        filter_eps=None,
+        impl="cce",
+    )
+    return loss.float()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator] # wrong with -100 in a graph: Liger#1338
+def liger(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    logit_map: LogitMap,
+) -> torch.Tensor:
+    """Return linear_cross_entropy by Liger's fused function, its weight gradient added up in
+    float32.
+    """
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    scaled = hidden if logit_map.scale == 1.0 else hidden * logit_map.scale
+    # In order: class weights, ignore_index, lse_square_scale, label_smoothing, reduction, softcap,
+    # return_z_loss, accum_dtype.
+    options = (None, IGNORED, 0.0, 0.0, "sum", logit_map.softcap, False, torch.float32)
+    result = LigerFusedLinearCrossEntropyFunction.apply(scaled, weight, labels, bias, *options)
+    loss: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return loss.float()
+
+
+BACKENDS = {
+    "chunked": linear_cross_entropy,
+    "cut_cross_entropy": cut_cross_entropy,
+    "liger": liger,
+}
+"""Kernel -> what computes the loss of a plain linear head."""

@@ -1,0 +1,345 @@
+"""The head's matrix product and the cross-entropy in one, a chunk of tokens at a time: the logits
+of all tokens never exist.
+
+Gradients are made in the forward pass, where a chunk's logits are at hand: three matrix products
+per chunk and none computed again. Backward only multiplies them by the gradient of the sum, a
+scalar: it moves 2 GiB for the head of an 8B model, 0.5 ms at an H200's 4.3 TB/s, which is less than
+asking the GPU whether the scalar is 1 would cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IGNORED = -100
+"""Label of a token on which no loss is taken."""
+CHUNK_BYTES = 7 * 2**26
+"""Most memory that a chunk's logits take.
+
+With it head and loss of an 8B model take 1.44 GiB over hidden states of 8,192 tokens: 5 chunks of
+1,664, beside 1.04 GiB of gradients. Larger chunks are faster, by little: of 1,024 tokens 40.9 ms,
+of 2,048 40.2 ms (H200; jobs/benchmarks/results/loss_kernels.json)."""
+CHUNK_MULTIPLE = 128
+"""Tokens of a chunk are a multiple of it: the height of a tile of the matrix products."""
+MOST_ROUNDINGS = 16
+"""Chunks whose weight gradients are added up in the weight's own dtype; above, in float32.
+
+Each addition rounds: 8 chunks of bf16 lie 2 times as far from the exact gradient as one product
+does, 128 chunks 8 times."""
+
+HeadForward = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """What a model does to its head's output before it is a logit: softcap * tanh(scale * x /
+    softcap).
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    """Largest magnitude of a logit; none leaves them as they are."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of a head's output, of its dtype."""
+        if self.scale != 1.0:
+            x = x * self.scale
+        return x if self.softcap is None else torch.tanh(x / self.softcap) * self.softcap
+
+
+def chunk_tokens(num_tokens: int, vocab: int, itemsize: int) -> int:
+    """Return the tokens of a chunk: as few chunks as there can be of CHUNK_BYTES at most, and all
+    of them about as long, so that none is a short one for itself.
+    """
+    fitting = CHUNK_BYTES // (vocab * itemsize)
+    largest = max(fitting // CHUNK_MULTIPLE * CHUNK_MULTIPLE, CHUNK_MULTIPLE)
+    num_chunks = max(-(-num_tokens // largest), 1)
+    per_chunk = -(-num_tokens // num_chunks)
+    return max(-(-per_chunk // CHUNK_MULTIPLE) * CHUNK_MULTIPLE, CHUNK_MULTIPLE)
+
+
+def chunks(num_tokens: int, vocab: int, itemsize: int) -> Iterator[slice]:
+    """Yield the chunks of a number of tokens, in order."""
+    size = chunk_tokens(num_tokens, vocab, itemsize)
+    for start in range(0, num_tokens, size):
+        yield slice(start, min(start + size, num_tokens))
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    logit_map: LogitMap,
+) -> torch.Tensor:
+    """Return the cross-entropy summed over the labels, a float32 scalar, of a plain linear head.
+
+    Args:
+        hidden: [tokens, hidden], of the weight's dtype.
+        weight: [vocabulary, hidden].
+        bias: [vocabulary], or none.
+        labels: [tokens], the token that follows, or IGNORED.
+        logit_map: what the model does to the product.
+    """
+    trains = torch.is_grad_enabled()
+    loss: torch.Tensor = _OfLinear.apply(hidden, weight, bias, labels, logit_map, trains)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def called_cross_entropy(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    forward: HeadForward,
+    parameters: list[nn.Parameter],
+    vocab: int,
+    logit_map: LogitMap,
+) -> torch.Tensor:
+    """Return what linear_cross_entropy does, of any head: its forward is called for each chunk, so
+    that adapters, FP8 and fake quantisation stay on.
+
+    Args:
+        hidden: [tokens, hidden].
+        labels: [tokens], the token that follows, or IGNORED.
+        forward: makes [tokens, vocabulary] of [tokens, hidden].
+        parameters: what forward computes with and may be trained.
+        vocab: columns of the result.
+        logit_map: what the model does to the result.
+    """
+    compute = _Chunk(forward, logit_map)
+    if not torch.is_grad_enabled():
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for part in chunks(hidden.shape[0], vocab, hidden.element_size()):
+            total += compute(hidden[part], labels[part])
+        return total
+    trained = [p for p in parameters if p.requires_grad]
+    loss: torch.Tensor = _OfCalled.apply(hidden, labels, compute, vocab, *trained)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _OfLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        logit_map: LogitMap,
+        trains: bool,
+    ) -> torch.Tensor:
+        wants = [needed and trains for needed in ctx.needs_input_grad[:3]]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        parts = list(chunks(hidden.shape[0], weight.shape[0], hidden.element_size()))
+        longest = max((part.stop - part.start for part in parts), default=0)
+        buffer = hidden.new_empty((longest, weight.shape[0]))
+        grad_hidden = torch.empty_like(hidden) if wants[0] else None
+        grad_weight = _Sum(weight, len(parts)) if wants[1] else None
+        grad_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if wants[2] else None
+        for part in parts:
+            rows = buffer[: part.stop - part.start]
+            if bias is None:
+                torch.mm(hidden[part], weight.t(), out=rows)
+            else:
+                torch.addmm(bias, hidden[part], weight.t(), out=rows)
+            total += softmax_gradient_(rows, labels[part], logit_map, any(wants)).sum()
+            if grad_hidden is not None:
+                torch.mm(rows, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight.add(rows, hidden[part])
+            if grad_bias is not None:
+                grad_bias += rows.sum(0, dtype=torch.float32)
+        ctx.gradients = (
+            grad_hidden,
+            grad_weight.result() if grad_weight is not None else None,
+            grad_bias.to(weight.dtype) if grad_bias is not None else None,
+        )
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (*_scaled(ctx, gradients[0]), None, None, None)
+
+
+class _OfCalled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        compute: _Chunk,
+        vocab: int,
+        *trained: nn.Parameter,
+    ) -> torch.Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.zeros_like(hidden)
+        parts = list(chunks(hidden.shape[0], vocab, hidden.element_size()))
+        in_float32 = len(parts) > MOST_ROUNDINGS
+        sums: list[torch.Tensor | None] = [None] * len(trained)
+        for part in parts:
+            with torch.enable_grad():
+                rows = hidden[part].detach().requires_grad_()
+                loss = compute(rows, labels[part])
+            total += loss.detach()
+            grad_rows, *found = torch.autograd.grad(loss, [rows, *trained], allow_unused=True)
+            if grad_rows is not None:
+                grad_hidden[part] = grad_rows
+            for i, gradient in enumerate(found):
+                known = sums[i]
+                if known is not None and gradient is not None:
+                    known += gradient
+                elif gradient is not None:
+                    sums[i] = gradient.float() if in_float32 else gradient
+        of_trained = [
+            None if s is None else s.to(p.dtype) for s, p in zip(sums, trained, strict=True)
+        ]
+        ctx.gradients = (grad_hidden, *of_trained)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_hidden, *of_trained = _scaled(ctx, gradients[0])
+        return (of_hidden, None, None, None, *of_trained)
+
+
+def _scaled(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients times the factor. Nothing else holds them then, so that autograd takes
+    them as they are in place of a copy.
+    """
+    gradients: tuple[torch.Tensor | None, ...] | None = ctx.gradients
+    if gradients is None:
+        raise RuntimeError("the chunked loss keeps its gradients for one backward pass only")
+    ctx.gradients = None
+    for gradient in gradients:
+        if gradient is not None:
+            scale_(gradient, factor)
+    return gradients
+
+
+@torch.no_grad()
+def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
+    """Multiply a contiguous tensor in place by a float32 scalar on its device.
+
+    Not by mul_, which rounds the scalar to the tensor's dtype first: in bf16 by up to 0.4 %.
+    """
+    if x.is_cuda:
+        from raytrain_adv.ops.loss.linear_cross_entropy_kernel import launch_scale
+
+        launch_scale(x, factor)
+    else:
+        x.copy_(x.float() * factor)
+
+
+class _Sum:
+    """The weight's gradient, added up over chunks."""
+
+    def __init__(self, weight: torch.Tensor, num_chunks: int) -> None:
+        self.dtype = weight.dtype
+        exact = num_chunks > MOST_ROUNDINGS and weight.dtype.itemsize < 4
+        self.total = torch.empty_like(weight, dtype=torch.float32 if exact else weight.dtype)
+        self.is_first = True
+        if num_chunks == 0:
+            self.total.zero_()
+
+    def add(self, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Add gradient.t() [vocabulary, tokens] @ hidden [tokens, hidden]."""
+        total, left = self.total, gradient.t()
+        if total.dtype == hidden.dtype:
+            if self.is_first:
+                torch.mm(left, hidden, out=total)
+            else:
+                total.addmm_(left, hidden)
+        elif total.is_cuda:
+            # A product of bf16 that is added to float32: torch 2.8 and newer, on GPUs.
+            torch.addmm(
+                total,
+                left,
+                hidden,
+                beta=0 if self.is_first else 1,
+                out_dtype=total.dtype,
+                out=total,
+            )
+        else:
+            product = torch.mm(left, hidden)
+            total.copy_(product) if self.is_first else total.add_(product)
+        self.is_first = False
+
+    def result(self) -> torch.Tensor:
+        """Return the sum in the weight's dtype."""
+        return self.total.to(self.dtype)
+
+
+class _Chunk:
+    """The loss of one chunk, for autograd to go through."""
+
+    def __init__(self, forward: HeadForward, logit_map: LogitMap) -> None:
+        self.forward = forward
+        self.logit_map = logit_map
+
+    def __call__(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = _InPlace.apply(self.forward(hidden), labels, self.logit_map)  # type: ignore[no-untyped-call]
+        return loss
+
+
+class _InPlace(torch.autograd.Function):
+    """Cross-entropy that writes its gradient over what it is given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, labels: torch.Tensor, logit_map: LogitMap
+    ) -> torch.Tensor:
+        # Whoever made x and kept it for backward is told by its version that it is gone.
+        gradient = x.detach().contiguous()
+        torch.autograd.graph.increment_version(x)
+        losses = softmax_gradient_(gradient, labels, logit_map, ctx.needs_input_grad[0])
+        ctx.gradient = gradient
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        scale_(gradient, gradients[0])
+        return gradient, None, None
+
+
+def softmax_gradient_(
+    x: torch.Tensor, labels: torch.Tensor, logit_map: LogitMap, write: bool
+) -> torch.Tensor:
+    """Return the cross-entropy of each row, float32 [rows], and write its gradient over x.
+
+    Args:
+        x: a head's output, [rows, vocabulary], contiguous.
+        labels: [rows], or IGNORED, whose loss and gradient are 0.
+        logit_map: what makes logits of x.
+        write: whether the gradient is wanted; otherwise x stays as it is.
+    """
+    if x.is_cuda:
+        from raytrain_adv.ops.loss.linear_cross_entropy_kernel import launch
+
+        return launch(x, labels, logit_map.scale, logit_map.softcap, write, IGNORED)
+    return reference_softmax_gradient_(x, labels, logit_map, write)
+
+
+@torch.no_grad()
+def reference_softmax_gradient_(
+    x: torch.Tensor, labels: torch.Tensor, logit_map: LogitMap, write: bool
+) -> torch.Tensor:
+    """Do what softmax_gradient_ does by torch's own operations, on a float32 copy."""
+    logits = logit_map(x.float())
+    log_probabilities = F.log_softmax(logits, dim=-1)
+    valid = labels != IGNORED
+    target = labels.clamp(min=0).unsqueeze(-1)
+    losses = torch.where(valid, -log_probabilities.gather(-1, target).squeeze(-1), 0.0)
+    if write:
+        gradient = log_probabilities.exp_()
+        gradient.scatter_add_(-1, target, gradient.new_full(target.shape, -1.0))
+        if logit_map.softcap is not None:
+            gradient *= 1.0 - (logits / logit_map.softcap).square()
+        gradient *= logit_map.scale
+        x.copy_(torch.where(valid.unsqueeze(-1), gradient, 0.0))
+    return losses

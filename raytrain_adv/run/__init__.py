@@ -1,0 +1,1 @@
+"""What every rank of a run shares: its process group, its reporter, its schedule, its trackers."""

@@ -1,0 +1,232 @@
+"""What train() needs from whoever started it: its place among the workers, where to write, whom to
+tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.run.heartbeat import Beat
+from raytrain_adv.run.trackers import Trackers
+from raytrain_adv.storage.metrics_file import MetricsFile
+from raytrain_adv.storage.storage import Storage
+
+T = TypeVar("T")
+
+REPORT_EVERY_S = 2.0
+"""Seconds between two reports to the runtime. Ray Train holds a worker in its report until its
+controller has looked at the one before, every 0.5 to 2 s (ray 2.60)."""
+
+
+class Reporter(Protocol):
+    """The runtime's ear. Every rank calls each method the same number of times: they may be
+    barriers.
+    """
+
+    def metrics(self, row: dict[str, float]) -> None:
+        """Take the metrics of a logging step."""
+
+    def checkpoint(self, storage: Storage, name: str, metrics: dict[str, float]) -> None:
+        """Register a complete checkpoint; return only when it is committed, so that a kill cannot
+        lose it.
+        """
+
+    def stop_wanted(self) -> bool:
+        """Whether the run is to end after this step, with a checkpoint. Asked on rank 0 alone, in
+        every step.
+        """
+
+    def told_to_end(self) -> bool:
+        """Whether this worker's process was told to end; the run does after this step, with a
+        checkpoint, to go on elsewhere. Asked on every rank in every step.
+        """
+
+    def drained(self) -> str:
+        """Say which nodes are about to be taken away, once for each; empty if there is none. Asked
+        on every rank in every step.
+        """
+
+
+class SilentReporter:
+    """For torchrun and in-process runs, where nobody listens."""
+
+    def metrics(self, row: dict[str, float]) -> None:
+        """Ignore the row; it is in metrics.jsonl."""
+
+    def checkpoint(self, storage: Storage, name: str, metrics: dict[str, float]) -> None:
+        """Do nothing: the checkpoint's manifest is what makes it count."""
+
+    def stop_wanted(self) -> bool:
+        """Nobody says so."""
+        return False
+
+    def told_to_end(self) -> bool:
+        """Nobody says so."""
+        return False
+
+    def drained(self) -> str:
+        """None is known of."""
+        return ""
+
+
+@dataclass
+class Run:
+    """One attempt at a job, as one rank sees it."""
+
+    device: torch.device
+    storage: Storage
+    """Root of this job's checkpoints: attempts are folders in it, checkpoints folders in those."""
+    attempt: str
+    """Folder name of this attempt."""
+    reporter: Reporter
+    cpu_group: dist.ProcessGroup | None = None
+    """gloo group for agreements between ranks that must not wait for the GPU."""
+    restarts: int = 0
+    """How often this attempt's workers were restarted after a failure."""
+    resume: bool | str = False
+    """True: from the newest complete checkpoint; a path: from that one."""
+    timeline: dict[str, float] = field(default_factory=dict)
+    """Seconds spent per phase, in order."""
+    metrics: MetricsFile | None = None
+    trackers: Trackers | None = None
+    beat: Beat = field(default_factory=Beat)
+    """How far the training thread is, which made this."""
+    _early: list[dict[str, Any]] = field(default_factory=list)
+    """Rows from before the file was opened."""
+    reported_at: float = 0.0
+    """When metrics were last handed to the reporter, on the clock of time.monotonic."""
+
+    @property
+    def rank(self) -> int:
+        """This worker's number, from 0."""
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of workers."""
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def open_metrics(self, metrics: MetricsFile, trackers: Trackers) -> None:
+        """Give rank 0 the file and the trackers that rows go to; what was said before follows."""
+        self.metrics, self.trackers = metrics, trackers
+        early, self._early = self._early, []
+        for row in early:
+            self.write(row)
+
+    def close(self) -> None:
+        """Send the trackers what they have not had yet; to be called however the run ends."""
+        if self.trackers is not None:
+            self.trackers.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl and hand its numbers to the trackers, on rank 0."""
+        row = {"time": time.time(), **row}
+        if self.metrics is not None:
+            self.metrics.append(row)
+        elif self.is_main:
+            self._early.append(row)
+        if self.trackers is not None and "step" in row and row["kind"] != "event":
+            self.trackers.log(row, row["step"])
+
+    def report(self, row: dict[str, Any], is_last: bool) -> None:
+        """Hand a row's numbers to the runtime, unless it was given some a moment ago; every rank
+        calls this. metrics.jsonl and the trackers have every row.
+        """
+        is_due = time.monotonic() - self.reported_at >= REPORT_EVERY_S or is_last
+        if self.agree(int(is_due), dist.ReduceOp.MIN):
+            self.reporter.metrics(
+                {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+            )
+            self.reported_at = time.monotonic()
+
+    def say(self, message: str, event: str = "note", **facts: Any) -> None:
+        """Tell the user a sentence: the driver's console shows it, metrics.jsonl keeps it."""
+        self.write({"kind": "event", "event": event, "message": message, **facts})
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the run and announce it."""
+        self.say(name, event="phase")
+        start = time.perf_counter()
+        yield
+        self.timeline[name] = self.timeline.get(name, 0.0) + time.perf_counter() - start
+
+    def agree(self, value: int, op: dist.ReduceOp.RedOpType) -> int:
+        """Return the minimum, maximum or sum of every rank's value, without touching the GPU."""
+        return self.agree_all([value], op)[0]
+
+    def agree_all(self, values: list[int], op: dist.ReduceOp.RedOpType) -> list[int]:
+        """Return what `agree` does, of several values at the price of one."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, op=op, group=self.cpu_group)
+        return [int(value) for value in tensor.tolist()]
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value, group=self.cpu_group)
+        return box
+
+    def fault(self, message: str, **facts: Any) -> None:
+        """Tell the user of something that went wrong and was dealt with; the report keeps it."""
+        self.say(message, event="fault", **facts)
+
+    def barrier(self) -> None:
+        """Wait for every rank, on the CPU."""
+        if self.world_size > 1:
+            dist.barrier(group=self.cpu_group)
+
+
+def local_run(job: JobConfig, device: torch.device | None = None) -> Run:
+    """Return the run of a process started by torchrun, or alone.
+
+    Initialises torch.distributed from torchrun's environment variables when they are there.
+    """
+    if "RANK" in os.environ and not dist.is_initialized():
+        on_gpu = torch.cuda.is_available() and not job.parallel.use_cpu
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    if device is None:
+        on_gpu = torch.cuda.is_available() and not job.parallel.use_cpu
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        )
+    root = Path(job.ray.ray_storage_path or job.output.output_dir) / "checkpoints"
+    group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    resume = job.output.resume_from_checkpoint or False
+    return Run(
+        device=device,
+        storage=Storage.at(str(root)),
+        attempt="local",
+        reporter=SilentReporter(),
+        cpu_group=group,
+        resume=resume,
+    )

@@ -1,0 +1,1 @@
+"""Files that survive: local or remote storage, retries, atomic writes, metrics.jsonl."""

@@ -1,0 +1,187 @@
+"""metrics.jsonl, the log of a run: one JSON object per line, appended by rank 0."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from raytrain_adv.errors import StorageError
+from raytrain_adv.redaction import hide_environment
+
+FILE_NAME = "metrics.jsonl"
+Scalar = str | int | float | bool | None
+
+
+class MetricsFile:
+    """Rank 0's log of the run: rows of kind train, eval and event.
+
+    A row is with the operating system when `append` returns: killing the process loses none. It is
+    not fsynced (that would stall training on network storage), so a machine that loses power may
+    lose the last rows.
+
+    Args:
+        path: the file; its folder is made.
+        resume_step: None starts the log anew. A step goes on with the file that is there: rows of
+            later steps, which will be computed again, and a last line torn by a kill are dropped
+            in one move, events are kept, and an event `resume` with the step is appended (not
+            where the file was empty).
+
+    Raises:
+        StorageError: when the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path, resume_step: int | None) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            kept, num_dropped = _rows_to_keep(self.path, resume_step)
+            replace(self.path, kept)
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        if resume_step is not None and kept:
+            self.event(
+                "resume",
+                _resume_message(resume_step, num_dropped),
+                step=resume_step,
+                num_dropped=num_dropped,
+            )
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Write one row, with `time` (unix seconds) added if it has none.
+
+        Values become plain scalars (zero-dimensional arrays and tensors give theirs). NaN and
+        infinity, which JSON does not have, become null, and the row's `non_finite` says which they
+        were: {"loss": null, "non_finite": {"loss": "nan"}}.
+
+        Raises:
+            TypeError: when a value is not a scalar.
+            StorageError: when the line cannot be written.
+        """
+        line = json.dumps({"time": round(time.time(), 3)} | plain_row(row), allow_nan=False) + "\n"
+        data = (hide_environment(line) if row.get("kind") == "event" else line).encode()
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def event(self, event: str, message: str, **details: Scalar) -> None:
+        """Write a row of kind event: a slug, a sentence, and numbers for those who want them."""
+        self.append({"kind": "event", "event": event, "message": message, **details})
+
+    def close(self) -> None:
+        """Close the file; closing it again is nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def plain_row(row: Mapping[str, object]) -> dict[str, Any]:
+    """Return the row with plain scalars; NaN and infinity become None, named in `non_finite`.
+
+    Raises:
+        TypeError: when a value is not a scalar.
+    """
+    plain: dict[str, Any] = {}
+    non_finite: dict[str, str] = {}
+    for key, value in row.items():
+        scalar = _scalar(key, value)
+        if isinstance(scalar, float) and not math.isfinite(scalar):
+            non_finite[key] = str(scalar)
+            scalar = None
+        plain[key] = scalar
+    if non_finite:
+        plain["non_finite"] = non_finite
+    return plain
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of the file, in order; none when it does not exist.
+
+    A last line torn by a kill is left out. Any other line that is not a row is not silently lost:
+    an event `unreadable_line` that names it stands in its place.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    # Whatever follows the last newline is still being written, or was torn.
+    return [
+        _parsed(number, line) for number, line in enumerate(lines[:-1], start=1) if line.strip()
+    ]
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Return one line of the file as a row, or None if it is not one."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("kind"), str) else None
+
+
+def _parsed(number: int, line: bytes) -> dict[str, Any]:
+    row = parse_row(line)
+    if row is None:
+        message = f"Line {number} of {FILE_NAME} is not a row and was left out."
+        return {"kind": "event", "event": "unreadable_line", "message": message}
+    return row
+
+
+def _scalar(key: str, value: object) -> Scalar:
+    # By duck typing: numpy and torch scalars have item(), and this module imports neither.
+    item = getattr(value, "item", None)
+    scalar = item() if callable(item) else value
+    if scalar is None or isinstance(scalar, str | int | float | bool):
+        return scalar
+    raise TypeError(f"{key} is not a scalar: {type(value).__name__}")
+
+
+def _rows_to_keep(path: Path, resume_step: int | None) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows that a run resumed at the step keeps, and how many later ones it drops."""
+    if resume_step is None:
+        return [], 0
+    rows = read(path)
+    kept = [row for row in rows if row["kind"] == "event" or row.get("step", 0) <= resume_step]
+    return kept, len(rows) - len(kept)
+
+
+def replace(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put the rows in place of the file; a kill leaves either the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _resume_message(step: int, num_dropped: int) -> str:
+    if not num_dropped:
+        return f"Resumed from step {step}."
+    rows = "1 later row is" if num_dropped == 1 else f"{num_dropped} later rows are"
+    return f"Resumed from step {step}; {rows} computed again."
+
+
+def _unwritable(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        "The metrics of the run cannot be written",
+        f"{path}: {error.strerror or error}",
+        "free space, or choose an output_dir that the workers can write to",
+    )

@@ -1,0 +1,1 @@
+"""Comparing a replacement with the original before training."""

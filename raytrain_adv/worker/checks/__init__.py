@@ -1,0 +1,1 @@
+"""Checks on each worker during training."""

@@ -1,0 +1,1 @@
+"""Trials on each worker before the first step."""

@@ -1,0 +1,159 @@
+"""Rows of the three layouts, by entry and by guess."""
+
+import json
+
+import pytest
+
+from raytrain_adv.data.read.entries import Entry
+from raytrain_adv.data.read.formats import UnusableRow, layout
+from raytrain_adv.errors import JobError
+
+
+def read(row, **entry):
+    return layout(Entry("set", "files", "file", **entry), [row]).conversation(row)
+
+
+def written(conversation):
+    return [(m["role"], m["content"]) for m in conversation.messages]
+
+
+QA = [("user", "Q"), ("assistant", "A")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Q", "output": "A"},
+        {"instruction": "Q", "input": "", "output": "A"},
+        {"prompt": "Q", "completion": "A"},
+        {"question": "Q", "answer": "A"},
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+        {
+            "conversations": [
+                {"role": "user", "content": "Q"},
+                {"role": "assistant", "content": "A"},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+                {"role": "assistant", "content": "A"},
+            ]
+        },
+    ],
+)
+def test_layout_of_a_plain_file_is_found_out(row):
+    assert written(read(row)) == QA
+
+
+def test_unknown_layout_is_an_error_that_lists_the_columns():
+    with pytest.raises(JobError, match="columns: body, title"):
+        read({"title": "a", "body": "b"})
+
+
+def test_alpaca_joins_instruction_and_input_by_a_newline():
+    row = {"instruction": "Sort.", "input": "b a", "output": "a b"}
+    assert written(read(row)) == [("user", "Sort.\nb a"), ("assistant", "a b")]
+
+
+def test_alpaca_history_and_system_become_messages():
+    row = {"instruction": "Q", "output": "A", "system": "S", "history": [["q", "a"]]}
+    expected = [("system", "S"), ("user", "q"), ("assistant", "a"), *QA]
+    assert written(read(row)) == expected
+
+
+def test_columns_of_an_entry_are_exactly_those_that_are_read():
+    row = {"ask": "Q", "input": "not named", "reply": "A"}
+    columns = {"prompt": "ask", "response": "reply"}
+    assert written(read(row, formatting="alpaca", columns=columns)) == QA
+
+
+def test_column_that_no_row_has_is_an_error():
+    with pytest.raises(JobError, match="missing: sistem"):
+        columns = {"prompt": "instruction", "response": "output", "system": "sistem"}
+        read({"instruction": "Q", "output": "A"}, formatting="alpaca", columns=columns)
+
+
+def test_tags_of_an_entry_rename_roles_and_keys():
+    tags = {"role_tag": "who", "content_tag": "text", "user_tag": "U", "assistant_tag": "B"}
+    row = {"turns": [{"who": "U", "text": "Q"}, {"who": "B", "text": "A"}]}
+    columns = {"messages": "turns"}
+    assert written(read(row, formatting="sharegpt", columns=columns, tags=tags)) == QA
+
+
+def test_system_message_stands_first_wherever_it_comes_from():
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    inside = {"conversations": [{"from": "system", "value": "S"}, *turns]}
+    beside = {"conversations": turns, "system": "S"}
+    assert written(read(inside)) == written(read(beside)) == [("system", "S"), *QA]
+
+
+def test_sharegpt_function_calls_become_tool_calls_and_their_results_tool_messages():
+    call = json.dumps({"name": "add", "arguments": {"a": 1}})
+    turns = [("human", "Q"), ("function_call", call), ("observation", "2"), ("gpt", "A")]
+    conversation = read({"conversations": [{"from": f, "value": v} for f, v in turns]})
+    assert [m["role"] for m in conversation.messages] == ["user", "assistant", "tool", "assistant"]
+    function = conversation.messages[1]["tool_calls"][0]["function"]
+    assert function == {"name": "add", "arguments": {"a": 1}}
+
+
+def test_openai_tool_calls_are_kept_with_arguments_as_an_object():
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "A"},
+    ]
+    conversation = read({"messages": messages, "tools": '[{"name": "add"}]'})
+    assert conversation.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert conversation.tools == [{"name": "add"}]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"instruction": "Q", "output": ""}, "no answer: output is empty"),
+        ({"instruction": "Q"}, "no answer: output is empty or missing"),
+        ({"instruction": "Q", "output": None}, "no answer"),
+        ({"instruction": "Q", "output": "  \n"}, "no answer"),
+        ({"instruction": "Q", "output": 7}, "output is a int, not text"),
+        ({"instruction": "", "output": "A"}, "the question is empty"),
+        ({"instruction": "Q", "output": "A", "history": ["x"]}, "not a pair"),
+        ({"instruction": "Q", "output": "A", "history": 5}, "not a list"),
+        (["Q", "A"], "the row is a list"),
+    ],
+)
+def test_unusable_alpaca_row_says_why(bad, reason):
+    good = {"instruction": "Q", "output": "A", "history": []}
+    with pytest.raises(UnusableRow, match=reason):
+        layout(Entry("set", "files", "file"), [good]).conversation(bad)
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([], "no answer"),
+        (None, "no answer"),
+        ("human: hi", "no answer"),
+        ([("human", "Q")], "last message is not the assistant's"),
+        ([("gpt", "A")], "turn 1 is of role assistant, where a question was expected"),
+        ([("human", "Q"), ("human", "Q")], "turn 2 is of role user, where an answer was expected"),
+        ([("human", "Q"), ("gpt", "")], "the last message is empty"),
+        ([("human", "Q"), ("bot", "A")], "unknown role 'bot'"),
+        ([("system", "S")], "no answer"),
+        ([("human", "Q"), ("system", "S"), ("gpt", "A")], "turn 2 is of role system"),
+        ([("human", "Q"), ("function_call", "add(1)"), ("gpt", "A")], "no function call"),
+        ([("human", "\ud800"), ("gpt", "A")], "half a surrogate pair"),
+        ([({}, "Q"), ("gpt", "A")], "unknown role"),
+        ([("human", {"a": 1}), ("gpt", "A")], "is a dict, not text"),
+    ],
+)
+def test_unusable_sharegpt_row_says_why(turns, reason):
+    good = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    if isinstance(turns, list):
+        turns = [{"from": f, "value": v} for f, v in turns]
+    with pytest.raises(UnusableRow, match=reason):
+        layout(Entry("set", "files", "file"), [good]).conversation({"conversations": turns})

@@ -1,0 +1,478 @@
+"""From a job to sequences: masks, cuts, splits, the cache, and many processes at once."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raytrain_adv.data.batches.sequences import IGNORE
+from raytrain_adv.data.prepare import prepare
+from raytrain_adv.data.tokens import datasets, tokenize
+from raytrain_adv.data.tokens.tokenizer import load_tokenizer
+from raytrain_adv.errors import JobError, StorageError
+from tests.unit.data.sample_rows import pairs
+
+CHAT = {
+    "conversations": [
+        {"from": "human", "value": "One?"},
+        {"from": "gpt", "value": "First."},
+        {"from": "human", "value": "Two?"},
+        {"from": "gpt", "value": "Second."},
+    ]
+}
+
+
+def ready(job, **options):
+    said: list[str] = []
+    return prepare(job, said.append, **options), said
+
+
+def trained_text(job, sequence):
+    """Return what the loss is taken on, runs of it joined by a bar."""
+    tokenizer = load_tokenizer(job)
+    parts, run = [], []
+    for label in [*sequence.labels.tolist(), IGNORE]:
+        if label != IGNORE:
+            run.append(label)
+        elif run:
+            parts.append(tokenizer.decode(run))
+            run = []
+    return "|".join(parts)
+
+
+def flat(sequences):
+    return [(s.input_ids.tolist(), s.labels.tolist(), s.segments) for s in sequences]
+
+
+def test_loss_is_on_every_answer_with_its_end_and_on_nothing_else(make_job, write_rows):
+    job = make_job(dataset=write_rows([CHAT]))
+    assert trained_text(job, ready(job)[0].train[0]) == "First.<|end|>|Second.<|end|>"
+
+
+def test_mask_history_leaves_the_last_answer_only(make_job, write_rows):
+    job = make_job(dataset=write_rows([CHAT]), mask_history=True)
+    assert trained_text(job, ready(job)[0].train[0]) == "Second.<|end|>"
+
+
+def test_train_on_prompt_takes_every_token_that_has_one_before_it(make_job, write_rows):
+    job = make_job(dataset=write_rows([CHAT]), train_on_prompt=True)
+    sequence = ready(job)[0].train[0]
+    assert sequence.labels.tolist() == [*sequence.input_ids[1:].tolist(), IGNORE]
+
+
+def test_labels_are_the_next_tokens(make_job, write_rows):
+    sequence = ready(make_job(dataset=write_rows([CHAT])))[0].train[0]
+    at = np.flatnonzero(sequence.labels != IGNORE)
+    assert (sequence.labels[at] == sequence.input_ids[at + 1]).all()
+
+
+def test_there_is_one_bos(make_job, write_rows, marked_model):
+    for keys in ({}, {"model_name_or_path": marked_model, "template": "llama3"}):
+        job = make_job(dataset=write_rows([CHAT]), **keys)
+        ids = ready(job)[0].train[0].input_ids.tolist()
+        assert ids.count(load_tokenizer(job).bos_token_id) == 1
+
+
+def test_tokens_are_those_of_the_chat_template(make_job, write_rows):
+    job = make_job(dataset=write_rows([CHAT]))
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[m["from"]], "content": m["value"]} for m in CHAT["conversations"]]
+    expected = load_tokenizer(job).apply_chat_template(messages, return_dict=False)
+    assert ready(job)[0].train[0].input_ids.tolist() == expected
+
+
+def test_tokenizer_that_puts_a_space_before_texts_is_read_as_a_whole(
+    make_job, write_rows, spacing_model
+):
+    job = make_job(
+        dataset=write_rows([{"instruction": "What is it?", "output": " It is a test."}]),
+        model_name_or_path=spacing_model,
+        template="default",
+    )
+    tokenizer = load_tokenizer(job)
+    assert not tokenize.joins_cleanly(tokenizer)
+    sequence = ready(job)[0].train[0]
+    whole = tokenizer.apply_chat_template(
+        [
+            {"role": "user", "content": "What is it?"},
+            {"role": "assistant", "content": " It is a test."},
+        ],
+        return_dict=False,
+    )
+    assert sequence.input_ids.tolist() == whole
+    assert trained_text(job, sequence).strip().startswith("It is a test.</s>")
+
+
+def test_both_ways_of_tokenising_agree_on_a_byte_level_tokenizer(make_job, write_rows, monkeypatch):
+    rows = [*pairs(20), {"instruction": "Ünï 漢字 🙂", "output": "é\n\n  ok 🙂"}]
+    job = make_job(dataset=write_rows(rows))
+    apart = flat(ready(job, rebuild=True)[0].train)
+    monkeypatch.setattr(tokenize, "joins_cleanly", lambda tokenizer: False)
+    assert flat(ready(job, rebuild=True)[0].train) == apart
+
+
+def test_answer_that_would_merge_with_the_prompt_begins_where_generation_begins(
+    make_job, write_rows, marked_model
+):
+    job = make_job(
+        dataset=write_rows([{"instruction": "Q", "output": "\n\nA"}]),
+        model_name_or_path=marked_model,
+        template="chatml",
+    )
+    tokenizer = load_tokenizer(job)
+    data, _ = ready(job)
+    prompt = data.prompts(1, tokenizer)[0]
+    text = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.input_ids == tokenizer.encode(text, add_special_tokens=False)
+    assert trained_text(job, data.train[0]) == "\n\nA<|im_end|>\n"
+
+
+def test_unicode_survives(make_job, write_rows):
+    answer = "Grüße, 漢字, 🙂, \u200f, e\u0301"
+    job = make_job(dataset=write_rows([{"instruction": "Q", "output": answer}]))
+    assert trained_text(job, ready(job)[0].train[0]) == answer + "<|end|>"
+
+
+def test_long_row_is_cut_and_counted(make_job, write_rows):
+    rows = [{"instruction": "Q", "output": "word " * 100_000}, *pairs(2)]
+    data, said = ready(make_job(dataset=write_rows(rows), cutoff_len=32))
+    assert data.train.lengths.max() == 32 and data.stats["rows"]["truncated"] == 1
+    assert "1 rows were longer than cutoff_len (32) and were cut" in said
+
+
+def test_row_whose_answer_is_cut_away_is_unusable_with_its_line(make_job, write_rows):
+    file = write_rows([*pairs(2), {"instruction": "long " * 200, "output": "A"}])
+    data, said = ready(make_job(dataset=file, cutoff_len=32))
+    counts = data.stats["rows"]
+    assert (counts["read"], counts["used"], counts["unusable"]) == (3, 2, 1)
+    assert counts["unusable_examples"][0]["where"] == f"{file}:3"
+    assert "beyond cutoff_len" in counts["unusable_examples"][0]["reason"]
+    assert any(f"1 of 3 rows cannot be used: {file}:3: the answer" in line for line in said)
+
+
+def test_unusable_rows_are_counted_and_the_first_are_named(make_job, write_rows):
+    file = write_rows([{"instruction": "Q", "output": ""}] * 9 + pairs(1))
+    data, said = ready(make_job(dataset=file))
+    line = next(s for s in said if "cannot be used" in s)
+    assert f"9 of 10 rows cannot be used: {file}:1: no answer" in line and "and 4 more" in line
+    assert data.stats["rows"]["unusable_reasons"] == {"no answer: output is empty or missing": 9}
+
+
+def test_unusable_rows_are_named_again_when_the_cache_is_opened(make_job, write_rows):
+    job = make_job(dataset=write_rows([{"instruction": "Q", "output": ""}, *pairs(1)]))
+    assert ready(job)[1] == ready(job)[1]
+
+
+def test_dataset_without_a_usable_row_is_an_error(make_job, write_rows):
+    job = make_job(dataset=write_rows([{"instruction": "Q", "output": ""}]))
+    with pytest.raises(JobError, match=r"No row of .* can be trained on"):
+        prepare(job, print)
+
+
+def test_datasets_follow_each_other_and_max_samples_holds_for_each(make_job, write_rows):
+    first, second = write_rows(pairs(5)), write_rows([CHAT] * 5, "chat.json")
+    data, _ = ready(make_job(dataset=[first, second], max_samples=2))
+    assert len(data.train) == 4 and data.stats["rows"]["read"] == 4
+
+
+def test_num_samples_draws_rows_and_repeats_them_where_there_are_too_few(
+    make_job, write_rows, tmp_path
+):
+    write_rows(pairs(5), "five.jsonl")
+    info = {n: {"file_name": "five.jsonl", "num_samples": k} for n, k in (("few", 3), ("many", 12))}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    few = ready(make_job(dataset="few", dataset_dir=str(tmp_path)))[0].train
+    many = ready(make_job(dataset="many", dataset_dir=str(tmp_path)))[0].train
+    counts = [flat(many).count(row) for row in flat(few)]
+    assert len(few) == 3 and len(many) == 12 and set(counts) <= {2, 3}
+
+
+@pytest.mark.parametrize(("val_size", "held"), [(3, 3), (0.25, 5), (1.0, 1)])
+def test_val_size_is_a_number_or_a_share(make_job, write_rows, val_size, held):
+    data, _ = ready(make_job(dataset=write_rows(pairs(20)), val_size=val_size))
+    assert data.eval is not None and (len(data.eval), len(data.train)) == (held, 20 - held)
+
+
+def test_held_out_rows_depend_on_the_seed_alone_and_are_not_trained_on(make_job, write_rows):
+    rows = [{"instruction": f"Q{i}", "output": f"A{i}"} for i in range(30)]
+    file = write_rows(rows)
+    one = ready(make_job(dataset=file, val_size=5, seed=1))[0]
+    packed = ready(make_job(dataset=file, val_size=5, seed=1, packing=True))[0]
+    other = ready(make_job(dataset=file, val_size=5, seed=2))[0]
+    held = {tuple(s.input_ids.tolist()) for s in one.eval}
+    assert not held & {tuple(s.input_ids.tolist()) for s in one.train}
+    assert sum(packed.eval.lengths) == sum(one.eval.lengths)
+    assert held != {tuple(s.input_ids.tolist()) for s in other.eval}
+
+
+@pytest.mark.parametrize("val_size", [20, 21, 0.99, 0.001])
+def test_val_size_that_leaves_nothing_is_refused(make_job, write_rows, val_size):
+    with pytest.raises(JobError, match="val_size leaves no rows"):
+        prepare(make_job(dataset=write_rows(pairs(20)), val_size=val_size), print)
+
+
+def test_keys_that_exclude_each_other_are_refused(make_job, write_rows):
+    file = write_rows(pairs(3))
+    with pytest.raises(JobError, match="val_size and eval_dataset exclude"):
+        prepare(make_job(dataset=file, eval_dataset=file, val_size=1), print)
+    with pytest.raises(JobError, match="train_on_prompt and mask_history exclude"):
+        prepare(make_job(dataset=file, train_on_prompt=True, mask_history=True), print)
+    with pytest.raises(JobError, match="whole number"):
+        prepare(make_job(dataset=file, val_size=1.5), print)
+
+
+def test_eval_dataset_is_the_held_out_set(make_job, write_rows):
+    job = make_job(dataset=write_rows(pairs(4)), eval_dataset=write_rows([CHAT], "e.jsonl"))
+    data, _ = ready(job)
+    assert len(data.train) == 4 and trained_text(job, data.eval[0]).startswith("First.")
+    assert data.stats["eval_rows"]["read"] == 1
+
+
+def test_one_row_is_enough(make_job, write_rows):
+    data, _ = ready(make_job(dataset=write_rows(pairs(1)), neat_packing=True))
+    assert len(data.train) == 1 and data.stats["train"]["lengths"]["max"] == data.train.lengths[0]
+
+
+def test_labels_never_cross_the_border_of_packed_conversations(make_job, write_rows):
+    rows = [{"instruction": "Q", "output": "A"}] * 8
+    data, _ = ready(make_job(dataset=write_rows(rows), packing=True, train_on_prompt=True))
+    assert len(data.train) == 1 and len(data.train[0].segments) == 8
+    lasts = np.cumsum(data.train[0].segments) - 1
+    assert (data.train[0].labels[lasts] == IGNORE).all()
+    assert (data.train[0].labels == IGNORE).sum() == 8
+
+
+def test_packed_and_unpacked_hold_the_same_tokens_and_labels(make_job, write_rows):
+    file = write_rows(pairs(40))
+    plain, packed = (ready(make_job(dataset=file, packing=p))[0].train for p in (False, True))
+    assert len(packed) < len(plain)
+    assert plain.label_counts.sum() == packed.label_counts.sum()
+    assert sum((s.labels != IGNORE).sum() for s in packed) == packed.label_counts.sum()
+
+
+def test_stats_are_json_and_add_up(make_job, write_rows):
+    data, _ = ready(make_job(dataset=write_rows(pairs(40)), val_size=5, neat_packing=True))
+    stats = json.loads(json.dumps(data.stats))
+    assert stats["train"]["rows"] + stats["eval"]["rows"] == stats["rows"]["used"] == 40
+    assert stats["train"]["tokens"] == data.train.lengths.sum()
+    assert sum(stats["train"]["histogram"]["counts"]) == stats["train"]["rows"]
+    assert 0 < stats["train"]["packing_efficiency"] <= 1
+    assert Path(stats["cache_path"]).is_dir()
+
+
+def test_prompts_are_held_out_questions_up_to_the_answer(make_job, write_rows):
+    rows = [{"instruction": f"Q{i}", "output": f"A{i}"} for i in range(12)]
+    job = make_job(dataset=write_rows(rows), val_size=4)
+    tokenizer, data = load_tokenizer(job), ready(job)[0]
+    prompts = data.prompts(3, tokenizer)
+    assert len(prompts) == 3 and data.prompts(0, tokenizer) == []
+    for ids, text, reference in prompts:
+        asked = [{"role": "user", "content": text}]
+        expected = tokenizer.apply_chat_template(
+            asked, add_generation_prompt=True, return_dict=False
+        )
+        assert ids == expected and reference == text.replace("Q", "A")
+
+
+def count_builds(monkeypatch):
+    calls = []
+    original = datasets.TokenisedDatasets.build
+    monkeypatch.setattr(
+        datasets.TokenisedDatasets,
+        "build",
+        lambda self, writer: calls.append(1) or original(self, writer),
+    )
+    return calls
+
+
+def test_second_call_opens_the_cache(make_job, write_rows, monkeypatch):
+    calls = count_builds(monkeypatch)
+    job = make_job(dataset=write_rows(pairs(30)))
+    assert flat(ready(job)[0].train) == flat(ready(job)[0].train) and len(calls) == 1
+
+
+def test_cache_does_not_depend_on_where_the_file_lies_nor_on_packing_split_or_processes(
+    make_job, write_rows, monkeypatch, tmp_path
+):
+    calls = count_builds(monkeypatch)
+    file = write_rows(pairs(30))
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(Path(file).read_bytes())
+    ready(make_job(dataset=file))
+    ready(make_job(dataset=str(moved), preprocessing_num_workers=7))
+    ready(make_job(dataset=file, packing=True, val_size=3, seed=9, ray_num_workers=4))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"cutoff_len": 64}, {"train_on_prompt": True}, {"default_system": "S"}, {"max_samples": 3}],
+)
+def test_cache_depends_on_the_keys_that_change_tokens(make_job, write_rows, monkeypatch, keys):
+    calls = count_builds(monkeypatch)
+    file = write_rows(pairs(30))
+    ready(make_job(dataset=file))
+    ready(make_job(dataset=file, **keys))
+    assert len(calls) == 2
+
+
+def test_changed_contents_are_tokenised_again(make_job, write_rows, monkeypatch):
+    calls = count_builds(monkeypatch)
+    before = ready(make_job(dataset=write_rows(pairs(30))))[0]
+    after = ready(make_job(dataset=write_rows(pairs(29))))[0]
+    assert len(calls) == 2 and (len(before.train), len(after.train)) == (30, 29)
+
+
+def test_overwrite_cache_tokenises_again_except_where_the_driver_did(
+    make_job, write_rows, monkeypatch
+):
+    calls = count_builds(monkeypatch)
+    job = make_job(dataset=write_rows(pairs(30)), overwrite_cache=True)
+    ready(job), ready(job), ready(job, rebuild=False)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "meta", "remove"])
+def test_damaged_cache_is_built_again(make_job, write_rows, monkeypatch, damage):
+    calls = count_builds(monkeypatch)
+    job = make_job(dataset=write_rows(pairs(30)))
+    whole = ready(job)[0]
+    expected, folder = flat(whole.train), Path(whole.stats["cache_path"])
+    ids = folder / "ids.bin"
+    if damage == "truncate":
+        os.truncate(ids, 40)
+    elif damage == "flip":
+        content = bytearray(ids.read_bytes())
+        content[8] ^= 1
+        ids.write_bytes(content)
+    elif damage == "meta":
+        (folder / "meta.json").write_text('{"version": 1, "cr')
+    else:
+        ids.unlink()
+    again, said = ready(job)
+    assert flat(again.train) == expected and len(calls) == 2
+    assert any("is damaged; it is built again" in line for line in said)
+
+
+def test_failure_while_building_leaves_nothing_behind(make_job, write_rows, tmp_path):
+    job = make_job(dataset=write_rows([*pairs(3), {"instruction": "Q", "output": "A"}]))
+    with open(tmp_path / "rows.jsonl", "a") as opened:
+        opened.write("{broken\n")
+    with pytest.raises(JobError, match="line 5"):
+        prepare(job, print)
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] in ([], [".lock"])
+
+
+def run_python(code, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_full_disk_is_a_storage_error_and_leaves_nothing_behind(tmp_path):
+    """A limit on the size of files makes the kernel refuse to write more, as a full disk does."""
+    code = f"""
+import pathlib, resource, signal
+import numpy as np
+from raytrain_adv.errors import StorageError
+from raytrain_adv.data.tokens import cache
+from raytrain_adv.data.tokens.tokenize import Chunk
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+root = pathlib.Path({str(tmp_path)!r})
+def build(writer):
+    for _ in range(10):
+        ids = np.zeros(10_000, np.int32)
+        writer.append(Chunk(ids, ids > 0, np.array([10_000]), np.zeros(1, np.int32)))
+    return {{}}
+try:
+    cache.open_or_build(root, "key", build, False, print)
+except StorageError as error:
+    print(error)
+"""
+    output = run_python(code).communicate(timeout=120)[0]
+    assert "Tokenised data could not be written" in output and "File too large" in output
+    assert "set tokenized_path" in output
+    assert [p.name for p in tmp_path.iterdir()] in ([], ["key.lock"])
+
+
+def test_cache_folder_that_cannot_be_made_is_a_storage_error(make_job, write_rows, tmp_path):
+    (tmp_path / "file").write_text("")
+    job = make_job(dataset=write_rows(pairs(3)), tokenized_path=str(tmp_path / "file" / "cache"))
+    with pytest.raises(StorageError, match="set tokenized_path"):
+        prepare(job, print)
+
+
+def test_processes_that_start_together_tokenise_once(make_job, write_rows, tmp_path):
+    file, log = write_rows(pairs(3000)), tmp_path / "log"
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.sections import *
+from raytrain_adv.data.tokens import datasets as dataset_rows
+from raytrain_adv.data.prepare import prepare
+original = datasets.TokenisedDatasets.build
+def build(self, writer):
+    with open({str(log)!r}, "a") as opened:
+        opened.write("built\\n")
+    import time; time.sleep(2)
+    return original(self, writer)
+datasets.TokenisedDatasets.build = build
+from tests.unit.data.sample_rows import TINY_LLAMA
+job = JobConfig(
+    ModelConfig(model_name_or_path=str(TINY_LLAMA)),
+    DataConfig(dataset={file!r}, tokenized_path={str(tmp_path / "together")!r}),
+    TrainConfig(), ParallelConfig(), OutputConfig(output_dir="out"), RayConfig())
+print("rows", len(prepare(job, print).train))
+"""
+    children = [run_python(code) for _ in range(2)]
+    outputs = [child.communicate(timeout=120)[0] for child in children]
+    assert all("rows 3000" in output for output in outputs), outputs
+    assert log.read_text() == "built\n"
+
+
+def test_threads_that_start_together_tokenise_once(make_job, write_rows, monkeypatch):
+    calls = count_builds(monkeypatch)
+    job, sizes = make_job(dataset=write_rows(pairs(300))), []
+    threads = [
+        threading.Thread(target=lambda: sizes.append(len(ready(job)[0].train))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sizes == [300] * 3 and len(calls) == 1
+
+
+def test_tokenising_in_processes_gives_the_same_bytes(make_job, write_rows, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets, "CHUNK", 20)
+    monkeypatch.setattr(datasets, "ENOUGH_FOR_PROCESSES", 100)
+    file = write_rows([*pairs(110), {"instruction": "Q", "output": ""}])
+    stores = []
+    for workers in (1, 2):
+        cache = str(tmp_path / f"cache{workers}")
+        job = make_job(dataset=file, preprocessing_num_workers=workers, tokenized_path=cache)
+        folder = Path(ready(job)[0].stats["cache_path"])
+        stores.append({p.name: p.read_bytes() for p in folder.iterdir()})
+    assert stores[0] == stores[1]
+
+
+def test_error_in_a_tokenising_process_reaches_the_user(make_job, write_rows, monkeypatch):
+    monkeypatch.setattr(datasets, "CHUNK", 20)
+    monkeypatch.setattr(datasets, "ENOUGH_FOR_PROCESSES", 100)
+    file = write_rows(pairs(110))
+    with open(file, "a") as opened:
+        opened.write("{broken\n")
+    with pytest.raises(JobError, match="line 111"):
+        prepare(make_job(dataset=file, preprocessing_num_workers=2), print)

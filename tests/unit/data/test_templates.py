@@ -1,0 +1,222 @@
+"""Own templates, and the tokenizers' chat templates."""
+
+import pytest
+
+from raytrain_adv.data.read.formats import Conversation, UnusableRow
+from raytrain_adv.data.tokens.render import renderer
+from raytrain_adv.data.tokens.templates import TEMPLATES, find_template
+from raytrain_adv.data.tokens.tokenizer import load_tokenizer
+from raytrain_adv.errors import JobError
+
+CHAT = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "Q1"},
+    {"role": "assistant", "content": "A1"},
+    {"role": "user", "content": "Q2"},
+    {"role": "assistant", "content": "A2"},
+]
+H = "<|start_header_id|>{}<|end_header_id|>\n\n"
+LLAMA3_SYSTEM = "<s>" + H.format("system") + "S<|eot_id|>"
+LLAMA3_TURN = H.format("user") + "Q{n}<|eot_id|>" + H.format("assistant") + "[A{n}<|eot_id|>]"
+CHATML_TURN = "<|im_start|>user\nQ{n}<|im_end|>\n<|im_start|>assistant\n[A{n}<|im_end|>\n]"
+GEMMA_TURN = (
+    "<start_of_turn>user\n{lead}Q{n}<end_of_turn>\n<start_of_turn>model\n[A{n}<end_of_turn>\n]"
+)
+PHI_TURN = "<|user|>\nQ{n}<|end|>\n<|assistant|>\n[A{n}<|end|>\n]"
+ALPACA_TURN = "### Instruction:\nQ{n}\n\n### Response:\n[A{n}</s>\n\n]"
+DEFAULT_TURN = "Human: Q{n}</s>\nAssistant:[A{n}</s>\n]"
+
+
+def turns(form: str, lead: str = "") -> str:
+    return form.format(n=1, lead=lead) + form.format(n=2, lead="")
+
+
+EXPECTED = {  # in brackets what the loss is taken on
+    "llama3": LLAMA3_SYSTEM + turns(LLAMA3_TURN),
+    "chatml": "<|im_start|>system\nS<|im_end|>\n" + turns(CHATML_TURN),
+    "qwen": "<|im_start|>system\nS<|im_end|>\n" + turns(CHATML_TURN),
+    "mistral": "<s>"
+    + turns("[INST] {lead}Q{n}[/INST]< A{n}</s>>", "S\n\n")
+    .replace("< A1</s>>", "[ A1</s>]")
+    .replace("< A2</s>>", "[ A2</s>]"),
+    "gemma": "<s>" + turns(GEMMA_TURN, "S\n\n"),
+    "phi": "<|system|>\nS<|end|>\n" + turns(PHI_TURN),
+    "alpaca": "S" + turns(ALPACA_TURN),
+    "default": "System: S</s>\n" + turns(DEFAULT_TURN),
+}
+
+
+def bracketed(name: str) -> str:
+    pieces = find_template(name).pieces(Conversation(CHAT), "<s>", "</s>")
+    return "".join(f"[{p.text}]" if p.is_answer else p.text for p in pieces)
+
+
+def test_every_template_has_its_expected_text():
+    assert set(EXPECTED) == set(TEMPLATES)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_template_writes_a_conversation_as_llama_factory_does(name):
+    assert bracketed(name) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_model_folder_gets_a_chat_template_that_writes_what_was_trained_on(
+    name, make_job, marked_model
+):
+    tokenizer = load_tokenizer(make_job(model_name_or_path=marked_model, template=name))
+    render = renderer(tokenizer, name, None)
+    for messages in (CHAT, CHAT[1:], CHAT[1:3]):
+        trained_on = "".join(p.text for p in render(Conversation(messages)))
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == trained_on
+        asked = tokenizer.apply_chat_template(
+            messages[:-1], tokenize=False, add_generation_prompt=True
+        )
+        assert trained_on.startswith(asked)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_saved_chat_template_survives_quotes_and_backslashes(name, make_job, marked_model):
+    tokenizer = load_tokenizer(make_job(model_name_or_path=marked_model, template=name))
+    messages = [
+        {"role": "user", "content": 'say "it\'s" \\n {{ now }}'},
+        {"role": "assistant", "content": "ok {content} {eos}"},
+    ]
+    trained_on = "".join(p.text for p in renderer(tokenizer, name, None)(Conversation(messages)))
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == trained_on
+    assert "ok {content} {eos}" in trained_on
+
+
+def test_template_makes_its_end_of_turn_the_eos_token(make_job, marked_model):
+    tokenizer = load_tokenizer(make_job(model_name_or_path=marked_model, template="llama3"))
+    assert tokenizer.eos_token == "<|eot_id|>"
+
+
+def test_template_whose_tokens_are_missing_is_refused(make_job):
+    with pytest.raises(JobError, match=r"no token <\|im_end\|>"):
+        load_tokenizer(make_job(template="chatml"))
+
+
+def test_unknown_template_names_the_nearest():
+    with pytest.raises(JobError, match="did you mean llama3"):
+        find_template("lama3")
+
+
+def test_tokenizer_without_chat_template_and_no_template_is_refused(make_job, marked_model):
+    with pytest.raises(JobError, match="no chat template, and the job names none"):
+        load_tokenizer(make_job(model_name_or_path=marked_model))
+
+
+def test_folder_without_tokenizer_is_refused_by_name(make_job, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(JobError, match="could not be loaded"):
+        load_tokenizer(make_job(model_name_or_path=str(tmp_path / "empty")))
+
+
+def test_qwen_has_its_default_system_message_and_the_job_may_change_it(make_job, marked_model):
+    tokenizer = load_tokenizer(make_job(model_name_or_path=marked_model, template="qwen"))
+    question = Conversation(CHAT[1:3])
+    assert "You are Qwen, created by Alibaba" in renderer(tokenizer, "qwen", None)(question)[0].text
+    assert "system\nBe brief.<" in renderer(tokenizer, "qwen", "Be brief.")(question)[0].text
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TOOL_CHAT = [
+    {"role": "user", "content": "Q"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "R"},
+    {"role": "assistant", "content": "A"},
+]
+
+
+def test_qwen_writes_function_calls_and_their_results():
+    pieces = find_template("qwen").pieces(Conversation(TOOL_CHAT), "", "")
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>\n'
+    assert pieces[1].text == call and pieces[1].is_answer
+    assert "<tool_response>\nR\n</tool_response>" in pieces[2].text and not pieces[2].is_answer
+
+
+@pytest.mark.parametrize("name", ["alpaca", "phi", "default", "chatml"])
+def test_template_without_a_form_for_function_calls_refuses_the_row(name):
+    with pytest.raises(UnusableRow, match="no form for function calls"):
+        find_template(name).pieces(Conversation(TOOL_CHAT), "", "")
+
+
+PREFIX_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MARKED_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{% endgeneration %}<|end|>{% else %}{{ m.content }}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def with_template(tokenizer, chat_template):
+    copy = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    copy.chat_template = chat_template
+    return copy
+
+
+def answers(tokenizer, messages):
+    return [p.text for p in renderer(tokenizer, None, None)(Conversation(messages)) if p.is_answer]
+
+
+def test_answers_are_found_by_prefixes(tiny_tokenizer):
+    tokenizer = with_template(tiny_tokenizer, PREFIX_TEMPLATE)
+    assert answers(tokenizer, CHAT) == ["A1<|end|>\n", "A2<|end|>\n"]
+
+
+def test_answers_are_found_by_generation_marks_with_the_end_token_after_them(tiny_tokenizer):
+    tokenizer = with_template(tiny_tokenizer, MARKED_TEMPLATE)
+    assert answers(tokenizer, CHAT) == ["A1<|end|>", "A2<|end|>"]
+
+
+def test_generation_marks_that_hold_the_end_token_are_taken_as_they_are(tiny_tokenizer):
+    assert answers(tiny_tokenizer, CHAT) == ["A1<|end|>", "A2<|end|>"]
+
+
+def test_pieces_of_a_chat_template_add_up_to_its_text(tiny_tokenizer):
+    for chat_template in (PREFIX_TEMPLATE, MARKED_TEMPLATE):
+        tokenizer = with_template(tiny_tokenizer, chat_template)
+        pieces = renderer(tokenizer, None, None)(Conversation(CHAT))
+        text = tokenizer.apply_chat_template(CHAT, tokenize=False)
+        assert "".join(p.text for p in pieces) == text
+
+
+def test_answers_are_found_where_only_the_newest_is_written_with_its_thoughts(tiny_tokenizer):
+    thinking = (
+        "{% for m in messages %}<|{{ m.role }}|>"
+        "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
+        "{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = with_template(tiny_tokenizer, thinking)
+    assert answers(tokenizer, CHAT) == ["A1<|end|>\n", "<think></think>A2<|end|>\n"]
+
+
+def test_chat_template_that_rewrites_its_beginning_is_refused(tiny_tokenizer):
+    counting = "{{ messages|length }}" + PREFIX_TEMPLATE
+    with pytest.raises(JobError, match="answers cannot be told from the prompts"):
+        answers(with_template(tiny_tokenizer, counting), CHAT)
+
+
+def test_row_that_the_chat_template_refuses_is_unusable_with_its_words(tiny_tokenizer):
+    strict = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    )
+    with pytest.raises(UnusableRow, match="No system role"):
+        answers(with_template(tiny_tokenizer, strict + PREFIX_TEMPLATE), CHAT)
+
+
+def test_function_calls_are_not_dropped_by_a_chat_template_that_does_not_know_them(tiny_tokenizer):
+    with pytest.raises(UnusableRow, match="no form for function calls"):
+        answers(with_template(tiny_tokenizer, PREFIX_TEMPLATE), TOOL_CHAT)
+
+
+def test_tools_are_not_dropped_by_a_chat_template_that_does_not_know_them(tiny_tokenizer):
+    tokenizer = with_template(tiny_tokenizer, PREFIX_TEMPLATE)
+    with pytest.raises(UnusableRow, match="no form for tools"):
+        renderer(tokenizer, None, None)(Conversation(CHAT, tools=[{"name": "add"}]))

@@ -1,0 +1,270 @@
+from pathlib import Path
+
+import pytest
+
+from raytrain_adv.cli import main
+from raytrain_adv.config import JobConfig
+from raytrain_adv.driver.output.output_dir import Output, decided, held, open_output, storage_below
+from raytrain_adv.driver.training.failures import leave_word, take_word
+from raytrain_adv.errors import JobError, StorageError
+from raytrain_adv.storage.storage import Storage
+
+
+def start(job: JobConfig) -> Output:
+    """Start a run that gets as far as to log a step."""
+    output = open_output(job)
+    (output.folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    return output
+
+
+def test_a_second_start_of_the_same_job_is_refused_and_says_how_to_go_on(make_job):
+    job = make_job()
+    start(job)
+    with pytest.raises(JobError, match="resume_from_checkpoint: true"):
+        open_output(job)
+
+
+def test_another_job_in_the_folder_is_refused_naming_the_keys(make_job):
+    start(make_job())
+    with pytest.raises(JobError, match=r"learning_rate: 0\.01 then, 0\.02 now"):
+        open_output(make_job(learning_rate=0.02))
+
+
+def test_a_continuation_with_other_settings_is_refused(make_job):
+    start(make_job())
+    with pytest.raises(JobError, match="learning_rate"):
+        open_output(make_job(learning_rate=0.02, resume_from_checkpoint=True))
+
+
+def test_settings_that_change_no_result_may_differ_in_a_continuation(make_job):
+    open_output(make_job())
+    again = open_output(make_job(logging_steps=3, resume_from_checkpoint=True))
+    assert again.attempt.endswith("_002")
+
+
+def test_a_finished_job_is_not_run_again_by_resuming(make_job):
+    job = make_job()
+    open_output(job).note(job, "done", 1)
+    assert open_output(make_job(resume_from_checkpoint=True)).finished
+
+
+def test_a_lost_run_file_does_not_bring_an_attempts_name_back(make_job):
+    """Ray's snapshot of it names checkpoints that save_total_limit has deleted since: its
+    controller died as it started (ray 2.60).
+    """
+    output = open_output(make_job())
+    output.storage.folder(output.attempt, "step_00000003").make()
+    (output.folder / "run.json").unlink()
+    assert open_output(make_job(resume_from_checkpoint=True)).attempt.endswith("_002")
+
+
+def test_a_run_file_that_is_not_one_is_refused_with_the_command_that_mends_it(make_job, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text('{"status": "running"}')
+    with pytest.raises(JobError, match=r"doctor .* --fix"):
+        open_output(make_job())
+
+
+@pytest.fixture
+def old(make_job):
+    """Leave a finished run with a model, a checkpoint and pinned kernels; return its folder."""
+    output = start(make_job())
+    output.note(make_job(), "done", 1)
+    kernel = output.folder / "kernels" / "old-123"
+    for folder in (
+        output.folder / "model",
+        output.folder / "model-quantized",
+        output.folder / "checkpoints/out_001/step_1",
+        kernel,
+    ):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("old")
+    (output.folder / "kernels.lock.json").write_text("old-123")
+    (output.folder / "my-notes.txt").write_text("mine")
+    return output.folder
+
+
+def contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_overwriting_deletes_the_run_and_nothing_else_when_the_new_one_begins(make_job, old):
+    job = make_job(overwrite_output_dir=True, learning_rate=0.02)
+    output, said = open_output(job), []
+    assert output.attempt == "out_001"
+    (old / "kernels" / "new-456").mkdir()
+    (old / "kernels.lock.json").write_text("new-456")  # as the driver pins them for the plan
+    output.begin(job, said.append)
+    assert set(contents(old)) == {"run.json", "kernels.lock.json", "my-notes.txt"}
+    assert [path.name for path in (old / "kernels").iterdir()] == ["new-456"]
+    assert open_output(make_job(learning_rate=0.02)).number == 2
+    (sentence,) = said
+    for name in ("model", "checkpoints", "metrics.jsonl", "run.json"):
+        assert name in sentence
+
+
+@pytest.mark.parametrize("ends", ["is refused", "is killed"])
+def test_a_launch_that_does_not_begin_deletes_nothing(make_job, old, ends):
+    """Refused by preflight or its plan, it had deleted the run before without a word."""
+    before = contents(old)
+    output = open_output(make_job(overwrite_output_dir=True, learning_rate=0.02))
+    assert output.replaced.is_there
+    (old / "kernels.lock.json").write_text("new-456")
+    if ends == "is refused":
+        assert str(old) in output.replaced.keep()
+    else:
+        open_output(make_job(resume_from_checkpoint=True))
+    assert contents(old) == before
+
+
+def test_checkpoints_kept_elsewhere_are_deleted_too_and_named(make_job, tmp_path):
+    keys = {"ray_storage_path": str(tmp_path / "elsewhere")}
+    start(make_job(**keys)).storage.folder("out_001", "step_1").make()
+    job, said = make_job(**keys, overwrite_output_dir=True), []
+    open_output(job).begin(job, said.append)
+    assert [path.name for path in (tmp_path / "elsewhere" / "out").iterdir()] == ["owner.json"]
+    assert str(tmp_path / "elsewhere" / "out") in said[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("model_name_or_path", "model"),
+        ("kernels_lock", "kernels.lock.json"),
+        ("compare_with", ""),
+        ("resume_from_checkpoint", "checkpoints/out_001/step_1"),
+    ],
+)
+def test_what_the_new_run_reads_is_not_deleted(make_job, old, key, name):
+    (old / "report.json").write_text("{}")
+    before = contents(old)
+    extra = {"use_kernels": True, "kernel_name": "a/b"} if key == "kernels_lock" else {}
+    with pytest.raises(JobError, match=f"{key}"):
+        open_output(make_job(overwrite_output_dir=True, **{key: str(old / name)}, **extra))
+    assert contents(old) == before
+
+
+def test_checkpoints_of_another_output_dir_are_neither_used_nor_deleted(make_job, tmp_path):
+    """Runs are kept by the last part of output_dir: two of them had one place."""
+    keys = {"ray_storage_path": str(tmp_path / "store")}
+    first = open_output(make_job(**keys, output_dir=str(tmp_path / "a" / "sft")))
+    first.storage.folder(first.attempt, "step_00000003").make()
+    for overwrites in (False, True):
+        other = make_job(
+            **keys, output_dir=str(tmp_path / "b" / "sft"), overwrite_output_dir=overwrites
+        )
+        with pytest.raises(JobError, match="another run of this name") as refused:
+            open_output(other)
+        assert str(tmp_path / "a" / "sft") in refused.value.found
+    assert first.storage.folders() == ["sft_001"]
+    own = make_job(**keys, output_dir=str(tmp_path / "b" / "sft"), ray_run_name="other")
+    assert open_output(own).attempt == "other_001"
+
+
+def test_a_checkpoint_named_by_a_uri_is_not_deleted_either(make_job, tmp_path):
+    keys = {"ray_storage_path": str(tmp_path / "store")}
+    storage = start(make_job(**keys)).storage.folder("out_001", "step_1")
+    storage.make()
+    resume = {"overwrite_output_dir": True, "resume_from_checkpoint": f"file://{storage.root}"}
+    with pytest.raises(JobError, match="resume_from_checkpoint names what"):
+        open_output(make_job(**keys, **resume))
+    assert Path(storage.root).is_dir()
+
+
+def test_a_runs_name_goes_into_the_path_of_a_uri():
+    uri = "s3://bucket/runs/?region=us-east-1&endpoint_override=minio:9000"
+    found = storage_below(Path("out"), uri, "sft")
+    assert found == "s3://bucket/runs/sft?region=us-east-1&endpoint_override=minio:9000"
+    assert storage_below(Path("out"), "s3://bucket", "sft") == "s3://bucket/sft"
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/b", "../x", " "])
+def test_a_run_name_that_is_no_folder_of_its_own_is_refused(make_job, name):
+    """overwrite_output_dir deletes the folder of that name below ray_storage_path."""
+    with pytest.raises(JobError, match="ray_run_name"):
+        make_job(ray_run_name=name)
+
+
+def test_a_run_in_this_folder_has_the_folders_name(make_job, monkeypatch, tmp_path):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert make_job(output_dir=".").run_name == "mine"
+
+
+def test_a_deletion_that_fails_is_not_called_keeping(make_job, old, monkeypatch):
+    output = open_output(make_job(overwrite_output_dir=True))
+    monkeypatch.setattr("shutil.rmtree", lambda path, **kwargs: None)
+    with pytest.raises(StorageError, match="cannot be deleted"):
+        output.begin(make_job(), print)
+    assert not output.replaced.is_there
+
+
+def test_a_single_run_does_not_move_into_a_sweeps_folder(make_job, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text("{}")
+    for overwrites in (False, True):
+        with pytest.raises(JobError, match="holds a sweep"):
+            open_output(make_job(overwrite_output_dir=overwrites))
+
+
+def test_what_a_twins_main_job_is_refused_for_is_found_without_changing_anything(make_job, old):
+    before = contents(old)
+    with pytest.raises(JobError, match="learning_rate"):
+        decided(make_job(learning_rate=0.02))
+    decided(make_job(learning_rate=0.02, overwrite_output_dir=True))
+    assert contents(old) == before
+
+
+def test_a_first_launch_that_would_overwrite_leaves_the_report_of_its_refusal(make_job, tmp_path):
+    output = open_output(make_job(overwrite_output_dir=True))
+    assert not output.replaced.is_there
+    assert (tmp_path / "out" / "run.json").is_file()
+
+
+def test_a_folder_with_someone_elses_model_is_refused(make_job, tmp_path):
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    with pytest.raises(JobError, match="would overwrite"):
+        open_output(make_job())
+
+
+def test_a_run_that_trained_nothing_is_not_in_the_way(make_job):
+    """After a mistake that shows before the first step, the mended job starts as it is."""
+    open_output(make_job()).note(make_job(), "failed", 1)
+    assert open_output(make_job(learning_rate=0.02)).attempt.endswith("_002")
+
+
+def test_a_folder_in_rays_copy_of_the_working_directory_is_refused(tmp_path):
+    """Ray deletes what a submitted job leaves there."""
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1" / "saves"
+    with pytest.raises(JobError, match="absolute path"), held(folder):
+        pass
+
+
+def test_two_drivers_cannot_hold_one_folder(tmp_path):
+    with held(tmp_path), pytest.raises(JobError, match="right now"), held(tmp_path):
+        pass
+
+
+def test_a_finished_job_asked_for_again_is_told_that_nothing_is_left_to_train(make_job):
+    """It was told to go on from its last checkpoint, which trains nothing."""
+    open_output(make_job()).note(make_job(), "done", 1)
+    with pytest.raises(JobError, match="has run to its end") as refused:
+        open_output(make_job())
+    assert "nothing is left to train" in refused.value.found
+    assert "resume_from_checkpoint" not in refused.value.fix
+
+
+def test_word_for_the_next_start_holds_no_secret(tmp_path, monkeypatch):
+    """An error that repeats a token goes into the checkpoints' storage, and to the console."""
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    storage = Storage.at(str(tmp_path / "attempt"))
+    leave_word(storage, "401 for hf_abcdefghijklmnop")
+    assert "hf_abc" not in take_word(storage)
+
+
+def test_no_command_prints_a_secret(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    assert main(["doctor", "/nowhere/hf_abcdefghijklmnop"]) == 2
+    said = capsys.readouterr().err
+    assert "/nowhere" in said and "hf_abc" not in said

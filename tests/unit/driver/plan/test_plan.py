@@ -1,0 +1,243 @@
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrain_adv import hardware
+from raytrain_adv.data.prepare import prepare
+from raytrain_adv.driver.output.output_dir import open_output
+from raytrain_adv.driver.plan import data
+from raytrain_adv.driver.plan.data import DataSummary, look_at, summarise
+from raytrain_adv.driver.plan.plan import RunPlan, render, render_brief, resolve, show
+from raytrain_adv.driver.plan.remarks import remarks
+from raytrain_adv.errors import JobError
+from raytrain_adv.estimate.advice import Case, Gpu, advise
+from raytrain_adv.model.build import build
+from tests.tiny_models import job_for, write_checkpoint
+
+DATA = DataSummary(
+    num_rows=640,
+    num_sequences=640,
+    num_tokens=64_000,
+    longest=120,
+    num_held_out=0,
+    longest_held_out=0,
+    packing_efficiency=None,
+)
+H200 = replace(
+    hardware.detect("cpu"),
+    device_type="cuda",
+    device_name="NVIDIA H200",
+    compute_capability=(9, 0),
+    device_memory_bytes=int(139.8 * 2**30),
+    num_gpus=1,
+)
+
+
+def lora_plan(folder: Path, **keys: Any) -> RunPlan:
+    model = write_checkpoint("llama", folder / "model", vocab_size=512)
+    job = job_for(model, folder, finetuning_type="lora", bf16=True, **keys)
+    return resolve(job, world_size=2, data=DATA)
+
+
+def words(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
+def test_the_plan_shows_keys_batch_transforms_and_memory(tmp_path: Path) -> None:
+    text = words(render(lora_plan(tmp_path, per_device_train_batch_size=4, max_steps=30)))
+    assert "per_device_train_batch_size 4" in text
+    assert "4 per worker x 1 pass x 2 workers = 8 sequences, about 800 tokens" in text
+    assert "30 steps = 0.375 epochs (by max_steps)" in text
+    assert "model.layers.[0-1].self_attn.q_proj" in text
+    assert "lm_head left: the language-model head" in text
+    assert re.search(r"peak \d+\.\d GiB, at: ", text)
+
+
+def test_keys_that_have_their_default_are_shown_when_asked_for(tmp_path: Path) -> None:
+    plan = lora_plan(tmp_path)
+    assert "adam_beta2" not in render(plan)
+    assert "adam_beta2" in render(plan, verbose=True)
+
+
+def test_no_line_is_wider_than_the_terminal(tmp_path: Path) -> None:
+    assert max(map(len, render(lora_plan(tmp_path), verbose=True).splitlines())) <= 100
+
+
+def test_plain_text_has_no_colour_codes(tmp_path: Path) -> None:
+    assert "\x1b" not in render(lora_plan(tmp_path))
+
+
+def test_the_brief_plan_is_a_few_lines(tmp_path: Path) -> None:
+    text = render_brief(lora_plan(tmp_path))
+    assert "lora" in text
+    assert "memory" in text
+    assert len(text.splitlines()) < 15
+
+
+def test_planning_changes_no_module_but_reports_them(tmp_path: Path) -> None:
+    plan = lora_plan(tmp_path)
+    assert len(plan.transforms["lora"].changes) == 14
+    assert plan.model.num_trained < plan.model.num_parameters
+
+
+def test_without_a_gpu_memory_is_held_against_examples(tmp_path: Path) -> None:
+    text = render(lora_plan(tmp_path))
+    assert "H100 80 GB (79 GiB): fits" in text
+    assert "H200 141 GB (140 GiB): fits" in text
+
+
+def test_with_a_gpu_memory_is_held_against_it(tmp_path: Path) -> None:
+    model = write_checkpoint("llama", tmp_path / "model", vocab_size=512)
+    job = job_for(model, tmp_path)
+    text = render(resolve(job, world_size=1, data=DATA, facts=H200))
+    assert "NVIDIA H200 (140 GiB): fits" in text
+    assert "H100 80 GB" not in text
+
+
+def test_room_to_spare_advises_to_keep_activations(tmp_path: Path) -> None:
+    model = write_checkpoint("llama", tmp_path / "model", vocab_size=512)
+    job = job_for(model, tmp_path)
+    plan = resolve(job, world_size=1, data=DATA, facts=H200)
+    (advice,) = plan.advice["NVIDIA H200"]
+    assert dict(advice.keys) == {"disable_gradient_checkpointing": True}
+    assert advice.total > plan.memory.total
+
+
+def llama_8b_case(folder: Path, **keys: Any) -> Case:
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config))
+    values = {"train_from_scratch": True, "per_device_train_batch_size": 1, "bf16": True, **keys}
+    job = job_for(model, folder, **values)
+    return Case(job, build(job), 1, 8192)
+
+
+@pytest.mark.parametrize(
+    "workers", [{}, {"ray_num_workers": [1, 8], "max_failures": -1, "save_strategy": "steps"}]
+)
+def test_advice_for_a_gpu_that_is_too_small_fits_it_when_followed(
+    tmp_path: Path, workers: dict[str, Any]
+) -> None:
+    case, gpu = llama_8b_case(tmp_path, **workers), Gpu("H100", 79.1)
+    assert not case.prediction().fits(gpu.memory_gib)
+    advice = advise(case, gpu)
+    assert {"bf16": False, "pure_bf16": True} in [dict(a.keys) for a in advice]
+    assert any("ray_num_workers" in a.keys for a in advice)
+    for change in advice:
+        followed = case.with_keys(change.keys).prediction()
+        assert followed.fits(gpu.memory_gib)
+        assert followed.total == pytest.approx(change.total)
+
+
+def test_changes_are_combined_where_no_single_one_is_enough(tmp_path: Path) -> None:
+    case = llama_8b_case(tmp_path, fsdp_cpu_offload=True, gradient_checkpointing="none")
+    gpu = Gpu("small", 10.2)
+    advice = advise(case, gpu)
+    assert advice
+    assert len(advice[0].keys) > 1
+
+
+def test_prepared_data_is_summarised(make_job: Any) -> None:
+    job = make_job(val_size=8)
+    prepared = prepare(job, print)
+    summary = summarise(prepared)
+    assert summary.num_sequences == 56
+    assert summary.num_held_out == 8
+    assert summary.longest == int(prepared.train.lengths.max())
+    assert look_at(job, print) == summary
+
+
+def test_large_data_is_estimated_from_a_sample_within_a_tenth(
+    make_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"instruction": f"Say {n % 7}.", "output": "so " * (n % 40 + 1)} for n in range(600)]
+    path = tmp_path / "many.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    job = make_job(dataset=str(path), val_size=0.1)
+    monkeypatch.setattr(data, "COUNTED", 100)
+    monkeypatch.setattr(data, "SAMPLE", 200)
+    estimate = look_at(job, lambda sentence: None)
+    counted = summarise(prepare(job, lambda sentence: None))
+    assert estimate.estimated_from == 200
+    for name in ("num_rows", "num_sequences", "num_tokens", "num_held_out"):
+        assert getattr(estimate, name) == pytest.approx(getattr(counted, name), rel=0.1)
+    assert look_at(job, lambda sentence: None) == counted  # it is in the cache now
+
+
+def test_show_prints_the_plan(make_job: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    show(make_job(ray_num_workers="auto"))
+    printed = words(capsys.readouterr().out)
+    assert "2 workers (ray_num_workers is auto" in printed
+    assert "64 conversations in 64 sequences" in printed
+
+
+def test_show_plans_for_the_workers_asked_for(
+    make_job: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(make_job(), num_workers=4)
+    assert "x 4 workers = 8 sequences" in words(capsys.readouterr().out)
+
+
+def test_the_plan_says_what_its_figures_do_not(
+    make_job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"bf16": True, "pure_bf16": True}
+    show(make_job(resume_from_checkpoint=str(tmp_path / "gone"), **keys))
+    printed = words(capsys.readouterr().out)
+    assert "bf16: true changes nothing: pure_bf16: true wins" in printed
+    assert f"there is no folder {tmp_path / 'gone'}" in printed.replace("- ", "-")
+    assert "this machine has no GPU, and the plan is for GPUs" in printed
+    assert "no cluster was asked whether it can run this: raytrain-adv preflight" in printed
+
+
+def test_a_plan_says_what_this_machine_would_refuse(make_job: Any) -> None:
+    job = make_job(fp8=True, fp8_min_features=0)
+    hopper = "not on this machine: FP8 requires Hopper architecture (compute capability 9.0 or "
+    assert any(one.startswith(hopper) for one in remarks(job, 1, hardware.detect("cpu")))
+    assert not any(one.startswith(hopper) for one in remarks(job, 1, H200))
+
+
+def test_a_plan_for_cpus_or_gpus_that_are_there_says_nothing_of_gpus(make_job: Any) -> None:
+    assert len(remarks(make_job(use_cpu=True), 2, hardware.detect("cpu"))) == 1
+    assert len(remarks(make_job(), 1, H200)) == 1
+    assert "this machine has 1 GPU for 8 workers" in remarks(make_job(), 8, H200)
+
+
+def test_a_plan_says_what_becomes_of_a_run_that_is_in_output_dir(make_job: Any) -> None:
+    """A finished run was deleted by a launch whose plan had not named it."""
+
+    def said(**keys: Any) -> list[str]:
+        every = remarks(make_job(use_cpu=True, **keys), 2, hardware.detect("cpu"))
+        return [one for one in every if "a launch" in one]
+
+    assert not said() and not Path(make_job().output.output_dir).exists()
+    open_output(make_job(use_cpu=True)).note(make_job(use_cpu=True), "done", 1)
+    assert "a launch is refused: This job has run to its end" in said()[0]
+    assert said(overwrite_output_dir=True)[0].startswith("a launch deletes the run in ")
+    assert said(resume_from_checkpoint=True)[0].startswith("a launch does nothing")
+
+
+def test_missing_data_is_refused_as_in_a_run(make_job: Any, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"missing\.json"):
+        show(make_job(dataset=str(tmp_path / "missing.json")))
+
+
+def test_planning_imports_no_ray() -> None:
+    code = "import sys, raytrain_adv.driver.plan; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

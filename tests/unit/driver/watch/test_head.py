@@ -1,0 +1,74 @@
+"""What happens where Ray's head can no longer be reached: with sockets, without Ray."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from raytrain_adv.driver.watch import head as head_watch
+from raytrain_adv.driver.watch.head import HeadWatch
+
+DRIVER = """
+import pathlib, socket, sys, time
+from raytrain_adv.driver.watch import head as head_watch
+head_watch.ENDED_AFTER_S = head_watch.EVERY_S = 0.05
+head = socket.create_server(("127.0.0.1", 0))
+address = f"127.0.0.1:{head.getsockname()[1]}"
+told = pathlib.Path(sys.argv[1])
+watch = head_watch.HeadWatch(address, lambda error: told.write_text(error.what))
+with watch.watching():
+    head.close()
+    time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def listening():
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        yield head, f"127.0.0.1:{head.getsockname()[1]}"
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """The exit codes that the process would have ended with."""
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(head_watch, "EVERY_S", 0.02)
+    monkeypatch.setattr(head_watch, "ENDED_AFTER_S", 0.1)
+    return codes
+
+
+def test_a_run_whose_head_is_gone_is_written_down_and_ends_with_its_exit_code(tmp_path):
+    told = tmp_path / "told"
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, told], capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 3, done.stderr
+    assert told.read_text() == "Ray's head node is gone"
+    assert "no answer at 127.0.0.1" in done.stderr and "fix:" in done.stderr
+
+
+def test_a_head_that_is_there_or_never_was_is_left_alone(ended):
+    with listening() as (_, address):
+        watch = HeadWatch(address, pytest.fail)
+        with watch.watching():
+            watch.wait()
+            time.sleep(0.4)
+    never = HeadWatch(address, pytest.fail)
+    with never.watching():
+        never.wait()
+        time.sleep(0.4)
+    assert ended == []
+
+
+def test_a_report_that_cannot_be_written_does_not_keep_the_process(ended, capsys):
+    def leave(error):
+        raise OSError("disk full")
+
+    with contextlib.suppress(OSError):
+        HeadWatch("127.0.0.1:1", leave)._end()
+    assert ended == [3] and "Ray's head node is gone" in capsys.readouterr().err

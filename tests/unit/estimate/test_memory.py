@@ -1,0 +1,224 @@
+"""Predictions against peaks measured on one H200 (torch.cuda.max_memory_allocated, torch 2.11)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain_adv.checkpoint.host_memory import HostMemory
+from raytrain_adv.checkpoint.save import training_state
+from raytrain_adv.checkpoint.staging import staged, tensors_of
+from raytrain_adv.config import JobConfig
+from raytrain_adv.estimate.memory import MemoryPrediction, predict
+from raytrain_adv.estimate.sizes import HostCopies
+from raytrain_adv.model import weights
+from raytrain_adv.model.build import build
+from raytrain_adv.transforms.applied import prepare_all
+from raytrain_adv.worker.optim import build_optimizer
+from tests.tiny_models import job_for, write_checkpoint
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+LLAMA_1B = {
+    **LLAMA_8B,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "tie_word_embeddings": True,
+}
+PURE = {"pure_bf16": True, "torch_compile": True}
+MASTER = {"bf16": True, "torch_compile": True}
+LORA = {**MASTER, "finetuning_type": "lora", "lora_rank": 16, "train_from_scratch": False}
+
+
+def job_on(folder: Path, config: dict[str, Any], **keys: Any) -> JobConfig:
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "model.safetensors").write_bytes(b"")
+    values = {"train_from_scratch": True, "per_device_train_batch_size": 1, "loss_kernel": "torch"}
+    values |= keys
+    return job_for(model, folder, **values)
+
+
+def prediction(
+    folder: Path, config: dict[str, Any], world_size: int = 1, seq_len: int = 8192, **keys: Any
+) -> MemoryPrediction:
+    job = job_on(folder, config, **keys)
+    model = build(job)
+    prepare_all(job, model)
+    return predict(model, job, world_size, seq_len, job.train.per_device_train_batch_size)
+
+
+# tests/gpu/test_memory_prediction.py measures these again.
+@pytest.mark.parametrize(
+    ("measured", "config", "keys"),
+    [
+        (83.14, LLAMA_8B, {**PURE, "gradient_checkpointing": "none"}),
+        (60.29, LLAMA_8B, {**PURE, "gradient_checkpointing": "full"}),
+        (72.13, LLAMA_8B, {**PURE, "gradient_checkpointing": "selective"}),
+        (100.58, LLAMA_8B, {"pure_bf16": True, "gradient_checkpointing": "none"}),
+        (76.58, LLAMA_8B, {"pure_bf16": True, "gradient_checkpointing": "selective"}),
+        (27.18, LLAMA_1B, {**MASTER, "gradient_checkpointing": "none"}),
+        (20.86, LLAMA_1B, {"bf16": True, "gradient_checkpointing": "full"}),
+        (53.62, LLAMA_8B, {**LORA, "gradient_checkpointing": "none"}),
+        (49.10, LLAMA_8B, {**PURE, "optim": "adamw_torch_8bit"}),
+    ],
+)
+def test_prediction_is_within_five_percent_of_the_peak_on_an_h200(
+    tmp_path: Path, measured: float, config: dict[str, Any], keys: dict[str, Any]
+) -> None:
+    assert prediction(tmp_path, config, **keys).total == pytest.approx(measured, rel=0.05)
+
+
+def test_the_total_is_the_largest_moment_and_not_the_sum(tmp_path: Path) -> None:
+    found = prediction(tmp_path, LLAMA_1B, **PURE)
+    assert found.total == max(phase.total for phase in found.phases)
+    parts = [found.parameters, found.gradients, found.optimizer, found.activations, found.logits]
+    assert found.total < sum(parts)
+
+
+def test_shards_divide_by_the_shard_size_and_not_by_the_workers(tmp_path: Path) -> None:
+    alone = prediction(tmp_path, LLAMA_1B, **MASTER)
+    hybrid = prediction(
+        tmp_path, LLAMA_1B, world_size=8, ray_num_workers=8, fsdp_shard_size=4, **MASTER
+    )
+    assert hybrid.parameters == pytest.approx(alone.parameters / 4)
+    assert hybrid.optimizer == pytest.approx(alone.optimizer / 4)
+
+
+def test_offloaded_states_are_in_host_memory(tmp_path: Path) -> None:
+    found = prediction(tmp_path, LLAMA_1B, fsdp_cpu_offload=True, **MASTER)
+    assert found.parameters == found.gradients == found.optimizer == 0.0
+    assert found.host == pytest.approx(16 * 1.2358e9 / 2**30, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"bf16": True},
+        {"pure_bf16": True},
+        {"bf16": True, "finetuning_type": "lora", "lora_rank": 8},
+        {"bf16": True, "save_only_model": True},
+        {"bf16": True, "optim": "adamw_torch_8bit"},
+    ],
+)
+def test_copies_for_checkpoints_are_as_large_as_those_that_are_made(
+    tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
+    job = job_for(write_checkpoint("llama", tmp_path / "model", **sizes), tmp_path, **keys)
+    model = build(job)
+    prepare_all(job, model)
+    predicted = HostCopies.of(model, job, 1)
+    weights.materialize(model, torch.device("cpu"))
+    weights.init_from_scratch(model, job, torch.device("cpu"))
+    optimizer = build_optimizer(model, job)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step: a minute
+        optimizer.step()
+    state = training_state(model, None if job.output.save_only_model else optimizer)
+    total = sum(copy.nbytes for _, copy in tensors_of(staged(state, HostMemory(print)))) / 2**30
+    kept = sum(tensor.nbytes for _, tensor in tensors_of(state)) / 2**30
+    assert predicted.kept == pytest.approx(kept, rel=0.01)
+    assert predicted.kept + predicted.new == pytest.approx(total, rel=0.01)
+
+
+def test_copies_for_checkpoints_are_kept_of_what_is_on_a_gpu(tmp_path: Path) -> None:
+    """Parameters and two states in float32: 12 bytes each."""
+    whole = 12 * 1.2358e9 / 2**30
+    alone = prediction(tmp_path, LLAMA_1B, **MASTER).copies
+    assert alone.kept == pytest.approx(whole, rel=0.01) and alone.new == 0.0
+    offloaded = prediction(tmp_path, LLAMA_1B, fsdp_cpu_offload=True, **MASTER).copies
+    assert offloaded == HostCopies(0.0, alone.kept)
+    none = prediction(tmp_path, LLAMA_1B, save_strategy="no", **MASTER).copies
+    assert none == HostCopies(0.0, 0.0)
+
+
+def test_each_copy_of_the_model_has_its_own_copies_for_checkpoints(tmp_path: Path) -> None:
+    alone = prediction(tmp_path, LLAMA_1B, **MASTER).copies
+    for keys in ({}, {"fsdp_shard_size": 4}):
+        found = prediction(tmp_path, LLAMA_1B, world_size=8, ray_num_workers=8, **keys, **MASTER)
+        assert found.copies.kept == pytest.approx(alone.kept / (4 if keys else 8), rel=0.01)
+
+
+def test_one_worker_in_its_own_dtype_gathers_nothing(tmp_path: Path) -> None:
+    assert prediction(tmp_path, LLAMA_8B, **PURE).explanations["gathered"].startswith("nothing")
+    assert prediction(tmp_path, LLAMA_8B, **MASTER).gathered > 0
+
+
+def test_frozen_weights_have_no_gradients_and_no_optimizer_states(tmp_path: Path) -> None:
+    found = prediction(tmp_path, LLAMA_8B, **LORA)
+    assert found.parameters == pytest.approx(8.03e9 * 2 / 2**30, rel=0.02)
+    assert found.gradients + found.optimizer < 1.0
+
+
+def test_accumulated_gradients_are_there_during_forward(tmp_path: Path) -> None:
+    once = prediction(tmp_path, LLAMA_1B, **PURE)
+    twice = prediction(tmp_path, LLAMA_1B, gradient_accumulation_steps=2, **PURE)
+    assert once.phases[0].gradients == 0.0
+    assert twice.phases[0].gradients == twice.gradients
+
+
+def test_eager_attention_grows_with_the_square_of_the_length(tmp_path: Path) -> None:
+    keys = {"pure_bf16": True, "flash_attn": "disabled", "gradient_checkpointing": "none"}
+    short = prediction(tmp_path, LLAMA_1B, seq_len=2048, **keys).activations
+    long = prediction(tmp_path, LLAMA_1B, seq_len=8192, **keys).activations
+    assert long > 12 * short
+
+
+def test_evaluation_counts_only_with_held_out_rows(tmp_path: Path) -> None:
+    names = [p.name for p in prediction(tmp_path, LLAMA_1B, **PURE).phases]
+    held = prediction(tmp_path, LLAMA_1B, val_size=10, per_device_eval_batch_size=64, **PURE)
+    assert "evaluation" not in names
+    assert held.peak == "evaluation"
+
+
+def test_layers_of_an_evaluation_batch_count_where_it_is_larger_than_a_training_batch(
+    tmp_path: Path,
+) -> None:
+    keys = {**LORA, "gradient_checkpointing": "full", "per_device_train_batch_size": 1}
+    held = prediction(tmp_path, LLAMA_8B, seq_len=32768, val_size=8, **keys)
+    totals = {phase.name: phase.total for phase in held.phases}
+    inner = 2 * 8 * 32768 * 3 * 14336 / 2**30  # gate, up and their product, in bf16
+    assert totals["evaluation, layers"] > inner + held.parameters
+    assert totals["evaluation, layers"] > totals["backward, first layer"]
+
+
+def test_the_prediction_is_json(tmp_path: Path) -> None:
+    found = prediction(tmp_path, LLAMA_1B, **PURE)
+    assert json.loads(json.dumps(found.as_dict()))["total"] == found.total
+
+
+def test_the_chunked_loss_takes_a_chunk_and_the_gradients_of_head_and_input(tmp_path: Path) -> None:
+    """8,192 tokens of the 8B shape: 1,664 x 128,256 logits, 64 MiB and 1,002 MiB, all bf16."""
+    keys = {**PURE, "gradient_checkpointing": "full"}
+    full = prediction(tmp_path, LLAMA_8B, loss_kernel="torch", **keys)
+    chunked = prediction(tmp_path, LLAMA_8B, loss_kernel="chunked", **keys)
+    assert full.logits == pytest.approx(3.91, abs=0.01)
+    assert chunked.logits == pytest.approx((407 + 64 + 1002) / 1024, abs=0.01)
+    assert chunked.explanations["logits"].startswith("chunked: never of all 8,192 tokens")
+
+
+def test_a_chunk_stays_as_large_as_it_is_on_longer_sequences(tmp_path: Path) -> None:
+    """131,072 tokens: the gradient of the input is 1 GiB, the head's is added up in float32."""
+    keys = {**PURE, "gradient_checkpointing": "full", "loss_kernel": "chunked"}
+    found = prediction(tmp_path, LLAMA_8B, seq_len=131072, **keys)
+    assert found.logits == pytest.approx(0.428 + 1.0 + 0.979 * 3, abs=0.01)
+
+
+def test_a_frozen_head_has_no_gradient_in_the_chunked_loss(tmp_path: Path) -> None:
+    found = prediction(tmp_path, LLAMA_8B, loss_kernel="chunked", **LORA)
+    assert found.logits == pytest.approx((407 + 64) / 1024, abs=0.01)

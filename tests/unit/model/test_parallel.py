@@ -1,0 +1,34 @@
+"""What torch.compile is held to."""
+
+import pytest
+import torch
+
+from raytrain_adv.errors import TrainingError
+from raytrain_adv.model import parallel
+
+
+def test_a_layer_that_would_be_left_eager_is_an_error(monkeypatch):
+    """torch.compile warns once, and runs it eager from then on: with FP8, too, without a word."""
+    monkeypatch.setattr(parallel, "MOST_GRAPHS", 3)
+    add = torch.compile(lambda x, how: x + len(how), backend="eager")
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=2, fail_on_recompile_limit_hit=False):
+        parallel.require_compiled()
+        for how in ("a", "bb", "ccc"):
+            add(torch.ones(2), how)
+        with pytest.raises(TrainingError, match="would leave a layer eager") as refused:
+            parallel.never_left_eager(add)(torch.ones(2), "dddd")
+    assert refused.value.found and "torch_compile: false" in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("flash_attn._flash_attn_varlen_forward.default", True),
+        ("flash_attn_3.fwd.default", True),
+        ("flash_attn._flash_attn_backward.default", False),
+        ("aten.mul.Tensor", False),
+    ],
+)
+def test_selective_checkpointing_keeps_a_packages_attention(name, kept):
+    assert parallel._is_flash_attention(name) is kept

@@ -1,0 +1,159 @@
+"""A job that holds a secret is refused: the message says where it belongs, and does not repeat it.
+
+What looks like a token here is put together as the tests run: none was ever valid.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raytrain_adv.config import load
+from raytrain_adv.config.load import load_keys
+from raytrain_adv.errors import JobError
+from raytrain_adv.redaction import hide, is_secret_name, kind_of
+
+BODY = "Q7wE2rT9yU4iO6pA1sD3fG5hJ8kL0zXcVb"
+HF = "hf_" + BODY
+AWS = "AKIA" + "Q7WE2RT9YU4IO6PA"
+WANDB = "0123456789abcdef" * 2 + "01234567"
+PASSWORD = "tr0ub4dor&3"
+GITHUB = "ghp_" + BODY + "Zz"
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl"
+
+PLANTED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "a token as any key's value": ({"run_name": HF}, HF, "HF_TOKEN"),
+    "a token within text": ({"default_system": f"Use {HF}."}, HF, "HF_TOKEN"),
+    "a token in a list": ({"dataset": ["a", HF]}, HF, "HF_TOKEN"),
+    "LLaMA-Factory's key": ({"hf_hub_token": "whatever"}, "whatever", "HF_TOKEN"),
+    "a key that there is not": ({"my_api_key": "whatever"}, "whatever", "environment variable"),
+    "a token as the key": ({HF: True}, HF, "HF_TOKEN"),
+    "a key of AWS": ({"run_name": AWS}, AWS, "AWS_SECRET_ACCESS_KEY"),
+    "AWS's other key, by its name": (
+        {"ray_init_kwargs": {"runtime_env": {"env_vars": {"AWS_SECRET_ACCESS_KEY": BODY}}}},
+        BODY,
+        "AWS_SECRET_ACCESS_KEY",
+    ),
+    "an environment variable of Ray's": (
+        {"ray_init_kwargs": {"runtime_env": {"env_vars": {"WANDB_API_KEY": WANDB}}}},
+        WANDB,
+        "WANDB_API_KEY",
+    ),
+    "wandb's key under a name of its": ({"wandb": {"login": WANDB}}, WANDB, "WANDB_API_KEY"),
+    "a password": ({"ray_init_kwargs": {"_redis_password": PASSWORD}}, PASSWORD, "environment"),
+    "a password that is a number": (
+        {"ray_init_kwargs": {"_redis_password": 90210777}},
+        "90210777",
+        "environment",
+    ),
+    "a password in a URL": (
+        {"ray_storage_path": f"s3://minio:{PASSWORD}@bucket/runs"},
+        PASSWORD,
+        "the URL alone",
+    ),
+    "a signed URL": ({"dataset": f"https://x.org/a.json?sig={BODY}"}, BODY, "the URL alone"),
+    "a token of GitHub": ({"output_dir": f"out/{GITHUB}"}, GITHUB, "environment variable"),
+    "a web token": ({"run_name": JWT}, JWT, "environment variable"),
+    "a private key": (
+        {"run_name": f"-----BEGIN RSA PRIVATE KEY-----\n{BODY}"},
+        BODY,
+        "environment variable",
+    ),
+    "a value of a sweep": (
+        {"sweep": {"run_name": ["a", HF], "learning_rate": [1e-4]}},
+        HF,
+        "HF_TOKEN",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changed", "secret", "place"), PLANTED.values(), ids=PLANTED)
+def test_a_secret_in_a_job_file_is_refused_and_not_repeated(job_file, changed, secret, place):
+    path: Path = job_file(**changed)
+    with pytest.raises(JobError) as error:
+        load(path)
+    text = str(error.value)
+    assert secret not in text and place in text and "line " in text
+    assert "which a job must not hold" in text
+    assert secret not in repr(error.value.args)
+
+
+@pytest.mark.parametrize(("changed", "secret", "place"), PLANTED.values(), ids=PLANTED)
+def test_a_secret_on_the_command_line_is_refused_and_not_repeated(job_file, changed, secret, place):
+    [(key, value), *_] = changed.items()
+    override = f"{key}={yaml.safe_dump(value, default_flow_style=True, width=1000)}"
+    with pytest.raises(JobError) as error:
+        load(job_file(), [override.removesuffix("\n...\n")])
+    text = str(error.value)
+    assert secret not in text and place in text and "command line" in text
+
+
+def test_a_secret_is_named_by_its_place(job_file):
+    env = {"runtime_env": {"env_vars": {"HF_TOKEN": BODY, "NAME": "plain"}}}
+    with pytest.raises(JobError, match=r"line \d+: ray_init_kwargs.runtime_env.env_vars.HF_TOKEN"):
+        load(job_file(ray_init_kwargs=env))
+    with pytest.raises(JobError, match=r"command line: ray_init_kwargs.env.HF_TOKEN"):
+        load(job_file(), [f"ray_init_kwargs.env.HF_TOKEN={BODY}"])
+
+
+def test_other_problems_of_a_file_with_a_secret_are_not_listed_beside_it(job_file):
+    """Their text may hold the value of another key."""
+    with pytest.raises(JobError) as error:
+        load(job_file(run_name=HF, no_such_key=1), [f"max_steps={HF}"])
+    assert "no_such_key" not in str(error.value) and "(2 problems)" in str(error.value)
+
+
+@pytest.mark.parametrize("override", [f"--run_name={HF}", HF, f"{HF}=1", f"a={{{HF}", f"{HF}.a=b"])
+def test_a_malformed_override_does_not_repeat_it_either(job_file, override):
+    with pytest.raises(JobError) as error:
+        load(job_file(), [override])
+    assert BODY[:8] not in str(error.value) and BODY[-8:] not in str(error.value)
+
+
+def test_a_broken_file_does_not_repeat_it_either(tmp_path):
+    for text in (HF, f"- {HF}", f"a: {HF}\n  b: : {HF}", f"? [{HF}]\n: 1", f"a: !{HF} b"):
+        (tmp_path / "job.yaml").write_text(text)
+        with pytest.raises(JobError) as error:
+            load(tmp_path / "job.yaml")
+        assert BODY[:8] not in str(error.value) and BODY[-8:] not in str(error.value)
+
+
+def test_an_override_of_stored_keys_is_held_to_it_too(keys):
+    with pytest.raises(JobError, match="must not hold"):
+        load_keys(keys, "run.json", [f"run_name={HF}"])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model_revision": WANDB},
+        {"run_name": "hf_llama_sft"},
+        {"run_name": "akia", "default_system": "Ask for the password: never for a token."},
+        {"ray_storage_path": "s3://bucket/runs?endpoint_override=http://minio:9000/a@b"},
+        {"ray_init_kwargs": {"address": "ray://head:10001"}},
+        {"ray_init_kwargs": {"_redis_password": None}},
+        {
+            "ray_init_kwargs": {
+                "runtime_env": {"env_vars": {"GOOGLE_APPLICATION_CREDENTIALS": "/etc/gcp.json"}}
+            }
+        },
+    ],
+)
+def test_what_only_resembles_a_secret_is_taken(job_file, changed):
+    load(job_file(**changed))
+
+
+def test_names_of_a_vocabulary_s_tokens_are_no_secrets():
+    for name in ("pad_token", "image_token", "add_tokens", "tokenized_path", "num_tokens"):
+        assert not is_secret_name(name), name
+    for name in ("HF_TOKEN", "apiKey", "AWS_ACCESS_KEY_ID", "key", "client_secret", "ssh-key"):
+        assert is_secret_name(name), name
+
+
+def test_a_url_keeps_what_is_no_secret():
+    assert hide(f"s3://minio:{PASSWORD}@bucket/runs") == "s3://minio:(not shown)@bucket/runs"
+    assert hide(f"https://x.org/a?b=1&sig={BODY}&c=2") == "https://x.org/a?b=1&sig=(not shown)&c=2"
+    assert kind_of("http://127.0.0.1:8265/x@y") is None
