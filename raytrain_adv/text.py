@@ -1,7 +1,13 @@
-"""How figures are written for people: on the console, in the log, in the report."""
+"""Numbers, counts, lists and names as people read them: console, log, report, errors."""
 
+import difflib
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import yaml
+
+GIB = 2**30
 MISSING = "-"
 
 
@@ -83,3 +89,32 @@ def count(value: float | None) -> str:
 def plural(number: int, noun: str) -> str:
     """Return 1 step, 2 steps, 1,234 steps."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return the names, comma-separated: the first `most`, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the most similar of the names, or None if none is similar enough.
+
+    Args:
+        name: what was found.
+        names: what is known.
+        cutoff: similarity from 0 to 1, as difflib.SequenceMatcher.ratio computes it.
+    """
+    return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), None)
+
+
+def first_line(error: object) -> str:
+    """Return the first line of an exception's message, or its type's name if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def as_yaml(value: Any) -> str:
+    """Return a value on one line, as a job file would have it: null, true, [1, 2], a string."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return text.strip().removesuffix("...").strip()

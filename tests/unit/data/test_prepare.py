@@ -422,13 +422,13 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sections import *
 from raytrain_adv.data.tokens import datasets as dataset_rows
 from raytrain_adv.data.prepare import prepare
-original = datasets.TokenisedDatasets.build
+original = dataset_rows.TokenisedDatasets.build
 def build(self, writer):
     with open({str(log)!r}, "a") as opened:
         opened.write("built\\n")
     import time; time.sleep(2)
     return original(self, writer)
-datasets.TokenisedDatasets.build = build
+dataset_rows.TokenisedDatasets.build = build
 from tests.unit.data.sample_rows import TINY_LLAMA
 job = JobConfig(
     ModelConfig(model_name_or_path=str(TINY_LLAMA)),

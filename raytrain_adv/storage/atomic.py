@@ -1,0 +1,59 @@
+"""Files and folders on local disks that are there whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file in one move: a kill leaves either the old file or the new one.
+
+    Args:
+        path: the file; its folder is created.
+        data: its content; text is encoded as UTF-8, lone surrogates as \\udXXX.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    if isinstance(data, str):
+        data = data.encode("utf-8", errors="backslashreplace")
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `path` when the block ends without an error.
+
+    Raises:
+        OSError: when it cannot be created or renamed.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        replace_folder(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(partial: Path, path: Path) -> None:
+    """Rename a complete folder to `path`, in the place of what is there.
+
+    Raises:
+        OSError: when it cannot be renamed.
+    """
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

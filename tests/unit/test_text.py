@@ -1,0 +1,28 @@
+"""Numbers, lists and names as people read them."""
+
+import pytest
+import yaml
+
+from raytrain_adv.text import as_yaml, first_line, listed, nearest
+
+
+def test_a_long_list_says_how_many_more_there_are():
+    assert listed(["a", "b"]) == "a, b"
+    assert listed([str(n) for n in range(1007)]) == "0, 1, 2, 3, 4 and 1,002 more"
+
+
+def test_the_nearest_name_is_found_and_a_far_one_is_not():
+    assert nearest("learning_rte", ["seed", "learning_rate"]) == "learning_rate"
+    assert nearest("zzz", ["seed"]) is None
+
+
+def test_an_error_without_a_message_is_named_by_its_type():
+    assert first_line(ValueError("  one\ntwo")) == "one"
+    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 1e-5, "a: b", "null", [1, 2], {"a": [1]}, "", "x" * 200]
+)
+def test_a_value_as_yaml_is_one_line_that_reads_back(value):
+    assert yaml.safe_load(as_yaml(value)) == value and "\n" not in as_yaml(value)
