@@ -35,9 +35,9 @@ USAGE = """usage: raytrain-adv COMMAND [...]
                                              pin a job's kernels, for a cluster without internet
   kernels fetch | verify FILE                bring the files of a lock file; compare them with it
   export RUN [--checkpoint step_N] [--output DIR] [--merge] [key=value ...]
-                                             write a checkpoint's model, and the quantised one
+                                             write a checkpoint's model, and the quantized one
   export MODEL --output DIR enable_qat=true [key=value ...]
-                                             quantise a model folder as it is (PTQ)
+                                             quantize a model folder as it is (PTQ)
   explain [FEATURE]                          say what a feature does and goes together with; the
                                              compatibility matrix
   schema [--output FILE]                     print the JSON schema of the job file
@@ -51,10 +51,10 @@ EXPORT_USAGE = """usage: raytrain-adv export RUN [--checkpoint STEP] [--output D
   RUN           output_dir of a run; its keys hold, and QAT keys given here go before them
   --checkpoint  step_N, or the path of a checkpoint; without it the newest
   --output      for a run: gets model, and with QAT model-quantized (default: in RUN);
-                for a model folder: the quantised folder
+                for a model folder: the quantized folder
   --merge       after LoRA: one model with the adapter merged into the base it was trained on, also
-                into a quantised one, which is then written in bf16
-  MODEL         a Hugging Face folder, quantised as it is, without training for it (PTQ)
+                into a quantized one, which is then written in bf16
+  MODEL         a Hugging Face folder, quantized as it is, without training for it (PTQ)
   key=value     enable_qat=true qat_weight_dtype=int4 qat_activation_dtype=int8 qat_group_size=32
                 qat_quantize_embedding=false qat_exclude=down_proj"""
 
@@ -85,7 +85,7 @@ DOCTOR_USAGE = """usage: raytrain-adv doctor RUN [--fix]
 
   RUN     output_dir of a run; its checkpoints are looked at too, wherever they are
   --fix   mend what can be mended. Nothing is deleted: what is taken out lies in RUN/set-aside
-          afterwards. Without it nothing is changed"""
+          afterward. Without it nothing is changed"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

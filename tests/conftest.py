@@ -44,7 +44,7 @@ def write_rows(path: Path, count: int = 64) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep tokenised data of one test away from another's and from the user's."""
+    """Keep tokenized data of one test away from another's and from the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

@@ -40,7 +40,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
     train_from_scratch: bool = False
-    """Initialise random weights from the model's config instead of loading a checkpoint."""
+    """Initialize random weights from the model's config instead of loading a checkpoint."""
     flash_attn: (
         Literal["auto", "disabled", "sdpa", "fa2", "fa3"]
         | Annotated[str, Field(pattern=r"^hub:([\w.-]+/[\w.-]+(@[\w.-]+)?|[/.~].*)$")]
@@ -86,11 +86,11 @@ class DataConfig(Section):
     val_size: Annotated[float, Field(ge=0.0, le=LARGEST)] = 0.0
     """Rows held out for evaluation: a number of rows, or a share when below 1."""
     preprocessing_num_workers: Count | None = None
-    """Processes that tokenise; none means one per CPU core, up to 16."""
+    """Processes that tokenize; none means one per CPU core, up to 16."""
     overwrite_cache: bool = False
-    """Tokenise again even when the cache holds this dataset, tokenizer and template."""
+    """Tokenize again even when the cache holds this dataset, tokenizer and template."""
     tokenized_path: Text | None = None
-    """Folder for tokenised data; none means the user's cache folder."""
+    """Folder for tokenized data; none means the user's cache folder."""
     disable_shuffling: bool = False
     """Read rows in file order instead of a seeded random order."""
 
@@ -117,7 +117,7 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """The optimisation: batch, length, optimizer, schedule, precision."""
+    """The optimization: batch, length, optimizer, schedule, precision."""
 
     stage: Literal["sft"] = "sft"
     """Training stage; supervised fine-tuning is the one there is."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SWITCH = "fake_quant_after_n_steps"
 NEVER = "never"
-"""Value of the switch that trains in bf16 and quantises at the end: PTQ."""
+"""Value of the switch that trains in bf16 and quantizes at the end: PTQ."""
 MAX_TRIALS = 500
 MAX_NAME = 120
 DISTRIBUTIONS = ("choice", "uniform", "loguniform", "randint")
@@ -172,16 +172,16 @@ def axis(key: str, value: Any, where: str) -> Axis:
 
 
 def _one_start(key: str, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], str]:
-    """Keep one of the two values of the switch that begin with fake quantisation, and say so."""
+    """Keep one of the two values of the switch that begin with fake quantization, and say so."""
     from_the_start = [v for v in values if v is None or (type(v) is int and v == 0)]
     if key != SWITCH or len(from_the_start) < 2:
         return values, ""
     kept = tuple(v for v in values if v is not None)
-    return kept, f"{SWITCH}: null and 0 are one trial: fake quantisation begins with either"
+    return kept, f"{SWITCH}: null and 0 are one trial: fake quantization begins with either"
 
 
 def _with_baseline(key: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Add, to steps at which fake quantisation may begin, the trial in which it never does: PTQ."""
+    """Add, to steps at which fake quantization may begin, the trial in which it never does: PTQ."""
     if key != SWITCH or NEVER in values:
         return values
     return (*values, NEVER)
@@ -226,7 +226,7 @@ def _written(value: Any) -> str:
 def combinations(axes: Sequence[Axis], num_samples: int, seed: int) -> list[dict[str, Any]]:
     """Return the swept keys' values of each trial: every combination of the listed values, each
     with every draw. A draw that comes twice is tried once. To steps that are drawn for the switch
-    to fake quantisation, the trial in which it never comes is added: PTQ.
+    to fake quantization, the trial in which it never comes is added: PTQ.
     """
     listed = [a for a in axes if a.distribution is None]
     draws = _draws([a for a in axes if a.distribution is not None], num_samples, seed)
@@ -315,7 +315,7 @@ def as_trial(job: JobConfig, name: str) -> JobConfig:
 
 
 def has_qat(job: JobConfig) -> bool:
-    """Whether a job trains for quantisation, so that its converted model has a loss."""
+    """Whether a job trains for quantization, so that its converted model has a loss."""
     return any(t.enabled and "enable_qat" in type(t).model_fields for t in job.transforms)
 
 

@@ -118,7 +118,7 @@ def metric_problems(
         text = f"{metric}{asked}, is the loss on held-out rows, and none are held out"
         yield _at(parts, "metric", text, "hold rows out with val_size, or choose another metric")
     if metric == "quantized_eval_loss" and not all(map(has_qat, jobs)):
-        text = "a trial without QAT has no quantised model"
+        text = "a trial without QAT has no quantized model"
         yield _at(parts, "metric", text, "set enable_qat: true, or metric: eval_loss")
     resumes = {str(j.output.resume_from_checkpoint) for j in jobs}
     if resumes - {"None", "True", "False"}:

@@ -1,4 +1,4 @@
-"""From the job's data keys to sequences: resolve, read, tokenise or open the cache, split, pack."""
+"""From the job's data keys to sequences: resolve, read, tokenize or open the cache, split, pack."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -63,30 +63,30 @@ def _prompt(rows: TokenRows, row: int, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> PreparedData:
-    """Tokenise the job's datasets, or open them where they are tokenised already, and lay them out
+    """Tokenize the job's datasets, or open them where they are tokenized already, and lay them out
     in sequences.
 
     May be called by any number of processes at once: of those that share a file system one
-    tokenises, the others wait and open the result. They need no connection to each other.
+    tokenizes, the others wait and open the result. They need no connection to each other.
 
     Args:
         job: the job.
         say: prints a sentence.
-        rebuild: tokenise even if it was done before; None means the job's overwrite_cache. Workers
+        rebuild: tokenize even if it was done before; None means the job's overwrite_cache. Workers
             whose driver has prepared the data pass False.
 
     Raises:
         JobError: if a dataset cannot be found, read or understood, or no row of it can be used.
-        StorageError: if the tokenised data cannot be written.
+        StorageError: if the tokenized data cannot be written.
     """
     data = job.data
     _check_keys(data)
     tokenizer = load_tokenizer(job)
     again = data.overwrite_cache if rebuild is None else rebuild
-    train_part = _tokenised(job, tokenizer, data.dataset, "dataset", again, say)
+    train_part = _tokenized(job, tokenizer, data.dataset, "dataset", again, say)
     eval_part = None
     if data.eval_dataset is not None:
-        eval_part = _tokenised(job, tokenizer, data.eval_dataset, "eval_dataset", again, say)
+        eval_part = _tokenized(job, tokenizer, data.eval_dataset, "eval_dataset", again, say)
     train_rows, eval_rows = _split(len(train_part.rows), data.val_size, job.train.seed)
     train = _sequences(train_part.rows, train_rows, data)
     held_out = None
@@ -120,7 +120,7 @@ def _check_keys(data: DataConfig) -> None:
         )
 
 
-def _tokenised(
+def _tokenized(
     job: JobConfig,
     tokenizer: PreTrainedTokenizerBase,
     names: str | list[str] | None,

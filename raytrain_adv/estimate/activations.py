@@ -3,7 +3,7 @@
 Three rules, by how the layer runs:
 
 - eager: autograd keeps what each operation needs. An RMSNorm computes in float32 and keeps that
-  copy and its normalised form; attention its inputs, output and log-sum-exp; a gated MLP the gate,
+  copy and its normalized form; attention its inputs, output and log-sum-exp; a gated MLP the gate,
   its activation, the other half and their product.
 - compiled: Inductor's partitioner keeps the inputs of matrix products, what attention needs and the
   halves of the MLP, and computes element-wise results again. Of a norm it keeps the input as it
@@ -68,7 +68,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation of a layer."""
+    """A normalization of a layer."""
 
     width: float
     """Elements per token."""
@@ -77,7 +77,7 @@ class Norm:
     trained: bool
     """Whether it has a weight that is trained."""
     inside_attention: bool
-    """Whether it normalises queries or keys rather than the residual stream."""
+    """Whether it normalizes queries or keys rather than the residual stream."""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from raytrain_adv.ops.loss.head import HeadLoss, loss_of
 from raytrain_adv.ops.loss.linear_cross_entropy import MOST_ROUNDINGS, chunk_tokens
 
 GIB = 2**30
-QUANTISED_BLOCK = 256
-QUANTISED_STATE_BYTES = 1 + 4 / QUANTISED_BLOCK
+QUANTIZED_BLOCK = 256
+QUANTIZED_STATE_BYTES = 1 + 4 / QUANTIZED_BLOCK
 """torchao's 8-bit optimizer state: a byte per value and a float32 scale per block."""
-SMALLEST_QUANTISED = 4096
+SMALLEST_QUANTIZED = 4096
 """Parameters with fewer elements keep plain states in torchao's 8-bit optimizer."""
 
 
@@ -99,7 +99,7 @@ class Passes:
     recomputed: float
     """Computed again while one layer's backward pass runs."""
     temporaries: float
-    """Gradients of activations in one layer's backward pass, and a quantised weight made whole."""
+    """Gradients of activations in one layer's backward pass, and a quantized weight made whole."""
     logits: float
     """Logits, their gradient and the loss's copies, at their most."""
     logits_gradient: float
@@ -128,7 +128,7 @@ class Passes:
         if mode != "none":
             held = kept if mode == "selective" else [0.0] * len(kept)
             recomputed = max(max(w - h, 0.0) for w, h in zip(whole, held, strict=True))
-        # The final norm runs uncompiled: float32 copy, normalised form, the head's input.
+        # The final norm runs uncompiled: float32 copy, normalized form, the head's input.
         final = (4 + 2 * size) * config.hidden_size
         unit = batch * seq_len / GIB
         vocab, caps = config.vocab_size, getattr(config, "final_logit_softcapping", None)
@@ -257,7 +257,7 @@ def attention_kind(config: PretrainedConfig, job: JobConfig) -> AttentionKind:
 
 
 def largest_dequantized(model: nn.Module) -> int:
-    """Return the weights of the largest quantised linear: one at a time is made whole."""
+    """Return the weights of the largest quantized linear: one at a time is made whole."""
     sizes = (m.in_features * m.out_features for _, m in quantized_linears(model))
     return max(sizes, default=0)
 
@@ -278,8 +278,8 @@ def optimizer_bytes(trained: list[nn.Parameter], job: JobConfig, shard_size: int
         return 2 * num_bytes(trained) / shard_size
     total = 0.0
     for p in trained:
-        quantised = has_8bit_states(p, job, shard_size)
-        size = QUANTISED_STATE_BYTES if quantised else p.element_size()
+        quantized = has_8bit_states(p, job, shard_size)
+        size = QUANTIZED_STATE_BYTES if quantized else p.element_size()
         total += 2 * p.numel() / shard_size * size
     return total
 
@@ -322,7 +322,7 @@ class HostCopies:
 def has_8bit_states(parameter: nn.Parameter, job: JobConfig, shard_size: int) -> bool:
     """Whether torchao's optimizer keeps a parameter's states in 8 bits."""
     local = parameter.numel() / shard_size
-    is_large = local >= SMALLEST_QUANTISED and local % QUANTISED_BLOCK == 0
+    is_large = local >= SMALLEST_QUANTIZED and local % QUANTIZED_BLOCK == 0
     return job.train.optim == "adamw_torch_8bit" and is_large
 
 

@@ -31,7 +31,7 @@ COLLECTIVE_S = 8.4e-6
 """A collective before its first hop. Source: NCCL's tuning table, base latency, ring, Simple."""
 
 MFU = {"none": 0.574, "selective": 0.548, "full": 0.470}
-"""gradient_checkpointing -> model FLOPs utilisation on one H200, 8B shape, compiled, 8,192 tokens a
+"""gradient_checkpointing -> model FLOPs utilization on one H200, 8B shape, compiled, 8,192 tokens a
 pass. Source: jobs/benchmarks/results/llama3_8b_bf16.json."""
 FP8_SPEEDUP = 1.32
 """Source: jobs/benchmarks/results/llama3_8b_fp8.json, tensorwise."""
@@ -99,7 +99,7 @@ def units(model: PreTrainedModel, job: JobConfig, shard_size: int) -> list[Unit]
     """Return what FSDP2 is applied to, as worker/parallel.py does it.
 
     A parameter is cut along its first dimension into equal parts for all ranks: rows are padded to
-    a multiple of them. It is sent in the compute dtype, quantised ones as their bytes, weights that
+    a multiple of them. It is sent in the compute dtype, quantized ones as their bytes, weights that
     FP8 gathers as one byte a number.
 
     Args:
@@ -300,8 +300,8 @@ def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[floa
     for p in model.parameters():
         if not p.requires_grad:
             continue
-        size, quantised = p.element_size(), has_8bit_states(p, job, shard_size)
-        states = 2 * (4 if quantised else size) if with_states else 0
+        size, quantized = p.element_size(), has_8bit_states(p, job, shard_size)
+        states = 2 * (4 if quantized else size) if with_states else 0
         values += p.numel() * (size + states)
         entries += 3 * shard_size + 1 if with_states else shard_size
     return values + entries * (PART_BYTES + ENTRY_BYTES), entries * ENTRY_BYTES

@@ -41,7 +41,7 @@ class Merged:
     """Tokens that were compared."""
     unquantized_difference: float | None
     """The difference there would be, had the adapter been merged into the weights as they were
-    before they were quantised; none where the base is not quantised.
+    before they were quantized; none where the base is not quantized.
     """
 
 
@@ -56,7 +56,7 @@ def export_merged(
 ) -> Merged:
     """Write one model folder, load it anew, and hold its logits to the trained model's.
 
-    A quantised base is merged as what it stands for: the adapter was trained on those values. Each
+    A quantized base is merged as what it stands for: the adapter was trained on those values. Each
     sum is made in float32 and rounded once.
 
     Args:
@@ -149,7 +149,7 @@ def _apart(merged: Any, input_ids: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _exchange(model: PreTrainedModel, job: JobConfig, merged: nn.Module) -> bool:
-    """Exchange the quantised part of a merged model's weights for the weights as they were; return
+    """Exchange the quantized part of a merged model's weights for the weights as they were; return
     whether all are there under the names they have in the model.
     """
     quantized = quantized_weights(model)

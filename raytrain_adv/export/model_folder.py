@@ -46,7 +46,7 @@ def export_model(
     Rank 0 holds one file's tensors in host memory, every rank one whole tensor on its device. The
     folder appears under its name when it is complete.
 
-    With quantisation-aware training the quantised model is written beside it, from its files, and
+    With quantization-aware training the quantized model is written beside it, from its files, and
     its logits are compared with those of the model in memory.
 
     Args:
@@ -54,16 +54,16 @@ def export_model(
         job: the job that trained it.
         out_dir: replaced if it exists.
         tokenizer: saved beside the model, with its chat template.
-        input_ids: [tokens], held-out ones, to compare the quantised model on; none leaves that out.
+        input_ids: [tokens], held-out ones, to compare the quantized model on; none leaves that out.
         max_file_bytes: size at which a new safetensors file is begun.
 
     Returns:
-        What was written, and how the quantised model compares; the comparison on rank 0 only.
+        What was written, and how the quantized model compares; the comparison on rank 0 only.
 
     Raises:
         StorageError: on every rank, when a folder could not be written; nothing is left under its
             name.
-        TrainingError: on every rank, when the quantised model does not compute what was trained.
+        TrainingError: on every rank, when the quantized model does not compute what was trained.
     """
     device = collective_device(model)
     new = NewFolder(out_dir, device)

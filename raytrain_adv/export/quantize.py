@@ -1,4 +1,4 @@
-"""A model folder written anew, with linears and embedding as torchao's quantised tensors: tensor by
+"""A model folder written anew, with linears and embedding as torchao's quantized tensors: tensor by
 tensor, so that a model is never held whole.
 """
 
@@ -55,7 +55,7 @@ into one linear find that linear's configuration by; without it they would need 
 """
 
 Configs = Mapping[str, "AOBaseConfig"]
-"""torchao's configuration of each tensor that is quantised, by its name in the model."""
+"""torchao's configuration of each tensor that is quantized, by its name in the model."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Piece:
     """A tensor of the new folder, not yet read."""
 
     name: str
-    """Its name in the new folder: the model's own where it is quantised, because torchao finds it
+    """Its name in the new folder: the model's own where it is quantized, because torchao finds it
     by that, otherwise the one it has in the old folder."""
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
@@ -80,17 +80,17 @@ def write_quantized(
     max_file_bytes: int = MAX_FILE_BYTES,
     require: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Write the model of `source` into `folder`, quantised as the job's QAT keys say.
+    """Write the model of `source` into `folder`, quantized as the job's QAT keys say.
 
     The folder loads with AutoModelForCausalLM.from_pretrained, wherever torchao is installed. In
-    host memory are one file's tensors and the one that is being quantised.
+    host memory are one file's tensors and the one that is being quantized.
 
     Args:
         source: a folder with config.json and safetensors files of the job's architecture.
         folder: exists already.
-        job: names the architecture, and what is quantised (the transform qat).
-        dtype: which the model computes in: weights are rounded to it before they are quantised.
-        device: where a tensor is quantised.
+        job: names the architecture, and what is quantized (the transform qat).
+        dtype: which the model computes in: weights are rounded to it before they are quantized.
+        device: where a tensor is quantized.
         max_file_bytes: size at which a new safetensors file is begun.
         require: is told the bytes that will be written, before they are.
 
@@ -114,7 +114,7 @@ def write_quantized(
 
 
 def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
-    """Return torchao's configuration of each tensor that the job's plan quantises.
+    """Return torchao's configuration of each tensor that the job's plan quantizes.
 
     Args:
         plain: the model on the meta device, without any transform.
@@ -131,7 +131,7 @@ def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
 
 
 def _pieces(plain: PreTrainedModel, files: CheckpointFiles, configs: Configs) -> Iterator[Piece]:
-    """Yield the new folder's tensors, in the old one's layout but for what is quantised."""
+    """Yield the new folder's tensors, in the old one's layout but for what is quantized."""
     found = match(plain, files)
     untied = f"{head_fqn(plain)}.weight" if is_untied(plain, configs) else ""
     for target, source in found.direct.items():
@@ -160,7 +160,7 @@ def _converted(
 
 
 def is_untied(plain: PreTrainedModel, configs: Configs) -> bool:
-    """Whether the embedding is tied to the head and only the embedding is quantised: the new folder
+    """Whether the embedding is tied to the head and only the embedding is quantized: the new folder
     then holds both.
     """
     return is_tied(plain) and any(plain.get_parameter(name) is _head(plain) for name in configs)
@@ -171,7 +171,7 @@ def describe(
 ) -> tuple[dict[str, str], int]:
     """Return the metadata that each of the folder's files carries, and the bytes of all tensors.
 
-    Readers go by it to put quantised tensors together: those that read file by file (vLLM), and
+    Readers go by it to put quantized tensors together: those that read file by file (vLLM), and
     those that merge the files' metadata (transformers, where `tensor_names` of the last would win).
     So each file has all of it, plain tensors included, for readers that keep what is listed only.
     The experts that transformers fuses while it loads are left out: a reader's work grows with the
@@ -202,7 +202,7 @@ def _flat(name: str, value: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict
 def _value(
     tensor: torch.Tensor, config: AOBaseConfig | None, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return a tensor as it is stored: in the dtype that computes, quantised where it has a config;
+    """Return a tensor as it is stored: in the dtype that computes, quantized where it has a config;
     integers and booleans as they are.
     """
     if config is not None:
@@ -273,7 +273,7 @@ def _write_config(
     configs: Configs,
     dtype: torch.dtype,
 ) -> None:
-    """Write the source's config.json with how the model is quantised."""
+    """Write the source's config.json with how the model is quantized."""
     config = json.loads((source / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -285,7 +285,7 @@ def _write_config(
 
 
 def quantization_config(plain: PreTrainedModel, job: JobConfig, configs: Configs) -> dict[str, Any]:
-    """Return transformers' description of the quantised model: the linears' configuration, that of
+    """Return transformers' description of the quantized model: the linears' configuration, that of
     the embedding, and none for each linear that was left alone.
     """
     from torchao.quantization import FqnToConfig
@@ -304,14 +304,14 @@ def quantization_config(plain: PreTrainedModel, job: JobConfig, configs: Configs
 
 
 def add_adapter(adapter: Path, folder: Path, final: Path) -> None:
-    """Put a LoRA run's adapter into its quantised base's folder.
+    """Put a LoRA run's adapter into its quantized base's folder.
 
     transformers loads both from a folder that holds both, and the adapter in the model's dtype, in
     which it was trained.
 
     Args:
         adapter: the folder that holds the adapter.
-        folder: where the quantised base was written.
+        folder: where the quantized base was written.
         final: the name that `folder` will have.
     """
     shutil.copyfile(adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)

@@ -1,4 +1,4 @@
-"""A run's quantised model: written from the files of the trained one, loaded, and held to it."""
+"""A run's quantized model: written from the files of the trained one, loaded, and held to it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raytrain_adv.transforms.lora import Lora
 
 
 def quantized_dir(model_dir: Path) -> Path:
-    """Return where the quantised model goes: beside the trained one."""
+    """Return where the quantized model goes: beside the trained one."""
     return model_dir.with_name(f"{model_dir.name}-quantized")
 
 
@@ -34,9 +34,9 @@ def export_quantized(
     input_ids: torch.Tensor | None,
     max_file_bytes: int,
 ) -> Comparison | None:
-    """Write the quantised model beside the trained one; every rank calls this.
+    """Write the quantized model beside the trained one; every rank calls this.
 
-    After LoRA these are the quantised base and the adapter, as they were trained. Merging is not
+    After LoRA these are the quantized base and the adapter, as they were trained. Merging is not
     offered: an adapter is trained on the rounded base, and rounding the sum of both would put back
     the error that training has taken out.
 
@@ -45,9 +45,9 @@ def export_quantized(
         job: the job that trained it.
         model_dir: holds the trained model, or its adapter.
         base: holds the model the adapter belongs to.
-        new: the quantised folder.
+        new: the quantized folder.
         dtype: the dtype training computed in.
-        input_ids: [tokens], what the quantised model is compared on; none leaves that out.
+        input_ids: [tokens], what the quantized model is compared on; none leaves that out.
         max_file_bytes: size at which a new safetensors file is begun.
 
     Returns:

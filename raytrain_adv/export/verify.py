@@ -35,7 +35,7 @@ DEFECT = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a quantised folder's logits are from those of the model that was trained for it."""
+    """How far a quantized folder's logits are from those of the model that was trained for it."""
 
     difference: float
     """The largest absolute difference."""
@@ -119,7 +119,7 @@ def fake_quantized_logits(
     input_ids: torch.Tensor,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return trained_logits with fake quantisation on."""
+    """Return trained_logits with fake quantization on."""
     job.transform(Qat).switch(model, True)
     return trained_logits(model, job, input_ids, dtype)
 
@@ -181,10 +181,10 @@ def compare_quantized(
     reference: torch.Tensor,
     attn_implementation: str | None,
 ) -> Comparison:
-    """Hold a quantised folder's logits to the fake-quantised model's.
+    """Hold a quantized folder's logits to the fake-quantized model's.
 
     Args:
-        folder: holds the quantised model, with its adapter where there is one.
+        folder: holds the quantized model, with its adapter where there is one.
         job: the job that trained it.
         input_ids: [batch, tokens], long, on the device that trained.
         reference: [batch, tokens, vocabulary], what fake_quantized_logits returned for them.
@@ -208,10 +208,10 @@ def compare_quantized(
     if not difference <= allowed:  # also where it is not a number
         place = int(apart.nan_to_num(nan=float("inf")).argmax())
         raise TrainingError(
-            "the quantised model does not compute what was trained",
+            "the quantized model does not compute what was trained",
             f"logits differ by {difference:.4g} ({how}): {wanted.flatten()[place]:.6g} in training "
-            f"with fake quantisation, {found.flatten()[place]:.6g} from the quantised files",
-            f"{DEFECT}; the trained model itself is exported, and was not quantised",
+            f"with fake quantization, {found.flatten()[place]:.6g} from the quantized files",
+            f"{DEFECT}; the trained model itself is exported, and was not quantized",
         )
     return Comparison(difference, how)
 

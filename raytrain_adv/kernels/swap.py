@@ -170,7 +170,7 @@ def swap(
         compiled: whether torch.compile will trace it.
 
     Raises:
-        JobError: when the kernels package refuses the layer, or it is not there afterwards.
+        JobError: when the kernels package refuses the layer, or it is not there afterward.
     """
     from kernels import Mode, kernelize, use_kernel_mapping
 
@@ -211,7 +211,7 @@ def own_forward(module: nn.Module) -> Any:
 
 @contextmanager
 def _registered(kinds: set[type[nn.Module]], name: str) -> Iterator[None]:
-    """Register classes under a name for the time being; as they were afterwards."""
+    """Register classes under a name for the time being; as they were afterward."""
     before = {kind: {k: vars(kind)[k] for k in REGISTERED if k in vars(kind)} for kind in kinds}
     for kind in kinds:
         for key in before[kind]:

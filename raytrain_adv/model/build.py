@@ -190,15 +190,15 @@ def unreadable(job: JobConfig, error: Exception) -> JobError:
 
 
 def refuse_kind(name: str, raw: dict[str, Any]) -> None:
-    """Refuse checkpoints that are quantised, encoder-decoder, or not causal language models."""
+    """Refuse checkpoints that are quantized, encoder-decoder, or not causal language models."""
     quantization = raw.get("quantization_config")
     if quantization:
         known = isinstance(quantization, dict)
         method = quantization.get("quant_method", "unknown method") if known else quantization
         raise JobError(
-            f"{name} holds quantised weights",
+            f"{name} holds quantized weights",
             f"config.json has quantization_config ({method})",
-            "use the unquantised checkpoint it was made from",
+            "use the unquantized checkpoint it was made from",
         )
     named = raw.get("architectures")
     classes = [str(name) for name in named] if isinstance(named, list) else []

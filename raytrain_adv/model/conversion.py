@@ -44,8 +44,8 @@ class Group:
         for name, pattern in self.sources:
             # A callable is read when the conversion needs it; transformers types only its futures.
             converter.add_tensor(self.first_target, name, pattern, cast(Any, _reading(read, name)))
-        realised = converter.convert(self.first_target, model=model, config=model.config)
-        return {name: _single(value) for name, value in realised.items()}
+        realized = converter.convert(self.first_target, model=model, config=model.config)
+        return {name: _single(value) for name, value in realized.items()}
 
 
 @dataclass
@@ -118,8 +118,8 @@ class SaveGroup:
         converter = deepcopy(self.converter)
         for name, pattern in self.sources:
             converter.add_tensor(self.first_target, name, pattern, cast(Any, tensors[name]))
-        realised = converter.convert(self.first_target, model=model, config=model.config)
-        return {_renamed(name, self.renamings): _single(value) for name, value in realised.items()}
+        realized = converter.convert(self.first_target, model=model, config=model.config)
+        return {_renamed(name, self.renamings): _single(value) for name, value in realized.items()}
 
 
 def save_groups(model: PreTrainedModel, names: Iterable[str]) -> Iterator[SaveGroup]:

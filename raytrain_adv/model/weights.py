@@ -50,7 +50,7 @@ def materialize(
     checkpoint holds.
 
     Args:
-        model: sharded or not; its parameters have no useful values afterwards.
+        model: sharded or not; its parameters have no useful values afterward.
         device: where the model computes; buffers go there.
         parameter_device: where parameters live if elsewhere, as with CPU offload.
 
@@ -83,11 +83,11 @@ def compute_buffers(model: PreTrainedModel) -> None:
                 continue
             for name in names:
                 poison(module.get_buffer(name))
-            # transformers' initialisers leave alone what carries this mark.
+            # transformers' initializers leave alone what carries this mark.
             marked = list(module.parameters())
             for parameter in marked:
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-            initialise(owner, module)
+            initialize(owner, module)
             for parameter in marked:
                 del parameter._is_hf_initialized  # type: ignore[attr-defined]
             untouched += [f"{fqn}.{name}" for name in names if is_poisoned(module.get_buffer(name))]
@@ -143,7 +143,7 @@ def load_pretrained(
     Tensors that keep their layout are read by each rank for itself, only its own region. Those that
     transformers fuses or splits are read and converted by rank 0, one group (at most a layer) at a
     time, and broadcast. Parameters that a transform added are left alone. Linears that are held
-    quantised take their rows one by one, so that no rank has more than one of them as it was.
+    quantized take their rows one by one, so that no rank has more than one of them as it was.
 
     Raises:
         JobError: when tensors are missing, unexpected, or of another shape, listing them.
@@ -165,7 +165,7 @@ def load_pretrained(
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """Return the linears that are held quantised, by the names of their weights in the plain
+    """Return the linears that are held quantized, by the names of their weights in the plain
     model.
     """
     return {plain_name(f"{fqn}.weight"): layer for fqn, layer in quantized_linears(model)}
@@ -308,7 +308,7 @@ def convert_group(
 
 
 def init_from_scratch(model: PreTrainedModel, job: JobConfig, device: torch.device) -> None:
-    """Give a materialised model the random weights its architecture prescribes; the same on any
+    """Give a materialized model the random weights its architecture prescribes; the same on any
     number of ranks.
 
     Each module draws from a generator seeded by the job's seed and the module's name, so the values
@@ -320,20 +320,20 @@ def init_from_scratch(model: PreTrainedModel, job: JobConfig, device: torch.devi
     on_gpu = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=on_gpu), torch.no_grad(), guard_torch_init_functions():
         for fqn, part, owner in list(units(plain, layers)):
-            initialise_unit(fqn, part, owner, fqn in layers, job.train.seed, device, targets)
+            initialize_unit(fqn, part, owner, fqn in layers, job.train.seed, device, targets)
 
 
 def units(
     plain: PreTrainedModel, layers: set[str]
 ) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
-    """Yield what is initialised at once: whole layers, and each module outside of them."""
+    """Yield what is initialized at once: whole layers, and each module outside of them."""
     for fqn, module, owner in owned_modules(plain):
         inside = any(fqn.startswith(f"{layer}.") for layer in layers)
         if not inside:
             yield fqn, module, owner
 
 
-def initialise_unit(
+def initialize_unit(
     fqn: str,
     part: nn.Module,
     owner: PreTrainedModel,
@@ -342,7 +342,7 @@ def initialise_unit(
     device: torch.device,
     targets: dict[str, torch.Tensor],
 ) -> None:
-    """Make one unit's whole tensors, initialise them, copy this rank's regions, and drop them
+    """Make one unit's whole tensors, initialize them, copy this rank's regions, and drop them
     again.
     """
     held = {
@@ -358,14 +358,14 @@ def initialise_unit(
         # Not per layer: a parent may change what its child drew, and then continues the parent's
         # own sequence.
         torch.manual_seed(seed_of(seed, member_fqn))
-        initialise(member_owner, member)
+        initialize(member_owner, member)
     values = part.state_dict()
     for name, target in held.items():
         copy_local(targets[target], values[name][local_region(targets[target])])
     part.to_empty(device="meta", recurse=is_layer)
 
 
-def initialise(owner: Any, module: nn.Module) -> None:
+def initialize(owner: Any, module: nn.Module) -> None:
     """Let a model give its initial values to one of its modules."""
     owner._init_weights(module)
 

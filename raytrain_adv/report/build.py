@@ -22,7 +22,7 @@ from raytrain_adv.report.record import (
 )
 from raytrain_adv.report.record import read as read_report
 from raytrain_adv.report.starts import starts
-from raytrain_adv.report.variants import quantised_loss, recovered, variants
+from raytrain_adv.report.variants import quantized_loss, recovered, variants
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.transforms.transform import Plan
 
@@ -196,7 +196,7 @@ def _losses(folder: Path) -> dict[str, Any]:
         "eval_loss": [],
         "variants": found,
         "recovered": recovered(found),
-        "quantized_eval_loss": quantised_loss(found),
+        "quantized_eval_loss": quantized_loss(found),
     }
     for row in rows:
         if row.get("kind") in ("train", "eval"):

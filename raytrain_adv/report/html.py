@@ -60,7 +60,7 @@ def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = T
             ),
             section("Sample answers", "".join(map(_sample, report.samples))),
             section("What the transforms did", _transforms(report)),
-            section("What quantisation costs", _variants(report)),
+            section("What quantization costs", _variants(report)),
             section("Beside another run", _baseline(report)),
             section("Data", data_section.data_html(report.data)),
             section("Memory of a worker", _memory(report)),

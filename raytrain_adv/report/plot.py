@@ -19,7 +19,7 @@ class Series:
     name: str
     points: Sequence[Xy]
     color: int
-    """Number of the colour in the page's palette."""
+    """Number of the color in the page's palette."""
     style: Literal["line", "faint", "dots", "points"] = "line"
     """dots are joined by a thin line, points are not."""
 
@@ -160,7 +160,7 @@ def thinned(points: Sequence[Xy], limit: int = MAX_POINTS) -> list[Xy]:
 
 
 def tick_text(value: float, step: float) -> str:
-    """Return a tick's number, with the places that tell it from its neighbours."""
+    """Return a tick's number, with the places that tell it from its neighbors."""
     if value == 0:
         return "0"
     if abs(value) < 1e-3:

@@ -146,24 +146,24 @@ class RunReport(Record):
     model_dir: str | None = None
     """Folder of the trained model; null until it is exported."""
     variants: tuple[Variant, ...] = ()
-    """What quantisation costs and training with it buys, in held-out loss."""
+    """What quantization costs and training with it buys, in held-out loss."""
     recovered: Number = None
-    """Share of the quantisation loss that training recovered: (PTQ - QAT) / (PTQ - bf16), of the
-    twin's weights where there is one, else of those at which fake quantisation began; null without
+    """Share of the quantization loss that training recovered: (PTQ - QAT) / (PTQ - bf16), of the
+    twin's weights where there is one, else of those at which fake quantization began; null without
     QAT, where PTQ loses next to nothing, and where QAT ended below weights that have not been
     trained as long.
     """
     quantized_eval_loss: Number = None
-    """Held-out loss of the quantised model that the run has made; null without one."""
+    """Held-out loss of the quantized model that the run has made; null without one."""
     model_gib: Number = None
     """Its size on disk."""
     quantized_dir: str | None = None
-    """Folder of the quantised model; null without quantisation-aware training."""
+    """Folder of the quantized model; null without quantization-aware training."""
     quantized_gib: Number = None
     """Its size on disk."""
     quantized_logit_difference: Number = None
-    """Largest difference between the logits of the quantised folder, loaded anew, and those of the
-    model in memory with fake quantisation on.
+    """Largest difference between the logits of the quantized folder, loaded anew, and those of the
+    model in memory with fake quantization on.
     """
     quantized_comparison: str = ""
     """On how many tokens and where they were compared, and what was allowed."""

@@ -220,7 +220,7 @@ class Variant(Record):
     """The held-out rows evaluated with a feature on or off."""
 
     name: str
-    """bf16: not quantised; PTQ: quantised without having been trained for it; QAT: after that
+    """bf16: not quantized; PTQ: quantized without having been trained for it; QAT: after that
     training; those of the twin were trained without it throughout.
     """
     step: int

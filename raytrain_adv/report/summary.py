@@ -37,7 +37,7 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
         figures.append((name, f"{changed} changed, {transform.skipped:,} skipped"))
         if transform.proof:
             figures.append(("", transform.proof_sentence))
-    figures.append(("quantised", variants.compared(report)))
+    figures.append(("quantized", variants.compared(report)))
     return [(label, text) for label, text in figures if text]
 
 
@@ -132,7 +132,7 @@ def _places(report: RunReport) -> list[tuple[str, str]]:
         ("figures", str(output_dir / "report.json")),
     ]
     if report.quantized_dir:
-        places.insert(0, ("quantised", f"{report.quantized_dir}{_size(report.quantized_gib)}"))
+        places.insert(0, ("quantized", f"{report.quantized_dir}{_size(report.quantized_gib)}"))
     if report.model_dir:
         places.insert(0, ("model", f"{report.model_dir}{_size(report.model_gib)}"))
     return places

@@ -10,7 +10,7 @@ from raytrain_adv.report.sweep_record import SweepReport, TrialReport
 
 HEADS = {
     "eval_loss": "eval loss",
-    "quantized_eval_loss": "quantised eval loss",
+    "quantized_eval_loss": "quantized eval loss",
     "train_loss": "train loss",
     "tokens_per_second_per_worker": "tokens/s",
     "step_seconds": "step",

@@ -1,4 +1,4 @@
-"""What a feature cost and bought in held-out loss: bf16, quantised without and with training."""
+"""What a feature cost and bought in held-out loss: bf16, quantized without and with training."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def variants(rows: Sequence[Mapping[str, Any]]) -> tuple[Variant, ...]:
     return tuple(found.values())
 
 
-def quantised_loss(found: Sequence[Variant]) -> float | None:
-    """Return the held-out loss of the quantised model that the run has made; null without one."""
+def quantized_loss(found: Sequence[Variant]) -> float | None:
+    """Return the held-out loss of the quantized model that the run has made; null without one."""
     names = [v.name for v in found]
     made = QAT if QAT in names else PTQ
     return next((v.loss for v in reversed(found) if v.name == made), None)
 
 
 def reference(found: Sequence[Variant]) -> tuple[Variant, Variant] | None:
-    """Return bf16 and PTQ of the same weights: the twin's, else those at which fake quantisation
+    """Return bf16 and PTQ of the same weights: the twin's, else those at which fake quantization
     began.
     """
     for ending in (f" {TWIN}", ""):
@@ -54,7 +54,7 @@ def reference(found: Sequence[Variant]) -> tuple[Variant, Variant] | None:
 
 
 def recovered(found: Sequence[Variant]) -> float | None:
-    """Return the share of the quantisation loss that training with it recovered: (PTQ - QAT) /
+    """Return the share of the quantization loss that training with it recovered: (PTQ - QAT) /
     (PTQ - bf16); null where there is no QAT, where PTQ loses next to nothing, and where QAT ended
     below bf16 weights of an earlier step, by what it has trained since.
     """
@@ -96,14 +96,14 @@ def table_rows(report: RunReport) -> list[tuple[str, str, str, str, str]]:
 
 
 def sentence(report: RunReport) -> str:
-    """Say what quantisation-aware training bought; empty where the run has none."""
+    """Say what quantization-aware training bought; empty where the run has none."""
     found = report.variants
     pair = reference(found)
     if QAT not in [v.name for v in found]:
         return ""
     if pair is None:
         return (
-            "there is no PTQ to measure QAT by: there were no weights before fake quantisation, or "
+            "there is no PTQ to measure QAT by: there were no weights before fake quantization, or "
             "this folder does not hold the run that made them; compare: true trains a bf16 twin"
         )
     bf16, ptq = pair
@@ -116,7 +116,7 @@ def sentence(report: RunReport) -> str:
     if report.recovered is None:
         return (
             f"PTQ of {of} loses {gap:.4f}; QAT ended below their bf16 loss by what it has trained "
-            f"since, which says nothing of quantisation{since}"
+            f"since, which says nothing of quantization{since}"
         )
     return f"QAT recovered {report.recovered:.0%} of the {gap:.4f} that PTQ of {of} loses{since}"
 
@@ -127,7 +127,7 @@ def evaluated_as(report: RunReport) -> str:
 
 
 def compared(report: RunReport) -> str:
-    """Say how near the quantised folder is to the model that was trained; empty without one."""
+    """Say how near the quantized folder is to the model that was trained; empty without one."""
     if report.quantized_logit_difference is None:
         return ""
     return (

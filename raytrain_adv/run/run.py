@@ -207,7 +207,7 @@ class Run:
 def local_run(job: JobConfig, device: torch.device | None = None) -> Run:
     """Return the run of a process started by torchrun, or alone.
 
-    Initialises torch.distributed from torchrun's environment variables when they are there.
+    Initializes torch.distributed from torchrun's environment variables when they are there.
     """
     if "RANK" in os.environ and not dist.is_initialized():
         on_gpu = torch.cuda.is_available() and not job.parallel.use_cpu

@@ -213,7 +213,7 @@ class HubKernels(Transform):
             )
         if job.parallel.torch_compile:
             yield (
-                "torch_compile fuses what it compiles with its neighbours, and cannot do that with "
+                "torch_compile fuses what it compiles with its neighbors, and cannot do that with "
                 "a kernel: the step may be slower than with use_kernels: false; compare the two"
             )
 

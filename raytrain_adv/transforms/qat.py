@@ -1,4 +1,4 @@
-"""Quantisation-aware training: linears and embeddings compute with the values that the quantised
+"""Quantization-aware training: linears and embeddings compute with the values that the quantized
 model will have, so that training makes up for their rounding.
 """
 
@@ -40,12 +40,12 @@ EMBEDDING = "raytrain_adv.ops.fake_quant.layers.FakeQuantizedEmbedding"
 IN_FLOAT8 = "raytrain_adv.ops.float8.linear.Float8Linear"
 LINEAR_IN_FLOAT8 = "raytrain_adv.ops.float8.qat_linear.Float8FakeQuantizedLinear"
 BECOMES = {"torch.nn.Linear": LINEAR, IN_FLOAT8: LINEAR_IN_FLOAT8}
-BF16, PTQ, QAT, UNQUANTISED = "bf16", "PTQ", "QAT", "QAT's weights, not quantised"
-"""How a model is evaluated: as it is, quantised without training for it, or with."""
+BF16, PTQ, QAT, UNQUANTIZED = "bf16", "PTQ", "QAT", "QAT's weights, not quantized"
+"""How a model is evaluated: as it is, quantized without training for it, or with."""
 
 
 class Qat(Transform):
-    """Train with fake quantisation; parameters and optimizer states stay as they are."""
+    """Train with fake quantization; parameters and optimizer states stay as they are."""
 
     name: ClassVar[str] = "qat"
     feature: ClassVar[str] = "QAT"
@@ -57,8 +57,8 @@ class Qat(Transform):
     stage: ClassVar[str] = "precision"
     imports: ClassVar[tuple[str, ...]] = ("torchao",)
     stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "fp8"})
-    evaluated_as: ClassVar[str] = "fake-quantised"
-    switches: ClassVar[str] = "fake quantisation"
+    evaluated_as: ClassVar[str] = "fake-quantized"
+    switches: ClassVar[str] = "fake quantization"
     excludes: ClassVar[dict[str, str]] = {
         "use_dora": "DoRA computes with the base weights themselves, which would not be rounded"
     }
@@ -68,7 +68,7 @@ class Qat(Transform):
     }
 
     enable_qat: bool = False
-    """Train with fake quantisation, and export the quantised model beside the trained one."""
+    """Train with fake quantization, and export the quantized model beside the trained one."""
     qat_weight_dtype: Literal["int8", "int4", "int3", "int2", "float8_e4m3fn"] = "int8"
     """What weights are rounded to."""
     qat_activation_dtype: Literal["none", "int8", "float8_e4m3fn"] | None = None
@@ -77,22 +77,22 @@ class Qat(Transform):
     """Input features of a weight that share a scale; null gives each output channel one, which
     float8 always has."""
     qat_quantize_embedding: bool = True
-    """Quantise the input embedding too, as the weights; not with float8."""
+    """Quantize the input embedding too, as the weights; not with float8."""
     qat_exclude: str | list[str] = ""
     """Linears to leave alone, comma separated or a list: names, ends of names (down_proj), or
     patterns (model.layers.0.*)."""
     fake_quant_after_n_steps: Annotated[int, Field(ge=0, le=LARGEST)] | Literal["never"] | None = (
         None
     )
-    """Optimizer steps to train before fake quantisation begins; null and 0 begin with it, never
-    leaves it out of training: the model is quantised afterwards (PTQ).
+    """Optimizer steps to train before fake quantization begins; null and 0 begin with it, never
+    leaves it out of training: the model is quantized afterward (PTQ).
     """
     compare: bool = False
-    """Train the same job without fake quantisation first, and measure this run by it."""
+    """Train the same job without fake quantization first, and measure this run by it."""
 
     @property
     def enabled(self) -> bool:
-        """Whether quantisation-aware training is asked for."""
+        """Whether quantization-aware training is asked for."""
         return self.enable_qat
 
     @property
@@ -123,20 +123,20 @@ class Qat(Transform):
 
     @property
     def first_step(self) -> int | None:
-        """The first optimizer step (from 0) with fake quantisation; none where there is none."""
+        """The first optimizer step (from 0) with fake quantization; none where there is none."""
         delay = self.fake_quant_after_n_steps
         return None if delay == "never" else int(delay or 0)
 
     def is_on(self, step: int) -> bool:
-        """Whether optimizer step `step` (from 0) is trained with fake quantisation."""
+        """Whether optimizer step `step` (from 0) is trained with fake quantization."""
         return self.first_step is not None and step >= self.first_step
 
     def remedy(self, step: int) -> str:
-        """Point to the delay, where the step was trained with fake quantisation."""
+        """Point to the delay, where the step was trained with fake quantization."""
         if not self.is_on(step):
             return ""
         now = show(self.fake_quant_after_n_steps)
-        return f"begin fake quantisation later: raise fake_quant_after_n_steps (now {now})"
+        return f"begin fake quantization later: raise fake_quant_after_n_steps (now {now})"
 
     @property
     def scheme(self) -> str:
@@ -220,7 +220,7 @@ class Qat(Transform):
         if self.activation_dtype == FLOAT8 and (capability is None or capability < (8, 9)):
             raise ClusterError(
                 "QAT with float8 activations requires compute capability 8.9 or newer",
-                f"{facts.describe()}: the quantised model does not run there, so that it could not "
+                f"{facts.describe()}: the quantized model does not run there, so that it could not "
                 "be compared with the trained one",
                 "run on H100/H200 workers, or set qat_activation_dtype: none",
             )
@@ -229,15 +229,15 @@ class Qat(Transform):
         """Refuse a delay that would outlast the run.
 
         Raises:
-            JobError: the run would never quantise, though it was asked to.
+            JobError: the run would never quantize, though it was asked to.
         """
         first = self.first_step
         if first is not None and first >= total_steps:
             raise JobError(
-                "Fake quantisation would never begin",
+                "Fake quantization would never begin",
                 f"fake_quant_after_n_steps: {first}, and the run has {total_steps} steps",
                 f"give at most {total_steps - 1}; half of the steps is a usual choice. "
-                "fake_quant_after_n_steps: never quantises after training (PTQ)",
+                "fake_quant_after_n_steps: never quantizes after training (PTQ)",
             )
 
     def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:
@@ -250,7 +250,7 @@ class Qat(Transform):
         if job.output.export_model:
             return ()
         return (
-            "export_model is false: no quantised model is written, nor held to the trained one; "
+            "export_model is false: no quantized model is written, nor held to the trained one; "
             "raytrain-adv export does both from a checkpoint",
         )
 
@@ -330,9 +330,9 @@ class Qat(Transform):
             how = described(self.qat_weight_dtype, self.activation_dtype)
             yield f"FP8 and QAT together need careful tuning: {how}"
         if EMBEDDING in kinds and is_tied(model):
-            yield "the head tied to the embedding is not quantised: the quantised model holds both"
+            yield "the head tied to the embedding is not quantized: the quantized model holds both"
         if any(p.ndim == 3 for p in model.parameters()):
-            yield "experts are held as stacked tensors, not as linears: they are not quantised"
+            yield "experts are held as stacked tensors, not as linears: they are not quantized"
 
     def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
         """Put a layer that rounds, and owns the same parameters, in each planned one's place."""
@@ -354,7 +354,7 @@ class Qat(Transform):
             model.set_submodule(fqn, new)
 
     def begin_step(self, model: nn.Module, step: int) -> None:
-        """Switch fake quantisation on or off for optimizer step `step` (from 0)."""
+        """Switch fake quantization on or off for optimizer step `step` (from 0)."""
         self.switch(model, self.is_on(step))
 
     def switch(self, model: nn.Module, on: bool) -> None:
@@ -364,16 +364,16 @@ class Qat(Transform):
                 module.rounds = on
 
     def variants(self, step: int, total_steps: int, of: str = "") -> dict[str, bool]:
-        """Return bf16 and PTQ where fake quantisation begins, and what came of it at the end."""
+        """Return bf16 and PTQ where fake quantization begins, and what came of it at the end."""
         if of:
             return {f"{BF16} {of}": False, f"{PTQ} of the {of}": True}
         if step == total_steps and self.first_step is not None:
-            return {UNQUANTISED: False, QAT: True}
+            return {UNQUANTIZED: False, QAT: True}
         at_switch = step == (total_steps if self.first_step is None else self.first_step)
         return {BF16: False, PTQ: True} if at_switch else {}
 
     def twin_dir(self, output_dir: str) -> str | None:
-        """Return where the run without fake quantisation is, where `compare` asks for it."""
+        """Return where the run without fake quantization is, where `compare` asks for it."""
         trains_with_it = self.compare and self.first_step is not None
         return f"{output_dir.rstrip('/')}-bf16" if trains_with_it else None
 

@@ -56,10 +56,10 @@ class QuantizedBase(Transform):
     excludes: ClassVar[dict[str, str]] = {
         "fp8": "FP8 and standard quantization are mutually exclusive",
         "enable_qat": "QAT and standard quantization are mutually exclusive",
-        "use_dora": "DoRA computes with the base weights themselves, which are held quantised",
+        "use_dora": "DoRA computes with the base weights themselves, which are held quantized",
     }
     needs: ClassVar[dict[str, str]] = {
-        "finetuning_type": "quantised weights have no gradient: only adapters on them are trained"
+        "finetuning_type": "quantized weights have no gradient: only adapters on them are trained"
     }
 
     quantization_bit: Literal[4, 8] | None = None
@@ -69,7 +69,7 @@ class QuantizedBase(Transform):
     quantization_type: Literal["nf4", "fp4"] = "nf4"
     """The 16 values of 4 bits: nf4, spaced for normally distributed weights, or fp4."""
     double_quantization: bool = True
-    """Quantise the scales of 4-bit weights too: 4.13 bits per weight in the place of 4.5."""
+    """Quantize the scales of 4-bit weights too: 4.13 bits per weight in the place of 4.5."""
     quantization_exclude: str | list[str] = ""
     """Linears to leave as they are, comma separated or a list: names, ends of names (down_proj), or
     patterns (model.layers.0.*).
@@ -77,7 +77,7 @@ class QuantizedBase(Transform):
 
     @property
     def enabled(self) -> bool:
-        """Whether a quantised base is asked for."""
+        """Whether a quantized base is asked for."""
         return self.quantization_bit is not None
 
     @property
@@ -99,14 +99,14 @@ class QuantizedBase(Transform):
         """The form in words."""
         if self.quantization_bit == 8:
             return "int8 with a scale per row"
-        scales = ", scales quantised too" if self.double_quantization else ""
+        scales = ", scales quantized too" if self.double_quantization else ""
         return f"{self.quantization_type} in blocks of {BLOCK}{scales}"
 
     @classmethod
     def why_not(cls, key: str, value: object) -> str:
         """Say why a method or a width that exists elsewhere cannot be had."""
         if key == "quantization_method" and value in OTHER_METHODS:
-            return f"{value} is not in this version; bitsandbytes (bnb) quantises as it loads"
+            return f"{value} is not in this version; bitsandbytes (bnb) quantizes as it loads"
         return "bitsandbytes has 4 and 8 bits" if key == "quantization_bit" else ""
 
     def contradictions(self) -> Iterable[Problem]:
@@ -134,7 +134,7 @@ class QuantizedBase(Transform):
             )
 
     def plan(self, model: nn.Module) -> Plan:
-        """Choose the linears that are held quantised.
+        """Choose the linears that are held quantized.
 
         Raises:
             JobError: when a pattern matches nothing.
@@ -193,11 +193,11 @@ class QuantizedBase(Transform):
         yield f"left in {dtype}: {rest}"
         yield "nothing of the base is trained; checkpoints and the exported adapter hold none of it"
         if any(p.ndim == 3 for p in model.parameters()):
-            yield "experts are held as stacked tensors, not as linears: they are not quantised"
+            yield "experts are held as stacked tensors, not as linears: they are not quantized"
 
     @staticmethod
     def _left(model: nn.Module, changes: dict[str, Change]) -> dict[str, int]:
-        """Return what is not quantised: kind -> number of weights."""
+        """Return what is not quantized: kind -> number of weights."""
         from torch import nn
 
         head, left, seen = output_head(model), dict[str, int](), set[nn.Parameter]()
@@ -220,7 +220,7 @@ class QuantizedBase(Transform):
         return left
 
     def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
-        """Put a frozen linear that holds its weight quantised in each planned one's place."""
+        """Put a frozen linear that holds its weight quantized in each planned one's place."""
         from torch import nn
 
         from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
@@ -250,7 +250,7 @@ class QuantizedBase(Transform):
         own = "Linear8bitLt's weights" if self.form.is_int8 else "Linear4bit"
         if apart:
             raise TrainingError(
-                "A quantised linear does not compute what bitsandbytes' own does",
+                "A quantized linear does not compute what bitsandbytes' own does",
                 f"{' and '.join(apart)} differ from {own}, {self.scheme}, on {device} in {dtype}",
                 "this is a defect of raytrain_adv or of the versions installed: compare them with "
                 "constraints.txt",
@@ -258,7 +258,7 @@ class QuantizedBase(Transform):
         return (f"values and gradients equal bitsandbytes' {own} bit for bit on {device.type}",)
 
     def loaded(self, model: nn.Module, plan: Plan) -> tuple[str, ...]:
-        """Hold the quantised weights to the originals they were made from.
+        """Hold the quantized weights to the originals they were made from.
 
         Raises:
             TrainingError: on all ranks, when weights are missing, are further away than rounding
@@ -281,7 +281,7 @@ class QuantizedBase(Transform):
         ]
         if wrong:
             raise TrainingError(
-                "The quantised base is not what was asked for",
+                "The quantized base is not what was asked for",
                 "\n".join(wrong[:NAMED]) + f"\n({len(wrong)} in all)",
                 "check the checkpoint for weights that are not finite",
             )
@@ -290,7 +290,7 @@ class QuantizedBase(Transform):
         overall = (squared / size) ** 0.5
         most = max(apart, key=lambda fqn: apart[fqn])
         return (
-            f"quantised weights are {overall:.2%} from the originals (relative norms), at most "
+            f"quantized weights are {overall:.2%} from the originals (relative norms), at most "
             f"{apart[most]:.2%} ({own_name(most)}); no weight is further off than "
             f"{max(row[2] for row in found.values()):.2f} of what rounding explains",
         )
@@ -344,7 +344,7 @@ def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype
         values = ours(x)
         (gradient,) = torch.autograd.grad(values, x, pull)
         if form.is_int8:
-            # From host memory: that is when it quantises. Source of the rest: MatMul8bitFp.
+            # From host memory: that is when it quantizes. Source of the rest: MatMul8bitFp.
             int8 = kinds.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
             int8 = int8.to(device)
             whole = int8.CB.to(dtype).mul_(int8.SCB[:, None].mul(1.0 / 127.0))

@@ -37,7 +37,7 @@ class Exported:
     quantized_dir: str | None = None
     quantized_gib: float | None = None
     quantized_logit_difference: float | None = None
-    """Largest difference between its logits and those of the model trained with fake quantisation;
+    """Largest difference between its logits and those of the model trained with fake quantization;
     rank 0 has it."""
     quantized_comparison: str = ""
     """On what and where they were compared."""
@@ -79,7 +79,7 @@ def export(
     data: PreparedData,
     write: ExportFunction,
 ) -> Exported:
-    """Write output_dir/model, and the quantised model where there is one, on rank 0."""
+    """Write output_dir/model, and the quantized model where there is one, on rank 0."""
     if not job.output.export_model:
         return Exported()
     out = Path(job.output.output_dir) / "model"

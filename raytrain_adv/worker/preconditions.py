@@ -31,7 +31,7 @@ READ_AT_ONCE = 64 * 2**20
 
 def check_files(job: JobConfig) -> None:
     """Refuse what the files that this machine sees make impossible. What is on the Hub, and rows
-    that turn out unusable, are found where they are fetched and tokenised.
+    that turn out unusable, are found where they are fetched and tokenized.
 
     In a sweep a file that is missing ends its own trial only; here, what would end every one alike.
 

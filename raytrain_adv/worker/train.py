@@ -94,7 +94,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     proof.say_what_is_missing()
 
     samples = sample_answers(job, run, model, tokenizer, prepared)
-    optimizer.state.clear()  # makes room for the quantised model beside the trained one
+    optimizer.state.clear()  # makes room for the quantized model beside the trained one
     exported = export(job, run, model, tokenizer, prepared, write_model)
     measure_twin(job, run, model, loop)
     return {

@@ -1,4 +1,4 @@
-"""The kernels of fake quantisation on a GPU, against torchao's operations."""
+"""The kernels of fake quantization on a GPU, against torchao's operations."""
 
 import copy
 
@@ -54,7 +54,7 @@ def test_a_compiled_linear_rounds_as_the_eager_one():
     for call in (compiled, eager, linear):
         call(x).backward(gradient)
     # Values on an end of the range are cut by torch's bfloat16 rounding, and not by fused code,
-    # which rounds less: its gradient is no further from the unquantised one.
+    # which rounds less: its gradient is no further from the unquantized one.
     plain = linear.weight.grad.double().flatten()
     near = [
         torch.nn.functional.cosine_similarity(of.weight.grad.double().flatten(), plain, dim=0)

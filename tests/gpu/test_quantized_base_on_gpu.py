@@ -90,7 +90,7 @@ def test_a_compiled_linear_computes_as_the_eager_one_and_keeps_no_whole_weight(f
 
 @pytest.mark.parametrize("form", FORMS, ids=names)
 def test_a_cpu_rounds_weights_as_a_gpu_does(form: Form) -> None:
-    """A checkpoint is exported on a CPU, which quantises the base anew."""
+    """A checkpoint is exported on a CPU, which quantizes the base anew."""
     torch.manual_seed(0)
     weight = 0.02 * torch.randn(4096, 1024, dtype=torch.bfloat16)
     one, other = layer_of(weight, form, GPU), layer_of(weight, form, CPU)
@@ -131,7 +131,7 @@ def dequantized(folder: Path, out: Path) -> Path:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_qlora_is_lora_on_the_dequantised_base(
+def test_qlora_is_lora_on_the_dequantized_base(
     base: Path, job_file: Any, tmp_path: Path, compiled: bool
 ) -> None:
     """Bit for bit where layers are eager; compiled ones fuse other sums in the two."""

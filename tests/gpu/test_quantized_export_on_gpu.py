@@ -1,4 +1,4 @@
-"""The quantised folder computes on a GPU what training computed there with fake quantisation."""
+"""The quantized folder computes on a GPU what training computed there with fake quantization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading, initialising and exporting on a GPU: in seconds, and in the memory of the shards."""
+"""Loading, initializing and exporting on a GPU: in seconds, and in the memory of the shards."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -101,7 +101,7 @@ def test_a_frozen_bfloat16_base_and_float32_adapters_train_in_one_fsdp_group(
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_an_8b_shape_is_initialised_in_seconds_with_one_layer_to_spare(
+def test_an_8b_shape_is_initialized_in_seconds_with_one_layer_to_spare(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     AutoConfig.for_model("llama", **LLAMA_8B).save_pretrained(tmp_path / "m")

@@ -44,7 +44,7 @@ def test_rounding_begins_with_step_n_by_its_numbers(job_file, tmp_path):
     assert losses(tmp_path / "now")[1] != expected[1]
     for name, first in (("delayed", 4), ("now", 1)):
         (said,) = events(tmp_path / name, "switch")
-        assert said["message"] == f"fake quantisation is on from step {first}"
+        assert said["message"] == f"fake quantization is on from step {first}"
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=2e-2)
 
 
@@ -74,9 +74,9 @@ def test_evaluation_is_always_with_rounding_and_the_switch_is_measured(job_file,
         ("bf16", 3),
         ("PTQ", 3),
         ("QAT", 6),
-        ("QAT's weights, not quantised", 6),
+        ("QAT's weights, not quantized", 6),
     }
-    assert found["QAT", 6] == evaluated[6] != found["QAT's weights, not quantised", 6]
+    assert found["QAT", 6] == evaluated[6] != found["QAT's weights, not quantized", 6]
     assert found["PTQ", 3] != found["bf16", 3]
 
 

@@ -30,7 +30,7 @@ def base(keys, job_file, tmp_path):
 
 
 def dequantized(folder, out):
-    """Write a model whose linears have the values that bitsandbytes' quantised ones stand for."""
+    """Write a model whose linears have the values that bitsandbytes' quantized ones stand for."""
     out.mkdir()
     for file in folder.iterdir():
         if file.suffix != ".safetensors":
@@ -51,7 +51,7 @@ def held_out(folder):
     return [row["loss"] for row in rows if row["kind"] == "eval"]
 
 
-def test_qlora_is_lora_on_the_dequantised_base_and_resumes_and_merges(
+def test_qlora_is_lora_on_the_dequantized_base_and_resumes_and_merges(
     base, job_file, tmp_path, capsys
 ):
     lora = {
@@ -91,13 +91,13 @@ def test_qlora_is_lora_on_the_dequantised_base_and_resumes_and_merges(
 
 
 def merges(job_path, whole, tmp_path, capsys):
-    """The merged model is the dequantised base with the adapter, and the command says so."""
+    """The merged model is the dequantized base with the adapter, and the command says so."""
     job, out = load(job_path), tmp_path / "merged"
     run = Path(job.output.output_dir)
     note_done(job)
     assert main(["export", str(run), "--merge", "--output", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "nf4 in blocks of 64, scales quantised too" in said
+    assert "nf4 in blocks of 64, scales quantized too" in said
     assert "merged into the weights as they were before, they would differ by" in said
     merged, tensors = (
         load_file(out / "model" / "model.safetensors"),

@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_under_qat_points_to_the_delay(
     message = "The loss or the gradient norm is not finite"
     if delay is None:
         holds(message, caught.value.what, caught.value.fix)
-    else:  # it was not finite before fake quantisation began: that is not its fault
+    else:  # it was not finite before fake quantization began: that is not its fault
         assert message in caught.value.what
         assert "fake_quant_after_n_steps" not in caught.value.fix
 

@@ -10,7 +10,7 @@ import yaml
 Accepted: TypeAlias = tuple[tuple[Any, ...], str, str]
 """Values that mean what this package does anyway; why; what to do about another value."""
 Refused: TypeAlias = tuple[Any, str, str]
-"""The default, which asks for nothing; why another value cannot be honoured; what to do."""
+"""The default, which asks for nothing; why another value cannot be honored; what to do."""
 
 DELETE = "delete it"
 
@@ -93,10 +93,10 @@ LISTED: dict[str, str] = {
         "dataloader_multiprocessing_context dataloader_in_order remove_unused_columns",
     ),
     **_note(
-        "tokenising has no such setting, and its result does not depend on it",
+        "tokenizing has no such setting, and its result does not depend on it",
         "preprocessing_batch_size",
     ),
-    **_note("each node finds or makes the tokenised data itself", "data_shared_file_system"),
+    **_note("each node finds or makes the tokenized data itself", "data_shared_file_system"),
     **_note(
         "FSDP2 is used, not DDP",
         "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph",
@@ -244,7 +244,7 @@ REFUSED: dict[str, Refused] = {
         "use_unsloth_gc: false",
     ),
     **refuse(
-        "FSDP2 places the quantised model: each worker has its shards",
+        "FSDP2 places the quantized model: each worker has its shards",
         "delete it",
         "quantization_device_map: null",
     ),
@@ -280,7 +280,7 @@ REFUSED: dict[str, Refused] = {
         "freeze_multi_modal_projector: true",
     ),
     **refuse(
-        "datasets are tokenised once and memory-mapped, never streamed",
+        "datasets are tokenized once and memory-mapped, never streamed",
         "delete it; max_samples limits the rows",
         "streaming: false, buffer_size: 16384, interleave_probs: null",
     ),

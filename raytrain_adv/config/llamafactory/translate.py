@@ -1,4 +1,4 @@
-"""LLaMA-Factory's other keys: what each means here, or why it cannot be honoured and what to do.
+"""LLaMA-Factory's other keys: what each means here, or why it cannot be honored and what to do.
 
 A key that a section or a transform owns is never looked up in its tables, so a transform that is
 added takes its keys over.

@@ -27,7 +27,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Tokenised conversations, one after the other, as the cache holds them."""
+    """Tokenized conversations, one after the other, as the cache holds them."""
 
     ids: NDArray[np.int32]
     """[tokens], memory-mapped"""

@@ -72,7 +72,7 @@ def resolve(names: str | list[str] | None, data: DataConfig, key: str) -> list[E
 
     Raises:
         JobError: for a name that is nowhere to be found, or an entry with a key that cannot be
-            honoured.
+            honored.
     """
     listed = names.split(",") if isinstance(names, str) else list(names or [])
     wanted = [name.strip() for name in listed if name.strip()]
@@ -227,7 +227,7 @@ def _refuse_other_stages(where: str, raw: dict[str, Any], columns: dict[str, str
     if refused:
         raise JobError(
             "This dataset cannot be used for supervised fine-tuning on text",
-            f"{where}: {', '.join(refused)} cannot be honoured",
+            f"{where}: {', '.join(refused)} cannot be honored",
             "name a dataset with text answers, from file_name or hf_hub_url",
         )
 

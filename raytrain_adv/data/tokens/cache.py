@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: built once, by one process of a file system, and memory-mapped by all.
+"""Tokenized rows on disk: built once, by one process of a file system, and memory-mapped by all.
 
 A cache entry is a folder named by its key, with flat little-endian arrays and meta.json. It is
 written beside its place and renamed into it, so it is there as a whole or not at all; sizes and
@@ -34,7 +34,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A tokenised dataset and what was counted while it was made."""
+    """A tokenized dataset and what was counted while it was made."""
 
     rows: TokenRows
     stats: dict[str, Any]
@@ -73,12 +73,12 @@ def open_or_build(
             if not rebuild and (found := _open(path)):
                 return found
             if path.exists() and not rebuild:
-                say(f"The tokenised data in {path} is damaged; it is built again")
+                say(f"The tokenized data in {path} is damaged; it is built again")
             _write(root, key, build)
     built = _open(path)
     if built is None:
         raise StorageError(
-            "Tokenised data that was just written cannot be read back", str(path), "check that disk"
+            "Tokenized data that was just written cannot be read back", str(path), "check that disk"
         )
     return built
 
@@ -109,7 +109,7 @@ def _guarding_storage(root: Path) -> Iterator[None]:
     except OSError as error:
         free = shutil.disk_usage(root).free / 2**30 if root.is_dir() else 0.0
         raise StorageError(
-            "Tokenised data could not be written",
+            "Tokenized data could not be written",
             f"{error.strerror or error}: {root} ({free:.1f} GiB free)",
             "free space there, or set tokenized_path to a folder on another disk",
         ) from error
@@ -126,7 +126,7 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
         except filelock.Timeout:
             if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()
-                say(f"Waiting for another process that tokenises the same data ({path})")
+                say(f"Waiting for another process that tokenizes the same data ({path})")
         except NotImplementedError as error:
             raise OSError(None, "this file system has no file locks") from error
     try:

@@ -1,4 +1,4 @@
-"""All rows of the job's datasets, read and tokenised into a cache entry."""
+"""All rows of the job's datasets, read and tokenized into a cache entry."""
 
 import hashlib
 import json
@@ -18,16 +18,16 @@ from raytrain_adv.data.read.entries import Entry
 from raytrain_adv.data.read.formats import layout
 from raytrain_adv.data.read.sources import Row, Source, open_source
 from raytrain_adv.data.tokens import cache
-from raytrain_adv.data.tokens.processes import Task, tokenise_here, tokenise_in_processes
+from raytrain_adv.data.tokens.processes import Task, tokenize_here, tokenize_in_processes
 from raytrain_adv.data.tokens.progress import RowProgress, Say
-from raytrain_adv.data.tokens.tokenize import Chunk, Recipe, Tokeniser, reasons
+from raytrain_adv.data.tokens.tokenize import Chunk, Recipe, Tokenizer, reasons
 from raytrain_adv.data.tokens.tokenizer import tokenizer_fingerprint
 from raytrain_adv.errors import JobError
 
 Element = TypeVar("Element")
 
 CHUNK = 1000
-"""Rows that are tokenised at a time."""
+"""Rows that are tokenized at a time."""
 ENOUGH_FOR_PROCESSES = 20_000
 """Rows below which starting processes takes longer than they save."""
 SAMPLE = 100
@@ -69,7 +69,7 @@ class TokenisedDatasets:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
     def build(self, writer: cache.CacheWriter) -> dict[str, Any]:
-        """Tokenise every row into `writer`; return the counts.
+        """Tokenize every row into `writer`; return the counts.
 
         Raises:
             JobError: if a dataset is broken, or no row can be used.
@@ -98,11 +98,11 @@ class TokenisedDatasets:
         num_processes = self.data.preprocessing_num_workers or min(16, _num_cores())
         first = list(islice(tasks, ENOUGH_FOR_PROCESSES // CHUNK)) if num_processes > 1 else []
         if len(first) == ENOUGH_FOR_PROCESSES // CHUNK:
-            yield from tokenise_in_processes(
+            yield from tokenize_in_processes(
                 _chain(first, tasks), self.tokenizer, self.recipe, num_processes
             )
         else:
-            yield from tokenise_here(_chain(first, tasks), Tokeniser(self.tokenizer, self.recipe))
+            yield from tokenize_here(_chain(first, tasks), Tokenizer(self.tokenizer, self.recipe))
 
     def _tasks(self) -> Iterator[Task]:
         total = len(self.entries)

@@ -1,4 +1,4 @@
-"""Tokenising in several processes.
+"""Tokenizing in several processes.
 
 Each is a Python interpreter of its own that reads chunks from its standard input and writes results
 to its standard output. multiprocessing is not used: its workers run the user's main module again,
@@ -18,23 +18,23 @@ from typing import Any, BinaryIO
 from transformers import PreTrainedTokenizerBase
 
 from raytrain_adv.data.read.formats import Layout
-from raytrain_adv.data.tokens.tokenize import Chunk, RawRow, Recipe, Tokeniser
+from raytrain_adv.data.tokens.tokenize import Chunk, RawRow, Recipe, Tokenizer
 from raytrain_adv.errors import RaytrainAdvError, TrainingError
 
 Task = tuple[list[RawRow], Layout, float]
 """Rows, their layout, and the share of the datasets read with them."""
 
 
-def tokenise_here(tasks: Iterator[Task], tokeniser: Tokeniser) -> Iterator[tuple[Chunk, float]]:
-    """Tokenise chunk by chunk in this process; the tokenizer has threads of its own."""
+def tokenize_here(tasks: Iterator[Task], tokenizer: Tokenizer) -> Iterator[tuple[Chunk, float]]:
+    """Tokenize chunk by chunk in this process; the tokenizer has threads of its own."""
     for rows, layout, share in tasks:
-        yield tokeniser(rows, layout), share
+        yield tokenizer(rows, layout), share
 
 
-def tokenise_in_processes(
+def tokenize_in_processes(
     tasks: Iterator[Task], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, num_processes: int
 ) -> Iterator[tuple[Chunk, float]]:
-    """Tokenise in processes; results come in the order of the tasks, whatever the number of
+    """Tokenize in processes; results come in the order of the tasks, whatever the number of
     processes."""
     opening = pickle.dumps((tokenizer, recipe))
     own = threading.local()
@@ -89,7 +89,7 @@ def _ask(child: subprocess.Popen[bytes], task: Any) -> Chunk:
         answer = pickle.load(child.stdout)
     except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
         raise TrainingError(
-            "A process that tokenises ended before its work was done",
+            "A process that tokenizes ended before its work was done",
             f"exit code {child.wait()} (negative: killed by that signal; -9 is most often memory)",
             "lower preprocessing_num_workers",
         ) from error
@@ -97,7 +97,7 @@ def _ask(child: subprocess.Popen[bytes], task: Any) -> Chunk:
         raise answer
     if not isinstance(answer, Chunk):
         raise TrainingError(
-            "A process that tokenises failed",
+            "A process that tokenizes failed",
             str(answer),
             "report this with the dataset's first rows",
         )
@@ -107,14 +107,14 @@ def _ask(child: subprocess.Popen[bytes], task: Any) -> Chunk:
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer until the requests end."""
     tokenizer, recipe = pickle.load(requests)
-    tokeniser = Tokeniser(tokenizer, recipe)
+    tokenizer = Tokenizer(tokenizer, recipe)
     while True:
         try:
             rows, layout = pickle.load(requests)
         except EOFError:
             return
         try:
-            answer: Any = tokeniser(rows, layout)
+            answer: Any = tokenizer(rows, layout)
         except RaytrainAdvError as error:
             answer = error
         pickle.dump(answer, answers)

@@ -13,7 +13,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class RowProgress:
-    """Context in which rows are tokenised."""
+    """Context in which rows are tokenized."""
 
     def __init__(self, name: str, say: Say) -> None:
         self.name, self.say = name, say
@@ -29,7 +29,7 @@ class RowProgress:
                 TimeRemainingColumn(),
             )
             self.bar = Progress(*columns, transient=True)
-            self.bar.add_task(f"Tokenising {self.name}", total=1.0)
+            self.bar.add_task(f"Tokenizing {self.name}", total=1.0)
             self.bar.start()
         return self
 
@@ -45,8 +45,8 @@ class RowProgress:
     def update(self, num_rows: int, share: float) -> None:
         """Show that `num_rows` rows, `share` of the dataset (0 to 1), are done."""
         if self.bar is not None:
-            text = f"Tokenising {self.name} ({num_rows:,} rows)"
+            text = f"Tokenizing {self.name} ({num_rows:,} rows)"
             self.bar.update(self.bar.task_ids[0], completed=share, description=text)
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            self.say(f"Tokenising {self.name}: {num_rows:,} rows, {share:.0%}")
+            self.say(f"Tokenizing {self.name}: {num_rows:,} rows, {share:.0%}")

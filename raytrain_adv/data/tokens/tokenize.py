@@ -32,7 +32,7 @@ class Recipe:
 
 @dataclass
 class Chunk:
-    """Tokenised rows, one after the other."""
+    """Tokenized rows, one after the other."""
 
     ids: NDArray[np.int32]
     """[tokens]"""
@@ -49,7 +49,7 @@ class Chunk:
     """Where, and why."""
 
 
-class Tokeniser:
+class Tokenizer:
     """Turns chunks of rows into tokens; the same rows give the same tokens, however they are
     chunked."""
 
@@ -65,7 +65,7 @@ class Tokeniser:
             )
 
     def __call__(self, rows: list[RawRow], layout: Layout) -> Chunk:
-        """Tokenise a chunk."""
+        """Tokenize a chunk."""
         unusable: list[tuple[str, str]] = []
         places, rendered = [], []
         for where, values in rows:
@@ -131,7 +131,7 @@ _Encoded = _Tokens | None
 
 
 def joins_cleanly(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether texts tokenised one by one and joined are the joined text: no space is put before
+    """Whether texts tokenized one by one and joined are the joined text: no space is put before
     each, none eaten.
 
     True of byte-level tokenizers; not of those that put a space before every text (Llama 2, Mistral
@@ -147,7 +147,7 @@ def joins_cleanly(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _batch_encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], offsets: bool) -> Any:
-    """Tokenise texts, in parallel threads of the tokenizer's own."""
+    """Tokenize texts, in parallel threads of the tokenizer's own."""
     return tokenizer(
         texts,
         add_special_tokens=False,
@@ -164,7 +164,7 @@ def _encode_pieces(
     places: list[str],
     unusable: list[tuple[str, str]],
 ) -> list[_Encoded]:
-    """Tokenise prompts and answers apart, as generation meets them."""
+    """Tokenize prompts and answers apart, as generation meets them."""
     texts = [piece.text for pieces in rendered for piece in pieces]
     ids = iter(_batch_encode(tokenizer, texts, offsets=False)["input_ids"] if texts else [])
     encoded: list[_Encoded] = []
@@ -188,7 +188,7 @@ def _encode_whole(
     places: list[str],
     unusable: list[tuple[str, str]],
 ) -> list[_Encoded]:
-    """Tokenise whole conversations and find the answers' tokens by where they lie in the text."""
+    """Tokenize whole conversations and find the answers' tokens by where they lie in the text."""
     if not rendered:
         return []
     both = _batch_encode(

@@ -1,4 +1,4 @@
-"""`raytrain-adv export`: model folders from a run's checkpoint, or a quantised one from any model
+"""`raytrain-adv export`: model folders from a run's checkpoint, or a quantized one from any model
 folder; one process, in host memory, without Ray.
 """
 
@@ -67,8 +67,8 @@ def run(
     Raises:
         JobError: when there is no such run, checkpoint or model, or a key is none of QAT's.
         StorageError: when the folder cannot be written.
-        TrainingError: when the quantised model does not compute what the checkpoint does with fake
-            quantisation.
+        TrainingError: when the quantized model does not compute what the checkpoint does with fake
+            quantization.
     """
     folder = Path(source).expanduser()
     given = _qat_keys(overrides)
@@ -90,7 +90,7 @@ def run(
 
 
 def _qat_keys(overrides: Sequence[str]) -> list[str]:
-    """Refuse keys that do not say how a model is quantised."""
+    """Refuse keys that do not say how a model is quantized."""
     allowed = {*Qat.model_fields, "trust_remote_code"} - MEANINGLESS
     problems = [
         Problem(
@@ -120,7 +120,7 @@ def _neither(source: str, folder: Path) -> JobError:
 
 
 def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[str]) -> None:
-    """Quantise a model folder as it is (PTQ)."""
+    """Quantize a model folder as it is (PTQ)."""
     if checkpoint_name:
         fix = "leave --checkpoint out, or name the output_dir of a run"
         raise JobError("a model folder has no checkpoints", f"--checkpoint {checkpoint_name}", fix)
@@ -152,7 +152,7 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
     new.publish()
     before = sum(f.stat().st_size for f in source.glob("*.safetensors")) / GIB
     print(
-        f"quantised  {target} ({disk(folder_gib(target))}; the weights of {source}: {disk(before)})"
+        f"quantized  {target} ({disk(folder_gib(target))}; the weights of {source}: {disk(before)})"
     )
     print(f"           {job.transform(Qat).scheme}; not trained for it (PTQ)")
     print(f"           {compared[0]}")
@@ -183,7 +183,7 @@ def _turns_off_qat(given: list[str]) -> bool:
 
 
 def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
-    """Hold a quantised folder to its source with fake quantisation, and say how near it is; where
+    """Hold a quantized folder to its source with fake quantization, and say how near it is; where
     this machine cannot, say why.
 
     Raises:
@@ -206,18 +206,18 @@ def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
     try:
         found = compare_quantized(folder, job, tokens, reference, attention)
     except TrainingError as error:
-        what = "the quantised model does not compute what its source does with fake quantisation"
+        what = "the quantized model does not compute what its source does with fake quantization"
         raise TrainingError(what, error.found, DEFECT) from error
     return _said(found.difference, found.how, "the source's")
 
 
 def _said(difference: float, how: str, whose: str) -> str:
-    return f"logits differ by {difference:.3g} from {whose} with fake quantisation ({how})"
+    return f"logits differ by {difference:.3g} from {whose} with fake quantization ({how})"
 
 
 def _not_asked_for(found: str) -> JobError:
     return JobError(
-        "enable_qat: true is missing: nothing would be quantised",
+        "enable_qat: true is missing: nothing would be quantized",
         found,
         "write enable_qat=true, and how: qat_weight_dtype=int4 qat_activation_dtype=int8 "
         "qat_group_size=32",
@@ -242,7 +242,7 @@ def _merge_run(
 ) -> None:
     """Write a checkpoint's adapter and its base as one model."""
     if given:
-        raise _not_mergeable(f"{', '.join(given)}: a merged model is not quantised")
+        raise _not_mergeable(f"{', '.join(given)}: a merged model is not quantized")
     job = _job_of(folder, stored, [])
     if job.transform(Qat).enabled:
         raise JobError(
@@ -263,7 +263,7 @@ def _merge_run(
     if base.enabled:
         print(
             f"           the adapter and its base as they were trained: {base.scheme}, written "
-            "whole\n           the quantisation stays in the weights"
+            "whole\n           the quantization stays in the weights"
         )
         if base.form.kind == "fp4":
             # tests/gpu/test_quantized_base_on_gpu.py; nf4 is rounded alike on both.
@@ -303,7 +303,7 @@ def _job_of(folder: Path, stored: Mapping[str, Any], given: list[str]) -> JobCon
 def _export_run(
     folder: Path, stored: Mapping[str, Any], checkpoint_name: str, output: str, given: list[str]
 ) -> None:
-    """Write a checkpoint's model, and the quantised one if the run's keys or these ask for it."""
+    """Write a checkpoint's model, and the quantized one if the run's keys or these ask for it."""
     job = _job_of(folder, stored, given)
     found = _checkpoint(job, checkpoint_name)
     step = found.progress.step
@@ -313,7 +313,7 @@ def _export_run(
     print(f"model      {written.model_dir} ({disk(written.model_gib or 0.0)}; step {step:,})")
     if written.quantized_dir is None or written.quantized_gib is None:
         return
-    print(f"quantised  {written.quantized_dir} ({disk(written.quantized_gib)})")
+    print(f"quantized  {written.quantized_dir} ({disk(written.quantized_gib)})")
     print(f"           {job.transform(Qat).scheme}")
     if written.quantized_logit_difference is None:
         print(f"           not compared: {NO_GPU}")
@@ -344,7 +344,7 @@ def _checkpoint(job: JobConfig, name: str) -> Found:
     whole = {step for step, _, f in save.all_folders(root) if save.find(f) is not None}
     if not whole:
         run = job.output.output_dir
-        export = f"quantise its model: raytrain-adv export {run}/model --output DIR enable_qat=true"
+        export = f"quantize its model: raytrain-adv export {run}/model --output DIR enable_qat=true"
         fix = export if (Path(run) / "model").is_dir() else "run it to its end"
         fix += "; or run with save_strategy: steps"
         raise JobError("the run has no complete checkpoint", f"none in {root.root}", fix)
@@ -353,7 +353,7 @@ def _checkpoint(job: JobConfig, name: str) -> Found:
 
 
 def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
-    """Return the checkpoint's model in host memory, with its adapters and fake quantisation."""
+    """Return the checkpoint's model in host memory, with its adapters and fake quantization."""
     model, plans = _prepared(job)
     if job.transform(Lora).enabled:
         weights.load_pretrained(model, job, CPU)
@@ -378,7 +378,7 @@ def _prepared(job: JobConfig) -> tuple[PreTrainedModel, dict[str, Plan]]:
 
 
 def _tokens(model: PreTrainedModel, job: JobConfig) -> torch.Tensor | None:
-    """Return token ids to compare the quantised model on, any that the model knows; none where it
+    """Return token ids to compare the quantized model on, any that the model knows; none where it
     does not run without a GPU.
     """
     if job.transform(Qat).activation_dtype == FLOAT8:

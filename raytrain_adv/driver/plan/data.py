@@ -19,7 +19,7 @@ from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 Say = Callable[[str], None]
 
 COUNTED = 20_000
-"""Datasets of up to this many rows are tokenised for the plan, into the cache that the run uses."""
+"""Datasets of up to this many rows are tokenized for the plan, into the cache that the run uses."""
 SAMPLE = 2_000
 """Rows at the start of a larger dataset that its size is estimated from."""
 
@@ -44,7 +44,7 @@ class DataSummary:
     """Rows of the sample that the sizes were estimated from; 0 where they were counted."""
 
 
-def summarise(prepared: PreparedData) -> DataSummary:
+def summarize(prepared: PreparedData) -> DataSummary:
     """Return the sizes of prepared data."""
     train, held_out = prepared.train, prepared.eval
     numbers = prepared.stats["train"]
@@ -60,7 +60,7 @@ def summarise(prepared: PreparedData) -> DataSummary:
 
 
 def look_at(job: JobConfig, say: Say) -> DataSummary:
-    """Return the sizes of the job's data; large data that is not tokenised yet is estimated.
+    """Return the sizes of the job's data; large data that is not tokenized yet is estimated.
 
     Raises:
         JobError: when the data cannot be found or used; a run would end there too.
@@ -68,7 +68,7 @@ def look_at(job: JobConfig, say: Say) -> DataSummary:
     entries = resolve(job.data.dataset, job.data, "dataset")
     num_rows = [_estimated_rows(entry, job) for entry in entries]
     if sum(num_rows) <= COUNTED or _is_cached(job, entries):
-        return summarise(prepare(job, say))
+        return summarize(prepare(job, say))
     say(f"about {sum(num_rows):,} rows: estimated from the first {SAMPLE:,} of each dataset")
     with tempfile.TemporaryDirectory() as folder:
         parts = [
@@ -112,7 +112,7 @@ def _sampled(job: JobConfig, name: str, folder: str) -> DataSummary:
         "preprocessing_num_workers": 1,
     }
     small = dataclasses.replace(job, data=job.data.model_copy(update=keys))
-    return summarise(prepare(small, lambda sentence: None))
+    return summarize(prepare(small, lambda sentence: None))
 
 
 def _scaled(sample: DataSummary, num_rows: int) -> DataSummary:

@@ -17,7 +17,7 @@ from raytrain_adv.config.workers import accumulation, numbers
 from raytrain_adv.data.batches.collate import pad_to
 from raytrain_adv.data.prepare import PreparedData
 from raytrain_adv.driver.plan import sweep
-from raytrain_adv.driver.plan.data import DataSummary, look_at, summarise
+from raytrain_adv.driver.plan.data import DataSummary, look_at, summarize
 from raytrain_adv.driver.plan.remarks import remarks
 from raytrain_adv.driver.plan.text import WIDTH, render, render_brief, view
 from raytrain_adv.estimate.advice import EXAMPLES, Advice, Case, Gpu, advise
@@ -122,7 +122,7 @@ def resolve(
     Args:
         job: the loaded job.
         world_size: number of workers.
-        data: the job's data, prepared or summarised.
+        data: the job's data, prepared or summarized.
         facts: a node the job will run on; without a GPU in it, memory is held against examples.
         assumption: why there are this many workers, where the job leaves it open.
         assumed: the cluster that traffic, checkpoints and limits are computed for; none leaves
@@ -131,7 +131,7 @@ def resolve(
     Raises:
         JobError: when the model, the data or a transform cannot be as the job asks for.
     """
-    summary = data if isinstance(data, DataSummary) else summarise(data)
+    summary = data if isinstance(data, DataSummary) else summarize(data)
     model = build(job)
     seq_len = pad_to(job).length(summary.longest)
     num_tokens = job.train.per_device_train_batch_size * seq_len

@@ -1,4 +1,4 @@
-"""A plan as text: for a terminal of 100 columns, with and without colour."""
+"""A plan as text: for a terminal of 100 columns, with and without color."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
 
 
 def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
-    """Tokenise, once each, the data that trials share; return the steps of the longest trial.
+    """Tokenize, once each, the data that trials share; return the steps of the longest trial.
 
     Raises:
         JobError: when a trial's keys do not fit its number of steps: nothing has been run yet.

@@ -27,7 +27,7 @@ FROM_ROW = {
 """Key of a logging step's row -> name and meaning of what is exported."""
 DATA_WAIT = ("data_wait_seconds", "Seconds per step that this rank waited for data.")
 RESTARTS = ("restarts", "How often the run's workers were restarted.")
-TRANSFORM_ON = ("transform_on", "1 while a feature of the job is on (fake quantisation), else 0.")
+TRANSFORM_ON = ("transform_on", "1 while a feature of the job is on (fake quantization), else 0.")
 TAGS = ("run", "rank")
 REPEAT_S = 5.0
 """Ray forgets a value that is not set again within two of its 10 s (ray 2.60), and a logging step

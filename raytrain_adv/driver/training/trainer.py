@@ -171,7 +171,7 @@ def _prepare(
     watched: ExitStack,
     leave: Callable[[BaseException], None],
 ) -> tuple[Placement, RunPlan, HeadWatch]:
-    """Tokenise the data while Ray starts and the nodes are probed; settle where the job runs, and
+    """Tokenize the data while Ray starts and the nodes are probed; settle where the job runs, and
     show the plan. `timeline` and `nodes` are filled in for the report, also of a refused run. The
     head is watched from here on, until `watched` is left; `leave` notes how the run ended if it is
     gone.
@@ -196,7 +196,7 @@ def _prepare(
     placement = verdicts.settled(job, placement, found)
     timeline["preflight"] = time.perf_counter() - start - timeline["Ray"]
     prepared = data.result()
-    # Data is tokenised while Ray starts and nodes are probed; what it takes longer is waited for.
+    # Data is tokenized while Ray starts and nodes are probed; what it takes longer is waited for.
     timeline["wait for data"] = (
         time.perf_counter() - start - timeline["Ray"] - timeline["preflight"]
     )

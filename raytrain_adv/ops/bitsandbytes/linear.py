@@ -26,7 +26,7 @@ from raytrain_adv.ops.bitsandbytes.quantize import (
 @torch._dynamo.allow_in_graph
 class _Product(torch.autograd.Function):
     """x @ weight.t() + bias with the weight the bytes stand for; backward makes it again from the
-    bytes: kept whole, the weights of all layers would be in memory as if they were not quantised.
+    bytes: kept whole, the weights of all layers would be in memory as if they were not quantized.
     """
 
     @staticmethod
@@ -114,8 +114,8 @@ class QuantizedLinear(nn.Linear):
 
     @torch.no_grad()
     def take(self, part: torch.Tensor, device: torch.device) -> None:
-        """Quantise this rank's rows of the original weight into its shards; a collective where
-        scales are quantised too, as those of all rows are taken together.
+        """Quantize this rank's rows of the original weight into its shards; a collective where
+        scales are quantized too, as those of all rows are taken together.
 
         Args:
             part: [rows of `region`, in_features], of any floating dtype and device.
@@ -156,7 +156,7 @@ class QuantizedLinear(nn.Linear):
 
 
 def _nothing(part: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what no rows are quantised to; bitsandbytes' kernels take at least one."""
+    """Return what no rows are quantized to; bitsandbytes' kernels take at least one."""
     columns = part.shape[1]
     blocks = 1 if form.is_int8 else form.scale_bytes(columns) // (1 if form.nested else 4)
     packed = part.new_empty((0, form.row_bytes(columns)), dtype=torch.uint8)
@@ -170,14 +170,14 @@ def _store(target: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
-    """Yield the linears of a model that are held quantised, by fqn."""
+    """Yield the linears of a model that are held quantized, by fqn."""
     for fqn, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             yield fqn, module
 
 
 def num_weights(module: nn.Module) -> int:
-    """Return the number of weights of a model or a part of it, tied ones counted once, quantised
+    """Return the number of weights of a model or a part of it, tied ones counted once, quantized
     ones as what they stand for.
     """
     held = sum(p.numel() for p in module.parameters())

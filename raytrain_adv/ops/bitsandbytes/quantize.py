@@ -19,7 +19,7 @@ import torch
 BLOCK = 64
 """Weights of a row that share a scale in 4 bits; bitsandbytes' default."""
 NESTED_BLOCK = 256
-"""Scales that share a scale of their own where they are quantised too; the only size there is."""
+"""Scales that share a scale of their own where they are quantized too; the only size there is."""
 LARGEST_ITEM = 4
 """Rows of scales are filled up to a multiple of this, to be read as bfloat16 or float32."""
 FP16 = torch.finfo(torch.float16)
@@ -34,7 +34,7 @@ class Form:
     kind: Literal["nf4", "fp4", "int8"]
     """nf4 and fp4: 16 values in blocks of BLOCK; int8: bitsandbytes' LLM.int8, a scale per row."""
     nested: bool = False
-    """Whether the scales are quantised too (double quantisation); in 4 bits only."""
+    """Whether the scales are quantized too (double quantization); in 4 bits only."""
 
     @property
     def is_int8(self) -> bool:
@@ -88,14 +88,14 @@ def bitsandbytes() -> Any:
 
 @cache
 def nested_map(device: torch.device) -> torch.Tensor:
-    """Return the 256 values that quantised scales are taken from, float32 on the device."""
+    """Return the 256 values that quantized scales are taken from, float32 on the device."""
     values: torch.Tensor = bitsandbytes().functional.create_dynamic_map().to(device)
     return values
 
 
 @cache
 def widest_step(kind: str) -> float:
-    """Return half of the widest gap between neighbouring values of a 4-bit kind: what a weight is
+    """Return half of the widest gap between neighboring values of a 4-bit kind: what a weight is
     off by at most, as a share of its block's largest.
     """
     values = bitsandbytes().functional.get_4bit_type(kind, device="cpu").sort().values
@@ -109,7 +109,7 @@ def quantize(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tens
     Args:
         weight: [rows, columns], on the device whose kernels round; columns are divisible by BLOCK
             in 4 bits.
-        form: how it is to be held; scales are not quantised here, as that takes all rows.
+        form: how it is to be held; scales are not quantized here, as that takes all rows.
 
     Returns:
         The weights' bytes [rows, row_bytes] in uint8, and float32 scales [rows, blocks of a row].
@@ -125,7 +125,7 @@ def quantize(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tens
 
 @torch.no_grad()
 def quantize_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round the scales of a whole weight, as bitsandbytes' double quantisation does.
+    """Round the scales of a whole weight, as bitsandbytes' double quantization does.
 
     Args:
         scale: [rows, blocks of a row], float32, all rows of the weight.
@@ -188,12 +188,12 @@ def dequantize(
     columns: int,
     after: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the weight that a quantised linear's parameters stand for, in their own dtype.
+    """Return the weight that a quantized linear's parameters stand for, in their own dtype.
 
     Args:
         weight: [rows, row_bytes / item size], bytes.
         scale: [rows, padded_scale_bytes / item size], bytes.
-        nested: [nested_bytes / item size], bytes; none where scales are not quantised.
+        nested: [nested_bytes / item size], bytes; none where scales are not quantized.
         kind: nf4, fp4 or int8.
         columns: of the weight that is returned.
         after: nothing is done with it. In a backward pass it is the gradient: without it Inductor

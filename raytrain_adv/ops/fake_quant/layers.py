@@ -1,4 +1,4 @@
-"""Linear and embedding layers that compute with the values a quantised model would have."""
+"""Linear and embedding layers that compute with the values a quantized model would have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Round a tensor to what a quantised one would hold, in its own dtype: the numbers of torchao's
+"""Round a tensor to what a quantized one would hold, in its own dtype: the numbers of torchao's
 tensors, operation by operation.
 
 Each operation takes `after`, a tensor that nothing is done with. In a backward pass it is the
@@ -51,8 +51,8 @@ def round_groups(
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     dtype = getattr(torch, f"int{bits}")
-    quantised = IntxUnpackedToInt8Tensor.from_hp(weight, (1, group_size), dtype)
-    return quantised.dequantize(), quantised.scale
+    quantized = IntxUnpackedToInt8Tensor.from_hp(weight, (1, group_size), dtype)
+    return quantized.dequantize(), quantized.scale
 
 
 @fake_quantize_groups.register_fake

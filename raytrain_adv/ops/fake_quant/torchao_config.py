@@ -1,4 +1,4 @@
-"""What fake quantisation trains for: the dtypes torchao serves, and its configurations."""
+"""What fake quantization trains for: the dtypes torchao serves, and its configurations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOT_SERVED = {
     "nvfp4": "NVFP4 needs Blackwell GPUs, in training as in serving",
     "mxfp4": "MX formats need Blackwell GPUs, in training as in serving",
     "mxfp8": "MX formats need Blackwell GPUs, in training as in serving",
-    "int1": "torchao has no fake quantisation below two bits",
+    "int1": "torchao has no fake quantization below two bits",
     "float8_e5m2": "torchao serves float8 weights as e4m3 only",
     "fp8": "its name is float8_e4m3fn",
 }

@@ -1,4 +1,4 @@
-"""A linear whose factors are rounded to what the quantised model holds, multiplied in float8.
+"""A linear whose factors are rounded to what the quantized model holds, multiplied in float8.
 
 Float8 rounds too: to four significant bits, which is 3.7 % of a product of normally distributed
 factors (tests/unit/ops). Integer weights of at most four bits change it by 9.5 % and more, those of

@@ -49,7 +49,7 @@ def check_loss(
 ) -> dict[str, Plan]:
     """Compare loss and gradients of the head on a few tokens; return the plans with what was found.
 
-    Every rank calls this, after the weights are there. Gradients are cleared afterwards. Where
+    Every rank calls this, after the weights are there. Gradients are cleared afterward. Where
     loss_kernel: auto chose the kernel and it is not right for this model or device, torch's loss is
     used, and the plan says so.
 

@@ -35,7 +35,7 @@ def test_8bit_states_come_back_with_every_value(signed):
     assert torch.equal(other.scale[has_sign], state.scale[has_sign])
 
 
-def test_values_cut_into_other_blocks_are_quantised_as_torchao_does():
+def test_values_cut_into_other_blocks_are_quantized_as_torchao_does():
     state = OptimState8bit.zeros((64, 64), signed=True)
     values = torch.randn(64, 64)
     expected = OptimState8bit.zeros((64, 64), signed=True)

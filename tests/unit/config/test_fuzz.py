@@ -199,7 +199,7 @@ def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dataset": str(write_rows(folder / "rows.json", 8)),
         "cutoff_len": 128,
         "output_dir": str(folder / "out"),
-        "tokenized_path": str(folder / "tokenised"),
+        "tokenized_path": str(folder / "tokenized"),
     }
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(keys))

@@ -47,7 +47,7 @@ def test_a_config_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
     assert str(model) in str(caught.value)
 
 
-def test_quantised_weights_are_refused_with_their_method(tmp_path: Path) -> None:
+def test_quantized_weights_are_refused_with_their_method(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     text = '{"model_type": "llama", "quantization_config": {"quant_method": "awq"}}'

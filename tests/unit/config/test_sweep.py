@@ -172,7 +172,7 @@ def test_trials_are_compared_by_the_held_out_loss_without_qat(tmp_path: Path) ->
         ("  seed: [1]\n  num_samples: 3", "line {2}: sweep.num_samples: it changes nothing"),
         ("  seed: [1]\n  grace_steps: 3", "line {2}: sweep.grace_steps: it changes nothing"),
         ("  seed: [1]\n  scheduler: asha", "line {2}: sweep.scheduler: asha judges by evaluations"),
-        ("  seed: [1]\n  metric: quantized_eval_loss", "a trial without QAT has no quantised"),
+        ("  seed: [1]\n  metric: quantized_eval_loss", "a trial without QAT has no quantized"),
         ("  seed: [1]\n  scheduler: asha\n  metric: step_seconds", "known at a trial's end"),
         ("  seed: {randint: [1, 999]}\n  max_steps: [1, 2]\n  num_samples: 500", "1000 trials"),
         ("  - seed", "no list of keys with the values to try"),
@@ -223,14 +223,14 @@ def test_a_delay_beyond_the_last_step_is_refused_with_its_value(
 ) -> None:
     text = f"enable_qat: true\nmax_steps: 8\nsweep:\n  fake_quant_after_n_steps: {values}\n"
     found = message_of(tmp_path, text)
-    assert "fake quantisation would never begin" in found
+    assert "fake quantization would never begin" in found
     assert "fake_quant_after_n_steps: 8, and the run has 8 steps" in found
     assert f"line {FIRST_LINE + 3}" in found and f"line {FIRST_LINE + 1}" in found
     job_of(tmp_path, text.replace("8]", "7]"))
 
 
 @pytest.mark.parametrize("values", ["[null, 0, 5]", "[0, 5, null]", "{choice: [0, null, 5]}"])
-def test_two_words_for_fake_quantisation_from_the_start_are_one_trial(
+def test_two_words_for_fake_quantization_from_the_start_are_one_trial(
     tmp_path: Path, values: str
 ) -> None:
     text = f"enable_qat: true\nsweep:\n  num_samples: 40\n  fake_quant_after_n_steps: {values}\n"

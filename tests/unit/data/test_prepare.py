@@ -108,7 +108,7 @@ def test_tokenizer_that_puts_a_space_before_texts_is_read_as_a_whole(
     assert trained_text(job, sequence).strip().startswith("It is a test.</s>")
 
 
-def test_both_ways_of_tokenising_agree_on_a_byte_level_tokenizer(make_job, write_rows, monkeypatch):
+def test_both_ways_of_tokenizing_agree_on_a_byte_level_tokenizer(make_job, write_rows, monkeypatch):
     rows = [*pairs(20), {"instruction": "Ünï 漢字 🙂", "output": "é\n\n  ok 🙂"}]
     job = make_job(dataset=write_rows(rows))
     apart = flat(ready(job, rebuild=True)[0].train)
@@ -321,14 +321,14 @@ def test_cache_depends_on_the_keys_that_change_tokens(make_job, write_rows, monk
     assert len(calls) == 2
 
 
-def test_changed_contents_are_tokenised_again(make_job, write_rows, monkeypatch):
+def test_changed_contents_are_tokenized_again(make_job, write_rows, monkeypatch):
     calls = count_builds(monkeypatch)
     before = ready(make_job(dataset=write_rows(pairs(30))))[0]
     after = ready(make_job(dataset=write_rows(pairs(29))))[0]
     assert len(calls) == 2 and (len(before.train), len(after.train)) == (30, 29)
 
 
-def test_overwrite_cache_tokenises_again_except_where_the_driver_did(
+def test_overwrite_cache_tokenizes_again_except_where_the_driver_did(
     make_job, write_rows, monkeypatch
 ):
     calls = count_builds(monkeypatch)
@@ -400,7 +400,7 @@ except StorageError as error:
     print(error)
 """
     output = run_python(code).communicate(timeout=120)[0]
-    assert "Tokenised data could not be written" in output and "File too large" in output
+    assert "Tokenized data could not be written" in output and "File too large" in output
     assert "set tokenized_path" in output
     assert [p.name for p in tmp_path.iterdir()] in ([], ["key.lock"])
 
@@ -412,7 +412,7 @@ def test_cache_folder_that_cannot_be_made_is_a_storage_error(make_job, write_row
         prepare(job, print)
 
 
-def test_processes_that_start_together_tokenise_once(make_job, write_rows, tmp_path):
+def test_processes_that_start_together_tokenize_once(make_job, write_rows, tmp_path):
     file, log = write_rows(pairs(3000)), tmp_path / "log"
     code = f"""
 import os, sys
@@ -442,7 +442,7 @@ print("rows", len(prepare(job, print).train))
     assert log.read_text() == "built\n"
 
 
-def test_threads_that_start_together_tokenise_once(make_job, write_rows, monkeypatch):
+def test_threads_that_start_together_tokenize_once(make_job, write_rows, monkeypatch):
     calls = count_builds(monkeypatch)
     job, sizes = make_job(dataset=write_rows(pairs(300))), []
     threads = [
@@ -455,7 +455,7 @@ def test_threads_that_start_together_tokenise_once(make_job, write_rows, monkeyp
     assert sizes == [300] * 3 and len(calls) == 1
 
 
-def test_tokenising_in_processes_gives_the_same_bytes(make_job, write_rows, monkeypatch, tmp_path):
+def test_tokenizing_in_processes_gives_the_same_bytes(make_job, write_rows, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "CHUNK", 20)
     monkeypatch.setattr(datasets, "ENOUGH_FOR_PROCESSES", 100)
     file = write_rows([*pairs(110), {"instruction": "Q", "output": ""}])
@@ -468,7 +468,7 @@ def test_tokenising_in_processes_gives_the_same_bytes(make_job, write_rows, monk
     assert stores[0] == stores[1]
 
 
-def test_error_in_a_tokenising_process_reaches_the_user(make_job, write_rows, monkeypatch):
+def test_error_in_a_tokenizing_process_reaches_the_user(make_job, write_rows, monkeypatch):
     monkeypatch.setattr(datasets, "CHUNK", 20)
     monkeypatch.setattr(datasets, "ENOUGH_FOR_PROCESSES", 100)
     file = write_rows(pairs(110))

@@ -141,11 +141,11 @@ def test_owner_slash_name_is_a_hub_dataset_with_subset_and_split_from_an_entry(t
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"file_name": "a.json", "ranking": True}, "ranking cannot be honoured"),
-        ({"file_name": "a.json", "columns": {"images": "i"}}, "columns.images cannot be honoured"),
+        ({"file_name": "a.json", "ranking": True}, "ranking cannot be honored"),
+        ({"file_name": "a.json", "columns": {"images": "i"}}, "columns.images cannot be honored"),
         ({"file_name": "a.json", "columns": {"kto_tag": "k"}}, "columns.kto_tag"),
-        ({"ms_hub_url": "o/n"}, "ms_hub_url cannot be honoured"),
-        ({"script_url": "x.py"}, "script_url cannot be honoured"),
+        ({"ms_hub_url": "o/n"}, "ms_hub_url cannot be honored"),
+        ({"script_url": "x.py"}, "script_url cannot be honored"),
         ({"file_nam": "a.json"}, "did you mean file_name"),
         ({"file_name": "a.json", "columns": {"promt": "p"}}, "did you mean prompt"),
         ({"file_name": "a.json", "tags": {"user": "p"}}, "did you mean user_tag"),
@@ -156,7 +156,7 @@ def test_owner_slash_name_is_a_hub_dataset_with_subset_and_split_from_an_entry(t
         ("a.json", "must be an object"),
     ],
 )
-def test_entry_that_cannot_be_honoured_is_refused_by_key(tmp_path, make_job, entry, message):
+def test_entry_that_cannot_be_honored_is_refused_by_key(tmp_path, make_job, entry, message):
     with pytest.raises(JobError, match=message):
         entries(make_job, tmp_path, {"x": entry}, "x")
 

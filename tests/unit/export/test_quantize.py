@@ -1,4 +1,4 @@
-"""The quantised folder loads without this package and computes what training computed."""
+"""The quantized folder loads without this package and computes what training computed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ for folder in sys.argv[1:]:
     found[folder] = {
         "difference": float((logits - expected.float()).abs().max()),
         "wrong": {kind: sorted(map(str, names)) for kind, names in info.items() if names},
-        "quantised": sum(hasattr(p, "qdata") for p in model.parameters()),
+        "quantized": sum(hasattr(p, "qdata") for p in model.parameters()),
         "head": type(head.data).__name__,
         "embedding": type(embedding.data).__name__,
         "tied": head is embedding,
@@ -120,12 +120,12 @@ def fresh(*folders: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Quantise each case's checkpoint into several files, and load all of them elsewhere."""
+    """Quantize each case's checkpoint into several files, and load all of them elsewhere."""
     folders = {}
     for number, (case, (kind, keys)) in enumerate(CASES.items()):
         place = tmp_path_factory.mktemp(f"case{number}")
         job = qat_job(kind, place, **keys)
-        folders[case] = place / "quantised"
+        folders[case] = place / "quantized"
         folders[case].mkdir()
         dtype = torch.bfloat16 if job.train.pure_bf16 else torch.float32
         source = Path(job.model.model_name_or_path)
@@ -145,14 +145,14 @@ def test_it_loads_without_this_package_and_computes_the_same_bits(
     case: str, loaded: dict[str, dict[str, Any]]
 ) -> None:
     assert loaded[case]["wrong"] == {}
-    assert loaded[case]["quantised"] > 0
+    assert loaded[case]["quantized"] > 0
     assert loaded[case]["difference"] == 0.0
     assert loaded[case]["dtype"] == (
         "torch.float32" if case.endswith("float32") else "torch.bfloat16"
     )
 
 
-def test_a_tied_embedding_is_quantised_and_its_head_is_not(
+def test_a_tied_embedding_is_quantized_and_its_head_is_not(
     loaded: dict[str, dict[str, Any]],
 ) -> None:
     case = loaded["int4 x int8, tied"]
@@ -181,7 +181,7 @@ def test_the_config_names_what_was_left_alone(loaded: dict[str, dict[str, Any]])
     assert alone == {"lm_head", *(f"model.layers.{n}.self_attn.o_proj" for n in (0, 1))}
 
 
-def test_linears_that_transformers_splits_while_it_loads_are_quantised_by_their_own_names(
+def test_linears_that_transformers_splits_while_it_loads_are_quantized_by_their_own_names(
     tmp_path: Path,
 ) -> None:
     from transformers.conversion_mapping import (
@@ -236,7 +236,7 @@ def corrupted(*args: Any, **named: Any) -> None:
     save_file(tensors, file, metadata=metadata)
 
 
-def test_a_quantised_model_that_computes_something_else_ends_the_run(
+def test_a_quantized_model_that_computes_something_else_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, out = qat_job("llama", tmp_path, **INT4), tmp_path / "run" / "model"
@@ -247,7 +247,7 @@ def test_a_quantised_model_that_computes_something_else_ends_the_run(
     assert [p.name for p in out.parent.iterdir()] == ["model"]
 
 
-def test_after_lora_the_base_is_quantised_and_the_adapter_beside_it(tmp_path: Path) -> None:
+def test_after_lora_the_base_is_quantized_and_the_adapter_beside_it(tmp_path: Path) -> None:
     lora = {"finetuning_type": "lora", "lora_rank": 4, "bf16": True, "pure_bf16": False}
     job = qat_job("llama", tmp_path, **INT4, **lora, qat_exclude="up_proj")
     model = trained(job)
@@ -329,7 +329,7 @@ def test_qat_is_left_out_of_an_export_in_any_spelling_of_no(
     assert "the run has no complete checkpoint" in capsys.readouterr().err
 
 
-def test_any_model_folder_is_quantised_as_it_is(
+def test_any_model_folder_is_quantized_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = qat_job("qwen2", tmp_path, **INT4)
@@ -339,7 +339,7 @@ def test_any_model_folder_is_quantised_as_it_is(
     assert main(["export", source, "--output", str(out), *keys]) == 0
     said = capsys.readouterr()
     assert "KiB" in said.out and said.err == ""
-    assert "logits differ by 0 from the source's with fake quantisation " in said.out
+    assert "logits differ by 0 from the source's with fake quantization " in said.out
     with torch.no_grad():
         wanted = trained(job)(input_ids=TOKENS.unsqueeze(0)).logits
         found = AutoModelForCausalLM.from_pretrained(out)(input_ids=TOKENS.unsqueeze(0)).logits

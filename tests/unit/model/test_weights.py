@@ -1,4 +1,4 @@
-"""Loading and initialising: exactly what transformers does, but shard by shard."""
+"""Loading and initializing: exactly what transformers does, but shard by shard."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is said of a quantised run's losses: a share only where it says something."""
+"""What is said of a quantized run's losses: a share only where it says something."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_no_share_is_stated_of_next_to_nothing() -> None:
 def test_what_training_gained_since_the_switch_is_not_called_recovered() -> None:
     report = report_of(7.0, 7.1, 6.0)
     assert report.recovered is None
-    assert "says nothing of quantisation; compare: true" in variants.sentence(report)
+    assert "says nothing of quantization; compare: true" in variants.sentence(report)
 
 
 def test_nothing_is_held_to_bf16_of_an_earlier_step() -> None:
@@ -64,10 +64,10 @@ def test_a_run_without_a_ptq_to_measure_by_says_so() -> None:
     assert "no PTQ to measure QAT by" in variants.sentence(report)
 
 
-def test_console_and_report_say_that_evaluation_runs_fake_quantised() -> None:
+def test_console_and_report_say_that_evaluation_runs_fake_quantized() -> None:
     report = report_of(2.0, 2.1, 2.02)
-    assert "2.0200 (step 8), fake-quantised" in summary(report)
-    rows = [{"kind": "eval", "step": 8, "loss": 2.02, "how": "fake-quantised"}]
-    assert "eval, fake-quantised" in render(report, rows)
+    assert "2.0200 (step 8), fake-quantized" in summary(report)
+    rows = [{"kind": "eval", "step": 8, "loss": 2.02, "how": "fake-quantized"}]
+    assert "eval, fake-quantized" in render(report, rows)
     plain = report.model_copy(update={"transforms": {}})
-    assert "fake-quantised" not in summary(plain)
+    assert "fake-quantized" not in summary(plain)

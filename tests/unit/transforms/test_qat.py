@@ -243,7 +243,7 @@ def test_a_tied_embedding_is_rounded_and_the_head_is_not(tmp_path):
     assert type(model.lm_head) is torch.nn.Linear
 
 
-def test_a_machine_that_cannot_run_the_quantised_model_is_refused():
+def test_a_machine_that_cannot_run_the_quantized_model_is_refused():
     qat = Qat(enable_qat=True, **FLOAT8)
     with pytest.raises(ClusterError, match=r"8\.9"):
         qat.check(CPU)

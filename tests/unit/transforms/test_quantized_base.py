@@ -54,7 +54,7 @@ def loaded(job):
         ),
         (
             {"finetuning_type": "full", "lora_rank": 8},
-            "finetuning_type and quantization_bit: quantised weights have no gradient",
+            "finetuning_type and quantization_bit: quantized weights have no gradient",
         ),
         (
             {"quantization_bit": 8, "quantization_type": "fp4"},
@@ -108,7 +108,7 @@ def test_head_embedding_norms_and_odd_sizes_stay_and_are_named(tmp_path):
     assert odd == "120 input features do not divide into blocks of 64"
     assert plan.changes.keys() >= {
         "model.layers.0.self_attn.q_proj.base_layer",
-        "model.layers.0.self_attn.k_proj",  # no adapter on it, and quantised all the same
+        "model.layers.0.self_attn.k_proj",  # no adapter on it, and quantized all the same
     }
     assert len(plan.changes) == 12 and not any("lora_" in fqn for fqn in plan.skipped)
     (left,) = (note for note in plan.notes if note.startswith("left in bfloat16"))
@@ -147,7 +147,7 @@ def test_routers_and_stacked_experts_stay_and_are_named(tmp_path):
         ("phi3", {**WIDE, "pad_token_id": 0}, {"bf16": False}),  # joint projections
     ],
 )
-def test_weights_are_quantised_as_they_are_read_and_held_to_the_originals(
+def test_weights_are_quantized_as_they_are_read_and_held_to_the_originals(
     tmp_path, kind, shapes, keys
 ):
     job = job_of(tmp_path, kind, shapes, **keys)

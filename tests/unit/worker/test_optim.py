@@ -55,7 +55,7 @@ def test_weight_decay_spares_biases_and_norms(make_job):
     assert [p.ndim for p in decayed] == [2]
 
 
-def test_frozen_parameters_are_not_optimised(make_job):
+def test_frozen_parameters_are_not_optimized(make_job):
     model = torch.nn.Linear(4, 4)
     model.bias.requires_grad_(False)
     optimizer = build_optimizer(model, make_job())

@@ -1,5 +1,5 @@
 """Each SFT example of LLaMA-Factory, by its keys: it loads, or one message names every key that
-cannot be honoured.
+cannot be honored.
 
 Source: the YAML files under examples/ of LLaMA-Factory at ff6d4d1 (0.9.6.dev0). The values that
 decide nothing (names of models and folders) are ours.
@@ -337,7 +337,7 @@ def answer(folder: Path, keys: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(("keys", "refused"), EXAMPLES.values(), ids=EXAMPLES)
-def test_an_example_loads_or_names_each_key_that_cannot_be_honoured(
+def test_an_example_loads_or_names_each_key_that_cannot_be_honored(
     tmp_path: Path, keys: dict[str, Any], refused: list[str]
 ) -> None:
     refused = [key for key in refused if key not in FEATURES & OWNED]

@@ -153,7 +153,7 @@ def test_a_plain_sft_file_of_llamafactory_loads(tmp_path: Path, keys: dict[str, 
         ),
     ],
 )
-def test_what_cannot_be_honoured_is_named_in_one_message(
+def test_what_cannot_be_honored_is_named_in_one_message(
     tmp_path: Path, extra: dict[str, Any], named: list[str]
 ) -> None:
     message = refusal(tmp_path, {**LORA, **extra})
@@ -162,7 +162,7 @@ def test_what_cannot_be_honoured_is_named_in_one_message(
     assert "cannot be run as written" in message
 
 
-def test_ten_keys_that_cannot_be_honoured_make_one_message(tmp_path: Path) -> None:
+def test_ten_keys_that_cannot_be_honored_make_one_message(tmp_path: Path) -> None:
     extra = {"use_unsloth": True, "deepspeed": "d.json", "streaming": True, "use_badam": True}
     message = refusal(tmp_path, {**LORA, **extra}, "fp16=true", "use_muon=true", "no_such_thing=1")
     assert "(7 problems)" in message

@@ -12,7 +12,7 @@ from raytrain_adv import hardware
 from raytrain_adv.data.prepare import prepare
 from raytrain_adv.driver.output.output_dir import open_output
 from raytrain_adv.driver.plan import data
-from raytrain_adv.driver.plan.data import DataSummary, look_at, summarise
+from raytrain_adv.driver.plan.data import DataSummary, look_at, summarize
 from raytrain_adv.driver.plan.plan import RunPlan, render, render_brief, resolve, show
 from raytrain_adv.driver.plan.remarks import remarks
 from raytrain_adv.errors import JobError
@@ -69,7 +69,7 @@ def test_no_line_is_wider_than_the_terminal(tmp_path: Path) -> None:
     assert max(map(len, render(lora_plan(tmp_path), verbose=True).splitlines())) <= 100
 
 
-def test_plain_text_has_no_colour_codes(tmp_path: Path) -> None:
+def test_plain_text_has_no_color_codes(tmp_path: Path) -> None:
     assert "\x1b" not in render(lora_plan(tmp_path))
 
 
@@ -153,10 +153,10 @@ def test_changes_are_combined_where_no_single_one_is_enough(tmp_path: Path) -> N
     assert len(advice[0].keys) > 1
 
 
-def test_prepared_data_is_summarised(make_job: Any) -> None:
+def test_prepared_data_is_summarized(make_job: Any) -> None:
     job = make_job(val_size=8)
     prepared = prepare(job, print)
-    summary = summarise(prepared)
+    summary = summarize(prepared)
     assert summary.num_sequences == 56
     assert summary.num_held_out == 8
     assert summary.longest == int(prepared.train.lengths.max())
@@ -173,7 +173,7 @@ def test_large_data_is_estimated_from_a_sample_within_a_tenth(
     monkeypatch.setattr(data, "COUNTED", 100)
     monkeypatch.setattr(data, "SAMPLE", 200)
     estimate = look_at(job, lambda sentence: None)
-    counted = summarise(prepare(job, lambda sentence: None))
+    counted = summarize(prepare(job, lambda sentence: None))
     assert estimate.estimated_from == 200
     for name in ("num_rows", "num_sequences", "num_tokens", "num_held_out"):
         assert getattr(estimate, name) == pytest.approx(getattr(counted, name), rel=0.1)

@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_is_the_worst() -> None:
     assert rungs.judge("third", 10, None) is not None
 
 
-def test_the_reference_without_quantisation_is_neither_judged_nor_compared_with() -> None:
+def test_the_reference_without_quantization_is_neither_judged_nor_compared_with() -> None:
     rungs = Rungs(10, 3, 100, {}, frozenset(["never"]))
     rungs.judge("never", 10, 0.0)
     assert rungs.judge("a", 10, 5.0) is None

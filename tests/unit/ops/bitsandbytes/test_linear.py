@@ -1,4 +1,4 @@
-"""Quantised linears compute what bitsandbytes' do, on any number of ranks, and keep only bytes."""
+"""Quantized linears compute what bitsandbytes' do, on any number of ranks, and keep only bytes."""
 
 import bitsandbytes as bnb
 import pytest

@@ -93,7 +93,7 @@ def test_torchaos_float8_weights_compute_the_same_numbers():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torchaos_float8_products_are_the_same_bits(dtype):
-    """The product itself is torchao's, not one of dequantised values: only rounding is trained."""
+    """The product itself is torchao's, not one of dequantized values: only rounding is trained."""
     from torchao.quantization import Float8Tensor, PerRow
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
@@ -118,7 +118,7 @@ def test_torchaos_float8_products_are_the_same_bits(dtype):
 
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
 @pytest.mark.parametrize("scheme", INTEGERS[:-1] + FLOATS)
-def test_gradients_point_where_unquantised_ones_do(scheme, size):
+def test_gradients_point_where_unquantized_ones_do(scheme, size):
     """torchao 0.18's float8 fake quantizers cast gradients to float8 unscaled: cosine near 0."""
     linear, x, gradient = inputs(torch.bfloat16, size)
     ours = FakeQuantizedLinear.of(copy.deepcopy(linear), *scheme)

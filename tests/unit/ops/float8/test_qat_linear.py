@@ -74,7 +74,7 @@ def test_outputs_are_as_exact_as_is_said(scheme, dtype):
 
 @pytest.mark.parametrize("size", [1.0, 1e-6])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_gradients_point_where_unquantised_ones_do(scheme, size):
+def test_gradients_point_where_unquantized_ones_do(scheme, size):
     linear, x, gradient = inputs(gradient_size=size)
     exact = FakeQuantizedLinear.of(copy.deepcopy(linear), *scheme)
     ours = Float8FakeQuantizedLinear.of(copy.deepcopy(linear), *scheme)
