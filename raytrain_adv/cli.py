@@ -1,363 +1,397 @@
-"""The console script `raytrain-adv`: launch, submit, status, doctor, plan, preflight, export,
-kernels, explain and schema.
-"""
+"""The command line: `raytrain-adv COMMAND`, and `python -m raytrain_adv.launch` for one of them."""
+
+from __future__ import annotations
 
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import click
 
 from raytrain_adv import __version__
-from raytrain_adv.config import compatibility, load
-from raytrain_adv.config.arguments import parse
+from raytrain_adv.config import JobConfig, compatibility, load
 from raytrain_adv.config.explain import explain
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.schema import schema
+from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import EXIT_DONE, EXIT_NOT_MENDED, JobError, RaytrainAdvError, StorageError
+from raytrain_adv.estimate.assumptions import Assumptions, assumptions
 from raytrain_adv.library_noise import quieten
-from raytrain_adv.redaction import hide_environment
+from raytrain_adv.redaction import hide_environment, is_secret_name
+from raytrain_adv.text import nearest
 from raytrain_adv.worker.preconditions import check_files
 
-USAGE = """usage: raytrain-adv COMMAND [...]
-
-  launch job.yaml [--plan] [key=value ...]   run a job
-  submit job.yaml [--address URL] [--runtime-env FILE] [key=value ...]
-                                             run a job on a running cluster, and follow its log
-  status [--address URL] [RUN]               the runs of a cluster, or one of them
-  doctor RUN [--fix]                         what is wrong with a run's files; mend it
-  plan job.yaml [--workers N] [--verbose] [--assume NAME=VALUE] [key=value ...]
-                                             show what a job would do, the memory it takes, and what
-                                             many workers move, store and run into
-  preflight [job.yaml] [key=value ...]       check the cluster's nodes, for a job or for any
-  kernels lock job.yaml [--output FILE] [--torch X.Y] [--cuda X.Y|cpu] [key=value ...]
-                                             pin a job's kernels, for a cluster without internet
-  kernels fetch | verify FILE                bring the files of a lock file; compare them with it
-  export RUN [--checkpoint step_N] [--output DIR] [--merge] [key=value ...]
-                                             write a checkpoint's model, and the quantized one
-  export MODEL --output DIR enable_qat=true [key=value ...]
-                                             quantize a model folder as it is (PTQ)
-  explain [FEATURE]                          say what a feature does and goes together with; the
-                                             compatibility matrix
-  schema [--output FILE]                     print the JSON schema of the job file
-  --version                                  print the version"""
+Command = Callable[..., Any]
+MODULE = "python -m raytrain_adv.launch"
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+JOB = {**HELP, "ignore_unknown_options": True}
+"""`--learning-rate 1e-4` reaches job_arguments, which prints how the key is written."""
 
 
-EXPORT_USAGE = """usage: raytrain-adv export RUN [--checkpoint STEP] [--output DIR] [key=value ...]
-       raytrain-adv export RUN [--checkpoint STEP] [--output DIR] --merge
-       raytrain-adv export MODEL --output DIR enable_qat=true [key=value ...]
+def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> int:
+    """Run one command and return its exit code; print errors as text.
 
-  RUN           output_dir of a run; its keys hold, and QAT keys given here go before them
-  --checkpoint  step_N, or the path of a checkpoint; without it the newest
-  --output      for a run: gets model, and with QAT model-quantized (default: in RUN);
-                for a model folder: the quantized folder
-  --merge       after LoRA: one model with the adapter merged into the base it was trained on, also
-                into a quantized one, which is then written in bf16
-  MODEL         a Hugging Face folder, quantized as it is, without training for it (PTQ)
-  key=value     enable_qat=true qat_weight_dtype=int4 qat_activation_dtype=int8 qat_group_size=32
-                qat_quantize_embedding=false qat_exclude=down_proj"""
-
-
-SUBMIT_USAGE = """usage: raytrain-adv submit job.yaml [--address URL] [--runtime-env FILE]
-                           [key=value ...]
-
-  Sends this folder (without checkpoints, data and environments) and runs the job there; its log is
-  followed to the end, and its exit code is this command's. Ctrl-C stops the job, with a checkpoint.
-
-  --address      of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
-                 http://127.0.0.1:8265)
-  --runtime-env  what travels, and the environment there (default: jobs/runtime_env.yaml)
-  key=value      as for launch; output_dir has to be an absolute path on storage of the cluster"""
-
-STATUS_USAGE = """usage: raytrain-adv status [--address URL] [RUN]
-
-  --address      of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
-                 http://127.0.0.1:8265)
-  RUN            a run's name, or its output_dir; without it all runs that the cluster knows"""
-
-
-DOCTOR_USAGE = """usage: raytrain-adv doctor RUN [--fix]
-
-  Says what is wrong with the files of a run that is not running, what each thing means for a rerun
-  with resume_from_checkpoint: true, and which checkpoint that goes on from. Exit code 0: nothing is
-  wrong (any more); 5: something is; 2: there is no such run, or it is alive.
-
-  RUN     output_dir of a run; its checkpoints are looked at too, wherever they are
-  --fix   mend what can be mended. Nothing is deleted: what is taken out lies in RUN/set-aside
-          afterward. Without it nothing is changed"""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code. Errors are printed as text."""
+    Args:
+        argv: the arguments after the program's name; by default those of this process.
+        program: the program's name, for usage lines; MODULE is the command `launch` alone.
+    """
     quieten()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        command = launch if program == MODULE else _command_of(arguments)
+        code = command.main(arguments, program, standalone_mode=False)
+        return code if isinstance(code, int) else EXIT_DONE
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else program
+        problem = Problem(error.format_message(), f"{where} --help lists what it takes")
+        return _refuse(job_error("The command line", [problem]))
     except RaytrainAdvError as error:
-        _print_error(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader, as in `raytrain-adv schema | head`, has seen enough.
+        return _refuse(error)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("raytrain_adv"):
+            raise
+        fix = "activate the environment (. .venv/bin/activate), or pip install -e ."
+        what = f"{error.name} is not installed for {sys.executable}"
+        return _refuse(RaytrainAdvError(what, "", fix))
+    except BrokenPipeError:  # the reader has seen enough, as in `raytrain-adv schema | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    except (KeyboardInterrupt, click.Abort):
+        again = "Set resume_from_checkpoint: true to continue from the last checkpoint."
+        print(f"\nStopped. {again}", file=sys.stderr)
+        return 130
 
 
-def _run(arguments: list[str]) -> int:
-    command, *rest = arguments or ["--help"]
-    if command in ("-h", "--help", "help"):
-        print(USAGE)
-        return EXIT_DONE
-    if command in ("--version", "version"):
-        print(f"raytrain-adv {__version__}")
-        return EXIT_DONE
-    if command not in COMMANDS:
-        if command.endswith((".yaml", ".yml")):
-            fix = f"write raytrain-adv launch {command}"
+def _refuse(error: RaytrainAdvError) -> int:
+    """Print an error in whatever encoding stderr has, and return its exit code."""
+    encoding = sys.stderr.encoding or "utf-8"
+    shown = hide_environment(str(error)).encode(encoding, "backslashreplace").decode(encoding)
+    print(f"\n{shown}", file=sys.stderr)
+    return error.exit_code
+
+
+def _command_of(arguments: list[str]) -> click.Group:
+    """Return the group of commands; refuse a word that is not one of them."""
+    if not arguments or arguments[0] == "help":
+        arguments[:] = ["--help"]
+    word = arguments[0]
+    if not word.startswith("-") and word not in app.commands:
+        near = nearest(word, app.commands)
+        fix = f"did you mean {near}?" if near else f"write one of {', '.join(app.commands)} first"
+        if word.endswith((".yaml", ".yml")):
+            fix = f"write raytrain-adv launch {word}"
+        raise job_error("The command line", [Problem(f"{word!r} is not a command", fix)])
+    return app
+
+
+@click.group(context_settings=HELP)
+@click.version_option(__version__, prog_name="raytrain-adv", message="%(prog)s %(version)s")
+def app() -> None:
+    """Fine-tune Hugging Face language models on Ray, in FP8, with QAT, with Hub kernels."""
+
+
+def job_options(command: Command) -> Command:
+    """Take a job file and key=value overrides, in any order."""
+    text = "job.yaml [key=value]..."
+    return click.argument("arguments", nargs=-1, metavar=text, type=click.UNPROCESSED)(command)
+
+
+def plan_options(command: Command) -> Command:
+    """Take the options that say how a plan is printed."""
+    names = ", ".join(f"{name} ({value:g})" for name, value in asdict(Assumptions()).items())
+    count = click.IntRange(1, LARGEST)
+    for option in (
+        click.option("--assume", multiple=True, metavar="NAME=VALUE", help=f"A figure of the "
+                     f"cluster, for more workers than one node has: {names}."),
+        click.option("--verbose", is_flag=True, help="Show keys at their defaults too."),
+        click.option("--workers", type=count, metavar="N", help="Plan for N workers instead of "
+                     "ray_num_workers."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def job_arguments(arguments: Sequence[str], program: str) -> tuple[str, list[str]]:
+    """Return the path of the job file and the key=value overrides.
+
+    Raises:
+        JobError: naming each argument that is neither, and how it is written.
+    """
+    paths: list[str] = []
+    overrides: list[str] = []
+    problems: list[Problem] = []
+    for place, argument in enumerate(arguments):
+        if argument.startswith("-"):
+            problems.append(_dashed_key(arguments, place))
+        elif _is_value_of_flag(arguments, place):
+            continue
+        elif not paths and ("=" not in argument or os.path.isfile(argument)):
+            paths.append(argument)
+        elif "=" in argument:
+            overrides.append(argument)
         else:
-            fix = f"write one of {', '.join(COMMANDS)} first"
-        raise job_error("The command line", [Problem(f"{command!r} is not a command", fix)])
-    return COMMANDS[command](rest)
+            fix = f"write {argument}=value, or put a value with spaces in quotes"
+            problems.append(Problem(f"{argument!r} is neither key=value nor the job file", fix))
+    if not paths:
+        usage = f"usage: {program} job.yaml [key=value]..."
+        problems.insert(0, Problem("no job file is named", usage))
+    if problems:
+        raise job_error("The command line", problems)
+    return paths[0], overrides
 
 
-def _launch(arguments: list[str]) -> int:
-    parse(arguments, "raytrain-adv launch")
-    from raytrain_adv import launch
-
-    return launch.main(arguments)
-
-
-def _submit(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(SUBMIT_USAGE)
-        return EXIT_DONE
-    flags, rest = _flags(arguments, ("--address", "--runtime-env"), "raytrain-adv submit --help")
-    parsed = parse(rest, "raytrain-adv submit")
-    if parsed.plan_only:
-        wrong = Problem("a plan is made here", "write raytrain-adv plan job.yaml")
-        raise job_error("The command line", [wrong])
-    from raytrain_adv.driver.commands.submit import submit
-
-    address, env = flags.get("--address"), flags.get("--runtime-env")
-    return submit(parsed.path, parsed.overrides, address, env)
+def _dashed_key(arguments: Sequence[str], place: int) -> Problem:
+    """Describe `--learning-rate 1e-4`, which is written learning_rate=1e-4; hide secrets."""
+    flag, equals, value = arguments[place].partition("=")
+    key = flag.lstrip("-").replace("-", "_")
+    if not equals:
+        value = arguments[place + 1] if _is_value_of_flag(arguments, place + 1) else "true"
+    value = "..." if is_secret_name(key) else value
+    fix = f"write {key}={value}" if key.isidentifier() else "write key=value"
+    return Problem(f"{flag!r}: there is no such option; keys are written without dashes", fix)
 
 
-def _status(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(STATUS_USAGE)
-        return EXIT_DONE
-    flags, rest = _flags(arguments, ("--address",), "raytrain-adv status --help")
-    if len(rest) > 1 or any(argument.startswith("-") for argument in rest):
-        wrong = Problem(f"status takes no {' '.join(rest)!r}", "write raytrain-adv status --help")
-        raise job_error("The command line", [wrong])
-    from raytrain_adv.driver.commands.status import show
-
-    show(flags.get("--address"), rest[0] if rest else None)
-    return EXIT_DONE
+def _is_value_of_flag(arguments: Sequence[str], place: int) -> bool:
+    """Whether an argument is what a `--key value` flag would take: plain text after a flag."""
+    if not 0 < place < len(arguments):
+        return False
+    before, argument = arguments[place - 1], arguments[place]
+    is_other = "=" in argument or argument.startswith("-") or argument.endswith((".yaml", ".yml"))
+    return before.startswith("-") and "=" not in before and not is_other
 
 
-def _doctor(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(DOCTOR_USAGE)
-        return EXIT_DONE
-    rest = [argument for argument in arguments if argument != "--fix"]
-    if len(rest) != 1 or rest[0].startswith("-"):
-        wrong = f"doctor takes no {' '.join(rest)!r}" if rest else "no run is named"
-        problem = Problem(wrong, "write raytrain-adv doctor RUN [--fix], RUN being its output_dir")
-        raise job_error("The command line", [problem])
-    from raytrain_adv.driver.commands.doctor import show
-
-    return EXIT_DONE if show(Path(rest[0]), fix="--fix" in arguments) else EXIT_NOT_MENDED
+def _load(arguments: Sequence[str]) -> JobConfig:
+    return load(*job_arguments(arguments, click.get_current_context().command_path))
 
 
-def _plan(arguments: list[str]) -> int:
-    parsed = parse(arguments, "raytrain-adv plan", plans=True)
-    job = load(parsed.path, parsed.overrides)
-    check_workers(job, parsed.workers)
+def _show_plan(job: JobConfig, workers: int | None, verbose: bool, assume: Sequence[str]) -> None:
+    assumed, problems = assumptions(assume) if assume else (None, [])
+    if problems:
+        raise job_error("The command line", problems)
+    check_workers(job, workers)
     from raytrain_adv.driver.plan.plan import show
 
-    show(job, parsed.workers, parsed.verbose, parsed.assumed)
-    return EXIT_DONE
+    show(job, workers, verbose, assumed)
 
 
-def _preflight(arguments: list[str]) -> int:
-    job = None
-    if arguments:
-        parsed = parse(arguments, "raytrain-adv preflight")
-        job = load(parsed.path, parsed.overrides)
+@app.command(context_settings=JOB)
+@job_options
+@click.option("--plan", is_flag=True, help="Show what the job would do, and train nothing.")
+@plan_options
+def launch(arguments: tuple[str, ...], plan: bool, **options: Any) -> None:
+    """Run a job.
+
+    job.yaml has flat keys, those of LLaMA-Factory; `raytrain-adv schema` lists them. key=value
+    changes a key, as YAML: learning_rate=1e-4 lr_scheduler_kwargs.min_lr=1e-6.
+    --workers, --verbose and --assume need --plan.
+
+    Exit codes: 0 done, 2 the job file or what it names, 3 training failed, 4 the cluster refused.
+    """
+    given = [f"--{name}" for name, value in options.items() if value]
+    if given and not plan:
+        wrong = Problem(f"{', '.join(given)}: only a plan takes it", "write --plan too")
+        raise job_error("The command line", [wrong])
+    job = _load(arguments)
+    if plan:
+        return _show_plan(job, **options)
+    from raytrain_adv.driver.output import output_dir
+
+    resumes = job.output.resume_from_checkpoint is True
+    if not (resumes and output_dir.has_ended(Path(job.output.output_dir))):
+        check_files(job)  # a finished job prints its summary, with or without its files
+    if job.sweep is not None:
+        from raytrain_adv.driver.sweep import sweep
+
+        sweep.run(job)
+    else:
+        from raytrain_adv.driver.training import trainer
+
+        trainer.run(job)
+
+
+@app.command(context_settings=JOB)
+@job_options
+@plan_options
+def plan(arguments: tuple[str, ...], **options: Any) -> None:
+    """Show what a job would do, and its memory."""
+    _show_plan(_load(arguments), **options)
+
+
+ADDRESS = click.option(
+    "--address",
+    metavar="URL",
+    help="The cluster's dashboard; by default RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or "
+    "http://127.0.0.1:8265.",
+)
+
+
+@app.command(context_settings=JOB)
+@job_options
+@ADDRESS
+@click.option("--runtime-env", metavar="FILE", help="Files to upload, and the environment there; "
+              "by default jobs/runtime_env.yaml.")  # fmt: skip
+def submit(arguments: tuple[str, ...], address: str | None, runtime_env: str | None) -> int:
+    """Run a job on a running cluster, and follow its log.
+
+    Uploads this folder without checkpoints, data and environments. The job's exit code becomes this
+    command's. Ctrl-C stops the job, with a checkpoint. output_dir must be an absolute path on
+    storage of the cluster.
+    """
+    if "--plan" in arguments:
+        wrong = Problem("a plan is made on this machine", "write raytrain-adv plan job.yaml")
+        raise job_error("The command line", [wrong])
+    path, overrides = job_arguments(arguments, "raytrain-adv submit")
+    from raytrain_adv.driver.commands.submit import submit
+
+    return submit(path, overrides, address, runtime_env)
+
+
+@app.command(context_settings=HELP)
+@ADDRESS
+@click.argument("run", required=False)
+def status(address: str | None, run: str | None) -> None:
+    """List the runs of a cluster, or show one.
+
+    RUN is a run's name, or its output_dir.
+    """
+    from raytrain_adv.driver.commands.status import show
+
+    show(address, run)
+
+
+@app.command(context_settings=HELP)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--fix", is_flag=True, help="Repair what can be repaired. Nothing is deleted: "
+              "what is removed is in RUN/set-aside afterward.")  # fmt: skip
+def doctor(run: Path, fix: bool) -> int:
+    """Check the files of a run, and repair them.
+
+    Prints what is wrong in RUN, an output_dir, and what a rerun does. RUN must not be running.
+    Exit codes: 0 nothing is wrong or all is repaired, 5 something is wrong, 2 there is no such run
+    or it is running.
+    """
+    from raytrain_adv.driver.commands.doctor import show
+
+    return EXIT_DONE if show(run, fix) else EXIT_NOT_MENDED
+
+
+@app.command(context_settings=JOB)
+@job_options
+def preflight(arguments: tuple[str, ...]) -> None:
+    """Check the cluster's nodes, for a job or for any."""
+    job = _load(arguments) if arguments else None
+    if job is not None:
         check_files(job)
     from raytrain_adv.driver.commands.preflight import show
 
     show(job)
-    return EXIT_DONE
 
 
-def _kernels(arguments: list[str]) -> int:
-    action, *rest = arguments or ["--help"]
-    if action in ("-h", "--help"):
-        print(f"usage: {KERNELS_USAGE}")
-        return EXIT_DONE
-    if action == "lock":
-        flags, rest = _flags(rest, ("--output", "--torch", "--cuda"), KERNELS_USAGE)
-        parsed = parse(rest, "raytrain-adv kernels lock")
-        job = load(parsed.path, parsed.overrides)
-        from raytrain_adv.driver.commands import kernels
+@app.group(context_settings=HELP, no_args_is_help=False)
+def kernels() -> None:
+    """Pin a job's kernels, for a cluster without internet."""
 
-        file = Path(flags.get("--output", "kernels.lock.json"))
-        kernels.lock(job, file, flags.get("--torch"), flags.get("--cuda"))
-        return EXIT_DONE
-    if action not in ("fetch", "verify") or len(rest) != 1:
-        wrong = Problem(f"kernels takes no {' '.join(arguments)!r}", f"write {KERNELS_USAGE}")
-        raise job_error("The command line", [wrong])
+
+@kernels.command(context_settings=JOB)
+@job_options
+@click.option("--output", type=click.Path(path_type=Path), default="kernels.lock.json")
+@click.option("--torch", metavar="X.Y", help="PyTorch's version on the workers.")
+@click.option("--cuda", metavar="X.Y|cpu", help="CUDA's version on the workers.")
+def lock(arguments: tuple[str, ...], output: Path, torch: str | None, cuda: str | None) -> None:
+    """Write the lock file of a job's kernels."""
+    job = _load(arguments)
     from raytrain_adv.driver.commands import kernels
 
-    (kernels.fetch if action == "fetch" else kernels.verify)(Path(rest[0]))
-    return EXIT_DONE
+    kernels.lock(job, output, torch, cuda)
 
 
-def _flags(
-    arguments: list[str], names: tuple[str, ...], usage: str
-) -> tuple[dict[str, str], list[str]]:
-    """Return the flags with a value that are among the arguments, and the others."""
-    flags: dict[str, str] = {}
-    rest: list[str] = []
-    waiting = list(arguments)
-    while waiting:
-        name, equals, value = waiting.pop(0).partition("=")
-        if name not in names:
-            rest.append(f"{name}{equals}{value}")
-            continue
-        if not equals and waiting:
-            value = waiting.pop(0)
-        if not value:
-            problem = Problem(f"{name} has no value", f"write {usage}")
-            raise job_error("The command line", [problem])
-        flags[name] = value
-    return flags, rest
+@kernels.command(context_settings=HELP)
+@click.argument("file", type=click.Path(path_type=Path))
+def fetch(file: Path) -> None:
+    """Download the files of a lock file."""
+    from raytrain_adv.driver.commands import kernels
+
+    kernels.fetch(file)
 
 
-def _export(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(EXPORT_USAGE)
-        return EXIT_DONE
-    options = {"--checkpoint": "", "--output": ""}
-    merge = "--merge" in arguments
-    sources: list[str] = []
-    overrides: list[str] = []
-    problems: list[Problem] = []
-    rest = [argument for argument in arguments if argument != "--merge"]
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.partition("=")
-        if name in options:
-            options[name] = value if equals else rest.pop(0) if rest else ""
-            if not options[name]:
-                problems.append(Problem(f"{name} has no value", f"write {name} VALUE"))
-        elif argument.startswith("-"):
-            known = ", ".join([*options, "--merge"])
-            problems.append(Problem(f"there is no option {name}", f"there are {known}"))
-        elif equals and not Path(argument).is_dir():
-            overrides.append(argument)
-        else:
-            sources.append(argument)
-    if len(sources) != 1:
-        found = (
-            f"{len(sources)} folders are named: {', '.join(sources)}" if sources else "no folder"
-        )
-        problems.append(Problem(found, "name one: a run's output_dir or a model folder"))
-    if problems:
-        raise job_error("The command line", problems)
+@kernels.command(context_settings=HELP)
+@click.argument("file", type=click.Path(path_type=Path))
+def verify(file: Path) -> None:
+    """Compare the files of a lock file with it."""
+    from raytrain_adv.driver.commands import kernels
+
+    kernels.verify(file)
+
+
+@app.command(context_settings=HELP)
+@click.argument("source", nargs=-1, required=True, metavar="RUN|MODEL [key=value]...")
+@click.option("--checkpoint", default="", metavar="step_N", help="Of a run, instead of its newest "
+              "checkpoint; a name or a path.")  # fmt: skip
+@click.option("--output", default="", metavar="DIR", help="For a run: gets model, and with QAT "
+              "model-quantized (default: RUN). For a model: the quantized folder.")  # fmt: skip
+@click.option("--merge", is_flag=True, help="After LoRA: one model, the adapter merged into its "
+              "base; a quantized base is then written in bf16.")  # fmt: skip
+def export(source: tuple[str, ...], checkpoint: str, output: str, merge: bool) -> None:
+    """Export a run's model, or quantize any model.
+
+    RUN is a run's output_dir; QAT keys given here replace those of its job. MODEL is a Hugging Face
+    folder; it needs --output DIR and enable_qat=true. Keys: enable_qat=true qat_weight_dtype=int4
+    qat_activation_dtype=int8 qat_group_size=32 qat_quantize_embedding=false qat_exclude=down_proj
+    """
+    overrides = [one for one in source if "=" in one and not Path(one).is_dir()]
+    folders = [one for one in source if one not in overrides]
+    if len(folders) != 1:
+        named = f"{len(folders)} folders are named: {', '.join(folders)}"
+        fix = "name one: a run's output_dir or a model folder"
+        raise job_error("The command line", [Problem(named if folders else "no folder", fix)])
     from raytrain_adv.driver.commands.export import run
 
-    run(sources[0], options["--checkpoint"], options["--output"], overrides, merge)
-    return EXIT_DONE
+    run(folders[0], checkpoint, output, overrides, merge)
 
 
-def _explain(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(f"usage: {EXPLAIN_USAGE}")
-        return EXIT_DONE
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if not flags:
-        print(explain(" ".join(arguments)) if arguments else compatibility.table())
-        return EXIT_DONE
-    if flags[0] not in ("--check", "--write") or len(arguments) != 2:
-        wrong = Problem(f"explain takes no {' '.join(arguments)!r}", f"write {EXPLAIN_USAGE}")
-        raise job_error("The command line", [wrong])
-    (page,) = (Path(argument) for argument in arguments if argument not in flags)
+@app.command("explain", context_settings=HELP)
+@click.argument("feature", nargs=-1)
+@click.option("--check", type=click.Path(path_type=Path), metavar="PAGE", help="Check that the "
+              "compatibility matrix in a Markdown page is up to date.")  # fmt: skip
+@click.option("--write", type=click.Path(path_type=Path), metavar="PAGE", help="Update it.")
+def explain_command(feature: tuple[str, ...], check: Path | None, write: Path | None) -> None:
+    """Explain a feature, or print the compatibility matrix."""
+    page = check or write
+    if page is None:
+        print(explain(" ".join(feature)) if feature else compatibility.table())
+        return
     try:
         old = page.read_text()
         new = compatibility.renewed(old)
-        if flags[0] == "--write":
-            page.write_text(new)
-            return EXIT_DONE
+        if write is not None:
+            write.write_text(new)
+            return
     except (OSError, ValueError) as error:
         raise StorageError("The page cannot be read or written", str(error), "name one") from None
     if new != old:
-        raise JobError(
-            f"The compatibility matrix in {page} is stale",
-            "the features' own rules say something else",
-            f"raytrain-adv explain --write {page}",
-        )
-    return EXIT_DONE
+        found = "the features' rules have changed"
+        fix = f"raytrain-adv explain --write {page}"
+        raise JobError(f"The compatibility matrix in {page} is stale", found, fix)
 
 
-def _schema(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print("usage: raytrain-adv schema [--output FILE]")
-        return EXIT_DONE
+@app.command("schema", context_settings=HELP)
+@click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE")
+def schema_command(output: Path | None) -> None:
+    """Print the JSON schema of the job file."""
     text = json.dumps(schema(), indent=2) + "\n"
-    if not arguments:
+    if output is None:
         print(text, end="")
-        return EXIT_DONE
-    flag, equals, path = arguments[0].partition("=")
-    values = [path, *arguments[1:]] if equals else arguments[1:]
-    if flag not in ("--output", "-o") or len(values) != 1 or not values[0]:
-        wrong = " ".join(arguments)
-        raise job_error(
-            "The command line",
-            [Problem(f"schema takes no {wrong!r}", "write schema --output FILE")],
-        )
+        return
     try:
-        Path(values[0]).write_text(text)
+        output.write_text(text)
     except (OSError, ValueError) as error:
-        raise StorageError(
-            "The schema cannot be written", str(error), "name a file in a folder you can write"
-        ) from None
-    return EXIT_DONE
-
-
-EXPLAIN_USAGE = (
-    "raytrain-adv explain [FEATURE], or raytrain-adv explain --check | --write PAGE: whether the "
-    "matrix in a page of Markdown is up to date; bring it up to date"
-)
-
-KERNELS_USAGE = (
-    "raytrain-adv kernels lock job.yaml [--output FILE] [--torch X.Y] [--cuda X.Y|cpu], or "
-    "raytrain-adv kernels fetch | verify FILE"
-)
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "launch": _launch,
-    "submit": _submit,
-    "status": _status,
-    "doctor": _doctor,
-    "plan": _plan,
-    "preflight": _preflight,
-    "kernels": _kernels,
-    "export": _export,
-    "explain": _explain,
-    "schema": _schema,
-}
-
-
-def _print_error(text: str) -> None:
-    """Print to stderr whatever its encoding is able to show."""
-    encoding = sys.stderr.encoding or "utf-8"
-    shown = hide_environment(text).encode(encoding, "backslashreplace").decode(encoding)
-    print(f"\n{shown}", file=sys.stderr)
+        fix = "name a file in a folder that can be written to"
+        raise StorageError("The schema cannot be written", str(error), fix) from None
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from raytrain_adv import cli, launch
+from raytrain_adv.cli import job_arguments
 from raytrain_adv.config import JobConfig, load
-from raytrain_adv.config.arguments import parse
 from raytrain_adv.config.discovery import section_types
 from raytrain_adv.config.llamafactory.translate import known_keys
 from raytrain_adv.errors import JobError
@@ -132,7 +132,7 @@ def test_any_path_is_a_message(path: str) -> None:
 @given(st.lists(st.text(max_size=12) | st.sampled_from(["--plan", "job.yaml", "a=1", "--a"])))
 def test_any_command_line_is_read_or_refused(argv: list[str]) -> None:
     with contextlib.suppress(JobError, SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        parse(argv)
+        job_arguments(argv, "launch")
 
 
 @fuzz

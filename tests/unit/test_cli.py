@@ -5,76 +5,91 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raytrain_adv import cli, launch
-from raytrain_adv.config.arguments import parse
+from raytrain_adv.cli import job_arguments
 from raytrain_adv.driver.plan import plan
-from raytrain_adv.errors import JobError
 
-ROOT = Path(__file__).parents[3]
-
-
-def refusal(*argv: str) -> str:
-    with pytest.raises(JobError) as caught:
-        parse(argv)
-    return str(caught.value)
+ROOT = Path(__file__).parents[2]
 
 
-def test_file_overrides_and_plan_are_told_apart_in_any_order() -> None:
-    expected = ("job.yaml", ["seed=1", "run_name=a b"], True, None, False, None)
-    assert parse(["job.yaml", "seed=1", "--plan", "run_name=a b"]) == expected
-    assert parse(["--plan", "seed=1", "run_name=a b", "job.yaml"]) == expected
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return what launch prints for a command line that it refuses."""
+
+    def refuse(*argv: str) -> str:
+        assert launch.main(list(argv)) == 2
+        return capsys.readouterr().err
+
+    return refuse
+
+
+@pytest.fixture
+def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[tuple[object, ...]]]:
+    """Return a job file, and a list that gets the options of each plan that is made."""
+    job = tmp_path / "job.yaml"
+    job.write_text("model_name_or_path: a/b\noutput_dir: c\ndataset: d\n")
+    plans: list[tuple[object, ...]] = []
+    monkeypatch.setattr(
+        plan, "show", lambda job, *options: plans.append((job.train.seed, *options))
+    )
+    return str(job), plans
+
+
+def test_file_and_overrides_are_told_apart_in_any_order() -> None:
+    expected = ("job.yaml", ["seed=1", "run_name=a b"])
+    assert job_arguments(["job.yaml", "seed=1", "run_name=a b"], "launch") == expected
+    assert job_arguments(["seed=1", "run_name=a b", "job.yaml"], "launch") == expected
 
 
 def test_a_path_with_an_equals_sign_is_a_path_when_it_is_there(tmp_path: Path) -> None:
     path = tmp_path / "lr=1.yaml"
     path.write_text("a: 1")
-    assert parse([str(path), "lr=2"]) == (str(path), ["lr=2"], False, None, False, None)
+    assert job_arguments([str(path), "lr=2"], "launch") == (str(path), ["lr=2"])
 
 
 @pytest.mark.parametrize(
     "argv",
     [
-        ["job.yaml", "--plan", "--workers", "8", "--verbose", "a=1"],
-        ["--workers=8", "--verbose", "job.yaml", "a=1", "--plan"],
-        ["--plan", "--verbose", "--workers", "8", "job.yaml", "a=1"],
+        ["JOB", "--plan", "--workers", "8", "--verbose", "seed=1"],
+        ["--workers=8", "--verbose", "JOB", "seed=1", "--plan"],
+        ["--plan", "seed=1", "--verbose", "--workers", "8", "JOB"],
     ],
 )
-def test_a_plan_takes_workers_and_verbose_in_any_order(argv: list[str]) -> None:
-    assert parse(argv) == ("job.yaml", ["a=1"], True, 8, True, None)
+def test_a_plan_takes_workers_and_verbose_in_any_order(argv: list[str], shown: Any) -> None:
+    job, plans = shown
+    assert launch.main([job if one == "JOB" else one for one in argv]) == 0
+    assert plans == [(1, 8, True, None)]
 
 
-def test_the_plan_command_needs_no_plan_option() -> None:
-    assert parse(["job.yaml", "--workers", "2"], plans=True) == (
-        "job.yaml",
-        [],
-        True,
-        2,
-        False,
-        None,
-    )
+def test_the_plan_command_needs_no_plan_option(shown: Any) -> None:
+    job, plans = shown
+    assert cli.main(["plan", job, "--workers", "2"]) == 0
+    assert plans == [(42, 2, False, None)]
 
 
 @pytest.mark.parametrize("option", ["--workers=2", "--verbose"])
-def test_an_option_of_the_plan_is_refused_without_one(option: str) -> None:
+def test_an_option_of_the_plan_is_refused_without_one(refusal: Any, option: str) -> None:
     message = refusal("job.yaml", option)
-    assert f"{option.partition('=')[0]} says how a plan is shown" in message
+    assert f"{option.partition('=')[0]}: only a plan takes it" in message
     assert "write --plan too" in message
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "many", "", "1.5", "1e3", "9" * 30, "²", "\0"])
-def test_a_number_of_workers_that_is_none_is_refused(number: str) -> None:
+def test_a_number_of_workers_that_is_none_is_refused(refusal: Any, number: str) -> None:
     for argv in (["--workers", number], [f"--workers={number}"]):
-        assert "it takes a number of workers" in refusal("job.yaml", "--plan", *argv)
+        message = refusal("job.yaml", "--plan", *argv)
+        assert "Invalid value for '--workers'" in message and "launch --help" in message
 
 
-def test_workers_without_a_number_do_not_swallow_the_job_file() -> None:
+def test_workers_without_a_number_are_refused_by_name(refusal: Any) -> None:
     message = refusal("--plan", "--workers", "job.yaml")
-    assert "(1 problem)" in message
-    assert "--workers '': it takes a number of workers" in message
+    assert "(1 problem)" in message and "'--workers': 'job.yaml'" in message
 
 
 def test_workers_that_the_jobs_groups_do_not_divide_are_refused(
@@ -88,48 +103,40 @@ def test_workers_that_the_jobs_groups_do_not_divide_are_refused(
     assert capsys.readouterr().err.count("fsdp_shard_size and --workers: 3 workers") == 2
 
 
-def test_both_commands_hand_the_options_to_the_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = tmp_path / "job.yaml"
-    job.write_text("model_name_or_path: a/b\noutput_dir: c\ndataset: d\n")
-    shown: list[tuple[object, ...]] = []
-    monkeypatch.setattr(plan, "show", lambda job, *options: shown.append(options))
-    assert cli.main(["plan", str(job), "--workers", "8", "--verbose"]) == 0
-    assert launch.main([str(job), "--plan"]) == 0
-    assert shown == [(8, True, None), (None, False, None)]
-
-
-def test_the_usage_of_each_command_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv, expected in ((["launch", "-h"], "--plan  "), (["plan", "-h"], "[--workers N]")):
-        with pytest.raises(SystemExit):
-            cli.main(argv)
+def test_the_help_of_each_command_lists_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("launch", "plan"):
+        assert cli.main([command, "-h"]) == 0
         text = capsys.readouterr().out
-        assert expected in text
-        assert "--workers N  plan for N workers" in text
-        assert "--verbose" in text
+        assert ("--plan " in text) == (command == "launch")
+        assert "--workers N" in text and "--verbose" in text and "job.yaml [key=value]" in text
 
 
-def test_a_flag_says_how_the_key_is_written() -> None:
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in cli.app.commands.items():
+        assert cli.main([name, "--help"]) == 0
+        assert command.help and f"raytrain-adv {name}" in capsys.readouterr().out
+
+
+def test_a_flag_says_how_the_key_is_written(refusal: Any) -> None:
     assert "write learning_rate=1e-4" in refusal("job.yaml", "--learning-rate", "1e-4")
     assert "write learning_rate=1e-4" in refusal("job.yaml", "--learning_rate=1e-4")
     assert "write bf16=true" in refusal("job.yaml", "--bf16")
 
 
-def test_a_secret_in_a_flag_is_not_repeated() -> None:
+def test_a_secret_in_a_flag_is_not_repeated(refusal: Any) -> None:
     assert "xyzzy" not in refusal("job.yaml", "--hf_hub_token=xyzzy", "--hf_hub_token", "xyzzy")
 
 
-def test_a_key_without_a_value_says_how_it_is_written() -> None:
+def test_a_key_without_a_value_says_how_it_is_written(refusal: Any) -> None:
     assert "write bf16=value" in refusal("job.yaml", "bf16")
 
 
-def test_no_file_shows_the_usage() -> None:
+def test_no_file_shows_the_usage(refusal: Any) -> None:
     assert "usage: python -m raytrain_adv.launch job.yaml" in refusal()
     assert "no job file is named" in refusal("seed=1")
 
 
-def test_all_wrong_arguments_are_in_one_message() -> None:
+def test_all_wrong_arguments_are_in_one_message(refusal: Any) -> None:
     assert "(3 problems)" in refusal("job.yaml", "--a=1", "b", "--c")
 
 
@@ -141,6 +148,15 @@ def test_a_wrong_command_line_ends_with_2_and_a_message(
     assert "fix:" in capsys.readouterr().err
 
 
+def test_a_misspelled_command_or_option_is_answered_with_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["laumch", "job.yaml"]) == 2
+    assert "did you mean launch?" in capsys.readouterr().err
+    assert cli.main(["status", "--adress", "x"]) == 2
+    assert "--address" in capsys.readouterr().err
+
+
 def test_a_job_file_without_a_command_says_launch(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["job.yaml"])
     assert "raytrain-adv launch job.yaml" in capsys.readouterr().err
@@ -149,7 +165,7 @@ def test_a_job_file_without_a_command_says_launch(capsys: pytest.CaptureFixture[
 def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     assert cli.main([]) == 0
-    assert "raytrain-adv COMMAND" in capsys.readouterr().out
+    assert "raytrain-adv [OPTIONS] COMMAND" in capsys.readouterr().out
 
 
 def test_schema_is_printed_or_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
