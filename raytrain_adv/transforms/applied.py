@@ -1,4 +1,4 @@
-"""Apply transforms to a model: plan, refuse conflicts, prepare, and prove that it happened."""
+"""A job's enabled transforms: plan, refuse conflicts, prepare, and verify that it happened."""
 
 from __future__ import annotations
 
@@ -25,9 +25,194 @@ NAMED = 4
 """Modules named in a message before it says how many more there are."""
 
 
+class Transforms:
+    """The transforms a job enables, in the order in which they are applied."""
+
+    def __init__(self, job: JobConfig) -> None:
+        self.job = job
+        self._enabled = tuple(t for t in job.transforms if isinstance(t, Transform) and t.enabled)
+
+    def __iter__(self) -> Iterator[Transform]:
+        """Iterate over the transforms."""
+        return iter(self._enabled)
+
+    def __len__(self) -> int:
+        """Return how many transforms are enabled."""
+        return len(self._enabled)
+
+    def check(self, facts: HardwareFacts) -> None:
+        """Check that a worker's machine and software can do what the job enables.
+
+        Raises:
+            ClusterError: naming the rule that refused, or the package that cannot be imported.
+        """
+        check_all(self.job, facts)
+
+    def check_length(self, total_steps: int) -> None:
+        """Check that the transforms' keys fit a run of so many optimizer steps.
+
+        Raises:
+            JobError: naming the key and what would fit.
+        """
+        for transform in self:
+            transform.check_length(total_steps)
+
+    def fetch(self, facts: HardwareFacts, say: Callable[[str], None]) -> None:
+        """Put what transforms need on the workers into output_dir.
+
+        Raises:
+            JobError: when it is not available.
+        """
+        fetch_all(self.job, facts, say)
+
+    def plan(
+        self,
+        model: nn.Module,
+        facts: HardwareFacts | None = None,
+        num_tokens: int | None = None,
+    ) -> dict[str, Plan]:
+        """Return what each transform would change, by its name; leave the model unchanged.
+
+        A later transform is planned on a copy that the earlier ones have changed, so the model
+        should be on the meta device, where a copy costs no memory.
+
+        Args: as `prepare`.
+
+        Raises:
+            JobError: when plans change nothing, or two transforms want the same module; it names
+                all that is wrong.
+        """
+        return self.prepare(copy.deepcopy(model), facts, num_tokens)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        facts: HardwareFacts | None = None,
+        num_tokens: int | None = None,
+    ) -> dict[str, Plan]:
+        """Apply each transform to the model in place: plan, prepare, verify. Return the plans.
+
+        Args:
+            model: the model before any transform.
+            facts: the machine the job runs on; none means this one.
+            num_tokens: tokens of one worker's forward pass, if known; plans then contain advice.
+
+        Raises:
+            JobError: when plans change nothing, or two transforms want the same module; it names
+                all that is wrong.
+            TrainingError: when a transform did not do what it had planned.
+        """
+        plans = prepare_all(self.job, model, facts)
+        return plans if num_tokens is None else with_advice(self.job, plans, num_tokens)
+
+    def install(
+        self,
+        model: nn.Module,
+        plans: Mapping[str, Plan],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> dict[str, Plan]:
+        """Finish the changes on a worker: replace planned forward passes, and try what was changed
+        on the device that trains. Return the plans with what was found.
+
+        Raises:
+            JobError: when a replacement turns out to be wrong.
+            TrainingError: when a transform did not do what it had planned.
+        """
+        plans = install_all(self.job, model, plans, device, dtype)
+        return probe_all(self.job, model, plans, device, dtype)
+
+    def before_sharding(self, model: nn.Module) -> None:
+        """Change how FSDP2 will shard and gather; call it only if the model will be sharded."""
+        for transform in self:
+            transform.before_sharding(model)
+
+    def initialize(self, model: nn.Module, plans: Mapping[str, Plan], seed: int) -> dict[str, Plan]:
+        """Give values to parameters that transforms added, and compare weights that they changed
+        with those that were read. Call it on all ranks once the model's weights are loaded and
+        sharded. Return the plans with what was found.
+
+        Raises:
+            TrainingError: on all ranks, when weights differ from those that were read.
+        """
+        for transform in self:
+            transform.initialize(model, seed)
+        return loaded_all(self.job, model, plans)
+
+    def begin_step(self, model: nn.Module, step: int) -> None:
+        """Bring the model into its state for optimizer step `step` (from 0)."""
+        for transform in self:
+            transform.begin_step(model, step)
+
+    def begin_batch(
+        self, model: nn.Module, step: int, first: int, segments: tuple[tuple[int, ...], ...]
+    ) -> None:
+        """Prepare for a micro-batch's forward pass.
+
+        Args:
+            model: the model.
+            step: optimizer step (from 0).
+            first: place of the batch's first sequence among all of the step, over all workers.
+            segments: of each sequence the tokens of the conversations in it; padding follows.
+        """
+        for transform in self:
+            transform.begin_batch(model, step, first, segments)
+
+    def after_step(self, model: nn.Module) -> None:
+        """Follow up on new parameter values: after each optimizer step and after each load."""
+        for transform in self:
+            transform.after_step(model)
+
+    def switch(self, model: nn.Module, on: bool) -> None:
+        """Turn every transform that can be switched on or off."""
+        for transform in self:
+            transform.switch(model, on)
+
+    def switched_at(self, step: int) -> list[str]:
+        """Return a sentence for each transform that turns on or off with optimizer step `step`
+        (from 0).
+        """
+        return [t.switched(step) for t in self if t.is_on(step) != t.is_on(step - 1)]
+
+    def remedies(self, step: int) -> tuple[str, ...]:
+        """Return what the transforms suggest if the loss went wrong in step `step` (from 0)."""
+        return tuple(filter(None, (t.remedy(step) for t in self)))
+
+    def evaluated_as(self) -> str:
+        """Return how held-out rows are evaluated, as `fake-quantized`; empty for nothing special."""
+        return ", ".join(t.evaluated_as for t in self if t.evaluated_as)
+
+    def twins(self) -> Iterator[JobConfig]:
+        """Yield the jobs without one of the features that are trained before this one, to measure
+        it by; each has its own output_dir.
+        """
+        for transform in self:
+            folder = transform.twin_dir(self.job.output.output_dir)
+            if folder is None:
+                continue
+            output = self.job.output.model_copy(
+                update={
+                    "output_dir": folder,
+                    "resume_from_checkpoint": (
+                        None if self.job.output.overwrite_output_dir else True
+                    ),
+                    "compare_with": None,
+                    "export_model": True,  # what this run will be measured by
+                    "num_sample_answers": 0,
+                }
+            )
+            # It is called the bf16 twin: FP8 is off in it too.
+            off = (transform.name, "fp8")
+            others = tuple(
+                type(t)() if isinstance(t, Transform) and t.name in off else t
+                for t in self.job.transforms
+            )
+            yield replace(self.job, output=output, transforms=others)
+
+
 def enabled(job: JobConfig) -> list[Transform]:
     """Return the transforms the job asks for, in the order in which they are applied."""
-    return [t for t in job.transforms if isinstance(t, Transform) and t.enabled]
+    return list(Transforms(job))
 
 
 def check_all(job: JobConfig, facts: HardwareFacts) -> None:
