@@ -19,7 +19,7 @@ from typing import cast
 from torch import nn
 from transformers import PretrainedConfig
 
-from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
+from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 
 ROUTED_EXPERT = re.compile(r"\bexperts\.\d+\.")
 WITHOUT_ATTENTION = ("linear_attention", "mamba", "conv", "recurrent")
@@ -39,7 +39,7 @@ def training_flops_per_token(model: nn.Module, seq_len: float) -> float:
         if isinstance(module, nn.Embedding):
             continue
         share = active if ROUTED_EXPERT.search(fqn) else 1.0
-        if isinstance(module, QuantizedLinear):  # frozen, and packed
+        if isinstance(module, PackedLinear):  # frozen, and packed
             flops += module.in_features * module.out_features * share * 4
             continue
         for name, parameter in module.named_parameters(recurse=False):

@@ -21,7 +21,7 @@ from raytrain_adv.estimate.traffic import (
     compute_seconds,
     traffic,
 )
-from raytrain_adv.transforms.fp8 import Fp8
+from raytrain_adv.transforms.applied import Transforms
 
 HEAD_ROLES = ("gcs_server", "controller")
 """Processes on the head that every worker is connected to; a raylet serves its own node's."""
@@ -198,8 +198,6 @@ class Work:
             changes.append(
                 f"fsdp_shard_size: {per_node}, or the fewest workers that hold a copy (see memory)"
             )
-        fp8 = self.job.transform(Fp8)
-        if fp8.enabled and fp8.is_tensorwise and not fp8.fp8_enable_fsdp_float8_all_gather:
-            changes.append("fp8_enable_fsdp_float8_all_gather: true")
+        changes += filter(None, (t.gathers_less for t in Transforms(self.job)))
         changes.append("more tokens a pass: per_device_train_batch_size")
         return "; ".join(changes)

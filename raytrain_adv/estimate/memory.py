@@ -17,7 +17,7 @@ from raytrain_adv.config.workers import accumulation
 from raytrain_adv.estimate.flops import text_config
 from raytrain_adv.estimate.sizes import GIB, HostCopies, Passes, States, head_loss
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
-from raytrain_adv.ops.bitsandbytes.linear import num_weights, quantized_linears
+from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
 
 REDUCE_BYTES = 4
@@ -223,8 +223,8 @@ def _explanations(
 ) -> dict[str, str]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
-    quantized = {layer.form.kind for _, layer in quantized_linears(model)}
-    dtypes = [*sorted(quantized), *dtypes]
+    packed = {layer.form.kind for _, layer in packed_linears(model)}
+    dtypes = [*sorted(packed), *dtypes]
     over = f", over {states.shard_size} workers" if states.shard_size > 1 else ""
     optimizer = {"adamw_torch_8bit": "two states of 8 bits"}.get(
         job.train.optim, "two states in the parameters' dtype"

@@ -13,16 +13,16 @@ from raytrain_adv.estimate.activations import AttentionKind, read_layer
 from raytrain_adv.estimate.flops import text_config
 from raytrain_adv.model.build import decoder_layers
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
-from raytrain_adv.ops.bitsandbytes.linear import quantized_linears
+from raytrain_adv.ops.bitsandbytes.linear import packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
 from raytrain_adv.ops.loss.head import HeadLoss, loss_of
 from raytrain_adv.ops.loss.linear_cross_entropy import MOST_ROUNDINGS, chunk_tokens
 
 GIB = 2**30
-QUANTIZED_BLOCK = 256
-QUANTIZED_STATE_BYTES = 1 + 4 / QUANTIZED_BLOCK
+BLOCK_OF_8BIT = 256
+STATE_BYTES_IN_8BIT = 1 + 4 / BLOCK_OF_8BIT
 """torchao's 8-bit optimizer state: a byte per value and a float32 scale per block."""
-SMALLEST_QUANTIZED = 4096
+SMALLEST_IN_8BIT = 4096
 """Parameters with fewer elements keep plain states in torchao's 8-bit optimizer."""
 
 
@@ -99,7 +99,7 @@ class Passes:
     recomputed: float
     """Computed again while one layer's backward pass runs."""
     temporaries: float
-    """Gradients of activations in one layer's backward pass, and a quantized weight made whole."""
+    """Gradients of activations in one layer's backward pass, and a packed weight made whole."""
     logits: float
     """Logits, their gradient and the loss's copies, at their most."""
     logits_gradient: float
@@ -146,7 +146,7 @@ class Passes:
             kept_by_one=max(kept) * unit,
             recomputed=recomputed * unit,
             temporaries=max(x.backward_temporaries(size, kind, seq_len) for x in layers) * unit
-            + largest_dequantized(model) * size / GIB,
+            + largest_unpacked(model) * size / GIB,
             logits=loss.training(batch * seq_len) / GIB,
             logits_gradient=loss.gradient(batch * seq_len) / GIB,
             logits_eval=loss.evaluation(eval_tokens) / GIB,
@@ -256,9 +256,9 @@ def attention_kind(config: PretrainedConfig, job: JobConfig) -> AttentionKind:
     return "masked" if masked else "fused"
 
 
-def largest_dequantized(model: nn.Module) -> int:
-    """Return the weights of the largest quantized linear: one at a time is made whole."""
-    sizes = (m.in_features * m.out_features for _, m in quantized_linears(model))
+def largest_unpacked(model: nn.Module) -> int:
+    """Return the weights of the largest packed linear: one at a time is made whole."""
+    sizes = (m.in_features * m.out_features for _, m in packed_linears(model))
     return max(sizes, default=0)
 
 
@@ -278,8 +278,8 @@ def optimizer_bytes(trained: list[nn.Parameter], job: JobConfig, shard_size: int
         return 2 * num_bytes(trained) / shard_size
     total = 0.0
     for p in trained:
-        quantized = has_8bit_states(p, job, shard_size)
-        size = QUANTIZED_STATE_BYTES if quantized else p.element_size()
+        in_8bit = has_8bit_states(p, job, shard_size)
+        size = STATE_BYTES_IN_8BIT if in_8bit else p.element_size()
         total += 2 * p.numel() / shard_size * size
     return total
 
@@ -322,7 +322,7 @@ class HostCopies:
 def has_8bit_states(parameter: nn.Parameter, job: JobConfig, shard_size: int) -> bool:
     """Whether torchao's optimizer keeps a parameter's states in 8 bits."""
     local = parameter.numel() / shard_size
-    is_large = local >= SMALLEST_QUANTIZED and local % QUANTIZED_BLOCK == 0
+    is_large = local >= SMALLEST_IN_8BIT and local % BLOCK_OF_8BIT == 0
     return job.train.optim == "adamw_torch_8bit" and is_large
 
 

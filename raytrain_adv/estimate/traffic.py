@@ -9,7 +9,6 @@ Units: bytes, seconds; GB are 10^9 bytes. Workers are numbered node by node, as 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,9 +21,7 @@ from raytrain_adv.estimate.sizes import has_8bit_states, num_bytes
 from raytrain_adv.hardware import peak_flops
 from raytrain_adv.model.build import decoder_layers
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
-from raytrain_adv.transforms.fp8 import Fp8
-from raytrain_adv.transforms.lora import Lora
-from raytrain_adv.transforms.qat import Qat
+from raytrain_adv.transforms.applied import Transforms
 
 GB = 1e9
 COLLECTIVE_S = 8.4e-6
@@ -33,16 +30,6 @@ COLLECTIVE_S = 8.4e-6
 MFU = {"none": 0.574, "selective": 0.548, "full": 0.470}
 """gradient_checkpointing -> model FLOPs utilization on one H200, 8B shape, compiled, 8,192 tokens a
 pass. Source: jobs/benchmarks/results/llama3_8b_bf16.json."""
-FP8_SPEEDUP = 1.32
-"""Source: jobs/benchmarks/results/llama3_8b_fp8.json, tensorwise."""
-QAT_SPEED = 0.94
-"""Source: jobs/benchmarks/results/llama3_8b_qat.json, int4."""
-EAGER_SPEED = 0.856
-"""Source: jobs/benchmarks/results/layer_kernels.json: 743 ms compiled, 868 ms not."""
-LORA_SPEED = 0.885
-"""MFU under LoRA to that of full training: 599 ms for 0.71 of the operations. Source:
-jobs/benchmarks/results/fp8_pairs.json."""
-
 COPIED_B_S = 1.08e12
 """Bytes gathered and reduced per second of FSDP2's own copies of them: 8 % of the 8B shape's 742 ms
 on one H200, of 64.2 GB. Source: worker/parallel.py, needs_fsdp."""
@@ -99,15 +86,15 @@ def units(model: PreTrainedModel, job: JobConfig, shard_size: int) -> list[Unit]
     """Return what FSDP2 is applied to, as worker/parallel.py does it.
 
     A parameter is cut along its first dimension into equal parts for all ranks: rows are padded to
-    a multiple of them. It is sent in the compute dtype, quantized ones as their bytes, weights that
-    FP8 gathers as one byte a number.
+    a multiple of them. It is sent in the compute dtype, packed weights as their bytes, and what
+    transforms gather in another dtype in that one.
 
     Args:
         model: after its transforms, before sharding; the meta device is enough.
         job: the resolved job.
         shard_size: ranks that share a copy.
     """
-    in_float8 = {id(p) for p in _gathered_in_float8(model, job)}
+    sizes = {id(p): size for p, size in Transforms(job).gathered(model).items()}
     layers = [list(layer.parameters()) for _, layer in decoder_layers(model)]
     inside = {id(p) for layer in layers for p in layer}
     outside = [p for p in model.parameters() if id(p) not in inside]
@@ -117,7 +104,7 @@ def units(model: PreTrainedModel, job: JobConfig, shard_size: int) -> list[Unit]
         for p in parameters:
             padded = _padded(p, shard_size)
             size = compute_dtype(job).itemsize if p.is_floating_point() else p.element_size()
-            gathered += padded * (1 if id(p) in in_float8 else size)
+            gathered += padded * sizes.get(id(p), size)
             reduced += padded * REDUCE_BYTES if p.requires_grad else 0
         found.append(Unit(gathered, reduced))
     return found
@@ -126,18 +113,6 @@ def units(model: PreTrainedModel, job: JobConfig, shard_size: int) -> list[Unit]
 def _padded(parameter: nn.Parameter, shard_size: int) -> int:
     rows = parameter.shape[0] if parameter.ndim else 1
     return -(-rows // shard_size) * shard_size * (parameter.numel() // max(rows, 1))
-
-
-def _gathered_in_float8(model: nn.Module, job: JobConfig) -> Iterator[nn.Parameter]:
-    """Yield the weights that Fp8.before_sharding has FSDP2 gather in float8."""
-    fp8 = job.transform(Fp8)
-    if not (fp8.enabled and fp8.fp8_enable_fsdp_float8_all_gather):
-        return
-    from torchao.float8.float8_linear import Float8Linear
-
-    for module in model.modules():
-        if isinstance(module, Float8Linear):
-            yield module.weight
 
 
 def traffic(model: PreTrainedModel, job: JobConfig, world_size: int) -> Traffic:
@@ -243,7 +218,7 @@ def compute_seconds(
         operations / (the GPU's dense bf16 peak x the MFU measured on one H200)
         + (bytes gathered + bytes reduced) / COPIED_B_S
 
-    The MFU is that of the nearest measured job: by gradient_checkpointing, FP8, QAT, LoRA and
+    The MFU is that of the nearest measured job: by gradient_checkpointing, transforms and
     torch_compile. Fewer tokens a pass than the 8,192 of the measurement reach less.
 
     Args:
@@ -254,9 +229,7 @@ def compute_seconds(
         moved: what FSDP2 moves in the step.
     """
     mfu = MFU[checkpointing_mode(job)]
-    mfu *= FP8_SPEEDUP if job.transform(Fp8).enabled else 1.0
-    mfu *= QAT_SPEED if job.transform(Qat).enabled else 1.0
-    mfu *= LORA_SPEED if job.transform(Lora).enabled else 1.0
+    mfu *= math.prod(transform.speed for transform in Transforms(job))
     mfu *= 1.0 if job.parallel.torch_compile else EAGER_SPEED
     peak = peak_flops(gpu, "bf16") or peak_flops("H100", "bf16")
     assert peak is not None  # the table has an H100
@@ -300,8 +273,8 @@ def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[floa
     for p in model.parameters():
         if not p.requires_grad:
             continue
-        size, quantized = p.element_size(), has_8bit_states(p, job, shard_size)
-        states = 2 * (4 if quantized else size) if with_states else 0
+        size, in_8bit = p.element_size(), has_8bit_states(p, job, shard_size)
+        states = 2 * (4 if in_8bit else size) if with_states else 0
         values += p.numel() * (size + states)
         entries += 3 * shard_size + 1 if with_states else shard_size
     return values + entries * (PART_BYTES + ENTRY_BYTES), entries * ENTRY_BYTES

@@ -71,7 +71,7 @@ class Piece:
     """Whether the files' metadata names it; see `describe`."""
 
 
-def write_quantized(
+def write_converted(
     source: Path,
     folder: Path,
     job: JobConfig,

@@ -132,7 +132,7 @@ def require_compiled() -> None:
     """Have a layer that torch.compile gives up on raise, where it would run eager from then on.
 
     All layers of a kind are one piece of code to it, compiled for training and evaluation, with
-    fake quantization and without, for one length and for any: 8, its default, are soon reached.
+    a feature on and off, for one length and for any: 8, its default, are soon reached.
     """
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.fail_on_recompile_limit_hit = True

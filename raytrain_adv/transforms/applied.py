@@ -169,6 +169,11 @@ class Transforms:
             for t in self
         }
 
+    @property
+    def converts(self) -> str:
+        """What is exported next to the trained model, as `quantized`; empty for nothing."""
+        return next((t.converts for t in self if t.converts), "")
+
     def begin_step(self, model: nn.Module, step: int) -> None:
         """Bring the model into its state for optimizer step `step` (from 0)."""
         for transform in self:

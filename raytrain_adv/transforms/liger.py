@@ -216,8 +216,7 @@ class Liger(Transform):
         from raytrain_adv.trial.sites import alike, tried_out
 
         if job.parallel.torch_compile:
-            for fqn in plan.changes:
-                _require_understood(vars(model.get_submodule(fqn))["forward"].__func__)
+            require_operators(model, plan)
         sentences = []
         layers = {fqn: change.after for fqn, change in plan.changes.items()}
         for layer, fqns in alike(model, layers):
@@ -285,6 +284,16 @@ def _bind_rotary(model: nn.Module) -> None:
         if type(module) not in of_class:
             of_class[type(module)] = _with_names(forward, {ROTARY: liger_rotary_pos_emb})
         module.forward = MethodType(of_class[type(module)], module)
+
+
+def require_operators(model: nn.Module, plan: Plan) -> None:
+    """Refuse layers that torch.compile would compile wrongly.
+
+    Raises:
+        JobError: for a layer of Liger's that has no operator in ops/liger_layers.py.
+    """
+    for fqn in plan.changes:
+        _require_understood(vars(model.get_submodule(fqn))["forward"].__func__)
 
 
 def _require_understood(forward: FunctionType) -> None:

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
-    from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
+    from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
     from raytrain_adv.ops.bitsandbytes.quantize import Form
 
-OWN = "raytrain_adv.ops.bitsandbytes.linear.QuantizedLinear"
+OWN = "raytrain_adv.ops.bitsandbytes.linear.PackedLinear"
 BLOCK = 64
 """Weights of a row that share a scale in 4 bits."""
 PROBED = (2048, 256, 192)
@@ -204,12 +204,12 @@ class QuantizedBase(Transform):
         """Replace each planned linear by a frozen one whose weight is quantized."""
         from torch import nn
 
-        from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
+        from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 
         for fqn in plan.changes:
             old = model.get_submodule(fqn)
             if isinstance(old, nn.Linear):
-                model.set_submodule(fqn, QuantizedLinear.of(old, self.form))
+                model.set_submodule(fqn, PackedLinear.of(old, self.form))
 
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
@@ -248,9 +248,9 @@ class QuantizedBase(Transform):
             TrainingError: on all ranks, when weights are missing, are further away than rounding
                 explains, or would be trained.
         """
-        from raytrain_adv.ops.bitsandbytes.linear import quantized_linears
+        from raytrain_adv.ops.bitsandbytes.linear import packed_linears
 
-        read = {f: m for f, m in quantized_linears(model) if m.distance is not None}
+        read = {f: m for f, m in packed_linears(model) if m.distance is not None}
         found = dict(zip(read, distances(list(read.values())), strict=True))
         wrong = [f"{fqn} was not read" for fqn in plan.changes if fqn not in read]
         wrong += [
@@ -286,7 +286,7 @@ def readable(num_bytes: float) -> str:
     return f"{gib:,.2f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.2f} MiB"
 
 
-def distances(layers: list[QuantizedLinear]) -> list[tuple[float, float, float]]:
+def distances(layers: list[PackedLinear]) -> list[tuple[float, float, float]]:
     """Return per layer, over all ranks, the squared difference from the originals, their squared
     norm, and the largest difference as a share of what rounding explains; a collective.
     """
@@ -307,7 +307,7 @@ def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype
     import torch
     from torch import nn
 
-    from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
+    from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
     from raytrain_adv.ops.bitsandbytes.quantize import bitsandbytes
 
     tokens, columns, rows = PROBED
@@ -322,7 +322,7 @@ def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype
             return torch.randn(*shape, dtype=dtype, generator=generator)
 
         weight, x, pull = 0.02 * drawn(rows, columns), drawn(tokens, columns), drawn(tokens, rows)
-        ours = QuantizedLinear.of(plain, form).to_empty(device=device)
+        ours = PackedLinear.of(plain, form).to_empty(device=device)
         ours.take(weight, device)
         x.requires_grad_()
         values = ours(x)

@@ -30,8 +30,8 @@ from raytrain_adv.errors import JobError, StorageError, TrainingError
 from raytrain_adv.export.folder import GIB, NewFolder, folder_gib
 from raytrain_adv.export.merge import export_merged
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.export.quantize import write_quantized
-from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, compare_quantized, fake_quantized_logits
+from raytrain_adv.export.quantize import write_converted
+from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, compare_converted, converted_logits
 from raytrain_adv.model import weights
 from raytrain_adv.model.build import build, read_config
 from raytrain_adv.model.files import nearest_folders
@@ -146,7 +146,7 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
         raise _not_asked_for(f"{source} is a model folder already")
     target = _new(Path(output))
     new = NewFolder(target, CPU)
-    new.run(lambda: write_quantized(source, new.partial, job, dtype, CPU, require=new.require_now))
+    new.run(lambda: write_converted(source, new.partial, job, dtype, CPU, require=new.require_now))
     compared: list[str] = []
     new.run(lambda: compared.append(_compared(job, new.partial, dtype)))
     new.publish()
@@ -200,11 +200,11 @@ def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
     model, _ = _prepared(job)
     weights.load_pretrained(model, job, CPU)
     tokens = tokens.unsqueeze(0)
-    reference = fake_quantized_logits(model, job, tokens, dtype)
+    reference = converted_logits(model, job, tokens, dtype)
     attention = model.config._attn_implementation
     del model
     try:
-        found = compare_quantized(folder, job, tokens, reference, attention)
+        found = compare_converted(folder, job, tokens, reference, attention)
     except TrainingError as error:
         what = "the quantized model does not compute what its source does with fake quantization"
         raise TrainingError(what, error.found, DEFECT) from error
@@ -277,10 +277,10 @@ def _merge_run(
         f"adapter, whose largest is {merged.largest:.3g}\n"
         f"           ({merged.num_tokens} tokens; sums are rounded to the written dtype)"
     )
-    if merged.unquantized_difference is not None:
+    if merged.plain_difference is not None:
         print(
             "           merged into the weights as they were before, they would differ by "
-            f"{merged.unquantized_difference:.3g}"
+            f"{merged.plain_difference:.3g}"
         )
 
 

@@ -28,7 +28,7 @@ from raytrain_adv.estimate.memory import MemoryPrediction
 from raytrain_adv.hardware import GIB, HardwareFacts
 from raytrain_adv.model.attention import attention_name
 from raytrain_adv.model.build import build, decoder_layers
-from raytrain_adv.ops.bitsandbytes.linear import num_weights, quantized_linears
+from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.run.schedule import Arithmetic, resolve_arithmetic
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.transform import Plan
@@ -247,7 +247,7 @@ def show(
 
 def _dtypes(model: nn.Module) -> tuple[str, ...]:
     plain = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
-    return (*sorted({m.form.kind for _, m in quantized_linears(model)}), *sorted(plain))
+    return (*sorted({m.form.kind for _, m in packed_linears(model)}), *sorted(plain))
 
 
 def _workers(job: JobConfig, asked: int | None, facts: HardwareFacts) -> tuple[int, str]:

@@ -19,9 +19,9 @@ from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver.commands import export
 from raytrain_adv.errors import TrainingError
-from raytrain_adv.export import quantized_model
+from raytrain_adv.export import converted_model
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.export.quantize import write_quantized
+from raytrain_adv.export.quantize import write_converted
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
 from raytrain_adv.transforms.applied import Transforms
@@ -127,7 +127,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
         folders[case].mkdir()
         dtype = torch.bfloat16 if job.train.pure_bf16 else torch.float32
         source = Path(job.model.model_name_or_path)
-        write_quantized(source, folders[case], job, dtype, CPU, 12_000)
+        write_converted(source, folders[case], job, dtype, CPU, 12_000)
         model = trained(job)
         with torch.no_grad():
             logits = model(input_ids=TOKENS.unsqueeze(0)).logits
@@ -204,7 +204,7 @@ def test_linears_that_transformers_splits_while_it_loads_are_quantized_by_their_
     register_checkpoint_conversion_mapping("qwen2", [split], overwrite=True)
     try:
         out.mkdir()
-        write_quantized(source, out, job, torch.bfloat16, CPU)
+        write_converted(source, out, job, torch.bfloat16, CPU)
         with torch.no_grad():
             wanted = trained(job)(input_ids=TOKENS.unsqueeze(0)).logits
     finally:
@@ -225,7 +225,7 @@ def test_float8_products_leave_out_linears_of_sizes_they_cannot_take(tmp_path: P
 
 def corrupted(*args: Any, **named: Any) -> None:
     """Write as ever, then double a scale."""
-    write_quantized(*args, **named)
+    write_converted(*args, **named)
     file = args[1] / "model.safetensors"
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
@@ -238,7 +238,7 @@ def test_a_quantized_model_that_computes_something_else_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, out = qat_job("llama", tmp_path, **INT4), tmp_path / "run" / "model"
-    monkeypatch.setattr(quantized_model, "write_quantized", corrupted)
+    monkeypatch.setattr(converted_model, "write_converted", corrupted)
     with pytest.raises(TrainingError, match="does not compute what was trained") as error:
         export_model(trained(job), job, out, input_ids=TOKENS)
     assert "logits differ by" in error.value.found and "bit for bit" in error.value.found
@@ -352,7 +352,7 @@ def test_ptq_that_computes_something_else_leaves_no_folder(
     source = str(write_checkpoint("llama", tmp_path / "m"))
     keys = ["--output", str(tmp_path / "ptq"), "enable_qat=true", "qat_group_size=8"]
 
-    monkeypatch.setattr(export, "write_quantized", corrupted)
+    monkeypatch.setattr(export, "write_converted", corrupted)
     assert main(["export", source, *keys]) == 3
     assert "does not compute what its source does" in capsys.readouterr().err
     assert not (tmp_path / "ptq").exists()

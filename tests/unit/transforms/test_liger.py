@@ -16,7 +16,7 @@ from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.ops import liger_layers
 from raytrain_adv.transforms import Change, Plan
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.liger import Liger, _globals_kept
+from raytrain_adv.transforms.liger import Liger, _globals_kept, require_operators
 from tests.kernel_folders import ACTIVATION, write_kernel
 from tests.tiny_models import KINDS, SIZES, job_for
 
@@ -54,23 +54,21 @@ def test_compiled_all_that_true_takes_is_known_not_to_write_over_weights(kind, t
     """torch.compile does not see what Liger's kernels write to."""
     job, model = model_of(kind, tmp_path, use_liger_kernel=True, torch_compile=True)
     plan = Transforms(job).prepare(model)["liger"]
-    device = torch.device("cuda")
-    assert job.transform(Liger).install(model, plan, job, device, torch.bfloat16) is plan
+    require_operators(model, plan)
     norm = model.model.norm.forward.__func__
     assert norm.__globals__["LigerRMSNormFunction"] is liger_layers.RMSNormFunction
 
 
 def test_compiled_a_layer_that_is_not_known_is_refused(tmp_path):
     """Mixtral's experts; its norms alone are fine."""
-    cuda, bf16 = torch.device("cuda"), torch.bfloat16
     job, model = model_of("mixtral", tmp_path, use_liger_kernel=True, torch_compile=True)
     plan = Transforms(job).prepare(model)["liger"]
     with pytest.raises(JobError, match=r"may compile Liger.s Liger\w+ wrongly"):
-        job.transform(Liger).install(model, plan, job, cuda, bf16)
+        require_operators(model, plan)
     norms = {"use_liger_kernel": {"rms_norm": True}, "torch_compile": True}
     job, model = model_of("mixtral", tmp_path / "norms", **norms)
     plan = Transforms(job).prepare(model)["liger"]
-    assert job.transform(Liger).install(model, plan, job, cuda, bf16) is plan
+    require_operators(model, plan)
 
 
 def test_other_models_of_the_process_stay_as_they_are(tmp_path):

@@ -99,7 +99,7 @@ def test_noise_of_another_size_or_on_padding_stops_the_job(tmp_path):
     model = build(job)
     plans = Transforms(job).prepare(model, CPU)
     noise_of(model.model.embed_tokens).__class__ = Wrong
-    with pytest.raises(TrainingError, match="not what it should be") as caught:
+    with pytest.raises(TrainingError, match="The noise of NEFTune is wrong") as caught:
         Transforms(job).install(model, plans, DEVICE, FLOAT32)
     assert "padding has noise" in caught.value.found
     assert "another one when it is made again" in caught.value.found
