@@ -30,6 +30,9 @@ COLLECTIVE_S = 8.4e-6
 MFU = {"none": 0.574, "selective": 0.548, "full": 0.470}
 """gradient_checkpointing -> model FLOPs utilization on one H200, 8B shape, compiled, 8,192 tokens a
 pass. Source: jobs/benchmarks/results/llama3_8b_bf16.json."""
+EAGER_SPEED = 0.856
+"""Source: jobs/benchmarks/results/layer_kernels.json: 743 ms compiled, 868 ms not."""
+
 COPIED_B_S = 1.08e12
 """Bytes gathered and reduced per second of FSDP2's own copies of them: 8 % of the 8B shape's 742 ms
 on one H200, of 64.2 GB. Source: worker/parallel.py, needs_fsdp."""

@@ -18,6 +18,7 @@ from raytrain_adv.model.files import (
     model_source,
     nearest_folders,
 )
+from raytrain_adv.transforms import discover
 from raytrain_adv.transforms.lora import Lora
 
 CAUSAL_CLASS = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
@@ -190,16 +191,9 @@ def unreadable(job: JobConfig, error: Exception) -> JobError:
 
 
 def refuse_kind(name: str, raw: dict[str, Any]) -> None:
-    """Refuse checkpoints that are quantized, encoder-decoder, or not causal language models."""
-    quantization = raw.get("quantization_config")
-    if quantization:
-        known = isinstance(quantization, dict)
-        method = quantization.get("quant_method", "unknown method") if known else quantization
-        raise JobError(
-            f"{name} holds quantized weights",
-            f"config.json has quantization_config ({method})",
-            "use the unquantized checkpoint it was made from",
-        )
+    """Refuse checkpoints with rounded weights, encoder-decoders, and what is no causal model."""
+    for kind in discover():
+        kind.refuse_checkpoint(name, raw)
     named = raw.get("architectures")
     classes = [str(name) for name in named] if isinstance(named, list) else []
     is_causal = any(CAUSAL_CLASS.search(c) for c in classes)

@@ -156,7 +156,7 @@ def _bars(report: SweepReport, key: str, measured: Sequence[TrialReport]) -> str
 
 
 def _number(trial: TrialReport, key: str) -> float | None:
-    """Return a trial's value of a key as a number; quantizing from the start is a delay of 0."""
+    """Return a trial's value of a key as a number; no delay is one of 0."""
     value: Any = trial.values.get(key)
     if key == SWITCH and value is None:
         return 0.0

@@ -54,9 +54,6 @@ class Fp8(Transform):
     imports: ClassVar[tuple[str, ...]] = ("torchao",)
     proven_by: ClassVar[str] = "aten::_scaled_mm"
     speed: ClassVar[float] = 1.32  # jobs/benchmarks/results/llama3_8b_fp8.json, tensorwise
-    spellings: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("enable_fp8", "use_fp8", "float8", "fp8_training"), "fp8"
-    )
 
     fp8: bool = False
     """Compute the products of the linears in FP8: needs H100, H200 or newer GPUs."""

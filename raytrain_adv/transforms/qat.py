@@ -61,7 +61,6 @@ class Qat(Transform):
     evaluated_as: ClassVar[str] = "fake-quantized"
     speed: ClassVar[float] = 0.94  # jobs/benchmarks/results/llama3_8b_qat.json, int4
     converts: ClassVar[str] = "quantized"
-    spellings: ClassVar[dict[str, str]] = {"use_qat": "enable_qat", "qat": "enable_qat"}
     excludes: ClassVar[dict[str, str]] = {
         "use_dora": "DoRA computes with the base weights themselves, which would not be rounded"
     }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.errors import TrainingError
+from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms.modules import (
     LINEAR,
@@ -51,9 +51,6 @@ class QuantizedBase(Transform):
     imports: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter"})
     proven_by: ClassVar[str] = "raytrain_adv::dequantize"
-    spellings: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("load_in_4bit", "load_in_8bit", "qlora"), "quantization_bit"
-    )
     excludes: ClassVar[dict[str, str]] = {
         "fp8": "FP8 and standard quantization are mutually exclusive",
         "enable_qat": "QAT and standard quantization are mutually exclusive",
@@ -109,6 +106,19 @@ class QuantizedBase(Transform):
         if key == "quantization_method" and value in OTHER_METHODS:
             return f"{value} is not in this version; bitsandbytes (bnb) quantizes as it loads"
         return "bitsandbytes has 4 and 8 bits" if key == "quantization_bit" else ""
+
+    @classmethod
+    def refuse_checkpoint(cls, name: str, config: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose weights are quantized already."""
+        found = config.get("quantization_config")
+        if found:
+            known = isinstance(found, dict)
+            method = found.get("quant_method", "unknown method") if known else found
+            raise JobError(
+                f"{name} has quantized weights",
+                f"config.json has quantization_config ({method})",
+                "use the unquantized checkpoint it was made from",
+            )
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse keys of 4 bits together with 8."""

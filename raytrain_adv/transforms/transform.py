@@ -90,6 +90,18 @@ class Transform(Section):
     speed: ClassVar[float] = 1.0
     """Measured speed of a step, relative to the same step without the feature."""
 
+    @classmethod
+    def refuse_checkpoint(cls, name: str, config: Mapping[str, Any]) -> None:
+        """Raise if a checkpoint cannot be trained from, whether or not the feature is on.
+
+        Args:
+            name: the checkpoint's.
+            config: its config.json.
+
+        Raises:
+            JobError: naming what was found there.
+        """
+
     def check(self, facts: HardwareFacts) -> None:
         """Raise if this machine or this software cannot do what the keys enable.
 

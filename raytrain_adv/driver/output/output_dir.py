@@ -15,6 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
+from raytrain_adv.config.discovery import transform_types
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.output.replace import Replaced, is_inside, put_back, set_aside
 from raytrain_adv.errors import JobError
@@ -39,12 +40,11 @@ ENDED = {
 """A run's status -> what is said of its job."""
 Record = Mapping[str, Any]
 """What run.json holds."""
-MODELS = ("model", "model-quantized")
+MODELS = ("model", *(f"model-{kind.converts}" for kind in transform_types() if kind.converts))
 """Folders of trained weights in output_dir."""
 OURS = (
     *MODELS,
-    ".model.partial",
-    ".model-quantized.partial",
+    *(f".{name}.partial" for name in MODELS),
     "report.json",
     "report.html",
     "metrics.jsonl",

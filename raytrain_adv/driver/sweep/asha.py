@@ -1,5 +1,5 @@
 """Which trials of a sweep are stopped early: asynchronous successive halving that waits for each
-trial's own switch to fake quantization.
+trial's own switch of a feature.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Rungs:
     A trial is compared at the first evaluation at or after a rung's step, with those that were
     there before it, and goes on if it is among the best one in `factor` of them: the rule of ASHA
     (Li et al., 2018, arXiv:1810.05934), as Ray Tune's ASHAScheduler has it. That one counts every
-    trial's steps from 0, so that a trial which begins to quantize late would be judged by what it
+    trial's steps from 0, so that a trial which switches it on late would be judged by what it
     was before; here a trial meets only rungs from its own switch plus the grace period on.
 
     Values are losses: the lowest is the best.

@@ -101,7 +101,7 @@ def called_cross_entropy(
     logit_map: LogitMap,
 ) -> torch.Tensor:
     """Return what linear_cross_entropy does, of any head: its forward is called for each chunk, so
-    that adapters, FP8 and fake quantization stay on.
+    that what other features put on it stays on.
 
     Args:
         hidden: [tokens, hidden].
