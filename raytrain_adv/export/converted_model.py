@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.export.convert import add_adapter, write_converted
 from raytrain_adv.export.folder import NewFolder
-from raytrain_adv.export.quantize import add_adapter, write_converted
 from raytrain_adv.export.verify import (
     MOST_TOKENS,
     Comparison,

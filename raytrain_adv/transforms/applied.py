@@ -171,7 +171,7 @@ class Transforms:
 
     @property
     def converts(self) -> str:
-        """What is exported next to the trained model, as `quantized`; empty for nothing."""
+        """Suffix of the folder that is exported next to the trained model; empty for none."""
         return next((t.converts for t in self if t.converts), "")
 
     def begin_step(self, model: nn.Module, step: int) -> None:

@@ -27,10 +27,10 @@ from raytrain_adv.config.yaml_source import read_value
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.driver.output.output_dir import RUN_FILE, storage_path
 from raytrain_adv.errors import JobError, StorageError, TrainingError
+from raytrain_adv.export.convert import write_converted
 from raytrain_adv.export.folder import GIB, NewFolder, folder_gib
 from raytrain_adv.export.merge import export_merged
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.export.quantize import write_converted
 from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, compare_converted, converted_logits
 from raytrain_adv.model import weights
 from raytrain_adv.model.build import build, read_config
