@@ -20,7 +20,7 @@ from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import GIB, folder_gib
 from raytrain_adv.export.quantize import DEPRECATION
 from raytrain_adv.model.parallel import compute_dtype
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.qat import Qat
 
 MOST_TOKENS = 256
@@ -164,7 +164,7 @@ def trained_logits(
 def plain_forwards(model: PreTrainedModel, job: JobConfig) -> Iterator[None]:
     """Have modules compute by their class's forward pass where a kernel's is bound to them."""
     kept: dict[Any, Any] = {}
-    if any(t.stage == "kernel" for t in enabled(job)):
+    if any(t.stage == "kernel" for t in Transforms(job)):
         kept = {m: m.__dict__.pop("forward") for m in model.modules() if "forward" in vars(m)}
     try:
         yield
@@ -224,7 +224,7 @@ def why_not_exact(job: JobConfig, trained_on: torch.device, device: torch.device
     # Kernels are off for the comparison, and noise is for training alone.
     exact = {"lora", "qat", "neftune"} | (set() if job.transform(Qat).excluded else {"fp8"})
     others = [
-        t.name for t in enabled(job) if t.name not in exact and t.stage not in ("loss", "kernel")
+        t.name for t in Transforms(job) if t.name not in exact and t.stage not in ("loss", "kernel")
     ]
     return f"{', '.join(others)} rounds at other places than the plain model" if others else ""
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.build import decoder_layers
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -114,8 +114,7 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
         require_compiled()
     shard_module = None
     if needs_fsdp(model, job, mesh):
-        for transform in enabled(job):
-            transform.before_sharding(model)
+        Transforms(job).before_sharding(model)
         shard_module = _sharder(job, mesh)
     for fqn, layer in decoder_layers(model):
         if mode != "none":

@@ -32,7 +32,7 @@ from raytrain_adv.driver.preflight.probe import Read, Reading, read_nodes
 from raytrain_adv.driver.training import trainer
 from raytrain_adv.errors import ClusterError
 from raytrain_adv.hardware import package_versions
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 from tests.readings import A100, H100, node_with, without
 
 READINGS = {"H100": node_with(H100), "A100": node_with(A100), "": node_with()}
@@ -88,7 +88,7 @@ def test_an_fp8_job_is_placed_on_the_h100_node_only(simulated, make_job):
         return ",".join(nodes)
 
     job = make_job(ray_num_workers=2, fp8=True, bf16=True)
-    found = verdicts.look_at(connect.settle(job, False), enabled(job), by_kind())
+    found = verdicts.look_at(connect.settle(job, False), Transforms(job), by_kind())
     placement = verdicts.settled(job, connect.settle(job, False), found)
     assert placement.label_selector == {"ray.io/node-id": f"!in({id_of('A100')})"}
     result = TorchTrainer(
@@ -119,7 +119,7 @@ def test_too_many_workers_are_refused_at_once_and_nothing_is_reserved(simulated,
     before = len(placement_group_table())
     start = time.monotonic()
     placement = connect.settle(job, False)
-    found = verdicts.look_at(placement, enabled(job), by_kind())
+    found = verdicts.look_at(placement, Transforms(job), by_kind())
     with pytest.raises(ClusterError, match="FP8 requires Hopper") as error:
         verdicts.settled(job, placement, found)
     assert time.monotonic() - start < 3
@@ -184,7 +184,7 @@ def test_a_node_that_dies_during_the_probe_is_left_out_and_the_others_are_used(s
         return {**by_kind(H200="")(nodes), lost: answers[lost]}
 
     start = time.monotonic()
-    found = verdicts.look_at(placement, enabled(job), read)
+    found = verdicts.look_at(placement, Transforms(job), read)
     assert time.monotonic() - start < 15
     placed = verdicts.settled(job, placement, found)
     assert lost in placed.avoided and id_of("H100") not in placed.avoided

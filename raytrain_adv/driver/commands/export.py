@@ -38,7 +38,7 @@ from raytrain_adv.model.files import nearest_folders
 from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.text import disk
-from raytrain_adv.transforms.applied import loaded_all, prepare_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.transforms.quantized_base import QuantizedBase
@@ -357,7 +357,7 @@ def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
     model, plans = _prepared(job)
     if job.transform(Lora).enabled:
         weights.load_pretrained(model, job, CPU)
-    loaded_all(job, model, plans)
+    Transforms(job).initialize(model, plans, job.train.seed)
     with warnings.catch_warnings():  # PyTorch's, that there is one process: so it is meant
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save.load(found, model)
@@ -372,7 +372,7 @@ def _prepared(job: JobConfig) -> tuple[PreTrainedModel, dict[str, Plan]]:
     if job.transform(QuantizedBase).enabled:
         job.transform(QuantizedBase).check(facts)
     model = build(job)
-    plans = prepare_all(job, model, facts)
+    plans = Transforms(job).prepare(model, facts)
     weights.materialize(model, CPU)
     return model, plans
 

@@ -15,7 +15,7 @@ from raytrain_adv.driver.preflight import (
 )
 from raytrain_adv.driver.preflight.probe import Read, read_nodes
 from raytrain_adv.driver.preflight.verdicts import Preflight
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 
 
 def show(job: JobConfig | None, read: Read = read_nodes) -> None:
@@ -34,7 +34,7 @@ def show(job: JobConfig | None, read: Read = read_nodes) -> None:
         _print(console, verdicts.look_at(connect.one_worker(started_here), (), read))
         return
     placement = connect.settle(job, started_here)
-    found = verdicts.look_at(placement, enabled(job), read)
+    found = verdicts.look_at(placement, list(Transforms(job)), read)
     _print(console, found)
     placement = verdicts.settled(job, placement, found)
     with console.status("reading the data"):

@@ -30,7 +30,7 @@ from raytrain_adv.model.attention import attention_name
 from raytrain_adv.model.build import build, decoder_layers
 from raytrain_adv.ops.bitsandbytes.linear import num_weights, quantized_linears
 from raytrain_adv.run.schedule import Arithmetic, resolve_arithmetic
-from raytrain_adv.transforms.applied import enabled, prepare_all, with_advice
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.transform import Plan
 
 __all__ = ["DataSummary", "RunPlan", "render", "render_brief", "resolve", "show"]
@@ -135,10 +135,10 @@ def resolve(
     model = build(job)
     seq_len = pad_to(job).length(summary.longest)
     num_tokens = job.train.per_device_train_batch_size * seq_len
-    transforms = with_advice(job, prepare_all(job, model, facts), num_tokens)
+    transforms = Transforms(job)
+    plans = transforms.prepare(model, facts, num_tokens)
     arithmetic = resolve_arithmetic(job, summary.num_sequences, world_size)
-    for transform in enabled(job):
-        transform.check_length(arithmetic.total_steps)
+    transforms.check_length(arithmetic.total_steps)
     case = Case(job, model, world_size, seq_len)
     gpus = _gpus(facts)
     flops = training_flops_per_token(model, seq_len)
@@ -152,7 +152,7 @@ def resolve(
         data=summary,
         arithmetic=arithmetic,
         seq_len=seq_len,
-        transforms=transforms,
+        transforms=plans,
         memory=memory,
         host=HostNeed.of(memory, min(world_size, _workers_per_node(facts, assumed))),
         host_gib=_host_gib(facts),

@@ -10,7 +10,7 @@ from raytrain_adv.driver.output.output_dir import decided
 from raytrain_adv.errors import ClusterError, JobError, StorageError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.text import plural
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 
 
 def remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def _output(job: JobConfig) -> Iterator[str]:
 
 
 def _refusals(job: JobConfig, facts: HardwareFacts) -> Iterator[str]:
-    for transform in enabled(job):
+    for transform in Transforms(job):
         try:
             transform.check(facts)
         except ClusterError as error:

@@ -15,7 +15,7 @@ from raytrain_adv.driver.preflight import verdicts
 from raytrain_adv.driver.preflight.probe import Read
 from raytrain_adv.driver.preflight.verdicts import Preflight
 from raytrain_adv.errors import ClusterError
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _asked(job: JobConfig) -> str:
 
 def _room(job: JobConfig, started_here: bool, read: Read) -> tuple[int, Preflight, Placement]:
     placement = connect.settle(job, started_here)
-    found = verdicts.look_at(placement, enabled(job), read)
+    found = verdicts.look_at(placement, list(Transforms(job)), read)
     placement = verdicts.settled(job, placement, found)
     nodes = [verdict.node for verdict in found.accepted]
     return trials_at_once(nodes, placement, job.ray.placement_strategy), found, placement

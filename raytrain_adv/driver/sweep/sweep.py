@@ -36,7 +36,7 @@ from raytrain_adv.report.sweep_table import render
 from raytrain_adv.run.schedule import resolve_arithmetic
 from raytrain_adv.storage import metrics_file
 from raytrain_adv.storage.storage import Storage
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 
 TRIALS = "trials"
 OURS = (TRIALS, output_dir.SWEEP_FILE, "sweep.html", "best_job.yaml")
@@ -215,11 +215,10 @@ def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
 
 
 def _check_length(trial: Trial, total_steps: int) -> None:
-    for transform in enabled(trial.job):
-        try:
-            transform.check_length(total_steps)
-        except JobError as error:
-            raise JobError(error.what, f"trial {trial.name}: {error.found}", error.fix) from error
+    try:
+        Transforms(trial.job).check_length(total_steps)
+    except JobError as error:
+        raise JobError(error.what, f"trial {trial.name}: {error.found}", error.fix) from error
 
 
 def _say(sentence: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from ray.util.metrics import Gauge
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 
 PREFIX = "raytrain_adv_"
 FROM_ROW = {
@@ -27,7 +27,7 @@ FROM_ROW = {
 """Key of a logging step's row -> name and meaning of what is exported."""
 DATA_WAIT = ("data_wait_seconds", "Seconds per step that this rank waited for data.")
 RESTARTS = ("restarts", "How often the run's workers were restarted.")
-TRANSFORM_ON = ("transform_on", "1 while a feature of the job is on (fake quantization), else 0.")
+TRANSFORM_ON = ("transform_on", "1 while a feature of the job is on, else 0.")
 TAGS = ("run", "rank")
 REPEAT_S = 5.0
 """Ray forgets a value that is not set again within two of its 10 s (ray 2.60), and a logging step
@@ -47,7 +47,7 @@ class RunMetrics:
     def __init__(self, job: JobConfig, run: str, rank: int, restarts: int) -> None:
         self._tags = {"run": run, "rank": str(rank)}
         self._logging_steps = job.output.logging_steps
-        self._transforms = enabled(job)
+        self._transforms = Transforms(job)
         more = {TRANSFORM_ON[0]: ("transform",)}
         named = (*FROM_ROW.values(), DATA_WAIT, RESTARTS, TRANSFORM_ON)
         self._gauges = {

@@ -42,7 +42,7 @@ from raytrain_adv.driver.training.failures import (
     stopped,
     translated,
 )
-from raytrain_adv.driver.training.twin import beside_its_twin, twins
+from raytrain_adv.driver.training.twin import beside_its_twin
 from raytrain_adv.driver.training.worker_entry import STARTS, ray_worker
 from raytrain_adv.driver.watch import head as head_watch
 from raytrain_adv.driver.watch.hang import WatchForHangs
@@ -56,7 +56,7 @@ from raytrain_adv.report.build import against, failed, finished, planned, starte
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import PreflightReport, RunReport
 from raytrain_adv.run import trackers
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.install import fetch
 
 
@@ -96,7 +96,7 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
         RaytrainAdvError: in the house form; its exit_code is the process's.
     """
     folder = Path(job.output.output_dir)
-    first = list(twins(job))
+    first = list(Transforms(job).twins())
     if first:
         with output_dir.held(folder):
             output_dir.decided(job)  # refused now, not hours later
@@ -190,7 +190,7 @@ def _prepare(
     watched.enter_context(head.watching())
     placement = connect.settle(job, started_here)
     timeline["Ray"] = time.perf_counter() - start
-    found = verdicts.look_at(placement, enabled(job), read)
+    found = verdicts.look_at(placement, list(Transforms(job)), read)
     nodes.append(table.report(found))
     console.say(table.render(found))
     placement = verdicts.settled(job, placement, found)

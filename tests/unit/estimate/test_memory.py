@@ -15,7 +15,7 @@ from raytrain_adv.estimate.memory import MemoryPrediction, predict
 from raytrain_adv.estimate.sizes import HostCopies
 from raytrain_adv.model import weights
 from raytrain_adv.model.build import build
-from raytrain_adv.transforms.applied import prepare_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.optim import build_optimizer
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -57,7 +57,7 @@ def prediction(
 ) -> MemoryPrediction:
     job = job_on(folder, config, **keys)
     model = build(job)
-    prepare_all(job, model)
+    Transforms(job).prepare(model)
     return predict(model, job, world_size, seq_len, job.train.per_device_train_batch_size)
 
 
@@ -120,7 +120,7 @@ def test_copies_for_checkpoints_are_as_large_as_those_that_are_made(
     sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
     job = job_for(write_checkpoint("llama", tmp_path / "model", **sizes), tmp_path, **keys)
     model = build(job)
-    prepare_all(job, model)
+    Transforms(job).prepare(model)
     predicted = HostCopies.of(model, job, 1)
     weights.materialize(model, torch.device("cpu"))
     weights.init_from_scratch(model, job, torch.device("cpu"))

@@ -27,7 +27,7 @@ from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.estimate.limits import Work
 from raytrain_adv.model import parallel, weights
 from raytrain_adv.model.build import build
-from raytrain_adv.transforms.applied import prepare_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.optim import build_optimizer
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
@@ -81,7 +81,7 @@ def counted(names: dict[str, list[int]]) -> Callable[[], None]:
 def step_of(job: JobConfig, folder: str) -> tuple[dict[str, list[int]], int]:
     """Train a step on this rank; return its collectives' bytes, and those of a checkpoint."""
     model = build(job)
-    prepare_all(job, model)
+    Transforms(job).prepare(model)
     parallel.shard(model, job, parallel.build_mesh(job, CPU))
     weights.materialize(model, CPU)
     weights.init_from_scratch(model, job, CPU)
@@ -122,7 +122,7 @@ def test_bytes_are_those_of_real_collectives_and_checkpoints(tmp_path: Path, ran
     found = run_ranks(all_steps, ranks, tmp_path, jobs, str(tmp_path))[0]
     for name, job in jobs.items():
         model = build(job)
-        prepare_all(job, model)
+        Transforms(job).prepare(model)
         moved = traffic.traffic(model, job, ranks)
         seen, stored = found[name]
         gathers, reductions = seen["all_gather"], seen["reduce_scatter"]

@@ -24,8 +24,7 @@ from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.quantize import write_quantized
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
-from raytrain_adv.transforms.applied import enabled, prepare_all
-from raytrain_adv.transforms.qat import Qat
+from raytrain_adv.transforms.applied import Transforms
 from tests.conftest import MakeJob
 from tests.noted import note_done
 from tests.tiny_models import job_for, write_checkpoint
@@ -99,11 +98,10 @@ def with_zeros(folder: Path) -> None:
 
 def trained(job: JobConfig) -> Any:
     model = build(job)
-    prepare_all(job, model)
+    plans = Transforms(job).prepare(model)
     materialize(model, CPU)
     load_pretrained(model, job, CPU)
-    for transform in enabled(job):
-        transform.initialize(model, 3)
+    Transforms(job).initialize(model, plans, 3)
     return model.eval()
 
 
@@ -220,7 +218,7 @@ def test_float8_products_leave_out_linears_of_sizes_they_cannot_take(tmp_path: P
     source = write_checkpoint("llama", tmp_path / "m", intermediate_size=56)
     keys = {**FLOAT8, "qat_activation_dtype": "float8_e4m3fn", "qat_quantize_embedding": False}
     job = job_for(source, tmp_path / "job", enable_qat=True, bf16=True, **keys)
-    plan = job.transform(Qat).plan(build(job))
+    plan = Transforms(job).plan(build(job))["qat"]
     assert "model.layers.0.self_attn.q_proj" in plan.changes
     assert "divisible by 16" in plan.skipped["model.layers.0.mlp.down_proj"]
 

@@ -13,7 +13,7 @@ from raytrain_adv.estimate.sizes import GIB
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
 from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear, num_weights, quantized_linears
-from raytrain_adv.transforms.applied import loaded_all, plan_all, prepare_all, probe_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.quantized_base import QuantizedBase
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -30,12 +30,12 @@ def job_of(tmp_path, kind="llama", shapes=WIDE, **keys):
 
 def planned(tmp_path, *args, **keys):
     job = job_of(tmp_path, *args, **keys)
-    return plan_all(job, build(job), CPU)["quantized_base"]
+    return Transforms(job).plan(build(job), CPU)["quantized_base"]
 
 
 def loaded(job):
     model = build(job)
-    plans = prepare_all(job, model, CPU)
+    plans = Transforms(job).prepare(model, CPU)
     materialize(model, DEVICE)
     load_pretrained(model, job, DEVICE)
     return model, plans
@@ -152,7 +152,7 @@ def test_weights_are_quantized_as_they_are_read_and_held_to_the_originals(
 ):
     job = job_of(tmp_path, kind, shapes, **keys)
     model, plans = loaded(job)
-    notes = loaded_all(job, model, plans)["quantized_base"].notes
+    notes = Transforms(job).initialize(model, plans, 0)["quantized_base"].notes
     assert any("from the originals" in note and "what rounding explains" in note for note in notes)
     plain = job_for(tmp_path / "model", tmp_path / "plain", finetuning_type="full", pure_bf16=True)
     reference = build(plain)
@@ -176,25 +176,27 @@ def test_a_weight_that_was_not_read_or_would_be_trained_is_noticed(tmp_path):
     layer.distance[2] = 1.5
     model.get_parameter("lm_head.weight").requires_grad_(True)
     with pytest.raises(TrainingError, match="not what was asked for") as error:
-        loaded_all(job, model, plans)
+        Transforms(job).initialize(model, plans, 0)
     assert f"{fqn}: a weight is 1.5 times as far off" in error.value.found
     assert "lm_head.weight would be trained" in error.value.found
     layer.distance = None
     with pytest.raises(TrainingError, match=f"{fqn} was not read"):
-        loaded_all(job, model, plans)
+        Transforms(job).initialize(model, plans, 0)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_products_are_held_to_bitsandbytes_before_training(tmp_path, monkeypatch, bits):
     job = job_of(tmp_path, quantization_bit=bits)
     model = build(job)
-    plans = prepare_all(job, model, CPU)
-    (note,) = probe_all(job, model, plans, DEVICE, torch.float32)["quantized_base"].notes[-1:]
+    plans = Transforms(job).prepare(model, CPU)
+    (note,) = (
+        Transforms(job).install(model, plans, DEVICE, torch.float32)["quantized_base"].notes[-1:]
+    )
     assert "bit for bit on cpu" in note
     forward = QuantizedLinear.forward
     monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: forward(self, x) * 1.001)
     with pytest.raises(TrainingError, match="does not compute what bitsandbytes' own does"):
-        probe_all(job, model, plans, DEVICE, torch.float32)
+        Transforms(job).install(model, plans, DEVICE, torch.float32)
 
 
 def test_memory_flops_and_parameters_know_the_smaller_weights(tmp_path):
@@ -202,8 +204,8 @@ def test_memory_flops_and_parameters_know_the_smaller_weights(tmp_path):
     job = job_of(tmp_path, shapes=shapes)
     plain = job_for(tmp_path / "model", tmp_path / "plain", **{**KEYS, "quantization_bit": None})
     model, base = build(job), build(plain)
-    prepare_all(job, model, CPU)
-    prepare_all(plain, base, CPU)
+    Transforms(job).prepare(model, CPU)
+    Transforms(plain).prepare(base, CPU)
     assert num_weights(model) == num_weights(base)
     assert training_flops_per_token(model, 64) == training_flops_per_token(base, 64)
     ours, theirs = (
