@@ -12,8 +12,7 @@ from pydantic import Field
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.kernels import fetch, lock, source
-from raytrain_adv.kernels.fetch import Build, Place
-from raytrain_adv.kernels.hub import NoBuild
+from raytrain_adv.kernels.fetch import Build, NoBuild, Place
 from raytrain_adv.kernels.source import KernelEntry, Text, Wanted
 from raytrain_adv.kernels.variants import Target, is_build, numbers
 from raytrain_adv.kernels.variants import choose as choose_build
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
-    from raytrain_adv.kernels.choice import Choice
+    from raytrain_adv.kernels.select import Choice
 
 DEFAULT = Wanted(
     "kernels-community/liger-kernels",
@@ -150,8 +149,7 @@ class HubKernels(Transform):
         Raises:
             JobError: when a kernel is missing or replaces nothing, or two want the same module.
         """
-        from raytrain_adv.kernels.choice import choose
-        from raytrain_adv.kernels.sites import all_sites
+        from raytrain_adv.kernels.select import all_sites, choose
 
         job, facts = context.job, context.facts
         wanted = self._wanted_on(job, facts)
@@ -227,8 +225,8 @@ class HubKernels(Transform):
                 bypasses a module.
         """
         from raytrain_adv import hardware
-        from raytrain_adv.kernels.choice import choose
-        from raytrain_adv.kernels.install import install
+        from raytrain_adv.kernels.select import choose
+        from raytrain_adv.kernels.swap import install
 
         if not plan.changes:
             return plan

@@ -212,21 +212,21 @@ class Liger(Transform):
         """
         import torch
 
-        from raytrain_adv.trial.module import Candidate, Untried
-        from raytrain_adv.trial.sites import alike, tried_out
+        from raytrain_adv.trial.module import Candidate, Untried, group_alike, try_module
 
         if job.parallel.torch_compile:
             require_operators(model, plan)
         sentences = []
         layers = {fqn: change.after for fqn, change in plan.changes.items()}
-        for layer, fqns in alike(model, layers):
+        for layer, fqns in group_alike(model, layers):
             module: Any = model.get_submodule(fqns[0])
             name = layer.partition(" with ")[2] or layer
             candidate = Candidate(
                 module.forward.__func__, name, module, "set it to false in use_liger_kernel"
             )
             try:
-                sentences.append(tried_out(candidate, name, len(fqns), device, dtype).sentence)
+                trial = try_module(candidate, device, dtype, name, len(fqns))
+                sentences.append(trial.sentence)
             except Untried as error:
                 sentences.append(f"{error.what}: {error.found}")
         if device.type == "cuda":

@@ -1,6 +1,4 @@
-"""Loss and perplexity on held-out rows, the same number for any number of workers up to the sum's
-rounding.
-"""
+"""Evaluate held-out rows; up to rounding the result does not depend on the number of workers."""
 
 from __future__ import annotations
 
@@ -24,8 +22,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return {loss, perplexity, num_label_tokens, seconds} over all rows of `batches`.
 
-    Ranks that have run out of rows still take part in the forward pass: FSDP2 gathers on all of
-    them.
+    Ranks without rows left still run the forward pass: FSDP2 gathers on all of them.
     """
     start = time.perf_counter()
     model.eval()

@@ -70,21 +70,21 @@ def plan_with(make):
 
 def test_a_kernel_that_fits_nowhere_is_refused(make, mine):
     message = refusal(plan_with(make), str(mine), kind="gpt2")
-    assert "was asked for and would replace nothing" in message
+    assert "is enabled but would not replace any module" in message
     assert "the model has modules for NewGELU" in message
 
 
 def test_two_kernels_for_one_module_are_refused_by_name(make, mine, silu):
     both = [layers(mine, SwiGLUMLP="SwiGLUMLP"), layers(silu, SwiGLUMLP="Silu")]
     message = refusal(plan_with(make), both)
-    assert "two kernel layers are asked for in model.layers.0.mlp" in message
+    assert "two kernel layers are named for model.layers.0.mlp" in message
     assert "mine@" in message and "act@" in message
 
 
 def test_an_activation_inside_an_mlp_that_is_replaced_has_two_owners(make, mine, silu):
     both = [layers(mine, SwiGLUMLP="SwiGLUMLP"), layers(silu, SiLU="Silu")]
-    assert "two kernel layers are asked for" in refusal(plan_with(make), both)
-    assert "two kernel layers are asked for" in refusal(plan_with(make), both[::-1])
+    assert "two kernel layers are named for" in refusal(plan_with(make), both)
+    assert "two kernel layers are named for" in refusal(plan_with(make), both[::-1])
 
 
 def test_a_missing_folder_and_a_missing_build_are_refused_before_a_worker(make, tmp_path):
@@ -153,7 +153,7 @@ def test_what_is_no_file_in_a_build_is_refused_by_its_path(make, tmp_path, kind)
         "pipe": lambda: os.mkfifo(odd),
     }[kind]()
     message = refusal(plan_with(make), str(folder))
-    assert "holds what is no file" in message and str(odd) in message
+    assert "has an entry that is no file" in message and str(odd) in message
 
 
 def test_alone_it_is_ligers_norm_on_a_gpu_and_says_why_it_is_nothing_elsewhere(make):

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from raytrain_adv import hardware
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.kernels import lock as locks
-from raytrain_adv.kernels.layers import read_layers
+from raytrain_adv.kernels.select import read_layers
 from raytrain_adv.kernels.swap import own_forward
 from raytrain_adv.report.record import TransformReport
 from raytrain_adv.run.run import Run, SilentReporter
@@ -48,7 +48,7 @@ def test_a_right_kernel_is_planned_swapped_and_reported_per_site(install, mine):
     assert trial["num_modules"] == 5 and trial["dtype"] == "float32"
     assert 0 <= trial["value_error"] < 1e-6 and 0 <= trial["gradient_error"] < 1e-6
     assert any("tried out in LlamaRMSNorm on cpu in float32" in note for note in report.notes)
-    assert report.skipped_reasons["no kernel that is asked for is for SwiGLUMLP"] == 2
+    assert report.skipped_reasons["no enabled kernel is for SwiGLUMLP"] == 2
     json.dumps(report.model_dump(mode="json"))
 
 
@@ -147,13 +147,13 @@ def test_a_bare_activation_may_be_named_by_itself(install, silu):
         ("ForwardOnly", ("has no gradient", "cut the gradient of its input and of weight")),
         ("SaysForwardOnly", ("cannot be used here", "has_backward = False")),
         ("WrongGradient", ("does not compute what LlamaRMSNorm does", "the gradient of weight")),
-        ("WrongValue", ("does not compute what LlamaRMSNorm does", "values are off")),
+        ("WrongValue", ("does not compute what LlamaRMSNorm does", "the values off by")),
         ("WrongWhenLong", ("does not compute what LlamaRMSNorm does", "in float32, 1008 rows")),
         ("OtherDtype", ("does not compute what LlamaRMSNorm does", "it returns float64")),
-        ("WritesOver", ("WritesOver writes over what it is given", "its input or its param")),
-        ("Crashes", ("fails where it is to replace LlamaRMSNorm", "no such tile")),
+        ("WritesOver", ("WritesOver overwrites its arguments", "its input or its param")),
+        ("Crashes", ("fails as a replacement of LlamaRMSNorm", "no such tile")),
         ("Stateful", ("cannot be used here", "constructor")),
-        ("TwoArguments", ("fails where it is to replace LlamaRMSNorm", "missing 1 required")),
+        ("TwoArguments", ("fails as a replacement of LlamaRMSNorm", "missing 1 required")),
         ("Misspelt", ("has no layer Misspelt", "RMSNorm")),
     ],
 )
@@ -299,7 +299,7 @@ def compare(folder, *names):
 def test_ranks_that_would_compute_by_other_kernels_stop_together(tmp_path):
     for same, own in run_ranks(compare, 2, tmp_path, str(tmp_path), "same", "own"):
         assert same == ""
-        assert "Workers would not compute alike" in own
+        assert "Workers would compute differently" in own
 
 
 class Forgets(HubKernels):
