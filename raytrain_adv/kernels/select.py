@@ -220,7 +220,7 @@ def _claim(choice: Choice, model: nn.Module, fqn: str, chosen: Chosen, is_named:
         raise JobError(
             f"a kernel may not replace {fqn}",
             f"{chosen.name} would compute with the weight of a {type(module).__name__}, which "
-            "silently turns off FP8, QAT and adapters on it",
+            "silently turns off what other features put on it",
             "let the layer replace a module that calls its linears",
         )
     other = choice.layers.get(fqn) or choice.layers.get(_parent_with_kernel(fqn, choice) or "")
@@ -262,7 +262,7 @@ def all_sites(model: nn.Module) -> dict[str, list[str]]:
 
 
 def is_linear_map(module: nn.Module) -> bool:
-    """Return whether a module is a linear, or replaces one as those of FP8, QAT and adapters do: a
+    """Return whether a module is a linear, or replaces one as those of other features do: a
     kernel would use its weight and bypass them.
     """
     from transformers.pytorch_utils import Conv1D

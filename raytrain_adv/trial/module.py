@@ -20,7 +20,7 @@ from raytrain_adv.trial.compare import allowed_errors, differences, precision, r
 
 SHAPES = ((2, 16), (3, 336))
 """Batch and length of the trial's inputs: few rows, and more than the blocks that kernels cut them
-into; FP8 products can divide both by 16."""
+into; products in 8 bits can divide both by 16."""
 VALUES = "the values"
 """The result's name, next to its gradients."""
 Layer = TypeVar("Layer")
@@ -168,7 +168,7 @@ def _try(
     if bypassed:
         raise JobError(
             f"{candidate.name} does not call {', '.join(bypassed)} of {candidate.kind}",
-            "it reads their weights, which silently turns off FP8, QAT and adapters on them",
+            "it reads their weights, which silently turns off what other features put on them",
             "use a kernel that calls the modules, as LigerSwiGLUMLP does",
         )
     if not found.keeps_inputs and expected.keeps_inputs:

@@ -106,7 +106,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     checks.profiles.report_unproven()
 
     samples = sample_answers(state, tokenizer, prepared)
-    optimizer.state.clear()  # makes room for the quantized model next to the trained one
+    optimizer.state.clear()  # makes room for a converted model next to the trained one
     exported = export(job, run, model, tokenizer, prepared, write_model)
     evaluate_twins(state, model)
     return {

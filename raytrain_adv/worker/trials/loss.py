@@ -32,7 +32,7 @@ from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.trial.compare import relative_errors
 
 NUM_TOKENS = 64
-"""Tokens of the trial: enough for FP8 products, and a fraction of a step."""
+"""Tokens of the trial: enough for products in 8 bits, and a fraction of a step."""
 LOSS = "loss"
 ALLOWED = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 5e-2)}
 """Dtype -> largest relative error of loss and gradients: some roundings of that dtype."""
