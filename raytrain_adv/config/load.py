@@ -14,7 +14,7 @@ from raytrain_adv.config import rules, sweep, sweep_rules
 from raytrain_adv.config.discovery import SECTIONS, section_types, transform_types
 from raytrain_adv.config.job import JobConfig, SectionType
 from raytrain_adv.config.llamafactory import translate
-from raytrain_adv.config.llamafactory.other_formats import WRITTEN_AS
+from raytrain_adv.config.llamafactory.keys import WRITTEN_AS
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
 from raytrain_adv.config.section import Section
