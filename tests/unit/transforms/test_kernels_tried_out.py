@@ -177,7 +177,7 @@ def test_what_cannot_be_tried_out_is_not_used(install, mine, kind):
 def test_a_kernel_that_passes_linears_by_is_refused(install, mine):
     message = refusal(install, layers(mine, LlamaMLP="Bypass"))
     assert "does not call down_proj, gate_proj, up_proj of LlamaMLP" in message
-    assert "FP8, QAT and adapters" in message
+    assert "turns off what other features put on" in message
 
 
 @pytest.mark.parametrize("keys", [{}, FP8, {"finetuning_type": "lora"}])
