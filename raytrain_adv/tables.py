@@ -39,8 +39,12 @@ def columns(*names: str, right: Iterable[str] = (), no_wrap: Iterable[str] = ())
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in names:
-        justify = "right" if name in right else "left"
-        table.add_column(name, justify=justify, no_wrap=name in no_wrap, overflow="fold")
+        table.add_column(
+            name,
+            justify="right" if name in right else "left",
+            no_wrap=name in no_wrap,
+            overflow="fold",
+        )
     return table
 
 

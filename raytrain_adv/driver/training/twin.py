@@ -1,6 +1,4 @@
-"""The same job without a feature, run first where a key asks for it: what the feature is measured
-by.
-"""
+"""The same job without a feature, run first if a key enables it, to measure the feature against."""
 
 from __future__ import annotations
 
@@ -13,9 +11,9 @@ from raytrain_adv.transforms.fp8 import Fp8
 
 
 def twins(job: JobConfig) -> Iterator[JobConfig]:
-    """Yield the jobs to run before this one; each has an output_dir of its own beside this job's.
+    """Yield the jobs to run before this one; each has an output_dir next to this job's.
 
-    One that has run to its end is not run again, one that was interrupted goes on.
+    A finished one is not run again, an interrupted one continues.
     """
     for transform in enabled(job):
         folder = transform.twin_dir(job.output.output_dir)
@@ -26,7 +24,7 @@ def twins(job: JobConfig) -> Iterator[JobConfig]:
                 "output_dir": folder,
                 "resume_from_checkpoint": None if job.output.overwrite_output_dir else True,
                 "compare_with": None,
-                "export_model": True,  # what this run will be measured by
+                "export_model": True,  # this run is measured against it
                 "num_sample_answers": 0,
             }
         )
@@ -37,9 +35,7 @@ def twins(job: JobConfig) -> Iterator[JobConfig]:
 
 
 def beside_its_twin(job: JobConfig) -> JobConfig:
-    """Return the job with its twin as the run that its report puts beside it, unless it names
-    another.
-    """
+    """Return the job with compare_with set to its twin's folder, unless it names another run."""
     folders = [t.twin_dir(job.output.output_dir) for t in enabled(job)]
     twin = next((folder for folder in folders if folder is not None), None)
     if twin is None or job.output.compare_with is not None:

@@ -5,7 +5,7 @@ import pytest
 from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig
 from raytrain_adv.driver.output.output_dir import Output, decided, held, open_output, storage_below
-from raytrain_adv.driver.training.failures import leave_word, take_word
+from raytrain_adv.driver.training.failures import take_restart_reason, write_restart_reason
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.storage.storage import Storage
 
@@ -259,8 +259,8 @@ def test_word_for_the_next_start_holds_no_secret(tmp_path, monkeypatch):
     """An error that repeats a token goes into the checkpoints' storage, and to the console."""
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
     storage = Storage.at(str(tmp_path / "attempt"))
-    leave_word(storage, "401 for hf_abcdefghijklmnop")
-    assert "hf_abc" not in take_word(storage)
+    write_restart_reason(storage, "401 for hf_abcdefghijklmnop")
+    assert "hf_abc" not in take_restart_reason(storage)
 
 
 def test_no_command_prints_a_secret(monkeypatch, capsys):

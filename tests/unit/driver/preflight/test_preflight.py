@@ -11,9 +11,9 @@ import time
 import pytest
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver.cluster.connect import Node
+from raytrain_adv.driver.cluster.nodes import Node
 from raytrain_adv.driver.cluster.placement import Placement
-from raytrain_adv.driver.plan.data import look_at as look_at_data
+from raytrain_adv.driver.plan.data import measure
 from raytrain_adv.driver.plan.plan import RunPlan, resolve
 from raytrain_adv.driver.preflight import (
     probe,
@@ -32,6 +32,7 @@ from raytrain_adv.errors import ClusterError
 from raytrain_adv.estimate.advice import Advice
 from raytrain_adv.report.preflight_section import preflight_html
 from raytrain_adv.report.record import PreflightReport
+from raytrain_adv.tables import WIDTH
 from raytrain_adv.transforms.fp8 import Fp8
 from tests.readings import A100, H100, H200, node_with, without
 
@@ -52,10 +53,10 @@ def a_node(name: str, answer: Answer, gpus: float | None = None) -> Node:
 def found_on(placement: Placement, *answers: Answer, rules=None) -> Preflight:
     rules = [Fp8(fp8=True)] if rules is None else rules
     verdicts = [
-        preflight.judged(placement, rules, a_node(str(number), answer), answer)
+        preflight.judge(placement, rules, a_node(str(number), answer), answer)
         for number, answer in enumerate(answers, 1)
     ]
-    return preflight.compared(verdicts, placement.use_gpu)
+    return preflight.compare_versions(verdicts, placement.use_gpu)
 
 
 @pytest.fixture
@@ -72,30 +73,30 @@ def test_a_mixed_cluster_is_used_where_the_rules_hold(job):
     placement = asks(2)
     found = found_on(placement, node_with(H100), node_with(A100), node_with())
     assert [v.accepted for v in found.verdicts] == [True, False, False]
-    placed = preflight.settled(job, placement, found)
+    placed = preflight.place(job, placement, found)
     assert placed.num_workers == 2 and placed.avoided == ("id2",)
     assert placed.label_selector == {"ray.io/node-id": "!in(id2)"}
 
 
 def test_the_table_says_who_is_left_out_and_why():
     table = preflight_table.render(found_on(asks(2), node_with(H100), node_with(A100), node_with()))
-    assert max(map(len, table.splitlines())) <= preflight_table.WIDTH
+    assert max(map(len, table.splitlines())) <= WIDTH
     assert "2 x H100 80GB HBM3" in table and "2 workers" in table
-    assert "10.0.0.2 left out: FP8 requires Hopper architecture" in table
+    assert "10.0.0.2 excluded: FP8 requires Hopper architecture" in table
     assert "has no room for a worker" in table
 
 
 def test_nothing_is_avoided_where_every_node_qualifies(job):
     found = found_on(asks(2), node_with(H100), node_with(H200, gib=139))
-    assert preflight.settled(job, asks(2), found).label_selector is None
+    assert preflight.place(job, asks(2), found).label_selector is None
 
 
 def test_too_few_nodes_are_refused_with_the_rule_and_the_numbers(job):
     found = found_on(asks(4), node_with(H100), node_with(A100))
     with pytest.raises(ClusterError) as error:
-        preflight.settled(job, asks(4), found)
+        preflight.place(job, asks(4), found)
     assert error.value.what.startswith("FP8 requires Hopper architecture")
-    assert "asked: 4 workers" in error.value.found
+    assert "requested: 4 workers" in error.value.found
     assert "there is room for 2" in error.value.found
     assert "10.0.0.2, 2 x NVIDIA A100-SXM4-80GB" in error.value.found
     assert "fp8: false" in error.value.fix and "ray_num_workers to 2" in error.value.fix
@@ -103,21 +104,21 @@ def test_too_few_nodes_are_refused_with_the_rule_and_the_numbers(job):
 
 def test_auto_takes_the_gpus_that_qualify(auto):
     found = found_on(asks(6), node_with(H100), node_with(H100), node_with(A100))
-    placed = preflight.settled(auto, asks(6), found)
+    placed = preflight.place(auto, asks(6), found)
     assert placed.num_workers == 4 and placed.note.startswith("4 workers")
 
 
 def test_auto_where_no_node_qualifies_is_refused(auto):
     found = found_on(asks(2), node_with(A100))
     with pytest.raises(ClusterError, match="FP8 requires Hopper"):
-        preflight.settled(auto, asks(2), found)
+        preflight.place(auto, asks(2), found)
 
 
 def test_a_node_that_does_not_answer_is_left_out_by_name(job):
     found = found_on(asks(2), node_with(H100), "NodeDiedError: the node has died")
-    assert preflight.settled(job, asks(2), found).avoided == ("id2",)
+    assert preflight.place(job, asks(2), found).avoided == ("id2",)
     with pytest.raises(ClusterError, match="did not answer") as error:
-        preflight.settled(job, asks(4), found)
+        preflight.place(job, asks(4), found)
     assert "10.0.0.2" in error.value.found and "has died" in error.value.found
 
 
@@ -126,7 +127,7 @@ def test_a_node_without_what_every_job_needs_is_left_out(job, package):
     found = found_on(asks(2), node_with(H100), without(package, node_with(H100)))
     verdict = found.verdicts[1]
     assert verdict.refusal == f"{package} not available" and "10.0.0.2" in verdict.found
-    assert preflight.settled(job, asks(2), found).avoided == ("id2",)
+    assert preflight.place(job, asks(2), found).avoided == ("id2",)
 
 
 def test_a_rule_of_a_transform_sees_the_nodes_versions_not_the_drivers():
@@ -138,27 +139,27 @@ def test_a_rule_of_a_transform_sees_the_nodes_versions_not_the_drivers():
 def test_nodes_that_differ_in_what_changes_results_are_not_used_together(job, package):
     found = found_on(asks(4), node_with(H100), node_with(H100, **{package: "0.17.0"}), rules=[])
     with pytest.raises(ClusterError, match="Versions differ between the nodes") as error:
-        preflight.settled(job, asks(4), found)
+        preflight.place(job, asks(4), found)
     assert f"10.0.0.2: {package} 0.17.0" in error.value.found
 
 
 def test_one_worker_runs_on_the_nodes_that_agree(make_job):
     odd, same = node_with(H100, torchao="0.17.0"), node_with(H100)
     found = found_on(asks(1), odd, same, same)
-    placed = preflight.settled(make_job(ray_num_workers=1), asks(1), found)
+    placed = preflight.place(make_job(ray_num_workers=1), asks(1), found)
     assert placed.avoided == ("id1",)
 
 
 def test_auto_does_not_pass_over_a_node_for_its_versions(auto):
     found = found_on(asks(4), node_with(H100), node_with(H100, torch="2.11.0"))
     with pytest.raises(ClusterError, match="Versions differ"):
-        preflight.settled(auto, asks(4), found)
+        preflight.place(auto, asks(4), found)
 
 
 def test_another_code_of_this_package_is_refused(job):
     other = dataclasses.replace(node_with(H100), code="0123456789ab")
     found = found_on(asks(2), other)
-    assert found.verdicts[0].refusal == "raytrain_adv is another one than the driver's"
+    assert found.verdicts[0].refusal == "raytrain_adv differs from the driver's"
     assert versions.CODE in found.verdicts[0].found
 
 
@@ -171,14 +172,14 @@ def test_other_versions_that_differ_are_a_warning():
 
 def test_a_node_that_declares_gpus_and_shows_none_is_left_out():
     node = a_node("1", node_with(), gpus=2.0)
-    verdict = preflight.judged(asks(2), [], node, node_with())
-    assert verdict.refusal == "No GPU is found on a node that declares some"
+    verdict = preflight.judge(asks(2), [], node, node_with())
+    assert verdict.refusal == "A node declares GPUs, and none is found on it"
     assert "NVML Shared Library Not Found" in verdict.found
 
 
 def test_a_node_that_is_being_drained_is_left_out():
     node = dataclasses.replace(a_node("1", node_with(H100)), is_draining=True)
-    assert preflight.judged(asks(2), [], node, node_with(H100)).refusal.endswith("drained")
+    assert preflight.judge(asks(2), [], node, node_with(H100)).refusal.endswith("drained")
 
 
 def test_mig_slices_do_not_train_together():
@@ -206,11 +207,11 @@ def test_nodes_yet_to_start_are_judged_by_what_they_declare(job):
         resources = {"GPU": 8.0, f"accelerator_type:{kind}": 1.0}
         node = Node(f"autoscaled {kind}", resources, count=2)
         reading = declared_reading(node.accelerator, 8)
-        verdicts.append(preflight.judged(placement, [Fp8(fp8=True)], node, reading))
+        verdicts.append(preflight.judge(placement, [Fp8(fp8=True)], node, reading))
     assert [v.accepted for v in verdicts] == [True, False, True]
-    placed = preflight.settled(job, placement, preflight.compared(verdicts, True))
+    placed = preflight.place(job, placement, preflight.compare_versions(verdicts, True))
     assert placed.label_selector == {"ray.io/accelerator-type": "!in(A100)"}
-    assert "if it is what it declares" in preflight_table.render(
+    assert "if it has what it declares" in preflight_table.render(
         Preflight(tuple(verdicts), True, 0)
     )
 
@@ -220,15 +221,15 @@ def test_sixty_four_readings_are_judged_in_a_second(auto):
     start = time.perf_counter()
     placement = asks(488)
     found = found_on(placement, *answers)
-    placed = preflight.settled(auto, placement, found)
+    placed = preflight.place(auto, placement, found)
     table = preflight_table.render(found)
     assert time.perf_counter() - start < 1
     assert placed.num_workers == 480 and len(placed.avoided) == 4
-    assert "10.0.0.1 and 59 more" in table and "10.0.0.61 and 3 more left out" in table
+    assert "10.0.0.1 and 59 more" in table and "10.0.0.61 and 3 more excluded" in table
 
 
 def plan_on(job: JobConfig, found: Preflight) -> RunPlan:
-    data = look_at_data(job, lambda sentence: None)
+    data = measure(job, lambda sentence: None)
     return resolve(job, world_size=2, data=data, facts=found.facts)
 
 
@@ -286,7 +287,7 @@ def test_a_worker_with_other_versions_than_were_accepted_stops():
 
 
 def test_the_probe_reads_this_node():
-    reading = probe.parsed(probe.run_script(probe.SCRIPT.read_text(), ["torch", "ray"], 60))
+    reading = probe.parse(probe.run_script(probe.SCRIPT.read_text(), ["torch", "ray"], 60))
     here = node_with().versions
     assert reading.versions["torch"] == here["torch"]
     assert reading.versions["raytrain_adv"] == here["raytrain_adv"]
@@ -296,7 +297,7 @@ def test_the_probe_reads_this_node():
 def test_the_probe_reads_a_node_that_has_nothing_installed():
     command = [sys.executable, "-I", "-S", "-c", probe.SCRIPT.read_text(), "torch", "torchao"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    reading = probe.parsed(printed)
+    reading = probe.parse(printed)
     assert reading.versions["torch"] is None and reading.versions["raytrain_adv"] is None
     assert reading.gpus == () and reading.gpu_error
 
@@ -338,7 +339,7 @@ def test_readings_survive_their_trip():
             "code": "abc",
         }
     )
-    facts = probe.parsed(f"noise\n{printed}\n").facts("10.0.0.1", use_gpu=True)
+    facts = probe.parse(f"noise\n{printed}\n").facts("10.0.0.1", use_gpu=True)
     assert facts[0].compute_capability == (9, 0) and facts[0].node_ip == "10.0.0.1"
 
 

@@ -13,18 +13,24 @@ import pytest
 import yaml
 
 from raytrain_adv.config import JobConfig, load
-from raytrain_adv.driver.cluster.connect import Node
+from raytrain_adv.driver.cluster.nodes import Node
 from raytrain_adv.driver.cluster.placement import Placement
 from raytrain_adv.driver.output.replace import Replaced
-from raytrain_adv.driver.plan.sweep import render as render_plan
+from raytrain_adv.driver.plan.sweep import view
 from raytrain_adv.driver.sweep import sweep
 from raytrain_adv.driver.sweep.asha import DelayAwareAsha, Rungs
 from raytrain_adv.driver.sweep.capacity import trials_at_once
 from raytrain_adv.driver.sweep.results import Results
-from raytrain_adv.driver.watch.stop import StoppedBySweep, StopWhenTold, take_back, tell
+from raytrain_adv.driver.watch.stop import (
+    StopOnRequest,
+    StoppedBySweep,
+    clear_trial_stop,
+    request_trial_stop,
+)
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.report import record, sweep_record
 from raytrain_adv.report.record import Failure, RunReport
+from raytrain_adv.tables import plain
 
 SWEEP = {"learning_rate": [1e-3, 1e-2, 1e-1]}
 
@@ -196,12 +202,12 @@ def test_a_delay_beyond_the_last_epoch_is_refused_before_a_trial_is_run(
 
 
 def test_a_run_ends_at_its_next_report_once_it_is_told_to(tmp_path: Path) -> None:
-    callback = StopWhenTold(tmp_path)
+    callback = StopOnRequest(tmp_path)
     callback.after_report(None, [{}], None)
-    tell(tmp_path, "stopped", "it fell behind", "wait")
+    request_trial_stop(tmp_path, "stopped", "it fell behind", "wait")
     with pytest.raises(StoppedBySweep, match="it fell behind"):
         callback.after_report(None, [{}], None)
-    take_back(tmp_path)
+    clear_trial_stop(tmp_path)
     callback.after_report(None, [{}], None)
 
 
@@ -360,6 +366,6 @@ def test_a_folder_with_a_single_run_is_no_place_for_a_sweep(
 def test_the_plan_shows_every_trial(swept: Callable[..., JobConfig]) -> None:
     job = swept()
     assert job.sweep is not None
-    shown = render_plan(job.sweep)
+    shown = plain(view(job.sweep))
     assert "3 trials, the lowest eval_loss is the best" in shown
     assert [line.strip() for line in shown.splitlines()[2:5]] == ["0.001", "0.01", "0.1"]
