@@ -14,6 +14,7 @@ from rich.text import Text
 from raytrain_adv import tables
 from raytrain_adv.estimate.advice import written
 from raytrain_adv.estimate.limits import MOST_WORKERS, Limit, Scale
+from raytrain_adv.estimate.memory import PARTS
 from raytrain_adv.estimate.traffic import GB
 from raytrain_adv.report.record import fold_names
 from raytrain_adv.text import plural
@@ -22,7 +23,6 @@ from raytrain_adv.transforms.transform import Plan
 if TYPE_CHECKING:
     from raytrain_adv.driver.plan.plan import RunPlan
 
-PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "gathered")
 NUMBERED = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 Rows = Iterator[tuple[str, str]]

@@ -15,16 +15,9 @@ from raytrain_adv.driver.cluster.nodes import Node
 from raytrain_adv.driver.cluster.placement import Placement
 from raytrain_adv.driver.plan.data import measure
 from raytrain_adv.driver.plan.plan import RunPlan, resolve
-from raytrain_adv.driver.preflight import (
-    probe,
-    versions,
-)
-from raytrain_adv.driver.preflight import (
-    table as preflight_table,
-)
-from raytrain_adv.driver.preflight import (
-    verdicts as preflight,
-)
+from raytrain_adv.driver.preflight import memory, probe, versions
+from raytrain_adv.driver.preflight import table as preflight_table
+from raytrain_adv.driver.preflight import verdicts as preflight
 from raytrain_adv.driver.preflight.accelerators import declared_reading
 from raytrain_adv.driver.preflight.probe import Reading
 from raytrain_adv.driver.preflight.verdicts import Preflight, Verdict
@@ -244,9 +237,9 @@ def needing(plan: RunPlan, gib: float) -> RunPlan:
 def test_a_job_that_will_not_fit_is_refused_with_what_to_change(job):
     found = found_on(asks(2), node_with(H100), rules=[])
     plan = plan_on(job, found)
-    assert preflight.refuse_too_large(job, plan, found) == []
+    assert memory.refuse_too_large(job, plan, found) == []
     with pytest.raises(ClusterError, match="will not fit") as error:
-        preflight.refuse_too_large(job, needing(plan, 120.0), found)
+        memory.refuse_too_large(job, needing(plan, 120.0), found)
     assert "120.0 GiB" in error.value.found and H100 in error.value.found
     assert "gradient_checkpointing: full" in error.value.fix
     assert "force: true" in error.value.fix
@@ -255,13 +248,13 @@ def test_a_job_that_will_not_fit_is_refused_with_what_to_change(job):
 def test_force_starts_a_job_that_will_not_fit(make_job):
     job = make_job(ray_num_workers=2, force=True)
     found = found_on(asks(2), node_with(H100), rules=[])
-    said = preflight.refuse_too_large(job, needing(plan_on(job, found), 120.0), found)
+    said = memory.refuse_too_large(job, needing(plan_on(job, found), 120.0), found)
     assert len(said) == 1 and "force: true" in said[0]
 
 
 def test_memory_that_something_else_holds_is_a_warning(job):
     found = found_on(asks(2), node_with(H100, free_gib=10), rules=[])
-    said = preflight.refuse_too_large(job, needing(plan_on(job, found), 50.0), found)
+    said = memory.refuse_too_large(job, needing(plan_on(job, found), 50.0), found)
     assert len(said) == 2 and "10.0 GiB are free of 79.0" in said[0]
 
 
