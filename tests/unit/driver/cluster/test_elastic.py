@@ -40,7 +40,7 @@ def on_gpus(*counts: int) -> list[Node]:
     ]
 
 
-def asks(*numbers: int) -> Placement:
+def requests(*numbers: int) -> Placement:
     return Placement(numbers[-1], {"GPU": 1.0}, True, False, "", numbers=numbers)
 
 
@@ -51,17 +51,17 @@ def test_the_numbers_of_workers_are_those_that_keep_the_batch(make_job):
 
 
 def test_as_many_run_as_fit_and_the_batch_divides_by():
-    assert largest_fitting(on_gpus(4, 3), asks(2, 4, 8), "PACK") == 4
-    assert largest_fitting(on_gpus(8, 8), asks(2, 4, 8), "PACK") == 8
-    assert largest_fitting(on_gpus(1), asks(2, 4, 8), "PACK") == 0
-    assert largest_fitting(on_gpus(8, 1, 1), asks(2, 4, 8), "STRICT_SPREAD") == 2
-    assert largest_fitting(on_gpus(4, 4), asks(2, 4, 8), "STRICT_PACK") == 4
+    assert largest_fitting(on_gpus(4, 3), requests(2, 4, 8), "PACK") == 4
+    assert largest_fitting(on_gpus(8, 8), requests(2, 4, 8), "PACK") == 8
+    assert largest_fitting(on_gpus(1), requests(2, 4, 8), "PACK") == 0
+    assert largest_fitting(on_gpus(8, 1, 1), requests(2, 4, 8), "STRICT_SPREAD") == 2
+    assert largest_fitting(on_gpus(4, 4), requests(2, 4, 8), "STRICT_PACK") == 4
 
 
 def test_neither_excluded_nodes_nor_what_other_jobs_use_are_counted(make_job, monkeypatch):
     """Ray's own policy counts both, and requests their workers in vain again and again."""
     job = make_job(**ELASTIC)
-    placed = dataclasses.replace(asks(2, 4, 8), avoided=("id3",))
+    placed = dataclasses.replace(requests(2, 4, 8), avoided=("id3",))
     policy = BatchPreservingPolicy(scaling(job, placed), placed, "PACK")
     free = {"id1": {"GPU": 1.0}, "id2": {"GPU": 4.0}, "id3": {"GPU": 4.0}}
     monkeypatch.setattr(cluster, "alive_nodes", lambda: on_gpus(4, 4, 4))
@@ -77,14 +77,14 @@ def test_a_cluster_that_fits_the_fewest_is_enough_and_wrong_nodes_are_excluded(m
     job = make_job(**ELASTIC)
     placed = place(
         job,
-        asks(*numbers(job)),
-        found_on(asks(*numbers(job)), node_with(H100, 4), node_with(A100, 4)),
+        requests(*numbers(job)),
+        found_on(requests(*numbers(job)), node_with(H100, 4), node_with(A100, 4)),
     )
     assert placed.avoided == ("id2",) and placed.fewest == 2 and placed.num_workers == 8
     assert placed.note.startswith("2 or 3 or 4 or 6 or 8 workers")
     assert scaling(job, placed).num_workers == (2, 8)
     with pytest.raises(ClusterError, match="2 workers at least"):
-        place(job, asks(*numbers(job)), found_on(asks(*numbers(job)), node_with(A100, 4)))
+        place(job, requests(*numbers(job)), found_on(requests(*numbers(job)), node_with(A100, 4)))
 
 
 def test_the_plan_is_for_the_fewest_and_names_the_others(make_job, capsys):
@@ -105,7 +105,7 @@ def test_a_job_with_a_range_of_workers_is_written_and_read_unchanged(make_job, t
 def test_lost_and_joined_nodes_are_reported_with_the_remaining_room():
     nodes = {node.node_id: node for node in on_gpus(2, 2)}
     sentences: list[str] = []
-    watch = NodeWatch(asks(4, 8), nodes, sentences.append)
+    watch = NodeWatch(requests(4, 8), nodes, sentences.append)
     watch.compare({"id1": nodes["id1"]})
     watch.compare(nodes)
     assert sentences == [

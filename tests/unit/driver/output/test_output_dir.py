@@ -192,6 +192,15 @@ def test_a_run_in_this_folder_has_the_folders_name(make_job, monkeypatch, tmp_pa
     assert make_job(output_dir=".").run_name == "mine"
 
 
+@pytest.mark.parametrize("name", ["saves_é", "测试", "тест"])
+def test_an_attempt_has_an_ascii_name_for_ray(make_job, tmp_path, name):
+    """Ray Train uses it as a tag of its metrics, and failed on anything but ASCII after minutes."""
+    job = make_job(output_dir=str(tmp_path / name))
+    assert job.run_name == name
+    attempt = open_output(job).attempt
+    assert attempt.isascii() and attempt.endswith("_001")
+
+
 def test_a_deletion_that_fails_is_not_called_keeping(make_job, old, monkeypatch):
     output = open_output(make_job(overwrite_output_dir=True))
     monkeypatch.setattr("shutil.rmtree", lambda path, **kwargs: None)
