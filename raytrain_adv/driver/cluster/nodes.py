@@ -12,13 +12,11 @@ from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.workers import numbers
+from raytrain_adv.config.workers import CPU_WORKERS, numbers
 from raytrain_adv.driver.cluster.placement import Placement
 from raytrain_adv.errors import ClusterError, Stopped
 from raytrain_adv.text import plural
 
-CPU_WORKERS = 2
-"""Workers for ray_num_workers: auto on a cluster without GPUs."""
 ACCELERATOR = "accelerator_type:"
 """Prefix of the resource that names a node's GPU."""
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from raytrain_adv import hardware, tables
 from raytrain_adv.config.assumptions import Assumptions
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.workers import accumulation, numbers
+from raytrain_adv.config.workers import CPU_WORKERS, accumulation, numbers
 from raytrain_adv.data.batches.collate import pad_to
 from raytrain_adv.data.prepare import PreparedData
 from raytrain_adv.driver.output.output_dir import decided
@@ -37,9 +37,6 @@ from raytrain_adv.transforms.applied import enabled, prepare_all, with_advice
 from raytrain_adv.transforms.transform import Plan
 
 __all__ = ["DataSummary", "RunPlan", "render", "render_brief", "resolve", "show"]
-
-CPU_WORKERS = 2
-"""Workers for ray_num_workers: auto on a cluster without GPUs."""
 
 
 @dataclass(frozen=True)

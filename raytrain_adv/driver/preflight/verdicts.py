@@ -14,10 +14,9 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.cluster import nodes as cluster
 from raytrain_adv.driver.cluster.nodes import Node
 from raytrain_adv.driver.cluster.placement import Placement
-from raytrain_adv.driver.preflight import versions
+from raytrain_adv.driver.preflight import probe_script, versions
 from raytrain_adv.driver.preflight.accelerators import declared_reading
 from raytrain_adv.driver.preflight.probe import Read, Reading, read_nodes
-from raytrain_adv.driver.preflight.probe_script import own_package
 from raytrain_adv.errors import ClusterError, RaytrainAdvError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.text import first_line
@@ -26,6 +25,8 @@ NEEDED = ("raytrain_adv", "torch", "transformers")
 """Packages that every worker needs."""
 NO_ROOM = "has no room for a worker"
 DIFFERS = "Versions differ between the nodes"
+
+own_package = functools.cache(probe_script.own_package)  # reads every file: once, not for each node
 
 
 class Rule(Protocol):
@@ -171,7 +172,7 @@ def _refuse_unusable(placement: Placement, node: Node, reading: Reading) -> None
             f"node {node.address}: not installed for Python {reading.versions.get('python')}",
             f"install {names} there; {versions.IMAGE}",
         )
-    version, code = _own_package()
+    version, code = own_package()
     here = {"raytrain_adv": version, versions.CODE: code}
     there = {"raytrain_adv": reading.versions["raytrain_adv"], versions.CODE: reading.code or code}
     if here != there:
@@ -195,11 +196,6 @@ def _refuse_unusable(placement: Placement, node: Node, reading: Reading) -> None
             f"node {node.address}: {reading.gpus[0].name}",
             "turn MIG off there (nvidia-smi -mig 0), or set ray_num_workers: 1",
         )
-
-
-@functools.cache
-def _own_package() -> tuple[str | None, str | None]:
-    return own_package()  # reads every file: once, not for every node
 
 
 def place(job: JobConfig, placement: Placement, found: Preflight) -> Placement:

@@ -11,10 +11,9 @@ import yaml
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import SET_BY_THE_SWEEP, Sweep
-from raytrain_adv.driver.cluster.nodes import release_workers
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.replace import Replaced
-from raytrain_adv.driver.training.worker_entry import STARTS
+from raytrain_adv.driver.training.trainer import release
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.report import record, sweep_record
 from raytrain_adv.report.record import write_text
@@ -144,9 +143,7 @@ class Results:
         """Release the resources of the workers of a trial whose driver has died."""
         storage = Storage.at(output_dir.storage_path(self._trials[name].job))
         for attempt in storage.folders():
-            start = storage.folder(attempt).read_json(STARTS)
-            if start is not None and start["placement_group"] is not None:
-                release_workers(start["placement_group"])
+            release(storage.folder(attempt))
 
     def _update(self, one: TrialReport) -> None:
         trials = tuple(one if t.name == one.name else t for t in self.report.trials)

@@ -25,7 +25,7 @@ from raytrain_adv.driver.preflight.probe import Read, read_nodes
 from raytrain_adv.driver.training import failures
 from raytrain_adv.driver.training.console import Console, summary
 from raytrain_adv.driver.training.prepare import Progress, prepare_run
-from raytrain_adv.driver.training.twin import beside_its_twin, twins
+from raytrain_adv.driver.training.twin import measure_against_twin, twins
 from raytrain_adv.driver.training.worker_entry import STARTS, ray_worker
 from raytrain_adv.driver.watch.hang import HangWatch
 from raytrain_adv.driver.watch.head import HeadWatch
@@ -41,6 +41,7 @@ from raytrain_adv.report import record
 from raytrain_adv.report.build import against, failed, finished, planned, started
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import RunReport
+from raytrain_adv.storage.storage import Storage
 from raytrain_adv.text import ascii_name
 
 
@@ -90,7 +91,7 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
         print(f"First, the run without the feature to compare with: {twin.output.output_dir}\n")
         run(twin, read)
         print()
-    job = beside_its_twin(job)
+    job = measure_against_twin(job)
     with output_dir.held(folder):
         place = output_dir.open_output(job)
         if place.finished:
@@ -177,16 +178,16 @@ def fit(
                 raise failures.translate(error) from error
             deaths_left -= 1
             why = "Ray Train's controller died"
-            _release(place, attempt)
+            release(place.storage.folder(attempt))
         console.say(f"{why}; starting again from the last checkpoint")
         wait_for_room(placement, console.say, is_stopped=lambda: is_stop_requested(place.folder))
         attempt, resume = f"{attempt}{AGAIN}", resume or True
         failures.write_restart_reason(place.storage.folder(attempt), why)
 
 
-def _release(place: Output, attempt: str) -> None:
+def release(attempt: Storage) -> None:
     """Release the resources of an attempt's workers, if they started."""
-    start = place.storage.folder(attempt).read_json(STARTS)
+    start = attempt.read_json(STARTS)
     if start is not None and start["placement_group"] is not None:
         release_workers(start["placement_group"])
 

@@ -34,7 +34,7 @@ def twins(job: JobConfig) -> Iterator[JobConfig]:
         yield replace(job, output=output, transforms=others)
 
 
-def beside_its_twin(job: JobConfig) -> JobConfig:
+def measure_against_twin(job: JobConfig) -> JobConfig:
     """Return the job with compare_with set to its twin's folder, unless it names another run."""
     folders = [t.twin_dir(job.output.output_dir) for t in enabled(job)]
     twin = next((folder for folder in folders if folder is not None), None)
