@@ -141,14 +141,14 @@ def started(count: int, folder: Path) -> Any:
 
 def preflight_once(job: Any, count: int) -> dict[str, Any]:
     """Run the driver's preflight on the cluster that this process has joined."""
-    from raytrain_adv.driver.cluster import connect
+    from raytrain_adv.driver.cluster import nodes
     from raytrain_adv.driver.preflight import probe, verdicts
     from raytrain_adv.driver.preflight import table as preflight_table
     from raytrain_adv.transforms.applied import enabled
 
     before, begin = taken(), time.perf_counter()
-    found = verdicts.look_at(
-        connect.settle(job, False),
+    found = verdicts.check_nodes(
+        nodes.resolve_placement(job, False),
         enabled(job),
         lambda nodes: probe.read_nodes(nodes, TIMEOUT_S),
     )

@@ -15,11 +15,12 @@ import torch.distributed as dist
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.config import sections as s
-from raytrain_adv.estimate.memory import GIB, predict
+from raytrain_adv.estimate.memory import predict
 from raytrain_adv.model import parallel
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import materialize
 from raytrain_adv.ops.loss.function import loss_function
+from raytrain_adv.text import GIB
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.quantized_base import QuantizedBase

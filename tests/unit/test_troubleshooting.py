@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from raytrain_adv import hardware
-from raytrain_adv.driver.cluster.connect import Node
+from raytrain_adv.driver.cluster.nodes import Node
 from raytrain_adv.driver.cluster.placement import Placement
 from raytrain_adv.driver.preflight import verdicts
 from raytrain_adv.driver.preflight.probe import Reading
@@ -71,7 +71,7 @@ def test_the_driver_says_it_of_a_node_as_probed(make_job: Callable[..., Any], me
     reading, keys = NODES[message]
     placement = Placement(1, {"GPU": 1.0}, True, False, "")
     node = Node("10.0.0.7", {"GPU": 2.0, "CPU": 8.0}, node_id="id7")
-    verdict = verdicts.judged(placement, Transforms(make_job(**keys)), node, reading)
+    verdict = verdicts.judge(placement, Transforms(make_job(**keys)), node, reading)
     holds(message, verdict.refusal, verdict.fix)
     assert "10.0.0.7" in verdict.found
 

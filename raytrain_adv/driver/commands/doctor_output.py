@@ -20,7 +20,7 @@ from raytrain_adv.config.discovery import transform_types
 from raytrain_adv.driver.commands.doctor_storage import Seen, leftover
 from raytrain_adv.driver.commands.finding import Finding, SetAside
 from raytrain_adv.driver.output.output_dir import MODELS, RUN_FILE, Record, attempts_in
-from raytrain_adv.driver.watch.stop import ASK_FILE
+from raytrain_adv.driver.watch.stop import STOP_FILE
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.report import record
@@ -58,7 +58,7 @@ def examine(
     for name in sorted([*own.files(), *own.folders()]):
         if torn.fullmatch(name):
             findings.append(leftover(own, name))
-        elif name == ASK_FILE:
+        elif name == STOP_FILE:
             asked = "somebody asked the run to stop, and it ended before it did so"
             none = "none: a rerun takes it away as it starts"
             take = partial(SetAside.take, root=own, name=name)

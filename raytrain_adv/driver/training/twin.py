@@ -1,6 +1,4 @@
-"""The same job without a feature, trained first if a key requests it: what the feature is measured
-by.
-"""
+"""The same job without a feature, run first if a key enables it, to measure the feature against."""
 
 from __future__ import annotations
 
@@ -10,10 +8,8 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.transforms.applied import Transforms
 
 
-def beside_its_twin(job: JobConfig) -> JobConfig:
-    """Return the job with its twin as the run that its report is compared with, unless it names
-    another.
-    """
+def measure_against_twin(job: JobConfig) -> JobConfig:
+    """Return the job with compare_with set to its twin's folder, unless it names another run."""
     twin = next(Transforms(job).twins(), None)
     if twin is None or job.output.compare_with is not None:
         return job

@@ -1,4 +1,4 @@
-"""Predictions against peaks measured on one H200 (torch.cuda.max_memory_allocated, torch 2.11)."""
+"""Predictions and measured peaks on one H200 (torch.cuda.max_memory_allocated, torch 2.11)."""
 
 import json
 from pathlib import Path
@@ -165,7 +165,7 @@ def test_frozen_weights_have_no_gradients_and_no_optimizer_states(tmp_path: Path
     assert found.gradients + found.optimizer < 1.0
 
 
-def test_accumulated_gradients_are_there_during_forward(tmp_path: Path) -> None:
+def test_accumulated_gradients_exist_during_forward(tmp_path: Path) -> None:
     once = prediction(tmp_path, LLAMA_1B, **PURE)
     twice = prediction(tmp_path, LLAMA_1B, gradient_accumulation_steps=2, **PURE)
     assert once.phases[0].gradients == 0.0
@@ -186,7 +186,7 @@ def test_evaluation_counts_only_with_held_out_rows(tmp_path: Path) -> None:
     assert held.peak == "evaluation"
 
 
-def test_layers_of_an_evaluation_batch_count_where_it_is_larger_than_a_training_batch(
+def test_layers_of_an_evaluation_batch_count_if_it_is_larger_than_a_training_batch(
     tmp_path: Path,
 ) -> None:
     keys = {**LORA, "gradient_checkpointing": "full", "per_device_train_batch_size": 1}
@@ -213,7 +213,7 @@ def test_the_chunked_loss_takes_a_chunk_and_the_gradients_of_head_and_input(tmp_
 
 
 def test_a_chunk_stays_as_large_as_it_is_on_longer_sequences(tmp_path: Path) -> None:
-    """131,072 tokens: the gradient of the input is 1 GiB, the head's is added up in float32."""
+    """131,072 tokens: the gradient of the input is 1 GiB, the head's is accumulated in float32."""
     keys = {**PURE, "gradient_checkpointing": "full", "loss_kernel": "chunked"}
     found = prediction(tmp_path, LLAMA_8B, seq_len=131072, **keys)
     assert found.logits == pytest.approx(0.428 + 1.0 + 0.979 * 3, abs=0.01)

@@ -9,10 +9,10 @@ from raytrain_adv import hardware
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.estimate import memory
 from raytrain_adv.estimate.flops import training_flops_per_token
-from raytrain_adv.estimate.sizes import GIB
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear, num_weights, packed_linears
+from raytrain_adv.text import GIB
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.quantized_base import QuantizedBase
 from tests.tiny_models import job_for, write_checkpoint
