@@ -17,9 +17,10 @@ from transformers.utils import logging as transformers_logging
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import TrainingError
-from raytrain_adv.export.folder import GIB, folder_gib
+from raytrain_adv.export.folder import folder_gib
 from raytrain_adv.export.quantize import DEPRECATION
 from raytrain_adv.model.parallel import compute_dtype
+from raytrain_adv.text import GIB
 from raytrain_adv.transforms.applied import enabled
 from raytrain_adv.transforms.qat import Qat
 

@@ -25,11 +25,12 @@ from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.estimate.host import HostNeed
 from raytrain_adv.estimate.limits import Limit, Scale, Work
 from raytrain_adv.estimate.memory import MemoryPrediction
-from raytrain_adv.hardware import GIB, HardwareFacts
+from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model.attention import attention_name
 from raytrain_adv.model.build import build, decoder_layers
 from raytrain_adv.ops.bitsandbytes.linear import num_weights, quantized_linears
 from raytrain_adv.run.schedule import Arithmetic, resolve_arithmetic
+from raytrain_adv.text import GIB
 from raytrain_adv.transforms.applied import enabled, prepare_all, with_advice
 from raytrain_adv.transforms.transform import Plan
 

@@ -11,8 +11,7 @@ from raytrain_adv.driver.plan.plan import RunPlan
 from raytrain_adv.driver.preflight.verdicts import Preflight, Verdict
 from raytrain_adv.errors import ClusterError
 from raytrain_adv.estimate.host import HostNeed
-from raytrain_adv.hardware import GIB
-from raytrain_adv.text import plural
+from raytrain_adv.text import GIB, plural
 
 
 def refuse_too_large(job: JobConfig, plan: RunPlan, found: Preflight) -> list[str]:

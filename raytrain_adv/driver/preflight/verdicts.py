@@ -22,7 +22,8 @@ from raytrain_adv.driver.preflight.probe import Read, Reading, read_nodes
 from raytrain_adv.driver.preflight.probe_script import own_package
 from raytrain_adv.errors import ClusterError, RaytrainAdvError
 from raytrain_adv.estimate.memory import RESERVE
-from raytrain_adv.hardware import GIB, HardwareFacts
+from raytrain_adv.hardware import HardwareFacts
+from raytrain_adv.text import GIB
 
 NEEDED = ("raytrain_adv", "torch", "transformers")
 """Packages without which no worker starts."""

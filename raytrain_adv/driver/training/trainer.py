@@ -17,7 +17,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 
 from raytrain_adv import hardware
-from raytrain_adv.checkpoint.save import AGAIN
+from raytrain_adv.checkpoint.folders import AGAIN
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.prepare import PreparedData, prepare
 from raytrain_adv.driver.cluster import connect
