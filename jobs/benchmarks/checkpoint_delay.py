@@ -25,9 +25,8 @@ from typing import Any, NoReturn
 import yaml
 from whole_steps import ROOT, SHAPE, head_of_results
 
-from raytrain_adv.checkpoint.host_memory import HostMemory
 from raytrain_adv.checkpoint.save import CheckpointWriter, training_state
-from raytrain_adv.checkpoint.staging import staged
+from raytrain_adv.checkpoint.staging import HostMemory, staged
 from raytrain_adv.config import load
 from raytrain_adv.run.run import local_run
 from raytrain_adv.worker import train as line

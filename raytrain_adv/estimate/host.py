@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from raytrain_adv.checkpoint.host_memory import LARGEST_SHARE
+from raytrain_adv.checkpoint.staging import LARGEST_SHARE
 from raytrain_adv.estimate.memory import MemoryPrediction
 
 

@@ -88,8 +88,8 @@ def units(model: PreTrainedModel, job: JobConfig, shard_size: int) -> list[Unit]
     """Return the modules that FSDP2 is applied to, as in model/parallel.py.
 
     A parameter is split along its first dimension into equal parts for all ranks: rows are padded
-    to a multiple of them. It is sent in the compute dtype, quantized ones as their bytes, weights
-    that FP8 gathers as one byte per element.
+    to a multiple of them. It is sent in the compute dtype, packed weights as their bytes, and what
+    transforms gather in another dtype in that one.
 
     Args:
         model: after its transforms, before sharding; the meta device is enough.
@@ -219,7 +219,7 @@ def compute_seconds(
         operations / (the GPU's dense bf16 peak x the MFU measured on one H200)
         + (bytes gathered + bytes reduced) / COPIED_B_S
 
-    The MFU is that of the nearest measured job: by gradient_checkpointing, FP8, QAT, LoRA and
+    The MFU is that of the nearest measured job: by gradient_checkpointing, transforms and
     torch_compile. Fewer tokens a pass than the 8,192 of the measurement reach less.
 
     Args:

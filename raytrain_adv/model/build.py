@@ -18,6 +18,7 @@ from raytrain_adv.model.files import (
     model_source,
     nearest_folders,
 )
+from raytrain_adv.text import first_line
 from raytrain_adv.transforms import discover
 from raytrain_adv.transforms.lora import Lora
 
@@ -258,8 +259,3 @@ def refusal_of(job: JobConfig, config: PretrainedConfig | None, error: Exception
         f"{type(error).__name__}: {first_line(error)}",
         "check its config.json; a newer architecture may need a newer transformers",
     )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its class when it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -26,8 +26,10 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.dtensor import SHARDED
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.build import decoder_layers
+from raytrain_adv.text import first_line
 from raytrain_adv.transforms.applied import Transforms
 
 P = ParamSpec("P")
@@ -79,9 +81,9 @@ def build_mesh(job: JobConfig, device: torch.device) -> DeviceMesh | None:
             f"choose a divisor of {world}, or leave fsdp_shard_size out",
         )
     if shard == world:
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+        return init_device_mesh(device.type, (world,), mesh_dim_names=(SHARDED,))
     return init_device_mesh(
-        device.type, (world // shard, shard), mesh_dim_names=("replicate", "shard")
+        device.type, (world // shard, shard), mesh_dim_names=("replicate", SHARDED)
     )
 
 
@@ -148,7 +150,7 @@ def never_left_eager(train: Callable[P, T]) -> Callable[P, T]:
         except FailOnRecompileLimitHit as error:
             raise TrainingError(
                 f"torch.compile would leave a layer eager: it was compiled {MOST_GRAPHS} times",
-                str(error.__context__ or error).splitlines()[0],
+                first_line(error.__context__ or error),
                 "set packing: true, which leaves one length, or torch_compile: false",
             ) from error
 

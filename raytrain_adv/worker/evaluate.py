@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrain_adv.data.batches.loader import IGNORED, Batches, MicroBatch, eval_batches
+from raytrain_adv.data.batches.loader import Batches, MicroBatch, eval_batches
 from raytrain_adv.dtensor import reshard
+from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.function import LossFunction
 from raytrain_adv.run.run import Run
 
@@ -35,7 +36,7 @@ def evaluate(
         loss = loss_sum(model, current.inputs, labels)
         if batch is not None:
             totals[0] += loss.double()
-            totals[1] += (labels != IGNORED).sum()
+            totals[1] += (labels != IGNORE).sum()
     model.train()
     reshard(model)
     if run.world_size > 1:

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrain_adv.checkpoint.save import CheckpointWriter, Progress
+from raytrain_adv.checkpoint.folders import Progress
+from raytrain_adv.checkpoint.save import CheckpointWriter
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.loader import Batches, MicroBatch, Prefetcher, StepBatch
 from raytrain_adv.errors import Stopped, Terminated, TrainingError

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrain_adv.checkpoint.save import Found
+from raytrain_adv.checkpoint.folders import Found
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.hardware import peak_flops

@@ -12,7 +12,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.order import num_held_out
 from raytrain_adv.data.read.entries import Entry, resolve
 from raytrain_adv.data.read.sources import data_files, read_files
-from raytrain_adv.data.tokens.templates import EOS, find_template, no_template, unfit
+from raytrain_adv.data.tokens.templates import find_template, no_template, unfit
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.files import check_flash_package, check_folder, check_weights, is_local
 
@@ -70,7 +70,7 @@ def _check_template(job: JobConfig) -> None:
     if template is None:
         if not _has_chat_template(folder):
             raise no_template(job.model.model_name_or_path)
-    elif template.end_of_turn != EOS and not _has_token(folder, template.end_of_turn):
+    elif template.end_of_turn and not _has_token(folder, template.end_of_turn):
         raise unfit(template)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.data.batches.sequences import IGNORE, Sequence
+from raytrain_adv.data.batches.sequences import Sequence
+from raytrain_adv.ops.loss import IGNORE
 
 MULTIPLE = 16
 """Matrix products in 8 bits need the number of tokens of a forward pass to be divisible by 16."""

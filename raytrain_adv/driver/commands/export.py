@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from raytrain_adv import hardware
 from raytrain_adv.checkpoint import save
-from raytrain_adv.checkpoint.folders import wrong_bytes
-from raytrain_adv.checkpoint.save import Found
+from raytrain_adv.checkpoint.folders import Found, all_folders, find, wrong_bytes
 from raytrain_adv.config.discovery import transform_types
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.load import load_keys
@@ -28,7 +27,7 @@ from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.driver.output.output_dir import RUN_FILE, storage_path
 from raytrain_adv.errors import JobError, StorageError, TrainingError
 from raytrain_adv.export.convert import write_converted
-from raytrain_adv.export.folder import GIB, NewFolder, folder_gib
+from raytrain_adv.export.folder import NewFolder, folder_gib
 from raytrain_adv.export.merge import export_merged
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, compare_converted, converted_logits
@@ -37,7 +36,7 @@ from raytrain_adv.model.build import build, read_config
 from raytrain_adv.model.files import nearest_folders
 from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8
 from raytrain_adv.storage.storage import Storage
-from raytrain_adv.text import disk
+from raytrain_adv.text import GIB, disk
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.qat import Qat
@@ -330,18 +329,18 @@ def _checkpoint(job: JobConfig, name: str) -> Found:
     """
     root = Storage.at(storage_path(job))
     if name and ("/" in name or Path(name).is_dir()):
-        found = save.find(Storage.at(name))
+        found = find(Storage.at(name))
     else:
         digits = name.removeprefix("step_")
-        folders = sorted(save.all_folders(root), key=lambda entry: entry[:2], reverse=True)
+        folders = sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True)
         steps = [f for f in folders if not name or (digits.isdigit() and f[0] == int(digits))]
-        found = next((one for *_, f in steps if (one := save.find(f)) is not None), None)
+        found = next((one for *_, f in steps if (one := find(f)) is not None), None)
     if found is not None:
         if damage := wrong_bytes(found.storage, rank=0, world_size=1):
             fix = "name another one with --checkpoint"
             raise JobError("the checkpoint is damaged", f"{found.path}: {damage}", fix)
         return found
-    whole = {step for step, _, f in save.all_folders(root) if save.find(f) is not None}
+    whole = {step for step, _, f in all_folders(root) if find(f) is not None}
     if not whole:
         run = job.output.output_dir
         export = f"quantize its model: raytrain-adv export {run}/model --output DIR enable_qat=true"

@@ -18,8 +18,7 @@ from raytrain_adv.driver.watch.stop import clear_trial_stop
 from raytrain_adv.errors import RaytrainAdvError
 from raytrain_adv.library_noise import quieten
 from raytrain_adv.redaction import hide_environment
-from raytrain_adv.storage.follow import FollowedFile
-from raytrain_adv.storage.metrics_file import FILE_NAME
+from raytrain_adv.storage.metrics_file import FILE_NAME, FollowedFile
 
 CONSOLE_FILE = "console.log"
 """The trial's console output."""

@@ -18,8 +18,7 @@ from raytrain_adv.driver.training.live_table import live_view
 from raytrain_adv.driver.training.progress import Progress, Row, log_line
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.report.summary import summary
-from raytrain_adv.storage.follow import FollowedFile
-from raytrain_adv.storage.metrics_file import FILE_NAME
+from raytrain_adv.storage.metrics_file import FILE_NAME, FollowedFile
 
 __all__ = ["Console", "summary"]
 

@@ -15,6 +15,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import local_part
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.model.parallel import compute_dtype
+from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.function import cross_entropy_sum
 from raytrain_adv.ops.loss.head import (
     BACKENDS,
@@ -24,7 +25,6 @@ from raytrain_adv.ops.loss.head import (
     remove,
     takes_labels,
 )
-from raytrain_adv.ops.loss.linear_cross_entropy import IGNORED
 from raytrain_adv.run.run import Run
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms.loss_kernel import LossKernel
@@ -187,5 +187,5 @@ def _tokens(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab, (1, NUM_TOKENS + 1), generator=generator)
     labels = ids[:, 1:].clone()
-    labels[:, ::8] = IGNORED
+    labels[:, ::8] = IGNORE
     return {"input_ids": ids[:, :-1].to(device)}, labels.to(device)

@@ -9,8 +9,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from raytrain_adv.checkpoint.host_memory import PAGE, HostMemory, available_bytes
-from raytrain_adv.checkpoint.staging import plain_like, restore_quantized, staged, tensors_of
+from raytrain_adv.checkpoint.staging import (
+    PAGE,
+    HostMemory,
+    plain_like,
+    restore_quantized,
+    staged,
+    tensors_of,
+)
+from raytrain_adv.hardware import free_host_memory
 from tests.ranks import run_ranks
 
 
@@ -53,7 +60,7 @@ def test_a_copy_is_apart_from_its_tensor_and_named_by_its_path():
 
 
 def test_memory_that_is_free_is_read_from_the_machine():
-    assert 2**20 < available_bytes() <= 2**62
+    assert 2**20 < free_host_memory() <= 2**62
 
 
 def copied_on_a_rank(folder):

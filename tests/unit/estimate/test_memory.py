@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain_adv.checkpoint.host_memory import HostMemory
 from raytrain_adv.checkpoint.save import training_state
-from raytrain_adv.checkpoint.staging import staged, tensors_of
+from raytrain_adv.checkpoint.staging import HostMemory, staged, tensors_of
 from raytrain_adv.config import JobConfig
 from raytrain_adv.estimate.memory import MemoryPrediction, predict
 from raytrain_adv.estimate.sizes import HostCopies

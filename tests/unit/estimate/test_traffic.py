@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from raytrain_adv.checkpoint.host_memory import HostMemory
 from raytrain_adv.checkpoint.save import training_state
-from raytrain_adv.checkpoint.staging import staged
+from raytrain_adv.checkpoint.staging import HostMemory, staged
 from raytrain_adv.config.arguments import parse
 from raytrain_adv.config.assumptions import Assumptions
 from raytrain_adv.config.job import JobConfig

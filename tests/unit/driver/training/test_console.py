@@ -18,8 +18,7 @@ from raytrain_adv.driver.training.console import Console, printable, summary
 from raytrain_adv.driver.training.live_table import live_view
 from raytrain_adv.driver.training.progress import Progress, log_line
 from raytrain_adv.report.record import RunReport, Sample
-from raytrain_adv.storage.follow import FollowedFile
-from raytrain_adv.storage.metrics_file import MetricsFile
+from raytrain_adv.storage.metrics_file import FollowedFile, MetricsFile
 
 ROW = {
     "kind": "train",
