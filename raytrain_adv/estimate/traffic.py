@@ -274,7 +274,7 @@ def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[floa
     for p in model.parameters():
         if not p.requires_grad:
             continue
-        size, quantized = p.element_size(), has_8bit_states(p, job, shard_size)
+        size, in_8bit = p.element_size(), has_8bit_states(p, job, shard_size)
         states = 2 * (4 if in_8bit else size) if with_states else 0
         values += p.numel() * (size + states)
         entries += 3 * shard_size + 1 if with_states else shard_size
