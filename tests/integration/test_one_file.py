@@ -79,7 +79,7 @@ for name, keys in (("refused", ["fp8=true"]), ("careful", ["enable_qat=true"])):
         told[name] = str(error)
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.model.build import build
-from raytrain_adv.report.record_parts import TransformReport
+from raytrain_adv.report.parts import TransformReport
 plan = Transforms(job).prepare(build(job))["doubled"]
 told["report"] = {"doubled": TransformReport.of(plan).model_dump(mode="json")}
 print(json.dumps(told))

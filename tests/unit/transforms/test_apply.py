@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.build import build
-from raytrain_adv.report.record_parts import TransformReport
+from raytrain_adv.report.parts import TransformReport
 from raytrain_adv.transforms import Change, Plan, Transform
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora

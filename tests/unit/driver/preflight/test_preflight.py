@@ -23,8 +23,8 @@ from raytrain_adv.driver.preflight.probe import Reading
 from raytrain_adv.driver.preflight.verdicts import Preflight, Verdict
 from raytrain_adv.errors import ClusterError
 from raytrain_adv.estimate.advice import Advice
-from raytrain_adv.report.preflight_section import preflight_html
-from raytrain_adv.report.record import PreflightReport
+from raytrain_adv.report.html import render
+from raytrain_adv.report.record import PreflightReport, RunReport
 from raytrain_adv.tables import WIDTH
 from raytrain_adv.transforms.fp8 import Fp8
 from tests.readings import A100, H100, H200, node_with, without
@@ -268,8 +268,8 @@ def test_the_report_keeps_every_node():
     assert used.used and used.gpus == (H100, H100) and used.compute_capability == "9.0"
     assert not refused.used and refused.reason.startswith("FP8 requires Hopper")
     assert silent.found == "NodeDiedError: gone" and silent.gpus == ()
-    section = preflight_html(report)
-    assert f"2 x {A100}" in section and "FP8 requires Hopper" in section
+    page = render(RunReport(status="done", preflight=report), [])
+    assert f"2 x {A100}" in page and "FP8 requires Hopper" in page
 
 
 def test_a_worker_with_other_versions_than_were_accepted_stops():
