@@ -35,7 +35,7 @@ from raytrain_adv.checkpoint.load import read_state
 from raytrain_adv.checkpoint.staging import (
     HostMemory,
     plain_like,
-    restore_quantized,
+    restore_8bit,
     staged,
     tensors_of,
 )
@@ -96,11 +96,11 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-    quantized = restore_quantized(state, read)
+    in_8bit = restore_8bit(state, read)
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     set_model_state_dict(model, read["model"], options=options)
     if (
-        optimizer is not None and not quantized
+        optimizer is not None and not in_8bit
     ):  # those were filled in place; loading them would make them plain tensors
         options = StateDictOptions(ignore_frozen_params=True)
         set_optimizer_state_dict(model, optimizer, read["optimizer"], options=options)

@@ -8,7 +8,6 @@ on another number blocks begin elsewhere, and some values move by a rounding.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from raytrain_adv.dtensor import local_part
 from raytrain_adv.hardware import free_host_memory
+from raytrain_adv.ops.adamw_8bit import fill_8bit
 from raytrain_adv.text import GIB, first_line
 
-BLOCKS_AT_A_TIME = 2**16
 LARGEST_SHARE = 0.5
 """Of the memory that is free on the node, for all its workers."""
 MOST_THREADS = 8
@@ -165,63 +164,22 @@ def tensors_of(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]
     elif isinstance(state, list | tuple):
         for number, value in enumerate(state):
             yield from tensors_of(value, f"{path}/{number}")
-    elif isinstance(state, torch.Tensor) and not _is_quantized(state):
+    elif isinstance(state, torch.Tensor) and not _is_8bit(state):
         yield path, state.detach()
 
 
-def restore_quantized(state: Any, plain: Any) -> bool:
+def restore_8bit(state: Any, plain: Any) -> bool:
     """Copy float32 values that were read into the state's 8-bit tensors; return whether any are."""
     if isinstance(state, dict):
-        return any([restore_quantized(value, plain[key]) for key, value in state.items()])
+        return any([restore_8bit(value, plain[key]) for key, value in state.items()])
     if isinstance(state, list | tuple):
         pairs = zip(state, plain, strict=True)
-        return any([restore_quantized(value, other) for value, other in pairs])
-    if not isinstance(state, torch.Tensor) or not _is_quantized(state):
+        return any([restore_8bit(value, other) for value, other in pairs])
+    if not isinstance(state, torch.Tensor) or not _is_8bit(state):
         return False
     with torch.no_grad():
-        _quantize_again(local_part(state), local_part(plain))
+        fill_8bit(local_part(state), local_part(plain))
     return True
-
-
-def _quantize_again(state: Any, values: torch.Tensor) -> None:
-    """Fill torchao's 8-bit state with values that were read, some blocks at a time: the codes pass
-    through int64, eight times what they take in the end.
-    """
-    blocks = values.reshape(-1, state.block_size)
-    codes, scales = state.codes.view(-1, state.block_size), state.scale
-    for start in range(0, len(blocks), BLOCKS_AT_A_TIME):
-        part = slice(start, start + BLOCKS_AT_A_TIME)
-        codes[part], scales[part] = quantized(blocks[part], state.qmap)
-
-
-def quantized(blocks: torch.Tensor, qmap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return 8-bit codes and scales that give back exactly what was dequantized from such.
-
-    torchao takes the largest magnitude of a block as its scale. Its signed map reaches from -0.993
-    to 1, so a block whose largest magnitude is negative has lost 0.7 % when it is quantized again,
-    and all its codes move. Its scale was that magnitude / 0.993, or a neighbor of it in float32.
-
-    Args:
-        blocks: (blocks, values in one), float32.
-        qmap: (256,), what each code stands for, ascending.
-    """
-    from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
-
-    scaled, scales = scale_tensor(blocks, blocks.shape[1])
-    codes = quantize_8bit_with_qmap(scaled, qmap)
-    if qmap[0] == 0:  # the unsigned map holds its largest magnitude exactly
-        return codes, scales
-    estimate = blocks.abs().amax(-1) / -qmap[0]
-    up, down = (estimate.nextafter(torch.full_like(estimate, end)) for end in (math.inf, 0.0))
-    for candidates in (estimate, up, down):
-        moved = (dequant_with_qmap(codes, qmap, scales) != blocks).any(-1)
-        if not moved.any():
-            break
-        tried = quantize_8bit_with_qmap(blocks / candidates.unsqueeze(-1), qmap)
-        exact = (dequant_with_qmap(tried, qmap, candidates) == blocks).all(-1) & moved
-        codes = torch.where(exact.unsqueeze(-1), tried, codes)
-        scales = torch.where(exact, candidates, scales)
-    return codes, scales
 
 
 def _mapped(state: Any, change: Callable[[str, torch.Tensor], torch.Tensor], path: str = "") -> Any:
@@ -232,13 +190,13 @@ def _mapped(state: Any, change: Callable[[str, torch.Tensor], torch.Tensor], pat
     return change(path, state) if isinstance(state, torch.Tensor) else state
 
 
-def _is_quantized(tensor: torch.Tensor) -> bool:
+def _is_8bit(tensor: torch.Tensor) -> bool:
     # By name: importing torchao takes a second that other jobs need not spend.
     return type(local_part(tensor)).__name__ == "OptimState8bit"
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    if not _is_quantized(tensor):
+    if not _is_8bit(tensor):
         return tensor.detach()
     values: torch.Tensor = local_part(tensor).dequantize()
     if not isinstance(tensor, DTensor):

@@ -90,7 +90,7 @@ def export_model(
         "logit_difference": compared.difference if compared else None,
         "comparison": compared.how if compared else "",
     }
-    return replace(written, **{f"{kind}_{name}": value for name, value in found.items()})
+    return replace(written, converted={f"{kind}_{name}": x for name, x in found.items()})
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.sweep import CONVERTED_LOSS
 from raytrain_adv.errors import Stopped
 from raytrain_adv.estimate.memory import MemoryPrediction
 from raytrain_adv.report.record import (
+    OF_CONVERTED,
     Baseline,
     Point,
     RunReport,
@@ -22,7 +24,7 @@ from raytrain_adv.report.record import (
     describe_failure,
 )
 from raytrain_adv.report.record import read as read_report
-from raytrain_adv.report.variants import quantized_loss, recovered, variants
+from raytrain_adv.report.variants import converted_loss, recovered, variants
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.transforms.transform import Plan
 
@@ -91,10 +93,10 @@ def finished(
         "world_size device attention attention_trial versions steps total_steps epochs "
         "step_seconds tokens_per_second_per_worker peak_memory_gib data_wait_seconds "
         "predicted_memory_gib predicted_memory mfu_bf16 restarts skipped_steps resumed_from_step "
-        "data batch model_dir model_gib quantized_dir quantized_gib quantized_logit_difference "
-        "quantized_comparison"
+        "data batch model_dir model_gib"
     )
     update |= {name: figures[name] for name in same.split()}
+    update |= {name: figures[name] for name in OF_CONVERTED if name in figures}
     return RunReport(**{**report.model_dump(), **update})
 
 
@@ -216,7 +218,7 @@ def _losses(folder: Path) -> dict[str, Any]:
         "eval_loss": [],
         "variants": found,
         "recovered": recovered(found),
-        "quantized_eval_loss": quantized_loss(found),
+        CONVERTED_LOSS: converted_loss(found),
     }
     for row in rows:
         if row.get("kind") in ("train", "eval"):

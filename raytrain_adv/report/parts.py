@@ -220,8 +220,8 @@ class Variant(Record):
     """The held-out rows evaluated with a feature on or off."""
 
     name: str
-    """bf16: not quantized; PTQ: quantized without having been trained for it; QAT: after that
-    training; those of the twin were trained without it throughout.
+    """bf16: not rounded; PTQ: rounded without training for it; and with such training. Those of
+    the twin were trained without it throughout.
     """
     step: int
     """Optimizer steps after which it was evaluated."""

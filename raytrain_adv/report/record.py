@@ -55,6 +55,15 @@ __all__ = [
 FILE_NAME = "report.json"
 
 
+OF_CONVERTED = (
+    "quantized_dir",
+    "quantized_gib",
+    "quantized_logit_difference",
+    "quantized_comparison",
+)
+"""Fields of the model that export converts from the trained one."""
+
+
 class RunReport(Record):
     """The contract of report.json.
 
@@ -171,6 +180,21 @@ class RunReport(Record):
     """The run named by compare_with; null where none is."""
     notes: tuple[str, ...] = ()
     """Whatever else a reader should know, one sentence each."""
+
+    @property
+    def converted(self) -> tuple[str, str | None, float | None]:
+        """Label, folder and size of the model that export converted; nulls without one."""
+        return "quantized", self.quantized_dir, self.quantized_gib
+
+    @property
+    def comparison(self) -> str:
+        """How near the converted model is to the trained one; empty without one."""
+        if self.quantized_logit_difference is None:
+            return ""
+        return (
+            f"logits differ by {self.quantized_logit_difference:.3g} from those of training "
+            f"({self.quantized_comparison})"
+        )
 
 
 def describe_failure(error: BaseException, rank: int | None = None, trace: str = "") -> Failure:

@@ -65,7 +65,7 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
         changed = text.plural(transform.changed, "module")
         figures.append((name, f"{changed} changed, {transform.skipped:,} skipped"))
         figures.append(("", transform.proof_sentence))
-    figures.append(("quantized", variants.compared(report)))
+    figures.append((report.converted[0], report.comparison))
     return [(label, words) for label, words in figures if words]
 
 
@@ -146,7 +146,7 @@ def _places(report: RunReport) -> list[tuple[str, str]]:
     places = []
     for label, folder, gib in (
         ("model", report.model_dir, report.model_gib),
-        ("quantized", report.quantized_dir, report.quantized_gib),
+        report.converted,
     ):
         if folder:
             places.append((label, folder + ("" if gib is None else f" ({text.disk(gib)})")))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from raytrain_adv import text
+from raytrain_adv.config.sweep import CONVERTED_LOSS
 from raytrain_adv.report.summary import columns
 from raytrain_adv.report.sweep_record import SweepReport, TrialReport
 
 HEADS = {
     "eval_loss": "eval loss",
-    "quantized_eval_loss": "quantized eval loss",
+    CONVERTED_LOSS: CONVERTED_LOSS.replace("_", " "),
     "train_loss": "train loss",
     "tokens_per_second_per_worker": "tokens/s",
     "step_seconds": "step",

@@ -1,4 +1,4 @@
-"""Held-out loss in bf16, and quantized without and with training for it."""
+"""Held-out loss in bf16, and rounded without (PTQ) and with (QAT) training for it."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def variants(rows: Sequence[Mapping[str, Any]]) -> tuple[Variant, ...]:
     return tuple(found.values())
 
 
-def quantized_loss(found: Sequence[Variant]) -> float | None:
-    """Return the held-out loss of the run's quantized model, if there is one."""
+def converted_loss(found: Sequence[Variant]) -> float | None:
+    """Return the held-out loss of the run's converted model, if there is one."""
     names = [v.name for v in found]
     made = QAT if QAT in names else PTQ
     return next((v.loss for v in reversed(found) if v.name == made), None)
 
 
 def reference(found: Sequence[Variant]) -> tuple[Variant, Variant] | None:
-    """Return bf16 and PTQ of the same weights: the twin's, else those at which fake quantization
+    """Return bf16 and PTQ of the same weights: the twin's, else those at which rounding
     began.
     """
     for ending in (f" {TWIN}", ""):
@@ -54,7 +54,7 @@ def reference(found: Sequence[Variant]) -> tuple[Variant, Variant] | None:
 
 
 def recovered(found: Sequence[Variant]) -> float | None:
-    """Return the share of the quantization loss that QAT recovered: (PTQ - QAT) / (PTQ - bf16).
+    """Return the share of the rounding loss that QAT recovered: (PTQ - QAT) / (PTQ - bf16).
 
     None without QAT, if PTQ loses next to nothing, and if QAT ended below bf16 weights of an
     earlier step: it has trained since.
@@ -97,14 +97,14 @@ def table_rows(report: RunReport) -> list[tuple[str, str, str, str, str]]:
 
 
 def sentence(report: RunReport) -> str:
-    """Return what quantization-aware training gained; empty if the run has none."""
+    """Return what QAT gained; empty if the run has none."""
     found = report.variants
     pair = reference(found)
     if QAT not in [v.name for v in found]:
         return ""
     if pair is None:
         return (
-            "there is no PTQ to compare QAT with: there were no weights before fake quantization, "
+            "there is no PTQ to compare QAT with: there were no weights before rounding began, "
             "or another folder has the run that made them; compare: true trains a bf16 twin"
         )
     bf16, ptq = pair
@@ -117,7 +117,7 @@ def sentence(report: RunReport) -> str:
     if report.recovered is None:
         return (
             f"PTQ of {of} loses {gap:.4f}; QAT ended below their bf16 loss by what it has trained "
-            f"since, which does not measure quantization{since}"
+            f"since, which does not measure rounding{since}"
         )
     return f"QAT recovered {report.recovered:.0%} of the {gap:.4f} that PTQ of {of} loses{since}"
 
@@ -125,13 +125,3 @@ def sentence(report: RunReport) -> str:
 def evaluated_as(report: RunReport) -> str:
     """Return how held-out rows were evaluated, if not as the run was trained at first."""
     return Qat.evaluated_as if Qat.name in report.transforms else ""
-
-
-def compared(report: RunReport) -> str:
-    """Return how near the quantized folder is to the trained model; empty without one."""
-    if report.quantized_logit_difference is None:
-        return ""
-    return (
-        f"logits differ by {report.quantized_logit_difference:.3g} from those of training "
-        f"({report.quantized_comparison})"
-    )

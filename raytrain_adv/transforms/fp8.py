@@ -265,7 +265,7 @@ class Fp8(Transform):
     def gathered(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
         """Yield the weights that are gathered in float8: one byte a number."""
         for linear in self._gathered_linears(model):
-            yield linear.weight, 1
+            yield linear.get_parameter("weight"), 1
 
     def _gathered_linears(self, model: nn.Module) -> Iterator[nn.Linear]:
         from torchao.float8.float8_linear import Float8Linear

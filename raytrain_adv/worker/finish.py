@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,13 +41,12 @@ class Exported:
     model_dir: str | None = None
     model_gib: float | None = None
     """Size on disk."""
-    quantized_dir: str | None = None
-    quantized_gib: float | None = None
-    quantized_logit_difference: float | None = None
-    """Largest difference between its logits and those of the model trained with fake quantization,
-    on rank 0."""
-    quantized_comparison: str = ""
-    """On what and where they were compared."""
+    converted: Mapping[str, Any] = field(default_factory=dict)
+    """Folder, size and comparison of the converted model, if a feature exports one."""
+
+    def figures(self) -> dict[str, Any]:
+        """Return all of it by the names of the report."""
+        return {"model_dir": self.model_dir, "model_gib": self.model_gib, **self.converted}
 
 
 ExportFunction = Callable[
@@ -122,7 +121,7 @@ def export(
     data: PreparedData,
     write: ExportFunction,
 ) -> Exported:
-    """Write output_dir/model, and the quantized model if there is one, on rank 0."""
+    """Write output_dir/model, and the converted model if there is one, on rank 0."""
     if not job.output.export_model:
         return Exported()
     with run.phase("export"):
@@ -151,11 +150,10 @@ def evaluate_twins(state: TrainState, model: PreTrainedModel) -> None:
     own weights, already exported, are lost.
     """
     job = state.job
-    for transform in state.transforms:
-        twin = transform.twin_dir(job.output.output_dir)
-        if twin is None or state.held_out is None:
+    for twin in state.transforms.twins():
+        if state.held_out is None:
             continue
-        folder = Path(twin) / "model"
+        folder = Path(twin.output.output_dir) / "model"
         with state.run.phase("twin"):
             if job.transform(Lora).enabled:
                 load_adapter(model, folder)

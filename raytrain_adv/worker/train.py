@@ -124,7 +124,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         "proof": checks.profiles.found,
         "data": prepared.stats,
         "samples": samples,
-        **asdict(exported),
+        **exported.figures(),
         "began_at": began_at,
         "timeline": run.timeline,
     }

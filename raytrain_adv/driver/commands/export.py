@@ -310,14 +310,15 @@ def _export_run(
     model = _loaded(job, found)
     written = export_model(model, job, out / "model", load_tokenizer(job), _tokens(model, job))
     print(f"model      {written.model_dir} ({disk(written.model_gib or 0.0)}; step {step:,})")
-    if written.quantized_dir is None or written.quantized_gib is None:
+    if not written.converted:
         return
-    print(f"quantized  {written.quantized_dir} ({disk(written.quantized_gib)})")
+    found = written.converted
+    print(f"quantized  {found['quantized_dir']} ({disk(found['quantized_gib'])})")
     print(f"           {job.transform(Qat).scheme}")
-    if written.quantized_logit_difference is None:
+    if found["quantized_logit_difference"] is None:
         print(f"           not compared: {NO_GPU}")
     else:
-        difference, how = written.quantized_logit_difference, written.quantized_comparison
+        difference, how = found["quantized_logit_difference"], found["quantized_comparison"]
         print("           " + _said(difference, how, "the checkpoint's"))
 
 

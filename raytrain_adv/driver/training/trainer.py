@@ -13,7 +13,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 
-from raytrain_adv.checkpoint.save import AGAIN
+from raytrain_adv.checkpoint.folders import AGAIN
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.cluster.connect import NodeNetwork
 from raytrain_adv.driver.cluster.elastic import BatchPreservingPolicy

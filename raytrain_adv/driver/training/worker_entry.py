@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from ray.train.torch import get_device
 
-from raytrain_adv.checkpoint.save import AGAIN
+from raytrain_adv.checkpoint.folders import AGAIN
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.preflight import versions
 from raytrain_adv.driver.training.failures import take_restart_reason

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from raytrain_adv.checkpoint.save import Progress
+from raytrain_adv.checkpoint.folders import Progress
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.loader import Batches
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer

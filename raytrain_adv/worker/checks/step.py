@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from raytrain_adv.checkpoint.save import Progress
+from raytrain_adv.checkpoint.folders import Progress
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.loader import Batches
 from raytrain_adv.run.run import Run

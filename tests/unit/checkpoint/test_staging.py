@@ -13,7 +13,7 @@ from raytrain_adv.checkpoint.staging import (
     PAGE,
     HostMemory,
     plain_like,
-    restore_quantized,
+    restore_8bit,
     staged,
     tensors_of,
 )
@@ -35,7 +35,7 @@ def test_8bit_states_come_back_with_every_value(signed):
     other.copy_(torch.randn(4096, 256).abs())
     read = plain_like({"exp_avg": other})
     read["exp_avg"].copy_(written["exp_avg"])
-    assert restore_quantized({"exp_avg": other}, read)
+    assert restore_8bit({"exp_avg": other}, read)
     assert torch.equal(other.dequantize(), state.dequantize())
     has_sign = state.dequantize().abs().amax(-1) > 0
     assert torch.equal(other.codes[has_sign], state.codes[has_sign])
@@ -47,7 +47,7 @@ def test_values_cut_into_other_blocks_are_quantized_as_torchao_does():
     values = torch.randn(64, 64)
     expected = OptimState8bit.zeros((64, 64), signed=True)
     expected.copy_(values)
-    restore_quantized({"exp_avg": state}, {"exp_avg": values})
+    restore_8bit({"exp_avg": state}, {"exp_avg": values})
     assert torch.equal(state.codes, expected.codes) and torch.equal(state.scale, expected.scale)
 
 

@@ -254,8 +254,8 @@ def test_after_lora_the_base_is_quantized_and_the_adapter_beside_it(tmp_path: Pa
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     exported = export_model(model, job, tmp_path / "model", input_ids=TOKENS)
-    assert exported.quantized_logit_difference == 0.0
-    again = AutoModelForCausalLM.from_pretrained(exported.quantized_dir)
+    assert exported.figures()["quantized_logit_difference"] == 0.0
+    again = AutoModelForCausalLM.from_pretrained(exported.figures()["quantized_dir"])
     layer = again.model.layers[0].mlp
     assert hasattr(layer.down_proj.base_layer.weight, "qdata")
     assert not hasattr(layer.up_proj.base_layer.weight, "qdata")

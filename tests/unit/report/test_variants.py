@@ -44,7 +44,7 @@ def test_no_share_is_stated_of_next_to_nothing() -> None:
 def test_what_training_gained_since_the_switch_is_not_reported_as_recovered() -> None:
     report = report_of(7.0, 7.1, 6.0)
     assert report.recovered is None
-    assert "does not measure quantization; compare: true" in variants.sentence(report)
+    assert "does not measure rounding; compare: true" in variants.sentence(report)
 
 
 def test_nothing_is_compared_with_bf16_of_an_earlier_step() -> None:
