@@ -34,7 +34,7 @@ def local_region(tensor: torch.Tensor) -> Region:
 @torch.no_grad()
 def copy_local(target: torch.Tensor, part: torch.Tensor) -> None:
     """Copy a rank's region of a tensor into its shard, casting to the shard's dtype and device."""
-    local = target.to_local() if isinstance(target, DTensor) else target
+    local = local_part(target)
     if local.numel():
         local.copy_(part)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raytrain_adv import __version__
+from raytrain_adv.text import GIB
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,6 @@ PACKAGES = (
     "liger-kernel",
     "cut-cross-entropy",
 )
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,28 @@ def host_memory_bytes() -> int:
             if text.isdigit():
                 total = min(total, int(text))
     return total
+
+
+def free_host_memory() -> int:
+    """Return the bytes of host memory that are free for new use, within a container's limit.
+
+    Source: man 5 proc, MemAvailable; the kernel's cgroup-v2 documentation, memory.max.
+    """
+    lines = Path("/proc/meminfo")
+    if not lines.is_file():  # not Linux
+        return 2**62
+    found = {line.split(":")[0]: line.split()[1] for line in lines.read_text().splitlines()}
+    free = int(found["MemAvailable"]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + _cached(limit.parent))
+    return free
+
+
+def _cached(group: Path) -> int:
+    """Return the bytes of cached files that a control group's use counts and the kernel frees."""
+    lines = (group / "memory.stat").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def _processor_name() -> str:

@@ -4,13 +4,14 @@ A job file travels into reports, checkpoints, trackers and Ray's API, which show
 may hold none.
 """
 
-import html
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from markupsafe import escape
 
 from raytrain_adv.errors import JobError
 
@@ -119,7 +120,7 @@ def hide_environment(text: str) -> str:
     """
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and is_secret_name(name) and not os.path.exists(value):
-            for written in {value, html.escape(value), json.dumps(value)[1:-1]}:
+            for written in {value, str(escape(value)), json.dumps(value)[1:-1]}:
                 text = text.replace(written, HIDDEN)
     return text
 

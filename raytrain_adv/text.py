@@ -1,7 +1,9 @@
 """Numbers, counts, lists and names as people read them: console, log, report, errors."""
 
 import difflib
+import hashlib
 import math
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -106,6 +108,19 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
         cutoff: similarity from 0 to 1, as difflib.SequenceMatcher.ratio computes it.
     """
     return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), None)
+
+
+def ascii_name(name: str) -> str:
+    """Return a name in ASCII, for systems that take nothing else; an ASCII name is unchanged.
+
+    Accents are removed, other letters dropped, and a hash keeps different names apart:
+    saves_é becomes saves_e-1f0c2b.
+    """
+    if name.isascii():
+        return name
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:6]
+    return f"{plain.strip() or 'run'}-{digest}"
 
 
 def first_line(error: object) -> str:

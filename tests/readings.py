@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from raytrain_adv.driver.preflight.probe import GpuReading, Reading
-from raytrain_adv.hardware import GIB, package_versions
+from raytrain_adv.hardware import package_versions
+from raytrain_adv.text import GIB
 
 CAPABILITIES = {
     "NVIDIA H100 80GB HBM3": (9, 0),

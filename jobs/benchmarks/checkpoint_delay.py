@@ -25,12 +25,13 @@ from typing import Any, NoReturn
 import yaml
 from whole_steps import ROOT, SHAPE, head_of_results
 
-from raytrain_adv.checkpoint.host_memory import HostMemory
 from raytrain_adv.checkpoint.save import CheckpointWriter, training_state
-from raytrain_adv.checkpoint.staging import staged
+from raytrain_adv.checkpoint.staging import HostMemory, staged
 from raytrain_adv.config import load
 from raytrain_adv.run.run import local_run
-from raytrain_adv.worker.loop import Loop
+from raytrain_adv.worker import train as line
+from raytrain_adv.worker.checks.step import Checks
+from raytrain_adv.worker.loop import TrainState
 from raytrain_adv.worker.train import train
 
 DRY_AT, SAVED_AT, MOST = 12, 13, 60
@@ -50,12 +51,12 @@ class Measured:
 
     def patch(self) -> None:
         """Have the loop's steps and saves timed."""
-        step, save = Loop.step, CheckpointWriter.save
+        step, save = line.train_step, CheckpointWriter.save
 
-        def timed_step(loop: Loop, number: int, *args: Any, **options: Any) -> None:
+        def timed_step(state: TrainState, checks: Checks, number: int) -> None:
             start = time.perf_counter()
-            step(loop, number, *args, **options)
-            loop.meter._synchronize()
+            step(state, checks, number)
+            state.meter._synchronize()
             kind = "before" if number < SAVED_AT else "while it is written"
             if number >= WARM_UP:
                 self.seconds[kind].append(time.perf_counter() - start)
@@ -77,7 +78,8 @@ class Measured:
             ):
                 self.end(writer)
 
-        Loop.step, CheckpointWriter.save = timed_step, timed_save  # type: ignore[method-assign]
+        line.train_step = timed_step
+        CheckpointWriter.save = timed_save  # type: ignore[method-assign]
         CheckpointWriter.poll = lambda writer: (  # type: ignore[method-assign]
             writer.memory.is_prepared or prepare(writer)
         )

@@ -120,14 +120,14 @@ def started(count: int, folder: Path) -> Any:
     """
     from ray.cluster_utils import Cluster
 
-    from raytrain_adv.checkpoint.host_memory import available_bytes
+    from raytrain_adv.hardware import free_host_memory
 
     one = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     # Ray's own hooks for the exit are signal handlers, which threads may not set (ray 2.60).
     nodes = Cluster(initialize_head=True, head_node_args=one, shutdown_at_exit=False)
 
     def add(number: int) -> None:
-        if available_bytes() < LEAST_GIB * 2**30:
+        if free_host_memory() < LEAST_GIB * 2**30:
             raise MemoryError(f"{number} nodes leave less than {LEAST_GIB:g} GiB of this machine")
         # Ray names sockets by counting those there are, which two at once would do alike.
         sockets = {f"{kind}_socket_name": f"{folder}/{kind}{number}" for kind in SOCKETS}
@@ -141,14 +141,14 @@ def started(count: int, folder: Path) -> Any:
 
 def preflight_once(job: Any, count: int) -> dict[str, Any]:
     """Run the driver's preflight on the cluster that this process has joined."""
-    from raytrain_adv.driver.cluster import connect
+    from raytrain_adv.driver.cluster import nodes
     from raytrain_adv.driver.preflight import probe, verdicts
     from raytrain_adv.driver.preflight import table as preflight_table
     from raytrain_adv.transforms.applied import enabled
 
     before, begin = taken(), time.perf_counter()
-    found = verdicts.look_at(
-        connect.settle(job, False),
+    found = verdicts.check_nodes(
+        nodes.resolve_placement(job, False),
         enabled(job),
         lambda nodes: probe.read_nodes(nodes, TIMEOUT_S),
     )

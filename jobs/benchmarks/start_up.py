@@ -264,7 +264,8 @@ def verdicts(count: int) -> dict[str, float]:
     what they answer is given.
     """
     from raytrain_adv.config import load
-    from raytrain_adv.driver.cluster.connect import Node, Placement
+    from raytrain_adv.driver.cluster.nodes import Node
+    from raytrain_adv.driver.cluster.placement import Placement
     from raytrain_adv.driver.preflight import table
     from raytrain_adv.driver.preflight import verdicts as preflight
     from raytrain_adv.transforms.applied import enabled
@@ -279,8 +280,8 @@ def verdicts(count: int) -> dict[str, float]:
     placement = Placement(8 * count, {"GPU": 1.0, "CPU": 1.0}, True, False, "")
     reading = node_with(H100, num_gpus=8)
     start = time.perf_counter()
-    judged = [preflight.judged(placement, enabled(job), node, reading) for node in nodes]
-    found = preflight.compared(judged, True)
+    judged = [preflight.judge(placement, enabled(job), node, reading) for node in nodes]
+    found = preflight.compare_versions(judged, True)
     table.render(found)
     seconds = time.perf_counter() - start
     if len(found.accepted) != count:

@@ -39,9 +39,9 @@ STEP_MS = 741.0
 
 def time_calls(seconds: dict[str, list[float]], *, with_ray: bool) -> None:
     """Time the calls of interest in this process from now on."""
-    from raytrain_adv.worker.loop import Loop
+    from raytrain_adv.worker import loop
 
-    def timed(owner: type, name: str, label: str) -> None:
+    def timed(owner: Any, name: str, label: str) -> None:
         original: Callable[..., Any] = getattr(owner, name)
         seconds[label] = []
 
@@ -53,7 +53,7 @@ def time_calls(seconds: dict[str, list[float]], *, with_ray: bool) -> None:
 
         setattr(owner, name, call)
 
-    timed(Loop, "log", "log")
+    timed(loop, "log", "log")
     if with_ray:
         from raytrain_adv.driver.training.prometheus import RunMetrics
         from raytrain_adv.driver.training.worker_entry import RayReporter

@@ -24,9 +24,9 @@ from raytrain_adv.model import parallel, weights
 from raytrain_adv.model.build import build
 from raytrain_adv.ops.loss.function import loss_function
 from raytrain_adv.run.run import local_run
-from raytrain_adv.transforms.applied import enabled, prepare_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.checks.gradients import clip
-from raytrain_adv.worker.install import fetched, installed
+from raytrain_adv.worker.install import fetch_on_main, install
 from raytrain_adv.worker.optim import build_optimizer
 
 ROOT = Path(__file__).parents[2]
@@ -76,18 +76,17 @@ class Whole:
         """Build the job's model with its transforms, on this device, its weights random."""
         torch._dynamo.reset()
         facts = hardware.detect(DEVICE)
-        for transform in enabled(job):
-            transform.check(facts)
+        transforms = Transforms(job)
+        transforms.check(facts)
         run = local_run(job, DEVICE)
-        fetched(job, run, facts)
+        fetch_on_main(job, run, facts)
         model = build(_from_scratch(job))
-        installed(job, run, model, prepare_all(job, model, facts))
+        plans = install(run, transforms, model, transforms.prepare(model, facts))
         parallel.shard(model, job, parallel.build_mesh(job, DEVICE))
         weights.materialize(model, DEVICE)
         weights.init_from_scratch(model, _from_scratch(job), DEVICE)
-        for transform in enabled(job):
-            transform.initialize(model, job.train.seed)
-            transform.after_step(model)
+        transforms.initialize(model, plans, job.train.seed)
+        transforms.after_step(model)
         return cls(job, model, build_optimizer(model, job))
 
     def predicted_gib(self, tokens: int) -> float:
@@ -97,7 +96,7 @@ class Whole:
     def stepper(self, tokens: int) -> Callable[[], float]:
         """Return what does one step on a sequence of that length and gives its loss per token."""
         loss_sum = loss_function(self.model, self.job.parallel.torch_compile)
-        vocab, transforms = self.model.config.vocab_size, enabled(self.job)
+        vocab, transforms = self.model.config.vocab_size, Transforms(self.job)
         torch.manual_seed(0)
         ids = torch.randint(0, vocab, (1, tokens + 1), device=DEVICE)
         inputs, labels = {"input_ids": ids[:, :-1].contiguous()}, ids[:, 1:].contiguous()
@@ -108,8 +107,7 @@ class Whole:
             clip(self.optimizer, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            for transform in transforms:
-                transform.after_step(self.model)
+            transforms.after_step(self.model)
             return loss.item() / tokens
 
         return step

@@ -1,18 +1,102 @@
-"""Whether a checkpoint's files are the bytes that were written."""
+"""Checkpoint folders in storage: find the complete ones, and check their files."""
 
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raytrain_adv.storage.storage import Storage, storage_errors
 
+FORMAT = 1
 MANIFEST = "manifest.json"
 DAMAGED = "damaged.json"
 """What the manifest of a damaged checkpoint is called from then on: it no longer counts."""
+AGAIN = "r"
+"""Appended to an attempt's name each time the driver restarts it."""
 PIECE = 16 * 2**20
 """Bytes read at once."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: all that its continuation needs beside the tensors."""
+
+    step: int
+    """Optimizer steps done."""
+    global_batch: int
+    """Sequences per optimizer step."""
+    num_sequences: int
+    """Sequences of one epoch; a continuation on other data is refused."""
+    num_tokens: int
+    """Tokens seen by all workers."""
+    window_loss: float
+    """Loss summed since the last logging step; exact in JSON."""
+    window_tokens: float
+    """Label tokens since the last logging step."""
+    num_skipped: int = 0
+    """Updates that were left out because their loss was bad."""
+    recent: list[float] = field(default_factory=list)
+    """Losses that the next step's is held against, where bad_loss_factor asks for it."""
+    skipped_in_a_row: int = 0
+    """Updates that were left out since the last one that was not."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A complete checkpoint in storage."""
+
+    storage: Storage
+    progress: Progress
+    fingerprint: str
+    keys: dict[str, Any]
+    optimizer: bool
+
+    @property
+    def path(self) -> str:
+        """The folder's full path."""
+        return self.storage.root
+
+
+def find(folder: Storage) -> Found | None:
+    """Return the checkpoint in this folder if it is complete: its manifest is there and every file
+    has its size.
+    """
+    manifest = folder.read_json(MANIFEST)
+    if manifest is None or manifest.get("format") != FORMAT:
+        return None
+    if wrong_sizes(folder, manifest):
+        return None
+    return Found(
+        folder,
+        Progress(**manifest["progress"]),
+        manifest["fingerprint"],
+        manifest["job"],
+        manifest["optimizer"],
+    )
+
+
+def newest(root: Storage, attempt: str | None = None) -> Found | None:
+    """Return the complete checkpoint with the most steps, of one attempt, with those that it was
+    started again as, or over all; incomplete ones are passed over.
+    """
+    for _, name, folder in sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True):
+        is_of_it = attempt is None or name.rstrip(AGAIN) == attempt.rstrip(AGAIN)
+        found = find(folder) if is_of_it else None
+        if found is not None:
+            return found
+    return None
+
+
+def all_folders(root: Storage) -> list[tuple[int, str, Storage]]:
+    """Return (step, attempt, folder) of every checkpoint folder, complete or not."""
+    return [
+        (int(name.removeprefix("step_")), attempt, root.folder(attempt, name))
+        for attempt in root.folders()
+        for name in root.folder(attempt).folders()
+        if name.startswith("step_") and name.removeprefix("step_").isdigit()
+    ]
 
 
 def checksums(folder: Path, rank: int) -> dict[str, int]:

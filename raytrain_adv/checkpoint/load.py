@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.futures import Future
 
 from raytrain_adv.errors import RaytrainAdvError, StorageError
+from raytrain_adv.text import first_line
 
 METADATA = ".metadata"
 _CLASSES: tuple[Any, ...] = (
@@ -70,7 +71,7 @@ def read_state(state: dict[str, Any], folder: str, shown: str) -> None:
             raise cause from None
         raise StorageError(
             "The checkpoint cannot be read",
-            f"{shown}: {type(cause).__name__}: {_first_line(cause)}",
+            f"{shown}: {type(cause).__name__}: {first_line(cause)}",
             "resume from the one before: resume_from_checkpoint: .../step_N",
         ) from error
 
@@ -103,7 +104,7 @@ class PlainReader(FileSystemReader):
         try:
             return super().read_data(plan, planner)
         except pickle.UnpicklingError as error:
-            raise _refused(pathlib.Path(self.path), _first_line(error)) from error
+            raise _refused(pathlib.Path(self.path), first_line(error)) from error
 
 
 class PlainPlanner(DefaultLoadPlanner):
@@ -140,7 +141,7 @@ def _metadata(path: pathlib.Path) -> Metadata:
         try:
             found = _Unpickler(file).load()
         except (pickle.UnpicklingError, *_OF_GARBAGE) as error:
-            raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
+            raise _damaged(path, f"{type(error).__name__}: {first_line(error)}") from error
     if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
         raise _damaged(path, "it holds no metadata of DCP's")
     for info in found.storage_data.values():
@@ -164,7 +165,3 @@ def _damaged(path: pathlib.Path, reason: object) -> StorageError:
         f"{path}: {reason}",
         "it is damaged: resume from the one before, resume_from_checkpoint: .../step_N",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from raytrain_adv.checkpoint.folders import MANIFEST, set_aside, wrong_bytes, wrong_sizes
-from raytrain_adv.checkpoint.save import AGAIN, FORMAT, Found, all_folders, find, newest
+from raytrain_adv.checkpoint.folders import (
+    AGAIN,
+    FORMAT,
+    MANIFEST,
+    Found,
+    all_folders,
+    find,
+    newest,
+    set_aside,
+    wrong_bytes,
+    wrong_sizes,
+)
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError, RaytrainAdvError
 from raytrain_adv.run.run import Run

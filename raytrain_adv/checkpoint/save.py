@@ -7,7 +7,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,22 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from raytrain_adv.checkpoint.folders import MANIFEST, checksums, wrong_sizes
-from raytrain_adv.checkpoint.host_memory import HostMemory
+from raytrain_adv.checkpoint.folders import (
+    FORMAT,
+    MANIFEST,
+    Found,
+    Progress,
+    all_folders,
+    checksums,
+)
 from raytrain_adv.checkpoint.load import read_state
-from raytrain_adv.checkpoint.staging import plain_like, restore_quantized, staged, tensors_of
+from raytrain_adv.checkpoint.staging import (
+    HostMemory,
+    plain_like,
+    restore_8bit,
+    staged,
+    tensors_of,
+)
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import StorageError
 from raytrain_adv.ops.float8.all_gather import as_plain
@@ -35,93 +47,7 @@ from raytrain_adv.run.run import Run
 from raytrain_adv.storage.retry import cause, persistently
 from raytrain_adv.storage.storage import Storage, storage_errors
 
-FORMAT = 1
-
 PENDING, DONE, FAILED = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: all that its continuation needs beside the tensors."""
-
-    step: int
-    """Optimizer steps done."""
-    global_batch: int
-    """Sequences per optimizer step."""
-    num_sequences: int
-    """Sequences of one epoch; a continuation on other data is refused."""
-    num_tokens: int
-    """Tokens seen by all workers."""
-    window_loss: float
-    """Loss summed since the last logging step; exact in JSON."""
-    window_tokens: float
-    """Label tokens since the last logging step."""
-    num_skipped: int = 0
-    """Updates that were left out because their loss was bad."""
-    recent: list[float] = field(default_factory=list)
-    """Losses that the next step's is held against, where bad_loss_factor asks for it."""
-    skipped_in_a_row: int = 0
-    """Updates that were left out since the last one that was not."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A complete checkpoint in storage."""
-
-    storage: Storage
-    progress: Progress
-    fingerprint: str
-    keys: dict[str, Any]
-    optimizer: bool
-
-    @property
-    def path(self) -> str:
-        """The folder's full path."""
-        return self.storage.root
-
-
-def find(folder: Storage) -> Found | None:
-    """Return the checkpoint in this folder if it is complete: its manifest is there and every file
-    has its size.
-    """
-    manifest = folder.read_json(MANIFEST)
-    if manifest is None or manifest.get("format") != FORMAT:
-        return None
-    if wrong_sizes(folder, manifest):
-        return None
-    return Found(
-        folder,
-        Progress(**manifest["progress"]),
-        manifest["fingerprint"],
-        manifest["job"],
-        manifest["optimizer"],
-    )
-
-
-AGAIN = "r"
-"""Stands behind an attempt's name once for each time that the driver has started it again."""
-
-
-def newest(root: Storage, attempt: str | None = None) -> Found | None:
-    """Return the complete checkpoint with the most steps, of one attempt, with those that it was
-    started again as, or over all; incomplete ones are passed over.
-    """
-    for _, name, folder in sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True):
-        is_of_it = attempt is None or name.rstrip(AGAIN) == attempt.rstrip(AGAIN)
-        found = find(folder) if is_of_it else None
-        if found is not None:
-            return found
-    return None
-
-
-def all_folders(root: Storage) -> list[tuple[int, str, Storage]]:
-    """Return (step, attempt, folder) of every checkpoint folder, complete or not."""
-    return [
-        (int(name.removeprefix("step_")), attempt, root.folder(attempt, name))
-        for attempt in root.folders()
-        for name in root.folder(attempt).folders()
-        if name.startswith("step_") and name.removeprefix("step_").isdigit()
-    ]
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
@@ -170,11 +96,11 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-    quantized = restore_quantized(state, read)
+    in_8bit = restore_8bit(state, read)
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     set_model_state_dict(model, read["model"], options=options)
     if (
-        optimizer is not None and not quantized
+        optimizer is not None and not in_8bit
     ):  # those were filled in place; loading them would make them plain tensors
         options = StateDictOptions(ignore_frozen_params=True)
         set_optimizer_state_dict(model, optimizer, read["optimizer"], options=options)

@@ -8,16 +8,131 @@ on another number blocks begin elsewhere, and some values move by a rounding.
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from raytrain_adv.checkpoint.host_memory import HostMemory
+from raytrain_adv.dtensor import local_part
+from raytrain_adv.hardware import free_host_memory
+from raytrain_adv.ops.adamw_8bit import fill_8bit
+from raytrain_adv.text import GIB, first_line
 
-BLOCKS_AT_A_TIME = 2**16
+LARGEST_SHARE = 0.5
+"""Of the memory that is free on the node, for all its workers."""
+MOST_THREADS = 8
+SMALLEST = 2**20
+"""Bytes of a tensor for which locking pays."""
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class HostMemory:
+    """A copy in host memory for each tensor of a state, by its path.
+
+    Args:
+        say: takes a sentence for the user.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.copies: dict[str, torch.Tensor] = {}
+        self.locked: list[torch.Tensor] = []
+        """Bytes, whole pages."""
+        self.refused = False
+        """Whether some could not be had; said once."""
+        self.pool: ThreadPoolExecutor | None = None
+        self.coming: dict[str, Future[torch.Tensor]] = {}
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether prepare has been called."""
+        return self.pool is not None
+
+    def prepare(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Begin to take memory for those on a GPU, in threads; `of` waits for it."""
+        wanted = {path: tensor for path, tensor in tensors if tensor.device.type == "cuda"}
+        workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        size = sum(local_part(t).numel() * t.element_size() for t in wanted.values())
+        threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // workers))
+        # The current GPU is a thread's own: without it each would open another on the first GPU.
+        devices = {tensor.device for tensor in wanted.values()}
+
+        def begin() -> None:
+            for device in devices:
+                torch.cuda.set_device(device)
+
+        self.pool = ThreadPoolExecutor(threads, "host_memory", begin)
+        free = free_host_memory()
+        if size * workers > LARGEST_SHARE * free:
+            self.say(
+                f"checkpoints are copied to host memory that is not page-locked, for which steps "
+                f"wait longer: {size * workers / GIB:.1f} GiB on this node would be more than half "
+                f"of the {free / GIB:.1f} GiB that are free"
+            )
+            return
+        for path, tensor in wanted.items():
+            self.coming[path] = self.pool.submit(self._taken, tensor)
+
+    def _taken(self, tensor: torch.Tensor) -> torch.Tensor:
+        local = local_part(tensor)
+        if local.nbytes < SMALLEST:
+            return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+        pages = torch.empty(local.nbytes + 2 * PAGE, dtype=torch.uint8)
+        start = -pages.data_ptr() % PAGE  # no page of it is another's, which may be locked too
+        whole = pages[start : start + -(-local.nbytes // PAGE) * PAGE]
+        whole.zero_()  # has the pages made here, and not while the GPU waits
+        cuda: Any = torch.cuda
+        status = int(cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0))
+        if status == 0:
+            self.locked.append(whole)
+        else:
+            self._say_once(f"CUDA error {status}; ulimit -l may be too low")
+        copy = whole[: local.nbytes].view(local.dtype).view(local.shape)
+        if not isinstance(tensor, DTensor):
+            return copy
+        # DTensor.from_local would move it to the device of the mesh.
+        sharded: Any = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+        sharded._local_tensor = copy
+        held: torch.Tensor = sharded
+        return held
+
+    def _say_once(self, reason: str) -> None:
+        if not self.refused:
+            self.refused = True
+            self.say(
+                f"host memory for checkpoints was not page-locked, so that steps wait longer for "
+                f"them: {reason}"
+            )
+
+    def of(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the memory for a tensor; new and not page-locked where none was taken for it."""
+        if path in self.coming:
+            try:
+                self.copies[path] = self.coming.pop(path).result()
+            except RuntimeError as error:  # PyTorch's, where the node has no more memory
+                self._say_once(first_line(error))
+        known = self.copies.get(path)
+        if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
+            return known
+        return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+
+    def stop(self) -> None:
+        """Take no more."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.stop()
+        cuda: Any = torch.cuda
+        for pages in self.locked:
+            cuda.cudart().cudaHostUnregister(pages.data_ptr())
+        self.locked.clear()
+        self.copies.clear()
+        self.coming.clear()
 
 
 @torch.no_grad()
@@ -49,63 +164,22 @@ def tensors_of(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]
     elif isinstance(state, list | tuple):
         for number, value in enumerate(state):
             yield from tensors_of(value, f"{path}/{number}")
-    elif isinstance(state, torch.Tensor) and not _is_quantized(state):
+    elif isinstance(state, torch.Tensor) and not _is_8bit(state):
         yield path, state.detach()
 
 
-def restore_quantized(state: Any, plain: Any) -> bool:
+def restore_8bit(state: Any, plain: Any) -> bool:
     """Copy float32 values that were read into the state's 8-bit tensors; return whether any are."""
     if isinstance(state, dict):
-        return any([restore_quantized(value, plain[key]) for key, value in state.items()])
+        return any([restore_8bit(value, plain[key]) for key, value in state.items()])
     if isinstance(state, list | tuple):
         pairs = zip(state, plain, strict=True)
-        return any([restore_quantized(value, other) for value, other in pairs])
-    if not isinstance(state, torch.Tensor) or not _is_quantized(state):
+        return any([restore_8bit(value, other) for value, other in pairs])
+    if not isinstance(state, torch.Tensor) or not _is_8bit(state):
         return False
     with torch.no_grad():
-        _quantize_again(_local(state), _local(plain))
+        fill_8bit(local_part(state), local_part(plain))
     return True
-
-
-def _quantize_again(state: Any, values: torch.Tensor) -> None:
-    """Fill torchao's 8-bit state with values that were read, some blocks at a time: the codes pass
-    through int64, eight times what they take in the end.
-    """
-    blocks = values.reshape(-1, state.block_size)
-    codes, scales = state.codes.view(-1, state.block_size), state.scale
-    for start in range(0, len(blocks), BLOCKS_AT_A_TIME):
-        part = slice(start, start + BLOCKS_AT_A_TIME)
-        codes[part], scales[part] = quantized(blocks[part], state.qmap)
-
-
-def quantized(blocks: torch.Tensor, qmap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return 8-bit codes and scales that give back exactly what was dequantized from such.
-
-    torchao takes the largest magnitude of a block as its scale. Its signed map reaches from -0.993
-    to 1, so a block whose largest magnitude is negative has lost 0.7 % when it is quantized again,
-    and all its codes move. Its scale was that magnitude / 0.993, or a neighbor of it in float32.
-
-    Args:
-        blocks: (blocks, values in one), float32.
-        qmap: (256,), what each code stands for, ascending.
-    """
-    from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
-
-    scaled, scales = scale_tensor(blocks, blocks.shape[1])
-    codes = quantize_8bit_with_qmap(scaled, qmap)
-    if qmap[0] == 0:  # the unsigned map holds its largest magnitude exactly
-        return codes, scales
-    estimate = blocks.abs().amax(-1) / -qmap[0]
-    up, down = (estimate.nextafter(torch.full_like(estimate, end)) for end in (math.inf, 0.0))
-    for candidates in (estimate, up, down):
-        moved = (dequant_with_qmap(codes, qmap, scales) != blocks).any(-1)
-        if not moved.any():
-            break
-        tried = quantize_8bit_with_qmap(blocks / candidates.unsqueeze(-1), qmap)
-        exact = (dequant_with_qmap(tried, qmap, candidates) == blocks).all(-1) & moved
-        codes = torch.where(exact.unsqueeze(-1), tried, codes)
-        scales = torch.where(exact, candidates, scales)
-    return codes, scales
 
 
 def _mapped(state: Any, change: Callable[[str, torch.Tensor], torch.Tensor], path: str = "") -> Any:
@@ -116,19 +190,15 @@ def _mapped(state: Any, change: Callable[[str, torch.Tensor], torch.Tensor], pat
     return change(path, state) if isinstance(state, torch.Tensor) else state
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _is_quantized(tensor: torch.Tensor) -> bool:
+def _is_8bit(tensor: torch.Tensor) -> bool:
     # By name: importing torchao takes a second that other jobs need not spend.
-    return type(_local(tensor)).__name__ == "OptimState8bit"
+    return type(local_part(tensor)).__name__ == "OptimState8bit"
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    if not _is_quantized(tensor):
+    if not _is_8bit(tensor):
         return tensor.detach()
-    values: torch.Tensor = _local(tensor).dequantize()
+    values: torch.Tensor = local_part(tensor).dequantize()
     if not isinstance(tensor, DTensor):
         return values
     return DTensor.from_local(
@@ -145,5 +215,5 @@ def _host_copy(path: str, tensor: torch.Tensor, memory: HostMemory) -> torch.Ten
     if tensor.device.type == "cpu":
         return tensor.clone()
     copy = memory.of(path, tensor)
-    _local(copy).copy_(_local(tensor), non_blocking=True)
+    local_part(copy).copy_(local_part(tensor), non_blocking=True)
     return copy

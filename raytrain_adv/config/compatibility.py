@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def slug(self) -> str:
-        """Its name in the ids of tests, as `fp8+qat`."""
+        """Its name in the ids of tests, as `lora+neftune`."""
         return "+".join(one.slug for one in self.features)
 
     @property
@@ -141,7 +141,7 @@ def table() -> str:
     header = ["", *(one.title for one in every)]
     lines = [_row(header), _row(["---"] * len(header)), *map(_row, rows), ""]
     lines += [
-        "Each cell is a parameter of the test that its letter names, as `fp8+hf_kernels`:",
+        "Each cell is a parameter of the test that its letter names, as `lora+hf_kernels`:",
         "",
     ]
     lines += [f"- {letter}: `{test}`" for test, letter in LETTERS.items()]

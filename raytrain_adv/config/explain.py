@@ -12,7 +12,7 @@ from pathlib import Path
 
 from raytrain_adv.config import compatibility
 from raytrain_adv.config.compatibility import Feature
-from raytrain_adv.config.llamafactory.other_formats import WRITTEN_AS
+from raytrain_adv.config.llamafactory.keys import WRITTEN_AS
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
 

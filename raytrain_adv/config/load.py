@@ -14,7 +14,7 @@ from raytrain_adv.config import rules, sweep, sweep_rules
 from raytrain_adv.config.discovery import SECTIONS, section_types, transform_types
 from raytrain_adv.config.job import JobConfig, SectionType
 from raytrain_adv.config.llamafactory import translate
-from raytrain_adv.config.llamafactory.other_formats import WRITTEN_AS
+from raytrain_adv.config.llamafactory.keys import RENAMED, WRITTEN_AS
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
 from raytrain_adv.config.section import Section
@@ -100,7 +100,7 @@ def _named(checked: _Checked, source: str) -> JobConfig:
 def _check_sweep(document: Document, section: Entry) -> _Checked:
     """Check the job of every trial; the job that is returned is the first one's."""
     owned = {key for kind in section_types() for key in kind.model_fields}
-    known = owned | {key for key, ours in translate.RENAMED.items() if ours in owned}
+    known = owned | {key for key, ours in RENAMED.items() if ours in owned}
     parts = sweep_rules.take_apart(section, document.entries, known)
     options, wrong = _section(SweepOptions, parts.options, set())
     problems = [

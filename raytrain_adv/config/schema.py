@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raytrain_adv.config.discovery import section_types
-from raytrain_adv.config.llamafactory.keys import LISTED, SAME
-from raytrain_adv.config.llamafactory.translate import RENAMED
+from raytrain_adv.config.llamafactory.keys import LISTED, RENAMED, SAME
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.config.sweep import DISTRIBUTIONS, SET_BY_THE_SWEEP, SweepOptions

@@ -41,6 +41,10 @@ class Section(BaseModel):
     needs: ClassVar[dict[str, str]] = {}
     """Keys of what has to be on together with these keys, and why."""
 
+    converts: ClassVar[str] = ""
+    """Suffix of a second model folder that `export` writes, converted from the trained one; empty
+    if there is none."""
+
     @property
     def enabled(self) -> bool:
         """Whether the job uses these keys at all; a transform may be off."""

@@ -27,6 +27,8 @@ NEVER = "never"
 """Value of the switch that trains in bf16 and quantizes at the end: PTQ."""
 MAX_TRIALS = 500
 MAX_NAME = 120
+CONVERTED_LOSS: Literal["quantized_eval_loss"] = "quantized_eval_loss"
+"""Held-out loss of the converted model that is exported."""
 DISTRIBUTIONS = ("choice", "uniform", "loguniform", "randint")
 METRICS: Mapping[str, Literal["min", "max"]] = {
     "eval_loss": "min",
@@ -66,8 +68,8 @@ class SweepOptions(Section):
     """How a sweep is run; its other keys are keys of the job, with the values to try."""
 
     metric: MetricName | None = None
-    """What trials are compared by, at their end; none means quantized_eval_loss where QAT is on,
-    else eval_loss."""
+    """What trials are compared by, at their end; none means quantized_eval_loss if every trial
+    exports a converted model, else eval_loss."""
     scheduler: Literal["none", "asha"] = "none"
     """asha stops trials early that fall behind the others; none runs each to its end."""
     num_samples: Annotated[int, Field(ge=1, le=MAX_TRIALS)] = 8
@@ -226,7 +228,7 @@ def _written(value: Any) -> str:
 def combinations(axes: Sequence[Axis], num_samples: int, seed: int) -> list[dict[str, Any]]:
     """Return the swept keys' values of each trial: every combination of the listed values, each
     with every draw. A draw that comes twice is tried once. To steps that are drawn for the switch
-    to fake quantization, the trial in which it never comes is added: PTQ.
+    on, the trial in which it never comes is added: PTQ.
     """
     listed = [a for a in axes if a.distribution is None]
     draws = _draws([a for a in axes if a.distribution is not None], num_samples, seed)
@@ -314,11 +316,11 @@ def as_trial(job: JobConfig, name: str) -> JobConfig:
     )
 
 
-def has_qat(job: JobConfig) -> bool:
-    """Whether a job trains for quantization, so that its converted model has a loss."""
-    return any(t.enabled and "enable_qat" in type(t).model_fields for t in job.transforms)
+def converts(job: JobConfig) -> bool:
+    """Whether a job exports a converted model, so that this has a loss of its own."""
+    return any(t.enabled and t.converts for t in job.transforms)
 
 
 def default_metric(jobs: Iterable[JobConfig]) -> MetricName:
     """Return what trials are compared by where the section does not say it."""
-    return "quantized_eval_loss" if all(map(has_qat, jobs)) else "eval_loss"
+    return CONVERTED_LOSS if all(map(converts, jobs)) else "eval_loss"

@@ -7,22 +7,24 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raytrain_adv.config.discovery import transform_types
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sweep import (
+    CONVERTED_LOSS,
     MAX_TRIALS,
     SET_BY_THE_SWEEP,
     Axis,
     SweepOptions,
     axis,
+    converts,
     count,
-    has_qat,
 )
 from raytrain_adv.config.yaml_source import Entry
 
 KEY = "sweep"
 EXAMPLE = "write sweep: with lines as `learning_rate: [1e-5, 2e-5]` below it"
-KNOWN_EARLY = ("eval_loss", "quantized_eval_loss", "train_loss")
+KNOWN_EARLY = ("eval_loss", CONVERTED_LOSS, "train_loss")
 """Metrics that a trial has, or has a forerunner of, while it runs."""
 ELSEWHERE = {
     "mode": "delete it: each metric has its better end (`raytrain-adv schema` lists them)",
@@ -114,12 +116,14 @@ def metric_problems(
     """Find a metric that a trial would not have, or have too late for the scheduler."""
     held_out = all(j.data.eval_dataset is not None or j.data.val_size > 0 for j in jobs)
     asked = "" if options.metric is not None else ", the default"
-    if metric in ("eval_loss", "quantized_eval_loss") and not held_out:
+    if metric in ("eval_loss", CONVERTED_LOSS) and not held_out:
         text = f"{metric}{asked}, is the loss on held-out rows, and none are held out"
         yield _at(parts, "metric", text, "hold rows out with val_size, or choose another metric")
-    if metric == "quantized_eval_loss" and not all(map(has_qat, jobs)):
-        text = "a trial without QAT has no quantized model"
-        yield _at(parts, "metric", text, "set enable_qat: true, or metric: eval_loss")
+    if metric == CONVERTED_LOSS and not all(map(converts, jobs)):
+        kind = next(kind for kind in transform_types() if kind.converts)
+        text = f"a trial without {kind.feature} has no {kind.converts} model"
+        key = next(iter(kind.model_fields))
+        yield _at(parts, "metric", text, f"set {key}: true, or metric: eval_loss")
     resumes = {str(j.output.resume_from_checkpoint) for j in jobs}
     if resumes - {"None", "True", "False"}:
         fix = "set resume_from_checkpoint: true: each trial goes on with its own checkpoints"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from raytrain_adv.config.job import JobConfig
 
+CPU_WORKERS = 2
+"""Workers for ray_num_workers: auto on a cluster without GPUs."""
+
 
 def num_passes(job: JobConfig, workers: int) -> int:
     """Return the forward and backward passes that all workers together make in an optimizer step.

@@ -1,13 +1,12 @@
-"""What a decoder layer keeps in memory for its backward pass, read off its modules.
+"""The memory that a decoder layer keeps for its backward pass, computed from its modules.
 
 Three rules, by how the layer runs:
 
 - eager: autograd keeps what each operation needs. An RMSNorm computes in float32 and keeps that
   copy and its normalized form; attention its inputs, output and log-sum-exp; a gated MLP the gate,
   its activation, the other half and their product.
-- compiled: Inductor's partitioner keeps the inputs of matrix products, what attention needs and the
-  halves of the MLP, and computes element-wise results again. Of a norm it keeps the input as it
-  came.
+- compiled: Inductor's partitioner keeps the inputs of matrix products, attention's inputs and the
+  halves of the MLP, and recomputes element-wise results. Of a norm it keeps the input unchanged.
 - selective checkpointing: the results of matrix products and attention, and the layer's input.
 
 Full checkpointing keeps the layer's input only.
@@ -43,16 +42,16 @@ class Linear:
 
     fqn: str
     in_width: float
-    """Input elements; of routed experts, over all that a token passes through."""
+    """Input elements; of routed experts, summed over a token's active ones."""
     out_width: float
     """Output elements, likewise."""
     keeps_input: bool
-    """Whether its weight, or an adapter on it, is trained: then backward needs the input."""
+    """Whether its weight or an adapter on it is trained, so that backward needs the input."""
     adapter_rank: int = 0
 
     @property
     def parent(self) -> str:
-        """The fqn of the module it belongs to."""
+        """The fqn of its parent module."""
         return self.fqn.rpartition(".")[0]
 
     @property
@@ -75,30 +74,30 @@ class Norm:
     in_float32: bool
     """Whether it computes on a float32 copy, as transformers' RMSNorms do."""
     trained: bool
-    """Whether it has a weight that is trained."""
+    """Whether it has a trained weight."""
     inside_attention: bool
     """Whether it normalizes queries or keys rather than the residual stream."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer, as far as its activations are concerned."""
+    """The shapes of a decoder layer that determine its activations."""
 
     hidden: int
     heads: int
     query_width: int
     """Elements per token of all queries, and of attention's output."""
     key_width: int
-    """Elements per token of all keys; the values have as many."""
+    """Elements per token of all keys; the same for the values."""
     linears: tuple[Linear, ...]
     norms: tuple[Norm, ...]
     num_parameters: int
 
     @cached_property
     def linear_inputs(self) -> float:
-        """Elements per token of the linears' inputs; one that several read counts once.
+        """Elements per token of the linears' inputs; an input of several linears counts once.
 
-        Attention's output projection is left out: its input is attention's output.
+        Without attention's output projection: its input is attention's output.
         """
         shared = {
             (m.parent, m.in_width): m.in_width
@@ -110,17 +109,17 @@ class Layer:
 
     @cached_property
     def linear_outputs(self) -> float:
-        """Elements per token of all matrix products' results; an adapter adds a second one."""
+        """Elements per token of all matrix products' results; an adapter adds another one."""
         return sum(m.out_width * (2 if m.adapter_rank else 1) for m in self.linears)
 
     @cached_property
     def mlp_inner(self) -> float:
-        """Elements per token between the MLP's matrices: gate and other half, or the one half."""
+        """Elements per token between the MLP's matrices: gate and up, or up alone."""
         return sum(m.out_width for m in self.linears if not m.is_attention and not self._is_down(m))
 
     @cached_property
     def mlp_width(self) -> float:
-        """Elements per token that go into the MLP's last matrix."""
+        """Input elements per token of the MLP's last matrix."""
         return sum(m.in_width for m in self.linears if not m.is_attention and self._is_down(m))
 
     @property
@@ -138,7 +137,7 @@ class Layer:
         return name.startswith(("down", "w2", "fc2", "c_proj", "dense_4h_to_h", "fc_out"))
 
     def attention(self, size: int, kind: AttentionKind, seq_len: int) -> float:
-        """Return the bytes per token that attention keeps: its inputs, its output, its weights."""
+        """Return the bytes per token that attention keeps: inputs, output and weights."""
         if kind == "fused":
             # Values cut from a joint projection keep all of it alive.
             joint = self.query_width + self.key_width if self.is_joint else 0
@@ -152,7 +151,7 @@ class Layer:
         return inputs_and_output + weights
 
     def kept_eager(self, size: int, kind: AttentionKind, seq_len: int) -> float:
-        """Return the bytes per token kept by autograd, operation by operation."""
+        """Return the bytes per token that autograd keeps for each operation."""
         norms = 0.0
         for norm in self.norms:
             own = 4 if norm.in_float32 else size
@@ -168,17 +167,16 @@ class Layer:
         )
 
     def kept_selective(self, size: int, compiled: bool) -> float:
-        """Return the bytes per token kept by selective checkpointing.
-
-        A compiled layer does not keep its MLP's result, which its backward pass has no use for.
+        """Return the bytes per token kept by selective checkpointing; a compiled layer does not
+        keep its MLP's result, which backward does not need.
         """
         results = self.linear_outputs - (self.hidden if compiled else 0)
         return size * (self.hidden + results + self.query_width) + 4 * self.heads
 
     def backward_temporaries(self, size: int, kind: AttentionKind, seq_len: int) -> float:
-        """Return the bytes per token that a layer's backward pass holds beside what was kept.
+        """Return the bytes per token of a layer's backward pass in addition to those kept.
 
-        Either the MLP's gradients (product, halves, input and output) or attention's.
+        The larger of the MLP's gradients (product, halves, input, output) and attention's.
         """
         mlp = size * (self.mlp_width + self.mlp_inner + 2 * self.hidden)
         attention = size * (2 * self.query_width + 2 * self.key_width + self.hidden)
@@ -187,7 +185,7 @@ class Layer:
 
 
 def read_layer(layer: nn.Module, config: PretrainedConfig) -> Layer:
-    """Return what matters of a decoder layer; adapters may be on it already."""
+    """Return a decoder layer's shapes; it may have adapters."""
     linears = tuple(_linears(layer, config))
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -1,4 +1,4 @@
-"""What to change so that a job fits its GPUs, or uses them better: found by predicting again."""
+"""Changes that make a job fit its GPUs or use them better, each verified by a new prediction."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from raytrain_adv.transforms.lora import Lora
 MOST_WORKERS = 1024
 FASTER = {
     "full": (
-        ("none", "faster: nothing is computed twice"),
-        ("selective", "faster: less is computed twice"),
+        ("none", "faster: nothing is recomputed"),
+        ("selective", "faster: less is recomputed"),
     ),
-    "selective": (("none", "faster: nothing is computed twice"),),
+    "selective": (("none", "faster: nothing is recomputed"),),
     "none": (),
 }
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that a prediction is held against."""
+    """A GPU to compare a prediction with."""
 
     name: str
     memory_gib: float
     """As PyTorch reports it."""
     is_known: bool = False
-    """Whether it is the job's own, not an example."""
+    """Whether it is the job's own GPU, not an example."""
 
 
 PURE_BF16 = "half the bytes a parameter; updates below 0.2 % of a weight are lost to rounding"
@@ -46,23 +46,23 @@ EXAMPLES = (Gpu("H100 80 GB", 79.1), Gpu("H200 141 GB", 139.8))
 
 @dataclass(frozen=True)
 class Advice:
-    """A change to the job and what it would need then."""
+    """A change to the job, and the memory it then needs."""
 
     keys: Mapping[str, Any]
-    """The job's keys to change, with their new values."""
+    """The keys to change, with their new values."""
     total: float
     """Predicted peak in GiB with the change."""
     why: str
 
     def sentence(self) -> str:
-        """Return the change as it would be written in the job file, and its effect."""
+        """Return the change as in a job file, and its effect."""
         changes = ", ".join(f"{key}: {written(value)}" for key, value in self.keys.items())
         return f"{changes}  ->  {self.total:.1f} GiB ({self.why})"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A job, its model after the transforms, and the batch it computes at a time."""
+    """A job, its model after the transforms, and the size of a forward pass."""
 
     job: JobConfig
     model: PreTrainedModel
@@ -80,8 +80,8 @@ class Case:
         if keys.get("pure_bf16"):
             model = copy.deepcopy(model)
             nn.Module.to(model, torch.bfloat16)
-        asked = keys.get("ray_num_workers", self.world_size)
-        workers = int(min(asked) if isinstance(asked, list) else asked)
+        value = keys.get("ray_num_workers", self.world_size)
+        workers = int(min(value) if isinstance(value, list) else value)
         return Case(with_keys(self.job, keys), model, workers, self.seq_len)
 
 
@@ -96,7 +96,7 @@ def with_keys(job: JobConfig, keys: Mapping[str, Any]) -> JobConfig:
 
 
 def advise(case: Case, gpu: Gpu) -> list[Advice]:
-    """Return changes for a GPU: faster ones where there is room, else smaller ones."""
+    """Return changes for a GPU: faster ones if there is room, else smaller ones."""
     prediction = case.prediction()
     if prediction.fits(gpu.memory_gib):
         return _faster(case, gpu)
@@ -104,7 +104,7 @@ def advise(case: Case, gpu: Gpu) -> list[Advice]:
 
 
 def _faster(case: Case, gpu: Gpu) -> list[Advice]:
-    """Return the first way to compute less again in backward that still fits."""
+    """Return the first way to recompute less in backward that still fits."""
     for mode, why in FASTER[checkpointing_mode(case.job)]:
         keys = _checkpointing(case.job, mode)
         total = _total(case, keys)
@@ -114,25 +114,25 @@ def _faster(case: Case, gpu: Gpu) -> list[Advice]:
 
 
 def _smaller(case: Case, gpu: Gpu, total: float) -> list[Advice]:
-    """Return the single changes that make it fit; if none does, the combinations that do."""
+    """Return the single changes that make it fit, or else a combination that does."""
     changes = list(_savings(case))
-    tried = [Advice(keys, _total(case, keys), why) for keys, why in changes]
-    fitting = [a for a in tried if _fits(a.total, gpu)]
+    changed = [Advice(keys, _total(case, keys), why) for keys, why in changes]
+    fitting = [a for a in changed if _fits(a.total, gpu)]
     if not fitting:
-        fitting = _combined(case, gpu, [a for a in tried if a.total < total * 0.99])
+        fitting = _combined(case, gpu, [a for a in changed if a.total < total * 0.99])
     workers = _more_workers(case, gpu)
     return fitting[:4] + ([workers] if workers else [])
 
 
 def _savings(case: Case) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield changes that save memory, those that cost least first."""
+    """Yield changes that save memory, the cheapest first."""
     job, train = case.job, case.job.train
     if not job.parallel.torch_compile:
         yield {"torch_compile": True}, "compiled layers keep less"
     if checkpointing_mode(job) == "none":
-        yield _checkpointing(job, "selective"), "computes element-wise results twice"
+        yield _checkpointing(job, "selective"), "recomputes element-wise results"
     if checkpointing_mode(job) != "full":
-        yield _checkpointing(job, "full"), "computes every layer twice"
+        yield _checkpointing(job, "full"), "recomputes every layer"
     if train.per_device_train_batch_size > 1:
         yield _split_batch(case), "the same batch in more passes"
     if train.optim != "adamw_torch_8bit":
@@ -140,11 +140,11 @@ def _savings(case: Case) -> Iterator[tuple[dict[str, Any], str]]:
     if train.bf16 and not train.pure_bf16 and not job.transform(Lora).enabled:
         yield {"bf16": False, "pure_bf16": True}, PURE_BF16
     if not job.parallel.fsdp_cpu_offload:
-        yield {"fsdp_cpu_offload": True}, "much slower: states live in host memory"
+        yield {"fsdp_cpu_offload": True}, "much slower: states are in host memory"
 
 
 def _checkpointing(job: JobConfig, mode: str) -> dict[str, Any]:
-    """Return the keys that set activation checkpointing, in the terms the job uses already."""
+    """Return the keys that set activation checkpointing, using the job's own keys."""
     if mode == "none" and job.parallel.gradient_checkpointing is None:
         return {"disable_gradient_checkpointing": True}
     if job.parallel.disable_gradient_checkpointing:
@@ -162,7 +162,7 @@ def _split_batch(case: Case) -> dict[str, Any]:
 
 
 def _combined(case: Case, gpu: Gpu, helping: list[Advice]) -> list[Advice]:
-    """Add change to change, in their order, until it fits; at most one combination is returned."""
+    """Add one change after the other until the job fits; return that combination, if any."""
     keys: dict[str, Any] = {}
     for advice in helping:
         keys.update(advice.keys)
@@ -186,7 +186,7 @@ def _more_workers(case: Case, gpu: Gpu) -> Advice | None:
 
 
 def _more_at_least(case: Case, gpu: Gpu) -> Advice | None:
-    """Return the smallest number of the fewest workers with which it fits."""
+    """Return the smallest minimum number of workers with which it fits."""
     for workers in numbers(case.job):
         smaller = dataclasses.replace(case, world_size=workers)
         if workers > case.world_size and _fits(smaller.prediction().total, gpu):
@@ -204,7 +204,7 @@ def _fits(total: float, gpu: Gpu) -> bool:
 
 
 def written(value: Any) -> str:
-    """Return a value as YAML would have it, on one line."""
+    """Return a value as in YAML, on one line."""
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:

@@ -1,14 +1,14 @@
-"""Model FLOPs per token: what the mathematics of a training step needs, recomputation not counted.
+"""Model FLOPs per token of a training step, without recomputation.
 
     forward   2 x W                    each matrix element is multiplied and added once per token
     backward  2 x W (inputs' gradient) + 2 x W (weights' gradient; none for frozen weights)
     attention 12 x heads x (d_qk + d_v) / 2 x (keys a token attends to), summed over the layers
 
-W counts the elements of every matrix a token is multiplied with: the linears and the head, tied to
-the embedding or not; not the embedding, which is looked up. Of a mixture's experts only the active
-ones count. Under a causal mask a token attends to T / 2 keys on average; with a sliding window of
-w < T to w - w^2 / (2 T). Source: PaLM, https://arxiv.org/abs/2204.02311, appendix B, whose
-attention term is twice this one: it does not take the causal mask into account.
+W counts the elements of every matrix that a token is multiplied with: the linears and the head,
+tied to the embedding or not, but not the embedding, which is a lookup. Of a mixture only the active
+experts count. Under a causal mask a token attends to T / 2 keys on average; with a sliding window
+of w < T to w - w^2 / (2 T). Source: PaLM, https://arxiv.org/abs/2204.02311, appendix B, whose
+attention term is twice this one: it ignores the causal mask.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import cast
 from torch import nn
 from transformers import PretrainedConfig
 
-from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
+from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 
 ROUTED_EXPERT = re.compile(r"\bexperts\.\d+\.")
 WITHOUT_ATTENTION = ("linear_attention", "mamba", "conv", "recurrent")
@@ -30,7 +30,7 @@ def training_flops_per_token(model: nn.Module, seq_len: float) -> float:
 
     Args:
         model: a transformers causal language model, on any device, sharded or not.
-        seq_len: tokens per sequence; where they differ, the mean over all tokens of their own's.
+        seq_len: tokens per sequence; if they differ, the mean over all tokens of their sequence's.
     """
     config = text_config(model)
     active = active_expert_share(config)
@@ -39,7 +39,7 @@ def training_flops_per_token(model: nn.Module, seq_len: float) -> float:
         if isinstance(module, nn.Embedding):
             continue
         share = active if ROUTED_EXPERT.search(fqn) else 1.0
-        if isinstance(module, QuantizedLinear):  # frozen, and packed
+        if isinstance(module, PackedLinear):  # frozen, and packed
             flops += module.in_features * module.out_features * share * 4
             continue
         for name, parameter in module.named_parameters(recurse=False):
@@ -62,7 +62,7 @@ def attention_flops_per_token(config: PretrainedConfig, seq_len: float) -> float
     window = getattr(config, "sliding_window", None) or seq_len
     types = getattr(config, "layer_types", None)
     if types is None:
-        # Mistral's window holds in every layer; where it can be switched off it has a switch.
+        # Mistral's window applies to every layer, unless the config has a switch for it.
         slides = getattr(config, "use_sliding_window", True)
         types = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
     total = 0.0
@@ -80,33 +80,23 @@ def mean_keys(seq_len: float, window: float) -> float:
 
 
 def active_expert_share(config: PretrainedConfig) -> float:
-    """Return the share of a mixture's routed experts that a token passes through; 1 without any."""
+    """Return the share of routed experts that are active for a token; 1 without a mixture."""
     experts = num_experts(config)
     return experts_per_token(config) / experts if experts else 1.0
 
 
 def num_experts(config: PretrainedConfig) -> int:
-    """Return the number of routed experts per layer; architectures name it differently."""
-    for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
-        count = getattr(config, key, None)
-        if isinstance(count, int) and count > 1:
-            return count
-    return 0
+    """Return the number of routed experts per layer; its key depends on the architecture."""
+    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    counts = (getattr(config, key, None) for key in keys)
+    return next((count for count in counts if isinstance(count, int) and count > 1), 0)
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
-    """Return how many routed experts a token passes through."""
-    for key in (
-        "num_experts_per_tok",
-        "num_experts_per_token",
-        "moe_topk",
-        "moe_k",
-        "top_k_experts",
-    ):
-        count = getattr(config, key, None)
-        if isinstance(count, int):
-            return count
-    return 1
+    """Return the number of active routed experts per token."""
+    keys = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    counts = (getattr(config, key, None) for key in keys)
+    return next((count for count in counts if isinstance(count, int)), 1)
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:

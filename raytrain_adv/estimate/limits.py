@@ -1,5 +1,5 @@
-"""A job on N workers as a whole: what it moves, stores and asks of the head node, and the limits
-that more workers run into, the first one first. By computation; see scale.py.
+"""A job on N workers: its traffic, checkpoints and load on the head node, and the limits that more
+workers reach, in order. Computed; see traffic.py.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from raytrain_adv.estimate.traffic import (
     compute_seconds,
     traffic,
 )
-from raytrain_adv.transforms.fp8 import Fp8
+from raytrain_adv.transforms.applied import Transforms
 
 HEAD_ROLES = ("gcs_server", "controller")
-"""Processes on the head that every worker is connected to; a raylet serves its own node's."""
-# (base, per worker): lines through what was measured. Source: on_the_head in
+"""Processes on the head with a connection to every worker; a raylet serves its own node only."""
+# (base, per worker): lines fitted to measurements. Source: on_the_head in
 # jobs/benchmarks/results/start_up.json.
 HEAD_FILES = {"gcs_server": (66.0, 2.0), "controller": (53.0, 1.0)}
 """Open files by process."""
@@ -35,7 +35,7 @@ HEAD_RSS_MIB = (247.958, 0.6583)
 """Resident MiB of both; the controller of a real run has torch too, some 190 MiB."""
 
 MOST_WORKERS = 16384
-"""Limits are looked for up to here."""
+"""Limits are searched up to this number."""
 LONG_LOAD_S = 600.0
 """Seconds of reading weights and checkpoint that count as a limit."""
 ENVELOPE_NODES = 2000
@@ -45,18 +45,18 @@ request 64446 (placement groups and actors on 2,000 and more nodes)."""
 
 @dataclass(frozen=True)
 class Head:
-    """What the control plane takes on the head node, extrapolated from a few CPU workers."""
+    """The control plane's load on the head node, extrapolated from a few CPU workers."""
 
     cpu_s: float
-    """CPU seconds of HEAD_ROLES for a run to start and to end."""
+    """CPU seconds of HEAD_ROLES to start and end a run."""
     files: float
-    """Open files, sockets among them, of the process that has most."""
+    """Open files and sockets of the process with the most."""
     memory_gib: float
     """Resident memory of both."""
 
     @staticmethod
     def of(world_size: int) -> Head:
-        """Follow the measured lines: base + workers x per worker."""
+        """Extrapolate: base + workers x per worker."""
         files = max(base + each * world_size for base, each in HEAD_FILES.values())
         (cpu, cpu_each), (rss, rss_each) = HEAD_CPU_S, HEAD_RSS_MIB
         return Head(cpu + cpu_each * world_size, files, (rss + rss_each * world_size) / 1024)
@@ -71,12 +71,12 @@ class Scale:
     moved: Traffic
     times: Times
     gpu: str
-    """Whose peak the computation is taken from; empty on CPUs."""
+    """The GPU whose peak is used; empty on CPUs."""
     checkpoint: CheckpointCost
     saves: bool
-    """Whether the job saves checkpoints at all."""
+    """Whether the job saves checkpoints."""
     save_interval: float | None
-    """Seconds between two checkpoints at the least; none where that is not known."""
+    """Fewest seconds between two checkpoints; None if unknown."""
     head: Head
     global_batch: int
     assumed: Assumptions
@@ -84,17 +84,17 @@ class Scale:
 
 @dataclass(frozen=True)
 class Limit:
-    """Something that more workers run into."""
+    """A limit that more workers reach."""
 
     workers: int
-    """The fewest, of powers of two and the number planned for, that do."""
+    """The fewest workers that reach it, of powers of two and the planned number."""
     what: str
     fix: str
 
 
 @dataclass(frozen=True)
 class Work:
-    """What does not depend on the number of workers."""
+    """The part of a job that does not depend on the number of workers."""
 
     model: PreTrainedModel
     job: JobConfig
@@ -102,12 +102,12 @@ class Work:
     tokens_per_sequence: float
     num_sequences: int
     save_every: int
-    """Steps between two checkpoints; 0 where it is not a number of steps."""
+    """Steps between two checkpoints; 0 if the interval is not in steps."""
     gpu: str
     """Name of the GPU; empty on CPUs."""
 
     def at(self, world_size: int, a: Assumptions) -> Scale:
-        """Work out this number of workers."""
+        """Compute the job on this number of workers."""
         job, train = self.job, self.job.train
         moved = traffic(self.model, job, world_size)
         sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps
@@ -133,11 +133,9 @@ class Work:
             assumed=a,
         )
 
-    def limits(self, asked: int, a: Assumptions) -> list[Limit]:
-        """Return each limit with the workers it begins at, the first one first; none that lies
-        beyond MOST_WORKERS.
-        """
-        counts = sorted({asked, *(2**n for n in range(1, int(math.log2(MOST_WORKERS)) + 1))})
+    def limits(self, planned: int, a: Assumptions) -> list[Limit]:
+        """Return each limit with its fewest workers, in order, up to MOST_WORKERS."""
+        counts = sorted({planned, *(2**n for n in range(1, int(math.log2(MOST_WORKERS)) + 1))})
         shard_size = self.job.parallel.fsdp_shard_size or 1
         found: dict[str, Limit] = {}
         for count in counts:
@@ -148,7 +146,7 @@ class Work:
         return sorted(found.values(), key=lambda limit: limit.workers)
 
     def _met(self, s: Scale) -> Iterator[tuple[str, str, str]]:
-        """Yield name, sentence and remedy of the limits that are met."""
+        """Yield name, sentence and fix of the limits that are reached."""
         a, t, c = s.assumed, s.times, s.checkpoint
         if t.compute is not None and t.communication > t.compute:
             latency = t.latency > t.bandwidth
@@ -175,7 +173,7 @@ class Work:
         if s.global_batch > self.num_sequences:
             yield (
                 "data",
-                f"a step takes {s.global_batch:,} sequences, more than the data have",
+                f"a step takes {s.global_batch:,} sequences, more than the data has",
                 "more data, or fewer workers: the batch of a step grows with them",
             )
         if s.head.files > a.open_files:
@@ -188,7 +186,7 @@ class Work:
             yield (
                 "Ray",
                 f"{s.nodes:,} nodes are more than Ray's release benchmarks start",
-                "try Ray alone on as many nodes first",
+                "test Ray alone on as many nodes first",
             )
 
     def _less_communication(self, s: Scale) -> str:
@@ -196,10 +194,8 @@ class Work:
         changes = []
         if s.moved.shard_size > per_node:
             changes.append(
-                f"fsdp_shard_size: {per_node}, or the fewest workers that hold a copy (see memory)"
+                f"fsdp_shard_size: {per_node}, or the fewest workers that fit a copy (see memory)"
             )
-        fp8 = self.job.transform(Fp8)
-        if fp8.enabled and fp8.is_tensorwise and not fp8.fp8_enable_fsdp_float8_all_gather:
-            changes.append("fp8_enable_fsdp_float8_all_gather: true")
+        changes += filter(None, (t.gathers_less for t in Transforms(self.job)))
         changes.append("more tokens a pass: per_device_train_batch_size")
         return "; ".join(changes)

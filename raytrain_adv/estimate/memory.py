@@ -1,8 +1,7 @@
-"""How much memory a worker's GPU will need, from the shapes of the model alone.
+"""Predict the memory that a worker's GPU needs, from the model's shapes alone.
 
-Not everything is held at once, so the moments of a step are added up one by one and the largest
-counts. What is predicted is what torch.cuda.max_memory_allocated reports; the CUDA context and
-what the allocator cannot use come on top (see `RESERVE`).
+The moments of a step are added up one by one, and the largest counts. The prediction is of
+torch.cuda.max_memory_allocated; the CUDA context and fragmentation come in addition (`RESERVE`).
 """
 
 from __future__ import annotations
@@ -15,24 +14,26 @@ from transformers import PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.workers import accumulation
 from raytrain_adv.estimate.flops import text_config
-from raytrain_adv.estimate.sizes import GIB, HostCopies, Passes, States, head_loss
+from raytrain_adv.estimate.sizes import HostCopies, Passes, States, head_loss
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
-from raytrain_adv.ops.bitsandbytes.linear import num_weights, quantized_linears
+from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
+from raytrain_adv.text import GIB
 
 REDUCE_BYTES = 4
-"""FSDP2 adds gradients up in float32."""
+"""FSDP2 sums gradients in float32."""
 GATHERED_AHEAD = 2
-"""Layers whose parameters are whole at a time: the one that computes and the one fetched for it."""
+"""Layers whose parameters are whole at a time: the computing one and the prefetched one."""
 WORKSPACE_BYTES = 96 * 2**20
 """cuBLAS and attention workspaces, rotary tables, token ids."""
+PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "gathered")
 RESERVE = 0.06
 """Share of a GPU's memory to leave free: CUDA context, NCCL buffers, fragmentation."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What is in GPU memory at one moment of a training step, in GiB."""
+    """GPU memory at one moment of a training step, in GiB."""
 
     name: str
     parameters: float = 0.0
@@ -46,13 +47,13 @@ class Phase:
     @property
     def total(self) -> float:
         """The sum, in GiB."""
-        held = self.parameters + self.gradients + self.optimizer
-        return held + self.activations + self.logits + self.gathered + self.workspace
+        states = self.parameters + self.gradients + self.optimizer
+        return states + self.activations + self.logits + self.gathered + self.workspace
 
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Predicted peak memory of one worker, in GiB. The parts are each one's own largest size."""
+    """Predicted peak memory of one worker, in GiB. Each part has its own largest size."""
 
     parameters: float
     """This worker's shard of the parameters."""
@@ -61,23 +62,23 @@ class MemoryPrediction:
     optimizer: float
     """This worker's shard of the optimizer's states."""
     activations: float
-    """What forward keeps for backward, and what a layer's backward pass needs beside it."""
+    """Activations kept for backward, and the temporaries of a layer's backward pass."""
     logits: float
     """Logits, their gradient, and the loss's own copies."""
     gathered: float
     """Whole parameters and gradients of the layers FSDP2 is working on."""
     total: float
-    """The most that is held at one moment: less than the sum of the parts."""
+    """The largest moment: less than the sum of the parts."""
     peak: str
     """Name of that moment."""
     phases: tuple[Phase, ...]
     """The moments of a step, in order."""
     host: float
-    """Host memory per worker for what is offloaded."""
+    """Host memory per worker of offloaded states."""
     copies: HostCopies
     """Host memory per worker for checkpoints."""
     explanations: dict[str, str]
-    """Part -> how its size comes about."""
+    """Part -> explanation of its size."""
 
     def fits(self, memory_gib: float) -> bool:
         """Whether a GPU with this memory has room, with RESERVE left free."""
@@ -110,12 +111,7 @@ def predict(
         phases = tuple(replace(p, parameters=0.0, gradients=0.0, optimizer=0.0) for p in phases)
     peak = max(phases, key=lambda phase: phase.total)
     return MemoryPrediction(
-        parameters=max(p.parameters for p in phases),
-        gradients=max(p.gradients for p in phases),
-        optimizer=max(p.optimizer for p in phases),
-        activations=max(p.activations for p in phases),
-        logits=max(p.logits for p in phases),
-        gathered=max(p.gathered for p in phases),
+        **{part: max(getattr(p, part) for p in phases) for part in PARTS},
         total=peak.total,
         peak=peak.name,
         phases=phases,
@@ -126,77 +122,66 @@ def predict(
 
 
 def _phases(s: States, a: Passes, job: JobConfig, accumulates: bool) -> tuple[Phase, ...]:
-    """Put the moments of a step together; the optimizer's states are there from the second on."""
+    """Return the moments of a step; the optimizer's states exist from the second step on."""
     earlier = s.gradients if accumulates else 0.0
     stays = 0.0 if job.parallel.fsdp_reshard_after_forward else s.root + s.layer * s.num_layers
     one = a.recomputed + a.temporaries
-    held = Phase("", parameters=s.parameters, optimizer=s.optimizer)
     g = _Gradients.sharded(s, job, earlier) if s.is_sharded else _Gradients.whole(s, earlier)
     whole = max(stays, s.root + GATHERED_AHEAD * s.layer)
+
+    def phase(name: str, gradients: float = 0.0, **parts: float) -> Phase:
+        return Phase(name, s.parameters, gradients, s.optimizer, **parts)
+
     phases = [
-        replace(
-            held,
-            name="loss",
-            gradients=earlier,
-            activations=a.kept,
-            logits=a.logits,
-            gathered=stays,
-        ),
-        replace(
-            held,
-            name="backward, head",
-            gradients=g.first,
+        phase("loss", earlier, activations=a.kept, logits=a.logits, gathered=stays),
+        phase(
+            "backward, head",
+            g.first,
             activations=a.kept,
             logits=a.logits_gradient,
             gathered=max(stays, s.root) + g.head_reducing,
         ),
-        replace(
-            held,
-            name="backward, last layer",
-            gradients=g.first,
+        phase(
+            "backward, last layer",
+            g.first,
             activations=a.kept + one,
             gathered=whole + g.reducing,
         ),
-        replace(
-            held,
-            name="backward, first layer",
-            gradients=g.last,
+        phase(
+            "backward, first layer",
+            g.last,
             activations=a.kept_by_one + one,
             gathered=whole + g.reducing,
         ),
-        replace(
-            held, name="backward, end", gradients=s.gradients, gathered=s.root + g.end_reducing
-        ),
-        replace(
-            held, name="optimizer step", gradients=s.gradients, activations=s.optimizer_temporaries
-        ),
+        phase("backward, end", s.gradients, gathered=s.root + g.end_reducing),
+        phase("optimizer step", s.gradients, activations=s.optimizer_temporaries),
     ]
     if a.logits_eval:
         phases += [
-            replace(held, name="evaluation, layers", activations=a.layer_eval, gathered=whole),
-            replace(held, name="evaluation", logits=a.logits_eval, gathered=max(stays, s.root)),
+            phase("evaluation, layers", activations=a.layer_eval, gathered=whole),
+            phase("evaluation", logits=a.logits_eval, gathered=max(stays, s.root)),
         ]
     return tuple(phases)
 
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Gradients in the course of a backward pass; in GiB."""
+    """Gradients during a backward pass, in GiB."""
 
     first: float
-    """There when the last layer's backward pass begins."""
+    """When the last layer's backward pass begins."""
     last: float
-    """There when the first layer's backward pass runs."""
+    """During the first layer's backward pass."""
     head_reducing: float = 0.0
     """The head's whole gradient: FSDP2 reduces it last."""
     reducing: float = 0.0
-    """A layer's gradients on their way through the reduction, and the head's."""
+    """A layer's gradients in the reduction, and the head's."""
     end_reducing: float = 0.0
-    """The head's and the embedding's on their way through the reduction."""
+    """The head's and the embedding's gradients in the reduction."""
 
     @staticmethod
     def whole(s: States, earlier: float) -> _Gradients:
-        """Without FSDP2: the first layer's and the embedding's gradients come last."""
+        """Return those without FSDP2: the first layer's and the embedding's come last."""
         missing = s.layer_gradient + (0.0 if s.is_tied else s.embedding_gradient)
         return _Gradients(
             first=max(earlier, s.head_gradient),
@@ -206,7 +191,7 @@ class _Gradients:
 
     @staticmethod
     def sharded(s: States, job: JobConfig, earlier: float) -> _Gradients:
-        """With FSDP2: whole in the compute dtype, copied to float32, reduced into the shards."""
+        """Return those with FSDP2: in the compute dtype, copied to float32, then reduced."""
         with_copy = 1 + REDUCE_BYTES / compute_dtype(job).itemsize
         outside = s.head_gradient + (0.0 if s.is_tied else s.embedding_gradient)
         return _Gradients(
@@ -223,8 +208,8 @@ def _explanations(
 ) -> dict[str, str]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
-    quantized = {layer.form.kind for _, layer in quantized_linears(model)}
-    dtypes = [*sorted(quantized), *dtypes]
+    packed = {layer.form.kind for _, layer in packed_linears(model)}
+    dtypes = [*sorted(packed), *dtypes]
     over = f", over {states.shard_size} workers" if states.shard_size > 1 else ""
     optimizer = {"adamw_torch_8bit": "two states of 8 bits"}.get(
         job.train.optim, "two states in the parameters' dtype"

@@ -1,4 +1,4 @@
-"""The sizes that a prediction of memory is put together from: states, passes, logits."""
+"""The sizes behind a prediction of memory: states, passes, logits, copies of checkpoints."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from raytrain_adv.estimate.activations import AttentionKind, read_layer
 from raytrain_adv.estimate.flops import text_config
 from raytrain_adv.model.build import decoder_layers
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
-from raytrain_adv.ops.bitsandbytes.linear import quantized_linears
+from raytrain_adv.ops.bitsandbytes.linear import packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
 from raytrain_adv.ops.loss.head import HeadLoss, loss_of
 from raytrain_adv.ops.loss.linear_cross_entropy import MOST_ROUNDINGS, chunk_tokens
+from raytrain_adv.text import GIB
 
-GIB = 2**30
-QUANTIZED_BLOCK = 256
-QUANTIZED_STATE_BYTES = 1 + 4 / QUANTIZED_BLOCK
+BLOCK_OF_8BIT = 256
+STATE_BYTES_IN_8BIT = 1 + 4 / BLOCK_OF_8BIT
 """torchao's 8-bit optimizer state: a byte per value and a float32 scale per block."""
-SMALLEST_QUANTIZED = 4096
+SMALLEST_IN_8BIT = 4096
 """Parameters with fewer elements keep plain states in torchao's 8-bit optimizer."""
 
 
 @dataclass(frozen=True)
 class States:
-    """What lives as long as the model, and its parts that FSDP2 makes whole for a while; in GiB."""
+    """The model's states, and those parts that FSDP2 gathers temporarily; in GiB."""
 
     parameters: float
     gradients: float
@@ -36,15 +36,15 @@ class States:
     head_gradient: float
     """Whole gradient of the head."""
     embedding_gradient: float
-    """Whole gradient of the input embedding; the same tensor as the head's where they are tied."""
+    """Whole gradient of the input embedding; the head's tensor if they are tied."""
     layer_gradient: float
-    """Whole gradient of one layer, in the dtype in which backward makes it."""
+    """Whole gradient of one layer, in the dtype of backward."""
     root: float
     """Whole parameters outside the layers, in the compute dtype; 0 without FSDP2."""
     layer: float
     """Whole parameters of one layer, in the compute dtype; 0 without FSDP2."""
     optimizer_temporaries: float
-    """What the optimizer's step holds beside its states."""
+    """Temporaries of the optimizer's step."""
     num_layers: int
     shard_size: int
     is_tied: bool
@@ -56,7 +56,7 @@ class States:
 
     @staticmethod
     def of(model: PreTrainedModel, job: JobConfig, world_size: int) -> States:
-        """Read the sizes off the model."""
+        """Compute the sizes of a model."""
         size, sharded = compute_dtype(job).itemsize, uses_fsdp(model, job, world_size)
         shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
         layers = [layer for _, layer in decoder_layers(model)]
@@ -64,9 +64,7 @@ class States:
         root = num_elements(model) - sum(num_elements(layer) for layer in layers)
         trained = [p for p in model.parameters() if p.requires_grad]
         grad_sizes = {p: size if sharded else p.element_size() for p in trained}
-        # transformers leaves this method without types.
-        head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        embedding = model.get_input_embeddings()
+        head, embedding = _head(model), model.get_input_embeddings()
 
         def gradient(module: nn.Module | None) -> float:
             parameters = module.parameters() if module is not None else ()
@@ -90,28 +88,28 @@ class States:
 
 @dataclass(frozen=True)
 class Passes:
-    """What forward and backward hold for a micro-batch; in GiB."""
+    """Memory of forward and backward for a micro-batch, in GiB."""
 
     kept: float
-    """Kept by forward for backward, over all layers."""
+    """Kept for backward, over all layers."""
     kept_by_one: float
-    """The part of it that belongs to one layer."""
+    """One layer's part of it."""
     recomputed: float
-    """Computed again while one layer's backward pass runs."""
+    """Recomputed during one layer's backward pass."""
     temporaries: float
-    """Gradients of activations in one layer's backward pass, and a quantized weight made whole."""
+    """Activation gradients in one layer's backward pass, and an unpacked weight."""
     logits: float
-    """Logits, their gradient and the loss's copies, at their most."""
+    """Logits, their gradient and the loss's copies, at most."""
     logits_gradient: float
-    """The gradient that goes into the head's backward pass, or comes from the head's loss."""
+    """The gradient into the head's backward pass, or from the head's loss."""
     logits_eval: float
-    """Logits and the loss's copies of an evaluation pass; 0 without held-out rows."""
+    """Logits and the loss's copies in an evaluation pass; 0 without held-out rows."""
     layer_eval: float
-    """A layer's input, output and inner activations in an evaluation pass, which keeps none."""
+    """A layer's input, output and inner activations in an evaluation pass."""
 
     @staticmethod
     def of(model: PreTrainedModel, job: JobConfig, seq_len: int, batch: int) -> Passes:
-        """Work the sizes out from the layers' shapes."""
+        """Compute the sizes from the layers' shapes."""
         config, size = text_config(model), compute_dtype(job).itemsize
         mode, compiled = checkpointing_mode(job), job.parallel.torch_compile
         kind = attention_kind(config, job)
@@ -126,8 +124,8 @@ class Passes:
         }[mode]
         recomputed = 0.0
         if mode != "none":
-            held = kept if mode == "selective" else [0.0] * len(kept)
-            recomputed = max(max(w - h, 0.0) for w, h in zip(whole, held, strict=True))
+            already = kept if mode == "selective" else [0.0] * len(kept)
+            recomputed = max(max(w - k, 0.0) for w, k in zip(whole, already, strict=True))
         # The final norm runs uncompiled: float32 copy, normalized form, the head's input.
         final = (4 + 2 * size) * config.hidden_size
         unit = batch * seq_len / GIB
@@ -137,16 +135,16 @@ class Passes:
         in_head = head_loss(model)
         loss: Loss | LossInHead = Loss(vocab, size, compiled, capped=caps is not None)
         if in_head is not None:
-            # transformers leaves this method without types.
-            head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-            trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
+            head = _head(model)
+            parameters = head.parameters() if head is not None else ()
+            trained = sum(p.numel() for p in parameters if p.requires_grad)
             loss = LossInHead(in_head, config.hidden_size, size, trained)
         return Passes(
             kept=(sum(kept) + final) * unit,
             kept_by_one=max(kept) * unit,
             recomputed=recomputed * unit,
             temporaries=max(x.backward_temporaries(size, kind, seq_len) for x in layers) * unit
-            + largest_dequantized(model) * size / GIB,
+            + largest_unpacked(model) * size / GIB,
             logits=loss.training(batch * seq_len) / GIB,
             logits_gradient=loss.gradient(batch * seq_len) / GIB,
             logits_eval=loss.evaluation(eval_tokens) / GIB,
@@ -158,16 +156,16 @@ class Passes:
 
 @dataclass(frozen=True)
 class Loss:
-    """Bytes of the loss over full logits; see worker/loss.py."""
+    """Bytes of the loss over full logits; see ops/loss/function.py."""
 
     vocab: int
     size: int
     compiled: bool
     capped: bool
-    """Whether the model bends its logits by tanh, which keeps a copy."""
+    """Whether the model caps its logits by tanh, which keeps a copy."""
 
     def training(self, tokens: int) -> float:
-        """Return the most that logits, their gradient and float32 copies take."""
+        """Return the most bytes of logits, their gradient and float32 copies."""
         row = self.vocab * (self.size * (2 if self.capped else 1))
         if self.compiled:
             return tokens * (row + self.vocab * self.size)
@@ -177,39 +175,37 @@ class Loss:
         if tokens <= CHUNK_TOKENS:
             return max(tokens * row + 2 * 4 * chunk, copies)
         gradients = tokens * self.vocab * self.size
-        # At the last chunk; then the chunks' gradients are joined, and exist twice for a moment.
+        # At the last chunk; then the chunks' gradients are joined, and briefly exist twice.
         return tokens * row + gradients + max(copies - chunk * self.size, gradients)
 
     def gradient(self, tokens: int) -> float:
-        """Return what goes into the head's backward pass."""
+        """Return the bytes of the gradient into the head's backward pass."""
         return tokens * self.vocab * self.size
 
     def evaluation(self, tokens: int) -> float:
-        """Return what training does, for a pass without gradients."""
+        """Return the most bytes in a pass without gradients."""
         copies = 0 if self.compiled else 8 * min(tokens, CHUNK_TOKENS) * self.vocab
         return tokens * self.vocab * self.size + copies
 
 
 @dataclass(frozen=True)
 class LossInHead:
-    """Bytes of a loss that the head computes, without the logits of all tokens; see
-    ops/loss_head.py.
-    """
+    """Bytes of a loss that the head computes without full logits; see ops/loss/head.py."""
 
     loss: HeadLoss
     hidden: int
     size: int
     trained: int
-    """Elements of the head's parameters that get a gradient."""
+    """Trained elements of the head."""
 
     def training(self, tokens: int) -> float:
-        """Return the most that a chunk and the gradients made with it take, in the forward pass."""
+        """Return the most bytes of a chunk and its gradients, in the forward pass."""
         return self.chunk(tokens) + self.gradient(tokens) + self.of_parameters(tokens)
 
     def chunk(self, tokens: int) -> float:
         """Return the bytes of a chunk's logits."""
         if self.loss.kernel == "cut_cross_entropy":
-            return 0.0  # they stay on the chip
+            return 0.0  # they stay in on-chip memory
         largest = chunk_tokens(tokens, self.loss.vocab, self.size)
         if self.loss.kernel == "liger":
             # Source: liger_kernel.ops.fused_linear_cross_entropy, inc_factor and chunk_size.
@@ -217,9 +213,9 @@ class LossInHead:
         return min(tokens, largest) * self.loss.vocab * self.size
 
     def of_parameters(self, tokens: int) -> float:
-        """Return the bytes of the parameters' gradient while it is added up."""
+        """Return the bytes of the parameters' gradient while it is accumulated."""
         if self.loss.kernel == "cut_cross_entropy":
-            return 0.0  # made in backward
+            return 0.0  # computed in backward
         if self.loss.kernel == "liger":
             return self.trained * (4 + self.size)  # in float32, then cast
         num_chunks = -(-tokens // chunk_tokens(tokens, self.loss.vocab, self.size))
@@ -231,39 +227,44 @@ class LossInHead:
         return tokens * self.hidden * self.size
 
     def evaluation(self, tokens: int) -> float:
-        """Return what training does, for a pass without gradients."""
+        """Return the most bytes in a pass without gradients."""
         return self.chunk(tokens)
+
+
+def _head(model: PreTrainedModel) -> nn.Module | None:
+    # transformers leaves this method without types.
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head
 
 
 def head_loss(model: PreTrainedModel) -> HeadLoss | None:
     """Return how the model's head computes the loss, if it does."""
-    # transformers leaves this method without types.
-    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = _head(model)
     return None if head is None else loss_of(head)
 
 
 def uses_fsdp(model: nn.Module, job: JobConfig, world_size: int) -> bool:
-    """Whether fully_shard will be applied; as worker/parallel.py decides it on the workers."""
+    """Whether fully_shard will be applied, as in model/parallel.py."""
     cast = any(p.dtype != compute_dtype(job) for p in model.parameters())
     return world_size > 1 or cast or job.parallel.fsdp_cpu_offload
 
 
 def attention_kind(config: PretrainedConfig, job: JobConfig) -> AttentionKind:
-    """Return how attention will run; PyTorch's takes a mask to keep packed conversations apart."""
+    """Return the kind of attention; PyTorch's needs a mask for neat_packing."""
     if config._attn_implementation == "eager":
         return "eager"
     masked = job.data.neat_packing and config._attn_implementation == "sdpa"
     return "masked" if masked else "fused"
 
 
-def largest_dequantized(model: nn.Module) -> int:
-    """Return the weights of the largest quantized linear: one at a time is made whole."""
-    sizes = (m.in_features * m.out_features for _, m in quantized_linears(model))
+def largest_unpacked(model: nn.Module) -> int:
+    """Return the elements of the largest packed linear: one at a time is unpacked."""
+    sizes = (m.in_features * m.out_features for _, m in packed_linears(model))
     return max(sizes, default=0)
 
 
 def num_elements(module: nn.Module) -> int:
-    """Return the elements of all parameters as they are held, tied ones counted once."""
+    """Return the stored elements of all parameters, tied ones counted once."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -278,26 +279,26 @@ def optimizer_bytes(trained: list[nn.Parameter], job: JobConfig, shard_size: int
         return 2 * num_bytes(trained) / shard_size
     total = 0.0
     for p in trained:
-        quantized = has_8bit_states(p, job, shard_size)
-        size = QUANTIZED_STATE_BYTES if quantized else p.element_size()
+        in_8bit = has_8bit_states(p, job, shard_size)
+        size = STATE_BYTES_IN_8BIT if in_8bit else p.element_size()
         total += 2 * p.numel() / shard_size * size
     return total
 
 
 @dataclass(frozen=True)
 class HostCopies:
-    """Host memory of a worker that checkpoints are copied to, in GiB; see worker/host_memory.py."""
+    """A worker's copies of checkpoints in host memory, in GiB; see checkpoint/host_memory.py."""
 
     kept: float
-    """Taken after the first step and kept for the run; page-locked where the node has room."""
+    """Allocated after the first step and kept; page-locked if the node has room."""
     new: float
-    """Taken anew for each checkpoint, until it is written: what is in host memory already, and
-    8-bit states, which are copied as float32."""
+    """Allocated for each checkpoint until it is written: states that are already in host memory,
+    and 8-bit states, which are copied as float32."""
 
     @staticmethod
     def of(model: nn.Module, job: JobConfig, world_size: int) -> HostCopies:
-        """Read the sizes off the model: of the first worker's shard, the largest; each worker has
-        its own, also where another holds the same.
+        """Compute the sizes of the first worker's shard, the largest; each worker copies its own,
+        even if another one has the same.
         """
         if job.output.save_strategy == "no":
             return HostCopies(0.0, 0.0)
@@ -322,14 +323,14 @@ class HostCopies:
 def has_8bit_states(parameter: nn.Parameter, job: JobConfig, shard_size: int) -> bool:
     """Whether torchao's optimizer keeps a parameter's states in 8 bits."""
     local = parameter.numel() / shard_size
-    is_large = local >= SMALLEST_QUANTIZED and local % QUANTIZED_BLOCK == 0
+    is_large = local >= SMALLEST_IN_8BIT and local % BLOCK_OF_8BIT == 0
     return job.train.optim == "adamw_torch_8bit" and is_large
 
 
 def step_bytes(
     trained: list[nn.Parameter], job: JobConfig, shard_size: int, sharded: bool
 ) -> float:
-    """Return the bytes that an optimizer step holds for a while: none in the fused form."""
+    """Return the temporary bytes of an optimizer step: none if it is fused."""
     largest = max(trained, key=lambda p: p.numel())
     if job.train.optim == "adamw_torch_8bit":
         # Parameter by parameter, with both states in float32.

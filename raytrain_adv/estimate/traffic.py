@@ -1,7 +1,6 @@
-"""A job on many workers, by computation: bytes moved, their time, checkpoints, the head node, and
-which limit comes first. Nothing here was measured on many GPUs: byte counts are exact (compared
-with real collectives and checkpoints in tests/unit/estimate/test_traffic.py), times follow from the
-assumptions.
+"""A job on many workers, computed: bytes moved, their time, and checkpoints. Nothing here was
+measured on many GPUs: byte counts are exact (compared with real collectives and checkpoints in
+tests/unit/estimate/test_traffic.py), times follow from the assumptions.
 
 Units: bytes, seconds; GB are 10^9 bytes. Workers are numbered node by node, as Ray Train does.
 """
@@ -9,7 +8,6 @@ Units: bytes, seconds; GB are 10^9 bytes. Workers are numbered node by node, as 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,54 +20,45 @@ from raytrain_adv.estimate.sizes import has_8bit_states, num_bytes
 from raytrain_adv.hardware import peak_flops
 from raytrain_adv.model.build import decoder_layers
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
-from raytrain_adv.transforms.fp8 import Fp8
-from raytrain_adv.transforms.lora import Lora
-from raytrain_adv.transforms.qat import Qat
+from raytrain_adv.transforms.applied import Transforms
 
 GB = 1e9
 COLLECTIVE_S = 8.4e-6
-"""A collective before its first hop. Source: NCCL's tuning table, base latency, ring, Simple."""
+"""Base latency of a collective. Source: NCCL's tuning table, base latency, ring, Simple."""
 
 MFU = {"none": 0.574, "selective": 0.548, "full": 0.470}
 """gradient_checkpointing -> model FLOPs utilization on one H200, 8B shape, compiled, 8,192 tokens a
 pass. Source: jobs/benchmarks/results/llama3_8b_bf16.json."""
-FP8_SPEEDUP = 1.32
-"""Source: jobs/benchmarks/results/llama3_8b_fp8.json, tensorwise."""
-QAT_SPEED = 0.94
-"""Source: jobs/benchmarks/results/llama3_8b_qat.json, int4."""
 EAGER_SPEED = 0.856
 """Source: jobs/benchmarks/results/layer_kernels.json: 743 ms compiled, 868 ms not."""
-LORA_SPEED = 0.885
-"""MFU under LoRA to that of full training: 599 ms for 0.71 of the operations. Source:
-jobs/benchmarks/results/fp8_pairs.json."""
 
 COPIED_B_S = 1.08e12
 """Bytes gathered and reduced per second of FSDP2's own copies of them: 8 % of the 8B shape's 742 ms
-on one H200, of 64.2 GB. Source: worker/parallel.py, needs_fsdp."""
+on one H200, of 64.2 GB. Source: model/parallel.py, needs_fsdp."""
 
 PART_BYTES = 1555
-"""What a checkpoint's data files hold beside the values of each part of a tensor: torch.save's
-archive around it. Counted with torch 2.13."""
+"""Bytes around each part of a tensor in a checkpoint's data files: torch.save's archive. Counted
+with torch 2.13."""
 ENTRY_BYTES = 265
-"""What .metadata holds of each part. Counted with torch 2.13; longer names take more."""
+"""Bytes of each part in .metadata. Counted with torch 2.13; longer names take more."""
 SETTINGS = 24
 """Entries of the optimizer's settings, such as lr, of two groups of parameters."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A module that FSDP2 gathers and reduces as a whole: a layer, or what is outside of them."""
+    """A module that FSDP2 gathers and reduces as a whole: a layer, or the rest of the model."""
 
     gathered: int
     """Bytes of its whole parameters as they are sent, padding included."""
     reduced: int
-    """Bytes of its whole gradients in float32, padding included; 0 where all of it is frozen."""
+    """Bytes of its whole gradients in float32, padding included; 0 if it is frozen."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What FSDP2's collectives move in one optimizer step; bytes of whole tensors over all ranks
-    of a group, and how many collectives.
+    """The traffic of FSDP2's collectives in one optimizer step: bytes of whole tensors over all
+    ranks of a group, and numbers of collectives.
     """
 
     shard_size: int
@@ -88,26 +77,26 @@ class Traffic:
 
     @property
     def received(self) -> float:
-        """Bytes that come into one GPU, by rings: (n - 1) / n of what is gathered or reduced, twice
-        that of what is all-reduced.
+        """Bytes that one GPU receives by rings: (n - 1) / n of the gathered or reduced bytes, twice
+        that of the all-reduced ones.
         """
         between = 2 * _share(self.replicas) * self.all_reduced
         return _share(self.shard_size) * (self.gathered + self.reduced) + between
 
 
 def units(model: PreTrainedModel, job: JobConfig, shard_size: int) -> list[Unit]:
-    """Return what FSDP2 is applied to, as worker/parallel.py does it.
+    """Return the modules that FSDP2 is applied to, as in model/parallel.py.
 
-    A parameter is cut along its first dimension into equal parts for all ranks: rows are padded to
-    a multiple of them. It is sent in the compute dtype, quantized ones as their bytes, weights that
-    FP8 gathers as one byte a number.
+    A parameter is split along its first dimension into equal parts for all ranks: rows are padded
+    to a multiple of them. It is sent in the compute dtype, packed weights as their bytes, and what
+    transforms gather in another dtype in that one.
 
     Args:
         model: after its transforms, before sharding; the meta device is enough.
         job: the resolved job.
         shard_size: ranks that share a copy.
     """
-    in_float8 = {id(p) for p in _gathered_in_float8(model, job)}
+    sizes = {id(p): size for p, size in Transforms(job).gathered(model).items()}
     layers = [list(layer.parameters()) for _, layer in decoder_layers(model)]
     inside = {id(p) for layer in layers for p in layer}
     outside = [p for p in model.parameters() if id(p) not in inside]
@@ -117,7 +106,7 @@ def units(model: PreTrainedModel, job: JobConfig, shard_size: int) -> list[Unit]
         for p in parameters:
             padded = _padded(p, shard_size)
             size = compute_dtype(job).itemsize if p.is_floating_point() else p.element_size()
-            gathered += padded * (1 if id(p) in in_float8 else size)
+            gathered += padded * sizes.get(id(p), size)
             reduced += padded * REDUCE_BYTES if p.requires_grad else 0
         found.append(Unit(gathered, reduced))
     return found
@@ -128,24 +117,12 @@ def _padded(parameter: nn.Parameter, shard_size: int) -> int:
     return -(-rows // shard_size) * shard_size * (parameter.numel() // max(rows, 1))
 
 
-def _gathered_in_float8(model: nn.Module, job: JobConfig) -> Iterator[nn.Parameter]:
-    """Yield the weights that Fp8.before_sharding has FSDP2 gather in float8."""
-    fp8 = job.transform(Fp8)
-    if not (fp8.enabled and fp8.fp8_enable_fsdp_float8_all_gather):
-        return
-    from torchao.float8.float8_linear import Float8Linear
-
-    for module in model.modules():
-        if isinstance(module, Float8Linear):
-            yield module.weight
-
-
 def traffic(model: PreTrainedModel, job: JobConfig, world_size: int) -> Traffic:
-    """Return what a step moves.
+    """Return a step's traffic.
 
-    Each pass (gradient accumulation has several) gathers every unit in forward and again in
-    backward, or once with fsdp_reshard_after_forward: false, and reduces each unit that is trained;
-    copies of the model then add their shards up. Left out are a few scalars: the loss, the norm.
+    Each pass of gradient accumulation gathers every unit in forward and again in backward, or once
+    with fsdp_reshard_after_forward: false, and reduces each trained unit; copies of the model then
+    sum their shards. A few scalars are ignored: the loss, the norm.
     """
     shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
     replicas = world_size // shard_size
@@ -172,31 +149,30 @@ def _share(size: int) -> float:
 
 @dataclass(frozen=True)
 class Times:
-    """A step's times on GPUs, none of it hidden behind another."""
+    """A step's times on GPUs, without overlap."""
 
     bandwidth: float
     """Bytes over the narrowest link they pass."""
     latency: float
     """Hops of all rings, one after another."""
     compute: float | None
-    """Computation, with FSDP2's copies of what it gathers and reduces; none where no rate is known.
-    """
+    """Computation with FSDP2's copies of gathered and reduced bytes; None if no rate is known."""
 
     @property
     def communication(self) -> float:
-        """Both parts; FSDP2 overlaps them with computation as far as it can."""
+        """The sum of both; FSDP2 overlaps it with computation as far as possible."""
         return self.bandwidth + self.latency
 
     @property
     def most_exposed(self) -> float | None:
-        """Communication's share of a step that hides none of it: the upper bound."""
+        """Communication's share of a step without overlap: the upper bound."""
         if self.compute is None:
             return None
         return self.communication / (self.compute + self.communication)
 
     @property
     def least_exposed(self) -> float | None:
-        """The share of a step that hides all it can: above 0 where communication takes longer."""
+        """The share with full overlap: above 0 if communication takes longer."""
         if self.compute is None:
             return None
         return max(self.communication - self.compute, 0.0) / max(self.communication, self.compute)
@@ -206,9 +182,9 @@ def communication(moved: Traffic, a: Assumptions) -> tuple[float, float]:
     """Return the seconds of a step's collectives: by bandwidth, and by latency.
 
     Bandwidth: a ring over n ranks brings (n - 1) / n of the bytes into each GPU over NVLink, and
-    into each node over its network, all ports together. Between copies every GPU of a node has a
-    ring of its own, and they share the network. Latency: a base, and n - 1 hops, of which
-    (nodes - 1) go over the network; an all-reduce goes round twice. Source: NCCL, graph/tuning.cc.
+    into each node over all its network ports. Between copies every GPU of a node has its own ring,
+    and they share the network. Latency: a base and n - 1 hops, of which (nodes - 1) go over the
+    network; an all-reduce needs two rounds. Source: NCCL, graph/tuning.cc.
     """
     per_node = int(a.gpus_per_node)
     nodes = math.ceil(moved.shard_size / per_node)
@@ -238,12 +214,12 @@ def _hops(ranks: int, nodes: int, a: Assumptions) -> float:
 def compute_seconds(
     job: JobConfig, flops_per_token: float, tokens: float, gpu: str, moved: Traffic
 ) -> float:
-    """Return the seconds that a GPU computes in a step, no communication in it.
+    """Return a GPU's computation in a step in seconds, without communication.
 
         operations / (the GPU's dense bf16 peak x the MFU measured on one H200)
         + (bytes gathered + bytes reduced) / COPIED_B_S
 
-    The MFU is that of the nearest measured job: by gradient_checkpointing, FP8, QAT, LoRA and
+    The MFU is that of the nearest measured job: by gradient_checkpointing, transforms and
     torch_compile. Fewer tokens a pass than the 8,192 of the measurement reach less.
 
     Args:
@@ -251,12 +227,10 @@ def compute_seconds(
         flops_per_token: of forward and backward.
         tokens: of one GPU in one optimizer step.
         gpu: its name; one without a known peak counts as an H100.
-        moved: what FSDP2 moves in the step.
+        moved: the step's traffic.
     """
     mfu = MFU[checkpointing_mode(job)]
-    mfu *= FP8_SPEEDUP if job.transform(Fp8).enabled else 1.0
-    mfu *= QAT_SPEED if job.transform(Qat).enabled else 1.0
-    mfu *= LORA_SPEED if job.transform(Lora).enabled else 1.0
+    mfu *= math.prod(transform.speed for transform in Transforms(job))
     mfu *= 1.0 if job.parallel.torch_compile else EAGER_SPEED
     peak = peak_flops(gpu, "bf16") or peak_flops("H100", "bf16")
     assert peak is not None  # the table has an H100
@@ -269,19 +243,19 @@ class CheckpointCost:
     """A checkpoint in bytes and seconds."""
 
     total: float
-    """Bytes in storage: trained parameters, and the optimizer's states unless left out."""
+    """Bytes in storage: trained parameters and, unless disabled, the optimizer's states."""
     per_rank: float
-    """Bytes that each rank copies to host memory; copies of the model are written once."""
+    """Bytes that each rank copies to host memory; each state is written by one copy."""
     metadata: float
-    """Bytes of .metadata, which rank 0 writes and every rank reads; part of the total."""
+    """Bytes of .metadata, written by rank 0 and read by every rank; part of the total."""
     staging: float
-    """Seconds that training stands still: the copy into host memory."""
+    """Seconds that training waits for the copy into host memory."""
     save: float
-    """Seconds of the write in the background."""
+    """Seconds of the background write."""
     load: float
     """Seconds to read it into all shards of all copies."""
     model_load: float
-    """Seconds to read the weights that training starts from; 0 from scratch."""
+    """Seconds to read the initial weights; 0 from scratch."""
 
 
 def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[float, float]:
@@ -290,9 +264,9 @@ def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[floa
         sum over trained parameters of numel x (bytes of a parameter + bytes of two states)
         + entries x (PART_BYTES + ENTRY_BYTES)
 
-    A parameter has an entry for each rank of a copy, also one whose part is empty, as many for each
-    of its states, and one for a scalar, its step. AdamW's states have the parameter's dtype; those
-    of 8 bits are written in float32 (worker/staging.py).
+    A parameter has an entry for each rank of a copy, even if its part is empty, as many for each of
+    its states, and one for its step, a scalar. AdamW's states have the parameter's dtype; those of
+    8 bits are written in float32 (checkpoint/staging.py).
     """
     shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
     with_states = not job.output.save_only_model
@@ -300,8 +274,8 @@ def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[floa
     for p in model.parameters():
         if not p.requires_grad:
             continue
-        size, quantized = p.element_size(), has_8bit_states(p, job, shard_size)
-        states = 2 * (4 if quantized else size) if with_states else 0
+        size, in_8bit = p.element_size(), has_8bit_states(p, job, shard_size)
+        states = 2 * (4 if in_8bit else size) if with_states else 0
         values += p.numel() * (size + states)
         entries += 3 * shard_size + 1 if with_states else shard_size
     return values + entries * (PART_BYTES + ENTRY_BYTES), entries * ENTRY_BYTES
@@ -310,8 +284,8 @@ def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[floa
 def checkpoint_cost(
     model: nn.Module, job: JobConfig, world_size: int, a: Assumptions
 ) -> CheckpointCost:
-    """Return a checkpoint's cost: bytes over what storage gives to all, or to one node, whichever
-    takes longer. Reading is of every copy of the model, and of .metadata on every rank.
+    """Return a checkpoint's cost: bytes over the bandwidth of storage or of one node, whichever
+    takes longer. Every copy of the model is read, and .metadata on every rank.
     """
     total, metadata = saved_bytes(model, job, world_size)
     shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)

@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from raytrain_adv.errors import RaytrainAdvError, StorageError
+from raytrain_adv.storage.atomic import replace_folder
+from raytrain_adv.text import GIB
 
-GIB = 2**30
 MAX_FILE_BYTES = 5_000_000_000
 """Size at which a new safetensors file is begun."""
 RESUME = (
@@ -87,7 +88,7 @@ class NewFolder:
             StorageError: on every rank, when something could not be written; nothing is left under
                 the name.
         """
-        self.run(self._rename)
+        self.run(lambda: replace_folder(self.partial, self.path))
         if self.failure is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
         if dist.is_initialized():
@@ -96,14 +97,6 @@ class NewFolder:
             self.failure = told[0]
         if self.failure is not None:
             raise self.failure
-
-    def _rename(self) -> None:
-        old = self.path.with_name(f".{self.path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.path.exists():
-            self.path.rename(old)
-        self.partial.rename(self.path)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def free_space(path: Path) -> str:

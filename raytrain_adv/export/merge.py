@@ -20,11 +20,10 @@ from raytrain_adv.export.model_folder import save_tokenizer, write_model
 from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, TOLERANCE, load_folder, trained_logits
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
-from raytrain_adv.model.weights import match, quantized_weights, saved_tensors
-from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
+from raytrain_adv.model.weights import match, packed_weights, saved_tensors
+from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 from raytrain_adv.transforms.lora import ADAPTED
 from raytrain_adv.transforms.modules import class_name
-from raytrain_adv.transforms.quantized_base import QuantizedBase
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,9 @@ class Merged:
     """The trained model's largest logit."""
     num_tokens: int
     """Tokens that were compared."""
-    unquantized_difference: float | None
-    """The difference there would be, had the adapter been merged into the weights as they were
-    before they were quantized; none where the base is not quantized.
+    plain_difference: float | None
+    """The difference if the adapter were merged into the weights as they were before they were
+    packed; none if the base is not packed.
     """
 
 
@@ -54,10 +53,10 @@ def export_merged(
     way_out: str,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Merged:
-    """Write one model folder, load it anew, and hold its logits to the trained model's.
+    """Write one model folder, load it again, and compare its logits with the trained model's.
 
-    A quantized base is merged as what it stands for: the adapter was trained on those values. Each
-    sum is made in float32 and rounded once.
+    A packed base is merged by its unpacked values, on which the adapter was trained. Each sum is
+    computed in float32 and rounded once.
 
     Args:
         model: the base with its adapters, in host memory, not sharded.
@@ -94,12 +93,12 @@ def merged_tensors(model: PreTrainedModel) -> Callable[[str], torch.Tensor]:
         for fqn, module in model.named_modules()
         if class_name(module) == ADAPTED
     }
-    quantized = quantized_weights(model)
+    packed = packed_weights(model)
 
     def value(name: str) -> torch.Tensor:
         if name in adapted:
             return _merged(adapted[name])
-        return quantized[name].dequantized() if name in quantized else kept[name].detach()
+        return packed[name].unpacked() if name in packed else kept[name].detach()
 
     return value
 
@@ -108,9 +107,9 @@ def merged_tensors(model: PreTrainedModel) -> Callable[[str], torch.Tensor]:
 def _merged(layer: Any) -> torch.Tensor:
     """Return an adapted linear's weight with the adapter in it, in float32; by PEFT's own rule."""
     base: nn.Module = layer.base_layer
-    if isinstance(base, QuantizedLinear):
+    if isinstance(base, PackedLinear):
         whole: nn.Module = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        whole.weight = nn.Parameter(base.dequantized().float())
+        whole.weight = nn.Parameter(base.unpacked().float())
     else:
         whole = copy.deepcopy(base).float()
     layer.base_layer = whole
@@ -137,7 +136,7 @@ def _compare(
             f"{DEFECT}; the adapter itself can be exported without --merge",
         )
     other = None
-    if job.transform(QuantizedBase).enabled and _exchange(model, job, merged):
+    if packed_weights(model) and _exchange(model, job, merged):
         other = _apart(merged, input_ids, wanted)
     return Merged(folder_gib(folder), difference, largest, input_ids.numel(), other)
 
@@ -149,16 +148,16 @@ def _apart(merged: Any, input_ids: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _exchange(model: PreTrainedModel, job: JobConfig, merged: nn.Module) -> bool:
-    """Exchange the quantized part of a merged model's weights for the weights as they were; return
-    whether all are there under the names they have in the model.
+    """Replace the packed part of a merged model's weights by the weights as they were; return
+    whether all of them have the same names in the checkpoint.
     """
-    quantized = quantized_weights(model)
+    packed = packed_weights(model)
     with CheckpointFiles(model_folder(job)) as files:
         direct = match(build(job), files).direct
-        if not quantized.keys() <= direct.keys():
+        if not packed.keys() <= direct.keys():
             return False
-        for name, layer in quantized.items():
+        for name, layer in packed.items():
             weight = merged.get_parameter(name)
-            adapter = weight.float() - layer.dequantized().float()
+            adapter = weight.float() - layer.unpacked().float()
             weight.copy_(files.read(direct[name]).float() + adapter)
     return True

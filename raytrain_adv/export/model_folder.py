@@ -19,15 +19,15 @@ from transformers import (
 from raytrain_adv.config import JobConfig
 from raytrain_adv.dtensor import gather
 from raytrain_adv.export.adapter import write_adapter
+from raytrain_adv.export.converted_model import export_converted
 from raytrain_adv.export.folder import MAX_FILE_BYTES, NewFolder, TensorFiles, folder_gib
-from raytrain_adv.export.quantized_model import export_quantized, quantized_dir
 from raytrain_adv.model.build import build, read_config
 from raytrain_adv.model.conversion import save_groups
 from raytrain_adv.model.files import is_local, model_source
 from raytrain_adv.model.weight_files import model_folder
 from raytrain_adv.model.weights import saved_tensors
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
-from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.worker.finish import Exported
 
 
@@ -46,24 +46,24 @@ def export_model(
     Rank 0 holds one file's tensors in host memory, every rank one whole tensor on its device. The
     folder appears under its name when it is complete.
 
-    With quantization-aware training the quantized model is written beside it, from its files, and
-    its logits are compared with those of the model in memory.
+    A feature that converts the model at export writes a second folder next to it, from its files,
+    whose logits are compared with those of the model in memory.
 
     Args:
         model: trained; sharded, wrapped and compiled as it is.
         job: the job that trained it.
         out_dir: replaced if it exists.
         tokenizer: saved beside the model, with its chat template.
-        input_ids: [tokens], held-out ones, to compare the quantized model on; none leaves that out.
+        input_ids: [tokens], held-out ones, to compare the converted model on; none skips that.
         max_file_bytes: size at which a new safetensors file is begun.
 
     Returns:
-        What was written, and how the quantized model compares; the comparison on rank 0 only.
+        What was written, and how the converted model compares; the comparison on rank 0 only.
 
     Raises:
         StorageError: on every rank, when a folder could not be written; nothing is left under its
             name.
-        TrainingError: on every rank, when the quantized model does not compute what was trained.
+        TrainingError: on every rank, when the converted model does not compute what was trained.
     """
     device = collective_device(model)
     new = NewFolder(out_dir, device)
@@ -76,20 +76,21 @@ def export_model(
         new.run(lambda: save_tokenizer(tokenizer, new.partial))
     new.publish()
     written = Exported(str(out_dir), folder_gib(out_dir) if new.writes else None)
-    if not job.transform(Qat).enabled:
+    kind = Transforms(job).converts
+    if not kind:
         return written
-    quantized = NewFolder(quantized_dir(out_dir), device)
+    converted = NewFolder(out_dir.with_name(f"{out_dir.name}-{kind}"), device)
     base = source_folder(job) if job.transform(Lora).enabled else None
-    compared = export_quantized(
-        model, job, out_dir, base, quantized, export_dtype(job), input_ids, max_file_bytes
+    compared = export_converted(
+        model, job, out_dir, base, converted, export_dtype(job), input_ids, max_file_bytes
     )
-    return replace(
-        written,
-        quantized_dir=str(quantized.path),
-        quantized_gib=folder_gib(quantized.path) if new.writes else None,
-        quantized_logit_difference=compared.difference if compared else None,
-        quantized_comparison=compared.how if compared else "",
-    )
+    found = {
+        "dir": str(converted.path),
+        "gib": folder_gib(converted.path) if new.writes else None,
+        "logit_difference": compared.difference if compared else None,
+        "comparison": compared.how if compared else "",
+    }
+    return replace(written, converted={f"{kind}_{name}": x for name, x in found.items()})
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

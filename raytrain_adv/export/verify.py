@@ -17,11 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import TrainingError
-from raytrain_adv.export.folder import GIB, folder_gib
-from raytrain_adv.export.quantize import DEPRECATION
+from raytrain_adv.export.convert import DEPRECATION
+from raytrain_adv.export.folder import folder_gib
 from raytrain_adv.model.parallel import compute_dtype
-from raytrain_adv.transforms.applied import enabled
-from raytrain_adv.transforms.qat import Qat
+from raytrain_adv.text import GIB
+from raytrain_adv.transforms.applied import Transforms
 
 MOST_TOKENS = 256
 """Tokens that are compared; logits of 256 tokens and 128,256 words take 131 MB in float32."""
@@ -35,7 +35,7 @@ DEFECT = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a quantized folder's logits are from those of the model that was trained for it."""
+    """How far a converted folder's logits are from those of the model that was trained for it."""
 
     difference: float
     """The largest absolute difference."""
@@ -113,14 +113,14 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
     return model
 
 
-def fake_quantized_logits(
+def converted_logits(
     model: PreTrainedModel,
     job: JobConfig,
     input_ids: torch.Tensor,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return trained_logits with fake quantization on."""
-    job.transform(Qat).switch(model, True)
+    """Return trained_logits with every feature on: what the converted model computes."""
+    Transforms(job).switch(model, True)
     return trained_logits(model, job, input_ids, dtype)
 
 
@@ -164,7 +164,7 @@ def trained_logits(
 def plain_forwards(model: PreTrainedModel, job: JobConfig) -> Iterator[None]:
     """Have modules compute by their class's forward pass where a kernel's is bound to them."""
     kept: dict[Any, Any] = {}
-    if any(t.stage == "kernel" for t in enabled(job)):
+    if any(t.stage == "kernel" for t in Transforms(job)):
         kept = {m: m.__dict__.pop("forward") for m in model.modules() if "forward" in vars(m)}
     try:
         yield
@@ -174,20 +174,20 @@ def plain_forwards(model: PreTrainedModel, job: JobConfig) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compare_quantized(
+def compare_converted(
     folder: Path,
     job: JobConfig,
     input_ids: torch.Tensor,
     reference: torch.Tensor,
     attn_implementation: str | None,
 ) -> Comparison:
-    """Hold a quantized folder's logits to the fake-quantized model's.
+    """Compare a converted folder's logits with the trained model's.
 
     Args:
-        folder: holds the quantized model, with its adapter where there is one.
+        folder: contains the converted model, with its adapter if there is one.
         job: the job that trained it.
         input_ids: [batch, tokens], long, on the device that trained.
-        reference: [batch, tokens, vocabulary], what fake_quantized_logits returned for them.
+        reference: [batch, tokens, vocabulary], what converted_logits returned for them.
         attn_implementation: the attention the reference was made with.
 
     Raises:
@@ -206,12 +206,13 @@ def compare_quantized(
         f"at most {allowed:.3g}: {reason}" if reason else "bit for bit"
     )
     if not difference <= allowed:  # also where it is not a number
+        kind = Transforms(job).converts
         place = int(apart.nan_to_num(nan=float("inf")).argmax())
         raise TrainingError(
-            "the quantized model does not compute what was trained",
+            f"the {kind} model does not compute what was trained",
             f"logits differ by {difference:.4g} ({how}): {wanted.flatten()[place]:.6g} in training "
-            f"with fake quantization, {found.flatten()[place]:.6g} from the quantized files",
-            f"{DEFECT}; the trained model itself is exported, and was not quantized",
+            f"with every feature on, {found.flatten()[place]:.6g} from the {kind} files",
+            f"{DEFECT}; the trained model itself is exported, and is not {kind}",
         )
     return Comparison(difference, how)
 
@@ -220,11 +221,10 @@ def why_not_exact(job: JobConfig, trained_on: torch.device, device: torch.device
     """Say why logits need not agree bit for bit; empty where they must."""
     if device != trained_on:
         return f"{trained_on} has no room for it, and another device adds in another order"
-    # What computes in FP8 and rounds too is exact in evaluation; what QAT leaves out is in FP8.
-    # Kernels are off for the comparison, and noise is for training alone.
-    exact = {"lora", "qat", "neftune"} | (set() if job.transform(Qat).excluded else {"fp8"})
+    # Kernels are off for the comparison.
+    exact = {name for t in Transforms(job) for name in t.exact_with}
     others = [
-        t.name for t in enabled(job) if t.name not in exact and t.stage not in ("loss", "kernel")
+        t.name for t in Transforms(job) if t.name not in exact and t.stage not in ("loss", "kernel")
     ]
     return f"{', '.join(others)} rounds at other places than the plain model" if others else ""
 

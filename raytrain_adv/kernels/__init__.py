@@ -1,5 +1,4 @@
-"""Kernels from the Hub or a folder: which, at what commit, for which modules, and whether they are
-right.
+"""Kernels from the Hub or a folder: fetch, select, try and install them.
 
-Only modules that touch a model import torch; the `kernels` package is imported on workers alone.
+Only select and swap import torch; the `kernels` package is imported on workers alone.
 """

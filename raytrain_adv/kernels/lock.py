@@ -1,10 +1,9 @@
-"""The lock file: which files a job's kernels are, to the byte, and where they lie."""
+"""The lock file: the files of a job's kernels, by hash, and their folders."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,10 +12,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.kernels.source import Wanted
+from raytrain_adv.storage.atomic import write_atomic
 
 FILE_NAME = "kernels.lock.json"
 FOLDER = "kernels"
-"""Folder of the files, beside the lock file."""
+"""Folder of the files, next to the lock file."""
 
 
 def _inside(path: str) -> str:
@@ -27,7 +27,7 @@ def _inside(path: str) -> str:
 
 Use = Literal["layers", "attention"]
 Inside = Annotated[str, AfterValidator(_inside)]
-"""A path that stays in the folder it counts from: files are written to where a lock file says."""
+"""A relative path without "..": files are written to the paths in a lock file."""
 
 
 class Locked(BaseModel):
@@ -45,7 +45,7 @@ class Locked(BaseModel):
     files: dict[Inside, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
     """Path in the build -> sha256."""
     folder: Inside | None = None
-    """Where the build lies, from the lock file's folder; null where it has not been fetched."""
+    """Folder of the build, relative to the lock file's; null if it was not fetched."""
     trust: str = ""
     """Why its publisher was trusted."""
     use: Use = "layers"
@@ -71,7 +71,7 @@ class Lock(BaseModel):
     kernels: tuple[Locked, ...]
 
     def of(self, wanted: Wanted) -> Locked | None:
-        """Return what is locked for a kernel; none where nothing is, or another revision of it."""
+        """Return a kernel's entry; None if there is none, or only another revision's."""
         for locked in self.kernels:
             if locked.source != wanted.source:
                 continue
@@ -83,13 +83,13 @@ class Lock(BaseModel):
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 of each file of a build; what Python compiles on import is left out."""
+    """Return the sha256 of each file of a build, except those that Python compiles on import."""
     files = (p for p in sorted(folder.rglob("*")) if p.is_file() and "__pycache__" not in p.parts)
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def differences(locked: Locked, folder: Path) -> list[str]:
-    """Return a line for each file that is not as it was locked."""
+    """Return a line for each file that differs from the lock."""
     found = digests(folder) if folder.is_dir() else {}
     names = sorted(locked.files.keys() | found.keys())
     lines = []
@@ -104,7 +104,7 @@ def differences(locked: Locked, folder: Path) -> list[str]:
 
 
 def require_same(locked: Locked, folder: Path, lock_file: Path) -> None:
-    """Refuse a build whose files are not those that were locked.
+    """Refuse a build whose files differ from the lock.
 
     Raises:
         JobError: naming the files.
@@ -114,8 +114,8 @@ def require_same(locked: Locked, folder: Path, lock_file: Path) -> None:
         raise JobError(
             f"the files of {locked.source} are not those in {lock_file}",
             "\n".join([str(folder), *lines[:6]] + (["..."] if len(lines) > 6 else [])),
-            "put the locked files back (raytrain-adv kernels fetch), or make a new lock if the "
-            "change is meant (raytrain-adv kernels lock)",
+            "restore the locked files (raytrain-adv kernels fetch), or make a new lock if the "
+            "change is intended (raytrain-adv kernels lock)",
         )
 
 
@@ -123,7 +123,7 @@ def read(file: Path) -> Lock:
     """Read a lock file.
 
     Raises:
-        JobError: when it is missing, or is no lock file.
+        JobError: when it is missing or not a lock file.
     """
     try:
         return Lock.model_validate_json(file.read_bytes())
@@ -138,23 +138,20 @@ def read(file: Path) -> Lock:
         raise JobError(
             f"{file} is not a lock file of this version",
             f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}",
-            f"make it anew with raytrain-adv kernels lock job.yaml --output {file}; one that a run "
-            "has left in its output_dir may be deleted",
+            f"make it again with raytrain-adv kernels lock job.yaml --output {file}; one that a "
+            "run left in its output_dir may be deleted",
         ) from None
 
 
 def write(kernels: Iterable[Locked], file: Path) -> None:
-    """Write a lock file in one move.
+    """Write a lock file atomically.
 
     Raises:
         StorageError: when it cannot be written.
     """
     text = Lock(kernels=tuple(kernels)).model_dump_json(indent=1)
-    partial = file.with_name(f".{file.name}.partial")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text + "\n")
-        os.replace(partial, file)
+        write_atomic(file, text + "\n")
     except OSError as error:
         raise StorageError(
             "The lock file cannot be written",

@@ -1,4 +1,4 @@
-"""What a job asks for under kernel_name, in one form."""
+"""Read kernel_name: its entries in one form, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
 
 from raytrain_adv.config.problems import Problem, show
+from raytrain_adv.text import first_line
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -26,13 +27,13 @@ class KernelEntry(BaseModel):
     repo: Text | None = None
     """Repository of kernels on the Hub, as kernels-community/activation."""
     path: Text | None = None
-    """Folder of a kernel, in the place of repo."""
+    """Folder of a kernel, instead of repo."""
     revision: Text | None = None
     """Commit, branch or tag of repo."""
     version: Annotated[int, Field(ge=0, le=10**6)] | None = None
     """Version of repo, the N of its branch vN."""
     layers: dict[Text, Text] = Field(default_factory=dict)
-    """Which layer of the kernel replaces which modules, as {RMSNorm: LigerRMSNorm}; none takes all
+    """Which layer of the kernel replaces which modules, as {RMSNorm: LigerRMSNorm}; empty uses all
     that fit."""
 
     @model_serializer
@@ -43,7 +44,7 @@ class KernelEntry(BaseModel):
 
 @dataclass(frozen=True)
 class Wanted:
-    """A kernel that is asked for."""
+    """A kernel that the job names."""
 
     source: str
     """Name on the Hub, or path of a folder."""
@@ -55,13 +56,13 @@ class Wanted:
 
     @property
     def asked(self) -> str:
-        """The kernel as one writes it in a line."""
+        """The kernel on one line."""
         at = f"v{self.version}" if self.version is not None else self.revision
         return f"{self.source}@{at}" if at else self.source
 
     @property
     def label(self) -> str:
-        """Short name for plans: a folder's own name, a repository's whole."""
+        """Short name for plans: of a folder its last part, of a repository all."""
         return Path(self.source).name if self.is_local else self.source
 
     @property
@@ -71,13 +72,13 @@ class Wanted:
 
     @property
     def commit(self) -> str | None:
-        """The commit, where the job names one."""
+        """The commit, if the job names one."""
         pinned = self.revision is not None and COMMIT.fullmatch(self.revision)
         return self.revision if pinned else None
 
 
 def read(given: str | KernelEntry | list[str | KernelEntry] | None) -> tuple[Wanted, ...]:
-    """Return the kernels that kernel_name asks for, in its order."""
+    """Return the kernels in kernel_name, in its order."""
     if given is None:
         return ()
     entries = given if isinstance(given, list) else [given]
@@ -85,7 +86,7 @@ def read(given: str | KernelEntry | list[str | KernelEntry] | None) -> tuple[Wan
 
 
 def of_name(name: str) -> Wanted:
-    """Return the kernel that a line names: owner/name, owner/name@version, or a folder."""
+    """Return the kernel of a line: owner/name, owner/name@version, or a folder."""
     name = name.strip()
     if looks_like_path(name):
         return Wanted(name, is_local=True)
@@ -109,8 +110,8 @@ def _of_entry(entry: KernelEntry) -> Wanted:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name is that of a folder: it begins as a path does, has more than one slash, or is
-    there.
+    """Return whether a name is a folder's: it begins like a path, has more than one slash, or
+    exists.
     """
     if name.startswith(("/", "./", "../", "~")):
         return True
@@ -118,7 +119,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def why_not(given: object) -> str:
-    """Say what is wrong with the first entry that is no entry; empty where none is."""
+    """Return what is wrong with the first malformed entry; empty if there is none."""
     for entry in given if isinstance(given, list) else [given]:
         if isinstance(entry, dict):
             try:
@@ -131,7 +132,7 @@ def why_not(given: object) -> str:
 
 
 def problems(given: str | KernelEntry | list[str | KernelEntry] | None) -> Iterable[Problem]:
-    """Find entries that name no kernel, or name it in two ways."""
+    """Find entries that name no kernel, or two."""
     key = "kernel_name"
     for entry in given if isinstance(given, list) else [given]:
         if isinstance(entry, KernelEntry):
@@ -143,7 +144,7 @@ def problems(given: str | KernelEntry | list[str | KernelEntry] | None) -> Itera
                 text = f"{show(entry.path)} is a folder, which has no version or revision"
                 yield Problem(text, "delete version and revision", key)
             if entry.revision is not None and entry.version is not None:
-                text = "version and revision both say which files to take"
+                text = "version and revision both select the files"
                 yield Problem(text, "keep one of them", key)
     for one in read(given):
         if one.is_local:
@@ -154,9 +155,9 @@ def problems(given: str | KernelEntry | list[str | KernelEntry] | None) -> Itera
 
 
 def path_problems(path: str, key: str) -> Iterable[Problem]:
-    """Find a path that no file system can hold, or that begins with a user there is not."""
+    """Find a path that is invalid, or begins with an unknown user."""
     try:
         Path(path).expanduser().exists()
     except (OSError, RuntimeError, ValueError) as error:
-        text = f"{show(path)} is no path: {next(iter(str(error).splitlines()), '')[:80]}"
+        text = f"{show(path)} is no path: {first_line(error)[:80]}"
         yield Problem(text, "give the path of a folder", key)

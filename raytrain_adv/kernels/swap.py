@@ -1,5 +1,5 @@
-"""Put a kernel's forward passes on planned modules, through the kernels package and a mapping of
-our own, and see that they are there.
+"""Replace the forward passes of planned modules by a kernel's, after a trial, through the kernels
+package.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import torch
 from torch import nn
 
 from raytrain_adv.errors import JobError
-from raytrain_adv.kernels import metadata
-from raytrain_adv.kernels.sites import BRIDGED, GATED
+from raytrain_adv.kernels.select import BRIDGED, GATED, Choice
+from raytrain_adv.kernels.variants import python_name
 from raytrain_adv.ops import activation as ops
+from raytrain_adv.text import first_line, listed
+from raytrain_adv.trial.module import Candidate, SiteTrial, group_alike, try_module
 
 REGISTERED = ("kernel_layer_name", "kernel_condition")
 """What marks a class for kernelize (kernels 0.16, 0.17)."""
@@ -29,14 +31,14 @@ REGISTERED = ("kernel_layer_name", "kernel_condition")
 
 @dataclass(frozen=True)
 class LayerSource:
-    """Where a layer comes from; the kernels package asks it to `load`."""
+    """Where a layer comes from; the kernels package calls `load`."""
 
     folder: Path
     layer: str
     site: str
 
     def load(self) -> type[nn.Module]:
-        """Return the layer's class; for a forward-only one that is known, one with a gradient."""
+        """Return the layer's class; for a known forward-only one, a class with a gradient."""
         return load_layer(self)
 
     def __str__(self) -> str:
@@ -44,22 +46,21 @@ class LayerSource:
 
 
 def load_module(folder: Path) -> ModuleType:
-    """Import a build by its path, without asking the network.
+    """Import a build by its path, without the network.
 
     Raises:
         JobError: when it cannot be imported.
     """
     from kernels import get_local_kernel
 
-    _forget_others(folder, metadata.check(folder))
+    _forget_others(folder, python_name(folder))
     try:
         module: ModuleType = get_local_kernel(folder)
-    except (Exception, SystemExit) as error:
-        # Whatever a stranger's code does, it is said and ends the run.
+    except (Exception, SystemExit) as error:  # a kernel's code may raise anything
         raise JobError(
             f"the kernel in {folder} cannot be loaded",
-            f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
-            "take a build for this machine, or mend the kernel",
+            f"{type(error).__name__}: {first_line(error)}",
+            "use a build for this machine, or correct the kernel",
         ) from error
     return module
 
@@ -84,8 +85,8 @@ def load_layer(source: LayerSource) -> type[nn.Module]:
 
 
 def _forget_others(folder: Path, name: str) -> None:
-    """Make room for a build whose name in Python another one has that is loaded: its submodules
-    would be taken for this one's (kernels 0.17.2 imports them by the id in metadata.json).
+    """Unload another build of this name, or its submodules would be used for this one (kernels
+    0.17.2 imports them by the id in metadata.json).
     """
     for key, module in list(sys.modules.items()):
         if key == name or key.startswith(f"{name}."):
@@ -108,7 +109,7 @@ def _bridged(source: LayerSource, kind: type[nn.Module]) -> type[nn.Module]:
         if is_fused:
             raise JobError(
                 f"{source.layer} computes a product with a second tensor",
-                f"layers puts it in the place of {source.site}, which has one",
+                f"layers lets it replace {source.site}, which has one",
                 f"write {{{GATED[function]}: {source.layer}}}",
             )
         bare = ops.activation(name, function, kernel)
@@ -144,9 +145,42 @@ def _bridged(source: LayerSource, kind: type[nn.Module]) -> type[nn.Module]:
     return GatedMlp
 
 
+def install(
+    model: nn.Module, choice: Choice, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> list[SiteTrial]:
+    """Test each layer in a trial on each kind of module it is for, then swap the forward passes.
+
+    Raises:
+        JobError: when a layer is wrong, has no gradient, bypasses a module or is not put in place.
+    """
+    sources = {
+        fqn: LayerSource(chosen.build.folder.absolute(), chosen.layer, chosen.site)
+        for fqn, chosen in choice.layers.items()
+    }
+    groups = group_alike(model, sources)
+    trials = []
+    for source, fqns in groups:
+        owner, _, attribute = fqns[0].rpartition(".")
+        name = choice.layers[fqns[0]].name
+        candidate = Candidate(
+            load_layer(source).forward,
+            f"the kernel {name}",
+            model.get_submodule(fqns[0]),
+            "leave that layer out with layers",
+            model.get_submodule(owner),
+            attribute,
+        )
+        trials.append(try_module(candidate, device, dtype, name, len(fqns)))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    for source, fqns in groups:
+        swap({fqn: model.get_submodule(fqn) for fqn in fqns}, source, device, compiled)
+    return trials
+
+
 class _Chosen(nn.Module):
-    """Shows kernelize the planned modules and no others: on each other one that is registered it
-    would put a forward pass of its own, and warn.
+    """Shows kernelize only the planned modules: it would replace the forward pass of any other
+    registered one, and warn.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -161,16 +195,10 @@ class _Chosen(nn.Module):
 def swap(
     modules: Mapping[str, nn.Module], source: LayerSource, device: torch.device, compiled: bool
 ) -> None:
-    """Put the layer's forward pass on each module.
-
-    Args:
-        modules: by fqn.
-        source: the layer.
-        device: that of training.
-        compiled: whether torch.compile will trace it.
+    """Replace the forward pass of each module (by fqn) by the layer's.
 
     Raises:
-        JobError: when the kernels package refuses the layer, or it is not there afterward.
+        JobError: when the kernels package refuses the layer, or does not put it in place.
     """
     from kernels import Mode, kernelize, use_kernel_mapping
 
@@ -187,9 +215,9 @@ def swap(
             kernelize(_Chosen(modules), mode=mode, device=device.type, use_fallback=False)
     except (TypeError, ValueError) as error:
         raise JobError(
-            f"the kernel layer {source} cannot stand in for a module",
+            f"the kernel layer {source} cannot replace a module",
             str(error).strip(),
-            "leave it out with layers, or mend the kernel: a layer has no constructor, no other "
+            "leave it out with layers, or correct the kernel: a layer has no constructor, no other "
             "members, and takes what the module takes",
         ) from error
     finally:
@@ -199,19 +227,19 @@ def swap(
     if missing:
         raise JobError(
             f"the kernel layer {source} was not put in place",
-            f"{', '.join(missing[:4])}: the forward pass is still another one",
+            f"{listed(missing)}: the forward pass is still another one",
             "unset DISABLE_KERNEL_MAPPING if it is set",
         )
 
 
 def own_forward(module: nn.Module) -> Any:
-    """Return the function behind a module's own forward pass; none where it has its class's."""
+    """Return the function of a module's own forward pass; None if it has its class's."""
     return getattr(vars(module).get("forward"), "__func__", None)
 
 
 @contextmanager
 def _registered(kinds: set[type[nn.Module]], name: str) -> Iterator[None]:
-    """Register classes under a name for the time being; as they were afterward."""
+    """Register classes under a name inside the block; restore them afterward."""
     before = {kind: {k: vars(kind)[k] for k in REGISTERED if k in vars(kind)} for kind in kinds}
     for kind in kinds:
         for key in before[kind]:

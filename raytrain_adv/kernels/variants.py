@@ -1,4 +1,4 @@
-"""Which build of a kernel fits a machine.
+"""Choose the build of a kernel that fits a machine, and check its metadata.json.
 
 Source: the rules and the order are those of kernels 0.17.2 (kernels/variants.py), which can only
 choose for the machine it runs on; the driver has to choose for the workers.
@@ -6,11 +6,17 @@ choose for the machine it runs on; the driver has to choose for the workers.
 
 from __future__ import annotations
 
+import json
 import platform
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
 
+from raytrain_adv.errors import JobError
 from raytrain_adv.hardware import HardwareFacts
 
 VERSIONED = re.compile(
@@ -21,11 +27,11 @@ VERSIONED = re.compile(
 
 @dataclass(frozen=True)
 class Target:
-    """What a build has to fit."""
+    """What a build must fit."""
 
     torch: tuple[int, int]
     cuda: tuple[int, int] | None
-    """CUDA version that PyTorch was built for; none on a CPU."""
+    """CUDA version that PyTorch was built for; None on a CPU."""
     machine: str
     """Processor, as x86_64."""
 
@@ -51,7 +57,7 @@ def numbers(version: str) -> tuple[int, int]:
 
 
 def choose(names: Iterable[str], target: Target) -> str | None:
-    """Return the best build for a target among the names of builds; none where none fits."""
+    """Return the best of these builds for a target; None if none fits."""
     ranked = [(rank, name) for name in names if (rank := _rank(name, target)) is not None]
     return max(ranked)[1] if ranked else None
 
@@ -62,7 +68,7 @@ def is_build(name: str) -> bool:
 
 
 def _rank(name: str, target: Target) -> tuple[int, ...] | None:
-    """Return a build's place in the order of preference; none where it does not fit."""
+    """Return a build's place in the order of preference; None if it does not fit."""
     if name == "torch-universal":
         return (0, 0, 0, 0)
     if name == ("torch-cuda" if target.cuda else "torch-cpu"):
@@ -80,3 +86,56 @@ def _rank(name: str, target: Target) -> tuple[int, ...] | None:
     if target.cuda is None or cuda[0] != target.cuda[0] or cuda[1] > target.cuda[1]:
         return None
     return (3 if stable else 2, *torch, cuda[1])
+
+
+def python_name(folder: Path) -> str:
+    """Check a build and return the name under which the kernels package imports it.
+
+    Raises:
+        JobError: when its metadata is unreadable, it would fetch other kernels when loaded, or
+            its name is known to Python: it would be imported instead of that package.
+    """
+    for path in folder.rglob("*"):
+        if not path.is_file() and (path.is_symlink() or not path.is_dir()):
+            raise JobError(
+                f"the kernel in {folder} has an entry that is no file",
+                f"{path} is a link to {path.readlink()}" if path.is_symlink() else str(path),
+                "remove it: a build is files and folders, and is copied to the workers",
+            )
+    file = folder / "metadata.json"
+    metadata = _read(file)
+    depends = [str(one) for one in metadata["kernel-depends"]]
+    if depends:
+        raise JobError(
+            f"the kernel in {folder} needs other kernels, which are not fetched for it",
+            f"kernel-depends: {', '.join(depends)}",
+            "name a kernel that has no dependencies",
+        )
+    name = str(metadata["id"])
+    known = name in sys.stdlib_module_names or name in sys.builtin_module_names
+    if not name.isidentifier() or known or PathFinder.find_spec(name) is not None:
+        raise JobError(
+            f"the kernel in {folder} cannot be imported under its id",
+            f"{file}: id {name!r} is "
+            + ("that of an installed package" if name.isidentifier() else "no name in Python"),
+            "give it an unused id, as _my_kernel_cuda_1",
+        )
+    return name
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads(file.read_text())
+        return {
+            "kernel-depends": list(metadata.get("kernel-depends", [])),
+            "id": metadata["id"] + "",
+        }
+    except KeyError as error:
+        found = f"it has no {error}"
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        found = str(error)
+    raise JobError(
+        "a kernel's metadata.json cannot be read",
+        f"{file}: {found}",
+        'it needs id, name, version, license, backend and "python-depends"',
+    )

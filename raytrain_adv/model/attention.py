@@ -19,7 +19,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.kernels import fetch as kernel_files
 from raytrain_adv.kernels import lock as locks
-from raytrain_adv.kernels.hub import NoBuild
+from raytrain_adv.kernels.fetch import NoBuild
 from raytrain_adv.kernels.source import Wanted, of_name
 from raytrain_adv.kernels.swap import load_module
 from raytrain_adv.model.files import FLASH_PACKAGES, check_flash_package

@@ -18,6 +18,8 @@ from raytrain_adv.model.files import (
     model_source,
     nearest_folders,
 )
+from raytrain_adv.text import first_line
+from raytrain_adv.transforms import discover
 from raytrain_adv.transforms.lora import Lora
 
 CAUSAL_CLASS = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
@@ -190,16 +192,9 @@ def unreadable(job: JobConfig, error: Exception) -> JobError:
 
 
 def refuse_kind(name: str, raw: dict[str, Any]) -> None:
-    """Refuse checkpoints that are quantized, encoder-decoder, or not causal language models."""
-    quantization = raw.get("quantization_config")
-    if quantization:
-        known = isinstance(quantization, dict)
-        method = quantization.get("quant_method", "unknown method") if known else quantization
-        raise JobError(
-            f"{name} holds quantized weights",
-            f"config.json has quantization_config ({method})",
-            "use the unquantized checkpoint it was made from",
-        )
+    """Refuse checkpoints with rounded weights, encoder-decoders, and what is no causal model."""
+    for kind in discover():
+        kind.refuse_checkpoint(name, raw)
     named = raw.get("architectures")
     classes = [str(name) for name in named] if isinstance(named, list) else []
     is_causal = any(CAUSAL_CLASS.search(c) for c in classes)
@@ -264,8 +259,3 @@ def refusal_of(job: JobConfig, config: PretrainedConfig | None, error: Exception
         f"{type(error).__name__}: {first_line(error)}",
         "check its config.json; a newer architecture may need a newer transformers",
     )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its class when it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -26,9 +26,11 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.dtensor import SHARDED
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.build import decoder_layers
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.text import first_line
+from raytrain_adv.transforms.applied import Transforms
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -79,9 +81,9 @@ def build_mesh(job: JobConfig, device: torch.device) -> DeviceMesh | None:
             f"choose a divisor of {world}, or leave fsdp_shard_size out",
         )
     if shard == world:
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+        return init_device_mesh(device.type, (world,), mesh_dim_names=(SHARDED,))
     return init_device_mesh(
-        device.type, (world // shard, shard), mesh_dim_names=("replicate", "shard")
+        device.type, (world // shard, shard), mesh_dim_names=("replicate", SHARDED)
     )
 
 
@@ -114,8 +116,7 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
         require_compiled()
     shard_module = None
     if needs_fsdp(model, job, mesh):
-        for transform in enabled(job):
-            transform.before_sharding(model)
+        Transforms(job).before_sharding(model)
         shard_module = _sharder(job, mesh)
     for fqn, layer in decoder_layers(model):
         if mode != "none":
@@ -133,7 +134,7 @@ def require_compiled() -> None:
     """Have a layer that torch.compile gives up on raise, where it would run eager from then on.
 
     All layers of a kind are one piece of code to it, compiled for training and evaluation, with
-    fake quantization and without, for one length and for any: 8, its default, are soon reached.
+    a feature on and off, for one length and for any: 8, its default, are soon reached.
     """
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -149,7 +150,7 @@ def never_left_eager(train: Callable[P, T]) -> Callable[P, T]:
         except FailOnRecompileLimitHit as error:
             raise TrainingError(
                 f"torch.compile would leave a layer eager: it was compiled {MOST_GRAPHS} times",
-                str(error.__context__ or error).splitlines()[0],
+                first_line(error.__context__ or error),
                 "set packing: true, which leaves one length, or torch_compile: false",
             ) from error
 

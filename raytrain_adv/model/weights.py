@@ -24,7 +24,7 @@ from raytrain_adv.errors import JobError, RaytrainAdvError, TrainingError
 from raytrain_adv.model.build import build, decoder_layers
 from raytrain_adv.model.conversion import Group, Route, route
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
-from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear, quantized_linears
+from raytrain_adv.ops.bitsandbytes.linear import PackedLinear, packed_linears
 from raytrain_adv.ops.float8.all_gather import as_plain
 
 
@@ -143,32 +143,32 @@ def load_pretrained(
     Tensors that keep their layout are read by each rank for itself, only its own region. Those that
     transformers fuses or splits are read and converted by rank 0, one group (at most a layer) at a
     time, and broadcast. Parameters that a transform added are left alone. Linears that are held
-    quantized take their rows one by one, so that no rank has more than one of them as it was.
+    packed take their rows one by one, so that no rank has more than one of them as it was.
 
     Raises:
         JobError: when tensors are missing, unexpected, or of another shape, listing them.
     """
     plain = build(job)
-    targets, quantized = saved_tensors(model), quantized_weights(model)
+    targets, packed = saved_tensors(model), packed_weights(model)
     with CheckpointFiles(model_folder(job)) as files:
         found = match(plain, files)
         for name, source in found.direct.items():
-            if name in quantized:
-                layer = quantized[name]
+            if name in packed:
+                layer = packed[name]
                 layer.take(files.read(source, layer.region), device)
             else:
                 region = local_region(targets[name])
                 copy_local(targets[name], files.read(source, region))
         for group in found.groups:
-            broadcast_group(group, files, plain, targets, quantized, device)
+            broadcast_group(group, files, plain, targets, packed, device)
     return files
 
 
-def quantized_weights(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """Return the linears that are held quantized, by the names of their weights in the plain
+def packed_weights(model: nn.Module) -> dict[str, PackedLinear]:
+    """Return the linears whose weights are packed, by the names of their weights in the plain
     model.
     """
-    return {plain_name(f"{fqn}.weight"): layer for fqn, layer in quantized_linears(model)}
+    return {plain_name(f"{fqn}.weight"): layer for fqn, layer in packed_linears(model)}
 
 
 def match(plain: PreTrainedModel, files: CheckpointFiles) -> Route:
@@ -247,7 +247,7 @@ def broadcast_group(
     files: CheckpointFiles,
     plain: PreTrainedModel,
     targets: dict[str, torch.Tensor],
-    quantized: dict[str, QuantizedLinear],
+    packed: dict[str, PackedLinear],
     device: torch.device,
 ) -> None:
     """Convert one group on rank 0, send it to all ranks, and let each take its region."""
@@ -273,8 +273,8 @@ def broadcast_group(
             whole = torch.empty(plain.get_parameter(name).shape, dtype=target.dtype, device=device)
         if world_size() > 1:
             dist.broadcast(whole, src=0)
-        if name in quantized:
-            quantized[name].take(whole[quantized[name].region], device)
+        if name in packed:
+            packed[name].take(whole[packed[name].region], device)
         else:
             copy_local(target, whole[local_region(target)])
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from raytrain_adv.dtensor import local_part
 from raytrain_adv.ops.float8.all_gather import as_plain
 
 
@@ -86,5 +86,4 @@ class ClippingAdamW(torch.optim.AdamW):
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a tensor, of the same storage."""
-    tensor = as_plain(tensor.detach())
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local_part(as_plain(tensor.detach()))

@@ -5,30 +5,32 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.sweep import CONVERTED_LOSS
 from raytrain_adv.errors import Stopped
 from raytrain_adv.estimate.memory import MemoryPrediction
 from raytrain_adv.report.record import (
+    OF_CONVERTED,
     Baseline,
     Point,
     RunReport,
     Sample,
+    Start,
     TransformReport,
     describe_failure,
 )
 from raytrain_adv.report.record import read as read_report
-from raytrain_adv.report.starts import starts
-from raytrain_adv.report.variants import quantized_loss, recovered, variants
+from raytrain_adv.report.variants import converted_loss, recovered, variants
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.transforms.transform import Plan
 
 
 def started(job: JobConfig, run_name: str) -> RunReport:
-    """Return the report of a run that begins: what was asked for, and when."""
+    """Return the report of a run that begins: its job, and when."""
     return RunReport(
         status="running",
         run_name=run_name,
@@ -41,7 +43,7 @@ def started(job: JobConfig, run_name: str) -> RunReport:
 
 
 def _notes(job: JobConfig) -> tuple[str, ...]:
-    """Return what was said of the keys, and whose code ran."""
+    """Return remarks on the keys, and whose code ran."""
     if not job.model.trust_remote_code:
         return job.notes
     name = job.model.model_name_or_path
@@ -54,7 +56,7 @@ def planned(
     predicted: MemoryPrediction,
     transforms: Mapping[str, Plan],
 ) -> RunReport:
-    """Return the report of a run whose plan is settled."""
+    """Return the report of a run whose plan is made."""
     update = {
         "world_size": world_size,
         "predicted_memory_gib": predicted.total,
@@ -72,8 +74,7 @@ def finished(
     Args:
         report: the one written at the start.
         figures: what rank 0's train() returned.
-        timeline: the driver's phases in seconds; the last, `training`, is taken apart into the
-            workers' own.
+        timeline: the driver's phases in seconds; the last, `training`, is split into the workers'.
         folder: output_dir, for the losses in metrics.jsonl.
     """
     update = {
@@ -92,17 +93,17 @@ def finished(
         "world_size device attention attention_trial versions steps total_steps epochs "
         "step_seconds tokens_per_second_per_worker peak_memory_gib data_wait_seconds "
         "predicted_memory_gib predicted_memory mfu_bf16 restarts skipped_steps resumed_from_step "
-        "data batch model_dir model_gib quantized_dir quantized_gib quantized_logit_difference "
-        "quantized_comparison"
+        "data batch model_dir model_gib"
     )
     update |= {name: figures[name] for name in same.split()}
+    update |= {name: figures[name] for name in OF_CONVERTED if name in figures}
     return RunReport(**{**report.model_dump(), **update})
 
 
 def failed(
     report: RunReport, error: BaseException, timeline: dict[str, float], folder: Path
 ) -> RunReport:
-    """Return the report of a run that failed or was told to stop, with what it had reached."""
+    """Return the report of a run that failed or was stopped, with what it had reached."""
     rows = read(folder / FILE_NAME)
     begun = [row for row in rows if row.get("event") == "plan"]
     trained = [row for row in rows if row.get("kind") == "train"]
@@ -126,14 +127,14 @@ def failed(
 
 
 def _faults(folder: Path) -> tuple[str, ...]:
-    """Return what went wrong and was dealt with, one sentence each."""
+    """Return the faults that the run survived, one sentence each."""
     rows = read(folder / FILE_NAME)
     return tuple(str(row["message"]) for row in rows if row.get("event") == "fault")
 
 
 def _with_workers(timeline: dict[str, float], figures: dict[str, Any]) -> dict[str, float]:
-    """Return the driver's phases with `training` taken apart: until rank 0's train() began, rank
-    0's phases, and what was left until Ray Train gave the result back.
+    """Return the driver's phases with `training` split: until rank 0's train() began, rank 0's
+    phases, and the time left until Ray Train returned the result.
     """
     phases = dict(timeline)
     training = phases.pop("training")
@@ -144,8 +145,8 @@ def _with_workers(timeline: dict[str, float], figures: dict[str, Any]) -> dict[s
 
 
 def _medians(trained: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the medians over logged steps; the first, with compilation in it, counts only where it
-    is alone.
+    """Return the medians over logged steps. The first includes compilation: it counts only if it is
+    the only one.
     """
     names = ("step_seconds", "tokens_per_second_per_worker", "mfu_bf16")
     keys = ("step_s", "tokens_per_second_per_worker", "mfu_bf16")
@@ -155,10 +156,10 @@ def _medians(trained: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def against(report: RunReport, job: JobConfig) -> RunReport:
-    """Return the report measured by the run that compare_with names; as it is where none is.
+    """Return the report compared with the run that compare_with names, if there is one.
 
     Raises:
-        StorageError: when that folder holds no report.
+        StorageError: when that folder has no report.
     """
     folder = job.output.compare_with
     if folder is None:
@@ -174,6 +175,27 @@ def against(report: RunReport, job: JobConfig) -> RunReport:
         memory_ratio=_ratio(report.peak_memory_gib, other.peak_memory_gib),
     )
     return report.model_copy(update={"baseline": baseline})
+
+
+def starts(rows: Sequence[Mapping[str, Any]]) -> tuple[Start, ...]:
+    """Return the starts of the workers that reached their plan, from rows of metrics.jsonl."""
+    found = []
+    places: Mapping[str, Any] = {}
+    for row in rows:
+        if row.get("event") == "workers":
+            places = row
+        elif row.get("event") == "plan" and row.get("world_size"):
+            found.append(
+                Start(
+                    step=row.get("resumed_from_step") or 0,
+                    time=row.get("time"),
+                    workers=row["world_size"],
+                    nodes=tuple(filter(None, str(places.get("nodes", "")).split())),
+                    lost=tuple(filter(None, str(places.get("lost", "")).split())),
+                )
+            )
+            places = {}
+    return tuple(found)
 
 
 def _change(mine: tuple[Point, ...], other: tuple[Point, ...]) -> float | None:
@@ -196,7 +218,7 @@ def _losses(folder: Path) -> dict[str, Any]:
         "eval_loss": [],
         "variants": found,
         "recovered": recovered(found),
-        "quantized_eval_loss": quantized_loss(found),
+        CONVERTED_LOSS: converted_loss(found),
     }
     for row in rows:
         if row.get("kind") in ("train", "eval"):

@@ -5,26 +5,25 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raytrain_adv.report.plot import Level, Mark, Plot, Series, Xy, plot_html
+from raytrain_adv.report.plot import Level, Mark, Plot, Series, Xy
 from raytrain_adv.report.record import RunReport
 
 Row = Mapping[str, Any]
 MIN_POINTS_TO_SMOOTH = 40
 
 
-def charts_html(report: RunReport, rows: Sequence[Row]) -> str:
-    """Return every plot that there are points for."""
+def plots(report: RunReport, rows: Sequence[Row]) -> list[Plot]:
+    """Return every plot of the report; those without points are not drawn."""
     train = [row for row in rows if row["kind"] == "train"]
     evals = [row for row in rows if row["kind"] == "eval"]
     marks = _marks(rows)
-    plots = [
+    return [
         _loss(train, evals, marks),
         *_against(report),
         *_single(train, marks),
         _times(train, marks),
+        _memory(train, marks, report),
     ]
-    plots.append(_memory(train, marks, report))
-    return "".join(plot_html(plot) for plot in plots)
 
 
 def _loss(train: list[Row], evals: list[Row], marks: tuple[Mark, ...]) -> Plot:
@@ -47,7 +46,7 @@ def _loss(train: list[Row], evals: list[Row], marks: tuple[Mark, ...]) -> Plot:
 
 
 def _against(report: RunReport) -> list[Plot]:
-    """Return this run's curves beside those of the run named by compare_with."""
+    """Return this run's curves with those of the run named by compare_with."""
     other = report.baseline
     if other is None:
         return []
@@ -57,7 +56,7 @@ def _against(report: RunReport) -> list[Plot]:
     ]
     return [
         Plot(
-            f"{title}, beside {other.output_dir}",
+            f"{title}, compared with {other.output_dir}",
             "per label token",
             (
                 Series("this run", smoothed(_finite(mine)), 1),
@@ -74,7 +73,7 @@ def _finite(points: Sequence[tuple[int, float | None]]) -> list[Xy]:
 
 
 def _single(train: list[Row], marks: tuple[Mark, ...]) -> list[Plot]:
-    """Return the plots of one measure each."""
+    """Return the plots that show one measure each."""
     rate = _points(train, "tokens_per_second_per_worker")
     norm = _points(train, "grad_norm")
     learning_rate = _points(train, "learning_rate")

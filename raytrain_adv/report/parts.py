@@ -1,59 +1,265 @@
-"""Pieces of report.html that sections share. What is not called body is plain text."""
+"""What report.json is made of: its number types, and the records inside it."""
 
-from collections.abc import Sequence
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
-from raytrain_adv.report.page import text
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
 
-
-def section(title: str, body: str) -> str:
-    """Return a titled section, or nothing where there is nothing in it."""
-    return f"<section><h2>{text(title)}</h2>{body}</section>" if body else ""
-
-
-def card(body: str) -> str:
-    """Return the framed body."""
-    return f'<div class="card">{body}</div>'
+from raytrain_adv.run.redact import redact, redact_arguments
+from raytrain_adv.transforms.transform import Plan
 
 
-def below(body: str) -> str:
-    """Return a body with room above it, or nothing where there is none."""
-    return f'<div class="after">{body}</div>' if body else ""
+def _json(value: Any) -> Any:
+    """Return the value as JSON has it: objects, lists, scalars; NaN and infinity become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _json(inner) for key, inner in value.items()}
+    if isinstance(value, str | bytes | Path):
+        return value if isinstance(value, str) else os.fsdecode(value)
+    item = getattr(value, "item", None)  # numpy and torch scalars, none of which is imported here
+    if callable(item) and getattr(value, "ndim", 0) == 0:
+        value = item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Iterable):
+        return [_json(inner) for inner in value]
+    return value
 
 
-def folded(summary: str, body: str) -> str:
-    """Return a body that opens on a click."""
-    return f"<details><summary>{text(summary)}</summary>{body}</details>"
+Number = Annotated[float | None, BeforeValidator(_json)]
+JsonObject = Annotated[dict[str, JsonValue], BeforeValidator(_json)]
+JobObject = Annotated[dict[str, JsonValue], BeforeValidator(lambda job: _json(redact(job)))]
+Arguments = Annotated[str, BeforeValidator(redact_arguments)]
+Seconds = Annotated[float, BeforeValidator(_json)]
+Point = tuple[int, Number]
 
 
-def badge(words: str) -> str:
-    """Return words that stand small beside a title."""
-    return f'<span class="badge">{text(words)}</span>'
+class Record(BaseModel):
+    """A frozen part of the report. The string under a field is its documentation."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[object]], num_columns: int = 0) -> str:
-    """Return a table whose last num_columns columns hold numbers."""
-    first_number = len(rows[0]) - num_columns if rows else 0
+class Failure(Record):
+    """The error of a failed run, in its parts."""
 
-    def cells(tag: str, row: Sequence[object]) -> str:
-        return "".join(
-            f"<{tag}{' class=num' if i >= first_number else ''}>{text(cell)}</{tag}>"
-            for i, cell in enumerate(row)
+    kind: str
+    """The error's class, as JobError or OutOfMemoryError."""
+    what: str
+    """What happened, one sentence."""
+    found: str = ""
+    """What was found; may have several lines."""
+    fix: str = ""
+    """What can be done; may have several lines."""
+    exit_code: int
+    """Exit code of the launch command: 2 the job file, 3 training failed, 4 the cluster refused."""
+    rank: int | None = None
+    """The worker on which it happened; none means the driver."""
+    trace: str = ""
+    """Last lines of the traceback, where the error was not one of the messages made for users."""
+
+
+class TransformReport(Record):
+    """What one transform did to the model."""
+
+    changed: int
+    """Modules that were changed, verified on the model."""
+    skipped: int
+    """Modules that could have been changed and were left as they are."""
+    changed_by_class: dict[str, int] = {}
+    """Number of changed modules by class, as {"Linear -> Float8Linear": 224}."""
+    changed_modules: tuple[str, ...] = ()
+    """Names of the changed modules, numbered ones folded, as model.layers.[0-31].mlp.up_proj."""
+    skipped_reasons: dict[str, int] = {}
+    """Number of skipped modules by reason."""
+    skipped_modules: dict[str, tuple[str, ...]] = {}
+    """Names of the skipped modules by reason, numbered ones folded."""
+    notes: tuple[str, ...] = ()
+    """Sentences of advice, cost and what to expect."""
+    details: JsonObject = {}
+    """What else there is to know; for kernels: source, commit, build and sha256 of each file, and
+    how far off each layer was when it was tried out.
+    """
+    proof: JsonObject = {}
+    """What a profile of one training step saw: the operator, how often it ran, its GPU kernels;
+    empty where the modules' classes are proof enough.
+    """
+
+    @property
+    def proof_sentence(self) -> str:
+        """The proof in words; empty where there is none."""
+        if not self.proof:
+            return ""
+        return (
+            f"{self.proof['operator']} ran {self.proof['calls']} times in one training step, for "
+            f"{self.proof['modules']} modules"
         )
 
-    head = f"<tr>{cells('th', heads)}</tr>" if any(heads) else ""
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="short">{head}{body}</table></div>'
-
-
-def bars(rows: Sequence[tuple[str, float, str]], faded: set[str]) -> str:
-    """Return one bar per row (label, size, the size in words); the labels in `faded` are sums."""
-    largest = max((size for _, size, _ in rows), default=0.0) or 1.0
-    lines = []
-    for label, size, words in rows:
-        kind = ' class="faded"' if label in faded else ""
-        lines.append(
-            f'<span>{text(label)}</span><div class="track">'
-            f'<i{kind} style="width:{100 * size / largest:.2f}%"></i></div>'
-            f'<span class="num">{text(words)}</span>'
+    @classmethod
+    def of(cls, plan: Plan, proof: Mapping[str, Any] | None = None) -> "TransformReport":
+        """Return what a plan that was carried out and verified comes to."""
+        classes: dict[str, int] = {}
+        for change in plan.changes.values():
+            key = f"{change.before} -> {change.after}"
+            classes[key] = classes.get(key, 0) + 1
+        reasons: dict[str, list[str]] = {}
+        for fqn, reason in plan.skipped.items():
+            reasons.setdefault(reason, []).append(fqn)
+        return cls(
+            changed=len(plan.changes),
+            skipped=len(plan.skipped),
+            changed_by_class=classes,
+            changed_modules=fold_names(plan.changes),
+            skipped_reasons={reason: len(fqns) for reason, fqns in reasons.items()},
+            skipped_modules={reason: fold_names(fqns) for reason, fqns in reasons.items()},
+            notes=plan.notes,
+            details=dict(plan.details),
+            proof=dict(proof or {}),
         )
-    return f'<div class="bar">{"".join(lines)}</div>'
+
+
+class Sample(Record):
+    """A held-out prompt, and what the trained model answers."""
+
+    prompt: str
+    """The prompt as the model saw it, or its last message."""
+    answer: str
+    """The trained model's answer."""
+    reference: str | None = None
+    """The dataset's answer."""
+
+
+class NodeReport(Record):
+    """A node of the cluster as it was found before anything was scheduled."""
+
+    address: str
+    """Address of the node, or the autoscaler's group of nodes that are yet to start."""
+    node_id: str = ""
+    """Ray's id of the node; empty for one that is yet to start."""
+    used: bool
+    """Whether workers were allowed on it."""
+    workers: int
+    """Workers that it has room for."""
+    reason: str = ""
+    """The rule that left it out; empty where none did."""
+    found: str = ""
+    """What was found against it."""
+    gpus: tuple[str, ...] = ()
+    """Name of each GPU, or of each MIG slice."""
+    compute_capability: str | None = None
+    """Lowest compute capability of its GPUs, as 9.0; null without a GPU."""
+    memory_gib: Number = None
+    """Memory of its smallest GPU."""
+    free_memory_gib: Number = None
+    """Free memory of the GPU that had least of it."""
+    driver_version: str | None = None
+    """NVIDIA driver."""
+    cuda_version: str | None = None
+    """CUDA version PyTorch was built for there."""
+    versions: dict[str, str | None] = {}
+    """Version of each package there; null where it is not installed."""
+
+
+class PreflightReport(Record):
+    """What was found on the cluster's nodes before anything was scheduled."""
+
+    nodes: tuple[NodeReport, ...]
+    """Every node that was alive, and the groups that an autoscaler may start."""
+    warnings: tuple[str, ...] = ()
+    """What was found and did not stop the run."""
+    seconds: Number = None
+    """How long the nodes took to answer."""
+
+
+class Baseline(Record):
+    """The run named by compare_with, and this run measured by it."""
+
+    output_dir: str
+    """Its output_dir."""
+    changed_keys: tuple[str, ...] = ()
+    """The keys that change what is computed and differ, as `fp8: False then, True now`."""
+    train_loss: tuple[Point, ...] = ()
+    """Its training loss as [step, value]."""
+    eval_loss: tuple[Point, ...] = ()
+    """Its loss on the held-out rows as [step, value]."""
+    final_eval_loss_change: Number = None
+    """This run's last eval loss over its last one, less 1: 0.004 means 0.4 % higher; null unless
+    both end at the same step.
+    """
+    speedup: Number = None
+    """This run's tokens per second per worker over its."""
+    memory_ratio: Number = None
+    """This run's peak memory over its."""
+
+
+class Start(Record):
+    """A start of the workers."""
+
+    step: int
+    """Optimizer steps that were behind the run."""
+    time: Number = None
+    """When it was, in unix seconds."""
+    workers: int
+    """How many there were."""
+    nodes: tuple[str, ...] = ()
+    """Address of each node they were on."""
+    lost: tuple[str, ...] = ()
+    """Nodes of the start before that had gone."""
+
+
+class Variant(Record):
+    """The held-out rows evaluated with a feature on or off."""
+
+    name: str
+    """bf16: not rounded; PTQ: rounded without training for it; and with such training. Those of
+    the twin were trained without it throughout.
+    """
+    step: int
+    """Optimizer steps after which it was evaluated."""
+    loss: Number = None
+    """Mean loss per label token."""
+    perplexity: Number = None
+    """Its exponential."""
+
+
+def fold_names(fqns: Iterable[str]) -> tuple[str, ...]:
+    """Fold names that differ in their numbers only: a.0.b, a.1.b become a.[0-1].b."""
+    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+    for fqn in fqns:
+        parts = re.split(r"(?<=\.)(\d+)(?=\.|$)", fqn)
+        groups.setdefault(tuple(parts[::2]), []).append(tuple(int(n) for n in parts[1::2]))
+    return tuple(name for texts, numbers in groups.items() for name in _folded(texts, numbers))
+
+
+def _folded(texts: tuple[str, ...], numbers: Sequence[tuple[int, ...]]) -> list[str]:
+    """Return one name if the numbers are a full grid (each layer x each expert), else the names."""
+    axes = [sorted(set(axis)) for axis in zip(*numbers, strict=True)]
+    if math.prod(map(len, axes)) == len(set(numbers)):
+        return [_joined(texts, [_span(axis) for axis in axes])]
+    return [_joined(texts, [str(n) for n in row]) for row in numbers]
+
+
+def _joined(texts: tuple[str, ...], between: list[str]) -> str:
+    return "".join(text + number for text, number in zip(texts, [*between, ""], strict=True))
+
+
+def _span(values: list[int]) -> str:
+    """Return sorted integers as 7, or as [0-3,8]."""
+    if len(values) == 1:
+        return str(values[0])
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return "[" + ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs) + "]"

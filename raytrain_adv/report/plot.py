@@ -1,24 +1,70 @@
-"""Small line plots as HTML with inline SVG: lines stretch with the page, text keeps its size."""
+"""Line plots as SVG drawn by matplotlib: colors from the page, words in the page's HTML."""
 
-import html
+from __future__ import annotations
+
+import io
 import json
+import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-WIDTH, HEIGHT = 1000.0, 400.0
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 MAX_POINTS = 400
+SPIKE = 20.0
+"""Values above this multiple of the median, or steps of a key over this range, need a log axis."""
+ROUND = (1, 2, 2.5, 5, 10)
+SIZES = {"wide": (960, 260), "half": (470, 190), "third": (330, 190)}
+PHONE = "third"
+MARGINS = {"left": 50, "right": 10, "top": 16, "bottom": 26}
+# Matplotlib writes colors as hex; each of these becomes a variable of the page, light or dark.
+INKS = {
+    "grid": "#010101",
+    "dim": "#020202",
+    "c1": "#030303",
+    "c2": "#040404",
+    "bad": "#050505",
+}
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.edgecolor": INKS["grid"],
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.autolimit_mode": "round_numbers",
+    "axes.xmargin": 0.0,
+    "axes.ymargin": 0.0,
+    "axes.formatter.limits": (-4, 6),
+    "axes.formatter.useoffset": False,
+    "grid.color": INKS["grid"],
+    "lines.solid_capstyle": "round",
+    "lines.solid_joinstyle": "round",
+    "text.color": INKS["dim"],
+    **{f"{axis}tick.major.pad": 8 for axis in "xy"},
+    **{f"{axis}tick.labelcolor": INKS["dim"] for axis in "xy"},
+    **{f"{axis}tick.{kind}.size": 0 for axis in "xy" for kind in ("major", "minor")},
+}
 Xy = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one measure. Non-finite values are left out: a Mark says where they were."""
+    """Points of one measure. Non-finite values are not drawn: a Mark shows where they were."""
 
     name: str
     points: Sequence[Xy]
-    color: int
+    color: Literal[1, 2]
     """Number of the color in the page's palette."""
     style: Literal["line", "faint", "dots", "points"] = "line"
     """dots are joined by a thin line, points are not."""
@@ -54,96 +100,31 @@ class Plot:
     span: Literal["wide", "half", "third"] = "third"
     """Share of the page's width."""
     over: str = "step"
-    """What lies on the horizontal axis. Steps begin at 0; of anything else, positive values that
-    differ much are on a logarithmic axis."""
+    """The horizontal axis. Steps begin at 0; of anything else, positive values that differ much get
+    a logarithmic axis."""
+
+    @property
+    def x_label(self) -> str:
+        """The horizontal axis in words."""
+        return "optimizer steps" if self.over == "step" else self.over
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Where values lie on an axis."""
+class Drawing:
+    """A plot that is drawn, as the template shows it."""
 
-    low: float
-    high: float
-    ticks: tuple[float, ...]
-    logarithmic: bool = False
-
-    def place(self, value: float) -> float:
-        """Return the value's place, 0 at the axis' low end and 1 at its high end."""
-        low, high = self.low, self.high
-        if self.logarithmic:
-            low, high, value = math.log10(low), math.log10(high), math.log10(value)
-        return (value - low) / (high - low)
+    plot: Plot
+    keys: list[tuple[str, str]]
+    """CSS class and label of each line, in the order of the legend."""
+    shapes: list[tuple[str, Markup, dict[str, float]]]
+    """Where it is shown (any, page, phone), its SVG, and the axes' left and right end in it."""
+    data: str
+    """JSON for the page's script: the points under the pointer."""
 
 
-def plot_html(plot: Plot) -> str:
-    """Return the plot as a <figure>, or nothing when there is no point to draw."""
-    series = [s for s in (_finite(s) for s in plot.series) if s.points]
-    if not series:
-        return ""
-    steps = [x for s in series for x, _ in s.points] + [mark.step for mark in plot.marks]
-    x_axis = _x_scale(plot, steps)
-    y_axis = _y_scale(plot, [y for s in series for _, y in s.points])
-    shapes = [_grid(x_axis, y_axis), *(_level(level, y_axis) for level in plot.levels)]
-    shapes += [_mark(mark, x_axis) for mark in plot.marks if x_axis.low <= mark.step <= x_axis.high]
-    shapes += [_curve(s, x_axis, y_axis) for s in series]
-    data = json.dumps(
-        {
-            "x": [x_axis.low, x_axis.high],
-            "over": plot.over,
-            "log": x_axis.logarithmic,
-            "series": [
-                [s.name, s.color, [[_short(x), _short(y)] for x, y in thinned(s.points)]]
-                for s in series
-                if s.style != "faint"
-            ],
-        },
-        separators=(",", ":"),
-    )
-    over = "optimizer steps" if plot.over == "step" else plot.over
-    label = html.escape(f"{plot.title} over {over}")
-    return (
-        f'<figure class="plot {plot.span}">{_caption(plot, series)}'
-        f'<div class="area" data-plot="{html.escape(data)}">'
-        f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{label}">{"".join(shapes)}</svg>'
-        f"{_tick_labels(x_axis, y_axis)}{_line_labels(plot, x_axis, y_axis)}</div></figure>"
-    )
-
-
-def linear_scale(
-    low: float, high: float, num_ticks: int, whole: bool = False, outside: bool = True
-) -> Scale:
-    """Return an axis with about num_ticks ticks at round values.
-
-    Args:
-        low: smallest value to show.
-        high: largest value to show.
-        num_ticks: ticks wanted, roughly.
-        whole: ticks at whole numbers only.
-        outside: the axis ends at ticks outside the values, instead of at the values.
-    """
-    if high <= low:
-        margin = abs(low) * 0.1 or 1.0
-        low, high = low - margin * (not whole), high + margin
-    step = _round_step((high - low) / num_ticks)
-    if whole:
-        step = max(round(step), 1)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    if outside:
-        low, high = first * step, last * step
-    ticks = [i * step for i in range(first, last + 1)]
-    slack = (high - low) * 1e-9
-    return Scale(low, high, tuple(t for t in ticks if low - slack <= t <= high + slack))
-
-
-def log_scale(low: float, high: float) -> Scale:
-    """Return a logarithmic axis for positive values, with ticks at 1, 2, 5 or powers of ten."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1, 2, 5) if last - first <= 2 else (1,)
-    every = max(1, (last - first) // 6)
-    steps = [f * 10.0**e for e in range(first, last + 1, every) for f in factors]
-    low, high = low * 0.9, high * 1.1
-    return Scale(low, high, tuple(t for t in steps if low <= t <= high), logarithmic=True)
+def draw(plots: Sequence[Plot]) -> list[Drawing]:
+    """Return the drawings of those plots that have a point."""
+    return [_draw(plot, series) for plot in plots if (series := _drawable(plot))]
 
 
 def thinned(points: Sequence[Xy], limit: int = MAX_POINTS) -> list[Xy]:
@@ -159,134 +140,144 @@ def thinned(points: Sequence[Xy], limit: int = MAX_POINTS) -> list[Xy]:
     return [points[i] for i in sorted(kept)]
 
 
-def tick_text(value: float, step: float) -> str:
-    """Return a tick's number, with the places that tell it from its neighbors."""
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * (10 if suffix == "k" else 1):
-            return f"{value / size:.{_places(step / size)}f}{suffix}"
-    return f"{value:,.{_places(step)}f}"
+def _drawable(plot: Plot) -> list[Series]:
+    """Return the series that have finite points, thinned."""
+    found = []
+    for one in plot.series:
+        points = [(x, y) for x, y in one.points if math.isfinite(x) and math.isfinite(y)]
+        if points:
+            found.append(Series(one.name, thinned(points), one.color, one.style))
+    return found
 
 
-def _places(step: float) -> int:
-    return next((n for n in range(7) if abs(step * 10**n - round(step * 10**n)) < 1e-6), 7)
+def _draw(plot: Plot, series: list[Series]) -> Drawing:
+    sizes = {"any": plot.span} if plot.span == PHONE else {"page": plot.span, "phone": PHONE}
+    keys = [(f"k{s.color} {s.style}", s.name) for s in series] if len(series) > 1 else []
+    keys += [("level", level.label) for level in plot.levels]
+    marks = dict.fromkeys(("alarm" if m.alarming else "mark", m.label) for m in plot.marks)
+    shapes = [(shown, *_svg(plot, series, *SIZES[size])) for shown, size in sizes.items()]
+    return Drawing(plot, [*keys, *marks], shapes, _data(plot, series))
 
 
-def _round_step(rough: float) -> float:
-    magnitude = 10.0 ** math.floor(math.log10(rough))
-    return next(f * magnitude for f in (1, 2, 2.5, 5, 10) if f * magnitude >= rough * 0.999)
+def _data(plot: Plot, series: list[Series]) -> str:
+    low, high, is_log = _x_range(plot, series)
+    points = [
+        [s.name, s.color, [[float(f"{x:.6g}"), float(f"{y:.6g}")] for x, y in s.points]]
+        for s in series
+        if s.style != "faint"
+    ]
+    data = {"x": [low, high], "over": plot.over, "log": is_log, "series": points}
+    return json.dumps(data, separators=(",", ":"))
 
 
-def _finite(series: Series) -> Series:
-    points = tuple((x, y) for x, y in series.points if math.isfinite(x) and math.isfinite(y))
-    return Series(series.name, points, series.color, series.style)
-
-
-def _x_scale(plot: Plot, values: list[float]) -> Scale:
+def _x_range(plot: Plot, series: list[Series]) -> tuple[float, float, bool]:
+    """Return the ends of the horizontal axis, and whether it is logarithmic."""
+    values = [x for s in series for x, _ in s.points] + [mark.step for mark in plot.marks]
     low, high = min(values), max(values)
     if plot.over == "step":
-        return linear_scale(0.0, high, 6, whole=True, outside=False)
-    if low > 0 and high >= 20 * low:
-        return log_scale(low, high)
-    whole = all(float(value).is_integer() for value in values)
-    return linear_scale(low, high, 6, whole=whole, outside=False)
+        return 0.0, max(high, 1.0), False
+    if low > 0 and high >= SPIKE * low:
+        return low * 0.9, high * 1.1, True
+    margin = (high - low) * 0.02 or abs(low) * 0.1 or 1.0
+    return low - margin, high + margin, False
 
 
-def _y_scale(plot: Plot, values: list[float]) -> Scale:
-    values = values + [level.value for level in plot.levels]
-    low, high = min(values), max(values)
-    if any(level.value == high for level in plot.levels):
-        high += 0.08 * (high - low)  # room for the words above a line at the top
-    middle = sorted(values)[len(values) // 2]
-    # One spike would press everything else to the ground.
-    if not plot.from_zero and low > 0 and high > 20 * middle:
-        return log_scale(low, high)
-    num_ticks = 6 if plot.span == "wide" else 4
-    return linear_scale(min(low, 0.0) if plot.from_zero else low, high, num_ticks)
+def _svg(
+    plot: Plot, series: list[Series], width: int, height: int
+) -> tuple[Markup, dict[str, float]]:
+    """Return the plot as SVG of this size in pixels, and where its axes begin and end."""
+    # A first import lists the machine's fonts, and reports that as a warning.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    left, right = MARGINS["left"] / width, 1 - MARGINS["right"] / width
+    bottom, top = MARGINS["bottom"] / height, 1 - MARGINS["top"] / height
+    label = f"{plot.title} over {plot.x_label}"
+    salt = {"svg.hashsalt": f"{label} {width}"}  # ids differ between drawings, not between runs
+    with style.context({**STYLE, **salt}, after_reset=True), io.StringIO() as file:
+        figure = Figure(figsize=(width / 72, height / 72))  # matplotlib's SVG has 72 to the inch
+        axes = figure.add_axes((left, bottom, right - left, top - bottom))
+        for one in series:
+            _curve(axes, one)
+        _lines(axes, plot)
+        _scale(axes, plot, series, narrow=width < SIZES["half"][0])
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+        return _inline(file.getvalue(), label), {"left": round(left, 4), "right": round(right, 4)}
 
 
-def _short(number: float) -> float:
-    return float(f"{number:.6g}")
-
-
-def _xy(x: float, y: float, x_axis: Scale, y_axis: Scale) -> str:
-    return f"{WIDTH * x_axis.place(x):.1f} {HEIGHT * (1 - y_axis.place(y)):.1f}"
-
-
-def _grid(x_axis: Scale, y_axis: Scale) -> str:
-    lines = [f"M0 {HEIGHT * (1 - y_axis.place(t)):.1f}h{WIDTH:.0f}" for t in y_axis.ticks]
-    lines += [f"M{WIDTH * x_axis.place(t):.1f} {HEIGHT:.0f}v6" for t in x_axis.ticks]
-    return f'<path class="grid" d="{"".join(lines)}"/>'
-
-
-def _level(level: Level, y_axis: Scale) -> str:
-    return (
-        f'<path class="level" d="M0 {HEIGHT * (1 - y_axis.place(level.value)):.1f}h{WIDTH:.0f}"/>'
+def _curve(axes: Axes, series: Series) -> None:
+    look: dict[str, Any] = {
+        "line": {"linewidth": 1.6},
+        "faint": {"linewidth": 0.9, "alpha": 0.32},
+        "dots": {"linewidth": 0.9, "marker": "o", "markersize": 6},
+        "points": {"linewidth": 0, "marker": "o", "markersize": 6},
+    }[series.style]
+    if len(series.points) == 1:
+        look |= {"marker": "o", "markersize": 6}
+    axes.plot(
+        *zip(*series.points, strict=True),
+        color=INKS[f"c{series.color}"],
+        markeredgewidth=0,
+        clip_on=False,
+        **look,
     )
 
 
-def _mark(mark: Mark, x_axis: Scale) -> str:
-    kind = "mark alarm" if mark.alarming else "mark"
-    return f'<path class="{kind}" d="M{WIDTH * x_axis.place(mark.step):.1f} 0v{HEIGHT:.0f}"/>'
-
-
-def _curve(series: Series, x_axis: Scale, y_axis: Scale) -> str:
-    places = [_xy(x, y, x_axis, y_axis) for x, y in thinned(series.points)]
-    if series.style in ("dots", "points") or len(places) == 1:
-        # A line without length has round ends: a dot that stays round when the plot is stretched.
-        dots = "".join(f"M{place}h.01" for place in places)
-        line = (
-            ""
-            if len(places) == 1 or series.style == "points"
-            else f'<path class="thin c{series.color}" d="M{"L".join(places)}"/>'
-        )
-        return f'{line}<path class="dots c{series.color}" d="{dots}"/>'
-    return f'<path class="{series.style} c{series.color}" d="M{"L".join(places)}"/>'
-
-
-def _caption(plot: Plot, series: list[Series]) -> str:
-    keys = ""
-    if len(series) > 1:
-        keys = "".join(
-            f'<span class="key k{s.color}{" pale" if s.style == "faint" else ""}">'
-            f"{html.escape(s.name)}</span>"
-            for s in series
-        )
-    unit = f'<span class="unit">{html.escape(plot.unit)}</span>' if plot.unit else ""
-    title = f"<b>{html.escape(plot.title)}</b>"
-    return f'<figcaption>{title}{unit}<span class="keys">{keys}</span></figcaption>'
-
-
-def _tick_labels(x_axis: Scale, y_axis: Scale) -> str:
-    y_step = y_axis.ticks[1] - y_axis.ticks[0] if len(y_axis.ticks) > 1 else y_axis.high
-    labels = [
-        f'<span class="ty" style="bottom:{100 * y_axis.place(t):.2f}%">'
-        f"{tick_text(t, t if y_axis.logarithmic else y_step)}</span>"
-        for t in y_axis.ticks
-    ]
-    x_step = x_axis.ticks[1] - x_axis.ticks[0] if len(x_axis.ticks) > 1 else 1.0
-    labels += [
-        f'<span class="tx" style="left:{100 * x_axis.place(t):.2f}%">'
-        f"{tick_text(t, t if x_axis.logarithmic else x_step)}</span>"
-        for t in x_axis.ticks
-    ]
-    return "".join(labels)
-
-
-def _line_labels(plot: Plot, x_axis: Scale, y_axis: Scale) -> str:
-    labels = [
-        f'<span class="on-level" style="bottom:{100 * y_axis.place(level.value):.2f}%">'
-        f"{html.escape(level.label)}</span>"
-        for level in plot.levels
-    ]
+def _lines(axes: Axes, plot: Plot) -> None:
+    for level in plot.levels:
+        axes.axhline(level.value, color=INKS["c2"], linewidth=1.2, dashes=(5, 4), clip_on=False)
     for mark in plot.marks:
-        if x_axis.low <= mark.step <= x_axis.high:
-            place = x_axis.place(mark.step)
-            side = f"right:{100 * (1 - place):.2f}%" if place > 0.5 else f"left:{100 * place:.2f}%"
-            kind = "on-mark alarm" if mark.alarming else "on-mark"
-            labels.append(f'<span class="{kind}" style="{side}">{html.escape(mark.label)}</span>')
-    return "".join(labels)
+        color = INKS["bad" if mark.alarming else "dim"]
+        axes.axvline(mark.step, color=color, linewidth=1.2, dashes=(2, 3), clip_on=False)
+
+
+def _scale(axes: Axes, plot: Plot, series: list[Series], narrow: bool) -> None:
+    """Set both axes' range, ticks and whether they are logarithmic."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high, is_log = _x_range(plot, series)
+    values = sorted([y for s in series for _, y in s.points] + [v.value for v in plot.levels])
+    # One spike would press everything else to the ground.
+    has_spike = (
+        not plot.from_zero and values[0] > 0 and values[-1] > SPIKE * values[len(values) // 2]
+    )
+    if is_log:
+        axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(
+            MaxNLocator(4 if narrow else 8, steps=ROUND, integer=plot.over == "step")
+        )
+    if has_spike:
+        axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND))
+    for axis, log in ((axes.xaxis, is_log), (axes.yaxis, has_spike)):
+        if log or (axis is axes.xaxis and plot.over == "step"):
+            axis.set_major_formatter("{x:,.7g}")
+        if log:
+            axis.set_minor_formatter("")
+    for line in axes.get_ygridlines():
+        line.set_clip_on(False)
+    axes.set_xlim(low, high)
+    if plot.from_zero:
+        axes.update_datalim([(low, 0.0)])
+        axes.autoscale_view(scalex=False)
+
+
+def _inline(document: str, label: str) -> Markup:
+    """Return a file of matplotlib's as an element of the page: without its header, style sheet and
+    names of groups, and in the page's colors.
+    """
+    size = re.search(r'viewBox="[^"]*"', document)
+    svg = document[document.index("<g ") : document.rindex("</svg>")]
+    for part in (r' id="[a-z]+_\d+"', r' transform="rotate\(-0 [^"]*"', r" font-family: [^;]*;"):
+        svg = re.sub(part, "", svg)
+    svg = re.sub(r"\s*\n\s*", " ", svg)
+    for name, color in INKS.items():
+        svg = svg.replace(color, f"var(--{name})")
+    opening = Markup('<svg {} role="img" aria-label="{}">').format(
+        Markup(size[0] if size else ""), label
+    )
+    return opening + Markup(svg) + Markup("</svg>")

@@ -1,7 +1,6 @@
 """report.json: what a run was asked for, did and reached; a contract that scripts read."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +8,7 @@ from pydantic import Field, ValidationError
 
 from raytrain_adv.errors import RaytrainAdvError, StorageError
 from raytrain_adv.redaction import hide_environment
-from raytrain_adv.report.record_parts import (
+from raytrain_adv.report.parts import (
     Arguments,
     Baseline,
     Failure,
@@ -27,6 +26,7 @@ from raytrain_adv.report.record_parts import (
     Variant,
     fold_names,
 )
+from raytrain_adv.storage.atomic import write_atomic
 
 __all__ = [
     "Arguments",
@@ -53,6 +53,15 @@ __all__ = [
 ]
 
 FILE_NAME = "report.json"
+
+
+OF_CONVERTED = (
+    "quantized_dir",
+    "quantized_gib",
+    "quantized_logit_difference",
+    "quantized_comparison",
+)
+"""Fields of the model that export converts from the trained one."""
 
 
 class RunReport(Record):
@@ -172,6 +181,21 @@ class RunReport(Record):
     notes: tuple[str, ...] = ()
     """Whatever else a reader should know, one sentence each."""
 
+    @property
+    def converted(self) -> tuple[str, str | None, float | None]:
+        """Label, folder and size of the model that export converted; nulls without one."""
+        return "quantized", self.quantized_dir, self.quantized_gib
+
+    @property
+    def comparison(self) -> str:
+        """How near the converted model is to the trained one; empty without one."""
+        if self.quantized_logit_difference is None:
+            return ""
+        return (
+            f"logits differ by {self.quantized_logit_difference:.3g} from those of training "
+            f"({self.quantized_comparison})"
+        )
+
 
 def describe_failure(error: BaseException, rank: int | None = None, trace: str = "") -> Failure:
     """Return the error in its parts; a foreign error's type and message are its `what`."""
@@ -213,15 +237,8 @@ def write_text(text: str, path: Path) -> Path:
     Raises:
         StorageError: when the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A lone surrogate, which a dataset may hold, cannot be encoded; it is written as \udXXX.
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(hide_environment(text))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_atomic(path, hide_environment(text))
     except OSError as error:
         fix = "free space, or choose an output_dir that can be written to"
         raise StorageError(

@@ -1,63 +1,85 @@
 """The closing lines of a run on the console."""
 
+import io
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
-from raytrain_adv import text as numbers
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from raytrain_adv import text
 from raytrain_adv.report import variants
-from raytrain_adv.report.record import Baseline, RunReport, Sample
-from raytrain_adv.report.starts import story
+from raytrain_adv.report.record import Baseline, RunReport, Sample, Start
 
 NUM_SAMPLE_LINES = 8
+UNLIMITED = 10_000
+"""Columns of a terminal that cuts no table."""
 
 
 def summary(report: RunReport) -> str:
     """Return what was reached, a sample answer, where the time went and where everything is."""
     parts = [_sample(report.samples[0])] if report.samples else []
-    parts += [_block(_figures(report)), _variants(report)]
-    parts += [_timeline(report), _block(_places(report))]
+    parts += [_indented(columns(_figures(report))), _variants(report)]
+    parts += [_timeline(report), _indented(columns(_places(report)))]
     return "\n\n".join(part for part in parts if part)
 
 
+def columns(rows: Sequence[Sequence[str]], num_left: int = 2) -> str:
+    """Return rows as aligned columns; those after the first num_left are numbers, to the right."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for i in range(len(rows[0])):
+        table.add_column(justify="left" if i < num_left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console(file=io.StringIO(), width=UNLIMITED, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def story(starts: Sequence[Start]) -> str:
+    """Return how the number of workers changed, as `2 workers, 1 from step 40, 2 from step 80`;
+    empty if it never did.
+    """
+    later = "".join(
+        f", {start.workers} from step {start.step:,}"
+        for start, before in zip(starts[1:], starts, strict=False)
+        if start.workers != before.workers
+    )
+    return text.plural(starts[0].workers, "worker") + later if later else ""
+
+
 def _figures(report: RunReport) -> list[tuple[str, str]]:
-    figures = [("steps", _steps(report))]
-    if report.train_loss:
-        figures.append(("train loss", _from_to(report.train_loss)))
-    if report.eval_loss:
-        how = variants.evaluated_as(report)
-        text = _from_to(report.eval_loss) + (f", {how}" if how else "")
-        figures.append(("eval loss", text))
-    figures.append(("speed", _speed(report)))
-    if report.peak_memory_gib is not None:
-        figures.append(("peak memory", _memory(report)))
-    if report.baseline is not None:
-        figures.append(("compared", _compared(report.baseline)))
+    eval_loss = [_from_to(report.eval_loss), variants.evaluated_as(report)]
+    figures = [
+        ("steps", _steps(report)),
+        ("train loss", _from_to(report.train_loss)),
+        ("eval loss", ", ".join(filter(None, eval_loss)) if report.eval_loss else ""),
+        ("speed", _speed(report)),
+        ("peak memory", _memory(report)),
+        ("compared", _compared(report.baseline)),
+    ]
     for name, transform in report.transforms.items():
-        changed = numbers.plural(transform.changed, "module")
+        changed = text.plural(transform.changed, "module")
         figures.append((name, f"{changed} changed, {transform.skipped:,} skipped"))
-        if transform.proof:
-            figures.append(("", transform.proof_sentence))
-    figures.append(("quantized", variants.compared(report)))
-    return [(label, text) for label, text in figures if text]
+        figures.append(("", transform.proof_sentence))
+    figures.append((report.converted[0], report.comparison))
+    return [(label, words) for label, words in figures if words]
 
 
 def _variants(report: RunReport) -> str:
-    rows = [variants.HEADS, *variants.table_rows(report)]
-    if len(rows) == 1:
+    rows = variants.table_rows(report)
+    if not rows:
         return ""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
-    ]
-    said = variants.sentence(report)
-    return "\n".join([*(f"  {line}" for line in lines), *([f"  {said}"] if said else [])])
+    table = columns([variants.HEADS, *rows], num_left=1)
+    return _indented("\n".join(filter(None, [table, variants.sentence(report)])))
 
 
-def _compared(other: Baseline) -> str:
+def _compared(other: Baseline | None) -> str:
+    if other is None:
+        return ""
     parts = []
     if other.final_eval_loss_change is not None:
         parts.append(f"eval loss {other.final_eval_loss_change:+.2%}")
@@ -70,102 +92,86 @@ def _compared(other: Baseline) -> str:
 
 def _steps(report: RunReport) -> str:
     total = report.total_steps
-    text = (
-        f"{report.steps:,}" if total in (None, report.steps) else f"{report.steps:,} of {total:,}"
-    )
+    words = f"{report.steps:,}" + ("" if total in (None, report.steps) else f" of {total:,}")
     if report.epochs is not None:
-        text += f" ({report.epochs:.2f} epochs)"
+        words += f" ({report.epochs:.2f} epochs)"
     if report.world_size:
-        workers = story(report.starts) or numbers.plural(report.world_size, "worker")
-        text += f" on {workers}, {report.device or 'device unknown'}"
+        workers = story(report.starts) or text.plural(report.world_size, "worker")
+        words += f" on {workers}, {report.device or 'device unknown'}"
     if report.restarts:
-        text += f", {numbers.plural(report.restarts, 'restart')}"
+        words += f", {text.plural(report.restarts, 'restart')}"
     if report.skipped_steps:
-        text += f", {report.skipped_steps:,} of them skipped for a bad loss"
+        words += f", {report.skipped_steps:,} of them skipped for a bad loss"
     if report.resumed_from_step is not None:
-        text += f", resumed from step {report.resumed_from_step:,}"
-    return text
+        words += f", resumed from step {report.resumed_from_step:,}"
+    return words
 
 
-def _from_to(points: tuple[tuple[int, float | None], ...]) -> str:
-    first, last = points[0], points[-1]
-    end = f"{numbers.loss(last[1])} (step {last[0]:,})"
-    if len(points) == 1:
-        return end
-    return f"{numbers.loss(first[1])} (step {first[0]:,}) -> {end}"
+def _from_to(points: Sequence[tuple[int, float | None]]) -> str:
+    ends = [*points[:1], *points[1:][-1:]]
+    return " -> ".join(f"{text.loss(value)} (step {step:,})" for step, value in ends)
 
 
 def _speed(report: RunReport) -> str:
     if report.tokens_per_second_per_worker is None:
         return ""
-    text = f"{numbers.rate(report.tokens_per_second_per_worker)} tokens/s per worker"
+    words = f"{text.rate(report.tokens_per_second_per_worker)} tokens/s per worker"
     if report.step_seconds is not None:
-        text += f", {numbers.seconds(report.step_seconds)} per step"
+        words += f", {text.seconds(report.step_seconds)} per step"
     if report.mfu_bf16 is not None:
-        text += f", MFU {numbers.percent(report.mfu_bf16)} of the bf16 peak"
-    return text
+        words += f", MFU {text.percent(report.mfu_bf16)} of the bf16 peak"
+    return words
 
 
 def _memory(report: RunReport) -> str:
-    text = f"{numbers.gib(report.peak_memory_gib)} GiB"
+    if report.peak_memory_gib is None:
+        return ""
+    words = f"{text.gib(report.peak_memory_gib)} GiB"
     if (report.device or "").startswith("CPU"):
-        return f"{text} of the process, Python and libraries included"
+        return f"{words} of the process, Python and libraries included"
     if report.predicted_memory_gib is not None:
-        text += f" (predicted {numbers.gib(report.predicted_memory_gib)} GiB)"
-    return text
+        words += f" (predicted {text.gib(report.predicted_memory_gib)} GiB)"
+    return words
 
 
 def _timeline(report: RunReport) -> str:
     if not report.timeline:
         return ""
-    phases = ", ".join(
-        f"{name} {numbers.seconds(spent)}" for name, spent in report.timeline.items()
-    )
-    lines = textwrap.wrap(phases, width=78, initial_indent=" " * 2, subsequent_indent=" " * 2)
-    return "\n".join(["where the time went:", *lines])
+    phases = ", ".join(f"{name} {text.seconds(spent)}" for name, spent in report.timeline.items())
+    return f"where the time went:\n{_indented(textwrap.fill(phases, width=76))}"
 
 
 def _places(report: RunReport) -> list[tuple[str, str]]:
     output_dir = Path(str(report.job.get("output_dir") or "."))
-    places = [
-        ("report", str(output_dir / "report.html")),
-        ("figures", str(output_dir / "report.json")),
-    ]
-    if report.quantized_dir:
-        places.insert(0, ("quantized", f"{report.quantized_dir}{_size(report.quantized_gib)}"))
-    if report.model_dir:
-        places.insert(0, ("model", f"{report.model_dir}{_size(report.model_gib)}"))
-    return places
-
-
-def _size(gib: float | None) -> str:
-    return "" if gib is None else f" ({numbers.disk(gib)})"
-
-
-def _block(lines: list[tuple[str, str]]) -> str:
-    width = max(len(label) for label, _ in lines)
-    return "\n".join(f"  {label:<{width}}  {text}" for label, text in lines)
+    places = []
+    for label, folder, gib in (
+        ("model", report.model_dir, report.model_gib),
+        report.converted,
+    ):
+        if folder:
+            places.append((label, folder + ("" if gib is None else f" ({text.disk(gib)})")))
+    places.append(("report", str(output_dir / "report.html")))
+    return [*places, ("figures", str(output_dir / "report.json"))]
 
 
 def _sample(sample: Sample) -> str:
-    lines = [
-        "sample answer:",
-        _indented("prompt", sample.prompt),
-        _indented("answer", sample.answer),
-    ]
-    if sample.reference is not None:
-        lines.append(_indented("reference", sample.reference))
-    return "\n".join(lines)
+    turns = [("prompt", sample.prompt), ("answer", sample.answer), ("reference", sample.reference)]
+    lines = [_turn(label, words) for label, words in turns if words is not None]
+    return "\n".join(["sample answer:", *lines])
 
 
-def _indented(label: str, text: str) -> str:
-    """Return the text wrapped beside its label, long ones cut."""
+def _turn(label: str, words: str) -> str:
+    """Return words wrapped next to their label; long ones are cut."""
     wrapped = [
         piece
-        for line in text.strip().splitlines()
+        for line in words.strip().splitlines()
         for piece in textwrap.wrap(line, width=66, replace_whitespace=False) or [""]
     ]
     if len(wrapped) > NUM_SAMPLE_LINES:
         wrapped = [*wrapped[:NUM_SAMPLE_LINES], "[...]"]
     first, *rest = wrapped or ["(empty)"]
     return "\n".join([f"  {label:<10}{first}", *(" " * 12 + line for line in rest)])
+
+
+def _indented(block: str) -> str:
+    return textwrap.indent(block, "  ")

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from raytrain_adv.config.sweep import MetricName, Trial
+from raytrain_adv.config.sweep import CONVERTED_LOSS, MetricName, Trial
 from raytrain_adv.errors import StorageError
 from raytrain_adv.report.record import Arguments, JsonObject, Number, Record, RunReport, write_text
 
@@ -41,7 +41,7 @@ class TrialReport(Record):
     eval_loss: Number = None
     """Last loss on the held-out rows."""
     quantized_eval_loss: Number = None
-    """Loss of the converted model on the held-out rows; null without QAT."""
+    """Loss of the converted model on the held-out rows; null without one."""
     tokens_per_second_per_worker: Number = None
     """Median after warm-up."""
     step_seconds: Number = None
@@ -107,7 +107,7 @@ def metrics(report: RunReport) -> dict[MetricName, float | None]:
     """Return a run's value of each metric that trials can be compared by."""
     return {
         "eval_loss": _last(report.eval_loss),
-        "quantized_eval_loss": report.quantized_eval_loss,
+        CONVERTED_LOSS: report.quantized_eval_loss,
         "train_loss": _last(report.train_loss),
         "tokens_per_second_per_worker": report.tokens_per_second_per_worker,
         "step_seconds": report.step_seconds,

@@ -1,4 +1,4 @@
-"""What a feature cost and bought in held-out loss: bf16, quantized without and with training."""
+"""Held-out loss in bf16, and rounded without (PTQ) and with (QAT) training for it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from raytrain_adv.transforms.qat import BF16, PTQ, QAT, Qat
 
 TWIN = "twin"
 NEGLIGIBLE = 1e-4
-"""Of the loss in bf16. Of a PTQ that loses less no share is stated: it would be noise."""
+"""Share of the loss in bf16. If PTQ loses less, no recovered share is stated: it would be noise."""
 HEADS = ("weights", "step", "held-out loss", "perplexity", "against bf16")
 
 
 def variants(rows: Sequence[Mapping[str, Any]]) -> tuple[Variant, ...]:
-    """Return what was evaluated, from the rows of metrics.jsonl; of what a restarted run evaluated
-    twice, the last.
+    """Return the evaluated variants from the rows of metrics.jsonl. If a restarted run evaluated a
+    variant twice, the last counts.
     """
     found: dict[tuple[str, int], Variant] = {}
     for row in rows:
@@ -34,15 +34,15 @@ def variants(rows: Sequence[Mapping[str, Any]]) -> tuple[Variant, ...]:
     return tuple(found.values())
 
 
-def quantized_loss(found: Sequence[Variant]) -> float | None:
-    """Return the held-out loss of the quantized model that the run has made; null without one."""
+def converted_loss(found: Sequence[Variant]) -> float | None:
+    """Return the held-out loss of the run's converted model, if there is one."""
     names = [v.name for v in found]
     made = QAT if QAT in names else PTQ
     return next((v.loss for v in reversed(found) if v.name == made), None)
 
 
 def reference(found: Sequence[Variant]) -> tuple[Variant, Variant] | None:
-    """Return bf16 and PTQ of the same weights: the twin's, else those at which fake quantization
+    """Return bf16 and PTQ of the same weights: the twin's, else those at which rounding
     began.
     """
     for ending in (f" {TWIN}", ""):
@@ -54,9 +54,10 @@ def reference(found: Sequence[Variant]) -> tuple[Variant, Variant] | None:
 
 
 def recovered(found: Sequence[Variant]) -> float | None:
-    """Return the share of the quantization loss that training with it recovered: (PTQ - QAT) /
-    (PTQ - bf16); null where there is no QAT, where PTQ loses next to nothing, and where QAT ended
-    below bf16 weights of an earlier step, by what it has trained since.
+    """Return the share of the rounding loss that QAT recovered: (PTQ - QAT) / (PTQ - bf16).
+
+    None without QAT, if PTQ loses next to nothing, and if QAT ended below bf16 weights of an
+    earlier step: it has trained since.
     """
     pair, loss = reference(found), next((v.loss for v in found if v.name == QAT), None)
     if pair is None or loss is None or None in (pair[0].loss, pair[1].loss):
@@ -68,8 +69,8 @@ def recovered(found: Sequence[Variant]) -> float | None:
 
 
 def degradation(variant: Variant, found: Sequence[Variant]) -> float | None:
-    """Return how much a variant's loss is above the reference's in bf16, as a share; null where the
-    reference is of an earlier step, so that it would be what was trained since.
+    """Return how much a variant's loss is above the reference's in bf16, as a share; None if the
+    reference is of an earlier step: the difference would include the training since.
     """
     pair = reference(found)
     if pair is None or not pair[0].loss or variant.loss is None or variant.name == pair[0].name:
@@ -96,15 +97,15 @@ def table_rows(report: RunReport) -> list[tuple[str, str, str, str, str]]:
 
 
 def sentence(report: RunReport) -> str:
-    """Say what quantization-aware training bought; empty where the run has none."""
+    """Return what QAT gained; empty if the run has none."""
     found = report.variants
     pair = reference(found)
     if QAT not in [v.name for v in found]:
         return ""
     if pair is None:
         return (
-            "there is no PTQ to measure QAT by: there were no weights before fake quantization, or "
-            "this folder does not hold the run that made them; compare: true trains a bf16 twin"
+            "there is no PTQ to compare QAT with: there were no weights before rounding began, "
+            "or another folder has the run that made them; compare: true trains a bf16 twin"
         )
     bf16, ptq = pair
     before, gap = bf16.loss or math.nan, (ptq.loss or math.nan) - (bf16.loss or math.nan)
@@ -112,25 +113,15 @@ def sentence(report: RunReport) -> str:
     of = "its bf16 twin" if has_twin else f"the weights after {bf16.step:,} steps"
     if gap <= NEGLIGIBLE * before:
         return f"PTQ of {of} loses next to nothing ({gap / before:+.4%}): nothing to recover"
-    since = "" if has_twin else "; compare: true measures by a bf16 twin that is trained as long"
+    since = "" if has_twin else "; compare: true compares with a bf16 twin that is trained as long"
     if report.recovered is None:
         return (
             f"PTQ of {of} loses {gap:.4f}; QAT ended below their bf16 loss by what it has trained "
-            f"since, which says nothing of quantization{since}"
+            f"since, which does not measure rounding{since}"
         )
     return f"QAT recovered {report.recovered:.0%} of the {gap:.4f} that PTQ of {of} loses{since}"
 
 
 def evaluated_as(report: RunReport) -> str:
-    """Say how held-out rows were evaluated, where it is not as the run was trained at first."""
+    """Return how held-out rows were evaluated, if not as the run was trained at first."""
     return Qat.evaluated_as if Qat.name in report.transforms else ""
-
-
-def compared(report: RunReport) -> str:
-    """Say how near the quantized folder is to the model that was trained; empty without one."""
-    if report.quantized_logit_difference is None:
-        return ""
-    return (
-        f"logits differ by {report.quantized_logit_difference:.3g} from those of training "
-        f"({report.quantized_comparison})"
-    )

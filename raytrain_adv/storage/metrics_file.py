@@ -11,6 +11,7 @@ from typing import Any
 
 from raytrain_adv.errors import StorageError
 from raytrain_adv.redaction import hide_environment
+from raytrain_adv.storage.atomic import write_atomic
 
 FILE_NAME = "metrics.jsonl"
 Scalar = str | int | float | bool | None
@@ -37,7 +38,6 @@ class MetricsFile:
     def __init__(self, path: str | Path, resume_step: int | None) -> None:
         self.path = Path(path)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             kept, num_dropped = _rows_to_keep(self.path, resume_step)
             replace(self.path, kept)
             self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
@@ -163,13 +163,8 @@ def _rows_to_keep(path: Path, resume_step: int | None) -> tuple[list[dict[str, A
 
 
 def replace(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the rows in place of the file; a kill leaves either the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """Replace the file's rows; a kill leaves either the old file or the new one."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _resume_message(step: int, num_dropped: int) -> str:
@@ -185,3 +180,41 @@ def _unwritable(path: Path, error: OSError) -> StorageError:
         f"{path}: {error.strerror or error}",
         "free space, or choose an output_dir that the workers can write to",
     )
+
+
+class FollowedFile:
+    """The rows of a file that a worker, perhaps on another node, is writing.
+
+    A restarted worker replaces the file by a shorter one: rows returned before are not returned
+    again, those of recomputed steps are.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._identity: tuple[int, int] | None = None
+        self._offset = 0
+        self._seen: set[int] = set()
+
+    def new_rows(self) -> list[dict[str, Any]]:
+        """Return the rows completed since the last call; a half-written last line waits."""
+        try:
+            lines = self._new_lines()
+        except OSError:
+            # Not there yet, or shared storage is briefly away: the next call returns its rows.
+            return []
+        fresh = [line for line in lines if hash(line) not in self._seen]
+        self._seen.update(map(hash, fresh))
+        return [row for row in map(parse_row, fresh) if row is not None]
+
+    def _new_lines(self) -> list[bytes]:
+        # Opened every time: network file systems show other nodes' writes only at open.
+        with self._path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            identity = (status.st_dev, status.st_ino)
+            if identity != self._identity or status.st_size < self._offset:
+                self._identity, self._offset = identity, 0
+            file.seek(self._offset)
+            data = file.read()
+        end = data.rfind(b"\n") + 1
+        self._offset += end
+        return data[:end].splitlines()

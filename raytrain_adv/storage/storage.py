@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from raytrain_adv.errors import StorageError
+from raytrain_adv.storage.atomic import write_atomic
 
 
 @contextmanager
@@ -98,12 +99,7 @@ class Storage:
                 with self.filesystem.open_output_stream(self.path(name)) as stream:
                     stream.write(data)
                 return
-            partial = Path(self.path(name + ".partial"))
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path(name))
+            write_atomic(Path(self.path(name)), data)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Return a JSON object, or None when the file is missing or torn."""

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeGuard
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import ClusterError, TrainingError
-from raytrain_adv.transforms.modules import (
-    ROUTERS,
-    class_name,
-    matches,
-    output_head,
-    own_name,
-    patterns,
-    refuse_unmatched,
-    short,
-)
-from raytrain_adv.transforms.transform import Change, Plan, Transform
+from raytrain_adv.text import first_line
+from raytrain_adv.transforms.modules import LINEAR, expert_notes, patterns, plan_linears
+from raytrain_adv.transforms.transform import Context, Plan, Transform, require_package
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +31,12 @@ SMALLEST = {"tensorwise": 1024, "rowwise": 2049, "rowwise_with_gw_hp": 2049}
 
 Source for rowwise: torchao's measurements on an H100 (docs/static/fp8-rowwise-perf.png): N of 2048
 or less never wins. Tensorwise: k_proj and v_proj of the 8B shape (N = 1024) made less than 1 % of
-difference either way in one trial of 8 layers on an H100, so that only smaller ones are left out.
+difference either way in one trial of 8 layers on an H100, so that only smaller ones are skipped.
 """
 ENOUGH_TOKENS = 8192
 OFF_BY = 0.1
-"""Largest error of a product and of its gradients, relative in norm, that is FP8's rounding: 3.7 %
-of a product of normally distributed factors in e4m3, 6 % where the gradient is in e5m2."""
+"""Largest relative error of a product and its gradients that FP8's rounding explains: 3.7 % for a
+product of normally distributed factors in e4m3, 6 % for a gradient in e5m2."""
 
 
 class Fp8(Transform):
@@ -58,9 +50,10 @@ class Fp8(Transform):
         "fp8_allow_cpu": True,
         "fp8_min_features": 16,
     }
-    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter"})
     imports: ClassVar[tuple[str, ...]] = ("torchao",)
     proven_by: ClassVar[str] = "aten::_scaled_mm"
+    speed: ClassVar[float] = 1.32  # jobs/benchmarks/results/llama3_8b_fp8.json, tensorwise
 
     fp8: bool = False
     """Compute the products of the linears in FP8: needs H100, H200 or newer GPUs."""
@@ -75,15 +68,15 @@ class Fp8(Transform):
     patterns (model.layers.0.*).
     """
     fp8_min_features: Annotated[int, Field(ge=0)] | None = None
-    """Linears with fewer input or output features stay in bf16; none takes what was measured for
-    the recipe, 0 leaves none out for its size.
+    """Linears with fewer input or output features stay in bf16; none is the size measured for the
+    recipe, 0 skips none for its size.
     """
     fp8_allow_cpu: bool = False
-    """Allow FP8 on a CPU, where it is exact but slow: for trying a job out."""
+    """Allow FP8 on a CPU, where it is exact but slow: to test a job."""
 
     @property
     def enabled(self) -> bool:
-        """Whether FP8 is asked for."""
+        """Whether FP8 is on."""
         return self.fp8
 
     @property
@@ -97,7 +90,7 @@ class Fp8(Transform):
         return patterns(self.fp8_exclude)
 
     def contradictions(self) -> Iterable[Problem]:
-        """Refuse fp8 all-gather with scales that are not one per tensor."""
+        """Refuse FP8 all-gather unless each tensor has one scale."""
         if self.fp8_enable_fsdp_float8_all_gather and not self.is_tensorwise:
             yield Problem(
                 f"weights are gathered in FP8 with one scale each, and fp8_recipe is "
@@ -107,7 +100,7 @@ class Fp8(Transform):
             )
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
-        """Refuse CPUs, where nobody asked for them, and who reads the weights that are gathered."""
+        """Refuse CPUs unless fp8_allow_cpu is set, and adapters that read gathered weights."""
         if self.fp8_enable_fsdp_float8_all_gather and job.flat().get("use_dora"):
             text = "DoRA adds to the base weights, which arrive in float8"
             fix = "set use_dora: false, or fp8_enable_fsdp_float8_all_gather: false"
@@ -130,16 +123,11 @@ class Fp8(Transform):
                 f"node {facts.node_ip}, torch {torch_version or 'is not installed'}",
                 "install torch>=2.11 on that node, or set fp8: false",
             )
-        if facts.versions.get("torchao") is None:
-            raise ClusterError(
-                "FP8 needs torchao: torchao not available",
-                f"node {facts.node_ip}, no torchao",
-                "pip install 'torchao>=0.18,<0.19' on that node, or set fp8: false",
-            )
+        require_package(facts, "FP8", "torchao", "set fp8: false", "torchao>=0.18,<0.19")
         if facts.device_type == "cpu" and self.fp8_allow_cpu:
             return
         if facts.compute_capability is None or facts.compute_capability < (9, 0):
-            on_cpu = "; fp8_allow_cpu: true tries it out on a CPU, exact but slow"
+            on_cpu = "; fp8_allow_cpu: true allows it on a CPU, exact but slow"
             raise ClusterError(
                 "FP8 requires Hopper architecture (compute capability 9.0 or newer)",
                 facts.describe(),
@@ -147,57 +135,19 @@ class Fp8(Transform):
                 + (on_cpu if facts.device_type == "cpu" else ""),
             )
 
-    def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:
-        """Return what the job's other keys mean for FP8.
-
-        Args:
-            job: the resolved job.
-            num_tokens: tokens of one worker's forward pass.
-        """
-        sentences = []
-        if not job.parallel.torch_compile:
-            sentences.append(
-                "torch_compile is off: every cast is a kernel of its own, and FP8 is slower than "
-                "bf16; set torch_compile: true"
-            )
-        if num_tokens < ENOUGH_TOKENS:
-            sentences.append(
-                f"{num_tokens:,} tokens per forward pass: below {ENOUGH_TOKENS:,} FP8 may be "
-                "slower than bf16; raise per_device_train_batch_size or cutoff_len"
-            )
-        return tuple(sentences)
-
-    def plan(self, model: nn.Module) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears that compute in FP8.
 
         Raises:
             JobError: when a pattern of fp8_exclude matches no linear.
         """
-        linears = {fqn: m for fqn, m in model.named_modules() if is_linear(m)}
-        refuse_unmatched("fp8_exclude", self.excluded, [own_name(fqn) for fqn in linears])
-        head = output_head(model)
-        head = getattr(head, "base_layer", head)  # under an adapter
-        changes: dict[str, Change] = {}
-        skipped: dict[str, str] = {}
-        for fqn, module in linears.items():
-            reason = "the language-model head" if module is head else self._reason(fqn, module)
-            if reason:
-                skipped[fqn] = reason
-            else:
-                after = OWN if self.is_tensorwise else TORCHAO
-                changes[fqn] = Change(class_name(module), after)
-        return Plan(self.name, changes, skipped, self._notes(model, linears, changes))
+        becomes = {LINEAR: OWN if self.is_tensorwise else TORCHAO}
+        changes, skipped = plan_linears(model, becomes, "fp8_exclude", self.excluded, self._why_not)
+        notes = self._notes(model, changes.keys(), changes.keys() | skipped.keys(), context)
+        return Plan(self.name, changes, skipped, tuple(notes))
 
-    def _reason(self, fqn: str, module: nn.Linear) -> str:
-        if any(matches(pattern, own_name(fqn)) for pattern in self.excluded):
-            return "in fp8_exclude"
-        if class_name(module) != "torch.nn.Linear":
-            return f"a {class_name(module)}, not a plain linear"
-        if short(own_name(fqn)) in ROUTERS:
-            return "it routes tokens to experts"
-        if "lora_" in fqn:
-            return "an adapter"
-        sizes = (module.in_features, module.out_features)
+    def _why_not(self, linear: nn.Linear) -> str:
+        sizes = (linear.in_features, linear.out_features)
         if any(size % MULTIPLE for size in sizes):
             return f"{sizes[0]} x {sizes[1]}: not divisible by {MULTIPLE}"
         smallest = self.fp8_min_features
@@ -208,31 +158,41 @@ class Fp8(Transform):
         return ""
 
     def _notes(
-        self, model: nn.Module, linears: dict[str, nn.Linear], changes: dict[str, Change]
-    ) -> tuple[str, ...]:
-        total = sum(m.weight.numel() for m in linears.values()) or 1
-        share = sum(linears[fqn].weight.numel() for fqn in changes) / total
-        notes = [
-            f"{self.fp8_recipe}: {share:.0%} of the linears' products; weights, gradients and "
-            "optimizer states keep their dtype, so FP8 saves no memory for them"
-        ]
-        if any(p.ndim == 3 for p in model.parameters()):
-            notes.append("experts are held as stacked tensors, not as linears: they stay in bf16")
-        return tuple(notes)
+        self, model: nn.Module, changed: Iterable[str], linears: Iterable[str], context: Context
+    ) -> Iterator[str]:
+        def weights(fqns: Iterable[str]) -> int:
+            return sum(model.get_submodule(f).get_parameter("weight").numel() for f in fqns)
 
-    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
-        """Put a Float8Linear that owns the same parameters in each planned linear's place."""
+        yield (
+            f"{self.fp8_recipe}: {weights(changed) / (weights(linears) or 1):.0%} of the linears' "
+            "products; weights, gradients and optimizer states keep their dtype, so FP8 saves no "
+            "memory for them"
+        )
+        yield from expert_notes(model, "they stay in bf16")
+        if not context.job.parallel.torch_compile:
+            yield (
+                "torch_compile is off: every cast is a separate kernel, and FP8 is slower than "
+                "bf16; set torch_compile: true"
+            )
+        if context.num_tokens is not None and context.num_tokens < ENOUGH_TOKENS:
+            yield (
+                f"{context.num_tokens:,} tokens per forward pass: below {ENOUGH_TOKENS:,} FP8 may "
+                "be slower than bf16; raise per_device_train_batch_size or cutoff_len"
+            )
+
+    def prepare(self, model: nn.Module, plan: Plan) -> None:
+        """Replace each planned linear by a Float8Linear that owns the same parameters."""
         kind, config = self._kind(), self._config()
         for fqn in plan.changes:
             model.set_submodule(fqn, kind.from_float(model.get_submodule(fqn), config))
         if not self.is_tensorwise:
             self._keep_rounding()
 
-    def probe(
-        self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype
-    ) -> tuple[str, ...]:
-        """Hold the product and gradients of each kind of linear, in each size there is, to those
-        without FP8; on a GPU also the casts, bit for bit, in every form they may take there.
+    def install(
+        self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
+    ) -> Plan:
+        """Compare the product and gradients of each kind of linear, in each size, with those
+        without FP8; on a GPU also the casts, bit for bit, in every tile size they may take there.
 
         Raises:
             TrainingError: where they are further off than FP8 rounds.
@@ -255,8 +215,7 @@ class Fp8(Transform):
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ImportError, OSError) as error:
-            first = next(iter(str(error).strip().splitlines()), "")
-            _refuse_wrong([f"{type(error).__name__}: {first}"], dtype)
+            _refuse_wrong([f"{type(error).__name__}: {first_line(error)}"], dtype)
         wrong = [
             f"{linear.in_features} x {linear.out_features}: values off by {value:.2g}, gradients "
             f"by {gradient:.2g}"
@@ -267,10 +226,10 @@ class Fp8(Transform):
         if device.type == "cuda":
             torch.cuda.empty_cache()
         precision = str(dtype).removeprefix("torch.")
-        return (
-            f"tried out on {device.type} in {precision}, {len(kinds)} sizes: products off by "
+        return plan.with_notes(
+            f"tested on {device.type} in {precision}, {len(kinds)} sizes: products off by "
             f"{max(e[0] for e in errors):.1e}, gradients by {max(e[1] for e in errors):.1e}, which "
-            f"is FP8's rounding",
+            "is FP8's rounding"
         )
 
     def _kind(self) -> Any:
@@ -289,24 +248,37 @@ class Fp8(Transform):
 
     @staticmethod
     def _keep_rounding() -> None:
-        """Have Inductor round to bf16 where eager code does: without it row-wise scales and the
-        values they are taken from differ (pytorch#150859). Remove when that is closed.
+        """Make Inductor round to bf16 where eager code does: without it row-wise scales and the
+        values they are computed from differ (pytorch#150859). Remove when that is closed.
         """
         import torch._inductor.config
 
         torch._inductor.config.emulate_precision_casts = True
 
     def before_sharding(self, model: nn.Module) -> None:
-        """Have FSDP2 gather the weights in float8, where the job asks for it."""
-        if not self.fp8_enable_fsdp_float8_all_gather:
-            return
-        from torchao.float8.float8_linear import Float8Linear
-
+        """Make FSDP2 gather the weights in float8, if the job enables it."""
         from raytrain_adv.ops.float8.all_gather import gather_in_float8
 
-        for module in model.modules():
-            if isinstance(module, Float8Linear):
-                gather_in_float8(module)
+        for linear in self._gathered_linears(model):
+            gather_in_float8(linear)
+
+    def gathered(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
+        """Yield the weights that are gathered in float8: one byte a number."""
+        for linear in self._gathered_linears(model):
+            yield linear.get_parameter("weight"), 1
+
+    def _gathered_linears(self, model: nn.Module) -> Iterator[nn.Linear]:
+        from torchao.float8.float8_linear import Float8Linear
+
+        if self.fp8_enable_fsdp_float8_all_gather:
+            yield from (m for m in model.modules() if isinstance(m, Float8Linear))
+
+    @property
+    def gathers_less(self) -> str:
+        """Gathering in FP8, where it is possible and off."""
+        if not self.is_tensorwise or self.fp8_enable_fsdp_float8_all_gather:
+            return ""
+        return "fp8_enable_fsdp_float8_all_gather: true"
 
     def after_step(self, model: nn.Module) -> None:
         """Compute the scales of all sharded weights with one all-reduce instead of one each."""
@@ -317,7 +289,7 @@ class Fp8(Transform):
 
 
 def _kind_of(linear: Any) -> object:
-    """Return what tells linears apart that compute differently: class, sizes, how they round."""
+    """Return a key that linears share if they compute alike: class, sizes, how they round."""
     rounding = [
         vars(linear).get(name) for name in ("weight_dtype", "group_size", "activation_dtype")
     ]
@@ -327,7 +299,7 @@ def _kind_of(linear: Any) -> object:
 def _refuse_wrong(found: list[str], dtype: torch.dtype) -> None:
     if found:
         raise TrainingError(
-            f"FP8 does not compute what it should on this machine, of {dtype} numbers",
+            f"FP8 gives wrong results on this machine for {dtype} inputs",
             "\n".join(found),
             "compare the versions of torch, triton, torchao and the GPU's driver with "
             "constraints.txt, or set fp8: false",
@@ -337,10 +309,3 @@ def _refuse_wrong(found: list[str], dtype: torch.dtype) -> None:
 def release(version: str) -> tuple[int, ...]:
     """Return the numbers of a version: 2.11.0+cu130 gives (2, 11, 0)."""
     return tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[:3])
-
-
-def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is a torch linear."""
-    from torch import nn
-
-    return isinstance(module, nn.Linear)

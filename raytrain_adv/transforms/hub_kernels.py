@@ -1,4 +1,4 @@
-"""Kernels of the Hub, or of one's own, in the place of modules' forward passes."""
+"""Replace modules' forward passes by kernels from the Hub or from folders."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from pydantic import Field
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.kernels import fetch, lock, source
-from raytrain_adv.kernels.fetch import Build, Place
-from raytrain_adv.kernels.hub import NoBuild
+from raytrain_adv.kernels.fetch import Build, NoBuild, Place
 from raytrain_adv.kernels.source import KernelEntry, Text, Wanted
 from raytrain_adv.kernels.variants import Target, is_build, numbers
 from raytrain_adv.kernels.variants import choose as choose_build
 from raytrain_adv.transforms.modules import class_name
-from raytrain_adv.transforms.transform import Change, Plan, Transform
+from raytrain_adv.transforms.transform import Change, Context, Plan, Transform
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
-    from raytrain_adv.kernels.choice import Choice
+    from raytrain_adv.kernels.select import Choice
 
 DEFAULT = Wanted(
     "kernels-community/liger-kernels",
@@ -53,12 +52,12 @@ class HubKernels(Transform):
         "kernel_name": "jobs/kernels/llama_layers",
     }
     stage: ClassVar[str] = "kernel"
-    # Whatever these put inside an MLP is still called: a trial on the worker sees to it.
-    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "quantized_base", "fp8", "qat"})
+    # What these put inside an MLP is still called: a trial on the worker checks that.
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter", "precision"})
 
     use_kernels: bool = False
-    """Compute modules by kernels; without kernel_name by those that are known to train this model
-    right."""
+    """Compute modules by kernels; without kernel_name by those known to train this model
+    correctly."""
     kernel_name: (
         Text | KernelEntry | Annotated[list[Text | KernelEntry], Field(min_length=1)] | None
     ) = None
@@ -68,20 +67,20 @@ class HubKernels(Transform):
     """Lock file made by `raytrain-adv kernels lock`: kernels that are not in it, or differ from it,
     are refused, that of flash_attn too."""
     kernels_trust: list[Text] = []  # noqa: RUF012  # pydantic copies it
-    """Publishers on the Hub whose code may run on the workers, beside those the Hub marks as
+    """Publishers on the Hub whose code may run on the workers, besides those the Hub marks as
     trusted."""
 
     @property
     def enabled(self) -> bool:
-        """Whether kernels are asked for."""
+        """Whether kernels are on."""
         return self.use_kernels
 
     def serves(self, key: str, job: JobConfig) -> bool:
-        """Lock file and trust hold for attention's kernel too."""
+        """Whether attention's kernel uses a key: the lock file and trust apply to it too."""
         return key in ("kernels_lock", "kernels_trust") and job.model.flash_attn.startswith("hub:")
 
     def without_effect(self, job: JobConfig) -> Iterable[str]:
-        """Say it where publishers are trusted and every kernel comes from a folder."""
+        """Return a sentence if publishers are trusted but every kernel comes from a folder."""
         attention = job.model.flash_attn
         is_folder = attention.startswith(("hub:/", "hub:.", "hub:~"))
         of_attention = attention.startswith("hub:") and not is_folder
@@ -89,16 +88,16 @@ class HubKernels(Transform):
         of_modules = self.enabled and not are_local  # without kernel_name it is one of the Hub's
         if self.asked_for("kernels_trust") and not of_attention and not of_modules:
             trust = show(self.kernels_trust)
-            yield f"kernels_trust: {trust} changes nothing: no kernel of the Hub is asked for"
+            yield f"kernels_trust: {trust} has no effect: no kernel of the Hub is used"
 
     @property
     def wanted(self) -> tuple[Wanted, ...]:
-        """The kernels that kernel_name asks for."""
+        """The kernels in kernel_name."""
         return source.read(self.kernel_name)
 
     @classmethod
     def why_not(cls, key: str, value: object) -> str:
-        """Say which key of which entry is wrong."""
+        """Return which key of which entry is wrong."""
         return source.why_not(value) if key == "kernel_name" else ""
 
     def contradictions(self) -> Iterable[Problem]:
@@ -123,15 +122,15 @@ class HubKernels(Transform):
             )
 
     def fetch(self, job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
-        """Put the kernels' files into output_dir, pinned by kernels.lock.json there; what an
-        earlier start of this run has put there stays.
+        """Put the kernels' files into output_dir, pinned by kernels.lock.json there; files of an
+        earlier attempt stay.
         """
         wanted = self._wanted_on(job, facts)
         if wanted:
             fetch.fetch(wanted, self.place(job, facts), own_lock(job), say)
 
     def place(self, job: JobConfig, facts: HardwareFacts) -> Place:
-        """Return where the job's kernels are looked for."""
+        """Return where the job's kernels are searched."""
         return Place(
             target=Target.of(facts),
             given=Path(self.kernels_lock).expanduser() if self.kernels_lock is not None else None,
@@ -144,16 +143,15 @@ class HubKernels(Transform):
             return self.wanted
         return () if no_default(job, facts) else (DEFAULT,)
 
-    def plan_for(self, job: JobConfig, model: nn.Module, facts: HardwareFacts) -> Plan:
-        """Choose a kernel's layer for each module that one is asked for.
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Choose the kernel's layer for each module that gets one.
 
         Raises:
-            JobError: when a kernel that is asked for is not there or replaces nothing, or two want
-                the same module.
+            JobError: when a kernel is missing or replaces nothing, or two want the same module.
         """
-        from raytrain_adv.kernels.choice import choose
-        from raytrain_adv.kernels.sites import all_sites
+        from raytrain_adv.kernels.select import all_sites, choose
 
+        job, facts = context.job, context.facts
         wanted = self._wanted_on(job, facts)
         if not wanted:
             why = no_default(job, facts)
@@ -173,14 +171,14 @@ class HubKernels(Transform):
             notes.insert(
                 0,
                 "use_kernels: true without kernel_name: LigerRMSNorm, whose gradient "
-                "is known to be right; nothing else of the Hub's own choice trains",
+                "is known to be correct; nothing else of the Hub's own choice trains",
             )
         details = {"kernels": [b.locked.model_dump(exclude={"folder"}) for b in builds]}
         return Plan(self.name, changes, chosen.skipped, tuple(notes), details=details)
 
     def _planned(self, wanted: Wanted, job: JobConfig, facts: HardwareFacts) -> Build:
-        """Return a kernel's build; any of them where the plan is made on a machine without the GPU
-        that the job will run on. A run has been refused by `fetch` then.
+        """Return a kernel's build; any of them if the plan is made on a machine without the job's
+        GPU, where `fetch` refuses a run.
         """
         place = self.place(job, facts)
         try:
@@ -199,7 +197,7 @@ class HubKernels(Transform):
             origin = fetch.local_build(build.wanted, target)
             if origin is not None and lock.differences(build.locked, origin):
                 yield (
-                    f"{build.wanted.source} has changed since this run began, which goes on with "
+                    f"{build.wanted.source} has changed since this run began; the run keeps using "
                     "its copy in output_dir"
                 )
 
@@ -220,15 +218,15 @@ class HubKernels(Transform):
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
     ) -> Plan:
-        """Try each kernel out on this device and dtype, and put it in its places.
+        """Test each kernel on this device and dtype, and put it in its places.
 
         Raises:
             JobError: when a kernel's files are not those locked, or it is wrong, cuts a gradient or
                 bypasses a module.
         """
         from raytrain_adv import hardware
-        from raytrain_adv.kernels.choice import choose
-        from raytrain_adv.kernels.install import install
+        from raytrain_adv.kernels.select import choose
+        from raytrain_adv.kernels.swap import install
 
         if not plan.changes:
             return plan
@@ -243,7 +241,7 @@ class HubKernels(Transform):
             raise JobError(
                 "the kernels changed between the plan and the run",
                 f"{own_lock(job)}",
-                "run the job again, with nobody else writing into output_dir",
+                "run the job again, while nothing else writes into output_dir",
             )
         trials = install(model, chosen, device, dtype, compiled=job.parallel.torch_compile)
         return replace(
@@ -259,16 +257,16 @@ def own_lock(job: JobConfig) -> Path:
 
 
 def no_default(job: JobConfig, facts: HardwareFacts) -> str:
-    """Return why use_kernels: true alone replaces nothing; empty where it does not."""
+    """Return why use_kernels: true alone replaces nothing; empty if it replaces something."""
     if job.parallel.torch_compile:
         return (
-            "use_kernels: true replaces nothing under torch_compile: LigerRMSNorm, what it means "
-            "alone, is not made to be compiled, and PyTorch fuses the norm itself"
+            "use_kernels: true replaces nothing under torch_compile: its default, LigerRMSNorm, "
+            "cannot be compiled, and PyTorch fuses the norm itself"
         )
     if facts.device_type != "cuda":
         return (
-            "use_kernels: true replaces nothing on a CPU: LigerRMSNorm, what it means alone, is a "
-            "Triton kernel and needs a GPU"
+            "use_kernels: true replaces nothing on a CPU: its default, LigerRMSNorm, is a Triton "
+            "kernel and needs a GPU"
         )
     return ""
 

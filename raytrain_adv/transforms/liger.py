@@ -1,7 +1,7 @@
-"""Liger's Triton layers (RMSNorm, SwiGLU, rotary embedding) in this model's own modules alone.
+"""Liger's Triton layers (RMSNorm, SwiGLU, rotary embedding), in this model's modules alone.
 
-Liger patches whole modules of transformers even where it is given a model; what it changes there is
-put back, so that other models of the process stay as they are.
+Liger patches whole modules of transformers even if it is given a model; those changes are undone,
+so that other models of the process are unaffected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.transforms.modules import class_name, nearest
-from raytrain_adv.transforms.transform import Change, Plan, Transform
+from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, require_package
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,10 @@ LAYERS = ("rms_norm", "layer_norm", "swiglu", "geglu")
 """Layers that true turns on where the model has them."""
 ROPE = "rope"
 LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+COMPILED = (
+    "torch_compile fuses norms and MLPs by itself, and cannot fuse what is around Liger's kernels: "
+    "with both a step can be slower than with torch_compile alone; compare the two"
+)
 ROTARY = "apply_rotary_pos_emb"
 """The function by which attention modules of transformers rotate queries and keys."""
 
@@ -47,22 +51,17 @@ class Liger(Transform):
         "use_kernels": "a module has one kernel: name layers for each that the other does not take"
     }
     stage: ClassVar[str] = "kernel"
-    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "quantized_base", "fp8", "qat"})
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter", "precision"})
 
     use_liger_kernel: bool | dict[str, bool] = False
-    """Use Liger's layers: true takes its norms and gated MLPs, but for those that use_kernels
+    """Use Liger's layers: true takes its norms and gated MLPs, except those that use_kernels
     computes; a mapping takes what it names, of rms_norm, layer_norm, swiglu, geglu and rope. The
-    loss has a key of its own, loss_kernel.
+    loss has its own key, loss_kernel.
     """
 
     @property
-    def gives_way_to(self) -> frozenset[str]:
-        """Kernels that are asked for by name, where Liger's layers are not."""
-        return frozenset({"kernels"} if self.use_liger_kernel is True else ())
-
-    @property
     def layers(self) -> dict[str, bool]:
-        """Every layer Liger has, and whether it is wanted."""
+        """Every layer Liger has, and whether it is on."""
         given = self.use_liger_kernel
         if isinstance(given, bool):
             return {**dict.fromkeys(LAYERS, given), ROPE: False}
@@ -70,15 +69,15 @@ class Liger(Transform):
 
     @property
     def enabled(self) -> bool:
-        """Whether any layer is asked for."""
+        """Whether any layer is on."""
         return any(self.layers.values())
 
     def asked_for(self, key: str) -> bool:
-        """Whether the key turns a layer on; what else is wrong with it, `contradictions` says."""
+        """Whether the key turns a layer on; `contradictions` finds what else is wrong with it."""
         return super().asked_for(key) and self.enabled
 
     def contradictions(self) -> Iterable[Problem]:
-        """Refuse names that Liger does not have, and its losses, which have another owner."""
+        """Refuse names that Liger does not have, and its losses, which have their own key."""
         given = self.use_liger_kernel
         if isinstance(given, bool):
             return
@@ -108,12 +107,7 @@ class Liger(Transform):
             ClusterError: with what was found on the node, and what to do.
         """
         other = "set use_liger_kernel: false"
-        if facts.versions.get(PACKAGE) is None:
-            raise ClusterError(
-                f"use_liger_kernel needs the package {PACKAGE}",
-                f"node {facts.node_ip}, {PACKAGE} is not installed",
-                f"pip install {PACKAGE} on that node, or {other}",
-            )
+        require_package(facts, "use_liger_kernel", PACKAGE, other)
         if facts.device_type != "cuda":
             raise ClusterError(
                 "Liger's layers are written in Triton and run on GPUs only",
@@ -121,26 +115,11 @@ class Liger(Transform):
                 f"run on GPU workers, or {other}",
             )
 
-    def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:
-        """Return what compiling means for Liger's layers.
-
-        Args:
-            job: the resolved job.
-            num_tokens: tokens of one worker's forward pass.
-        """
-        if not job.parallel.torch_compile:
-            return ()
-        return (
-            "torch_compile fuses norms and MLPs by itself, and cannot fuse what is around Liger's "
-            "kernels: with both a step can be slower than with torch_compile alone; compare the "
-            "two",
-        )
-
-    def plan(self, model: nn.Module) -> Plan:
-        """Apply Liger to a copy of the model, and say which modules it changed there.
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Apply Liger to a copy of the model, and return which modules it changed there.
 
         Raises:
-            JobError: for a model that Liger does not know, or that lacks a layer asked for by name.
+            JobError: for a model that Liger does not know, or that lacks a layer that is named.
         """
         self._check_model(model)
         trial = copy.deepcopy(model)
@@ -159,7 +138,10 @@ class Liger(Transform):
             for fqn, module in model.named_modules()
             if self.what_is(now[fqn]) != self.what_is(module)
         }
-        return Plan(self.name, changes)
+        notes = (COMPILED,) if context.job.parallel.torch_compile else ()
+        # Named kernels keep their modules; Liger's layers, if not named, are the fallback.
+        gives_way_to = frozenset({"kernels"} if self.use_liger_kernel is True else ())
+        return Plan(self.name, changes, notes=notes, gives_way_to=gives_way_to)
 
     @staticmethod
     def _check_model(model: nn.Module) -> None:
@@ -181,7 +163,7 @@ class Liger(Transform):
                 "set use_liger_kernel: false",
             )
 
-    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+    def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Bind Liger's forward to the planned modules."""
         before = {fqn: vars(module).get("forward") for fqn, module in model.named_modules()}
         self._apply(model)
@@ -221,44 +203,35 @@ class Liger(Transform):
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
     ) -> Plan:
-        """Refuse layers that torch.compile would compile wrongly.
+        """Refuse layers that torch.compile would compile wrongly, and compare values and gradients
+        of each kind of changed module with those of its class.
 
         Raises:
-            JobError: for a layer of Liger's that has no operator in ops/liger_layers.py.
-        """
-        if job.parallel.torch_compile:
-            for fqn in plan.changes:
-                _require_understood(vars(model.get_submodule(fqn))["forward"].__func__)
-        return plan
-
-    def probe(
-        self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype
-    ) -> tuple[str, ...]:
-        """Hold values and gradients of each kind of changed module against the class's own.
-
-        Raises:
-            JobError: where they differ, or a child module is no longer called.
+            JobError: for a layer of Liger's that has no operator in ops/liger_layers.py; where
+                values differ, or a child module is no longer called.
         """
         import torch
 
-        from raytrain_adv.trial.module import Candidate, Untried
-        from raytrain_adv.trial.sites import alike, tried_out
+        from raytrain_adv.trial.module import Candidate, Untried, group_alike, try_module
 
+        if job.parallel.torch_compile:
+            require_operators(model, plan)
         sentences = []
         layers = {fqn: change.after for fqn, change in plan.changes.items()}
-        for layer, fqns in alike(model, layers):
+        for layer, fqns in group_alike(model, layers):
             module: Any = model.get_submodule(fqns[0])
             name = layer.partition(" with ")[2] or layer
             candidate = Candidate(
                 module.forward.__func__, name, module, "set it to false in use_liger_kernel"
             )
             try:
-                sentences.append(tried_out(candidate, name, len(fqns), device, dtype).sentence)
+                trial = try_module(candidate, device, dtype, name, len(fqns))
+                sentences.append(trial.sentence)
             except Untried as error:
                 sentences.append(f"{error.what}: {error.found}")
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return tuple(sentences)
+        return plan.with_notes(*sentences)
 
 
 def _model_type(model: nn.Module) -> str:
@@ -278,7 +251,7 @@ def _bind_layers(model: nn.Module, name: str) -> None:
 
 
 def _bind_stand_ins(model: nn.Module) -> None:
-    """Have Liger's forward passes call what torch.compile compiles right."""
+    """Make Liger's forward passes call operators that torch.compile compiles correctly."""
     from raytrain_adv.ops.liger_layers import STAND_INS
 
     of_forward: dict[FunctionType, FunctionType] = {}
@@ -297,7 +270,7 @@ def _bind_stand_ins(model: nn.Module) -> None:
 
 
 def _bind_rotary(model: nn.Module) -> None:
-    """Give each attention module a forward of its own, whose rotary function is Liger's.
+    """Give each attention module its own forward, whose rotary function is Liger's.
 
     Liger itself replaces the function for the whole process.
     """
@@ -313,8 +286,18 @@ def _bind_rotary(model: nn.Module) -> None:
         module.forward = MethodType(of_class[type(module)], module)
 
 
+def require_operators(model: nn.Module, plan: Plan) -> None:
+    """Refuse layers that torch.compile would compile wrongly.
+
+    Raises:
+        JobError: for a layer of Liger's that has no operator in ops/liger_layers.py.
+    """
+    for fqn in plan.changes:
+        _require_understood(vars(model.get_submodule(fqn))["forward"].__func__)
+
+
 def _require_understood(forward: FunctionType) -> None:
-    """Refuse a forward pass of Liger's that calls a kernel in a way that is not known here.
+    """Refuse a forward pass of Liger's that calls a kernel without an operator here.
 
     Raises:
         JobError: naming it.
@@ -328,8 +311,8 @@ def _require_understood(forward: FunctionType) -> None:
     if calls - {*STAND_INS, *UNDERSTOOD}:
         raise JobError(
             f"torch_compile may compile Liger's {forward.__qualname__.partition('.')[0]} wrongly",
-            "it does not see what Liger's kernels write to, and raytrain_adv has no operator for "
-            "this one that says it",
+            "it does not see what Liger's kernels write to, and raytrain_adv has no operator that "
+            "declares it for this one",
             "set torch_compile: false, or name the layers to take without it, as in "
             "use_liger_kernel: {rms_norm: true}",
         )
@@ -340,13 +323,13 @@ def _is_ligers(value: object) -> bool:
 
 
 def _with_names(function: FunctionType, values: dict[str, Any]) -> FunctionType:
-    """Return a function that does the same with other values of global names.
+    """Return a copy of a function with other values of global names.
 
-    torch.compile keeps what it made of a code object, and puts what that calls into the globals of
-    the frame it met first: code and globals must belong to each other, one to one.
+    torch.compile caches by code object, and puts what that calls into the globals of the first
+    frame: each code object must have exactly one globals.
     """
     names = {**function.__globals__, **values}
-    # torch.compile looks globals up in the module of this name, where ours is not.
+    # torch.compile would look globals up in the module of this name, which lacks ours.
     names.pop("__name__", None)
     own = FunctionType(
         function.__code__.replace(),
@@ -361,7 +344,7 @@ def _with_names(function: FunctionType, values: dict[str, Any]) -> FunctionType:
 
 @contextmanager
 def _globals_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what Liger changes in the modules that the model's classes come from."""
+    """Undo what Liger changes in the modules that the model's classes come from."""
     homes = {sys.modules[type(m).__module__] for m in model.modules()}
     names = {home: dict(vars(home)) for home in homes if isinstance(home, ModuleType)}
     forwards: dict[type, Callable[..., Any]] = {

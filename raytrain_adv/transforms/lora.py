@@ -11,15 +11,23 @@ from pydantic import Field
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.config.sections import LARGEST, Names
 from raytrain_adv.errors import JobError
-from raytrain_adv.transforms.modules import ROUTERS, class_name, nearest, output_head, short
-from raytrain_adv.transforms.transform import Change, Plan, Transform
+from raytrain_adv.transforms.modules import (
+    ROUTERS,
+    class_name,
+    expert_notes,
+    fqn_of,
+    nearest,
+    output_head,
+    patterns,
+    short,
+)
+from raytrain_adv.transforms.transform import Change, Context, Plan, Transform
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
     from raytrain_adv.config.job import JobConfig
-    from raytrain_adv.hardware import HardwareFacts
 
 ADAPTED = "peft.tuners.lora.layer.Linear"
 ADAPTER = "default"
@@ -33,6 +41,8 @@ class Lora(Transform):
     feature: ClassVar[str] = "LoRA"
     tried_with: ClassVar[dict[str, Any]] = {"finetuning_type": "lora"}
     stage: ClassVar[str] = "adapter"
+    # 599 ms for 0.71 of the operations of full training: jobs/benchmarks/results/fp8_pairs.json.
+    speed: ClassVar[float] = 0.885
 
     finetuning_type: Literal["lora", "full"] = "lora"
     """lora trains adapters on a frozen model, full trains all of its weights."""
@@ -59,10 +69,7 @@ class Lora(Transform):
     @property
     def targets(self) -> list[str]:
         """The names in lora_target, as a list."""
-        names = (
-            self.lora_target.split(",") if isinstance(self.lora_target, str) else self.lora_target
-        )
-        return [name.strip() for name in names if name.strip()]
+        return patterns(self.lora_target)
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
         """Refuse adapters on random weights, which would be lost, and in bfloat16."""
@@ -81,7 +88,7 @@ class Lora(Transform):
                 "pure_bf16 and finetuning_type",
             )
 
-    def plan(self, model: nn.Module) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears that get adapters.
 
         Raises:
@@ -153,10 +160,7 @@ class Lora(Transform):
             f"{added:,} trainable parameters in adapters on {total:,} frozen ones "
             f"({added / total:.2%})"
         ]
-        if any(p.ndim == 3 for p in model.parameters()):
-            notes.append(
-                "experts are held as stacked tensors, not as linear modules: they get no adapters"
-            )
+        notes += expert_notes(model, "they get no adapters")
         if self.use_dora:
             notes.append(
                 "PEFT's DoRA does not trace into one graph: torch_compile gains less than with LoRA"
@@ -168,7 +172,7 @@ class Lora(Transform):
         magnitudes = (columns if is_transposed(linear) else rows) if self.use_dora else 0
         return self.lora_rank * (rows + columns) + magnitudes
 
-    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+    def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Freeze the model and put adapters in float32 on the planned linears; they have no values
         yet.
         """
@@ -203,7 +207,7 @@ class Lora(Transform):
             task_type="CAUSAL_LM",
         )
 
-    def initialize(self, model: nn.Module, seed: int) -> None:
+    def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
         """Set the adapters so that they change nothing yet: A uniform (Kaiming), B zero, DoRA's
         magnitudes the norms.
 
@@ -213,6 +217,7 @@ class Lora(Transform):
         for fqn, module in model.named_modules():
             if class_name(module) == ADAPTED:
                 self._initialize_one(fqn, module, seed)
+        return ()
 
     def _initialize_one(self, fqn: str, module: nn.Module, seed: int) -> None:
         import torch
@@ -268,8 +273,7 @@ def names(target: str, fqn: str) -> bool:
 
 def head_name(model: nn.Module) -> str:
     """Return the fqn of the module that makes logits."""
-    head = output_head(model)
-    return next((fqn for fqn, m in model.named_modules() if m is head), "lm_head")
+    return fqn_of(model, output_head(model)) or "lm_head"
 
 
 def shortest_targets(every: list[str], chosen: set[str]) -> list[str]:

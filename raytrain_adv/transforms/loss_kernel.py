@@ -1,4 +1,4 @@
-"""How the loss is computed: the one owner of a model's head and loss, whatever key asks for it."""
+"""How the loss is computed: the one owner of a model's head and loss, whichever key enables it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import ClusterError, JobError
-from raytrain_adv.transforms.modules import class_name, output_head
-from raytrain_adv.transforms.transform import Change, Plan, Transform
+from raytrain_adv.transforms.modules import LINEAR, class_name, fqn_of, output_head
+from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, require_package
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,9 +18,16 @@ if TYPE_CHECKING:
     from raytrain_adv.ops.loss.linear_cross_entropy import LogitMap
 
 AUTO = "chunked"
-"""What loss_kernel: auto takes where the model lets it: of the kernels it measured as fast as
-torch's loss, within the noise, and takes 2.4 GiB less of an 8B model's step."""
-PLAIN = "torch.nn.Linear"
+"""What loss_kernel: auto is for a model that allows it: as fast as torch's loss within the noise,
+with 2.4 GiB less memory in an 8B model's step."""
+COSTS = {
+    "liger": "its weight gradient is summed in float32: a second one while it runs",
+    "cut_cross_entropy": (
+        "it sums gradients in bf16: that of the hidden states is 1.2 % off the exact one where "
+        "torch's is 0.2 % off (8B shape); the check before training measures how far in this model"
+    ),
+}
+"""What differs from torch's loss."""
 PACKAGES = {"cut_cross_entropy": "cut-cross-entropy", "liger": "liger-kernel"}
 """Kernel -> the package it comes from."""
 SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -40,31 +47,31 @@ class LossKernel(Transform):
     feature: ClassVar[str] = "Loss kernel"
     tried_with: ClassVar[dict[str, Any]] = {"loss_kernel": "chunked"}
     stage: ClassVar[str] = "loss"
-    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "quantized_base", "fp8", "qat"})
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter", "precision"})
 
     loss_kernel: Literal["auto", "torch", "chunked", "cut_cross_entropy", "liger"] = "auto"
     """How head and loss are computed: torch (logits of all tokens, then the loss), chunked (a part
     of the tokens at a time), cut_cross_entropy or liger (those packages' kernels, GPU only); auto
-    takes chunked, and torch for models it is not right for.
+    takes chunked, and torch for models that chunked is wrong for.
     """
     cut_cross_entropy: bool = False
     """The same as loss_kernel: cut_cross_entropy."""
 
     @property
     def kernel(self) -> str:
-        """The kernel asked for, by whichever key."""
+        """The kernel, by whichever key."""
         if self.cut_cross_entropy:
             return "cut_cross_entropy"
         return AUTO if self.loss_kernel == "auto" else self.loss_kernel
 
     @property
     def is_auto(self) -> bool:
-        """Whether the kernel was chosen here and not by the job."""
+        """Whether the job does not name the kernel."""
         return self.loss_kernel == "auto" and not self.cut_cross_entropy
 
     @property
     def enabled(self) -> bool:
-        """Whether the loss is computed in the head, if the model lets it."""
+        """Whether the loss is computed in the head, if the model allows it."""
         return self.kernel != "torch"
 
     def contradictions(self) -> Iterable[Problem]:
@@ -98,12 +105,7 @@ class LossKernel(Transform):
         if package is None:
             return
         other = "set loss_kernel: chunked, which runs everywhere"
-        if facts.versions.get(package) is None:
-            raise ClusterError(
-                f"The loss kernel {self.kernel} needs the package {package}",
-                f"node {facts.node_ip}, {package} is not installed",
-                f"pip install {package} on that node, or {other}",
-            )
+        require_package(facts, f"The loss kernel {self.kernel}", package, other)
         if facts.device_type != "cuda":
             raise ClusterError(
                 f"The loss kernel {self.kernel} is written in Triton and runs on GPUs only",
@@ -111,30 +113,13 @@ class LossKernel(Transform):
                 f"run on GPU workers, or {other}",
             )
 
-    def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:
-        """Return what differs from torch's loss.
-
-        Args:
-            job: the resolved job.
-            num_tokens: tokens of one worker's forward pass.
-        """
-        if self.kernel == "liger":
-            return ("its weight gradient is added up in float32: a second one while it runs",)
-        if self.kernel == "cut_cross_entropy":
-            return (
-                "it adds gradients up in bf16: that of the hidden states lies 1.2 % off the exact "
-                "one where torch's lies 0.2 % off (8B shape); the check before training says how "
-                "far in this model",
-            )
-        return ()
-
-    def plan(self, model: nn.Module) -> Plan:
-        """Say how the head will compute the loss; auto leaves it to torch where a kernel that is
-        asked for would be refused.
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Return how the head will compute the loss; auto leaves it to torch where a named kernel
+        would be refused.
 
         Raises:
             JobError: when the model's logits are not its head's alone, it has code of its own, or
-                the kernel would pass by what is on the head.
+                the kernel would bypass what is on the head.
         """
         try:
             fqn, head = self._head_of(model)
@@ -144,7 +129,8 @@ class LossKernel(Transform):
             why = f"loss_kernel: auto is torch for this model: {refusal.found}"
             return Plan(self.name, notes=(why,), empty_because=why)
         change = Change(class_name(head), self._after(head))
-        return Plan(self.name, {fqn: change}, {}, self._notes(model))
+        notes = tuple(filter(None, (*self._notes(model), COSTS.get(self.kernel))))
+        return Plan(self.name, {fqn: change}, notes=notes)
 
     def _head_of(self, model: nn.Module) -> tuple[str, nn.Module]:
         """Return name and module of a head that can compute the loss.
@@ -153,18 +139,18 @@ class LossKernel(Transform):
             JobError: where there is none.
         """
         head = output_head(model)
-        fqn = next((fqn for fqn, m in model.named_modules() if m is head), None)
+        fqn = fqn_of(model, head)
         if head is None or fqn is None:
             raise JobError(
                 f"loss_kernel: {self.kernel} needs a language-model head",
-                f"{class_name(model)} does not say which module makes its logits",
+                f"{class_name(model)} does not name the module that makes its logits",
                 "set loss_kernel: torch",
             )
-        # The model's forward pass is gone by: body, head, loss. It must not do more.
+        # Body, head and loss replace the model's forward pass, which must do nothing else.
         if not class_name(model).startswith("transformers."):
             raise JobError(
                 f"loss_kernel: {self.kernel} is for models of transformers",
-                f"{class_name(model)} has a forward pass of its own",
+                f"{class_name(model)} has its own forward pass",
                 "set loss_kernel: torch",
             )
         besides = _besides(model, head)
@@ -184,7 +170,7 @@ class LossKernel(Transform):
         fix = "set loss_kernel: chunked, which calls the module"
         if not self._is_plain(head):
             raise JobError(
-                f"{key} would pass by what is on {fqn}",
+                f"{key} would bypass what is on {fqn}",
                 f"{fqn} is a {kind}, and the kernel multiplies with its weight alone",
                 f"{fix}, or keep {fqn} plain",
             )
@@ -193,7 +179,7 @@ class LossKernel(Transform):
 
     @staticmethod
     def _is_plain(head: nn.Module) -> bool:
-        return class_name(head) == PLAIN and "forward" not in head.__dict__
+        return class_name(head) == LINEAR and "forward" not in head.__dict__
 
     def _after(self, head: nn.Module) -> str:
         how = "" if self._is_plain(head) else ", called chunk by chunk"
@@ -213,8 +199,8 @@ class LossKernel(Transform):
             notes.append(f"logits are capped at {logit_map.softcap:g}, as the model does")
         return tuple(notes)
 
-    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
-        """Have the planned head compute the loss where it is given labels."""
+    def prepare(self, model: nn.Module, plan: Plan) -> None:
+        """Make the planned head compute the loss if it gets labels."""
         from raytrain_adv.ops.loss.head import HeadLoss, install
 
         for fqn in plan.changes:
@@ -242,10 +228,10 @@ class LossKernel(Transform):
 
 
 def _besides(model: nn.Module, head: nn.Module) -> str:
-    """Say what a model has between its body and its head; empty where it has nothing."""
+    """Return what a model has between its body and its head; empty if nothing."""
     body: Any = getattr(model, "base_model", model)  # transformers' own name
     if body is model or any(module is head for module in body.modules()):
-        return "does not say which module is its body"
+        return "does not name the module that is its body"
     known = {id(p) for part in (body, head) for p in part.parameters()}
     others = [name for name, p in model.named_parameters() if id(p) not in known]
     return f"computes with {others[0]} after its body" if others else ""
@@ -260,7 +246,7 @@ def text_config(model: nn.Module) -> Any:
 def read_logit_map(model: nn.Module) -> LogitMap:
     """Return what the model does to its head's output, by the names that configs have for it.
 
-    A model that does more is found out by the check before training, which compares losses.
+    The check before training, which compares losses, finds a model that does more.
     """
     from raytrain_adv.ops.loss.linear_cross_entropy import LogitMap
 

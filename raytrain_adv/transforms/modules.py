@@ -1,9 +1,9 @@
-"""How modules are named in plans, messages and reports."""
+"""Find a model's modules by name, and choose the linears that a feature changes."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,16 @@ from raytrain_adv.errors import JobError
 if TYPE_CHECKING:
     from torch import nn
 
+    from raytrain_adv.transforms.transform import Change
+
+LINEAR = "torch.nn.Linear"
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+"""Names that mixture-of-experts models give to the linears that choose experts."""
+
 
 def class_name(module: nn.Module) -> str:
     """Return a module's class with its package, as `torch.nn.Linear` or
-    `peft.tuners.lora.layer.Linear`.
-
-    The class that fully_shard puts in a module's place reads as the class it stands for.
+    `peft.tuners.lora.layer.Linear`; for a class made by fully_shard, the original class.
     """
     kind = type(module)
     if (
@@ -32,14 +36,66 @@ def class_name(module: nn.Module) -> str:
     return f"{package}.{kind.__qualname__}"
 
 
-ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-"""Names that mixture-of-experts models give to the linears that choose experts."""
+def plan_linears(
+    model: nn.Module,
+    becomes: Mapping[str, str],
+    key: str,
+    excluded: list[str],
+    why_not: Callable[[nn.Linear], str],
+) -> tuple[dict[str, Change], dict[str, str]]:
+    """Choose the linears that a feature changes. The head, routers and adapters are skipped.
+
+    Args:
+        model: its linears are chosen from.
+        becomes: class that can be changed -> the class it becomes.
+        key: the job key that excludes linears.
+        excluded: the patterns in it.
+        why_not: returns why a linear of such a class is skipped; empty if it is not.
+
+    Returns:
+        The changes, and the reason for each linear that is skipped, both by fqn.
+
+    Raises:
+        JobError: if a pattern matches no linear.
+    """
+    from torch import nn
+
+    from raytrain_adv.transforms.transform import Change
+
+    linears = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
+    refuse_unmatched(key, excluded, [own_name(fqn) for fqn in linears])
+    head = output_head(model)
+    heads = (head, getattr(head, "base_layer", None))  # under an adapter
+    changes: dict[str, Change] = {}
+    skipped: dict[str, str] = {}
+    for fqn, module in linears.items():
+        kind, name = class_name(module), own_name(fqn)
+        if module in heads:
+            skipped[fqn] = "the language-model head"
+        elif any(matches(pattern, name) for pattern in excluded):
+            skipped[fqn] = f"in {key}"
+        elif kind not in becomes:
+            skipped[fqn] = f"a {kind}, not a plain linear"
+        elif short(name) in ROUTERS:
+            skipped[fqn] = "it routes tokens to experts"
+        elif in_adapter(fqn):
+            skipped[fqn] = "an adapter"
+        elif reason := why_not(module):
+            skipped[fqn] = reason
+        else:
+            changes[fqn] = Change(kind, becomes[kind])
+    return changes, skipped
+
+
+def expert_notes(model: nn.Module, consequence: str) -> tuple[str, ...]:
+    """Return a note with this consequence if the model has experts as stacked tensors."""
+    if not any(p.ndim == 3 for p in model.parameters()):
+        return ()
+    return (f"experts are stacked tensors, not linears: {consequence}",)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the module that makes logits, if the model, or the one inside PEFT's, says which it
-    is.
-    """
+    """Return the module that makes logits, if the model, or the one inside PEFT's, names it."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -61,6 +117,22 @@ def input_embedding(model: nn.Module) -> nn.Embedding | None:
     return found if isinstance(found, nn.Embedding) else None
 
 
+def fqn_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    """Return a module's name in the model; none if it is not in it."""
+    return next((fqn for fqn, other in model.named_modules() if other is module), None)
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the embedding and the head are one parameter."""
+    head, embedding = output_head(model), input_embedding(model)
+    return head is not None and embedding is not None and head.weight is embedding.weight
+
+
+def in_adapter(fqn: str) -> bool:
+    """Whether a module or parameter is (in) one that LoRA added, by its name."""
+    return "lora_" in fqn
+
+
 def patterns(given: str | list[str]) -> list[str]:
     """Return the names and patterns of a key that takes them comma separated or as a list."""
     several = given.split(",") if isinstance(given, str) else given
@@ -73,12 +145,12 @@ def own_name(fqn: str) -> str:
 
 
 def matches(pattern: str, fqn: str) -> bool:
-    """Whether a name, an end of a name, or a pattern with * stands for a module."""
+    """Whether a name, an end of a name, or a pattern with * matches a module."""
     return fqn == pattern or fqn.endswith(f".{pattern}") or fnmatch.fnmatchcase(fqn, pattern)
 
 
 def refuse_unmatched(key: str, given: Iterable[str], linears: list[str]) -> None:
-    """Refuse patterns that stand for none of a model's linears.
+    """Refuse patterns that match none of a model's linears.
 
     Raises:
         JobError: naming the pattern, the linears there are, and the nearest ones.
@@ -91,7 +163,7 @@ def refuse_unmatched(key: str, given: Iterable[str], linears: list[str]) -> None
         raise JobError(
             f"{key} {pattern} matches no linear of the model",
             f"its linears are {', '.join(known)}",
-            f"did you mean {', '.join(close[:3])}? a pattern may hold *",
+            f"did you mean {', '.join(close[:3])}? a pattern may contain *",
         )
 
 
@@ -103,9 +175,3 @@ def short(name: str) -> str:
 def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     """Return the known names most like a name that does not exist, the best first."""
     return get_close_matches(name, list(dict.fromkeys(known)), n=most, cutoff=0.4)
-
-
-def is_tied(model: nn.Module) -> bool:
-    """Whether the embedding and the head are one parameter."""
-    head, embedding = output_head(model), input_embedding(model)
-    return head is not None and embedding is not None and head.weight is embedding.weight

@@ -1,45 +1,46 @@
 """NEFTune: uniform noise on the embeddings of what is trained on, against overfitting.
 
 Source: https://arxiv.org/abs/2310.05914. The paper scales the noise by the length of the example.
-transformers takes the length of the padded or packed row in its place, which makes the noise of
-packed rows too small by a factor that depends on what else is in them, and gives padding noise too.
+transformers uses the length of the padded or packed row instead, which makes the noise of packed
+rows too small by a factor that depends on what else is in them, and gives padding noise too.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.transforms.modules import class_name, input_embedding
-from raytrain_adv.transforms.transform import Change, Plan, Transform
+from raytrain_adv.transforms.modules import class_name, fqn_of, input_embedding
+from raytrain_adv.transforms.transform import Change, Context, Plan, Transform
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from raytrain_adv.hardware import HardwareFacts
+    from raytrain_adv.config.job import JobConfig
 
 NOISE = "raytrain_adv::neftune_noise"
 """What a profile of a training step calls the noise."""
 PROBED = ((24,), (8, 12))
-"""Conversations of the two rows that are tried out, 32 places each."""
+"""Tokens of the conversations in the two rows of the trial, 32 places each."""
 PROBED_LENGTH, PROBED_ROWS = 32, 4
 
 
 class Neftune(Transform):
-    """Add noise to the embeddings in training: of each conversation's own length, none on padding,
-    none in evaluation.
+    """Add noise to the embeddings in training, scaled by each conversation's length; none on
+    padding and in evaluation.
     """
 
     name: ClassVar[str] = "neftune"
     feature: ClassVar[str] = "NEFTune"
     stage: ClassVar[str] = "kernel"
-    # The hook is on whatever looks the embeddings up.
-    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "quantized_base", "fp8", "qat"})
+    # The hook is on whatever module looks the embeddings up.
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter", "precision"})
     proven_by: ClassVar[str] = NOISE
     tried_with: ClassVar[dict[str, Any]] = {"neftune_noise_alpha": 5}
 
@@ -57,18 +58,18 @@ class Neftune(Transform):
         """Whether a key has another value than its default; 0 turns nothing on."""
         return super().asked_for(key) and self.neftune_noise_alpha != 0
 
-    def plan(self, model: nn.Module) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan:
         """Find the table in which input ids are looked up.
 
         Raises:
-            JobError: when the model does not say which it is.
+            JobError: when the model does not name it.
         """
         embedding = input_embedding(model)
-        fqn = next((fqn for fqn, module in model.named_modules() if module is embedding), None)
+        fqn = fqn_of(model, embedding)
         if embedding is None or fqn is None:
             raise JobError(
                 "neftune_noise_alpha needs an input embedding",
-                f"{class_name(model)} does not say which module looks input ids up",
+                f"{class_name(model)} does not name the module that looks input ids up",
                 "delete neftune_noise_alpha",
             )
         kind = class_name(embedding)
@@ -78,7 +79,7 @@ class Neftune(Transform):
         )
         return Plan(self.name, {fqn: Change(kind, f"{kind} with noise")}, notes=(note,))
 
-    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+    def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Put the hook on the planned embedding."""
         for fqn in plan.changes:
             noise = Noise(self.neftune_noise_alpha or 0.0)
@@ -88,39 +89,30 @@ class Neftune(Transform):
         """Return a module's class, and whether it adds noise."""
         return f"{class_name(module)}{' with noise' if noise_of(module) is not None else ''}"
 
-    def initialize(self, model: nn.Module, seed: int) -> None:
+    def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
         """Seed the noise."""
-        for module in model.modules():
-            noise = noise_of(module)
-            if noise is not None:
-                noise.seed = seed
+        for noise in _noises(model):
+            noise.seed = seed
+        return ()
 
     def begin_batch(
         self, model: nn.Module, step: int, first: int, segments: tuple[tuple[int, ...], ...]
     ) -> None:
-        """Tell the hook whose noise is due.
+        """Pass the batch's place and conversations to the hook, which draws the noise by them."""
+        for noise in _noises(model):
+            noise.step, noise.first, noise.segments = step, first, segments
 
-        Args:
-            model: the model.
-            step: optimizer step.
-            first: place of the batch's first sequence among all of the step, over all workers.
-            segments: of each sequence the tokens of the conversations in it; padding follows.
-        """
-        for module in model.modules():
-            noise = noise_of(module)
-            if noise is not None:
-                noise.step, noise.first, noise.segments = step, first, segments
-
-    def probe(
-        self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype
-    ) -> tuple[str, ...]:
+    def install(
+        self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
+    ) -> Plan:
         """Measure the noise on the device that trains, on a table of zeros.
 
         Raises:
-            TrainingError: when it is not as large as it should be, is on padding or in evaluation,
-                or is not the same when it is made again.
+            TrainingError: when its size is wrong, it is on padding or in evaluation, or it differs
+                when it is drawn again.
         """
-        return tuple(self._measure(model.get_submodule(f), device, dtype) for f in plan.changes)
+        found = [self._measure(model.get_submodule(f), device, dtype) for f in plan.changes]
+        return plan.with_notes(*found)
 
     def _measure(self, embedding: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
         import torch
@@ -138,7 +130,7 @@ class Neftune(Transform):
             made, again = table(ids).float(), table(ids).float()
             silent = table.eval()(ids)
         shares = []
-        problems = [] if torch.equal(made, again) else ["it is another one when it is made again"]
+        problems = [] if torch.equal(made, again) else ["it differs when it is drawn again"]
         for row, lengths in enumerate(PROBED):
             start = 0
             for length in lengths:
@@ -155,13 +147,13 @@ class Neftune(Transform):
             problems.append(f"largest value and root mean square to the bound: {shares}")
         if problems:
             raise TrainingError(
-                "The noise of NEFTune is not what it should be",
+                "The noise of NEFTune is wrong",
                 "\n".join(problems),
                 "delete neftune_noise_alpha, or report this with the versions installed",
             )
         length = PROBED[0][0]
         return (
-            f"tried out on {device.type}: on {length} tokens at most "
+            f"tested on {device.type}: on {length} tokens at most "
             f"{shares[0][0] * self._bound(length, width):.4g}, where "
             f"{self.neftune_noise_alpha:g} / sqrt({length} x {width}) is "
             f"{self._bound(length, width):.4g}; root mean square {shares[0][1]:.3f} of that "
@@ -176,8 +168,8 @@ class Noise:
     """A forward hook that adds a training batch's noise to its embeddings.
 
     The noise of a conversation is a function of the seed, the optimizer step, and its place among
-    all sequences of the step: it does not depend on how workers and accumulation make the step up,
-    nor on what was drawn before a run was resumed, and changes no other random values.
+    all sequences of the step: it does not depend on workers and accumulation, nor on what was drawn
+    before a run was resumed, and changes no other random values.
     """
 
     def __init__(self, alpha: float) -> None:
@@ -198,9 +190,9 @@ class Noise:
         rows, time = output.shape[:2]
         if rows != len(self.segments) or any(sum(s) > time for s in self.segments):
             raise TrainingError(
-                "NEFTune was given another batch than it was told of",
-                f"{rows} sequences of {time} tokens; told {[sum(s) for s in self.segments]}",
-                "this is a defect of raytrain_adv; delete neftune_noise_alpha to go on without it",
+                "NEFTune got another batch than it was prepared for",
+                f"{rows} sequences of {time} tokens; expected {[sum(s) for s in self.segments]}",
+                "this is a defect of raytrain_adv; delete neftune_noise_alpha to train without it",
             )
         with torch.profiler.record_function(NOISE):
             return output + self.made_for(output)
@@ -224,6 +216,10 @@ class Noise:
                 noise[row, start : start + length] = part
                 start += length
         return noise
+
+
+def _noises(model: nn.Module) -> Iterator[Noise]:
+    yield from filter(None, map(noise_of, model.modules()))
 
 
 def noise_of(module: nn.Module) -> Noise | None:

@@ -5,6 +5,7 @@ model will have, so that training makes up for their rounding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -14,18 +15,18 @@ from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8, NOT_SERVED, SERVED, refuse_odd_groups
 from raytrain_adv.transforms.modules import (
-    ROUTERS,
+    LINEAR as PLAIN,
+)
+from raytrain_adv.transforms.modules import (
     class_name,
+    expert_notes,
+    fqn_of,
     input_embedding,
     is_tied,
-    matches,
-    output_head,
-    own_name,
     patterns,
-    refuse_unmatched,
-    short,
+    plan_linears,
 )
-from raytrain_adv.transforms.transform import Change, Plan, Transform
+from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, require_package
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,9 +40,9 @@ LINEAR = "raytrain_adv.ops.fake_quant.layers.FakeQuantizedLinear"
 EMBEDDING = "raytrain_adv.ops.fake_quant.layers.FakeQuantizedEmbedding"
 IN_FLOAT8 = "raytrain_adv.ops.float8.linear.Float8Linear"
 LINEAR_IN_FLOAT8 = "raytrain_adv.ops.float8.qat_linear.Float8FakeQuantizedLinear"
-BECOMES = {"torch.nn.Linear": LINEAR, IN_FLOAT8: LINEAR_IN_FLOAT8}
+BECOMES = {PLAIN: LINEAR, IN_FLOAT8: LINEAR_IN_FLOAT8}
 BF16, PTQ, QAT, UNQUANTIZED = "bf16", "PTQ", "QAT", "QAT's weights, not quantized"
-"""How a model is evaluated: as it is, quantized without training for it, or with."""
+"""How weights are evaluated: as they are; quantized without and with training for it."""
 
 
 class Qat(Transform):
@@ -56,9 +57,10 @@ class Qat(Transform):
     }
     stage: ClassVar[str] = "precision"
     imports: ClassVar[tuple[str, ...]] = ("torchao",)
-    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "fp8"})
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter", "fp8"})
     evaluated_as: ClassVar[str] = "fake-quantized"
-    switches: ClassVar[str] = "fake quantization"
+    speed: ClassVar[float] = 0.94  # jobs/benchmarks/results/llama3_8b_qat.json, int4
+    converts: ClassVar[str] = "quantized"
     excludes: ClassVar[dict[str, str]] = {
         "use_dora": "DoRA computes with the base weights themselves, which would not be rounded"
     }
@@ -68,7 +70,7 @@ class Qat(Transform):
     }
 
     enable_qat: bool = False
-    """Train with fake quantization, and export the quantized model beside the trained one."""
+    """Train with fake quantization, and export the quantized model next to the trained one."""
     qat_weight_dtype: Literal["int8", "int4", "int3", "int2", "float8_e4m3fn"] = "int8"
     """What weights are rounded to."""
     qat_activation_dtype: Literal["none", "int8", "float8_e4m3fn"] | None = None
@@ -79,7 +81,7 @@ class Qat(Transform):
     qat_quantize_embedding: bool = True
     """Quantize the input embedding too, as the weights; not with float8."""
     qat_exclude: str | list[str] = ""
-    """Linears to leave alone, comma separated or a list: names, ends of names (down_proj), or
+    """Linears to skip, comma separated or a list: names, ends of names (down_proj), or
     patterns (model.layers.0.*)."""
     fake_quant_after_n_steps: Annotated[int, Field(ge=0, le=LARGEST)] | Literal["never"] | None = (
         None
@@ -92,7 +94,7 @@ class Qat(Transform):
 
     @property
     def enabled(self) -> bool:
-        """Whether quantization-aware training is asked for."""
+        """Whether quantization-aware training is on."""
         return self.enable_qat
 
     @property
@@ -132,7 +134,7 @@ class Qat(Transform):
         return self.first_step is not None and step >= self.first_step
 
     def remedy(self, step: int) -> str:
-        """Point to the delay, where the step was trained with fake quantization."""
+        """Return the delay, if the step was trained with fake quantization."""
         if not self.is_on(step):
             return ""
         now = show(self.fake_quant_after_n_steps)
@@ -147,7 +149,7 @@ class Qat(Transform):
 
     @classmethod
     def why_not(cls, key: str, value: object) -> str:
-        """Say why a dtype that exists elsewhere cannot be had."""
+        """Return why a dtype that exists elsewhere is not available."""
         if key not in ("qat_weight_dtype", "qat_activation_dtype"):
             return ""
         known = NOT_SERVED.get(str(value).lower(), "")
@@ -173,7 +175,7 @@ class Qat(Transform):
             yield Problem(text, fix, "qat_weight_dtype and qat_quantize_embedding")
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
-        """Refuse what could not be rounded or computed, and a delay that would outlast the run."""
+        """Refuse what cannot be rounded or computed, and a delay longer than the run."""
         yield from self._with_fp8(job)
         if self.activation_dtype == FLOAT8:
             key, none = "qat_activation_dtype", "or set qat_activation_dtype: none"
@@ -210,12 +212,7 @@ class Qat(Transform):
         Raises:
             ClusterError: with the rule, what was found on the node, and what to do.
         """
-        if facts.versions.get("torchao") is None:
-            raise ClusterError(
-                "QAT needs torchao: torchao not available",
-                f"node {facts.node_ip}, no torchao",
-                "pip install 'torchao>=0.18,<0.19' on that node, or set enable_qat: false",
-            )
+        require_package(facts, "QAT", "torchao", "set enable_qat: false", "torchao>=0.18,<0.19")
         capability = facts.compute_capability
         if self.activation_dtype == FLOAT8 and (capability is None or capability < (8, 9)):
             raise ClusterError(
@@ -226,10 +223,10 @@ class Qat(Transform):
             )
 
     def check_length(self, total_steps: int) -> None:
-        """Refuse a delay that would outlast the run.
+        """Refuse a delay longer than the run.
 
         Raises:
-            JobError: the run would never quantize, though it was asked to.
+            JobError: the run would never quantize.
         """
         first = self.first_step
         if first is not None and first >= total_steps:
@@ -240,74 +237,42 @@ class Qat(Transform):
                 "fake_quant_after_n_steps: never quantizes after training (PTQ)",
             )
 
-    def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:
-        """Say what is left out where nothing is exported.
-
-        Args:
-            job: the resolved job.
-            num_tokens: tokens of one worker's forward pass.
-        """
-        if job.output.export_model:
-            return ()
-        return (
-            "export_model is false: no quantized model is written, nor held to the trained one; "
-            "raytrain-adv export does both from a checkpoint",
-        )
-
-    def plan(self, model: nn.Module) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears, and the embedding, that compute with rounded values.
 
         Raises:
             JobError: when a pattern matches nothing, or a group size does not divide a layer.
         """
-        from torch import nn
-
         from raytrain_adv.ops.float8.qat_linear import refuse_frozen
 
-        linears = {f: m for f, m in model.named_modules() if isinstance(m, nn.Linear)}
-        refuse_unmatched("qat_exclude", self.excluded, [own_name(fqn) for fqn in linears])
-        head: Any = output_head(model)
-        head = getattr(head, "base_layer", head)  # under an adapter
-        changes: dict[str, Change] = {}
-        skipped: dict[str, str] = {}
-        for fqn, module in linears.items():
-            reason = "the language-model head" if module is head else self._reason(fqn, module)
-            if reason:
-                skipped[fqn] = reason
-            else:
-                changes[fqn] = Change(class_name(module), BECOMES[class_name(module)])
+        changes, skipped = plan_linears(model, BECOMES, "qat_exclude", self.excluded, self._why_not)
+        linears: dict[str, Any] = {fqn: model.get_submodule(fqn) for fqn in changes}
         if not changes:
             raise JobError(
-                "enable_qat: true would round no linear of this model",
+                "enable_qat: true would not round any linear of this model",
                 ", ".join(sorted({f"{why} ({fqn})" for fqn, why in skipped.items()})[:4])
                 or f"{class_name(model)} computes with other modules than torch.nn.Linear",
                 "correct qat_exclude, or set enable_qat: false",
             )
-        refuse_odd_groups(self.group_size, {fqn: linears[fqn].in_features for fqn in changes})
+        refuse_odd_groups(self.group_size, {f: m.in_features for f, m in linears.items()})
         in_float8 = [linears[f] for f, change in changes.items() if change.before == IN_FLOAT8]
         refuse_frozen(in_float8, self.qat_weight_dtype, self.activation_dtype)
         embedding = input_embedding(model)
-        if embedding is not None:
-            fqn = next(name for name, module in model.named_modules() if module is embedding)
+        fqn = fqn_of(model, embedding)
+        if embedding is not None and fqn is not None:
             reason = self._embedding_reason(embedding)
             if reason:
                 skipped[fqn] = reason
             else:
                 refuse_odd_groups(self.group_size, {fqn: int(embedding.embedding_dim)})
                 changes[fqn] = Change(class_name(embedding), EMBEDDING)
-        return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
+        return Plan(self.name, changes, skipped, tuple(self._notes(model, changes, context.job)))
 
-    def _reason(self, fqn: str, module: nn.Linear) -> str:
-        if any(matches(pattern, own_name(fqn)) for pattern in self.excluded):
-            return "in qat_exclude"
-        if class_name(module) not in BECOMES:
-            return f"a {class_name(module)}, not a plain linear"
-        if short(own_name(fqn)) in ROUTERS:
-            return "it routes tokens to experts"
-        is_odd = module.in_features % 16 or module.out_features % 16
+    def _why_not(self, linear: nn.Linear) -> str:
+        is_odd = linear.in_features % 16 or linear.out_features % 16
         if is_odd and self.activation_dtype == FLOAT8:
             return "sizes not divisible by 16, which float8 products need"
-        return "an adapter" if "lora_" in fqn else ""
+        return ""
 
     def _embedding_reason(self, embedding: nn.Embedding) -> str:
         if not self.qat_quantize_embedding:
@@ -318,7 +283,7 @@ class Qat(Transform):
             return f"a {class_name(embedding)}, not a plain embedding"
         return ""
 
-    def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
+    def _notes(self, model: nn.Module, changes: dict[str, Change], job: JobConfig) -> Iterator[str]:
         from raytrain_adv.ops.float8.qat_linear import described
 
         kinds, first = {change.after for change in changes.values()}, self.first_step
@@ -330,12 +295,16 @@ class Qat(Transform):
             how = described(self.qat_weight_dtype, self.activation_dtype)
             yield f"FP8 and QAT together need careful tuning: {how}"
         if EMBEDDING in kinds and is_tied(model):
-            yield "the head tied to the embedding is not quantized: the quantized model holds both"
-        if any(p.ndim == 3 for p in model.parameters()):
-            yield "experts are held as stacked tensors, not as linears: they are not quantized"
+            yield "the head tied to the embedding is not quantized: the quantized model has both"
+        yield from expert_notes(model, "they are not quantized")
+        if not job.output.export_model:
+            yield (
+                "export_model is false: no quantized model is written or compared with the trained "
+                "one; raytrain-adv export does both from a checkpoint"
+            )
 
-    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
-        """Put a layer that rounds, and owns the same parameters, in each planned one's place."""
+    def prepare(self, model: nn.Module, plan: Plan) -> None:
+        """Replace each planned layer by one that rounds and owns the same parameters."""
         from torch import nn
 
         from raytrain_adv.ops.fake_quant.layers import FakeQuantizedEmbedding, FakeQuantizedLinear
@@ -353,18 +322,16 @@ class Qat(Transform):
                 )
             model.set_submodule(fqn, new)
 
-    def begin_step(self, model: nn.Module, step: int) -> None:
-        """Switch fake quantization on or off for optimizer step `step` (from 0)."""
-        self.switch(model, self.is_on(step))
-
     def switch(self, model: nn.Module, on: bool) -> None:
-        """Have every layer that can round do so, or compute as a plain one."""
+        """Make every layer that can round do so, or compute as a plain one."""
         for module in rounding(model):
             if module.rounds != on:
                 module.rounds = on
 
     def variants(self, step: int, total_steps: int, of: str = "") -> dict[str, bool]:
-        """Return bf16 and PTQ where fake quantization begins, and what came of it at the end."""
+        """Return bf16 and PTQ where fake quantization begins, and QAT with and without it at the
+        end.
+        """
         if of:
             return {f"{BF16} {of}": False, f"{PTQ} of the {of}": True}
         if step == total_steps and self.first_step is not None:
@@ -372,10 +339,24 @@ class Qat(Transform):
         at_switch = step == (total_steps if self.first_step is None else self.first_step)
         return {BF16: False, PTQ: True} if at_switch else {}
 
-    def twin_dir(self, output_dir: str) -> str | None:
-        """Return where the run without fake quantization is, where `compare` asks for it."""
-        trains_with_it = self.compare and self.first_step is not None
-        return f"{output_dir.rstrip('/')}-bf16" if trains_with_it else None
+    def twin(self, job: JobConfig) -> tuple[str, JobConfig] | None:
+        """Return the run in bf16 that `compare` requests: without fake quantization, and without
+        FP8.
+        """
+        if not self.compare or self.first_step is None:
+            return None
+        off = (self.name, "fp8")
+        others = tuple(
+            type(t)() if isinstance(t, Transform) and t.name in off else t for t in job.transforms
+        )
+        return f"{job.output.output_dir.rstrip('/')}-bf16", replace(job, transforms=others)
+
+    @property
+    def exact_with(self) -> frozenset[str]:
+        """LoRA; and FP8 if QAT rounds every linear: what is in FP8 and rounds is exact in
+        evaluation, what QAT skips is computed in FP8.
+        """
+        return frozenset({self.name, "lora"} if self.excluded else {self.name, "lora", "fp8"})
 
     def linear_config(self) -> AOBaseConfig:
         """Return torchao's configuration of the linears; see ops/quantized_config.py."""

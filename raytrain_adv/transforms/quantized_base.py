@@ -1,49 +1,47 @@
-"""Standard quantization: the frozen base in 4 or 8 bits by bitsandbytes, for adapters on top of it
-(QLoRA).
-"""
+"""Standard quantization: the frozen base in 4 or 8 bits by bitsandbytes, under adapters (QLoRA)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.errors import ClusterError, TrainingError
+from raytrain_adv.errors import JobError, TrainingError
+from raytrain_adv.text import first_line
 from raytrain_adv.transforms.modules import (
-    ROUTERS,
-    class_name,
-    matches,
+    LINEAR,
+    expert_notes,
+    in_adapter,
     output_head,
     own_name,
     patterns,
-    refuse_unmatched,
-    short,
+    plan_linears,
 )
-from raytrain_adv.transforms.transform import Change, Plan, Transform
+from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, require_package
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
-    from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
+    from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
     from raytrain_adv.ops.bitsandbytes.quantize import Form
 
-OWN = "raytrain_adv.ops.bitsandbytes.linear.QuantizedLinear"
+OWN = "raytrain_adv.ops.bitsandbytes.linear.PackedLinear"
 BLOCK = 64
 """Weights of a row that share a scale in 4 bits."""
 PROBED = (2048, 256, 192)
-"""Tokens, input and output features of the product that is held to bitsandbytes' own: so many
-tokens that it multiplies as in training."""
-NAMED = 4
+"""Tokens, input and output features of the product that is compared with bitsandbytes' own: enough
+tokens for it to multiply as in training."""
 PACKAGES = {"bnb": "bitsandbytes"}
 """quantization_method -> the package whose kernels round."""
 OTHER_METHODS = ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
 
 
 class QuantizedBase(Transform):
-    """Hold the frozen model in 4 or 8 bits and train adapters on it; weights are rounded as they
-    are read, and stay so.
+    """Keep the frozen model in 4 or 8 bits and train adapters on it; weights are quantized once, as
+    they are loaded.
     """
 
     name: ClassVar[str] = "quantized_base"
@@ -51,33 +49,33 @@ class QuantizedBase(Transform):
     tried_with: ClassVar[dict[str, Any]] = {"quantization_bit": 4, "finetuning_type": "lora"}
     stage: ClassVar[str] = "precision"
     imports: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
-    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora"})
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter"})
     proven_by: ClassVar[str] = "raytrain_adv::dequantize"
     excludes: ClassVar[dict[str, str]] = {
         "fp8": "FP8 and standard quantization are mutually exclusive",
         "enable_qat": "QAT and standard quantization are mutually exclusive",
-        "use_dora": "DoRA computes with the base weights themselves, which are held quantized",
+        "use_dora": "DoRA computes with the base weights themselves, which are quantized",
     }
     needs: ClassVar[dict[str, str]] = {
         "finetuning_type": "quantized weights have no gradient: only adapters on them are trained"
     }
 
     quantization_bit: Literal[4, 8] | None = None
-    """Bits of the frozen model's weights: 4 (QLoRA) or 8; null leaves them as they are."""
+    """Bits of the frozen model's weights: 4 (QLoRA) or 8; null does not quantize."""
     quantization_method: Literal["bnb"] = "bnb"
-    """Whose kernels round: bitsandbytes'."""
+    """Whose kernels quantize: bitsandbytes'."""
     quantization_type: Literal["nf4", "fp4"] = "nf4"
     """The 16 values of 4 bits: nf4, spaced for normally distributed weights, or fp4."""
     double_quantization: bool = True
-    """Quantize the scales of 4-bit weights too: 4.13 bits per weight in the place of 4.5."""
+    """Quantize the scales of 4-bit weights too: 4.13 bits per weight instead of 4.5."""
     quantization_exclude: str | list[str] = ""
-    """Linears to leave as they are, comma separated or a list: names, ends of names (down_proj), or
+    """Linears to skip, comma separated or a list: names, ends of names (down_proj), or
     patterns (model.layers.0.*).
     """
 
     @property
     def enabled(self) -> bool:
-        """Whether a quantized base is asked for."""
+        """Whether the base is quantized."""
         return self.quantization_bit is not None
 
     @property
@@ -87,7 +85,7 @@ class QuantizedBase(Transform):
 
     @property
     def form(self) -> Form:
-        """How weights are held."""
+        """How weights are stored."""
         from raytrain_adv.ops.bitsandbytes.quantize import Form
 
         if self.quantization_bit == 8:
@@ -104,18 +102,31 @@ class QuantizedBase(Transform):
 
     @classmethod
     def why_not(cls, key: str, value: object) -> str:
-        """Say why a method or a width that exists elsewhere cannot be had."""
+        """Return why a method or a width that exists elsewhere is not available."""
         if key == "quantization_method" and value in OTHER_METHODS:
             return f"{value} is not in this version; bitsandbytes (bnb) quantizes as it loads"
         return "bitsandbytes has 4 and 8 bits" if key == "quantization_bit" else ""
 
+    @classmethod
+    def refuse_checkpoint(cls, name: str, config: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose weights are quantized already."""
+        found = config.get("quantization_config")
+        if found:
+            known = isinstance(found, dict)
+            method = found.get("quant_method", "unknown method") if known else found
+            raise JobError(
+                f"{name} has quantized weights",
+                f"config.json has quantization_config ({method})",
+                "use the unquantized checkpoint it was made from",
+            )
+
     def contradictions(self) -> Iterable[Problem]:
-        """Refuse keys of 4 bits beside 8."""
+        """Refuse keys of 4 bits together with 8."""
         if self.quantization_bit != 8:
             return
         for key in ("quantization_type", "double_quantization"):
             if self.asked_for(key):
-                text = "8 bits are integers with a scale per row: there is no other form of them"
+                text = "8 bits are always integers with a scale per row"
                 fix = f"delete {key}, or set quantization_bit: 4"
                 yield Problem(text, fix, f"{key} and quantization_bit")
 
@@ -126,51 +137,32 @@ class QuantizedBase(Transform):
             ClusterError: naming the node.
         """
         package = PACKAGES[self.quantization_method]
-        if facts.versions.get(package) is None:
-            raise ClusterError(
-                f"standard quantization needs {package}: {package} not available",
-                f"node {facts.node_ip}, no {package}",
-                f"pip install '{package}>=0.50' on that node, or delete quantization_bit",
-            )
+        off = "delete quantization_bit"
+        require_package(facts, "standard quantization", package, off, f"{package}>=0.50")
 
-    def plan(self, model: nn.Module) -> Plan:
-        """Choose the linears that are held quantized.
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Choose the linears whose weights are quantized.
 
         Raises:
             JobError: when a pattern matches nothing.
         """
         from torch import nn
 
-        base = {f: m for f, m in model.named_modules() if "lora_" not in f}
-        linears = {f: m for f, m in base.items() if isinstance(m, nn.Linear)}
-        refuse_unmatched("quantization_exclude", self.excluded, [own_name(f) for f in linears])
-        head = output_head(model)
-        changes: dict[str, Change] = {}
-        skipped: dict[str, str] = {}
-        for fqn, module in linears.items():
-            is_head = module in (head, getattr(head, "base_layer", None))
-            reason = "the language-model head" if is_head else self._reason(fqn, module)
-            if reason:
-                skipped[fqn] = reason
-            else:
-                changes[fqn] = Change(class_name(module), OWN)
-        for fqn, module in base.items():
+        changes, skipped = plan_linears(
+            model, {LINEAR: OWN}, "quantization_exclude", self.excluded, self._why_not
+        )
+        for fqn, module in model.named_modules():
             if isinstance(module, nn.Embedding):
                 skipped[fqn] = "an embedding: looked up, not multiplied"
+        skipped = {fqn: why for fqn, why in skipped.items() if not in_adapter(fqn)}
         return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
 
-    def _reason(self, fqn: str, module: nn.Linear) -> str:
-        if any(matches(pattern, own_name(fqn)) for pattern in self.excluded):
-            return "in quantization_exclude"
-        if class_name(module) != "torch.nn.Linear":
-            return f"a {class_name(module)}, not a plain linear"
-        if short(own_name(fqn)) in ROUTERS:
-            return "it routes tokens to experts"
-        if self.quantization_bit == 4 and module.in_features % BLOCK:
-            return f"{module.in_features} input features do not divide into blocks of {BLOCK}"
-        size = module.weight.element_size()  # bytes are held in the dtype that computes
-        if self.form.row_bytes(module.in_features) % size:
-            return f"{module.in_features} input features are no whole number of {size} bytes"
+    def _why_not(self, linear: nn.Linear) -> str:
+        if self.quantization_bit == 4 and linear.in_features % BLOCK:
+            return f"{linear.in_features} input features do not divide into blocks of {BLOCK}"
+        size = linear.weight.element_size()  # bytes are stored in the dtype that computes
+        if self.form.row_bytes(linear.in_features) % size:
+            return f"{linear.in_features} input features are no whole number of {size} bytes"
         return ""
 
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
@@ -180,30 +172,29 @@ class QuantizedBase(Transform):
             count += weight.numel()
             size = weight.element_size()
             bits += weight.numel() * form.bits(weight.shape[0], weight.shape[1])
-        total = sum(p.numel() for fqn, p in model.named_parameters() if "lora_" not in fqn)
+        total = sum(p.numel() for fqn, p in model.named_parameters() if not in_adapter(fqn))
         if not count:
             return
         yield (
             f"{self.scheme}: {count:,} of {total:,} weights ({count / total:.1%}) in "
-            f"{bits / count:.2f} bits each: {readable(bits / 8)} in the place of "
+            f"{bits / count:.2f} bits each: {readable(bits / 8)} instead of "
             f"{readable(count * size)}"
         )
         rest = ", ".join(f"{kind} {n:,}" for kind, n in self._left(model, changes).items())
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         yield f"left in {dtype}: {rest}"
-        yield "nothing of the base is trained; checkpoints and the exported adapter hold none of it"
-        if any(p.ndim == 3 for p in model.parameters()):
-            yield "experts are held as stacked tensors, not as linears: they are not quantized"
+        yield "the base is not trained; it is not in checkpoints or the exported adapter"
+        yield from expert_notes(model, "they are not quantized")
 
     @staticmethod
     def _left(model: nn.Module, changes: dict[str, Change]) -> dict[str, int]:
-        """Return what is not quantized: kind -> number of weights."""
+        """Return the number of weights of each kind that is not quantized."""
         from torch import nn
 
         head, left, seen = output_head(model), dict[str, int](), set[nn.Parameter]()
         for fqn, module in model.named_modules():
             for name, p in module.named_parameters(recurse=False):
-                if p in seen or "lora_" in fqn or (fqn in changes and name == "weight"):
+                if p in seen or in_adapter(fqn) or (fqn in changes and name == "weight"):
                     continue
                 seen.add(p)
                 if isinstance(module, nn.Embedding):
@@ -219,21 +210,22 @@ class QuantizedBase(Transform):
                 left[kind] = left.get(kind, 0) + p.numel()
         return left
 
-    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
-        """Put a frozen linear that holds its weight quantized in each planned one's place."""
+    def prepare(self, model: nn.Module, plan: Plan) -> None:
+        """Replace each planned linear by a frozen one whose weight is quantized."""
         from torch import nn
 
-        from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
+        from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 
         for fqn in plan.changes:
             old = model.get_submodule(fqn)
             if isinstance(old, nn.Linear):
-                model.set_submodule(fqn, QuantizedLinear.of(old, self.form))
+                model.set_submodule(fqn, PackedLinear.of(old, self.form))
 
-    def probe(
-        self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype
-    ) -> tuple[str, ...]:
-        """Hold a product and its gradient to bitsandbytes' own linear, on the worker's device.
+    def install(
+        self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
+    ) -> Plan:
+        """Compare a product and its gradient with those of bitsandbytes' own linear, on the
+        worker's device.
 
         Raises:
             TrainingError: when its kernels do not run there, or the two differ.
@@ -243,30 +235,32 @@ class QuantizedBase(Transform):
         except (RuntimeError, AttributeError, ImportError) as error:
             raise TrainingError(
                 "bitsandbytes does not run on this device",
-                f"{device}, {dtype}: {type(error).__name__}: {str(error).splitlines()[0]}",
-                "install a bitsandbytes that has this CUDA version (python -m bitsandbytes says "
-                "what it finds), or delete quantization_bit",
+                f"{device}, {dtype}: {type(error).__name__}: {first_line(error)}",
+                "install a bitsandbytes that has this CUDA version (python -m bitsandbytes "
+                "prints what it finds), or delete quantization_bit",
             ) from error
         own = "Linear8bitLt's weights" if self.form.is_int8 else "Linear4bit"
         if apart:
             raise TrainingError(
-                "A quantized linear does not compute what bitsandbytes' own does",
+                "A quantized linear and bitsandbytes' own compute different results",
                 f"{' and '.join(apart)} differ from {own}, {self.scheme}, on {device} in {dtype}",
                 "this is a defect of raytrain_adv or of the versions installed: compare them with "
                 "constraints.txt",
             )
-        return (f"values and gradients equal bitsandbytes' {own} bit for bit on {device.type}",)
+        return plan.with_notes(
+            f"values and gradients equal bitsandbytes' {own} bit for bit on {device.type}"
+        )
 
-    def loaded(self, model: nn.Module, plan: Plan) -> tuple[str, ...]:
-        """Hold the quantized weights to the originals they were made from.
+    def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
+        """Compare the quantized weights with the originals they were made from.
 
         Raises:
             TrainingError: on all ranks, when weights are missing, are further away than rounding
                 explains, or would be trained.
         """
-        from raytrain_adv.ops.bitsandbytes.linear import quantized_linears
+        from raytrain_adv.ops.bitsandbytes.linear import packed_linears
 
-        read = {f: m for f, m in quantized_linears(model) if m.distance is not None}
+        read = {f: m for f, m in packed_linears(model) if m.distance is not None}
         found = dict(zip(read, distances(list(read.values())), strict=True))
         wrong = [f"{fqn} was not read" for fqn in plan.changes if fqn not in read]
         wrong += [
@@ -277,12 +271,12 @@ class QuantizedBase(Transform):
         wrong += [
             f"{fqn} would be trained"
             for fqn, p in model.named_parameters()
-            if p.requires_grad and "lora_" not in fqn
+            if p.requires_grad and not in_adapter(fqn)
         ]
         if wrong:
             raise TrainingError(
-                "The quantized base is not what was asked for",
-                "\n".join(wrong[:NAMED]) + f"\n({len(wrong)} in all)",
+                "The quantized base differs from the checkpoint",
+                "\n".join(wrong[:4]) + f"\n({len(wrong)} in all)",
                 "check the checkpoint for weights that are not finite",
             )
         apart = {f: (squared / size) ** 0.5 for f, (squared, size, _) in found.items() if size}
@@ -302,7 +296,7 @@ def readable(num_bytes: float) -> str:
     return f"{gib:,.2f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.2f} MiB"
 
 
-def distances(layers: list[QuantizedLinear]) -> list[tuple[float, float, float]]:
+def distances(layers: list[PackedLinear]) -> list[tuple[float, float, float]]:
     """Return per layer, over all ranks, the squared difference from the originals, their squared
     norm, and the largest difference as a share of what rounding explains; a collective.
     """
@@ -319,11 +313,11 @@ def distances(layers: list[QuantizedLinear]) -> list[tuple[float, float, float]]
 
 
 def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Return what of a small product differs from bitsandbytes' own: its values, its gradient."""
+    """Return which parts of a small product differ from bitsandbytes' own: values, gradients."""
     import torch
     from torch import nn
 
-    from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
+    from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
     from raytrain_adv.ops.bitsandbytes.quantize import bitsandbytes
 
     tokens, columns, rows = PROBED
@@ -338,7 +332,7 @@ def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype
             return torch.randn(*shape, dtype=dtype, generator=generator)
 
         weight, x, pull = 0.02 * drawn(rows, columns), drawn(tokens, columns), drawn(tokens, rows)
-        ours = QuantizedLinear.of(plain, form).to_empty(device=device)
+        ours = PackedLinear.of(plain, form).to_empty(device=device)
         ours.take(weight, device)
         x.requires_grad_()
         values = ours(x)

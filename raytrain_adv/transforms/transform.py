@@ -1,14 +1,13 @@
-"""The shape all transforms share: YAML keys, rules, a plan, the changes, and the proof that they
-happened.
-"""
+"""The base class of all features that change a model: YAML keys, rules, a plan, and the changes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.section import Section
+from raytrain_adv.errors import ClusterError
 from raytrain_adv.transforms.modules import class_name
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ STAGES = ("adapter", "precision", "kernel", "loss")
 
 @dataclass(frozen=True)
 class Change:
-    """What one module becomes: its class before and after, as Transform.what_is has it; of a
-    forward pass that `install` replaces, the class it was and the name of what computes it now.
+    """What one module becomes: its class before and after, as Transform.what_is returns it; for a
+    forward pass that `install` replaces, the class and the name of what computes it instead.
     """
 
     before: str
@@ -41,18 +40,35 @@ class Plan:
     transform: str
     changes: Mapping[str, Change] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
-    """fqn -> why the module is left as it is."""
+    """fqn -> why the module is left unchanged."""
     notes: tuple[str, ...] = ()
     """Sentences for the plan and the report: advice, costs, what to expect."""
     empty_because: str = ""
-    """Why a plan without changes is what was asked for; a plan that does not say so is refused."""
+    """Why a plan without changes is right; a plan without changes or reason is refused."""
+    gives_way_to: frozenset[str] = frozenset()
+    """Names of earlier transforms that keep the modules which both would change."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """More for report.json, as JSON types."""
 
+    def with_notes(self, *notes: str) -> Plan:
+        """Return the plan with these notes after its own."""
+        return replace(self, notes=self.notes + notes)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a plan depends on besides the model and the transform's own keys."""
+
+    job: JobConfig
+    facts: HardwareFacts
+    """A machine the job will run on."""
+    num_tokens: int | None = None
+    """Tokens of one worker's forward pass, if known."""
+
 
 class Transform(Section):
-    """One feature: the fields are its YAML keys, the methods its rules and changes. Every method
-    may be left out.
+    """One feature: the fields are its YAML keys, the methods its rules and changes, in the order in
+    which a run calls them. Each may be left out.
 
     A transform is found by its file in raytrain_adv/transforms; it must be importable without
     torch.
@@ -63,38 +79,48 @@ class Transform(Section):
     """One of STAGES; transforms are applied in that order."""
     imports: ClassVar[tuple[str, ...]] = ()
     """Packages that workers import for it."""
+    stacks_on: ClassVar[frozenset[str]] = frozenset()
+    """Names or stages of transforms whose modules this one may change again."""
     proven_by: ClassVar[str] = ""
-    """Operator that must run in a training step, at least once per changed module, as
-    aten::_scaled_mm; none where the modules' classes are proof enough.
+    """Operator that must run in a training step at least once per changed module, as
+    aten::_scaled_mm; empty if the modules' classes are proof enough.
     """
     evaluated_as: ClassVar[str] = ""
-    """Where the feature can be switched off in training: what held-out rows are evaluated as, which
-    always have it on; for console and report.
-    """
-    switches: ClassVar[str] = ""
-    """What is switched where is_on changes, for console and events; empty stands for the name."""
-    stacks_on: ClassVar[frozenset[str]] = frozenset()
-    """Names of transforms whose modules this one may change again."""
+    """How held-out rows are evaluated if training can switch the feature off: always with it on."""
+    speed: ClassVar[float] = 1.0
+    """Measured speed of a step, relative to the same step without the feature."""
 
-    @property
-    def gives_way_to(self) -> frozenset[str]:
-        """Names of transforms to which this one leaves modules that both would change."""
-        return frozenset()
+    @classmethod
+    def refuse_checkpoint(cls, name: str, config: Mapping[str, Any]) -> None:
+        """Raise if a checkpoint cannot be trained from, whether or not the feature is on.
 
-    @property
-    def enabled(self) -> bool:
-        """Whether the job asks for this transform; a pure function of its own keys."""
-        return False
+        Args:
+            name: the checkpoint's.
+            config: its config.json.
+
+        Raises:
+            JobError: naming what was found there.
+        """
 
     def check(self, facts: HardwareFacts) -> None:
-        """Raise if this machine or this software cannot do what the keys ask for.
+        """Raise if this machine or this software cannot do what the keys enable.
 
         Raises:
             ClusterError: naming the rule that refused, what was found, and what to do.
         """
 
-    def plan(self, model: nn.Module) -> Plan:
-        """Say, module by module, what would change; change nothing. The model may be on the meta
+    def fetch(self, job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
+        """Put what the workers need into output_dir. Called on the driver before anything is
+        planned, and on rank 0 before the model is built, where all is there already.
+
+        Args:
+            job: the resolved job.
+            facts: a machine the job will run on.
+            say: prints a sentence for the user.
+        """
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Return, module by module, what would change; change nothing. The model may be on the meta
         device.
 
         Raises:
@@ -102,54 +128,20 @@ class Transform(Section):
         """
         return Plan(self.name)
 
-    def fetch(self, job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
-        """Bring what the workers need into output_dir. Called on the driver before anything is
-        planned, and on rank 0 before the model is built: the second time it finds all there.
-
-        Args:
-            job: the resolved job.
-            facts: a machine the job will run on.
-            say: tells the user a sentence.
-        """
-
-    def plan_for(self, job: JobConfig, model: nn.Module, facts: HardwareFacts) -> Plan:
-        """Plan with what other keys of the job and the machine decide; most need only the model."""
-        return self.plan(model)
-
-    def advice(self, job: JobConfig, num_tokens: int) -> tuple[str, ...]:
-        """Say what the job's other keys mean for this feature, for the plan and the report.
-
-        Args:
-            job: the resolved job.
-            num_tokens: tokens of one worker's forward pass.
-        """
-        return ()
-
-    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+    def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Change the model in place, exactly as planned; before it is compiled and sharded."""
 
     def what_is(self, module: nn.Module) -> str:
-        """Return what a module is, in the words of the plan's changes: its class. A transform that
-        changes more than classes says more, and is verified by it.
+        """Return a module's class, as the plan's changes name it. A transform that changes more
+        than classes returns more, and is verified by it.
         """
         return class_name(module)
-
-    def probe(
-        self, model: nn.Module, plan: Plan, device: torch.device, dtype: torch.dtype
-    ) -> tuple[str, ...]:
-        """Try what was changed on the worker's device, before weights are loaded; return sentences
-        for the report.
-
-        Raises:
-            TrainingError: when a changed module does not do what it stands for.
-        """
-        return ()
 
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
     ) -> Plan:
-        """Replace the forward passes that were planned, after trying the new ones out; on workers
-        alone, after `prepare` and before the model is compiled and sharded.
+        """Replace the planned forward passes, and try what was changed; on workers alone, after
+        `prepare` and before the model is compiled and sharded.
 
         Args:
             model: on the meta device.
@@ -160,64 +152,70 @@ class Transform(Section):
 
         Returns:
             The plan, with what was found.
+
+        Raises:
+            JobError: when a replacement is wrong.
+            TrainingError: when a changed module computes something else than it should.
         """
         return plan
 
     def before_sharding(self, model: nn.Module) -> None:
-        """Change how FSDP2 will shard and gather; called only where it will be applied."""
+        """Change how FSDP2 will shard and gather; called only if the model will be sharded."""
 
-    def initialize(self, model: nn.Module, seed: int) -> None:
-        """Give values to the parameters that prepare added, after the model's own weights are
-        loaded and sharded.
+    def gathered(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
+        """Yield the parameters that FSDP2 gathers in another dtype than the compute dtype because
+        of `before_sharding`, each with the bytes of one number.
         """
+        yield from ()
 
-    def loaded(self, model: nn.Module, plan: Plan) -> tuple[str, ...]:
-        """Hold weights that were changed as they were read to what they stand for; return sentences
-        for the report. Called on all ranks once, before training.
+    @property
+    def gathers_less(self) -> str:
+        """The key and value with which FSDP2 would gather fewer bytes; empty if there is none."""
+        return ""
+
+    def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
+        """Give values to the parameters that `prepare` added, and compare loaded weights that were
+        changed with those that were read; return notes for the report. Called on all ranks once the
+        model's own weights are loaded and sharded.
 
         Raises:
-            TrainingError: on all ranks, when they do not stand for it.
+            TrainingError: on all ranks, when weights differ from those that were read.
         """
         return ()
-
-    def begin_step(self, model: nn.Module, step: int) -> None:
-        """Bring the model into its state for optimizer step `step` (from 0); a pure function of the
-        step.
-        """
-
-    def begin_batch(
-        self, model: nn.Module, step: int, first: int, segments: tuple[tuple[int, ...], ...]
-    ) -> None:
-        """Take note of what the next forward pass of optimizer step `step` (from 0) is given.
-
-        Args:
-            model: the model.
-            step: optimizer step.
-            first: place of the batch's first sequence among all of the step, over all workers.
-            segments: of each sequence the tokens of the conversations in it; padding follows.
-        """
 
     def is_on(self, step: int) -> bool:
         """Whether the feature is on in optimizer step `step` (from 0)."""
         return True
 
-    def switched(self, step: int) -> str:
-        """Return what to say where is_on changes with optimizer step `step` (from 0)."""
-        what = self.switches or self.name
-        return f"{what} is {'on' if self.is_on(step) else 'off'} from step {step + 1:,}"
+    def switch(self, model: nn.Module, on: bool) -> None:
+        """Turn the feature on or off, if that is possible: before each optimizer step as is_on
+        returns; held-out rows are evaluated with it on.
+        """
+
+    def begin_batch(
+        self, model: nn.Module, step: int, first: int, segments: tuple[tuple[int, ...], ...]
+    ) -> None:
+        """Prepare for a micro-batch's forward pass; called before each.
+
+        Args:
+            model: the model.
+            step: optimizer step (from 0).
+            first: place of the batch's first sequence among all of the step, over all workers.
+            segments: of each sequence the tokens of the conversations in it; padding follows.
+        """
+
+    def after_step(self, model: nn.Module) -> None:
+        """Follow up on new parameter values: after each optimizer step and after each load."""
 
     def remedy(self, step: int) -> str:
-        """Return what of these keys to try where the loss rises or is not finite in optimizer step
-        `step` (from 0); empty where the feature is not suspect.
+        """Return which of these keys to change if the loss rises or is not finite in optimizer step
+        `step` (from 0); empty if the feature cannot be the cause.
         """
         return ""
 
-    def switch(self, model: nn.Module, on: bool) -> None:
-        """Turn the feature on or off, where that can be; held-out rows are evaluated with it on."""
-
     def variants(self, step: int, total_steps: int, of: str = "") -> dict[str, bool]:
-        """Return what to evaluate after `step` steps beside the run itself: the name of each
-        variant, and whether the feature is on in it.
+        """Return what to evaluate after `step` steps in addition to the run itself: the name of
+        each variant, and whether the feature is on in it.
 
         Args:
             step: optimizer steps that were done.
@@ -227,19 +225,38 @@ class Transform(Section):
         """
         return {}
 
-    def twin_dir(self, output_dir: str) -> str | None:
-        """Return the output_dir of the same job without this feature that is trained first, where
-        the keys ask for one.
+    @property
+    def exact_with(self) -> frozenset[str]:
+        """Names of the transforms with which a model that this one converts at export computes the
+        same bits as the trained one in evaluation.
+        """
+        return frozenset()
+
+    def twin(self, job: JobConfig) -> tuple[str, JobConfig] | None:
+        """Return an output_dir, and the job to train in it first to measure this feature by: the
+        same one without it. None unless the keys request it.
         """
         return None
 
-    def without(self) -> Transform:
-        """Return these keys with the feature turned off."""
-        return type(self)()
 
-    def after_step(self, model: nn.Module) -> None:
-        """Follow up on new parameter values: after each optimizer step and after each load."""
+def require_package(
+    facts: HardwareFacts, what: str, package: str, off: str, install: str = ""
+) -> None:
+    """Raise if a node lacks the package that a feature needs.
 
-    def convert(self, model: nn.Module) -> nn.Module:
-        """Return the deployable form of a gathered, unsharded model."""
-        return model
+    Args:
+        facts: the node's.
+        what: what needs it.
+        package: its name in the index.
+        off: how to run without it.
+        install: the requirement to install; empty means the package's name.
+
+    Raises:
+        ClusterError: naming the node and the package.
+    """
+    if facts.versions.get(package) is None:
+        raise ClusterError(
+            f"{what} needs {package}: {package} not available",
+            f"node {facts.node_ip}, {package} is not installed",
+            f"pip install '{install or package}' on that node, or {off}",
+        )

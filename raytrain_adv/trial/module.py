@@ -1,5 +1,5 @@
-"""Try a forward pass out on a module before it is trusted with training: values, gradients, and
-that it calls what the module calls.
+"""Compare a replacement forward pass with the module's own before training: values, gradients, and
+the modules it calls.
 """
 
 from __future__ import annotations
@@ -7,143 +7,212 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from raytrain_adv.errors import JobError
+from raytrain_adv.text import first_line
+from raytrain_adv.trial.compare import allowed_errors, differences, precision, relative_errors
 
 SHAPES = ((2, 16), (3, 336))
 """Batch and length of the trial's inputs: few rows, and more than the blocks that kernels cut them
-into; FP8 products can divide both by 16."""
-TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-"""Largest error, relative in norm, that is the dtype's rounding: two or three roundings of each
-value (in float32 with room for another order of sums).
-
-On top comes what the module itself makes of rounding its input once: little in most, 3 to 5 % where
-values are rounded to 8 bits inside and some fall on the other side."""
-
-
+into; products in 8 bits can divide both by 16."""
 VALUES = "the values"
-"""The result, beside the gradients by the name of what they are of."""
+"""The result's name, next to its gradients."""
+Layer = TypeVar("Layer")
 
 
 class Untried(JobError):
-    """A module that a trial does not know how to call."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """How far a kernel is from the module it stands in for, relative in norm."""
-
-    value_error: float
-    gradient_error: float
-    """The largest over the input's and all parameters' gradients."""
-    allowed: float
-    """What rounding explains, of a value; of a gradient it may be more."""
+    """A module that a trial cannot call."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A forward pass that is to stand in for that of a module's class."""
+    """A forward pass that may replace that of a module's class."""
 
     forward: Callable[..., Any]
     """An unbound function of the module."""
     name: str
     """For messages, as `the kernel mine@5302214:RMSNorm`."""
     module: nn.Module
-    """Where it is to go; it may be on the meta device, and is left as it is."""
+    """Where it will be installed; it may be on the meta device, and is not changed."""
     leave_out: str
-    """What to do without it, for messages."""
+    """How to train without it, for messages."""
     owner: nn.Module | None = None
-    """The module that holds it, to find out what a missing gradient would take along."""
+    """The module around it, to find out which gradients a missing one would cut."""
     attribute: str = ""
-    """Its name in there."""
+    """Its name in the owner."""
 
     @property
     def kind(self) -> str:
-        """The class it stands in for."""
+        """The class whose forward pass it replaces."""
         return type(self.module).__name__
 
 
 @dataclass(frozen=True)
+class SiteTrial:
+    """The trial of a layer on one kind of module: its relative errors."""
+
+    layer: str
+    """Kernel, commit and layer."""
+    module: str
+    """The class whose forward pass it replaces."""
+    device: str
+    dtype: str
+    num_modules: int
+    value_error: float
+    gradient_error: float
+    """The largest over the input's and all parameters' gradients."""
+    allowed: float
+    """Largest error of a value that rounding explains; of a gradient it may be more."""
+
+    @property
+    def sentence(self) -> str:
+        """The trial in words."""
+        return (
+            f"{self.layer} tried out in {self.module} on {self.device} in {self.dtype}: values off "
+            f"by {self.value_error:.1e}, gradients by {self.gradient_error:.1e}, of which rounding "
+            f"explains {self.allowed:.1e}; in {self.num_modules} modules"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the trial as JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class _Pass:
-    value: torch.Tensor
-    gradients: dict[str, torch.Tensor | None]
+    results: dict[str, torch.Tensor | None]
+    """VALUES and the gradients, by what they are the gradient of."""
     called: set[str]
     keeps_inputs: bool
-    """Whether input and parameters are after the forward pass what they were before."""
+    """Whether input and parameters are unchanged after the forward pass."""
+
+    @property
+    def exact(self) -> dict[str, torch.Tensor]:
+        """The results that there are."""
+        return {name: x for name, x in self.results.items() if x is not None}
 
 
-def try_out(candidate: Candidate, device: torch.device, dtype: torch.dtype) -> Trial:
+def group_alike(model: nn.Module, layers: Mapping[str, Layer]) -> list[tuple[Layer, list[str]]]:
+    """Group modules (by fqn) that get the same layer, have the same classes inside and the same
+    sizes: the trial of one is good for all.
+    """
+    groups: dict[tuple[Layer, object], list[str]] = {}
+    for fqn, layer in layers.items():
+        module = model.get_submodule(fqn)
+        kinds = tuple(type(part).__qualname__ for part in module.modules())
+        sizes = tuple(parameter.shape for parameter in module.parameters())
+        groups.setdefault((layer, (kinds, sizes)), []).append(fqn)
+    return [(layer, fqns) for (layer, _), fqns in groups.items()]
+
+
+def try_module(
+    candidate: Candidate,
+    device: torch.device,
+    dtype: torch.dtype,
+    layer: str = "",
+    num_modules: int = 1,
+) -> SiteTrial:
     """Compare a forward pass with that of the module's class, on a copy with random weights.
 
     Args:
-        candidate: what to try.
+        candidate: the forward pass.
         device: that of training.
         dtype: that of training's products.
+        layer: the layer's name, for the result.
+        num_modules: modules it is installed in, for the result.
 
     Raises:
         JobError: when it is wrong, bypasses a module, or has no gradient.
     """
-    trials = [_tried(candidate, shape, device, dtype) for shape in SHAPES]
-    return Trial(
-        max(t.value_error for t in trials),
-        max(t.gradient_error for t in trials),
-        min(t.allowed for t in trials),
+    trials = [_try(candidate, shape, device, dtype) for shape in SHAPES]
+    values, gradients, allowed = zip(*trials, strict=True)
+    return SiteTrial(
+        layer or candidate.name,
+        candidate.kind,
+        device.type,
+        precision(dtype),
+        num_modules,
+        max(values),
+        max(gradients),
+        min(allowed),
     )
 
 
-def _tried(
+def _try(
     candidate: Candidate, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
-) -> Trial:
-    if not _can_try(candidate.module):
+) -> tuple[float, float, float]:
+    """Return the errors of values and gradients, and the largest of a value that is allowed."""
+    if not _can_call(candidate.module):
         raise _untried(candidate)
     own = _copy(candidate.module, device, dtype)
     try:
         expected = _run(type(own).forward, own, shape, device, dtype)
         noisy = _run(type(own).forward, own, shape, device, dtype, noise=torch.finfo(dtype).eps)
-    except Exception as error:  # the module needs more than it got, whatever it says of it
+    except Exception as error:  # the module needs other arguments
         raise _untried(candidate) from error
     try:
         found = _run(candidate.forward, own, shape, device, dtype)
-    except Exception as error:  # whatever a stranger's code raises, it is said and ends the run
+    except Exception as error:  # a kernel's code may raise anything
         raise JobError(
-            f"{candidate.name} fails where it is to replace {candidate.kind}",
-            f"{type(error).__name__}: {_first_line(error)}",
-            f"{candidate.leave_out}, or mend the kernel",
+            f"{candidate.name} fails as a replacement of {candidate.kind}",
+            f"{type(error).__name__}: {first_line(error)}",
+            f"{candidate.leave_out}, or correct the kernel",
         ) from error
     bypassed = sorted(expected.called - found.called)
     if bypassed:
         raise JobError(
             f"{candidate.name} does not call {', '.join(bypassed)} of {candidate.kind}",
-            "it reads their weights: FP8, QAT and adapters on them would be off without a word",
-            "take a kernel that calls the modules, as LigerSwiGLUMLP does",
+            "it reads their weights, which silently turns off what other features put on them",
+            "use a kernel that calls the modules, as LigerSwiGLUMLP does",
         )
     if not found.keeps_inputs and expected.keeps_inputs:
         raise JobError(
-            f"{candidate.name} writes over what it is given, which {candidate.kind} does not",
+            f"{candidate.name} overwrites its arguments, which {candidate.kind} does not",
             "its input or its parameters have other values after the forward pass",
-            f"{candidate.leave_out}, or mend the kernel",
+            f"{candidate.leave_out}, or correct the kernel",
         )
     _refuse_cut(candidate, found, expected, device, dtype)
-    return _compared(candidate, found, expected, noisy, shape, device, dtype)
+    errors = _errors(found, expected)
+    allowed = allowed_errors(_errors(noisy, expected), dtype)
+    wrong = differences(errors, allowed)
+    if wrong:
+        got, due = found.results[VALUES], expected.exact[VALUES]
+        if got is not None and (got.dtype, got.shape) != (due.dtype, due.shape):
+            wrong = [f"it returns {_describe(got)} instead of {_describe(due)}"]
+        raise JobError(
+            f"{candidate.name} does not compute what {candidate.kind} does",
+            f"on {device.type} in {precision(dtype)}, {math.prod(shape)} rows: {'; '.join(wrong)}",
+            f"use another kernel or version, or {candidate.leave_out}",
+        )
+    value = errors.pop(VALUES)
+    return value, max(errors.values(), default=0.0), allowed[VALUES]
+
+
+def _errors(found: _Pass, expected: _Pass) -> dict[str, float]:
+    exact = expected.exact
+    same = {n: x for n, x in found.exact.items() if n in exact and x.dtype == exact[n].dtype}
+    errors = relative_errors({name: same.get(name) for name in exact}, exact)
+    named = {name: f"the gradient of {name or 'its input'}" for name in errors if name != VALUES}
+    return {named.get(name, name): error for name, error in errors.items()}
+
+
+def _cut(found: _Pass, expected: _Pass) -> list[str]:
+    return [name for name in expected.exact if found.results[name] is None]
 
 
 def _refuse_cut(
     candidate: Candidate, found: _Pass, expected: _Pass, device: torch.device, dtype: torch.dtype
 ) -> None:
-    cut = [
-        part
-        for part, gradient in expected.gradients.items()
-        if gradient is not None and found.gradients[part] is None
-    ]
+    cut = _cut(found, expected)
     if not cut:
         return
-    named = [part for part in cut if part]
+    named = [name for name in cut if name]
     if next(candidate.module.parameters(), None) is None:
         named += _cut_in_owner(candidate, device, dtype)
     lost = ["its input"] if "" in cut else []
@@ -151,15 +220,15 @@ def _refuse_cut(
     raise JobError(
         f"{candidate.name} has no gradient: it computes forward only, and was made for inference",
         f"in {candidate.kind} it would cut the gradient of {' and of '.join(lost)}",
-        "leave it out; of forward-only kernels the layers of kernels-community/activation can be "
-        "trained, as their gradient is known here",
+        "leave it out; of forward-only kernels only the layers of kernels-community/activation can "
+        "be trained, with a gradient of raytrain_adv's",
     )
 
 
 def _cut_in_owner(candidate: Candidate, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Return the parameters of the module around that would be left without a gradient."""
     owner = candidate.owner
-    if owner is None or not _can_try(owner):
+    if owner is None or not _can_call(owner):
         return []
     own = _copy(owner, device, dtype)
     try:
@@ -167,69 +236,13 @@ def _cut_in_owner(candidate: Candidate, device: torch.device, dtype: torch.dtype
         inner = own.get_submodule(candidate.attribute)
         vars(inner)["forward"] = candidate.forward.__get__(inner)
         found = _run(type(own).forward, own, SHAPES[0], device, dtype)
-    except (TypeError, ValueError, RuntimeError):  # it needs more than a tensor: names are a help
+    except (TypeError, ValueError, RuntimeError):  # it needs other arguments: no names then
         return []
-    return [
-        part.rpartition(".")[0]
-        for part, gradient in expected.gradients.items()
-        if part and gradient is not None and found.gradients[part] is None
-    ]
+    return [name.rpartition(".")[0] for name in _cut(found, expected) if name]
 
 
-def _compared(
-    candidate: Candidate,
-    found: _Pass,
-    expected: _Pass,
-    noisy: _Pass,
-    shape: tuple[int, int],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Trial:
-    errors, by_noise = _errors(found, expected), _errors(noisy, expected)
-    allowed = {part: TOLERANCE[dtype] + noise for part, noise in by_noise.items()}
-    of_gradients = {part: error for part, error in errors.items() if part != VALUES}
-    trial = Trial(errors[VALUES], max(of_gradients.values(), default=0.0), allowed[VALUES])
-    worst = max(errors, key=lambda part: errors[part] / allowed[part])
-    if errors[worst] <= allowed[worst]:
-        return trial
-    if found.value.dtype != expected.value.dtype or found.value.shape != expected.value.shape:
-        wrong = f"it returns {_described(found.value)} where {_described(expected.value)} is due"
-    else:
-        of = max(of_gradients, key=lambda part: of_gradients[part], default="") or "its input"
-        wrong = (
-            f"values are off by {trial.value_error:.2g}, the gradient of {of} by "
-            f"{trial.gradient_error:.2g}; rounding explains {allowed[worst]:.2g}"
-        )
-    raise JobError(
-        f"{candidate.name} does not compute what {candidate.kind} does",
-        f"on {device.type} in {_plain(dtype)}, {math.prod(shape)} rows: {wrong}",
-        f"take another kernel or version, or {candidate.leave_out}",
-    )
-
-
-def _described(x: torch.Tensor) -> str:
-    return f"{_plain(x.dtype)} {list(x.shape)}"
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _errors(found: _Pass, expected: _Pass) -> dict[str, float]:
-    """Return how far values and each gradient lie apart."""
-    return {VALUES: _error(found.value, expected.value)} | {
-        part: _error(found.gradients[part], gradient)
-        for part, gradient in expected.gradients.items()
-        if gradient is not None
-    }
-
-
-def _error(found: torch.Tensor | None, expected: torch.Tensor) -> float:
-    if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
-        return math.inf
-    scale = float(expected.float().norm()) or 1.0
-    error = float((found.float() - expected.float()).norm()) / scale
-    return error if math.isfinite(error) else math.inf
+def _describe(x: torch.Tensor) -> str:
+    return f"{precision(x.dtype)} {list(x.shape)}"
 
 
 def _run(
@@ -240,22 +253,18 @@ def _run(
     dtype: torch.dtype,
     noise: float = 0.0,
 ) -> _Pass:
-    """Run forward and backward pass on numbers that are the same each time but for the noise, of
-    that size to theirs.
-    """
+    """Run forward and backward pass on the same numbers each time, but for relative noise."""
     called: set[str] = set()
     hooks = [
         child.register_forward_hook(lambda *_, fqn=fqn: called.add(fqn))
         for fqn, child in module.named_modules()
         if fqn and next(child.parameters(recurse=False), None) is not None
     ]
-    devices = [device] if device.type == "cuda" else []
     generator = torch.Generator().manual_seed(0)
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices):
+        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            size = _size_of(module) or 0
-            x = torch.randn(*shape, size, generator=generator)
+            x = torch.randn(*shape, _input_size(module) or 0, generator=generator)
             x *= 1 + noise * (2 * torch.rand(x.shape) - 1)
             x = x.to(device, dtype).requires_grad_()
             inputs = {"": x, **{n: p for n, p in module.named_parameters() if p.requires_grad}}
@@ -276,7 +285,8 @@ def _run(
     finally:
         for hook in hooks:
             hook.remove()
-    return _Pass(value.detach(), dict(zip(inputs, gradients, strict=True)), called, keeps)
+    results = {VALUES: value.detach(), **dict(zip(inputs, gradients, strict=True))}
+    return _Pass(results, called, keeps)
 
 
 def _copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -287,7 +297,7 @@ def _copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
     generator = torch.Generator().manual_seed(1)
     for part in own.modules():
         if isinstance(part, nn.Dropout):
-            part.eval()  # a kernel may call modules in another order, and would drop other values
+            part.eval()  # a kernel that calls modules in another order would drop other values
     with torch.no_grad():
         for parameter in own.parameters():
             values = torch.randn(parameter.shape, generator=generator)
@@ -301,11 +311,9 @@ def _copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
     return own
 
 
-def _can_try(module: nn.Module) -> bool:
-    """Whether a module can be called with one tensor of known size, or is an attention that takes
-    rotated positions beside it.
-    """
-    if _size_of(module) is None:
+def _can_call(module: nn.Module) -> bool:
+    """Return whether a module takes one tensor of known size, or is an attention."""
+    if _input_size(module) is None:
         return False
     needed = [
         parameter
@@ -317,16 +325,15 @@ def _can_try(module: nn.Module) -> bool:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Whether a module is an attention of transformers that is given its rotary embedding."""
+    """Return whether a module is an attention of transformers that takes a rotary embedding."""
     names = inspect.signature(type(module).forward).parameters
-    own = vars(module)
-    return "position_embeddings" in names and "config" in own and "head_dim" in own
+    return "position_embeddings" in names and {"config", "head_dim"} <= vars(module).keys()
 
 
 def _rotation(
     module: nn.Module, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return what an attention takes beside its input: cosine and sine [batch, time, features]."""
+    """Return an attention's other arguments: cosine and sine [batch, time, features]."""
     untyped: Any = module
     options = getattr(untyped.config, "rope_parameters", None)
     share = options.get("partial_rotary_factor", 1.0) if isinstance(options, dict) else 1.0
@@ -338,8 +345,8 @@ def _rotation(
     return {"position_embeddings": (cos, sin), "attention_mask": None}
 
 
-def _size_of(module: nn.Module) -> int | None:
-    """Return the size of a module's input; none where it cannot be told."""
+def _input_size(module: nn.Module) -> int | None:
+    """Return the size of a module's input; None if it is unknown."""
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is not None:
         return weight.shape[-1]
@@ -354,9 +361,5 @@ def _untried(candidate: Candidate) -> Untried:
     return Untried(
         f"{candidate.name} cannot be tried out in {candidate.kind}",
         "its forward pass takes more than one tensor, or one of unknown size",
-        f"{candidate.leave_out}: what cannot be tried out is not used",
+        f"{candidate.leave_out}: a forward pass without a trial is not used",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,1 +1,1 @@
-"""What runs on every worker. Knows no Ray: the same code runs under torchrun or in one process."""
+"""The run of one worker. Knows no Ray: the same code runs under torchrun or in one process."""

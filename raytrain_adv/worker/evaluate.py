@@ -1,6 +1,4 @@
-"""Loss and perplexity on held-out rows, the same number for any number of workers up to the sum's
-rounding.
-"""
+"""Evaluate held-out rows; up to rounding the result does not depend on the number of workers."""
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrain_adv.data.batches.loader import IGNORED, Batches, MicroBatch, eval_batches
+from raytrain_adv.data.batches.loader import Batches, MicroBatch, eval_batches
 from raytrain_adv.dtensor import reshard
+from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.function import LossFunction
 from raytrain_adv.run.run import Run
 
@@ -24,8 +23,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return {loss, perplexity, num_label_tokens, seconds} over all rows of `batches`.
 
-    Ranks that have run out of rows still take part in the forward pass: FSDP2 gathers on all of
-    them.
+    Ranks without rows left still run the forward pass: FSDP2 gathers on all of them.
     """
     start = time.perf_counter()
     model.eval()
@@ -38,7 +36,7 @@ def evaluate(
         loss = loss_sum(model, current.inputs, labels)
         if batch is not None:
             totals[0] += loss.double()
-            totals[1] += (labels != IGNORED).sum()
+            totals[1] += (labels != IGNORE).sum()
     model.train()
     reshard(model)
     if run.world_size > 1:

@@ -1,74 +1,116 @@
-"""After the last step: sample answers and the model folder."""
+"""After the last step: answer sample prompts, export the model, evaluate the twins."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.prepare import PreparedData
+from raytrain_adv.dtensor import reshard
+from raytrain_adv.estimate.flops import text_config
+from raytrain_adv.model.adapter import load_adapter
+from raytrain_adv.model.weights import load_pretrained
 from raytrain_adv.run.run import Run
-from raytrain_adv.worker.sample import greedy_answer
+from raytrain_adv.transforms.lora import Lora
+from raytrain_adv.worker.loop import TrainState, evaluate_variants
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 MAX_ANSWER_TOKENS = 96
-
+BUCKET = 256
+"""Prompt and answer are padded to a multiple of this: one shape, so one compiled graph."""
 NUM_COMPARED = 1024
-"""Tokens handed to the export, which compares on as many of them as it takes."""
+"""Most tokens on which the export compares its models."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What a run leaves to be used, by the names of the report."""
+    """The models that a run leaves, by the names of the report."""
 
     model_dir: str | None = None
     model_gib: float | None = None
     """Size on disk."""
-    quantized_dir: str | None = None
-    quantized_gib: float | None = None
-    quantized_logit_difference: float | None = None
-    """Largest difference between its logits and those of the model trained with fake quantization;
-    rank 0 has it."""
-    quantized_comparison: str = ""
-    """On what and where they were compared."""
+    converted: Mapping[str, Any] = field(default_factory=dict)
+    """Folder, size and comparison of the converted model, if a feature exports one."""
+
+    def figures(self) -> dict[str, Any]:
+        """Return all of it by the names of the report."""
+        return {"model_dir": self.model_dir, "model_gib": self.model_gib, **self.converted}
 
 
 ExportFunction = Callable[
     [PreTrainedModel, JobConfig, Path, "PreTrainedTokenizerBase", torch.Tensor], Exported
 ]
-"""Writes the model folder, or two; called on all ranks, with held-out token ids [tokens]. The
-export package has it."""
+"""Writes the model folders; all ranks call it with held-out token ids [tokens]."""
 
 
 def sample_answers(
-    job: JobConfig,
-    run: Run,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
+    state: TrainState, tokenizer: PreTrainedTokenizerBase, data: PreparedData
 ) -> list[dict[str, str]]:
     """Return the model's answers to held-out prompts: {prompt, answer, reference}."""
-    if job.output.num_sample_answers == 0:
+    count = state.job.output.num_sample_answers
+    if count == 0:
         return []
-    with run.phase("sample answers"):
-        prompts = data.prompts(job.output.num_sample_answers, tokenizer)
-        stop = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-        samples = []
-        for ids, text, reference in prompts:
-            answer = greedy_answer(model, list(ids), stop, run.device, MAX_ANSWER_TOKENS)
+    stop = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    samples = []
+    with state.run.phase("sample answers"):
+        for ids, text, reference in data.prompts(count, tokenizer):
+            answer = greedy_answer(state.model, list(ids), stop, state.run.device)
             decoded = tokenizer.decode(answer, skip_special_tokens=True)
             samples.append({"prompt": text, "answer": str(decoded), "reference": reference})
     return samples
+
+
+@torch.no_grad()
+def greedy_answer(
+    model: nn.Module,
+    prompt: list[int],
+    stop: set[int],
+    device: torch.device,
+    max_new_tokens: int = MAX_ANSWER_TOKENS,
+) -> list[int]:
+    """Return the greedily decoded continuation of `prompt` (token ids), without the stop token;
+    empty if the prompt fills all positions of the model.
+
+    Every rank must call this with the same prompt: each forward pass gathers sharded parameters.
+    There is no cache of keys and values; causal attention makes the padding on the right harmless.
+    """
+    positions = getattr(text_config(model), "max_position_embeddings", None)
+    if positions is not None:
+        max_new_tokens = min(max_new_tokens, positions - len(prompt))
+    if max_new_tokens < 1 or not prompt:
+        return []
+    model.eval()
+    length = -(-(len(prompt) + max_new_tokens) // BUCKET) * BUCKET
+    length = length if positions is None else min(length, positions)
+    tokens = torch.full((1, length), prompt[-1], dtype=torch.long, device=device)
+    tokens[0, : len(prompt)] = torch.tensor(prompt, device=device)
+    end = len(prompt)
+    for position in range(len(prompt), len(prompt) + max_new_tokens):
+        logits = model(input_ids=tokens, use_cache=False).logits
+        choice = logits[0, position - 1].argmax()
+        if dist.is_initialized():  # GPUs may round differently, and all must continue alike
+            dist.broadcast(choice, src=0)
+        chosen = int(choice)
+        if chosen in stop:
+            break
+        tokens[0, position] = chosen
+        end = position + 1
+    model.train()
+    reshard(model)
+    answer: list[int] = tokens[0, len(prompt) : end].tolist()
+    return answer
 
 
 def export(
@@ -79,21 +121,21 @@ def export(
     data: PreparedData,
     write: ExportFunction,
 ) -> Exported:
-    """Write output_dir/model, and the quantized model where there is one, on rank 0."""
+    """Write output_dir/model, and the converted model if there is one, on rank 0."""
     if not job.output.export_model:
         return Exported()
-    out = Path(job.output.output_dir) / "model"
     with run.phase("export"):
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-        exported = write(model, job, out, tokenizer, compared_tokens(data))
+        out = Path(job.output.output_dir) / "model"
+        exported = write(model, job, out, tokenizer, tokens_to_compare(data))
         run.barrier()
     return exported
 
 
-def compared_tokens(data: PreparedData) -> torch.Tensor:
-    """Return token ids [tokens] of the first held-out rows, one after another; of the training rows
-    where none are held out.
+def tokens_to_compare(data: PreparedData) -> torch.Tensor:
+    """Return token ids [tokens] of the first held-out rows, or of training rows if there are none
+    held out.
     """
     parts: list[NDArray[np.int32]] = []
     for sequence in data.eval or data.train:
@@ -101,3 +143,22 @@ def compared_tokens(data: PreparedData) -> torch.Tensor:
         if sum(map(len, parts)) >= NUM_COMPARED:
             break
     return torch.from_numpy(np.concatenate(parts)[:NUM_COMPARED])
+
+
+def evaluate_twins(state: TrainState, model: PreTrainedModel) -> None:
+    """Evaluate in this run's model the twins: the same job, trained before without a feature. Its
+    own weights, already exported, are lost.
+    """
+    job = state.job
+    for twin in state.transforms.twins():
+        if state.held_out is None:
+            continue
+        folder = Path(twin.output.output_dir) / "model"
+        with state.run.phase("twin"):
+            if job.transform(Lora).enabled:
+                load_adapter(model, folder)
+            else:
+                source = {"model_name_or_path": str(folder), "train_from_scratch": False}
+                trained = replace(job, model=job.model.model_copy(update=source))
+                load_pretrained(model, trained, state.run.device)
+            evaluate_variants(state, state.arithmetic.total_steps, of="twin")

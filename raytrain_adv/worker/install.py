@@ -1,4 +1,4 @@
-"""What transforms bring along and put in place on workers, the same on every rank."""
+"""Fetch and install what the transforms planned on each worker, and check that all ranks agree."""
 
 from __future__ import annotations
 
@@ -16,69 +16,67 @@ from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model import attention
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.run.run import Run
-from raytrain_adv.transforms.applied import fetch_all, install_all, probe_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.trials.attention import try_attention
 
 
 def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
-    """Bring what transforms and attention need on the workers into output_dir.
+    """Copy what transforms and attention need on the workers into output_dir.
 
     Raises:
-        JobError: when it cannot be had.
+        JobError: when it is not available.
     """
-    fetch_all(job, facts, say)
+    Transforms(job).fetch(facts, say)
     attention.fetch(job, facts, say)
 
 
-def fetched(job: JobConfig, run: Run, facts: HardwareFacts) -> None:
-    """Have rank 0 put into output_dir what transforms need; the driver has done it where there is
-    one.
+def fetch_on_main(job: JobConfig, run: Run, facts: HardwareFacts) -> None:
+    """Fetch on rank 0; if there is a driver, it has already done so.
 
     Raises:
         RaytrainAdvError: rank 0's, on all ranks.
     """
-    refused: RaytrainAdvError | None = None
+    failure: RaytrainAdvError | None = None
     if run.is_main:
         try:
             fetch(job, facts, partial(run.say, event="fetch"))
         except RaytrainAdvError as error:
-            refused = error
-    refused = run.broadcast(refused)
-    if refused is not None:
-        raise refused
+            failure = error
+    failure = run.broadcast(failure)
+    if failure is not None:
+        raise failure
 
 
-def installed(
-    job: JobConfig, run: Run, model: PreTrainedModel, plans: Mapping[str, Plan]
+def install(
+    run: Run, transforms: Transforms, model: PreTrainedModel, plans: Mapping[str, Plan]
 ) -> dict[str, Plan]:
-    """Replace the forward passes that were planned; return the plans with what was found.
+    """Replace the planned forward passes; return the plans with the results of their trials.
 
     Raises:
         JobError: when a replacement turns out to be wrong.
         TrainingError: when ranks would compute with different replacements.
     """
-    device, dtype = run.device, compute_dtype(job)
-    found = probe_all(job, model, install_all(job, model, plans, device, dtype), device, dtype)
+    found = transforms.install(model, plans, run.device, compute_dtype(transforms.job))
     require_alike(run, found)
     return found
 
 
-def attended(job: JobConfig, run: Run, model: PreTrainedModel) -> dict[str, str | None]:
-    """Try the model's attention out; return what computes it and what was found, for the report.
+def check_attention(job: JobConfig, run: Run, model: PreTrainedModel) -> dict[str, str | None]:
+    """Test the model's attention in a trial; return its name and the result for the report.
 
     Raises:
-        JobError: when it is not the attention that the model asks for.
+        JobError: when it does not compute the model's attention.
     """
     name = attention.attention_name(job, model)
-    tried = try_attention(job, model, run.device, compute_dtype(job))
-    if tried:
-        run.say(f"attention {name}: {tried}", event="attention")
-    return {"attention": name, "attention_trial": tried or None}
+    result = try_attention(job, model, run.device, compute_dtype(job))
+    if result:
+        run.say(f"attention {name}: {result}", event="attention")
+    return {"attention": name, "attention_trial": result or None}
 
 
 def require_alike(run: Run, plans: Mapping[str, Plan]) -> None:
-    """Compare what was changed, and into what, between all ranks.
+    """Compare which modules were changed, and to what, between all ranks.
 
     Raises:
         TrainingError: on all ranks, when one differs.
@@ -91,7 +89,7 @@ def require_alike(run: Run, plans: Mapping[str, Plan]) -> None:
     number = int.from_bytes(digest[:7], "big")
     if run.agree(number, dist.ReduceOp.MIN) != run.agree(number, dist.ReduceOp.MAX):
         raise TrainingError(
-            "Workers would not compute alike: transforms changed other modules on some ranks",
+            "Workers would compute differently: transforms changed other modules on some ranks",
             f"rank {run.rank}: {', '.join(f'{n} {len(m)} modules' for n, m in mine.items())}",
             "give all nodes the same versions and the same files",
         )

@@ -1,11 +1,10 @@
-"""What a run measures about itself: speed, memory, time waiting for data; and the file it goes
-to.
-"""
+"""Measure a run: speed, memory, time waiting for data; and open the file for the rows."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
+import statistics
 import time
 from array import array
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrain_adv.checkpoint.save import Found
+from raytrain_adv.checkpoint.folders import Found
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.hardware import peak_flops
@@ -24,26 +23,26 @@ from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import Arithmetic
 from raytrain_adv.run.trackers import open_trackers
 from raytrain_adv.storage.metrics_file import MetricsFile
+from raytrain_adv.text import GIB
 
-GIB = 2**30
+WARM_UP_STEPS = 3
+"""Steps left out of medians: they compile, allocate and tune."""
 
 
 def open_metrics(job: JobConfig, run: Run, arithmetic: Arithmetic, found: Found | None) -> None:
-    """Open metrics.jsonl and the trackers on rank 0; rows after the step that is resumed from are
-    dropped.
-    """
+    """Open metrics.jsonl and the trackers on rank 0, without rows after the step resumed from."""
     if not run.is_main:
         return
     path = Path(job.output.output_dir) / "metrics.jsonl"
     step = found.progress.step if found is not None else 0
-    goes_on = found is not None or run.restarts > 0
-    file = MetricsFile(path, resume_step=step if goes_on else None)
+    continues = found is not None or run.restarts > 0
+    file = MetricsFile(path, resume_step=step if continues else None)
     trackers = open_trackers(
-        job, resume_step=step if goes_on else 0, emit=lambda slug, text: run.say(text, event=slug)
+        job, resume_step=step if continues else 0, emit=lambda slug, text: run.say(text, event=slug)
     )
     run.open_metrics(file, trackers)
     if run.resume and found is None:
-        run.say("There is no complete checkpoint to go on from: the run starts at step 0.")
+        run.say("There is no complete checkpoint to continue from: the run starts at step 0.")
     run.say(
         "the run in numbers",
         event="plan",
@@ -75,18 +74,18 @@ class Meter:
         self.step_seconds = array("d")  # 8 bytes a step, where a list takes 32
         self.rates = array("d")
         """Tokens per second of this rank, per timed step."""
-        self.eval_losses: list[tuple[int, float]] = []
         self.waits = array("d")
         """Seconds per step that this rank waited for data, per logging step."""
         self.last_loss = float("nan")
         self.tokens_since_log = 0
         self.untimed_tokens = 0
-        """Of those the ones of the first step, whose time does not count."""
+        """Those of the first step, whose time does not count."""
         self.steps_since_log = 0
         self.paused_s = 0.0
         self.waited_at_log = 0.0
         self.norm: torch.Tensor | None = None
         self.step = 0
+        """The current optimizer step, from 0."""
         self._started = self._log_time = time.perf_counter()
         self._phases: set[str] = set()
         if self.on_gpu:
@@ -98,15 +97,11 @@ class Meter:
         self.run.timeline |= {"first step": 0.0, "steps": 0.0}
 
     def stop(self) -> None:
-        """Put the loop's time into the timeline, without what has a line of its own there."""
+        """Put the steps' time into the timeline, without what has its own entry there."""
         self._synchronize()
         self.run.beat.stop()
         own = sum(self.run.timeline.get(name, 0.0) for name in ("first step", *self._phases))
         self.run.timeline["steps"] = time.perf_counter() - self._started - own
-
-    def begin(self, step: int) -> None:
-        """Note that optimizer step `step` (from 0) begins."""
-        self.step = step
 
     def end(self, num_tokens: int, norm: torch.Tensor) -> None:
         """Note that the step is queued; its time counts at the next logging step."""
@@ -115,13 +110,9 @@ class Meter:
         self.norm = norm
         self.run.beat.step_done()
 
-    def where(self) -> str:
-        """Return the step in words."""
-        return f"optimizer step {self.step + 1}"
-
     def first_step_done(self) -> None:
-        """Wait for the first step and say how long it took: with torch_compile it compiles, and is
-        left out of the steps' time.
+        """Wait for the first step and report its time, which the steps' time leaves out: with
+        torch_compile it includes compilation.
         """
         self._synchronize()
         now = time.perf_counter()
@@ -133,7 +124,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self, phase: str) -> Iterator[None]:
-        """Leave what happens inside out of the steps' time, and put it into the timeline."""
+        """Count the time inside in the timeline's `phase`, not in the steps' time."""
         self._synchronize()
         start = time.perf_counter()
         with self.run.beat.paused():
@@ -151,18 +142,18 @@ class Meter:
     def row(
         self, done: int, loss: float, label_tokens: float, lr: float, waited_s: float
     ) -> dict[str, Any]:
-        """Return the line of metrics over the steps since the last one."""
+        """Return a row of metrics over the steps since the last one."""
         self._synchronize()
         now = time.perf_counter()
         elapsed = max(now - self._log_time - self.paused_s, 1e-9)
         steps, tokens = self.steps_since_log, self.tokens_since_log - self.untimed_tokens
-        if not steps:  # the row is of the first step alone
+        if not steps:  # the row is for the first step alone
             steps, tokens = 1, self.tokens_since_log
             elapsed = max(self.run.timeline.get("first step", elapsed), 1e-9)
         step_s, rate = elapsed / steps, tokens / elapsed
         self.step_seconds.extend([step_s] * steps)
         self.rates.extend([rate] * steps)
-        # None of the steps may have counted: on_bad_loss: skip.
+        # With on_bad_loss: skip perhaps no step counted.
         self.last_loss = loss / label_tokens if label_tokens else float("nan")
         row: dict[str, Any] = {
             "kind": "train",
@@ -179,12 +170,8 @@ class Meter:
             "num_label_tokens": int(label_tokens),
         }
         self.waits.append(row["data_wait_s"] / max(self.steps_since_log, 1))
-        self._log_time, self.paused_s, self.steps_since_log, self.waited_at_log = (
-            now,
-            0.0,
-            0,
-            waited_s,
-        )
+        self._log_time, self.paused_s = now, 0.0
+        self.steps_since_log, self.waited_at_log = 0, waited_s
         return row
 
     def take_tokens(self) -> int:
@@ -193,7 +180,7 @@ class Meter:
         return tokens
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Return the share of the GPU's dense bf16 peak that the model's own operations reach; none
+        """Return the share of the GPU's dense bf16 peak that the model's own operations use; None
         on CPU.
         """
         if self.peak is None:
@@ -201,13 +188,23 @@ class Meter:
         return tokens_per_second * self.flops_per_token / self.peak.value
 
     def peak_memory_gib(self) -> float:
-        """Return the most GPU memory allocated so far, or on CPU the most resident memory of this
-        process.
-        """
+        """Return the peak of allocated GPU memory so far; on CPU this process's resident memory."""
         if self.on_gpu:
             return torch.cuda.max_memory_allocated(self.run.device) / GIB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-    def peak_over_ranks(self) -> float:
-        """Return the largest peak over all ranks."""
-        return self.run.agree(int(self.peak_memory_gib() * 2**20), dist.ReduceOp.MAX) / 2**20
+    def figures(self) -> dict[str, Any]:
+        """Return the run's figures for the report; all ranks call it."""
+        rates, seconds = (x[WARM_UP_STEPS:] or x for x in (self.rates, self.step_seconds))
+        rate = statistics.median(rates) if rates else None
+        peak = self.run.agree(int(self.peak_memory_gib() * 2**20), dist.ReduceOp.MAX) / 2**20
+        return {
+            "steps": self.arithmetic.total_steps,
+            "total_steps": self.arithmetic.total_steps,
+            "epochs": self.arithmetic.epochs,
+            "step_seconds": statistics.median(seconds) if seconds else None,
+            "tokens_per_second_per_worker": rate,
+            "mfu_bf16": self.mfu(rate) if rate else None,
+            "peak_memory_gib": peak,
+            "data_wait_seconds": statistics.median(self.waits) if self.waits else None,
+        }

@@ -1,11 +1,10 @@
-"""AdamW and the learning rate as a pure function of the step, so that a resumed run is the same
-run.
-"""
+"""AdamW, and the learning rate as a pure function of the step, so that a resume changes nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +15,7 @@ from raytrain_adv.run.schedule import Arithmetic
 
 
 def build_optimizer(model: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
-    """Return AdamW over the trainable parameters; biases and norms are in a group without weight
-    decay.
+    """Return AdamW over the trainable parameters, without weight decay for biases and norms.
 
     Source: decoupled weight decay, https://arxiv.org/abs/1711.05101.
     """
@@ -30,21 +28,22 @@ def build_optimizer(model: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
         for params, decay in ((decayed, train.weight_decay), (plain, 0.0))
         if params
     ]
-    betas, epsilon = (train.adam_beta1, train.adam_beta2), train.adam_epsilon
+    options: dict[str, Any] = {
+        "lr": train.learning_rate,
+        "betas": (train.adam_beta1, train.adam_beta2),
+        "eps": train.adam_epsilon,
+    }
     if train.optim == "adamw_torch_8bit":
         from torchao.optim import AdamW8bit
 
-        optimizer: torch.optim.Optimizer = AdamW8bit(
-            groups, lr=train.learning_rate, betas=betas, eps=epsilon
-        )
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
         return optimizer
-    if train.optim == "adamw_torch_fused":
-        return ClippingAdamW(groups, lr=train.learning_rate, betas=betas, eps=epsilon)
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=epsilon)
+    kind = ClippingAdamW if train.optim == "adamw_torch_fused" else torch.optim.AdamW
+    return kind(groups, **options)
 
 
 def set_learning_rate(groups: Iterable[dict[str, object]], value: float) -> None:
-    """Give every parameter group the learning rate of the coming step."""
+    """Set the learning rate of every parameter group."""
     for group in groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(value)
@@ -55,7 +54,7 @@ def set_learning_rate(groups: Iterable[dict[str, object]], value: float) -> None
 def learning_rate(job: JobConfig, arithmetic: Arithmetic, step: int) -> float:
     """Return the learning rate of optimizer step `step` (from 0).
 
-    The shapes are those of transformers' get_scheduler (optimization.py), by the same names.
+    Source: transformers' get_scheduler (optimization.py), shapes and names.
     """
     train, total, warmup = job.train, arithmetic.total_steps, arithmetic.warmup_steps
     if step < warmup:
@@ -87,7 +86,7 @@ def _factor(job: JobConfig, arithmetic: Arithmetic, step: int, progress: float) 
 
 
 def _warmup_floor(job: JobConfig) -> float:
-    """Return where the rise begins; transformers starts it at the floor in this one schedule."""
+    """Return the share that warmup starts at: not 0 in one schedule, as in transformers."""
     if job.train.lr_scheduler_type != "warmup_stable_decay":
         return 0.0
     return float(job.train.lr_scheduler_kwargs.get("min_lr_ratio", 0.0))

@@ -1,6 +1,4 @@
-"""What of a job's files is seen to be wrong in a moment: before Ray is asked, without torch, and in
-the words in which it would be refused later.
-"""
+"""Fast checks of a job's files before Ray starts, without torch; errors are the later ones."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.order import num_held_out
 from raytrain_adv.data.read.entries import Entry, resolve
 from raytrain_adv.data.read.sources import data_files, read_files
-from raytrain_adv.data.tokens.templates import EOS, find_template, no_template, unfit
+from raytrain_adv.data.tokens.templates import find_template, no_template, unfit
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.files import check_flash_package, check_folder, check_weights, is_local
 
@@ -26,40 +24,33 @@ NAMING_TOKENS = (
     "added_tokens.json",
 )
 READ_AT_ONCE = 64 * 2**20
-"""Bytes of a .json file, which is read as a whole, up to which its rows are counted here."""
+"""Largest .json file (bytes) whose rows are counted here; it is read as a whole."""
 
 
 def check_files(job: JobConfig) -> None:
-    """Refuse what the files that this machine sees make impossible. What is on the Hub, and rows
-    that turn out unusable, are found where they are fetched and tokenized.
+    """Refuse a job that the files on this machine make impossible. Files on the Hub are checked
+    when they are fetched, rows when they are tokenized.
 
-    In a sweep a file that is missing ends its own trial only; here, what would end every one alike.
+    In a sweep a missing file ends only its own trial; this refuses what would end all of them.
 
     Raises:
-        JobError: as later, when the model or the data is read.
+        JobError: the same as later, when the model or the data is read.
     """
     if job.sweep is None:
         _check(job)
         return
-    found: dict[str, JobError | None] = {}
-    for trial in job.sweep.trials:
-        one = trial.job
-        key = f"{one.model.model_dump()} {one.data.model_dump()}"
-        if key not in found:
-            found[key] = _refusal(one)
-            if found[key] is None:
-                return
-    every = {str(error): error for error in found.values() if error is not None}
-    if len(every) == 1:  # several are each said of the trial that they end
-        raise next(iter(every.values()))
-
-
-def _refusal(job: JobConfig) -> JobError | None:
-    try:
-        _check(job)
-    except JobError as error:
-        return error
-    return None
+    jobs = [trial.job for trial in job.sweep.trials]
+    distinct = {f"{one.model.model_dump()} {one.data.model_dump()}": one for one in jobs}
+    errors: dict[str, JobError] = {}
+    for one in distinct.values():
+        try:
+            _check(one)
+        except JobError as error:
+            errors[str(error)] = error
+        else:
+            return
+    if len(errors) == 1:  # different ones are reported with the trial that each ends
+        raise next(iter(errors.values()))
 
 
 def _check(job: JobConfig) -> None:
@@ -79,44 +70,43 @@ def _check_template(job: JobConfig) -> None:
     if template is None:
         if not _has_chat_template(folder):
             raise no_template(job.model.model_name_or_path)
-    elif template.end_of_turn != EOS and not _has_token(folder, template.end_of_turn):
+    elif template.end_of_turn and not _has_token(folder, template.end_of_turn):
         raise unfit(template)
 
 
 def _has_chat_template(folder: Path) -> bool:
     config = folder / "tokenizer_config.json"
-    beside = any("chat_template" in path.name for path in folder.iterdir())
-    return beside or not config.is_file() or b"chat_template" in config.read_bytes()
+    has_file = any("chat_template" in path.name for path in folder.iterdir())
+    return has_file or not config.is_file() or b"chat_template" in config.read_bytes()
 
 
 def _has_token(folder: Path, token: str) -> bool:
-    """Whether a file of the tokenizer names a token. Files are parsed only where the token, as it
-    is usually written, is in none of them.
+    """Return whether a file of the tokenizer has a token. Files are parsed only if none contains
+    the token as it is usually written.
     """
-    there = [path for name in NAMING_TOKENS if (path := folder / name).is_file()]
-    if any(token.encode() in path.read_bytes() for path in there):
+    files = [path for name in NAMING_TOKENS if (path := folder / name).is_file()]
+    if any(token.encode() in path.read_bytes() for path in files):
         return True
     try:
-        return any(_holds(json.loads(path.read_bytes()), token) for path in there)
-    except ValueError:  # said where the tokenizer is loaded
+        return any(_contains(json.loads(path.read_bytes()), token) for path in files)
+    except ValueError:  # reported when the tokenizer is loaded
         return True
 
 
-def _holds(value: Any, token: str) -> bool:
+def _contains(value: Any, token: str) -> bool:
     if isinstance(value, dict):
-        return token in value or any(_holds(one, token) for one in value.values())
+        return token in value or any(_contains(one, token) for one in value.values())
     if isinstance(value, list):
-        return any(_holds(one, token) for one in value)
+        return any(_contains(one, token) for one in value)
     return bool(value == token)
 
 
 def _check_data(job: JobConfig) -> None:
-    """Refuse datasets that are not there, and a val_size that their rows are too few for."""
+    """Refuse missing datasets, and a val_size for which there are too few rows."""
     data, enough = job.data, _enough(job.data.val_size)
     entries = resolve(data.dataset, data, "dataset")
     if data.eval_dataset is not None:
-        entries_held_out = resolve(data.eval_dataset, data, "eval_dataset")
-        for entry in entries_held_out:
+        for entry in resolve(data.eval_dataset, data, "eval_dataset"):
             _files(entry)
     counts = [_rows_up_to(enough, entry, data.max_samples) for entry in entries]
     if data.val_size and None not in counts:
@@ -126,14 +116,14 @@ def _check_data(job: JobConfig) -> None:
 
 
 def _enough(val_size: float) -> int:
-    """Return a number of rows that suffices to hold some out and to keep some."""
+    """Return how many rows suffice to hold some out and keep some for training."""
     if val_size >= 1 or not val_size:
         return int(val_size) + 1 if val_size else 0
     return math.ceil(1 / min(val_size, 1 - val_size))
 
 
 def _rows_up_to(enough: int, entry: Entry, max_samples: int | None) -> int | None:
-    """Return how many rows a dataset has, counted up to `enough`; none where that takes long."""
+    """Return how many rows a dataset has, counted up to `enough`; None if that takes long."""
     files = _files(entry)
     if not files or any(
         f.suffix.lower() == ".json" and f.stat().st_size > READ_AT_ONCE for f in files
@@ -147,5 +137,5 @@ def _rows_up_to(enough: int, entry: Entry, max_samples: int | None) -> int | Non
 
 
 def _files(entry: Entry) -> list[Path]:
-    """Return a dataset's files; none of one that is elsewhere, or made here."""
+    """Return a dataset's files; empty for one that is generated or not on this machine."""
     return data_files(Path(entry.target)) if entry.kind == "files" else []

@@ -1,5 +1,5 @@
-"""The line, top to bottom: hardware, data, model, transforms, sharding, weights, optimizer, steps,
-export.
+"""One worker's run, in order: hardware, data, model, transforms, sharding, weights, optimizer,
+steps, export.
 """
 
 from __future__ import annotations
@@ -23,15 +23,20 @@ from raytrain_adv.model.attention import is_flash
 from raytrain_adv.model.build import build
 from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import resolve_arithmetic
-from raytrain_adv.transforms.applied import check_all, enabled, loaded_all, prepare_all, with_advice
-from raytrain_adv.worker.checks.profile import Proof
-from raytrain_adv.worker.finish import ExportFunction, export, sample_answers
-from raytrain_adv.worker.install import attended, fetched, installed
-from raytrain_adv.worker.loop import Loop
+from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.worker.checks.step import Checks
+from raytrain_adv.worker.finish import ExportFunction, evaluate_twins, export, sample_answers
+from raytrain_adv.worker.install import check_attention, fetch_on_main, install
+from raytrain_adv.worker.loop import (
+    TrainState,
+    evaluate_variants,
+    log_and_save,
+    train_step,
+    training,
+)
 from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.optim import build_optimizer
 from raytrain_adv.worker.trials.loss import check_loss
-from raytrain_adv.worker.twin import measure_twin
 
 
 @parallel.never_left_eager
@@ -39,66 +44,74 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     """Train on this rank and return what the report needs. Every rank of the run calls this.
 
     Raises:
-        RaytrainAdvError: in the house form, for everything a user can do something about.
+        RaytrainAdvError: with what, found and fix, for everything that a user can correct.
     """
     began_at = time.time()
     facts = hardware.detect(run.device)
-    check_all(job, facts)
+    transforms = Transforms(job)
+    transforms.check(facts)
 
     with run.phase("open data"):
         prepared = prepare(job, partial(run.say, event="data"), rebuild=False)
         tokenizer = load_tokenizer(job)
     arithmetic = resolve_arithmetic(job, len(prepared.train), run.world_size)
-    for transform in enabled(job):
-        transform.check_length(arithmetic.total_steps)
+    transforms.check_length(arithmetic.total_steps)
+    longest = pad_to(job).length(int(prepared.train.lengths.max()))
     found = to_resume(job, run, arithmetic)
+    progress = found.progress if found is not None else None
     open_metrics(job, run, arithmetic, found)
 
     with run.phase("model"):
-        fetched(job, run, facts)
+        fetch_on_main(job, run, facts)
         model = build(job)
-        attention = attended(job, run, model)
-        plans = installed(job, run, model, prepare_all(job, model, facts))
-        longest = pad_to(job).length(int(prepared.train.lengths.max()))
-        plans = with_advice(job, plans, longest * arithmetic.micro_batch)
+        attention = check_attention(job, run, model)
+        plans = transforms.prepare(model, facts, longest * arithmetic.micro_batch)
+        plans = install(run, transforms, model, plans)
         predicted = memory.predict(model, job, run.world_size, longest, arithmetic.micro_batch)
-        mesh = parallel.build_mesh(job, run.device)
-        parallel.shard(model, job, mesh)
+        parallel.shard(model, job, parallel.build_mesh(job, run.device))
         weights.materialize(model, run.device, parallel.parameter_device(job))
         if job.model.train_from_scratch:
             weights.init_from_scratch(model, job, run.device)
         else:
             weights.load_pretrained(model, job, run.device)
-        for transform in enabled(job):
-            transform.initialize(model, job.train.seed)
-        plans = loaded_all(job, model, plans)
+        plans = transforms.initialize(model, plans, job.train.seed)
         optimizer = build_optimizer(model, job)
     if found is not None:
         with run.phase("resume"):
             save.load(found, model, optimizer)
-    for transform in enabled(job):
-        transform.after_step(model)
+    transforms.after_step(model)
     plans = check_loss(job, model, run, plans)
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    flash = is_flash(model)
-    batches = Batches(job, prepared.train, arithmetic, run.rank, pad, flash)
-    held_out = (
-        Batches(job, prepared.eval, arithmetic, run.rank, pad, flash)
-        if prepared.eval is not None
-        else None
+    to_batches = partial(
+        Batches,
+        job,
+        arithmetic=arithmetic,
+        rank=run.rank,
+        pad_token_id=pad,
+        flash=is_flash(model),
     )
-    proof = Proof(job, run, plans)
-    loop = Loop(job, run, model, optimizer, arithmetic, batches, held_out, proof)
-    loop.run_from(found.progress if found is not None else None)
-    proof.say_what_is_missing()
+    batches = to_batches(prepared.train)
+    held_out = to_batches(prepared.eval) if prepared.eval is not None else None
+    checks = Checks(job, run, model, transforms, plans, batches, progress)
+    state = TrainState(
+        job, run, transforms, model, optimizer, arithmetic, batches, held_out, progress
+    )
+    with training(state):
+        if state.first_step == 0 and not job.model.train_from_scratch:
+            evaluate_variants(state, 0)
+        for step in range(state.first_step, arithmetic.total_steps):
+            train_step(state, checks, step)
+            log_and_save(state, checks, step + 1)
+    checks.profiles.report_unproven()
 
-    samples = sample_answers(job, run, model, tokenizer, prepared)
-    optimizer.state.clear()  # makes room for the quantized model beside the trained one
+    samples = sample_answers(state, tokenizer, prepared)
+    optimizer.state.clear()  # makes room for a converted model next to the trained one
     exported = export(job, run, model, tokenizer, prepared, write_model)
-    measure_twin(job, run, model, loop)
+    evaluate_twins(state, model)
     return {
-        **loop.figures(),
+        **state.meter.figures(),
+        "skipped_steps": checks.loss.num_skipped,
         "world_size": run.world_size,
         "device": facts.device_name,
         **attention,
@@ -106,12 +119,12 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         "predicted_memory_gib": predicted.total,
         "predicted_memory": predicted.as_dict(),
         "batch": asdict(arithmetic),
-        "resumed_from_step": found.progress.step if found is not None else None,
+        "resumed_from_step": progress.step if progress is not None else None,
         "transforms": plans,
-        "proof": proof.found,
+        "proof": checks.profiles.found,
         "data": prepared.stats,
         "samples": samples,
-        **asdict(exported),
+        **exported.figures(),
         "began_at": began_at,
         "timeline": run.timeline,
     }

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from raytrain_adv.checkpoint.host_memory import HostMemory
-from raytrain_adv.checkpoint.staging import staged, tensors_of
+from raytrain_adv.checkpoint.staging import HostMemory, staged, tensors_of
 from tests import workers
 from tests.matrix_runs import Runs
 
@@ -49,7 +48,7 @@ def test_a_state_without_memory_of_its_own_is_copied_all_the_same():
 
 
 def test_a_node_without_the_memory_is_told_of(monkeypatch):
-    monkeypatch.setattr("raytrain_adv.checkpoint.host_memory.available_bytes", lambda: 2**20)
+    monkeypatch.setattr("raytrain_adv.checkpoint.staging.free_host_memory", lambda: 2**20)
     said, state = [], state_of(0)
     memory = HostMemory(said.append)
     memory.prepare(tensors_of(state))

@@ -16,7 +16,7 @@ from raytrain_adv.kernels.fetch import Place, find
 from raytrain_adv.kernels.source import read
 from raytrain_adv.kernels.swap import LayerSource, load_layer
 from raytrain_adv.kernels.variants import Target
-from raytrain_adv.trial.module import Candidate, try_out
+from raytrain_adv.trial.module import Candidate, try_module
 from tests.kernel_folders import ACTIVATION, write_kernel
 from tests.workers import losses, run_workers
 
@@ -69,7 +69,7 @@ def test_the_example_computes_and_learns_as_torch_does(dtype, features):
     for name, module in (("RMSNorm", Norm(features)), ("SwiGLUMLP", Mlp(features // 4))):
         kind = layer(name, name)
         candidate = Candidate(kind.forward, name, module, "leave it out")
-        found = try_out(candidate, torch.device("cuda"), dtype)
+        found = try_module(candidate, torch.device("cuda"), dtype)
         limit = 1e-2 if dtype == torch.bfloat16 else 1e-5
         assert found.value_error < limit and found.gradient_error < limit, (name, found)
 

@@ -7,7 +7,7 @@ from raytrain_adv import hardware
 from raytrain_adv.model import parallel, weights
 from raytrain_adv.model.build import build
 from raytrain_adv.ops.loss.function import loss_function
-from raytrain_adv.transforms.applied import enabled, prepare_all, probe_all
+from raytrain_adv.transforms.applied import Transforms
 from tests.tiny_models import job_for
 
 pytestmark = [
@@ -49,12 +49,13 @@ def losses(llama, folder, steps=4, **keys):
     device, dtype = torch.device("cuda"), torch.bfloat16
     torch._dynamo.reset()
     model = build(job)
-    plans = probe_all(job, model, prepare_all(job, model, hardware.detect(device)), device, dtype)
+    plans = Transforms(job).install(
+        model, Transforms(job).prepare(model, hardware.detect(device)), device, dtype
+    )
     parallel.shard(model, job, None)
     weights.materialize(model, device)
     weights.load_pretrained(model, job, device)
-    for transform in enabled(job):
-        transform.initialize(model, 0)
+    Transforms(job).initialize(model, plans, 0)
     model.to(dtype)
     loss_sum = loss_function(model, job.parallel.torch_compile)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)

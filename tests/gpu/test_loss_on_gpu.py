@@ -15,7 +15,7 @@ from raytrain_adv.ops.loss.function import loss_function
 from raytrain_adv.ops.loss.head import BACKENDS, loss_of
 from raytrain_adv.ops.loss.linear_cross_entropy import LogitMap, called_cross_entropy
 from raytrain_adv.run.run import local_run
-from raytrain_adv.transforms.applied import enabled, prepare_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.trials.loss import check_loss
 from tests.tiny_models import job_for
 
@@ -136,15 +136,13 @@ def trained(folder: Path, **keys):
     device = torch.device("cuda")
     torch._dynamo.reset()
     facts = hardware.detect(device)
-    for transform in enabled(job):
-        transform.check(facts)
+    Transforms(job).check(facts)
     model = build(job)
-    plans = prepare_all(job, model, facts)
+    plans = Transforms(job).prepare(model, facts)
     parallel.shard(model, job, None)
     weights.materialize(model, device)
     weights.init_from_scratch(model, job, device)
-    for transform in enabled(job):
-        transform.initialize(model, 0)
+    Transforms(job).initialize(model, plans, 0)
     return model, check_loss(job, model, local_run(job, device), plans), job
 
 
@@ -217,11 +215,10 @@ def test_lora_on_the_head_trains_as_with_plain_logits(tmp_path):
         job = job_for(source, tmp_path / kernel, loss_kernel=kernel, **lora)
         device = torch.device("cuda")
         model = build(job)
-        plans = prepare_all(job, model, hardware.detect(device))
+        plans = Transforms(job).prepare(model, hardware.detect(device))
         weights.materialize(model, device)
         weights.load_pretrained(model, job, device)
-        for transform in enabled(job):
-            transform.initialize(model, 0)
+        Transforms(job).initialize(model, plans, 0)
         model.to(torch.bfloat16)
         check_loss(job, model, local_run(job, device), plans)
         if kernel == "chunked":

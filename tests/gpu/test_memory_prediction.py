@@ -15,12 +15,13 @@ import torch.distributed as dist
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.config import sections as s
-from raytrain_adv.estimate.memory import GIB, predict
+from raytrain_adv.estimate.memory import predict
 from raytrain_adv.model import parallel
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import materialize
 from raytrain_adv.ops.loss.function import loss_function
-from raytrain_adv.transforms.applied import prepare_all
+from raytrain_adv.text import GIB
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.quantized_base import QuantizedBase
 from raytrain_adv.worker.checks.gradients import clip
@@ -148,7 +149,7 @@ def measure(config: dict[str, Any], keys: dict[str, Any], seq_len: int) -> tuple
         Path(folder, "config.json").write_text(json.dumps(config))
         job = job_with(model_name_or_path=folder, per_device_train_batch_size=1, **keys)
         model = build(job)
-    prepare_all(job, model)
+    Transforms(job).prepare(model)
     predicted = predict(model, job, 1, seq_len, 1)
     device = torch.device("cuda")
     there = torch.cuda.mem_get_info(device)[1] / GIB

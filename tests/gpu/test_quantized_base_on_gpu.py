@@ -14,7 +14,7 @@ from torch import nn
 
 from raytrain_adv.config import load
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear
+from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 from raytrain_adv.ops.bitsandbytes.quantize import Form
 from raytrain_adv.run.run import local_run
 from raytrain_adv.transforms.quantized_base import apart_from_bitsandbytes
@@ -49,10 +49,10 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def layer_of(weight: torch.Tensor, form: Form, device: torch.device) -> QuantizedLinear:
+def layer_of(weight: torch.Tensor, form: Form, device: torch.device) -> PackedLinear:
     rows, columns = weight.shape
     plain = nn.Linear(columns, rows, bias=False, device="meta", dtype=weight.dtype)
-    layer = QuantizedLinear.of(plain, form).to_empty(device=device)
+    layer = PackedLinear.of(plain, form).to_empty(device=device)
     layer.take(weight, device)
     return layer
 
@@ -96,7 +96,7 @@ def test_a_cpu_rounds_weights_as_a_gpu_does(form: Form) -> None:
     one, other = layer_of(weight, form, GPU), layer_of(weight, form, CPU)
     held = [layer.weight.cpu().view(torch.uint8) for layer in (one, other)]
     share = float((held[0] != held[1]).float().mean())
-    values = [layer.dequantized().cpu().float() for layer in (one, other)]
+    values = [layer.unpacked().cpu().float() for layer in (one, other)]
     apart = float((values[0] - values[1]).norm() / values[1].norm())
     print(f"{names(form)}: {share:.2e} of the bytes differ, values {apart:.2e} apart")
     # bitsandbytes' two fp4 roundings meet their thresholds differently (seen: 1.2 %, 1.1 %).

@@ -11,7 +11,7 @@ import torch
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
-from raytrain_adv.transforms.applied import enabled, prepare_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.finish import Exported
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -35,11 +35,10 @@ def exported(place: Path, kind: str = "llama", **keys: Any) -> Exported:
     standard = {"enable_qat": True, "pure_bf16": True, **keys}
     job = job_for(source, place / "job", **standard)
     model = build(job)
-    prepare_all(job, model)
+    plans = Transforms(job).prepare(model)
     materialize(model, GPU)
     load_pretrained(model, job, GPU)
-    for transform in enabled(job):
-        transform.initialize(model, 3)
+    Transforms(job).initialize(model, plans, 3)
     tokens = torch.arange(64) * 7 % 512
     return export_model(model, job, place / "model", input_ids=tokens)
 
@@ -60,5 +59,5 @@ def exported(place: Path, kind: str = "llama", **keys: Any) -> Exported:
 def test_it_computes_the_same_bits(tmp_path: Path, keys: dict[str, Any]) -> None:
     for kind in ("llama", "llama-tied"):
         written = exported(tmp_path / kind, kind, **keys)
-        assert "on cuda" in written.quantized_comparison
-        assert written.quantized_logit_difference == 0.0
+        assert "on cuda" in written.figures()["quantized_comparison"]
+        assert written.figures()["quantized_logit_difference"] == 0.0

@@ -16,7 +16,8 @@ from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.model import parallel
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import init_from_scratch, load_pretrained, materialize
-from raytrain_adv.transforms.applied import enabled, prepare_all
+from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.transforms.transform import Plan
 from tests.tiny_models import job_for, write_checkpoint
 
 GPU = torch.device("cuda", 0)
@@ -40,12 +41,12 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def sharded(job: JobConfig) -> PreTrainedModel:
+def sharded(job: JobConfig) -> tuple[PreTrainedModel, dict[str, Plan]]:
     model = build(job)
-    prepare_all(job, model)
+    plans = Transforms(job).prepare(model)
     parallel.shard(model, job, parallel.build_mesh(job, GPU))
     materialize(model, GPU, parallel.parameter_device(job))
-    return model
+    return model, plans
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -56,10 +57,9 @@ def test_a_loaded_model_equals_from_pretrained_and_exports_what_it_loaded(
 ) -> None:
     folder = write_checkpoint(kind, tmp_path / "m")
     job = job_for(folder, tmp_path, bf16=True, **keys)
-    model = sharded(job)
+    model, plans = sharded(job)
     load_pretrained(model, job, GPU)
-    for transform in enabled(job):
-        transform.initialize(model, 1)
+    Transforms(job).initialize(model, plans, 1)
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     values = {plain_name(n): gather(p) for n, p in model.named_parameters()}
     for name, value in expected.named_parameters():
@@ -83,10 +83,9 @@ def test_a_frozen_bfloat16_base_and_float32_adapters_train_in_one_fsdp_group(
 ) -> None:
     folder = write_checkpoint("llama", tmp_path / "m")
     job = job_for(folder, tmp_path, bf16=True, finetuning_type="lora", **form)
-    model = sharded(job)
+    model, plans = sharded(job)
     load_pretrained(model, job, GPU)
-    for transform in enabled(job):
-        transform.initialize(model, 1)
+    Transforms(job).initialize(model, plans, 1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     tokens = torch.arange(32, device=GPU).reshape(2, 16)
     losses = []

@@ -15,12 +15,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from raytrain_adv.transforms.modules import class_name
-from raytrain_adv.transforms.transform import Change, Plan, Transform
+from raytrain_adv.transforms.transform import Change, Context, Plan, Transform
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from raytrain_adv.hardware import HardwareFacts
 
 
 class Doubled(Transform):
@@ -29,7 +27,7 @@ class Doubled(Transform):
     name: ClassVar[str] = "doubled"
     feature: ClassVar[str] = "Doubled MLPs"
     stage: ClassVar[str] = "kernel"
-    stacks_on: ClassVar[frozenset[str]] = frozenset({"lora", "fp8", "qat"})
+    stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter", "precision"})
     tried_with: ClassVar[dict[str, Any]] = {"use_badam": True}
     excludes: ClassVar[dict[str, str]] = {"fp8": "twice is too much for FP8"}
     careful: ClassVar[dict[str, str]] = {"enable_qat": "scales double too"}
@@ -38,11 +36,11 @@ class Doubled(Transform):
     """Double MLPs: a key that is LLaMA-Factory's, and is refused without this file."""
 
     @property
-    def enabled(self) -> bool:
+    def Transforms(self) -> bool:
         """Whether it is asked for."""
         return self.use_badam
 
-    def plan(self, model: nn.Module) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the MLPs."""
         found = {f: m for f, m in model.named_modules() if f.endswith(".mlp")}
         changes = {f: Change(class_name(m), self.after(m)) for f, m in found.items()}
@@ -53,7 +51,7 @@ class Doubled(Transform):
         """Return what a module becomes."""
         return f"{class_name(module)}, doubled"
 
-    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+    def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Put the hooks on."""
         for fqn in plan.changes:
             module = model.get_submodule(fqn)
@@ -79,9 +77,11 @@ for name, keys in (("refused", ["fp8=true"]), ("careful", ["enable_qat=true"])):
         told[name] = list(load(base, keys).notes)
     except JobError as error:
         told[name] = str(error)
-from raytrain_adv.transforms.applied import prepare_all, report
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.model.build import build
-told["report"] = report(prepare_all(job, build(job)))
+from raytrain_adv.report.parts import TransformReport
+plan = Transforms(job).prepare(build(job))["doubled"]
+told["report"] = {"doubled": TransformReport.of(plan).model_dump(mode="json")}
 print(json.dumps(told))
 cli.main(["explain", "doubled_mlps"])
 cli.main(["explain"])

@@ -26,13 +26,13 @@ from ray.util.placement_group import (
 )
 
 from raytrain_adv.driver.cluster import connect
-from raytrain_adv.driver.cluster.connect import Node
+from raytrain_adv.driver.cluster.nodes import Node, alive_nodes, free_resources, resolve_placement
 from raytrain_adv.driver.preflight import probe, table, verdicts
 from raytrain_adv.driver.preflight.probe import Read, Reading, read_nodes
 from raytrain_adv.driver.training import trainer
 from raytrain_adv.errors import ClusterError
 from raytrain_adv.hardware import package_versions
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 from tests.readings import A100, H100, node_with, without
 
 READINGS = {"H100": node_with(H100), "A100": node_with(A100), "": node_with()}
@@ -75,7 +75,7 @@ def by_kind(**readings: Reading | str) -> Read:
 
 
 def id_of(kind: str) -> str:
-    return next(node.node_id for node in connect.nodes() if node.accelerator == kind)
+    return next(node.node_id for node in alive_nodes() if node.accelerator == kind)
 
 
 def test_an_fp8_job_is_placed_on_the_h100_node_only(simulated, make_job):
@@ -88,8 +88,8 @@ def test_an_fp8_job_is_placed_on_the_h100_node_only(simulated, make_job):
         return ",".join(nodes)
 
     job = make_job(ray_num_workers=2, fp8=True, bf16=True)
-    found = verdicts.look_at(connect.settle(job, False), enabled(job), by_kind())
-    placement = verdicts.settled(job, connect.settle(job, False), found)
+    found = verdicts.check_nodes(resolve_placement(job, False), Transforms(job), by_kind())
+    placement = verdicts.place(job, resolve_placement(job, False), found)
     assert placement.label_selector == {"ray.io/node-id": f"!in({id_of('A100')})"}
     result = TorchTrainer(
         where,
@@ -118,10 +118,10 @@ def test_too_many_workers_are_refused_at_once_and_nothing_is_reserved(simulated,
     job = make_job(ray_num_workers=4, fp8=True, bf16=True)
     before = len(placement_group_table())
     start = time.monotonic()
-    placement = connect.settle(job, False)
-    found = verdicts.look_at(placement, enabled(job), by_kind())
+    placement = resolve_placement(job, False)
+    found = verdicts.check_nodes(placement, Transforms(job), by_kind())
     with pytest.raises(ClusterError, match="FP8 requires Hopper") as error:
-        verdicts.settled(job, placement, found)
+        verdicts.place(job, placement, found)
     assert time.monotonic() - start < 3
     assert "there is room for 2" in error.value.found
     assert len(placement_group_table()) == before
@@ -129,19 +129,19 @@ def test_too_many_workers_are_refused_at_once_and_nothing_is_reserved(simulated,
 
 def test_a_node_without_torch_is_left_out(simulated, make_job):
     job = make_job(ray_num_workers=2)
-    placement = connect.settle(job, False)
+    placement = resolve_placement(job, False)
     read = by_kind(H100=without("torch", READINGS["H100"]))
-    found = verdicts.look_at(placement, [], read)
-    assert verdicts.settled(job, placement, found).avoided == (id_of("H100"),)
+    found = verdicts.check_nodes(placement, [], read)
+    assert verdicts.place(job, placement, found).avoided == (id_of("H100"),)
     assert "torch not available" in table.render(found)
 
 
 def test_two_nodes_with_different_torchao_are_refused(simulated, make_job):
     job = make_job(ray_num_workers=6)
-    placement = connect.settle(job, False)
-    found = verdicts.look_at(placement, [], by_kind(H100=node_with(H100, torchao="0.17.0")))
+    placement = resolve_placement(job, False)
+    found = verdicts.check_nodes(placement, [], by_kind(H100=node_with(H100, torchao="0.17.0")))
     with pytest.raises(ClusterError, match="Versions differ between the nodes") as error:
-        verdicts.settled(job, placement, found)
+        verdicts.place(job, placement, found)
     assert "torchao 0.17.0 (0.18.0 elsewhere)" in error.value.found
 
 
@@ -149,7 +149,7 @@ def test_the_real_probe_reads_every_node_though_all_of_it_is_reserved(simulated)
     whole = [{"CPU": 2}, {"CPU": 4, "GPU": 2}, {"CPU": 4, "GPU": 4}]
     reserved = placement_group(whole)
     assert reserved.wait(30)
-    nodes = connect.nodes()
+    nodes = alive_nodes()
     readings = read_nodes(nodes)
     remove_placement_group(reserved)
     assert readings.keys() == {node.node_id for node in nodes}
@@ -161,21 +161,21 @@ def test_the_real_probe_reads_every_node_though_all_of_it_is_reserved(simulated)
 
 def test_a_wait_counts_only_the_nodes_that_may_be_used(simulated, make_job):
     job = make_job(ray_num_workers=2)
-    anywhere = connect.settle(job, False)
+    anywhere = resolve_placement(job, False)
     on_h100 = dataclasses.replace(anywhere, avoided=(id_of("A100"),))
     nowhere = dataclasses.replace(anywhere, avoided=(id_of("A100"), id_of("H100")))
-    assert connect.free(on_h100).get("GPU", 0.0) <= 2
+    assert free_resources(on_h100).get("GPU", 0.0) <= 2
     deadline = time.monotonic() + 30  # until Ray has what an earlier run held back
-    while not connect.free(nowhere).get("CPU") and time.monotonic() < deadline:
+    while not free_resources(nowhere).get("CPU") and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert connect.free(nowhere).get("GPU", 0.0) == 0 < connect.free(nowhere)["CPU"]
+    assert free_resources(nowhere).get("GPU", 0.0) == 0 < free_resources(nowhere)["CPU"]
 
 
 def test_a_node_that_dies_during_the_probe_is_left_out_and_the_others_are_used(simulated, make_job):
     doomed = add(simulated, "H200", 2)
     lost = id_of("H200")
     job = make_job(ray_num_workers=2, fp8=True, bf16=True)
-    placement = connect.settle(job, False)
+    placement = resolve_placement(job, False)
 
     def read(nodes: Sequence[Node]) -> Mapping[str, Reading | str]:
         simulated.remove_node(doomed, allow_graceful=False)
@@ -184,9 +184,9 @@ def test_a_node_that_dies_during_the_probe_is_left_out_and_the_others_are_used(s
         return {**by_kind(H200="")(nodes), lost: answers[lost]}
 
     start = time.monotonic()
-    found = verdicts.look_at(placement, enabled(job), read)
+    found = verdicts.check_nodes(placement, Transforms(job), read)
     assert time.monotonic() - start < 15
-    placed = verdicts.settled(job, placement, found)
+    placed = verdicts.place(job, placement, found)
     assert lost in placed.avoided and id_of("H100") not in placed.avoided
     assert "did not answer" in table.render(found)
 
@@ -196,7 +196,7 @@ def test_a_probe_that_takes_too_long_is_no_hang(simulated, monkeypatch, tmp_path
     slow.write_text("import time; time.sleep(60)")
     monkeypatch.setattr(probe, "SCRIPT", slow)
     start = time.monotonic()
-    readings = read_nodes(connect.nodes()[:1], timeout_s=2)
+    readings = read_nodes(alive_nodes()[:1], timeout_s=2)
     assert time.monotonic() - start < 5
     assert list(readings.values()) == ["no answer within 2 s"]
 
@@ -211,8 +211,8 @@ def test_the_command_shows_the_nodes_and_with_a_job_refuses_gpus_that_are_not_th
     assert f"torch {package_versions()['torch']}" in shown
     shown, errors = with_job.communicate(timeout=120)
     assert with_job.returncode == 4, shown + errors
-    assert "No GPU is found on a node that declares some" in errors
-    assert "left out" in shown and "fix:" in errors
+    assert "A node declares GPUs, and none is found on it" in errors
+    assert "excluded" in shown and "fix:" in errors
 
 
 def preflight_command(nodes: Cluster, *arguments: str) -> subprocess.Popen[str]:

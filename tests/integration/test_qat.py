@@ -8,7 +8,7 @@ import yaml
 from torch._dynamo.testing import CompileCounter
 
 from raytrain_adv.config import load
-from raytrain_adv.driver.training.twin import twins
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.qat import rounding
 from tests.integration.test_line_without_ray import kill_last_checkpoint
 from tests.workers import losses, run_workers
@@ -85,7 +85,7 @@ def test_a_twin_is_measured_by_its_own_weights_and_their_ptq(job_file, tmp_path)
     out = tmp_path / "out"
     keys = {**DELAYED, **EVALUATED, "bf16": False, "output_dir": str(out)}
     job = job_file("job.yaml", **keys, compare=True, export_model=False)
-    (twin,) = twins(load(job))
+    (twin,) = Transforms(load(job)).twins()
     own = {k: v for k, v in twin.given().items() if k != "resume_from_checkpoint"}
     twin_file = tmp_path / "twin.yaml"
     twin_file.write_text(yaml.safe_dump(own))
@@ -165,14 +165,14 @@ def test_switching_costs_one_more_graph(make_job):
     """A layer is compiled for each state it is in, and not again when it comes back to it."""
     from raytrain_adv.model import parallel, weights
     from raytrain_adv.model.build import build
-    from raytrain_adv.transforms.applied import prepare_all
+    from raytrain_adv.transforms.applied import Transforms
     from raytrain_adv.transforms.qat import Qat
 
     torch._dynamo.reset()
     counter = CompileCounter()
     job = make_job(**QAT, torch_compile=False)
     model = build(job)
-    prepare_all(job, model)
+    Transforms(job).prepare(model)
     parallel.shard(model, job, None)
     weights.materialize(model, torch.device("cpu"))
     weights.init_from_scratch(model, job, torch.device("cpu"))

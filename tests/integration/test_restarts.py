@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from raytrain_adv.checkpoint.save import all_folders, find
+from raytrain_adv.checkpoint.folders import all_folders, find
 from raytrain_adv.config import load
 from raytrain_adv.driver.commands.doctor import show
 from raytrain_adv.driver.output.output_dir import open_output

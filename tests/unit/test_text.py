@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from raytrain_adv.text import as_yaml, first_line, listed, nearest
+from raytrain_adv.text import as_yaml, ascii_name, first_line, listed, nearest
 
 
 def test_a_long_list_says_how_many_more_there_are():
@@ -26,3 +26,18 @@ def test_an_error_without_a_message_is_named_by_its_type():
 )
 def test_a_value_as_yaml_is_one_line_that_reads_back(value):
     assert yaml.safe_load(as_yaml(value)) == value and "\n" not in as_yaml(value)
+
+
+NAMES = ["saves_é", "测试", "тест", "ทดสอบ", "テスト-1", "בדיקה", "🚀", "a\udcff", "ＦＰ８"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_in_any_script_has_an_ascii_form(name):
+    plain = ascii_name(name)
+    assert plain.isascii() and plain.isprintable() and plain == ascii_name(name)
+    assert not set(plain) & set("/\\ ") and len(plain) <= len(name) + 10
+
+
+def test_ascii_names_are_unchanged_and_others_stay_apart():
+    assert ascii_name("run_1") == "run_1"
+    assert len({ascii_name(name) for name in (*NAMES, "saves_e")}) == len(NAMES) + 1

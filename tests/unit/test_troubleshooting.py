@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from raytrain_adv import hardware
-from raytrain_adv.driver.cluster.connect import Node
+from raytrain_adv.driver.cluster.nodes import Node
 from raytrain_adv.driver.cluster.placement import Placement
 from raytrain_adv.driver.preflight import verdicts
 from raytrain_adv.driver.preflight.probe import Reading
@@ -23,7 +23,7 @@ from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.kernels import fetch
 from raytrain_adv.kernels.source import Wanted
 from raytrain_adv.run.run import local_run
-from raytrain_adv.transforms.applied import check_all, enabled
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.train import train
 from tests.readings import A100, H100, node_with, without
 
@@ -71,7 +71,7 @@ def test_the_driver_says_it_of_a_node_as_probed(make_job: Callable[..., Any], me
     reading, keys = NODES[message]
     placement = Placement(1, {"GPU": 1.0}, True, False, "")
     node = Node("10.0.0.7", {"GPU": 2.0, "CPU": 8.0}, node_id="id7")
-    verdict = verdicts.judged(placement, enabled(make_job(**keys)), node, reading)
+    verdict = verdicts.judge(placement, Transforms(make_job(**keys)), node, reading)
     holds(message, verdict.refusal, verdict.fix)
     assert "10.0.0.7" in verdict.found
 
@@ -80,7 +80,7 @@ def test_qat_without_torchao_is_refused_too(make_job: Callable[..., Any]) -> Non
     reading = without("torchao", node_with(H100))
     (facts, *_) = reading.facts("10.0.0.7", True)
     with pytest.raises(ClusterError) as caught:
-        check_all(make_job(**QAT), facts)
+        Transforms(make_job(**QAT)).check(facts)
     holds("torchao not available", caught.value.what, caught.value.fix)
 
 
@@ -163,7 +163,7 @@ def test_torchao_that_is_installed_and_broken_is_not_available(
     monkeypatch.setitem(sys.modules, "torchao", None)  # what Python does for a failed import
     job = make_job(fp8=True, fp8_allow_cpu=True)
     with pytest.raises(ClusterError, match="FP8 needs torchao: torchao not available") as caught:
-        check_all(job, hardware.detect("cpu"))
+        Transforms(job).check(hardware.detect("cpu"))
     assert "cannot be imported" in caught.value.found and "set fp8: false" in caught.value.fix
 
 

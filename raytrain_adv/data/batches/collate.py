@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.data.batches.sequences import IGNORE, Sequence
+from raytrain_adv.data.batches.sequences import Sequence
+from raytrain_adv.ops.loss import IGNORE
 
 MULTIPLE = 16
-"""FP8 matrix products need the number of tokens in a forward pass to be divisible by 16."""
+"""Matrix products in 8 bits need the number of tokens of a forward pass to be divisible by 16."""
 
 BOUNDS = 64
 """Bounds of packed conversations come in multiples of it."""

@@ -16,9 +16,8 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.collate import bounds, collate, pad_to
 from raytrain_adv.data.batches.order import global_batch
 from raytrain_adv.data.batches.sequences import SequenceSet
+from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.run.schedule import Arithmetic
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class Batches:
             chosen = indices[number * a.micro_batch : (number + 1) * a.micro_batch]
             batch = self.micro_batch(number, [int(i) for i in chosen])
             micro_batches.append(batch)
-            labels += int((batch.labels != IGNORED).sum())
+            labels += int((batch.labels != IGNORE).sum())
             tokens += batch.num_tokens
         return StepBatch(step, micro_batches, labels, tokens)
 

@@ -8,8 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-IGNORE = -100
-"""Label of a token on which no loss is taken."""
+from raytrain_adv.ops.loss import IGNORE
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
 """What the job's dataset keys name: entries of dataset_info.json, paths, Hub datasets, the built-in
 set."""
 
-import difflib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from raytrain_adv.config.sections import DataConfig
 from raytrain_adv.errors import JobError
+from raytrain_adv.text import nearest
 
 INFO_FILE = "dataset_info.json"
 FILE_TYPES = (".json", ".jsonl", ".parquet")
@@ -145,18 +146,15 @@ def _not_found(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -> 
     names = [*info, *BUILTIN_SETS, *beside]
     same = [file for file in beside if Path(file).stem == name]
     near = (
-        same
-        or difflib.get_close_matches(name, names, 1)
-        or difflib.get_close_matches(str(Path(name).expanduser()), files, 1)
+        next(iter(same), None)
+        or nearest(name, names)
+        or nearest(str(Path(name).expanduser()), files)
     )
     known = f"{dataset_dir / INFO_FILE} has {len(info)} entries"
     if not (dataset_dir / INFO_FILE).is_file():
         known = f"there is no {dataset_dir / INFO_FILE}"
-    hint = (
-        f"did you mean {near[0]}?"
-        if near
-        else "correct the name; a Hub dataset is written owner/name"
-    )
+    other = "correct the name; a Hub dataset is written owner/name"
+    hint = f"did you mean {near}?" if near else other
     return JobError(
         f"Dataset {name} was not found", f"{key}: {name}; no such file, and {known}", hint
     )
@@ -196,11 +194,15 @@ def _from_info(name: str, raw: Any, dataset_dir: Path) -> Entry:
 
 
 def _check_keys(where: str, raw: dict[str, Any]) -> None:
-    unknown = [key for key in raw if key not in _KEYS]
+    _refuse_unknown("Unknown key in a dataset entry", where, raw, _KEYS)
+
+
+def _refuse_unknown(what: str, where: str, found: Iterable[str], known: tuple[str, ...]) -> None:
+    unknown = [name for name in found if name not in known]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], _KEYS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(_KEYS)}"
-        raise JobError("Unknown key in a dataset entry", f"{where}: {', '.join(unknown)}", hint)
+        near = nearest(unknown[0], known)
+        fix = f"did you mean {near}?" if near else f"known: {', '.join(known)}"
+        raise JobError(what, f"{where}: {', '.join(unknown)}", fix)
 
 
 def _strings(where: str, raw: dict[str, Any], key: str, known: tuple[str, ...]) -> dict[str, str]:
@@ -211,11 +213,7 @@ def _strings(where: str, raw: dict[str, Any], key: str, known: tuple[str, ...]) 
             f"{where}: {values!r}",
             f"known names: {', '.join(known)}",
         )
-    unknown = [k for k in values if k not in known]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known names: {', '.join(known)}"
-        raise JobError(f"Unknown name under {key}", f"{where}: {', '.join(unknown)}", hint)
+    _refuse_unknown(f"Unknown name under {key}", where, values, known)
     return {k: v for k, v in values.items() if v}
 
 

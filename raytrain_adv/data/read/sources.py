@@ -1,6 +1,5 @@
 """Reading rows from files and the Hub, each with the place a message can name."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -8,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytrain_adv.data.read.entries import FILE_TYPES, Entry
+from raytrain_adv.data.read.entries import FILE_TYPES, INFO_FILE, Entry
 from raytrain_adv.errors import JobError
+from raytrain_adv.text import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,7 @@ def open_source(entry: Entry, cache_dir: str | None) -> Source:
         JobError: for a missing, empty or unreadable source.
     """
     if entry.kind == "builtin":
-        from raytrain_adv.data.read import (
-            stdlib_docs,  # a module of its own concern, needed by few jobs
-        )
+        from raytrain_adv.data.read import stdlib_docs  # few jobs need it
 
         return Source(stdlib_docs.fingerprint(), stdlib_docs.rows)
     if entry.kind == "hub":
@@ -58,9 +56,7 @@ def data_files(path: Path) -> list[Path]:
         JobError: if there are none, or one is empty.
     """
     if path.is_dir():
-        inside = [
-            p for p in sorted(path.iterdir()) if p.is_file() and p.name != "dataset_info.json"
-        ]
+        inside = [p for p in sorted(path.iterdir()) if p.is_file() and p.name != INFO_FILE]
         files = [p for p in inside if p.suffix.lower() in FILE_TYPES]
         if not files:
             names = ", ".join(p.name for p in inside[:5]) or "an empty folder"
@@ -79,12 +75,9 @@ def data_files(path: Path) -> list[Path]:
 def _check_file(file: Path) -> None:
     if not file.exists():
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        near = difflib.get_close_matches(file.name, siblings, 1)
-        hint = (
-            f"did you mean {file.parent / near[0]}?"
-            if near
-            else "correct file_name, or put the file there"
-        )
+        near = nearest(file.name, siblings)
+        other = "correct file_name, or put the file there"
+        hint = f"did you mean {file.parent / near}?" if near else other
         raise JobError(
             f"The dataset file {file} does not exist",
             f"{len(siblings)} files in {file.parent}",
@@ -141,10 +134,7 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
                 continue
             try:
                 values = json.loads(text)
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # of these only JSONDecodeError has a line
+            except (ValueError, RecursionError) as error:
                 raise _broken(file, number, str(error)) from error
             yield Row(f"{file}:{number}", values, consumed / size)
 
@@ -185,10 +175,7 @@ def _read_json(file: Path) -> Iterator[Row]:
             values, scanner.at = decoder.raw_decode(text, scanner.at)
         except json.JSONDecodeError as error:
             raise _broken(file, error.lineno, error.msg) from error
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # a number or a nesting beyond Python's limits
+        except (ValueError, RecursionError) as error:  # beyond Python's limits
             raise _broken(file, line, str(error)) from error
         yield Row(f"{file}:{line}", values, scanner.at / len(text))
         if scanner.ended(in_array):
@@ -270,11 +257,8 @@ def _open_hub(entry: Entry, cache_dir: str | None) -> Source:
             split=entry.split,
             cache_dir=cache_dir,
         )
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # what datasets and huggingface_hub raise derives from these
+    # The errors of datasets and huggingface_hub derive from these.
+    except (OSError, ValueError, RuntimeError) as error:
         what = f"The dataset {entry.target} could not be loaded from the Hugging Face Hub"
         fix = "check its name, subset, split, the network and HF_TOKEN; or give a local file"
         raise JobError(what, _shorten(error), fix) from error

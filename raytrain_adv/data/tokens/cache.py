@@ -24,6 +24,8 @@ from raytrain_adv.data.batches.sequences import TokenRows
 from raytrain_adv.data.tokens.progress import Say
 from raytrain_adv.data.tokens.tokenize import Chunk
 from raytrain_adv.errors import StorageError
+from raytrain_adv.storage.atomic import atomic_folder
+from raytrain_adv.text import GIB
 
 VERSION = 1
 """Part of every key: raise it when the files' form, or the way rows become tokens, changes."""
@@ -107,7 +109,7 @@ def _guarding_storage(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        free = shutil.disk_usage(root).free / 2**30 if root.is_dir() else 0.0
+        free = shutil.disk_usage(root).free / GIB if root.is_dir() else 0.0
         raise StorageError(
             "Tokenized data could not be written",
             f"{error.strerror or error}: {root} ({free:.1f} GiB free)",
@@ -136,23 +138,12 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
 
 
 def _write(root: Path, key: str, build: Callable[["CacheWriter"], dict[str, Any]]) -> None:
-    for left in root.glob(f"{key}.tmp-*"):  # of processes that died: the lock is ours
+    for left in root.glob(f".{key}.*.partial"):  # of processes that died: the lock is ours
         shutil.rmtree(left, ignore_errors=True)
-    temporary = root / f"{key}.tmp-{os.getpid()}"
-    temporary.mkdir()
-    try:
-        with CacheWriter(temporary) as writer:
+    with atomic_folder(root / key) as partial:
+        with CacheWriter(partial) as writer:
             stats = build(writer)
         writer.finish(stats)
-        if (root / key).exists():
-            old = temporary.with_name(f"{temporary.name}-old")
-            (root / key).rename(old)
-            temporary.rename(root / key)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(root / key)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class CacheWriter:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -9,8 +10,17 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from raytrain_adv.data.read.formats import Conversation, Message, UnusableRow
-from raytrain_adv.data.tokens.templates import Piece, find_template
+from raytrain_adv.data.tokens.templates import find_template
 from raytrain_adv.errors import JobError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of the rendered conversation."""
+
+    text: str
+    is_answer: bool
+
 
 Renderer = Callable[[Conversation], list[Piece]]
 
@@ -20,41 +30,34 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def renderer(
     tokenizer: PreTrainedTokenizerBase, template: str | None, default_system: str | None
 ) -> Renderer:
-    """Return the function that writes down conversations: by a template's name, or by the
-    tokenizer's chat template."""
-    if template is None:
-        write = _by_chat_template(tokenizer)
+    """Return the function that renders conversations.
+
+    Args:
+        tokenizer: has the special tokens.
+        template: name of the template; None: the tokenizer's own.
+        default_system: system message of conversations without one; None: the template's.
+    """
+    if template is not None:
+        source, whose = find_template(template).source, f"template {template}"
+        split: Callable[[_Page, list[Message]], list[Piece]] = _split_by_messages
     else:
-        named = find_template(template)
-        bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-
-        def write(conversation: Conversation) -> list[Piece]:
-            return named.pieces(conversation, bos, eos)
+        source, whose = _own_template(tokenizer), "the tokenizer's chat template"
+        split = _split_by_marks if _GENERATION.search(source) else _split_by_prefixes
 
     def render(conversation: Conversation) -> list[Piece]:
-        if default_system and conversation.messages[0]["role"] != "system":
-            system = {"role": "system", "content": default_system}
-            conversation = Conversation([system, *conversation.messages], conversation.tools)
-        return write(conversation)
-
-    return render
-
-
-def _by_chat_template(tokenizer: PreTrainedTokenizerBase) -> Renderer:
-    chat_template = _the_chat_template(tokenizer)
-    split = _split_by_marks if _GENERATION.search(chat_template) else _split_by_prefixes
-
-    def render(conversation: Conversation) -> list[Piece]:
-        _check_roles(conversation, chat_template)
+        messages = conversation.messages
+        if default_system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": default_system}, *messages]
+        _refuse_dropped(conversation, source, whose)
         try:
-            return split(_Page(tokenizer, chat_template, conversation.tools), conversation.messages)
+            return split(_Page(tokenizer, source, conversation.tools), messages)
         except jinja2.TemplateError as error:
-            raise UnusableRow(f"the chat template refuses it: {error}") from error
+            raise UnusableRow(f"{whose} refuses it: {error}") from error
 
     return render
 
 
-def _the_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several templates by name, as some model folders have them
         template = template.get("default")
@@ -67,19 +70,16 @@ def _the_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return template
 
 
-def _check_roles(conversation: Conversation, chat_template: str) -> None:
-    """Refuse what a chat template without the words for it would leave out without a word."""
+def _refuse_dropped(conversation: Conversation, source: str, whose: str) -> None:
+    """Refuse what a chat template without the words for it would silently drop."""
+    messages = conversation.messages
     for present, word, what in (
         (bool(conversation.tools), "tools", "tools"),
-        (any("tool_calls" in m for m in conversation.messages), "tool_calls", "function calls"),
-        (
-            any(m["role"] == "tool" for m in conversation.messages),
-            "tool",
-            "the results of function calls",
-        ),
+        (any("tool_calls" in m for m in messages), "tool_calls", "function calls"),
+        (any(m["role"] == "tool" for m in messages), "tool", "the results of function calls"),
     ):
-        if present and word not in chat_template:
-            raise UnusableRow(f"the tokenizer's chat template has no form for {what}")
+        if present and word not in source:
+            raise UnusableRow(f"{whose} has no form for {what}")
 
 
 class _Page:
@@ -113,6 +113,17 @@ class _Page:
         )
         texts, spans = rendered
         return texts[0], spans[0] if marked else []
+
+
+def _split_by_messages(page: _Page, messages: list[Message]) -> list[Piece]:
+    """Split where the text of one more message begins, for templates that never rewrite any."""
+    pieces, at = [], 0
+    for turn, message in enumerate(messages, 1):
+        if message["role"] != "system":
+            text = page.write(messages[:turn], asks=False)
+            pieces.append(Piece(text[at:], message["role"] == "assistant"))
+            at = len(text)
+    return pieces
 
 
 def _split_by_marks(page: _Page, messages: list[Message]) -> list[Piece]:

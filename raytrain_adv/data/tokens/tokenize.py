@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from raytrain_adv.data.read.formats import Conversation, Layout, UnusableRow
-from raytrain_adv.data.tokens.render import Renderer, renderer
-from raytrain_adv.data.tokens.templates import Piece
+from raytrain_adv.data.tokens.render import Piece, Renderer, renderer
 from raytrain_adv.errors import JobError
 
 RawRow = tuple[str, Any]

@@ -1,4 +1,4 @@
-"""What a job will ask of the cluster."""
+"""The resources that a job requests from the cluster."""
 
 from __future__ import annotations
 
@@ -10,44 +10,45 @@ from raytrain_adv.text import plural
 
 @dataclass(frozen=True)
 class Placement:
-    """What the job will ask of the cluster, with every auto resolved."""
+    """The resources that a job requests from the cluster, with every auto resolved."""
 
     num_workers: int
-    """Where their number may change, the most there may be."""
+    """Number of workers; the largest one if it may change."""
     bundle: dict[str, float]
     """What each worker reserves."""
     use_gpu: bool
     started_here: bool
     """Whether this driver started the cluster."""
     note: str
-    """The choice in a sentence, for the console."""
+    """The request in a sentence, for the console."""
     avoided: tuple[str, ...] = ()
-    """Ids of the nodes that preflight left out."""
+    """Ids of the nodes that preflight excluded."""
     avoided_accelerators: tuple[str, ...] = ()
     """Ray's accelerator types that an autoscaler must not start for this job."""
     numbers: tuple[int, ...] = ()
-    """The numbers of workers that will do, ascending; none where it is one throughout."""
+    """The allowed numbers of workers, ascending; empty if the number is fixed."""
     versions: Mapping[str, str | None] = field(default_factory=dict)
     """Package -> version on the nodes that preflight accepted; each worker compares its own."""
 
     @property
     def fewest(self) -> int:
-        """Workers without which the run does not go on."""
+        """The fewest workers with which the run continues."""
         return self.numbers[0] if self.numbers else self.num_workers
 
-    @property
-    def asked(self) -> str:
-        """How many workers are asked for, in words."""
+    def request(self, strategy: str) -> str:
+        """Return the requested workers and their resources, for an error's text."""
+        each = ", ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
+        workers = plural(self.num_workers, "worker")
         if self.numbers:
-            return f"{self.fewest} workers at least"
-        return plural(self.num_workers, "worker")
+            workers = f"{self.fewest} workers at least"
+        return f"requested: {workers} with {each} each ({strategy})"
 
     @property
     def label_selector(self) -> dict[str, str] | None:
-        """Where workers may be, in Ray's terms; none means anywhere.
+        """The nodes where workers may run, in Ray's terms; None means any.
 
-        Nodes are named that must not be used, so that one which joins later may be: a worker
-        checks itself before it begins.
+        Unusable nodes are excluded rather than usable ones listed, so that a node that joins later
+        may be used: each worker checks its own node before it starts.
         """
         unwanted = {
             "ray.io/node-id": self.avoided,

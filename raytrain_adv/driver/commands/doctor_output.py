@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +16,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from raytrain_adv.checkpoint.folders import MANIFEST
+from raytrain_adv.config.discovery import transform_types
 from raytrain_adv.driver.commands.doctor_storage import Seen, leftover
 from raytrain_adv.driver.commands.finding import Finding, SetAside
 from raytrain_adv.driver.output.output_dir import MODELS, RUN_FILE, Record, attempts_in
-from raytrain_adv.driver.watch.stop import ASK_FILE
+from raytrain_adv.driver.watch.stop import STOP_FILE
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.report import record
@@ -57,7 +58,7 @@ def examine(
     for name in sorted([*own.files(), *own.folders()]):
         if torn.fullmatch(name):
             findings.append(leftover(own, name))
-        elif name == ASK_FILE:
+        elif name == STOP_FILE:
             asked = "somebody asked the run to stop, and it ended before it did so"
             none = "none: a rerun takes it away as it starts"
             take = partial(SetAside.take, root=own, name=name)
@@ -281,7 +282,16 @@ def _is_owed(folder: Path, name: str, run: Record | None) -> bool:
     if run is None or run["status"] != "done" or folder.parent.name == "trials":
         return False
     job = run["job"]
-    return bool(job.get("export_model", True)) and (name == "model" or bool(job.get("enable_qat")))
+    return bool(job.get("export_model", True)) and (name == "model" or _is_converted(name, job))
+
+
+def _is_converted(name: str, job: Mapping[str, Any]) -> bool:
+    """Whether a feature of the job writes this folder at export."""
+    return any(
+        kind.model_validate({key: job[key] for key in kind.model_fields if key in job}).enabled
+        for kind in transform_types()
+        if name == f"model-{kind.converts}"
+    )
 
 
 def wrong_with_model(path: Path) -> str:

@@ -7,9 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from raytrain_adv.checkpoint.folders import DAMAGED, MANIFEST, wrong_bytes
+from raytrain_adv.checkpoint.folders import (
+    DAMAGED,
+    FORMAT,
+    MANIFEST,
+    Found,
+    all_folders,
+    find,
+    wrong_bytes,
+)
 from raytrain_adv.checkpoint.load import PlainReader
-from raytrain_adv.checkpoint.save import FORMAT, Found, all_folders, find
 from raytrain_adv.driver.commands.finding import FOLDER, Finding, SetAside
 from raytrain_adv.errors import StorageError
 from raytrain_adv.storage.storage import Storage

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from raytrain_adv import hardware
 from raytrain_adv.checkpoint import save
-from raytrain_adv.checkpoint.folders import wrong_bytes
-from raytrain_adv.checkpoint.save import Found
+from raytrain_adv.checkpoint.folders import Found, all_folders, find, wrong_bytes
 from raytrain_adv.config.discovery import transform_types
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.load import load_keys
@@ -27,18 +26,18 @@ from raytrain_adv.config.yaml_source import read_value
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.driver.output.output_dir import RUN_FILE, storage_path
 from raytrain_adv.errors import JobError, StorageError, TrainingError
-from raytrain_adv.export.folder import GIB, NewFolder, folder_gib
+from raytrain_adv.export.convert import write_converted
+from raytrain_adv.export.folder import NewFolder, folder_gib
 from raytrain_adv.export.merge import export_merged
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.export.quantize import write_quantized
-from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, compare_quantized, fake_quantized_logits
+from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, compare_converted, converted_logits
 from raytrain_adv.model import weights
 from raytrain_adv.model.build import build, read_config
 from raytrain_adv.model.files import nearest_folders
 from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8
 from raytrain_adv.storage.storage import Storage
-from raytrain_adv.text import disk
-from raytrain_adv.transforms.applied import loaded_all, prepare_all
+from raytrain_adv.text import GIB, disk
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.transforms.quantized_base import QuantizedBase
@@ -146,7 +145,7 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
         raise _not_asked_for(f"{source} is a model folder already")
     target = _new(Path(output))
     new = NewFolder(target, CPU)
-    new.run(lambda: write_quantized(source, new.partial, job, dtype, CPU, require=new.require_now))
+    new.run(lambda: write_converted(source, new.partial, job, dtype, CPU, require=new.require_now))
     compared: list[str] = []
     new.run(lambda: compared.append(_compared(job, new.partial, dtype)))
     new.publish()
@@ -200,11 +199,11 @@ def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
     model, _ = _prepared(job)
     weights.load_pretrained(model, job, CPU)
     tokens = tokens.unsqueeze(0)
-    reference = fake_quantized_logits(model, job, tokens, dtype)
+    reference = converted_logits(model, job, tokens, dtype)
     attention = model.config._attn_implementation
     del model
     try:
-        found = compare_quantized(folder, job, tokens, reference, attention)
+        found = compare_converted(folder, job, tokens, reference, attention)
     except TrainingError as error:
         what = "the quantized model does not compute what its source does with fake quantization"
         raise TrainingError(what, error.found, DEFECT) from error
@@ -277,10 +276,10 @@ def _merge_run(
         f"adapter, whose largest is {merged.largest:.3g}\n"
         f"           ({merged.num_tokens} tokens; sums are rounded to the written dtype)"
     )
-    if merged.unquantized_difference is not None:
+    if merged.plain_difference is not None:
         print(
             "           merged into the weights as they were before, they would differ by "
-            f"{merged.unquantized_difference:.3g}"
+            f"{merged.plain_difference:.3g}"
         )
 
 
@@ -311,14 +310,15 @@ def _export_run(
     model = _loaded(job, found)
     written = export_model(model, job, out / "model", load_tokenizer(job), _tokens(model, job))
     print(f"model      {written.model_dir} ({disk(written.model_gib or 0.0)}; step {step:,})")
-    if written.quantized_dir is None or written.quantized_gib is None:
+    if not written.converted:
         return
-    print(f"quantized  {written.quantized_dir} ({disk(written.quantized_gib)})")
+    found = written.converted
+    print(f"quantized  {found['quantized_dir']} ({disk(found['quantized_gib'])})")
     print(f"           {job.transform(Qat).scheme}")
-    if written.quantized_logit_difference is None:
+    if found["quantized_logit_difference"] is None:
         print(f"           not compared: {NO_GPU}")
     else:
-        difference, how = written.quantized_logit_difference, written.quantized_comparison
+        difference, how = found["quantized_logit_difference"], found["quantized_comparison"]
         print("           " + _said(difference, how, "the checkpoint's"))
 
 
@@ -330,18 +330,18 @@ def _checkpoint(job: JobConfig, name: str) -> Found:
     """
     root = Storage.at(storage_path(job))
     if name and ("/" in name or Path(name).is_dir()):
-        found = save.find(Storage.at(name))
+        found = find(Storage.at(name))
     else:
         digits = name.removeprefix("step_")
-        folders = sorted(save.all_folders(root), key=lambda entry: entry[:2], reverse=True)
+        folders = sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True)
         steps = [f for f in folders if not name or (digits.isdigit() and f[0] == int(digits))]
-        found = next((one for *_, f in steps if (one := save.find(f)) is not None), None)
+        found = next((one for *_, f in steps if (one := find(f)) is not None), None)
     if found is not None:
         if damage := wrong_bytes(found.storage, rank=0, world_size=1):
             fix = "name another one with --checkpoint"
             raise JobError("the checkpoint is damaged", f"{found.path}: {damage}", fix)
         return found
-    whole = {step for step, _, f in save.all_folders(root) if save.find(f) is not None}
+    whole = {step for step, _, f in all_folders(root) if find(f) is not None}
     if not whole:
         run = job.output.output_dir
         export = f"quantize its model: raytrain-adv export {run}/model --output DIR enable_qat=true"
@@ -357,7 +357,7 @@ def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
     model, plans = _prepared(job)
     if job.transform(Lora).enabled:
         weights.load_pretrained(model, job, CPU)
-    loaded_all(job, model, plans)
+    Transforms(job).initialize(model, plans, job.train.seed)
     with warnings.catch_warnings():  # PyTorch's, that there is one process: so it is meant
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save.load(found, model)
@@ -372,7 +372,7 @@ def _prepared(job: JobConfig) -> tuple[PreTrainedModel, dict[str, Plan]]:
     if job.transform(QuantizedBase).enabled:
         job.transform(QuantizedBase).check(facts)
     model = build(job)
-    plans = prepare_all(job, model, facts)
+    plans = Transforms(job).prepare(model, facts)
     weights.materialize(model, CPU)
     return model, plans
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from raytrain_adv import tables
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver.cluster import connect
-from raytrain_adv.driver.plan.data import look_at as look_at_data
+from raytrain_adv.driver.cluster import connect, nodes
+from raytrain_adv.driver.plan.data import measure
 from raytrain_adv.driver.plan.plan import resolve
 from raytrain_adv.driver.preflight import (
-    host_memory,
+    memory,
     table,
     verdicts,
 )
 from raytrain_adv.driver.preflight.probe import Read, read_nodes
-from raytrain_adv.driver.preflight.verdicts import Preflight
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 
 
 def show(job: JobConfig | None, read: Read = read_nodes) -> None:
@@ -31,23 +31,15 @@ def show(job: JobConfig | None, read: Read = read_nodes) -> None:
     if started_here:
         console.print("Ray was started on this machine: RAY_ADDRESS names no cluster", style="dim")
     if job is None:
-        _print(console, verdicts.look_at(connect.one_worker(started_here), (), read))
+        tables.show(table.view(verdicts.check_nodes(nodes.one_worker(started_here), (), read)))
         return
-    placement = connect.settle(job, started_here)
-    found = verdicts.look_at(placement, enabled(job), read)
-    _print(console, found)
-    placement = verdicts.settled(job, placement, found)
+    placement = nodes.resolve_placement(job, started_here)
+    found = verdicts.check_nodes(placement, list(Transforms(job)), read)
+    tables.show(table.view(found))
+    placement = verdicts.place(job, placement, found)
     with console.status("reading the data"):
-        data = look_at_data(job, lambda sentence: console.print(sentence, style="dim"))
+        data = measure(job, lambda sentence: console.print(sentence, style="dim"))
     plan = resolve(job, world_size=placement.fewest, data=data, facts=found.facts)
-    too_large = verdicts.refuse_too_large(job, plan, found)
-    for warning in (*too_large, *host_memory.refuse_too_large(job, plan, found)):
+    for warning in memory.refuse_too_large(job, plan, found):
         console.print(f"warning: {warning}", markup=False)
     console.print(f"{placement.note}: it can run", markup=False)
-
-
-def _print(console: Console, found: Preflight) -> None:
-    if console.is_terminal:
-        console.print(table.view(found), width=min(console.width, table.WIDTH))
-    else:
-        print(table.render(found))

@@ -25,7 +25,7 @@ from raytrain_adv.driver.cluster import dashboard
 from raytrain_adv.errors import EXIT_DONE, EXIT_TRAINING_FAILED, ClusterError, JobError
 from raytrain_adv.redaction import is_secret_name, secrets_in
 from raytrain_adv.run.redact import redact
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 
 DEFAULT_ENV = "jobs/runtime_env.yaml"
 EXCLUDES = (
@@ -84,7 +84,7 @@ def submit(path: str, overrides: list[str], address: str | None, env_file: str |
 
 def metadata(job: JobConfig, path: str) -> dict[str, str]:
     """Return what the dashboard's list of jobs says of this one."""
-    features = [transform.name for transform in enabled(job)]
+    features = [transform.name for transform in Transforms(job)]
     return {
         "raytrain_adv": __version__,
         "run": job.run_name,

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
+from raytrain_adv.config.discovery import transform_types
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.output.replace import Replaced, is_inside, put_back, set_aside
 from raytrain_adv.errors import JobError
@@ -23,6 +24,7 @@ from raytrain_adv.report import record as reports
 from raytrain_adv.run.redact import redact
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.storage.storage import Storage, storage_errors
+from raytrain_adv.text import ascii_name
 from raytrain_adv.transforms.hub_kernels import HubKernels
 
 RUN_FILE = "run.json"
@@ -39,12 +41,11 @@ ENDED = {
 """A run's status -> what is said of its job."""
 Record = Mapping[str, Any]
 """What run.json holds."""
-MODELS = ("model", "model-quantized")
+MODELS = ("model", *(f"model-{kind.converts}" for kind in transform_types() if kind.converts))
 """Folders of trained weights in output_dir."""
 OURS = (
     *MODELS,
-    ".model.partial",
-    ".model-quantized.partial",
+    *(f".{name}.partial" for name in MODELS),
     "report.json",
     "report.html",
     "metrics.jsonl",
@@ -219,7 +220,7 @@ def decided(job: JobConfig) -> Output:
         _refuse_unless_resumed(job, folder, record, resume)
     finished = bool(record and record["status"] == "done" and resume is True)
     before = 0 if replaced.is_there else _attempts_before(record, storage)
-    name = f"{job.run_name}_{before + 1:03d}"
+    name = f"{ascii_name(job.run_name)}_{before + 1:03d}"  # Ray's metrics take ASCII only (2.60)
     return Output(folder, storage_path(job), name, resume, finished, before + 1, replaced)
 
 

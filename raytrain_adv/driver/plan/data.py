@@ -1,4 +1,4 @@
-"""The data as a plan needs it: counted where that takes seconds, else estimated from a sample."""
+"""Sizes of the data for a plan: counted if that takes seconds, else estimated from a sample."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 Say = Callable[[str], None]
 
 COUNTED = 20_000
-"""Datasets of up to this many rows are tokenized for the plan, into the cache that the run uses."""
+"""Datasets of up to this many rows are tokenized for the plan, into the run's cache."""
 SAMPLE = 2_000
-"""Rows at the start of a larger dataset that its size is estimated from."""
+"""First rows of a larger dataset, from which its size is estimated."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class DataSummary:
     """Conversations to train on."""
     num_sequences: int
     num_tokens: int
-    """Tokens in the sequences, padding left out."""
+    """Tokens in the sequences, without padding."""
     longest: int
     """Tokens of the longest training sequence."""
     num_held_out: int
-    """Sequences for evaluation; 0 where none are."""
+    """Sequences for evaluation."""
     longest_held_out: int
     packing_efficiency: float | None
-    """Share of the packed sequences that is filled; none without packing."""
+    """Filled share of the packed sequences; None without packing."""
     estimated_from: int = 0
-    """Rows of the sample that the sizes were estimated from; 0 where they were counted."""
+    """Rows of the sample behind the estimate; 0 if the sizes were counted."""
 
 
 def summarize(prepared: PreparedData) -> DataSummary:
@@ -59,11 +59,11 @@ def summarize(prepared: PreparedData) -> DataSummary:
     )
 
 
-def look_at(job: JobConfig, say: Say) -> DataSummary:
+def measure(job: JobConfig, say: Say) -> DataSummary:
     """Return the sizes of the job's data; large data that is not tokenized yet is estimated.
 
     Raises:
-        JobError: when the data cannot be found or used; a run would end there too.
+        JobError: when the data cannot be found or used, as in a run.
     """
     entries = resolve(job.data.dataset, job.data, "dataset")
     num_rows = [_estimated_rows(entry, job) for entry in entries]
@@ -72,14 +72,14 @@ def look_at(job: JobConfig, say: Say) -> DataSummary:
     say(f"about {sum(num_rows):,} rows: estimated from the first {SAMPLE:,} of each dataset")
     with tempfile.TemporaryDirectory() as folder:
         parts = [
-            _scaled(_sampled(job, name, folder), rows)
+            _scale(_sample(job, name, folder), rows)
             for name, rows in zip(_names(job), num_rows, strict=True)
         ]
-    return _split(job, _joined(parts))
+    return _split(job, _join(parts))
 
 
 def _estimated_rows(entry: Entry, job: JobConfig) -> int:
-    """Return about how many rows a dataset has, from how far into it the first ones reach."""
+    """Estimate a dataset's rows from the share of it that its first rows take."""
     if entry.num_samples is not None:
         rows = entry.num_samples
     else:
@@ -101,8 +101,8 @@ def _names(job: JobConfig) -> list[str]:
     return [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names)
 
 
-def _sampled(job: JobConfig, name: str, folder: str) -> DataSummary:
-    """Prepare the first rows of one dataset, in a cache of its own."""
+def _sample(job: JobConfig, name: str, folder: str) -> DataSummary:
+    """Prepare the first rows of one dataset, in a separate cache."""
     keys = {
         "dataset": [name],
         "eval_dataset": None,
@@ -115,7 +115,7 @@ def _sampled(job: JobConfig, name: str, folder: str) -> DataSummary:
     return summarize(prepare(small, lambda sentence: None))
 
 
-def _scaled(sample: DataSummary, num_rows: int) -> DataSummary:
+def _scale(sample: DataSummary, num_rows: int) -> DataSummary:
     factor = num_rows / sample.num_rows
     return dataclasses.replace(
         sample,
@@ -126,7 +126,7 @@ def _scaled(sample: DataSummary, num_rows: int) -> DataSummary:
     )
 
 
-def _joined(parts: list[DataSummary]) -> DataSummary:
+def _join(parts: list[DataSummary]) -> DataSummary:
     filled = [p.packing_efficiency for p in parts if p.packing_efficiency is not None]
     return DataSummary(
         num_rows=sum(p.num_rows for p in parts),
@@ -141,7 +141,7 @@ def _joined(parts: list[DataSummary]) -> DataSummary:
 
 
 def _split(job: JobConfig, whole: DataSummary) -> DataSummary:
-    """Take the held-out rows off an estimate."""
+    """Subtract the held-out rows from an estimate."""
     size = job.data.val_size
     held = (int(size) if size >= 1 else round(whole.num_rows * size)) / whole.num_rows
     return dataclasses.replace(

@@ -1,47 +1,47 @@
-"""The plan of a run: what it would do, how long it is, what it needs. No GPU, no weights."""
+"""The plan of a run: its steps, its transforms, its memory. Needs neither a GPU nor weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
-from raytrain_adv import hardware
+from raytrain_adv import hardware, tables
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.workers import accumulation, numbers
+from raytrain_adv.config.workers import CPU_WORKERS, accumulation, numbers
 from raytrain_adv.data.batches.collate import pad_to
 from raytrain_adv.data.prepare import PreparedData
+from raytrain_adv.driver.output.output_dir import decided
 from raytrain_adv.driver.plan import sweep
-from raytrain_adv.driver.plan.data import DataSummary, look_at, summarize
-from raytrain_adv.driver.plan.remarks import remarks
-from raytrain_adv.driver.plan.text import WIDTH, render, render_brief, view
+from raytrain_adv.driver.plan.data import DataSummary, measure, summarize
+from raytrain_adv.driver.plan.text import render, render_brief, view
+from raytrain_adv.errors import ClusterError, JobError, StorageError
 from raytrain_adv.estimate.advice import EXAMPLES, Advice, Case, Gpu, advise
 from raytrain_adv.estimate.assumptions import Assumptions
 from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.estimate.host import HostNeed
 from raytrain_adv.estimate.limits import Limit, Scale, Work
 from raytrain_adv.estimate.memory import MemoryPrediction
-from raytrain_adv.hardware import GIB, HardwareFacts
+from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model.attention import attention_name
 from raytrain_adv.model.build import build, decoder_layers
-from raytrain_adv.ops.bitsandbytes.linear import num_weights, quantized_linears
+from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.run.schedule import Arithmetic, resolve_arithmetic
-from raytrain_adv.transforms.applied import enabled, prepare_all, with_advice
+from raytrain_adv.text import GIB, plural
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.transform import Plan
 
 __all__ = ["DataSummary", "RunPlan", "render", "render_brief", "resolve", "show"]
 
-CPU_WORKERS = 2
-"""Workers that ray_num_workers: auto takes on a cluster without GPUs."""
-
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """The model in a line."""
+    """The model in numbers."""
 
     architecture: str
     num_layers: int
@@ -56,7 +56,7 @@ class ModelSummary:
 
 @dataclass(frozen=True)
 class Size:
-    """What another number of workers makes of a run."""
+    """A run with another number of workers."""
 
     workers: int
     accumulation_steps: int
@@ -66,12 +66,12 @@ class Size:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything a run settles before it starts."""
+    """Everything that is decided before a run starts."""
 
     job: JobConfig
     world_size: int
     assumption: str
-    """Where the number of workers comes from when the job does not say it; else empty."""
+    """Where the number of workers comes from; empty if the job sets it."""
     model: ModelSummary
     data: DataSummary
     arithmetic: Arithmetic
@@ -80,22 +80,22 @@ class RunPlan:
     transforms: Mapping[str, Plan]
     memory: MemoryPrediction
     host: HostNeed
-    """Host memory on a node that is full of workers."""
+    """Host memory of a full node's workers."""
     host_gib: float | None
-    """What a node has of it; none where no GPU node is known."""
+    """Host memory of a node; None if no GPU node is known."""
     gpus: tuple[Gpu, ...]
-    """What the prediction is held against."""
+    """GPUs to compare the prediction with."""
     advice: Mapping[str, tuple[Advice, ...]]
     """GPU name -> changes worth making."""
     sizes: tuple[Size, ...] = ()
-    """The run with each number of workers it may have; none where it is one throughout. The plan
-    itself is then for the fewest, which need most memory."""
+    """The run with each allowed number of workers; empty if the number is fixed. The plan itself is
+    for the fewest, which need most memory."""
     scale: Scale | None = None
-    """What many workers move and store; none where it was not asked for."""
+    """Traffic and checkpoints of many workers, if requested."""
     limits: tuple[Limit, ...] = ()
-    """What more workers run into, the first one first; with `scale`."""
+    """Limits of more workers, in order; with `scale`."""
     remarks: tuple[str, ...] = ()
-    """Sentences on keys without effect, and on what was not looked at."""
+    """Sentences on keys without effect, and on what was not checked."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan's numbers as JSON types."""
@@ -117,28 +117,28 @@ def resolve(
     assumption: str = "",
     assumed: Assumptions | None = None,
 ) -> RunPlan:
-    """Work the plan out.
+    """Make the plan.
 
     Args:
         job: the loaded job.
         world_size: number of workers.
         data: the job's data, prepared or summarized.
-        facts: a node the job will run on; without a GPU in it, memory is held against examples.
-        assumption: why there are this many workers, where the job leaves it open.
-        assumed: the cluster that traffic, checkpoints and limits are computed for; none leaves
-            them out.
+        facts: a node the job will run on; without a GPU, memory is compared with example GPUs.
+        assumption: where world_size comes from, if the job does not set it.
+        assumed: the cluster for which traffic, checkpoints and limits are computed; None skips
+            them.
 
     Raises:
-        JobError: when the model, the data or a transform cannot be as the job asks for.
+        JobError: when the model, the data or a transform does not fit the job.
     """
     summary = data if isinstance(data, DataSummary) else summarize(data)
     model = build(job)
     seq_len = pad_to(job).length(summary.longest)
     num_tokens = job.train.per_device_train_batch_size * seq_len
-    transforms = with_advice(job, prepare_all(job, model, facts), num_tokens)
+    transforms = Transforms(job)
+    plans = transforms.prepare(model, facts, num_tokens)
     arithmetic = resolve_arithmetic(job, summary.num_sequences, world_size)
-    for transform in enabled(job):
-        transform.check_length(arithmetic.total_steps)
+    transforms.check_length(arithmetic.total_steps)
     case = Case(job, model, world_size, seq_len)
     gpus = _gpus(facts)
     flops = training_flops_per_token(model, seq_len)
@@ -152,7 +152,7 @@ def resolve(
         data=summary,
         arithmetic=arithmetic,
         seq_len=seq_len,
-        transforms=transforms,
+        transforms=plans,
         memory=memory,
         host=HostNeed.of(memory, min(world_size, _workers_per_node(facts, assumed))),
         host_gib=_host_gib(facts),
@@ -179,15 +179,7 @@ def _model_summary(job: JobConfig, model: PreTrainedModel, flops: float) -> Mode
 def _work(
     case: Case, data: DataSummary, arithmetic: Arithmetic, flops: float, gpus: tuple[Gpu, ...]
 ) -> Work:
-    """Return what a step computes, for what many workers make of it.
-
-    Args:
-        case: the model and its job.
-        data: what it is trained on.
-        arithmetic: its steps.
-        flops: operations per token.
-        gpus: the first is what it is computed on, unless on a CPU.
-    """
+    """Return the work of a step, from which the cost of many workers is computed."""
     return Work(
         model=case.model,
         job=case.job,
@@ -214,21 +206,21 @@ def show(
 
     Args:
         job: the loaded job.
-        num_workers: workers to plan for; none takes ray_num_workers.
-        verbose: show the keys that have their default too.
-        assumed: the cluster; where it has more workers than one node's, their traffic, checkpoints
-            and limits are shown.
+        num_workers: workers to plan for; ray_num_workers if None.
+        verbose: also show the keys at their defaults.
+        assumed: the cluster; traffic, checkpoints and limits are shown if it is given, or if the
+            workers need more than one node.
 
     Raises:
-        JobError: when the job could not run as written.
+        JobError: when the job cannot run as written.
     """
     console = Console(highlight=False)
     if job.sweep is not None:
-        console.print(sweep.render(job.sweep), markup=False, soft_wrap=True)
+        tables.show(sweep.view(job.sweep))
     facts = hardware.detect()
     world_size, assumption = _workers(job, num_workers, facts)
     with console.status("reading the data"):
-        data = look_at(job, lambda sentence: console.print(sentence, style="dim"))
+        data = measure(job, lambda sentence: console.print(sentence, style="dim"))
     cluster = assumed or Assumptions()
     plan = resolve(
         job,
@@ -239,21 +231,18 @@ def show(
         assumed=cluster if world_size > cluster.gpus_per_node or assumed else None,
     )
     plan = replace(plan, remarks=remarks(job, world_size, facts))
-    if console.is_terminal:
-        console.print(view(plan, verbose), width=min(console.width, WIDTH))
-    else:
-        print(render(plan, verbose))
+    tables.show(view(plan, verbose))
 
 
 def _dtypes(model: nn.Module) -> tuple[str, ...]:
     plain = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
-    return (*sorted({m.form.kind for _, m in quantized_linears(model)}), *sorted(plain))
+    return (*sorted({m.form.kind for _, m in packed_linears(model)}), *sorted(plain))
 
 
-def _workers(job: JobConfig, asked: int | None, facts: HardwareFacts) -> tuple[int, str]:
-    """Return the number of workers, and where it comes from unless the job says it."""
-    if asked is not None:
-        return asked, ""
+def _workers(job: JobConfig, requested: int | None, facts: HardwareFacts) -> tuple[int, str]:
+    """Return the number of workers, and where it comes from unless the job sets it."""
+    if requested is not None:
+        return requested, ""
     if isinstance(job.ray.ray_num_workers, int):
         return job.ray.ray_num_workers, ""
     if several := numbers(job):
@@ -264,7 +253,7 @@ def _workers(job: JobConfig, asked: int | None, facts: HardwareFacts) -> tuple[i
 
 
 def _workers_per_node(facts: HardwareFacts | None, assumed: Assumptions | None) -> int:
-    """Return the GPUs of a node: as assumed, else of the one that is known."""
+    """Return the GPUs of a node: the assumed number, else that of the known node."""
     if assumed is None and facts is not None and facts.device_type == "cuda":
         return max(facts.num_gpus, 1)
     return int((assumed or Assumptions()).gpus_per_node)
@@ -273,10 +262,70 @@ def _workers_per_node(facts: HardwareFacts | None, assumed: Assumptions | None) 
 def _host_gib(facts: HardwareFacts | None) -> float | None:
     if facts is None or facts.device_type != "cuda":
         return None
-    return facts.host_memory_bytes / GIB or None  # a node yet to start has not said it
+    return facts.host_memory_bytes / GIB or None  # unknown for a node that is not started yet
 
 
 def _gpus(facts: HardwareFacts | None) -> tuple[Gpu, ...]:
     if facts is not None and facts.device_type == "cuda":
         return (Gpu(facts.device_name, facts.device_memory_gib, is_known=True),)
     return EXAMPLES
+
+
+def remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> tuple[str, ...]:
+    """Return the sentences below a plan: keys without effect, and what was not checked.
+
+    Args:
+        job: the loaded job.
+        world_size: planned number of workers.
+        facts: the machine on which the plan is made.
+    """
+    preflight = f"raytrain-adv preflight {job.source}".rstrip()
+    return (
+        *job.notes,
+        *_checkpoint_remarks(job),
+        *_output_remarks(job),
+        *_gpu_remarks(job, world_size, facts),
+        *_refusals(job, facts),
+        f"no cluster was checked for this job: {preflight} does that",
+    )
+
+
+def _checkpoint_remarks(job: JobConfig) -> Iterator[str]:
+    path = job.output.resume_from_checkpoint
+    if isinstance(path, str) and "://" not in path and not Path(path).is_dir():
+        yield f"resume_from_checkpoint: there is no folder {path} on this machine"
+
+
+def _output_remarks(job: JobConfig) -> Iterator[str]:
+    """Yield what a launch does to a run in output_dir. Buckets are not read for a plan."""
+    if job.sweep is not None or "://" in (job.ray.ray_storage_path or ""):
+        return
+    try:
+        found = decided(job)
+    except (JobError, StorageError) as error:
+        yield f"a launch is refused: {error.what} (output_dir: {job.output.output_dir})"
+        return
+    if found.replaced.is_there:
+        yield f"a launch deletes the run in {found.folder} (overwrite_output_dir: true)"
+    elif found.finished:
+        yield f"a launch does nothing: this job has already finished in {found.folder}"
+
+
+def _refusals(job: JobConfig, facts: HardwareFacts) -> Iterator[str]:
+    for transform in Transforms(job):
+        try:
+            transform.check(facts)
+        except ClusterError as error:
+            yield f"not on this machine: {error.what}"
+
+
+def _gpu_remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> Iterator[str]:
+    if job.parallel.use_cpu:
+        return
+    if facts.device_type != "cuda":
+        yield (
+            "this machine has no GPU, and the plan is for GPUs: a Ray started here would train on "
+            "the CPU; use_cpu: true plans for that"
+        )
+    elif facts.num_gpus < world_size:
+        yield f"this machine has {plural(facts.num_gpus, 'GPU')} for {world_size:,} workers"

@@ -1,38 +1,39 @@
-"""What a sweep would run, for --plan: its trials, and how they are compared."""
+"""The plan of a sweep, for --plan: its trials, and how they are compared."""
 
 from __future__ import annotations
 
-from raytrain_adv import text
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from raytrain_adv import tables
 from raytrain_adv.config.sweep import METRICS, NEVER, SWITCH, Sweep
 from raytrain_adv.report.sweep_table import written
+from raytrain_adv.text import plural
 
 NUM_SHOWN = 40
 
 
-def render(sweep: Sweep) -> str:
-    """Return the trials as a table, and what follows below it."""
-    trials = text.plural(len(sweep.trials), "trial")
-    lines = [f"Sweep: {trials}, {_better(sweep)} {sweep.metric} is the best; {_scheduled(sweep)}"]
-    rows = [list(sweep.keys)]
-    rows += [
-        [written(t.values[key]) + _remark(key, t.values[key]) for key in sweep.keys]
-        for t in sweep.trials[:NUM_SHOWN]
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(sweep.keys))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append(f"  {'  '.join(cells)}".rstrip())
+def view(sweep: Sweep) -> Group:
+    """Return the trials as a table for rich."""
+    better = "lowest" if METRICS[sweep.metric] == "min" else "highest"
+    table = Table.grid(padding=(0, 2))
+    table.add_row(*sweep.keys)
+    for trial in sweep.trials[:NUM_SHOWN]:
+        table.add_row(*(_cell(key, trial.values[key]) for key in sweep.keys))
     if len(sweep.trials) > NUM_SHOWN:
-        lines.append(f"  and {len(sweep.trials) - NUM_SHOWN} more")
-    lines.append(f"\nThe plan of the first trial, {sweep.trials[0].name}:\n")
-    return "\n".join(lines)
+        table.add_row(f"and {len(sweep.trials) - NUM_SHOWN} more")
+    return Group(
+        Text(
+            f"Sweep: {plural(len(sweep.trials), 'trial')}, the {better} {sweep.metric} is the "
+            f"best; {_schedule(sweep)}"
+        ),
+        tables.indented(table),
+        Text(f"\nThe plan of the first trial, {sweep.trials[0].name}:\n"),
+    )
 
 
-def _better(sweep: Sweep) -> str:
-    return "the lowest" if METRICS[sweep.metric] == "min" else "the highest"
-
-
-def _scheduled(sweep: Sweep) -> str:
+def _schedule(sweep: Sweep) -> str:
     options = sweep.options
     if options.scheduler == "none":
         return "each runs to its end"
@@ -45,5 +46,5 @@ def _scheduled(sweep: Sweep) -> str:
     )
 
 
-def _remark(key: str, value: object) -> str:
-    return " (PTQ)" if key == SWITCH and value == NEVER else ""
+def _cell(key: str, value: object) -> str:
+    return written(value) + (" (PTQ)" if key == SWITCH and value == NEVER else "")

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from raytrain_adv.driver.plan import scale_text
+from raytrain_adv import tables
 from raytrain_adv.estimate.advice import written
-from raytrain_adv.estimate.memory import Phase
+from raytrain_adv.estimate.limits import MOST_WORKERS, Limit, Scale
+from raytrain_adv.estimate.memory import PARTS
+from raytrain_adv.estimate.traffic import GB
 from raytrain_adv.report.record import fold_names
+from raytrain_adv.text import plural
 from raytrain_adv.transforms.transform import Plan
 
 if TYPE_CHECKING:
     from raytrain_adv.driver.plan.plan import RunPlan
 
-WIDTH = 100
-PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "gathered")
 NUMBERED = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+Rows = Iterator[tuple[str, str]]
 
 
 def render(plan: RunPlan, verbose: bool = False) -> str:
     """Return the whole plan as plain text."""
-    return _plain(view(plan, verbose))
+    return tables.plain(view(plan, verbose))
 
 
 def render_brief(plan: RunPlan) -> str:
@@ -38,52 +40,34 @@ def render_brief(plan: RunPlan) -> str:
         rows.append((name, _counts(own)))
         rows += [("", note) for note in own.notes]
     rows.append(("memory", _memory_sentence(plan)))
-    return _plain(_pairs(rows))
+    return tables.plain(tables.pairs(rows))
 
 
 def view(plan: RunPlan, verbose: bool = False) -> Group:
-    """Return the whole plan for a rich console."""
+    """Return the whole plan for rich."""
     title = Text.assemble("Plan of ", (plan.job.source or "the job", "bold"))
-    title.append(f", {_count(plan.world_size, 'worker')}")
+    title.append(f", {plural(plan.world_size, 'worker')}")
     if plan.assumption:
         title.append(f" ({plan.assumption})", style="dim")
-    parts: list[RenderableType] = [title]
-    parts += _section("Job", _job_view(plan, verbose))
-    parts += _section("Model", _pairs(_model_rows(plan)))
-    parts += _section("Batch", _pairs(_batch_rows(plan)))
-    parts += _section("Transforms", *_transform_views(plan))
-    parts += _section(f"Memory per {_device(plan)}, GiB", *_memory_views(plan))
+    sections: list[tuple[str, Iterable[RenderableType]]] = [
+        ("Job", _job_views(plan, verbose)),
+        ("Model", [tables.pairs(_model_rows(plan))]),
+        ("Batch", [tables.pairs(_batch_rows(plan))]),
+        ("Transforms", _transform_views(plan)),
+        (f"Memory per {_device(plan)}, GiB", _memory_views(plan)),
+    ]
     if plan.scale is not None:
-        rows = scale_text.rows(plan.scale, plan.limits)
-        parts += _section(scale_text.title(plan.scale), _pairs(rows))
+        s = plan.scale
+        heading = f"{plural(s.world_size, 'worker')} on {plural(s.nodes, 'node')}"
+        rows = tables.pairs(_scale_rows(s, plan.limits))
+        sections.append((f"{heading}: computed, not measured", [rows]))
     if plan.remarks:
-        parts += _section("To know", *map(Text, plan.remarks))
-    return Group(*parts)
+        sections.append(("To know", map(Text, plan.remarks)))
+    return Group(title, *(part for name, body in sections for part in tables.section(name, *body)))
 
 
-def _plain(renderable: RenderableType) -> str:
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, highlight=False)
-    console.print(renderable)
-    written_text = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
-    return "\n".join(line.rstrip() for line in written_text.splitlines())
-
-
-def _section(title: str, *content: RenderableType) -> list[RenderableType]:
-    body = [Padding(part, (0, 0, 0, 2)) for part in content]
-    return [Text(), Text(title, style="bold cyan"), *body]
-
-
-def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, Text(value))
-    return table
-
-
-def _count(number: int, word: str, several: str = "") -> str:
-    return f"{number:,} {word}" if number == 1 else f"{number:,} {several or word + 's'}"
+def _passes(number: int) -> str:
+    return f"{number:,} {'pass' if number == 1 else 'passes'}"
 
 
 def _device(plan: RunPlan) -> str:
@@ -93,26 +77,25 @@ def _device(plan: RunPlan) -> str:
 # --- the job's keys
 
 
-def _job_view(plan: RunPlan, verbose: bool) -> RenderableType:
+def _job_views(plan: RunPlan, verbose: bool) -> Iterator[RenderableType]:
     changed, defaults = _keys(plan)
-    parts: list[RenderableType] = [_pairs(changed.items())]
+    yield tables.pairs(changed.items())
     if verbose:
-        parts += [Text("as they come:", style="dim"), _pairs(defaults.items())]
+        yield Text("at their defaults:", style="dim")
+        yield tables.pairs(defaults.items())
     else:
-        parts.append(Text(f"and {len(defaults)} keys as they come (--verbose)", style="dim"))
-    return Group(*parts)
+        yield Text(f"{len(defaults)} more keys at their defaults (--verbose)", style="dim")
 
 
 def _keys(plan: RunPlan) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the keys that differ from their default, and the others, as YAML would write them."""
+    """Return the keys that differ from their default, and the others, with values as in YAML."""
     changed: dict[str, str] = {}
     same: dict[str, str] = {}
     for section in plan.job.sections():
         values = section.model_dump(mode="json")
         for key, field in type(section).model_fields.items():
-            is_default = not field.is_required() and values[key] == field.get_default(
-                call_default_factory=True
-            )
+            default: Any = field.get_default(call_default_factory=True)
+            is_default = not field.is_required() and values[key] == default
             (same if is_default else changed)[key] = written(values[key])
     return changed, same
 
@@ -120,56 +103,45 @@ def _keys(plan: RunPlan) -> tuple[dict[str, str], dict[str, str]]:
 # --- model and batch
 
 
-def _model_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
+def _model_rows(plan: RunPlan) -> Rows:
     m = plan.model
     yield (
         "architecture",
-        f"{m.architecture}, {_count(m.num_layers, 'layer')}, {m.attention} attention",
+        f"{m.architecture}, {plural(m.num_layers, 'layer')}, {m.attention} attention",
     )
-    share = (
-        "" if m.num_trained == m.num_parameters else f" ({m.num_trained / m.num_parameters:.2%})"
-    )
+    share = m.num_trained / m.num_parameters
     yield (
         "parameters",
-        f"{m.num_parameters:,} in {' and '.join(m.dtypes)}, {m.num_trained:,} trained{share}",
+        f"{m.num_parameters:,} in {' and '.join(m.dtypes)}, {m.num_trained:,} trained"
+        + ("" if share == 1 else f" ({share:.2%})"),
     )
     yield "arithmetic", f"{m.flops_per_token / 1e9:,.3g} GFLOP per token, forward and backward"
 
 
-def _batch_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
-    a, d, job = plan.arithmetic, plan.data, plan.job
+def _batch_rows(plan: RunPlan) -> Rows:
+    yield from _data_rows(plan)
+    a, d = plan.arithmetic, plan.data
     about = "about " if d.estimated_from else ""
-    filled = "" if d.packing_efficiency is None else f", packed {d.packing_efficiency:.0%} full"
-    yield (
-        "data",
-        f"{about}{_count(d.num_rows, 'conversation')} in {_count(d.num_sequences, 'sequence')}, "
-        f"{d.num_tokens:,} tokens{filled}",
-    )
-    if d.estimated_from:
-        yield "", f"estimated from {d.estimated_from:,} rows; a run counts them"
     mean = d.num_tokens / d.num_sequences
-    yield "sequence", f"{mean:,.0f} tokens on average, {plan.seq_len:,} at most with padding"
-    if d.num_held_out:
-        yield "held out", f"{about}{_count(d.num_held_out, 'sequence')} for evaluation"
     yield (
         "step",
-        f"{a.micro_batch} per worker x {_count(a.accumulation_steps, 'pass', 'passes')} "
-        f"x {_count(a.world_size, 'worker')} = {_count(a.global_batch, 'sequence')}, "
+        f"{a.micro_batch} per worker x {_passes(a.accumulation_steps)} "
+        f"x {plural(a.world_size, 'worker')} = {plural(a.global_batch, 'sequence')}, "
         f"about {mean * a.global_batch:,.0f} tokens",
     )
     for size in plan.sizes[1:]:
         yield (
             "",
-            f"with {_count(size.workers, 'worker')}: the same in "
-            f"{_count(size.accumulation_steps, 'pass', 'passes')}, at most "
-            f"{size.memory_gib:.1f} GiB per {_device(plan)}",
+            f"with {plural(size.workers, 'worker')}: the same in "
+            f"{_passes(size.accumulation_steps)}, at most {size.memory_gib:.1f} GiB per "
+            f"{_device(plan)}",
         )
-    yield "epoch", f"{about}{_count(a.steps_per_epoch, 'step')}"
-    source = "max_steps" if job.train.max_steps > 0 else "num_train_epochs"
+    yield "epoch", f"{about}{plural(a.steps_per_epoch, 'step')}"
+    source = "max_steps" if plan.job.train.max_steps > 0 else "num_train_epochs"
     warm = f", {a.warmup_steps:,} of them warm-up" if a.warmup_steps else ""
     yield (
         "run",
-        f"{about}{_count(a.total_steps, 'step')} = {a.epochs:.4g} epochs (by {source}){warm}, "
+        f"{about}{plural(a.total_steps, 'step')} = {a.epochs:.4g} epochs (by {source}){warm}, "
         f"{mean * a.total_sequences:,.0f} tokens",
     )
     if a.filled_sequences:
@@ -182,11 +154,28 @@ def _batch_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
         yield "evaluations", _occasions(a.num_evals, a.eval_strategy, a.eval_every)
 
 
+def _data_rows(plan: RunPlan) -> Rows:
+    d = plan.data
+    about = "about " if d.estimated_from else ""
+    filled = "" if d.packing_efficiency is None else f", packed {d.packing_efficiency:.0%} full"
+    yield (
+        "data",
+        f"{about}{plural(d.num_rows, 'conversation')} in {plural(d.num_sequences, 'sequence')}, "
+        f"{d.num_tokens:,} tokens{filled}",
+    )
+    if d.estimated_from:
+        yield "", f"estimated from {d.estimated_from:,} rows; a run counts them"
+    mean = d.num_tokens / d.num_sequences
+    yield "sequence", f"{mean:,.0f} tokens on average, {plan.seq_len:,} at most with padding"
+    if d.num_held_out:
+        yield "held out", f"{about}{plural(d.num_held_out, 'sequence')} for evaluation"
+
+
 def _occasions(count: int, strategy: str, every: int) -> str:
     if count == 0:
         return "none"
     if strategy == "steps" and count > 1:
-        return f"{count:,}: every {_count(every, 'step')} and at the end"
+        return f"{count:,}: every {plural(every, 'step')} and at the end"
     return f"{count:,}: after each epoch" if strategy == "epoch" else f"{count:,}: at the end"
 
 
@@ -195,35 +184,31 @@ def _occasions(count: int, strategy: str, every: int) -> str:
 
 def _transform_views(plan: RunPlan) -> Iterator[RenderableType]:
     if not plan.transforms:
-        yield Text("none: the model is trained as it is")
+        yield Text("none: the model is trained unchanged")
     for name, own in plan.transforms.items():
         yield Text.assemble((name, "bold"), f": {_counts(own)}")
         table = Table.grid(padding=(0, 2))
         table.add_column(justify="right", style="green", no_wrap=True)
         table.add_column(overflow="fold", ratio=3)
         table.add_column(overflow="fold", ratio=2)
-        for fqns, change in _grouped(
-            {fqn: _becomes(c.before, c.after) for fqn, c in own.changes.items()}
-        ):
+        changes = {
+            fqn: f"{_short(c.before)} -> {_short(c.after)}" for fqn, c in own.changes.items()
+        }
+        for fqns, change in _group(changes):
             table.add_row(f"{len(fqns)}", ", ".join(fold_names(fqns)), change)
-        for fqns, reason in _grouped(own.skipped):
-            names = ", ".join(fold_names(fqns))
+        for fqns, reason in _group(own.skipped):
             table.add_row(
                 Text(f"{len(fqns)}", style="yellow"),
-                Text(names, style="dim"),
-                Text(f"left: {reason}", style="dim"),
+                Text(", ".join(fold_names(fqns)), style="dim"),
+                Text(f"skipped: {reason}", style="dim"),
             )
-        yield Padding(table, (0, 0, 0, 2))
+        yield tables.indented(table)
         for note in own.notes:
-            yield Padding(Text(note, style="italic"), (0, 0, 0, 2))
+            yield tables.indented(Text(note, style="italic"))
 
 
 def _counts(own: Plan) -> str:
-    return f"changes {_count(len(own.changes), 'module')}, leaves {len(own.skipped):,}"
-
-
-def _becomes(before: str, after: str) -> str:
-    return f"{_short(before)} -> {_short(after)}"
+    return f"changes {plural(len(own.changes), 'module')}, skips {len(own.skipped):,}"
 
 
 def _short(name: str) -> str:
@@ -232,8 +217,8 @@ def _short(name: str) -> str:
     return (kind if package == "torch" else f"{package}.{kind}") if kind else name
 
 
-def _grouped(labels: Mapping[str, str]) -> Iterator[tuple[list[str], str]]:
-    """Yield module names that differ in their numbers only and share a label, with the label."""
+def _group(labels: Mapping[str, str]) -> Iterator[tuple[list[str], str]]:
+    """Yield module names that differ only in their numbers and share a label, with the label."""
     groups: dict[tuple[str, str], list[str]] = {}
     for fqn, label in labels.items():
         groups.setdefault((NUMBERED.sub("#", fqn), label), []).append(fqn)
@@ -247,25 +232,27 @@ def _grouped(labels: Mapping[str, str]) -> Iterator[tuple[list[str], str]]:
 def _memory_views(plan: RunPlan) -> Iterator[RenderableType]:
     yield _phase_table(plan)
     shown = [p for p in PARTS if getattr(plan.memory, p) >= 0.005]
-    yield Padding(_pairs((p, plan.memory.explanations[p]) for p in shown), (1, 0, 0, 0))
-    yield Padding(Text(_memory_sentence(plan), style="bold"), (1, 0, 0, 0))
+    explanations = ((p, plan.memory.explanations[p]) for p in shown)
+    yield tables.indented(tables.pairs(explanations), by=0, above=1)
+    yield tables.indented(Text(_memory_sentence(plan), style="bold"), by=0, above=1)
     if plan.host.per_worker >= 0.05:
         yield Text(f"and host memory: {plan.host.sentence()}")
         short = plan.host_gib is not None and plan.host.per_node > plan.host_gib
         for verdict in plan.host.verdicts(plan.host_gib):
-            yield Padding(Text(verdict, style="bold red" if short else ""), (0, 0, 0, 4))
+            yield tables.indented(Text(verdict, style="bold red" if short else ""), by=4)
     if not plan.job.parallel.use_cpu:
         yield from _verdicts(plan)
 
 
 def _phase_table(plan: RunPlan) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column("at", no_wrap=True)
-    for part in (*PARTS, "workspace", "total"):
-        table.add_column(part, justify="right", no_wrap=True)
+    parts = (*PARTS, "workspace")
+    table = tables.columns("at", *parts, "total", right=(*parts, "total"))
+    table.padding = (0, 1, 0, 0)
+    for column in table.columns:
+        column.no_wrap = True
     for phase in plan.memory.phases:
         is_peak = phase.name == plan.memory.peak
-        cells = [_gib(getattr(phase, part)) for part in (*PARTS, "workspace")]
+        cells = [_gib(getattr(phase, part)) for part in parts]
         total = f"{phase.total:.2f}" + (" <" if is_peak else "  ")
         table.add_row(phase.name, *cells, total, style="bold" if is_peak else "")
     return table
@@ -276,13 +263,9 @@ def _gib(value: float) -> str:
 
 
 def _memory_sentence(plan: RunPlan) -> str:
-    at = _phase_named(plan, plan.memory.peak)
+    at = next(p for p in plan.memory.phases if p.name == plan.memory.peak)
     largest = max((*PARTS, "workspace"), key=lambda part: getattr(at, part))
     return f"peak {plan.memory.total:.1f} GiB, at: {at.name}; most of it {largest}"
-
-
-def _phase_named(plan: RunPlan, name: str) -> Phase:
-    return next(p for p in plan.memory.phases if p.name == name)
 
 
 def _verdicts(plan: RunPlan) -> Iterator[RenderableType]:
@@ -297,4 +280,84 @@ def _verdicts(plan: RunPlan) -> Iterator[RenderableType]:
             line.append("; no change of these keys makes it fit")
         yield line
         for change in advice:
-            yield Padding(Text(change.sentence()), (0, 0, 0, 4))
+            yield tables.indented(Text(change.sentence()), by=4)
+
+
+# --- many workers
+
+
+def _scale_rows(s: Scale, limits: tuple[Limit, ...]) -> Rows:
+    yield "moved", _moved(s)
+    yield from _times(s)
+    yield from _checkpoint(s)
+    h = s.head
+    yield (
+        "head node",
+        f"gcs_server and Ray Train's controller take {h.cpu_s:,.0f} s of CPU to start and end a "
+        f"run, {h.memory_gib:.1f} GiB and up to {h.files:,.0f} open files; extrapolated from a few "
+        "empty CPU workers on one node",
+    )
+    yield "", "data and checkpoints do not pass through Ray's object store"
+    if not limits:
+        yield "limits", f"none is reached with up to {MOST_WORKERS:,} workers"
+    for place, limit in enumerate(limits):
+        met = "reached: " if limit.workers <= s.world_size else ""
+        name = "first limit" if place == 0 else "then"
+        yield name, f"{met}from {limit.workers:,} workers on {limit.what}"
+        yield "", f"fix: {limit.fix}"
+    yield "assumed", ", ".join(f"{k} {v:g}" for k, v in asdict(s.assumed).items())
+    yield "", "another cluster: --assume NAME=VALUE"
+
+
+def _moved(s: Scale) -> str:
+    m = s.moved
+    parts = []
+    if m.gathers:
+        parts.append(f"{m.gathers:,} all-gathers of {_gb(m.gathered)} in all")
+    if m.reductions:
+        parts.append(f"{m.reductions:,} reduce-scatters of {_gb(m.reduced)} in float32")
+    if m.all_reductions:
+        copies = f"{m.all_reductions:,} all-reduces of {_gb(m.all_reduced)}"
+        parts.append(f"{copies} between {m.replicas:,} copies")
+    return f"{_gb(m.received)} into each GPU a step: {', '.join(parts) or 'nothing'}"
+
+
+def _times(s: Scale) -> Rows:
+    t = s.times
+    if t.compute is None or t.most_exposed is None or t.least_exposed is None:
+        yield "time of it", "not computed for CPUs"
+        return
+    yield (
+        "time of it",
+        f"{t.communication:.3f} s: {t.bandwidth:.3f} by bandwidth, {t.latency:.3f} in hops",
+    )
+    yield (
+        "computation",
+        f"{t.compute:.3f} s a step on {s.gpu}, FSDP2's copies in it, at the MFU of one H200",
+    )
+    low, high = max(t.compute, t.communication), t.compute + t.communication
+    yield (
+        "step",
+        f"{low:.3f} to {high:.3f} s: exposed communication is {t.least_exposed:.0%} of it with "
+        f"full overlap, {t.most_exposed:.0%} with none",
+    )
+
+
+def _checkpoint(s: Scale) -> Rows:
+    c = s.checkpoint
+    none = "" if s.saves else "none is saved; it would be "
+    yield (
+        "checkpoint",
+        f"{none}{_gb(c.total)}, {_gb(c.per_rank)} of it on each rank; training stands "
+        f"still for {c.staging:.2f} s, written in {c.save:,.1f} s, read in {c.load:,.1f} s",
+    )
+    if c.metadata > 0.05 * c.total:
+        yield "", f"{_gb(c.metadata)} of it is .metadata: rank 0 writes it, every rank reads all"
+    if c.model_load:
+        yield "", f"the initial weights are read in {c.model_load:,.1f} s"
+    if s.save_interval is not None:
+        yield "", f"one is due every {s.save_interval:,.0f} s"
+
+
+def _gb(number: float) -> str:
+    return f"{number / GB:,.1f} GB" if number >= GB / 10 else f"{number / 1e6:,.2f} MB"

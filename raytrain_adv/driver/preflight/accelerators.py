@@ -1,11 +1,12 @@
-"""What a node will be that an autoscaler has yet to start: by the accelerator type it declares."""
+"""Nodes that an autoscaler has not started yet, by the accelerator type that they declare."""
 
 from __future__ import annotations
 
 from raytrain_adv.driver.preflight.probe import GpuReading, Reading
-from raytrain_adv.hardware import GIB, package_versions
+from raytrain_adv.hardware import package_versions
+from raytrain_adv.text import GIB
 
-# Ray's accelerator type -> compute capability, and the smallest memory it is sold with in GiB.
+# Ray's accelerator type -> compute capability, and its smallest memory in GiB.
 # Source: NVIDIA's datasheets and its list of CUDA GPUs.
 ACCELERATORS: dict[str, tuple[tuple[int, int], int]] = {
     "V100": ((7, 0), 16),
@@ -29,9 +30,9 @@ ACCELERATORS: dict[str, tuple[tuple[int, int], int]] = {
 
 
 def declared_reading(accelerator: str, num_gpus: int) -> Reading | None:
-    """Return what is known of a node before it is there; none where its GPU is not named or known.
+    """Return a node's reading from its declared GPUs; None if their type is missing or unknown.
 
-    Its software is taken to be the driver's; each worker compares when it starts.
+    Its software is assumed to be the driver's; each worker compares when it starts.
     """
     known = ACCELERATORS.get(accelerator)
     if num_gpus and known is None:

@@ -1,8 +1,9 @@
-"""One light probe per node, all at once: what each node has, or why that cannot be said."""
+"""Probe all nodes at once: what each has, or why it did not answer."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,51 +17,51 @@ from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytrain_adv.driver.cluster.connect import Node
+from raytrain_adv.driver.cluster.nodes import Node
 from raytrain_adv.hardware import PACKAGES, HardwareFacts
 
 SCRIPT = Path(__file__).with_name("probe_script.py")
 SCRIPT_TIMEOUT_S = 20.0
-"""A driver that hangs would hold the script for ever."""
+"""Limit for a GPU driver that hangs."""
 NODE_TIMEOUT_S = 60.0
 """Time for a node to unpack the job's working_dir, start a process, and answer."""
 
 
 @dataclass(frozen=True)
 class GpuReading:
-    """A GPU as NVML gives it, or a MIG slice of one; sizes in bytes."""
+    """A GPU or a MIG slice of one, as NVML reports it; sizes in bytes."""
 
     name: str
     compute_capability: tuple[int, int]
     total_bytes: int
     free_bytes: int
     is_mig: bool = False
-    """Whether it is a slice."""
+    """Whether it is a MIG slice."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a node is, as its probe found it or, `is_declared`, as an autoscaler's group says."""
+    """A node as its probe found it or, with `is_declared`, as an autoscaler declares it."""
 
     gpus: tuple[GpuReading, ...] = ()
     gpu_error: str = ""
-    """Why NVML gave no GPUs, in its words."""
+    """NVML's message if it found no GPUs."""
     driver_version: str | None = None
     cuda_version: str | None = None
-    """CUDA version PyTorch was built for."""
+    """CUDA version that PyTorch was built for."""
     hostname: str = ""
     num_cores: int = 0
     host_memory_bytes: int = 0
     host_free_bytes: int = 0
-    """Of these, free for new use when the node was asked; 0 where that is not known."""
+    """Available host memory at the time of the probe; 0 if unknown."""
     versions: Mapping[str, str | None] = field(default_factory=dict)
-    """Package -> version; none if it is not installed."""
+    """Package -> version; None if it is not installed."""
     code: str | None = None
-    """Hash of raytrain_adv's code: two commits may have one version."""
+    """Hash of raytrain_adv's code: two commits may share a version."""
     is_declared: bool = False
 
     def facts(self, address: str, use_gpu: bool) -> list[HardwareFacts]:
-        """Return what transforms check: an entry for each kind of GPU, or one for the CPU."""
+        """Return the facts that transforms check: one for each kind of GPU, or one for the CPU."""
         if not use_gpu:
             return [self._facts(address, None)]
         kinds = {(gpu.name, gpu.compute_capability, gpu.total_bytes): gpu for gpu in self.gpus}
@@ -84,13 +85,13 @@ class Reading:
 
 
 Read = Callable[[Sequence[Node]], Mapping[str, Reading | str]]
-"""Nodes -> by node id, what each one is, or why it did not say."""
+"""Nodes -> by node id, its reading, or the reason why there is none."""
 
 
 def read_nodes(
     nodes: Sequence[Node], timeout_s: float = NODE_TIMEOUT_S
 ) -> dict[str, Reading | str]:
-    """Probe the nodes in parallel; a node that is lost or late has a sentence for a reading.
+    """Probe the nodes in parallel; the result for a lost or late node is a sentence.
 
     A probe reserves neither a CPU nor a GPU, so busy nodes answer too.
     """
@@ -113,7 +114,7 @@ def read_nodes(
     while pending and time.monotonic() < end:
         ready, pending = ray.wait(pending, timeout=max(0.0, end - time.monotonic()))
         for answer in ready:
-            readings[answers[answer]] = _taken(answer)
+            readings[answers[answer]] = _get(answer)
     for answer in pending:
         ray.cancel(answer, force=True)
         readings[answers[answer]] = f"no answer within {timeout_s:g} s"
@@ -121,14 +122,12 @@ def read_nodes(
 
 
 def run_script(source: str, packages: list[str], timeout_s: float) -> str:
-    """Run the probe's script on this node in a process of its own; return what it printed.
+    """Run the probe's script on this node in a separate process; return its output.
 
     Raises:
         RuntimeError: when it fails or takes too long.
     """
-    import os
-
-    # What a worker can import, the script finds: Ray puts a working_dir on sys.path only.
+    # The script can import what a worker can: Ray adds a working_dir to sys.path only.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-P", "-c", source, *packages]
     try:
@@ -142,11 +141,11 @@ def run_script(source: str, packages: list[str], timeout_s: float) -> str:
     return done.stdout
 
 
-def parsed(printed: str) -> Reading:
+def parse(printed: str) -> Reading:
     """Return the reading that the script printed.
 
     Raises:
-        ValueError: when it is none.
+        ValueError: when the output is not a reading.
     """
     fields: dict[str, Any] = json.loads(printed.strip().rpartition("\n")[2])
     gpus = [
@@ -156,9 +155,9 @@ def parsed(printed: str) -> Reading:
     return Reading(gpus=tuple(gpus), **fields)
 
 
-def _taken(answer: Any) -> Reading | str:
+def _get(answer: Any) -> Reading | str:
     try:
-        return parsed(ray.get(answer))
+        return parse(ray.get(answer))
     except (RayError, ValueError, RuntimeError) as error:  # a task's own error is both of two types
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[-1] if lines else ''}"

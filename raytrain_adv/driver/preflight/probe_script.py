@@ -1,8 +1,8 @@
-"""Say what a node is: its GPUs by NVML, its versions; printed as one line of JSON.
+"""Print what a node has, as one line of JSON: its GPUs by NVML, its memory, its versions.
 
-It runs on the nodes as `python -c <this text> PACKAGE...`, and the node may not have raytrain_adv:
-it uses the standard library, and NVML's bindings where they are found. Nothing here makes a CUDA
-context or imports torch.
+It runs on the nodes as `python -c <this text> PACKAGE...`. The node may not have raytrain_adv, so
+it uses the standard library, and NVML's bindings if it finds them. It neither creates a CUDA
+context nor imports torch.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ from typing import Any
 
 
 def nvml() -> Any:
-    """Return NVML's bindings: nvidia-ml-py's, or the copy that Ray carries, without Ray.
+    """Return NVML's bindings: nvidia-ml-py, or the copy inside Ray without importing Ray.
 
     Raises:
-        ImportError: when neither is there.
+        ImportError: when there is neither.
     """
     if importlib.util.find_spec("pynvml") is not None:
         return importlib.import_module("pynvml")
@@ -36,15 +36,13 @@ def nvml() -> Any:
     return module
 
 
-def text(value: object) -> str:
-    """Return a string of NVML's, which old bindings give as bytes."""
+def decode(value: object) -> str:
+    """Return a string from NVML, which old bindings return as bytes."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def gpus_by_nvml() -> dict[str, object]:
-    """Return the GPUs, or the slices of those that MIG divides; `gpu_error` says why there are
-    none.
-    """
+    """Return the GPUs or their MIG slices; `gpu_error` is the reason if there are none."""
     found: dict[str, object] = {"gpus": [], "driver_version": None, "gpu_error": ""}
     try:
         lib = nvml()
@@ -52,7 +50,7 @@ def gpus_by_nvml() -> dict[str, object]:
         return {**found, "gpu_error": str(error)}
     try:
         lib.nvmlInit()
-        found["driver_version"] = text(lib.nvmlSystemGetDriverVersion())
+        found["driver_version"] = decode(lib.nvmlSystemGetDriverVersion())
         handles = [
             lib.nvmlDeviceGetHandleByIndex(index) for index in range(lib.nvmlDeviceGetCount())
         ]
@@ -63,7 +61,7 @@ def gpus_by_nvml() -> dict[str, object]:
 
 
 def devices(lib: Any, handle: Any) -> list[dict[str, object]]:
-    """Return the devices that CUDA would see of one GPU: itself, or its MIG slices."""
+    """Return the devices that CUDA sees of one GPU: the GPU itself, or its MIG slices."""
     capability = list(lib.nvmlDeviceGetCudaComputeCapability(handle))
     slices = mig_slices(lib, handle)
     found = []
@@ -71,7 +69,7 @@ def devices(lib: Any, handle: Any) -> list[dict[str, object]]:
         memory = lib.nvmlDeviceGetMemoryInfo(part)
         found.append(
             {
-                "name": text(lib.nvmlDeviceGetName(part)),
+                "name": decode(lib.nvmlDeviceGetName(part)),
                 "compute_capability": capability,
                 "total_bytes": int(memory.total),
                 "free_bytes": int(memory.free),
@@ -82,7 +80,7 @@ def devices(lib: Any, handle: Any) -> list[dict[str, object]]:
 
 
 def mig_slices(lib: Any, handle: Any) -> list[Any] | None:
-    """Return the handles of a GPU's MIG slices; none where MIG is off, or unknown to the GPU."""
+    """Return the handles of a GPU's MIG slices; None if MIG is off or not supported."""
     try:
         if lib.nvmlDeviceGetMigMode(handle)[0] != 1:
             return None
@@ -93,12 +91,12 @@ def mig_slices(lib: Any, handle: Any) -> list[Any] | None:
         try:
             slices.append(lib.nvmlDeviceGetMigDeviceHandleByIndex(handle, index))
         except lib.NVMLError:
-            continue  # places that hold no slice
+            continue  # no slice at this index
     return slices
 
 
 def versions(packages: list[str]) -> dict[str, object]:
-    """Return package -> version as it is installed, none if it is not; none of them is imported."""
+    """Return package -> installed version, or None; imports none of them."""
     found: dict[str, object] = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -109,8 +107,8 @@ def versions(packages: list[str]) -> dict[str, object]:
 
 
 def own_package() -> tuple[str | None, str | None]:
-    """Return raytrain_adv's version and a hash of its code; a job's working_dir may hold it
-    uninstalled, and commits differ that have one version.
+    """Return raytrain_adv's version and a hash of its code: it may be in the job's working_dir
+    without being installed, and different commits may share a version.
     """
     spec = importlib.util.find_spec("raytrain_adv")
     if spec is None or spec.origin is None:
@@ -123,7 +121,7 @@ def own_package() -> tuple[str | None, str | None]:
 
 
 def cuda_version() -> str | None:
-    """Return the CUDA version PyTorch was built for, read from its version file."""
+    """Return the CUDA version that PyTorch was built for, from its version file."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -131,14 +129,14 @@ def cuda_version() -> str | None:
 
 
 def variable(path: Path, name: str) -> str | None:
-    """Return the string that a Python file gives to a name."""
+    """Return the string that a Python file assigns to a name."""
     pattern = rf"^{name}(?:\s*:[^=]*)?\s*=\s*['\"]([^'\"]+)"
     found = re.search(pattern, path.read_text(), re.M) if path.is_file() else None
     return found.group(1) if found else None
 
 
 def host_memory_bytes() -> int:
-    """Return the node's memory, or the control group's limit where that is smaller."""
+    """Return the node's memory, or the control group's limit if that is smaller."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):
         path = Path("/sys/fs/cgroup") / limit
@@ -148,13 +146,10 @@ def host_memory_bytes() -> int:
 
 
 def host_free_bytes() -> int:
-    """Return the memory that is free for new use, also under a control group's limit; 0 where the
-    system does not say.
-    """
-    lines = Path("/proc/meminfo")
-    found = (
-        re.search(r"^MemAvailable:\s+(\d+)", lines.read_text(), re.M) if lines.is_file() else None
-    )
+    """Return the available memory, also under a control group's limit; 0 if unknown."""
+    meminfo = Path("/proc/meminfo")
+    text = meminfo.read_text() if meminfo.is_file() else ""
+    found = re.search(r"^MemAvailable:\s+(\d+)", text, re.M)
     if found is None:
         return 0
     free, group = int(found.group(1)) * 1024, Path("/sys/fs/cgroup")

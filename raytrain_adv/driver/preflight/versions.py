@@ -1,4 +1,4 @@
-"""Software that must be the same wherever workers run, and what to say where it is not."""
+"""Package versions that all workers must share, and messages where they differ."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from raytrain_adv.errors import ClusterError
 from raytrain_adv.hardware import package_versions
+from raytrain_adv.text import listed
 
 DECISIVE = ("torch", "torchao", "transformers", "raytrain_adv")
-"""Packages that can change what is computed: nodes that differ in one are not used together."""
+"""Packages that can change results: nodes that differ in one are not used together."""
 CODE = "raytrain_adv's code"
-IMAGE = "give every node the same image or environment"
+IMAGE = "use the same image or environment on every node"
+SHOWN_NODES = 3
 
 Versions = Mapping[str, str | None]
 
@@ -21,7 +23,7 @@ def decisive(versions: Versions) -> dict[str, str | None]:
 
 
 def difference(versions: Versions, others: Versions) -> str:
-    """Return what differs as `torchao 0.17.0 (0.18.0 elsewhere)`; empty where all agree."""
+    """Return the differences as `torchao 0.17.0 (0.18.0 elsewhere)`; empty if all are equal."""
     return ", ".join(
         f"{name} {versions.get(name) or 'is missing'} ({others[name] or 'none'} elsewhere)"
         for name in others
@@ -29,11 +31,11 @@ def difference(versions: Versions, others: Versions) -> str:
     )
 
 
-def spread(of_nodes: Sequence[tuple[str, Versions]]) -> list[str]:
-    """Return a sentence for each package that does not have one version on all nodes.
+def describe_differences(of_nodes: Sequence[tuple[str, Versions]]) -> list[str]:
+    """Return a sentence for each package that has more than one version.
 
     Args:
-        of_nodes: address of a node and its versions.
+        of_nodes: each node's address and versions.
     """
     sentences = []
     names = {name for _, versions in of_nodes for name in versions}
@@ -42,26 +44,18 @@ def spread(of_nodes: Sequence[tuple[str, Versions]]) -> list[str]:
         for address, versions in of_nodes:
             nodes.setdefault(versions.get(name), []).append(address)
         if len(nodes) > 1:
-            kinds = [f"{v or 'none'} on {some(where)}" for v, where in nodes.items()]
+            kinds = [f"{v or 'none'} on {listed(where, SHOWN_NODES)}" for v, where in nodes.items()]
             sentences.append(f"{name} differs between the nodes: {', '.join(kinds)}")
     return sentences
 
 
 def require(accepted: Versions) -> None:
-    """Refuse to work with other versions than those the nodes were accepted with.
+    """Raise if this worker's versions differ from those that preflight accepted.
 
     Raises:
-        ClusterError: naming what differs; the node was changed, or joined after the check.
+        ClusterError: with the differences; the node was changed, or joined after the check.
     """
-    here = package_versions()
-    differs = difference(here, accepted)
-    if differs:
+    if differs := difference(package_versions(), accepted):
         raise ClusterError(
             "A worker has other versions than the nodes had when they were checked", differs, IMAGE
         )
-
-
-def some(addresses: Sequence[str]) -> str:
-    """Return the first few addresses, and how many more there are."""
-    more = len(addresses) - 3
-    return ", ".join(addresses[:3]) + (f" and {more} more" if more > 0 else "")

@@ -1,5 +1,5 @@
-"""Which trials of a sweep are stopped early: asynchronous successive halving that waits for each
-trial's own switch to fake quantization.
+"""Stop trials of a sweep early: asynchronous successive halving that waits for each trial's own
+switch of a feature.
 """
 
 from __future__ import annotations
@@ -17,22 +17,20 @@ if TYPE_CHECKING:
 
 
 class Rungs:
-    """The steps at which trials are compared, and what each had there.
+    """The steps at which trials are compared, and each trial's loss there; the lowest is best.
 
-    A trial is compared at the first evaluation at or after a rung's step, with those that were
-    there before it, and goes on if it is among the best one in `factor` of them: the rule of ASHA
-    (Li et al., 2018, arXiv:1810.05934), as Ray Tune's ASHAScheduler has it. That one counts every
-    trial's steps from 0, so that a trial which begins to quantize late would be judged by what it
-    was before; here a trial meets only rungs from its own switch plus the grace period on.
-
-    Values are losses: the lowest is the best.
+    A trial is compared at its first evaluation at or after a rung's step with the trials that
+    reached the rung before it. It continues if it is among the best 1/`factor` of them: the rule of
+    ASHA (Li et al., 2018, arXiv:1810.05934), as in Ray Tune's ASHAScheduler. Ray's counts every
+    trial's steps from 0, and would judge a trial that switches it on late by its loss before
+    that; here a trial skips all rungs before its own switch plus the grace period.
 
     Args:
         grace_steps: step of the first rung; each next one is `factor` times as far.
-        factor: one trial in this many goes on.
+        factor: one trial in this many continues.
         total_steps: steps of the longest trial; a rung at its end would save nothing.
-        switches: trial -> step of its switch; none means that it has none to wait for.
-        exempt: trials that are neither judged nor compared with: they are for reference.
+        switches: trial -> step of its switch, if it has one.
+        exempt: reference trials, which are neither judged nor compared with.
     """
 
     def __init__(
@@ -54,22 +52,22 @@ class Rungs:
             step *= factor
         self._reached: dict[str, int] = {}
         """Trial -> the last rung it was compared at."""
-        self._let_go: set[str] = set()
-        """Trials that were told to stop; they may make some more steps before they do."""
+        self._stopped: set[str] = set()
+        """Trials that have to stop; they may still make a few steps."""
 
     def first_judged(self, name: str) -> int:
         """Return the step before which this trial is not judged."""
         return self.switches.get(name, 0) + self.grace_steps
 
     def judge(self, name: str, step: int, value: float | None) -> str | None:
-        """Take in a trial's value at a step; return why it is to stop, or None for going on.
+        """Record a trial's loss at a step; return why it has to stop, or None if it continues.
 
         Args:
             name: the trial.
-            step: optimizer steps it has made.
-            value: its loss; none or a value that is not finite counts as the worst.
+            step: its optimizer steps.
+            value: its loss; None or a non-finite value counts as the worst.
         """
-        if name in self.exempt or name in self._let_go:
+        if name in self.exempt or name in self._stopped:
             return None
         least = max(self.first_judged(name), self._reached.get(name, 0) + 1)
         due = [rung for rung in self.values if least <= rung <= step]
@@ -82,11 +80,11 @@ class Rungs:
         self.values[rung][name] = loss
         if not others:
             return None
-        # Between two losses that are infinite an interpolated one would be NaN.
+        # Interpolated between two infinite losses, the cutoff would be NaN.
         cutoff = float(np.percentile(others, 100 / self.factor, method="lower"))
         if loss <= cutoff:
             return None
-        self._let_go.add(name)
+        self._stopped.add(name)
         return (
             f"loss {'none' if value is None else f'{value:.4f}'} at step {rung}, where the best of "
             f"{len(others)} before it had {min(others):.4f}"
@@ -94,8 +92,8 @@ class Rungs:
 
 
 class DelayAwareAsha(FIFOScheduler):  # type: ignore[misc] # ray is Any to mypy
-    """Tune's view of the rungs. A trial is not torn down by Tune, but told to stop: it then ends
-    its workers itself and leaves a report.
+    """Tune's scheduler with these rungs. It requests a trial's stop rather than let Tune kill the
+    trial, which then ends its workers itself and writes its report.
     """
 
     def __init__(self, rungs: Rungs, stop: Callable[[str, int, str], None]) -> None:

@@ -1,4 +1,4 @@
-"""What a sweep says while it runs: a line for each start, evaluation and end of a trial."""
+"""The console of a sweep: a line for each start, evaluation and end of a trial."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raytrain_adv.driver.training.console import printable
 
 
 class Progress(tune.Callback):  # type: ignore[misc] # ray is Any to mypy
-    """Follows the trials for Tune, prints, and keeps sweep.json and sweep.html up to date."""
+    """Prints Tune's events, and keeps sweep.json and sweep.html up to date."""
 
     def __init__(self, results: Results, num_trials: int) -> None:
         self._results = results
@@ -24,38 +24,38 @@ class Progress(tune.Callback):  # type: ignore[misc] # ray is Any to mypy
         self._began = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say that a trial begins."""
+        """Print that a trial starts."""
         self._num_started += 1
         self._results.started(_name(trial))
-        self._say(trial, f"started ({self._num_started} of {self._num_trials})")
+        self._print(trial, f"started ({self._num_started} of {self._num_trials})")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
-        """Say what a trial has reached."""
+        """Print a trial's step and loss."""
         if "value" in result:
             total = result.get("total_steps")
             of_total = f" of {total:,}" if total else ""
             value = numbers.loss(result["value"])
-            self._say(trial, f"step {result['step']:,}{of_total}, loss {value}")
+            self._print(trial, f"step {result['step']:,}{of_total}, loss {value}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say how a trial ended."""
-        self._ended(trial, None)
+        """Print how a trial ended."""
+        self._print_end(trial, None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say that a trial's own process died, or that its code failed."""
-        self._ended(trial, trial.get_error())
+        """Print that a trial's process died, or that its code failed."""
+        self._print_end(trial, trial.get_error())
 
-    def _ended(self, trial: Any, error: BaseException | None) -> None:
+    def _print_end(self, trial: Any, error: BaseException | None) -> None:
         one = self._results.ended(_name(trial), error)
         if one.status == "done":
-            self._say(trial, f"done, {self._results.described(one.metric)}")
+            self._print(trial, f"done, {self._results.describe(one.metric)}")
         else:
             first = (one.error or "").partition("\n")[0]
-            self._say(trial, f"{one.status} after {numbers.plural(one.steps, 'step')}: {first}")
+            self._print(trial, f"{one.status} after {numbers.plural(one.steps, 'step')}: {first}")
 
-    def _say(self, trial: Any, text: str) -> None:
+    def _print(self, trial: Any, text: str) -> None:
         line = f"[{numbers.clock(time.monotonic() - self._began)}] {_name(trial)}: {text}"
         print(printable(line, sys.stdout.encoding), flush=True)
 

@@ -1,4 +1,4 @@
-"""What a sweep's trials came to: kept in sweep.json and sweep.html as they end, then compared."""
+"""The results of a sweep's trials: written to sweep.json and sweep.html as they end, compared."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import yaml
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import SET_BY_THE_SWEEP, Sweep
-from raytrain_adv.driver.cluster import connect
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.replace import Replaced
-from raytrain_adv.driver.training.worker_entry import STARTS
+from raytrain_adv.driver.training.trainer import release
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.report import record, sweep_record
 from raytrain_adv.report.record import write_text
@@ -27,7 +26,7 @@ BEST_JOB = "best_job.yaml"
 
 
 class Results:
-    """The sweep's report, brought up to date from the reports in the trials' folders."""
+    """The sweep's report, updated from the reports in the trials' folders."""
 
     def __init__(self, job: JobConfig, sweep: Sweep, replaced: Replaced) -> None:
         self._job = job
@@ -35,7 +34,7 @@ class Results:
         self._replaced = replaced
         self._trials = {t.name: t for t in sweep.trials}
         self._died: dict[str, str] = {}
-        """Trial -> what its process died of, where it left no report of its end."""
+        """Trial -> why its process died, if it wrote no report of its end."""
         self._begun: set[str] = set()
         self.report = SweepReport(
             status="running",
@@ -58,29 +57,29 @@ class Results:
         return sweep_record.best(self.report.trials, self.report.mode)
 
     def has_ended(self, name: str) -> bool:
-        """Whether an earlier launch has brought the trial to its end, or stopped it; without a
-        scheduler those that were stopped go on.
+        """Whether an earlier launch has finished or stopped the trial; without a scheduler stopped
+        trials continue.
         """
         ended = ("done",) if self._sweep.options.scheduler == "none" else ("done", "stopped")
         return self.report.trial(name).status in ended
 
     def begin(self, at_once: int) -> None:
-        """Note that trials are run, so many at the same time, and delete what they replace.
+        """Record that trials start, `at_once` at the same time, and delete what they replace.
 
         Raises:
-            StorageError: when that cannot be deleted.
+            StorageError: when it cannot be deleted.
         """
         if self._replaced.is_there:
             print(self._replaced.delete())
         self._write({"max_concurrent_trials": at_once})
 
     def started(self, name: str) -> None:
-        """Note that a trial runs."""
+        """Record that a trial runs."""
         self._begun.add(name)
         self._update(self.report.trial(name).model_copy(update={"status": "running"}))
 
     def ended(self, name: str, error: BaseException | None) -> TrialReport:
-        """Note that a trial has ended; `error` is what its process died of, none if it lived."""
+        """Record that a trial has ended; `error` is why its process died, if it did."""
         if error is not None:
             self._died[name] = hide_environment(str(error)).strip().splitlines()[-1]
             self._release(name)
@@ -101,7 +100,7 @@ class Results:
         self._write(update)
 
     def fail(self, error: BaseException) -> None:
-        """Note what ended the sweep, unless the one that it replaces is still there."""
+        """Record what ended the sweep, unless the sweep that it replaces is still there."""
         if self._replaced.is_there:
             print(f"\n{self._replaced.keep()}")
             return
@@ -110,12 +109,12 @@ class Results:
             text = "The sweep was stopped by Ctrl-C"
         self._write({"status": "failed", "finished_at": time.time(), "error": text})
 
-    def described(self, value: float | None) -> str:
+    def describe(self, value: float | None) -> str:
         """Return a value of the metric with its name."""
         return f"{self.report.metric} {figure(self.report.metric, value)}"
 
     def _read(self, name: str) -> TrialReport:
-        """Return how a trial stands by the report in its folder."""
+        """Return a trial's state from the report in its folder."""
         trial = self._trials[name]
         folder = trial.job.output.output_dir
         is_there = (Path(folder) / record.FILE_NAME).exists() and not self._replaced.is_there
@@ -131,7 +130,7 @@ class Results:
         return one
 
     def _delete_models(self) -> None:
-        """Delete models and checkpoints of the trials that have ended behind the best."""
+        """Delete models and checkpoints of ended trials other than the best."""
         best = self.best
         for one in self.report.trials:
             if one.status in ("done", "stopped") and best is not None and one.name != best.name:
@@ -141,12 +140,10 @@ class Results:
                 self._update(one.model_copy(update={"model_dir": None}))
 
     def _release(self, name: str) -> None:
-        """Give back what the workers of a trial held whose driver has died."""
+        """Release the resources of the workers of a trial whose driver has died."""
         storage = Storage.at(output_dir.storage_path(self._trials[name].job))
         for attempt in storage.folders():
-            start = storage.folder(attempt).read_json(STARTS)
-            if start is not None and start["placement_group"] is not None:
-                connect.release(start["placement_group"])
+            release(storage.folder(attempt))
 
     def _update(self, one: TrialReport) -> None:
         trials = tuple(one if t.name == one.name else t for t in self.report.trials)
@@ -169,7 +166,7 @@ class Results:
         }
         return (
             f"# The best of {len(self.report.trials)} trials of {self._job.source}: "
-            f"{self.described(best.metric)}\n"
+            f"{self.describe(best.metric)}\n"
             f"# with {best.name}; its own run is in {best.output_dir}.\n"
             + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=100)
         )

@@ -1,4 +1,4 @@
-"""A sweep, seen from the driver: its folder, the cluster, trials under Ray Tune, the comparison."""
+"""A sweep on the driver: its folder, the cluster, trials under Ray Tune, the comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import ray
 from ray import tune
 
-from raytrain_adv import text
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import NEVER, SWITCH, Sweep, Trial
 from raytrain_adv.data.prepare import prepare
@@ -20,30 +19,29 @@ from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.replace import Replaced
 from raytrain_adv.driver.preflight import table
 from raytrain_adv.driver.preflight.probe import Read, read_nodes
-from raytrain_adv.driver.sweep import capacity
 from raytrain_adv.driver.sweep.asha import DelayAwareAsha, Rungs
-from raytrain_adv.driver.sweep.capacity import Room
+from raytrain_adv.driver.sweep.capacity import Room, find_room
 from raytrain_adv.driver.sweep.progress import Progress
 from raytrain_adv.driver.sweep.results import Results
 from raytrain_adv.driver.sweep.trial import run_trial
-from raytrain_adv.driver.training.failures import stopped
+from raytrain_adv.driver.training.failures import stop_error
 from raytrain_adv.driver.watch import head
-from raytrain_adv.driver.watch.head import HeadWatch
-from raytrain_adv.driver.watch.stop import tell
+from raytrain_adv.driver.watch.stop import request_trial_stop
 from raytrain_adv.errors import JobError, RaytrainAdvError, StorageError, TrainingError
 from raytrain_adv.report.sweep_record import SweepReport
 from raytrain_adv.report.sweep_table import render
 from raytrain_adv.run.schedule import resolve_arithmetic
 from raytrain_adv.storage import metrics_file
 from raytrain_adv.storage.storage import Storage
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.text import plural
+from raytrain_adv.transforms.applied import Transforms
 
 TRIALS = "trials"
 OURS = (TRIALS, output_dir.SWEEP_FILE, "sweep.html", "best_job.yaml")
 DRIVER_SHARE = 0.001
-"""Of its node's own resource, which a trial's driver holds so as to be where the sweep is; it
+"""Share of its node's own resource that a trial's driver reserves, to run where the sweep does. It
 reserves no CPU, so that trials cannot wait for each other's."""
-# Tune's own messages, files and signal handler, in whose place stand this package's.
+# Turn off Tune's own messages, files and signal handler; this package has its own.
 TUNE_SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -58,35 +56,34 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
 
     Args:
         job: the loaded job, with its sweep.
-        read: says what the cluster's nodes are.
+        read: returns the nodes' readings.
 
     Raises:
-        RaytrainAdvError: in the house form; also when no trial succeeded.
+        RaytrainAdvError: with what, found and fix; also if no trial succeeded.
     """
     folder = Path(job.output.output_dir)
     with output_dir.held(folder):
-        results = Results(job, _swept(job), open_folder(job, folder))
+        results = Results(job, _sweep(job), open_folder(job, folder))
         try:
             _run_trials(job, results, read)
             results.finish()
             if results.best is None:
                 raise no_success(results.report)
-        except BaseException as error:  # also Ctrl-C, and the SystemExit that Ray makes of SIGTERM
-            shown = stopped(error) if isinstance(error, SystemExit) else error
+        except BaseException as error:  # also Ctrl-C, and the SystemExit that Ray raises on SIGTERM
+            shown = stop_error(error) if isinstance(error, SystemExit) else error
             try:
                 results.fail(shown)
-            except StorageError as unwritten:  # beside what ended the sweep, not in its place
+            except StorageError as unwritten:  # reported in addition to what ended the sweep
                 print(f"\n{unwritten}")
-            if results.report.finished_at is not None and any(
-                t.status != "waiting" for t in results.report.trials
-            ):
+            has_begun = any(t.status != "waiting" for t in results.report.trials)
+            if results.report.finished_at is not None and has_begun:
                 print(f"\n{render(results.report)}")
             raise shown from error.__cause__
         print(f"\n{render(results.report)}")
 
 
 def no_success(report: SweepReport) -> TrainingError:
-    """Return the error of a sweep without a trial to call the best, with each trial's own."""
+    """Return the error of a sweep in which no trial succeeded, with each trial's own."""
     lines = []
     for trial in report.trials:
         what, *more = (trial.error or "it has not run").splitlines()
@@ -94,25 +91,25 @@ def no_success(report: SweepReport) -> TrainingError:
     return TrainingError(
         "No trial of the sweep succeeded",
         "\n".join(lines),
-        "mend what the trials' errors name; then run again with resume_from_checkpoint: true, or "
-        "overwrite_output_dir: true where keys have changed",
+        "fix the trials' errors; then run again with resume_from_checkpoint: true, or with "
+        "overwrite_output_dir: true if keys have changed",
     )
 
 
-def _swept(job: JobConfig) -> Sweep:
+def _sweep(job: JobConfig) -> Sweep:
     if job.sweep is None:
-        raise JobError("The job has no sweep section", job.source, "write sweep: into it")
+        raise JobError("The job has no sweep section", job.source, "add a sweep: section")
     return job.sweep
 
 
 def open_folder(job: JobConfig, folder: Path) -> Replaced:
-    """Begin a folder, or go on with it; return what is to be deleted before trials are run.
+    """Begin or continue a sweep's folder; return what is deleted before trials run.
 
     Raises:
-        JobError: when it holds something that the job does not say what is to become of.
+        JobError: when the folder has content that the job neither continues nor overwrites.
     """
     resume = job.output.resume_from_checkpoint is True
-    trials = _swept(job).trials
+    trials = _sweep(job).trials
     storages = [Storage.at(output_dir.storage_path(trial.job)) for trial in trials]
     replaced = Replaced(folder, OURS, storages, is_there=False)
     there = [name for name in output_dir.OURS if (folder / name).exists()]
@@ -134,16 +131,16 @@ def open_folder(job: JobConfig, folder: Path) -> Replaced:
         raise JobError(
             "output_dir holds a sweep already",
             f"{folder}: {', '.join(there)}",
-            "set resume_from_checkpoint: true to go on with it, choose another output_dir, or set "
-            "overwrite_output_dir: true to start anew (its trials are deleted)",
+            "set resume_from_checkpoint: true to continue it, choose another output_dir, or set "
+            "overwrite_output_dir: true to start again (its trials are deleted)",
         )
     _refuse_other_jobs(trials)
     return replaced
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether a trial of the sweep that is there has left something. One whose Ray did not start
-    has not, and is not in the way.
+    """Whether a trial of the existing sweep has written something; if Ray did not start, none has,
+    and the folder can be used again.
     """
     found = Storage.at(str(folder)).read_json(output_dir.SWEEP_FILE)
     waits = found is not None and found.get("best_job") is None
@@ -151,7 +148,7 @@ def _has_begun(folder: Path) -> bool:
 
 
 def _refuse_other_jobs(trials: Sequence[Trial]) -> None:
-    """Raise where a trial's folder holds the run of a job with other keys outside of the sweep."""
+    """Raise if a trial's folder has a run with other values of keys that are not swept."""
     for trial in trials:
         folder = trial.job.output.output_dir
         record = Storage.at(folder).read_json(output_dir.RUN_FILE)
@@ -159,28 +156,28 @@ def _refuse_other_jobs(trials: Sequence[Trial]) -> None:
             raise JobError(
                 "output_dir holds a sweep of a job with other settings",
                 "\n".join([folder, *trial.job.differences(record["job"])]),
-                "restore these keys to go on with it, choose another output_dir, or set "
-                "overwrite_output_dir: true to start anew (its trials are deleted)",
+                "restore these keys to continue it, choose another output_dir, or set "
+                "overwrite_output_dir: true to start again (its trials are deleted)",
             )
 
 
 def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
-    sweep = _swept(job)
+    sweep = _sweep(job)
     todo = [t for t in sweep.trials if not results.has_ended(t.name)]
-    kept = len(sweep.trials) - len(todo)
-    number = text.plural(len(sweep.trials), "trial")
+    num_kept = len(sweep.trials) - len(todo)
+    number = plural(len(sweep.trials), "trial")
     print(f"{number} that differ in {', '.join(sweep.keys)}, compared by {sweep.metric}")
     for note in job.notes:
         print(note)
-    if kept:
-        print(f"{kept} of them have ended before and are not run again")
+    if num_kept:
+        print(f"{num_kept} of them have already ended and are not run again")
     if not todo:
         return
     started_here = connect.connect(job)
     print("Ray started on this machine" if started_here else "joined Ray")
-    print(f"dashboard: {connect.dashboard() or 'none (Ray was started without one)'}")
-    with HeadWatch(head.address(), results.fail).watching():
-        room = capacity.look_at(todo, started_here, read)
+    print(f"dashboard: {connect.describe_dashboard()}")
+    with head.HeadWatch(head.address(), results.fail).watching():
+        room = find_room(todo, started_here, read)
         print(table.render(room.found))
         total_steps = _prepare_data(todo, room)
         at_once = _at_once(sweep, room, len(todo))
@@ -190,23 +187,23 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
 
 
 def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
-    """Tokenize, once each, the data that trials share; return the steps of the longest trial.
+    """Tokenize each of the trials' data sets once; return the steps of the longest trial.
 
     Raises:
-        JobError: when a trial's keys do not fit its number of steps: nothing has been run yet.
+        JobError: when a trial's keys do not fit its number of steps; no trial has run yet.
     """
     num_sequences: dict[str, int] = {}
     steps: dict[str, int] = {}
     for trial in trials:
         job = trial.job
         key = f"{job.data.model_dump()} {job.model.model_dump()}"
-        asked = job.ray.ray_num_workers
-        workers = asked if isinstance(asked, int) else room.placement.num_workers
+        requested = job.ray.ray_num_workers
+        workers = requested if isinstance(requested, int) else room.placement.num_workers
         try:
             if key not in num_sequences:
                 num_sequences[key] = len(prepare(job, _say).train)
             steps[trial.name] = resolve_arithmetic(job, num_sequences[key], workers).total_steps
-        except RaytrainAdvError as error:  # it is the trial's own: it will end in it, and say so
+        except RaytrainAdvError as error:  # the trial itself will end with it
             _say(f"{trial.name}: {error.what}")
     for trial in trials:
         if trial.name in steps:
@@ -215,11 +212,10 @@ def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
 
 
 def _check_length(trial: Trial, total_steps: int) -> None:
-    for transform in enabled(trial.job):
-        try:
-            transform.check_length(total_steps)
-        except JobError as error:
-            raise JobError(error.what, f"trial {trial.name}: {error.found}", error.fix) from error
+    try:
+        Transforms(trial.job).check_length(total_steps)
+    except JobError as error:
+        raise JobError(error.what, f"trial {trial.name}: {error.found}", error.fix) from error
 
 
 def _say(sentence: str) -> None:
@@ -227,12 +223,17 @@ def _say(sentence: str) -> None:
 
 
 def _at_once(sweep: Sweep, room: Room, num_trials: int) -> int:
-    asked = sweep.options.max_concurrent_trials
-    if asked == "auto":
+    requested = sweep.options.max_concurrent_trials
+    if requested == "auto":
         return min(room.at_once, num_trials)
-    if asked > room.at_once:
-        print(f"max_concurrent_trials: {asked}, but there is room for {room.at_once} at a time")
-    return min(asked, room.at_once, num_trials)
+    if requested > room.at_once:
+        print(f"max_concurrent_trials: {requested}, but only {room.at_once} fit at a time")
+    return min(requested, room.at_once, num_trials)
+
+
+def _row_kind(sweep: Sweep) -> str:
+    """Return the kind of the rows of metrics.jsonl that have the sweep's loss."""
+    return "train" if sweep.metric == "train_loss" else "eval"
 
 
 def _tune(
@@ -241,12 +242,11 @@ def _tune(
     for name, value in TUNE_SETTINGS.items():
         os.environ.setdefault(name, value)
     jobs = {t.name: t.job for t in trials}
-    row = "train" if sweep.metric == "train_loss" else "eval"
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, jobs=jobs, cwd=os.getcwd(), row=row),
+        tune.with_parameters(run_trial, jobs=jobs, cwd=os.getcwd(), row=_row_kind(sweep)),
         {f"node:{ray.util.get_node_ip_address()}": DRIVER_SHARE},
     )
-    # What Tune writes is needed by nobody: each trial's own folder says how far it is.
+    # Tune's files are not needed: each trial's own folder has its progress.
     with tempfile.TemporaryDirectory(prefix="raytrain_adv_sweep_") as scratch:
         tune.Tuner(
             trainable,
@@ -270,18 +270,19 @@ def _scheduler(sweep: Sweep, total_steps: int, results: Results) -> DelayAwareAs
     if sweep.options.scheduler == "none":
         return None
     rungs = rungs_of(sweep, total_steps)
-    for trial in sweep.trials:  # what was run before is compared with too
+    for trial in sweep.trials:  # trials of an earlier launch are compared too
         if results.has_ended(trial.name):
             for row in metrics_file.read(Path(trial.job.output.output_dir) / "metrics.jsonl"):
-                if row["kind"] == ("train" if sweep.metric == "train_loss" else "eval"):
+                if row["kind"] == _row_kind(sweep):
                     rungs.judge(trial.name, row["step"], row.get("loss"))
     folders = {t.name: Path(t.job.output.output_dir) for t in sweep.trials}
+    kind = "training" if sweep.metric == "train_loss" else "held-out"
 
     def stop(name: str, step: int, reason: str) -> None:
-        tell(
+        request_trial_stop(
             folders[name],
-            "The sweep stopped this trial early: it had fallen behind the others",
-            f"{'training' if sweep.metric == 'train_loss' else 'held-out'} {reason} (asha)",
+            "The sweep stopped this trial early: it was worse than the others",
+            f"{kind} {reason} (asha)",
             "scheduler: none runs every trial to its end; grace_steps gives each more time",
         )
 

@@ -1,44 +1,124 @@
 """The live view of a run: a table with bar and ETA on a terminal, plain lines in a log."""
 
 import os
+import statistics
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console as Terminal
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.spinner import Spinner
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
-from raytrain_adv import text as numbers
-from raytrain_adv.driver.training.live_table import live_view
-from raytrain_adv.driver.training.progress import Progress, Row, log_line
+from raytrain_adv import text
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.report.summary import summary
-from raytrain_adv.storage.follow import FollowedFile
-from raytrain_adv.storage.metrics_file import FILE_NAME
+from raytrain_adv.storage.metrics_file import FILE_NAME, FollowedFile
 
 __all__ = ["Console", "summary"]
 
-# Events that are for programs: what they say is in the bar or follows as a row, or, of data, the
-# driver has said it when it prepared them.
+# Events for programs: the bar or the next row shows them; the driver has printed those of data.
 SILENT_EVENTS = frozenset({"plan", "data"})
+NUM_SHOWN = 8
+REDRAW_S = 1.0
+"""Shortest time between two redraws: a terminal that is recorded keeps each of them."""
+# Column heads in the order of display; a narrow terminal loses those with the highest number first.
+COLUMNS = {
+    "step": 0,
+    "epoch": 3,
+    "loss": 0,
+    "lr": 2,
+    "grad": 4,
+    "tok/s": 0,
+    "MFU": 5,
+    "mem GiB": 6,
+    "wait": 7,
+}
+COLUMN_WIDTH = 8.5
+MIN_BAR_WIDTH = 12
+Row = Mapping[str, Any]
+
+
+@dataclass
+class Progress:
+    """The run so far, from the rows of metrics.jsonl. Times are unix seconds."""
+
+    total_steps: int | None = None
+    step: int = 0
+    """Last finished optimizer step."""
+    started: float = field(default_factory=time.time)
+    phase: str = "starting"
+    phase_started: float = field(default_factory=time.time)
+    shown: deque[Row] = field(default_factory=lambda: deque(maxlen=NUM_SHOWN))
+    """The last train and eval rows; each train row has its `wait_share`."""
+    pace: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=20))
+    """Time and step of the last train rows of this start of the workers."""
+    step_s: float | None = None
+
+    def begin_phase(self, name: str) -> None:
+        """Note the phase that the run is now in."""
+        self.phase, self.phase_started = name, time.time()
+
+    def take(self, row: Row) -> Row:
+        """Add one row of metrics.jsonl; return it, a train row with its `wait_share`."""
+        if row["kind"] == "event":
+            self._take_event(row)
+            return row
+        if row["kind"] == "train":
+            row = {**row, "wait_share": wait_share(row, self.step)}
+            self.step = row["step"]
+            self.pace.append((row.get("time") or time.time(), self.step))
+            self.step_s = row.get("step_s")
+        self.shown.append(row)
+        return row
+
+    def eta_s(self) -> float | None:
+        """Return the seconds until the last step at the recent pace, evaluations included."""
+        if self.total_steps is None or not self.pace:
+            return None
+        paces = [
+            (t - t_before) / (step - step_before)
+            for (t_before, step_before), (t, step) in zip(
+                self.pace, list(self.pace)[1:], strict=False
+            )
+            if step > step_before
+        ]
+        per_step = statistics.fmean(paces) if paces else self.step_s
+        left = self.total_steps - self.step
+        return None if per_step is None else max(left * per_step, 0.0)
+
+    def _take_event(self, row: Row) -> None:
+        match row.get("event"):
+            case "plan":
+                self.total_steps = row.get("total_steps") or self.total_steps
+                self.step = row.get("resumed_from_step") or self.step
+            case "resume":
+                self.step = row.get("step") or 0
+                self.pace.clear()
+            case "phase":
+                self.begin_phase(str(row.get("message")))
 
 
 class Console:
-    """Shows a run to whoever started it, for as long as the `with` block lasts.
+    """Shows a run in the terminal or log of its driver, for as long as the `with` block lasts.
 
     A thread follows output_dir/metrics.jsonl, which rank 0 writes on storage that the driver
-    shares. The view never stops the run: what goes wrong in it is said once, and training goes on.
+    shares. The view never stops the run: its own error is printed once, and training continues.
 
     Args:
         output_dir: folder of the run.
-        total_steps: optimizer steps in all; where it is not known yet, an event `plan` with
-            total_steps brings it. stream: where to write; stdout if none. A terminal gets the
-            table, anything else lines. poll_s: seconds between two looks at the file.
+        total_steps: optimizer steps in all; if not known yet, an event `plan` brings it.
+        stream: where to write; stdout if None. A terminal gets the table, anything else lines.
+        poll_s: seconds between two reads of the file.
     """
 
     def __init__(
@@ -57,12 +137,12 @@ class Console:
         self._stopped = False
         self._nobody_reads = False
         self._live: Live | None = None
-        self._spinner = Spinner("dots")
+        self._drawn_at = -REDRAW_S
+        self._drawn: list[str] = []
         self._thread = threading.Thread(target=self._follow, name="live view", daemon=True)
 
     def __enter__(self) -> "Console":
-        # What an earlier start of the run has written was shown then.
-        self._file.new_rows()
+        self._file.new_rows()  # rows of an earlier start were shown then
         if is_terminal(self._stream):
             self._live = _start_live(self._stream)
         self._thread.start()
@@ -83,13 +163,13 @@ class Console:
                 self._live.stop()
                 self._live = None
 
-    def say(self, text: str) -> None:
-        """Print a message, above the table where there is one."""
+    def say(self, message: str) -> None:
+        """Print a message, above the table if there is one."""
         with self._lock:
-            self._print(text)
+            self._print(message)
 
     def phase(self, name: str) -> None:
-        """Say what the run does now; the view shows it, and for how long, until the next phase."""
+        """Print what the run does now; the view shows it, and for how long, until the next one."""
         with self._lock:
             self._progress.begin_phase(name)
             self._print(self._stamped(name), style="dim")
@@ -99,7 +179,7 @@ class Console:
             self._update()
 
     def _update(self, closing: bool = False) -> None:
-        """Take in new rows and show them."""
+        """Read new rows and show them."""
         if self._stopped:
             return
         try:
@@ -109,8 +189,8 @@ class Console:
                 if self._live is not None:
                     self._draw(self._live, closing)
         except Exception as error:
-            # Whatever fails here (a closed terminal, a row that no version of this code wrote) must
-            # neither end a training run of days nor go unseen.
+            # Whatever fails here (a closed terminal, a row of another version) must neither end a
+            # training run of days nor go unseen.
             self._give_up(error)
 
     def _show(self, row: Row) -> None:
@@ -122,19 +202,26 @@ class Console:
             self._print(log_line(row, self._progress))
 
     def _draw(self, live: Live, closing: bool) -> None:
+        """Draw the view if it has changed, at most once in REDRAW_S until the run ends."""
+        now = time.monotonic()
+        if now - self._drawn_at < REDRAW_S and not closing:
+            return
         size = live.console.size
-        view = live_view(self._progress, self._spinner, size.width, size.height)
+        view = live_view(self._progress, size.width, size.height)
         if closing and not self._progress.shown:
             view = Text("")
-        live.update(view, refresh=True)
+        lines = [str(line) for line in live.console.render_lines(view, pad=False)]
+        if lines != self._drawn:
+            self._drawn_at, self._drawn = now, lines
+            live.update(view, refresh=True)
 
-    def _stamped(self, text: str) -> str:
-        return f"[{numbers.clock(time.time() - self._progress.started)}] {text}"
+    def _stamped(self, message: str) -> str:
+        return f"[{text.clock(time.time() - self._progress.started)}] {message}"
 
-    def _print(self, text: str, style: str = "") -> None:
+    def _print(self, message: str, style: str = "") -> None:
         if self._nobody_reads:
             return
-        shown = printable(hide_environment(text), self._stream.encoding)
+        shown = printable(hide_environment(message), self._stream.encoding)
         try:
             if self._live is not None:
                 self._live.console.print(Text(shown, style=style), soft_wrap=True)
@@ -142,14 +229,13 @@ class Console:
                 self._stream.write(shown + "\n")
                 self._stream.flush()
         except (OSError, ValueError):
-            # The reader of a pipe is gone, or the stream is closed: nobody is there to be told.
-            self._nobody_reads = True
+            self._nobody_reads = True  # the reader of the pipe is gone, or the stream is closed
 
     def _give_up(self, error: Exception) -> None:
         self._finished.set()
         self._stopped = True
         reason = f"{type(error).__name__}: {error}"
-        self._print(f"The live view stopped ({reason}); the run goes on, see {FILE_NAME}.")
+        self._print(f"The live view stopped ({reason}); the run continues, see {FILE_NAME}.")
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -157,10 +243,10 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
-def printable(text: str, encoding: str | None) -> str:
-    """Return the text without control characters, in characters that the encoding has."""
+def printable(message: str, encoding: str | None) -> str:
+    """Return the message without control characters, in characters that the encoding has."""
     clean = "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in message
     )
     encoding = encoding or "utf-8"
     return clean.encode(encoding, errors="backslashreplace").decode(encoding)
@@ -170,6 +256,131 @@ def _start_live(stream: TextIO) -> Live:
     terminal = Terminal(file=stream, force_terminal=True, highlight=False, markup=False)
     live = Live(Text(""), console=terminal, auto_refresh=False, vertical_overflow="crop")
     live.start()
-    # Rich hides the cursor; a run that is killed could not show it again.
-    terminal.show_cursor(True)
+    terminal.show_cursor(True)  # rich hides it; a run that is killed could not show it again
     return live
+
+
+def live_view(progress: Progress, width: int, height: int) -> RenderableType:
+    """Return the last rows as a table, and below it the bar or the phase, for a terminal's size."""
+    parts: list[RenderableType] = []
+    # Bar, head, rule and a line for the prompt take five lines.
+    rows = list(progress.shown)[-max(height - 5, 1) :]
+    if rows:
+        parts.append(_table(progress, rows, width))
+    seconds = text.clock(time.time() - progress.phase_started)
+    phase = Text(f"{progress.phase}  {seconds}")
+    parts.append(_bar(progress, width) if progress.pace else phase)
+    return Group(*parts)
+
+
+def _table(progress: Progress, rows: list[Row], width: int) -> Table:
+    by_importance = sorted(COLUMNS, key=lambda head: COLUMNS[head])
+    kept = by_importance[: max(int(width / COLUMN_WIDTH), 3)]
+    heads = [head for head in COLUMNS if head in kept]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        cells = _cells(row, progress)
+        style = "cyan" if row["kind"] == "eval" else ""
+        table.add_row(*(Text(cells.get(head, "")) for head in heads), style=style)
+    return table
+
+
+def _bar(progress: Progress, width: int) -> RenderableType:
+    passed = f"{text.clock(time.time() - progress.started)} passed"
+    if progress.total_steps is None:
+        return Text(f"step {progress.step:,}  {passed}")
+    eta = progress.eta_s()
+    words = [f"{progress.step / progress.total_steps:4.0%}", passed]
+    if eta:
+        words.insert(1, f"{text.clock(eta)} left")
+    if progress.phase != "training":
+        words.append(progress.phase)
+    while len(words) > 1 and len("  ".join(words)) > width - MIN_BAR_WIDTH - 4:
+        words.pop()
+    label = "  ".join(words)
+    bar_width = width - len(label) - 4
+    bar = ProgressBar(total=progress.total_steps, completed=progress.step, width=bar_width)
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_row(bar, Text(label, no_wrap=True))
+    return grid
+
+
+def _cells(row: Row, progress: Progress) -> dict[str, str]:
+    """Return a row's cells by the head of their column."""
+    step, loss = of_total(row["step"], progress.total_steps), text.loss(value(row, "loss"))
+    if row["kind"] == "eval":
+        return {
+            "step": step,
+            "epoch": "eval",
+            "loss": loss,
+            "lr": f"ppl {text.compact(value(row, 'perplexity'))}",
+            "grad": text.seconds(row.get("seconds")),
+            "tok/s": str(row.get("how", "")),
+        }
+    epoch = value(row, "epoch")
+    return {
+        "step": step,
+        "epoch": text.MISSING if epoch is None else f"{epoch:.2f}",
+        "loss": loss,
+        "lr": text.learning_rate(value(row, "learning_rate")),
+        "grad": text.compact(value(row, "grad_norm")),
+        "tok/s": text.rate(value(row, "tokens_per_second_per_worker")),
+        "MFU": text.percent(value(row, "mfu_bf16")),
+        "mem GiB": text.gib(value(row, "peak_memory_gib")),
+        "wait": text.percent(row.get("wait_share")),
+    }
+
+
+def log_line(row: Row, progress: Progress) -> str:
+    """Return a train or eval row as one aligned line for a log; cut and grep can split it."""
+    cells = _cells(row, progress)
+    if row["kind"] == "eval":
+        parts = [
+            f"eval {cells['step']}",
+            f"loss {cells['loss']}",
+            f"perplexity {text.compact(value(row, 'perplexity'))}",
+            f"{text.count(row.get('num_label_tokens'))} label tokens",
+            cells["grad"],
+            cells["tok/s"],
+        ]
+        return "  ".join(filter(None, parts))
+    parts = [
+        f"step {cells['step']}",
+        f"epoch {cells['epoch']}",
+        f"loss {cells['loss']}",
+        f"lr {cells['lr']}",
+        f"grad {cells['grad']:>5}",
+        f"{cells['tok/s']:>7} tok/s/worker",
+        f"mfu {cells['MFU']}",
+        f"mem {cells['mem GiB']} GiB",
+        f"wait {cells['wait']}",
+        f"eta {text.clock(progress.eta_s())}",
+    ]
+    return "  ".join(parts)
+
+
+def wait_share(row: Row, previous_step: int) -> float | None:
+    """Return the share of the time since the previous train row in which workers waited for data.
+
+    data_wait_s is the sum over these steps, step_s their mean.
+    """
+    waited, step_s = row.get("data_wait_s"), row.get("step_s")
+    if waited is None or not step_s:
+        return None
+    num_steps = max(int(row["step"]) - previous_step, 1)
+    return min(float(waited) / (float(step_s) * num_steps), 1.0)
+
+
+def value(row: Row, key: str) -> float | None:
+    """Return a number of the row, also NaN and infinity, which it has under non_finite."""
+    number = row.get(key)
+    if number is None and key in row.get("non_finite", {}):
+        return float(row["non_finite"][key])
+    return None if number is None else float(number)
+
+
+def of_total(step: int, total_steps: int | None) -> str:
+    """Return the step as ` 20/600`, aligned."""
+    return str(step) if total_steps is None else f"{step:>{len(str(total_steps))}}/{total_steps}"

@@ -1,5 +1,5 @@
-"""From what Ray raises to what the user reads: the cause before its collateral, and no retry that
-cannot help.
+"""Translate Ray's errors for the user: the cause before its consequences, and no retry that cannot
+help.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from raytrain_adv.storage.storage import Storage
 if TYPE_CHECKING:
     from ray.train.v2._internal.execution.context import TrainRunContext
 
-# What a healthy worker says when another one has gone: never the cause when anything else is known.
+# Errors of a healthy worker after another one has gone: never the cause if another error is known.
 COLLATERAL = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -30,26 +30,24 @@ COLLATERAL = (
     "DistBackendError",
 )
 LAST_LINES = 12
-WORD = "failure.json"
+REASON_FILE = "failure.json"
 
 
 class StopWhenRetryCannotHelp(UserCallback):  # type: ignore[misc] # ray is Any to mypy
-    """Ends the run at once on an error that running again would repeat; Ray would retry it
-    max_failures times.
-    """
+    """Ends the run at once on an error that would repeat; Ray would retry it max_failures times."""
 
     def after_exception(
         self, run_context: TrainRunContext, worker_exceptions: Mapping[int, Exception]
     ) -> None:
         """Raise a worker's own error in the controller, which ends the run."""
         for error in worker_exceptions.values():
-            root = unwrapped(error)
+            root = _unwrap(error)
             if isinstance(root, RaytrainAdvError) and not root.retry_can_help:
                 raise root
 
 
-class TellTheNextStart(UserCallback):  # type: ignore[misc] # ray is Any to mypy
-    """Leaves word of why workers are started again, which Ray keeps to itself."""
+class RecordRestartReason(UserCallback):  # type: ignore[misc] # ray is Any to mypy
+    """Records for the next workers why they are started again; Ray does not pass it on."""
 
     def __init__(self, storage_path: str, attempt: str) -> None:
         self._storage_path = storage_path
@@ -58,42 +56,42 @@ class TellTheNextStart(UserCallback):  # type: ignore[misc] # ray is Any to mypy
     def after_exception(
         self, run_context: TrainRunContext, worker_exceptions: Mapping[int, Exception]
     ) -> None:
-        """Write down what has happened to the workers."""
-        with contextlib.suppress(OSError, StorageError):  # the run goes on without the word
+        """Write down how the workers failed."""
+        with contextlib.suppress(OSError, StorageError):  # the run continues without it
             folder = Storage.at(self._storage_path).folder(self._attempt)
-            leave_word(folder, _in_a_sentence(worker_exceptions))
+            write_restart_reason(folder, _in_a_sentence(worker_exceptions))
 
 
-def leave_word(attempt: Storage, message: str) -> None:
-    """Leave word in an attempt's folder for the next start of its workers."""
+def write_restart_reason(attempt: Storage, message: str) -> None:
+    """Write into an attempt's folder why its next workers are started."""
     attempt.make()
     message = hide_environment(message)
-    attempt.write_json(WORD, {"message": f"{message}; the workers were started again"})
+    attempt.write_json(REASON_FILE, {"message": f"{message}; the workers were started again"})
 
 
-def take_word(attempt: Storage) -> str:
-    """Return what was left for this start, once; empty if nothing was."""
-    word = attempt.read_json(WORD)
-    if word is None:
+def take_restart_reason(attempt: Storage) -> str:
+    """Return why these workers were started again, and clear it; empty if there is no reason."""
+    reason = attempt.read_json(REASON_FILE)
+    if reason is None:
         return ""
-    attempt.write_json(WORD, {"message": ""})
-    return str(word["message"])
+    attempt.write_json(REASON_FILE, {"message": ""})
+    return str(reason["message"])
 
 
-def unwrapped(error: BaseException) -> BaseException:
-    """Return the error the worker's code raised, out of Ray's wrappers."""
-    # ray.train's UserExceptionWithTraceback has no public accessor; the other is of a worker that
-    # did not answer, as it has died.
+def _unwrap(error: BaseException) -> BaseException:
+    """Return the error that the worker's code raised, without Ray's wrappers."""
+    # ray.train's UserExceptionWithTraceback has no public accessor; the other attribute is of a
+    # worker that has died and does not answer.
     inner = getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None)
-    return unwrapped(inner) if isinstance(inner, BaseException) else error
+    return _unwrap(inner) if isinstance(inner, BaseException) else error
 
 
-def translated(error: TrainingFailedError | RayActorError) -> RaytrainAdvError:
-    """Return the error to show: a worker's own house error as it is, else the most telling worker's
-    last lines.
+def translate(error: TrainingFailedError | RayActorError) -> RaytrainAdvError:
+    """Return the error to show: a worker's own RaytrainAdvError, else the last lines of the worker
+    that failed first.
     """
     if isinstance(error, ControllerError):
-        root = unwrapped(error.controller_failure)
+        root = _unwrap(error.controller_failure)
         if isinstance(root, RaytrainAdvError):
             return root
         return TrainingError(
@@ -108,20 +106,18 @@ def translated(error: TrainingFailedError | RayActorError) -> RaytrainAdvError:
     )
 
 
-def stopped(error: SystemExit) -> Stopped:
-    """Return the error to show when the driver was told to end: Ray Train makes an exit of both
-    signals.
-    """
+def stop_error(error: SystemExit) -> Stopped:
+    """Return the error to show after a signal, which Ray Train turns into an exit."""
     return Stopped(
         "The run was stopped",
         f"by Ctrl-C, or by SIGTERM as ray job stop sends it (exit code {error.code})",
-        "run again with resume_from_checkpoint: true to go on from the last checkpoint",
+        "run again with resume_from_checkpoint: true to continue from the last checkpoint",
     )
 
 
 def _of_workers(failures: Mapping[int, Exception]) -> RaytrainAdvError:
     rank, cause = _first_cause(failures)
-    root = unwrapped(cause)
+    root = _unwrap(cause)
     if isinstance(root, RaytrainAdvError):
         return root
     others = [r for r in failures if r != rank]
@@ -132,7 +128,7 @@ def _of_workers(failures: Mapping[int, Exception]) -> RaytrainAdvError:
 
 def _in_a_sentence(failures: Mapping[int, Exception]) -> str:
     rank, cause = _first_cause(failures)
-    root = unwrapped(cause)
+    root = _unwrap(cause)
     if isinstance(root, RaytrainAdvError):
         return f"{root.what}: {root.found.splitlines()[0]}" if root.found else root.what
     if isinstance(root, RayActorError):
@@ -141,13 +137,13 @@ def _in_a_sentence(failures: Mapping[int, Exception]) -> str:
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> tuple[int, Exception]:
-    """Return the failure that tells most, and its rank: an error of the house, what is not
-    collateral, the lowest rank.
+    """Return the most informative failure and its rank: our own errors first, collateral ones
+    last, then by rank.
     """
 
     def order(item: tuple[int, Exception]) -> tuple[bool, bool, int]:
         rank, error = item
-        return not isinstance(unwrapped(error), RaytrainAdvError), _is_collateral(error), rank
+        return not isinstance(_unwrap(error), RaytrainAdvError), _is_collateral(error), rank
 
     return min(failures.items(), key=order)
 
@@ -157,14 +153,14 @@ def _what(rank: int, root: BaseException) -> str:
 
 
 def _is_collateral(error: Exception) -> bool:
-    if isinstance(unwrapped(error), RayActorError):
+    if isinstance(_unwrap(error), RayActorError):
         return False
     return any(sign in str(error) for sign in COLLATERAL)
 
 
 def _last_lines(error: BaseException) -> str:
-    root = unwrapped(error)
-    notes = getattr(root, "__notes__", [])  # the innermost frames, as ray_worker adds them
+    root = _unwrap(error)
+    notes = getattr(root, "__notes__", [])  # the innermost frames, added by ray_worker
     text = "\n".join([*notes, f"{type(root).__name__}: {root}"]) if notes else str(error)
     lines = [line for line in text.strip().splitlines() if line.strip()]
     return "\n".join(lines[-LAST_LINES:]) or type(error).__name__

@@ -1,5 +1,5 @@
-"""A run's figures for Prometheus: every rank exports its own through Ray's metrics, on its node's
-metrics port, where Ray puts `ray_` before each name. cluster/grafana has the dashboard for them.
+"""A run's metrics for Prometheus: every rank exports its own through Ray, on its node's metrics
+port, where Ray prefixes each name with `ray_`. cluster/grafana has the dashboard.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from ray.util.metrics import Gauge
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 
 PREFIX = "raytrain_adv_"
 FROM_ROW = {
@@ -20,20 +20,17 @@ FROM_ROW = {
     "grad_norm": ("grad_norm", "Norm of the last step's gradient before clipping, all ranks."),
     "step_s": ("step_seconds", "Seconds per optimizer step, over the last logging interval."),
     "tokens_per_second_per_worker": ("tokens_per_second", "Tokens per second of this rank."),
-    "mfu_bf16": ("mfu_bf16", "Share of the GPU's dense bf16 peak; only where that is known."),
+    "mfu_bf16": ("mfu_bf16", "Share of the GPU's dense bf16 peak, if that is known."),
     "peak_memory_gib": ("peak_memory_gib", "Most GPU memory allocated so far; on a CPU, RSS."),
     "num_tokens": ("tokens", "Tokens trained on since the run began, all ranks."),
 }
-"""Key of a logging step's row -> name and meaning of what is exported."""
+"""Key of a logging step's row -> exported name and meaning."""
 DATA_WAIT = ("data_wait_seconds", "Seconds per step that this rank waited for data.")
 RESTARTS = ("restarts", "How often the run's workers were restarted.")
-TRANSFORM_ON = ("transform_on", "1 while a feature of the job is on (fake quantization), else 0.")
+TRANSFORM_ON = ("transform_on", "1 while a feature of the job is on, else 0.")
 TAGS = ("run", "rank")
 REPEAT_S = 5.0
-"""Ray forgets a value that is not set again within two of its 10 s (ray 2.60), and a logging step
-may take longer.
-"""
-
+"""Ray drops a value that is not set again within 20 s (ray 2.60); a logging step may be longer."""
 
 EXPORTED = {
     PREFIX + name: text for name, text in (*FROM_ROW.values(), DATA_WAIT, RESTARTS, TRANSFORM_ON)
@@ -42,12 +39,12 @@ EXPORTED = {
 
 
 class RunMetrics:
-    """One rank's exported figures; `close` ends it."""
+    """One rank's exported metrics, until `close`."""
 
     def __init__(self, job: JobConfig, run: str, rank: int, restarts: int) -> None:
         self._tags = {"run": run, "rank": str(rank)}
         self._logging_steps = job.output.logging_steps
-        self._transforms = enabled(job)
+        self._transforms = Transforms(job)
         more = {TRANSFORM_ON[0]: ("transform",)}
         named = (*FROM_ROW.values(), DATA_WAIT, RESTARTS, TRANSFORM_ON)
         self._gauges = {
@@ -55,14 +52,14 @@ class RunMetrics:
             for name, meaning in named
         }
         self._values: dict[tuple[str, str], float] = {(RESTARTS[0], ""): restarts}
-        """Name and transform -> value; replaced as a whole, as two threads read it."""
+        """Name and transform -> value; replaced as a whole, because two threads read it."""
         self._ended = threading.Event()
         self._export()
         self._thread = threading.Thread(target=self._repeat, name="metrics", daemon=True)
         self._thread.start()
 
     def take(self, row: Mapping[str, float]) -> None:
-        """Export the numbers of a logging step's row; those that it lacks keep their last value."""
+        """Export a logging step's row; metrics that it lacks keep their last value."""
         values = {(name, ""): row[key] for key, (name, _) in FROM_ROW.items() if key in row}
         steps = int(row["step"])
         in_row = steps % self._logging_steps or self._logging_steps
@@ -73,7 +70,7 @@ class RunMetrics:
         self._export()
 
     def close(self) -> None:
-        """Export nothing any more."""
+        """Stop exporting."""
         self._ended.set()
         self._thread.join()
 

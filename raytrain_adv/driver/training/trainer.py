@@ -1,12 +1,9 @@
-"""One launch, seen from the driver: output folder, cluster, data, plan, fit, report."""
+"""A run on the driver: output folder, preparation, Ray Train's workers, report."""
 
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,60 +13,51 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 
-from raytrain_adv import hardware
-from raytrain_adv.checkpoint.save import AGAIN
+from raytrain_adv.checkpoint.folders import AGAIN
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.data.prepare import PreparedData, prepare
-from raytrain_adv.driver.cluster import connect
-from raytrain_adv.driver.cluster.elastic import KeepsTheBatch
-from raytrain_adv.driver.cluster.node_network import NodeNetwork
+from raytrain_adv.driver.cluster.connect import NodeNetwork
+from raytrain_adv.driver.cluster.elastic import BatchPreservingPolicy
+from raytrain_adv.driver.cluster.nodes import release_workers, wait_for_room
 from raytrain_adv.driver.cluster.placement import Placement
-from raytrain_adv.driver.cluster.waiting import wait_for_room
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.output_dir import Output
-from raytrain_adv.driver.plan.plan import RunPlan, render_brief, resolve
-from raytrain_adv.driver.preflight import (
-    host_memory,
-    table,
-    verdicts,
-)
 from raytrain_adv.driver.preflight.probe import Read, read_nodes
+from raytrain_adv.driver.training import failures
 from raytrain_adv.driver.training.console import Console, summary
-from raytrain_adv.driver.training.failures import (
-    StopWhenRetryCannotHelp,
-    TellTheNextStart,
-    leave_word,
-    stopped,
-    translated,
-)
-from raytrain_adv.driver.training.twin import beside_its_twin, twins
+from raytrain_adv.driver.training.prepare import Progress, prepare_run
+from raytrain_adv.driver.training.twin import measure_against_twin
 from raytrain_adv.driver.training.worker_entry import STARTS, ray_worker
-from raytrain_adv.driver.watch import head as head_watch
-from raytrain_adv.driver.watch.hang import WatchForHangs
+from raytrain_adv.driver.watch.hang import HangWatch
 from raytrain_adv.driver.watch.head import HeadWatch
-from raytrain_adv.driver.watch.nodes import NodeWatch, usable
-from raytrain_adv.driver.watch.notice import ListenForSigterm
-from raytrain_adv.driver.watch.stop import StopWhenTold, asking, is_asked
+from raytrain_adv.driver.watch.nodes import NodeWatch, usable_nodes
+from raytrain_adv.driver.watch.stop import (
+    CatchSigterm,
+    StopOnRequest,
+    handle_signals,
+    is_stop_requested,
+)
 from raytrain_adv.errors import StorageError, Terminated
 from raytrain_adv.report import record
 from raytrain_adv.report.build import against, failed, finished, planned, started
 from raytrain_adv.report.html import write_html
-from raytrain_adv.report.record import PreflightReport, RunReport
-from raytrain_adv.run import trackers
-from raytrain_adv.transforms.applied import enabled
-from raytrain_adv.worker.install import fetch
+from raytrain_adv.report.record import RunReport
+from raytrain_adv.storage.storage import Storage
+from raytrain_adv.text import ascii_name
+from raytrain_adv.transforms.applied import Transforms
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
-    """Ray's trainer without its actor for ray.data's datasets, for which workers would wait 2 s and
-    more though there are none (ray 2.60; remove when Ray starts it only where datasets are given),
-    and which leaves SIGINT to the driver: Ray's own handler ends the workers where they are,
-    without a checkpoint (ray 2.60, data_parallel_trainer.py). What finds workers that hang is asked
-    first, so that what deals with their errors sees those it gives them.
+    """Ray's trainer with three changes (ray 2.60).
+
+    - No actor for ray.data's datasets, for which workers would wait 2 s and more without having
+      any. Remove when Ray starts it only for datasets.
+    - SIGINT stays with the driver: Ray's own handler ends the workers without a checkpoint
+      (data_parallel_trainer.py).
+    - HangWatch runs before the callbacks that handle the errors it sets.
     """
 
-    elastic: KeepsTheBatch | None = None
-    """What decides on the number of workers, where it may change."""
+    elastic: BatchPreservingPolicy | None = None
+    """Decides the number of workers, if it may change."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         if self.elastic is not None:
@@ -79,7 +67,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         kept = [one for one in callbacks if not isinstance(one, DatasetsCallback)]
-        return sorted(kept, key=lambda one: not isinstance(one, WatchForHangs))
+        return sorted(kept, key=lambda one: not isinstance(one, HangWatch))
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Register none."""
@@ -90,25 +78,25 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
 
     Args:
         job: the loaded job.
-        read: says what the cluster's nodes are.
+        read: returns the nodes' readings.
 
     Raises:
-        RaytrainAdvError: in the house form; its exit_code is the process's.
+        RaytrainAdvError: with what, found and fix; its exit_code is the process's.
     """
     folder = Path(job.output.output_dir)
-    first = list(twins(job))
+    first = list(Transforms(job).twins())
     if first:
         with output_dir.held(folder):
             output_dir.decided(job)  # refused now, not hours later
     for twin in first:
-        print(f"First, to compare with, without the feature, in {twin.output.output_dir}:\n")
+        print(f"First, the run without the feature to compare with: {twin.output.output_dir}\n")
         run(twin, read)
         print()
-    job = beside_its_twin(job)
+    job = measure_against_twin(job)
     with output_dir.held(folder):
         place = output_dir.open_output(job)
         if place.finished:
-            print("This job has already run to its end here; nothing was done.\n")
+            print("This job has already finished here; nothing was done.\n")
             print(summary(record.read(place.folder)))
             return
         with Console(place.folder) as console:
@@ -117,8 +105,7 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
 
 
 def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunReport:
-    timeline: dict[str, float] = {}
-    nodes: list[PreflightReport] = []
+    progress = Progress()
     report = started(job, job.run_name)
     for note in report.notes:
         console.say(note)
@@ -127,107 +114,39 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
         if place.replaced.is_there:
             console.say(f"\n{place.replaced.keep()}")
             return
-        ended = failed(report, error, timeline, place.folder)
-        ended = ended.model_copy(update={"preflight": nodes[-1] if nodes else None})
+        ended = failed(report, error, progress.timeline, place.folder)
         try:
-            _leave(job, place, ended)
-        except StorageError as unwritten:  # beside what ended the run, not in its place
+            _finish(job, place, ended.model_copy(update={"preflight": progress.preflight}))
+        except StorageError as unwritten:  # reported in addition to what ended the run
             console.say(f"\n{unwritten}")
 
     try:
         with ExitStack() as watched:
-            placement, plan, head = _prepare(job, console, timeline, nodes, read, watched, fail)
+            prepared = prepare_run(job, read, console.say, progress, watched, fail)
+            placement, plan = prepared.placement, prepared.plan
             place.begin(job, console.say)
             report = planned(report, placement.fewest, plan.memory, plan.transforms)
-            report = report.model_copy(update={"preflight": nodes[-1]})
+            report = report.model_copy(update={"preflight": progress.preflight})
             record.write(report, place.folder)
             start = time.perf_counter()
-            watch = NodeWatch(placement, usable(placement), console.say)
-            with asking(place.folder, console.say), watch.watching():
-                result = fit(job, place, placement, console, head)
-            timeline["training"] = time.perf_counter() - start
-        report = against(finished(report, result, timeline, place.folder), job)
-    except BaseException as error:  # also Ctrl-C, and the SystemExit that Ray makes of SIGTERM
-        shown = stopped(error) if isinstance(error, SystemExit) else error
+            watch = NodeWatch(placement, usable_nodes(placement), console.say)
+            with handle_signals(place.folder, console.say), watch.watching():
+                result = fit(job, place, placement, console, prepared.head)
+            progress.timeline["training"] = time.perf_counter() - start
+        report = against(finished(report, result, progress.timeline, place.folder), job)
+    except BaseException as error:  # also Ctrl-C, and the SystemExit that Ray raises on SIGTERM
+        shown = failures.stop_error(error) if isinstance(error, SystemExit) else error
         fail(shown)
         raise shown from error.__cause__
-    _leave(job, place, report)
+    _finish(job, place, report)
     return report
 
 
-def _leave(job: JobConfig, place: Output, report: RunReport) -> None:
-    """Write what stays of the run: its report, and how it ended."""
+def _finish(job: JobConfig, place: Output, report: RunReport) -> None:
+    """Write the run's report, and how it ended."""
     record.write(report, place.folder)
     write_html(report, place.folder, plots=job.output.plot_loss)
     place.note(job, report.status, place.number)
-
-
-def _prepare(
-    job: JobConfig,
-    console: Console,
-    timeline: dict[str, float],
-    nodes: list[PreflightReport],
-    read: Read,
-    watched: ExitStack,
-    leave: Callable[[BaseException], None],
-) -> tuple[Placement, RunPlan, HeadWatch]:
-    """Tokenize the data while Ray starts and the nodes are probed; settle where the job runs, and
-    show the plan. `timeline` and `nodes` are filled in for the report, also of a refused run. The
-    head is watched from here on, until `watched` is left; `leave` notes how the run ended if it is
-    gone.
-    """
-    trackers.check(job.output.report_to)
-    if job.output.compare_with is not None:
-        record.read(job.output.compare_with)  # its absence is said now, not at the end
-    start = time.perf_counter()
-    data = _in_background(lambda: prepare(job, console.say))
-    started_here = connect.connect(job)
-    console.say(
-        "Ray started on this machine" if started_here else f"joined Ray at {head_watch.address()}"
-    )
-    console.say(f"dashboard: {connect.dashboard()}")
-    head = HeadWatch(head_watch.address(), leave)
-    watched.enter_context(head.watching())
-    placement = connect.settle(job, started_here)
-    timeline["Ray"] = time.perf_counter() - start
-    found = verdicts.look_at(placement, enabled(job), read)
-    nodes.append(table.report(found))
-    console.say(table.render(found))
-    placement = verdicts.settled(job, placement, found)
-    timeline["preflight"] = time.perf_counter() - start - timeline["Ray"]
-    prepared = data.result()
-    # Data is tokenized while Ray starts and nodes are probed; what it takes longer is waited for.
-    timeline["wait for data"] = (
-        time.perf_counter() - start - timeline["Ray"] - timeline["preflight"]
-    )
-    start = time.perf_counter()
-    fetch(job, found.facts or hardware.detect(), console.say)
-    plan = resolve(job, world_size=placement.fewest, data=prepared, facts=found.facts)
-    console.say(placement.note)
-    console.say(render_brief(plan))
-    too_large = verdicts.refuse_too_large(job, plan, found)
-    for warning in (*too_large, *host_memory.refuse_too_large(job, plan, found)):
-        console.say(f"warning: {warning}")
-    timeline["plan"] = time.perf_counter() - start
-    wait_for_room(placement, console.say)
-    console.say("starting the workers: they import PyTorch and join each other")
-    return placement, plan, head
-
-
-def _in_background(work: Callable[[], PreparedData]) -> Future[PreparedData]:
-    """Begin the work on a thread that nothing waits for: a refusal comes at once, and the process
-    then ends, which an executor's threads would not let it.
-    """
-    future: Future[PreparedData] = Future()
-
-    def do() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # it is raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=do, name="data", daemon=True).start()
-    return future
 
 
 def fit(
@@ -236,42 +155,42 @@ def fit(
     """Run the workers to the end; return rank 0's figures.
 
     Raises:
-        RaytrainAdvError: the workers' own error, or what became of them.
+        RaytrainAdvError: the workers' own error, or how they ended.
     """
     resume = place.resume
     deaths_left = job.ray.max_failures if job.ray.max_failures >= 0 else 10**6
     attempt = place.attempt
+    saves = job.output.save_strategy != "no" and not job.output.save_only_model
     while True:
         trainer = _trainer(job, place, placement, attempt, resume)
         try:
             result = trainer.fit()
             return dict(result.return_value)
         except TrainingFailedError as error:
-            shown = translated(error)
-            keeps = job.output.save_strategy != "no" and not job.output.save_only_model
-            goes_on = isinstance(shown, Terminated) and keeps and not is_asked(place.folder)
-            if not goes_on:
+            shown = failures.translate(error)
+            is_preempted = isinstance(shown, Terminated) and not is_stop_requested(place.folder)
+            if not (is_preempted and saves):
                 raise shown from error
-            why = f"{shown.what}: {shown.found}"  # no failure: max_failures does not count it
+            why = f"{shown.what}: {shown.found}"  # not a failure: max_failures does not count it
         except RayActorError as error:
-            # The controller: Ray restarts workers, but nobody restarts it.
+            # The controller has died: Ray restarts workers, but not their controller.
             head.wait()
             if deaths_left == 0:
-                raise translated(error) from error
+                raise failures.translate(error) from error
             deaths_left -= 1
             why = "Ray Train's controller died"
-            _clear_up(place, attempt)
+            release(place.storage.folder(attempt))
         console.say(f"{why}; starting again from the last checkpoint")
-        wait_for_room(placement, console.say, given_up=lambda: is_asked(place.folder))
+        wait_for_room(placement, console.say, is_stopped=lambda: is_stop_requested(place.folder))
         attempt, resume = f"{attempt}{AGAIN}", resume or True
-        leave_word(place.storage.folder(attempt), why)
+        failures.write_restart_reason(place.storage.folder(attempt), why)
 
 
-def _clear_up(place: Output, attempt: str) -> None:
-    """Release what the workers of an attempt held, where they got as far as saying what it is."""
-    start = place.storage.folder(attempt).read_json(STARTS)
+def release(attempt: Storage) -> None:
+    """Release the resources of an attempt's workers, if they started."""
+    start = attempt.read_json(STARTS)
     if start is not None and start["placement_group"] is not None:
-        connect.release(start["placement_group"])
+        release_workers(start["placement_group"])
 
 
 def _trainer(
@@ -283,7 +202,7 @@ def _trainer(
         ray_worker,
         train_loop_config={
             "job": job,
-            "run": job.run_name,
+            "run": ascii_name(job.run_name),
             "storage_path": place.storage_path,
             "attempt": attempt,
             "resume": resume,
@@ -302,30 +221,29 @@ def _trainer(
         ),
     )
     if placement.numbers:
-        strategy = job.ray.placement_strategy
-        trainer.elastic = KeepsTheBatch(scaling(job, placement), placement, strategy)
+        config, strategy = scaling(job, placement), job.ray.placement_strategy
+        trainer.elastic = BatchPreservingPolicy(config, placement, strategy)
     return trainer
 
 
 def _callbacks(job: JobConfig, place: Output, attempt: str) -> list[Any]:
-    """Return what looks after the run in Ray Train's controller."""
+    """Return the run's callbacks in Ray Train's controller."""
     callbacks = [
-        ListenForSigterm(),
-        TellTheNextStart(place.storage_path, attempt),
-        StopWhenRetryCannotHelp(),
-        StopWhenTold(place.folder),
+        CatchSigterm(),
+        failures.RecordRestartReason(place.storage_path, attempt),
+        failures.StopWhenRetryCannotHelp(),
+        StopOnRequest(place.folder),
     ]
     if job.ray.step_timeout is not None:
-        callbacks.append(WatchForHangs(job.ray.step_timeout))
+        callbacks.append(HangWatch(job.ray.step_timeout))
     return callbacks
 
 
 def scaling(job: JobConfig, placement: Placement) -> ScalingConfig:
-    """Return what Ray Train is asked for: how many workers, what each reserves, and where."""
+    """Return the request to Ray Train: the number of workers, their resources, and their nodes."""
+    most = placement.num_workers
     return ScalingConfig(
-        num_workers=(placement.fewest, placement.num_workers)
-        if placement.numbers
-        else placement.num_workers,
+        num_workers=(placement.fewest, most) if placement.numbers else most,
         use_gpu=placement.use_gpu,
         resources_per_worker=placement.bundle,
         placement_strategy=job.ray.placement_strategy,

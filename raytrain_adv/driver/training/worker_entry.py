@@ -1,6 +1,4 @@
-"""The function Ray Train runs on every worker: it makes a Run out of Ray's context and calls
-train().
-"""
+"""The function that Ray Train runs on every worker: make a Run of Ray's context, call train()."""
 
 from __future__ import annotations
 
@@ -17,37 +15,38 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from ray.train.torch import get_device
 
+from raytrain_adv.checkpoint.folders import AGAIN
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.preflight import versions
-from raytrain_adv.driver.training.failures import take_word
+from raytrain_adv.driver.training.failures import take_restart_reason
 from raytrain_adv.driver.training.prometheus import RunMetrics
 from raytrain_adv.driver.watch import hang
-from raytrain_adv.driver.watch.notice import DrainNotice, told_to_end
-from raytrain_adv.driver.watch.stop import AskedToStop
+from raytrain_adv.driver.watch.stop import DrainNotice, StopRequest, is_terminated
 from raytrain_adv.errors import JobError
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.run.run import Run
 from raytrain_adv.storage.storage import Storage
+from raytrain_adv.text import listed
 from raytrain_adv.worker.train import train
 
 STARTS = "starts.json"
 SHOWN_NODES = 8
 LAST_FRAMES = 3
-"""Innermost frames of a worker's traceback that its error takes to the driver."""
+"""Innermost frames of a worker's traceback that its error carries to the driver."""
 
 
 class RayReporter:
-    """Hands metrics and checkpoints to Ray Train, and metrics to Prometheus."""
+    """Reports metrics and checkpoints to Ray Train, and metrics to Prometheus."""
 
     exported: RunMetrics | None = None
-    """This rank's, once it knows its place in the run."""
+    """This rank's Prometheus metrics, once the number of restarts is known."""
 
     def __init__(self, folder: Path) -> None:
-        self._asked = AskedToStop(folder)
+        self._stop = StopRequest(folder)
         self._drain = DrainNotice()
 
     def metrics(self, row: dict[str, float]) -> None:
-        """Report a logging step's metrics; the dashboard's and a sweep's view of the run."""
+        """Report a logging step's metrics, for the dashboard and for a sweep."""
         if self.exported is not None:
             self.exported.take(row)
         ray.train.report({k: float(v) for k, v in row.items()})
@@ -67,15 +66,15 @@ class RayReporter:
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
 
     def stop_wanted(self) -> bool:
-        """Whether the driver was told to stop, and has left word."""
-        return self._asked.now()
+        """Whether the driver has requested a stop."""
+        return self._stop.is_set()
 
     def told_to_end(self) -> bool:
-        """Whether this worker's process has had a SIGTERM."""
-        return told_to_end()
+        """Whether this worker's process has received a SIGTERM."""
+        return is_terminated()
 
     def drained(self) -> str:
-        """Say which nodes Ray is about to lose, once for each."""
+        """Return a sentence on nodes that Ray is about to remove, once for each."""
         return self._drain.new()
 
 
@@ -83,34 +82,25 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Train on this Ray Train worker; return rank 0's figures to the driver."""
     job: JobConfig = config["job"]
     if os.path.isdir(config["folder"]):
-        os.chdir(config["folder"])  # a relative path in the job is meant as on the driver
+        os.chdir(config["folder"])  # relative paths in the job are relative to the driver's folder
     versions.require(config["versions"])
     storage = Storage.at(config["storage_path"])
-    device = (
-        get_device() if config["use_gpu"] and torch.cuda.is_available() else torch.device("cpu")
-    )
-    if isinstance(device, list):
-        device = device[0]
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        local_workers = ray.train.get_context().get_local_world_size()
-        torch.set_num_threads(max(1, min(8, (os.cpu_count() or 1) // local_workers)))
     reporter = RayReporter(Path(config["marker"]).parent)
     run = Run(
-        device=device,
+        device=_device(config["use_gpu"]),
         storage=storage,
         attempt=config["attempt"],
         reporter=reporter,
         cpu_group=dist.new_group(backend="gloo") if dist.is_initialized() else None,
         resume=config["resume"],
     )
-    hang.listen(run.beat)
+    hang.register(run.beat)
     if run.is_main:
-        _require_shared(job, config["marker"])
-        if word := take_word(storage.folder(run.attempt)):
-            run.fault(word)
-    places = gathered(run)
-    run.restarts = run.broadcast(_count_start(run, places) if run.is_main else None)
+        _require_shared_output(job, config["marker"])
+        if reason := take_restart_reason(storage.folder(run.attempt)):
+            run.fault(reason)
+    nodes = _gather_nodes(run)
+    run.restarts = run.broadcast(_count_start(run, nodes) if run.is_main else None)
     require_shared_storage(run)
     reporter.exported = RunMetrics(job, config["run"], run.rank, run.restarts)
     try:
@@ -124,8 +114,21 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         reporter.exported.close()
 
 
-def gathered(run: Run) -> dict[str, str]:
-    """Return the nodes that the workers are on, id -> address, in the order of their ranks."""
+def _device(use_gpu: bool) -> torch.device:
+    """Return this worker's device, after making it current and sharing the CPU cores."""
+    if not (use_gpu and torch.cuda.is_available()):
+        return torch.device("cpu")
+    found = get_device()
+    device: torch.device = found[0] if isinstance(found, list) else found
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        local_workers = ray.train.get_context().get_local_world_size()
+        torch.set_num_threads(max(1, min(8, (os.cpu_count() or 1) // local_workers)))
+    return device
+
+
+def _gather_nodes(run: Run) -> dict[str, str]:
+    """Return the workers' nodes, id -> address, in the order of their ranks."""
     here = (ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
     every: list[Any] = [here] * run.world_size
     if run.world_size > 1:
@@ -133,56 +136,57 @@ def gathered(run: Run) -> dict[str, str]:
     return dict(every)
 
 
-def said(places: Mapping[str, str], before: Mapping[str, str], alive: Set[str]) -> dict[str, str]:
-    """Return what to tell of where the workers start: nodes, lost nodes, and a sentence.
+def describe_start(
+    nodes: Mapping[str, str], before: Mapping[str, str], alive: Set[str]
+) -> dict[str, str]:
+    """Return the event of a start: its nodes, the lost nodes, and a sentence.
 
     Args:
-        places: their nodes, id -> address.
-        before: those of the start before, if there was one.
+        nodes: the workers' nodes, id -> address.
+        before: the nodes of the previous start, if there was one.
         alive: ids of the cluster's nodes.
     """
     lost = [address for node, address in before.items() if node not in alive]
-    nodes = list(places.values())
-    text = f"workers on {_listed(nodes)}"
+    here = list(nodes.values())
+    text = f"workers on {_list_nodes(here)}"
     if lost:
-        text += f"; lost: {_listed(lost)}"
-    return {"message": text, "nodes": " ".join(nodes), "lost": " ".join(lost)}
+        text += f"; lost: {_list_nodes(lost)}"
+    return {"message": text, "nodes": " ".join(here), "lost": " ".join(lost)}
 
 
-def _listed(addresses: list[str]) -> str:
-    more = len(addresses) - SHOWN_NODES
-    text = ", ".join(addresses[:SHOWN_NODES]) + (f" and {more} more" if more > 0 else "")
-    return f"node{'s' * (len(addresses) != 1)} {text}"
+def _list_nodes(addresses: list[str]) -> str:
+    return f"node{'s' * (len(addresses) != 1)} {listed(addresses, SHOWN_NODES)}"
 
 
-def _count_start(run: Run, places: Mapping[str, str]) -> int:
-    """Return how often this attempt has started before; Ray restarts all workers without telling
-    them. Each death of the controller has added an r to the attempt's name.
+def _count_start(run: Run, nodes: Mapping[str, str]) -> int:
+    """Return how often this attempt has started before; Ray restarts all workers without that
+    information. Each death of the controller has added AGAIN to the attempt's name.
     """
     folder = run.storage.folder(run.attempt)
     folder.make()
-    launch = run.attempt.rstrip("r")
-    same = {name for name in run.storage.folders() if name.rstrip("r") == launch} | {run.attempt}
+    launch = run.attempt.rstrip(AGAIN)
+    same = {name for name in run.storage.folders() if name.rstrip(AGAIN) == launch} | {run.attempt}
     found = {name: run.storage.folder(name).read_json(STARTS) or {"starts": 0} for name in same}
     alive = {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
-    run.say(event="workers", **said(places, found[run.attempt].get("nodes", {}), alive))
+    before = found[run.attempt].get("nodes", {})
+    run.say(event="workers", **describe_start(nodes, before, alive))
     group = ray.util.get_current_placement_group()
     folder.write_json(
         STARTS,
         {
             "starts": found[run.attempt]["starts"] + 1,
             "placement_group": group.id.hex() if group is not None else None,
-            "nodes": dict(places),
+            "nodes": dict(nodes),
         },
     )
     return sum(int(one["starts"]) for one in found.values())
 
 
 def require_shared_storage(run: Run, patience_s: float = 10.0) -> None:
-    """Raise unless this worker sees what rank 0 has written to where checkpoints go.
+    """Raise unless this worker can see rank 0's file where checkpoints are stored.
 
     Raises:
-        JobError: its part of each checkpoint would stay on its own node.
+        JobError: this worker's part of each checkpoint would stay on its own node.
     """
     end = time.monotonic() + patience_s
     while run.storage.folder(run.attempt).read_json(STARTS) is None:
@@ -196,11 +200,11 @@ def require_shared_storage(run: Run, patience_s: float = 10.0) -> None:
         time.sleep(0.5)
 
 
-def _require_shared(job: JobConfig, marker: str) -> None:
-    """Raise unless this worker sees the file that the driver wrote into output_dir.
+def _require_shared_output(job: JobConfig, marker: str) -> None:
+    """Raise unless this worker can see the driver's file in output_dir.
 
     Raises:
-        JobError: what rank 0 would write would stay on its node.
+        JobError: rank 0's files would stay on its node.
     """
     if not os.path.exists(marker):
         raise JobError(

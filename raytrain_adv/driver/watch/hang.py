@@ -1,4 +1,4 @@
-"""Ends the workers when no optimizer step gets done for step_timeout, and says which hang."""
+"""End the workers when no optimizer step finishes within step_timeout, and name those that hang."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
     )
 
 ASK_EVERY_S = 10.0
-"""Seconds between two questions to a worker, at most."""
+"""Most seconds between two requests to a worker."""
 SHOWN = 8
 """Workers named in the message."""
 
-# Ray Train asks a worker on its process's main thread, while training is on another: here the two
-# meet. A process has one training thread.
-_beats: list[Beat] = []
+# Ray Train calls a worker on its process's main thread; training runs on another one, of which a
+# process has only one.
+_heartbeats: list[Beat] = []
 
 
-def listen(beat: Beat) -> None:
-    """Have this worker's process answer for the beat, in place of an earlier one."""
-    _beats[:] = [beat]
+def register(heartbeat: Beat) -> None:
+    """Make this worker's process answer from this heartbeat, instead of an earlier one."""
+    _heartbeats[:] = [heartbeat]
 
 
 def answer() -> Pulse | None:
-    """Return how far this process's training thread is; none before it has begun."""
-    return _beats[0].pulse() if _beats else None
+    """Return the progress of this process's training thread; None before it starts."""
+    return _heartbeats[0].pulse() if _heartbeats else None
 
 
-class WatchForHangs(WorkerGroupCallback):  # type: ignore[misc] # ray is Any to mypy
-    """Asks each worker how far it is. Runs in Ray Train's controller, beside its own polling, which
-    takes a worker's silence for 600 s and knows nothing of steps (ray 2.60).
+class HangWatch(WorkerGroupCallback):  # type: ignore[misc] # ray is Any to mypy
+    """Requests each worker's progress. Runs in Ray Train's controller, next to its own polling,
+    which accepts 600 s of a worker's silence and does not know steps (ray 2.60).
 
-    A worker that hangs gets an error in Ray's status of it, as if it had raised it: Ray then ends
-    all workers, and starts them again where max_failures allows.
+    A worker that hangs gets an error in its Ray status, as if it had raised it: Ray then ends all
+    workers, and restarts them if max_failures allows.
 
     Args:
         timeout_s: step_timeout.
@@ -57,39 +57,39 @@ class WatchForHangs(WorkerGroupCallback):  # type: ignore[misc] # ray is Any to 
         self._workers: list[Worker] = []
         self._asked_at = 0.0
         self._open: dict[int, tuple[ObjectRef, float]] = {}
-        """Rank -> the question it has not answered, and when it was put."""
+        """Rank -> its unanswered request, and when it was sent."""
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
-        """Take note of who is to be asked."""
+        """Watch these workers."""
         self._workers = list(worker_group.get_workers())
         self._open = {}
 
     def before_worker_group_shutdown(self, worker_group: WorkerGroup) -> None:
-        """Ask nobody any more."""
+        """Stop watching."""
         self._workers, self._open = [], {}
 
     def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
-        """Ask the workers, and give those that hang an error."""
+        """Request the workers' progress, and set an error on those that hang."""
         statuses = worker_group_status.worker_statuses
         if worker_group_status.errors or not all(s.running for s in statuses.values()):
             return
         now = time.monotonic()
-        pulses = self._answers()
+        pulses = self._collect_answers()
         if now - self._asked_at >= self.ask_every_s:
             self._asked_at = now
             for rank, worker in enumerate(self._workers):
                 if rank not in self._open:
                     self._open[rank] = (worker.execute_async(answer), now)
-        hung = hanging(pulses, {r: now - at for r, (_, at) in self._open.items()}, self.timeout_s)
-        if hung:
+        silent_s = {rank: now - sent for rank, (_, sent) in self._open.items()}
+        if hung := find_hung(pulses, silent_s, self.timeout_s):
             error = self._error(hung)
             for rank in hung:
                 statuses[rank].error = error
                 # Ray would first wait 30 s for it to leave its process group (ray 2.60).
                 ray.kill(self._workers[rank].actor)
 
-    def _answers(self) -> dict[int, Pulse]:
-        """Return what has come in since the last look."""
+    def _collect_answers(self) -> dict[int, Pulse]:
+        """Return the answers that have arrived since the last call."""
         if not self._open:
             return {}
         refs = {ref: rank for rank, (ref, _) in self._open.items()}
@@ -99,7 +99,7 @@ class WatchForHangs(WorkerGroupCallback):  # type: ignore[misc] # ray is Any to 
             del self._open[refs[ref]]
             try:
                 pulse = ray.get(ref)
-            except RayError:  # the worker has died: Ray's own polling says so, and why
+            except RayError:  # the worker has died: Ray's own polling reports it, with the cause
                 continue
             if pulse is not None:
                 pulses[refs[ref]] = pulse
@@ -118,20 +118,20 @@ class WatchForHangs(WorkerGroupCallback):  # type: ignore[misc] # ray is Any to 
             f"worker {ranks}",
             "\n".join(lines),
             "run again with resume_from_checkpoint: true, without its node if it is always the "
-            "same; max_failures: N restarts by itself; raise step_timeout if a step may take as "
-            "long",
+            "same one; max_failures: N restarts by itself; raise step_timeout if a step may take "
+            "that long",
         )
 
 
-def hanging(
+def find_hung(
     pulses: dict[int, Pulse], silent_s: dict[int, float], timeout_s: float
 ) -> dict[int, str]:
-    """Return rank -> what it does, of the workers that hold up the run; none where it goes on.
+    """Return rank -> what it does, of the workers that block the run; empty if it progresses.
 
     Args:
-        pulses: the answers of this moment, by rank.
-        silent_s: for each rank that has not answered, the seconds since it was asked.
-        timeout_s: how long may pass without a step or an answer.
+        pulses: the answers that have just arrived, by rank.
+        silent_s: rank -> seconds since its unanswered request.
+        timeout_s: how long a run may go without a step or an answer.
     """
     stalled = {rank: p for rank, p in pulses.items() if p.stalled_s > timeout_s}
     if not stalled and not any(s > timeout_s for s in silent_s.values()):
@@ -143,7 +143,7 @@ def hanging(
     }
     if silent:
         return silent
-    # Those that wait for others are held up themselves, unless all do.
+    # Workers that wait for others are blocked themselves, unless all wait.
     causes = {rank: p for rank, p in stalled.items() if not p.waits} or stalled
     return {
         rank: f"{p.step} steps done since it was started, then {p.stalled_s:.0f} s at {p.place}"

@@ -1,5 +1,6 @@
-"""Ends a run with a word where Ray's head node is gone. Ray itself ends the driver's process after
-60 s, with exit code 1 and no report (ray 2.60, rpc_client.h), and its calls take no signals then.
+"""End a run with a message when Ray's head node is lost. Ray itself ends the driver's process after
+60 s, with exit code 1 and no report (ray 2.60, rpc_client.h), and its calls block signals until
+then.
 """
 
 from __future__ import annotations
@@ -14,55 +15,56 @@ from collections.abc import Callable, Iterator
 
 import ray
 
-from raytrain_adv.driver.watch.polling import looking
+from raytrain_adv.driver.watch.polling import poll
 from raytrain_adv.errors import HeadLost
 from raytrain_adv.redaction import hide_environment
 
 EVERY_S = 2.0
-ENDED_AFTER_S = 45.0
-"""Seconds without an answer after which the run ends; a head that is back before it goes on, where
-its state is kept outside it (Ray's fault tolerance of the GCS)."""
+LOST_AFTER_S = 45.0
+"""Seconds without an answer after which the run ends. If the head returns earlier and its state is
+stored outside it (Ray's GCS fault tolerance), the run continues."""
 TIMEOUT_S = 3.0
 
 
 class HeadWatch:
-    """Tries, on a thread of the driver, whether the head can be reached; ends the process where it
-    cannot.
+    """Checks on a thread of the driver that the head can be reached, and ends the process if not.
 
     Args:
         address: host:port of the head's GCS.
-        leave: writes down how the run ended, before the process does; it must not call Ray.
+        record: records how the run ended, before the process ends; it must not call Ray.
     """
 
-    def __init__(self, address: str, leave: Callable[[HeadLost], None]) -> None:
+    def __init__(self, address: str, record: Callable[[HeadLost], None]) -> None:
         self._address = address
-        self._leave = leave
-        self._watched = False
-        self._heard = 0.0
+        self._record = record
+        self._is_watching = False
+        self._last_answer = 0.0
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch for as long as the block runs. Not in a sweep's trials, which run off the main
-        thread: the sweep's own driver watches. Nor a head that cannot be reached from here now: one
-        behind a ray:// address need not be.
+        """Watch while the block runs.
+
+        A sweep's trials do not watch: they run outside the main thread, and the sweep's own driver
+        watches. Nor is a head watched that cannot be reached from here at the start, such as one
+        behind a ray:// address.
         """
         is_main = threading.current_thread() is threading.main_thread()
         if not is_main or not self._answers():
             yield
             return
-        self._watched, self._heard = True, time.monotonic()
-        with looking("head watch", self._look, EVERY_S):
+        self._is_watching, self._last_answer = True, time.monotonic()
+        with poll("head watch", self._check, EVERY_S):
             yield
 
     def wait(self) -> None:
-        """Return once the head can be reached; until then the watch may end the process."""
-        while self._watched and not self._answers():
+        """Return when the head can be reached; the watch may end the process before that."""
+        while self._is_watching and not self._answers():
             time.sleep(EVERY_S)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if self._answers():
-            self._heard = time.monotonic()
-        elif time.monotonic() - self._heard >= ENDED_AFTER_S:
+            self._last_answer = time.monotonic()
+        elif time.monotonic() - self._last_answer >= LOST_AFTER_S:
             self._end()
 
     def _answers(self) -> bool:
@@ -76,11 +78,11 @@ class HeadWatch:
     def _end(self) -> None:
         error = HeadLost(
             "Ray's head node is gone",
-            f"no answer at {self._address} for {ENDED_AFTER_S:g} s; Ray ends every worker then",
+            f"no answer at {self._address} for {LOST_AFTER_S:g} s; Ray then ends every worker",
             "start the cluster again, and run the job again with resume_from_checkpoint: true",
         )
         try:
-            self._leave(error)
+            self._record(error)
         finally:
             print(f"\n{hide_environment(str(error))}", file=sys.stderr)
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Says which nodes are lost while the workers train, and which come: Ray tells nobody."""
+"""Report nodes that are lost or that join while the workers train; Ray does not."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from contextlib import AbstractContextManager
 
 from ray.exceptions import RayError
 
-from raytrain_adv.driver.cluster import connect
-from raytrain_adv.driver.cluster.connect import Node
+from raytrain_adv.driver.cluster.nodes import Node, alive_nodes
 from raytrain_adv.driver.cluster.placement import Placement
-from raytrain_adv.driver.watch.polling import looking
+from raytrain_adv.driver.watch.polling import poll
 from raytrain_adv.text import plural
 
 EVERY_S = 1.0
 
 
 class NodeWatch:
-    """Watches, on a thread of the driver, the nodes that workers may be on.
+    """Watches on a thread of the driver the nodes where workers may run.
 
     Args:
-        placement: what each worker needs, and which nodes must not be used.
-        nodes: id -> each node that there is.
-        say: takes each sentence.
+        placement: each worker's resources, and the nodes to avoid.
+        nodes: id -> node, as they are now.
+        say: prints a sentence.
     """
 
     def __init__(
@@ -31,36 +30,36 @@ class NodeWatch:
     ) -> None:
         self._placement = placement
         self._say = say
-        self._seen = nodes
+        self._known = nodes
 
     def watching(self) -> AbstractContextManager[None]:
-        """Say what changes for as long as the block runs."""
-        return looking("node watch", self._look, EVERY_S)
+        """Report changes while the block runs."""
+        return poll("node watch", self._check, EVERY_S)
 
-    def _look(self) -> None:
-        # Where the head does not answer, head_watch ends the run.
+    def _check(self) -> None:
+        # If the head does not answer, HeadWatch ends the run.
         with contextlib.suppress(RayError):
-            self.look(usable(self._placement))
+            self.compare(usable_nodes(self._placement))
 
-    def look(self, now: Mapping[str, Node]) -> None:
-        """Say how these nodes, by their ids, differ from those seen last."""
-        gone = [node.address for key, node in self._seen.items() if key not in now]
-        come = [node.address for key, node in now.items() if key not in self._seen]
-        self._seen = now
-        room = sum(node.holds(self._placement.bundle) for node in now.values())
+    def compare(self, now: Mapping[str, Node]) -> None:
+        """Report how these nodes, by their ids, differ from those of the last call."""
+        lost = [node.address for key, node in self._known.items() if key not in now]
+        joined = [node.address for key, node in now.items() if key not in self._known]
+        self._known = now
+        room = sum(node.num_fitting(self._placement.bundle) for node in now.values())
         workers = plural(room, "worker")
         if room < self._placement.fewest:
             workers += f", the run waits for {self._placement.fewest}"
-        for address in gone:
-            self._say(f"node {address} was lost; what is left holds {workers}")
-        for address in come:
+        for address in lost:
+            self._say(f"node {address} was lost; the remaining nodes fit {workers}")
+        for address in joined:
             self._say(f"node {address} has joined; there is room for {workers}")
 
 
-def usable(placement: Placement) -> dict[str, Node]:
-    """Return id -> each node that is alive and that workers may be on."""
+def usable_nodes(placement: Placement) -> dict[str, Node]:
+    """Return id -> node for each alive node where workers may run."""
     return {
         node.node_id: node
-        for node in connect.nodes()
-        if node.holds(placement.bundle) and node.node_id not in placement.avoided
+        for node in alive_nodes()
+        if node.num_fitting(placement.bundle) and node.node_id not in placement.avoided
     }

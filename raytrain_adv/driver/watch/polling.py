@@ -1,4 +1,4 @@
-"""What the driver looks at again and again while Ray's own calls hold it."""
+"""A callable that is polled on a thread while Ray's calls block the driver."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ JOIN_S = 3.0
 
 
 @contextlib.contextmanager
-def looking(name: str, look: Callable[[], None], every_s: float) -> Iterator[None]:
-    """Call `look` every `every_s` seconds, on a thread, for as long as the block runs.
+def poll(name: str, check: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Call `check` every `every_s` seconds on a thread called `name` while the block runs.
 
-    Args:
-        name: of the thread.
-        look: must not raise.
-        every_s: seconds between two calls.
+    `check` must not raise.
     """
-    over = threading.Event()
+    ended = threading.Event()
 
-    def follow() -> None:
-        while not over.wait(every_s):
-            look()
+    def repeat() -> None:
+        while not ended.wait(every_s):
+            check()
 
-    thread = threading.Thread(target=follow, name=name, daemon=True)
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         thread.join(timeout=JOIN_S)

@@ -1,7 +1,9 @@
-"""How a run is stopped from outside. A sweep leaves word in a trial's folder, and the trial's
-controller ends the workers at their next report. A signal to the driver (Ctrl-C; SIGTERM, as
-`ray job stop` sends it) has it leave word for the workers, which end after their step, with a
-checkpoint.
+"""Stop a run from outside, or end it before its node goes.
+
+A sweep writes stop.json into a trial's folder, and the trial's controller ends the workers at their
+next report. On Ctrl-C or SIGTERM (as `ray job stop` sends it) the driver writes stop_after_step,
+and the workers end after their step with a checkpoint. A worker's process also ends that way on a
+SIGTERM of its own, and Ray announces nodes that it drains.
 """
 
 from __future__ import annotations
@@ -18,90 +20,143 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import WorkerCallback
+from ray.train.v2._internal.execution.context import get_train_context
 
 from raytrain_adv.errors import Stopped
-from raytrain_adv.report.record import write_text
+from raytrain_adv.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
     from ray.train.v2._internal.execution.context import TrainRunContext
 
-STOP_FILE = "stop.json"
-ASK_FILE = "stop_after_step"
-LOOK_EVERY_S = 0.5
+SWEEP_STOP_FILE = "stop.json"
+STOP_FILE = "stop_after_step"
+CHECK_EVERY_S = 0.5
+
+# Signals are handled on the process's main thread, and training runs on another one.
+_terminated = threading.Event()
 
 
 class StoppedBySweep(Stopped):
-    """The sweep's scheduler has let this trial go; nothing failed."""
+    """The sweep's scheduler stopped this trial; nothing failed."""
 
 
-class StopWhenTold(UserCallback):  # type: ignore[misc] # ray is Any to mypy
-    """Ends the run, workers and all, once word to stop lies in its folder. Runs in Ray Train's
-    controller, which is on the driver's node.
+class StopOnRequest(UserCallback):  # type: ignore[misc] # ray is Any to mypy
+    """Ends the run with all workers once its folder contains stop.json. Runs in Ray Train's
+    controller, on the driver's node.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder.absolute() / STOP_FILE
+        self._file = folder.absolute() / SWEEP_STOP_FILE
 
     def after_report(self, run_context: TrainRunContext, metrics: Any, checkpoint: Any) -> None:
-        """Raise in the controller where the run is to end."""
+        """Raise in the controller if the sweep has stopped this trial."""
         if self._file.exists():
             raise StoppedBySweep(*json.loads(self._file.read_text()))
 
 
-def tell(folder: Path, what: str, found: str, fix: str) -> None:
-    """Leave word in a run's folder that it is to stop."""
-    write_text(json.dumps([what, found, fix]), folder / STOP_FILE)
+def request_trial_stop(folder: Path, what: str, found: str, fix: str) -> None:
+    """Stop the trial in this folder at its next report, with this error."""
+    write_atomic(folder / SWEEP_STOP_FILE, json.dumps([what, found, fix]))
 
 
-def take_back(folder: Path) -> None:
-    """Remove the word, so that the run may begin anew."""
-    (folder / STOP_FILE).unlink(missing_ok=True)
+def clear_trial_stop(folder: Path) -> None:
+    """Remove an earlier stop request, so that the trial can run again."""
+    (folder / SWEEP_STOP_FILE).unlink(missing_ok=True)
 
 
-class AskedToStop:
-    """Looks, on a worker, for the word that `asking` leaves; at most every LOOK_EVERY_S."""
+class StopRequest:
+    """Checks on a worker for the file of `handle_signals`, at most every CHECK_EVERY_S."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._looked_at = 0.0
-        self._asked = False
+        self._checked_at = 0.0
+        self._is_set = False
 
-    def now(self) -> bool:
-        """Whether the run is to stop."""
-        if not self._asked and time.monotonic() - self._looked_at >= LOOK_EVERY_S:
-            self._looked_at = time.monotonic()
-            # The folder is listed, as network file systems remember for long that a file was not
-            # there. Storage that is away for a moment says nothing.
+    def is_set(self) -> bool:
+        """Whether the run has to stop."""
+        if not self._is_set and time.monotonic() - self._checked_at >= CHECK_EVERY_S:
+            self._checked_at = time.monotonic()
+            # The folder is listed, because network file systems cache for long that a file does not
+            # exist. Storage that is briefly unavailable means no request.
             with contextlib.suppress(OSError):
-                self._asked = ASK_FILE in os.listdir(self._folder)
-        return self._asked
+                self._is_set = STOP_FILE in os.listdir(self._folder)
+        return self._is_set
 
 
-def is_asked(folder: Path) -> bool:
-    """Whether the driver was told to stop, and has left word."""
-    return (folder / ASK_FILE).exists()
+def is_stop_requested(folder: Path) -> bool:
+    """Whether the driver has received a signal to stop."""
+    return (folder / STOP_FILE).exists()
 
 
 @contextlib.contextmanager
-def asking(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """While the workers train, have SIGINT and SIGTERM ask them to stop; the second one ends the
-    driver at once. Signals are left alone off the main thread, where a sweep's trials run.
+def handle_signals(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """While the workers train, request a stop on the first SIGINT or SIGTERM, and end the driver on
+    the second. Outside the main thread, where a sweep's trials run, signals are not handled.
     """
-    (folder / ASK_FILE).unlink(missing_ok=True)
+    (folder / STOP_FILE).unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if (folder / ASK_FILE).exists():
+    def request(number: int, frame: FrameType | None) -> None:
+        if (folder / STOP_FILE).exists():
             raise SystemExit(128 + number)
-        (folder / ASK_FILE).touch()
-        say("told to stop: the run ends after this step, with a checkpoint; again ends it at once")
+        (folder / STOP_FILE).touch()
+        say(
+            "stop requested: the run ends after this step with a checkpoint; a second signal ends "
+            "it at once"
+        )
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        (folder / ASK_FILE).unlink(missing_ok=True)
+        (folder / STOP_FILE).unlink(missing_ok=True)
+
+
+class CatchSigterm(WorkerCallback):  # type: ignore[misc] # ray is Any to mypy
+    """Makes the first SIGTERM to a worker's process end the run between two steps with a
+    checkpoint; the second has Ray's effect. Runs on the worker's main thread when Ray Train sets it
+    up.
+    """
+
+    def after_init_train_context(self) -> None:
+        """Install the signal handler."""
+        before = signal.getsignal(signal.SIGTERM)
+
+        def terminate(number: int, frame: FrameType | None) -> None:
+            _terminated.set()
+            signal.signal(signal.SIGTERM, before)
+
+        signal.signal(signal.SIGTERM, terminate)
+
+
+def is_terminated() -> bool:
+    """Whether this worker's process has received a SIGTERM."""
+    return _terminated.is_set()
+
+
+class DrainNotice:
+    """Checks on a worker whether Ray is about to remove a node of the run.
+
+    Ray's get_preemption_info is a barrier for all workers; this reads the same information without
+    one (ray 2.60: train_fn_utils.py).
+    """
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def new(self) -> str:
+        """Return a sentence on nodes about to be removed, once for each; empty if there is none."""
+        info = get_train_context().preemption_context.preemption_info
+        if info is None or set(info.preempted_node_ids) <= self._known:
+            return ""
+        self._known |= set(info.preempted_node_ids)
+        ranks = ", ".join(str(rank) for rank in info.preempted_ranks)
+        when = ""
+        if info.deadline_ms is not None:
+            when = f" in {max(info.deadline_ms / 1000 - time.time(), 0.0):.0f} s"
+        return f"the node of worker {ranks} will be taken away{when}"

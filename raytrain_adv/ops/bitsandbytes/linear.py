@@ -56,7 +56,7 @@ class _Product(torch.autograd.Function):
         return grad_x, None, None, None, grad_bias, None, None
 
 
-class QuantizedLinear(nn.Linear):
+class PackedLinear(nn.Linear):
     """A linear that computes as bitsandbytes' Linear4bit does, bit for bit (tests/unit/ops), or
     with the weights of its Linear8bitLt and activations as they are.
     """
@@ -69,7 +69,7 @@ class QuantizedLinear(nn.Linear):
     """How far this rank's rows are from the originals; none before they were read."""
 
     @classmethod
-    def of(cls, linear: nn.Linear, form: Form) -> QuantizedLinear:
+    def of(cls, linear: nn.Linear, form: Form) -> PackedLinear:
         """Return one in a linear's place, without values.
 
         Args:
@@ -144,7 +144,7 @@ class QuantizedLinear(nn.Linear):
         self.distance = distance(part, values, scale, off, form)
 
     @torch.no_grad()
-    def dequantized(self) -> torch.Tensor:
+    def unpacked(self) -> torch.Tensor:
         """Return the weight that the bytes stand for, whole: [out_features, in_features]; a
         collective.
         """
@@ -169,10 +169,10 @@ def _store(target: torch.Tensor, rows: torch.Tensor) -> None:
     copy_local(target, F.pad(rows, (0, padding)).contiguous().view(target.dtype))
 
 
-def quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
     """Yield the linears of a model that are held quantized, by fqn."""
     for fqn, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, PackedLinear):
             yield fqn, module
 
 
@@ -181,7 +181,7 @@ def num_weights(module: nn.Module) -> int:
     ones as what they stand for.
     """
     held = sum(p.numel() for p in module.parameters())
-    for _, layer in quantized_linears(module):
+    for _, layer in packed_linears(module):
         stored = [layer.weight, layer.scale, *([layer.nested] if layer.nested is not None else [])]
         held += layer.in_features * layer.out_features - sum(p.numel() for p in stored)
     return held

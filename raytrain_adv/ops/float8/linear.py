@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -139,6 +138,7 @@ def distance(
         dtype: of input and weight.
     """
     from raytrain_adv.ops.fake_quant.layers import FakeQuantizedLinear
+    from raytrain_adv.trial.compare import relative_error
 
     generator = torch.Generator(device).manual_seed(0)
 
@@ -161,9 +161,5 @@ def distance(
         with torch.enable_grad():
             value = one.train()(inputs[0])
             results.append([value.detach(), *torch.autograd.grad(value, inputs, pull)])
-    off = [
-        float((ours.float() - exact.float()).norm() / exact.float().norm())
-        for exact, ours in zip(*results, strict=True)
-    ]
-    off = [error if math.isfinite(error) else math.inf for error in off]
+    off = [relative_error(ours, exact) for exact, ours in zip(*results, strict=True)]
     return off[0], max(off[1:])

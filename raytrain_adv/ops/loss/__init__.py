@@ -1,1 +1,4 @@
 """Cross-entropy without the whole logits."""
+
+IGNORE = -100
+"""Label of a token on which no loss is taken."""

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.head import loss_in_head, takes_labels
-from raytrain_adv.ops.loss.linear_cross_entropy import IGNORED
 
 CHUNK_TOKENS = 2048
 """Tokens whose logits are held in float32 at once where the loss is not compiled."""
@@ -27,7 +27,7 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
         logits: [tokens, vocabulary], any float dtype.
         labels: [tokens], the token that follows, or -100.
     """
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
 
 
 def chunked_cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

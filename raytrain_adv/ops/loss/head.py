@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.linear_cross_entropy import (
-    IGNORED,
     LogitMap,
     called_cross_entropy,
     linear_cross_entropy,
@@ -152,7 +152,7 @@ def cut_cross_entropy(
         scaled,
         weight,
         labels,
-        ignore_index=IGNORED,
+        ignore_index=IGNORE,
         softcap=logit_map.softcap,
         reduction="sum",
         filter_eps=None,
@@ -177,7 +177,7 @@ def liger(
     scaled = hidden if logit_map.scale == 1.0 else hidden * logit_map.scale
     # In order: class weights, ignore_index, lse_square_scale, label_smoothing, reduction, softcap,
     # return_z_loss, accum_dtype.
-    options = (None, IGNORED, 0.0, 0.0, "sum", logit_map.softcap, False, torch.float32)
+    options = (None, IGNORE, 0.0, 0.0, "sum", logit_map.softcap, False, torch.float32)
     result = LigerFusedLinearCrossEntropyFunction.apply(scaled, weight, labels, bias, *options)
     loss: torch.Tensor = result[0] if isinstance(result, tuple) else result
     return loss.float()

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-IGNORED = -100
-"""Label of a token on which no loss is taken."""
+from raytrain_adv.ops.loss import IGNORE
+
 CHUNK_BYTES = 7 * 2**26
 """Most memory that a chunk's logits take.
 
@@ -84,7 +84,7 @@ def linear_cross_entropy(
         hidden: [tokens, hidden], of the weight's dtype.
         weight: [vocabulary, hidden].
         bias: [vocabulary], or none.
-        labels: [tokens], the token that follows, or IGNORED.
+        labels: [tokens], the token that follows, or IGNORE.
         logit_map: what the model does to the product.
     """
     trains = torch.is_grad_enabled()
@@ -101,11 +101,11 @@ def called_cross_entropy(
     logit_map: LogitMap,
 ) -> torch.Tensor:
     """Return what linear_cross_entropy does, of any head: its forward is called for each chunk, so
-    that adapters, FP8 and fake quantization stay on.
+    that what other features put on it stays on.
 
     Args:
         hidden: [tokens, hidden].
-        labels: [tokens], the token that follows, or IGNORED.
+        labels: [tokens], the token that follows, or IGNORE.
         forward: makes [tokens, vocabulary] of [tokens, hidden].
         parameters: what forward computes with and may be trained.
         vocab: columns of the result.
@@ -314,14 +314,14 @@ def softmax_gradient_(
 
     Args:
         x: a head's output, [rows, vocabulary], contiguous.
-        labels: [rows], or IGNORED, whose loss and gradient are 0.
+        labels: [rows], or IGNORE, whose loss and gradient are 0.
         logit_map: what makes logits of x.
         write: whether the gradient is wanted; otherwise x stays as it is.
     """
     if x.is_cuda:
         from raytrain_adv.ops.loss.linear_cross_entropy_kernel import launch
 
-        return launch(x, labels, logit_map.scale, logit_map.softcap, write, IGNORED)
+        return launch(x, labels, logit_map.scale, logit_map.softcap, write, IGNORE)
     return reference_softmax_gradient_(x, labels, logit_map, write)
 
 
@@ -332,7 +332,7 @@ def reference_softmax_gradient_(
     """Do what softmax_gradient_ does by torch's own operations, on a float32 copy."""
     logits = logit_map(x.float())
     log_probabilities = F.log_softmax(logits, dim=-1)
-    valid = labels != IGNORED
+    valid = labels != IGNORE
     target = labels.clamp(min=0).unsqueeze(-1)
     losses = torch.where(valid, -log_probabilities.gather(-1, target).squeeze(-1), 0.0)
     if write:

@@ -1,4 +1,4 @@
-"""Gradients: the first-step gate, clipping, and the check that nothing is NaN."""
+"""Gradients: the check after the first backward pass, clipping, and the check for NaN."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ NAMED = 8
 
 
 def require_all_gradients(model: nn.Module, run: Run, remedies: tuple[str, ...] = ()) -> None:
-    """After the first backward pass: every trainable parameter has a gradient, and it is finite.
+    """Check after the first backward pass that every trainable parameter has a finite gradient.
 
     Args:
         model: the model.
         run: this rank's run.
-        remedies: what the job's features suggest where gradients are not finite.
+        remedies: what the job's features suggest if gradients are not finite.
 
     Raises:
-        TrainingError: on all ranks, naming the parameters that lack one on any rank; something cut
+        TrainingError: on all ranks, naming the parameters without one on any rank; something cut
             the graph or overflowed.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -42,10 +42,10 @@ def require_all_gradients(model: nn.Module, run: Run, remedies: tuple[str, ...] 
         return
     lines = [f"no gradient: {name}" for name in missing[:NAMED]]
     lines += [f"not finite: {name}" for name in broken[:NAMED]]
+    counts = f"{len(missing)} without and {len(broken)} with a gradient that is not finite"
     raise TrainingError(
         "After the first backward pass, trainable parameters have no usable gradient",
-        "\n".join(lines) + f"\n({len(missing)} without and {len(broken)} with a gradient that is "
-        f"not finite, of {len(trained)}, over all ranks)",
+        "\n".join([*lines, f"({counts}, of {len(trained)}, over all ranks)"]),
         "\n".join(
             [
                 *(remedies if broken else ()),
@@ -65,10 +65,9 @@ def _state(parameter: nn.Parameter) -> int:
 
 
 def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
-    """Have the coming step scale all gradients so that their global norm is at most max_norm (0:
-    leave them); return the norm before.
-
-    The norm is a scalar on the device; reading it waits for the GPU.
+    """Scale all gradients, at the latest in the coming step, so that their global norm is at most
+    max_norm (0: do not). Return the norm before, a scalar on the device: reading it waits for the
+    GPU.
     """
     gradients = [
         p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
@@ -76,7 +75,7 @@ def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
     norm = global_norm(gradients)
     if max_norm <= 0:
         return norm
-    # Source: torch.nn.utils.clip_grads_with_norm_, which scales in a pass of its own.
+    # Source: torch.nn.utils.clip_grads_with_norm_, which scales in a separate pass.
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     factor = factor.to(local_part(gradients[0]).device)  # the CPU with fsdp_cpu_offload
     if isinstance(optimizer, ClippingAdamW):
@@ -87,7 +86,13 @@ def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
 
 
 class FiniteWatch:
-    """Remembers, on the device, the first step whose loss or gradient norm was not finite."""
+    """Remembers, on the device, the first step whose loss or gradient norm was not finite.
+
+    Args:
+        device: that of training.
+        remedies: returns what the job's features suggest for an optimizer step.
+        keep: writes the batch of an optimizer step to disk; returns where, as a sentence.
+    """
 
     NEVER = 2**62
 
@@ -97,34 +102,28 @@ class FiniteWatch:
         remedies: Callable[[int], tuple[str, ...]],
         keep: Callable[[int], str],
     ) -> None:
-        self.remedies = remedies
-        """What the job's features suggest for an optimizer step."""
-        self.keep = keep
-        """Keeps the batch of an optimizer step; returns where, in words."""
+        self.remedies, self.keep = remedies, keep
         self.first_bad = torch.full((), self.NEVER, dtype=torch.int64, device=device)
 
-    def see(self, step: int, *values: torch.Tensor) -> None:
+    def add(self, step: int, *values: torch.Tensor) -> None:
         """Take a step's values without waiting for them."""
         finite = torch.stack([torch.isfinite(v) for v in values]).all()
         self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
 
     def check(self) -> None:
-        """Raise if any step seen so far was not finite.
+        """Check that all values so far were finite.
 
         Raises:
-            TrainingError: naming the first such step.
+            TrainingError: naming the first step with one that was not.
         """
         step = int(self.first_bad.item())
         if step != self.NEVER:
+            fix = (
+                "lower learning_rate, add warmup_ratio, check the rows of that step, or set "
+                "on_bad_loss: skip; the last checkpoint is intact (resume_from_checkpoint: true)"
+            )
             raise TrainingError(
                 "The loss or the gradient norm is not finite",
                 f"first at optimizer step {step + 1}; {self.keep(step)}",
-                "\n".join(
-                    [
-                        *self.remedies(step),
-                        "lower learning_rate, add warmup_ratio, check the rows of that step, or "
-                        "set on_bad_loss: skip; the last checkpoint is intact "
-                        "(resume_from_checkpoint: true)",
-                    ]
-                ),
+                "\n".join([*self.remedies(step), fix]),
             )

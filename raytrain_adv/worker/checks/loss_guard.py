@@ -1,43 +1,46 @@
-"""A step whose loss is NaN, infinite or has exploded: its batch is kept, and its update is left out
-or the run stops.
-"""
+"""Watch the loss: skip or stop at a step whose loss is bad, and report a rise with a feature on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
 
+from raytrain_adv.checkpoint.folders import Progress
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.loader import Batches
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import StorageError, TrainingError
 from raytrain_adv.run.run import Run
 from raytrain_adv.storage.storage import Storage
+from raytrain_adv.transforms.transform import Transform
 
 FOLDER = "bad_batches"
 BEFORE = 20
-"""Losses whose median a step's is held against."""
+"""Good losses whose median a step's loss is compared with."""
 ENOUGH = 5
-"""Losses without which none is called exploded."""
+"""Fewest good losses to compare with."""
 IN_A_ROW = 10
-"""Bad steps one after another that end the run: it would learn no more."""
+"""Bad steps in a row that end the run: it learns nothing any more."""
 MOST_KEPT = 20
-"""Batches that are kept of a run; each may hold thousands of tokens."""
+"""Most batches kept per run; each may have thousands of tokens."""
 
 
 class LossGuard:
     """Judges each step by its loss and gradient norm, which are the same on all ranks.
 
     Args:
-        job: says what is bad, and what is done then.
+        job: it has on_bad_loss and bad_loss_factor.
         run: this rank's run.
-        batches: the training batches, of which the bad ones are kept.
-        remedies: what the job's features suggest for an optimizer step.
+        batches: the training batches; the bad ones are written to disk.
+        remedies: returns what the job's features suggest for an optimizer step.
+        progress: of the checkpoint that the run resumes from.
     """
 
     def __init__(
@@ -46,28 +49,29 @@ class LossGuard:
         run: Run,
         batches: Batches,
         remedies: Callable[[int], tuple[str, ...]],
+        progress: Progress | None = None,
     ) -> None:
         self.job = job
         self.run = run
         self.batches = batches
         self.remedies = remedies
         self.skips = job.train.on_bad_loss == "skip"
-        self.looks = self.skips or job.train.bad_loss_factor is not None
-        """Whether a step is judged before its update; it waits for the GPU."""
-        self.recent: list[float] = []
+        self.is_active = self.skips or job.train.bad_loss_factor is not None
+        """Whether steps are judged before their update, which waits for the GPU."""
+        self.recent = progress.recent if progress is not None else []
         """Losses per label token of the last good steps."""
-        self.num_skipped = 0
-        self.in_a_row = 0
+        self.num_skipped = progress.num_skipped if progress is not None else 0
+        self.in_a_row = progress.skipped_in_a_row if progress is not None else 0
 
     def must_skip(
         self, step: int, total: torch.Tensor, label_tokens: int, norm: torch.Tensor
     ) -> bool:
-        """Whether the update of optimizer step `step` (from 0) is left out; all ranks know it.
+        """Return whether to skip the update of optimizer step `step` (from 0), on all ranks alike.
 
         Raises:
-            TrainingError: where a bad step ends the run, or too many have come in a row.
+            TrainingError: if a bad step ends the run, or too many came in a row.
         """
-        if not self.looks:
+        if not self.is_active:
             return False
         loss = float(total) / max(label_tokens, 1)
         wrong = self._wrong(loss, float(norm))
@@ -102,14 +106,14 @@ class LossGuard:
 
     def _stop(self, what: str, step: int, found: str) -> TrainingError:
         fix = (
-            "look at the batch; lower learning_rate, add warmup_ratio, or set on_bad_loss: skip; "
+            "inspect the batch; lower learning_rate, add warmup_ratio, or set on_bad_loss: skip; "
             "the last checkpoint is intact (resume_from_checkpoint: true)"
         )
         fixes = "\n".join([*self.remedies(step), fix])
         return TrainingError(what, f"optimizer step {step + 1}: {found}", fixes)
 
     def keep(self, step: int) -> str:
-        """Write the sequences of a step, of all workers, on rank 0; say where they are."""
+        """Write the sequences of a step, of all workers, on rank 0; return where, as a sentence."""
         folder = Path(self.job.output.output_dir) / FOLDER
         path = folder / f"step_{step + 1:08d}.json"
         if not self.run.is_main:
@@ -120,25 +124,89 @@ class LossGuard:
             storage = Storage.at(str(folder))
             storage.make()
             storage.write_json(path.name, self._batch(step))
-        except StorageError as error:  # the step is what there is to tell of
+        except StorageError as error:  # the bad step is the news, not this
             return f"its batch could not be kept: {error.found}"
         return f"its batch is in {path}"
 
     def _batch(self, step: int) -> dict[str, Any]:
         tokenizer = load_tokenizer(self.job)
-        arithmetic = self.batches.arithmetic
-        of_a_rank = arithmetic.global_batch // self.run.world_size
+        per_rank = self.batches.arithmetic.global_batch // self.run.world_size
         sequences = []
         for place, index in enumerate(self.batches.indices(step)):
             sequence = self.batches.data[int(index)]
-            ids = [int(token) for token in sequence.input_ids]
+            ids = sequence.input_ids.tolist()
             sequences.append(
                 {
                     "sequence": int(index),
-                    "rank": place // of_a_rank,
+                    "rank": place // per_rank,
                     "text": str(tokenizer.decode(ids)),
                     "input_ids": ids,
-                    "labels": [int(label) for label in sequence.labels],
+                    "labels": sequence.labels.tolist(),
                 }
             )
         return {"step": step + 1, "sequences": sequences}
+
+
+WINDOW = 10
+"""Logged losses in each of the two means that are compared."""
+RISE = 1.1
+"""Smallest ratio of the two means that is reported."""
+ERRORS = 4.0
+"""Standard errors that their difference must exceed: every window of a long run is a chance to
+exceed three by noise alone."""
+
+
+@dataclass(eq=False)
+class _Losses:
+    """The losses that one feature is judged by; their number does not grow with the run."""
+
+    before: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    """The last ones without it; if there are none, the first ones with it."""
+    since: list[float] = field(default_factory=list)
+    """The window with it that is being filled."""
+
+
+class LossRise:
+    """Compares the mean loss since a feature began with that before.
+
+    Args:
+        transforms: the job's features; one that is on from the first step is compared with its
+            first losses.
+        say: reports a sentence to the user.
+    """
+
+    def __init__(self, transforms: Iterable[Transform], say: Callable[[str], None]) -> None:
+        self.watched = [(transform, _Losses()) for transform in transforms]
+        self.say = say
+
+    def add(self, done: int, loss: float) -> None:
+        """Take the loss logged after `done` steps; report a rise once for each feature."""
+        for entry in list(self.watched):
+            transform, losses = entry
+            before, since = losses.before, losses.since
+            is_first = transform.is_on(0) and len(before) < WINDOW
+            if not transform.is_on(done - 1) or is_first:
+                before.append(loss)
+                continue
+            since.append(loss)
+            if len(since) < WINDOW:
+                continue
+            remedy = transform.remedy(done - 1)
+            if remedy and has_risen(list(before), since):
+                self.watched.remove(entry)
+                self.say(
+                    f"the loss has risen from {fmean(before):.4f} to {fmean(since):.4f} with "
+                    f"{type(transform).feature}: {remedy}, or lower learning_rate"
+                )
+            since.clear()
+
+
+def has_risen(before: Sequence[float], since: Sequence[float]) -> bool:
+    """Return whether the mean of `since` is higher than that of `before` by more than noise."""
+    if len(before) < ENOUGH or not all(map(math.isfinite, (*before, *since))):
+        return False
+    old, new = fmean(before), fmean(since)
+    squares = sum((x - old) ** 2 for x in before) + sum((x - new) ** 2 for x in since)
+    freedom = len(before) + len(since) - 2
+    error = math.sqrt(squares / freedom * (1 / len(before) + 1 / len(since)))
+    return new - old > ERRORS * error and new > RISE * old

@@ -1,4 +1,4 @@
-"""Proof, from a profile of one training step, that what was asked for is what ran."""
+"""Check by a profile of one training step that enabled features really run."""
 
 from __future__ import annotations
 
@@ -10,38 +10,37 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.run.run import Run
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.transform import Plan, Transform
 
 MOST_KERNELS = 6
-"""GPU kernels named in the report, those that took longest."""
+"""GPU kernels listed in the report, the longest-running ones."""
 
 
-class Proof:
-    """Profiles one forward and backward pass, and holds it against what transforms promised.
+class ProfileCheck:
+    """Profiles one forward and backward pass and compares it with what transforms planned.
 
     Args:
-        job: the resolved job.
         run: this rank's run.
-        plans: what each transform has changed.
+        transforms: the job's transforms.
+        plans: what each transform changed.
     """
 
-    def __init__(self, job: JobConfig, run: Run, plans: Mapping[str, Plan]) -> None:
+    def __init__(self, run: Run, transforms: Transforms, plans: Mapping[str, Plan]) -> None:
         self.run = run
         self.plans = plans
-        self.pending = [t for t in enabled(job) if t.proven_by]
+        self.pending = [t for t in transforms if t.proven_by]
         self.found: dict[str, dict[str, Any]] = {}
         """Transform -> operator, how often it ran in the pass, and the GPU kernels it launched."""
 
     @contextmanager
-    def watching(self, step: int) -> Iterator[None]:
-        """Profile what happens inside for the features that are on, unless they are proven.
+    def watch(self, step: int) -> Iterator[None]:
+        """Profile the pass inside for features that are on and not yet proven.
 
         Args:
-            step: optimizer step, from 0. A feature that begins with it is not profiled yet, as
+            step: optimizer step, from 0. A feature that begins with it is not profiled yet:
                 compilation would be in the profile.
 
         Raises:
@@ -59,18 +58,18 @@ class Proof:
             if self.run.device.type == "cuda":
                 torch.cuda.synchronize(self.run.device)
         for transform in due:
-            self._hold(transform, seen)
+            self._compare(transform, seen)
             self.pending.remove(transform)
 
-    def say_what_is_missing(self) -> None:
-        """Say which features no step was profiled with: the run was too short for it."""
+    def report_unproven(self) -> None:
+        """Report the features that no step was profiled with, as the run was too short."""
         for transform in self.pending:
             self.run.say(
-                f"{transform.name}: the run had no step after its first one with it, so that none "
-                f"was profiled for {transform.proven_by}; its modules are those that were planned"
+                f"{transform.name}: no step followed the first one with it, so none was profiled "
+                f"for {transform.proven_by}; its modules are those that were planned"
             )
 
-    def _hold(self, transform: Transform, seen: profile) -> None:
+    def _compare(self, transform: Transform, seen: profile) -> None:
         events = seen.events()  # type: ignore[no-untyped-call] # torch.profiler has no types here
         calls = [e for e in events or () if e.name == transform.proven_by]
         kernels: dict[str, float] = {}
@@ -87,9 +86,9 @@ class Proof:
         }
         if self.run.agree(len(calls), dist.ReduceOp.MIN) < planned:
             raise TrainingError(
-                f"{transform.name} was prepared and does not run",
+                f"{transform.name} was applied to the model but never executed",
                 f"{transform.proven_by} ran {len(calls)} times in a training step on rank "
                 f"{self.run.rank}, for {planned} modules",
-                "something computes these modules by another way: switch off use_kernels, "
+                "something else computes these modules: switch off use_kernels, "
                 "use_liger_kernel or flash_attn one by one, or report it with this job",
             )

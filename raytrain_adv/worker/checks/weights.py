@@ -1,6 +1,7 @@
-"""The check that forward and backward passes leave the weights as they are: the optimizer alone
-changes them. Of weights that FSDP2 shards it sees the shards, and not the whole ones that a pass
-computes with, which are gathered anew for the next.
+"""Check that forward and backward passes leave the weights unchanged.
+
+Of weights that FSDP2 shards it compares the shards, not the gathered weights of a pass, which are
+gathered again for the next.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 @torch.no_grad()
 def bits_of(model: nn.Module) -> torch.Tensor:
     """Return the sum of each parameter's bits on this rank, read as integers: int64, on the CPU, in
-    the order of named_parameters. Reads every parameter once.
+    the order of named_parameters.
     """
     reshard(model)
     sums = [_bits(p) for p in model.parameters()]
@@ -34,7 +35,7 @@ def bits_of(model: nn.Module) -> torch.Tensor:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    local: Any = local_part(tensor).detach()  # its type would be no tensor's to mypy below
+    local: Any = local_part(tensor).detach()  # mypy would know no __tensor_flatten__ on a Tensor
     if is_traceable_wrapper_subclass(local):
         names, _ = local.__tensor_flatten__()
         return torch.stack([_bits(getattr(local, name)) for name in names]).sum()
@@ -46,12 +47,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def require_kept(model: nn.Module, before: torch.Tensor, run: Run) -> None:
-    """Hold the weights after a backward pass against those before its forward pass.
-
-    Args:
-        model: the model.
-        before: what bits_of returned then.
-        run: this rank's run.
+    """Compare the weights with `before`, which bits_of returned before the forward pass.
 
     Raises:
         TrainingError: on all ranks, naming the parameters that changed on any.
@@ -66,6 +62,6 @@ def require_kept(model: nn.Module, before: torch.Tensor, run: Run) -> None:
     raise TrainingError(
         "A forward and backward pass changed weights, which the optimizer alone may do",
         "\n".join(wrong[:NAMED]) + f"\n({len(wrong)} of {len(names)} parameters, over all ranks)",
-        "something writes where it should not: set torch_compile: false, or switch off use_kernels "
+        "something overwrites them: set torch_compile: false, or switch off use_kernels "
         "and use_liger_kernel one by one; then report it with this job",
     )

@@ -1,5 +1,5 @@
-"""Flash attention tried out before it is trusted with training: values and gradients against
-attention's definition, in each form that the model's layers ask for.
+"""Try flash attention before training: compare its values and gradients with attention's
+definition, in each form that the model's layers use.
 
 A kernel that leaves out the causal mask, or halves a gradient, trains without an error.
 """
@@ -7,29 +7,38 @@ A kernel that leaves out the causal mask, or halves a gradient, trains without a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.data.batches.collate import bounds
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.attention import HUB, is_flash
-from raytrain_adv.trial.module import TOLERANCE
+from raytrain_adv.text import first_line, plural
+from raytrain_adv.trial.compare import (
+    allowed_errors,
+    differences,
+    precision,
+    relative_error,
+    relative_errors,
+)
 
 SEGMENTS = ((100, 500), (17, 500, 83))
 """Tokens of the conversations in each sequence of the trial, more than the blocks that kernels cut
 them into."""
 WINDOW = 24
-"""Tokens that one sees in the trial where layers have a window, which is shorter than SEGMENTS."""
-NAMES = ("the values", "the gradient of queries", "the gradient of keys", "the gradient of values")
+"""Tokens that one attends to in the trial if layers have a window; shorter than SEGMENTS."""
+VALUES = "the values"
+GRADIENTS = tuple(f"the gradient of {x}" for x in ("queries", "keys", "values"))
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a layer asks of attention."""
+    """The attention of a layer."""
 
     heads: int
     key_heads: int
@@ -38,7 +47,7 @@ class Form:
     scaling: float
     has_window: bool
     softcap: float | None
-    """Largest magnitude of a score; none is not bounded."""
+    """Largest magnitude of a score; None for no bound."""
     value_features: int
     """Of each head of values."""
     dropout: float
@@ -51,13 +60,13 @@ class Form:
 
     @property
     def remedy(self) -> str:
-        """What computes it in any case."""
+        """The key that computes it without a flash kernel."""
         return f"flash_attn: {'sdpa' if self.softcap is None else 'disabled'}"
 
 
 def forms(model: PreTrainedModel) -> tuple[dict[Form, str], list[str]]:
-    """Return the forms that a model's layers ask for, each with a module that does, and the classes
-    of attention whose form is not known.
+    """Return the forms of attention in a model, each with a module that has it, and the attention
+    classes whose form is unknown.
     """
     found: dict[Form, str] = {}
     unknown: set[str] = set()
@@ -85,7 +94,7 @@ def forms(model: PreTrainedModel) -> tuple[dict[Form, str], list[str]]:
     return found, sorted(unknown)
 
 
-def _is_innermost_attention(module: torch.nn.Module) -> bool:
+def _is_innermost_attention(module: nn.Module) -> bool:
     named = [part for part in module.modules() if "attention" in type(part).__name__.lower()]
     return named == [module]
 
@@ -93,8 +102,8 @@ def _is_innermost_attention(module: torch.nn.Module) -> bool:
 def try_attention(
     job: JobConfig, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """Hold the model's flash attention to attention's definition; return what was found, and an
-    empty text where attention is PyTorch's own.
+    """Compare the model's flash attention with attention's definition; return the result as a
+    sentence, empty for PyTorch's own attention.
 
     Args:
         job: the resolved job.
@@ -111,189 +120,70 @@ def try_attention(
     if (unknown or not every) and job.model.flash_attn.startswith(HUB):
         raise JobError(
             f"flash_attn: {job.model.flash_attn} cannot be tried out in this model",
-            f"what {', '.join(unknown) or type(model).__name__} asks of attention is not known, "
+            f"the form of attention of {', '.join(unknown) or type(model).__name__} is unknown, "
             "and a kernel that leaves some of it out would train all the same",
             "set flash_attn: sdpa",
         )
-    left = f"; not tried out in {', '.join(unknown)}, whose form is not known" if unknown else ""
+    left = f"; not tried out in {', '.join(unknown)}, whose form is unknown" if unknown else ""
     if not every:
-        return left.removeprefix("; ") or "not tried out: no layer is of a form that is known"
-    errors = [_tried(job, model, form, fqn, device, dtype) for form, fqn in every.items()]
+        return left.removeprefix("; ") or "not tried out: no layer has a known form"
+    errors = [
+        _try(job, model, fqn, _Case(form, packed, device, dtype))
+        for form, fqn in every.items()
+        for packed in (False, True)
+    ]
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    values, gradients = max(e[0] for e in errors), max(max(e[1:]) for e in errors)
+    values = max(each.pop(VALUES) for each in errors)
+    gradients = max(max(each.values()) for each in errors)
     return (
-        f"tried out on {device.type} in {_plain(dtype)}, {len(every)} "
-        f"{'form' if len(every) == 1 else 'forms'}: values off by {values:.1e}, gradients by "
-        f"{gradients:.1e}{left}"
+        f"tried out on {device.type} in {precision(dtype)}, {plural(len(every), 'form')}: values "
+        f"off by {values:.1e}, gradients by {gradients:.1e}{left}"
     )
 
 
-def _tried(
-    job: JobConfig,
-    model: PreTrainedModel,
-    form: Form,
-    fqn: str,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> list[float]:
-    """Return the largest errors of one form, by NAMES."""
+def _try(job: JobConfig, model: PreTrainedModel, fqn: str, case: _Case) -> dict[str, float]:
+    """Return the errors of values and gradients in one case."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     known: Any = ALL_ATTENTION_FUNCTIONS
     compute = known[model.config._attn_implementation]
     module = model.get_submodule(fqn)
-    asked = f"flash_attn: {job.model.flash_attn}"
-    worst = [0.0] * len(NAMES)
-    for packed in (False, True):
-        inputs = _inputs(form, device, dtype)
-        shape = (*_shape(form, form.heads)[:-1], form.value_features)
-        pull = _numbers(1, shape, device, dtype).transpose(1, 2)
-        where = (
-            f"on {device.type} in {_plain(dtype)}, {fqn} ({form}), "
-            f"{'packed conversations' if packed else 'whole sequences'}"
+    kind, name = type(module).__name__, f"flash_attn: {job.model.flash_attn}"
+    where = f"on {case.device.type} in {precision(case.dtype)}, {fqn} ({case})"
+    fix = f"use another kernel or version, or set {case.form.remedy}"
+    wrong_attention = f"{name} does not compute the attention of {kind}"
+    try:
+        found = case.run(compute, module)
+    except torch.OutOfMemoryError:
+        raise
+    except _Wrong as error:
+        raise JobError(wrong_attention, f"{where}: {error}", fix) from None
+    except Exception as error:  # a kernel's code may raise anything
+        raise JobError(
+            f"{name} fails when {kind} calls it",
+            f"{where}: {type(error).__name__}: {first_line(error)}",
+            fix,
+        ) from error
+    if missing := [part for part, x in found.items() if x is None]:
+        raise JobError(
+            f"{name} has no gradient: it was made for inference",
+            f"{where}: it would cut {' and '.join(missing)}",
+            f"use a kernel with a backward pass, or set {case.form.remedy}",
         )
-        try:
-            found = _found(form, compute, module, inputs, pull, packed)
-        except torch.OutOfMemoryError:
-            raise
-        except _Wrong as error:
-            raise _refusal(asked, module, f"{where}: {error}", form) from None
-        except Exception as error:  # whatever a stranger's code raises, it is said and ends the run
-            first = next(iter(str(error).strip().splitlines()), "")
-            raise JobError(
-                f"{asked} fails where {type(module).__name__} calls it",
-                f"{where}: {type(error).__name__}: {first}",
-                f"take another kernel or version, or set {form.remedy}",
-            ) from error
-        if missing := [n for n, x in zip(NAMES, found, strict=True) if x is None]:
-            raise JobError(
-                f"{asked} has no gradient: it was made for inference",
-                f"{where}: it would cut {' and '.join(missing)}",
-                f"take a kernel with a backward pass, or set {form.remedy}",
-            )
-        errors, wrong = _compared(form, [x for x in found if x is not None], inputs, pull, packed)
-        if wrong:
-            raise _refusal(asked, module, "\n".join([f"{where}:", *wrong]), form)
-        worst = [max(pair) for pair in zip(worst, errors, strict=True)]
-    return worst
+    exact = case.define(case.inputs())
+    errors = relative_errors(found, exact)
+    noise = relative_errors(case.define(case.inputs(noise=True)), exact)
+    allowed = allowed_errors(noise, case.dtype)
+    if wrong := differences(errors, allowed):
+        if not errors[VALUES] <= allowed[VALUES]:
+            wrong += _what_it_leaves_out(case, found[VALUES], allowed[VALUES])
+        raise JobError(wrong_attention, "\n".join([f"{where}:", *wrong]), fix)
+    return errors
 
 
 class _Wrong(Exception):
-    """What a kernel does that attention does not."""
-
-
-def _found(
-    form: Form,
-    compute: Any,
-    module: torch.nn.Module,
-    inputs: list[torch.Tensor],
-    pull: torch.Tensor,
-    packed: bool,
-) -> list[torch.Tensor | None]:
-    """Return the kernel's values and gradients, by NAMES.
-
-    Raises:
-        _Wrong: when it writes over its input, returns another dtype, or drops nothing.
-    """
-    before = [x.detach().clone() for x in inputs]
-    options = _options(form, packed, inputs[0].device)
-    value, _ = compute(module, *inputs, None, **options)
-    gradients = _gradients(value, inputs, pull)
-    dropped = _dropped(form, compute, module, inputs, options)
-    if not all(map(torch.equal, before, inputs)):
-        raise _Wrong("it writes over queries, keys or values")
-    if value.dtype != inputs[0].dtype:
-        raise _Wrong(f"its values are {_plain(value.dtype)}")
-    if dropped is not None and torch.equal(dropped, value):
-        raise _Wrong(f"it drops nothing, and attention_dropout is {form.dropout:g}")
-    return [value.detach(), *gradients]
-
-
-def _compared(
-    form: Form,
-    found: list[torch.Tensor],
-    inputs: list[torch.Tensor],
-    pull: torch.Tensor,
-    packed: bool,
-) -> tuple[list[float], list[str]]:
-    """Return the errors, by NAMES, and what of them rounding does not explain."""
-    device, dtype = inputs[0].device, inputs[0].dtype
-    exact = _defined(form, inputs, pull, packed)
-    noisy = _defined(form, _inputs(form, device, dtype, noise=True), pull, packed)
-    errors = [_apart(x, y) for x, y in zip(found, exact, strict=True)]
-    allowed = [TOLERANCE[dtype] + _apart(x, y) for x, y in zip(noisy, exact, strict=True)]
-    wrong = [
-        f"{name} off by {error:.2g}, of which rounding explains {most:.2g}"
-        for name, error, most in zip(NAMES, errors, allowed, strict=True)
-        if not error <= most
-    ]
-    if errors[0] > allowed[0]:
-        wrong.append(_looks_like(form, inputs, pull, packed, found[0], allowed[0]))
-    return errors, [line for line in wrong if line]
-
-
-@torch.no_grad()
-def _dropped(
-    form: Form,
-    compute: Any,
-    module: torch.nn.Module,
-    inputs: list[torch.Tensor],
-    options: dict[str, Any],
-) -> torch.Tensor | None:
-    """Return values with the dropout of training; none where there is none."""
-    if not form.dropout:
-        return None
-    devices = [inputs[0].device] if inputs[0].is_cuda else []
-    with torch.random.fork_rng(devices):
-        value, _ = compute(module, *inputs, None, **{**options, "dropout": form.dropout})
-    dropped: torch.Tensor = value
-    return dropped
-
-
-def _options(form: Form, packed: bool, device: torch.device) -> dict[str, Any]:
-    """Return what transformers passes beside queries, keys and values."""
-    options: dict[str, Any] = {"dropout": 0.0, "scaling": form.scaling}
-    options["sliding_window"] = WINDOW if form.has_window else None
-    if form.softcap is not None:
-        options["softcap"] = form.softcap
-    if packed:
-        positions = [[p for n in lengths for p in range(n)] for lengths in SEGMENTS]
-        starts = bounds(torch.tensor(positions)).to(device)
-        longest = len(positions[0])
-        options |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
-        options |= {"max_length_q": longest, "max_length_k": longest}
-    return options
-
-
-def _defined(
-    form: Form,
-    inputs: list[torch.Tensor],
-    pull: torch.Tensor,
-    packed: bool,
-    without: str = "",
-) -> list[torch.Tensor]:
-    """Return attention's values and gradients by its definition, computed in float32.
-
-    Args:
-        form: what is asked for.
-        inputs: queries, keys and values [sequences, heads, time, features].
-        pull: gradient of the values [sequences, time, heads, features].
-        packed: whether conversations see themselves alone.
-        without: one of LEFT_OUT.
-    """
-    exact = [x.detach().float().requires_grad_() for x in inputs]
-    q, k, v = exact
-    share = form.heads // form.key_heads
-    k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * form.scaling
-    if form.softcap is not None and without != "softcap":
-        scores = form.softcap * torch.tanh(scores / form.softcap)
-    seen = _seen(form, packed, without).to(scores.device)
-    weights = scores.masked_fill(~seen[:, None], -math.inf).softmax(dim=-1)
-    value = (weights @ v).transpose(1, 2)
-    gradients = torch.autograd.grad(value, exact, pull.float())
-    return [value.detach(), *gradients]
+    """A way in which a kernel is wrong."""
 
 
 LEFT_OUT = {
@@ -304,91 +194,128 @@ LEFT_OUT = {
 }
 
 
-def _seen(form: Form, packed: bool, without: str) -> torch.Tensor:
-    """Return whether a token sees another: [sequences, time, time]."""
-    time = torch.arange(sum(SEGMENTS[0]))
-    back = time[:, None] - time
-    seen = torch.ones_like(back, dtype=torch.bool) if without == "causal" else back >= 0
-    if form.has_window and without != "window":
-        seen = seen & (back < WINDOW)
-    numbers = torch.stack(
-        [torch.arange(len(n)).repeat_interleave(torch.tensor(n)) for n in SEGMENTS]
-    )
-    same = numbers[:, :, None] == numbers[:, None, :]
-    return seen & same if packed and without != "bounds" else seen.expand_as(same)
-
-
-def _looks_like(
-    form: Form,
-    inputs: list[torch.Tensor],
-    pull: torch.Tensor,
-    packed: bool,
-    value: torch.Tensor,
-    allowed: float,
-) -> str:
-    """Say what the kernel seems to leave out; empty where it is none of what is known."""
+def _what_it_leaves_out(case: _Case, value: torch.Tensor | None, allowed: float) -> list[str]:
+    """Return what the kernel seems to leave out, if its values reveal it."""
+    inputs = case.inputs()
     for name, text in LEFT_OUT.items():
-        other = _defined(form, inputs, pull, packed, without=name)
-        if _apart(value, other[0]) <= allowed:
-            return f"its values are those where {text}"
-    return ""
+        other = case.define(inputs, without=name)
+        if relative_error(value, other[VALUES]) <= allowed:
+            return [f"its values are those where {text}"]
+    return []
 
 
-def _gradients(
-    value: torch.Tensor, inputs: list[torch.Tensor], pull: torch.Tensor
-) -> tuple[torch.Tensor | None, ...]:
-    if not value.requires_grad:
-        return (None,) * len(inputs)
-    return torch.autograd.grad(value, inputs, pull.to(value.dtype), allow_unused=True)
+@dataclass(frozen=True)
+class _Case:
+    """One comparison: a form, with whole sequences or with packed conversations."""
 
+    form: Form
+    packed: bool
+    device: torch.device
+    dtype: torch.dtype
+    pull: torch.Tensor = field(init=False, compare=False)
+    """Gradient of the values [sequences, time, heads, features]."""
 
-def _inputs(
-    form: Form, device: torch.device, dtype: torch.dtype, noise: bool = False
-) -> list[torch.Tensor]:
-    """Return queries, keys and values whose scores are near 1, or near enough to their cap to feel
-    it.
-    """
-    shapes = [_shape(form, heads) for heads in (form.heads, form.key_heads, form.key_heads)]
-    shapes[2] = (*shapes[2][:-1], form.value_features)
-    inputs = [_numbers(2 + n, shape, device, torch.float32) for n, shape in enumerate(shapes)]
-    reach = 1.0 if form.softcap is None else form.softcap / 4
-    inputs[0] = inputs[0] * (reach / (form.scaling * math.sqrt(form.features)))
-    inputs = [x.to(dtype) for x in inputs]
-    if noise:
-        eps = torch.finfo(dtype).eps
-        shares = [_numbers(9, x.shape, device, torch.float32).clamp(-1, 1) for x in inputs]
-        inputs = [x.float() * (1 + eps * share) for x, share in zip(inputs, shares, strict=True)]
-    return [x.requires_grad_() for x in inputs]
+    def __post_init__(self) -> None:
+        shape = self._shape(self.form.heads, self.form.value_features)
+        pull = self._random(1, shape).to(self.dtype).transpose(1, 2)
+        object.__setattr__(self, "pull", pull)
 
+    def __str__(self) -> str:
+        return f"{self.form}), {'packed conversations' if self.packed else 'whole sequences'}"
 
-def _shape(form: Form, heads: int) -> tuple[int, ...]:
-    return (len(SEGMENTS), heads, sum(SEGMENTS[0]), form.features)
+    @staticmethod
+    def _shape(heads: int, features: int) -> tuple[int, ...]:
+        return (len(SEGMENTS), heads, sum(SEGMENTS[0]), features)
 
+    def _random(self, seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(shape, generator=generator).to(self.device)
 
-def _numbers(
-    seed: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device, dtype)
+    def inputs(self, noise: bool = False) -> list[torch.Tensor]:
+        """Return queries, keys and values [sequences, heads, time, features] whose scores are near
+        1, or near enough to their cap to feel it; with noise, they are rounded once more.
+        """
+        form = self.form
+        sizes = [(form.heads, form.features), (form.key_heads, form.features)]
+        sizes.append((form.key_heads, form.value_features))
+        inputs = [self._random(2 + n, self._shape(*size)) for n, size in enumerate(sizes)]
+        reach = 1.0 if form.softcap is None else form.softcap / 4
+        inputs[0] = inputs[0] * (reach / (form.scaling * math.sqrt(form.features)))
+        inputs = [x.to(self.dtype) for x in inputs]
+        if noise:
+            eps = torch.finfo(self.dtype).eps
+            shares = [self._random(9, tuple(x.shape)).clamp(-1, 1) for x in inputs]
+            inputs = [x.float() * (1 + eps * s) for x, s in zip(inputs, shares, strict=True)]
+        return [x.requires_grad_() for x in inputs]
 
+    def options(self) -> dict[str, Any]:
+        """Return the arguments that transformers passes with queries, keys and values."""
+        form = self.form
+        options: dict[str, Any] = {"dropout": 0.0, "scaling": form.scaling}
+        options["sliding_window"] = WINDOW if form.has_window else None
+        if form.softcap is not None:
+            options["softcap"] = form.softcap
+        if self.packed:
+            positions = [[p for n in lengths for p in range(n)] for lengths in SEGMENTS]
+            starts = bounds(torch.tensor(positions)).to(self.device)
+            longest = len(positions[0])
+            options |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+            options |= {"max_length_q": longest, "max_length_k": longest}
+        return options
 
-def _apart(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return how far apart two tensors are, relative in norm; infinite where they cannot be held
-    to each other, or are not finite.
-    """
-    if found.shape != exact.shape:
-        return math.inf
-    error = float((found.float() - exact).norm() / exact.norm())
-    return error if math.isfinite(error) else math.inf
+    def run(self, compute: Any, module: nn.Module) -> dict[str, torch.Tensor | None]:
+        """Return a kernel's values and gradients.
 
+        Raises:
+            _Wrong: when it overwrites its input, returns another dtype, or drops nothing.
+        """
+        inputs, options, dropout = self.inputs(), self.options(), self.form.dropout
+        before = [x.detach().clone() for x in inputs]
+        value, _ = compute(module, *inputs, None, **options)
+        gradients: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
+        if value.requires_grad:
+            pull = self.pull.to(value.dtype)
+            gradients = torch.autograd.grad(value, inputs, pull, allow_unused=True)
+        dropped = None
+        if dropout:
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                dropped, _ = compute(module, *inputs, None, **{**options, "dropout": dropout})
+        if not all(map(torch.equal, before, inputs)):
+            raise _Wrong("it overwrites queries, keys or values")
+        if value.dtype != self.dtype:
+            raise _Wrong(f"its values are {precision(value.dtype)}")
+        if dropped is not None and torch.equal(dropped, value):
+            raise _Wrong(f"it drops nothing, and attention_dropout is {dropout:g}")
+        return {VALUES: value.detach(), **dict(zip(GRADIENTS, gradients, strict=True))}
 
-def _refusal(asked: str, module: torch.nn.Module, found: str, form: Form) -> JobError:
-    return JobError(
-        f"{asked} does not compute the attention that {type(module).__name__} asks for",
-        found,
-        f"take another kernel or version, or set {form.remedy}",
-    )
+    def define(self, inputs: list[torch.Tensor], without: str = "") -> dict[str, torch.Tensor]:
+        """Return attention's values and gradients by its definition, computed in float32, without
+        one of LEFT_OUT.
+        """
+        form = self.form
+        exact = [x.detach().float().requires_grad_() for x in inputs]
+        q, k, v = exact
+        k, v = (x.repeat_interleave(form.heads // form.key_heads, dim=1) for x in (k, v))
+        scores = q @ k.transpose(-1, -2) * form.scaling
+        if form.softcap is not None and without != "softcap":
+            scores = form.softcap * torch.tanh(scores / form.softcap)
+        seen = self._seen(without).to(scores.device)
+        weights = scores.masked_fill(~seen[:, None], -math.inf).softmax(dim=-1)
+        value = (weights @ v).transpose(1, 2)
+        gradients = torch.autograd.grad(value, exact, self.pull.float())
+        return {VALUES: value.detach(), **dict(zip(GRADIENTS, gradients, strict=True))}
 
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    def _seen(self, without: str) -> torch.Tensor:
+        """Return whether a token attends to another: [sequences, time, time]."""
+        time = torch.arange(sum(SEGMENTS[0]))
+        back = time[:, None] - time
+        seen = torch.ones_like(back, dtype=torch.bool) if without == "causal" else back >= 0
+        if self.form.has_window and without != "window":
+            seen = seen & (back < WINDOW)
+        numbers = torch.stack(
+            [torch.arange(len(n)).repeat_interleave(torch.tensor(n)) for n in SEGMENTS]
+        )
+        same = numbers[:, :, None] == numbers[:, None, :]
+        is_bounded = self.packed and without != "bounds"
+        return seen & same if is_bounded else seen.expand_as(same)

@@ -1,8 +1,7 @@
-"""Before training: the loss inside the head against the loss of plain logits, on this device."""
+"""Try the loss in the head before training: compare it with the loss of plain logits."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import local_part
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.model.parallel import compute_dtype
+from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.function import cross_entropy_sum
 from raytrain_adv.ops.loss.head import (
     BACKENDS,
@@ -25,36 +25,30 @@ from raytrain_adv.ops.loss.head import (
     remove,
     takes_labels,
 )
-from raytrain_adv.ops.loss.linear_cross_entropy import IGNORED
 from raytrain_adv.run.run import Run
+from raytrain_adv.text import first_line
 from raytrain_adv.transforms.loss_kernel import LossKernel
 from raytrain_adv.transforms.transform import Plan
+from raytrain_adv.trial.compare import relative_errors
 
 NUM_TOKENS = 64
-"""Tokens of the check: as many as FP8 products take, and a fraction of a step."""
+"""Tokens of the trial: enough for products in 8 bits, and a fraction of a step."""
+LOSS = "loss"
 ALLOWED = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 5e-2)}
-"""Dtype -> how far loss and gradients may lie apart, relative: some roundings of that dtype."""
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """One pass: the loss, and the gradients of what goes into the head and of its parameters."""
-
-    loss: float
-    gradients: dict[str, torch.Tensor]
+"""Dtype -> largest relative error of loss and gradients: some roundings of that dtype."""
 
 
 def check_loss(
     job: JobConfig, model: PreTrainedModel, run: Run, plans: Mapping[str, Plan]
 ) -> dict[str, Plan]:
-    """Compare loss and gradients of the head on a few tokens; return the plans with what was found.
+    """Compare loss and gradients of the head on a few tokens; return the plans with the result.
 
-    Every rank calls this, after the weights are there. Gradients are cleared afterward. Where
-    loss_kernel: auto chose the kernel and it is not right for this model or device, torch's loss is
-    used, and the plan says so.
+    Every rank calls this once weights are loaded. Gradients are cleared afterward. If loss_kernel:
+    auto chose the kernel and it is wrong for this model or device, torch's loss is used instead,
+    and the plan contains why.
 
     Raises:
-        TrainingError: on all ranks, where they differ by more than rounding, or the kernel does not
+        TrainingError: on all ranks, if they differ by more than rounding, or the kernel does not
             run on one of them.
     """
     if not takes_labels(model):
@@ -63,61 +57,49 @@ def check_loss(
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     loss = loss_of(head)
     assert loss is not None  # takes_labels: both are installed together
-    failed = _failure(loss, run.device, compute_dtype(job))
-    if run.agree(int(bool(failed)), dist.ReduceOp.MAX):
+    failure = _try_kernel(loss, run.device, compute_dtype(job))
+    if run.agree(int(bool(failure)), dist.ReduceOp.MAX):
         refusal = TrainingError(
             f"The loss of {loss.kernel} does not run here",
-            failed or "it fails on another rank; see its error",
-            "mend what it says is missing, or set loss_kernel: torch",
+            failure or "it fails on another rank; see its error",
+            "install what is missing, or set loss_kernel: torch",
         )
-        return _left_to_torch(job, model, head, run, plans, refusal)
-    with run.phase("check the loss"), _quiet(model):
-        plain = _pass(model, head, run, in_head=False)
-        ours = _pass(model, head, run, in_head=True)
-    dtype = torch.bfloat16 if _computes_in_half(plain) else torch.float32
-    loss_allowed, gradient_allowed = ALLOWED[dtype]
-    apart = _apart(ours, plain)
+        return _fall_back(job, model, head, run, plans, refusal)
+    with run.phase("check the loss"), _eager_eval(model):
+        plain = _run(model, head, run, in_head=False)
+        ours = _run(model, head, run, in_head=True)
+    halved = plain.input_dtype in (torch.bfloat16, torch.float16)
+    loss_allowed, gradient_allowed = ALLOWED[torch.bfloat16 if halved else torch.float32]
+    errors = relative_errors(ours.results, plain.results)
     wrong = [
-        f"{name}: {value:.2%} apart"
-        for name, value in apart.items()
-        if not value <= (loss_allowed if name == "loss" else gradient_allowed)
+        f"{name}: {error:.2%} apart"
+        for name, error in errors.items()
+        if not error <= (loss_allowed if name == LOSS else gradient_allowed)
     ]
     if run.agree(int(bool(wrong)), dist.ReduceOp.MAX):
         found = "\n".join(wrong or ["on another rank; see its error"])
         refusal = TrainingError(
-            f"The loss of {loss.kernel} is not the model's own",
+            f"The loss of {loss.kernel} differs from the model's own",
             f"{found}\n(loss {ours.loss:.5f} in the head, {plain.loss:.5f} of its logits, on "
             f"{NUM_TOKENS} tokens, rank {run.rank})",
-            "set loss_kernel: torch; a model that changes its logits after the head, by a key that "
-            "is not known here, needs it",
+            "set loss_kernel: torch; a model that changes its logits after the head by an unknown "
+            "key needs it",
         )
-        return _left_to_torch(job, model, head, run, plans, refusal)
-    worst = max(v for k, v in apart.items() if k != "loss")
+        return _fall_back(job, model, head, run, plans, refusal)
+    worst = max(error for name, error in errors.items() if name != LOSS)
     sentence = (
         f"checked on {NUM_TOKENS} tokens before training: loss {ours.loss / NUM_TOKENS:.5f}, "
         f"{plain.loss / NUM_TOKENS:.5f} of plain logits; gradients of the head and its input "
         f"{worst:.2%} apart, {gradient_allowed:.1%} allowed"
     )
     run.say(sentence)
-    return {
-        name: replace(plan, notes=(*plan.notes, sentence)) if name == "loss_kernel" else plan
-        for name, plan in plans.items()
-    }
+    plan = plans["loss_kernel"]
+    return {**plans, "loss_kernel": replace(plan, notes=(*plan.notes, sentence))}
 
 
-def _apart(ours: _Seen, plain: _Seen) -> dict[str, float]:
-    """Return how far two passes' losses and gradients are apart, as shares of the plain one's."""
-    loss = abs(ours.loss - plain.loss) / max(abs(plain.loss), 1e-6)
-    gradients = {
-        f"gradient of {name}": _distance(ours.gradients[name], plain.gradients[name])
-        for name in plain.gradients
-    }
-    return {"loss": loss, **gradients}
-
-
-def _failure(loss: HeadLoss, device: torch.device, dtype: torch.dtype) -> str:
-    """Say why the chunked loss does not run on this device; empty where it does. It is tried on a
-    few numbers, by each rank for itself: in the model the others would wait for the one that fails.
+def _try_kernel(loss: HeadLoss, device: torch.device, dtype: torch.dtype) -> str:
+    """Return why the chunked loss does not run on this device; empty if it does. Each rank tries it
+    outside the model, where the others would wait for one that fails.
     """
     if loss.kernel != "chunked":
         return ""
@@ -126,11 +108,11 @@ def _failure(loss: HeadLoss, device: torch.device, dtype: torch.dtype) -> str:
     try:
         BACKENDS[loss.kernel](hidden.requires_grad_(), weight, None, labels, loss.logit_map)
     except (RuntimeError, ImportError, OSError) as error:  # as Triton without a compiler
-        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return ""
 
 
-def _left_to_torch(
+def _fall_back(
     job: JobConfig,
     model: PreTrainedModel,
     head: nn.Module,
@@ -138,11 +120,7 @@ def _left_to_torch(
     plans: Mapping[str, Plan],
     refusal: TrainingError,
 ) -> dict[str, Plan]:
-    """Take torch's loss in the place of what auto chose, and say so.
-
-    Raises:
-        TrainingError: where the job itself asks for the kernel.
-    """
+    """Use torch's loss instead of auto's choice; raise the refusal if the job names the kernel."""
     if not job.transform(LossKernel).is_auto:
         raise refusal
     remove(model, head)
@@ -155,8 +133,8 @@ def _left_to_torch(
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and without compiling layers for so few tokens; no gradient stays."""
+def _eager_eval(model: nn.Module) -> Iterator[None]:
+    """Turn dropout and compilation off inside; drop gradients afterward."""
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         yield
@@ -164,8 +142,16 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     model.zero_grad(set_to_none=True)
 
 
-def _pass(model: PreTrainedModel, head: nn.Module, run: Run, in_head: bool) -> _Seen:
-    """Run one forward and backward pass and take the head's gradients off the model."""
+@dataclass(frozen=True)
+class _Pass:
+    loss: float
+    results: dict[str, torch.Tensor]
+    """The loss, and this rank's part of the gradients of the head's input and parameters."""
+    input_dtype: torch.dtype
+
+
+def _run(model: PreTrainedModel, head: nn.Module, run: Run, in_head: bool) -> _Pass:
+    """Run one forward and backward pass and collect the head's gradients."""
     inputs, labels = _tokens(model, run.device)
     seen: list[torch.Tensor] = []
 
@@ -182,39 +168,24 @@ def _pass(model: PreTrainedModel, head: nn.Module, run: Run, in_head: bool) -> _
         logits = model(**inputs, use_cache=False).logits
         loss = cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
     hook.remove()
-    loss.backward()  # type: ignore[no-untyped-call] # torch leaves it so
-    gradients = {
-        name: local_part(p.grad).detach().float()
+    loss.backward()  # type: ignore[no-untyped-call] # torch has no types here
+    results = {LOSS: loss.detach()} | {
+        f"gradient of {name}": local_part(p.grad).detach().float()
         for name, p in head.named_parameters()
         if p.grad is not None
     }
     if seen[0].grad is not None:
-        gradients["its input"] = seen[0].grad
-    return _Seen(loss.item(), gradients)
+        results["gradient of its input"] = seen[0].grad
+    return _Pass(loss.item(), results, seen[0].dtype)
 
 
 def _tokens(
     model: PreTrainedModel, device: torch.device
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return the same few tokens on every rank, one label in eight left out."""
+    """Return the same few tokens on every rank, one label in eight ignored."""
     vocab = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab, (1, NUM_TOKENS + 1), generator=generator)
     labels = ids[:, 1:].clone()
-    labels[:, ::8] = IGNORED
+    labels[:, ::8] = IGNORE
     return {"input_ids": ids[:, :-1].to(device)}, labels.to(device)
-
-
-def _computes_in_half(seen: _Seen) -> bool:
-    return seen.gradients["its input"].dtype in (torch.bfloat16, torch.float16)
-
-
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the norm of the difference over the norm, on this rank's part; 0 for an empty one."""
-    if other.numel() == 0:
-        return 0.0
-    size = float(torch.linalg.vector_norm(other.float()))
-    apart = float(torch.linalg.vector_norm(one.float() - other.float()))
-    if size == 0.0:
-        return 0.0 if apart == 0.0 else math.inf
-    return apart / size

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from raytrain_adv.checkpoint import resume
-from raytrain_adv.checkpoint.folders import MANIFEST, checksums
+from raytrain_adv.checkpoint.folders import FORMAT, MANIFEST, Progress, checksums, find, newest
 from raytrain_adv.checkpoint.resume import to_resume
-from raytrain_adv.checkpoint.save import FORMAT, CheckpointWriter, Progress, find, newest
+from raytrain_adv.checkpoint.save import CheckpointWriter
 from raytrain_adv.config import load
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.run.run import Run, SilentReporter

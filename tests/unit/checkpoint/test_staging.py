@@ -9,8 +9,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from raytrain_adv.checkpoint.host_memory import PAGE, HostMemory, available_bytes
-from raytrain_adv.checkpoint.staging import plain_like, restore_quantized, staged, tensors_of
+from raytrain_adv.checkpoint.staging import (
+    PAGE,
+    HostMemory,
+    plain_like,
+    restore_8bit,
+    staged,
+    tensors_of,
+)
+from raytrain_adv.hardware import free_host_memory
 from tests.ranks import run_ranks
 
 
@@ -28,7 +35,7 @@ def test_8bit_states_come_back_with_every_value(signed):
     other.copy_(torch.randn(4096, 256).abs())
     read = plain_like({"exp_avg": other})
     read["exp_avg"].copy_(written["exp_avg"])
-    assert restore_quantized({"exp_avg": other}, read)
+    assert restore_8bit({"exp_avg": other}, read)
     assert torch.equal(other.dequantize(), state.dequantize())
     has_sign = state.dequantize().abs().amax(-1) > 0
     assert torch.equal(other.codes[has_sign], state.codes[has_sign])
@@ -40,7 +47,7 @@ def test_values_cut_into_other_blocks_are_quantized_as_torchao_does():
     values = torch.randn(64, 64)
     expected = OptimState8bit.zeros((64, 64), signed=True)
     expected.copy_(values)
-    restore_quantized({"exp_avg": state}, {"exp_avg": values})
+    restore_8bit({"exp_avg": state}, {"exp_avg": values})
     assert torch.equal(state.codes, expected.codes) and torch.equal(state.scale, expected.scale)
 
 
@@ -53,7 +60,7 @@ def test_a_copy_is_apart_from_its_tensor_and_named_by_its_path():
 
 
 def test_memory_that_is_free_is_read_from_the_machine():
-    assert 2**20 < available_bytes() <= 2**62
+    assert 2**20 < free_host_memory() <= 2**62
 
 
 def copied_on_a_rank(folder):

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raytrain_adv.data.batches.sequences import IGNORE
 from raytrain_adv.data.prepare import prepare
 from raytrain_adv.data.tokens import datasets, tokenize
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError, StorageError
+from raytrain_adv.ops.loss import IGNORE
 from tests.unit.data.sample_rows import pairs
 
 CHAT = {

@@ -1,6 +1,9 @@
 """Own templates, and the tokenizers' chat templates."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from raytrain_adv.data.read.formats import Conversation, UnusableRow
 from raytrain_adv.data.tokens.render import renderer
@@ -8,6 +11,19 @@ from raytrain_adv.data.tokens.templates import TEMPLATES, find_template
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
 
+# Text, and what a templating language might take for its own.
+TEXTS = (
+    st.lists(
+        st.text(max_size=8)
+        | st.sampled_from(
+            ["{content}", "{bos}", "{eos}", "{{ eos_token }}", "{% if %}", "{#", "\\n"]
+        ),
+        min_size=1,
+        max_size=4,
+    )
+    .map("a".join)
+    .filter(bool)
+)
 CHAT = [
     {"role": "system", "content": "S"},
     {"role": "user", "content": "Q1"},
@@ -46,9 +62,13 @@ EXPECTED = {  # in brackets what the loss is taken on
 }
 
 
-def bracketed(name: str) -> str:
-    pieces = find_template(name).pieces(Conversation(CHAT), "<s>", "</s>")
-    return "".join(f"[{p.text}]" if p.is_answer else p.text for p in pieces)
+@pytest.fixture(scope="module")
+def marked_tokenizer(marked_model):
+    return AutoTokenizer.from_pretrained(marked_model)
+
+
+def pieces_of(tokenizer, name, messages):
+    return renderer(tokenizer, name, None)(Conversation(messages))
 
 
 def test_every_template_has_its_expected_text():
@@ -56,8 +76,28 @@ def test_every_template_has_its_expected_text():
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_template_writes_a_conversation_as_llama_factory_does(name):
-    assert bracketed(name) == EXPECTED[name]
+def test_template_writes_a_conversation_as_llama_factory_does(name, marked_tokenizer):
+    pieces = pieces_of(marked_tokenizer, name, CHAT)
+    assert "".join(f"[{p.text}]" if p.is_answer else p.text for p in pieces) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+@settings(max_examples=50, deadline=None)
+@given(texts=st.lists(TEXTS, min_size=5, max_size=5))
+def test_any_text_survives_every_template(name, marked_tokenizer, texts):
+    messages = [{**m, "content": text} for m, text in zip(CHAT, texts, strict=True)]
+    names = [f"TEXT{i}" for i in range(5)]
+    expected = [
+        piece.text
+        for piece in pieces_of(
+            marked_tokenizer,
+            name,
+            [{**m, "content": n} for m, n in zip(CHAT, names, strict=True)],
+        )
+    ]
+    for i, text in enumerate(texts):
+        expected = [text.join(part.split(f"TEXT{i}")) for part in expected]
+    assert [p.text for p in pieces_of(marked_tokenizer, name, messages)] == expected
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -130,17 +170,17 @@ TOOL_CHAT = [
 ]
 
 
-def test_qwen_writes_function_calls_and_their_results():
-    pieces = find_template("qwen").pieces(Conversation(TOOL_CHAT), "", "")
+def test_qwen_writes_function_calls_and_their_results(marked_tokenizer):
+    pieces = pieces_of(marked_tokenizer, "qwen", TOOL_CHAT)
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>\n'
     assert pieces[1].text == call and pieces[1].is_answer
     assert "<tool_response>\nR\n</tool_response>" in pieces[2].text and not pieces[2].is_answer
 
 
 @pytest.mark.parametrize("name", ["alpaca", "phi", "default", "chatml"])
-def test_template_without_a_form_for_function_calls_refuses_the_row(name):
-    with pytest.raises(UnusableRow, match="no form for function calls"):
-        find_template(name).pieces(Conversation(TOOL_CHAT), "", "")
+def test_template_without_a_form_for_function_calls_refuses_the_row(name, marked_tokenizer):
+    with pytest.raises(UnusableRow, match=f"{name} has no form for function calls"):
+        pieces_of(marked_tokenizer, name, TOOL_CHAT)
 
 
 PREFIX_TEMPLATE = (

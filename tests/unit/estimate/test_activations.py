@@ -1,4 +1,4 @@
-"""The rule for eager layers against what autograd really keeps, on CPU."""
+"""The rule for eager layers compared with what autograd keeps, on CPU."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def model_of(kind: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
 
 
 def kept_by_autograd(model: PreTrainedModel) -> int:
-    """Return the bytes that the forward pass up to the head keeps, parameters left out."""
+    """Return the bytes that the forward pass up to the head keeps, without parameters."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.Tensor] = {}
 

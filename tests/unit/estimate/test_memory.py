@@ -1,4 +1,4 @@
-"""Predictions against peaks measured on one H200 (torch.cuda.max_memory_allocated, torch 2.11)."""
+"""Predictions and measured peaks on one H200 (torch.cuda.max_memory_allocated, torch 2.11)."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain_adv.checkpoint.host_memory import HostMemory
 from raytrain_adv.checkpoint.save import training_state
-from raytrain_adv.checkpoint.staging import staged, tensors_of
+from raytrain_adv.checkpoint.staging import HostMemory, staged, tensors_of
 from raytrain_adv.config import JobConfig
 from raytrain_adv.estimate.memory import MemoryPrediction, predict
 from raytrain_adv.estimate.sizes import HostCopies
 from raytrain_adv.model import weights
 from raytrain_adv.model.build import build
-from raytrain_adv.transforms.applied import prepare_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.optim import build_optimizer
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -57,7 +56,7 @@ def prediction(
 ) -> MemoryPrediction:
     job = job_on(folder, config, **keys)
     model = build(job)
-    prepare_all(job, model)
+    Transforms(job).prepare(model)
     return predict(model, job, world_size, seq_len, job.train.per_device_train_batch_size)
 
 
@@ -120,7 +119,7 @@ def test_copies_for_checkpoints_are_as_large_as_those_that_are_made(
     sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
     job = job_for(write_checkpoint("llama", tmp_path / "model", **sizes), tmp_path, **keys)
     model = build(job)
-    prepare_all(job, model)
+    Transforms(job).prepare(model)
     predicted = HostCopies.of(model, job, 1)
     weights.materialize(model, torch.device("cpu"))
     weights.init_from_scratch(model, job, torch.device("cpu"))
@@ -165,7 +164,7 @@ def test_frozen_weights_have_no_gradients_and_no_optimizer_states(tmp_path: Path
     assert found.gradients + found.optimizer < 1.0
 
 
-def test_accumulated_gradients_are_there_during_forward(tmp_path: Path) -> None:
+def test_accumulated_gradients_exist_during_forward(tmp_path: Path) -> None:
     once = prediction(tmp_path, LLAMA_1B, **PURE)
     twice = prediction(tmp_path, LLAMA_1B, gradient_accumulation_steps=2, **PURE)
     assert once.phases[0].gradients == 0.0
@@ -186,7 +185,7 @@ def test_evaluation_counts_only_with_held_out_rows(tmp_path: Path) -> None:
     assert held.peak == "evaluation"
 
 
-def test_layers_of_an_evaluation_batch_count_where_it_is_larger_than_a_training_batch(
+def test_layers_of_an_evaluation_batch_count_if_it_is_larger_than_a_training_batch(
     tmp_path: Path,
 ) -> None:
     keys = {**LORA, "gradient_checkpointing": "full", "per_device_train_batch_size": 1}
@@ -213,7 +212,7 @@ def test_the_chunked_loss_takes_a_chunk_and_the_gradients_of_head_and_input(tmp_
 
 
 def test_a_chunk_stays_as_large_as_it_is_on_longer_sequences(tmp_path: Path) -> None:
-    """131,072 tokens: the gradient of the input is 1 GiB, the head's is added up in float32."""
+    """131,072 tokens: the gradient of the input is 1 GiB, the head's is accumulated in float32."""
     keys = {**PURE, "gradient_checkpointing": "full", "loss_kernel": "chunked"}
     found = prediction(tmp_path, LLAMA_8B, seq_len=131072, **keys)
     assert found.logits == pytest.approx(0.428 + 1.0 + 0.979 * 3, abs=0.01)

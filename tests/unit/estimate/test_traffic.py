@@ -1,4 +1,4 @@
-"""The plan for many workers: its bytes are those that really move, its limits those it says."""
+"""The plan for many workers: its bytes are those that really move."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from raytrain_adv.checkpoint.host_memory import HostMemory
 from raytrain_adv.checkpoint.save import training_state
-from raytrain_adv.checkpoint.staging import staged
+from raytrain_adv.checkpoint.staging import HostMemory, staged
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.plan.plan import show
 from raytrain_adv.estimate import limits as scale_limits
@@ -25,7 +24,7 @@ from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.estimate.limits import Work
 from raytrain_adv.model import parallel, weights
 from raytrain_adv.model.build import build
-from raytrain_adv.transforms.applied import prepare_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.optim import build_optimizer
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
@@ -79,7 +78,7 @@ def counted(names: dict[str, list[int]]) -> Callable[[], None]:
 def step_of(job: JobConfig, folder: str) -> tuple[dict[str, list[int]], int]:
     """Train a step on this rank; return its collectives' bytes, and those of a checkpoint."""
     model = build(job)
-    prepare_all(job, model)
+    Transforms(job).prepare(model)
     parallel.shard(model, job, parallel.build_mesh(job, CPU))
     weights.materialize(model, CPU)
     weights.init_from_scratch(model, job, CPU)
@@ -115,12 +114,12 @@ def jobs_in(folder: Path, names: tuple[str, ...]) -> dict[str, JobConfig]:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_bytes_are_those_of_real_collectives_and_checkpoints(tmp_path: Path, ranks: int) -> None:
-    """On 4 ranks as pairs that hold a copy each, too."""
+    """On 4 ranks also as pairs with a copy each."""
     jobs = jobs_in(tmp_path, ("full", "lora", "fp8") if ranks == 2 else (*JOBS,))
     found = run_ranks(all_steps, ranks, tmp_path, jobs, str(tmp_path))[0]
     for name, job in jobs.items():
         model = build(job)
-        prepare_all(job, model)
+        Transforms(job).prepare(model)
         moved = traffic.traffic(model, job, ranks)
         seen, stored = found[name]
         gathers, reductions = seen["all_gather"], seen["reduce_scatter"]
@@ -194,7 +193,7 @@ def test_a_copy_on_each_node_leaves_the_network_the_gradients_alone(tmp_path: Pa
     )
 
 
-def test_the_first_limit_is_named_with_its_workers_and_a_way_out(tmp_path: Path) -> None:
+def test_the_first_limit_is_named_with_its_workers_and_a_fix(tmp_path: Path) -> None:
     limits = work(tmp_path / "slow").limits(512, Assumptions(network_gb_s=20))
     assert [limit.workers for limit in limits] == sorted(limit.workers for limit in limits)
     assert "bytes over the network" in limits[0].what
@@ -205,7 +204,7 @@ def test_the_first_limit_is_named_with_its_workers_and_a_way_out(tmp_path: Path)
     assert before.least_exposed == 0
 
 
-def test_slow_storage_is_the_first_limit_where_a_save_outlasts_its_interval(
+def test_slow_storage_is_the_first_limit_if_a_save_outlasts_its_interval(
     tmp_path: Path,
 ) -> None:
     first = work(tmp_path).limits(512, Assumptions(storage_gb_s=0.1))[0]
@@ -227,7 +226,7 @@ def test_the_head_follows_the_measured_lines() -> None:
             assert line[place] == pytest.approx(total, rel=0.02, abs=0.1)
 
 
-def test_only_a_plan_of_more_workers_than_a_node_has_says_what_they_move(
+def test_only_a_plan_for_more_than_one_node_shows_traffic(
     make_job: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     show(make_job(use_cpu=True), num_workers=8)
@@ -250,7 +249,7 @@ def test_assumptions_are_read_from_the_command_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ("network_gbs=3", "write network_gb_s"),
         ("storage_gb_s=fast", "it takes a number above 0"),
@@ -259,6 +258,6 @@ def test_assumptions_are_read_from_the_command_line() -> None:
         ("", "nothing of that name"),
     ],
 )
-def test_what_cannot_be_assumed_is_refused(wrong: str, said: str) -> None:
+def test_what_cannot_be_assumed_is_refused(wrong: str, message: str) -> None:
     _, problems = assumptions([wrong])
-    assert said in problems[0].found() + problems[0].fix
+    assert message in problems[0].found() + problems[0].fix

@@ -19,7 +19,7 @@ import pytest
 from raytrain_adv.cli import main
 from raytrain_adv.kernels import fetch, lock
 from raytrain_adv.kernels.fetch import Place
-from raytrain_adv.kernels.layers import read_layers
+from raytrain_adv.kernels.select import read_layers
 from raytrain_adv.kernels.source import KernelEntry, read
 from raytrain_adv.kernels.variants import Target
 from tests.kernel_folders import LAYERS, refusal, write_kernel

@@ -1,4 +1,4 @@
-"""A run measured by another one: compare_with."""
+"""A run compared with another one: compare_with."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def other(folder, **changed) -> str:
     return str(folder)
 
 
-def test_loss_speed_and_memory_are_measured_by_the_other_run(make_job, tmp_path):
+def test_loss_speed_and_memory_are_compared_with_the_other_run(make_job, tmp_path):
     job = make_job(compare_with=other(tmp_path / "other", job=make_job().flat()))
     baseline = against(FASTER, job).baseline
     assert baseline is not None

@@ -1,8 +1,9 @@
 """The starts of a run's workers, from rows as metrics.jsonl has them."""
 
+from raytrain_adv.report.build import starts
+from raytrain_adv.report.html import render
 from raytrain_adv.report.record import RunReport
-from raytrain_adv.report.starts import starts, starts_html, story
-from raytrain_adv.report.summary import summary
+from raytrain_adv.report.summary import story, summary
 
 
 def rows_of(*found: tuple[int, int, str, str]) -> list[dict[str, object]]:
@@ -31,12 +32,14 @@ def test_every_change_of_the_number_of_workers_is_reported_with_step_and_time():
     assert story(found) == "2 workers, 1 from step 40, 2 from step 1,080"
     report = RunReport(status="done", world_size=2, starts=found)
     assert "2 workers, 1 from step 40, 2 from step 1,080" in summary(report)
-    assert "<td>a</td>" in starts_html(found) and "<td>b</td>" in starts_html(found)
+    page = render(report, [])
+    assert "<td>a</td>" in page and "<td>b</td>" in page
 
 
-def test_a_run_that_started_once_says_nothing_of_starts():
+def test_a_run_that_started_once_does_not_list_its_starts():
     found = starts(rows_of((0, 2, "a b", "")))
-    assert story(found) == "" and starts_html(found) == ""
+    assert story(found) == ""
+    assert "Starts of the workers" not in render(RunReport(status="done", starts=found), [])
 
 
 def test_a_start_that_ended_before_it_knew_its_step_is_no_start():

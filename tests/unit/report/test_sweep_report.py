@@ -10,7 +10,7 @@ from raytrain_adv.config.sweep import METRICS, MetricName
 from raytrain_adv.errors import StorageError
 from raytrain_adv.report import sweep_record
 from raytrain_adv.report.contract import SWEEP_PATH, sweep_contract
-from raytrain_adv.report.plot import Plot, Series, plot_html
+from raytrain_adv.report.plot import Plot, Series, draw
 from raytrain_adv.report.record import RunReport
 from raytrain_adv.report.sweep_html import render
 from raytrain_adv.report.sweep_record import SweepReport, TrialReport, best, metrics
@@ -77,10 +77,10 @@ def test_the_delay_that_never_comes_is_a_line_across_the_plot() -> None:
     page = render(DELAYS)
     assert "PTQ (never)  3.5000" in page
     assert "[[0.0,3.0],[50.0,2.5],[100.0,2.75]]" in page
-    assert page.count('class="level"') == 1
+    assert page.count('class="key level"') == 1
 
 
-def test_values_that_are_no_numbers_are_bars() -> None:
+def test_values_that_are_not_numbers_are_bars() -> None:
     page = render(sweep_of(trial(3.0, fp8=True), trial(2.0, fp8=False)))
     assert "by fp8" in page and "<svg" not in page and ">true<" in page
 
@@ -88,9 +88,9 @@ def test_values_that_are_no_numbers_are_bars() -> None:
 def test_rates_that_differ_much_lie_on_a_logarithmic_axis() -> None:
     rates = sweep_of(*(trial(3.0 + r, learning_rate=r) for r in (1e-5, 1e-4, 1e-3)))
     page = render(rates)
-    assert "&quot;log&quot;:true" in page
-    steps = plot_html(Plot("Loss", "", (Series("loss", [(1, 2.0), (1000, 1.0)], 1),)))
-    assert "&quot;log&quot;:false" in steps and "&quot;x&quot;:[0.0,1000]" in steps
+    assert "&#34;log&#34;:true" in page and ">0.0001</text>" in page
+    (steps,) = draw([Plot("Loss", "", (Series("loss", [(1, 2.0), (1000, 1.0)], 1),))])
+    assert '"log":false' in steps.data and '"x":[0.0,1000]' in steps.data
 
 
 def test_the_page_shows_what_failed_as_text() -> None:
@@ -104,8 +104,8 @@ def test_text_from_outside_cannot_become_markup_in_a_sweep() -> None:
     failed = trial(None, "failed", run_name=EVIL)
     done = [trial(3.0, run_name=f"{EVIL}{n}", learning_rate=n / 10) for n in (1, 2)]
     done = [t.model_copy(update={"model_dir": EVIL, "error": EVIL}) for t in done]
-    said = {"name": EVIL, "job_file": EVIL, "command": EVIL, "best_job": EVIL, "notes": (EVIL,)}
-    whole = sweep_of(*done, failed, **said, error=EVIL).model_copy(update={"output_dir": EVIL})
+    texts = {"name": EVIL, "job_file": EVIL, "command": EVIL, "best_job": EVIL, "notes": (EVIL,)}
+    whole = sweep_of(*done, failed, **texts, error=EVIL).model_copy(update={"output_dir": EVIL})
     for report in (whole, sweep_of(trial(1.0, **{EVIL: EVIL}), trial(2.0, **{EVIL: 1}))):
         found = Elements(render(report))
         assert found.tags.count("script") == 1 and "img" not in found.tags
@@ -114,7 +114,7 @@ def test_text_from_outside_cannot_become_markup_in_a_sweep() -> None:
         assert "<img src=x" in found.text and found.open == []
 
 
-def test_a_page_without_any_result_says_that_it_goes_on() -> None:
+def test_a_page_without_any_result_shows_that_the_sweep_runs() -> None:
     page = render(sweep_of(trial(None, "waiting", seed=1), status="running"))
     assert "This sweep has not ended" in page
 

@@ -1,4 +1,4 @@
-"""What is said of a quantized run's losses: a share only where it says something."""
+"""What a report states of a quantized run's losses: a share only if it means something."""
 
 import pytest
 
@@ -30,9 +30,9 @@ def report_of(bf16: float, ptq: float, qat: float, twin: bool = False) -> RunRep
 def test_the_share_is_of_what_ptq_loses(twin: bool) -> None:
     report = report_of(2.0, 2.1, 2.02, twin)
     assert report.recovered == pytest.approx(0.8)
-    said = variants.sentence(report)
-    assert "QAT recovered 80% of the 0.1000" in said
-    assert ("compare: true" in said) is not twin
+    sentence = variants.sentence(report)
+    assert "QAT recovered 80% of the 0.1000" in sentence
+    assert ("compare: true" in sentence) is not twin
 
 
 def test_no_share_is_stated_of_next_to_nothing() -> None:
@@ -41,13 +41,13 @@ def test_no_share_is_stated_of_next_to_nothing() -> None:
     assert "next to nothing" in variants.sentence(report)
 
 
-def test_what_training_gained_since_the_switch_is_not_called_recovered() -> None:
+def test_what_training_gained_since_the_switch_is_not_reported_as_recovered() -> None:
     report = report_of(7.0, 7.1, 6.0)
     assert report.recovered is None
-    assert "says nothing of quantization; compare: true" in variants.sentence(report)
+    assert "does not measure rounding; compare: true" in variants.sentence(report)
 
 
-def test_nothing_is_held_to_bf16_of_an_earlier_step() -> None:
+def test_nothing_is_compared_with_bf16_of_an_earlier_step() -> None:
     """It would be what has been trained since: QAT read as 7 % better than bf16."""
     shares = [row[-1] for row in variants.table_rows(report_of(7.0, 7.1, 6.0))]
     assert shares == ["-", "+1.43%", "-"]
@@ -58,13 +58,13 @@ def test_qat_below_its_twin_has_recovered_more_than_all() -> None:
     assert report_of(2.0, 2.1, 1.99, twin=True).recovered == pytest.approx(1.1)
 
 
-def test_a_run_without_a_ptq_to_measure_by_says_so() -> None:
+def test_a_run_without_a_ptq_to_compare_with_reports_that() -> None:
     report = report_of(2.0, 2.1, 2.02)
     report = report.model_copy(update={"variants": report.variants[2:]})
-    assert "no PTQ to measure QAT by" in variants.sentence(report)
+    assert "no PTQ to compare QAT with" in variants.sentence(report)
 
 
-def test_console_and_report_say_that_evaluation_runs_fake_quantized() -> None:
+def test_console_and_report_show_that_evaluation_runs_fake_quantized() -> None:
     report = report_of(2.0, 2.1, 2.02)
     assert "2.0200 (step 8), fake-quantized" in summary(report)
     rows = [{"kind": "eval", "step": 8, "loss": 2.02, "how": "fake-quantized"}]

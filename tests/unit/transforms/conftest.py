@@ -7,7 +7,7 @@ import torch
 
 from raytrain_adv import hardware
 from raytrain_adv.model.build import build
-from raytrain_adv.transforms.applied import fetch_all, install_all, prepare_all
+from raytrain_adv.transforms.applied import Transforms
 from tests.kernel_folders import ACTIVATION, write_kernel
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -58,8 +58,8 @@ def install(make):
 
     def run(kernel_name=None, dtype=torch.float32, **keys):
         job, model = make(kernel_name, **keys)
-        fetch_all(job, CPU, print)
-        plans = prepare_all(job, model, CPU)
-        return model, install_all(job, model, plans, torch.device("cpu"), dtype)["kernels"]
+        Transforms(job).fetch(CPU, print)
+        plans = Transforms(job).prepare(model, CPU)
+        return model, Transforms(job).install(model, plans, torch.device("cpu"), dtype)["kernels"]
 
     return run

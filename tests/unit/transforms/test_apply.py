@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model.build import build
+from raytrain_adv.report.parts import TransformReport
 from raytrain_adv.transforms import Change, Plan, Transform
-from raytrain_adv.transforms.applied import plan_all, prepare_all, report
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.modules import class_name
+from raytrain_adv.transforms.transform import Context
 from tests.tiny_models import job_for, write_checkpoint
 
 NAMES = ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]
@@ -40,18 +41,18 @@ class SwapBase(Lora):
     really: ClassVar[list[str]] = NAMES
 
     @property
-    def enabled(self) -> bool:
+    def Transforms(self) -> bool:
         """Always."""
         return True
 
-    def plan(self, model: nn.Module) -> Plan:
+    def plan(self, model: nn.Module, context: Context) -> Plan:
         """Plan what the class says."""
         change = Change("torch.nn.Linear", f"{__name__}.Swapped")
         return Plan(
             self.name, dict.fromkeys(self.planned, change), {"lm_head": "the head"}, ("A note.",)
         )
 
-    def prepare(self, model: nn.Module, plan: Plan, facts: HardwareFacts) -> None:
+    def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Change the class alone."""
         for fqn in self.really:
             module = model.get_submodule(fqn)
@@ -72,7 +73,7 @@ def with_transforms(job: JobConfig, *transforms: Transform) -> JobConfig:
 def test_planning_changes_nothing(model_and_job: tuple[PreTrainedModel, JobConfig]) -> None:
     model, job = model_and_job
     before = {fqn: class_name(m) for fqn, m in model.named_modules()}
-    plan_all(with_transforms(job, SwapBase()), model)
+    Transforms(with_transforms(job, SwapBase())).plan(model)
     assert {fqn: class_name(m) for fqn, m in model.named_modules()} == before
 
 
@@ -81,7 +82,7 @@ def test_what_is_planned_is_what_preparing_reports(
 ) -> None:
     model, job = model_and_job
     job = with_transforms(job, SwapBase())
-    assert plan_all(job, model) == prepare_all(job, model)
+    assert Transforms(job).plan(model) == Transforms(job).prepare(model)
     assert all(isinstance(model.get_submodule(fqn), Swapped) for fqn in NAMES)
 
 
@@ -89,12 +90,12 @@ def test_the_report_is_json_with_counts_classes_and_reasons(
     model_and_job: tuple[PreTrainedModel, JobConfig],
 ) -> None:
     model, job = model_and_job
-    entry = json.loads(json.dumps(report(plan_all(with_transforms(job, SwapBase()), model))))[
-        "swap"
-    ]
+    plan = Transforms(with_transforms(job, SwapBase())).plan(model)["swap"]
+    entry = json.loads(TransformReport.of(plan).model_dump_json())
     assert (entry["changed"], entry["skipped"]) == (2, 1)
     assert entry["changed_by_class"] == {f"torch.nn.Linear -> {__name__}.Swapped": 2}
-    assert entry["skipped_reasons"] == {"the head": ["lm_head"]}
+    assert entry["skipped_reasons"] == {"the head": 1}
+    assert entry["skipped_modules"] == {"the head": ["lm_head"]}
     assert entry["notes"] == ["A note."]
 
 
@@ -146,7 +147,7 @@ def test_a_module_that_was_planned_and_not_changed_is_named(
     with pytest.raises(
         TrainingError, match=r"model.layers.0.mlp.down_proj is torch.nn.Linear, planned"
     ):
-        prepare_all(with_transforms(job, ForgetsOne()), model)
+        Transforms(with_transforms(job, ForgetsOne())).prepare(model)
 
 
 def test_a_module_that_was_changed_and_not_planned_is_named(
@@ -154,15 +155,15 @@ def test_a_module_that_was_changed_and_not_planned_is_named(
 ) -> None:
     model, job = model_and_job
     with pytest.raises(TrainingError, match=r"lm_head became .*Swapped, which was not planned"):
-        prepare_all(with_transforms(job, DoesMore()), model)
+        Transforms(with_transforms(job, DoesMore())).prepare(model)
 
 
 def test_a_plan_that_changes_nothing_is_refused_with_the_reasons(
     model_and_job: tuple[PreTrainedModel, JobConfig],
 ) -> None:
     model, job = model_and_job
-    with pytest.raises(JobError, match="idle was asked for and would change nothing") as caught:
-        plan_all(with_transforms(job, Idle()), model)
+    with pytest.raises(JobError, match="idle is enabled but would not change any module") as caught:
+        Transforms(with_transforms(job, Idle())).plan(model)
     assert "1 modules: the head" in str(caught.value)
 
 
@@ -172,16 +173,18 @@ def test_two_owners_of_a_module_or_of_its_parts_are_refused(
 ) -> None:
     model, job = model_and_job
     with pytest.raises(JobError, match=f"{later.name} and swap would both change the same modules"):
-        plan_all(with_transforms(job, SwapBase(), later), model)
+        Transforms(with_transforms(job, SwapBase(), later)).plan(model)
 
 
 def test_all_that_is_wrong_is_named_at_once(
     model_and_job: tuple[PreTrainedModel, JobConfig],
 ) -> None:
     model, job = model_and_job
-    with pytest.raises(JobError, match="2 features cannot be had") as caught:
-        plan_all(with_transforms(job, SwapBase(), Idle(), Second()), model)
-    assert "idle was asked for and would change nothing: 1 modules: the head" in caught.value.found
+    with pytest.raises(JobError, match="2 features cannot be enabled") as caught:
+        Transforms(with_transforms(job, SwapBase(), Idle(), Second())).plan(model)
+    assert (
+        "idle is enabled but would not change any module: 1 modules: the head" in caught.value.found
+    )
     assert "second and swap would both change the same modules" in caught.value.found
     assert "turn one of the two off" in caught.value.fix
 
@@ -190,7 +193,7 @@ def test_a_transform_may_stack_on_one_that_it_names(
     model_and_job: tuple[PreTrainedModel, JobConfig],
 ) -> None:
     model, job = model_and_job
-    plans: Mapping[str, Plan] = plan_all(with_transforms(job, SwapBase(), Stacked()), model)
+    plans: Mapping[str, Plan] = Transforms(with_transforms(job, SwapBase(), Stacked())).plan(model)
     assert list(plans) == ["swap", "stacked"]
 
 
@@ -205,7 +208,19 @@ def test_a_later_transform_sees_the_modules_an_earlier_one_made(tmp_path: Path) 
 
     folder = write_checkpoint("llama", tmp_path / "m")
     job = with_transforms(job_for(folder, tmp_path, finetuning_type="lora"), OnBase())
-    assert set(plan_all(job, build(job))) == {"lora", "on_base"}
+    assert set(Transforms(job).plan(build(job))) == {"lora", "on_base"}
+
+
+def test_a_transform_may_stack_on_the_stage_of_another(
+    model_and_job: tuple[PreTrainedModel, JobConfig],
+) -> None:
+    class OnPrecision(Stacked):
+        """Change again what any transform of a stage has changed."""
+
+        stacks_on: ClassVar[frozenset[str]] = frozenset({"precision"})
+
+    model, job = model_and_job
+    assert len(Transforms(with_transforms(job, SwapBase(), OnPrecision())).plan(model)) == 2
 
 
 def test_class_names_are_readable_and_see_through_fully_shard() -> None:

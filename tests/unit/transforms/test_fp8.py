@@ -12,7 +12,7 @@ from raytrain_adv.data.batches.collate import collate, pad_to
 from raytrain_adv.data.batches.sequences import Sequence
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.model.build import build
-from raytrain_adv.transforms.applied import plan_all, prepare_all, probe_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.fp8 import OWN, TORCHAO, Fp8
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -34,7 +34,7 @@ def planned(tmp_path, kind="llama", shapes=WIDE, **keys):
     folder = write_checkpoint(kind, tmp_path / "model", **shapes)
     job = job_for(folder, tmp_path, **{**KEYS, **keys})
     model = build(job)
-    return job, model, plan_all(job, model, CPU)["fp8"]
+    return job, model, Transforms(job).plan(model, CPU)["fp8"]
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def test_a_machine_without_fp8_is_refused_by_rule_and_name(facts, rule):
 def test_linears_too_small_are_no_reason_before_a_machine_without_fp8(tmp_path):
     job = job_for(write_checkpoint("llama", tmp_path / "model", **WIDE), tmp_path, fp8=True)
     with pytest.raises(JobError) as here:
-        plan_all(job, build(job), CPU)
+        Transforms(job).plan(build(job), CPU)
     assert here.value.what.startswith("FP8 requires Hopper architecture")
     assert "no GPU" in here.value.found and "too small to gain" in here.value.found
     assert here.value.fix.startswith("run on H100/H200 workers")
-    with pytest.raises(JobError, match=r"^fp8 was asked for and would change nothing"):
-        plan_all(job, build(job), H100)
+    with pytest.raises(JobError, match=r"^fp8 is enabled but would not change any module"):
+        Transforms(job).plan(build(job), H100)
 
 
 def test_hopper_and_newer_are_taken_and_a_cpu_only_on_request():
@@ -80,11 +80,11 @@ def test_products_of_each_size_are_tried_out_where_they_train(recipe, dtype, tmp
     folder = write_checkpoint("llama", tmp_path / "model", **WIDE)
     job = job_for(folder, tmp_path, **KEYS, fp8_recipe=recipe)
     model = build(job)
-    plans = prepare_all(job, model, CPU)
-    (note,) = plans["fp8"].notes
-    found = probe_all(job, model, plans, torch.device("cpu"), dtype)["fp8"].notes
-    assert found[0] == note and found[1].startswith("tried out on cpu in ")
-    off = [float(number) for number in re.findall(r"by (\d\S+),", found[1])]
+    plans = Transforms(job).prepare(model, CPU)
+    planned = plans["fp8"].notes
+    found = Transforms(job).install(model, plans, torch.device("cpu"), dtype)["fp8"].notes
+    assert found[:-1] == planned and found[-1].startswith("tested on cpu in ")
+    off = [float(number) for number in re.findall(r"by (\d\S+),", found[-1])]
     assert len(off) == 2 and all(0.01 < number < 0.1 for number in off)
 
 
@@ -95,15 +95,15 @@ def test_products_that_come_out_wrong_stop_the_run(tmp_path, monkeypatch):
     folder = write_checkpoint("llama", tmp_path / "model", **WIDE)
     job = job_for(folder, tmp_path, **KEYS)
     model = build(job)
-    plans = prepare_all(job, model, CPU)
+    plans = Transforms(job).prepare(model, CPU)
 
     def both(tensor, scale, dtype):
         plain = linear.cast(tensor, scale, dtype)
         return plain, plain.t().contiguous().view(torch.uint8).roll(1, 0).view(dtype)
 
     monkeypatch.setattr(linear, "cast_both", both)
-    with pytest.raises(TrainingError, match="FP8 does not compute what it should") as refusal:
-        probe_all(job, model, plans, torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(TrainingError, match="FP8 gives wrong results") as refusal:
+        Transforms(job).install(model, plans, torch.device("cpu"), torch.bfloat16)
     assert "gradients by 1.4" in refusal.value.found and "set fp8: false" in refusal.value.fix
 
 
@@ -116,16 +116,16 @@ def test_beside_qat_the_linears_that_round_are_tried_out(tmp_path, monkeypatch, 
     qat = {"enable_qat": True, "qat_weight_dtype": weights, "qat_activation_dtype": "int8"}
     job = job_for(folder, tmp_path, **KEYS, **qat)
     model = build(job)
-    plans = prepare_all(job, model, CPU)
+    plans = Transforms(job).prepare(model, CPU)
     cpu, dtype = torch.device("cpu"), torch.bfloat16
-    assert "tried out on cpu" in probe_all(job, model, plans, cpu, dtype)["fp8"].notes[-1]
+    assert "tested on cpu" in Transforms(job).install(model, plans, cpu, dtype)["fp8"].notes[-1]
 
     def nothing(left, right, *_, **__):
         return left.new_zeros(left.shape[0], right.shape[0], dtype=dtype)
 
     monkeypatch.setattr(qat_linear, "product", nothing)
-    with pytest.raises(TrainingError, match="FP8 does not compute what it should"):
-        probe_all(job, model, plans, cpu, dtype)
+    with pytest.raises(TrainingError, match="FP8 gives wrong results"):
+        Transforms(job).install(model, plans, cpu, dtype)
 
 
 def test_a_machine_that_cannot_try_it_out_says_so_in_the_house_form(tmp_path, monkeypatch):
@@ -134,14 +134,14 @@ def test_a_machine_that_cannot_try_it_out_says_so_in_the_house_form(tmp_path, mo
     folder = write_checkpoint("llama", tmp_path / "model", **WIDE)
     job = job_for(folder, tmp_path, **KEYS)
     model = build(job)
-    plans = prepare_all(job, model, CPU)
+    plans = Transforms(job).prepare(model, CPU)
 
     def broken(*_):
         raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.setattr(linear, "cast_both", broken)
     with pytest.raises(TrainingError) as refusal:
-        probe_all(job, model, plans, torch.device("cpu"), torch.bfloat16)
+        Transforms(job).install(model, plans, torch.device("cpu"), torch.bfloat16)
     assert refusal.value.found == "RuntimeError: Failed to find C compiler."
 
 
@@ -173,7 +173,7 @@ def test_small_layers_stay_unless_asked_for(tmp_path):
     small = {fqn for fqn, reason in plan.skipped.items() if "too small to gain" in reason}
     names = ("k_proj", "v_proj")
     assert small == {f"model.layers.{n}.self_attn.{p}" for n in (0, 1) for p in names}
-    with pytest.raises(JobError, match="would change nothing"):
+    with pytest.raises(JobError, match="would not change any module"):
         planned(tmp_path, fp8_min_features=None)
 
 
@@ -220,7 +220,7 @@ def test_lora_on_an_fp8_base(tmp_path):
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
 def test_what_is_planned_is_what_the_model_becomes(tmp_path, recipe):
     job, model, plan = planned(tmp_path, fp8_recipe=recipe)
-    plans = prepare_all(job, model, CPU)
+    plans = Transforms(job).prepare(model, CPU)
     assert plans["fp8"].changes.keys() == plan.changes.keys()
     kind = OWN if recipe == "tensorwise" else TORCHAO
     found = {
@@ -241,14 +241,14 @@ def test_a_layer_that_was_not_converted_is_noticed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Fp8, "prepare", forgets_one)
     with pytest.raises(TrainingError, match="fp8 did not do what it had planned") as error:
-        prepare_all(job, model, CPU)
+        Transforms(job).prepare(model, CPU)
     assert "model.layers.1.mlp.up_proj" in error.value.found
 
 
 def test_parameters_keep_their_names_and_dtype(tmp_path):
     job, model, _ = planned(tmp_path)
     before = {name: p.dtype for name, p in model.named_parameters()}
-    prepare_all(job, model, CPU)
+    Transforms(job).prepare(model, CPU)
     assert {name: p.dtype for name, p in model.named_parameters()} == before
 
 
@@ -264,10 +264,15 @@ def test_every_batch_has_a_number_of_tokens_that_fp8_can_multiply(make_job, leng
 
 
 def test_advice_names_what_makes_fp8_slow(make_job):
-    eager = Fp8(fp8=True).advice(make_job(), 1024)
+    def advice(num_tokens, **keys):
+        job = make_job(fp8=True, fp8_allow_cpu=True, fp8_min_features=16, **keys)
+        notes = Transforms(job).plan(build(job), CPU, num_tokens)["fp8"].notes
+        return [note for note in notes if "slower than bf16" in note]
+
+    eager = advice(1024)
     assert any("torch_compile" in sentence for sentence in eager)
     assert any("1,024 tokens" in sentence for sentence in eager)
-    assert Fp8(fp8=True).advice(make_job(torch_compile=True), 8192) == ()
+    assert advice(8192, torch_compile=True) == []
 
 
 def test_fp8_and_qat_compile_with_kernels_and_liger(make_job):

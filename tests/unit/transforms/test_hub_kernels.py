@@ -9,7 +9,7 @@ import pytest
 
 from raytrain_adv import hardware
 from raytrain_adv.errors import ClusterError, JobError
-from raytrain_adv.transforms.applied import fetch_all, plan_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.hub_kernels import HubKernels
 from tests.kernel_folders import ACTIVATION, layers, refusal, write_kernel
 from tests.tiny_models import job_for
@@ -27,7 +27,7 @@ GPU = replace(
 def test_planning_runs_no_code_of_a_kernel(make, tmp_path):
     folder = write_kernel(tmp_path / "k", "import there_is_no_such_package\n" + ACTIVATION)
     job, model = make(str(folder))
-    assert plan_all(job, model, CPU)["kernels"].changes
+    assert Transforms(job).plan(model, CPU)["kernels"].changes
 
 
 def test_a_layer_not_marked_for_compile_is_refused_under_torch_compile(install, mine):
@@ -39,7 +39,7 @@ def test_a_layer_not_marked_for_compile_is_refused_under_torch_compile(install, 
 
 def test_under_torch_compile_the_plan_says_what_a_kernel_costs(make, mine):
     job, model = make(str(mine), torch_compile=True)
-    notes = " ".join(plan_all(job, model, CPU)["kernels"].notes)
+    notes = " ".join(Transforms(job).plan(model, CPU)["kernels"].notes)
     assert "may be slower than with use_kernels: false" in notes
 
 
@@ -49,7 +49,7 @@ def test_an_unmarked_layer_of_a_whole_kernel_is_left_out_by_name(make, tmp_path)
     )
     folder = write_kernel(tmp_path / "both", text)
     job, model = make(str(folder), torch_compile=True)
-    plan = plan_all(job, model, CPU)["kernels"]
+    plan = Transforms(job).plan(model, CPU)["kernels"]
     assert not any("norm" in fqn for fqn in plan.changes)
     assert any(note.startswith("left out of both@") and "RMSNorm" in note for note in plan.notes)
     assert any("can_torch_compile" in reason for reason in plan.skipped.values())
@@ -61,26 +61,30 @@ def test_an_unknown_site_is_named_with_those_there_are(make, mine):
 
 
 def plan_with(make):
-    return lambda *args, **keys: plan_all(*make(*args, **keys), CPU)
+    def plan(*args, **keys):
+        job, model = make(*args, **keys)
+        return Transforms(job).plan(model, CPU)
+
+    return plan
 
 
 def test_a_kernel_that_fits_nowhere_is_refused(make, mine):
     message = refusal(plan_with(make), str(mine), kind="gpt2")
-    assert "was asked for and would replace nothing" in message
+    assert "is enabled but would not replace any module" in message
     assert "the model has modules for NewGELU" in message
 
 
 def test_two_kernels_for_one_module_are_refused_by_name(make, mine, silu):
     both = [layers(mine, SwiGLUMLP="SwiGLUMLP"), layers(silu, SwiGLUMLP="Silu")]
     message = refusal(plan_with(make), both)
-    assert "two kernel layers are asked for in model.layers.0.mlp" in message
+    assert "two kernel layers are named for model.layers.0.mlp" in message
     assert "mine@" in message and "act@" in message
 
 
 def test_an_activation_inside_an_mlp_that_is_replaced_has_two_owners(make, mine, silu):
     both = [layers(mine, SwiGLUMLP="SwiGLUMLP"), layers(silu, SiLU="Silu")]
-    assert "two kernel layers are asked for" in refusal(plan_with(make), both)
-    assert "two kernel layers are asked for" in refusal(plan_with(make), both[::-1])
+    assert "two kernel layers are named for" in refusal(plan_with(make), both)
+    assert "two kernel layers are named for" in refusal(plan_with(make), both[::-1])
 
 
 def test_a_missing_folder_and_a_missing_build_are_refused_before_a_worker(make, tmp_path):
@@ -94,21 +98,21 @@ def test_a_missing_folder_and_a_missing_build_are_refused_before_a_worker(make, 
 def test_a_plan_made_without_the_gpu_shows_what_a_run_there_would_do(make, tmp_path):
     folder = write_kernel(tmp_path / "gpu", variant="torch-cuda")
     job, model = make(layers(folder, RMSNorm="RMSNorm"))
-    plan = plan_all(job, model, CPU)["kernels"]
+    plan = Transforms(job).plan(model, CPU)["kernels"]
     assert len(plan.changes) == 5
     assert any("a run here would be refused" in note for note in plan.notes)
-    assert "has no build for PyTorch" in refusal(fetch_all, job, CPU, print)
-    fetch_all(job, GPU, print)
-    assert not any("refused" in note for note in plan_all(job, model, GPU)["kernels"].notes)
+    assert "has no build for PyTorch" in refusal(Transforms(job).fetch, CPU, print)
+    Transforms(job).fetch(GPU, print)
+    assert not any("refused" in note for note in Transforms(job).plan(model, GPU)["kernels"].notes)
 
 
 def test_a_folder_that_changed_since_the_run_began_is_told_and_not_taken(make, mine):
     job, model = make(layers(mine, RMSNorm="RMSNorm"))
-    fetch_all(job, CPU, print)
-    before = plan_all(job, model, CPU)["kernels"]
+    Transforms(job).fetch(CPU, print)
+    before = Transforms(job).plan(model, CPU)["kernels"]
     file = mine / "build" / "torch-cpu" / "layers.py"
     file.write_text(file.read_text() + "\nCHANGED = True\n")
-    plan = plan_all(job, model, CPU)["kernels"]
+    plan = Transforms(job).plan(model, CPU)["kernels"]
     assert plan.changes == before.changes
     assert any("has changed since this run began" in note for note in plan.notes)
 
@@ -149,17 +153,18 @@ def test_what_is_no_file_in_a_build_is_refused_by_its_path(make, tmp_path, kind)
         "pipe": lambda: os.mkfifo(odd),
     }[kind]()
     message = refusal(plan_with(make), str(folder))
-    assert "holds what is no file" in message and str(odd) in message
+    assert "has an entry that is no file" in message and str(odd) in message
 
 
 def test_alone_it_is_ligers_norm_on_a_gpu_and_says_why_it_is_nothing_elsewhere(make):
     job, model = make()
-    plan = plan_all(job, model, CPU)["kernels"]
+    plan = Transforms(job).plan(model, CPU)["kernels"]
     assert not plan.changes and "needs a GPU" in plan.notes[0]
     compiled, model = make(torch_compile=True)
-    plan = plan_all(compiled, model, GPU)["kernels"]
-    assert not plan.changes and "not made to be compiled" in plan.notes[0]
-    message = refusal(plan_all, *make(), GPU)
+    plan = Transforms(compiled).plan(model, GPU)["kernels"]
+    assert not plan.changes and "cannot be compiled" in plan.notes[0]
+    job, model = make()
+    message = refusal(Transforms(job).plan, model, GPU)
     assert "kernels-community/liger-kernels cannot be read from the Hub" in message
 
 

@@ -14,12 +14,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from raytrain_adv import hardware
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.kernels import lock as locks
-from raytrain_adv.kernels.layers import read_layers
+from raytrain_adv.kernels.select import read_layers
 from raytrain_adv.kernels.swap import own_forward
 from raytrain_adv.report.record import TransformReport
 from raytrain_adv.run.run import Run, SilentReporter
 from raytrain_adv.storage.storage import Storage
-from raytrain_adv.transforms.applied import fetch_all, install_all, plan_all, prepare_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.hub_kernels import HubKernels, own_lock
 from raytrain_adv.transforms.transform import Change, Plan
 from raytrain_adv.worker.install import require_alike
@@ -48,7 +48,7 @@ def test_a_right_kernel_is_planned_swapped_and_reported_per_site(install, mine):
     assert trial["num_modules"] == 5 and trial["dtype"] == "float32"
     assert 0 <= trial["value_error"] < 1e-6 and 0 <= trial["gradient_error"] < 1e-6
     assert any("tried out in LlamaRMSNorm on cpu in float32" in note for note in report.notes)
-    assert report.skipped_reasons["no kernel that is asked for is for SwiGLUMLP"] == 2
+    assert report.skipped_reasons["no enabled kernel is for SwiGLUMLP"] == 2
     json.dumps(report.model_dump(mode="json"))
 
 
@@ -147,13 +147,13 @@ def test_a_bare_activation_may_be_named_by_itself(install, silu):
         ("ForwardOnly", ("has no gradient", "cut the gradient of its input and of weight")),
         ("SaysForwardOnly", ("cannot be used here", "has_backward = False")),
         ("WrongGradient", ("does not compute what LlamaRMSNorm does", "the gradient of weight")),
-        ("WrongValue", ("does not compute what LlamaRMSNorm does", "values are off")),
+        ("WrongValue", ("does not compute what LlamaRMSNorm does", "the values off by")),
         ("WrongWhenLong", ("does not compute what LlamaRMSNorm does", "in float32, 1008 rows")),
         ("OtherDtype", ("does not compute what LlamaRMSNorm does", "it returns float64")),
-        ("WritesOver", ("WritesOver writes over what it is given", "its input or its param")),
-        ("Crashes", ("fails where it is to replace LlamaRMSNorm", "no such tile")),
+        ("WritesOver", ("WritesOver overwrites its arguments", "its input or its param")),
+        ("Crashes", ("fails as a replacement of LlamaRMSNorm", "no such tile")),
         ("Stateful", ("cannot be used here", "constructor")),
-        ("TwoArguments", ("fails where it is to replace LlamaRMSNorm", "missing 1 required")),
+        ("TwoArguments", ("fails as a replacement of LlamaRMSNorm", "missing 1 required")),
         ("Misspelt", ("has no layer Misspelt", "RMSNorm")),
     ],
 )
@@ -177,7 +177,7 @@ def test_what_cannot_be_tried_out_is_not_used(install, mine, kind):
 def test_a_kernel_that_passes_linears_by_is_refused(install, mine):
     message = refusal(install, layers(mine, LlamaMLP="Bypass"))
     assert "does not call down_proj, gate_proj, up_proj of LlamaMLP" in message
-    assert "FP8, QAT and adapters" in message
+    assert "turns off what other features put on" in message
 
 
 @pytest.mark.parametrize("keys", [{}, FP8, {"finetuning_type": "lora"}])
@@ -224,11 +224,11 @@ def test_norms_of_other_sizes_are_tried_out_by_themselves(install, mine):
 
 def test_files_that_changed_after_they_were_fetched_are_refused(make, mine):
     job, model = make(layers(mine, RMSNorm="RMSNorm"))
-    fetch_all(job, CPU, print)
-    plans = prepare_all(job, model, CPU)
+    Transforms(job).fetch(CPU, print)
+    plans = Transforms(job).prepare(model, CPU)
     (copied,) = own_lock(job).parent.glob("kernels/mine-*/torch-cpu/layers.py")
     copied.write_text(copied.read_text() + "\nEVIL = 1\n")
-    message = refusal(install_all, job, model, plans, torch.device("cpu"), torch.float32)
+    message = refusal(Transforms(job).install, model, plans, torch.device("cpu"), torch.float32)
     assert "are not those in" in message and "layers.py: sha256" in message
 
 
@@ -246,21 +246,21 @@ def test_files_that_changed_after_they_were_fetched_are_refused(make, mine):
 def test_a_lock_file_that_leads_out_of_its_folder_is_refused(make, mine, key, value):
     """The files of a kernel are written to where it says."""
     job, model = make(layers(mine, RMSNorm="RMSNorm"))
-    fetch_all(job, CPU, print)
+    Transforms(job).fetch(CPU, print)
     file = own_lock(job)
     lock = json.loads(file.read_text())
     lock["kernels"][0][key] = value
     file.write_text(json.dumps(lock))
-    message = refusal(plan_all, job, model, CPU)
+    message = refusal(Transforms(job).plan, model, CPU)
     assert "is not a lock file of this version" in message and f"kernels.0.{key}" in message
 
 
 def test_workers_load_from_output_dir_when_the_folder_is_gone(make, mine):
     job, model = make(layers(mine, RMSNorm="RMSNorm"))
-    fetch_all(job, CPU, print)
+    Transforms(job).fetch(CPU, print)
     mine.rename(mine.with_name("moved"))
-    plans = prepare_all(job, model, CPU)
-    plan = install_all(job, model, plans, torch.device("cpu"), torch.float32)["kernels"]
+    plans = Transforms(job).prepare(model, CPU)
+    plan = Transforms(job).install(model, plans, torch.device("cpu"), torch.float32)["kernels"]
     assert len(plan.changes) == 5
 
 
@@ -277,7 +277,7 @@ def test_the_worked_example_computes_and_learns_as_the_model_does(install, make)
 def test_the_examples_build_for_gpus_is_planned_where_triton_does_not_run(make):
     assert read_layers(EXAMPLE / "torch-cuda") == read_layers(EXAMPLE / "torch-cpu")
     job, model = make(str(EXAMPLE), torch_compile=True)
-    plan = plan_all(job, model, GPU)["kernels"]
+    plan = Transforms(job).plan(model, GPU)["kernels"]
     assert len(plan.changes) == 7
     assert plan.details["kernels"][0]["variant"] == "torch-cuda"
 
@@ -299,7 +299,7 @@ def compare(folder, *names):
 def test_ranks_that_would_compute_by_other_kernels_stop_together(tmp_path):
     for same, own in run_ranks(compare, 2, tmp_path, str(tmp_path), "same", "own"):
         assert same == ""
-        assert "Workers would not compute alike" in own
+        assert "Workers would compute differently" in own
 
 
 class Forgets(HubKernels):
@@ -328,13 +328,13 @@ class DoesMore(HubKernels):
 )
 def test_forward_passes_that_differ_from_the_plan_stop_the_run(make, mine, kind, says):
     job, model = make(layers(mine, RMSNorm="RMSNorm"))
-    fetch_all(job, CPU, print)
-    plans = prepare_all(job, model, CPU)
+    Transforms(job).fetch(CPU, print)
+    plans = Transforms(job).prepare(model, CPU)
     keys = job.transform(HubKernels)
     others = tuple(
         kind(**keys.model_dump(exclude_unset=True)) if t is keys else t for t in job.transforms
     )
     with pytest.raises(TrainingError, match=says):
-        install_all(
-            replace(job, transforms=others), model, plans, torch.device("cpu"), torch.float32
+        Transforms(replace(job, transforms=others)).install(
+            model, plans, torch.device("cpu"), torch.float32
         )

@@ -3,6 +3,7 @@
 import sys
 import types
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.ops import liger_layers
 from raytrain_adv.transforms import Change, Plan
-from raytrain_adv.transforms.applied import fetch_all, plan_all, prepare_all
-from raytrain_adv.transforms.liger import Liger, _globals_kept
+from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.transforms.liger import Liger, _globals_kept, require_operators
 from tests.kernel_folders import ACTIVATION, write_kernel
 from tests.tiny_models import KINDS, SIZES, job_for
 
@@ -41,7 +42,7 @@ def model_of(kind, tmp_path, **keys):
 )
 def test_true_takes_the_norms_and_mlps_that_liger_has_for_the_model(kind, expected, tmp_path):
     job, model = model_of(kind, tmp_path, use_liger_kernel=True)
-    plan = prepare_all(job, model)["liger"]
+    plan = Transforms(job).prepare(model)["liger"]
     ends = (change.after.partition(" with Liger's ")[2] for change in plan.changes.values())
     assert Counter(ends) == expected
     for fqn in plan.changes:
@@ -52,24 +53,22 @@ def test_true_takes_the_norms_and_mlps_that_liger_has_for_the_model(kind, expect
 def test_compiled_all_that_true_takes_is_known_not_to_write_over_weights(kind, tmp_path):
     """torch.compile does not see what Liger's kernels write to."""
     job, model = model_of(kind, tmp_path, use_liger_kernel=True, torch_compile=True)
-    plan = prepare_all(job, model)["liger"]
-    device = torch.device("cuda")
-    assert job.transform(Liger).install(model, plan, job, device, torch.bfloat16) is plan
+    plan = Transforms(job).prepare(model)["liger"]
+    require_operators(model, plan)
     norm = model.model.norm.forward.__func__
     assert norm.__globals__["LigerRMSNormFunction"] is liger_layers.RMSNormFunction
 
 
 def test_compiled_a_layer_that_is_not_known_is_refused(tmp_path):
     """Mixtral's experts; its norms alone are fine."""
-    cuda, bf16 = torch.device("cuda"), torch.bfloat16
     job, model = model_of("mixtral", tmp_path, use_liger_kernel=True, torch_compile=True)
-    plan = prepare_all(job, model)["liger"]
+    plan = Transforms(job).prepare(model)["liger"]
     with pytest.raises(JobError, match=r"may compile Liger.s Liger\w+ wrongly"):
-        job.transform(Liger).install(model, plan, job, cuda, bf16)
+        require_operators(model, plan)
     norms = {"use_liger_kernel": {"rms_norm": True}, "torch_compile": True}
     job, model = model_of("mixtral", tmp_path / "norms", **norms)
-    plan = prepare_all(job, model)["liger"]
-    assert job.transform(Liger).install(model, plan, job, cuda, bf16) is plan
+    plan = Transforms(job).prepare(model)["liger"]
+    require_operators(model, plan)
 
 
 def test_other_models_of_the_process_stay_as_they_are(tmp_path):
@@ -80,7 +79,7 @@ def test_other_models_of_the_process_stay_as_they_are(tmp_path):
     forward = modeling_llama.LlamaForCausalLM.forward
     every = {"rms_norm": True, "swiglu": True, "rope": True}
     job, model = model_of("llama", tmp_path, use_liger_kernel=every, loss_kernel="torch")
-    prepare_all(job, model)
+    Transforms(job).prepare(model)
     assert [getattr(modeling_llama, name) for name in names] == before
     assert modeling_llama.LlamaForCausalLM.forward is forward and "forward" not in vars(model)
     _, other = model_of("llama", tmp_path)
@@ -91,22 +90,22 @@ def test_true_leaves_to_kernels_what_they_compute_and_a_mapping_does_not(tmp_pat
     """So the documented combination of both holds as it is written."""
     keys = {"use_kernels": True, "kernel_name": str(write_kernel(tmp_path / "a", ACTIVATION))}
     job, model = model_of("llama", tmp_path, use_liger_kernel=True, **keys)
-    fetch_all(job, NODE, print)
-    plan = prepare_all(job, model, NODE)["liger"]
+    Transforms(job).fetch(NODE, print)
+    plan = Transforms(job).prepare(model, NODE)["liger"]
     assert len(plan.changes) == 5 and all("norm" in fqn for fqn in plan.changes)
     assert set(plan.skipped.values()) == {"computed by kernels"} and len(plan.skipped) == 2
     assert "forward" not in vars(model.model.layers[0].mlp)
     named = {"rms_norm": True, "swiglu": True}
     job, model = model_of("llama", tmp_path / "b", use_liger_kernel=named, **keys)
-    fetch_all(job, NODE, print)
+    Transforms(job).fetch(NODE, print)
     with pytest.raises(JobError, match="would both change the same modules"):
-        prepare_all(job, model, NODE)
+        Transforms(job).prepare(model, NODE)
 
 
 def test_the_plan_changes_nothing_and_a_mapping_takes_what_it_names(tmp_path):
     layers = {"rms_norm": False, "swiglu": True, "rope": False}
     job, model = model_of("llama", tmp_path, use_liger_kernel=layers)
-    changes = plan_all(job, model)["liger"].changes
+    changes = Transforms(job).plan(model)["liger"].changes
     assert list(changes) == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert not any("forward" in vars(m) for m in model.modules())
 
@@ -127,7 +126,7 @@ def test_rope_is_each_attentions_own_and_computes_by_ligers_function(tmp_path, m
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).eval()
     ids = torch.arange(20)[None]
     expected = model(input_ids=ids).logits
-    assert set(prepare_all(job, model)["liger"].changes) == {
+    assert set(Transforms(job).prepare(model)["liger"].changes) == {
         "model.layers.0.self_attn",
         "model.layers.1.self_attn",
     }
@@ -141,13 +140,13 @@ def test_rope_is_each_attentions_own_and_computes_by_ligers_function(tmp_path, m
 def test_a_model_that_liger_does_not_know_is_an_error(tmp_path):
     job, model = model_of("cohere", tmp_path, use_liger_kernel=True)
     with pytest.raises(JobError, match="no kernels for this model: cohere"):
-        plan_all(job, model)
+        Transforms(job).plan(model)
 
 
 def test_a_layer_asked_for_that_the_model_lacks_is_an_error(tmp_path):
     job, model = model_of("gemma2", tmp_path, use_liger_kernel={"rms_norm": True, "swiglu": True})
     with pytest.raises(JobError, match="swiglu: true changes nothing in this model"):
-        plan_all(job, model)
+        Transforms(job).plan(model)
 
 
 def test_names_that_liger_lacks_and_its_losses_are_refused_by_name(job_file):
@@ -170,7 +169,7 @@ def test_a_run_on_cpus_is_refused_when_the_file_is_read(job_file):
 
 def test_a_node_without_a_gpu_or_without_the_package_is_refused():
     liger = Liger(use_liger_kernel=True)
-    with pytest.raises(ClusterError, match="needs the package liger-kernel"):
+    with pytest.raises(ClusterError, match="needs liger-kernel"):
         liger.check(NODE)
     there = {**NODE.as_dict(), "versions": {"liger-kernel": "0.8.5"}}
     with pytest.raises(ClusterError, match="run on GPUs only"):
@@ -184,11 +183,12 @@ def test_a_mapping_that_turns_nothing_on_is_one_problem(job_file, given):
         load(job_file(use_liger_kernel=given))
 
 
-def test_compiling_as_well_is_advised_against(job_file):
-    job = load(job_file(use_liger_kernel=True, torch_compile=True))
-    (sentence,) = job.transform(Liger).advice(job, 8192)
+def test_compiling_as_well_is_advised_against(tmp_path):
+    job, model = model_of("llama", tmp_path, use_liger_kernel=True, torch_compile=True)
+    (sentence,) = Transforms(job).plan(model)["liger"].notes
     assert "can be slower than with torch_compile alone" in sentence
-    assert job.transform(Liger).advice(load(job_file()), 8192) == ()
+    job, model = model_of("llama", tmp_path, use_liger_kernel=True)
+    assert Transforms(job).plan(model)["liger"].notes == ()
 
 
 class Mlp(nn.Module):
@@ -226,7 +226,9 @@ def probed(forward):
     model = nn.Sequential(Mlp())
     model[0].forward = types.MethodType(forward, model[0])
     plan = Plan("liger", {"0": Change("Mlp", f"Mlp with {forward.__name__}")})
-    return Liger(use_liger_kernel=True).probe(model, plan, torch.device("cpu"), torch.float32)
+    job = SimpleNamespace(parallel=SimpleNamespace(torch_compile=False))
+    liger = Liger(use_liger_kernel=True)
+    return liger.install(model, plan, job, torch.device("cpu"), torch.float32).notes
 
 
 def test_the_probe_passes_what_computes_the_same():
@@ -268,7 +270,7 @@ def test_rope_is_found_by_every_layer_that_torch_compile_breaks_in_two(tmp_path,
     job, _ = model_of("llama", tmp_path, use_liger_kernel={"rope": True})
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).eval()
     plain, ids = AutoModelForCausalLM.from_config(model.config).eval(), torch.arange(20)[None]
-    prepare_all(job, model)
+    Transforms(job).prepare(model)
     for one in (model, plain):
         expected = one(input_ids=ids).logits
         calls.clear()
@@ -301,14 +303,14 @@ def test_rope_is_tried_out_in_an_attention_of_its_own(kind, tmp_path, monkeypatc
     for by, wrong in ((1.0, None), (-1.0, "does not compute what")):
         monkeypatch.setattr(rope, "liger_rotary_pos_emb", turned(by))
         job, model = model_of(kind, tmp_path, use_liger_kernel={"rope": True})
-        plan = prepare_all(job, model)["liger"]
-        arguments = model, plan, torch.device("cpu"), torch.float32
+        plan = Transforms(job).prepare(model)["liger"]
+        arguments = model, {"liger": plan}, torch.device("cpu"), torch.float32
         if wrong is None:
-            (sentence,) = job.transform(Liger).probe(*arguments)
+            (sentence,) = Transforms(job).install(*arguments)["liger"].notes
             assert "tried out in" in sentence and sentence.endswith("in 2 modules")
         else:
             with pytest.raises(JobError, match=wrong):
-                job.transform(Liger).probe(*arguments)
+                Transforms(job).install(*arguments)
 
 
 def test_what_an_error_interrupts_is_put_back_too(tmp_path):

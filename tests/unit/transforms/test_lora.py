@@ -18,7 +18,7 @@ from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model import parallel
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
-from raytrain_adv.transforms.applied import enabled, plan_all, prepare_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from tests.ranks import run_ranks
 from tests.tiny_models import job_for, write_checkpoint
@@ -36,12 +36,11 @@ def lora_job(folder: Path, place: Path, **keys: Any) -> JobConfig:
 
 def adapted(job: JobConfig, seed: int = 3) -> PreTrainedModel:
     model = build(job)
-    prepare_all(job, model, hardware.detect(CPU))
+    plans = Transforms(job).prepare(model, hardware.detect(CPU))
     parallel.shard(model, job, parallel.build_mesh(job, CPU))
     materialize(model, CPU)
     load_pretrained(model, job, CPU)
-    for transform in enabled(job):
-        transform.initialize(model, seed)
+    Transforms(job).initialize(model, plans, seed)
     return model
 
 
@@ -68,7 +67,7 @@ def adapters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def test_all_means_every_linear_but_the_head(tmp_path: Path) -> None:
     job = lora_job(write_checkpoint("llama", tmp_path / "m"), tmp_path)
-    plan = plan_all(job, build(job))["lora"]
+    plan = Transforms(job).plan(build(job))["lora"]
     assert len(plan.changes) == 14
     assert plan.skipped == {"lm_head": "the language-model head"}
     change = plan.changes["model.layers.0.self_attn.q_proj"]
@@ -78,13 +77,13 @@ def test_all_means_every_linear_but_the_head(tmp_path: Path) -> None:
 def test_what_is_named_beside_all_is_not_left_out(tmp_path: Path) -> None:
     folder = write_checkpoint("llama", tmp_path / "m")
     job = lora_job(folder, tmp_path, lora_target="all,lm_head")
-    plan = plan_all(job, build(job))["lora"]
+    plan = Transforms(job).plan(build(job))["lora"]
     assert "lm_head" in plan.changes and len(plan.changes) == 15 and not plan.skipped
 
 
 def test_routers_and_stacked_experts_get_no_adapters_and_the_plan_says_so(tmp_path: Path) -> None:
     job = lora_job(write_checkpoint("qwen2_moe", tmp_path / "m"), tmp_path)
-    plan = plan_all(job, build(job))["lora"]
+    plan = Transforms(job).plan(build(job))["lora"]
     assert plan.skipped["model.layers.0.mlp.shared_expert_gate"] == "it routes tokens to experts"
     assert not any("gate" in fqn.split(".") for fqn in plan.changes)
     assert any("stacked tensors" in note for note in plan.notes)
@@ -95,7 +94,7 @@ def test_the_noted_number_of_parameters_is_the_models(tmp_path: Path) -> None:
     for form in FORMS:
         job = lora_job(folder, tmp_path, **form)
         model = build(job)
-        note = prepare_all(job, model)["lora"].notes[0]
+        note = Transforms(job).prepare(model)["lora"].notes[0]
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert note.startswith(f"{trainable:,} trainable parameters")
 
@@ -103,7 +102,7 @@ def test_the_noted_number_of_parameters_is_the_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["q_proj,v_proj", ["q_proj", "v_proj"]])
 def test_named_targets_and_no_others_are_adapted(target: Any, tmp_path: Path) -> None:
     job = lora_job(write_checkpoint("llama", tmp_path / "m"), tmp_path, lora_target=target)
-    plan = plan_all(job, build(job))["lora"]
+    plan = Transforms(job).plan(build(job))["lora"]
     assert sorted({fqn.rpartition(".")[2] for fqn in plan.changes}) == ["q_proj", "v_proj"]
     assert plan.skipped["model.layers.0.mlp.up_proj"] == "not in lora_target"
 
@@ -111,7 +110,7 @@ def test_named_targets_and_no_others_are_adapted(target: Any, tmp_path: Path) ->
 def test_a_whole_name_adapts_one_module(tmp_path: Path) -> None:
     target = "model.layers.1.self_attn.q_proj"
     job = lora_job(write_checkpoint("llama", tmp_path / "m"), tmp_path, lora_target=target)
-    assert list(prepare_all(job, build(job))["lora"].changes) == [target]
+    assert list(Transforms(job).prepare(build(job))["lora"].changes) == [target]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_a_target_that_matches_no_linear_is_refused(
 ) -> None:
     job = lora_job(write_checkpoint("llama", tmp_path / "m"), tmp_path, lora_target=target)
     with pytest.raises(JobError) as caught:
-        plan_all(job, build(job))
+        Transforms(job).plan(build(job))
     assert words in str(caught.value)
 
 
@@ -135,7 +134,7 @@ def test_a_tied_head_is_refused_as_a_target(tmp_path: Path) -> None:
     folder = write_checkpoint("llama-tied", tmp_path / "m")
     job = lora_job(folder, tmp_path, lora_target="q_proj,lm_head")
     with pytest.raises(JobError, match="also the input embedding"):
-        plan_all(job, build(job))
+        Transforms(job).plan(build(job))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2_moe"])
@@ -145,7 +144,7 @@ def test_the_base_is_frozen_bfloat16_and_the_adapters_train_in_float32(
     job = lora_job(write_checkpoint(kind, tmp_path / "m"), tmp_path, use_dora=True)
     model = build(job)
     names = set(model.state_dict())
-    prepare_all(job, model)
+    Transforms(job).prepare(model)
     for name, parameter in model.named_parameters():
         of_base = plain_name(name) in names
         assert parameter.requires_grad != of_base

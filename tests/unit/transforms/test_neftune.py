@@ -8,7 +8,7 @@ import torch
 from raytrain_adv import hardware
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.build import build
-from raytrain_adv.transforms.applied import prepare_all, probe_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.neftune import Neftune, Noise, noise_of
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -59,14 +59,14 @@ def test_drawing_noise_leaves_the_global_random_state_alone():
 def test_a_model_trains_with_noise_on_its_embeddings_and_evaluates_without(tmp_path, kind):
     job = job_with(tmp_path, kind)
     model = build(job)
-    plans = prepare_all(job, model, CPU)
+    plans = Transforms(job).prepare(model, CPU)
     (fqn,) = plans["neftune"].changes
     model.to_empty(device="cpu")
     torch.nn.init.normal_(model.get_input_embeddings().weight)
     for buffer in model.buffers():  # gemma's has a scale
         buffer.fill_(1)
     neftune = job.transform(Neftune)
-    neftune.initialize(model, 7)
+    neftune.initialize(model, plans["neftune"], 7)
     neftune.begin_batch(model, 0, 0, ((6,),))
     ids = torch.arange(8).view(1, 8)
     embedding = model.get_submodule(fqn)
@@ -80,7 +80,9 @@ def test_a_model_trains_with_noise_on_its_embeddings_and_evaluates_without(tmp_p
 def test_what_was_measured_before_training_is_told(tmp_path):
     job = job_with(tmp_path)
     model = build(job)
-    plans = probe_all(job, model, prepare_all(job, model, CPU), DEVICE, torch.bfloat16)
+    plans = Transforms(job).install(
+        model, Transforms(job).prepare(model, CPU), DEVICE, torch.bfloat16
+    )
     assert "5 / sqrt(24 x 32) is 0.1804; root mean square 0.5" in plans["neftune"].notes[-1]
 
 
@@ -95,10 +97,10 @@ class Wrong(Noise):
 def test_noise_of_another_size_or_on_padding_stops_the_job(tmp_path):
     job = job_with(tmp_path)
     model = build(job)
-    plans = prepare_all(job, model, CPU)
+    plans = Transforms(job).prepare(model, CPU)
     noise_of(model.model.embed_tokens).__class__ = Wrong
-    with pytest.raises(TrainingError, match="not what it should be") as caught:
-        probe_all(job, model, plans, DEVICE, FLOAT32)
+    with pytest.raises(TrainingError, match="The noise of NEFTune is wrong") as caught:
+        Transforms(job).install(model, plans, DEVICE, FLOAT32)
     assert "padding has noise" in caught.value.found
     assert "another one when it is made again" in caught.value.found
     assert "root mean square" in caught.value.found
@@ -107,7 +109,7 @@ def test_noise_of_another_size_or_on_padding_stops_the_job(tmp_path):
 def test_a_batch_it_was_not_told_of_is_refused(tmp_path):
     job = job_with(tmp_path)
     model = build(job)
-    prepare_all(job, model, CPU)
+    Transforms(job).prepare(model, CPU)
     model.to_empty(device="cpu")
     with pytest.raises(TrainingError, match="another batch"):
         model.model.embed_tokens(torch.zeros(2, 4, dtype=torch.int64))

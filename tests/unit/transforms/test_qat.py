@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from raytrain_adv import hardware
-from raytrain_adv.driver.training.twin import twins
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.export.verify import why_not_exact
 from raytrain_adv.model.build import build
-from raytrain_adv.transforms.applied import plan_all, prepare_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.fp8 import Fp8
 from raytrain_adv.transforms.qat import EMBEDDING, LINEAR, LINEAR_IN_FLOAT8, Qat, rounding
 from tests.tiny_models import job_for, write_checkpoint
@@ -25,7 +24,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96}
 def planned(tmp_path, kind="llama", shapes=WIDE, **keys):
     folder = write_checkpoint(kind, tmp_path / "model", **shapes)
     job = job_for(folder, tmp_path, **{**KEYS, **keys})
-    return job, build(job), lambda: plan_all(job, build(job), CPU)["qat"]
+    return job, build(job), lambda: Transforms(job).plan(build(job), CPU)["qat"]
 
 
 def refusal(tmp_path, **keys):
@@ -46,7 +45,7 @@ def test_linears_and_the_embedding_are_planned_and_the_head_stays(tmp_path):
 def test_what_is_planned_owns_the_same_parameters(tmp_path):
     job, model, _ = planned(tmp_path)
     before = dict(model.named_parameters())
-    prepare_all(job, model, CPU)
+    Transforms(job).prepare(model, CPU)
     assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in before.items()}
 
 
@@ -56,9 +55,9 @@ def test_what_is_planned_owns_the_same_parameters(tmp_path):
 )
 def test_rounding_begins_exactly_with_step_n(tmp_path, step, delay, on):
     job, model, _ = planned(tmp_path, fake_quant_after_n_steps=delay)
-    prepare_all(job, model, CPU)
+    Transforms(job).prepare(model, CPU)
     qat = job.transform(Qat)
-    qat.begin_step(model, step)
+    Transforms(job).begin_step(model, step)
     assert {module.rounds for module in rounding(model)} == {on}
     assert qat.is_on(step) is on
 
@@ -67,7 +66,7 @@ def test_rounding_begins_exactly_with_step_n(tmp_path, step, delay, on):
 def test_each_layer_computes_unrounded_before_step_n_and_rounded_from_it_on(tmp_path, kind):
     """By what it returns: the loss alone would not tell of an embedding that never switches."""
     job, model, _ = planned(tmp_path, fake_quant_after_n_steps=3)
-    prepare_all(job, model, CPU)
+    Transforms(job).prepare(model, CPU)
     model.to_empty(device="cpu").to(torch.float32)
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -80,7 +79,7 @@ def test_each_layer_computes_unrounded_before_step_n_and_rounded_from_it_on(tmp_
         plain = torch.nn.functional.linear(x, layer.weight)
     found = []
     for step in (0, 2, 3, 4):
-        job.transform(Qat).begin_step(model, step)
+        Transforms(job).begin_step(model, step)
         found.append(layer(x))
     assert torch.equal(found[0], plain) and torch.equal(found[1], plain)
     assert not torch.equal(found[2], plain) and torch.equal(found[2], found[3])
@@ -133,7 +132,7 @@ def test_what_cannot_be_served_is_refused_with_what_can(tmp_path, keys, said):
 def test_a_run_that_never_switches_is_its_own_twin(tmp_path):
     keys = {**KEYS, "compare": True, "val_size": 8, "fake_quant_after_n_steps": "never"}
     job = job_for(tmp_path, tmp_path, **keys)
-    assert list(twins(job)) == []
+    assert list(Transforms(job).twins()) == []
     assert any("the run is its own twin" in note for note in job.notes)
 
 
@@ -161,7 +160,7 @@ def test_an_exclude_that_matches_nothing_is_an_error(tmp_path):
 def test_the_bf16_twin_is_without_fp8_too(tmp_path):
     keys = {"fp8": True, "bf16": True, "fp8_min_features": 0, "compare": True, "val_size": 8}
     job, _, _ = planned(tmp_path, **keys, qat_weight_dtype="int4")
-    (twin,) = twins(job)
+    (twin,) = Transforms(job).twins()
     assert not twin.transform(Fp8).enabled and not twin.transform(Qat).enabled
     assert job.transform(Fp8).enabled
 
@@ -181,17 +180,16 @@ def test_converted_models_are_held_to_trained_ones_bit_for_bit_beside(tmp_path, 
 
 
 def test_a_run_that_exports_nothing_says_what_is_not_compared(tmp_path):
-    job, _, _ = planned(tmp_path, export_model=False)
-    (said,) = job.transform(Qat).advice(job, 8192)
-    assert "nor held to the trained one" in said
-    exporting, _, _ = planned(tmp_path / "b")
-    assert exporting.transform(Qat).advice(exporting, 8192) == ()
+    _, _, plan = planned(tmp_path, export_model=False)
+    assert "is written or compared with the trained one" in plan().notes[-1]
+    _, _, exporting = planned(tmp_path / "b")
+    assert not any("export_model is false" in note for note in exporting().notes)
 
 
 def test_a_model_of_which_no_linear_would_be_rounded_is_refused(tmp_path):
     """GPT-2's are of a class of their own; its embedding alone is not what was asked for."""
     _, _, plan = planned(tmp_path, kind="gpt2", shapes={})
-    with pytest.raises(JobError, match="would round no linear"):
+    with pytest.raises(JobError, match="would not round any linear"):
         plan()
     _, _, plan = planned(tmp_path / "b", qat_exclude="*proj")
     with pytest.raises(JobError, match="in qat_exclude"):
@@ -201,7 +199,7 @@ def test_a_model_of_which_no_linear_would_be_rounded_is_refused(tmp_path):
 def test_on_an_fp8_linear_the_plan_says_what_is_computed_in_fp8(tmp_path):
     fp8 = {"fp8": True, "bf16": True, "fp8_min_features": 16, "fp8_exclude": "down_proj"}
     job, model, plan = planned(tmp_path, **fp8, qat_weight_dtype="int4")
-    plans = prepare_all(job, model, CPU)
+    plans = Transforms(job).prepare(model, CPU)
     kinds = [change.after for change in plans["qat"].changes.values()]
     assert (kinds.count(LINEAR_IN_FLOAT8), kinds.count(LINEAR), kinds.count(EMBEDDING)) == (
         12,
@@ -238,7 +236,7 @@ def test_dora_reads_weights_past_the_linear_and_is_refused(tmp_path):
 def test_a_tied_embedding_is_rounded_and_the_head_is_not(tmp_path):
     job, model, plan = planned(tmp_path, shapes={**WIDE, "tie_word_embeddings": True})
     assert any("the head tied to the embedding" in note for note in plan().notes)
-    prepare_all(job, model, CPU)
+    Transforms(job).prepare(model, CPU)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert type(model.lm_head) is torch.nn.Linear
 

@@ -9,11 +9,11 @@ from raytrain_adv import hardware
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.estimate import memory
 from raytrain_adv.estimate.flops import training_flops_per_token
-from raytrain_adv.estimate.sizes import GIB
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
-from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear, num_weights, quantized_linears
-from raytrain_adv.transforms.applied import loaded_all, plan_all, prepare_all, probe_all
+from raytrain_adv.ops.bitsandbytes.linear import PackedLinear, num_weights, packed_linears
+from raytrain_adv.text import GIB
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.quantized_base import QuantizedBase
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -30,12 +30,12 @@ def job_of(tmp_path, kind="llama", shapes=WIDE, **keys):
 
 def planned(tmp_path, *args, **keys):
     job = job_of(tmp_path, *args, **keys)
-    return plan_all(job, build(job), CPU)["quantized_base"]
+    return Transforms(job).plan(build(job), CPU)["quantized_base"]
 
 
 def loaded(job):
     model = build(job)
-    plans = prepare_all(job, model, CPU)
+    plans = Transforms(job).prepare(model, CPU)
     materialize(model, DEVICE)
     load_pretrained(model, job, DEVICE)
     return model, plans
@@ -58,7 +58,7 @@ def loaded(job):
         ),
         (
             {"quantization_bit": 8, "quantization_type": "fp4"},
-            "quantization_type and quantization_bit: 8 bits are integers",
+            "quantization_type and quantization_bit: 8 bits are always integers",
         ),
         ({"quantization_bit": 3}, "bitsandbytes has 4 and 8 bits"),
         ({"quantization_method": "gptq"}, "gptq is not in this version"),
@@ -152,17 +152,17 @@ def test_weights_are_quantized_as_they_are_read_and_held_to_the_originals(
 ):
     job = job_of(tmp_path, kind, shapes, **keys)
     model, plans = loaded(job)
-    notes = loaded_all(job, model, plans)["quantized_base"].notes
+    notes = Transforms(job).initialize(model, plans, 0)["quantized_base"].notes
     assert any("from the originals" in note and "what rounding explains" in note for note in notes)
     plain = job_for(tmp_path / "model", tmp_path / "plain", finetuning_type="full", pure_bf16=True)
     reference = build(plain)
     materialize(reference, DEVICE)
     load_pretrained(reference, plain, DEVICE)
-    layers = dict(quantized_linears(model))
+    layers = dict(packed_linears(model))
     assert layers.keys() == plans["quantized_base"].changes.keys()
     for fqn, layer in layers.items():
         original = reference.get_parameter(f"{fqn.removesuffix('.base_layer')}.weight").float()
-        apart = (layer.dequantized().float() - original).norm() / original.norm()
+        apart = (layer.unpacked().float() - original).norm() / original.norm()
         assert float(apart.detach()) < 0.13
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
@@ -171,30 +171,32 @@ def test_weights_are_quantized_as_they_are_read_and_held_to_the_originals(
 def test_a_weight_that_was_not_read_or_would_be_trained_is_noticed(tmp_path):
     job = job_of(tmp_path)
     model, plans = loaded(job)
-    layers = dict(quantized_linears(model))
+    layers = dict(packed_linears(model))
     fqn, layer = next(iter(layers.items()))
     layer.distance[2] = 1.5
     model.get_parameter("lm_head.weight").requires_grad_(True)
-    with pytest.raises(TrainingError, match="not what was asked for") as error:
-        loaded_all(job, model, plans)
+    with pytest.raises(TrainingError, match="differs from the checkpoint") as error:
+        Transforms(job).initialize(model, plans, 0)
     assert f"{fqn}: a weight is 1.5 times as far off" in error.value.found
     assert "lm_head.weight would be trained" in error.value.found
     layer.distance = None
     with pytest.raises(TrainingError, match=f"{fqn} was not read"):
-        loaded_all(job, model, plans)
+        Transforms(job).initialize(model, plans, 0)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_products_are_held_to_bitsandbytes_before_training(tmp_path, monkeypatch, bits):
     job = job_of(tmp_path, quantization_bit=bits)
     model = build(job)
-    plans = prepare_all(job, model, CPU)
-    (note,) = probe_all(job, model, plans, DEVICE, torch.float32)["quantized_base"].notes[-1:]
+    plans = Transforms(job).prepare(model, CPU)
+    (note,) = (
+        Transforms(job).install(model, plans, DEVICE, torch.float32)["quantized_base"].notes[-1:]
+    )
     assert "bit for bit on cpu" in note
-    forward = QuantizedLinear.forward
-    monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: forward(self, x) * 1.001)
-    with pytest.raises(TrainingError, match="does not compute what bitsandbytes' own does"):
-        probe_all(job, model, plans, DEVICE, torch.float32)
+    forward = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: forward(self, x) * 1.001)
+    with pytest.raises(TrainingError, match="and bitsandbytes' own compute different results"):
+        Transforms(job).install(model, plans, DEVICE, torch.float32)
 
 
 def test_memory_flops_and_parameters_know_the_smaller_weights(tmp_path):
@@ -202,8 +204,8 @@ def test_memory_flops_and_parameters_know_the_smaller_weights(tmp_path):
     job = job_of(tmp_path, shapes=shapes)
     plain = job_for(tmp_path / "model", tmp_path / "plain", **{**KEYS, "quantization_bit": None})
     model, base = build(job), build(plain)
-    prepare_all(job, model, CPU)
-    prepare_all(plain, base, CPU)
+    Transforms(job).prepare(model, CPU)
+    Transforms(plain).prepare(base, CPU)
     assert num_weights(model) == num_weights(base)
     assert training_flops_per_token(model, 64) == training_flops_per_token(base, 64)
     ours, theirs = (
@@ -212,7 +214,7 @@ def test_memory_flops_and_parameters_know_the_smaller_weights(tmp_path):
     )
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     assert ours.parameters == held / 2 / GIB
-    linears = sum(m.in_features * m.out_features for _, m in quantized_linears(model))
+    linears = sum(m.in_features * m.out_features for _, m in packed_linears(model))
     saved = (theirs.parameters - ours.parameters) * 2 * GIB
     assert saved == pytest.approx(linears * (16 - 4.13) / 8, rel=5e-3)
     assert ours.gathered < theirs.gathered

@@ -30,7 +30,6 @@ def test_the_first_steps_compilation_is_in_no_rate(meter):
     """It was in the mean of the first logged steps, and so in a short run's median."""
     made, clock, run = meter
     for step, seconds in enumerate([30.0] + [1.0] * 9):
-        made.begin(step)
         clock.now += seconds
         made.end(100, torch.tensor(1.0))
         if step == 0:
@@ -46,7 +45,6 @@ def test_the_first_steps_compilation_is_in_no_rate(meter):
 
 def test_a_row_of_the_first_step_alone_is_of_its_own_time(meter):
     made, clock, _ = meter
-    made.begin(0)
     clock.now += 30.0
     made.end(100, torch.tensor(1.0))
     made.first_step_done()
@@ -61,7 +59,6 @@ def test_a_row_of_the_first_step_alone_is_of_its_own_time(meter):
 
 def test_an_evaluation_before_the_first_step_is_not_in_its_time(meter):
     made, clock, run = meter
-    made.begin(0)
     clock.now += 7.0
     made.paused_s += 5.0
     made.end(100, torch.tensor(1.0))

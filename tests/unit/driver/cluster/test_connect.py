@@ -1,4 +1,4 @@
-"""What a cluster can hold, as values: no Ray is started."""
+"""Connecting to Ray, and counting its nodes, without starting Ray."""
 
 import json
 import os
@@ -11,39 +11,40 @@ import ray
 from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-from raytrain_adv.driver.cluster import waiting
-from raytrain_adv.driver.cluster.connect import Node, connect, require_answer, still_to_start
+from raytrain_adv.driver.cluster import nodes
+from raytrain_adv.driver.cluster.connect import connect, require_answer
+from raytrain_adv.driver.cluster.nodes import Node, startable_nodes
 from raytrain_adv.errors import ClusterError, JobError, Stopped
 
 CPU2 = {"CPU": 2.0}
 
 
 def test_nodes_that_run_are_not_counted_again_among_those_an_autoscaler_may_start():
-    """A job for twice the largest cluster would wait for ever."""
+    """A job for twice the largest cluster would wait forever."""
     kinds = [Node("autoscaled big", CPU2, 3, "big"), Node("autoscaled one", CPU2, 1, "one")]
     alive = [Node("10.0.0.1", CPU2), Node("10.0.0.2", CPU2, group="one")]
-    assert still_to_start(kinds, alive) == kinds[:1]
+    assert startable_nodes(kinds, alive) == kinds[:1]
     alive += [Node("10.0.0.3", CPU2, group="big")]
-    assert [kind.count for kind in still_to_start(kinds, alive)] == [2]
+    assert [kind.count for kind in startable_nodes(kinds, alive)] == [2]
 
 
-def test_a_cluster_that_does_not_answer_is_said_at_once():
+def test_a_cluster_that_does_not_answer_is_refused_at_once():
     """Ray itself would try for minutes."""
     start = time.monotonic()
-    with socket.socket() as held:  # nobody listens on it, nor can begin to
-        held.bind(("127.0.0.1", 0))
-        nobodys = f"127.0.0.1:{held.getsockname()[1]}"
-        for address in (nobodys, f"ray://{nobodys}", "127.0.0.1:99999"):
+    with socket.socket() as bound:  # nothing listens on it, nor can start to
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        for one in (address, f"ray://{address}", "127.0.0.1:99999"):
             with pytest.raises(ClusterError, match="does not answer"):
-                require_answer(address)
+                require_answer(one)
     assert time.monotonic() - start < 5
     require_answer("local")
     require_answer("auto")
 
 
 @pytest.fixture
-def asked_of_ray(monkeypatch):
-    """What ray.init is given, and the address at which a Ray started then listens."""
+def ray_init(monkeypatch):
+    """The arguments of ray.init, and the address at which Ray would listen."""
     found: dict[str, object] = {}
 
     def init(**options):
@@ -59,29 +60,29 @@ def asked_of_ray(monkeypatch):
     os.environ.update(before)
 
 
-def test_a_ray_that_is_started_here_listens_on_loopback(asked_of_ray, make_job):
+def test_a_ray_that_is_started_here_listens_on_loopback(ray_init, make_job):
     assert connect(make_job())
-    assert asked_of_ray["address"] == "local" and asked_of_ray["node"] == "127.0.0.1"
-    assert "dashboard_host" not in asked_of_ray  # Ray's default is loopback, too
+    assert ray_init["address"] == "local" and ray_init["node"] == "127.0.0.1"
+    assert "dashboard_host" not in ray_init  # Ray's default is loopback, too
     assert ray_constants.ENABLE_RAY_CLUSTER  # as it was: a driver that joins a cluster needs it
 
 
-def test_a_ray_for_others_is_asked_for_by_name(asked_of_ray, make_job, monkeypatch):
+def test_a_ray_that_others_can_reach_needs_a_switch(ray_init, make_job, monkeypatch):
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
     monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda address: "10.0.0.1")
     monkeypatch.setenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "1")
     connect(make_job(ray_init_kwargs={"dashboard_host": "0.0.0.0"}))
-    assert asked_of_ray["node"] == "10.0.0.1" and asked_of_ray["dashboard_host"] == "0.0.0.0"
+    assert ray_init["node"] == "10.0.0.1" and ray_init["dashboard_host"] == "0.0.0.0"
     monkeypatch.delenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
     assert not connect(make_job(ray_init_kwargs={"address": "auto"}))
-    assert asked_of_ray["node"] == "10.0.0.1"
+    assert ray_init["node"] == "10.0.0.1"
 
 
 @pytest.mark.parametrize("starts", [True, False])
-def test_the_token_that_ray_makes_is_its_users_alone(
-    asked_of_ray, make_job, monkeypatch, tmp_path, starts
+def test_the_token_that_ray_writes_is_readable_by_its_user_only(
+    ray_init, make_job, monkeypatch, tmp_path, starts
 ):
-    """Ray leaves it for everybody to read, also where it does not start after that."""
+    """Ray leaves it readable by everybody, also if it then fails to start."""
     token = tmp_path / ".ray" / "auth_token"
 
     def init(**options):
@@ -102,22 +103,22 @@ def test_the_token_that_ray_makes_is_its_users_alone(
 
 
 def test_a_job_submitted_with_a_secret_in_its_runtime_environment_is_refused(
-    asked_of_ray, make_job, monkeypatch
+    ray_init, make_job, monkeypatch
 ):
     env = {"env_vars": {"HF_TOKEN": "planted", "NCCL_DEBUG": "INFO"}}
     monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": env}))
     with pytest.raises(JobError, match=r"runtime_env.env_vars.HF_TOKEN") as error:
         connect(make_job())
     assert "planted" not in str(error.value) and "Kubernetes" in error.value.fix
-    assert "NCCL_DEBUG" not in str(error.value) and not asked_of_ray
+    assert "NCCL_DEBUG" not in str(error.value) and not ray_init
 
 
-def test_waiting_for_room_ends_when_the_run_is_told_to_stop(monkeypatch):
-    """One Ctrl-C, or `ray job stop`, was not heard while no worker ran."""
-    monkeypatch.setattr(waiting, "free", lambda placement: {})
-    monkeypatch.setattr(waiting, "scalable_nodes", lambda: [])
-    placement = SimpleNamespace(bundle={"GPU": 1.0}, fewest=2)
-    said, asked = [], iter([False, True])
+def test_waiting_for_room_ends_when_a_stop_is_requested(monkeypatch):
+    """A Ctrl-C or `ray job stop` had no effect while no worker ran."""
+    monkeypatch.setattr(nodes, "free_by_node", dict)
+    monkeypatch.setattr(nodes, "scalable_nodes", lambda: [])
+    placement = SimpleNamespace(bundle={"GPU": 1.0}, fewest=2, avoided=())
+    lines, stops = [], iter([False, True])
     with pytest.raises(Stopped, match="stopped"):
-        waiting.wait_for_room(placement, said.append, poll_s=0.0, given_up=lambda: next(asked))
-    assert said[0].startswith("waiting for 2 GPU")
+        nodes.wait_for_room(placement, lines.append, poll_s=0.0, is_stopped=lambda: next(stops))
+    assert lines[0].startswith("waiting for 2 GPU")

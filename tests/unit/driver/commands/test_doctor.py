@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from raytrain_adv import cli
-from raytrain_adv.checkpoint.save import newest
+from raytrain_adv.checkpoint.folders import newest
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver.commands.doctor import show
 from raytrain_adv.driver.output.output_dir import Output, held, open_output

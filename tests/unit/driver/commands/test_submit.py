@@ -12,7 +12,7 @@ import yaml
 from raytrain_adv.config import load
 from raytrain_adv.driver.commands import submit
 from raytrain_adv.driver.commands.status import written
-from raytrain_adv.driver.watch.stop import AskedToStop, asking
+from raytrain_adv.driver.watch.stop import StopRequest, handle_signals
 from raytrain_adv.errors import JobError
 from raytrain_adv.storage.metrics_file import MetricsFile
 from tests.conftest import ROOT
@@ -106,13 +106,13 @@ def test_a_runtime_environment_that_is_none_is_refused(project, text):
 def test_the_first_signal_asks_the_workers_and_the_second_ends_the_driver(tmp_path):
     said: list[str] = []
     before = signal.getsignal(signal.SIGTERM)
-    with asking(tmp_path, said.append):
-        assert not AskedToStop(tmp_path).now()
+    with handle_signals(tmp_path, said.append):
+        assert not StopRequest(tmp_path).is_set()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert AskedToStop(tmp_path).now() and "told to stop" in said[0]
+        assert StopRequest(tmp_path).is_set() and "stop requested" in said[0]
         with pytest.raises(SystemExit):
             os.kill(os.getpid(), signal.SIGINT)
-    assert not AskedToStop(tmp_path).now()
+    assert not StopRequest(tmp_path).is_set()
     assert signal.getsignal(signal.SIGTERM) is before
 
 

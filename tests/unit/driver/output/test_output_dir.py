@@ -5,7 +5,7 @@ import pytest
 from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig
 from raytrain_adv.driver.output.output_dir import Output, decided, held, open_output, storage_below
-from raytrain_adv.driver.training.failures import leave_word, take_word
+from raytrain_adv.driver.training.failures import take_restart_reason, write_restart_reason
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.storage.storage import Storage
 
@@ -192,6 +192,15 @@ def test_a_run_in_this_folder_has_the_folders_name(make_job, monkeypatch, tmp_pa
     assert make_job(output_dir=".").run_name == "mine"
 
 
+@pytest.mark.parametrize("name", ["saves_é", "测试", "тест"])
+def test_an_attempt_has_an_ascii_name_for_ray(make_job, tmp_path, name):
+    """Ray Train uses it as a tag of its metrics, and failed on anything but ASCII after minutes."""
+    job = make_job(output_dir=str(tmp_path / name))
+    assert job.run_name == name
+    attempt = open_output(job).attempt
+    assert attempt.isascii() and attempt.endswith("_001")
+
+
 def test_a_deletion_that_fails_is_not_called_keeping(make_job, old, monkeypatch):
     output = open_output(make_job(overwrite_output_dir=True))
     monkeypatch.setattr("shutil.rmtree", lambda path, **kwargs: None)
@@ -259,8 +268,8 @@ def test_word_for_the_next_start_holds_no_secret(tmp_path, monkeypatch):
     """An error that repeats a token goes into the checkpoints' storage, and to the console."""
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
     storage = Storage.at(str(tmp_path / "attempt"))
-    leave_word(storage, "401 for hf_abcdefghijklmnop")
-    assert "hf_abc" not in take_word(storage)
+    write_restart_reason(storage, "401 for hf_abcdefghijklmnop")
+    assert "hf_abc" not in take_restart_reason(storage)
 
 
 def test_no_command_prints_a_secret(monkeypatch, capsys):

@@ -12,9 +12,8 @@ from raytrain_adv import hardware
 from raytrain_adv.data.prepare import prepare
 from raytrain_adv.driver.output.output_dir import open_output
 from raytrain_adv.driver.plan import data
-from raytrain_adv.driver.plan.data import DataSummary, look_at, summarize
-from raytrain_adv.driver.plan.plan import RunPlan, render, render_brief, resolve, show
-from raytrain_adv.driver.plan.remarks import remarks
+from raytrain_adv.driver.plan.data import DataSummary, measure, summarize
+from raytrain_adv.driver.plan.plan import RunPlan, remarks, render, render_brief, resolve, show
 from raytrain_adv.errors import JobError
 from raytrain_adv.estimate.advice import Case, Gpu, advise
 from raytrain_adv.model.build import build
@@ -55,11 +54,11 @@ def test_the_plan_shows_keys_batch_transforms_and_memory(tmp_path: Path) -> None
     assert "4 per worker x 1 pass x 2 workers = 8 sequences, about 800 tokens" in text
     assert "30 steps = 0.375 epochs (by max_steps)" in text
     assert "model.layers.[0-1].self_attn.q_proj" in text
-    assert "lm_head left: the language-model head" in text
+    assert "lm_head skipped: the language-model head" in text
     assert re.search(r"peak \d+\.\d GiB, at: ", text)
 
 
-def test_keys_that_have_their_default_are_shown_when_asked_for(tmp_path: Path) -> None:
+def test_keys_at_their_defaults_are_shown_with_verbose(tmp_path: Path) -> None:
     plan = lora_plan(tmp_path)
     assert "adam_beta2" not in render(plan)
     assert "adam_beta2" in render(plan, verbose=True)
@@ -86,13 +85,13 @@ def test_planning_changes_no_module_but_reports_them(tmp_path: Path) -> None:
     assert plan.model.num_trained < plan.model.num_parameters
 
 
-def test_without_a_gpu_memory_is_held_against_examples(tmp_path: Path) -> None:
+def test_without_a_gpu_memory_is_compared_with_examples(tmp_path: Path) -> None:
     text = render(lora_plan(tmp_path))
     assert "H100 80 GB (79 GiB): fits" in text
     assert "H200 141 GB (140 GiB): fits" in text
 
 
-def test_with_a_gpu_memory_is_held_against_it(tmp_path: Path) -> None:
+def test_with_a_gpu_memory_is_compared_with_it(tmp_path: Path) -> None:
     model = write_checkpoint("llama", tmp_path / "model", vocab_size=512)
     job = job_for(model, tmp_path)
     text = render(resolve(job, world_size=1, data=DATA, facts=H200))
@@ -145,7 +144,7 @@ def test_advice_for_a_gpu_that_is_too_small_fits_it_when_followed(
         assert followed.total == pytest.approx(change.total)
 
 
-def test_changes_are_combined_where_no_single_one_is_enough(tmp_path: Path) -> None:
+def test_changes_are_combined_if_no_single_one_is_enough(tmp_path: Path) -> None:
     case = llama_8b_case(tmp_path, fsdp_cpu_offload=True, gradient_checkpointing="none")
     gpu = Gpu("small", 10.2)
     advice = advise(case, gpu)
@@ -160,7 +159,7 @@ def test_prepared_data_is_summarized(make_job: Any) -> None:
     assert summary.num_sequences == 56
     assert summary.num_held_out == 8
     assert summary.longest == int(prepared.train.lengths.max())
-    assert look_at(job, print) == summary
+    assert measure(job, print) == summary
 
 
 def test_large_data_is_estimated_from_a_sample_within_a_tenth(
@@ -172,12 +171,12 @@ def test_large_data_is_estimated_from_a_sample_within_a_tenth(
     job = make_job(dataset=str(path), val_size=0.1)
     monkeypatch.setattr(data, "COUNTED", 100)
     monkeypatch.setattr(data, "SAMPLE", 200)
-    estimate = look_at(job, lambda sentence: None)
+    estimate = measure(job, lambda sentence: None)
     counted = summarize(prepare(job, lambda sentence: None))
     assert estimate.estimated_from == 200
     for name in ("num_rows", "num_sequences", "num_tokens", "num_held_out"):
         assert getattr(estimate, name) == pytest.approx(getattr(counted, name), rel=0.1)
-    assert look_at(job, lambda sentence: None) == counted  # it is in the cache now
+    assert measure(job, lambda sentence: None) == counted  # it is in the cache now
 
 
 def test_show_prints_the_plan(make_job: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,14 +186,14 @@ def test_show_prints_the_plan(make_job: Any, capsys: pytest.CaptureFixture[str])
     assert "64 conversations in 64 sequences" in printed
 
 
-def test_show_plans_for_the_workers_asked_for(
+def test_show_plans_for_the_requested_workers(
     make_job: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     show(make_job(), num_workers=4)
     assert "x 4 workers = 8 sequences" in words(capsys.readouterr().out)
 
 
-def test_the_plan_says_what_its_figures_do_not(
+def test_the_plan_has_remarks_on_what_its_figures_do_not_show(
     make_job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = {"bf16": True, "pure_bf16": True}
@@ -203,34 +202,34 @@ def test_the_plan_says_what_its_figures_do_not(
     assert "bf16: true changes nothing: pure_bf16: true wins" in printed
     assert f"there is no folder {tmp_path / 'gone'}" in printed.replace("- ", "-")
     assert "this machine has no GPU, and the plan is for GPUs" in printed
-    assert "no cluster was asked whether it can run this: raytrain-adv preflight" in printed
+    assert "no cluster was checked for this job: raytrain-adv preflight" in printed
 
 
-def test_a_plan_says_what_this_machine_would_refuse(make_job: Any) -> None:
+def test_a_plan_names_what_this_machine_would_refuse(make_job: Any) -> None:
     job = make_job(fp8=True, fp8_min_features=0)
     hopper = "not on this machine: FP8 requires Hopper architecture (compute capability 9.0 or "
     assert any(one.startswith(hopper) for one in remarks(job, 1, hardware.detect("cpu")))
     assert not any(one.startswith(hopper) for one in remarks(job, 1, H200))
 
 
-def test_a_plan_for_cpus_or_gpus_that_are_there_says_nothing_of_gpus(make_job: Any) -> None:
+def test_a_plan_for_cpus_or_existing_gpus_has_no_remark_on_gpus(make_job: Any) -> None:
     assert len(remarks(make_job(use_cpu=True), 2, hardware.detect("cpu"))) == 1
     assert len(remarks(make_job(), 1, H200)) == 1
     assert "this machine has 1 GPU for 8 workers" in remarks(make_job(), 8, H200)
 
 
-def test_a_plan_says_what_becomes_of_a_run_that_is_in_output_dir(make_job: Any) -> None:
+def test_a_plan_states_what_a_launch_does_to_a_run_in_output_dir(make_job: Any) -> None:
     """A finished run was deleted by a launch whose plan had not named it."""
 
-    def said(**keys: Any) -> list[str]:
+    def of_launch(**keys: Any) -> list[str]:
         every = remarks(make_job(use_cpu=True, **keys), 2, hardware.detect("cpu"))
         return [one for one in every if "a launch" in one]
 
-    assert not said() and not Path(make_job().output.output_dir).exists()
+    assert not of_launch() and not Path(make_job().output.output_dir).exists()
     open_output(make_job(use_cpu=True)).note(make_job(use_cpu=True), "done", 1)
-    assert "a launch is refused: This job has run to its end" in said()[0]
-    assert said(overwrite_output_dir=True)[0].startswith("a launch deletes the run in ")
-    assert said(resume_from_checkpoint=True)[0].startswith("a launch does nothing")
+    assert "a launch is refused: This job has run to its end" in of_launch()[0]
+    assert of_launch(overwrite_output_dir=True)[0].startswith("a launch deletes the run in ")
+    assert of_launch(resume_from_checkpoint=True)[0].startswith("a launch does nothing")
 
 
 def test_missing_data_is_refused_as_in_a_run(make_job: Any, tmp_path: Path) -> None:

@@ -13,18 +13,24 @@ import pytest
 import yaml
 
 from raytrain_adv.config import JobConfig, load
-from raytrain_adv.driver.cluster.connect import Node
+from raytrain_adv.driver.cluster.nodes import Node
 from raytrain_adv.driver.cluster.placement import Placement
 from raytrain_adv.driver.output.replace import Replaced
-from raytrain_adv.driver.plan.sweep import render as render_plan
+from raytrain_adv.driver.plan.sweep import view
 from raytrain_adv.driver.sweep import sweep
 from raytrain_adv.driver.sweep.asha import DelayAwareAsha, Rungs
 from raytrain_adv.driver.sweep.capacity import trials_at_once
 from raytrain_adv.driver.sweep.results import Results
-from raytrain_adv.driver.watch.stop import StoppedBySweep, StopWhenTold, take_back, tell
+from raytrain_adv.driver.watch.stop import (
+    StopOnRequest,
+    StoppedBySweep,
+    clear_trial_stop,
+    request_trial_stop,
+)
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.report import record, sweep_record
 from raytrain_adv.report.record import Failure, RunReport
+from raytrain_adv.tables import plain
 
 SWEEP = {"learning_rate": [1e-3, 1e-2, 1e-1]}
 
@@ -41,7 +47,7 @@ def swept(make_job: Callable[..., Any]) -> Callable[..., JobConfig]:
 
 @pytest.fixture
 def job_file(tmp_path: Path, keys: dict[str, Any]) -> Callable[..., Path]:
-    """Write a job file with these keys changed; a key that is None is left out."""
+    """Write a job file with these keys changed; a key that is None is omitted."""
 
     def write(name: str = "job.yaml", **changed: Any) -> Path:
         path = tmp_path / name
@@ -86,7 +92,7 @@ def placement(workers: int, **bundle: float) -> Placement:
         ([8], 8, "PACK", 1),
     ],
 )
-def test_as_many_trials_run_as_the_nodes_hold_whole(
+def test_as_many_trials_run_as_fit_completely(
     nodes: list[int], workers: int, strategy: str, at_once: int
 ) -> None:
     there = [Node(f"n{i}", {"GPU": float(gpus)}) for i, gpus in enumerate(nodes)]
@@ -99,7 +105,7 @@ def test_nodes_of_one_kind_are_counted_as_often_as_there_are() -> None:
 
 
 def test_a_trial_is_not_judged_before_its_own_switch() -> None:
-    """However bad its value: what it had before is another model's."""
+    """However bad its value: before its switch it was another model."""
     rungs = Rungs(10, 2, 1000, {"late": 200})
     for step in range(10, 210, 10):
         assert rungs.judge("early", step, 1.0) is None
@@ -110,20 +116,20 @@ def test_a_trial_is_not_judged_before_its_own_switch() -> None:
 
 
 def test_a_trial_is_not_compared_at_a_rung_before_its_switch() -> None:
-    """An evaluation after the switch is no value of a rung that lies before it."""
+    """An evaluation after the switch does not count at a rung before it."""
     rungs = Rungs(10, 4, 1000, {"late": 35})
     rungs.judge("late", 50, 1.0)
     assert all("late" not in at_rung for at_rung in rungs.values.values())
     assert rungs.judge("other", 40, 5.0) is None
 
 
-def test_the_best_go_on_and_the_rest_are_stopped() -> None:
+def test_the_best_continue_and_the_rest_are_stopped() -> None:
     rungs = Rungs(10, 3, 100, {})
     assert [rungs.judge(f"t{n}", 10, float(n)) for n in (3, 2, 1)] == [None] * 3
     assert rungs.judge("t4", 10, 4.0) is not None
 
 
-def test_a_rung_is_met_once_also_by_a_trial_that_repeats_steps() -> None:
+def test_a_trial_that_repeats_steps_is_compared_once_at_a_rung() -> None:
     rungs = Rungs(10, 3, 100, {})
     rungs.judge("good", 10, 1.0)
     rungs.judge("restarted", 30, 0.5)
@@ -131,7 +137,7 @@ def test_a_rung_is_met_once_also_by_a_trial_that_repeats_steps() -> None:
     assert rungs.judge("restarted", 30, 9.0) is None
 
 
-def test_a_trial_that_was_told_to_stop_is_judged_no_more() -> None:
+def test_a_stopped_trial_is_not_judged_again() -> None:
     rungs = Rungs(10, 3, 100, {})
     rungs.judge("good", 10, 1.0)
     assert rungs.judge("bad", 10, 2.0) is not None
@@ -157,10 +163,10 @@ def test_no_rung_lies_at_the_end_of_the_run() -> None:
     assert list(Rungs(10, 3, 90, {}).values) == [10, 30]
 
 
-def test_the_scheduler_tells_a_trial_to_stop_and_leaves_its_process_to_end_itself() -> None:
-    told: list[tuple[str, int]] = []
+def test_the_scheduler_requests_a_stop_and_lets_the_trials_process_end_itself() -> None:
+    stopped: list[tuple[str, int]] = []
     rungs = Rungs(10, 3, 100, {})
-    asha = DelayAwareAsha(rungs, lambda name, step, reason: told.append((name, step)))
+    asha = DelayAwareAsha(rungs, lambda name, step, reason: stopped.append((name, step)))
 
     class Trial:
         def __init__(self, name: str) -> None:
@@ -171,7 +177,7 @@ def test_the_scheduler_tells_a_trial_to_stop_and_leaves_its_process_to_end_itsel
         answer = asha.on_trial_result(None, trial, {"step": 12, "value": value})
         assert answer == "CONTINUE"
     assert asha.on_trial_result(None, bad, {"ended": True}) == "CONTINUE"
-    assert told == [("bad", 12)]
+    assert stopped == [("bad", 12)]
 
 
 def test_the_first_rung_is_a_tenth_of_the_longest_trial(swept: Callable[..., JobConfig]) -> None:
@@ -195,17 +201,17 @@ def test_a_delay_beyond_the_last_epoch_is_refused_before_a_trial_is_run(
     assert sweep._prepare_data(job.sweep.trials[:2], room) > 9
 
 
-def test_a_run_ends_at_its_next_report_once_it_is_told_to(tmp_path: Path) -> None:
-    callback = StopWhenTold(tmp_path)
+def test_a_run_ends_at_its_next_report_after_a_stop_request(tmp_path: Path) -> None:
+    callback = StopOnRequest(tmp_path)
     callback.after_report(None, [{}], None)
-    tell(tmp_path, "stopped", "it fell behind", "wait")
+    request_trial_stop(tmp_path, "stopped", "it fell behind", "wait")
     with pytest.raises(StoppedBySweep, match="it fell behind"):
         callback.after_report(None, [{}], None)
-    take_back(tmp_path)
+    clear_trial_stop(tmp_path)
     callback.after_report(None, [{}], None)
 
 
-def test_the_kind_of_a_stopped_trial_is_the_one_its_report_is_known_by() -> None:
+def test_a_stopped_trial_has_the_failure_kind_of_its_report() -> None:
     assert record.describe_failure(StoppedBySweep("x")).kind == sweep_record.STOPPED
 
 
@@ -259,7 +265,7 @@ def test_keep_models_best_keeps_one_model_and_every_report(
     assert results_of(job).report.trial("learning_rate=0.1").model_dir is None
 
 
-def test_a_trial_without_a_finite_value_is_no_success(swept: Callable[..., JobConfig]) -> None:
+def test_a_trial_without_a_finite_value_has_failed(swept: Callable[..., JobConfig]) -> None:
     job = swept()
     results = results_of(job)
     for index in range(3):
@@ -287,7 +293,7 @@ def test_only_trials_that_ended_are_not_run_again(swept: Callable[..., JobConfig
     assert [to_their_end.has_ended(name) for name in names] == [True, False, False]
 
 
-def test_a_folder_with_a_sweep_is_refused_unless_the_job_says_what_becomes_of_it(
+def test_a_folder_with_a_sweep_is_refused_unless_the_job_resumes_or_overwrites_it(
     swept: Callable[..., JobConfig], tmp_path: Path
 ) -> None:
     job, folder = swept(), tmp_path / "out"
@@ -305,9 +311,9 @@ def test_overwriting_deletes_a_sweep_when_trials_begin_and_not_before(
     results_of(swept()).ended(leave(swept(), 0, 3.0), None)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert {"sweep.json", "report.json"} <= {path.name for path in before}
-    anew = swept(overwrite_output_dir=True)
-    results = Results(anew, anew.sweep, sweep.open_folder(anew, folder))  # type: ignore[arg-type]
-    assert not any(results.has_ended(trial.name) for trial in anew.sweep.trials)  # type: ignore[union-attr]
+    again = swept(overwrite_output_dir=True)
+    results = Results(again, again.sweep, sweep.open_folder(again, folder))  # type: ignore[arg-type]
+    assert not any(results.has_ended(trial.name) for trial in again.sweep.trials)  # type: ignore[union-attr]
     results.fail(ClusterError("no node has a GPU"))
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert "holds what it held before" in capsys.readouterr().out
@@ -317,7 +323,7 @@ def test_overwriting_deletes_a_sweep_when_trials_begin_and_not_before(
     assert sweep_record.read(folder).status == "running"
 
 
-def test_a_sweep_in_which_no_trial_began_is_not_in_the_way(
+def test_a_sweep_in_which_no_trial_began_can_be_replaced(
     swept: Callable[..., JobConfig], tmp_path: Path
 ) -> None:
     job, folder = swept(), tmp_path / "out"
@@ -331,7 +337,7 @@ def test_a_sweep_in_which_no_trial_began_is_not_in_the_way(
         sweep.open_folder(job, folder)
 
 
-def test_a_sweep_with_other_fixed_keys_is_not_gone_on_with(
+def test_a_sweep_with_other_fixed_keys_is_not_continued(
     swept: Callable[..., JobConfig], tmp_path: Path
 ) -> None:
     job = swept()
@@ -348,7 +354,7 @@ def test_a_sweep_with_other_fixed_keys_is_not_gone_on_with(
         sweep.open_folder(swept(resume_from_checkpoint=True, weight_decay=0.5), tmp_path / "out")
 
 
-def test_a_folder_with_a_single_run_is_no_place_for_a_sweep(
+def test_a_folder_with_a_single_run_is_refused_for_a_sweep(
     swept: Callable[..., JobConfig], tmp_path: Path
 ) -> None:
     record.write(RunReport(status="done"), tmp_path / "out")
@@ -360,6 +366,6 @@ def test_a_folder_with_a_single_run_is_no_place_for_a_sweep(
 def test_the_plan_shows_every_trial(swept: Callable[..., JobConfig]) -> None:
     job = swept()
     assert job.sweep is not None
-    shown = render_plan(job.sweep)
+    shown = plain(view(job.sweep))
     assert "3 trials, the lowest eval_loss is the best" in shown
     assert [line.strip() for line in shown.splitlines()[2:5]] == ["0.001", "0.01", "0.1"]

@@ -14,12 +14,16 @@ import time
 
 import pytest
 
-from raytrain_adv.driver.training.console import Console, printable, summary
-from raytrain_adv.driver.training.live_table import live_view
-from raytrain_adv.driver.training.progress import Progress, log_line
+from raytrain_adv.driver.training.console import (
+    Console,
+    Progress,
+    live_view,
+    log_line,
+    printable,
+    summary,
+)
 from raytrain_adv.report.record import RunReport, Sample
-from raytrain_adv.storage.follow import FollowedFile
-from raytrain_adv.storage.metrics_file import MetricsFile
+from raytrain_adv.storage.metrics_file import FollowedFile, MetricsFile
 
 ROW = {
     "kind": "train",
@@ -147,7 +151,7 @@ def test_total_steps_may_come_through_an_event(tmp_path):
     assert "step 120/600" in logged(tmp_path, rows=[plan, ROW])
 
 
-def test_a_loss_that_is_no_number_is_shown(tmp_path):
+def test_a_loss_that_is_not_finite_is_shown(tmp_path):
     assert "loss nan" in logged(tmp_path, rows=[{**ROW, "loss": float("nan")}])
 
 
@@ -200,7 +204,7 @@ def test_a_row_of_another_version_does_not_stop_the_run(tmp_path):
         file.append({"kind": "train", "loss": "no step here"})
         time.sleep(0.2)
         console.say("still talking")
-    assert "The live view stopped (KeyError: 'step'); the run goes on" in stream.getvalue()
+    assert "The live view stopped (KeyError: 'step'); the run continues" in stream.getvalue()
     assert "still talking" in stream.getvalue()
 
 
@@ -229,14 +233,13 @@ def test_control_characters_do_not_reach_the_terminal():
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_the_live_view_fits_the_terminal(width):
     from rich.console import Console as Terminal
-    from rich.spinner import Spinner
 
     progress = Progress(total_steps=6000)
     for step in range(1000, 6000, 400):
         progress.take({**ROW, "step": step, "time": float(step), "mfu_bf16": 0.416})
     progress.take({**EVAL, "step": 6000})
     terminal = Terminal(file=io.StringIO(), width=width, force_terminal=False)
-    terminal.print(live_view(progress, Spinner("dots"), width, 30))
+    terminal.print(live_view(progress, width, 30))
     lines = terminal.file.getvalue().splitlines()
     assert len(lines) == 10
     assert max(map(len, lines)) <= width
@@ -244,6 +247,39 @@ def test_the_live_view_fits_the_terminal(width):
     heads = lines[0].split()
     assert {"step", "loss", "tok/s"} <= set(heads)
     assert ("wait" in heads) == (width >= 80)
+
+
+class Recorder(io.StringIO):
+    """A terminal that records what is drawn on it."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("num_rows", [60, 0])
+def test_a_terminal_is_redrawn_at_most_once_a_second(tmp_path, monkeypatch, num_rows):
+    """Seven redraws a second made 2 MB of a recorded run of 300 steps."""
+    monkeypatch.setenv("TERM", "xterm")
+    terminal, began = Recorder(), time.monotonic()
+    file = MetricsFile(tmp_path / "metrics.jsonl", None)
+    with Console(tmp_path, 600, terminal, poll_s=0.01):
+        for step in range(num_rows):
+            file.append({**ROW, "step": step + 1})
+            time.sleep(0.02)
+        time.sleep(max(began + 1.5 - time.monotonic(), 0.0))
+        drawn = re.findall(r"passed|starting  ", terminal.getvalue())
+        assert 1 <= len(drawn) <= time.monotonic() - began + 1  # the first at once
+
+
+def test_a_terminal_is_not_redrawn_while_nothing_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("raytrain_adv.driver.training.console.REDRAW_S", 0.0)
+    monkeypatch.setattr("raytrain_adv.driver.training.console.time.time", lambda: 1000.0)
+    terminal = Recorder()
+    with Console(tmp_path, 600, terminal, poll_s=0.01):
+        time.sleep(0.3)
+        during = terminal.getvalue()
+    assert during.count("starting  0:00") == 1
 
 
 def test_a_terminal_shows_table_bar_and_last_rows(tmp_path):
@@ -278,7 +314,7 @@ def test_even_a_killed_run_leaves_the_cursor(tmp_path):
     assert cursor_is_shown(output)
 
 
-def test_summary_says_what_was_reached_and_where_it_is():
+def test_summary_shows_what_was_reached_and_where_it_is():
     report = RunReport(
         status="done",
         job={"output_dir": "saves/x"},

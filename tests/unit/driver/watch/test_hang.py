@@ -1,11 +1,11 @@
-"""Which worker holds up a run: the one that does not answer, or that waits for nobody."""
+"""Which worker blocks a run: one that does not answer, or one that waits for no other."""
 
 import threading
 import time
 
 import torch.distributed as dist
 
-from raytrain_adv.driver.watch.hang import hanging
+from raytrain_adv.driver.watch.hang import find_hung
 from raytrain_adv.run.heartbeat import Beat, Pulse
 from tests.ranks import run_ranks
 
@@ -14,24 +14,24 @@ def pulse(stalled_s: float, waits: bool) -> Pulse:
     return Pulse(step=3, stalled_s=stalled_s, place="worker/steps.py:1 step", waits=waits)
 
 
-def test_a_run_that_goes_on_has_nobody_hanging():
-    assert hanging({0: pulse(9.0, True), 1: pulse(1.0, False)}, {}, timeout_s=10) == {}
-    assert hanging({0: pulse(1.0, True)}, {1: 9.0}, timeout_s=10) == {}
+def test_a_run_that_progresses_has_no_hung_worker():
+    assert find_hung({0: pulse(9.0, True), 1: pulse(1.0, False)}, {}, timeout_s=10) == {}
+    assert find_hung({0: pulse(1.0, True)}, {1: 9.0}, timeout_s=10) == {}
 
 
 def test_a_process_that_does_not_answer_is_named_before_those_that_wait_for_it():
-    found = hanging({0: pulse(11.0, False)}, {1: 9.0}, timeout_s=10)
+    found = find_hung({0: pulse(11.0, False)}, {1: 9.0}, timeout_s=10)
     assert list(found) == [1] and "does not answer" in found[1]
-    assert list(hanging({}, {1: 11.0}, timeout_s=10)) == [1]  # in evaluation: nobody else stalls
+    assert list(find_hung({}, {1: 11.0}, timeout_s=10)) == [1]  # in evaluation: nobody else stalls
 
 
-def test_the_worker_that_waits_for_nobody_is_the_cause():
-    found = hanging({0: pulse(11.0, True), 1: pulse(11.0, False)}, {}, timeout_s=10)
+def test_the_worker_that_waits_for_no_other_is_the_cause():
+    found = find_hung({0: pulse(11.0, True), 1: pulse(11.0, False)}, {}, timeout_s=10)
     assert list(found) == [1] and "3 steps done" in found[1] and "steps.py:1" in found[1]
 
 
-def test_all_are_named_where_all_wait_for_each_other():
-    assert list(hanging({0: pulse(11.0, True), 1: pulse(12.0, True)}, {}, timeout_s=10)) == [0, 1]
+def test_all_are_named_if_all_wait_for_each_other():
+    assert list(find_hung({0: pulse(11.0, True), 1: pulse(12.0, True)}, {}, timeout_s=10)) == [0, 1]
 
 
 def test_time_counts_from_the_first_step_on_and_not_while_paused():
@@ -54,7 +54,7 @@ def test_time_counts_from_the_first_step_on_and_not_while_paused():
 
 
 def one_is_late() -> tuple[bool, str]:
-    """Sleep on rank 1 while rank 0 waits for it; return what another thread sees of this rank."""
+    """Sleep on rank 1 while rank 0 waits; return this rank's state as another thread sees it."""
     beat, seen = Beat(), []
 
     def look() -> None:
@@ -70,7 +70,7 @@ def one_is_late() -> tuple[bool, str]:
     return seen[0].waits, seen[0].place
 
 
-def test_a_wait_for_others_is_told_from_work_of_its_own(tmp_path):
+def test_a_wait_for_others_is_distinguished_from_own_work(tmp_path):
     (waits, _), (sleeps, place) = run_ranks(one_is_late, 2, tmp_path)
     assert waits and not sleeps
     assert "watch/test_hang.py" in place and "one_is_late" in place

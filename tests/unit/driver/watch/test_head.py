@@ -15,7 +15,7 @@ from raytrain_adv.driver.watch.head import HeadWatch
 DRIVER = """
 import pathlib, socket, sys, time
 from raytrain_adv.driver.watch import head as head_watch
-head_watch.ENDED_AFTER_S = head_watch.EVERY_S = 0.05
+head_watch.LOST_AFTER_S = head_watch.EVERY_S = 0.05
 head = socket.create_server(("127.0.0.1", 0))
 address = f"127.0.0.1:{head.getsockname()[1]}"
 told = pathlib.Path(sys.argv[1])
@@ -38,7 +38,7 @@ def ended(monkeypatch):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(head_watch, "EVERY_S", 0.02)
-    monkeypatch.setattr(head_watch, "ENDED_AFTER_S", 0.1)
+    monkeypatch.setattr(head_watch, "LOST_AFTER_S", 0.1)
     return codes
 
 

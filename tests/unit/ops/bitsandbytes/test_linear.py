@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from raytrain_adv.dtensor import gather
-from raytrain_adv.ops.bitsandbytes.linear import QuantizedLinear, num_weights
+from raytrain_adv.ops.bitsandbytes.linear import PackedLinear, num_weights
 from raytrain_adv.ops.bitsandbytes.quantize import Form
 from tests.ranks import run_ranks
 
@@ -39,7 +39,7 @@ def plain_linear(dtype, rows=ROWS):
 
 
 def quantized(linear, form):
-    layer = QuantizedLinear.of(linear, form)
+    layer = PackedLinear.of(linear, form)
     layer.take(linear.weight.detach(), CPU)
     return layer
 
@@ -83,7 +83,7 @@ def test_weights_are_as_near_as_their_kind_allows_and_a_wrong_one_is_seen(form, 
     assert near / 2 < (squared / size) ** 0.5 < near
     assert 0.5 < worst <= 1.0
     original = linear.weight.detach().float()
-    apart = (layer.dequantized().float() - original).norm() / original.norm()
+    apart = (layer.unpacked().float() - original).norm() / original.norm()
     assert float(apart) == pytest.approx((squared / size) ** 0.5, rel=1e-3)
     other = linear.weight.detach().clone()
     other[1, 2] = float("nan")
@@ -111,7 +111,7 @@ def bytes_of(layer):
 def sharded(form, dtype):
     """Return what a rank finds: whole bytes, output and gradient, and the rows it holds."""
     linear = plain_linear(dtype)
-    layer = QuantizedLinear.of(linear, form)
+    layer = PackedLinear.of(linear, form)
     mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("shard",))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -121,7 +121,7 @@ def sharded(form, dtype):
     output = layer(x)
     output.backward(torch.ones_like(output))
     rows = layer.weight.to_local().shape[0]
-    return bytes_of(layer), layer.dequantized(), output.detach(), x.grad, rows
+    return bytes_of(layer), layer.unpacked(), output.detach(), x.grad, rows
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_shards_hold_the_bytes_that_one_rank_would(tmp_path, form, dtype):
     for held, values, found, gradient, _ in answers:
         for one, other in zip(held, bytes_of(whole), strict=True):
             assert torch.equal(one, other)
-        assert torch.equal(values, whole.dequantized())
+        assert torch.equal(values, whole.unpacked())
         assert torch.equal(found, output)
         assert torch.equal(gradient, x.grad)
 

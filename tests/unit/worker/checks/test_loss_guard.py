@@ -35,7 +35,7 @@ def judged(guard: LossGuard, step: int, loss: float, norm: float = 1.0) -> bool:
 
 def test_nothing_is_read_where_neither_skipping_nor_a_factor_is_asked_for(guard):
     plain = guard()
-    assert not plain.looks and not judged(plain, 0, float("nan"))
+    assert not plain.is_active and not judged(plain, 0, float("nan"))
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (2.0, float("inf"))])

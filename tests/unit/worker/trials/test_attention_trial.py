@@ -97,7 +97,7 @@ def test_one_without_a_backward_pass_is_refused(tmp_path):
 def test_one_that_cannot_do_what_the_model_asks_is_refused_in_words(tmp_path):
     """A TypeError of the kernel's own would come in the first step, with no word of what to do."""
     source = KERNEL.replace(", softcap=0.0", "").replace("if softcap:", "if False:")
-    with pytest.raises(JobError, match="fails where Gemma2Attention calls it") as error:
+    with pytest.raises(JobError, match="fails when Gemma2Attention calls it") as error:
         tried(tmp_path, source, "gemma2")
     assert "softcap" in error.value.found and "set flash_attn: disabled" in error.value.fix
 
@@ -106,7 +106,7 @@ def test_one_that_writes_over_its_input_is_refused(tmp_path):
     source = KERNEL.replace("    share = ", "    k.detach().mul_(2)\n    share = ")
     with pytest.raises(JobError) as error:
         tried(tmp_path, source)
-    assert "writes over queries, keys or values" in error.value.found
+    assert "overwrites queries, keys or values" in error.value.found
 
 
 def test_values_of_another_dtype_are_refused(tmp_path):

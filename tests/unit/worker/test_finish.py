@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from raytrain_adv.worker.sample import greedy_answer
+from raytrain_adv.worker.finish import greedy_answer
 
 
 @pytest.mark.parametrize(("prompt", "tokens"), [(20, 12), (60, 4), (64, 0), (80, 0)])

@@ -1,4 +1,4 @@
-"""A run's quantized model: written from the files of the trained one, loaded, and held to it."""
+"""A run's converted model: written from the files of the trained one, loaded, and compared."""
 
 from __future__ import annotations
 
@@ -8,23 +8,18 @@ import torch
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.export.convert import add_adapter, write_converted
 from raytrain_adv.export.folder import NewFolder
-from raytrain_adv.export.quantize import add_adapter, write_quantized
 from raytrain_adv.export.verify import (
     MOST_TOKENS,
     Comparison,
-    compare_quantized,
-    fake_quantized_logits,
+    compare_converted,
+    converted_logits,
 )
 from raytrain_adv.transforms.lora import Lora
 
 
-def quantized_dir(model_dir: Path) -> Path:
-    """Return where the quantized model goes: beside the trained one."""
-    return model_dir.with_name(f"{model_dir.name}-quantized")
-
-
-def export_quantized(
+def export_converted(
     model: PreTrainedModel,
     job: JobConfig,
     model_dir: Path,
@@ -34,20 +29,20 @@ def export_quantized(
     input_ids: torch.Tensor | None,
     max_file_bytes: int,
 ) -> Comparison | None:
-    """Write the quantized model beside the trained one; every rank calls this.
+    """Write the converted model next to the trained one; every rank calls this.
 
-    After LoRA these are the quantized base and the adapter, as they were trained. Merging is not
-    offered: an adapter is trained on the rounded base, and rounding the sum of both would put back
-    the error that training has taken out.
+    After LoRA these are the converted base and the adapter, as they were trained. They cannot be
+    merged: an adapter is trained on the rounded base, and rounding the sum of both would restore
+    the error that training has removed.
 
     Args:
         model: trained; sharded, wrapped and compiled as it is.
         job: the job that trained it.
         model_dir: holds the trained model, or its adapter.
         base: holds the model the adapter belongs to.
-        new: the quantized folder.
+        new: the converted folder.
         dtype: the dtype training computed in.
-        input_ids: [tokens], what the quantized model is compared on; none leaves that out.
+        input_ids: [tokens], what the converted model is compared on; none skips that.
         max_file_bytes: size at which a new safetensors file is begun.
 
     Returns:
@@ -64,18 +59,18 @@ def export_quantized(
     if input_ids is not None:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", MOST_TOKENS)
         tokens = input_ids[: min(limit, MOST_TOKENS)].long().unsqueeze(0).to(device)
-        reference = fake_quantized_logits(model, job, tokens)
+        reference = converted_logits(model, job, tokens)
     comparisons: list[Comparison] = []
 
     def write() -> None:
-        write_quantized(source, new.partial, job, dtype, device, max_file_bytes, new.require_now)
+        write_converted(source, new.partial, job, dtype, device, max_file_bytes, new.require_now)
         if adapted:
             add_adapter(model_dir, new.partial, new.path)
 
     def compare() -> None:
         if tokens is not None and reference is not None:
             attention = model.config._attn_implementation
-            comparisons.append(compare_quantized(new.partial, job, tokens, reference, attention))
+            comparisons.append(compare_converted(new.partial, job, tokens, reference, attention))
 
     new.run(write)
     new.run(compare)

@@ -19,13 +19,12 @@ from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver.commands import export
 from raytrain_adv.errors import TrainingError
-from raytrain_adv.export import quantized_model
+from raytrain_adv.export import converted_model
+from raytrain_adv.export.convert import write_converted
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.export.quantize import write_quantized
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
-from raytrain_adv.transforms.applied import enabled, prepare_all
-from raytrain_adv.transforms.qat import Qat
+from raytrain_adv.transforms.applied import Transforms
 from tests.conftest import MakeJob
 from tests.noted import note_done
 from tests.tiny_models import job_for, write_checkpoint
@@ -99,11 +98,10 @@ def with_zeros(folder: Path) -> None:
 
 def trained(job: JobConfig) -> Any:
     model = build(job)
-    prepare_all(job, model)
+    plans = Transforms(job).prepare(model)
     materialize(model, CPU)
     load_pretrained(model, job, CPU)
-    for transform in enabled(job):
-        transform.initialize(model, 3)
+    Transforms(job).initialize(model, plans, 3)
     return model.eval()
 
 
@@ -129,7 +127,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
         folders[case].mkdir()
         dtype = torch.bfloat16 if job.train.pure_bf16 else torch.float32
         source = Path(job.model.model_name_or_path)
-        write_quantized(source, folders[case], job, dtype, CPU, 12_000)
+        write_converted(source, folders[case], job, dtype, CPU, 12_000)
         model = trained(job)
         with torch.no_grad():
             logits = model(input_ids=TOKENS.unsqueeze(0)).logits
@@ -206,7 +204,7 @@ def test_linears_that_transformers_splits_while_it_loads_are_quantized_by_their_
     register_checkpoint_conversion_mapping("qwen2", [split], overwrite=True)
     try:
         out.mkdir()
-        write_quantized(source, out, job, torch.bfloat16, CPU)
+        write_converted(source, out, job, torch.bfloat16, CPU)
         with torch.no_grad():
             wanted = trained(job)(input_ids=TOKENS.unsqueeze(0)).logits
     finally:
@@ -220,14 +218,14 @@ def test_float8_products_leave_out_linears_of_sizes_they_cannot_take(tmp_path: P
     source = write_checkpoint("llama", tmp_path / "m", intermediate_size=56)
     keys = {**FLOAT8, "qat_activation_dtype": "float8_e4m3fn", "qat_quantize_embedding": False}
     job = job_for(source, tmp_path / "job", enable_qat=True, bf16=True, **keys)
-    plan = job.transform(Qat).plan(build(job))
+    plan = Transforms(job).plan(build(job))["qat"]
     assert "model.layers.0.self_attn.q_proj" in plan.changes
     assert "divisible by 16" in plan.skipped["model.layers.0.mlp.down_proj"]
 
 
 def corrupted(*args: Any, **named: Any) -> None:
     """Write as ever, then double a scale."""
-    write_quantized(*args, **named)
+    write_converted(*args, **named)
     file = args[1] / "model.safetensors"
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
@@ -240,7 +238,7 @@ def test_a_quantized_model_that_computes_something_else_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, out = qat_job("llama", tmp_path, **INT4), tmp_path / "run" / "model"
-    monkeypatch.setattr(quantized_model, "write_quantized", corrupted)
+    monkeypatch.setattr(converted_model, "write_converted", corrupted)
     with pytest.raises(TrainingError, match="does not compute what was trained") as error:
         export_model(trained(job), job, out, input_ids=TOKENS)
     assert "logits differ by" in error.value.found and "bit for bit" in error.value.found
@@ -256,8 +254,8 @@ def test_after_lora_the_base_is_quantized_and_the_adapter_beside_it(tmp_path: Pa
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     exported = export_model(model, job, tmp_path / "model", input_ids=TOKENS)
-    assert exported.quantized_logit_difference == 0.0
-    again = AutoModelForCausalLM.from_pretrained(exported.quantized_dir)
+    assert exported.figures()["quantized_logit_difference"] == 0.0
+    again = AutoModelForCausalLM.from_pretrained(exported.figures()["quantized_dir"])
     layer = again.model.layers[0].mlp
     assert hasattr(layer.down_proj.base_layer.weight, "qdata")
     assert not hasattr(layer.up_proj.base_layer.weight, "qdata")
@@ -354,7 +352,7 @@ def test_ptq_that_computes_something_else_leaves_no_folder(
     source = str(write_checkpoint("llama", tmp_path / "m"))
     keys = ["--output", str(tmp_path / "ptq"), "enable_qat=true", "qat_group_size=8"]
 
-    monkeypatch.setattr(export, "write_quantized", corrupted)
+    monkeypatch.setattr(export, "write_converted", corrupted)
     assert main(["export", source, *keys]) == 3
     assert "does not compute what its source does" in capsys.readouterr().err
     assert not (tmp_path / "ptq").exists()

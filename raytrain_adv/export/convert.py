@@ -25,7 +25,7 @@ from raytrain_adv.model.conversion import Group
 from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.model.weights import convert_group, match
 from raytrain_adv.ops.fake_quant.rounding import EPS
-from raytrain_adv.transforms.applied import plan_all
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.modules import is_tied
 from raytrain_adv.transforms.qat import EMBEDDING, Qat
 
@@ -71,7 +71,7 @@ class Piece:
     """Whether the files' metadata names it; see `describe`."""
 
 
-def write_quantized(
+def write_converted(
     source: Path,
     folder: Path,
     job: JobConfig,
@@ -121,7 +121,7 @@ def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
         job: with the transform qat enabled.
     """
     qat = job.transform(Qat)
-    changes = plan_all(job, plain)[qat.name].changes
+    changes = Transforms(job).plan(plain)[qat.name].changes
     return {
         plain_name(f"{fqn}.weight"): (
             qat.embedding_config() if change.after == EMBEDDING else qat.linear_config()

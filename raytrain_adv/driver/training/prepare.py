@@ -1,0 +1,122 @@
+"""Before the workers start: connect to Ray, check its nodes, tokenize the data, make the plan."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from raytrain_adv import hardware
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.data.prepare import PreparedData, prepare
+from raytrain_adv.driver.cluster import connect, nodes
+from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.plan.plan import RunPlan, render_brief, resolve
+from raytrain_adv.driver.preflight import memory, table, verdicts
+from raytrain_adv.driver.preflight.probe import Read
+from raytrain_adv.driver.watch import head
+from raytrain_adv.report import record
+from raytrain_adv.report.record import PreflightReport
+from raytrain_adv.run import trackers
+from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.worker.install import fetch
+
+
+@dataclass
+class Progress:
+    """What the report keeps of the preparation, also if it is refused halfway."""
+
+    timeline: dict[str, float] = field(default_factory=dict)
+    """Phase -> seconds."""
+    preflight: PreflightReport | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Where and how the workers run."""
+
+    placement: Placement
+    plan: RunPlan
+    head: head.HeadWatch
+
+
+def prepare_run(
+    job: JobConfig,
+    read: Read,
+    say: Callable[[str], None],
+    progress: Progress,
+    watched: ExitStack,
+    record_end: Callable[[BaseException], None],
+) -> Prepared:
+    """Tokenize the data while Ray starts and the nodes are probed; print the plan and wait for
+    room.
+
+    Args:
+        job: the loaded job.
+        read: returns the nodes' readings.
+        say: prints a line.
+        progress: filled in.
+        watched: until it is left, the head node is watched.
+        record_end: records how the run ended if the head is lost.
+    """
+    trackers.check(job.output.report_to)
+    if job.output.compare_with is not None:
+        record.read(job.output.compare_with)  # if it is missing, fail now and not at the end
+    phase = _Phases(progress.timeline)
+    data = _in_background(lambda: prepare(job, say))
+    started_here = connect.connect(job)
+    address = head.address()
+    say("Ray started on this machine" if started_here else f"joined Ray at {address}")
+    say(f"dashboard: {connect.describe_dashboard()}")
+    head_watch = head.HeadWatch(address, record_end)
+    watched.enter_context(head_watch.watching())
+    placement = nodes.resolve_placement(job, started_here)
+    phase.end("Ray")
+    found = verdicts.check_nodes(placement, list(Transforms(job)), read)
+    progress.preflight = table.report(found)
+    say(table.render(found))
+    placement = verdicts.place(job, placement, found)
+    phase.end("preflight")
+    prepared = data.result()
+    phase.end("wait for data")
+    fetch(job, found.facts or hardware.detect(), say)
+    plan = resolve(job, world_size=placement.fewest, data=prepared, facts=found.facts)
+    say(placement.note)
+    say(render_brief(plan))
+    for warning in memory.refuse_too_large(job, plan, found):
+        say(f"warning: {warning}")
+    phase.end("plan")
+    nodes.wait_for_room(placement, say)
+    say("starting the workers: they import PyTorch and connect to each other")
+    return Prepared(placement, plan, head_watch)
+
+
+class _Phases:
+    """Measures phases that follow each other."""
+
+    def __init__(self, timeline: dict[str, float]) -> None:
+        self._timeline = timeline
+        self._start = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self._timeline[name], self._start = now - self._start, now
+
+
+def _in_background(work: Callable[[], PreparedData]) -> Future[PreparedData]:
+    """Start the work on a daemon thread: unlike an executor's threads, it does not keep the process
+    alive after a refusal.
+    """
+    future: Future[PreparedData] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # raised again by result()
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="data", daemon=True).start()
+    return future

@@ -1,0 +1,51 @@
+"""The 8-bit states of torchao's AdamW, written again from float32 values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+BLOCKS_AT_A_TIME = 2**16
+
+
+def fill_8bit(state: Any, values: torch.Tensor) -> None:
+    """Fill torchao's 8-bit optimizer state with values, some blocks at a time: the codes pass
+    through int64, eight times what they take in the end.
+    """
+    blocks = values.reshape(-1, state.block_size)
+    codes, scales = state.codes.view(-1, state.block_size), state.scale
+    for start in range(0, len(blocks), BLOCKS_AT_A_TIME):
+        part = slice(start, start + BLOCKS_AT_A_TIME)
+        codes[part], scales[part] = quantized(blocks[part], state.qmap)
+
+
+def quantized(blocks: torch.Tensor, qmap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return 8-bit codes and scales that give back exactly what was dequantized from such.
+
+    torchao takes the largest magnitude of a block as its scale. Its signed map reaches from -0.993
+    to 1, so a block whose largest magnitude is negative has lost 0.7 % when it is quantized again,
+    and all its codes move. Its scale was that magnitude / 0.993, or a neighbor of it in float32.
+
+    Args:
+        blocks: (blocks, values in one), float32.
+        qmap: (256,), what each code stands for, ascending.
+    """
+    from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
+
+    scaled, scales = scale_tensor(blocks, blocks.shape[1])
+    codes = quantize_8bit_with_qmap(scaled, qmap)
+    if qmap[0] == 0:  # the unsigned map holds its largest magnitude exactly
+        return codes, scales
+    estimate = blocks.abs().amax(-1) / -qmap[0]
+    up, down = (estimate.nextafter(torch.full_like(estimate, end)) for end in (math.inf, 0.0))
+    for candidates in (estimate, up, down):
+        moved = (dequant_with_qmap(codes, qmap, scales) != blocks).any(-1)
+        if not moved.any():
+            break
+        tried = quantize_8bit_with_qmap(blocks / candidates.unsqueeze(-1), qmap)
+        exact = (dequant_with_qmap(tried, qmap, candidates) == blocks).all(-1) & moved
+        codes = torch.where(exact.unsqueeze(-1), tried, codes)
+        scales = torch.where(exact, candidates, scales)
+    return codes, scales

@@ -1,0 +1,68 @@
+"""Tables and sections by rich: at one width, and without color where the output is no terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+WIDTH = 100
+
+
+def plain(view: RenderableType, width: int = WIDTH) -> str:
+    """Return what rich would draw as plain text, without color and trailing spaces."""
+    file = io.StringIO()
+    Console(file=file, width=width, color_system=None, highlight=False).print(view)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def show(view: RenderableType) -> None:
+    """Print a view: in color on a terminal, else as plain text."""
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(view, width=min(console.width, WIDTH))
+    else:
+        console.file.write(plain(view) + "\n")
+
+
+def columns(*names: str, right: Iterable[str] = (), no_wrap: Iterable[str] = ()) -> Table:
+    """Return a table without lines, whose cells wrap.
+
+    Args:
+        names: column headers.
+        right: columns that are aligned to the right.
+        no_wrap: columns that keep their width.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in names:
+        table.add_column(
+            name,
+            justify="right" if name in right else "left",
+            no_wrap=name in no_wrap,
+            overflow="fold",
+        )
+    return table
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> Table:
+    """Return names and their values in two columns."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def indented(view: RenderableType, by: int = 2, above: int = 0) -> Padding:
+    """Return a view moved to the right, with empty lines above it."""
+    return Padding(view, (above, 0, 0, by))
+
+
+def section(title: str, *content: RenderableType) -> list[RenderableType]:
+    """Return an empty line, a title, and the content indented below it."""
+    return [Text(), Text(title, style="bold cyan"), *map(indented, content)]

@@ -1,0 +1,26 @@
+"""The one renderer of tables: plain text in logs, color on terminals only."""
+
+import pytest
+from rich.console import Group
+from rich.text import Text
+
+from raytrain_adv.tables import WIDTH, columns, pairs, plain, section, show
+
+
+def test_plain_text_has_one_width_and_no_color():
+    table = columns("node", "GPUs", right=["GPUs"])
+    table.add_row(Text("10.0.0.1", "red"), "8 " * 100)
+    lines = plain(table).splitlines()
+    assert max(map(len, lines)) <= WIDTH and "\x1b" not in "".join(lines)
+    assert lines[0].startswith("node") and lines[0].endswith("GPUs")
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_a_section_has_its_title_and_indented_pairs():
+    text = plain(Group(*section("Batch", pairs([("data", "64 rows"), ("", "more")]))))
+    assert text == "\nBatch\n  data  64 rows\n        more"
+
+
+def test_what_is_shown_in_a_pipe_is_plain(capsys: pytest.CaptureFixture[str]):
+    show(Text("fits", style="green"))
+    assert capsys.readouterr().out == "fits\n"
