@@ -28,7 +28,17 @@ def test_a_value_as_yaml_is_one_line_that_reads_back(value):
     assert yaml.safe_load(as_yaml(value)) == value and "\n" not in as_yaml(value)
 
 
-NAMES = ["saves_é", "测试", "тест", "ทดสอบ", "テスト-1", "בדיקה", "🚀", "a\udcff", "ＦＰ８"]
+NAMES = [
+    "saves_é",
+    "测试",
+    "тест",
+    "ทดสอบ",
+    "テスト-1",
+    "בדיקה",
+    "🚀",
+    "a\udcff",
+    "\uff26\uff30\uff18",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

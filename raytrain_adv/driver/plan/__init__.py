@@ -1,1 +1,1 @@
-"""What a job will do, before it runs."""
+"""The plan of a job, before it runs."""

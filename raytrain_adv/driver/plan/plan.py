@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from torch import nn
@@ -36,7 +35,7 @@ from raytrain_adv.text import GIB, plural
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.transform import Plan
 
-__all__ = ["DataSummary", "RunPlan", "render", "render_brief", "resolve", "show"]
+__all__ = ["RunPlan", "render", "render_brief", "resolve", "show"]
 
 
 @dataclass(frozen=True)
@@ -96,16 +95,6 @@ class RunPlan:
     """Limits of more workers, in order; with `scale`."""
     remarks: tuple[str, ...] = ()
     """Sentences on keys without effect, and on what was not checked."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the plan's numbers as JSON types."""
-        return {
-            "world_size": self.world_size,
-            "model": asdict(self.model),
-            "data": asdict(self.data),
-            "batch": asdict(self.arithmetic),
-            "memory": self.memory.as_dict(),
-        }
 
 
 def resolve(

@@ -1,1 +1,1 @@
-"""What the driver watches while workers train."""
+"""Watches over running workers: head node, nodes, hangs, requests to stop."""
