@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from raytrain_adv.dtensor import local_part
 from raytrain_adv.hardware import free_host_memory
-from raytrain_adv.ops.adamw_8bit import fill_8bit
+from raytrain_adv.ops.adamw_8bit import fill_8bit, values_of
 from raytrain_adv.text import GIB, first_line
 
 LARGEST_SHARE = 0.5
@@ -198,7 +198,7 @@ def _is_8bit(tensor: torch.Tensor) -> bool:
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     if not _is_8bit(tensor):
         return tensor.detach()
-    values: torch.Tensor = local_part(tensor).dequantize()
+    values = values_of(local_part(tensor))
     if not isinstance(tensor, DTensor):
         return values
     return DTensor.from_local(

@@ -10,6 +10,12 @@ import torch
 BLOCKS_AT_A_TIME = 2**16
 
 
+def values_of(state: Any) -> torch.Tensor:
+    """Return the float32 values of torchao's 8-bit optimizer state."""
+    values: torch.Tensor = state.dequantize()
+    return values
+
+
 def fill_8bit(state: Any, values: torch.Tensor) -> None:
     """Fill torchao's 8-bit optimizer state with values, some blocks at a time: the codes pass
     through int64, eight times what they take in the end.

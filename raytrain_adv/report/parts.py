@@ -186,7 +186,7 @@ class Baseline(Record):
     output_dir: str
     """Its output_dir."""
     changed_keys: tuple[str, ...] = ()
-    """The keys that change what is computed and differ, as `fp8: False then, True now`."""
+    """The keys that change what is computed and differ, as `lora_rank: 8 then, 16 now`."""
     train_loss: tuple[Point, ...] = ()
     """Its training loss as [step, value]."""
     eval_loss: tuple[Point, ...] = ()

@@ -157,10 +157,10 @@ class RunReport(Record):
     variants: tuple[Variant, ...] = ()
     """What quantization costs and training with it buys, in held-out loss."""
     recovered: Number = None
-    """Share of the quantization loss that training recovered: (PTQ - QAT) / (PTQ - bf16), of the
-    twin's weights where there is one, else of those at which fake quantization began; null without
-    QAT, where PTQ loses next to nothing, and where QAT ended below weights that have not been
-    trained as long.
+    """Share of the quantization loss that training recovered: (PTQ - trained) / (PTQ - bf16), of
+    the twin's weights if there is one, else of those at which fake quantization began; null without
+    training for it, if PTQ loses next to nothing, and if that ended below weights that have not
+    been trained as long.
     """
     quantized_eval_loss: Number = None
     """Held-out loss of the quantized model that the run has made; null without one."""

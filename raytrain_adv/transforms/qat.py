@@ -62,7 +62,8 @@ class Qat(Transform):
     speed: ClassVar[float] = 0.94  # jobs/benchmarks/results/llama3_8b_qat.json, int4
     converts: ClassVar[str] = "quantized"
     excludes: ClassVar[dict[str, str]] = {
-        "use_dora": "DoRA computes with the base weights themselves, which would not be rounded"
+        "quantization_bit": "QAT and standard quantization are mutually exclusive",
+        "use_dora": "DoRA computes with the base weights themselves, which would not be rounded",
     }
     careful: ClassVar[dict[str, str]] = {
         "fp8": "FP8 rounds products by 3.7 % beside what QAT rounds, and whole runs were compared "

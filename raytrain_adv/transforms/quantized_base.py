@@ -53,7 +53,6 @@ class QuantizedBase(Transform):
     proven_by: ClassVar[str] = "raytrain_adv::dequantize"
     excludes: ClassVar[dict[str, str]] = {
         "fp8": "FP8 and standard quantization are mutually exclusive",
-        "enable_qat": "QAT and standard quantization are mutually exclusive",
         "use_dora": "DoRA computes with the base weights themselves, which are quantized",
     }
     needs: ClassVar[dict[str, str]] = {

@@ -312,13 +312,13 @@ def _export_run(
     print(f"model      {written.model_dir} ({disk(written.model_gib or 0.0)}; step {step:,})")
     if not written.converted:
         return
-    found = written.converted
-    print(f"quantized  {found['quantized_dir']} ({disk(found['quantized_gib'])})")
+    figures = written.converted
+    print(f"quantized  {figures['quantized_dir']} ({disk(figures['quantized_gib'])})")
     print(f"           {job.transform(Qat).scheme}")
-    if found["quantized_logit_difference"] is None:
+    if figures["quantized_logit_difference"] is None:
         print(f"           not compared: {NO_GPU}")
     else:
-        difference, how = found["quantized_logit_difference"], found["quantized_comparison"]
+        difference, how = figures["quantized_logit_difference"], figures["quantized_comparison"]
         print("           " + _said(difference, how, "the checkpoint's"))
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3] / "raytrain_adv"
-MOST = 4
+MOST = {"fp8": 4, "qat": 4, "quantiz": 7}
+"""Of quantiz: the two exports, the keys of report.json and sweep.json, the metric, a key of
+LLaMA-Factory and the help of `export`."""
 OWN = {
     "fp8": ("transforms/fp8.py", "ops/"),
     "qat": ("transforms/qat.py", "ops/"),
@@ -22,4 +24,4 @@ def test_a_feature_is_named_in_few_files_besides_its_own(word):
         if not (path := file.relative_to(ROOT).as_posix()).startswith(OWN[word])
         and re.search(word, file.read_text(), re.IGNORECASE)
     ]
-    assert len(named) <= MOST, named
+    assert len(named) <= MOST[word], named
