@@ -12,15 +12,8 @@ from typing import Any
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import Stopped
 from raytrain_adv.estimate.memory import MemoryPrediction
-from raytrain_adv.report.record import (
-    Baseline,
-    Point,
-    RunReport,
-    Sample,
-    Start,
-    TransformReport,
-    describe_failure,
-)
+from raytrain_adv.report.parts import Baseline, Point, Sample, Start, TransformReport
+from raytrain_adv.report.record import RunReport, describe_failure
 from raytrain_adv.report.record import read as read_report
 from raytrain_adv.report.variants import quantized_loss, recovered, variants
 from raytrain_adv.storage.metrics_file import FILE_NAME, read

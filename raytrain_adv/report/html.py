@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from raytrain_adv import __version__, text
 from raytrain_adv.report import charts, plot, variants
-from raytrain_adv.report.record import Failure, NodeReport, RunReport, Start, write_text
+from raytrain_adv.report.parts import Failure, NodeReport, Start
+from raytrain_adv.report.record import RunReport, write_text
 from raytrain_adv.storage import metrics_file
 
 FILE_NAME = "report.html"

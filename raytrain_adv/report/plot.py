@@ -208,14 +208,13 @@ def _svg(
 
 
 def _curve(axes: Axes, series: Series) -> None:
-    look: dict[str, Any] = {
+    styles: dict[str, dict[str, Any]] = {
         "line": {"linewidth": 1.6},
         "faint": {"linewidth": 0.9, "alpha": 0.32},
         "dots": {"linewidth": 0.9, "marker": "o", "markersize": 6},
         "points": {"linewidth": 0, "marker": "o", "markersize": 6},
-    }[series.style]
-    if len(series.points) == 1:
-        look |= {"marker": "o", "markersize": 6}
+    }
+    look = styles["dots" if len(series.points) == 1 else series.style]
     axes.plot(
         *zip(*series.points, strict=True),
         color=INKS[f"c{series.color}"],

@@ -15,7 +15,7 @@ from rich.text import Text
 from raytrain_adv.driver.plan import scale_text
 from raytrain_adv.estimate.advice import written
 from raytrain_adv.estimate.memory import Phase
-from raytrain_adv.report.record import fold_names
+from raytrain_adv.report.parts import fold_names
 from raytrain_adv.transforms.transform import Plan
 
 if TYPE_CHECKING:

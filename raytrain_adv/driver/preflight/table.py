@@ -14,7 +14,7 @@ from raytrain_adv.driver.preflight.probe import GpuReading
 from raytrain_adv.driver.preflight.verdicts import Preflight, Verdict
 from raytrain_adv.driver.preflight.versions import DECISIVE, some
 from raytrain_adv.hardware import GIB
-from raytrain_adv.report.record import NodeReport, PreflightReport
+from raytrain_adv.report.parts import NodeReport, PreflightReport
 from raytrain_adv.text import plural
 
 WIDTH = 100

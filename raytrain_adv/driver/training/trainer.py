@@ -54,7 +54,8 @@ from raytrain_adv.errors import StorageError, Terminated
 from raytrain_adv.report import record
 from raytrain_adv.report.build import against, failed, finished, planned, started
 from raytrain_adv.report.html import write_html
-from raytrain_adv.report.record import PreflightReport, RunReport
+from raytrain_adv.report.parts import PreflightReport
+from raytrain_adv.report.record import RunReport
 from raytrain_adv.run import trackers
 from raytrain_adv.transforms.applied import enabled
 from raytrain_adv.worker.install import fetch

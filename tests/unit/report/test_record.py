@@ -8,7 +8,8 @@ from raytrain_adv.errors import ClusterError, StorageError
 from raytrain_adv.report import record
 from raytrain_adv.report.contract import PATH, RECORDS, contract
 from raytrain_adv.report.html import write_html
-from raytrain_adv.report.record import RunReport, TransformReport, describe_failure, fold_names
+from raytrain_adv.report.parts import Sample, TransformReport, fold_names
+from raytrain_adv.report.record import RunReport, describe_failure
 from raytrain_adv.transforms import Change, Plan
 
 CONTRACT = [
@@ -60,7 +61,7 @@ def test_numpy_and_nan_become_json(tmp_path):
 
 
 def test_text_that_is_no_unicode_does_not_stop_the_report(tmp_path):
-    report = RunReport(status="done", samples=[record.Sample(prompt="\ud800", answer="a")])
+    report = RunReport(status="done", samples=[Sample(prompt="\ud800", answer="a")])
     assert json.loads(record.write(report, tmp_path).read_text())["samples"]
 
 

@@ -24,7 +24,8 @@ from raytrain_adv.driver.sweep.results import Results
 from raytrain_adv.driver.watch.stop import StoppedBySweep, StopWhenTold, take_back, tell
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.report import record, sweep_record
-from raytrain_adv.report.record import Failure, RunReport
+from raytrain_adv.report.parts import Failure
+from raytrain_adv.report.record import RunReport
 
 SWEEP = {"learning_rate": [1e-3, 1e-2, 1e-1]}
 
