@@ -200,8 +200,8 @@ def _svg(
         axes = figure.add_axes((left, bottom, right - left, top - bottom))
         for one in series:
             _curve(axes, one)
-        _lines(axes, plot)
         _scale(axes, plot, series, narrow=width < SIZES["half"][0])
+        _lines(axes, plot)
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
         return _inline(file.getvalue(), label), {"left": round(left, 4), "right": round(right, 4)}
@@ -260,9 +260,9 @@ def _scale(axes: Axes, plot: Plot, series: list[Series], narrow: bool) -> None:
     for line in axes.get_ygridlines():
         line.set_clip_on(False)
     axes.set_xlim(low, high)
-    if plot.from_zero:
-        axes.update_datalim([(low, 0.0)])
-        axes.autoscale_view(scalex=False)
+    axes.update_datalim([(low, level.value) for level in plot.levels])
+    axes.update_datalim([(low, 0.0)] if plot.from_zero else [])
+    axes.autoscale_view(scalex=False)
 
 
 def _inline(document: str, label: str) -> Markup:
