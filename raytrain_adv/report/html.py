@@ -7,7 +7,6 @@ from typing import Any
 from urllib.parse import quote
 
 import yaml
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from raytrain_adv import __version__, text
@@ -93,6 +92,8 @@ def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = T
 
 def page(template: str, **values: Any) -> str:
     """Return a document from one of the templates, in which every value is escaped."""
+    from jinja2 import Environment, PackageLoader  # not needed before a run ends
+
     environment = Environment(
         loader=PackageLoader("raytrain_adv.report"),
         autoescape=True,

@@ -116,7 +116,7 @@ def test_an_output_dir_that_cannot_be_written_is_a_storage_error(tmp_path):
         record.write(RunReport(status="done"), tmp_path / "file")
 
 
-def test_a_house_error_keeps_its_parts_and_exit_code():
+def test_an_error_of_this_package_keeps_its_parts_and_exit_code():
     error = pickle.loads(pickle.dumps(ClusterError("No GPUs", "2 nodes", "add one")))
     failure = describe_failure(error, rank=1)
     assert (failure.what, failure.found, failure.fix) == ("No GPUs", "2 nodes", "add one")
