@@ -1,4 +1,4 @@
-"""Which plots the report has, from the rows of metrics.jsonl."""
+"""The plots of a report, from the rows of metrics.jsonl."""
 
 import itertools
 import math
@@ -140,7 +140,7 @@ def _marks(rows: Sequence[Row]) -> tuple[Mark, ...]:
 
 
 def _not_finite(rows: list[Row], key: str) -> tuple[Mark, ...]:
-    """Mark the first NaN or infinity: what comes after it is lost in any case."""
+    """Mark the first NaN or infinity; nothing after it matters."""
     for row in rows:
         if key in row.get("non_finite", {}):
             return (Mark(row["step"], f"{key} is {row['non_finite'][key]}", alarming=True),)

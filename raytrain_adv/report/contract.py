@@ -1,26 +1,24 @@
-"""CONTRACT.md and SWEEP_CONTRACT.md: the fields of report.json and sweep.json in words, made of the
-types and their sentences.
+"""CONTRACT.md and SWEEP_CONTRACT.md: the fields of report.json and sweep.json with their sentences.
 
-`python -m raytrain_adv.report.contract` writes them anew.
+`python -m raytrain_adv.report.contract` writes both.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
-from raytrain_adv.report.record import (
+from raytrain_adv.report.parts import (
     Baseline,
     Failure,
     NodeReport,
     PreflightReport,
     Record,
-    RunReport,
     Sample,
     Start,
     TransformReport,
     Variant,
-    write_text,
 )
+from raytrain_adv.report.record import RunReport, write_text
 from raytrain_adv.report.sweep_record import SweepReport
 
 PATH = Path(__file__).with_name("CONTRACT.md")
@@ -56,8 +54,8 @@ def sweep_contract() -> str:
     """Return the document of sweep.json."""
     definitions = SweepReport.model_json_schema()
     parts = [
-        "# sweep.json\n\nWhat a sweep leaves in `output_dir/sweep.json`, written anew whenever a "
-        "trial begins or ends; each trial's folder has a `report.json` of its own (CONTRACT.md). "
+        "# sweep.json\n\nWhat a sweep leaves in `output_dir/sweep.json`, written whenever a "
+        "trial begins or ends; each trial's folder has its own `report.json` (CONTRACT.md). "
         "Made by `python -m raytrain_adv.report.contract`; the same as a JSON schema: "
         "`raytrain_adv.report.sweep_record.schema()`.",
         _table("SweepReport", definitions),

@@ -7,12 +7,12 @@ from typing import Any
 from urllib.parse import quote
 
 import yaml
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from raytrain_adv import __version__, text
 from raytrain_adv.report import charts, plot, variants
-from raytrain_adv.report.record import Failure, NodeReport, RunReport, Start, write_text
+from raytrain_adv.report.parts import Failure, NodeReport, Start
+from raytrain_adv.report.record import RunReport, write_text
 from raytrain_adv.storage import metrics_file
 
 FILE_NAME = "report.html"
@@ -92,6 +92,8 @@ def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = T
 
 def page(template: str, **values: Any) -> str:
     """Return a document from one of the templates, in which every value is escaped."""
+    from jinja2 import Environment, PackageLoader  # not needed before a run ends
+
     environment = Environment(
         loader=PackageLoader("raytrain_adv.report"),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""What report.json is made of: its number types, and the records inside it."""
+"""The types of report.json: numbers, and the records inside it."""
 
 import math
 import os
@@ -65,7 +65,7 @@ class Failure(Record):
     rank: int | None = None
     """The worker on which it happened; none means the driver."""
     trace: str = ""
-    """Last lines of the traceback, where the error was not one of the messages made for users."""
+    """Last lines of the traceback, unless the error is one of this package's."""
 
 
 class TransformReport(Record):
@@ -86,17 +86,17 @@ class TransformReport(Record):
     notes: tuple[str, ...] = ()
     """Sentences of advice, cost and what to expect."""
     details: JsonObject = {}
-    """What else there is to know; for kernels: source, commit, build and sha256 of each file, and
-    how far off each layer was when it was tried out.
+    """More facts; for kernels: source, commit, build and sha256 of each file, and each layer's
+    relative error in the trial.
     """
     proof: JsonObject = {}
-    """What a profile of one training step saw: the operator, how often it ran, its GPU kernels;
-    empty where the modules' classes are proof enough.
+    """A profile of one training step: the operator, how often it ran, its GPU kernels; empty if the
+    modules' classes are proof enough.
     """
 
     @property
     def proof_sentence(self) -> str:
-        """The proof in words; empty where there is none."""
+        """The proof in words; empty if there is none."""
         if not self.proof:
             return ""
         return (
@@ -106,7 +106,7 @@ class TransformReport(Record):
 
     @classmethod
     def of(cls, plan: Plan, proof: Mapping[str, Any] | None = None) -> "TransformReport":
-        """Return what a plan that was carried out and verified comes to."""
+        """Return the report of a plan that was applied and verified."""
         classes: dict[str, int] = {}
         for change in plan.changes.values():
             key = f"{change.before} -> {change.after}"
@@ -128,7 +128,7 @@ class TransformReport(Record):
 
 
 class Sample(Record):
-    """A held-out prompt, and what the trained model answers."""
+    """A held-out prompt, and the trained model's answer."""
 
     prompt: str
     """The prompt as the model saw it, or its last message."""
@@ -139,20 +139,20 @@ class Sample(Record):
 
 
 class NodeReport(Record):
-    """A node of the cluster as it was found before anything was scheduled."""
+    """A node of the cluster before anything was scheduled."""
 
     address: str
-    """Address of the node, or the autoscaler's group of nodes that are yet to start."""
+    """Address of the node, or the autoscaler's group of nodes that may start."""
     node_id: str = ""
-    """Ray's id of the node; empty for one that is yet to start."""
+    """Ray's id of the node; empty if it has not started."""
     used: bool
     """Whether workers were allowed on it."""
     workers: int
-    """Workers that it has room for."""
+    """Workers that fit on it."""
     reason: str = ""
-    """The rule that left it out; empty where none did."""
+    """The rule that excludes it; empty if none does."""
     found: str = ""
-    """What was found against it."""
+    """What was found there that breaks the rule."""
     gpus: tuple[str, ...] = ()
     """Name of each GPU, or of each MIG slice."""
     compute_capability: str | None = None
@@ -160,28 +160,28 @@ class NodeReport(Record):
     memory_gib: Number = None
     """Memory of its smallest GPU."""
     free_memory_gib: Number = None
-    """Free memory of the GPU that had least of it."""
+    """Free memory of the GPU with the least."""
     driver_version: str | None = None
     """NVIDIA driver."""
     cuda_version: str | None = None
     """CUDA version PyTorch was built for there."""
     versions: dict[str, str | None] = {}
-    """Version of each package there; null where it is not installed."""
+    """Version of each package there; null if it is not installed."""
 
 
 class PreflightReport(Record):
-    """What was found on the cluster's nodes before anything was scheduled."""
+    """The cluster's nodes before anything was scheduled."""
 
     nodes: tuple[NodeReport, ...]
-    """Every node that was alive, and the groups that an autoscaler may start."""
+    """Every live node, and the groups that an autoscaler may start."""
     warnings: tuple[str, ...] = ()
-    """What was found and did not stop the run."""
+    """Findings that did not stop the run."""
     seconds: Number = None
-    """How long the nodes took to answer."""
+    """Time until every node answered."""
 
 
 class Baseline(Record):
-    """The run named by compare_with, and this run measured by it."""
+    """The run named by compare_with, and this run compared with it."""
 
     output_dir: str
     """Its output_dir."""
@@ -205,15 +205,15 @@ class Start(Record):
     """A start of the workers."""
 
     step: int
-    """Optimizer steps that were behind the run."""
+    """Optimizer steps that were finished before it."""
     time: Number = None
-    """When it was, in unix seconds."""
+    """When it began, in unix seconds."""
     workers: int
-    """How many there were."""
+    """Number of workers."""
     nodes: tuple[str, ...] = ()
-    """Address of each node they were on."""
+    """Address of each of their nodes."""
     lost: tuple[str, ...] = ()
-    """Nodes of the start before that had gone."""
+    """Nodes of the previous start that were lost."""
 
 
 class Variant(Record):

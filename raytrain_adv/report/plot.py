@@ -200,22 +200,21 @@ def _svg(
         axes = figure.add_axes((left, bottom, right - left, top - bottom))
         for one in series:
             _curve(axes, one)
-        _lines(axes, plot)
         _scale(axes, plot, series, narrow=width < SIZES["half"][0])
+        _lines(axes, plot)
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
         return _inline(file.getvalue(), label), {"left": round(left, 4), "right": round(right, 4)}
 
 
 def _curve(axes: Axes, series: Series) -> None:
-    look: dict[str, Any] = {
+    styles: dict[str, dict[str, Any]] = {
         "line": {"linewidth": 1.6},
         "faint": {"linewidth": 0.9, "alpha": 0.32},
         "dots": {"linewidth": 0.9, "marker": "o", "markersize": 6},
         "points": {"linewidth": 0, "marker": "o", "markersize": 6},
-    }[series.style]
-    if len(series.points) == 1:
-        look |= {"marker": "o", "markersize": 6}
+    }
+    look = styles["dots" if len(series.points) == 1 else series.style]
     axes.plot(
         *zip(*series.points, strict=True),
         color=INKS[f"c{series.color}"],
@@ -261,9 +260,9 @@ def _scale(axes: Axes, plot: Plot, series: list[Series], narrow: bool) -> None:
     for line in axes.get_ygridlines():
         line.set_clip_on(False)
     axes.set_xlim(low, high)
-    if plot.from_zero:
-        axes.update_datalim([(low, 0.0)])
-        axes.autoscale_view(scalex=False)
+    axes.update_datalim([(low, level.value) for level in plot.levels])
+    axes.update_datalim([(low, 0.0)] if plot.from_zero else [])
+    axes.autoscale_view(scalex=False)
 
 
 def _inline(document: str, label: str) -> Markup:

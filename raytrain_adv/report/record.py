@@ -1,4 +1,4 @@
-"""report.json: what a run was asked for, did and reached; a contract that scripts read."""
+"""report.json: a run's job, what it did and what it reached; a contract that scripts read."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,6 @@ from raytrain_adv.report.parts import (
     Failure,
     JobObject,
     JsonObject,
-    NodeReport,
     Number,
     Point,
     PreflightReport,
@@ -24,33 +23,8 @@ from raytrain_adv.report.parts import (
     Start,
     TransformReport,
     Variant,
-    fold_names,
 )
 from raytrain_adv.storage.atomic import write_atomic
-
-__all__ = [
-    "Arguments",
-    "Baseline",
-    "Failure",
-    "JobObject",
-    "JsonObject",
-    "NodeReport",
-    "Number",
-    "Point",
-    "PreflightReport",
-    "Record",
-    "RunReport",
-    "Sample",
-    "Start",
-    "TransformReport",
-    "Variant",
-    "describe_failure",
-    "fold_names",
-    "read",
-    "schema",
-    "write",
-    "write_text",
-]
 
 FILE_NAME = "report.json"
 
@@ -71,10 +45,10 @@ class RunReport(Record):
     """
 
     format_version: Literal[1] = 1
-    """Version of this contract; raised when a field changes its meaning or goes."""
+    """Version of this contract; raised when a field changes its meaning or is removed."""
     status: Literal["running", "done", "stopped", "failed"]
-    """running is written at the start: where it stays, the driver was killed. stopped: by Ctrl-C,
-    by SIGTERM as `ray job stop` sends it, or by its sweep.
+    """running is written at the start: if it stays, the driver was killed. stopped: by Ctrl-C, by
+    SIGTERM as `ray job stop` sends it, or by its sweep.
     """
     error: str | None = None
     """The error's whole message as the user saw it; null unless status is failed or stopped."""
@@ -97,20 +71,20 @@ class RunReport(Record):
     preflight: PreflightReport | None = None
     """The cluster's nodes, which of them were used, and why not the others."""
     world_size: int | None = None
-    """Workers (ranks) of the run, of its last start where it was restarted."""
+    """Workers (ranks) of the run; of its last start if it was restarted."""
     device: str | None = None
     """What a worker computes on, as NVIDIA H200 or CPU."""
     attention: str | None = None
     """What computed attention, in transformers' words: sdpa, eager, flash_attention_2, ..."""
     attention_trial: str | None = None
-    """How near flash attention came to the definition before training; null where attention is
+    """How near flash attention came to the definition before training; null if attention is
     PyTorch's own."""
     versions: dict[str, str] = Field(default_factory=dict)
-    """Version of Python and of each package that takes part, on the workers."""
+    """Version of Python and of each package that is used, on the workers."""
     steps: int = 0
     """Optimizer steps that were finished."""
     total_steps: int | None = None
-    """Optimizer steps the run has by its plan."""
+    """Optimizer steps that the plan has."""
     epochs: Number = None
     """Passes over the training data that were finished."""
     train_loss: tuple[Point, ...] = ()
@@ -131,18 +105,18 @@ class RunReport(Record):
     """The prediction's parts in GiB: parameters, gradients, optimizer, activations, logits; and
     host memory per worker: what is offloaded, and the copies of checkpoints."""
     mfu_bf16: Number = None
-    """Median share of the device's dense bf16 peak, as 0.42; null where the peak is not known."""
+    """Median share of the device's dense bf16 peak, as 0.42; null if the peak is not known."""
     restarts: int = 0
-    """Times that lost workers were started again."""
+    """Restarts of the workers after some were lost."""
     skipped_steps: int = 0
-    """Optimizer steps whose update was left out because of a bad loss (on_bad_loss: skip)."""
+    """Optimizer steps whose update was skipped because of a bad loss (on_bad_loss: skip)."""
     starts: tuple[Start, ...] = ()
-    """Each start of the workers: at which step, how many, and which nodes had been lost."""
+    """Each start of the workers: at which step, how many, and which nodes were lost before."""
     resumed_from_step: int | None = None
-    """Step of the checkpoint the run last went on from; null if it never did."""
+    """Step of the checkpoint the run last resumed from; null if it never did."""
     transforms: dict[str, TransformReport] = Field(default_factory=dict)
-    """What each enabled transform changed and skipped, by its name; as planned where the run did
-    not get to its end.
+    """What each enabled transform changed and skipped, by its name; as planned if the run did not
+    finish.
     """
     data: JsonObject = Field(default_factory=dict)
     """Rows read, used and unusable (file, line and reason), tokens, sequences, packing."""
@@ -155,7 +129,7 @@ class RunReport(Record):
     model_dir: str | None = None
     """Folder of the trained model; null until it is exported."""
     variants: tuple[Variant, ...] = ()
-    """What quantization costs and training with it buys, in held-out loss."""
+    """What quantization costs, and what training with it regains, in held-out loss."""
     recovered: Number = None
     """Share of the quantization loss that training recovered: (PTQ - trained) / (PTQ - bf16), of
     the twin's weights if there is one, else of those at which fake quantization began; null without
@@ -163,7 +137,7 @@ class RunReport(Record):
     been trained as long.
     """
     quantized_eval_loss: Number = None
-    """Held-out loss of the quantized model that the run has made; null without one."""
+    """Held-out loss of the run's quantized model; null without one."""
     model_gib: Number = None
     """Its size on disk."""
     quantized_dir: str | None = None
@@ -171,15 +145,15 @@ class RunReport(Record):
     quantized_gib: Number = None
     """Its size on disk."""
     quantized_logit_difference: Number = None
-    """Largest difference between the logits of the quantized folder, loaded anew, and those of the
-    model in memory with fake quantization on.
+    """Largest difference between the logits of the quantized folder, loaded again, and those of the
+    model in memory with fake quantization enabled.
     """
     quantized_comparison: str = ""
     """On how many tokens and where they were compared, and what was allowed."""
     baseline: Baseline | None = None
-    """The run named by compare_with; null where none is."""
+    """The run named by compare_with; null if there is none."""
     notes: tuple[str, ...] = ()
-    """Whatever else a reader should know, one sentence each."""
+    """Anything else a reader should know, one sentence each."""
 
     @property
     def converted(self) -> tuple[str, str | None, float | None]:
@@ -222,7 +196,7 @@ def schema() -> dict[str, Any]:
 
 
 def write(report: RunReport, output_dir: str | Path) -> Path:
-    """Write report.json in one move, so that no reader sees half of it, and return its path.
+    """Write report.json atomically, and return its path.
 
     Raises:
         StorageError: when the file cannot be written.
@@ -232,7 +206,7 @@ def write(report: RunReport, output_dir: str | Path) -> Path:
 
 
 def write_text(text: str, path: Path) -> Path:
-    """Write a file of the report in one move, and return its path.
+    """Write a file of the report atomically, without secrets of the environment; return its path.
 
     Raises:
         StorageError: when the file cannot be written.

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from raytrain_adv import text
 from raytrain_adv.report import variants
-from raytrain_adv.report.record import Baseline, RunReport, Sample, Start
+from raytrain_adv.report.parts import Baseline, Sample, Start
+from raytrain_adv.report.record import RunReport
 
 NUM_SAMPLE_LINES = 8
 UNLIMITED = 10_000

@@ -1,4 +1,4 @@
-"""sweep.json: the trials of a sweep and what each came to; a contract that scripts read."""
+"""sweep.json: the trials of a sweep and their results; a contract that scripts read."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -7,11 +7,12 @@ from pydantic import ValidationError
 
 from raytrain_adv.config.sweep import CONVERTED_LOSS, MetricName, Trial
 from raytrain_adv.errors import StorageError
-from raytrain_adv.report.record import Arguments, JsonObject, Number, Record, RunReport, write_text
+from raytrain_adv.report.parts import Arguments, JsonObject, Number, Record
+from raytrain_adv.report.record import RunReport, write_text
 
 FILE_NAME = "sweep.json"
 STOPPED = "StoppedBySweep"
-"""Kind of the failure in the report of a trial that its sweep has stopped."""
+"""Kind of failure in the report of a trial that its sweep stopped."""
 
 
 class TrialReport(Record):
@@ -22,8 +23,7 @@ class TrialReport(Record):
     values: JsonObject
     """Each swept key's value."""
     status: Literal["waiting", "running", "done", "stopped", "failed"]
-    """stopped means that the scheduler let it go before its end; failed, that it ended in an error.
-    """
+    """stopped: by the scheduler, before its end; failed: it ended in an error."""
     metric: Number = None
     """Its value of the sweep's metric; null unless it is done."""
     error: str | None = None
@@ -31,11 +31,11 @@ class TrialReport(Record):
     output_dir: str
     """Folder of its run: report, metrics, model."""
     model_dir: str | None = None
-    """Folder of its trained model; null where there is none, or keep_models has deleted it."""
+    """Folder of its trained model; null if there is none, or keep_models has deleted it."""
     steps: int = 0
     """Optimizer steps that were finished."""
     total_steps: int | None = None
-    """Optimizer steps it has by its plan."""
+    """Optimizer steps that its plan has."""
     train_loss: Number = None
     """Training loss of the last logged step."""
     eval_loss: Number = None
@@ -53,17 +53,17 @@ class TrialReport(Record):
     seconds: Number = None
     """From the start of its last launch to its end."""
     resumed_from_step: int | None = None
-    """Step of the checkpoint it last went on from; null if it never did."""
+    """Step of the checkpoint it last resumed from; null if it never did."""
 
 
 class SweepReport(Record):
     """The contract of sweep.json."""
 
     format_version: Literal[1] = 1
-    """Version of this contract; raised when a field changes its meaning or goes."""
+    """Version of this contract; raised when a field changes its meaning or is removed."""
     status: Literal["running", "done", "failed"]
-    """running is written as trials go on: where it stays, the driver was killed. done means that a
-    trial has a value of the metric.
+    """running is written while trials run: if it stays, the driver was killed. done: a trial has a
+    value of the metric.
     """
     error: str | None = None
     """The error's whole message as the user saw it; null unless status is failed."""
@@ -82,7 +82,7 @@ class SweepReport(Record):
     keys: tuple[str, ...]
     """The swept keys."""
     metric: MetricName
-    """What trials are compared by; a field of TrialReport says more of it."""
+    """The figure that trials are compared by; a field of TrialReport describes it."""
     mode: Literal["min", "max"]
     """Whether the lowest or the highest value is the best."""
     scheduler: Literal["none", "asha"] = "none"
@@ -96,7 +96,7 @@ class SweepReport(Record):
     best_job: str | None = None
     """Path of the best trial's job, ready to run."""
     notes: tuple[str, ...] = ()
-    """Whatever else a reader should know, one sentence each."""
+    """Anything else a reader should know, one sentence each."""
 
     def trial(self, name: str) -> TrialReport:
         """Return the trial of this name."""
@@ -121,7 +121,7 @@ def _last(points: tuple[tuple[int, float | None], ...]) -> float | None:
 
 
 def trial_report(trial: Trial, run: RunReport | None, metric: MetricName) -> TrialReport:
-    """Return what a trial came to, from the report of its run; none means that it has not begun."""
+    """Return a trial's result from the report of its run; None means that it has not begun."""
     own = {"name": trial.name, "values": trial.values, "output_dir": trial.job.output.output_dir}
     if run is None:
         return TrialReport(**own, status="waiting")
@@ -145,7 +145,7 @@ def trial_report(trial: Trial, run: RunReport | None, metric: MetricName) -> Tri
 
 
 def best(trials: tuple[TrialReport, ...], mode: Literal["min", "max"]) -> TrialReport | None:
-    """Return the trial with the best value; the first of those that are equal."""
+    """Return the trial with the best value; among equals, the first."""
     done = [t for t in trials if t.metric is not None]
     sign = 1 if mode == "min" else -1
     return min(done, key=lambda t: sign * (t.metric or 0.0), default=None)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytrain_adv import text
-from raytrain_adv.report.record import RunReport, Variant
+from raytrain_adv.report.parts import Variant
+from raytrain_adv.report.record import RunReport
 from raytrain_adv.transforms.qat import BF16, PTQ, QAT, Qat
 
 TWIN = "twin"

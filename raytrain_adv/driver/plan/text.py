@@ -16,7 +16,7 @@ from raytrain_adv.estimate.advice import written
 from raytrain_adv.estimate.limits import MOST_WORKERS, Limit, Scale
 from raytrain_adv.estimate.memory import PARTS
 from raytrain_adv.estimate.traffic import GB
-from raytrain_adv.report.record import fold_names
+from raytrain_adv.report.parts import fold_names
 from raytrain_adv.text import plural
 from raytrain_adv.transforms.transform import Plan
 

@@ -11,7 +11,7 @@ from raytrain_adv import tables
 from raytrain_adv.driver.preflight.probe import GpuReading
 from raytrain_adv.driver.preflight.verdicts import Preflight, Verdict
 from raytrain_adv.driver.preflight.versions import DECISIVE, SHOWN_NODES
-from raytrain_adv.report.record import NodeReport, PreflightReport
+from raytrain_adv.report.parts import NodeReport, PreflightReport
 from raytrain_adv.text import GIB, listed, plural
 
 

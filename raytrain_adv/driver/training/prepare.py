@@ -19,7 +19,7 @@ from raytrain_adv.driver.preflight import memory, table, verdicts
 from raytrain_adv.driver.preflight.probe import Read
 from raytrain_adv.driver.watch import head
 from raytrain_adv.report import record
-from raytrain_adv.report.record import PreflightReport
+from raytrain_adv.report.parts import PreflightReport
 from raytrain_adv.run import trackers
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.install import fetch

@@ -5,16 +5,16 @@ import sys
 from html.parser import HTMLParser
 
 from raytrain_adv.report.html import render, write_html
-from raytrain_adv.report.parts import NodeReport
-from raytrain_adv.report.plot import Drawing, Mark, Plot, Series, draw, thinned
-from raytrain_adv.report.record import (
+from raytrain_adv.report.parts import (
     Baseline,
     Failure,
+    NodeReport,
     PreflightReport,
-    RunReport,
     Sample,
     TransformReport,
 )
+from raytrain_adv.report.plot import Drawing, Mark, Plot, Series, draw, thinned
+from raytrain_adv.report.record import RunReport
 from raytrain_adv.storage.metrics_file import MetricsFile
 
 EVIL = "</pre></script><script>alert('x')</script><img src=x onerror=alert(1)>\x00"

@@ -8,7 +8,8 @@ from raytrain_adv.errors import ClusterError, StorageError
 from raytrain_adv.report import record
 from raytrain_adv.report.contract import PATH, RECORDS, contract
 from raytrain_adv.report.html import write_html
-from raytrain_adv.report.record import RunReport, TransformReport, describe_failure, fold_names
+from raytrain_adv.report.parts import Sample, TransformReport, fold_names
+from raytrain_adv.report.record import RunReport, describe_failure
 from raytrain_adv.transforms import Change, Plan
 
 CONTRACT = [
@@ -60,7 +61,7 @@ def test_numpy_and_nan_become_json(tmp_path):
 
 
 def test_text_that_is_no_unicode_does_not_stop_the_report(tmp_path):
-    report = RunReport(status="done", samples=[record.Sample(prompt="\ud800", answer="a")])
+    report = RunReport(status="done", samples=[Sample(prompt="\ud800", answer="a")])
     assert json.loads(record.write(report, tmp_path).read_text())["samples"]
 
 
@@ -115,7 +116,7 @@ def test_an_output_dir_that_cannot_be_written_is_a_storage_error(tmp_path):
         record.write(RunReport(status="done"), tmp_path / "file")
 
 
-def test_a_house_error_keeps_its_parts_and_exit_code():
+def test_an_error_of_this_package_keeps_its_parts_and_exit_code():
     error = pickle.loads(pickle.dumps(ClusterError("No GPUs", "2 nodes", "add one")))
     failure = describe_failure(error, rank=1)
     assert (failure.what, failure.found, failure.fix) == ("No GPUs", "2 nodes", "add one")

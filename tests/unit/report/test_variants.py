@@ -4,7 +4,8 @@ import pytest
 
 from raytrain_adv.report import variants
 from raytrain_adv.report.html import render
-from raytrain_adv.report.record import RunReport, TransformReport, Variant
+from raytrain_adv.report.parts import TransformReport, Variant
+from raytrain_adv.report.record import RunReport
 from raytrain_adv.report.summary import summary
 
 TWIN = ("bf16 twin", "PTQ of the twin")

@@ -16,7 +16,7 @@ from raytrain_adv.errors import TrainingError
 from raytrain_adv.kernels import lock as locks
 from raytrain_adv.kernels.select import read_layers
 from raytrain_adv.kernels.swap import own_forward
-from raytrain_adv.report.record import TransformReport
+from raytrain_adv.report.parts import TransformReport
 from raytrain_adv.run.run import Run, SilentReporter
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.transforms.applied import Transforms

@@ -24,7 +24,8 @@ from raytrain_adv.driver.preflight.verdicts import Preflight, Verdict
 from raytrain_adv.errors import ClusterError
 from raytrain_adv.estimate.advice import Advice
 from raytrain_adv.report.html import render
-from raytrain_adv.report.record import PreflightReport, RunReport
+from raytrain_adv.report.parts import PreflightReport
+from raytrain_adv.report.record import RunReport
 from raytrain_adv.tables import WIDTH
 from raytrain_adv.transforms.fp8 import Fp8
 from tests.readings import A100, H100, H200, node_with, without

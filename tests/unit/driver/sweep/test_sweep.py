@@ -29,7 +29,8 @@ from raytrain_adv.driver.watch.stop import (
 )
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.report import record, sweep_record
-from raytrain_adv.report.record import Failure, RunReport
+from raytrain_adv.report.parts import Failure
+from raytrain_adv.report.record import RunReport
 from raytrain_adv.tables import plain
 
 SWEEP = {"learning_rate": [1e-3, 1e-2, 1e-1]}

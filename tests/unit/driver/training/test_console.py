@@ -22,7 +22,8 @@ from raytrain_adv.driver.training.console import (
     printable,
     summary,
 )
-from raytrain_adv.report.record import RunReport, Sample
+from raytrain_adv.report.parts import Sample
+from raytrain_adv.report.record import RunReport
 from raytrain_adv.storage.metrics_file import FollowedFile, MetricsFile
 
 ROW = {
