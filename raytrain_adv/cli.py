@@ -289,7 +289,7 @@ def _explain(arguments: list[str]) -> int:
     (page,) = (Path(argument) for argument in arguments if argument not in flags)
     try:
         old = page.read_text()
-        new = compatibility.renewed(old)
+        new = compatibility.update_table(old)
         if flags[0] == "--write":
             page.write_text(new)
             return EXIT_DONE

@@ -39,26 +39,26 @@ def notes(job: JobConfig) -> Iterable[str]:
     if train.max_steps > 0 and "num_train_epochs" in train.model_fields_set:
         epochs, steps = train.num_train_epochs, train.max_steps
         yield f"num_train_epochs: {epochs:g} changes nothing: max_steps: {steps} wins"
-    if output.save_strategy != "steps" and output.asked_for("save_steps"):
+    if output.save_strategy != "steps" and output.is_changed("save_steps"):
         other = f"save_strategy is {output.save_strategy}"
         yield f"save_steps: {output.save_steps:g} changes nothing: {other}"
     if output.save_strategy == "no":
         for key in ("save_total_limit", "save_only_model"):
-            if output.asked_for(key):
+            if output.is_changed(key):
                 yield f"{key}: {show(getattr(output, key))} changes nothing: save_strategy is no"
         if job.ray.max_failures:
             yield "max_failures restarts at the first step: save_strategy is no"
     if output.eval_strategy != "steps" and output.eval_steps is not None:
         other = f"eval_strategy is {output.eval_strategy}"
         yield f"eval_steps: {output.eval_steps:g} changes nothing: {other}"
-    if train.asked_for("per_device_eval_batch_size") and not _evaluates(job):
+    if train.is_changed("per_device_eval_batch_size") and not _evaluates(job):
         size = train.per_device_eval_batch_size
         yield f"per_device_eval_batch_size: {size} changes nothing: no rows are held out"
     if output.run_name is not None and output.report_to in ("none", [], ["none"]):
         yield f"run_name: {show(output.run_name)} changes nothing: report_to is none"
     if _compares(job) and any(t.model_dump().get(SWITCH) == "never" for t in job.transforms):
         yield f"compare: true changes nothing: with {SWITCH}: never the run is its own twin"
-    if job.model.asked_for("model_revision") and Path(job.model.model_name_or_path).is_dir():
+    if job.model.is_changed("model_revision") and Path(job.model.model_name_or_path).is_dir():
         revision = show(job.model.model_revision)
         yield f"model_revision: {revision} changes nothing: model_name_or_path is a folder"
     for section in job.sections():
@@ -262,7 +262,7 @@ def _together(job: JobConfig, careful: bool) -> Iterable[tuple[Section, str, str
     on = [section for section in job.sections() if section.enabled]
     for section in on:
         for key, reason in (section.careful if careful else section.excludes).items():
-            if any(_has(other, key) and other.asked_for(key) for other in on):
+            if any(_has(other, key) and other.is_changed(key) for other in on):
                 yield section, switch(section), key, reason
 
 
@@ -290,7 +290,7 @@ def _turned_off(job: JobConfig) -> Iterable[Problem]:
         )
         for key in transform.model_fields_set:
             unused = not _is_switch(transform, key) and not transform.serves(key, job)
-            if transform.asked_for(key) and unused:
+            if transform.is_changed(key) and unused:
                 reason = f"with {switches} as it is set" if switches else "by its own keys"
                 text = f"it changes nothing, as its feature is turned off {reason}"
                 on = next(iter(type(transform).model_fields))

@@ -63,14 +63,14 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, tuple[int, int]] = {}
         """id of a composed node -> the number of its values and the levels below it."""
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> Any:
         """Compose and check one node, which may be an alias of an earlier one.
 
         Raises:
             _TooLarge: for too many values or levels, with every alias written out.
         """
         if self.check_event(yaml.AliasEvent):
-            node: Any = super().compose_node(parent, index)
+            node = super().compose_node(parent, index)
             if id(node) not in self._sizes:
                 self._refuse(node, "a value that contains itself", "write it out")
             self._count(*self._sizes.get(id(node), (0, 0)))
@@ -206,7 +206,7 @@ def read_text(text: str) -> Document:
             return _refused(text, "write one `key: value` per line")
         document.problems = loader.problems
         if loader.is_readable:
-            document.entries = _entries(loader, root)
+            _construct(loader, root, document.entries)
     except yaml.YAMLError as error:
         document.problems.append(_syntax_problem(error))
     except _TooLarge as error:
@@ -233,18 +233,15 @@ def read_value(text: str) -> Any:
         raise ValueError(_syntax_problem(error).text) from None
 
 
-def _entries(loader: _Loader, root: yaml.MappingNode) -> dict[str, Entry]:
+def _construct(loader: _Loader, root: yaml.MappingNode, entries: dict[str, Entry]) -> None:
     own = {id(key) for key, _ in root.value}
     loader.flatten_mapping(root)  # puts the keys of `<<: *other` first
-    return {
-        key.value: Entry(
-            loader.construct_object(value, deep=True),
-            _line(key if id(key) in own else root),
-            _lines(value) if id(key) in own else {},
-        )
-        for key, value in root.value
-        if _is_text(key)
-    }
+    for key, value in root.value:
+        if _is_text(key):
+            content = loader.construct_object(value, deep=True)
+            is_own = id(key) in own
+            where = _line(key if is_own else root)
+            entries[key.value] = Entry(content, where, _lines(value) if is_own else {})
 
 
 def _lines(node: yaml.Node) -> dict[str, str]:

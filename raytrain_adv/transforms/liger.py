@@ -73,9 +73,9 @@ class Liger(Transform):
         """Whether any layer is asked for."""
         return any(self.layers.values())
 
-    def asked_for(self, key: str) -> bool:
+    def is_changed(self, key: str) -> bool:
         """Whether the key turns a layer on; what else is wrong with it, `contradictions` says."""
-        return super().asked_for(key) and self.enabled
+        return super().is_changed(key) and self.enabled
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse names that Liger does not have, and its losses, which have another owner."""
