@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
             _TooLarge: for too many values or levels, with every alias written out.
         """
         if self.check_event(yaml.AliasEvent):
-            node = super().compose_node(parent, index)
+            node: Any = super().compose_node(parent, index)
             if id(node) not in self._sizes:
                 self._refuse(node, "a value that contains itself", "write it out")
             self._count(*self._sizes.get(id(node), (0, 0)))

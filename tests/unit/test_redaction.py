@@ -85,7 +85,7 @@ def test_a_secret_in_a_job_file_is_refused_and_not_repeated(job_file, changed, s
         load(path)
     text = str(error.value)
     assert secret not in text and place in text and "line " in text
-    assert "which a job must not hold" in text
+    assert "which a job must not contain" in text
     assert secret not in repr(error.value.args)
 
 
@@ -130,7 +130,7 @@ def test_a_broken_file_does_not_repeat_it_either(tmp_path):
 
 
 def test_an_override_of_stored_keys_is_checked_too(keys):
-    with pytest.raises(JobError, match="must not hold"):
+    with pytest.raises(JobError, match="must not contain"):
         load_keys(keys, "run.json", [f"run_name={HF}"])
 
 
