@@ -367,7 +367,7 @@ def explain_command(feature: tuple[str, ...], check: Path | None, write: Path | 
         return
     try:
         old = page.read_text()
-        new = compatibility.renewed(old)
+        new = compatibility.update_table(old)
         if write is not None:
             write.write_text(new)
             return

@@ -1,6 +1,4 @@
-"""Errors a user reads: what happened, what was found, what to do. Each survives the trip from
-worker to driver.
-"""
+"""Errors for users: what happened, what was found, what to do. All of them can be pickled."""
 
 EXIT_DONE = 0
 EXIT_JOB_FILE = 2
@@ -40,39 +38,35 @@ class RaytrainAdvError(Exception):
 
 
 class JobError(RaytrainAdvError):
-    """The job file, or what it points to (dataset, model folder, output folder), cannot be run as
-    written.
-    """
+    """The job file, or a file or folder that it names, cannot be used as it is."""
 
     exit_code = EXIT_JOB_FILE
 
 
 class TrainingError(RaytrainAdvError):
-    """Training started and cannot go on; running the same step again would fail in the same way."""
+    """Training started and cannot continue; the same step would fail again in the same way."""
 
 
 class Stopped(TrainingError):
-    """The run was asked to end, and has ended between two steps."""
+    """The run was stopped on request, between two steps."""
 
 
 class Terminated(TrainingError):
-    """A worker's process was told to end, and all have, between two steps and with a checkpoint."""
+    """A worker received SIGTERM, and all workers ended between two steps, with a checkpoint."""
 
 
 class Hung(TrainingError):
-    """Workers got no step done for step_timeout; others, or the same anew, may."""
+    """No step finished within step_timeout; a restart may help."""
 
     retry_can_help = True
 
 
 class HeadLost(TrainingError):
-    """Ray's head node can no longer be reached, and nothing of Ray with it."""
+    """Ray's head node, and with it all of Ray, can no longer be reached."""
 
 
 class StorageError(RaytrainAdvError):
-    """Writing or reading a checkpoint, model or report failed (disk full, no permission, storage
-    unreachable).
-    """
+    """Writing or reading a checkpoint, model or report failed."""
 
 
 class ClusterError(RaytrainAdvError):

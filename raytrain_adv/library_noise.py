@@ -1,15 +1,13 @@
-"""Messages of libraries that say nothing about the job, and would stand before everything that
-does.
-"""
+"""Hide library messages that have nothing to do with the job."""
 
 from __future__ import annotations
 
 import logging
 
-# Logger -> how the message begins. Everything else these loggers say is shown.
+# Logger -> the beginning of the message. These loggers' other messages are shown.
 NOISE = {
-    # torchao 0.18 tries the compiled kernels of each CUDA version and Python; those it does not
-    # find are for other machines. Remove when torchao says it at level debug.
+    # torchao 0.18 tries its compiled kernels for each CUDA version and Python, and warns about
+    # those for other machines. Remove when torchao logs this at level debug.
     "torchao": "Failed to load ",
     # torchao 0.18 registers two enums as pytree constants, which torch 2.13 does by itself.
     "torch.utils._pytree": "<enum '",
@@ -26,7 +24,7 @@ class _Without(logging.Filter):
 
 
 def quieten() -> None:
-    """Drop NOISE in this process; to be called before torch is imported. Again is nothing."""
+    """Drop NOISE in this process. Call it before torch is imported. Idempotent."""
     for name, beginning in NOISE.items():
         logger = logging.getLogger(name)
         if not any(isinstance(one, _Without) for one in logger.filters):

@@ -1,7 +1,7 @@
-"""What looks like a secret: names that hold one, tokens by their known forms, URLs with a password.
+"""Find and hide secrets: by the name of their key, by their known forms, and in URLs.
 
-A job file travels into reports, checkpoints, trackers and Ray's API, which shows it in clear, so it
-may hold none.
+A job file is copied into reports, checkpoints, trackers and Ray's API, which shows it in clear
+text, so it must not contain any. Every pattern takes time linear in its text, which users write.
 """
 
 import json
@@ -17,7 +17,7 @@ from raytrain_adv.errors import JobError
 
 HIDDEN = "(not shown)"
 SHORTEST = 8
-"""Characters of a value in the environment that is hidden in text; `none` and `true` are none."""
+"""Fewest characters of an environment variable's value to hide in text: not `none` or `true`."""
 
 _NAME = re.compile(
     r"(password|passwd|passphrase|secret|credential|(^|[_.-])key|(api|access|private|secret)key"
@@ -27,20 +27,20 @@ _NAME = re.compile(
 _VOCABULARY = re.compile(
     r"(^|_)(pad|eos|bos|unk|mask|sep|cls|image|video|audio|special|stop|chat)_token$", re.IGNORECASE
 )
-"""Names of tokens that are words of a tokenizer."""
+"""Names of tokenizer tokens, which are not secrets."""
 _WANDB_KEY = re.compile(r"[0-9a-f]{40}")
-"""A git commit looks the same, so the key's name decides."""
+"""A git commit has the same form, so the key's name decides."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of secret: how it looks, and where it belongs."""
+    """A kind of secret: its form, and where it belongs."""
 
     name: str
     pattern: re.Pattern[str]
-    """What is found in text; its group `secret`, where it has one, is what must not be shown."""
+    """Its form in text; if it has a group `secret` or `query`, only that part is hidden."""
     names: re.Pattern[str]
-    """Keys whose value is one, whatever it looks like."""
+    """Keys that are always of this kind, whatever the form of their value."""
     place: str
 
 
@@ -70,7 +70,8 @@ KINDS = (
     Kind(
         "a URL with a password or a signature",
         re.compile(
-            r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@?#]*:(?P<secret>(?!\d+(?:/|$))[^\s@]+)@"
+            # Bounded repeats: without them the time is quadratic in a text of many "a://b:c".
+            r"[A-Za-z][A-Za-z0-9+.-]{0,40}://[^/\s:@?#]*:(?P<secret>(?!\d+(?:/|$))[^\s@]{1,1024}+)@"
             r"|[?&](?:sig|signature|x-amz-signature|x-goog-signature|access_token|token|api_?key"
             r"|secret_?key|access_?key|password)=(?P<query>[^&\s]+)",
             re.IGNORECASE,
@@ -84,7 +85,7 @@ KINDS = (
         re.compile(
             r"(?<![A-Za-z0-9])(gh[oprsu]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|glpat-[\w-]{20,}"
             r"|AIza[\w-]{35}|xox[abprs]-[\w-]{10,}|sk-[A-Za-z0-9_-]{32,}"
-            r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*)"
+            r"|eyJ[\w-]{10,2000}\.eyJ[\w-]{10,}\.[\w-]*)"
             r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*"
         ),
         _NAME,
@@ -100,23 +101,22 @@ def is_secret_name(name: str) -> bool:
 
 
 def kind_of(text: str) -> Kind | None:
-    """Return the kind of secret that a text holds, by its form; none when it holds none."""
+    """Return the kind of the secret that a text contains, by its form."""
     return next((kind for kind in KINDS if kind.pattern.search(text)), None)
 
 
 def hide(text: str) -> str:
-    """Return the text without the secrets that are known by their form."""
+    """Replace every secret that has a known form."""
     for kind in KINDS:
         text = kind.pattern.sub(_without, text)
     return text
 
 
 def hide_environment(text: str) -> str:
-    """Return the text without the values of this process's environment variables that are named as
-    secrets: an error of a library may repeat one.
+    """Replace the values of secret environment variables: a library's error may repeat one.
 
     Args:
-        text: plain, or of a JSON or HTML file.
+        text: plain, JSON or HTML.
     """
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and is_secret_name(name) and not os.path.exists(value):
@@ -126,7 +126,7 @@ def hide_environment(text: str) -> str:
 
 
 def secrets_in(key: str, value: Any) -> Iterator[tuple[str, Kind]]:
-    """Yield where below a key there is a secret, as key.name.name, and its kind.
+    """Yield the place of each secret in a value, as key.name.name, and its kind.
 
     Args:
         key: a key of the job, or a place in it with dots.
@@ -144,12 +144,39 @@ def secrets_in(key: str, value: Any) -> Iterator[tuple[str, Kind]]:
             yield hide(key), kind
 
 
+def redact(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a resolved job for reports, checkpoints and trackers, with its secrets hidden.
+
+    Hidden are all `env_vars`, nested keys with a secret's name, and text in a secret's form. The
+    top-level keys are the schema's, and none of them is a secret.
+    """
+    return {key: _redact_nested(value) for key, value in job.items()}
+
+
+def redact_arguments(command: str) -> str:
+    """Return a command line without secrets, and without ray_init_kwargs and all that follows."""
+    return hide(re.sub(r"(?s)(ray_init_kwargs=).*", rf"\1{HIDDEN}", command))
+
+
+def _redact_nested(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _redact_entry(str(key), inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redact_nested(inner) for inner in value]
+    return hide(value) if isinstance(value, str) else value
+
+
+def _redact_entry(key: str, value: Any) -> Any:
+    if key == "env_vars" and isinstance(value, Mapping):
+        return dict.fromkeys(value, HIDDEN)
+    return HIDDEN if is_secret_name(key) else _redact_nested(value)
+
+
 def refuse_submitted(job_config: str | None) -> None:
-    """Raise if `ray job submit` was given a runtime environment with a secret, which Ray's API
-    shows in clear to whoever reaches it.
+    """Raise if the runtime environment of this Ray job contains a secret, which Ray's API exposes.
 
     Args:
-        job_config: what Ray leaves for the job's entry point, as JSON.
+        job_config: the JSON that Ray passes to the job's entry point.
 
     Raises:
         JobError: naming the variables, never their values.
@@ -159,15 +186,15 @@ def refuse_submitted(job_config: str | None) -> None:
     if found:
         places = dict.fromkeys(kind.place for _, kind in found)
         raise JobError(
-            "The runtime environment of this Ray job holds a secret, which Ray's API shows in "
-            "clear",
+            "The runtime environment of this Ray job contains a secret, which Ray's API shows in "
+            "clear text",
             "\n".join(f"{place}: {kind.name}" for place, kind in found),
-            "\n".join(f"take it out, and put it where it is not shown: {p}" for p in places),
+            "\n".join(f"remove it, and put it where it is not shown: {p}" for p in places),
         )
 
 
 def _kind(key: str, value: Any) -> Kind | None:
-    """Return the kind of secret that one key and its plain value are."""
+    """Return the kind of secret of one key with its scalar value."""
     text, name = str(value), key.rpartition(".")[2]
     found = kind_of(key) or kind_of(text)
     if found is not None:
@@ -185,7 +212,7 @@ def _kind(key: str, value: Any) -> Kind | None:
 
 
 def _without(match: re.Match[str]) -> str:
-    """Return what is found with its secret part hidden; without such a part, hidden as a whole."""
+    """Return the match with its secret group hidden, or hidden as a whole if it has none."""
     whole, start = match.group(), match.start()
     for name in ("secret", "query"):
         if match.groupdict().get(name) is not None:

@@ -42,7 +42,7 @@ from raytrain_adv.checkpoint.staging import (
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import StorageError
 from raytrain_adv.ops.float8.all_gather import as_plain
-from raytrain_adv.run.redact import redact
+from raytrain_adv.redaction import redact
 from raytrain_adv.run.run import Run
 from raytrain_adv.storage.retry import cause, persistently
 from raytrain_adv.storage.storage import Storage, storage_errors

@@ -1,10 +1,9 @@
-"""Which features go together, from their own rules: for the README, for `raytrain-adv explain`, and
-for the tests, which try out every cell.
+"""Which features work together, from their own rules: for the README, `raytrain-adv explain`, and
+the tests, one for each cell.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
@@ -19,9 +18,9 @@ TRAINED = "tests/integration/test_matrix.py::test_it_trains_by_its_numbers_resum
 ON_GPU = "tests/gpu/test_matrix_on_gpu.py::test_it_trains_by_its_numbers_on_a_gpu"
 REFUSED = "tests/unit/config/test_compatibility.py::test_it_is_refused_with_both_keys"
 LETTERS = {TRAINED: "c", ON_GPU: "g", REFUSED: "r"}
-"""Test -> how a cell of the README's table names it."""
+"""Test -> its letter in the README's table."""
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
-"""Between these the README has the table."""
+"""The README's table is between these two lines."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,14 @@ class Feature:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is said of two features together, or of one by itself."""
+    """The verdict on two features together, or on one alone."""
 
     features: tuple[Feature, ...]
     verdict: Verdict
     reason: str
-    """Why they exclude each other or need care; empty where they just go together."""
+    """Why they exclude each other or need care; empty if they simply work together."""
     keys: tuple[str, ...] = ()
-    """The keys that a rule is about."""
+    """The keys that the rule names."""
 
     @property
     def slug(self) -> str:
@@ -60,19 +59,19 @@ class Cell:
 
     @property
     def test(self) -> str:
-        """The function of the test that shows it."""
+        """The test function that proves it."""
         if self.verdict == "no":
             return REFUSED
         return ON_GPU if any(one.kind.needs_gpu for one in self.features) else TRAINED
 
     @property
     def test_id(self) -> str:
-        """The test that shows it, as pytest takes it."""
+        """The test that proves it, as a pytest node id."""
         return f"{self.test}[{self.slug}]"
 
 
 def features() -> tuple[Feature, ...]:
-    """Return every feature: the transforms in the order of application, then sections."""
+    """Return the transforms in the order of application, then the sections that are features."""
     declared = [kind for kind in SECTIONS.values() if kind.feature]
     return tuple(
         Feature(kind, kind.feature or kind.__name__) for kind in (*transform_types(), *declared)
@@ -80,7 +79,7 @@ def features() -> tuple[Feature, ...]:
 
 
 def cells() -> tuple[Cell, ...]:
-    """Return every feature by itself, and every two of them."""
+    """Return a cell for every feature alone and for every pair."""
     return tuple(
         cell_of(*(pair[:1] if pair[0] == pair[1] else pair))
         for pair in combinations_with_replacement(features(), 2)
@@ -88,7 +87,7 @@ def cells() -> tuple[Cell, ...]:
 
 
 def cell_of(*pair: Feature) -> Cell:
-    """Return what the rules of one or two features say."""
+    """Return the verdict of the rules on one or two features."""
     for verdict in ("no", "careful"):
         for one, other in (pair, pair[::-1]) if len(pair) == 2 else ():
             rules = one.kind.excludes if verdict == "no" else one.kind.careful
@@ -99,12 +98,12 @@ def cell_of(*pair: Feature) -> Cell:
 
 
 def is_turned_on_by(feature: Feature, key: str) -> bool:
-    """Whether a key turns a feature on, rather than changing how it is done."""
+    """Whether a key enables a feature, rather than configuring it."""
     return key in feature.kind.model_fields and key in feature.keys
 
 
 def exceptions(feature: Feature) -> dict[str, str]:
-    """Return the other keys that a feature does not go with, or not without care, and why."""
+    """Return the keys of no feature that this one excludes or needs care with, and why."""
     others = [one for one in features() if one != feature]
     rules = {**feature.kind.careful, **feature.kind.excludes}
     return {
@@ -115,8 +114,8 @@ def exceptions(feature: Feature) -> dict[str, str]:
 
 
 def refused_by_others(feature: Feature) -> Iterable[tuple[str, Feature, str]]:
-    """Yield the keys of a feature, beside those that turn it on, that another does not go with, or
-    not without care; the other; and why.
+    """Yield the keys of a feature, except its switches, that another one excludes or needs care
+    with; the other feature; and why.
     """
     for other in features():
         if other != feature:
@@ -126,13 +125,13 @@ def refused_by_others(feature: Feature) -> Iterable[tuple[str, Feature, str]]:
 
 
 def needed(feature: Feature) -> Iterable[tuple[str, str]]:
-    """Yield what a feature does not run without, as `key: value`, and why."""
+    """Yield the settings that a feature requires, as `key: value`, and why."""
     for key, why in feature.kind.needs.items():
         yield f"{key}: {feature.keys[key]}", why
 
 
 def table() -> str:
-    """Return the matrix as a table in Markdown, with what its letters and its rules are."""
+    """Return the matrix as a Markdown table, followed by its letters and its rules."""
     every = features()
     known = {frozenset(cell.features): cell for cell in cells()}
     rows = [
@@ -149,11 +148,11 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def renewed(text: str) -> str:
-    """Return a page with the table between its marks brought up to date.
+def update_table(text: str) -> str:
+    """Return a page with a current table between its marks.
 
     Raises:
-        JobError: when the page has no such marks.
+        JobError: if the page has no marks.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -180,8 +179,3 @@ def _reasons() -> Iterable[str]:
             yield f"- {feature.title}, not with `{key}`: {why}."
         for setting, why in needed(feature):
             yield f"- {feature.title}, not without `{setting}`: {why}."
-
-
-def sentence(kind: type[Section]) -> str:
-    """Return what a feature does: its class's first sentence."""
-    return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")

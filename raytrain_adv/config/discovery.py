@@ -1,4 +1,4 @@
-"""Every section a job file's keys can belong to."""
+"""List the sections and transforms that own the keys of a job file."""
 
 import importlib
 
@@ -17,9 +17,9 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 def transform_types() -> tuple[type[Section], ...]:
-    """Return every transform there is, in the order of application.
+    """Return every transform, in the order of application.
 
-    Imported by name, because transforms are built on config and never the other way round.
+    Imported by name, because transforms import config and config must not import transforms.
     """
     found: tuple[type[Section], ...] = importlib.import_module("raytrain_adv.transforms").discover()
     return found

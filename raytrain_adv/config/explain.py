@@ -1,8 +1,7 @@
-"""A feature in words, from what its file declares: for `raytrain-adv explain`."""
+"""Describe a feature from the declarations in its file: for `raytrain-adv explain`."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import textwrap
@@ -15,20 +14,20 @@ from raytrain_adv.config.compatibility import Feature
 from raytrain_adv.config.llamafactory.keys import WRITTEN_AS
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
+from raytrain_adv.text import nearest
 
 WIDTH = 100
 
 
 def explain(name: str) -> str:
-    """Return what a feature does, its keys, and what it goes together with; of several features,
-    whether each two of them go together.
+    """Describe a feature, its keys and its compatibility; of several, the verdict on each pair.
 
     Args:
-        name: its name in the matrix, in any case, or one of its keys; or several, apart by blanks,
-            commas or plus signs.
+        name: its name in the matrix, in any case, or one of its keys; or several of them,
+            separated by blanks, commas or plus signs.
 
     Raises:
-        JobError: when there is no such feature, naming the nearest.
+        JobError: if there is no such feature, naming the nearest.
     """
     parts = [part for part in re.split(r"[\s,+]+", name.strip()) if part]
     if len(parts) > 1 and _slug(name) not in _known():
@@ -51,18 +50,18 @@ def _together(features: Sequence[Feature]) -> Iterator[str]:
 
 
 def find(name: str) -> Feature:
-    """Return the feature of this name, or that has this key.
+    """Return the feature that has this name or this key.
 
     Raises:
-        JobError: when there is none, naming the nearest.
+        JobError: if there is none, naming the nearest.
     """
     known, wanted = _known(), _slug(name)
     wanted = WRITTEN_AS.get(wanted, wanted)
     if wanted in known:
         return known[wanted]
-    near = difflib.get_close_matches(wanted, known, 1, 0.6)
+    near = nearest(wanted, known)
     every = ", ".join(feature.slug for feature in compatibility.features())
-    fix = f"did you mean {near[0]}?" if near else f"name one of {every}, or a key of one"
+    fix = f"did you mean {near}?" if near else f"name one of {every}, or a key of one"
     raise job_error("The command line", [Problem(f"there is no feature {show(name)}", fix)])
 
 
@@ -71,7 +70,7 @@ def _slug(name: str) -> str:
 
 
 def _known() -> dict[str, Feature]:
-    """Return every feature by its keys and by its name."""
+    """Return every feature, by each of its keys and by its name."""
     known: dict[str, Feature] = {}
     for feature in compatibility.features():
         known |= {key: feature for key in feature.kind.model_fields if key not in known}
@@ -79,7 +78,7 @@ def _known() -> dict[str, Feature]:
 
 
 def _lines(feature: Feature) -> Iterator[str]:
-    yield f"{feature.title}: {compatibility.sentence(feature.kind)}"
+    yield f"{feature.title}: {_sentence(feature)}"
     yield f"  {_place(feature)}"
     yield ""
     yield "Keys"
@@ -108,8 +107,13 @@ def _lines(feature: Feature) -> Iterator[str]:
         yield from (f"  {key}: {show(value)}" for key, value in feature.keys.items())
 
 
+def _sentence(feature: Feature) -> str:
+    """Return the first paragraph of the feature's docstring."""
+    return (inspect.getdoc(feature.kind) or "").split("\n\n")[0].replace("\n", " ")
+
+
 def _place(feature: Feature) -> str:
-    """Return the file that owns the feature, from the package on."""
+    """Return the path of the feature's file, relative to the package's parent."""
     file = Path(inspect.getfile(feature.kind))
     root = Path(__file__).parent.parent.parent
     return str(file.relative_to(root) if file.is_relative_to(root) else file)

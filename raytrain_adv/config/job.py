@@ -1,4 +1,4 @@
-"""A loaded job: every key resolved, none of them ever written to again."""
+"""A loaded job: every key resolved and frozen."""
 
 import hashlib
 import json
@@ -20,8 +20,8 @@ from raytrain_adv.config.sweep import Sweep
 
 SectionType = TypeVar("SectionType", bound=Section)
 
-# What may differ between a run and its continuation without changing what is computed. Batch size,
-# accumulation and workers may change as long as their product does not: checkpoint.py holds that.
+# Keys that may change when a run continues, because they do not change what is computed. Batch
+# size, accumulation and workers may change if their product does not; the checkpoint checks that.
 FREE_TO_CHANGE = frozenset(
     [
         "output_dir",
@@ -71,7 +71,7 @@ FREE_TO_CHANGE = frozenset(
 
 @dataclass(frozen=True, repr=False)
 class JobConfig:
-    """A resolved job. Sections hold flat keys; each transform is a section of its own."""
+    """A resolved job. Sections have flat keys; each transform is a section."""
 
     model: ModelConfig
     data: DataConfig
@@ -80,22 +80,22 @@ class JobConfig:
     output: OutputConfig
     ray: RayConfig
     transforms: tuple[Section, ...] = ()
-    """Every transform there is, enabled or not, in the order in which they are applied."""
+    """Every transform, enabled or not, in the order of application."""
     source: str = ""
     """The job file's path, for messages."""
     notes: tuple[str, ...] = ()
-    """What the user should know of the keys: those that change nothing here, and why."""
+    """For the user: keys without effect, and why."""
     sweep: Sweep | None = None
-    """The trials of a job file with a sweep section; this job is then the first of them."""
+    """The trials, if the job file has a sweep section; this job is then the first of them."""
 
     def __repr__(self) -> str:
-        """Name the job without its keys, some of which may be secrets: Ray's dashboard shows it."""
+        """Omit the keys, which may contain secrets: Ray's dashboard shows this text."""
         return f"JobConfig({self.source!r})"
 
     @property
     def run_name(self) -> str:
-        """The run's name in Ray, and of its folder below ray_storage_path."""
-        folder = os.path.abspath(self.output.output_dir)  # that of "." has a name too
+        """The run's name in Ray, and its folder's name below ray_storage_path."""
+        folder = os.path.abspath(self.output.output_dir)  # "." has no name
         return self.ray.ray_run_name or os.path.basename(folder)
 
     def sections(self) -> Iterator[Section]:
@@ -107,9 +107,7 @@ class JobConfig:
         yield from self.transforms
 
     def given(self) -> dict[str, Any]:
-        """Return the keys that the file and the command line gave, with their values as JSON types:
-        what a job file of this job holds.
-        """
+        """Return the keys from the file and the command line, with their values as JSON types."""
         return {
             key: value
             for s in self.sections()
@@ -127,15 +125,13 @@ class JobConfig:
         }
 
     def fingerprint(self) -> str:
-        """Return a hash of the keys that change what is computed, to tell a continuation from
-        another job.
-        """
+        """Return a hash of the keys that change what is computed; a continued run has the same."""
         keys = {k: v for k, v in self.flat().items() if k not in FREE_TO_CHANGE}
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: dict[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
-        """Return a line for each key that changes what is computed, is not in `free`, and has
-        another value in `other`.
+        """Return a line for each key that differs in `other` and changes what is computed, except
+        those in `free`.
         """
         mine = self.flat()
         return [

@@ -1,7 +1,5 @@
-"""From a YAML file and key=value overrides to a JobConfig, or to one message that lists all that is
-wrong with them."""
+"""Load a YAML file and key=value overrides into a JobConfig, or report all problems at once."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,20 +19,20 @@ from raytrain_adv.config.section import Section
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.config.sweep import Axis, Sweep, SweepOptions, Trial
 from raytrain_adv.config.yaml_source import MAX_DEPTH, Document, Entry, read_file, read_value
-from raytrain_adv.redaction import Kind, secrets_in
+from raytrain_adv.redaction import secrets_in
+from raytrain_adv.text import nearest
 
 COMMAND_LINE = "command line"
 _STAND_IN = "?"
-"""Value of a required key that is missing or wrong, so that the rules between the others can still
-be applied."""
+"""Value of a missing or wrong required key, so that the rules between other keys still apply."""
 
 
 def load(path: str | Path, overrides: Iterable[str] | None = None) -> JobConfig:
     """Return the job of a YAML file, with `key=value` overrides applied.
 
     Raises:
-        JobError: listing every problem of the file and the overrides, with line numbers; secrets
-            in them alone and before any other problem, whose text could repeat them.
+        JobError: listing every problem of the file and the overrides, with line numbers; if they
+            contain secrets, listing only those, because other problems could repeat them.
     """
     overrides = list(overrides or ())
     document = read_file(Path(path))
@@ -56,13 +54,13 @@ def load(path: str | Path, overrides: Iterable[str] | None = None) -> JobConfig:
 def load_keys(
     keys: Mapping[str, Any], source: str, overrides: Iterable[str] | None = None
 ) -> JobConfig:
-    """Return the job of keys as JobConfig.flat gives them, with `key=value` overrides applied.
+    """Return the job of keys as JobConfig.flat returns them, with `key=value` overrides applied.
 
-    Keys at their defaults count as left out, as they were when the job was written.
+    Keys at their defaults count as not given.
 
     Args:
         keys: by name.
-        source: where they come from, for messages.
+        source: their origin, for messages.
         overrides: as for `load`.
 
     Raises:
@@ -89,7 +87,7 @@ class _Checked:
 
 
 def _named(checked: _Checked, source: str) -> JobConfig:
-    """Return the job with its file's name, in its trials too."""
+    """Set the file's name in the job and its trials."""
     job = replace(checked.job, source=source, notes=tuple(checked.notes))
     if job.sweep is None:
         return job
@@ -98,7 +96,7 @@ def _named(checked: _Checked, source: str) -> JobConfig:
 
 
 def _check_sweep(document: Document, section: Entry) -> _Checked:
-    """Check the job of every trial; the job that is returned is the first one's."""
+    """Check the job of every trial, and return the first one's."""
     owned = {key for kind in section_types() for key in kind.model_fields}
     known = owned | {key for key, ours in RENAMED.items() if ours in owned}
     parts = sweep_rules.take_apart(section, document.entries, known)
@@ -131,7 +129,7 @@ def _check_sweep(document: Document, section: Entry) -> _Checked:
 
 
 def _with_values(document: Document, axes: Sequence[Axis], values: Mapping[str, Any]) -> Document:
-    """Return the job file as a trial's would be."""
+    """Return the job file of one trial."""
     swept = {a.key: Entry(values[a.key], a.where) for a in axes}
     return Document({**document.entries, **swept})
 
@@ -143,7 +141,7 @@ def _check(document: Document) -> _Checked:
     translated = translate.translate(values, owned)
     problems = [*translated.problems, *(_unknown(key, owned) for key in translated.unknown)]
     refused = {translated.names.get(p.key, p.key) for p in problems}
-    meant = {name for key in translated.unknown for name in _nearest(key, owned)}
+    meant = {name for key in translated.unknown if (name := _meant(key, owned))}
     refused |= meant
     sections: dict[type[Section], Section] = {}
     for kind in kinds:
@@ -152,7 +150,7 @@ def _check(document: Document) -> _Checked:
         refused |= {problem.key for problem in wrong}
         problems += wrong
     for kind in transform_types():
-        if meant & set(list(kind.model_fields)[:1]):  # its switch is misspelt: it is not off
+        if meant & set(list(kind.model_fields)[:1]):  # its switch is misspelled: it is not off
             refused |= set(kind.model_fields)
     job = JobConfig(
         **{name: sections[kind] for name, kind in SECTIONS.items()},  # type: ignore[arg-type]  # one kind per name
@@ -170,8 +168,7 @@ def _check(document: Document) -> _Checked:
 def _section(
     kind: type[SectionType], given: Mapping[str, Any], refused: set[str]
 ) -> tuple[SectionType, list[Problem]]:
-    """Return the section with what is right of the given values, and a problem for each of the
-    others."""
+    """Return the section with the correct values, and a problem for each of the others."""
     values = {key: _as_written(kind, key, value) for key, value in given.items()}
     problems = {key: _bool_for_number(kind, key, value) for key, value in values.items()}
     wrong = {key: problem for key, problem in problems.items() if problem is not None}
@@ -198,8 +195,7 @@ def _sentence(kind: type[Section], key: str) -> str:
 
 
 def _as_written(kind: type[Section], key: str, value: Any) -> Any:
-    """Read a mapping that was written as text, as LLaMA-Factory's ray_init_kwargs: '{"address":
-    "auto"}'."""
+    """Parse a mapping in quotes, as LLaMA-Factory's ray_init_kwargs: '{"address": "auto"}'."""
     annotation = str(kind.model_fields[key].annotation)
     if isinstance(value, str) and value.lstrip().startswith("{") and "dict[" in annotation:
         try:
@@ -238,13 +234,10 @@ def _wrong_value(kind: type[Section], key: str, value: Any) -> Problem:
         fix += f", at most {LARGEST}"
     if is_number and _mentions(kind.model_fields[key].annotation, str):
         fix += f"; as text it is written {key}: '{show(value)}'"
-    nearest = (
-        difflib.get_close_matches(value, _choices(field_schemas(kind)[key]), 1, 0.5)
-        if isinstance(value, str)
-        else []
-    )
-    if nearest:
-        fix = f"did you mean {nearest[0]}? It takes {accepted}"
+    if isinstance(value, str):
+        meant = nearest(value, _choices(field_schemas(kind)[key]), 0.5)
+        if meant:
+            fix = f"did you mean {meant}? It takes {accepted}"
     reason = kind.why_not(key, value)
     text = f"{show(value, key)} is not accepted" + (f": {reason}" if reason else "")
     return Problem(text, fix, key)
@@ -262,54 +255,48 @@ def _choices(schema: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _nearest(key: str, owned: frozenset[str]) -> list[str]:
-    """Return the key that was meant, or none."""
+def _meant(key: str, owned: frozenset[str]) -> str | None:
+    """Return the key that was probably meant."""
     normal = key.strip().lower().replace("-", "_").lstrip("_")
-    near = [WRITTEN_AS[normal]] if normal in WRITTEN_AS else []
-    near = near or difflib.get_close_matches(normal, sorted(owned), 1, 0.7)
-    # A key that would be refused is worth naming only where it is the one that was meant.
-    return near or difflib.get_close_matches(normal, sorted(translate.known_keys()), 1, 0.85)
+    near = WRITTEN_AS.get(normal) or nearest(normal, sorted(owned), 0.7)
+    # A key that would be refused must be almost the same to be worth naming.
+    return near or nearest(normal, sorted(translate.known_keys()), 0.85)
 
 
 def _unknown(key: str, owned: frozenset[str]) -> Problem:
-    near = _nearest(key, owned)
-    fix = (
-        f"did you mean {near[0]}?"
-        if near
-        else "delete it; `raytrain-adv schema` lists the keys there are"
-    )
     if not key.strip():
         return Problem("a key without a name", "delete the line, or name the key")
+    near = _meant(key, owned)
+    fix = f"did you mean {near}?" if near else "delete it; `raytrain-adv schema` lists the keys"
     return Problem("there is no such key", fix, key)
 
 
 def refuse_secrets(source: str, entries: Mapping[str, Entry], overrides: Iterable[str]) -> None:
-    """Raise if a key's value, at any depth, or an override is or holds a secret.
+    """Raise if a key's value, at any depth, or an override contains a secret.
 
     Raises:
-        JobError: naming the keys and where secrets belong; never the secrets.
+        JobError: naming the keys and the right places for secrets; never the secrets.
     """
-    found = [
-        Problem(f"{kind.name}, which a job must not hold", _belongs(kind), place, entry.where)
-        for key, entry in entries.items()
-        for place, kind in secrets_in(key, entry.value)
-    ]
+    given = [(key, entry.value, entry.where) for key, entry in entries.items()]
     for item in overrides:
         key, _, text = item.lstrip("-").partition("=")
         try:
             value = read_value(text)
         except ValueError:
             value = text
-        found += [
-            Problem(f"{kind.name}, which a job must not hold", _belongs(kind), place, COMMAND_LINE)
-            for place, kind in secrets_in(key, value)
-        ]
+        given.append((key, value, COMMAND_LINE))
+    found = [
+        Problem(
+            f"{kind.name}, which a job must not contain",
+            f"remove it, and put it where it is not shown: {kind.place}",
+            place,
+            where,
+        )
+        for key, value, where in given
+        for place, kind in secrets_in(key, value)
+    ]
     if found:
         raise job_error(source, dict.fromkeys(found))
-
-
-def _belongs(kind: Kind) -> str:
-    return f"take it out, and put it where it is not shown: {kind.place}"
 
 
 def _override(document: Document, overrides: Iterable[str]) -> None:
@@ -343,9 +330,7 @@ def _override_problem(key: str, has_value: bool, item: str) -> Problem | None:
 
 
 def _put(document: Document, key: str, value: Any) -> Problem | None:
-    """Set a key, or with dots a place inside a key that holds a mapping; refuse a place inside
-    anything else.
-    """
+    """Set a key, or with dots a place inside a mapping; refuse a place inside any other value."""
     head, *rest = key.split(".")
     if not rest:
         document.entries[head] = Entry(value, COMMAND_LINE)
@@ -358,7 +343,7 @@ def _put(document: Document, key: str, value: Any) -> Problem | None:
     elif isinstance(old, dict):
         merged = _merge(old, value)
     else:
-        text = f"{head} holds {show(old, head)}, not a mapping, so it has no {'.'.join(rest)}"
+        text = f"{head} is {show(old, head)}, not a mapping, so it has no {'.'.join(rest)}"
         return Problem(text, f"write {head}=value", key)
     inner = document.entries[head].inner if head in document.entries else {}
     document.entries[head] = Entry(merged, COMMAND_LINE, {**inner, rest[0]: COMMAND_LINE})
@@ -384,7 +369,7 @@ def _with_name(problem: Problem, names: Mapping[str, str]) -> Problem:
 
 
 def _where(problem: Problem, document: Document) -> str:
-    """Return the places of a problem's keys, as `line 3, line 8`; a missing key has none."""
+    """Return the places of a problem's keys, as `line 3, line 8`; missing keys have none."""
     places = [
         document.entries[key].where for key in problem.key.split(" and ") if key in document.entries
     ]
@@ -392,7 +377,7 @@ def _where(problem: Problem, document: Document) -> str:
 
 
 def _place(problem: Problem) -> tuple[int, str]:
-    """Sort by line; what has no line comes first, the command line last."""
+    """Sort by line; problems without a line first, the command line last."""
     if problem.where.startswith(COMMAND_LINE):
         return (10**9, "")
     number = re.search(r"\d+", problem.where)

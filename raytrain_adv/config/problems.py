@@ -1,4 +1,4 @@
-"""What is wrong with a job file: collected one by one, shown to the user as one message."""
+"""Collect the problems of a job file, and report them in one message."""
 
 import reprlib
 from collections.abc import Iterable
@@ -7,9 +7,10 @@ from typing import Any
 
 from raytrain_adv.errors import JobError
 from raytrain_adv.redaction import HIDDEN, hide, is_secret_name
+from raytrain_adv.text import plural
 
 MAX_SHOWN = 60
-"""Problems beyond this many are counted, not listed."""
+"""Further problems are counted, not listed."""
 MAX_PATH = 300
 
 _short = reprlib.Repr()
@@ -20,27 +21,26 @@ _short.maxlevel = 3
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with the job: what was found, and what to do about it."""
+    """One error in the job: what was found, and how to fix it."""
 
     text: str
     fix: str = ""
     key: str = ""
-    """The key it is about; empty when it is about the file."""
+    """The key; empty for a problem of the whole file."""
     where: str = ""
     """Place in the file or on the command line, as `line 7`."""
 
     def found(self) -> str:
-        """Return the line of the message that says what was found."""
+        """Return its line in the message."""
         return ": ".join(part for part in (self.where, self.key, self.text) if part)
 
     def at(self, where: str) -> "Problem":
-        """Return this problem with its place filled in, unless it has one already."""
+        """Return this problem with its place, unless it already has one."""
         return self if self.where else replace(self, where=where)
 
 
 def show(value: Any, key: str = "") -> str:
-    """Return a value as one would write it in YAML, shortened; never the value of a key that holds
-    a secret."""
+    """Return a value as YAML, shortened; the value of a secret's key is hidden."""
     if value is not None and is_secret_name(key):
         return HIDDEN
     if value is None or isinstance(value, bool):
@@ -49,17 +49,17 @@ def show(value: Any, key: str = "") -> str:
         return "a number of more than 60 digits"
     if isinstance(value, int | float):
         return str(value)
-    # Hidden before it is shortened, too: half a secret has no known form.
+    # Hide before shortening too: half a secret has no known form.
     return printable(hide(_short.repr(hide(value) if isinstance(value, str) else value)))
 
 
 def printable(text: str) -> str:
-    """Return the text on one line, with what no terminal can print written as escapes."""
+    """Return the text on one line, with unprintable characters as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def job_error(source: str, problems: Iterable[Problem]) -> JobError:
-    """Return one error that lists every problem, and below them what to do about each."""
+    """Return one error that lists every problem, then every fix."""
     every = list(problems)
     listed = every[:MAX_SHOWN]
     remedies: dict[str, list[str]] = {}
@@ -75,6 +75,8 @@ def job_error(source: str, problems: Iterable[Problem]) -> JobError:
         printable(hide(f"{', '.join(keys)}: {fix}" if keys else fix))
         for fix, keys in remedies.items()
     ]
-    count = "1 problem" if len(every) == 1 else f"{len(every)} problems"
-    what = f"{printable(hide(source)[:MAX_PATH])} cannot be run as written ({count})"
+    what = (
+        f"{printable(hide(source)[:MAX_PATH])} cannot be run as written "
+        f"({plural(len(every), 'problem')})"
+    )
     return JobError(what, "\n".join(found), "\n".join(fixes))

@@ -1,4 +1,4 @@
-"""Rules between keys of different sections: what cannot stand together, and what has no effect."""
+"""Rules between keys of different sections: contradictions, and keys without effect."""
 
 import os
 from collections.abc import Iterable
@@ -11,11 +11,11 @@ from raytrain_adv.config.sweep import SWITCH
 from raytrain_adv.config.workers import num_passes, sharing
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
-"""What Linux file systems hold."""
+"""Limits of Linux file systems."""
 
 
 def contradictions(job: JobConfig) -> Iterable[Problem]:
-    """Find keys of different sections that cannot stand together; each Problem names them all."""
+    """Find keys of different sections that contradict each other; each Problem names them all."""
     yield from _paths(job)
     yield from _run_names(job)
     yield from _evaluation(job)
@@ -32,33 +32,33 @@ def contradictions(job: JobConfig) -> Iterable[Problem]:
 
 
 def notes(job: JobConfig) -> Iterable[str]:
-    """Return a sentence for each key that another key of the same file leaves without effect."""
+    """Return a sentence for each key that another key of the job makes ineffective."""
     output, train = job.output, job.train
     if train.pure_bf16 and train.bf16:
         yield "bf16: true changes nothing: pure_bf16: true wins"
     if train.max_steps > 0 and "num_train_epochs" in train.model_fields_set:
         epochs, steps = train.num_train_epochs, train.max_steps
         yield f"num_train_epochs: {epochs:g} changes nothing: max_steps: {steps} wins"
-    if output.save_strategy != "steps" and output.asked_for("save_steps"):
+    if output.save_strategy != "steps" and output.is_changed("save_steps"):
         other = f"save_strategy is {output.save_strategy}"
         yield f"save_steps: {output.save_steps:g} changes nothing: {other}"
     if output.save_strategy == "no":
         for key in ("save_total_limit", "save_only_model"):
-            if output.asked_for(key):
+            if output.is_changed(key):
                 yield f"{key}: {show(getattr(output, key))} changes nothing: save_strategy is no"
         if job.ray.max_failures:
             yield "max_failures restarts at the first step: save_strategy is no"
     if output.eval_strategy != "steps" and output.eval_steps is not None:
         other = f"eval_strategy is {output.eval_strategy}"
         yield f"eval_steps: {output.eval_steps:g} changes nothing: {other}"
-    if train.asked_for("per_device_eval_batch_size") and not _evaluates(job):
+    if train.is_changed("per_device_eval_batch_size") and not _evaluates(job):
         size = train.per_device_eval_batch_size
         yield f"per_device_eval_batch_size: {size} changes nothing: no rows are held out"
     if output.run_name is not None and output.report_to in ("none", [], ["none"]):
         yield f"run_name: {show(output.run_name)} changes nothing: report_to is none"
     if _compares(job) and any(t.model_dump().get(SWITCH) == "never" for t in job.transforms):
         yield f"compare: true changes nothing: with {SWITCH}: never the run is its own twin"
-    if job.model.asked_for("model_revision") and Path(job.model.model_name_or_path).is_dir():
+    if job.model.is_changed("model_revision") and Path(job.model.model_name_or_path).is_dir():
         revision = show(job.model.model_revision)
         yield f"model_revision: {revision} changes nothing: model_name_or_path is a folder"
     for section in job.sections():
@@ -68,7 +68,7 @@ def notes(job: JobConfig) -> Iterable[str]:
 
 
 def _paths(job: JobConfig) -> Iterable[Problem]:
-    """Find paths that no file system can hold, and files where a folder is needed."""
+    """Find paths that are too long, and paths of files that must be folders."""
     model, data, output, ray = job.model, job.data, job.output, job.ray
     folders = {
         "dataset_dir": data.dataset_dir,
@@ -95,14 +95,14 @@ def _paths(job: JobConfig) -> Iterable[Problem]:
             fix = f"give names of at most {MAX_NAME_BYTES} bytes, {MAX_PATH_BYTES} in all"
             yield Problem(text, fix, key)
         elif key in folders and isinstance(value, str) and _is_other_than_a_folder(value):
-            yield Problem(f"{show(value)} is there, and is not a folder", "name a folder", key)
+            yield Problem(f"{show(value)} exists but is not a folder", "name a folder", key)
 
 
 def _run_names(job: JobConfig) -> Iterable[Problem]:
-    """Find names that would be another folder than one of their own below ray_storage_path."""
+    """Find run names that do not name one folder below ray_storage_path."""
     name = job.ray.ray_run_name
     if name is not None and (name.strip() in ("", ".", "..") or "/" in name or "\\" in name):
-        text = f"{show(name)} is not the name of a folder of its own"
+        text = f"{show(name)} is not the name of one folder"
         yield Problem(text, "give letters, digits, - and _, or delete the line", "ray_run_name")
 
 
@@ -135,10 +135,10 @@ def _evaluation(job: JobConfig) -> Iterable[Problem]:
 
 
 def check_workers(job: JobConfig, num_workers: int | None) -> None:
-    """Refuse a number of workers, other than the job's own, that could not run the job.
+    """Check a number of workers from the command line against the job.
 
     Raises:
-        JobError: naming the key that stands against it.
+        JobError: naming the key that it conflicts with.
     """
     if num_workers is not None and (problem := _misfit(job, num_workers, "--workers")):
         raise job_error("The command line", [problem])
@@ -150,15 +150,15 @@ def _workers(job: JobConfig) -> Iterable[Problem]:
     if isinstance(workers, int) and (problem := _misfit(job, workers, key)):
         yield problem
     if job.ray.ends is not None and job.ray.ends[0] < job.ray.ends[1]:
-        # The most first: where they will not do, what the fewest might be is not worth saying.
+        # The most first: if it does not fit, a problem of the fewest would not help.
         problems = (_misfit(job, number, key) for number in reversed(job.ray.ends))
         yield from list(filter(None, problems))[:1]
         yield from _elastic(job)
 
 
 def _elastic(job: JobConfig) -> Iterable[Problem]:
-    """Find what leaves workers whose number changes nothing to go on from."""
-    text = "another number of workers goes on from the last checkpoint"
+    """Find keys that leave an elastic run no checkpoint to continue from."""
+    text = "a changed number of workers continues from the last checkpoint"
     if job.output.save_strategy == "no":
         keys = "ray_num_workers and save_strategy"
         yield Problem(f"{text}, and none is written", "set save_strategy: steps", keys)
@@ -192,7 +192,7 @@ def _devices(job: JobConfig) -> Iterable[Problem]:
         return
     if (job.ray.resources_per_worker or {}).get("GPU", 0.0) > 0:
         yield Problem(
-            "one asks for GPUs, the other for none",
+            "one requests GPUs, the other excludes them",
             "keep one of them",
             "use_cpu and resources_per_worker",
         )
@@ -210,7 +210,7 @@ def _resuming(job: JobConfig) -> Iterable[Problem]:
         and _is_inside(path, output.output_dir)
     ):
         yield Problem(
-            "the checkpoint to go on from is in the folder that is to be emptied",
+            "the checkpoint to continue from is in the folder that would be emptied",
             "set overwrite_output_dir: false, or choose another output_dir",
             "resume_from_checkpoint and overwrite_output_dir",
         )
@@ -233,7 +233,7 @@ def _exclusive(job: JobConfig) -> Iterable[Problem]:
 
 
 def _unmet(job: JobConfig) -> Iterable[Problem]:
-    """Find features that are on without one they need."""
+    """Find enabled features without a feature that they require."""
     on = [section for section in job.sections() if section.enabled]
     for section in on:
         for key, reason in section.needs.items():
@@ -249,20 +249,18 @@ def _compares(job: JobConfig) -> bool:
 
 
 def _twin(job: JobConfig) -> Iterable[Problem]:
-    """Find a twin that would be trained for nothing."""
+    """Find a twin that could not be compared with."""
     if _compares(job) and not _evaluates(job):
         text = "a twin is compared by the loss on held-out rows, and none are held out"
         yield Problem(text, "hold rows out with val_size, or set compare: false", "compare")
 
 
 def _together(job: JobConfig, careful: bool) -> Iterable[tuple[Section, str, str, str]]:
-    """Yield each rule of a feature that is on with a key that is in use: the feature, the key that
-    turns it on, the other key, and why.
-    """
+    """Yield each rule that applies: the feature, its switch, the other key in use, and why."""
     on = [section for section in job.sections() if section.enabled]
     for section in on:
         for key, reason in (section.careful if careful else section.excludes).items():
-            if any(_has(other, key) and other.asked_for(key) for other in on):
+            if any(_has(other, key) and other.is_changed(key) for other in on):
                 yield section, switch(section), key, reason
 
 
@@ -271,7 +269,7 @@ def _has(section: Section, key: str) -> bool:
 
 
 def switch(section: Section) -> str:
-    """Return the key that turns a feature on as the job has it."""
+    """Return the key with which the job enables a feature."""
     keys = list(type(section).model_fields)
     return next((key for key in keys if _is_switch(section, key)), keys[0])
 
@@ -281,7 +279,7 @@ def _is_inside(path: str, folder: str) -> bool:
 
 
 def _turned_off(job: JobConfig) -> Iterable[Problem]:
-    """Find keys of a transform that the job does not use."""
+    """Find keys of disabled transforms."""
     for transform in job.transforms:
         if transform.enabled:
             continue
@@ -290,14 +288,14 @@ def _turned_off(job: JobConfig) -> Iterable[Problem]:
         )
         for key in transform.model_fields_set:
             unused = not _is_switch(transform, key) and not transform.serves(key, job)
-            if transform.asked_for(key) and unused:
+            if transform.is_changed(key) and unused:
                 reason = f"with {switches} as it is set" if switches else "by its own keys"
-                text = f"it changes nothing, as its feature is turned off {reason}"
+                text = f"it has no effect: its feature is off {reason}"
                 on = next(iter(type(transform).model_fields))
                 yield Problem(text, f"delete it, or turn the feature on ({on})", key)
 
 
 def _is_switch(transform: Section, key: str) -> bool:
-    """Whether this key, set as it is, is what turns the transform off."""
+    """Whether the value of this key decides whether the transform is enabled."""
     others = transform.model_dump(include=transform.model_fields_set - {key})
     return type(transform).model_validate(others).enabled != transform.enabled

@@ -1,5 +1,4 @@
-"""The JSON schema of the job file, from the same fields that load it: for editors, documentation
-and messages."""
+"""The JSON schema of the job file, from the fields that load it: for editors and messages."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +15,8 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 def schema() -> dict[str, Any]:
     """Return the JSON schema of the flat job file: each key's sentence, default and range.
 
-    With `# yaml-language-server: $schema=job.schema.json` on its first line, editors use it for a
-    job file.
+    Editors use it for a job file that begins with
+    `# yaml-language-server: $schema=job.schema.json`.
     """
     properties: dict[str, Any] = {}
     required: list[str] = []
@@ -32,7 +31,7 @@ def schema() -> dict[str, Any]:
                 "deprecated": True,
             }
     for key, why in LISTED.items():
-        sentence = f"LLaMA-Factory's key; it changes nothing here: {why}."
+        sentence = f"LLaMA-Factory's key; it has no effect here: {why}."
         properties.setdefault(key, {"description": sentence, "deprecated": True})
     for key, ours in RENAMED.items():
         if ours in properties:
@@ -52,7 +51,7 @@ def schema() -> dict[str, Any]:
 
 
 def _sweep_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of the sweep section: its options, and any other key with values to try."""
+    """Return the schema of the sweep section: its options, and any other key with values."""
     swept = {
         key: _values_schema(field)
         for key, field in properties.items()
@@ -60,7 +59,7 @@ def _sweep_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
     }
     return {
         "description": "Keys of the job with values to try: a list, or a distribution to draw "
-        "num_samples values from. Every combination is a trial of its own, and the options say "
+        "num_samples values from. Every combination is a trial, and the options set "
         "how trials are run and compared. null runs the job without the sweep.",
         "type": ["object", "null"],
         "additionalProperties": False,
@@ -69,7 +68,7 @@ def _sweep_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _values_schema(field: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a sweep takes for a key: values of the key itself, or where to draw them from."""
+    """Return what a sweep accepts for a key: a list of its values, or a distribution."""
     value = {k: v for k, v in field.items() if k not in ("description", "default", "deprecated")}
     some = {"type": "array", "items": value, "minItems": 1}
     forms: list[dict[str, Any]] = [some]
@@ -88,14 +87,14 @@ def _values_schema(field: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def field_schemas(kind: type[Section]) -> dict[str, Any]:
-    """Return the schema of each key of a section, with nothing left to look up elsewhere."""
+    """Return the schema of each key of a section, with all references resolved."""
     whole = kind.model_json_schema()
     definitions = whole.get("$defs", {})
     return {name: _tidy(field, definitions) for name, field in whole["properties"].items()}
 
 
 def describe(field: Mapping[str, Any]) -> str:
-    """Say in words which values a key's schema accepts, as `a whole number at least 1, or auto`."""
+    """Describe the values that a key's schema accepts, as `a whole number at least 1, or auto`."""
     if "anyOf" in field:
         options = [describe(option) for option in field["anyOf"]]
         return ", or ".join(dict.fromkeys(options))

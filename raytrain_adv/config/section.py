@@ -1,4 +1,4 @@
-"""The shape every group of job keys shares."""
+"""The base class of every group of job keys."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 
 class Section(BaseModel):
-    """A frozen group of keys of the job file. The string under a field is its documentation and its
-    schema's."""
+    """A frozen group of job keys. The string under a field documents it, in the schema too."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -28,18 +27,17 @@ class Section(BaseModel):
     )
 
     feature: ClassVar[str] = ""
-    """What the compatibility matrix calls what these keys turn on; empty where they are none."""
+    """The feature's title in the compatibility matrix; empty if these keys are no feature."""
     tried_with: ClassVar[dict[str, Any]] = {}
-    """Keys and values by which tests turn the feature on, in a small model."""
+    """Keys and values with which tests enable the feature in a small model."""
     needs_gpu: ClassVar[bool] = False
-    """Whether it runs on GPUs only, so that its tests do too."""
+    """Whether it, and so its tests, run on GPUs only."""
     excludes: ClassVar[dict[str, str]] = {}
-    """Keys that turn on what cannot be on together with these keys, and why."""
+    """Keys of other sections that cannot be used with these -> why."""
     careful: ClassVar[dict[str, str]] = {}
-    """Keys that turn on what needs care together with these keys, and which."""
-
+    """Keys of other sections that need care with these -> which care."""
     needs: ClassVar[dict[str, str]] = {}
-    """Keys of what has to be on together with these keys, and why."""
+    """Keys of a feature that these require -> why."""
 
     converts: ClassVar[str] = ""
     """Suffix of a second model folder that `export` writes, converted from the trained one; empty
@@ -47,51 +45,49 @@ class Section(BaseModel):
 
     @property
     def enabled(self) -> bool:
-        """Whether the job uses these keys at all; a transform may be off."""
+        """Whether the job uses these keys; a transform may be off."""
         return True
 
     def serves(self, key: str, job: JobConfig) -> bool:
-        """Whether other keys of the job use a key of these though these are off."""
+        """Whether the job uses this key for something else while this section is off."""
         return False
 
     def contradictions(self) -> Iterable[Problem]:
-        """Find keys of this section that cannot stand together; each Problem names them all.
+        """Find keys of this section that contradict each other; each Problem names them all.
 
-        Rules between the keys of several sections are in config/rules.py; those of a feature with
-        other keys in its `excludes`, and in `conflicts` where it takes more than being on.
+        Rules between sections are in config/rules.py; those of a feature are in its `excludes`, or
+        in `conflicts` if they depend on values.
         """
         return ()
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
-        """Find keys of other sections that do not go with these, which are on; each Problem names
-        both.
+        """Find keys of other sections that conflict with this enabled one; name both in each
+        Problem.
         """
         return ()
 
     def without_effect(self, job: JobConfig) -> Iterable[str]:
-        """Return a sentence for each key of these, which are in use, that other keys of the job
-        leave without effect.
-        """
+        """Return a sentence for each key of this section that another key makes ineffective."""
         return ()
 
     def check_length(self, total_steps: int) -> None:
-        """Raise if the keys do not fit a run of so many optimizer steps.
+        """Check the keys against the number of optimizer steps.
 
         Raises:
-            JobError: naming the key and what would fit.
+            JobError: naming the key and the values that would fit.
         """
 
-    def asked_for(self, key: str) -> bool:
+    def is_changed(self, key: str) -> bool:
         """Whether the job gives this key a value other than its default."""
         return key in self.model_fields_set and getattr(self, key) != self.default(key)
 
     @classmethod
     def why_not(cls, key: str, value: object) -> str:
-        """Say more of a value that a key does not accept; empty where its choices say enough."""
+        """Explain why a value is refused; empty if the list of choices explains enough."""
         return ""
 
     @classmethod
     def default(cls, key: str) -> Any:
-        """Return the value of a key that the job leaves out; null for a required key."""
+        """Return the default of a key; None for a required key."""
         field = cls.model_fields[key]
         return None if field.is_required() else field.get_default(call_default_factory=True)

@@ -1,5 +1,5 @@
-"""The keys of a job file that belong to no transform: names, meanings and defaults of LLaMA-Factory
-where it has them."""
+"""The job keys that belong to no transform, with LLaMA-Factory's names and defaults if it has
+them."""
 
 import json
 from collections.abc import Iterable
@@ -25,11 +25,11 @@ SCHEDULE_OPTIONS = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
     "warmup_stable_decay": ("num_decay_steps", "min_lr_ratio"),
 }
-"""The arguments that lr_scheduler_kwargs may hold for each lr_scheduler_type."""
+"""lr_scheduler_type -> its arguments in lr_scheduler_kwargs."""
 
 
 class ModelConfig(Section):
-    """Which model is trained."""
+    """The model to train."""
 
     model_name_or_path: Text
     """Folder of a Hugging Face causal language model, or its name on the Hub."""
@@ -47,32 +47,32 @@ class ModelConfig(Section):
     ) = "auto"
     """Attention: sdpa is PyTorch's, disabled the eager form, fa2 and fa3 the flash-attn packages,
     hub:owner/kernel@version a kernel from the Hub, hub:/path one from a folder; auto takes fa3 or
-    fa2 where they are installed and fit the GPU, else sdpa."""
+    fa2 if installed and suitable for the GPU, else sdpa."""
 
     @classmethod
     def why_not(cls, key: str, value: object) -> str:
-        """Say how a kernel for attention is named."""
+        """Explain how to name an attention kernel."""
         if key == "flash_attn" and str(value).startswith("hub:"):
-            return "after hub: stands owner/kernel, owner/kernel@version, or the path of a folder"
+            return "hub: is followed by owner/kernel, owner/kernel@version, or the path of a folder"
         return ""
 
 
 class DataConfig(Section):
-    """What the model is trained on, and how rows become tokens."""
+    """The training data, and how rows become tokens."""
 
     dataset: Names | None = None
     """Names in dataset_info.json, paths to JSON, JSONL or Parquet files, or Hub names; comma
     separated or a list."""
     eval_dataset: Names | None = None
-    """Datasets for evaluation, written as dataset is; excludes val_size."""
+    """Datasets for evaluation, in the same form as dataset; excludes val_size."""
     dataset_dir: Text = "data"
-    """Folder that holds dataset_info.json and the files it names."""
+    """Folder of dataset_info.json and the files it names."""
     template: Template | None = None
     """Chat template; none uses the tokenizer's own."""
     default_system: str | None = None
     """System message for conversations that have none."""
     cutoff_len: Count = 2048
-    """Longest sequence in tokens; what is longer is cut, and counted in the report."""
+    """Longest sequence in tokens; longer ones are cut, and counted in the report."""
     train_on_prompt: bool = False
     """Compute the loss on the prompt's tokens too."""
     mask_history: bool = False
@@ -88,14 +88,14 @@ class DataConfig(Section):
     preprocessing_num_workers: Count | None = None
     """Processes that tokenize; none means one per CPU core, up to 16."""
     overwrite_cache: bool = False
-    """Tokenize again even when the cache holds this dataset, tokenizer and template."""
+    """Tokenize again even if the cache has this dataset, tokenizer and template."""
     tokenized_path: Text | None = None
     """Folder for tokenized data; none means the user's cache folder."""
     disable_shuffling: bool = False
     """Read rows in file order instead of a seeded random order."""
 
     def contradictions(self) -> Iterable[Problem]:
-        """Find data keys that cannot stand together."""
+        """Find data keys that contradict each other."""
         if self.dataset is None:
             text = "missing: there is nothing to train on"
             yield Problem(text, "name a dataset, or the path of one", "dataset")
@@ -109,7 +109,7 @@ class DataConfig(Section):
             text = f"{self.val_size} is neither a share below 1 nor a whole number of rows"
             yield Problem(text, "give a share below 1, or a whole number of rows", "val_size")
         if self.mask_history and self.train_on_prompt:
-            text = "one takes the loss on less than the answers, the other on more"
+            text = "one computes the loss on part of the answers, the other on the prompts too"
             yield Problem(text, "set one of them to false", "mask_history and train_on_prompt")
         if self.neat_packing and not self.packing and "packing" in self.model_fields_set:
             text = "neat_packing is a way of packing"
@@ -120,7 +120,7 @@ class TrainConfig(Section):
     """The optimization: batch, length, optimizer, schedule, precision."""
 
     stage: Literal["sft"] = "sft"
-    """Training stage; supervised fine-tuning is the one there is."""
+    """Training stage; only supervised fine-tuning is supported."""
     per_device_train_batch_size: Count = 8
     """Sequences per worker in one forward and backward pass."""
     per_device_eval_batch_size: Count = 8
@@ -164,13 +164,13 @@ class TrainConfig(Section):
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """Gradients are scaled so that their global norm is at most this; 0 turns clipping off."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
-    """What follows a step whose loss or gradient norm is NaN or infinite, or whose loss is bad by
-    bad_loss_factor: stop ends the run, its checkpoints intact; skip leaves that update out, says so
-    and counts it, and ends the run after ten in a row. Each step is then judged before its update,
-    which waits for the GPU. The batch is kept in output_dir/bad_batches."""
+    """After a step whose loss or gradient norm is NaN or infinite, or whose loss exceeds
+    bad_loss_factor: stop ends the run and keeps its checkpoints; skip omits that update,
+    reports and counts it, and ends the run after ten in a row. Checking each step before its update
+    waits for the GPU. The batch is kept in output_dir/bad_batches."""
     bad_loss_factor: Annotated[float, Field(gt=1.0)] | None = None
-    """A step's loss above so many times the median of the 20 steps before it is bad too; none means
-    that NaN and infinity alone are."""
+    """A loss above this many times the median of the previous 20 steps is bad too; none means that
+    only NaN and infinity are."""
     bf16: bool = False
     """Compute in bfloat16 with parameters and optimizer states in float32."""
     pure_bf16: bool = False
@@ -185,7 +185,7 @@ class TrainConfig(Section):
         return self.bf16 or self.pure_bf16
 
     def contradictions(self) -> Iterable[Problem]:
-        """Find training keys that cannot stand together."""
+        """Find training keys that contradict each other."""
         if self.warmup_ratio is not None and self.warmup_steps:
             text = "two lengths of one warm-up"
             yield Problem(text, "keep one of them", "warmup_ratio and warmup_steps")
@@ -215,14 +215,14 @@ class TrainConfig(Section):
         for name in ("min_lr_rate", "min_lr_ratio"):
             if options.get(name, 0.0) > 1:
                 yield Problem(
-                    f"{name}: {options[name]} is no share", "give a share from 0 to 1", key
+                    f"{name}: {options[name]} is not a share", "give a share from 0 to 1", key
                 )
         if options.get("num_decay_steps", 0.0) % 1:
             yield Problem("num_decay_steps is not a whole number", "give a number of steps", key)
 
 
 class ParallelConfig(Section):
-    """How the model is spread, compiled and checkpointed."""
+    """How the model is sharded, compiled and recomputed."""
 
     feature: ClassVar[str] = "FSDP"
     tried_with: ClassVar[dict[str, Any]] = {"ray_num_workers": 2}
@@ -245,10 +245,10 @@ class ParallelConfig(Section):
     ddp_timeout: Count = 1800
     """Seconds after which a collective that does not complete is an error."""
     use_cpu: bool = False
-    """Train on CPU even where the cluster has GPUs."""
+    """Train on CPU even if the cluster has GPUs."""
 
     def contradictions(self) -> Iterable[Problem]:
-        """Find keys of the parallel layout that cannot stand together."""
+        """Find keys of the parallel layout that contradict each other."""
         recomputes = self.gradient_checkpointing in (True, "full", "selective")
         if self.disable_gradient_checkpointing and recomputes:
             keys = "disable_gradient_checkpointing and gradient_checkpointing"
@@ -256,14 +256,13 @@ class ParallelConfig(Section):
 
 
 class OutputConfig(Section):
-    """What is written, where and how often."""
+    """The files of a run: which, where and how often."""
 
     output_dir: Text
     """Folder of the run: model, report, metrics; on storage that all nodes of the job share."""
     overwrite_output_dir: bool = False
-    """Start anew in a folder that holds a run, which is deleted, with its checkpoints, once
-    preflight and plan have accepted the new one.
-    """
+    """Start a new run in the folder of an earlier one, which is deleted, with its checkpoints, once
+    preflight and plan have accepted the new one."""
     logging_steps: Count = 10
     """Steps between two lines of metrics."""
     save_steps: Steps = 500
@@ -280,30 +279,30 @@ class OutputConfig(Section):
     """Steps between two evaluations, or a share of all steps when below 1; none means
     logging_steps."""
     resume_from_checkpoint: bool | Text | None = None
-    """true goes on from the newest complete checkpoint of this run; a path from that one."""
+    """true continues from the newest complete checkpoint of this run; a path from that one."""
     report_to: Tracker | list[Tracker] = "none"
-    """Trackers beside the report: tensorboard, wandb, mlflow; none, or a list."""
+    """Trackers in addition to the report: tensorboard, wandb, mlflow; none, or a list."""
     run_name: Text | None = None
     """Name of the run in trackers; none means the output folder's name."""
     plot_loss: bool = True
     """Draw the plots in report.html."""
     compare_with: Text | None = None
-    """output_dir of a finished run, whose curves and figures the report puts beside this run's."""
+    """output_dir of a finished run to compare with in the report."""
     export_model: bool = True
     """Write the trained model into output_dir; false leaves it in the checkpoints, as for a
     benchmark."""
     num_sample_answers: Annotated[int, Field(ge=0, le=1000)] = 1
     """Prompts that the trained model answers at the end, on the console and in the report; held-out
-    ones where there are any."""
+    ones if there are any."""
 
     def contradictions(self) -> Iterable[Problem]:
-        """Find output keys that cannot stand together."""
+        """Find output keys that contradict each other."""
         for key, value in (("save_steps", self.save_steps), ("eval_steps", self.eval_steps)):
             if value is not None and value > 1 and value % 1:
                 text = f"{value} is neither a share below 1 nor a whole number of steps"
                 yield Problem(text, "give a share below 1, or a whole number of steps", key)
         if self.resume_from_checkpoint is True and self.overwrite_output_dir:
-            text = "one goes on with the run in output_dir, the other deletes it"
+            text = "one continues the run in output_dir, the other deletes it"
             keys = "resume_from_checkpoint and overwrite_output_dir"
             yield Problem(text, "set one of them to false", keys)
         if self.resume_from_checkpoint is True and self.save_only_model:
@@ -316,7 +315,9 @@ class OutputConfig(Section):
             and "none" in self.report_to
             and len(self.report_to) > 1
         ):
-            yield Problem("none stands beside trackers", "take none off the list", "report_to")
+            yield Problem(
+                "none is listed together with trackers", "remove none from the list", "report_to"
+            )
         if isinstance(self.report_to, list) and len(set(self.report_to)) < len(self.report_to):
             yield Problem("a tracker is listed twice", "list it once", "report_to")
 
@@ -325,13 +326,13 @@ class RayConfig(Section):
     """How Ray runs the job."""
 
     ray_num_workers: Count | Literal["auto"] | Ends = 1
-    """Workers (ranks); auto takes every GPU of the cluster, or two CPU workers where there is none;
-    [2, 8] goes on with fewer where workers are lost and grows again, with the batch of 8."""
+    """Workers (ranks); auto takes every GPU of the cluster, or two CPU workers if there is none;
+    [2, 8] continues with fewer if workers are lost and grows again, with the batch of 8."""
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    """What each worker reserves, as {"GPU": 1, "CPU": 8}; none means one GPU where the cluster has
-    GPUs, else one CPU."""
+    """What each worker reserves, as {"GPU": 1, "CPU": 8}; none means one GPU if the cluster has
+    any, else one CPU."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """How workers are laid over nodes."""
+    """How workers are placed on nodes."""
     ray_storage_path: Text | None = None
     """Folder or URI for checkpoints (s3://, gs://, or a path all nodes share); none means
     output_dir."""
@@ -342,40 +343,39 @@ class RayConfig(Section):
     max_failures: Annotated[int, Field(ge=-1, le=LARGEST)] = 0
     """Times that lost workers are restarted from the last checkpoint; -1 means without limit."""
     step_timeout: Annotated[float, Field(gt=0.0, le=LARGEST)] | None = None
-    """Seconds without an optimizer step after which the workers are ended, those that hang are
-    named, and max_failures counts; none leaves it to ddp_timeout. Time counts from the end of a
-    start's first step on, but not in evaluation, saving and what follows the last step; a worker
-    whose process does not answer at all for so long is ended there too."""
+    """Seconds without an optimizer step after which all workers are terminated, those that hang are
+    named, and a failure is counted towards max_failures; none leaves this to ddp_timeout. The time
+    starts after the first step of each start, and excludes evaluation, saving and the work after
+    the last step, in which only a worker whose process does not respond is terminated."""
     force: bool = False
-    """Start even where the predicted memory is more than the GPUs, or the host memory more than the
-    nodes, were found to have."""
+    """Start even if the predicted GPU or host memory exceeds that of the GPUs or nodes."""
 
     @property
     def ends(self) -> tuple[int, int] | None:
-        """The fewest and the most workers, where their number may change during the run."""
+        """The fewest and the most workers, if their number may change during the run."""
         workers = self.ray_num_workers
         return (workers[0], workers[1]) if isinstance(workers, list) else None
 
     def contradictions(self) -> Iterable[Problem]:
-        """Find requests that Ray would wait for in vain, or that no worker could use."""
+        """Find requests that Ray could never fulfill, or that no worker could use."""
         yield from self._elastic()
         key = "resources_per_worker"
         resources = self.resources_per_worker or {}
         for name in resources:
             right = name.rstrip("s").upper()
             if right in ("GPU", "CPU") and name != right:
-                yield Problem(f"{name} is no resource of Ray", f"write {right}", key)
+                yield Problem(f"{name} is not a resource of Ray", f"write {right}", key)
         gpus = resources.get("GPU", 0.0)
         if gpus > 1:
             text = f"{gpus:g} GPUs for each worker: a worker is one process and drives one GPU"
             yield Problem(text, "set GPU: 1 and raise ray_num_workers", key)
         elif 0 < gpus < 1 and self.ray_num_workers != 1:
-            text = f"{gpus:g} GPUs for each of several workers: each needs a GPU of its own"
+            text = f"{gpus:g} GPUs for each of several workers: each needs its own GPU"
             yield Problem(text, "set GPU: 1", "resources_per_worker and ray_num_workers")
         try:
             json.dumps(self.ray_init_kwargs, allow_nan=False)
         except ValueError:
-            text = "it holds a number that is infinite or none"
+            text = "it contains a number that is infinite or NaN"
             yield Problem(text, "give a number, or put text in quotes", "ray_init_kwargs")
 
     def _elastic(self) -> Iterable[Problem]:
@@ -387,6 +387,6 @@ class RayConfig(Section):
             fix = f"write [{most}, {fewest}]" if fewest > most else f"write {most}"
             yield Problem(text, fix, "ray_num_workers")
         if self.max_failures == 0:
-            text = "with max_failures: 0 the first worker that is lost ends the run"
+            text = "with max_failures: 0 the first lost worker ends the run"
             fix = "set max_failures to how often workers may be lost, or -1 for any number"
             yield Problem(text, fix, "ray_num_workers and max_failures")

@@ -1,5 +1,5 @@
-"""The sweep section: values for keys of the job, and every trial they come to, known before any
-cluster is asked."""
+"""The sweep section: values for keys of the job, and all resulting trials, before any cluster is
+contacted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ METRICS: Mapping[str, Literal["min", "max"]] = {
     "peak_memory_gib": "min",
     "mfu_bf16": "max",
 }
-"""What trials can be compared by -> whether the lowest or the highest is the best."""
+"""Metric to compare trials by -> whether the lowest or the highest value is best."""
 MetricName = Literal[
     "eval_loss",
     "quantized_eval_loss",
@@ -61,31 +61,29 @@ SET_BY_THE_SWEEP = frozenset(
         "overwrite_cache",
     ]
 )
-"""Keys that belong to the sweep as a whole, or that it sets itself for each trial."""
+"""Keys of the whole sweep, or that it sets for each trial."""
 
 
 class SweepOptions(Section):
-    """How a sweep is run; its other keys are keys of the job, with the values to try."""
+    """How a sweep runs; its other keys are keys of the job, with lists of values."""
 
     metric: MetricName | None = None
-    """What trials are compared by, at their end; none means quantized_eval_loss if every trial
+    """The metric that ranks finished trials; none means quantized_eval_loss if every trial
     exports a converted model, else eval_loss."""
     scheduler: Literal["none", "asha"] = "none"
-    """asha stops trials early that fall behind the others; none runs each to its end."""
+    """asha stops trials early that perform worse than the others; none runs each to its end."""
     num_samples: Annotated[int, Field(ge=1, le=MAX_TRIALS)] = 8
     """Draws from the distributions; the same ones for each combination of the listed values."""
     max_concurrent_trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | Literal["auto"] = "auto"
-    """Trials at the same time, at most as many as the cluster has room for; auto means that many.
-    """
+    """Trials at the same time, at most as many as fit the cluster; auto means that many."""
     grace_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
-    """asha judges a trial first after this many steps, counted from its own
+    """asha first judges a trial after this many steps, counted from the trial's
     fake_quant_after_n_steps; none means a tenth of all steps."""
     reduction_factor: Annotated[int, Field(ge=2, le=100)] = 3
     """asha compares trials at grace_steps, and at each multiple by this factor; about one in this
-    many goes on."""
+    many continues."""
     keep_models: Literal["all", "best"] = "all"
-    """best deletes, as trials end, the models and checkpoints of all but the best one so far; their
-    reports stay."""
+    """best deletes the models and checkpoints of all trials but the best so far; reports stay."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +116,11 @@ class Axis:
     where: str
     """Its line in the file, as `line 12`."""
     values: tuple[Any, ...] = ()
-    """Values that are each tried."""
+    """The listed values."""
     distribution: Distribution | None = None
-    """Where values are drawn from, in the place of a list."""
+    """The source of values, instead of a list."""
     note: str = ""
-    """What was made of the values that the user should know."""
+    """For the user: how the values were changed."""
 
     @property
     def first(self) -> Any:
@@ -142,7 +140,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that can be run: every trial's job is loaded and checked."""
+    """A valid sweep: every trial's job is loaded and checked."""
 
     options: SweepOptions
     keys: tuple[str, ...]
@@ -156,10 +154,10 @@ class Sweep:
 
 
 def axis(key: str, value: Any, where: str) -> Axis:
-    """Return the values to try for a key.
+    """Return the values of a swept key.
 
     Raises:
-        ValueError: saying what is wrong with them.
+        ValueError: naming what is wrong with them.
     """
     if isinstance(value, dict):
         distribution = _distribution(value)
@@ -174,7 +172,7 @@ def axis(key: str, value: Any, where: str) -> Axis:
 
 
 def _one_start(key: str, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], str]:
-    """Keep one of the two values of the switch that begin with fake quantization, and say so."""
+    """Keep one of null and 0, which both begin with fake quantization, and return a note."""
     from_the_start = [v for v in values if v is None or (type(v) is int and v == 0)]
     if key != SWITCH or len(from_the_start) < 2:
         return values, ""
@@ -183,7 +181,7 @@ def _one_start(key: str, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], str]
 
 
 def _with_baseline(key: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Add, to steps at which fake quantization may begin, the trial in which it never does: PTQ."""
+    """Add the trial without fake quantization (PTQ) to those that begin it at some step."""
     if key != SWITCH or NEVER in values:
         return values
     return (*values, NEVER)
@@ -191,7 +189,7 @@ def _with_baseline(key: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _distribution(value: Mapping[str, Any]) -> Distribution:
     if len(value) != 1 or next(iter(value)) not in DISTRIBUTIONS:
-        raise ValueError(f"{show(value)} is no distribution")
+        raise ValueError(f"{show(value)} is not a distribution")
     kind, of = next(iter(value.items()))
     if kind == "choice":
         if not isinstance(of, list) or not of:
@@ -226,9 +224,9 @@ def _written(value: Any) -> str:
 
 
 def combinations(axes: Sequence[Axis], num_samples: int, seed: int) -> list[dict[str, Any]]:
-    """Return the swept keys' values of each trial: every combination of the listed values, each
-    with every draw. A draw that comes twice is tried once. To steps that are drawn for the switch
-    on, the trial in which it never comes is added: PTQ.
+    """Return each trial's values: every combination of listed values with every distinct draw.
+
+    If the step at which a feature begins is drawn, the trial in which it never begins is added.
     """
     listed = [a for a in axes if a.distribution is None]
     draws = _draws([a for a in axes if a.distribution is not None], num_samples, seed)
@@ -249,7 +247,7 @@ def _draws_the_switch(axes: Sequence[Axis]) -> bool:
 
 
 def _draws(axes: Sequence[Axis], num_samples: int, seed: int) -> list[dict[str, Any]]:
-    """Draw with a seed of its own for each draw: more of them begin with the same ones."""
+    """Draw with one seed for each draw, so that more draws begin with the same ones."""
     if not axes:
         return [{}]
     return [
@@ -263,7 +261,7 @@ def _draws(axes: Sequence[Axis], num_samples: int, seed: int) -> list[dict[str, 
 
 
 def count(axes: Sequence[Axis], num_samples: int) -> int:
-    """Return how many trials there would be, without making them."""
+    """Return the number of trials, without creating them."""
     product = num_samples if any(a.distribution is not None for a in axes) else 1
     product += _draws_the_switch(axes)
     for a in axes:
@@ -279,8 +277,8 @@ def extremes(axes: Sequence[Axis], first: Mapping[str, Any]) -> Iterator[dict[st
 
 
 def names(all_values: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return a folder name for each trial, told from the others by its values alone, so that a
-    sweep with more values finds the trials it has run before.
+    """Return a unique folder name for each trial, from its values alone, so that a sweep with more
+    values finds the trials that it ran before.
     """
     found: list[str] = []
     for values in all_values:
@@ -299,7 +297,7 @@ def _plain(value: Any) -> str:
 
 
 def as_trial(job: JobConfig, name: str) -> JobConfig:
-    """Return a trial's job: in a folder of its own, going on with what that folder holds."""
+    """Return a trial's job: in its own folder, continuing a run that is already there."""
     output, ray = job.output, job.ray
     folder = str(Path(output.output_dir) / "trials" / name)
     tracked = {} if output.run_name is None else {"run_name": f"{output.run_name}-{name}"}
@@ -322,5 +320,5 @@ def converts(job: JobConfig) -> bool:
 
 
 def default_metric(jobs: Iterable[JobConfig]) -> MetricName:
-    """Return what trials are compared by where the section does not say it."""
+    """Return the metric of a sweep section that names none."""
     return CONVERTED_LOSS if all(map(converts, jobs)) else "eval_loss"

@@ -1,8 +1,7 @@
-"""What a sweep section holds, in its parts, and what cannot stand in it."""
+"""Parse a sweep section, and find its problems."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,13 +20,14 @@ from raytrain_adv.config.sweep import (
     count,
 )
 from raytrain_adv.config.yaml_source import Entry
+from raytrain_adv.text import nearest
 
 KEY = "sweep"
 EXAMPLE = "write sweep: with lines as `learning_rate: [1e-5, 2e-5]` below it"
 KNOWN_EARLY = ("eval_loss", CONVERTED_LOSS, "train_loss")
-"""Metrics that a trial has, or has a forerunner of, while it runs."""
+"""Metrics that are known, exactly or approximately, while a trial runs."""
 ELSEWHERE = {
-    "mode": "delete it: each metric has its better end (`raytrain-adv schema` lists them)",
+    "mode": "delete it: the metric decides whether lower or higher is better",
     "keys": "write the keys to sweep over directly below sweep:",
     "parameters": "write the keys to sweep over directly below sweep:",
 }
@@ -35,7 +35,7 @@ ELSEWHERE = {
 
 @dataclass
 class Parts:
-    """A sweep section taken apart."""
+    """A parsed sweep section."""
 
     options: dict[str, Any] = field(default_factory=dict)
     axes: list[Axis] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Parts:
 
 
 def take_apart(section: Entry, fixed: Mapping[str, Entry], known: Collection[str]) -> Parts:
-    """Return the options of a section and the keys it sweeps over.
+    """Parse a section into its options and its swept keys.
 
     Args:
         section: the value of `sweep`.
@@ -54,7 +54,7 @@ def take_apart(section: Entry, fixed: Mapping[str, Entry], known: Collection[str
     """
     parts = Parts()
     if not isinstance(section.value, dict):
-        text = f"{show(section.value)} is no list of keys with the values to try"
+        text = f"{show(section.value)} is not a list of keys with values"
         parts.problems.append(Problem(text, EXAMPLE, KEY, section.where))
         return parts
     for key, value in section.value.items():
@@ -84,8 +84,8 @@ def _refused(
         text = "it belongs to the sweep as a whole, not to a trial"
         return Problem(text, "write it outside of sweep", name, where)
     if key not in known:
-        near = difflib.get_close_matches(str(key), [*known, *SweepOptions.model_fields], 1, 0.7)
-        fix = f"did you mean {near[0]}?" if near else "`raytrain-adv schema` lists the keys"
+        near = nearest(str(key), [*known, *SweepOptions.model_fields], 0.7)
+        fix = f"did you mean {near}?" if near else "`raytrain-adv schema` lists the keys"
         return Problem("there is no such key", ELSEWHERE.get(key, fix), name, where)
     if key in fixed:
         both = ", ".join(dict.fromkeys((fixed[key].where, where)))
@@ -95,7 +95,7 @@ def _refused(
 
 
 def option_problems(parts: Parts, options: SweepOptions) -> Iterable[Problem]:
-    """Find options without effect, and more trials than anybody wants."""
+    """Find options without effect, and too many trials."""
     number = count(parts.axes, options.num_samples)
     if number > MAX_TRIALS:
         fix = "list fewer values, or draw from them: {choice: [...]} with num_samples"
@@ -113,7 +113,7 @@ def option_problems(parts: Parts, options: SweepOptions) -> Iterable[Problem]:
 def metric_problems(
     parts: Parts, options: SweepOptions, metric: str, jobs: Sequence[JobConfig]
 ) -> Iterable[Problem]:
-    """Find a metric that a trial would not have, or have too late for the scheduler."""
+    """Find a metric that a trial lacks, or reports too late for the scheduler."""
     held_out = all(j.data.eval_dataset is not None or j.data.val_size > 0 for j in jobs)
     asked = "" if options.metric is not None else ", the default"
     if metric in ("eval_loss", CONVERTED_LOSS) and not held_out:
@@ -126,21 +126,21 @@ def metric_problems(
         yield _at(parts, "metric", text, f"set {key}: true, or metric: eval_loss")
     resumes = {str(j.output.resume_from_checkpoint) for j in jobs}
     if resumes - {"None", "True", "False"}:
-        fix = "set resume_from_checkpoint: true: each trial goes on with its own checkpoints"
-        yield Problem("a sweep does not begin with a checkpoint", fix, "resume_from_checkpoint")
+        fix = "set resume_from_checkpoint: true: each trial continues from its own checkpoints"
+        yield Problem("a sweep cannot start from a checkpoint", fix, "resume_from_checkpoint")
     if any(j.ray.ends for j in jobs):
-        text = "trials that run at the same time each have a number of workers that stays"
+        text = "trials that run at the same time need a fixed number of workers each"
         yield Problem(text, "give one number, the workers of each trial", "ray_num_workers")
     if any(j.flat().get("compare") for j in jobs):
         fix = "set compare: false; the sweep has PTQ among its trials"
-        yield Problem("every trial would train a twin of its own", fix, "compare")
+        yield Problem("every trial would train its own twin", fix, "compare")
     if options.scheduler == "asha":
         if metric not in KNOWN_EARLY:
-            text = f"{metric} is known at a trial's end, too late to stop it"
+            text = f"{metric} is known only at a trial's end, too late to stop it"
             fix = f"choose one of {', '.join(KNOWN_EARLY)}, or scheduler: none"
             yield _at(parts, "scheduler", text, fix)
         elif metric != "train_loss" and any(j.output.eval_strategy == "no" for j in jobs):
-            text = "asha judges by evaluations during a run, and eval_strategy is no"
+            text = "asha needs evaluations during a run, and eval_strategy is no"
             yield _at(parts, "scheduler", text, "set eval_strategy: steps and eval_steps")
 
 

@@ -1,7 +1,5 @@
-"""A YAML document as keys with their lines. Reads any bytes there are: what is wrong becomes a
-Problem."""
+"""Read YAML into keys with their lines. Any input is accepted: each error in it is a Problem."""
 
-import difflib
 import re
 import stat
 from collections.abc import Mapping
@@ -12,12 +10,12 @@ from typing import Any
 import yaml
 
 from raytrain_adv.config.problems import Problem, printable, show
+from raytrain_adv.text import nearest
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 30
 MAX_NODES = 20_000
-"""YAML values of a job, with every alias counted as often as it is used: a page of keys has about
-fifty."""
+"""Most values in a job, each alias counted at every use; a page of keys has about fifty."""
 MAX_DIGITS = 1000
 A_PAGE = "name a job file: a page of key: value lines"
 
@@ -29,35 +27,115 @@ _STRING, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 @dataclass(frozen=True)
 class Entry:
-    """One key's value and where it was written."""
+    """One key's value and its place."""
 
     value: Any
     where: str
     inner: Mapping[str, str] = field(default_factory=dict)
-    """Where the keys of a mapping were written."""
+    """The places of a mapping's keys."""
 
 
 @dataclass
 class Document:
-    """What a job file or an override holds."""
+    """The contents of a job file or an override."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
 class _TooLarge(ValueError):
-    """YAML that no job file would hold."""
+    """YAML that is too large or too deep for a job file."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as LLaMA-Factory reads it (through OmegaConf): 1e-4 is a number; no dates, octal or
-    base-60 numbers."""
+    """Load YAML as LLaMA-Factory does (OmegaConf): 1e-4 is a number; no dates, octal or base 60.
+
+    Composing collects, as problems, what YAML allows and a job does not: repeated keys, keys that
+    are not text, other tags, characters that no file can contain, values that contain themselves.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.problems: list[Problem] = []
+        self.is_readable = True
+        """Whether the values can be constructed in spite of the problems."""
+        self._num_values = self._depth = self._deepest = 0
+        self._sizes: dict[int, tuple[int, int]] = {}
+        """id of a composed node -> the number of its values and the levels below it."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> Any:
+        """Compose and check one node, which may be an alias of an earlier one.
+
+        Raises:
+            _TooLarge: for too many values or levels, with every alias written out.
+        """
+        if self.check_event(yaml.AliasEvent):
+            node: Any = super().compose_node(parent, index)
+            if id(node) not in self._sizes:
+                self._refuse(node, "a value that contains itself", "write it out")
+            self._count(*self._sizes.get(id(node), (0, 0)))
+            return node
+        is_key = isinstance(parent, yaml.MappingNode) and index is None
+        values_before, deepest_before = self._num_values, self._deepest
+        levels = int(self.check_event(yaml.CollectionStartEvent))
+        self._deepest = self._depth
+        self._count(0 if is_key else 1, levels)
+        self._depth += levels
+        node = super().compose_node(parent, index)
+        self._depth -= levels
+        self._sizes[id(node)] = (self._num_values - values_before, self._deepest - self._depth)
+        self._deepest = max(self._deepest, deepest_before)
+        if not is_key:
+            self._check(node)
+        return node
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Return a whole number of a length that Python reads quickly."""
         digits = self.construct_scalar(node).replace("_", "")
         if len(digits) > MAX_DIGITS:
             raise ValueError(f"a whole number of {len(digits)} digits")
         return int(digits, 0)
+
+    def _count(self, values: int, levels: int) -> None:
+        self._num_values += values
+        self._deepest = max(self._deepest, self._depth + levels)
+        if self._deepest > MAX_DEPTH:
+            raise _TooLarge("it is nested too deeply")
+        if self._num_values > MAX_NODES:
+            raise _TooLarge(f"more than {MAX_NODES} values")
+
+    def _refuse(self, node: yaml.Node, text: str, fix: str) -> None:
+        self.problems.append(Problem(text, fix, where=_line(node)))
+        self.is_readable = False
+
+    def _check(self, node: yaml.Node) -> None:
+        if node.tag not in _TAGS:
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            self._refuse(node, f"the tag {show(tag)} is not supported", "write a plain value")
+        if isinstance(node, yaml.MappingNode):
+            self._check_keys([key for key, _ in node.value if key.tag != _MERGE])
+        elif isinstance(node, yaml.ScalarNode):
+            if node.tag.endswith(":bool") and node.value.lower() not in self.bool_values:
+                text = f"{show(node.value)} is not true or false"
+                self._refuse(node, text, "write true or false")
+            if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in node.value):
+                self._refuse(node, "a character that no file can contain", "remove it")
+
+    def _check_keys(self, keys: list[yaml.Node]) -> None:
+        seen: dict[str, yaml.Node] = {}
+        for key in keys:
+            if not _is_text(key):
+                is_scalar = isinstance(key, yaml.ScalarNode)
+                text = (
+                    f"the key {show(key.value) if is_scalar else 'a list or mapping'} is not text"
+                )
+                self.problems.append(Problem(text, "put the key in quotes", where=_line(key)))
+            elif key.value in seen:
+                text = f"given twice, first on {_line(seen[key.value])}"
+                fix = "keep one of the two lines"
+                self.problems.append(Problem(text, fix, printable(key.value), _line(key)))
+            else:
+                seen[key.value] = key
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -97,9 +175,9 @@ def read_file(path: Path) -> Document:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        nearest = _nearest_file(path.parent, path.name)
+        found = _nearest_file(path.parent, path.name)
         return _refused(
-            "there is no such file", f"did you mean {nearest}?" if nearest else "name a job file"
+            "there is no such file", f"did you mean {found}?" if found else "name a job file"
         )
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -118,17 +196,17 @@ def read_text(text: str) -> Document:
     """Return the keys of YAML text, with line numbers."""
     document = Document()
     try:
-        root = _compose(text)
+        loader = _Loader(text)
+        root = loader.get_single_node()
         if root is None or root.tag.endswith(":null"):
             return _refused("it is empty", "write at least model_name_or_path and output_dir")
         if not isinstance(root, yaml.MappingNode):
             line = show(text.strip().splitlines()[0])
             text = f"it is not a list of key: value lines, but {line}"
             return _refused(text, "write one `key: value` per line")
-        walk = _Walk(root)
-        document.problems = walk.problems
-        if walk.is_readable:
-            _construct(root, document)
+        document.problems = loader.problems
+        if loader.is_readable:
+            _construct(loader, root, document.entries)
     except yaml.YAMLError as error:
         document.problems.append(_syntax_problem(error))
     except _TooLarge as error:
@@ -136,8 +214,6 @@ def read_text(text: str) -> Document:
     except ValueError as error:
         text = f"a value cannot be read: {error}"
         document.problems.append(Problem(text, "write it as text in quotes"))
-    except RecursionError:
-        document.problems.append(Problem("it is nested too deeply", A_PAGE))
     return document
 
 
@@ -145,127 +221,34 @@ def read_value(text: str) -> Any:
     """Return one YAML value, as written after `key=` on the command line.
 
     Raises:
-        ValueError: when the text is not one YAML value.
+        ValueError: if the text is not one YAML value.
     """
     try:
-        root = _compose(text)
-        if root is None:
-            return None
-        for problem in _Walk(root).problems:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        for problem in loader.problems:
             raise ValueError(problem.text)
-        return _constructed(root)
+        return None if root is None else loader.construct_object(root, deep=True)
     except yaml.YAMLError as error:
         raise ValueError(_syntax_problem(error).text) from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
-def _compose(text: str) -> yaml.Node | None:
-    depth = 0
-    for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > MAX_DEPTH:
-            raise _TooLarge("it is nested too deeply")
-        if count > 3 * MAX_NODES:  # a value has at most three: its key, and a collection's two ends
-            raise _TooLarge(f"more than {MAX_NODES} values")
-    root: yaml.Node | None = yaml.compose(text, Loader=_Loader)
-    return root
-
-
-def _construct(root: yaml.MappingNode, document: Document) -> None:
-    merges = [pair for pair in root.value if pair[0].tag == _MERGE]
-    if merges:
-        merged = yaml.MappingNode(root.tag, merges, root.start_mark)
-        for key, value in _constructed(merged).items():
-            document.entries[key] = Entry(value, _line(root))
-    for key_node, value_node in root.value:
-        if _is_text(key_node):
-            entry = Entry(_constructed(value_node), _line(key_node), _lines(value_node))
-            document.entries[key_node.value] = entry
+def _construct(loader: _Loader, root: yaml.MappingNode, entries: dict[str, Entry]) -> None:
+    own = {id(key) for key, _ in root.value}
+    loader.flatten_mapping(root)  # puts the keys of `<<: *other` first
+    for key, value in root.value:
+        if _is_text(key):
+            content = loader.construct_object(value, deep=True)
+            is_own = id(key) in own
+            where = _line(key if is_own else root)
+            entries[key.value] = Entry(content, where, _lines(value) if is_own else {})
 
 
 def _lines(node: yaml.Node) -> dict[str, str]:
-    """Return where the keys of a mapping are written; of any other value there are none."""
+    """Return the places of a mapping's keys; other values have none."""
     if not isinstance(node, yaml.MappingNode):
         return {}
     return {key.value: _line(key) for key, _ in node.value if _is_text(key)}
-
-
-def _constructed(node: yaml.Node) -> Any:
-    loader = _Loader("")
-    try:
-        return loader.construct_object(node, deep=True)
-    finally:
-        loader.dispose()
-
-
-class _Walk:
-    """Finds what YAML allows and a job does not: repeated or non-text keys, other tags, characters
-    that no file can hold, values that contain themselves, and aliases that multiply."""
-
-    def __init__(self, root: yaml.Node) -> None:
-        self.problems: list[Problem] = []
-        self.is_readable = True
-        """Whether the values can be made in spite of the problems."""
-        self._count = 0
-        self._open: set[int] = set()
-        self._visit(root)
-        if self._count > MAX_NODES:
-            text = f"more than {MAX_NODES} values"
-            self.problems.append(Problem(text, A_PAGE))
-
-    def _refuse(self, node: yaml.Node, text: str, fix: str) -> None:
-        self.problems.append(Problem(text, fix, where=_line(node)))
-        self.is_readable = False
-
-    def _visit(self, node: yaml.Node) -> None:
-        self._count += 1
-        if self._count > MAX_NODES:
-            self.is_readable = False
-            return
-        if node.tag not in _TAGS:
-            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-            self._refuse(node, f"the tag {show(tag)} is not read here", "write a plain value")
-        if isinstance(node, yaml.ScalarNode):
-            self._check_scalar(node)
-        elif id(node) in self._open:
-            self._refuse(node, "a value that contains itself", "write it out")
-        else:
-            self._open.add(id(node))
-            children = node.value
-            if isinstance(node, yaml.MappingNode):
-                self._check_keys([key for key, _ in node.value])
-                children = [value for _, value in node.value]
-            for child in children:
-                self._visit(child)
-            self._open.discard(id(node))
-
-    def _check_scalar(self, node: yaml.ScalarNode) -> None:
-        if node.tag.endswith(":bool") and node.value.lower() not in _Loader.bool_values:
-            self._refuse(node, f"{show(node.value)} is not true or false", "write true or false")
-        if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in node.value):
-            self._refuse(node, "a character that no file can hold", "remove it")
-
-    def _check_keys(self, keys: list[yaml.Node]) -> None:
-        seen: dict[str, yaml.Node] = {}
-        for key in keys:
-            if key.tag == _MERGE:
-                continue
-            if not _is_text(key):
-                written = (
-                    show(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-                )
-                text = f"the key {written} is not text"
-                self.problems.append(Problem(text, "put the key in quotes", where=_line(key)))
-            elif key.value in seen:
-                text = f"given twice, first on {_line(seen[key.value])}"
-                fix = "keep one of the two lines"
-                self.problems.append(Problem(text, fix, printable(key.value), _line(key)))
-            else:
-                seen[key.value] = key
 
 
 def _is_text(key: yaml.Node) -> bool:
@@ -298,11 +281,10 @@ def _refused(text: str, fix: str) -> Document:
 
 
 def _nearest_file(folder: Path, name: str = "") -> str:
-    """Return the YAML file of a folder whose name is nearest to the given one; empty when there is
-    none."""
+    """Return the folder's YAML file with the name nearest to the given one, or an empty string."""
     try:
         files = sorted(p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml"))
     except (OSError, ValueError):
         return ""
-    nearest = difflib.get_close_matches(name, files, 1, 0.5) if name else files[:1]
-    return str(folder / nearest[0]) if nearest else ""
+    found = nearest(name, files, 0.5) if name else next(iter(files), None)
+    return str(folder / found) if found else ""

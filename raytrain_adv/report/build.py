@@ -13,8 +13,8 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import CONVERTED_LOSS
 from raytrain_adv.errors import Stopped
 from raytrain_adv.estimate.memory import MemoryPrediction
-from raytrain_adv.report.parts import Baseline, Sample, Start, TransformReport
-from raytrain_adv.report.record import OF_CONVERTED, Point, RunReport, describe_failure
+from raytrain_adv.report.parts import Baseline, Point, Sample, Start, TransformReport
+from raytrain_adv.report.record import OF_CONVERTED, RunReport, describe_failure
 from raytrain_adv.report.record import read as read_report
 from raytrain_adv.report.variants import converted_loss, recovered, variants
 from raytrain_adv.storage.metrics_file import FILE_NAME, read

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
-from raytrain_adv.run.redact import redact
+from raytrain_adv.redaction import redact
 from raytrain_adv.storage.metrics_file import plain_row
 from raytrain_adv.text import nearest
 

@@ -86,7 +86,7 @@ class HubKernels(Transform):
         of_attention = attention.startswith("hub:") and not is_folder
         are_local = bool(self.wanted) and all(one.is_local for one in self.wanted)
         of_modules = self.enabled and not are_local  # without kernel_name it is one of the Hub's
-        if self.asked_for("kernels_trust") and not of_attention and not of_modules:
+        if self.is_changed("kernels_trust") and not of_attention and not of_modules:
             trust = show(self.kernels_trust)
             yield f"kernels_trust: {trust} has no effect: no kernel of the Hub is used"
 

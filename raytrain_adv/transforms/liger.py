@@ -72,9 +72,9 @@ class Liger(Transform):
         """Whether any layer is on."""
         return any(self.layers.values())
 
-    def asked_for(self, key: str) -> bool:
-        """Whether the key turns a layer on; `contradictions` finds what else is wrong with it."""
-        return super().asked_for(key) and self.enabled
+    def is_changed(self, key: str) -> bool:
+        """Whether the key turns a layer on; `contradictions` finds what else is wrong."""
+        return super().is_changed(key) and self.enabled
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse names that Liger does not have, and its losses, which have their own key."""

@@ -54,9 +54,9 @@ class Neftune(Transform):
         """Whether there is noise."""
         return bool(self.neftune_noise_alpha)
 
-    def asked_for(self, key: str) -> bool:
+    def is_changed(self, key: str) -> bool:
         """Whether a key has another value than its default; 0 turns nothing on."""
-        return super().asked_for(key) and self.neftune_noise_alpha != 0
+        return super().is_changed(key) and self.neftune_noise_alpha != 0
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Find the table in which input ids are looked up.

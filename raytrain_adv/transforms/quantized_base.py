@@ -124,7 +124,7 @@ class QuantizedBase(Transform):
         if self.quantization_bit != 8:
             return
         for key in ("quantization_type", "double_quantization"):
-            if self.asked_for(key):
+            if self.is_changed(key):
                 text = "8 bits are always integers with a scale per row"
                 fix = f"delete {key}, or set quantization_bit: 4"
                 yield Problem(text, fix, f"{key} and quantization_bit")

@@ -23,8 +23,7 @@ from raytrain_adv import __version__
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver.cluster import dashboard
 from raytrain_adv.errors import EXIT_DONE, EXIT_TRAINING_FAILED, ClusterError, JobError
-from raytrain_adv.redaction import is_secret_name, secrets_in
-from raytrain_adv.run.redact import redact
+from raytrain_adv.redaction import is_secret_name, redact, secrets_in
 from raytrain_adv.transforms.applied import Transforms
 
 DEFAULT_ENV = "jobs/runtime_env.yaml"

@@ -20,8 +20,8 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.output.replace import Replaced, is_inside, put_back, set_aside
 from raytrain_adv.errors import JobError
 from raytrain_adv.kernels import lock as locks
+from raytrain_adv.redaction import redact
 from raytrain_adv.report import record as reports
-from raytrain_adv.run.redact import redact
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.storage.storage import Storage, storage_errors
 from raytrain_adv.text import ascii_name

@@ -67,7 +67,7 @@ def test_a_dotted_override_reaches_into_a_mapping(folder: Path) -> None:
     assert job.train.lr_scheduler_kwargs == {"min_lr": 1e-6}
 
 
-def test_a_dotted_override_keeps_what_the_file_has_beside_it(folder: Path) -> None:
+def test_a_dotted_override_keeps_the_other_entries_of_the_mapping(folder: Path) -> None:
     text = "ray_init_kwargs:\n  runtime_env: {env_vars: {A: '1'}}\n"
     job = job_of(folder, text, "ray_init_kwargs.runtime_env.env_vars.B='2'")
     assert job.ray.ray_init_kwargs == {"runtime_env": {"env_vars": {"A": "1", "B": "2"}}}
@@ -141,7 +141,7 @@ def test_a_key_given_twice_is_refused_with_both_lines(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("written", ["true", "8.5", "many", "[8]", "0", "-3", "null", "1e400"])
-def test_a_wrong_count_says_what_is_accepted(folder: Path, written: str) -> None:
+def test_a_wrong_count_names_the_accepted_values(folder: Path, written: str) -> None:
     message = message_of(folder, f"gradient_accumulation_steps: {written}\n")
     assert "line 4: gradient_accumulation_steps" in message
     assert "give a whole number at least 1" in message
@@ -153,21 +153,21 @@ def test_a_whole_float_or_quoted_number_is_a_count(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("written", [".nan", ".inf", "-1.0", "0"])
-def test_a_learning_rate_that_is_no_positive_number_is_refused(folder: Path, written: str) -> None:
+def test_a_learning_rate_that_is_not_positive_is_refused(folder: Path, written: str) -> None:
     assert "give a number above 0" in message_of(folder, f"learning_rate: {written}\n")
 
 
-def test_keys_of_a_feature_whose_switch_is_misspelt_are_not_called_useless(folder: Path) -> None:
-    said = message_of(folder, "enable_qatt: true\nqat_weight_dtype: int4\n")
-    assert "did you mean enable_qat?" in said and "changes nothing" not in said
-    assert "changes nothing" in message_of(folder, "typo: 1\nqat_weight_dtype: int4\n")
+def test_keys_of_a_feature_whose_switch_is_misspelled_are_not_called_useless(folder: Path) -> None:
+    message = message_of(folder, "enable_qatt: true\nqat_weight_dtype: int4\n")
+    assert "did you mean enable_qat?" in message and "has no effect" not in message
+    assert "has no effect" in message_of(folder, "typo: 1\nqat_weight_dtype: int4\n")
 
 
 def test_a_misspelled_choice_names_the_nearest(folder: Path) -> None:
     assert "did you mean cosine?" in message_of(folder, "lr_scheduler_type: cosin\n")
 
 
-def test_a_number_for_text_says_to_quote_it(folder: Path) -> None:
+def test_a_number_for_text_suggests_quotes(folder: Path) -> None:
     assert "run_name: '2024'" in message_of(folder, "run_name: 2024\n")
 
 
@@ -177,7 +177,7 @@ def test_yamls_unquoted_no_is_a_strategy(folder: Path, word: str) -> None:
     assert (job.output.save_strategy, job.output.eval_strategy) == ("no", "no")
 
 
-def test_the_word_true_in_quotes_is_no_checkpoint_path(folder: Path) -> None:
+def test_the_word_true_in_quotes_is_not_a_checkpoint_path(folder: Path) -> None:
     assert job_of(folder, "resume_from_checkpoint: 'True'\n").output.resume_from_checkpoint is True
 
 
@@ -257,15 +257,15 @@ def test_keys_that_contradict_each_other_are_named(folder: Path, text: str, keys
         ("save_steps: 2.5\n", "save_steps: 2.5 is neither"),
         ("resources_per_worker: {gpu: 1}\n", "write GPU"),
         ("resources_per_worker: {GPU: 2}\n", "drives one GPU"),
-        ("report_to: [none, wandb]\n", "none stands beside trackers"),
+        ("report_to: [none, wandb]\n", "none is listed together with trackers"),
         ("dataset: ''\n", "given twice"),
         ("tokenized_path: " + "x" * 300 + "\n", "a name of 300 bytes"),
         ("eval_dataset: [a, " + "é/" * 3000 + "]\n", "in a path of 9000"),
-        ("tokenized_path: /dev/null\n", "is there, and is not a folder"),
+        ("tokenized_path: /dev/null\n", "exists but is not a folder"),
         ("eval_steps: 10\n", "hold rows out with val_size or eval_dataset"),
         ("eval_dataset: ' , '\n", "names no dataset"),
         ("report_to: [wandb, wandb]\n", "listed twice"),
-        ("ray_init_kwargs: {num_cpus: .nan}\n", "infinite or none"),
+        ("ray_init_kwargs: {num_cpus: .nan}\n", "infinite or NaN"),
         ("resources_per_worker: {GPU: true}\n", "give a mapping to a number"),
         ("lora_rank: 99999999999999999999\n", "at most 2147483647"),
         ("lora_target: []\n", "give text, or a list"),
@@ -280,7 +280,7 @@ def test_a_value_that_would_do_nothing_or_harm_is_refused(
     assert word in message_of(folder, text)
 
 
-def test_a_long_list_of_datasets_is_no_long_name(folder: Path) -> None:
+def test_a_long_list_of_datasets_is_not_a_long_name(folder: Path) -> None:
     names = ",".join(f"rows_{n:03d}.jsonl" for n in range(500))
     assert job_of(folder, "", f"dataset={names}").data.dataset == names
 
@@ -297,7 +297,7 @@ def test_adapter_keys_at_their_defaults_are_harmless_without_adapters(folder: Pa
     assert not job_of(folder, text).transform(Lora).enabled
 
 
-def test_a_wrong_value_hides_no_other_problem_and_makes_none_up(folder: Path) -> None:
+def test_a_wrong_value_neither_hides_nor_causes_other_problems(folder: Path) -> None:
     message = message_of(folder, "val_size: lots\neval_strategy: steps\nuse_cpu: perhaps\n")
     assert "(2 problems)" in message or "(3 problems)" in message
     assert "val_size: 'lots'" in message
@@ -327,7 +327,7 @@ def test_a_key_made_useless_by_another_is_noted(folder: Path) -> None:
         ),
     ],
 )
-def test_what_another_key_leaves_without_effect_is_noted(
+def test_a_key_that_another_one_makes_ineffective_is_noted(
     folder: Path, text: str, note: str
 ) -> None:
     assert any(note in found for found in job_of(folder, text).notes)
@@ -339,7 +339,7 @@ def test_a_revision_of_a_folder_is_noted(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("key", [".", "..", "a..b", ".a", "seed.", "ray_init_kwargs." + "a." * 99])
-def test_a_dotted_override_has_a_name_beside_each_dot(folder: Path, key: str) -> None:
+def test_a_dotted_override_has_a_name_on_both_sides_of_each_dot(folder: Path, key: str) -> None:
     message = message_of(folder, "", f"{key}=1")
     assert "(1 problem)" in message
     assert "is not a key, or a key with a dot and a name" in message
@@ -388,7 +388,7 @@ def test_an_empty_file_is_refused(folder: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "just words\n", "42\n"])
-def test_a_file_that_is_no_mapping_is_refused(folder: Path, content: str) -> None:
+def test_a_file_that_is_not_a_mapping_is_refused(folder: Path, content: str) -> None:
     path = folder / "job.yaml"
     path.write_text(content)
     assert "not a list of key: value lines" in refusal_of(path)

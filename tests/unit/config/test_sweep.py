@@ -157,7 +157,7 @@ def test_trials_are_compared_by_the_held_out_loss_without_qat(tmp_path: Path) ->
         ("  seed: 5", "line {1}: sweep.seed: 5 is one value"),
         ("  seed: []", "line {1}: sweep.seed: the list of values is empty"),
         ("  seed: [1, 1]", "1 is listed twice"),
-        ("  seed: {normal: [1, 2]}", "no distribution"),
+        ("  seed: {normal: [1, 2]}", "not a distribution"),
         ("  seed: {uniform: [2, 1]}", "the lowest value and the highest"),
         ("  seed: {randint: [1.5, 2]}", "whole numbers"),
         ("  weight_decay: {loguniform: [0, 1]}", "above 0"),
@@ -168,17 +168,17 @@ def test_trials_are_compared_by_the_held_out_loss_without_qat(tmp_path: Path) ->
         ("  output_dir: [a, b]", "line {1}: sweep.output_dir: it belongs to the sweep"),
         ("  metric: speed\n  seed: [1]", "line {1}: sweep.metric: 'speed' is not accepted"),
         ("  scheduler: asha", "no key is swept over"),
-        ("  seed: [1]\n  mode: min", "each metric has its better end"),
+        ("  seed: [1]\n  mode: min", "the metric decides whether lower or higher is better"),
         ("  seed: [1]\n  num_samples: 3", "line {2}: sweep.num_samples: it changes nothing"),
         ("  seed: [1]\n  grace_steps: 3", "line {2}: sweep.grace_steps: it changes nothing"),
-        ("  seed: [1]\n  scheduler: asha", "line {2}: sweep.scheduler: asha judges by evaluations"),
+        ("  seed: [1]\n  scheduler: asha", "line {2}: sweep.scheduler: asha needs evaluations"),
         ("  seed: [1]\n  metric: quantized_eval_loss", "a trial without QAT has no quantized"),
-        ("  seed: [1]\n  scheduler: asha\n  metric: step_seconds", "known at a trial's end"),
+        ("  seed: [1]\n  scheduler: asha\n  metric: step_seconds", "known only at a trial's end"),
         ("  seed: {randint: [1, 999]}\n  max_steps: [1, 2]\n  num_samples: 500", "1000 trials"),
-        ("  - seed", "no list of keys with the values to try"),
+        ("  - seed", "not a list of keys with values"),
     ],
 )
-def test_what_is_wrong_with_a_sweep_is_said_with_its_line(
+def test_a_problem_of_a_sweep_is_reported_with_its_line(
     tmp_path: Path, lines: str, says: str
 ) -> None:
     said = message_of(tmp_path, f"sweep:\n{lines}\n")
@@ -214,7 +214,7 @@ def test_a_sweep_does_not_begin_with_a_checkpoint(tmp_path: Path) -> None:
 
 def test_a_twin_for_every_trial_is_refused(tmp_path: Path) -> None:
     text = "enable_qat: true\ncompare: true\nsweep:\n  fake_quant_after_n_steps: [0, 5]\n"
-    assert "every trial would train a twin" in message_of(tmp_path, text)
+    assert "every trial would train its own twin" in message_of(tmp_path, text)
 
 
 @pytest.mark.parametrize("values", ["[0, 5, 8]", "{randint: [0, 8]}"])
@@ -247,7 +247,7 @@ def test_options_of_a_sweep_are_named_as_no_key_of_a_job() -> None:
     assert not (keys | set(RENAMED)) & set(SweepOptions.model_fields)
 
 
-def test_every_metric_can_be_asked_for() -> None:
+def test_every_metric_can_be_chosen() -> None:
     assert set(get_args(MetricName)) == set(METRICS)
 
 
