@@ -54,7 +54,7 @@ def export_merged(
     way_out: str,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Merged:
-    """Write one model folder, load it anew, and hold its logits to the trained model's.
+    """Write one model folder, load it, and compare its logits with the trained model's.
 
     A quantized base is merged as what it stands for: the adapter was trained on those values. Each
     sum is made in float32 and rounded once.
@@ -63,7 +63,7 @@ def export_merged(
         model: the base with its adapters, in host memory, not sharded.
         job: the job that trained it.
         out_dir: replaced if it exists.
-        tokenizer: saved beside the model.
+        tokenizer: saved with the model.
         input_ids: [tokens], to compare on.
         way_out: what a user can do when the folder cannot be written.
         max_file_bytes: size at which a new safetensors file is begun.

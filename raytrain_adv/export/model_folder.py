@@ -46,14 +46,14 @@ def export_model(
     Rank 0 holds one file's tensors in host memory, every rank one whole tensor on its device. The
     folder appears under its name when it is complete.
 
-    With quantization-aware training the quantized model is written beside it, from its files, and
+    With quantization-aware training the quantized model is written next to it, from its files, and
     its logits are compared with those of the model in memory.
 
     Args:
         model: trained; sharded, wrapped and compiled as it is.
         job: the job that trained it.
         out_dir: replaced if it exists.
-        tokenizer: saved beside the model, with its chat template.
+        tokenizer: saved with the model, with its chat template.
         input_ids: [tokens], held-out ones, to compare the quantized model on; none leaves that out.
         max_file_bytes: size at which a new safetensors file is begun.
 
@@ -160,7 +160,7 @@ def write_configs(plain: PreTrainedModel, job: JobConfig, dtype: torch.dtype, fo
     config.save_pretrained(str(folder))
     source = source_folder(job)
     if source is not None and (source / "generation_config.json").is_file():
-        # Copied as it is: writing it anew would refuse values that older checkpoints have.
+        # Copied as it is: writing it again would refuse values that older checkpoints have.
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
     else:
         GenerationConfig.from_model_config(config).save_pretrained(str(folder))

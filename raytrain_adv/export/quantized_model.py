@@ -1,4 +1,4 @@
-"""A run's quantized model: written from the files of the trained one, loaded, and held to it."""
+"""A run's quantized model: written from the trained one's files, and compared with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raytrain_adv.transforms.lora import Lora
 
 
 def quantized_dir(model_dir: Path) -> Path:
-    """Return where the quantized model goes: beside the trained one."""
+    """Return where the quantized model goes: next to the trained one."""
     return model_dir.with_name(f"{model_dir.name}-quantized")
 
 
@@ -34,7 +34,7 @@ def export_quantized(
     input_ids: torch.Tensor | None,
     max_file_bytes: int,
 ) -> Comparison | None:
-    """Write the quantized model beside the trained one; every rank calls this.
+    """Write the quantized model next to the trained one; every rank calls this.
 
     After LoRA these are the quantized base and the adapter, as they were trained. Merging is not
     offered: an adapter is trained on the rounded base, and rounding the sum of both would put back

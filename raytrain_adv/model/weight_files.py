@@ -84,7 +84,7 @@ class CheckpointFiles:
         if names is not None and not set(names) <= held:
             absent = sorted(set(names) - held)
             raise JobError(
-                f"{file} does not hold what {INDEX} says",
+                f"{file} does not hold the tensors that {INDEX} lists",
                 f"{len(absent)} tensors are missing, the first is {absent[0]}",
                 "copy or download the model folder again",
             )

@@ -59,7 +59,7 @@ class Loop:
         self.guard = LossGuard(job, run, batches, self.remedies)
         self.finite = FiniteWatch(run.device, self.remedies, self.guard.keep)
         self.convergence = Convergence(self.transforms, run.say)
-        self.meter = Meter(run, model, arithmetic, batches.data.attended(batches.neat))
+        self.meter = Meter(run, model, arithmetic, batches.data.attention_length(batches.neat))
         self.window = torch.zeros(2, dtype=torch.float64, device=run.device)
         """Loss and label tokens, summed over all workers since the last logging step."""
         self.num_tokens = 0
@@ -113,7 +113,7 @@ class Loop:
             Stopped: on all ranks, once the checkpoint is complete.
             Terminated: where a worker's process was told to end, not the run.
         """
-        self.run.beat.stop()
+        self.run.heartbeat.stop()
         again = "run again with resume_from_checkpoint: true to go on from "
         if self.job.output.save_strategy == "no":
             found, again = f"after step {done}; save_strategy: no, so that nothing is kept", ""
@@ -193,9 +193,14 @@ class Loop:
         is about to go.
         """
         reporter = self.run.reporter
-        told = int(self.run.is_main and reporter.stop_wanted())
+        told = int(self.run.is_main and reporter.stop_requested())
         drained = reporter.drained()
-        values = [batch.num_label_tokens, told, int(reporter.told_to_end()), int(bool(drained))]
+        values = [
+            batch.num_label_tokens,
+            told,
+            int(reporter.termination_requested()),
+            int(bool(drained)),
+        ]
         tokens, *asked = self.run.agree_all(values, dist.ReduceOp.SUM)
         self.stop_wanted, self.told_to_end, leaving = (count > 0 for count in asked)
         if leaving:
@@ -229,7 +234,7 @@ class Loop:
         if evaluates:
             self.evaluate(done)
         self.evaluate_variants(done)
-        with self.run.beat.paused():
+        with self.run.heartbeat.paused():
             writer.poll()
         if saves or (self.drained and self.job.output.save_strategy != "no"):
             self.finite.check()

@@ -100,7 +100,7 @@ class Meter:
     def stop(self) -> None:
         """Put the loop's time into the timeline, without what has a line of its own there."""
         self._synchronize()
-        self.run.beat.stop()
+        self.run.heartbeat.stop()
         own = sum(self.run.timeline.get(name, 0.0) for name in ("first step", *self._phases))
         self.run.timeline["steps"] = time.perf_counter() - self._started - own
 
@@ -113,7 +113,7 @@ class Meter:
         self.tokens_since_log += num_tokens
         self.steps_since_log += 1
         self.norm = norm
-        self.run.beat.step_done()
+        self.run.heartbeat.step_done()
 
     def where(self) -> str:
         """Return the step in words."""
@@ -136,7 +136,7 @@ class Meter:
         """Leave what happens inside out of the steps' time, and put it into the timeline."""
         self._synchronize()
         start = time.perf_counter()
-        with self.run.beat.paused():
+        with self.run.heartbeat.paused():
             yield
         self._synchronize()
         seconds = time.perf_counter() - start

@@ -1,5 +1,4 @@
-"""Telling how far a long preparation is: a bar on a terminal, a line every few seconds
-elsewhere."""
+"""Progress of a long preparation: a bar on a terminal, otherwise a line every few seconds."""
 
 import sys
 import time

@@ -22,7 +22,7 @@ from raytrain_adv.driver.preflight import versions
 from raytrain_adv.driver.training.failures import take_word
 from raytrain_adv.driver.training.prometheus import RunMetrics
 from raytrain_adv.driver.watch import hang
-from raytrain_adv.driver.watch.notice import DrainNotice, told_to_end
+from raytrain_adv.driver.watch.notice import DrainNotice, termination_requested
 from raytrain_adv.driver.watch.stop import AskedToStop
 from raytrain_adv.errors import JobError
 from raytrain_adv.export.model_folder import export_model
@@ -66,13 +66,13 @@ class RayReporter:
         )
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
 
-    def stop_wanted(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether the driver was told to stop, and has left word."""
         return self._asked.now()
 
-    def told_to_end(self) -> bool:
+    def termination_requested(self) -> bool:
         """Whether this worker's process has had a SIGTERM."""
-        return told_to_end()
+        return termination_requested()
 
     def drained(self) -> str:
         """Say which nodes Ray is about to lose, once for each."""
@@ -104,7 +104,7 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         cpu_group=dist.new_group(backend="gloo") if dist.is_initialized() else None,
         resume=config["resume"],
     )
-    hang.listen(run.beat)
+    hang.listen(run.heartbeat)
     if run.is_main:
         _require_shared(job, config["marker"])
         if word := take_word(storage.folder(run.attempt)):

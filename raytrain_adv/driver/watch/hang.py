@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from raytrain_adv.errors import Hung
-from raytrain_adv.run.heartbeat import Beat, Pulse
+from raytrain_adv.run.heartbeat import Heartbeat, Pulse
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -27,10 +27,10 @@ SHOWN = 8
 
 # Ray Train asks a worker on its process's main thread, while training is on another: here the two
 # meet. A process has one training thread.
-_beats: list[Beat] = []
+_beats: list[Heartbeat] = []
 
 
-def listen(beat: Beat) -> None:
+def listen(beat: Heartbeat) -> None:
     """Have this worker's process answer for the beat, in place of an earlier one."""
     _beats[:] = [beat]
 

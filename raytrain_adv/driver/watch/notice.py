@@ -30,7 +30,7 @@ class ListenForSigterm(WorkerCallback):  # type: ignore[misc] # ray is Any to my
         signal.signal(signal.SIGTERM, hear)
 
 
-def told_to_end() -> bool:
+def termination_requested() -> bool:
     """Whether this worker's process has had a SIGTERM."""
     return _terminated.is_set()
 
