@@ -164,9 +164,7 @@ def unreadable(job: JobConfig, error: Exception) -> JobError:
     name = job.model.model_name_or_path
     if is_local(job):
         return JobError(
-            f"{name}: config.json cannot be read",
-            first_line(error),
-            "correct config.json",
+            f"{name}: config.json cannot be read", first_line(error), "correct config.json"
         )
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):

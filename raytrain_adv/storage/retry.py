@@ -35,10 +35,7 @@ _NUMBER = re.compile(r"\[errno (\d+)\]", re.IGNORECASE)
 
 
 def retry(
-    work: Callable[[], T],
-    what: str,
-    say: Callable[[str], None],
-    waits_s: Sequence[float] = WAITS_S,
+    work: Callable[[], T], what: str, say: Callable[[str], None], waits_s: Sequence[float] = WAITS_S
 ) -> T:
     """Do the work, and repeat it after storage failures that may be temporary.
 

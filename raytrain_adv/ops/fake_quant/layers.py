@@ -198,12 +198,7 @@ class FakeQuantizedLinear(nn.Linear):
         if not self.rounds:
             return F.linear(input, self.weight, self.bias)
         output: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            input,
-            self.weight,
-            self.bias,
-            self.weight_dtype,
-            self.group_size,
-            self.activation_dtype,
+            input, self.weight, self.bias, self.weight_dtype, self.group_size, self.activation_dtype
         )
         return output
 

@@ -79,10 +79,7 @@ def _cast(  # type: ignore[no-untyped-def] # its arguments are not Python values
 
 
 def launch(
-    source: torch.Tensor,
-    scale: torch.Tensor,
-    plain: torch.Tensor | None,
-    transposed: torch.Tensor,
+    source: torch.Tensor, scale: torch.Tensor, plain: torch.Tensor | None, transposed: torch.Tensor
 ) -> None:
     """Write the cast of `source` into `plain`, if wanted, and into `transposed`."""
     rows, columns = source.shape
