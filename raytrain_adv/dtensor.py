@@ -94,8 +94,8 @@ def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have every parameter be its shard: a forward pass without a backward pass leaves whole ones
-    there, in the compute dtype, where fsdp_reshard_after_forward is false.
+    """Free gathered parameters: a forward pass without a backward pass leaves them, in the compute
+    dtype, if fsdp_reshard_after_forward is false.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -43,15 +43,15 @@ class HardwareFacts:
     device_name: str
     """Name of the GPU as the driver gives it, or CPU with the processor's name."""
     compute_capability: tuple[int, int] | None
-    """Major and minor compute capability of the GPU; none on CPU."""
+    """Major and minor compute capability of the GPU; None on CPU."""
     device_memory_bytes: int
     """Memory of the GPU, or on CPU the host memory this process may use."""
     num_gpus: int
     """GPUs that this process sees on the node."""
     driver_version: str | None
-    """NVIDIA driver; none without one."""
+    """NVIDIA driver; None without one."""
     cuda_version: str | None
-    """CUDA version that PyTorch was built for; none for a build without CUDA."""
+    """CUDA version that PyTorch was built for; None for a build without CUDA."""
     hostname: str
     """Name of the node."""
     node_ip: str
@@ -61,7 +61,7 @@ class HardwareFacts:
     num_cores: int
     """CPU cores this process may use."""
     versions: Mapping[str, str | None] = field(default_factory=dict)
-    """Name -> version of Python, of this package and of PACKAGES; none if not installed."""
+    """Name -> version of Python, of this package and of PACKAGES; None if not installed."""
 
     @property
     def device_memory_gib(self) -> float:
@@ -83,7 +83,7 @@ class HardwareFacts:
 
 
 def detect(device: torch.device | str | None = None) -> HardwareFacts:
-    """Return the facts about `device` and this node; none means the first GPU, else the CPU."""
+    """Return the facts about `device` and this node; None means the first GPU, else the CPU."""
     import torch
 
     if device is None:

@@ -26,7 +26,7 @@ import yaml
 from whole_steps import ROOT, SHAPE, head_of_results
 
 from raytrain_adv.checkpoint.save import CheckpointWriter, training_state
-from raytrain_adv.checkpoint.staging import HostMemory, staged
+from raytrain_adv.checkpoint.staging import HostMemory, stage
 from raytrain_adv.config import load
 from raytrain_adv.run.run import local_run
 from raytrain_adv.worker import train as line
@@ -64,10 +64,10 @@ class Measured:
         def timed_save(writer: CheckpointWriter, progress: Any, metrics: dict[str, float]) -> None:
             start = time.perf_counter()
             if progress.step == DRY_AT - 1:
-                staged(training_state(writer.model, writer.optimizer), HostMemory(print))
+                stage(training_state(writer.model, writer.optimizer), HostMemory(print))
                 self.copies["to memory that is new and not locked"] = time.perf_counter() - start
             elif progress.step == DRY_AT:
-                staged(training_state(writer.model, writer.optimizer), writer.memory)
+                stage(training_state(writer.model, writer.optimizer), writer.memory)
                 self.copies["to locked memory"] = time.perf_counter() - start
             elif progress.step == SAVED_AT:
                 save(writer, progress, metrics)

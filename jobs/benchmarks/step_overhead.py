@@ -59,7 +59,7 @@ def time_calls(seconds: dict[str, list[float]], *, with_ray: bool) -> None:
         from raytrain_adv.driver.training.worker_entry import RayReporter
 
         timed(RayReporter, "metrics", "report")
-        timed(RayReporter, "stop_wanted", "stop_wanted")
+        timed(RayReporter, "stop_requested", "stop_requested")
         timed(RunMetrics, "_export", "exported")
 
 
@@ -199,7 +199,7 @@ def record(runs: dict[str, dict[str, list[float]]], options: argparse.Namespace)
         # The log of the line without Ray: a report would be in the other's.
         parts = {
             "log": middle(plain["log"]),
-            "stop_wanted": middle(ray["stop_wanted"]),
+            "stop_requested": middle(ray["stop_requested"]),
             "report": middle(ray["report"]) * STEP_MS / (1e3 * REPORT_EVERY_S),
         }
         whole = sum(parts.values())

@@ -12,7 +12,7 @@ from raytrain_adv.storage.storage import Storage, storage_errors
 FORMAT = 1
 MANIFEST = "manifest.json"
 DAMAGED = "damaged.json"
-"""What the manifest of a damaged checkpoint is called from then on: it no longer counts."""
+"""New name of a damaged checkpoint's manifest: the checkpoint no longer counts."""
 AGAIN = "r"
 """Appended to an attempt's name each time the driver restarts it."""
 PIECE = 16 * 2**20
@@ -21,7 +21,7 @@ PIECE = 16 * 2**20
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: all that its continuation needs beside the tensors."""
+    """Where a run stands: everything a continuation needs besides the tensors."""
 
     step: int
     """Optimizer steps done."""
@@ -38,7 +38,7 @@ class Progress:
     num_skipped: int = 0
     """Updates that were left out because their loss was bad."""
     recent: list[float] = field(default_factory=list)
-    """Losses that the next step's is held against, where bad_loss_factor asks for it."""
+    """Losses that the next step's is compared with, if bad_loss_factor is set."""
     skipped_in_a_row: int = 0
     """Updates that were left out since the last one that was not."""
 
@@ -78,8 +78,8 @@ def find(folder: Storage) -> Found | None:
 
 
 def newest(root: Storage, attempt: str | None = None) -> Found | None:
-    """Return the complete checkpoint with the most steps, of one attempt, with those that it was
-    started again as, or over all; incomplete ones are passed over.
+    """Return the complete checkpoint with the most steps, of one attempt and its restarts, or
+    of all; incomplete ones are skipped.
     """
     for _, name, folder in sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True):
         is_of_it = attempt is None or name.rstrip(AGAIN) == attempt.rstrip(AGAIN)
@@ -141,7 +141,7 @@ def wrong_bytes(folder: Storage, rank: int, world_size: int) -> str:
 
 
 def set_aside(folder: Storage) -> None:
-    """Have a damaged checkpoint no longer count as one; the next commit deletes it."""
+    """Stop counting a damaged checkpoint as one; the next commit deletes it."""
     with storage_errors("A damaged checkpoint cannot be set aside", folder.root):
         folder.filesystem.move(folder.path(MANIFEST), folder.path(DAMAGED))
 

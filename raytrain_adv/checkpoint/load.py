@@ -44,7 +44,7 @@ _CLASSES: tuple[Any, ...] = (
 )
 _DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 ALLOWED: dict[str, Any] = {f"{c.__module__}.{c.__qualname__}": c for c in _CLASSES} | _DTYPES
-"""All that the metadata of a checkpoint is made of, by its name in the pickle (torch 2.11 to
+"""The classes in a checkpoint's metadata, by its name in the pickle (torch 2.11 to
 2.13)."""
 
 # What else pickle raises where bytes mean nothing to it, by its documentation.
@@ -55,12 +55,12 @@ def read_state(state: dict[str, Any], folder: str, shown: str) -> None:
     """Read a checkpoint's tensors and values into a nested state, on every rank its shards.
 
     Args:
-        state: what is filled in; it says what is read.
+        state: filled in; it selects what is read.
         folder: the checkpoint's, on this node.
         shown: its name in messages.
 
     Raises:
-        StorageError: when a file cannot be read, or asks for code to be run.
+        StorageError: when a file cannot be read, or would run code.
     """
     try:
         load_state(state, storage_reader=PlainReader(folder), planner=PlainPlanner())
@@ -79,10 +79,10 @@ def read_state(state: dict[str, Any], folder: str, shown: str) -> None:
 class PlainReader(FileSystemReader):
     """DCP's reader, for metadata and tensors that are data only.
 
-    The metadata is read at once: what goes wrong as DCP asks for it is logged as missing metadata.
+    The metadata is read at once: DCP logs errors of a later read as missing metadata.
 
     Raises:
-        StorageError: when the metadata asks for anything else than what it is made of.
+        StorageError: when the metadata contains other classes than its own.
     """
 
     def __init__(self, folder: str) -> None:
@@ -111,7 +111,7 @@ class PlainPlanner(DefaultLoadPlanner):
     """DCP's planner, for values that are data only: it would unpickle whatever they are."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Take a value that is no tensor.
+        """Load a value that is not a tensor.
 
         Raises:
             StorageError: from the reader, when it is more than data.
@@ -123,7 +123,7 @@ class PlainPlanner(DefaultLoadPlanner):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes what ALLOWED names, and nothing else."""
+    """Creates objects of the classes in ALLOWED only."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
@@ -143,19 +143,19 @@ def _metadata(path: pathlib.Path) -> Metadata:
         except (pickle.UnpicklingError, *_OF_GARBAGE) as error:
             raise _damaged(path, f"{type(error).__name__}: {first_line(error)}") from error
     if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
-        raise _damaged(path, "it holds no metadata of DCP's")
+        raise _damaged(path, "it is not DCP metadata")
     for info in found.storage_data.values():
         if pathlib.PurePath(info.relative_path).name != info.relative_path:
-            raise _refused(path, f"the file {info.relative_path}, which is not beside it")
+            raise _refused(path, f"the file {info.relative_path}, which is in another folder")
     return found
 
 
 def _refused(path: pathlib.Path, wanted: str) -> StorageError:
     return StorageError(
-        "The checkpoint asks for more than data, and was not read: it could run code of its own",
+        "The checkpoint contains more than data and was not read: it could run code",
         f"{path}: {wanted}",
-        "this is none that raytrain_adv wrote, or somebody has changed it: find out who can write "
-        "there, and go on from a checkpoint whose origin you know",
+        "raytrain_adv did not write it, or somebody changed it: find out who can write there, "
+        "and resume from a checkpoint whose origin you know",
     )
 
 

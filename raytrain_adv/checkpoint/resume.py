@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Choose the checkpoint that a run resumes from, and refuse those of other jobs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from raytrain_adv.transforms.transform import Transform
 
 
 def to_resume(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
-    """Return the checkpoint that this attempt goes on from, or None to start at step 0. All ranks
-    agree. A damaged one is passed over for the one before, and said, unless it was named.
+    """Return the checkpoint that this attempt resumes from, or None to start at step 0; the same on
+    all ranks. A damaged one is reported and skipped for the one before, unless the job names it.
 
     Raises:
-        JobError: when a checkpoint was asked for by path and is not whole, or belongs to another
-        job.
+        JobError: when the named checkpoint is not complete, or belongs to another job.
         StorageError: when one cannot be read.
     """
     if not run.resume and not run.restarts:
@@ -69,7 +68,7 @@ def _agreed(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
     blind = [rank for rank, sees in enumerate(run.gather(found is not None)) if not sees]
     if blind:
         raise JobError(
-            "Not all workers see the checkpoint to go on from",
+            "Not all workers see the checkpoint to resume from",
             f"{path}: not seen by rank {', '.join(map(str, blind[:8]))} of {run.world_size}",
             "put it on storage that all nodes share",
         )
@@ -90,16 +89,14 @@ def _is_damaged(path: str, damage: str) -> JobError:
 
 
 def _pass_over(run: Run, folder: Storage, damage: str) -> None:
-    """Say that a checkpoint is damaged, and have it no longer count."""
+    """Report that a checkpoint is damaged, and stop counting it."""
     first = damage.splitlines()[0]
-    run.fault(f"{folder.root} is damaged: {first}. The run goes on from the one before it.")
+    run.fault(f"{folder.root} is damaged: {first}. The run continues from the one before it.")
     set_aside(folder)
 
 
 def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
-    """Return the checkpoint to go on from: after a restart this attempt's own, else what the job
-    says.
-    """
+    """Return the checkpoint to resume from: after a restart this attempt's own, else the job's."""
     again = run.restarts > 0 or run.attempt.endswith(AGAIN)
     if not isinstance(run.resume, str) or again:
         _pass_over_torn(run)
@@ -113,13 +110,13 @@ def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
     if found is not None:
         refuse_other_job(job, found, arithmetic, free)
         for difference in job.differences(found.keys) if free else ():
-            run.say(f"the checkpoint goes on in another precision: {difference}")
+            run.say(f"the checkpoint is continued in another precision: {difference}")
     return found
 
 
 def _pass_over_torn(run: Run) -> None:
-    """Say of each checkpoint newer than the newest complete one that it was complete and has lost
-    files; one that a kill has left without a manifest never was.
+    """Report each checkpoint newer than the newest complete one that was complete and lost files;
+    one that a kill left without a manifest never was.
     """
     for _, _, folder in sorted(all_folders(run.storage), key=lambda entry: entry[:2], reverse=True):
         manifest = folder.read_json(MANIFEST)
@@ -149,7 +146,7 @@ def _named(path: str) -> Found:
 
 def precision_keys(job: JobConfig) -> frozenset[str]:
     """Return the keys of the transforms that change how products are computed, not what is trained:
-    a checkpoint of one precision can be gone on with in another, if it is named.
+    a named checkpoint of one precision can be continued in another.
     """
     transforms = [t for t in job.transforms if isinstance(t, Transform) and t.stage == "precision"]
     return frozenset(key for t in transforms for key in type(t).model_fields)
@@ -168,7 +165,7 @@ def refuse_other_job(
         raise JobError(
             "The checkpoint holds no optimizer states and cannot be resumed",
             f"{found.path} was written with save_only_model: true",
-            "start anew, or resume from a checkpoint of a run with save_only_model: false",
+            "start again, or resume from a checkpoint of a run with save_only_model: false",
         )
     same = found.fingerprint == job.fingerprint()
     differences = [] if same else job.differences(found.keys, free)
@@ -176,8 +173,8 @@ def refuse_other_job(
         raise JobError(
             "The checkpoint belongs to a run with other settings",
             "\n".join([found.path, *differences]),
-            "restore these keys to go on, or choose another output_dir (or "
-            "overwrite_output_dir: true) to start anew",
+            "restore these keys to continue, or choose another output_dir (or "
+            "overwrite_output_dir: true) to start again",
         )
     then = (found.progress.global_batch, found.progress.num_sequences)
     now = (arithmetic.global_batch, arithmetic.num_sequences)

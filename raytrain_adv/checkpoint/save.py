@@ -36,7 +36,7 @@ from raytrain_adv.checkpoint.staging import (
     HostMemory,
     plain_like,
     restore_8bit,
-    staged,
+    stage,
     tensors_of,
 )
 from raytrain_adv.config.job import JobConfig
@@ -44,7 +44,7 @@ from raytrain_adv.errors import StorageError
 from raytrain_adv.ops.float8.all_gather import as_plain
 from raytrain_adv.redaction import redact
 from raytrain_adv.run.run import Run
-from raytrain_adv.storage.retry import cause, persistently
+from raytrain_adv.storage.retry import cause, retry
 from raytrain_adv.storage.storage import Storage, storage_errors
 
 PENDING, DONE, FAILED = 0, 1, 2
@@ -133,7 +133,7 @@ class CheckpointWriter:
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending: tuple[Progress, Storage, Future[Written], dict[str, float]] | None = None
         self.saved_step: int | None = None
-        """The last one that was saved after: a second save would delete the first one first."""
+        """The last step saved: saving it twice would first delete the complete checkpoint."""
         self.memory = HostMemory(run.say)
         self.committed: list[int] = []
         self.blocked_s = 0.0
@@ -151,11 +151,11 @@ class CheckpointWriter:
         target = self.attempt.folder(name)
         if self.run.is_main:
             target.delete()
-            what = f"the checkpoint of step {progress.step} cannot be begun"
-            persistently(target.make, what, self.run.fault)
+            what = f"the checkpoint of step {progress.step} cannot be created"
+            retry(target.make, what, self.run.fault)
         self.run.barrier()
         local = target.root if target.is_local else tempfile.mkdtemp(prefix="raytrain_adv_")
-        state = staged(training_state(self.model, self.optimizer), self.memory)
+        state = stage(training_state(self.model, self.optimizer), self.memory)
         done = self.pool.submit(self._write, progress.step, state, local, target)
         self.pending = (progress, target, done, metrics)
 
@@ -165,7 +165,7 @@ class CheckpointWriter:
         """
         failures: list[str] = []
 
-        def tell(message: str) -> None:
+        def report(message: str) -> None:
             failures.append(message)
             self.run.fault(message)  # of rank 0; the others' follow with the commit
 
@@ -180,10 +180,10 @@ class CheckpointWriter:
 
         what = f"the checkpoint of step {step} could not be written"
         try:
-            persistently(write, what, tell)
+            retry(write, what, report)
             written = checksums(Path(local), self.run.rank)
             if not target.is_local:
-                persistently(lambda: target.upload(local), what, tell)
+                retry(lambda: target.upload(local), what, report)
         finally:
             if not target.is_local:
                 shutil.rmtree(local, ignore_errors=True)
@@ -206,7 +206,7 @@ class CheckpointWriter:
         """Take host memory for the copies, once the optimizer has its states."""
         if self.memory.is_prepared or self.job.output.save_strategy == "no":
             return
-        # Asked for states before there are any, PyTorch would make a step to have them.
+        # To return states before there are any, PyTorch would make a step.
         has_states = self.optimizer is None or len(self.optimizer.state) > 0
         if self.run.device.type == "cuda" and has_states:
             self.memory.prepare(tensors_of(training_state(self.model, self.optimizer)))
@@ -215,7 +215,7 @@ class CheckpointWriter:
         """Wait for the pending checkpoint and commit it."""
         if self.pending is None:
             return
-        self.pending[2].exception()  # waits; poll tells all ranks
+        self.pending[2].exception()  # waits; poll raises on all ranks
         self.run.barrier()
         self.poll()
 
@@ -266,7 +266,7 @@ class CheckpointWriter:
                     self.run.fault(f"worker {rank}: {message}")
             manifest = self._manifest(progress, target, parts)
             what = f"the checkpoint of step {progress.step} could not be completed"
-            persistently(lambda: target.write_json(MANIFEST, manifest), what, self.run.fault)
+            retry(lambda: target.write_json(MANIFEST, manifest), what, self.run.fault)
         self.run.barrier()
         self.run.reporter.checkpoint(target, Path(target.root).name, metrics)
         self.committed.append(progress.step)

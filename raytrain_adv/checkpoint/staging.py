@@ -33,7 +33,7 @@ class HostMemory:
     """A copy in host memory for each tensor of a state, by its path.
 
     Args:
-        say: takes a sentence for the user.
+        say: prints a sentence.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -42,7 +42,7 @@ class HostMemory:
         self.locked: list[torch.Tensor] = []
         """Bytes, whole pages."""
         self.refused = False
-        """Whether some could not be had; said once."""
+        """Whether some could not be taken; reported once."""
         self.pool: ThreadPoolExecutor | None = None
         self.coming: dict[str, Future[torch.Tensor]] = {}
 
@@ -68,7 +68,7 @@ class HostMemory:
         free = free_host_memory()
         if size * workers > LARGEST_SHARE * free:
             self.say(
-                f"checkpoints are copied to host memory that is not page-locked, for which steps "
+                f"checkpoints are copied to host memory that is not page-locked, so that steps "
                 f"wait longer: {size * workers / GIB:.1f} GiB on this node would be more than half "
                 f"of the {free / GIB:.1f} GiB that are free"
             )
@@ -83,13 +83,13 @@ class HostMemory:
         pages = torch.empty(local.nbytes + 2 * PAGE, dtype=torch.uint8)
         start = -pages.data_ptr() % PAGE  # no page of it is another's, which may be locked too
         whole = pages[start : start + -(-local.nbytes // PAGE) * PAGE]
-        whole.zero_()  # has the pages made here, and not while the GPU waits
+        whole.zero_()  # allocates the pages now, not while the GPU waits
         cuda: Any = torch.cuda
         status = int(cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0))
         if status == 0:
             self.locked.append(whole)
         else:
-            self._say_once(f"CUDA error {status}; ulimit -l may be too low")
+            self._report_once(f"CUDA error {status}; ulimit -l may be too low")
         copy = whole[: local.nbytes].view(local.dtype).view(local.shape)
         if not isinstance(tensor, DTensor):
             return copy
@@ -99,7 +99,7 @@ class HostMemory:
         held: torch.Tensor = sharded
         return held
 
-    def _say_once(self, reason: str) -> None:
+    def _report_once(self, reason: str) -> None:
         if not self.refused:
             self.refused = True
             self.say(
@@ -113,7 +113,7 @@ class HostMemory:
             try:
                 self.copies[path] = self.coming.pop(path).result()
             except RuntimeError as error:  # PyTorch's, where the node has no more memory
-                self._say_once(first_line(error))
+                self._report_once(first_line(error))
         known = self.copies.get(path)
         if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
             return known
@@ -136,7 +136,7 @@ class HostMemory:
 
 
 @torch.no_grad()
-def staged(state: Any, memory: HostMemory) -> Any:
+def stage(state: Any, memory: HostMemory) -> Any:
     """Return the nested state with every tensor copied to host memory, sharded as it was.
 
     Args:

@@ -15,7 +15,7 @@ from raytrain_adv.data.batches.sequences import SequenceSet, TokenRows
 from raytrain_adv.data.batches.statistics import describe, sentences
 from raytrain_adv.data.read.entries import resolve
 from raytrain_adv.data.tokens import cache
-from raytrain_adv.data.tokens.datasets import TokenisedDatasets
+from raytrain_adv.data.tokens.datasets import TokenizedDatasets
 from raytrain_adv.data.tokens.progress import Say
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
@@ -43,7 +43,7 @@ class PreparedData:
     """JSON: see statistics.py."""
 
     def prompts(self, n: int, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-        """Return `n` prompts spread over the held-out rows; over the training rows where none are
+        """Return `n` prompts spread over the held-out rows; over the training rows if none are
         held out."""
         source = self.eval or self.train
         rows = np.concatenate(source.members)
@@ -129,7 +129,7 @@ def _tokenized(
     say: Say,
 ) -> cache.CacheEntry:
     entries = resolve(names, job.data, key)
-    datasets = TokenisedDatasets(job, tokenizer, entries, say)
+    datasets = TokenizedDatasets(job, tokenizer, entries, say)
     return cache.open_or_build(
         cache.cache_root(job.data.tokenized_path), datasets.key(), datasets.build, again, say
     )

@@ -1,4 +1,4 @@
-"""A model folder written anew, with linears and embedding as torchao's quantized tensors: tensor by
+"""A new model folder, with linears and embedding as torchao's quantized tensors: tensor by
 tensor, so that a model is never held whole.
 """
 
@@ -80,7 +80,7 @@ def write_converted(
     max_file_bytes: int = MAX_FILE_BYTES,
     require: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Write the model of `source` into `folder`, quantized as the job's QAT keys say.
+    """Write the model of `source` into `folder`, quantized by the job's QAT keys.
 
     The folder loads with AutoModelForCausalLM.from_pretrained, wherever torchao is installed. In
     host memory are one file's tensors and the one that is being quantized.
@@ -92,7 +92,7 @@ def write_converted(
         dtype: which the model computes in: weights are rounded to it before they are quantized.
         device: where a tensor is quantized.
         max_file_bytes: size at which a new safetensors file is begun.
-        require: is told the bytes that will be written, before they are.
+        require: called with the bytes that will be written, before they are.
 
     Raises:
         JobError: when the files of `source` are not what the architecture needs.
@@ -109,7 +109,7 @@ def write_converted(
             for name, tensor in _flat(piece.name, value)[0].items():
                 written.add(name, tensor.cpu())
         written.close()
-    _copy_beside(source, folder)
+    _copy_others(source, folder)
     _write_config(source, folder, plain, job, configs, dtype)
 
 
@@ -192,7 +192,7 @@ def describe(
 
 
 def _flat(name: str, value: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return a tensor as the plain ones it consists of, and what says how to join them."""
+    """Return a tensor as the plain ones it consists of, and how to join them."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     flat: tuple[dict[str, torch.Tensor], dict[str, str]] = flatten_tensor_state_dict({name: value})
@@ -231,7 +231,7 @@ def quantized(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
 def _float8(weight: torch.Tensor, config: Any) -> torch.Tensor:
     """Return what torchao's two float8 configurations make of a weight.
 
-    Not by quantize_: it makes NaN of rows of zeros (pytorch/ao#4713), and asks for a GPU where only
+    Not by quantize_: it makes NaN of rows of zeros (pytorch/ao#4713), and requires a GPU where only
     the product needs one. Remove when it does neither.
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow
@@ -258,7 +258,7 @@ def _float8(weight: torch.Tensor, config: Any) -> torch.Tensor:
     return tensor
 
 
-def _copy_beside(source: Path, folder: Path) -> None:
+def _copy_others(source: Path, folder: Path) -> None:
     for pattern in COPIED:
         for file in source.glob(pattern):
             if file.is_file():
@@ -318,4 +318,4 @@ def add_adapter(adapter: Path, folder: Path, final: Path) -> None:
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     config |= {"base_model_name_or_path": str(final.absolute()), "revision": None}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    _copy_beside(adapter, folder)
+    _copy_others(adapter, folder)

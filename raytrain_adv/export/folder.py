@@ -18,15 +18,15 @@ from raytrain_adv.text import GIB
 MAX_FILE_BYTES = 5_000_000_000
 """Size at which a new safetensors file is begun."""
 RESUME = (
-    "make room or change output_dir, then start the job again with resume_from_checkpoint: true"
+    "free space or change output_dir, then start the job again with resume_from_checkpoint: true"
 )
 
 
 class NewFolder:
-    """Rank 0's work on a folder that all ranks wait for. It is written beside its name and renamed
-    when complete.
+    """Rank 0's work on a folder that all ranks wait for. It is written under another name and
+    renamed when complete.
 
-    The first failure is kept: the ranks go on with their collectives, and `publish` raises it on
+    The first failure is kept: the ranks continue with their collectives, and `publish` raises it on
     all of them.
 
     Args:
@@ -49,7 +49,7 @@ class NewFolder:
         self.partial.mkdir(parents=True)
 
     def run(self, action: Callable[[], None]) -> None:
-        """Do something on rank 0, unless an earlier action failed."""
+        """Run an action on rank 0, unless an earlier one failed."""
         if not self.writes or self.failure is not None:
             return
         try:
@@ -68,10 +68,10 @@ class NewFolder:
         self.run(lambda: self.require_now(size))
 
     def require_now(self, size: int) -> None:
-        """Do so from within an action.
+        """Fail when the disk lacks space; called within an action.
 
         Raises:
-            StorageError: saying what is needed and what is free.
+            StorageError: with the bytes needed and free.
         """
         free = shutil.disk_usage(self.partial).free
         if free < size:
@@ -92,15 +92,15 @@ class NewFolder:
         if self.failure is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
         if dist.is_initialized():
-            told = [self.failure]
-            dist.broadcast_object_list(told, src=0, device=self.device)
-            self.failure = told[0]
+            box = [self.failure]
+            dist.broadcast_object_list(box, src=0, device=self.device)
+            self.failure = box[0]
         if self.failure is not None:
             raise self.failure
 
 
 def free_space(path: Path) -> str:
-    """Say how much room the disk of a path has."""
+    """Return the free space of a path's disk, in words."""
     parent = next(p for p in (path, *path.parents) if p.exists())
     return f"{shutil.disk_usage(parent).free / GIB:.1f} GiB free on the disk of {parent}"
 

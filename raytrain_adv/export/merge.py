@@ -62,7 +62,7 @@ def export_merged(
         model: the base with its adapters, in host memory, not sharded.
         job: the job that trained it.
         out_dir: replaced if it exists.
-        tokenizer: saved beside the model.
+        tokenizer: saved with the model.
         input_ids: [tokens], to compare on.
         way_out: what a user can do when the folder cannot be written.
         max_file_bytes: size at which a new safetensors file is begun.

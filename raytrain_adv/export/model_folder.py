@@ -161,7 +161,7 @@ def write_configs(plain: PreTrainedModel, job: JobConfig, dtype: torch.dtype, fo
     config.save_pretrained(str(folder))
     source = source_folder(job)
     if source is not None and (source / "generation_config.json").is_file():
-        # Copied as it is: writing it anew would refuse values that older checkpoints have.
+        # Copied as it is: writing it again would refuse values that older checkpoints have.
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
     else:
         GenerationConfig.from_model_config(config).save_pretrained(str(folder))

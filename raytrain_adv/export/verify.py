@@ -1,4 +1,4 @@
-"""Exported folders loaded as a user would load them, and held to the model that was trained."""
+"""Load exported folders as a user would, and compare them with the trained model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from raytrain_adv.transforms.applied import Transforms
 MOST_TOKENS = 256
 """Tokens that are compared; logits of 256 tokens and 128,256 words take 131 MB in float32."""
 TOLERANCE = 0.05
-"""What logits may differ by, as a share of the largest, where bit for bit cannot be asked for."""
+"""Allowed difference of logits, as a share of the largest, where bits need not agree."""
 DEFECT = (
     "this is a defect of raytrain_adv or of the versions installed: compare them with "
     "constraints.txt"
@@ -94,7 +94,7 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
                 dtype="auto",
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
-                use_safetensors=True,  # a pickled file could run code of its own
+                use_safetensors=True,  # a pickled file could run code
                 attn_implementation=attn_implementation,
             )
     finally:
@@ -162,7 +162,7 @@ def trained_logits(
 
 @contextmanager
 def plain_forwards(model: PreTrainedModel, job: JobConfig) -> Iterator[None]:
-    """Have modules compute by their class's forward pass where a kernel's is bound to them."""
+    """Replace kernels' forward passes by those of the modules' classes for a while."""
     kept: dict[Any, Any] = {}
     if any(t.stage == "kernel" for t in Transforms(job)):
         kept = {m: m.__dict__.pop("forward") for m in model.modules() if "forward" in vars(m)}
@@ -218,7 +218,7 @@ def compare_converted(
 
 
 def why_not_exact(job: JobConfig, trained_on: torch.device, device: torch.device) -> str:
-    """Say why logits need not agree bit for bit; empty where they must."""
+    """Return why logits need not agree bit for bit; empty if they must."""
     if device != trained_on:
         return f"{trained_on} has no room for it, and another device adds in another order"
     # Kernels are off for the comparison.
@@ -230,7 +230,7 @@ def why_not_exact(job: JobConfig, trained_on: torch.device, device: torch.device
 
 
 def roomy_device(device: torch.device, folder: Path) -> torch.device:
-    """Return the device if the folder's model fits beside what is on it, otherwise the CPU."""
+    """Return the device if the folder's model fits into its free memory, otherwise the CPU."""
     if device.type != "cuda":
         return device
     torch.cuda.empty_cache()

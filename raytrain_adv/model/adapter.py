@@ -16,8 +16,7 @@ PREFIX = "base_model.model."
 def peft_name(fqn: str) -> str:
     """Return an adapter parameter's name in PEFT's files."""
     # DoRA's magnitudes keep the `.weight` that PEFT drops when it saves: PEFT reads both forms,
-    # while transformers 5.17 to 5.23 does not find the dropped one and goes on with magnitudes of
-    # its own.
+    # while transformers 5.17 to 5.23 does not find the dropped one and uses its own magnitudes.
     return PREFIX + plain_name(fqn).replace(f".{ADAPTER}.", ".")
 
 

@@ -1,4 +1,4 @@
-"""Which attention a job's model computes with: what was asked for, or the best that is there."""
+"""Which attention a job's model computes with: the requested one, or the best available."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
     """Return transformers' name of the attention to use; none leaves the choice to transformers.
 
     Raises:
-        JobError: when what was asked for is not there, or would leave out what the architecture
-            computes.
+        JobError: when the requested attention is not available, or would leave out what the
+            architecture computes.
     """
     asked = job.model.flash_attn
     check_flash_package(asked)
@@ -92,7 +92,7 @@ def attention_name(job: JobConfig, model: PreTrainedModel) -> str:
 
 def kernel_asked(job: JobConfig) -> Wanted | None:
     """Return the kernel that flash_attn names, in a version that is known to work where it names
-    none; none where flash_attn is another attention.
+    none; None if flash_attn names no kernel.
     """
     if not job.model.flash_attn.startswith(HUB):
         return None
@@ -109,7 +109,7 @@ def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> N
     """Put the kernel's files into output_dir, pinned by kernels.lock.json there.
 
     Raises:
-        JobError: when it cannot be had, or is not what kernels_lock says.
+        JobError: when it cannot be fetched, or differs from kernels_lock.
     """
     wanted, file = kernel_asked(job), own_lock(job)
     if wanted is not None or file.is_file():
@@ -203,7 +203,7 @@ class HubAttention:
         """Return the kernel, loaded once.
 
         Raises:
-            JobError: when it cannot be had, is not the one that is locked, or is no flash
+            JobError: when it cannot be fetched, is not the locked one, or is not flash
                 attention.
             NoBuild: when it is for other machines than this one.
         """
@@ -240,10 +240,10 @@ class HubAttention:
         ]
         if missing:
             raise JobError(
-                f"{asked} is no flash attention",
-                f"it has no {' and no '.join(missing)}: {build.folder}",
-                "name a kernel as kernels-community/flash-attn2, or set flash_attn: auto;\na run "
-                f"that goes on keeps its copy: once it is mended delete {own_lock(self.job)}",
+                f"{asked} is not flash attention",
+                f"it lacks {' and '.join(missing)}: {build.folder}",
+                "name a kernel such as kernels-community/flash-attn2, or set flash_attn: auto;\na "
+                f"resumed run keeps its copy: after a repair delete {own_lock(self.job)}",
             )
         return kernel
 
@@ -265,11 +265,11 @@ class HubAttention:
         """Return attention's output [sequences, time, heads, features], causal.
 
         Args:
-            module: the attention module that asks.
+            module: the attention module that calls.
             query: [sequences, heads, time, features], as key and value with their own heads.
             key: see query.
             value: see query.
-            attention_mask: none; padding lies on the right and is a conversation of its own.
+            attention_mask: none; padding lies on the right and is a separate conversation.
             dropout: share of the weights that is dropped.
             scaling: factor of the scores; none means 1 / sqrt(features).
             sliding_window: tokens that one sees, itself included; none means all before it.
@@ -308,7 +308,7 @@ class HubAttention:
 
 
 def _version_of(repo: str) -> int:
-    """Return the version that transformers was tested with; 1 where it says none."""
+    """Return the version that transformers was tested with; 1 if it names none."""
     from transformers.integrations import hub_kernels
 
     return int(getattr(hub_kernels, "FLASH_ATTN_KERNEL_VERSIONS", {}).get(repo, 1))

@@ -39,7 +39,7 @@ def build(job: JobConfig) -> PreTrainedModel:
     architecture gives them.
 
     Raises:
-        JobError: when the model cannot be found or read, is no causal language model, or has no
+        JobError: when the model cannot be found or read, is not a causal language model, or has no
             weights to load.
     """
     config = read_config(job)
@@ -57,8 +57,7 @@ def build(job: JobConfig) -> PreTrainedModel:
                 trust_remote_code=job.model.trust_remote_code,
             )
     except Exception as error:
-        # What a config can do to the code that reads it has no end: whatever it is, it is the
-        # config's fault.
+        # A wrong config can raise anything in the code that reads it.
         raise refusal_of(job, config, error) from error
     model.config.use_cache = False
     refuse_other_modalities(job, model)
@@ -137,7 +136,7 @@ def read_config(job: JobConfig) -> PretrainedConfig:
         raise unreadable(job, error) from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise JobError(
-            f"{name}: config.json does not say what kind of model this is",
+            f"{name}: config.json does not name the kind of model",
             "no name under model_type",
             "point model_name_or_path at a Hugging Face causal language model",
         )
@@ -160,13 +159,13 @@ def hub_keys(job: JobConfig) -> dict[str, Any]:
 
 
 def unreadable(job: JobConfig, error: Exception) -> JobError:
-    """Say why a model's files could not be read: no such name, gated, or no connection."""
+    """Return why a model's files could not be read: no such name, gated, or no connection."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     name = job.model.model_name_or_path
     if is_local(job):
         return JobError(
-            f"{name}: config.json cannot be read", first_line(error), "mend or replace config.json"
+            f"{name}: config.json cannot be read", first_line(error), "correct config.json"
         )
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):
@@ -175,7 +174,7 @@ def unreadable(job: JobConfig, error: Exception) -> JobError:
         return JobError(
             f"the model {name} is gated on the Hugging Face Hub",
             first_line(error),
-            f"ask for access at https://huggingface.co/{name}, and set HF_TOKEN on driver and "
+            f"request access at https://huggingface.co/{name}, and set HF_TOKEN on driver and "
             "workers",
         )
     if isinstance(cause, RepositoryNotFoundError):
@@ -201,13 +200,13 @@ def refuse_kind(name: str, raw: dict[str, Any]) -> None:
     if raw.get("is_encoder_decoder") or (classes and not is_causal and "auto_map" not in raw):
         raise JobError(
             f"{name} is not a causal language model",
-            f"config.json says {', '.join(classes) or raw['model_type']}",
+            f"config.json names {', '.join(classes) or raw['model_type']}",
             "point model_name_or_path at a decoder model (its architecture ends in ForCausalLM)",
         )
 
 
 def refuse_sizes(name: str, config: PretrainedConfig) -> None:
-    """Refuse a config whose sizes make no model: transformers builds some of them all the same."""
+    """Refuse a config whose sizes make no model: transformers builds some of them anyway."""
     text: Any = config.get_text_config()
     sizes = {key: getattr(text, key, None) for key in SIZES}
     wrong = [f"{k}: {v}" for k, v in sizes.items() if isinstance(v, int) and v < 1]
@@ -231,8 +230,8 @@ def refuse_other_modalities(job: JobConfig, model: PreTrainedModel) -> None:
 
 
 def refusal_of(job: JobConfig, config: PretrainedConfig | None, error: Exception) -> JobError:
-    """Turn a refusal of transformers to read a config or build a model into one that says what to
-    do.
+    """Turn a refusal of transformers to read a config or build a model into one with what, found
+    and fix.
     """
     name, text = job.model.model_name_or_path, str(error)
     if "trust_remote_code" in text:

@@ -1,4 +1,4 @@
-"""The files of a local model, looked at without reading them into anything, and without torch."""
+"""The files of a local model, checked without loading them, and without torch."""
 
 import importlib.util
 import re
@@ -8,8 +8,7 @@ from pathlib import Path
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
 
-# Without the package transformers would fetch a kernel from the Hub in its place, without being
-# asked.
+# Without the package transformers would silently fetch a kernel from the Hub instead.
 FLASH_PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
 
 
@@ -25,7 +24,7 @@ def model_source(job: JobConfig) -> str:
 
 
 def check_folder(job: JobConfig) -> None:
-    """Refuse a path that is no model folder, naming the nearest one that is."""
+    """Refuse a path that is not a model folder, naming the nearest one that is."""
     name = job.model.model_name_or_path
     path = Path(name).expanduser()
     if path.is_dir():
@@ -53,7 +52,7 @@ def refuse_pipes(name: str, folder: Path) -> None:
     """Refuse a folder in which a pipe or a device stands for a file: a reader would wait for it."""
     odd = [p for p in folder.iterdir() if p.exists() and not (p.is_file() or p.is_dir())]
     if odd:
-        raise JobError(f"{name} is not a model folder", f"{odd[0]} is no file", "put one there")
+        raise JobError(f"{name} is not a model folder", f"{odd[0]} is not a file", "put one there")
 
 
 def looks_like_hub_name(name: str) -> bool:
@@ -64,7 +63,7 @@ def looks_like_hub_name(name: str) -> bool:
 
 
 def nearest_folders(path: Path) -> str:
-    """Say which folders there are beside a missing one, the most similar names first."""
+    """Name the folders next to a missing one, the most similar first."""
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent

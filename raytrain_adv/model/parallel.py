@@ -52,10 +52,10 @@ MOST_GRAPHS = 64
 
 def checkpointing_mode(job: JobConfig) -> str:
     """Return none, full or selective. Unset means full, as in LLaMA-Factory."""
-    asked = job.parallel.gradient_checkpointing
-    if job.parallel.disable_gradient_checkpointing or asked is False or asked == "none":
+    mode = job.parallel.gradient_checkpointing
+    if job.parallel.disable_gradient_checkpointing or mode is False or mode == "none":
         return "none"
-    return "selective" if asked == "selective" else "full"
+    return "selective" if mode == "selective" else "full"
 
 
 def compute_dtype(job: JobConfig) -> torch.dtype:
@@ -131,7 +131,7 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
 
 
 def require_compiled() -> None:
-    """Have a layer that torch.compile gives up on raise, where it would run eager from then on.
+    """Raise when torch.compile gives up on a layer, which would otherwise run eager from then on.
 
     All layers of a kind are one piece of code to it, compiled for training and evaluation, with
     a feature on and off, for one length and for any: 8, its default, are soon reached.
@@ -140,8 +140,8 @@ def require_compiled() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
-def never_left_eager(train: Callable[P, T]) -> Callable[P, T]:
-    """Make torch.compile's giving up, wherever in a run it does, a TrainingError."""
+def refuse_eager(train: Callable[P, T]) -> Callable[P, T]:
+    """Turn torch.compile giving up, anywhere in a run, into a TrainingError."""
 
     @wraps(train)
     def run(*arguments: P.args, **named: P.kwargs) -> T:

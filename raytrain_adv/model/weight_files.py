@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -84,7 +83,7 @@ class CheckpointFiles:
         if names is not None and not set(names) <= held:
             absent = sorted(set(names) - held)
             raise JobError(
-                f"{file} does not hold what {INDEX} says",
+                f"{file} does not hold the tensors that {INDEX} lists",
                 f"{len(absent)} tensors are missing, the first is {absent[0]}",
                 "copy or download the model folder again",
             )
@@ -106,12 +105,7 @@ class CheckpointFiles:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._open.close()
 
 

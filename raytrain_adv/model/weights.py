@@ -55,7 +55,7 @@ def materialize(
         parameter_device: where parameters live if elsewhere, as with CPU offload.
 
     Raises:
-        TrainingError: when the architecture does not say how to compute one of its buffers.
+        TrainingError: when the architecture does not define how to compute one of its buffers.
     """
     model.to_empty(device=parameter_device or device)
     for module in model.modules():
@@ -93,7 +93,7 @@ def compute_buffers(model: PreTrainedModel) -> None:
             untouched += [f"{fqn}.{name}" for name in names if is_poisoned(module.get_buffer(name))]
     if untouched:
         raise TrainingError(
-            f"{type(model).__name__} does not say how to compute buffers that no checkpoint holds",
+            f"{type(model).__name__} does not compute all buffers that checkpoints lack",
             ", ".join(untouched[:4]),
             "its _init_weights must set them, as transformers 5 requires of every model",
         )
@@ -211,8 +211,7 @@ def join_tied(plain: PreTrainedModel, files: CheckpointFiles, found: Route) -> N
     """Keep one source for each set of tied tensors, whichever name the checkpoint has it under.
 
     Raises:
-        JobError: when the checkpoint holds two different tensors where the config says they are
-            one.
+        JobError: when the checkpoint holds two different tensors where the config ties them.
     """
     first: dict[int, str] = {}
     for name, parameter in plain.named_parameters(remove_duplicate=False):
@@ -230,7 +229,7 @@ def join_tied(plain: PreTrainedModel, files: CheckpointFiles, found: Route) -> N
 
 
 def ignored_names(plain: PreTrainedModel) -> re.Pattern[str] | None:
-    """Return the pattern of checkpoint names that the architecture says to ignore, as obsolete
+    """Return the pattern of checkpoint names that the architecture ignores, as obsolete
     rotary tables.
     """
     patterns = [str(p) for p in plain._keys_to_ignore_on_load_unexpected or ()]
@@ -260,9 +259,9 @@ def broadcast_group(
             failure = error
     if world_size() > 1:
         # Without this the other ranks would wait for a tensor that never comes.
-        told = [failure]
-        dist.broadcast_object_list(told, src=0, device=device)
-        failure = told[0]
+        box = [failure]
+        dist.broadcast_object_list(box, src=0, device=device)
+        failure = box[0]
     if failure is not None:
         raise failure
     for name in group.targets:
@@ -326,7 +325,7 @@ def init_from_scratch(model: PreTrainedModel, job: JobConfig, device: torch.devi
 def units(
     plain: PreTrainedModel, layers: set[str]
 ) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
-    """Yield what is initialized at once: whole layers, and each module outside of them."""
+    """Yield the units of initialization: whole layers, and each module outside of them."""
     for fqn, module, owner in owned_modules(plain):
         inside = any(fqn.startswith(f"{layer}.") for layer in layers)
         if not inside:

@@ -1,3 +1,1 @@
-"""Operations that the libraries do not have, or have slower: each with the numerics of what it
-stands in for, and a test that holds it to them.
-"""
+"""Operations that the libraries lack or do slower; a test compares each with what it replaces."""

@@ -250,10 +250,7 @@ _silu_mul.register_autograd(_gated_gradients, setup_context=_keep_gated)
 
 
 def silu_mul(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    gate_multiplier: float = 1.0,
-    down_multiplier: float = 1.0,
+    gate: torch.Tensor, up: torch.Tensor, gate_multiplier: float = 1.0, down_multiplier: float = 1.0
 ) -> torch.Tensor:
     """Return silu(gate_multiplier * gate) * up * down_multiplier."""
     if not torch.compiler.is_compiling():

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
 
-from raytrain_adv.run.redact import redact, redact_arguments
+from raytrain_adv.redaction import redact, redact_arguments
 from raytrain_adv.transforms.transform import Plan
 
 

@@ -1,6 +1,4 @@
-"""How far this worker is, for whoever asks its process: the training thread may hang, and cannot
-say so itself.
-"""
+"""A worker's progress, readable by other threads while its training thread hangs."""
 
 from __future__ import annotations
 
@@ -20,12 +18,12 @@ _BETWEEN = ("torch/_ops.py", "torch/utils/_contextlib.py")
 
 @dataclass(frozen=True)
 class Pulse:
-    """A worker's answer."""
+    """A worker's progress at one time."""
 
     step: int
     """Optimizer steps of this start that it has finished."""
     stalled_s: float
-    """Seconds since it last finished one; 0 where they do not count."""
+    """Seconds since it last finished one; 0 while time does not count."""
     place: str
     """The line of code at which its training thread is."""
     waits: bool
@@ -33,8 +31,8 @@ class Pulse:
 
 
 @dataclass
-class Beat:
-    """Notes each finished optimizer step. Time counts from the end of the first on, but not inside
+class Heartbeat:
+    """Counts finished optimizer steps. Time counts from the end of the first one, except inside
     `paused`.
     """
 
@@ -42,28 +40,28 @@ class Beat:
     """The training thread."""
     step: int = 0
     _since: float | None = None
-    """When the last step was finished, on the clock of time.monotonic; none where time does not
+    """When the last step was finished, on the clock of time.monotonic; None while time does not
     count.
     """
 
     def step_done(self) -> None:
-        """Note that a step is finished."""
+        """Count a finished step."""
         self.step += 1
         self._since = time.monotonic()
 
     def stop(self) -> None:
-        """Note that no step is to be expected any more."""
+        """Stop expecting steps."""
         self._since = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do something between two steps that may take long."""
+        """Stop the time during long work between two steps."""
         counted, self._since = self._since is not None, None
         yield
         self._since = time.monotonic() if counted else None
 
     def pulse(self) -> Pulse:
-        """Return how far the training thread is; for another thread to ask."""
+        """Return the training thread's progress; called by another thread."""
         since = self._since
         stalled_s = 0.0 if since is None else time.monotonic() - since
         frame = sys._current_frames().get(self.thread)

@@ -1,6 +1,4 @@
-"""What train() needs from whoever started it: its place among the workers, where to write, whom to
-tell.
-"""
+"""What train() gets from its caller: the place among the workers, where to write and report."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.run.heartbeat import Beat
+from raytrain_adv.run.heartbeat import Heartbeat
 from raytrain_adv.run.trackers import Trackers
 from raytrain_adv.storage.metrics_file import MetricsFile
 from raytrain_adv.storage.storage import Storage
@@ -29,36 +27,36 @@ controller has looked at the one before, every 0.5 to 2 s (ray 2.60)."""
 
 
 class Reporter(Protocol):
-    """The runtime's ear. Every rank calls each method the same number of times: they may be
-    barriers.
+    """The runtime's side of a run. Every rank calls each method equally often: each may be a
+    barrier.
     """
 
     def metrics(self, row: dict[str, float]) -> None:
         """Take the metrics of a logging step."""
 
     def checkpoint(self, storage: Storage, name: str, metrics: dict[str, float]) -> None:
-        """Register a complete checkpoint; return only when it is committed, so that a kill cannot
-        lose it.
+        """Register a complete checkpoint; return when it is committed, so that a kill cannot lose
+        it.
         """
 
-    def stop_wanted(self) -> bool:
-        """Whether the run is to end after this step, with a checkpoint. Asked on rank 0 alone, in
-        every step.
+    def stop_requested(self) -> bool:
+        """Whether to end the run after this step, with a checkpoint; rank 0 calls it in every
+        step.
         """
 
-    def told_to_end(self) -> bool:
-        """Whether this worker's process was told to end; the run does after this step, with a
-        checkpoint, to go on elsewhere. Asked on every rank in every step.
+    def termination_requested(self) -> bool:
+        """Whether this worker's process got a termination signal: the run ends after this step,
+        with a checkpoint, to continue elsewhere; every rank calls it in every step.
         """
 
     def drained(self) -> str:
-        """Say which nodes are about to be taken away, once for each; empty if there is none. Asked
-        on every rank in every step.
+        """Return the nodes that will be removed soon, each once; empty if there are none. Every
+        rank calls it in every step.
         """
 
 
 class SilentReporter:
-    """For torchrun and in-process runs, where nobody listens."""
+    """For torchrun and in-process runs, without a runtime."""
 
     def metrics(self, row: dict[str, float]) -> None:
         """Ignore the row; it is in metrics.jsonl."""
@@ -66,16 +64,16 @@ class SilentReporter:
     def checkpoint(self, storage: Storage, name: str, metrics: dict[str, float]) -> None:
         """Do nothing: the checkpoint's manifest is what makes it count."""
 
-    def stop_wanted(self) -> bool:
-        """Nobody says so."""
+    def stop_requested(self) -> bool:
+        """Never."""
         return False
 
-    def told_to_end(self) -> bool:
-        """Nobody says so."""
+    def termination_requested(self) -> bool:
+        """Never."""
         return False
 
     def drained(self) -> str:
-        """None is known of."""
+        """None is known."""
         return ""
 
 
@@ -99,8 +97,8 @@ class Run:
     """Seconds spent per phase, in order."""
     metrics: MetricsFile | None = None
     trackers: Trackers | None = None
-    beat: Beat = field(default_factory=Beat)
-    """How far the training thread is, which made this."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    """Progress of the training thread, which made this."""
     _early: list[dict[str, Any]] = field(default_factory=list)
     """Rows from before the file was opened."""
     reported_at: float = 0.0
@@ -118,18 +116,18 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this rank writes the files of the run."""
         return self.rank == 0
 
     def open_metrics(self, metrics: MetricsFile, trackers: Trackers) -> None:
-        """Give rank 0 the file and the trackers that rows go to; what was said before follows."""
+        """Give rank 0 the file and the trackers that rows go to; earlier rows follow."""
         self.metrics, self.trackers = metrics, trackers
         early, self._early = self._early, []
         for row in early:
             self.write(row)
 
     def close(self) -> None:
-        """Send the trackers what they have not had yet; to be called however the run ends."""
+        """Flush and close the trackers; call it however the run ends."""
         if self.trackers is not None:
             self.trackers.close()
 
@@ -144,7 +142,7 @@ class Run:
             self.trackers.log(row, row["step"])
 
     def report(self, row: dict[str, Any], is_last: bool) -> None:
-        """Hand a row's numbers to the runtime, unless it was given some a moment ago; every rank
+        """Hand a row's numbers to the runtime, at most every REPORT_EVERY_S; every rank
         calls this. metrics.jsonl and the trackers have every row.
         """
         is_due = time.monotonic() - self.reported_at >= REPORT_EVERY_S or is_last
@@ -155,7 +153,7 @@ class Run:
             self.reported_at = time.monotonic()
 
     def say(self, message: str, event: str = "note", **facts: Any) -> None:
-        """Tell the user a sentence: the driver's console shows it, metrics.jsonl keeps it."""
+        """Print a sentence on the driver's console and keep it in metrics.jsonl."""
         self.write({"kind": "event", "event": event, "message": message, **facts})
 
     @contextlib.contextmanager
@@ -171,7 +169,7 @@ class Run:
         return self.agree_all([value], op)[0]
 
     def agree_all(self, values: list[int], op: dist.ReduceOp.RedOpType) -> list[int]:
-        """Return what `agree` does, of several values at the price of one."""
+        """Return `agree` of several values at the cost of one."""
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.int64)
@@ -195,7 +193,7 @@ class Run:
         return box
 
     def fault(self, message: str, **facts: Any) -> None:
-        """Tell the user of something that went wrong and was dealt with; the report keeps it."""
+        """Report a failure that was handled; the report keeps it."""
         self.say(message, event="fault", **facts)
 
     def barrier(self) -> None:

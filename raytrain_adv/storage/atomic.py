@@ -1,4 +1,4 @@
-"""Files and folders on local disks that are there whole or not at all."""
+"""Files and folders on local disks that exist whole or not at all."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `path` when the block ends without an error.
+    """Yield an empty folder that replaces `path` when the block ends without an error.
 
     Raises:
         OSError: when it cannot be created or renamed.
@@ -46,7 +46,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, path: Path) -> None:
-    """Rename a complete folder to `path`, in the place of what is there.
+    """Rename a complete folder to `path`, replacing the folder there.
 
     Raises:
         OSError: when it cannot be renamed.

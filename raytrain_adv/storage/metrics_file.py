@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from raytrain_adv.errors import StorageError
@@ -20,16 +19,16 @@ Scalar = str | int | float | bool | None
 class MetricsFile:
     """Rank 0's log of the run: rows of kind train, eval and event.
 
-    A row is with the operating system when `append` returns: killing the process loses none. It is
+    The operating system has a row when `append` returns: killing the process loses none. It is
     not fsynced (that would stall training on network storage), so a machine that loses power may
     lose the last rows.
 
     Args:
         path: the file; its folder is made.
-        resume_step: None starts the log anew. A step goes on with the file that is there: rows of
-            later steps, which will be computed again, and a last line torn by a kill are dropped
-            in one move, events are kept, and an event `resume` with the step is appended (not
-            where the file was empty).
+        resume_step: None starts a new log. A step continues the existing file: rows of later
+            steps, which will be computed again, and a last line torn by a kill are dropped
+            atomically, events are kept, and an event `resume` with the step is appended (unless
+            the file was empty).
 
     Raises:
         StorageError: when the file cannot be written.
@@ -55,8 +54,8 @@ class MetricsFile:
         """Write one row, with `time` (unix seconds) added if it has none.
 
         Values become plain scalars (zero-dimensional arrays and tensors give theirs). NaN and
-        infinity, which JSON does not have, become null, and the row's `non_finite` says which they
-        were: {"loss": null, "non_finite": {"loss": "nan"}}.
+        infinity, which JSON does not have, become null, and the row's `non_finite` names
+        them: {"loss": null, "non_finite": {"loss": "nan"}}.
 
         Raises:
             TypeError: when a value is not a scalar.
@@ -75,7 +74,7 @@ class MetricsFile:
         self.append({"kind": "event", "event": event, "message": message, **details})
 
     def close(self) -> None:
-        """Close the file; closing it again is nothing."""
+        """Close the file; idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -83,12 +82,7 @@ class MetricsFile:
     def __enter__(self) -> "MetricsFile":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -1,4 +1,4 @@
-"""Storage that fails for a while: what was asked of it is asked again, and said."""
+"""Retry operations on storage that fails for a while."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 WAITS_S = (1.0, 5.0, 20.0)
 """Seconds before each further attempt."""
-# What another attempt meets again: no room, no permission, something else in the place.
-IN_VAIN = frozenset(
+# Another attempt fails the same way: no space, no permission, a file in the way.
+PERMANENT = frozenset(
     (
         errno.EACCES,
         errno.EDQUOT,
@@ -34,52 +34,49 @@ IN_VAIN = frozenset(
 _NUMBER = re.compile(r"\[errno (\d+)\]", re.IGNORECASE)
 
 
-def persistently(
-    work: Callable[[], T],
-    what: str,
-    say: Callable[[str], None],
-    waits_s: Sequence[float] = WAITS_S,
+def retry(
+    work: Callable[[], T], what: str, say: Callable[[str], None], waits_s: Sequence[float] = WAITS_S
 ) -> T:
-    """Do the work, and again where storage has failed in a way that may pass.
+    """Do the work, and repeat it after storage failures that may be temporary.
 
-    What all ranks do together (DCP's writing) is done again by all or by none: its exception holds
-    every rank's failure, so that each decides the same.
+    Collective work (DCP's writing) is repeated by all ranks or none: its exception holds every
+    rank's failure, so that all decide the same.
 
     Args:
-        work: what is done; it may be begun anew after it has failed.
-        what: what has happened when it fails, for the message.
-        say: tells the user a sentence.
+        work: the operation; it must be repeatable after a failure.
+        what: the failure in words, for the message.
+        say: prints a sentence.
         waits_s: seconds before each further attempt.
     """
     for wait_s in waits_s:
         try:
             return work()
         except (OSError, StorageError, CheckpointException) as error:
-            if not may_pass(error):
+            if not may_be_temporary(error):
                 raise
             say(f"{what} ({cause(error)}); trying again in {wait_s:g} s")
             time.sleep(wait_s)
     return work()
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether storage has failed in a way that another attempt may not meet."""
+def may_be_temporary(error: BaseException) -> bool:
+    """Whether another attempt may succeed."""
     if isinstance(error, StorageError):
-        return error.__cause__ is not None and may_pass(error.__cause__)
+        return error.__cause__ is not None and may_be_temporary(error.__cause__)
     numbers = {int(found) for found in _NUMBER.findall(str(error))}
     if isinstance(error, CheckpointException):
         inner = [failure for failure, _ in error.failures.values()]
         of_storage = all(isinstance(e, OSError) or _NUMBER.search(str(error)) for e in inner)
         numbers |= {e.errno for e in inner if isinstance(e, OSError) and e.errno is not None}
-        return of_storage and not numbers & IN_VAIN
+        return of_storage and not numbers & PERMANENT
     if isinstance(error, OSError) and error.errno is not None:
         numbers.add(error.errno)
-    return isinstance(error, OSError) and not numbers & IN_VAIN
+    return isinstance(error, OSError) and not numbers & PERMANENT
 
 
 def cause(error: BaseException) -> str:
-    """Return the innermost reason; DCP wraps what each rank met in one exception, and torch's file
-    writer follows the operating system's refusal with its own.
+    """Return the innermost reason; DCP wraps every rank's error in one exception, and torch's file
+    writer adds its own to the operating system's.
     """
     lines = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()
     return next((line.strip() for line in lines if _NUMBER.search(line)), lines[-1])

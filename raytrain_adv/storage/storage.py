@@ -22,9 +22,7 @@ from raytrain_adv.storage.atomic import write_atomic
 
 @contextmanager
 def storage_errors(what: str, where: str) -> Iterator[None]:
-    """Turn an operating system's or a file system's refusal into a StorageError that names the
-    place.
-    """
+    """Turn an OSError into a StorageError that names the place."""
     try:
         yield
     except OSError as error:
@@ -71,7 +69,7 @@ class Storage:
         return posixpath.join(self.root, *parts)
 
     def folder(self, *parts: str) -> Storage:
-        """Return a folder below this one, as a storage of its own."""
+        """Return a folder below this one, as its own storage."""
         return Storage(self.filesystem, self.path(*parts))
 
     def make(self) -> None:
@@ -92,7 +90,7 @@ class Storage:
         return sorted((posixpath.basename(info.path), info) for info in infos)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Write a file that is there whole or not at all."""
+        """Write a file that exists whole or not at all."""
         data = json.dumps(value, indent=1).encode()
         with storage_errors("A file cannot be written", self.path(name)):
             if not self.is_local:  # an object appears whole when its stream closes

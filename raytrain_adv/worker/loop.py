@@ -59,7 +59,7 @@ class TrainState:
     def __post_init__(self, progress: Progress | None) -> None:
         """Start reading batches."""
         self.loss_sum = loss_function(self.model, self.job.parallel.torch_compile)
-        attended = self.batches.data.attended(self.batches.neat)
+        attended = self.batches.data.attention_length(self.batches.neat)
         self.meter = Meter(self.run, self.model, self.arithmetic, attended)
         self.window = torch.zeros(2, dtype=torch.float64, device=self.run.device)
         """Loss and label tokens, summed over all workers since the last logging step."""
@@ -129,9 +129,14 @@ def exchange(state: TrainState, batch: StepBatch) -> int:
     process was terminated, or a node is being drained.
     """
     run, reporter = state.run, state.run.reporter
-    stop = int(run.is_main and reporter.stop_wanted())
+    stop = int(run.is_main and reporter.stop_requested())
     drained = reporter.drained()
-    values = [batch.num_label_tokens, stop, int(reporter.told_to_end()), int(bool(drained))]
+    values = [
+        batch.num_label_tokens,
+        stop,
+        int(reporter.termination_requested()),
+        int(bool(drained)),
+    ]
     tokens, *flags = run.agree_all(values, dist.ReduceOp.SUM)
     state.stop_wanted, state.must_end, draining = (count > 0 for count in flags)
     if draining:
@@ -179,7 +184,7 @@ def log_and_save(state: TrainState, checks: Checks, done: int) -> None:
     if state.held_out is not None and state.arithmetic.evaluates_after(done):
         evaluate_held_out(state, state.held_out, done)
     evaluate_variants(state, done)
-    with state.run.beat.paused():
+    with state.run.heartbeat.paused():
         state.writer.poll()
     if saves or (state.draining and strategy != "no"):
         checks.require_finite()
@@ -234,7 +239,7 @@ def leave(state: TrainState, checks: Checks, done: int) -> None:
         Stopped: on all ranks, once the checkpoint is complete.
         Terminated: if it was a worker's process that must end, not the run.
     """
-    state.run.beat.stop()
+    state.run.heartbeat.stop()
     if state.job.output.save_strategy == "no":
         found, again = f"after step {done}; save_strategy: no, so there is no checkpoint", ""
     else:

@@ -99,7 +99,7 @@ class Meter:
     def stop(self) -> None:
         """Put the steps' time into the timeline, without what has its own entry there."""
         self._synchronize()
-        self.run.beat.stop()
+        self.run.heartbeat.stop()
         own = sum(self.run.timeline.get(name, 0.0) for name in ("first step", *self._phases))
         self.run.timeline["steps"] = time.perf_counter() - self._started - own
 
@@ -108,7 +108,7 @@ class Meter:
         self.tokens_since_log += num_tokens
         self.steps_since_log += 1
         self.norm = norm
-        self.run.beat.step_done()
+        self.run.heartbeat.step_done()
 
     def first_step_done(self) -> None:
         """Wait for the first step and report its time, which the steps' time leaves out: with
@@ -127,7 +127,7 @@ class Meter:
         """Count the time inside in the timeline's `phase`, not in the steps' time."""
         self._synchronize()
         start = time.perf_counter()
-        with self.run.beat.paused():
+        with self.run.heartbeat.paused():
             yield
         self._synchronize()
         seconds = time.perf_counter() - start

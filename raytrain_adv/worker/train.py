@@ -39,7 +39,7 @@ from raytrain_adv.worker.optim import build_optimizer
 from raytrain_adv.worker.trials.loss import check_loss
 
 
-@parallel.never_left_eager
+@parallel.refuse_eager
 def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, Any]:
     """Train on this rank and return what the report needs. Every rank of the run calls this.
 

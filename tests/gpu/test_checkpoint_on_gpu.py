@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raytrain_adv.checkpoint.staging import HostMemory, staged, tensors_of
+from raytrain_adv.checkpoint.staging import HostMemory, stage, tensors_of
 from tests import workers
 from tests.matrix_runs import Runs
 
@@ -30,12 +30,12 @@ def test_copies_are_exact_and_large_ones_lie_in_the_same_locked_memory():
     memory = HostMemory(said.append)
     first, second = state_of(0), state_of(1)
     memory.prepare(tensors_of(first))
-    copies = staged(first, memory)
+    copies = stage(first, memory)
     assert equal(copies, first)
     places = {path: tensor.data_ptr() for path, tensor in tensors_of(copies)}
     locked = {pages.data_ptr() for pages in memory.locked}
     assert locked == {copies["model"]["large"].data_ptr(), copies["moments"][0].data_ptr()}
-    again = staged(second, memory)
+    again = stage(second, memory)
     assert equal(again, second)
     assert {path: tensor.data_ptr() for path, tensor in tensors_of(again)} == places
     memory.release()
@@ -44,7 +44,7 @@ def test_copies_are_exact_and_large_ones_lie_in_the_same_locked_memory():
 
 def test_a_state_without_memory_of_its_own_is_copied_all_the_same():
     state = state_of(0)
-    assert equal(staged(state, HostMemory(print)), state)
+    assert equal(stage(state, HostMemory(print)), state)
 
 
 def test_a_node_without_the_memory_is_told_of(monkeypatch):
@@ -52,7 +52,7 @@ def test_a_node_without_the_memory_is_told_of(monkeypatch):
     said, state = [], state_of(0)
     memory = HostMemory(said.append)
     memory.prepare(tensors_of(state))
-    assert equal(staged(state, memory), state)
+    assert equal(stage(state, memory), state)
     assert "not page-locked" in said[0] and "steps wait longer" in said[0]
     memory.release()
 

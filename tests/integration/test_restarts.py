@@ -46,7 +46,7 @@ class Ending(SilentReporter):
         if self.kills and self.asked == self.last:
             raise Killed
 
-    def stop_wanted(self) -> bool:
+    def stop_requested(self) -> bool:
         """Asked during the step after the last one that was reported."""
         return not self.kills and self.asked + 1 == self.last
 

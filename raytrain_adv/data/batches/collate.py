@@ -61,7 +61,7 @@ def collate(
         pad_to: the lengths allowed.
         neat: whether packed conversations must not see each other. Models of transformers derive
             that from position ids that restart, provided that no attention_mask and no cache
-            (use_cache=False) is given. Padding is a conversation of its own.
+            (use_cache=False) is given. Padding is a separate conversation.
 
     Returns:
         input_ids, labels (-100 in padding) and, if neat, position_ids: int64 [B, T] each.
@@ -83,7 +83,7 @@ def collate(
 
 def bounds(position_ids: torch.Tensor) -> torch.Tensor:
     """Return where conversations begin in packed sequences laid end to end, and their end: what
-    flash attention takes in place of a mask.
+    flash attention takes instead of a mask.
 
     Filled up with empty conversations at the end to a multiple of BOUNDS: a handful of shapes, so a
     handful of compiled graphs.

@@ -21,7 +21,7 @@ def random_order(n: int, *entropy: int) -> NDArray[np.int64]:
 
 
 def num_held_out(n: int, val_size: float, rows: str) -> int:
-    """Return how many of `n` rows are held out, by the job's val_size; `rows` says what they are.
+    """Return how many of `n` rows the job's val_size holds out; `rows` names them in errors.
 
     Raises:
         JobError: when none would be, or none left to train on.

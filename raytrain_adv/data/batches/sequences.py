@@ -92,12 +92,11 @@ class SequenceSet:
     def __iter__(self) -> Iterator[Sequence]:
         return (self[i] for i in range(len(self)))
 
-    def attended(self, apart: bool) -> float:
-        """Return the length that attention has the cost of, per token: the mean over all tokens of
-        the length of what each is in.
+    def attention_length(self, apart: bool) -> float:
+        """Return the mean over all tokens of the length that each one's attention spans.
 
         Args:
-            apart: whether packed conversations do not see each other.
+            apart: packed conversations do not see each other.
         """
         parts = [self.rows.lengths[m] for m in self.members] if apart else [self.lengths]
         lengths = np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)

@@ -54,8 +54,8 @@ def unusable_sentence(rows: dict[str, Any]) -> str:
 
 
 def sentences(stats: dict[str, Any]) -> list[str]:
-    """Say in sentences what the data came to."""
-    said = []
+    """Return the sentences that summarize the data."""
+    lines = []
     for name in ("train", "eval"):
         numbers = stats[name]
         if numbers is None:
@@ -65,17 +65,17 @@ def sentences(stats: dict[str, Any]) -> list[str]:
             if "packing_efficiency" in numbers
             else ""
         )
-        said.append(
+        lines.append(
             f"Data for {name}: {numbers['rows']:,} conversations in "
             f"{numbers['sequences']:,} sequences, "
             f"{numbers['tokens']:,} tokens, loss on {numbers['label_tokens']:,}{packed}"
         )
     for rows in (stats["rows"], stats["eval_rows"]):
         if rows and rows["unusable"]:
-            said.append(unusable_sentence(rows))
+            lines.append(unusable_sentence(rows))
         if rows and rows["truncated"]:
-            said.append(
+            lines.append(
                 f"{rows['truncated']:,} rows were longer than cutoff_len ({stats['cutoff_len']}) "
                 "and were cut"
             )
-    return said
+    return lines

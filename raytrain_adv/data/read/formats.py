@@ -15,7 +15,7 @@ functions."""
 
 
 class UnusableRow(Exception):
-    """A row that cannot be trained on; the text says why."""
+    """A row that cannot be trained on; the text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ _EXTRA = ("history", "system", "tools")
 
 
 def layout(entry: Entry, sample: list[Any]) -> Layout:
-    """Return an entry's layout; what the entry leaves open is found out from a sample of its rows.
+    """Return an entry's layout; what the entry omits is derived from a sample of its rows.
 
     Raises:
         JobError: if the rows fit no known layout, or lack a column that is to be read.
@@ -94,7 +94,7 @@ def layout(entry: Entry, sample: list[Any]) -> Layout:
     needed = [chosen.columns.get(meaning) or meaning, *(entry.columns or {}).values()]
     if missing := [column for column in dict.fromkeys(needed) if column not in found]:
         raise JobError(
-            f"Dataset {entry.name} lacks columns that are to be read",
+            f"Dataset {entry.name} lacks columns that must be read",
             f"formatting {chosen.formatting}, missing: {', '.join(missing)}; "
             f"columns found: {', '.join(sorted(found)) or 'none'}",
             f"correct formatting and columns in its entry of {INFO_FILE}",
@@ -124,7 +124,7 @@ def _guess(entry: Entry, found: set[str], example: dict[str, Any]) -> Layout:
             return Layout("alpaca", {**alpaca, "prompt": prompt, "response": response}, {})
     raise JobError(
         f"The layout of dataset {entry.name} is not known",
-        f"columns: {', '.join(sorted(found)) or 'none, the rows are no objects'}",
+        f"columns: {', '.join(sorted(found)) or 'none, the rows are not objects'}",
         "use instruction and output (alpaca), conversations of from and value (sharegpt),\n"
         "or messages of role and content (openai); or name the columns in dataset_info.json",
     )
@@ -205,7 +205,7 @@ def _calls(content: Any, number: int) -> list[dict[str, Any]]:
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnusableRow(
-            f"message {number} is no function call with a name and arguments"
+            f"message {number} is not a function call with a name and arguments"
         ) from error
     return [{"type": "function", "function": function} for function in functions]
 
@@ -252,7 +252,7 @@ def _text(value: Any, name: str) -> str:
         return ""
     if isinstance(value, str):
         if not value.isascii() and _SURROGATE.search(value):
-            raise UnusableRow(f"{name} holds half a surrogate pair, which is no character")
+            raise UnusableRow(f"{name} holds half a surrogate pair, which is not a character")
         return value
     if isinstance(value, list) and all(
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in value

@@ -19,7 +19,7 @@ class Row:
     where: str
     """File and line, or file and row."""
     values: Any
-    """A dict of columns, unless the file is at fault."""
+    """A dict of columns, unless the file is wrong."""
     progress: float
     """Share of its dataset that has been read, 0 to 1."""
 
@@ -204,7 +204,7 @@ class _Scanner:
         return self._line
 
     def ended(self, in_array: bool) -> bool:
-        """After a row: return whether it was the last, else go to the next."""
+        """Return whether the row before was the last; otherwise move to the next."""
         rest_is_blank = (
             not self.text[self.at : self.at + 4096].strip() and not self.text[self.at :].strip()
         )

@@ -61,8 +61,8 @@ def fingerprint() -> str:
 
 
 def rows() -> Iterator[Row]:
-    """Yield question and answer pairs in the alpaca layout; each documented thing is asked by name
-    and by signature."""
+    """Yield question and answer pairs in the alpaca layout; one by name and one by
+    signature of each documented object."""
     files = _source_files()
     for number, file in enumerate(files, 1):
         for item in _items_of_file(file):
@@ -136,7 +136,7 @@ def _items_in_c() -> Iterator[_Item]:
 
 def _signature(value: object) -> str:
     try:
-        return str(inspect.signature(value))  # type: ignore[arg-type]  # callable() was asked
+        return str(inspect.signature(value))  # type: ignore[arg-type]  # callable() checked it
     except (TypeError, ValueError):  # C functions without one
         return "(...)"
 

@@ -1,8 +1,8 @@
 """Tokenized rows on disk: built once, by one process of a file system, and memory-mapped by all.
 
 A cache entry is a folder named by its key, with flat little-endian arrays and meta.json. It is
-written beside its place and renamed into it, so it is there as a whole or not at all; sizes and
-checksums in meta.json tell a damaged one.
+written next to its final name and renamed, so that it exists whole or not at all; checksums in
+meta.json reveal a damaged one.
 """
 
 import json
@@ -36,7 +36,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A tokenized dataset and what was counted while it was made."""
+    """A tokenized dataset and the counts of its making."""
 
     rows: TokenRows
     stats: dict[str, Any]
@@ -58,9 +58,9 @@ def open_or_build(
 
     Args:
         root: folder of cache entries.
-        key: hash of all that decides the contents.
+        key: hash of everything that decides the contents.
         build: writes the rows, and returns what it counted.
-        rebuild: build even if a whole entry is there.
+        rebuild: build even if the entry is complete.
         say: prints a sentence.
 
     Raises:

@@ -31,10 +31,10 @@ CHUNK = 1000
 ENOUGH_FOR_PROCESSES = 20_000
 """Rows below which starting processes takes longer than they save."""
 SAMPLE = 100
-"""Rows a layout is found out from."""
+"""Rows that a layout is derived from."""
 
 
-class TokenisedDatasets:
+class TokenizedDatasets:
     """The datasets of one key of the job, as one run of tokens."""
 
     def __init__(
@@ -52,8 +52,7 @@ class TokenisedDatasets:
         )
 
     def key(self) -> str:
-        """Hash all that decides the tokens; where files lie and how many processes read them does
-        not."""
+        """Hash everything that decides the tokens; file paths and process counts do not."""
         entries = [
             asdict(replace(entry, name="", target="", kind="files")) for entry in self.entries
         ]
@@ -148,7 +147,7 @@ class TokenisedDatasets:
 
 
 def _num_cores() -> int:
-    """Count the cores this process may use, which in a container are fewer than there are."""
+    """Count the cores this process may use: in a container fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

@@ -1,6 +1,6 @@
 """Tokenizing in several processes.
 
-Each is a Python interpreter of its own that reads chunks from its standard input and writes results
+Each is a separate Python interpreter that reads chunks from its standard input and writes results
 to its standard output. multiprocessing is not used: its workers run the user's main module again,
 or are forked from a process in which the threads of torch and Ray are running.
 """
@@ -26,7 +26,7 @@ Task = tuple[list[RawRow], Layout, float]
 
 
 def tokenize_here(tasks: Iterator[Task], tokenizer: Tokenizer) -> Iterator[tuple[Chunk, float]]:
-    """Tokenize chunk by chunk in this process; the tokenizer has threads of its own."""
+    """Tokenize chunk by chunk in this process; the tokenizer runs its own threads."""
     for rows, layout, share in tasks:
         yield tokenizer(rows, layout), share
 
@@ -122,7 +122,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def main() -> None:
-    """Be one of the processes."""
+    """Run one of the processes."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints must not get in between the answers
+    os.dup2(2, 1)  # prints must not mix with the answers
     _serve(sys.stdin.buffer, answers)

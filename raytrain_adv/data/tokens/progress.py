@@ -1,10 +1,8 @@
-"""Telling how far a long preparation is: a bar on a terminal, a line every few seconds
-elsewhere."""
+"""Progress of a long preparation: a bar on a terminal, otherwise a line every few seconds."""
 
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -33,12 +31,7 @@ class RowProgress:
             self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.stop()
 

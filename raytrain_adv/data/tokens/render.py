@@ -187,7 +187,7 @@ def _inconsistent(text: str, prefix: str) -> JobError:
         min(len(text), len(prefix)),
     )
     return JobError(
-        "The answers cannot be told from the prompts in what the tokenizer's chat template writes",
+        "The tokenizer's chat template writes answers that cannot be separated from the prompts",
         f"a conversation begins {text[max(0, same - 40) : same + 40]!r}\n"
         f"but its beginning alone  {prefix[max(0, same - 40) : same + 40]!r}",
         "set template in the job, or mark the answers with {% generation %} in the chat template",

@@ -58,7 +58,7 @@ class Tokenizer:
         self.encode = _encode_pieces if joins_cleanly(tokenizer) else _encode_whole
         if self.encode is _encode_whole and not tokenizer.is_fast:
             raise JobError(
-                "This tokenizer does not tell where its tokens lie in the text",
+                "This tokenizer does not report the positions of its tokens in the text",
                 type(tokenizer).__name__,
                 "use a model folder with a tokenizer.json",
             )
@@ -163,7 +163,7 @@ def _encode_pieces(
     places: list[str],
     unusable: list[tuple[str, str]],
 ) -> list[_Encoded]:
-    """Tokenize prompts and answers apart, as generation meets them."""
+    """Tokenize prompts and answers separately, as in generation."""
     texts = [piece.text for pieces in rendered for piece in pieces]
     ids = iter(_batch_encode(tokenizer, texts, offsets=False)["input_ids"] if texts else [])
     encoded: list[_Encoded] = []

@@ -49,7 +49,7 @@ def _load(job: JobConfig) -> PreTrainedTokenizerBase:
             trust_remote_code=job.model.trust_remote_code,
         )
     except Exception as error:  # whatever transformers raises on a malformed config or tokenizer
-        read_config(job)  # it reads the model's config too; where that is at fault, this says so
+        read_config(job)  # raises the better error if the model's config is what is wrong
         inside = (
             ", ".join(sorted(p.name for p in folder.iterdir())[:8])
             if folder.is_dir()

@@ -13,7 +13,7 @@ from raytrain_adv.data.prepare import PreparedData, prepare
 from raytrain_adv.data.read.entries import Entry, resolve
 from raytrain_adv.data.read.sources import open_source
 from raytrain_adv.data.tokens import cache
-from raytrain_adv.data.tokens.datasets import TokenisedDatasets
+from raytrain_adv.data.tokens.datasets import TokenizedDatasets
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 
 Say = Callable[[str], None]
@@ -92,7 +92,7 @@ def _estimated_rows(entry: Entry, job: JobConfig) -> int:
 def _is_cached(job: JobConfig, entries: list[Entry]) -> bool:
     if job.data.overwrite_cache:
         return False
-    datasets = TokenisedDatasets(job, load_tokenizer(job), entries, lambda sentence: None)
+    datasets = TokenizedDatasets(job, load_tokenizer(job), entries, lambda sentence: None)
     return (cache.cache_root(job.data.tokenized_path) / datasets.key()).is_dir()
 
 

@@ -65,11 +65,11 @@ class RayReporter:
         )
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
 
-    def stop_wanted(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether the driver has requested a stop."""
         return self._stop.is_set()
 
-    def told_to_end(self) -> bool:
+    def termination_requested(self) -> bool:
         """Whether this worker's process has received a SIGTERM."""
         return is_terminated()
 
@@ -94,7 +94,7 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         cpu_group=dist.new_group(backend="gloo") if dist.is_initialized() else None,
         resume=config["resume"],
     )
-    hang.register(run.beat)
+    hang.register(run.heartbeat)
     if run.is_main:
         _require_shared_output(job, config["marker"])
         if reason := take_restart_reason(storage.folder(run.attempt)):

@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from raytrain_adv.errors import Hung
-from raytrain_adv.run.heartbeat import Beat, Pulse
+from raytrain_adv.run.heartbeat import Heartbeat, Pulse
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -27,10 +27,10 @@ SHOWN = 8
 
 # Ray Train calls a worker on its process's main thread; training runs on another one, of which a
 # process has only one.
-_heartbeats: list[Beat] = []
+_heartbeats: list[Heartbeat] = []
 
 
-def register(heartbeat: Beat) -> None:
+def register(heartbeat: Heartbeat) -> None:
     """Make this worker's process answer from this heartbeat, instead of an earlier one."""
     _heartbeats[:] = [heartbeat]
 

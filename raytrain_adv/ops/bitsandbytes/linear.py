@@ -97,13 +97,7 @@ class PackedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
         output: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            input,
-            self.weight,
-            self.scale,
-            self.nested,
-            self.bias,
-            self.form.kind,
-            self.in_features,
+            input, self.weight, self.scale, self.nested, self.bias, self.form.kind, self.in_features
         )
         return output
 

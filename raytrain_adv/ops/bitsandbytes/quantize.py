@@ -19,7 +19,7 @@ import torch
 BLOCK = 64
 """Weights of a row that share a scale in 4 bits; bitsandbytes' default."""
 NESTED_BLOCK = 256
-"""Scales that share a scale of their own where they are quantized too; the only size there is."""
+"""Scales that share one scale when they are quantized too; the only size supported."""
 LARGEST_ITEM = 4
 """Rows of scales are filled up to a multiple of this, to be read as bfloat16 or float32."""
 FP16 = torch.finfo(torch.float16)

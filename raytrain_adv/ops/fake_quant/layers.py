@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 8192
 class _Product(torch.autograd.Function):
     """x @ weight.t() + bias with both factors rounded. Kept for backward are the factors as they
     came, which a plain linear keeps too: they are rounded again there. Kept rounded, the weights of
-    all layers would stay in memory whole, and sharding them would have been of no use.
+    all layers would stay in memory whole, which would defeat sharding.
     """
 
     @staticmethod
@@ -98,7 +98,7 @@ class _Rows(torch.autograd.Function):
             gradients[0].contiguous(), ids, weight.shape[0], padding_idx, False
         )
         if weight_dtype != FLOAT8:
-            # Part by part: rounded whole, a table of 128,256 rows of 4,096 took 4 GiB beside it.
+            # Part by part: rounded whole, a table of 128,256 rows of 4,096 took 4 GiB more.
             parts = (torch.split(x, ROWS_AT_ONCE) for x in (grad_weight, weight))
             for rows, of in zip(*parts, strict=True):
                 _, scale = fake_quantize_groups(of, BITS[weight_dtype], group_size, rows)
@@ -198,12 +198,7 @@ class FakeQuantizedLinear(nn.Linear):
         if not self.rounds:
             return F.linear(input, self.weight, self.bias)
         output: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            input,
-            self.weight,
-            self.bias,
-            self.weight_dtype,
-            self.group_size,
-            self.activation_dtype,
+            input, self.weight, self.bias, self.weight_dtype, self.group_size, self.activation_dtype
         )
         return output
 

@@ -24,7 +24,7 @@ NOT_SERVED = {
     "float8_e5m2": "torchao serves float8 weights as e4m3 only",
     "fp8": "its name is float8_e4m3fn",
 }
-"""Dtypes that are asked for and cannot be had, and why."""
+"""Dtypes that are not supported, and why."""
 
 
 def refuse_odd_groups(size: int | None, widths: Mapping[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""Weights that FSDP2 gathers in float8: how they come about, and how they are plain again."""
+"""Weights that FSDP2 gathers in float8: creating them, and converting them to plain tensors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Scale:
     """What a weight is multiplied with in the cast; shared by all forms FSDP2 makes of it.
 
     One is equal to itself alone, and is its own copy: compiled code that takes the weight, as
-    torchao's 8-bit AdamW, is guarded by it, and would be compiled anew for each new value.
+    torchao's 8-bit AdamW, is guarded by it, and would be compiled again for each new value.
     """
 
     value: torch.Tensor | None = None

@@ -23,7 +23,7 @@ def _quick(call: Any, quantiles: Any) -> Any:
 
 def size_class(length: int) -> int:
     """Return what stands for a length where tile sizes are chosen: batches without packing have
-    another number of tokens each, and every one would be tuned for anew, in mid-training.
+    another number of tokens each, and each one would be tuned again, in mid-training.
     """
     return 1 << max(length - 1, 0).bit_length()
 
@@ -79,17 +79,14 @@ def _cast(  # type: ignore[no-untyped-def] # its arguments are not Python values
 
 
 def launch(
-    source: torch.Tensor,
-    scale: torch.Tensor,
-    plain: torch.Tensor | None,
-    transposed: torch.Tensor,
+    source: torch.Tensor, scale: torch.Tensor, plain: torch.Tensor | None, transposed: torch.Tensor
 ) -> None:
     """Write the cast of `source` into `plain`, if wanted, and into `transposed`."""
     rows, columns = source.shape
     dtype = transposed.dtype
     if source.element_size() != 2:
         # Bytes that come of float32 are transposed wrongly inside a kernel, with every tile (triton
-        # 3.6 on an H100: tests/gpu). Transposed by a kernel of its own they are right.
+        # 3.6 on an H100: tests/gpu). A separate kernel transposes them correctly.
         whole = transposed.new_empty(source.shape) if plain is None else plain
         launch_plain(source, scale, whole)
         launch_transpose(whole, transposed)

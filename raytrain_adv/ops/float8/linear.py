@@ -103,7 +103,7 @@ def linear(
         input: [..., in_features], float32 or bfloat16.
         weight: [out_features, in_features], in the input's dtype, or gathered in float8.
         bias: [out_features].
-        trains_weight: whether the weight will be asked for its gradient.
+        trains_weight: whether the weight's gradient is needed.
     """
     rows = input.reshape(-1, input.shape[-1])
     output: torch.Tensor = _Matmul.apply(rows, weight, trains_weight)  # type: ignore[no-untyped-call]

@@ -53,11 +53,11 @@ def is_forward_in_float8(weight_dtype: str, activation_dtype: str) -> bool:
 
 
 def described(weight_dtype: str, activation_dtype: str) -> str:
-    """Say what is computed in float8, and what that does to the numbers."""
+    """Return what is computed in float8, and what that does to the numbers."""
     exact = "evaluation is exact, as the exported model computes"
     if is_coarse(weight_dtype):
         return (
-            f"all three products are in FP8, which rounds them by {OWN_ROUNDING} beside the "
+            f"all three products are in FP8, which rounds them by {OWN_ROUNDING} besides the "
             f"{ROUNDING[weight_dtype]} of {weight_dtype} weights in groups of 32; {exact}"
         )
     if is_forward_in_float8(weight_dtype, activation_dtype):

@@ -49,8 +49,8 @@ def chunked_cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> tor
 def loss_function(model: nn.Module, compile_it: bool) -> LossFunction:
     """Return what makes the summed loss of a model, its inputs, and labels [sequences, time].
 
-    Where a transform has put the loss into the model's head, that is asked; else it is computed of
-    the logits of all tokens.
+    If a transform has put the loss into the model's head, the head computes it; otherwise it is
+    computed from the logits of all tokens.
     """
     if takes_labels(model):
         return loss_in_head

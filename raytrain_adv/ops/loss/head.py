@@ -183,9 +183,5 @@ def liger(
     return loss.float()
 
 
-BACKENDS = {
-    "chunked": linear_cross_entropy,
-    "cut_cross_entropy": cut_cross_entropy,
-    "liger": liger,
-}
+BACKENDS = {"chunked": linear_cross_entropy, "cut_cross_entropy": cut_cross_entropy, "liger": liger}
 """Kernel -> what computes the loss of a plain linear head."""

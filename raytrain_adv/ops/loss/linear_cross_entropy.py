@@ -23,7 +23,7 @@ CHUNK_BYTES = 7 * 2**26
 """Most memory that a chunk's logits take.
 
 With it head and loss of an 8B model take 1.44 GiB over hidden states of 8,192 tokens: 5 chunks of
-1,664, beside 1.04 GiB of gradients. Larger chunks are faster, by little: of 1,024 tokens 40.9 ms,
+1,664, plus 1.04 GiB of gradients. Larger chunks are faster, by little: of 1,024 tokens 40.9 ms,
 of 2,048 40.2 ms (H200; jobs/benchmarks/results/loss_kernels.json)."""
 CHUNK_MULTIPLE = 128
 """Tokens of a chunk are a multiple of it: the height of a tile of the matrix products."""
@@ -209,7 +209,7 @@ class _OfCalled(torch.autograd.Function):
 
 def _scaled(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients times the factor. Nothing else holds them then, so that autograd takes
-    them as they are in place of a copy.
+    them as they are instead of a copy.
     """
     gradients: tuple[torch.Tensor | None, ...] | None = ctx.gradients
     if gradients is None:
@@ -293,7 +293,7 @@ class _InPlace(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, labels: torch.Tensor, logit_map: LogitMap
     ) -> torch.Tensor:
-        # Whoever made x and kept it for backward is told by its version that it is gone.
+        # The new version tells autograd that what was kept of x for backward is gone.
         gradient = x.detach().contiguous()
         torch.autograd.graph.increment_version(x)
         losses = softmax_gradient_(gradient, labels, logit_map, ctx.needs_input_grad[0])

@@ -1,4 +1,4 @@
-"""Triton kernels of linear_cross_entropy: a row's loss, its gradient in the place of its logits."""
+"""Triton kernels of linear_cross_entropy: a row's loss, its gradient over its logits."""
 
 from __future__ import annotations
 

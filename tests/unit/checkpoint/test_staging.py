@@ -14,7 +14,7 @@ from raytrain_adv.checkpoint.staging import (
     HostMemory,
     plain_like,
     restore_8bit,
-    staged,
+    stage,
     tensors_of,
 )
 from raytrain_adv.hardware import free_host_memory
@@ -30,7 +30,7 @@ def test_8bit_states_come_back_with_every_value(signed):
     values[7] = 0.0
     state = OptimState8bit.zeros(values.shape, signed=signed)
     state.copy_(values if signed else values.square())
-    written = staged({"exp_avg": state}, HostMemory(print))
+    written = stage({"exp_avg": state}, HostMemory(print))
     other = OptimState8bit.zeros(values.shape, signed=signed)
     other.copy_(torch.randn(4096, 256).abs())
     read = plain_like({"exp_avg": other})
@@ -53,7 +53,7 @@ def test_values_cut_into_other_blocks_are_quantized_as_torchao_does():
 
 def test_a_copy_is_apart_from_its_tensor_and_named_by_its_path():
     state = {"model": {"a": torch.ones(3)}, "steps": [torch.zeros(()), 7]}
-    copies = staged(state, HostMemory(print))
+    copies = stage(state, HostMemory(print))
     state["model"]["a"].zero_()
     assert torch.equal(copies["model"]["a"], torch.ones(3)) and copies["steps"][1] == 7
     assert [path for path, _ in tensors_of(state)] == ["/model/a", "/steps/0"]

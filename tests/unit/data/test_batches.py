@@ -153,6 +153,6 @@ def test_attention_costs_what_the_tokens_of_a_sequence_can_see():
     offsets = np.array([0, 3, 4, 6])
     rows = TokenRows(np.zeros(6, np.int32), np.ones(6, bool), offsets, np.zeros(3, np.int32))
     packed = SequenceSet(rows, [np.array([0, 1]), np.array([2])])
-    assert packed.attended(apart=False) == pytest.approx((4 * 4 + 2 * 2) / 6)
-    assert packed.attended(apart=True) == pytest.approx((3 * 3 + 1 + 2 * 2) / 6)
-    assert SequenceSet(rows, []).attended(apart=True) == 0.0
+    assert packed.attention_length(apart=False) == pytest.approx((4 * 4 + 2 * 2) / 6)
+    assert packed.attention_length(apart=True) == pytest.approx((3 * 3 + 1 + 2 * 2) / 6)
+    assert SequenceSet(rows, []).attention_length(apart=True) == 0.0

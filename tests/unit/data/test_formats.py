@@ -145,7 +145,7 @@ def test_unusable_alpaca_row_says_why(bad, reason):
         ([("human", "Q"), ("bot", "A")], "unknown role 'bot'"),
         ([("system", "S")], "no answer"),
         ([("human", "Q"), ("system", "S"), ("gpt", "A")], "turn 2 is of role system"),
-        ([("human", "Q"), ("function_call", "add(1)"), ("gpt", "A")], "no function call"),
+        ([("human", "Q"), ("function_call", "add(1)"), ("gpt", "A")], "not a function call"),
         ([("human", "\ud800"), ("gpt", "A")], "half a surrogate pair"),
         ([({}, "Q"), ("gpt", "A")], "unknown role"),
         ([("human", {"a": 1}), ("gpt", "A")], "is a dict, not text"),

@@ -281,9 +281,9 @@ def test_prompts_are_held_out_questions_up_to_the_answer(make_job, write_rows):
 
 def count_builds(monkeypatch):
     calls = []
-    original = datasets.TokenisedDatasets.build
+    original = datasets.TokenizedDatasets.build
     monkeypatch.setattr(
-        datasets.TokenisedDatasets,
+        datasets.TokenizedDatasets,
         "build",
         lambda self, writer: calls.append(1) or original(self, writer),
     )
@@ -422,13 +422,13 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sections import *
 from raytrain_adv.data.tokens import datasets as dataset_rows
 from raytrain_adv.data.prepare import prepare
-original = dataset_rows.TokenisedDatasets.build
+original = dataset_rows.TokenizedDatasets.build
 def build(self, writer):
     with open({str(log)!r}, "a") as opened:
         opened.write("built\\n")
     import time; time.sleep(2)
     return original(self, writer)
-dataset_rows.TokenisedDatasets.build = build
+dataset_rows.TokenizedDatasets.build = build
 from tests.unit.data.sample_rows import TINY_LLAMA
 job = JobConfig(
     ModelConfig(model_name_or_path=str(TINY_LLAMA)),

@@ -239,7 +239,7 @@ def test_answers_are_found_where_only_the_newest_is_written_with_its_thoughts(ti
 
 def test_chat_template_that_rewrites_its_beginning_is_refused(tiny_tokenizer):
     counting = "{{ messages|length }}" + PREFIX_TEMPLATE
-    with pytest.raises(JobError, match="answers cannot be told from the prompts"):
+    with pytest.raises(JobError, match="writes answers that cannot be separated"):
         answers(with_template(tiny_tokenizer, counting), CHAT)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raytrain_adv.checkpoint.save import training_state
-from raytrain_adv.checkpoint.staging import HostMemory, staged, tensors_of
+from raytrain_adv.checkpoint.staging import HostMemory, stage, tensors_of
 from raytrain_adv.config import JobConfig
 from raytrain_adv.estimate.memory import MemoryPrediction, predict
 from raytrain_adv.estimate.sizes import HostCopies
@@ -129,7 +129,7 @@ def test_copies_for_checkpoints_are_as_large_as_those_that_are_made(
     with torch.compiler.set_stance("force_eager"):  # torchao compiles its step: a minute
         optimizer.step()
     state = training_state(model, None if job.output.save_only_model else optimizer)
-    total = sum(copy.nbytes for _, copy in tensors_of(staged(state, HostMemory(print)))) / 2**30
+    total = sum(copy.nbytes for _, copy in tensors_of(stage(state, HostMemory(print)))) / 2**30
     kept = sum(tensor.nbytes for _, tensor in tensors_of(state)) / 2**30
     assert predicted.kept == pytest.approx(kept, rel=0.01)
     assert predicted.kept + predicted.new == pytest.approx(total, rel=0.01)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from raytrain_adv.checkpoint.save import training_state
-from raytrain_adv.checkpoint.staging import HostMemory, staged
+from raytrain_adv.checkpoint.staging import HostMemory, stage
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.plan.plan import show
 from raytrain_adv.estimate import limits as scale_limits
@@ -91,7 +91,7 @@ def step_of(job: JobConfig, folder: str) -> tuple[dict[str, list[int]], int]:
     end()
     optimizer.step()
     path = Path(folder, f"{job.output.output_dir.replace('/', '_')}_{dist.get_world_size()}")
-    save(staged(training_state(model, optimizer), HostMemory(print)), checkpoint_id=path)
+    save(stage(training_state(model, optimizer), HostMemory(print)), checkpoint_id=path)
     dist.barrier()
     return seen, sum(file.stat().st_size for file in path.iterdir())
 

@@ -175,7 +175,7 @@ def test_a_bare_name_is_a_version_that_is_known(tmp_path):
 def test_a_kernel_that_is_no_flash_attention_is_refused(tmp_path):
     source = write_kernel(tmp_path / "kernel", "def relu(x): return x.relu()")
     error = refused(tmp_path, f"hub:{source}")
-    assert error.found.startswith("it has no flash_attn_func and no flash_attn_varlen_func")
+    assert error.found.startswith("it lacks flash_attn_func and flash_attn_varlen_func")
 
 
 def test_a_model_with_sinks_is_refused(tmp_path):

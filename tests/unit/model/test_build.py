@@ -154,7 +154,7 @@ def test_configs_that_cannot_be_trained_are_refused(
 def test_a_config_without_model_type_is_refused(tmp_path: Path) -> None:
     folder = write_checkpoint("llama", tmp_path / "m")
     (folder / "config.json").write_text("{}")
-    assert "does not say what kind of model" in message(folder, tmp_path)
+    assert "does not name the kind of model" in message(folder, tmp_path)
 
 
 def test_a_broken_config_is_refused(tmp_path: Path) -> None:

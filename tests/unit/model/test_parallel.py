@@ -17,7 +17,7 @@ def test_a_layer_that_would_be_left_eager_is_an_error(monkeypatch):
         for how in ("a", "bb", "ccc"):
             add(torch.ones(2), how)
         with pytest.raises(TrainingError, match="would leave a layer eager") as refused:
-            parallel.never_left_eager(add)(torch.ones(2), "dddd")
+            parallel.refuse_eager(add)(torch.ones(2), "dddd")
     assert refused.value.found and "torch_compile: false" in refused.value.fix
 
 

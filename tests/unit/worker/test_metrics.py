@@ -18,7 +18,7 @@ def meter(monkeypatch):
     monkeypatch.setattr(metrics, "training_flops_per_token", lambda model, length: length)
     beat = SimpleNamespace(step_done=lambda: None, stop=lambda: None)
     run = SimpleNamespace(
-        device=torch.device("cpu"), timeline={}, beat=beat, say=lambda *a, **facts: None
+        device=torch.device("cpu"), timeline={}, heartbeat=beat, say=lambda *a, **facts: None
     )
     arithmetic = SimpleNamespace(epoch_after=lambda done: 0.0)
     made = Meter(run, nn.Linear(1, 1), arithmetic, 64.0)

@@ -267,7 +267,7 @@ def test_a_rerun_goes_on_after_the_mending_where_it_broke_off_or_did_nothing_bef
 class StopAfterFive(SilentReporter):
     """Asks the run to stop in its fifth step, if it begins with that."""
 
-    def stop_wanted(self) -> bool:
+    def stop_requested(self) -> bool:
         return True
 
 

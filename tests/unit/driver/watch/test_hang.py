@@ -6,7 +6,7 @@ import time
 import torch.distributed as dist
 
 from raytrain_adv.driver.watch.hang import find_hung
-from raytrain_adv.run.heartbeat import Beat, Pulse
+from raytrain_adv.run.heartbeat import Heartbeat, Pulse
 from tests.ranks import run_ranks
 
 
@@ -35,7 +35,7 @@ def test_all_are_named_if_all_wait_for_each_other():
 
 
 def test_time_counts_from_the_first_step_on_and_not_while_paused():
-    beat = Beat()
+    beat = Heartbeat()
     time.sleep(0.02)
     assert beat.pulse().stalled_s == 0.0
     with beat.paused():  # an evaluation before the first step
@@ -55,7 +55,7 @@ def test_time_counts_from_the_first_step_on_and_not_while_paused():
 
 def one_is_late() -> tuple[bool, str]:
     """Sleep on rank 1 while rank 0 waits; return this rank's state as another thread sees it."""
-    beat, seen = Beat(), []
+    beat, seen = Heartbeat(), []
 
     def look() -> None:
         time.sleep(1.0)
