@@ -152,10 +152,10 @@ def evaluate_twins(state: TrainState, model: PreTrainedModel) -> None:
     """
     job = state.job
     for transform in state.transforms:
-        twin = transform.twin_dir(job.output.output_dir)
+        twin = transform.twin(job)
         if twin is None or state.held_out is None:
             continue
-        folder = Path(twin) / "model"
+        folder = Path(twin[0]) / "model"
         with state.run.phase("twin"):
             if job.transform(Lora).enabled:
                 load_adapter(model, folder)

@@ -119,7 +119,9 @@ def test_what_a_model_does_to_its_logits_by_an_unknown_key_stops_the_run(
 ):
     monkeypatch.setattr(loss_kernel, keys, ())
     job, model, plans = model_of(kind, tmp_path, loss_kernel="chunked")
-    with pytest.raises(TrainingError, match="loss of chunked differs from the model's own") as error:
+    with pytest.raises(
+        TrainingError, match="loss of chunked differs from the model's own"
+    ) as error:
         check_loss(job, model, local_run(job, torch.device("cpu")), plans)
     assert "loss: " in error.value.found and "set loss_kernel: torch" in error.value.fix
 
@@ -137,7 +139,10 @@ def test_auto_takes_torchs_loss_where_its_own_choice_does_not_fit(tmp_path, monk
     checked = check_loss(job, model, local_run(job, torch.device("cpu")), plans)["loss_kernel"]
     assert not takes_labels(model) and "forward" not in vars(model.lm_head)
     assert not checked.changes and list(checked.skipped) == ["lm_head"]
-    assert "auto is torch after all: The loss of chunked differs from the model's own" in checked.notes[0]
+    assert (
+        "auto is torch after all: The loss of chunked differs from the model's own"
+        in checked.notes[0]
+    )
 
 
 def no_compiler(*_):
