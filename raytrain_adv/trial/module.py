@@ -74,7 +74,7 @@ class SiteTrial:
     def sentence(self) -> str:
         """The trial in words."""
         return (
-            f"{self.layer} tried out in {self.module} on {self.device} in {self.dtype}: values off "
+            f"{self.layer} tested in {self.module} on {self.device} in {self.dtype}: values off "
             f"by {self.value_error:.1e}, gradients by {self.gradient_error:.1e}, of which rounding "
             f"explains {self.allowed:.1e}; in {self.num_modules} modules"
         )
@@ -359,7 +359,7 @@ def _input_size(module: nn.Module) -> int | None:
 
 def _untried(candidate: Candidate) -> Untried:
     return Untried(
-        f"{candidate.name} cannot be tried out in {candidate.kind}",
+        f"{candidate.name} cannot be tested in {candidate.kind}",
         "its forward pass takes more than one tensor, or one of unknown size",
         f"{candidate.leave_out}: a forward pass without a trial is not used",
     )

@@ -67,7 +67,7 @@ def tried(tmp_path, source, dtype=torch.bfloat16):
 
 def test_flash_attention_is_within_rounding_of_the_definition(tmp_path):
     found = tried(tmp_path, KERNEL)
-    assert found.startswith("tried out on cuda in bfloat16, 1 form: values off by")
+    assert found.startswith("tested on cuda in bfloat16, 1 form: values off by")
     print(found)
 
 

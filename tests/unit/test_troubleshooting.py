@@ -182,12 +182,13 @@ def told(folder: Path) -> list[str]:
 def test_a_loss_that_rises_after_the_switch_points_to_the_delay(
     make_job: Callable[..., Any], tmp_path: Path
 ) -> None:
-    keys = {**QAT, "qat_group_size": None, "fake_quant_after_n_steps": 1}
-    job = make_job(**keys, max_steps=5, learning_rate=0.5, export_model=False)
+    keys = {**QAT, "qat_group_size": None, "fake_quant_after_n_steps": 6}
+    rises = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 400, "learning_rate": 5.0}
+    job = make_job(**keys, **rises, max_steps=18, export_model=False)
     train(job, local_run(job), export_model)
     (line,) = [line for line in told(tmp_path / "out") if "the loss has risen" in line]
     holds("the loss has risen", line, line)
-    assert "with QAT" in line and "(now 1)" in line
+    assert "with QAT" in line and "(now 6)" in line
 
 
 @pytest.mark.parametrize("delay", [None, 2])

@@ -119,14 +119,14 @@ def try_attention(
     every, unknown = forms(model)
     if (unknown or not every) and job.model.flash_attn.startswith(HUB):
         raise JobError(
-            f"flash_attn: {job.model.flash_attn} cannot be tried out in this model",
+            f"flash_attn: {job.model.flash_attn} cannot be tested in this model",
             f"the form of attention of {', '.join(unknown) or type(model).__name__} is unknown, "
             "and a kernel that leaves some of it out would train all the same",
             "set flash_attn: sdpa",
         )
-    left = f"; not tried out in {', '.join(unknown)}, whose form is unknown" if unknown else ""
+    left = f"; not tested in {', '.join(unknown)}, whose form is unknown" if unknown else ""
     if not every:
-        return left.removeprefix("; ") or "not tried out: no layer has a known form"
+        return left.removeprefix("; ") or "not tested: no layer has a known form"
     errors = [
         _try(job, model, fqn, _Case(form, packed, device, dtype))
         for form, fqn in every.items()
@@ -137,7 +137,7 @@ def try_attention(
     values = max(each.pop(VALUES) for each in errors)
     gradients = max(max(each.values()) for each in errors)
     return (
-        f"tried out on {device.type} in {precision(dtype)}, {plural(len(every), 'form')}: values "
+        f"tested on {device.type} in {precision(dtype)}, {plural(len(every), 'form')}: values "
         f"off by {values:.1e}, gradients by {gradients:.1e}{left}"
     )
 

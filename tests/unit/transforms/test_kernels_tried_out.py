@@ -47,7 +47,7 @@ def test_a_right_kernel_is_planned_swapped_and_reported_per_site(install, mine):
     (trial,) = report.details["trials"]
     assert trial["num_modules"] == 5 and trial["dtype"] == "float32"
     assert 0 <= trial["value_error"] < 1e-6 and 0 <= trial["gradient_error"] < 1e-6
-    assert any("tried out in LlamaRMSNorm on cpu in float32" in note for note in report.notes)
+    assert any("tested in LlamaRMSNorm on cpu in float32" in note for note in report.notes)
     assert report.skipped_reasons["no enabled kernel is for SwiGLUMLP"] == 2
     json.dumps(report.model_dump(mode="json"))
 
@@ -171,7 +171,7 @@ def test_a_forward_only_kernel_without_known_gradient_names_what_it_would_cut(in
 @pytest.mark.parametrize("kind", ["LlamaDecoderLayer", "LlamaRotaryEmbedding", "LlamaModel"])
 def test_what_cannot_be_tried_out_is_not_used(install, mine, kind):
     message = refusal(install, layers(mine, **{kind: "RMSNorm"}))
-    assert f"cannot be tried out in {kind}" in message
+    assert f"cannot be tested in {kind}" in message
 
 
 def test_a_kernel_that_passes_linears_by_is_refused(install, mine):

@@ -233,7 +233,7 @@ def probed(forward):
 
 def test_the_probe_passes_what_computes_the_same():
     (sentence,) = probed(right)
-    assert sentence.startswith("right tried out in Mlp on cpu in float32: values off by ")
+    assert sentence.startswith("right tested in Mlp on cpu in float32: values off by ")
     assert sentence.endswith("in 1 modules")
 
 
@@ -307,7 +307,7 @@ def test_rope_is_tried_out_in_an_attention_of_its_own(kind, tmp_path, monkeypatc
         arguments = model, {"liger": plan}, torch.device("cpu"), torch.float32
         if wrong is None:
             (sentence,) = Transforms(job).install(*arguments)["liger"].notes
-            assert "tried out in" in sentence and sentence.endswith("in 2 modules")
+            assert "tested in" in sentence and sentence.endswith("in 2 modules")
         else:
             with pytest.raises(JobError, match=wrong):
                 Transforms(job).install(*arguments)

@@ -148,7 +148,7 @@ def test_a_model_whose_layers_are_not_known_takes_no_kernel(tmp_path):
     folder = write_checkpoint("llama", tmp_path / "m")
     job = job_for(folder, tmp_path, flash_attn=f"hub:{kernel}")
     model.config._attn_implementation = HUB_ATTENTION
-    with pytest.raises(JobError, match="cannot be tried out in this model") as error:
+    with pytest.raises(JobError, match="cannot be tested in this model") as error:
         try_attention(job, model, CPU, torch.float32)
     assert "GPTNeoXAttention" in error.value.found
 
