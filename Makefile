@@ -63,5 +63,5 @@ format: $(INSTALLED)
 docs: $(INSTALLED)
 	@$(BIN)/python -c 'import material' 2> /dev/null || $(BIN)/python -m pip install --quiet \
 	  --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'The documentation is in build/docs/index.html'
