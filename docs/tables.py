@@ -78,9 +78,7 @@ def fp8_8b() -> str:
     title = f"HF Trainer, bf16, `torch_compile` (another run, in which FP8 made {here:,.0f})"
     rate = f"{hf['tokens_per_second']:,.0f}"
     rows.append((title, "none", rate, f"{hf['peak_memory_gib']:.1f}", ""))
-    return table(
-        ("", "activation checkpointing", "tokens/s", "peak GiB", "relative to bf16"), rows
-    )
+    return table(("", "activation checkpointing", "tokens/s", "peak GiB", "relative to bf16"), rows)
 
 
 def steps(name: str, titles: dict[str, str], base: str) -> str:
@@ -216,7 +214,9 @@ def qat_delay() -> str:
         pair = (f"{_losses(run)['QAT']:.4f}", share)
         found.setdefault(run["fake_quant_after_n_steps"], {})[run["learning_rate"]] = pair
     rates, none = (2e-4, 5e-4), ("", "")
-    rows = [(step, *(c for rate in rates for c in at.get(rate, none))) for step, at in found.items()]
+    rows = [
+        (step, *(c for rate in rates for c in at.get(rate, none))) for step, at in found.items()
+    ]
     rows.sort(key=lambda row: row[0])
     twins = [data["twins"][str(rate)] for rate in rates]
     last = [c for twin in twins for c in (f"{twin['bf16 twin']:.4f}", "")]

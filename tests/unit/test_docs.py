@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, paths exist, generated parts are current, words are plain."""
+"""The documentation: links and paths exist, generated parts are current, words are plain."""
 
 from __future__ import annotations
 
