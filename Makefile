@@ -64,4 +64,4 @@ docs: $(INSTALLED)
 	@$(BIN)/python -c 'import material' 2> /dev/null || $(BIN)/python -m pip install --quiet \
 	  --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo 'The documentation is in build/docs/index.html'
+	@echo 'The documentation is in build/docs/index.html; with search: $(BIN)/python -m http.server -d build/docs'

@@ -87,7 +87,13 @@ def test_every_page_is_in_the_navigation() -> None:
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     named = set(re.findall(r"[\w/]+\.md", str(config["nav"])))
     assert named == {page.name for page in DOCS.glob("*.md")}
-    assert config["theme"]["font"] is False, "fonts would come from another host"
+
+
+def test_the_site_loads_nothing_from_other_hosts() -> None:
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert config["theme"]["font"] is False
+    assert config["plugins"] == ["search"], "privacy and offline fetch from other hosts"
+    assert "mermaid" not in str(config["markdown_extensions"])
 
 
 def test_every_job_is_in_the_index_of_examples() -> None:
