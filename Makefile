@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv quickstart test test-unit test-faults test-compiled test-gpu check format
+.PHONY: help venv quickstart test test-unit test-faults test-compiled test-gpu check format docs
 
 help:
 	@echo 'make quickstart   train a small model on this machine, end to end'
@@ -14,8 +14,9 @@ help:
 	@echo 'make test-faults  run the tests that kill processes and cut hosts off: minutes, no other load'
 	@echo 'make test-compiled  run the tests whose models take minutes to compile'
 	@echo 'make test-gpu     run the tests that need a GPU'
-	@echo 'make check        lint, formatting, types, the direction of imports, and the README'
+	@echo 'make check        lint, formatting, types, the direction of imports, generated documentation'
 	@echo 'make format       format the code as make check wants it'
+	@echo 'make docs         build the documentation in build/docs'
 
 venv: $(INSTALLED)
 
@@ -52,8 +53,15 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/raytrain-adv explain --check README.md
+	$(BIN)/raytrain-adv explain --check docs/compatibility.md
+	$(BIN)/python docs/generate.py --check
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	@$(BIN)/python -c 'import material' 2> /dev/null || $(BIN)/python -m pip install --quiet \
+	  --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'The documentation is in build/docs/index.html; with search: $(BIN)/python -m http.server -d build/docs'

@@ -85,9 +85,9 @@ told["report"] = {"doubled": TransformReport.of(plan).model_dump(mode="json")}
 print(json.dumps(told))
 cli.main(["explain", "doubled_mlps"])
 cli.main(["explain"])
-print("stale", cli.main(["explain", "--check", "README.md"]))
-print("written", cli.main(["explain", "--write", "README.md"]))
-print("fresh", cli.main(["explain", "--check", "README.md"]))
+print("stale", cli.main(["explain", "--check", "compatibility.md"]))
+print("written", cli.main(["explain", "--write", "compatibility.md"]))
+print("fresh", cli.main(["explain", "--check", "compatibility.md"]))
 """
 
 
@@ -100,7 +100,7 @@ def test_schema_plan_report_matrix_explain_and_the_rules_of_imports_pick_a_new_f
         copy / "raytrain_adv",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    for name in ("README.md", "pyproject.toml"):
+    for name in ("docs/compatibility.md", "pyproject.toml"):
         shutil.copy(ROOT / name, copy)
     (copy / "raytrain_adv" / "transforms" / "doubled.py").write_text(FEATURE)
     (tmp_path / "check.py").write_text(CHECK)
@@ -128,6 +128,6 @@ def test_schema_plan_report_matrix_explain_and_the_rules_of_imports_pick_a_new_f
     assert "raytrain_adv/transforms/doubled.py" in text and "[fp8+doubled_mlps]" in text
     assert "| Doubled MLPs | yes c | no r | careful c |" in text
     assert "stale 2" in text and "written 0" in text and "fresh 0" in text
-    assert "| Doubled MLPs | yes c | no r | careful c |" in (copy / "README.md").read_text()
+    assert "| Doubled MLPs | yes c | no r | careful c |" in (copy / "compatibility.md").read_text()
     imports = run(Path(sys.executable).parent / "lint-imports", "--no-cache")
     assert "Contracts: 4 kept, 0 broken." in imports

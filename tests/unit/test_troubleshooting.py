@@ -1,4 +1,4 @@
-"""The README's table of messages: each is said in its situation, on driver and worker."""
+"""The documentation's table of messages: each is raised in its situation, on driver and worker."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ ROWS = dict(
     (cells[0].strip(), cells[2].strip())
     for cells in (
         line.strip("|").split("|")
-        for line in (ROOT / "README.md")
+        for line in (ROOT / "docs" / "troubleshooting.md")
         .read_text()
-        .partition("## When it is refused")[2]
-        .partition("## Sweeps")[0]
+        .partition("## Messages")[2]
+        .partition("## Where to look")[0]
         .splitlines()
         if line.startswith("|") and "---" not in line and "| message" not in line
     )
 )
-"""Message -> what helps, as the README has them."""
+"""Message -> what helps, as docs/troubleshooting.md has them."""
 NODES: dict[str, tuple[Reading, dict[str, Any]]] = {
     "FP8 requires PyTorch 2.7+": (node_with(H100, torch="2.6.0"), FP8),
     "FP8 requires Hopper architecture": (node_with(A100), FP8),
@@ -60,7 +60,7 @@ BROUGHT_ABOUT = {
 
 
 def holds(message: str, what: str, fix: str) -> None:
-    """Check a message of the README's table against an error's text."""
+    """Check a message of the table against an error's text."""
     assert message in what, what
     assert ROWS[message] in fix, fix
     assert message in BROUGHT_ABOUT

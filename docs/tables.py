@@ -1,0 +1,299 @@
+"""The measured tables of the documentation, made from jobs/benchmarks/results/*.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+SEVERAL = {"fp8_two_gpus": "two H100s of one host"}
+"""Files of results whose runs took more than one card."""
+RESULTS = Path(__file__).parent.parent / "jobs" / "benchmarks" / "results"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table; the first column is text, the others are figures."""
+    marks = ["---"] + ["--:"] * (len(header) - 1)
+    lines = [list(header), marks, *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read(name: str) -> Any:
+    """Return one file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _commands(data: Any) -> list[str]:
+    found = data.get("command") or data.get("commands") or _first(data, "command")
+    if isinstance(found, dict):
+        return [f"{name}: {command}" for name, command in found.items()]
+    return [found] if isinstance(found, str) else list(found)
+
+
+def _first(data: Any, key: str) -> Any:
+    for part in data.values():
+        if isinstance(part, dict) and key in part:
+            return part[key]
+    return []
+
+
+def _cards(data: Any) -> list[str]:
+    """Return every device that a file names, as `H200`."""
+    names: set[str] = set()
+
+    def look(part: Any) -> None:
+        if isinstance(part, dict):
+            if isinstance(part.get("device"), str):
+                names.add(part["device"].removeprefix("NVIDIA ").removesuffix(" 80GB HBM3"))
+            for value in part.values():
+                look(value)
+        elif isinstance(part, list):
+            for value in part:
+                look(value)
+
+    look(data)
+    if names:
+        return [f"one {name}" if name.startswith("H") else f"a {name}" for name in sorted(names)]
+    return [f"{data['cores']} CPU cores" if "cores" in data else "computed"]
+
+
+def fp8_8b() -> str:
+    """One H200: bf16, FP8 and the HF Trainer, with and without activation checkpointing."""
+    data = read("llama3_8b_fp8")
+    runs = data["runs"]
+    rows = []
+    for title, name, base, mode in (
+        ("bf16", "bf16", "bf16", "none"),
+        ("FP8 tensorwise", "fp8", "bf16", "none"),
+        ("bf16", "bf16_full", "bf16_full", "full"),
+        ("FP8 tensorwise", "fp8_full", "bf16_full", "full"),
+    ):
+        rate = runs[name]["tokens_per_second_per_worker"]
+        ratio = rate / runs[base]["tokens_per_second_per_worker"]
+        peak = f"{runs[name]['peak_memory_gib']:.1f}"
+        rows.append((title, mode, f"{rate:,.0f}", peak, "1" if name == base else f"{ratio:.2f}"))
+    other = data["beside_the_hf_trainer"]
+    hf, here = other["hf_trainer_bf16"], other["fp8"]["tokens_per_second"]
+    title = f"HF Trainer, bf16, `torch_compile` (another run, in which FP8 made {here:,.0f})"
+    rate = f"{hf['tokens_per_second']:,.0f}"
+    rows.append((title, "none", rate, f"{hf['peak_memory_gib']:.1f}", ""))
+    return table(("", "activation checkpointing", "tokens/s", "peak GiB", "relative to bf16"), rows)
+
+
+def steps(name: str, titles: dict[str, str], base: str) -> str:
+    """Return milliseconds, memory and speed of each variant of a file of whole steps."""
+    figures = read(name)["figures"]
+    rows = [
+        (
+            title,
+            f"{1000 * figures[variant]['seconds']:.0f}",
+            f"{figures[variant]['peak_gib']:.1f}",
+            f"{figures[base]['seconds'] / figures[variant]['seconds']:.2f}",
+        )
+        for variant, title in titles.items()
+    ]
+    return table(("", "ms/step", "peak GiB", f"speed relative to {titles[base]}"), rows)
+
+
+def fp8_recipes() -> str:
+    """One H100: each recipe with full activation checkpointing."""
+    recipes = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+    return steps("fp8_recipes", {"bf16": "bf16", **{f"fp8 {r}": f"`{r}`" for r in recipes}}, "bf16")
+
+
+def fp8_two_gpus() -> str:
+    """Two H100s over NCCL."""
+    runs = read("fp8_two_gpus")["runs"]
+    titles = {
+        "bf16": "bf16",
+        "fp8": "FP8 tensorwise",
+        "fp8_all_gather": "FP8 tensorwise, weights gathered in FP8",
+    }
+    base = runs["bf16"]["tokens_per_second_per_worker"]
+    rows = []
+    for name, title in titles.items():
+        rate, peak = runs[name]["tokens_per_second_per_worker"], runs[name]["peak_memory_gib"]
+        ratio = "1" if name == "bf16" else f"{rate / base:.2f}"
+        rows.append((title, f"{rate:,.0f}", f"{peak:.1f}", ratio))
+    return table(("", "tokens/s per GPU", "peak GiB", "relative to bf16"), rows)
+
+
+def fp8_pairs() -> str:
+    """One H200: FP8 with QAT and with LoRA."""
+    titles = {
+        "bf16": "bf16",
+        "qat int4": "QAT, int4 weights",
+        "fp8, qat int4": "FP8 and QAT, int4 weights",
+        "fp8, qat int8": "FP8 and QAT, int8 weights",
+        "lora": "LoRA, bf16",
+        "fp8, lora": "LoRA, FP8",
+    }
+    return steps("fp8_pairs", titles, "bf16")
+
+
+def qlora() -> str:
+    """One H100: LoRA on a bf16 base and on an nf4 base."""
+    return steps("qlora", {"lora": "bf16 base", "qlora nf4": "nf4 base"}, "lora")
+
+
+def layer_kernels() -> str:
+    """One H200: layers of Liger and torch.compile."""
+    titles = {"eager": "eager", "eager, liger": "eager, Liger", "compiled": "`torch_compile`"}
+    return steps("layer_kernels", titles, "eager")
+
+
+def layer_kernels_h100() -> str:
+    """One H100: Liger's layers under torch.compile, 20 layers."""
+    titles = {
+        "eager": "eager",
+        "eager, liger": "eager, Liger",
+        "compiled": "`torch_compile`",
+        "compiled, liger": "`torch_compile`, Liger",
+    }
+    return steps("layer_kernels_h100", titles, "eager")
+
+
+def hub_kernel_layers() -> str:
+    """One H200: the worked example of a kernel."""
+    titles = {"eager": "eager", "eager, llama_layers": "eager, `jobs/kernels/llama_layers`"}
+    return steps("hub_kernel_layers", titles, "eager")
+
+
+def loss_kernels() -> str:
+    """One H200: head and loss, alone and in the whole step."""
+    whole = read("loss_kernels")["figures"]["step, bf16"]
+    earlier = read("loss_kernels")["chunks of 1,024 tokens"]["figures"]["head and loss"]
+    alone = earlier | read("loss_chunks")["figures"]["head and loss"]
+    rows = [
+        (
+            f"`{name}`",
+            f"{1000 * alone[name]['seconds']:.1f}",
+            f"{alone[name]['peak_over_hidden_gib']:.2f}",
+            f"{1000 * whole[name]['seconds']:.0f}",
+            f"{whole[name]['peak_gib']:.1f}",
+        )
+        for name in ("torch", "chunked", "cut_cross_entropy", "liger")
+    ]
+    header = ("", "head and loss, ms", "GiB over hidden states", "step, ms", "step's peak GiB")
+    return table(header, rows)
+
+
+def _losses(run: dict[str, Any]) -> dict[str, float]:
+    return {variant["name"]: variant["loss"] for variant in run["variants"]}
+
+
+def qat_quality() -> str:
+    """One H200: what QAT recovers of PTQ's loss, by configuration."""
+    titles = {
+        "int8 x int8 g32": "int8 weights and activations, groups of 32",
+        "int4 g32": "int4, groups of 32",
+        "int4 per channel": "int4 per channel",
+        "int3 per channel": "int3 per channel",
+    }
+    rows = []
+    for name, title in titles.items():
+        run = read("qat_quality_98m")["runs"][name]
+        loss = _losses(run)
+        twin, ptq, qat = loss["bf16 twin"], loss["PTQ of the twin"], loss["QAT"]
+        cost, share = f"+{100 * (qat / twin - 1):.2f}%", f"{100 * run['recovered']:.0f}%"
+        rows.append((title, f"{twin:.4f}", f"{ptq:.4f}", f"{qat:.4f}", cost, share))
+    header = ("", "bf16 twin", "PTQ of the twin", "QAT", "QAT relative to bf16", "recovered")
+    return table(header, rows)
+
+
+def qat_delay() -> str:
+    """One H100: the step at which fake quantization begins, at two learning rates."""
+    data = read("qat_delay")
+    runs = [*data["runs"].values(), *data["longer"]["runs"].values()]
+    found: dict[int, dict[float, tuple[str, str]]] = {}
+    for run in runs:
+        if run.get("max_steps", 800) != 800:
+            continue
+        share = f"{100 * run['recovered_of_the_twins_loss']:.0f}%"
+        pair = (f"{_losses(run)['QAT']:.4f}", share)
+        found.setdefault(run["fake_quant_after_n_steps"], {})[run["learning_rate"]] = pair
+    rates, none = (2e-4, 5e-4), ("", "")
+    rows = [
+        (step, *(c for rate in rates for c in at.get(rate, none))) for step, at in found.items()
+    ]
+    rows.sort(key=lambda row: row[0])
+    twins = [data["twins"][str(rate)] for rate in rates]
+    last = [c for twin in twins for c in (f"{twin['bf16 twin']:.4f}", "")]
+    ptq = [c for twin in twins for c in (f"{twin['PTQ of the twin']:.4f}", "")]
+    return table(
+        ("`fake_quant_after_n_steps`", "loss, lr 2e-4", "recovered", "loss, lr 5e-4", "recovered"),
+        [*rows, ("bf16 twin", *last), ("PTQ of the twin", *ptq)],
+    )
+
+
+def _timed(runs: dict[str, Any], cases: Iterable[tuple[str, str, str]], mode: str) -> list[Any]:
+    rows = []
+    for title, name, base in cases:
+        seconds, peak = runs[name]["step_seconds"], runs[name]["peak_memory_gib"]
+        times = seconds / runs[base]["step_seconds"]
+        more = peak / runs[base]["peak_memory_gib"]
+        ratios = ("1", "1") if name == base else (f"{times:.2f}", f"{more:.2f}")
+        rows.append((title, mode, f"{seconds:.3f}", f"{peak:.1f}", *ratios))
+    return rows
+
+
+TIMED = ("", "activation checkpointing", "s/step", "peak GiB", "time to bf16", "memory to bf16")
+
+
+def qat_8b() -> str:
+    """One H200: time and memory of QAT."""
+    runs = read("llama3_8b_qat")["runs"]
+    plain = [
+        ("bf16", "bf16", "bf16"),
+        ("QAT, int4 weights", "qat_int4", "bf16"),
+        ("QAT, int8 weights", "qat_int8", "bf16"),
+    ]
+    full = [("bf16", "bf16_ac", "bf16_ac"), ("QAT, int4 weights", "qat_int4_ac", "bf16_ac")]
+    return table(TIMED, [*_timed(runs, plain, "none"), *_timed(runs, full, "full")])
+
+
+def qat_8b_checkpointing() -> str:
+    """One H100: QAT with full activation checkpointing, embeddings rounded or not."""
+    cases = [
+        ("bf16", "bf16_ac", "bf16_ac"),
+        ("QAT, int8 weights", "qat_int8_ac", "bf16_ac"),
+        ("QAT, int8 weights and embeddings", "qat_int8_embedding_ac", "bf16_ac"),
+        ("QAT, int4 weights and embeddings", "qat_int4_embedding_ac", "bf16_ac"),
+    ]
+    runs = read("llama3_8b_qat_checkpointing")["h100"]["runs"]
+    return table(TIMED, _timed(runs, cases, "full"))
+
+
+def all_results() -> str:
+    """Every file of results with its card, date and commands."""
+    parts = []
+    for path in sorted(RESULTS.glob("*.json")):
+        data = read(path.stem)
+        note = f"\n{data['note']}\n" if isinstance(data.get("note"), str) else ""
+        commands = "\n".join(_commands(data))
+        cards = SEVERAL.get(path.stem) or "; ".join(_cards(data))
+        title = f"### {path.stem}\n\n{cards[0].upper()}{cards[1:]}, {data['date']}.\n{note}"
+        parts.append(f"{title}\n```\n{commands}\n```")
+    return "\n\n".join(parts)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    make.__name__: make
+    for make in (
+        fp8_8b,
+        fp8_recipes,
+        fp8_two_gpus,
+        fp8_pairs,
+        qlora,
+        layer_kernels,
+        layer_kernels_h100,
+        hub_kernel_layers,
+        loss_kernels,
+        qat_quality,
+        qat_delay,
+        qat_8b,
+        qat_8b_checkpointing,
+        all_results,
+    )
+}
