@@ -1,91 +1,62 @@
-"""The console script `raytrain-adv`: launch, submit, status, doctor, plan, preflight, export,
-kernels, explain and schema.
+"""The console script `raytrain-adv`. Commands import what they need: help and refusals of a command
+line load neither torch nor Ray.
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
 
 from raytrain_adv import __version__
-from raytrain_adv.config import compatibility, load
-from raytrain_adv.config.arguments import parse
-from raytrain_adv.config.explain import explain
+from raytrain_adv.command_line import (
+    JOB,
+    QAT_KEYS,
+    Address,
+    Assume,
+    Job,
+    Line,
+    LockFile,
+    Overrides,
+    Verbose,
+    Workers,
+    argument,
+    exists,
+    flag,
+    job_line,
+    option,
+)
+from raytrain_adv.config import JobConfig, compatibility, load
+from raytrain_adv.config import explain as features
+from raytrain_adv.config import schema as schemas
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
-from raytrain_adv.config.schema import schema
 from raytrain_adv.errors import EXIT_DONE, EXIT_NOT_MENDED, JobError, RaytrainAdvError, StorageError
 from raytrain_adv.library_noise import quieten
 from raytrain_adv.redaction import hide_environment
+from raytrain_adv.text import nearest
 from raytrain_adv.worker.preconditions import check_files
 
-USAGE = """usage: raytrain-adv COMMAND [...]
-
-  launch job.yaml [--plan] [key=value ...]   run a job
-  submit job.yaml [--address URL] [--runtime-env FILE] [key=value ...]
-                                             run a job on a running cluster, and follow its log
-  status [--address URL] [RUN]               the runs of a cluster, or one of them
-  doctor RUN [--fix]                         what is wrong with a run's files; mend it
-  plan job.yaml [--workers N] [--verbose] [--assume NAME=VALUE] [key=value ...]
-                                             show what a job would do, the memory it takes, and what
-                                             many workers move, store and run into
-  preflight [job.yaml] [key=value ...]       check the cluster's nodes, for a job or for any
-  kernels lock job.yaml [--output FILE] [--torch X.Y] [--cuda X.Y|cpu] [key=value ...]
-                                             pin a job's kernels, for a cluster without internet
-  kernels fetch | verify FILE                bring the files of a lock file; compare them with it
-  export RUN [--checkpoint step_N] [--output DIR] [--merge] [key=value ...]
-                                             write a checkpoint's model, and the quantized one
-  export MODEL --output DIR enable_qat=true [key=value ...]
-                                             quantize a model folder as it is (PTQ)
-  explain [FEATURE]                          say what a feature does and goes together with; the
-                                             compatibility matrix
-  schema [--output FILE]                     print the JSON schema of the job file
-  --version                                  print the version"""
-
-
-EXPORT_USAGE = """usage: raytrain-adv export RUN [--checkpoint STEP] [--output DIR] [key=value ...]
-       raytrain-adv export RUN [--checkpoint STEP] [--output DIR] --merge
-       raytrain-adv export MODEL --output DIR enable_qat=true [key=value ...]
-
-  RUN           output_dir of a run; its keys hold, and QAT keys given here go before them
-  --checkpoint  step_N, or the path of a checkpoint; without it the newest
-  --output      for a run: gets model, and with QAT model-quantized (default: in RUN);
-                for a model folder: the quantized folder
-  --merge       after LoRA: one model with the adapter merged into the base it was trained on, also
-                into a quantized one, which is then written in bf16
-  MODEL         a Hugging Face folder, quantized as it is, without training for it (PTQ)
-  key=value     enable_qat=true qat_weight_dtype=int4 qat_activation_dtype=int8 qat_group_size=32
-                qat_quantize_embedding=false qat_exclude=down_proj"""
-
-
-SUBMIT_USAGE = """usage: raytrain-adv submit job.yaml [--address URL] [--runtime-env FILE]
-                           [key=value ...]
-
-  Sends this folder (without checkpoints, data and environments) and runs the job there; its log is
-  followed to the end, and its exit code is this command's. Ctrl-C stops the job, with a checkpoint.
-
-  --address      of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
-                 http://127.0.0.1:8265)
-  --runtime-env  what travels, and the environment there (default: jobs/runtime_env.yaml)
-  key=value      as for launch; output_dir has to be an absolute path on storage of the cluster"""
-
-STATUS_USAGE = """usage: raytrain-adv status [--address URL] [RUN]
-
-  --address      of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
-                 http://127.0.0.1:8265)
-  RUN            a run's name, or its output_dir; without it all runs that the cluster knows"""
-
-
-DOCTOR_USAGE = """usage: raytrain-adv doctor RUN [--fix]
-
-  Says what is wrong with the files of a run that is not running, what each thing means for a rerun
-  with resume_from_checkpoint: true, and which checkpoint that goes on from. Exit code 0: nothing is
-  wrong (any more); 5: something is; 2: there is no such run, or it is alive.
-
-  RUN     output_dir of a run; its checkpoints are looked at too, wherever they are
-  --fix   mend what can be mended. Nothing is deleted: what is taken out lies in RUN/set-aside
-          afterward. Without it nothing is changed"""
+EXIT_INTERRUPTED = 130
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+KEYS = {**SETTINGS, "ignore_unknown_options": True}
+"""Of commands that take key=value: unknown options are refused by `job_line`, all at once."""
+app = typer.Typer(
+    name="raytrain-adv",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings=SETTINGS,
+)
+kernels = typer.Typer(
+    help="Pin a job's kernels for a cluster without internet.",
+    rich_markup_mode=None,
+    context_settings=SETTINGS,
+)
+app.add_typer(kernels, name="kernels")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,260 +68,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RaytrainAdvError as error:
         _print_error(str(error))
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("raytrain_adv"):
+            raise
+        fix = "activate the environment (. .venv/bin/activate), or pip install -e ."
+        _print_error(f"{error.name} is not installed for {sys.executable}\n  fix:   {fix}")
+        return RaytrainAdvError.exit_code
     except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader, as in `raytrain-adv schema | head`, has seen enough.
+        if arguments[:1] == ["launch"]:
+            resume = "Set resume_from_checkpoint: true to continue from the last checkpoint."
+            _print_error(f"Stopped. {resume}")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader has closed, as in `raytrain-adv schema | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
 
 
 def _run(arguments: list[str]) -> int:
-    command, *rest = arguments or ["--help"]
-    if command in ("-h", "--help", "help"):
-        print(USAGE)
-        return EXIT_DONE
-    if command in ("--version", "version"):
-        print(f"raytrain-adv {__version__}")
-        return EXIT_DONE
-    if command not in COMMANDS:
-        if command.endswith((".yaml", ".yml")):
-            fix = f"write raytrain-adv launch {command}"
-        else:
-            fix = f"write one of {', '.join(COMMANDS)} first"
-        raise job_error("The command line", [Problem(f"{command!r} is not a command", fix)])
-    return COMMANDS[command](rest)
-
-
-def _launch(arguments: list[str]) -> int:
-    parse(arguments, "raytrain-adv launch")
-    from raytrain_adv import launch
-
-    return launch.main(arguments)
-
-
-def _submit(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(SUBMIT_USAGE)
-        return EXIT_DONE
-    flags, rest = _flags(arguments, ("--address", "--runtime-env"), "raytrain-adv submit --help")
-    parsed = parse(rest, "raytrain-adv submit")
-    if parsed.plan_only:
-        wrong = Problem("a plan is made here", "write raytrain-adv plan job.yaml")
-        raise job_error("The command line", [wrong])
-    from raytrain_adv.driver.commands.submit import submit
-
-    address, env = flags.get("--address"), flags.get("--runtime-env")
-    return submit(parsed.path, parsed.overrides, address, env)
-
-
-def _status(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(STATUS_USAGE)
-        return EXIT_DONE
-    flags, rest = _flags(arguments, ("--address",), "raytrain-adv status --help")
-    if len(rest) > 1 or any(argument.startswith("-") for argument in rest):
-        wrong = Problem(f"status takes no {' '.join(rest)!r}", "write raytrain-adv status --help")
-        raise job_error("The command line", [wrong])
-    from raytrain_adv.driver.commands.status import show
-
-    show(flags.get("--address"), rest[0] if rest else None)
-    return EXIT_DONE
-
-
-def _doctor(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(DOCTOR_USAGE)
-        return EXIT_DONE
-    rest = [argument for argument in arguments if argument != "--fix"]
-    if len(rest) != 1 or rest[0].startswith("-"):
-        wrong = f"doctor takes no {' '.join(rest)!r}" if rest else "no run is named"
-        problem = Problem(wrong, "write raytrain-adv doctor RUN [--fix], RUN being its output_dir")
-        raise job_error("The command line", [problem])
-    from raytrain_adv.driver.commands.doctor import show
-
-    return EXIT_DONE if show(Path(rest[0]), fix="--fix" in arguments) else EXIT_NOT_MENDED
-
-
-def _plan(arguments: list[str]) -> int:
-    parsed = parse(arguments, "raytrain-adv plan", plans=True)
-    job = load(parsed.path, parsed.overrides)
-    check_workers(job, parsed.workers)
-    from raytrain_adv.driver.plan.plan import show
-
-    show(job, parsed.workers, parsed.verbose, parsed.assumed)
-    return EXIT_DONE
-
-
-def _preflight(arguments: list[str]) -> int:
-    job = None
-    if arguments:
-        parsed = parse(arguments, "raytrain-adv preflight")
-        job = load(parsed.path, parsed.overrides)
-        check_files(job)
-    from raytrain_adv.driver.commands.preflight import show
-
-    show(job)
-    return EXIT_DONE
-
-
-def _kernels(arguments: list[str]) -> int:
-    action, *rest = arguments or ["--help"]
-    if action in ("-h", "--help"):
-        print(f"usage: {KERNELS_USAGE}")
-        return EXIT_DONE
-    if action == "lock":
-        flags, rest = _flags(rest, ("--output", "--torch", "--cuda"), KERNELS_USAGE)
-        parsed = parse(rest, "raytrain-adv kernels lock")
-        job = load(parsed.path, parsed.overrides)
-        from raytrain_adv.driver.commands import kernels
-
-        file = Path(flags.get("--output", "kernels.lock.json"))
-        kernels.lock(job, file, flags.get("--torch"), flags.get("--cuda"))
-        return EXIT_DONE
-    if action not in ("fetch", "verify") or len(rest) != 1:
-        wrong = Problem(f"kernels takes no {' '.join(arguments)!r}", f"write {KERNELS_USAGE}")
-        raise job_error("The command line", [wrong])
-    from raytrain_adv.driver.commands import kernels
-
-    (kernels.fetch if action == "fetch" else kernels.verify)(Path(rest[0]))
-    return EXIT_DONE
-
-
-def _flags(
-    arguments: list[str], names: tuple[str, ...], usage: str
-) -> tuple[dict[str, str], list[str]]:
-    """Return the flags with a value that are among the arguments, and the others."""
-    flags: dict[str, str] = {}
-    rest: list[str] = []
-    waiting = list(arguments)
-    while waiting:
-        name, equals, value = waiting.pop(0).partition("=")
-        if name not in names:
-            rest.append(f"{name}{equals}{value}")
-            continue
-        if not equals and waiting:
-            value = waiting.pop(0)
-        if not value:
-            problem = Problem(f"{name} has no value", f"write {usage}")
-            raise job_error("The command line", [problem])
-        flags[name] = value
-    return flags, rest
-
-
-def _export(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(EXPORT_USAGE)
-        return EXIT_DONE
-    options = {"--checkpoint": "", "--output": ""}
-    merge = "--merge" in arguments
-    sources: list[str] = []
-    overrides: list[str] = []
-    problems: list[Problem] = []
-    rest = [argument for argument in arguments if argument != "--merge"]
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.partition("=")
-        if name in options:
-            options[name] = value if equals else rest.pop(0) if rest else ""
-            if not options[name]:
-                problems.append(Problem(f"{name} has no value", f"write {name} VALUE"))
-        elif argument.startswith("-"):
-            known = ", ".join([*options, "--merge"])
-            problems.append(Problem(f"there is no option {name}", f"there are {known}"))
-        elif equals and not Path(argument).is_dir():
-            overrides.append(argument)
-        else:
-            sources.append(argument)
-    if len(sources) != 1:
-        found = (
-            f"{len(sources)} folders are named: {', '.join(sources)}" if sources else "no folder"
-        )
-        problems.append(Problem(found, "name one: a run's output_dir or a model folder"))
-    if problems:
-        raise job_error("The command line", problems)
-    from raytrain_adv.driver.commands.export import run
-
-    run(sources[0], options["--checkpoint"], options["--output"], overrides, merge)
-    return EXIT_DONE
-
-
-def _explain(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(f"usage: {EXPLAIN_USAGE}")
-        return EXIT_DONE
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if not flags:
-        print(explain(" ".join(arguments)) if arguments else compatibility.table())
-        return EXIT_DONE
-    if flags[0] not in ("--check", "--write") or len(arguments) != 2:
-        wrong = Problem(f"explain takes no {' '.join(arguments)!r}", f"write {EXPLAIN_USAGE}")
-        raise job_error("The command line", [wrong])
-    (page,) = (Path(argument) for argument in arguments if argument not in flags)
+    words = {"help": "--help", "version": "--version"}
+    arguments = [words.get(word, word) for word in arguments[:1]] + arguments[1:]
+    if arguments in ([], ["kernels"]):
+        arguments.append("--help")
+    command = typer.main.get_group(app)
+    if arguments[0] not in command.commands and not arguments[0].startswith("-"):
+        raise _no_command(arguments[0], list(command.commands))
+    # Typer's own main() would turn errors and interrupts into its own messages and exit codes.
     try:
-        old = page.read_text()
-        new = compatibility.renewed(old)
-        if flags[0] == "--write":
-            page.write_text(new)
-            return EXIT_DONE
-    except (OSError, ValueError) as error:
-        raise StorageError("The page cannot be read or written", str(error), "name one") from None
-    if new != old:
-        raise JobError(
-            f"The compatibility matrix in {page} is stale",
-            "the features' own rules say something else",
-            f"raytrain-adv explain --write {page}",
-        )
-    return EXIT_DONE
+        with command.make_context("raytrain-adv", arguments) as context:
+            return command.invoke(context) or EXIT_DONE
+    except typer.Exit as end:
+        return end.exit_code
+    except TyperException as error:
+        problem = Problem(error.format_message(), f"see raytrain-adv {arguments[0]} --help")
+        raise job_error("The command line", [problem]) from None
 
 
-def _schema(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print("usage: raytrain-adv schema [--output FILE]")
-        return EXIT_DONE
-    text = json.dumps(schema(), indent=2) + "\n"
-    if not arguments:
-        print(text, end="")
-        return EXIT_DONE
-    flag, equals, path = arguments[0].partition("=")
-    values = [path, *arguments[1:]] if equals else arguments[1:]
-    if flag not in ("--output", "-o") or len(values) != 1 or not values[0]:
-        wrong = " ".join(arguments)
-        raise job_error(
-            "The command line",
-            [Problem(f"schema takes no {wrong!r}", "write schema --output FILE")],
-        )
-    try:
-        Path(values[0]).write_text(text)
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            "The schema cannot be written", str(error), "name a file in a folder you can write"
-        ) from None
-    return EXIT_DONE
-
-
-EXPLAIN_USAGE = (
-    "raytrain-adv explain [FEATURE], or raytrain-adv explain --check | --write PAGE: whether the "
-    "matrix in a page of Markdown is up to date; bring it up to date"
-)
-
-KERNELS_USAGE = (
-    "raytrain-adv kernels lock job.yaml [--output FILE] [--torch X.Y] [--cuda X.Y|cpu], or "
-    "raytrain-adv kernels fetch | verify FILE"
-)
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "launch": _launch,
-    "submit": _submit,
-    "status": _status,
-    "doctor": _doctor,
-    "plan": _plan,
-    "preflight": _preflight,
-    "kernels": _kernels,
-    "export": _export,
-    "explain": _explain,
-    "schema": _schema,
-}
+def _no_command(word: str, known: Sequence[str]) -> JobError:
+    similar = nearest(word, known)
+    if word.endswith((".yaml", ".yml")):
+        fix = f"write raytrain-adv launch {word}"
+    else:
+        fix = f"write {similar}" if similar else f"write one of {', '.join(known)} first"
+    return job_error("The command line", [Problem(f"{word!r} is not a command", fix)])
 
 
 def _print_error(text: str) -> None:
@@ -358,6 +117,277 @@ def _print_error(text: str) -> None:
     encoding = sys.stderr.encoding or "utf-8"
     shown = hide_environment(text).encode(encoding, "backslashreplace").decode(encoding)
     print(f"\n{shown}", file=sys.stderr)
+
+
+def _load(context: typer.Context, job: str, overrides: Sequence[str] | None) -> JobConfig:
+    line = job_line(context, [job, *(overrides or ())])
+    return load(line.path, line.overrides)
+
+
+def _show_plan(line: Line, verbose: bool) -> None:
+    job = load(line.path, line.overrides)
+    check_workers(job, line.workers)
+    from raytrain_adv.driver.plan.plan import show
+
+    show(job, line.workers, verbose, line.assumed)
+
+
+def _train(job: JobConfig) -> None:
+    if not _has_ended(job):
+        check_files(job)
+    if job.sweep is not None:
+        from raytrain_adv.driver.sweep import sweep
+
+        sweep.run(job)
+    else:
+        from raytrain_adv.driver.training import trainer
+
+        trainer.run(job)
+
+
+def _has_ended(job: JobConfig) -> bool:
+    """Whether the job has ended: a rerun then shows its report, even if its files are gone."""
+    if job.output.resume_from_checkpoint is not True:
+        return False
+    from raytrain_adv.driver.output import output_dir
+
+    return output_dir.has_ended(Path(job.output.output_dir))
+
+
+@app.command(context_settings=KEYS)
+def launch(
+    context: typer.Context,
+    job: Job,
+    overrides: Overrides = None,
+    plan: Annotated[bool, flag("--plan", "Show what the job would do; train nothing.")] = False,
+    workers: Workers = None,
+    verbose: Verbose = False,
+    assume: Assume = None,
+) -> None:
+    """Run a job."""
+    given = {"--workers": workers is not None, "--verbose": verbose, "--assume": assume}
+    problems = [
+        Problem(f"{name} changes only a plan", f"add --plan, or leave {name} out")
+        for name, is_given in given.items()
+        if is_given and not plan
+    ]
+    line = job_line(context, [job, *(overrides or ())], workers, assume, problems)
+    if plan:
+        _show_plan(line, verbose)
+    else:
+        _train(load(line.path, line.overrides))
+
+
+@app.command(context_settings=KEYS)
+def submit(
+    context: typer.Context,
+    job: Job,
+    overrides: Overrides = None,
+    address: Address = None,
+    runtime_env: Annotated[
+        str | None, option("FILE", "What is uploaded. Default: jobs/runtime_env.yaml.")
+    ] = None,
+) -> int:
+    """Run a job on a running cluster, and follow its log.
+
+    Uploads this folder (without checkpoints, data and environments), runs the job there, prints its
+    log to the end, and exits with its exit code. Ctrl-C stops the job, with a checkpoint.
+    output_dir must be an absolute path on storage of the cluster.
+    """
+    if "--plan" in (job, *(overrides or ())):
+        problem = Problem("submit does not plan", "write raytrain-adv plan job.yaml")
+        raise job_error("The command line", [problem])
+    line = job_line(context, [job, *(overrides or ())])
+    from raytrain_adv.driver.commands import submit
+
+    return submit.submit(line.path, line.overrides, address, runtime_env)
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, argument("RUN", "Its name or output_dir. Default: all.")] = None,
+    address: Address = None,
+) -> None:
+    """Show the runs of a cluster, or one of them."""
+    from raytrain_adv.driver.commands import status
+
+    status.show(address, run)
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, argument("RUN", "Its output_dir; its checkpoints may lie elsewhere.")],
+    fix: Annotated[
+        bool, flag("--fix", "Repair it. Nothing is deleted: files are moved to RUN/set-aside.")
+    ] = False,
+) -> int:
+    """Find damage in a run's files, and repair it.
+
+    Prints what each finding means for a rerun with resume_from_checkpoint: true, and the checkpoint
+    from which it resumes. The run must not be active.
+
+    Exit code: 0 if nothing is wrong (any more), 5 if something is, 2 if there is no such run or it
+    is active.
+    """
+    from raytrain_adv.driver.commands import doctor
+
+    return EXIT_DONE if doctor.show(run, fix) else EXIT_NOT_MENDED
+
+
+@app.command(context_settings=KEYS)
+def plan(
+    context: typer.Context,
+    job: Job,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    verbose: Verbose = False,
+    assume: Assume = None,
+) -> None:
+    """Show what a job would do, its memory, and its limits on many workers."""
+    _show_plan(job_line(context, [job, *(overrides or ())], workers, assume), verbose)
+
+
+@app.command(context_settings=KEYS)
+def preflight(
+    context: typer.Context, job: Annotated[str | None, JOB] = None, overrides: Overrides = None
+) -> None:
+    """Check the cluster's nodes, for a job or for any."""
+    loaded = _load(context, job, overrides) if job is not None else None
+    if loaded is not None:
+        check_files(loaded)
+    from raytrain_adv.driver.commands import preflight
+
+    preflight.show(loaded)
+
+
+@kernels.command(context_settings=KEYS)
+def lock(
+    context: typer.Context,
+    job: Job,
+    overrides: Overrides = None,
+    output: Annotated[Path, option("FILE", "The lock file.")] = Path("kernels.lock.json"),
+    torch: Annotated[str | None, option("X.Y", "PyTorch on the workers, if not as here.")] = None,
+    cuda: Annotated[str | None, option("X.Y|cpu", "CUDA there, if not as here.")] = None,
+) -> None:
+    """Pin a job's kernels in a lock file."""
+    loaded = _load(context, job, overrides)
+    from raytrain_adv.driver.commands import kernels
+
+    kernels.lock(loaded, output, torch, cuda)
+
+
+@kernels.command()
+def fetch(file: LockFile) -> None:
+    """Download the files of a lock file next to it."""
+    from raytrain_adv.driver.commands import kernels
+
+    kernels.fetch(file)
+
+
+@kernels.command()
+def verify(file: LockFile) -> None:
+    """Compare the downloaded files with their lock file."""
+    from raytrain_adv.driver.commands import kernels
+
+    kernels.verify(file)
+
+
+@app.command(context_settings=KEYS)
+def export(
+    context: typer.Context,
+    source: Annotated[str, argument("RUN|MODEL", "A run's output_dir, or a model folder.")],
+    overrides: Annotated[list[str] | None, argument("key=value", QAT_KEYS)] = None,
+    checkpoint: Annotated[str, option("STEP", "step_N, or a path. Default: the newest.")] = "",
+    output: Annotated[str, option("DIR", "The new folder. Default for a run: in RUN.")] = "",
+    merge: Annotated[bool, flag("--merge", "Merge a LoRA adapter into its base.")] = False,
+) -> None:
+    """Export a checkpoint's model, or quantize a model folder.
+
+    RUN: writes model, and with QAT model-quantized. The run's keys apply, unless QAT keys given
+    here replace them. With --merge it writes one model after LoRA; a quantized base becomes bf16.
+
+    MODEL: a Hugging Face folder, quantized without training (PTQ); needs --output and
+    enable_qat=true.
+    """
+    problems, sources, keys = list[Problem](), list[str](), list[str]()
+    given = [source, *(overrides or ())]
+    for place, text in enumerate(given):
+        if text.startswith("-"):
+            problems.append(no_option(context, given, place))
+        elif "=" in text and not exists(text, folder=True):
+            keys.append(text)
+        else:
+            sources.append(text)
+    if len(sources) != 1:
+        found = f"{len(sources)} folders are named: {', '.join(sources) or 'none'}"
+        problems.append(Problem(found, "name one: a run's output_dir or a model folder"))
+    if problems:
+        raise job_error("The command line", problems)
+    from raytrain_adv.driver.commands import export
+
+    export.run(sources[0], checkpoint, output, keys, merge)
+
+
+@app.command()
+def explain(
+    feature: Annotated[list[str] | None, argument("FEATURE", "Default: the whole matrix.")] = None,
+    check: Annotated[Path | None, option("PAGE", "Compare a Markdown page's matrix.")] = None,
+    write: Annotated[Path | None, option("PAGE", "Update a Markdown page's matrix.")] = None,
+) -> None:
+    """Describe a feature and what it can be combined with."""
+    page = check or write
+    if page is None:
+        print(features.explain(" ".join(feature)) if feature else compatibility.table())
+        return
+    if feature or (check and write):
+        problem = Problem("explain takes one page and nothing else", "see raytrain-adv explain -h")
+        raise job_error("The command line", [problem])
+    try:
+        old = page.read_text()
+        new = compatibility.renewed(old)
+        if write:
+            page.write_text(new)
+            return
+    except (OSError, ValueError) as error:
+        raise StorageError("The page cannot be read or written", str(error), "name one") from None
+    if new != old:
+        raise JobError(
+            f"The compatibility matrix in {page} is stale",
+            "it differs from the features' own rules",
+            f"raytrain-adv explain --write {page}",
+        )
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, option("FILE", "Write it there.", "--output", "-o")] = None,
+) -> None:
+    """Print the JSON schema of the job file."""
+    text = json.dumps(schemas.schema(), indent=2) + "\n"
+    if output is None:
+        print(text, end="")
+        return
+    try:
+        output.write_text(text)
+    except (OSError, ValueError) as error:
+        fix = "name a file in a folder you can write"
+        raise StorageError("The schema cannot be written", str(error), fix) from None
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"raytrain-adv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """Fine-tune Hugging Face language models on Ray: FP8, QAT and Hub kernels."""
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from raytrain_adv.config.assumptions import Assumptions
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.estimate.assumptions import Assumptions
 from raytrain_adv.estimate.traffic import (
     CheckpointCost,
     Times,

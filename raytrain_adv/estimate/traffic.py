@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from raytrain_adv.config.assumptions import Assumptions
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.estimate.assumptions import Assumptions
 from raytrain_adv.estimate.memory import REDUCE_BYTES
 from raytrain_adv.estimate.sizes import has_8bit_states, num_bytes
 from raytrain_adv.hardware import peak_flops

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytrain_adv import hardware
-from raytrain_adv.config.assumptions import Assumptions
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.workers import accumulation, numbers
 from raytrain_adv.data.batches.collate import pad_to
@@ -21,6 +20,7 @@ from raytrain_adv.driver.plan.data import DataSummary, look_at, summarize
 from raytrain_adv.driver.plan.remarks import remarks
 from raytrain_adv.driver.plan.text import WIDTH, render, render_brief, view
 from raytrain_adv.estimate.advice import EXAMPLES, Advice, Case, Gpu, advise
+from raytrain_adv.estimate.assumptions import Assumptions
 from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.estimate.host import HostNeed
 from raytrain_adv.estimate.limits import Limit, Scale, Work

@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from raytrain_adv.checkpoint.host_memory import HostMemory
 from raytrain_adv.checkpoint.save import training_state
 from raytrain_adv.checkpoint.staging import staged
-from raytrain_adv.config.arguments import parse
-from raytrain_adv.config.assumptions import Assumptions
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.problems import job_error
 from raytrain_adv.driver.plan.plan import show
 from raytrain_adv.errors import JobError
 from raytrain_adv.estimate import limits as scale_limits
 from raytrain_adv.estimate import traffic
+from raytrain_adv.estimate.assumptions import Assumptions, assumptions
 from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.estimate.limits import Work
 from raytrain_adv.model import parallel, weights
@@ -246,14 +246,6 @@ def test_only_a_plan_of_more_workers_than_a_node_has_says_what_they_move(
     assert "exposed communication" in text
 
 
-def test_assumptions_are_read_from_the_command_line() -> None:
-    line = ["job.yaml", "--workers", "512", "--assume", "network_gb_s=80", "--assume=open_files=9"]
-    parsed = parse(line, "raytrain-adv plan", plans=True)
-    assert parsed.workers == 512
-    assert parsed.assumed == Assumptions(network_gb_s=80, open_files=9)
-    assert parse(["job.yaml"], "raytrain-adv plan", plans=True).assumed is None
-
-
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -261,9 +253,9 @@ def test_assumptions_are_read_from_the_command_line() -> None:
         ("storage_gb_s=fast", "it takes a number above 0"),
         ("storage_gb_s=0", "it takes a number above 0"),
         ("gpus_per_node=2.5", "a whole number"),
-        ("", "nothing of that name"),
+        ("", "there is no such assumption"),
     ],
 )
 def test_what_cannot_be_assumed_is_refused(wrong: str, said: str) -> None:
     with pytest.raises(JobError, match=said):
-        parse(["job.yaml", "--assume", wrong], "raytrain-adv plan", plans=True)
+        raise job_error("--assume", assumptions([wrong])[1])
