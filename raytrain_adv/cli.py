@@ -28,6 +28,7 @@ from raytrain_adv.command_line import (
     exists,
     flag,
     job_line,
+    no_option,
     option,
 )
 from raytrain_adv.config import JobConfig, compatibility, load
