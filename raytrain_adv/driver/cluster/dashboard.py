@@ -55,8 +55,8 @@ def connect(address: str | None) -> JobSubmissionClient:
         raise ClusterError(
             "The cluster's dashboard does not answer",
             f"{url}: {first_line(error)}",
-            "pass the dashboard's address, as --address http://127.0.0.1:8265, and check that it can "
-            "be reached from here (kubectl port-forward, ray dashboard)",
+            "pass the dashboard's address, as --address http://127.0.0.1:8265, and check that it "
+            "can be reached from here (kubectl port-forward, ray dashboard)",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""The output folder of one run. Its contents decide whether a job starts, resumes, or is refused."""
+"""The output folder of one run: its contents decide if a job starts, resumes, or is refused."""
 
 from __future__ import annotations
 

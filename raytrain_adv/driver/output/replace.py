@@ -61,8 +61,8 @@ class Replaced:
         """Restore it as it was found; return a message."""
         put_back(self.folder)
         return (
-            f"{self.folder} is unchanged: overwrite_output_dir deletes its content once the new run "
-            "is accepted"
+            f"{self.folder} is unchanged: overwrite_output_dir deletes its content once the "
+            "new run is accepted"
         )
 
     def refuse_to_delete(self, key: str, value: str | None) -> None:
