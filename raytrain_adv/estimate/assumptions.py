@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from raytrain_adv.config.problems import Problem
+from raytrain_adv.text import nearest
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,21 @@ class Assumptions:
 
 
 def assumptions(pairs: Iterable[str]) -> tuple[Assumptions, list[Problem]]:
-    """Return the assumptions with these NAME=VALUE pairs in place, and what is wrong with them."""
+    """Return the assumptions with these NAME=VALUE pairs applied, and what is wrong with them."""
+    names = [field.name for field in fields(Assumptions)]
     values: dict[str, float] = {}
     problems = []
     for pair in pairs:
         name, _, text = pair.partition("=")
-        value, wrong = _positive(text), list(_unknown(name))
-        problems += wrong
-        if not wrong and value is None:
+        value = _positive(text)
+        if name not in names:
+            similar = nearest(name, names)
+            fix = f"write {similar}" if similar else f"there are {', '.join(names)}"
+            problems.append(Problem(f"--assume {name[:40]!r}: there is no such assumption", fix))
+        elif value is None:
             what = f"--assume {name}={text[:40]!r}: it takes a number above 0"
             problems.append(Problem(what, f"write --assume {name}=NUMBER"))
-        elif value is not None and not wrong:
+        else:
             values[name] = value
     per_node = values.get("gpus_per_node", 1.0)
     if per_node != int(per_node):
@@ -54,21 +58,9 @@ def assumptions(pairs: Iterable[str]) -> tuple[Assumptions, list[Problem]]:
     return Assumptions(**values), problems
 
 
-def _names() -> list[str]:
-    return [field.name for field in fields(Assumptions)]
-
-
 def _positive(text: str) -> float | None:
     try:
         value = float(text)
     except ValueError:
         return None
     return value if 0 < value < float("inf") else None
-
-
-def _unknown(name: str) -> Iterator[Problem]:
-    if name in _names():
-        return
-    close = difflib.get_close_matches(name, _names(), n=1)
-    fix = f"write {close[0]}" if close else "there are " + ", ".join(_names())
-    yield Problem(f"--assume {name[:40]!r}: nothing of that name is assumed", fix)

@@ -1,4 +1,4 @@
-"""A running cluster's dashboard, as a client: the jobs and runs that it knows of."""
+"""A running cluster's dashboard, as a client: its jobs and runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from raytrain_adv.errors import ClusterError
+from raytrain_adv.text import first_line
 
 DEFAULT = "http://127.0.0.1:8265"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -25,7 +26,7 @@ RUNS = "/api/train/v2/runs/v1"
 
 def named(address: str | None) -> str | None:
     """Return the address that was given, or that the environment names as Ray's own commands take
-    it; none if neither does.
+    it; None if neither does.
     """
     return address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
 
@@ -34,36 +35,36 @@ def connect(address: str | None) -> JobSubmissionClient:
     """Return a client of the cluster whose dashboard answers there.
 
     Args:
-        address: http://host:port of the dashboard; none means what `named` finds, or this machine.
+        address: http://host:port of the dashboard; None for what `named` finds, or this machine.
 
     Raises:
-        ClusterError: when nobody answers, or not to us.
+        ClusterError: if it does not answer, or refuses us.
     """
     url = named(address) or DEFAULT
     try:
         return _client(url)
     except AuthenticationError as error:
         raise ClusterError(
-            "The cluster asks for its token",
-            f"{url}: {str(error).splitlines()[0]}",
-            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or have the token in ~/.ray/auth_token); "
+            "The cluster requires its token",
+            f"{url}: {first_line(error)}",
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or put the token into ~/.ray/auth_token); "
             "cluster/README.md says where it is; a Ray that a launch started on this machine has "
             "it in ~/.ray/auth_token of the user who launched",
         ) from None
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(
             "The cluster's dashboard does not answer",
-            f"{url}: {str(error).splitlines()[0]}",
-            "give the dashboard's address, as --address http://127.0.0.1:8265, and check that it "
-            "is reached from here (kubectl port-forward, ray dashboard)",
+            f"{url}: {first_line(error)}",
+            "pass the dashboard's address, as --address http://127.0.0.1:8265, and check that it "
+            "can be reached from here (kubectl port-forward, ray dashboard)",
         ) from None
 
 
 def _client(url: str) -> JobSubmissionClient:
-    """Return a client; one that shows this user's token, where this machine's Ray asks for it.
+    """Return a client; one that sends this user's token, if this machine's Ray requires it.
 
-    Ray asks for it by default where a launch has started it, and its own clients do not show it
-    unless RAY_AUTH_MODE says so (ray 2.60). To another machine nothing is sent unasked.
+    A Ray that a launch started requires it by default, and Ray's own clients do not send it unless
+    RAY_AUTH_MODE is set (ray 2.60). It is not sent to another machine without RAY_AUTH_MODE.
     """
     try:
         return JobSubmissionClient(url)
@@ -83,7 +84,7 @@ def train_runs(client: JobSubmissionClient) -> list[dict[str, Any]]:
     """Return Ray Train's runs, the last started first, with attempts and workers.
 
     Raises:
-        ClusterError: when the dashboard cannot say.
+        ClusterError: if the dashboard cannot list them.
     """
     try:
         # Private, for its headers with the cluster's token; there is no public client (ray 2.60).
@@ -92,7 +93,7 @@ def train_runs(client: JobSubmissionClient) -> list[dict[str, Any]]:
     except (requests.RequestException, RuntimeError) as error:
         raise ClusterError(
             "The dashboard cannot list Ray Train's runs",
-            f"{RUNS}: {str(error).splitlines()[0]}",
+            f"{RUNS}: {first_line(error)}",
             "the cluster needs ray 2.60 with ray[default]",
         ) from None
     runs: list[dict[str, Any]] = answer.json()["train_runs"]

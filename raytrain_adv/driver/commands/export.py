@@ -45,7 +45,7 @@ from raytrain_adv.transforms.transform import Plan
 
 CPU = torch.device("cpu")
 MEANINGLESS = frozenset({"compare", "fake_quant_after_n_steps"})
-"""QAT keys that say how to train."""
+"""QAT keys that only affect training."""
 NO_GPU = "float8 products need a GPU, and this command has none"
 KEPT = (Lora, Qat, QuantizedBase)
 """Transforms whose keys matter when there is nothing to train."""
@@ -89,7 +89,7 @@ def run(
 
 
 def _qat_keys(overrides: Sequence[str]) -> list[str]:
-    """Refuse keys that do not say how a model is quantized."""
+    """Refuse keys that do not affect how a model is quantized."""
     allowed = {*Qat.model_fields, "trust_remote_code"} - MEANINGLESS
     problems = [
         Problem(
@@ -142,7 +142,7 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
     keys["pure_bf16"] = dtype == torch.bfloat16
     job = load_keys(keys, str(source), given)
     if not job.transform(Qat).enabled:
-        raise _not_asked_for(f"{source} is a model folder already")
+        raise _nothing_to_quantize(f"{source} is a model folder already")
     target = _new(Path(output))
     new = NewFolder(target, CPU)
     new.run(lambda: write_converted(source, new.partial, job, dtype, CPU, require=new.require_now))
@@ -158,12 +158,12 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
 
 
 def _code(given: list[str]) -> list[str]:
-    """Return what of the keys is needed to read a model's config: whether its code may run."""
+    """Return the keys needed to read a model's config: whether its code may run."""
     return [item for item in given if item.startswith("trust_remote_code=")]
 
 
 def _values(given: list[str]) -> dict[str, Any]:
-    """Return what the keys are set to, read as YAML; what is none is refused with the job."""
+    """Return what the keys are set to, read as YAML; the job refuses malformed ones."""
     values: dict[str, Any] = {}
     for item in given:
         key, _, text = item.partition("=")
@@ -173,7 +173,7 @@ def _values(given: list[str]) -> dict[str, Any]:
 
 
 def _turns_off_qat(given: list[str]) -> bool:
-    """Whether the keys say enable_qat: false, in whichever of its spellings."""
+    """Whether the keys set enable_qat: false, in any spelling."""
     value = _values(given).get("enable_qat")
     try:
         return value is not None and not Qat.model_validate({"enable_qat": value}).enable_qat
@@ -182,8 +182,8 @@ def _turns_off_qat(given: list[str]) -> bool:
 
 
 def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
-    """Hold a quantized folder to its source with fake quantization, and say how near it is; where
-    this machine cannot, say why.
+    """Compare a quantized folder with its source under fake quantization, and describe it; if
+    this machine cannot, return why.
 
     Raises:
         TrainingError: when they do not compute the same.
@@ -207,14 +207,14 @@ def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
     except TrainingError as error:
         what = "the quantized model does not compute what its source does with fake quantization"
         raise TrainingError(what, error.found, DEFECT) from error
-    return _said(found.difference, found.how, "the source's")
+    return _difference(found.difference, found.how, "the source's")
 
 
-def _said(difference: float, how: str, whose: str) -> str:
+def _difference(difference: float, how: str, whose: str) -> str:
     return f"logits differ by {difference:.3g} from {whose} with fake quantization ({how})"
 
 
-def _not_asked_for(found: str) -> JobError:
+def _nothing_to_quantize(found: str) -> JobError:
     return JobError(
         "enable_qat: true is missing: nothing would be quantized",
         found,
@@ -295,7 +295,7 @@ def _job_of(folder: Path, stored: Mapping[str, Any], given: list[str]) -> JobCon
         keys["flash_attn"] = "auto"  # nothing is trained here, and it may be for GPUs alone
     job = load_keys({**keys, "output_dir": str(folder)}, str(folder / RUN_FILE), given)
     if given and not is_off and not job.transform(Qat).enabled:
-        raise _not_asked_for(f"{', '.join(given)}; the run has enable_qat: false")
+        raise _nothing_to_quantize(f"{', '.join(given)}; the run has enable_qat: false")
     return job
 
 
@@ -319,7 +319,7 @@ def _export_run(
         print(f"           not compared: {NO_GPU}")
     else:
         difference, how = figures["quantized_logit_difference"], figures["quantized_comparison"]
-        print("           " + _said(difference, how, "the checkpoint's"))
+        print("           " + _difference(difference, how, "the checkpoint's"))
 
 
 def _checkpoint(job: JobConfig, name: str) -> Found:

@@ -23,13 +23,13 @@ def lock(job: JobConfig, file: Path, torch: str | None, cuda: str | None) -> Non
     """Pin the job's kernels in a lock file: commit, build and the sha256 of each file.
 
     Args:
-        job: the job that asks for them.
+        job: a job with kernels enabled.
         file: the lock file to write.
-        torch: version of PyTorch on the workers; none takes this machine's.
-        cuda: version of CUDA there, or `cpu`; none takes this machine's.
+        torch: version of PyTorch on the workers; None for this machine's.
+        cuda: version of CUDA there, or `cpu`; None for this machine's.
 
     Raises:
-        JobError: when the job asks for no kernels, or one cannot be found.
+        JobError: if the job uses no kernels, or one cannot be found.
     """
     keys = job.transform(HubKernels)
     wanted: list[tuple[Wanted, Use]] = []
@@ -40,7 +40,7 @@ def lock(job: JobConfig, file: Path, torch: str | None, cuda: str | None) -> Non
         wanted.append((of_attention, "attention"))
     if not wanted:
         raise JobError(
-            "the job asks for no kernels",
+            "the job uses no kernels",
             f"{job.source}: use_kernels is false, and flash_attn names none",
             "set use_kernels: true, or flash_attn: hub:owner/kernel",
         )
@@ -52,15 +52,15 @@ def lock(job: JobConfig, file: Path, torch: str | None, cuda: str | None) -> Non
     for one in locked:
         print(_line(one))
     print(f"locked for {place.target} in {file}")
-    print(f"bring the files: raytrain-adv kernels fetch {file}; use them: kernels_lock: {file}")
+    print(f"download the files: raytrain-adv kernels fetch {file}; use them: kernels_lock: {file}")
 
 
 def target_of(job: JobConfig, torch: str | None, cuda: str | None) -> Target:
-    """Return what builds have to fit: this machine, but for what is given."""
+    """Return the target of builds: this machine, except for the given versions."""
     target = Target.of(hardware.detect("cpu" if job.parallel.use_cpu else None))
     for flag, version in (("--torch", torch), ("--cuda", cuda)):
         if version not in (None, "cpu") and numbers(version) == (0, 0):
-            problem = Problem(f"{version!r} is no version", "write two numbers, as 2.11", flag)
+            problem = Problem(f"{version!r} is not a version", "write two numbers, as 2.11", flag)
             raise job_error("The command line", [problem])
     if torch is not None:
         target = replace(target, torch=numbers(torch))
@@ -70,10 +70,10 @@ def target_of(job: JobConfig, torch: str | None, cuda: str | None) -> Target:
 
 
 def fetch(file: Path) -> None:
-    """Bring the locked files beside the lock file; what is there and right stays.
+    """Download the locked files next to the lock file; sound files there stay.
 
     Raises:
-        JobError: when the files cannot be had, or are not those locked.
+        JobError: if the files cannot be downloaded, or differ from the lock.
     """
     found = locks.read(file)
     for locked in found.kernels:
@@ -81,11 +81,11 @@ def fetch(file: Path) -> None:
         wanted = Wanted(locked.source, is_local=is_local, revision=locked.commit)
         kernel_files.bring(wanted, locked, file)
         print(_line(locked))
-    print(f"{len(found.kernels)} kernels beside {file}")
+    print(f"{len(found.kernels)} kernels next to {file}")
 
 
 def verify(file: Path) -> None:
-    """Compare the files beside a lock file with it.
+    """Compare the files next to a lock file with it.
 
     Raises:
         JobError: naming the files that differ or are missing.
@@ -94,7 +94,7 @@ def verify(file: Path) -> None:
     for locked in found.kernels:
         if locked.folder is None:
             raise JobError(
-                f"the files of {locked.source} are not beside {file}",
+                f"the files of {locked.source} are not next to {file}",
                 "they were locked and never fetched",
                 f"raytrain-adv kernels fetch {file}",
             )

@@ -1,6 +1,6 @@
 """`raytrain-adv status`: the runs of a cluster, or one of them: attempts, workers, last step, logs.
 
-What Ray's dashboard knows of workers, beside what the run itself has written into its output_dir.
+Combines Ray's dashboard with what a run has written into its output_dir.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ray.job_submission import JobSubmissionClient
+from rich.console import Console
+from rich.table import Table
 
 from raytrain_adv import text
 from raytrain_adv.driver.cluster import dashboard
@@ -31,7 +33,7 @@ class Written:
     """What a run has written into its output_dir so far."""
 
     status: str
-    """running, done or failed, as its driver last noted it."""
+    """running, done or failed, as its driver last wrote it."""
     step: int = 0
     total_steps: int | None = None
     loss: float | None = None
@@ -40,8 +42,8 @@ class Written:
     restarts: int | None = None
     row_at: float | None = None
     """When the last row was written, unix seconds."""
-    says: str = ""
-    """The last thing that the run said."""
+    message: str = ""
+    """The message of its last event."""
 
     @property
     def progress(self) -> str:
@@ -59,20 +61,20 @@ def show(address: str | None, run: str | None) -> None:
     """
     folder = _folder(run)
     if folder is not None and dashboard.named(address) is None:
-        print("\n".join([*of_folder(folder), "no --address: Ray was not asked"]))
+        print("\n".join([*of_folder(folder), "no --address: Ray was not queried"]))
         return
     client = dashboard.connect(address)
     runs = dashboard.train_runs(client)
     if run is None:
-        print("\n".join(table(runs)) if runs else "the cluster knows of no run")
+        print("\n".join(table(runs)) if runs else "the cluster has no runs")
         return
     chosen = [one for one in runs if run in names(one) or (folder and is_in(one, folder))]
     if not chosen and folder is None:
         known = sorted({run_of(one) for one in runs})
         raise JobError(
-            f"The cluster knows of no run {run!r}",
+            f"The cluster has no run {run!r}",
             f"its runs: {', '.join(known) or 'none'}",
-            "name one of them, or an output_dir that is seen from here",
+            "name one of them, or an output_dir that can be read from here",
         )
     lines = of_folder(folder) if folder is not None else []
     for one in chosen:
@@ -81,7 +83,7 @@ def show(address: str | None, run: str | None) -> None:
 
 
 def _folder(run: str | None) -> Path | None:
-    """Return the output_dir that a run was named by; none where it is another name."""
+    """Return the output_dir that a run was named by; None for another name."""
     if run is None:
         return None
     try:
@@ -91,7 +93,7 @@ def _folder(run: str | None) -> Path | None:
 
 
 def names(run: Entry) -> set[str]:
-    """Return by what names a run is known: its own, and its attempt's in Ray."""
+    """Return the names of a run: its own, and its attempt's in Ray."""
     return {run_of(run), str(run["name"])}
 
 
@@ -106,12 +108,12 @@ def _loop_config(run: Entry) -> Entry:
 
 
 def run_of(run: Entry) -> str:
-    """Return the run's name; that of another program's run is what Ray has."""
+    """Return the run's name; for another program's run, Ray's."""
     return str(_loop_config(run).get("run", run["name"]))
 
 
 def output_dir(run: Entry) -> str | None:
-    """Return the run's output_dir; none for a run that is not ours."""
+    """Return the run's output_dir; None for a run that is not ours."""
     marker = _loop_config(run).get("marker")
     return str(Path(marker).parent) if marker else None
 
@@ -123,14 +125,14 @@ def workers_of(run: Entry) -> Sequence[Entry]:
 
 
 def written(folder: str | None) -> Written | None:
-    """Return what a run has written; none where its output_dir is not seen from here."""
+    """Return what a run has written; None if its output_dir cannot be read from here."""
     record = Storage.at(folder).read_json(RUN_FILE) if folder and Path(folder).is_dir() else None
     if folder is None or record is None:
         return None
     rows = read(Path(folder) / FILE_NAME)
     trained = [row for row in rows if row["kind"] == "train"]
     plans = [row for row in rows if row.get("event") == "plan"]
-    said = [str(row["message"]) for row in rows if row["kind"] == "event" and "message" in row]
+    messages = [str(row["message"]) for row in rows if row["kind"] == "event" and "message" in row]
     last: Entry = trained[-1] if trained else {}
     begun: Entry = plans[-1] if plans else {}
     return Written(
@@ -141,17 +143,22 @@ def written(folder: str | None) -> Written | None:
         rate=last.get("tokens_per_second_per_worker"),
         restarts=begun.get("restarts"),
         row_at=rows[-1].get("time") if rows else None,
-        says=said[-1] if said else "",
+        message=messages[-1] if messages else "",
     )
 
 
 def table(runs: Sequence[Entry]) -> list[str]:
     """Return a line for each run, below their heads."""
-    rows = [HEADS, *(_row(run) for run in runs)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADS))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    rows = [_row(run) for run in runs]
+    view = Table(*HEADS, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        view.add_row(*row)
+    console = Console(width=1000, highlight=False, markup=False, color_system=None)
+    with console.capture() as lines_shown:
+        console.print(view)
+    lines = lines_shown.get().splitlines()
     if any(row[3] == UNSEEN for row in rows):
-        lines.append("-: its output_dir is not seen from here; ray job logs has the run's log")
+        lines.append("-: output_dir cannot be read from here; ray job logs prints the run's log")
     return [line.rstrip() for line in lines]
 
 
@@ -171,10 +178,10 @@ def _figures(found: Written) -> tuple[str, str, str]:
 
 
 def of_folder(folder: Path) -> list[str]:
-    """Return what a run's own files say of it."""
+    """Return what a run's own files show."""
     found = written(str(folder))
     if found is None:
-        return [f"{folder}: not seen from here"]
+        return [f"{folder}: cannot be read from here"]
     loss, rate, restarts = _figures(found)
     lines = [
         f"{folder}: {found.status}",
@@ -183,7 +190,7 @@ def of_folder(folder: Path) -> list[str]:
     ]
     if found.row_at is not None:
         age = text.clock(max(time.time() - found.row_at, 0.0))
-        lines.append(f"  last row  {age} ago{f': {found.says}' if found.says else ''}")
+        lines.append(f"  last row  {age} ago{f': {found.message}' if found.message else ''}")
     lines += [
         f"  {name.partition('.')[0].ljust(9)} {folder / name}"
         for name in (FILE_NAME, "report.html", "model")

@@ -1,6 +1,4 @@
-"""`raytrain-adv submit`: a job on a running cluster, from the folder it is written in, followed to
-its end.
-"""
+"""`raytrain-adv submit`: upload a folder to a running cluster, run its job, and follow the log."""
 
 from __future__ import annotations
 
@@ -24,6 +22,7 @@ from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver.cluster import dashboard
 from raytrain_adv.errors import EXIT_DONE, EXIT_TRAINING_FAILED, ClusterError, JobError
 from raytrain_adv.redaction import is_secret_name, redact, secrets_in
+from raytrain_adv.text import first_line, listed
 from raytrain_adv.transforms.applied import Transforms
 
 DEFAULT_ENV = "jobs/runtime_env.yaml"
@@ -32,29 +31,29 @@ EXCLUDES = (
     *("wandb/", "mlruns/", "*.safetensors", "*.distcp", "*.bin", "*.pt", "*.pth", "*.gguf"),
     *("*.arrow", "*.parquet"),
 )
-"""What does not travel, where no file says it."""
+"""What is not uploaded, unless a file configures it."""
 ENV_VARS = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
 LARGEST_MIB = 500
-"""Ray takes 512 MiB, packed (ray 2.60)."""
+"""Ray accepts 512 MiB, packed (ray 2.60)."""
 EXIT_STOPPED = 130
 RETRY_S = 2.0
 MAX_RETRIES = 30
 
 
 def submit(path: str, overrides: list[str], address: str | None, env_file: str | None) -> int:
-    """Send the job and the folder it is launched from, follow its log, and return its exit code.
+    """Upload the folder, run the job, follow its log, and return its exit code.
 
-    Ctrl-C asks the job to stop, which it does with a checkpoint; a second one leaves it to itself.
+    Ctrl-C stops the job, with a checkpoint; a second one leaves it running.
 
     Raises:
-        JobError: when the job could not run there as it is written, or shows a secret.
-        ClusterError: when the cluster does not take it.
+        JobError: if the job could not run there as written, or shows a secret.
+        ClusterError: if the cluster does not accept it.
     """
     job = load(path, overrides)
     folder = Path.cwd()
     env = runtime_env(env_file, folder)
     refuse_secrets(env, overrides)
-    files = travelling(folder, env["excludes"])
+    files = uploaded_files(folder, env["excludes"])
     refuse_what_stays_behind(job, path, folder, files)
     size_mib = sum(file.stat().st_size for file in files) / 2**20
     if size_mib > LARGEST_MIB:
@@ -65,7 +64,7 @@ def submit(path: str, overrides: list[str], address: str | None, env_file: str |
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
     command = ["python", "-m", "raytrain_adv.launch", path, *overrides]
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", job.run_name) + time.strftime("-%Y%m%d-%H%M%S")
-    print(f"{len(files)} files of {folder} travel, {size_mib:.1f} MiB", flush=True)
+    print(f"{len(files)} files of {folder} are uploaded, {size_mib:.1f} MiB", flush=True)
     try:
         client.submit_job(
             entrypoint=shlex.join(command),
@@ -75,14 +74,14 @@ def submit(path: str, overrides: list[str], address: str | None, env_file: str |
         )
     except (RuntimeError, ValueError, ConnectionError) as error:
         raise ClusterError(
-            "The cluster did not take the job", str(error).strip().splitlines()[0], "see its log"
+            "The cluster did not accept the job", first_line(error), "see its log"
         ) from error
     print(f"submitted as {name}; Ctrl-C stops it, with a checkpoint\n", flush=True)
     return asyncio.run(follow(client, name))
 
 
 def metadata(job: JobConfig, path: str) -> dict[str, str]:
-    """Return what the dashboard's list of jobs says of this one."""
+    """Return what the dashboard's list of jobs shows of this one."""
     features = [transform.name for transform in Transforms(job)]
     return {
         "raytrain_adv": __version__,
@@ -99,7 +98,7 @@ def runtime_env(file: str | None, folder: Path) -> dict[str, Any]:
     its working directory is the folder.
 
     Raises:
-        JobError: when the file is none.
+        JobError: if the file is not a runtime environment.
     """
     found = Path(file) if file is not None else folder / DEFAULT_ENV
     content: Any = {"excludes": list(EXCLUDES), "env_vars": dict(ENV_VARS)}
@@ -138,12 +137,12 @@ def refuse_secrets(env: Mapping[str, Any], overrides: Sequence[str]) -> None:
             "A secret would be shown in clear by the cluster's dashboard and API",
             "\n".join(found),
             "put it into the environment of the nodes (a Kubernetes Secret, `hf auth login` on "
-            "shared storage); cluster/README.md says how",
+            "shared storage); see cluster/README.md",
         )
 
 
-def travelling(folder: Path, excludes: list[str]) -> list[Path]:
-    """Return the files that Ray will pack, by its own rule; .gitignore counts too."""
+def uploaded_files(folder: Path, excludes: list[str]) -> list[Path]:
+    """Return the files that Ray will pack, by its own rule; .gitignore applies too."""
     files: list[Path] = []
 
     def take(path: Path) -> None:
@@ -158,7 +157,7 @@ def travelling(folder: Path, excludes: list[str]) -> list[Path]:
 def refuse_what_stays_behind(
     job: JobConfig, path: str, folder: Path, files: Sequence[Path]
 ) -> None:
-    """Raise if the job needs a file that is here and will not be there, or writes where it is lost.
+    """Raise if the job needs a file that is not uploaded, or writes where its output is lost.
 
     Raises:
         JobError: naming each.
@@ -180,14 +179,13 @@ def refuse_what_stays_behind(
         behind = [part for part in parts if part.is_file() and part.resolve() not in there]
         behind = [part for part in behind if "__pycache__" not in part.parts]
         if behind:
-            more = f" and {len(behind) - 1} more" if len(behind) > 1 else ""
-            missing.append(f"{key}: {behind[0]}{more}")
+            missing.append(f"{key}: {listed([str(part) for part in behind], 1)}")
     if missing:
         raise JobError(
-            "What the job needs would not travel to the cluster",
+            "Some files the job needs would not be uploaded",
             "\n".join(missing),
-            f"it lies outside {folder}, or {DEFAULT_ENV} or .gitignore excludes it; put it on "
-            "storage that all nodes share and name it by its absolute path",
+            f"they are outside {folder}, or {DEFAULT_ENV} or .gitignore excludes them; put them on "
+            "storage that all nodes share and use absolute paths",
         )
 
 
@@ -213,14 +211,14 @@ def _too_large(size_mib: float, files: Sequence[Path], folder: Path) -> JobError
         f"{file.relative_to(folder)}: {file.stat().st_size / 2**20:.0f} MiB" for file in largest
     ]
     return JobError(
-        f"The folder is too large to travel: {size_mib:.0f} MiB, Ray takes {LARGEST_MIB}",
+        f"The folder is too large to upload: {size_mib:.0f} MiB, Ray accepts {LARGEST_MIB}",
         "\n".join(shown),
         f"name them under excludes in {DEFAULT_ENV}",
     )
 
 
 async def follow(client: JobSubmissionClient, name: str) -> int:
-    """Print the job's log as it is written, until it has ended; return its exit code."""
+    """Print the job's log as it is written, until it ends; return its exit code."""
     loop = asyncio.get_running_loop()
     interrupts: list[float] = []
     detached = asyncio.Event()
@@ -230,7 +228,7 @@ async def follow(client: JobSubmissionClient, name: str) -> int:
         if len(interrupts) > 1:
             detached.set()
             return
-        print("\nasking the job to stop; Ctrl-C again leaves it to itself", flush=True)
+        print("\nstopping the job; Ctrl-C again leaves it running", flush=True)
         loop.run_in_executor(None, client.stop_job, name)
 
     loop.add_signal_handler(signal.SIGINT, interrupt)
@@ -250,8 +248,8 @@ async def follow(client: JobSubmissionClient, name: str) -> int:
 
 
 async def _tail(client: JobSubmissionClient, name: str) -> None:
-    """Print the log; where the connection breaks (a port that is forwarded does), go on from what
-    was printed.
+    """Print the log; where the connection breaks (a port that is forwarded does), continue after
+    what was printed.
     """
     printed = failures = 0
     while failures < MAX_RETRIES:
@@ -269,9 +267,9 @@ async def _tail(client: JobSubmissionClient, name: str) -> None:
         failures = 0 if printed > before else failures + 1
         await asyncio.sleep(RETRY_S)
     raise ClusterError(
-        "The job's log cannot be followed any longer",
-        f"{MAX_RETRIES} times in a row without an answer",
-        f"the job goes on: ray job logs --follow {name}",
+        "The job's log can no longer be followed",
+        f"no answer {MAX_RETRIES} times in a row",
+        f"the job still runs: ray job logs --follow {name}",
     )
 
 

@@ -1,6 +1,4 @@
-"""The output folder: one run each. What is in it decides whether a job starts, goes on, or is
-refused.
-"""
+"""The output folder of one run: its contents decide if a job starts, resumes, or is refused."""
 
 from __future__ import annotations
 
@@ -33,14 +31,14 @@ LOCK = ".lock"
 RAYS_COPIES = "/runtime_resources/working_dir_files/"
 """Where Ray unpacks the working directory of a submitted job (ray 2.60)."""
 OWNER = "owner.json"
-"""In storage outside of output_dir: whose checkpoints are there."""
+"""In storage outside of output_dir: names the output_dir of the checkpoints there."""
 ENDED = {
     "failed": "has failed part of the way",
     "stopped": "was stopped part of the way",
 }
-"""A run's status -> what is said of its job."""
+"""A run's status -> the verb phrase of the error about its job."""
 Record = Mapping[str, Any]
-"""What run.json holds."""
+"""The content of run.json."""
 MODELS = ("model", *(f"model-{kind.converts}" for kind in transform_types() if kind.converts))
 """Folders of trained weights in output_dir."""
 OURS = (
@@ -69,11 +67,11 @@ class Output:
     """Name of this attempt, in Ray and as a folder."""
     resume: bool | str
     finished: bool
-    """Whether the very same job has already run to its end here."""
+    """Whether the same job has already run to its end here."""
     number: int
-    """How many attempts there are with this one."""
+    """The number of attempts, including this one."""
     replaced: Replaced
-    """What was in the folder, where this run takes its place."""
+    """The previous content of the folder, which this run replaces."""
 
     @property
     def storage(self) -> Storage:
@@ -81,10 +79,10 @@ class Output:
         return Storage.at(self.storage_path)
 
     def begin(self, job: JobConfig, say: Callable[[str], None]) -> None:
-        """Delete what this run replaces, now that it can start, and note whose the folder is.
+        """Delete what this run replaces, now that it can start, and write run.json.
 
         Raises:
-            StorageError: when it cannot be deleted, or written.
+            StorageError: if it cannot be deleted, or written.
         """
         if self.replaced.is_there:
             say(self.replaced.delete())
@@ -92,17 +90,17 @@ class Output:
             self.note(job, "running", self.number)
 
     def own(self) -> None:
-        """Write down whose the storage is, where it is not in output_dir itself.
+        """Record the owner of storage that is outside of output_dir.
 
         Raises:
-            StorageError: when it cannot be written.
+            StorageError: if it cannot be written.
         """
         if not is_inside(self.storage, self.folder):
             self.storage.make()
             self.storage.write_json(OWNER, {"output_dir": str(self.folder.resolve())})
 
     def note(self, job: JobConfig, status: str, attempts: int) -> None:
-        """Write run.json: whose folder this is, and how its run stands."""
+        """Write run.json: the folder's job and the status of its run."""
         record = {
             "fingerprint": job.fingerprint(),
             "status": status,
@@ -125,22 +123,22 @@ def storage_below(folder: Path, base: str | None, name: str) -> str:
         return str(folder.absolute() / "checkpoints")
     if "://" not in base:
         return str(Path(base).absolute() / name)
-    uri = urlsplit(base)  # what stands behind a question mark says how to reach the bucket
+    uri = urlsplit(base)  # the query holds connection options
     return urlunsplit(uri._replace(path=f"{uri.path.rstrip('/')}/{name}"))
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the folder for this driver.
+    """Lock the folder for this driver.
 
     Raises:
-        JobError: when another driver is running in it, it would not last, or it cannot be written.
+        JobError: if another driver is running in it, it would not last, or it cannot be written.
     """
     if RAYS_COPIES in str(folder.absolute()):
         raise JobError(
             "output_dir would lie in Ray's copy of the working directory, which Ray deletes",
             str(folder.absolute()),
-            "give an absolute path, on storage that all nodes share, as output_dir",
+            "set output_dir to an absolute path on storage that all nodes share",
         )
     with storage_errors("output_dir cannot be written", str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +158,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def record_of(folder: Path) -> Record | None:
-    """Return run.json; none where it is missing, torn, or lacks what a rerun asks it for."""
+    """Return run.json; None if it is missing, torn, or lacks what a rerun reads from it."""
     found = Storage.at(str(folder)).read_json(RUN_FILE)
     kinds = {"fingerprint": str, "status": str, "attempts": int, "job": dict}
     if found is None or any(not isinstance(found.get(k), kind) for k, kind in kinds.items()):
@@ -169,7 +167,7 @@ def record_of(folder: Path) -> Record | None:
 
 
 def has_ended(folder: Path) -> bool:
-    """Whether a run, or a sweep, has come to its end in this folder."""
+    """Whether a run, or a sweep, has ended in this folder."""
     if not folder.is_dir():
         return False
     records = (Storage.at(str(folder)).read_json(name) for name in (RUN_FILE, SWEEP_FILE))
@@ -177,10 +175,10 @@ def has_ended(folder: Path) -> bool:
 
 
 def open_output(job: JobConfig) -> Output:
-    """Decide what this launch is: a start, a continuation, or a finished run asked for again.
+    """Decide what this launch is: a start, a continuation, or a rerun of a finished run.
 
     Raises:
-        JobError: when the folder holds a run and the job does not say what is to become of it.
+        JobError: if the folder holds a run and no key decides what happens to it.
     """
     folder = Path(job.output.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +187,7 @@ def open_output(job: JobConfig) -> Output:
     if output.replaced.is_there:
         set_aside(folder)
     elif not output.resume:
-        (folder / locks.FILE_NAME).unlink(missing_ok=True)  # a new start pins its kernels anew
+        (folder / locks.FILE_NAME).unlink(missing_ok=True)  # a new start pins its kernels again
     if not output.finished and not output.replaced.is_there:
         output.own()
         output.note(job, "running", output.number)
@@ -200,7 +198,7 @@ def decided(job: JobConfig) -> Output:
     """Return what a launch would be, and change nothing.
 
     Raises:
-        JobError: when the folder holds a run and the job does not say what is to become of it.
+        JobError: if the folder holds a run and no key decides what happens to it.
     """
     folder = Path(job.output.output_dir)
     storage = Storage.at(storage_path(job))
@@ -230,14 +228,14 @@ def _attempts_before(record: Record | None, storage: Storage) -> int:
 
 def attempts_in(storage: Storage) -> int:
     """Return how many attempts have left something in storage. Ray Train's controller does not
-    start under the name of one whose checkpoints are not what Ray remembers of them.
+    start under a name whose checkpoints differ from those in its snapshot.
     """
     numbers = (re.search(r"_(\d+)r*$", name) for name in storage.folders())
     return max((int(number[1]) for number in numbers if number), default=0)
 
 
 def _trained(folder: Path, storage: Storage) -> bool:
-    """Whether the run that is there got as far as to leave something that could be lost."""
+    """Whether the run there has left anything that could be lost."""
     rows = read(folder / FILE_NAME)
     if (folder / "model").exists() or any(row["kind"] == "train" for row in rows):
         return True
@@ -245,7 +243,7 @@ def _trained(folder: Path, storage: Storage) -> bool:
 
 
 def refuse_to_delete_what_is_read(job: JobConfig, replaced: Replaced) -> None:
-    """Refuse a job that reads of the run that it replaces.
+    """Refuse a job that reads from the run that it replaces.
 
     Raises:
         JobError: naming the key.
@@ -267,7 +265,7 @@ def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
     Args:
         storage: where this run's checkpoints would be.
         folder: output_dir.
-        has_run: whether it holds a run, which may have been there before owners were written down.
+        has_run: whether it holds a run, perhaps from before owners were recorded.
 
     Raises:
         JobError: naming that output_dir.
@@ -281,10 +279,10 @@ def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
         return
     raise JobError(
         "ray_storage_path holds the checkpoints of another run of this name",
-        f"{storage.root}: of the run in {other or 'an output_dir that is not known'}; "
+        f"{storage.root}: of the run in {other or 'an unknown output_dir'}; "
         f"this one's is {folder.resolve()}",
-        "give ray_run_name: another, or another ray_storage_path; where it is the same run, whose "
-        f"folder was moved, delete {storage.path(OWNER)}",
+        "set another ray_run_name or ray_storage_path; if it is the same run, and its folder was "
+        f"moved, delete {storage.path(OWNER)}",
     )
 
 
@@ -300,9 +298,9 @@ def _refuse_foreign_files(folder: Path, resume: bool | str) -> None:
     if there and not resume:
         raise JobError(
             "output_dir holds files that this run would overwrite",
-            f"{folder}: {', '.join(there)}, and no sound {RUN_FILE} that says whose they are",
+            f"{folder}: {', '.join(there)}, and no sound {RUN_FILE} that identifies their run",
             "choose another output_dir, or set overwrite_output_dir: true to delete them; "
-            f"raytrain-adv doctor {folder} --fix mends the folder of a run",
+            f"raytrain-adv doctor {folder} --fix repairs the folder of a run",
         )
 
 
@@ -311,14 +309,14 @@ def _refuse_unless_resumed(
 ) -> None:
     same = record["fingerprint"] == job.fingerprint()
     ways_out = (
-        "choose another output_dir, or set overwrite_output_dir: true to start anew (its "
+        "choose another output_dir, or set overwrite_output_dir: true to start again (its "
         "checkpoints are deleted)"
     )
     if not same:
         raise JobError(
             "output_dir holds the run of a job with other settings",
             "\n".join([f"{folder} ({record['status']})", *job.differences(record["job"])]),
-            ("restore these keys to go on with it, " if resume else "") + ways_out,
+            ("restore these keys to continue it, " if resume else "") + ways_out,
         )
     if not resume and record["status"] == "done":
         raise JobError(
@@ -331,5 +329,5 @@ def _refuse_unless_resumed(
         raise JobError(
             f"This job {state} in output_dir",
             str(folder),
-            f"set resume_from_checkpoint: true to go on from its last checkpoint, {ways_out}",
+            f"set resume_from_checkpoint: true to continue from its last checkpoint, {ways_out}",
         )

@@ -1,4 +1,4 @@
-"""What overwrite_output_dir deletes, and when: not before the new run is about to start."""
+"""Delete what overwrite_output_dir replaces, but only once the new run can start."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ASIDE = f".{locks.FILE_NAME}.replaced"
 
 @dataclass
 class Replaced:
-    """What output_dir holds that a new run, or sweep, takes the place of. It stays as it is until
-    workers can be started: a launch that is refused deletes nothing.
+    """The content of output_dir that a new run, or sweep, replaces. It stays until workers can be
+    started: a refused launch deletes nothing.
     """
 
     folder: Path
@@ -30,18 +30,17 @@ class Replaced:
     """Whether there is something to lose that has not been deleted yet."""
 
     def delete(self) -> str:
-        """Delete it, but for the kernels that the new run has pinned by now; return what is to be
-        said of that.
+        """Delete it, except the kernels that the new run has already pinned; return a message.
 
         Raises:
-            StorageError: when it cannot be deleted.
+            StorageError: if it cannot be deleted.
         """
         there = [name for name in self.names if (self.folder / name).exists()]
         elsewhere = [s.root for s in self.storages if s.folders() and not is_inside(s, self.folder)]
         with storage_errors(
             "what overwrite_output_dir replaces cannot be deleted", str(self.folder)
         ):
-            self.is_there = False  # what is said from here on is said of what is being deleted
+            self.is_there = False  # a failure from here on leaves part of it deleted
             for storage in self.storages:
                 storage.delete()
                 if storage.folders():
@@ -59,11 +58,11 @@ class Replaced:
         return f"overwrite_output_dir: deleted what {self.folder} held: {what}"
 
     def keep(self) -> str:
-        """Leave it as it was found; return what is to be said of that."""
+        """Restore it as it was found; return a message."""
         put_back(self.folder)
         return (
-            f"{self.folder} holds what it held before: overwrite_output_dir deletes it once "
-            "the new run is accepted"
+            f"{self.folder} is unchanged: overwrite_output_dir deletes its content once the "
+            "new run is accepted"
         )
 
     def refuse_to_delete(self, key: str, value: str | None) -> None:
@@ -73,7 +72,7 @@ class Replaced:
             key: a key of the job. value: what it names, perhaps a path.
 
         Raises:
-            JobError: where it is, or lies in, what would be deleted.
+            JobError: if it is, or lies in, what would be deleted.
         """
         named = _storage_of(value)
         if named is None:
@@ -88,13 +87,13 @@ class Replaced:
 
 
 def set_aside(folder: Path) -> None:
-    """Keep the old run's lock file: the new run pins its kernels anew."""
+    """Keep the old run's lock file: the new run pins its kernels again."""
     if (folder / locks.FILE_NAME).exists():
         (folder / locks.FILE_NAME).replace(folder / ASIDE)
 
 
 def put_back(folder: Path) -> None:
-    """Undo set_aside, also that of a launch that was killed."""
+    """Undo set_aside, also after a launch that was killed."""
     if (folder / ASIDE).exists():
         (folder / ASIDE).replace(folder / locks.FILE_NAME)
 
@@ -105,7 +104,7 @@ def is_inside(storage: Storage, folder: Path) -> bool:
 
 
 def _storage_of(value: str | None) -> Storage | None:
-    """Return the place that a key's value names; none where it names none that is there."""
+    """Return the place that a key's value names; None if it names none that exists."""
     if value is None:
         return None
     if "://" not in value:

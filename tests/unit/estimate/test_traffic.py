@@ -255,7 +255,7 @@ def test_assumptions_are_read_from_the_command_line() -> None:
         ("storage_gb_s=fast", "it takes a number above 0"),
         ("storage_gb_s=0", "it takes a number above 0"),
         ("gpus_per_node=2.5", "a whole number"),
-        ("", "nothing of that name"),
+        ("", "there is no such assumption"),
     ],
 )
 def test_what_cannot_be_assumed_is_refused(wrong: str, message: str) -> None:

@@ -174,11 +174,11 @@ def test_lock_fetch_and_verify_prepare_a_kernel_and_notice_a_change(job, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["x"], "kernels takes no"),
-        (["verify"], "kernels takes no"),
-        (["lock", "JOB", "--cuda"], "--cuda has no value"),
-        (["lock", "JOB", "--torch", "new"], "is no version"),
-        (["lock", "JOB", "use_kernels=false", "kernel_name=null"], "asks for no kernels"),
+        (["x"], "No such command 'x'"),
+        (["verify"], "Missing argument 'FILE'"),
+        (["lock", "JOB", "--cuda"], "'--cuda' requires an argument"),
+        (["lock", "JOB", "--torch", "new"], "is not a version"),
+        (["lock", "JOB", "use_kernels=false", "kernel_name=null"], "uses no kernels"),
         (["lock", "JOB", "--cuda", "13.0"], "has no build for"),
     ],
 )

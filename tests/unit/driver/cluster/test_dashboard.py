@@ -1,4 +1,4 @@
-"""A dashboard that asks for its token, as that of a Ray which a launch has started does."""
+"""A dashboard that requires its token, as that of a Ray started by a launch does."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def status(url: str, home: Path, **environment: str) -> subprocess.CompletedProc
 
 
 def test_status_shows_this_users_token_to_this_machines_ray(url: str, tmp_path: Path) -> None:
-    assert "The cluster asks for its token" in status(url, tmp_path).stderr
+    assert "The cluster requires its token" in status(url, tmp_path).stderr
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
-    assert status(url, tmp_path).stdout.strip() == "the cluster knows of no run"
+    assert status(url, tmp_path).stdout.strip() == "the cluster has no runs"
     asked_not_to = status(url, tmp_path, RAY_AUTH_MODE="disabled")
-    assert "The cluster asks for its token" in asked_not_to.stderr
+    assert "The cluster requires its token" in asked_not_to.stderr

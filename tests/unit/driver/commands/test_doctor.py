@@ -182,7 +182,7 @@ def sharded(out: Path) -> None:
 
 
 DONE = "one without is refused."
-SIX, FOUR = "goes on from step 6", "goes on from step 4"
+SIX, FOUR = "resumes from step 6", "resumes from step 4"
 DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "file cut": (cut(f"{LAST}/__0_0.distcp"), "were written", DONE),
     "bytes changed": (changed(f"{LAST}/__0_0.distcp"), "the bytes that were written", DONE),
@@ -285,7 +285,7 @@ def test_a_damaged_checkpoint_no_longer_costs_the_whole_ones(sound, out):
 def test_a_run_that_is_alive_is_not_touched(out):
     cut("report.json")(out)
     before = contents(out)
-    with held(out), pytest.raises(JobError, match="The run is alive"):
+    with held(out), pytest.raises(JobError, match="still active"):
         show(out, fix=True)
     assert contents(out) == before
 
@@ -295,7 +295,7 @@ def test_what_no_checkpoint_can_bring_back_is_said_and_left(out, capsys):
     (out / "model" / "model.safetensors").unlink()
     assert not show(out, fix=True)
     said = unfolded(capsys)
-    assert "bring it back from a copy" in said and "Not mended" in said
+    assert "bring it back from a copy" in said and "Not repaired" in said
     assert (out / "model" / "config.json").exists()
 
 
@@ -305,7 +305,7 @@ def test_the_exit_code_says_whether_something_is_wrong(out, tmp_path, capsys):
     assert cli.main(["doctor", str(out), "--fix"]) == EXIT_DONE
     assert cli.main(["doctor", str(tmp_path / "nowhere")]) == EXIT_JOB_FILE
     assert cli.main(["doctor"]) == EXIT_JOB_FILE
-    assert "no run is named" in capsys.readouterr().err
+    assert "Missing argument 'RUN'" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_no_run_is_refused_and_a_sweeps_names_its_trials(tmp_path):

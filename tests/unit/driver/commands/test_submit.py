@@ -1,4 +1,4 @@
-"""What travels with a submitted job, what is refused before it does, and how signals are heard."""
+"""What a submitted job uploads, what is refused before, and how signals are handled."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def project(tmp_path, job_file, monkeypatch) -> Path:
     return folder
 
 
-def travelling(folder: Path) -> list[str]:
+def uploaded(folder: Path) -> list[str]:
     env = submit.runtime_env(None, folder)
-    files = submit.travelling(folder, env["excludes"])
+    files = submit.uploaded_files(folder, env["excludes"])
     return sorted(str(file.relative_to(folder)) for file in files)
 
 
@@ -41,14 +41,14 @@ def refused(folder: Path, **keys: object) -> str:
     changed = {**yaml.safe_load((folder / "job.yaml").read_text()), **keys}
     (folder / "job.yaml").write_text(yaml.safe_dump(changed))
     job = load("job.yaml", [])
-    files = submit.travelling(folder, submit.runtime_env(None, folder)["excludes"])
+    files = submit.uploaded_files(folder, submit.runtime_env(None, folder)["excludes"])
     with pytest.raises(JobError) as error:
         submit.refuse_what_stays_behind(job, "job.yaml", folder, files)
     return str(error.value)
 
 
-def test_the_folder_travels_without_checkpoints_data_and_history(project):
-    assert travelling(project) == ["job.yaml", "model/file.json", "rows.json"]
+def test_the_folder_is_uploaded_without_checkpoints_data_and_history(project):
+    assert uploaded(project) == ["job.yaml", "model/file.json", "rows.json"]
 
 
 def test_the_shipped_file_says_what_the_default_is():
@@ -57,8 +57,8 @@ def test_the_shipped_file_says_what_the_default_is():
     assert shipped["env_vars"] == submit.ENV_VARS
 
 
-def test_this_project_travels_with_all_that_its_jobs_name():
-    files = submit.travelling(ROOT, list(submit.EXCLUDES))
+def test_this_project_is_uploaded_with_all_that_its_jobs_name():
+    files = submit.uploaded_files(ROOT, list(submit.EXCLUDES))
     there = {str(file.relative_to(ROOT)) for file in files}
     assert {"jobs/quickstart.yaml", "jobs/models/tiny-llama/config.json"} <= there
     assert "raytrain_adv/launch.py" in there
@@ -125,4 +125,4 @@ def test_status_reads_a_run_s_own_files(tmp_path):
         file.event("phase", "checkpoints")
     found = written(str(tmp_path))
     assert found is not None and found.progress == "4/9" and found.loss == 2.5
-    assert found.restarts == 1 and found.says == "checkpoints"
+    assert found.restarts == 1 and found.message == "checkpoints"

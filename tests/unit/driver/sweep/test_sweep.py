@@ -317,7 +317,7 @@ def test_overwriting_deletes_a_sweep_when_trials_begin_and_not_before(
     assert not any(results.has_ended(trial.name) for trial in again.sweep.trials)  # type: ignore[union-attr]
     results.fail(ClusterError("no node has a GPU"))
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert "holds what it held before" in capsys.readouterr().out
+    assert "is unchanged: overwrite_output_dir deletes" in capsys.readouterr().out
     results.begin(1)
     assert "deleted what" in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {"sweep.json", "sweep.html"}

@@ -1,26 +1,24 @@
-"""What the doctor finds wrong with a run, and where it puts what it takes out."""
+"""Take files out of a run without deleting them."""
 
 from __future__ import annotations
 
 import posixpath
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from raytrain_adv.storage.storage import Storage, storage_errors
 
 FOLDER = "set-aside"
-"""Where things go that are taken out; a folder in it for each time."""
+"""Holds what was taken out, in one folder per time."""
 
 
 class SetAside:
-    """Takes things out of a run without deleting them.
+    """Takes files and folders out of a run without deleting them.
 
     Args:
-        output: output_dir. What lies in it goes to its set-aside, what lies in storage elsewhere
-            to one at the storage's root.
+        output: output_dir. Its files go to its set-aside folder, those of storage elsewhere to one
+            at the root of that storage.
     """
 
     def __init__(self, output: Path) -> None:
@@ -38,10 +36,10 @@ class SetAside:
         root.move(name, self._target(root, name))
 
     def copy(self, path: Path) -> None:
-        """Keep a copy of a file of output_dir, which is then written anew."""
+        """Keep a copy of a file of output_dir, which is then rewritten."""
         target = Path(self._target(self.output, path.name))
         with storage_errors("A file cannot be set aside", str(path)):
-            if not target.exists():  # the one that was found, not what mending has made of it
+            if not target.exists():  # keep the file as found, not as already repaired
                 shutil.copy2(path, target)
 
     def _target(self, root: Storage, name: str) -> str:
@@ -53,18 +51,3 @@ class SetAside:
         Storage(base.filesystem, posixpath.dirname(target)).make()
         self.places.add(place.root)
         return target
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong."""
-
-    where: str
-    what: str
-    means: str
-    """What it means for a rerun that resumes, or for who reads the run."""
-    mending: str
-    """What --fix does about it; where there is no `mend`, what the user can do."""
-    mend: Callable[[SetAside], None] | None = None
-    reopens: bool = False
-    """Whether mending it has a rerun go on with a run that has ended."""
