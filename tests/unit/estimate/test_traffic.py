@@ -25,6 +25,8 @@ from raytrain_adv.estimate.limits import Work
 from raytrain_adv.model import parallel, weights
 from raytrain_adv.model.build import build
 from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.transforms.fp8 import Fp8
+from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.worker.optim import build_optimizer
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
@@ -149,10 +151,10 @@ def test_speeds_are_those_that_were_measured() -> None:
         assert traffic.MFU[mode] == pytest.approx(run["mfu_bf16"], abs=1e-3)
     runs = results("llama3_8b_fp8")["runs"]
     faster = runs["bf16"]["step_seconds"] / runs["fp8"]["step_seconds"]
-    assert faster == pytest.approx(traffic.FP8_SPEEDUP, abs=0.005)
+    assert faster == pytest.approx(Fp8.speed, abs=0.005)
     runs = results("llama3_8b_qat")["runs"]
     slower = runs["bf16"]["step_seconds"] / runs["qat_int4"]["step_seconds"]
-    assert slower == pytest.approx(traffic.QAT_SPEED, abs=0.005)
+    assert slower == pytest.approx(Qat.speed, abs=0.005)
 
 
 def test_a_step_measured_on_two_gpus_lies_between_the_bounds(tmp_path: Path) -> None:

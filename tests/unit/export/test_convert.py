@@ -382,7 +382,7 @@ def test_the_command_says_what_it_cannot_do(
     (Path(run) / "checkpoints" / "old").mkdir(parents=True)
     out = ["--output", str(tmp_path / "new")]
     cases = {
-        "no folder": [],
+        "Missing argument 'RUN|MODEL": [],
         "neither a run's output_dir nor a model folder": [str(tmp_path / "none"), *out],
         "it lies in the run": [f"{run}/checkpoints/old", *out],
         "enable_qat: true is missing": [model, *out],
@@ -392,7 +392,7 @@ def test_the_command_says_what_it_cannot_do(
         "a model folder has no checkpoints": [model, "--checkpoint", "step_1", "enable_qat=true"],
         "the run has no complete checkpoint": [run],
         "does not divide": [model, *out, "enable_qat=true", "qat_group_size=24"],
-        "there is no option --quiet": [model, "--quiet"],
+        "No such option '--quiet'": [model, "--quiet"],
     }
     for said, arguments in cases.items():
         assert main(["export", *arguments]) == 2, said
