@@ -4,15 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv quickstart test test-unit test-faults test-compiled test-gpu check format docs
+.PHONY: help venv quickstart test test-unit test-all test-gpu check format docs
 
 help:
 	@echo 'make quickstart   train a small model on this machine, end to end'
 	@echo 'make venv         make the environment in $(VENV) (PYTHON=python3.12 chooses the Python)'
 	@echo 'make test         run the unit and integration tests'
-	@echo 'make test-unit    run the unit tests: seconds, no Ray'
-	@echo 'make test-faults  run the tests that kill processes and cut hosts off: minutes, no other load'
-	@echo 'make test-compiled  run the tests whose models take minutes to compile'
+	@echo 'make test-unit    run the unit tests: minutes, no Ray'
+	@echo 'make test-all     run the slow tests too: killed processes, hosts cut off, long compilations'
 	@echo 'make test-gpu     run the tests that need a GPU'
 	@echo 'make check        lint, formatting, types, the direction of imports, generated documentation'
 	@echo 'make format       format the code as make check wants it'
@@ -35,15 +34,11 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' \
 	  tests/integration tests/unit
 
-test-faults: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow --ignore tests/integration/test_matrix.py \
-	  --ignore tests/integration/test_qat.py tests/integration
-
-test-compiled: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow tests/integration/test_matrix.py tests/integration/test_qat.py
+test-all: test
+	$(BIN)/python -m pytest -m slow tests/integration tests/unit
 
 test-unit: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' tests/unit
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu

@@ -107,6 +107,7 @@ def test_a_resumed_fp8_run_is_the_uninterrupted_run_bit_for_bit(job_file, tmp_pa
     assert losses(part) == losses(whole)
 
 
+@pytest.mark.slow  # a minute of compilation
 def test_fp8_compiled_checkpointed_and_under_lora(job_file, tmp_path):
     base = tmp_path / "base"
     # One shape, compiled once; test_matrix.py compiles FP8 for rows of several lengths.

@@ -146,6 +146,7 @@ def rows(out: Path) -> dict[int, float]:
     return losses(out) if (out / "metrics.jsonl").exists() else {}
 
 
+@pytest.mark.slow  # three minutes: a Ray with a dashboard, and three jobs on it
 def test_a_submitted_job_is_seen_and_stopped_with_a_checkpoint(cluster, project, tmp_path):
     """What a run exports, what status says of it, Ctrl-C with a checkpoint; exit codes of jobs
     that are stopped and that run to their end.

@@ -114,7 +114,7 @@ def jobs_in(folder: Path, names: tuple[str, ...]) -> dict[str, JobConfig]:
     }
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_bytes_are_those_of_real_collectives_and_checkpoints(tmp_path: Path, ranks: int) -> None:
     """On 4 ranks also as pairs with a copy each."""
     jobs = jobs_in(tmp_path, ("full", "lora", "fp8") if ranks == 2 else (*JOBS,))
