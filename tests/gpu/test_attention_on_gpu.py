@@ -86,7 +86,7 @@ def test_a_wrong_one_is_refused(tmp_path, change, what):
 
 
 def test_float32_which_it_cannot_do_is_refused_in_words(tmp_path):
-    with pytest.raises(JobError, match="fails where MistralAttention calls it"):
+    with pytest.raises(JobError, match="fails when MistralAttention calls it"):
         tried(tmp_path, KERNEL, torch.float32)
 
 
