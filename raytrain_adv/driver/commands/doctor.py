@@ -4,60 +4,92 @@ it with --fix. Without Ray.
 
 from __future__ import annotations
 
+import posixpath
 import re
+import shutil
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
-from raytrain_adv.checkpoint.folders import MANIFEST
-from raytrain_adv.driver.commands.damage import (
-    MISSING,
-    ROWS_LOST,
-    SNAPSHOT,
-    Seen,
-    checkpoints,
-    gaps,
-    repeated,
-    without_repeats,
-    wrong_snapshot,
-    wrong_with_model,
-)
+from raytrain_adv.checkpoint import folders
+from raytrain_adv.checkpoint.folders import MANIFEST, Found
+from raytrain_adv.checkpoint.load import PlainReader
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.output_dir import MODELS, RUN_FILE, Record
-from raytrain_adv.driver.output.set_aside import FOLDER, SetAside
 from raytrain_adv.driver.watch.stop import STOP_FILE
 from raytrain_adv.errors import JobError, StorageError
+from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.report import record
 from raytrain_adv.storage import metrics_file
 from raytrain_adv.storage.metrics_file import FILE_NAME
 from raytrain_adv.storage.storage import Storage, storage_errors
 from raytrain_adv.text import first_line, listed, plural
 
-WIDTH = 100
-FOLDING: dict[str, Any] = {
-    "subsequent_indent": " " * 11,
-    "break_long_words": False,
-    "break_on_hyphens": False,
-}
 ROUNDS = 4
 """A repair may cause another finding: a snapshot names the checkpoint that was set aside."""
+ROWS_LOST = "rows_lost"
+"""The event that records which steps have no row."""
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+MISSING = "it is missing"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's state of an attempt (ray 2.60). Ray writes it in place: a kill may truncate it."""
+ASIDE = "set-aside"
+UNFINISHED = re.compile(r"\..*\.(partial|old)|.*\.json\.partial")
+
+
+class SetAside:
+    """Takes files out of a run without deleting them: those of output_dir to its set-aside folder,
+    those of storage elsewhere to one at the root of that storage.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = Storage.at(str(output))
+        self.stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        self.places: set[str] = set()
+        """The folders that contain what was taken out."""
+
+    def take(self, root: Storage, name: str) -> None:
+        """Move a file or folder, named by its path below `root`."""
+        root.move(name, self._target(root, name))
+
+    def copy(self, path: Path) -> None:
+        """Copy a file of output_dir as it was found; it will be rewritten."""
+        if not path.exists():
+            return
+        target = Path(self._target(self.output, path.name))
+        with storage_errors("A file cannot be set aside", str(path)):
+            if not target.exists():
+                shutil.copy2(path, target)
+
+    def _target(self, root: Storage, name: str) -> str:
+        source = root.path(name)
+        is_inside = root.is_local and Path(source).is_relative_to(self.output.root)
+        base = self.output if is_inside else root
+        place = base.folder(ASIDE, self.stamp)
+        target = place.path(posixpath.relpath(source, base.root))
+        Storage(base.filesystem, posixpath.dirname(target)).make()
+        self.places.add(place.root)
+        return target
+
+
 Repair = Callable[[SetAside], None]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong."""
+    """One thing that is wrong, and what it means for a rerun that resumes or a reader of the run."""
 
     where: str
     what: str
     means: str
-    """What it means for a rerun that resumes, or for a reader of the run."""
     fix: str
     """What --fix does about it; without a `repair`, what the user can do."""
     repair: Repair | None = None
@@ -65,12 +97,50 @@ class Finding:
     """Whether the repair makes a rerun continue a run that has ended."""
 
 
-class Examined:
-    """A run as its files are now, and what is wrong with them.
+@dataclass(frozen=True)
+class Seen:
+    """A checkpoint's folder: a sound checkpoint, or what is wrong with it."""
 
-    Args:
-        folder: output_dir.
-    """
+    step: int
+    attempt: str
+    folder: Storage
+    found: Found | None
+    damage: str
+
+    @property
+    def name(self) -> str:
+        """Its path below the storage's root."""
+        return f"{self.attempt}/{self.folder.root.rpartition('/')[2]}"
+
+
+def _check(folder: Storage) -> tuple[Found | None, str]:
+    """Return a checkpoint, or None and what is wrong with it."""
+    manifest = folder.read_json(MANIFEST)
+    if manifest is None:
+        if folders.DAMAGED in folder.files():
+            return None, "a run found that its files are not what was written"
+        if MANIFEST in folder.files():
+            return None, f"its {MANIFEST} is torn"
+        return None, f"no {MANIFEST}: it was still being written when the run ended"
+    form = manifest.get("format")
+    if form != folders.FORMAT:
+        return None, f"it is of format {form}; this version reads {folders.FORMAT}"
+    try:
+        found = folders.find(folder)
+        if found is not None and folder.is_local:
+            PlainReader(folder.root)
+    except (AttributeError, KeyError, TypeError) as error:
+        return None, f"its {MANIFEST} is not a checkpoint's ({type(error).__name__}: {error})"
+    except (StorageError, OSError) as error:
+        return None, error.found if isinstance(error, StorageError) else str(error)
+    if found is None:
+        return None, folders.wrong_sizes(folder, manifest)
+    wrong = folders.wrong_bytes(folder, rank=0, world_size=1)
+    return (None, wrong) if wrong else (found, "")
+
+
+class Examined:
+    """A run as its files in output_dir are now, and what is wrong with them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -81,7 +151,8 @@ class Examined:
         base = self.job.get("ray_storage_path")
         self.storage = Storage.at(output_dir.storage_below(folder, base, name))
         self.own = Storage.at(str(folder))
-        self.seen = checkpoints(self.storage)
+        found = sorted(folders.all_folders(self.storage), key=lambda f: f[:2], reverse=True)
+        self.seen = [Seen(step, attempt, f, *_check(f)) for step, attempt, f in found]
         self.whole = [one for one in self.seen if not one.damage]
         self.limit: int | None = self.job.get("save_total_limit")
         self.findings = [*self._checkpoints(), *self._output()]
@@ -91,24 +162,16 @@ class Examined:
             if one.damage:
                 yield self._damaged(one)
         for one in self.whole[self.limit or len(self.whole) :]:
-            what = (
-                f"a whole checkpoint, but save_total_limit: {self.limit} keeps newer ones: the run "
-                "ended before deleting it"
-            )
+            what = f"whole, but save_total_limit: {self.limit} keeps newer ones"
             means = "none: a rerun resumes from the newest; it uses disk space until the next one"
             yield _taken(self.storage, one.name, what, means, "set aside, for you to delete")
         for attempt in self.storage.folders():
-            files = self.storage.folder(attempt).files() if attempt != FOLDER else ()
+            files = self.storage.folder(attempt).files() if attempt != ASIDE else ()
             for name in files:
                 if name.endswith(".partial"):
                     yield _leftover(self.storage, f"{attempt}/{name}")
-            if SNAPSHOT in files and (
-                what := wrong_snapshot(self.storage, attempt, self.seen, self.limit)
-            ):
-                means = (
-                    "none: a rerun has its own name in Ray, and resumes by the checkpoints' own "
-                    f"files; under the name {attempt} Ray Train would not start again"
-                )
+            if SNAPSHOT in files and (what := self._wrong_snapshot(attempt)):
+                means = f"none: a rerun has its own name in Ray; under {attempt} it would not start"
                 yield _taken(self.storage, f"{attempt}/{SNAPSHOT}", what, means)
 
     def _damaged(self, one: Seen) -> Finding:
@@ -119,32 +182,43 @@ class Examined:
             means += "; save_total_limit may count it and delete a whole one instead"
         return _taken(self.storage, one.name, one.damage, means)
 
+    def _wrong_snapshot(self, attempt: str) -> str:
+        """Return what is wrong with Ray's snapshot. Checkpoints that the run deleted by
+        save_total_limit are still named in it, which is not wrong.
+        """
+        folder = self.storage.folder(attempt)
+        try:
+            results = (folder.read_json(SNAPSHOT) or {})["checkpoint_results"]
+            names = [str(one["checkpoint_dir_name"]) for one in results]
+        except (KeyError, TypeError):
+            return "it is torn, or not what Ray writes"
+        steps = {name: (int(re.sub(r"\D", "", name) or 0), attempt) for name in names}
+        known = sorted({(one.step, one.attempt) for one in self.seen} | set(steps.values()))
+        unpruned, there = known[-self.limit :] if self.limit else known, folder.folders()
+        gone = [name for name in names if name not in there and steps[name] in unpruned]
+        removed = "which something other than the run has removed"
+        return f"it names {', '.join(gone)}, {removed}" if gone else ""
+
     def _output(self) -> Iterator[Finding]:
         if self.run is None:
             yield self._no_record()
         elif self.run["status"] == "running":
-            yield Finding(
-                str(self.folder / RUN_FILE),
-                "its status is running, but no driver holds the folder's lock: it was killed",
-                "none for a rerun that resumes; raytrain-adv status shows the run as running",
-                "the status becomes failed",
-                partial(self._note_failed, self.run),
-            )
+            what = "its status is running, but no driver holds the folder's lock: it was killed"
+            means = "none for a rerun that resumes; raytrain-adv status shows the run as running"
+            repair = partial(self._note_failed, self.run)
+            path = str(self.folder / RUN_FILE)
+            yield Finding(path, what, means, "the status becomes failed", repair)
         yield from self._metrics()
-        yield from self._report()
-        for name in MODELS:
-            yield from self._model(name)
-        torn = re.compile(r"\..*\.(partial|old)|.*\.json\.partial")
+        yield from self._ending()
         for name in sorted([*self.own.files(), *self.own.folders()]):
-            if torn.fullmatch(name):
+            if UNFINISHED.fullmatch(name):
                 yield _leftover(self.own, name)
             elif name == STOP_FILE:
                 what = "somebody asked the run to stop, and it ended before it did so"
                 yield _taken(self.own, name, what, "none: a rerun removes it when it starts")
 
     def _note_failed(self, run: Record, aside: SetAside) -> None:
-        if (self.folder / RUN_FILE).exists():
-            aside.copy(self.folder / RUN_FILE)
+        aside.copy(self.folder / RUN_FILE)
         self.own.write_json(RUN_FILE, {**run, "status": "failed", "time": time.time()})
 
     def _no_record(self) -> Finding:
@@ -164,70 +238,87 @@ class Examined:
         return Finding(str(path), what, means, fix, partial(self._note_failed, run))
 
     def _metrics(self) -> Iterator[Finding]:
-        path = self.folder / FILE_NAME
-        if not path.exists():
-            if self.whole:
-                yield _gap(path, 1, self.whole[0].step, MISSING)
-            return
+        path, is_there = self.folder / FILE_NAME, (self.folder / FILE_NAME).exists()
         with storage_errors("The metrics cannot be read", str(path)):
-            *lines, tail = path.read_bytes().split(b"\n")
-        rows = [
-            (n, metrics_file.parse_row(line)) for n, line in enumerate(lines, 1) if line.strip()
-        ]
-        good = [row for _, row in rows if row is not None]
-        kept = without_repeats(good)
-        repair = partial(_rewrite, path, kept)
-        aside = "; the file as it was is set aside"
+            *lines, tail = path.read_bytes().split(b"\n") if is_there else [b""]
+        rows = {n: metrics_file.parse_row(line) for n, line in enumerate(lines, 1) if line.strip()}
+        kept, repeated = _without_repeats([row for row in rows.values() if row is not None])
+        found = []
         if tail:
             what = f"its last line is torn, after {len(tail):,} bytes"
             means = "none: a rerun that resumes drops it too"
-            yield Finding(str(path), what, means, f"the torn line is dropped{aside}", repair)
-        if bad := [str(number) for number, row in rows if row is None]:
-            what = f"lines that hold no row: {listed(bad)}"
+            found.append((what, means, "the torn line is dropped"))
+        if bad := [str(number) for number, row in rows.items() if row is None]:
             means = "none for the training; the rows of their steps are lost"
-            yield Finding(str(path), what, means, f"the lines are dropped{aside}", repair)
-        if len(kept) < len(good):
-            what = f"steps that occur more than once: {listed(repeated(good))}"
-            means = (
-                "none for the training; the report's curve goes back and forth, and a rerun keeps "
-                "the rows before the step it resumes from"
+            found.append((f"lines that hold no row: {listed(bad)}", means, "the lines are dropped"))
+        if repeated:
+            what = f"steps that occur more than once: {listed(repeated)}"
+            means = "none for the training; the report's curve goes back and forth"
+            found.append((what, means, "each step keeps its last row"))
+        for first, last in self._gaps(kept, is_there):
+            lost = (
+                f"steps {first} to {last} have no row: a machine lost power, or lines were removed"
             )
-            yield Finding(str(path), what, means, f"each step keeps its last row{aside}", repair)
+            means = "none for the training: the steps were done; their losses and times are lost"
+            fix = f"an event {ROWS_LOST} in the file records it"
+            found.append((lost if is_there else MISSING, means, fix))
+            message = f"The rows of steps {first} to {last} are lost; the steps were done."
+            row = {"kind": "event", "event": ROWS_LOST, "message": message, "time": time.time()}
+            kept.append({**row, "first": first, "last": last})
+
+        def repair(aside: SetAside) -> None:
+            aside.copy(path)
+            with storage_errors("The metrics cannot be written", str(path)):
+                metrics_file.replace(path, kept)
+
+        for what, means, fix in found:
+            fix += "; the file as it was is set aside" if is_there else ""
+            yield Finding(str(path), what, means, fix, repair)
+
+    def _gaps(self, rows: Sequence[Record], is_there: bool) -> list[tuple[int, int]]:
+        """Return the (first, last) steps that have no training row and should have one."""
+        reached = self.whole[0].step if self.whole else 0
         every = self.job.get("logging_steps")
-        if isinstance(every, int) and every >= 1:
-            reached = self.whole[0].step if self.whole else 0
-            yield from (_gap(path, *ends) for ends in gaps(kept, every, reached))
+        if not is_there:
+            return [(1, reached)] if reached else []
+        if not isinstance(every, int) or every < 1:
+            return []
+        noted = {row.get("first") for row in rows if row.get("event") == ROWS_LOST}
+        starts = [row.get("resumed_from_step") or 0 for row in rows if row.get("event") == "plan"]
+        steps = starts[:1] or [0]
+        steps += [row["step"] for row in rows if row["kind"] == "train" and "step" in row]
+        apart = [after - before for before, after in pairwise(steps)]
+        found = []
+        for place, distance in enumerate(apart):
+            # logging_steps was larger if rows lie further apart before or after.
+            if distance > max(every, *apart[max(place - 1, 0) : place], *apart[place + 1 :][:1]):
+                found.append((steps[place] + 1, steps[place + 1] - 1))
+        found.append((steps[-1] + 1, reached - reached % every))
+        return [(first, last) for first, last in found if first <= last and first not in noted]
 
-    def _report(self) -> Iterator[Finding]:
-        path = self.folder / record.FILE_NAME
-        if path.exists():
-            try:
-                record.read(self.folder)
-                return
-            except StorageError as error:
-                what = first_line(error.found.removeprefix(f"{path}: "))
-            yield self._unmade(path.name, what, "a rerun stops at it: the run has ended")
-        elif self.is_done:
-            means = "a rerun stops at it: the run has ended, and has no report"
-            yield self._unmade(path.name, MISSING, means)
-
-    def _model(self, name: str) -> Iterator[Finding]:
-        what = wrong_with_model(self.folder / name)
-        # A sweep with keep_models: best deletes the models of its other trials.
-        is_owed = self.is_done and self.folder.parent.name != "trials"
-        is_owed = is_owed and bool(self.job.get("export_model", True))
-        is_owed = is_owed and (name == "model" or bool(self.job.get("enable_qat")))
-        if what and (what != MISSING or is_owed):
-            means = "it does not load, and a rerun leaves it so: the run has ended"
-            yield self._unmade(name, what, means)
-
-    def _unmade(self, name: str, what: str, means: str) -> Finding:
-        """Return the finding of a file or folder that the end of a run writes, and that is missing
+    def _ending(self) -> Iterator[Finding]:
+        """Yield a finding for each file or folder that the end of a run writes, and that is missing
         or damaged.
         """
+        wrong = {record.FILE_NAME: _wrong_with_report(self.folder)}
+        wrong |= {name: _wrong_with_model(self.folder / name) for name in MODELS}
+        owed = {record.FILE_NAME} if self.is_done else set()
+        # A sweep with keep_models: best deletes the models of its other trials.
+        if (
+            self.is_done
+            and self.job.get("export_model", True)
+            and self.folder.parent.name != "trials"
+        ):
+            owed |= set(MODELS if self.job.get("enable_qat") else MODELS[:1])
+        for name, what in wrong.items():
+            if what and (what != MISSING or name in owed):
+                yield self._unmade(name, what)
+
+    def _unmade(self, name: str, what: str) -> Finding:
         if self.run is None or not self.is_done:
             return _taken(self.own, name, what, "none: a rerun that resumes writes it at its end")
         path, run = self.folder / name, self.run
+        means = "a rerun leaves it so: the run has ended"
         if not self.whole or self.whole[0].found is None or not self.whole[0].found.optimizer:
             fix = (
                 "it cannot be made from a checkpoint: bring it back from a copy, or train again "
@@ -244,44 +335,49 @@ class Examined:
         fix = f"set aside, and {fix}" if path.exists() else fix
         return Finding(str(path), what, means, fix, repair, reopens=True)
 
+    def resumes(self, fix: bool) -> str:
+        """Return from where a rerun with resume_from_checkpoint: true continues."""
+        rerun = "A rerun with resume_from_checkpoint: true"
+        if self.findings and not fix:
+            rerun = f"Once repaired, a{rerun[1:]}"
+        if self.is_done and not any(one.reopens for one in self.findings):
+            overwrites = self.job.get("overwrite_output_dir")
+            without = "deletes it (overwrite_output_dir: true)" if overwrites else "is refused"
+            return (
+                "The run has ended: it was trained to its last step. A rerun with "
+                f"resume_from_checkpoint: true does nothing; one without {without}."
+            )
+        if not self.whole:
+            return f"{rerun} starts at step 0: no whole checkpoint is in {self.storage.root}."
+        newest = self.whole[0]
+        if newest.found is None or not newest.found.optimizer:
+            only = f"{newest.folder.root} was written with save_only_model: true"
+            return f"{rerun} is refused: {only}. raytrain-adv export writes its model."
+        return f"{rerun} resumes from step {newest.step}: {newest.folder.root}"
+
 
 def show(folder: Path, fix: bool) -> bool:
-    """Print what is wrong with a run and which checkpoint a rerun resumes from.
-
-    Args:
-        folder: the run's output_dir.
-        fix: whether to repair it; otherwise nothing is changed.
-
-    Returns:
-        Whether nothing is wrong, or nothing any more.
+    """Print what is wrong with a run and which checkpoint a rerun resumes from; repair it if `fix`.
+    Return whether nothing is wrong, or nothing any more.
 
     Raises:
         JobError: if there is no run there, or it is active.
         StorageError: if its files cannot be read or moved.
     """
     _require_run(folder)
-    lock = FileLock(folder / output_dir.LOCK)
-    with storage_errors("output_dir cannot be examined", str(folder)):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise JobError(
-                "The run is still active (its driver holds the lock); nothing was changed",
-                str(folder),
-                f"raytrain-adv status {folder} shows it; stop it first, or wait for its end",
-            ) from None
-    try:
+    active = JobError(
+        "The run is still active (its driver holds the lock); nothing was changed",
+        str(folder),
+        f"raytrain-adv status {folder} shows it; stop it first, or wait for its end",
+    )
+    with output_dir.held(folder, active), storage_errors("The run cannot be examined", str(folder)):
         return _show(folder, fix)
-    finally:
-        lock.release()
 
 
 def _show(folder: Path, fix: bool) -> bool:
-    with storage_errors("The run cannot be examined", str(folder)):
-        found = Examined(folder)
+    found, aside = Examined(folder), SetAside(folder)
     number = plural(len(found.findings), "finding") if found.findings else "nothing is wrong"
     print(f"{folder}: {number}")
-    aside = SetAside(folder)
     shown: set[tuple[str, str]] = set()
     for _ in range(ROUNDS if fix else 1):
         new = [one for one in found.findings if (one.where, one.what) not in shown]
@@ -294,7 +390,7 @@ def _show(folder: Path, fix: bool) -> bool:
             for repair in repairs:
                 repair(aside)
             found = Examined(folder)
-    print(f"\n{_resumes(found, fix)}")
+    print(f"\n{found.resumes(fix)}")
     for place in sorted(aside.places):
         print(f"Files were moved to {place}; delete it when you do not need it.")
     if found.findings and not fix:
@@ -307,31 +403,10 @@ def _show(folder: Path, fix: bool) -> bool:
 def _print(number: int, finding: Finding, fix: bool) -> None:
     print(f"\n{number}. {finding.where}")
     label = "fixed" if fix and finding.repair else "--fix" if finding.repair else "to do"
+    wrapper = textwrap.TextWrapper(100, break_long_words=False, break_on_hyphens=False)
+    wrapper.subsequent_indent = " " * 11
     for name, text in (("found", finding.what), ("means", finding.means), (label, finding.fix)):
-        # Not rich, which breaks long paths.
-        print(textwrap.fill(f"   {name}   {text}", WIDTH, **FOLDING))
-
-
-def _resumes(found: Examined, fix: bool) -> str:
-    """Return from where a rerun with resume_from_checkpoint: true continues."""
-    rerun = "A rerun with resume_from_checkpoint: true"
-    if found.findings and not fix:
-        rerun = f"Once repaired, a{rerun[1:]}"
-    if found.is_done and not any(one.reopens for one in found.findings):
-        overwrites = found.job.get("overwrite_output_dir")
-        without = "deletes it (overwrite_output_dir: true)" if overwrites else "is refused"
-        return (
-            "The run has ended: it was trained to its last step. A rerun with "
-            f"resume_from_checkpoint: true does nothing; one without {without}."
-        )
-    if not found.whole:
-        none = f"there is no whole checkpoint in {found.storage.root}"
-        return f"{rerun} starts at step 0: {none}."
-    newest = found.whole[0]
-    if newest.found is None or not newest.found.optimizer:
-        only = f"{newest.folder.root} was written with save_only_model: true"
-        return f"{rerun} is refused: {only}. raytrain-adv export writes its model."
-    return f"{rerun} resumes from step {newest.step}: {newest.folder.root}"
+        print(wrapper.fill(f"   {name}   {text}"))  # not rich, which breaks long paths
 
 
 def _require_run(folder: Path) -> None:
@@ -363,27 +438,45 @@ def _leftover(root: Storage, name: str) -> Finding:
     return _taken(root, name, what, "none: nothing reads it")
 
 
-def _gap(path: Path, first: int, last: int, what: str = "") -> Finding:
-    message = f"The rows of steps {first} to {last} are lost; the steps were done."
-
-    def repair(aside: SetAside) -> None:
-        row = {"kind": "event", "event": ROWS_LOST, "message": message, "time": time.time()}
-        _replace(path, [*metrics_file.read(path), {**row, "first": first, "last": last}])
-
-    return Finding(
-        str(path),
-        what or f"steps {first} to {last} have no row: a machine lost power, or lines were removed",
-        "none for the training: the steps were done; their losses and times are lost",
-        f"an event {ROWS_LOST} in the file records it",
-        repair,
-    )
+def _without_repeats(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the events and the last row of each kind and step, and the steps that had others."""
+    last = {(row["kind"], row.get("step")): number for number, row in enumerate(rows)}
+    kept, repeated = [], set()
+    for number, row in enumerate(rows):
+        if row["kind"] == "event" or last[row["kind"], row.get("step")] == number:
+            kept.append(row)
+        else:
+            repeated.add(row.get("step", 0))
+    return kept, [str(step) for step in sorted(repeated)]
 
 
-def _rewrite(path: Path, rows: list[dict[str, Any]], aside: SetAside) -> None:
-    aside.copy(path)
-    _replace(path, rows)
+def _wrong_with_report(folder: Path) -> str:
+    path = folder / record.FILE_NAME
+    try:
+        if path.exists():
+            record.read(folder)
+        return "" if path.exists() else MISSING
+    except StorageError as error:
+        return first_line(error.found.removeprefix(f"{path}: "))
 
 
-def _replace(path: Path, rows: list[dict[str, Any]]) -> None:
-    with storage_errors("The metrics cannot be written", str(path)):
-        metrics_file.replace(path, rows)
+def _wrong_with_model(path: Path) -> str:
+    """Return what is wrong with a folder of a model, an adapter, or both; empty if nothing."""
+    if not path.exists():
+        return MISSING
+    names = {file.name for file in path.iterdir()}
+    has_adapter = not names.isdisjoint(ADAPTER)
+    if absent := sorted({*(ADAPTER if has_adapter else ["config.json"])} - names):
+        return f"{absent[0]} is missing"
+    try:
+        if has_adapter:
+            with safe_open(path / ADAPTER[1], framework="pt"):
+                pass
+        if "config.json" in names:
+            with CheckpointFiles(path):
+                pass
+    except (OSError, SafetensorError) as error:
+        return f"{ADAPTER[1]} cannot be read: {error}"
+    except JobError as error:
+        return f"{error.what.removeprefix(f'{path} ').removeprefix(f'{path}/')}: {error.found}"
+    return ""

@@ -128,11 +128,12 @@ def storage_below(folder: Path, base: str | None, name: str) -> str:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, active: JobError | None = None) -> Iterator[None]:
     """Lock the folder for this driver.
 
     Raises:
-        JobError: if another driver is running in it, it would not last, or it cannot be written.
+        JobError: if another driver is running in it (`active`, if given), or it would not last.
+        StorageError: if it cannot be written.
     """
     if RAYS_COPIES in str(folder.absolute()):
         raise JobError(
@@ -146,7 +147,7 @@ def held(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise JobError(
+            raise active or JobError(
                 "Another run is writing into output_dir right now",
                 str(folder),
                 "wait for it, stop it, or choose another output_dir",
