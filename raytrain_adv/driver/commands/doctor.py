@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from raytrain_adv.checkpoint import folders
-from raytrain_adv.checkpoint.folders import MANIFEST, Found
+from raytrain_adv.checkpoint.folders import MANIFEST
 from raytrain_adv.checkpoint.load import PlainReader
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.output_dir import MODELS, RUN_FILE, Record
@@ -42,6 +42,7 @@ MISSING = "it is missing"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's state of an attempt (ray 2.60). Ray writes it in place: a kill may truncate it."""
 ASIDE = "set-aside"
+LEFTOVER = ("it was still being written when the run ended", "none: nothing reads it")
 UNFINISHED = re.compile(r"\..*\.(partial|old)|.*\.json\.partial")
 
 
@@ -56,87 +57,69 @@ class SetAside:
         self.places: set[str] = set()
         """The folders that contain what was taken out."""
 
-    def take(self, root: Storage, name: str) -> None:
-        """Move a file or folder, named by its path below `root`."""
-        root.move(name, self._target(root, name))
-
-    def copy(self, path: Path) -> None:
-        """Copy a file of output_dir as it was found; it will be rewritten."""
-        if not path.exists():
-            return
-        target = Path(self._target(self.output, path.name))
-        with storage_errors("A file cannot be set aside", str(path)):
-            if not target.exists():
-                shutil.copy2(path, target)
-
-    def _target(self, root: Storage, name: str) -> str:
+    def take(self, root: Storage, name: str, copy: bool = False) -> None:
+        """Move a file or folder, named by its path below `root`; or copy one that is rewritten, as
+        it was found.
+        """
         source = root.path(name)
         is_inside = root.is_local and Path(source).is_relative_to(self.output.root)
         base = self.output if is_inside else root
         place = base.folder(ASIDE, self.stamp)
         target = place.path(posixpath.relpath(source, base.root))
+        if copy and (Path(target).exists() or not Path(source).exists()):
+            return
         Storage(base.filesystem, posixpath.dirname(target)).make()
         self.places.add(place.root)
-        return target
-
-
-Repair = Callable[[SetAside], None]
+        if not copy:
+            root.move(name, target)
+            return
+        with storage_errors("A file cannot be set aside", source):
+            shutil.copy2(source, target)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, and what it means for a rerun that resumes or a reader of the run."""
+    """One thing that is wrong, and what it means for a rerun or a reader of the run."""
 
     where: str
     what: str
     means: str
     fix: str
     """What --fix does about it; without a `repair`, what the user can do."""
-    repair: Repair | None = None
+    repair: Callable[[SetAside], None] | None = None
     reopens: bool = False
     """Whether the repair makes a rerun continue a run that has ended."""
 
 
-@dataclass(frozen=True)
 class Seen:
-    """A checkpoint's folder: a sound checkpoint, or what is wrong with it."""
+    """A checkpoint's folder, and what is wrong with it."""
 
-    step: int
-    attempt: str
-    folder: Storage
-    found: Found | None
-    damage: str
+    def __init__(self, step: int, attempt: str, folder: Storage) -> None:
+        self.step, self.attempt, self.folder = step, attempt, folder
+        self.name = f"{attempt}/{folder.root.rpartition('/')[2]}"
+        self.manifest = folder.read_json(MANIFEST)
+        self.damage = self._unsound(self.manifest) if self.manifest else self._unfinished()
 
-    @property
-    def name(self) -> str:
-        """Its path below the storage's root."""
-        return f"{self.attempt}/{self.folder.root.rpartition('/')[2]}"
+    def _unfinished(self) -> str:
+        if folders.DAMAGED in self.folder.files():
+            return "a run found that its files are not what was written"
+        if MANIFEST in self.folder.files():
+            return f"its {MANIFEST} is torn"
+        return f"no {MANIFEST}: it was still being written when the run ended"
 
-
-def _check(folder: Storage) -> tuple[Found | None, str]:
-    """Return a checkpoint, or None and what is wrong with it."""
-    manifest = folder.read_json(MANIFEST)
-    if manifest is None:
-        if folders.DAMAGED in folder.files():
-            return None, "a run found that its files are not what was written"
-        if MANIFEST in folder.files():
-            return None, f"its {MANIFEST} is torn"
-        return None, f"no {MANIFEST}: it was still being written when the run ended"
-    form = manifest.get("format")
-    if form != folders.FORMAT:
-        return None, f"it is of format {form}; this version reads {folders.FORMAT}"
-    try:
-        found = folders.find(folder)
-        if found is not None and folder.is_local:
-            PlainReader(folder.root)
-    except (AttributeError, KeyError, TypeError) as error:
-        return None, f"its {MANIFEST} is not a checkpoint's ({type(error).__name__}: {error})"
-    except (StorageError, OSError) as error:
-        return None, error.found if isinstance(error, StorageError) else str(error)
-    if found is None:
-        return None, folders.wrong_sizes(folder, manifest)
-    wrong = folders.wrong_bytes(folder, rank=0, world_size=1)
-    return (None, wrong) if wrong else (found, "")
+    def _unsound(self, manifest: dict[str, Any]) -> str:
+        form = manifest.get("format")
+        if form != folders.FORMAT:
+            return f"it is of format {form}; this version reads {folders.FORMAT}"
+        try:
+            if folders.find(self.folder) is not None and self.folder.is_local:
+                PlainReader(self.folder.root)
+        except (AttributeError, KeyError, TypeError) as error:
+            return f"its {MANIFEST} is not a checkpoint's ({type(error).__name__}: {error})"
+        except (StorageError, OSError) as error:
+            return error.found if isinstance(error, StorageError) else str(error)
+        wrong = folders.wrong_sizes(self.folder, manifest)
+        return wrong or folders.wrong_bytes(self.folder, rank=0, world_size=1)
 
 
 class Examined:
@@ -152,15 +135,21 @@ class Examined:
         self.storage = Storage.at(output_dir.storage_below(folder, base, name))
         self.own = Storage.at(str(folder))
         found = sorted(folders.all_folders(self.storage), key=lambda f: f[:2], reverse=True)
-        self.seen = [Seen(step, attempt, f, *_check(f)) for step, attempt, f in found]
+        self.seen = [Seen(*one) for one in found]
         self.whole = [one for one in self.seen if not one.damage]
+        self.resumable = bool(self.whole and (self.whole[0].manifest or {})["optimizer"])
         self.limit: int | None = self.job.get("save_total_limit")
         self.findings = [*self._checkpoints(), *self._output()]
 
     def _checkpoints(self) -> Iterator[Finding]:
         for one in self.seen:
             if one.damage:
-                yield self._damaged(one)
+                before = next((s for s in self.whole if s.step <= one.step), None)
+                instead = f"step {before.step}" if before else "no step: no earlier one is whole"
+                means = f"a rerun that resumes skips it, and can resume from {instead}"
+                if one.manifest is not None:
+                    means += "; save_total_limit may count it and delete a whole one instead"
+                yield _taken(self.storage, one.name, one.damage, means)
         for one in self.whole[self.limit or len(self.whole) :]:
             what = f"whole, but save_total_limit: {self.limit} keeps newer ones"
             means = "none: a rerun resumes from the newest; it uses disk space until the next one"
@@ -169,18 +158,10 @@ class Examined:
             files = self.storage.folder(attempt).files() if attempt != ASIDE else ()
             for name in files:
                 if name.endswith(".partial"):
-                    yield _leftover(self.storage, f"{attempt}/{name}")
+                    yield _taken(self.storage, f"{attempt}/{name}", *LEFTOVER)
             if SNAPSHOT in files and (what := self._wrong_snapshot(attempt)):
                 means = f"none: a rerun has its own name in Ray; under {attempt} it would not start"
                 yield _taken(self.storage, f"{attempt}/{SNAPSHOT}", what, means)
-
-    def _damaged(self, one: Seen) -> Finding:
-        before = next((s for s in self.whole if s.step <= one.step), None)
-        instead = f"step {before.step}" if before else "no step: no earlier one is whole"
-        means = f"a rerun that resumes skips it, and can resume from {instead}"
-        if one.folder.read_json(MANIFEST) is not None:
-            means += "; save_total_limit may count it and delete a whole one instead"
-        return _taken(self.storage, one.name, one.damage, means)
 
     def _wrong_snapshot(self, attempt: str) -> str:
         """Return what is wrong with Ray's snapshot. Checkpoints that the run deleted by
@@ -212,23 +193,23 @@ class Examined:
         yield from self._ending()
         for name in sorted([*self.own.files(), *self.own.folders()]):
             if UNFINISHED.fullmatch(name):
-                yield _leftover(self.own, name)
+                yield _taken(self.own, name, *LEFTOVER)
             elif name == STOP_FILE:
                 what = "somebody asked the run to stop, and it ended before it did so"
                 yield _taken(self.own, name, what, "none: a rerun removes it when it starts")
 
     def _note_failed(self, run: Record, aside: SetAside) -> None:
-        aside.copy(self.folder / RUN_FILE)
+        aside.take(self.own, RUN_FILE, copy=True)
         self.own.write_json(RUN_FILE, {**run, "status": "failed", "time": time.time()})
 
     def _no_record(self) -> Finding:
         path = self.folder / RUN_FILE
         what = "it is torn, or lacks what a rerun reads from it" if path.exists() else MISSING
         means = (
-            "without resume_from_checkpoint a rerun is refused; with it, the keys of another job "
-            "are noticed only on the workers, and a run that has ended seems unfinished"
+            "a rerun without resume_from_checkpoint is refused; with it, another job's keys are "
         )
-        manifest = self.whole[0].folder.read_json(MANIFEST) if self.whole else None
+        means += "noticed only on the workers, and a run that has ended seems unfinished"
+        manifest = self.whole[0].manifest if self.whole else None
         if manifest is None:
             fix = "no checkpoint identifies the run: start again with overwrite_output_dir: true"
             return Finding(str(path), what, means, fix)
@@ -243,37 +224,30 @@ class Examined:
             *lines, tail = path.read_bytes().split(b"\n") if is_there else [b""]
         rows = {n: metrics_file.parse_row(line) for n, line in enumerate(lines, 1) if line.strip()}
         kept, repeated = _without_repeats([row for row in rows.values() if row is not None])
-        found = []
+        found = [] if is_there else [MISSING]
         if tail:
-            what = f"its last line is torn, after {len(tail):,} bytes"
-            means = "none: a rerun that resumes drops it too"
-            found.append((what, means, "the torn line is dropped"))
+            found.append(f"its last line is torn, after {len(tail):,} bytes")
         if bad := [str(number) for number, row in rows.items() if row is None]:
-            means = "none for the training; the rows of their steps are lost"
-            found.append((f"lines that hold no row: {listed(bad)}", means, "the lines are dropped"))
+            found.append(f"lines that hold no row: {listed(bad)}")
         if repeated:
-            what = f"steps that occur more than once: {listed(repeated)}"
-            means = "none for the training; the report's curve goes back and forth"
-            found.append((what, means, "each step keeps its last row"))
+            found.append(f"steps that occur more than once: {listed(repeated)}")
         for first, last in self._gaps(kept, is_there):
-            lost = (
-                f"steps {first} to {last} have no row: a machine lost power, or lines were removed"
-            )
-            means = "none for the training: the steps were done; their losses and times are lost"
-            fix = f"an event {ROWS_LOST} in the file records it"
-            found.append((lost if is_there else MISSING, means, fix))
+            if is_there:
+                cause = "a machine lost power, or lines were removed"
+                found.append(f"steps {first} to {last} have no row: {cause}")
             message = f"The rows of steps {first} to {last} are lost; the steps were done."
             row = {"kind": "event", "event": ROWS_LOST, "message": message, "time": time.time()}
             kept.append({**row, "first": first, "last": last})
 
         def repair(aside: SetAside) -> None:
-            aside.copy(path)
+            aside.take(self.own, FILE_NAME, copy=True)
             with storage_errors("The metrics cannot be written", str(path)):
                 metrics_file.replace(path, kept)
 
-        for what, means, fix in found:
-            fix += "; the file as it was is set aside" if is_there else ""
-            yield Finding(str(path), what, means, fix, repair)
+        means = "none for the training; the report's curve lacks rows, or goes back and forth"
+        fix = f"rewritten with one row a step, and an event {ROWS_LOST} for each gap"
+        fix += "; the file as it was is set aside" if is_there else ""
+        yield from (Finding(str(path), what, means, fix, repair) for what in found)
 
     def _gaps(self, rows: Sequence[Record], is_there: bool) -> list[tuple[int, int]]:
         """Return the (first, last) steps that have no training row and should have one."""
@@ -304,11 +278,8 @@ class Examined:
         wrong |= {name: _wrong_with_model(self.folder / name) for name in MODELS}
         owed = {record.FILE_NAME} if self.is_done else set()
         # A sweep with keep_models: best deletes the models of its other trials.
-        if (
-            self.is_done
-            and self.job.get("export_model", True)
-            and self.folder.parent.name != "trials"
-        ):
+        has_models = self.job.get("export_model", True) and self.folder.parent.name != "trials"
+        if self.is_done and has_models:
             owed |= set(MODELS if self.job.get("enable_qat") else MODELS[:1])
         for name, what in wrong.items():
             if what and (what != MISSING or name in owed):
@@ -319,12 +290,9 @@ class Examined:
             return _taken(self.own, name, what, "none: a rerun that resumes writes it at its end")
         path, run = self.folder / name, self.run
         means = "a rerun leaves it so: the run has ended"
-        if not self.whole or self.whole[0].found is None or not self.whole[0].found.optimizer:
-            fix = (
-                "it cannot be made from a checkpoint: bring it back from a copy, or train again "
-                "with overwrite_output_dir: true"
-            )
-            return Finding(str(path), what, means, fix)
+        if not self.resumable:
+            fix = "bring it back from a copy, or train again with overwrite_output_dir: true"
+            return Finding(str(path), what, means, f"no checkpoint can restore it: {fix}")
 
         def repair(aside: SetAside) -> None:
             if path.exists():
@@ -343,14 +311,12 @@ class Examined:
         if self.is_done and not any(one.reopens for one in self.findings):
             overwrites = self.job.get("overwrite_output_dir")
             without = "deletes it (overwrite_output_dir: true)" if overwrites else "is refused"
-            return (
-                "The run has ended: it was trained to its last step. A rerun with "
-                f"resume_from_checkpoint: true does nothing; one without {without}."
-            )
+            ended = "The run has ended: it was trained to its last step."
+            return f"{ended} {rerun} does nothing; one without {without}."
         if not self.whole:
             return f"{rerun} starts at step 0: no whole checkpoint is in {self.storage.root}."
         newest = self.whole[0]
-        if newest.found is None or not newest.found.optimizer:
+        if not self.resumable:
             only = f"{newest.folder.root} was written with save_only_model: true"
             return f"{rerun} is refused: {only}. raytrain-adv export writes its model."
         return f"{rerun} resumes from step {newest.step}: {newest.folder.root}"
@@ -370,12 +336,13 @@ def show(folder: Path, fix: bool) -> bool:
         str(folder),
         f"raytrain-adv status {folder} shows it; stop it first, or wait for its end",
     )
-    with output_dir.held(folder, active), storage_errors("The run cannot be examined", str(folder)):
+    with output_dir.held(folder, active):
         return _show(folder, fix)
 
 
 def _show(folder: Path, fix: bool) -> bool:
-    found, aside = Examined(folder), SetAside(folder)
+    with storage_errors("The run cannot be examined", str(folder)):
+        found, aside = Examined(folder), SetAside(folder)
     number = plural(len(found.findings), "finding") if found.findings else "nothing is wrong"
     print(f"{folder}: {number}")
     shown: set[tuple[str, str]] = set()
@@ -431,11 +398,6 @@ def _require_run(folder: Path) -> None:
 def _taken(root: Storage, name: str, what: str, means: str, fix: str = "set aside") -> Finding:
     """Return the finding of a file or folder below `root` that the repair sets aside."""
     return Finding(root.path(name), what, means, fix, partial(SetAside.take, root=root, name=name))
-
-
-def _leftover(root: Storage, name: str) -> Finding:
-    what = "it was still being written when the run ended"
-    return _taken(root, name, what, "none: nothing reads it")
 
 
 def _without_repeats(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
