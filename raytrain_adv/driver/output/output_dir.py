@@ -32,10 +32,7 @@ RAYS_COPIES = "/runtime_resources/working_dir_files/"
 """Where Ray unpacks the working directory of a submitted job (ray 2.60)."""
 OWNER = "owner.json"
 """In storage outside of output_dir: names the output_dir of the checkpoints there."""
-ENDED = {
-    "failed": "has failed part of the way",
-    "stopped": "was stopped part of the way",
-}
+ENDED = {"failed": "has failed part of the way", "stopped": "was stopped part of the way"}
 """A run's status -> the verb phrase of the error about its job."""
 Record = Mapping[str, Any]
 """The content of run.json."""
@@ -101,13 +98,9 @@ class Output:
 
     def note(self, job: JobConfig, status: str, attempts: int) -> None:
         """Write run.json: the folder's job and the status of its run."""
-        record = {
-            "fingerprint": job.fingerprint(),
-            "status": status,
-            "attempts": attempts,
-            "job": redact(job.flat()),
-        }
-        Storage.at(str(self.folder)).write_json(RUN_FILE, {**record, "time": time.time()})
+        record = {"fingerprint": job.fingerprint(), "status": status, "attempts": attempts}
+        record |= {"job": redact(job.flat()), "time": time.time()}
+        Storage.at(str(self.folder)).write_json(RUN_FILE, record)
 
 
 def storage_path(job: JobConfig) -> str:
@@ -116,9 +109,7 @@ def storage_path(job: JobConfig) -> str:
 
 
 def storage_below(folder: Path, base: str | None, name: str) -> str:
-    """Return where the checkpoints are of the run `name` in `folder`, with the ray_storage_path
-    `base`.
-    """
+    """Return where the checkpoints of the run `name` are, with the ray_storage_path `base`."""
     if base is None:
         return str(folder.absolute() / "checkpoints")
     if "://" not in base:
@@ -206,7 +197,9 @@ def decided(job: JobConfig) -> Output:
     record = record_of(folder)
     resume = job.output.resume_from_checkpoint or False
     replaced = Replaced(folder, OURS, [storage], is_there=False)
-    _refuse_a_sweeps_folder(folder)
+    if (folder / SWEEP_FILE).exists():
+        what = "output_dir holds a sweep, not a single run"
+        raise JobError(what, str(folder), "choose another output_dir")
     refuse_anothers(storage, folder, has_run=record is not None)
     if job.output.overwrite_output_dir and resume is not True:
         refuse_to_delete_what_is_read(job, replaced)
@@ -218,13 +211,11 @@ def decided(job: JobConfig) -> Output:
     elif record["status"] == "done" or _trained(folder, storage):
         _refuse_unless_resumed(job, folder, record, resume)
     finished = bool(record and record["status"] == "done" and resume is True)
-    before = 0 if replaced.is_there else _attempts_before(record, storage)
+    before = 0
+    if not replaced.is_there:
+        before = int(record["attempts"]) if record else attempts_in(storage)
     name = f"{ascii_name(job.run_name)}_{before + 1:03d}"  # Ray's metrics take ASCII only (2.60)
     return Output(folder, storage_path(job), name, resume, finished, before + 1, replaced)
-
-
-def _attempts_before(record: Record | None, storage: Storage) -> int:
-    return int(record["attempts"]) if record else attempts_in(storage)
 
 
 def attempts_in(storage: Storage) -> int:
@@ -250,18 +241,16 @@ def refuse_to_delete_what_is_read(job: JobConfig, replaced: Replaced) -> None:
         JobError: naming the key.
     """
     compared, resume = job.output.compare_with, job.output.resume_from_checkpoint
-    named = {
-        "model_name_or_path": job.model.model_name_or_path,
-        "kernels_lock": job.transform(HubKernels).kernels_lock,
-        "compare_with": None if compared is None else str(Path(compared) / reports.FILE_NAME),
-        "resume_from_checkpoint": resume if isinstance(resume, str) else None,
-    }
-    for key, value in named.items():
-        replaced.refuse_to_delete(key, value)
+    report = None if compared is None else str(Path(compared) / reports.FILE_NAME)
+    replaced.refuse_to_delete("model_name_or_path", job.model.model_name_or_path)
+    replaced.refuse_to_delete("kernels_lock", job.transform(HubKernels).kernels_lock)
+    replaced.refuse_to_delete("compare_with", report)
+    if isinstance(resume, str):
+        replaced.refuse_to_delete("resume_from_checkpoint", resume)
 
 
 def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
-    """Refuse storage that holds the checkpoints of another output_dir's run.
+    """Refuse storage with the checkpoints of another output_dir's run.
 
     Args:
         storage: where this run's checkpoints would be.
@@ -287,13 +276,6 @@ def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
     )
 
 
-def _refuse_a_sweeps_folder(folder: Path) -> None:
-    if (folder / SWEEP_FILE).exists():
-        raise JobError(
-            "output_dir holds a sweep, not a single run", str(folder), "choose another output_dir"
-        )
-
-
 def _refuse_foreign_files(folder: Path, resume: bool | str) -> None:
     there = [name for name in OURS if (folder / name).exists()]
     if there and not resume:
@@ -308,27 +290,18 @@ def _refuse_foreign_files(folder: Path, resume: bool | str) -> None:
 def _refuse_unless_resumed(
     job: JobConfig, folder: Path, record: Record, resume: bool | str
 ) -> None:
-    same = record["fingerprint"] == job.fingerprint()
-    ways_out = (
-        "choose another output_dir, or set overwrite_output_dir: true to start again (its "
-        "checkpoints are deleted)"
-    )
-    if not same:
+    out = "choose another output_dir, or set overwrite_output_dir: true to start again (its "
+    out += "checkpoints are deleted)"
+    if record["fingerprint"] != job.fingerprint():
         raise JobError(
             "output_dir holds the run of a job with other settings",
             "\n".join([f"{folder} ({record['status']})", *job.differences(record["job"])]),
-            ("restore these keys to continue it, " if resume else "") + ways_out,
+            ("restore these keys to continue it, " if resume else "") + out,
         )
     if not resume and record["status"] == "done":
-        raise JobError(
-            "This job has run to its end in output_dir",
-            f"{folder}: nothing is left to train; its report is {folder / 'report.html'}",
-            ways_out,
-        )
+        found = f"{folder}: nothing is left to train; its report is {folder / 'report.html'}"
+        raise JobError("This job has run to its end in output_dir", found, out)
     if not resume:
         state = ENDED.get(record["status"], "has been started and has not ended")
-        raise JobError(
-            f"This job {state} in output_dir",
-            str(folder),
-            f"set resume_from_checkpoint: true to continue from its last checkpoint, {ways_out}",
-        )
+        fix = f"set resume_from_checkpoint: true to continue from its last checkpoint, {out}"
+        raise JobError(f"This job {state} in output_dir", str(folder), fix)
