@@ -77,17 +77,15 @@ def connect(job: JobConfig | None) -> bool:
 
 def _cannot_connect(address: str, error: Exception) -> ClusterError:
     is_local = address == "local"
+    what = "Ray cannot be started here" if is_local else "The Ray cluster cannot be joined"
     fix = (
         "check RAY_ADDRESS and ray_init_kwargs; remove both to start Ray on this machine; "
         "if the cluster requires a token, set RAY_AUTH_MODE=token"
     )
     if is_local and "timed out" in str(error):
         fix += "; the machine may be overloaded: try again"
-    return ClusterError(
-        "Ray cannot be started here" if is_local else "The Ray cluster cannot be joined",
-        f"address: {address}; {type(error).__name__}: {first_line(error)}",
-        fix,
-    )
+    found = f"address: {address}; {type(error).__name__}: {first_line(error)}"
+    return ClusterError(what, found, fix)
 
 
 @contextmanager
@@ -132,12 +130,7 @@ def _in_own_process_group() -> Iterator[None]:
 
 
 def _settings(options: Mapping[str, Any], job: JobConfig | None) -> dict[str, str]:
-    """Return the environment variables that Ray's processes inherit.
-
-    Args:
-        options: the arguments of ray.init.
-        job: the job that runs there, if any.
-    """
+    """Return the environment variables that Ray's processes inherit, of ray.init's arguments."""
     settings = dict(RAY_SETTINGS)
     if options["address"] == "local":
         settings |= LOCAL_SETTINGS
@@ -211,10 +204,5 @@ def use_node_network() -> None:
 
 
 def find_interface(address: str, addresses: Mapping[str, Sequence[str]]) -> str:
-    """Return the interface that has an address; empty if none has, as behind NAT or for 127.0.0.2.
-
-    Args:
-        address: the node's address in Ray.
-        addresses: interface -> its addresses.
-    """
+    """Return the interface that has an address; empty if none has, as behind NAT."""
     return next((name for name, known in addresses.items() if address in known), "")

@@ -64,20 +64,13 @@ class BatchPreservingPolicy(ElasticScalingPolicy):  # type: ignore[misc] # ray i
     def _free(self) -> list[Node]:
         """Return the usable nodes, each with its resources that are free or this run's own."""
         free = nodes.free_by_node()
-        bundle = self._placement.bundle.items()
-        return [
-            Node(
-                node.address,
-                {
-                    name: free.get(node.node_id, {}).get(name, 0.0)
-                    + self._own[node.node_id] * amount
-                    for name, amount in bundle
-                },
-                node_id=node.node_id,
-            )
-            for node in nodes.alive_nodes()
-            if self._is_usable(node)
-        ]
+        found = []
+        for node in filter(self._is_usable, nodes.alive_nodes()):
+            own, there = self._own[node.node_id], free.get(node.node_id, {})
+            amounts = self._placement.bundle.items()
+            room = {name: there.get(name, 0.0) + own * amount for name, amount in amounts}
+            found.append(Node(node.address, room, node_id=node.node_id))
+        return found
 
     def _is_usable(self, node: Node) -> bool:
         return not (
@@ -88,12 +81,8 @@ class BatchPreservingPolicy(ElasticScalingPolicy):  # type: ignore[misc] # ray i
 
 
 def largest_fitting(free: Sequence[Node], placement: Placement, strategy: str) -> int:
-    """Return the largest allowed number of workers that fits; 0 if none does.
-
-    Args:
-        free: usable nodes, each with its available resources.
-        placement: each worker's resources, and the allowed numbers.
-        strategy: Ray's placement strategy.
+    """Return the largest allowed number of workers that fits into the usable nodes' free resources;
+    0 if none does.
     """
     room = nodes.num_fitting(free, placement, strategy)
     return max((number for number in placement.numbers if number <= room), default=0)

@@ -64,9 +64,7 @@ def alive_nodes() -> list[Node]:
 
 
 def scalable_nodes() -> list[Node]:
-    """Return the kinds of node that an autoscaler may start, with their maximum count; empty on a
-    fixed cluster.
-    """
+    """Return the kinds of node that an autoscaler may start, and at most how many of each."""
     # Private, and the only source; Ray Data 2.60 reads it the same way.
     config = ray._private.state.state.get_cluster_config()
     groups = config.node_group_configs if config is not None else ()
@@ -133,12 +131,9 @@ def _refuse_misfit(job: JobConfig, placement: Placement, possible: Sequence[Node
         return
     nodes = (f"  {n.count} x {n.address}: {_describe(n.resources)}" for n in possible)
     found = [placement.request(strategy), f"there is room for {workers}:", *nodes]
-    raise ClusterError(
-        "The cluster has no room for this job",
-        "\n".join(found),
-        (f"set ray_num_workers to {workers} or less, " if workers else "")
-        + "change resources_per_worker, or add nodes",
-    )
+    fix = f"set ray_num_workers to {workers} or less, " if workers else ""
+    fix += "change resources_per_worker, or add nodes"
+    raise ClusterError("The cluster has no room for this job", "\n".join(found), fix)
 
 
 def num_fitting(nodes: Sequence[Node], placement: Placement, strategy: str) -> int:
@@ -177,11 +172,11 @@ def free_resources(placement: Placement) -> Counter[str]:
     return total
 
 
-def _missing(placement: Placement) -> dict[str, float]:
+def _missing(placement: Placement) -> str:
     """Return the resources that the fewest workers need and that are not free."""
     free, fewest = free_resources(placement), placement.fewest
     lacking = {name: fewest * amount - free[name] for name, amount in placement.bundle.items()}
-    return {name: amount for name, amount in lacking.items() if amount > 1e-6}
+    return ", ".join(f"{amount:g} {name}" for name, amount in lacking.items() if amount > 1e-6)
 
 
 def wait_for_room(
@@ -204,24 +199,18 @@ def wait_for_room(
             raise Stopped("The run was stopped", "while it waited for room for its workers", fix)
         if time.monotonic() - last > every_s:
             last = time.monotonic()
-            lacking = ", ".join(f"{amount:g} {name}" for name, amount in missing.items())
-            say(
-                f"waiting for {lacking}: in use by other jobs, or on nodes that are not started "
-                "yet (Ctrl-C gives up)"
-            )
+            why = "in use by other jobs, or on nodes that are not started yet (Ctrl-C gives up)"
+            say(f"waiting for {missing}: {why}")
         if scalable_nodes():
             return  # only a request for the workers makes the autoscaler start nodes
         time.sleep(poll_s)
 
 
 def release_workers(group: str) -> None:
-    """Remove the placement group of a controller that has died.
+    """Remove the placement group, named by its id in hex, of a controller that has died.
 
     Ray Train does so itself only if it finds its dashboard, which fails when more than one Ray
     runs on the machine (ray 2.60, placement_group_cleaner.py); the next controller would then wait
     forever.
-
-    Args:
-        group: the placement group's id in hex.
     """
     remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))

@@ -38,9 +38,8 @@ class Placement:
     def request(self, strategy: str) -> str:
         """Return the requested workers and their resources, for an error's text."""
         each = ", ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
-        workers = plural(self.num_workers, "worker")
-        if self.numbers:
-            workers = f"{self.fewest} workers at least"
+        elastic = f"{self.fewest} workers at least"
+        workers = elastic if self.numbers else plural(self.num_workers, "worker")
         return f"requested: {workers} with {each} each ({strategy})"
 
     @property
