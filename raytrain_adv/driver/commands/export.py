@@ -4,7 +4,6 @@ folder; one process, in host memory, without Ray.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import psutil
 import torch
-from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from raytrain_adv import hardware
@@ -22,7 +20,6 @@ from raytrain_adv.config.discovery import transform_types
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.load import load_keys
 from raytrain_adv.config.problems import Problem, job_error
-from raytrain_adv.config.yaml_source import read_value
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.driver.output.output_dir import RUN_FILE, storage_path
 from raytrain_adv.errors import JobError, StorageError, TrainingError
@@ -44,6 +41,7 @@ from raytrain_adv.transforms.quantized_base import QuantizedBase
 from raytrain_adv.transforms.transform import Plan
 
 CPU = torch.device("cpu")
+FALSE = ("false", "no", "off", "0", "f", "n")
 MEANINGLESS = frozenset({"compare", "fake_quant_after_n_steps"})
 """QAT keys that only affect training."""
 TRAINS = "affects only how a model is trained"
@@ -128,7 +126,7 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
     code = [item for item in given if item.startswith("trust_remote_code=")]
     stored = read_config(load_keys(keys, str(source), code)).dtype
     dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    if dtype != torch.bfloat16 and _values(given).get("qat_activation_dtype") == FLOAT8:
+    if dtype != torch.bfloat16 and _text(given, "qat_activation_dtype") == FLOAT8:
         raise JobError(
             "float8 activations need a model in bfloat16: products of float8 rows come out in it",
             f"{source} is in {str(dtype).removeprefix('torch.')}",
@@ -151,37 +149,19 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
     print(f"{INDENT}{compared[0]}")
 
 
-def _values(given: list[str]) -> dict[str, Any]:
-    """Return what the keys are set to, read as YAML; the job refuses malformed ones."""
-    values: dict[str, Any] = {}
-    for item in given:
-        key, _, text = item.partition("=")
-        with contextlib.suppress(ValueError):
-            values[key] = read_value(text)
-    return values
-
-
-def _turns_off_qat(given: list[str]) -> bool:
-    """Whether the keys set enable_qat: false, in any spelling."""
-    value = _values(given).get("enable_qat")
-    try:
-        return value is not None and not Qat.model_validate({"enable_qat": value}).enable_qat
-    except ValidationError:  # refused as the job is loaded
-        return False
+def _text(given: list[str], key: str) -> str:
+    """Return what a key is set to, as text; empty if it is not given."""
+    return dict(item.partition("=")[::2] for item in given).get(key, "").strip(" '\"").lower()
 
 
 def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
     """Compare a quantized folder with its source under fake quantization, and describe it; if
     this machine cannot, return why.
-
-    Raises:
-        TrainingError: when they do not compute the same.
     """
-    model = build(job)
-    size = sum(p.numel() * (p.element_size() + dtype.itemsize) for p in model.parameters())
-    needed, free = size / GIB, psutil.virtual_memory().available / GIB
     if _needs_gpu(job):
         return f"not compared: {NO_GPU}"
+    sizes = (p.numel() * (p.element_size() + dtype.itemsize) for p in build(job).parameters())
+    needed, free = sum(sizes) / GIB, psutil.virtual_memory().available / GIB
     if needed > free:
         return f"not compared: that takes {needed:.1f} GiB of memory, and {free:.1f} are free"
     model, _ = _prepared(job)
@@ -203,19 +183,15 @@ def _difference(difference: float, how: str, whose: str) -> str:
 
 
 def _nothing_to_quantize(found: str) -> JobError:
-    return JobError(
-        "enable_qat: true is missing: nothing would be quantized",
-        found,
-        "write enable_qat=true, and how: qat_weight_dtype=int4 qat_activation_dtype=int8 "
-        "qat_group_size=32",
-    )
+    keys = "qat_weight_dtype=int4 qat_activation_dtype=int8 qat_group_size=32"
+    what = "enable_qat: true is missing: nothing would be quantized"
+    return JobError(what, found, f"write enable_qat=true, and how: {keys}")
 
 
 def _new(path: Path) -> Path:
     if path.exists():
-        raise JobError(
-            f"{path} exists already", "nothing is overwritten", "name another folder by --output"
-        )
+        fix = "name another folder by --output"
+        raise JobError(f"{path} exists already", "nothing is overwritten", fix)
     return path
 
 
@@ -254,9 +230,9 @@ def _merge_run(
         lines.append("bitsandbytes rounds fp4 here, on a CPU, otherwise than on a GPU: if the run")
         lines.append("had GPUs, 1 % of the base's values are a step off those the adapter was")
         lines.append("trained on; nf4's are not")
+    most, largest = f"{merged.difference:.3g} at most", f"{merged.largest:.3g}"
     lines.append(
-        f"logits differ by {merged.difference:.3g} at most from those of base and adapter, whose "
-        f"largest is {merged.largest:.3g}"
+        f"logits differ by {most} from those of base and adapter, whose largest is {largest}"
     )
     lines.append(f"({merged.num_tokens} tokens; sums are rounded to the written dtype)")
     if merged.plain_difference is not None:
@@ -270,7 +246,7 @@ def _job_of(folder: Path, stored: Mapping[str, Any], given: list[str]) -> JobCon
     """Return a run's job, without what only matters in training."""
     kept = {key for kind in KEPT for key in kind.model_fields}
     others = {key for kind in transform_types() for key in kind.model_fields} - kept
-    is_off = _turns_off_qat(given)
+    is_off = _text(given, "enable_qat") in FALSE
     dropped = others | set(Qat.model_fields if is_off else ())
     keys = {key: value for key, value in stored.items() if key not in dropped}
     attention = str(keys.get("flash_attn", ""))

@@ -82,8 +82,8 @@ def submit(path: str, overrides: list[str], address: str | None, env_file: str |
 
 
 def runtime_env(file: str | None, folder: Path) -> dict[str, Any]:
-    """Return the runtime environment of a file, or of jobs/runtime_env.yaml, or the default one;
-    its working directory is the folder.
+    """Return the runtime environment of a file, of jobs/runtime_env.yaml, or the default one, with
+    this working directory.
 
     Raises:
         JobError: if the file is not a runtime environment.
@@ -102,7 +102,7 @@ def runtime_env(file: str | None, folder: Path) -> dict[str, Any]:
 
 
 def refuse_secrets(env: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Raise if what Ray shows in clear (the runtime environment, the command line) has a secret.
+    """Raise if the runtime environment or the command line, which Ray shows in clear, has a secret.
 
     Raises:
         JobError: naming the keys, never the values.
@@ -155,12 +155,12 @@ def refuse_what_stays_behind(
         if behind:
             missing.append(f"{key}: {listed([str(part) for part in behind], 1)}")
     if missing:
-        raise JobError(
-            "Some files the job needs would not be uploaded",
-            "\n".join(missing),
+        fix = (
             f"they are outside {folder}, or {DEFAULT_ENV} or .gitignore excludes them; put them on "
-            "storage that all nodes share and use absolute paths",
+            "storage that all nodes share and use absolute paths"
         )
+        what = "Some files the job needs would not be uploaded"
+        raise JobError(what, "\n".join(missing), fix)
 
 
 def _paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -172,11 +172,9 @@ def _paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         for inner in value:
             yield from _paths(inner, key)
     elif isinstance(value, str):
-        for part in value.split(","):
-            text = part.strip().removeprefix("hub:")  # flash_attn: hub:/path
-            is_name = text not in ("", ".") and len(text) < 256 and "\0" not in text
-            if is_name and Path(text).exists():
-                yield key, text
+        texts = (part.strip().removeprefix("hub:") for part in value.split(","))
+        names = (text for text in texts if text not in ("", ".") and "\0" not in text)
+        yield from ((key, name) for name in names if len(name) < 256 and Path(name).exists())
 
 
 def _size_mib(files: Sequence[Path], folder: Path) -> float:

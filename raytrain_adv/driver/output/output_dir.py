@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,7 @@ from filelock import FileLock, Timeout
 
 from raytrain_adv.config.discovery import transform_types
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver.output.replace import Replaced, is_inside, put_back, set_aside
-from raytrain_adv.errors import JobError
+from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.kernels import lock as locks
 from raytrain_adv.redaction import redact
 from raytrain_adv.report import record as reports
@@ -28,14 +28,14 @@ from raytrain_adv.transforms.hub_kernels import HubKernels
 RUN_FILE = "run.json"
 SWEEP_FILE = "sweep.json"
 LOCK = ".lock"
+ASIDE = f".{locks.FILE_NAME}.replaced"
+"""Name of the old run's lock file while the new one's kernels are pinned."""
 RAYS_COPIES = "/runtime_resources/working_dir_files/"
 """Where Ray unpacks the working directory of a submitted job (ray 2.60)."""
 OWNER = "owner.json"
 """In storage outside of output_dir: names the output_dir of the checkpoints there."""
 ENDED = {"failed": "has failed part of the way", "stopped": "was stopped part of the way"}
-"""A run's status -> the verb phrase of the error about its job."""
-Record = Mapping[str, Any]
-"""The content of run.json."""
+Record = Mapping[str, Any]  # of run.json
 MODELS = ("model", *(f"model-{kind.converts}" for kind in transform_types() if kind.converts))
 """Folders of trained weights in output_dir."""
 OURS = (
@@ -51,6 +51,68 @@ OURS = (
     locks.FILE_NAME,
     RUN_FILE,
 )
+
+
+@dataclass
+class Replaced:
+    """What a new run, or sweep, replaces in output_dir, once its workers can be started."""
+
+    folder: Path
+    names: tuple[str, ...]
+    """Files and folders there that are deleted."""
+    storages: Sequence[Storage]
+    is_there: bool
+    """Whether there is something to lose that has not been deleted yet."""
+
+    def delete(self) -> str:
+        """Delete it, except the kernels that the new run has pinned; return a message.
+
+        Raises:
+            StorageError: if it cannot be deleted.
+        """
+        there = [name for name in self.names if (self.folder / name).exists()]
+        elsewhere = [s.root for s in self.storages if s.folders() and not is_inside(s, self.folder)]
+        failed = "What overwrite_output_dir replaces cannot be deleted"
+        with storage_errors(failed, str(self.folder)):
+            self.is_there = False  # a failure from here on leaves part of it deleted
+            for storage in self.storages:
+                storage.delete()
+                if storage.folders():
+                    raise OSError(f"{storage.root} is still there")
+            for name in self.names:
+                if name not in (locks.FILE_NAME, locks.FOLDER):
+                    _remove(self.folder / name)
+            pinned = self.folder / locks.FILE_NAME
+            needed = pinned.read_text() if pinned.is_file() else ""
+            for path in (self.folder / locks.FOLDER).glob("*"):
+                if path.name not in needed:
+                    _remove(path)
+            (self.folder / ASIDE).unlink(missing_ok=True)
+        what = ", ".join(there + elsewhere)
+        return f"overwrite_output_dir: deleted what {self.folder} held: {what}"
+
+    def keep(self) -> str:
+        """Restore it as it was found; return a message."""
+        put_back(self.folder)
+        why = "overwrite_output_dir deletes its content once the new run is accepted"
+        return f"{self.folder} is unchanged: {why}"
+
+    def refuse_to_delete(self, key: str, value: str | None) -> None:
+        """Refuse a job whose `key` names, by a path or URI, what would be deleted.
+
+        Raises:
+            JobError: if it is, or lies in, what would be deleted.
+        """
+        named = _storage_of(value)
+        if named is None:
+            return
+        places = [Storage.at(str(self.folder / name)) for name in self.names]
+        if any(_holds(place, named) for place in (*places, *self.storages)):
+            raise JobError(
+                f"{key} names what overwrite_output_dir would delete",
+                f"{key}: {value}, of the run in output_dir: {self.folder}",
+                "choose another output_dir, or move it elsewhere first",
+            )
 
 
 @dataclass(frozen=True)
@@ -87,11 +149,7 @@ class Output:
             self.note(job, "running", self.number)
 
     def own(self) -> None:
-        """Record the owner of storage that is outside of output_dir.
-
-        Raises:
-            StorageError: if it cannot be written.
-        """
+        """Record the owner of storage that is outside of output_dir."""
         if not is_inside(self.storage, self.folder):
             self.storage.make()
             self.storage.write_json(OWNER, {"output_dir": str(self.folder.resolve())})
@@ -176,10 +234,11 @@ def open_output(job: JobConfig) -> Output:
     folder.mkdir(parents=True, exist_ok=True)
     put_back(folder)
     output = decided(job)
-    if output.replaced.is_there:
-        set_aside(folder)
-    elif not output.resume:
-        (folder / locks.FILE_NAME).unlink(missing_ok=True)  # a new start pins its kernels again
+    lock = folder / locks.FILE_NAME  # a new start pins its kernels again
+    if output.replaced.is_there and lock.exists():
+        lock.replace(folder / ASIDE)
+    elif not output.replaced.is_there and not output.resume:
+        lock.unlink(missing_ok=True)
     if not output.finished and not output.replaced.is_there:
         output.own()
         output.note(job, "running", output.number)
@@ -250,12 +309,8 @@ def refuse_to_delete_what_is_read(job: JobConfig, replaced: Replaced) -> None:
 
 
 def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
-    """Refuse storage with the checkpoints of another output_dir's run.
-
-    Args:
-        storage: where this run's checkpoints would be.
-        folder: output_dir.
-        has_run: whether it holds a run, perhaps from before owners were recorded.
+    """Refuse `storage`, where this run's checkpoints would be, if it has those of another folder's.
+    `has_run`: this folder holds a run, perhaps from before owners were recorded.
 
     Raises:
         JobError: naming that output_dir.
@@ -305,3 +360,40 @@ def _refuse_unless_resumed(
         state = ENDED.get(record["status"], "has been started and has not ended")
         fix = f"set resume_from_checkpoint: true to continue from its last checkpoint, {out}"
         raise JobError(f"This job {state} in output_dir", str(folder), fix)
+
+
+def put_back(folder: Path) -> None:
+    """Restore the old run's lock file, also after a launch that was killed."""
+    if (folder / ASIDE).exists():
+        (folder / ASIDE).replace(folder / locks.FILE_NAME)
+
+
+def is_inside(storage: Storage, folder: Path) -> bool:
+    """Whether a storage lies in a folder."""
+    return _holds(Storage.at(str(folder)), storage)
+
+
+def _storage_of(value: str | None) -> Storage | None:
+    """Return the place that a key's value names; None if it names none that exists."""
+    if value is None:
+        return None
+    if "://" not in value and not Path(value).expanduser().exists():
+        return None
+    try:
+        return Storage.at(value if "://" in value else str(Path(value).expanduser()))
+    except StorageError:
+        return None
+
+
+def _holds(place: Storage, other: Storage) -> bool:
+    if place.is_local and other.is_local:
+        return Path(other.root).resolve().is_relative_to(Path(place.root).resolve())
+    same = place.filesystem == other.filesystem
+    return same and f"{other.root}/".startswith(f"{place.root.rstrip('/')}/")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
