@@ -1,17 +1,13 @@
-"""`raytrain-adv doctor`: find damage in a run's files, print what it means for a rerun, and repair
-it with --fix. Without Ray.
-"""
+"""`raytrain-adv doctor`: find damage in a run's files, and repair it with --fix; without Ray."""
 
 from __future__ import annotations
 
-import posixpath
 import re
 import shutil
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,52 +25,48 @@ from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.report import record
 from raytrain_adv.storage import metrics_file
-from raytrain_adv.storage.metrics_file import FILE_NAME
 from raytrain_adv.storage.storage import Storage, storage_errors
 from raytrain_adv.text import first_line, listed, plural
 
-ROUNDS = 4
-"""A repair may cause another finding: a snapshot names the checkpoint that was set aside."""
-ROWS_LOST = "rows_lost"
-"""The event that records which steps have no row."""
+ROUNDS = 4  # a repair may cause a finding: a snapshot names the checkpoint that was set aside
+ROWS_LOST = "rows_lost"  # the event that records which steps have no row
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 MISSING = "it is missing"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's state of an attempt (ray 2.60). Ray writes it in place: a kill may truncate it."""
+WRAP = textwrap.TextWrapper(100, subsequent_indent=" " * 11, break_on_hyphens=False)
+WRAP.break_long_words = False  # a path stays whole, which rich does not do
 ASIDE = "set-aside"
 LEFTOVER = ("it was still being written when the run ended", "none: nothing reads it")
 UNFINISHED = re.compile(r"\..*\.(partial|old)|.*\.json\.partial")
 
 
 class SetAside:
-    """Takes files out of a run without deleting them: those of output_dir to its set-aside folder,
-    those of storage elsewhere to one at the root of that storage.
+    """Takes files out of a run without deleting them: into a folder of output_dir, or, for those of
+    storage elsewhere, at the root of that storage.
     """
 
     def __init__(self, output: Path) -> None:
         self.output = Storage.at(str(output))
-        self.stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        self.stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
         self.places: set[str] = set()
-        """The folders that contain what was taken out."""
 
     def take(self, root: Storage, name: str, copy: bool = False) -> None:
-        """Move a file or folder, named by its path below `root`; or copy one that is rewritten, as
-        it was found.
-        """
+        """Move a file or folder below `root`; or copy, as it was found, one that is rewritten."""
         source = root.path(name)
         is_inside = root.is_local and Path(source).is_relative_to(self.output.root)
         base = self.output if is_inside else root
         place = base.folder(ASIDE, self.stamp)
-        target = place.path(posixpath.relpath(source, base.root))
+        target = place.path(source.removeprefix(base.root).lstrip("/"))
         if copy and (Path(target).exists() or not Path(source).exists()):
             return
-        Storage(base.filesystem, posixpath.dirname(target)).make()
+        Storage(base.filesystem, target.rpartition("/")[0]).make()
         self.places.add(place.root)
-        if not copy:
+        if copy:
+            with storage_errors("A file cannot be set aside", source):
+                shutil.copy2(source, target)
+        else:
             root.move(name, target)
-            return
-        with storage_errors("A file cannot be set aside", source):
-            shutil.copy2(source, target)
 
 
 @dataclass(frozen=True)
@@ -87,8 +79,7 @@ class Finding:
     fix: str
     """What --fix does about it; without a `repair`, what the user can do."""
     repair: Callable[[SetAside], None] | None = None
-    reopens: bool = False
-    """Whether the repair makes a rerun continue a run that has ended."""
+    reopens: bool = False  # a rerun then continues a run that has ended
 
 
 class Seen:
@@ -164,9 +155,7 @@ class Examined:
                 yield _taken(self.storage, f"{attempt}/{SNAPSHOT}", what, means)
 
     def _wrong_snapshot(self, attempt: str) -> str:
-        """Return what is wrong with Ray's snapshot. Checkpoints that the run deleted by
-        save_total_limit are still named in it, which is not wrong.
-        """
+        """Return what is wrong with Ray's snapshot; it may name what save_total_limit deleted."""
         folder = self.storage.folder(attempt)
         try:
             results = (folder.read_json(SNAPSHOT) or {})["checkpoint_results"]
@@ -177,18 +166,11 @@ class Examined:
         known = sorted({(one.step, one.attempt) for one in self.seen} | set(steps.values()))
         unpruned, there = known[-self.limit :] if self.limit else known, folder.folders()
         gone = [name for name in names if name not in there and steps[name] in unpruned]
-        removed = "which something other than the run has removed"
-        return f"it names {', '.join(gone)}, {removed}" if gone else ""
+        cause = "which something other than the run removed"
+        return f"it names {', '.join(gone)}, {cause}" if gone else ""
 
     def _output(self) -> Iterator[Finding]:
-        if self.run is None:
-            yield self._no_record()
-        elif self.run["status"] == "running":
-            what = "its status is running, but no driver holds the folder's lock: it was killed"
-            means = "none for a rerun that resumes; raytrain-adv status shows the run as running"
-            repair = partial(self._note_failed, self.run)
-            path = str(self.folder / RUN_FILE)
-            yield Finding(path, what, means, "the status becomes failed", repair)
+        yield from self._record()
         yield from self._metrics()
         yield from self._ending()
         for name in sorted([*self.own.files(), *self.own.folders()]):
@@ -202,45 +184,53 @@ class Examined:
         aside.take(self.own, RUN_FILE, copy=True)
         self.own.write_json(RUN_FILE, {**run, "status": "failed", "time": time.time()})
 
-    def _no_record(self) -> Finding:
-        path = self.folder / RUN_FILE
-        what = "it is torn, or lacks what a rerun reads from it" if path.exists() else MISSING
-        means = (
-            "a rerun without resume_from_checkpoint is refused; with it, another job's keys are "
-        )
-        means += "noticed only on the workers, and a run that has ended seems unfinished"
-        manifest = self.whole[0].manifest if self.whole else None
-        if manifest is None:
+    def _record(self) -> Iterator[Finding]:
+        path, run, fix = self.folder / RUN_FILE, self.run, "the status becomes failed"
+        if run is not None and run["status"] != "running":
+            return
+        if run is not None:
+            what = "its status is running, but no driver holds the folder's lock: it was killed"
+            means = "none for a rerun that resumes; raytrain-adv status shows the run as running"
+        else:
+            what = "it is torn, or lacks what a rerun reads from it" if path.exists() else MISSING
+            means = "a rerun is refused, or with resume_from_checkpoint notices other keys late"
             fix = "no checkpoint identifies the run: start again with overwrite_output_dir: true"
-            return Finding(str(path), what, means, fix)
-        attempts = output_dir.attempts_in(self.storage)
-        run = {key: manifest[key] for key in ("fingerprint", "job")} | {"attempts": attempts}
-        fix = f"written from {self.whole[0].name}/{MANIFEST}, with {plural(attempts, 'attempt')}"
-        return Finding(str(path), what, means, fix, partial(self._note_failed, run))
+        if run is None and self.whole and (manifest := self.whole[0].manifest):
+            num = output_dir.attempts_in(self.storage)
+            run = {key: manifest[key] for key in ("fingerprint", "job")} | {"attempts": num}
+            fix = f"written from {self.whole[0].name}/{MANIFEST}, with {plural(num, 'attempt')}"
+        repair = partial(self._note_failed, run) if run is not None else None
+        yield Finding(str(path), what, means, fix, repair)
 
     def _metrics(self) -> Iterator[Finding]:
-        path, is_there = self.folder / FILE_NAME, (self.folder / FILE_NAME).exists()
+        path = self.folder / metrics_file.FILE_NAME
+        is_there = path.exists()
         with storage_errors("The metrics cannot be read", str(path)):
             *lines, tail = path.read_bytes().split(b"\n") if is_there else [b""]
         rows = {n: metrics_file.parse_row(line) for n, line in enumerate(lines, 1) if line.strip()}
-        kept, repeated = _without_repeats([row for row in rows.values() if row is not None])
-        found = [] if is_there else [MISSING]
+        good = [row for row in rows.values() if row is not None]
+        newest = {(row["kind"], row.get("step")): n for n, row in enumerate(good)}
+        others = {n for n, row in enumerate(good) if newest[row["kind"], row.get("step")] != n}
+        repeated = {n for n in others if good[n]["kind"] != "event"}
+        kept = [row for n, row in enumerate(good) if n not in repeated]
+        found = [] if is_there else [MISSING for _ in self.whole[:1]]
         if tail:
             found.append(f"its last line is torn, after {len(tail):,} bytes")
         if bad := [str(number) for number, row in rows.items() if row is None]:
             found.append(f"lines that hold no row: {listed(bad)}")
         if repeated:
-            found.append(f"steps that occur more than once: {listed(repeated)}")
-        for first, last in self._gaps(kept, is_there):
+            steps = sorted({good[n].get("step", 0) for n in repeated})
+            found.append(f"steps that occur more than once: {listed(list(map(str, steps)))}")
+        gaps = self._gaps(kept) if is_there else [(1, one.step) for one in self.whole[:1]]
+        for first, last in gaps:
             if is_there:
-                cause = "a machine lost power, or lines were removed"
-                found.append(f"steps {first} to {last} have no row: {cause}")
+                found.append(f"steps {first} to {last} have no row: lost power, or lines removed")
             message = f"The rows of steps {first} to {last} are lost; the steps were done."
             row = {"kind": "event", "event": ROWS_LOST, "message": message, "time": time.time()}
             kept.append({**row, "first": first, "last": last})
 
         def repair(aside: SetAside) -> None:
-            aside.take(self.own, FILE_NAME, copy=True)
+            aside.take(self.own, path.name, copy=True)
             with storage_errors("The metrics cannot be written", str(path)):
                 metrics_file.replace(path, kept)
 
@@ -249,31 +239,27 @@ class Examined:
         fix += "; the file as it was is set aside" if is_there else ""
         yield from (Finding(str(path), what, means, fix, repair) for what in found)
 
-    def _gaps(self, rows: Sequence[Record], is_there: bool) -> list[tuple[int, int]]:
+    def _gaps(self, rows: Sequence[Record]) -> list[tuple[int, int]]:
         """Return the (first, last) steps that have no training row and should have one."""
         reached = self.whole[0].step if self.whole else 0
         every = self.job.get("logging_steps")
-        if not is_there:
-            return [(1, reached)] if reached else []
         if not isinstance(every, int) or every < 1:
             return []
         noted = {row.get("first") for row in rows if row.get("event") == ROWS_LOST}
         starts = [row.get("resumed_from_step") or 0 for row in rows if row.get("event") == "plan"]
-        steps = starts[:1] or [0]
-        steps += [row["step"] for row in rows if row["kind"] == "train" and "step" in row]
+        trained = [row["step"] for row in rows if row["kind"] == "train" and "step" in row]
+        steps = [*(starts[:1] or [0]), *trained]
         apart = [after - before for before, after in pairwise(steps)]
         found = []
-        for place, distance in enumerate(apart):
+        for n, distance in enumerate(apart):
             # logging_steps was larger if rows lie further apart before or after.
-            if distance > max(every, *apart[max(place - 1, 0) : place], *apart[place + 1 :][:1]):
-                found.append((steps[place] + 1, steps[place + 1] - 1))
+            if distance > max(every, *apart[max(n - 1, 0) : n], *apart[n + 1 : n + 2]):
+                found.append((steps[n] + 1, steps[n + 1] - 1))
         found.append((steps[-1] + 1, reached - reached % every))
         return [(first, last) for first, last in found if first <= last and first not in noted]
 
     def _ending(self) -> Iterator[Finding]:
-        """Yield a finding for each file or folder that the end of a run writes, and that is missing
-        or damaged.
-        """
+        """Yield what the end of a run writes, and is missing or damaged."""
         wrong = {record.FILE_NAME: _wrong_with_report(self.folder)}
         wrong |= {name: _wrong_with_model(self.folder / name) for name in MODELS}
         owed = {record.FILE_NAME} if self.is_done else set()
@@ -286,9 +272,9 @@ class Examined:
                 yield self._unmade(name, what)
 
     def _unmade(self, name: str, what: str) -> Finding:
-        if self.run is None or not self.is_done:
+        run, path = self.run, self.folder / name
+        if run is None or not self.is_done:
             return _taken(self.own, name, what, "none: a rerun that resumes writes it at its end")
-        path, run = self.folder / name, self.run
         means = "a rerun leaves it so: the run has ended"
         if not self.resumable:
             fix = "bring it back from a copy, or train again with overwrite_output_dir: true"
@@ -299,8 +285,8 @@ class Examined:
                 aside.take(self.own, name)
             self._note_failed(run, aside)
 
-        fix = f"{RUN_FILE} gets the status failed: a rerun makes it from step {self.whole[0].step}"
-        fix = f"set aside, and {fix}" if path.exists() else fix
+        fix = "set aside, and " if path.exists() else ""
+        fix += f"{RUN_FILE} gets the status failed: a rerun makes it from step {self.whole[0].step}"
         return Finding(str(path), what, means, fix, repair, reopens=True)
 
     def resumes(self, fix: bool) -> str:
@@ -323,8 +309,7 @@ class Examined:
 
 
 def show(folder: Path, fix: bool) -> bool:
-    """Print what is wrong with a run and which checkpoint a rerun resumes from; repair it if `fix`.
-    Return whether nothing is wrong, or nothing any more.
+    """Print what is wrong with a run, and repair it if `fix`. Return whether nothing is wrong now.
 
     Raises:
         JobError: if there is no run there, or it is active.
@@ -337,43 +322,33 @@ def show(folder: Path, fix: bool) -> bool:
         f"raytrain-adv status {folder} shows it; stop it first, or wait for its end",
     )
     with output_dir.held(folder, active):
-        return _show(folder, fix)
-
-
-def _show(folder: Path, fix: bool) -> bool:
-    with storage_errors("The run cannot be examined", str(folder)):
-        found, aside = Examined(folder), SetAside(folder)
-    number = plural(len(found.findings), "finding") if found.findings else "nothing is wrong"
-    print(f"{folder}: {number}")
-    shown: set[tuple[str, str]] = set()
-    for _ in range(ROUNDS if fix else 1):
-        new = [one for one in found.findings if (one.where, one.what) not in shown]
-        for finding in new:
-            shown.add((finding.where, finding.what))
-            _print(len(shown), finding, fix)
-        # Rewriting a file once repairs all that is wrong with its lines.
-        repairs = dict.fromkeys(one.repair for one in new if one.repair is not None)
-        if fix and repairs:
-            for repair in repairs:
-                repair(aside)
-            found = Examined(folder)
-    print(f"\n{found.resumes(fix)}")
-    for place in sorted(aside.places):
-        print(f"Files were moved to {place}; delete it when you do not need it.")
-    if found.findings and not fix:
-        print(f"Nothing was changed. To repair it: raytrain-adv doctor {folder} --fix")
-    elif found.findings:
-        print(f"Not repaired: {', '.join(sorted({one.where for one in found.findings}))}")
-    return not found.findings
-
-
-def _print(number: int, finding: Finding, fix: bool) -> None:
-    print(f"\n{number}. {finding.where}")
-    label = "fixed" if fix and finding.repair else "--fix" if finding.repair else "to do"
-    wrapper = textwrap.TextWrapper(100, break_long_words=False, break_on_hyphens=False)
-    wrapper.subsequent_indent = " " * 11
-    for name, text in (("found", finding.what), ("means", finding.means), (label, finding.fix)):
-        print(wrapper.fill(f"   {name}   {text}"))  # not rich, which breaks long paths
+        with storage_errors("The run cannot be examined", str(folder)):
+            found, aside = Examined(folder), SetAside(folder)
+        number = len(found.findings)
+        print(f"{folder}: {plural(number, 'finding') if number else 'nothing is wrong'}")
+        shown: set[tuple[str, str]] = set()
+        for _ in range(ROUNDS if fix else 1):
+            new = [one for one in found.findings if (one.where, one.what) not in shown]
+            for one in new:
+                shown.add((one.where, one.what))
+                label = "to do" if one.repair is None else "fixed" if fix else "--fix"
+                print(f"\n{len(shown)}. {one.where}")
+                for name, text in (("found", one.what), ("means", one.means), (label, one.fix)):
+                    print(WRAP.fill(f"   {name}   {text}"))
+            # Rewriting a file once repairs all that is wrong with its lines.
+            repairs = dict.fromkeys(one.repair for one in new if one.repair is not None)
+            if fix and repairs:
+                for repair in repairs:
+                    repair(aside)
+                found = Examined(folder)
+        print(f"\n{found.resumes(fix)}")
+        for place in sorted(aside.places):
+            print(f"Files were moved to {place}; delete it when you do not need it.")
+        if found.findings and not fix:
+            print(f"Nothing was changed. To repair it: raytrain-adv doctor {folder} --fix")
+        elif found.findings:
+            print(f"Not repaired: {', '.join(sorted({one.where for one in found.findings}))}")
+        return not found.findings
 
 
 def _require_run(folder: Path) -> None:
@@ -381,18 +356,13 @@ def _require_run(folder: Path) -> None:
         raise JobError("There is no such run", f"{folder} is not a folder", "name an output_dir")
     if (folder / output_dir.SWEEP_FILE).exists():
         trials = sorted(path.name for path in (folder / "trials").glob("*") if path.is_dir())
-        raise JobError(
-            "This is the folder of a sweep, which has a run in each of its trials",
-            ", ".join(trials) or "no trials",
-            f"name one: raytrain-adv doctor {folder / 'trials' / (trials or ['NAME'])[0]}",
-        )
+        fix = f"name one: raytrain-adv doctor {folder / 'trials' / (trials or ['NAME'])[0]}"
+        what = "This is the folder of a sweep, which has a run in each of its trials"
+        raise JobError(what, ", ".join(trials) or "no trials", fix)
     if not any((folder / name).exists() for name in output_dir.OURS):
         names = listed(sorted(path.name for path in folder.iterdir()), 8) or "nothing"
-        raise JobError(
-            "There is no run in this folder",
-            f"{folder} contains {names}, and neither {RUN_FILE} nor another file of a run",
-            "name the output_dir of a run",
-        )
+        found = f"{folder} contains {names}, and neither {RUN_FILE} nor another file of a run"
+        raise JobError("There is no run in this folder", found, "name the output_dir of a run")
 
 
 def _taken(root: Storage, name: str, what: str, means: str, fix: str = "set aside") -> Finding:
@@ -400,24 +370,10 @@ def _taken(root: Storage, name: str, what: str, means: str, fix: str = "set asid
     return Finding(root.path(name), what, means, fix, partial(SetAside.take, root=root, name=name))
 
 
-def _without_repeats(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the events and the last row of each kind and step, and the steps that had others."""
-    last = {(row["kind"], row.get("step")): number for number, row in enumerate(rows)}
-    kept, repeated = [], set()
-    for number, row in enumerate(rows):
-        if row["kind"] == "event" or last[row["kind"], row.get("step")] == number:
-            kept.append(row)
-        else:
-            repeated.add(row.get("step", 0))
-    return kept, [str(step) for step in sorted(repeated)]
-
-
 def _wrong_with_report(folder: Path) -> str:
     path = folder / record.FILE_NAME
     try:
-        if path.exists():
-            record.read(folder)
-        return "" if path.exists() else MISSING
+        return "" if path.exists() and record.read(folder) else MISSING
     except StorageError as error:
         return first_line(error.found.removeprefix(f"{path}: "))
 

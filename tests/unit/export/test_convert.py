@@ -392,7 +392,7 @@ def test_the_command_says_what_it_cannot_do(
         "a model folder has no checkpoints": [model, "--checkpoint", "step_1", "enable_qat=true"],
         "the run has no complete checkpoint": [run],
         "does not divide": [model, *out, "enable_qat=true", "qat_group_size=24"],
-        "there is no option --quiet": [model, "--quiet"],
+        "No such option '--quiet'": [model, "--quiet"],
     }
     for said, arguments in cases.items():
         assert main(["export", *arguments]) == 2, said
