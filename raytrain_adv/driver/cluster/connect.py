@@ -131,11 +131,10 @@ def _in_own_process_group() -> Iterator[None]:
 
 def _settings(options: Mapping[str, Any], job: JobConfig | None) -> dict[str, str]:
     """Return the environment variables that Ray's processes inherit, of ray.init's arguments."""
-    settings = dict(RAY_SETTINGS)
-    if options["address"] == "local":
-        settings |= LOCAL_SETTINGS
-        if options.get("include_dashboard") is False:
-            del settings["RAY_TRAIN_ENABLE_STATE_TRACKING"]  # only the dashboard reads it
+    is_local = options["address"] == "local"
+    settings = RAY_SETTINGS | (LOCAL_SETTINGS if is_local else {})
+    if is_local and options.get("include_dashboard") is False:
+        del settings["RAY_TRAIN_ENABLE_STATE_TRACKING"]  # only the dashboard reads it
     if job is not None:
         settings["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(job.parallel.ddp_timeout)
         settings |= ELASTIC_SETTINGS if job.ray.ends else {}
@@ -157,12 +156,12 @@ def require_answer(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
-        raise ClusterError(
-            "The Ray cluster does not answer",
-            f"address: {address}; {error}",
+        fix = (
             "check RAY_ADDRESS and ray_init_kwargs, and that the head node runs; remove both to "
-            "start Ray on this machine",
-        ) from error
+            "start Ray on this machine"
+        )
+        found = f"address: {address}; {error}"
+        raise ClusterError("The Ray cluster does not answer", found, fix) from error
 
 
 def describe_dashboard() -> str:
@@ -197,8 +196,8 @@ class _Backend(_TorchBackend):  # type: ignore[misc] # ray is Any to mypy
 
 def use_node_network() -> None:
     """Make gloo use the interface that has this node's address, unless the user named one."""
-    interfaces = psutil.net_if_addrs().items()
-    addresses = {name: [entry.address for entry in entries] for name, entries in interfaces}
+    known = psutil.net_if_addrs().items()
+    addresses = {name: [entry.address for entry in entries] for name, entries in known}
     if name := find_interface(ray.util.get_node_ip_address(), addresses):
         os.environ.setdefault(GLOO_INTERFACE, name)
 

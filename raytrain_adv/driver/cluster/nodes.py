@@ -145,9 +145,7 @@ def num_fitting(nodes: Sequence[Node], placement: Placement, strategy: str) -> i
     ]
     if strategy == "STRICT_PACK":
         return max(per_node, default=0)
-    if strategy == "STRICT_SPREAD":
-        return sum(1 for n in per_node if n)
-    return sum(per_node)
+    return sum(map(bool, per_node)) if strategy == "STRICT_SPREAD" else sum(per_node)
 
 
 def _describe(resources: Mapping[str, float]) -> str:
@@ -159,8 +157,7 @@ def _describe(resources: Mapping[str, float]) -> str:
 def free_by_node() -> Mapping[str, Mapping[str, float]]:
     """Return node id -> its free resources."""
     # Private until Ray has a public form (2.60: ray.available_resources has no nodes).
-    found: Mapping[str, Mapping[str, float]] = ray._private.state.available_resources_per_node()
-    return found
+    return dict(ray._private.state.available_resources_per_node())
 
 
 def free_resources(placement: Placement) -> Counter[str]:

@@ -88,7 +88,7 @@ def runtime_env(file: str | None, folder: Path) -> dict[str, Any]:
     Raises:
         JobError: if the file is not a runtime environment.
     """
-    found = Path(file) if file is not None else folder / DEFAULT_ENV
+    found = Path(file or folder / DEFAULT_ENV)
     content: Any = {"excludes": list(EXCLUDES), "env_vars": dict(ENV_VARS)}
     try:
         if file is not None or found.exists():
@@ -114,12 +114,9 @@ def refuse_secrets(env: Mapping[str, Any], overrides: Sequence[str]) -> None:
         if is_named or redact({key: value}) != {key: value}:
             found.append(f"the command line: {key}")
     if found:
-        raise JobError(
-            "A secret would be shown in clear by the cluster's dashboard and API",
-            "\n".join(found),
-            "put it into the environment of the nodes (a Kubernetes Secret, `hf auth login` on "
-            "shared storage); see cluster/README.md",
-        )
+        what = "A secret would be shown in clear by the cluster's dashboard and API"
+        fix = "put it into the environment of the nodes (a Kubernetes Secret, `hf auth login` on "
+        raise JobError(what, "\n".join(found), f"{fix}shared storage); see cluster/README.md")
 
 
 def uploaded_files(folder: Path, excludes: list[str]) -> list[Path]:
@@ -204,15 +201,13 @@ def follow(client: JobSubmissionClient, name: str) -> int:
         print(f"\nleft; its log: ray job logs --follow {name}", flush=True)
         return EXIT_STOPPED
     info = client.get_job_info(name)
-    code = info.driver_exit_code
     if info.status == JobStatus.SUCCEEDED:
         return EXIT_DONE
     if info.status == JobStatus.STOPPED:
         print("\nthe job was stopped", flush=True)
         return EXIT_STOPPED
-    print("\nthe job failed" + (f" (exit code {code})" if code else ""), flush=True)
-    if code is None:
-        print(info.message, flush=True)
+    code = info.driver_exit_code
+    print(f"\nthe job failed (exit code {code})" if code else f"\nthe job failed\n{info.message}")
     return int(code or EXIT_TRAINING_FAILED)
 
 

@@ -174,10 +174,10 @@ def _refuse_unusable(placement: Placement, node: Node, reading: Reading) -> None
     if not placement.use_gpu:
         return
     if not reading.gpus:
-        gpus = node.resources.get("GPU", 0.0)
+        declared = f"{node.resources.get('GPU', 0.0):g} GPU in Ray"
         raise ClusterError(
             "A node declares GPUs, and none is found on it",
-            f"node {node.address}: {gpus:g} GPU in Ray; {reading.gpu_error or 'NVML finds none'}",
+            f"node {node.address}: {declared}; {reading.gpu_error or 'NVML finds none'}",
             "check nvidia-smi there, and that the container has access to the GPUs",
         )
     if placement.num_workers > 1 and any(gpu.is_mig for gpu in reading.gpus):
@@ -223,10 +223,9 @@ def _too_few(
     lines = [placement.request(job.ray.placement_strategy)]
     lines.append(f"there is room for {room} on the accepted nodes; excluded:")
     for verdict in refused:
-        rule = f"{verdict.refusal}: " if len(rules) > 1 else ""
         first = first_line(verdict.found or verdict.node.address)
         place = "" if verdict.node.address in first else f"{verdict.node.address}: "
-        lines.append(f"  {place}{rule}{first}")
+        lines.append(f"  {place}{f'{verdict.refusal}: ' if len(rules) > 1 else ''}{first}")
     fixes = [*dict.fromkeys(v.fix for v in refused if v.fix)]
     if room:
         fixes.append(f"or set ray_num_workers to {room} or less")
