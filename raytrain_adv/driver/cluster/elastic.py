@@ -14,8 +14,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from raytrain_adv.driver.cluster import nodes
-from raytrain_adv.driver.cluster.nodes import Node
-from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.cluster.nodes import Node, Placement
 
 
 class BatchPreservingPolicy(ElasticScalingPolicy):  # type: ignore[misc] # ray is Any to mypy

@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 from raytrain_adv.config import JobConfig, load
-from raytrain_adv.driver.cluster.nodes import Node
-from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.cluster.nodes import Node, Placement
 from raytrain_adv.driver.output.output_dir import Replaced
 from raytrain_adv.driver.plan.sweep import view
 from raytrain_adv.driver.sweep import sweep
