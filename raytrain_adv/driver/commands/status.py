@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from raytrain_adv import tables, text
 from raytrain_adv.driver.cluster import dashboard
 from raytrain_adv.driver.output.output_dir import RUN_FILE
@@ -124,7 +126,7 @@ def _table(runs: Sequence[Run]) -> str:
         found, place = written(run.output_dir), str(run.output_dir or text.MISSING)
         num_workers = len(run.attempts[-1]["workers"]) if run.attempts else 0
         figures = (found.progress, *found.figures) if found else (text.MISSING,) * 4
-        view.add_row(run.name, run.status, str(num_workers), *figures, place)
+        view.add_row(*map(Text, (run.name, run.status, str(num_workers), *figures, place)))
         if found is None:
             note = "\n-: output_dir cannot be read from here; ray job logs prints the run's log"
     return tables.plain(view, width=1000) + note

@@ -27,26 +27,16 @@ SCRIPT_TIMEOUT_S = 20.0
 NODE_TIMEOUT_S = 60.0
 """Time for a node to unpack the job's working_dir, start a process, and answer."""
 
-# Ray's accelerator type -> compute capability, and its smallest memory in GiB.
+# Compute capability -> Ray's accelerator types of it, with their smallest memory in GiB.
 # Source: NVIDIA's datasheets and its list of CUDA GPUs.
-ACCELERATORS: dict[str, tuple[tuple[int, int], int]] = {
-    "V100": ((7, 0), 16),
-    "T4": ((7, 5), 16),
-    "A100": ((8, 0), 40),
-    "A100-40G": ((8, 0), 40),
-    "A100-80G": ((8, 0), 80),
-    "A30": ((8, 0), 24),
-    "A10": ((8, 6), 24),
-    "A10G": ((8, 6), 24),
-    "L4": ((8, 9), 24),
-    "L40S": ((8, 9), 48),
-    "H20": ((9, 0), 96),
-    "H100": ((9, 0), 80),
-    "H800": ((9, 0), 80),
-    "H200": ((9, 0), 141),
-    "GH200": ((9, 0), 96),
-    "B200": ((10, 0), 180),
-    "GB200": ((10, 0), 180),
+ACCELERATORS = {
+    (7, 0): {"V100": 16},
+    (7, 5): {"T4": 16},
+    (8, 0): {"A100": 40, "A100-40G": 40, "A100-80G": 80, "A30": 24},
+    (8, 6): {"A10": 24, "A10G": 24},
+    (8, 9): {"L4": 24, "L40S": 48},
+    (9, 0): {"H20": 96, "H100": 80, "H800": 80, "H200": 141, "GH200": 96},
+    (10, 0): {"B200": 180, "GB200": 180},
 }
 
 
@@ -112,13 +102,14 @@ def declared_reading(accelerator: str, num_gpus: int) -> Reading | None:
 
     Its software is assumed to be the driver's; each worker compares when it starts.
     """
-    if accelerator not in ACCELERATORS and num_gpus:
+    known = [
+        GpuReading(f"NVIDIA {accelerator}", capability, size, size)
+        for capability, types in ACCELERATORS.items()
+        if (size := types.get(accelerator, 0) * GIB)
+    ]
+    if num_gpus and not known:
         return None
-    gpus: tuple[GpuReading, ...] = ()
-    if accelerator in ACCELERATORS:
-        capability, memory_gib = ACCELERATORS[accelerator]
-        size = memory_gib * GIB
-        gpus = (GpuReading(f"NVIDIA {accelerator}", capability, size, size),) * num_gpus
+    gpus = tuple(known * num_gpus)
     return Reading(gpus=gpus, versions=package_versions(), is_declared=True)
 
 
