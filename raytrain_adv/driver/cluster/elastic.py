@@ -62,21 +62,16 @@ class BatchPreservingPolicy(ElasticScalingPolicy):  # type: ignore[misc] # ray i
 
     def _free(self) -> list[Node]:
         """Return the usable nodes, each with its resources that are free or this run's own."""
-        free = nodes.free_by_node()
+        free, place = nodes.free_by_node(), self._placement
         found = []
-        for node in filter(self._is_usable, nodes.alive_nodes()):
+        for node in nodes.alive_nodes():
+            unwanted = node.accelerator in place.avoided_accelerators
+            if unwanted or node.is_draining or node.node_id in place.avoided:
+                continue
             own, there = self._own[node.node_id], free.get(node.node_id, {})
-            amounts = self._placement.bundle.items()
-            room = {name: there.get(name, 0.0) + own * amount for name, amount in amounts}
+            room = {name: there.get(name, 0.0) + own * n for name, n in place.bundle.items()}
             found.append(Node(node.address, room, node_id=node.node_id))
         return found
-
-    def _is_usable(self, node: Node) -> bool:
-        return not (
-            node.is_draining
-            or node.node_id in self._placement.avoided
-            or node.accelerator in self._placement.avoided_accelerators
-        )
 
 
 def largest_fitting(free: Sequence[Node], placement: Placement, strategy: str) -> int:
