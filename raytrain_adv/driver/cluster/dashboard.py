@@ -64,9 +64,9 @@ def _client(url: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(url)
     except AuthenticationError:
-        has_token = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
-        is_here = urlsplit(url).hostname in LOOPBACK
-        if not is_here or AUTH_MODE_ENV_VAR in os.environ or not has_token:
+        if urlsplit(url).hostname not in LOOPBACK or AUTH_MODE_ENV_VAR in os.environ:
+            raise
+        if not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
             raise
         _enable_token_auth()
         return JobSubmissionClient(url)
