@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from raytrain_adv.config import JobConfig
-from raytrain_adv.driver.output.output_dir import Output, storage_path
-from raytrain_adv.driver.output.replace import Replaced
+from raytrain_adv.driver.output.output_dir import Output, Replaced, storage_path
 
 
 def note_done(job: JobConfig) -> None:

@@ -264,8 +264,7 @@ def verdicts(count: int) -> dict[str, float]:
     what they answer is given.
     """
     from raytrain_adv.config import load
-    from raytrain_adv.driver.cluster.nodes import Node
-    from raytrain_adv.driver.cluster.placement import Placement
+    from raytrain_adv.driver.cluster.nodes import Node, Placement
     from raytrain_adv.driver.preflight import table
     from raytrain_adv.driver.preflight import verdicts as preflight
     from raytrain_adv.transforms.applied import enabled

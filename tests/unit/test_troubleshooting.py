@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from raytrain_adv import hardware
-from raytrain_adv.driver.cluster.nodes import Node
-from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.cluster.nodes import Node, Placement
 from raytrain_adv.driver.preflight import verdicts
 from raytrain_adv.driver.preflight.probe import Reading
 from raytrain_adv.errors import ClusterError, JobError, TrainingError

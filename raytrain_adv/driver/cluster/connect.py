@@ -77,17 +77,15 @@ def connect(job: JobConfig | None) -> bool:
 
 def _cannot_connect(address: str, error: Exception) -> ClusterError:
     is_local = address == "local"
+    what = "Ray cannot be started here" if is_local else "The Ray cluster cannot be joined"
     fix = (
         "check RAY_ADDRESS and ray_init_kwargs; remove both to start Ray on this machine; "
         "if the cluster requires a token, set RAY_AUTH_MODE=token"
     )
     if is_local and "timed out" in str(error):
         fix += "; the machine may be overloaded: try again"
-    return ClusterError(
-        "Ray cannot be started here" if is_local else "The Ray cluster cannot be joined",
-        f"address: {address}; {type(error).__name__}: {first_line(error)}",
-        fix,
-    )
+    found = f"address: {address}; {type(error).__name__}: {first_line(error)}"
+    return ClusterError(what, found, fix)
 
 
 @contextmanager
@@ -132,17 +130,11 @@ def _in_own_process_group() -> Iterator[None]:
 
 
 def _settings(options: Mapping[str, Any], job: JobConfig | None) -> dict[str, str]:
-    """Return the environment variables that Ray's processes inherit.
-
-    Args:
-        options: the arguments of ray.init.
-        job: the job that runs there, if any.
-    """
-    settings = dict(RAY_SETTINGS)
-    if options["address"] == "local":
-        settings |= LOCAL_SETTINGS
-        if options.get("include_dashboard") is False:
-            del settings["RAY_TRAIN_ENABLE_STATE_TRACKING"]  # only the dashboard reads it
+    """Return the environment variables that Ray's processes inherit, of ray.init's arguments."""
+    is_local = options["address"] == "local"
+    settings = RAY_SETTINGS | (LOCAL_SETTINGS if is_local else {})
+    if is_local and options.get("include_dashboard") is False:
+        del settings["RAY_TRAIN_ENABLE_STATE_TRACKING"]  # only the dashboard reads it
     if job is not None:
         settings["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(job.parallel.ddp_timeout)
         settings |= ELASTIC_SETTINGS if job.ray.ends else {}
@@ -164,12 +156,12 @@ def require_answer(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
-        raise ClusterError(
-            "The Ray cluster does not answer",
-            f"address: {address}; {error}",
+        fix = (
             "check RAY_ADDRESS and ray_init_kwargs, and that the head node runs; remove both to "
-            "start Ray on this machine",
-        ) from error
+            "start Ray on this machine"
+        )
+        found = f"address: {address}; {error}"
+        raise ClusterError("The Ray cluster does not answer", found, fix) from error
 
 
 def describe_dashboard() -> str:
@@ -204,17 +196,12 @@ class _Backend(_TorchBackend):  # type: ignore[misc] # ray is Any to mypy
 
 def use_node_network() -> None:
     """Make gloo use the interface that has this node's address, unless the user named one."""
-    interfaces = psutil.net_if_addrs().items()
-    addresses = {name: [entry.address for entry in entries] for name, entries in interfaces}
+    known = psutil.net_if_addrs().items()
+    addresses = {name: [entry.address for entry in entries] for name, entries in known}
     if name := find_interface(ray.util.get_node_ip_address(), addresses):
         os.environ.setdefault(GLOO_INTERFACE, name)
 
 
 def find_interface(address: str, addresses: Mapping[str, Sequence[str]]) -> str:
-    """Return the interface that has an address; empty if none has, as behind NAT or for 127.0.0.2.
-
-    Args:
-        address: the node's address in Ray.
-        addresses: interface -> its addresses.
-    """
+    """Return the interface that has an address; empty if none has, as behind NAT."""
     return next((name for name, known in addresses.items() if address in known), "")

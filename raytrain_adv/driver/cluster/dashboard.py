@@ -25,17 +25,12 @@ RUNS = "/api/train/v2/runs/v1"
 
 
 def named(address: str | None) -> str | None:
-    """Return the address that was given, or that the environment names as Ray's own commands take
-    it; None if neither does.
-    """
+    """Return the given address, or the one that the environment names for Ray's own commands."""
     return address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """Return a client of the cluster whose dashboard answers there.
-
-    Args:
-        address: http://host:port of the dashboard; None for what `named` finds, or this machine.
+    """Return a client of the dashboard at http://host:port; of `named` or this machine for None.
 
     Raises:
         ClusterError: if it does not answer, or refuses us.
@@ -69,15 +64,12 @@ def _client(url: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(url)
     except AuthenticationError:
-        is_here = urlsplit(url).hostname in LOOPBACK
-        if not is_here or AUTH_MODE_ENV_VAR in os.environ or not _has_token():
+        if urlsplit(url).hostname not in LOOPBACK or AUTH_MODE_ENV_VAR in os.environ:
+            raise
+        if not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
             raise
         _enable_token_auth()
         return JobSubmissionClient(url)
-
-
-def _has_token() -> bool:
-    return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
 
 
 def train_runs(client: JobSubmissionClient) -> list[dict[str, Any]]:

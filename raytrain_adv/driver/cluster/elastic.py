@@ -14,8 +14,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from raytrain_adv.driver.cluster import nodes
-from raytrain_adv.driver.cluster.nodes import Node
-from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.cluster.nodes import Node, Placement
 
 
 class BatchPreservingPolicy(ElasticScalingPolicy):  # type: ignore[misc] # ray is Any to mypy
@@ -63,37 +62,21 @@ class BatchPreservingPolicy(ElasticScalingPolicy):  # type: ignore[misc] # ray i
 
     def _free(self) -> list[Node]:
         """Return the usable nodes, each with its resources that are free or this run's own."""
-        free = nodes.free_by_node()
-        bundle = self._placement.bundle.items()
-        return [
-            Node(
-                node.address,
-                {
-                    name: free.get(node.node_id, {}).get(name, 0.0)
-                    + self._own[node.node_id] * amount
-                    for name, amount in bundle
-                },
-                node_id=node.node_id,
-            )
-            for node in nodes.alive_nodes()
-            if self._is_usable(node)
-        ]
-
-    def _is_usable(self, node: Node) -> bool:
-        return not (
-            node.is_draining
-            or node.node_id in self._placement.avoided
-            or node.accelerator in self._placement.avoided_accelerators
-        )
+        free, place = nodes.free_by_node(), self._placement
+        found = []
+        for node in nodes.alive_nodes():
+            unwanted = node.accelerator in place.avoided_accelerators
+            if unwanted or node.is_draining or node.node_id in place.avoided:
+                continue
+            own, there = self._own[node.node_id], free.get(node.node_id, {})
+            room = {name: there.get(name, 0.0) + own * n for name, n in place.bundle.items()}
+            found.append(Node(node.address, room, node_id=node.node_id))
+        return found
 
 
 def largest_fitting(free: Sequence[Node], placement: Placement, strategy: str) -> int:
-    """Return the largest allowed number of workers that fits; 0 if none does.
-
-    Args:
-        free: usable nodes, each with its available resources.
-        placement: each worker's resources, and the allowed numbers.
-        strategy: Ray's placement strategy.
+    """Return the largest allowed number of workers that fits into the usable nodes' free resources;
+    0 if none does.
     """
     room = nodes.num_fitting(free, placement, strategy)
     return max((number for number in placement.numbers if number <= room), default=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import ray
 from ray._raylet import PlacementGroupID
@@ -13,7 +13,6 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.workers import CPU_WORKERS, numbers
-from raytrain_adv.driver.cluster.placement import Placement
 from raytrain_adv.errors import ClusterError, Stopped
 from raytrain_adv.text import plural
 
@@ -47,6 +46,54 @@ class Node:
         return min(fits) if fits else 10**6
 
 
+@dataclass(frozen=True)
+class Placement:
+    """The resources that a job requests from the cluster, with every auto resolved."""
+
+    num_workers: int
+    """Number of workers; the largest one if it may change."""
+    bundle: dict[str, float]
+    """What each worker reserves."""
+    use_gpu: bool
+    started_here: bool
+    """Whether this driver started the cluster."""
+    note: str
+    """The request in a sentence, for the console."""
+    avoided: tuple[str, ...] = ()
+    """Ids of the nodes that preflight excluded."""
+    avoided_accelerators: tuple[str, ...] = ()
+    """Ray's accelerator types that an autoscaler must not start for this job."""
+    numbers: tuple[int, ...] = ()
+    """The allowed numbers of workers, ascending; empty if the number is fixed."""
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    """Package -> version on the nodes that preflight accepted; each worker compares its own."""
+
+    @property
+    def fewest(self) -> int:
+        """The fewest workers with which the run continues."""
+        return self.numbers[0] if self.numbers else self.num_workers
+
+    def request(self, strategy: str) -> str:
+        """Return the requested workers and their resources, for an error's text."""
+        each = ", ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
+        elastic = f"{self.fewest} workers at least"
+        workers = elastic if self.numbers else plural(self.num_workers, "worker")
+        return f"requested: {workers} with {each} each ({strategy})"
+
+    @property
+    def label_selector(self) -> dict[str, str] | None:
+        """The nodes where workers may run, in Ray's terms; None means any.
+
+        Unusable nodes are excluded rather than usable ones listed, so that a node that joins later
+        may be used: each worker checks its own node before it starts.
+        """
+        unwanted = {
+            "ray.io/node-id": self.avoided,
+            "ray.io/accelerator-type": self.avoided_accelerators,
+        }
+        return {key: f"!in({','.join(v)})" for key, v in unwanted.items() if v} or None
+
+
 def alive_nodes() -> list[Node]:
     """Return the nodes that are alive."""
     draining = ray._private.state.state.get_draining_nodes()  # not public as of ray 2.60
@@ -64,9 +111,7 @@ def alive_nodes() -> list[Node]:
 
 
 def scalable_nodes() -> list[Node]:
-    """Return the kinds of node that an autoscaler may start, with their maximum count; empty on a
-    fixed cluster.
-    """
+    """Return the kinds of node that an autoscaler may start, and at most how many of each."""
     # Private, and the only source; Ray Data 2.60 reads it the same way.
     config = ray._private.state.state.get_cluster_config()
     groups = config.node_group_configs if config is not None else ()
@@ -133,12 +178,9 @@ def _refuse_misfit(job: JobConfig, placement: Placement, possible: Sequence[Node
         return
     nodes = (f"  {n.count} x {n.address}: {_describe(n.resources)}" for n in possible)
     found = [placement.request(strategy), f"there is room for {workers}:", *nodes]
-    raise ClusterError(
-        "The cluster has no room for this job",
-        "\n".join(found),
-        (f"set ray_num_workers to {workers} or less, " if workers else "")
-        + "change resources_per_worker, or add nodes",
-    )
+    fix = f"set ray_num_workers to {workers} or less, " if workers else ""
+    fix += "change resources_per_worker, or add nodes"
+    raise ClusterError("The cluster has no room for this job", "\n".join(found), fix)
 
 
 def num_fitting(nodes: Sequence[Node], placement: Placement, strategy: str) -> int:
@@ -150,9 +192,7 @@ def num_fitting(nodes: Sequence[Node], placement: Placement, strategy: str) -> i
     ]
     if strategy == "STRICT_PACK":
         return max(per_node, default=0)
-    if strategy == "STRICT_SPREAD":
-        return sum(1 for n in per_node if n)
-    return sum(per_node)
+    return sum(map(bool, per_node)) if strategy == "STRICT_SPREAD" else sum(per_node)
 
 
 def _describe(resources: Mapping[str, float]) -> str:
@@ -164,8 +204,7 @@ def _describe(resources: Mapping[str, float]) -> str:
 def free_by_node() -> Mapping[str, Mapping[str, float]]:
     """Return node id -> its free resources."""
     # Private until Ray has a public form (2.60: ray.available_resources has no nodes).
-    found: Mapping[str, Mapping[str, float]] = ray._private.state.available_resources_per_node()
-    return found
+    return dict(ray._private.state.available_resources_per_node())
 
 
 def free_resources(placement: Placement) -> Counter[str]:
@@ -177,11 +216,11 @@ def free_resources(placement: Placement) -> Counter[str]:
     return total
 
 
-def _missing(placement: Placement) -> dict[str, float]:
+def _missing(placement: Placement) -> str:
     """Return the resources that the fewest workers need and that are not free."""
     free, fewest = free_resources(placement), placement.fewest
     lacking = {name: fewest * amount - free[name] for name, amount in placement.bundle.items()}
-    return {name: amount for name, amount in lacking.items() if amount > 1e-6}
+    return ", ".join(f"{amount:g} {name}" for name, amount in lacking.items() if amount > 1e-6)
 
 
 def wait_for_room(
@@ -204,24 +243,18 @@ def wait_for_room(
             raise Stopped("The run was stopped", "while it waited for room for its workers", fix)
         if time.monotonic() - last > every_s:
             last = time.monotonic()
-            lacking = ", ".join(f"{amount:g} {name}" for name, amount in missing.items())
-            say(
-                f"waiting for {lacking}: in use by other jobs, or on nodes that are not started "
-                "yet (Ctrl-C gives up)"
-            )
+            why = "in use by other jobs, or on nodes that are not started yet (Ctrl-C gives up)"
+            say(f"waiting for {missing}: {why}")
         if scalable_nodes():
             return  # only a request for the workers makes the autoscaler start nodes
         time.sleep(poll_s)
 
 
 def release_workers(group: str) -> None:
-    """Remove the placement group of a controller that has died.
+    """Remove the placement group, named by its id in hex, of a controller that has died.
 
     Ray Train does so itself only if it finds its dashboard, which fails when more than one Ray
     runs on the machine (ray 2.60, placement_group_cleaner.py); the next controller would then wait
     forever.
-
-    Args:
-        group: the placement group's id in hex.
     """
     remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))

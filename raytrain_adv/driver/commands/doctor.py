@@ -1,76 +1,120 @@
-"""`raytrain-adv doctor`: find damage in a run's files, print what it means for a rerun, and repair
-it with --fix. Without Ray.
-"""
+"""`raytrain-adv doctor`: find damage in a run's files, and repair it with --fix; without Ray."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
+from raytrain_adv.checkpoint import folders
 from raytrain_adv.checkpoint.folders import MANIFEST
-from raytrain_adv.driver.commands.damage import (
-    MISSING,
-    ROWS_LOST,
-    SNAPSHOT,
-    Seen,
-    checkpoints,
-    gaps,
-    repeated,
-    without_repeats,
-    wrong_snapshot,
-    wrong_with_model,
-)
+from raytrain_adv.checkpoint.load import PlainReader
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.output_dir import MODELS, RUN_FILE, Record
-from raytrain_adv.driver.output.set_aside import FOLDER, SetAside
 from raytrain_adv.driver.watch.stop import STOP_FILE
 from raytrain_adv.errors import JobError, StorageError
+from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.report import record
 from raytrain_adv.storage import metrics_file
-from raytrain_adv.storage.metrics_file import FILE_NAME
 from raytrain_adv.storage.storage import Storage, storage_errors
 from raytrain_adv.text import first_line, listed, plural
 
-WIDTH = 100
-FOLDING: dict[str, Any] = {
-    "subsequent_indent": " " * 11,
-    "break_long_words": False,
-    "break_on_hyphens": False,
-}
-ROUNDS = 4
-"""A repair may cause another finding: a snapshot names the checkpoint that was set aside."""
-Repair = Callable[[SetAside], None]
+ROUNDS = 4  # a repair may cause a finding: a snapshot names the checkpoint that was set aside
+ROWS_LOST = "rows_lost"  # the event that records which steps have no row
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+MISSING = "it is missing"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's state of an attempt (ray 2.60). Ray writes it in place: a kill may truncate it."""
+WRAP = textwrap.TextWrapper(100, subsequent_indent=" " * 11, break_on_hyphens=False)
+WRAP.break_long_words = False  # a path stays whole, which rich does not do
+ASIDE = "set-aside"
+LEFTOVER = ("it was still being written when the run ended", "none: nothing reads it")
+UNFINISHED = re.compile(r"\..*\.(partial|old)|.*\.json\.partial")
+
+
+class SetAside:
+    """Takes files out of a run without deleting them: into a folder of output_dir, or, for those of
+    storage elsewhere, at the root of that storage.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = Storage.at(str(output))
+        self.stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+        self.places: set[str] = set()
+
+    def take(self, root: Storage, name: str, copy: bool = False) -> None:
+        """Move a file or folder below `root`; or copy, as it was found, one that is rewritten."""
+        source = root.path(name)
+        is_inside = root.is_local and Path(source).is_relative_to(self.output.root)
+        base = self.output if is_inside else root
+        place = base.folder(ASIDE, self.stamp)
+        target = place.path(source.removeprefix(base.root).lstrip("/"))
+        if copy and (Path(target).exists() or not Path(source).exists()):
+            return
+        Storage(base.filesystem, target.rpartition("/")[0]).make()
+        self.places.add(place.root)
+        if copy:
+            with storage_errors("A file cannot be set aside", source):
+                shutil.copy2(source, target)
+        else:
+            root.move(name, target)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong."""
+    """One thing that is wrong, and what it means for a rerun or a reader of the run."""
 
     where: str
     what: str
     means: str
-    """What it means for a rerun that resumes, or for a reader of the run."""
     fix: str
     """What --fix does about it; without a `repair`, what the user can do."""
-    repair: Repair | None = None
-    reopens: bool = False
-    """Whether the repair makes a rerun continue a run that has ended."""
+    repair: Callable[[SetAside], None] | None = None
+    reopens: bool = False  # a rerun then continues a run that has ended
+
+
+class Seen:
+    """A checkpoint's folder, and what is wrong with it."""
+
+    def __init__(self, step: int, attempt: str, folder: Storage) -> None:
+        self.step, self.attempt, self.folder = step, attempt, folder
+        self.name = f"{attempt}/{folder.root.rpartition('/')[2]}"
+        self.manifest = folder.read_json(MANIFEST)
+        self.damage = self._unsound(self.manifest) if self.manifest else self._unfinished()
+
+    def _unfinished(self) -> str:
+        if folders.DAMAGED in self.folder.files():
+            return "a run found that its files are not what was written"
+        if MANIFEST in self.folder.files():
+            return f"its {MANIFEST} is torn"
+        return f"no {MANIFEST}: it was still being written when the run ended"
+
+    def _unsound(self, manifest: dict[str, Any]) -> str:
+        form = manifest.get("format")
+        if form != folders.FORMAT:
+            return f"it is of format {form}; this version reads {folders.FORMAT}"
+        try:
+            if folders.find(self.folder) is not None and self.folder.is_local:
+                PlainReader(self.folder.root)
+        except (AttributeError, KeyError, TypeError) as error:
+            return f"its {MANIFEST} is not a checkpoint's ({type(error).__name__}: {error})"
+        except (StorageError, OSError) as error:
+            return error.found if isinstance(error, StorageError) else str(error)
+        wrong = folders.wrong_sizes(self.folder, manifest)
+        return wrong or folders.wrong_bytes(self.folder, rank=0, world_size=1)
 
 
 class Examined:
-    """A run as its files are now, and what is wrong with them.
-
-    Args:
-        folder: output_dir.
-    """
+    """A run as its files in output_dir are now, and what is wrong with them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -81,257 +125,230 @@ class Examined:
         base = self.job.get("ray_storage_path")
         self.storage = Storage.at(output_dir.storage_below(folder, base, name))
         self.own = Storage.at(str(folder))
-        self.seen = checkpoints(self.storage)
+        found = sorted(folders.all_folders(self.storage), key=lambda f: f[:2], reverse=True)
+        self.seen = [Seen(*one) for one in found]
         self.whole = [one for one in self.seen if not one.damage]
+        self.resumable = bool(self.whole and (self.whole[0].manifest or {})["optimizer"])
         self.limit: int | None = self.job.get("save_total_limit")
         self.findings = [*self._checkpoints(), *self._output()]
 
     def _checkpoints(self) -> Iterator[Finding]:
         for one in self.seen:
             if one.damage:
-                yield self._damaged(one)
+                before = next((s for s in self.whole if s.step <= one.step), None)
+                instead = f"step {before.step}" if before else "no step: no earlier one is whole"
+                means = f"a rerun that resumes skips it, and can resume from {instead}"
+                if one.manifest is not None:
+                    means += "; save_total_limit may count it and delete a whole one instead"
+                yield _taken(self.storage, one.name, one.damage, means)
         for one in self.whole[self.limit or len(self.whole) :]:
-            what = (
-                f"a whole checkpoint, but save_total_limit: {self.limit} keeps newer ones: the run "
-                "ended before deleting it"
-            )
+            what = f"whole, but save_total_limit: {self.limit} keeps newer ones"
             means = "none: a rerun resumes from the newest; it uses disk space until the next one"
             yield _taken(self.storage, one.name, what, means, "set aside, for you to delete")
         for attempt in self.storage.folders():
-            files = self.storage.folder(attempt).files() if attempt != FOLDER else ()
+            files = self.storage.folder(attempt).files() if attempt != ASIDE else ()
             for name in files:
                 if name.endswith(".partial"):
-                    yield _leftover(self.storage, f"{attempt}/{name}")
-            if SNAPSHOT in files and (
-                what := wrong_snapshot(self.storage, attempt, self.seen, self.limit)
-            ):
-                means = (
-                    "none: a rerun has its own name in Ray, and resumes by the checkpoints' own "
-                    f"files; under the name {attempt} Ray Train would not start again"
-                )
+                    yield _taken(self.storage, f"{attempt}/{name}", *LEFTOVER)
+            if SNAPSHOT in files and (what := self._wrong_snapshot(attempt)):
+                means = f"none: a rerun has its own name in Ray; under {attempt} it would not start"
                 yield _taken(self.storage, f"{attempt}/{SNAPSHOT}", what, means)
 
-    def _damaged(self, one: Seen) -> Finding:
-        before = next((s for s in self.whole if s.step <= one.step), None)
-        instead = f"step {before.step}" if before else "no step: no earlier one is whole"
-        means = f"a rerun that resumes skips it, and can resume from {instead}"
-        if one.folder.read_json(MANIFEST) is not None:
-            means += "; save_total_limit may count it and delete a whole one instead"
-        return _taken(self.storage, one.name, one.damage, means)
+    def _wrong_snapshot(self, attempt: str) -> str:
+        """Return what is wrong with Ray's snapshot; it may name what save_total_limit deleted."""
+        folder = self.storage.folder(attempt)
+        try:
+            results = (folder.read_json(SNAPSHOT) or {})["checkpoint_results"]
+            names = [str(one["checkpoint_dir_name"]) for one in results]
+        except (KeyError, TypeError):
+            return "it is torn, or not what Ray writes"
+        steps = {name: (int(re.sub(r"\D", "", name) or 0), attempt) for name in names}
+        known = sorted({(one.step, one.attempt) for one in self.seen} | set(steps.values()))
+        unpruned, there = known[-self.limit :] if self.limit else known, folder.folders()
+        gone = [name for name in names if name not in there and steps[name] in unpruned]
+        cause = "which something other than the run removed"
+        return f"it names {', '.join(gone)}, {cause}" if gone else ""
 
     def _output(self) -> Iterator[Finding]:
-        if self.run is None:
-            yield self._no_record()
-        elif self.run["status"] == "running":
-            yield Finding(
-                str(self.folder / RUN_FILE),
-                "its status is running, but no driver holds the folder's lock: it was killed",
-                "none for a rerun that resumes; raytrain-adv status shows the run as running",
-                "the status becomes failed",
-                partial(self._note_failed, self.run),
-            )
+        yield from self._record()
         yield from self._metrics()
-        yield from self._report()
-        for name in MODELS:
-            yield from self._model(name)
-        torn = re.compile(r"\..*\.(partial|old)|.*\.json\.partial")
+        yield from self._ending()
         for name in sorted([*self.own.files(), *self.own.folders()]):
-            if torn.fullmatch(name):
-                yield _leftover(self.own, name)
+            if UNFINISHED.fullmatch(name):
+                yield _taken(self.own, name, *LEFTOVER)
             elif name == STOP_FILE:
                 what = "somebody asked the run to stop, and it ended before it did so"
                 yield _taken(self.own, name, what, "none: a rerun removes it when it starts")
 
     def _note_failed(self, run: Record, aside: SetAside) -> None:
-        if (self.folder / RUN_FILE).exists():
-            aside.copy(self.folder / RUN_FILE)
+        aside.take(self.own, RUN_FILE, copy=True)
         self.own.write_json(RUN_FILE, {**run, "status": "failed", "time": time.time()})
 
-    def _no_record(self) -> Finding:
-        path = self.folder / RUN_FILE
-        what = "it is torn, or lacks what a rerun reads from it" if path.exists() else MISSING
-        means = (
-            "without resume_from_checkpoint a rerun is refused; with it, the keys of another job "
-            "are noticed only on the workers, and a run that has ended seems unfinished"
-        )
-        manifest = self.whole[0].folder.read_json(MANIFEST) if self.whole else None
-        if manifest is None:
+    def _record(self) -> Iterator[Finding]:
+        path, run, fix = self.folder / RUN_FILE, self.run, "the status becomes failed"
+        if run is not None and run["status"] != "running":
+            return
+        if run is not None:
+            what = "its status is running, but no driver holds the folder's lock: it was killed"
+            means = "none for a rerun that resumes; raytrain-adv status shows the run as running"
+        else:
+            what = "it is torn, or lacks what a rerun reads from it" if path.exists() else MISSING
+            means = "a rerun is refused, or with resume_from_checkpoint notices other keys late"
             fix = "no checkpoint identifies the run: start again with overwrite_output_dir: true"
-            return Finding(str(path), what, means, fix)
-        attempts = output_dir.attempts_in(self.storage)
-        run = {key: manifest[key] for key in ("fingerprint", "job")} | {"attempts": attempts}
-        fix = f"written from {self.whole[0].name}/{MANIFEST}, with {plural(attempts, 'attempt')}"
-        return Finding(str(path), what, means, fix, partial(self._note_failed, run))
+        if run is None and self.whole and (manifest := self.whole[0].manifest):
+            num = output_dir.attempts_in(self.storage)
+            run = {key: manifest[key] for key in ("fingerprint", "job")} | {"attempts": num}
+            fix = f"written from {self.whole[0].name}/{MANIFEST}, with {plural(num, 'attempt')}"
+        repair = partial(self._note_failed, run) if run is not None else None
+        yield Finding(str(path), what, means, fix, repair)
 
     def _metrics(self) -> Iterator[Finding]:
-        path = self.folder / FILE_NAME
-        if not path.exists():
-            if self.whole:
-                yield _gap(path, 1, self.whole[0].step, MISSING)
-            return
+        path = self.folder / metrics_file.FILE_NAME
+        is_there = path.exists()
         with storage_errors("The metrics cannot be read", str(path)):
-            *lines, tail = path.read_bytes().split(b"\n")
-        rows = [
-            (n, metrics_file.parse_row(line)) for n, line in enumerate(lines, 1) if line.strip()
-        ]
-        good = [row for _, row in rows if row is not None]
-        kept = without_repeats(good)
-        repair = partial(_rewrite, path, kept)
-        aside = "; the file as it was is set aside"
+            *lines, tail = path.read_bytes().split(b"\n") if is_there else [b""]
+        rows = {n: metrics_file.parse_row(line) for n, line in enumerate(lines, 1) if line.strip()}
+        good = [row for row in rows.values() if row is not None]
+        newest = {(row["kind"], row.get("step")): n for n, row in enumerate(good)}
+        others = {n for n, row in enumerate(good) if newest[row["kind"], row.get("step")] != n}
+        repeated = {n for n in others if good[n]["kind"] != "event"}
+        kept = [row for n, row in enumerate(good) if n not in repeated]
+        found = [] if is_there else [MISSING for _ in self.whole[:1]]
         if tail:
-            what = f"its last line is torn, after {len(tail):,} bytes"
-            means = "none: a rerun that resumes drops it too"
-            yield Finding(str(path), what, means, f"the torn line is dropped{aside}", repair)
-        if bad := [str(number) for number, row in rows if row is None]:
-            what = f"lines that hold no row: {listed(bad)}"
-            means = "none for the training; the rows of their steps are lost"
-            yield Finding(str(path), what, means, f"the lines are dropped{aside}", repair)
-        if len(kept) < len(good):
-            what = f"steps that occur more than once: {listed(repeated(good))}"
-            means = (
-                "none for the training; the report's curve goes back and forth, and a rerun keeps "
-                "the rows before the step it resumes from"
-            )
-            yield Finding(str(path), what, means, f"each step keeps its last row{aside}", repair)
+            found.append(f"its last line is torn, after {len(tail):,} bytes")
+        if bad := [str(number) for number, row in rows.items() if row is None]:
+            found.append(f"lines that hold no row: {listed(bad)}")
+        if repeated:
+            steps = sorted({good[n].get("step", 0) for n in repeated})
+            found.append(f"steps that occur more than once: {listed(list(map(str, steps)))}")
+        gaps = self._gaps(kept) if is_there else [(1, one.step) for one in self.whole[:1]]
+        for first, last in gaps:
+            if is_there:
+                found.append(f"steps {first} to {last} have no row: lost power, or lines removed")
+            message = f"The rows of steps {first} to {last} are lost; the steps were done."
+            row = {"kind": "event", "event": ROWS_LOST, "message": message, "time": time.time()}
+            kept.append({**row, "first": first, "last": last})
+
+        def repair(aside: SetAside) -> None:
+            aside.take(self.own, path.name, copy=True)
+            with storage_errors("The metrics cannot be written", str(path)):
+                metrics_file.replace(path, kept)
+
+        means = "none for the training; the report's curve lacks rows, or goes back and forth"
+        fix = f"rewritten with one row a step, and an event {ROWS_LOST} for each gap"
+        fix += "; the file as it was is set aside" if is_there else ""
+        yield from (Finding(str(path), what, means, fix, repair) for what in found)
+
+    def _gaps(self, rows: Sequence[Record]) -> list[tuple[int, int]]:
+        """Return the (first, last) steps that have no training row and should have one."""
+        reached = self.whole[0].step if self.whole else 0
         every = self.job.get("logging_steps")
-        if isinstance(every, int) and every >= 1:
-            reached = self.whole[0].step if self.whole else 0
-            yield from (_gap(path, *ends) for ends in gaps(kept, every, reached))
+        if not isinstance(every, int) or every < 1:
+            return []
+        noted = {row.get("first") for row in rows if row.get("event") == ROWS_LOST}
+        starts = [row.get("resumed_from_step") or 0 for row in rows if row.get("event") == "plan"]
+        trained = [row["step"] for row in rows if row["kind"] == "train" and "step" in row]
+        steps = [*(starts[:1] or [0]), *trained]
+        apart = [after - before for before, after in pairwise(steps)]
+        found = []
+        for n, distance in enumerate(apart):
+            # logging_steps was larger if rows lie further apart before or after.
+            if distance > max(every, *apart[max(n - 1, 0) : n], *apart[n + 1 : n + 2]):
+                found.append((steps[n] + 1, steps[n + 1] - 1))
+        found.append((steps[-1] + 1, reached - reached % every))
+        return [(first, last) for first, last in found if first <= last and first not in noted]
 
-    def _report(self) -> Iterator[Finding]:
-        path = self.folder / record.FILE_NAME
-        if path.exists():
-            try:
-                record.read(self.folder)
-                return
-            except StorageError as error:
-                what = first_line(error.found.removeprefix(f"{path}: "))
-            yield self._unmade(path.name, what, "a rerun stops at it: the run has ended")
-        elif self.is_done:
-            means = "a rerun stops at it: the run has ended, and has no report"
-            yield self._unmade(path.name, MISSING, means)
-
-    def _model(self, name: str) -> Iterator[Finding]:
-        what = wrong_with_model(self.folder / name)
+    def _ending(self) -> Iterator[Finding]:
+        """Yield what the end of a run writes, and is missing or damaged."""
+        wrong = {record.FILE_NAME: _wrong_with_report(self.folder)}
+        wrong |= {name: _wrong_with_model(self.folder / name) for name in MODELS}
+        owed = {record.FILE_NAME} if self.is_done else set()
         # A sweep with keep_models: best deletes the models of its other trials.
-        is_owed = self.is_done and self.folder.parent.name != "trials"
-        is_owed = is_owed and bool(self.job.get("export_model", True))
-        is_owed = is_owed and (name == "model" or bool(self.job.get("enable_qat")))
-        if what and (what != MISSING or is_owed):
-            means = "it does not load, and a rerun leaves it so: the run has ended"
-            yield self._unmade(name, what, means)
+        has_models = self.job.get("export_model", True) and self.folder.parent.name != "trials"
+        if self.is_done and has_models:
+            owed |= set(MODELS if self.job.get("enable_qat") else MODELS[:1])
+        for name, what in wrong.items():
+            if what and (what != MISSING or name in owed):
+                yield self._unmade(name, what)
 
-    def _unmade(self, name: str, what: str, means: str) -> Finding:
-        """Return the finding of a file or folder that the end of a run writes, and that is missing
-        or damaged.
-        """
-        if self.run is None or not self.is_done:
+    def _unmade(self, name: str, what: str) -> Finding:
+        run, path = self.run, self.folder / name
+        if run is None or not self.is_done:
             return _taken(self.own, name, what, "none: a rerun that resumes writes it at its end")
-        path, run = self.folder / name, self.run
-        if not self.whole or self.whole[0].found is None or not self.whole[0].found.optimizer:
-            fix = (
-                "it cannot be made from a checkpoint: bring it back from a copy, or train again "
-                "with overwrite_output_dir: true"
-            )
-            return Finding(str(path), what, means, fix)
+        means = "a rerun leaves it so: the run has ended"
+        if not self.resumable:
+            fix = "bring it back from a copy, or train again with overwrite_output_dir: true"
+            return Finding(str(path), what, means, f"no checkpoint can restore it: {fix}")
 
         def repair(aside: SetAside) -> None:
             if path.exists():
                 aside.take(self.own, name)
             self._note_failed(run, aside)
 
-        fix = f"{RUN_FILE} gets the status failed: a rerun makes it from step {self.whole[0].step}"
-        fix = f"set aside, and {fix}" if path.exists() else fix
+        fix = "set aside, and " if path.exists() else ""
+        fix += f"{RUN_FILE} gets the status failed: a rerun makes it from step {self.whole[0].step}"
         return Finding(str(path), what, means, fix, repair, reopens=True)
+
+    def resumes(self, fix: bool) -> str:
+        """Return from where a rerun with resume_from_checkpoint: true continues."""
+        rerun = "A rerun with resume_from_checkpoint: true"
+        if self.findings and not fix:
+            rerun = f"Once repaired, a{rerun[1:]}"
+        if self.is_done and not any(one.reopens for one in self.findings):
+            overwrites = self.job.get("overwrite_output_dir")
+            without = "deletes it (overwrite_output_dir: true)" if overwrites else "is refused"
+            ended = "The run has ended: it was trained to its last step."
+            return f"{ended} {rerun} does nothing; one without {without}."
+        if not self.whole:
+            return f"{rerun} starts at step 0: no whole checkpoint is in {self.storage.root}."
+        newest = self.whole[0]
+        if not self.resumable:
+            only = f"{newest.folder.root} was written with save_only_model: true"
+            return f"{rerun} is refused: {only}. raytrain-adv export writes its model."
+        return f"{rerun} resumes from step {newest.step}: {newest.folder.root}"
 
 
 def show(folder: Path, fix: bool) -> bool:
-    """Print what is wrong with a run and which checkpoint a rerun resumes from.
-
-    Args:
-        folder: the run's output_dir.
-        fix: whether to repair it; otherwise nothing is changed.
-
-    Returns:
-        Whether nothing is wrong, or nothing any more.
+    """Print what is wrong with a run, and repair it if `fix`. Return whether nothing is wrong now.
 
     Raises:
         JobError: if there is no run there, or it is active.
         StorageError: if its files cannot be read or moved.
     """
     _require_run(folder)
-    lock = FileLock(folder / output_dir.LOCK)
-    with storage_errors("output_dir cannot be examined", str(folder)):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise JobError(
-                "The run is still active (its driver holds the lock); nothing was changed",
-                str(folder),
-                f"raytrain-adv status {folder} shows it; stop it first, or wait for its end",
-            ) from None
-    try:
-        return _show(folder, fix)
-    finally:
-        lock.release()
-
-
-def _show(folder: Path, fix: bool) -> bool:
-    with storage_errors("The run cannot be examined", str(folder)):
-        found = Examined(folder)
-    number = plural(len(found.findings), "finding") if found.findings else "nothing is wrong"
-    print(f"{folder}: {number}")
-    aside = SetAside(folder)
-    shown: set[tuple[str, str]] = set()
-    for _ in range(ROUNDS if fix else 1):
-        new = [one for one in found.findings if (one.where, one.what) not in shown]
-        for finding in new:
-            shown.add((finding.where, finding.what))
-            _print(len(shown), finding, fix)
-        # Rewriting a file once repairs all that is wrong with its lines.
-        repairs = dict.fromkeys(one.repair for one in new if one.repair is not None)
-        if fix and repairs:
-            for repair in repairs:
-                repair(aside)
-            found = Examined(folder)
-    print(f"\n{_resumes(found, fix)}")
-    for place in sorted(aside.places):
-        print(f"Files were moved to {place}; delete it when you do not need it.")
-    if found.findings and not fix:
-        print(f"Nothing was changed. To repair it: raytrain-adv doctor {folder} --fix")
-    elif found.findings:
-        print(f"Not repaired: {', '.join(sorted({one.where for one in found.findings}))}")
-    return not found.findings
-
-
-def _print(number: int, finding: Finding, fix: bool) -> None:
-    print(f"\n{number}. {finding.where}")
-    label = "fixed" if fix and finding.repair else "--fix" if finding.repair else "to do"
-    for name, text in (("found", finding.what), ("means", finding.means), (label, finding.fix)):
-        # Not rich, which breaks long paths.
-        print(textwrap.fill(f"   {name}   {text}", WIDTH, **FOLDING))
-
-
-def _resumes(found: Examined, fix: bool) -> str:
-    """Return from where a rerun with resume_from_checkpoint: true continues."""
-    rerun = "A rerun with resume_from_checkpoint: true"
-    if found.findings and not fix:
-        rerun = f"Once repaired, a{rerun[1:]}"
-    if found.is_done and not any(one.reopens for one in found.findings):
-        overwrites = found.job.get("overwrite_output_dir")
-        without = "deletes it (overwrite_output_dir: true)" if overwrites else "is refused"
-        return (
-            "The run has ended: it was trained to its last step. A rerun with "
-            f"resume_from_checkpoint: true does nothing; one without {without}."
-        )
-    if not found.whole:
-        none = f"there is no whole checkpoint in {found.storage.root}"
-        return f"{rerun} starts at step 0: {none}."
-    newest = found.whole[0]
-    if newest.found is None or not newest.found.optimizer:
-        only = f"{newest.folder.root} was written with save_only_model: true"
-        return f"{rerun} is refused: {only}. raytrain-adv export writes its model."
-    return f"{rerun} resumes from step {newest.step}: {newest.folder.root}"
+    active = JobError(
+        "The run is still active (its driver holds the lock); nothing was changed",
+        str(folder),
+        f"raytrain-adv status {folder} shows it; stop it first, or wait for its end",
+    )
+    with output_dir.held(folder, active):
+        with storage_errors("The run cannot be examined", str(folder)):
+            found, aside = Examined(folder), SetAside(folder)
+        number = len(found.findings)
+        print(f"{folder}: {plural(number, 'finding') if number else 'nothing is wrong'}")
+        shown: set[tuple[str, str]] = set()
+        for _ in range(ROUNDS if fix else 1):
+            new = [one for one in found.findings if (one.where, one.what) not in shown]
+            for one in new:
+                shown.add((one.where, one.what))
+                label = "to do" if one.repair is None else "fixed" if fix else "--fix"
+                print(f"\n{len(shown)}. {one.where}")
+                for name, text in (("found", one.what), ("means", one.means), (label, one.fix)):
+                    print(WRAP.fill(f"   {name}   {text}"))
+            # Rewriting a file once repairs all that is wrong with its lines.
+            repairs = dict.fromkeys(one.repair for one in new if one.repair is not None)
+            if fix and repairs:
+                for repair in repairs:
+                    repair(aside)
+                found = Examined(folder)
+        print(f"\n{found.resumes(fix)}")
+        for place in sorted(aside.places):
+            print(f"Files were moved to {place}; delete it when you do not need it.")
+        if found.findings and not fix:
+            print(f"Nothing was changed. To repair it: raytrain-adv doctor {folder} --fix")
+        elif found.findings:
+            print(f"Not repaired: {', '.join(sorted({one.where for one in found.findings}))}")
+        return not found.findings
 
 
 def _require_run(folder: Path) -> None:
@@ -339,18 +356,13 @@ def _require_run(folder: Path) -> None:
         raise JobError("There is no such run", f"{folder} is not a folder", "name an output_dir")
     if (folder / output_dir.SWEEP_FILE).exists():
         trials = sorted(path.name for path in (folder / "trials").glob("*") if path.is_dir())
-        raise JobError(
-            "This is the folder of a sweep, which has a run in each of its trials",
-            ", ".join(trials) or "no trials",
-            f"name one: raytrain-adv doctor {folder / 'trials' / (trials or ['NAME'])[0]}",
-        )
+        fix = f"name one: raytrain-adv doctor {folder / 'trials' / (trials or ['NAME'])[0]}"
+        what = "This is the folder of a sweep, which has a run in each of its trials"
+        raise JobError(what, ", ".join(trials) or "no trials", fix)
     if not any((folder / name).exists() for name in output_dir.OURS):
         names = listed(sorted(path.name for path in folder.iterdir()), 8) or "nothing"
-        raise JobError(
-            "There is no run in this folder",
-            f"{folder} contains {names}, and neither {RUN_FILE} nor another file of a run",
-            "name the output_dir of a run",
-        )
+        found = f"{folder} contains {names}, and neither {RUN_FILE} nor another file of a run"
+        raise JobError("There is no run in this folder", found, "name the output_dir of a run")
 
 
 def _taken(root: Storage, name: str, what: str, means: str, fix: str = "set aside") -> Finding:
@@ -358,32 +370,31 @@ def _taken(root: Storage, name: str, what: str, means: str, fix: str = "set asid
     return Finding(root.path(name), what, means, fix, partial(SetAside.take, root=root, name=name))
 
 
-def _leftover(root: Storage, name: str) -> Finding:
-    what = "it was still being written when the run ended"
-    return _taken(root, name, what, "none: nothing reads it")
+def _wrong_with_report(folder: Path) -> str:
+    path = folder / record.FILE_NAME
+    try:
+        return "" if path.exists() and record.read(folder) else MISSING
+    except StorageError as error:
+        return first_line(error.found.removeprefix(f"{path}: "))
 
 
-def _gap(path: Path, first: int, last: int, what: str = "") -> Finding:
-    message = f"The rows of steps {first} to {last} are lost; the steps were done."
-
-    def repair(aside: SetAside) -> None:
-        row = {"kind": "event", "event": ROWS_LOST, "message": message, "time": time.time()}
-        _replace(path, [*metrics_file.read(path), {**row, "first": first, "last": last}])
-
-    return Finding(
-        str(path),
-        what or f"steps {first} to {last} have no row: a machine lost power, or lines were removed",
-        "none for the training: the steps were done; their losses and times are lost",
-        f"an event {ROWS_LOST} in the file records it",
-        repair,
-    )
-
-
-def _rewrite(path: Path, rows: list[dict[str, Any]], aside: SetAside) -> None:
-    aside.copy(path)
-    _replace(path, rows)
-
-
-def _replace(path: Path, rows: list[dict[str, Any]]) -> None:
-    with storage_errors("The metrics cannot be written", str(path)):
-        metrics_file.replace(path, rows)
+def _wrong_with_model(path: Path) -> str:
+    """Return what is wrong with a folder of a model, an adapter, or both; empty if nothing."""
+    if not path.exists():
+        return MISSING
+    names = {file.name for file in path.iterdir()}
+    has_adapter = not names.isdisjoint(ADAPTER)
+    if absent := sorted({*(ADAPTER if has_adapter else ["config.json"])} - names):
+        return f"{absent[0]} is missing"
+    try:
+        if has_adapter:
+            with safe_open(path / ADAPTER[1], framework="pt"):
+                pass
+        if "config.json" in names:
+            with CheckpointFiles(path):
+                pass
+    except (OSError, SafetensorError) as error:
+        return f"{ADAPTER[1]} cannot be read: {error}"
+    except JobError as error:
+        return f"{error.what.removeprefix(f'{path} ').removeprefix(f'{path}/')}: {error.found}"
+    return ""

@@ -4,7 +4,6 @@ folder; one process, in host memory, without Ray.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import psutil
 import torch
-from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from raytrain_adv import hardware
@@ -22,7 +20,6 @@ from raytrain_adv.config.discovery import transform_types
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.load import load_keys
 from raytrain_adv.config.problems import Problem, job_error
-from raytrain_adv.config.yaml_source import read_value
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.driver.output.output_dir import RUN_FILE, storage_path
 from raytrain_adv.errors import JobError, StorageError, TrainingError
@@ -36,7 +33,7 @@ from raytrain_adv.model.build import build, read_config
 from raytrain_adv.model.files import nearest_folders
 from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8
 from raytrain_adv.storage.storage import Storage
-from raytrain_adv.text import GIB, disk
+from raytrain_adv.text import GIB, disk, listed
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.qat import Qat
@@ -44,8 +41,12 @@ from raytrain_adv.transforms.quantized_base import QuantizedBase
 from raytrain_adv.transforms.transform import Plan
 
 CPU = torch.device("cpu")
+FALSE = ("false", "no", "off", "0", "f", "n")
 MEANINGLESS = frozenset({"compare", "fake_quant_after_n_steps"})
 """QAT keys that only affect training."""
+TRAINS = "affects only how a model is trained"
+WAY_OUT = "make room, or name another folder by --output"
+INDENT = " " * 11
 NO_GPU = "float8 products need a GPU, and this command has none"
 KEPT = (Lora, Qat, QuantizedBase)
 """Transforms whose keys matter when there is nothing to train."""
@@ -66,11 +67,11 @@ def run(
     Raises:
         JobError: when there is no such run, checkpoint or model, or a key is none of QAT's.
         StorageError: when the folder cannot be written.
-        TrainingError: when the quantized model does not compute what the checkpoint does with fake
-            quantization.
+        TrainingError: when a quantized model does not compute what its source does.
     """
     folder = Path(source).expanduser()
-    given = _qat_keys(overrides)
+    given = list(overrides)
+    _refuse_other_keys(given)
     record = Storage.at(str(folder)).read_json(RUN_FILE) if folder.is_dir() else None
     try:
         if record is not None and merge:
@@ -84,25 +85,20 @@ def run(
         else:
             raise _neither(source, folder)
     except StorageError as error:
-        way_out = "make room, or name another folder by --output"
-        raise StorageError(error.what, error.found, way_out) from error
+        raise StorageError(error.what, error.found, WAY_OUT) from error
 
 
-def _qat_keys(overrides: Sequence[str]) -> list[str]:
+def _refuse_other_keys(given: list[str]) -> None:
     """Refuse keys that do not affect how a model is quantized."""
     allowed = {*Qat.model_fields, "trust_remote_code"} - MEANINGLESS
+    fix = f"leave it out; there are {', '.join(sorted(allowed))}"
     problems = [
-        Problem(
-            "is not a key of this command" if key not in MEANINGLESS else "says how to train",
-            f"leave it out; there are {', '.join(sorted(allowed))}",
-            key,
-        )
-        for key in (item.partition("=")[0] for item in overrides)
+        Problem("is not a key of this command" if key not in MEANINGLESS else TRAINS, fix, key)
+        for key in (item.partition("=")[0] for item in given)
         if key not in allowed
     ]
     if problems:
         raise job_error("The command line", problems)
-    return list(overrides)
 
 
 def _neither(source: str, folder: Path) -> JobError:
@@ -114,7 +110,7 @@ def _neither(source: str, folder: Path) -> JobError:
     elif not folder.is_dir():
         found = nearest_folders(folder)
     else:
-        found = f"it holds {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}"
+        found = f"it holds {listed(sorted(p.name for p in folder.iterdir()), 8) or 'nothing'}"
     return JobError(f"{source} is neither a run's output_dir nor a model folder", found, fix)
 
 
@@ -125,15 +121,12 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
         raise JobError("a model folder has no checkpoints", f"--checkpoint {checkpoint_name}", fix)
     if not output:
         raise JobError("--output is missing", str(source), "name the new folder: --output DIR")
-    keys: dict[str, Any] = {
-        "model_name_or_path": str(source),
-        "finetuning_type": "full",
-        "dataset": "none",
-        "output_dir": output,
-    }
-    stored = read_config(load_keys(keys, str(source), _code(given))).dtype
+    keys: dict[str, Any] = {"model_name_or_path": str(source), "output_dir": output}
+    keys |= {"finetuning_type": "full", "dataset": "none"}
+    code = [item for item in given if item.startswith("trust_remote_code=")]
+    stored = read_config(load_keys(keys, str(source), code)).dtype
     dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    if dtype != torch.bfloat16 and _values(given).get("qat_activation_dtype") == FLOAT8:
+    if dtype != torch.bfloat16 and _text(given, "qat_activation_dtype") == FLOAT8:
         raise JobError(
             "float8 activations need a model in bfloat16: products of float8 rows come out in it",
             f"{source} is in {str(dtype).removeprefix('torch.')}",
@@ -150,55 +143,30 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
     new.run(lambda: compared.append(_compared(job, new.partial, dtype)))
     new.publish()
     before = sum(f.stat().st_size for f in source.glob("*.safetensors")) / GIB
-    print(
-        f"quantized  {target} ({disk(folder_gib(target))}; the weights of {source}: {disk(before)})"
-    )
-    print(f"           {job.transform(Qat).scheme}; not trained for it (PTQ)")
-    print(f"           {compared[0]}")
+    sizes = f"{disk(folder_gib(target))}; the weights of {source}: {disk(before)}"
+    print(f"quantized  {target} ({sizes})")
+    print(f"{INDENT}{job.transform(Qat).scheme}; not trained for it (PTQ)")
+    print(f"{INDENT}{compared[0]}")
 
 
-def _code(given: list[str]) -> list[str]:
-    """Return the keys needed to read a model's config: whether its code may run."""
-    return [item for item in given if item.startswith("trust_remote_code=")]
-
-
-def _values(given: list[str]) -> dict[str, Any]:
-    """Return what the keys are set to, read as YAML; the job refuses malformed ones."""
-    values: dict[str, Any] = {}
-    for item in given:
-        key, _, text = item.partition("=")
-        with contextlib.suppress(ValueError):
-            values[key] = read_value(text)
-    return values
-
-
-def _turns_off_qat(given: list[str]) -> bool:
-    """Whether the keys set enable_qat: false, in any spelling."""
-    value = _values(given).get("enable_qat")
-    try:
-        return value is not None and not Qat.model_validate({"enable_qat": value}).enable_qat
-    except ValidationError:  # refused as the job is loaded
-        return False
+def _text(given: list[str], key: str) -> str:
+    """Return what a key is set to, as text; empty if it is not given."""
+    return dict(item.partition("=")[::2] for item in given).get(key, "").strip(" '\"").lower()
 
 
 def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
     """Compare a quantized folder with its source under fake quantization, and describe it; if
     this machine cannot, return why.
-
-    Raises:
-        TrainingError: when they do not compute the same.
     """
-    model = build(job)
-    size = sum(p.numel() * (p.element_size() + dtype.itemsize) for p in model.parameters())
-    needed, free = size / GIB, psutil.virtual_memory().available / GIB
-    tokens = _tokens(model, job)
-    if tokens is None:
+    if _needs_gpu(job):
         return f"not compared: {NO_GPU}"
+    sizes = (p.numel() * (p.element_size() + dtype.itemsize) for p in build(job).parameters())
+    needed, free = sum(sizes) / GIB, psutil.virtual_memory().available / GIB
     if needed > free:
         return f"not compared: that takes {needed:.1f} GiB of memory, and {free:.1f} are free"
     model, _ = _prepared(job)
     weights.load_pretrained(model, job, CPU)
-    tokens = tokens.unsqueeze(0)
+    tokens = _tokens(model).unsqueeze(0)
     reference = converted_logits(model, job, tokens, dtype)
     attention = model.config._attn_implementation
     del model
@@ -215,19 +183,15 @@ def _difference(difference: float, how: str, whose: str) -> str:
 
 
 def _nothing_to_quantize(found: str) -> JobError:
-    return JobError(
-        "enable_qat: true is missing: nothing would be quantized",
-        found,
-        "write enable_qat=true, and how: qat_weight_dtype=int4 qat_activation_dtype=int8 "
-        "qat_group_size=32",
-    )
+    keys = "qat_weight_dtype=int4 qat_activation_dtype=int8 qat_group_size=32"
+    what = "enable_qat: true is missing: nothing would be quantized"
+    return JobError(what, found, f"write enable_qat=true, and how: {keys}")
 
 
 def _new(path: Path) -> Path:
     if path.exists():
-        raise JobError(
-            f"{path} exists already", "nothing is overwritten", "name another folder by --output"
-        )
+        fix = "name another folder by --output"
+        raise JobError(f"{path} exists already", "nothing is overwritten", fix)
     return path
 
 
@@ -255,39 +219,34 @@ def _merge_run(
     found = _checkpoint(job, checkpoint_name)
     out = _new(Path(output) if output else folder / f"merged-step_{found.progress.step}") / "model"
     model = _loaded(job, found)
-    way_out = "make room, or name another folder by --output"
-    merged = export_merged(model, job, out, load_tokenizer(job), _any_tokens(model), way_out)
-    print(f"merged     {out} ({disk(merged.gib)}; step {found.progress.step:,})")
+    merged = export_merged(model, job, out, load_tokenizer(job), _tokens(model), WAY_OUT)
+    lines = []
     base = job.transform(QuantizedBase)
     if base.enabled:
-        print(
-            f"           the adapter and its base as they were trained: {base.scheme}, written "
-            "whole\n           the quantization stays in the weights"
-        )
-        if base.form.kind == "fp4":
-            # tests/gpu/test_quantized_base_on_gpu.py; nf4 is rounded alike on both.
-            print(
-                "           bitsandbytes rounds fp4 here, on a CPU, otherwise than on a GPU: if "
-                "the run had GPUs,\n           1 % of the base's values are a step off those "
-                "the adapter was trained on; nf4's are not"
-            )
-    print(
-        f"           logits differ by {merged.difference:.3g} at most from those of base and "
-        f"adapter, whose largest is {merged.largest:.3g}\n"
-        f"           ({merged.num_tokens} tokens; sums are rounded to the written dtype)"
+        lines.append(f"the adapter and its base as they were trained: {base.scheme}, written whole")
+        lines.append("the quantization stays in the weights")
+    if base.enabled and base.form.kind == "fp4":
+        # tests/gpu/test_quantized_base_on_gpu.py; nf4 is rounded alike on both.
+        lines.append("bitsandbytes rounds fp4 here, on a CPU, otherwise than on a GPU: if the run")
+        lines.append("had GPUs, 1 % of the base's values are a step off those the adapter was")
+        lines.append("trained on; nf4's are not")
+    most, largest = f"{merged.difference:.3g} at most", f"{merged.largest:.3g}"
+    lines.append(
+        f"logits differ by {most} from those of base and adapter, whose largest is {largest}"
     )
+    lines.append(f"({merged.num_tokens} tokens; sums are rounded to the written dtype)")
     if merged.plain_difference is not None:
-        print(
-            "           merged into the weights as they were before, they would differ by "
-            f"{merged.plain_difference:.3g}"
-        )
+        difference = f"they would differ by {merged.plain_difference:.3g}"
+        lines.append(f"merged into the weights as they were before, {difference}")
+    print(f"merged     {out} ({disk(merged.gib)}; step {found.progress.step:,})")
+    print("\n".join(INDENT + line for line in lines))
 
 
 def _job_of(folder: Path, stored: Mapping[str, Any], given: list[str]) -> JobConfig:
     """Return a run's job, without what only matters in training."""
     kept = {key for kind in KEPT for key in kind.model_fields}
     others = {key for kind in transform_types() for key in kind.model_fields} - kept
-    is_off = _turns_off_qat(given)
+    is_off = _text(given, "enable_qat") in FALSE
     dropped = others | set(Qat.model_fields if is_off else ())
     keys = {key: value for key, value in stored.items() if key not in dropped}
     attention = str(keys.get("flash_attn", ""))
@@ -308,18 +267,18 @@ def _export_run(
     step = found.progress.step
     out = _new(Path(output) if output else folder / f"exported-step_{step}")
     model = _loaded(job, found)
-    written = export_model(model, job, out / "model", load_tokenizer(job), _tokens(model, job))
+    tokens = None if _needs_gpu(job) else _tokens(model)
+    written = export_model(model, job, out / "model", load_tokenizer(job), tokens)
     print(f"model      {written.model_dir} ({disk(written.model_gib or 0.0)}; step {step:,})")
     if not written.converted:
         return
     figures = written.converted
     print(f"quantized  {figures['quantized_dir']} ({disk(figures['quantized_gib'])})")
-    print(f"           {job.transform(Qat).scheme}")
-    if figures["quantized_logit_difference"] is None:
-        print(f"           not compared: {NO_GPU}")
-    else:
-        difference, how = figures["quantized_logit_difference"], figures["quantized_comparison"]
-        print("           " + _difference(difference, how, "the checkpoint's"))
+    print(INDENT + job.transform(Qat).scheme)
+    difference, how = figures["quantized_logit_difference"], figures["quantized_comparison"]
+    compared = difference is not None
+    whose = "the checkpoint's"
+    print(INDENT + (_difference(difference, how, whose) if compared else f"not compared: {NO_GPU}"))
 
 
 def _checkpoint(job: JobConfig, name: str) -> Found:
@@ -329,11 +288,11 @@ def _checkpoint(job: JobConfig, name: str) -> Found:
         JobError: when there is none, naming those there are; when it is damaged.
     """
     root = Storage.at(storage_path(job))
+    folders = sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True)
     if name and ("/" in name or Path(name).is_dir()):
         found = find(Storage.at(name))
     else:
         digits = name.removeprefix("step_")
-        folders = sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True)
         steps = [f for f in folders if not name or (digits.isdigit() and f[0] == int(digits))]
         found = next((one for *_, f in steps if (one := find(f)) is not None), None)
     if found is not None:
@@ -341,15 +300,15 @@ def _checkpoint(job: JobConfig, name: str) -> Found:
             fix = "name another one with --checkpoint"
             raise JobError("the checkpoint is damaged", f"{found.path}: {damage}", fix)
         return found
-    whole = {step for step, _, f in all_folders(root) if find(f) is not None}
+    whole = sorted({step for step, _, f in folders if find(f) is not None})
     if not whole:
         run = job.output.output_dir
         export = f"quantize its model: raytrain-adv export {run}/model --output DIR enable_qat=true"
         fix = export if (Path(run) / "model").is_dir() else "run it to its end"
         fix += "; or run with save_strategy: steps"
         raise JobError("the run has no complete checkpoint", f"none in {root.root}", fix)
-    listed = ", ".join(f"step_{step}" for step in sorted(whole))
-    raise JobError(f"there is no complete checkpoint {name}", f"there are {listed}", "name one")
+    there = f"there are {', '.join(f'step_{step}' for step in whole)}"
+    raise JobError(f"there is no complete checkpoint {name}", there, "name one")
 
 
 def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
@@ -365,9 +324,7 @@ def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
 
 
 def _prepared(job: JobConfig) -> tuple[PreTrainedModel, dict[str, Plan]]:
-    """Return the job's model in host memory, prepared, and what was planned; its weights have yet
-    to be loaded.
-    """
+    """Return the job's model in host memory, prepared but without its weights, and the plans."""
     facts = hardware.detect(CPU)
     if job.transform(QuantizedBase).enabled:
         job.transform(QuantizedBase).check(facts)
@@ -377,16 +334,12 @@ def _prepared(job: JobConfig) -> tuple[PreTrainedModel, dict[str, Plan]]:
     return model, plans
 
 
-def _tokens(model: PreTrainedModel, job: JobConfig) -> torch.Tensor | None:
-    """Return token ids to compare the quantized model on, any that the model knows; none where it
-    does not run without a GPU.
-    """
-    if job.transform(Qat).activation_dtype == FLOAT8:
-        return None
-    return _any_tokens(model)
+def _needs_gpu(job: JobConfig) -> bool:
+    return job.transform(Qat).activation_dtype == FLOAT8
 
 
-def _any_tokens(model: PreTrainedModel) -> torch.Tensor:
+def _tokens(model: PreTrainedModel) -> torch.Tensor:
+    """Return token ids to compare the quantized model on, any that the model knows."""
     config: Any = model.config.get_text_config()
     number = min(MOST_TOKENS, getattr(config, "max_position_embeddings", MOST_TOKENS))
     generator = torch.Generator().manual_seed(0)

@@ -22,22 +22,16 @@ from raytrain_adv.transforms.hub_kernels import DEFAULT, HubKernels
 def lock(job: JobConfig, file: Path, torch: str | None, cuda: str | None) -> None:
     """Pin the job's kernels in a lock file: commit, build and the sha256 of each file.
 
-    Args:
-        job: a job with kernels enabled.
-        file: the lock file to write.
-        torch: version of PyTorch on the workers; None for this machine's.
-        cuda: version of CUDA there, or `cpu`; None for this machine's.
+    `torch` and `cuda` (or `cpu`) are the workers' versions; None for this machine's.
 
     Raises:
         JobError: if the job uses no kernels, or one cannot be found.
     """
     keys = job.transform(HubKernels)
-    wanted: list[tuple[Wanted, Use]] = []
-    if keys.enabled:
-        wanted += [(one, "layers") for one in keys.wanted or (DEFAULT,)]
+    layers = (keys.wanted or (DEFAULT,)) if keys.enabled else ()
     of_attention = kernel_asked(job)
-    if of_attention is not None:
-        wanted.append((of_attention, "attention"))
+    wanted: list[tuple[Wanted, Use]] = [(one, "layers") for one in layers]
+    wanted += [(of_attention, "attention")] if of_attention is not None else []
     if not wanted:
         raise JobError(
             "the job uses no kernels",
@@ -93,11 +87,9 @@ def verify(file: Path) -> None:
     found = locks.read(file)
     for locked in found.kernels:
         if locked.folder is None:
-            raise JobError(
-                f"the files of {locked.source} are not next to {file}",
-                "they were locked and never fetched",
-                f"raytrain-adv kernels fetch {file}",
-            )
+            what = f"the files of {locked.source} are not next to {file}"
+            fix = f"raytrain-adv kernels fetch {file}"
+            raise JobError(what, "they were locked and never fetched", fix)
         locks.require_same(locked, file.parent / locked.folder, file)
         print(_line(locked))
     print(f"{len(found.kernels)} kernels are as locked in {file}")

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 import shlex
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,103 +54,77 @@ def submit(path: str, overrides: list[str], address: str | None, env_file: str |
     refuse_secrets(env, overrides)
     files = uploaded_files(folder, env["excludes"])
     refuse_what_stays_behind(job, path, folder, files)
-    size_mib = sum(file.stat().st_size for file in files) / 2**20
-    if size_mib > LARGEST_MIB:
-        raise _too_large(size_mib, files, folder)
+    size_mib = _size_mib(files, folder)
     client = dashboard.connect(address)
-    for noisy in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk"):
+    for noisy in ("dashboard.modules", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{noisy}").setLevel(logging.WARNING)
-    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
-    command = ["python", "-m", "raytrain_adv.launch", path, *overrides]
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", job.run_name) + time.strftime("-%Y%m%d-%H%M%S")
     print(f"{len(files)} files of {folder} are uploaded, {size_mib:.1f} MiB", flush=True)
     try:
         client.submit_job(
-            entrypoint=shlex.join(command),
+            entrypoint=shlex.join(["python", "-m", "raytrain_adv.launch", path, *overrides]),
             submission_id=name,
             runtime_env=env,
-            metadata=metadata(job, path),
+            metadata={
+                "raytrain_adv": __version__,
+                "run": job.run_name,
+                "job_file": path,
+                "model": job.model.model_name_or_path,
+                "output_dir": job.output.output_dir,
+                "features": ", ".join(one.name for one in Transforms(job)) or "none",
+            },
         )
     except (RuntimeError, ValueError, ConnectionError) as error:
-        raise ClusterError(
-            "The cluster did not accept the job", first_line(error), "see its log"
-        ) from error
+        what = "The cluster did not accept the job"
+        raise ClusterError(what, first_line(error), "see its log") from error
     print(f"submitted as {name}; Ctrl-C stops it, with a checkpoint\n", flush=True)
-    return asyncio.run(follow(client, name))
-
-
-def metadata(job: JobConfig, path: str) -> dict[str, str]:
-    """Return what the dashboard's list of jobs shows of this one."""
-    features = [transform.name for transform in Transforms(job)]
-    return {
-        "raytrain_adv": __version__,
-        "run": job.run_name,
-        "job_file": path,
-        "model": job.model.model_name_or_path,
-        "output_dir": job.output.output_dir,
-        "features": ", ".join(features) or "none",
-    }
+    return follow(client, name)
 
 
 def runtime_env(file: str | None, folder: Path) -> dict[str, Any]:
-    """Return the runtime environment of a file, or of jobs/runtime_env.yaml, or the default one;
-    its working directory is the folder.
+    """Return the runtime environment of a file, of jobs/runtime_env.yaml, or the default one, with
+    this working directory.
 
     Raises:
         JobError: if the file is not a runtime environment.
     """
-    found = Path(file) if file is not None else folder / DEFAULT_ENV
+    found = Path(file or folder / DEFAULT_ENV)
     content: Any = {"excludes": list(EXCLUDES), "env_vars": dict(ENV_VARS)}
-    if file is not None or found.exists():
-        try:
+    try:
+        if file is not None or found.exists():
             content = yaml.safe_load(found.read_text())
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise JobError(
-                "The runtime environment cannot be read", f"{found}: {error}", f"see {DEFAULT_ENV}"
-            ) from None
-    if not isinstance(content, dict) or not isinstance(content.get("excludes", []), list):
-        raise JobError(
-            "The runtime environment is not a mapping with a list of excludes",
-            str(found),
-            f"see {DEFAULT_ENV}",
-        )
+        if not isinstance(content, dict) or not isinstance(content.get("excludes", []), list):
+            raise ValueError("it is not a mapping with a list of excludes")
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        what = "The runtime environment cannot be read"
+        raise JobError(what, f"{found}: {error}", f"see {DEFAULT_ENV}") from None
     return {"excludes": [], **content, "working_dir": str(folder)}
 
 
 def refuse_secrets(env: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Raise if what Ray shows in clear (the runtime environment, the command line) has a secret.
+    """Raise if the runtime environment or the command line, which Ray shows in clear, has a secret.
 
     Raises:
         JobError: naming the keys, never the values.
     """
     found = [f"{place}: {kind.name}" for place, kind in secrets_in("runtime_env", env)]
-    for override in overrides:
-        key, _, text = override.partition("=")
+    for key, _, text in (override.partition("=") for override in overrides):
         value = yaml.safe_load(text) if text.lstrip().startswith(("{", "[")) else text
-        if any(is_secret_name(part) for part in key.split(".")) or redact({key: value}) != {
-            key: value
-        }:
+        is_named = any(is_secret_name(part) for part in key.split("."))
+        if is_named or redact({key: value}) != {key: value}:
             found.append(f"the command line: {key}")
     if found:
-        raise JobError(
-            "A secret would be shown in clear by the cluster's dashboard and API",
-            "\n".join(found),
-            "put it into the environment of the nodes (a Kubernetes Secret, `hf auth login` on "
-            "shared storage); see cluster/README.md",
-        )
+        what = "A secret would be shown in clear by the cluster's dashboard and API"
+        fix = "put it into the environment of the nodes (a Kubernetes Secret, `hf auth login` on "
+        raise JobError(what, "\n".join(found), f"{fix}shared storage); see cluster/README.md")
 
 
 def uploaded_files(folder: Path, excludes: list[str]) -> list[Path]:
     """Return the files that Ray will pack, by its own rule; .gitignore applies too."""
     files: list[Path] = []
-
-    def take(path: Path) -> None:
-        if path.is_file():
-            files.append(path)
-
     excluded = _get_excludes(folder, excludes)
-    _dir_travel(folder, [excluded], take, True, logging.getLogger(__name__))
-    return files
+    _dir_travel(folder, [excluded], files.append, True, logging.getLogger(__name__))
+    return [path for path in files if path.is_file()]
 
 
 def refuse_what_stays_behind(
@@ -169,24 +142,22 @@ def refuse_what_stays_behind(
             "give an absolute path on storage that all nodes share: output_dir=/shared/runs/NAME",
         )
     there = {file.resolve() for file in files}
-    needed = {"the job file": path, **dict(_paths(job.flat()))}
     missing = []
-    for key, name in needed.items():
+    for key, name in {"the job file": path, **dict(_paths(job.flat()))}.items():
         local = Path(name)
         if local.is_absolute() and key != "the job file":
             continue  # storage that the cluster has too
-        parts = local.rglob("*") if local.is_dir() else [local]
-        behind = [part for part in parts if part.is_file() and part.resolve() not in there]
-        behind = [part for part in behind if "__pycache__" not in part.parts]
+        parts = [p for p in (local.rglob("*") if local.is_dir() else [local]) if p.is_file()]
+        behind = [p for p in parts if p.resolve() not in there and "__pycache__" not in p.parts]
         if behind:
             missing.append(f"{key}: {listed([str(part) for part in behind], 1)}")
     if missing:
-        raise JobError(
-            "Some files the job needs would not be uploaded",
-            "\n".join(missing),
+        fix = (
             f"they are outside {folder}, or {DEFAULT_ENV} or .gitignore excludes them; put them on "
-            "storage that all nodes share and use absolute paths",
+            "storage that all nodes share and use absolute paths"
         )
+        what = "Some files the job needs would not be uploaded"
+        raise JobError(what, "\n".join(missing), fix)
 
 
 def _paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -198,82 +169,37 @@ def _paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         for inner in value:
             yield from _paths(inner, key)
     elif isinstance(value, str):
-        for part in value.split(","):
-            text = part.strip().removeprefix("hub:")  # flash_attn: hub:/path
-            is_name = text not in ("", ".") and len(text) < 256 and "\0" not in text
-            if is_name and Path(text).exists():
-                yield key, text
+        texts = (part.strip().removeprefix("hub:") for part in value.split(","))
+        names = (text for text in texts if text not in ("", ".") and "\0" not in text)
+        yield from ((key, name) for name in names if len(name) < 256 and Path(name).exists())
 
 
-def _too_large(size_mib: float, files: Sequence[Path], folder: Path) -> JobError:
-    largest = sorted(files, key=lambda file: file.stat().st_size, reverse=True)[:5]
-    shown = [
-        f"{file.relative_to(folder)}: {file.stat().st_size / 2**20:.0f} MiB" for file in largest
-    ]
-    return JobError(
-        f"The folder is too large to upload: {size_mib:.0f} MiB, Ray accepts {LARGEST_MIB}",
-        "\n".join(shown),
-        f"name them under excludes in {DEFAULT_ENV}",
-    )
+def _size_mib(files: Sequence[Path], folder: Path) -> float:
+    sizes = {str(file.relative_to(folder)): file.stat().st_size / 2**20 for file in files}
+    total = sum(sizes.values())
+    if total > LARGEST_MIB:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
+        raise JobError(
+            f"The folder is too large to upload: {total:.0f} MiB, Ray accepts {LARGEST_MIB}",
+            "\n".join(f"{name}: {sizes[name]:.0f} MiB" for name in largest),
+            f"name them under excludes in {DEFAULT_ENV}",
+        )
+    return total
 
 
-async def follow(client: JobSubmissionClient, name: str) -> int:
+def follow(client: JobSubmissionClient, name: str) -> int:
     """Print the job's log as it is written, until it ends; return its exit code."""
-    loop = asyncio.get_running_loop()
-    interrupts: list[float] = []
-    detached = asyncio.Event()
-
-    def interrupt() -> None:
-        interrupts.append(time.monotonic())
-        if len(interrupts) > 1:
-            detached.set()
-            return
-        print("\nstopping the job; Ctrl-C again leaves it running", flush=True)
-        loop.run_in_executor(None, client.stop_job, name)
-
-    loop.add_signal_handler(signal.SIGINT, interrupt)
+    log = _Log(client, name)
     try:
-        tail = asyncio.ensure_future(_tail(client, name))
-        left = asyncio.ensure_future(detached.wait())
-        await asyncio.wait([tail, left], return_when=asyncio.FIRST_COMPLETED)
-        if not tail.done():
-            tail.cancel()
-            print(f"\nleft; its log: ray job logs --follow {name}", flush=True)
-            return EXIT_STOPPED
-        left.cancel()
-        tail.result()
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
-    return _ended(client, name)
-
-
-async def _tail(client: JobSubmissionClient, name: str) -> None:
-    """Print the log; where the connection breaks (a port that is forwarded does), continue after
-    what was printed.
-    """
-    printed = failures = 0
-    while failures < MAX_RETRIES:
-        seen, before = 0, printed
         try:
-            async for text in client.tail_job_logs(name):
-                fresh = text[max(printed - seen, 0) :] if seen < printed else text
-                seen += len(text)
-                print(fresh, end="", flush=True)
-                printed = max(printed, seen)
-            if client.get_job_status(name).is_terminal():
-                return
-        except (aiohttp.ClientError, RuntimeError, ConnectionError, OSError) as error:
-            print(f"\nthe log's connection broke ({error}); trying again", flush=True)
-        failures = 0 if printed > before else failures + 1
-        await asyncio.sleep(RETRY_S)
-    raise ClusterError(
-        "The job's log can no longer be followed",
-        f"no answer {MAX_RETRIES} times in a row",
-        f"the job still runs: ray job logs --follow {name}",
-    )
-
-
-def _ended(client: JobSubmissionClient, name: str) -> int:
+            asyncio.run(log.tail())
+        except KeyboardInterrupt:
+            print("\nstopping the job; Ctrl-C again leaves it running", flush=True)
+            client.stop_job(name)
+            asyncio.run(log.tail())
+    except KeyboardInterrupt:
+        print(f"\nleft; its log: ray job logs --follow {name}", flush=True)
+        return EXIT_STOPPED
     info = client.get_job_info(name)
     if info.status == JobStatus.SUCCEEDED:
         return EXIT_DONE
@@ -281,7 +207,34 @@ def _ended(client: JobSubmissionClient, name: str) -> int:
         print("\nthe job was stopped", flush=True)
         return EXIT_STOPPED
     code = info.driver_exit_code
-    print(f"\nthe job failed{f' (exit code {code})' if code else ''}", flush=True)
-    if code is None:
-        print(info.message, flush=True)
+    print(f"\nthe job failed (exit code {code})" if code else f"\nthe job failed\n{info.message}")
     return int(code or EXIT_TRAINING_FAILED)
+
+
+class _Log:
+    def __init__(self, client: JobSubmissionClient, name: str) -> None:
+        self.client, self.name = client, name
+        self.printed = 0
+        """Characters of the log."""
+
+    async def tail(self) -> None:
+        """Print what is new until the job ends, also if the connection breaks."""
+        failures = 0
+        while failures < MAX_RETRIES:
+            seen, before = 0, self.printed
+            try:
+                async for text in self.client.tail_job_logs(self.name):
+                    print(text[max(self.printed - seen, 0) :], end="", flush=True)
+                    seen += len(text)
+                    self.printed = max(self.printed, seen)
+                if self.client.get_job_status(self.name).is_terminal():
+                    return
+            except (aiohttp.ClientError, RuntimeError, OSError) as error:
+                print(f"\nthe log's connection broke ({error}); trying again", flush=True)
+            failures = 0 if self.printed > before else failures + 1
+            await asyncio.sleep(RETRY_S)
+        raise ClusterError(
+            "The job's log can no longer be followed",
+            f"no answer {MAX_RETRIES} times in a row",
+            f"the job still runs: ray job logs --follow {self.name}",
+        )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,7 @@ from filelock import FileLock, Timeout
 
 from raytrain_adv.config.discovery import transform_types
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver.output.replace import Replaced, is_inside, put_back, set_aside
-from raytrain_adv.errors import JobError
+from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.kernels import lock as locks
 from raytrain_adv.redaction import redact
 from raytrain_adv.report import record as reports
@@ -28,17 +28,14 @@ from raytrain_adv.transforms.hub_kernels import HubKernels
 RUN_FILE = "run.json"
 SWEEP_FILE = "sweep.json"
 LOCK = ".lock"
+ASIDE = f".{locks.FILE_NAME}.replaced"
+"""Name of the old run's lock file while the new one's kernels are pinned."""
 RAYS_COPIES = "/runtime_resources/working_dir_files/"
 """Where Ray unpacks the working directory of a submitted job (ray 2.60)."""
 OWNER = "owner.json"
 """In storage outside of output_dir: names the output_dir of the checkpoints there."""
-ENDED = {
-    "failed": "has failed part of the way",
-    "stopped": "was stopped part of the way",
-}
-"""A run's status -> the verb phrase of the error about its job."""
-Record = Mapping[str, Any]
-"""The content of run.json."""
+ENDED = {"failed": "has failed part of the way", "stopped": "was stopped part of the way"}
+Record = Mapping[str, Any]  # of run.json
 MODELS = ("model", *(f"model-{kind.converts}" for kind in transform_types() if kind.converts))
 """Folders of trained weights in output_dir."""
 OURS = (
@@ -54,6 +51,68 @@ OURS = (
     locks.FILE_NAME,
     RUN_FILE,
 )
+
+
+@dataclass
+class Replaced:
+    """What a new run, or sweep, replaces in output_dir, once its workers can be started."""
+
+    folder: Path
+    names: tuple[str, ...]
+    """Files and folders there that are deleted."""
+    storages: Sequence[Storage]
+    is_there: bool
+    """Whether there is something to lose that has not been deleted yet."""
+
+    def delete(self) -> str:
+        """Delete it, except the kernels that the new run has pinned; return a message.
+
+        Raises:
+            StorageError: if it cannot be deleted.
+        """
+        there = [name for name in self.names if (self.folder / name).exists()]
+        elsewhere = [s.root for s in self.storages if s.folders() and not is_inside(s, self.folder)]
+        failed = "What overwrite_output_dir replaces cannot be deleted"
+        with storage_errors(failed, str(self.folder)):
+            self.is_there = False  # a failure from here on leaves part of it deleted
+            for storage in self.storages:
+                storage.delete()
+                if storage.folders():
+                    raise OSError(f"{storage.root} is still there")
+            for name in self.names:
+                if name not in (locks.FILE_NAME, locks.FOLDER):
+                    _remove(self.folder / name)
+            pinned = self.folder / locks.FILE_NAME
+            needed = pinned.read_text() if pinned.is_file() else ""
+            for path in (self.folder / locks.FOLDER).glob("*"):
+                if path.name not in needed:
+                    _remove(path)
+            (self.folder / ASIDE).unlink(missing_ok=True)
+        what = ", ".join(there + elsewhere)
+        return f"overwrite_output_dir: deleted what {self.folder} held: {what}"
+
+    def keep(self) -> str:
+        """Restore it as it was found; return a message."""
+        put_back(self.folder)
+        why = "overwrite_output_dir deletes its content once the new run is accepted"
+        return f"{self.folder} is unchanged: {why}"
+
+    def refuse_to_delete(self, key: str, value: str | None) -> None:
+        """Refuse a job whose `key` names, by a path or URI, what would be deleted.
+
+        Raises:
+            JobError: if it is, or lies in, what would be deleted.
+        """
+        named = _storage_of(value)
+        if named is None:
+            return
+        places = [Storage.at(str(self.folder / name)) for name in self.names]
+        if any(_holds(place, named) for place in (*places, *self.storages)):
+            raise JobError(
+                f"{key} names what overwrite_output_dir would delete",
+                f"{key}: {value}, of the run in output_dir: {self.folder}",
+                "choose another output_dir, or move it elsewhere first",
+            )
 
 
 @dataclass(frozen=True)
@@ -90,24 +149,16 @@ class Output:
             self.note(job, "running", self.number)
 
     def own(self) -> None:
-        """Record the owner of storage that is outside of output_dir.
-
-        Raises:
-            StorageError: if it cannot be written.
-        """
+        """Record the owner of storage that is outside of output_dir."""
         if not is_inside(self.storage, self.folder):
             self.storage.make()
             self.storage.write_json(OWNER, {"output_dir": str(self.folder.resolve())})
 
     def note(self, job: JobConfig, status: str, attempts: int) -> None:
         """Write run.json: the folder's job and the status of its run."""
-        record = {
-            "fingerprint": job.fingerprint(),
-            "status": status,
-            "attempts": attempts,
-            "job": redact(job.flat()),
-        }
-        Storage.at(str(self.folder)).write_json(RUN_FILE, {**record, "time": time.time()})
+        record = {"fingerprint": job.fingerprint(), "status": status, "attempts": attempts}
+        record |= {"job": redact(job.flat()), "time": time.time()}
+        Storage.at(str(self.folder)).write_json(RUN_FILE, record)
 
 
 def storage_path(job: JobConfig) -> str:
@@ -116,9 +167,7 @@ def storage_path(job: JobConfig) -> str:
 
 
 def storage_below(folder: Path, base: str | None, name: str) -> str:
-    """Return where the checkpoints are of the run `name` in `folder`, with the ray_storage_path
-    `base`.
-    """
+    """Return where the checkpoints of the run `name` are, with the ray_storage_path `base`."""
     if base is None:
         return str(folder.absolute() / "checkpoints")
     if "://" not in base:
@@ -128,11 +177,12 @@ def storage_below(folder: Path, base: str | None, name: str) -> str:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, active: JobError | None = None) -> Iterator[None]:
     """Lock the folder for this driver.
 
     Raises:
-        JobError: if another driver is running in it, it would not last, or it cannot be written.
+        JobError: if another driver is running in it (`active`, if given), or it would not last.
+        StorageError: if it cannot be written.
     """
     if RAYS_COPIES in str(folder.absolute()):
         raise JobError(
@@ -146,7 +196,7 @@ def held(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise JobError(
+            raise active or JobError(
                 "Another run is writing into output_dir right now",
                 str(folder),
                 "wait for it, stop it, or choose another output_dir",
@@ -184,10 +234,11 @@ def open_output(job: JobConfig) -> Output:
     folder.mkdir(parents=True, exist_ok=True)
     put_back(folder)
     output = decided(job)
-    if output.replaced.is_there:
-        set_aside(folder)
-    elif not output.resume:
-        (folder / locks.FILE_NAME).unlink(missing_ok=True)  # a new start pins its kernels again
+    lock = folder / locks.FILE_NAME  # a new start pins its kernels again
+    if output.replaced.is_there and lock.exists():
+        lock.replace(folder / ASIDE)
+    elif not output.replaced.is_there and not output.resume:
+        lock.unlink(missing_ok=True)
     if not output.finished and not output.replaced.is_there:
         output.own()
         output.note(job, "running", output.number)
@@ -205,7 +256,9 @@ def decided(job: JobConfig) -> Output:
     record = record_of(folder)
     resume = job.output.resume_from_checkpoint or False
     replaced = Replaced(folder, OURS, [storage], is_there=False)
-    _refuse_a_sweeps_folder(folder)
+    if (folder / SWEEP_FILE).exists():
+        what = "output_dir holds a sweep, not a single run"
+        raise JobError(what, str(folder), "choose another output_dir")
     refuse_anothers(storage, folder, has_run=record is not None)
     if job.output.overwrite_output_dir and resume is not True:
         refuse_to_delete_what_is_read(job, replaced)
@@ -217,13 +270,11 @@ def decided(job: JobConfig) -> Output:
     elif record["status"] == "done" or _trained(folder, storage):
         _refuse_unless_resumed(job, folder, record, resume)
     finished = bool(record and record["status"] == "done" and resume is True)
-    before = 0 if replaced.is_there else _attempts_before(record, storage)
+    before = 0
+    if not replaced.is_there:
+        before = int(record["attempts"]) if record else attempts_in(storage)
     name = f"{ascii_name(job.run_name)}_{before + 1:03d}"  # Ray's metrics take ASCII only (2.60)
     return Output(folder, storage_path(job), name, resume, finished, before + 1, replaced)
-
-
-def _attempts_before(record: Record | None, storage: Storage) -> int:
-    return int(record["attempts"]) if record else attempts_in(storage)
 
 
 def attempts_in(storage: Storage) -> int:
@@ -249,23 +300,17 @@ def refuse_to_delete_what_is_read(job: JobConfig, replaced: Replaced) -> None:
         JobError: naming the key.
     """
     compared, resume = job.output.compare_with, job.output.resume_from_checkpoint
-    named = {
-        "model_name_or_path": job.model.model_name_or_path,
-        "kernels_lock": job.transform(HubKernels).kernels_lock,
-        "compare_with": None if compared is None else str(Path(compared) / reports.FILE_NAME),
-        "resume_from_checkpoint": resume if isinstance(resume, str) else None,
-    }
-    for key, value in named.items():
-        replaced.refuse_to_delete(key, value)
+    report = None if compared is None else str(Path(compared) / reports.FILE_NAME)
+    replaced.refuse_to_delete("model_name_or_path", job.model.model_name_or_path)
+    replaced.refuse_to_delete("kernels_lock", job.transform(HubKernels).kernels_lock)
+    replaced.refuse_to_delete("compare_with", report)
+    if isinstance(resume, str):
+        replaced.refuse_to_delete("resume_from_checkpoint", resume)
 
 
 def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
-    """Refuse storage that holds the checkpoints of another output_dir's run.
-
-    Args:
-        storage: where this run's checkpoints would be.
-        folder: output_dir.
-        has_run: whether it holds a run, perhaps from before owners were recorded.
+    """Refuse `storage`, where this run's checkpoints would be, if it has those of another folder's.
+    `has_run`: this folder holds a run, perhaps from before owners were recorded.
 
     Raises:
         JobError: naming that output_dir.
@@ -286,13 +331,6 @@ def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
     )
 
 
-def _refuse_a_sweeps_folder(folder: Path) -> None:
-    if (folder / SWEEP_FILE).exists():
-        raise JobError(
-            "output_dir holds a sweep, not a single run", str(folder), "choose another output_dir"
-        )
-
-
 def _refuse_foreign_files(folder: Path, resume: bool | str) -> None:
     there = [name for name in OURS if (folder / name).exists()]
     if there and not resume:
@@ -307,27 +345,55 @@ def _refuse_foreign_files(folder: Path, resume: bool | str) -> None:
 def _refuse_unless_resumed(
     job: JobConfig, folder: Path, record: Record, resume: bool | str
 ) -> None:
-    same = record["fingerprint"] == job.fingerprint()
-    ways_out = (
-        "choose another output_dir, or set overwrite_output_dir: true to start again (its "
-        "checkpoints are deleted)"
-    )
-    if not same:
+    out = "choose another output_dir, or set overwrite_output_dir: true to start again (its "
+    out += "checkpoints are deleted)"
+    if record["fingerprint"] != job.fingerprint():
         raise JobError(
             "output_dir holds the run of a job with other settings",
             "\n".join([f"{folder} ({record['status']})", *job.differences(record["job"])]),
-            ("restore these keys to continue it, " if resume else "") + ways_out,
+            ("restore these keys to continue it, " if resume else "") + out,
         )
     if not resume and record["status"] == "done":
-        raise JobError(
-            "This job has run to its end in output_dir",
-            f"{folder}: nothing is left to train; its report is {folder / 'report.html'}",
-            ways_out,
-        )
+        found = f"{folder}: nothing is left to train; its report is {folder / 'report.html'}"
+        raise JobError("This job has run to its end in output_dir", found, out)
     if not resume:
         state = ENDED.get(record["status"], "has been started and has not ended")
-        raise JobError(
-            f"This job {state} in output_dir",
-            str(folder),
-            f"set resume_from_checkpoint: true to continue from its last checkpoint, {ways_out}",
-        )
+        fix = f"set resume_from_checkpoint: true to continue from its last checkpoint, {out}"
+        raise JobError(f"This job {state} in output_dir", str(folder), fix)
+
+
+def put_back(folder: Path) -> None:
+    """Restore the old run's lock file, also after a launch that was killed."""
+    if (folder / ASIDE).exists():
+        (folder / ASIDE).replace(folder / locks.FILE_NAME)
+
+
+def is_inside(storage: Storage, folder: Path) -> bool:
+    """Whether a storage lies in a folder."""
+    return _holds(Storage.at(str(folder)), storage)
+
+
+def _storage_of(value: str | None) -> Storage | None:
+    """Return the place that a key's value names; None if it names none that exists."""
+    if value is None:
+        return None
+    if "://" not in value and not Path(value).expanduser().exists():
+        return None
+    try:
+        return Storage.at(value if "://" in value else str(Path(value).expanduser()))
+    except StorageError:
+        return None
+
+
+def _holds(place: Storage, other: Storage) -> bool:
+    if place.is_local and other.is_local:
+        return Path(other.root).resolve().is_relative_to(Path(place.root).resolve())
+    same = place.filesystem == other.filesystem
+    return same and f"{other.root}/".startswith(f"{place.root.rstrip('/')}/")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from raytrain_adv.config.job import JobConfig
@@ -39,9 +39,7 @@ def _check_gpus(job: JobConfig, plan: RunPlan, found: Preflight) -> list[str]:
         raise ClusterError(
             "The job will not fit its GPUs",
             f"{text}\n{facts.describe()}; {RESERVE:.0%} of it is left to CUDA and fragmentation",
-            "\n".join(
-                [*(["set one of:"] if advice else []), *advice, "or force: true to start anyway"]
-            ),
+            "\n".join([*["set one of:"][: len(advice)], *advice, "or force: true to start anyway"]),
         )
     return [
         f"node {v.node.address}: {gpu.free_bytes / GIB:.1f} GiB are free of "
@@ -53,20 +51,6 @@ def _check_gpus(job: JobConfig, plan: RunPlan, found: Preflight) -> list[str]:
     ]
 
 
-def _check_hosts(job: JobConfig, plan: RunPlan, found: Preflight) -> list[str]:
-    hosts = list(_hosts(job, plan, found))
-    short = [host for host in hosts if host.need.per_node > host.total_gib]
-    if not short:
-        return list(_warnings(hosts))
-    first = max(short, key=lambda host: host.need.per_node - host.total_gib)
-    text = f"{first.sentence()}, and it has {first.total_gib:.1f} GiB{_more(short)}"
-    if job.ray.force:
-        return [f"{text}; started because of force: true"]
-    raise ClusterError(
-        "The job will not fit its nodes' host memory", text, "\n".join(_fixes(job, first.need))
-    )
-
-
 @dataclass(frozen=True)
 class _Host:
     address: str
@@ -74,8 +58,39 @@ class _Host:
     total_gib: float
     free_gib: float
 
-    def sentence(self) -> str:
-        return f"node {self.address}: {self.need.sentence()}"
+
+def _check_hosts(job: JobConfig, plan: RunPlan, found: Preflight) -> list[str]:
+    hosts = list(_hosts(job, plan, found))
+    if of := _worst(hosts, lambda host: host.need.per_node - host.total_gib):
+        host, text, more = of
+        text = f"{text}, and it has {host.total_gib:.1f} GiB{more}"
+        if job.ray.force:
+            return [f"{text}; started because of force: true"]
+        fix = "\n".join(_fixes(job, host.need))
+        raise ClusterError("The job will not fit its nodes' host memory", text, fix)
+    if of := _worst(hosts, lambda host: host.need.per_node - host.free_gib):
+        host, text, more = of
+        free = f"{host.free_gib:.1f} GiB of {host.total_gib:.1f} are free"
+        return [f"{text}, and {free}: something else uses the memory now{more}"]
+    if of := _worst(hosts, lambda host: host.need.least_free_to_lock - host.free_gib):
+        host, text, more = of
+        return [
+            f"{text}; that is more than half of the {host.free_gib:.1f} GiB that are free, so "
+            f"copies of checkpoints are not page-locked, and steps wait longer for them{more}"
+        ]
+    return []
+
+
+def _worst(
+    hosts: Sequence[_Host], lacks: Callable[[_Host], float]
+) -> tuple[_Host, str, str] | None:
+    """Return the host that lacks the most, its need, and how many others lack some."""
+    short = [host for host in hosts if lacks(host) > 0]
+    if not short:
+        return None
+    worst, others = max(short, key=lacks), len(short) - 1
+    more = f"; likewise on {plural(others, 'other node')}" if others else ""
+    return worst, f"node {worst.address}: {worst.need.sentence()}", more
 
 
 def _hosts(job: JobConfig, plan: RunPlan, found: Preflight) -> Iterator[_Host]:
@@ -91,29 +106,6 @@ def workers_on(verdict: Verdict, job: JobConfig, world_size: int, found: Preflig
     nodes = sum(v.node.count for v in found.accepted)
     most = {"STRICT_SPREAD": 1, "SPREAD": math.ceil(world_size / nodes)}
     return min(verdict.workers, most.get(job.ray.placement_strategy, world_size))
-
-
-def _warnings(hosts: Sequence[_Host]) -> Iterator[str]:
-    """Yield a sentence on the worst of the nodes with too little free memory."""
-    short = [host for host in hosts if host.need.per_node > host.free_gib]
-    unlocked = [host for host in hosts if host.need.least_free_to_lock > host.free_gib]
-    if short:
-        first = max(short, key=lambda host: host.need.per_node - host.free_gib)
-        yield (
-            f"{first.sentence()}, and {first.free_gib:.1f} GiB of {first.total_gib:.1f} are free: "
-            f"something else uses the memory now{_more(short)}"
-        )
-    elif unlocked:
-        first = max(unlocked, key=lambda host: host.need.least_free_to_lock - host.free_gib)
-        yield (
-            f"{first.sentence()}; that is more than half of the {first.free_gib:.1f} GiB that are "
-            "free, so copies of checkpoints are not page-locked, and steps wait longer for "
-            f"them{_more(unlocked)}"
-        )
-
-
-def _more(hosts: Sequence[_Host]) -> str:
-    return f"; likewise on {plural(len(hosts) - 1, 'other node')}" if len(hosts) > 1 else ""
 
 
 def _fixes(job: JobConfig, need: HostNeed) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Probe all nodes at once: what each has, or why it did not answer."""
+"""What each node has: probed at once, or as an autoscaler declares a node that is not started."""
 
 from __future__ import annotations
 
@@ -18,13 +18,26 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrain_adv.driver.cluster.nodes import Node
-from raytrain_adv.hardware import PACKAGES, HardwareFacts
+from raytrain_adv.hardware import PACKAGES, HardwareFacts, package_versions
+from raytrain_adv.text import GIB
 
 SCRIPT = Path(__file__).with_name("probe_script.py")
 SCRIPT_TIMEOUT_S = 20.0
 """Limit for a GPU driver that hangs."""
 NODE_TIMEOUT_S = 60.0
 """Time for a node to unpack the job's working_dir, start a process, and answer."""
+
+# Compute capability -> Ray's accelerator types of it, with their smallest memory in GiB.
+# Source: NVIDIA's datasheets and its list of CUDA GPUs.
+ACCELERATORS = {
+    (7, 0): {"V100": 16},
+    (7, 5): {"T4": 16},
+    (8, 0): {"A100": 40, "A100-40G": 40, "A100-80G": 80, "A30": 24},
+    (8, 6): {"A10": 24, "A10G": 24},
+    (8, 9): {"L4": 24, "L40S": 48},
+    (9, 0): {"H20": 96, "H100": 80, "H800": 80, "H200": 141, "GH200": 96},
+    (10, 0): {"B200": 180, "GB200": 180},
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,22 @@ class Reading:
             num_cores=self.num_cores,
             versions=self.versions,
         )
+
+
+def declared_reading(accelerator: str, num_gpus: int) -> Reading | None:
+    """Return a node's reading from its declared GPUs; None if their type is missing or unknown.
+
+    Its software is assumed to be the driver's; each worker compares when it starts.
+    """
+    known = [
+        GpuReading(f"NVIDIA {accelerator}", capability, size, size)
+        for capability, types in ACCELERATORS.items()
+        if (size := types.get(accelerator, 0) * GIB)
+    ]
+    if num_gpus and not known:
+        return None
+    gpus = tuple(known * num_gpus)
+    return Reading(gpus=gpus, versions=package_versions(), is_declared=True)
 
 
 Read = Callable[[Sequence[Node]], Mapping[str, Reading | str]]
@@ -159,5 +188,5 @@ def _get(answer: Any) -> Reading | str:
     try:
         return parse(ray.get(answer))
     except (RayError, ValueError, RuntimeError) as error:  # a task's own error is both of two types
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+        last = str(error).strip().rpartition("\n")[2]
+        return f"{type(error).__name__}: {last}"

@@ -18,6 +18,12 @@ from pathlib import Path
 from typing import Any
 
 
+def origin(package: str) -> Path:
+    """Return the path of a package's __init__.py; one that does not exist if it is not found."""
+    spec = importlib.util.find_spec(package)
+    return Path((spec and spec.origin) or os.devnull)
+
+
 def nvml() -> Any:
     """Return NVML's bindings: nvidia-ml-py, or the copy inside Ray without importing Ray.
 
@@ -26,8 +32,7 @@ def nvml() -> Any:
     """
     if importlib.util.find_spec("pynvml") is not None:
         return importlib.import_module("pynvml")
-    ray = importlib.util.find_spec("ray")
-    path = Path(str(ray and ray.origin)).parent / "_private/thirdparty/pynvml/pynvml.py"
+    path = origin("ray").parent / "_private/thirdparty/pynvml/pynvml.py"
     spec = importlib.util.spec_from_file_location("pynvml", path) if path.is_file() else None
     if spec is None or spec.loader is None:
         raise ImportError("nvidia-ml-py is not installed")
@@ -51,9 +56,7 @@ def gpus_by_nvml() -> dict[str, object]:
     try:
         lib.nvmlInit()
         found["driver_version"] = decode(lib.nvmlSystemGetDriverVersion())
-        handles = [
-            lib.nvmlDeviceGetHandleByIndex(index) for index in range(lib.nvmlDeviceGetCount())
-        ]
+        handles = map(lib.nvmlDeviceGetHandleByIndex, range(lib.nvmlDeviceGetCount()))
         found["gpus"] = [gpu for handle in handles for gpu in devices(lib, handle)]
     except lib.NVMLError as error:
         found["gpu_error"] = f"NVML: {error}"
@@ -110,22 +113,14 @@ def own_package() -> tuple[str | None, str | None]:
     """Return raytrain_adv's version and a hash of its code: it may be in the job's working_dir
     without being installed, and different commits may share a version.
     """
-    spec = importlib.util.find_spec("raytrain_adv")
-    if spec is None or spec.origin is None:
+    init = origin("raytrain_adv")
+    if not init.is_file():
         return None, None
     digest = hashlib.sha256()
-    folder = Path(spec.origin).parent
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return variable(Path(spec.origin), "__version__"), digest.hexdigest()[:12]
-
-
-def cuda_version() -> str | None:
-    """Return the CUDA version that PyTorch was built for, from its version file."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    return variable(Path(spec.origin).with_name("version.py"), "cuda")
+    for path in sorted(init.parent.rglob("*.py")):
+        name = path.relative_to(init.parent).as_posix()
+        digest.update(name.encode() + b"\0" + path.read_bytes())
+    return variable(init, "__version__"), digest.hexdigest()[:12]
 
 
 def variable(path: Path, name: str) -> str | None:
@@ -135,30 +130,26 @@ def variable(path: Path, name: str) -> str | None:
     return found.group(1) if found else None
 
 
-def host_memory_bytes() -> int:
-    """Return the node's memory, or the control group's limit if that is smaller."""
+def host_memory() -> dict[str, int]:
+    """Return the node's memory and how much of it is available (0 if unknown), or those under a
+    control group's limit if that is smaller.
+    """
+    group = Path("/sys/fs/cgroup")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
-        path = Path("/sys/fs/cgroup") / limit
-        if path.is_file() and path.read_text().strip().isdigit():
-            total = min(total, int(path.read_text()))
-    return total
+    free = number(Path("/proc/meminfo"), r"^MemAvailable:\s+(\d+)") * 1024
+    old = number(group / "memory/memory.limit_in_bytes", r"(\d+)\s*$")
+    limit = number(group / "memory.max", r"(\d+)\s*$")
+    total = min(total, limit or total, old or total)
+    if free and limit:
+        used = number(group / "memory.current", r"(\d+)")
+        free = min(free, limit - used + number(group / "memory.stat", r"^inactive_file (\d+)"))
+    return {"host_memory_bytes": total, "host_free_bytes": free}
 
 
-def host_free_bytes() -> int:
-    """Return the available memory, also under a control group's limit; 0 if unknown."""
-    meminfo = Path("/proc/meminfo")
-    text = meminfo.read_text() if meminfo.is_file() else ""
-    found = re.search(r"^MemAvailable:\s+(\d+)", text, re.M)
-    if found is None:
-        return 0
-    free, group = int(found.group(1)) * 1024, Path("/sys/fs/cgroup")
-    limit = group / "memory.max"
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        used = int((group / "memory.current").read_text())
-        files = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
-        free = min(free, int(limit.read_text()) - used + int(files.group(1) if files else 0))
-    return free
+def number(path: Path, pattern: str) -> int:
+    """Return the number in a file that a pattern finds; 0 if there is none."""
+    found = re.search(pattern, path.read_text(), re.M) if path.is_file() else None
+    return int(found.group(1)) if found else 0
 
 
 def reading(packages: list[str]) -> dict[str, object]:
@@ -167,10 +158,9 @@ def reading(packages: list[str]) -> dict[str, object]:
     return {
         **gpus_by_nvml(),
         "hostname": socket.gethostname(),
-        "cuda_version": cuda_version(),
+        "cuda_version": variable(origin("torch").with_name("version.py"), "cuda"),
         "num_cores": len(os.sched_getaffinity(0)),
-        "host_memory_bytes": host_memory_bytes(),
-        "host_free_bytes": host_free_bytes(),
+        **host_memory(),
         "versions": {**versions(packages), "raytrain_adv": own_version},
         "code": code,
     }

@@ -43,29 +43,20 @@ def report(found: Preflight) -> PreflightReport:
     )
 
 
-def _gpus(verdict: Verdict) -> Sequence[GpuReading]:
-    return verdict.reading.gpus if verdict.reading is not None else ()
-
-
-def _driver(verdict: Verdict) -> str | None:
-    return verdict.reading.driver_version if verdict.reading is not None else None
-
-
 def _group(verdicts: Sequence[Verdict]) -> list[list[Verdict]]:
     rows: dict[object, list[Verdict]] = {}
     for verdict in verdicts:
-        gpus = _gpus(verdict)
+        gpus, driver = verdict.seen.gpus, verdict.seen.driver_version
         kind = tuple((gpu.name, gpu.total_bytes) for gpu in gpus)
         found = verdict.found.replace(verdict.node.address, "")
-        free = round(_free_gib(gpus))
-        key = (kind, free, _driver(verdict), verdict.reason, found, verdict.workers)
+        key = (kind, round(_free_gib(gpus)), driver, verdict.reason, found, verdict.workers)
         rows.setdefault(key, []).append(verdict)
     return list(rows.values())
 
 
 def _cells(verdicts: list[Verdict]) -> list[Text]:
     first = verdicts[0]
-    gpus = _gpus(first)
+    gpus = first.seen.gpus
     memory = f"{_free_gib(gpus):.0f} / {_total_gib(gpus):.0f}" if gpus else "-"
     if first.accepted:
         each = " each" if len(verdicts) > 1 or first.node.count > 1 else ""
@@ -75,7 +66,7 @@ def _cells(verdicts: list[Verdict]) -> list[Text]:
     else:
         is_refused = bool(first.refusal and first.workers)
         verdict = Text("excluded", "red") if is_refused else Text(first.reason, "dim")
-    cells = [_kinds(gpus), _capability(gpus), memory, _driver(first)]
+    cells = [_kinds(gpus), _capability(gpus), memory, first.seen.driver_version]
     return [Text(_name(verdicts)), *(Text(cell or "-") for cell in cells), verdict]
 
 
@@ -123,19 +114,14 @@ def _versions(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def _node_report(verdict: Verdict) -> NodeReport:
-    reading = verdict.reading
-    common = {
-        "address": verdict.node.address,
-        "node_id": verdict.node.node_id,
-        "used": verdict.accepted,
-        "workers": verdict.workers,
-        "reason": verdict.reason,
-        "found": verdict.found,
-    }
-    if reading is None:
-        return NodeReport(**common)
+    reading = verdict.seen
     return NodeReport(
-        **common,
+        address=verdict.node.address,
+        node_id=verdict.node.node_id,
+        used=verdict.accepted,
+        workers=verdict.workers,
+        reason=verdict.reason,
+        found=verdict.found,
         gpus=tuple(gpu.name for gpu in reading.gpus),
         compute_capability=_capability(reading.gpus),
         memory_gib=_total_gib(reading.gpus) if reading.gpus else None,

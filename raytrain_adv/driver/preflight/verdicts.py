@@ -12,11 +12,9 @@ from typing import Protocol
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.cluster import nodes as cluster
-from raytrain_adv.driver.cluster.nodes import Node
-from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.cluster.nodes import Node, Placement
 from raytrain_adv.driver.preflight import probe_script, versions
-from raytrain_adv.driver.preflight.accelerators import declared_reading
-from raytrain_adv.driver.preflight.probe import Read, Reading, read_nodes
+from raytrain_adv.driver.preflight.probe import Read, Reading, declared_reading, read_nodes
 from raytrain_adv.errors import ClusterError, RaytrainAdvError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.text import first_line
@@ -54,6 +52,11 @@ class Verdict:
     def accepted(self) -> bool:
         """Whether workers may run here."""
         return self.workers > 0 and not self.refusal
+
+    @property
+    def seen(self) -> Reading:
+        """Its reading; an empty one if there is none."""
+        return self.reading or Reading()
 
     @property
     def probed(self) -> Reading | None:
@@ -95,13 +98,7 @@ class Preflight:
 
 
 def check_nodes(placement: Placement, rules: Sequence[Rule], read: Read = read_nodes) -> Preflight:
-    """Probe and judge every alive node; judge those not started yet by what they declare.
-
-    Args:
-        placement: the job's request.
-        rules: the job's enabled transforms.
-        read: returns the nodes' readings.
-    """
+    """Probe and judge every alive node; judge those not started yet by what they declare."""
     alive, start = cluster.alive_nodes(), time.perf_counter()
     answers = read(alive)
     seconds = time.perf_counter() - start
@@ -111,9 +108,8 @@ def check_nodes(placement: Placement, rules: Sequence[Rule], read: Read = read_n
     ]
     for node in cluster.scalable_nodes():
         if node.count and node.num_fitting(placement.bundle):
-            num_gpus = int(node.resources.get("GPU", 0))
-            reading = declared_reading(node.accelerator, num_gpus)
-            verdicts.append(judge(placement, rules, node, reading))
+            declared = declared_reading(node.accelerator, int(node.resources.get("GPU", 0)))
+            verdicts.append(judge(placement, rules, node, declared))
     return compare_versions(verdicts, placement.use_gpu, seconds)
 
 
@@ -121,7 +117,7 @@ def compare_versions(verdicts: Sequence[Verdict], use_gpu: bool, seconds: float 
     """Refuse nodes whose decisive versions differ from most; warn of other differences."""
     verdicts = _refuse_odd_versions(verdicts)
     others = [
-        (v.node.address, _other_versions(v.probed))
+        (v.node.address, {**v.probed.versions, "the NVIDIA driver": v.probed.driver_version})
         for v in verdicts
         if v.accepted and v.probed is not None
     ]
@@ -132,13 +128,8 @@ def compare_versions(verdicts: Sequence[Verdict], use_gpu: bool, seconds: float 
 def judge(
     placement: Placement, rules: Sequence[Rule], node: Node, answer: Reading | str | None
 ) -> Verdict:
-    """Return the verdict on one node.
-
-    Args:
-        placement: the job's request.
-        rules: the job's enabled transforms.
-        node: the node.
-        answer: its reading; a sentence if it did not answer; None if nothing is known of it.
+    """Return the verdict on one node; `answer` is a sentence if it did not answer the probe, None
+    if nothing is known of it.
     """
     workers = node.num_fitting(placement.bundle)
     if isinstance(answer, str):
@@ -164,9 +155,7 @@ def _refuse_unusable(placement: Placement, node: Node, reading: Reading) -> None
     """Raise ClusterError if no job with this placement can run on a node."""
     if reading.is_declared:
         return
-    missing = [name for name in NEEDED if reading.versions.get(name) is None]
-    if missing:
-        names = " and ".join(missing)
+    if names := " and ".join(name for name in NEEDED if reading.versions.get(name) is None):
         raise ClusterError(
             f"{names} not available",
             f"node {node.address}: not installed for Python {reading.versions.get('python')}",
@@ -184,10 +173,10 @@ def _refuse_unusable(placement: Placement, node: Node, reading: Reading) -> None
     if not placement.use_gpu:
         return
     if not reading.gpus:
-        gpus = node.resources.get("GPU", 0.0)
+        declared = f"{node.resources.get('GPU', 0.0):g} GPU in Ray"
         raise ClusterError(
             "A node declares GPUs, and none is found on it",
-            f"node {node.address}: {gpus:g} GPU in Ray; {reading.gpu_error or 'NVML finds none'}",
+            f"node {node.address}: {declared}; {reading.gpu_error or 'NVML finds none'}",
             "check nvidia-smi there, and that the container has access to the GPUs",
         )
     if placement.num_workers > 1 and any(gpu.is_mig for gpu in reading.gpus):
@@ -206,9 +195,8 @@ def place(job: JobConfig, placement: Placement, found: Preflight) -> Placement:
     """
     auto = job.ray.ray_num_workers == "auto" and placement.use_gpu
     nodes = [v.node for v in found.accepted]
-    num_workers = sum(v.workers * v.node.count for v in found.accepted) if auto else 0
-    num_workers = num_workers or placement.num_workers
-    wanted = replace(placement, num_workers=num_workers)
+    all_gpus = sum(v.workers * v.node.count for v in found.accepted) if auto else 0
+    wanted = replace(placement, num_workers=all_gpus or placement.num_workers)
     room = cluster.num_fitting(nodes, wanted, job.ray.placement_strategy)
     refused = [v for v in found.verdicts if v.workers and v.refusal]
     odd = [v for v in refused if v.refusal == DIFFERS]
@@ -220,7 +208,7 @@ def place(job: JobConfig, placement: Placement, found: Preflight) -> Placement:
     probed = [v.probed for v in found.accepted if v.probed is not None]
     return replace(
         wanted,
-        note=cluster.describe_request(job, num_workers, placement.bundle),
+        note=cluster.describe_request(job, wanted.num_workers, placement.bundle),
         avoided=tuple(node.node_id for node in left_out if node.node_id),
         avoided_accelerators=tuple(sorted(types - {node.accelerator for node in nodes})),
         versions=versions.decisive(probed[0].versions) if probed else {},
@@ -231,15 +219,12 @@ def _too_few(
     job: JobConfig, placement: Placement, refused: Sequence[Verdict], room: int
 ) -> ClusterError:
     rules = list(dict.fromkeys(v.refusal for v in refused))
-    lines = [
-        placement.request(job.ray.placement_strategy),
-        f"there is room for {room} on the accepted nodes; excluded:",
-    ]
+    lines = [placement.request(job.ray.placement_strategy)]
+    lines.append(f"there is room for {room} on the accepted nodes; excluded:")
     for verdict in refused:
-        rule = f"{verdict.refusal}: " if len(rules) > 1 else ""
         first = first_line(verdict.found or verdict.node.address)
         place = "" if verdict.node.address in first else f"{verdict.node.address}: "
-        lines.append(f"  {place}{rule}{first}")
+        lines.append(f"  {place}{f'{verdict.refusal}: ' if len(rules) > 1 else ''}{first}")
     fixes = [*dict.fromkeys(v.fix for v in refused if v.fix)]
     if room:
         fixes.append(f"or set ray_num_workers to {room} or less")
@@ -258,17 +243,11 @@ def _refuse_odd_versions(verdicts: Sequence[Verdict]) -> list[Verdict]:
         return list(verdicts)
     kept = max(groups, key=lambda key: sum(v.workers for v in groups[key]))
     elsewhere = dict(zip((*versions.DECISIVE, versions.CODE), kept, strict=True))
-
-    def judge_again(verdict: Verdict) -> Verdict:
-        if verdict.probed is None or not verdict.accepted or verdict in groups[kept]:
-            return verdict
-        here = {**verdict.probed.versions, versions.CODE: verdict.probed.code}
-        differs = f"node {verdict.node.address}: {versions.difference(here, elsewhere)}"
-        return replace(verdict, refusal=DIFFERS, found=differs, fix=versions.IMAGE)
-
-    return [judge_again(verdict) for verdict in verdicts]
-
-
-def _other_versions(reading: Reading) -> dict[str, str | None]:
-    others = {k: v for k, v in reading.versions.items() if k not in versions.DECISIVE}
-    return {**others, "the NVIDIA driver": reading.driver_version}
+    judged = []
+    for verdict in verdicts:
+        if verdict.probed is not None and verdict.accepted and verdict not in groups[kept]:
+            here = {**verdict.probed.versions, versions.CODE: verdict.probed.code}
+            differs = f"node {verdict.node.address}: {versions.difference(here, elsewhere)}"
+            verdict = replace(verdict, refusal=DIFFERS, found=differs, fix=versions.IMAGE)
+        judged.append(verdict)
+    return judged

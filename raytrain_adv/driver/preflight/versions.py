@@ -32,14 +32,13 @@ def difference(versions: Versions, others: Versions) -> str:
 
 
 def describe_differences(of_nodes: Sequence[tuple[str, Versions]]) -> list[str]:
-    """Return a sentence for each package that has more than one version.
+    """Return a sentence for each package, other than the decisive ones, with several versions.
 
     Args:
         of_nodes: each node's address and versions.
     """
     sentences = []
-    names = {name for _, versions in of_nodes for name in versions}
-    for name in sorted(names):
+    for name in sorted({name for _, versions in of_nodes for name in versions} - {*DECISIVE}):
         nodes: dict[str | None, list[str]] = {}
         for address, versions in of_nodes:
             nodes.setdefault(versions.get(name), []).append(address)
@@ -56,6 +55,5 @@ def require(accepted: Versions) -> None:
         ClusterError: with the differences; the node was changed, or joined after the check.
     """
     if differs := difference(package_versions(), accepted):
-        raise ClusterError(
-            "A worker has other versions than the nodes had when they were checked", differs, IMAGE
-        )
+        what = "A worker has other versions than the nodes had when they were checked"
+        raise ClusterError(what, differs, IMAGE)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import Trial
-from raytrain_adv.driver.cluster.nodes import Node, resolve_placement
-from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.cluster.nodes import Node, Placement, resolve_placement
 from raytrain_adv.driver.preflight import verdicts
 from raytrain_adv.driver.preflight.probe import Read
 from raytrain_adv.driver.preflight.verdicts import Preflight

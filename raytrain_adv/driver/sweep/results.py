@@ -12,7 +12,7 @@ import yaml
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import SET_BY_THE_SWEEP, Sweep
 from raytrain_adv.driver.output import output_dir
-from raytrain_adv.driver.output.replace import Replaced
+from raytrain_adv.driver.output.output_dir import Replaced
 from raytrain_adv.driver.training.trainer import release
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.report import record, sweep_record

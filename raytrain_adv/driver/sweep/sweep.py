@@ -16,7 +16,7 @@ from raytrain_adv.config.sweep import NEVER, SWITCH, Sweep, Trial
 from raytrain_adv.data.prepare import prepare
 from raytrain_adv.driver.cluster import connect
 from raytrain_adv.driver.output import output_dir
-from raytrain_adv.driver.output.replace import Replaced
+from raytrain_adv.driver.output.output_dir import Replaced
 from raytrain_adv.driver.preflight import table
 from raytrain_adv.driver.preflight.probe import Read, read_nodes
 from raytrain_adv.driver.sweep.asha import DelayAwareAsha, Rungs

@@ -13,7 +13,7 @@ from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.prepare import PreparedData, prepare
 from raytrain_adv.driver.cluster import connect, nodes
-from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.cluster.nodes import Placement
 from raytrain_adv.driver.plan.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.preflight import memory, table, verdicts
 from raytrain_adv.driver.preflight.probe import Read

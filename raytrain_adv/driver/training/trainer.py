@@ -17,8 +17,7 @@ from raytrain_adv.checkpoint.folders import AGAIN
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.cluster.connect import NodeNetwork
 from raytrain_adv.driver.cluster.elastic import BatchPreservingPolicy
-from raytrain_adv.driver.cluster.nodes import release_workers, wait_for_room
-from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.cluster.nodes import Placement, release_workers, wait_for_room
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.output_dir import Output
 from raytrain_adv.driver.preflight.probe import Read, read_nodes

@@ -8,8 +8,7 @@ from contextlib import AbstractContextManager
 
 from ray.exceptions import RayError
 
-from raytrain_adv.driver.cluster.nodes import Node, alive_nodes
-from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.cluster.nodes import Node, Placement, alive_nodes
 from raytrain_adv.driver.watch.polling import poll
 from raytrain_adv.text import plural
 

@@ -388,7 +388,7 @@ def test_the_command_says_what_it_cannot_do(
         "enable_qat: true is missing": [model, *out],
         "--output is missing": [model, "enable_qat=true"],
         "is not a key of this command": [model, *out, "enable_qat=true", "learning_rate=1"],
-        "says how to train": [run, "fake_quant_after_n_steps=5"],
+        "affects only how a model is trained": [run, "fake_quant_after_n_steps=5"],
         "a model folder has no checkpoints": [model, "--checkpoint", "step_1", "enable_qat=true"],
         "the run has no complete checkpoint": [run],
         "does not divide": [model, *out, "enable_qat=true", "qat_group_size=24"],

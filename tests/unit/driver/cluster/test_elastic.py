@@ -13,8 +13,7 @@ from raytrain_adv.config.workers import numbers
 from raytrain_adv.driver.cluster import nodes as cluster
 from raytrain_adv.driver.cluster.connect import find_interface
 from raytrain_adv.driver.cluster.elastic import BatchPreservingPolicy, largest_fitting
-from raytrain_adv.driver.cluster.nodes import Node
-from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.cluster.nodes import Node, Placement
 from raytrain_adv.driver.plan.plan import show
 from raytrain_adv.driver.preflight.verdicts import place
 from raytrain_adv.driver.training.trainer import scaling

@@ -117,12 +117,12 @@ def test_the_first_signal_asks_the_workers_and_the_second_ends_the_driver(tmp_pa
 
 
 def test_status_reads_a_run_s_own_files(tmp_path):
-    assert written(str(tmp_path)) is None
+    assert written(tmp_path) is None
     (tmp_path / "run.json").write_text('{"status": "running"}')
     with MetricsFile(tmp_path / "metrics.jsonl", resume_step=None) as file:
         file.event("plan", "the run in numbers", total_steps=9, restarts=1)
         file.append({"kind": "train", "step": 4, "loss": 2.5, "tokens_per_second_per_worker": 7.0})
         file.event("phase", "checkpoints")
-    found = written(str(tmp_path))
+    found = written(tmp_path)
     assert found is not None and found.progress == "4/9" and found.loss == 2.5
     assert found.restarts == 1 and found.message == "checkpoints"

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver.cluster.nodes import Node
-from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.cluster.nodes import Node, Placement
 from raytrain_adv.driver.plan.data import measure
 from raytrain_adv.driver.plan.plan import RunPlan, render, resolve, show
 from raytrain_adv.driver.preflight import memory as preflight_memory

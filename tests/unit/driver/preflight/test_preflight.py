@@ -11,15 +11,13 @@ import time
 import pytest
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver.cluster.nodes import Node
-from raytrain_adv.driver.cluster.placement import Placement
+from raytrain_adv.driver.cluster.nodes import Node, Placement
 from raytrain_adv.driver.plan.data import measure
 from raytrain_adv.driver.plan.plan import RunPlan, resolve
 from raytrain_adv.driver.preflight import memory, probe, versions
 from raytrain_adv.driver.preflight import table as preflight_table
 from raytrain_adv.driver.preflight import verdicts as preflight
-from raytrain_adv.driver.preflight.accelerators import declared_reading
-from raytrain_adv.driver.preflight.probe import Reading
+from raytrain_adv.driver.preflight.probe import Reading, declared_reading
 from raytrain_adv.driver.preflight.verdicts import Preflight, Verdict
 from raytrain_adv.errors import ClusterError
 from raytrain_adv.estimate.advice import Advice

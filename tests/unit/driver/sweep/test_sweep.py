@@ -13,9 +13,8 @@ import pytest
 import yaml
 
 from raytrain_adv.config import JobConfig, load
-from raytrain_adv.driver.cluster.nodes import Node
-from raytrain_adv.driver.cluster.placement import Placement
-from raytrain_adv.driver.output.replace import Replaced
+from raytrain_adv.driver.cluster.nodes import Node, Placement
+from raytrain_adv.driver.output.output_dir import Replaced
 from raytrain_adv.driver.plan.sweep import view
 from raytrain_adv.driver.sweep import sweep
 from raytrain_adv.driver.sweep.asha import DelayAwareAsha, Rungs
