@@ -111,11 +111,7 @@ class Fp8(Transform):
             yield Problem(text, fix, "fp8 and use_cpu")
 
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse machines and software without FP8.
-
-        Raises:
-            ClusterError: with the rule, what was found on the node, and what to do.
-        """
+        """Refuse machines and software without FP8."""
         torch_version = facts.versions.get("torch")
         if torch_version is None or release(torch_version) < (2, 7):
             raise ClusterError(
@@ -136,11 +132,7 @@ class Fp8(Transform):
             )
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Choose the linears that compute in FP8.
-
-        Raises:
-            JobError: when a pattern of fp8_exclude matches no linear.
-        """
+        """Choose the linears that compute in FP8."""
         becomes = {LINEAR: OWN if self.is_tensorwise else TORCHAO}
         changes, skipped = plan_linears(model, becomes, "fp8_exclude", self.excluded, self._why_not)
         notes = self._notes(model, changes.keys(), changes.keys() | skipped.keys(), context)
@@ -193,9 +185,6 @@ class Fp8(Transform):
     ) -> Plan:
         """Compare the product and gradients of each kind of linear, in each size, with those
         without FP8; on a GPU also the casts, bit for bit, in every tile size they may take there.
-
-        Raises:
-            TrainingError: where they are further off than FP8 rounds.
         """
         import torch
 

@@ -107,11 +107,7 @@ class HubKernels(Transform):
             yield from source.path_problems(self.kernels_lock, "kernels_lock")
 
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse machines without the kernels package.
-
-        Raises:
-            ClusterError: with what was found on the node, and what to do.
-        """
+        """Refuse machines without the kernels package."""
         version = facts.versions.get("kernels")
         if version is None or numbers(version) < OLDEST:
             missing = ": kernels package not available" if version is None else ""
@@ -144,11 +140,7 @@ class HubKernels(Transform):
         return () if no_default(job, facts) else (DEFAULT,)
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Choose the kernel's layer for each module that gets one.
-
-        Raises:
-            JobError: when a kernel is missing or replaces nothing, or two want the same module.
-        """
+        """Choose the kernel's layer for each module that gets one."""
         from raytrain_adv.kernels.select import all_sites, choose
 
         job, facts = context.job, context.facts
@@ -218,12 +210,7 @@ class HubKernels(Transform):
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
     ) -> Plan:
-        """Test each kernel on this device and dtype, and put it in its places.
-
-        Raises:
-            JobError: when a kernel's files are not those locked, or it is wrong, cuts a gradient or
-                bypasses a module.
-        """
+        """Test each kernel on this device and dtype, and put it in its places."""
         from raytrain_adv import hardware
         from raytrain_adv.kernels.select import choose
         from raytrain_adv.kernels.swap import install

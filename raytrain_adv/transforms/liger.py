@@ -101,11 +101,7 @@ class Liger(Transform):
             yield Problem(text, fix, "use_liger_kernel and use_cpu")
 
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse nodes without a GPU or without the package.
-
-        Raises:
-            ClusterError: with what was found on the node, and what to do.
-        """
+        """Refuse nodes without a GPU or without the package."""
         other = "set use_liger_kernel: false"
         require_package(facts, "use_liger_kernel", PACKAGE, other)
         if facts.device_type != "cuda":
@@ -116,11 +112,7 @@ class Liger(Transform):
             )
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Apply Liger to a copy of the model, and return which modules it changed there.
-
-        Raises:
-            JobError: for a model that Liger does not know, or that lacks a layer that is named.
-        """
+        """Apply Liger to a copy of the model, and return which modules it changed there."""
         self._check_model(model)
         trial = copy.deepcopy(model)
         changed_by = self._apply(trial)
@@ -205,10 +197,6 @@ class Liger(Transform):
     ) -> Plan:
         """Refuse layers that torch.compile would compile wrongly, and compare values and gradients
         of each kind of changed module with those of its class.
-
-        Raises:
-            JobError: for a layer of Liger's that has no operator in ops/liger_layers.py; where
-                values differ, or a child module is no longer called.
         """
         import torch
 

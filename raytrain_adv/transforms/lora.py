@@ -89,11 +89,7 @@ class Lora(Transform):
             )
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Choose the linears that get adapters.
-
-        Raises:
-            JobError: when lora_target names modules that are not there, or cannot carry an adapter.
-        """
+        """Choose the linears that get adapters."""
         linears = {fqn: m for fqn, m in model.named_modules() if is_linear(m)}
         self._check_targets(model, linears)
         changes: dict[str, Change] = {}

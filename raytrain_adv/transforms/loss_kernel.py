@@ -96,11 +96,7 @@ class LossKernel(Transform):
             yield Problem(text, "set loss_kernel: chunked, or use_cpu: false", f"{key} and use_cpu")
 
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse kernels that the node cannot run.
-
-        Raises:
-            ClusterError: without the package, or without a GPU.
-        """
+        """Refuse kernels that the node cannot run."""
         package = PACKAGES.get(self.kernel)
         if package is None:
             return
@@ -116,10 +112,6 @@ class LossKernel(Transform):
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Return how the head will compute the loss; auto leaves it to torch where a named kernel
         would be refused.
-
-        Raises:
-            JobError: when the model's logits are not its head's alone, it has code of its own, or
-                the kernel would bypass what is on the head.
         """
         try:
             fqn, head = self._head_of(model)

@@ -59,11 +59,7 @@ class Neftune(Transform):
         return super().is_changed(key) and self.neftune_noise_alpha != 0
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Find the table in which input ids are looked up.
-
-        Raises:
-            JobError: when the model does not name it.
-        """
+        """Find the table in which input ids are looked up."""
         embedding = input_embedding(model)
         fqn = fqn_of(model, embedding)
         if embedding is None or fqn is None:
@@ -105,12 +101,7 @@ class Neftune(Transform):
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
     ) -> Plan:
-        """Measure the noise on the device that trains, on a table of zeros.
-
-        Raises:
-            TrainingError: when its size is wrong, it is on padding or in evaluation, or it differs
-                when it is drawn again.
-        """
+        """Measure the noise on the device that trains, on a table of zeros."""
         found = [self._measure(model.get_submodule(f), device, dtype) for f in plan.changes]
         return plan.with_notes(*found)
 

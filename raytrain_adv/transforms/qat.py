@@ -208,11 +208,7 @@ class Qat(Transform):
             yield Problem(text, f"set fp8_recipe: tensorwise, {off}", "fp8_recipe and enable_qat")
 
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse machines and software on which the exported model could not be compared.
-
-        Raises:
-            ClusterError: with the rule, what was found on the node, and what to do.
-        """
+        """Refuse machines and software on which the exported model could not be compared."""
         require_package(facts, "QAT", "torchao", "set enable_qat: false", "torchao>=0.18,<0.19")
         capability = facts.compute_capability
         if self.activation_dtype == FLOAT8 and (capability is None or capability < (8, 9)):
@@ -224,11 +220,7 @@ class Qat(Transform):
             )
 
     def check_length(self, total_steps: int) -> None:
-        """Refuse a delay longer than the run.
-
-        Raises:
-            JobError: the run would never quantize.
-        """
+        """Refuse a delay longer than the run."""
         first = self.first_step
         if first is not None and first >= total_steps:
             raise JobError(
@@ -239,11 +231,7 @@ class Qat(Transform):
             )
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Choose the linears, and the embedding, that compute with rounded values.
-
-        Raises:
-            JobError: when a pattern matches nothing, or a group size does not divide a layer.
-        """
+        """Choose the linears, and the embedding, that compute with rounded values."""
         from raytrain_adv.ops.float8.qat_linear import refuse_frozen
 
         changes, skipped = plan_linears(model, BECOMES, "qat_exclude", self.excluded, self._why_not)

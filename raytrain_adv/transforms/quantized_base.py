@@ -130,21 +130,13 @@ class QuantizedBase(Transform):
                 yield Problem(text, fix, f"{key} and quantization_bit")
 
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse a machine without bitsandbytes.
-
-        Raises:
-            ClusterError: naming the node.
-        """
+        """Refuse a machine without bitsandbytes."""
         package = PACKAGES[self.quantization_method]
         off = "delete quantization_bit"
         require_package(facts, "standard quantization", package, off, f"{package}>=0.50")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Choose the linears whose weights are quantized.
-
-        Raises:
-            JobError: when a pattern matches nothing.
-        """
+        """Choose the linears whose weights are quantized."""
         from torch import nn
 
         changes, skipped = plan_linears(
@@ -225,9 +217,6 @@ class QuantizedBase(Transform):
     ) -> Plan:
         """Compare a product and its gradient with those of bitsandbytes' own linear, on the
         worker's device.
-
-        Raises:
-            TrainingError: when its kernels do not run there, or the two differ.
         """
         try:
             apart = apart_from_bitsandbytes(self.form, device, dtype)
@@ -251,12 +240,7 @@ class QuantizedBase(Transform):
         )
 
     def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
-        """Compare the quantized weights with the originals they were made from.
-
-        Raises:
-            TrainingError: on all ranks, when weights are missing, are further away than rounding
-                explains, or would be trained.
-        """
+        """Compare the quantized weights with the originals they were made from."""
         from raytrain_adv.ops.bitsandbytes.linear import packed_linears
 
         read = {f: m for f, m in packed_linears(model) if m.distance is not None}
