@@ -118,7 +118,7 @@ def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
     changes = Transforms(job).plan(plain)[qat.name].changes
     return {
         plain_name(f"{fqn}.weight"): (
-            qat.embedding_config() if change.after == EMBEDDING else qat.linear_config()
+            qat.layer_config("" if change.after == EMBEDDING else qat.activation_dtype)
         )
         for fqn, change in changes.items()
     }
@@ -224,7 +224,8 @@ def _write_config(
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     linears = [f for f, m in plain.named_modules() if isinstance(m, nn.Linear)]
-    config |= describe_model(linears, configs, job.transform(Qat).linear_config())
+    qat = job.transform(Qat)
+    config |= describe_model(linears, configs, qat.layer_config(qat.activation_dtype))
     if is_untied(plain, configs):
         for part in (config, *(v for k, v in config.items() if k == "text_config")):
             part["tie_word_embeddings"] = False

@@ -41,7 +41,7 @@ class Lora(Transform):
     feature: ClassVar[str] = "LoRA"
     tried_with: ClassVar[dict[str, Any]] = {"finetuning_type": "lora"}
     stage: ClassVar[str] = "adapter"
-    # 599 ms for 0.71 of the operations of full training: jobs/benchmarks/results/fp8_pairs.json.
+    # 599 ms for 0.71 of the operations of full training, in pairs of runs: jobs/benchmarks/results.
     speed: ClassVar[float] = 0.885
 
     finetuning_type: Literal["lora", "full"] = "lora"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raytrain_adv.errors import JobError
 
@@ -24,36 +24,28 @@ def class_name(module: nn.Module) -> str:
     `peft.tuners.lora.layer.Linear`; for a class made by fully_shard, the original class.
     """
     kind = type(module)
-    if (
-        kind.__name__.startswith("FSDP")
-        and len(kind.__mro__) > 2
-        and not kind.__module__.startswith("torch.nn")
-    ):
+    if not kind.__module__.startswith("torch.nn"):
         kind = next((k for k in kind.__mro__ if not k.__name__.startswith("FSDP")), kind)
-    package = kind.__module__
-    if package.startswith("torch.nn.modules."):
-        package = "torch.nn"
-    return f"{package}.{kind.__qualname__}"
+    is_torchs = kind.__module__.startswith("torch.nn.modules.")
+    return f"{'torch.nn' if is_torchs else kind.__module__}.{kind.__qualname__}"
 
 
 def plan_linears(
     model: nn.Module,
     becomes: Mapping[str, str],
     key: str,
-    excluded: list[str],
+    value: str | list[str],
     why_not: Callable[[nn.Linear], str],
 ) -> tuple[dict[str, Change], dict[str, str]]:
-    """Choose the linears that a feature changes. The head, routers and adapters are skipped.
+    """Return the changes of the linears that a feature changes, and why others are skipped, both by
+    fqn. The head, routers and adapters are skipped.
 
     Args:
         model: its linears are chosen from.
         becomes: class that can be changed -> the class it becomes.
         key: the job key that excludes linears.
-        excluded: the patterns in it.
+        value: its value.
         why_not: returns why a linear of such a class is skipped; empty if it is not.
-
-    Returns:
-        The changes, and the reason for each linear that is skipped, both by fqn.
 
     Raises:
         JobError: if a pattern matches no linear.
@@ -63,6 +55,7 @@ def plan_linears(
     from raytrain_adv.transforms.transform import Change
 
     linears = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
+    excluded = patterns(value)
     refuse_unmatched(key, excluded, [own_name(fqn) for fqn in linears])
     head = output_head(model)
     heads = (head, getattr(head, "base_layer", None))  # under an adapter
@@ -96,25 +89,24 @@ def expert_notes(model: nn.Module, consequence: str) -> tuple[str, ...]:
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """Return the module that makes logits, if the model, or the one inside PEFT's, names it."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        return None
-    untyped: Any = model
-    head: nn.Module | None = untyped.get_output_embeddings()
-    return head
+    return _named_by(model, "get_output_embeddings")
 
 
 def input_embedding(model: nn.Module) -> nn.Embedding | None:
     """Return the table in which the model, or the one inside PEFT's, looks up its input ids."""
     from torch import nn
+
+    found = _named_by(model, "get_input_embeddings")
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def _named_by(model: nn.Module, method: str) -> nn.Module | None:
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel):
-        return None
-    untyped: Any = model
-    found = untyped.get_input_embeddings()
-    return found if isinstance(found, nn.Embedding) else None
+    found: nn.Module | None = None
+    if isinstance(model, PreTrainedModel):
+        found = getattr(model, method)()
+    return found
 
 
 def fqn_of(model: nn.Module, module: nn.Module | None) -> str | None:

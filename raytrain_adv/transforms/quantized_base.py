@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,7 +15,6 @@ from raytrain_adv.transforms.modules import (
     in_adapter,
     output_head,
     own_name,
-    patterns,
     plan_linears,
 )
 from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, require_package
@@ -34,8 +34,6 @@ BLOCK = 64
 PROBED = (2048, 256, 192)
 """Tokens, input and output features of the product that is compared with bitsandbytes' own: enough
 tokens for it to multiply as in training."""
-PACKAGES = {"bnb": "bitsandbytes"}
-"""quantization_method -> the package whose kernels round."""
 OTHER_METHODS = ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
 
 
@@ -78,18 +76,12 @@ class QuantizedBase(Transform):
         return self.quantization_bit is not None
 
     @property
-    def excluded(self) -> list[str]:
-        """The patterns in quantization_exclude, as a list."""
-        return patterns(self.quantization_exclude)
-
-    @property
     def form(self) -> Form:
         """How weights are stored."""
         from raytrain_adv.ops.bitsandbytes.quantize import Form
 
-        if self.quantization_bit == 8:
-            return Form("int8")
-        return Form(self.quantization_type, self.double_quantization)
+        is_int8 = self.quantization_bit == 8
+        return Form("int8") if is_int8 else Form(self.quantization_type, self.double_quantization)
 
     @property
     def scheme(self) -> str:
@@ -109,8 +101,7 @@ class QuantizedBase(Transform):
     @classmethod
     def refuse_checkpoint(cls, name: str, config: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose weights are quantized already."""
-        found = config.get("quantization_config")
-        if found:
+        if found := config.get("quantization_config"):
             known = isinstance(found, dict)
             method = found.get("quant_method", "unknown method") if known else found
             raise JobError(
@@ -131,17 +122,15 @@ class QuantizedBase(Transform):
 
     def check(self, facts: HardwareFacts) -> None:
         """Refuse a machine without bitsandbytes."""
-        package = PACKAGES[self.quantization_method]
-        off = "delete quantization_bit"
-        require_package(facts, "standard quantization", package, off, f"{package}>=0.50")
+        what, package, off = "standard quantization", "bitsandbytes", "delete quantization_bit"
+        require_package(facts, what, package, off, f"{package}>=0.50")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears whose weights are quantized."""
         from torch import nn
 
-        changes, skipped = plan_linears(
-            model, {LINEAR: OWN}, "quantization_exclude", self.excluded, self._why_not
-        )
+        key, given = "quantization_exclude", self.quantization_exclude
+        changes, skipped = plan_linears(model, {LINEAR: OWN}, key, given, self._why_not)
         for fqn, module in model.named_modules():
             if isinstance(module, nn.Embedding):
                 skipped[fqn] = "an embedding: looked up, not multiplied"
@@ -157,19 +146,16 @@ class QuantizedBase(Transform):
         return ""
 
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
-        form, count, size, bits = self.form, 0, 0, 0.0
-        for fqn in changes:
-            weight = model.get_submodule(fqn).get_parameter("weight")
-            count += weight.numel()
-            size = weight.element_size()
-            bits += weight.numel() * form.bits(weight.shape[0], weight.shape[1])
-        total = sum(p.numel() for fqn, p in model.named_parameters() if not in_adapter(fqn))
-        if not count:
+        weights = [model.get_submodule(fqn).get_parameter("weight") for fqn in changes]
+        if not weights:
             return
+        count = sum(w.numel() for w in weights)
+        bits = sum(w.numel() * self.form.bits(*w.shape) for w in weights)
+        total = sum(p.numel() for fqn, p in model.named_parameters() if not in_adapter(fqn))
         yield (
             f"{self.scheme}: {count:,} of {total:,} weights ({count / total:.1%}) in "
             f"{bits / count:.2f} bits each: {readable(bits / 8)} instead of "
-            f"{readable(count * size)}"
+            f"{readable(sum(w.nbytes for w in weights))}"
         )
         rest = ", ".join(f"{kind} {n:,}" for kind, n in self._left(model, changes).items())
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -182,35 +168,30 @@ class QuantizedBase(Transform):
         """Return the number of weights of each kind that is not quantized."""
         from torch import nn
 
-        head, left, seen = output_head(model), dict[str, int](), set[nn.Parameter]()
-        for fqn, module in model.named_modules():
-            for name, p in module.named_parameters(recurse=False):
-                if p in seen or in_adapter(fqn) or (fqn in changes and name == "weight"):
-                    continue
-                seen.add(p)
-                if isinstance(module, nn.Embedding):
-                    kind = "embeddings"
-                elif module in (head, getattr(head, "base_layer", None)):
-                    kind = "the head"
-                elif name == "bias":
-                    kind = "biases"
-                elif p.ndim == 1:
-                    kind = "norms"
-                else:
-                    kind = "other weights"
-                left[kind] = left.get(kind, 0) + p.numel()
+        head, left = output_head(model), Counter[str]()
+        for full_name, p in model.named_parameters():
+            fqn, _, name = full_name.rpartition(".")
+            module = model.get_submodule(fqn)
+            if in_adapter(fqn) or (fqn in changes and name == "weight"):
+                continue
+            if isinstance(module, nn.Embedding):
+                kind = "embeddings"
+            elif module in (head, getattr(head, "base_layer", None)):
+                kind = "the head"
+            elif name == "bias":
+                kind = "biases"
+            else:
+                kind = "norms" if p.ndim == 1 else "other weights"
+            left[kind] += p.numel()
         return left
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Replace each planned linear by a frozen one whose weight is quantized."""
-        from torch import nn
-
         from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 
         for fqn in plan.changes:
-            old = model.get_submodule(fqn)
-            if isinstance(old, nn.Linear):
-                model.set_submodule(fqn, PackedLinear.of(old, self.form))
+            old: Any = model.get_submodule(fqn)
+            model.set_submodule(fqn, PackedLinear.of(old, self.form))
 
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
@@ -262,14 +243,14 @@ class QuantizedBase(Transform):
                 "\n".join(wrong[:4]) + f"\n({len(wrong)} in all)",
                 "check the checkpoint for weights that are not finite",
             )
+        squares, sizes, worst = zip(*found.values(), strict=True)
+        overall = (sum(squares) / sum(sizes)) ** 0.5
         apart = {f: (squared / size) ** 0.5 for f, (squared, size, _) in found.items() if size}
-        squared, size = (sum(row[n] for row in found.values()) for n in (0, 1))
-        overall = (squared / size) ** 0.5
         most = max(apart, key=lambda fqn: apart[fqn])
         return (
             f"quantized weights are {overall:.2%} from the originals (relative norms), at most "
             f"{apart[most]:.2%} ({own_name(most)}); no weight is further off than "
-            f"{max(row[2] for row in found.values()):.2f} of what rounding explains",
+            f"{max(worst):.2f} of what rounding explains",
         )
 
 

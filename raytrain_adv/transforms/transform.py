@@ -23,14 +23,12 @@ STAGES = ("adapter", "precision", "kernel", "loss")
 @dataclass(frozen=True)
 class Change:
     """What one module becomes: its class before and after, as Transform.what_is returns it; for a
-    forward pass that `install` replaces, the class and the name of what computes it instead.
-    """
+    forward pass that `install` replaces, the class and the name of what computes it instead."""
 
     before: str
     after: str
     part: Literal["class", "forward"] = "class"
-    """What is changed: the module's class, in `prepare`, or its forward pass alone, in `install`.
-    """
+    """Changed: the module's class, in `prepare`, or its forward pass alone, in `install`."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +90,14 @@ class Transform(Section):
 
     @classmethod
     def refuse_checkpoint(cls, name: str, config: Mapping[str, Any]) -> None:
-        """Raise if a checkpoint cannot be trained from, whether or not the feature is on.
-
-        Args:
-            name: the checkpoint's.
-            config: its config.json.
+        """Refuse a checkpoint that cannot be trained from, whether or not the feature is on.
 
         Raises:
-            JobError: naming what was found there.
+            JobError: naming what its config.json has.
         """
 
     def check(self, facts: HardwareFacts) -> None:
-        """Raise if this machine or this software cannot do what the keys enable.
+        """Refuse a machine or software that cannot do what the keys enable.
 
         Raises:
             ClusterError: naming the rule that refused, what was found, and what to do.
@@ -111,12 +105,8 @@ class Transform(Section):
 
     def fetch(self, job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
         """Put what the workers need into output_dir. Called on the driver before anything is
-        planned, and on rank 0 before the model is built, where all is there already.
-
-        Args:
-            job: the resolved job.
-            facts: a machine the job will run on.
-            say: prints a sentence for the user.
+        planned, and on rank 0 before the model is built, where all is there already. `say` prints a
+        sentence for the user.
         """
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
@@ -145,13 +135,10 @@ class Transform(Section):
 
         Args:
             model: on the meta device.
-            plan: what was planned.
+            plan: is returned, with what was found.
             job: the resolved job.
             device: where this worker computes.
             dtype: that of matrix products and activations.
-
-        Returns:
-            The plan, with what was found.
 
         Raises:
             JobError: when a replacement is wrong.
@@ -198,7 +185,7 @@ class Transform(Section):
         """Prepare for a micro-batch's forward pass; called before each.
 
         Args:
-            model: the model.
+            model: its hooks get what they need.
             step: optimizer step (from 0).
             first: place of the batch's first sequence among all of the step, over all workers.
             segments: of each sequence the tokens of the conversations in it; padding follows.
@@ -242,7 +229,7 @@ class Transform(Section):
 def require_package(
     facts: HardwareFacts, what: str, package: str, off: str, install: str = ""
 ) -> None:
-    """Raise if a node lacks the package that a feature needs.
+    """Refuse a node without the package that `what` needs.
 
     Args:
         facts: the node's.
@@ -260,3 +247,18 @@ def require_package(
             f"node {facts.node_ip}, {package} is not installed",
             f"pip install '{install or package}' on that node, or {off}",
         )
+
+
+def require_gpu(facts: HardwareFacts, what: str, off: str) -> None:
+    """Refuse a node without a GPU.
+
+    Args:
+        facts: the node's.
+        what: the sentence that needs one.
+        off: how to run without it.
+
+    Raises:
+        ClusterError: describing the node.
+    """
+    if facts.device_type != "cuda":
+        raise ClusterError(what, facts.describe(), f"run on GPU workers, or {off}")

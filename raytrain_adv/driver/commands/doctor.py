@@ -16,6 +16,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from raytrain_adv.checkpoint.folders import MANIFEST
+from raytrain_adv.config.discovery import transform_types
+from raytrain_adv.config.rules import switch
 from raytrain_adv.driver.commands.damage import (
     MISSING,
     ROWS_LOST,
@@ -216,7 +218,8 @@ class Examined:
         # A sweep with keep_models: best deletes the models of its other trials.
         is_owed = self.is_done and self.folder.parent.name != "trials"
         is_owed = is_owed and bool(self.job.get("export_model", True))
-        is_owed = is_owed and (name == "model" or bool(self.job.get("enable_qat")))
+        converts = any(self.job.get(switch(kind())) for kind in transform_types() if kind.converts)
+        is_owed = is_owed and (name == "model" or converts)
         if what and (what != MISSING or is_owed):
             means = "it does not load, and a rerun leaves it so: the run has ended"
             yield self._unmade(name, what, means)

@@ -382,7 +382,7 @@ def test_the_command_says_what_it_cannot_do(
     (Path(run) / "checkpoints" / "old").mkdir(parents=True)
     out = ["--output", str(tmp_path / "new")]
     cases = {
-        "no folder": [],
+        "no folder": ["enable_qat=true"],
         "neither a run's output_dir nor a model folder": [str(tmp_path / "none"), *out],
         "it lies in the run": [f"{run}/checkpoints/old", *out],
         "enable_qat: true is missing": [model, *out],
