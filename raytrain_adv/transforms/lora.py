@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -63,7 +63,7 @@ class Lora(Transform):
 
     @property
     def enabled(self) -> bool:
-        """Whether finetuning_type asks for adapters."""
+        """Whether adapters are trained."""
         return self.finetuning_type == "lora"
 
     @property
@@ -74,19 +74,15 @@ class Lora(Transform):
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
         """Refuse adapters on random weights, which would be lost, and in bfloat16."""
         default = "" if "finetuning_type" in self.model_fields_set else ", its default"
+        given = f"finetuning_type is lora{default}"
         if job.model.train_from_scratch:
-            yield Problem(
-                "adapters alone are saved, and random weights would be lost: "
-                f"finetuning_type is lora{default}",
-                "set finetuning_type: full",
-                "train_from_scratch and finetuning_type",
-            )
+            text = f"adapters alone are saved, and random weights would be lost: {given}"
+            keys = "train_from_scratch and finetuning_type"
+            yield Problem(text, "set finetuning_type: full", keys)
         if job.train.pure_bf16:
-            yield Problem(
-                f"adapters are always trained in float32: finetuning_type is lora{default}",
-                "set bf16: true in the place of pure_bf16; the frozen model is then in bfloat16",
-                "pure_bf16 and finetuning_type",
-            )
+            text = f"adapters are always trained in float32: {given}"
+            fix = "set bf16: true instead of pure_bf16; the frozen model is then in bfloat16"
+            yield Problem(text, fix, "pure_bf16 and finetuning_type")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears that get adapters."""
@@ -95,15 +91,15 @@ class Lora(Transform):
         changes: dict[str, Change] = {}
         skipped: dict[str, str] = {}
         for fqn, module in linears.items():
-            reason = self._reason_to_skip(fqn, module, model)
-            if reason:
+            if reason := self._reason_to_skip(fqn, module, model):
                 skipped[fqn] = reason
             else:
                 changes[fqn] = Change(class_name(module), ADAPTED)
-        return Plan(self.name, changes, skipped, self._notes(model, linears, changes))
+        notes = self._notes(model, [linears[fqn] for fqn in changes])
+        return Plan(self.name, changes, skipped, tuple(notes))
 
     def _reason_to_skip(self, fqn: str, module: nn.Module, model: nn.Module) -> str:
-        if any(names(target, fqn) for target in self.targets):  # beside all, too
+        if any(names(target, fqn) for target in self.targets):  # next to all, too
             return ""
         if "all" not in self.targets:
             return "not in lora_target"
@@ -113,55 +109,34 @@ class Lora(Transform):
 
     def _check_targets(self, model: nn.Module, linears: dict[str, nn.Module]) -> None:
         if not self.targets:
-            raise JobError(
-                "lora_target is empty", "no module names", "set lora_target: all, or name modules"
-            )
-        known = sorted({short(fqn) for fqn in linears})
-        for target in self.targets:
-            if target == "all" or any(names(target, fqn) for fqn in linears):
-                continue
-            named = [m for fqn, m in model.named_modules() if names(target, fqn)]
-            if named:
-                raise JobError(
-                    f"lora_target {target} is not a linear module",
-                    f"it is a {class_name(named[0])}",
-                    f"choose among {', '.join(known)}",
-                )
-            close = nearest(target, known) or known
-            raise JobError(
-                f"lora_target {target} matches no module of {class_name(model).rpartition('.')[2]}",
-                f"its linear modules are {', '.join(known)}",
-                f"did you mean {', '.join(close[:3])}?",
-            )
+            fix = "set lora_target: all, or name modules"
+            raise JobError("lora_target is empty", "no module names", fix)
+        named = [target for target in self.targets if target != "all"]
+        for target in named:
+            if not any(names(target, fqn) for fqn in linears):
+                raise _no_target(target, model, sorted({short(fqn) for fqn in linears}))
         head = output_head(model)
+        name = fqn_of(model, head) or "lm_head"
         tied = head is not None and any(
-            p is getattr(head, "weight", None) and not fqn.startswith(head_name(model))
+            p is getattr(head, "weight", None) and not fqn.startswith(name)
             for fqn, p in model.named_parameters(remove_duplicate=False)
         )
-        if tied and any(
-            names(target, head_name(model)) for target in self.targets if target != "all"
-        ):
+        if tied and any(names(target, name) for target in named):
             raise JobError(
-                f"lora_target names {head_name(model)}, whose weight is also the input embedding",
+                f"lora_target names {name}, whose weight is also the input embedding",
                 "tie_word_embeddings is true in the model's config.json",
-                f"take {head_name(model)} out of lora_target",
+                f"take {name} out of lora_target",
             )
 
-    def _notes(
-        self, model: nn.Module, linears: dict[str, nn.Module], changes: dict[str, Change]
-    ) -> tuple[str, ...]:
-        added = sum(self._added_parameters(linears[fqn]) for fqn in changes)
+    def _notes(self, model: nn.Module, adapted: list[nn.Module]) -> Iterator[str]:
+        added = sum(map(self._added_parameters, adapted))
         total = sum(p.numel() for p in model.parameters())
-        notes = [
-            f"{added:,} trainable parameters in adapters on {total:,} frozen ones "
-            f"({added / total:.2%})"
-        ]
-        notes += expert_notes(model, "they get no adapters")
+        share = f"{added / total:.2%}"
+        yield f"{added:,} trainable parameters in adapters on {total:,} frozen ones ({share})"
+        yield from expert_notes(model, "they get no adapters")
         if self.use_dora:
-            notes.append(
-                "PEFT's DoRA does not trace into one graph: torch_compile gains less than with LoRA"
-            )
-        return tuple(notes)
+            why = "PEFT's DoRA does not trace into one graph"
+            yield f"{why}: torch_compile gains less than with LoRA"
 
     def _added_parameters(self, linear: nn.Module) -> int:
         rows, columns = linear.get_parameter("weight").shape
@@ -220,14 +195,9 @@ class Lora(Transform):
 
         from raytrain_adv.dtensor import copy_local, gather, local_region, plain_name, seed_of
 
-        weights = {
-            f"{part}.weight": module.get_parameter(f"{part}.{ADAPTER}.weight")
-            for part in ("lora_A", "lora_B")
-        }
-        a, b = weights["lora_A.weight"], weights["lora_B.weight"]
-        generator = torch.Generator(a.device).manual_seed(
-            seed_of(seed, plain_name(f"{fqn}.lora_A"))
-        )
+        a, b = (module.get_parameter(f"lora_{part}.{ADAPTER}.weight") for part in "AB")
+        own_seed = seed_of(seed, plain_name(f"{fqn}.lora_A"))
+        generator = torch.Generator(a.device).manual_seed(own_seed)
         whole = torch.empty(a.shape, dtype=torch.float32, device=a.device)
         # Source: peft's reset_lora_parameters, which follows the paper's code.
         torch.nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
@@ -262,14 +232,22 @@ def is_adapter(fqn: str) -> bool:
     return any(part in fqn.split(".") for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
 
 
+def _no_target(target: str, model: nn.Module, known: list[str]) -> JobError:
+    named = [m for fqn, m in model.named_modules() if names(target, fqn)]
+    if named:
+        what, found = f"lora_target {target} is not a linear module", class_name(named[0])
+        return JobError(what, f"it is a {found}", f"choose among {', '.join(known)}")
+    close = nearest(target, known) or known
+    return JobError(
+        f"lora_target {target} matches no module of {short(class_name(model))}",
+        f"its linear modules are {', '.join(known)}",
+        f"did you mean {', '.join(close[:3])}?",
+    )
+
+
 def names(target: str, fqn: str) -> bool:
     """Whether an entry of lora_target names this module: its whole fqn, or the end of it."""
     return fqn == target or fqn.endswith(f".{target}")
-
-
-def head_name(model: nn.Module) -> str:
-    """Return the fqn of the module that makes logits."""
-    return fqn_of(model, output_head(model)) or "lm_head"
 
 
 def shortest_targets(every: list[str], chosen: set[str]) -> list[str]:

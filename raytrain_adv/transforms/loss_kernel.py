@@ -84,7 +84,8 @@ class LossKernel(Transform):
     def contradictions(self) -> Iterable[Problem]:
         """Refuse two kernels for one loss."""
         if self.cut_cross_entropy and self.loss_kernel not in ("auto", "cut_cross_entropy"):
-            text = f"the loss has one owner, and {self.loss_kernel} and cut_cross_entropy both claim it"
+            both = f"{self.loss_kernel} and cut_cross_entropy"
+            text = f"the loss has one owner, and {both} both claim it"
             yield Problem(text, "keep one of them", "cut_cross_entropy and loss_kernel")
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
