@@ -86,16 +86,17 @@ class Lora(Transform):
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears that get adapters."""
-        linears = {fqn: m for fqn, m in model.named_modules() if is_linear(m)}
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        kinds = nn.Linear | Conv1D  # what PEFT can adapt: PyTorch's linears, and GPT-2's
+        linears = {fqn: m for fqn, m in model.named_modules() if isinstance(m, kinds)}
         self._check_targets(model, linears)
-        changes: dict[str, Change] = {}
-        skipped: dict[str, str] = {}
-        for fqn, module in linears.items():
-            if reason := self._reason_to_skip(fqn, module, model):
-                skipped[fqn] = reason
-            else:
-                changes[fqn] = Change(class_name(module), ADAPTED)
-        notes = self._notes(model, [linears[fqn] for fqn in changes])
+        reasons = {fqn: self._reason_to_skip(fqn, m, model) for fqn, m in linears.items()}
+        skipped = {fqn: reason for fqn, reason in reasons.items() if reason}
+        adapted = {fqn: m for fqn, m in linears.items() if fqn not in skipped}
+        changes = {fqn: Change(class_name(m), ADAPTED) for fqn, m in adapted.items()}
+        notes = self._notes(model, list(adapted.values()))
         return Plan(self.name, changes, skipped, tuple(notes))
 
     def _reason_to_skip(self, fqn: str, module: nn.Module, model: nn.Module) -> str:
@@ -144,14 +145,12 @@ class Lora(Transform):
         return self.lora_rank * (rows + columns) + magnitudes
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
-        """Freeze the model and put adapters in float32 on the planned linears; they have no values
-        yet.
-        """
+        """Freeze the model and put adapters in float32, without values yet, on the linears."""
         import torch
         from peft import inject_adapter_in_model
 
         with torch.device(next(model.parameters()).device):
-            inject_adapter_in_model(self.peft_config(model, plan), model, ADAPTER)
+            inject_adapter_in_model(self._peft_config(model, plan), model, ADAPTER)
         for fqn, parameter in list(model.named_parameters()):
             parameter.requires_grad_(is_adapter(fqn))
             if is_adapter(fqn):
@@ -159,31 +158,31 @@ class Lora(Transform):
                 exact = torch.nn.Parameter(torch.empty_like(parameter, dtype=torch.float32))
                 setattr(model.get_submodule(owner), name, exact)
 
-    def peft_config(self, model: nn.Module, plan: Plan) -> LoraConfig:
-        """Return PEFT's description of the adapters, by module names that match what was planned
-        and no more.
+    def _peft_config(self, model: nn.Module, plan: Plan) -> LoraConfig:
+        """Return PEFT's description of the adapters: the planned modules' last segments if those
+        match nothing else, otherwise their whole names.
         """
         from peft import LoraConfig
 
-        linears = dict(model.named_modules())
+        modules = dict(model.named_modules())
+        ends = {short(fqn) for fqn in plan.changes}
+        by_end = {fqn for fqn in modules if short(fqn) in ends}
         return LoraConfig(
             r=self.lora_rank,
             lora_alpha=self.lora_alpha or 2 * self.lora_rank,
             lora_dropout=self.lora_dropout,
-            target_modules=shortest_targets(list(linears), set(plan.changes)),
+            target_modules=sorted(ends if by_end == plan.changes.keys() else plan.changes),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
-            fan_in_fan_out=any(is_transposed(linears[fqn]) for fqn in plan.changes),
+            fan_in_fan_out=any(is_transposed(modules[fqn]) for fqn in plan.changes),
             init_lora_weights=False,
             task_type="CAUSAL_LM",
         )
 
     def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
         """Set the adapters so that they change nothing yet: A uniform (Kaiming), B zero, DoRA's
-        magnitudes the norms.
-
-        Each A is drawn whole from a generator seeded by its name: the values do not depend on the
-        number of workers.
+        magnitudes the norms. Each A is drawn whole from a generator seeded by its name, so that
+        values do not depend on the number of workers.
         """
         for fqn, module in model.named_modules():
             if class_name(module) == ADAPTED:
@@ -210,14 +209,6 @@ class Lora(Transform):
             norms = torch.linalg.vector_norm(weight.float(), dim=axis)
             magnitude = module.get_parameter(f"lora_magnitude_vector.{ADAPTER}.weight")
             copy_local(magnitude, norms[local_region(magnitude)])
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map that PEFT can adapt: PyTorch's, or GPT-2's Conv1D."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -248,11 +239,3 @@ def _no_target(target: str, model: nn.Module, known: list[str]) -> JobError:
 def names(target: str, fqn: str) -> bool:
     """Whether an entry of lora_target names this module: its whole fqn, or the end of it."""
     return fqn == target or fqn.endswith(f".{target}")
-
-
-def shortest_targets(every: list[str], chosen: set[str]) -> list[str]:
-    """Return the last segments of the chosen names where those match nothing else, otherwise the
-    whole names.
-    """
-    ends = {short(fqn) for fqn in chosen}
-    return sorted(ends if {fqn for fqn in every if short(fqn) in ends} == chosen else chosen)

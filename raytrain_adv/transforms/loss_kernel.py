@@ -91,8 +91,7 @@ class LossKernel(Transform):
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
         """Refuse a kernel that the job's precision or device does not have."""
         key = "cut_cross_entropy" if self.cut_cross_entropy else "loss_kernel"
-        half = job.train.computes_in_bf16
-        if self.kernel == "cut_cross_entropy" and not half:
+        if self.kernel == "cut_cross_entropy" and not job.train.computes_in_bf16:
             text = "cut_cross_entropy computes in bf16 only"
             yield Problem(text, "set bf16: true, or loss_kernel: chunked", f"{key} and bf16")
         if self.kernel in PACKAGES and job.parallel.use_cpu:
@@ -104,10 +103,8 @@ class LossKernel(Transform):
         package = PACKAGES.get(self.kernel)
         if package is None:
             return
-        what, other = (
-            f"The loss kernel {self.kernel}",
-            "set loss_kernel: chunked, which runs everywhere",
-        )
+        what = f"The loss kernel {self.kernel}"
+        other = "set loss_kernel: chunked, which runs everywhere"
         require_package(facts, what, package, other)
         require_gpu(facts, f"{what} is written in Triton and runs on GPUs only", other)
 
@@ -132,10 +129,8 @@ class LossKernel(Transform):
         fqn = fqn_of(model, head)
         # Body, head and loss replace the model's forward pass, which must do nothing else.
         if head is None or fqn is None:
-            what, found = (
-                "needs a language-model head",
-                "does not name the module that makes its logits",
-            )
+            what = "needs a language-model head"
+            found = "does not name the module that makes its logits"
         elif not class_name(model).startswith("transformers."):
             what, found = "is for models of transformers", "has its own forward pass"
         else:

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
-    from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
     from raytrain_adv.ops.bitsandbytes.quantize import Form
 
 OWN = "raytrain_adv.ops.bitsandbytes.linear.PackedLinear"
+PACKAGE, OFF = "bitsandbytes", "delete quantization_bit"
 BLOCK = 64
 """Weights of a row that share a scale in 4 bits."""
 PROBED = (2048, 256, 192)
@@ -112,18 +112,15 @@ class QuantizedBase(Transform):
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse keys of 4 bits together with 8."""
-        if self.quantization_bit != 8:
-            return
         for key in ("quantization_type", "double_quantization"):
-            if self.is_changed(key):
+            if self.quantization_bit == 8 and self.is_changed(key):
                 text = "8 bits are always integers with a scale per row"
                 fix = f"delete {key}, or set quantization_bit: 4"
                 yield Problem(text, fix, f"{key} and quantization_bit")
 
     def check(self, facts: HardwareFacts) -> None:
         """Refuse a machine without bitsandbytes."""
-        what, package, off = "standard quantization", "bitsandbytes", "delete quantization_bit"
-        require_package(facts, what, package, off, f"{package}>=0.50")
+        require_package(facts, "standard quantization", PACKAGE, OFF, f"{PACKAGE}>=0.50")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears whose weights are quantized."""
@@ -131,9 +128,8 @@ class QuantizedBase(Transform):
 
         key, given = "quantization_exclude", self.quantization_exclude
         changes, skipped = plan_linears(model, {LINEAR: OWN}, key, given, self._why_not)
-        for fqn, module in model.named_modules():
-            if isinstance(module, nn.Embedding):
-                skipped[fqn] = "an embedding: looked up, not multiplied"
+        tables = [f for f, m in model.named_modules() if isinstance(m, nn.Embedding)]
+        skipped |= dict.fromkeys(tables, "an embedding: looked up, not multiplied")
         skipped = {fqn: why for fqn, why in skipped.items() if not in_adapter(fqn)}
         return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
 
@@ -205,8 +201,8 @@ class QuantizedBase(Transform):
             raise TrainingError(
                 "bitsandbytes does not run on this device",
                 f"{device}, {dtype}: {type(error).__name__}: {first_line(error)}",
-                "install a bitsandbytes that has this CUDA version (python -m bitsandbytes "
-                "prints what it finds), or delete quantization_bit",
+                "install a bitsandbytes that has this CUDA version (python -m bitsandbytes prints "
+                f"what it finds), or {OFF}",
             ) from error
         own = "Linear8bitLt's weights" if self.form.is_int8 else "Linear4bit"
         if apart:
@@ -224,19 +220,14 @@ class QuantizedBase(Transform):
         """Compare the quantized weights with the originals they were made from."""
         from raytrain_adv.ops.bitsandbytes.linear import packed_linears
 
-        read = {f: m for f, m in packed_linears(model) if m.distance is not None}
-        found = dict(zip(read, distances(list(read.values())), strict=True))
+        read = {f: m.distance for f, m in packed_linears(model) if m.distance is not None}
+        found = dict(zip(read, sum_distances(list(read.values())), strict=True))
+        far = {fqn: worst for fqn, (_, _, worst) in found.items() if not worst <= 1}
+        how = "times as far off as rounding explains"
+        trained = [f for f, p in model.named_parameters() if p.requires_grad and not in_adapter(f)]
         wrong = [f"{fqn} was not read" for fqn in plan.changes if fqn not in read]
-        wrong += [
-            f"{fqn}: a weight is {worst:.3g} times as far off as rounding explains"
-            for fqn, (_, _, worst) in found.items()
-            if not worst <= 1
-        ]
-        wrong += [
-            f"{fqn} would be trained"
-            for fqn, p in model.named_parameters()
-            if p.requires_grad and not in_adapter(fqn)
-        ]
+        wrong += [f"{fqn}: a weight is {worst:.3g} {how}" for fqn, worst in far.items()]
+        wrong += [f"{fqn} would be trained" for fqn in trained]
         if wrong:
             raise TrainingError(
                 "The quantized base differs from the checkpoint",
@@ -260,20 +251,21 @@ def readable(num_bytes: float) -> str:
     return f"{gib:,.2f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.2f} MiB"
 
 
-def distances(layers: list[PackedLinear]) -> list[tuple[float, float, float]]:
+def sum_distances(distances: list[torch.Tensor]) -> list[list[float]]:
     """Return per layer, over all ranks, the squared difference from the originals, their squared
     norm, and the largest difference as a share of what rounding explains; a collective.
     """
     import torch
     import torch.distributed as dist
 
-    table = torch.stack([m.distance for m in layers if m.distance is not None])
+    table = torch.stack(distances)
     if dist.is_initialized() and dist.get_world_size() > 1:
         sums, worst = table[:, :2].contiguous(), table[:, 2].contiguous()
         dist.all_reduce(sums)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         table = torch.cat((sums, worst[:, None]), dim=1)
-    return [(float(a), float(b), float(c)) for a, b, c in table.tolist()]
+    rows: list[list[float]] = table.tolist()
+    return rows
 
 
 def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -288,7 +280,7 @@ def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype
     kinds = bitsandbytes().nn
     with torch.device("meta"):  # without values, which would be drawn from the run's generator
         plain = nn.Linear(columns, rows, bias=False, dtype=dtype)
-        held = kinds.Linear4bit(columns, rows, False, dtype, form.nested, form.kind)
+        packed = kinds.Linear4bit(columns, rows, False, dtype, form.nested, form.kind)
     with torch.device(device):
         generator = torch.Generator(device).manual_seed(0)
 
@@ -303,15 +295,14 @@ def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype
         (gradient,) = torch.autograd.grad(values, x, pull)
         if form.is_int8:
             # From host memory: that is when it quantizes. Source of the rest: MatMul8bitFp.
-            int8 = kinds.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-            int8 = int8.to(device)
+            how = {"requires_grad": False, "has_fp16_weights": False}
+            int8 = kinds.Int8Params(weight.cpu(), **how).to(device)
             whole = int8.CB.to(dtype).mul_(int8.SCB[:, None].mul(1.0 / 127.0))
             other, back = x @ whole.t(), pull @ whole
         else:
-            held.weight = type(held.weight)(
-                weight, False, compress_statistics=form.nested, quant_type=form.kind, module=held
-            )
-            other = held.to(device)(x)
+            how = {"compress_statistics": form.nested, "quant_type": form.kind, "module": packed}
+            packed.weight = type(packed.weight)(weight, False, **how)
+            other = packed.to(device)(x)
             (back,) = torch.autograd.grad(other, x, pull)
     pairs = {"values": (values, other), "gradients": (gradient, back)}
     return [name for name, (one, two) in pairs.items() if not torch.equal(one, two)]
