@@ -65,11 +65,8 @@ class Transforms:
     def plan(
         self, model: nn.Module, facts: HardwareFacts | None = None, num_tokens: int | None = None
     ) -> dict[str, Plan]:
-        """Return what each transform would change, by its name; leave the model unchanged.
-
-        A later transform is planned on a copy that the earlier ones have changed, so the model
-        should be on the meta device, where a copy costs no memory. Arguments and errors are those
-        of `prepare`.
+        """Return the plans of `prepare` without changing the model: transforms are planned on a
+        copy, which costs no memory on the meta device.
         """
         return self.prepare(copy.deepcopy(model), facts, num_tokens) if len(self) else {}
 
@@ -150,9 +147,7 @@ class Transforms:
             transform.before_sharding(model)
 
     def gathered(self, model: nn.Module) -> dict[nn.Parameter, int]:
-        """Return the parameters that FSDP2 gathers in another dtype than the compute dtype, with
-        the bytes of one number.
-        """
+        """Return the parameters that FSDP2 gathers in another dtype, with the bytes per number."""
         return dict(pair for transform in self for pair in transform.gathered(model))
 
     def initialize(self, model: nn.Module, plans: Mapping[str, Plan], seed: int) -> dict[str, Plan]:
@@ -192,9 +187,7 @@ class Transforms:
             transform.switch(model, on)
 
     def switched_at(self, step: int) -> list[str]:
-        """Return a sentence for each transform that turns on or off with optimizer step `step`
-        (from 0).
-        """
+        """Return a sentence for each transform that turns on or off with this step (from 0)."""
         return [
             f"{t.feature or t.name} is {'on' if t.is_on(step) else 'off'} from step {step + 1:,}"
             for t in self
@@ -210,10 +203,8 @@ class Transforms:
         return ", ".join(t.evaluated_as for t in self if t.evaluated_as)
 
     def twins(self) -> Iterator[JobConfig]:
-        """Yield the jobs without one of the features that are trained before this one, to measure
-        the feature by; each has its own output_dir.
-
-        A twin that is complete is not trained again; one that was interrupted resumes.
+        """Yield the jobs without a feature that are trained before this one, to measure it by. A
+        twin that is complete is not trained again; one that was interrupted resumes.
         """
         output = self.job.output
         for folder, twin in filter(None, (t.twin(self.job) for t in self)):

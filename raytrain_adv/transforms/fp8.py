@@ -31,8 +31,7 @@ SMALLEST = {"tensorwise": 1024, "rowwise": 2049, "rowwise_with_gw_hp": 2049}
 
 Source for rowwise: torchao's measurements on an H100 (docs/static/fp8-rowwise-perf.png): N of 2048
 or less never wins. Tensorwise: k_proj and v_proj of the 8B shape (N = 1024) made less than 1 % of
-difference in one trial of 8 layers on an H100.
-"""
+difference in one trial of 8 layers on an H100."""
 ENOUGH_TOKENS = 8192
 OFF_BY = 0.1
 """Largest relative error of a product and its gradients that FP8's rounding explains: 3.7 % for a
@@ -55,18 +54,15 @@ class Fp8(Transform):
     """Compute the products of the linears in FP8: needs H100, H200 or newer GPUs."""
     fp8_recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
     """How factors are scaled: tensorwise (fastest), rowwise (one scale per row, more exact),
-    rowwise_with_gw_hp (rowwise, weight gradients in bf16).
-    """
+    rowwise_with_gw_hp (rowwise, weight gradients in bf16)."""
     fp8_enable_fsdp_float8_all_gather: bool = False
     """Gather sharded weights in FP8, half the bytes of bf16; only with fp8_recipe: tensorwise."""
     fp8_exclude: str | list[str] = ""
     """Linears to leave in bf16, comma separated or a list: names, ends of names (down_proj), or
-    patterns (model.layers.0.*).
-    """
+    patterns (model.layers.0.*)."""
     fp8_min_features: Annotated[int, Field(ge=0)] | None = None
     """Linears with fewer input or output features stay in bf16; none is the size measured for the
-    recipe, 0 skips none for its size.
-    """
+    recipe, 0 skips none for its size."""
     fp8_allow_cpu: bool = False
     """Allow FP8 on a CPU, where it is exact but slow: to test a job."""
 
@@ -163,12 +159,13 @@ class Fp8(Transform):
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Replace each planned linear by a Float8Linear that owns the same parameters."""
-        kind: Any
-        if self.is_tensorwise:
-            from raytrain_adv.ops.float8.linear import Float8Linear as kind
-        else:
+        from torchao.float8 import float8_linear
+
+        from raytrain_adv.ops.float8 import linear
+
+        kind: Any = (linear if self.is_tensorwise else float8_linear).Float8Linear
+        if not self.is_tensorwise:
             import torch._inductor.config
-            from torchao.float8.float8_linear import Float8Linear as kind
 
             # Make Inductor round to bf16 where eager code does: without it row-wise scales and the
             # values they are computed from differ. Remove when pytorch#150859 is closed.

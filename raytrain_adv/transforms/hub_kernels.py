@@ -34,8 +34,7 @@ DEFAULT = Wanted(
     layers={"RMSNorm": "LigerRMSNorm"},
 )
 """What use_kernels: true means alone. Source: transformers 5.23's own mapping of kernels, in which
-it is the one layer of a dense model that is meant for training.
-"""
+it is the one layer of a dense model that is meant for training."""
 OF_DEFAULT = (
     "use_kernels: true without kernel_name: LigerRMSNorm, whose gradient is known to be correct; "
     "nothing else of the Hub's own choice trains"

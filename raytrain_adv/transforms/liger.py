@@ -63,8 +63,7 @@ class Liger(Transform):
     use_liger_kernel: bool | dict[str, bool] = False
     """Use Liger's layers: true takes its norms and gated MLPs, except those that use_kernels
     computes; a mapping takes what it names, of rms_norm, layer_norm, swiglu, geglu and rope. The
-    loss has its own key, loss_kernel.
-    """
+    loss has its own key, loss_kernel."""
 
     @property
     def layers(self) -> dict[str, bool]:
@@ -332,4 +331,4 @@ def _globals_kept(model: nn.Module) -> Iterator[None]:
                     setattr(home, name, value)
         for kind, forward in forwards.items():
             if vars(kind)["forward"] is not forward:
-                kind.forward = forward  # type: ignore[attr-defined] # a class of modules
+                kind.forward = forward

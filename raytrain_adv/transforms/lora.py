@@ -54,8 +54,7 @@ class Lora(Transform):
     """Dropout on the adapters' input."""
     lora_target: Names = "all"
     """Names of the linear modules that get adapters, comma separated or a list; all means every one
-    but lm_head.
-    """
+    but lm_head."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     use_dora: bool = False

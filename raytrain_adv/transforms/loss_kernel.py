@@ -59,8 +59,7 @@ class LossKernel(Transform):
     loss_kernel: Literal["auto", "torch", "chunked", "cut_cross_entropy", "liger"] = "auto"
     """How head and loss are computed: torch (logits of all tokens, then the loss), chunked (a part
     of the tokens at a time), cut_cross_entropy or liger (those packages' kernels, GPU only); auto
-    takes chunked, and torch for models that chunked is wrong for.
-    """
+    takes chunked, and torch for models that chunked is wrong for."""
     cut_cross_entropy: bool = False
     """The same as loss_kernel: cut_cross_entropy."""
 

@@ -47,8 +47,7 @@ class Neftune(Transform):
 
     neftune_noise_alpha: Annotated[float, Field(ge=0)] | None = None
     """Size of the noise on the embeddings: alpha / sqrt(tokens of the conversation x features); 5
-    to 15 are usual, null and 0 add none.
-    """
+    to 15 are usual, null and 0 add none."""
 
     @property
     def enabled(self) -> bool:

@@ -90,8 +90,7 @@ class Qat(Transform):
         None
     )
     """Optimizer steps to train before fake quantization begins; null and 0 begin with it, never
-    leaves it out of training: the model is quantized afterward (PTQ).
-    """
+    leaves it out of training: the model is quantized afterward (PTQ)."""
     compare: bool = False
     """Train the same job without fake quantization first, and measure this run by it."""
 

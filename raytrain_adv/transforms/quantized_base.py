@@ -67,8 +67,7 @@ class QuantizedBase(Transform):
     """Quantize the scales of 4-bit weights too: 4.13 bits per weight instead of 4.5."""
     quantization_exclude: str | list[str] = ""
     """Linears to skip, comma separated or a list: names, ends of names (down_proj), or
-    patterns (model.layers.0.*).
-    """
+    patterns (model.layers.0.*)."""
 
     @property
     def enabled(self) -> bool:
@@ -277,7 +276,7 @@ def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype
     from raytrain_adv.ops.bitsandbytes.quantize import bitsandbytes
 
     tokens, columns, rows = PROBED
-    kinds = bitsandbytes().nn
+    kinds, how = bitsandbytes().nn, dict[str, Any]()
     with torch.device("meta"):  # without values, which would be drawn from the run's generator
         plain = nn.Linear(columns, rows, bias=False, dtype=dtype)
         packed = kinds.Linear4bit(columns, rows, False, dtype, form.nested, form.kind)
@@ -295,12 +294,12 @@ def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype
         (gradient,) = torch.autograd.grad(values, x, pull)
         if form.is_int8:
             # From host memory: that is when it quantizes. Source of the rest: MatMul8bitFp.
-            how = {"requires_grad": False, "has_fp16_weights": False}
+            how |= {"requires_grad": False, "has_fp16_weights": False}
             int8 = kinds.Int8Params(weight.cpu(), **how).to(device)
             whole = int8.CB.to(dtype).mul_(int8.SCB[:, None].mul(1.0 / 127.0))
             other, back = x @ whole.t(), pull @ whole
         else:
-            how = {"compress_statistics": form.nested, "quant_type": form.kind, "module": packed}
+            how |= {"compress_statistics": form.nested, "quant_type": form.kind, "module": packed}
             packed.weight = type(packed.weight)(weight, False, **how)
             other = packed.to(device)(x)
             (back,) = torch.autograd.grad(other, x, pull)
