@@ -15,7 +15,7 @@ from raytrain_adv.config.problems import show
 from raytrain_adv.config.rules import switch
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.text import listed
-from raytrain_adv.transforms.transform import Context, Plan, Transform
+from raytrain_adv.transforms.transform import DEFECT, Context, Plan, Transform
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 
 class Transforms:
-    """The transforms a job enables, in the order in which they are applied. Methods that call the
-    transforms' own of the same name are documented there.
-    """
+    """The transforms a job enables, in the order in which they are applied."""
 
     def __init__(self, job: JobConfig) -> None:
         self.job = job
@@ -237,11 +235,8 @@ def _after_the_machine(error: JobError, transform: Transform, machine: HardwareF
     try:
         transform.check(machine)
     except ClusterError as refusal:
-        return JobError(
-            f"{refusal.what}; and {error.what}",
-            f"{refusal.found}\n{error.found}",
-            f"{refusal.fix}\n{error.fix}",
-        )
+        found, fix = f"{refusal.found}\n{error.found}", f"{refusal.fix}\n{error.fix}"
+        return JobError(f"{refusal.what}; and {error.what}", found, fix)
     return error
 
 
@@ -249,11 +244,9 @@ def _together(errors: list[JobError]) -> JobError:
     """Return one error with the texts of several."""
     if len(errors) == 1:
         return errors[0]
-    return JobError(
-        f"{len(errors)} features cannot be enabled as configured",
-        "\n".join(f"{error.what}: {error.found}" for error in errors),
-        "\n".join(dict.fromkeys(error.fix for error in errors)),
-    )
+    found = "\n".join(f"{error.what}: {error.found}" for error in errors)
+    fix = "\n".join(dict.fromkeys(error.fix for error in errors))
+    return JobError(f"{len(errors)} features cannot be enabled as configured", found, fix)
 
 
 def _kinds(model: nn.Module, transform: Transform) -> dict[str, str]:
@@ -298,11 +291,8 @@ def _verify(transform: Transform, model: nn.Module, plan: Plan, before: Mapping[
     """
     now = _kinds(model, transform)
     due = {f: c.after if c.part == "class" else c.before for f, c in plan.changes.items()}
-    wrong = [
-        f"{fqn} is {now.get(fqn, 'gone')}, planned {kind}"
-        for fqn, kind in due.items()
-        if now.get(fqn) != kind
-    ]
+    other = {fqn: kind for fqn, kind in due.items() if now.get(fqn) != kind}
+    wrong = [f"{fqn} is {now.get(fqn, 'gone')}, planned {kind}" for fqn, kind in other.items()]
     planned = {due[fqn] for fqn, change in plan.changes.items() if due[fqn] != change.before}
     stray = [
         f"{fqn} became {kind}, which was not planned"
@@ -337,9 +327,5 @@ def _verify_forwards(model: nn.Module, plan: Plan, before: Mapping[str, object])
 
 def _refuse_differences(plan: Plan, lines: list[str]) -> None:
     if lines:
-        raise TrainingError(
-            f"{plan.transform} did not do what it had planned",
-            f"{len(lines)} modules differ: {listed(lines)}",
-            "this is a defect of raytrain_adv or of the versions installed: compare them with "
-            "constraints.txt",
-        )
+        found = f"{len(lines)} modules differ: {listed(lines)}"
+        raise TrainingError(f"{plan.transform} did not do what it had planned", found, DEFECT)

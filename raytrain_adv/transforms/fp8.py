@@ -99,22 +99,18 @@ class Fp8(Transform):
         """Refuse machines and software without FP8."""
         torch_version = facts.versions.get("torch")
         if torch_version is None or numbers(torch_version) < (2, 7):
-            raise ClusterError(
-                "FP8 requires PyTorch 2.7+",
-                f"node {facts.node_ip}, torch {torch_version or 'is not installed'}",
-                "install torch>=2.11 on that node, or set fp8: false",
-            )
+            found = f"node {facts.node_ip}, torch {torch_version or 'is not installed'}"
+            fix = "install torch>=2.11 on that node, or set fp8: false"
+            raise ClusterError("FP8 requires PyTorch 2.7+", found, fix)
         require_package(facts, "FP8", "torchao", "set fp8: false", "torchao>=0.18,<0.19")
         if facts.device_type == "cpu" and self.fp8_allow_cpu:
             return
         if facts.compute_capability is None or facts.compute_capability < (9, 0):
-            on_cpu = "; fp8_allow_cpu: true allows it on a CPU, exact but slow"
-            raise ClusterError(
-                "FP8 requires Hopper architecture (compute capability 9.0 or newer)",
-                facts.describe(),
-                "run on H100/H200 workers, or set fp8: false"
-                + (on_cpu if facts.device_type == "cpu" else ""),
-            )
+            what = "FP8 requires Hopper architecture (compute capability 9.0 or newer)"
+            fix = "run on H100/H200 workers, or set fp8: false"
+            if facts.device_type == "cpu":
+                fix += "; fp8_allow_cpu: true allows it on a CPU, exact but slow"
+            raise ClusterError(what, facts.describe(), fix)
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears that compute in FP8."""
@@ -184,12 +180,10 @@ class Fp8(Transform):
         from raytrain_adv.ops.float8.linear import distance
         from raytrain_adv.trial.compare import precision
 
+        alike = ("in_features", "out_features", "weight_dtype", "activation_dtype", "group_size")
         kinds: dict[object, Any] = {}
-        for fqn in plan.changes:
-            linear: Any = model.get_submodule(fqn)
-            sizes = (linear.in_features, linear.out_features)
-            rounding = [vars(linear).get(f"{of}_dtype") for of in ("weight", "activation")]
-            kind = (type(linear), *sizes, *rounding, vars(linear).get("group_size"))
+        for linear in map(model.get_submodule, plan.changes):
+            kind = (type(linear), *(vars(linear).get(name) for name in alike))
             kinds.setdefault(kind, linear)
         try:
             if device.type == "cuda" and self.is_tensorwise:
@@ -203,18 +197,16 @@ class Fp8(Transform):
         except (RuntimeError, ImportError, OSError) as error:
             _refuse_wrong([f"{type(error).__name__}: {first_line(error)}"], dtype)
         wrong = [
-            f"{linear.in_features} x {linear.out_features}: values off by {value:.2g}, gradients "
-            f"by {gradient:.2g}"
-            for linear, (value, gradient) in zip(kinds.values(), errors, strict=True)
-            if not max(value, gradient) < OFF_BY
+            f"{m.in_features} x {m.out_features}: values off by {v:.2g}, gradients by {g:.2g}"
+            for m, (v, g) in zip(kinds.values(), errors, strict=True)
+            if not max(v, g) < OFF_BY
         ]
         _refuse_wrong(wrong, dtype)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        values, gradients = (max(column) for column in zip(*errors, strict=True))
+        torch.cuda.empty_cache()
         return plan.with_notes(
             f"tested on {device.type} in {precision(dtype)}, {len(kinds)} sizes: products off by "
-            f"{max(e[0] for e in errors):.1e}, gradients by {max(e[1] for e in errors):.1e}, which "
-            "is FP8's rounding"
+            f"{values:.1e}, gradients by {gradients:.1e}, which is FP8's rounding"
         )
 
     def _config(self) -> Float8LinearConfig:

@@ -189,11 +189,9 @@ class HubKernels(Transform):
         chosen = choose(model, builds, compiled=job.parallel.torch_compile)
         planned = {fqn: change.after for fqn, change in plan.changes.items()}
         if {fqn: one.name for fqn, one in chosen.layers.items()} != planned:
-            raise JobError(
-                "the kernels changed between the plan and the run",
-                f"{own_lock(job)}",
-                "run the job again, while nothing else writes into output_dir",
-            )
+            fix = "run the job again, while nothing else writes into output_dir"
+            what = "the kernels changed between the plan and the run"
+            raise JobError(what, str(own_lock(job)), fix)
         trials = install(model, chosen, device, dtype, compiled=job.parallel.torch_compile)
         details = {**plan.details, "trials": [trial.as_dict() for trial in trials]}
         return replace(plan, details=details).with_notes(*(trial.sentence for trial in trials))
@@ -218,10 +216,8 @@ def no_default(job: JobConfig, facts: HardwareFacts) -> str:
 def _origin(build: Build) -> str:
     locked = build.locked
     pinned = f"commit {locked.commit}" if locked.commit else f"sha256 {locked.digest[:12]}"
-    return (
-        f"{build.wanted.asked}: {pinned}, build {locked.variant}, {len(locked.files)} files; "
-        f"{locked.trust}"
-    )
+    of = f"build {locked.variant}, {len(locked.files)} files"
+    return f"{build.wanted.asked}: {pinned}, {of}; {locked.trust}"
 
 
 def _reservations(build: Build, job: JobConfig, facts: HardwareFacts) -> Iterable[str]:
@@ -231,10 +227,8 @@ def _reservations(build: Build, job: JobConfig, facts: HardwareFacts) -> Iterabl
     if build.wanted.is_local and build.folder.is_relative_to(own_lock(job).parent):
         origin = fetch.local_build(build.wanted, target)
         if origin is not None and lock.differences(build.locked, origin):
-            yield (
-                f"{build.wanted.source} has changed since this run began; the run keeps using "
-                "its copy in output_dir"
-            )
+            kept = "the run keeps using its copy in output_dir"
+            yield f"{build.wanted.source} has changed since this run began; {kept}"
 
 
 def _costs(job: JobConfig, chosen: Choice) -> Iterable[str]:

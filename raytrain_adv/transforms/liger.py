@@ -1,7 +1,5 @@
-"""Liger's Triton layers (RMSNorm, SwiGLU, rotary embedding), in this model's modules alone.
-
-Liger patches whole modules of transformers even if it is given a model; those changes are undone,
-so that other models of the process are unaffected.
+"""Liger's Triton layers (RMSNorm, SwiGLU, rotary embedding), in this model only: what Liger changes
+in the modules of transformers is undone.
 """
 
 from __future__ import annotations
@@ -210,8 +208,7 @@ class Liger(Transform):
                 sentences.append(try_module(candidate, device, dtype, name, len(fqns)).sentence)
             except Untried as error:
                 sentences.append(f"{error.what}: {error.found}")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         return plan.with_notes(*sentences)
 
 
@@ -249,9 +246,8 @@ def _bind_stand_ins(model: nn.Module) -> None:
 
 
 def _bind_rotary(model: nn.Module) -> None:
-    """Give each attention module its own forward, whose rotary function is Liger's.
-
-    Liger itself replaces the function for the whole process.
+    """Give each attention module a forward with Liger's rotary function, which Liger itself puts
+    into the whole process.
     """
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 

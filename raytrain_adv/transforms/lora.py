@@ -14,9 +14,9 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.transforms.modules import (
     ROUTERS,
     class_name,
+    did_you_mean,
     expert_notes,
     fqn_of,
-    nearest,
     output_head,
     patterns,
     short,
@@ -227,11 +227,10 @@ def _no_target(target: str, model: nn.Module, known: list[str]) -> JobError:
     if named:
         what, found = f"lora_target {target} is not a linear module", class_name(named[0])
         return JobError(what, f"it is a {found}", f"choose among {', '.join(known)}")
-    close = nearest(target, known) or known
     return JobError(
         f"lora_target {target} matches no module of {short(class_name(model))}",
         f"its linear modules are {', '.join(known)}",
-        f"did you mean {', '.join(close[:3])}?",
+        f"did you mean {did_you_mean(target, known)}?",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -56,9 +56,15 @@ def plan_linears(
 
     linears = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
     excluded = patterns(value)
-    refuse_unmatched(key, excluded, [own_name(fqn) for fqn in linears])
-    head = output_head(model)
-    heads = (head, getattr(head, "base_layer", None))  # under an adapter
+    for pattern in excluded:
+        if not any(matches(pattern, own_name(fqn)) for fqn in linears):
+            known = sorted({short(own_name(fqn)) for fqn in linears})
+            raise JobError(
+                f"{key} {pattern} matches no linear of the model",
+                f"its linears are {', '.join(known)}",
+                f"did you mean {did_you_mean(pattern, known)}? a pattern may contain *",
+            )
+    heads = output_heads(model)
     changes: dict[str, Change] = {}
     skipped: dict[str, str] = {}
     for fqn, module in linears.items():
@@ -80,16 +86,21 @@ def plan_linears(
     return changes, skipped
 
 
-def expert_notes(model: nn.Module, consequence: str) -> tuple[str, ...]:
-    """Return a note with this consequence if the model has experts as stacked tensors."""
-    if not any(p.ndim == 3 for p in model.parameters()):
-        return ()
-    return (f"experts are stacked tensors, not linears: {consequence}",)
+def expert_notes(model: nn.Module, consequence: str) -> Iterator[str]:
+    """Yield a note with this consequence if the model has experts as stacked tensors."""
+    if any(p.ndim == 3 for p in model.parameters()):
+        yield f"experts are stacked tensors, not linears: {consequence}"
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """Return the module that makes logits, if the model, or the one inside PEFT's, names it."""
     return _named_by(model, "get_output_embeddings")
+
+
+def output_heads(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the module that makes logits, and the one under its adapter."""
+    head = output_head(model)
+    return tuple(m for m in (head, getattr(head, "base_layer", None)) if m is not None)
 
 
 def input_embedding(model: nn.Module) -> nn.Embedding | None:
@@ -141,29 +152,16 @@ def matches(pattern: str, fqn: str) -> bool:
     return fqn == pattern or fqn.endswith(f".{pattern}") or fnmatch.fnmatchcase(fqn, pattern)
 
 
-def refuse_unmatched(key: str, given: Iterable[str], linears: list[str]) -> None:
-    """Refuse patterns that match none of a model's linears.
-
-    Raises:
-        JobError: naming the pattern, the linears there are, and the nearest ones.
-    """
-    for pattern in given:
-        if any(matches(pattern, fqn) for fqn in linears):
-            continue
-        known = sorted({short(fqn) for fqn in linears})
-        close = nearest(pattern, known) or known
-        raise JobError(
-            f"{key} {pattern} matches no linear of the model",
-            f"its linears are {', '.join(known)}",
-            f"did you mean {', '.join(close[:3])}? a pattern may contain *",
-        )
-
-
 def short(name: str) -> str:
     """Return the last segment of a dotted name."""
     return name.rpartition(".")[2]
 
 
-def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """Return the known names most like a name that does not exist, the best first."""
-    return get_close_matches(name, list(dict.fromkeys(known)), n=most, cutoff=0.4)
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Return the three known names most like a name that does not exist, the best first."""
+    return get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.4)
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Return the known names most like a name that does not exist, or the first ones if none is."""
+    return ", ".join((nearest(name, known) or known)[:3])

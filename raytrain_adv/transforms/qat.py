@@ -193,12 +193,12 @@ class Qat(Transform):
         require_package(facts, "QAT", "torchao", "set enable_qat: false", "torchao>=0.18,<0.19")
         capability = facts.compute_capability
         if self.activation_dtype == FLOAT8 and (capability is None or capability < (8, 9)):
-            raise ClusterError(
-                "QAT with float8 activations requires compute capability 8.9 or newer",
-                f"{facts.describe()}: the quantized model does not run there, so that it could not "
-                "be compared with the trained one",
-                "run on H100/H200 workers, or set qat_activation_dtype: none",
+            what = "QAT with float8 activations requires compute capability 8.9 or newer"
+            why = (
+                "the quantized model does not run there, so that it could not be compared with the"
             )
+            fix = "run on H100/H200 workers, or set qat_activation_dtype: none"
+            raise ClusterError(what, f"{facts.describe()}: {why} trained one", fix)
 
     def check_length(self, total_steps: int) -> None:
         """Refuse a delay longer than the run."""
@@ -240,9 +240,8 @@ class Qat(Transform):
 
     def _why_not(self, linear: nn.Linear) -> str:
         is_odd = linear.in_features % 16 or linear.out_features % 16
-        if is_odd and self.activation_dtype == FLOAT8:
-            return "sizes not divisible by 16, which float8 products need"
-        return ""
+        refused = is_odd and self.activation_dtype == FLOAT8
+        return "sizes not divisible by 16, which float8 products need" if refused else ""
 
     def _embedding_reason(self, embedding: nn.Embedding) -> str:
         if not self.qat_quantize_embedding:
@@ -268,10 +267,8 @@ class Qat(Transform):
             yield "the head tied to the embedding is not quantized: the quantized model has both"
         yield from expert_notes(model, "they are not quantized")
         if not job.output.export_model:
-            yield (
-                "export_model is false: no quantized model is written or compared with the trained "
-                "one; raytrain-adv export does both from a checkpoint"
-            )
+            missing = "no quantized model is written or compared with the trained one"
+            yield f"export_model is false: {missing}; raytrain-adv export does both from a checkpoint"
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Replace each planned layer by one that rounds and owns the same parameters."""

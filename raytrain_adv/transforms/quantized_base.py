@@ -13,11 +13,18 @@ from raytrain_adv.transforms.modules import (
     LINEAR,
     expert_notes,
     in_adapter,
-    output_head,
+    output_heads,
     own_name,
     plan_linears,
 )
-from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, require_package
+from raytrain_adv.transforms.transform import (
+    DEFECT,
+    Change,
+    Context,
+    Plan,
+    Transform,
+    require_package,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -103,11 +110,9 @@ class QuantizedBase(Transform):
         if found := config.get("quantization_config"):
             known = isinstance(found, dict)
             method = found.get("quant_method", "unknown method") if known else found
-            raise JobError(
-                f"{name} has quantized weights",
-                f"config.json has quantization_config ({method})",
-                "use the unquantized checkpoint it was made from",
-            )
+            found = f"config.json has quantization_config ({method})"
+            fix = "use the unquantized checkpoint it was made from"
+            raise JobError(f"{name} has quantized weights", found, fix)
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse keys of 4 bits together with 8."""
@@ -159,11 +164,11 @@ class QuantizedBase(Transform):
         yield from expert_notes(model, "they are not quantized")
 
     @staticmethod
-    def _left(model: nn.Module, changes: dict[str, Change]) -> dict[str, int]:
+    def _left(model: nn.Module, changes: dict[str, Change]) -> Counter[str]:
         """Return the number of weights of each kind that is not quantized."""
         from torch import nn
 
-        head, left = output_head(model), Counter[str]()
+        heads, left = output_heads(model), Counter[str]()
         for full_name, p in model.named_parameters():
             fqn, _, name = full_name.rpartition(".")
             module = model.get_submodule(fqn)
@@ -171,7 +176,7 @@ class QuantizedBase(Transform):
                 continue
             if isinstance(module, nn.Embedding):
                 kind = "embeddings"
-            elif module in (head, getattr(head, "base_layer", None)):
+            elif module in heads:
                 kind = "the head"
             elif name == "bias":
                 kind = "biases"
@@ -208,12 +213,10 @@ class QuantizedBase(Transform):
             raise TrainingError(
                 "A quantized linear and bitsandbytes' own compute different results",
                 f"{' and '.join(apart)} differ from {own}, {self.scheme}, on {device} in {dtype}",
-                "this is a defect of raytrain_adv or of the versions installed: compare them with "
-                "constraints.txt",
+                DEFECT,
             )
-        return plan.with_notes(
-            f"values and gradients equal bitsandbytes' {own} bit for bit on {device.type}"
-        )
+        note = f"values and gradients equal bitsandbytes' {own} bit for bit on {device.type}"
+        return plan.with_notes(note)
 
     def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
         """Compare the quantized weights with the originals they were made from."""
@@ -228,15 +231,13 @@ class QuantizedBase(Transform):
         wrong += [f"{fqn}: a weight is {worst:.3g} {how}" for fqn, worst in far.items()]
         wrong += [f"{fqn} would be trained" for fqn in trained]
         if wrong:
-            raise TrainingError(
-                "The quantized base differs from the checkpoint",
-                "\n".join(wrong[:4]) + f"\n({len(wrong)} in all)",
-                "check the checkpoint for weights that are not finite",
-            )
+            texts = "\n".join(wrong[:4]) + f"\n({len(wrong)} in all)"
+            fix = "check the checkpoint for weights that are not finite"
+            raise TrainingError("The quantized base differs from the checkpoint", texts, fix)
         squares, sizes, worst = zip(*found.values(), strict=True)
         overall = (sum(squares) / sum(sizes)) ** 0.5
         apart = {f: (squared / size) ** 0.5 for f, (squared, size, _) in found.items() if size}
-        most = max(apart, key=lambda fqn: apart[fqn])
+        most = max(apart, key=apart.__getitem__)
         return (
             f"quantized weights are {overall:.2%} from the originals (relative norms), at most "
             f"{apart[most]:.2%} ({own_name(most)}); no weight is further off than "

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from raytrain_adv.hardware import HardwareFacts
 
 STAGES = ("adapter", "precision", "kernel", "loss")
+DEFECT = (
+    "this is a defect of raytrain_adv or of the versions installed: compare them with "
+    "constraints.txt"
+)
+"""What to do if a comparison of this package's own fails."""
 
 
 @dataclass(frozen=True)
@@ -215,14 +220,8 @@ class Transform(Section):
 def require_package(
     facts: HardwareFacts, what: str, package: str, off: str, install: str = ""
 ) -> None:
-    """Refuse a node without the package that `what` needs.
-
-    Args:
-        facts: the node's.
-        what: what needs it.
-        package: its name in the index.
-        off: how to run without it.
-        install: the requirement to install; empty means the package's name.
+    """Refuse a node without the package that `what` needs; `off` is how to run without it, and
+    `install` the requirement to install, the package's name if empty.
 
     Raises:
         ClusterError: naming the node and the package.
@@ -236,12 +235,7 @@ def require_package(
 
 
 def require_gpu(facts: HardwareFacts, what: str, off: str) -> None:
-    """Refuse a node without a GPU.
-
-    Args:
-        facts: the node's.
-        what: the sentence that needs one.
-        off: how to run without it.
+    """Refuse a node without a GPU; `what` is the rule, and `off` how to run without one.
 
     Raises:
         ClusterError: describing the node.

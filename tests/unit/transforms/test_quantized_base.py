@@ -62,7 +62,10 @@ def loaded(job):
         ),
         ({"quantization_bit": 3}, "bitsandbytes has 4 and 8 bits"),
         ({"quantization_method": "gptq"}, "gptq is not in this version"),
-        ({"quantization_bit": None, "quantization_type": "fp4"}, "its feature is off by its own keys"),
+        (
+            {"quantization_bit": None, "quantization_type": "fp4"},
+            "its feature is off by its own keys",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_both_keys(tmp_path, keys, what):
