@@ -17,6 +17,7 @@ from raytrain_adv.transforms.modules import (
     did_you_mean,
     expert_notes,
     fqn_of,
+    is_tied,
     output_head,
     patterns,
     short,
@@ -115,13 +116,8 @@ class Lora(Transform):
         for target in named:
             if not any(names(target, fqn) for fqn in linears):
                 raise _no_target(target, model, sorted({short(fqn) for fqn in linears}))
-        head = output_head(model)
-        name = fqn_of(model, head) or "lm_head"
-        tied = head is not None and any(
-            p is getattr(head, "weight", None) and not fqn.startswith(name)
-            for fqn, p in model.named_parameters(remove_duplicate=False)
-        )
-        if tied and any(names(target, name) for target in named):
+        name = fqn_of(model, output_head(model)) or "lm_head"
+        if is_tied(model) and any(names(target, name) for target in named):
             raise JobError(
                 f"lora_target names {name}, whose weight is also the input embedding",
                 "tie_word_embeddings is true in the model's config.json",

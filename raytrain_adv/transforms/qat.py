@@ -194,11 +194,9 @@ class Qat(Transform):
         capability = facts.compute_capability
         if self.activation_dtype == FLOAT8 and (capability is None or capability < (8, 9)):
             what = "QAT with float8 activations requires compute capability 8.9 or newer"
-            why = (
-                "the quantized model does not run there, so that it could not be compared with the"
-            )
+            why = "the quantized model does not run there, so that it could not be compared"
             fix = "run on H100/H200 workers, or set qat_activation_dtype: none"
-            raise ClusterError(what, f"{facts.describe()}: {why} trained one", fix)
+            raise ClusterError(what, f"{facts.describe()}: {why} with the trained one", fix)
 
     def check_length(self, total_steps: int) -> None:
         """Refuse a delay longer than the run."""
@@ -267,8 +265,9 @@ class Qat(Transform):
             yield "the head tied to the embedding is not quantized: the quantized model has both"
         yield from expert_notes(model, "they are not quantized")
         if not job.output.export_model:
-            missing = "no quantized model is written or compared with the trained one"
-            yield f"export_model is false: {missing}; raytrain-adv export does both from a checkpoint"
+            what = "no quantized model is written or compared with the trained one"
+            how = "raytrain-adv export does both from a checkpoint"
+            yield f"export_model is false: {what}; {how}"
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Replace each planned layer by one that rounds and owns the same parameters."""
