@@ -108,7 +108,7 @@ class Lora(Transform):
             return "the language-model head"
         return "it routes tokens to experts" if short(fqn) in ROUTERS else ""
 
-    def _check_targets(self, model: nn.Module, linears: dict[str, nn.Module]) -> None:
+    def _check_targets(self, model: nn.Module, linears: Iterable[str]) -> None:
         if not self.targets:
             fix = "set lora_target: all, or name modules"
             raise JobError("lora_target is empty", "no module names", fix)
