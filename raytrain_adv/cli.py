@@ -332,16 +332,15 @@ def verify(file: Path) -> None:
 @click.argument("source", nargs=-1, required=True, metavar="RUN|MODEL [key=value]...")
 @click.option("--checkpoint", default="", metavar="step_N", help="Of a run, instead of its newest "
               "checkpoint; a name or a path.")  # fmt: skip
-@click.option("--output", default="", metavar="DIR", help="For a run: gets model, and with QAT "
-              "model-quantized (default: RUN). For a model: the quantized folder.")  # fmt: skip
+@click.option("--output", default="", metavar="DIR", help="For a run: gets model and, with QAT, "
+              "the converted model (default: RUN). For a model: the converted folder.")  # fmt: skip
 @click.option("--merge", is_flag=True, help="After LoRA: one model, the adapter merged into its "
-              "base; a quantized base is then written in bf16.")  # fmt: skip
+              "base; a base of 4 or 8 bits is then written in bf16.")  # fmt: skip
 def export(source: tuple[str, ...], checkpoint: str, output: str, merge: bool) -> None:
-    """Export a run's model, or quantize any model.
+    """Export a run's model, or convert any model as after QAT.
 
     RUN is a run's output_dir; QAT keys given here replace those of its job. MODEL is a Hugging Face
-    folder; it needs --output DIR and enable_qat=true. Keys: enable_qat=true qat_weight_dtype=int4
-    qat_activation_dtype=int8 qat_group_size=32 qat_quantize_embedding=false qat_exclude=down_proj
+    folder; it needs --output DIR and enable_qat=true. `raytrain-adv explain QAT` lists the keys.
     """
     overrides = [one for one in source if "=" in one and not Path(one).is_dir()]
     folders = [one for one in source if one not in overrides]

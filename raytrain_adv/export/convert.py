@@ -1,17 +1,16 @@
-"""A new model folder, with linears and embedding as torchao's quantized tensors: tensor by
-tensor, so that a model is never held whole.
+"""A new model folder, with linears and embedding as torchao's tensors, converted one by one, so
+that a model is never in memory as a whole.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from raytrain_adv.model.build import build, head_fqn
 from raytrain_adv.model.conversion import Group
 from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.model.weights import convert_group, match
-from raytrain_adv.ops.fake_quant.rounding import EPS
+from raytrain_adv.ops.fake_quant.torchao_config import describe_model, tensor_of
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.modules import is_tied
 from raytrain_adv.transforms.qat import EMBEDDING, Qat
@@ -49,13 +48,8 @@ COPIED = (
 """What goes with a model's weights into a folder that is made of another."""
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-DEPRECATION = "Config Deprecation: _default"
-"""Of the warning by torchao 0.18 that _default will go. It is what engines that fuse q, k and v
-into one linear find that linear's configuration by; without it they would need its name.
-"""
-
 Configs = Mapping[str, "AOBaseConfig"]
-"""torchao's configuration of each tensor that is quantized, by its name in the model."""
+"""torchao's configuration of each tensor that is converted, by its name in the model."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Piece:
     """A tensor of the new folder, not yet read."""
 
     name: str
-    """Its name in the new folder: the model's own where it is quantized, because torchao finds it
+    """Its name in the new folder: the model's own if it is converted, because torchao finds it
     by that, otherwise the one it has in the old folder."""
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
@@ -80,17 +74,17 @@ def write_converted(
     max_file_bytes: int = MAX_FILE_BYTES,
     require: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Write the model of `source` into `folder`, quantized by the job's QAT keys.
+    """Write the model of `source` into `folder`, converted by the job's QAT keys.
 
     The folder loads with AutoModelForCausalLM.from_pretrained, wherever torchao is installed. In
-    host memory are one file's tensors and the one that is being quantized.
+    host memory are one file's tensors and the one that is being converted.
 
     Args:
         source: a folder with config.json and safetensors files of the job's architecture.
         folder: exists already.
-        job: names the architecture, and what is quantized (the transform qat).
-        dtype: which the model computes in: weights are rounded to it before they are quantized.
-        device: where a tensor is quantized.
+        job: names the architecture, and what is converted (the transform qat).
+        dtype: which the model computes in: weights are rounded to it before they are converted.
+        device: where a tensor is converted.
         max_file_bytes: size at which a new safetensors file is begun.
         require: called with the bytes that will be written, before they are.
 
@@ -114,7 +108,7 @@ def write_converted(
 
 
 def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
-    """Return torchao's configuration of each tensor that the job's plan quantizes.
+    """Return torchao's configuration of each tensor that the job's plan converts.
 
     Args:
         plain: the model on the meta device, without any transform.
@@ -124,14 +118,14 @@ def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
     changes = Transforms(job).plan(plain)[qat.name].changes
     return {
         plain_name(f"{fqn}.weight"): (
-            qat.embedding_config() if change.after == EMBEDDING else qat.linear_config()
+            qat.layer_config("" if change.after == EMBEDDING else qat.activation_dtype)
         )
         for fqn, change in changes.items()
     }
 
 
 def _pieces(plain: PreTrainedModel, files: CheckpointFiles, configs: Configs) -> Iterator[Piece]:
-    """Yield the new folder's tensors, in the old one's layout but for what is quantized."""
+    """Yield the new folder's tensors, in the old one's layout except for what is converted."""
     found = match(plain, files)
     untied = f"{head_fqn(plain)}.weight" if is_untied(plain, configs) else ""
     for target, source in found.direct.items():
@@ -160,8 +154,8 @@ def _converted(
 
 
 def is_untied(plain: PreTrainedModel, configs: Configs) -> bool:
-    """Whether the embedding is tied to the head and only the embedding is quantized: the new folder
-    then holds both.
+    """Whether the embedding is tied to the head and only the embedding is converted: the new folder
+    then has both.
     """
     return is_tied(plain) and any(plain.get_parameter(name) is _head(plain) for name in configs)
 
@@ -171,7 +165,7 @@ def describe(
 ) -> tuple[dict[str, str], int]:
     """Return the metadata that each of the folder's files carries, and the bytes of all tensors.
 
-    Readers go by it to put quantized tensors together: those that read file by file (vLLM), and
+    Readers go by it to put converted tensors together: those that read file by file (vLLM), and
     those that merge the files' metadata (transformers, where `tensor_names` of the last would win).
     So each file has all of it, plain tensors included, for readers that keep what is listed only.
     The experts that transformers fuses while it loads are left out: a reader's work grows with the
@@ -202,60 +196,12 @@ def _flat(name: str, value: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict
 def _value(
     tensor: torch.Tensor, config: AOBaseConfig | None, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return a tensor as it is stored: in the dtype that computes, quantized where it has a config;
+    """Return a tensor as it is stored: in the dtype that computes, converted if it has a config;
     integers and booleans as they are.
     """
     if config is not None:
-        return quantized(tensor.to(device=device, dtype=dtype), config)
+        return tensor_of(tensor.to(device=device, dtype=dtype), config)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-@torch.no_grad()
-def quantized(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
-    """Return a weight [rows, columns] as the tensor that torchao's configuration makes of it."""
-    from torchao.quantization import (
-        Float8DynamicActivationFloat8WeightConfig,
-        Float8WeightOnlyConfig,
-        quantize_,
-    )
-
-    if isinstance(config, Float8WeightOnlyConfig | Float8DynamicActivationFloat8WeightConfig):
-        return _float8(weight, config)
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    quantize_(linear, config, filter_fn=lambda module, fqn: True)
-    return linear.weight.data
-
-
-def _float8(weight: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return what torchao's two float8 configurations make of a weight.
-
-    Not by quantize_: it makes NaN of rows of zeros (pytorch/ao#4713), and requires a GPU where only
-    the product needs one. Remove when it does neither.
-    """
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow
-    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
-
-    keys: dict[str, Any] = {"granularity": PerRow()}
-    if isinstance(config, Float8DynamicActivationFloat8WeightConfig):
-        of_activations, of_weights = config.granularity
-        keys |= {
-            "granularity": of_weights,
-            "mm_config": config.mm_config,
-            "kernel_preference": config.kernel_preference,
-            "act_quant_kwargs": QuantizeTensorToFloat8Kwargs(
-                config.activation_dtype,
-                of_activations,
-                hp_value_lb=config.activation_value_lb,
-                hp_value_ub=config.activation_value_ub,
-                kernel_preference=config.kernel_preference,
-            ),
-        }
-    tensor: torch.Tensor = Float8Tensor.from_hp(
-        weight, float8_dtype=config.weight_dtype, hp_value_lb=EPS, **keys
-    )
-    return tensor
 
 
 def _copy_others(source: Path, folder: Path) -> None:
@@ -273,45 +219,28 @@ def _write_config(
     configs: Configs,
     dtype: torch.dtype,
 ) -> None:
-    """Write the source's config.json with how the model is quantized."""
+    """Write the source's config.json with how the model is converted."""
     config = json.loads((source / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    config["quantization_config"] = quantization_config(plain, job, configs)
+    linears = [f for f, m in plain.named_modules() if isinstance(m, nn.Linear)]
+    qat = job.transform(Qat)
+    config |= describe_model(linears, configs, qat.layer_config(qat.activation_dtype))
     if is_untied(plain, configs):
         for part in (config, *(v for k, v in config.items() if k == "text_config")):
             part["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def quantization_config(plain: PreTrainedModel, job: JobConfig, configs: Configs) -> dict[str, Any]:
-    """Return transformers' description of the quantized model: the linears' configuration, that of
-    the embedding, and none for each linear that was left alone.
-    """
-    from torchao.quantization import FqnToConfig
-    from transformers import TorchAoConfig
-
-    linears = {f"{f}.weight": f for f, m in plain.named_modules() if isinstance(m, nn.Linear)}
-    others = {name.removesuffix(".weight"): c for name, c in configs.items() if name not in linears}
-    alone = dict.fromkeys(fqn for name, fqn in linears.items() if name not in configs)
-    chosen = {**others, **alone, "_default": job.transform(Qat).linear_config()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=DEPRECATION)
-        by_fqn = FqnToConfig(chosen)
-    config: Any = TorchAoConfig(by_fqn, include_input_output_embeddings=bool(others))
-    described: dict[str, Any] = config.to_dict()
-    return described
-
-
 def add_adapter(adapter: Path, folder: Path, final: Path) -> None:
-    """Put a LoRA run's adapter into its quantized base's folder.
+    """Put a LoRA run's adapter into its converted base's folder.
 
-    transformers loads both from a folder that holds both, and the adapter in the model's dtype, in
+    transformers loads both from a folder that has both, and the adapter in the model's dtype, in
     which it was trained.
 
     Args:
-        adapter: the folder that holds the adapter.
-        folder: where the quantized base was written.
+        adapter: the adapter's folder.
+        folder: where the converted base was written.
         final: the name that `folder` will have.
     """
     shutil.copyfile(adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)

@@ -17,9 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import TrainingError
-from raytrain_adv.export.convert import DEPRECATION
 from raytrain_adv.export.folder import folder_gib
 from raytrain_adv.model.parallel import compute_dtype
+from raytrain_adv.ops.fake_quant.torchao_config import DEPRECATION
 from raytrain_adv.text import GIB
 from raytrain_adv.transforms.applied import Transforms
 

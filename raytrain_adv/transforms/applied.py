@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,17 +13,9 @@ from raytrain_adv import hardware
 from raytrain_adv.config import JobConfig
 from raytrain_adv.config.problems import show
 from raytrain_adv.config.rules import switch
-from raytrain_adv.errors import ClusterError, JobError
-from raytrain_adv.transforms.transform import Context, Plan, Transform
-from raytrain_adv.transforms.verify import (
-    give_way,
-    kinds,
-    own_forwards,
-    refuse_conflict,
-    refuse_empty,
-    verify,
-    verify_forwards,
-)
+from raytrain_adv.errors import ClusterError, JobError, TrainingError
+from raytrain_adv.text import listed
+from raytrain_adv.transforms.transform import DEFECT, Context, Plan, Transform
 
 if TYPE_CHECKING:
     import torch
@@ -58,42 +51,25 @@ class Transforms:
                 _require_import(transform, package, facts)
 
     def check_length(self, total_steps: int) -> None:
-        """Check that the transforms' keys fit a run of so many optimizer steps.
-
-        Raises:
-            JobError: naming the key and what would fit.
-        """
+        """Check that the transforms' keys fit a run of so many optimizer steps."""
         for transform in self:
             transform.check_length(total_steps)
 
     def fetch(self, facts: HardwareFacts, say: Callable[[str], None]) -> None:
-        """Put what the transforms need on the workers into output_dir.
-
-        Raises:
-            JobError: when it is not available.
-        """
+        """Put what the transforms need on the workers into output_dir."""
         for transform in self:
             transform.fetch(self.job, facts, say)
 
     def plan(
-        self,
-        model: nn.Module,
-        facts: HardwareFacts | None = None,
-        num_tokens: int | None = None,
+        self, model: nn.Module, facts: HardwareFacts | None = None, num_tokens: int | None = None
     ) -> dict[str, Plan]:
-        """Return what each transform would change, by its name; leave the model unchanged.
-
-        A later transform is planned on a copy that the earlier ones have changed, so the model
-        should be on the meta device, where a copy costs no memory. Arguments and errors are those
-        of `prepare`.
+        """Return the plans of `prepare` without changing the model: transforms are planned on a
+        copy, which costs no memory on the meta device.
         """
         return self.prepare(copy.deepcopy(model), facts, num_tokens) if len(self) else {}
 
     def prepare(
-        self,
-        model: nn.Module,
-        facts: HardwareFacts | None = None,
-        num_tokens: int | None = None,
+        self, model: nn.Module, facts: HardwareFacts | None = None, num_tokens: int | None = None
     ) -> dict[str, Plan]:
         """Apply each transform to the model in place: plan, prepare, verify. Return the plans by
         the transforms' names.
@@ -113,18 +89,36 @@ class Transforms:
         errors: list[JobError] = []
         for transform in self:
             try:
-                plan = give_way(transform.plan(model, context), plans)
-                refuse_empty(transform, plan)
-                refuse_conflict(transform, plan, self._stages(plans))
-                before = kinds(model, transform)
+                plan = _give_way(transform.plan(model, context), plans)
+                _refuse_empty(transform, plan)
+                self._refuse_conflict(transform, plan, plans)
+                before = _kinds(model, transform)
                 transform.prepare(model, plan)
-                verify(transform, model, plan, before)
+                _verify(transform, model, plan, before)
                 plans[transform.name] = plan
             except JobError as error:
                 errors.append(_after_the_machine(error, transform, context.facts))
         if errors:
             raise _together(errors)
         return plans
+
+    def _refuse_conflict(
+        self, transform: Transform, plan: Plan, earlier: Mapping[str, Plan]
+    ) -> None:
+        """Refuse to change a module that an earlier transform changed, or one that contains or is
+        part of one, unless this transform stacks on the earlier one.
+        """
+        for other in self:
+            if other.name not in earlier or {other.name, other.stage} & transform.stacks_on:
+                continue
+            shared = [f for f in plan.changes if _touches(f, earlier[other.name].changes)]
+            if shared:
+                raise JobError(
+                    f"{transform.name} and {other.name} would both change the same modules",
+                    f"{len(shared)} of them: {listed(shared)}",
+                    f"turn one of the two off, or keep {transform.name} away from what "
+                    f"{other.name} changes",
+                )
 
     def install(
         self, model: nn.Module, plans: Mapping[str, Plan], device: torch.device, dtype: torch.dtype
@@ -139,9 +133,9 @@ class Transforms:
         """
         found: dict[str, Plan] = {}
         for transform in self:
-            before = own_forwards(model)
+            before = _own_forwards(model)
             plan = transform.install(model, plans[transform.name], self.job, device, dtype)
-            verify_forwards(model, plan, before)
+            _verify_forwards(model, plan, before)
             found[transform.name] = plan
         return found
 
@@ -151,18 +145,12 @@ class Transforms:
             transform.before_sharding(model)
 
     def gathered(self, model: nn.Module) -> dict[nn.Parameter, int]:
-        """Return the parameters that FSDP2 gathers in another dtype than the compute dtype, with
-        the bytes of one number.
-        """
+        """Return the parameters that FSDP2 gathers in another dtype, with the bytes per number."""
         return dict(pair for transform in self for pair in transform.gathered(model))
 
     def initialize(self, model: nn.Module, plans: Mapping[str, Plan], seed: int) -> dict[str, Plan]:
-        """Give values to parameters that transforms added, and compare weights that they changed
-        with those that were read. Call it on all ranks once the model's weights are loaded and
-        sharded. Return the plans with what was found.
-
-        Raises:
-            TrainingError: on all ranks, when weights differ from those that were read.
+        """Initialize the parameters that transforms added, and check the weights they changed, on
+        all ranks. Return the plans with what was found.
         """
         return {
             t.name: plans[t.name].with_notes(*t.initialize(model, plans[t.name], seed))
@@ -182,7 +170,7 @@ class Transforms:
     def begin_batch(
         self, model: nn.Module, step: int, first: int, segments: tuple[tuple[int, ...], ...]
     ) -> None:
-        """Prepare for a micro-batch's forward pass; arguments as for Transform.begin_batch."""
+        """Prepare for a micro-batch's forward pass."""
         for transform in self:
             transform.begin_batch(model, step, first, segments)
 
@@ -197,9 +185,7 @@ class Transforms:
             transform.switch(model, on)
 
     def switched_at(self, step: int) -> list[str]:
-        """Return a sentence for each transform that turns on or off with optimizer step `step`
-        (from 0).
-        """
+        """Return a sentence for each transform that turns on or off with this step (from 0)."""
         return [
             f"{t.feature or t.name} is {'on' if t.is_on(step) else 'off'} from step {step + 1:,}"
             for t in self
@@ -215,10 +201,8 @@ class Transforms:
         return ", ".join(t.evaluated_as for t in self if t.evaluated_as)
 
     def twins(self) -> Iterator[JobConfig]:
-        """Yield the jobs without one of the features that are trained before this one, to measure
-        the feature by; each has its own output_dir.
-
-        A twin that is complete is not trained again; one that was interrupted resumes.
+        """Yield the jobs without a feature that are trained before this one, to measure it by. A
+        twin that is complete is not trained again; one that was interrupted resumes.
         """
         output = self.job.output
         for folder, twin in filter(None, (t.twin(self.job) for t in self)):
@@ -231,10 +215,6 @@ class Transforms:
             }
             yield replace(twin, output=output.model_copy(update=keys))
 
-    def _stages(self, plans: Mapping[str, Plan]) -> list[tuple[str, Plan]]:
-        """Return the plans so far with their transforms' stages."""
-        return [(t.stage, plans[t.name]) for t in self if t.name in plans]
-
 
 def _require_import(transform: Transform, package: str, facts: HardwareFacts) -> None:
     try:
@@ -243,10 +223,10 @@ def _require_import(transform: Transform, package: str, facts: HardwareFacts) ->
         version = facts.versions.get(package.replace("_", "-")) or "of unknown version"
         key = switch(transform)
         raise ClusterError(
-            f"{type(transform).feature} needs {package}: {package} not available",
+            f"{transform.feature} needs {package}: {package} not available",
             f"node {facts.node_ip}, {package} {version} cannot be imported: {error}",
             f"reinstall it on that node, with the versions of constraints.txt, or set "
-            f"{key}: {show(type(transform).default(key))}",
+            f"{key}: {show(transform.default(key))}",
         ) from error
 
 
@@ -255,11 +235,8 @@ def _after_the_machine(error: JobError, transform: Transform, machine: HardwareF
     try:
         transform.check(machine)
     except ClusterError as refusal:
-        return JobError(
-            f"{refusal.what}; and {error.what}",
-            f"{refusal.found}\n{error.found}",
-            f"{refusal.fix}\n{error.fix}",
-        )
+        found, fix = f"{refusal.found}\n{error.found}", f"{refusal.fix}\n{error.fix}"
+        return JobError(f"{refusal.what}; and {error.what}", found, fix)
     return error
 
 
@@ -267,8 +244,88 @@ def _together(errors: list[JobError]) -> JobError:
     """Return one error with the texts of several."""
     if len(errors) == 1:
         return errors[0]
-    return JobError(
-        f"{len(errors)} features cannot be enabled as configured",
-        "\n".join(f"{error.what}: {error.found}" for error in errors),
-        "\n".join(dict.fromkeys(error.fix for error in errors)),
+    found = "\n".join(f"{error.what}: {error.found}" for error in errors)
+    fix = "\n".join(dict.fromkeys(error.fix for error in errors))
+    return JobError(f"{len(errors)} features cannot be enabled as configured", found, fix)
+
+
+def _kinds(model: nn.Module, transform: Transform) -> dict[str, str]:
+    return {fqn: transform.what_is(module) for fqn, module in model.named_modules()}
+
+
+def _refuse_empty(transform: Transform, plan: Plan) -> None:
+    """Refuse a plan that changes nothing: the job would train without a feature it enables."""
+    if plan.changes or plan.empty_because:
+        return
+    reasons = Counter(plan.skipped.values())
+    raise JobError(
+        f"{transform.name} is enabled but would not change any module",
+        "\n".join(f"{count} modules: {reason}" for reason, count in reasons.most_common(4))
+        or "no module of the model is of a kind it changes",
+        f"turn it off, or change its keys: {', '.join(type(transform).model_fields)}",
     )
+
+
+def _give_way(plan: Plan, earlier: Mapping[str, Plan]) -> Plan:
+    """Return the plan without the modules that it leaves to earlier transforms."""
+    left = {
+        fqn: f"computed by {name}"
+        for name in sorted(plan.gives_way_to & earlier.keys())
+        for fqn in plan.changes
+        if _touches(fqn, earlier[name].changes)
+    }
+    kept = {fqn: change for fqn, change in plan.changes.items() if fqn not in left}
+    return replace(plan, changes=kept, skipped={**plan.skipped, **left})
+
+
+def _touches(fqn: str, owned: Mapping[str, object]) -> bool:
+    """Whether a module, unless it is the whole model, is, contains or is part of one of these."""
+    parts, inside = fqn.split("."), f"{fqn}."
+    above = {".".join(parts[: n + 1]) for n in range(len(parts))}
+    return not above.isdisjoint(owned) or any(other.startswith(inside) for other in owned)
+
+
+def _verify(transform: Transform, model: nn.Module, plan: Plan, before: Mapping[str, str]) -> None:
+    """Compare the model with the plan: what was planned is there, and no other module has become
+    one of the planned classes.
+    """
+    now = _kinds(model, transform)
+    due = {f: c.after if c.part == "class" else c.before for f, c in plan.changes.items()}
+    other = {fqn: kind for fqn, kind in due.items() if now.get(fqn) != kind}
+    wrong = [f"{fqn} is {now.get(fqn, 'gone')}, planned {kind}" for fqn, kind in other.items()]
+    planned = {due[fqn] for fqn, change in plan.changes.items() if due[fqn] != change.before}
+    stray = [
+        f"{fqn} became {kind}, which was not planned"
+        for fqn, kind in now.items()
+        if kind in planned and fqn not in plan.changes and before.get(fqn) != kind
+    ]
+    _refuse_differences(plan, wrong + stray)
+
+
+def _own_forwards(model: nn.Module) -> dict[str, object]:
+    """Return the function of each forward pass that is bound to a module instead of its class's."""
+    found = {fqn: vars(module).get("forward") for fqn, module in model.named_modules()}
+    return {fqn: getattr(f, "__func__", f) for fqn, f in found.items() if f is not None}
+
+
+def _verify_forwards(model: nn.Module, plan: Plan, before: Mapping[str, object]) -> None:
+    """Check that the planned forward passes were replaced, and no others."""
+    now = _own_forwards(model)
+    planned = {fqn: c.after for fqn, c in plan.changes.items() if c.part == "forward"}
+    wrong = [
+        f"{fqn} has the forward pass it had, planned {after}"
+        for fqn, after in planned.items()
+        if now.get(fqn) is before.get(fqn) or now[fqn] is type(model.get_submodule(fqn)).forward
+    ]
+    stray = [
+        f"{fqn} has another forward pass, which was not planned"
+        for fqn in now.keys() | before.keys()
+        if fqn not in planned and now.get(fqn) is not before.get(fqn)
+    ]
+    _refuse_differences(plan, wrong + sorted(stray))
+
+
+def _refuse_differences(plan: Plan, lines: list[str]) -> None:
+    if lines:
+        found = f"{len(lines)} modules differ: {listed(lines)}"
+        raise TrainingError(f"{plan.transform} did not do what it had planned", found, DEFECT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -10,8 +9,9 @@ from pydantic import Field
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import ClusterError, TrainingError
+from raytrain_adv.kernels.variants import numbers
 from raytrain_adv.text import first_line
-from raytrain_adv.transforms.modules import LINEAR, expert_notes, patterns, plan_linears
+from raytrain_adv.transforms.modules import LINEAR, expert_notes, plan_linears
 from raytrain_adv.transforms.transform import Context, Plan, Transform, require_package
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ SMALLEST = {"tensorwise": 1024, "rowwise": 2049, "rowwise_with_gw_hp": 2049}
 
 Source for rowwise: torchao's measurements on an H100 (docs/static/fp8-rowwise-perf.png): N of 2048
 or less never wins. Tensorwise: k_proj and v_proj of the 8B shape (N = 1024) made less than 1 % of
-difference either way in one trial of 8 layers on an H100, so that only smaller ones are skipped.
-"""
+difference in one trial of 8 layers on an H100."""
 ENOUGH_TOKENS = 8192
 OFF_BY = 0.1
 """Largest relative error of a product and its gradients that FP8's rounding explains: 3.7 % for a
@@ -45,11 +44,7 @@ class Fp8(Transform):
     name: ClassVar[str] = "fp8"
     feature: ClassVar[str] = "FP8"
     stage: ClassVar[str] = "precision"
-    tried_with: ClassVar[dict[str, Any]] = {
-        "fp8": True,
-        "fp8_allow_cpu": True,
-        "fp8_min_features": 16,
-    }
+    tried_with: ClassVar[dict[str, Any]] = dict(fp8=True, fp8_allow_cpu=True, fp8_min_features=16)
     stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter"})
     imports: ClassVar[tuple[str, ...]] = ("torchao",)
     proven_by: ClassVar[str] = "aten::_scaled_mm"
@@ -59,18 +54,15 @@ class Fp8(Transform):
     """Compute the products of the linears in FP8: needs H100, H200 or newer GPUs."""
     fp8_recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
     """How factors are scaled: tensorwise (fastest), rowwise (one scale per row, more exact),
-    rowwise_with_gw_hp (rowwise, weight gradients in bf16).
-    """
+    rowwise_with_gw_hp (rowwise, weight gradients in bf16)."""
     fp8_enable_fsdp_float8_all_gather: bool = False
     """Gather sharded weights in FP8, half the bytes of bf16; only with fp8_recipe: tensorwise."""
     fp8_exclude: str | list[str] = ""
     """Linears to leave in bf16, comma separated or a list: names, ends of names (down_proj), or
-    patterns (model.layers.0.*).
-    """
+    patterns (model.layers.0.*)."""
     fp8_min_features: Annotated[int, Field(ge=0)] | None = None
     """Linears with fewer input or output features stay in bf16; none is the size measured for the
-    recipe, 0 skips none for its size.
-    """
+    recipe, 0 skips none for its size."""
     fp8_allow_cpu: bool = False
     """Allow FP8 on a CPU, where it is exact but slow: to test a job."""
 
@@ -84,65 +76,47 @@ class Fp8(Transform):
         """Whether each factor has one scale."""
         return self.fp8_recipe == "tensorwise"
 
-    @property
-    def excluded(self) -> list[str]:
-        """The patterns in fp8_exclude, as a list."""
-        return patterns(self.fp8_exclude)
-
     def contradictions(self) -> Iterable[Problem]:
         """Refuse FP8 all-gather unless each tensor has one scale."""
         if self.fp8_enable_fsdp_float8_all_gather and not self.is_tensorwise:
-            yield Problem(
-                f"weights are gathered in FP8 with one scale each, and fp8_recipe is "
-                f"{self.fp8_recipe}",
-                "set fp8_recipe: tensorwise, or fp8_enable_fsdp_float8_all_gather: false",
-                "fp8_enable_fsdp_float8_all_gather and fp8_recipe",
-            )
+            recipe, key = self.fp8_recipe, "fp8_enable_fsdp_float8_all_gather"
+            text = f"weights are gathered in FP8 with one scale each, and fp8_recipe is {recipe}"
+            fix = f"set fp8_recipe: tensorwise, or {key}: false"
+            yield Problem(text, fix, f"{key} and fp8_recipe")
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
         """Refuse CPUs unless fp8_allow_cpu is set, and adapters that read gathered weights."""
+        key = "fp8_enable_fsdp_float8_all_gather"
         if self.fp8_enable_fsdp_float8_all_gather and job.flat().get("use_dora"):
             text = "DoRA adds to the base weights, which arrive in float8"
-            fix = "set use_dora: false, or fp8_enable_fsdp_float8_all_gather: false"
-            yield Problem(text, fix, "fp8_enable_fsdp_float8_all_gather and use_dora")
+            yield Problem(text, f"set use_dora: false, or {key}: false", f"{key} and use_dora")
         if job.parallel.use_cpu and not self.fp8_allow_cpu:
             text = "FP8 requires Hopper architecture: H100, H200 or newer GPUs"
             fix = "set use_cpu: false, or fp8_allow_cpu: true, which is exact but slow"
             yield Problem(text, fix, "fp8 and use_cpu")
 
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse machines and software without FP8.
-
-        Raises:
-            ClusterError: with the rule, what was found on the node, and what to do.
-        """
+        """Refuse machines and software without FP8."""
         torch_version = facts.versions.get("torch")
-        if torch_version is None or release(torch_version) < (2, 7):
-            raise ClusterError(
-                "FP8 requires PyTorch 2.7+",
-                f"node {facts.node_ip}, torch {torch_version or 'is not installed'}",
-                "install torch>=2.11 on that node, or set fp8: false",
-            )
+        if torch_version is None or numbers(torch_version) < (2, 7):
+            found = f"node {facts.node_ip}, torch {torch_version or 'is not installed'}"
+            fix = "install torch>=2.11 on that node, or set fp8: false"
+            raise ClusterError("FP8 requires PyTorch 2.7+", found, fix)
         require_package(facts, "FP8", "torchao", "set fp8: false", "torchao>=0.18,<0.19")
         if facts.device_type == "cpu" and self.fp8_allow_cpu:
             return
         if facts.compute_capability is None or facts.compute_capability < (9, 0):
-            on_cpu = "; fp8_allow_cpu: true allows it on a CPU, exact but slow"
-            raise ClusterError(
-                "FP8 requires Hopper architecture (compute capability 9.0 or newer)",
-                facts.describe(),
-                "run on H100/H200 workers, or set fp8: false"
-                + (on_cpu if facts.device_type == "cpu" else ""),
-            )
+            what = "FP8 requires Hopper architecture (compute capability 9.0 or newer)"
+            fix = "run on H100/H200 workers, or set fp8: false"
+            if facts.device_type == "cpu":
+                fix += "; fp8_allow_cpu: true allows it on a CPU, exact but slow"
+            raise ClusterError(what, facts.describe(), fix)
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Choose the linears that compute in FP8.
-
-        Raises:
-            JobError: when a pattern of fp8_exclude matches no linear.
-        """
+        """Choose the linears that compute in FP8."""
         becomes = {LINEAR: OWN if self.is_tensorwise else TORCHAO}
-        changes, skipped = plan_linears(model, becomes, "fp8_exclude", self.excluded, self._why_not)
+        given = self.fp8_exclude
+        changes, skipped = plan_linears(model, becomes, "fp8_exclude", given, self._why_not)
         notes = self._notes(model, changes.keys(), changes.keys() | skipped.keys(), context)
         return Plan(self.name, changes, skipped, tuple(notes))
 
@@ -150,9 +124,8 @@ class Fp8(Transform):
         sizes = (linear.in_features, linear.out_features)
         if any(size % MULTIPLE for size in sizes):
             return f"{sizes[0]} x {sizes[1]}: not divisible by {MULTIPLE}"
-        smallest = self.fp8_min_features
-        if smallest is None:
-            smallest = SMALLEST[self.fp8_recipe]
+        given = self.fp8_min_features
+        smallest = SMALLEST[self.fp8_recipe] if given is None else given
         if min(sizes) < smallest:
             return f"{sizes[0]} x {sizes[1]}: too small to gain (fp8_min_features: {smallest})"
         return ""
@@ -182,29 +155,36 @@ class Fp8(Transform):
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Replace each planned linear by a Float8Linear that owns the same parameters."""
-        kind, config = self._kind(), self._config()
-        for fqn in plan.changes:
-            model.set_submodule(fqn, kind.from_float(model.get_submodule(fqn), config))
+        from torchao.float8 import float8_linear
+
+        from raytrain_adv.ops.float8 import linear
+
+        kind: Any = (linear if self.is_tensorwise else float8_linear).Float8Linear
         if not self.is_tensorwise:
-            self._keep_rounding()
+            import torch._inductor.config
+
+            # Make Inductor round to bf16 where eager code does: without it row-wise scales and the
+            # values they are computed from differ. Remove when pytorch#150859 is closed.
+            torch._inductor.config.emulate_precision_casts = True
+        for fqn in plan.changes:
+            model.set_submodule(fqn, kind.from_float(model.get_submodule(fqn), self._config()))
 
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
     ) -> Plan:
         """Compare the product and gradients of each kind of linear, in each size, with those
         without FP8; on a GPU also the casts, bit for bit, in every tile size they may take there.
-
-        Raises:
-            TrainingError: where they are further off than FP8 rounds.
         """
         import torch
 
         from raytrain_adv.ops.float8.linear import distance
+        from raytrain_adv.trial.compare import precision
 
+        alike = ("in_features", "out_features", "weight_dtype", "activation_dtype", "group_size")
         kinds: dict[object, Any] = {}
-        for fqn in plan.changes:
-            linear: Any = model.get_submodule(fqn)
-            kinds.setdefault(_kind_of(linear), linear)
+        for linear in map(model.get_submodule, plan.changes):
+            kind = (type(linear), *(vars(linear).get(name) for name in alike))
+            kinds.setdefault(kind, linear)
         try:
             if device.type == "cuda" and self.is_tensorwise:
                 from raytrain_adv.ops.float8.cast_kernel import wrong_tiles
@@ -217,43 +197,22 @@ class Fp8(Transform):
         except (RuntimeError, ImportError, OSError) as error:
             _refuse_wrong([f"{type(error).__name__}: {first_line(error)}"], dtype)
         wrong = [
-            f"{linear.in_features} x {linear.out_features}: values off by {value:.2g}, gradients "
-            f"by {gradient:.2g}"
-            for linear, (value, gradient) in zip(kinds.values(), errors, strict=True)
-            if not max(value, gradient) < OFF_BY
+            f"{m.in_features} x {m.out_features}: values off by {v:.2g}, gradients by {g:.2g}"
+            for m, (v, g) in zip(kinds.values(), errors, strict=True)
+            if not max(v, g) < OFF_BY
         ]
         _refuse_wrong(wrong, dtype)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        precision = str(dtype).removeprefix("torch.")
+        values, gradients = (max(column) for column in zip(*errors, strict=True))
+        torch.cuda.empty_cache()
         return plan.with_notes(
-            f"tested on {device.type} in {precision}, {len(kinds)} sizes: products off by "
-            f"{max(e[0] for e in errors):.1e}, gradients by {max(e[1] for e in errors):.1e}, which "
-            "is FP8's rounding"
+            f"tested on {device.type} in {precision(dtype)}, {len(kinds)} sizes: products off by "
+            f"{values:.1e}, gradients by {gradients:.1e}, which is FP8's rounding"
         )
-
-    def _kind(self) -> Any:
-        if not self.is_tensorwise:
-            from torchao.float8.float8_linear import Float8Linear as TorchaoFloat8Linear
-
-            return TorchaoFloat8Linear
-        from raytrain_adv.ops.float8.linear import Float8Linear
-
-        return Float8Linear
 
     def _config(self) -> Float8LinearConfig:
         from torchao.float8 import Float8LinearConfig
 
         return Float8LinearConfig.from_recipe_name(self.fp8_recipe)
-
-    @staticmethod
-    def _keep_rounding() -> None:
-        """Make Inductor round to bf16 where eager code does: without it row-wise scales and the
-        values they are computed from differ (pytorch#150859). Remove when that is closed.
-        """
-        import torch._inductor.config
-
-        torch._inductor.config.emulate_precision_casts = True
 
     def before_sharding(self, model: nn.Module) -> None:
         """Make FSDP2 gather the weights in float8, if the job enables it."""
@@ -288,14 +247,6 @@ class Fp8(Transform):
             update_scales(model)
 
 
-def _kind_of(linear: Any) -> object:
-    """Return a key that linears share if they compute alike: class, sizes, how they round."""
-    rounding = [
-        vars(linear).get(name) for name in ("weight_dtype", "group_size", "activation_dtype")
-    ]
-    return type(linear), linear.in_features, linear.out_features, *rounding
-
-
 def _refuse_wrong(found: list[str], dtype: torch.dtype) -> None:
     if found:
         raise TrainingError(
@@ -304,8 +255,3 @@ def _refuse_wrong(found: list[str], dtype: torch.dtype) -> None:
             "compare the versions of torch, triton, torchao and the GPU's driver with "
             "constraints.txt, or set fp8: false",
         )
-
-
-def release(version: str) -> tuple[int, ...]:
-    """Return the numbers of a version: 2.11.0+cu130 gives (2, 11, 0)."""
-    return tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[:3])

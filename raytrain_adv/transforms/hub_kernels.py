@@ -33,11 +33,12 @@ DEFAULT = Wanted(
     version=3,
     layers={"RMSNorm": "LigerRMSNorm"},
 )
-"""What use_kernels: true means alone.
-
-Source: transformers 5.23's own mapping of kernels, in which it is the one layer of a dense model
-that is meant for training.
-"""
+"""What use_kernels: true means alone. Source: transformers 5.23's own mapping of kernels, in which
+it is the one layer of a dense model that is meant for training."""
+OF_DEFAULT = (
+    "use_kernels: true without kernel_name: LigerRMSNorm, whose gradient is known to be correct; "
+    "nothing else of the Hub's own choice trains"
+)
 OLDEST = (0, 16)
 """Version of the kernels package that has the modes used here."""
 
@@ -47,10 +48,9 @@ class HubKernels(Transform):
 
     name: ClassVar[str] = "kernels"
     feature: ClassVar[str] = "HF Kernels"
-    tried_with: ClassVar[dict[str, Any]] = {
-        "use_kernels": True,
-        "kernel_name": "jobs/kernels/llama_layers",
-    }
+    tried_with: ClassVar[dict[str, Any]] = dict(
+        use_kernels=True, kernel_name="jobs/kernels/llama_layers"
+    )
     stage: ClassVar[str] = "kernel"
     # What these put inside an MLP is still called: a trial on the worker checks that.
     stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter", "precision"})
@@ -107,11 +107,7 @@ class HubKernels(Transform):
             yield from source.path_problems(self.kernels_lock, "kernels_lock")
 
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse machines without the kernels package.
-
-        Raises:
-            ClusterError: with what was found on the node, and what to do.
-        """
+        """Refuse machines without the kernels package."""
         version = facts.versions.get("kernels")
         if version is None or numbers(version) < OLDEST:
             missing = ": kernels package not available" if version is None else ""
@@ -125,8 +121,7 @@ class HubKernels(Transform):
         """Put the kernels' files into output_dir, pinned by kernels.lock.json there; files of an
         earlier attempt stay.
         """
-        wanted = self._wanted_on(job, facts)
-        if wanted:
+        if wanted := self._wanted_on(job, facts):
             fetch.fetch(wanted, self.place(job, facts), own_lock(job), say)
 
     def place(self, job: JobConfig, facts: HardwareFacts) -> Place:
@@ -144,35 +139,24 @@ class HubKernels(Transform):
         return () if no_default(job, facts) else (DEFAULT,)
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Choose the kernel's layer for each module that gets one.
-
-        Raises:
-            JobError: when a kernel is missing or replaces nothing, or two want the same module.
-        """
+        """Choose the kernel's layer for each module that gets one."""
         from raytrain_adv.kernels.select import all_sites, choose
 
         job, facts = context.job, context.facts
-        wanted = self._wanted_on(job, facts)
-        if not wanted:
-            why = no_default(job, facts)
-            return Plan(self.name, notes=(why,), empty_because=why)
-        if not self.wanted and not all_sites(model).get("RMSNorm"):
+        why = "" if self.wanted else no_default(job, facts)
+        if not self.wanted and not why and not all_sites(model).get("RMSNorm"):
             why = "use_kernels: true replaces nothing here: the model has no RMSNorm it knows"
+        if why:
             return Plan(self.name, notes=(why,), empty_because=why)
-        builds = [self._planned(one, job, facts) for one in wanted]
+        builds = [self._planned(one, job, facts) for one in self._wanted_on(job, facts)]
         chosen = choose(model, builds, compiled=job.parallel.torch_compile)
         changes = {
             fqn: Change(class_name(model.get_submodule(fqn)), one.name, part="forward")
             for fqn, one in chosen.layers.items()
         }
-        notes = [*map(_origin, builds), *chosen.notes, *self._costs(job, chosen)]
-        notes += [note for build in builds for note in self._reservations(build, job, facts)]
-        if not self.wanted:
-            notes.insert(
-                0,
-                "use_kernels: true without kernel_name: LigerRMSNorm, whose gradient "
-                "is known to be correct; nothing else of the Hub's own choice trains",
-            )
+        notes = [] if self.wanted else [OF_DEFAULT]
+        notes += [*map(_origin, builds), *chosen.notes, *_costs(job, chosen)]
+        notes += [note for build in builds for note in _reservations(build, job, facts)]
         details = {"kernels": [b.locked.model_dump(exclude={"folder"}) for b in builds]}
         return Plan(self.name, changes, chosen.skipped, tuple(notes), details=details)
 
@@ -188,42 +172,10 @@ class HubKernels(Transform):
                 raise
             return fetch.find(wanted, replace(place, target=None))
 
-    @staticmethod
-    def _reservations(build: Build, job: JobConfig, facts: HardwareFacts) -> Iterable[str]:
-        target = Target.of(facts)
-        if is_build(build.locked.variant) and choose_build([build.locked.variant], target) is None:
-            yield f"{build.name} has no build for {target}: a run here would be refused"
-        if build.wanted.is_local and build.folder.is_relative_to(own_lock(job).parent):
-            origin = fetch.local_build(build.wanted, target)
-            if origin is not None and lock.differences(build.locked, origin):
-                yield (
-                    f"{build.wanted.source} has changed since this run began; the run keeps using "
-                    "its copy in output_dir"
-                )
-
-    @staticmethod
-    def _costs(job: JobConfig, chosen: Choice) -> Iterable[str]:
-        bridged = sorted({one.name for one in chosen.layers.values() if one.is_bridged})
-        if bridged:
-            yield (
-                f"{', '.join(bridged)}: the kernel computes forward only; its gradient is "
-                "raytrain_adv's"
-            )
-        if job.parallel.torch_compile:
-            yield (
-                "torch_compile fuses what it compiles with its neighbors, and cannot do that with "
-                "a kernel: the step may be slower than with use_kernels: false; compare the two"
-            )
-
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
     ) -> Plan:
-        """Test each kernel on this device and dtype, and put it in its places.
-
-        Raises:
-            JobError: when a kernel's files are not those locked, or it is wrong, cuts a gradient or
-                bypasses a module.
-        """
+        """Test each kernel on this device and dtype, and put it in its places."""
         from raytrain_adv import hardware
         from raytrain_adv.kernels.select import choose
         from raytrain_adv.kernels.swap import install
@@ -235,20 +187,14 @@ class HubKernels(Transform):
         for build in builds:
             lock.require_same(build.locked, build.folder, own_lock(job))
         chosen = choose(model, builds, compiled=job.parallel.torch_compile)
-        if {fqn: one.name for fqn, one in chosen.layers.items()} != {
-            fqn: change.after for fqn, change in plan.changes.items()
-        }:
-            raise JobError(
-                "the kernels changed between the plan and the run",
-                f"{own_lock(job)}",
-                "run the job again, while nothing else writes into output_dir",
-            )
+        planned = {fqn: change.after for fqn, change in plan.changes.items()}
+        if {fqn: one.name for fqn, one in chosen.layers.items()} != planned:
+            fix = "run the job again, while nothing else writes into output_dir"
+            what = "the kernels changed between the plan and the run"
+            raise JobError(what, str(own_lock(job)), fix)
         trials = install(model, chosen, device, dtype, compiled=job.parallel.torch_compile)
-        return replace(
-            plan,
-            notes=plan.notes + tuple(trial.sentence for trial in trials),
-            details={**plan.details, "trials": [trial.as_dict() for trial in trials]},
-        )
+        details = {**plan.details, "trials": [trial.as_dict() for trial in trials]}
+        return replace(plan, details=details).with_notes(*(trial.sentence for trial in trials))
 
 
 def own_lock(job: JobConfig) -> Path:
@@ -258,23 +204,40 @@ def own_lock(job: JobConfig) -> Path:
 
 def no_default(job: JobConfig, facts: HardwareFacts) -> str:
     """Return why use_kernels: true alone replaces nothing; empty if it replaces something."""
+    where, why = "", ""
     if job.parallel.torch_compile:
-        return (
-            "use_kernels: true replaces nothing under torch_compile: its default, LigerRMSNorm, "
-            "cannot be compiled, and PyTorch fuses the norm itself"
-        )
-    if facts.device_type != "cuda":
-        return (
-            "use_kernels: true replaces nothing on a CPU: its default, LigerRMSNorm, is a Triton "
-            "kernel and needs a GPU"
-        )
-    return ""
+        where, why = "under torch_compile", "cannot be compiled, and PyTorch fuses the norm itself"
+    elif facts.device_type != "cuda":
+        where, why = "on a CPU", "is a Triton kernel and needs a GPU"
+    text = f"use_kernels: true replaces nothing {where}: its default, LigerRMSNorm, {why}"
+    return text if where else ""
 
 
 def _origin(build: Build) -> str:
     locked = build.locked
     pinned = f"commit {locked.commit}" if locked.commit else f"sha256 {locked.digest[:12]}"
-    return (
-        f"{build.wanted.asked}: {pinned}, build {locked.variant}, {len(locked.files)} files; "
-        f"{locked.trust}"
-    )
+    of = f"build {locked.variant}, {len(locked.files)} files"
+    return f"{build.wanted.asked}: {pinned}, {of}; {locked.trust}"
+
+
+def _reservations(build: Build, job: JobConfig, facts: HardwareFacts) -> Iterable[str]:
+    target = Target.of(facts)
+    if is_build(build.locked.variant) and choose_build([build.locked.variant], target) is None:
+        yield f"{build.name} has no build for {target}: a run here would be refused"
+    if build.wanted.is_local and build.folder.is_relative_to(own_lock(job).parent):
+        origin = fetch.local_build(build.wanted, target)
+        if origin is not None and lock.differences(build.locked, origin):
+            kept = "the run keeps using its copy in output_dir"
+            yield f"{build.wanted.source} has changed since this run began; {kept}"
+
+
+def _costs(job: JobConfig, chosen: Choice) -> Iterable[str]:
+    bridged = sorted({one.name for one in chosen.layers.values() if one.is_bridged})
+    if bridged:
+        only = "the kernel computes forward only; its gradient is raytrain_adv's"
+        yield f"{', '.join(bridged)}: {only}"
+    if job.parallel.torch_compile:
+        yield (
+            "torch_compile fuses what it compiles with its neighbors, and cannot do that with "
+            "a kernel: the step may be slower than with use_kernels: false; compare the two"
+        )

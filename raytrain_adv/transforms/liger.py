@@ -1,23 +1,28 @@
-"""Liger's Triton layers (RMSNorm, SwiGLU, rotary embedding), in this model's modules alone.
-
-Liger patches whole modules of transformers even if it is given a model; those changes are undone,
-so that other models of the process are unaffected.
+"""Liger's Triton layers (RMSNorm, SwiGLU, rotary embedding), in this model only: what Liger changes
+in the modules of transformers is undone.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from inspect import signature
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.errors import JobError
 from raytrain_adv.transforms.modules import class_name, nearest
-from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, require_package
+from raytrain_adv.transforms.transform import (
+    Change,
+    Context,
+    Plan,
+    Transform,
+    require_gpu,
+    require_package,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
     from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
 
-PACKAGE = "liger-kernel"
+PACKAGE, OFF = "liger-kernel", "set use_liger_kernel: false"
 LAYERS = ("rms_norm", "layer_norm", "swiglu", "geglu")
 """Layers that true turns on where the model has them."""
 ROPE = "rope"
@@ -56,8 +61,7 @@ class Liger(Transform):
     use_liger_kernel: bool | dict[str, bool] = False
     """Use Liger's layers: true takes its norms and gated MLPs, except those that use_kernels
     computes; a mapping takes what it names, of rms_norm, layer_norm, swiglu, geglu and rope. The
-    loss has its own key, loss_kernel.
-    """
+    loss has its own key, loss_kernel."""
 
     @property
     def layers(self) -> dict[str, bool]:
@@ -91,52 +95,35 @@ class Liger(Transform):
                 fix = f"did you mean {near[0]}?" if near else f"name {', '.join((*LAYERS, ROPE))}"
                 yield Problem(f"Liger has no layer {name}", fix, key)
         if not any(given.values()):
-            yield Problem("a mapping that turns nothing on", "set use_liger_kernel: false", key)
+            yield Problem("a mapping that turns nothing on", OFF, key)
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
         """Refuse a run on CPUs."""
         if job.parallel.use_cpu:
-            text = "Liger's layers are written in Triton and need a GPU"
-            fix = "set use_liger_kernel: false, or use_cpu: false"
-            yield Problem(text, fix, "use_liger_kernel and use_cpu")
+            text, keys = "Liger's layers are written in Triton and need a GPU", "and use_cpu"
+            yield Problem(text, f"{OFF}, or use_cpu: false", f"use_liger_kernel {keys}")
 
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse nodes without a GPU or without the package.
-
-        Raises:
-            ClusterError: with what was found on the node, and what to do.
-        """
-        other = "set use_liger_kernel: false"
-        require_package(facts, "use_liger_kernel", PACKAGE, other)
-        if facts.device_type != "cuda":
-            raise ClusterError(
-                "Liger's layers are written in Triton and run on GPUs only",
-                facts.describe(),
-                f"run on GPU workers, or {other}",
-            )
+        """Refuse nodes without a GPU or without the package."""
+        require_package(facts, "use_liger_kernel", PACKAGE, OFF)
+        require_gpu(facts, "Liger's layers are written in Triton and run on GPUs only", OFF)
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Apply Liger to a copy of the model, and return which modules it changed there.
-
-        Raises:
-            JobError: for a model that Liger does not know, or that lacks a layer that is named.
-        """
+        """Apply Liger to a copy of the model, and return which modules it changed there."""
         self._check_model(model)
         trial = copy.deepcopy(model)
-        changed_by = self._apply(trial)
-        if isinstance(self.use_liger_kernel, dict):
-            for name, wanted in self.layers.items():
-                if wanted and not changed_by.get(name):
-                    raise JobError(
-                        f"use_liger_kernel: {name}: true changes nothing in this model",
-                        f"Liger has no {name} for {_model_type(model)}",
-                        f"delete {name}",
-                    )
-        now = dict(trial.named_modules())
+        for name, count in self._apply(trial).items():
+            if not count and isinstance(self.use_liger_kernel, dict):
+                raise JobError(
+                    f"use_liger_kernel: {name}: true changes nothing in this model",
+                    f"Liger has no {name} for {_model_type(model)}",
+                    f"delete {name}",
+                )
+        now = self._kinds(trial)
         changes = {
-            fqn: Change(class_name(module), self.what_is(now[fqn]))
+            fqn: Change(class_name(module), now[fqn])
             for fqn, module in model.named_modules()
-            if self.what_is(now[fqn]) != self.what_is(module)
+            if now[fqn] != self.what_is(module)
         }
         notes = (COMPILED,) if context.job.parallel.torch_compile else ()
         # Named kernels keep their modules; Liger's layers, if not named, are the fallback.
@@ -151,7 +138,7 @@ class Liger(Transform):
             raise JobError(
                 f"use_liger_kernel needs the package {PACKAGE}, also where the plan is made",
                 str(error),
-                f"pip install {PACKAGE} here, or set use_liger_kernel: false",
+                f"pip install {PACKAGE} here, or {OFF}",
             ) from error
         known = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
         kind = _model_type(model)
@@ -160,7 +147,7 @@ class Liger(Transform):
             raise JobError(
                 f"Liger has no kernels for this model: {kind}",
                 f"the nearest it has are {', '.join(near)}" if near else f"it has {len(known)}",
-                "set use_liger_kernel: false",
+                OFF,
             )
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
@@ -177,26 +164,24 @@ class Liger(Transform):
     def _apply(self, model: nn.Module) -> dict[str, int]:
         """Patch the model's instances, a kind of layer at a time; return how many each changed."""
         counts = {}
-        for name, wanted in self.layers.items():
-            if not wanted:
-                continue
-            before = {fqn: self.what_is(m) for fqn, m in model.named_modules()}
+        for name in (name for name, wanted in self.layers.items() if wanted):
+            before = self._kinds(model)
             with _globals_kept(model):
                 _bind_rotary(model) if name == ROPE else _bind_layers(model, name)
             _bind_stand_ins(model)
-            now = {fqn: self.what_is(m) for fqn, m in model.named_modules()}
-            counts[name] = sum(before[fqn] != kind for fqn, kind in now.items())
+            counts[name] = sum(before[fqn] != kind for fqn, kind in self._kinds(model).items())
         return counts
+
+    def _kinds(self, model: nn.Module) -> dict[str, str]:
+        return {fqn: self.what_is(module) for fqn, module in model.named_modules()}
 
     def what_is(self, module: nn.Module) -> str:
         """Return a module's class, and Liger's class or function where one is bound to it."""
-        bound = getattr(module.__dict__.get("forward"), "__func__", None)
-        if bound is None:
-            return class_name(module)
-        if str(bound.__module__).startswith("liger_kernel."):
+        bound: Any = _bound_forward(module)
+        if _is_ligers(bound):
             return f"{class_name(module)} with Liger's {bound.__qualname__.partition('.')[0]}"
         rotary: Any = getattr(bound, "__globals__", {}).get(ROTARY)
-        if str(getattr(rotary, "__module__", "")).startswith("liger_kernel."):
+        if _is_ligers(rotary):
             return f"{class_name(module)} with Liger's {rotary.__name__}"
         return class_name(module)
 
@@ -205,10 +190,6 @@ class Liger(Transform):
     ) -> Plan:
         """Refuse layers that torch.compile would compile wrongly, and compare values and gradients
         of each kind of changed module with those of its class.
-
-        Raises:
-            JobError: for a layer of Liger's that has no operator in ops/liger_layers.py; where
-                values differ, or a child module is no longer called.
         """
         import torch
 
@@ -217,20 +198,17 @@ class Liger(Transform):
         if job.parallel.torch_compile:
             require_operators(model, plan)
         sentences = []
+        fix = "set it to false in use_liger_kernel"
         layers = {fqn: change.after for fqn, change in plan.changes.items()}
         for layer, fqns in group_alike(model, layers):
             module: Any = model.get_submodule(fqns[0])
             name = layer.partition(" with ")[2] or layer
-            candidate = Candidate(
-                module.forward.__func__, name, module, "set it to false in use_liger_kernel"
-            )
+            candidate = Candidate(module.forward.__func__, name, module, fix)
             try:
-                trial = try_module(candidate, device, dtype, name, len(fqns))
-                sentences.append(trial.sentence)
+                sentences.append(try_module(candidate, device, dtype, name, len(fqns)).sentence)
             except Untried as error:
                 sentences.append(f"{error.what}: {error.found}")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         return plan.with_notes(*sentences)
 
 
@@ -243,11 +221,9 @@ def _bind_layers(model: nn.Module, name: str) -> None:
     from liger_kernel.transformers import monkey_patch
 
     apply = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN[_model_type(model)]
-    flags = {
-        flag: False for flag in (*LAYERS, ROPE, *LOSSES) if flag in signature(apply).parameters
-    }
-    if name in flags:
-        apply(model=model, **{**flags, name: True})
+    known = signature(apply).parameters
+    if name in known:
+        apply(model=model, **{f: f == name for f in (*LAYERS, ROPE, *LOSSES) if f in known})
 
 
 def _bind_stand_ins(model: nn.Module) -> None:
@@ -256,7 +232,7 @@ def _bind_stand_ins(model: nn.Module) -> None:
 
     of_forward: dict[FunctionType, FunctionType] = {}
     for module in model.modules():
-        forward: Any = getattr(vars(module).get("forward"), "__func__", None)
+        forward: Any = _bound_forward(module)
         if not _is_ligers(forward):
             continue
         names = {name: STAND_INS[name] for name in forward.__code__.co_names if name in STAND_INS}
@@ -270,9 +246,8 @@ def _bind_stand_ins(model: nn.Module) -> None:
 
 
 def _bind_rotary(model: nn.Module) -> None:
-    """Give each attention module its own forward, whose rotary function is Liger's.
-
-    Liger itself replaces the function for the whole process.
+    """Give each attention module a forward with Liger's rotary function, which Liger itself puts
+    into the whole process.
     """
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
@@ -290,32 +265,30 @@ def require_operators(model: nn.Module, plan: Plan) -> None:
     """Refuse layers that torch.compile would compile wrongly.
 
     Raises:
-        JobError: for a layer of Liger's that has no operator in ops/liger_layers.py.
-    """
-    for fqn in plan.changes:
-        _require_understood(vars(model.get_submodule(fqn))["forward"].__func__)
-
-
-def _require_understood(forward: FunctionType) -> None:
-    """Refuse a forward pass of Liger's that calls a kernel without an operator here.
-
-    Raises:
-        JobError: naming it.
+        JobError: for a layer of Liger's that calls a kernel without an operator in
+            ops/liger_layers.py.
     """
     from raytrain_adv.ops.liger_layers import STAND_INS, UNDERSTOOD
 
-    if not _is_ligers(forward):
-        return  # an attention module's own, which rotates by Liger's function
-    named = {name: forward.__globals__.get(name) for name in forward.__code__.co_names}
-    calls = {name for name, value in named.items() if _is_ligers(value)}
-    if calls - {*STAND_INS, *UNDERSTOOD}:
-        raise JobError(
-            f"torch_compile may compile Liger's {forward.__qualname__.partition('.')[0]} wrongly",
-            "it does not see what Liger's kernels write to, and raytrain_adv has no operator that "
-            "declares it for this one",
-            "set torch_compile: false, or name the layers to take without it, as in "
-            "use_liger_kernel: {rms_norm: true}",
-        )
+    for fqn in plan.changes:
+        forward: Any = _bound_forward(model.get_submodule(fqn))
+        if not _is_ligers(forward):
+            continue  # an attention module's own, which rotates by Liger's function
+        names = set(forward.__code__.co_names) - {*STAND_INS, *UNDERSTOOD}
+        if any(_is_ligers(forward.__globals__.get(name)) for name in names):
+            kind = forward.__qualname__.partition(".")[0]
+            raise JobError(
+                f"torch_compile may compile Liger's {kind} wrongly",
+                "it does not see what Liger's kernels write to, and raytrain_adv has no operator "
+                "that declares it for this one",
+                "set torch_compile: false, or name the layers to take without it, as in "
+                "use_liger_kernel: {rms_norm: true}",
+            )
+
+
+def _bound_forward(module: nn.Module) -> FunctionType | None:
+    """Return the function that is bound to a module instead of its class's forward."""
+    return getattr(vars(module).get("forward"), "__func__", None)
 
 
 def _is_ligers(value: object) -> bool:
@@ -331,13 +304,8 @@ def _with_names(function: FunctionType, values: dict[str, Any]) -> FunctionType:
     names = {**function.__globals__, **values}
     # torch.compile would look globals up in the module of this name, which lacks ours.
     names.pop("__name__", None)
-    own = FunctionType(
-        function.__code__.replace(),
-        names,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
+    code, defaults = function.__code__.replace(), function.__defaults__
+    own = FunctionType(code, names, function.__name__, defaults, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
     return own
 
@@ -345,11 +313,9 @@ def _with_names(function: FunctionType, values: dict[str, Any]) -> FunctionType:
 @contextmanager
 def _globals_kept(model: nn.Module) -> Iterator[None]:
     """Undo what Liger changes in the modules that the model's classes come from."""
-    homes = {sys.modules[type(m).__module__] for m in model.modules()}
-    names = {home: dict(vars(home)) for home in homes if isinstance(home, ModuleType)}
-    forwards: dict[type, Callable[..., Any]] = {
-        type(m): vars(type(m))["forward"] for m in model.modules() if "forward" in vars(type(m))
-    }
+    types = {type(m) for m in model.modules()}
+    names = {home: dict(vars(home)) for home in {sys.modules[kind.__module__] for kind in types}}
+    forwards = {kind: vars(kind)["forward"] for kind in types if "forward" in vars(kind)}
     try:
         yield
     finally:
@@ -361,4 +327,4 @@ def _globals_kept(model: nn.Module) -> Iterator[None]:
                     setattr(home, name, value)
         for kind, forward in forwards.items():
             if vars(kind)["forward"] is not forward:
-                kind.forward = forward  # type: ignore[attr-defined] # a class of modules
+                kind.forward = forward

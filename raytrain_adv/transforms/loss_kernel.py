@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.errors import JobError
 from raytrain_adv.transforms.modules import LINEAR, class_name, fqn_of, output_head
-from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, require_package
+from raytrain_adv.transforms.transform import (
+    Change,
+    Context,
+    Plan,
+    Transform,
+    require_gpu,
+    require_package,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,8 +59,7 @@ class LossKernel(Transform):
     loss_kernel: Literal["auto", "torch", "chunked", "cut_cross_entropy", "liger"] = "auto"
     """How head and loss are computed: torch (logits of all tokens, then the loss), chunked (a part
     of the tokens at a time), cut_cross_entropy or liger (those packages' kernels, GPU only); auto
-    takes chunked, and torch for models that chunked is wrong for.
-    """
+    takes chunked, and torch for models that chunked is wrong for."""
     cut_cross_entropy: bool = False
     """The same as loss_kernel: cut_cross_entropy."""
 
@@ -77,18 +83,14 @@ class LossKernel(Transform):
     def contradictions(self) -> Iterable[Problem]:
         """Refuse two kernels for one loss."""
         if self.cut_cross_entropy and self.loss_kernel not in ("auto", "cut_cross_entropy"):
-            yield Problem(
-                f"the loss has one owner, and {self.loss_kernel} and cut_cross_entropy both claim "
-                "it",
-                "keep one of them",
-                "cut_cross_entropy and loss_kernel",
-            )
+            both = f"{self.loss_kernel} and cut_cross_entropy"
+            text = f"the loss has one owner, and {both} both claim it"
+            yield Problem(text, "keep one of them", "cut_cross_entropy and loss_kernel")
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
         """Refuse a kernel that the job's precision or device does not have."""
         key = "cut_cross_entropy" if self.cut_cross_entropy else "loss_kernel"
-        half = job.train.computes_in_bf16
-        if self.kernel == "cut_cross_entropy" and not half:
+        if self.kernel == "cut_cross_entropy" and not job.train.computes_in_bf16:
             text = "cut_cross_entropy computes in bf16 only"
             yield Problem(text, "set bf16: true, or loss_kernel: chunked", f"{key} and bf16")
         if self.kernel in PACKAGES and job.parallel.use_cpu:
@@ -96,30 +98,18 @@ class LossKernel(Transform):
             yield Problem(text, "set loss_kernel: chunked, or use_cpu: false", f"{key} and use_cpu")
 
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse kernels that the node cannot run.
-
-        Raises:
-            ClusterError: without the package, or without a GPU.
-        """
+        """Refuse kernels that the node cannot run."""
         package = PACKAGES.get(self.kernel)
         if package is None:
             return
+        what = f"The loss kernel {self.kernel}"
         other = "set loss_kernel: chunked, which runs everywhere"
-        require_package(facts, f"The loss kernel {self.kernel}", package, other)
-        if facts.device_type != "cuda":
-            raise ClusterError(
-                f"The loss kernel {self.kernel} is written in Triton and runs on GPUs only",
-                facts.describe(),
-                f"run on GPU workers, or {other}",
-            )
+        require_package(facts, what, package, other)
+        require_gpu(facts, f"{what} is written in Triton and runs on GPUs only", other)
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Return how the head will compute the loss; auto leaves it to torch where a named kernel
         would be refused.
-
-        Raises:
-            JobError: when the model's logits are not its head's alone, it has code of its own, or
-                the kernel would bypass what is on the head.
         """
         try:
             fqn, head = self._head_of(model)
@@ -128,42 +118,29 @@ class LossKernel(Transform):
                 raise
             why = f"loss_kernel: auto is torch for this model: {refusal.found}"
             return Plan(self.name, notes=(why,), empty_because=why)
-        change = Change(class_name(head), self._after(head))
-        notes = tuple(filter(None, (*self._notes(model), COSTS.get(self.kernel))))
-        return Plan(self.name, {fqn: change}, notes=notes)
+        after = _with_loss(head, self.kernel, self._is_plain(head))
+        changes = {fqn: Change(class_name(head), after)}
+        return Plan(self.name, changes, notes=tuple(self._notes(model)))
 
     def _head_of(self, model: nn.Module) -> tuple[str, nn.Module]:
-        """Return name and module of a head that can compute the loss.
-
-        Raises:
-            JobError: where there is none.
-        """
+        """Return name and module of a head that can compute the loss; refuse others."""
         head = output_head(model)
         fqn = fqn_of(model, head)
-        if head is None or fqn is None:
-            raise JobError(
-                f"loss_kernel: {self.kernel} needs a language-model head",
-                f"{class_name(model)} does not name the module that makes its logits",
-                "set loss_kernel: torch",
-            )
         # Body, head and loss replace the model's forward pass, which must do nothing else.
-        if not class_name(model).startswith("transformers."):
-            raise JobError(
-                f"loss_kernel: {self.kernel} is for models of transformers",
-                f"{class_name(model)} has its own forward pass",
-                "set loss_kernel: torch",
-            )
-        besides = _besides(model, head)
-        if besides:
-            raise JobError(
-                f"loss_kernel: {self.kernel} is for models that are a body and a head",
-                f"{class_name(model)} {besides}",
-                "set loss_kernel: torch",
-            )
-        self._check_head(fqn, head, class_name(head))
-        return fqn, head
+        if head is None or fqn is None:
+            what = "needs a language-model head"
+            found = "does not name the module that makes its logits"
+        elif not class_name(model).startswith("transformers."):
+            what, found = "is for models of transformers", "has its own forward pass"
+        else:
+            what, found = "is for models that are a body and a head", _besides(model, head)
+            if not found:
+                self._check_head(fqn, head)
+                return fqn, head
+        fix = "set loss_kernel: torch"
+        raise JobError(f"loss_kernel: {self.kernel} {what}", f"{class_name(model)} {found}", fix)
 
-    def _check_head(self, fqn: str, head: nn.Module, kind: str) -> None:
+    def _check_head(self, fqn: str, head: nn.Module) -> None:
         if self.kernel == "chunked":
             return
         key = "cut_cross_entropy: true" if self.cut_cross_entropy else f"loss_kernel: {self.kernel}"
@@ -171,7 +148,7 @@ class LossKernel(Transform):
         if not self._is_plain(head):
             raise JobError(
                 f"{key} would bypass what is on {fqn}",
-                f"{fqn} is a {kind}, and the kernel multiplies with its weight alone",
+                f"{fqn} is a {class_name(head)}, and the kernel multiplies with its weight alone",
                 f"{fix}, or keep {fqn} plain",
             )
         if self.kernel == "cut_cross_entropy" and getattr(head, "bias", None) is not None:
@@ -181,23 +158,19 @@ class LossKernel(Transform):
     def _is_plain(head: nn.Module) -> bool:
         return class_name(head) == LINEAR and "forward" not in head.__dict__
 
-    def _after(self, head: nn.Module) -> str:
-        how = "" if self._is_plain(head) else ", called chunk by chunk"
-        return f"{class_name(head)} with the loss of {self.kernel}{how}"
-
-    def _notes(self, model: nn.Module) -> tuple[str, ...]:
+    def _notes(self, model: nn.Module) -> Iterator[str]:
         logit_map = read_logit_map(model)
-        notes = []
         if self.is_auto:
-            notes.append(
+            yield (
                 f"loss_kernel: auto is {self.kernel}: as fast as torch's loss, and the logits of "
                 "all tokens never exist"
             )
         if logit_map.scale != 1.0:
-            notes.append(f"logits are multiplied by {logit_map.scale:g}, as the model does")
+            yield f"logits are multiplied by {logit_map.scale:g}, as the model does"
         if logit_map.softcap is not None:
-            notes.append(f"logits are capped at {logit_map.softcap:g}, as the model does")
-        return tuple(notes)
+            yield f"logits are capped at {logit_map.softcap:g}, as the model does"
+        if self.kernel in COSTS:
+            yield COSTS[self.kernel]
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Make the planned head compute the loss if it gets labels."""
@@ -205,16 +178,10 @@ class LossKernel(Transform):
 
         for fqn in plan.changes:
             head = model.get_submodule(fqn)
-            install(
-                model,
-                head,
-                HeadLoss(
-                    self.kernel,  # type: ignore[arg-type] # torch is not enabled
-                    read_logit_map(model),
-                    self._is_plain(head),
-                    text_config(model).vocab_size,
-                ),
-            )
+            kernel: Any = self.kernel
+            vocabulary = text_config(model).vocab_size
+            loss = HeadLoss(kernel, read_logit_map(model), self._is_plain(head), vocabulary)
+            install(model, head, loss)
 
     def what_is(self, module: nn.Module) -> str:
         """Return a module's class, and the loss that it computes."""
@@ -223,8 +190,12 @@ class LossKernel(Transform):
         loss = loss_of(module)
         if loss is None:
             return class_name(module)
-        how = "" if loss.reads_weight else ", called chunk by chunk"
-        return f"{class_name(module)} with the loss of {loss.kernel}{how}"
+        return _with_loss(module, loss.kernel, loss.reads_weight)
+
+
+def _with_loss(head: nn.Module, kernel: str, is_plain: bool) -> str:
+    how = "" if is_plain else ", called chunk by chunk"
+    return f"{class_name(head)} with the loss of {kernel}{how}"
 
 
 def _besides(model: nn.Module, head: nn.Module) -> str:
@@ -251,18 +222,15 @@ def read_logit_map(model: nn.Module) -> LogitMap:
     from raytrain_adv.ops.loss.linear_cross_entropy import LogitMap
 
     config = text_config(model)
+    given = {key: getattr(config, key, None) for key in (*SCALES, *DIVISORS, *SOFTCAPS)}
+    number = {key: float(v) for key, v in given.items() if v and isinstance(v, int | float)}
     scale, softcap = 1.0, None
     for key in SCALES:
-        scale *= _number(config, key) or 1.0
+        scale *= number.get(key, 1.0)
     multiplies = str(config.model_type).startswith(MULTIPLIED)
     for key in DIVISORS:
-        divisor = _number(config, key) or 1.0
+        divisor = number.get(key, 1.0)
         scale *= divisor if multiplies else 1.0 / divisor
     for key in SOFTCAPS:
-        softcap = _number(config, key) or softcap
+        softcap = number.get(key, softcap)
     return LogitMap(scale, softcap)
-
-
-def _number(config: Any, key: str) -> float | None:
-    value = getattr(config, key, None)
-    return float(value) if isinstance(value, int | float) else None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raytrain_adv.errors import JobError
 
@@ -24,36 +24,28 @@ def class_name(module: nn.Module) -> str:
     `peft.tuners.lora.layer.Linear`; for a class made by fully_shard, the original class.
     """
     kind = type(module)
-    if (
-        kind.__name__.startswith("FSDP")
-        and len(kind.__mro__) > 2
-        and not kind.__module__.startswith("torch.nn")
-    ):
+    if not kind.__module__.startswith("torch.nn"):
         kind = next((k for k in kind.__mro__ if not k.__name__.startswith("FSDP")), kind)
-    package = kind.__module__
-    if package.startswith("torch.nn.modules."):
-        package = "torch.nn"
-    return f"{package}.{kind.__qualname__}"
+    is_torchs = kind.__module__.startswith("torch.nn.modules.")
+    return f"{'torch.nn' if is_torchs else kind.__module__}.{kind.__qualname__}"
 
 
 def plan_linears(
     model: nn.Module,
     becomes: Mapping[str, str],
     key: str,
-    excluded: list[str],
+    value: str | list[str],
     why_not: Callable[[nn.Linear], str],
 ) -> tuple[dict[str, Change], dict[str, str]]:
-    """Choose the linears that a feature changes. The head, routers and adapters are skipped.
+    """Return the changes of the linears that a feature changes, and why others are skipped, both by
+    fqn. The head, routers and adapters are skipped.
 
     Args:
         model: its linears are chosen from.
         becomes: class that can be changed -> the class it becomes.
         key: the job key that excludes linears.
-        excluded: the patterns in it.
+        value: its value.
         why_not: returns why a linear of such a class is skipped; empty if it is not.
-
-    Returns:
-        The changes, and the reason for each linear that is skipped, both by fqn.
 
     Raises:
         JobError: if a pattern matches no linear.
@@ -63,9 +55,16 @@ def plan_linears(
     from raytrain_adv.transforms.transform import Change
 
     linears = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
-    refuse_unmatched(key, excluded, [own_name(fqn) for fqn in linears])
-    head = output_head(model)
-    heads = (head, getattr(head, "base_layer", None))  # under an adapter
+    excluded = patterns(value)
+    for pattern in excluded:
+        if not any(matches(pattern, own_name(fqn)) for fqn in linears):
+            known = sorted({short(own_name(fqn)) for fqn in linears})
+            raise JobError(
+                f"{key} {pattern} matches no linear of the model",
+                f"its linears are {', '.join(known)}",
+                f"did you mean {did_you_mean(pattern, known)}? a pattern may contain *",
+            )
+    heads = output_heads(model)
     changes: dict[str, Change] = {}
     skipped: dict[str, str] = {}
     for fqn, module in linears.items():
@@ -87,34 +86,38 @@ def plan_linears(
     return changes, skipped
 
 
-def expert_notes(model: nn.Module, consequence: str) -> tuple[str, ...]:
-    """Return a note with this consequence if the model has experts as stacked tensors."""
-    if not any(p.ndim == 3 for p in model.parameters()):
-        return ()
-    return (f"experts are stacked tensors, not linears: {consequence}",)
+def expert_notes(model: nn.Module, consequence: str) -> Iterator[str]:
+    """Yield a note with this consequence if the model has experts as stacked tensors."""
+    if any(p.ndim == 3 for p in model.parameters()):
+        yield f"experts are stacked tensors, not linears: {consequence}"
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """Return the module that makes logits, if the model, or the one inside PEFT's, names it."""
-    from transformers import PreTrainedModel
+    return _named_by(model, "get_output_embeddings")
 
-    if not isinstance(model, PreTrainedModel):
-        return None
-    untyped: Any = model
-    head: nn.Module | None = untyped.get_output_embeddings()
-    return head
+
+def output_heads(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the module that makes logits, and the one under its adapter."""
+    head = output_head(model)
+    return tuple(m for m in (head, getattr(head, "base_layer", None)) if m is not None)
 
 
 def input_embedding(model: nn.Module) -> nn.Embedding | None:
     """Return the table in which the model, or the one inside PEFT's, looks up its input ids."""
     from torch import nn
+
+    found = _named_by(model, "get_input_embeddings")
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def _named_by(model: nn.Module, method: str) -> nn.Module | None:
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel):
-        return None
-    untyped: Any = model
-    found = untyped.get_input_embeddings()
-    return found if isinstance(found, nn.Embedding) else None
+    found: nn.Module | None = None
+    if isinstance(model, PreTrainedModel):
+        found = getattr(model, method)()
+    return found
 
 
 def fqn_of(model: nn.Module, module: nn.Module | None) -> str | None:
@@ -149,29 +152,16 @@ def matches(pattern: str, fqn: str) -> bool:
     return fqn == pattern or fqn.endswith(f".{pattern}") or fnmatch.fnmatchcase(fqn, pattern)
 
 
-def refuse_unmatched(key: str, given: Iterable[str], linears: list[str]) -> None:
-    """Refuse patterns that match none of a model's linears.
-
-    Raises:
-        JobError: naming the pattern, the linears there are, and the nearest ones.
-    """
-    for pattern in given:
-        if any(matches(pattern, fqn) for fqn in linears):
-            continue
-        known = sorted({short(fqn) for fqn in linears})
-        close = nearest(pattern, known) or known
-        raise JobError(
-            f"{key} {pattern} matches no linear of the model",
-            f"its linears are {', '.join(known)}",
-            f"did you mean {', '.join(close[:3])}? a pattern may contain *",
-        )
-
-
 def short(name: str) -> str:
     """Return the last segment of a dotted name."""
     return name.rpartition(".")[2]
 
 
-def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """Return the known names most like a name that does not exist, the best first."""
-    return get_close_matches(name, list(dict.fromkeys(known)), n=most, cutoff=0.4)
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Return the three known names most like a name that does not exist, the best first."""
+    return get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.4)
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Return the known names most like a name that does not exist, or the first ones if none is."""
+    return ", ".join((nearest(name, known) or known)[:3])

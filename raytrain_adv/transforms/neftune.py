@@ -1,15 +1,15 @@
-"""NEFTune: uniform noise on the embeddings of what is trained on, against overfitting.
+"""NEFTune (https://arxiv.org/abs/2310.05914): noise on embeddings, against overfitting.
 
-Source: https://arxiv.org/abs/2310.05914. The paper scales the noise by the length of the example.
-transformers uses the length of the padded or packed row instead, which makes the noise of packed
-rows too small by a factor that depends on what else is in them, and gives padding noise too.
+As in the paper, it is scaled by the length of the example. transformers scales it by that of the
+padded or packed row, so that packed rows have too little, and padding has some too.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NOISE = "raytrain_adv::neftune_noise"
 """What a profile of a training step calls the noise."""
+OFF = "delete neftune_noise_alpha"
 PROBED = ((24,), (8, 12))
 """Tokens of the conversations in the two rows of the trial, 32 places each."""
 PROBED_LENGTH, PROBED_ROWS = 32, 4
@@ -46,8 +47,7 @@ class Neftune(Transform):
 
     neftune_noise_alpha: Annotated[float, Field(ge=0)] | None = None
     """Size of the noise on the embeddings: alpha / sqrt(tokens of the conversation x features); 5
-    to 15 are usual, null and 0 add none.
-    """
+    to 15 are usual, null and 0 add none."""
 
     @property
     def enabled(self) -> bool:
@@ -59,19 +59,12 @@ class Neftune(Transform):
         return super().is_changed(key) and self.neftune_noise_alpha != 0
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Find the table in which input ids are looked up.
-
-        Raises:
-            JobError: when the model does not name it.
-        """
+        """Find the table in which input ids are looked up."""
         embedding = input_embedding(model)
         fqn = fqn_of(model, embedding)
         if embedding is None or fqn is None:
-            raise JobError(
-                "neftune_noise_alpha needs an input embedding",
-                f"{class_name(model)} does not name the module that looks input ids up",
-                "delete neftune_noise_alpha",
-            )
+            found = f"{class_name(model)} does not name the module that looks input ids up"
+            raise JobError("neftune_noise_alpha needs an input embedding", found, OFF)
         kind = class_name(embedding)
         note = (
             f"uniform noise up to {self.neftune_noise_alpha:g} / sqrt(tokens of the conversation x "
@@ -105,65 +98,52 @@ class Neftune(Transform):
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
     ) -> Plan:
-        """Measure the noise on the device that trains, on a table of zeros.
-
-        Raises:
-            TrainingError: when its size is wrong, it is on padding or in evaluation, or it differs
-                when it is drawn again.
-        """
-        found = [self._measure(model.get_submodule(f), device, dtype) for f in plan.changes]
-        return plan.with_notes(*found)
+        """Measure the noise on the device that trains, on a table of zeros."""
+        embeddings = [model.get_submodule(fqn) for fqn in plan.changes]
+        return plan.with_notes(*(self._measure(one, device, dtype) for one in embeddings))
 
     def _measure(self, embedding: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
         import torch
         from torch import nn
 
-        found = noise_of(embedding)
+        alpha = self.neftune_noise_alpha or 0.0
         width = int(embedding.embedding_dim)  # type: ignore[arg-type] # planned as an embedding
         table = nn.Embedding(PROBED_ROWS, width, device=device, dtype=dtype)
         nn.init.zeros_(table.weight)
-        noise = copy.copy(found) or Noise(0.0)
+        noise = replace(noise_of(embedding) or Noise(0.0), segments=PROBED)
         table.register_forward_hook(noise)
-        noise.segments = PROBED
         ids = torch.zeros(len(PROBED), PROBED_LENGTH, dtype=torch.int64, device=device)
         with torch.no_grad():
             made, again = table(ids).float(), table(ids).float()
             silent = table.eval()(ids)
-        shares = []
-        problems = [] if torch.equal(made, again) else ["it differs when it is drawn again"]
-        for row, lengths in enumerate(PROBED):
-            start = 0
-            for length in lengths:
-                bound = self._bound(length, width)
-                part = made[row, start : start + length] / bound
-                shares.append((float(part.abs().max()), float(part.square().mean().sqrt())))
-                start += length
-            if bool(made[row, start:].any()):
-                problems.append("padding has noise")
-        if bool(silent.any()):
-            problems.append("evaluation has noise")
+        shares, padding = [], made.clone()
+        for row, _, tokens, length in _conversations(PROBED):
+            part = made[row, tokens] / _bound(alpha, length, width)
+            shares.append((float(part.abs().max()), float(part.square().mean().sqrt())))
+            padding[row, tokens] = 0
         # A uniform variable's root mean square is 1 / sqrt(3) of its bound.
-        if any(top > 1.01 or abs(rms * math.sqrt(3) - 1) > 0.1 for top, rms in shares):
-            problems.append(f"largest value and root mean square to the bound: {shares}")
-        if problems:
-            raise TrainingError(
-                "The noise of NEFTune is wrong",
-                "\n".join(problems),
-                "delete neftune_noise_alpha, or report this with the versions installed",
-            )
+        is_off = any(top > 1.01 or abs(rms * math.sqrt(3) - 1) > 0.1 for top, rms in shares)
+        wrong = {
+            "it differs when it is drawn again": not torch.equal(made, again),
+            "padding has noise": bool(padding.any()),
+            "evaluation has noise": bool(silent.any()),
+            f"largest value and root mean square to the bound: {shares}": is_off,
+        }
+        if any(wrong.values()):
+            found = "\n".join(what for what, is_so in wrong.items() if is_so)
+            fix = f"{OFF}, or report this with the versions installed"
+            raise TrainingError("The noise of NEFTune is wrong", found, fix)
         length = PROBED[0][0]
+        bound = _bound(alpha, length, width)
+        top, rms = shares[0]
         return (
-            f"tested on {device.type}: on {length} tokens at most "
-            f"{shares[0][0] * self._bound(length, width):.4g}, where "
-            f"{self.neftune_noise_alpha:g} / sqrt({length} x {width}) is "
-            f"{self._bound(length, width):.4g}; root mean square {shares[0][1]:.3f} of that "
-            "(0.577 expected); on padding and in evaluation exactly none"
+            f"tested on {device.type}: on {length} tokens at most {top * bound:.4g}, where "
+            f"{alpha:g} / sqrt({length} x {width}) is {bound:.4g}; root mean square {rms:.3f} of "
+            "that (0.577 expected); on padding and in evaluation exactly none"
         )
 
-    def _bound(self, length: int, width: int) -> float:
-        return (self.neftune_noise_alpha or 0.0) / math.sqrt(length * width)
 
-
+@dataclass(eq=False)
 class Noise:
     """A forward hook that adds a training batch's noise to its embeddings.
 
@@ -172,12 +152,11 @@ class Noise:
     before a run was resumed, and changes no other random values.
     """
 
-    def __init__(self, alpha: float) -> None:
-        self.alpha = alpha
-        self.seed = 0
-        self.step = 0
-        self.first = 0
-        self.segments: tuple[tuple[int, ...], ...] = ()
+    alpha: float
+    seed: int = 0
+    step: int = 0
+    first: int = 0
+    segments: tuple[tuple[int, ...], ...] = ()
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
@@ -192,7 +171,7 @@ class Noise:
             raise TrainingError(
                 "NEFTune got another batch than it was prepared for",
                 f"{rows} sequences of {time} tokens; expected {[sum(s) for s in self.segments]}",
-                "this is a defect of raytrain_adv; delete neftune_noise_alpha to train without it",
+                f"this is a defect of raytrain_adv; {OFF} to train without it",
             )
         with torch.profiler.record_function(NOISE):
             return output + self.made_for(output)
@@ -205,17 +184,27 @@ class Noise:
 
         noise = torch.zeros_like(output, requires_grad=False)
         generator = torch.Generator(output.device)
-        for row, lengths in enumerate(self.segments):
-            start = 0
-            for number, length in enumerate(lengths):
-                place = f"neftune/{self.step}/{self.first + row}/{number}"
-                generator.manual_seed(seed_of(self.seed, place))
-                part = torch.empty(length, output.shape[2], device=output.device)
-                bound = self.alpha / math.sqrt(length * output.shape[2])
-                part.uniform_(-bound, bound, generator=generator)
-                noise[row, start : start + length] = part
-                start += length
+        width = output.shape[2]
+        for row, number, tokens, length in _conversations(self.segments):
+            place = f"neftune/{self.step}/{self.first + row}/{number}"
+            generator.manual_seed(seed_of(self.seed, place))
+            part = torch.empty(length, width, device=output.device)
+            bound = _bound(self.alpha, length, width)
+            noise[row, tokens] = part.uniform_(-bound, bound, generator=generator)
         return noise
+
+
+def _bound(alpha: float, length: int, width: int) -> float:
+    return alpha / math.sqrt(length * width)
+
+
+def _conversations(
+    segments: tuple[tuple[int, ...], ...],
+) -> Iterator[tuple[int, int, slice, int]]:
+    """Yield each conversation's row, number in it, tokens, and how many these are."""
+    for row, lengths in enumerate(segments):
+        for number, (end, length) in enumerate(zip(accumulate(lengths), lengths, strict=True)):
+            yield row, number, slice(end - length, end), length
 
 
 def _noises(model: nn.Module) -> Iterator[Noise]:

@@ -13,9 +13,12 @@ from pydantic import Field
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import ClusterError, JobError
-from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8, NOT_SERVED, SERVED, refuse_odd_groups
-from raytrain_adv.transforms.modules import (
-    LINEAR as PLAIN,
+from raytrain_adv.ops.fake_quant.torchao_config import (
+    FLOAT8,
+    NOT_SERVED,
+    SERVED,
+    config_of,
+    refuse_odd_groups,
 )
 from raytrain_adv.transforms.modules import (
     class_name,
@@ -40,9 +43,10 @@ LINEAR = "raytrain_adv.ops.fake_quant.layers.FakeQuantizedLinear"
 EMBEDDING = "raytrain_adv.ops.fake_quant.layers.FakeQuantizedEmbedding"
 IN_FLOAT8 = "raytrain_adv.ops.float8.linear.Float8Linear"
 LINEAR_IN_FLOAT8 = "raytrain_adv.ops.float8.qat_linear.Float8FakeQuantizedLinear"
-BECOMES = {PLAIN: LINEAR, IN_FLOAT8: LINEAR_IN_FLOAT8}
+BECOMES = {"torch.nn.Linear": LINEAR, IN_FLOAT8: LINEAR_IN_FLOAT8}
 BF16, PTQ, QAT, UNQUANTIZED = "bf16", "PTQ", "QAT", "QAT's weights, not quantized"
 """How weights are evaluated: as they are; quantized without and with training for it."""
+NO_TABLES = "torchao looks up no rows of float8 tables"
 
 
 class Qat(Transform):
@@ -50,11 +54,9 @@ class Qat(Transform):
 
     name: ClassVar[str] = "qat"
     feature: ClassVar[str] = "QAT"
-    tried_with: ClassVar[dict[str, Any]] = {
-        "enable_qat": True,
-        "qat_weight_dtype": "int4",
-        "qat_activation_dtype": "int8",
-    }
+    tried_with: ClassVar[dict[str, Any]] = dict(
+        enable_qat=True, qat_weight_dtype="int4", qat_activation_dtype="int8"
+    )
     stage: ClassVar[str] = "precision"
     imports: ClassVar[tuple[str, ...]] = ("torchao",)
     stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter", "fp8"})
@@ -88,8 +90,7 @@ class Qat(Transform):
         None
     )
     """Optimizer steps to train before fake quantization begins; null and 0 begin with it, never
-    leaves it out of training: the model is quantized afterward (PTQ).
-    """
+    leaves it out of training: the model is quantized afterward (PTQ)."""
     compare: bool = False
     """Train the same job without fake quantization first, and measure this run by it."""
 
@@ -101,8 +102,7 @@ class Qat(Transform):
     @property
     def proven_by(self) -> str:  # type: ignore[override] # a class variable where it never varies
         """The operator that rounds weights."""
-        kind = "quantize_float8" if self.is_float8 else "fake_quantize_groups"
-        return f"raytrain_adv::{kind}"
+        return f"raytrain_adv::{'quantize_float8' if self.is_float8 else 'fake_quantize_groups'}"
 
     @property
     def is_float8(self) -> bool:
@@ -120,13 +120,8 @@ class Qat(Transform):
         return None if self.is_float8 else self.qat_group_size
 
     @property
-    def excluded(self) -> list[str]:
-        """The patterns in qat_exclude, as a list."""
-        return patterns(self.qat_exclude)
-
-    @property
     def first_step(self) -> int | None:
-        """The first optimizer step (from 0) with fake quantization; none where there is none."""
+        """The first optimizer step (from 0) with fake quantization; none if there is none."""
         delay = self.fake_quant_after_n_steps
         return None if delay == "never" else int(delay or 0)
 
@@ -138,8 +133,8 @@ class Qat(Transform):
         """Return the delay, if the step was trained with fake quantization."""
         if not self.is_on(step):
             return ""
-        now = show(self.fake_quant_after_n_steps)
-        return f"begin fake quantization later: raise fake_quant_after_n_steps (now {now})"
+        key = "fake_quant_after_n_steps"
+        return f"begin fake quantization later: raise {key} (now {show(getattr(self, key))})"
 
     @property
     def scheme(self) -> str:
@@ -166,18 +161,17 @@ class Qat(Transform):
             yield Problem(text, f"served are: {SERVED}", keys)
         if not self.is_float8:
             return
-        if "qat_group_size" in self.model_fields_set and self.qat_group_size is not None:
+        given, keys = self.model_fields_set, "qat_weight_dtype and "
+        if "qat_group_size" in given and self.qat_group_size is not None:
             text = "float8 weights have one scale per channel"
-            fix = "delete qat_group_size, or set it to null"
-            yield Problem(text, fix, "qat_weight_dtype and qat_group_size")
-        if "qat_quantize_embedding" in self.model_fields_set and self.qat_quantize_embedding:
-            text = "torchao looks up no rows of float8 tables"
+            yield Problem(text, "delete qat_group_size, or set it to null", keys + "qat_group_size")
+        if "qat_quantize_embedding" in given and self.qat_quantize_embedding:
             fix = "set qat_quantize_embedding: false, or take integer weights"
-            yield Problem(text, fix, "qat_weight_dtype and qat_quantize_embedding")
+            yield Problem(NO_TABLES, fix, keys + "qat_quantize_embedding")
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
         """Refuse what cannot be rounded or computed, and a delay longer than the run."""
-        yield from self._with_fp8(job)
+        yield from _with_fp8(job)
         if self.activation_dtype == FLOAT8:
             key, none = "qat_activation_dtype", "or set qat_activation_dtype: none"
             if job.parallel.use_cpu:
@@ -194,59 +188,33 @@ class Qat(Transform):
                 text = f"{error.what[0].lower()}{error.what[1:]}: {error.found}"
                 yield Problem(text, error.fix, "fake_quant_after_n_steps and max_steps")
 
-    @staticmethod
-    def _with_fp8(job: JobConfig) -> Iterable[Problem]:
-        fp8 = {k: v for t in job.transforms if t.enabled for k, v in t.model_dump().items()}
-        if not fp8.get("fp8"):
-            return
-        key, off = "fp8_enable_fsdp_float8_all_gather", "or enable_qat: false"
-        if fp8[key]:
-            text = "QAT would round weights that were gathered in float8, and export others"
-            yield Problem(text, f"set {key}: false, {off}", f"{key} and enable_qat")
-        if fp8["fp8_recipe"] != "tensorwise":
-            text = f"rounded weights are multiplied in FP8 with one scale, not {fp8['fp8_recipe']}"
-            yield Problem(text, f"set fp8_recipe: tensorwise, {off}", "fp8_recipe and enable_qat")
-
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse machines and software on which the exported model could not be compared.
-
-        Raises:
-            ClusterError: with the rule, what was found on the node, and what to do.
-        """
+        """Refuse machines and software on which the exported model could not be compared."""
         require_package(facts, "QAT", "torchao", "set enable_qat: false", "torchao>=0.18,<0.19")
         capability = facts.compute_capability
         if self.activation_dtype == FLOAT8 and (capability is None or capability < (8, 9)):
-            raise ClusterError(
-                "QAT with float8 activations requires compute capability 8.9 or newer",
-                f"{facts.describe()}: the quantized model does not run there, so that it could not "
-                "be compared with the trained one",
-                "run on H100/H200 workers, or set qat_activation_dtype: none",
-            )
+            what = "QAT with float8 activations requires compute capability 8.9 or newer"
+            why = "the quantized model does not run there, so that it could not be compared"
+            fix = "run on H100/H200 workers, or set qat_activation_dtype: none"
+            raise ClusterError(what, f"{facts.describe()}: {why} with the trained one", fix)
 
     def check_length(self, total_steps: int) -> None:
-        """Refuse a delay longer than the run.
-
-        Raises:
-            JobError: the run would never quantize.
-        """
-        first = self.first_step
+        """Refuse a delay longer than the run."""
+        key, first = "fake_quant_after_n_steps", self.first_step
         if first is not None and first >= total_steps:
             raise JobError(
                 "Fake quantization would never begin",
-                f"fake_quant_after_n_steps: {first}, and the run has {total_steps} steps",
+                f"{key}: {first}, and the run has {total_steps} steps",
                 f"give at most {total_steps - 1}; half of the steps is a usual choice. "
-                "fake_quant_after_n_steps: never quantizes after training (PTQ)",
+                f"{key}: never quantizes after training (PTQ)",
             )
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Choose the linears, and the embedding, that compute with rounded values.
-
-        Raises:
-            JobError: when a pattern matches nothing, or a group size does not divide a layer.
-        """
+        """Choose the linears, and the embedding, that compute with rounded values."""
         from raytrain_adv.ops.float8.qat_linear import refuse_frozen
 
-        changes, skipped = plan_linears(model, BECOMES, "qat_exclude", self.excluded, self._why_not)
+        given = self.qat_exclude
+        changes, skipped = plan_linears(model, BECOMES, "qat_exclude", given, self._why_not)
         linears: dict[str, Any] = {fqn: model.get_submodule(fqn) for fqn in changes}
         if not changes:
             raise JobError(
@@ -261,8 +229,7 @@ class Qat(Transform):
         embedding = input_embedding(model)
         fqn = fqn_of(model, embedding)
         if embedding is not None and fqn is not None:
-            reason = self._embedding_reason(embedding)
-            if reason:
+            if reason := self._embedding_reason(embedding):
                 skipped[fqn] = reason
             else:
                 refuse_odd_groups(self.group_size, {fqn: int(embedding.embedding_dim)})
@@ -271,15 +238,14 @@ class Qat(Transform):
 
     def _why_not(self, linear: nn.Linear) -> str:
         is_odd = linear.in_features % 16 or linear.out_features % 16
-        if is_odd and self.activation_dtype == FLOAT8:
-            return "sizes not divisible by 16, which float8 products need"
-        return ""
+        refused = is_odd and self.activation_dtype == FLOAT8
+        return "sizes not divisible by 16, which float8 products need" if refused else ""
 
     def _embedding_reason(self, embedding: nn.Embedding) -> str:
         if not self.qat_quantize_embedding:
             return "qat_quantize_embedding: false"
         if self.is_float8:
-            return "torchao looks up no rows of float8 tables"
+            return NO_TABLES
         if class_name(embedding) != "torch.nn.Embedding":
             return f"a {class_name(embedding)}, not a plain embedding"
         return ""
@@ -299,28 +265,23 @@ class Qat(Transform):
             yield "the head tied to the embedding is not quantized: the quantized model has both"
         yield from expert_notes(model, "they are not quantized")
         if not job.output.export_model:
-            yield (
-                "export_model is false: no quantized model is written or compared with the trained "
-                "one; raytrain-adv export does both from a checkpoint"
-            )
+            what = "no quantized model is written or compared with the trained one"
+            how = "raytrain-adv export does both from a checkpoint"
+            yield f"export_model is false: {what}; {how}"
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Replace each planned layer by one that rounds and owns the same parameters."""
-        from torch import nn
-
         from raytrain_adv.ops.fake_quant.layers import FakeQuantizedEmbedding, FakeQuantizedLinear
         from raytrain_adv.ops.float8.qat_linear import Float8FakeQuantizedLinear
 
         kinds = {LINEAR: FakeQuantizedLinear, LINEAR_IN_FLOAT8: Float8FakeQuantizedLinear}
+        how = (self.qat_weight_dtype, self.group_size)
         for fqn, change in plan.changes.items():
-            old = model.get_submodule(fqn)
-            new: nn.Module
-            if isinstance(old, nn.Embedding):
-                new = FakeQuantizedEmbedding.of(old, self.qat_weight_dtype, self.group_size)
-            elif isinstance(old, nn.Linear):
-                new = kinds[change.after].of(
-                    old, self.qat_weight_dtype, self.group_size, self.activation_dtype
-                )
+            old: Any = model.get_submodule(fqn)
+            if change.after == EMBEDDING:
+                new: nn.Module = FakeQuantizedEmbedding.of(old, *how)
+            else:
+                new = kinds[change.after].of(old, *how, self.activation_dtype)
             model.set_submodule(fqn, new)
 
     def switch(self, model: nn.Module, on: bool) -> None:
@@ -330,9 +291,7 @@ class Qat(Transform):
                 module.rounds = on
 
     def variants(self, step: int, total_steps: int, of: str = "") -> dict[str, bool]:
-        """Return bf16 and PTQ where fake quantization begins, and QAT with and without it at the
-        end.
-        """
+        """Return bf16 and PTQ where fake quantization begins, and both evaluations at the end."""
         if of:
             return {f"{BF16} {of}": False, f"{PTQ} of the {of}": True}
         if step == total_steps and self.first_step is not None:
@@ -341,35 +300,36 @@ class Qat(Transform):
         return {BF16: False, PTQ: True} if at_switch else {}
 
     def twin(self, job: JobConfig) -> tuple[str, JobConfig] | None:
-        """Return the run in bf16 that `compare` requests: without fake quantization, and without
-        FP8.
-        """
+        """Return the run that `compare` requests: without fake quantization and FP8."""
         if not self.compare or self.first_step is None:
             return None
-        off = (self.name, "fp8")
         others = tuple(
-            type(t)() if isinstance(t, Transform) and t.name in off else t for t in job.transforms
+            type(t)() if isinstance(t, Transform) and t.name in (self.name, "fp8") else t
+            for t in job.transforms
         )
         return f"{job.output.output_dir.rstrip('/')}-bf16", replace(job, transforms=others)
 
     @property
     def exact_with(self) -> frozenset[str]:
-        """LoRA; and FP8 if QAT rounds every linear: what is in FP8 and rounds is exact in
-        evaluation, what QAT skips is computed in FP8.
-        """
-        return frozenset({self.name, "lora"} if self.excluded else {self.name, "lora", "fp8"})
+        """LoRA; and FP8 if QAT rounds every linear: what QAT skips is evaluated in FP8."""
+        return frozenset({self.name, "lora"} | (set() if patterns(self.qat_exclude) else {"fp8"}))
 
-    def linear_config(self) -> AOBaseConfig:
-        """Return torchao's configuration of the linears; see ops/quantized_config.py."""
-        from raytrain_adv.ops.fake_quant.torchao_config import config_of
+    def layer_config(self, activation_dtype: str) -> AOBaseConfig:
+        """Return torchao's configuration of layers with inputs of this dtype, empty for any."""
+        return config_of(self.qat_weight_dtype, self.group_size, activation_dtype)
 
-        return config_of(self.qat_weight_dtype, self.group_size, self.activation_dtype)
 
-    def embedding_config(self) -> AOBaseConfig:
-        """Return torchao's configuration of the embedding: that of weights alone."""
-        from raytrain_adv.ops.fake_quant.torchao_config import config_of
-
-        return config_of(self.qat_weight_dtype, self.group_size, "")
+def _with_fp8(job: JobConfig) -> Iterable[Problem]:
+    fp8 = {k: v for t in job.transforms if t.enabled for k, v in t.model_dump().items()}
+    if not fp8.get("fp8"):
+        return
+    key, off = "fp8_enable_fsdp_float8_all_gather", "or enable_qat: false"
+    if fp8[key]:
+        text = "QAT would round weights that were gathered in float8, and export others"
+        yield Problem(text, f"set {key}: false, {off}", f"{key} and enable_qat")
+    if fp8["fp8_recipe"] != "tensorwise":
+        text = f"rounded weights are multiplied in FP8 with one scale, not {fp8['fp8_recipe']}"
+        yield Problem(text, f"set fp8_recipe: tensorwise, {off}", "fp8_recipe and enable_qat")
 
 
 def rounding(model: nn.Module) -> Iterator[FakeQuantized]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -12,12 +13,18 @@ from raytrain_adv.transforms.modules import (
     LINEAR,
     expert_notes,
     in_adapter,
-    output_head,
+    output_heads,
     own_name,
-    patterns,
     plan_linears,
 )
-from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, require_package
+from raytrain_adv.transforms.transform import (
+    DEFECT,
+    Change,
+    Context,
+    Plan,
+    Transform,
+    require_package,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -25,17 +32,15 @@ if TYPE_CHECKING:
 
     from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
-    from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
     from raytrain_adv.ops.bitsandbytes.quantize import Form
 
 OWN = "raytrain_adv.ops.bitsandbytes.linear.PackedLinear"
+PACKAGE, OFF = "bitsandbytes", "delete quantization_bit"
 BLOCK = 64
 """Weights of a row that share a scale in 4 bits."""
 PROBED = (2048, 256, 192)
 """Tokens, input and output features of the product that is compared with bitsandbytes' own: enough
 tokens for it to multiply as in training."""
-PACKAGES = {"bnb": "bitsandbytes"}
-"""quantization_method -> the package whose kernels round."""
 OTHER_METHODS = ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
 
 
@@ -69,8 +74,7 @@ class QuantizedBase(Transform):
     """Quantize the scales of 4-bit weights too: 4.13 bits per weight instead of 4.5."""
     quantization_exclude: str | list[str] = ""
     """Linears to skip, comma separated or a list: names, ends of names (down_proj), or
-    patterns (model.layers.0.*).
-    """
+    patterns (model.layers.0.*)."""
 
     @property
     def enabled(self) -> bool:
@@ -78,18 +82,12 @@ class QuantizedBase(Transform):
         return self.quantization_bit is not None
 
     @property
-    def excluded(self) -> list[str]:
-        """The patterns in quantization_exclude, as a list."""
-        return patterns(self.quantization_exclude)
-
-    @property
     def form(self) -> Form:
         """How weights are stored."""
         from raytrain_adv.ops.bitsandbytes.quantize import Form
 
-        if self.quantization_bit == 8:
-            return Form("int8")
-        return Form(self.quantization_type, self.double_quantization)
+        is_int8 = self.quantization_bit == 8
+        return Form("int8") if is_int8 else Form(self.quantization_type, self.double_quantization)
 
     @property
     def scheme(self) -> str:
@@ -109,50 +107,33 @@ class QuantizedBase(Transform):
     @classmethod
     def refuse_checkpoint(cls, name: str, config: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose weights are quantized already."""
-        found = config.get("quantization_config")
-        if found:
+        if found := config.get("quantization_config"):
             known = isinstance(found, dict)
             method = found.get("quant_method", "unknown method") if known else found
-            raise JobError(
-                f"{name} has quantized weights",
-                f"config.json has quantization_config ({method})",
-                "use the unquantized checkpoint it was made from",
-            )
+            found = f"config.json has quantization_config ({method})"
+            fix = "use the unquantized checkpoint it was made from"
+            raise JobError(f"{name} has quantized weights", found, fix)
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse keys of 4 bits together with 8."""
-        if self.quantization_bit != 8:
-            return
         for key in ("quantization_type", "double_quantization"):
-            if self.is_changed(key):
+            if self.quantization_bit == 8 and self.is_changed(key):
                 text = "8 bits are always integers with a scale per row"
                 fix = f"delete {key}, or set quantization_bit: 4"
                 yield Problem(text, fix, f"{key} and quantization_bit")
 
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse a machine without bitsandbytes.
-
-        Raises:
-            ClusterError: naming the node.
-        """
-        package = PACKAGES[self.quantization_method]
-        off = "delete quantization_bit"
-        require_package(facts, "standard quantization", package, off, f"{package}>=0.50")
+        """Refuse a machine without bitsandbytes."""
+        require_package(facts, "standard quantization", PACKAGE, OFF, f"{PACKAGE}>=0.50")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Choose the linears whose weights are quantized.
-
-        Raises:
-            JobError: when a pattern matches nothing.
-        """
+        """Choose the linears whose weights are quantized."""
         from torch import nn
 
-        changes, skipped = plan_linears(
-            model, {LINEAR: OWN}, "quantization_exclude", self.excluded, self._why_not
-        )
-        for fqn, module in model.named_modules():
-            if isinstance(module, nn.Embedding):
-                skipped[fqn] = "an embedding: looked up, not multiplied"
+        key, given = "quantization_exclude", self.quantization_exclude
+        changes, skipped = plan_linears(model, {LINEAR: OWN}, key, given, self._why_not)
+        tables = [f for f, m in model.named_modules() if isinstance(m, nn.Embedding)]
+        skipped |= dict.fromkeys(tables, "an embedding: looked up, not multiplied")
         skipped = {fqn: why for fqn, why in skipped.items() if not in_adapter(fqn)}
         return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
 
@@ -165,19 +146,16 @@ class QuantizedBase(Transform):
         return ""
 
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
-        form, count, size, bits = self.form, 0, 0, 0.0
-        for fqn in changes:
-            weight = model.get_submodule(fqn).get_parameter("weight")
-            count += weight.numel()
-            size = weight.element_size()
-            bits += weight.numel() * form.bits(weight.shape[0], weight.shape[1])
-        total = sum(p.numel() for fqn, p in model.named_parameters() if not in_adapter(fqn))
-        if not count:
+        weights = [model.get_submodule(fqn).get_parameter("weight") for fqn in changes]
+        if not weights:
             return
+        count = sum(w.numel() for w in weights)
+        bits = sum(w.numel() * self.form.bits(*w.shape) for w in weights)
+        total = sum(p.numel() for fqn, p in model.named_parameters() if not in_adapter(fqn))
         yield (
             f"{self.scheme}: {count:,} of {total:,} weights ({count / total:.1%}) in "
             f"{bits / count:.2f} bits each: {readable(bits / 8)} instead of "
-            f"{readable(count * size)}"
+            f"{readable(sum(w.nbytes for w in weights))}"
         )
         rest = ", ".join(f"{kind} {n:,}" for kind, n in self._left(model, changes).items())
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -186,48 +164,40 @@ class QuantizedBase(Transform):
         yield from expert_notes(model, "they are not quantized")
 
     @staticmethod
-    def _left(model: nn.Module, changes: dict[str, Change]) -> dict[str, int]:
+    def _left(model: nn.Module, changes: dict[str, Change]) -> Counter[str]:
         """Return the number of weights of each kind that is not quantized."""
         from torch import nn
 
-        head, left, seen = output_head(model), dict[str, int](), set[nn.Parameter]()
-        for fqn, module in model.named_modules():
-            for name, p in module.named_parameters(recurse=False):
-                if p in seen or in_adapter(fqn) or (fqn in changes and name == "weight"):
-                    continue
-                seen.add(p)
-                if isinstance(module, nn.Embedding):
-                    kind = "embeddings"
-                elif module in (head, getattr(head, "base_layer", None)):
-                    kind = "the head"
-                elif name == "bias":
-                    kind = "biases"
-                elif p.ndim == 1:
-                    kind = "norms"
-                else:
-                    kind = "other weights"
-                left[kind] = left.get(kind, 0) + p.numel()
+        heads, left = output_heads(model), Counter[str]()
+        for full_name, p in model.named_parameters():
+            fqn, _, name = full_name.rpartition(".")
+            module = model.get_submodule(fqn)
+            if in_adapter(fqn) or (fqn in changes and name == "weight"):
+                continue
+            if isinstance(module, nn.Embedding):
+                kind = "embeddings"
+            elif module in heads:
+                kind = "the head"
+            elif name == "bias":
+                kind = "biases"
+            else:
+                kind = "norms" if p.ndim == 1 else "other weights"
+            left[kind] += p.numel()
         return left
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Replace each planned linear by a frozen one whose weight is quantized."""
-        from torch import nn
-
         from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 
         for fqn in plan.changes:
-            old = model.get_submodule(fqn)
-            if isinstance(old, nn.Linear):
-                model.set_submodule(fqn, PackedLinear.of(old, self.form))
+            old: Any = model.get_submodule(fqn)
+            model.set_submodule(fqn, PackedLinear.of(old, self.form))
 
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
     ) -> Plan:
         """Compare a product and its gradient with those of bitsandbytes' own linear, on the
         worker's device.
-
-        Raises:
-            TrainingError: when its kernels do not run there, or the two differ.
         """
         try:
             apart = apart_from_bitsandbytes(self.form, device, dtype)
@@ -235,57 +205,43 @@ class QuantizedBase(Transform):
             raise TrainingError(
                 "bitsandbytes does not run on this device",
                 f"{device}, {dtype}: {type(error).__name__}: {first_line(error)}",
-                "install a bitsandbytes that has this CUDA version (python -m bitsandbytes "
-                "prints what it finds), or delete quantization_bit",
+                "install a bitsandbytes that has this CUDA version (python -m bitsandbytes prints "
+                f"what it finds), or {OFF}",
             ) from error
         own = "Linear8bitLt's weights" if self.form.is_int8 else "Linear4bit"
         if apart:
             raise TrainingError(
                 "A quantized linear and bitsandbytes' own compute different results",
                 f"{' and '.join(apart)} differ from {own}, {self.scheme}, on {device} in {dtype}",
-                "this is a defect of raytrain_adv or of the versions installed: compare them with "
-                "constraints.txt",
+                DEFECT,
             )
-        return plan.with_notes(
-            f"values and gradients equal bitsandbytes' {own} bit for bit on {device.type}"
-        )
+        note = f"values and gradients equal bitsandbytes' {own} bit for bit on {device.type}"
+        return plan.with_notes(note)
 
     def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
-        """Compare the quantized weights with the originals they were made from.
-
-        Raises:
-            TrainingError: on all ranks, when weights are missing, are further away than rounding
-                explains, or would be trained.
-        """
+        """Compare the quantized weights with the originals they were made from."""
         from raytrain_adv.ops.bitsandbytes.linear import packed_linears
 
-        read = {f: m for f, m in packed_linears(model) if m.distance is not None}
-        found = dict(zip(read, distances(list(read.values())), strict=True))
+        read = {f: m.distance for f, m in packed_linears(model) if m.distance is not None}
+        found = dict(zip(read, sum_distances(list(read.values())), strict=True))
+        far = {fqn: worst for fqn, (_, _, worst) in found.items() if not worst <= 1}
+        how = "times as far off as rounding explains"
+        trained = [f for f, p in model.named_parameters() if p.requires_grad and not in_adapter(f)]
         wrong = [f"{fqn} was not read" for fqn in plan.changes if fqn not in read]
-        wrong += [
-            f"{fqn}: a weight is {worst:.3g} times as far off as rounding explains"
-            for fqn, (_, _, worst) in found.items()
-            if not worst <= 1
-        ]
-        wrong += [
-            f"{fqn} would be trained"
-            for fqn, p in model.named_parameters()
-            if p.requires_grad and not in_adapter(fqn)
-        ]
+        wrong += [f"{fqn}: a weight is {worst:.3g} {how}" for fqn, worst in far.items()]
+        wrong += [f"{fqn} would be trained" for fqn in trained]
         if wrong:
-            raise TrainingError(
-                "The quantized base differs from the checkpoint",
-                "\n".join(wrong[:4]) + f"\n({len(wrong)} in all)",
-                "check the checkpoint for weights that are not finite",
-            )
+            texts = "\n".join(wrong[:4]) + f"\n({len(wrong)} in all)"
+            fix = "check the checkpoint for weights that are not finite"
+            raise TrainingError("The quantized base differs from the checkpoint", texts, fix)
+        squares, sizes, worst = zip(*found.values(), strict=True)
+        overall = (sum(squares) / sum(sizes)) ** 0.5
         apart = {f: (squared / size) ** 0.5 for f, (squared, size, _) in found.items() if size}
-        squared, size = (sum(row[n] for row in found.values()) for n in (0, 1))
-        overall = (squared / size) ** 0.5
-        most = max(apart, key=lambda fqn: apart[fqn])
+        most = max(apart, key=apart.__getitem__)
         return (
             f"quantized weights are {overall:.2%} from the originals (relative norms), at most "
             f"{apart[most]:.2%} ({own_name(most)}); no weight is further off than "
-            f"{max(row[2] for row in found.values()):.2f} of what rounding explains",
+            f"{max(worst):.2f} of what rounding explains",
         )
 
 
@@ -295,20 +251,21 @@ def readable(num_bytes: float) -> str:
     return f"{gib:,.2f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.2f} MiB"
 
 
-def distances(layers: list[PackedLinear]) -> list[tuple[float, float, float]]:
+def sum_distances(distances: list[torch.Tensor]) -> list[list[float]]:
     """Return per layer, over all ranks, the squared difference from the originals, their squared
     norm, and the largest difference as a share of what rounding explains; a collective.
     """
     import torch
     import torch.distributed as dist
 
-    table = torch.stack([m.distance for m in layers if m.distance is not None])
+    table = torch.stack(distances)
     if dist.is_initialized() and dist.get_world_size() > 1:
         sums, worst = table[:, :2].contiguous(), table[:, 2].contiguous()
         dist.all_reduce(sums)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         table = torch.cat((sums, worst[:, None]), dim=1)
-    return [(float(a), float(b), float(c)) for a, b, c in table.tolist()]
+    rows: list[list[float]] = table.tolist()
+    return rows
 
 
 def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -320,10 +277,10 @@ def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype
     from raytrain_adv.ops.bitsandbytes.quantize import bitsandbytes
 
     tokens, columns, rows = PROBED
-    kinds = bitsandbytes().nn
+    kinds, how = bitsandbytes().nn, dict[str, Any]()
     with torch.device("meta"):  # without values, which would be drawn from the run's generator
         plain = nn.Linear(columns, rows, bias=False, dtype=dtype)
-        held = kinds.Linear4bit(columns, rows, False, dtype, form.nested, form.kind)
+        packed = kinds.Linear4bit(columns, rows, False, dtype, form.nested, form.kind)
     with torch.device(device):
         generator = torch.Generator(device).manual_seed(0)
 
@@ -338,15 +295,14 @@ def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype
         (gradient,) = torch.autograd.grad(values, x, pull)
         if form.is_int8:
             # From host memory: that is when it quantizes. Source of the rest: MatMul8bitFp.
-            int8 = kinds.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-            int8 = int8.to(device)
+            how |= {"requires_grad": False, "has_fp16_weights": False}
+            int8 = kinds.Int8Params(weight.cpu(), **how).to(device)
             whole = int8.CB.to(dtype).mul_(int8.SCB[:, None].mul(1.0 / 127.0))
             other, back = x @ whole.t(), pull @ whole
         else:
-            held.weight = type(held.weight)(
-                weight, False, compress_statistics=form.nested, quant_type=form.kind, module=held
-            )
-            other = held.to(device)(x)
+            how |= {"compress_statistics": form.nested, "quant_type": form.kind, "module": packed}
+            packed.weight = type(packed.weight)(weight, False, **how)
+            other = packed.to(device)(x)
             (back,) = torch.autograd.grad(other, x, pull)
     pairs = {"values": (values, other), "gradients": (gradient, back)}
     return [name for name, (one, two) in pairs.items() if not torch.equal(one, two)]

@@ -18,19 +18,22 @@ if TYPE_CHECKING:
     from raytrain_adv.hardware import HardwareFacts
 
 STAGES = ("adapter", "precision", "kernel", "loss")
+DEFECT = (
+    "this is a defect of raytrain_adv or of the versions installed: compare them with "
+    "constraints.txt"
+)
+"""What to do if a comparison of this package's own fails."""
 
 
 @dataclass(frozen=True)
 class Change:
     """What one module becomes: its class before and after, as Transform.what_is returns it; for a
-    forward pass that `install` replaces, the class and the name of what computes it instead.
-    """
+    forward pass that `install` replaces, the class and the name of what computes it instead."""
 
     before: str
     after: str
     part: Literal["class", "forward"] = "class"
-    """What is changed: the module's class, in `prepare`, or its forward pass alone, in `install`.
-    """
+    """Changed: the module's class, in `prepare`, or its forward pass alone, in `install`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Plan:
     empty_because: str = ""
     """Why a plan without changes is right; a plan without changes or reason is refused."""
     gives_way_to: frozenset[str] = frozenset()
-    """Names of earlier transforms that keep the modules which both would change."""
+    """Earlier transforms that keep the modules which both would change."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """More for report.json, as JSON types."""
 
@@ -68,10 +71,8 @@ class Context:
 
 class Transform(Section):
     """One feature: the fields are its YAML keys, the methods its rules and changes, in the order in
-    which a run calls them. Each may be left out.
-
-    A transform is found by its file in raytrain_adv/transforms; it must be importable without
-    torch.
+    which a run calls them; each may be left out. It is found by its file in this package, which
+    must be importable without torch.
     """
 
     name: ClassVar[str]
@@ -83,8 +84,7 @@ class Transform(Section):
     """Names or stages of transforms whose modules this one may change again."""
     proven_by: ClassVar[str] = ""
     """Operator that must run in a training step at least once per changed module, as
-    aten::_scaled_mm; empty if the modules' classes are proof enough.
-    """
+    aten::_scaled_mm; empty if the modules' classes are proof enough."""
     evaluated_as: ClassVar[str] = ""
     """How held-out rows are evaluated if training can switch the feature off: always with it on."""
     speed: ClassVar[float] = 1.0
@@ -92,18 +92,14 @@ class Transform(Section):
 
     @classmethod
     def refuse_checkpoint(cls, name: str, config: Mapping[str, Any]) -> None:
-        """Raise if a checkpoint cannot be trained from, whether or not the feature is on.
-
-        Args:
-            name: the checkpoint's.
-            config: its config.json.
+        """Refuse a checkpoint that cannot be trained from, whether or not the feature is on.
 
         Raises:
-            JobError: naming what was found there.
+            JobError: naming what its config.json has.
         """
 
     def check(self, facts: HardwareFacts) -> None:
-        """Raise if this machine or this software cannot do what the keys enable.
+        """Refuse a machine or software that cannot do what the keys enable.
 
         Raises:
             ClusterError: naming the rule that refused, what was found, and what to do.
@@ -111,17 +107,12 @@ class Transform(Section):
 
     def fetch(self, job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
         """Put what the workers need into output_dir. Called on the driver before anything is
-        planned, and on rank 0 before the model is built, where all is there already.
-
-        Args:
-            job: the resolved job.
-            facts: a machine the job will run on.
-            say: prints a sentence for the user.
+        planned, and on rank 0 before the model is built, where all is there already. `say` prints a
+        sentence for the user.
         """
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Return, module by module, what would change; change nothing. The model may be on the meta
-        device.
+        """Return what would change, and change nothing. The model may be on the meta device.
 
         Raises:
             JobError: when the keys name modules that the model does not have.
@@ -132,16 +123,14 @@ class Transform(Section):
         """Change the model in place, exactly as planned; before it is compiled and sharded."""
 
     def what_is(self, module: nn.Module) -> str:
-        """Return a module's class, as the plan's changes name it. A transform that changes more
-        than classes returns more, and is verified by it.
-        """
+        """Return a module's class, and what else the transform changes and is verified by."""
         return class_name(module)
 
     def install(
         self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
     ) -> Plan:
-        """Replace the planned forward passes, and try what was changed; on workers alone, after
-        `prepare` and before the model is compiled and sharded.
+        """Replace the planned forward passes, and try what was changed; return the plan with what
+        was found. Called on workers only, between `prepare` and compiling and sharding.
 
         Args:
             model: on the meta device.
@@ -149,9 +138,6 @@ class Transform(Section):
             job: the resolved job.
             device: where this worker computes.
             dtype: that of matrix products and activations.
-
-        Returns:
-            The plan, with what was found.
 
         Raises:
             JobError: when a replacement is wrong.
@@ -163,8 +149,8 @@ class Transform(Section):
         """Change how FSDP2 will shard and gather; called only if the model will be sharded."""
 
     def gathered(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-        """Yield the parameters that FSDP2 gathers in another dtype than the compute dtype because
-        of `before_sharding`, each with the bytes of one number.
+        """Yield parameters that FSDP2 gathers in another dtype than it computes in, because of
+        `before_sharding`, each with the bytes of one number.
         """
         yield from ()
 
@@ -174,9 +160,8 @@ class Transform(Section):
         return ""
 
     def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
-        """Give values to the parameters that `prepare` added, and compare loaded weights that were
-        changed with those that were read; return notes for the report. Called on all ranks once the
-        model's own weights are loaded and sharded.
+        """Initialize the parameters that `prepare` added, and compare changed weights with those
+        that were read; return notes. Called on all ranks once weights are loaded and sharded.
 
         Raises:
             TrainingError: on all ranks, when weights differ from those that were read.
@@ -188,8 +173,8 @@ class Transform(Section):
         return True
 
     def switch(self, model: nn.Module, on: bool) -> None:
-        """Turn the feature on or off, if that is possible: before each optimizer step as is_on
-        returns; held-out rows are evaluated with it on.
+        """Turn the feature on or off, if possible: before each step as is_on returns; held-out rows
+        are evaluated with it on.
         """
 
     def begin_batch(
@@ -198,7 +183,7 @@ class Transform(Section):
         """Prepare for a micro-batch's forward pass; called before each.
 
         Args:
-            model: the model.
+            model: its hooks get what they need.
             step: optimizer step (from 0).
             first: place of the batch's first sequence among all of the step, over all workers.
             segments: of each sequence the tokens of the conversations in it; padding follows.
@@ -208,33 +193,26 @@ class Transform(Section):
         """Follow up on new parameter values: after each optimizer step and after each load."""
 
     def remedy(self, step: int) -> str:
-        """Return which of these keys to change if the loss rises or is not finite in optimizer step
-        `step` (from 0); empty if the feature cannot be the cause.
+        """Return which keys to change if the loss rises or is not finite in this optimizer step
+        (from 0); empty if the feature cannot be the cause.
         """
         return ""
 
     def variants(self, step: int, total_steps: int, of: str = "") -> dict[str, bool]:
-        """Return what to evaluate after `step` steps in addition to the run itself: the name of
-        each variant, and whether the feature is on in it.
-
-        Args:
-            step: optimizer steps that were done.
-            total_steps: of the run.
-            of: whose weights the model has, if not this run's: a twin's that was trained without
-                the feature.
+        """Return what else to evaluate after `step` optimizer steps: the name of each variant, and
+        whether the feature is on in it. `of` names whose weights the model has, if not this run's:
+        a twin's that was trained without the feature.
         """
         return {}
 
     @property
     def exact_with(self) -> frozenset[str]:
-        """Names of the transforms with which a model that this one converts at export computes the
-        same bits as the trained one in evaluation.
-        """
+        """Transforms with which a converted model computes the same bits as the trained one."""
         return frozenset()
 
     def twin(self, job: JobConfig) -> tuple[str, JobConfig] | None:
-        """Return an output_dir, and the job to train in it first to measure this feature by: the
-        same one without it. None unless the keys request it.
+        """Return an output_dir and the job without the feature to train in it first, to measure the
+        feature by; None unless the keys request it.
         """
         return None
 
@@ -242,14 +220,8 @@ class Transform(Section):
 def require_package(
     facts: HardwareFacts, what: str, package: str, off: str, install: str = ""
 ) -> None:
-    """Raise if a node lacks the package that a feature needs.
-
-    Args:
-        facts: the node's.
-        what: what needs it.
-        package: its name in the index.
-        off: how to run without it.
-        install: the requirement to install; empty means the package's name.
+    """Refuse a node without the package that `what` needs; `off` is how to run without it, and
+    `install` the requirement to install, the package's name if empty.
 
     Raises:
         ClusterError: naming the node and the package.
@@ -260,3 +232,13 @@ def require_package(
             f"node {facts.node_ip}, {package} is not installed",
             f"pip install '{install or package}' on that node, or {off}",
         )
+
+
+def require_gpu(facts: HardwareFacts, what: str, off: str) -> None:
+    """Refuse a node without a GPU; `what` is the rule, and `off` how to run without one.
+
+    Raises:
+        ClusterError: describing the node.
+    """
+    if facts.device_type != "cuda":
+        raise ClusterError(what, facts.describe(), f"run on GPU workers, or {off}")

@@ -46,5 +46,7 @@ REFUSED_VALUES: dict[tuple[str, str], tuple[str, str]] = {
     for value in entry["values"]
 }
 """(key of this package, value that is refused) -> why, and what to do."""
+VALUE_NAMES: dict[str, dict[str, str]] = _TABLES["value_names"]
+"""Key of this package -> LLaMA-Factory's name of a value -> its name here."""
 WRITTEN_AS: dict[str, str] = _TABLES["written_as"]
 """What other trainers call a key -> its name here."""

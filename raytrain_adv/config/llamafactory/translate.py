@@ -13,17 +13,12 @@ from raytrain_adv.config.llamafactory.keys import (
     REFUSED_VALUES,
     RENAMED,
     SAME,
+    VALUE_NAMES,
     Key,
 )
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sections import Template
 
-WORDS = {
-    "optim": {"adamw_8bit": "adamw_torch_8bit", "adamw_bnb_8bit": "adamw_torch_8bit"},
-    "quantization_method": {"bitsandbytes": "bnb"},
-    "flash_attn": {"flash_attention_2": "fa2", "flash_attention_3": "fa3", "eager": "disabled"},
-}
-"""Key -> LLaMA-Factory's word for a value -> this package's."""
 TEMPLATES: tuple[str, ...] = get_args(Template)
 UNSET_WHEN_NULL = {
     "packing",
@@ -117,7 +112,7 @@ def _value(key: str, value: Any) -> Any:
         if (key, value) in REFUSED_VALUES:
             why, fix = REFUSED_VALUES[key, value]
             return Problem(": ".join(part for part in (show(value), why) if part), fix)
-        value = WORDS.get(key, {}).get(value, value)
+        value = VALUE_NAMES.get(key, {}).get(value, value)
     return VALUES[key](value) if key in VALUES else value
 
 

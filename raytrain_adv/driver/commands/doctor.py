@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from raytrain_adv.checkpoint import folders
 from raytrain_adv.checkpoint.folders import MANIFEST
 from raytrain_adv.checkpoint.load import PlainReader
+from raytrain_adv.config.discovery import transform_types
+from raytrain_adv.config.rules import switch
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.output_dir import MODELS, RUN_FILE, Record
 from raytrain_adv.driver.watch.stop import STOP_FILE
@@ -266,7 +268,9 @@ class Examined:
         # A sweep with keep_models: best deletes the models of its other trials.
         has_models = self.job.get("export_model", True) and self.folder.parent.name != "trials"
         if self.is_done and has_models:
-            owed |= set(MODELS if self.job.get("enable_qat") else MODELS[:1])
+            kinds = [kind for kind in transform_types() if kind.converts]
+            converts = any(self.job.get(switch(kind())) for kind in kinds)
+            owed |= set(MODELS if converts else MODELS[:1])
         for name, what in wrong.items():
             if what and (what != MISSING or name in owed):
                 yield self._unmade(name, what)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.errors import JobError
 
 if TYPE_CHECKING:
+    import torch
     from torchao.core.config import AOBaseConfig
 
 FLOAT8 = "float8_e4m3fn"
@@ -25,6 +27,10 @@ NOT_SERVED = {
     "fp8": "its name is float8_e4m3fn",
 }
 """Dtypes that are not supported, and why."""
+DEPRECATION = "Config Deprecation: _default"
+"""Of the warning by torchao 0.18 that _default will go. It is what engines that fuse q, k and v
+into one linear find that linear's configuration by; without it they would need its name.
+"""
 
 
 def refuse_odd_groups(size: int | None, widths: Mapping[str, int]) -> None:
@@ -89,3 +95,80 @@ def config_of(weight_dtype: str, group_size: int | None, activation_dtype: str) 
             weight_dtype=getattr(torch, weight_dtype), granularity=granularity
         )
     return config
+
+
+def tensor_of(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
+    """Return a weight [rows, columns] as the tensor that torchao's configuration makes of it."""
+    import torch
+    from torch import nn
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Float8WeightOnlyConfig,
+        quantize_,
+    )
+
+    with torch.no_grad():
+        if isinstance(config, Float8WeightOnlyConfig | Float8DynamicActivationFloat8WeightConfig):
+            return _float8(weight, config)
+        rows, columns = weight.shape
+        linear = nn.Linear(columns, rows, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        quantize_(linear, config, filter_fn=lambda module, fqn: True)
+    return linear.weight.data
+
+
+def _float8(weight: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return what torchao's two float8 configurations make of a weight.
+
+    Not by quantize_: it makes NaN of rows of zeros (pytorch/ao#4713), and requires a GPU where only
+    the product needs one. Remove when it does neither.
+    """
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+    from raytrain_adv.ops.fake_quant.rounding import EPS
+
+    keys: dict[str, Any] = {"granularity": PerRow()}
+    if isinstance(config, Float8DynamicActivationFloat8WeightConfig):
+        of_activations, of_weights = config.granularity
+        keys |= {
+            "granularity": of_weights,
+            "mm_config": config.mm_config,
+            "kernel_preference": config.kernel_preference,
+            "act_quant_kwargs": QuantizeTensorToFloat8Kwargs(
+                config.activation_dtype,
+                of_activations,
+                hp_value_lb=config.activation_value_lb,
+                hp_value_ub=config.activation_value_ub,
+                kernel_preference=config.kernel_preference,
+            ),
+        }
+    tensor: torch.Tensor = Float8Tensor.from_hp(
+        weight, float8_dtype=config.weight_dtype, hp_value_lb=EPS, **keys
+    )
+    return tensor
+
+
+def describe_model(
+    linears: Iterable[str], configs: Mapping[str, AOBaseConfig], default: AOBaseConfig
+) -> dict[str, Any]:
+    """Return what an exported config.json has for transformers: the configuration of each converted
+    tensor, none for the other linears, and the default.
+
+    Args:
+        linears: the model's linears.
+        configs: the configuration of each converted tensor, by its name in the model.
+        default: for linears that are none of these, as those that an engine fuses.
+    """
+    from torchao.quantization import FqnToConfig
+    from transformers import TorchAoConfig
+
+    converted = {name.removesuffix(".weight"): config for name, config in configs.items()}
+    every = dict.fromkeys(linears)
+    others = {name: config for name, config in converted.items() if name not in every}
+    alone = {name: None for name in every if name not in converted}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=DEPRECATION)
+        by_fqn = FqnToConfig({**others, **alone, "_default": default})
+    config: Any = TorchAoConfig(by_fqn, include_input_output_embeddings=bool(others))
+    return {"quantization_config": config.to_dict()}

@@ -235,8 +235,8 @@ def test_a_layer_that_was_not_converted_is_noticed(tmp_path, monkeypatch):
     job, model, _ = planned(tmp_path)
     prepare = Fp8.prepare
 
-    def forgets_one(self, model, plan, facts):
-        prepare(self, model, plan, facts)
+    def forgets_one(self, model, plan):
+        prepare(self, model, plan)
         model.set_submodule("model.layers.1.mlp.up_proj", nn.Linear(64, 128, bias=False))
 
     monkeypatch.setattr(Fp8, "prepare", forgets_one)

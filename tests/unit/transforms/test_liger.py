@@ -303,8 +303,8 @@ def test_rope_is_tried_out_in_an_attention_of_its_own(kind, tmp_path, monkeypatc
     for by, wrong in ((1.0, None), (-1.0, "does not compute what")):
         monkeypatch.setattr(rope, "liger_rotary_pos_emb", turned(by))
         job, model = model_of(kind, tmp_path, use_liger_kernel={"rope": True})
-        plan = Transforms(job).prepare(model)["liger"]
-        arguments = model, {"liger": plan}, torch.device("cpu"), torch.float32
+        plans = Transforms(job).prepare(model)
+        arguments = model, plans, torch.device("cpu"), torch.float32
         if wrong is None:
             (sentence,) = Transforms(job).install(*arguments)["liger"].notes
             assert "tested in" in sentence and sentence.endswith("in 2 modules")

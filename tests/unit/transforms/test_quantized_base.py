@@ -50,7 +50,7 @@ def loaded(job):
         ),
         (
             {"enable_qat": True},
-            "enable_qat and quantization_bit: QAT and standard quantization are mutually exclusive",
+            "quantization_bit and enable_qat: QAT and standard quantization are mutually exclusive",
         ),
         (
             {"finetuning_type": "full", "lora_rank": 8},
@@ -62,7 +62,10 @@ def loaded(job):
         ),
         ({"quantization_bit": 3}, "bitsandbytes has 4 and 8 bits"),
         ({"quantization_method": "gptq"}, "gptq is not in this version"),
-        ({"quantization_bit": None, "quantization_type": "fp4"}, "its feature is turned off"),
+        (
+            {"quantization_bit": None, "quantization_type": "fp4"},
+            "its feature is off by its own keys",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_both_keys(tmp_path, keys, what):
