@@ -15,9 +15,7 @@ WRAPPERS = re.compile(r"(^|(?<=\.))(_checkpoint_wrapped_module|_orig_mod|base_la
 
 
 def plain_name(fqn: str) -> str:
-    """Return a tensor's name in the plain model: without checkpoint, compile and PEFT wrappers in
-    its path.
-    """
+    """Return a tensor's name in the plain model: without checkpoint, compile and PEFT wrappers."""
     return WRAPPERS.sub("", fqn)
 
 
@@ -80,10 +78,7 @@ def gather_rows(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Return the 2-norm over all elements of all ranks' parts, a float32 scalar on the device.
-
-    See gather for why DTensor does not compute it.
-    """
+    """Return the 2-norm of all ranks' parts, a float32 scalar; not by DTensor: see gather."""
     norm = torch.nn.utils.get_total_norm([local_part(t) for t in tensors], foreach=True).float()
     sharded = next((t for t in tensors if isinstance(t, DTensor)), None)
     if sharded is None:
@@ -94,9 +89,7 @@ def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered parameters: a forward pass without a backward pass leaves them, in the compute
-    dtype, if fsdp_reshard_after_forward is false.
-    """
+    """Free gathered parameters, which a forward pass without a backward pass may leave."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -108,7 +101,5 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def seed_of(seed: int, fqn: str) -> int:
-    """Return the seed of one module's random values: a function of the run's seed and the module's
-    name.
-    """
+    """Return the seed of one module's random values, from the run's seed and the module's name."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{fqn}".encode()).digest()[:7])

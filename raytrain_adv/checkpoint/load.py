@@ -44,8 +44,7 @@ _CLASSES: tuple[Any, ...] = (
 )
 _DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 ALLOWED: dict[str, Any] = {f"{c.__module__}.{c.__qualname__}": c for c in _CLASSES} | _DTYPES
-"""The classes in a checkpoint's metadata, by its name in the pickle (torch 2.11 to
-2.13)."""
+"""The classes in a checkpoint's metadata, by name in the pickle (torch 2.11 to 2.13)."""
 
 # What else pickle raises where bytes mean nothing to it, by its documentation.
 _OF_GARBAGE = (AttributeError, EOFError, ImportError, IndexError, TypeError, ValueError)

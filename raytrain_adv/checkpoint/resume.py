@@ -115,9 +115,7 @@ def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
 
 
 def _pass_over_torn(run: Run) -> None:
-    """Report each checkpoint newer than the newest complete one that was complete and lost files;
-    one that a kill left without a manifest never was.
-    """
+    """Report checkpoints newer than the newest complete one that lost files after the commit."""
     for _, _, folder in sorted(all_folders(run.storage), key=lambda entry: entry[:2], reverse=True):
         manifest = folder.read_json(MANIFEST)
         if manifest is None or manifest.get("format") != FORMAT:
@@ -145,9 +143,7 @@ def _named(path: str) -> Found:
 
 
 def precision_keys(job: JobConfig) -> frozenset[str]:
-    """Return the keys of the transforms that change how products are computed, not what is trained:
-    a named checkpoint of one precision can be continued in another.
-    """
+    """Return the keys that change how products are computed: a named checkpoint may differ."""
     transforms = [t for t in job.transforms if isinstance(t, Transform) and t.stage == "precision"]
     return frozenset(key for t in transforms for key in type(t).model_fields)
 

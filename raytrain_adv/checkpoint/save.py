@@ -1,6 +1,4 @@
-"""Checkpoints that are whole or do not count: written in the background, named complete by a
-manifest, committed.
-"""
+"""Checkpoints that are whole or do not count: written in the background, committed by manifest."""
 
 from __future__ import annotations
 
@@ -51,9 +49,7 @@ PENDING, DONE, FAILED = 0, 1, 2
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """Return the trainable parameters (all of them, or the adapters) by clean names, sharded as
-    they are.
-    """
+    """Return the trainable parameters (all, or the adapters) by clean names, still sharded."""
     state = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     return {
         name: as_plain(value) if isinstance(value, torch.Tensor) else value
@@ -62,9 +58,7 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Return what a checkpoint holds: trainable parameters and, unless left out, the optimizer's
-    states.
-    """
+    """Return what a checkpoint holds: trainable parameters and, by default, optimizer states."""
     state: dict[str, Any] = {"model": model_state(model)}
     if optimizer is not None:
         options = StateDictOptions(ignore_frozen_params=True)
@@ -117,9 +111,7 @@ class Written:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time; `poll` after each step commits what is
-    finished.
-    """
+    """Writes checkpoints in the background, one at a time; `poll` after each step commits them."""
 
     def __init__(
         self, job: JobConfig, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -140,9 +132,7 @@ class CheckpointWriter:
         """Seconds that training stood still for checkpoints."""
 
     def save(self, progress: Progress, metrics: dict[str, float]) -> None:
-        """Start writing the state after `progress.step`, once; waits for the one before if that is
-        still being written.
-        """
+        """Start writing the state after `progress.step`, once; wait for an unfinished one first."""
         if self.saved_step == progress.step:
             return
         self.finish()
@@ -160,9 +150,7 @@ class CheckpointWriter:
         self.pending = (progress, target, done, metrics)
 
     def _write(self, step: int, state: dict[str, Any], local: str, target: Storage) -> Written:
-        """Run in the writer's thread: write this rank's shards to where they belong; again, where
-        storage fails for a while.
-        """
+        """Write this rank's shards, in the writer's thread; retry while storage fails."""
         failures: list[str] = []
 
         def report(message: str) -> None:
@@ -190,9 +178,7 @@ class CheckpointWriter:
         return Written(written, failures)
 
     def poll(self) -> None:
-        """Commit the pending checkpoint if every rank has written its part; called by all ranks
-        after each step.
-        """
+        """Commit the pending checkpoint if every rank has written it; called by all each step."""
         self._prepare_memory()
         if self.pending is None:
             return
@@ -294,9 +280,7 @@ class CheckpointWriter:
         }
 
     def _prune(self) -> None:
-        """Delete the oldest complete checkpoints beyond save_total_limit, and torn ones that no
-        attempt still writes.
-        """
+        """Delete complete checkpoints beyond save_total_limit, and torn ones that nobody writes."""
         folders = sorted(all_folders(self.run.storage), key=lambda entry: entry[:2], reverse=True)
         complete = [folder for _, _, folder in folders if folder.read_json(MANIFEST) is not None]
         limit = self.job.output.save_total_limit

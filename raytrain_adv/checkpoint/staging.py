@@ -155,9 +155,7 @@ def plain_like(state: Any) -> Any:
 
 
 def tensors_of(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield path and tensor of what a checkpoint of this state holds; 8-bit ones, which it holds
-    as float32, are left out.
-    """
+    """Yield path and tensor of the state; without 8-bit tensors, which are saved as float32."""
     if isinstance(state, dict):
         for key, value in state.items():
             yield from tensors_of(value, f"{path}/{key}")

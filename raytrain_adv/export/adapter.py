@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 
 def write_adapter(model: PreTrainedModel, job: JobConfig, new: NewFolder) -> None:
-    """Gather the adapters, and write adapter_model.safetensors and adapter_config.json on rank 0; a
-    collective.
-    """
+    """Gather the adapters and write them with their config on rank 0; a collective."""
     reshard(model)
     tensors: dict[str, torch.Tensor] = {}
     for fqn, parameter in model.named_parameters():

@@ -1,6 +1,4 @@
-"""A new model folder, with linears and embedding as torchao's quantized tensors: tensor by
-tensor, so that a model is never held whole.
-"""
+"""A new model folder with torchao's quantized tensors, converted one tensor at a time."""
 
 from __future__ import annotations
 
@@ -63,8 +61,7 @@ class Piece:
     """A tensor of the new folder, not yet read."""
 
     name: str
-    """Its name in the new folder: the model's own where it is quantized, because torchao finds it
-    by that, otherwise the one it has in the old folder."""
+    """The model's own name if it is quantized (torchao finds it by that), else the source's."""
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
     is_listed: bool = True
@@ -160,9 +157,7 @@ def _converted(
 
 
 def is_untied(plain: PreTrainedModel, configs: Configs) -> bool:
-    """Whether the embedding is tied to the head and only the embedding is quantized: the new folder
-    then holds both.
-    """
+    """Whether a tied embedding is quantized and its head is not: the new folder then holds both."""
     return is_tied(plain) and any(plain.get_parameter(name) is _head(plain) for name in configs)
 
 
@@ -202,9 +197,7 @@ def _flat(name: str, value: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict
 def _value(
     tensor: torch.Tensor, config: AOBaseConfig | None, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return a tensor as it is stored: in the dtype that computes, quantized where it has a config;
-    integers and booleans as they are.
-    """
+    """Return a tensor as it is stored: quantized if it has a config, integers as is."""
     if config is not None:
         return quantized(tensor.to(device=device, dtype=dtype), config)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -285,9 +278,7 @@ def _write_config(
 
 
 def quantization_config(plain: PreTrainedModel, job: JobConfig, configs: Configs) -> dict[str, Any]:
-    """Return transformers' description of the quantized model: the linears' configuration, that of
-    the embedding, and none for each linear that was left alone.
-    """
+    """Return transformers' description: the configs of linears and embedding, none for the rest."""
     from torchao.quantization import FqnToConfig
     from transformers import TorchAoConfig
 

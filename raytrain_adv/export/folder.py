@@ -113,9 +113,7 @@ def folder_gib(path: Path) -> float:
 def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file that others may read as they may read any new file of this user's:
-    safetensors gives it to its owner only.
-    """
+    """Write a safetensors file with the usual permissions; safetensors makes it owner-only."""
     save_file(tensors, path, metadata={**(metadata or {}), "format": "pt"})
     ordinary = path.with_name(f".{path.name}.mode")
     ordinary.touch()

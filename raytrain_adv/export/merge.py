@@ -39,9 +39,7 @@ class Merged:
     num_tokens: int
     """Tokens that were compared."""
     plain_difference: float | None
-    """The difference if the adapter were merged into the weights as they were before they were
-    packed; none if the base is not packed.
-    """
+    """The difference with the weights from before packing; none if the base is not packed."""
 
 
 def export_merged(
@@ -84,9 +82,7 @@ def export_merged(
 
 
 def merged_tensors(model: PreTrainedModel) -> Callable[[str], torch.Tensor]:
-    """Return a function from a tensor's name in the plain model to its value with the adapter in
-    it; one at a time is made.
-    """
+    """Return a function from a tensor's plain name to its value with the adapter merged."""
     kept = saved_tensors(model)
     adapted = {
         plain_name(f"{fqn}.base_layer.weight"): module
@@ -148,9 +144,7 @@ def _apart(merged: Any, input_ids: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _exchange(model: PreTrainedModel, job: JobConfig, merged: nn.Module) -> bool:
-    """Replace the packed part of a merged model's weights by the weights as they were; return
-    whether all of them have the same names in the checkpoint.
-    """
+    """Replace packed weights by the original ones; return whether all keep their names."""
     packed = packed_weights(model)
     with CheckpointFiles(model_folder(job)) as files:
         direct = match(build(job), files).direct

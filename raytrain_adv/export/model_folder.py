@@ -171,9 +171,7 @@ def write_configs(plain: PreTrainedModel, job: JobConfig, dtype: torch.dtype, fo
 
 
 def source_folder(job: JobConfig) -> Path | None:
-    """Return the folder the model came from; none for a shape from the Hub that was trained from
-    scratch.
-    """
+    """Return the folder the model came from; none for a Hub shape trained from scratch."""
     if is_local(job):
         return Path(model_source(job))
     return None if job.model.train_from_scratch else model_folder(job)

@@ -35,9 +35,7 @@ LOWEST_CAPABILITY = {"fa3": (9, 0), "fa2": (8, 0)}
 """Package of flash attention -> the GPUs it is for; FlashAttention-3 is for Hopper alone."""
 HUB = "hub:"
 HUB_ATTENTION = "hub_attention"
-"""The name under which a kernel of hub:<repo> is registered with transformers, which would load
-one of its own choice for a name with flash in it.
-"""
+"""Our name of a hub:<repo> kernel: for one with flash in it transformers would load its own."""
 
 
 def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
@@ -73,9 +71,7 @@ def is_flash(model: PreTrainedModel) -> bool:
 
 
 def attention_name(job: JobConfig, model: PreTrainedModel) -> str:
-    """Return what computes attention, for plans and reports: transformers' name, or the kernel with
-    its commit or the hash of its files, as the run has pinned it.
-    """
+    """Return what computes attention: transformers' name, or the kernel with its pinned version."""
     name = str(model.config._attn_implementation)
     wanted = kernel_asked(job)
     if name != HUB_ATTENTION or wanted is None:
@@ -91,9 +87,7 @@ def attention_name(job: JobConfig, model: PreTrainedModel) -> str:
 
 
 def kernel_asked(job: JobConfig) -> Wanted | None:
-    """Return the kernel that flash_attn names, in a version that is known to work where it names
-    none; None if flash_attn names no kernel.
-    """
+    """Return the kernel that flash_attn names, by default in a known version, or None."""
     if not job.model.flash_attn.startswith(HUB):
         return None
     name = job.model.flash_attn.removeprefix(HUB)

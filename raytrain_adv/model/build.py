@@ -230,9 +230,7 @@ def refuse_other_modalities(job: JobConfig, model: PreTrainedModel) -> None:
 
 
 def refusal_of(job: JobConfig, config: PretrainedConfig | None, error: Exception) -> JobError:
-    """Turn a refusal of transformers to read a config or build a model into one with what, found
-    and fix.
-    """
+    """Turn transformers' refusal of a config or model into an error with what, found and fix."""
     name, text = job.model.model_name_or_path, str(error)
     if "trust_remote_code" in text:
         return JobError(

@@ -60,9 +60,7 @@ class Route:
 
 
 def route(model: PreTrainedModel, held: Iterable[str]) -> Route:
-    """Match a checkpoint's tensor names with those of an unchanged model (which may be on the meta
-    device).
-    """
+    """Match a checkpoint's tensor names with those of an unchanged model (meta will do)."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -56,9 +56,7 @@ def refuse_pipes(name: str, folder: Path) -> None:
 
 
 def looks_like_hub_name(name: str) -> bool:
-    """Return whether a name without a folder of that name could be on the Hub: `owner/model` or
-    `model`.
-    """
+    """Whether a name could be on the Hub: `owner/model` or `model`."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
 
 
@@ -75,9 +73,7 @@ def nearest_folders(path: Path) -> str:
 
 
 def check_weights(job: JobConfig) -> None:
-    """Refuse a model folder that holds no safetensors weights. Hub models are checked when they are
-    fetched.
-    """
+    """Refuse a model folder without safetensors weights; Hub models are checked when fetched."""
     if not is_local(job):
         return
     folder = Path(job.model.model_name_or_path).expanduser()

@@ -62,9 +62,7 @@ class CheckpointFiles:
         self.bytes_read = 0
         """Bytes of tensor data this process has read so far."""
         self.largest_read = 0
-        """Bytes of the largest piece read at once: what loading adds to the host memory of the
-        shards.
-        """
+        """Bytes of the largest piece read at once: host memory that loading needs."""
         self._open = ExitStack()
         self._handles: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}

@@ -29,9 +29,7 @@ from raytrain_adv.ops.float8.all_gather import as_plain
 
 
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters and persistent buffers by their name in the plain model, tied ones
-    once.
-    """
+    """Return parameters and persistent buffers by their name in the plain model, tied ones once."""
     reshard(model)
     named: dict[str, torch.Tensor] = {
         plain_name(n): as_plain(p) for n, p in model.named_parameters()
@@ -68,9 +66,7 @@ def materialize(
 
 @torch.no_grad()
 def compute_buffers(model: PreTrainedModel) -> None:
-    """Compute non-persistent buffers (rotary tables, embedding scales) as transformers does: by
-    `_init_weights`.
-    """
+    """Compute non-persistent buffers (rotary tables) as transformers does: by `_init_weights`."""
     untouched = []
     with guard_torch_init_functions():
         for fqn, module, owner in owned_modules(model):
@@ -123,9 +119,7 @@ def is_poisoned(buffer: torch.Tensor) -> bool:
 def owned_modules(
     module: nn.Module, fqn: str = "", owner: PreTrainedModel | None = None
 ) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
-    """Yield fqn, module, and the innermost model it belongs to (whose `_init_weights` applies),
-    children first.
-    """
+    """Yield fqn, module and the innermost model around it (whose `_init_weights` applies)."""
     if isinstance(module, PreTrainedModel):
         owner = module
     for name, child in module.named_children():
@@ -165,9 +159,7 @@ def load_pretrained(
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedLinear]:
-    """Return the linears whose weights are packed, by the names of their weights in the plain
-    model.
-    """
+    """Return the linears whose weights are packed, by their weights' names in the plain model."""
     return {plain_name(f"{fqn}.weight"): layer for fqn, layer in packed_linears(model)}
 
 
@@ -229,9 +221,7 @@ def join_tied(plain: PreTrainedModel, files: CheckpointFiles, found: Route) -> N
 
 
 def ignored_names(plain: PreTrainedModel) -> re.Pattern[str] | None:
-    """Return the pattern of checkpoint names that the architecture ignores, as obsolete
-    rotary tables.
-    """
+    """Return the pattern of checkpoint names that the architecture ignores: old rotary tables."""
     patterns = [str(p) for p in plain._keys_to_ignore_on_load_unexpected or ()]
     buffers = [name for name, _ in plain.named_buffers()]
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
@@ -341,9 +331,7 @@ def initialize_unit(
     device: torch.device,
     targets: dict[str, torch.Tensor],
 ) -> None:
-    """Make one unit's whole tensors, initialize them, copy this rank's regions, and drop them
-    again.
-    """
+    """Initialize one unit's whole tensors, copy this rank's regions, and drop them again."""
     held = {
         name: f"{fqn}.{name}".lstrip(".")
         for name in part.state_dict()

@@ -17,9 +17,7 @@ def values_of(state: Any) -> torch.Tensor:
 
 
 def fill_8bit(state: Any, values: torch.Tensor) -> None:
-    """Fill torchao's 8-bit optimizer state with values, some blocks at a time: the codes pass
-    through int64, eight times what they take in the end.
-    """
+    """Fill torchao's 8-bit state some blocks at a time: codes pass through int64, 8x their size."""
     blocks = values.reshape(-1, state.block_size)
     codes, scales = state.codes.view(-1, state.block_size), state.scale
     for start in range(0, len(blocks), BLOCKS_AT_A_TIME):

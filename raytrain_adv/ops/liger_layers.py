@@ -277,7 +277,6 @@ STAND_INS: dict[str, Any] = {
     "_swiglu_dispatch": silu_mul,
     "LigerSiLUMulFunction": SiLUMulFunction,
 }
-"""Global name that a forward pass of Liger's calls -> what computes the same, and is right when
-torch.compile traces it too."""
+"""Global name that Liger's forward passes call -> the same, right under torch.compile too."""
 UNDERSTOOD = frozenset({"LigerGELUMulFunction"})
 """Those whose kernels take no number, so that torch.compile finds what they write to."""

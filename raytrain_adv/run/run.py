@@ -22,37 +22,26 @@ from raytrain_adv.storage.storage import Storage
 T = TypeVar("T")
 
 REPORT_EVERY_S = 2.0
-"""Seconds between two reports to the runtime. Ray Train holds a worker in its report until its
-controller has looked at the one before, every 0.5 to 2 s (ray 2.60)."""
+"""Seconds between reports: Ray Train blocks each until it took the last one, 0.5 to 2 s (2.60)."""
 
 
 class Reporter(Protocol):
-    """The runtime's side of a run. Every rank calls each method equally often: each may be a
-    barrier.
-    """
+    """The runtime's side of a run. All ranks call each method equally often (a barrier)."""
 
     def metrics(self, row: dict[str, float]) -> None:
         """Take the metrics of a logging step."""
 
     def checkpoint(self, storage: Storage, name: str, metrics: dict[str, float]) -> None:
-        """Register a complete checkpoint; return when it is committed, so that a kill cannot lose
-        it.
-        """
+        """Register a complete checkpoint; return when it is committed, safe from a kill."""
 
     def stop_requested(self) -> bool:
-        """Whether to end the run after this step, with a checkpoint; rank 0 calls it in every
-        step.
-        """
+        """Whether to end the run after this step, with a checkpoint; rank 0 calls it each step."""
 
     def termination_requested(self) -> bool:
-        """Whether this worker's process got a termination signal: the run ends after this step,
-        with a checkpoint, to continue elsewhere; every rank calls it in every step.
-        """
+        """Whether this process got a termination signal; every rank calls it each step."""
 
     def drained(self) -> str:
-        """Return the nodes that will be removed soon, each once; empty if there are none. Every
-        rank calls it in every step.
-        """
+        """Return the nodes that will be removed soon, each once; every rank calls it each step."""
 
 
 class SilentReporter:
@@ -142,9 +131,7 @@ class Run:
             self.trackers.log(row, row["step"])
 
     def report(self, row: dict[str, Any], is_last: bool) -> None:
-        """Hand a row's numbers to the runtime, at most every REPORT_EVERY_S; every rank
-        calls this. metrics.jsonl and the trackers have every row.
-        """
+        """Hand a row's numbers to the runtime, every REPORT_EVERY_S at most; all ranks call it."""
         is_due = time.monotonic() - self.reported_at >= REPORT_EVERY_S or is_last
         if self.agree(int(is_due), dist.ReduceOp.MIN):
             self.reporter.metrics(
@@ -203,10 +190,7 @@ class Run:
 
 
 def local_run(job: JobConfig, device: torch.device | None = None) -> Run:
-    """Return the run of a process started by torchrun, or alone.
-
-    Initializes torch.distributed from torchrun's environment variables when they are there.
-    """
+    """Return the run of a process alone or of torchrun, whose environment initializes the group."""
     if "RANK" in os.environ and not dist.is_initialized():
         on_gpu = torch.cuda.is_available() and not job.parallel.use_cpu
         if on_gpu:

@@ -75,8 +75,6 @@ def may_be_temporary(error: BaseException) -> bool:
 
 
 def cause(error: BaseException) -> str:
-    """Return the innermost reason; DCP wraps every rank's error in one exception, and torch's file
-    writer adds its own to the operating system's.
-    """
+    """Return the innermost reason: DCP and torch's file writer wrap the operating system's."""
     lines = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()
     return next((line.strip() for line in lines if _NUMBER.search(line)), lines[-1])

@@ -1,6 +1,4 @@
-"""Files on any storage that Ray takes: a local or shared folder, s3://, gs://, and the rest of
-pyarrow's.
-"""
+"""Files on any storage that Ray takes: a folder, s3://, gs://, and the rest of pyarrow's."""
 
 from __future__ import annotations
 

@@ -25,9 +25,7 @@ from raytrain_adv.ops.bitsandbytes.quantize import (
 
 @torch._dynamo.allow_in_graph
 class _Product(torch.autograd.Function):
-    """x @ weight.t() + bias with the weight the bytes stand for; backward makes it again from the
-    bytes: kept whole, the weights of all layers would be in memory as if they were not quantized.
-    """
+    """x @ weight.t() + bias; backward unpacks the weight again instead of keeping it whole."""
 
     @staticmethod
     def forward(
@@ -57,9 +55,7 @@ class _Product(torch.autograd.Function):
 
 
 class PackedLinear(nn.Linear):
-    """A linear that computes as bitsandbytes' Linear4bit does, bit for bit (tests/unit/ops), or
-    with the weights of its Linear8bitLt and activations as they are.
-    """
+    """Computes as bitsandbytes' Linear4bit bit for bit, or with the weights of its Linear8bitLt."""
 
     form: Form
     scale: nn.Parameter
@@ -139,9 +135,7 @@ class PackedLinear(nn.Linear):
 
     @torch.no_grad()
     def unpacked(self) -> torch.Tensor:
-        """Return the weight that the bytes stand for, whole: [out_features, in_features]; a
-        collective.
-        """
+        """Return the unpacked weight, whole: [out_features, in_features]; a collective."""
         nested = None if self.nested is None else gather(self.nested)
         whole: torch.Tensor = dequantize(
             gather(self.weight), gather(self.scale), nested, self.form.kind, self.in_features
@@ -171,9 +165,7 @@ def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
 
 
 def num_weights(module: nn.Module) -> int:
-    """Return the number of weights of a model or a part of it, tied ones counted once, quantized
-    ones as what they stand for.
-    """
+    """Return the number of weights, tied ones counted once, packed ones as what they stand for."""
     held = sum(p.numel() for p in module.parameters())
     for _, layer in packed_linears(module):
         stored = [layer.weight, layer.scale, *([layer.nested] if layer.nested is not None else [])]

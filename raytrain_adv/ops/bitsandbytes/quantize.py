@@ -95,9 +95,7 @@ def nested_map(device: torch.device) -> torch.Tensor:
 
 @cache
 def widest_step(kind: str) -> float:
-    """Return half of the widest gap between neighboring values of a 4-bit kind: what a weight is
-    off by at most, as a share of its block's largest.
-    """
+    """Return a 4-bit kind's largest rounding error, as a share of its block's largest value."""
     values = bitsandbytes().functional.get_4bit_type(kind, device="cpu").sort().values
     return float(values.diff().max()) / 2
 

@@ -75,9 +75,7 @@ def launch(
     group_size: int,
     ends: tuple[int, int],
 ) -> None:
-    """Round `source`, contiguous, into `rounded`; write each group's scale, and its zero point
-    where there is a tensor for it.
-    """
+    """Round `source`, contiguous, into `rounded`; write each group's scale and any zero point."""
     num_groups = source.numel() // group_size
     columns = triton.next_power_of_2(group_size)
     groups = max(1, ELEMENTS // columns)

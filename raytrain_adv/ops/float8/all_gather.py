@@ -147,9 +147,7 @@ class GatheredInFloat8(torch.Tensor):
         *,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
-        """Make the whole weight of what was gathered, or give the one there is its new scale;
-        called by FSDP2.
-        """
+        """Make the whole weight of what was gathered, or rescale the old one; FSDP2 calls it."""
         # Here, because what reads and writes checkpoints of any job comes by this module.
         from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
@@ -206,10 +204,7 @@ def _largest(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def as_plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the same values, of the same storage, without the type above; others as they are.
-
-    A checkpoint with that type in it could be read only by a process that has torchao.
-    """
+    """Return the same storage without the type above, which only torchao can load."""
     if isinstance(tensor, GatheredInFloat8):
         return tensor.plain
     local = tensor._local_tensor if isinstance(tensor, DTensor) else None

@@ -22,9 +22,7 @@ def _quick(call: Any, quantiles: Any) -> Any:
 
 
 def size_class(length: int) -> int:
-    """Return what stands for a length where tile sizes are chosen: batches without packing have
-    another number of tokens each, and each one would be tuned again, in mid-training.
-    """
+    """Return a length for the choice of tiles, so that batches are not tuned in mid-training."""
     return 1 << max(length - 1, 0).bit_length()
 
 

@@ -22,9 +22,7 @@ PROBED_ROWS = 256
 
 @torch._dynamo.allow_in_graph
 class _Matmul(torch.autograd.Function):
-    """x @ w.t() with float8 factors; the input is kept for backward as its transposed cast, which
-    is what backward multiplies with.
-    """
+    """x @ w.t() with float8 factors; backward keeps the input as its transposed cast."""
 
     @staticmethod
     def forward(

@@ -87,9 +87,7 @@ def refuse_frozen(linears: Iterable[nn.Linear], weight_dtype: str, activation_dt
 
 @torch._dynamo.allow_in_graph
 class _Product(torch.autograd.Function):
-    """x @ weight.t() with both factors rounded. Kept for backward are the input, as the transposed
-    cast that it is multiplied with there, and the weight as it came, which is rounded again.
-    """
+    """x @ weight.t(), both factors rounded; keeps the input's transposed cast and the weight."""
 
     @staticmethod
     def forward(
@@ -152,9 +150,7 @@ class _Product(torch.autograd.Function):
 def _scale(
     rounded: torch.Tensor, scales: torch.Tensor | None, zero_points: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    """Return what maps a rounded tensor into float8's range. Of integers the largest is known from
-    their scales, without reading them again.
-    """
+    """Return what maps a rounded tensor into float8's range; scales bound integers."""
     if scales is None:
         return tensorwise_scale(rounded, E4M3)
     smallest, largest = bounds(bits)

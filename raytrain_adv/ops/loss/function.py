@@ -1,6 +1,4 @@
-"""Cross-entropy as a sum over label tokens; who divides by their global count is the training
-loop.
-"""
+"""Cross-entropy as a sum over label tokens; the training loop divides by their global count."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The loss inside a model's head: the one place where FSDP2 has the head's weight whole, whatever
-the layout, and where the logits of all tokens need not exist.
-"""
+"""The loss inside a model's head: FSDP2 has its weight whole there, and logits stay in chunks."""
 
 from __future__ import annotations
 
@@ -139,10 +137,7 @@ def cut_cross_entropy(
     labels: torch.Tensor,
     logit_map: LogitMap,
 ) -> torch.Tensor:
-    """Return linear_cross_entropy by Apple's Triton kernels; no bias.
-
-    No gradient is left out for being small: the package's own filter is for speed.
-    """
+    """Return linear_cross_entropy by Apple's Triton kernels; no bias, no gradient filter."""
     from cut_cross_entropy import linear_cross_entropy as fused
 
     if bias is not None:
@@ -169,9 +164,7 @@ def liger(
     labels: torch.Tensor,
     logit_map: LogitMap,
 ) -> torch.Tensor:
-    """Return linear_cross_entropy by Liger's fused function, its weight gradient added up in
-    float32.
-    """
+    """Return linear_cross_entropy by Liger's fused function; its weight gradient is float32."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     scaled = hidden if logit_map.scale == 1.0 else hidden * logit_map.scale

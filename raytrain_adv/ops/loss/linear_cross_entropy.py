@@ -38,9 +38,7 @@ HeadForward = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class LogitMap:
-    """What a model does to its head's output before it is a logit: softcap * tanh(scale * x /
-    softcap).
-    """
+    """From a head's output to logits: softcap * tanh(scale * x / softcap)."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -54,9 +52,7 @@ class LogitMap:
 
 
 def chunk_tokens(num_tokens: int, vocab: int, itemsize: int) -> int:
-    """Return the tokens of a chunk: as few chunks as there can be of CHUNK_BYTES at most, and all
-    of them about as long, so that none is a short one for itself.
-    """
+    """Return a chunk's tokens: the fewest chunks of at most CHUNK_BYTES, about equally long."""
     fitting = CHUNK_BYTES // (vocab * itemsize)
     largest = max(fitting // CHUNK_MULTIPLE * CHUNK_MULTIPLE, CHUNK_MULTIPLE)
     num_chunks = max(-(-num_tokens // largest), 1)
@@ -208,9 +204,7 @@ class _OfCalled(torch.autograd.Function):
 
 
 def _scaled(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients times the factor. Nothing else holds them then, so that autograd takes
-    them as they are instead of a copy.
-    """
+    """Return the scaled gradients, and drop other references, so that autograd need not copy."""
     gradients: tuple[torch.Tensor | None, ...] | None = ctx.gradients
     if gradients is None:
         raise RuntimeError("the chunked loss keeps its gradients for one backward pass only")
@@ -223,10 +217,7 @@ def _scaled(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 @torch.no_grad()
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiply a contiguous tensor in place by a float32 scalar on its device.
-
-    Not by mul_, which rounds the scalar to the tensor's dtype first: in bf16 by up to 0.4 %.
-    """
+    """Multiply in place by a float32 scalar on the device; mul_ would round it to bf16 first."""
     if x.is_cuda:
         from raytrain_adv.ops.loss.linear_cross_entropy_kernel import launch_scale
 
