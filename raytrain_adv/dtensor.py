@@ -45,8 +45,7 @@ SHARDED = "shard"
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """Return the whole tensor on every rank, on the device that computes; a collective.
 
-    Not by DTensor.full_tensor: its functional collectives end in a segmentation fault where ranks
-    share a GPU over gloo (torch 2.11).
+    DTensor.full_tensor ends in a segmentation fault if ranks share a GPU over gloo (torch 2.11).
     """
     if not isinstance(tensor, DTensor):
         return tensor.detach()
@@ -55,12 +54,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def gather_rows(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return a whole tensor on every rank, on the device that computes; a collective.
-
-    Args:
-        local: the rows that this rank holds of it: those that it holds of `like`.
-        like: sharded by FSDP2, or not.
-    """
+    """Return a whole tensor from this rank's rows, which lie as those of `like`; see gather."""
     if not isinstance(like, DTensor):
         return local
     mesh = like.device_mesh

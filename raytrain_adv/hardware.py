@@ -138,10 +138,7 @@ def host_memory_bytes() -> int:
 
 
 def free_host_memory() -> int:
-    """Return the bytes of host memory that are free for new use, within a container's limit.
-
-    Source: man 5 proc, MemAvailable; the kernel's cgroup-v2 documentation, memory.max.
-    """
+    """Return the free host memory within a cgroup v2's limit (man 5 proc: MemAvailable)."""
     lines = Path("/proc/meminfo")
     if not lines.is_file():  # not Linux
         return 2**62
@@ -243,10 +240,9 @@ _PEAKS = (
 
 
 def peak_flops(gpu_name: str, dtype: Literal["bf16", "fp8"]) -> Peak | None:
-    """Return the GPU's published dense peak for matrix products in `dtype`.
+    """Return the GPU's published dense peak; None if unknown, as for a CPU or a MIG slice.
 
-    MFU is always the share of the bf16 peak, also of a run in FP8. None means unknown: a CPU, a GPU
-    that is not in the table or has no such rate, or a MIG slice, which is only a part of its GPU.
+    MFU is always the share of the bf16 peak, also of a run in FP8.
     """
     if "MIG" in gpu_name:
         return None

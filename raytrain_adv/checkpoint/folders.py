@@ -118,8 +118,7 @@ def wrong_sizes(folder: Storage, manifest: dict[str, Any]) -> str:
 
 
 def wrong_bytes(folder: Storage, rank: int, world_size: int) -> str:
-    """Return which of this rank's share of the files are not what was written, in words; empty if
-    they all are, and for checkpoints from before checksums were kept.
+    """Return what is wrong with this rank's share of the files (empty without kept checksums).
 
     Raises:
         StorageError: when a file cannot be read.

@@ -23,8 +23,9 @@ from raytrain_adv.transforms.transform import Transform
 
 
 def to_resume(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
-    """Return the checkpoint that this attempt resumes from, or None to start at step 0; the same on
-    all ranks. A damaged one is reported and skipped for the one before, unless the job names it.
+    """Return the checkpoint to resume from, the same on all ranks; None to start at step 0.
+
+    A damaged one is reported and skipped for the one before, unless the job names it.
 
     Raises:
         JobError: when the named checkpoint is not complete, or belongs to another job.
@@ -151,8 +152,7 @@ def precision_keys(job: JobConfig) -> frozenset[str]:
 def refuse_other_job(
     job: JobConfig, found: Found, arithmetic: Arithmetic, free: frozenset[str]
 ) -> None:
-    """Raise unless the checkpoint is this job's: same keys where they matter, but for those in
-    `free`, same data, same global batch.
+    """Refuse a checkpoint of other keys (but for those in `free`), other data, or another batch.
 
     Raises:
         JobError: naming each key that differs, with both values.

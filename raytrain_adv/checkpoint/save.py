@@ -69,11 +69,6 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) ->
 def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Read a checkpoint into the shards, whatever number of workers wrote it.
 
-    Args:
-        found: the checkpoint.
-        model: sharded or not.
-        optimizer: whose states are read too; none leaves them out.
-
     Raises:
         StorageError: when a file cannot be read, or is more than data.
     """

@@ -1,9 +1,8 @@
 """What goes into a checkpoint: copies of plain tensors in host memory, out of training's way.
 
-torchao's 8-bit optimizer states are written as float32: plain tensors can be read on any number of
-workers and without torchao, where the subclass can be cut only along its blocks (torchao 0.18,
-subclass_8bit.py). Reading them back on the same number of workers gives every code and scale again;
-on another number blocks begin elsewhere, and some values move by a rounding.
+torchao's 8-bit optimizer states are written as float32, which any number of workers can read, also
+without torchao. The same number of workers restores every code and scale; with another number,
+blocks begin elsewhere and some values move by a rounding.
 """
 
 from __future__ import annotations
@@ -30,11 +29,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class HostMemory:
-    """A copy in host memory for each tensor of a state, by its path.
-
-    Args:
-        say: prints a sentence.
-    """
+    """A copy in host memory for each tensor of a state, by its path."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
@@ -137,12 +132,7 @@ class HostMemory:
 
 @torch.no_grad()
 def stage(state: Any, memory: HostMemory) -> Any:
-    """Return the nested state with every tensor copied to host memory, sharded as it was.
-
-    Args:
-        state: dicts, lists and tuples of tensors and other values.
-        memory: the copies are in it until the next call.
-    """
+    """Return the state with every tensor copied to host memory, which the next call overwrites."""
     copies = _mapped(state, lambda path, tensor: _host_copy(path, _plain(tensor), memory))
     for device in {tensor.device for _, tensor in tensors_of(state) if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()

@@ -48,8 +48,8 @@ COPIED = (
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 DEPRECATION = "Config Deprecation: _default"
-"""Of the warning by torchao 0.18 that _default will go. It is what engines that fuse q, k and v
-into one linear find that linear's configuration by; without it they would need its name.
+"""torchao 0.18's warning that _default will go. Engines that fuse q, k and v need it: it gives the
+fused linear its configuration without a name.
 """
 
 Configs = Mapping[str, "AOBaseConfig"]
@@ -77,16 +77,16 @@ def write_converted(
     max_file_bytes: int = MAX_FILE_BYTES,
     require: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Write the model of `source` into `folder`, quantized by the job's QAT keys.
+    """Write the model of `source` into the folder `folder`, quantized by the job's QAT keys.
 
-    The folder loads with AutoModelForCausalLM.from_pretrained, wherever torchao is installed. In
-    host memory are one file's tensors and the one that is being quantized.
+    The folder loads with AutoModelForCausalLM.from_pretrained and torchao. Host memory holds one
+    file's tensors and the one that is being quantized.
 
     Args:
         source: a folder with config.json and safetensors files of the job's architecture.
         folder: exists already.
         job: names the architecture, and what is quantized (the transform qat).
-        dtype: which the model computes in: weights are rounded to it before they are quantized.
+        dtype: weights are rounded to it before they are quantized.
         device: where a tensor is quantized.
         max_file_bytes: size at which a new safetensors file is begun.
         require: called with the bytes that will be written, before they are.
@@ -111,12 +111,7 @@ def write_converted(
 
 
 def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
-    """Return torchao's configuration of each tensor that the job's plan quantizes.
-
-    Args:
-        plain: the model on the meta device, without any transform.
-        job: with the transform qat enabled.
-    """
+    """Return torchao's configuration of each tensor that the job's plan quantizes, by name."""
     qat = job.transform(Qat)
     changes = Transforms(job).plan(plain)[qat.name].changes
     return {
@@ -164,13 +159,11 @@ def is_untied(plain: PreTrainedModel, configs: Configs) -> bool:
 def describe(
     pieces: list[Piece], configs: Configs, dtype: torch.dtype
 ) -> tuple[dict[str, str], int]:
-    """Return the metadata that each of the folder's files carries, and the bytes of all tensors.
+    """Return the metadata of each of the folder's files, and the bytes of all tensors.
 
-    Readers go by it to put quantized tensors together: those that read file by file (vLLM), and
-    those that merge the files' metadata (transformers, where `tensor_names` of the last would win).
-    So each file has all of it, plain tensors included, for readers that keep what is listed only.
-    The experts that transformers fuses while it loads are left out: a reader's work grows with the
-    square of the names.
+    Readers need it to join quantized tensors: file by file (vLLM), or merged (transformers, where
+    the last `tensor_names` wins). So each file lists all tensors, plain ones too, but no experts
+    that transformers fuses: reading takes time in the square of the names.
     """
     metadata: dict[str, str] = {}
     size = 0
@@ -224,8 +217,7 @@ def quantized(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
 def _float8(weight: torch.Tensor, config: Any) -> torch.Tensor:
     """Return what torchao's two float8 configurations make of a weight.
 
-    Not by quantize_: it makes NaN of rows of zeros (pytorch/ao#4713), and requires a GPU where only
-    the product needs one. Remove when it does neither.
+    quantize_ makes NaN of rows of zeros (pytorch/ao#4713) and requires a GPU. Remove when fixed.
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
@@ -295,15 +287,9 @@ def quantization_config(plain: PreTrainedModel, job: JobConfig, configs: Configs
 
 
 def add_adapter(adapter: Path, folder: Path, final: Path) -> None:
-    """Put a LoRA run's adapter into its quantized base's folder.
+    """Put a LoRA run's adapter into `folder`, its quantized base, to be named `final`.
 
-    transformers loads both from a folder that holds both, and the adapter in the model's dtype, in
-    which it was trained.
-
-    Args:
-        adapter: the folder that holds the adapter.
-        folder: where the quantized base was written.
-        final: the name that `folder` will have.
+    transformers loads both from one folder, the adapter in the dtype it was trained in.
     """
     shutil.copyfile(adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())

@@ -29,29 +29,27 @@ def export_converted(
     input_ids: torch.Tensor | None,
     max_file_bytes: int,
 ) -> Comparison | None:
-    """Write the converted model next to the trained one; every rank calls this.
+    """Write the converted model next to the trained one, and compare it; every rank calls this.
 
-    After LoRA these are the converted base and the adapter, as they were trained. They cannot be
-    merged: an adapter is trained on the rounded base, and rounding the sum of both would restore
-    the error that training has removed.
+    A LoRA run's base is converted and its adapter copied: merging would round their sum again and
+    restore the error that training has removed.
 
     Args:
         model: trained; sharded, wrapped and compiled as it is.
         job: the job that trained it.
-        model_dir: holds the trained model, or its adapter.
-        base: holds the model the adapter belongs to.
+        model_dir: the trained model, or its adapter.
+        base: the model that the adapter belongs to.
         new: the converted folder.
         dtype: the dtype training computed in.
         input_ids: [tokens], what the converted model is compared on; none skips that.
         max_file_bytes: size at which a new safetensors file is begun.
 
     Returns:
-        On rank 0 how it compares; none on the others, or where nothing was compared.
+        On rank 0 how it compares; none on the others, or if nothing was compared.
 
     Raises:
         TrainingError: on every rank, when the folder does not compute what was trained.
-        StorageError: on every rank, when the folder could not be written. In both cases nothing is
-            left under its name.
+        StorageError: on every rank, when it could not be written. Nothing is left under its name.
     """
     device, adapted = new.device, job.transform(Lora).enabled
     source = base if adapted and base is not None else model_dir

@@ -23,16 +23,10 @@ RESUME = (
 
 
 class NewFolder:
-    """Rank 0's work on a folder that all ranks wait for. It is written under another name and
-    renamed when complete.
+    """Rank 0's work on a folder, written under another name and renamed when complete.
 
     The first failure is kept: the ranks continue with their collectives, and `publish` raises it on
-    all of them.
-
-    Args:
-        path: the folder's final name; one that is there is replaced.
-        device: where the process group's collectives run.
-        way_out: what a user can do when it cannot be written.
+    all of them. `way_out` is what a user can do when the folder cannot be written.
     """
 
     def __init__(self, path: Path, device: torch.device, way_out: str = RESUME) -> None:
@@ -68,11 +62,7 @@ class NewFolder:
         self.run(lambda: self.require_now(size))
 
     def require_now(self, size: int) -> None:
-        """Fail when the disk lacks space; called within an action.
-
-        Raises:
-            StorageError: with the bytes needed and free.
-        """
+        """Fail with a StorageError when the disk lacks space; called within an action."""
         free = shutil.disk_usage(self.partial).free
         if free < size:
             raise StorageError(
@@ -85,8 +75,7 @@ class NewFolder:
         """Give the folder its name, on rank 0, and let every rank know whether all went well.
 
         Raises:
-            StorageError: on every rank, when something could not be written; nothing is left under
-                the name.
+            StorageError: on every rank, when writing failed; nothing is left under the name.
         """
         self.run(lambda: replace_folder(self.partial, self.path))
         if self.failure is not None:
@@ -122,14 +111,7 @@ def save_tensors(
 
 
 class TensorFiles:
-    """model.safetensors, or numbered shards with an index when there is more than one file's worth.
-
-    Args:
-        folder: where to write.
-        max_file_bytes: a file is closed before it would grow beyond this; host memory holds one
-            file's tensors.
-        metadata: written into each file.
-    """
+    """model.safetensors, or numbered shards with an index if it would be too large."""
 
     def __init__(
         self, folder: Path, max_file_bytes: int, metadata: Mapping[str, str] | None = None

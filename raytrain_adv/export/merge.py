@@ -67,8 +67,7 @@ def export_merged(
 
     Raises:
         StorageError: when the folder could not be written.
-        TrainingError: when the merged model does not compute what was trained. In both cases
-            nothing is left under the folder's name.
+        TrainingError: when it does not compute what was trained. Nothing is left under its name.
     """
     new = NewFolder(out_dir, torch.device("cpu"), way_out)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", MOST_TOKENS)

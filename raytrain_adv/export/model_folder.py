@@ -42,18 +42,14 @@ def export_model(
     """Write the model as a folder that loads with AutoModelForCausalLM; every rank calls this.
 
     Weights are bfloat16 for a run in bf16 or pure_bf16, otherwise float32. A LoRA run writes its
-    adapters in PEFT's format, which load the same way as long as the base model is where it was.
-    Rank 0 holds one file's tensors in host memory, every rank one whole tensor on its device. The
-    folder appears under its name when it is complete.
-
-    A feature that converts the model at export writes a second folder next to it, from its files,
-    whose logits are compared with those of the model in memory.
+    adapters in PEFT's format. Rank 0 holds one file's tensors in host memory, every rank one whole
+    tensor on its device. A feature that converts the model writes a second folder from these files.
 
     Args:
         model: trained; sharded, wrapped and compiled as it is.
         job: the job that trained it.
         out_dir: replaced if it exists.
-        tokenizer: saved beside the model, with its chat template.
+        tokenizer: saved with the model, with its chat template.
         input_ids: [tokens], held-out ones, to compare the converted model on; none skips that.
         max_file_bytes: size at which a new safetensors file is begun.
 
@@ -61,8 +57,7 @@ def export_model(
         What was written, and how the converted model compares; the comparison on rank 0 only.
 
     Raises:
-        StorageError: on every rank, when a folder could not be written; nothing is left under its
-            name.
+        StorageError: on every rank, when writing failed; nothing is left under the folder's name.
         TrainingError: on every rank, when the converted model does not compute what was trained.
     """
     device = collective_device(model)
@@ -115,15 +110,7 @@ def export_dtype(job: JobConfig) -> torch.dtype:
 def write_model(
     whole_tensor: Callable[[str], torch.Tensor], job: JobConfig, new: NewFolder, max_file_bytes: int
 ) -> None:
-    """Gather the weights group by group and write them, the config and what goes with it, on rank
-    0.
-
-    Args:
-        whole_tensor: returns a tensor by its name in the plain model; called on every rank.
-        job: the job that trained it.
-        new: the folder.
-        max_file_bytes: size at which a new safetensors file is begun.
-    """
+    """Gather the weights group by group; write them and the configs on rank 0."""
     plain, dtype = build(job), export_dtype(job)
     wanted = saved_tensors(plain)
     new.require(sum(t.numel() * stored_dtype(t, dtype).itemsize for t in wanted.values()))

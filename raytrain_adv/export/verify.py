@@ -52,8 +52,7 @@ def verify_folder(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> float:
-    """Load an exported folder as a user would, and return how far its logits are from the trained
-    model's.
+    """Load an exported folder as a user would; return the largest difference from the logits.
 
     Args:
         folder: written by export_model.
@@ -62,9 +61,6 @@ def verify_folder(
         device: where to load it; none means the CPU.
         trust_remote_code: run model code that is in the folder.
         attn_implementation: the attention the reference was made with, as transformers names it.
-
-    Returns:
-        The largest absolute difference.
 
     Raises:
         TrainingError: when weights are missing from the folder, or left over.
@@ -76,8 +72,7 @@ def verify_folder(
 
 
 def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str | None) -> Any:
-    """Load an exported folder as a user would, into host memory, and return the model; adapters in
-    the dtype of their files.
+    """Load an exported folder into host memory as a user would; adapters in their files' dtype.
 
     Raises:
         TrainingError: when weights are missing from the folder, or left over.
@@ -131,19 +126,10 @@ def trained_logits(
     input_ids: torch.Tensor,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return the trained model's logits; a collective.
+    """Return the trained model's logits [batch, tokens, vocabulary] in host memory; a collective.
 
-    Not compiled, and without kernels' forward passes: these round at other places than the
-    folder's, which will be loaded plain.
-
-    Args:
-        model: trained; sharded, wrapped and compiled as it is.
-        job: the job that trained it.
-        input_ids: [batch, tokens], long, where the model computes.
-        dtype: the one to compute in; none means the job's.
-
-    Returns:
-        [batch, tokens, vocabulary], in host memory.
+    Neither compiled nor with kernels' forward passes, which round unlike the plain folder.
+    `input_ids` are [batch, tokens], long, on the model's device; `dtype` is the job's if none.
     """
     model.train(False)
     dtype = dtype or compute_dtype(job)

@@ -42,8 +42,7 @@ def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
     """Return transformers' name of the attention to use; none leaves the choice to transformers.
 
     Raises:
-        JobError: when the requested attention is not available, or would leave out what the
-            architecture computes.
+        JobError: when the requested attention is not available, or would compute something else.
     """
     asked = job.model.flash_attn
     check_flash_package(asked)
@@ -155,8 +154,7 @@ def _best_package(job: JobConfig, config: PretrainedConfig) -> str | None:
 def _register(job: JobConfig) -> str:
     """Make a kernel known to transformers under HUB_ATTENTION; return that name.
 
-    It is loaded where there is a GPU; elsewhere, as on a driver that makes plans, only one from a
-    folder, if it has a build for that machine.
+    Without a GPU, as on a driver that plans, only a folder's build for that machine is loaded.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -181,9 +179,8 @@ def _register(job: JobConfig) -> str:
 class HubAttention:
     """Flash attention by a kernel of the Hub or of a folder, in transformers' calling convention.
 
-    Not by transformers' own loading, which takes one minor version of `kernels` alone, knows no
-    folders and no lock files, and drops the bounds of packed conversations in batches of several
-    sequences.
+    transformers' own loading knows no folders and no lock files, takes one minor version of
+    `kernels`, and drops the bounds of packed conversations in batches of several sequences.
     """
 
     def __init__(self, job: JobConfig) -> None:
@@ -197,8 +194,7 @@ class HubAttention:
         """Return the kernel, loaded once.
 
         Raises:
-            JobError: when it cannot be fetched, is not the locked one, or is not flash
-                attention.
+            JobError: when it cannot be fetched, is not the locked one, or is not flash attention.
             NoBuild: when it is for other machines than this one.
         """
         if self._loaded is None:
@@ -258,19 +254,10 @@ class HubAttention:
     ) -> tuple[torch.Tensor, None]:
         """Return attention's output [sequences, time, heads, features], causal.
 
-        Args:
-            module: the attention module that calls.
-            query: [sequences, heads, time, features], as key and value with their own heads.
-            key: see query.
-            value: see query.
-            attention_mask: none; padding lies on the right and is a separate conversation.
-            dropout: share of the weights that is dropped.
-            scaling: factor of the scores; none means 1 / sqrt(features).
-            sliding_window: tokens that one sees, itself included; none means all before it.
-            softcap: largest magnitude of a score.
-            cu_seq_lens_q: int32, where conversations begin in the sequences laid end to end.
-            max_length_q: tokens of the longest, at least.
-            **others: what transformers passes to other attentions.
+        Query, key and value are [sequences, heads, time, features]; there is no attention_mask:
+        padding lies on the right and is a separate conversation. `cu_seq_lens_q` (int32) has the
+        bounds of conversations in the sequences laid end to end; none of them is longer than
+        `max_length_q`.
         """
         if others.get("s_aux") is not None:
             raise JobError(

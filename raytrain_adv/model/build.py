@@ -31,16 +31,13 @@ OTHER_MODALITIES = re.compile(
 
 
 def build(job: JobConfig) -> PreTrainedModel:
-    """Build the job's model on the meta device: every parameter has its shape and dtype, none has
-    memory.
+    """Build the job's model on the meta device: parameters have shapes and dtypes, but no memory.
 
-    Parameters are float32, or bfloat16 with pure_bf16 and for the frozen base of a LoRA run in
-    bf16. Tied weights are tied; the key-value cache is off; rotary tables keep the dtype the
-    architecture gives them.
+    Parameters are float32, or bfloat16 with pure_bf16 and for a LoRA run's frozen base in bf16.
+    Tied weights are tied; the key-value cache is off; rotary tables keep their dtype.
 
     Raises:
-        JobError: when the model cannot be found or read, is not a causal language model, or has no
-            weights to load.
+        JobError: when the model cannot be read, is no causal language model, or has no weights.
     """
     config = read_config(job)
     if not job.model.train_from_scratch:
@@ -73,8 +70,7 @@ def parameter_dtype(job: JobConfig) -> torch.dtype:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Return fqn and module of each transformer layer, in order; sharding, compiling and
-    recomputation go by these.
+    """Return fqn and module of each transformer layer, in order: units of sharding and compiling.
 
     Raises:
         TrainingError: when the model has no list of layers.
@@ -125,8 +121,7 @@ def read_config(job: JobConfig) -> PretrainedConfig:
     """Read the model's config.json, from its folder or the Hub, and refuse what cannot be trained.
 
     Raises:
-        JobError: when there is no such model, it cannot be reached, or it is of a kind that cannot
-            be trained.
+        JobError: when there is no such model, or it cannot be reached or trained.
     """
     check_folder(job)
     name, keys = model_source(job), hub_keys(job)

@@ -1,9 +1,7 @@
 """Checkpoints whose tensors transformers renames or fuses on load, converted group by group.
 
-transformers keeps a mapping for each such architecture (Mixtral's experts are one tensor each in
-the checkpoint and one stacked tensor in the model). Its own loader converts whole models; this one
-takes the mapping's entries and applies them as the tensors are needed, so that a process holds one
-group and no more.
+transformers keeps a mapping for each such architecture (Mixtral's stacked experts) and converts
+whole models; this applies the mapping as tensors are needed, so that a process holds one group.
 Source: convert_and_load_state_dict_in_model and revert_weight_conversion in transformers'
 core_model_loading, 5.17 to 5.23.
 """
@@ -121,11 +119,9 @@ class SaveGroup:
 
 
 def save_groups(model: PreTrainedModel, names: Iterable[str]) -> Iterator[SaveGroup]:
-    """Yield the model's tensors in groups that turn into the checkpoint's original layout, in a
-    fixed order.
+    """Yield the model's tensors in groups that convert to the checkpoint's layout, in fixed order.
 
-    Prefix changes are not undone: whether the original checkpoint had the prefix is not known, and
-    transformers loads both.
+    Prefix changes are not undone: transformers loads both forms.
     """
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     undone = [

@@ -98,14 +98,7 @@ def check_weights(job: JobConfig) -> None:
 
 
 def check_flash_package(asked: str) -> None:
-    """Refuse a flash attention whose package is not here.
-
-    Args:
-        asked: the job's flash_attn.
-
-    Raises:
-        JobError: naming the package.
-    """
+    """Raise a JobError if flash_attn names a flash attention whose package is not here."""
     package = FLASH_PACKAGES.get(asked)
     if package is not None and importlib.util.find_spec(package) is None:
         raise JobError(

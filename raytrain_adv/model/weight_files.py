@@ -20,8 +20,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def model_folder(job: JobConfig) -> Path:
-    """Return the folder of the model's files; a Hub model is downloaded once per node, under a
-    lock.
+    """Return the folder of the model's files; a Hub model is downloaded once per node.
 
     Raises:
         JobError: when the Hub has no such model, refuses it, or cannot be reached.
@@ -49,9 +48,6 @@ def model_folder(job: JobConfig) -> Path:
 
 class CheckpointFiles:
     """The tensors of a model folder by name, opened but not read. Use as a context manager.
-
-    Args:
-        folder: holds model.safetensors, or shards with their index.
 
     Raises:
         JobError: when files are missing or damaged.
@@ -108,8 +104,7 @@ class CheckpointFiles:
 
 
 def tensor_files(folder: Path) -> dict[Path, list[str] | None]:
-    """Return each safetensors file of a model folder, with the names its index expects in it (none:
-    no index).
+    """Return each safetensors file, with the names its index lists (none without an index).
 
     Raises:
         JobError: when the folder has no weights, or the index names files that are not there.

@@ -1,11 +1,7 @@
 """Memory and values for a model that was built, prepared and sharded on the meta device.
 
-    model = build(job); prepare; shard
-    materialize(model, device)
-    load_pretrained(model, job, device)   or   init_from_scratch(model, job, device)
-
-Every rank reads or makes exactly its own shards. `device` is the one that computes, also where
-parameters live in host memory.
+Call materialize, then load_pretrained or init_from_scratch; every rank reads or makes exactly its
+own shards. `device` is the one that computes, even if parameters live in host memory.
 """
 
 import re
@@ -44,8 +40,7 @@ def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def materialize(
     model: PreTrainedModel, device: torch.device, parameter_device: torch.device | None = None
 ) -> None:
-    """Give a meta-device model memory, tie what is tied, and compute every buffer that no
-    checkpoint holds.
+    """Allocate a meta-device model, tie what is tied, and compute buffers that checkpoints lack.
 
     Args:
         model: sharded or not; its parameters have no useful values afterward.
@@ -131,13 +126,11 @@ def owned_modules(
 def load_pretrained(
     model: PreTrainedModel, job: JobConfig, device: torch.device
 ) -> CheckpointFiles:
-    """Load the job's checkpoint straight into the shards of this rank; returns the files, to
-    account for what was read.
+    """Load the job's checkpoint into this rank's shards; return the files, to account for reads.
 
-    Tensors that keep their layout are read by each rank for itself, only its own region. Those that
-    transformers fuses or splits are read and converted by rank 0, one group (at most a layer) at a
-    time, and broadcast. Parameters that a transform added are left alone. Linears that are held
-    packed take their rows one by one, so that no rank has more than one of them as it was.
+    Each rank reads its own region of tensors that keep their layout. Those that transformers fuses
+    or splits are converted by rank 0, one group (at most a layer) at a time, and broadcast. Packed
+    linears take their rows one by one. Parameters that a transform added are left alone.
 
     Raises:
         JobError: when tensors are missing, unexpected, or of another shape, listing them.
@@ -200,10 +193,10 @@ def match(plain: PreTrainedModel, files: CheckpointFiles) -> Route:
 
 
 def join_tied(plain: PreTrainedModel, files: CheckpointFiles, found: Route) -> None:
-    """Keep one source for each set of tied tensors, whichever name the checkpoint has it under.
+    """Keep one source for each set of tied tensors, whichever name the checkpoint uses.
 
     Raises:
-        JobError: when the checkpoint holds two different tensors where the config ties them.
+        JobError: when the checkpoint has two different tensors that the config ties.
     """
     first: dict[int, str] = {}
     for name, parameter in plain.named_parameters(remove_duplicate=False):
@@ -297,11 +290,10 @@ def convert_group(
 
 
 def init_from_scratch(model: PreTrainedModel, job: JobConfig, device: torch.device) -> None:
-    """Give a materialized model the random weights its architecture prescribes; the same on any
-    number of ranks.
+    """Give a materialized model its architecture's random weights; the same on any number of ranks.
 
-    Each module draws from a generator seeded by the job's seed and the module's name, so the values
-    do not depend on sharding. Whole tensors exist one layer at a time, on `device`.
+    Each module has its own seed, from the job's seed and its name. Whole tensors exist one layer at
+    a time, on `device`.
     """
     plain = build(job)
     targets = saved_tensors(model)

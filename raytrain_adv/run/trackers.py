@@ -288,10 +288,7 @@ class Trackers:
 def open_trackers(job: JobConfig, resume_step: int = 0, emit: Emit | None = None) -> Trackers:
     """Open the trackers that the job reports to; on rank 0, before training.
 
-    Args:
-        job: the job.
-        resume_step: a run resumed at a step continues in the tracker's run; 0 starts a new one.
-        emit: takes events (slug, sentence); the log if none.
+    A run resumed at a step continues the tracker's run; `emit` takes events (the log by default).
 
     Raises:
         JobError: when a tracker is unknown, not installed, or cannot be opened.

@@ -66,12 +66,7 @@ class PackedLinear(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear, form: Form) -> PackedLinear:
-        """Return one in a linear's place, without values.
-
-        Args:
-            linear: its dtype is the one that computes; on the meta device or not.
-            form: how the weight is to be held.
-        """
+        """Return one for a linear of the dtype that computes, without values."""
         rows, columns = linear.out_features, linear.in_features
         like, size = linear.weight, linear.weight.element_size()
         with torch.device("meta"):
@@ -104,8 +99,7 @@ class PackedLinear(nn.Linear):
 
     @torch.no_grad()
     def take(self, part: torch.Tensor, device: torch.device) -> None:
-        """Quantize this rank's rows of the original weight into its shards; a collective where
-        scales are quantized too, as those of all rows are taken together.
+        """Quantize this rank's rows into its shards; a collective if scales are quantized too.
 
         Args:
             part: [rows of `region`, in_features], of any floating dtype and device.

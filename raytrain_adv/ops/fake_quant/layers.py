@@ -130,12 +130,7 @@ def float8_product(
 ) -> torch.Tensor:
     """Return x @ weight.t() + bias with both factors in float8, one scale per row of each.
 
-    Source: torchao 0.18, _float8_addmm_impl, which is what the exported tensor does, without mslk.
-
-    Args:
-        x: [..., in_features], float32 or bfloat16; of the latter alone on a GPU.
-        weight: [out_features, in_features].
-        bias: [out_features].
+    Source: torchao 0.18, _float8_addmm_impl without mslk. On a GPU x is bfloat16.
     """
     values, scale = quantize_float8(x.reshape(-1, x.shape[-1]))
     of_weight, weight_scale = quantize_float8(weight)

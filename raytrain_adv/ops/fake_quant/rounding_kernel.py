@@ -1,7 +1,7 @@
-"""The Triton kernel of fake_quantize: values are read once, each rounding is the one torch makes.
+"""The Triton kernel of fake_quantize: values are read once.
 
-Every intermediate result is rounded to the tensor's dtype, as torch's operations one by one do:
-only so are the integers those of the model that is exported.
+Every intermediate result is rounded to the tensor's dtype, as by torch's operations: only so are
+the integers those of the exported model.
 """
 
 from __future__ import annotations

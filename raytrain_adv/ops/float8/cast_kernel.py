@@ -176,13 +176,9 @@ def launch_transpose(source: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def wrong_tiles(source_dtype: torch.dtype, device: torch.device) -> list[str]:
-    """Cast and transpose a matrix with each tile that the tuner may take; return those that do not
-    give what torch gives, bit for bit. A compiler that gets one of them wrong is not seen in the
-    loss: which tile is taken is chance where they are equally fast.
+    """Cast a matrix with each tile of the tuner; return those whose bits are not torch's.
 
-    Args:
-        source_dtype: of the matrix that is cast.
-        device: a GPU.
+    The loss would not show a miscompiled tile, and among equally fast ones chance decides.
     """
     numbers = torch.Generator().manual_seed(0)
     source = torch.randn(TRIED, generator=numbers).to(device, source_dtype)

@@ -38,14 +38,10 @@ class HeadLoss:
 
 
 def install(model: nn.Module, head: nn.Module, loss: HeadLoss) -> None:
-    """Have the head return the summed loss where it is given labels, and the model hand them on.
+    """Have the head return the summed loss if it is given labels, and the model pass them on.
 
-    Without labels both do what they did. Deep copies of the model are copies of this too.
-
-    Args:
-        model: a causal language model of transformers; changed in place.
-        head: its output embeddings.
-        loss: how the head is to compute the loss.
+    Without labels both do what they did. Deep copies of the model are copies of this too. `model`
+    is a causal language model of transformers, changed in place; `head` its output embeddings.
     """
     head.loss = loss  # type: ignore[assignment] # a plain attribute
     for module, forward in ((head, _head_forward), (model, _model_forward)):
@@ -79,13 +75,7 @@ def takes_labels(model: nn.Module) -> bool:
 def loss_in_head(
     model: nn.Module, inputs: Mapping[str, torch.Tensor | int], labels: torch.Tensor
 ) -> torch.Tensor:
-    """Return the loss summed over the labels, a float32 scalar.
-
-    Args:
-        model: one that takes_labels, sharded or not.
-        inputs: input_ids, and what else the model takes.
-        labels: [sequences, time], the token that follows, or -100.
-    """
+    """Return the summed loss in float32; labels [sequences, time], next tokens or -100."""
     loss: torch.Tensor = model(**inputs, use_cache=False, labels_of_tokens=labels)
     return loss
 

@@ -1,10 +1,8 @@
-"""The head's matrix product and the cross-entropy in one, a chunk of tokens at a time: the logits
-of all tokens never exist.
+"""The head's product and the cross-entropy in one, chunk by chunk: all logits never exist at once.
 
-Gradients are made in the forward pass, where a chunk's logits are at hand: three matrix products
-per chunk and none computed again. Backward only multiplies them by the gradient of the sum, a
-scalar: it moves 2 GiB for the head of an 8B model, 0.5 ms at an H200's 4.3 TB/s, which is less than
-asking the GPU whether the scalar is 1 would cost.
+Gradients are made in forward, where a chunk's logits are at hand: three products per chunk, none
+computed again. Backward multiplies them by the gradient of the sum, a scalar: 0.5 ms for an 8B
+model's head on an H200, less than asking the GPU whether the scalar is 1.
 """
 
 from __future__ import annotations
@@ -22,16 +20,16 @@ from raytrain_adv.ops.loss import IGNORE
 CHUNK_BYTES = 7 * 2**26
 """Most memory that a chunk's logits take.
 
-With it head and loss of an 8B model take 1.44 GiB over hidden states of 8,192 tokens: 5 chunks of
-1,664, plus 1.04 GiB of gradients. Larger chunks are faster, by little: of 1,024 tokens 40.9 ms,
-of 2,048 40.2 ms (H200; jobs/benchmarks/results/loss_kernels.json)."""
+Head and loss of an 8B model then take 1.44 GiB for 8,192 tokens. Larger chunks are hardly faster:
+1,024 tokens 40.9 ms, 2,048 40.2 ms (H200; jobs/benchmarks/results/loss_kernels.json).
+"""
 CHUNK_MULTIPLE = 128
 """Tokens of a chunk are a multiple of it: the height of a tile of the matrix products."""
 MOST_ROUNDINGS = 16
 """Chunks whose weight gradients are added up in the weight's own dtype; above, in float32.
 
-Each addition rounds: 8 chunks of bf16 lie 2 times as far from the exact gradient as one product
-does, 128 chunks 8 times."""
+In bf16 8 chunks are 2 times as far from the exact gradient as one product, 128 chunks 8 times.
+"""
 
 HeadForward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -96,8 +94,7 @@ def called_cross_entropy(
     vocab: int,
     logit_map: LogitMap,
 ) -> torch.Tensor:
-    """Return what linear_cross_entropy does, of any head: its forward is called for each chunk, so
-    that what other features put on it stays on.
+    """Return what linear_cross_entropy does, of any head: its forward is called for each chunk.
 
     Args:
         hidden: [tokens, hidden].
@@ -301,13 +298,9 @@ class _InPlace(torch.autograd.Function):
 def softmax_gradient_(
     x: torch.Tensor, labels: torch.Tensor, logit_map: LogitMap, write: bool
 ) -> torch.Tensor:
-    """Return the cross-entropy of each row, float32 [rows], and write its gradient over x.
+    """Return each row's cross-entropy, float32 [rows]; with `write`, write its gradient over x.
 
-    Args:
-        x: a head's output, [rows, vocabulary], contiguous.
-        labels: [rows], or IGNORE, whose loss and gradient are 0.
-        logit_map: what makes logits of x.
-        write: whether the gradient is wanted; otherwise x stays as it is.
+    x is [rows, vocabulary], contiguous; the loss and gradient of labels IGNORE are 0.
     """
     if x.is_cuda:
         from raytrain_adv.ops.loss.linear_cross_entropy_kernel import launch
