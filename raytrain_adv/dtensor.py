@@ -97,3 +97,13 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 def seed_of(seed: int, fqn: str) -> int:
     """Return the seed of one module's random values, from the run's seed and the module's name."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{fqn}".encode()).digest()[:7])
+
+
+def rank() -> int:
+    """Return this process's rank, 0 outside of a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 outside of a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from raytrain_adv.dtensor import rank
 from raytrain_adv.errors import RaytrainAdvError, StorageError
 from raytrain_adv.storage.atomic import replace_folder
 from raytrain_adv.text import GIB
@@ -34,7 +35,7 @@ class NewFolder:
         self.partial = path.with_name(f".{path.name}.partial")
         self.device = device
         self.way_out = way_out
-        self.writes = not dist.is_initialized() or dist.get_rank() == 0
+        self.writes = rank() == 0
         self.failure: RaytrainAdvError | None = None
         self.run(self._start)
 
