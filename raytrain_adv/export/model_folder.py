@@ -117,14 +117,14 @@ def write_model(
     files = TensorFiles(new.partial, max_file_bytes)
     for group in save_groups(plain, wanted):
         whole: dict[str, torch.Tensor] = {}
-        for name in group.names():
+        for name, _ in group.sources:
             tensor = whole_tensor(name)
             if new.writes and new.failure is None:
                 whole[name] = tensor.to(stored_dtype(tensor, dtype)).cpu()
             del tensor
 
         def add(held: Mapping[str, torch.Tensor] = whole, group: Any = group) -> None:
-            for name, value in group.convert(held, plain).items():
+            for name, value in group.convert(held.__getitem__, plain).items():
                 files.add(name, value)
 
         new.run(add)

@@ -43,10 +43,10 @@ def build(job: JobConfig) -> PreTrainedModel:
     if not job.model.train_from_scratch:
         check_weights(job)
     config.use_cache = False
+    auto: Any = AutoModelForCausalLM
     implementation = attention(job, config)
     try:
         with torch.device("meta"):
-            auto: Any = AutoModelForCausalLM
             model: PreTrainedModel = auto.from_config(
                 config,
                 dtype=parameter_dtype(job),
@@ -76,18 +76,14 @@ def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         TrainingError: when the model has no list of layers.
     """
     names = set(model._no_split_modules or ())
-    stacks: dict[str, list[tuple[str, nn.Module]]] = {}
-    for fqn, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            stacks[fqn] = [(f"{fqn}.{i}", layer) for i, layer in enumerate(module)]
-    declared = {
-        fqn: stack
-        for fqn, stack in stacks.items()
-        if all(type(layer).__name__ in names for _, layer in stack)
+    stacks = {
+        fqn: [(f"{fqn}.{i}", layer) for i, layer in enumerate(module)]
+        for fqn, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
     }
-    candidates = declared or {
-        fqn: s for fqn, s in stacks.items() if len({type(m) for _, m in s}) == 1
-    }
+    kinds = {fqn: {type(layer) for _, layer in stack} for fqn, stack in stacks.items()}
+    declared = [fqn for fqn in stacks if {kind.__name__ for kind in kinds[fqn]} <= names]
+    candidates = declared or [fqn for fqn in stacks if len(kinds[fqn]) == 1]
     if not candidates:
         raise TrainingError(
             f"{type(model).__name__} has no list of transformer layers",
@@ -95,7 +91,7 @@ def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
             f"layer classes it names: {sorted(names) or 'none'}",
             "train an architecture whose layers are in one torch.nn.ModuleList",
         )
-    return max(candidates.values(), key=num_parameters)
+    return max((stacks[fqn] for fqn in candidates), key=num_parameters)
 
 
 def num_parameters(layers: list[tuple[str, nn.Module]]) -> int:
@@ -107,9 +103,9 @@ def head_fqn(model: PreTrainedModel) -> str:
     """Return the fqn of the module that turns hidden states into logits."""
     untyped: Any = model
     head: nn.Module | None = untyped.get_output_embeddings()
-    fqns: list[str] = [fqn for fqn, module in model.named_modules() if module is head]
-    if fqns:
-        return fqns[0]
+    for fqn, module in model.named_modules():
+        if module is head:
+            return fqn
     raise TrainingError(
         f"{type(model).__name__} has no output embeddings",
         f"modules: {', '.join(name for name, _ in model.named_children())}",
@@ -124,7 +120,9 @@ def read_config(job: JobConfig) -> PretrainedConfig:
         JobError: when there is no such model, or it cannot be reached or trained.
     """
     check_folder(job)
-    name, keys = model_source(job), hub_keys(job)
+    name, keys = model_source(job), {}
+    if not is_local(job):
+        keys = {"revision": job.model.model_revision, "cache_dir": job.model.cache_dir}
     try:
         raw, _ = PretrainedConfig.get_config_dict(name, **keys)
     except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: no mapping
@@ -146,22 +144,14 @@ def read_config(job: JobConfig) -> PretrainedConfig:
     return config
 
 
-def hub_keys(job: JobConfig) -> dict[str, Any]:
-    """Return the arguments by which Hub files are found; empty for a folder."""
-    if is_local(job):
-        return {}
-    return {"revision": job.model.model_revision, "cache_dir": job.model.cache_dir}
-
-
 def unreadable(job: JobConfig, error: Exception) -> JobError:
     """Return why a model's files could not be read: no such name, gated, or no connection."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     name = job.model.model_name_or_path
     if is_local(job):
-        return JobError(
-            f"{name}: config.json cannot be read", first_line(error), "correct config.json"
-        )
+        what = f"{name}: config.json cannot be read"
+        return JobError(what, first_line(error), "correct config.json")
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__ or cause.__context__
@@ -227,27 +217,22 @@ def refuse_other_modalities(job: JobConfig, model: PreTrainedModel) -> None:
 def refusal_of(job: JobConfig, config: PretrainedConfig | None, error: Exception) -> JobError:
     """Turn transformers' refusal of a config or model into an error with what, found and fix."""
     name, text = job.model.model_name_or_path, str(error)
+    found = first_line(error)
     if "trust_remote_code" in text:
-        return JobError(
-            f"{name} comes with its own model code, which is not run unless you allow it",
-            first_line(error),
-            "read that code, then set trust_remote_code: true",
-        )
-    if "Unrecognized configuration class" in text or "AutoModelForCausalLM" in text:
+        what = f"{name} comes with its own model code, which is not run unless you allow it"
+        fix = "read that code, then set trust_remote_code: true"
+    elif "Unrecognized configuration class" in text or "AutoModelForCausalLM" in text:
         kind = config.model_type if config is not None else "unknown"
-        return JobError(
-            f"{name} is not a causal language model",
-            f"model_type {kind} has no causal language model in transformers",
-            "point model_name_or_path at a causal language model",
+        what = f"{name} is not a causal language model"
+        found = f"model_type {kind} has no causal language model in transformers"
+        fix = "point model_name_or_path at a causal language model"
+    elif "attention" in text.lower() and job.model.flash_attn != "auto":
+        what = f"{name} does not support flash_attn: {job.model.flash_attn}"
+        fix = "set flash_attn: auto"
+    else:
+        what, found = (
+            f"{name}: transformers cannot build this model",
+            f"{type(error).__name__}: {found}",
         )
-    if "attention" in text.lower() and job.model.flash_attn != "auto":
-        return JobError(
-            f"{name} does not support flash_attn: {job.model.flash_attn}",
-            first_line(error),
-            "set flash_attn: auto",
-        )
-    return JobError(
-        f"{name}: transformers cannot build this model",
-        f"{type(error).__name__}: {first_line(error)}",
-        "check its config.json; a newer architecture may need a newer transformers",
-    )
+        fix = "check its config.json; a newer architecture may need a newer transformers"
+    return JobError(what, found, fix)

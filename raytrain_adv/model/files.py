@@ -10,6 +10,7 @@ from raytrain_adv.errors import JobError
 
 # Without the package transformers would silently fetch a kernel from the Hub instead.
 FLASH_PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
+WITH_WEIGHTS = "point model_name_or_path at a folder with weights, or set train_from_scratch: true"
 
 
 def is_local(job: JobConfig) -> bool:
@@ -67,9 +68,7 @@ def nearest_folders(path: Path) -> str:
         parent = parent.parent
     folders = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
     close = get_close_matches(path.name, folders, n=3, cutoff=0.5)
-    if close:
-        return f"{parent} has {', '.join(close)}"
-    return f"{parent} has {', '.join(folders[:5]) or 'no folders'}"
+    return f"{parent} has {', '.join(close or folders[:5]) or 'no folders'}"
 
 
 def check_weights(job: JobConfig) -> None:
@@ -93,7 +92,7 @@ def check_weights(job: JobConfig) -> None:
     raise JobError(
         f"{folder} holds no weights",
         "config.json but no *.safetensors",
-        "point model_name_or_path at a folder with weights, or set train_from_scratch: true",
+        WITH_WEIGHTS,
     )
 
 

@@ -15,13 +15,27 @@ from transformers import PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 
 from raytrain_adv.config import JobConfig
-from raytrain_adv.dtensor import copy_local, local_region, plain_name, reshard, seed_of
+from raytrain_adv.dtensor import (
+    copy_local,
+    local_region,
+    plain_name,
+    rank,
+    reshard,
+    seed_of,
+    world_size,
+)
 from raytrain_adv.errors import JobError, RaytrainAdvError, TrainingError
 from raytrain_adv.model.build import build, decoder_layers
 from raytrain_adv.model.conversion import Group, Route, route
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear, packed_linears
 from raytrain_adv.ops.float8.all_gather import as_plain
+
+OBSOLETE = {
+    "rotary_emb.inv_freq": r"rotary_emb\.inv_freq",
+    "position_ids": r"(^|\.)position_ids$",
+}
+"""End of a buffer's name -> pattern of a checkpoint's names that transformers then ignores."""
 
 
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -92,23 +106,20 @@ def compute_buffers(model: PreTrainedModel) -> None:
 
 def poison(buffer: torch.Tensor) -> None:
     """Fill a buffer with a value that no computation would leave in all of it."""
-    if buffer.is_floating_point():
-        buffer.fill_(float("nan"))
-    elif buffer.dtype is not torch.bool:
-        buffer.fill_(torch.iinfo(buffer.dtype).min)
-    else:
-        buffer.fill_(False)
+    buffer.fill_(_poison(buffer.dtype))
 
 
 def is_poisoned(buffer: torch.Tensor) -> bool:
     """Whether a buffer still holds what `poison` wrote."""
-    if buffer.numel() == 0:
-        return False
     if buffer.is_floating_point():
         return bool(buffer.isnan().any())
-    if buffer.dtype is not torch.bool:
-        return bool((buffer == torch.iinfo(buffer.dtype).min).all())
-    return not bool(buffer.any())
+    return buffer.numel() > 0 and bool((buffer == _poison(buffer.dtype)).all())
+
+
+def _poison(dtype: torch.dtype) -> float:
+    if dtype.is_floating_point:
+        return float("nan")
+    return False if dtype is torch.bool else torch.iinfo(dtype).min
 
 
 def owned_modules(
@@ -141,11 +152,9 @@ def load_pretrained(
         found = match(plain, files)
         for name, source in found.direct.items():
             if name in packed:
-                layer = packed[name]
-                layer.take(files.read(source, layer.region), device)
+                packed[name].take(files.read(source, packed[name].region), device)
             else:
-                region = local_region(targets[name])
-                copy_local(targets[name], files.read(source, region))
+                copy_local(targets[name], files.read(source, local_region(targets[name])))
         for group in found.groups:
             broadcast_group(group, files, plain, targets, packed, device)
     return files
@@ -176,18 +185,21 @@ def match(plain: PreTrainedModel, files: CheckpointFiles) -> Route:
     ]
     if not (missing or unexpected or reshaped):
         return found
+    wrong = {"missing": missing, "unexpected": unexpected, "wrongly shaped": reshaped}
     lines = [
         f"{len(items)} {kind}: {', '.join(items[:4])}{' ...' if len(items) > 4 else ''}"
-        for kind, items in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("wrongly shaped", reshaped),
-        )
+        for kind, items in wrong.items()
         if items
     ]
-    raise JobError(
-        f"the weights in {files.folder} do not fit {type(plain).__name__}",
-        "\n".join(lines),
+    raise _unfit(files, plain, "\n".join(lines))
+
+
+def _unfit(
+    files: CheckpointFiles, plain: PreTrainedModel, found: str, wrong: str = "do not fit"
+) -> JobError:
+    return JobError(
+        f"the weights in {files.folder} {wrong} {type(plain).__name__}",
+        found,
         "check that config.json belongs to these weights",
     )
 
@@ -216,11 +228,9 @@ def join_tied(plain: PreTrainedModel, files: CheckpointFiles, found: Route) -> N
 def ignored_names(plain: PreTrainedModel) -> re.Pattern[str] | None:
     """Return the pattern of checkpoint names that the architecture ignores: old rotary tables."""
     patterns = [str(p) for p in plain._keys_to_ignore_on_load_unexpected or ()]
-    buffers = [name for name, _ in plain.named_buffers()]
-    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
-        patterns.append(r"rotary_emb\.inv_freq")
-    if any(name.endswith("position_ids") for name in buffers):
-        patterns.append(r"(^|\.)position_ids$")
+    for ending, pattern in OBSOLETE.items():
+        if any(name.endswith(ending) for name, _ in plain.named_buffers()):
+            patterns.append(pattern)
     return re.compile("|".join(f"({p})" for p in patterns)) if patterns else None
 
 
@@ -274,18 +284,11 @@ def convert_group(
     try:
         values = group.convert(files.read, plain)
     except (RuntimeError, ValueError, IndexError, KeyError) as error:
-        raise JobError(
-            f"the weights in {files.folder} cannot be converted for {type(plain).__name__}",
-            f"{held} ...: {type(error).__name__}: {error}",
-            "check that config.json belongs to these weights",
-        ) from error
+        found = f"{held} ...: {type(error).__name__}: {error}"
+        raise _unfit(files, plain, found, "cannot be converted for") from error
     shapes = {name: tuple(value.shape) for name, value in values.items()}
     if shapes != wanted:
-        raise JobError(
-            f"the weights in {files.folder} do not fit {type(plain).__name__}",
-            f"{held} ... become {shapes}, the model has {wanted}",
-            "check that config.json belongs to these weights",
-        )
+        raise _unfit(files, plain, f"{held} ... become {shapes}, the model has {wanted}")
     return values
 
 
@@ -300,18 +303,10 @@ def init_from_scratch(model: PreTrainedModel, job: JobConfig, device: torch.devi
     layers = {fqn for fqn, _ in decoder_layers(plain)}
     on_gpu = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=on_gpu), torch.no_grad(), guard_torch_init_functions():
-        for fqn, part, owner in list(units(plain, layers)):
+        for fqn, part, owner in list(owned_modules(plain)):
+            if any(fqn.startswith(f"{layer}.") for layer in layers):
+                continue  # a layer is initialized as a whole
             initialize_unit(fqn, part, owner, fqn in layers, job.train.seed, device, targets)
-
-
-def units(
-    plain: PreTrainedModel, layers: set[str]
-) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
-    """Yield the units of initialization: whole layers, and each module outside of them."""
-    for fqn, module, owner in owned_modules(plain):
-        inside = any(fqn.startswith(f"{layer}.") for layer in layers)
-        if not inside:
-            yield fqn, module, owner
 
 
 def initialize_unit(
@@ -324,11 +319,8 @@ def initialize_unit(
     targets: dict[str, torch.Tensor],
 ) -> None:
     """Initialize one unit's whole tensors, copy this rank's regions, and drop them again."""
-    held = {
-        name: f"{fqn}.{name}".lstrip(".")
-        for name in part.state_dict()
-        if f"{fqn}.{name}".lstrip(".") in targets and (is_layer or "." not in name)
-    }
+    names = {name: f"{fqn}.{name}".lstrip(".") for name in part.state_dict()}
+    held = {n: full for n, full in names.items() if full in targets and (is_layer or "." not in n)}
     if not held:
         return
     part.to_empty(device=device, recurse=is_layer)
@@ -339,21 +331,11 @@ def initialize_unit(
         torch.manual_seed(seed_of(seed, member_fqn))
         initialize(member_owner, member)
     values = part.state_dict()
-    for name, target in held.items():
-        copy_local(targets[target], values[name][local_region(targets[target])])
+    for name, full in held.items():
+        copy_local(targets[full], values[name][local_region(targets[full])])
     part.to_empty(device="meta", recurse=is_layer)
 
 
 def initialize(owner: Any, module: nn.Module) -> None:
     """Let a model give its initial values to one of its modules."""
     owner._init_weights(module)
-
-
-def rank() -> int:
-    """Return this process's rank, 0 outside of a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Return the number of ranks, 1 outside of a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
