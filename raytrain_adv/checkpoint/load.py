@@ -63,11 +63,9 @@ def read_state(state: dict[str, Any], folder: str, shown: str) -> None:
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, RaytrainAdvError):
             raise cause from None
-        raise StorageError(
-            "The checkpoint cannot be read",
-            f"{shown}: {type(cause).__name__}: {first_line(cause)}",
-            "resume from the one before: resume_from_checkpoint: .../step_N",
-        ) from error
+        found = f"{shown}: {type(cause).__name__}: {first_line(cause)}"
+        fix = "resume from the one before: resume_from_checkpoint: .../step_N"
+        raise StorageError("The checkpoint cannot be read", found, fix) from error
 
 
 class PlainReader(FileSystemReader):

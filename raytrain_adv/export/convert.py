@@ -6,10 +6,9 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -56,8 +55,7 @@ Configs = Mapping[str, "AOBaseConfig"]
 """torchao's configuration of each tensor that is quantized, by its name in the model."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A tensor of the new folder, not yet read."""
 
     name: str
@@ -82,14 +80,8 @@ def write_converted(
     The folder loads with AutoModelForCausalLM.from_pretrained and torchao. Host memory holds one
     file's tensors and the one that is being quantized.
 
-    Args:
-        source: a folder with config.json and safetensors files of the job's architecture.
-        folder: exists already.
-        job: names the architecture, and what is quantized (the transform qat).
-        dtype: weights are rounded to it before they are quantized.
-        device: where a tensor is quantized.
-        max_file_bytes: size at which a new safetensors file is begun.
-        require: called with the bytes that will be written, before they are.
+    Weights are rounded to `dtype`, then quantized on `device`. `require` is called with the bytes
+    that will be written, before they are.
 
     Raises:
         JobError: when the files of `source` are not what the architecture needs.

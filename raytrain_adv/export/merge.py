@@ -17,7 +17,13 @@ from raytrain_adv.dtensor import plain_name
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import MAX_FILE_BYTES, NewFolder, folder_gib
 from raytrain_adv.export.model_folder import save_tokenizer, write_model
-from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, TOLERANCE, load_folder, trained_logits
+from raytrain_adv.export.verify import (
+    DEFECT,
+    TOLERANCE,
+    compared_tokens,
+    load_folder,
+    trained_logits,
+)
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
 from raytrain_adv.model.weights import match, packed_weights, saved_tensors
@@ -56,22 +62,15 @@ def export_merged(
     A packed base is merged by its unpacked values, on which the adapter was trained. Each sum is
     computed in float32 and rounded once.
 
-    Args:
-        model: the base with its adapters, in host memory, not sharded.
-        job: the job that trained it.
-        out_dir: replaced if it exists.
-        tokenizer: saved with the model.
-        input_ids: [tokens], to compare on.
-        way_out: what a user can do when the folder cannot be written.
-        max_file_bytes: size at which a new safetensors file is begun.
+    The model is in host memory, not sharded. `out_dir` is replaced if it exists; `input_ids` are
+    [tokens]; `way_out` is what a user can do when the folder cannot be written.
 
     Raises:
         StorageError: when the folder could not be written.
         TrainingError: when it does not compute what was trained. Nothing is left under its name.
     """
     new = NewFolder(out_dir, torch.device("cpu"), way_out)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", MOST_TOKENS)
-    tokens = input_ids[: min(limit, MOST_TOKENS)].long().unsqueeze(0)
+    tokens = compared_tokens(model, input_ids)
     compared: list[Merged] = []
     write_model(merged_tensors(model), job, new, max_file_bytes)
     new.run(lambda: save_tokenizer(tokenizer, new.partial))

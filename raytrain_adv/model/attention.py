@@ -34,6 +34,8 @@ ATTENTION = {
 LOWEST_CAPABILITY = {"fa3": (9, 0), "fa2": (8, 0)}
 """Package of flash attention -> the GPUs it is for; FlashAttention-3 is for Hopper alone."""
 HUB = "hub:"
+AUTO = "set flash_attn: auto"
+NEEDED = ("flash_attn_func", "flash_attn_varlen_func")
 HUB_ATTENTION = "hub_attention"
 """Our name of a hub:<repo> kernel: for one with flash in it transformers would load its own."""
 
@@ -50,11 +52,8 @@ def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
     # same for Gemma 2, and drops the cap. Remove when the lowest transformers allowed refuses.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     if capped and asked == "sdpa":
-        raise JobError(
-            f"{job.model.model_name_or_path} does not support flash_attn: sdpa",
-            "its config caps attention scores (attn_logit_softcapping), which sdpa cannot",
-            "set flash_attn: auto",
-        )
+        found = "its config caps attention scores (attn_logit_softcapping), which sdpa cannot"
+        raise _unsupported(job, found)
     if asked.startswith(HUB):
         return _register(job)
     if asked != "auto":
@@ -95,7 +94,11 @@ def kernel_asked(job: JobConfig) -> Wanted | None:
     wanted = replace(of_name(name), is_local=False)
     if wanted.version is not None or wanted.revision is not None:
         return wanted
-    return replace(wanted, version=_version_of(wanted.source))
+    from transformers.integrations import hub_kernels
+
+    # The version that transformers was tested with; 1 if it names none.
+    known = getattr(hub_kernels, "FLASH_ATTN_KERNEL_VERSIONS", {})
+    return replace(wanted, version=int(known.get(wanted.source, 1)))
 
 
 def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
@@ -117,19 +120,19 @@ def refuse_unsupported(job: JobConfig, model: PreTrainedModel) -> None:
     Raises:
         JobError: naming the architecture.
     """
+    if not job.model.flash_attn.startswith(HUB):
+        return
     sinks = [name for name, _ in model.named_parameters() if name.endswith(".sinks")]
-    if job.model.flash_attn.startswith(HUB) and sinks:
-        raise JobError(
-            f"{job.model.model_name_or_path} does not support flash_attn: {job.model.flash_attn}",
-            f"its attention has sinks ({sinks[0]}), which the kernel would leave out",
-            "set flash_attn: auto",
-        )
-    if job.model.flash_attn.startswith(HUB) and not model._supports_flash_attn:
-        raise JobError(
-            f"{job.model.model_name_or_path} does not support flash_attn: {job.model.flash_attn}",
-            f"{type(model).__name__} has no flash attention",
-            "set flash_attn: auto",
-        )
+    if sinks:
+        found = f"its attention has sinks ({sinks[0]}), which the kernel would leave out"
+        raise _unsupported(job, found)
+    if not model._supports_flash_attn:
+        raise _unsupported(job, f"{type(model).__name__} has no flash attention")
+
+
+def _unsupported(job: JobConfig, found: str) -> JobError:
+    name, asked = job.model.model_name_or_path, job.model.flash_attn
+    return JobError(f"{name} does not support flash_attn: {asked}", found, AUTO)
 
 
 def _best_package(job: JobConfig, config: PretrainedConfig) -> str | None:
@@ -225,9 +228,7 @@ class HubAttention:
                 f"{error.fix};\nor give a folder that holds the kernel: {HUB}/path; or set "
                 "flash_attn: auto",
             ) from error
-        missing = [
-            n for n in ("flash_attn_func", "flash_attn_varlen_func") if not hasattr(kernel, n)
-        ]
+        missing = [name for name in NEEDED if not hasattr(kernel, name)]
         if missing:
             raise JobError(
                 f"{asked} is not flash attention",
@@ -263,16 +264,13 @@ class HubAttention:
             raise JobError(
                 f"flash_attn: {self.job.model.flash_attn} cannot compute this model's attention",
                 f"{type(module).__name__} has sinks, which the kernel would leave out",
-                "set flash_attn: auto",
+                AUTO,
             )
         kernel: Any = self.kernel()
-        options: dict[str, Any] = {"softmax_scale": scaling, "causal": True}
-        if dropout:
-            options["dropout_p"] = dropout
-        if sliding_window is not None:
-            options["window_size"] = (sliding_window - 1, 0)
-        if softcap is not None:
-            options["softcap"] = softcap
+        window = None if sliding_window is None else (sliding_window - 1, 0)
+        chosen = {"dropout_p": dropout or None, "window_size": window, "softcap": softcap}
+        options = {name: value for name, value in chosen.items() if value is not None}
+        options |= {"softmax_scale": scaling, "causal": True}
         features = value.shape[-1]  # fewer than the queries' in multi-head latent attention
         value = torch.nn.functional.pad(value, (0, query.shape[-1] - features))
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -286,10 +284,3 @@ class HubAttention:
         whole: torch.Tensor = output[0] if isinstance(output, tuple) else output
         whole = whole.reshape(q.shape[0], q.shape[1], *whole.shape[-2:])
         return whole[..., :features], None
-
-
-def _version_of(repo: str) -> int:
-    """Return the version that transformers was tested with; 1 if it names none."""
-    from transformers.integrations import hub_kernels
-
-    return int(getattr(hub_kernels, "FLASH_ATTN_KERNEL_VERSIONS", {}).get(repo, 1))

@@ -56,10 +56,7 @@ def materialize(
 ) -> None:
     """Allocate a meta-device model, tie what is tied, and compute buffers that checkpoints lack.
 
-    Args:
-        model: sharded or not; its parameters have no useful values afterward.
-        device: where the model computes; buffers go there.
-        parameter_device: where parameters live if elsewhere, as with CPU offload.
+    Buffers go to `device`, parameters to `parameter_device` if given, as with CPU offload.
 
     Raises:
         TrainingError: when the architecture does not define how to compute one of its buffers.

@@ -39,12 +39,8 @@ class MetricsFile:
         except OSError as error:
             raise _unwritable(self.path, error) from error
         if resume_step is not None and kept:
-            self.event(
-                "resume",
-                _resume_message(resume_step, num_dropped),
-                step=resume_step,
-                num_dropped=num_dropped,
-            )
+            message = _resume_message(resume_step, num_dropped)
+            self.event("resume", message, step=resume_step, num_dropped=num_dropped)
 
     def append(self, row: Mapping[str, object]) -> None:
         """Write one row as `plain_row` gives it, with `time` (unix seconds) added if it has none.
