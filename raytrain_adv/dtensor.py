@@ -15,9 +15,7 @@ WRAPPERS = re.compile(r"(^|(?<=\.))(_checkpoint_wrapped_module|_orig_mod|base_la
 
 
 def plain_name(fqn: str) -> str:
-    """Return a tensor's name in the plain model: without checkpoint, compile and PEFT wrappers in
-    its path.
-    """
+    """Return a tensor's name in the plain model: without checkpoint, compile and PEFT wrappers."""
     return WRAPPERS.sub("", fqn)
 
 
@@ -47,8 +45,7 @@ SHARDED = "shard"
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """Return the whole tensor on every rank, on the device that computes; a collective.
 
-    Not by DTensor.full_tensor: its functional collectives end in a segmentation fault where ranks
-    share a GPU over gloo (torch 2.11).
+    DTensor.full_tensor ends in a segmentation fault if ranks share a GPU over gloo (torch 2.11).
     """
     if not isinstance(tensor, DTensor):
         return tensor.detach()
@@ -57,12 +54,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def gather_rows(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return a whole tensor on every rank, on the device that computes; a collective.
-
-    Args:
-        local: the rows that this rank holds of it: those that it holds of `like`.
-        like: sharded by FSDP2, or not.
-    """
+    """Return a whole tensor from this rank's rows, which lie as those of `like`; see gather."""
     if not isinstance(like, DTensor):
         return local
     mesh = like.device_mesh
@@ -80,10 +72,7 @@ def gather_rows(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Return the 2-norm over all elements of all ranks' parts, a float32 scalar on the device.
-
-    See gather for why DTensor does not compute it.
-    """
+    """Return the 2-norm of all ranks' parts, a float32 scalar; not by DTensor: see gather."""
     norm = torch.nn.utils.get_total_norm([local_part(t) for t in tensors], foreach=True).float()
     sharded = next((t for t in tensors if isinstance(t, DTensor)), None)
     if sharded is None:
@@ -94,9 +83,7 @@ def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered parameters: a forward pass without a backward pass leaves them, in the compute
-    dtype, if fsdp_reshard_after_forward is false.
-    """
+    """Free gathered parameters, which a forward pass without a backward pass may leave."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -108,7 +95,15 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def seed_of(seed: int, fqn: str) -> int:
-    """Return the seed of one module's random values: a function of the run's seed and the module's
-    name.
-    """
+    """Return the seed of one module's random values, from the run's seed and the module's name."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{fqn}".encode()).digest()[:7])
+
+
+def rank() -> int:
+    """Return this process's rank, 0 outside of a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 outside of a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1

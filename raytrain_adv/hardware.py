@@ -113,16 +113,15 @@ def detect(device: torch.device | str | None = None) -> HardwareFacts:
 
 def package_versions() -> dict[str, str | None]:
     """Return the versions of Python, of this package and of PACKAGES; none of those is imported."""
-    versions: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "raytrain_adv": __version__,
-    }
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+    own = {"python": platform.python_version(), "raytrain_adv": __version__}
+    return own | {package: _version(package) for package in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def host_memory_bytes() -> int:
@@ -130,18 +129,13 @@ def host_memory_bytes() -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):
         path = Path("/sys/fs/cgroup") / limit
-        if path.is_file():
-            text = path.read_text().strip()
-            if text.isdigit():
-                total = min(total, int(text))
+        text = path.read_text().strip() if path.is_file() else ""
+        total = min(total, int(text)) if text.isdigit() else total
     return total
 
 
 def free_host_memory() -> int:
-    """Return the bytes of host memory that are free for new use, within a container's limit.
-
-    Source: man 5 proc, MemAvailable; the kernel's cgroup-v2 documentation, memory.max.
-    """
+    """Return the free host memory within a cgroup v2's limit (man 5 proc: MemAvailable)."""
     lines = Path("/proc/meminfo")
     if not lines.is_file():  # not Linux
         return 2**62
@@ -167,10 +161,9 @@ def _processor_name() -> str:
 
 def _driver_version() -> str | None:
     path = Path("/proc/driver/nvidia/version")
-    if path.is_file():
-        found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", path.read_text())
-        if found:
-            return found.group(1)
+    text = path.read_text() if path.is_file() else ""
+    if found := re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text):
+        return found.group(1)
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
@@ -199,59 +192,47 @@ class Peak:
     """Where the value is published."""
 
 
-@dataclass(frozen=True)
-class _Rates:
-    """A row of the table of peaks, in TFLOP/s, dense, with float32 accumulation."""
-
-    name: str
-    """Pattern of the device name."""
-    bf16: float
-    fp8: float | None
-    source: str
-
-
 _H100_SHEET = "NVIDIA H100 Tensor Core GPU datasheet"
 _H200_SHEET = "NVIDIA H200 Tensor Core GPU datasheet"
 _ADA_PAPER = "NVIDIA Ada GPU Architecture whitepaper"
 
-# The first match counts: special forms stand before the plain name. Datasheets that give only
-# rates with 2:4 sparsity are halved.
-_PEAKS = (
-    _Rates(r"\bH100 PCIe\b", 756.5, 1513.0, f"{_H100_SHEET} (PCIe)"),
-    _Rates(r"\bH100 NVL\b", 835.5, 1670.5, f"{_H100_SHEET} (NVL)"),
-    _Rates(r"\bH100\b", 989.4, 1978.9, f"{_H100_SHEET} (SXM)"),
-    _Rates(r"\bH200 NVL\b", 835.5, 1670.5, f"{_H200_SHEET} (NVL)"),
-    _Rates(r"\bGH200\b", 989.4, 1978.9, "NVIDIA GH200 Grace Hopper Superchip datasheet"),
-    _Rates(r"\bH200\b", 989.4, 1978.9, f"{_H200_SHEET} (SXM)"),
-    _Rates(r"\bH800 PCIe\b", 756.5, 1513.0, "NVIDIA H800 datasheet (PCIe)"),
-    _Rates(r"\bH800\b", 989.4, 1978.9, "NVIDIA H800 datasheet (SXM)"),
-    _Rates(r"\bH20\b", 148.0, 296.0, "NVIDIA H20 datasheet"),
-    _Rates(r"\bGB200\b", 2500.0, 5000.0, "NVIDIA GB200 NVL72 datasheet (per GPU)"),
-    _Rates(r"\bB200\b", 2250.0, 4500.0, "NVIDIA HGX B200 datasheet (per GPU)"),
-    _Rates(r"\bB100\b", 1750.0, 3500.0, "NVIDIA HGX B100 datasheet (per GPU)"),
-    _Rates(r"\bA100\b", 312.0, None, "NVIDIA A100 Tensor Core GPU datasheet"),
-    _Rates(r"\bA800\b", 312.0, None, "NVIDIA A800 datasheet"),
-    _Rates(r"\bA30\b", 165.0, None, "NVIDIA A30 datasheet"),
-    _Rates(r"\bA40\b", 149.7, None, "NVIDIA A40 datasheet"),
-    _Rates(r"\bA10\b", 125.0, None, "NVIDIA A10 datasheet"),
-    _Rates(r"\bL40S\b", 362.1, 733.0, "NVIDIA L40S datasheet"),
-    _Rates(r"\bL40\b", 181.1, 362.1, "NVIDIA L40 datasheet"),
-    _Rates(r"\bL4\b", 121.0, 242.5, "NVIDIA L4 datasheet"),
-    _Rates(r"\bRTX 4090$", 165.2, 330.3, f"{_ADA_PAPER} (GeForce RTX 4090)"),
-    _Rates(r"\bRTX 3090$", 71.0, None, "NVIDIA GA102 whitepaper (GeForce RTX 3090)"),
+# Pattern of the device's name, dense TFLOP/s in bf16 and fp8 with float32 accumulation, source. The
+# first match counts: special forms come first. Rates with 2:4 sparsity only are halved.
+_PEAKS: tuple[tuple[str, float, float | None, str], ...] = (
+    (r"\bH100 PCIe\b", 756.5, 1513.0, f"{_H100_SHEET} (PCIe)"),
+    (r"\bH100 NVL\b", 835.5, 1670.5, f"{_H100_SHEET} (NVL)"),
+    (r"\bH100\b", 989.4, 1978.9, f"{_H100_SHEET} (SXM)"),
+    (r"\bH200 NVL\b", 835.5, 1670.5, f"{_H200_SHEET} (NVL)"),
+    (r"\bGH200\b", 989.4, 1978.9, "NVIDIA GH200 Grace Hopper Superchip datasheet"),
+    (r"\bH200\b", 989.4, 1978.9, f"{_H200_SHEET} (SXM)"),
+    (r"\bH800 PCIe\b", 756.5, 1513.0, "NVIDIA H800 datasheet (PCIe)"),
+    (r"\bH800\b", 989.4, 1978.9, "NVIDIA H800 datasheet (SXM)"),
+    (r"\bH20\b", 148.0, 296.0, "NVIDIA H20 datasheet"),
+    (r"\bGB200\b", 2500.0, 5000.0, "NVIDIA GB200 NVL72 datasheet (per GPU)"),
+    (r"\bB200\b", 2250.0, 4500.0, "NVIDIA HGX B200 datasheet (per GPU)"),
+    (r"\bB100\b", 1750.0, 3500.0, "NVIDIA HGX B100 datasheet (per GPU)"),
+    (r"\bA100\b", 312.0, None, "NVIDIA A100 Tensor Core GPU datasheet"),
+    (r"\bA800\b", 312.0, None, "NVIDIA A800 datasheet"),
+    (r"\bA30\b", 165.0, None, "NVIDIA A30 datasheet"),
+    (r"\bA40\b", 149.7, None, "NVIDIA A40 datasheet"),
+    (r"\bA10\b", 125.0, None, "NVIDIA A10 datasheet"),
+    (r"\bL40S\b", 362.1, 733.0, "NVIDIA L40S datasheet"),
+    (r"\bL40\b", 181.1, 362.1, "NVIDIA L40 datasheet"),
+    (r"\bL4\b", 121.0, 242.5, "NVIDIA L4 datasheet"),
+    (r"\bRTX 4090$", 165.2, 330.3, f"{_ADA_PAPER} (GeForce RTX 4090)"),
+    (r"\bRTX 3090$", 71.0, None, "NVIDIA GA102 whitepaper (GeForce RTX 3090)"),
 )
 
 
 def peak_flops(gpu_name: str, dtype: Literal["bf16", "fp8"]) -> Peak | None:
-    """Return the GPU's published dense peak for matrix products in `dtype`.
+    """Return the GPU's published dense peak; None if unknown, as for a CPU or a MIG slice.
 
-    MFU is always the share of the bf16 peak, also of a run in FP8. None means unknown: a CPU, a GPU
-    that is not in the table or has no such rate, or a MIG slice, which is only a part of its GPU.
+    MFU is always the share of the bf16 peak, also of a run in FP8.
     """
     if "MIG" in gpu_name:
         return None
-    for rates in _PEAKS:
-        if re.search(rates.name, gpu_name):
-            value = rates.bf16 if dtype == "bf16" else rates.fp8
-            return None if value is None else Peak(value * 1e12, rates.source)
+    for pattern, bf16, fp8, source in _PEAKS:
+        if re.search(pattern, gpu_name):
+            value = bf16 if dtype == "bf16" else fp8
+            return None if value is None else Peak(value * 1e12, source)
     return None

@@ -60,9 +60,7 @@ class Found:
 
 
 def find(folder: Storage) -> Found | None:
-    """Return the checkpoint in this folder if it is complete: its manifest is there and every file
-    has its size.
-    """
+    """Return the checkpoint in this folder if it has a manifest and every file in its size."""
     manifest = folder.read_json(MANIFEST)
     if manifest is None or manifest.get("format") != FORMAT:
         return None
@@ -78,9 +76,7 @@ def find(folder: Storage) -> Found | None:
 
 
 def newest(root: Storage, attempt: str | None = None) -> Found | None:
-    """Return the complete checkpoint with the most steps, of one attempt and its restarts, or
-    of all; incomplete ones are skipped.
-    """
+    """Return the newest complete checkpoint, of one attempt and its restarts or of all."""
     for _, name, folder in sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True):
         is_of_it = attempt is None or name.rstrip(AGAIN) == attempt.rstrip(AGAIN)
         found = find(folder) if is_of_it else None
@@ -122,8 +118,7 @@ def wrong_sizes(folder: Storage, manifest: dict[str, Any]) -> str:
 
 
 def wrong_bytes(folder: Storage, rank: int, world_size: int) -> str:
-    """Return which of this rank's share of the files are not what was written, in words; empty if
-    they all are, and for checkpoints from before checksums were kept.
+    """Return what is wrong with this rank's share of the files (empty without kept checksums).
 
     Raises:
         StorageError: when a file cannot be read.

@@ -44,20 +44,14 @@ _CLASSES: tuple[Any, ...] = (
 )
 _DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 ALLOWED: dict[str, Any] = {f"{c.__module__}.{c.__qualname__}": c for c in _CLASSES} | _DTYPES
-"""The classes in a checkpoint's metadata, by its name in the pickle (torch 2.11 to
-2.13)."""
+"""The classes in a checkpoint's metadata, by name in the pickle (torch 2.11 to 2.13)."""
 
 # What else pickle raises where bytes mean nothing to it, by its documentation.
 _OF_GARBAGE = (AttributeError, EOFError, ImportError, IndexError, TypeError, ValueError)
 
 
 def read_state(state: dict[str, Any], folder: str, shown: str) -> None:
-    """Read a checkpoint's tensors and values into a nested state, on every rank its shards.
-
-    Args:
-        state: filled in; it selects what is read.
-        folder: the checkpoint's, on this node.
-        shown: its name in messages.
+    """Read a checkpoint's part of a nested state into that state; `shown` names it in errors.
 
     Raises:
         StorageError: when a file cannot be read, or would run code.
@@ -69,21 +63,13 @@ def read_state(state: dict[str, Any], folder: str, shown: str) -> None:
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, RaytrainAdvError):
             raise cause from None
-        raise StorageError(
-            "The checkpoint cannot be read",
-            f"{shown}: {type(cause).__name__}: {first_line(cause)}",
-            "resume from the one before: resume_from_checkpoint: .../step_N",
-        ) from error
+        found = f"{shown}: {type(cause).__name__}: {first_line(cause)}"
+        fix = "resume from the one before: resume_from_checkpoint: .../step_N"
+        raise StorageError("The checkpoint cannot be read", found, fix) from error
 
 
 class PlainReader(FileSystemReader):
-    """DCP's reader, for metadata and tensors that are data only.
-
-    The metadata is read at once: DCP logs errors of a later read as missing metadata.
-
-    Raises:
-        StorageError: when the metadata contains other classes than its own.
-    """
+    """DCP's reader for data only; reads metadata first: DCP hides later errors as missing."""
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
@@ -96,11 +82,7 @@ class PlainReader(FileSystemReader):
         return replace(self._metadata, storage_meta=meta)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read this rank's part of the plan.
-
-        Raises:
-            StorageError: when a shard is more than data.
-        """
+        """Read this rank's part of the plan; a StorageError if a shard is more than data."""
         try:
             return super().read_data(plan, planner)
         except pickle.UnpicklingError as error:
@@ -111,11 +93,7 @@ class PlainPlanner(DefaultLoadPlanner):
     """DCP's planner, for values that are data only: it would unpickle whatever they are."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Load a value that is not a tensor.
-
-        Raises:
-            StorageError: from the reader, when it is more than data.
-        """
+        """Load a value that is not a tensor; an error of the reader if it is more than data."""
         plain = io.BytesIO()
         torch.save(torch.load(value, weights_only=True), plain)
         plain.seek(0)

@@ -23,8 +23,9 @@ from raytrain_adv.transforms.transform import Transform
 
 
 def to_resume(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
-    """Return the checkpoint that this attempt resumes from, or None to start at step 0; the same on
-    all ranks. A damaged one is reported and skipped for the one before, unless the job names it.
+    """Return the checkpoint to resume from, the same on all ranks; None to start at step 0.
+
+    A damaged one is reported and skipped for the one before, unless the job names it.
 
     Raises:
         JobError: when the named checkpoint is not complete, or belongs to another job.
@@ -115,9 +116,7 @@ def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
 
 
 def _pass_over_torn(run: Run) -> None:
-    """Report each checkpoint newer than the newest complete one that was complete and lost files;
-    one that a kill left without a manifest never was.
-    """
+    """Report checkpoints newer than the newest complete one that lost files after the commit."""
     for _, _, folder in sorted(all_folders(run.storage), key=lambda entry: entry[:2], reverse=True):
         manifest = folder.read_json(MANIFEST)
         if manifest is None or manifest.get("format") != FORMAT:
@@ -145,9 +144,7 @@ def _named(path: str) -> Found:
 
 
 def precision_keys(job: JobConfig) -> frozenset[str]:
-    """Return the keys of the transforms that change how products are computed, not what is trained:
-    a named checkpoint of one precision can be continued in another.
-    """
+    """Return the keys that change how products are computed: a named checkpoint may differ."""
     transforms = [t for t in job.transforms if isinstance(t, Transform) and t.stage == "precision"]
     return frozenset(key for t in transforms for key in type(t).model_fields)
 
@@ -155,8 +152,7 @@ def precision_keys(job: JobConfig) -> frozenset[str]:
 def refuse_other_job(
     job: JobConfig, found: Found, arithmetic: Arithmetic, free: frozenset[str]
 ) -> None:
-    """Raise unless the checkpoint is this job's: same keys where they matter, but for those in
-    `free`, same data, same global batch.
+    """Refuse a checkpoint of other keys (but for those in `free`), other data, or another batch.
 
     Raises:
         JobError: naming each key that differs, with both values.

@@ -1,6 +1,4 @@
-"""Checkpoints that are whole or do not count: written in the background, named complete by a
-manifest, committed.
-"""
+"""Checkpoints that are whole or do not count: written in the background, committed by manifest."""
 
 from __future__ import annotations
 
@@ -48,12 +46,14 @@ from raytrain_adv.storage.retry import cause, retry
 from raytrain_adv.storage.storage import Storage, storage_errors
 
 PENDING, DONE, FAILED = 0, 1, 2
+FREE_SPACE = (
+    "free space, or choose another ray_storage_path; then run again with "
+    "resume_from_checkpoint: true"
+)
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """Return the trainable parameters (all of them, or the adapters) by clean names, sharded as
-    they are.
-    """
+    """Return the trainable parameters (all, or the adapters) by clean names, still sharded."""
     state = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     return {
         name: as_plain(value) if isinstance(value, torch.Tensor) else value
@@ -62,9 +62,7 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Return what a checkpoint holds: trainable parameters and, unless left out, the optimizer's
-    states.
-    """
+    """Return what a checkpoint holds: trainable parameters and, by default, optimizer states."""
     state: dict[str, Any] = {"model": model_state(model)}
     if optimizer is not None:
         options = StateDictOptions(ignore_frozen_params=True)
@@ -75,33 +73,19 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) ->
 def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Read a checkpoint into the shards, whatever number of workers wrote it.
 
-    Args:
-        found: the checkpoint.
-        model: sharded or not.
-        optimizer: whose states are read too; none leaves them out.
-
     Raises:
         StorageError: when a file cannot be read, or is more than data.
     """
     state = training_state(model, optimizer)
     read = plain_like(state)
-    local, temporary = found.storage.root, None
-    if not found.storage.is_local:
-        temporary = tempfile.mkdtemp(prefix="raytrain_adv_")
-        found.storage.download(temporary)
-        local = temporary
-    try:
-        with storage_errors("The checkpoint cannot be read", found.path):
-            read_state(read, local, found.path)
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+    unreadable = storage_errors("The checkpoint cannot be read", found.path)
+    with found.storage.local_copy() as folder, unreadable:
+        read_state(read, folder, found.path)
     in_8bit = restore_8bit(state, read)
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     set_model_state_dict(model, read["model"], options=options)
-    if (
-        optimizer is not None and not in_8bit
-    ):  # those were filled in place; loading them would make them plain tensors
+    # 8-bit states were filled in place: loading them would make them plain tensors.
+    if optimizer is not None and not in_8bit:
         options = StateDictOptions(ignore_frozen_params=True)
         set_optimizer_state_dict(model, optimizer, read["optimizer"], options=options)
 
@@ -117,9 +101,7 @@ class Written:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time; `poll` after each step commits what is
-    finished.
-    """
+    """Writes checkpoints in the background, one at a time; `poll` after each step commits them."""
 
     def __init__(
         self, job: JobConfig, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -140,9 +122,7 @@ class CheckpointWriter:
         """Seconds that training stood still for checkpoints."""
 
     def save(self, progress: Progress, metrics: dict[str, float]) -> None:
-        """Start writing the state after `progress.step`, once; waits for the one before if that is
-        still being written.
-        """
+        """Start writing the state after `progress.step`, once; wait for an unfinished one first."""
         if self.saved_step == progress.step:
             return
         self.finish()
@@ -160,9 +140,7 @@ class CheckpointWriter:
         self.pending = (progress, target, done, metrics)
 
     def _write(self, step: int, state: dict[str, Any], local: str, target: Storage) -> Written:
-        """Run in the writer's thread: write this rank's shards to where they belong; again, where
-        storage fails for a while.
-        """
+        """Write this rank's shards, in the writer's thread; retry while storage fails."""
         failures: list[str] = []
 
         def report(message: str) -> None:
@@ -171,12 +149,8 @@ class CheckpointWriter:
 
         def write() -> None:
             with storage_errors("The checkpoint cannot be written", target.root):
-                save_state(
-                    state,
-                    checkpoint_id=local,
-                    process_group=self.group,
-                    no_dist=self.run.world_size == 1,
-                )
+                alone = self.run.world_size == 1
+                save_state(state, checkpoint_id=local, process_group=self.group, no_dist=alone)
 
         what = f"the checkpoint of step {step} could not be written"
         try:
@@ -190,17 +164,15 @@ class CheckpointWriter:
         return Written(written, failures)
 
     def poll(self) -> None:
-        """Commit the pending checkpoint if every rank has written its part; called by all ranks
-        after each step.
-        """
+        """Commit the pending checkpoint if every rank has written it; called by all each step."""
         self._prepare_memory()
         if self.pending is None:
             return
         status = self._status(self.pending[2])
         if self.run.agree(status, dist.ReduceOp.MAX) == FAILED:
-            self._raise_failure()
+            self._raise_failure(*self.pending)
         if self.run.agree(status, dist.ReduceOp.MIN) == DONE:
-            self._commit()
+            self._commit(*self.pending)
 
     def _prepare_memory(self) -> None:
         """Take host memory for the copies, once the optimizer has its states."""
@@ -231,33 +203,28 @@ class CheckpointWriter:
             return PENDING
         return FAILED if done.exception() is not None else DONE
 
-    def _raise_failure(self) -> None:
-        if self.pending is None:
-            return
-        _, target, done, _ = self.pending
+    def _raise_failure(
+        self, _: Progress, target: Storage, done: Future[Written], metrics: dict[str, float]
+    ) -> None:
         self.pending = None
         if self.run.is_main:
             target.delete()
         error = done.exception() if done.done() else None
         if isinstance(error, StorageError):
             raise error
+        found, fix = "another worker failed to write its part", "see its error"
         if error is not None:
-            raise StorageError(
-                "The checkpoint cannot be written",
-                f"{target.root}: {cause(error)}",
-                "free space, or choose another ray_storage_path; then run again with "
-                "resume_from_checkpoint: true",
-            ) from error
-        raise StorageError(
-            "The checkpoint cannot be written",
-            "another worker failed to write its part",
-            "see its error",
-        )
+            found = f"{target.root}: {cause(error)}"
+            fix = FREE_SPACE
+        raise StorageError("The checkpoint cannot be written", found, fix) from error
 
-    def _commit(self) -> None:
-        if self.pending is None:
-            return
-        progress, target, done, metrics = self.pending
+    def _commit(
+        self,
+        progress: Progress,
+        target: Storage,
+        done: Future[Written],
+        metrics: dict[str, float],
+    ) -> None:
         self.pending = None
         parts = self.run.gather(done.result())
         if self.run.is_main:
@@ -271,11 +238,8 @@ class CheckpointWriter:
         self.run.reporter.checkpoint(target, Path(target.root).name, metrics)
         self.committed.append(progress.step)
         if self.run.is_main:
-            self.run.say(
-                f"checkpoint of step {progress.step} committed",
-                event="checkpoint",
-                step=progress.step,
-            )
+            message = f"checkpoint of step {progress.step} committed"
+            self.run.say(message, event="checkpoint", step=progress.step)
             self._prune()
 
     def _manifest(
@@ -294,12 +258,11 @@ class CheckpointWriter:
         }
 
     def _prune(self) -> None:
-        """Delete the oldest complete checkpoints beyond save_total_limit, and torn ones that no
-        attempt still writes.
-        """
+        """Delete complete checkpoints beyond save_total_limit, and torn ones that nobody writes."""
         folders = sorted(all_folders(self.run.storage), key=lambda entry: entry[:2], reverse=True)
-        complete = [folder for _, _, folder in folders if folder.read_json(MANIFEST) is not None]
-        limit = self.job.output.save_total_limit
-        torn = [folder for _, _, folder in folders if folder.read_json(MANIFEST) is None]
-        for folder in [*(complete[limit:] if limit else []), *torn]:
-            folder.delete()
+        limit, num_complete = self.job.output.save_total_limit, 0
+        for _, _, folder in folders:
+            is_complete = folder.read_json(MANIFEST) is not None
+            num_complete += is_complete
+            if not is_complete or (limit and num_complete > limit):
+                folder.delete()

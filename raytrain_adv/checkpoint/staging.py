@@ -1,9 +1,8 @@
 """What goes into a checkpoint: copies of plain tensors in host memory, out of training's way.
 
-torchao's 8-bit optimizer states are written as float32: plain tensors can be read on any number of
-workers and without torchao, where the subclass can be cut only along its blocks (torchao 0.18,
-subclass_8bit.py). Reading them back on the same number of workers gives every code and scale again;
-on another number blocks begin elsewhere, and some values move by a rounding.
+torchao's 8-bit optimizer states are written as float32, which any number of workers can read, also
+without torchao. The same number of workers restores every code and scale; with another number,
+blocks begin elsewhere and some values move by a rounding.
 """
 
 from __future__ import annotations
@@ -30,11 +29,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class HostMemory:
-    """A copy in host memory for each tensor of a state, by its path.
-
-    Args:
-        say: prints a sentence.
-    """
+    """A copy in host memory for each tensor of a state, by its path."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
@@ -73,13 +68,12 @@ class HostMemory:
                 f"of the {free / GIB:.1f} GiB that are free"
             )
             return
-        for path, tensor in wanted.items():
-            self.coming[path] = self.pool.submit(self._taken, tensor)
+        self.coming = {path: self.pool.submit(self._taken, t) for path, t in wanted.items()}
 
     def _taken(self, tensor: torch.Tensor) -> torch.Tensor:
         local = local_part(tensor)
         if local.nbytes < SMALLEST:
-            return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+            return _empty_on_host(tensor)
         pages = torch.empty(local.nbytes + 2 * PAGE, dtype=torch.uint8)
         start = -pages.data_ptr() % PAGE  # no page of it is another's, which may be locked too
         whole = pages[start : start + -(-local.nbytes // PAGE) * PAGE]
@@ -94,18 +88,15 @@ class HostMemory:
         if not isinstance(tensor, DTensor):
             return copy
         # DTensor.from_local would move it to the device of the mesh.
-        sharded: Any = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
-        sharded._local_tensor = copy
-        held: torch.Tensor = sharded
-        return held
+        sharded = _empty_on_host(tensor)
+        sharded._local_tensor = copy  # type: ignore[attr-defined]
+        return sharded
 
     def _report_once(self, reason: str) -> None:
         if not self.refused:
             self.refused = True
-            self.say(
-                f"host memory for checkpoints was not page-locked, so that steps wait longer for "
-                f"them: {reason}"
-            )
+            text = "host memory for checkpoints was not page-locked, so that steps wait longer"
+            self.say(f"{text} for them: {reason}")
 
     def of(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the memory for a tensor; new and not page-locked where none was taken for it."""
@@ -117,7 +108,7 @@ class HostMemory:
         known = self.copies.get(path)
         if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
             return known
-        return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+        return _empty_on_host(tensor)
 
     def stop(self) -> None:
         """Take no more."""
@@ -135,14 +126,13 @@ class HostMemory:
         self.coming.clear()
 
 
+def _empty_on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+
+
 @torch.no_grad()
 def stage(state: Any, memory: HostMemory) -> Any:
-    """Return the nested state with every tensor copied to host memory, sharded as it was.
-
-    Args:
-        state: dicts, lists and tuples of tensors and other values.
-        memory: the copies are in it until the next call.
-    """
+    """Return the state with every tensor copied to host memory, which the next call overwrites."""
     copies = _mapped(state, lambda path, tensor: _host_copy(path, _plain(tensor), memory))
     for device in {tensor.device for _, tensor in tensors_of(state) if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
@@ -154,32 +144,27 @@ def plain_like(state: Any) -> Any:
     return _mapped(state, lambda _, tensor: _plain(tensor))
 
 
-def tensors_of(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield path and tensor of what a checkpoint of this state holds; 8-bit ones, which it holds
-    as float32, are left out.
-    """
-    if isinstance(state, dict):
-        for key, value in state.items():
-            yield from tensors_of(value, f"{path}/{key}")
-    elif isinstance(state, list | tuple):
-        for number, value in enumerate(state):
-            yield from tensors_of(value, f"{path}/{number}")
-    elif isinstance(state, torch.Tensor) and not _is_8bit(state):
-        yield path, state.detach()
+def tensors_of(state: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield path and tensor of the state; without 8-bit tensors, which are saved as float32."""
+    return ((path, t.detach()) for path, t in _walk(state) if not _is_8bit(t))
 
 
+@torch.no_grad()
 def restore_8bit(state: Any, plain: Any) -> bool:
     """Copy float32 values that were read into the state's 8-bit tensors; return whether any are."""
-    if isinstance(state, dict):
-        return any([restore_8bit(value, plain[key]) for key, value in state.items()])
-    if isinstance(state, list | tuple):
-        pairs = zip(state, plain, strict=True)
-        return any([restore_8bit(value, other) for value, other in pairs])
-    if not isinstance(state, torch.Tensor) or not _is_8bit(state):
-        return False
-    with torch.no_grad():
-        fill_8bit(local_part(state), local_part(plain))
-    return True
+    values = dict(_walk(plain))
+    packed = {path: tensor for path, tensor in _walk(state) if _is_8bit(tensor)}
+    for path, tensor in packed.items():
+        fill_8bit(local_part(tensor), local_part(values[path]))
+    return bool(packed)
+
+
+def _walk(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(state, torch.Tensor):
+        yield path, state
+    elif isinstance(state, dict | list | tuple):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from _walk(value, f"{path}/{key}")
 
 
 def _mapped(state: Any, change: Callable[[str, torch.Tensor], torch.Tensor], path: str = "") -> Any:
@@ -201,14 +186,9 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     values = values_of(local_part(tensor))
     if not isinstance(tensor, DTensor):
         return values
-    return DTensor.from_local(
-        values,
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    ).to(values.device)
+    where: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+    whole = DTensor.from_local(values, tensor.device_mesh, tensor.placements, **where)
+    return whole.to(values.device)
 
 
 def _host_copy(path: str, tensor: torch.Tensor, memory: HostMemory) -> torch.Tensor:

@@ -1,16 +1,13 @@
-"""A new model folder, with linears and embedding as torchao's tensors, converted one by one, so
-that a model is never in memory as a whole.
-"""
+"""A new model folder with torchao's quantized tensors, converted one tensor at a time."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -52,13 +49,11 @@ Configs = Mapping[str, "AOBaseConfig"]
 """torchao's configuration of each tensor that is converted, by its name in the model."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A tensor of the new folder, not yet read."""
 
     name: str
-    """Its name in the new folder: the model's own if it is converted, because torchao finds it
-    by that, otherwise the one it has in the old folder."""
+    """The model's own name if it is quantized (torchao finds it by that), else the source's."""
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
     is_listed: bool = True
@@ -74,19 +69,13 @@ def write_converted(
     max_file_bytes: int = MAX_FILE_BYTES,
     require: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Write the model of `source` into `folder`, converted by the job's QAT keys.
+    """Write the model of `source` into the folder `folder`, quantized by the job's QAT keys.
 
-    The folder loads with AutoModelForCausalLM.from_pretrained, wherever torchao is installed. In
-    host memory are one file's tensors and the one that is being converted.
+    The folder loads with AutoModelForCausalLM.from_pretrained and torchao. Host memory holds one
+    file's tensors and the one that is being quantized.
 
-    Args:
-        source: a folder with config.json and safetensors files of the job's architecture.
-        folder: exists already.
-        job: names the architecture, and what is converted (the transform qat).
-        dtype: which the model computes in: weights are rounded to it before they are converted.
-        device: where a tensor is converted.
-        max_file_bytes: size at which a new safetensors file is begun.
-        require: called with the bytes that will be written, before they are.
+    Weights are rounded to `dtype`, then quantized on `device`. `require` is called with the bytes
+    that will be written, before they are.
 
     Raises:
         JobError: when the files of `source` are not what the architecture needs.
@@ -108,12 +97,7 @@ def write_converted(
 
 
 def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
-    """Return torchao's configuration of each tensor that the job's plan converts.
-
-    Args:
-        plain: the model on the meta device, without any transform.
-        job: with the transform qat enabled.
-    """
+    """Return torchao's configuration of each tensor that the job's plan quantizes, by name."""
     qat = job.transform(Qat)
     changes = Transforms(job).plan(plain)[qat.name].changes
     return {
@@ -154,22 +138,18 @@ def _converted(
 
 
 def is_untied(plain: PreTrainedModel, configs: Configs) -> bool:
-    """Whether the embedding is tied to the head and only the embedding is converted: the new folder
-    then has both.
-    """
+    """Whether a tied embedding is quantized and its head is not: the new folder then holds both."""
     return is_tied(plain) and any(plain.get_parameter(name) is _head(plain) for name in configs)
 
 
 def describe(
     pieces: list[Piece], configs: Configs, dtype: torch.dtype
 ) -> tuple[dict[str, str], int]:
-    """Return the metadata that each of the folder's files carries, and the bytes of all tensors.
+    """Return the metadata of each of the folder's files, and the bytes of all tensors.
 
-    Readers go by it to put converted tensors together: those that read file by file (vLLM), and
-    those that merge the files' metadata (transformers, where `tensor_names` of the last would win).
-    So each file has all of it, plain tensors included, for readers that keep what is listed only.
-    The experts that transformers fuses while it loads are left out: a reader's work grows with the
-    square of the names.
+    Readers need it to join quantized tensors: file by file (vLLM), or merged (transformers, where
+    the last `tensor_names` wins). So each file lists all tensors, plain ones too, but no experts
+    that transformers fuses: reading takes time in the square of the names.
     """
     metadata: dict[str, str] = {}
     size = 0
@@ -196,12 +176,57 @@ def _flat(name: str, value: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict
 def _value(
     tensor: torch.Tensor, config: AOBaseConfig | None, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return a tensor as it is stored: in the dtype that computes, converted if it has a config;
-    integers and booleans as they are.
-    """
+    """Return a tensor as it is stored: quantized if it has a config, integers as is."""
     if config is not None:
         return tensor_of(tensor.to(device=device, dtype=dtype), config)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+@torch.no_grad()
+def quantized(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
+    """Return a weight [rows, columns] as the tensor that torchao's configuration makes of it."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Float8WeightOnlyConfig,
+        quantize_,
+    )
+
+    if isinstance(config, Float8WeightOnlyConfig | Float8DynamicActivationFloat8WeightConfig):
+        return _float8(weight, config)
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    quantize_(linear, config, filter_fn=lambda module, fqn: True)
+    return linear.weight.data
+
+
+def _float8(weight: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return what torchao's two float8 configurations make of a weight.
+
+    quantize_ makes NaN of rows of zeros (pytorch/ao#4713) and requires a GPU. Remove when fixed.
+    """
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+    keys: dict[str, Any] = {"granularity": PerRow()}
+    if isinstance(config, Float8DynamicActivationFloat8WeightConfig):
+        of_activations, of_weights = config.granularity
+        keys |= {
+            "granularity": of_weights,
+            "mm_config": config.mm_config,
+            "kernel_preference": config.kernel_preference,
+            "act_quant_kwargs": QuantizeTensorToFloat8Kwargs(
+                config.activation_dtype,
+                of_activations,
+                hp_value_lb=config.activation_value_lb,
+                hp_value_ub=config.activation_value_ub,
+                kernel_preference=config.kernel_preference,
+            ),
+        }
+    tensor: torch.Tensor = Float8Tensor.from_hp(
+        weight, float8_dtype=config.weight_dtype, hp_value_lb=EPS, **keys
+    )
+    return tensor
 
 
 def _copy_others(source: Path, folder: Path) -> None:

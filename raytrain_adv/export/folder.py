@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from raytrain_adv.dtensor import rank
 from raytrain_adv.errors import RaytrainAdvError, StorageError
 from raytrain_adv.storage.atomic import replace_folder
 from raytrain_adv.text import GIB
@@ -23,16 +24,10 @@ RESUME = (
 
 
 class NewFolder:
-    """Rank 0's work on a folder that all ranks wait for. It is written under another name and
-    renamed when complete.
+    """Rank 0's work on a folder, written under another name and renamed when complete.
 
     The first failure is kept: the ranks continue with their collectives, and `publish` raises it on
-    all of them.
-
-    Args:
-        path: the folder's final name; one that is there is replaced.
-        device: where the process group's collectives run.
-        way_out: what a user can do when it cannot be written.
+    all of them. `way_out` is what a user can do when the folder cannot be written.
     """
 
     def __init__(self, path: Path, device: torch.device, way_out: str = RESUME) -> None:
@@ -40,7 +35,7 @@ class NewFolder:
         self.partial = path.with_name(f".{path.name}.partial")
         self.device = device
         self.way_out = way_out
-        self.writes = not dist.is_initialized() or dist.get_rank() == 0
+        self.writes = rank() == 0
         self.failure: RaytrainAdvError | None = None
         self.run(self._start)
 
@@ -68,11 +63,7 @@ class NewFolder:
         self.run(lambda: self.require_now(size))
 
     def require_now(self, size: int) -> None:
-        """Fail when the disk lacks space; called within an action.
-
-        Raises:
-            StorageError: with the bytes needed and free.
-        """
+        """Fail with a StorageError when the disk lacks space; called within an action."""
         free = shutil.disk_usage(self.partial).free
         if free < size:
             raise StorageError(
@@ -85,8 +76,7 @@ class NewFolder:
         """Give the folder its name, on rank 0, and let every rank know whether all went well.
 
         Raises:
-            StorageError: on every rank, when something could not be written; nothing is left under
-                the name.
+            StorageError: on every rank, when writing failed; nothing is left under the name.
         """
         self.run(lambda: replace_folder(self.partial, self.path))
         if self.failure is not None:
@@ -113,9 +103,7 @@ def folder_gib(path: Path) -> float:
 def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file that others may read as they may read any new file of this user's:
-    safetensors gives it to its owner only.
-    """
+    """Write a safetensors file with the usual permissions; safetensors makes it owner-only."""
     save_file(tensors, path, metadata={**(metadata or {}), "format": "pt"})
     ordinary = path.with_name(f".{path.name}.mode")
     ordinary.touch()
@@ -124,14 +112,7 @@ def save_tensors(
 
 
 class TensorFiles:
-    """model.safetensors, or numbered shards with an index when there is more than one file's worth.
-
-    Args:
-        folder: where to write.
-        max_file_bytes: a file is closed before it would grow beyond this; host memory holds one
-            file's tensors.
-        metadata: written into each file.
-    """
+    """model.safetensors, or numbered shards with an index if it would be too large."""
 
     def __init__(
         self, folder: Path, max_file_bytes: int, metadata: Mapping[str, str] | None = None

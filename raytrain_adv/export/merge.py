@@ -17,7 +17,13 @@ from raytrain_adv.dtensor import plain_name
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import MAX_FILE_BYTES, NewFolder, folder_gib
 from raytrain_adv.export.model_folder import save_tokenizer, write_model
-from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, TOLERANCE, load_folder, trained_logits
+from raytrain_adv.export.verify import (
+    DEFECT,
+    TOLERANCE,
+    compared_tokens,
+    load_folder,
+    trained_logits,
+)
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
 from raytrain_adv.model.weights import match, packed_weights, saved_tensors
@@ -39,9 +45,7 @@ class Merged:
     num_tokens: int
     """Tokens that were compared."""
     plain_difference: float | None
-    """The difference if the adapter were merged into the weights as they were before they were
-    packed; none if the base is not packed.
-    """
+    """The difference with the weights from before packing; none if the base is not packed."""
 
 
 def export_merged(
@@ -58,23 +62,15 @@ def export_merged(
     A packed base is merged by its unpacked values, on which the adapter was trained. Each sum is
     computed in float32 and rounded once.
 
-    Args:
-        model: the base with its adapters, in host memory, not sharded.
-        job: the job that trained it.
-        out_dir: replaced if it exists.
-        tokenizer: saved with the model.
-        input_ids: [tokens], to compare on.
-        way_out: what a user can do when the folder cannot be written.
-        max_file_bytes: size at which a new safetensors file is begun.
+    The model is in host memory, not sharded. `out_dir` is replaced if it exists; `input_ids` are
+    [tokens]; `way_out` is what a user can do when the folder cannot be written.
 
     Raises:
         StorageError: when the folder could not be written.
-        TrainingError: when the merged model does not compute what was trained. In both cases
-            nothing is left under the folder's name.
+        TrainingError: when it does not compute what was trained. Nothing is left under its name.
     """
     new = NewFolder(out_dir, torch.device("cpu"), way_out)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", MOST_TOKENS)
-    tokens = input_ids[: min(limit, MOST_TOKENS)].long().unsqueeze(0)
+    tokens = compared_tokens(model, input_ids)
     compared: list[Merged] = []
     write_model(merged_tensors(model), job, new, max_file_bytes)
     new.run(lambda: save_tokenizer(tokenizer, new.partial))
@@ -84,9 +80,7 @@ def export_merged(
 
 
 def merged_tensors(model: PreTrainedModel) -> Callable[[str], torch.Tensor]:
-    """Return a function from a tensor's name in the plain model to its value with the adapter in
-    it; one at a time is made.
-    """
+    """Return a function from a tensor's plain name to its value with the adapter merged."""
     kept = saved_tensors(model)
     adapted = {
         plain_name(f"{fqn}.base_layer.weight"): module
@@ -148,9 +142,7 @@ def _apart(merged: Any, input_ids: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _exchange(model: PreTrainedModel, job: JobConfig, merged: nn.Module) -> bool:
-    """Replace the packed part of a merged model's weights by the weights as they were; return
-    whether all of them have the same names in the checkpoint.
-    """
+    """Replace packed weights by the original ones; return whether all keep their names."""
     packed = packed_weights(model)
     with CheckpointFiles(model_folder(job)) as files:
         direct = match(build(job), files).direct

@@ -17,17 +17,29 @@ from transformers import (
 )
 
 from raytrain_adv.config import JobConfig
-from raytrain_adv.dtensor import gather
-from raytrain_adv.export.adapter import write_adapter
-from raytrain_adv.export.converted_model import export_converted
-from raytrain_adv.export.folder import MAX_FILE_BYTES, NewFolder, TensorFiles, folder_gib
+from raytrain_adv.dtensor import gather, reshard
+from raytrain_adv.export.convert import add_adapter, write_converted
+from raytrain_adv.export.folder import (
+    MAX_FILE_BYTES,
+    NewFolder,
+    TensorFiles,
+    folder_gib,
+    save_tensors,
+)
+from raytrain_adv.export.verify import (
+    Comparison,
+    compare_converted,
+    compared_tokens,
+    converted_logits,
+)
+from raytrain_adv.model.adapter import FILE_NAME, peft_name
 from raytrain_adv.model.build import build, read_config
 from raytrain_adv.model.conversion import save_groups
 from raytrain_adv.model.files import is_local, model_source
 from raytrain_adv.model.weight_files import model_folder
 from raytrain_adv.model.weights import saved_tensors
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.lora import Lora
+from raytrain_adv.transforms.lora import ADAPTER, Lora, is_adapter
 from raytrain_adv.worker.finish import Exported
 
 
@@ -42,27 +54,14 @@ def export_model(
     """Write the model as a folder that loads with AutoModelForCausalLM; every rank calls this.
 
     Weights are bfloat16 for a run in bf16 or pure_bf16, otherwise float32. A LoRA run writes its
-    adapters in PEFT's format, which load the same way as long as the base model is where it was.
-    Rank 0 holds one file's tensors in host memory, every rank one whole tensor on its device. The
-    folder appears under its name when it is complete.
+    adapters in PEFT's format. Rank 0 holds one file's tensors in host memory, every rank one whole
+    tensor on its device. A feature that converts the model writes a second folder from these files.
 
-    A feature that converts the model at export writes a second folder next to it, from its files,
-    whose logits are compared with those of the model in memory.
-
-    Args:
-        model: trained; sharded, wrapped and compiled as it is.
-        job: the job that trained it.
-        out_dir: replaced if it exists.
-        tokenizer: saved beside the model, with its chat template.
-        input_ids: [tokens], held-out ones, to compare the converted model on; none skips that.
-        max_file_bytes: size at which a new safetensors file is begun.
-
-    Returns:
-        What was written, and how the converted model compares; the comparison on rank 0 only.
+    `out_dir` is replaced if it exists. `input_ids` are [tokens], held-out ones, on which rank 0
+    compares the converted model; none skips that.
 
     Raises:
-        StorageError: on every rank, when a folder could not be written; nothing is left under its
-            name.
+        StorageError: on every rank, when writing failed; nothing is left under the folder's name.
         TrainingError: on every rank, when the converted model does not compute what was trained.
     """
     device = collective_device(model)
@@ -80,10 +79,7 @@ def export_model(
     if not kind:
         return written
     converted = NewFolder(out_dir.with_name(f"{out_dir.name}-{kind}"), device)
-    base = source_folder(job) if job.transform(Lora).enabled else None
-    compared = export_converted(
-        model, job, out_dir, base, converted, export_dtype(job), input_ids, max_file_bytes
-    )
+    compared = export_converted(model, job, out_dir, converted, input_ids, max_file_bytes)
     found = {
         "dir": str(converted.path),
         "gib": folder_gib(converted.path) if new.writes else None,
@@ -91,6 +87,68 @@ def export_model(
         "comparison": compared.how if compared else "",
     }
     return replace(written, converted={f"{kind}_{name}": x for name, x in found.items()})
+
+
+def write_adapter(model: PreTrainedModel, job: JobConfig, new: NewFolder) -> None:
+    """Gather the adapters and write them in PEFT's format on rank 0; a collective."""
+    reshard(model)
+    tensors: dict[str, torch.Tensor] = {}
+    for fqn, parameter in model.named_parameters():
+        if is_adapter(fqn):
+            whole = gather(parameter)
+            if new.writes:
+                tensors[peft_name(fqn)] = whole.cpu().contiguous()
+    config: Any = copy.copy(model.peft_config[ADAPTER])
+    local, source = is_local(job), model_source(job)
+    config.base_model_name_or_path = str(Path(source).resolve()) if local else source
+    config.revision = None if local else job.model.model_revision
+    config.inference_mode = config.init_lora_weights = True
+    new.run(lambda: save_tensors(tensors, new.partial / FILE_NAME))
+    new.run(lambda: config.save_pretrained(str(new.partial)))
+
+
+def export_converted(
+    model: PreTrainedModel,
+    job: JobConfig,
+    model_dir: Path,
+    new: NewFolder,
+    input_ids: torch.Tensor | None,
+    max_file_bytes: int,
+) -> Comparison | None:
+    """Convert the exported model into a folder, and compare them on rank 0; all ranks call it.
+
+    A LoRA run's base is converted and its adapter copied: merging would round their sum again and
+    restore the error that training has removed.
+
+    Raises:
+        TrainingError: on every rank, when the folder does not compute what was trained.
+        StorageError: on every rank, when it could not be written. Nothing is left under its name.
+    """
+    adapted = job.transform(Lora).enabled
+    source = (source_folder(job) if adapted else None) or model_dir
+    reference = tokens = None
+    if input_ids is not None:
+        tokens = compared_tokens(model, input_ids).to(new.device)
+        reference = converted_logits(model, job, tokens)
+    comparisons: list[Comparison] = []
+
+    def write() -> None:
+        dtype = export_dtype(job)
+        write_converted(
+            source, new.partial, job, dtype, new.device, max_file_bytes, new.require_now
+        )
+        if adapted:
+            add_adapter(model_dir, new.partial, new.path)
+
+    def compare() -> None:
+        if tokens is not None and reference is not None:
+            attention = model.config._attn_implementation
+            comparisons.append(compare_converted(new.partial, job, tokens, reference, attention))
+
+    new.run(write)
+    new.run(compare)
+    new.publish()
+    return comparisons[0] if comparisons else None
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -115,29 +173,21 @@ def export_dtype(job: JobConfig) -> torch.dtype:
 def write_model(
     whole_tensor: Callable[[str], torch.Tensor], job: JobConfig, new: NewFolder, max_file_bytes: int
 ) -> None:
-    """Gather the weights group by group and write them, the config and what goes with it, on rank
-    0.
-
-    Args:
-        whole_tensor: returns a tensor by its name in the plain model; called on every rank.
-        job: the job that trained it.
-        new: the folder.
-        max_file_bytes: size at which a new safetensors file is begun.
-    """
+    """Gather the weights group by group; write them and the configs on rank 0."""
     plain, dtype = build(job), export_dtype(job)
     wanted = saved_tensors(plain)
     new.require(sum(t.numel() * stored_dtype(t, dtype).itemsize for t in wanted.values()))
     files = TensorFiles(new.partial, max_file_bytes)
     for group in save_groups(plain, wanted):
         whole: dict[str, torch.Tensor] = {}
-        for name in group.names():
+        for name, _ in group.sources:
             tensor = whole_tensor(name)
             if new.writes and new.failure is None:
                 whole[name] = tensor.to(stored_dtype(tensor, dtype)).cpu()
             del tensor
 
         def add(held: Mapping[str, torch.Tensor] = whole, group: Any = group) -> None:
-            for name, value in group.convert(held, plain).items():
+            for name, value in group.convert(held.__getitem__, plain).items():
                 files.add(name, value)
 
         new.run(add)
@@ -171,9 +221,7 @@ def write_configs(plain: PreTrainedModel, job: JobConfig, dtype: torch.dtype, fo
 
 
 def source_folder(job: JobConfig) -> Path | None:
-    """Return the folder the model came from; none for a shape from the Hub that was trained from
-    scratch.
-    """
+    """Return the folder the model came from; none for a Hub shape trained from scratch."""
     if is_local(job):
         return Path(model_source(job))
     return None if job.model.train_from_scratch else model_folder(job)

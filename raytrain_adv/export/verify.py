@@ -43,41 +43,14 @@ class Comparison:
     """What was compared, where, and what was allowed."""
 
 
-@torch.no_grad()
-def verify_folder(
-    folder: Path,
-    input_ids: torch.Tensor,
-    reference: torch.Tensor,
-    device: torch.device | None = None,
-    trust_remote_code: bool = False,
-    attn_implementation: str | None = None,
-) -> float:
-    """Load an exported folder as a user would, and return how far its logits are from the trained
-    model's.
-
-    Args:
-        folder: written by export_model.
-        input_ids: [batch, tokens], long.
-        reference: [batch, tokens, vocabulary], the trained model's logits for them.
-        device: where to load it; none means the CPU.
-        trust_remote_code: run model code that is in the folder.
-        attn_implementation: the attention the reference was made with, as transformers names it.
-
-    Returns:
-        The largest absolute difference.
-
-    Raises:
-        TrainingError: when weights are missing from the folder, or left over.
-    """
-    model = load_folder(folder, trust_remote_code, attn_implementation)
-    model = model.to(device or torch.device("cpu")).eval()
-    logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits
-    return float((logits.float() - reference.to(logits.device).float()).abs().max())
+def compared_tokens(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the first [1, tokens] of `input_ids` [tokens] that fit the model and MOST_TOKENS."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", MOST_TOKENS)
+    return input_ids[: min(limit, MOST_TOKENS)].long().unsqueeze(0)
 
 
 def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str | None) -> Any:
-    """Load an exported folder as a user would, into host memory, and return the model; adapters in
-    the dtype of their files.
+    """Load an exported folder into host memory as a user would; adapters in their files' dtype.
 
     Raises:
         TrainingError: when weights are missing from the folder, or left over.
@@ -131,19 +104,10 @@ def trained_logits(
     input_ids: torch.Tensor,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return the trained model's logits; a collective.
+    """Return the trained model's logits [batch, tokens, vocabulary] in host memory; a collective.
 
-    Not compiled, and without kernels' forward passes: these round at other places than the
-    folder's, which will be loaded plain.
-
-    Args:
-        model: trained; sharded, wrapped and compiled as it is.
-        job: the job that trained it.
-        input_ids: [batch, tokens], long, where the model computes.
-        dtype: the one to compute in; none means the job's.
-
-    Returns:
-        [batch, tokens, vocabulary], in host memory.
+    Neither compiled nor with kernels' forward passes, which round unlike the plain folder.
+    `input_ids` are [batch, tokens], long, on the model's device; `dtype` is the job's if none.
     """
     model.train(False)
     dtype = dtype or compute_dtype(job)
@@ -181,14 +145,9 @@ def compare_converted(
     reference: torch.Tensor,
     attn_implementation: str | None,
 ) -> Comparison:
-    """Compare a converted folder's logits with the trained model's.
+    """Compare a converted folder's logits with the reference, those of converted_logits.
 
-    Args:
-        folder: contains the converted model, with its adapter if there is one.
-        job: the job that trained it.
-        input_ids: [batch, tokens], long, on the device that trained.
-        reference: [batch, tokens, vocabulary], what converted_logits returned for them.
-        attn_implementation: the attention the reference was made with.
+    `input_ids` are [batch, tokens], long, on the device that trained.
 
     Raises:
         TrainingError: when they differ by more than is allowed, naming both.

@@ -34,18 +34,17 @@ ATTENTION = {
 LOWEST_CAPABILITY = {"fa3": (9, 0), "fa2": (8, 0)}
 """Package of flash attention -> the GPUs it is for; FlashAttention-3 is for Hopper alone."""
 HUB = "hub:"
+AUTO = "set flash_attn: auto"
+NEEDED = ("flash_attn_func", "flash_attn_varlen_func")
 HUB_ATTENTION = "hub_attention"
-"""The name under which a kernel of hub:<repo> is registered with transformers, which would load
-one of its own choice for a name with flash in it.
-"""
+"""Our name of a hub:<repo> kernel: for one with flash in it transformers would load its own."""
 
 
 def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
     """Return transformers' name of the attention to use; none leaves the choice to transformers.
 
     Raises:
-        JobError: when the requested attention is not available, or would leave out what the
-            architecture computes.
+        JobError: when the requested attention is not available, or would compute something else.
     """
     asked = job.model.flash_attn
     check_flash_package(asked)
@@ -53,11 +52,8 @@ def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
     # same for Gemma 2, and drops the cap. Remove when the lowest transformers allowed refuses.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     if capped and asked == "sdpa":
-        raise JobError(
-            f"{job.model.model_name_or_path} does not support flash_attn: sdpa",
-            "its config caps attention scores (attn_logit_softcapping), which sdpa cannot",
-            "set flash_attn: auto",
-        )
+        found = "its config caps attention scores (attn_logit_softcapping), which sdpa cannot"
+        raise _unsupported(job, found)
     if asked.startswith(HUB):
         return _register(job)
     if asked != "auto":
@@ -73,9 +69,7 @@ def is_flash(model: PreTrainedModel) -> bool:
 
 
 def attention_name(job: JobConfig, model: PreTrainedModel) -> str:
-    """Return what computes attention, for plans and reports: transformers' name, or the kernel with
-    its commit or the hash of its files, as the run has pinned it.
-    """
+    """Return what computes attention: transformers' name, or the kernel with its pinned version."""
     name = str(model.config._attn_implementation)
     wanted = kernel_asked(job)
     if name != HUB_ATTENTION or wanted is None:
@@ -91,9 +85,7 @@ def attention_name(job: JobConfig, model: PreTrainedModel) -> str:
 
 
 def kernel_asked(job: JobConfig) -> Wanted | None:
-    """Return the kernel that flash_attn names, in a version that is known to work where it names
-    none; None if flash_attn names no kernel.
-    """
+    """Return the kernel that flash_attn names, by default in a known version, or None."""
     if not job.model.flash_attn.startswith(HUB):
         return None
     name = job.model.flash_attn.removeprefix(HUB)
@@ -102,7 +94,11 @@ def kernel_asked(job: JobConfig) -> Wanted | None:
     wanted = replace(of_name(name), is_local=False)
     if wanted.version is not None or wanted.revision is not None:
         return wanted
-    return replace(wanted, version=_version_of(wanted.source))
+    from transformers.integrations import hub_kernels
+
+    # The version that transformers was tested with; 1 if it names none.
+    known = getattr(hub_kernels, "FLASH_ATTN_KERNEL_VERSIONS", {})
+    return replace(wanted, version=int(known.get(wanted.source, 1)))
 
 
 def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
@@ -124,19 +120,19 @@ def refuse_unsupported(job: JobConfig, model: PreTrainedModel) -> None:
     Raises:
         JobError: naming the architecture.
     """
+    if not job.model.flash_attn.startswith(HUB):
+        return
     sinks = [name for name, _ in model.named_parameters() if name.endswith(".sinks")]
-    if job.model.flash_attn.startswith(HUB) and sinks:
-        raise JobError(
-            f"{job.model.model_name_or_path} does not support flash_attn: {job.model.flash_attn}",
-            f"its attention has sinks ({sinks[0]}), which the kernel would leave out",
-            "set flash_attn: auto",
-        )
-    if job.model.flash_attn.startswith(HUB) and not model._supports_flash_attn:
-        raise JobError(
-            f"{job.model.model_name_or_path} does not support flash_attn: {job.model.flash_attn}",
-            f"{type(model).__name__} has no flash attention",
-            "set flash_attn: auto",
-        )
+    if sinks:
+        found = f"its attention has sinks ({sinks[0]}), which the kernel would leave out"
+        raise _unsupported(job, found)
+    if not model._supports_flash_attn:
+        raise _unsupported(job, f"{type(model).__name__} has no flash attention")
+
+
+def _unsupported(job: JobConfig, found: str) -> JobError:
+    name, asked = job.model.model_name_or_path, job.model.flash_attn
+    return JobError(f"{name} does not support flash_attn: {asked}", found, AUTO)
 
 
 def _best_package(job: JobConfig, config: PretrainedConfig) -> str | None:
@@ -161,8 +157,7 @@ def _best_package(job: JobConfig, config: PretrainedConfig) -> str | None:
 def _register(job: JobConfig) -> str:
     """Make a kernel known to transformers under HUB_ATTENTION; return that name.
 
-    It is loaded where there is a GPU; elsewhere, as on a driver that makes plans, only one from a
-    folder, if it has a build for that machine.
+    Without a GPU, as on a driver that plans, only a folder's build for that machine is loaded.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -187,9 +182,8 @@ def _register(job: JobConfig) -> str:
 class HubAttention:
     """Flash attention by a kernel of the Hub or of a folder, in transformers' calling convention.
 
-    Not by transformers' own loading, which takes one minor version of `kernels` alone, knows no
-    folders and no lock files, and drops the bounds of packed conversations in batches of several
-    sequences.
+    transformers' own loading knows no folders and no lock files, takes one minor version of
+    `kernels`, and drops the bounds of packed conversations in batches of several sequences.
     """
 
     def __init__(self, job: JobConfig) -> None:
@@ -203,8 +197,7 @@ class HubAttention:
         """Return the kernel, loaded once.
 
         Raises:
-            JobError: when it cannot be fetched, is not the locked one, or is not flash
-                attention.
+            JobError: when it cannot be fetched, is not the locked one, or is not flash attention.
             NoBuild: when it is for other machines than this one.
         """
         if self._loaded is None:
@@ -235,9 +228,7 @@ class HubAttention:
                 f"{error.fix};\nor give a folder that holds the kernel: {HUB}/path; or set "
                 "flash_attn: auto",
             ) from error
-        missing = [
-            n for n in ("flash_attn_func", "flash_attn_varlen_func") if not hasattr(kernel, n)
-        ]
+        missing = [name for name in NEEDED if not hasattr(kernel, name)]
         if missing:
             raise JobError(
                 f"{asked} is not flash attention",
@@ -264,34 +255,22 @@ class HubAttention:
     ) -> tuple[torch.Tensor, None]:
         """Return attention's output [sequences, time, heads, features], causal.
 
-        Args:
-            module: the attention module that calls.
-            query: [sequences, heads, time, features], as key and value with their own heads.
-            key: see query.
-            value: see query.
-            attention_mask: none; padding lies on the right and is a separate conversation.
-            dropout: share of the weights that is dropped.
-            scaling: factor of the scores; none means 1 / sqrt(features).
-            sliding_window: tokens that one sees, itself included; none means all before it.
-            softcap: largest magnitude of a score.
-            cu_seq_lens_q: int32, where conversations begin in the sequences laid end to end.
-            max_length_q: tokens of the longest, at least.
-            **others: what transformers passes to other attentions.
+        Query, key and value are [sequences, heads, time, features]; there is no attention_mask:
+        padding lies on the right and is a separate conversation. `cu_seq_lens_q` (int32) has the
+        bounds of conversations in the sequences laid end to end; none of them is longer than
+        `max_length_q`.
         """
         if others.get("s_aux") is not None:
             raise JobError(
                 f"flash_attn: {self.job.model.flash_attn} cannot compute this model's attention",
                 f"{type(module).__name__} has sinks, which the kernel would leave out",
-                "set flash_attn: auto",
+                AUTO,
             )
         kernel: Any = self.kernel()
-        options: dict[str, Any] = {"softmax_scale": scaling, "causal": True}
-        if dropout:
-            options["dropout_p"] = dropout
-        if sliding_window is not None:
-            options["window_size"] = (sliding_window - 1, 0)
-        if softcap is not None:
-            options["softcap"] = softcap
+        window = None if sliding_window is None else (sliding_window - 1, 0)
+        chosen = {"dropout_p": dropout or None, "window_size": window, "softcap": softcap}
+        options = {name: value for name, value in chosen.items() if value is not None}
+        options |= {"softmax_scale": scaling, "causal": True}
         features = value.shape[-1]  # fewer than the queries' in multi-head latent attention
         value = torch.nn.functional.pad(value, (0, query.shape[-1] - features))
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -305,10 +284,3 @@ class HubAttention:
         whole: torch.Tensor = output[0] if isinstance(output, tuple) else output
         whole = whole.reshape(q.shape[0], q.shape[1], *whole.shape[-2:])
         return whole[..., :features], None
-
-
-def _version_of(repo: str) -> int:
-    """Return the version that transformers was tested with; 1 if it names none."""
-    from transformers.integrations import hub_kernels
-
-    return int(getattr(hub_kernels, "FLASH_ATTN_KERNEL_VERSIONS", {}).get(repo, 1))

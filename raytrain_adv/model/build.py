@@ -31,25 +31,22 @@ OTHER_MODALITIES = re.compile(
 
 
 def build(job: JobConfig) -> PreTrainedModel:
-    """Build the job's model on the meta device: every parameter has its shape and dtype, none has
-    memory.
+    """Build the job's model on the meta device: parameters have shapes and dtypes, but no memory.
 
-    Parameters are float32, or bfloat16 with pure_bf16 and for the frozen base of a LoRA run in
-    bf16. Tied weights are tied; the key-value cache is off; rotary tables keep the dtype the
-    architecture gives them.
+    Parameters are float32, or bfloat16 with pure_bf16 and for a LoRA run's frozen base in bf16.
+    Tied weights are tied; the key-value cache is off; rotary tables keep their dtype.
 
     Raises:
-        JobError: when the model cannot be found or read, is not a causal language model, or has no
-            weights to load.
+        JobError: when the model cannot be read, is no causal language model, or has no weights.
     """
     config = read_config(job)
     if not job.model.train_from_scratch:
         check_weights(job)
     config.use_cache = False
+    auto: Any = AutoModelForCausalLM
     implementation = attention(job, config)
     try:
         with torch.device("meta"):
-            auto: Any = AutoModelForCausalLM
             model: PreTrainedModel = auto.from_config(
                 config,
                 dtype=parameter_dtype(job),
@@ -73,25 +70,20 @@ def parameter_dtype(job: JobConfig) -> torch.dtype:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Return fqn and module of each transformer layer, in order; sharding, compiling and
-    recomputation go by these.
+    """Return fqn and module of each transformer layer, in order: units of sharding and compiling.
 
     Raises:
         TrainingError: when the model has no list of layers.
     """
     names = set(model._no_split_modules or ())
-    stacks: dict[str, list[tuple[str, nn.Module]]] = {}
-    for fqn, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            stacks[fqn] = [(f"{fqn}.{i}", layer) for i, layer in enumerate(module)]
-    declared = {
-        fqn: stack
-        for fqn, stack in stacks.items()
-        if all(type(layer).__name__ in names for _, layer in stack)
+    stacks = {
+        fqn: [(f"{fqn}.{i}", layer) for i, layer in enumerate(module)]
+        for fqn, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
     }
-    candidates = declared or {
-        fqn: s for fqn, s in stacks.items() if len({type(m) for _, m in s}) == 1
-    }
+    kinds = {fqn: {type(layer) for _, layer in stack} for fqn, stack in stacks.items()}
+    declared = [fqn for fqn in stacks if {kind.__name__ for kind in kinds[fqn]} <= names]
+    candidates = declared or [fqn for fqn in stacks if len(kinds[fqn]) == 1]
     if not candidates:
         raise TrainingError(
             f"{type(model).__name__} has no list of transformer layers",
@@ -99,7 +91,7 @@ def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
             f"layer classes it names: {sorted(names) or 'none'}",
             "train an architecture whose layers are in one torch.nn.ModuleList",
         )
-    return max(candidates.values(), key=num_parameters)
+    return max((stacks[fqn] for fqn in candidates), key=num_parameters)
 
 
 def num_parameters(layers: list[tuple[str, nn.Module]]) -> int:
@@ -111,9 +103,9 @@ def head_fqn(model: PreTrainedModel) -> str:
     """Return the fqn of the module that turns hidden states into logits."""
     untyped: Any = model
     head: nn.Module | None = untyped.get_output_embeddings()
-    fqns: list[str] = [fqn for fqn, module in model.named_modules() if module is head]
-    if fqns:
-        return fqns[0]
+    for fqn, module in model.named_modules():
+        if module is head:
+            return fqn
     raise TrainingError(
         f"{type(model).__name__} has no output embeddings",
         f"modules: {', '.join(name for name, _ in model.named_children())}",
@@ -125,11 +117,12 @@ def read_config(job: JobConfig) -> PretrainedConfig:
     """Read the model's config.json, from its folder or the Hub, and refuse what cannot be trained.
 
     Raises:
-        JobError: when there is no such model, it cannot be reached, or it is of a kind that cannot
-            be trained.
+        JobError: when there is no such model, or it cannot be reached or trained.
     """
     check_folder(job)
-    name, keys = model_source(job), hub_keys(job)
+    name, keys = model_source(job), {}
+    if not is_local(job):
+        keys = {"revision": job.model.model_revision, "cache_dir": job.model.cache_dir}
     try:
         raw, _ = PretrainedConfig.get_config_dict(name, **keys)
     except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: no mapping
@@ -151,22 +144,14 @@ def read_config(job: JobConfig) -> PretrainedConfig:
     return config
 
 
-def hub_keys(job: JobConfig) -> dict[str, Any]:
-    """Return the arguments by which Hub files are found; empty for a folder."""
-    if is_local(job):
-        return {}
-    return {"revision": job.model.model_revision, "cache_dir": job.model.cache_dir}
-
-
 def unreadable(job: JobConfig, error: Exception) -> JobError:
     """Return why a model's files could not be read: no such name, gated, or no connection."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     name = job.model.model_name_or_path
     if is_local(job):
-        return JobError(
-            f"{name}: config.json cannot be read", first_line(error), "correct config.json"
-        )
+        what = f"{name}: config.json cannot be read"
+        return JobError(what, first_line(error), "correct config.json")
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__ or cause.__context__
@@ -230,31 +215,24 @@ def refuse_other_modalities(job: JobConfig, model: PreTrainedModel) -> None:
 
 
 def refusal_of(job: JobConfig, config: PretrainedConfig | None, error: Exception) -> JobError:
-    """Turn a refusal of transformers to read a config or build a model into one with what, found
-    and fix.
-    """
+    """Turn transformers' refusal of a config or model into an error with what, found and fix."""
     name, text = job.model.model_name_or_path, str(error)
+    found = first_line(error)
     if "trust_remote_code" in text:
-        return JobError(
-            f"{name} comes with its own model code, which is not run unless you allow it",
-            first_line(error),
-            "read that code, then set trust_remote_code: true",
-        )
-    if "Unrecognized configuration class" in text or "AutoModelForCausalLM" in text:
+        what = f"{name} comes with its own model code, which is not run unless you allow it"
+        fix = "read that code, then set trust_remote_code: true"
+    elif "Unrecognized configuration class" in text or "AutoModelForCausalLM" in text:
         kind = config.model_type if config is not None else "unknown"
-        return JobError(
-            f"{name} is not a causal language model",
-            f"model_type {kind} has no causal language model in transformers",
-            "point model_name_or_path at a causal language model",
+        what = f"{name} is not a causal language model"
+        found = f"model_type {kind} has no causal language model in transformers"
+        fix = "point model_name_or_path at a causal language model"
+    elif "attention" in text.lower() and job.model.flash_attn != "auto":
+        what = f"{name} does not support flash_attn: {job.model.flash_attn}"
+        fix = "set flash_attn: auto"
+    else:
+        what, found = (
+            f"{name}: transformers cannot build this model",
+            f"{type(error).__name__}: {found}",
         )
-    if "attention" in text.lower() and job.model.flash_attn != "auto":
-        return JobError(
-            f"{name} does not support flash_attn: {job.model.flash_attn}",
-            first_line(error),
-            "set flash_attn: auto",
-        )
-    return JobError(
-        f"{name}: transformers cannot build this model",
-        f"{type(error).__name__}: {first_line(error)}",
-        "check its config.json; a newer architecture may need a newer transformers",
-    )
+        fix = "check its config.json; a newer architecture may need a newer transformers"
+    return JobError(what, found, fix)

@@ -1,17 +1,16 @@
 """Checkpoints whose tensors transformers renames or fuses on load, converted group by group.
 
-transformers keeps a mapping for each such architecture (Mixtral's experts are one tensor each in
-the checkpoint and one stacked tensor in the model). Its own loader converts whole models; this one
-takes the mapping's entries and applies them as the tensors are needed, so that a process holds one
-group and no more.
+transformers keeps a mapping for each such architecture (Mixtral's stacked experts) and converts
+whole models; this applies the mapping as tensors are needed, so that a process holds one group.
 Source: convert_and_load_state_dict_in_model and revert_weight_conversion in transformers'
 core_model_loading, 5.17 to 5.23.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,22 +29,27 @@ Read = Callable[[str], torch.Tensor]
 
 @dataclass
 class Group:
-    """Checkpoint tensors that are converted together, and the model's tensors that come out."""
+    """Tensors that are converted together: from a checkpoint to the model, or back."""
 
-    converter: WeightConverter
     first_target: str
+    converter: WeightConverter | None = None
+    """None if the tensor is only renamed."""
     sources: list[tuple[str, str]] = field(default_factory=list)
-    """Name in the checkpoint and the mapping's pattern it matched."""
+    """Name of the source and the mapping's pattern it matched, in the order they are needed."""
     targets: tuple[str, ...] = ()
+    renamings: tuple[WeightRenaming, ...] = ()
+    """Applied to the names that come out."""
 
     def convert(self, read: Read, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """Read the sources and return the targets by name; nothing is kept."""
+        if self.converter is None:
+            return {self.first_target: read(self.sources[0][0])}
         converter = deepcopy(self.converter)
         for name, pattern in self.sources:
             # A callable is read when the conversion needs it; transformers types only its futures.
-            converter.add_tensor(self.first_target, name, pattern, cast(Any, _reading(read, name)))
+            converter.add_tensor(self.first_target, name, pattern, cast(Any, partial(read, name)))
         realized = converter.convert(self.first_target, model=model, config=model.config)
-        return {name: _single(value) for name, value in realized.items()}
+        return {_renamed(name, self.renamings): _single(value) for name, value in realized.items()}
 
 
 @dataclass
@@ -60,9 +64,7 @@ class Route:
 
 
 def route(model: PreTrainedModel, held: Iterable[str]) -> Route:
-    """Match a checkpoint's tensor names with those of an unchanged model (which may be on the meta
-    device).
-    """
+    """Match a checkpoint's tensor names with those of an unchanged model (meta will do)."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -80,54 +82,20 @@ def route(model: PreTrainedModel, held: Iterable[str]) -> Route:
         elif pattern is None:
             result.direct[target] = name
         else:
-            group = groups.setdefault(target, Group(by_pattern[pattern], target))
+            group = groups.setdefault(target, Group(target, by_pattern[pattern]))
             group.sources.append((name, pattern))
     result.groups = list(groups.values())
     for group in result.groups:
-        group.targets = _targets(group, wanted)
+        patterns = cast(WeightConverter, group.converter).target_patterns
+        names = [group.first_target.replace(patterns[0], pattern) for pattern in patterns]
+        group.targets = tuple(n for n in wanted if any(fnmatchcase(n, name) for name in names))
     return result
 
 
-def _targets(group: Group, wanted: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
-    patterns = group.converter.target_patterns
-    names = [group.first_target.replace(patterns[0], pattern) for pattern in patterns]
-    return tuple(name for name in wanted if any(fnmatchcase(name, pattern) for pattern in names))
+def save_groups(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Group]:
+    """Yield the model's tensors in groups that convert to the checkpoint's layout, in fixed order.
 
-
-@dataclass
-class SaveGroup:
-    """Tensors of the model that are written together, and how they become the checkpoint's."""
-
-    sources: list[tuple[str, str]] = field(default_factory=list)
-    """Name in the model and the mapping's pattern it matched."""
-    first_target: str = ""
-    converter: WeightConverter | None = None
-    renamings: tuple[WeightRenaming, ...] = ()
-
-    def names(self) -> list[str]:
-        """Return the names in the model, in the order they are needed."""
-        return [name for name, _ in self.sources]
-
-    def convert(
-        self, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel
-    ) -> dict[str, torch.Tensor]:
-        """Return the checkpoint's tensors by name."""
-        if self.converter is None:
-            (name, _), *_ = self.sources
-            return {self.first_target: tensors[name]}
-        converter = deepcopy(self.converter)
-        for name, pattern in self.sources:
-            converter.add_tensor(self.first_target, name, pattern, cast(Any, tensors[name]))
-        realized = converter.convert(self.first_target, model=model, config=model.config)
-        return {_renamed(name, self.renamings): _single(value) for name, value in realized.items()}
-
-
-def save_groups(model: PreTrainedModel, names: Iterable[str]) -> Iterator[SaveGroup]:
-    """Yield the model's tensors in groups that turn into the checkpoint's original layout, in a
-    fixed order.
-
-    Prefix changes are not undone: whether the original checkpoint had the prefix is not known, and
-    transformers loads both.
+    Prefix changes are not undone: transformers loads both forms.
     """
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     undone = [
@@ -136,15 +104,15 @@ def save_groups(model: PreTrainedModel, names: Iterable[str]) -> Iterator[SaveGr
     renamings = tuple(entry for entry in undone if isinstance(entry, WeightRenaming))
     converters = [entry for entry in undone if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    groups: dict[str, SaveGroup] = {}
+    groups: dict[str, Group] = {}
     for name in sorted(names, key=dot_natural_key):
         target, pattern = _first_match(name, converters)
         if pattern is None:
             target = _renamed(name, renamings)
-            groups[target] = SaveGroup([(name, name)], target)
+            groups[target] = Group(target, sources=[(name, name)])
         else:
-            group = groups.setdefault(target, SaveGroup([], target, by_pattern[pattern], renamings))
-            group.sources.append((name, pattern))
+            new = Group(target, by_pattern[pattern], renamings=renamings)
+            groups.setdefault(target, new).sources.append((name, pattern))
     yield from groups.values()
 
 
@@ -160,10 +128,6 @@ def _renamed(name: str, renamings: Iterable[WeightRenaming]) -> str:
     for renaming in renamings:
         name, _ = renaming.rename_source_key(name)
     return name
-
-
-def _reading(read: Read, name: str) -> Callable[[], torch.Tensor]:
-    return lambda: read(name)
 
 
 def _single(value: Any) -> torch.Tensor:

@@ -10,6 +10,7 @@ from raytrain_adv.errors import JobError
 
 # Without the package transformers would silently fetch a kernel from the Hub instead.
 FLASH_PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
+WITH_WEIGHTS = "point model_name_or_path at a folder with weights, or set train_from_scratch: true"
 
 
 def is_local(job: JobConfig) -> bool:
@@ -56,9 +57,7 @@ def refuse_pipes(name: str, folder: Path) -> None:
 
 
 def looks_like_hub_name(name: str) -> bool:
-    """Return whether a name without a folder of that name could be on the Hub: `owner/model` or
-    `model`.
-    """
+    """Whether a name could be on the Hub: `owner/model` or `model`."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
 
 
@@ -69,15 +68,11 @@ def nearest_folders(path: Path) -> str:
         parent = parent.parent
     folders = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
     close = get_close_matches(path.name, folders, n=3, cutoff=0.5)
-    if close:
-        return f"{parent} has {', '.join(close)}"
-    return f"{parent} has {', '.join(folders[:5]) or 'no folders'}"
+    return f"{parent} has {', '.join(close or folders[:5]) or 'no folders'}"
 
 
 def check_weights(job: JobConfig) -> None:
-    """Refuse a model folder that holds no safetensors weights. Hub models are checked when they are
-    fetched.
-    """
+    """Refuse a model folder without safetensors weights; Hub models are checked when fetched."""
     if not is_local(job):
         return
     folder = Path(job.model.model_name_or_path).expanduser()
@@ -97,19 +92,12 @@ def check_weights(job: JobConfig) -> None:
     raise JobError(
         f"{folder} holds no weights",
         "config.json but no *.safetensors",
-        "point model_name_or_path at a folder with weights, or set train_from_scratch: true",
+        WITH_WEIGHTS,
     )
 
 
 def check_flash_package(asked: str) -> None:
-    """Refuse a flash attention whose package is not here.
-
-    Args:
-        asked: the job's flash_attn.
-
-    Raises:
-        JobError: naming the package.
-    """
+    """Raise a JobError if flash_attn names a flash attention whose package is not here."""
     package = FLASH_PACKAGES.get(asked)
     if package is not None and importlib.util.find_spec(package) is None:
         raise JobError(

@@ -64,8 +64,7 @@ def compute_dtype(job: JobConfig) -> torch.dtype:
 
 
 def build_mesh(job: JobConfig, device: torch.device) -> DeviceMesh | None:
-    """Return the mesh over all ranks: (shard), or (replicate, shard) for HSDP; none in a single
-    plain process.
+    """Return the mesh over all ranks: (shard), or (replicate, shard) for HSDP; none without ranks.
 
     Raises:
         JobError: when fsdp_shard_size does not divide the number of workers.
@@ -93,10 +92,10 @@ def parameter_device(job: JobConfig) -> torch.device | None:
 
 
 def needs_fsdp(model: nn.Module, job: JobConfig, mesh: DeviceMesh | None) -> bool:
-    """Whether fully_shard has anything to do.
+    """Whether fully_shard has anything to do: ranks to share with, a cast, or CPU offload.
 
-    On one worker whose parameters already have the compute dtype there is nothing to gather, cast
-    or reduce; FSDP2 would still copy every parameter and gradient (8 % of the step on an H200).
+    With nothing to do FSDP2 would still copy every parameter and gradient (8 % of a step on an
+    H200).
     """
     if mesh is None:
         return False
@@ -105,11 +104,10 @@ def needs_fsdp(model: nn.Module, job: JobConfig, mesh: DeviceMesh | None) -> boo
 
 
 def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> None:
-    """Apply activation checkpointing, compilation and FSDP2 to the model, in place and layer by
-    layer.
+    """Apply activation checkpointing, compilation and FSDP2 in place, layer by layer.
 
-    The checkpoint wrapper goes inside fully_shard: FSDP2's mixed-precision cast of the inputs is
-    skipped in the recomputation when its hooks are inside the checkpoint (PyTorch before 2.13).
+    The checkpoint wrapper goes inside fully_shard: before PyTorch 2.13 the recomputation skips
+    FSDP2's mixed-precision cast of the inputs when its hooks are inside the checkpoint.
     """
     mode = checkpointing_mode(job)
     if job.parallel.torch_compile:
@@ -131,10 +129,10 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
 
 
 def require_compiled() -> None:
-    """Raise when torch.compile gives up on a layer, which would otherwise run eager from then on.
+    """Have torch.compile raise instead of running a layer eager once it was compiled too often.
 
-    All layers of a kind are one piece of code to it, compiled for training and evaluation, with
-    a feature on and off, for one length and for any: 8, its default, are soon reached.
+    All layers of a kind count as one, for training, evaluation, features on and off, and lengths:
+    its default of 8 is soon reached.
     """
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -1,7 +1,6 @@
 """A model's safetensors files: where they are, what they hold, and reading a region of a tensor."""
 
 import json
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -14,14 +13,14 @@ from raytrain_adv.config import JobConfig
 from raytrain_adv.dtensor import Region
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.build import unreadable
-from raytrain_adv.model.files import is_local, model_source
+from raytrain_adv.model.files import WITH_WEIGHTS, is_local, model_source
 
 INDEX = "model.safetensors.index.json"
+COPY_AGAIN = "copy or download the model folder again"
 
 
 def model_folder(job: JobConfig) -> Path:
-    """Return the folder of the model's files; a Hub model is downloaded once per node, under a
-    lock.
+    """Return the folder of the model's files; a Hub model is downloaded once per node.
 
     Raises:
         JobError: when the Hub has no such model, refuses it, or cannot be reached.
@@ -50,9 +49,6 @@ def model_folder(job: JobConfig) -> Path:
 class CheckpointFiles:
     """The tensors of a model folder by name, opened but not read. Use as a context manager.
 
-    Args:
-        folder: holds model.safetensors, or shards with their index.
-
     Raises:
         JobError: when files are missing or damaged.
     """
@@ -62,9 +58,7 @@ class CheckpointFiles:
         self.bytes_read = 0
         """Bytes of tensor data this process has read so far."""
         self.largest_read = 0
-        """Bytes of the largest piece read at once: what loading adds to the host memory of the
-        shards.
-        """
+        """Bytes of the largest piece read at once: host memory that loading needs."""
         self._open = ExitStack()
         self._handles: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -72,20 +66,18 @@ class CheckpointFiles:
         for file, names in tensor_files(folder).items():
             self._open_file(file, names)
 
-    def _open_file(self, file: Path, names: Iterable[str] | None) -> None:
+    def _open_file(self, file: Path, names: list[str]) -> None:
         try:
             handle = self._open.enter_context(safe_open(file, framework="pt"))
         except (OSError, SafetensorError) as error:
-            raise JobError(
-                f"{file} cannot be read", str(error), "copy or download the model folder again"
-            ) from error
+            raise JobError(f"{file} cannot be read", str(error), COPY_AGAIN) from error
         held = set(handle.keys())
-        if names is not None and not set(names) <= held:
-            absent = sorted(set(names) - held)
+        absent = sorted(set(names) - held)
+        if absent:
             raise JobError(
                 f"{file} does not hold the tensors that {INDEX} lists",
                 f"{len(absent)} tensors are missing, the first is {absent[0]}",
-                "copy or download the model folder again",
+                COPY_AGAIN,
             )
         for name in held:
             self._handles[name] = handle
@@ -95,8 +87,7 @@ class CheckpointFiles:
         """Read a tensor, or the region of it, in the file's dtype, into host memory."""
         handle = self._handles[name]
         # Slices of rank-0 tensors are not supported by safetensors.
-        tensor: torch.Tensor
-        tensor = handle.get_slice(name)[region] if region else handle.get_tensor(name)
+        tensor: torch.Tensor = handle.get_slice(name)[region] if region else handle.get_tensor(name)
         size = tensor.numel() * tensor.element_size()
         self.bytes_read += size
         self.largest_read = max(self.largest_read, size)
@@ -109,9 +100,8 @@ class CheckpointFiles:
         self._open.close()
 
 
-def tensor_files(folder: Path) -> dict[Path, list[str] | None]:
-    """Return each safetensors file of a model folder, with the names its index expects in it (none:
-    no index).
+def tensor_files(folder: Path) -> dict[Path, list[str]]:
+    """Return each safetensors file, with the names that an index lists for it.
 
     Raises:
         JobError: when the folder has no weights, or the index names files that are not there.
@@ -119,11 +109,11 @@ def tensor_files(folder: Path) -> dict[Path, list[str] | None]:
     index = folder / INDEX
     if not index.is_file():
         if (folder / "model.safetensors").is_file():
-            return {folder / "model.safetensors": None}
+            return {folder / "model.safetensors": []}
         raise JobError(
             f"{folder} holds no weights",
             f"neither model.safetensors nor {INDEX}",
-            "point model_name_or_path at a folder with weights, or set train_from_scratch: true",
+            WITH_WEIGHTS,
         )
     try:
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -133,11 +123,9 @@ def tensor_files(folder: Path) -> dict[Path, list[str] | None]:
             f"{type(error).__name__}: {error}",
             "copy the model folder again",
         ) from error
-    files: dict[Path, list[str] | None] = {}
+    files: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
-        held = files.setdefault(folder / file, [])
-        if held is not None:
-            held.append(name)
+        files.setdefault(folder / file, []).append(name)
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise JobError(

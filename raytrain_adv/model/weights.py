@@ -1,11 +1,7 @@
 """Memory and values for a model that was built, prepared and sharded on the meta device.
 
-    model = build(job); prepare; shard
-    materialize(model, device)
-    load_pretrained(model, job, device)   or   init_from_scratch(model, job, device)
-
-Every rank reads or makes exactly its own shards. `device` is the one that computes, also where
-parameters live in host memory.
+Call materialize, then load_pretrained or init_from_scratch; every rank reads or makes exactly its
+own shards. `device` is the one that computes, even if parameters live in host memory.
 """
 
 import re
@@ -19,7 +15,15 @@ from transformers import PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 
 from raytrain_adv.config import JobConfig
-from raytrain_adv.dtensor import copy_local, local_region, plain_name, reshard, seed_of
+from raytrain_adv.dtensor import (
+    copy_local,
+    local_region,
+    plain_name,
+    rank,
+    reshard,
+    seed_of,
+    world_size,
+)
 from raytrain_adv.errors import JobError, RaytrainAdvError, TrainingError
 from raytrain_adv.model.build import build, decoder_layers
 from raytrain_adv.model.conversion import Group, Route, route
@@ -27,11 +31,15 @@ from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear, packed_linears
 from raytrain_adv.ops.float8.all_gather import as_plain
 
+OBSOLETE = {
+    "rotary_emb.inv_freq": r"rotary_emb\.inv_freq",
+    "position_ids": r"(^|\.)position_ids$",
+}
+"""End of a buffer's name -> pattern of a checkpoint's names that transformers then ignores."""
+
 
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters and persistent buffers by their name in the plain model, tied ones
-    once.
-    """
+    """Return parameters and persistent buffers by their name in the plain model, tied ones once."""
     reshard(model)
     named: dict[str, torch.Tensor] = {
         plain_name(n): as_plain(p) for n, p in model.named_parameters()
@@ -46,13 +54,9 @@ def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def materialize(
     model: PreTrainedModel, device: torch.device, parameter_device: torch.device | None = None
 ) -> None:
-    """Give a meta-device model memory, tie what is tied, and compute every buffer that no
-    checkpoint holds.
+    """Allocate a meta-device model, tie what is tied, and compute buffers that checkpoints lack.
 
-    Args:
-        model: sharded or not; its parameters have no useful values afterward.
-        device: where the model computes; buffers go there.
-        parameter_device: where parameters live if elsewhere, as with CPU offload.
+    Buffers go to `device`, parameters to `parameter_device` if given, as with CPU offload.
 
     Raises:
         TrainingError: when the architecture does not define how to compute one of its buffers.
@@ -68,9 +72,7 @@ def materialize(
 
 @torch.no_grad()
 def compute_buffers(model: PreTrainedModel) -> None:
-    """Compute non-persistent buffers (rotary tables, embedding scales) as transformers does: by
-    `_init_weights`.
-    """
+    """Compute non-persistent buffers (rotary tables) as transformers does: by `_init_weights`."""
     untouched = []
     with guard_torch_init_functions():
         for fqn, module, owner in owned_modules(model):
@@ -101,31 +103,26 @@ def compute_buffers(model: PreTrainedModel) -> None:
 
 def poison(buffer: torch.Tensor) -> None:
     """Fill a buffer with a value that no computation would leave in all of it."""
-    if buffer.is_floating_point():
-        buffer.fill_(float("nan"))
-    elif buffer.dtype is not torch.bool:
-        buffer.fill_(torch.iinfo(buffer.dtype).min)
-    else:
-        buffer.fill_(False)
+    buffer.fill_(_poison(buffer.dtype))
 
 
 def is_poisoned(buffer: torch.Tensor) -> bool:
     """Whether a buffer still holds what `poison` wrote."""
-    if buffer.numel() == 0:
-        return False
     if buffer.is_floating_point():
         return bool(buffer.isnan().any())
-    if buffer.dtype is not torch.bool:
-        return bool((buffer == torch.iinfo(buffer.dtype).min).all())
-    return not bool(buffer.any())
+    return buffer.numel() > 0 and bool((buffer == _poison(buffer.dtype)).all())
+
+
+def _poison(dtype: torch.dtype) -> float:
+    if dtype.is_floating_point:
+        return float("nan")
+    return False if dtype is torch.bool else torch.iinfo(dtype).min
 
 
 def owned_modules(
     module: nn.Module, fqn: str = "", owner: PreTrainedModel | None = None
 ) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
-    """Yield fqn, module, and the innermost model it belongs to (whose `_init_weights` applies),
-    children first.
-    """
+    """Yield fqn, module and the innermost model around it (whose `_init_weights` applies)."""
     if isinstance(module, PreTrainedModel):
         owner = module
     for name, child in module.named_children():
@@ -137,13 +134,11 @@ def owned_modules(
 def load_pretrained(
     model: PreTrainedModel, job: JobConfig, device: torch.device
 ) -> CheckpointFiles:
-    """Load the job's checkpoint straight into the shards of this rank; returns the files, to
-    account for what was read.
+    """Load the job's checkpoint into this rank's shards; return the files, to account for reads.
 
-    Tensors that keep their layout are read by each rank for itself, only its own region. Those that
-    transformers fuses or splits are read and converted by rank 0, one group (at most a layer) at a
-    time, and broadcast. Parameters that a transform added are left alone. Linears that are held
-    packed take their rows one by one, so that no rank has more than one of them as it was.
+    Each rank reads its own region of tensors that keep their layout. Those that transformers fuses
+    or splits are converted by rank 0, one group (at most a layer) at a time, and broadcast. Packed
+    linears take their rows one by one. Parameters that a transform added are left alone.
 
     Raises:
         JobError: when tensors are missing, unexpected, or of another shape, listing them.
@@ -154,20 +149,16 @@ def load_pretrained(
         found = match(plain, files)
         for name, source in found.direct.items():
             if name in packed:
-                layer = packed[name]
-                layer.take(files.read(source, layer.region), device)
+                packed[name].take(files.read(source, packed[name].region), device)
             else:
-                region = local_region(targets[name])
-                copy_local(targets[name], files.read(source, region))
+                copy_local(targets[name], files.read(source, local_region(targets[name])))
         for group in found.groups:
             broadcast_group(group, files, plain, targets, packed, device)
     return files
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedLinear]:
-    """Return the linears whose weights are packed, by the names of their weights in the plain
-    model.
-    """
+    """Return the linears whose weights are packed, by their weights' names in the plain model."""
     return {plain_name(f"{fqn}.weight"): layer for fqn, layer in packed_linears(model)}
 
 
@@ -191,27 +182,30 @@ def match(plain: PreTrainedModel, files: CheckpointFiles) -> Route:
     ]
     if not (missing or unexpected or reshaped):
         return found
+    wrong = {"missing": missing, "unexpected": unexpected, "wrongly shaped": reshaped}
     lines = [
         f"{len(items)} {kind}: {', '.join(items[:4])}{' ...' if len(items) > 4 else ''}"
-        for kind, items in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("wrongly shaped", reshaped),
-        )
+        for kind, items in wrong.items()
         if items
     ]
-    raise JobError(
-        f"the weights in {files.folder} do not fit {type(plain).__name__}",
-        "\n".join(lines),
+    raise _unfit(files, plain, "\n".join(lines))
+
+
+def _unfit(
+    files: CheckpointFiles, plain: PreTrainedModel, found: str, wrong: str = "do not fit"
+) -> JobError:
+    return JobError(
+        f"the weights in {files.folder} {wrong} {type(plain).__name__}",
+        found,
         "check that config.json belongs to these weights",
     )
 
 
 def join_tied(plain: PreTrainedModel, files: CheckpointFiles, found: Route) -> None:
-    """Keep one source for each set of tied tensors, whichever name the checkpoint has it under.
+    """Keep one source for each set of tied tensors, whichever name the checkpoint uses.
 
     Raises:
-        JobError: when the checkpoint holds two different tensors where the config ties them.
+        JobError: when the checkpoint has two different tensors that the config ties.
     """
     first: dict[int, str] = {}
     for name, parameter in plain.named_parameters(remove_duplicate=False):
@@ -229,15 +223,11 @@ def join_tied(plain: PreTrainedModel, files: CheckpointFiles, found: Route) -> N
 
 
 def ignored_names(plain: PreTrainedModel) -> re.Pattern[str] | None:
-    """Return the pattern of checkpoint names that the architecture ignores, as obsolete
-    rotary tables.
-    """
+    """Return the pattern of checkpoint names that the architecture ignores: old rotary tables."""
     patterns = [str(p) for p in plain._keys_to_ignore_on_load_unexpected or ()]
-    buffers = [name for name, _ in plain.named_buffers()]
-    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
-        patterns.append(r"rotary_emb\.inv_freq")
-    if any(name.endswith("position_ids") for name in buffers):
-        patterns.append(r"(^|\.)position_ids$")
+    for ending, pattern in OBSOLETE.items():
+        if any(name.endswith(ending) for name, _ in plain.named_buffers()):
+            patterns.append(pattern)
     return re.compile("|".join(f"({p})" for p in patterns)) if patterns else None
 
 
@@ -291,45 +281,29 @@ def convert_group(
     try:
         values = group.convert(files.read, plain)
     except (RuntimeError, ValueError, IndexError, KeyError) as error:
-        raise JobError(
-            f"the weights in {files.folder} cannot be converted for {type(plain).__name__}",
-            f"{held} ...: {type(error).__name__}: {error}",
-            "check that config.json belongs to these weights",
-        ) from error
+        found = f"{held} ...: {type(error).__name__}: {error}"
+        raise _unfit(files, plain, found, "cannot be converted for") from error
     shapes = {name: tuple(value.shape) for name, value in values.items()}
     if shapes != wanted:
-        raise JobError(
-            f"the weights in {files.folder} do not fit {type(plain).__name__}",
-            f"{held} ... become {shapes}, the model has {wanted}",
-            "check that config.json belongs to these weights",
-        )
+        raise _unfit(files, plain, f"{held} ... become {shapes}, the model has {wanted}")
     return values
 
 
 def init_from_scratch(model: PreTrainedModel, job: JobConfig, device: torch.device) -> None:
-    """Give a materialized model the random weights its architecture prescribes; the same on any
-    number of ranks.
+    """Give a materialized model its architecture's random weights; the same on any number of ranks.
 
-    Each module draws from a generator seeded by the job's seed and the module's name, so the values
-    do not depend on sharding. Whole tensors exist one layer at a time, on `device`.
+    Each module has its own seed, from the job's seed and its name. Whole tensors exist one layer at
+    a time, on `device`.
     """
     plain = build(job)
     targets = saved_tensors(model)
     layers = {fqn for fqn, _ in decoder_layers(plain)}
     on_gpu = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=on_gpu), torch.no_grad(), guard_torch_init_functions():
-        for fqn, part, owner in list(units(plain, layers)):
+        for fqn, part, owner in list(owned_modules(plain)):
+            if any(fqn.startswith(f"{layer}.") for layer in layers):
+                continue  # a layer is initialized as a whole
             initialize_unit(fqn, part, owner, fqn in layers, job.train.seed, device, targets)
-
-
-def units(
-    plain: PreTrainedModel, layers: set[str]
-) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
-    """Yield the units of initialization: whole layers, and each module outside of them."""
-    for fqn, module, owner in owned_modules(plain):
-        inside = any(fqn.startswith(f"{layer}.") for layer in layers)
-        if not inside:
-            yield fqn, module, owner
 
 
 def initialize_unit(
@@ -341,14 +315,9 @@ def initialize_unit(
     device: torch.device,
     targets: dict[str, torch.Tensor],
 ) -> None:
-    """Make one unit's whole tensors, initialize them, copy this rank's regions, and drop them
-    again.
-    """
-    held = {
-        name: f"{fqn}.{name}".lstrip(".")
-        for name in part.state_dict()
-        if f"{fqn}.{name}".lstrip(".") in targets and (is_layer or "." not in name)
-    }
+    """Initialize one unit's whole tensors, copy this rank's regions, and drop them again."""
+    names = {name: f"{fqn}.{name}".lstrip(".") for name in part.state_dict()}
+    held = {n: full for n, full in names.items() if full in targets and (is_layer or "." not in n)}
     if not held:
         return
     part.to_empty(device=device, recurse=is_layer)
@@ -359,21 +328,11 @@ def initialize_unit(
         torch.manual_seed(seed_of(seed, member_fqn))
         initialize(member_owner, member)
     values = part.state_dict()
-    for name, target in held.items():
-        copy_local(targets[target], values[name][local_region(targets[target])])
+    for name, full in held.items():
+        copy_local(targets[full], values[name][local_region(targets[full])])
     part.to_empty(device="meta", recurse=is_layer)
 
 
 def initialize(owner: Any, module: nn.Module) -> None:
     """Let a model give its initial values to one of its modules."""
     owner._init_weights(module)
-
-
-def rank() -> int:
-    """Return this process's rank, 0 outside of a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Return the number of ranks, 1 outside of a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1

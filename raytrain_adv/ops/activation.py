@@ -1,7 +1,6 @@
 """Activations computed forward by someone else's kernel, with the gradient that it lacks.
 
-Kernels made for inference write into a tensor they are given, and autograd does not see them: their
-output has no gradient, and whatever comes before them is not trained.
+Kernels made for inference write into a given tensor, which autograd does not see.
 """
 
 from __future__ import annotations
@@ -54,13 +53,7 @@ ACTIVATIONS = {
 
 
 def activation(name: str, kind: str, kernel: Unary) -> Any:
-    """Return an operator of one tensor: forward by the kernel, backward by the derivative.
-
-    Args:
-        name: of the operator, unique in the process.
-        kind: one of ACTIVATIONS.
-        kernel: returns a new tensor of its input's shape and dtype.
-    """
+    """Return an operator of one tensor: forward by the kernel, backward by ACTIVATIONS[kind]."""
     known = ACTIVATIONS[kind]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -80,14 +73,13 @@ def activation(name: str, kind: str, kernel: Unary) -> Any:
 
 
 def gated(name: str, kind: str, kernel: Unary, is_fused: bool) -> Any:
-    """Return an operator of two tensors, activation(gate) * up: forward by the kernel, backward by
-    the derivative. Only gate and up are kept for backward, not activation(gate).
+    """Return an operator activation(gate) * up: forward by the kernel, backward by the derivative.
 
     Args:
         name: of the operator, unique in the process.
         kind: one of ACTIVATIONS.
-        kernel: returns a new tensor: activation(x), or where it is fused, activation(a) * b of a
-            tensor that holds a and b side by side, [..., 2 * features].
+        kernel: returns a new tensor: activation(x), or if fused activation(a) * b of a tensor with
+            a and b side by side, [..., 2 * features].
         is_fused: which of the two the kernel computes.
     """
     known = ACTIVATIONS[kind]

@@ -1,7 +1,6 @@
-"""AdamW that reads each gradient once: clipping happens in the same pass as the step.
+"""AdamW that clips in the same pass as the step, and so reads each gradient once.
 
-torch's fused AdamW reaches about 60 % of an H200's memory bandwidth on an 8B model, and clipping
-before it reads and writes every gradient once more: 61 ms of a 634 ms step, where the bytes that
+torch's fused AdamW and clipping take 61 ms of an 8B model's 634 ms step on an H200; the bytes that
 have to move take 26.
 """
 
@@ -18,15 +17,10 @@ from raytrain_adv.ops.float8.all_gather import as_plain
 
 
 class ClippingAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW with the clip factor taken into the step.
+    """torch.optim.AdamW with the clip factor in the step; a Triton kernel does it on a GPU.
 
-    States have the names and shapes of torch's, so that checkpoints are interchangeable. On a GPU a
-    Triton kernel does the step, elsewhere torch does. Arithmetic is in float32 whatever the dtype
-    of parameters and states; the order of operations is torch's fused kernel's.
-
-    Args:
-        params: parameters or groups of them, as for torch.optim.AdamW.
-        **options: lr, betas, eps, weight_decay; with GPU parameters all of one dtype per tensor.
+    States have torch's names and shapes, so that checkpoints are interchangeable. Arithmetic is in
+    float32, in the order of torch's fused kernel. GPU parameters are all of one dtype per tensor.
     """
 
     def __init__(self, params: Any, **options: Any) -> None:

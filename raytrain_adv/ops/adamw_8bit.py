@@ -17,9 +17,7 @@ def values_of(state: Any) -> torch.Tensor:
 
 
 def fill_8bit(state: Any, values: torch.Tensor) -> None:
-    """Fill torchao's 8-bit optimizer state with values, some blocks at a time: the codes pass
-    through int64, eight times what they take in the end.
-    """
+    """Fill torchao's 8-bit state some blocks at a time: codes pass through int64, 8x their size."""
     blocks = values.reshape(-1, state.block_size)
     codes, scales = state.codes.view(-1, state.block_size), state.scale
     for start in range(0, len(blocks), BLOCKS_AT_A_TIME):
@@ -30,9 +28,8 @@ def fill_8bit(state: Any, values: torch.Tensor) -> None:
 def quantized(blocks: torch.Tensor, qmap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return 8-bit codes and scales that give back exactly what was dequantized from such.
 
-    torchao takes the largest magnitude of a block as its scale. Its signed map reaches from -0.993
-    to 1, so a block whose largest magnitude is negative has lost 0.7 % when it is quantized again,
-    and all its codes move. Its scale was that magnitude / 0.993, or a neighbor of it in float32.
+    torchao's scale is a block's largest magnitude, but its signed map reaches from -0.993 to 1: if
+    that magnitude is negative, its scale was the magnitude / 0.993, or a neighbor of it in float32.
 
     Args:
         blocks: (blocks, values in one), float32.

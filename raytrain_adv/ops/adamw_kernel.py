@@ -58,10 +58,9 @@ def adamw_step(
     epsilon: float,
     weight_decay: float,
 ) -> None:
-    """Do AdamW's step number `step` (from 1) in place, on tensors of one shape, contiguous.
+    """Do AdamW's step number `step` (from 1) in place, on contiguous tensors of one shape.
 
-    Source: decoupled weight decay, https://arxiv.org/abs/1711.05101; torch's fused kernel for the
-    order of operations.
+    Source: https://arxiv.org/abs/1711.05101; torch's fused kernel for the order of operations.
     """
     numel = parameter.numel()
     if numel == 0:

@@ -1,12 +1,9 @@
-"""Liger's kernels as operators that torch.compile knows what to think of.
+"""Liger's kernels as operators, whose writes torch.compile need not guess.
 
 torch.compile reads a Triton kernel to find what it writes to. On kernels that take a number, as a
-norm's epsilon, that search fails (torch 2.11: liger-kernel 0.8.5 calls a method of the number), and
-PyTorch then takes every tensor given for written to. So a norm's weight, kept for backward, is a
-tensor that nobody else has, whose memory may be used again, when it is the parameter itself: on one
-H100 backward wrote the weight's gradient over the weight. An operator that says it writes to
-nothing has no such fault, and nothing that it is given is copied. Source: torch 2.11,
-torch/_higher_order_ops/triton_kernel_wrap.py, identify_mutated_tensors.
+norm's epsilon, that fails, and every given tensor counts as written to (torch 2.11, liger-kernel
+0.8.5: triton_kernel_wrap.py, identify_mutated_tensors). A norm's weight, kept for backward, then
+looks like a private tensor: on an H100 backward wrote the gradient over the weight.
 """
 
 from __future__ import annotations
@@ -277,7 +274,6 @@ STAND_INS: dict[str, Any] = {
     "_swiglu_dispatch": silu_mul,
     "LigerSiLUMulFunction": SiLUMulFunction,
 }
-"""Global name that a forward pass of Liger's calls -> what computes the same, and is right when
-torch.compile traces it too."""
+"""Global name that Liger's forward passes call -> the same, right under torch.compile too."""
 UNDERSTOOD = frozenset({"LigerGELUMulFunction"})
 """Those whose kernels take no number, so that torch.compile finds what they write to."""

@@ -32,17 +32,13 @@ class Pulse:
 
 @dataclass
 class Heartbeat:
-    """Counts finished optimizer steps. Time counts from the end of the first one, except inside
-    `paused`.
-    """
+    """Counts optimizer steps; time runs from the end of the first, except inside `paused`."""
 
     thread: int = field(default_factory=threading.get_ident)
     """The training thread."""
     step: int = 0
     _since: float | None = None
-    """When the last step was finished, on the clock of time.monotonic; None while time does not
-    count.
-    """
+    """When the last step ended, on time.monotonic's clock; None while time does not count."""
 
     def step_done(self) -> None:
         """Count a finished step."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from raytrain_adv import dtensor
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.run.heartbeat import Heartbeat
 from raytrain_adv.run.trackers import Trackers
@@ -22,59 +23,33 @@ from raytrain_adv.storage.storage import Storage
 T = TypeVar("T")
 
 REPORT_EVERY_S = 2.0
-"""Seconds between two reports to the runtime. Ray Train holds a worker in its report until its
-controller has looked at the one before, every 0.5 to 2 s (ray 2.60)."""
+"""Seconds between reports: Ray Train blocks each until it took the last one, 0.5 to 2 s (2.60)."""
 
 
 class Reporter(Protocol):
-    """The runtime's side of a run. Every rank calls each method equally often: each may be a
-    barrier.
-    """
+    """The runtime's side of a run. All ranks call each method equally often (a barrier)."""
 
     def metrics(self, row: dict[str, float]) -> None:
         """Take the metrics of a logging step."""
 
     def checkpoint(self, storage: Storage, name: str, metrics: dict[str, float]) -> None:
-        """Register a complete checkpoint; return when it is committed, so that a kill cannot lose
-        it.
-        """
+        """Register a complete checkpoint; return when it is committed, safe from a kill."""
 
     def stop_requested(self) -> bool:
-        """Whether to end the run after this step, with a checkpoint; rank 0 calls it in every
-        step.
-        """
-
-    def termination_requested(self) -> bool:
-        """Whether this worker's process got a termination signal: the run ends after this step,
-        with a checkpoint, to continue elsewhere; every rank calls it in every step.
-        """
-
-    def drained(self) -> str:
-        """Return the nodes that will be removed soon, each once; empty if there are none. Every
-        rank calls it in every step.
-        """
-
-
-class SilentReporter:
-    """For torchrun and in-process runs, without a runtime."""
-
-    def metrics(self, row: dict[str, float]) -> None:
-        """Ignore the row; it is in metrics.jsonl."""
-
-    def checkpoint(self, storage: Storage, name: str, metrics: dict[str, float]) -> None:
-        """Do nothing: the checkpoint's manifest is what makes it count."""
-
-    def stop_requested(self) -> bool:
-        """Never."""
+        """Whether to end the run after this step, with a checkpoint; rank 0 calls it each step."""
         return False
 
     def termination_requested(self) -> bool:
-        """Never."""
+        """Whether this process got a termination signal; every rank calls it each step."""
         return False
 
     def drained(self) -> str:
-        """None is known."""
+        """Return the nodes that will be removed soon, each once; every rank calls it each step."""
         return ""
+
+
+class SilentReporter(Reporter):
+    """For torchrun and in-process runs, without a runtime: its answers are the defaults."""
 
 
 @dataclass
@@ -107,12 +82,12 @@ class Run:
     @property
     def rank(self) -> int:
         """This worker's number, from 0."""
-        return dist.get_rank() if dist.is_initialized() else 0
+        return dtensor.rank()
 
     @property
     def world_size(self) -> int:
         """Number of workers."""
-        return dist.get_world_size() if dist.is_initialized() else 1
+        return dtensor.world_size()
 
     @property
     def is_main(self) -> bool:
@@ -122,9 +97,8 @@ class Run:
     def open_metrics(self, metrics: MetricsFile, trackers: Trackers) -> None:
         """Give rank 0 the file and the trackers that rows go to; earlier rows follow."""
         self.metrics, self.trackers = metrics, trackers
-        early, self._early = self._early, []
-        for row in early:
-            self.write(row)
+        while self._early:
+            self.write(self._early.pop(0))
 
     def close(self) -> None:
         """Flush and close the trackers; call it however the run ends."""
@@ -142,9 +116,7 @@ class Run:
             self.trackers.log(row, row["step"])
 
     def report(self, row: dict[str, Any], is_last: bool) -> None:
-        """Hand a row's numbers to the runtime, at most every REPORT_EVERY_S; every rank
-        calls this. metrics.jsonl and the trackers have every row.
-        """
+        """Hand a row's numbers to the runtime, every REPORT_EVERY_S at most; all ranks call it."""
         is_due = time.monotonic() - self.reported_at >= REPORT_EVERY_S or is_last
         if self.agree(int(is_due), dist.ReduceOp.MIN):
             self.reporter.metrics(
@@ -203,28 +175,22 @@ class Run:
 
 
 def local_run(job: JobConfig, device: torch.device | None = None) -> Run:
-    """Return the run of a process started by torchrun, or alone.
-
-    Initializes torch.distributed from torchrun's environment variables when they are there.
-    """
+    """Return the run of a process alone or of torchrun, whose environment initializes the group."""
+    on_gpu = torch.cuda.is_available() and not job.parallel.use_cpu
     if "RANK" in os.environ and not dist.is_initialized():
-        on_gpu = torch.cuda.is_available() and not job.parallel.use_cpu
         if on_gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     if device is None:
-        on_gpu = torch.cuda.is_available() and not job.parallel.use_cpu
         device = (
             torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         )
     root = Path(job.ray.ray_storage_path or job.output.output_dir) / "checkpoints"
-    group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-    resume = job.output.resume_from_checkpoint or False
     return Run(
         device=device,
         storage=Storage.at(str(root)),
         attempt="local",
         reporter=SilentReporter(),
-        cpu_group=group,
-        resume=resume,
+        cpu_group=dist.new_group(backend="gloo") if dist.is_initialized() else None,
+        resume=job.output.resume_from_checkpoint or False,
     )

@@ -61,9 +61,8 @@ class Arithmetic:
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint follows step `step`; one ends the run unless the strategy is no."""
-        if self.save_strategy == "no":
-            return False
-        return step == self.total_steps or self._due(step, self.save_strategy, self.save_every)
+        is_due = step == self.total_steps or self._due(step, self.save_strategy, self.save_every)
+        return is_due and self.save_strategy != "no"
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation follows step `step`; one always ends the run."""
@@ -72,9 +71,8 @@ class Arithmetic:
     @property
     def num_saves(self) -> int:
         """Checkpoints written over the run."""
-        if self.save_strategy == "no":
-            return 0
-        return self._num_due(self.save_strategy, self.save_every)
+        no_saves = self.save_strategy == "no"
+        return 0 if no_saves else self._num_due(self.save_strategy, self.save_every)
 
     @property
     def num_evals(self) -> int:
@@ -108,12 +106,10 @@ def resolve_arithmetic(job: JobConfig, num_sequences: int, world_size: int) -> A
         JobError: when there is nothing to train on, or an interval is not a whole number of steps.
     """
     if num_sequences < 1:
-        raise JobError(
-            "There is nothing to train on",
-            "0 training sequences",
-            "check dataset, max_samples and val_size",
-        )
+        fix = "check dataset, max_samples and val_size"
+        raise JobError("There is nothing to train on", "0 training sequences", fix)
     train, output = job.train, job.output
+    eval_steps = output.logging_steps if output.eval_steps is None else output.eval_steps
     passes = num_passes(job, world_size)
     if passes % world_size:
         raise JobError(
@@ -134,12 +130,7 @@ def resolve_arithmetic(job: JobConfig, num_sequences: int, world_size: int) -> A
         save_strategy=output.save_strategy,
         save_every=_interval("save_steps", output.save_strategy, output.save_steps, total_steps),
         eval_strategy=output.eval_strategy,
-        eval_every=_interval(
-            "eval_steps",
-            output.eval_strategy,
-            output.logging_steps if output.eval_steps is None else output.eval_steps,
-            total_steps,
-        ),
+        eval_every=_interval("eval_steps", output.eval_strategy, eval_steps, total_steps),
         filled_sequences=filled,
     )
 
@@ -170,9 +161,6 @@ def _interval(key: str, strategy: Strategy, value: float, total_steps: int) -> i
     if value < 1:
         return max(_share_of(total_steps, value), 1)
     if value != int(value):
-        raise JobError(
-            f"{key} is not a whole number of steps",
-            f"{key}: {value}",
-            "give a whole number of steps, or a share of all steps below 1",
-        )
+        fix = "give a whole number of steps, or a share of all steps below 1"
+        raise JobError(f"{key} is not a whole number of steps", f"{key}: {value}", fix)
     return int(value)

@@ -8,8 +8,10 @@ import importlib
 import importlib.util
 import json
 import logging
+import operator
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +47,7 @@ class Start:
     """The tracker's own id of the run that is continued."""
 
 
-class Tracker:
+class Tracker(ABC):
     """One run in one tracker."""
 
     name: ClassVar[str]
@@ -53,27 +55,29 @@ class Tracker:
     """Modules of which any one is needed; the first one installed is used."""
     advice: ClassVar[str]
     """What to do when it cannot be opened."""
-    failures: tuple[type[BaseException], ...] = (OSError,)
-    """What its calls raise when network, server or disk fail."""
+    error: ClassVar[str] = ""
+    """Its own exception, by its path in the module."""
     run_id: str = ""
 
     def __init__(self, module: Any) -> None:
         self.module = module
+        own = (operator.attrgetter(self.error)(module),) if self.error else ()
+        self.failures: tuple[type[BaseException], ...] = (*own, OSError)
 
+    @abstractmethod
     def open(self, start: Start) -> None:
-        """Open the run."""
-        raise NotImplementedError
+        """Start the run, or resume the one of start.run_id."""
 
+    @abstractmethod
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Send figures of a step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Send what is left and end the run."""
-        raise NotImplementedError
 
 
-class TensorBoard(Tracker):
+class _TensorBoard(Tracker):
     """TensorBoard event files in output_dir/trackers/tensorboard."""
 
     name = "tensorboard"
@@ -81,7 +85,6 @@ class TensorBoard(Tracker):
     advice = "check that output_dir can be written to"
 
     def open(self, start: Start) -> None:
-        """Open the event file."""
         # Steps after the one that is resumed from are computed again: TensorBoard hides their old
         # values.
         purge = start.resume_step + 1 if start.resume_step else None
@@ -91,29 +94,23 @@ class TensorBoard(Tracker):
             self.writer.add_text("job", f"```\n{json.dumps(start.config, indent=1)}\n```", 0)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Write the figures and flush them."""
         for key, value in figures.items():
             self.writer.add_scalar(key, value, step)
         self.writer.flush()
 
     def close(self) -> None:
-        """Close the event file."""
         self.writer.close()
 
 
-class Wandb(Tracker):
+class _Wandb(Tracker):
     """A Weights & Biases run; WANDB_PROJECT, WANDB_MODE and the like apply."""
 
     name = "wandb"
     packages = ("wandb",)
     advice = "set WANDB_API_KEY or WANDB_MODE=offline in the environment of the workers"
-
-    def __init__(self, module: Any) -> None:
-        super().__init__(module)
-        self.failures = (module.errors.Error, OSError)
+    error = "errors.Error"
 
     def open(self, start: Start) -> None:
-        """Start the run, or resume the one of this id."""
         self.run = self.module.init(
             name=start.run_name,
             config=start.config,
@@ -127,27 +124,21 @@ class Wandb(Tracker):
         self.run.define_metric("*", step_metric="step")
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Hand the figures to wandb's own process."""
         self.run.log({**figures, "step": step})
 
     def close(self) -> None:
-        """Wait until wandb has sent everything."""
         self.run.finish()
 
 
-class Mlflow(Tracker):
+class _Mlflow(Tracker):
     """An MLflow run; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME apply."""
 
     name = "mlflow"
     packages = ("mlflow",)
     advice = "set MLFLOW_TRACKING_URI, in the environment of the workers, to a reachable store"
-
-    def __init__(self, module: Any) -> None:
-        super().__init__(module)
-        self.failures = (module.exceptions.MlflowException, OSError)
+    error = "exceptions.MlflowException"
 
     def open(self, start: Start) -> None:
-        """Start the run, or resume the one of this id."""
         run_id, mlflow = start.run_id, self.module
         run = mlflow.start_run(run_id=run_id, run_name=None if run_id else start.run_name)
         if not run_id:
@@ -160,16 +151,14 @@ class Mlflow(Tracker):
         self.run_id = str(run.info.run_id)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Send the figures."""
         for key, value in figures.items():
             self.client.log_metric(self.run_id, key, value, step=step)
 
     def close(self) -> None:
-        """Mark the run as finished."""
         self.client.set_terminated(self.run_id)
 
 
-TRACKERS: dict[str, type[Tracker]] = {kind.name: kind for kind in (TensorBoard, Wandb, Mlflow)}
+TRACKERS: dict[str, type[Tracker]] = {kind.name: kind for kind in (_TensorBoard, _Wandb, _Mlflow)}
 
 
 def names(report_to: str | Sequence[str]) -> tuple[str, ...]:
@@ -199,7 +188,7 @@ def check(report_to: str | Sequence[str]) -> None:
     """
     for name in names(report_to):
         packages = TRACKERS[name].packages
-        if not any(_is_installed(package) for package in packages):
+        if not any(map(_is_installed, packages)):
             raise JobError(
                 f"report_to enables {name}, whose package is not installed",
                 f"no module {' or '.join(packages)}",
@@ -223,7 +212,7 @@ class Trackers:
 
     def __init__(self, trackers: tuple[Tracker, ...] = (), emit: Emit | None = None) -> None:
         self._trackers = trackers
-        self._emit = emit or _emit_to_log
+        self._emit = emit or partial(logging.getLogger(__name__).warning, "%s: %s")
         self._rows: queue.SimpleQueue[tuple[dict[str, float], int] | None] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._lost = {tracker.name: 0 for tracker in trackers}
@@ -250,16 +239,13 @@ class Trackers:
             return
         self._rows.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
-        lost = [
-            f"{name} lacks {num_lost} rows of this run; metrics.jsonl has them."
-            for name, num_lost in self._lost.items()
-            if num_lost
-        ]
         if self._thread.is_alive():
-            unfinished = ", ".join(tracker.name for tracker in self._trackers)
-            lost.insert(0, f"Gave up sending after {CLOSE_TIMEOUT_S:.0f} s: {unfinished}.")
-        for message in lost:
+            message = f"Gave up sending after {CLOSE_TIMEOUT_S:.0f} s: {', '.join(self._lost)}."
             self._events.put(("tracker_lost_rows", message))
+        for name, num_lost in self._lost.items():
+            if num_lost:
+                message = f"{name} lacks {num_lost} rows of this run; metrics.jsonl has them."
+                self._events.put(("tracker_lost_rows", message))
         self._emit_events()
         self._trackers = ()
 
@@ -288,33 +274,30 @@ class Trackers:
 def open_trackers(job: JobConfig, resume_step: int = 0, emit: Emit | None = None) -> Trackers:
     """Open the trackers that the job reports to; on rank 0, before training.
 
-    Args:
-        job: the job.
-        resume_step: a run resumed at a step continues in the tracker's run; 0 starts a new one.
-        emit: takes events (slug, sentence); the log if none.
+    A run resumed at a step continues the tracker's run; `emit` takes events (the log by default).
 
     Raises:
         JobError: when a tracker is unknown, not installed, or cannot be opened.
     """
     wanted = names(job.output.report_to)
     check(job.output.report_to)
+    if not wanted:
+        return Trackers()
     output_dir = Path(job.output.output_dir)
     folder = output_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
     run_name = job.output.run_name or output_dir.resolve().name
     run_ids = _read_ids(folder) if resume_step else {}
-    trackers: list[Tracker] = []
-    if wanted:
-        folder.mkdir(parents=True, exist_ok=True)
+    trackers = []
     for name in wanted:
         start = Start(folder, run_name, redact(job.flat()), resume_step, run_ids.get(name))
-        trackers.append(_opened(name, start))
+        trackers.append(_open(name, start))
         run_ids[name] = trackers[-1].run_id
-    if wanted:
-        (folder / STATE_FILE).write_text(json.dumps(run_ids))
+    (folder / STATE_FILE).write_text(json.dumps(run_ids))
     return Trackers(tuple(trackers), emit)
 
 
-def _opened(name: str, start: Start) -> Tracker:
+def _open(name: str, start: Start) -> Tracker:
     tracker = TRACKERS[name](_module(name))
     try:
         tracker.open(start)
@@ -325,8 +308,7 @@ def _opened(name: str, start: Start) -> Tracker:
 
 
 def _module(name: str) -> Any:
-    package = next(package for package in TRACKERS[name].packages if _is_installed(package))
-    return importlib.import_module(package)
+    return importlib.import_module(next(filter(_is_installed, TRACKERS[name].packages)))
 
 
 def _one_line(error: BaseException) -> str:
@@ -341,7 +323,3 @@ def _read_ids(folder: Path) -> dict[str, str]:
         # No tracker was enabled before, or the run was killed while it opened one.
         return {}
     return ids
-
-
-def _emit_to_log(event: str, message: str) -> None:
-    logging.getLogger(__name__).warning("%s: %s", event, message)

@@ -10,9 +10,7 @@ from pathlib import Path
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a file in one move: a kill leaves either the old file or the new one.
 
-    Args:
-        path: the file; its folder is created.
-        data: its content; text is encoded as UTF-8, lone surrogates as \\udXXX.
+    Its folder is created; text is encoded as UTF-8, lone surrogates as \\udXXX.
 
     Raises:
         OSError: when it cannot be written.

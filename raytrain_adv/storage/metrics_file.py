@@ -19,16 +19,12 @@ Scalar = str | int | float | bool | None
 class MetricsFile:
     """Rank 0's log of the run: rows of kind train, eval and event.
 
-    The operating system has a row when `append` returns: killing the process loses none. It is
-    not fsynced (that would stall training on network storage), so a machine that loses power may
-    lose the last rows.
+    `append` hands a row to the operating system: a killed process loses none. It does not fsync,
+    which would stall training on network storage: a machine that loses power may lose the last
+    rows.
 
-    Args:
-        path: the file; its folder is made.
-        resume_step: None starts a new log. A step continues the existing file: rows of later
-            steps, which will be computed again, and a last line torn by a kill are dropped
-            atomically, events are kept, and an event `resume` with the step is appended (unless
-            the file was empty).
+    A resume_step continues the existing file, None starts a new one. Rows of later steps and a torn
+    last line are dropped atomically, and an event `resume` is appended (unless the file was empty).
 
     Raises:
         StorageError: when the file cannot be written.
@@ -43,19 +39,11 @@ class MetricsFile:
         except OSError as error:
             raise _unwritable(self.path, error) from error
         if resume_step is not None and kept:
-            self.event(
-                "resume",
-                _resume_message(resume_step, num_dropped),
-                step=resume_step,
-                num_dropped=num_dropped,
-            )
+            message = _resume_message(resume_step, num_dropped)
+            self.event("resume", message, step=resume_step, num_dropped=num_dropped)
 
     def append(self, row: Mapping[str, object]) -> None:
-        """Write one row, with `time` (unix seconds) added if it has none.
-
-        Values become plain scalars (zero-dimensional arrays and tensors give theirs). NaN and
-        infinity, which JSON does not have, become null, and the row's `non_finite` names
-        them: {"loss": null, "non_finite": {"loss": "nan"}}.
+        """Write one row as `plain_row` gives it, with `time` (unix seconds) added if it has none.
 
         Raises:
             TypeError: when a value is not a scalar.
@@ -108,8 +96,7 @@ def plain_row(row: Mapping[str, object]) -> dict[str, Any]:
 def read(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of the file, in order; none when it does not exist.
 
-    A last line torn by a kill is left out. Any other line that is not a row is not silently lost:
-    an event `unreadable_line` that names it stands in its place.
+    A torn last line is left out; an event `unreadable_line` replaces any other that is not a row.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -179,8 +166,7 @@ def _unwritable(path: Path, error: OSError) -> StorageError:
 class FollowedFile:
     """The rows of a file that a worker, perhaps on another node, is writing.
 
-    A restarted worker replaces the file by a shorter one: rows returned before are not returned
-    again, those of recomputed steps are.
+    A restarted worker replaces the file by a shorter one: only rows of recomputed steps come again.
     """
 
     def __init__(self, path: Path) -> None:

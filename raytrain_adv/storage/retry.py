@@ -39,14 +39,8 @@ def retry(
 ) -> T:
     """Do the work, and repeat it after storage failures that may be temporary.
 
-    Collective work (DCP's writing) is repeated by all ranks or none: its exception holds every
-    rank's failure, so that all decide the same.
-
-    Args:
-        work: the operation; it must be repeatable after a failure.
-        what: the failure in words, for the message.
-        say: prints a sentence.
-        waits_s: seconds before each further attempt.
+    All ranks repeat collective work or none: DCP's exception holds every rank's failure. `what` is
+    the failure in words, for the message.
     """
     for wait_s in waits_s:
         try:
@@ -75,8 +69,6 @@ def may_be_temporary(error: BaseException) -> bool:
 
 
 def cause(error: BaseException) -> str:
-    """Return the innermost reason; DCP wraps every rank's error in one exception, and torch's file
-    writer adds its own to the operating system's.
-    """
+    """Return the innermost reason: DCP and torch's file writer wrap the operating system's."""
     lines = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()
     return next((line.strip() for line in lines if _NUMBER.search(line)), lines[-1])

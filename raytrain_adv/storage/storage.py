@@ -1,6 +1,4 @@
-"""Files on any storage that Ray takes: a local or shared folder, s3://, gs://, and the rest of
-pyarrow's.
-"""
+"""Files on any storage that Ray takes: a folder, s3://, gs://, and the rest of pyarrow's."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ import json
 import os
 import posixpath
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,15 +122,12 @@ class Storage:
                 shutil.move(self.path(name), target)
                 return
             # Object stores rename no folders.
-            is_folder = (
-                self.filesystem.get_file_info(self.path(name)).type == pafs.FileType.Directory
-            )
+            files, path = self.filesystem, self.path(name)
+            is_folder = files.get_file_info(path).type == pafs.FileType.Directory
             if is_folder:
-                self.filesystem.create_dir(target, recursive=True)
-            pafs.copy_files(self.path(name), target, self.filesystem, self.filesystem)
-            (self.filesystem.delete_dir if is_folder else self.filesystem.delete_file)(
-                self.path(name)
-            )
+                files.create_dir(target, recursive=True)
+            pafs.copy_files(path, target, files, files)
+            (files.delete_dir if is_folder else files.delete_file)(path)
 
     def upload(self, local: str) -> None:
         """Copy the files of a local folder into this one."""
@@ -143,3 +139,16 @@ class Storage:
         """Copy this folder's files into a local one."""
         with storage_errors("The checkpoint cannot be downloaded", self.root):
             pafs.copy_files(self.root, local, self.filesystem, pafs.LocalFileSystem())
+
+    @contextmanager
+    def local_copy(self) -> Iterator[str]:
+        """Yield this folder's path on this node: its own if it is local, else a temporary copy."""
+        if self.is_local:
+            yield self.root
+            return
+        local = tempfile.mkdtemp(prefix="raytrain_adv_")
+        try:
+            self.download(local)
+            yield local
+        finally:
+            shutil.rmtree(local, ignore_errors=True)

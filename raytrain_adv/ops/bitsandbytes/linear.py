@@ -25,9 +25,7 @@ from raytrain_adv.ops.bitsandbytes.quantize import (
 
 @torch._dynamo.allow_in_graph
 class _Product(torch.autograd.Function):
-    """x @ weight.t() + bias with the weight the bytes stand for; backward makes it again from the
-    bytes: kept whole, the weights of all layers would be in memory as if they were not quantized.
-    """
+    """x @ weight.t() + bias; backward unpacks the weight again instead of keeping it whole."""
 
     @staticmethod
     def forward(
@@ -57,9 +55,7 @@ class _Product(torch.autograd.Function):
 
 
 class PackedLinear(nn.Linear):
-    """A linear that computes as bitsandbytes' Linear4bit does, bit for bit (tests/unit/ops), or
-    with the weights of its Linear8bitLt and activations as they are.
-    """
+    """Computes as bitsandbytes' Linear4bit bit for bit, or with the weights of its Linear8bitLt."""
 
     form: Form
     scale: nn.Parameter
@@ -70,12 +66,7 @@ class PackedLinear(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear, form: Form) -> PackedLinear:
-        """Return one in a linear's place, without values.
-
-        Args:
-            linear: its dtype is the one that computes; on the meta device or not.
-            form: how the weight is to be held.
-        """
+        """Return one for a linear of the dtype that computes, without values."""
         rows, columns = linear.out_features, linear.in_features
         like, size = linear.weight, linear.weight.element_size()
         with torch.device("meta"):
@@ -108,8 +99,7 @@ class PackedLinear(nn.Linear):
 
     @torch.no_grad()
     def take(self, part: torch.Tensor, device: torch.device) -> None:
-        """Quantize this rank's rows of the original weight into its shards; a collective where
-        scales are quantized too, as those of all rows are taken together.
+        """Quantize this rank's rows into its shards; a collective if scales are quantized too.
 
         Args:
             part: [rows of `region`, in_features], of any floating dtype and device.
@@ -139,9 +129,7 @@ class PackedLinear(nn.Linear):
 
     @torch.no_grad()
     def unpacked(self) -> torch.Tensor:
-        """Return the weight that the bytes stand for, whole: [out_features, in_features]; a
-        collective.
-        """
+        """Return the unpacked weight, whole: [out_features, in_features]; a collective."""
         nested = None if self.nested is None else gather(self.nested)
         whole: torch.Tensor = dequantize(
             gather(self.weight), gather(self.scale), nested, self.form.kind, self.in_features
@@ -171,9 +159,7 @@ def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
 
 
 def num_weights(module: nn.Module) -> int:
-    """Return the number of weights of a model or a part of it, tied ones counted once, quantized
-    ones as what they stand for.
-    """
+    """Return the number of weights, tied ones counted once, packed ones as what they stand for."""
     held = sum(p.numel() for p in module.parameters())
     for _, layer in packed_linears(module):
         stored = [layer.weight, layer.scale, *([layer.nested] if layer.nested is not None else [])]

@@ -1,8 +1,7 @@
-"""Weights in 4 or 8 bits by bitsandbytes' kernels: rounding them, and what they stand for.
+"""Weights in 4 or 8 bits by bitsandbytes' kernels: rounding and unpacking.
 
-Every tensor here is bytes: what FSDP2 shards and gathers is a parameter of the dtype that computes
-(it casts all others), whose bytes are read as packed weights and as scales. A row of a weight and
-its scales are whole bytes of one row, so that shards are cut between rows.
+FSDP2 casts all but the dtype that computes, so parameters of that dtype carry the bytes of packed
+weights and scales. A row and its scales are whole bytes: shards are cut between rows.
 """
 
 from __future__ import annotations
@@ -69,9 +68,9 @@ class Form:
 def bitsandbytes() -> Any:
     """Import bitsandbytes, without letting it fetch anything.
 
-    On CPUs with AVX512-BF16 its import loads a kernel from the Hub, of no fixed commit, for
-    generation on a CPU, which nothing here uses (bitsandbytes 0.50, backends/cpu/ops.py). It goes
-    on without where the kernels package is missing. Remove when it loads that kernel on first use.
+    On CPUs with AVX512-BF16 it would load an unpinned kernel from the Hub for generation
+    (bitsandbytes 0.50, backends/cpu/ops.py), unless the kernels package is missing. Remove when it
+    loads it late.
     """
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level, held = logger.level, sys.modules.get("kernels")
@@ -95,9 +94,7 @@ def nested_map(device: torch.device) -> torch.Tensor:
 
 @cache
 def widest_step(kind: str) -> float:
-    """Return half of the widest gap between neighboring values of a 4-bit kind: what a weight is
-    off by at most, as a share of its block's largest.
-    """
+    """Return a 4-bit kind's largest rounding error, as a share of its block's largest value."""
     values = bitsandbytes().functional.get_4bit_type(kind, device="cpu").sort().values
     return float(values.diff().max()) / 2
 
@@ -107,9 +104,8 @@ def quantize(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tens
     """Round rows of a weight as bitsandbytes' Linear4bit and Linear8bitLt do.
 
     Args:
-        weight: [rows, columns], on the device whose kernels round; columns are divisible by BLOCK
-            in 4 bits.
-        form: how it is to be held; scales are not quantized here, as that takes all rows.
+        weight: [rows, columns], on the device whose kernels round; BLOCK divides columns in 4 bits.
+        form: how it is to be packed; scales are not quantized here, as that takes all rows.
 
     Returns:
         The weights' bytes [rows, row_bytes] in uint8, and float32 scales [rows, blocks of a row].
@@ -125,14 +121,11 @@ def quantize(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tens
 
 @torch.no_grad()
 def quantize_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round the scales of a whole weight, as bitsandbytes' double quantization does.
-
-    Args:
-        scale: [rows, blocks of a row], float32, all rows of the weight.
+    """Round a whole weight's float32 scales [rows, blocks of a row] by double quantization.
 
     Returns:
-        Their bytes, of the same shape in uint8; and float32 [1 + scales of scales], of which the
-        first is added to all.
+        Their bytes, of the same shape; and float32 [1 + scales of scales]: the first is added to
+            all.
     """
     bitsandbytes()
     flat = scale.reshape(-1)
@@ -159,7 +152,7 @@ def dequantize_scales(rounded: torch.Tensor, outer: torch.Tensor) -> torch.Tenso
 def dequantize_rows(
     packed: torch.Tensor, scale: torch.Tensor, kind: str, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the weights that bytes stand for: [rows, columns].
+    """Return the weights [rows, columns] of packed bytes.
 
     Args:
         packed: [rows, row_bytes], uint8.
@@ -193,11 +186,11 @@ def dequantize(
     Args:
         weight: [rows, row_bytes / item size], bytes.
         scale: [rows, padded_scale_bytes / item size], bytes.
-        nested: [nested_bytes / item size], bytes; none where scales are not quantized.
+        nested: [nested_bytes / item size], bytes; none if scales are not quantized.
         kind: nf4, fp4 or int8.
         columns: of the weight that is returned.
-        after: nothing is done with it. In a backward pass it is the gradient: without it Inductor
-            would find the same call in forward, and keep its result for all layers.
+        after: unused. In backward it is the gradient: without it Inductor would find the same call
+            in forward, and keep its result for all layers.
     """
     packed = weight.view(torch.uint8)
     num_blocks = 1 if kind == "int8" else columns // BLOCK
@@ -229,14 +222,15 @@ def distance(
 
     Args:
         weight: [rows, columns], as it was read, in the dtype that computes.
-        rounded: [rows, columns], what its bytes stand for.
+        rounded: [rows, columns], unpacked.
         scale: [rows, blocks of a row], float32, before it was rounded itself.
         off: [rows, blocks of a row], how much rounding may have changed each scale.
-        form: how the weight is held.
+        form: how the weight is packed.
 
     Returns:
-        float64 [3]: the sum of the squared differences, that of the squared weights, and the
-        largest difference as a share of the largest that rounding explains.
+        float64 [3]: the sums of squared differences and of squared weights, and the largest
+            difference
+        as a share of the largest that rounding explains.
     """
     if weight.numel() == 0:
         return torch.zeros(3, dtype=torch.float64, device=weight.device)

@@ -25,10 +25,7 @@ ROWS_AT_ONCE = 8192
 
 @torch._dynamo.allow_in_graph
 class _Product(torch.autograd.Function):
-    """x @ weight.t() + bias with both factors rounded. Kept for backward are the factors as they
-    came, which a plain linear keeps too: they are rounded again there. Kept rounded, the weights of
-    all layers would stay in memory whole, which would defeat sharding.
-    """
+    """x @ weight.t() + bias, both factors rounded; backward rounds again rather than keep them."""
 
     @staticmethod
     def forward(
@@ -109,9 +106,7 @@ class _Rows(torch.autograd.Function):
 def rounded_weight(
     weight: torch.Tensor, dtype: str, group_size: int, after: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a weight rounded, and the scales its gradient passes through; none for float8, where
-    it passes as it is: no value is out of range.
-    """
+    """Return a weight rounded, and its gradient's scales (None for float8: nothing is clipped)."""
     if dtype == FLOAT8:
         return fake_quantize_float8(weight, after), None
     rounded, scale = fake_quantize_groups(weight, BITS[dtype], group_size, after)
@@ -135,12 +130,7 @@ def float8_product(
 ) -> torch.Tensor:
     """Return x @ weight.t() + bias with both factors in float8, one scale per row of each.
 
-    Source: torchao 0.18, _float8_addmm_impl, which is what the exported tensor does, without mslk.
-
-    Args:
-        x: [..., in_features], float32 or bfloat16; of the latter alone on a GPU.
-        weight: [out_features, in_features].
-        bias: [out_features].
+    Source: torchao 0.18, _float8_addmm_impl without mslk. On a GPU x is bfloat16.
     """
     values, scale = quantize_float8(x.reshape(-1, x.shape[-1]))
     of_weight, weight_scale = quantize_float8(weight)

@@ -1,9 +1,7 @@
-"""Round a tensor to what a quantized one would hold, in its own dtype: the numbers of torchao's
-tensors, operation by operation.
+"""Round a tensor to torchao's quantized values, operation by operation, in its own dtype.
 
-Each operation takes `after`, a tensor that nothing is done with. In a backward pass it is the
-gradient: without it Inductor would find the same call in forward, and keep its result, for a weight
-unsharded, until backward.
+Operations ignore `after`. In backward it is the gradient: without it Inductor would find the same
+call in forward, and keep its result, for a weight unsharded, until backward.
 """
 
 from __future__ import annotations
@@ -13,8 +11,7 @@ import torch
 BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
 """Integer weights that torchao stores and loads."""
 EPS = 1e-12
-"""Smallest amax of a row that is scaled to float8; without a bound a row of zeros becomes NaN
-(pytorch/ao#4713)."""
+"""Smallest amax of a scaled row: without it a row of zeros becomes NaN (pytorch/ao#4713)."""
 E4M3 = torch.float8_e4m3fn
 SMALLEST, LARGEST = -128, 127
 
@@ -81,14 +78,9 @@ def _(
 def fake_quantize_tokens(
     x: torch.Tensor, after: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return activations rounded to asymmetric int8, one range per token.
+    """Return activations [..., features] rounded to asymmetric int8, one range per token.
 
-    Source: torchao 0.18, _apply_int8_act_asym_per_token_quant_dequant, which is what its tensors do
-    with their input.
-
-    Args:
-        x: [..., features], float32 or bfloat16.
-        after: see the module's text.
+    Source: torchao 0.18, _apply_int8_act_asym_per_token_quant_dequant.
 
     Returns:
         The rounded activations, like x; scales [..., 1] of x's dtype; zero points [..., 1] in int8.
@@ -150,17 +142,9 @@ def _(
 def quantize_float8(
     x: torch.Tensor, after: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tensor in float8_e4m3fn, and one scale per row.
+    """Return x in float8_e4m3fn, and one float32 scale per row [..., 1].
 
-    Source: torchao.quantization.Float8Tensor.from_hp, torchao 0.18, with a bound that keeps rows of
-    zeros zero.
-
-    Args:
-        x: [..., features], float32 or bfloat16.
-        after: see the module's text.
-
-    Returns:
-        [..., features] in float8_e4m3fn, and [..., 1] in float32.
+    Source: torchao.quantization.Float8Tensor.from_hp, torchao 0.18, bounded by EPS.
     """
     amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
     largest = torch.finfo(E4M3).max
@@ -185,8 +169,7 @@ def fake_quantize_float8(x: torch.Tensor, after: torch.Tensor | None = None) -> 
 def through_groups(
     gradient: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int
 ) -> torch.Tensor:
-    """Return the gradient that passes straight through fake_quantize_groups: nothing for values
-    that were cut off at an end of the range.
+    """Return the gradient straight through fake_quantize_groups: 0 for values that were cut off.
 
     Scaling there and back is what torchao's operations do; it rounds in bfloat16.
 
@@ -204,14 +187,7 @@ def through_groups(
 def through_tokens(
     gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 ) -> torch.Tensor:
-    """Return the gradient that passes straight through fake_quantize_tokens; see through_groups.
-
-    Args:
-        gradient: [..., features], of the rounded activations.
-        x: [..., features], before they were rounded.
-        scale: [..., 1], as fake_quantize_tokens returned it.
-        zero_point: [..., 1], likewise.
-    """
+    """Return the gradient straight through fake_quantize_tokens, of its input and results."""
     return through(gradient, x, scale, zero_point, 8)
 
 

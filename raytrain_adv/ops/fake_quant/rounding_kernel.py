@@ -1,7 +1,7 @@
-"""The Triton kernel of fake_quantize: values are read once, each rounding is the one torch makes.
+"""The Triton kernel of fake_quantize: values are read once.
 
-Every intermediate result is rounded to the tensor's dtype, as torch's operations one by one do:
-only so are the integers those of the model that is exported.
+Every intermediate result is rounded to the tensor's dtype, as by torch's operations: only so are
+the integers those of the exported model.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def launch(
     group_size: int,
     ends: tuple[int, int],
 ) -> None:
-    """Round `source`, contiguous, into `rounded`; write each group's scale, and its zero point
-    where there is a tensor for it.
-    """
+    """Round `source`, contiguous, into `rounded`; write each group's scale and any zero point."""
     num_groups = source.numel() // group_size
     columns = triton.next_power_of_2(group_size)
     groups = max(1, ELEMENTS // columns)

@@ -34,11 +34,7 @@ into one linear find that linear's configuration by; without it they would need 
 
 
 def refuse_odd_groups(size: int | None, widths: Mapping[str, int]) -> None:
-    """Refuse a group size that does not divide each layer.
-
-    Args:
-        size: input features that share a scale; none means all of them.
-        widths: layer -> its input features.
+    """Refuse a group size that does not divide each layer's input features (`widths`).
 
     Raises:
         JobError: naming a layer, and the sizes that fit all of them.
@@ -57,8 +53,7 @@ def refuse_odd_groups(size: int | None, widths: Mapping[str, int]) -> None:
 
 
 def config_of(weight_dtype: str, group_size: int | None, activation_dtype: str) -> AOBaseConfig:
-    """Return torchao's configuration of a layer: what is trained for, converted to and written into
-    the exported config.json.
+    """Return torchao's configuration of a layer: trained for, converted to, and exported.
 
     Args:
         weight_dtype: int8, int4, int3, int2 or float8_e4m3fn.

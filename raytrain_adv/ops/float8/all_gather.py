@@ -39,10 +39,10 @@ KEEP_THE_TYPE = frozenset(
 
 @dataclass(eq=False)
 class Scale:
-    """What a weight is multiplied with in the cast; shared by all forms FSDP2 makes of it.
+    """The scale of a weight's cast; shared by all forms FSDP2 makes of it.
 
-    One is equal to itself alone, and is its own copy: compiled code that takes the weight, as
-    torchao's 8-bit AdamW, is guarded by it, and would be compiled again for each new value.
+    It equals itself alone and is its own copy: a number would be a guard of compiled code that
+    takes the weight, and each new value would compile it again.
     """
 
     value: torch.Tensor | None = None
@@ -55,14 +55,9 @@ class Scale:
 class GatheredInFloat8(torch.Tensor):
     """A weight, or a rank's shard of one, that FSDP2 casts to e4m3 before it gathers it.
 
-    The numbers are those of torchao's WeightWithDynamicFloat8CastTensor. That one casts by four
-    operators, 27 bytes a number in each forward and backward pass, where 3 have to move; sends the
-    rows of a rank as they are, which needs a number of rows that the ranks divide; and forgets the
+    The numbers are those of torchao's WeightWithDynamicFloat8CastTensor, which moves 27 bytes a
+    number per pass instead of 3, needs a number of rows that the ranks divide, and forgets the
     scale when FSDP2 pads a shard or moves it from host memory to the GPU.
-
-    Args:
-        tensor: the values, in the dtype of the parameter.
-        scale: the weight's.
     """
 
     @staticmethod
@@ -120,15 +115,7 @@ class GatheredInFloat8(torch.Tensor):
         module: nn.Module,
         mp_policy: MixedPrecisionPolicy,
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Return the bytes of this rank's rows in e4m3, and the scale; called by FSDP2.
-
-        Args:
-            mesh: the ranks that the weight is sharded over.
-            outer_size: of the whole weight.
-            outer_stride: of the whole weight.
-            module: the linear.
-            mp_policy: of the module.
-        """
+        """Return the bytes of this rank's rows in e4m3, and the scale; called by FSDP2."""
         scale = self.scale.value
         if scale is None:
             largest = _largest([self.plain])
@@ -147,9 +134,7 @@ class GatheredInFloat8(torch.Tensor):
         *,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
-        """Make the whole weight of what was gathered, or give the one there is its new scale;
-        called by FSDP2.
-        """
+        """Make the whole weight of what was gathered, or rescale the old one; FSDP2 calls it."""
         # Here, because what reads and writes checkpoints of any job comes by this module.
         from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
@@ -163,10 +148,9 @@ class GatheredInFloat8(torch.Tensor):
 
 
 def gather_in_float8(linear: nn.Linear) -> None:
-    """Have FSDP2 cast this linear's weight before it is gathered; to be called before fully_shard.
+    """Have FSDP2 cast this linear's weight before it is gathered; call it before fully_shard.
 
-    Source: torchao.float8.float8_linear.Float8Linear.from_float, which does it at conversion, also
-    where nothing is ever gathered.
+    Source: torchao.float8.float8_linear.Float8Linear.from_float, which does it at conversion.
     """
     linear.weight = nn.Parameter(
         GatheredInFloat8(linear.weight, Scale()), requires_grad=linear.weight.requires_grad
@@ -175,11 +159,10 @@ def gather_in_float8(linear: nn.Linear) -> None:
 
 @torch.no_grad()
 def update_scales(model: nn.Module) -> None:
-    """Compute the scales of all weights that are gathered in float8, with one all-reduce; to be
-    called whenever their values have changed. Frozen weights keep the scale they have.
+    """Compute the scales of all trained weights gathered in float8, with one all-reduce.
 
-    Source: torchao.float8.precompute_float8_dynamic_scale_for_fsdp; not that one, because DTensor's
-    collectives end in a segmentation fault where ranks share a GPU over gloo (torch 2.11).
+    To be called after their values changed. Source: precompute_float8_dynamic_scale_for_fsdp of
+    torchao.float8, whose DTensor collectives crash if ranks share a GPU over gloo (torch 2.11).
     """
     parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
     shards = [
@@ -206,10 +189,7 @@ def _largest(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def as_plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the same values, of the same storage, without the type above; others as they are.
-
-    A checkpoint with that type in it could be read only by a process that has torchao.
-    """
+    """Return the same storage without the type above, which only torchao can load."""
     if isinstance(tensor, GatheredInFloat8):
         return tensor.plain
     local = tensor._local_tensor if isinstance(tensor, DTensor) else None

@@ -1,9 +1,8 @@
 """Cast a matrix to float8 together with its transpose, reading it once.
 
-Hopper's float8 products want both factors with the summed dimension last, so that a training step
-needs every activation, gradient and weight in both layouts. Cast and transposed copy as two kernels
-read the bfloat16 matrix twice and write the second one slowly: 63 ms of a 634 ms step of an 8B
-model on an H200 went into one of these (torch 2.11).
+Hopper's float8 products want both factors with the summed dimension last: training needs every
+matrix in both layouts. Cast and transposed copy as two kernels took 63 ms of an 8B model's 634 ms
+step on an H200 (torch 2.11).
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ def tensorwise_scale(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return, in float32, what maps each of these magnitudes onto the dtype's largest value.
+    """Return, in float32, what maps each magnitude onto the dtype's largest value.
 
-    Source: torchao.float8.float8_utils.amax_to_scale; the division is in float64 there, so that
-    eager and compiled code agree.
+    Source: torchao.float8.float8_utils.amax_to_scale; it divides in float64, eager or compiled.
     """
     amax = amax.to(torch.float64)
     return (torch.finfo(dtype).max / torch.clamp(amax, min=EPS)).to(torch.float32)
@@ -39,15 +37,12 @@ def cast(tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch
 def cast_both(
     tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cast of a matrix, and the cast of its transpose; both contiguous.
+    """Return the casts of a matrix and of its transpose: [rows, columns] and [columns, rows].
 
     Args:
         tensor: [rows, columns], contiguous.
         scale: float32 scalar on the same device.
         dtype: a float8 dtype.
-
-    Returns:
-        [rows, columns] and [columns, rows].
     """
     plain = cast(tensor, scale, dtype)
     return plain, plain.t().contiguous()
@@ -81,14 +76,7 @@ def _(
 def cast_transposed(
     tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, after: torch.Tensor
 ) -> torch.Tensor:
-    """Return the cast of a matrix's transpose, [columns, rows], contiguous; see cast_both.
-
-    Args:
-        tensor: [rows, columns], contiguous.
-        scale: float32 scalar on the same device.
-        dtype: a float8 dtype.
-        after: a tensor that must be there before; see transposed.
-    """
+    """Return the cast of a transpose, [columns, rows]; see cast_both and transposed."""
     return cast(tensor, scale, dtype).t().contiguous()
 
 
@@ -118,10 +106,9 @@ def transposed(matrix: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
     Args:
         matrix: [rows, columns] in a float8 dtype, contiguous.
-        after: a tensor that must be there before. Its values are not looked at: one that exists
-            only in backward keeps this operator there. A transpose of a weight depends on nothing
-            of backward, and the partitioner of torch.compile then prefers to compute it in forward
-            and to keep it: a whole copy of the model on every GPU, whatever FSDP2 frees.
+        after: unused; a tensor that exists only in backward keeps this operator there.
+            torch.compile's partitioner would compute a weight's transpose in forward and keep it: a
+            whole copy of the model on every GPU, whatever FSDP2 frees.
     """
     # As bytes: transposing float8 has been miscompiled (triton 3.7, triton#11111).
     return matrix.view(torch.uint8).t().contiguous().view(matrix.dtype)
@@ -146,14 +133,7 @@ def _(matrix: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 def cast_padded(
     tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, num_rows: int
 ) -> torch.Tensor:
-    """Return the cast of a matrix, see cast, with rows of any value added up to `num_rows`.
-
-    Args:
-        tensor: [rows, columns], contiguous, with at most `num_rows` rows.
-        scale: float32 scalar on the same device.
-        dtype: a float8 dtype.
-        num_rows: rows of the result.
-    """
+    """Return the cast of a matrix, with arbitrary rows added up to `num_rows`; see cast."""
     result = tensor.new_empty((num_rows, *tensor.shape[1:]), dtype=dtype)
     own = result[: tensor.shape[0]]
     if tensor.is_cuda:

@@ -22,9 +22,7 @@ def _quick(call: Any, quantiles: Any) -> Any:
 
 
 def size_class(length: int) -> int:
-    """Return what stands for a length where tile sizes are chosen: batches without packing have
-    another number of tokens each, and each one would be tuned again, in mid-training.
-    """
+    """Return a length for the choice of tiles, so that batches are not tuned in mid-training."""
     return 1 << max(length - 1, 0).bit_length()
 
 
@@ -178,13 +176,9 @@ def launch_transpose(source: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def wrong_tiles(source_dtype: torch.dtype, device: torch.device) -> list[str]:
-    """Cast and transpose a matrix with each tile that the tuner may take; return those that do not
-    give what torch gives, bit for bit. A compiler that gets one of them wrong is not seen in the
-    loss: which tile is taken is chance where they are equally fast.
+    """Cast a matrix with each tile of the tuner; return those whose bits are not torch's.
 
-    Args:
-        source_dtype: of the matrix that is cast.
-        device: a GPU.
+    The loss would not show a miscompiled tile, and among equally fast ones chance decides.
     """
     numbers = torch.Generator().manual_seed(0)
     source = torch.randn(TRIED, generator=numbers).to(device, source_dtype)

@@ -22,9 +22,7 @@ PROBED_ROWS = 256
 
 @torch._dynamo.allow_in_graph
 class _Matmul(torch.autograd.Function):
-    """x @ w.t() with float8 factors; the input is kept for backward as its transposed cast, which
-    is what backward multiplies with.
-    """
+    """x @ w.t() with float8 factors; backward keeps the input as its transposed cast."""
 
     @staticmethod
     def forward(
@@ -114,8 +112,8 @@ def linear(
 class Float8Linear(TorchaoFloat8Linear):  # type: ignore[misc] # torchao ships no types
     """A linear whose three products run in float8 with one scale per tensor.
 
-    The numbers are those of torchao 0.18's Float8Linear with the tensorwise recipe, bit for bit on
-    the same inputs (tests/unit/ops, tests/gpu); what differs is how often memory is read.
+    The numbers are those of torchao 0.18's tensorwise Float8Linear, bit for bit (tests/unit/ops,
+    tests/gpu); memory is read less often.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -127,12 +125,11 @@ class Float8Linear(TorchaoFloat8Linear):  # type: ignore[misc] # torchao ships n
 def distance(
     linear: Any, config: Any, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Return how far a float8 linear's product, and its gradients, are from those without float8,
-    relative in norm, on random numbers; what is not finite is infinitely far.
+    """Return the relative error of a float8 linear's product and gradients, in norm.
 
     Args:
-        linear: of a class that computes in float8; it may be on the meta device, and is left as it
-            is. One that rounds its factors too is held to the one that only rounds.
+        linear: of a class that computes in float8, left as it is. One that rounds its factors too
+            is compared with the one that only rounds.
         config: torchao's, for the classes that take one.
         device: where to compute.
         dtype: of input and weight.

@@ -1,11 +1,8 @@
 """A linear whose factors are rounded to what the quantized model holds, multiplied in float8.
 
-Float8 rounds too: to four significant bits, which is 3.7 % of a product of normally distributed
-factors (tests/unit/ops). Integer weights of at most four bits change it by 9.5 % and more, those of
-eight by 1 %. So the first are multiplied in float8 in forward, and of the others forward stays
-exact: what float8 would add is more than what is trained for. Weights and activations that are
-rounded to float8 are multiplied as the exported model does it. Both products of backward are in
-float8 for all of them.
+Float8 changes a product of normally distributed factors by 3.7 % (tests/unit/ops), integer weights
+of at most four bits by 9.5 % and more, those of eight by 1 %. So only the first, and factors that
+are rounded to float8, are multiplied in float8 in forward. Both products of backward always are.
 """
 
 from __future__ import annotations
@@ -87,9 +84,7 @@ def refuse_frozen(linears: Iterable[nn.Linear], weight_dtype: str, activation_dt
 
 @torch._dynamo.allow_in_graph
 class _Product(torch.autograd.Function):
-    """x @ weight.t() with both factors rounded. Kept for backward are the input, as the transposed
-    cast that it is multiplied with there, and the weight as it came, which is rounded again.
-    """
+    """x @ weight.t(), both factors rounded; keeps the input's transposed cast and the weight."""
 
     @staticmethod
     def forward(
@@ -152,9 +147,7 @@ class _Product(torch.autograd.Function):
 def _scale(
     rounded: torch.Tensor, scales: torch.Tensor | None, zero_points: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    """Return what maps a rounded tensor into float8's range. Of integers the largest is known from
-    their scales, without reading them again.
-    """
+    """Return what maps a rounded tensor into float8's range; scales bound integers."""
     if scales is None:
         return tensorwise_scale(rounded, E4M3)
     smallest, largest = bounds(bits)
@@ -168,8 +161,7 @@ def _scale(
 class Float8FakeQuantizedLinear(FakeQuantizedLinear):
     """A linear that trains in float8, with rounded factors while it rounds.
 
-    In evaluation it is a FakeQuantizedLinear, which computes what the exported model does: held-out
-    losses and the comparison with that model are of what will be deployed.
+    In evaluation it is a FakeQuantizedLinear, which computes what the exported model does.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,4 @@
-"""Cross-entropy as a sum over label tokens; who divides by their global count is the training
-loop.
-"""
+"""Cross-entropy as a sum over label tokens; the training loop divides by their global count."""
 
 from __future__ import annotations
 
@@ -21,23 +19,12 @@ LossFunction = Callable[[nn.Module, Mapping[str, torch.Tensor | int], torch.Tens
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the summed cross-entropy in float32.
-
-    Args:
-        logits: [tokens, vocabulary], any float dtype.
-        labels: [tokens], the token that follows, or -100.
-    """
+    """Return the float32 sum over logits [tokens, vocabulary]; labels are next tokens or -100."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
 
 
 def chunked_cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return cross_entropy_sum without a float32 copy of all logits: chunks are computed again in
-    backward.
-
-    Args:
-        logits: [tokens, vocabulary], any float dtype.
-        labels: [tokens], the token that follows, or -100.
-    """
+    """Return cross_entropy_sum without a float32 copy of all logits; backward recomputes chunks."""
     if logits.shape[0] <= CHUNK_TOKENS:
         return cross_entropy_sum(logits, labels)
     total = logits.new_zeros((), dtype=torch.float32)
@@ -47,11 +34,7 @@ def chunked_cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> tor
 
 
 def loss_function(model: nn.Module, compile_it: bool) -> LossFunction:
-    """Return what makes the summed loss of a model, its inputs, and labels [sequences, time].
-
-    If a transform has put the loss into the model's head, the head computes it; otherwise it is
-    computed from the logits of all tokens.
-    """
+    """Return (model, inputs, labels [sequences, time]) -> summed loss, by the head if it can."""
     if takes_labels(model):
         return loss_in_head
     inner = torch.compile(cross_entropy_sum) if compile_it else chunked_cross_entropy_sum

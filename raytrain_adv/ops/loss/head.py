@@ -1,6 +1,4 @@
-"""The loss inside a model's head: the one place where FSDP2 has the head's weight whole, whatever
-the layout, and where the logits of all tokens need not exist.
-"""
+"""The loss inside a model's head: FSDP2 has its weight whole there, and logits stay in chunks."""
 
 from __future__ import annotations
 
@@ -40,14 +38,10 @@ class HeadLoss:
 
 
 def install(model: nn.Module, head: nn.Module, loss: HeadLoss) -> None:
-    """Have the head return the summed loss where it is given labels, and the model hand them on.
+    """Have the head return the summed loss if it is given labels, and the model pass them on.
 
-    Without labels both do what they did. Deep copies of the model are copies of this too.
-
-    Args:
-        model: a causal language model of transformers; changed in place.
-        head: its output embeddings.
-        loss: how the head is to compute the loss.
+    Without labels both do what they did. Deep copies of the model are copies of this too. `model`
+    is a causal language model of transformers, changed in place; `head` its output embeddings.
     """
     head.loss = loss  # type: ignore[assignment] # a plain attribute
     for module, forward in ((head, _head_forward), (model, _model_forward)):
@@ -81,13 +75,7 @@ def takes_labels(model: nn.Module) -> bool:
 def loss_in_head(
     model: nn.Module, inputs: Mapping[str, torch.Tensor | int], labels: torch.Tensor
 ) -> torch.Tensor:
-    """Return the loss summed over the labels, a float32 scalar.
-
-    Args:
-        model: one that takes_labels, sharded or not.
-        inputs: input_ids, and what else the model takes.
-        labels: [sequences, time], the token that follows, or -100.
-    """
+    """Return the summed loss in float32; labels [sequences, time], next tokens or -100."""
     loss: torch.Tensor = model(**inputs, use_cache=False, labels_of_tokens=labels)
     return loss
 
@@ -139,10 +127,7 @@ def cut_cross_entropy(
     labels: torch.Tensor,
     logit_map: LogitMap,
 ) -> torch.Tensor:
-    """Return linear_cross_entropy by Apple's Triton kernels; no bias.
-
-    No gradient is left out for being small: the package's own filter is for speed.
-    """
+    """Return linear_cross_entropy by Apple's Triton kernels; no bias, no gradient filter."""
     from cut_cross_entropy import linear_cross_entropy as fused
 
     if bias is not None:
@@ -169,9 +154,7 @@ def liger(
     labels: torch.Tensor,
     logit_map: LogitMap,
 ) -> torch.Tensor:
-    """Return linear_cross_entropy by Liger's fused function, its weight gradient added up in
-    float32.
-    """
+    """Return linear_cross_entropy by Liger's fused function; its weight gradient is float32."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     scaled = hidden if logit_map.scale == 1.0 else hidden * logit_map.scale

@@ -1,10 +1,8 @@
-"""The head's matrix product and the cross-entropy in one, a chunk of tokens at a time: the logits
-of all tokens never exist.
+"""The head's product and the cross-entropy in one, chunk by chunk: all logits never exist at once.
 
-Gradients are made in the forward pass, where a chunk's logits are at hand: three matrix products
-per chunk and none computed again. Backward only multiplies them by the gradient of the sum, a
-scalar: it moves 2 GiB for the head of an 8B model, 0.5 ms at an H200's 4.3 TB/s, which is less than
-asking the GPU whether the scalar is 1 would cost.
+Gradients are made in forward, where a chunk's logits are at hand: three products per chunk, none
+computed again. Backward multiplies them by the gradient of the sum, a scalar: 0.5 ms for an 8B
+model's head on an H200, less than asking the GPU whether the scalar is 1.
 """
 
 from __future__ import annotations
@@ -22,25 +20,23 @@ from raytrain_adv.ops.loss import IGNORE
 CHUNK_BYTES = 7 * 2**26
 """Most memory that a chunk's logits take.
 
-With it head and loss of an 8B model take 1.44 GiB over hidden states of 8,192 tokens: 5 chunks of
-1,664, plus 1.04 GiB of gradients. Larger chunks are faster, by little: of 1,024 tokens 40.9 ms,
-of 2,048 40.2 ms (H200; jobs/benchmarks/results/loss_kernels.json)."""
+Head and loss of an 8B model then take 1.44 GiB for 8,192 tokens. Larger chunks are hardly faster:
+1,024 tokens 40.9 ms, 2,048 40.2 ms (H200; jobs/benchmarks/results/loss_kernels.json).
+"""
 CHUNK_MULTIPLE = 128
 """Tokens of a chunk are a multiple of it: the height of a tile of the matrix products."""
 MOST_ROUNDINGS = 16
 """Chunks whose weight gradients are added up in the weight's own dtype; above, in float32.
 
-Each addition rounds: 8 chunks of bf16 lie 2 times as far from the exact gradient as one product
-does, 128 chunks 8 times."""
+In bf16 8 chunks are 2 times as far from the exact gradient as one product, 128 chunks 8 times.
+"""
 
 HeadForward = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class LogitMap:
-    """What a model does to its head's output before it is a logit: softcap * tanh(scale * x /
-    softcap).
-    """
+    """From a head's output to logits: softcap * tanh(scale * x / softcap)."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -54,9 +50,7 @@ class LogitMap:
 
 
 def chunk_tokens(num_tokens: int, vocab: int, itemsize: int) -> int:
-    """Return the tokens of a chunk: as few chunks as there can be of CHUNK_BYTES at most, and all
-    of them about as long, so that none is a short one for itself.
-    """
+    """Return a chunk's tokens: the fewest chunks of at most CHUNK_BYTES, about equally long."""
     fitting = CHUNK_BYTES // (vocab * itemsize)
     largest = max(fitting // CHUNK_MULTIPLE * CHUNK_MULTIPLE, CHUNK_MULTIPLE)
     num_chunks = max(-(-num_tokens // largest), 1)
@@ -100,8 +94,7 @@ def called_cross_entropy(
     vocab: int,
     logit_map: LogitMap,
 ) -> torch.Tensor:
-    """Return what linear_cross_entropy does, of any head: its forward is called for each chunk, so
-    that what other features put on it stays on.
+    """Return what linear_cross_entropy does, of any head: its forward is called for each chunk.
 
     Args:
         hidden: [tokens, hidden].
@@ -208,9 +201,7 @@ class _OfCalled(torch.autograd.Function):
 
 
 def _scaled(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients times the factor. Nothing else holds them then, so that autograd takes
-    them as they are instead of a copy.
-    """
+    """Return the scaled gradients, and drop other references, so that autograd need not copy."""
     gradients: tuple[torch.Tensor | None, ...] | None = ctx.gradients
     if gradients is None:
         raise RuntimeError("the chunked loss keeps its gradients for one backward pass only")
@@ -223,10 +214,7 @@ def _scaled(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 @torch.no_grad()
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiply a contiguous tensor in place by a float32 scalar on its device.
-
-    Not by mul_, which rounds the scalar to the tensor's dtype first: in bf16 by up to 0.4 %.
-    """
+    """Multiply in place by a float32 scalar on the device; mul_ would round it to bf16 first."""
     if x.is_cuda:
         from raytrain_adv.ops.loss.linear_cross_entropy_kernel import launch_scale
 
@@ -310,13 +298,9 @@ class _InPlace(torch.autograd.Function):
 def softmax_gradient_(
     x: torch.Tensor, labels: torch.Tensor, logit_map: LogitMap, write: bool
 ) -> torch.Tensor:
-    """Return the cross-entropy of each row, float32 [rows], and write its gradient over x.
+    """Return each row's cross-entropy, float32 [rows]; with `write`, write its gradient over x.
 
-    Args:
-        x: a head's output, [rows, vocabulary], contiguous.
-        labels: [rows], or IGNORE, whose loss and gradient are 0.
-        logit_map: what makes logits of x.
-        write: whether the gradient is wanted; otherwise x stays as it is.
+    x is [rows, vocabulary], contiguous; the loss and gradient of labels IGNORE are 0.
     """
     if x.is_cuda:
         from raytrain_adv.ops.loss.linear_cross_entropy_kernel import launch

@@ -78,9 +78,7 @@ def launch(
     write: bool,
     ignored: int,
 ) -> torch.Tensor:
-    """Return the loss of each row, float32 [rows]; with `write`, put the gradient into x [rows,
-    vocabulary], contiguous.
-    """
+    """Return each row's loss, float32 [rows]; with `write`, overwrite x by the gradient."""
     rows, vocab = x.shape
     if not x.is_contiguous():
         raise ValueError("the logits of a chunk must be contiguous")
@@ -114,9 +112,7 @@ def _scale(x, factor, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 def launch_scale(x: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiply x, contiguous, in place by a float32 scalar on its device; the product is in
-    float32.
-    """
+    """Multiply x, contiguous, in place by a float32 scalar on its device, in float32."""
     block = 4096
     if x.numel():
         grid = (triton.cdiv(x.numel(), block),)

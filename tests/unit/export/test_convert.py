@@ -19,7 +19,7 @@ from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver.commands import export
 from raytrain_adv.errors import TrainingError
-from raytrain_adv.export import converted_model
+from raytrain_adv.export import model_folder
 from raytrain_adv.export.convert import write_converted
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.model.build import build
@@ -238,7 +238,7 @@ def test_a_quantized_model_that_computes_something_else_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, out = qat_job("llama", tmp_path, **INT4), tmp_path / "run" / "model"
-    monkeypatch.setattr(converted_model, "write_converted", corrupted)
+    monkeypatch.setattr(model_folder, "write_converted", corrupted)
     with pytest.raises(TrainingError, match="does not compute what was trained") as error:
         export_model(trained(job), job, out, input_ids=TOKENS)
     assert "logits differ by" in error.value.found and "bit for bit" in error.value.found
