@@ -43,10 +43,7 @@ def _notes(job: JobConfig) -> tuple[str, ...]:
 
 
 def planned(
-    report: RunReport,
-    world_size: int,
-    predicted: MemoryPrediction,
-    transforms: Mapping[str, Plan],
+    report: RunReport, world_size: int, predicted: MemoryPrediction, transforms: Mapping[str, Plan]
 ) -> RunReport:
     """Return the report of a run whose plan is made."""
     update = {

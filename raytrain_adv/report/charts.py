@@ -99,10 +99,7 @@ def _times(train: list[Row], marks: tuple[Mark, ...]) -> Plot:
             # The wait is the sum over the steps since the row before.
             waits.append((row["step"], waited / max(row["step"] - previous, 1)))
         previous = row["step"]
-    series = (
-        Series("step", _points(train, "step_s"), 1),
-        Series("data wait", waits, 2),
-    )
+    series = (Series("step", _points(train, "step_s"), 1), Series("data wait", waits, 2))
     return Plot("Time per step", "s", series, marks, from_zero=True)
 
 

@@ -24,13 +24,7 @@ SIZES = {"wide": (960, 260), "half": (470, 190), "third": (330, 190)}
 PHONE = "third"
 MARGINS = {"left": 50, "right": 10, "top": 16, "bottom": 26}
 # Matplotlib writes colors as hex; each of these becomes a variable of the page, light or dark.
-INKS = {
-    "grid": "#010101",
-    "dim": "#020202",
-    "c1": "#030303",
-    "c2": "#040404",
-    "bad": "#050505",
-}
+INKS = {"grid": "#010101", "dim": "#020202", "c1": "#030303", "c2": "#040404", "bad": "#050505"}
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",

@@ -145,10 +145,7 @@ def _timeline(report: RunReport) -> str:
 def _places(report: RunReport) -> list[tuple[str, str]]:
     output_dir = Path(str(report.job.get("output_dir") or "."))
     places = []
-    for label, folder, gib in (
-        ("model", report.model_dir, report.model_gib),
-        report.converted,
-    ):
+    for label, folder, gib in (("model", report.model_dir, report.model_gib), report.converted):
         if folder:
             places.append((label, folder + ("" if gib is None else f" ({text.disk(gib)})")))
     places.append(("report", str(output_dir / "report.html")))

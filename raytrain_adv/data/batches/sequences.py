@@ -1,5 +1,4 @@
-"""Training sequences, read from memory-mapped tokens: single conversations, or several packed into
-one."""
+"""Training sequences, read from memory-mapped tokens: one conversation each, or several packed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Tokenized conversations, one after the other, as the cache holds them."""
+    """Tokenized conversations, one after the other, as in the cache."""
 
     ids: NDArray[np.int32]
     """[tokens], memory-mapped"""
@@ -50,8 +49,7 @@ class TokenRows:
         return np.array(self.ids[self.offsets[row] : self.offsets[row + 1]])
 
     def labels(self, row: int) -> NDArray[np.int32]:
-        """Return the shifted labels of one row: [T]; the last is always -100, so rows can be
-        joined."""
+        """Return the shifted labels of one row: [T]; the last is -100, so rows can be joined."""
         start, end = self.offsets[row], self.offsets[row + 1]
         labels = np.full(end - start, IGNORE, dtype=np.int32)
         labels[:-1] = np.where(self.trained[start + 1 : end], self.ids[start + 1 : end], IGNORE)
@@ -73,9 +71,7 @@ class SequenceSet:
         """Join rows `members[i]` into sequence i."""
         self.rows = rows
         self.members = members
-        self.lengths: NDArray[np.int64] = np.array(
-            [rows.lengths[m].sum() for m in members], dtype=np.int64
-        )
+        self.lengths = np.array([rows.lengths[m].sum() for m in members], dtype=np.int64)
         """Tokens of each sequence: [sequences]."""
 
     def __len__(self) -> int:
@@ -95,8 +91,7 @@ class SequenceSet:
     def attention_length(self, apart: bool) -> float:
         """Return the mean over all tokens of the length that each one's attention spans.
 
-        Args:
-            apart: packed conversations do not see each other.
+        `apart`: packed conversations do not see each other.
         """
         parts = [self.rows.lengths[m] for m in self.members] if apart else [self.lengths]
         lengths = np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)

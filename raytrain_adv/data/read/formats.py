@@ -20,8 +20,7 @@ class UnusableRow(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that alternate between user (or tool) and assistant, after at most one system
-    message."""
+    """At most one system message, then user (or tool) and assistant in turn."""
 
     messages: list[Message]
     tools: list[Any] | None = None
@@ -36,8 +35,7 @@ class Layout:
     columns: Mapping[str, str]
     """prompt, query, response, history, messages, system, tools -> column"""
     tags: Mapping[str, str]
-    """role_tag, content_tag -> key of a message; user_tag, assistant_tag, ... -> value of
-    role_tag"""
+    """role_tag, content_tag -> key of a message; user_tag, ... -> value of role_tag"""
 
     def conversation(self, values: Any) -> Conversation:
         """Convert one row.
@@ -47,11 +45,8 @@ class Layout:
         """
         if not isinstance(values, dict):
             raise UnusableRow(f"the row is a {type(values).__name__}, not an object")
-        return (
-            _from_alpaca(self, values)
-            if self.formatting == "alpaca"
-            else _from_messages(self, values)
-        )
+        convert = _from_alpaca if self.formatting == "alpaca" else _from_messages
+        return convert(self, values)
 
 
 _SHAREGPT_TAGS = {
@@ -61,6 +56,10 @@ _SHAREGPT_TAGS = {
 _OPENAI_TAGS = {
     "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
     "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system",
+}  # fmt: skip
+_ROLES = {
+    "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool",
+    "system_tag": "system",
 }  # fmt: skip
 _QUESTION_AND_ANSWER = (
     ("instruction", "output"),
@@ -131,9 +130,8 @@ def _guess(entry: Entry, found: set[str], example: dict[str, Any]) -> Layout:
 
 
 def _keys_of_first(turns: Any) -> set[str]:
-    return (
-        set(turns[0]) if isinstance(turns, list) and turns and isinstance(turns[0], dict) else set()
-    )
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return set(first) if isinstance(first, dict) else set()
 
 
 def _from_alpaca(layout: Layout, values: dict[str, Any]) -> Conversation:
@@ -178,17 +176,10 @@ def _message(tags: Mapping[str, str], turn: dict[str, Any], number: int) -> Mess
     role, content = turn.get(tags["role_tag"]), turn.get(tags["content_tag"])
     if role == tags["function_tag"]:
         return {"role": "assistant", "content": "", "tool_calls": _calls(content, number)}
-    names = {
-        "user_tag": "user",
-        "assistant_tag": "assistant",
-        "observation_tag": "tool",
-        "system_tag": "system",
-    }
-    known = {tags[tag]: name for tag, name in names.items()}
+    known = {tags[tag]: name for tag, name in _ROLES.items()}
     if not isinstance(role, str) or role not in known:
-        raise UnusableRow(
-            f"message {number} has the unknown role {role!r}; known: {', '.join(known)}"
-        )
+        names = ", ".join(known)
+        raise UnusableRow(f"message {number} has the unknown role {role!r}; known: {names}")
     message: Message = {"role": known[role], "content": _text(content, f"message {number}")}
     if turn.get("tool_calls"):
         message["tool_calls"] = _calls(turn["tool_calls"], number)
@@ -197,21 +188,20 @@ def _message(tags: Mapping[str, str], turn: dict[str, Any], number: int) -> Mess
 
 def _calls(content: Any, number: int) -> list[dict[str, Any]]:
     try:
-        calls = json.loads(content) if isinstance(content, str) else content
+        calls = _parsed(content)
         calls = calls if isinstance(calls, list) else [calls]
         inner = [call.get("function", call) for call in calls]
         functions = [
-            {"name": c["name"], "arguments": _arguments(c.get("arguments", {}))} for c in inner
+            {"name": c["name"], "arguments": _parsed(c.get("arguments", {}))} for c in inner
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnusableRow(
-            f"message {number} is not a function call with a name and arguments"
-        ) from error
+        reason = f"message {number} is not a function call with a name and arguments"
+        raise UnusableRow(reason) from error
     return [{"type": "function", "function": function} for function in functions]
 
 
-def _arguments(arguments: Any) -> Any:
-    return json.loads(arguments) if isinstance(arguments, str) else arguments
+def _parsed(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def _check_turns(messages: list[Message]) -> None:
@@ -241,7 +231,7 @@ def _tools(columns: Mapping[str, str], values: dict[str, Any]) -> list[Any] | No
     if not tools:
         return None
     try:
-        parsed = json.loads(tools) if isinstance(tools, str) else tools
+        parsed = _parsed(tools)
     except ValueError as error:
         raise UnusableRow("tools is not valid JSON") from error
     return (parsed if isinstance(parsed, list) else [parsed]) or None

@@ -27,7 +27,7 @@ class Template:
     """
 
     name: str
-    end_of_turn: str | None = None
+    end_of_turn: str | None
     """The token that ends an answer, and generation; None: the tokenizer's eos token."""
 
     @cached_property
@@ -36,19 +36,11 @@ class Template:
         return (resources.files(__package__) / FOLDER / f"{self.name}.jinja").read_text("utf-8")
 
 
-TEMPLATES = {
-    template.name: template
-    for template in (
-        Template("llama3", end_of_turn="<|eot_id|>"),
-        Template("chatml", end_of_turn="<|im_end|>"),
-        Template("qwen", end_of_turn="<|im_end|>"),
-        Template("mistral"),
-        Template("gemma", end_of_turn="<end_of_turn>"),
-        Template("phi", end_of_turn="<|end|>"),
-        Template("alpaca"),
-        Template("default"),
-    )
-}
+_ENDS_OF_TURN = {
+    "llama3": "<|eot_id|>", "chatml": "<|im_end|>", "qwen": "<|im_end|>", "mistral": None,
+    "gemma": "<end_of_turn>", "phi": "<|end|>", "alpaca": None, "default": None,
+}  # fmt: skip
+TEMPLATES = {name: Template(name, end) for name, end in _ENDS_OF_TURN.items()}
 
 
 def find_template(name: str) -> Template:
@@ -66,20 +58,16 @@ def find_template(name: str) -> Template:
 
 def unfit(template: Template) -> JobError:
     """Return the error of a tokenizer that lacks the token by which a template ends answers."""
-    return JobError(
-        f"Template {template.name} does not fit this model's tokenizer",
-        f"the tokenizer has no token {template.end_of_turn}, so answers would not end",
-        "use the template of the model's family; alpaca and default need no special tokens",
-    )
+    found = f"the tokenizer has no token {template.end_of_turn}, so answers would not end"
+    fix = "use the template of the model's family; alpaca and default need no special tokens"
+    return JobError(f"Template {template.name} does not fit this model's tokenizer", found, fix)
 
 
 def no_template(model: str) -> JobError:
     """Return the error of a job that names no template, for a tokenizer that has none either."""
-    return JobError(
-        "The tokenizer has no chat template, and the job names none",
-        f"model_name_or_path: {model}",
-        f"set template to one of {', '.join(TEMPLATES)}",
-    )
+    what = "The tokenizer has no chat template, and the job names none"
+    fix = f"set template to one of {', '.join(TEMPLATES)}"
+    return JobError(what, f"model_name_or_path: {model}", fix)
 
 
 def adopt(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
@@ -93,11 +81,9 @@ def adopt(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
             raise unfit(template)
         tokenizer.eos_token = template.end_of_turn
     if tokenizer.eos_token is None:
-        raise JobError(
-            f"Template {template.name} does not fit this model's tokenizer",
-            "the tokenizer has no eos token",
-            "give the tokenizer an eos_token in tokenizer_config.json",
-        )
+        what = f"Template {template.name} does not fit this model's tokenizer"
+        fix = "give the tokenizer an eos_token in tokenizer_config.json"
+        raise JobError(what, "the tokenizer has no eos token", fix)
     if not _writes_the_same(tokenizer, template.source):
         tokenizer.chat_template = template.source
 

@@ -27,11 +27,9 @@ def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
         raise no_template(job.model.model_name_or_path)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise JobError(
-                "The tokenizer has neither a pad nor an eos token",
-                f"model_name_or_path: {job.model.model_name_or_path}",
-                "name an eos_token in its tokenizer_config.json",
-            )
+            found = f"model_name_or_path: {job.model.model_name_or_path}"
+            fix = "name an eos_token in its tokenizer_config.json"
+            raise JobError("The tokenizer has neither a pad nor an eos token", found, fix)
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -50,34 +48,26 @@ def _load(job: JobConfig) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # whatever transformers raises on a malformed config or tokenizer
         read_config(job)  # raises the better error if the model's config is what is wrong
-        inside = (
-            ", ".join(sorted(p.name for p in folder.iterdir())[:8])
-            if folder.is_dir()
-            else "no such folder here"
-        )
+        inside = "no such folder here"
+        if folder.is_dir():
+            inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
         raise JobError(
             f"The tokenizer of {name} could not be loaded",
             f"{inside}\n{type(error).__name__}: {error}"[:600],
             "point model_name_or_path to a folder with tokenizer.json, or to a model on the Hub",
         ) from error
     if not isinstance(loaded, PreTrainedTokenizerBase):
-        raise JobError(
-            f"{name} has no text tokenizer", type(loaded).__name__, "choose a causal language model"
-        )
+        fix = "choose a causal language model"
+        raise JobError(f"{name} has no text tokenizer", type(loaded).__name__, fix)
     return loaded
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash everything that decides which tokens a conversation becomes. Call it before the
-    tokenizer is used."""
+    """Hash everything that decides the tokens of a conversation; call it before the first use."""
     if tokenizer.is_fast:
         content = tokenizer.backend_tokenizer.to_str()
     else:
         content = type(tokenizer).__name__ + json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    parts = [
-        content,
-        str(tokenizer.chat_template),
-        str(tokenizer.bos_token),
-        str(tokenizer.eos_token),
-    ]
+    decisive = (tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+    parts = [content, *map(str, decisive)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
