@@ -23,30 +23,22 @@ from raytrain_adv.report.sweep_record import SweepReport
 
 PATH = Path(__file__).with_name("CONTRACT.md")
 SWEEP_PATH = Path(__file__).with_name("SWEEP_CONTRACT.md")
-RECORDS: tuple[type[Record], ...] = (
-    RunReport,
-    PreflightReport,
-    NodeReport,
-    TransformReport,
-    Start,
-    Sample,
-    Failure,
-    Variant,
-    Baseline,
-)
+INNER: tuple[type[Record], ...] = (
+    PreflightReport, NodeReport, TransformReport, Start, Sample, Failure, Variant, Baseline,
+)  # fmt: skip
+RECORDS = (RunReport, *INNER)
 
 
 def contract() -> str:
     """Return the document."""
     parts = [
         "# report.json\n\nWhat a run leaves in `output_dir/report.json`. Made by `python -m "
-        "raytrain_adv.report.contract`; the same as a JSON schema: `raytrain_adv.report.record."
-        "schema()`."
+        "raytrain_adv.report.contract`; the same as a JSON schema: "
+        "`raytrain_adv.report.record.RunReport.model_json_schema()`."
     ]
-    definitions = RunReport.model_json_schema()
-    for record in RECORDS:
-        schema = definitions if record is RunReport else definitions["$defs"][record.__name__]
-        parts.append(_table(record.__name__, schema))
+    schema = RunReport.model_json_schema()
+    parts.append(_table("RunReport", schema))
+    parts += [_table(kind.__name__, schema["$defs"][kind.__name__]) for kind in INNER]
     return "\n\n".join(parts) + "\n"
 
 
@@ -57,7 +49,7 @@ def sweep_contract() -> str:
         "# sweep.json\n\nWhat a sweep leaves in `output_dir/sweep.json`, written whenever a "
         "trial begins or ends; each trial's folder has its own `report.json` (CONTRACT.md). "
         "Made by `python -m raytrain_adv.report.contract`; the same as a JSON schema: "
-        "`raytrain_adv.report.sweep_record.schema()`.",
+        "`raytrain_adv.report.sweep_record.SweepReport.model_json_schema()`.",
         _table("SweepReport", definitions),
         _table("TrialReport", definitions["$defs"]["TrialReport"]),
     ]

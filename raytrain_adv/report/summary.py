@@ -81,13 +81,12 @@ def _variants(report: RunReport) -> str:
 def _compared(other: Baseline | None) -> str:
     if other is None:
         return ""
-    parts = []
-    if other.final_eval_loss_change is not None:
-        parts.append(f"eval loss {other.final_eval_loss_change:+.2%}")
-    if other.speedup is not None:
-        parts.append(f"{other.speedup:.2f} x the speed")
-    if other.memory_ratio is not None:
-        parts.append(f"{other.memory_ratio:.2f} x the memory")
+    figures = (
+        ("eval loss {:+.2%}", other.final_eval_loss_change),
+        ("{:.2f} x the speed", other.speedup),
+        ("{:.2f} x the memory", other.memory_ratio),
+    )
+    parts = [form.format(value) for form, value in figures if value is not None]
     return f"{', '.join(parts)} of {other.output_dir}"
 
 
@@ -148,8 +147,8 @@ def _places(report: RunReport) -> list[tuple[str, str]]:
     for label, folder, gib in (("model", report.model_dir, report.model_gib), report.converted):
         if folder:
             places.append((label, folder + ("" if gib is None else f" ({text.disk(gib)})")))
-    places.append(("report", str(output_dir / "report.html")))
-    return [*places, ("figures", str(output_dir / "report.json"))]
+    files = {"report": "report.html", "figures": "report.json"}
+    return [*places, *((label, str(output_dir / name)) for label, name in files.items())]
 
 
 def _sample(sample: Sample) -> str:
