@@ -1,15 +1,13 @@
 """The closing lines of a run on the console."""
 
-import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raytrain_adv import text
+from raytrain_adv import tables, text
 from raytrain_adv.report import variants
 from raytrain_adv.report.parts import Baseline, Sample, Start
 from raytrain_adv.report.record import RunReport
@@ -34,10 +32,7 @@ def columns(rows: Sequence[Sequence[str]], num_left: int = 2) -> str:
         table.add_column(justify="left" if i < num_left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console(file=io.StringIO(), width=UNLIMITED, color_system=None)
-    with console.capture() as captured:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    return tables.plain(table, UNLIMITED)
 
 
 def story(starts: Sequence[Start]) -> str:

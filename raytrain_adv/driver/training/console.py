@@ -21,10 +21,7 @@ from rich.text import Text
 
 from raytrain_adv import text
 from raytrain_adv.redaction import hide_environment
-from raytrain_adv.report.summary import summary
 from raytrain_adv.storage.metrics_file import FILE_NAME, FollowedFile
-
-__all__ = ["Console", "summary"]
 
 # Events for programs: the bar or the next row shows them; the driver has printed those of data.
 SILENT_EVENTS = frozenset({"plan", "data"})
