@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sections import DataConfig
 from raytrain_adv.data.batches.order import num_held_out, random_order
-from raytrain_adv.data.batches.packing import pack
-from raytrain_adv.data.batches.sequences import SequenceSet, TokenRows
+from raytrain_adv.data.batches.sequences import SequenceSet, TokenRows, pack
 from raytrain_adv.data.read.entries import resolve
 from raytrain_adv.data.tokens import cache
 from raytrain_adv.data.tokens.cache import Say

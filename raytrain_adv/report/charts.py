@@ -23,19 +23,19 @@ def plots(report: RunReport, rows: Sequence[Row]) -> list[Plot]:
         series = (Series(label, _points(train, key), 1),)
         return Plot(title, unit, series, **{"marks": marks, **more})
 
+    norm = ("Gradient norm", "before clipping", "grad_norm", "gradient norm")
     norm_marks = (*marks, *_not_finite(train, "grad_norm"))
-    norm = {"key": "grad_norm", "label": "gradient norm", "marks": norm_marks}
-    rate = {"key": "tokens_per_second_per_worker", "label": "tokens/s"}
-    memory = {"key": "peak_memory_gib", "label": "peak so far", "levels": _predicted(report)}
+    speed = ("Speed", "tokens/s per worker", "tokens_per_second_per_worker", "tokens/s")
+    memory = ("Peak memory", "GiB, rank 0", "peak_memory_gib", "peak so far")
     times = (Series("step", _points(train, "step_s"), 1), Series("data wait", _waits(train), 2))
     return [
         _loss(train, evals, marks),
         *_against(report),
         single("Learning rate", "", "learning_rate", "learning rate", span="half"),
-        single("Gradient norm", "before clipping", **norm, span="half"),
-        single("Speed", "tokens/s per worker", **rate, from_zero=True),
+        single(*norm, span="half", marks=norm_marks),
+        single(*speed, from_zero=True),
         Plot("Time per step", "s", times, marks, from_zero=True),
-        single("Peak memory", "GiB, rank 0", **memory, from_zero=True),
+        single(*memory, levels=_predicted(report), from_zero=True),
     ]
 
 

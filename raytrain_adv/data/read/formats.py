@@ -49,29 +49,24 @@ class Layout:
         return convert(self, values)
 
 
-_SHAREGPT_TAGS = {
-    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
-    "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system",
-}  # fmt: skip
-_OPENAI_TAGS = {
+_TAGS: dict[Formatting, dict[str, str]] = {"alpaca": {}}
+_TAGS["openai"] = {
     "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
     "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system",
 }  # fmt: skip
+_TAGS["sharegpt"] = {
+    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+    "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system",
+}  # fmt: skip
+_OF_MESSAGES: tuple[Formatting, ...] = ("openai", "sharegpt")
 _ROLES = {
     "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool",
     "system_tag": "system",
 }  # fmt: skip
 _QUESTION_AND_ANSWER = (
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-)
-_MESSAGE_KEYS: dict[Formatting, set[str]] = {
-    "openai": {"role", "content"},
-    "sharegpt": {"from", "value"},
-}
+    ("instruction", "output"), ("instruction", "response"), ("prompt", "completion"),
+    ("prompt", "response"), ("question", "answer"),
+)  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _EXTRA = ("history", "system", "tools")
 
@@ -86,7 +81,7 @@ def layout(entry: Entry, sample: list[Any]) -> Layout:
     found = {column for values in rows for column in values}
     example = {column: value for values in rows for column, value in values.items() if value}
     if entry.formatting is not None and entry.columns is not None:
-        chosen = Layout(entry.formatting, entry.columns, _default_tags(entry.formatting))
+        chosen = Layout(entry.formatting, entry.columns, _TAGS[entry.formatting])
     else:
         chosen = _guess(entry, found, example)
     meaning = "response" if chosen.formatting == "alpaca" else "messages"
@@ -101,10 +96,6 @@ def layout(entry: Entry, sample: list[Any]) -> Layout:
     return replace(chosen, tags={**chosen.tags, **entry.tags})
 
 
-def _default_tags(formatting: Formatting) -> dict[str, str]:
-    return _OPENAI_TAGS if formatting == "openai" else _SHAREGPT_TAGS
-
-
 def _guess(entry: Entry, found: set[str], example: dict[str, Any]) -> Layout:
     extra: dict[str, str] = {c: c for c in _EXTRA if c in found}
     alpaca = {"prompt": "instruction", "query": "input", "response": "output", **extra}
@@ -114,10 +105,13 @@ def _guess(entry: Entry, found: set[str], example: dict[str, Any]) -> Layout:
     extra.pop("history", None)
     columns = {"messages": messages or "conversations", **extra}
     if entry.formatting is not None:
-        return Layout(entry.formatting, columns, _default_tags(entry.formatting))
-    for formatting, keys in _MESSAGE_KEYS.items():
-        if messages is not None and keys <= _keys_of_first(example.get(messages)):
-            return Layout(formatting, columns, _default_tags(formatting))
+        return Layout(entry.formatting, columns, _TAGS[entry.formatting])
+    turns = example.get(messages) if messages else None
+    keys = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+    for formatting in _OF_MESSAGES:
+        tags = _TAGS[formatting]
+        if {tags["role_tag"], tags["content_tag"]} <= set(keys):
+            return Layout(formatting, columns, tags)
     for prompt, response in _QUESTION_AND_ANSWER:
         if {prompt, response} <= found:
             return Layout("alpaca", {**alpaca, "prompt": prompt, "response": response}, {})
@@ -127,11 +121,6 @@ def _guess(entry: Entry, found: set[str], example: dict[str, Any]) -> Layout:
         "use instruction and output (alpaca), conversations of from and value (sharegpt),\n"
         "or messages of role and content (openai); or name the columns in dataset_info.json",
     )
-
-
-def _keys_of_first(turns: Any) -> set[str]:
-    first = turns[0] if isinstance(turns, list) and turns else None
-    return set(first) if isinstance(first, dict) else set()
 
 
 def _from_alpaca(layout: Layout, values: dict[str, Any]) -> Conversation:

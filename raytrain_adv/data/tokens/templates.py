@@ -1,17 +1,11 @@
 """Chat templates by name: Jinja files that write what LLaMA-Factory's of the same name write."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
-from typing import TYPE_CHECKING
 
 from raytrain_adv.errors import JobError
 from raytrain_adv.text import nearest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FOLDER = "chat_templates"
 
@@ -68,40 +62,3 @@ def no_template(model: str) -> JobError:
     what = "The tokenizer has no chat template, and the job names none"
     fix = f"set template to one of {', '.join(TEMPLATES)}"
     return JobError(what, f"model_name_or_path: {model}", fix)
-
-
-def adopt(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
-    """Set the tokenizer's eos token and chat template to the template's.
-
-    Raises:
-        JobError: if the tokenizer lacks a token the template needs.
-    """
-    if template.end_of_turn is not None:
-        if tokenizer.convert_tokens_to_ids(template.end_of_turn) in (None, tokenizer.unk_token_id):
-            raise unfit(template)
-        tokenizer.eos_token = template.end_of_turn
-    if tokenizer.eos_token is None:
-        what = f"Template {template.name} does not fit this model's tokenizer"
-        fix = "give the tokenizer an eos_token in tokenizer_config.json"
-        raise JobError(what, "the tokenizer has no eos token", fix)
-    if not _writes_the_same(tokenizer, template.source):
-        tokenizer.chat_template = template.source
-
-
-def _writes_the_same(tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
-    """Whether the tokenizer's own chat template, which may know tools too, writes the same text."""
-    import jinja2
-
-    if tokenizer.chat_template is None:
-        return False
-    texts = ("Be brief.", "One?", "Two.", "Three?", "Four.")
-    roles = ("system", "user", "assistant", "user", "assistant")
-    sample = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
-    try:
-        return all(
-            tokenizer.apply_chat_template(messages, tokenize=False)
-            == tokenizer.apply_chat_template(messages, tokenize=False, chat_template=source)
-            for messages in (sample, sample[1:3])
-        )
-    except jinja2.TemplateError:
-        return False

@@ -72,7 +72,7 @@ class Tokenizer:
                 unusable.append((where, str(reason)))
             except JobError as error:
                 raise JobError(error.what, f"{where}\n{error.found}", error.fix) from error
-        chunk = self._cut(places, self.encode(self.tokenizer, rendered, places, unusable), unusable)
+        chunk = self._cut(places, self.encode(self.tokenizer, rendered), unusable)
         chunk.num_read = len(rows)
         return chunk
 
@@ -89,6 +89,7 @@ class Tokenizer:
         kept, num_cut = [], 0
         for where, row in zip(places, encoded, strict=True):
             if row is None:
+                unusable.append((where, _SPANS_BOTH))
                 continue
             trained = self._mask(row)[:cutoff]
             if not trained[1:].any():
@@ -144,10 +145,7 @@ def _batch_encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], offsets:
 
 
 def _encode_pieces(
-    tokenizer: PreTrainedTokenizerBase,
-    rendered: list[list[Piece]],
-    places: list[str],
-    unusable: list[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase, rendered: list[list[Piece]]
 ) -> list[_Encoded]:
     """Tokenize prompts and answers separately, as in generation."""
     texts = [piece.text for pieces in rendered for piece in pieces]
@@ -164,12 +162,11 @@ def _encode_pieces(
 
 
 def _encode_whole(
-    tokenizer: PreTrainedTokenizerBase,
-    rendered: list[list[Piece]],
-    places: list[str],
-    unusable: list[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase, rendered: list[list[Piece]]
 ) -> list[_Encoded]:
-    """Tokenize whole conversations and find the answers' tokens by where they lie in the text."""
+    """Tokenize whole conversations and find the answers' tokens by where they lie in the text; None
+    where a token spans a prompt and its answer.
+    """
     if not rendered:
         return []
     texts = ["".join(p.text for p in pieces) for pieces in rendered]
@@ -177,14 +174,13 @@ def _encode_whole(
     before = [_first_prompt(pieces) for pieces in rendered]
     prompts = _batch_encode(tokenizer, before, offsets=False)["input_ids"]
     encoded: list[_Encoded] = []
-    for where, pieces, ids, offsets, prompt in zip(
-        places, rendered, both["input_ids"], both["offset_mapping"], prompts, strict=True
+    for pieces, ids, offsets, prompt in zip(
+        rendered, both["input_ids"], both["offset_mapping"], prompts, strict=True
     ):
         borders = np.cumsum([len(p.text) for p in pieces])
         spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
         piece_of = np.searchsorted(borders, spans[:, 0], side="right").clip(max=len(pieces) - 1)
         if ids[: len(prompt)] != prompt or (spans[:, 1] > borders[piece_of]).any():
-            unusable.append((where, _SPANS_BOTH))
             encoded.append(None)
             continue
         answers = [i for i, piece in enumerate(pieces) if piece.is_answer]

@@ -4,10 +4,11 @@ import hashlib
 import json
 from pathlib import Path
 
+import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.data.tokens.templates import adopt, find_template, no_template
+from raytrain_adv.data.tokens.templates import Template, find_template, no_template, unfit
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.build import read_config
 from raytrain_adv.model.files import refuse_pipes
@@ -22,7 +23,7 @@ def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
     """
     tokenizer = _load(job)
     if job.data.template is not None:
-        adopt(tokenizer, find_template(job.data.template))
+        _adopt(tokenizer, find_template(job.data.template))
     elif tokenizer.chat_template is None:
         raise no_template(job.model.model_name_or_path)
     if tokenizer.pad_token_id is None:
@@ -57,8 +58,9 @@ def _load(job: JobConfig) -> PreTrainedTokenizerBase:
             "point model_name_or_path to a folder with tokenizer.json, or to a model on the Hub",
         ) from error
     if not isinstance(loaded, PreTrainedTokenizerBase):
-        fix = "choose a causal language model"
-        raise JobError(f"{name} has no text tokenizer", type(loaded).__name__, fix)
+        raise JobError(
+            f"{name} has no text tokenizer", type(loaded).__name__, "choose a causal language model"
+        )
     return loaded
 
 
@@ -71,3 +73,38 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     decisive = (tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
     parts = [content, *map(str, decisive)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _adopt(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    """Set the tokenizer's eos token and chat template to the template's.
+
+    Raises:
+        JobError: if the tokenizer lacks a token the template needs.
+    """
+    if template.end_of_turn is not None:
+        if tokenizer.convert_tokens_to_ids(template.end_of_turn) in (None, tokenizer.unk_token_id):
+            raise unfit(template)
+        tokenizer.eos_token = template.end_of_turn
+    if tokenizer.eos_token is None:
+        what = f"Template {template.name} does not fit this model's tokenizer"
+        fix = "give the tokenizer an eos_token in tokenizer_config.json"
+        raise JobError(what, "the tokenizer has no eos token", fix)
+    if not _writes_the_same(tokenizer, template.source):
+        tokenizer.chat_template = template.source
+
+
+def _writes_the_same(tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
+    """Whether the tokenizer's own chat template, which may know tools too, writes the same text."""
+    if tokenizer.chat_template is None:
+        return False
+    texts = ("Be brief.", "One?", "Two.", "Three?", "Four.")
+    roles = ("system", "user", "assistant", "user", "assistant")
+    sample = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+    try:
+        return all(
+            tokenizer.apply_chat_template(messages, tokenize=False)
+            == tokenizer.apply_chat_template(messages, tokenize=False, chat_template=source)
+            for messages in (sample, sample[1:3])
+        )
+    except jinja2.TemplateError:
+        return False
