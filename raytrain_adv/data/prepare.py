@@ -10,13 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sections import DataConfig
 from raytrain_adv.data.batches.order import num_held_out, random_order
-from raytrain_adv.data.batches.packing import pack
-from raytrain_adv.data.batches.sequences import SequenceSet, TokenRows
-from raytrain_adv.data.batches.statistics import describe, sentences
+from raytrain_adv.data.batches.sequences import SequenceSet, TokenRows, pack
 from raytrain_adv.data.read.entries import resolve
 from raytrain_adv.data.tokens import cache
+from raytrain_adv.data.tokens.cache import Say
 from raytrain_adv.data.tokens.datasets import TokenizedDatasets
-from raytrain_adv.data.tokens.progress import Say
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
 
@@ -40,19 +38,14 @@ class PreparedData:
     train: SequenceSet
     eval: SequenceSet | None
     stats: dict[str, Any]
-    """JSON: see statistics.py."""
+    """JSON: what _stats() returns."""
 
     def prompts(self, n: int, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-        """Return `n` prompts spread over the held-out rows; over the training rows if none are
-        held out."""
+        """Return `n` prompts spread over the held-out rows, if any, else the training rows."""
         source = self.eval or self.train
         rows = np.concatenate(source.members)
-        picked = (
-            rows[np.unique(np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int))]
-            if n
-            else rows[:0]
-        )
-        return [_prompt(source.rows, int(row), tokenizer) for row in picked]
+        picked = np.unique(np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int))
+        return [_prompt(source.rows, int(row), tokenizer) for row in rows[picked]]
 
 
 def _prompt(rows: TokenRows, row: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -63,17 +56,13 @@ def _prompt(rows: TokenRows, row: int, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> PreparedData:
-    """Tokenize the job's datasets, or open them where they are tokenized already, and lay them out
-    in sequences.
+    """Tokenize the job's datasets, or open them if that is done, and form sequences of them.
 
     May be called by any number of processes at once: of those that share a file system one
     tokenizes, the others wait and open the result. They need no connection to each other.
 
-    Args:
-        job: the job.
-        say: prints a sentence.
-        rebuild: tokenize even if it was done before; None means the job's overwrite_cache. Workers
-            whose driver has prepared the data pass False.
+    `rebuild` tokenizes even if it was done before; None means the job's overwrite_cache. Workers
+    whose driver has prepared the data pass False.
 
     Raises:
         JobError: if a dataset cannot be found, read or understood, or no row of it can be used.
@@ -83,10 +72,10 @@ def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> Prepare
     _check_keys(data)
     tokenizer = load_tokenizer(job)
     again = data.overwrite_cache if rebuild is None else rebuild
-    train_part = _tokenized(job, tokenizer, data.dataset, "dataset", again, say)
+    train_part = _tokenized(job, tokenizer, "dataset", again, say)
     eval_part = None
     if data.eval_dataset is not None:
-        eval_part = _tokenized(job, tokenizer, data.eval_dataset, "eval_dataset", again, say)
+        eval_part = _tokenized(job, tokenizer, "eval_dataset", again, say)
     train_rows, eval_rows = _split(len(train_part.rows), data.val_size, job.train.seed)
     train = _sequences(train_part.rows, train_rows, data)
     held_out = None
@@ -95,7 +84,7 @@ def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> Prepare
     elif len(eval_rows):
         held_out = _sequences(train_part.rows, eval_rows, data)
     stats = _stats(data, train, held_out, train_part, eval_part)
-    for sentence in sentences(stats):
+    for sentence in _sentences(stats):
         say(sentence)
     return PreparedData(train, held_out, stats)
 
@@ -107,32 +96,20 @@ def _check_keys(data: DataConfig) -> None:
         ("train_on_prompt", "mask_history", data.train_on_prompt and data.mask_history),
     ):
         if both:
-            raise JobError(
-                f"{first} and {second} exclude each other",
-                "both are set",
-                f"remove {first} or {second}",
-            )
+            what = f"{first} and {second} exclude each other"
+            raise JobError(what, "both are set", f"remove {first} or {second}")
     if data.val_size >= 1 and data.val_size != int(data.val_size):
-        raise JobError(
-            "val_size must be a number of rows, or a share below 1",
-            f"{data.val_size}",
-            "use a whole number",
-        )
+        what = "val_size must be a number of rows, or a share below 1"
+        raise JobError(what, f"{data.val_size}", "use a whole number")
 
 
 def _tokenized(
-    job: JobConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    names: str | list[str] | None,
-    key: str,
-    again: bool,
-    say: Say,
+    job: JobConfig, tokenizer: PreTrainedTokenizerBase, key: str, again: bool, say: Say
 ) -> cache.CacheEntry:
-    entries = resolve(names, job.data, key)
+    entries = resolve(getattr(job.data, key), job.data, key)
     datasets = TokenizedDatasets(job, tokenizer, entries, say)
-    return cache.open_or_build(
-        cache.cache_root(job.data.tokenized_path), datasets.key(), datasets.build, again, say
-    )
+    root = cache.cache_root(job.data.tokenized_path)
+    return cache.open_or_build(root, datasets.key(), datasets.build, again, say)
 
 
 def _split(n: int, val_size: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -145,9 +122,8 @@ def _split(n: int, val_size: float, seed: int) -> tuple[NDArray[np.int64], NDArr
 def _sequences(rows: TokenRows, chosen: NDArray[np.int64], data: DataConfig) -> SequenceSet:
     if not (data.packing or data.neat_packing):
         return SequenceSet(rows, [chosen[i : i + 1] for i in range(len(chosen))])
-    return SequenceSet(
-        rows, [chosen[group] for group in pack(rows.lengths[chosen], data.cutoff_len)]
-    )
+    groups = pack(rows.lengths[chosen], data.cutoff_len)
+    return SequenceSet(rows, [chosen[group] for group in groups])
 
 
 def _stats(
@@ -161,9 +137,69 @@ def _stats(
     return {
         "rows": train_part.stats,
         "eval_rows": eval_part.stats if eval_part else None,
-        "train": describe(train, data.cutoff_len, packed),
-        "eval": describe(held_out, data.cutoff_len, packed) if held_out else None,
+        "train": _describe(train, data.cutoff_len, packed),
+        "eval": _describe(held_out, data.cutoff_len, packed) if held_out else None,
         "cutoff_len": data.cutoff_len,
         "cache_path": str(train_part.path),
         "eval_cache_path": str(eval_part.path) if eval_part else None,
     }
+
+
+def _describe(sequences: SequenceSet, cutoff_len: int, packed: bool) -> dict[str, Any]:
+    """Return the numbers of one set: rows, sequences, tokens, lengths of its conversations."""
+    members = np.concatenate(sequences.members)
+    num_tokens = int(sequences.lengths.sum())
+    numbers: dict[str, Any] = {
+        "rows": len(members),
+        "sequences": len(sequences),
+        "tokens": num_tokens,
+        "label_tokens": int(sequences.label_counts.sum()),
+        "lengths": _percentiles(sequences.rows.lengths[members]),
+        "histogram": _histogram(sequences.rows.lengths[members]),
+    }
+    if packed:
+        numbers["packing_efficiency"] = round(num_tokens / (len(sequences) * cutoff_len), 4)
+    return numbers
+
+
+def _percentiles(lengths: NDArray[np.int64]) -> dict[str, float]:
+    points = {"min": 0, "p10": 10, "median": 50, "p90": 90, "p99": 99, "max": 100}
+    found = {name: float(np.percentile(lengths, point)) for name, point in points.items()}
+    return {**found, "mean": round(float(lengths.mean()), 1)}
+
+
+def _histogram(lengths: NDArray[np.int64]) -> dict[str, list[int]]:
+    """Count lengths in up to 20 bins: bin i has those with edges[i] <= length < edges[i + 1]."""
+    step = max(1, -(-(int(lengths.max()) + 1) // 20))
+    edges = np.arange(0, int(lengths.max()) + step + 1, step)
+    return {"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()}
+
+
+def _unusable_sentence(rows: dict[str, Any]) -> str:
+    """Name the first unusable rows and count all."""
+    shown = "; ".join(f"{e['where']}: {e['reason']}" for e in rows["unusable_examples"])
+    more = rows["unusable"] - len(rows["unusable_examples"])
+    rest = f"; and {more:,} more" if more else ""
+    return f"{rows['unusable']:,} of {rows['read']:,} rows cannot be used: {shown}{rest}"
+
+
+def _sentences(stats: dict[str, Any]) -> list[str]:
+    """Return the sentences that summarize the data."""
+    lines = []
+    for name in ("train", "eval"):
+        numbers = stats[name]
+        if numbers is None:
+            continue
+        share = numbers.get("packing_efficiency")
+        packed = "" if share is None else f", packed {share:.0%} full"
+        lines.append(
+            f"Data for {name}: {numbers['rows']:,} conversations in {numbers['sequences']:,} "
+            f"sequences, {numbers['tokens']:,} tokens, loss on {numbers['label_tokens']:,}{packed}"
+        )
+    for rows in (stats["rows"], stats["eval_rows"]):
+        if rows and rows["unusable"]:
+            lines.append(_unusable_sentence(rows))
+        if rows and rows["truncated"]:
+            limit = f"cutoff_len ({stats['cutoff_len']})"
+            lines.append(f"{rows['truncated']:,} rows were longer than {limit} and were cut")
+    return lines

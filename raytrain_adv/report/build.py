@@ -23,6 +23,8 @@ from raytrain_adv.transforms.transform import Plan
 
 def started(job: JobConfig, run_name: str) -> RunReport:
     """Return the report of a run that begins: its job, and when."""
+    name = job.model.model_name_or_path
+    trusted = f"trust_remote_code: true ran whatever model code comes with {name}."
     return RunReport(
         status="running",
         run_name=run_name,
@@ -30,32 +32,26 @@ def started(job: JobConfig, run_name: str) -> RunReport:
         started_at=time.time(),
         job=job.flat(),
         job_file=job.source,
-        notes=_notes(job),
+        notes=(*job.notes, trusted) if job.model.trust_remote_code else job.notes,
     )
 
 
-def _notes(job: JobConfig) -> tuple[str, ...]:
-    """Return remarks on the keys, and whose code ran."""
-    if not job.model.trust_remote_code:
-        return job.notes
-    name = job.model.model_name_or_path
-    return (*job.notes, f"trust_remote_code: true ran whatever model code comes with {name}.")
-
-
 def planned(
-    report: RunReport,
-    world_size: int,
-    predicted: MemoryPrediction,
-    transforms: Mapping[str, Plan],
+    report: RunReport, world_size: int, predicted: MemoryPrediction, transforms: Mapping[str, Plan]
 ) -> RunReport:
     """Return the report of a run whose plan is made."""
-    update = {
-        "world_size": world_size,
-        "predicted_memory_gib": predicted.total,
-        "predicted_memory": predicted.as_dict(),
-        "transforms": {name: TransformReport.of(plan) for name, plan in transforms.items()},
-    }
-    return RunReport(**{**report.model_dump(), **update})
+    return _updated(
+        report,
+        world_size=world_size,
+        predicted_memory_gib=predicted.total,
+        predicted_memory=predicted.as_dict(),
+        transforms={name: TransformReport.of(plan) for name, plan in transforms.items()},
+    )
+
+
+def _updated(report: RunReport, **changed: Any) -> RunReport:
+    """Return the report with some fields changed and validated."""
+    return RunReport(**{**report.model_dump(), **changed})
 
 
 def finished(
@@ -69,27 +65,25 @@ def finished(
         timeline: the driver's phases in seconds; the last, `training`, is split into the workers'.
         folder: output_dir, for the losses in metrics.jsonl.
     """
-    update = {
-        "status": "done",
-        "finished_at": time.time(),
-        "transforms": {
-            name: TransformReport.of(plan, figures["proof"].get(name))
-            for name, plan in figures["transforms"].items()
-        },
-        "notes": (*report.notes, *_faults(folder)),
-        "samples": tuple(Sample(**sample) for sample in figures["samples"]),
-        "timeline": _with_workers(timeline, figures),
-        **_losses(folder),
-    }
     same = (
         "world_size device attention attention_trial versions steps total_steps epochs "
         "step_seconds tokens_per_second_per_worker peak_memory_gib data_wait_seconds "
         "predicted_memory_gib predicted_memory mfu_bf16 restarts skipped_steps resumed_from_step "
         "data batch model_dir model_gib"
     )
-    update |= {name: figures[name] for name in same.split()}
-    update |= {name: figures[name] for name in OF_CONVERTED if name in figures}
-    return RunReport(**{**report.model_dump(), **update})
+    proofs = figures["proof"]
+    plans = figures["transforms"].items()
+    return _updated(
+        report,
+        status="done",
+        finished_at=time.time(),
+        transforms={name: TransformReport.of(plan, proofs.get(name)) for name, plan in plans},
+        samples=tuple(Sample(**sample) for sample in figures["samples"]),
+        timeline=_with_workers(timeline, figures),
+        **_logged(report, read(folder / FILE_NAME)),
+        **{name: figures[name] for name in same.split()},
+        **{name: figures[name] for name in OF_CONVERTED if name in figures},
+    )
 
 
 def failed(
@@ -99,29 +93,21 @@ def failed(
     rows = read(folder / FILE_NAME)
     begun = [row for row in rows if row.get("event") == "plan"]
     trained = [row for row in rows if row.get("kind") == "train"]
-    update = {
-        "status": "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed",
-        "finished_at": time.time(),
-        "error": str(error) or type(error).__name__,
-        "failure": describe_failure(error),
-        "steps": max((row["step"] for row in trained), default=0),
-        "peak_memory_gib": max((row["peak_memory_gib"] for row in trained), default=None),
-        "timeline": timeline,
-        "notes": (*report.notes, *_faults(folder)),
-        "skipped_steps": max((row.get("num_skipped", 0) for row in trained), default=0),
+    same = ("total_steps", "resumed_from_step", "restarts", "world_size") if begun else ()
+    return _updated(
+        report,
+        status="stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed",
+        finished_at=time.time(),
+        error=str(error) or type(error).__name__,
+        failure=describe_failure(error),
+        steps=max((row["step"] for row in trained), default=0),
+        peak_memory_gib=max((row["peak_memory_gib"] for row in trained), default=None),
+        timeline=timeline,
+        skipped_steps=max((row.get("num_skipped", 0) for row in trained), default=0),
         **_medians(trained),
-        **_losses(folder),
-    }
-    if begun:
-        same = ("total_steps", "resumed_from_step", "restarts", "world_size")
-        update |= {name: begun[-1].get(name) for name in same}
-    return RunReport(**{**report.model_dump(), **update})
-
-
-def _faults(folder: Path) -> tuple[str, ...]:
-    """Return the faults that the run survived, one sentence each."""
-    rows = read(folder / FILE_NAME)
-    return tuple(str(row["message"]) for row in rows if row.get("event") == "fault")
+        **_logged(report, rows),
+        **{name: begun[-1].get(name) for name in same},
+    )
 
 
 def _with_workers(timeline: dict[str, float], figures: dict[str, Any]) -> dict[str, float]:
@@ -140,11 +126,11 @@ def _medians(trained: list[dict[str, Any]]) -> dict[str, float]:
     """Return the medians over logged steps. The first includes compilation: it counts only if it is
     the only one.
     """
-    names = ("step_seconds", "tokens_per_second_per_worker", "mfu_bf16")
-    keys = ("step_s", "tokens_per_second_per_worker", "mfu_bf16")
+    keys = {name: name for name in ("tokens_per_second_per_worker", "mfu_bf16")}
+    keys["step_seconds"] = "step_s"
     rows = trained[1:] or trained
-    values = {n: [r[k] for r in rows if r.get(k)] for n, k in zip(names, keys, strict=True)}
-    return {name: statistics.median(of) for name, of in values.items() if of}
+    values = {name: [row[key] for row in rows if row.get(key)] for name, key in keys.items()}
+    return {name: statistics.median(found) for name, found in values.items() if found}
 
 
 def against(report: RunReport, job: JobConfig) -> RunReport:
@@ -171,20 +157,16 @@ def against(report: RunReport, job: JobConfig) -> RunReport:
 
 def starts(rows: Sequence[Mapping[str, Any]]) -> tuple[Start, ...]:
     """Return the starts of the workers that reached their plan, from rows of metrics.jsonl."""
-    found = []
+    found: list[Start] = []
     places: Mapping[str, Any] = {}
     for row in rows:
         if row.get("event") == "workers":
             places = row
         elif row.get("event") == "plan" and row.get("world_size"):
+            nodes, lost = (tuple(str(places.get(key, "")).split()) for key in ("nodes", "lost"))
+            step, workers = row.get("resumed_from_step") or 0, row["world_size"]
             found.append(
-                Start(
-                    step=row.get("resumed_from_step") or 0,
-                    time=row.get("time"),
-                    workers=row["world_size"],
-                    nodes=tuple(filter(None, str(places.get("nodes", "")).split())),
-                    lost=tuple(filter(None, str(places.get("lost", "")).split())),
-                )
+                Start(step=step, time=row.get("time"), workers=workers, nodes=nodes, lost=lost)
             )
             places = {}
     return tuple(found)
@@ -201,18 +183,19 @@ def _ratio(mine: float | None, other: float | None) -> float | None:
     return mine / other if mine is not None and other else None
 
 
-def _losses(folder: Path) -> dict[str, Any]:
-    rows = read(folder / FILE_NAME)
+def _logged(report: RunReport, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the fields that the rows of metrics.jsonl decide."""
     found = variants(rows)
-    curves: dict[str, Any] = {
+    faults = [str(row["message"]) for row in rows if row.get("event") == "fault"]
+    losses = {
+        f"{kind}_loss": [(row["step"], row["loss"]) for row in rows if row.get("kind") == kind]
+        for kind in ("train", "eval")
+    }
+    return {
+        **losses,
+        "notes": (*report.notes, *faults),
         "starts": starts(rows),
-        "train_loss": [],
-        "eval_loss": [],
         "variants": found,
         "recovered": recovered(found),
         CONVERTED_LOSS: converted_loss(found),
     }
-    for row in rows:
-        if row.get("kind") in ("train", "eval"):
-            curves[f"{row['kind']}_loss"].append((row["step"], row["loss"]))
-    return curves

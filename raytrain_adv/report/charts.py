@@ -16,13 +16,26 @@ def plots(report: RunReport, rows: Sequence[Row]) -> list[Plot]:
     """Return every plot of the report; those without points are not drawn."""
     train = [row for row in rows if row["kind"] == "train"]
     evals = [row for row in rows if row["kind"] == "eval"]
-    marks = _marks(rows)
+    resumed = {row["step"] for row in rows if row.get("event") == "resume" and row.get("step")}
+    marks = tuple(Mark(step, "resumed") for step in sorted(resumed))
+
+    def single(title: str, unit: str, key: str, label: str, **more: Any) -> Plot:
+        series = (Series(label, _points(train, key), 1),)
+        return Plot(title, unit, series, **{"marks": marks, **more})
+
+    norm = ("Gradient norm", "before clipping", "grad_norm", "gradient norm")
+    norm_marks = (*marks, *_not_finite(train, "grad_norm"))
+    speed = ("Speed", "tokens/s per worker", "tokens_per_second_per_worker", "tokens/s")
+    memory = ("Peak memory", "GiB, rank 0", "peak_memory_gib", "peak so far")
+    times = (Series("step", _points(train, "step_s"), 1), Series("data wait", _waits(train), 2))
     return [
         _loss(train, evals, marks),
         *_against(report),
-        *_single(train, marks),
-        _times(train, marks),
-        _memory(train, marks, report),
+        single("Learning rate", "", "learning_rate", "learning rate", span="half"),
+        single(*norm, span="half", marks=norm_marks),
+        single(*speed, from_zero=True),
+        Plot("Time per step", "s", times, marks, from_zero=True),
+        single(*memory, levels=_predicted(report), from_zero=True),
     ]
 
 
@@ -30,19 +43,12 @@ def _loss(train: list[Row], evals: list[Row], marks: tuple[Mark, ...]) -> Plot:
     points = _points(train, "loss")
     curves = [Series("train", points, 1)]
     if len(points) >= MIN_POINTS_TO_SMOOTH:
-        curves = [
-            Series("each row", points, 1, "faint"),
-            Series("train, smoothed", smoothed(points), 1),
-        ]
+        smooth = Series("train, smoothed", smoothed(points), 1)
+        curves = [Series("each row", points, 1, "faint"), smooth]
     how = next((f", {row['how']}" for row in evals if row.get("how")), "")
     curves.append(Series(f"eval{how}", _points(evals, "loss"), 2, "dots"))
-    return Plot(
-        "Loss",
-        "per label token",
-        tuple(curves),
-        (*marks, *_not_finite(train, "loss"), *_not_finite(evals, "loss")),
-        span="wide",
-    )
+    marks = (*marks, *_not_finite(train, "loss"), *_not_finite(evals, "loss"))
+    return Plot("Loss", "per label token", tuple(curves), marks, span="wide")
 
 
 def _against(report: RunReport) -> list[Plot]:
@@ -50,71 +56,37 @@ def _against(report: RunReport) -> list[Plot]:
     other = report.baseline
     if other is None:
         return []
-    pairs = [
+    found = []
+    for title, mine, theirs in (
         ("Training loss", report.train_loss, other.train_loss),
         ("Eval loss", report.eval_loss, other.eval_loss),
-    ]
+    ):
+        title = f"{title}, compared with {other.output_dir}"
+        series = (Series("this run", _smoothed(mine), 1), Series("the other", _smoothed(theirs), 2))
+        found.append(Plot(title, "per label token", series, span="half"))
+    return found
+
+
+def _smoothed(points: Sequence[tuple[int, float | None]]) -> list[Xy]:
+    return smoothed([(step, value) for step, value in points if value is not None])
+
+
+def _waits(train: list[Row]) -> list[Xy]:
+    """Return the wait per step: a row's is the sum over the steps since the row before."""
+    steps = [0, *(row["step"] for row in train)]
     return [
-        Plot(
-            f"{title}, compared with {other.output_dir}",
-            "per label token",
-            (
-                Series("this run", smoothed(_finite(mine)), 1),
-                Series("the other", smoothed(_finite(theirs)), 2),
-            ),
-            span="half",
-        )
-        for title, mine, theirs in pairs
+        (row["step"], row["data_wait_s"] / max(row["step"] - before, 1))
+        for row, before in zip(train, steps, strict=False)
+        if row.get("data_wait_s") is not None
     ]
 
 
-def _finite(points: Sequence[tuple[int, float | None]]) -> list[Xy]:
-    return [(step, value) for step, value in points if value is not None]
-
-
-def _single(train: list[Row], marks: tuple[Mark, ...]) -> list[Plot]:
-    """Return the plots that show one measure each."""
-    rate = _points(train, "tokens_per_second_per_worker")
-    norm = _points(train, "grad_norm")
-    learning_rate = _points(train, "learning_rate")
-    return [
-        Plot("Learning rate", "", (Series("learning rate", learning_rate, 1),), marks, span="half"),
-        Plot(
-            "Gradient norm",
-            "before clipping",
-            (Series("gradient norm", norm, 1),),
-            (*marks, *_not_finite(train, "grad_norm")),
-            span="half",
-        ),
-        Plot("Speed", "tokens/s per worker", (Series("tokens/s", rate, 1),), marks, from_zero=True),
-    ]
-
-
-def _times(train: list[Row], marks: tuple[Mark, ...]) -> Plot:
-    waits: list[Xy] = []
-    previous = 0
-    for row in train:
-        waited = row.get("data_wait_s")
-        if waited is not None:
-            # The wait is the sum over the steps since the row before.
-            waits.append((row["step"], waited / max(row["step"] - previous, 1)))
-        previous = row["step"]
-    series = (
-        Series("step", _points(train, "step_s"), 1),
-        Series("data wait", waits, 2),
-    )
-    return Plot("Time per step", "s", series, marks, from_zero=True)
-
-
-def _memory(train: list[Row], marks: tuple[Mark, ...], report: RunReport) -> Plot:
-    levels: tuple[Level, ...] = ()
-    on_cpu = (report.device or "").startswith("CPU")  # where a process's memory is measured
-    if report.predicted_memory_gib is not None and not on_cpu:
-        levels = (
-            Level(report.predicted_memory_gib, f"predicted {report.predicted_memory_gib:.1f}"),
-        )
-    series = (Series("peak so far", _points(train, "peak_memory_gib"), 1),)
-    return Plot("Peak memory", "GiB, rank 0", series, marks, levels, from_zero=True)
+def _predicted(report: RunReport) -> tuple[Level, ...]:
+    """Return the predicted peak, except on a CPU, where a process's memory is measured."""
+    gib = report.predicted_memory_gib
+    if gib is None or (report.device or "").startswith("CPU"):
+        return ()
+    return (Level(gib, f"predicted {gib:.1f}"),)
 
 
 def smoothed(points: Sequence[Xy]) -> list[Xy]:
@@ -132,11 +104,6 @@ def smoothed(points: Sequence[Xy]) -> list[Xy]:
 
 def _points(rows: list[Row], key: str) -> list[Xy]:
     return [(row["step"], float(row[key])) for row in rows if row.get(key) is not None]
-
-
-def _marks(rows: Sequence[Row]) -> tuple[Mark, ...]:
-    steps = {row["step"] for row in rows if row.get("event") == "resume" and row.get("step")}
-    return tuple(Mark(step, "resumed") for step in sorted(steps))
 
 
 def _not_finite(rows: list[Row], key: str) -> tuple[Mark, ...]:

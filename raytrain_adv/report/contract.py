@@ -7,61 +7,42 @@ import re
 from pathlib import Path
 from typing import Any
 
-from raytrain_adv.report.parts import (
-    Baseline,
-    Failure,
-    NodeReport,
-    PreflightReport,
-    Record,
-    Sample,
-    Start,
-    TransformReport,
-    Variant,
-)
+from raytrain_adv.report import parts
 from raytrain_adv.report.record import RunReport, write_text
-from raytrain_adv.report.sweep_record import SweepReport
+from raytrain_adv.report.sweep_record import SweepReport, TrialReport
 
 PATH = Path(__file__).with_name("CONTRACT.md")
 SWEEP_PATH = Path(__file__).with_name("SWEEP_CONTRACT.md")
-RECORDS: tuple[type[Record], ...] = (
-    RunReport,
-    PreflightReport,
-    NodeReport,
-    TransformReport,
-    Start,
-    Sample,
-    Failure,
-    Variant,
-    Baseline,
-)
+INNER: tuple[type[parts.Record], ...] = (
+    parts.PreflightReport, parts.NodeReport, parts.TransformReport, parts.Start, parts.Sample,
+    parts.Failure, parts.Variant, parts.Baseline,
+)  # fmt: skip
+RECORDS = (RunReport, *INNER)
 
 
 def contract() -> str:
-    """Return the document."""
-    parts = [
-        "# report.json\n\nWhat a run leaves in `output_dir/report.json`. Made by `python -m "
-        "raytrain_adv.report.contract`; the same as a JSON schema: `raytrain_adv.report.record."
-        "schema()`."
-    ]
-    definitions = RunReport.model_json_schema()
-    for record in RECORDS:
-        schema = definitions if record is RunReport else definitions["$defs"][record.__name__]
-        parts.append(_table(record.__name__, schema))
-    return "\n\n".join(parts) + "\n"
+    """Return the document of report.json."""
+    begin = "# report.json\n\nWhat a run leaves in `output_dir/report.json`."
+    return _document(begin, RunReport, *INNER)
 
 
 def sweep_contract() -> str:
     """Return the document of sweep.json."""
-    definitions = SweepReport.model_json_schema()
-    parts = [
-        "# sweep.json\n\nWhat a sweep leaves in `output_dir/sweep.json`, written whenever a "
-        "trial begins or ends; each trial's folder has its own `report.json` (CONTRACT.md). "
+    begin = (
+        "# sweep.json\n\nWhat a sweep leaves in `output_dir/sweep.json`, written whenever a trial "
+        "begins or ends; each trial's folder has its own `report.json` (CONTRACT.md)."
+    )
+    return _document(begin, SweepReport, TrialReport)
+
+
+def _document(begin: str, kind: type[parts.Record], *inner: type[parts.Record]) -> str:
+    schema = kind.model_json_schema()
+    made = (
         "Made by `python -m raytrain_adv.report.contract`; the same as a JSON schema: "
-        "`raytrain_adv.report.sweep_record.schema()`.",
-        _table("SweepReport", definitions),
-        _table("TrialReport", definitions["$defs"]["TrialReport"]),
-    ]
-    return "\n\n".join(parts) + "\n"
+        f"`{kind.__module__}.{kind.__name__}.model_json_schema()`."
+    )
+    tables = [_table(one.__name__, schema["$defs"][one.__name__]) for one in inner]
+    return "\n\n".join([f"{begin} {made}", _table(kind.__name__, schema), *tables]) + "\n"
 
 
 def _table(name: str, schema: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """report.html: one file for people that opens from disk, made of report.json and metrics.jsonl."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,16 @@ from raytrain_adv.storage import metrics_file
 
 FILE_NAME = "report.html"
 MEMORY_PARTS = (
-    "parameters",
-    "gradients",
-    "optimizer",
-    "activations",
-    "logits",
-    "gathered",
-    "workspace",
-)
+    "parameters", "gradients", "optimizer", "activations", "logits", "gathered", "workspace",
+)  # fmt: skip
 KNOWN_DATA = frozenset({"train", "eval", "rows", "eval_rows"})
 Figure = tuple[str, object, str, str]
 """Label, value, unit and a remark; without a value it is not shown."""
 
 
 def write_html(report: RunReport, output_dir: str | Path, plots: bool = True) -> Path:
-    """Write report.html next to report.json and metrics.jsonl, and return its path.
-
-    Args:
-        report: what to show.
-        output_dir: folder of the run; its metrics.jsonl has the points of the plots.
-        plots: whether to draw them (plot_loss).
+    """Write report.html next to report.json and metrics.jsonl, whose rows are plotted if `plots`
+    (plot_loss); return its path.
 
     Raises:
         StorageError: when the file cannot be written.
@@ -49,7 +40,12 @@ def write_html(report: RunReport, output_dir: str | Path, plots: bool = True) ->
 def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = True) -> str:
     """Return the document."""
     on_cpu = (report.device or "").startswith("CPU")
-    whole_run = _duration(report)
+    sums = ("predicted peak", "measured peak")
+    if on_cpu:
+        sums = ("predicted peak of tensors", "peak of the process")
+    timeline = dict(report.timeline)
+    if timeline and report.seconds:
+        timeline["the whole run"] = report.seconds
     workers = text.plural(report.world_size, "worker") if report.world_size else ""
     return page(
         "run.html.j2",
@@ -62,7 +58,7 @@ def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = T
         ],
         failure=report.failure
         or (report.error and Failure(kind="", what=report.error, exit_code=3)),
-        figures=_figures(report, on_cpu, whole_run),
+        figures=_figures(report, on_cpu),
         drawings=plot.draw(charts.plots(report, rows)) if plots else [],
         variants=variants.table_rows(report),
         variant_heads=variants.HEADS,
@@ -76,9 +72,9 @@ def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = T
             if value and key not in KNOWN_DATA
         ],
         on_cpu=on_cpu,
-        memory=_memory(report, on_cpu),
-        memory_sums=_memory_sums(on_cpu),
-        timeline=_timeline(report, whole_run),
+        memory=_memory(report, sums),
+        memory_sums=sums,
+        timeline=[(phase, spent, text.seconds(spent)) for phase, spent in timeline.items()],
         batch=[(key.replace("_", " "), _plain(value)) for key, value in report.batch.items()],
         notes=[_attention(report), *report.notes],
         events=[
@@ -121,29 +117,28 @@ def _printable(value: object) -> object:
     return "".join(clean)
 
 
-def _figures(report: RunReport, on_cpu: bool, whole_run: float | None) -> list[Figure]:
+def _figures(report: RunReport, on_cpu: bool) -> list[Figure]:
     speed = "tokens/s per worker"
     if report.step_seconds is not None:
         speed += f", {text.seconds(report.step_seconds)} per step"
     predicted = report.predicted_memory_gib
     memory = "" if predicted is None else f"predicted {text.gib(predicted)} GiB"
-    if on_cpu:
-        memory = "of the process, libraries included"
+    memory = "of the process, libraries included" if on_cpu else memory
     restarts = [text.plural(report.restarts, "restart")] if report.restarts else []
     if report.resumed_from_step is not None:
         restarts.append(f"resumed from step {report.resumed_from_step:,}")
-    evaluated_as = variants.evaluated_as(report)
     of_total = f"of {report.total_steps:,}" if report.total_steps else ""
     epochs = "" if report.epochs is None else f"{report.epochs:.2f} epochs"
+    as_what = variants.evaluated_as(report)
     rate, mfu, peak = report.tokens_per_second_per_worker, report.mfu_bf16, report.peak_memory_gib
     return [
-        ("Eval loss", _last(report.eval_loss), evaluated_as, _first(report.eval_loss)),
+        ("Eval loss", _last(report.eval_loss), as_what, _first(report.eval_loss)),
         ("Train loss", _last(report.train_loss), "", _first(report.train_loss)),
         ("Speed", rate and text.rate(rate), "", speed),
         ("MFU", mfu and text.percent(mfu), "", "of the dense bf16 peak"),
         ("Peak memory", peak and text.gib(peak), "GiB", memory),
         ("Steps", f"{report.steps:,}", of_total, epochs),
-        ("Time", whole_run and text.clock(whole_run), "", ", ".join(restarts)),
+        ("Time", report.seconds and text.clock(report.seconds), "", ", ".join(restarts)),
     ]
 
 
@@ -151,14 +146,13 @@ def _baseline(report: RunReport) -> list[tuple[str, str]]:
     other = report.baseline
     if other is None:
         return []
-    rows = [("run", other.output_dir), *(("key", line) for line in other.changed_keys)]
-    if other.final_eval_loss_change is not None:
-        rows.append(("last eval loss", f"{other.final_eval_loss_change:+.2%} here"))
-    if other.speedup is not None:
-        rows.append(("speed", f"{other.speedup:.2f} x here"))
-    if other.memory_ratio is not None:
-        rows.append(("peak memory", f"{other.memory_ratio:.2f} x here"))
-    return rows
+    figures = (
+        ("last eval loss", "{:+.2%} here", other.final_eval_loss_change),
+        ("speed", "{:.2f} x here", other.speedup),
+        ("peak memory", "{:.2f} x here", other.memory_ratio),
+    )
+    found = [(label, form.format(value)) for label, form, value in figures if value is not None]
+    return [("run", other.output_dir), *(("key", line) for line in other.changed_keys), *found]
 
 
 def _set_lines(numbers: Mapping[str, Any], rows: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -179,34 +173,17 @@ def _set_lines(numbers: Mapping[str, Any], rows: Mapping[str, Any]) -> list[tupl
     return lines
 
 
-def _memory(report: RunReport, on_cpu: bool) -> list[tuple[str, float, str]]:
+def _memory(report: RunReport, sums: tuple[str, str]) -> list[tuple[str, float, str]]:
     """Return a bar for each predicted part, and for the predicted and the measured peak."""
-    sizes = [(part, report.predicted_memory.get(part)) for part in MEMORY_PARTS]
-    known = [(part, size) for part, size in sizes if isinstance(size, int | float) and size]
-    if not known:
-        return []
-    peaks = zip(
-        _memory_sums(on_cpu), (report.predicted_memory_gib, report.peak_memory_gib), strict=True
-    )
-    rows = known + [(label, size) for label, size in peaks if size is not None]
-    return [(label, size, f"{size:.2f} GiB") for label, size in rows]
-
-
-def _memory_sums(on_cpu: bool) -> tuple[str, str]:
-    if on_cpu:
-        return "predicted peak of tensors", "peak of the process"
-    return "predicted peak", "measured peak"
-
-
-def _timeline(report: RunReport, whole_run: float | None) -> list[tuple[str, float, str]]:
-    phases = dict(report.timeline)
-    if phases and whole_run:
-        phases["the whole run"] = whole_run
-    return [(phase, spent, text.seconds(spent)) for phase, spent in phases.items()]
+    sizes = {part: report.predicted_memory.get(part) for part in MEMORY_PARTS}
+    known = {part: size for part, size in sizes.items() if isinstance(size, int | float) and size}
+    peaks = zip(sums, (report.predicted_memory_gib, report.peak_memory_gib), strict=True)
+    rows = [*known.items(), *((label, size) for label, size in peaks if size is not None)]
+    return [(label, size, f"{size:.2f} GiB") for label, size in rows] if known else []
 
 
 def _node(node: NodeReport) -> tuple[str, ...]:
-    kinds = [f"{node.gpus.count(name)} x {name}" for name in dict.fromkeys(node.gpus)]
+    kinds = [f"{number} x {name}" for name, number in Counter(node.gpus).items()]
     memory = ""
     if node.free_memory_gib is not None and node.memory_gib is not None:
         memory = f"{node.free_memory_gib:.0f} / {node.memory_gib:.0f}"
@@ -223,14 +200,9 @@ def _node(node: NodeReport) -> tuple[str, ...]:
 
 
 def _start(start: Start) -> tuple[str, ...]:
-    moment = time.localtime(start.time)
-    return (
-        time.strftime("%Y-%m-%d %H:%M:%S", moment) if start.time else "",
-        f"{start.step:,}",
-        f"{start.workers:,}",
-        ", ".join(start.nodes),
-        ", ".join(start.lost),
-    )
+    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start.time)) if start.time else ""
+    places = (", ".join(start.nodes), ", ".join(start.lost))
+    return (moment, f"{start.step:,}", f"{start.workers:,}", *places)
 
 
 def _attention(report: RunReport) -> str:
@@ -247,12 +219,6 @@ def _last(points: Sequence[tuple[int, float | None]]) -> str:
 
 def _first(points: Sequence[tuple[int, float | None]]) -> str:
     return f"{text.loss(points[0][1])} at step {points[0][0]:,}" if len(points) > 1 else ""
-
-
-def _duration(report: RunReport) -> float | None:
-    if report.started_at is None or report.finished_at is None:
-        return None
-    return report.finished_at - report.started_at
 
 
 def _moment(unix_s: float) -> str:

@@ -3,7 +3,9 @@
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,12 +43,9 @@ class Record(BaseModel):
     """A frozen part of the report. The string under a field is its documentation."""
 
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(),
         allow_inf_nan=False,
-    )
+    )  # fmt: skip
 
 
 class Failure(Record):
@@ -97,27 +96,20 @@ class TransformReport(Record):
     @property
     def proof_sentence(self) -> str:
         """The proof in words; empty if there is none."""
-        if not self.proof:
-            return ""
-        return (
-            f"{self.proof['operator']} ran {self.proof['calls']} times in one training step, for "
-            f"{self.proof['modules']} modules"
-        )
+        sentence = "{operator} ran {calls} times in one training step, for {modules} modules"
+        return sentence.format(**self.proof) if self.proof else ""
 
     @classmethod
     def of(cls, plan: Plan, proof: Mapping[str, Any] | None = None) -> "TransformReport":
         """Return the report of a plan that was applied and verified."""
-        classes: dict[str, int] = {}
-        for change in plan.changes.values():
-            key = f"{change.before} -> {change.after}"
-            classes[key] = classes.get(key, 0) + 1
+        classes = Counter(f"{change.before} -> {change.after}" for change in plan.changes.values())
         reasons: dict[str, list[str]] = {}
         for fqn, reason in plan.skipped.items():
             reasons.setdefault(reason, []).append(fqn)
         return cls(
             changed=len(plan.changes),
             skipped=len(plan.skipped),
-            changed_by_class=classes,
+            changed_by_class=dict(classes),
             changed_modules=fold_names(plan.changes),
             skipped_reasons={reason: len(fqns) for reason, fqns in reasons.items()},
             skipped_modules={reason: fold_names(fqns) for reason, fqns in reasons.items()},
@@ -243,23 +235,17 @@ def fold_names(fqns: Iterable[str]) -> tuple[str, ...]:
 def _folded(texts: tuple[str, ...], numbers: Sequence[tuple[int, ...]]) -> list[str]:
     """Return one name if the numbers are a full grid (each layer x each expert), else the names."""
     axes = [sorted(set(axis)) for axis in zip(*numbers, strict=True)]
+    rows = [[str(n) for n in row] for row in numbers]
     if math.prod(map(len, axes)) == len(set(numbers)):
-        return [_joined(texts, [_span(axis) for axis in axes])]
-    return [_joined(texts, [str(n) for n in row]) for row in numbers]
-
-
-def _joined(texts: tuple[str, ...], between: list[str]) -> str:
-    return "".join(text + number for text, number in zip(texts, [*between, ""], strict=True))
+        rows = [[_span(axis) for axis in axes]]
+    return ["".join(map("".join, zip(texts, [*row, ""], strict=True))) for row in rows]
 
 
 def _span(values: list[int]) -> str:
     """Return sorted integers as 7, or as [0-3,8]."""
     if len(values) == 1:
         return str(values[0])
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
+    # Numbers of one run are as far from their places in the list.
+    grouped = groupby(enumerate(values), key=lambda place: place[1] - place[0])
+    runs = [[value for _, value in run] for _, run in grouped]
     return "[" + ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs) + "]"

@@ -8,7 +8,8 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from markupsafe import Markup
@@ -22,34 +23,31 @@ SPIKE = 20.0
 ROUND = (1, 2, 2.5, 5, 10)
 SIZES = {"wide": (960, 260), "half": (470, 190), "third": (330, 190)}
 PHONE = "third"
-MARGINS = {"left": 50, "right": 10, "top": 16, "bottom": 26}
-# Matplotlib writes colors as hex; each of these becomes a variable of the page, light or dark.
-INKS = {
-    "grid": "#010101",
-    "dim": "#020202",
-    "c1": "#030303",
-    "c2": "#040404",
-    "bad": "#050505",
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 16, 26
+"""Margins of a drawing around its axes, in pixels."""
+CURVES: dict[str, dict[str, Any]] = {
+    "line": {"linewidth": 1.6},
+    "faint": {"linewidth": 0.9, "alpha": 0.32},
+    "dots": {"linewidth": 0.9, "marker": "o", "markersize": 6},
+    "points": {"linewidth": 0, "marker": "o", "markersize": 6},
 }
+# Matplotlib writes colors as hex; each of these becomes a variable of the page, light or dark.
+INKS = {"grid": "#010101", "dim": "#020202", "c1": "#030303", "c2": "#040404", "bad": "#050505"}
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
     "font.size": 11,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
     "axes.edgecolor": INKS["grid"],
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "axes.autolimit_mode": "round_numbers",
-    "axes.xmargin": 0.0,
-    "axes.ymargin": 0.0,
+    **{f"axes.{axis}margin": 0.0 for axis in "xy"},
     "axes.formatter.limits": (-4, 6),
     "axes.formatter.useoffset": False,
     "grid.color": INKS["grid"],
-    "lines.solid_capstyle": "round",
-    "lines.solid_joinstyle": "round",
+    **{f"lines.solid_{end}style": "round" for end in ("cap", "join")},
     "text.color": INKS["dim"],
     **{f"{axis}tick.major.pad": 8 for axis in "xy"},
     **{f"{axis}tick.labelcolor": INKS["dim"] for axis in "xy"},
@@ -103,11 +101,6 @@ class Plot:
     """The horizontal axis. Steps begin at 0; of anything else, positive values that differ much get
     a logarithmic axis."""
 
-    @property
-    def x_label(self) -> str:
-        """The horizontal axis in words."""
-        return "optimizer steps" if self.over == "step" else self.over
-
 
 @dataclass(frozen=True)
 class Drawing:
@@ -132,11 +125,10 @@ def thinned(points: Sequence[Xy], limit: int = MAX_POINTS) -> list[Xy]:
     if len(points) <= limit:
         return list(points)
     num_stretches = (limit - 2) // 2
+    ends = [i * len(points) // num_stretches for i in range(num_stretches + 1)]
     kept = {0, len(points) - 1}
-    for i in range(num_stretches):
-        stretch = range(i * len(points) // num_stretches, (i + 1) * len(points) // num_stretches)
-        kept.add(min(stretch, key=lambda j: points[j][1]))
-        kept.add(max(stretch, key=lambda j: points[j][1]))
+    for start, end in pairwise(ends):
+        kept |= {pick(range(start, end), key=lambda i: points[i][1]) for pick in (min, max)}
     return [points[i] for i in sorted(kept)]
 
 
@@ -146,7 +138,7 @@ def _drawable(plot: Plot) -> list[Series]:
     for one in plot.series:
         points = [(x, y) for x, y in one.points if math.isfinite(x) and math.isfinite(y)]
         if points:
-            found.append(Series(one.name, thinned(points), one.color, one.style))
+            found.append(replace(one, points=thinned(points)))
     return found
 
 
@@ -156,10 +148,6 @@ def _draw(plot: Plot, series: list[Series]) -> Drawing:
     keys += [("level", level.label) for level in plot.levels]
     marks = dict.fromkeys(("alarm" if m.alarming else "mark", m.label) for m in plot.marks)
     shapes = [(shown, *_svg(plot, series, *SIZES[size])) for shown, size in sizes.items()]
-    return Drawing(plot, [*keys, *marks], shapes, _data(plot, series))
-
-
-def _data(plot: Plot, series: list[Series]) -> str:
     low, high, is_log = _x_range(plot, series)
     points = [
         [s.name, s.color, [[float(f"{x:.6g}"), float(f"{y:.6g}")] for x, y in s.points]]
@@ -167,7 +155,7 @@ def _data(plot: Plot, series: list[Series]) -> str:
         if s.style != "faint"
     ]
     data = {"x": [low, high], "over": plot.over, "log": is_log, "series": points}
-    return json.dumps(data, separators=(",", ":"))
+    return Drawing(plot, [*keys, *marks], shapes, json.dumps(data, separators=(",", ":")))
 
 
 def _x_range(plot: Plot, series: list[Series]) -> tuple[float, float, bool]:
@@ -191,15 +179,13 @@ def _svg(
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    left, right = MARGINS["left"] / width, 1 - MARGINS["right"] / width
-    bottom, top = MARGINS["bottom"] / height, 1 - MARGINS["top"] / height
-    label = f"{plot.title} over {plot.x_label}"
+    left, right, bottom, top = LEFT / width, 1 - RIGHT / width, BOTTOM / height, 1 - TOP / height
+    label = f"{plot.title} over {'optimizer steps' if plot.over == 'step' else plot.over}"
     salt = {"svg.hashsalt": f"{label} {width}"}  # ids differ between drawings, not between runs
     with style.context({**STYLE, **salt}, after_reset=True), io.StringIO() as file:
         figure = Figure(figsize=(width / 72, height / 72))  # matplotlib's SVG has 72 to the inch
         axes = figure.add_axes((left, bottom, right - left, top - bottom))
-        for one in series:
-            _curve(axes, one)
+        _curves(axes, series)
         _scale(axes, plot, series, narrow=width < SIZES["half"][0])
         _lines(axes, plot)
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -207,29 +193,20 @@ def _svg(
         return _inline(file.getvalue(), label), {"left": round(left, 4), "right": round(right, 4)}
 
 
-def _curve(axes: Axes, series: Series) -> None:
-    styles: dict[str, dict[str, Any]] = {
-        "line": {"linewidth": 1.6},
-        "faint": {"linewidth": 0.9, "alpha": 0.32},
-        "dots": {"linewidth": 0.9, "marker": "o", "markersize": 6},
-        "points": {"linewidth": 0, "marker": "o", "markersize": 6},
-    }
-    look = styles["dots" if len(series.points) == 1 else series.style]
-    axes.plot(
-        *zip(*series.points, strict=True),
-        color=INKS[f"c{series.color}"],
-        markeredgewidth=0,
-        clip_on=False,
-        **look,
-    )
+def _curves(axes: Axes, series: list[Series]) -> None:
+    for one in series:
+        style = CURVES["dots" if len(one.points) == 1 else one.style]
+        style = {**style, "color": INKS[f"c{one.color}"], "markeredgewidth": 0}
+        axes.plot(*zip(*one.points, strict=True), clip_on=False, **style)
 
 
 def _lines(axes: Axes, plot: Plot) -> None:
+    style: dict[str, Any] = {"linewidth": 1.2, "clip_on": False}
     for level in plot.levels:
-        axes.axhline(level.value, color=INKS["c2"], linewidth=1.2, dashes=(5, 4), clip_on=False)
+        axes.axhline(level.value, color=INKS["c2"], dashes=(5, 4), **style)
     for mark in plot.marks:
         color = INKS["bad" if mark.alarming else "dim"]
-        axes.axvline(mark.step, color=color, linewidth=1.2, dashes=(2, 3), clip_on=False)
+        axes.axvline(mark.step, color=color, dashes=(2, 3), **style)
 
 
 def _scale(axes: Axes, plot: Plot, series: list[Series], narrow: bool) -> None:
@@ -239,24 +216,17 @@ def _scale(axes: Axes, plot: Plot, series: list[Series], narrow: bool) -> None:
     low, high, is_log = _x_range(plot, series)
     values = sorted([y for s in series for _, y in s.points] + [v.value for v in plot.levels])
     # One spike would press everything else to the ground.
-    has_spike = (
-        not plot.from_zero and values[0] > 0 and values[-1] > SPIKE * values[len(values) // 2]
-    )
-    if is_log:
-        axes.set_xscale("log")
-    else:
-        axes.xaxis.set_major_locator(
-            MaxNLocator(4 if narrow else 8, steps=ROUND, integer=plot.over == "step")
-        )
-    if has_spike:
-        axes.set_yscale("log")
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND))
-    for axis, log in ((axes.xaxis, is_log), (axes.yaxis, has_spike)):
-        if log or (axis is axes.xaxis and plot.over == "step"):
-            axis.set_major_formatter("{x:,.7g}")
+    has_spike = values[0] > 0 and values[-1] > SPIKE * values[len(values) // 2]
+    has_spike = has_spike and not plot.from_zero
+    axes.set(xscale="log" if is_log else "linear", yscale="log" if has_spike else "linear")
+    x_ticks = (axes.xaxis, is_log, plot.over == "step", 4 if narrow else 8)
+    for axis, log, whole, num_ticks in (x_ticks, (axes.yaxis, has_spike, False, 4)):
         if log:
             axis.set_minor_formatter("")
+        else:
+            axis.set_major_locator(MaxNLocator(num_ticks, steps=ROUND, integer=whole))
+        if log or whole:
+            axis.set_major_formatter("{x:,.7g}")
     for line in axes.get_ygridlines():
         line.set_clip_on(False)
     axes.set_xlim(low, high)
@@ -266,8 +236,8 @@ def _scale(axes: Axes, plot: Plot, series: list[Series], narrow: bool) -> None:
 
 
 def _inline(document: str, label: str) -> Markup:
-    """Return a file of matplotlib's as an element of the page: without its header, style sheet and
-    names of groups, and in the page's colors.
+    """Return matplotlib's file as an element of the page, in the page's colors: without its header,
+    style sheet and names of groups.
     """
     size = re.search(r'viewBox="[^"]*"', document)
     svg = document[document.index("<g ") : document.rindex("</svg>")]
@@ -276,7 +246,5 @@ def _inline(document: str, label: str) -> Markup:
     svg = re.sub(r"\s*\n\s*", " ", svg)
     for name, color in INKS.items():
         svg = svg.replace(color, f"var(--{name})")
-    opening = Markup('<svg {} role="img" aria-label="{}">').format(
-        Markup(size[0] if size else ""), label
-    )
-    return opening + Markup(svg) + Markup("</svg>")
+    element = Markup('<svg {} role="img" aria-label="{}">{}</svg>')
+    return element.format(Markup(size[0] if size else ""), label, Markup(svg))

@@ -27,8 +27,6 @@ from raytrain_adv.report.parts import (
 from raytrain_adv.storage.atomic import write_atomic
 
 FILE_NAME = "report.json"
-
-
 OF_CONVERTED = (
     "quantized_dir",
     "quantized_gib",
@@ -156,6 +154,13 @@ class RunReport(Record):
     """Anything else a reader should know, one sentence each."""
 
     @property
+    def seconds(self) -> float | None:
+        """From the launch command's start to the run's end; None while it runs."""
+        if self.started_at is None or self.finished_at is None:
+            return None
+        return self.finished_at - self.started_at
+
+    @property
     def converted(self) -> tuple[str, str | None, float | None]:
         """Label, folder and size of the model that export converted; nulls without one."""
         return "quantized", self.quantized_dir, self.quantized_gib
@@ -174,25 +179,11 @@ class RunReport(Record):
 def describe_failure(error: BaseException, rank: int | None = None, trace: str = "") -> Failure:
     """Return the error in its parts; a foreign error's type and message are its `what`."""
     kind = type(error).__name__
+    parts: dict[str, Any] = {"what": f"{kind}: {error}" if str(error) else kind}
     if isinstance(error, RaytrainAdvError):
-        return Failure(
-            kind=kind,
-            what=error.what,
-            found=error.found,
-            fix=error.fix,
-            exit_code=error.exit_code,
-            rank=rank,
-            trace=trace,
-        )
-    what = f"{kind}: {error}" if str(error) else kind
-    return Failure(
-        kind=kind, what=what, exit_code=RaytrainAdvError.exit_code, rank=rank, trace=trace
-    )
-
-
-def schema() -> dict[str, Any]:
-    """Return the JSON schema of report.json, with each field's sentence."""
-    return RunReport.model_json_schema()
+        parts = {"what": error.what, "found": error.found, "fix": error.fix}
+    code = (error if isinstance(error, RaytrainAdvError) else RaytrainAdvError).exit_code
+    return Failure(kind=kind, **parts, exit_code=code, rank=rank, trace=trace)
 
 
 def write(report: RunReport, output_dir: str | Path) -> Path:
@@ -214,10 +205,9 @@ def write_text(text: str, path: Path) -> Path:
     try:
         write_atomic(path, hide_environment(text))
     except OSError as error:
+        found = f"{path}: {error.strerror or error}"
         fix = "free space, or choose an output_dir that can be written to"
-        raise StorageError(
-            "The report cannot be written", f"{path}: {error.strerror or error}", fix
-        ) from error
+        raise StorageError("The report cannot be written", found, fix) from error
     return path
 
 
@@ -231,10 +221,8 @@ def read(output_dir: str | Path) -> RunReport:
     try:
         return RunReport.model_validate_json(path.read_bytes())
     except OSError as error:
-        found = f"{path}: {error.strerror or error}"
-        raise StorageError(
-            "There is no report to read", found, "give the output_dir of a run"
-        ) from error
+        found, fix = f"{path}: {error.strerror or error}", "give the output_dir of a run"
+        raise StorageError("There is no report to read", found, fix) from error
     except ValidationError as error:
         first = error.errors()[0]
         found = f"{path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"

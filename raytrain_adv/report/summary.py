@@ -1,15 +1,13 @@
 """The closing lines of a run on the console."""
 
-import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raytrain_adv import text
+from raytrain_adv import tables, text
 from raytrain_adv.report import variants
 from raytrain_adv.report.parts import Baseline, Sample, Start
 from raytrain_adv.report.record import RunReport
@@ -34,10 +32,7 @@ def columns(rows: Sequence[Sequence[str]], num_left: int = 2) -> str:
         table.add_column(justify="left" if i < num_left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console(file=io.StringIO(), width=UNLIMITED, color_system=None)
-    with console.capture() as captured:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    return tables.plain(table, UNLIMITED)
 
 
 def story(starts: Sequence[Start]) -> str:
@@ -81,13 +76,12 @@ def _variants(report: RunReport) -> str:
 def _compared(other: Baseline | None) -> str:
     if other is None:
         return ""
-    parts = []
-    if other.final_eval_loss_change is not None:
-        parts.append(f"eval loss {other.final_eval_loss_change:+.2%}")
-    if other.speedup is not None:
-        parts.append(f"{other.speedup:.2f} x the speed")
-    if other.memory_ratio is not None:
-        parts.append(f"{other.memory_ratio:.2f} x the memory")
+    figures = (
+        ("eval loss {:+.2%}", other.final_eval_loss_change),
+        ("{:.2f} x the speed", other.speedup),
+        ("{:.2f} x the memory", other.memory_ratio),
+    )
+    parts = [form.format(value) for form, value in figures if value is not None]
     return f"{', '.join(parts)} of {other.output_dir}"
 
 
@@ -145,14 +139,11 @@ def _timeline(report: RunReport) -> str:
 def _places(report: RunReport) -> list[tuple[str, str]]:
     output_dir = Path(str(report.job.get("output_dir") or "."))
     places = []
-    for label, folder, gib in (
-        ("model", report.model_dir, report.model_gib),
-        report.converted,
-    ):
+    for label, folder, gib in (("model", report.model_dir, report.model_gib), report.converted):
         if folder:
             places.append((label, folder + ("" if gib is None else f" ({text.disk(gib)})")))
-    places.append(("report", str(output_dir / "report.html")))
-    return [*places, ("figures", str(output_dir / "report.json"))]
+    files = {"report": "report.html", "figures": "report.json"}
+    return [*places, *((label, str(output_dir / name)) for label, name in files.items())]
 
 
 def _sample(sample: Sample) -> str:

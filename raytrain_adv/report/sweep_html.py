@@ -1,18 +1,36 @@
-"""sweep.html: the trials of a sweep compared, in one file for people that opens from disk."""
+"""The trials of a sweep compared: sweep.html, one file that opens from disk, and a text table."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from raytrain_adv import text
-from raytrain_adv.config.sweep import NEVER, SWITCH
+from raytrain_adv.config.sweep import CONVERTED_LOSS, NEVER, SWITCH
 from raytrain_adv.report.html import Figure, page
 from raytrain_adv.report.plot import Level, Plot, Series, Xy, draw
 from raytrain_adv.report.record import write_text
+from raytrain_adv.report.summary import columns
 from raytrain_adv.report.sweep_record import SweepReport, TrialReport
-from raytrain_adv.report.sweep_table import HEADS, cells, figure, written
 
 FILE_NAME = "sweep.html"
+HEADS = {
+    "eval_loss": "eval loss",
+    CONVERTED_LOSS: CONVERTED_LOSS.replace("_", " "),
+    "train_loss": "train loss",
+    "tokens_per_second_per_worker": "tokens/s",
+    "step_seconds": "step",
+    "peak_memory_gib": "peak GiB",
+    "mfu_bf16": "MFU",
+}
+ALWAYS = ("eval_loss", "train_loss", "tokens_per_second_per_worker", "peak_memory_gib")
+FORMS = {
+    "tokens_per_second_per_worker": text.rate,
+    "step_seconds": text.seconds,
+    "peak_memory_gib": text.gib,
+    "mfu_bf16": text.percent,
+}
+BEST = "best"
+MAX_CELL = 40
 
 
 def write_html(report: SweepReport, output_dir: str | Path) -> Path:
@@ -54,10 +72,9 @@ def _figures(report: SweepReport) -> list[Figure]:
         value = figure(report.metric, report.trial(report.best).metric)
         found.append((f"Best {HEADS[report.metric]}", value, "", report.best))
     states = [t.status for t in report.trials]
-    others = [
-        f"{states.count(s)} {s}" for s in ("stopped", "failed", "running", "waiting") if s in states
-    ]
-    found.append(("Done", f"{states.count('done')} of {len(states)}", "", ", ".join(others)))
+    others = [s for s in ("stopped", "failed", "running", "waiting") if s in states]
+    more = ", ".join(f"{states.count(s)} {s}" for s in others)
+    found.append(("Done", f"{states.count('done')} of {len(states)}", "", more))
     if report.started_at is not None and report.finished_at is not None:
         at_once = report.max_concurrent_trials
         passed = text.clock(report.finished_at - report.started_at)
@@ -68,28 +85,19 @@ def _figures(report: SweepReport) -> list[Figure]:
 def _plot(report: SweepReport, key: str, points: list[Xy]) -> Plot:
     """Return the metric over a key's numbers; each other value of the key is a level."""
     pick = min if report.mode == "min" else max
-    best = [
-        (x, pick(y for other, y in points if other == x)) for x in sorted({x for x, _ in points})
-    ]
+    xs = sorted({x for x, _ in points})
+    best = [(x, pick(y for other, y in points if other == x)) for x in xs]
     series = [Series("each trial", points, 1, "points"), Series("best of each value", best, 2)]
     if len(best) == len(points):
         series = [Series("trial", points, 1, "dots")]
-    levels = _best_of_each(report, [t for t in _measured(report) if _number(t, key) is None], key)
-    return Plot(
-        f"{HEADS[report.metric].capitalize()} over {key}",
-        "lower is better" if report.mode == "min" else "higher is better",
-        tuple(series),
-        levels=tuple(
-            Level(value, f"{_level(key, label)}  {figure(report.metric, value)}")
-            for label, value in levels.items()
-        ),
-        span="wide",
-        over=key,
-    )
-
-
-def _level(key: str, label: str) -> str:
-    return "PTQ (never)" if key == SWITCH and label == NEVER else f"{key}: {label}"
+    levels = []
+    others = [t for t in _measured(report) if _number(t, key) is None]
+    for value, metric in _best_of_each(report, others, key).items():
+        label = "PTQ (never)" if key == SWITCH and value == NEVER else f"{key}: {value}"
+        levels.append(Level(metric, f"{label}  {figure(report.metric, metric)}"))
+    title = f"{HEADS[report.metric].capitalize()} over {key}"
+    better = "lower is better" if report.mode == "min" else "higher is better"
+    return Plot(title, better, tuple(series), levels=tuple(levels), span="wide", over=key)
 
 
 def _bars(report: SweepReport, key: str) -> list[tuple[str, float, str]]:
@@ -127,3 +135,49 @@ def _number(trial: TrialReport, key: str) -> float | None:
         return 0.0
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number else None
+
+
+def figure(metric: str, value: float | None) -> str:
+    """Return a metric's value as people read it."""
+    return FORMS.get(metric, text.loss)(value)
+
+
+def cells(report: SweepReport) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and a row for each trial: swept keys, state, the metric, other figures."""
+    known = [name for name in ALWAYS if any(getattr(t, name) is not None for t in report.trials)]
+    others = [name for name in known if name != report.metric]
+    metrics = [HEADS[name] for name in (report.metric, *others)]
+    heads = [*report.keys, "state", *metrics, "steps", "time"]
+    rows = []
+    for trial in report.trials:
+        values = [written(trial.values.get(key)) for key in report.keys]
+        state = BEST if trial.name == report.best else trial.status
+        figures = [figure(report.metric, trial.metric)]
+        figures += [figure(name, getattr(trial, name)) for name in others]
+        of_total = "" if trial.total_steps in (None, trial.steps) else f" of {trial.total_steps:,}"
+        steps = f"{trial.steps:,}{of_total}"
+        rows.append([*values, state, *figures, steps, text.clock(trial.seconds)])
+    return heads, rows
+
+
+def written(value: Any) -> str:
+    """Return a swept value as YAML has it, shortened."""
+    word = str(value) if isinstance(value, str | float) else text.as_yaml(value)
+    return word if len(word) <= MAX_CELL else f"{word[: MAX_CELL - 3]}..."
+
+
+def render_text(report: SweepReport) -> str:
+    """Return the table, what went wrong below it, and where everything is."""
+    heads, rows = cells(report)
+    lines = [columns([heads, *rows], num_left=len(report.keys) + 1)]
+    for trial in report.trials:
+        if trial.error:
+            lines.append(f"\n{trial.name} {trial.status}:")
+            lines += [f"  {line}" for line in trial.error.splitlines()]
+    lines.append("")
+    if report.best is not None:
+        value = f"{HEADS[report.metric]} {figure(report.metric, report.trial(report.best).metric)}"
+        lines += [f"  best      {report.best}: {value}", f"  its job   {report.best_job}"]
+    folder = report.output_dir
+    lines += [f"  report    {folder}/sweep.html", f"  figures   {folder}/sweep.json"]
+    return "\n".join(lines)

@@ -1,7 +1,7 @@
 """sweep.json: the trials of a sweep and their results; a contract that scripts read."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -127,9 +127,6 @@ def trial_report(trial: Trial, run: RunReport | None, metric: MetricName) -> Tri
         return TrialReport(**own, status="waiting")
     ended = "stopped" if run.failure is not None and run.failure.kind == STOPPED else "failed"
     figures = metrics(run)
-    passed = None
-    if run.finished_at is not None and run.started_at is not None:
-        passed = run.finished_at - run.started_at
     return TrialReport(
         **own,
         **figures,
@@ -139,7 +136,7 @@ def trial_report(trial: Trial, run: RunReport | None, metric: MetricName) -> Tri
         model_dir=run.model_dir if run.model_dir and Path(run.model_dir).is_dir() else None,
         steps=run.steps,
         total_steps=run.total_steps,
-        seconds=passed,
+        seconds=run.seconds,
         resumed_from_step=run.resumed_from_step,
     )
 
@@ -171,11 +168,5 @@ def read(output_dir: str | Path) -> SweepReport:
         return SweepReport.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
-        raise StorageError(
-            "There is no report of a sweep to read", f"{path}: {reason}", "give its output_dir"
-        ) from error
-
-
-def schema() -> dict[str, Any]:
-    """Return the JSON schema of sweep.json."""
-    return SweepReport.model_json_schema()
+        what = "There is no report of a sweep to read"
+        raise StorageError(what, f"{path}: {reason}", "give its output_dir") from error

@@ -26,12 +26,8 @@ def variants(rows: Sequence[Mapping[str, Any]]) -> tuple[Variant, ...]:
         if row.get("event") == "variant" and row.get("loss") is not None:
             key = (row["variant"], row["step"])
             found.pop(key, None)
-            found[key] = Variant(
-                name=row["variant"],
-                step=row["step"],
-                loss=row["loss"],
-                perplexity=row["perplexity"],
-            )
+            figures = {name: row[name] for name in ("step", "loss", "perplexity")}
+            found[key] = Variant(name=row["variant"], **figures)
     return tuple(found.values())
 
 
@@ -43,14 +39,11 @@ def converted_loss(found: Sequence[Variant]) -> float | None:
 
 
 def reference(found: Sequence[Variant]) -> tuple[Variant, Variant] | None:
-    """Return bf16 and PTQ of the same weights: the twin's, else those at which rounding
-    began.
-    """
-    for ending in (f" {TWIN}", ""):
-        named = {v.name: v for v in found}
-        ptq = f"{PTQ} of the {TWIN}" if ending else PTQ
-        if f"{BF16}{ending}" in named and ptq in named:
-            return named[f"{BF16}{ending}"], named[ptq]
+    """Return bf16 and PTQ of the same weights: the twin's, else those at which rounding began."""
+    named = {v.name: v for v in found}
+    for bf16, ptq in ((f"{BF16} {TWIN}", f"{PTQ} of the {TWIN}"), (BF16, PTQ)):
+        if bf16 in named and ptq in named:
+            return named[bf16], named[ptq]
     return None
 
 
@@ -83,18 +76,13 @@ def degradation(variant: Variant, found: Sequence[Variant]) -> float | None:
 
 def table_rows(report: RunReport) -> list[tuple[str, str, str, str, str]]:
     """Return a line per variant, in the order of HEADS."""
-    found = report.variants
-    shares = [degradation(variant, found) for variant in found]
-    return [
-        (
-            variant.name,
-            f"{variant.step:,}",
-            text.loss(variant.loss),
-            text.compact(variant.perplexity),
-            "-" if share is None else f"{share:+.2%}".replace("-0.00%", "+0.00%"),
-        )
-        for variant, share in zip(found, shares, strict=True)
-    ]
+    rows = []
+    for v in report.variants:
+        share = degradation(v, report.variants)
+        against = "-" if share is None else f"{share:+.2%}".replace("-0.00%", "+0.00%")
+        figures = (text.loss(v.loss), text.compact(v.perplexity), against)
+        rows.append((v.name, f"{v.step:,}", *figures))
+    return rows
 
 
 def sentence(report: RunReport) -> str:

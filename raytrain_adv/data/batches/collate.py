@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.sequences import Sequence
@@ -12,7 +13,6 @@ from raytrain_adv.ops.loss import IGNORE
 
 MULTIPLE = 16
 """Matrix products in 8 bits need the number of tokens of a forward pass to be divisible by 16."""
-
 BOUNDS = 64
 """Bounds of packed conversations come in multiples of it."""
 
@@ -26,18 +26,12 @@ class PadTo:
 
     def length(self, longest: int) -> int:
         """Return the padded length of a batch whose longest sequence has `longest` tokens."""
-        for allowed in self.lengths:
-            if longest <= allowed:
-                return allowed
-        return _round_up(longest)
+        return next((n for n in self.lengths if longest <= n), _round_up(longest))
 
 
 def pad_to(job: JobConfig) -> PadTo:
-    """Choose the lengths for a job.
-
-    Packed sequences are padded to cutoff_len. With torch_compile, others are padded to an eighth, a
-    quarter, a half or all of it, so that a handful of graphs is compiled and not one per length;
-    else to the next multiple of 16.
+    """Choose the lengths: cutoff_len for packed sequences. Others are padded to the next multiple
+    of 16; with torch_compile to an eighth, a quarter, a half or all of it, for few compiled graphs.
     """
     cutoff = job.data.cutoff_len
     if job.data.packing or job.data.neat_packing:
@@ -82,17 +76,12 @@ def collate(
 
 
 def bounds(position_ids: torch.Tensor) -> torch.Tensor:
-    """Return where conversations begin in packed sequences laid end to end, and their end: what
-    flash attention takes instead of a mask.
-
-    Filled up with empty conversations at the end to a multiple of BOUNDS: a handful of shapes, so a
-    handful of compiled graphs.
+    """Return where conversations begin in packed sequences laid end to end, and their end, as flash
+    attention takes it: int32 [conversations + 1], ascending. Empty conversations at the end fill it
+    up to a multiple of BOUNDS: few shapes, few compiled graphs.
 
     Args:
         position_ids: [sequences, time], from 0 in each conversation.
-
-    Returns:
-        int32 [conversations + 1], ascending.
     """
     flat = position_ids.flatten()
     starts = torch.nonzero(flat == 0).flatten().to(torch.int32)
@@ -102,9 +91,7 @@ def bounds(position_ids: torch.Tensor) -> torch.Tensor:
     return filled
 
 
-def _restarting(
-    segments: tuple[int, ...], length: int
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _restarting(segments: tuple[int, ...], length: int) -> NDArray[np.int64]:
     padding = length - sum(segments)
     return np.concatenate([np.arange(n, dtype=np.int64) for n in (*segments, padding)])
 

@@ -24,8 +24,8 @@ from raytrain_adv.run.schedule import Arithmetic
 class MicroBatch:
     """What one forward and backward pass takes.
 
-    inputs holds input_ids [sequences, time] and, with neat_packing, position_ids of the same shape,
-    for flash attention also the conversations' bounds and a length that none exceeds; labels
+    inputs: input_ids [sequences, time] and, with neat_packing, position_ids of the same shape, for
+    flash attention also the conversations' bounds and a length that none exceeds; labels
     [sequences, time] are shifted already, -100 where no loss is taken.
     """
 
@@ -103,16 +103,13 @@ class Batches:
 
     def step(self, step: int) -> StepBatch:
         """Return this rank's micro-batches of optimizer step `step` (from 0), on the CPU."""
-        a = self.arithmetic
-        indices = self.indices(step)
-        micro_batches, labels, tokens = [], 0, 0
-        for number in range(self.first, self.first + a.accumulation_steps):
-            chosen = indices[number * a.micro_batch : (number + 1) * a.micro_batch]
-            batch = self.micro_batch(number, [int(i) for i in chosen])
-            micro_batches.append(batch)
-            labels += int((batch.labels != IGNORE).sum())
-            tokens += batch.num_tokens
-        return StepBatch(step, micro_batches, labels, tokens)
+        a, indices = self.arithmetic, self.indices(step).tolist()
+        batches = [
+            self.micro_batch(number, indices[number * a.micro_batch : (number + 1) * a.micro_batch])
+            for number in range(self.first, self.first + a.accumulation_steps)
+        ]
+        num_labels = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+        return StepBatch(step, batches, num_labels, sum(batch.num_tokens for batch in batches))
 
     def micro_batch(self, number: int, indices: list[int]) -> MicroBatch:
         """Return the sequences of these indices as padded tensors."""
@@ -123,9 +120,8 @@ class Batches:
         labels = tensors.pop("labels")
         inputs: dict[str, torch.Tensor | int] = {**tensors}
         if self.by_bounds:
-            # The names by which transformers hands them to flash attention. It would find them
-            # itself in position_ids, but only for a single sequence: in a batch of several, packed
-            # conversations would see each other.
+            # transformers' names. It would find the bounds itself in position_ids, but only of a
+            # single sequence: in a batch of several, packed conversations would see each other.
             starts = bounds(tensors["position_ids"])
             inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
             longest = tensors["input_ids"].shape[1]
@@ -140,11 +136,6 @@ class Batches:
         )
 
 
-def to_device(batch: StepBatch, device: torch.device) -> StepBatch:
-    """Return the batch with its tensors on the device."""
-    return replace(batch, micro_batches=[m.on(device) for m in batch.micro_batches])
-
-
 class Prefetcher:
     """Makes the next steps' batches in a thread while the current one is computed."""
 
@@ -156,16 +147,14 @@ class Prefetcher:
         self.waited_s = 0.0
         """Seconds the training loop has waited for data so far."""
         self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._fill, args=(batches, range(first, last)), daemon=True
-        )
+        steps = range(first, last)
+        self._thread = threading.Thread(target=self._fill, args=(batches, steps), daemon=True)
         self._thread.start()
 
     def _fill(self, batches: Batches, steps: range) -> None:
         try:
             for step in steps:
-                batch: StepBatch | BaseException = batches.step(step)
-                if not self._put(batch):
+                if not self._put(batches.step(step)):
                     return
         except BaseException as error:  # handed to the training loop, which raises it
             self._put(error)
@@ -186,7 +175,7 @@ class Prefetcher:
         self.waited_s += time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item
-        return to_device(item, self.device)
+        return replace(item, micro_batches=[m.on(self.device) for m in item.micro_batches])
 
     def close(self) -> None:
         """Stop the thread."""
@@ -197,9 +186,7 @@ class Prefetcher:
 def eval_batches(
     batches: Batches, size: int, rank: int, world_size: int
 ) -> Iterator[MicroBatch | None]:
-    """Yield this rank's evaluation micro-batches; None where the others still have one and this
-    rank has not.
-    """
+    """Yield this rank's evaluation micro-batches; None where only other ranks still have one."""
     total = len(batches.data)
     num_batches = -(-total // size)
     for first in range(0, num_batches, world_size):

@@ -1,5 +1,4 @@
-"""Which sequences make up which step: a pure function of seed and step, the same for any number of
-workers."""
+"""The sequences of each step: a pure function of seed and step, not of the number of workers."""
 
 from functools import lru_cache
 

@@ -1,6 +1,6 @@
-"""Training sequences, read from memory-mapped tokens: single conversations, or several packed into
-one."""
+"""Training sequences, read from memory-mapped tokens: one conversation each, or several packed."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +26,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Tokenized conversations, one after the other, as the cache holds them."""
+    """Tokenized conversations, one after the other, as in the cache."""
 
     ids: NDArray[np.int32]
     """[tokens], memory-mapped"""
@@ -50,8 +50,7 @@ class TokenRows:
         return np.array(self.ids[self.offsets[row] : self.offsets[row + 1]])
 
     def labels(self, row: int) -> NDArray[np.int32]:
-        """Return the shifted labels of one row: [T]; the last is always -100, so rows can be
-        joined."""
+        """Return the shifted labels of one row: [T]; the last is -100, so rows can be joined."""
         start, end = self.offsets[row], self.offsets[row + 1]
         labels = np.full(end - start, IGNORE, dtype=np.int32)
         labels[:-1] = np.where(self.trained[start + 1 : end], self.ids[start + 1 : end], IGNORE)
@@ -73,9 +72,7 @@ class SequenceSet:
         """Join rows `members[i]` into sequence i."""
         self.rows = rows
         self.members = members
-        self.lengths: NDArray[np.int64] = np.array(
-            [rows.lengths[m].sum() for m in members], dtype=np.int64
-        )
+        self.lengths = np.array([rows.lengths[m].sum() for m in members], dtype=np.int64)
         """Tokens of each sequence: [sequences]."""
 
     def __len__(self) -> int:
@@ -95,8 +92,7 @@ class SequenceSet:
     def attention_length(self, apart: bool) -> float:
         """Return the mean over all tokens of the length that each one's attention spans.
 
-        Args:
-            apart: packed conversations do not see each other.
+        `apart`: packed conversations do not see each other.
         """
         parts = [self.rows.lengths[m] for m in self.members] if apart else [self.lengths]
         lengths = np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)
@@ -106,3 +102,40 @@ class SequenceSet:
     def label_counts(self) -> NDArray[np.int64]:
         """Label tokens of each sequence: [sequences]."""
         return np.array([self.rows.label_counts[m].sum() for m in self.members], dtype=np.int64)
+
+
+def pack(lengths: NDArray[np.int64], capacity: int) -> list[NDArray[np.int64]]:
+    """Group items so that each group's lengths add up to at most `capacity`: greedy best fit,
+    longest item first; return the indices of each group's items.
+
+    It depends on the lengths alone; equal lengths are taken in index order. A group lists its items
+    in index order, and groups are ordered by their first item, which keeps file order if possible.
+
+    Args:
+        lengths: tokens of each item, [items], each at most `capacity`.
+        capacity: tokens that fit into a group.
+    """
+    groups: list[list[int]] = []
+    open_groups: dict[int, list[int]] = {}  # room left -> groups with that much room
+    rooms: list[int] = []  # keys of open_groups, ascending
+    shortest = int(lengths.min()) if len(lengths) else 0
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[item])
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            room, group = capacity, len(groups)
+            groups.append([])
+        else:
+            room = rooms[at]
+            group = open_groups[room].pop()
+            if not open_groups[room]:
+                del open_groups[room], rooms[at]
+        groups[group].append(item)
+        left = room - length
+        if left >= shortest:
+            if left not in open_groups:
+                open_groups[left] = []
+                insort(rooms, left)
+            open_groups[left].append(group)
+    ordered = sorted(sorted(group) for group in groups)
+    return [np.array(group, dtype=np.int64) for group in ordered]

@@ -1,5 +1,4 @@
-"""What the job's dataset keys name: entries of dataset_info.json, paths, Hub datasets, the built-in
-set."""
+"""Resolve the job's dataset keys: entries of dataset_info.json, paths, Hub datasets, built-ins."""
 
 import json
 import re
@@ -21,30 +20,15 @@ Kind = Literal["files", "hub", "builtin"]
 
 _COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
 _OTHER_STAGES = ("images", "videos", "audios", "chosen", "rejected", "kto_tag")
-_TAGS = (
-    "role_tag",
-    "content_tag",
-    "user_tag",
-    "assistant_tag",
-    "observation_tag",
-    "function_tag",
-    "system_tag",
+_TAGS = tuple(
+    f"{name}_tag"
+    for name in ("role", "content", "user", "assistant", "observation", "function", "system")
 )
 _SOURCES = ("file_name", "hf_hub_url", "builtin")
 _MIRRORS = ("ms_hub_url", "om_hub_url")
 _REFUSED = ("script_url", "cloud_file_name", *_MIRRORS)
-_KEYS = (
-    *_SOURCES,
-    "formatting",
-    "subset",
-    "split",
-    "folder",
-    "num_samples",
-    "columns",
-    "tags",
-    "ranking",
-    *_REFUSED,
-)
+_PLAIN = ("formatting", "subset", "split", "folder", "num_samples", "columns", "tags", "ranking")
+_KEYS = (*_SOURCES, *_PLAIN, *_REFUSED)
 
 
 @dataclass(frozen=True)
@@ -78,23 +62,14 @@ def resolve(names: str | list[str] | None, data: DataConfig, key: str) -> list[E
     listed = names.split(",") if isinstance(names, str) else list(names or [])
     wanted = [name.strip() for name in listed if name.strip()]
     if not wanted:
-        raise JobError(
-            f"The job names no {key}",
-            f"{key}: {names!r}",
-            f"name a dataset of {INFO_FILE}, a file or a Hub dataset",
-        )
-    _refuse_remote_dir(data.dataset_dir)
-    info = _read_info(Path(data.dataset_dir))
-    return [_resolve_one(name, info, Path(data.dataset_dir), key) for name in wanted]
-
-
-def _refuse_remote_dir(dataset_dir: str) -> None:
-    if dataset_dir == "ONLINE" or dataset_dir.startswith("REMOTE:"):
-        raise JobError(
-            "dataset_dir must be a folder",
-            f"dataset_dir: {dataset_dir}",
-            "write Hub datasets as owner/name under dataset, and make dataset_dir a folder",
-        )
+        fix = f"name a dataset of {INFO_FILE}, a file or a Hub dataset"
+        raise JobError(f"The job names no {key}", f"{key}: {names!r}", fix)
+    folder = data.dataset_dir
+    if folder == "ONLINE" or folder.startswith("REMOTE:"):
+        fix = "write Hub datasets as owner/name under dataset, and make dataset_dir a folder"
+        raise JobError("dataset_dir must be a folder", f"dataset_dir: {folder}", fix)
+    info = _read_info(Path(folder))
+    return [_resolve_one(name, info, Path(folder), key) for name in wanted]
 
 
 def _read_info(dataset_dir: Path) -> dict[str, Any]:
@@ -106,21 +81,16 @@ def _read_info(dataset_dir: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        raise JobError(
-            f"{path} cannot be read", str(error), "make it a readable UTF-8 file"
-        ) from error
+        fix = "make it a readable UTF-8 file"
+        raise JobError(f"{path} cannot be read", str(error), fix) from error
     try:
         info = json.loads(text)
     except json.JSONDecodeError as error:
-        raise JobError(
-            f"{path} is not valid JSON", f"line {error.lineno}: {error.msg}", "correct it"
-        ) from error
+        found = f"line {error.lineno}: {error.msg}"
+        raise JobError(f"{path} is not valid JSON", found, "correct it") from error
     if not isinstance(info, dict):
-        raise JobError(
-            f"{path} must map dataset names to entries",
-            f"a JSON {type(info).__name__}",
-            "make it an object",
-        )
+        what = f"{path} must map dataset names to entries"
+        raise JobError(what, f"a JSON {type(info).__name__}", "make it an object")
     return info
 
 
@@ -141,49 +111,38 @@ def _resolve_one(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -
 def _not_found(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -> JobError:
     folder = Path(name).expanduser().parent
     files = [str(folder / p.name) for p in folder.iterdir()] if folder.is_dir() else []
-    beside = sorted(p.name for p in dataset_dir.iterdir()) if dataset_dir.is_dir() else []
-    beside = [file for file in beside if Path(file).suffix in FILE_TYPES and file != INFO_FILE]
-    names = [*info, *BUILTIN_SETS, *beside]
-    same = [file for file in beside if Path(file).stem == name]
+    inside = sorted(dataset_dir.iterdir()) if dataset_dir.is_dir() else []
+    there = [p.name for p in inside if p.suffix in FILE_TYPES and p.name != INFO_FILE]
     near = (
-        next(iter(same), None)
-        or nearest(name, names)
+        next((file for file in there if Path(file).stem == name), None)
+        or nearest(name, [*info, *BUILTIN_SETS, *there])
         or nearest(str(Path(name).expanduser()), files)
     )
-    known = f"{dataset_dir / INFO_FILE} has {len(info)} entries"
-    if not (dataset_dir / INFO_FILE).is_file():
-        known = f"there is no {dataset_dir / INFO_FILE}"
+    path = dataset_dir / INFO_FILE
+    known = f"{path} has {len(info)} entries" if path.is_file() else f"there is no {path}"
     other = "correct the name; a Hub dataset is written owner/name"
-    hint = f"did you mean {near}?" if near else other
-    return JobError(
-        f"Dataset {name} was not found", f"{key}: {name}; no such file, and {known}", hint
-    )
+    fix = f"did you mean {near}?" if near else other
+    found = f"{key}: {name}; no such file, and {known}"
+    return JobError(f"Dataset {name} was not found", found, fix)
 
 
 def _from_info(name: str, raw: Any, dataset_dir: Path) -> Entry:
     where = f"{dataset_dir / INFO_FILE}, entry {name}"
     if not isinstance(raw, dict):
-        raise JobError(
-            "A dataset entry must be an object", f"{where}: {raw!r}", 'write {"file_name": "..."}'
-        )
-    _check_keys(where, raw)
+        fix = 'write {"file_name": "..."}'
+        raise JobError("A dataset entry must be an object", f"{where}: {raw!r}", fix)
+    _refuse_unknown("Unknown key in a dataset entry", where, raw, _KEYS)
     columns = _strings(where, raw, "columns", (*_COLUMNS, *_OTHER_STAGES))
     tags = _strings(where, raw, "tags", _TAGS)
     _refuse_other_stages(where, raw, columns)
     formatting = raw.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
-        raise JobError(
-            "Unknown dataset formatting",
-            f"{where}: formatting {formatting!r}",
-            "use alpaca, sharegpt, openai",
-        )
+        found = f"{where}: formatting {formatting!r}"
+        raise JobError("Unknown dataset formatting", found, "use alpaca, sharegpt, openai")
     num_samples = raw.get("num_samples")
     if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
-        raise JobError(
-            "num_samples must be a number of rows",
-            f"{where}: {num_samples!r}",
-            "use an integer from 1",
-        )
+        found = f"{where}: {num_samples!r}"
+        raise JobError("num_samples must be a number of rows", found, "use an integer from 1")
     kind, target = _source(where, raw, dataset_dir)
     if kind == "builtin":
         return Entry(name, kind, target, num_samples=num_samples)
@@ -191,10 +150,6 @@ def _from_info(name: str, raw: Any, dataset_dir: Path) -> Entry:
         name, kind, target, formatting, columns if "columns" in raw else None, tags,
         raw.get("subset"), raw.get("split", "train"), raw.get("folder"), num_samples,
     )  # fmt: skip
-
-
-def _check_keys(where: str, raw: dict[str, Any]) -> None:
-    _refuse_unknown("Unknown key in a dataset entry", where, raw, _KEYS)
 
 
 def _refuse_unknown(what: str, where: str, found: Iterable[str], known: tuple[str, ...]) -> None:
@@ -208,11 +163,8 @@ def _refuse_unknown(what: str, where: str, found: Iterable[str], known: tuple[st
 def _strings(where: str, raw: dict[str, Any], key: str, known: tuple[str, ...]) -> dict[str, str]:
     values = raw.get(key, {})
     if not isinstance(values, dict) or not all(isinstance(v, str | None) for v in values.values()):
-        raise JobError(
-            f"{key} must map names to names",
-            f"{where}: {values!r}",
-            f"known names: {', '.join(known)}",
-        )
+        fix = f"known names: {', '.join(known)}"
+        raise JobError(f"{key} must map names to names", f"{where}: {values!r}", fix)
     _refuse_unknown(f"Unknown name under {key}", where, values, known)
     return {k: v for k, v in values.items() if v}
 
@@ -233,16 +185,12 @@ def _refuse_other_stages(where: str, raw: dict[str, Any], columns: dict[str, str
 def _source(where: str, raw: dict[str, Any], dataset_dir: Path) -> tuple[Kind, str]:
     if "builtin" in raw:
         if raw["builtin"] not in BUILTIN_SETS:
-            raise JobError(
-                "Unknown built-in dataset",
-                f"{where}: {raw['builtin']!r}",
-                f"known: {', '.join(BUILTIN_SETS)}",
-            )
+            fix = f"known: {', '.join(BUILTIN_SETS)}"
+            raise JobError("Unknown built-in dataset", f"{where}: {raw['builtin']!r}", fix)
         return "builtin", raw["builtin"]
     if raw.get("hf_hub_url"):
         return "hub", str(raw["hf_hub_url"])
     if raw.get("file_name"):
         return "files", str(dataset_dir / str(raw["file_name"]))
-    raise JobError(
-        "A dataset entry names no source", where, "give file_name, hf_hub_url or builtin"
-    )
+    fix = "give file_name, hf_hub_url or builtin"
+    raise JobError("A dataset entry names no source", where, fix)

@@ -20,8 +20,7 @@ class UnusableRow(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that alternate between user (or tool) and assistant, after at most one system
-    message."""
+    """At most one system message, then user (or tool) and assistant in turn."""
 
     messages: list[Message]
     tools: list[Any] | None = None
@@ -36,8 +35,7 @@ class Layout:
     columns: Mapping[str, str]
     """prompt, query, response, history, messages, system, tools -> column"""
     tags: Mapping[str, str]
-    """role_tag, content_tag -> key of a message; user_tag, assistant_tag, ... -> value of
-    role_tag"""
+    """role_tag, content_tag -> key of a message; user_tag, ... -> value of role_tag"""
 
     def conversation(self, values: Any) -> Conversation:
         """Convert one row.
@@ -47,32 +45,28 @@ class Layout:
         """
         if not isinstance(values, dict):
             raise UnusableRow(f"the row is a {type(values).__name__}, not an object")
-        return (
-            _from_alpaca(self, values)
-            if self.formatting == "alpaca"
-            else _from_messages(self, values)
-        )
+        convert = _from_alpaca if self.formatting == "alpaca" else _from_messages
+        return convert(self, values)
 
 
-_SHAREGPT_TAGS = {
-    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
-    "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system",
-}  # fmt: skip
-_OPENAI_TAGS = {
+_TAGS: dict[Formatting, dict[str, str]] = {"alpaca": {}}
+_TAGS["openai"] = {
     "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
     "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system",
 }  # fmt: skip
+_TAGS["sharegpt"] = {
+    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+    "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system",
+}  # fmt: skip
+_OF_MESSAGES: tuple[Formatting, ...] = ("openai", "sharegpt")
+_ROLES = {
+    "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool",
+    "system_tag": "system",
+}  # fmt: skip
 _QUESTION_AND_ANSWER = (
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-)
-_MESSAGE_KEYS: dict[Formatting, set[str]] = {
-    "openai": {"role", "content"},
-    "sharegpt": {"from", "value"},
-}
+    ("instruction", "output"), ("instruction", "response"), ("prompt", "completion"),
+    ("prompt", "response"), ("question", "answer"),
+)  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _EXTRA = ("history", "system", "tools")
 
@@ -87,7 +81,7 @@ def layout(entry: Entry, sample: list[Any]) -> Layout:
     found = {column for values in rows for column in values}
     example = {column: value for values in rows for column, value in values.items() if value}
     if entry.formatting is not None and entry.columns is not None:
-        chosen = Layout(entry.formatting, entry.columns, _default_tags(entry.formatting))
+        chosen = Layout(entry.formatting, entry.columns, _TAGS[entry.formatting])
     else:
         chosen = _guess(entry, found, example)
     meaning = "response" if chosen.formatting == "alpaca" else "messages"
@@ -102,10 +96,6 @@ def layout(entry: Entry, sample: list[Any]) -> Layout:
     return replace(chosen, tags={**chosen.tags, **entry.tags})
 
 
-def _default_tags(formatting: Formatting) -> dict[str, str]:
-    return _OPENAI_TAGS if formatting == "openai" else _SHAREGPT_TAGS
-
-
 def _guess(entry: Entry, found: set[str], example: dict[str, Any]) -> Layout:
     extra: dict[str, str] = {c: c for c in _EXTRA if c in found}
     alpaca = {"prompt": "instruction", "query": "input", "response": "output", **extra}
@@ -115,10 +105,13 @@ def _guess(entry: Entry, found: set[str], example: dict[str, Any]) -> Layout:
     extra.pop("history", None)
     columns = {"messages": messages or "conversations", **extra}
     if entry.formatting is not None:
-        return Layout(entry.formatting, columns, _default_tags(entry.formatting))
-    for formatting, keys in _MESSAGE_KEYS.items():
-        if messages is not None and keys <= _keys_of_first(example.get(messages)):
-            return Layout(formatting, columns, _default_tags(formatting))
+        return Layout(entry.formatting, columns, _TAGS[entry.formatting])
+    turns = example.get(messages) if messages else None
+    keys = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+    for formatting in _OF_MESSAGES:
+        tags = _TAGS[formatting]
+        if {tags["role_tag"], tags["content_tag"]} <= set(keys):
+            return Layout(formatting, columns, tags)
     for prompt, response in _QUESTION_AND_ANSWER:
         if {prompt, response} <= found:
             return Layout("alpaca", {**alpaca, "prompt": prompt, "response": response}, {})
@@ -127,12 +120,6 @@ def _guess(entry: Entry, found: set[str], example: dict[str, Any]) -> Layout:
         f"columns: {', '.join(sorted(found)) or 'none, the rows are not objects'}",
         "use instruction and output (alpaca), conversations of from and value (sharegpt),\n"
         "or messages of role and content (openai); or name the columns in dataset_info.json",
-    )
-
-
-def _keys_of_first(turns: Any) -> set[str]:
-    return (
-        set(turns[0]) if isinstance(turns, list) and turns and isinstance(turns[0], dict) else set()
     )
 
 
@@ -178,17 +165,10 @@ def _message(tags: Mapping[str, str], turn: dict[str, Any], number: int) -> Mess
     role, content = turn.get(tags["role_tag"]), turn.get(tags["content_tag"])
     if role == tags["function_tag"]:
         return {"role": "assistant", "content": "", "tool_calls": _calls(content, number)}
-    names = {
-        "user_tag": "user",
-        "assistant_tag": "assistant",
-        "observation_tag": "tool",
-        "system_tag": "system",
-    }
-    known = {tags[tag]: name for tag, name in names.items()}
+    known = {tags[tag]: name for tag, name in _ROLES.items()}
     if not isinstance(role, str) or role not in known:
-        raise UnusableRow(
-            f"message {number} has the unknown role {role!r}; known: {', '.join(known)}"
-        )
+        names = ", ".join(known)
+        raise UnusableRow(f"message {number} has the unknown role {role!r}; known: {names}")
     message: Message = {"role": known[role], "content": _text(content, f"message {number}")}
     if turn.get("tool_calls"):
         message["tool_calls"] = _calls(turn["tool_calls"], number)
@@ -197,21 +177,20 @@ def _message(tags: Mapping[str, str], turn: dict[str, Any], number: int) -> Mess
 
 def _calls(content: Any, number: int) -> list[dict[str, Any]]:
     try:
-        calls = json.loads(content) if isinstance(content, str) else content
+        calls = _parsed(content)
         calls = calls if isinstance(calls, list) else [calls]
         inner = [call.get("function", call) for call in calls]
         functions = [
-            {"name": c["name"], "arguments": _arguments(c.get("arguments", {}))} for c in inner
+            {"name": c["name"], "arguments": _parsed(c.get("arguments", {}))} for c in inner
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnusableRow(
-            f"message {number} is not a function call with a name and arguments"
-        ) from error
+        reason = f"message {number} is not a function call with a name and arguments"
+        raise UnusableRow(reason) from error
     return [{"type": "function", "function": function} for function in functions]
 
 
-def _arguments(arguments: Any) -> Any:
-    return json.loads(arguments) if isinstance(arguments, str) else arguments
+def _parsed(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def _check_turns(messages: list[Message]) -> None:
@@ -241,7 +220,7 @@ def _tools(columns: Mapping[str, str], values: dict[str, Any]) -> list[Any] | No
     if not tools:
         return None
     try:
-        parsed = json.loads(tools) if isinstance(tools, str) else tools
+        parsed = _parsed(tools)
     except ValueError as error:
         raise UnusableRow("tools is not valid JSON") from error
     return (parsed if isinstance(parsed, list) else [parsed]) or None

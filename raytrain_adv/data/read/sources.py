@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +61,8 @@ def data_files(path: Path) -> list[Path]:
         files = [p for p in inside if p.suffix.lower() in FILE_TYPES]
         if not files:
             names = ", ".join(p.name for p in inside[:5]) or "an empty folder"
-            raise JobError(
-                f"The folder {path} holds no dataset",
-                names,
-                f"put {', '.join(FILE_TYPES)} files into it",
-            )
+            fix = f"put {', '.join(FILE_TYPES)} files into it"
+            raise JobError(f"The folder {path} holds no dataset", names, fix)
     else:
         files = [path]
     for file in files:
@@ -77,20 +75,19 @@ def _check_file(file: Path) -> None:
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         near = nearest(file.name, siblings)
         other = "correct file_name, or put the file there"
-        hint = f"did you mean {file.parent / near}?" if near else other
-        raise JobError(
-            f"The dataset file {file} does not exist",
-            f"{len(siblings)} files in {file.parent}",
-            hint,
-        )
+        fix = f"did you mean {file.parent / near}?" if near else other
+        found = f"{len(siblings)} files in {file.parent}"
+        raise JobError(f"The dataset file {file} does not exist", found, fix)
     if file.suffix.lower() not in FILE_TYPES:
-        raise JobError(
-            f"The dataset file {file} is of a type that is not read",
-            file.suffix or "no file name extension",
-            f"convert it to one of {', '.join(FILE_TYPES)}",
-        )
+        what = f"The dataset file {file} is of a type that is not read"
+        fix = f"convert it to one of {', '.join(FILE_TYPES)}"
+        raise JobError(what, file.suffix or "no file name extension", fix)
     if file.stat().st_size == 0:
-        raise JobError(f"The dataset file {file} is empty", "0 bytes", "give a file with rows")
+        raise _empty(file, "0 bytes")
+
+
+def _empty(file: Path, found: str) -> JobError:
+    return JobError(f"The dataset file {file} is empty", found, "give a file with rows")
 
 
 def _hash_files(files: list[Path]) -> str:
@@ -101,9 +98,8 @@ def _hash_files(files: list[Path]) -> str:
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
         except OSError as error:
-            raise JobError(
-                f"The dataset file {file} cannot be read", str(error), "check its permissions"
-            ) from error
+            what = f"The dataset file {file} cannot be read"
+            raise JobError(what, str(error), "check its permissions") from error
     return digest.hexdigest()
 
 
@@ -113,14 +109,12 @@ def read_files(files: list[Path]) -> Iterator[Row]:
     Raises:
         JobError: at the first row that is broken.
     """
-    sizes = [file.stat().st_size for file in files]
-    before = 0
-    for file, size in zip(files, sizes, strict=True):
-        read = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[
-            file.suffix.lower()
-        ]
-        for row in read(file):
-            yield Row(row.where, row.values, (before + row.progress * size) / sum(sizes))
+    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    total, before = sum(file.stat().st_size for file in files), 0
+    for file in files:
+        size = file.stat().st_size
+        for row in readers[file.suffix.lower()](file):
+            yield Row(row.where, row.values, (before + row.progress * size) / total)
         before += size
 
 
@@ -144,11 +138,8 @@ def _decode(file: Path, data: bytes, line: int) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         at = line + data.count(b"\n", 0, error.start)
-        raise JobError(
-            f"{file} is not UTF-8 text",
-            f"line {at}: byte 0x{data[error.start]:02x}",
-            "save it as UTF-8",
-        ) from error
+        found = f"line {at}: byte 0x{data[error.start]:02x}"
+        raise JobError(f"{file} is not UTF-8 text", found, "save it as UTF-8") from error
 
 
 def _broken(file: Path, line: int, message: str) -> JobError:
@@ -156,18 +147,14 @@ def _broken(file: Path, line: int, message: str) -> JobError:
 
 
 def _read_json(file: Path) -> Iterator[Row]:
-    """Read an array of rows, or rows one after the other, and know each row's line."""
+    """Read an array of rows, or rows one after the other, each with its line."""
     text = _decode(file, file.read_bytes(), 1)
     decoder, scanner = json.JSONDecoder(), _Scanner(file, text)
     in_array = scanner.skip_to_value() == "["
     if in_array:
         scanner.at += 1
         if scanner.skip_to_value() == "]":
-            raise JobError(
-                f"The dataset file {file} is empty",
-                "an array without rows",
-                "give a file with rows",
-            )
+            raise _empty(file, "an array without rows")
     while True:
         scanner.skip_to_value()
         line = scanner.line()
@@ -182,6 +169,9 @@ def _read_json(file: Path) -> Iterator[Row]:
             return
 
 
+_REST_IS_BLANK = re.compile(r"\s*\Z")
+
+
 class _Scanner:
     """A place in a JSON text, with its line number."""
 
@@ -190,7 +180,7 @@ class _Scanner:
         self._counted, self._line = 0, 1
 
     def skip_to_value(self) -> str:
-        """Go past white space; return the character there."""
+        """Move past white space; return the character there."""
         while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
             self.at += 1
         if self.at == len(self.text):
@@ -205,24 +195,20 @@ class _Scanner:
 
     def ended(self, in_array: bool) -> bool:
         """Return whether the row before was the last; otherwise move to the next."""
-        rest_is_blank = (
-            not self.text[self.at : self.at + 4096].strip() and not self.text[self.at :].strip()
-        )
-        if rest_is_blank:
+        if _REST_IS_BLANK.match(self.text, self.at):
             if in_array:
                 raise _broken(self.file, self.line(), "the array is not closed")
             return True
         found = self.skip_to_value()
         if not in_array:
             return False
-        if found == ",":
-            self.at += 1
-            return False
-        if found == "]" and not self.text[self.at + 1 :].strip():
+        self.at += 1
+        if found == "]" and _REST_IS_BLANK.match(self.text, self.at):
             return True
-        raise _broken(
-            self.file, self.line(), f"expected a comma or the end of the array, found {found!r}"
-        )
+        if found != ",":
+            expected = f"expected a comma or the end of the array, found {found!r}"
+            raise _broken(self.file, self.line(), expected)
+        return False
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
@@ -233,35 +219,27 @@ def _read_parquet(file: Path) -> Iterator[Row]:
         table = pyarrow.parquet.ParquetFile(file)
         total, number = table.metadata.num_rows, 0
         if not total:
-            raise JobError(
-                f"The dataset file {file} is empty", "a table without rows", "give a file with rows"
-            )
+            raise _empty(file, "a table without rows")
         for batch in table.iter_batches(batch_size=1000):
             for values in batch.to_pylist():
                 number += 1
                 yield Row(f"{file} row {number}", values, number / total)
     except (pyarrow.ArrowException, OSError) as error:
-        raise JobError(
-            f"{file} is not a readable Parquet file", str(error), "write it again"
-        ) from error
+        what = f"{file} is not a readable Parquet file"
+        raise JobError(what, str(error), "write it again") from error
 
 
 def _open_hub(entry: Entry, cache_dir: str | None) -> Source:
     import datasets  # takes seconds to import
 
     try:
-        loaded = datasets.load_dataset(
-            entry.target,
-            name=entry.subset,
-            data_dir=entry.folder,
-            split=entry.split,
-            cache_dir=cache_dir,
-        )
+        where = {"name": entry.subset, "data_dir": entry.folder, "split": entry.split}
+        loaded = datasets.load_dataset(entry.target, cache_dir=cache_dir, **where)
     # The errors of datasets and huggingface_hub derive from these.
     except (OSError, ValueError, RuntimeError) as error:
         what = f"The dataset {entry.target} could not be loaded from the Hugging Face Hub"
         fix = "check its name, subset, split, the network and HF_TOKEN; or give a local file"
-        raise JobError(what, _shorten(error), fix) from error
+        raise JobError(what, f"{type(error).__name__}: {error}"[:500], fix) from error
     total = len(loaded)
 
     def rows() -> Iterator[Row]:
@@ -269,7 +247,3 @@ def _open_hub(entry: Entry, cache_dir: str | None) -> Source:
             yield Row(f"{entry.target} row {number}", values, number / total)
 
     return Source(str(loaded._fingerprint), rows)
-
-
-def _shorten(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:500]

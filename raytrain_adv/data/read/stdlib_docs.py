@@ -1,8 +1,7 @@
-"""The built-in dataset: questions about the Python standard library, answered by its own
-documentation.
+"""The built-in dataset: questions about the standard library, answered by its documentation.
 
-The rows are made on the user's machine from the sources of the Python that runs there, which are
-parsed and never imported, and from a few modules written in C.
+The rows come from the sources of the running Python, which are parsed and never imported, and from
+a few modules written in C.
 """
 
 import ast
@@ -29,6 +28,7 @@ _LEFT_OUT = frozenset(
     ("test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "distutils")
 )
 _C_MODULES = (builtins, math, itertools, time, sys)
+_DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _ASK_BY_NAME = (
     "What does {kind} `{name}` do?",
     "Explain `{name}`.",
@@ -61,8 +61,7 @@ def fingerprint() -> str:
 
 
 def rows() -> Iterator[Row]:
-    """Yield question and answer pairs in the alpaca layout; one by name and one by
-    signature of each documented object."""
+    """Yield two alpaca rows of each documented object: asked by name, and by signature."""
     files = _source_files()
     for number, file in enumerate(files, 1):
         for item in _items_of_file(file):
@@ -100,22 +99,15 @@ def _items_of_file(file: Path) -> Iterator[_Item]:
 
 def _items_in(body: list[ast.stmt], owner: str, function: str, file: Path) -> Iterator[_Item]:
     for node in body:
-        if not isinstance(
-            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-        ) or node.name.startswith("_"):
+        if not isinstance(node, _DOCUMENTED) or node.name.startswith("_"):
             continue
         name, where = f"{owner}.{node.name}", f"{file}:{node.lineno}"
         docstring = ast.get_docstring(node)
         if isinstance(node, ast.ClassDef):
             bases = ", ".join(ast.unparse(base) for base in node.bases)
+            signature = f"class {name}({bases})" if bases else f"class {name}"
             if docstring:
-                yield _Item(
-                    name,
-                    "class",
-                    f"class {name}({bases})" if bases else f"class {name}",
-                    docstring,
-                    where,
-                )
+                yield _Item(name, "class", signature, docstring, where)
             yield from _items_in(node.body, name, "method", file)
         elif docstring:
             yield _Item(name, function, f"{name}({ast.unparse(node.args)})", docstring, where)
@@ -127,11 +119,10 @@ def _items_in_c() -> Iterator[_Item]:
             docstring = inspect.getdoc(value) if callable(value) else None
             if short.startswith("_") or not docstring:
                 continue
-            name = short if module is builtins else f"{module.__name__}.{short}"
+            where = f"{module.__name__}.{short}"
+            name = short if module is builtins else where
             kind = "class" if inspect.isclass(value) else "function"
-            yield _Item(
-                name, kind, f"{name}{_signature(value)}", docstring, f"{module.__name__}.{short}"
-            )
+            yield _Item(name, kind, f"{name}{_signature(value)}", docstring, where)
 
 
 def _signature(value: object) -> str:

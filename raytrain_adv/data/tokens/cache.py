@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytrain_adv.data.batches.sequences import TokenRows
-from raytrain_adv.data.tokens.progress import Say
 from raytrain_adv.data.tokens.tokenize import Chunk
 from raytrain_adv.errors import StorageError
 from raytrain_adv.storage.atomic import atomic_folder
@@ -32,6 +31,7 @@ VERSION = 1
 
 _ARRAYS = {"ids": "<i4", "trained": "|b1", "offsets": "<i8", "answer_starts": "<i4"}
 _SECONDS_BETWEEN_LINES = 30.0
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,8 @@ def open_or_build(
 ) -> CacheEntry:
     """Open the entry `key`; build it first if it is missing, damaged, or `rebuild` is set.
 
-    Args:
-        root: folder of cache entries.
-        key: hash of everything that decides the contents.
-        build: writes the rows, and returns what it counted.
-        rebuild: build even if the entry is complete.
-        say: prints a sentence.
+    `key` is a hash of everything that decides the contents; `build` writes the rows and returns
+    its counts; `say` prints a sentence.
 
     Raises:
         StorageError: if it cannot be written, or the folder cannot be locked.
@@ -76,12 +72,14 @@ def open_or_build(
                 return found
             if path.exists() and not rebuild:
                 say(f"The tokenized data in {path} is damaged; it is built again")
-            _write(root, key, build)
+            for left in root.glob(f".{key}.*.partial"):  # of processes that died: the lock is ours
+                shutil.rmtree(left, ignore_errors=True)
+            with atomic_folder(path) as partial, CacheWriter(partial) as writer:
+                writer.finish(build(writer))
     built = _open(path)
     if built is None:
-        raise StorageError(
-            "Tokenized data that was just written cannot be read back", str(path), "check that disk"
-        )
+        what = "Tokenized data that was just written cannot be read back"
+        raise StorageError(what, str(path), "check that disk")
     return built
 
 
@@ -110,11 +108,9 @@ def _guarding_storage(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         free = shutil.disk_usage(root).free / GIB if root.is_dir() else 0.0
-        raise StorageError(
-            "Tokenized data could not be written",
-            f"{error.strerror or error}: {root} ({free:.1f} GiB free)",
-            "free space there, or set tokenized_path to a folder on another disk",
-        ) from error
+        found = f"{error.strerror or error}: {root} ({free:.1f} GiB free)"
+        fix = "free space there, or set tokenized_path to a folder on another disk"
+        raise StorageError("Tokenized data could not be written", found, fix) from error
 
 
 @contextmanager
@@ -135,15 +131,6 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _write(root: Path, key: str, build: Callable[["CacheWriter"], dict[str, Any]]) -> None:
-    for left in root.glob(f".{key}.*.partial"):  # of processes that died: the lock is ours
-        shutil.rmtree(left, ignore_errors=True)
-    with atomic_folder(root / key) as partial:
-        with CacheWriter(partial) as writer:
-            stats = build(writer)
-        writer.finish(stats)
 
 
 class CacheWriter:

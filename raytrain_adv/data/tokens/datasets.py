@@ -4,27 +4,26 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from itertools import islice
-from typing import Any, TypeVar
+from dataclasses import asdict, fields, replace
+from itertools import chain, islice
+from typing import Any
 
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.order import random_order
-from raytrain_adv.data.batches.statistics import NUM_EXAMPLES
 from raytrain_adv.data.read.entries import Entry
 from raytrain_adv.data.read.formats import layout
 from raytrain_adv.data.read.sources import Row, Source, open_source
 from raytrain_adv.data.tokens import cache
+from raytrain_adv.data.tokens.cache import Say
 from raytrain_adv.data.tokens.processes import Task, tokenize_here, tokenize_in_processes
-from raytrain_adv.data.tokens.progress import RowProgress, Say
 from raytrain_adv.data.tokens.tokenize import Chunk, Recipe, Tokenizer, reasons
 from raytrain_adv.data.tokens.tokenizer import tokenizer_fingerprint
 from raytrain_adv.errors import JobError
-
-Element = TypeVar("Element")
 
 CHUNK = 1000
 """Rows that are tokenized at a time."""
@@ -32,6 +31,9 @@ ENOUGH_FOR_PROCESSES = 20_000
 """Rows below which starting processes takes longer than they save."""
 SAMPLE = 100
 """Rows that a layout is derived from."""
+NUM_EXAMPLES = 5
+"""Unusable rows that are named; the others are counted."""
+SECONDS_BETWEEN_LINES = 5.0
 
 
 class TokenizedDatasets:
@@ -43,19 +45,11 @@ class TokenizedDatasets:
         self.data, self.seed = job.data, job.train.seed
         self.tokenizer, self.entries, self.say = tokenizer, entries, say
         self.sources = [open_source(entry, job.model.cache_dir) for entry in entries]
-        self.recipe = Recipe(
-            template=self.data.template,
-            default_system=self.data.default_system,
-            cutoff_len=self.data.cutoff_len,
-            train_on_prompt=self.data.train_on_prompt,
-            mask_history=self.data.mask_history,
-        )
+        self.recipe = Recipe(**{f.name: getattr(self.data, f.name) for f in fields(Recipe)})
 
     def key(self) -> str:
         """Hash everything that decides the tokens; file paths and process counts do not."""
-        entries = [
-            asdict(replace(entry, name="", target="", kind="files")) for entry in self.entries
-        ]
+        entries = [asdict(replace(one, name="", target="", kind="files")) for one in self.entries]
         decisive = {
             "version": cache.VERSION,
             "contents": [source.fingerprint for source in self.sources],
@@ -75,7 +69,8 @@ class TokenizedDatasets:
         """
         counts: dict[str, Any] = {"read": 0, "used": 0, "unusable": 0, "truncated": 0}
         unusable: list[tuple[str, str]] = []
-        with RowProgress(", ".join(entry.name for entry in self.entries), self.say) as progress:
+        names = ", ".join(entry.name for entry in self.entries)
+        with RowProgress(names, self.say) as progress:
             for chunk, share in self._chunks():
                 writer.append(chunk)
                 counts["read"] += chunk.num_read
@@ -85,11 +80,16 @@ class TokenizedDatasets:
                 progress.update(counts["read"], share)
         counts["unusable"] = len(unusable)
         counts["unusable_reasons"] = reasons(unusable)
-        counts["unusable_examples"] = [
-            {"where": w, "reason": r} for w, r in unusable[:NUM_EXAMPLES]
-        ]
+        first = unusable[:NUM_EXAMPLES]
+        counts["unusable_examples"] = [{"where": w, "reason": r} for w, r in first]
         if not counts["used"]:
-            raise self._nothing_left(counts)
+            examples = "\n".join(f"{where}: {reason}" for where, reason in first)
+            raise JobError(
+                f"No row of {names} can be trained on",
+                f"{counts['unusable']} rows read, none usable\n{examples}",
+                "correct the rows, or formatting and columns in dataset_info.json;\n"
+                "where prompts are long, raise cutoff_len",
+            )
         return counts
 
     def _chunks(self) -> Iterator[tuple[Chunk, float]]:
@@ -97,11 +97,10 @@ class TokenizedDatasets:
         num_processes = self.data.preprocessing_num_workers or min(16, _num_cores())
         first = list(islice(tasks, ENOUGH_FOR_PROCESSES // CHUNK)) if num_processes > 1 else []
         if len(first) == ENOUGH_FOR_PROCESSES // CHUNK:
-            yield from tokenize_in_processes(
-                _chain(first, tasks), self.tokenizer, self.recipe, num_processes
-            )
+            tasks = chain(first, tasks)
+            yield from tokenize_in_processes(tasks, self.tokenizer, self.recipe, num_processes)
         else:
-            yield from tokenize_here(_chain(first, tasks), Tokenizer(self.tokenizer, self.recipe))
+            yield from tokenize_here(chain(first, tasks), Tokenizer(self.tokenizer, self.recipe))
 
     def _tasks(self) -> Iterator[Task]:
         total = len(self.entries)
@@ -109,17 +108,13 @@ class TokenizedDatasets:
             rows = self._rows(entry, source)
             sample = list(islice(rows, SAMPLE))
             if not sample:
-                raise JobError(
-                    f"Dataset {entry.name} is empty", "no rows", "give a dataset with rows"
-                )
+                fix = "give a dataset with rows"
+                raise JobError(f"Dataset {entry.name} is empty", "no rows", fix)
             found = layout(entry, [row.values for row in sample])
-            rows = _chain(sample, rows)
+            rows = chain(sample, rows)
             while part := list(islice(rows, CHUNK)):
-                yield (
-                    [(r.where, r.values) for r in part],
-                    found,
-                    (number + part[-1].progress) / total,
-                )
+                share = (number + part[-1].progress) / total
+                yield [(r.where, r.values) for r in part], found, share
 
     def _rows(self, entry: Entry, source: Source) -> Iterator[Row]:
         rows = source.rows()
@@ -129,21 +124,9 @@ class TokenizedDatasets:
 
     def _drawn(self, rows: list[Row], wanted: int) -> Iterator[Row]:
         """Draw rows at random; every row once before any comes again."""
-        rounds = -(-wanted // len(rows)) if rows else 0
-        order = [
-            i for turn in range(rounds) for i in random_order(len(rows), self.seed, turn).tolist()
-        ]
+        rounds = range(-(-wanted // len(rows)) if rows else 0)
+        order = [i for turn in rounds for i in random_order(len(rows), self.seed, turn).tolist()]
         return (replace(rows[i], progress=n / wanted) for n, i in enumerate(order[:wanted], 1))
-
-    def _nothing_left(self, counts: dict[str, Any]) -> JobError:
-        examples = "\n".join(f"{e['where']}: {e['reason']}" for e in counts["unusable_examples"])
-        names = ", ".join(entry.name for entry in self.entries)
-        return JobError(
-            f"No row of {names} can be trained on",
-            f"{counts['unusable']} rows read, none usable\n{examples}",
-            "correct the rows, or formatting and columns in dataset_info.json;\n"
-            "where prompts are long, raise cutoff_len",
-        )
 
 
 def _num_cores() -> int:
@@ -151,6 +134,31 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _chain(first: list[Element], rest: Iterator[Element]) -> Iterator[Element]:
-    yield from first
-    yield from rest
+class RowProgress:
+    """Progress of a long preparation: a bar on a terminal, else a line every few seconds."""
+
+    def __init__(self, name: str, say: Say) -> None:
+        self.name, self.say = name, say
+        self.bar: Progress | None = None
+        self.last_line = time.monotonic()
+
+    def __enter__(self) -> "RowProgress":
+        if sys.stdout.isatty():
+            label, left = TextColumn("{task.description}"), TimeRemainingColumn()
+            self.bar = Progress(label, BarColumn(), TaskProgressColumn(), left, transient=True)
+            self.bar.add_task(f"Tokenizing {self.name}", total=1.0)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, num_rows: int, share: float) -> None:
+        """Show that `num_rows` rows, `share` of the dataset (0 to 1), are done."""
+        if self.bar is not None:
+            text = f"Tokenizing {self.name} ({num_rows:,} rows)"
+            self.bar.update(self.bar.task_ids[0], completed=share, description=text)
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            self.say(f"Tokenizing {self.name}: {num_rows:,} rows, {share:.0%}")

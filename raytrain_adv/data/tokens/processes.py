@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,8 +34,7 @@ def tokenize_here(tasks: Iterator[Task], tokenizer: Tokenizer) -> Iterator[tuple
 def tokenize_in_processes(
     tasks: Iterator[Task], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, num_processes: int
 ) -> Iterator[tuple[Chunk, float]]:
-    """Tokenize in processes; results come in the order of the tasks, whatever the number of
-    processes."""
+    """Tokenize in processes; results come in the order of the tasks."""
     opening = pickle.dumps((tokenizer, recipe))
     own = threading.local()
     children: list[subprocess.Popen[bytes]] = []
@@ -70,12 +69,9 @@ def _start(opening: bytes) -> subprocess.Popen[bytes]:
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import main; main()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-    )
+    command = [sys.executable, "-c", f"from {__name__} import main; main()"]
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
     assert child.stdin is not None  # it is a pipe
     child.stdin.write(opening)
     return child
@@ -96,18 +92,16 @@ def _ask(child: subprocess.Popen[bytes], task: Any) -> Chunk:
     if isinstance(answer, RaytrainAdvError):
         raise answer
     if not isinstance(answer, Chunk):
-        raise TrainingError(
-            "A process that tokenizes failed",
-            str(answer),
-            "report this with the dataset's first rows",
-        )
+        fix = "report this with the dataset's first rows"
+        raise TrainingError("A process that tokenizes failed", str(answer), fix)
     return answer
 
 
-def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer until the requests end."""
-    tokenizer, recipe = pickle.load(requests)
-    tokenizer = Tokenizer(tokenizer, recipe)
+def main() -> None:
+    """Answer requests on standard input until they end: one of the processes."""
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # prints must not mix with the answers
+    tokenizer = Tokenizer(*pickle.load(requests))
     while True:
         try:
             rows, layout = pickle.load(requests)
@@ -119,10 +113,3 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
             answer = error
         pickle.dump(answer, answers)
         answers.flush()
-
-
-def main() -> None:
-    """Run one of the processes."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # prints must not mix with the answers
-    _serve(sys.stdin.buffer, answers)

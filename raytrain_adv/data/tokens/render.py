@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import jinja2
@@ -30,12 +31,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def renderer(
     tokenizer: PreTrainedTokenizerBase, template: str | None, default_system: str | None
 ) -> Renderer:
-    """Return the function that renders conversations.
+    """Return the function that renders conversations with a template; None: the tokenizer's own.
 
-    Args:
-        tokenizer: has the special tokens.
-        template: name of the template; None: the tokenizer's own.
-        default_system: system message of conversations without one; None: the template's.
+    `default_system` is the system message of conversations without one; None: the template's.
     """
     if template is not None:
         source, whose = find_template(template).source, f"template {template}"
@@ -62,16 +60,13 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(template, dict):  # several templates by name, as some model folders have them
         template = template.get("default")
     if not isinstance(template, str):
-        raise JobError(
-            "The tokenizer has no default chat template",
-            str(template)[:80],
-            "set template in the job",
-        )
+        what = "The tokenizer has no default chat template"
+        raise JobError(what, str(template)[:80], "set template in the job")
     return template
 
 
 def _refuse_dropped(conversation: Conversation, source: str, whose: str) -> None:
-    """Refuse what a chat template without the words for it would silently drop."""
+    """Refuse what a chat template that does not mention it would silently drop."""
     messages = conversation.messages
     for present, word, what in (
         (bool(conversation.tools), "tools", "tools"),
@@ -91,18 +86,14 @@ class _Page:
         self.chat_template, self.tools = chat_template, tools
         self.special: dict[str, Any] = dict(tokenizer.special_tokens_map)
 
-    def write(self, messages: list[Message], asks: bool) -> str:
+    def write(self, messages: list[Message], asks: bool = False) -> str:
         """Return the text; with the beginning of an answer at its end if `asks`."""
-        return self._render(messages, asks, marked=False)[0]
+        return self.render(messages, asks, marked=False)[0]
 
-    def write_marked(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text and the (start, end) characters of each answer, as the template marks
-        them."""
-        return self._render(messages, asks=False, marked=True)
-
-    def _render(
-        self, messages: list[Message], asks: bool, marked: bool
+    def render(
+        self, messages: list[Message], asks: bool = False, marked: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text, and each answer's start and end in it if the template marks them."""
         rendered: Any = render_jinja_template(
             conversations=[messages],
             tools=self.tools,
@@ -120,7 +111,7 @@ def _split_by_messages(page: _Page, messages: list[Message]) -> list[Piece]:
     pieces, at = [], 0
     for turn, message in enumerate(messages, 1):
         if message["role"] != "system":
-            text = page.write(messages[:turn], asks=False)
+            text = page.write(messages[:turn])
             pieces.append(Piece(text[at:], message["role"] == "assistant"))
             at = len(text)
     return pieces
@@ -132,7 +123,7 @@ def _split_by_marks(page: _Page, messages: list[Message]) -> list[Piece]:
     What the template puts after the last answer, if it also stands after an earlier one, is the end
     of a turn that the marks leave out; the model has to learn it too.
     """
-    text, spans = page.write_marked(messages)
+    text, spans = page.render(messages)
     ending = text[spans[-1][1] :] if spans else ""
     pieces, at = [], 0
     for start, end in spans:
@@ -144,9 +135,8 @@ def _split_by_marks(page: _Page, messages: list[Message]) -> list[Piece]:
 
 
 def _split_by_prefixes(page: _Page, messages: list[Message]) -> list[Piece]:
-    """Split where the text before an answer, and the text up to its end, stop when they are written
-    by themselves."""
-    text = page.write(messages, asks=False)
+    """Split where the texts up to an answer's start and end, each rendered alone, stop."""
+    text = page.write(messages)
     pieces, at = [], 0
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -154,11 +144,9 @@ def _split_by_prefixes(page: _Page, messages: list[Message]) -> list[Piece]:
         prompt = page.write(messages[:turn], asks=True)
         if not text.startswith(prompt) or len(prompt) < at:
             raise _inconsistent(text, prompt)
-        end = (
-            len(text)
-            if turn == len(messages) - 1
-            else _end_of_answer(page, text, prompt, messages[: turn + 1])
-        )
+        end = len(text)
+        if turn < len(messages) - 1:
+            end = _end_of_answer(page, text, prompt, messages[: turn + 1])
         pieces += [Piece(text[at : len(prompt)], False), Piece(text[len(prompt) : end], True)]
         at = end
     return [p for p in pieces if p.text]
@@ -170,7 +158,7 @@ def _end_of_answer(page: _Page, text: str, prompt: str, messages: list[Message])
     Templates of reasoning models write the newest answer differently from earlier ones; then the
     end is what follows the answer's own words.
     """
-    until = page.write(messages, asks=False)
+    until = page.write(messages)
     if text.startswith(until):
         return len(until)
     words = messages[-1]["content"].strip()
@@ -182,10 +170,8 @@ def _end_of_answer(page: _Page, text: str, prompt: str, messages: list[Message])
 
 
 def _inconsistent(text: str, prefix: str) -> JobError:
-    same = next(
-        (i for i, (a, b) in enumerate(zip(text, prefix, strict=False)) if a != b),
-        min(len(text), len(prefix)),
-    )
+    pairs = zip(text, prefix, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return JobError(
         "The tokenizer's chat template writes answers that cannot be separated from the prompts",
         f"a conversation begins {text[max(0, same - 40) : same + 40]!r}\n"

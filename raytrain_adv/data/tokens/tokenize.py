@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any
 
 import numpy as np
@@ -49,19 +49,16 @@ class Chunk:
 
 
 class Tokenizer:
-    """Turns chunks of rows into tokens; the same rows give the same tokens, however they are
-    chunked."""
+    """Turns chunks of rows into tokens, which do not depend on how the rows are chunked."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
         self.render: Renderer = renderer(tokenizer, recipe.template, recipe.default_system)
         self.encode = _encode_pieces if joins_cleanly(tokenizer) else _encode_whole
         if self.encode is _encode_whole and not tokenizer.is_fast:
-            raise JobError(
-                "This tokenizer does not report the positions of its tokens in the text",
-                type(tokenizer).__name__,
-                "use a model folder with a tokenizer.json",
-            )
+            what = "This tokenizer does not report the positions of its tokens in the text"
+            fix = "use a model folder with a tokenizer.json"
+            raise JobError(what, type(tokenizer).__name__, fix)
 
     def __call__(self, rows: list[RawRow], layout: Layout) -> Chunk:
         """Tokenize a chunk."""
@@ -75,7 +72,7 @@ class Tokenizer:
                 unusable.append((where, str(reason)))
             except JobError as error:
                 raise JobError(error.what, f"{where}\n{error.found}", error.fix) from error
-        chunk = self._cut(places, self.encode(self.tokenizer, rendered, places, unusable), unusable)
+        chunk = self._cut(places, self.encode(self.tokenizer, rendered), unusable)
         chunk.num_read = len(rows)
         return chunk
 
@@ -92,12 +89,12 @@ class Tokenizer:
         kept, num_cut = [], 0
         for where, row in zip(places, encoded, strict=True):
             if row is None:
+                unusable.append((where, _SPANS_BOTH))
                 continue
             trained = self._mask(row)[:cutoff]
             if not trained[1:].any():
-                unusable.append(
-                    (where, f"the answer begins at token {row.answer_start + 1}, beyond cutoff_len")
-                )
+                reason = f"the answer begins at token {row.answer_start + 1}, beyond cutoff_len"
+                unusable.append((where, reason))
                 continue
             num_cut += len(row.ids) > cutoff
             kept.append((row.ids[:cutoff], trained, min(row.answer_start, cutoff)))
@@ -127,41 +124,28 @@ class _Tokens:
 
 
 _Encoded = _Tokens | None
+_SPANS_BOTH = "a token spans the end of the prompt and the answer; set template in the job"
 
 
 def joins_cleanly(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether texts tokenized one by one and joined are the joined text: no space is put before
-    each, none eaten.
-
-    True of byte-level tokenizers; not of those that put a space before every text (Llama 2, Mistral
-    7B).
+    """Whether texts tokenized one by one and joined are the joined text, without a space more or
+    less: true of byte-level tokenizers, false of those of Llama 2 and Mistral 7B.
     """
-    for first, second in (("a:", " b"), ("a\n", "b"), ("a", "b"), ("a ", " b")):
-        ids = list(
-            chain.from_iterable(tokenizer([first, second], add_special_tokens=False)["input_ids"])
-        )
-        if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != first + second:
+    for pair in (("a:", " b"), ("a\n", "b"), ("a", "b"), ("a ", " b")):
+        first, second = tokenizer(list(pair), add_special_tokens=False)["input_ids"]
+        if tokenizer.decode(first + second, clean_up_tokenization_spaces=False) != "".join(pair):
             return False
     return True
 
 
 def _batch_encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], offsets: bool) -> Any:
     """Tokenize texts, in parallel threads of the tokenizer's own."""
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=offsets,
-        verbose=False,
-    )
+    unused = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=offsets, **unused)
 
 
 def _encode_pieces(
-    tokenizer: PreTrainedTokenizerBase,
-    rendered: list[list[Piece]],
-    places: list[str],
-    unusable: list[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase, rendered: list[list[Piece]]
 ) -> list[_Encoded]:
     """Tokenize prompts and answers separately, as in generation."""
     texts = [piece.text for pieces in rendered for piece in pieces]
@@ -171,45 +155,32 @@ def _encode_pieces(
         parts = [next(ids) for _ in pieces]
         lengths = [len(part) for part in parts]
         answers = [i for i, piece in enumerate(pieces) if piece.is_answer]
-        encoded.append(
-            _Tokens(
-                np.fromiter(chain.from_iterable(parts), dtype=np.int32, count=sum(lengths)),
-                np.repeat([piece.is_answer for piece in pieces], lengths),
-                sum(lengths[: answers[-1]]),
-            )
-        )
+        tokens = np.fromiter(chain.from_iterable(parts), dtype=np.int32, count=sum(lengths))
+        is_answer = np.repeat([piece.is_answer for piece in pieces], lengths)
+        encoded.append(_Tokens(tokens, is_answer, sum(lengths[: answers[-1]])))
     return encoded
 
 
 def _encode_whole(
-    tokenizer: PreTrainedTokenizerBase,
-    rendered: list[list[Piece]],
-    places: list[str],
-    unusable: list[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase, rendered: list[list[Piece]]
 ) -> list[_Encoded]:
-    """Tokenize whole conversations and find the answers' tokens by where they lie in the text."""
+    """Tokenize whole conversations and find the answers' tokens by where they lie in the text; None
+    where a token spans a prompt and its answer.
+    """
     if not rendered:
         return []
-    both = _batch_encode(
-        tokenizer, ["".join(p.text for p in pieces) for pieces in rendered], offsets=True
-    )
-    prompts = _batch_encode(
-        tokenizer, [_first_prompt(pieces) for pieces in rendered], offsets=False
-    )["input_ids"]
+    texts = ["".join(p.text for p in pieces) for pieces in rendered]
+    both = _batch_encode(tokenizer, texts, offsets=True)
+    before = [_first_prompt(pieces) for pieces in rendered]
+    prompts = _batch_encode(tokenizer, before, offsets=False)["input_ids"]
     encoded: list[_Encoded] = []
-    for where, pieces, ids, offsets, prompt in zip(
-        places, rendered, both["input_ids"], both["offset_mapping"], prompts, strict=True
+    for pieces, ids, offsets, prompt in zip(
+        rendered, both["input_ids"], both["offset_mapping"], prompts, strict=True
     ):
         borders = np.cumsum([len(p.text) for p in pieces])
         spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
         piece_of = np.searchsorted(borders, spans[:, 0], side="right").clip(max=len(pieces) - 1)
         if ids[: len(prompt)] != prompt or (spans[:, 1] > borders[piece_of]).any():
-            unusable.append(
-                (
-                    where,
-                    "a token spans the end of the prompt and the answer; set template in the job",
-                )
-            )
             encoded.append(None)
             continue
         answers = [i for i, piece in enumerate(pieces) if piece.is_answer]
@@ -221,12 +192,7 @@ def _encode_whole(
 
 def _first_prompt(pieces: Iterable[Piece]) -> str:
     """Return the text before the first answer."""
-    texts = []
-    for piece in pieces:
-        if piece.is_answer:
-            break
-        texts.append(piece.text)
-    return "".join(texts)
+    return "".join(piece.text for piece in takewhile(lambda piece: not piece.is_answer, pieces))
 
 
 def reasons(unusable: list[tuple[str, str]]) -> dict[str, int]:

@@ -4,10 +4,11 @@ import hashlib
 import json
 from pathlib import Path
 
+import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.data.tokens.templates import adopt, find_template, no_template
+from raytrain_adv.data.tokens.templates import Template, find_template, no_template, unfit
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.build import read_config
 from raytrain_adv.model.files import refuse_pipes
@@ -22,16 +23,14 @@ def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
     """
     tokenizer = _load(job)
     if job.data.template is not None:
-        adopt(tokenizer, find_template(job.data.template))
+        _adopt(tokenizer, find_template(job.data.template))
     elif tokenizer.chat_template is None:
         raise no_template(job.model.model_name_or_path)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise JobError(
-                "The tokenizer has neither a pad nor an eos token",
-                f"model_name_or_path: {job.model.model_name_or_path}",
-                "name an eos_token in its tokenizer_config.json",
-            )
+            found = f"model_name_or_path: {job.model.model_name_or_path}"
+            fix = "name an eos_token in its tokenizer_config.json"
+            raise JobError("The tokenizer has neither a pad nor an eos token", found, fix)
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -50,11 +49,9 @@ def _load(job: JobConfig) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # whatever transformers raises on a malformed config or tokenizer
         read_config(job)  # raises the better error if the model's config is what is wrong
-        inside = (
-            ", ".join(sorted(p.name for p in folder.iterdir())[:8])
-            if folder.is_dir()
-            else "no such folder here"
-        )
+        inside = "no such folder here"
+        if folder.is_dir():
+            inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
         raise JobError(
             f"The tokenizer of {name} could not be loaded",
             f"{inside}\n{type(error).__name__}: {error}"[:600],
@@ -68,16 +65,46 @@ def _load(job: JobConfig) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash everything that decides which tokens a conversation becomes. Call it before the
-    tokenizer is used."""
+    """Hash everything that decides the tokens of a conversation; call it before the first use."""
     if tokenizer.is_fast:
         content = tokenizer.backend_tokenizer.to_str()
     else:
         content = type(tokenizer).__name__ + json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    parts = [
-        content,
-        str(tokenizer.chat_template),
-        str(tokenizer.bos_token),
-        str(tokenizer.eos_token),
-    ]
+    decisive = (tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+    parts = [content, *map(str, decisive)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _adopt(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    """Set the tokenizer's eos token and chat template to the template's.
+
+    Raises:
+        JobError: if the tokenizer lacks a token the template needs.
+    """
+    if template.end_of_turn is not None:
+        if tokenizer.convert_tokens_to_ids(template.end_of_turn) in (None, tokenizer.unk_token_id):
+            raise unfit(template)
+        tokenizer.eos_token = template.end_of_turn
+    if tokenizer.eos_token is None:
+        what = f"Template {template.name} does not fit this model's tokenizer"
+        fix = "give the tokenizer an eos_token in tokenizer_config.json"
+        raise JobError(what, "the tokenizer has no eos token", fix)
+    if not _writes_the_same(tokenizer, template.source):
+        tokenizer.chat_template = template.source
+
+
+def _writes_the_same(tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
+    """Whether the tokenizer's own chat template, which may know tools too, writes the same text."""
+    if tokenizer.chat_template is None:
+        return False
+    texts = ("Be brief.", "One?", "Two.", "Three?", "Four.")
+    roles = ("system", "user", "assistant", "user", "assistant")
+    sample = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+    try:
+        return all(
+            tokenizer.apply_chat_template(messages, tokenize=False)
+            == tokenizer.apply_chat_template(messages, tokenize=False, chat_template=source)
+            for messages in (sample, sample[1:3])
+        )
+    except jinja2.TemplateError:
+        return False

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from raytrain_adv import tables
 from raytrain_adv.config.sweep import METRICS, NEVER, SWITCH, Sweep
-from raytrain_adv.report.sweep_table import written
+from raytrain_adv.report.sweep_html import written
 from raytrain_adv.text import plural
 
 NUM_SHOWN = 40

@@ -17,9 +17,8 @@ from raytrain_adv.driver.training.trainer import release
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.report import record, sweep_record
 from raytrain_adv.report.record import write_text
-from raytrain_adv.report.sweep_html import write_html
+from raytrain_adv.report.sweep_html import figure, write_html
 from raytrain_adv.report.sweep_record import SweepReport, TrialReport
-from raytrain_adv.report.sweep_table import figure
 from raytrain_adv.storage.storage import Storage
 
 BEST_JOB = "best_job.yaml"

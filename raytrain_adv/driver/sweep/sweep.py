@@ -28,8 +28,8 @@ from raytrain_adv.driver.training.failures import stop_error
 from raytrain_adv.driver.watch import head
 from raytrain_adv.driver.watch.stop import request_trial_stop
 from raytrain_adv.errors import JobError, RaytrainAdvError, StorageError, TrainingError
+from raytrain_adv.report.sweep_html import render_text as render
 from raytrain_adv.report.sweep_record import SweepReport
-from raytrain_adv.report.sweep_table import render
 from raytrain_adv.run.schedule import resolve_arithmetic
 from raytrain_adv.storage import metrics_file
 from raytrain_adv.storage.storage import Storage

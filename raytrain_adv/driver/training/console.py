@@ -8,8 +8,8 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console as Terminal
@@ -21,28 +21,16 @@ from rich.text import Text
 
 from raytrain_adv import text
 from raytrain_adv.redaction import hide_environment
-from raytrain_adv.report.summary import summary
 from raytrain_adv.storage.metrics_file import FILE_NAME, FollowedFile
-
-__all__ = ["Console", "summary"]
 
 # Events for programs: the bar or the next row shows them; the driver has printed those of data.
 SILENT_EVENTS = frozenset({"plan", "data"})
 NUM_SHOWN = 8
 REDRAW_S = 1.0
 """Shortest time between two redraws: a terminal that is recorded keeps each of them."""
-# Column heads in the order of display; a narrow terminal loses those with the highest number first.
-COLUMNS = {
-    "step": 0,
-    "epoch": 3,
-    "loss": 0,
-    "lr": 2,
-    "grad": 4,
-    "tok/s": 0,
-    "MFU": 5,
-    "mem GiB": 6,
-    "wait": 7,
-}
+HEADS = ("step", "epoch", "loss", "lr", "grad", "tok/s", "MFU", "mem GiB", "wait")
+BY_IMPORTANCE = ("step", "loss", "tok/s", "lr", "epoch", "grad", "MFU", "mem GiB", "wait")
+"""A narrow terminal loses the last ones first."""
 COLUMN_WIDTH = 8.5
 MIN_BAR_WIDTH = 12
 Row = Mapping[str, Any]
@@ -86,11 +74,9 @@ class Progress:
         if self.total_steps is None or not self.pace:
             return None
         paces = [
-            (t - t_before) / (step - step_before)
-            for (t_before, step_before), (t, step) in zip(
-                self.pace, list(self.pace)[1:], strict=False
-            )
-            if step > step_before
+            (time_after - time_before) / (step - before)
+            for (time_before, before), (time_after, step) in pairwise(self.pace)
+            if step > before
         ]
         per_step = statistics.fmean(paces) if paces else self.step_s
         left = self.total_steps - self.step
@@ -143,17 +129,12 @@ class Console:
 
     def __enter__(self) -> "Console":
         self._file.new_rows()  # rows of an earlier start were shown then
-        if is_terminal(self._stream):
+        if self._stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown"):
             self._live = _start_live(self._stream)
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self._finished.set()
             self._thread.join(timeout=5.0)
@@ -191,23 +172,25 @@ class Console:
         except Exception as error:
             # Whatever fails here (a closed terminal, a row of another version) must neither end a
             # training run of days nor go unseen.
-            self._give_up(error)
+            self._finished.set()
+            self._stopped = True
+            reason = f"{type(error).__name__}: {error}"
+            self._print(f"The live view stopped ({reason}); the run continues, see {FILE_NAME}.")
 
     def _show(self, row: Row) -> None:
-        if row["kind"] == "event":
-            if row.get("event") not in SILENT_EVENTS:
-                style = "dim" if row.get("event") == "phase" else ""
-                self._print(self._stamped(str(row.get("message"))), style=style)
-        elif self._live is None:
-            self._print(log_line(row, self._progress))
+        if row["kind"] != "event":
+            if self._live is None:
+                self._print(log_line(row, self._progress))
+        elif row.get("event") not in SILENT_EVENTS:
+            style = "dim" if row.get("event") == "phase" else ""
+            self._print(self._stamped(str(row.get("message"))), style=style)
 
     def _draw(self, live: Live, closing: bool) -> None:
         """Draw the view if it has changed, at most once in REDRAW_S until the run ends."""
         now = time.monotonic()
         if now - self._drawn_at < REDRAW_S and not closing:
             return
-        size = live.console.size
-        view = live_view(self._progress, size.width, size.height)
+        view = live_view(self._progress, *live.console.size)
         if closing and not self._progress.shown:
             view = Text("")
         lines = [str(line) for line in live.console.render_lines(view, pad=False)]
@@ -231,24 +214,11 @@ class Console:
         except (OSError, ValueError):
             self._nobody_reads = True  # the reader of the pipe is gone, or the stream is closed
 
-    def _give_up(self, error: Exception) -> None:
-        self._finished.set()
-        self._stopped = True
-        reason = f"{type(error).__name__}: {error}"
-        self._print(f"The live view stopped ({reason}); the run continues, see {FILE_NAME}.")
-
-
-def is_terminal(stream: TextIO) -> bool:
-    """Whether the stream is a terminal that can redraw lines."""
-    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
-
 
 def printable(message: str, encoding: str | None) -> str:
     """Return the message without control characters, in characters that the encoding has."""
-    clean = "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in message
-    )
-    encoding = encoding or "utf-8"
+    encoding, unknown = encoding or "utf-8", "\N{REPLACEMENT CHARACTER}"
+    clean = "".join(c if c.isprintable() or c in "\n\t" else unknown for c in message)
     return clean.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
@@ -262,21 +232,16 @@ def _start_live(stream: TextIO) -> Live:
 
 def live_view(progress: Progress, width: int, height: int) -> RenderableType:
     """Return the last rows as a table, and below it the bar or the phase, for a terminal's size."""
-    parts: list[RenderableType] = []
     # Bar, head, rule and a line for the prompt take five lines.
     rows = list(progress.shown)[-max(height - 5, 1) :]
-    if rows:
-        parts.append(_table(progress, rows, width))
-    seconds = text.clock(time.time() - progress.phase_started)
-    phase = Text(f"{progress.phase}  {seconds}")
-    parts.append(_bar(progress, width) if progress.pace else phase)
-    return Group(*parts)
+    phase = Text(f"{progress.phase}  {text.clock(time.time() - progress.phase_started)}")
+    below = _bar(progress, width) if progress.pace else phase
+    return Group(_table(progress, rows, width), below) if rows else below
 
 
 def _table(progress: Progress, rows: list[Row], width: int) -> Table:
-    by_importance = sorted(COLUMNS, key=lambda head: COLUMNS[head])
-    kept = by_importance[: max(int(width / COLUMN_WIDTH), 3)]
-    heads = [head for head in COLUMNS if head in kept]
+    kept = BY_IMPORTANCE[: max(int(width / COLUMN_WIDTH), 3)]
+    heads = [head for head in HEADS if head in kept]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
@@ -292,11 +257,9 @@ def _bar(progress: Progress, width: int) -> RenderableType:
     if progress.total_steps is None:
         return Text(f"step {progress.step:,}  {passed}")
     eta = progress.eta_s()
-    words = [f"{progress.step / progress.total_steps:4.0%}", passed]
-    if eta:
-        words.insert(1, f"{text.clock(eta)} left")
-    if progress.phase != "training":
-        words.append(progress.phase)
+    left = [f"{text.clock(eta)} left"] if eta else []
+    phase = [progress.phase] if progress.phase != "training" else []
+    words = [f"{progress.step / progress.total_steps:4.0%}", *left, passed, *phase]
     while len(words) > 1 and len("  ".join(words)) > width - MIN_BAR_WIDTH - 4:
         words.pop()
     label = "  ".join(words)
@@ -337,28 +300,16 @@ def log_line(row: Row, progress: Progress) -> str:
     """Return a train or eval row as one aligned line for a log; cut and grep can split it."""
     cells = _cells(row, progress)
     if row["kind"] == "eval":
-        parts = [
-            f"eval {cells['step']}",
-            f"loss {cells['loss']}",
-            f"perplexity {text.compact(value(row, 'perplexity'))}",
-            f"{text.count(row.get('num_label_tokens'))} label tokens",
-            cells["grad"],
-            cells["tok/s"],
-        ]
+        perplexity = text.compact(value(row, "perplexity"))
+        tokens = text.count(row.get("num_label_tokens"))
+        figures = f"eval {cells['step']}  loss {cells['loss']}  perplexity {perplexity}"
+        parts = (figures, f"{tokens} label tokens", cells["grad"], cells["tok/s"])
         return "  ".join(filter(None, parts))
-    parts = [
-        f"step {cells['step']}",
-        f"epoch {cells['epoch']}",
-        f"loss {cells['loss']}",
-        f"lr {cells['lr']}",
-        f"grad {cells['grad']:>5}",
-        f"{cells['tok/s']:>7} tok/s/worker",
-        f"mfu {cells['MFU']}",
-        f"mem {cells['mem GiB']} GiB",
-        f"wait {cells['wait']}",
-        f"eta {text.clock(progress.eta_s())}",
-    ]
-    return "  ".join(parts)
+    form = (
+        "step {step}  epoch {epoch}  loss {loss}  lr {lr}  grad {grad:>5}  {tok/s:>7} tok/s/worker"
+        "  mfu {MFU}  mem {mem GiB} GiB  wait {wait}  eta {eta}"
+    )
+    return form.format(**cells, eta=text.clock(progress.eta_s()))
 
 
 def wait_share(row: Row, previous_step: int) -> float | None:

@@ -22,7 +22,7 @@ from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.output_dir import Output
 from raytrain_adv.driver.preflight.probe import Read, read_nodes
 from raytrain_adv.driver.training import failures
-from raytrain_adv.driver.training.console import Console, summary
+from raytrain_adv.driver.training.console import Console
 from raytrain_adv.driver.training.prepare import Progress, prepare_run
 from raytrain_adv.driver.training.twin import measure_against_twin
 from raytrain_adv.driver.training.worker_entry import STARTS, ray_worker
@@ -40,6 +40,7 @@ from raytrain_adv.report import record
 from raytrain_adv.report.build import against, failed, finished, planned, started
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import RunReport
+from raytrain_adv.report.summary import summary
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.text import ascii_name
 from raytrain_adv.transforms.applied import Transforms

@@ -9,8 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raytrain_adv.data.batches.collate import PadTo, collate, pad_to
 from raytrain_adv.data.batches.order import epoch_permutation, global_batch
-from raytrain_adv.data.batches.packing import pack
-from raytrain_adv.data.batches.sequences import Sequence, SequenceSet, TokenRows
+from raytrain_adv.data.batches.sequences import Sequence, SequenceSet, TokenRows, pack
 
 
 def test_permutation_is_the_same_on_every_machine_and_release():

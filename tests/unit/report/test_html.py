@@ -241,7 +241,7 @@ def test_the_settings_of_matplotlib_s_user_change_nothing(monkeypatch):
 
 
 def test_matplotlib_is_imported_only_to_draw():
-    names = "html", "build", "summary", "sweep_html", "sweep_table"
+    names = "html", "build", "summary", "sweep_html"
     imports = "\n".join(f"import raytrain_adv.report.{name}" for name in names)
     script = f"{imports}\nimport sys\nassert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -12,10 +12,8 @@ from raytrain_adv.report import sweep_record
 from raytrain_adv.report.contract import SWEEP_PATH, sweep_contract
 from raytrain_adv.report.plot import Plot, Series, draw
 from raytrain_adv.report.record import RunReport
-from raytrain_adv.report.sweep_html import render
+from raytrain_adv.report.sweep_html import render, render_text, written
 from raytrain_adv.report.sweep_record import SweepReport, TrialReport, best, metrics
-from raytrain_adv.report.sweep_table import render as render_table
-from raytrain_adv.report.sweep_table import written
 from tests.unit.report.test_html import EVIL, Elements
 
 DELAY = "fake_quant_after_n_steps"
@@ -120,10 +118,10 @@ def test_a_page_without_any_result_shows_that_the_sweep_runs() -> None:
 
 
 def test_the_table_has_a_line_for_each_trial_and_marks_the_best() -> None:
-    shown = render_table(DELAYS).splitlines()
+    shown = render_text(DELAYS).splitlines()
     assert shown[0].split()[:4] == [DELAY, "state", "eval", "loss"]
     assert [line.split()[1] for line in shown[1:5]] == ["done", "best", "done", "done"]
-    failed = render_table(sweep_of(trial(None, "failed", seed=2)))
+    failed = render_text(sweep_of(trial(None, "failed", seed=2)))
     assert "seed=2 failed:\n  It failed\n    found: <b>why</b>" in failed
 
 

@@ -20,10 +20,10 @@ from raytrain_adv.driver.training.console import (
     live_view,
     log_line,
     printable,
-    summary,
 )
 from raytrain_adv.report.parts import Sample
 from raytrain_adv.report.record import RunReport
+from raytrain_adv.report.summary import summary
 from raytrain_adv.storage.metrics_file import FollowedFile, MetricsFile
 
 ROW = {
