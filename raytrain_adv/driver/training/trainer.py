@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,9 @@ from raytrain_adv.driver.preflight.probe import Read, read_nodes
 from raytrain_adv.driver.training import failures
 from raytrain_adv.driver.training.console import Console, summary
 from raytrain_adv.driver.training.prepare import Progress, prepare_run
-from raytrain_adv.driver.training.twin import measure_against_twin
 from raytrain_adv.driver.training.worker_entry import STARTS, ray_worker
 from raytrain_adv.driver.watch.hang import HangWatch
-from raytrain_adv.driver.watch.head import HeadWatch
-from raytrain_adv.driver.watch.nodes import NodeWatch, usable_nodes
+from raytrain_adv.driver.watch.nodes import HeadWatch, NodeWatch, usable_nodes
 from raytrain_adv.driver.watch.stop import (
     CatchSigterm,
     StopOnRequest,
@@ -249,3 +248,12 @@ def scaling(job: JobConfig, placement: Placement) -> ScalingConfig:
         placement_strategy=job.ray.placement_strategy,
         label_selector=placement.label_selector,
     )
+
+
+def measure_against_twin(job: JobConfig) -> JobConfig:
+    """Return the job with compare_with set to its twin's folder, unless it names another run."""
+    twin = next(Transforms(job).twins(), None)
+    if twin is None or job.output.compare_with is not None:
+        return job
+    compare_with = twin.output.output_dir
+    return replace(job, output=job.output.model_copy(update={"compare_with": compare_with}))
