@@ -100,11 +100,6 @@ class Layer:
         return sum(shared.values()) + sum(m.adapter_rank for m in self.linears)
 
     @cached_property
-    def linear_outputs(self) -> float:
-        """Elements per token of all matrix products' results; an adapter adds another one."""
-        return sum(m.out_width * (2 if m.adapter_rank else 1) for m in self.linears)
-
-    @cached_property
     def mlp_inner(self) -> float:
         """Elements per token between the MLP's matrices: gate and up, or up alone."""
         return sum(m.out_width for m in self.linears if not m.is_attention and not m.is_down)
@@ -147,7 +142,8 @@ class Layer:
         """Return the bytes per token kept by selective checkpointing; a compiled layer does not
         keep its MLP's result, which backward does not need.
         """
-        results = self.linear_outputs - (self.hidden if compiled else 0)
+        results = sum(m.out_width * (2 if m.adapter_rank else 1) for m in self.linears)
+        results -= self.hidden if compiled else 0
         return size * (self.hidden + results + self.query_width) + 4 * self.heads
 
     def backward_temporaries(self, size: int, kind: AttentionKind, seq_len: int) -> float:

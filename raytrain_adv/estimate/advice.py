@@ -31,8 +31,6 @@ class Gpu:
     name: str
     memory_gib: float
     """As PyTorch reports it."""
-    is_known: bool = False
-    """Whether it is the job's own GPU, not an example."""
 
 
 PURE_BF16 = "half the bytes a parameter; updates below 0.2 % of a weight are lost to rounding"
@@ -172,13 +170,9 @@ def _fits(total: float, gpu: Gpu) -> bool:
 
 def written(value: Any) -> str:
     """Return a value as in YAML, on one line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if value is None:
-        return "null"
+    if isinstance(value, bool) or value is None:
+        return "null" if value is None else str(value).lower()
     if isinstance(value, list | tuple):
         items = ", ".join(map(written, value))
         return f"[{items}]" if all(isinstance(one, int) for one in value) else items
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)

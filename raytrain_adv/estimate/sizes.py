@@ -56,10 +56,13 @@ class States:
     @staticmethod
     def of(model: PreTrainedModel, job: JobConfig, world_size: int) -> States:
         """Compute the sizes of a model."""
-        size, sharded = compute_dtype(job).itemsize, uses_fsdp(model, job, world_size)
-        shards = shard_size(job, world_size)
-        layers = [num_elements(layer) for _, layer in decoder_layers(model)]
-        largest = max((layer for _, layer in decoder_layers(model)), key=num_elements)
+        size, shards = compute_dtype(job).itemsize, shard_size(job, world_size)
+        # As in model/parallel.py, where fully_shard is applied.
+        cast = any(p.dtype != compute_dtype(job) for p in model.parameters())
+        sharded = world_size > 1 or cast or job.parallel.fsdp_cpu_offload
+        layers = [layer for _, layer in decoder_layers(model)]
+        largest = max(layers, key=num_elements)
+        root = num_elements(model) - sum(map(num_elements, layers))
         trained = [p for p in model.parameters() if p.requires_grad]
         grad_sizes = {p: size if sharded else p.element_size() for p in trained}
         head, embedding = _head(model), model.get_input_embeddings()
@@ -76,8 +79,8 @@ class States:
             head_gradient=gradient(head),
             embedding_gradient=gradient(embedding),
             layer_gradient=gradient(largest),
-            root=(num_elements(model) - sum(layers)) * size / GIB if sharded else 0.0,
-            layer=max(layers) * size / GIB if sharded else 0.0,
+            root=root * size / GIB if sharded else 0.0,
+            layer=num_elements(largest) * size / GIB if sharded else 0.0,
             num_layers=len(layers),
             shard_size=shards,
             is_tied=head is not None and head.weight is embedding.weight,
@@ -125,6 +128,8 @@ class Passes:
         final = (4 + 2 * size) * config.hidden_size
         unit = batch * seq_len / GIB
         backward = max(x.backward_temporaries(size, kind, seq_len) for x in layers)
+        # Packed linears are unpacked one at a time.
+        packed = [m.in_features * m.out_features for _, m in packed_linears(model)]
         evaluates = bool(job.data.val_size or job.data.eval_dataset)
         eval_tokens = job.train.per_device_eval_batch_size * seq_len if evaluates else 0
         forward = max(size * (3 * x.hidden + x.mlp_inner + x.mlp_width) for x in layers)
@@ -133,7 +138,7 @@ class Passes:
             kept=(sum(kept) + final) * unit,
             kept_by_one=max(kept) * unit,
             recomputed=recomputed * unit,
-            temporaries=backward * unit + largest_unpacked(model) * size / GIB,
+            temporaries=backward * unit + max(packed, default=0) * size / GIB,
             logits=loss.training(batch * seq_len) / GIB,
             logits_gradient=loss.gradient(batch * seq_len) / GIB,
             logits_eval=loss.evaluation(eval_tokens) / GIB,
@@ -246,24 +251,12 @@ def num_rows(parameter: nn.Parameter) -> tuple[int, int]:
     return rows, parameter.numel() // max(rows, 1)
 
 
-def uses_fsdp(model: nn.Module, job: JobConfig, world_size: int) -> bool:
-    """Whether fully_shard will be applied, as in model/parallel.py."""
-    cast = any(p.dtype != compute_dtype(job) for p in model.parameters())
-    return world_size > 1 or cast or job.parallel.fsdp_cpu_offload
-
-
 def attention_kind(config: PretrainedConfig, job: JobConfig) -> AttentionKind:
     """Return the kind of attention; PyTorch's needs a mask for neat_packing."""
     if config._attn_implementation == "eager":
         return "eager"
     masked = job.data.neat_packing and config._attn_implementation == "sdpa"
     return "masked" if masked else "fused"
-
-
-def largest_unpacked(model: nn.Module) -> int:
-    """Return the elements of the largest packed linear: one at a time is unpacked."""
-    sizes = (m.in_features * m.out_features for _, m in packed_linears(model))
-    return max(sizes, default=0)
 
 
 def num_elements(module: nn.Module) -> int:

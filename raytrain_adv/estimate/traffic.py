@@ -92,16 +92,12 @@ class Traffic:
 
 
 def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[Unit]:
-    """Return the modules that FSDP2 is applied to, as in model/parallel.py.
+    """Return the modules that FSDP2 is applied to, as in model/parallel.py, of a model after its
+    transforms and before sharding; the meta device is enough.
 
     A parameter is split along its first dimension into equal parts for all ranks: rows are padded
     to a multiple of them. It is sent in the compute dtype, packed weights as their bytes, and what
     transforms gather in another dtype in that one.
-
-    Args:
-        model: after its transforms, before sharding; the meta device is enough.
-        job: the resolved job.
-        shards: ranks that share a copy.
     """
     sizes = {id(p): size for p, size in Transforms(job).gathered(model).items()}
     layers = [list(layer.parameters()) for _, layer in decoder_layers(model)]
@@ -211,15 +207,9 @@ def compute_seconds(
         operations / (the GPU's dense bf16 peak x the MFU measured on one H200)
         + (bytes gathered + bytes reduced) / COPIED_B_S
 
-    The MFU is that of the nearest measured job: by gradient_checkpointing, transforms and
+    `tokens` are those of one GPU in one optimizer step; a GPU without a known peak counts as an
+    H100. The MFU is that of the nearest measured job: by gradient_checkpointing, transforms and
     torch_compile. Fewer tokens a pass than the 8,192 of the measurement reach less.
-
-    Args:
-        job: the resolved job.
-        flops_per_token: of forward and backward.
-        tokens: of one GPU in one optimizer step.
-        gpu: its name; one without a known peak counts as an H100.
-        moved: the step's traffic.
     """
     speeds = [transform.speed for transform in Transforms(job)]
     mfu = MFU[checkpointing_mode(job)] * math.prod(speeds)

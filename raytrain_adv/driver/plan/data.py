@@ -37,7 +37,6 @@ class DataSummary:
     """Tokens of the longest training sequence."""
     num_held_out: int
     """Sequences for evaluation."""
-    longest_held_out: int
     packing_efficiency: float | None
     """Filled share of the packed sequences; None without packing."""
     estimated_from: int = 0
@@ -54,7 +53,6 @@ def summarize(prepared: PreparedData) -> DataSummary:
         num_tokens=numbers["tokens"],
         longest=int(train.lengths.max()),
         num_held_out=len(held_out) if held_out is not None else 0,
-        longest_held_out=int(held_out.lengths.max()) if held_out is not None else 0,
         packing_efficiency=numbers.get("packing_efficiency"),
     )
 
@@ -133,7 +131,6 @@ def _join(parts: list[DataSummary]) -> DataSummary:
         num_tokens=sum(p.num_tokens for p in parts),
         longest=max(p.longest for p in parts),
         num_held_out=0,
-        longest_held_out=0,
         packing_efficiency=sum(filled) / len(filled) if filled else None,
         estimated_from=sum(p.estimated_from for p in parts),
     )
@@ -143,8 +140,5 @@ def _split(job: JobConfig, whole: DataSummary) -> DataSummary:
     """Subtract the held-out rows from an estimate."""
     size = job.data.val_size
     held = (int(size) if size >= 1 else round(whole.num_rows * size)) / whole.num_rows
-    return dataclasses.replace(
-        _times(whole, 1 - held),
-        num_held_out=round(whole.num_sequences * held),
-        longest_held_out=whole.longest if held else 0,
-    )
+    num_held_out = round(whole.num_sequences * held)
+    return dataclasses.replace(_times(whole, 1 - held), num_held_out=num_held_out)

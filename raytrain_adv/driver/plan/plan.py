@@ -111,8 +111,7 @@ def resolve(
         data: the job's data, prepared or summarized.
         facts: a node the job will run on; without a GPU, memory is compared with example GPUs.
         assumption: where world_size comes from, if the job does not set it.
-        assumed: the cluster for which traffic, checkpoints and limits are computed; None skips
-            them.
+        assumed: the cluster for which traffic, checkpoints and limits are computed, if any.
 
     Raises:
         JobError: when the model, the data or a transform does not fit the job.
@@ -130,15 +129,9 @@ def resolve(
         per_node = int((assumed or Assumptions()).gpus_per_node)
     flops = training_flops_per_token(model, seq_len)
     memory = case.prediction()
-    work = Work(
-        model=model,
-        job=job,
-        flops_per_token=flops,
-        tokens_per_sequence=summary.num_tokens / summary.num_sequences,
-        num_sequences=summary.num_sequences,
-        save_every=arithmetic.save_every,
-        gpu="" if job.parallel.use_cpu else gpus[0].name,
-    )
+    mean = summary.num_tokens / summary.num_sequences
+    name = "" if job.parallel.use_cpu else gpus[0].name
+    work = Work(model, job, flops, mean, summary.num_sequences, arithmetic.save_every, name)
     return RunPlan(
         job=job,
         world_size=world_size,
@@ -153,20 +146,22 @@ def resolve(
         host_gib=host_gib,
         gpus=gpus,
         advice={gpu.name: tuple(advise(case, gpu)) for gpu in gpus},
-        sizes=tuple(
-            Size(n, accumulation(job, n), replace(case, world_size=n).prediction().total)
-            for n in numbers(job)
-        ),
+        sizes=tuple(_size(case, workers) for workers in numbers(job)),
         scale=work.at(world_size, assumed) if assumed else None,
         limits=tuple(work.limits(world_size, assumed)) if assumed else (),
     )
+
+
+def _size(case: Case, workers: int) -> Size:
+    peak = replace(case, world_size=workers).prediction().total
+    return Size(workers, accumulation(case.job, workers), peak)
 
 
 def _node(facts: HardwareFacts | None) -> tuple[tuple[Gpu, ...], int | None, float | None]:
     """Return the GPUs to compare with, their number, and the GiB of host memory, if known."""
     if facts is None or facts.device_type != "cuda":
         return EXAMPLES, None, None
-    gpu = Gpu(facts.device_name, facts.device_memory_gib, is_known=True)
+    gpu = Gpu(facts.device_name, facts.device_memory_gib)
     host_gib = facts.host_memory_bytes / GIB or None  # unknown for a node that is not started yet
     return (gpu,), max(facts.num_gpus, 1), host_gib
 
@@ -191,12 +186,8 @@ def show(
 ) -> None:
     """Print the plan of a job: for `raytrain-adv plan job.yaml` and `--plan`.
 
-    Args:
-        job: the loaded job.
-        num_workers: workers to plan for; ray_num_workers if None.
-        verbose: also show the keys at their defaults.
-        assumed: the cluster; traffic, checkpoints and limits are shown if it is given, or if the
-            workers need more than one node.
+    Traffic, checkpoints and limits are shown if a cluster is assumed or if the workers, by default
+    ray_num_workers, need more than one node.
 
     Raises:
         JobError: when the job cannot run as written.
@@ -235,13 +226,7 @@ def _workers(job: JobConfig, requested: int | None, facts: HardwareFacts) -> tup
 
 
 def remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> tuple[str, ...]:
-    """Return the sentences below a plan: keys without effect, and what was not checked.
-
-    Args:
-        job: the loaded job.
-        world_size: planned number of workers.
-        facts: the machine on which the plan is made.
-    """
+    """Return the sentences below a plan: keys without effect, and what was not checked."""
     preflight = f"raytrain-adv preflight {job.source}".rstrip()
     return (
         *job.notes,

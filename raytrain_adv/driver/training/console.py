@@ -8,8 +8,8 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console as Terminal
@@ -32,17 +32,8 @@ NUM_SHOWN = 8
 REDRAW_S = 1.0
 """Shortest time between two redraws: a terminal that is recorded keeps each of them."""
 # Column heads in the order of display; a narrow terminal loses those with the highest number first.
-COLUMNS = {
-    "step": 0,
-    "epoch": 3,
-    "loss": 0,
-    "lr": 2,
-    "grad": 4,
-    "tok/s": 0,
-    "MFU": 5,
-    "mem GiB": 6,
-    "wait": 7,
-}
+HEADS = ("step", "epoch", "loss", "lr", "grad", "tok/s", "MFU", "mem GiB", "wait")
+COLUMNS = dict(zip(HEADS, (0, 3, 0, 2, 4, 0, 5, 6, 7), strict=True))
 COLUMN_WIDTH = 8.5
 MIN_BAR_WIDTH = 12
 Row = Mapping[str, Any]
@@ -87,9 +78,7 @@ class Progress:
             return None
         paces = [
             (t - t_before) / (step - step_before)
-            for (t_before, step_before), (t, step) in zip(
-                self.pace, list(self.pace)[1:], strict=False
-            )
+            for (t_before, step_before), (t, step) in pairwise(self.pace)
             if step > step_before
         ]
         per_step = statistics.fmean(paces) if paces else self.step_s
@@ -109,7 +98,7 @@ class Progress:
 
 
 class Console:
-    """Shows a run in the terminal or log of its driver, for as long as the `with` block lasts.
+    """Shows a run in its driver's terminal or log while the `with` block lasts.
 
     A thread follows output_dir/metrics.jsonl, which rank 0 writes on storage that the driver
     shares. The view never stops the run: its own error is printed once, and training continues.
@@ -148,12 +137,7 @@ class Console:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self._finished.set()
             self._thread.join(timeout=5.0)
@@ -191,14 +175,17 @@ class Console:
         except Exception as error:
             # Whatever fails here (a closed terminal, a row of another version) must neither end a
             # training run of days nor go unseen.
-            self._give_up(error)
+            self._finished.set()
+            self._stopped = True
+            reason = f"{type(error).__name__}: {error}"
+            self._print(f"The live view stopped ({reason}); the run continues, see {FILE_NAME}.")
 
     def _show(self, row: Row) -> None:
-        if row["kind"] == "event":
-            if row.get("event") not in SILENT_EVENTS:
-                style = "dim" if row.get("event") == "phase" else ""
-                self._print(self._stamped(str(row.get("message"))), style=style)
-        elif self._live is None:
+        event = row.get("event")
+        if row["kind"] == "event" and event not in SILENT_EVENTS:
+            style = "dim" if event == "phase" else ""
+            self._print(self._stamped(str(row.get("message"))), style=style)
+        elif row["kind"] != "event" and self._live is None:
             self._print(log_line(row, self._progress))
 
     def _draw(self, live: Live, closing: bool) -> None:
@@ -231,12 +218,6 @@ class Console:
         except (OSError, ValueError):
             self._nobody_reads = True  # the reader of the pipe is gone, or the stream is closed
 
-    def _give_up(self, error: Exception) -> None:
-        self._finished.set()
-        self._stopped = True
-        reason = f"{type(error).__name__}: {error}"
-        self._print(f"The live view stopped ({reason}); the run continues, see {FILE_NAME}.")
-
 
 def is_terminal(stream: TextIO) -> bool:
     """Whether the stream is a terminal that can redraw lines."""
@@ -262,20 +243,15 @@ def _start_live(stream: TextIO) -> Live:
 
 def live_view(progress: Progress, width: int, height: int) -> RenderableType:
     """Return the last rows as a table, and below it the bar or the phase, for a terminal's size."""
-    parts: list[RenderableType] = []
     # Bar, head, rule and a line for the prompt take five lines.
     rows = list(progress.shown)[-max(height - 5, 1) :]
-    if rows:
-        parts.append(_table(progress, rows, width))
-    seconds = text.clock(time.time() - progress.phase_started)
-    phase = Text(f"{progress.phase}  {seconds}")
-    parts.append(_bar(progress, width) if progress.pace else phase)
-    return Group(*parts)
+    table = [_table(progress, rows, width)] if rows else []
+    phase = Text(f"{progress.phase}  {text.clock(time.time() - progress.phase_started)}")
+    return Group(*table, _bar(progress, width) if progress.pace else phase)
 
 
 def _table(progress: Progress, rows: list[Row], width: int) -> Table:
-    by_importance = sorted(COLUMNS, key=lambda head: COLUMNS[head])
-    kept = by_importance[: max(int(width / COLUMN_WIDTH), 3)]
+    kept = sorted(COLUMNS, key=lambda head: COLUMNS[head])[: max(int(width / COLUMN_WIDTH), 3)]
     heads = [head for head in COLUMNS if head in kept]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for head in heads:
@@ -283,7 +259,7 @@ def _table(progress: Progress, rows: list[Row], width: int) -> Table:
     for row in rows:
         cells = _cells(row, progress)
         style = "cyan" if row["kind"] == "eval" else ""
-        table.add_row(*(Text(cells.get(head, "")) for head in heads), style=style)
+        table.add_row(*(Text(cells[head]) for head in heads), style=style)
     return table
 
 
@@ -292,18 +268,18 @@ def _bar(progress: Progress, width: int) -> RenderableType:
     if progress.total_steps is None:
         return Text(f"step {progress.step:,}  {passed}")
     eta = progress.eta_s()
-    words = [f"{progress.step / progress.total_steps:4.0%}", passed]
-    if eta:
-        words.insert(1, f"{text.clock(eta)} left")
-    if progress.phase != "training":
-        words.append(progress.phase)
+    words = [
+        f"{progress.step / progress.total_steps:4.0%}",
+        *([f"{text.clock(eta)} left"] if eta else []),
+        passed,
+        *([progress.phase] if progress.phase != "training" else []),
+    ]
     while len(words) > 1 and len("  ".join(words)) > width - MIN_BAR_WIDTH - 4:
         words.pop()
-    label = "  ".join(words)
+    label = Text("  ".join(words), no_wrap=True)
     bar_width = width - len(label) - 4
-    bar = ProgressBar(total=progress.total_steps, completed=progress.step, width=bar_width)
     grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_row(bar, Text(label, no_wrap=True))
+    grid.add_row(ProgressBar(progress.total_steps, progress.step, width=bar_width), label)
     return grid
 
 
@@ -311,7 +287,7 @@ def _cells(row: Row, progress: Progress) -> dict[str, str]:
     """Return a row's cells by the head of their column."""
     step, loss = of_total(row["step"], progress.total_steps), text.loss(value(row, "loss"))
     if row["kind"] == "eval":
-        return {
+        return dict.fromkeys(COLUMNS, "") | {
             "step": step,
             "epoch": "eval",
             "loss": loss,
@@ -337,28 +313,15 @@ def log_line(row: Row, progress: Progress) -> str:
     """Return a train or eval row as one aligned line for a log; cut and grep can split it."""
     cells = _cells(row, progress)
     if row["kind"] == "eval":
-        parts = [
-            f"eval {cells['step']}",
-            f"loss {cells['loss']}",
-            f"perplexity {text.compact(value(row, 'perplexity'))}",
-            f"{text.count(row.get('num_label_tokens'))} label tokens",
-            cells["grad"],
-            cells["tok/s"],
-        ]
-        return "  ".join(filter(None, parts))
-    parts = [
-        f"step {cells['step']}",
-        f"epoch {cells['epoch']}",
-        f"loss {cells['loss']}",
-        f"lr {cells['lr']}",
-        f"grad {cells['grad']:>5}",
-        f"{cells['tok/s']:>7} tok/s/worker",
-        f"mfu {cells['MFU']}",
-        f"mem {cells['mem GiB']} GiB",
-        f"wait {cells['wait']}",
-        f"eta {text.clock(progress.eta_s())}",
-    ]
-    return "  ".join(parts)
+        perplexity = f"perplexity {text.compact(value(row, 'perplexity'))}"
+        tokens = f"{text.count(row.get('num_label_tokens'))} label tokens"
+        parts = [f"eval {cells['step']}", f"loss {cells['loss']}", perplexity, tokens]
+        return "  ".join(filter(None, [*parts, cells["grad"], cells["tok/s"]]))
+    line = (
+        "step {step}  epoch {epoch}  loss {loss}  lr {lr}  grad {grad:>5}  "
+        "{tok/s:>7} tok/s/worker  mfu {MFU}  mem {mem GiB} GiB  wait {wait}  eta "
+    )
+    return line.format(**cells) + text.clock(progress.eta_s())
 
 
 def wait_share(row: Row, previous_step: int) -> float | None:
@@ -376,8 +339,7 @@ def wait_share(row: Row, previous_step: int) -> float | None:
 def value(row: Row, key: str) -> float | None:
     """Return a number of the row, also NaN and infinity, which it has under non_finite."""
     number = row.get(key)
-    if number is None and key in row.get("non_finite", {}):
-        return float(row["non_finite"][key])
+    number = row.get("non_finite", {}).get(key) if number is None else number
     return None if number is None else float(number)
 
 

@@ -34,15 +34,6 @@ class Progress:
     preflight: PreflightReport | None = None
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Where and how the workers run."""
-
-    placement: Placement
-    plan: RunPlan
-    head: HeadWatch
-
-
 def prepare_run(
     job: JobConfig,
     read: Read,
@@ -50,7 +41,7 @@ def prepare_run(
     progress: Progress,
     watched: ExitStack,
     record_end: Callable[[BaseException], None],
-) -> Prepared:
+) -> tuple[Placement, RunPlan, HeadWatch]:
     """Tokenize the data while Ray starts and the nodes are probed; print the plan and wait for
     room.
 
@@ -95,7 +86,7 @@ def prepare_run(
     end("plan")
     nodes.wait_for_room(placement, say)
     say("starting the workers: they import PyTorch and connect to each other")
-    return Prepared(placement, plan, watch)
+    return placement, plan, watch
 
 
 def _in_background(work: Callable[[], PreparedData]) -> Future[PreparedData]:

@@ -47,9 +47,6 @@ class HangWatch(WorkerGroupCallback):  # type: ignore[misc] # ray is Any to mypy
 
     A worker that hangs gets an error in its Ray status, as if it had raised it: Ray then ends all
     workers, and restarts them if max_failures allows.
-
-    Args:
-        timeout_s: step_timeout.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -123,10 +120,8 @@ def find_hung(
 ) -> dict[int, str]:
     """Return rank -> what it does, of the workers that block the run; empty if it progresses.
 
-    Args:
-        pulses: the answers that have just arrived, by rank.
-        silent_s: rank -> seconds since its unanswered request.
-        timeout_s: how long a run may go without a step or an answer.
+    `pulses` are the answers that have just arrived, by rank; `silent_s` has for each rank the
+    seconds since its unanswered request. No step or answer may take longer than `timeout_s`.
     """
     stalled = {rank: p for rank, p in sorted(pulses.items()) if p.stalled_s > timeout_s}
     if not stalled and not any(s > timeout_s for s in silent_s.values()):

@@ -55,11 +55,8 @@ TIMEOUT_S = 3.0
 
 
 class HeadWatch:
-    """Checks on a thread of the driver that the head can be reached, and ends the process if not.
-
-    Args:
-        address: host:port of the head's GCS.
-        record: records how the run ended, before the process ends; it must not call Ray.
+    """Checks on a thread of the driver that the head's GCS at host:port can be reached. If not,
+    `record` records how the run ended, without calling Ray, and the process ends.
     """
 
     def __init__(self, address: str, record: Callable[[HeadLost], None]) -> None:
@@ -123,13 +120,7 @@ def head_address() -> str:
 
 
 class NodeWatch:
-    """Reports on a thread of the driver nodes that are lost or that join; Ray does not.
-
-    Args:
-        placement: each worker's resources, and the nodes to avoid.
-        nodes: id -> node, as they are now.
-        say: prints a sentence.
-    """
+    """Reports on a thread of the driver nodes that are lost or that join; Ray does not."""
 
     def __init__(
         self, placement: Placement, nodes: Mapping[str, Node], say: Callable[[str], None]
