@@ -91,10 +91,8 @@ class Layer:
 
     @cached_property
     def linear_inputs(self) -> float:
-        """Elements per token of the linears' inputs; an input of several linears counts once.
-
-        Without attention's output projection: its input is attention's output.
-        """
+        """Elements per token of the linears' inputs; an input of several linears counts once."""
+        # The input of attention's output projection is counted as attention's output.
         kept = [m for m in self.linears if m.keeps_input and not m.is_output]
         shared = {(m.fqn.rpartition(".")[0], m.in_width): m.in_width for m in kept}
         return sum(shared.values()) + sum(m.adapter_rank for m in self.linears)
@@ -139,11 +137,10 @@ class Layer:
         return size * kept + self.attention(size, kind, seq_len)
 
     def kept_selective(self, size: int, compiled: bool) -> float:
-        """Return the bytes per token kept by selective checkpointing; a compiled layer does not
-        keep its MLP's result, which backward does not need.
-        """
+        """Return the bytes per token kept by selective checkpointing."""
         results = sum(m.out_width * (2 if m.adapter_rank else 1) for m in self.linears)
-        results -= self.hidden if compiled else 0
+        if compiled:
+            results -= self.hidden  # the MLP's result, which backward does not need
         return size * (self.hidden + results + self.query_width) + 4 * self.heads
 
     def backward_temporaries(self, size: int, kind: AttentionKind, seq_len: int) -> float:

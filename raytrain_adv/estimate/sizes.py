@@ -290,9 +290,7 @@ class HostCopies:
 
     @staticmethod
     def of(model: nn.Module, job: JobConfig, world_size: int) -> HostCopies:
-        """Compute the sizes of the first worker's shard, the largest; each worker copies its own,
-        even if another one has the same.
-        """
+        """Compute the first worker's shard, the largest; each worker copies its own."""
         if job.output.save_strategy == "no":
             return HostCopies(0.0, 0.0)
         shards = shard_size(job, world_size)

@@ -62,9 +62,7 @@ class Results:
         return sweep_record.best(self.report.trials, self.report.mode)
 
     def has_ended(self, name: str) -> bool:
-        """Whether an earlier launch has finished or stopped the trial; without a scheduler stopped
-        trials continue.
-        """
+        """Whether an earlier launch ended the trial; without a scheduler stopped ones continue."""
         ended = ("done",) if self._sweep.options.scheduler == "none" else ("done", "stopped")
         return self.report.trial(name).status in ended
 

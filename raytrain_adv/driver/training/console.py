@@ -325,10 +325,7 @@ def log_line(row: Row, progress: Progress) -> str:
 
 
 def wait_share(row: Row, previous_step: int) -> float | None:
-    """Return the share of the time since the previous train row in which workers waited for data.
-
-    data_wait_s is the sum over these steps, step_s their mean.
-    """
+    """Return the share of time since the last train row that workers waited for data, at most 1."""
     waited, step_s = row.get("data_wait_s"), row.get("step_s")
     if waited is None or not step_s:
         return None

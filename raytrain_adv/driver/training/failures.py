@@ -85,9 +85,7 @@ def _unwrap(error: BaseException) -> BaseException:
 
 
 def translate(error: TrainingFailedError | RayActorError) -> RaytrainAdvError:
-    """Return the error to show: a worker's own RaytrainAdvError, else the last lines of the worker
-    that failed first.
-    """
+    """Return the error to show: a worker's own, else the last lines of the first that failed."""
     if isinstance(error, WorkerGroupError):
         return _of_workers(error.worker_failures)
     fix = "run the job again with resume_from_checkpoint: true"
@@ -130,9 +128,7 @@ def _in_a_sentence(failures: Mapping[int, Exception]) -> str:
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> tuple[int, Exception]:
-    """Return the most informative failure and its rank: our own errors first, collateral ones
-    last, then by rank.
-    """
+    """Return the rank and the most informative failure: our own first, collateral ones last."""
 
     def order(item: tuple[int, Exception]) -> tuple[bool, bool, int]:
         rank, error = item

@@ -90,9 +90,7 @@ def prepare_run(
 
 
 def _in_background(work: Callable[[], PreparedData]) -> Future[PreparedData]:
-    """Start the work on a daemon thread, which does not keep the process alive after a refusal as
-    an executor's would.
-    """
+    """Start the work on a daemon thread, which does not keep the process after a refusal."""
     future: Future[PreparedData] = Future()
 
     def run() -> None:

@@ -29,9 +29,7 @@ JOIN_S = 3.0
 
 @contextlib.contextmanager
 def poll(name: str, check: Callable[[], None], every_s: float) -> Iterator[None]:
-    """Call `check`, which must not raise, regularly on a thread while the block runs: Ray's calls
-    block the driver.
-    """
+    """Call `check`, which must not raise, on a thread every few seconds while the block runs."""
     ended = threading.Event()
 
     def repeat() -> None:

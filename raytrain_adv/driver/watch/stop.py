@@ -41,9 +41,7 @@ class StoppedBySweep(Stopped):
 
 
 class StopOnRequest(UserCallback):  # type: ignore[misc] # ray is Any to mypy
-    """Ends the run with all workers once its folder contains stop.json. Runs in Ray Train's
-    controller, on the driver's node.
-    """
+    """Ends the run with all workers, from Ray Train's controller, if its folder has stop.json."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder.absolute() / SWEEP_STOP_FILE
@@ -141,8 +139,7 @@ def is_terminated() -> bool:
 class DrainNotice:
     """Checks on a worker whether Ray is about to remove a node of the run.
 
-    Ray's get_preemption_info is a barrier for all workers; this reads the same information without
-    one (ray 2.60: train_fn_utils.py).
+    Ray's get_preemption_info has the same information behind a barrier (ray 2.60).
     """
 
     def __init__(self) -> None:
