@@ -1,15 +1,12 @@
 """The memory that a decoder layer keeps for its backward pass, computed from its modules.
 
-Three rules, by how the layer runs:
-
 - eager: autograd keeps what each operation needs. An RMSNorm computes in float32 and keeps that
   copy and its normalized form; attention its inputs, output and log-sum-exp; a gated MLP the gate,
   its activation, the other half and their product.
 - compiled: Inductor's partitioner keeps the inputs of matrix products, attention's inputs and the
   halves of the MLP, and recomputes element-wise results. Of a norm it keeps the input unchanged.
-- selective checkpointing: the results of matrix products and attention, and the layer's input.
-
-Full checkpointing keeps the layer's input only.
+- selective checkpointing: the results of matrix products and attention, and the layer's input;
+  full checkpointing: the layer's input only.
 """
 
 from __future__ import annotations
@@ -24,35 +21,33 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from raytrain_adv.estimate.flops import active_expert_share, experts_per_token, num_experts
+from raytrain_adv.estimate.flops import (
+    ROUTED_EXPERT,
+    active_expert_share,
+    experts_per_token,
+    num_experts,
+)
 
 AttentionKind = Literal["fused", "masked", "eager"]
 """Fused: no mask but the causal one. Masked: fused with a mask tensor. Eager: all weights exist."""
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+DOWN_PROJECTIONS = ("down", "w2", "fc2", "c_proj", "dense_4h_to_h", "fc_out")
 ATTENTION_PATH = re.compile(r"attn|attention", re.IGNORECASE)
-ADAPTER_PATH = re.compile(r"\.lora_")
-NORM_CLASS = re.compile(r"norm", re.IGNORECASE)
-EXPERT_LIST = re.compile(r"\bexperts\.\d+\.")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix product of a layer; widths are elements per token."""
+    """A matrix product of a layer."""
 
     fqn: str
     in_width: float
-    """Input elements; of routed experts, summed over a token's active ones."""
+    """Input elements per token; of routed experts, summed over a token's active ones."""
     out_width: float
     """Output elements, likewise."""
     keeps_input: bool
     """Whether its weight or an adapter on it is trained, so that backward needs the input."""
     adapter_rank: int = 0
-
-    @property
-    def parent(self) -> str:
-        """The fqn of its parent module."""
-        return self.fqn.rpartition(".")[0]
 
     @property
     def is_attention(self) -> bool:
@@ -64,6 +59,11 @@ class Linear:
         """Whether it is attention's last projection."""
         return self.is_attention and self.fqn.rpartition(".")[2] in OUTPUT_PROJECTIONS
 
+    @property
+    def is_down(self) -> bool:
+        """Whether it is the MLP's last matrix."""
+        return not self.is_attention and self.fqn.rpartition(".")[2].startswith(DOWN_PROJECTIONS)
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -74,9 +74,6 @@ class Norm:
     in_float32: bool
     """Whether it computes on a float32 copy, as transformers' RMSNorms do."""
     trained: bool
-    """Whether it has a trained weight."""
-    inside_attention: bool
-    """Whether it normalizes queries or keys rather than the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -91,90 +88,63 @@ class Layer:
     """Elements per token of all keys; the same for the values."""
     linears: tuple[Linear, ...]
     norms: tuple[Norm, ...]
-    num_parameters: int
 
     @cached_property
     def linear_inputs(self) -> float:
-        """Elements per token of the linears' inputs; an input of several linears counts once.
-
-        Without attention's output projection: its input is attention's output.
-        """
-        shared = {
-            (m.parent, m.in_width): m.in_width
-            for m in self.linears
-            if m.keeps_input and not m.is_output
-        }
-        ranks = sum(m.adapter_rank for m in self.linears)
-        return sum(shared.values()) + ranks
-
-    @cached_property
-    def linear_outputs(self) -> float:
-        """Elements per token of all matrix products' results; an adapter adds another one."""
-        return sum(m.out_width * (2 if m.adapter_rank else 1) for m in self.linears)
+        """Elements per token of the linears' inputs; an input of several linears counts once."""
+        # The input of attention's output projection is counted as attention's output.
+        kept = [m for m in self.linears if m.keeps_input and not m.is_output]
+        shared = {(m.fqn.rpartition(".")[0], m.in_width): m.in_width for m in kept}
+        return sum(shared.values()) + sum(m.adapter_rank for m in self.linears)
 
     @cached_property
     def mlp_inner(self) -> float:
         """Elements per token between the MLP's matrices: gate and up, or up alone."""
-        return sum(m.out_width for m in self.linears if not m.is_attention and not self._is_down(m))
+        return sum(m.out_width for m in self.linears if not m.is_attention and not m.is_down)
 
     @cached_property
     def mlp_width(self) -> float:
         """Input elements per token of the MLP's last matrix."""
-        return sum(m.in_width for m in self.linears if not m.is_attention and self._is_down(m))
-
-    @property
-    def is_gated(self) -> bool:
-        """Whether the MLP multiplies two halves."""
-        return self.mlp_inner > 1.5 * self.mlp_width
-
-    @property
-    def is_joint(self) -> bool:
-        """Whether queries, keys and values come from one matrix."""
-        return sum(m.is_attention and not m.is_output for m in self.linears) == 1
-
-    def _is_down(self, linear: Linear) -> bool:
-        name = linear.fqn.rpartition(".")[2]
-        return name.startswith(("down", "w2", "fc2", "c_proj", "dense_4h_to_h", "fc_out"))
+        return sum(m.in_width for m in self.linears if m.is_down)
 
     def attention(self, size: int, kind: AttentionKind, seq_len: int) -> float:
         """Return the bytes per token that attention keeps: inputs, output and weights."""
         if kind == "fused":
             # Values cut from a joint projection keep all of it alive.
-            joint = self.query_width + self.key_width if self.is_joint else 0
-            return size * (2 * self.query_width + 2 * self.key_width + joint) + 4 * self.heads
+            is_joint = sum(m.is_attention and not m.is_output for m in self.linears) == 1
+            copies = 3 if is_joint else 2
+            return size * copies * (self.query_width + self.key_width) + 4 * self.heads
         # Keys and values are repeated for every head.
         inputs_and_output = size * 4 * self.query_width
         if kind == "masked":
             return inputs_and_output + 4 * self.heads + size * seq_len
         # The softmax is float32, then cast.
-        weights = self.heads * seq_len * (4 + size if size < 4 else 4)
-        return inputs_and_output + weights
+        return inputs_and_output + self.heads * seq_len * (4 + size if size < 4 else 4)
 
     def kept_eager(self, size: int, kind: AttentionKind, seq_len: int) -> float:
         """Return the bytes per token that autograd keeps for each operation."""
-        norms = 0.0
-        for norm in self.norms:
-            own = 4 if norm.in_float32 else size
-            norms += norm.width * (own + (size if norm.trained and norm.in_float32 else 0))
-        mlp = self.mlp_inner + (self.mlp_width if self.is_gated else 0)
+        norms = sum(
+            norm.width * (4 + size * norm.trained if norm.in_float32 else size)
+            for norm in self.norms
+        )
+        is_gated = self.mlp_inner > 1.5 * self.mlp_width
+        mlp = self.mlp_inner + (self.mlp_width if is_gated else 0)
         return norms + size * (self.linear_inputs + mlp) + self.attention(size, kind, seq_len)
 
     def kept_compiled(self, size: int, kind: AttentionKind, seq_len: int) -> float:
         """Return the bytes per token kept by a compiled layer."""
-        norms = sum(norm.width for norm in self.norms)
-        return size * (norms + self.linear_inputs + self.mlp_inner) + self.attention(
-            size, kind, seq_len
-        )
+        kept = sum(norm.width for norm in self.norms) + self.linear_inputs + self.mlp_inner
+        return size * kept + self.attention(size, kind, seq_len)
 
     def kept_selective(self, size: int, compiled: bool) -> float:
-        """Return the bytes per token kept by selective checkpointing; a compiled layer does not
-        keep its MLP's result, which backward does not need.
-        """
-        results = self.linear_outputs - (self.hidden if compiled else 0)
+        """Return the bytes per token kept by selective checkpointing."""
+        results = sum(m.out_width * (2 if m.adapter_rank else 1) for m in self.linears)
+        if compiled:
+            results -= self.hidden  # the MLP's result, which backward does not need
         return size * (self.hidden + results + self.query_width) + 4 * self.heads
 
     def backward_temporaries(self, size: int, kind: AttentionKind, seq_len: int) -> float:
-        """Return the bytes per token of a layer's backward pass in addition to those kept.
+        """Return the bytes per token that a layer's backward pass needs in addition.
 
         The larger of the MLP's gradients (product, halves, input, output) and attention's.
         """
@@ -189,81 +159,55 @@ def read_layer(layer: nn.Module, config: PretrainedConfig) -> Layer:
     linears = tuple(_linears(layer, config))
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
     query_width = next((int(m.in_width) for m in linears if m.is_output), heads * head_dim)
-    key_width = key_heads * head_dim
-    return Layer(
-        hidden=config.hidden_size,
-        heads=heads,
-        query_width=query_width,
-        key_width=key_width,
-        linears=linears,
-        norms=tuple(_norms(layer, query_width, key_width)),
-        num_parameters=sum(p.numel() for p in layer.parameters()),
-    )
+    key_width = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    norms = tuple(_norms(layer, query_width, key_width))
+    return Layer(config.hidden_size, heads, query_width, key_width, linears, norms)
 
 
 def _linears(layer: nn.Module, config: PretrainedConfig) -> Iterator[Linear]:
-    experts_seen = active_expert_share(config)
     for fqn, module in layer.named_modules():
-        if ADAPTER_PATH.search(fqn):
+        if ".lora_" in fqn:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and num_experts(config):
                 yield _stacked_experts(f"{fqn}.{name}", parameter, config)
         if not isinstance(module, nn.Linear | Conv1D):
             continue
-        share = experts_seen if EXPERT_LIST.search(fqn) else 1.0
+        share = active_expert_share(config) if ROUTED_EXPERT.search(fqn) else 1.0
         if isinstance(module, nn.Linear):  # whose weight may be packed
             width_in, width_out = module.in_features, module.out_features
         else:
             width_in, width_out = module.weight.shape
         rank = _adapter_rank(layer, fqn)
-        yield Linear(
-            fqn=fqn.removesuffix(".base_layer"),
-            in_width=width_in * share,
-            out_width=width_out * share,
-            keeps_input=module.weight.requires_grad or rank > 0,
-            adapter_rank=rank,
-        )
+        trained = module.weight.requires_grad or rank > 0
+        name = fqn.removesuffix(".base_layer")
+        yield Linear(name, width_in * share, width_out * share, trained, rank)
 
 
 def _stacked_experts(fqn: str, parameter: nn.Parameter, config: PretrainedConfig) -> Linear:
     """Return experts stacked as [expert, out, in], or transposed, as one linear."""
     active, hidden = experts_per_token(config), config.hidden_size
-    inner = next((n for n in parameter.shape[1:] if n != hidden), hidden)
-    is_down = "down" in fqn.rpartition(".")[2]
-    return Linear(
-        fqn=fqn,
-        in_width=active * (inner if is_down else hidden),
-        out_width=active * (hidden if is_down else inner),
-        keeps_input=parameter.requires_grad,
-    )
+    widths = (hidden, next((n for n in parameter.shape[1:] if n != hidden), hidden))
+    width_in, width_out = widths[::-1] if "down" in fqn.rpartition(".")[2] else widths
+    return Linear(fqn, active * width_in, active * width_out, parameter.requires_grad)
 
 
 def _adapter_rank(layer: nn.Module, fqn: str) -> int:
     if not fqn.endswith(".base_layer"):
         return 0
     adapted = layer.get_submodule(fqn.removesuffix(".base_layer"))
-    ranks = [p.shape[0] for name, p in adapted.named_parameters() if name.startswith("lora_A.")]
-    return sum(ranks)
+    return sum(p.shape[0] for name, p in adapted.named_parameters() if name.startswith("lora_A."))
 
 
 def _norms(layer: nn.Module, query_width: int, key_width: int) -> Iterator[Norm]:
     for fqn, module in layer.named_modules():
-        if not NORM_CLASS.search(type(module).__name__) or next(module.children(), None):
+        if "norm" not in type(module).__name__.lower() or next(module.children(), None):
             continue
         weight = next(iter(module.parameters(recurse=False)), None)
         if weight is None:
             continue
-        name = fqn.rpartition(".")[2]
-        inside = name.startswith(("q_", "k_", "query_", "key_"))
-        width = weight.numel()
-        if inside:
+        name, width = fqn.rpartition(".")[2], weight.numel()
+        if name.startswith(("q_", "k_", "query_", "key_")):  # inside attention
             width = query_width if name.startswith("q") else key_width
-        yield Norm(
-            width=width,
-            in_float32=not isinstance(module, nn.LayerNorm),
-            trained=weight.requires_grad,
-            inside_attention=inside,
-        )
+        yield Norm(width, not isinstance(module, nn.LayerNorm), weight.requires_grad)

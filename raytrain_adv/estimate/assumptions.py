@@ -51,10 +51,9 @@ def assumptions(pairs: Iterable[str]) -> tuple[Assumptions, list[Problem]]:
             problems.append(Problem(what, f"write --assume {name}=NUMBER"))
         else:
             values[name] = value
-    per_node = values.get("gpus_per_node", 1.0)
-    if per_node != int(per_node):
-        text = f"--assume gpus_per_node={per_node:g}: it takes a whole number"
-        problems.append(Problem(text, "write --assume gpus_per_node=8"))
+    if not (per_node := values.get("gpus_per_node", 1.0)).is_integer():
+        what = f"--assume gpus_per_node={per_node:g}: it takes a whole number"
+        problems.append(Problem(what, "write --assume gpus_per_node=8"))
     return Assumptions(**values), problems
 
 

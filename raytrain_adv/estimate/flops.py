@@ -26,7 +26,7 @@ WITHOUT_ATTENTION = ("linear_attention", "mamba", "conv", "recurrent")
 
 
 def training_flops_per_token(model: nn.Module, seq_len: float) -> float:
-    """Return the floating-point operations of forward and backward per token of a sequence.
+    """Return the floating-point operations of forward and backward per token.
 
     Args:
         model: a transformers causal language model, on any device, sharded or not.
@@ -101,5 +101,4 @@ def experts_per_token(config: PretrainedConfig) -> int:
 
 def text_config(model: nn.Module) -> PretrainedConfig:
     """Return the config of the model's language part."""
-    config = cast(PretrainedConfig, model.config)
-    return config.get_text_config()
+    return cast(PretrainedConfig, model.config).get_text_config()

@@ -1,6 +1,4 @@
-"""A job on N workers: its traffic, checkpoints and load on the head node, and the limits that more
-workers reach, in order. Computed; see traffic.py.
-"""
+"""A job on N workers, computed (see traffic.py): traffic, checkpoints, load on the head, limits."""
 
 from __future__ import annotations
 
@@ -45,10 +43,12 @@ request 64446 (placement groups and actors on 2,000 and more nodes)."""
 
 @dataclass(frozen=True)
 class Head:
-    """The control plane's load on the head node, extrapolated from a few CPU workers."""
+    """The load on the head node of gcs_server and Ray Train's controller, which have a connection
+    to every worker; extrapolated from a few CPU workers.
+    """
 
     cpu_s: float
-    """CPU seconds of HEAD_ROLES to start and end a run."""
+    """CPU seconds of both to start and end a run."""
     files: float
     """Open files and sockets of the process with the most."""
     memory_gib: float
@@ -57,9 +57,11 @@ class Head:
     @staticmethod
     def of(world_size: int) -> Head:
         """Extrapolate: base + workers x per worker."""
-        files = max(base + each * world_size for base, each in HEAD_FILES.values())
-        (cpu, cpu_each), (rss, rss_each) = HEAD_CPU_S, HEAD_RSS_MIB
-        return Head(cpu + cpu_each * world_size, files, (rss + rss_each * world_size) / 1024)
+        cpu, rss, *files = (
+            base + each * world_size
+            for base, each in (HEAD_CPU_S, HEAD_RSS_MIB, *HEAD_FILES.values())
+        )
+        return Head(cpu, max(files), rss / 1024)
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,11 @@ class Work:
         job, train = self.job, self.job.train
         moved = traffic(self.model, job, world_size)
         sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        compute = None
+        compute = interval = None
         if self.gpu:
             tokens = sequences * self.tokens_per_sequence
             compute = compute_seconds(job, self.flops_per_token, tokens, self.gpu, moved)
         times = Times(*communication(moved, a), compute)
-        interval = None
         if compute is not None and self.save_every:
             interval = self.save_every * max(compute, times.communication)
         return Scale(
@@ -135,67 +136,66 @@ class Work:
 
     def limits(self, planned: int, a: Assumptions) -> list[Limit]:
         """Return each limit with its fewest workers, in order, up to MOST_WORKERS."""
-        counts = sorted({planned, *(2**n for n in range(1, int(math.log2(MOST_WORKERS)) + 1))})
-        shard_size = self.job.parallel.fsdp_shard_size or 1
+        counts = sorted({planned, *(2**n for n in range(1, MOST_WORKERS.bit_length()))})
         found: dict[str, Limit] = {}
         for count in counts:
-            if count % min(shard_size, count):
-                continue
-            for name, what, fix in self._met(self.at(count, a)):
-                found.setdefault(name, Limit(count, what, fix))
-        return sorted(found.values(), key=lambda limit: limit.workers)
+            if count % min(self.job.parallel.fsdp_shard_size or 1, count) == 0:
+                for is_met, what, fix, name in self._checks(self.at(count, a)):
+                    if is_met:
+                        found.setdefault(name, Limit(count, what, fix))
+        return list(found.values())
 
-    def _met(self, s: Scale) -> Iterator[tuple[str, str, str]]:
-        """Yield name, sentence and fix of the limits that are reached."""
+    def _checks(self, s: Scale) -> Iterator[tuple[bool, str, str, str]]:
+        """Yield for each limit whether it is reached, a sentence, a fix and a name."""
         a, t, c = s.assumed, s.times, s.checkpoint
-        if t.compute is not None and t.communication > t.compute:
-            latency = t.latency > t.bandwidth
-            most = "hops between GPUs" if latency else "bytes over the network"
-            yield (
-                "network",
-                f"collectives take longer than computation, most of it {most}",
-                self._less_communication(s),
-            )
-        if s.save_interval is not None and c.save > s.save_interval:
-            yield (
-                "storage",
-                f"a checkpoint is not written ({c.save:,.0f} s) before the next is due "
-                f"({s.save_interval:,.0f} s)",
-                "raise save_steps, or storage_gb_s: faster storage as ray_storage_path",
-            )
-        if c.load + c.model_load > LONG_LOAD_S:
-            yield (
-                "start",
-                f"reading weights and checkpoint takes {c.load + c.model_load:,.0f} s",
-                "faster storage; every copy of the model reads it, and every rank .metadata, which "
-                "grows with fsdp_shard_size",
-            )
-        if s.global_batch > self.num_sequences:
-            yield (
-                "data",
-                f"a step takes {s.global_batch:,} sequences, more than the data has",
-                "more data, or fewer workers: the batch of a step grows with them",
-            )
-        if s.head.files > a.open_files:
-            yield (
-                "head node",
-                f"a process on the head has about {s.head.files:,.0f} open files (extrapolated)",
-                f"raise ulimit -n there above {a.open_files:,.0f}",
-            )
-        if s.nodes > ENVELOPE_NODES:
-            yield (
-                "Ray",
-                f"{s.nodes:,} nodes are more than Ray's release benchmarks start",
-                "test Ray alone on as many nodes first",
-            )
+        most = "hops between GPUs" if t.latency > t.bandwidth else "bytes over the network"
+        yield (
+            t.compute is not None and t.communication > t.compute,
+            f"collectives take longer than computation, most of it {most}",
+            self._less_communication(s),
+            "network",
+        )
+        interval = math.inf if s.save_interval is None else s.save_interval
+        yield (
+            c.save > interval,
+            f"a checkpoint is not written ({c.save:,.0f} s) before the next is due "
+            f"({interval:,.0f} s)",
+            "raise save_steps, or storage_gb_s: faster storage as ray_storage_path",
+            "storage",
+        )
+        yield (
+            c.load + c.model_load > LONG_LOAD_S,
+            f"reading weights and checkpoint takes {c.load + c.model_load:,.0f} s",
+            "faster storage; every copy of the model reads it, and every rank .metadata, which "
+            "grows with fsdp_shard_size",
+            "start",
+        )
+        yield (
+            s.global_batch > self.num_sequences,
+            f"a step takes {s.global_batch:,} sequences, more than the data has",
+            "more data, or fewer workers: the batch of a step grows with them",
+            "data",
+        )
+        yield (
+            s.head.files > a.open_files,
+            f"a process on the head has about {s.head.files:,.0f} open files (extrapolated)",
+            f"raise ulimit -n there above {a.open_files:,.0f}",
+            "head node",
+        )
+        yield (
+            s.nodes > ENVELOPE_NODES,
+            f"{s.nodes:,} nodes are more than Ray's release benchmarks start",
+            "test Ray alone on as many nodes first",
+            "Ray",
+        )
 
     def _less_communication(self, s: Scale) -> str:
         per_node = int(s.assumed.gpus_per_node)
-        changes = []
-        if s.moved.shard_size > per_node:
-            changes.append(
-                f"fsdp_shard_size: {per_node}, or the fewest workers that fit a copy (see memory)"
-            )
-        changes += filter(None, (t.gathers_less for t in Transforms(self.job)))
-        changes.append("more tokens a pass: per_device_train_batch_size")
-        return "; ".join(changes)
+        fewer = f"fsdp_shard_size: {per_node}, or the fewest workers that fit a copy (see memory)"
+        return "; ".join(
+            [
+                *([fewer] if s.moved.shard_size > per_node else []),
+                *filter(None, (t.gathers_less for t in Transforms(self.job))),
+                "more tokens a pass: per_device_train_batch_size",
+            ]
+        )

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from raytrain_adv.checkpoint.staging import LARGEST_SHARE
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.workers import accumulation
 from raytrain_adv.estimate.flops import text_config
@@ -47,20 +48,17 @@ class Phase:
     @property
     def total(self) -> float:
         """The sum, in GiB."""
-        states = self.parameters + self.gradients + self.optimizer
-        return states + self.activations + self.logits + self.gathered + self.workspace
+        return sum(getattr(self, part) for part in (*PARTS, "workspace"))
 
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Predicted peak memory of one worker, in GiB. Each part has its own largest size."""
+    """Predicted peak memory of one worker, in GiB. Each of PARTS has its own largest size."""
 
     parameters: float
-    """This worker's shard of the parameters."""
+    """Shard of one worker; also of gradients and optimizer states."""
     gradients: float
-    """This worker's shard of the gradients."""
     optimizer: float
-    """This worker's shard of the optimizer's states."""
     activations: float
     """Activations kept for backward, and the temporaries of a layer's backward pass."""
     logits: float
@@ -86,8 +84,72 @@ class MemoryPrediction:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the prediction as JSON types."""
-        phases = [{**asdict(p), "total": p.total} for p in self.phases]
-        return {**asdict(self), "phases": phases}
+        return {**asdict(self), "phases": [{**asdict(p), "total": p.total} for p in self.phases]}
+
+
+@dataclass(frozen=True)
+class HostNeed:
+    """Host memory of a node's workers in GiB; without Python and PyTorch, some 3 GiB a worker, and
+    the node's own processes. All but `workers` are per worker.
+    """
+
+    workers: int
+    """Most workers on the node."""
+    offloaded: float
+    """Parameters, gradients and optimizer states under fsdp_cpu_offload."""
+    kept: float
+    """Copies of checkpoints, kept for the run."""
+    new: float
+    """New copies for each checkpoint."""
+
+    @staticmethod
+    def of(memory: MemoryPrediction, workers: int) -> HostNeed:
+        """Return the need of this many workers on a node."""
+        return HostNeed(workers, memory.host, memory.copies.kept, memory.copies.new)
+
+    @property
+    def per_worker(self) -> float:
+        """The need of one worker."""
+        return self.offloaded + self.kept + self.new
+
+    @property
+    def per_node(self) -> float:
+        """The need of the node's workers."""
+        return self.workers * self.per_worker
+
+    @property
+    def least_free_to_lock(self) -> float:
+        """Free host memory with which the kept copies are page-locked."""
+        return self.workers * self.kept / LARGEST_SHARE
+
+    def sentence(self) -> str:
+        """Return the need in a sentence."""
+        named = {
+            "offloaded": self.offloaded,
+            "copies of checkpoints, kept for the run": self.kept,
+            "new copies for each checkpoint": self.new,
+        }
+        needed = {what: gib for what, gib in named.items() if gib >= 0.05}
+        parts = [f"{gib:.1f} {what}" if len(needed) > 1 else what for what, gib in needed.items()]
+        node = f", {self.per_node:.1f} GiB on a node of {self.workers}" if self.workers > 1 else ""
+        return f"{self.per_worker:.1f} GiB per worker{node}: {'; '.join(parts)}"
+
+    def verdict(self, node_gib: float | None) -> str:
+        """Return whether copies are page-locked on a node with this much host memory, if known."""
+        if node_gib is not None and self.per_node > node_gib:
+            return f"does not fit: this node has {node_gib:.0f} GiB of host memory"
+        if node_gib is not None and self.least_free_to_lock > node_gib:
+            return (
+                f"not page-locked on this node of {node_gib:.0f} GiB: copies would be more than "
+                "half of it; steps wait longer for checkpoints"
+            )
+        if not self.kept:
+            return ""
+        known = "" if node_gib is None else f" (this node has {node_gib:.0f})"
+        return (
+            f"page-locked where a node has {self.least_free_to_lock:.1f} GiB free{known}, "
+            "twice the copies; else steps wait longer for checkpoints"
+        )
 
 
 def predict(
@@ -128,40 +190,25 @@ def _phases(s: States, a: Passes, job: JobConfig, accumulates: bool) -> tuple[Ph
     one = a.recomputed + a.temporaries
     g = _Gradients.sharded(s, job, earlier) if s.is_sharded else _Gradients.whole(s, earlier)
     whole = max(stays, s.root + GATHERED_AHEAD * s.layer)
-
-    def phase(name: str, gradients: float = 0.0, **parts: float) -> Phase:
-        return Phase(name, s.parameters, gradients, s.optimizer, **parts)
-
-    phases = [
-        phase("loss", earlier, activations=a.kept, logits=a.logits, gathered=stays),
-        phase(
-            "backward, head",
-            g.first,
-            activations=a.kept,
-            logits=a.logits_gradient,
-            gathered=max(stays, s.root) + g.head_reducing,
-        ),
-        phase(
-            "backward, last layer",
-            g.first,
-            activations=a.kept + one,
-            gathered=whole + g.reducing,
-        ),
-        phase(
-            "backward, first layer",
-            g.last,
-            activations=a.kept_by_one + one,
-            gathered=whole + g.reducing,
-        ),
-        phase("backward, end", s.gradients, gathered=s.root + g.end_reducing),
-        phase("optimizer step", s.gradients, activations=s.optimizer_temporaries),
+    root = max(stays, s.root)
+    ending = s.root + g.end_reducing
+    moments = [  # name, gradients, activations, logits, gathered
+        ("loss", earlier, a.kept, a.logits, stays),
+        ("backward, head", g.first, a.kept, a.logits_gradient, root + g.head_reducing),
+        ("backward, last layer", g.first, a.kept + one, 0.0, whole + g.reducing),
+        ("backward, first layer", g.last, a.kept_by_one + one, 0.0, whole + g.reducing),
+        ("backward, end", s.gradients, 0.0, 0.0, ending),
+        ("optimizer step", s.gradients, s.optimizer_temporaries, 0.0, 0.0),
     ]
     if a.logits_eval:
-        phases += [
-            phase("evaluation, layers", activations=a.layer_eval, gathered=whole),
-            phase("evaluation", logits=a.logits_eval, gathered=max(stays, s.root)),
+        moments += [
+            ("evaluation, layers", 0.0, a.layer_eval, 0.0, whole),
+            ("evaluation", 0.0, 0.0, a.logits_eval, root),
         ]
-    return tuple(phases)
+    return tuple(
+        Phase(name, s.parameters, gradients, s.optimizer, *others)
+        for name, gradients, *others in moments
+    )
 
 
 @dataclass(frozen=True)
@@ -203,39 +250,37 @@ class _Gradients:
         )
 
 
+def dtypes(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the kinds of the packed weights, and the dtypes of the parameters."""
+    plain = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    return (*sorted({m.form.kind for _, m in packed_linears(model)}), *sorted(plain))
+
+
 def _explanations(
     model: PreTrainedModel, job: JobConfig, states: States, tokens: int
 ) -> dict[str, str]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
-    packed = {layer.form.kind for _, layer in packed_linears(model)}
-    dtypes = [*sorted(packed), *dtypes]
     over = f", over {states.shard_size} workers" if states.shard_size > 1 else ""
-    optimizer = {"adamw_torch_8bit": "two states of 8 bits"}.get(
-        job.train.optim, "two states in the parameters' dtype"
-    )
-    mode = checkpointing_mode(job)
+    optimizer = "of 8 bits" if job.train.optim == "adamw_torch_8bit" else "in the parameters' dtype"
     kept = {
         "none": "everything backward needs is kept",
         "selective": "results of matrix products and attention are kept",
         "full": "each layer's input is kept",
-    }[mode]
+    }[checkpointing_mode(job)]
     how = "compiled layers" if job.parallel.torch_compile else "eager layers"
     copies = "" if job.parallel.torch_compile else f", float32 {CHUNK_TOKENS} tokens at a time"
     logits = f"{tokens:,} x {text_config(model).vocab_size:,}, and their gradient{copies}"
-    in_head = head_loss(model)
-    if in_head is not None:
+    if in_head := head_loss(model):
         logits = (
             f"{in_head.kernel}: never of all {tokens:,} tokens; with the gradients of the head and "
             "its input"
         )
+    gathered = "whole layers while FSDP2 computes with them"
     return {
-        "parameters": f"{num_weights(model):,} in {' and '.join(dtypes)}{over}",
+        "parameters": f"{num_weights(model):,} in {' and '.join(dtypes(model))}{over}",
         "gradients": f"of {trained:,} trained parameters{over}",
-        "optimizer": f"{optimizer}{over}",
+        "optimizer": f"two states {optimizer}{over}",
         "activations": f"{tokens:,} tokens, {how}; {kept}",
         "logits": logits,
-        "gathered": "whole layers while FSDP2 computes with them"
-        if states.is_sharded
-        else "nothing: one worker, no FSDP2",
+        "gathered": gathered if states.is_sharded else "nothing: one worker, no FSDP2",
     }

@@ -34,15 +34,14 @@ class States:
     gradients: float
     optimizer: float
     head_gradient: float
-    """Whole gradient of the head."""
+    """Whole gradient of the head; likewise of the embedding, the same tensor if they are tied."""
     embedding_gradient: float
-    """Whole gradient of the input embedding; the head's tensor if they are tied."""
     layer_gradient: float
     """Whole gradient of one layer, in the dtype of backward."""
     root: float
     """Whole parameters outside the layers, in the compute dtype; 0 without FSDP2."""
     layer: float
-    """Whole parameters of one layer, in the compute dtype; 0 without FSDP2."""
+    """Whole parameters of one layer, likewise."""
     optimizer_temporaries: float
     """Temporaries of the optimizer's step."""
     num_layers: int
@@ -57,11 +56,13 @@ class States:
     @staticmethod
     def of(model: PreTrainedModel, job: JobConfig, world_size: int) -> States:
         """Compute the sizes of a model."""
-        size, sharded = compute_dtype(job).itemsize, uses_fsdp(model, job, world_size)
-        shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
+        size, shards = compute_dtype(job).itemsize, shard_size(job, world_size)
+        # As in model/parallel.py, where fully_shard is applied.
+        cast = any(p.dtype != compute_dtype(job) for p in model.parameters())
+        sharded = world_size > 1 or cast or job.parallel.fsdp_cpu_offload
         layers = [layer for _, layer in decoder_layers(model)]
         largest = max(layers, key=num_elements)
-        root = num_elements(model) - sum(num_elements(layer) for layer in layers)
+        root = num_elements(model) - sum(map(num_elements, layers))
         trained = [p for p in model.parameters() if p.requires_grad]
         grad_sizes = {p: size if sharded else p.element_size() for p in trained}
         head, embedding = _head(model), model.get_input_embeddings()
@@ -71,17 +72,17 @@ class States:
             return sum(p.numel() * grad_sizes.get(p, 0) for p in parameters) / GIB
 
         return States(
-            parameters=num_bytes(model.parameters()) / shard_size / GIB,
-            gradients=num_bytes(trained) / shard_size / GIB,
-            optimizer=optimizer_bytes(trained, job, shard_size) / GIB,
-            optimizer_temporaries=step_bytes(trained, job, shard_size, sharded) / GIB,
+            parameters=num_bytes(model.parameters()) / shards / GIB,
+            gradients=num_bytes(trained) / shards / GIB,
+            optimizer=optimizer_bytes(trained, job, shards) / GIB,
+            optimizer_temporaries=step_bytes(trained, job, shards, sharded) / GIB,
             head_gradient=gradient(head),
             embedding_gradient=gradient(embedding),
             layer_gradient=gradient(largest),
             root=root * size / GIB if sharded else 0.0,
             layer=num_elements(largest) * size / GIB if sharded else 0.0,
             num_layers=len(layers),
-            shard_size=shard_size,
+            shard_size=shards,
             is_tied=head is not None and head.weight is embedding.weight,
         )
 
@@ -117,41 +118,41 @@ class Passes:
         whole = [
             (x.kept_compiled if compiled else x.kept_eager)(size, kind, seq_len) for x in layers
         ]
-        kept = {
-            "none": whole,
-            "full": [float(size * x.hidden) for x in layers],
-            "selective": [x.kept_selective(size, compiled) for x in layers],
-        }[mode]
-        recomputed = 0.0
-        if mode != "none":
-            already = kept if mode == "selective" else [0.0] * len(kept)
-            recomputed = max(max(w - k, 0.0) for w, k in zip(whole, already, strict=True))
+        kept, recomputed = whole, 0.0
+        if mode == "selective":
+            kept = [x.kept_selective(size, compiled) for x in layers]
+            recomputed = max(max(w - k, 0.0) for w, k in zip(whole, kept, strict=True))
+        elif mode == "full":
+            kept, recomputed = [float(size * x.hidden) for x in layers], max(whole)
         # The final norm runs uncompiled: float32 copy, normalized form, the head's input.
         final = (4 + 2 * size) * config.hidden_size
         unit = batch * seq_len / GIB
-        vocab, caps = config.vocab_size, getattr(config, "final_logit_softcapping", None)
+        backward = max(x.backward_temporaries(size, kind, seq_len) for x in layers)
+        # Packed linears are unpacked one at a time.
+        packed = [m.in_features * m.out_features for _, m in packed_linears(model)]
         evaluates = bool(job.data.val_size or job.data.eval_dataset)
         eval_tokens = job.train.per_device_eval_batch_size * seq_len if evaluates else 0
-        in_head = head_loss(model)
-        loss: Loss | LossInHead = Loss(vocab, size, compiled, capped=caps is not None)
-        if in_head is not None:
-            head = _head(model)
-            parameters = head.parameters() if head is not None else ()
-            trained = sum(p.numel() for p in parameters if p.requires_grad)
-            loss = LossInHead(in_head, config.hidden_size, size, trained)
+        forward = max(size * (3 * x.hidden + x.mlp_inner + x.mlp_width) for x in layers)
+        loss = _loss(model, size, compiled)
         return Passes(
             kept=(sum(kept) + final) * unit,
             kept_by_one=max(kept) * unit,
             recomputed=recomputed * unit,
-            temporaries=max(x.backward_temporaries(size, kind, seq_len) for x in layers) * unit
-            + largest_unpacked(model) * size / GIB,
+            temporaries=backward * unit + max(packed, default=0) * size / GIB,
             logits=loss.training(batch * seq_len) / GIB,
             logits_gradient=loss.gradient(batch * seq_len) / GIB,
             logits_eval=loss.evaluation(eval_tokens) / GIB,
-            layer_eval=max(size * (3 * x.hidden + x.mlp_inner + x.mlp_width) for x in layers)
-            * eval_tokens
-            / GIB,
+            layer_eval=forward * eval_tokens / GIB,
         )
+
+
+def _loss(model: PreTrainedModel, size: int, compiled: bool) -> Loss | LossInHead:
+    config, head, in_head = text_config(model), _head(model), head_loss(model)
+    if in_head is None or head is None:
+        capped = getattr(config, "final_logit_softcapping", None) is not None
+        return Loss(config.vocab_size, size, compiled, capped)
+    trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
+    return LossInHead(in_head, config.hidden_size, size, trained)
 
 
 @dataclass(frozen=True)
@@ -200,10 +201,10 @@ class LossInHead:
 
     def training(self, tokens: int) -> float:
         """Return the most bytes of a chunk and its gradients, in the forward pass."""
-        return self.chunk(tokens) + self.gradient(tokens) + self.of_parameters(tokens)
+        return self.evaluation(tokens) + self.gradient(tokens) + self.of_parameters(tokens)
 
-    def chunk(self, tokens: int) -> float:
-        """Return the bytes of a chunk's logits."""
+    def evaluation(self, tokens: int) -> float:
+        """Return the bytes of a chunk's logits, the most in a pass without gradients."""
         if self.loss.kernel == "cut_cross_entropy":
             return 0.0  # they stay in on-chip memory
         largest = chunk_tokens(tokens, self.loss.vocab, self.size)
@@ -226,10 +227,6 @@ class LossInHead:
         """Return the bytes of the gradient of the head's input."""
         return tokens * self.hidden * self.size
 
-    def evaluation(self, tokens: int) -> float:
-        """Return the most bytes in a pass without gradients."""
-        return self.chunk(tokens)
-
 
 def _head(model: PreTrainedModel) -> nn.Module | None:
     # transformers leaves this method without types.
@@ -243,10 +240,15 @@ def head_loss(model: PreTrainedModel) -> HeadLoss | None:
     return None if head is None else loss_of(head)
 
 
-def uses_fsdp(model: nn.Module, job: JobConfig, world_size: int) -> bool:
-    """Whether fully_shard will be applied, as in model/parallel.py."""
-    cast = any(p.dtype != compute_dtype(job) for p in model.parameters())
-    return world_size > 1 or cast or job.parallel.fsdp_cpu_offload
+def shard_size(job: JobConfig, world_size: int) -> int:
+    """Return the ranks that share a copy of the model."""
+    return min(job.parallel.fsdp_shard_size or world_size, world_size)
+
+
+def num_rows(parameter: nn.Parameter) -> tuple[int, int]:
+    """Return the rows that FSDP2 splits a parameter along, and the elements of a row."""
+    rows = parameter.shape[0] if parameter.ndim else 1
+    return rows, parameter.numel() // max(rows, 1)
 
 
 def attention_kind(config: PretrainedConfig, job: JobConfig) -> AttentionKind:
@@ -255,12 +257,6 @@ def attention_kind(config: PretrainedConfig, job: JobConfig) -> AttentionKind:
         return "eager"
     masked = job.data.neat_packing and config._attn_implementation == "sdpa"
     return "masked" if masked else "fused"
-
-
-def largest_unpacked(model: nn.Module) -> int:
-    """Return the elements of the largest packed linear: one at a time is unpacked."""
-    sizes = (m.in_features * m.out_features for _, m in packed_linears(model))
-    return max(sizes, default=0)
 
 
 def num_elements(module: nn.Module) -> int:
@@ -273,15 +269,12 @@ def num_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def optimizer_bytes(trained: list[nn.Parameter], job: JobConfig, shard_size: int) -> float:
+def optimizer_bytes(trained: list[nn.Parameter], job: JobConfig, shards: int) -> float:
     """Return the bytes of AdamW's two states per worker."""
-    if job.train.optim != "adamw_torch_8bit":
-        return 2 * num_bytes(trained) / shard_size
     total = 0.0
     for p in trained:
-        in_8bit = has_8bit_states(p, job, shard_size)
-        size = STATE_BYTES_IN_8BIT if in_8bit else p.element_size()
-        total += 2 * p.numel() / shard_size * size
+        in_8bit = has_8bit_states(p, job, shards)
+        total += 2 * p.numel() / shards * (STATE_BYTES_IN_8BIT if in_8bit else p.element_size())
     return total
 
 
@@ -297,21 +290,17 @@ class HostCopies:
 
     @staticmethod
     def of(model: nn.Module, job: JobConfig, world_size: int) -> HostCopies:
-        """Compute the sizes of the first worker's shard, the largest; each worker copies its own,
-        even if another one has the same.
-        """
+        """Compute the first worker's shard, the largest; each worker copies its own."""
         if job.output.save_strategy == "no":
             return HostCopies(0.0, 0.0)
-        shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
+        shards = shard_size(job, world_size)
         with_states = not job.output.save_only_model
         kept = new = 0.0
-        for p in model.parameters():
-            if not p.requires_grad:
-                continue
-            rows = p.shape[0] if p.ndim else 1
-            local = -(-rows // shard_size) * (p.numel() // max(rows, 1))
+        for p in (p for p in model.parameters() if p.requires_grad):
+            rows, row = num_rows(p)
+            local = -(-rows // shards) * row
             kept += local * p.element_size()
-            if with_states and has_8bit_states(p, job, shard_size):
+            if with_states and has_8bit_states(p, job, shards):
                 new += 2 * 4 * local
             elif with_states:
                 kept += 2 * local * p.element_size()
@@ -320,23 +309,21 @@ class HostCopies:
         return HostCopies(kept / GIB, new / GIB)
 
 
-def has_8bit_states(parameter: nn.Parameter, job: JobConfig, shard_size: int) -> bool:
+def has_8bit_states(parameter: nn.Parameter, job: JobConfig, shards: int) -> bool:
     """Whether torchao's optimizer keeps a parameter's states in 8 bits."""
-    local = parameter.numel() / shard_size
+    local = parameter.numel() / shards
     is_large = local >= SMALLEST_IN_8BIT and local % BLOCK_OF_8BIT == 0
     return job.train.optim == "adamw_torch_8bit" and is_large
 
 
-def step_bytes(
-    trained: list[nn.Parameter], job: JobConfig, shard_size: int, sharded: bool
-) -> float:
+def step_bytes(trained: list[nn.Parameter], job: JobConfig, shards: int, sharded: bool) -> float:
     """Return the temporary bytes of an optimizer step: none if it is fused."""
     largest = max(trained, key=lambda p: p.numel())
     if job.train.optim == "adamw_torch_8bit":
         # Parameter by parameter, with both states in float32.
-        return 2 * 4 * largest.numel() / shard_size
+        return 2 * 4 * largest.numel() / shards
     if job.train.optim == "adamw_torch":
         # Of sharded parameters one by one, else of all at once: the denominator of the update.
         each = 2 * largest.numel() * largest.element_size()
-        return (each if sharded else num_bytes(trained)) / shard_size
+        return (each if sharded else num_bytes(trained)) / shards
     return 0.0

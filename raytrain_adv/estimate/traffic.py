@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.estimate.assumptions import Assumptions
 from raytrain_adv.estimate.memory import REDUCE_BYTES
-from raytrain_adv.estimate.sizes import has_8bit_states, num_bytes
+from raytrain_adv.estimate.sizes import has_8bit_states, num_bytes, num_rows, shard_size
 from raytrain_adv.hardware import peak_flops
 from raytrain_adv.model.build import decoder_layers
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
@@ -76,25 +76,28 @@ class Traffic:
     all_reductions: int
 
     @property
+    def inside(self) -> float:
+        """Bytes that one GPU receives within a copy by rings: (n - 1) / n of all."""
+        return (self.shard_size - 1) / self.shard_size * (self.gathered + self.reduced)
+
+    @property
+    def between(self) -> float:
+        """Bytes that one GPU receives from other copies: twice (n - 1) / n of the reduced ones."""
+        return 2 * (self.replicas - 1) / self.replicas * self.all_reduced
+
+    @property
     def received(self) -> float:
-        """Bytes that one GPU receives by rings: (n - 1) / n of the gathered or reduced bytes, twice
-        that of the all-reduced ones.
-        """
-        between = 2 * _share(self.replicas) * self.all_reduced
-        return _share(self.shard_size) * (self.gathered + self.reduced) + between
+        """Bytes that one GPU receives."""
+        return self.inside + self.between
 
 
-def units(model: PreTrainedModel, job: JobConfig, shard_size: int) -> list[Unit]:
-    """Return the modules that FSDP2 is applied to, as in model/parallel.py.
+def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[Unit]:
+    """Return the modules that FSDP2 is applied to, as in model/parallel.py, of a model after its
+    transforms and before sharding; the meta device is enough.
 
     A parameter is split along its first dimension into equal parts for all ranks: rows are padded
     to a multiple of them. It is sent in the compute dtype, packed weights as their bytes, and what
     transforms gather in another dtype in that one.
-
-    Args:
-        model: after its transforms, before sharding; the meta device is enough.
-        job: the resolved job.
-        shard_size: ranks that share a copy.
     """
     sizes = {id(p): size for p, size in Transforms(job).gathered(model).items()}
     layers = [list(layer.parameters()) for _, layer in decoder_layers(model)]
@@ -104,7 +107,8 @@ def units(model: PreTrainedModel, job: JobConfig, shard_size: int) -> list[Unit]
     for parameters in (*layers, outside):
         gathered = reduced = 0
         for p in parameters:
-            padded = _padded(p, shard_size)
+            rows, row = num_rows(p)
+            padded = -(-rows // shards) * shards * row
             size = compute_dtype(job).itemsize if p.is_floating_point() else p.element_size()
             gathered += padded * sizes.get(id(p), size)
             reduced += padded * REDUCE_BYTES if p.requires_grad else 0
@@ -112,39 +116,30 @@ def units(model: PreTrainedModel, job: JobConfig, shard_size: int) -> list[Unit]
     return found
 
 
-def _padded(parameter: nn.Parameter, shard_size: int) -> int:
-    rows = parameter.shape[0] if parameter.ndim else 1
-    return -(-rows // shard_size) * shard_size * (parameter.numel() // max(rows, 1))
-
-
 def traffic(model: PreTrainedModel, job: JobConfig, world_size: int) -> Traffic:
-    """Return a step's traffic.
+    """Return a step's traffic, without a few scalars: the loss, the norm.
 
     Each pass of gradient accumulation gathers every unit in forward and again in backward, or once
     with fsdp_reshard_after_forward: false, and reduces each trained unit; copies of the model then
-    sum their shards. A few scalars are ignored: the loss, the norm.
+    sum their shards.
     """
-    shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
-    replicas = world_size // shard_size
+    shards = shard_size(job, world_size)
+    replicas = world_size // shards
     passes = job.train.gradient_accumulation_steps
-    times = passes * (2 if job.parallel.fsdp_reshard_after_forward else 1)
-    found = units(model, job, shard_size)
-    trained = [unit for unit in found if unit.reduced]
-    reduced = passes * sum(unit.reduced for unit in trained)
+    times = passes * (2 if job.parallel.fsdp_reshard_after_forward else 1) * (shards > 1)
+    found = units(model, job, shards)
+    trained = [unit.reduced for unit in found if unit.reduced]
+    reduced, reductions = passes * sum(trained), passes * len(trained)
     return Traffic(
-        shard_size=shard_size,
+        shard_size=shards,
         replicas=replicas,
-        gathered=times * sum(unit.gathered for unit in found) if shard_size > 1 else 0,
-        gathers=times * len(found) if shard_size > 1 else 0,
-        reduced=reduced if shard_size > 1 else 0,
-        reductions=passes * len(trained) if shard_size > 1 else 0,
-        all_reduced=reduced // shard_size if replicas > 1 else 0,
-        all_reductions=passes * len(trained) if replicas > 1 else 0,
+        gathered=times * sum(unit.gathered for unit in found),
+        gathers=times * len(found),
+        reduced=reduced if shards > 1 else 0,
+        reductions=reductions if shards > 1 else 0,
+        all_reduced=reduced // shards if replicas > 1 else 0,
+        all_reductions=reductions if replicas > 1 else 0,
     )
-
-
-def _share(size: int) -> float:
-    return (size - 1) / size
 
 
 @dataclass(frozen=True)
@@ -164,18 +159,16 @@ class Times:
         return self.bandwidth + self.latency
 
     @property
-    def most_exposed(self) -> float | None:
+    def most_exposed(self) -> float:
         """Communication's share of a step without overlap: the upper bound."""
-        if self.compute is None:
-            return None
-        return self.communication / (self.compute + self.communication)
+        compute = self.compute or 0.0
+        return self.communication / (compute + self.communication)
 
     @property
-    def least_exposed(self) -> float | None:
+    def least_exposed(self) -> float:
         """The share with full overlap: above 0 if communication takes longer."""
-        if self.compute is None:
-            return None
-        return max(self.communication - self.compute, 0.0) / max(self.communication, self.compute)
+        compute = self.compute or 0.0
+        return max(self.communication - compute, 0.0) / max(self.communication, compute)
 
 
 def communication(moved: Traffic, a: Assumptions) -> tuple[float, float]:
@@ -186,21 +179,16 @@ def communication(moved: Traffic, a: Assumptions) -> tuple[float, float]:
     and they share the network. Latency: a base and n - 1 hops, of which (nodes - 1) go over the
     network; an all-reduce needs two rounds. Source: NCCL, graph/tuning.cc.
     """
-    per_node = int(a.gpus_per_node)
+    per_node, nvlink, network = int(a.gpus_per_node), a.nvlink_gb_s * GB, a.network_gb_s * GB
     nodes = math.ceil(moved.shard_size / per_node)
-    inside = _share(moved.shard_size) * (moved.gathered + moved.reduced)
-    bandwidth = inside / (a.nvlink_gb_s * GB)
-    if nodes > 1:
-        bandwidth = max(bandwidth, inside / (a.network_gb_s * GB))
+    bandwidth = moved.inside / (min(nvlink, network) if nodes > 1 else nvlink)
     calls = moved.gathers + moved.reductions
     latency = calls * (COLLECTIVE_S + _hops(moved.shard_size, nodes, a))
     if moved.replicas > 1:
         world_nodes = math.ceil(moved.shard_size * moved.replicas / per_node)
         spread = min(moved.replicas, world_nodes)
-        between = 2 * _share(moved.replicas) * moved.all_reduced
-        rings = min(moved.shard_size, per_node)
-        over_network = rings * between / (a.network_gb_s * GB) if spread > 1 else 0.0
-        bandwidth += max(between / (a.nvlink_gb_s * GB), over_network)
+        rings = min(moved.shard_size, per_node) if spread > 1 else 0
+        bandwidth += max(moved.between / nvlink, rings * moved.between / network)
         hops = 2 * _hops(moved.replicas, spread, a)
         latency += moved.all_reductions * (COLLECTIVE_S + hops)
     return bandwidth, latency
@@ -219,18 +207,12 @@ def compute_seconds(
         operations / (the GPU's dense bf16 peak x the MFU measured on one H200)
         + (bytes gathered + bytes reduced) / COPIED_B_S
 
-    The MFU is that of the nearest measured job: by gradient_checkpointing, transforms and
+    `tokens` are those of one GPU in one optimizer step; a GPU without a known peak counts as an
+    H100. The MFU is that of the nearest measured job: by gradient_checkpointing, transforms and
     torch_compile. Fewer tokens a pass than the 8,192 of the measurement reach less.
-
-    Args:
-        job: the resolved job.
-        flops_per_token: of forward and backward.
-        tokens: of one GPU in one optimizer step.
-        gpu: its name; one without a known peak counts as an H100.
-        moved: the step's traffic.
     """
-    mfu = MFU[checkpointing_mode(job)]
-    mfu *= math.prod(transform.speed for transform in Transforms(job))
+    speeds = [transform.speed for transform in Transforms(job)]
+    mfu = MFU[checkpointing_mode(job)] * math.prod(speeds)
     mfu *= 1.0 if job.parallel.torch_compile else EAGER_SPEED
     peak = peak_flops(gpu, "bf16") or peak_flops("H100", "bf16")
     assert peak is not None  # the table has an H100
@@ -268,16 +250,14 @@ def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[floa
     its states, and one for its step, a scalar. AdamW's states have the parameter's dtype; those of
     8 bits are written in float32 (checkpoint/staging.py).
     """
-    shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
+    shards = shard_size(job, world_size)
     with_states = not job.output.save_only_model
     values, entries = 0.0, SETTINGS if with_states else 0
-    for p in model.parameters():
-        if not p.requires_grad:
-            continue
-        size, in_8bit = p.element_size(), has_8bit_states(p, job, shard_size)
-        states = 2 * (4 if in_8bit else size) if with_states else 0
+    for p in (p for p in model.parameters() if p.requires_grad):
+        size = p.element_size()
+        states = 2 * (4 if has_8bit_states(p, job, shards) else size) if with_states else 0
         values += p.numel() * (size + states)
-        entries += 3 * shard_size + 1 if with_states else shard_size
+        entries += 3 * shards + 1 if with_states else shards
     return values + entries * (PART_BYTES + ENTRY_BYTES), entries * ENTRY_BYTES
 
 
@@ -288,19 +268,19 @@ def checkpoint_cost(
     takes longer. Every copy of the model is read, and .metadata on every rank.
     """
     total, metadata = saved_bytes(model, job, world_size)
-    shard_size = min(job.parallel.fsdp_shard_size or world_size, world_size)
-    replicas, nodes = world_size // shard_size, math.ceil(world_size / a.gpus_per_node)
+    per_rank = total / shard_size(job, world_size)
+    replicas = world_size // shard_size(job, world_size)
+    nodes = math.ceil(world_size / a.gpus_per_node)
     whole_model = 0 if job.model.train_from_scratch else num_bytes(model.parameters())
 
     def seconds(volume: float) -> float:
-        everyone, one = a.storage_gb_s, a.storage_node_gb_s
-        return max(volume / (everyone * GB), volume / nodes / (one * GB))
+        return max(volume / (a.storage_gb_s * GB), volume / nodes / (a.storage_node_gb_s * GB))
 
     return CheckpointCost(
         total=total,
-        per_rank=total / shard_size,
+        per_rank=per_rank,
         metadata=metadata,
-        staging=total / shard_size / (a.host_copy_gb_s * GB),
+        staging=per_rank / (a.host_copy_gb_s * GB),
         save=seconds(total),
         load=seconds(total * replicas + metadata * (world_size - replicas)),
         model_load=seconds(whole_model * replicas),

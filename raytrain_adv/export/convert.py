@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -180,53 +180,6 @@ def _value(
     if config is not None:
         return tensor_of(tensor.to(device=device, dtype=dtype), config)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-@torch.no_grad()
-def quantized(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
-    """Return a weight [rows, columns] as the tensor that torchao's configuration makes of it."""
-    from torchao.quantization import (
-        Float8DynamicActivationFloat8WeightConfig,
-        Float8WeightOnlyConfig,
-        quantize_,
-    )
-
-    if isinstance(config, Float8WeightOnlyConfig | Float8DynamicActivationFloat8WeightConfig):
-        return _float8(weight, config)
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    quantize_(linear, config, filter_fn=lambda module, fqn: True)
-    return linear.weight.data
-
-
-def _float8(weight: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return what torchao's two float8 configurations make of a weight.
-
-    quantize_ makes NaN of rows of zeros (pytorch/ao#4713) and requires a GPU. Remove when fixed.
-    """
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow
-    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
-
-    keys: dict[str, Any] = {"granularity": PerRow()}
-    if isinstance(config, Float8DynamicActivationFloat8WeightConfig):
-        of_activations, of_weights = config.granularity
-        keys |= {
-            "granularity": of_weights,
-            "mm_config": config.mm_config,
-            "kernel_preference": config.kernel_preference,
-            "act_quant_kwargs": QuantizeTensorToFloat8Kwargs(
-                config.activation_dtype,
-                of_activations,
-                hp_value_lb=config.activation_value_lb,
-                hp_value_ub=config.activation_value_ub,
-                kernel_preference=config.kernel_preference,
-            ),
-        }
-    tensor: torch.Tensor = Float8Tensor.from_hp(
-        weight, float8_dtype=config.weight_dtype, hp_value_lb=EPS, **keys
-    )
-    return tensor
 
 
 def _copy_others(source: Path, folder: Path) -> None:

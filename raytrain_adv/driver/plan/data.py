@@ -37,7 +37,6 @@ class DataSummary:
     """Tokens of the longest training sequence."""
     num_held_out: int
     """Sequences for evaluation."""
-    longest_held_out: int
     packing_efficiency: float | None
     """Filled share of the packed sequences; None without packing."""
     estimated_from: int = 0
@@ -54,7 +53,6 @@ def summarize(prepared: PreparedData) -> DataSummary:
         num_tokens=numbers["tokens"],
         longest=int(train.lengths.max()),
         num_held_out=len(held_out) if held_out is not None else 0,
-        longest_held_out=int(held_out.lengths.max()) if held_out is not None else 0,
         packing_efficiency=numbers.get("packing_efficiency"),
     )
 
@@ -70,10 +68,12 @@ def measure(job: JobConfig, say: Say) -> DataSummary:
     if sum(num_rows) <= COUNTED or _is_cached(job, entries):
         return summarize(prepare(job, say))
     say(f"about {sum(num_rows):,} rows: estimated from the first {SAMPLE:,} of each dataset")
+    names = job.data.dataset or []
+    names = [n.strip() for n in names.split(",")] if isinstance(names, str) else names
     with tempfile.TemporaryDirectory() as folder:
         parts = [
             _scale(_sample(job, name, folder), rows)
-            for name, rows in zip(_names(job), num_rows, strict=True)
+            for name, rows in zip(names, num_rows, strict=True)
         ]
     return _split(job, _join(parts))
 
@@ -90,15 +90,9 @@ def _estimated_rows(entry: Entry, job: JobConfig) -> int:
 
 
 def _is_cached(job: JobConfig, entries: list[Entry]) -> bool:
-    if job.data.overwrite_cache:
-        return False
     datasets = TokenizedDatasets(job, load_tokenizer(job), entries, lambda sentence: None)
-    return (cache.cache_root(job.data.tokenized_path) / datasets.key()).is_dir()
-
-
-def _names(job: JobConfig) -> list[str]:
-    names = job.data.dataset or []
-    return [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names)
+    folder = cache.cache_root(job.data.tokenized_path) / datasets.key()
+    return folder.is_dir() and not job.data.overwrite_cache
 
 
 def _sample(job: JobConfig, name: str, folder: str) -> DataSummary:
@@ -116,13 +110,16 @@ def _sample(job: JobConfig, name: str, folder: str) -> DataSummary:
 
 
 def _scale(sample: DataSummary, num_rows: int) -> DataSummary:
-    factor = num_rows / sample.num_rows
+    scaled = _times(sample, num_rows / sample.num_rows)
+    return dataclasses.replace(scaled, num_rows=num_rows, estimated_from=sample.num_rows)
+
+
+def _times(data: DataSummary, factor: float) -> DataSummary:
     return dataclasses.replace(
-        sample,
-        num_rows=num_rows,
-        num_sequences=max(round(sample.num_sequences * factor), 1),
-        num_tokens=round(sample.num_tokens * factor),
-        estimated_from=sample.num_rows,
+        data,
+        num_rows=round(data.num_rows * factor),
+        num_sequences=max(round(data.num_sequences * factor), 1),
+        num_tokens=round(data.num_tokens * factor),
     )
 
 
@@ -134,7 +131,6 @@ def _join(parts: list[DataSummary]) -> DataSummary:
         num_tokens=sum(p.num_tokens for p in parts),
         longest=max(p.longest for p in parts),
         num_held_out=0,
-        longest_held_out=0,
         packing_efficiency=sum(filled) / len(filled) if filled else None,
         estimated_from=sum(p.estimated_from for p in parts),
     )
@@ -144,11 +140,5 @@ def _split(job: JobConfig, whole: DataSummary) -> DataSummary:
     """Subtract the held-out rows from an estimate."""
     size = job.data.val_size
     held = (int(size) if size >= 1 else round(whole.num_rows * size)) / whole.num_rows
-    return dataclasses.replace(
-        whole,
-        num_rows=round(whole.num_rows * (1 - held)),
-        num_sequences=max(round(whole.num_sequences * (1 - held)), 1),
-        num_tokens=round(whole.num_tokens * (1 - held)),
-        num_held_out=round(whole.num_sequences * held),
-        longest_held_out=whole.longest if held else 0,
-    )
+    num_held_out = round(whole.num_sequences * held)
+    return dataclasses.replace(_times(whole, 1 - held), num_held_out=num_held_out)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from torch import nn
 from transformers import PreTrainedModel
 
 from raytrain_adv import hardware, tables
@@ -16,20 +15,18 @@ from raytrain_adv.config.workers import CPU_WORKERS, accumulation, numbers
 from raytrain_adv.data.batches.collate import pad_to
 from raytrain_adv.data.prepare import PreparedData
 from raytrain_adv.driver.output.output_dir import decided
-from raytrain_adv.driver.plan import sweep
 from raytrain_adv.driver.plan.data import DataSummary, measure, summarize
-from raytrain_adv.driver.plan.text import render, render_brief, view
+from raytrain_adv.driver.plan.text import render, render_brief, sweep_view, view
 from raytrain_adv.errors import ClusterError, JobError, StorageError
 from raytrain_adv.estimate.advice import EXAMPLES, Advice, Case, Gpu, advise
 from raytrain_adv.estimate.assumptions import Assumptions
 from raytrain_adv.estimate.flops import training_flops_per_token
-from raytrain_adv.estimate.host import HostNeed
 from raytrain_adv.estimate.limits import Limit, Scale, Work
-from raytrain_adv.estimate.memory import MemoryPrediction
+from raytrain_adv.estimate.memory import HostNeed, MemoryPrediction, dtypes
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model.attention import attention_name
 from raytrain_adv.model.build import build, decoder_layers
-from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
+from raytrain_adv.ops.bitsandbytes.linear import num_weights
 from raytrain_adv.run.schedule import Arithmetic, resolve_arithmetic
 from raytrain_adv.text import GIB, plural
 from raytrain_adv.transforms.applied import Transforms
@@ -114,8 +111,7 @@ def resolve(
         data: the job's data, prepared or summarized.
         facts: a node the job will run on; without a GPU, memory is compared with example GPUs.
         assumption: where world_size comes from, if the job does not set it.
-        assumed: the cluster for which traffic, checkpoints and limits are computed; None skips
-            them.
+        assumed: the cluster for which traffic, checkpoints and limits are computed, if any.
 
     Raises:
         JobError: when the model, the data or a transform does not fit the job.
@@ -123,16 +119,19 @@ def resolve(
     summary = data if isinstance(data, DataSummary) else summarize(data)
     model = build(job)
     seq_len = pad_to(job).length(summary.longest)
-    num_tokens = job.train.per_device_train_batch_size * seq_len
     transforms = Transforms(job)
-    plans = transforms.prepare(model, facts, num_tokens)
+    plans = transforms.prepare(model, facts, job.train.per_device_train_batch_size * seq_len)
     arithmetic = resolve_arithmetic(job, summary.num_sequences, world_size)
     transforms.check_length(arithmetic.total_steps)
     case = Case(job, model, world_size, seq_len)
-    gpus = _gpus(facts)
+    gpus, per_node, host_gib = _node(facts)
+    if assumed or per_node is None:
+        per_node = int((assumed or Assumptions()).gpus_per_node)
     flops = training_flops_per_token(model, seq_len)
     memory = case.prediction()
-    work = _work(case, summary, arithmetic, flops, gpus) if assumed else None
+    mean = summary.num_tokens / summary.num_sequences
+    name = "" if job.parallel.use_cpu else gpus[0].name
+    work = Work(model, job, flops, mean, summary.num_sequences, arithmetic.save_every, name)
     return RunPlan(
         job=job,
         world_size=world_size,
@@ -143,14 +142,28 @@ def resolve(
         seq_len=seq_len,
         transforms=plans,
         memory=memory,
-        host=HostNeed.of(memory, min(world_size, _workers_per_node(facts, assumed))),
-        host_gib=_host_gib(facts),
+        host=HostNeed.of(memory, min(world_size, per_node)),
+        host_gib=host_gib,
         gpus=gpus,
         advice={gpu.name: tuple(advise(case, gpu)) for gpu in gpus},
         sizes=tuple(_size(case, workers) for workers in numbers(job)),
-        scale=work.at(world_size, assumed) if work and assumed else None,
-        limits=tuple(work.limits(world_size, assumed)) if work and assumed else (),
+        scale=work.at(world_size, assumed) if assumed else None,
+        limits=tuple(work.limits(world_size, assumed)) if assumed else (),
     )
+
+
+def _size(case: Case, workers: int) -> Size:
+    peak = replace(case, world_size=workers).prediction().total
+    return Size(workers, accumulation(case.job, workers), peak)
+
+
+def _node(facts: HardwareFacts | None) -> tuple[tuple[Gpu, ...], int | None, float | None]:
+    """Return the GPUs to compare with, their number, and the GiB of host memory, if known."""
+    if facts is None or facts.device_type != "cuda":
+        return EXAMPLES, None, None
+    gpu = Gpu(facts.device_name, facts.device_memory_gib)
+    host_gib = facts.host_memory_bytes / GIB or None  # unknown for a node that is not started yet
+    return (gpu,), max(facts.num_gpus, 1), host_gib
 
 
 def _model_summary(job: JobConfig, model: PreTrainedModel, flops: float) -> ModelSummary:
@@ -159,30 +172,10 @@ def _model_summary(job: JobConfig, model: PreTrainedModel, flops: float) -> Mode
         num_layers=len(decoder_layers(model)),
         num_parameters=num_weights(model),
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        dtypes=_dtypes(model),
+        dtypes=dtypes(model),
         attention=attention_name(job, model),
         flops_per_token=flops,
     )
-
-
-def _work(
-    case: Case, data: DataSummary, arithmetic: Arithmetic, flops: float, gpus: tuple[Gpu, ...]
-) -> Work:
-    """Return the work of a step, from which the cost of many workers is computed."""
-    return Work(
-        model=case.model,
-        job=case.job,
-        flops_per_token=flops,
-        tokens_per_sequence=data.num_tokens / data.num_sequences,
-        num_sequences=data.num_sequences,
-        save_every=arithmetic.save_every,
-        gpu="" if case.job.parallel.use_cpu else gpus[0].name,
-    )
-
-
-def _size(case: Case, workers: int) -> Size:
-    of_that_size = replace(case, world_size=workers)
-    return Size(workers, accumulation(case.job, workers), of_that_size.prediction().total)
 
 
 def show(
@@ -193,19 +186,15 @@ def show(
 ) -> None:
     """Print the plan of a job: for `raytrain-adv plan job.yaml` and `--plan`.
 
-    Args:
-        job: the loaded job.
-        num_workers: workers to plan for; ray_num_workers if None.
-        verbose: also show the keys at their defaults.
-        assumed: the cluster; traffic, checkpoints and limits are shown if it is given, or if the
-            workers need more than one node.
+    Traffic, checkpoints and limits are shown if a cluster is assumed or if the workers, by default
+    ray_num_workers, need more than one node.
 
     Raises:
         JobError: when the job cannot run as written.
     """
     console = Console(highlight=False)
     if job.sweep is not None:
-        tables.show(sweep.view(job.sweep))
+        tables.show(sweep_view(job.sweep))
     facts = hardware.detect()
     world_size, assumption = _workers(job, num_workers, facts)
     with console.status("reading the data"):
@@ -223,11 +212,6 @@ def show(
     tables.show(view(plan, verbose))
 
 
-def _dtypes(model: nn.Module) -> tuple[str, ...]:
-    plain = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
-    return (*sorted({m.form.kind for _, m in packed_linears(model)}), *sorted(plain))
-
-
 def _workers(job: JobConfig, requested: int | None, facts: HardwareFacts) -> tuple[int, str]:
     """Return the number of workers, and where it comes from unless the job sets it."""
     if requested is not None:
@@ -241,52 +225,22 @@ def _workers(job: JobConfig, requested: int | None, facts: HardwareFacts) -> tup
     return CPU_WORKERS, "ray_num_workers is auto; as on a cluster without GPUs (--workers N)"
 
 
-def _workers_per_node(facts: HardwareFacts | None, assumed: Assumptions | None) -> int:
-    """Return the GPUs of a node: the assumed number, else that of the known node."""
-    if assumed is None and facts is not None and facts.device_type == "cuda":
-        return max(facts.num_gpus, 1)
-    return int((assumed or Assumptions()).gpus_per_node)
-
-
-def _host_gib(facts: HardwareFacts | None) -> float | None:
-    if facts is None or facts.device_type != "cuda":
-        return None
-    return facts.host_memory_bytes / GIB or None  # unknown for a node that is not started yet
-
-
-def _gpus(facts: HardwareFacts | None) -> tuple[Gpu, ...]:
-    if facts is not None and facts.device_type == "cuda":
-        return (Gpu(facts.device_name, facts.device_memory_gib, is_known=True),)
-    return EXAMPLES
-
-
 def remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> tuple[str, ...]:
-    """Return the sentences below a plan: keys without effect, and what was not checked.
-
-    Args:
-        job: the loaded job.
-        world_size: planned number of workers.
-        facts: the machine on which the plan is made.
-    """
+    """Return the sentences below a plan: keys without effect, and what was not checked."""
     preflight = f"raytrain-adv preflight {job.source}".rstrip()
     return (
         *job.notes,
-        *_checkpoint_remarks(job),
         *_output_remarks(job),
-        *_gpu_remarks(job, world_size, facts),
-        *_refusals(job, facts),
+        *_machine_remarks(job, world_size, facts),
         f"no cluster was checked for this job: {preflight} does that",
     )
 
 
-def _checkpoint_remarks(job: JobConfig) -> Iterator[str]:
+def _output_remarks(job: JobConfig) -> Iterator[str]:
+    """Yield what a launch does to a run in output_dir. Buckets are not read for a plan."""
     path = job.output.resume_from_checkpoint
     if isinstance(path, str) and "://" not in path and not Path(path).is_dir():
         yield f"resume_from_checkpoint: there is no folder {path} on this machine"
-
-
-def _output_remarks(job: JobConfig) -> Iterator[str]:
-    """Yield what a launch does to a run in output_dir. Buckets are not read for a plan."""
     if job.sweep is not None or "://" in (job.ray.ray_storage_path or ""):
         return
     try:
@@ -300,21 +254,16 @@ def _output_remarks(job: JobConfig) -> Iterator[str]:
         yield f"a launch does nothing: this job has already finished in {found.folder}"
 
 
-def _refusals(job: JobConfig, facts: HardwareFacts) -> Iterator[str]:
+def _machine_remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> Iterator[str]:
+    if not job.parallel.use_cpu and facts.device_type != "cuda":
+        yield (
+            "this machine has no GPU, and the plan is for GPUs: a Ray started here would train on "
+            "the CPU; use_cpu: true plans for that"
+        )
+    elif not job.parallel.use_cpu and facts.num_gpus < world_size:
+        yield f"this machine has {plural(facts.num_gpus, 'GPU')} for {world_size:,} workers"
     for transform in Transforms(job):
         try:
             transform.check(facts)
         except ClusterError as error:
             yield f"not on this machine: {error.what}"
-
-
-def _gpu_remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> Iterator[str]:
-    if job.parallel.use_cpu:
-        return
-    if facts.device_type != "cuda":
-        yield (
-            "this machine has no GPU, and the plan is for GPUs: a Ray started here would train on "
-            "the CPU; use_cpu: true plans for that"
-        )
-    elif facts.num_gpus < world_size:
-        yield f"this machine has {plural(facts.num_gpus, 'GPU')} for {world_size:,} workers"

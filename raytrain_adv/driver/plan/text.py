@@ -12,17 +12,20 @@ from rich.table import Table
 from rich.text import Text
 
 from raytrain_adv import tables
-from raytrain_adv.estimate.advice import written
+from raytrain_adv.config.sweep import METRICS, NEVER, SWITCH, Sweep, SweepOptions
+from raytrain_adv.estimate.advice import Gpu, written
 from raytrain_adv.estimate.limits import MOST_WORKERS, Limit, Scale
 from raytrain_adv.estimate.memory import PARTS
-from raytrain_adv.estimate.traffic import GB
+from raytrain_adv.estimate.traffic import GB, Traffic
 from raytrain_adv.report.parts import fold_names
+from raytrain_adv.report.sweep_table import written as swept
 from raytrain_adv.text import plural
 from raytrain_adv.transforms.transform import Plan
 
 if TYPE_CHECKING:
     from raytrain_adv.driver.plan.plan import RunPlan
 
+TRIALS_SHOWN = 40
 NUMBERED = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 Rows = Iterator[tuple[str, str]]
@@ -49,15 +52,15 @@ def view(plan: RunPlan, verbose: bool = False) -> Group:
     title.append(f", {plural(plan.world_size, 'worker')}")
     if plan.assumption:
         title.append(f" ({plan.assumption})", style="dim")
+    device = "worker" if plan.job.parallel.use_cpu else "GPU"
     sections: list[tuple[str, Iterable[RenderableType]]] = [
         ("Job", _job_views(plan, verbose)),
         ("Model", [tables.pairs(_model_rows(plan))]),
         ("Batch", [tables.pairs(_batch_rows(plan))]),
         ("Transforms", _transform_views(plan)),
-        (f"Memory per {_device(plan)}, GiB", _memory_views(plan)),
+        (f"Memory per {device}, GiB", _memory_views(plan)),
     ]
-    if plan.scale is not None:
-        s = plan.scale
+    if s := plan.scale:
         heading = f"{plural(s.world_size, 'worker')} on {plural(s.nodes, 'node')}"
         rows = tables.pairs(_scale_rows(s, plan.limits))
         sections.append((f"{heading}: computed, not measured", [rows]))
@@ -66,29 +69,46 @@ def view(plan: RunPlan, verbose: bool = False) -> Group:
     return Group(title, *(part for name, body in sections for part in tables.section(name, *body)))
 
 
+def sweep_view(sweep: Sweep) -> Group:
+    """Return a sweep's trials, and how they are compared."""
+    better = "lowest" if METRICS[sweep.metric] == "min" else "highest"
+    title = f"Sweep: {plural(len(sweep.trials), 'trial')}, the {better} {sweep.metric} is the best"
+    table = Table.grid(padding=(0, 2))
+    table.add_row(*sweep.keys)
+    for trial in sweep.trials[:TRIALS_SHOWN]:
+        cells = {key: swept(trial.values[key]) for key in sweep.keys}
+        if SWITCH in cells and trial.values[SWITCH] == NEVER:
+            cells[SWITCH] += " (PTQ)"
+        table.add_row(*cells.values())
+    if len(sweep.trials) > TRIALS_SHOWN:
+        table.add_row(f"and {len(sweep.trials) - TRIALS_SHOWN} more")
+    return Group(
+        Text(f"{title}; {_schedule(sweep.options)}"),
+        tables.indented(table),
+        Text(f"\nThe plan of the first trial, {sweep.trials[0].name}:\n"),
+    )
+
+
+def _schedule(options: SweepOptions) -> str:
+    if options.scheduler == "none":
+        return "each runs to its end"
+    steps = options.grace_steps
+    grace = "a tenth of all steps" if steps is None else f"{steps:,} steps"
+    return (
+        f"asha stops those that fall behind, none before {grace} after its own switch, and keeps "
+        f"about one in {options.reduction_factor} at each comparison"
+    )
+
+
 def _passes(number: int) -> str:
     return f"{number:,} {'pass' if number == 1 else 'passes'}"
-
-
-def _device(plan: RunPlan) -> str:
-    return "worker" if plan.job.parallel.use_cpu else "GPU"
 
 
 # --- the job's keys
 
 
 def _job_views(plan: RunPlan, verbose: bool) -> Iterator[RenderableType]:
-    changed, defaults = _keys(plan)
-    yield tables.pairs(changed.items())
-    if verbose:
-        yield Text("at their defaults:", style="dim")
-        yield tables.pairs(defaults.items())
-    else:
-        yield Text(f"{len(defaults)} more keys at their defaults (--verbose)", style="dim")
-
-
-def _keys(plan: RunPlan) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the keys that differ from their default, and the others, with values as in YAML."""
+    """Yield the keys that differ from their default, and the others, with values as in YAML."""
     changed: dict[str, str] = {}
     same: dict[str, str] = {}
     for section in plan.job.sections():
@@ -97,7 +117,12 @@ def _keys(plan: RunPlan) -> tuple[dict[str, str], dict[str, str]]:
             default: Any = field.get_default(call_default_factory=True)
             is_default = not field.is_required() and values[key] == default
             (same if is_default else changed)[key] = written(values[key])
-    return changed, same
+    yield tables.pairs(changed.items())
+    if verbose:
+        yield Text("at their defaults:", style="dim")
+        yield tables.pairs(same.items())
+    else:
+        yield Text(f"{len(same)} more keys at their defaults (--verbose)", style="dim")
 
 
 # --- model and batch
@@ -105,58 +130,18 @@ def _keys(plan: RunPlan) -> tuple[dict[str, str], dict[str, str]]:
 
 def _model_rows(plan: RunPlan) -> Rows:
     m = plan.model
-    yield (
-        "architecture",
-        f"{m.architecture}, {plural(m.num_layers, 'layer')}, {m.attention} attention",
-    )
+    layers = plural(m.num_layers, "layer")
+    yield "architecture", f"{m.architecture}, {layers}, {m.attention} attention"
     share = m.num_trained / m.num_parameters
-    yield (
-        "parameters",
-        f"{m.num_parameters:,} in {' and '.join(m.dtypes)}, {m.num_trained:,} trained"
-        + ("" if share == 1 else f" ({share:.2%})"),
-    )
+    trained = f"{m.num_trained:,} trained" + ("" if share == 1 else f" ({share:.2%})")
+    yield "parameters", f"{m.num_parameters:,} in {' and '.join(m.dtypes)}, {trained}"
     yield "arithmetic", f"{m.flops_per_token / 1e9:,.3g} GFLOP per token, forward and backward"
 
 
 def _batch_rows(plan: RunPlan) -> Rows:
-    yield from _data_rows(plan)
     a, d = plan.arithmetic, plan.data
     about = "about " if d.estimated_from else ""
     mean = d.num_tokens / d.num_sequences
-    yield (
-        "step",
-        f"{a.micro_batch} per worker x {_passes(a.accumulation_steps)} "
-        f"x {plural(a.world_size, 'worker')} = {plural(a.global_batch, 'sequence')}, "
-        f"about {mean * a.global_batch:,.0f} tokens",
-    )
-    for size in plan.sizes[1:]:
-        yield (
-            "",
-            f"with {plural(size.workers, 'worker')}: the same in "
-            f"{_passes(size.accumulation_steps)}, at most {size.memory_gib:.1f} GiB per "
-            f"{_device(plan)}",
-        )
-    yield "epoch", f"{about}{plural(a.steps_per_epoch, 'step')}"
-    source = "max_steps" if plan.job.train.max_steps > 0 else "num_train_epochs"
-    warm = f", {a.warmup_steps:,} of them warm-up" if a.warmup_steps else ""
-    yield (
-        "run",
-        f"{about}{plural(a.total_steps, 'step')} = {a.epochs:.4g} epochs (by {source}){warm}, "
-        f"{mean * a.total_sequences:,.0f} tokens",
-    )
-    if a.filled_sequences:
-        yield (
-            "",
-            f"the last batch is filled with {a.filled_sequences:,} of the next epoch's sequences",
-        )
-    yield "checkpoints", _occasions(a.num_saves, a.save_strategy, a.save_every)
-    if d.num_held_out:
-        yield "evaluations", _occasions(a.num_evals, a.eval_strategy, a.eval_every)
-
-
-def _data_rows(plan: RunPlan) -> Rows:
-    d = plan.data
-    about = "about " if d.estimated_from else ""
     filled = "" if d.packing_efficiency is None else f", packed {d.packing_efficiency:.0%} full"
     yield (
         "data",
@@ -165,10 +150,33 @@ def _data_rows(plan: RunPlan) -> Rows:
     )
     if d.estimated_from:
         yield "", f"estimated from {d.estimated_from:,} rows; a run counts them"
-    mean = d.num_tokens / d.num_sequences
     yield "sequence", f"{mean:,.0f} tokens on average, {plan.seq_len:,} at most with padding"
     if d.num_held_out:
         yield "held out", f"{about}{plural(d.num_held_out, 'sequence')} for evaluation"
+    yield (
+        "step",
+        f"{a.micro_batch} per worker x {_passes(a.accumulation_steps)} "
+        f"x {plural(a.world_size, 'worker')} = {plural(a.global_batch, 'sequence')}, "
+        f"about {mean * a.global_batch:,.0f} tokens",
+    )
+    device = "worker" if plan.job.parallel.use_cpu else "GPU"
+    for size in plan.sizes[1:]:
+        most = f"at most {size.memory_gib:.1f} GiB per {device}"
+        passes = _passes(size.accumulation_steps)
+        yield "", f"with {plural(size.workers, 'worker')}: the same in {passes}, {most}"
+    yield "epoch", f"{about}{plural(a.steps_per_epoch, 'step')}"
+    source = "max_steps" if plan.job.train.max_steps > 0 else "num_train_epochs"
+    warm = f", {a.warmup_steps:,} of them warm-up" if a.warmup_steps else ""
+    yield (
+        "run",
+        f"{about}{plural(a.total_steps, 'step')} = {a.epochs:.4g} epochs (by {source}){warm}, "
+        f"{mean * a.total_sequences:,.0f} tokens",
+    )
+    if number := a.filled_sequences:
+        yield "", f"the last batch is filled with {number:,} of the next epoch's sequences"
+    yield "checkpoints", _occasions(a.num_saves, a.save_strategy, a.save_every)
+    if d.num_held_out:
+        yield "evaluations", _occasions(a.num_evals, a.eval_strategy, a.eval_every)
 
 
 def _occasions(count: int, strategy: str, every: int) -> str:
@@ -194,14 +202,11 @@ def _transform_views(plan: RunPlan) -> Iterator[RenderableType]:
         changes = {
             fqn: f"{_short(c.before)} -> {_short(c.after)}" for fqn, c in own.changes.items()
         }
-        for fqns, change in _group(changes):
-            table.add_row(f"{len(fqns)}", ", ".join(fold_names(fqns)), change)
-        for fqns, reason in _group(own.skipped):
-            table.add_row(
-                Text(f"{len(fqns)}", style="yellow"),
-                Text(", ".join(fold_names(fqns)), style="dim"),
-                Text(f"skipped: {reason}", style="dim"),
-            )
+        skipped = {fqn: f"skipped: {reason}" for fqn, reason in own.skipped.items()}
+        for labels, first, style in ((changes, "", ""), (skipped, "yellow", "dim")):
+            for fqns, label in _group(labels):
+                cells = (f"{len(fqns)}", first), (", ".join(fold_names(fqns)), style)
+                table.add_row(*(Text(*cell) for cell in (*cells, (label, style))))
         yield tables.indented(table)
         for note in own.notes:
             yield tables.indented(Text(note, style="italic"))
@@ -238,10 +243,10 @@ def _memory_views(plan: RunPlan) -> Iterator[RenderableType]:
     if plan.host.per_worker >= 0.05:
         yield Text(f"and host memory: {plan.host.sentence()}")
         short = plan.host_gib is not None and plan.host.per_node > plan.host_gib
-        for verdict in plan.host.verdicts(plan.host_gib):
+        if verdict := plan.host.verdict(plan.host_gib):
             yield tables.indented(Text(verdict, style="bold red" if short else ""), by=4)
-    if not plan.job.parallel.use_cpu:
-        yield from _verdicts(plan)
+    for gpu in () if plan.job.parallel.use_cpu else plan.gpus:
+        yield from _verdict(plan, gpu)
 
 
 def _phase_table(plan: RunPlan) -> Table:
@@ -252,14 +257,11 @@ def _phase_table(plan: RunPlan) -> Table:
         column.no_wrap = True
     for phase in plan.memory.phases:
         is_peak = phase.name == plan.memory.peak
-        cells = [_gib(getattr(phase, part)) for part in parts]
+        sizes = [getattr(phase, part) for part in parts]
+        cells = ["-" if gib < 0.005 else f"{gib:.2f}" for gib in sizes]
         total = f"{phase.total:.2f}" + (" <" if is_peak else "  ")
         table.add_row(phase.name, *cells, total, style="bold" if is_peak else "")
     return table
-
-
-def _gib(value: float) -> str:
-    return "-" if value < 0.005 else f"{value:.2f}"
 
 
 def _memory_sentence(plan: RunPlan) -> str:
@@ -268,26 +270,25 @@ def _memory_sentence(plan: RunPlan) -> str:
     return f"peak {plan.memory.total:.1f} GiB, at: {at.name}; most of it {largest}"
 
 
-def _verdicts(plan: RunPlan) -> Iterator[RenderableType]:
-    for gpu in plan.gpus:
-        fits = plan.memory.fits(gpu.memory_gib)
-        verdict = ("fits", "green") if fits else ("does not fit", "bold red")
-        line = Text.assemble(f"{gpu.name} ({gpu.memory_gib:.0f} GiB): ", verdict)
-        advice = plan.advice[gpu.name]
-        if advice:
-            line.append("; there is room for" if fits else "; it would with one of")
-        elif not fits:
-            line.append("; no change of these keys makes it fit")
-        yield line
-        for change in advice:
-            yield tables.indented(Text(change.sentence()), by=4)
+def _verdict(plan: RunPlan, gpu: Gpu) -> Iterator[RenderableType]:
+    fits = plan.memory.fits(gpu.memory_gib)
+    verdict = ("fits", "green") if fits else ("does not fit", "bold red")
+    line = Text.assemble(f"{gpu.name} ({gpu.memory_gib:.0f} GiB): ", verdict)
+    advice = plan.advice[gpu.name]
+    if advice:
+        line.append("; there is room for" if fits else "; it would with one of")
+    elif not fits:
+        line.append("; no change of these keys makes it fit")
+    yield line
+    for change in advice:
+        yield tables.indented(Text(change.sentence()), by=4)
 
 
 # --- many workers
 
 
 def _scale_rows(s: Scale, limits: tuple[Limit, ...]) -> Rows:
-    yield "moved", _moved(s)
+    yield "moved", _moved(s.moved)
     yield from _times(s)
     yield from _checkpoint(s)
     h = s.head
@@ -309,32 +310,25 @@ def _scale_rows(s: Scale, limits: tuple[Limit, ...]) -> Rows:
     yield "", "another cluster: --assume NAME=VALUE"
 
 
-def _moved(s: Scale) -> str:
-    m = s.moved
-    parts = []
-    if m.gathers:
-        parts.append(f"{m.gathers:,} all-gathers of {_gb(m.gathered)} in all")
-    if m.reductions:
-        parts.append(f"{m.reductions:,} reduce-scatters of {_gb(m.reduced)} in float32")
-    if m.all_reductions:
-        copies = f"{m.all_reductions:,} all-reduces of {_gb(m.all_reduced)}"
-        parts.append(f"{copies} between {m.replicas:,} copies")
-    return f"{_gb(m.received)} into each GPU a step: {', '.join(parts) or 'nothing'}"
+def _moved(m: Traffic) -> str:
+    parts = [
+        (m.gathers, f"all-gathers of {_gb(m.gathered)} in all"),
+        (m.reductions, f"reduce-scatters of {_gb(m.reduced)} in float32"),
+        (m.all_reductions, f"all-reduces of {_gb(m.all_reduced)} between {m.replicas:,} copies"),
+    ]
+    moved = ", ".join(f"{number:,} {what}" for number, what in parts if number)
+    return f"{_gb(m.received)} into each GPU a step: {moved or 'nothing'}"
 
 
 def _times(s: Scale) -> Rows:
     t = s.times
-    if t.compute is None or t.most_exposed is None or t.least_exposed is None:
+    if t.compute is None:
         yield "time of it", "not computed for CPUs"
         return
-    yield (
-        "time of it",
-        f"{t.communication:.3f} s: {t.bandwidth:.3f} by bandwidth, {t.latency:.3f} in hops",
-    )
-    yield (
-        "computation",
-        f"{t.compute:.3f} s a step on {s.gpu}, FSDP2's copies in it, at the MFU of one H200",
-    )
+    by = f"{t.bandwidth:.3f} by bandwidth, {t.latency:.3f} in hops"
+    yield "time of it", f"{t.communication:.3f} s: {by}"
+    how = f"on {s.gpu}, FSDP2's copies in it, at the MFU of one H200"
+    yield "computation", f"{t.compute:.3f} s a step {how}"
     low, high = max(t.compute, t.communication), t.compute + t.communication
     yield (
         "step",

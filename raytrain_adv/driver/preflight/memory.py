@@ -10,8 +10,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.plan.plan import RunPlan
 from raytrain_adv.driver.preflight.verdicts import Preflight, Verdict
 from raytrain_adv.errors import ClusterError
-from raytrain_adv.estimate.host import HostNeed
-from raytrain_adv.estimate.memory import RESERVE
+from raytrain_adv.estimate.memory import RESERVE, HostNeed
 from raytrain_adv.text import GIB, plural
 
 

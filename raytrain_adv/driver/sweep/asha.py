@@ -1,6 +1,4 @@
-"""Stop trials of a sweep early: asynchronous successive halving that waits for each trial's own
-switch of a feature.
-"""
+"""Stop trials of a sweep early, by successive halving that waits for each trial's own switch."""
 
 from __future__ import annotations
 
@@ -46,10 +44,9 @@ class Rungs:
         self.switches = switches
         self.exempt = exempt
         self.values: dict[int, dict[str, float]] = {}
-        step = grace_steps
-        while step < total_steps:
-            self.values[step] = {}
-            step *= factor
+        while grace_steps < total_steps:
+            self.values[grace_steps] = {}
+            grace_steps *= factor
         self._reached: dict[str, int] = {}
         """Trial -> the last rung it was compared at."""
         self._stopped: set[str] = set()
@@ -62,27 +59,19 @@ class Rungs:
     def judge(self, name: str, step: int, value: float | None) -> str | None:
         """Record a trial's loss at a step; return why it has to stop, or None if it continues.
 
-        Args:
-            name: the trial.
-            step: its optimizer steps.
-            value: its loss; None or a non-finite value counts as the worst.
+        A loss of None, or a non-finite one, counts as the worst.
         """
-        if name in self.exempt or name in self._stopped:
-            return None
         least = max(self.first_judged(name), self._reached.get(name, 0) + 1)
-        due = [rung for rung in self.values if least <= rung <= step]
-        if not due:
+        rung = max((rung for rung in self.values if least <= rung <= step), default=None)
+        if rung is None or name in self.exempt or name in self._stopped:
             return None
-        rung = max(due)
         self._reached[name] = rung
         loss = math.inf if value is None or not math.isfinite(value) else value
         others = list(self.values[rung].values())
         self.values[rung][name] = loss
-        if not others:
-            return None
         # Interpolated between two infinite losses, the cutoff would be NaN.
-        cutoff = float(np.percentile(others, 100 / self.factor, method="lower"))
-        if loss <= cutoff:
+        percentile = 100 / self.factor
+        if not others or loss <= np.percentile(others, percentile, method="lower"):
             return None
         self._stopped.add(name)
         return (
@@ -107,7 +96,6 @@ class DelayAwareAsha(FIFOScheduler):  # type: ignore[misc] # ray is Any to mypy
         """Judge the trial at its evaluations."""
         if "value" in result:
             name, step = trial.config["trial"], result["step"]
-            reason = self._rungs.judge(name, step, result["value"])
-            if reason is not None:
+            if reason := self._rungs.judge(name, step, result["value"]):
                 self._stop(name, step, reason)
         return str(self.CONTINUE)

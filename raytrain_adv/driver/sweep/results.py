@@ -1,18 +1,23 @@
-"""The results of a sweep's trials: written to sweep.json and sweep.html as they end, compared."""
+"""The results of a sweep's trials: compared, printed, and written to sweep.json and sweep.html."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
+from ray import tune
 
+from raytrain_adv import text as numbers
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import SET_BY_THE_SWEEP, Sweep
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.output_dir import Replaced
+from raytrain_adv.driver.training.console import printable
 from raytrain_adv.driver.training.trainer import release
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.report import record, sweep_record
@@ -56,9 +61,7 @@ class Results:
         return sweep_record.best(self.report.trials, self.report.mode)
 
     def has_ended(self, name: str) -> bool:
-        """Whether an earlier launch has finished or stopped the trial; without a scheduler stopped
-        trials continue.
-        """
+        """Whether an earlier launch ended the trial; without a scheduler stopped ones continue."""
         ended = ("done",) if self._sweep.options.scheduler == "none" else ("done", "stopped")
         return self.report.trial(name).status in ended
 
@@ -70,33 +73,35 @@ class Results:
         """
         if self._replaced.is_there:
             print(self._replaced.delete())
-        self._write({"max_concurrent_trials": at_once})
+        self._write(max_concurrent_trials=at_once)
 
     def started(self, name: str) -> None:
         """Record that a trial runs."""
         self._begun.add(name)
-        self._update(self.report.trial(name).model_copy(update={"status": "running"}))
+        self._write(trial=self.report.trial(name).model_copy(update={"status": "running"}))
 
     def ended(self, name: str, error: BaseException | None) -> TrialReport:
         """Record that a trial has ended; `error` is why its process died, if it did."""
         if error is not None:
             self._died[name] = hide_environment(str(error)).strip().splitlines()[-1]
-            self._release(name)
+            # Its driver has died and cannot release its workers' resources.
+            storage = Storage.at(output_dir.storage_path(self._trials[name].job))
+            for attempt in storage.folders():
+                release(storage.folder(attempt))
         one = self._read(name)
-        self._update(one)
+        self._write(trial=one)
         if self._sweep.options.keep_models == "best":
             self._delete_models()
         return one
 
     def finish(self) -> None:
         """Compare the trials; write the best one's job."""
-        best = self.best
-        update: dict[str, object] = {"status": "done", "finished_at": time.time()}
+        best, update = self.best, {}
         if best is not None:
             path = Path(self._job.output.output_dir) / BEST_JOB
             write_text(self._best_job(best), path)
-            update |= {"best": best.name, "best_job": str(path)}
-        self._write(update)
+            update = {"best": best.name, "best_job": str(path)}
+        self._write(status="done", finished_at=time.time(), **update)
 
     def fail(self, error: BaseException) -> None:
         """Record what ended the sweep, unless the sweep that it replaces is still there."""
@@ -106,7 +111,7 @@ class Results:
         text = str(error) or type(error).__name__
         if isinstance(error, KeyboardInterrupt):
             text = "The sweep was stopped by Ctrl-C"
-        self._write({"status": "failed", "finished_at": time.time(), "error": text})
+        self._write(status="failed", finished_at=time.time(), error=text)
 
     def describe(self, value: float | None) -> str:
         """Return a value of the metric with its name."""
@@ -119,14 +124,15 @@ class Results:
         is_there = (Path(folder) / record.FILE_NAME).exists() and not self._replaced.is_there
         run = record.read(folder) if is_there else None
         one = sweep_record.trial_report(trial, run, self._sweep.metric)
+        update = {}
         if one.status == "running" and name not in self._begun:
-            return one.model_copy(update={"status": "waiting"})  # its driver was killed
-        if name in self._died and one.status in ("running", "waiting"):
-            return one.model_copy(update={"status": "failed", "error": self._died[name]})
-        if one.status == "done" and one.metric is None:
+            update = {"status": "waiting"}  # its driver was killed
+        elif name in self._died and one.status in ("running", "waiting"):
+            update = {"status": "failed", "error": self._died[name]}
+        elif one.status == "done" and one.metric is None:
             why = f"it ended without a finite value of {self._sweep.metric}"
-            return one.model_copy(update={"status": "failed", "error": why})
-        return one
+            update = {"status": "failed", "error": why}
+        return one.model_copy(update=update)
 
     def _delete_models(self) -> None:
         """Delete models and checkpoints of ended trials other than the best."""
@@ -136,19 +142,13 @@ class Results:
                 for model in output_dir.MODELS:
                     shutil.rmtree(Path(one.output_dir) / model, ignore_errors=True)
                 Storage.at(output_dir.storage_path(self._trials[one.name].job)).delete()
-                self._update(one.model_copy(update={"model_dir": None}))
+                self._write(trial=one.model_copy(update={"model_dir": None}))
 
-    def _release(self, name: str) -> None:
-        """Release the resources of the workers of a trial whose driver has died."""
-        storage = Storage.at(output_dir.storage_path(self._trials[name].job))
-        for attempt in storage.folders():
-            release(storage.folder(attempt))
-
-    def _update(self, one: TrialReport) -> None:
-        trials = tuple(one if t.name == one.name else t for t in self.report.trials)
-        self._write({"trials": trials})
-
-    def _write(self, update: dict[str, object]) -> None:
+    def _write(self, trial: TrialReport | None = None, **update: object) -> None:
+        """Update the report, with a trial's own, and write it."""
+        if trial is not None:
+            named = {t.name: t for t in self.report.trials} | {trial.name: trial}
+            update["trials"] = tuple(named.values())
         self.report = self.report.model_copy(update=update)
         sweep_record.write(self.report, self._job.output.output_dir)
         write_html(self.report, self._job.output.output_dir)
@@ -160,12 +160,65 @@ class Results:
         keys |= {k: v for k, v in first.items() if k in SET_BY_THE_SWEEP}
         keys.pop("resume_from_checkpoint", None)
         keys["output_dir"] = str(Path(self._job.output.output_dir) / "best")
-        keys = {
-            k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in keys.items()
-        }
+        for key, value in keys.items():
+            keys[key] = int(value) if isinstance(value, float) and value.is_integer() else value
         return (
             f"# The best of {len(self.report.trials)} trials of {self._job.source}: "
             f"{self.describe(best.metric)}\n"
             f"# with {best.name}; its own run is in {best.output_dir}.\n"
             + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=100)
         )
+
+
+class Progress(tune.Callback):  # type: ignore[misc] # ray is Any to mypy
+    """Prints each start, evaluation and end of a trial, and keeps the results up to date."""
+
+    def __init__(self, results: Results, num_trials: int) -> None:
+        self._results = results
+        self._num_trials = num_trials
+        self._num_started = 0
+        self._began = time.monotonic()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Print that a trial starts."""
+        self._num_started += 1
+        self._results.started(_name(trial))
+        self._print(trial, f"started ({self._num_started} of {self._num_trials})")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        """Print a trial's step and loss."""
+        if "value" in result:
+            total = result.get("total_steps")
+            of_total = f" of {total:,}" if total else ""
+            value = numbers.loss(result["value"])
+            self._print(trial, f"step {result['step']:,}{of_total}, loss {value}")
+
+    def on_trial_complete(
+        self,
+        iteration: int,
+        trials: list[Any],
+        trial: Any,
+        error: BaseException | None = None,
+        **info: Any,
+    ) -> None:
+        """Print how a trial ended; `error` is why its process died, or that its code failed."""
+        one = self._results.ended(_name(trial), error)
+        if one.status == "done":
+            self._print(trial, f"done, {self._results.describe(one.metric)}")
+        else:
+            first = (one.error or "").partition("\n")[0]
+            self._print(trial, f"{one.status} after {numbers.plural(one.steps, 'step')}: {first}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Print that a trial's process died, or that its code failed."""
+        self.on_trial_complete(iteration, trials, trial, trial.get_error())
+
+    def _print(self, trial: Any, text: str) -> None:
+        line = f"[{numbers.clock(time.monotonic() - self._began)}] {_name(trial)}: {text}"
+        print(printable(line, sys.stdout.encoding), flush=True)
+
+
+def _name(trial: Any) -> str:
+    return str(trial.config["trial"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -15,19 +18,25 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import NEVER, SWITCH, Sweep, Trial
 from raytrain_adv.data.prepare import prepare
 from raytrain_adv.driver.cluster import connect
+from raytrain_adv.driver.cluster.nodes import Node, Placement, resolve_placement
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.output_dir import Replaced
-from raytrain_adv.driver.preflight import table
+from raytrain_adv.driver.preflight import table, verdicts
 from raytrain_adv.driver.preflight.probe import Read, read_nodes
+from raytrain_adv.driver.preflight.verdicts import Preflight
 from raytrain_adv.driver.sweep.asha import DelayAwareAsha, Rungs
-from raytrain_adv.driver.sweep.capacity import Room, find_room
-from raytrain_adv.driver.sweep.progress import Progress
-from raytrain_adv.driver.sweep.results import Results
+from raytrain_adv.driver.sweep.results import Progress, Results
 from raytrain_adv.driver.sweep.trial import run_trial
 from raytrain_adv.driver.training.failures import stop_error
-from raytrain_adv.driver.watch import head
+from raytrain_adv.driver.watch.nodes import HeadWatch, head_address
 from raytrain_adv.driver.watch.stop import request_trial_stop
-from raytrain_adv.errors import JobError, RaytrainAdvError, StorageError, TrainingError
+from raytrain_adv.errors import (
+    ClusterError,
+    JobError,
+    RaytrainAdvError,
+    StorageError,
+    TrainingError,
+)
 from raytrain_adv.report.sweep_html import render_text as render
 from raytrain_adv.report.sweep_record import SweepReport
 from raytrain_adv.run.schedule import resolve_arithmetic
@@ -37,6 +46,10 @@ from raytrain_adv.text import plural
 from raytrain_adv.transforms.applied import Transforms
 
 TRIALS = "trials"
+OR_ELSE = (
+    "choose another output_dir, or set overwrite_output_dir: true to start again (its trials are "
+    "deleted)"
+)
 OURS = (TRIALS, output_dir.SWEEP_FILE, "sweep.html", "best_job.yaml")
 DRIVER_SHARE = 0.001
 """Share of its node's own resource that a trial's driver reserves, to run where the sweep does. It
@@ -52,11 +65,7 @@ TUNE_SETTINGS = {
 
 
 def run(job: JobConfig, read: Read = read_nodes) -> None:
-    """Run every trial of the job's sweep, and compare them.
-
-    Args:
-        job: the loaded job, with its sweep.
-        read: returns the nodes' readings.
+    """Run every trial of the job's sweep, and compare them; `read` returns the nodes' readings.
 
     Raises:
         RaytrainAdvError: with what, found and fix; also if no trial succeeded.
@@ -112,14 +121,13 @@ def open_folder(job: JobConfig, folder: Path) -> Replaced:
     trials = _sweep(job).trials
     storages = [Storage.at(output_dir.storage_path(trial.job)) for trial in trials]
     replaced = Replaced(folder, OURS, storages, is_there=False)
-    there = [name for name in output_dir.OURS if (folder / name).exists()]
-    if there:
+    run, there = ([n for n in names if (folder / n).exists()] for names in (output_dir.OURS, OURS))
+    if run:
         raise JobError(
             "output_dir holds a single run, not a sweep",
-            f"{folder}: {', '.join(there)}",
+            f"{folder}: {', '.join(run)}",
             "choose another output_dir",
         )
-    there = [name for name in OURS if (folder / name).exists()]
     if job.output.overwrite_output_dir and not resume:
         for trial, storage in zip(trials, storages, strict=True):
             own = Path(trial.job.output.output_dir)
@@ -127,24 +135,17 @@ def open_folder(job: JobConfig, folder: Path) -> Replaced:
             output_dir.refuse_to_delete_what_is_read(trial.job, replaced)
         replaced.is_there = bool(there) or any(storage.folders() for storage in storages)
         return replaced
-    if there and not resume and _has_begun(folder):
+    # If Ray did not start, no trial has written something, and the folder can be used again.
+    found = Storage.at(str(folder)).read_json(output_dir.SWEEP_FILE) or {"best_job": ""}
+    has_begun = found.get("best_job") is not None or any((folder / TRIALS).glob("*/*"))
+    if there and not resume and has_begun:
         raise JobError(
             "output_dir holds a sweep already",
             f"{folder}: {', '.join(there)}",
-            "set resume_from_checkpoint: true to continue it, choose another output_dir, or set "
-            "overwrite_output_dir: true to start again (its trials are deleted)",
+            f"set resume_from_checkpoint: true to continue it, {OR_ELSE}",
         )
     _refuse_other_jobs(trials)
     return replaced
-
-
-def _has_begun(folder: Path) -> bool:
-    """Whether a trial of the existing sweep has written something; if Ray did not start, none has,
-    and the folder can be used again.
-    """
-    found = Storage.at(str(folder)).read_json(output_dir.SWEEP_FILE)
-    waits = found is not None and found.get("best_job") is None
-    return not waits or any((folder / TRIALS).glob("*/*"))
 
 
 def _refuse_other_jobs(trials: Sequence[Trial]) -> None:
@@ -156,31 +157,35 @@ def _refuse_other_jobs(trials: Sequence[Trial]) -> None:
             raise JobError(
                 "output_dir holds a sweep of a job with other settings",
                 "\n".join([folder, *trial.job.differences(record["job"])]),
-                "restore these keys to continue it, choose another output_dir, or set "
-                "overwrite_output_dir: true to start again (its trials are deleted)",
+                f"restore these keys to continue it, {OR_ELSE}",
             )
 
 
 def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
     sweep = _sweep(job)
     todo = [t for t in sweep.trials if not results.has_ended(t.name)]
-    num_kept = len(sweep.trials) - len(todo)
     number = plural(len(sweep.trials), "trial")
     print(f"{number} that differ in {', '.join(sweep.keys)}, compared by {sweep.metric}")
     for note in job.notes:
         print(note)
-    if num_kept:
+    if num_kept := len(sweep.trials) - len(todo):
         print(f"{num_kept} of them have already ended and are not run again")
     if not todo:
         return
     started_here = connect.connect(job)
     print("Ray started on this machine" if started_here else "joined Ray")
     print(f"dashboard: {connect.describe_dashboard()}")
-    with head.HeadWatch(head.address(), results.fail).watching():
+    with HeadWatch(head_address(), results.fail).watching():
         room = find_room(todo, started_here, read)
         print(table.render(room.found))
         total_steps = _prepare_data(todo, room)
-        at_once = _at_once(sweep, room, len(todo))
+        at_once = min(room.at_once, len(todo))
+        requested = sweep.options.max_concurrent_trials
+        if requested != "auto":
+            at_once = min(at_once, requested)
+            if requested > room.at_once:
+                most = f"only {room.at_once} fit at a time"
+                print(f"max_concurrent_trials: {requested}, but {most}")
         results.begin(at_once)
         print(f"{room.placement.note} for a trial; {at_once} at a time", flush=True)
         _tune(sweep, todo, at_once, total_steps, results)
@@ -192,6 +197,7 @@ def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
     Raises:
         JobError: when a trial's keys do not fit its number of steps; no trial has run yet.
     """
+    say = partial(print, flush=True)
     num_sequences: dict[str, int] = {}
     steps: dict[str, int] = {}
     for trial in trials:
@@ -201,39 +207,16 @@ def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
         workers = requested if isinstance(requested, int) else room.placement.num_workers
         try:
             if key not in num_sequences:
-                num_sequences[key] = len(prepare(job, _say).train)
+                num_sequences[key] = len(prepare(job, say).train)
             steps[trial.name] = resolve_arithmetic(job, num_sequences[key], workers).total_steps
         except RaytrainAdvError as error:  # the trial itself will end with it
-            _say(f"{trial.name}: {error.what}")
-    for trial in trials:
-        if trial.name in steps:
-            _check_length(trial, steps[trial.name])
+            say(f"{trial.name}: {error.what}")
+    for trial in (t for t in trials if t.name in steps):
+        try:
+            Transforms(trial.job).check_length(steps[trial.name])
+        except JobError as error:
+            raise JobError(error.what, f"trial {trial.name}: {error.found}", error.fix) from error
     return max(steps.values(), default=0)
-
-
-def _check_length(trial: Trial, total_steps: int) -> None:
-    try:
-        Transforms(trial.job).check_length(total_steps)
-    except JobError as error:
-        raise JobError(error.what, f"trial {trial.name}: {error.found}", error.fix) from error
-
-
-def _say(sentence: str) -> None:
-    print(sentence, flush=True)
-
-
-def _at_once(sweep: Sweep, room: Room, num_trials: int) -> int:
-    requested = sweep.options.max_concurrent_trials
-    if requested == "auto":
-        return min(room.at_once, num_trials)
-    if requested > room.at_once:
-        print(f"max_concurrent_trials: {requested}, but only {room.at_once} fit at a time")
-    return min(requested, room.at_once, num_trials)
-
-
-def _row_kind(sweep: Sweep) -> str:
-    """Return the kind of the rows of metrics.jsonl that have the sweep's loss."""
-    return "train" if sweep.metric == "train_loss" else "eval"
 
 
 def _tune(
@@ -242,8 +225,9 @@ def _tune(
     for name, value in TUNE_SETTINGS.items():
         os.environ.setdefault(name, value)
     jobs = {t.name: t.job for t in trials}
+    kind = "train" if sweep.metric == "train_loss" else "eval"
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, jobs=jobs, cwd=os.getcwd(), row=_row_kind(sweep)),
+        tune.with_parameters(run_trial, jobs=jobs, cwd=os.getcwd(), row=kind),
         {f"node:{ray.util.get_node_ip_address()}": DRIVER_SHARE},
     )
     # Tune's files are not needed: each trial's own folder has its progress.
@@ -253,7 +237,7 @@ def _tune(
             param_space={"trial": tune.grid_search(list(jobs))},
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=at_once,
-                scheduler=_scheduler(sweep, total_steps, results),
+                scheduler=_scheduler(sweep, total_steps, results, kind),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -266,23 +250,26 @@ def _tune(
         ).fit()
 
 
-def _scheduler(sweep: Sweep, total_steps: int, results: Results) -> DelayAwareAsha | None:
+def _scheduler(
+    sweep: Sweep, total_steps: int, results: Results, kind: str
+) -> DelayAwareAsha | None:
+    """Return the scheduler, which compares losses in rows of this kind of metrics.jsonl."""
     if sweep.options.scheduler == "none":
         return None
     rungs = rungs_of(sweep, total_steps)
-    for trial in sweep.trials:  # trials of an earlier launch are compared too
-        if results.has_ended(trial.name):
-            for row in metrics_file.read(Path(trial.job.output.output_dir) / "metrics.jsonl"):
-                if row["kind"] == _row_kind(sweep):
-                    rungs.judge(trial.name, row["step"], row.get("loss"))
     folders = {t.name: Path(t.job.output.output_dir) for t in sweep.trials}
-    kind = "training" if sweep.metric == "train_loss" else "held-out"
+    for name, folder in folders.items():  # trials of an earlier launch are compared too
+        if results.has_ended(name):
+            for row in metrics_file.read(folder / metrics_file.FILE_NAME):
+                if row["kind"] == kind:
+                    rungs.judge(name, row["step"], row.get("loss"))
+    which = {"train": "training", "eval": "held-out"}[kind]
 
     def stop(name: str, step: int, reason: str) -> None:
         request_trial_stop(
             folders[name],
             "The sweep stopped this trial early: it was worse than the others",
-            f"{kind} {reason} (asha)",
+            f"{which} {reason} (asha)",
             "scheduler: none runs every trial to its end; grace_steps gives each more time",
         )
 
@@ -300,3 +287,69 @@ def rungs_of(sweep: Sweep, total_steps: int) -> Rungs:
         {name: step for name, step in switches.items() if isinstance(step, int)},
         frozenset(name for name, step in switches.items() if step == NEVER),
     )
+
+
+@dataclass(frozen=True)
+class Room:
+    """The cluster's room for the trials."""
+
+    at_once: int
+    """Trials that fit at the same time."""
+    found: Preflight
+    """The nodes, as checked for the first trial that can run."""
+    placement: Placement
+    """That trial's placement."""
+
+
+def find_room(trials: Sequence[Trial], started_here: bool, read: Read) -> Room:
+    """Check each trial's placement, probing nodes once for trials with the same request.
+
+    Raises:
+        ClusterError: the first trial's error, if the cluster cannot run any of them.
+    """
+    rooms: list[Room] = []
+    errors: list[ClusterError] = []
+    jobs: dict[str, JobConfig] = {}
+    for trial in trials:
+        jobs.setdefault(_request(trial.job), trial.job)
+    for job in jobs.values():
+        try:
+            rooms.append(_room(job, started_here, read))
+        except ClusterError as error:
+            errors.append(error)
+    if not rooms:
+        raise errors[0]
+    return replace(rooms[0], at_once=min(room.at_once for room in rooms))
+
+
+def _request(job: JobConfig) -> str:
+    """Return everything in a job that decides where it can run."""
+    ray = {k: v for k, v in job.ray.model_dump().items() if k != "ray_run_name"}
+    transforms = [t.model_dump() for t in job.transforms]
+    return json.dumps([ray, job.parallel.use_cpu, transforms], default=str, sort_keys=True)
+
+
+def _room(job: JobConfig, started_here: bool, read: Read) -> Room:
+    placement = resolve_placement(job, started_here)
+    found = verdicts.check_nodes(placement, list(Transforms(job)), read)
+    placement = verdicts.place(job, placement, found)
+    nodes = [verdict.node for verdict in found.accepted]
+    at_once = trials_at_once(nodes, placement, job.ray.placement_strategy)
+    return Room(at_once, found, placement)
+
+
+def trials_at_once(nodes: Sequence[Node], placement: Placement, strategy: str) -> int:
+    """Return how many trials fit on these nodes at the same time; a trial's driver reserves
+    nothing. At least 1: what does not fit was refused before.
+    """
+    fits = [node.num_fitting(placement.bundle) for node in nodes for _ in range(node.count)]
+    workers = placement.num_workers
+    if strategy == "STRICT_PACK":
+        return max(sum(number // workers for number in fits), 1)
+    if strategy == "STRICT_SPREAD":
+        # Each trial takes one place on as many nodes as it has workers.
+        number = 1
+        while sum(min(fit, number + 1) for fit in fits) >= (number + 1) * workers:
+            number += 1
+        return number
+    return max(sum(fits) // workers, 1)

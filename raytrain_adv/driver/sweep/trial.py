@@ -1,6 +1,4 @@
-"""One trial of a sweep, in a process that Ray Tune starts: the same run as from the command line,
-with its losses reported to Tune as they are written.
-"""
+"""One trial of a sweep, in a process of Ray Tune: a usual run, with its losses reported to Tune."""
 
 from __future__ import annotations
 
@@ -28,11 +26,8 @@ POLL_S = 0.5
 def run_trial(config: Mapping[str, str], jobs: Mapping[str, JobConfig], cwd: str, row: str) -> None:
     """Run a trial to its end.
 
-    Args:
-        config: `trial` is its name.
-        jobs: name -> job.
-        cwd: the driver's folder, for relative paths.
-        row: kind of the rows of metrics.jsonl whose loss is reported to Tune: eval or train.
+    `config` has its name as `trial`, `cwd` is the driver's folder for relative paths, and `row` is
+    the kind of the rows of metrics.jsonl whose loss is reported to Tune: eval or train.
     """
     quieten()
     os.chdir(cwd)

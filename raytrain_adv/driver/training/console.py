@@ -95,7 +95,7 @@ class Progress:
 
 
 class Console:
-    """Shows a run in the terminal or log of its driver, for as long as the `with` block lasts.
+    """Shows a run in its driver's terminal or log while the `with` block lasts.
 
     A thread follows output_dir/metrics.jsonl, which rank 0 writes on storage that the driver
     shares. The view never stops the run: its own error is printed once, and training continues.
@@ -248,7 +248,7 @@ def _table(progress: Progress, rows: list[Row], width: int) -> Table:
     for row in rows:
         cells = _cells(row, progress)
         style = "cyan" if row["kind"] == "eval" else ""
-        table.add_row(*(Text(cells.get(head, "")) for head in heads), style=style)
+        table.add_row(*(Text(cells[head]) for head in heads), style=style)
     return table
 
 
@@ -262,11 +262,10 @@ def _bar(progress: Progress, width: int) -> RenderableType:
     words = [f"{progress.step / progress.total_steps:4.0%}", *left, passed, *phase]
     while len(words) > 1 and len("  ".join(words)) > width - MIN_BAR_WIDTH - 4:
         words.pop()
-    label = "  ".join(words)
+    label = Text("  ".join(words), no_wrap=True)
     bar_width = width - len(label) - 4
-    bar = ProgressBar(total=progress.total_steps, completed=progress.step, width=bar_width)
     grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_row(bar, Text(label, no_wrap=True))
+    grid.add_row(ProgressBar(progress.total_steps, progress.step, width=bar_width), label)
     return grid
 
 
@@ -274,7 +273,7 @@ def _cells(row: Row, progress: Progress) -> dict[str, str]:
     """Return a row's cells by the head of their column."""
     step, loss = of_total(row["step"], progress.total_steps), text.loss(value(row, "loss"))
     if row["kind"] == "eval":
-        return {
+        return dict.fromkeys(COLUMNS, "") | {
             "step": step,
             "epoch": "eval",
             "loss": loss,
@@ -313,10 +312,7 @@ def log_line(row: Row, progress: Progress) -> str:
 
 
 def wait_share(row: Row, previous_step: int) -> float | None:
-    """Return the share of the time since the previous train row in which workers waited for data.
-
-    data_wait_s is the sum over these steps, step_s their mean.
-    """
+    """Return the share of time since the last train row that workers waited for data, at most 1."""
     waited, step_s = row.get("data_wait_s"), row.get("step_s")
     if waited is None or not step_s:
         return None
@@ -327,8 +323,7 @@ def wait_share(row: Row, previous_step: int) -> float | None:
 def value(row: Row, key: str) -> float | None:
     """Return a number of the row, also NaN and infinity, which it has under non_finite."""
     number = row.get(key)
-    if number is None and key in row.get("non_finite", {}):
-        return float(row["non_finite"][key])
+    number = row.get("non_finite", {}).get(key) if number is None else number
     return None if number is None else float(number)
 
 

@@ -1,6 +1,4 @@
-"""Translate Ray's errors for the user: the cause before its consequences, and no retry that cannot
-help.
-"""
+"""Translate Ray's errors for the user: the cause before its consequences, no useless retry."""
 
 from __future__ import annotations
 
@@ -87,23 +85,16 @@ def _unwrap(error: BaseException) -> BaseException:
 
 
 def translate(error: TrainingFailedError | RayActorError) -> RaytrainAdvError:
-    """Return the error to show: a worker's own RaytrainAdvError, else the last lines of the worker
-    that failed first.
-    """
-    if isinstance(error, ControllerError):
-        root = _unwrap(error.controller_failure)
-        if isinstance(root, RaytrainAdvError):
-            return root
-        return TrainingError(
-            "Ray Train's controller failed", _last_lines(root), "see the Ray dashboard's logs"
-        )
+    """Return the error to show: a worker's own, else the last lines of the first that failed."""
     if isinstance(error, WorkerGroupError):
         return _of_workers(error.worker_failures)
-    return TrainingError(
-        "Ray Train's controller died",
-        _last_lines(error),
-        "run the job again with resume_from_checkpoint: true",
-    )
+    fix = "run the job again with resume_from_checkpoint: true"
+    if not isinstance(error, ControllerError):
+        return TrainingError("Ray Train's controller died", _last_lines(error), fix)
+    root, fix = _unwrap(error.controller_failure), "see the Ray dashboard's logs"
+    if isinstance(root, RaytrainAdvError):
+        return root
+    return TrainingError("Ray Train's controller failed", _last_lines(root), fix)
 
 
 def stop_error(error: SystemExit) -> Stopped:
@@ -137,25 +128,20 @@ def _in_a_sentence(failures: Mapping[int, Exception]) -> str:
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> tuple[int, Exception]:
-    """Return the most informative failure and its rank: our own errors first, collateral ones
-    last, then by rank.
-    """
+    """Return the rank and the most informative failure: our own first, collateral ones last."""
 
     def order(item: tuple[int, Exception]) -> tuple[bool, bool, int]:
         rank, error = item
-        return not isinstance(_unwrap(error), RaytrainAdvError), _is_collateral(error), rank
+        root = _unwrap(error)
+        is_collateral = any(sign in str(error) for sign in COLLATERAL)
+        died = isinstance(root, RayActorError)
+        return not isinstance(root, RaytrainAdvError), is_collateral and not died, rank
 
     return min(failures.items(), key=order)
 
 
 def _what(rank: int, root: BaseException) -> str:
     return f"Worker {rank} {'died' if isinstance(root, RayActorError) else 'failed'}"
-
-
-def _is_collateral(error: Exception) -> bool:
-    if isinstance(_unwrap(error), RayActorError):
-        return False
-    return any(sign in str(error) for sign in COLLATERAL)
 
 
 def _last_lines(error: BaseException) -> str:

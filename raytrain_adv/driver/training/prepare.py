@@ -17,7 +17,7 @@ from raytrain_adv.driver.cluster.nodes import Placement
 from raytrain_adv.driver.plan.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.preflight import memory, table, verdicts
 from raytrain_adv.driver.preflight.probe import Read
-from raytrain_adv.driver.watch import head
+from raytrain_adv.driver.watch.nodes import HeadWatch, head_address
 from raytrain_adv.report import record
 from raytrain_adv.report.parts import PreflightReport
 from raytrain_adv.run import trackers
@@ -34,15 +34,6 @@ class Progress:
     preflight: PreflightReport | None = None
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Where and how the workers run."""
-
-    placement: Placement
-    plan: RunPlan
-    head: head.HeadWatch
-
-
 def prepare_run(
     job: JobConfig,
     read: Read,
@@ -50,7 +41,7 @@ def prepare_run(
     progress: Progress,
     watched: ExitStack,
     record_end: Callable[[BaseException], None],
-) -> Prepared:
+) -> tuple[Placement, RunPlan, HeadWatch]:
     """Tokenize the data while Ray starts and the nodes are probed; print the plan and wait for
     room.
 
@@ -65,51 +56,41 @@ def prepare_run(
     trackers.check(job.output.report_to)
     if job.output.compare_with is not None:
         record.read(job.output.compare_with)  # if it is missing, fail now and not at the end
-    phase = _Phases(progress.timeline)
+    start = time.perf_counter()
+
+    def end(phase: str) -> None:
+        progress.timeline[phase] = time.perf_counter() - start - sum(progress.timeline.values())
+
     data = _in_background(lambda: prepare(job, say))
     started_here = connect.connect(job)
-    address = head.address()
+    address = head_address()
     say("Ray started on this machine" if started_here else f"joined Ray at {address}")
     say(f"dashboard: {connect.describe_dashboard()}")
-    head_watch = head.HeadWatch(address, record_end)
-    watched.enter_context(head_watch.watching())
+    watch = HeadWatch(address, record_end)
+    watched.enter_context(watch.watching())
     placement = nodes.resolve_placement(job, started_here)
-    phase.end("Ray")
+    end("Ray")
     found = verdicts.check_nodes(placement, list(Transforms(job)), read)
     progress.preflight = table.report(found)
     say(table.render(found))
     placement = verdicts.place(job, placement, found)
-    phase.end("preflight")
+    end("preflight")
     prepared = data.result()
-    phase.end("wait for data")
+    end("wait for data")
     fetch(job, found.facts or hardware.detect(), say)
     plan = resolve(job, world_size=placement.fewest, data=prepared, facts=found.facts)
     say(placement.note)
     say(render_brief(plan))
     for warning in memory.refuse_too_large(job, plan, found):
         say(f"warning: {warning}")
-    phase.end("plan")
+    end("plan")
     nodes.wait_for_room(placement, say)
     say("starting the workers: they import PyTorch and connect to each other")
-    return Prepared(placement, plan, head_watch)
-
-
-class _Phases:
-    """Measures phases that follow each other."""
-
-    def __init__(self, timeline: dict[str, float]) -> None:
-        self._timeline = timeline
-        self._start = time.perf_counter()
-
-    def end(self, name: str) -> None:
-        now = time.perf_counter()
-        self._timeline[name], self._start = now - self._start, now
+    return placement, plan, watch
 
 
 def _in_background(work: Callable[[], PreparedData]) -> Future[PreparedData]:
-    """Start the work on a daemon thread: unlike an executor's threads, it does not keep the process
-    alive after a refusal.
-    """
+    """Start the work on a daemon thread, which does not keep the process after a refusal."""
     future: Future[PreparedData] = Future()
 
     def run() -> None:

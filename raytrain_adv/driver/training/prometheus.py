@@ -25,15 +25,17 @@ FROM_ROW = {
     "num_tokens": ("tokens", "Tokens trained on since the run began, all ranks."),
 }
 """Key of a logging step's row -> exported name and meaning."""
-DATA_WAIT = ("data_wait_seconds", "Seconds per step that this rank waited for data.")
-RESTARTS = ("restarts", "How often the run's workers were restarted.")
-TRANSFORM_ON = ("transform_on", "1 while a feature of the job is on, else 0.")
+DATA_WAIT = PREFIX + "data_wait_seconds"
+RESTARTS = PREFIX + "restarts"
+TRANSFORM_ON = PREFIX + "transform_on"
 TAGS = ("run", "rank")
 REPEAT_S = 5.0
 """Ray drops a value that is not set again within 20 s (ray 2.60); a logging step may be longer."""
 
-EXPORTED = {
-    PREFIX + name: text for name, text in (*FROM_ROW.values(), DATA_WAIT, RESTARTS, TRANSFORM_ON)
+EXPORTED = {PREFIX + name: meaning for name, meaning in FROM_ROW.values()} | {
+    DATA_WAIT: "Seconds per step that this rank waited for data.",
+    RESTARTS: "How often the run's workers were restarted.",
+    TRANSFORM_ON: "1 while a feature of the job is on, else 0.",
 }
 """Name, without Ray's prefix -> meaning."""
 
@@ -45,13 +47,11 @@ class RunMetrics:
         self._tags = {"run": run, "rank": str(rank)}
         self._logging_steps = job.output.logging_steps
         self._transforms = Transforms(job)
-        more = {TRANSFORM_ON[0]: ("transform",)}
-        named = (*FROM_ROW.values(), DATA_WAIT, RESTARTS, TRANSFORM_ON)
         self._gauges = {
-            name: Gauge(PREFIX + name, meaning, (*TAGS, *more.get(name, ())))
-            for name, meaning in named
+            name: Gauge(name, meaning, (*TAGS, "transform") if name == TRANSFORM_ON else TAGS)
+            for name, meaning in EXPORTED.items()
         }
-        self._values: dict[tuple[str, str], float] = {(RESTARTS[0], ""): restarts}
+        self._values: dict[tuple[str, str], float] = {(RESTARTS, ""): restarts}
         """Name and transform -> value; replaced as a whole, because two threads read it."""
         self._ended = threading.Event()
         self._export()
@@ -60,12 +60,14 @@ class RunMetrics:
 
     def take(self, row: Mapping[str, float]) -> None:
         """Export a logging step's row; metrics that it lacks keep their last value."""
-        values = {(name, ""): row[key] for key, (name, _) in FROM_ROW.items() if key in row}
+        values = {
+            (PREFIX + name, ""): row[key] for key, (name, _) in FROM_ROW.items() if key in row
+        }
         steps = int(row["step"])
         in_row = steps % self._logging_steps or self._logging_steps
-        values[DATA_WAIT[0], ""] = row["data_wait_s"] / in_row
+        values[DATA_WAIT, ""] = row["data_wait_s"] / in_row
         for transform in self._transforms:
-            values[TRANSFORM_ON[0], transform.name] = float(transform.is_on(steps - 1))
+            values[TRANSFORM_ON, transform.name] = float(transform.is_on(steps - 1))
         self._values = {**self._values, **values}
         self._export()
 

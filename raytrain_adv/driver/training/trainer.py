@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,9 @@ from raytrain_adv.driver.preflight.probe import Read, read_nodes
 from raytrain_adv.driver.training import failures
 from raytrain_adv.driver.training.console import Console
 from raytrain_adv.driver.training.prepare import Progress, prepare_run
-from raytrain_adv.driver.training.twin import measure_against_twin
 from raytrain_adv.driver.training.worker_entry import STARTS, ray_worker
 from raytrain_adv.driver.watch.hang import HangWatch
-from raytrain_adv.driver.watch.head import HeadWatch
-from raytrain_adv.driver.watch.nodes import NodeWatch, usable_nodes
+from raytrain_adv.driver.watch.nodes import HeadWatch, NodeWatch, usable_nodes
 from raytrain_adv.driver.watch.stop import (
     CatchSigterm,
     StopOnRequest,
@@ -74,25 +73,23 @@ class Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
 
 
 def run(job: JobConfig, read: Read = read_nodes) -> None:
-    """Run the job to its end: train, export, report.
-
-    Args:
-        job: the loaded job.
-        read: returns the nodes' readings.
+    """Run the job to its end: train, export, report; `read` returns the nodes' readings.
 
     Raises:
         RaytrainAdvError: with what, found and fix; its exit_code is the process's.
     """
     folder = Path(job.output.output_dir)
-    first = list(Transforms(job).twins())
-    if first:
+    twins = list(Transforms(job).twins())
+    if twins:
         with output_dir.held(folder):
             output_dir.decided(job)  # refused now, not hours later
-    for twin in first:
+    for twin in twins:
         print(f"First, the run without the feature to compare with: {twin.output.output_dir}\n")
         run(twin, read)
         print()
-    job = measure_against_twin(job)
+    if twins and job.output.compare_with is None:
+        compared = {"compare_with": twins[0].output.output_dir}
+        job = replace(job, output=job.output.model_copy(update=compared))
     with output_dir.held(folder):
         place = output_dir.open_output(job)
         if place.finished:
@@ -122,8 +119,7 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
 
     try:
         with ExitStack() as watched:
-            prepared = prepare_run(job, read, console.say, progress, watched, fail)
-            placement, plan = prepared.placement, prepared.plan
+            placement, plan, head = prepare_run(job, read, console.say, progress, watched, fail)
             place.begin(job, console.say)
             report = planned(report, placement.fewest, plan.memory, plan.transforms)
             report = report.model_copy(update={"preflight": progress.preflight})
@@ -131,7 +127,7 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
             start = time.perf_counter()
             watch = NodeWatch(placement, usable_nodes(placement), console.say)
             with handle_signals(place.folder, console.say), watch.watching():
-                result = fit(job, place, placement, console, prepared.head)
+                result = fit(job, place, placement, console, head)
             progress.timeline["training"] = time.perf_counter() - start
         report = against(finished(report, result, progress.timeline, place.folder), job)
     except BaseException as error:  # also Ctrl-C, and the SystemExit that Ray raises on SIGTERM
@@ -157,19 +153,20 @@ def fit(
     Raises:
         RaytrainAdvError: the workers' own error, or how they ended.
     """
-    resume = place.resume
+    attempt, resume = place.attempt, place.resume
     deaths_left = job.ray.max_failures if job.ray.max_failures >= 0 else 10**6
-    attempt = place.attempt
     saves = job.output.save_strategy != "no" and not job.output.save_only_model
+
+    def is_stopped() -> bool:
+        return is_stop_requested(place.folder)
+
     while True:
-        trainer = _trainer(job, place, placement, attempt, resume)
         try:
-            result = trainer.fit()
+            result = _trainer(job, place, placement, attempt, resume).fit()
             return dict(result.return_value)
         except TrainingFailedError as error:
             shown = failures.translate(error)
-            is_preempted = isinstance(shown, Terminated) and not is_stop_requested(place.folder)
-            if not (is_preempted and saves):
+            if not isinstance(shown, Terminated) or is_stopped() or not saves:
                 raise shown from error
             why = f"{shown.what}: {shown.found}"  # not a failure: max_failures does not count it
         except RayActorError as error:
@@ -181,7 +178,7 @@ def fit(
             why = "Ray Train's controller died"
             release(place.storage.folder(attempt))
         console.say(f"{why}; starting again from the last checkpoint")
-        wait_for_room(placement, console.say, is_stopped=lambda: is_stop_requested(place.folder))
+        wait_for_room(placement, console.say, is_stopped=is_stopped)
         attempt, resume = f"{attempt}{AGAIN}", resume or True
         failures.write_restart_reason(place.storage.folder(attempt), why)
 
@@ -198,6 +195,14 @@ def _trainer(
 ) -> Trainer:
     shares_gpu = 0 < placement.bundle.get("GPU", 0.0) < 1
     backend = "cpu:gloo,cuda:nccl" if placement.use_gpu and not shares_gpu else "gloo"
+    callbacks = [
+        CatchSigterm(),
+        failures.RecordRestartReason(place.storage_path, attempt),
+        failures.StopWhenRetryCannotHelp(),
+        StopOnRequest(place.folder),
+    ]
+    if job.ray.step_timeout is not None:
+        callbacks.append(HangWatch(job.ray.step_timeout))
     trainer = Trainer(
         ray_worker,
         train_loop_config={
@@ -217,26 +222,13 @@ def _trainer(
             name=attempt,
             storage_path=place.storage_path,
             failure_config=FailureConfig(max_failures=job.ray.max_failures),
-            callbacks=_callbacks(job, place, attempt),
+            callbacks=callbacks,
         ),
     )
     if placement.numbers:
         config, strategy = scaling(job, placement), job.ray.placement_strategy
         trainer.elastic = BatchPreservingPolicy(config, placement, strategy)
     return trainer
-
-
-def _callbacks(job: JobConfig, place: Output, attempt: str) -> list[Any]:
-    """Return the run's callbacks in Ray Train's controller."""
-    callbacks = [
-        CatchSigterm(),
-        failures.RecordRestartReason(place.storage_path, attempt),
-        failures.StopWhenRetryCannotHelp(),
-        StopOnRequest(place.folder),
-    ]
-    if job.ray.step_timeout is not None:
-        callbacks.append(HangWatch(job.ray.step_timeout))
-    return callbacks
 
 
 def scaling(job: JobConfig, placement: Placement) -> ScalingConfig:

@@ -30,6 +30,7 @@ from raytrain_adv.text import listed
 from raytrain_adv.worker.train import train
 
 STARTS = "starts.json"
+SHARED = "give a folder on a shared file system"
 SHOWN_NODES = 8
 LAST_FRAMES = 3
 """Innermost frames of a worker's traceback that its error carries to the driver."""
@@ -42,8 +43,9 @@ class RayReporter:
     """This rank's Prometheus metrics, once the number of restarts is known."""
 
     def __init__(self, folder: Path) -> None:
-        self._stop = StopRequest(folder)
-        self._drain = DrainNotice()
+        self.stop_requested = StopRequest(folder).is_set
+        self.drained = DrainNotice().new
+        self.termination_requested = is_terminated
 
     def metrics(self, row: dict[str, float]) -> None:
         """Report a logging step's metrics, for the dashboard and for a sweep."""
@@ -64,18 +66,6 @@ class RayReporter:
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
-
-    def stop_requested(self) -> bool:
-        """Whether the driver has requested a stop."""
-        return self._stop.is_set()
-
-    def termination_requested(self) -> bool:
-        """Whether this worker's process has received a SIGTERM."""
-        return is_terminated()
-
-    def drained(self) -> str:
-        """Return a sentence on nodes that Ray is about to remove, once for each."""
-        return self._drain.new()
 
 
 def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -99,8 +89,11 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         _require_shared_output(job, config["marker"])
         if reason := take_restart_reason(storage.folder(run.attempt)):
             run.fault(reason)
-    nodes = _gather_nodes(run)
-    run.restarts = run.broadcast(_count_start(run, nodes) if run.is_main else None)
+    here = (ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+    every: list[Any] = [here] * run.world_size
+    if run.world_size > 1:
+        dist.all_gather_object(every, here, group=run.cpu_group)
+    run.restarts = run.broadcast(_count_start(run, dict(every)) if run.is_main else None)
     require_shared_storage(run)
     reporter.exported = RunMetrics(job, config["run"], run.rank, run.restarts)
     try:
@@ -127,30 +120,17 @@ def _device(use_gpu: bool) -> torch.device:
     return device
 
 
-def _gather_nodes(run: Run) -> dict[str, str]:
-    """Return the workers' nodes, id -> address, in the order of their ranks."""
-    here = (ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
-    every: list[Any] = [here] * run.world_size
-    if run.world_size > 1:
-        dist.all_gather_object(every, here, group=run.cpu_group)
-    return dict(every)
-
-
 def describe_start(
     nodes: Mapping[str, str], before: Mapping[str, str], alive: Set[str]
 ) -> dict[str, str]:
     """Return the event of a start: its nodes, the lost nodes, and a sentence.
 
-    Args:
-        nodes: the workers' nodes, id -> address.
-        before: the nodes of the previous start, if there was one.
-        alive: ids of the cluster's nodes.
+    `nodes` and `before` are the nodes of this start and the previous one, id -> address; `alive`
+    are the ids of the cluster's nodes.
     """
     lost = [address for node, address in before.items() if node not in alive]
     here = list(nodes.values())
-    text = f"workers on {_list_nodes(here)}"
-    if lost:
-        text += f"; lost: {_list_nodes(lost)}"
+    text = f"workers on {_list_nodes(here)}" + (f"; lost: {_list_nodes(lost)}" if lost else "")
     return {"message": text, "nodes": " ".join(here), "lost": " ".join(lost)}
 
 
@@ -168,17 +148,12 @@ def _count_start(run: Run, nodes: Mapping[str, str]) -> int:
     same = {name for name in run.storage.folders() if name.rstrip(AGAIN) == launch} | {run.attempt}
     found = {name: run.storage.folder(name).read_json(STARTS) or {"starts": 0} for name in same}
     alive = {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
-    before = found[run.attempt].get("nodes", {})
-    run.say(event="workers", **describe_start(nodes, before, alive))
+    last = found[run.attempt]
+    run.say(event="workers", **describe_start(nodes, last.get("nodes", {}), alive))
     group = ray.util.get_current_placement_group()
-    folder.write_json(
-        STARTS,
-        {
-            "starts": found[run.attempt]["starts"] + 1,
-            "placement_group": group.id.hex() if group is not None else None,
-            "nodes": dict(nodes),
-        },
-    )
+    placement_group = group.id.hex() if group is not None else None
+    starts = {"starts": last["starts"] + 1, "placement_group": placement_group}
+    folder.write_json(STARTS, {**starts, "nodes": dict(nodes)})
     return sum(int(one["starts"]) for one in found.values())
 
 
@@ -195,22 +170,17 @@ def require_shared_storage(run: Run, patience_s: float = 10.0) -> None:
                 "Checkpoints would not be on storage that the workers share",
                 f"{run.storage.path(run.attempt, STARTS)}: written by rank 0, not seen by rank "
                 f"{run.rank} on node {ray.util.get_node_ip_address()}",
-                "give a folder on a shared file system as output_dir, or ray_storage_path: s3://...",
+                f"{SHARED} as output_dir, or ray_storage_path: s3://...",
             )
         time.sleep(0.5)
 
 
 def _require_shared_output(job: JobConfig, marker: str) -> None:
-    """Raise unless this worker can see the driver's file in output_dir.
-
-    Raises:
-        JobError: rank 0's files would stay on its node.
-    """
+    """Raise unless this worker can see the driver's file, so that rank 0's are not lost."""
     if not os.path.exists(marker):
         raise JobError(
             "output_dir is not on storage that the driver and the workers share",
             f"{job.output.output_dir}: written by the driver, not seen on node "
             f"{ray.util.get_node_ip_address()}",
-            "give a folder on a shared file system as output_dir; checkpoints may go to "
-            "ray_storage_path: s3://...",
+            f"{SHARED} as output_dir; checkpoints may go to ray_storage_path: s3://...",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -46,9 +47,6 @@ class HangWatch(WorkerGroupCallback):  # type: ignore[misc] # ray is Any to mypy
 
     A worker that hangs gets an error in its Ray status, as if it had raised it: Ray then ends all
     workers, and restarts them if max_failures allows.
-
-    Args:
-        timeout_s: step_timeout.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -90,33 +88,27 @@ class HangWatch(WorkerGroupCallback):  # type: ignore[misc] # ray is Any to mypy
 
     def _collect_answers(self) -> dict[int, Pulse]:
         """Return the answers that have arrived since the last call."""
-        if not self._open:
-            return {}
         refs = {ref: rank for rank, (ref, _) in self._open.items()}
-        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+        done, _ = ray.wait([*refs], num_returns=len(refs), timeout=0) if refs else ([], [])
         pulses = {}
         for ref in done:
             del self._open[refs[ref]]
-            try:
-                pulse = ray.get(ref)
-            except RayError:  # the worker has died: Ray's own polling reports it, with the cause
-                continue
-            if pulse is not None:
-                pulses[refs[ref]] = pulse
-        return pulses
+            # If the worker has died, Ray's own polling reports it, with the cause.
+            with contextlib.suppress(RayError):
+                pulses[refs[ref]] = ray.get(ref)
+        return {rank: pulse for rank, pulse in pulses.items() if pulse is not None}
 
     def _error(self, hung: dict[int, str]) -> Hung:
-        lines = []
-        for rank, what in list(hung.items())[:SHOWN]:
-            about = self._workers[rank].metadata
-            lines.append(f"worker {rank} (node {about.node_ip}, process {about.pid}): {what}")
-        if len(hung) > SHOWN:
-            lines.append(f"and {len(hung) - SHOWN} more")
-        ranks = ", ".join(str(rank) for rank in hung)
+        about = {rank: self._workers[rank].metadata for rank in hung}
+        lines = [
+            f"worker {rank} (node {about[rank].node_ip}, process {about[rank].pid}): {what}"
+            for rank, what in hung.items()
+        ]
+        more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         return Hung(
             f"Training hangs: no optimizer step for step_timeout: {self.timeout_s:g} s, because of "
-            f"worker {ranks}",
-            "\n".join(lines),
+            f"worker {', '.join(map(str, hung))}",
+            "\n".join([*lines[:SHOWN], *more]),
             "run again with resume_from_checkpoint: true, without its node if it is always the "
             "same one; max_failures: N restarts by itself; raise step_timeout if a step may take "
             "that long",
@@ -128,24 +120,18 @@ def find_hung(
 ) -> dict[int, str]:
     """Return rank -> what it does, of the workers that block the run; empty if it progresses.
 
-    Args:
-        pulses: the answers that have just arrived, by rank.
-        silent_s: rank -> seconds since its unanswered request.
-        timeout_s: how long a run may go without a step or an answer.
+    `pulses` are the answers that have just arrived, by rank; `silent_s` has for each rank the
+    seconds since its unanswered request. No step or answer may take longer than `timeout_s`.
     """
-    stalled = {rank: p for rank, p in pulses.items() if p.stalled_s > timeout_s}
+    stalled = {rank: p for rank, p in sorted(pulses.items()) if p.stalled_s > timeout_s}
     if not stalled and not any(s > timeout_s for s in silent_s.values()):
         return {}
-    silent = {
-        rank: f"its process does not answer, for {s:.0f} s"
-        for rank, s in sorted(silent_s.items())
-        if s > timeout_s / 2
-    }
+    silent = {rank: s for rank, s in sorted(silent_s.items()) if s > timeout_s / 2}
     if silent:
-        return silent
+        return {r: f"its process does not answer, for {s:.0f} s" for r, s in silent.items()}
     # Workers that wait for others are blocked themselves, unless all wait.
     causes = {rank: p for rank, p in stalled.items() if not p.waits} or stalled
     return {
         rank: f"{p.step} steps done since it was started, then {p.stalled_s:.0f} s at {p.place}"
-        for rank, p in sorted(causes.items())
+        for rank, p in causes.items()
     }

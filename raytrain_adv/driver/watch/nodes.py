@@ -1,28 +1,123 @@
-"""Report nodes that are lost or that join while the workers train; Ray does not."""
+"""Report nodes that are lost or that join, and end a run whose head node is lost.
+
+Ray itself ends the driver's process 60 s after the head's loss, with exit code 1 and no report (ray
+2.60, rpc_client.h), and its calls block signals until then.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
+import ray
 from ray.exceptions import RayError
 
 from raytrain_adv.driver.cluster.nodes import Node, Placement, alive_nodes
-from raytrain_adv.driver.watch.polling import poll
+from raytrain_adv.errors import HeadLost
+from raytrain_adv.redaction import hide_environment
 from raytrain_adv.text import plural
 
-EVERY_S = 1.0
+JOIN_S = 3.0
+
+
+@contextlib.contextmanager
+def poll(name: str, check: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Call `check`, which must not raise, on a thread every few seconds while the block runs."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(every_s):
+            check()
+
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=JOIN_S)
+
+
+EVERY_S = 2.0
+LOST_AFTER_S = 45.0
+"""Seconds without an answer after which the run ends. If the head returns earlier and its state is
+stored outside it (Ray's GCS fault tolerance), the run continues."""
+TIMEOUT_S = 3.0
+
+
+class HeadWatch:
+    """Checks on a thread of the driver that the head's GCS at host:port can be reached. If not,
+    `record` records how the run ended, without calling Ray, and the process ends.
+    """
+
+    def __init__(self, address: str, record: Callable[[HeadLost], None]) -> None:
+        self._address = address
+        self._record = record
+        self._is_watching = False
+        self._last_answer = 0.0
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch while the block runs.
+
+        Not in a sweep's trials, which run outside the main thread: the sweep's own driver watches.
+        Nor if the head cannot be reached from here at the start, such as behind a ray:// address.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or not self._answers():
+            yield
+            return
+        self._is_watching, self._last_answer = True, time.monotonic()
+        with poll("head watch", self._check, EVERY_S):
+            yield
+
+    def wait(self) -> None:
+        """Return when the head can be reached; the watch may end the process before that."""
+        while self._is_watching and not self._answers():
+            time.sleep(EVERY_S)
+
+    def _check(self) -> None:
+        if self._answers():
+            self._last_answer = time.monotonic()
+        elif time.monotonic() - self._last_answer >= LOST_AFTER_S:
+            self._end()
+
+    def _answers(self) -> bool:
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=TIMEOUT_S).close()
+        except OSError:
+            return False
+        return True
+
+    def _end(self) -> None:
+        error = HeadLost(
+            "Ray's head node is gone",
+            f"no answer at {self._address} for {LOST_AFTER_S:g} s; Ray then ends every worker",
+            "start the cluster again, and run the job again with resume_from_checkpoint: true",
+        )
+        try:
+            self._record(error)
+        finally:
+            print(f"\n{hide_environment(str(error))}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
+
+
+def head_address() -> str:
+    """Return host:port of the GCS that this process has joined."""
+    return str(ray.get_runtime_context().gcs_address)
 
 
 class NodeWatch:
-    """Watches on a thread of the driver the nodes where workers may run.
-
-    Args:
-        placement: each worker's resources, and the nodes to avoid.
-        nodes: id -> node, as they are now.
-        say: prints a sentence.
-    """
+    """Reports on a thread of the driver nodes that are lost or that join; Ray does not."""
 
     def __init__(
         self, placement: Placement, nodes: Mapping[str, Node], say: Callable[[str], None]
@@ -33,7 +128,7 @@ class NodeWatch:
 
     def watching(self) -> AbstractContextManager[None]:
         """Report changes while the block runs."""
-        return poll("node watch", self._check, EVERY_S)
+        return poll("node watch", self._check, EVERY_S / 2)
 
     def _check(self) -> None:
         # If the head does not answer, HeadWatch ends the run.
@@ -42,17 +137,16 @@ class NodeWatch:
 
     def compare(self, now: Mapping[str, Node]) -> None:
         """Report how these nodes, by their ids, differ from those of the last call."""
-        lost = [node.address for key, node in self._known.items() if key not in now]
-        joined = [node.address for key, node in now.items() if key not in self._known]
-        self._known = now
         room = sum(node.num_fitting(self._placement.bundle) for node in now.values())
         workers = plural(room, "worker")
         if room < self._placement.fewest:
             workers += f", the run waits for {self._placement.fewest}"
-        for address in lost:
+        for key in (key for key in self._known if key not in now):
+            address = self._known[key].address
             self._say(f"node {address} was lost; the remaining nodes fit {workers}")
-        for address in joined:
-            self._say(f"node {address} has joined; there is room for {workers}")
+        for key in (key for key in now if key not in self._known):
+            self._say(f"node {now[key].address} has joined; there is room for {workers}")
+        self._known = now
 
 
 def usable_nodes(placement: Placement) -> dict[str, Node]:

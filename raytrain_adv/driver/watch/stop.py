@@ -1,9 +1,8 @@
 """Stop a run from outside, or end it before its node goes.
 
-A sweep writes stop.json into a trial's folder, and the trial's controller ends the workers at their
-next report. On Ctrl-C or SIGTERM (as `ray job stop` sends it) the driver writes stop_after_step,
-and the workers end after their step with a checkpoint. A worker's process also ends that way on a
-SIGTERM of its own, and Ray announces nodes that it drains.
+A sweep writes stop.json into a trial's folder; on Ctrl-C or SIGTERM (as `ray job stop` sends it)
+the driver writes stop_after_step. A worker's process may get its own SIGTERM, and Ray announces
+nodes that it drains.
 """
 
 from __future__ import annotations
@@ -42,9 +41,7 @@ class StoppedBySweep(Stopped):
 
 
 class StopOnRequest(UserCallback):  # type: ignore[misc] # ray is Any to mypy
-    """Ends the run with all workers once its folder contains stop.json. Runs in Ray Train's
-    controller, on the driver's node.
-    """
+    """Ends the run with all workers, from Ray Train's controller, if its folder has stop.json."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder.absolute() / SWEEP_STOP_FILE
@@ -94,15 +91,16 @@ def handle_signals(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """While the workers train, request a stop on the first SIGINT or SIGTERM, and end the driver on
     the second. Outside the main thread, where a sweep's trials run, signals are not handled.
     """
-    (folder / STOP_FILE).unlink(missing_ok=True)
+    file = folder / STOP_FILE
+    file.unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def request(number: int, frame: FrameType | None) -> None:
-        if (folder / STOP_FILE).exists():
+        if file.exists():
             raise SystemExit(128 + number)
-        (folder / STOP_FILE).touch()
+        file.touch()
         say(
             "stop requested: the run ends after this step with a checkpoint; a second signal ends "
             "it at once"
@@ -114,13 +112,12 @@ def handle_signals(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        (folder / STOP_FILE).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
 class CatchSigterm(WorkerCallback):  # type: ignore[misc] # ray is Any to mypy
     """Makes the first SIGTERM to a worker's process end the run between two steps with a
-    checkpoint; the second has Ray's effect. Runs on the worker's main thread when Ray Train sets it
-    up.
+    checkpoint; the second has Ray's effect. Runs on the worker's main thread.
     """
 
     def after_init_train_context(self) -> None:
@@ -142,8 +139,7 @@ def is_terminated() -> bool:
 class DrainNotice:
     """Checks on a worker whether Ray is about to remove a node of the run.
 
-    Ray's get_preemption_info is a barrier for all workers; this reads the same information without
-    one (ray 2.60: train_fn_utils.py).
+    Ray's get_preemption_info has the same information behind a barrier (ray 2.60).
     """
 
     def __init__(self) -> None:
@@ -155,8 +151,7 @@ class DrainNotice:
         if info is None or set(info.preempted_node_ids) <= self._known:
             return ""
         self._known |= set(info.preempted_node_ids)
-        ranks = ", ".join(str(rank) for rank in info.preempted_ranks)
-        when = ""
+        ranks, when = ", ".join(map(str, info.preempted_ranks)), ""
         if info.deadline_ms is not None:
             when = f" in {max(info.deadline_ms / 1000 - time.time(), 0.0):.0f} s"
         return f"the node of worker {ranks} will be taken away{when}"

@@ -25,7 +25,6 @@ DATA = DataSummary(
     num_tokens=64_000,
     longest=120,
     num_held_out=0,
-    longest_held_out=0,
     packing_efficiency=None,
 )
 H200 = replace(

@@ -19,7 +19,7 @@ from raytrain_adv.driver.preflight import verdicts as preflight
 from raytrain_adv.driver.preflight.probe import Reading
 from raytrain_adv.driver.preflight.verdicts import Preflight
 from raytrain_adv.errors import ClusterError
-from raytrain_adv.estimate.host import HostNeed
+from raytrain_adv.estimate.memory import HostNeed
 from raytrain_adv.estimate.sizes import HostCopies
 from raytrain_adv.text import GIB
 from tests.readings import H100, node_with

@@ -15,11 +15,11 @@ import yaml
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver.cluster.nodes import Node, Placement
 from raytrain_adv.driver.output.output_dir import Replaced
-from raytrain_adv.driver.plan.sweep import view
+from raytrain_adv.driver.plan.text import sweep_view as view
 from raytrain_adv.driver.sweep import sweep
 from raytrain_adv.driver.sweep.asha import DelayAwareAsha, Rungs
-from raytrain_adv.driver.sweep.capacity import trials_at_once
 from raytrain_adv.driver.sweep.results import Results
+from raytrain_adv.driver.sweep.sweep import trials_at_once
 from raytrain_adv.driver.watch.stop import (
     StopOnRequest,
     StoppedBySweep,

@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from raytrain_adv.driver.watch import head as head_watch
-from raytrain_adv.driver.watch.head import HeadWatch
+from raytrain_adv.driver.watch import nodes as head_watch
+from raytrain_adv.driver.watch.nodes import HeadWatch
 
 DRIVER = """
 import pathlib, socket, sys, time
-from raytrain_adv.driver.watch import head as head_watch
+from raytrain_adv.driver.watch import nodes as head_watch
 head_watch.LOST_AFTER_S = head_watch.EVERY_S = 0.05
 head = socket.create_server(("127.0.0.1", 0))
 address = f"127.0.0.1:{head.getsockname()[1]}"
