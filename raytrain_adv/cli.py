@@ -14,7 +14,6 @@ import click
 
 from raytrain_adv import __version__
 from raytrain_adv.config import JobConfig, compatibility, load
-from raytrain_adv.config.explain import explain
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.schema import schema
@@ -363,7 +362,7 @@ def explain_command(feature: tuple[str, ...], check: Path | None, write: Path | 
     """Explain a feature, or print the compatibility matrix."""
     page = check or write
     if page is None:
-        print(explain(" ".join(feature)) if feature else compatibility.table())
+        print(compatibility.explain(" ".join(feature)) if feature else compatibility.table())
         return
     try:
         old = page.read_text()

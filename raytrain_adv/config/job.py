@@ -1,9 +1,9 @@
 """A loaded job: every key resolved and frozen."""
 
 import hashlib
+import importlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -18,6 +18,8 @@ from raytrain_adv.config.sections import (
 )
 from raytrain_adv.config.sweep import Sweep
 
+CPU_WORKERS = 2
+"""Workers for ray_num_workers: auto on a cluster without GPUs."""
 SectionType = TypeVar("SectionType", bound=Section)
 
 # Keys that may change when a run continues, because they do not change what is computed. Batch
@@ -98,13 +100,9 @@ class JobConfig:
         folder = os.path.abspath(self.output.output_dir)  # "." has no name
         return self.ray.ray_run_name or os.path.basename(folder)
 
-    def sections(self) -> Iterator[Section]:
-        """Yield the six sections, then the transforms."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Section):
-                yield value
-        yield from self.transforms
+    def sections(self) -> tuple[Section, ...]:
+        """Return the six sections, then the transforms."""
+        return (*(getattr(self, name) for name in SECTIONS), *self.transforms)
 
     def given(self) -> dict[str, Any]:
         """Return the keys from the file and the command line, with their values as JSON types."""
@@ -139,3 +137,53 @@ class JobConfig:
             for key in sorted(mine.keys() | other.keys())
             if key not in FREE_TO_CHANGE | free and mine.get(key) != other.get(key)
         ]
+
+
+SECTIONS: dict[str, type[Section]] = {
+    field.name: field.type
+    for field in fields(JobConfig)
+    if isinstance(field.type, type) and issubclass(field.type, Section)
+}
+"""JobConfig's field -> its section."""
+
+
+def transform_types() -> tuple[type[Section], ...]:
+    """Return every transform, in the order of application.
+
+    Imported by name, because transforms import config and config must not import transforms.
+    """
+    found: tuple[type[Section], ...] = importlib.import_module("raytrain_adv.transforms").discover()
+    return found
+
+
+def section_types() -> tuple[type[Section], ...]:
+    """Return the sections and the transforms."""
+    return (*SECTIONS.values(), *transform_types())
+
+
+def num_passes(job: JobConfig, workers: int) -> int:
+    """Return the forward and backward passes that all workers together make in an optimizer step.
+
+    If the job is elastic, its largest number of workers decides.
+    """
+    most = workers if job.ray.ends is None else job.ray.ends[1]
+    return job.train.gradient_accumulation_steps * most
+
+
+def accumulation(job: JobConfig, workers: int) -> int:
+    """Return the passes of each worker in a step, rounded down if they cannot be shared equally."""
+    return num_passes(job, workers) // workers
+
+
+def sharing(job: JobConfig, most: int) -> tuple[int, ...]:
+    """Return the numbers of workers up to `most` that share a step's passes equally and that
+    fsdp_shard_size divides.
+    """
+    group = job.parallel.fsdp_shard_size or 1
+    return tuple(n for n in range(1, most + 1) if num_passes(job, n) % n == 0 and n % group == 0)
+
+
+def numbers(job: JobConfig) -> tuple[int, ...]:
+    """Return the numbers of workers that an elastic run may have, ascending; else nothing."""
+    fewest, most = job.ray.ends or (1, 0)
+    return tuple(n for n in sharing(job, most) if n >= fewest)

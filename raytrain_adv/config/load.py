@@ -9,8 +9,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from raytrain_adv.config import rules, sweep, sweep_rules
-from raytrain_adv.config.discovery import SECTIONS, section_types, transform_types
-from raytrain_adv.config.job import JobConfig, SectionType
+from raytrain_adv.config.job import SECTIONS, JobConfig, SectionType, section_types, transform_types
 from raytrain_adv.config.llamafactory import translate
 from raytrain_adv.config.llamafactory.keys import RENAMED, WRITTEN_AS
 from raytrain_adv.config.problems import Problem, job_error, show

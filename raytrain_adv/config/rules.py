@@ -4,11 +4,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.job import JobConfig, num_passes, sharing
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sweep import SWITCH
-from raytrain_adv.config.workers import num_passes, sharing
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """Limits of Linux file systems."""

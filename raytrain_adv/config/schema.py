@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from raytrain_adv.config.discovery import section_types
+from raytrain_adv.config.job import section_types
 from raytrain_adv.config.llamafactory.keys import LISTED, RENAMED, SAME
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sections import LARGEST

@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raytrain_adv.config.discovery import transform_types
-from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.job import JobConfig, transform_types
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sweep import (
     CONVERTED_LOSS,

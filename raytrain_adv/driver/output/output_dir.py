@@ -13,8 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
-from raytrain_adv.config.discovery import transform_types
-from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.job import JobConfig, transform_types
 from raytrain_adv.driver.output.replace import Replaced, is_inside, put_back, set_aside
 from raytrain_adv.errors import JobError
 from raytrain_adv.kernels import lock as locks

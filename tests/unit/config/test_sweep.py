@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from raytrain_adv.config import JobConfig, load
-from raytrain_adv.config.discovery import section_types
+from raytrain_adv.config.job import section_types
 from raytrain_adv.config.llamafactory.keys import RENAMED
 from raytrain_adv.config.schema import schema
 from raytrain_adv.config.sweep import (
