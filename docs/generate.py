@@ -65,7 +65,7 @@ def generated() -> tuple[tuple[Path, str], ...]:
             continue
         new = BLOCK.sub(lambda m: f"{m[1]}\n{_block(m[2])}\n\n{m[3]}", text)
         if compatibility.BEGIN in new:
-            new = compatibility.renewed(new)
+            new = compatibility.update_table(new)
         whole.append((path, new))
     return tuple(whole)
 

@@ -1,4 +1,4 @@
-"""Which features work together, by their own rules: `raytrain-adv explain`, documentation, tests."""
+"""Which features work together, by their own rules: for `explain`, the documentation and tests."""
 
 from __future__ import annotations
 

@@ -24,51 +24,18 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 # Keys that may change when a run continues, because they do not change what is computed. Batch
 # size, accumulation and workers may change if their product does not; the checkpoint checks that.
-FREE_TO_CHANGE = frozenset(
-    [
-        "output_dir",
-        "overwrite_output_dir",
-        "logging_steps",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-        "eval_strategy",
-        "eval_steps",
-        "resume_from_checkpoint",
-        "report_to",
-        "run_name",
-        "plot_loss",
-        "compare_with",
-        "compare",
-        "export_model",
-        "num_sample_answers",
-        "ray_num_workers",
-        "resources_per_worker",
-        "placement_strategy",
-        "ray_storage_path",
-        "ray_run_name",
-        "ray_init_kwargs",
-        "max_failures",
-        "step_timeout",
-        "on_bad_loss",
-        "bad_loss_factor",
-        "force",
-        "preprocessing_num_workers",
-        "overwrite_cache",
-        "tokenized_path",
-        "cache_dir",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-        "fsdp_shard_size",
-        "fsdp_reshard_after_forward",
-        "fsdp_cpu_offload",
-        "ddp_timeout",
-        "gradient_checkpointing",
-        "disable_gradient_checkpointing",
-        "dataset_dir",
-    ]
-)
+FREE_TO_CHANGE = frozenset([
+    "output_dir", "overwrite_output_dir", "logging_steps", "save_steps", "save_strategy",
+    "save_total_limit", "eval_strategy", "eval_steps", "resume_from_checkpoint", "report_to",
+    "run_name", "plot_loss", "compare_with", "compare", "export_model", "num_sample_answers",
+    "ray_num_workers", "resources_per_worker", "placement_strategy", "ray_storage_path",
+    "ray_run_name", "ray_init_kwargs", "max_failures", "step_timeout", "on_bad_loss",
+    "bad_loss_factor", "force", "preprocessing_num_workers", "overwrite_cache",
+    "tokenized_path", "cache_dir", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "fsdp_shard_size", "fsdp_reshard_after_forward",
+    "fsdp_cpu_offload", "ddp_timeout", "gradient_checkpointing",
+    "disable_gradient_checkpointing", "dataset_dir",
+])  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)

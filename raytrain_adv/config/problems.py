@@ -30,6 +30,11 @@ class Problem:
     where: str = ""
     """Place in the file or on the command line, as `line 7`."""
 
+    @property
+    def keys(self) -> list[str]:
+        """The keys of a contradiction, which `key` names as `packing and neat_packing`."""
+        return self.key.split(" and ")
+
     def found(self) -> str:
         """Return its line in the message."""
         return ": ".join(part for part in (self.where, self.key, self.text) if part)

@@ -50,7 +50,7 @@ def notes(job: JobConfig) -> Iterable[str]:
     if output.eval_strategy != "steps" and output.eval_steps is not None:
         other = f"eval_strategy is {output.eval_strategy}"
         yield f"eval_steps: {output.eval_steps:g} changes nothing: {other}"
-    if train.is_changed("per_device_eval_batch_size") and not _evaluates(job):
+    if train.is_changed("per_device_eval_batch_size") and not job.data.holds_rows_out:
         size = train.per_device_eval_batch_size
         yield f"per_device_eval_batch_size: {size} changes nothing: no rows are held out"
     if output.run_name is not None and output.report_to in ("none", [], ["none"]):
@@ -112,20 +112,18 @@ def _is_other_than_a_folder(path: str) -> bool:
         return False
 
 
-def _evaluates(job: JobConfig) -> bool:
-    return job.data.eval_dataset is not None or job.data.val_size > 0
-
-
 def _evaluation(job: JobConfig) -> Iterable[Problem]:
     output = job.output
-    if output.eval_strategy != "no" and not _evaluates(job):
+    if output.eval_strategy != "no" and not job.data.holds_rows_out:
         yield Problem(
             f"eval_strategy: {output.eval_strategy} without rows to evaluate",
             "hold rows out with val_size, or name an eval_dataset",
             "eval_strategy",
         )
     if output.eval_steps is not None and "eval_strategy" not in output.model_fields_set:
-        rows = "" if _evaluates(job) else ", and hold rows out with val_size or eval_dataset"
+        rows = (
+            "" if job.data.holds_rows_out else ", and hold rows out with val_size or eval_dataset"
+        )
         yield Problem(
             "eval_steps without eval_strategy would evaluate nothing",
             f"set eval_strategy: steps{rows}",
@@ -249,7 +247,7 @@ def _compares(job: JobConfig) -> bool:
 
 def _twin(job: JobConfig) -> Iterable[Problem]:
     """Find a twin that could not be compared with."""
-    if _compares(job) and not _evaluates(job):
+    if _compares(job) and not job.data.holds_rows_out:
         text = "a twin is compared by the loss on held-out rows, and none are held out"
         yield Problem(text, "hold rows out with val_size, or set compare: false", "compare")
 

@@ -94,6 +94,11 @@ class DataConfig(Section):
     disable_shuffling: bool = False
     """Read rows in file order instead of a seeded random order."""
 
+    @property
+    def holds_rows_out(self) -> bool:
+        """Whether there are rows to evaluate."""
+        return self.eval_dataset is not None or self.val_size > 0
+
     def contradictions(self) -> Iterable[Problem]:
         """Find data keys that contradict each other."""
         if self.dataset is None:
