@@ -1,7 +1,7 @@
 """Load a YAML file and key=value overrides into a JobConfig, or report all problems at once."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +22,7 @@ from raytrain_adv.redaction import secrets_in
 from raytrain_adv.text import nearest
 
 COMMAND_LINE = "command line"
+Checked = tuple[JobConfig, list[Problem]]
 _STAND_IN = "?"
 """Value of a missing or wrong required key, so that the rules between other keys still apply."""
 
@@ -71,9 +72,7 @@ def _valid(source: str, document: Document, job: JobConfig, found: list[Problem]
     return job
 
 
-def _check_sweep(
-    source: str, document: Document, section: Entry
-) -> tuple[JobConfig, list[Problem]]:
+def _check_sweep(source: str, document: Document, section: Entry) -> Checked:
     """Check the job of every trial, and return the first one's with the sweep."""
     owned = {key for kind in section_types() for key in kind.model_fields}
     known = owned | {key for key, ours in RENAMED.items() if ours in owned}
@@ -108,7 +107,7 @@ def _check_sweep(
     return job, list(dict.fromkeys(problems))
 
 
-def _check(source: str, document: Document) -> tuple[JobConfig, list[Problem]]:
+def _check(source: str, document: Document) -> Checked:
     kinds = section_types()
     owned = frozenset(key for kind in kinds for key in kind.model_fields)
     values = {key: entry.value for key, entry in document.entries.items()}
@@ -191,38 +190,33 @@ def _mentions(annotation: Any, kind: Any) -> bool:
 
 
 def _wrong_value(kind: type[Section], key: str, value: Any) -> Problem:
-    accepted = describe(field_schemas(kind)[key])
-    if value is None:
-        default = kind.default(key)
-        fix = f"give {accepted}"
-        if not kind.model_fields[key].is_required():
-            fix += f", or delete the line for the default, {show(default)}"
-        return Problem("it has no value", fix, key)
+    field, schema = kind.model_fields[key], field_schemas(kind)[key]
+    accepted = describe(schema)
     fix = f"give {accepted}"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and value > LARGEST and _has_bound(field_schemas(kind)[key], LARGEST):
-        fix += f", at most {LARGEST}"
-    if is_number and _mentions(kind.model_fields[key].annotation, str):
-        fix += f"; as text it is written {key}: '{show(value)}'"
-    if isinstance(value, str):
-        meant = nearest(value, _choices(field_schemas(kind)[key]), 0.5)
-        if meant:
-            fix = f"did you mean {meant}? It takes {accepted}"
+    if value is None:
+        if not field.is_required():
+            fix += f", or delete the line for the default, {show(kind.default(key))}"
+        return Problem("it has no value", fix, key)
+    parts = list(_parts(schema))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if value > LARGEST and any(part.get("maximum") == LARGEST for part in parts):
+            fix += f", at most {LARGEST}"
+        if _mentions(field.annotation, str):
+            fix += f"; as text it is written {key}: '{show(value)}'"
+    choices = [o for part in parts for o in (*part.get("enum", ()), part.get("const"))]
+    strings = [choice for choice in choices if isinstance(choice, str)]
+    if isinstance(value, str) and (meant := nearest(value, strings, 0.5)):
+        fix = f"did you mean {meant}? It takes {accepted}"
     reason = kind.why_not(key, value)
     text = f"{show(value, key)} is not accepted" + (f": {reason}" if reason else "")
     return Problem(text, fix, key)
 
 
-def _has_bound(schema: Mapping[str, Any], bound: int) -> bool:
-    return any(bound == part.get("maximum") for part in (schema, *schema.get("anyOf", ())))
-
-
-def _choices(schema: Mapping[str, Any]) -> list[str]:
-    options = [*schema.get("enum", ()), schema.get("const")]
-    inner = [*schema.get("anyOf", ()), schema.get("items", {})]
-    return [o for o in options if isinstance(o, str)] + [
-        c for part in inner if part for c in _choices(part)
-    ]
+def _parts(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a schema, its alternatives and the items of its list."""
+    yield schema
+    for inner in (*schema.get("anyOf", ()), schema.get("items", {})):
+        yield from _parts(inner) if inner else ()
 
 
 def _meant(key: str, owned: frozenset[str]) -> str | None:
@@ -247,41 +241,32 @@ def _refuse_secrets(source: str, entries: Mapping[str, Entry], overrides: Iterab
     for item in overrides:
         key, _, text = item.lstrip("-").partition("=")
         given.append((key, _value_or_text(text), COMMAND_LINE))
-    found = [
-        Problem(
-            f"{kind.name}, which a job must not contain",
-            f"remove it, and put it where it is not shown: {kind.place}",
-            place,
-            where,
-        )
-        for key, value, where in given
-        for place, kind in secrets_in(key, value)
-    ]
+    found: dict[Problem, None] = {}
+    for key, value, where in given:
+        for place, kind in secrets_in(key, value):
+            fix = f"remove it, and put it where it is not shown: {kind.place}"
+            found[Problem(f"{kind.name}, which a job must not contain", fix, place, where)] = None
     if found:
-        raise job_error(source, dict.fromkeys(found))
+        raise job_error(source, found)
 
 
 def _override(document: Document, overrides: Iterable[str]) -> None:
     for item in overrides:
         key, equals, text = item.partition("=")
-        problem = _override_problem(key, bool(equals), item)
-        if problem is None:
-            try:
-                problem = _put(document, key, read_value(text))
-            except ValueError as error:
-                fix = f"put the value in quotes: '{key[:80]}=\"...\"'"
-                problem = Problem(str(error), fix, key[:80])
-        if problem is not None:
+        try:
+            problem = _misspelled(key, bool(equals), item) or _put(document, key, read_value(text))
+        except ValueError as error:
+            fix = f"put the value in quotes: '{key[:80]}=\"...\"'"
+            problem = Problem(str(error), fix, key[:80])
+        if problem:
             document.problems.append(problem.at(COMMAND_LINE))
 
 
-def _override_problem(key: str, has_value: bool, item: str) -> Problem | None:
+def _misspelled(key: str, has_value: bool, item: str) -> Problem | None:
     if item.startswith("-"):
         plain = item.lstrip("-").replace("-", "_", item.partition("=")[0].count("-"))
-        return Problem(
-            f"{show(item)}: keys are written without dashes",
-            f"write {plain if has_value else 'key=value'}",
-        )
+        fix = f"write {plain if has_value else 'key=value'}"
+        return Problem(f"{show(item)}: keys are written without dashes", fix)
     if not has_value or not key.strip():
         return Problem(f"{show(item)} is not key=value", "write key=value, as learning_rate=1e-4")
     names = key.split(".")
@@ -297,18 +282,14 @@ def _put(document: Document, key: str, value: Any) -> Problem | None:
     if not rest:
         document.entries[head] = Entry(value, COMMAND_LINE)
         return None
-    old = document.entries[head].value if head in document.entries else None
+    old = document.entries.get(head, Entry({}, COMMAND_LINE))
+    if old.value is not None and not isinstance(old.value, dict):
+        text = f"{head} is {show(old.value, head)}, not a mapping, so it has no {'.'.join(rest)}"
+        return Problem(text, f"write {head}=value", key)
     for name in reversed(rest):
         value = {name: value}
-    if old is None:
-        merged = value
-    elif isinstance(old, dict):
-        merged = _merge(old, value)
-    else:
-        text = f"{head} is {show(old, head)}, not a mapping, so it has no {'.'.join(rest)}"
-        return Problem(text, f"write {head}=value", key)
-    inner = document.entries[head].inner if head in document.entries else {}
-    document.entries[head] = Entry(merged, COMMAND_LINE, {**inner, rest[0]: COMMAND_LINE})
+    places = {**old.inner, rest[0]: COMMAND_LINE}
+    document.entries[head] = Entry(_merge(old.value or {}, value), COMMAND_LINE, places)
     return None
 
 
@@ -327,9 +308,9 @@ def _where(problem: Problem, document: Document) -> str:
     return ", ".join(dict.fromkeys(places))
 
 
-def _place(problem: Problem) -> tuple[int, str]:
+def _place(problem: Problem) -> int:
     """Sort by line; problems without a line first, the command line last."""
     if problem.where.startswith(COMMAND_LINE):
-        return (10**9, "")
+        return 10**9
     number = re.search(r"\d+", problem.where)
-    return (int(number.group()) if number else 0, "")
+    return int(number.group()) if number else 0

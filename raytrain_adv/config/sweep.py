@@ -393,7 +393,7 @@ def metric_problems(
         text = f"{metric} is known only at a trial's end, too late to stop it"
         fix = f"choose one of {', '.join(KNOWN_EARLY)}, or scheduler: none"
         yield parts.problem("scheduler", text, fix)
-    elif options.scheduler == "asha" and metric != "train_loss":
-        if any(j.output.eval_strategy == "no" for j in jobs):
-            text = "asha needs evaluations during a run, and eval_strategy is no"
-            yield parts.problem("scheduler", text, "set eval_strategy: steps and eval_steps")
+    unevaluated = metric != "train_loss" and any(j.output.eval_strategy == "no" for j in jobs)
+    if options.scheduler == "asha" and metric in KNOWN_EARLY and unevaluated:
+        text = "asha needs evaluations during a run, and eval_strategy is no"
+        yield parts.problem("scheduler", text, "set eval_strategy: steps and eval_steps")
