@@ -15,15 +15,8 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 
 def contradictions(job: JobConfig) -> Iterable[Problem]:
     """Find keys of different sections that contradict each other; each Problem names them all."""
-    yield from _paths(job)
-    yield from _run_names(job)
-    yield from _evaluation(job)
-    yield from _workers(job)
-    yield from _devices(job)
-    yield from _resuming(job)
-    yield from _exclusive(job)
-    yield from _unmet(job)
-    yield from _twin(job)
+    for rule in (_paths, _evaluation, _workers, _devices, _resuming, _exclusive, _unmet, _twin):
+        yield from rule(job)
     for section in job.sections():
         if section.enabled:
             yield from section.conflicts(job)
@@ -67,8 +60,8 @@ def notes(job: JobConfig) -> Iterable[str]:
 
 
 def _paths(job: JobConfig) -> Iterable[Problem]:
-    """Find paths that are too long, and paths of files that must be folders."""
-    model, data, output, ray = job.model, job.data, job.output, job.ray
+    """Find paths that are too long, files in the place of folders, and unusable run names."""
+    model, data, output = job.model, job.data, job.output
     folders = {
         "dataset_dir": data.dataset_dir,
         "tokenized_path": data.tokenized_path,
@@ -82,8 +75,8 @@ def _paths(job: JobConfig) -> Iterable[Problem]:
         "eval_dataset": data.eval_dataset,
         "resume_from_checkpoint": output.resume_from_checkpoint,
         "run_name": output.run_name,
-        "ray_run_name": ray.ray_run_name,
-        "ray_storage_path": ray.ray_storage_path,
+        "ray_run_name": job.ray.ray_run_name,
+        "ray_storage_path": job.ray.ray_storage_path,
     }
     for key, value in named.items():
         paths = value if isinstance(value, list) else str(value or "").split(",")
@@ -95,10 +88,6 @@ def _paths(job: JobConfig) -> Iterable[Problem]:
             yield Problem(text, fix, key)
         elif key in folders and isinstance(value, str) and _is_other_than_a_folder(value):
             yield Problem(f"{show(value)} exists but is not a folder", "name a folder", key)
-
-
-def _run_names(job: JobConfig) -> Iterable[Problem]:
-    """Find run names that do not name one folder below ray_storage_path."""
     name = job.ray.ray_run_name
     if name is not None and (name.strip() in ("", ".", "..") or "/" in name or "\\" in name):
         text = f"{show(name)} is not the name of one folder"
@@ -115,20 +104,15 @@ def _is_other_than_a_folder(path: str) -> bool:
 def _evaluation(job: JobConfig) -> Iterable[Problem]:
     output = job.output
     if output.eval_strategy != "no" and not job.data.holds_rows_out:
-        yield Problem(
-            f"eval_strategy: {output.eval_strategy} without rows to evaluate",
-            "hold rows out with val_size, or name an eval_dataset",
-            "eval_strategy",
-        )
+        text = f"eval_strategy: {output.eval_strategy} without rows to evaluate"
+        fix = "hold rows out with val_size, or name an eval_dataset"
+        yield Problem(text, fix, "eval_strategy")
     if output.eval_steps is not None and "eval_strategy" not in output.model_fields_set:
         rows = (
             "" if job.data.holds_rows_out else ", and hold rows out with val_size or eval_dataset"
         )
-        yield Problem(
-            "eval_steps without eval_strategy would evaluate nothing",
-            f"set eval_strategy: steps{rows}",
-            "eval_steps",
-        )
+        text = "eval_steps without eval_strategy would evaluate nothing"
+        yield Problem(text, f"set eval_strategy: steps{rows}", "eval_steps")
 
 
 def check_workers(job: JobConfig, num_workers: int | None) -> None:
@@ -169,30 +153,23 @@ def _misfit(job: JobConfig, workers: int, key: str) -> Problem | None:
     passes = num_passes(job, workers)
     if passes % workers:
         good = ", ".join(map(str, sharing(job, passes)))
-        return Problem(
-            f"{workers} workers cannot share the {passes} passes equally that a step has with "
-            f"{passes // job.train.gradient_accumulation_steps}",
-            f"numbers that work: {good}; or change gradient_accumulation_steps",
-            f"{key} and gradient_accumulation_steps",
-        )
+        with_most = passes // job.train.gradient_accumulation_steps
+        text = f"{workers} workers cannot share the {passes} passes equally that a step has with "
+        fix = f"numbers that work: {good}; or change gradient_accumulation_steps"
+        return Problem(f"{text}{with_most}", fix, f"{key} and gradient_accumulation_steps")
     if shard is None or workers % shard == 0:
         return None
-    return Problem(
-        f"{workers} workers cannot be divided into groups of {shard}",
-        f"give an fsdp_shard_size that divides {key}, or delete it",
-        f"fsdp_shard_size and {key}",
-    )
+    text = f"{workers} workers cannot be divided into groups of {shard}"
+    fix = f"give an fsdp_shard_size that divides {key}, or delete it"
+    return Problem(text, fix, f"fsdp_shard_size and {key}")
 
 
 def _devices(job: JobConfig) -> Iterable[Problem]:
     if not job.parallel.use_cpu:
         return
     if (job.ray.resources_per_worker or {}).get("GPU", 0.0) > 0:
-        yield Problem(
-            "one requests GPUs, the other excludes them",
-            "keep one of them",
-            "use_cpu and resources_per_worker",
-        )
+        text = "one requests GPUs, the other excludes them"
+        yield Problem(text, "keep one of them", "use_cpu and resources_per_worker")
     if job.model.flash_attn in ("fa2", "fa3") or job.model.flash_attn.startswith("hub:"):
         text = f"flash_attn: {job.model.flash_attn} needs a GPU"
         yield Problem(text, "set flash_attn: auto, or use_cpu: false", "use_cpu and flash_attn")
@@ -201,16 +178,11 @@ def _devices(job: JobConfig) -> Iterable[Problem]:
 def _resuming(job: JobConfig) -> Iterable[Problem]:
     output = job.output
     path = output.resume_from_checkpoint
-    if (
-        isinstance(path, str)
-        and output.overwrite_output_dir
-        and _is_inside(path, output.output_dir)
-    ):
-        yield Problem(
-            "the checkpoint to continue from is in the folder that would be emptied",
-            "set overwrite_output_dir: false, or choose another output_dir",
-            "resume_from_checkpoint and overwrite_output_dir",
-        )
+    emptied = Path(output.output_dir).absolute() if output.overwrite_output_dir else None
+    if isinstance(path, str) and emptied and Path(path).absolute().is_relative_to(emptied):
+        text = "the checkpoint to continue from is in the folder that would be emptied"
+        fix = "set overwrite_output_dir: false, or choose another output_dir"
+        yield Problem(text, fix, "resume_from_checkpoint and overwrite_output_dir")
     if job.ray.max_failures and output.save_only_model and output.save_strategy != "no":
         text = "checkpoints without optimizer states cannot be restarted from"
         fix = "set save_only_model: false, or delete max_failures"
@@ -219,12 +191,11 @@ def _resuming(job: JobConfig) -> Iterable[Problem]:
 
 def _exclusive(job: JobConfig) -> Iterable[Problem]:
     """Find features that cannot be on together, each two of them once."""
-    seen = set()
+    seen: list[set[str]] = []
     for section, own, key, reason in _together(job, careful=False):
-        pair = frozenset((own, key))
-        if pair not in seen:
-            seen.add(pair)
-            off = show(next(type(s) for s in job.sections() if _has(s, key)).default(key), key)
+        if {own, key} not in seen:
+            seen.append({own, key})
+            off = show(_owner(job, key).default(key), key)
             fix = f"set {key}: {off}, or {own}: {show(type(section).default(own), own)}"
             yield Problem(reason, fix, f"{key} and {own}")
 
@@ -235,9 +206,8 @@ def _unmet(job: JobConfig) -> Iterable[Problem]:
     for section in on:
         for key, reason in section.needs.items():
             if not any(_has(other, key) for other in on):
-                owner = next(s for s in job.sections() if _has(s, key))
-                own = switch(section)
-                fix = f"set {key}: {type(owner).default(key)}, or delete {own}"
+                own, default = switch(section), _owner(job, key).default(key)
+                fix = f"set {key}: {default}, or delete {own}"
                 yield Problem(reason, fix, f"{key} and {own}")
 
 
@@ -265,14 +235,14 @@ def _has(section: Section, key: str) -> bool:
     return key in type(section).model_fields
 
 
+def _owner(job: JobConfig, key: str) -> type[Section]:
+    return next(type(section) for section in job.sections() if _has(section, key))
+
+
 def switch(section: Section) -> str:
     """Return the key with which the job enables a feature."""
     keys = list(type(section).model_fields)
     return next((key for key in keys if _is_switch(section, key)), keys[0])
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    return Path(path).absolute().is_relative_to(Path(folder).absolute())
 
 
 def _turned_off(job: JobConfig) -> Iterable[Problem]:

@@ -1,5 +1,4 @@
-"""The job keys that belong to no transform, with LLaMA-Factory's names and defaults if it has
-them."""
+"""The job keys of no transform, with LLaMA-Factory's names and defaults if it has them."""
 
 import json
 from collections.abc import Iterable
@@ -219,9 +218,8 @@ class TrainConfig(Section):
             yield Problem(text, "give a min_lr below it", "lr_scheduler_kwargs and learning_rate")
         for name in ("min_lr_rate", "min_lr_ratio"):
             if options.get(name, 0.0) > 1:
-                yield Problem(
-                    f"{name}: {options[name]} is not a share", "give a share from 0 to 1", key
-                )
+                text = f"{name}: {options[name]} is not a share"
+                yield Problem(text, "give a share from 0 to 1", key)
         if options.get("num_decay_steps", 0.0) % 1:
             yield Problem("num_decay_steps is not a whole number", "give a number of steps", key)
 
@@ -312,18 +310,13 @@ class OutputConfig(Section):
             yield Problem(text, "set one of them to false", keys)
         if self.resume_from_checkpoint is True and self.save_only_model:
             text = "checkpoints without optimizer states cannot be resumed"
-            yield Problem(
-                text, "set one of them to false", "resume_from_checkpoint and save_only_model"
-            )
-        if (
-            isinstance(self.report_to, list)
-            and "none" in self.report_to
-            and len(self.report_to) > 1
-        ):
-            yield Problem(
-                "none is listed together with trackers", "remove none from the list", "report_to"
-            )
-        if isinstance(self.report_to, list) and len(set(self.report_to)) < len(self.report_to):
+            keys = "resume_from_checkpoint and save_only_model"
+            yield Problem(text, "set one of them to false", keys)
+        trackers = self.report_to if isinstance(self.report_to, list) else []
+        if "none" in trackers and len(trackers) > 1:
+            text = "none is listed together with trackers"
+            yield Problem(text, "remove none from the list", "report_to")
+        if len(set(trackers)) < len(trackers):
             yield Problem("a tracker is listed twice", "list it once", "report_to")
 
 

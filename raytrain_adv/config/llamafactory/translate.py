@@ -7,14 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from raytrain_adv.config.llamafactory.keys import (
-    LISTED,
-    REFUSED,
-    REFUSED_VALUES,
-    RENAMED,
-    SAME,
-    Key,
-)
+from raytrain_adv.config.llamafactory import keys as tables
+from raytrain_adv.config.llamafactory.keys import LISTED, REFUSED, RENAMED, SAME
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sections import Template
 
@@ -26,13 +20,8 @@ WORDS = {
 """Key -> LLaMA-Factory's word for a value -> this package's."""
 TEMPLATES: tuple[str, ...] = get_args(Template)
 UNSET_WHEN_NULL = {
-    "packing",
-    "report_to",
-    "lr_scheduler_kwargs",
-    "lora_alpha",
-    "optim_args",
-    "max_samples",
-}
+    "packing", "report_to", "lr_scheduler_kwargs", "lora_alpha", "optim_args", "max_samples"
+}  # fmt: skip
 """Keys that LLaMA-Factory's own files set to null to leave them out."""
 
 
@@ -55,12 +44,7 @@ def known_keys() -> Iterable[str]:
 
 
 def translate(keys: Mapping[str, Any], owned: frozenset[str]) -> Translation:
-    """Translate the names and values of LLaMA-Factory.
-
-    Args:
-        keys: the job file's keys and values.
-        owned: every key that a section or a transform has.
-    """
+    """Translate a job's keys and values; `owned` are all keys of sections and transforms."""
     result = Translation()
     for key, value in keys.items():
         ours = RENAMED.get(key, key)
@@ -80,7 +64,7 @@ def translate(keys: Mapping[str, Any], owned: frozenset[str]) -> Translation:
     return result
 
 
-def _refuse_unless(result: Translation, key: str, value: Any, known: Key) -> None:
+def _refuse_unless(result: Translation, key: str, value: Any, known: tables.Key) -> None:
     if value is not None and not any(_same(value, one) for one in known.accepted):
         result.problems.append(Problem(f"{show(value, key)}: {known.why}", known.fix, key))
 
@@ -114,8 +98,8 @@ def _add_owned(
 def _value(key: str, value: Any) -> Any:
     """Return the value as this package has it, a _Rename, or a Problem without its key."""
     if isinstance(value, str):
-        if (key, value) in REFUSED_VALUES:
-            why, fix = REFUSED_VALUES[key, value]
+        if (key, value) in tables.REFUSED_VALUES:
+            why, fix = tables.REFUSED_VALUES[key, value]
             return Problem(": ".join(part for part in (show(value), why) if part), fix)
         value = WORDS.get(key, {}).get(value, value)
     return VALUES[key](value) if key in VALUES else value
@@ -155,10 +139,8 @@ def _dataset_dir(value: Any) -> Any:
         fix = "delete it and name the Hub datasets in dataset, or give a folder"
         return Problem(f"{show(value)}: a dataset_info.json on the Hub is not read", fix)
     if isinstance(value, dict):
-        return Problem(
-            "a mapping: dataset_info is read from a file",
-            "write it to dataset_info.json in a folder",
-        )
+        fix = "write it to dataset_info.json in a folder"
+        return Problem("a mapping: dataset_info is read from a file", fix)
     return value
 
 
