@@ -12,15 +12,14 @@ from typing import Any
 
 import click
 
-from raytrain_adv import __version__
+from raytrain_adv import __version__, errors
 from raytrain_adv.config import JobConfig, compatibility, load
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.schema import schema
 from raytrain_adv.config.sections import LARGEST
-from raytrain_adv.errors import EXIT_DONE, EXIT_NOT_MENDED, JobError, RaytrainAdvError, StorageError
+from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError, StorageError
 from raytrain_adv.estimate.assumptions import Assumptions, assumptions
-from raytrain_adv.library_noise import quieten
 from raytrain_adv.redaction import hide_environment, is_secret_name
 from raytrain_adv.text import nearest
 from raytrain_adv.worker.preconditions import check_files
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> in
 
     `program` is the name in usage lines; MODULE is the command `launch` alone.
     """
-    quieten()
+    errors.quieten()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command = launch if program == MODULE else _command_of(arguments)
@@ -118,11 +117,7 @@ def plan_options(command: Command) -> Command:
 
 
 def job_arguments(arguments: Sequence[str], program: str) -> tuple[str, list[str]]:
-    """Return the path of the job file and the key=value overrides.
-
-    Raises:
-        JobError: naming each argument that is neither, and how it is written.
-    """
+    """Return the job file and the key=value overrides, or raise a JobError for other arguments."""
     paths: list[str] = []
     overrides: list[str] = []
     problems: list[Problem] = []
@@ -273,7 +268,7 @@ def doctor(run: Path, fix: bool) -> int:
     """
     from raytrain_adv.driver.commands.doctor import show
 
-    return EXIT_DONE if show(run, fix) else EXIT_NOT_MENDED
+    return EXIT_DONE if show(run, fix) else errors.EXIT_NOT_MENDED
 
 
 @app.command(context_settings=JOB)

@@ -156,11 +156,7 @@ def _reasons() -> Iterator[str]:
 
 
 def update_table(text: str) -> str:
-    """Return a page with a current table between its marks.
-
-    Raises:
-        JobError: if the page has no marks.
-    """
+    """Return a page with a current table between its marks, or raise a JobError without marks."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -171,9 +167,7 @@ def update_table(text: str) -> str:
 def explain(name: str) -> str:
     """Describe a feature, its keys and its compatibility; of several, the verdict on each pair.
 
-    Args:
-        name: its name in the matrix, in any case, or one of its keys; or several of them,
-            separated by blanks, commas or plus signs.
+    `name` has one or several of the matrix's names, in any case, or of the features' keys.
 
     Raises:
         JobError: if there is no such feature, naming the nearest.

@@ -73,21 +73,16 @@ class JobConfig:
 
     def given(self) -> dict[str, Any]:
         """Return the keys from the file and the command line, with their values as JSON types."""
-        return {
-            key: value
-            for s in self.sections()
-            for key, value in s.model_dump(mode="json", exclude_unset=True).items()
-        }
+        return self.flat(exclude_unset=True)
 
     def transform(self, kind: type[SectionType]) -> SectionType:
         """Return this job's transform of the given type."""
         return next(t for t in self.transforms if isinstance(t, kind))
 
-    def flat(self) -> dict[str, Any]:
-        """Return every key with its resolved value, as JSON types."""
-        return {
-            key: value for s in self.sections() for key, value in s.model_dump(mode="json").items()
-        }
+    def flat(self, exclude_unset: bool = False) -> dict[str, Any]:
+        """Return every key, or every given one, with its resolved value as JSON types."""
+        dumps = (s.model_dump(mode="json", exclude_unset=exclude_unset) for s in self.sections())
+        return {key: value for dump in dumps for key, value in dump.items()}
 
     def fingerprint(self) -> str:
         """Return a hash of the keys that change what is computed; a continued run has the same."""
@@ -95,9 +90,7 @@ class JobConfig:
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: dict[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
-        """Return a line for each key that differs in `other` and changes what is computed, except
-        those in `free`.
-        """
+        """Return a line for each key, not in `free`, that differs and changes what is computed."""
         mine = self.flat()
         return [
             f"{key}: {other.get(key)!r} then, {mine.get(key)!r} now"
@@ -129,10 +122,7 @@ def section_types() -> tuple[type[Section], ...]:
 
 
 def num_passes(job: JobConfig, workers: int) -> int:
-    """Return the forward and backward passes that all workers together make in an optimizer step.
-
-    If the job is elastic, its largest number of workers decides.
-    """
+    """Return all workers' passes in an optimizer step; the most of an elastic job decide."""
     most = workers if job.ray.ends is None else job.ray.ends[1]
     return job.train.gradient_accumulation_steps * most
 
@@ -143,9 +133,7 @@ def accumulation(job: JobConfig, workers: int) -> int:
 
 
 def sharing(job: JobConfig, most: int) -> tuple[int, ...]:
-    """Return the numbers of workers up to `most` that share a step's passes equally and that
-    fsdp_shard_size divides.
-    """
+    """Return the numbers of workers up to `most` that share a step's passes and fill shards."""
     group = job.parallel.fsdp_shard_size or 1
     return tuple(n for n in range(1, most + 1) if num_passes(job, n) % n == 0 and n % group == 0)
 

@@ -173,8 +173,7 @@ class TrainConfig(Section):
     reports and counts it, and ends the run after ten in a row. Checking each step before its update
     waits for the GPU. The batch is kept in output_dir/bad_batches."""
     bad_loss_factor: Annotated[float, Field(gt=1.0)] | None = None
-    """A loss above this many times the median of the previous 20 steps is bad too; none means that
-    only NaN and infinity are."""
+    """A loss above this many times the median of the previous 20 steps is bad too."""
     bf16: bool = False
     """Compute in bfloat16 with parameters and optimizer states in float32."""
     pure_bf16: bool = False
@@ -238,11 +237,9 @@ class ParallelConfig(Section):
     torch_compile: bool = False
     """Compile each transformer layer and the loss."""
     fsdp_shard_size: Count | None = None
-    """Workers that share one copy of the model; fewer than there are workers gives HSDP, none means
-    all of them."""
+    """Workers that share one copy of the model; none means all, fewer than all is HSDP."""
     fsdp_reshard_after_forward: bool = True
-    """Free gathered parameters after each layer's forward pass; false trades memory for less
-    communication."""
+    """Free gathered parameters after each layer's forward; false communicates less, for memory."""
     fsdp_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer states in host memory."""
     ddp_timeout: Count = 1800
@@ -279,8 +276,7 @@ class OutputConfig(Section):
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """When the held-out rows are evaluated; they are in any case at the end of the run."""
     eval_steps: Steps | None = None
-    """Steps between two evaluations, or a share of all steps when below 1; none means
-    logging_steps."""
+    """Steps between evaluations, or a share of all when below 1; none means logging_steps."""
     resume_from_checkpoint: bool | Text | None = None
     """true continues from the newest complete checkpoint of this run; a path from that one."""
     report_to: Tracker | list[Tracker] = "none"
@@ -292,8 +288,7 @@ class OutputConfig(Section):
     compare_with: Text | None = None
     """output_dir of a finished run to compare with in the report."""
     export_model: bool = True
-    """Write the trained model into output_dir; false leaves it in the checkpoints, as for a
-    benchmark."""
+    """Write the trained model into output_dir; false leaves it in the checkpoints."""
     num_sample_answers: Annotated[int, Field(ge=0, le=1000)] = 1
     """Prompts that the trained model answers at the end, on the console and in the report; held-out
     ones if there are any."""
@@ -327,13 +322,11 @@ class RayConfig(Section):
     """Workers (ranks); auto takes every GPU of the cluster, or two CPU workers if there is none;
     [2, 8] continues with fewer if workers are lost and grows again, with the batch of 8."""
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    """What each worker reserves, as {"GPU": 1, "CPU": 8}; none means one GPU if the cluster has
-    any, else one CPU."""
+    """What each worker reserves, as {"GPU": 1, "CPU": 8}; none means one GPU, or else one CPU."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How workers are placed on nodes."""
     ray_storage_path: Text | None = None
-    """Folder or URI for checkpoints (s3://, gs://, or a path all nodes share); none means
-    output_dir."""
+    """Folder that all nodes share, or URI (s3://, gs://), for checkpoints; none: output_dir."""
     ray_run_name: Text | None = None
     """Name of the run in Ray and in the storage path; none means the output folder's name."""
     ray_init_kwargs: dict[str, Any] | None = None

@@ -59,11 +59,9 @@ A_LIST = (
     "give a list, or one of {choice: [...]}, {uniform: [low, high]}, {loguniform: [low, high]}, "
     "{randint: [low, high]}"
 )
-_KEYS = "write the keys to sweep over directly below sweep:"
 ELSEWHERE = {
     "mode": "delete it: the metric decides whether lower or higher is better",
-    "keys": _KEYS,
-    "parameters": _KEYS,
+    **dict.fromkeys(("keys", "parameters"), "write the keys to sweep over directly below sweep:"),
 }
 
 
@@ -198,13 +196,10 @@ def _refused(
 
 
 def axis(key: str, value: Any, where: str) -> Axis:
-    """Return the values of a swept key.
+    """Return the values of a swept key, or raise a ValueError that names what is wrong with them.
 
     Of null and 0, which both begin with fake quantization, one is kept; and the trial without it
     (PTQ) is added to those that begin it at some listed step.
-
-    Raises:
-        ValueError: naming what is wrong with them.
     """
     kind, values = _distribution(value) if isinstance(value, dict) else ("", _listed(key, value))
     if key != SWITCH:
@@ -305,9 +300,7 @@ def extremes(axes: Sequence[Axis], first: Mapping[str, Any]) -> Iterator[dict[st
 
 
 def names(all_values: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return a unique folder name for each trial, from its values alone, so that a sweep with more
-    values finds the trials that it ran before.
-    """
+    """Return a unique folder name for each trial, from its values alone: more values keep them."""
     found: list[str] = []
     for values in all_values:
         name = ",".join(f"{key}={_plain(value)}" for key, value in values.items())

@@ -72,23 +72,23 @@ def _refuse_unless(result: Translation, key: str, value: Any, known: tables.Key)
 def _add_owned(
     result: Translation, key: str, ours: str, value: Any, keys: Mapping[str, Any]
 ) -> None:
+    twice = ""
+    if ours != key and ours in keys:
+        twice = f"an older name of {ours}, which is given too"
+    elif ours == "warmup_steps" and isinstance(value, float) and 0.0 < value < 1.0:
+        ours = "warmup_ratio"  # transformers 5 takes a share of all steps as warmup_steps too
+        if keys.get(ours) is not None:
+            twice = f"{show(value)} is a share of the steps, and so is {ours}"
+    if twice:
+        result.problems.append(Problem(twice, "keep one of the two", key))
+        return
     if ours != key:
-        if ours in keys:
-            text = f"an older name of {ours}, which is given too"
-            result.problems.append(Problem(text, "keep one of the two", key))
-            return
         result.names[ours] = key
     if value is None and ours in UNSET_WHEN_NULL:
         return
     translated = _value(ours, value)
     if isinstance(translated, Problem):
         result.problems.append(replace(translated, key=key))
-    elif isinstance(translated, _Rename) and keys.get(translated.key) is not None:
-        text = f"{show(value)} is a share of the steps, and so is {translated.key}"
-        result.problems.append(Problem(text, "keep one of the two", key))
-    elif isinstance(translated, _Rename):
-        result.keys[translated.key] = value
-        result.names[translated.key] = key
     else:
         if isinstance(translated, str) and isinstance(value, str) and translated != value:
             result.notes.append(f"{key}: {value} runs as {translated}")
@@ -96,7 +96,7 @@ def _add_owned(
 
 
 def _value(key: str, value: Any) -> Any:
-    """Return the value as this package has it, a _Rename, or a Problem without its key."""
+    """Return the value as this package has it, or a Problem without its key."""
     if isinstance(value, str):
         if (key, value) in tables.REFUSED_VALUES:
             why, fix = tables.REFUSED_VALUES[key, value]
@@ -110,21 +110,9 @@ def _same(value: Any, other: Any) -> bool:
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
-@dataclass(frozen=True)
-class _Rename:
-    key: str
-
-
 def _strategy(value: Any) -> Any:
     # YAML 1.1 reads an unquoted no or off as false.
     return "no" if value is False else value
-
-
-def _warmup_steps(value: Any) -> Any:
-    # transformers 5 takes a share of all steps under this name too.
-    if isinstance(value, float) and 0.0 < value < 1.0:
-        return _Rename("warmup_ratio")
-    return value
 
 
 def _template(value: Any) -> Any:
@@ -152,7 +140,6 @@ def _boolean(value: Any) -> Any:
 VALUES: dict[str, Callable[[Any], Any]] = {
     "save_strategy": _strategy,
     "eval_strategy": _strategy,
-    "warmup_steps": _warmup_steps,
     "template": _template,
     "dataset_dir": _dataset_dir,
     "resume_from_checkpoint": _boolean,
