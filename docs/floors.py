@@ -39,7 +39,6 @@ ROOMS = {
     "dtensor": "sharded tensors",
     "hardware": "facts of a machine",
     "errors": "what, found, fix",
-    "library_noise": "quiet libraries",
 }
 WIDTH, HEIGHT, GAP, MARGIN = 960, 46, 8, 16
 COLORS = {"driver": "#dbe9f6", "worker": "#fde9d0", "": "#e9efe6"}

@@ -25,7 +25,7 @@ import tables
 
 from raytrain_adv.cli import MODULE, app
 from raytrain_adv.config import compatibility
-from raytrain_adv.config.discovery import section_types
+from raytrain_adv.config.job import section_types
 from raytrain_adv.config.schema import describe, field_schemas, schema
 from raytrain_adv.config.sweep import SweepOptions
 

@@ -12,16 +12,14 @@ from typing import Any
 
 import click
 
-from raytrain_adv import __version__
+from raytrain_adv import __version__, errors
 from raytrain_adv.config import JobConfig, compatibility, load
-from raytrain_adv.config.explain import explain
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.schema import schema
 from raytrain_adv.config.sections import LARGEST
-from raytrain_adv.errors import EXIT_DONE, EXIT_NOT_MENDED, JobError, RaytrainAdvError, StorageError
+from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError, StorageError
 from raytrain_adv.estimate.assumptions import Assumptions, assumptions
-from raytrain_adv.library_noise import quieten
 from raytrain_adv.redaction import hide_environment, is_secret_name
 from raytrain_adv.text import nearest
 from raytrain_adv.worker.preconditions import check_files
@@ -34,13 +32,11 @@ JOB = {**HELP, "ignore_unknown_options": True}
 
 
 def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> int:
-    """Run one command and return its exit code; print errors as text.
+    """Run one command, by default this process's, and return its exit code; print errors as text.
 
-    Args:
-        argv: the arguments after the program's name; by default those of this process.
-        program: the program's name, for usage lines; MODULE is the command `launch` alone.
+    `program` is the name in usage lines; MODULE is the command `launch` alone.
     """
-    quieten()
+    errors.quieten()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command = launch if program == MODULE else _command_of(arguments)
@@ -48,8 +44,8 @@ def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> in
         return code if isinstance(code, int) else EXIT_DONE
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else program
-        problem = Problem(error.format_message(), f"{where} --help lists what it takes")
-        return _refuse(job_error("The command line", [problem]))
+        fix = f"{where} --help lists what it takes"
+        return _refuse(_wrong(error.format_message(), fix))
     except RaytrainAdvError as error:
         return _refuse(error)
     except ModuleNotFoundError as error:
@@ -65,6 +61,10 @@ def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> in
         again = "Set resume_from_checkpoint: true to continue from the last checkpoint."
         print(f"\nStopped. {again}", file=sys.stderr)
         return 130
+
+
+def _wrong(text: str, fix: str) -> JobError:
+    return job_error("The command line", [Problem(text, fix)])
 
 
 def _refuse(error: RaytrainAdvError) -> int:
@@ -85,7 +85,7 @@ def _command_of(arguments: list[str]) -> click.Group:
         fix = f"did you mean {near}?" if near else f"write one of {', '.join(app.commands)} first"
         if word.endswith((".yaml", ".yml")):
             fix = f"write raytrain-adv launch {word}"
-        raise job_error("The command line", [Problem(f"{word!r} is not a command", fix)])
+        raise _wrong(f"{word!r} is not a command", fix)
     return app
 
 
@@ -102,7 +102,7 @@ def job_options(command: Command) -> Command:
 
 
 def plan_options(command: Command) -> Command:
-    """Take the options that say how a plan is printed."""
+    """Take the options of a printed plan."""
     names = ", ".join(f"{name} ({value:g})" for name, value in asdict(Assumptions()).items())
     count = click.IntRange(1, LARGEST)
     for option in (
@@ -117,11 +117,7 @@ def plan_options(command: Command) -> Command:
 
 
 def job_arguments(arguments: Sequence[str], program: str) -> tuple[str, list[str]]:
-    """Return the path of the job file and the key=value overrides.
-
-    Raises:
-        JobError: naming each argument that is neither, and how it is written.
-    """
+    """Return the job file and the key=value overrides, or raise a JobError for other arguments."""
     paths: list[str] = []
     overrides: list[str] = []
     problems: list[Problem] = []
@@ -146,7 +142,7 @@ def job_arguments(arguments: Sequence[str], program: str) -> tuple[str, list[str
 
 
 def _dashed_key(arguments: Sequence[str], place: int) -> Problem:
-    """Describe `--learning-rate 1e-4`, which is written learning_rate=1e-4; hide secrets."""
+    """Describe `--learning-rate 1e-4`, without its value if that is secret."""
     flag, equals, value = arguments[place].partition("=")
     key = flag.lstrip("-").replace("-", "_")
     if not equals:
@@ -194,8 +190,7 @@ def launch(arguments: tuple[str, ...], plan: bool, **options: Any) -> None:
     """
     given = [f"--{name}" for name, value in options.items() if value]
     if given and not plan:
-        wrong = Problem(f"{', '.join(given)}: only a plan takes it", "write --plan too")
-        raise job_error("The command line", [wrong])
+        raise _wrong(f"{', '.join(given)}: only a plan takes it", "write --plan too")
     job = _load(arguments)
     if plan:
         return _show_plan(job, **options)
@@ -205,13 +200,10 @@ def launch(arguments: tuple[str, ...], plan: bool, **options: Any) -> None:
     if not (resumes and output_dir.has_ended(Path(job.output.output_dir))):
         check_files(job)  # a finished job prints its summary, with or without its files
     if job.sweep is not None:
-        from raytrain_adv.driver.sweep import sweep
-
-        sweep.run(job)
+        from raytrain_adv.driver.sweep.sweep import run
     else:
-        from raytrain_adv.driver.training import trainer
-
-        trainer.run(job)
+        from raytrain_adv.driver.training.trainer import run
+    run(job)
 
 
 @app.command(context_settings=JOB)
@@ -243,8 +235,7 @@ def submit(arguments: tuple[str, ...], address: str | None, runtime_env: str | N
     storage of the cluster.
     """
     if "--plan" in arguments:
-        wrong = Problem("a plan is made on this machine", "write raytrain-adv plan job.yaml")
-        raise job_error("The command line", [wrong])
+        raise _wrong("a plan is made on this machine", "write raytrain-adv plan job.yaml")
     path, overrides = job_arguments(arguments, "raytrain-adv submit")
     from raytrain_adv.driver.commands.submit import submit
 
@@ -277,7 +268,7 @@ def doctor(run: Path, fix: bool) -> int:
     """
     from raytrain_adv.driver.commands.doctor import show
 
-    return EXIT_DONE if show(run, fix) else EXIT_NOT_MENDED
+    return EXIT_DONE if show(run, fix) else errors.EXIT_NOT_MENDED
 
 
 @app.command(context_settings=JOB)
@@ -347,7 +338,7 @@ def export(source: tuple[str, ...], checkpoint: str, output: str, merge: bool) -
     if len(folders) != 1:
         named = f"{len(folders)} folders are named: {', '.join(folders)}"
         fix = "name one: a run's output_dir or a model folder"
-        raise job_error("The command line", [Problem(named if folders else "no folder", fix)])
+        raise _wrong(named if folders else "no folder", fix)
     from raytrain_adv.driver.commands.export import run
 
     run(folders[0], checkpoint, output, overrides, merge)
@@ -362,7 +353,7 @@ def explain_command(feature: tuple[str, ...], check: Path | None, write: Path | 
     """Explain a feature, or print the compatibility matrix."""
     page = check or write
     if page is None:
-        print(explain(" ".join(feature)) if feature else compatibility.table())
+        print(compatibility.explain(" ".join(feature)) if feature else compatibility.table())
         return
     try:
         old = page.read_text()

@@ -1,4 +1,9 @@
-"""Errors for users: what happened, what was found, what to do. All of them can be pickled."""
+"""Errors for users: what happened, what was found, what to do. All of them can be pickled.
+
+And library messages that have nothing to do with the job, which are hidden.
+"""
+
+import logging
 
 EXIT_DONE = 0
 EXIT_JOB_FILE = 2
@@ -10,11 +15,7 @@ EXIT_NOT_MENDED = 5
 class RaytrainAdvError(Exception):
     """An error that is shown to the user as text, without a traceback.
 
-    Args:
-        what: what happened, one sentence; the first line of the message.
-        found: what was found; several lines are allowed.
-        fix: what the user can do; several lines are allowed.
-
+    `what` happened is one sentence; what was `found` and how to `fix` it may have several lines.
     Positional arguments only: keyword-only arguments do not survive pickling between Ray processes.
     """
 
@@ -73,3 +74,26 @@ class ClusterError(RaytrainAdvError):
     """The cluster cannot run this job: not enough workers, GPUs, or the wrong ones."""
 
     exit_code = EXIT_CLUSTER_REFUSED
+
+
+NOISE = {
+    # torchao 0.18 tries its compiled kernels for each CUDA version and Python, and warns about
+    # those for other machines. Remove when torchao logs this at level debug.
+    "torchao": "Failed to load ",
+    # torchao 0.18 registers two enums as pytree constants, which torch 2.13 does by itself.
+    "torch.utils._pytree": "<enum '",
+}
+"""Logger -> the beginning of the hidden message; its other messages are shown."""
+
+
+class _Without(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(NOISE[record.name])
+
+
+def quieten() -> None:
+    """Drop NOISE in this process. Call it before torch is imported. Idempotent."""
+    for name in NOISE:
+        logger = logging.getLogger(name)
+        if not any(isinstance(one, _Without) for one in logger.filters):
+            logger.addFilter(_Without())

@@ -1,7 +1,6 @@
-"""Find and hide secrets: by the name of their key, by their known forms, and in URLs.
+"""Find and hide secrets, which a job must not contain: by their key's name, and by known forms.
 
-A job file is copied into reports, checkpoints, trackers and Ray's API, which shows it in clear
-text, so it must not contain any. Every pattern takes time linear in its text, which users write.
+Every pattern takes time linear in its text, which users write.
 """
 
 import json
@@ -92,7 +91,6 @@ KINDS = (
         f"an environment variable of the process that needs it, {_EVERYWHERE} {_SECRET}",
     ),
 )
-OTHER = KINDS[-1]
 
 
 def is_secret_name(name: str) -> bool:
@@ -113,11 +111,7 @@ def hide(text: str) -> str:
 
 
 def hide_environment(text: str) -> str:
-    """Replace the values of secret environment variables: a library's error may repeat one.
-
-    Args:
-        text: plain, JSON or HTML.
-    """
+    """Replace the values of secret environment variables, in plain text, JSON or HTML."""
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and is_secret_name(name) and not os.path.exists(value):
             for written in {value, str(escape(value)), json.dumps(value)[1:-1]}:
@@ -126,29 +120,20 @@ def hide_environment(text: str) -> str:
 
 
 def secrets_in(key: str, value: Any) -> Iterator[tuple[str, Kind]]:
-    """Yield the place of each secret in a value, as key.name.name, and its kind.
-
-    Args:
-        key: a key of the job, or a place in it with dots.
-        value: any value that YAML can hold.
-    """
+    """Yield the place of each secret in a YAML value, as key.name.name, and its kind."""
     if isinstance(value, Mapping):
         for inner, one in value.items():
             yield from secrets_in(f"{key}.{inner}", one)
     elif isinstance(value, list | tuple):
         for one in value:
             yield from secrets_in(key, one)
-    else:
-        kind = _kind(key, value)
-        if kind is not None:
-            yield hide(key), kind
+    elif kind := _kind(key, value):
+        yield hide(key), kind
 
 
 def redact(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a resolved job for reports, checkpoints and trackers, with its secrets hidden.
-
-    Hidden are all `env_vars`, nested keys with a secret's name, and text in a secret's form. The
-    top-level keys are the schema's, and none of them is a secret.
+    """Return a resolved job with its secrets hidden: `env_vars`, nested keys with a secret's name,
+    and text in a secret's form. No key of the schema is a secret.
     """
     return {key: _redact_nested(value) for key, value in job.items()}
 
@@ -159,49 +144,42 @@ def redact_arguments(command: str) -> str:
 
 
 def _redact_nested(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _redact_entry(str(key), inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_redact_nested(inner) for inner in value]
-    return hide(value) if isinstance(value, str) else value
-
-
-def _redact_entry(key: str, value: Any) -> Any:
-    if key == "env_vars" and isinstance(value, Mapping):
-        return dict.fromkeys(value, HIDDEN)
-    return HIDDEN if is_secret_name(key) else _redact_nested(value)
+    if not isinstance(value, Mapping):
+        return hide(value) if isinstance(value, str) else value
+    redacted = {
+        k: HIDDEN if is_secret_name(str(k)) else _redact_nested(v) for k, v in value.items()
+    }
+    if isinstance(value.get("env_vars"), Mapping):
+        redacted["env_vars"] = dict.fromkeys(value["env_vars"], HIDDEN)
+    return redacted
 
 
 def refuse_submitted(job_config: str | None) -> None:
-    """Raise if the runtime environment of this Ray job contains a secret, which Ray's API exposes.
-
-    Args:
-        job_config: the JSON that Ray passes to the job's entry point.
+    """Check the runtime environment in the JSON that Ray passes to a job's entry point.
 
     Raises:
-        JobError: naming the variables, never their values.
+        JobError: naming the variables that contain secrets, never their values.
     """
-    submitted = json.loads(job_config or "{}")
-    found = list(secrets_in("runtime_env", submitted.get("runtime_env")))
+    runtime_env = json.loads(job_config or "{}").get("runtime_env")
+    found = list(secrets_in("runtime_env", runtime_env))
     if found:
         places = dict.fromkeys(kind.place for _, kind in found)
-        raise JobError(
-            "The runtime environment of this Ray job contains a secret, which Ray's API shows in "
-            "clear text",
-            "\n".join(f"{place}: {kind.name}" for place, kind in found),
-            "\n".join(f"remove it, and put it where it is not shown: {p}" for p in places),
-        )
+        what = "The runtime environment of this Ray job contains a secret, which Ray's API shows in"
+        lines = "\n".join(f"{place}: {kind.name}" for place, kind in found)
+        fix = "\n".join(f"remove it, and put it where it is not shown: {p}" for p in places)
+        raise JobError(f"{what} clear text", lines, fix)
 
 
 def _kind(key: str, value: Any) -> Kind | None:
     """Return the kind of secret of one key with its scalar value."""
     text, name = str(value), key.rpartition(".")[2]
-    found = kind_of(key) or kind_of(text)
-    if found is not None:
+    if found := kind_of(key) or kind_of(text):
         return found
     if isinstance(value, bool) or value is None or value == HIDDEN:
         return None
-    by_name = next((kind for kind in KINDS if kind.names.search(key)), OTHER)
+    by_name = next((kind for kind in KINDS if kind.names.search(key)), KINDS[-1])
     if _WANDB_KEY.fullmatch(text) and "wandb" in key.lower():
         return by_name
     is_path = name.lower().endswith("credentials") and text.startswith(("/", "~/"))
@@ -213,9 +191,8 @@ def _kind(key: str, value: Any) -> Kind | None:
 
 def _without(match: re.Match[str]) -> str:
     """Return the match with its secret group hidden, or hidden as a whole if it has none."""
-    whole, start = match.group(), match.start()
-    for name in ("secret", "query"):
-        if match.groupdict().get(name) is not None:
+    for name, secret in match.groupdict().items():
+        if secret is not None:
             first, last = match.span(name)
-            return whole[: first - start] + HIDDEN + whole[last - start :]
+            return match.string[match.start() : first] + HIDDEN + match.string[last : match.end()]
     return HIDDEN

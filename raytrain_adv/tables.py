@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from typing import Literal
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
@@ -30,21 +31,11 @@ def show(view: RenderableType) -> None:
 
 
 def columns(*names: str, right: Iterable[str] = (), no_wrap: Iterable[str] = ()) -> Table:
-    """Return a table without lines, whose cells wrap.
-
-    Args:
-        names: column headers.
-        right: columns that are aligned to the right.
-        no_wrap: columns that keep their width.
-    """
+    """Return a table without lines, whose cells wrap, except in columns of `no_wrap`."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in names:
-        table.add_column(
-            name,
-            justify="right" if name in right else "left",
-            no_wrap=name in no_wrap,
-            overflow="fold",
-        )
+        side: Literal["right", "left"] = "right" if name in right else "left"
+        table.add_column(name, justify=side, no_wrap=name in no_wrap, overflow="fold")
     return table
 
 

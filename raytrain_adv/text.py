@@ -100,13 +100,7 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the most similar of the names, or None if none is similar enough.
-
-    Args:
-        name: what was found.
-        names: what is known.
-        cutoff: similarity from 0 to 1, as difflib.SequenceMatcher.ratio computes it.
-    """
+    """Return the most similar of the names, or None; `cutoff` is the least similarity, 0 to 1."""
     return next(iter(difflib.get_close_matches(name, list(names), 1, cutoff)), None)
 
 

@@ -1,26 +1,33 @@
-"""Which features work together, from their own rules: for the README, `raytrain-adv explain`, and
-the tests, one for each cell.
-"""
+"""Which features work together, by their own rules: for `explain`, the documentation and tests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from itertools import combinations, combinations_with_replacement
+from pathlib import Path
 from typing import Any, Literal
 
-from raytrain_adv.config.discovery import SECTIONS, transform_types
+from raytrain_adv.config.job import SECTIONS, transform_types
+from raytrain_adv.config.llamafactory.keys import WRITTEN_AS
+from raytrain_adv.config.problems import Problem, job_error, show
+from raytrain_adv.config.schema import describe, field_schemas
 from raytrain_adv.config.section import Section
 from raytrain_adv.errors import JobError
+from raytrain_adv.text import nearest
 
 Verdict = Literal["yes", "careful", "no"]
 TRAINED = "tests/integration/test_matrix.py::test_it_trains_by_its_numbers_resumes_and_exports"
 ON_GPU = "tests/gpu/test_matrix_on_gpu.py::test_it_trains_by_its_numbers_on_a_gpu"
 REFUSED = "tests/unit/config/test_compatibility.py::test_it_is_refused_with_both_keys"
 LETTERS = {TRAINED: "c", ON_GPU: "g", REFUSED: "r"}
-"""Test -> its letter in the README's table."""
+"""Test -> its letter in the table."""
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
-"""The README's table is between these two lines."""
+"""The documentation's table is between these two lines."""
+WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Feature:
     @property
     def slug(self) -> str:
         """Its name in the ids of tests."""
-        return self.title.lower().replace(" ", "_")
+        return _slug(self.title)
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -47,7 +54,7 @@ class Cell:
 
     features: tuple[Feature, ...]
     verdict: Verdict
-    reason: str
+    reason: str = ""
     """Why they exclude each other or need care; empty if they simply work together."""
     keys: tuple[str, ...] = ()
     """The keys that the rule names."""
@@ -56,6 +63,11 @@ class Cell:
     def slug(self) -> str:
         """Its name in the ids of tests, as `lora+neftune`."""
         return "+".join(one.slug for one in self.features)
+
+    @property
+    def names(self) -> str:
+        """The titles of its features, as `LoRA and FP8`."""
+        return " and ".join(one.title for one in self.features)
 
     @property
     def test(self) -> str:
@@ -69,6 +81,10 @@ class Cell:
         """The test that proves it, as a pytest node id."""
         return f"{self.test}[{self.slug}]"
 
+    def reason_lines(self, indent: str) -> list[str]:
+        """Return the keys and the reason for the console, if there is one."""
+        return _wrapped(f"{' and '.join(self.keys)}: {self.reason}", indent) if self.reason else []
+
 
 def features() -> tuple[Feature, ...]:
     """Return the transforms in the order of application, then the sections that are features."""
@@ -80,24 +96,22 @@ def features() -> tuple[Feature, ...]:
 
 def cells() -> tuple[Cell, ...]:
     """Return a cell for every feature alone and for every pair."""
-    return tuple(
-        cell_of(*(pair[:1] if pair[0] == pair[1] else pair))
-        for pair in combinations_with_replacement(features(), 2)
-    )
+    pairs = combinations_with_replacement(features(), 2)
+    return tuple(cell_of(*dict.fromkeys(pair)) for pair in pairs)
 
 
 def cell_of(*pair: Feature) -> Cell:
     """Return the verdict of the rules on one or two features."""
-    for verdict in ("no", "careful"):
+    verdicts: tuple[Verdict, ...] = ("no", "careful")
+    for verdict in verdicts:
         for one, other in (pair, pair[::-1]) if len(pair) == 2 else ():
             rules = one.kind.excludes if verdict == "no" else one.kind.careful
-            for key in (key for key in rules if is_turned_on_by(other, key)):
-                keys = (next(iter(one.keys)), key)
-                return Cell(pair, verdict, rules[key], keys)
-    return Cell(pair, "yes", "")
+            for key in (key for key in rules if _is_turned_on_by(other, key)):
+                return Cell(pair, verdict, rules[key], (next(iter(one.keys)), key))
+    return Cell(pair, "yes")
 
 
-def is_turned_on_by(feature: Feature, key: str) -> bool:
+def _is_turned_on_by(feature: Feature, key: str) -> bool:
     """Whether a key enables a feature, rather than configuring it."""
     return key in feature.kind.model_fields and key in feature.keys
 
@@ -105,26 +119,14 @@ def is_turned_on_by(feature: Feature, key: str) -> bool:
 def exceptions(feature: Feature) -> dict[str, str]:
     """Return the keys of no feature that this one excludes or needs care with, and why."""
     others = [one for one in features() if one != feature]
-    rules = {**feature.kind.careful, **feature.kind.excludes}
     return {
         key: why
-        for key, why in rules.items()
-        if not any(is_turned_on_by(other, key) for other in others)
+        for key, why in {**feature.kind.careful, **feature.kind.excludes}.items()
+        if not any(_is_turned_on_by(other, key) for other in others)
     }
 
 
-def refused_by_others(feature: Feature) -> Iterable[tuple[str, Feature, str]]:
-    """Yield the keys of a feature, except its switches, that another one excludes or needs care
-    with; the other feature; and why.
-    """
-    for other in features():
-        if other != feature:
-            for key, why in exceptions(other).items():
-                if key in feature.kind.model_fields:
-                    yield key, other, why
-
-
-def needed(feature: Feature) -> Iterable[tuple[str, str]]:
+def _needed(feature: Feature) -> Iterable[tuple[str, str]]:
     """Yield the settings that a feature requires, as `key: value`, and why."""
     for key, why in feature.kind.needs.items():
         yield f"{key}: {feature.keys[key]}", why
@@ -133,27 +135,28 @@ def needed(feature: Feature) -> Iterable[tuple[str, str]]:
 def table() -> str:
     """Return the matrix as a Markdown table, followed by its letters and its rules."""
     every = features()
-    known = {frozenset(cell.features): cell for cell in cells()}
-    rows = [
-        [row.title, *(_shown(known[frozenset((row, column))]) for column in every)] for row in every
-    ]
-    header = ["", *(one.title for one in every)]
-    lines = [_row(header), _row(["---"] * len(header)), *map(_row, rows), ""]
-    lines += [
-        "Each cell is a parameter of the test that its letter names, as `lora+hf_kernels`:",
-        "",
-    ]
-    lines += [f"- {letter}: `{test}`" for test, letter in LETTERS.items()]
-    lines += _reasons()
-    return "\n".join(lines)
+    known = {frozenset(cell.features): f"{cell.verdict} {LETTERS[cell.test]}" for cell in cells()}
+    rows = [["", *(one.title for one in every)], ["---"] * (len(every) + 1)]
+    rows += [[row.title, *(known[frozenset((row, column))] for column in every)] for row in every]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    note = "Each cell is a parameter of the test that its letter names, as `lora+hf_kernels`:"
+    lines += ["", note, "", *(f"- {letter}: `{test}`" for test, letter in LETTERS.items())]
+    return "\n".join([*lines, *_reasons()])
+
+
+def _reasons() -> Iterator[str]:
+    for cell in cells():
+        if cell.reason:
+            yield f"- {cell.names}, {cell.verdict}: {cell.reason}."
+    for feature in features():
+        for key, why in exceptions(feature).items():
+            yield f"- {feature.title}, not with `{key}`: {why}."
+        for setting, why in _needed(feature):
+            yield f"- {feature.title}, not without `{setting}`: {why}."
 
 
 def update_table(text: str) -> str:
-    """Return a page with a current table between its marks.
-
-    Raises:
-        JobError: if the page has no marks.
-    """
+    """Return a page with a current table between its marks, or raise a JobError without marks."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -161,21 +164,89 @@ def update_table(text: str) -> str:
     return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
 
 
-def _row(texts: Iterable[str]) -> str:
-    return f"| {' | '.join(texts)} |"
+def explain(name: str) -> str:
+    """Describe a feature, its keys and its compatibility; of several, the verdict on each pair.
+
+    `name` has one or several of the matrix's names, in any case, or of the features' keys.
+
+    Raises:
+        JobError: if there is no such feature, naming the nearest.
+    """
+    parts = [part for part in re.split(r"[\s,+]+", name.strip()) if part]
+    if len(parts) > 1 and _slug(name) not in _known():
+        return "\n".join(_together(list(dict.fromkeys(map(_find, parts)))))
+    return "\n".join(_lines(_find(name)))
 
 
-def _shown(cell: Cell) -> str:
-    return f"{cell.verdict} {LETTERS[cell.test]}"
+def _find(name: str) -> Feature:
+    known, wanted = _known(), _slug(name)
+    wanted = WRITTEN_AS.get(wanted, wanted)
+    if wanted in known:
+        return known[wanted]
+    near = nearest(wanted, known)
+    every = ", ".join(feature.slug for feature in features())
+    fix = f"did you mean {near}?" if near else f"name one of {every}, or a key of one"
+    raise job_error("The command line", [Problem(f"there is no feature {show(name)}", fix)])
 
 
-def _reasons() -> Iterable[str]:
-    for cell in cells():
-        if cell.reason:
-            names = " and ".join(one.title for one in cell.features)
-            yield f"- {names}, {cell.verdict}: {cell.reason}."
-    for feature in features():
-        for key, why in exceptions(feature).items():
-            yield f"- {feature.title}, not with `{key}`: {why}."
-        for setting, why in needed(feature):
-            yield f"- {feature.title}, not without `{setting}`: {why}."
+def _slug(name: str) -> str:
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _known() -> dict[str, Feature]:
+    """Return every feature, by each of its keys (the first one's wins) and by its name."""
+    every = features()
+    keys = {key: feature for feature in reversed(every) for key in feature.kind.model_fields}
+    return keys | {feature.slug: feature for feature in every}
+
+
+def _together(chosen: Sequence[Feature]) -> Iterator[str]:
+    for pair in combinations(chosen, 2):
+        cell = next(cell for cell in cells() if set(cell.features) == set(pair))
+        yield f"{cell.names}: {cell.verdict}"
+        yield f"  shown by {cell.test_id}"
+        yield from cell.reason_lines("  ")
+    commands = ", ".join(f"raytrain-adv explain {one.slug}" for one in chosen)
+    yield from _wrapped(f"Keys that exclude each other: {commands}", "")
+
+
+def _lines(feature: Feature) -> Iterator[str]:
+    summary = (inspect.getdoc(feature.kind) or "").split("\n\n")[0].replace("\n", " ")
+    yield f"{feature.title}: {summary}"
+    file, root = Path(inspect.getfile(feature.kind)), Path(__file__).parent.parent.parent
+    yield f"  {file.relative_to(root) if file.is_relative_to(root) else file}"
+    yield from ("", "Keys")
+    for key, schema in field_schemas(feature.kind).items():
+        default = f"; {show(schema['default'])} by default" if "default" in schema else ""
+        yield from _wrapped(f"{key}: {describe(schema)}{default}", "  ")
+        yield from _wrapped(str(schema.get("description", "")), "      ")
+    yield from ("", "Together with")
+    found = [cell for cell in cells() if feature in cell.features]
+    width = max(len(one.title) for one in features())
+    for cell in sorted(found, key=lambda cell: len(cell.features)):
+        title = next((one.title for one in cell.features if one != feature), "no other")
+        yield f"  {title.ljust(width)}  {cell.verdict.ljust(7)}  {cell.test_id}"
+        yield from cell.reason_lines("      ")
+    for rule in _rules(feature):
+        yield from _wrapped(rule, "  ")
+    if feature.keys:
+        yield from ("", "Tests turn it on with")
+        yield from (f"  {key}: {show(value)}" for key, value in feature.keys.items())
+
+
+def _rules(feature: Feature) -> Iterator[str]:
+    """Yield the rules between single keys: this feature's, and those of others on its keys."""
+    for key, why in exceptions(feature).items():
+        yield f"not with {key}: {why}"
+    for other in features():
+        for key, why in exceptions(other).items() if other != feature else ():
+            if key in feature.kind.model_fields:
+                yield f"{key} not with {other.title}: {why}"
+    for setting, why in _needed(feature):
+        yield f"not without {setting}: {why}"
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False
+    )

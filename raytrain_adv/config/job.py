@@ -1,9 +1,9 @@
 """A loaded job: every key resolved and frozen."""
 
 import hashlib
+import importlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -18,55 +18,24 @@ from raytrain_adv.config.sections import (
 )
 from raytrain_adv.config.sweep import Sweep
 
+CPU_WORKERS = 2
+"""Workers for ray_num_workers: auto on a cluster without GPUs."""
 SectionType = TypeVar("SectionType", bound=Section)
 
 # Keys that may change when a run continues, because they do not change what is computed. Batch
 # size, accumulation and workers may change if their product does not; the checkpoint checks that.
-FREE_TO_CHANGE = frozenset(
-    [
-        "output_dir",
-        "overwrite_output_dir",
-        "logging_steps",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-        "eval_strategy",
-        "eval_steps",
-        "resume_from_checkpoint",
-        "report_to",
-        "run_name",
-        "plot_loss",
-        "compare_with",
-        "compare",
-        "export_model",
-        "num_sample_answers",
-        "ray_num_workers",
-        "resources_per_worker",
-        "placement_strategy",
-        "ray_storage_path",
-        "ray_run_name",
-        "ray_init_kwargs",
-        "max_failures",
-        "step_timeout",
-        "on_bad_loss",
-        "bad_loss_factor",
-        "force",
-        "preprocessing_num_workers",
-        "overwrite_cache",
-        "tokenized_path",
-        "cache_dir",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-        "fsdp_shard_size",
-        "fsdp_reshard_after_forward",
-        "fsdp_cpu_offload",
-        "ddp_timeout",
-        "gradient_checkpointing",
-        "disable_gradient_checkpointing",
-        "dataset_dir",
-    ]
-)
+FREE_TO_CHANGE = frozenset([
+    "output_dir", "overwrite_output_dir", "logging_steps", "save_steps", "save_strategy",
+    "save_total_limit", "eval_strategy", "eval_steps", "resume_from_checkpoint", "report_to",
+    "run_name", "plot_loss", "compare_with", "compare", "export_model", "num_sample_answers",
+    "ray_num_workers", "resources_per_worker", "placement_strategy", "ray_storage_path",
+    "ray_run_name", "ray_init_kwargs", "max_failures", "step_timeout", "on_bad_loss",
+    "bad_loss_factor", "force", "preprocessing_num_workers", "overwrite_cache",
+    "tokenized_path", "cache_dir", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "fsdp_shard_size", "fsdp_reshard_after_forward",
+    "fsdp_cpu_offload", "ddp_timeout", "gradient_checkpointing",
+    "disable_gradient_checkpointing", "dataset_dir",
+])  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,31 +67,22 @@ class JobConfig:
         folder = os.path.abspath(self.output.output_dir)  # "." has no name
         return self.ray.ray_run_name or os.path.basename(folder)
 
-    def sections(self) -> Iterator[Section]:
-        """Yield the six sections, then the transforms."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Section):
-                yield value
-        yield from self.transforms
+    def sections(self) -> tuple[Section, ...]:
+        """Return the six sections, then the transforms."""
+        return (*(getattr(self, name) for name in SECTIONS), *self.transforms)
 
     def given(self) -> dict[str, Any]:
         """Return the keys from the file and the command line, with their values as JSON types."""
-        return {
-            key: value
-            for s in self.sections()
-            for key, value in s.model_dump(mode="json", exclude_unset=True).items()
-        }
+        return self.flat(exclude_unset=True)
 
     def transform(self, kind: type[SectionType]) -> SectionType:
         """Return this job's transform of the given type."""
         return next(t for t in self.transforms if isinstance(t, kind))
 
-    def flat(self) -> dict[str, Any]:
-        """Return every key with its resolved value, as JSON types."""
-        return {
-            key: value for s in self.sections() for key, value in s.model_dump(mode="json").items()
-        }
+    def flat(self, exclude_unset: bool = False) -> dict[str, Any]:
+        """Return every key, or every given one, with its resolved value as JSON types."""
+        dumps = (s.model_dump(mode="json", exclude_unset=exclude_unset) for s in self.sections())
+        return {key: value for dump in dumps for key, value in dump.items()}
 
     def fingerprint(self) -> str:
         """Return a hash of the keys that change what is computed; a continued run has the same."""
@@ -130,12 +90,55 @@ class JobConfig:
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: dict[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
-        """Return a line for each key that differs in `other` and changes what is computed, except
-        those in `free`.
-        """
+        """Return a line for each key, not in `free`, that differs and changes what is computed."""
         mine = self.flat()
         return [
             f"{key}: {other.get(key)!r} then, {mine.get(key)!r} now"
             for key in sorted(mine.keys() | other.keys())
             if key not in FREE_TO_CHANGE | free and mine.get(key) != other.get(key)
         ]
+
+
+SECTIONS: dict[str, type[Section]] = {
+    field.name: field.type
+    for field in fields(JobConfig)
+    if isinstance(field.type, type) and issubclass(field.type, Section)
+}
+"""JobConfig's field -> its section."""
+
+
+def transform_types() -> tuple[type[Section], ...]:
+    """Return every transform, in the order of application.
+
+    Imported by name, because transforms import config and config must not import transforms.
+    """
+    found: tuple[type[Section], ...] = importlib.import_module("raytrain_adv.transforms").discover()
+    return found
+
+
+def section_types() -> tuple[type[Section], ...]:
+    """Return the sections and the transforms."""
+    return (*SECTIONS.values(), *transform_types())
+
+
+def num_passes(job: JobConfig, workers: int) -> int:
+    """Return all workers' passes in an optimizer step; the most of an elastic job decide."""
+    most = workers if job.ray.ends is None else job.ray.ends[1]
+    return job.train.gradient_accumulation_steps * most
+
+
+def accumulation(job: JobConfig, workers: int) -> int:
+    """Return the passes of each worker in a step, rounded down if they cannot be shared equally."""
+    return num_passes(job, workers) // workers
+
+
+def sharing(job: JobConfig, most: int) -> tuple[int, ...]:
+    """Return the numbers of workers up to `most` that share a step's passes and fill shards."""
+    group = job.parallel.fsdp_shard_size or 1
+    return tuple(n for n in range(1, most + 1) if num_passes(job, n) % n == 0 and n % group == 0)
+
+
+def numbers(job: JobConfig) -> tuple[int, ...]:
+    """Return the numbers of workers that an elastic run may have, ascending; else nothing."""
+    fewest, most = job.ray.ends or (1, 0)
+    return tuple(n for n in sharing(job, most) if n >= fewest)

@@ -1,28 +1,28 @@
 """Load a YAML file and key=value overrides into a JobConfig, or report all problems at once."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from raytrain_adv.config import rules, sweep, sweep_rules
-from raytrain_adv.config.discovery import SECTIONS, section_types, transform_types
-from raytrain_adv.config.job import JobConfig, SectionType
+from raytrain_adv.config import rules, sweep
+from raytrain_adv.config.job import SECTIONS, JobConfig, SectionType, section_types, transform_types
 from raytrain_adv.config.llamafactory import translate
 from raytrain_adv.config.llamafactory.keys import RENAMED, WRITTEN_AS
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sections import LARGEST
-from raytrain_adv.config.sweep import Axis, Sweep, SweepOptions, Trial
+from raytrain_adv.config.sweep import Sweep, SweepOptions, Trial
 from raytrain_adv.config.yaml_source import MAX_DEPTH, Document, Entry, read_file, read_value
 from raytrain_adv.redaction import secrets_in
 from raytrain_adv.text import nearest
 
 COMMAND_LINE = "command line"
+Checked = tuple[JobConfig, list[Problem]]
 _STAND_IN = "?"
 """Value of a missing or wrong required key, so that the rules between other keys still apply."""
 
@@ -34,21 +34,16 @@ def load(path: str | Path, overrides: Iterable[str] | None = None) -> JobConfig:
         JobError: listing every problem of the file and the overrides, with line numbers; if they
             contain secrets, listing only those, because other problems could repeat them.
     """
-    overrides = list(overrides or ())
+    overrides, source = list(overrides or ()), str(path)
     document = read_file(Path(path))
-    refuse_secrets(str(path), document.entries, overrides)
+    _refuse_secrets(source, document.entries, overrides)
     if document.problems and not document.entries:
-        raise job_error(str(path), document.problems)
+        raise job_error(source, document.problems)
     _override(document, overrides)
-    section = document.entries.pop(sweep_rules.KEY, None)
+    section = document.entries.pop(sweep.KEY, None)
     if section is None or section.value is None:
-        checked = _check(document)
-    else:
-        checked = _check_sweep(document, section)
-    problems = [*document.problems, *checked.problems]
-    if problems:
-        raise job_error(str(path), sorted(problems, key=_place))
-    return _named(checked, str(path))
+        return _valid(source, document, *_check(source, document))
+    return _valid(source, document, *_check_sweep(source, document, section))
 
 
 def load_keys(
@@ -56,12 +51,7 @@ def load_keys(
 ) -> JobConfig:
     """Return the job of keys as JobConfig.flat returns them, with `key=value` overrides applied.
 
-    Keys at their defaults count as not given.
-
-    Args:
-        keys: by name.
-        source: their origin, for messages.
-        overrides: as for `load`.
+    Keys at their defaults count as not given; `source` is the keys' origin, for messages.
 
     Raises:
         JobError: listing every problem.
@@ -70,71 +60,54 @@ def load_keys(
     given = {k: v for k, v in keys.items() if k not in defaults or v != defaults[k]}
     document = Document({key: Entry(value, source) for key, value in given.items()})
     overrides = list(overrides or ())
-    refuse_secrets(source, {}, overrides)
+    _refuse_secrets(source, {}, overrides)
     _override(document, overrides)
-    checked = _check(document)
-    problems = [*document.problems, *checked.problems]
+    return _valid(source, document, *_check(source, document))
+
+
+def _valid(source: str, document: Document, job: JobConfig, found: list[Problem]) -> JobConfig:
+    problems = [*document.problems, *found]
     if problems:
         raise job_error(source, sorted(problems, key=_place))
-    return replace(checked.job, source=source, notes=tuple(checked.notes))
+    return job
 
 
-@dataclass(frozen=True)
-class _Checked:
-    job: JobConfig
-    problems: list[Problem]
-    notes: list[str]
-
-
-def _named(checked: _Checked, source: str) -> JobConfig:
-    """Set the file's name in the job and its trials."""
-    job = replace(checked.job, source=source, notes=tuple(checked.notes))
-    if job.sweep is None:
-        return job
-    trials = tuple(replace(t, job=replace(t.job, source=source)) for t in job.sweep.trials)
-    return replace(job, sweep=replace(job.sweep, trials=trials))
-
-
-def _check_sweep(document: Document, section: Entry) -> _Checked:
-    """Check the job of every trial, and return the first one's."""
+def _check_sweep(source: str, document: Document, section: Entry) -> Checked:
+    """Check the job of every trial, and return the first one's with the sweep."""
     owned = {key for kind in section_types() for key in kind.model_fields}
     known = owned | {key for key, ours in RENAMED.items() if ours in owned}
-    parts = sweep_rules.take_apart(section, document.entries, known)
+    parts = sweep.take_apart(section, document.entries, known)
     options, wrong = _section(SweepOptions, parts.options, set())
     problems = [
         *parts.problems,
-        *(replace(p, key=f"{sweep_rules.KEY}.{p.key}", where=parts.places[p.key]) for p in wrong),
-        *sweep_rules.option_problems(parts, options),
+        *(parts.problem(p.key, p.text, p.fix) for p in wrong),
+        *sweep.option_problems(parts, options),
     ]
-    seed = _check(document).job.train.seed
+    seed = _check(source, document)[0].train.seed
     every = [] if problems else sweep.combinations(parts.axes, options.num_samples, seed)
-    to_check = every or [{a.key: a.first for a in parts.axes}]
-    checked = [_check(_with_values(document, parts.axes, values)) for values in to_check]
-    at_the_ends = sweep.extremes(parts.axes, to_check[0])
-    ends = [_check(_with_values(document, parts.axes, values)) for values in at_the_ends]
-    problems += [p for one in [*checked, *ends] for p in one.problems]
-    jobs = [one.job for one in checked]
+    to_check = every or [{a.key: a.values[0] for a in parts.axes}]
+    jobs = []
+    for values in (*to_check, *sweep.extremes(parts.axes, to_check[0])):
+        swept = {a.key: Entry(values[a.key], a.where) for a in parts.axes}
+        job, found = _check(source, Document({**document.entries, **swept}))
+        jobs.append(job)
+        problems += found
+    del jobs[len(to_check) :]
     metric = options.metric or sweep.default_metric(jobs)
     if not problems:
-        found = sweep_rules.metric_problems(parts, options, metric, jobs)
-        problems = [p.at(_where(p, document) or section.where) for p in found]
-    trials = [
+        late = sweep.metric_problems(parts, options, metric, jobs)
+        problems = [p.at(_where(p, document) or section.where) for p in late]
+    trials = tuple(
         Trial(name, values, sweep.as_trial(job, name))
         for name, values, job in zip(sweep.names(every), every, jobs, strict=False)
-    ]
-    swept = Sweep(options, tuple(a.key for a in parts.axes), metric, tuple(trials))
-    found_in = [[a.note for a in parts.axes if a.note], *(one.notes for one in checked)]
-    notes = list(dict.fromkeys(note for found in found_in for note in found))
-    return _Checked(replace(jobs[0], sweep=swept), list(dict.fromkeys(problems)), notes)
+    )
+    whole = Sweep(options, tuple(a.key for a in parts.axes), metric, trials)
+    notes = [*(a.note for a in parts.axes if a.note), *(note for job in jobs for note in job.notes)]
+    job = replace(jobs[0], sweep=whole, notes=tuple(dict.fromkeys(notes)))
+    return job, list(dict.fromkeys(problems))
 
 
-def _with_values(document: Document, axes: Sequence[Axis], values: Mapping[str, Any]) -> Document:
-    """Return the job file of one trial."""
-    swept = {a.key: Entry(values[a.key], a.where) for a in axes}
-    return Document({**document.entries, **swept})
-
-
-def _check(document: Document) -> _Checked:
+def _check(source: str, document: Document) -> Checked:
     kinds = section_types()
     owned = frozenset(key for kind in kinds for key in kind.model_fields)
     values = {key: entry.value for key, entry in document.entries.items()}
@@ -155,14 +128,14 @@ def _check(document: Document) -> _Checked:
     job = JobConfig(
         **{name: sections[kind] for name, kind in SECTIONS.items()},  # type: ignore[arg-type]  # one kind per name
         transforms=tuple(sections[kind] for kind in transform_types()),
+        source=source,
     )
-    for section in job.sections():
-        problems += [p for p in section.contradictions() if not refused & _keys_of(p)]
-    problems += [p for p in rules.contradictions(job) if not refused & _keys_of(p)]
-    renamed = (_with_name(problem, translated.names) for problem in problems)
-    located = [problem.at(_where(problem, document)) for problem in renamed]
+    contradictions = [p for section in job.sections() for p in section.contradictions()]
+    contradictions += rules.contradictions(job)
+    problems += [p for p in contradictions if not refused & set(p.keys)]
+    named = [replace(p, key=translated.names.get(p.key, p.key)) for p in problems]
     notes = [*translated.notes, *(() if problems else rules.notes(job))]
-    return _Checked(job, located, notes)
+    return replace(job, notes=tuple(notes)), [p.at(_where(p, document)) for p in named]
 
 
 def _section(
@@ -178,31 +151,28 @@ def _section(
         for detail in error.errors(include_url=False, include_context=False, include_input=False):
             key = str(detail["loc"][0])
             if key not in values:
-                wrong[key] = Problem(f"missing: {_sentence(kind, key)}", f"add {key}: ...", key)
+                sentence = " ".join((kind.model_fields[key].description or "").split())
+                wrong[key] = Problem(f"missing: {sentence}", f"add {key}: ...", key)
             elif key not in wrong:
                 wrong[key] = _wrong_value(kind, key, values[key])
         right = {key: value for key, value in values.items() if key not in wrong}
-        whole = kind.model_validate(right | _stand_ins(kind, wrong))
+        stand_ins = {k: _STAND_IN for k in wrong if kind.model_fields[k].is_required()}
+        whole = kind.model_validate(right | stand_ins)
     return whole, [problem for key, problem in wrong.items() if key not in refused]
-
-
-def _stand_ins(kind: type[Section], wrong: Iterable[str]) -> dict[str, str]:
-    return {key: _STAND_IN for key in wrong if kind.model_fields[key].is_required()}
-
-
-def _sentence(kind: type[Section], key: str) -> str:
-    return " ".join((kind.model_fields[key].description or "").split())
 
 
 def _as_written(kind: type[Section], key: str, value: Any) -> Any:
     """Parse a mapping in quotes, as LLaMA-Factory's ray_init_kwargs: '{"address": "auto"}'."""
     annotation = str(kind.model_fields[key].annotation)
-    if isinstance(value, str) and value.lstrip().startswith("{") and "dict[" in annotation:
-        try:
-            return read_value(value)
-        except ValueError:
-            return value
-    return value
+    is_mapping = isinstance(value, str) and value.lstrip().startswith("{")
+    return _value_or_text(value) if is_mapping and "dict[" in annotation else value
+
+
+def _value_or_text(text: str) -> Any:
+    try:
+        return read_value(text)
+    except ValueError:
+        return text
 
 
 def _bool_for_number(kind: type[Section], key: str, value: Any) -> Problem | None:
@@ -220,39 +190,33 @@ def _mentions(annotation: Any, kind: Any) -> bool:
 
 
 def _wrong_value(kind: type[Section], key: str, value: Any) -> Problem:
-    accepted = describe(field_schemas(kind)[key])
-    if value is None:
-        default = kind.default(key)
-        text = "it has no value"
-        fix = f"give {accepted}"
-        if not kind.model_fields[key].is_required():
-            fix += f", or delete the line for the default, {show(default)}"
-        return Problem(text, fix, key)
+    field, schema = kind.model_fields[key], field_schemas(kind)[key]
+    accepted = describe(schema)
     fix = f"give {accepted}"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and value > LARGEST and _has_bound(field_schemas(kind)[key], LARGEST):
-        fix += f", at most {LARGEST}"
-    if is_number and _mentions(kind.model_fields[key].annotation, str):
-        fix += f"; as text it is written {key}: '{show(value)}'"
-    if isinstance(value, str):
-        meant = nearest(value, _choices(field_schemas(kind)[key]), 0.5)
-        if meant:
-            fix = f"did you mean {meant}? It takes {accepted}"
+    if value is None:
+        if not field.is_required():
+            fix += f", or delete the line for the default, {show(kind.default(key))}"
+        return Problem("it has no value", fix, key)
+    parts = list(_parts(schema))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if value > LARGEST and any(part.get("maximum") == LARGEST for part in parts):
+            fix += f", at most {LARGEST}"
+        if _mentions(field.annotation, str):
+            fix += f"; as text it is written {key}: '{show(value)}'"
+    choices = [o for part in parts for o in (*part.get("enum", ()), part.get("const"))]
+    strings = [choice for choice in choices if isinstance(choice, str)]
+    if isinstance(value, str) and (meant := nearest(value, strings, 0.5)):
+        fix = f"did you mean {meant}? It takes {accepted}"
     reason = kind.why_not(key, value)
     text = f"{show(value, key)} is not accepted" + (f": {reason}" if reason else "")
     return Problem(text, fix, key)
 
 
-def _has_bound(schema: Mapping[str, Any], bound: int) -> bool:
-    return any(bound == part.get("maximum") for part in (schema, *schema.get("anyOf", ())))
-
-
-def _choices(schema: Mapping[str, Any]) -> list[str]:
-    options = [*schema.get("enum", ()), schema.get("const")]
-    inner = [*schema.get("anyOf", ()), schema.get("items", {})]
-    return [o for o in options if isinstance(o, str)] + [
-        c for part in inner if part for c in _choices(part)
-    ]
+def _parts(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a schema, its alternatives and the items of its list."""
+    yield schema
+    for inner in (*schema.get("anyOf", ()), schema.get("items", {})):
+        yield from _parts(inner) if inner else ()
 
 
 def _meant(key: str, owned: frozenset[str]) -> str | None:
@@ -271,55 +235,38 @@ def _unknown(key: str, owned: frozenset[str]) -> Problem:
     return Problem("there is no such key", fix, key)
 
 
-def refuse_secrets(source: str, entries: Mapping[str, Entry], overrides: Iterable[str]) -> None:
-    """Raise if a key's value, at any depth, or an override contains a secret.
-
-    Raises:
-        JobError: naming the keys and the right places for secrets; never the secrets.
-    """
+def _refuse_secrets(source: str, entries: Mapping[str, Entry], overrides: Iterable[str]) -> None:
+    """Refuse secrets in values, at any depth, and in overrides: the error never shows them."""
     given = [(key, entry.value, entry.where) for key, entry in entries.items()]
     for item in overrides:
         key, _, text = item.lstrip("-").partition("=")
-        try:
-            value = read_value(text)
-        except ValueError:
-            value = text
-        given.append((key, value, COMMAND_LINE))
-    found = [
-        Problem(
-            f"{kind.name}, which a job must not contain",
-            f"remove it, and put it where it is not shown: {kind.place}",
-            place,
-            where,
-        )
-        for key, value, where in given
-        for place, kind in secrets_in(key, value)
-    ]
+        given.append((key, _value_or_text(text), COMMAND_LINE))
+    found: dict[Problem, None] = {}
+    for key, value, where in given:
+        for place, kind in secrets_in(key, value):
+            fix = f"remove it, and put it where it is not shown: {kind.place}"
+            found[Problem(f"{kind.name}, which a job must not contain", fix, place, where)] = None
     if found:
-        raise job_error(source, dict.fromkeys(found))
+        raise job_error(source, found)
 
 
 def _override(document: Document, overrides: Iterable[str]) -> None:
     for item in overrides:
         key, equals, text = item.partition("=")
-        problem = _override_problem(key, bool(equals), item)
-        if problem is None:
-            try:
-                problem = _put(document, key, read_value(text))
-            except ValueError as error:
-                fix = f"put the value in quotes: '{key[:80]}=\"...\"'"
-                problem = Problem(str(error), fix, key[:80])
-        if problem is not None:
+        try:
+            problem = _misspelled(key, bool(equals), item) or _put(document, key, read_value(text))
+        except ValueError as error:
+            fix = f"put the value in quotes: '{key[:80]}=\"...\"'"
+            problem = Problem(str(error), fix, key[:80])
+        if problem:
             document.problems.append(problem.at(COMMAND_LINE))
 
 
-def _override_problem(key: str, has_value: bool, item: str) -> Problem | None:
+def _misspelled(key: str, has_value: bool, item: str) -> Problem | None:
     if item.startswith("-"):
         plain = item.lstrip("-").replace("-", "_", item.partition("=")[0].count("-"))
-        return Problem(
-            f"{show(item)}: keys are written without dashes",
-            f"write {plain if has_value else 'key=value'}",
-        )
+        fix = f"write {plain if has_value else 'key=value'}"
+        return Problem(f"{show(item)}: keys are written without dashes", fix)
     if not has_value or not key.strip():
         return Problem(f"{show(item)} is not key=value", "write key=value, as learning_rate=1e-4")
     names = key.split(".")
@@ -335,18 +282,14 @@ def _put(document: Document, key: str, value: Any) -> Problem | None:
     if not rest:
         document.entries[head] = Entry(value, COMMAND_LINE)
         return None
-    old = document.entries[head].value if head in document.entries else None
+    old = document.entries.get(head, Entry({}, COMMAND_LINE))
+    if old.value is not None and not isinstance(old.value, dict):
+        text = f"{head} is {show(old.value, head)}, not a mapping, so it has no {'.'.join(rest)}"
+        return Problem(text, f"write {head}=value", key)
     for name in reversed(rest):
         value = {name: value}
-    if old is None:
-        merged = value
-    elif isinstance(old, dict):
-        merged = _merge(old, value)
-    else:
-        text = f"{head} is {show(old, head)}, not a mapping, so it has no {'.'.join(rest)}"
-        return Problem(text, f"write {head}=value", key)
-    inner = document.entries[head].inner if head in document.entries else {}
-    document.entries[head] = Entry(merged, COMMAND_LINE, {**inner, rest[0]: COMMAND_LINE})
+    places = {**old.inner, rest[0]: COMMAND_LINE}
+    document.entries[head] = Entry(_merge(old.value or {}, value), COMMAND_LINE, places)
     return None
 
 
@@ -359,26 +302,15 @@ def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _keys_of(problem: Problem) -> set[str]:
-    return set(problem.key.split(" and "))
-
-
-def _with_name(problem: Problem, names: Mapping[str, str]) -> Problem:
-    """Name a key as the user wrote it."""
-    return replace(problem, key=names.get(problem.key, problem.key))
-
-
 def _where(problem: Problem, document: Document) -> str:
     """Return the places of a problem's keys, as `line 3, line 8`; missing keys have none."""
-    places = [
-        document.entries[key].where for key in problem.key.split(" and ") if key in document.entries
-    ]
+    places = [document.entries[key].where for key in problem.keys if key in document.entries]
     return ", ".join(dict.fromkeys(places))
 
 
-def _place(problem: Problem) -> tuple[int, str]:
+def _place(problem: Problem) -> int:
     """Sort by line; problems without a line first, the command line last."""
     if problem.where.startswith(COMMAND_LINE):
-        return (10**9, "")
+        return 10**9
     number = re.search(r"\d+", problem.where)
-    return (int(number.group()) if number else 0, "")
+    return int(number.group()) if number else 0

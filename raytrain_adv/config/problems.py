@@ -30,6 +30,11 @@ class Problem:
     where: str = ""
     """Place in the file or on the command line, as `line 7`."""
 
+    @property
+    def keys(self) -> list[str]:
+        """The keys of a contradiction, which `key` names as `packing and neat_packing`."""
+        return self.key.split(" and ")
+
     def found(self) -> str:
         """Return its line in the message."""
         return ": ".join(part for part in (self.where, self.key, self.text) if part)
@@ -62,21 +67,14 @@ def job_error(source: str, problems: Iterable[Problem]) -> JobError:
     """Return one error that lists every problem, then every fix."""
     every = list(problems)
     listed = every[:MAX_SHOWN]
-    remedies: dict[str, list[str]] = {}
+    remedies: dict[str, dict[str, None]] = {}
     for problem in listed:
         if problem.fix:
-            keys = remedies.setdefault(problem.fix, [])
-            if problem.key and problem.key not in keys:
-                keys.append(problem.key)
+            remedies.setdefault(problem.fix, {}).update({problem.key: None} if problem.key else {})
     found = [printable(hide(problem.found())) for problem in listed]
     if len(every) > len(listed):
         found.append(f"and {len(every) - len(listed)} more")
-    fixes = [
-        printable(hide(f"{', '.join(keys)}: {fix}" if keys else fix))
-        for fix, keys in remedies.items()
-    ]
-    what = (
-        f"{printable(hide(source)[:MAX_PATH])} cannot be run as written "
-        f"({plural(len(every), 'problem')})"
-    )
-    return JobError(what, "\n".join(found), "\n".join(fixes))
+    named = (f"{', '.join(keys)}: {fix}" if keys else fix for fix, keys in remedies.items())
+    fixes = "\n".join(printable(hide(fix)) for fix in named)
+    name, number = printable(hide(source)[:MAX_PATH]), plural(len(every), "problem")
+    return JobError(f"{name} cannot be run as written ({number})", "\n".join(found), fixes)

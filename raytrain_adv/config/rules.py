@@ -4,11 +4,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.job import JobConfig, num_passes, sharing
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sweep import SWITCH
-from raytrain_adv.config.workers import num_passes, sharing
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """Limits of Linux file systems."""
@@ -16,15 +15,8 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 
 def contradictions(job: JobConfig) -> Iterable[Problem]:
     """Find keys of different sections that contradict each other; each Problem names them all."""
-    yield from _paths(job)
-    yield from _run_names(job)
-    yield from _evaluation(job)
-    yield from _workers(job)
-    yield from _devices(job)
-    yield from _resuming(job)
-    yield from _exclusive(job)
-    yield from _unmet(job)
-    yield from _twin(job)
+    for rule in (_paths, _evaluation, _workers, _devices, _resuming, _exclusive, _unmet, _twin):
+        yield from rule(job)
     for section in job.sections():
         if section.enabled:
             yield from section.conflicts(job)
@@ -51,7 +43,7 @@ def notes(job: JobConfig) -> Iterable[str]:
     if output.eval_strategy != "steps" and output.eval_steps is not None:
         other = f"eval_strategy is {output.eval_strategy}"
         yield f"eval_steps: {output.eval_steps:g} changes nothing: {other}"
-    if train.is_changed("per_device_eval_batch_size") and not _evaluates(job):
+    if train.is_changed("per_device_eval_batch_size") and not job.data.holds_rows_out:
         size = train.per_device_eval_batch_size
         yield f"per_device_eval_batch_size: {size} changes nothing: no rows are held out"
     if output.run_name is not None and output.report_to in ("none", [], ["none"]):
@@ -68,8 +60,8 @@ def notes(job: JobConfig) -> Iterable[str]:
 
 
 def _paths(job: JobConfig) -> Iterable[Problem]:
-    """Find paths that are too long, and paths of files that must be folders."""
-    model, data, output, ray = job.model, job.data, job.output, job.ray
+    """Find paths that are too long, files in the place of folders, and unusable run names."""
+    model, data, output = job.model, job.data, job.output
     folders = {
         "dataset_dir": data.dataset_dir,
         "tokenized_path": data.tokenized_path,
@@ -83,8 +75,8 @@ def _paths(job: JobConfig) -> Iterable[Problem]:
         "eval_dataset": data.eval_dataset,
         "resume_from_checkpoint": output.resume_from_checkpoint,
         "run_name": output.run_name,
-        "ray_run_name": ray.ray_run_name,
-        "ray_storage_path": ray.ray_storage_path,
+        "ray_run_name": job.ray.ray_run_name,
+        "ray_storage_path": job.ray.ray_storage_path,
     }
     for key, value in named.items():
         paths = value if isinstance(value, list) else str(value or "").split(",")
@@ -96,10 +88,6 @@ def _paths(job: JobConfig) -> Iterable[Problem]:
             yield Problem(text, fix, key)
         elif key in folders and isinstance(value, str) and _is_other_than_a_folder(value):
             yield Problem(f"{show(value)} exists but is not a folder", "name a folder", key)
-
-
-def _run_names(job: JobConfig) -> Iterable[Problem]:
-    """Find run names that do not name one folder below ray_storage_path."""
     name = job.ray.ray_run_name
     if name is not None and (name.strip() in ("", ".", "..") or "/" in name or "\\" in name):
         text = f"{show(name)} is not the name of one folder"
@@ -113,25 +101,18 @@ def _is_other_than_a_folder(path: str) -> bool:
         return False
 
 
-def _evaluates(job: JobConfig) -> bool:
-    return job.data.eval_dataset is not None or job.data.val_size > 0
-
-
 def _evaluation(job: JobConfig) -> Iterable[Problem]:
     output = job.output
-    if output.eval_strategy != "no" and not _evaluates(job):
-        yield Problem(
-            f"eval_strategy: {output.eval_strategy} without rows to evaluate",
-            "hold rows out with val_size, or name an eval_dataset",
-            "eval_strategy",
-        )
+    if output.eval_strategy != "no" and not job.data.holds_rows_out:
+        text = f"eval_strategy: {output.eval_strategy} without rows to evaluate"
+        fix = "hold rows out with val_size, or name an eval_dataset"
+        yield Problem(text, fix, "eval_strategy")
     if output.eval_steps is not None and "eval_strategy" not in output.model_fields_set:
-        rows = "" if _evaluates(job) else ", and hold rows out with val_size or eval_dataset"
-        yield Problem(
-            "eval_steps without eval_strategy would evaluate nothing",
-            f"set eval_strategy: steps{rows}",
-            "eval_steps",
+        rows = (
+            "" if job.data.holds_rows_out else ", and hold rows out with val_size or eval_dataset"
         )
+        text = "eval_steps without eval_strategy would evaluate nothing"
+        yield Problem(text, f"set eval_strategy: steps{rows}", "eval_steps")
 
 
 def check_workers(job: JobConfig, num_workers: int | None) -> None:
@@ -172,30 +153,23 @@ def _misfit(job: JobConfig, workers: int, key: str) -> Problem | None:
     passes = num_passes(job, workers)
     if passes % workers:
         good = ", ".join(map(str, sharing(job, passes)))
-        return Problem(
-            f"{workers} workers cannot share the {passes} passes equally that a step has with "
-            f"{passes // job.train.gradient_accumulation_steps}",
-            f"numbers that work: {good}; or change gradient_accumulation_steps",
-            f"{key} and gradient_accumulation_steps",
-        )
+        with_most = passes // job.train.gradient_accumulation_steps
+        text = f"{workers} workers cannot share the {passes} passes equally that a step has with "
+        fix = f"numbers that work: {good}; or change gradient_accumulation_steps"
+        return Problem(f"{text}{with_most}", fix, f"{key} and gradient_accumulation_steps")
     if shard is None or workers % shard == 0:
         return None
-    return Problem(
-        f"{workers} workers cannot be divided into groups of {shard}",
-        f"give an fsdp_shard_size that divides {key}, or delete it",
-        f"fsdp_shard_size and {key}",
-    )
+    text = f"{workers} workers cannot be divided into groups of {shard}"
+    fix = f"give an fsdp_shard_size that divides {key}, or delete it"
+    return Problem(text, fix, f"fsdp_shard_size and {key}")
 
 
 def _devices(job: JobConfig) -> Iterable[Problem]:
     if not job.parallel.use_cpu:
         return
     if (job.ray.resources_per_worker or {}).get("GPU", 0.0) > 0:
-        yield Problem(
-            "one requests GPUs, the other excludes them",
-            "keep one of them",
-            "use_cpu and resources_per_worker",
-        )
+        text = "one requests GPUs, the other excludes them"
+        yield Problem(text, "keep one of them", "use_cpu and resources_per_worker")
     if job.model.flash_attn in ("fa2", "fa3") or job.model.flash_attn.startswith("hub:"):
         text = f"flash_attn: {job.model.flash_attn} needs a GPU"
         yield Problem(text, "set flash_attn: auto, or use_cpu: false", "use_cpu and flash_attn")
@@ -204,16 +178,11 @@ def _devices(job: JobConfig) -> Iterable[Problem]:
 def _resuming(job: JobConfig) -> Iterable[Problem]:
     output = job.output
     path = output.resume_from_checkpoint
-    if (
-        isinstance(path, str)
-        and output.overwrite_output_dir
-        and _is_inside(path, output.output_dir)
-    ):
-        yield Problem(
-            "the checkpoint to continue from is in the folder that would be emptied",
-            "set overwrite_output_dir: false, or choose another output_dir",
-            "resume_from_checkpoint and overwrite_output_dir",
-        )
+    emptied = Path(output.output_dir).absolute() if output.overwrite_output_dir else None
+    if isinstance(path, str) and emptied and Path(path).absolute().is_relative_to(emptied):
+        text = "the checkpoint to continue from is in the folder that would be emptied"
+        fix = "set overwrite_output_dir: false, or choose another output_dir"
+        yield Problem(text, fix, "resume_from_checkpoint and overwrite_output_dir")
     if job.ray.max_failures and output.save_only_model and output.save_strategy != "no":
         text = "checkpoints without optimizer states cannot be restarted from"
         fix = "set save_only_model: false, or delete max_failures"
@@ -222,12 +191,11 @@ def _resuming(job: JobConfig) -> Iterable[Problem]:
 
 def _exclusive(job: JobConfig) -> Iterable[Problem]:
     """Find features that cannot be on together, each two of them once."""
-    seen = set()
+    seen: list[set[str]] = []
     for section, own, key, reason in _together(job, careful=False):
-        pair = frozenset((own, key))
-        if pair not in seen:
-            seen.add(pair)
-            off = show(next(type(s) for s in job.sections() if _has(s, key)).default(key), key)
+        if {own, key} not in seen:
+            seen.append({own, key})
+            off = show(_owner(job, key).default(key), key)
             fix = f"set {key}: {off}, or {own}: {show(type(section).default(own), own)}"
             yield Problem(reason, fix, f"{key} and {own}")
 
@@ -238,9 +206,8 @@ def _unmet(job: JobConfig) -> Iterable[Problem]:
     for section in on:
         for key, reason in section.needs.items():
             if not any(_has(other, key) for other in on):
-                owner = next(s for s in job.sections() if _has(s, key))
-                own = switch(section)
-                fix = f"set {key}: {type(owner).default(key)}, or delete {own}"
+                own, default = switch(section), _owner(job, key).default(key)
+                fix = f"set {key}: {default}, or delete {own}"
                 yield Problem(reason, fix, f"{key} and {own}")
 
 
@@ -250,7 +217,7 @@ def _compares(job: JobConfig) -> bool:
 
 def _twin(job: JobConfig) -> Iterable[Problem]:
     """Find a twin that could not be compared with."""
-    if _compares(job) and not _evaluates(job):
+    if _compares(job) and not job.data.holds_rows_out:
         text = "a twin is compared by the loss on held-out rows, and none are held out"
         yield Problem(text, "hold rows out with val_size, or set compare: false", "compare")
 
@@ -268,14 +235,14 @@ def _has(section: Section, key: str) -> bool:
     return key in type(section).model_fields
 
 
+def _owner(job: JobConfig, key: str) -> type[Section]:
+    return next(type(section) for section in job.sections() if _has(section, key))
+
+
 def switch(section: Section) -> str:
     """Return the key with which the job enables a feature."""
     keys = list(type(section).model_fields)
     return next((key for key in keys if _is_switch(section, key)), keys[0])
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    return Path(path).absolute().is_relative_to(Path(folder).absolute())
 
 
 def _turned_off(job: JobConfig) -> Iterable[Problem]:

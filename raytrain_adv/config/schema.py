@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from raytrain_adv.config.discovery import section_types
+from raytrain_adv.config.job import section_types
 from raytrain_adv.config.llamafactory.keys import LISTED, RENAMED, SAME
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sections import LARGEST
@@ -13,23 +13,16 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON schema of the flat job file: each key's sentence, default and range.
-
-    Editors use it for a job file that begins with
-    `# yaml-language-server: $schema=job.schema.json`.
-    """
+    """Return the JSON schema of the flat job file: each key's sentence, default and range."""
     properties: dict[str, Any] = {}
     required: list[str] = []
     for kind in section_types():
         properties.update(field_schemas(kind))
         required += [name for name, field in kind.model_fields.items() if field.is_required()]
     for key, (values, why, _) in SAME.items():
-        if key not in properties:
-            properties[key] = {
-                "description": f"LLaMA-Factory's key, accepted as it is: {why}.",
-                "enum": [*values, None],
-                "deprecated": True,
-            }
+        sentence = f"LLaMA-Factory's key, accepted as it is: {why}."
+        accepted = {"description": sentence, "enum": [*values, None], "deprecated": True}
+        properties.setdefault(key, accepted)
     for key, why in LISTED.items():
         sentence = f"LLaMA-Factory's key; it has no effect here: {why}."
         properties.setdefault(key, {"description": sentence, "deprecated": True})
@@ -71,19 +64,17 @@ def _values_schema(field: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a sweep accepts for a key: a list of its values, or a distribution."""
     value = {k: v for k, v in field.items() if k not in ("description", "default", "deprecated")}
     some = {"type": "array", "items": value, "minItems": 1}
-    forms: list[dict[str, Any]] = [some]
     pair = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
-    for kind in DISTRIBUTIONS:
-        one = some if kind == "choice" else pair
-        forms.append(
-            {
-                "type": "object",
-                "properties": {kind: one},
-                "required": [kind],
-                "additionalProperties": False,
-            }
-        )
-    return {"description": field.get("description", ""), "anyOf": forms}
+    forms = [
+        {
+            "type": "object",
+            "properties": {kind: some if kind == "choice" else pair},
+            "required": [kind],
+            "additionalProperties": False,
+        }
+        for kind in DISTRIBUTIONS
+    ]
+    return {"description": field.get("description", ""), "anyOf": [some, *forms]}
 
 
 def field_schemas(kind: type[Section]) -> dict[str, Any]:
@@ -96,12 +87,10 @@ def field_schemas(kind: type[Section]) -> dict[str, Any]:
 def describe(field: Mapping[str, Any]) -> str:
     """Describe the values that a key's schema accepts, as `a whole number at least 1, or auto`."""
     if "anyOf" in field:
-        options = [describe(option) for option in field["anyOf"]]
-        return ", or ".join(dict.fromkeys(options))
+        return ", or ".join(dict.fromkeys(map(describe, field["anyOf"])))
     if "enum" in field:
-        return "one of " + ", ".join(
-            "null" if value is None else str(value) for value in field["enum"]
-        )
+        names = ("null" if value is None else str(value) for value in field["enum"])
+        return f"one of {', '.join(names)}"
     if "const" in field:
         return str(field["const"])
     words = _KINDS[field.get("type", "any")] + _range(field)

@@ -20,10 +20,8 @@ class Section(BaseModel):
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
-        strict=False,
         allow_inf_nan=False,
         protected_namespaces=(),
-        arbitrary_types_allowed=False,
     )
 
     feature: ClassVar[str] = ""
@@ -40,8 +38,7 @@ class Section(BaseModel):
     """Keys of a feature that these require -> why."""
 
     converts: ClassVar[str] = ""
-    """Suffix of a second model folder that `export` writes, converted from the trained one; empty
-    if there is none."""
+    """Suffix of a second, converted model folder that `export` writes; empty if there is none."""
 
     @property
     def enabled(self) -> bool:
@@ -53,17 +50,11 @@ class Section(BaseModel):
         return False
 
     def contradictions(self) -> Iterable[Problem]:
-        """Find keys of this section that contradict each other; each Problem names them all.
-
-        Rules between sections are in config/rules.py; those of a feature are in its `excludes`, or
-        in `conflicts` if they depend on values.
-        """
+        """Find keys of this section that contradict each other; each Problem names them all."""
         return ()
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
-        """Find keys of other sections that conflict with this enabled one; name both in each
-        Problem.
-        """
+        """Find values of other sections that conflict with this enabled one; name both keys."""
         return ()
 
     def without_effect(self, job: JobConfig) -> Iterable[str]:
@@ -71,11 +62,7 @@ class Section(BaseModel):
         return ()
 
     def check_length(self, total_steps: int) -> None:
-        """Check the keys against the number of optimizer steps.
-
-        Raises:
-            JobError: naming the key and the values that would fit.
-        """
+        """Raise a JobError that names a key which does not fit the number of optimizer steps."""
 
     def is_changed(self, key: str) -> bool:
         """Whether the job gives this key a value other than its default."""

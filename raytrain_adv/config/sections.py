@@ -1,5 +1,4 @@
-"""The job keys that belong to no transform, with LLaMA-Factory's names and defaults if it has
-them."""
+"""The job keys of no transform, with LLaMA-Factory's names and defaults if it has them."""
 
 import json
 from collections.abc import Iterable
@@ -93,6 +92,11 @@ class DataConfig(Section):
     """Folder for tokenized data; none means the user's cache folder."""
     disable_shuffling: bool = False
     """Read rows in file order instead of a seeded random order."""
+
+    @property
+    def holds_rows_out(self) -> bool:
+        """Whether there are rows to evaluate."""
+        return self.eval_dataset is not None or self.val_size > 0
 
     def contradictions(self) -> Iterable[Problem]:
         """Find data keys that contradict each other."""
@@ -214,9 +218,8 @@ class TrainConfig(Section):
             yield Problem(text, "give a min_lr below it", "lr_scheduler_kwargs and learning_rate")
         for name in ("min_lr_rate", "min_lr_ratio"):
             if options.get(name, 0.0) > 1:
-                yield Problem(
-                    f"{name}: {options[name]} is not a share", "give a share from 0 to 1", key
-                )
+                text = f"{name}: {options[name]} is not a share"
+                yield Problem(text, "give a share from 0 to 1", key)
         if options.get("num_decay_steps", 0.0) % 1:
             yield Problem("num_decay_steps is not a whole number", "give a number of steps", key)
 
@@ -235,11 +238,9 @@ class ParallelConfig(Section):
     torch_compile: bool = False
     """Compile each transformer layer and the loss."""
     fsdp_shard_size: Count | None = None
-    """Workers that share one copy of the model; fewer than there are workers gives HSDP, none means
-    all of them."""
+    """Workers that share one copy of the model; none means all, fewer than all is HSDP."""
     fsdp_reshard_after_forward: bool = True
-    """Free gathered parameters after each layer's forward pass; false trades memory for less
-    communication."""
+    """Free gathered parameters after each layer's forward; false communicates less, for memory."""
     fsdp_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer states in host memory."""
     ddp_timeout: Count = 1800
@@ -276,8 +277,7 @@ class OutputConfig(Section):
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """When the held-out rows are evaluated; they are in any case at the end of the run."""
     eval_steps: Steps | None = None
-    """Steps between two evaluations, or a share of all steps when below 1; none means
-    logging_steps."""
+    """Steps between evaluations, or a share of all when below 1; none means logging_steps."""
     resume_from_checkpoint: bool | Text | None = None
     """true continues from the newest complete checkpoint of this run; a path from that one."""
     report_to: Tracker | list[Tracker] = "none"
@@ -289,8 +289,7 @@ class OutputConfig(Section):
     compare_with: Text | None = None
     """output_dir of a finished run to compare with in the report."""
     export_model: bool = True
-    """Write the trained model into output_dir; false leaves it in the checkpoints, as for a
-    benchmark."""
+    """Write the trained model into output_dir; false leaves it in the checkpoints."""
     num_sample_answers: Annotated[int, Field(ge=0, le=1000)] = 1
     """Prompts that the trained model answers at the end, on the console and in the report; held-out
     ones if there are any."""
@@ -307,18 +306,13 @@ class OutputConfig(Section):
             yield Problem(text, "set one of them to false", keys)
         if self.resume_from_checkpoint is True and self.save_only_model:
             text = "checkpoints without optimizer states cannot be resumed"
-            yield Problem(
-                text, "set one of them to false", "resume_from_checkpoint and save_only_model"
-            )
-        if (
-            isinstance(self.report_to, list)
-            and "none" in self.report_to
-            and len(self.report_to) > 1
-        ):
-            yield Problem(
-                "none is listed together with trackers", "remove none from the list", "report_to"
-            )
-        if isinstance(self.report_to, list) and len(set(self.report_to)) < len(self.report_to):
+            keys = "resume_from_checkpoint and save_only_model"
+            yield Problem(text, "set one of them to false", keys)
+        trackers = self.report_to if isinstance(self.report_to, list) else []
+        if "none" in trackers and len(trackers) > 1:
+            text = "none is listed together with trackers"
+            yield Problem(text, "remove none from the list", "report_to")
+        if len(set(trackers)) < len(trackers):
             yield Problem("a tracker is listed twice", "list it once", "report_to")
 
 
@@ -329,13 +323,11 @@ class RayConfig(Section):
     """Workers (ranks); auto takes every GPU of the cluster, or two CPU workers if there is none;
     [2, 8] continues with fewer if workers are lost and grows again, with the batch of 8."""
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    """What each worker reserves, as {"GPU": 1, "CPU": 8}; none means one GPU if the cluster has
-    any, else one CPU."""
+    """What each worker reserves, as {"GPU": 1, "CPU": 8}; none means one GPU, or else one CPU."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How workers are placed on nodes."""
     ray_storage_path: Text | None = None
-    """Folder or URI for checkpoints (s3://, gs://, or a path all nodes share); none means
-    output_dir."""
+    """Folder that all nodes share, or URI (s3://, gs://), for checkpoints; none: output_dir."""
     ray_run_name: Text | None = None
     """Name of the run in Ray and in the storage path; none means the output folder's name."""
     ray_init_kwargs: dict[str, Any] | None = None

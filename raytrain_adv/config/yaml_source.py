@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from raytrain_adv.config.problems import Problem, printable, show
-from raytrain_adv.text import nearest
+from raytrain_adv.text import first_line, nearest
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 30
@@ -37,14 +37,14 @@ class Entry:
 
 @dataclass
 class Document:
-    """The contents of a job file or an override."""
+    """The contents of a job file."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
 class _TooLarge(ValueError):
-    """YAML that is too large or too deep for a job file."""
+    pass
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,11 +64,7 @@ class _Loader(yaml.SafeLoader):
         """id of a composed node -> the number of its values and the levels below it."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> Any:
-        """Compose and check one node, which may be an alias of an earlier one.
-
-        Raises:
-            _TooLarge: for too many values or levels, with every alias written out.
-        """
+        """Compose and check one node; an alias counts as if it were written out."""
         if self.check_event(yaml.AliasEvent):
             node: Any = super().compose_node(parent, index)
             if id(node) not in self._sizes:
@@ -126,10 +122,9 @@ class _Loader(yaml.SafeLoader):
         for key in keys:
             if not _is_text(key):
                 is_scalar = isinstance(key, yaml.ScalarNode)
-                text = (
-                    f"the key {show(key.value) if is_scalar else 'a list or mapping'} is not text"
-                )
-                self.problems.append(Problem(text, "put the key in quotes", where=_line(key)))
+                text = f"the key {show(key.value) if is_scalar else 'a list or mapping'} is not"
+                fix = "put the key in quotes"
+                self.problems.append(Problem(f"{text} text", fix, where=_line(key)))
             elif key.value in seen:
                 text = f"given twice, first on {_line(seen[key.value])}"
                 fix = "keep one of the two lines"
@@ -138,26 +133,21 @@ class _Loader(yaml.SafeLoader):
                 seen[key.value] = key
 
 
-_Loader.yaml_implicit_resolvers = {}
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-for _kind, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    (
-        "bool",
-        r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",
-        list("yYnNtTfFoO"),
-    ),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", list("-+0123456789")),
+_Loader.yaml_implicit_resolvers = {
+    first: [one for one in resolvers if one[0].rpartition(":")[2] in ("null", "bool", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern in (
+    ("int", r"^(?:[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$"),
     (
         "float",
-        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
-        r"|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
-        list("-+0123456789."),
+        r"^(?:[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$",
     ),
-    ("merge", "<<", ["<"]),
 ):
     _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), _first
+        f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list("-+0123456789.")
     )
 
 
@@ -168,32 +158,27 @@ def read_file(path: Path) -> Document:
         if stat.S_ISDIR(mode):
             return _refused("it is a folder", f"name a file: {_nearest_file(path) or 'job.yaml'}")
         if not stat.S_ISREG(mode):  # reading a pipe or a device may never end
-            return _refused(
-                "it is a pipe or a device, not a file",
-                "write the job to a file; key=value on the command line changes single keys",
-            )
+            fix = "write the job to a file; key=value on the command line changes single keys"
+            return _refused("it is a pipe or a device, not a file", fix)
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         found = _nearest_file(path.parent, path.name)
-        return _refused(
-            "there is no such file", f"did you mean {found}?" if found else "name a job file"
-        )
+        fix = f"did you mean {found}?" if found else "name a job file"
+        return _refused("there is no such file", fix)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         return _refused(f"it cannot be read: {reason}", "name a YAML file that this user can read")
     if len(content) > MAX_BYTES:
         return _refused(f"it is larger than {MAX_BYTES} bytes", A_PAGE)
     try:
-        text = content.decode("utf-8-sig")
+        return _read_text(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         return _refused(f"line {line} is not UTF-8 text", "name a YAML file saved as UTF-8")
-    return read_text(text)
 
 
-def read_text(text: str) -> Document:
-    """Return the keys of YAML text, with line numbers."""
+def _read_text(text: str) -> Document:
     document = Document()
     try:
         loader = _Loader(text)
@@ -240,15 +225,9 @@ def _construct(loader: _Loader, root: yaml.MappingNode, entries: dict[str, Entry
         if _is_text(key):
             content = loader.construct_object(value, deep=True)
             is_own = id(key) in own
-            where = _line(key if is_own else root)
-            entries[key.value] = Entry(content, where, _lines(value) if is_own else {})
-
-
-def _lines(node: yaml.Node) -> dict[str, str]:
-    """Return the places of a mapping's keys; other values have none."""
-    if not isinstance(node, yaml.MappingNode):
-        return {}
-    return {key.value: _line(key) for key, _ in node.value if _is_text(key)}
+            inner = value.value if is_own and isinstance(value, yaml.MappingNode) else ()
+            places = {one.value: _line(one) for one, _ in inner if _is_text(one)}
+            entries[key.value] = Entry(content, _line(key if is_own else root), places)
 
 
 def _is_text(key: yaml.Node) -> bool:
@@ -260,6 +239,7 @@ def _line(node: yaml.Node) -> str:
 
 
 def _syntax_problem(error: yaml.YAMLError) -> Problem:
+    where, detail = "", first_line(error)
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -267,13 +247,8 @@ def _syntax_problem(error: yaml.YAMLError) -> Problem:
         if context and error.context_mark and mark and error.context_mark.line < mark.line:
             context += f" begun on line {error.context_mark.line + 1}"
         detail = "; ".join(part for part in (context, error.problem) if part)
-    else:
-        where, detail = "", str(error).splitlines()[0]
-    return Problem(
-        f"broken YAML: {detail}",
-        "write `key: value`, and text with : # { [ * & in quotes",
-        where=where,
-    )
+    fix = "write `key: value`, and text with : # { [ * & in quotes"
+    return Problem(f"broken YAML: {detail}", fix, where=where)
 
 
 def _refused(text: str, fix: str) -> Document:

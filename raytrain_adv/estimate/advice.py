@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.workers import numbers
+from raytrain_adv.config.job import JobConfig, numbers
 from raytrain_adv.estimate.memory import RESERVE, MemoryPrediction, predict
 from raytrain_adv.model.parallel import checkpointing_mode
 from raytrain_adv.transforms.lora import Lora

@@ -12,8 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from raytrain_adv.checkpoint.staging import LARGEST_SHARE
-from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.workers import accumulation
+from raytrain_adv.config.job import JobConfig, accumulation
 from raytrain_adv.estimate.flops import text_config
 from raytrain_adv.estimate.sizes import HostCopies, Passes, States, head_loss
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype

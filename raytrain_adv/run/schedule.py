@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.workers import num_passes, sharing
+from raytrain_adv.config.job import JobConfig, num_passes, sharing
 from raytrain_adv.errors import JobError
 
 Strategy = Literal["no", "steps", "epoch"]

@@ -7,27 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from raytrain_adv.config.llamafactory.keys import (
-    LISTED,
-    REFUSED,
-    REFUSED_VALUES,
-    RENAMED,
-    SAME,
-    VALUE_NAMES,
-    Key,
-)
+from raytrain_adv.config.llamafactory import keys as tables
+from raytrain_adv.config.llamafactory.keys import LISTED, REFUSED, RENAMED, SAME, VALUE_NAMES
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sections import Template
 
 TEMPLATES: tuple[str, ...] = get_args(Template)
 UNSET_WHEN_NULL = {
-    "packing",
-    "report_to",
-    "lr_scheduler_kwargs",
-    "lora_alpha",
-    "optim_args",
-    "max_samples",
-}
+    "packing", "report_to", "lr_scheduler_kwargs", "lora_alpha", "optim_args", "max_samples"
+}  # fmt: skip
 """Keys that LLaMA-Factory's own files set to null to leave them out."""
 
 
@@ -50,12 +38,7 @@ def known_keys() -> Iterable[str]:
 
 
 def translate(keys: Mapping[str, Any], owned: frozenset[str]) -> Translation:
-    """Translate the names and values of LLaMA-Factory.
-
-    Args:
-        keys: the job file's keys and values.
-        owned: every key that a section or a transform has.
-    """
+    """Translate a job's keys and values; `owned` are all keys of sections and transforms."""
     result = Translation()
     for key, value in keys.items():
         ours = RENAMED.get(key, key)
@@ -75,7 +58,7 @@ def translate(keys: Mapping[str, Any], owned: frozenset[str]) -> Translation:
     return result
 
 
-def _refuse_unless(result: Translation, key: str, value: Any, known: Key) -> None:
+def _refuse_unless(result: Translation, key: str, value: Any, known: tables.Key) -> None:
     if value is not None and not any(_same(value, one) for one in known.accepted):
         result.problems.append(Problem(f"{show(value, key)}: {known.why}", known.fix, key))
 
@@ -83,23 +66,23 @@ def _refuse_unless(result: Translation, key: str, value: Any, known: Key) -> Non
 def _add_owned(
     result: Translation, key: str, ours: str, value: Any, keys: Mapping[str, Any]
 ) -> None:
+    twice = ""
+    if ours != key and ours in keys:
+        twice = f"an older name of {ours}, which is given too"
+    elif ours == "warmup_steps" and isinstance(value, float) and 0.0 < value < 1.0:
+        ours = "warmup_ratio"  # transformers 5 takes a share of all steps as warmup_steps too
+        if keys.get(ours) is not None:
+            twice = f"{show(value)} is a share of the steps, and so is {ours}"
+    if twice:
+        result.problems.append(Problem(twice, "keep one of the two", key))
+        return
     if ours != key:
-        if ours in keys:
-            text = f"an older name of {ours}, which is given too"
-            result.problems.append(Problem(text, "keep one of the two", key))
-            return
         result.names[ours] = key
     if value is None and ours in UNSET_WHEN_NULL:
         return
     translated = _value(ours, value)
     if isinstance(translated, Problem):
         result.problems.append(replace(translated, key=key))
-    elif isinstance(translated, _Rename) and keys.get(translated.key) is not None:
-        text = f"{show(value)} is a share of the steps, and so is {translated.key}"
-        result.problems.append(Problem(text, "keep one of the two", key))
-    elif isinstance(translated, _Rename):
-        result.keys[translated.key] = value
-        result.names[translated.key] = key
     else:
         if isinstance(translated, str) and isinstance(value, str) and translated != value:
             result.notes.append(f"{key}: {value} runs as {translated}")
@@ -107,10 +90,10 @@ def _add_owned(
 
 
 def _value(key: str, value: Any) -> Any:
-    """Return the value as this package has it, a _Rename, or a Problem without its key."""
+    """Return the value as this package has it, or a Problem without its key."""
     if isinstance(value, str):
-        if (key, value) in REFUSED_VALUES:
-            why, fix = REFUSED_VALUES[key, value]
+        if (key, value) in tables.REFUSED_VALUES:
+            why, fix = tables.REFUSED_VALUES[key, value]
             return Problem(": ".join(part for part in (show(value), why) if part), fix)
         value = VALUE_NAMES.get(key, {}).get(value, value)
     return VALUES[key](value) if key in VALUES else value
@@ -121,21 +104,9 @@ def _same(value: Any, other: Any) -> bool:
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
-@dataclass(frozen=True)
-class _Rename:
-    key: str
-
-
 def _strategy(value: Any) -> Any:
     # YAML 1.1 reads an unquoted no or off as false.
     return "no" if value is False else value
-
-
-def _warmup_steps(value: Any) -> Any:
-    # transformers 5 takes a share of all steps under this name too.
-    if isinstance(value, float) and 0.0 < value < 1.0:
-        return _Rename("warmup_ratio")
-    return value
 
 
 def _template(value: Any) -> Any:
@@ -150,10 +121,8 @@ def _dataset_dir(value: Any) -> Any:
         fix = "delete it and name the Hub datasets in dataset, or give a folder"
         return Problem(f"{show(value)}: a dataset_info.json on the Hub is not read", fix)
     if isinstance(value, dict):
-        return Problem(
-            "a mapping: dataset_info is read from a file",
-            "write it to dataset_info.json in a folder",
-        )
+        fix = "write it to dataset_info.json in a folder"
+        return Problem("a mapping: dataset_info is read from a file", fix)
     return value
 
 
@@ -165,7 +134,6 @@ def _boolean(value: Any) -> Any:
 VALUES: dict[str, Callable[[Any], Any]] = {
     "save_strategy": _strategy,
     "eval_strategy": _strategy,
-    "warmup_steps": _warmup_steps,
     "template": _template,
     "dataset_dir": _dataset_dir,
     "resume_from_checkpoint": _boolean,

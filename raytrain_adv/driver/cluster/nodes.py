@@ -11,8 +11,7 @@ import ray
 from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.workers import CPU_WORKERS, numbers
+from raytrain_adv.config.job import CPU_WORKERS, JobConfig, numbers
 from raytrain_adv.errors import ClusterError, Stopped
 from raytrain_adv.text import plural
 

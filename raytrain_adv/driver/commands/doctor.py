@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from raytrain_adv.checkpoint import folders
 from raytrain_adv.checkpoint.folders import MANIFEST
 from raytrain_adv.checkpoint.load import PlainReader
-from raytrain_adv.config.discovery import transform_types
+from raytrain_adv.config.job import transform_types
 from raytrain_adv.config.rules import switch
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.output_dir import MODELS, RUN_FILE, Record

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from raytrain_adv import hardware
 from raytrain_adv.checkpoint import save
 from raytrain_adv.checkpoint.folders import Found, all_folders, find, wrong_bytes
-from raytrain_adv.config.discovery import transform_types
-from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.job import JobConfig, transform_types
 from raytrain_adv.config.load import load_keys
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer

@@ -14,8 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
-from raytrain_adv.config.discovery import transform_types
-from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.job import JobConfig, transform_types
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.kernels import lock as locks
 from raytrain_adv.redaction import redact

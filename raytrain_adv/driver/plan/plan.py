@@ -10,8 +10,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from raytrain_adv import hardware, tables
-from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.workers import CPU_WORKERS, accumulation, numbers
+from raytrain_adv.config.job import CPU_WORKERS, JobConfig, accumulation, numbers
 from raytrain_adv.data.batches.collate import pad_to
 from raytrain_adv.data.prepare import PreparedData
 from raytrain_adv.driver.output.output_dir import decided

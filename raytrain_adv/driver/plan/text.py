@@ -18,7 +18,7 @@ from raytrain_adv.estimate.limits import MOST_WORKERS, Limit, Scale
 from raytrain_adv.estimate.memory import PARTS
 from raytrain_adv.estimate.traffic import GB, Traffic
 from raytrain_adv.report.parts import fold_names
-from raytrain_adv.report.sweep_table import written as swept
+from raytrain_adv.report.sweep_html import written as swept
 from raytrain_adv.text import plural
 from raytrain_adv.transforms.transform import Plan
 

@@ -13,8 +13,7 @@ from ray import tune
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.training import trainer
 from raytrain_adv.driver.watch.stop import clear_trial_stop
-from raytrain_adv.errors import RaytrainAdvError
-from raytrain_adv.library_noise import quieten
+from raytrain_adv.errors import RaytrainAdvError, quieten
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.storage.metrics_file import FILE_NAME, FollowedFile
 

@@ -273,7 +273,7 @@ def _cells(row: Row, progress: Progress) -> dict[str, str]:
     """Return a row's cells by the head of their column."""
     step, loss = of_total(row["step"], progress.total_steps), text.loss(value(row, "loss"))
     if row["kind"] == "eval":
-        return dict.fromkeys(COLUMNS, "") | {
+        return dict.fromkeys(HEADS, "") | {
             "step": step,
             "epoch": "eval",
             "loss": loss,

@@ -11,8 +11,7 @@ import yaml
 
 from raytrain_adv import cli
 from raytrain_adv.config import JobConfig, Section, compatibility, load
-from raytrain_adv.config.compatibility import Cell
-from raytrain_adv.config.explain import explain
+from raytrain_adv.config.compatibility import Cell, explain
 from raytrain_adv.errors import JobError
 from raytrain_adv.transforms import Transform
 

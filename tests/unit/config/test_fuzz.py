@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from raytrain_adv import cli, launch
 from raytrain_adv.cli import job_arguments
 from raytrain_adv.config import JobConfig, load
-from raytrain_adv.config.discovery import section_types
+from raytrain_adv.config.job import section_types
 from raytrain_adv.config.llamafactory.translate import known_keys
 from raytrain_adv.errors import JobError
 from tests.conftest import TINY_LLAMA, write_rows

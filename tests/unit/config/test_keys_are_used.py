@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 
 import raytrain_adv
-from raytrain_adv.config.discovery import SECTIONS, transform_types
+from raytrain_adv.config.job import SECTIONS, transform_types
 from raytrain_adv.config.section import Section
 
 PACKAGE = Path(raytrain_adv.__file__).parent

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from raytrain_adv.config import load
-from raytrain_adv.config.discovery import section_types
+from raytrain_adv.config.job import section_types
 from raytrain_adv.config.schema import describe, field_schemas, schema
 
 ROOT = Path(__file__).parents[3]

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from raytrain_adv.config import load
-from raytrain_adv.config.discovery import section_types
+from raytrain_adv.config.job import section_types
 from raytrain_adv.config.schema import schema
 from raytrain_adv.errors import JobError
 

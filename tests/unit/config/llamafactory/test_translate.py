@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from raytrain_adv.config import load
-from raytrain_adv.config.discovery import section_types
+from raytrain_adv.config.job import section_types
 from raytrain_adv.config.llamafactory import translate
 from raytrain_adv.errors import JobError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raytrain_adv.config import load
-from raytrain_adv.config.workers import numbers
+from raytrain_adv.config.job import numbers
 from raytrain_adv.driver.cluster import nodes as cluster
 from raytrain_adv.driver.cluster.connect import find_interface
 from raytrain_adv.driver.cluster.elastic import BatchPreservingPolicy, largest_fitting
