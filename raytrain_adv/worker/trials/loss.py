@@ -1,4 +1,4 @@
-"""Try the loss in the head before training: compare it with the loss of plain logits."""
+"""Compare the loss in the head with the loss of plain logits before training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.trial.compare import relative_errors
 
 NUM_TOKENS = 64
-"""Tokens of the trial: enough for products in 8 bits, and a fraction of a step."""
+"""Tokens of the trial, enough for products in 8 bits."""
 LOSS = "loss"
 ALLOWED = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 5e-2)}
 """Dtype -> largest relative error of loss and gradients: some roundings of that dtype."""
@@ -43,9 +43,8 @@ def check_loss(
 ) -> dict[str, Plan]:
     """Compare loss and gradients of the head on a few tokens; return the plans with the result.
 
-    Every rank calls this once weights are loaded. Gradients are cleared afterward. If loss_kernel:
-    auto chose the kernel and it is wrong for this model or device, torch's loss is used instead,
-    and the plan contains why.
+    Every rank calls this once weights are loaded; gradients are cleared. If loss_kernel: auto chose
+    a kernel that is wrong here, torch's loss is used instead, and the plan contains why.
 
     Raises:
         TrainingError: on all ranks, if they differ by more than rounding, or the kernel does not
@@ -98,8 +97,8 @@ def check_loss(
 
 
 def _try_kernel(loss: HeadLoss, device: torch.device, dtype: torch.dtype) -> str:
-    """Return why the chunked loss does not run on this device; empty if it does. Each rank tries it
-    outside the model, where the others would wait for one that fails.
+    """Return why the chunked loss does not run here; empty if it does. It is tested outside the
+    model, where no rank waits for one that fails.
     """
     if loss.kernel != "chunked":
         return ""
