@@ -1,8 +1,5 @@
-"""Select the kernel layer for each module of a model, without running any kernel's code.
-
-Modules are recognized by their shape (transformers registers names only with the one series of the
-kernels package that it pins), and a trial finds a wrong match. Layers are read from source: the
-driver may lack what the code needs to run.
+"""Select the kernel layer for each module of a model by the module's shape, and from the kernel's
+source alone: the driver may lack what its code needs to run.
 """
 
 from __future__ import annotations
@@ -32,9 +29,7 @@ ACTIVATION_CLASSES = {
 COMPUTES = {
     "SiLU": "silu",
     "GeLU": "gelu",
-    "GeluTanh": "gelu_tanh",
-    "NewGELU": "gelu_tanh",
-    "FastGELU": "gelu_tanh",
+    **dict.fromkeys(("GeluTanh", "NewGELU", "FastGELU"), "gelu_tanh"),
     "QuickGELU": "gelu_quick",
 }
 """Site of a bare activation -> its function, one of ops.activation.ACTIVATIONS."""
@@ -51,29 +46,19 @@ FITS: dict[str, tuple[str, ...]] = {
     "GeluTanhAndMul": ("GeGLUMLP",),
     "Gelu": ("ExactGeGLUMLP", "GeLU"),
     "GeluAndMul": ("ExactGeGLUMLP",),
-    "NewGELU": ("NewGELU",),
-    "FastGELU": ("FastGELU",),
-    "QuickGELU": ("QuickGELU",),
 }
-"""Layer -> its default sites; other layers fit the site, or the modules of the class, whose name
-they have.
-
-Of two layers for one site the first here wins: for a gated MLP Silu before SiluAndMul, which needs
-gate and up side by side and so moves 7 tensors through memory instead of 5.
-"""
+"""Layer -> its default sites; others fit the site or class whose name they have. Of two for a site
+the first wins: Silu moves 5 tensors through memory, SiluAndMul (gate next to up) 7."""
+FUSED = "AndMul"
+"""How the name of a layer ends that multiplies the activation with a second tensor."""
 BRIDGED = {
-    "Silu": ("silu", False),
-    "SiluAndMul": ("silu", True),
-    "Gelu": ("gelu", False),
-    "GeluAndMul": ("gelu", True),
-    "GeluTanh": ("gelu_tanh", False),
-    "GeluTanhAndMul": ("gelu_tanh", True),
-    "NewGELU": ("gelu_tanh", False),
-    "FastGELU": ("gelu_tanh", False),
-    "QuickGELU": ("gelu_quick", False),
+    **dict.fromkeys(("Silu", "SiluAndMul"), "silu"),
+    **dict.fromkeys(("Gelu", "GeluAndMul"), "gelu"),
+    **dict.fromkeys(("GeluTanh", "GeluTanhAndMul", "NewGELU", "FastGELU"), "gelu_tanh"),
+    "QuickGELU": "gelu_quick",
 }
 """Forward-only layers of kernels-community/activation whose gradient ops.activation has -> the
-function they compute, and whether it is fused with the product."""
+function they compute."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +80,10 @@ class Chosen:
         return self.layer in BRIDGED
 
 
+Places = dict[str, list[str]]
+"""Site -> its modules, in the model's order."""
+
+
 @dataclass
 class Choice:
     """The layers for a model."""
@@ -107,8 +96,7 @@ class Choice:
 
 
 def choose(model: nn.Module, builds: Sequence[Build], compiled: bool) -> Choice:
-    """Choose the layers for a model, perhaps on the meta device, from the kernels in the job's order;
-    `compiled` is whether torch.compile will trace it.
+    """Choose the layers for a model, perhaps on the meta device, from kernels in the job's order.
 
     Raises:
         JobError: when a named layer is missing or cannot be used, a kernel replaces nothing, or
@@ -130,9 +118,7 @@ def choose(model: nn.Module, builds: Sequence[Build], compiled: bool) -> Choice:
     return choice
 
 
-def _add(
-    choice: Choice, model: nn.Module, places: dict[str, list[str]], build: Build, compiled: bool
-) -> None:
+def _add(choice: Choice, model: nn.Module, places: Places, build: Build, compiled: bool) -> None:
     layers = read_layers(build.folder)
     named = build.wanted.layers
     _refuse_unknown(build, layers, places)
@@ -238,11 +224,9 @@ def _parent_with_kernel(fqn: str, choice: Choice) -> str | None:
     return None
 
 
-def all_sites(model: nn.Module) -> dict[str, list[str]]:
-    """Return site -> its modules, in the model's order. A module's sites are its shape, the name
-    that transformers registers, and its class.
-    """
-    found: dict[str, list[str]] = {}
+def all_sites(model: nn.Module) -> Places:
+    """Return the modules by their sites: shape, name that transformers registers, and class."""
+    found: Places = {}
     for fqn, module in model.named_modules():
         kind = type(module)
         names = (shape_name(module), vars(kind).get("kernel_layer_name"), kind.__name__)

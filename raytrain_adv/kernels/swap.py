@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from raytrain_adv.errors import JobError
-from raytrain_adv.kernels.select import BRIDGED, GATED, Choice
+from raytrain_adv.kernels.select import BRIDGED, FUSED, GATED, Choice
 from raytrain_adv.kernels.variants import python_name
 from raytrain_adv.ops import activation as ops
 from raytrain_adv.text import first_line, listed
@@ -85,9 +85,7 @@ def load_layer(source: LayerSource) -> type[nn.Module]:
 
 
 def _forget_others(folder: Path, name: str) -> None:
-    """Unload another build of this name, or its submodules would be used for this one (kernels
-    0.17.2 imports them by the id in metadata.json).
-    """
+    """Unload another build of this name: kernels 0.17.2 would use its submodules for this."""
     for key, module in list(sys.modules.items()):
         if key == name or key.startswith(f"{name}."):
             file = getattr(module, "__file__", None)
@@ -97,7 +95,7 @@ def _forget_others(folder: Path, name: str) -> None:
 
 def _bridged(source: LayerSource, kind: type[nn.Module]) -> type[nn.Module]:
     """Return a layer that computes as the kernel does, with the gradient it lacks."""
-    function, is_fused = BRIDGED[source.layer]
+    function, is_fused = BRIDGED[source.layer], source.layer.endswith(FUSED)
     kernel = kind().forward
     tag = hashlib.sha256(str(source.folder).encode()).hexdigest()[:8]
     name = f"{source.layer}_{source.site}_{tag}"

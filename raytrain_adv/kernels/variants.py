@@ -1,7 +1,5 @@
-"""Choose the build of a kernel that fits a machine, and check its metadata.json.
-
-Source: the rules and the order are those of kernels 0.17.2 (kernels/variants.py), which can only
-choose for the machine it runs on; the driver has to choose for the workers.
+"""Check builds of a kernel, and choose one for a worker by the rules of kernels 0.17.2
+(kernels/variants.py), which chooses for its own machine only.
 """
 
 from __future__ import annotations

@@ -37,9 +37,7 @@ NUM_COMPARED = 1024
 
 @dataclass(frozen=True)
 class Exported:
-    """The models that a run leaves; `converted` has the report's entries of one that a feature
-    exports.
-    """
+    """The models that a run leaves; `converted` is the report of one that a feature exports."""
 
     model_dir: str | None = None
     model_gib: float | None = None
@@ -144,9 +142,7 @@ def tokens_to_compare(data: PreparedData) -> torch.Tensor:
 
 
 def evaluate_twins(state: TrainState, model: PreTrainedModel) -> None:
-    """Evaluate in this run's model the twins: the same job, trained before without a feature. Its
-    own weights, already exported, are lost.
-    """
+    """Evaluate the twins (the same job, trained before without a feature) in this run's model."""
     job = state.job
     for twin in state.transforms.twins() if state.held_out is not None else ():
         folder = Path(twin.output.output_dir) / "model"

@@ -136,9 +136,7 @@ def train_step(state: TrainState, checks: Checks, step: int) -> None:
 
 
 def exchange(state: TrainState, batch: StepBatch) -> int:
-    """Return the step's label tokens over all workers. Let all ranks know if the run must stop, a
-    process was terminated, or a node is being drained.
-    """
+    """Return the step's label tokens over all workers; exchange the flags that end the run."""
     run, reporter = state.run, state.run.reporter
     stop = run.is_main and reporter.stop_requested()
     drained = reporter.drained()
@@ -156,11 +154,8 @@ def exchange(state: TrainState, batch: StepBatch) -> int:
 def forward_backward(
     state: TrainState, step: int, batch: MicroBatch, label_tokens: int
 ) -> torch.Tensor:
-    """Return the micro-batch's summed loss; add its gradients to the parameters'.
-
-    Dropout is seeded by step and micro-batch: a resumed run draws the same, on any number of
-    workers.
-    """
+    """Return the micro-batch's summed loss; add its gradients to the parameters'."""
+    # A resumed run draws the same dropout, on any number of workers.
     torch.manual_seed(hash((state.job.train.seed, step, batch.number)) & 0x7FFFFFFF)
     state.transforms.begin_batch(state.model, step, batch.first, batch.segments)
     loss = state.loss_sum(state.model, batch.inputs, batch.labels)
@@ -266,8 +261,7 @@ def evaluate_held_out(state: TrainState, rows: Batches, done: int) -> None:
 
 @torch.no_grad()
 def evaluate(state: TrainState, batches: Batches) -> dict[str, Any]:
-    """Return {loss, perplexity, num_label_tokens, seconds} over all rows with the model as it is;
-    up to rounding it does not depend on the number of workers.
+    """Return {loss, perplexity, num_label_tokens, seconds} over all rows with the model as it is.
 
     Ranks without rows left still run the forward pass: FSDP2 gathers on all of them.
     """
@@ -301,9 +295,7 @@ def evaluate(state: TrainState, batches: Batches) -> dict[str, Any]:
 
 
 def evaluate_variants(state: TrainState, done: int, of: str = "") -> None:
-    """Evaluate the variants of the model that transforms compare after `done` steps; `of` names
-    whose weights these are, if not this run's.
-    """
+    """Evaluate the variants that transforms compare; `of` names another owner of the weights."""
     if state.held_out is None:
         return
     for transform in state.transforms:

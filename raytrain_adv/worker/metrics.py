@@ -105,9 +105,7 @@ class Meter:
         self.run.heartbeat.step_done()
 
     def first_step_done(self) -> None:
-        """Wait for the first step and report its time, which the steps' time leaves out: with
-        torch_compile it includes compilation.
-        """
+        """Report the first step's time, which the steps' time leaves out: it may compile."""
         self._synchronize()
         now = time.perf_counter()
         seconds = now - self._log_time - self.paused_s

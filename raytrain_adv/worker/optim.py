@@ -15,10 +15,7 @@ from raytrain_adv.run.schedule import Arithmetic
 
 
 def build_optimizer(model: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
-    """Return AdamW over the trainable parameters, without weight decay for biases and norms.
-
-    Source: decoupled weight decay, https://arxiv.org/abs/1711.05101.
-    """
+    """Return AdamW over the trainable parameters, without weight decay for biases and norms."""
     train = job.train
     trainable = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trainable if p.ndim >= 2]
@@ -52,10 +49,7 @@ def set_learning_rate(groups: Iterable[dict[str, object]], value: float) -> None
 
 
 def learning_rate(job: JobConfig, arithmetic: Arithmetic, step: int) -> float:
-    """Return the learning rate of optimizer step `step` (from 0).
-
-    Source: transformers' get_scheduler (optimization.py), shapes and names.
-    """
+    """Return the learning rate of a step (from 0), as transformers' get_scheduler does."""
     train, total, warmup = job.train, arithmetic.total_steps, arithmetic.warmup_steps
     if step < warmup:
         # As in transformers, warmup starts above 0 in one schedule.

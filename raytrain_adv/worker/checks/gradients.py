@@ -63,9 +63,8 @@ def _state(parameter: nn.Parameter) -> int:
 
 
 def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
-    """Scale all gradients, at the latest in the coming step, so that their global norm is at most
-    max_norm (0: do not). Return the norm before, a scalar on the device: reading it waits for the
-    GPU.
+    """Scale all gradients, at the latest in the coming step, to a global norm of at most max_norm
+    (0: do not). Return the norm before, a scalar on the device.
     """
     gradients = [
         p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None

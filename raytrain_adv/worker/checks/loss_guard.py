@@ -34,9 +34,7 @@ LOWER = "inspect the batch; lower learning_rate, add warmup_ratio"
 
 
 class LossGuard:
-    """Judges each step by its loss and gradient norm, the same on all ranks, and keeps bad batches
-    on disk. `remedies` returns what the job's features suggest for an optimizer step.
-    """
+    """Judges each step by its loss and gradient norm, the same on all ranks; keeps bad batches."""
 
     def __init__(
         self,
@@ -174,9 +172,7 @@ exceed three by noise alone."""
 
 
 class LossRise:
-    """Compares the mean loss since a feature began with that before; a feature that is on from the
-    first step is compared with its first losses.
-    """
+    """Compares the mean loss since a feature began with that before, or its first losses."""
 
     def __init__(self, transforms: Iterable[Transform], say: Callable[[str], None]) -> None:
         # The last losses without a feature (or the first with it), and the window with it.

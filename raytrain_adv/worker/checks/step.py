@@ -32,9 +32,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Checks:
-    """Checks that each step computes what the job enables, and that its loss is sound.
-    `progress` is that of the checkpoint that the run resumes from. Steps count from 0.
-    """
+    """Checks that each step (from 0) computes what the job enables, and that its loss is sound."""
 
     def __init__(
         self,
@@ -146,9 +144,8 @@ class Checks:
 
 @torch.no_grad()
 def bits_of(model: nn.Module) -> torch.Tensor:
-    """Return the sum of each parameter's bits on this rank, read as integers: int64, on the CPU, in
-    the order of named_parameters. Of weights that FSDP2 shards these are the shards, not the
-    gathered weights of a pass, which are gathered again for the next.
+    """Return the sum of each parameter's bits on this rank (FSDP2's shards), read as integers:
+    int64, on the CPU, in the order of named_parameters.
     """
     reshard(model)
     sums = [_bits(p).cpu() for p in model.parameters()]

@@ -59,9 +59,7 @@ class Form:
 
 
 def forms(model: PreTrainedModel) -> tuple[dict[Form, str], list[str]]:
-    """Return the forms of attention in a model, each with a module that has it, and the attention
-    classes whose form is unknown.
-    """
+    """Return a module for each form of attention in a model, and the classes of unknown form."""
     found: dict[Form, str] = {}
     unknown: set[str] = set()
     for fqn, module in model.named_modules():
@@ -229,12 +227,8 @@ class _Case:
     def options(self) -> dict[str, Any]:
         """Return the arguments that transformers passes with queries, keys and values."""
         form = self.form
-        window = WINDOW if form.has_window else None
-        options: dict[str, Any] = {
-            "dropout": 0.0,
-            "scaling": form.scaling,
-            "sliding_window": window,
-        }
+        options: dict[str, Any] = {"dropout": 0.0, "scaling": form.scaling}
+        options["sliding_window"] = WINDOW if form.has_window else None
         if form.softcap is not None:
             options["softcap"] = form.softcap
         if self.packed:
@@ -271,9 +265,7 @@ class _Case:
         return {VALUES: value.detach(), **dict(zip(GRADIENTS, gradients, strict=True))}
 
     def define(self, inputs: list[torch.Tensor], without: str = "") -> dict[str, torch.Tensor]:
-        """Return attention's values and gradients by its definition, in float32, without one of
-        LEFT_OUT.
-        """
+        """Return values and gradients by definition, in float32, `without` one of LEFT_OUT."""
         form = self.form
         exact = [x.detach().float().requires_grad_() for x in inputs]
         q, k, v = exact
