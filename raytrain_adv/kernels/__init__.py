@@ -1,4 +1,1 @@
-"""Kernels from the Hub or a folder: fetch, select, try and install them.
-
-Only select and swap import torch; the `kernels` package is imported on workers alone.
-"""
+"""Kernels from the Hub or a folder; only select and swap import torch, only workers `kernels`."""

@@ -77,12 +77,11 @@ def find(wanted: Wanted, place: Place) -> Build:
     else:
         folder, commit, trust = _from_hub(wanted, place)
     variants.python_name(folder)
-    variant = folder.name if variants.is_build(folder.name) else "as-it-is"
     locked = Locked(
         source=wanted.source,
         asked=wanted.asked,
         commit=commit,
-        variant=variant,
+        variant=folder.name if variants.is_build(folder.name) else "as-it-is",
         files=locks.digests(folder),
         trust=trust,
     )
@@ -96,8 +95,8 @@ def fetch(
     say: Callable[[str], None],
     use: Use = "layers",
 ) -> None:
-    """Find the kernels of one use, copy their files next to a lock file, and write it. Kernels of
-    another use stay in it.
+    """Find the kernels of one use and copy their files next to a lock file, which keeps those of
+    another use.
 
     Raises:
         JobError: when one cannot be found, or differs from the lock.
@@ -120,11 +119,6 @@ def fetch(
 
 def bring(wanted: Wanted, locked: Locked, file: Path) -> None:
     """Copy one locked kernel's files next to its lock file, and record their folder in it.
-
-    Args:
-        wanted: the kernel, by the locked commit.
-        locked: its entry in the lock file.
-        file: the lock file.
 
     Raises:
         JobError: when the files are not available, or differ from the lock.
@@ -164,10 +158,8 @@ def _copy(build: Build, file: Path) -> str:
 
 def _fetched_folder(file: Path, locked: Locked | None) -> Path | None:
     """Return the folder next to a lock file that has the kernel's files, if there is one."""
-    if locked is None or locked.folder is None:
-        return None
-    folder = file.parent / locked.folder
-    return folder if folder.is_dir() else None
+    folder = file.parent / locked.folder if locked and locked.folder else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _require_locked(build: Build, given: Path, own: Path) -> None:
@@ -188,11 +180,10 @@ def require_in(wanted: Wanted, file: Path) -> Locked:
     Raises:
         JobError: when it has none.
     """
-    locked = locks.read(file).of(wanted)
+    lock = locks.read(file)
+    locked = lock.of(wanted)
     if locked is None:
-        has = ", ".join(
-            k.asked + (f" ({k.commit[:7]})" if k.commit else "") for k in locks.read(file).kernels
-        )
+        has = ", ".join(k.asked + (f" ({k.commit[:7]})" if k.commit else "") for k in lock.kernels)
         raise JobError(
             f"{wanted.asked} is not in the lock file of the job",
             f"{file} has {has or 'no kernels'}",
@@ -216,9 +207,7 @@ def _as_locked(wanted: Wanted, file: Path, target: Target | None) -> Build:
 
 
 def _require_fit(locked: Locked, target: Target | None) -> None:
-    if target is None:
-        return
-    if variants.is_build(locked.variant) and variants.choose([locked.variant], target) is None:
+    if variants.is_build(locked.variant) and _chosen([locked.variant], None, target) is None:
         raise _no_build(f"{locked.source}, as it is locked,", [locked.variant], target)
 
 
@@ -248,8 +237,7 @@ def _local_folder(wanted: Wanted, target: Target | None) -> Path:
         here = [p.name for p in base.iterdir() if p.is_dir()] if base.is_dir() else []
         builds = sorted(name for name in here if variants.is_build(name))
         names += builds
-        chosen = _chosen(builds, None, target)
-        if chosen is not None:
+        if (chosen := _chosen(builds, None, target)) is not None:
             return base / chosen
     raise _no_build(wanted.source, sorted(names), target)
 
@@ -272,11 +260,10 @@ def _no_build(name: str, names: Sequence[str], target: Target | str | None) -> N
 
 def _from_hub(wanted: Wanted, place: Place) -> tuple[Path, str, str]:
     """Return folder, commit and why the publisher is trusted. A cached commit needs no network."""
-    if wanted.commit is not None:
-        folder = _cached(wanted, wanted.commit, None, place.target)
-        if folder is not None:
-            trust = "from the cache by its commit; the Hub was not asked about its publisher"
-            return folder, wanted.commit, trust
+    folder = _cached(wanted, wanted.commit, None, place.target) if wanted.commit else None
+    if folder is not None and wanted.commit is not None:
+        trust = "from the cache by its commit; the Hub was not asked about its publisher"
+        return folder, wanted.commit, trust
     commit = _commit_of(wanted)
     trust = _trusted(wanted, place.trust)
     return _download(wanted, commit, None, place.target), commit, trust
@@ -330,10 +317,7 @@ def _commit_of(wanted: Wanted) -> str:
 def _download(wanted: Wanted, commit: str, variant: str | None, target: Target | None) -> Path:
     """Download a build into the Hub client's cache and return its folder there."""
     where: dict[str, Any] = {"repo_type": KIND, "revision": commit}
-    found = _ask(
-        wanted,
-        lambda api: list(api.list_repo_tree(wanted.source, path_in_repo="build", **where)),
-    )
+    found = _ask(wanted, lambda api: [*api.list_repo_tree(wanted.source, "build", **where)])
     names = sorted({Path(entry.path).name for entry in found})
     name = _chosen(names, variant, target)
     if name is None:
@@ -361,25 +345,20 @@ def _trusted(wanted: Wanted, trust: Sequence[str]) -> str:
 
 def _ask(wanted: Wanted, question: Callable[[HfApi], Answer]) -> Answer:
     """Return the Hub's answer, or raise a JobError with the Hub's own message."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import HfApi, errors
 
     # httpx's or httpx2's HTTPError, as the client has it.
-    unreachable: Any = HfHubHTTPError.__bases__[0]
+    unreachable: Any = errors.HfHubHTTPError.__bases__[0]
     try:
         return question(HfApi(library_name="raytrain_adv"))
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise JobError(
             f"kernel not found: there is no kernel {wanted.source} on the Hub",
             first_line(error),
             "correct its name, or set HF_TOKEN if the repository is private",
         ) from error
-    except (OfflineModeIsEnabled, unreachable, OSError, ValueError) as error:
-        offline = isinstance(error, OfflineModeIsEnabled)
+    except (errors.OfflineModeIsEnabled, unreachable, OSError, ValueError) as error:
+        offline = isinstance(error, errors.OfflineModeIsEnabled)
         raise JobError(
             f"{wanted.source} cannot be read from the Hub",
             "HF_HUB_OFFLINE is set, and its files are not here" if offline else first_line(error),

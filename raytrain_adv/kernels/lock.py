@@ -72,12 +72,9 @@ class Lock(BaseModel):
 
     def of(self, wanted: Wanted) -> Locked | None:
         """Return a kernel's entry; None if there is none, or only another revision's."""
-        for locked in self.kernels:
-            if locked.source != wanted.source:
-                continue
-            if wanted.commit is not None and wanted.commit == locked.commit:
-                return locked
-            if wanted.commit is None and wanted.asked in (locked.asked, locked.source):
+        for locked in (one for one in self.kernels if one.source == wanted.source):
+            is_same = wanted.asked in (locked.asked, locked.source)
+            if is_same if wanted.commit is None else wanted.commit == locked.commit:
                 return locked
         return None
 
@@ -91,16 +88,14 @@ def digests(folder: Path) -> dict[str, str]:
 def differences(locked: Locked, folder: Path) -> list[str]:
     """Return a line for each file that differs from the lock."""
     found = digests(folder) if folder.is_dir() else {}
-    names = sorted(locked.files.keys() | found.keys())
-    lines = []
-    for name in names:
-        if name not in found:
-            lines.append(f"{name} is missing")
-        elif name not in locked.files:
-            lines.append(f"{name} is not in the lock")
-        elif found[name] != locked.files[name]:
-            lines.append(f"{name}: sha256 {found[name][:12]}, locked {locked.files[name][:12]}")
-    return lines
+    lines = {name: f"{name} is missing" for name in locked.files.keys() - found.keys()}
+    for name, digest in found.items():
+        due = locked.files.get(name)
+        if due is None:
+            lines[name] = f"{name} is not in the lock"
+        elif due != digest:
+            lines[name] = f"{name}: sha256 {digest[:12]}, locked {due[:12]}"
+    return [lines[name] for name in sorted(lines)]
 
 
 def require_same(locked: Locked, folder: Path, lock_file: Path) -> None:
@@ -109,8 +104,7 @@ def require_same(locked: Locked, folder: Path, lock_file: Path) -> None:
     Raises:
         JobError: naming the files.
     """
-    lines = differences(locked, folder)
-    if lines:
+    if lines := differences(locked, folder):
         raise JobError(
             f"the files of {locked.source} are not those in {lock_file}",
             "\n".join([str(folder), *lines[:6]] + (["..."] if len(lines) > 6 else [])),
@@ -135,9 +129,10 @@ def read(file: Path) -> Lock:
         ) from None
     except ValidationError as error:
         first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
         raise JobError(
             f"{file} is not a lock file of this version",
-            f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}",
+            f"{where}: {first['msg']}",
             f"make it again with raytrain-adv kernels lock job.yaml --output {file}; one that a "
             "run left in its output_dir may be deleted",
         ) from None
@@ -149,9 +144,8 @@ def write(kernels: Iterable[Locked], file: Path) -> None:
     Raises:
         StorageError: when it cannot be written.
     """
-    text = Lock(kernels=tuple(kernels)).model_dump_json(indent=1)
     try:
-        write_atomic(file, text + "\n")
+        write_atomic(file, Lock(kernels=tuple(kernels)).model_dump_json(indent=1) + "\n")
     except OSError as error:
         raise StorageError(
             "The lock file cannot be written",

@@ -1,9 +1,5 @@
-"""Select the kernel layer for each module of a model, without running any kernel's code.
-
-transformers registers names for some of its classes, but only with the one series of the kernels
-package that it pins (5.23: 0.18; with 0.17.2 it registers nothing). So modules are recognized by
-their shape, and a trial finds a wrong match. Layers are read from source: the driver may lack the
-GPU, the Triton or the system that the code is for.
+"""Select the kernel layer for each module of a model by the module's shape, and from the kernel's
+source alone: the driver may lack what its code needs to run.
 """
 
 from __future__ import annotations
@@ -12,7 +8,6 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -34,9 +29,7 @@ ACTIVATION_CLASSES = {
 COMPUTES = {
     "SiLU": "silu",
     "GeLU": "gelu",
-    "GeluTanh": "gelu_tanh",
-    "NewGELU": "gelu_tanh",
-    "FastGELU": "gelu_tanh",
+    **dict.fromkeys(("GeluTanh", "NewGELU", "FastGELU"), "gelu_tanh"),
     "QuickGELU": "gelu_quick",
 }
 """Site of a bare activation -> its function, one of ops.activation.ACTIVATIONS."""
@@ -53,29 +46,19 @@ FITS: dict[str, tuple[str, ...]] = {
     "GeluTanhAndMul": ("GeGLUMLP",),
     "Gelu": ("ExactGeGLUMLP", "GeLU"),
     "GeluAndMul": ("ExactGeGLUMLP",),
-    "NewGELU": ("NewGELU",),
-    "FastGELU": ("FastGELU",),
-    "QuickGELU": ("QuickGELU",),
 }
-"""Layer -> its default sites; other layers fit the site, or the modules of the class, whose name
-they have.
-
-Of two layers for one site the first here wins: for a gated MLP Silu before SiluAndMul, which needs
-gate and up side by side and so moves 7 tensors through memory instead of 5.
-"""
+"""Layer -> its default sites; others fit the site or class whose name they have. Of two for a site
+the first wins: Silu moves 5 tensors through memory, SiluAndMul (gate next to up) 7."""
+FUSED = "AndMul"
+"""How the name of a layer ends that multiplies the activation with a second tensor."""
 BRIDGED = {
-    "Silu": ("silu", False),
-    "SiluAndMul": ("silu", True),
-    "Gelu": ("gelu", False),
-    "GeluAndMul": ("gelu", True),
-    "GeluTanh": ("gelu_tanh", False),
-    "GeluTanhAndMul": ("gelu_tanh", True),
-    "NewGELU": ("gelu_tanh", False),
-    "FastGELU": ("gelu_tanh", False),
-    "QuickGELU": ("gelu_quick", False),
+    **dict.fromkeys(("Silu", "SiluAndMul"), "silu"),
+    **dict.fromkeys(("Gelu", "GeluAndMul"), "gelu"),
+    **dict.fromkeys(("GeluTanh", "GeluTanhAndMul", "NewGELU", "FastGELU"), "gelu_tanh"),
+    "QuickGELU": "gelu_quick",
 }
 """Forward-only layers of kernels-community/activation whose gradient ops.activation has -> the
-function they compute, and whether it is fused with the product."""
+function they compute."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +80,10 @@ class Chosen:
         return self.layer in BRIDGED
 
 
+Places = dict[str, list[str]]
+"""Site -> its modules, in the model's order."""
+
+
 @dataclass
 class Choice:
     """The layers for a model."""
@@ -109,12 +96,7 @@ class Choice:
 
 
 def choose(model: nn.Module, builds: Sequence[Build], compiled: bool) -> Choice:
-    """Choose the layers.
-
-    Args:
-        model: it may be on the meta device.
-        builds: the kernels, in the job's order.
-        compiled: whether torch.compile will trace the model.
+    """Choose the layers for a model, perhaps on the meta device, from kernels in the job's order.
 
     Raises:
         JobError: when a named layer is missing or cannot be used, a kernel replaces nothing, or
@@ -124,11 +106,10 @@ def choose(model: nn.Module, builds: Sequence[Build], compiled: bool) -> Choice:
     places = all_sites(model)
     for build in builds:
         _add(choice, model, places, build, compiled)
-    order = [fqn for fqn, _ in model.named_modules()]
-    choice.layers = {fqn: choice.layers[fqn] for fqn in order if fqn in choice.layers}
-    for fqn, module in model.named_modules():
-        site = shape_name(module)
-        if site is not None:
+    modules = dict(model.named_modules())
+    choice.layers = {fqn: choice.layers[fqn] for fqn in modules if fqn in choice.layers}
+    for fqn, module in modules.items():
+        if (site := shape_name(module)) is not None:
             reason = f"no enabled kernel is for {site}"
             if _parent_with_kernel(fqn, choice):
                 reason = "inside a module whose forward pass is the kernel's"
@@ -137,9 +118,7 @@ def choose(model: nn.Module, builds: Sequence[Build], compiled: bool) -> Choice:
     return choice
 
 
-def _add(
-    choice: Choice, model: nn.Module, places: dict[str, list[str]], build: Build, compiled: bool
-) -> None:
+def _add(choice: Choice, model: nn.Module, places: Places, build: Build, compiled: bool) -> None:
     layers = read_layers(build.folder)
     named = build.wanted.layers
     _refuse_unknown(build, layers, places)
@@ -223,10 +202,8 @@ def _claim(choice: Choice, model: nn.Module, fqn: str, chosen: Chosen, is_named:
             "silently turns off what other features put on it",
             "let the layer replace a module that calls its linears",
         )
-    other = choice.layers.get(fqn) or choice.layers.get(_parent_with_kernel(fqn, choice) or "")
-    inside = [f for f in choice.layers if f.startswith(f"{fqn}.")]
-    if other is None and inside:
-        other = choice.layers[inside[0]]
+    inside = next((f for f in choice.layers if f.startswith(f"{fqn}.")), "")
+    other = choice.layers.get(_parent_with_kernel(f"{fqn}.", choice) or inside)
     if other is None:
         choice.layers[fqn] = chosen
         return 1
@@ -247,11 +224,9 @@ def _parent_with_kernel(fqn: str, choice: Choice) -> str | None:
     return None
 
 
-def all_sites(model: nn.Module) -> dict[str, list[str]]:
-    """Return site -> its modules, in the model's order. A module's sites are its shape, the name
-    that transformers registers, and its class.
-    """
-    found: dict[str, list[str]] = {}
+def all_sites(model: nn.Module) -> Places:
+    """Return the modules by their sites: shape, name that transformers registers, and class."""
+    found: Places = {}
     for fqn, module in model.named_modules():
         kind = type(module)
         names = (shape_name(module), vars(kind).get("kernel_layer_name"), kind.__name__)
@@ -262,9 +237,7 @@ def all_sites(model: nn.Module) -> dict[str, list[str]]:
 
 
 def is_linear_map(module: nn.Module) -> bool:
-    """Return whether a module is a linear, or replaces one as those of other features do: a
-    kernel would use its weight and bypass them.
-    """
+    """Return whether a module is a linear, or replaces one as those of other features do."""
     from transformers.pytorch_utils import Conv1D
 
     has_sizes = hasattr(module, "in_features") and hasattr(module, "out_features")
@@ -279,11 +252,10 @@ def shape_name(module: nn.Module) -> str | None:
         is_plain = list(dict(module.named_parameters())) == ["weight"]
         return "RMSNorm" if is_plain and isinstance(epsilon, float) else None
     if all(part in children for part in PROJECTIONS) and set(children) <= {*PROJECTIONS, "act_fn"}:
-        untyped: Any = module
-        act = getattr(untyped, "act_fn", None)
-        own = list(module.named_parameters(recurse=False))
-        kind = COMPUTES.get(_activation(act) or "") if isinstance(act, nn.Module) else None
-        return GATED.get(kind or "") if not own else None
+        act = getattr(module, "act_fn", None)
+        site = _activation(act) if isinstance(act, nn.Module) else None
+        has_own = next(module.parameters(recurse=False), None) is not None
+        return GATED.get(COMPUTES.get(site or "", "")) if not has_own else None
     return _activation(module)
 
 
@@ -315,8 +287,8 @@ def read_layers(folder: Path) -> dict[str, Layer]:
     for root in roots:
         for file in (root / "layers.py", root / "layers" / "__init__.py"):
             if file.is_file():
-                classes = _classes(file, set()).items()
-                return {n: c.layer(n) for n, c in classes if c.has("forward") and n[0] != "_"}
+                every = {n: _declared(n, c) for n, c in _classes(file, set()).items()}
+                return {name: layer for name, layer in every.items() if layer is not None}
     raise JobError(
         f"the kernel in {folder} has no layers",
         "neither layers.py nor layers/__init__.py",
@@ -324,51 +296,29 @@ def read_layers(folder: Path) -> dict[str, Layer]:
     )
 
 
-@dataclass(frozen=True)
-class _Class:
-    """A class in a source file, with the names its bases are found under."""
-
-    node: ast.ClassDef
-    scope: dict[str, _Class]
-
-    def lineage(self) -> list[ast.ClassDef]:
-        """Return the class and its bases with source in the build, the nearest first."""
-        nodes, waiting = [], [self]
-        while waiting:
-            one = waiting.pop(0)
-            if one.node in nodes:
-                continue
-            nodes.append(one.node)
-            names = [base.id for base in one.node.bases if isinstance(base, ast.Name)]
-            waiting += [one.scope[name] for name in names if name in one.scope]
-        return nodes
-
-    def has(self, method: str) -> bool:
-        """Return whether it or a base defines a method."""
-        items = (item for node in self.lineage() for item in node.body)
-        return any(isinstance(item, ast.FunctionDef) and item.name == method for item in items)
-
-    def flag(self, name: str, default: bool) -> bool:
-        """Return a constant of the class or the nearest base with it."""
-        for item in (item for node in self.lineage() for item in node.body):
-            if isinstance(item, ast.Assign | ast.AnnAssign):
-                targets = item.targets if isinstance(item, ast.Assign) else [item.target]
-                value = item.value
-                if any(isinstance(t, ast.Name) and t.id == name for t in targets):
-                    return bool(value.value) if isinstance(value, ast.Constant) else default
-        return default
-
-    def layer(self, name: str) -> Layer:
-        """Return the layer that the class declares."""
-        return Layer(
-            name,
-            has_backward=self.flag("has_backward", True),
-            can_torch_compile=self.flag("can_torch_compile", False),
-            has_state=self.has("__init__"),
-        )
+DEFAULTS = {"has_backward": True, "can_torch_compile": False}
+Lineage = list[ast.ClassDef]
+"""A class and its bases with source in the build, the nearest first."""
 
 
-def _classes(file: Path, seen: set[Path]) -> dict[str, _Class]:
+def _declared(name: str, lineage: Lineage) -> Layer | None:
+    """Return the layer that a class declares; None if it is no layer."""
+    items = [item for node in lineage for item in node.body]
+    methods = {item.name for item in items if isinstance(item, ast.FunctionDef)}
+    if "forward" not in methods or name.startswith("_"):
+        return None
+    flags = dict(DEFAULTS)
+    for item in reversed(items):  # the nearest class wins
+        if isinstance(item, ast.Assign | ast.AnnAssign):
+            targets = item.targets if isinstance(item, ast.Assign) else [item.target]
+            value = item.value.value if isinstance(item.value, ast.Constant) else None
+            for flag in {t.id for t in targets if isinstance(t, ast.Name)} & DEFAULTS.keys():
+                is_known = isinstance(item.value, ast.Constant)
+                flags[flag] = bool(value) if is_known else DEFAULTS[flag]
+    return Layer(name, **flags, has_state="__init__" in methods)
+
+
+def _classes(file: Path, seen: set[Path]) -> dict[str, Lineage]:
     """Return the classes a file defines, or imports from its neighbors."""
     if file in seen or not file.is_file():
         return {}
@@ -378,17 +328,20 @@ def _classes(file: Path, seen: set[Path]) -> dict[str, _Class]:
         raise JobError(
             "a kernel's layers cannot be read", f"{file}: {error}", "correct that file"
         ) from None
-    found: dict[str, _Class] = {}
+    found: dict[str, Lineage] = {}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            found[node.name] = _Class(node, found)
+            names = [base.id for base in node.bases if isinstance(base, ast.Name)]
+            bases = [one for name in names for one in found.get(name, [])]
+            # As in Python, a base that several classes share comes after all of them.
+            found[node.name] = [node, *reversed(dict.fromkeys(reversed(bases)))]
         elif isinstance(node, ast.ImportFrom) and node.level == 1:
             found |= _imported(node, file, seen | {file})
     return found
 
 
-def _imported(node: ast.ImportFrom, file: Path, seen: set[Path]) -> dict[str, _Class]:
-    found: dict[str, _Class] = {}
+def _imported(node: ast.ImportFrom, file: Path, seen: set[Path]) -> dict[str, Lineage]:
+    found: dict[str, Lineage] = {}
     for alias in node.names:
         path = file.parent / (node.module or alias.name).replace(".", "/")
         module = path.with_suffix(".py")

@@ -91,28 +91,20 @@ def of_name(name: str) -> Wanted:
     if looks_like_path(name):
         return Wanted(name, is_local=True)
     source, _, at = name.partition("@")
-    version = re.fullmatch(r"v(\d{1,6})", at)
-    if version:
+    if version := re.fullmatch(r"v(\d{1,6})", at):
         return Wanted(source, is_local=False, version=int(version[1]))
     return Wanted(source, is_local=False, revision=at or None)
 
 
 def _of_entry(entry: KernelEntry) -> Wanted:
+    layers = dict(entry.layers)
     if entry.path is not None:
-        return Wanted(entry.path, is_local=True, layers=dict(entry.layers))
-    return Wanted(
-        entry.repo or "",
-        is_local=False,
-        revision=entry.revision,
-        version=entry.version,
-        layers=dict(entry.layers),
-    )
+        return Wanted(entry.path, is_local=True, layers=layers)
+    return Wanted(entry.repo or "", False, entry.revision, entry.version, layers)
 
 
 def looks_like_path(name: str) -> bool:
-    """Return whether a name is a folder's: it begins like a path, has more than one slash, or
-    exists.
-    """
+    """Return whether a name begins like a path, has more than one slash, or is a folder here."""
     if name.startswith(("/", "./", "../", "~")):
         return True
     return name.partition("@")[0].count("/") > 1 or (bool(name) and os.path.isdir(name))
@@ -121,13 +113,12 @@ def looks_like_path(name: str) -> bool:
 def why_not(given: object) -> str:
     """Return what is wrong with the first malformed entry; empty if there is none."""
     for entry in given if isinstance(given, list) else [given]:
-        if isinstance(entry, dict):
-            try:
+        try:
+            if isinstance(entry, dict):
                 KernelEntry.model_validate(entry)
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(map(str, first["loc"]))
-                return f"{where}: {first['msg'].lower()}"
+        except ValidationError as error:
+            first = error.errors()[0]
+            return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
     return ""
 
 

@@ -1,6 +1,4 @@
-"""Replace the forward passes of planned modules by a kernel's, after a trial, through the kernels
-package.
-"""
+"""Replace forward passes by a kernel's, after a trial, through the kernels package."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ import torch
 from torch import nn
 
 from raytrain_adv.errors import JobError
-from raytrain_adv.kernels.select import BRIDGED, GATED, Choice
+from raytrain_adv.kernels.select import BRIDGED, FUSED, GATED, Choice
 from raytrain_adv.kernels.variants import python_name
 from raytrain_adv.ops import activation as ops
 from raytrain_adv.text import first_line, listed
@@ -73,21 +71,21 @@ def load_layer(source: LayerSource) -> type[nn.Module]:
         JobError: when the build cannot be imported, or has no such layer.
     """
     module = load_module(source.folder)
-    kind = getattr(getattr(module, "layers", None), source.layer, None)
+    layers = getattr(module, "layers", None)
+    members = vars(layers) if layers else {}
+    kind = members.get(source.layer)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        classes = sorted(name for name, value in members.items() if isinstance(value, type))
         raise JobError(
             f"the kernel in {source.folder} has no layer {source.layer}",
-            f"layers of {module.__name__}: "
-            + (", ".join(_classes(getattr(module, "layers", None))) or "none"),
+            f"layers of {module.__name__}: {', '.join(classes) or 'none'}",
             "its __init__.py needs `from . import layers`",
         )
     return _bridged(source, kind) if source.layer in BRIDGED else kind
 
 
 def _forget_others(folder: Path, name: str) -> None:
-    """Unload another build of this name, or its submodules would be used for this one (kernels
-    0.17.2 imports them by the id in metadata.json).
-    """
+    """Unload another build of this name: kernels 0.17.2 would use its submodules for this."""
     for key, module in list(sys.modules.items()):
         if key == name or key.startswith(f"{name}."):
             file = getattr(module, "__file__", None)
@@ -95,13 +93,9 @@ def _forget_others(folder: Path, name: str) -> None:
                 del sys.modules[key]
 
 
-def _classes(layers: Any) -> list[str]:
-    return sorted(n for n, v in vars(layers).items() if isinstance(v, type)) if layers else []
-
-
 def _bridged(source: LayerSource, kind: type[nn.Module]) -> type[nn.Module]:
     """Return a layer that computes as the kernel does, with the gradient it lacks."""
-    function, is_fused = BRIDGED[source.layer]
+    function, is_fused = BRIDGED[source.layer], source.layer.endswith(FUSED)
     kernel = kind().forward
     tag = hashlib.sha256(str(source.folder).encode()).hexdigest()[:8]
     name = f"{source.layer}_{source.site}_{tag}"
@@ -117,11 +111,9 @@ def _bridged(source: LayerSource, kind: type[nn.Module]) -> type[nn.Module]:
         class Activation(nn.Module):
             """The kernel's activation, with its derivative."""
 
-            can_torch_compile = True
-            has_backward = True
+            can_torch_compile = has_backward = True
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
-                """Return the activation of x."""
                 out: torch.Tensor = bare(x)
                 return out
 
@@ -131,14 +123,12 @@ def _bridged(source: LayerSource, kind: type[nn.Module]) -> type[nn.Module]:
     class GatedMlp(nn.Module):
         """A gated MLP around the kernel's activation; its linears are called as modules."""
 
-        can_torch_compile = True
-        has_backward = True
+        can_torch_compile = has_backward = True
         gate_proj: nn.Module
         up_proj: nn.Module
         down_proj: nn.Module
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            """Return down_proj(activation(gate_proj(x)) * up_proj(x))."""
             out: torch.Tensor = self.down_proj(product(self.gate_proj(x), self.up_proj(x)))
             return out
 
@@ -179,16 +169,13 @@ def install(
 
 
 class _Chosen(nn.Module):
-    """Shows kernelize only the planned modules: it would replace the forward pass of any other
-    registered one, and warn.
-    """
+    """Shows kernelize only the planned modules: it would replace other registered ones."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
         vars(self)["chosen"] = modules
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the planned modules."""
         yield from vars(self)["chosen"].items()
 
 
@@ -241,8 +228,8 @@ def own_forward(module: nn.Module) -> Any:
 def _registered(kinds: set[type[nn.Module]], name: str) -> Iterator[None]:
     """Register classes under a name inside the block; restore them afterward."""
     before = {kind: {k: vars(kind)[k] for k in REGISTERED if k in vars(kind)} for kind in kinds}
-    for kind in kinds:
-        for key in before[kind]:
+    for kind, values in before.items():
+        for key in values:
             delattr(kind, key)
         kind.kernel_layer_name = name  # type: ignore[attr-defined]  # what kernelize looks for
     try:

@@ -1,7 +1,5 @@
-"""Choose the build of a kernel that fits a machine, and check its metadata.json.
-
-Source: the rules and the order are those of kernels 0.17.2 (kernels/variants.py), which can only
-choose for the machine it runs on; the driver has to choose for the workers.
+"""Check builds of a kernel, and choose one for a worker by the rules of kernels 0.17.2
+(kernels/variants.py), which chooses for its own machine only.
 """
 
 from __future__ import annotations
@@ -38,12 +36,9 @@ class Target:
     @classmethod
     def of(cls, facts: HardwareFacts) -> Target:
         """Return what a worker on this machine needs."""
-        on_gpu = facts.device_type == "cuda"
-        return cls(
-            torch=numbers(facts.versions.get("torch") or "0.0"),
-            cuda=numbers(facts.cuda_version) if on_gpu and facts.cuda_version else None,
-            machine=platform.machine(),
-        )
+        version = facts.cuda_version if facts.device_type == "cuda" else None
+        cuda = numbers(version) if version else None
+        return cls(numbers(facts.versions.get("torch") or "0.0"), cuda, platform.machine())
 
     def __str__(self) -> str:
         cuda = f"CUDA {self.cuda[0]}.{self.cuda[1]}" if self.cuda else "a CPU"
@@ -92,8 +87,8 @@ def python_name(folder: Path) -> str:
     """Check a build and return the name under which the kernels package imports it.
 
     Raises:
-        JobError: when its metadata is unreadable, it would fetch other kernels when loaded, or
-            its name is known to Python: it would be imported instead of that package.
+        JobError: when it has links, its metadata is unreadable, it needs other kernels, or its name
+            is that of an installed package.
     """
     for path in folder.rglob("*"):
         if not path.is_file() and (path.is_symlink() or not path.is_dir()):
@@ -104,8 +99,7 @@ def python_name(folder: Path) -> str:
             )
     file = folder / "metadata.json"
     metadata = _read(file)
-    depends = [str(one) for one in metadata["kernel-depends"]]
-    if depends:
+    if depends := [str(one) for one in metadata["kernel-depends"]]:
         raise JobError(
             f"the kernel in {folder} needs other kernels, which are not fetched for it",
             f"kernel-depends: {', '.join(depends)}",
@@ -126,10 +120,8 @@ def python_name(folder: Path) -> str:
 def _read(file: Path) -> dict[str, Any]:
     try:
         metadata = json.loads(file.read_text())
-        return {
-            "kernel-depends": list(metadata.get("kernel-depends", [])),
-            "id": metadata["id"] + "",
-        }
+        depends = list(metadata.get("kernel-depends", []))
+        return {"kernel-depends": depends, "id": metadata["id"] + ""}
     except KeyError as error:
         found = f"it has no {error}"
     except (OSError, ValueError, AttributeError, TypeError) as error:

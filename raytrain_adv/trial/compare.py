@@ -9,10 +9,7 @@ import torch
 
 TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Largest relative error that rounding to the dtype explains: two or three roundings of each value
-(in float32 with room for another order of sums).
-
-What the module itself makes of rounding its input once comes on top: little in most, 3 to 5 % where
-values are rounded to 8 bits inside and some round to the other side."""
+(in float32 with room for another order of sums)."""
 
 
 def relative_error(found: torch.Tensor | None, expected: torch.Tensor) -> float:
@@ -40,11 +37,8 @@ def relative_errors(
 
 
 def allowed_errors(noise: Mapping[str, float], dtype: torch.dtype) -> dict[str, float]:
-    """Return the largest error of each result that rounding explains.
-
-    Args:
-        noise: the error of the original when its input is rounded once more.
-        dtype: of the computation.
+    """Return the largest error of each result that rounding explains. `noise` is the original's
+    when its input is rounded once more: 3 to 5 % if it rounds values to 8 bits inside.
     """
     return {name: TOLERANCE[dtype] + error for name, error in noise.items()}
 

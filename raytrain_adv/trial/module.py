@@ -1,6 +1,4 @@
-"""Compare a replacement forward pass with the module's own before training: values, gradients, and
-the modules it calls.
-"""
+"""Compare a replacement forward pass with the module's own: values, gradients, modules it calls."""
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ from raytrain_adv.text import first_line
 from raytrain_adv.trial.compare import allowed_errors, differences, precision, relative_errors
 
 SHAPES = ((2, 16), (3, 336))
-"""Batch and length of the trial's inputs: few rows, and more than the blocks that kernels cut them
-into; products in 8 bits can divide both by 16."""
+"""Batch and length of the inputs: few rows, and more than a kernel's block; multiples of 16 for
+products in 8 bits."""
 VALUES = "the values"
 """The result's name, next to its gradients."""
 Layer = TypeVar("Layer")
@@ -58,7 +56,6 @@ class SiteTrial:
     """The trial of a layer on one kind of module: its relative errors."""
 
     layer: str
-    """Kernel, commit and layer."""
     module: str
     """The class whose forward pass it replaces."""
     device: str
@@ -94,14 +91,11 @@ class _Pass:
 
     @property
     def exact(self) -> dict[str, torch.Tensor]:
-        """The results that there are."""
         return {name: x for name, x in self.results.items() if x is not None}
 
 
 def group_alike(model: nn.Module, layers: Mapping[str, Layer]) -> list[tuple[Layer, list[str]]]:
-    """Group modules (by fqn) that get the same layer, have the same classes inside and the same
-    sizes: the trial of one is good for all.
-    """
+    """Group modules (by fqn) with the same layer, classes and sizes: one trial is good for all."""
     groups: dict[tuple[Layer, object], list[str]] = {}
     for fqn, layer in layers.items():
         module = model.get_submodule(fqn)
@@ -119,13 +113,7 @@ def try_module(
     num_modules: int = 1,
 ) -> SiteTrial:
     """Compare a forward pass with that of the module's class, on a copy with random weights.
-
-    Args:
-        candidate: the forward pass.
-        device: that of training.
-        dtype: that of training's products.
-        layer: the layer's name, for the result.
-        num_modules: modules it is installed in, for the result.
+    `layer` and `num_modules` are for the result.
 
     Raises:
         JobError: when it is wrong, bypasses a module, or has no gradient.
@@ -148,14 +136,19 @@ def _try(
     candidate: Candidate, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> tuple[float, float, float]:
     """Return the errors of values and gradients, and the largest of a value that is allowed."""
+    untried = Untried(
+        f"{candidate.name} cannot be tested in {candidate.kind}",
+        "its forward pass takes more than one tensor, or one of unknown size",
+        f"{candidate.leave_out}: a forward pass without a trial is not used",
+    )
     if not _can_call(candidate.module):
-        raise _untried(candidate)
+        raise untried
     own = _copy(candidate.module, device, dtype)
     try:
         expected = _run(type(own).forward, own, shape, device, dtype)
         noisy = _run(type(own).forward, own, shape, device, dtype, noise=torch.finfo(dtype).eps)
     except Exception as error:  # the module needs other arguments
-        raise _untried(candidate) from error
+        raise untried from error
     try:
         found = _run(candidate.forward, own, shape, device, dtype)
     except Exception as error:  # a kernel's code may raise anything
@@ -164,8 +157,7 @@ def _try(
             f"{type(error).__name__}: {first_line(error)}",
             f"{candidate.leave_out}, or correct the kernel",
         ) from error
-    bypassed = sorted(expected.called - found.called)
-    if bypassed:
+    if bypassed := sorted(expected.called - found.called):
         raise JobError(
             f"{candidate.name} does not call {', '.join(bypassed)} of {candidate.kind}",
             "it reads their weights, which silently turns off what other features put on them",
@@ -180,8 +172,7 @@ def _try(
     _refuse_cut(candidate, found, expected, device, dtype)
     errors = _errors(found, expected)
     allowed = allowed_errors(_errors(noisy, expected), dtype)
-    wrong = differences(errors, allowed)
-    if wrong:
+    if wrong := differences(errors, allowed):
         got, due = found.results[VALUES], expected.exact[VALUES]
         if got is not None and (got.dtype, got.shape) != (due.dtype, due.shape):
             wrong = [f"it returns {_describe(got)} instead of {_describe(due)}"]
@@ -209,14 +200,12 @@ def _cut(found: _Pass, expected: _Pass) -> list[str]:
 def _refuse_cut(
     candidate: Candidate, found: _Pass, expected: _Pass, device: torch.device, dtype: torch.dtype
 ) -> None:
-    cut = _cut(found, expected)
-    if not cut:
+    if not (cut := _cut(found, expected)):
         return
     named = [name for name in cut if name]
     if next(candidate.module.parameters(), None) is None:
         named += _cut_in_owner(candidate, device, dtype)
-    lost = ["its input"] if "" in cut else []
-    lost += [", ".join(dict.fromkeys(named))] if named else []
+    lost = filter(None, ["its input" if "" in cut else "", ", ".join(dict.fromkeys(named))])
     raise JobError(
         f"{candidate.name} has no gradient: it computes forward only, and was made for inference",
         f"in {candidate.kind} it would cut the gradient of {' and of '.join(lost)}",
@@ -226,7 +215,7 @@ def _refuse_cut(
 
 
 def _cut_in_owner(candidate: Candidate, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Return the parameters of the module around that would be left without a gradient."""
+    """Return the modules of the one around that would be left without a gradient."""
     owner = candidate.owner
     if owner is None or not _can_call(owner):
         return []
@@ -279,9 +268,8 @@ def _run(
             gradients: tuple[torch.Tensor | None, ...] = (None,) * len(inputs)
             if value.requires_grad:
                 pull = torch.randn(*value.shape, generator=generator).to(device, value.dtype)
-                gradients = torch.autograd.grad(
-                    value, list(inputs.values()), pull, allow_unused=True
-                )
+                wanted = list(inputs.values())
+                gradients = torch.autograd.grad(value, wanted, pull, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -301,11 +289,8 @@ def _copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
     with torch.no_grad():
         for parameter in own.parameters():
             values = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                values /= math.sqrt(parameter.shape[-1])
-            else:
-                values = 1 + 0.1 * values
-            parameter.copy_(values)
+            is_matrix = parameter.ndim > 1
+            parameter.copy_(values / math.sqrt(values.shape[-1]) if is_matrix else 1 + 0.1 * values)
         for buffer in own.buffers():
             buffer.zero_()
     return own
@@ -315,13 +300,10 @@ def _can_call(module: nn.Module) -> bool:
     """Return whether a module takes one tensor of known size, or is an attention."""
     if _input_size(module) is None:
         return False
-    needed = [
-        parameter
-        for parameter in inspect.signature(type(module).forward).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    return len(needed) == 2 or _is_attention(module)  # self and the tensor
+    every = inspect.signature(type(module).forward).parameters.values()
+    needed = [p for p in every if p.default is p.empty]
+    positional = [p for p in needed if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) == 2 or _is_attention(module)  # self and the tensor
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -350,16 +332,7 @@ def _input_size(module: nn.Module) -> int | None:
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is not None:
         return weight.shape[-1]
-    for child in module.modules():
-        size = vars(child).get("in_features")
-        if isinstance(size, int):
-            return size
-    return None if next(module.parameters(), None) is not None else 64
-
-
-def _untried(candidate: Candidate) -> Untried:
-    return Untried(
-        f"{candidate.name} cannot be tested in {candidate.kind}",
-        "its forward pass takes more than one tensor, or one of unknown size",
-        f"{candidate.leave_out}: a forward pass without a trial is not used",
-    )
+    sizes = (vars(child).get("in_features") for child in module.modules())
+    size = next((size for size in sizes if isinstance(size, int)), None)
+    has_none = next(module.parameters(), None) is None
+    return 64 if size is None and has_none else size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,13 +37,11 @@ NUM_COMPARED = 1024
 
 @dataclass(frozen=True)
 class Exported:
-    """The models that a run leaves, by the names of the report."""
+    """The models that a run leaves; `converted` is the report of one that a feature exports."""
 
     model_dir: str | None = None
     model_gib: float | None = None
-    """Size on disk."""
     converted: Mapping[str, Any] = field(default_factory=dict)
-    """Folder, size and comparison of the converted model, if a feature exports one."""
 
     def figures(self) -> dict[str, Any]:
         """Return all of it by the names of the report."""
@@ -80,10 +79,9 @@ def greedy_answer(
     device: torch.device,
     max_new_tokens: int = MAX_ANSWER_TOKENS,
 ) -> list[int]:
-    """Return the greedily decoded continuation of `prompt` (token ids), without the stop token;
-    empty if the prompt fills all positions of the model.
+    """Return the greedy continuation of `prompt` (token ids), without the stop token; empty if the
+    prompt fills all positions of the model. Every rank must call this with the same prompt.
 
-    Every rank must call this with the same prompt: each forward pass gathers sharded parameters.
     There is no cache of keys and values; causal attention makes the padding on the right harmless.
     """
     positions = getattr(text_config(model), "max_position_embeddings", None)
@@ -92,8 +90,8 @@ def greedy_answer(
     if max_new_tokens < 1 or not prompt:
         return []
     model.eval()
-    length = -(-(len(prompt) + max_new_tokens) // BUCKET) * BUCKET
-    length = length if positions is None else min(length, positions)
+    length = math.ceil((len(prompt) + max_new_tokens) / BUCKET) * BUCKET
+    length = min(length, positions or length)
     tokens = torch.full((1, length), prompt[-1], dtype=torch.long, device=device)
     tokens[0, : len(prompt)] = torch.tensor(prompt, device=device)
     end = len(prompt)
@@ -134,9 +132,7 @@ def export(
 
 
 def tokens_to_compare(data: PreparedData) -> torch.Tensor:
-    """Return token ids [tokens] of the first held-out rows, or of training rows if there are none
-    held out.
-    """
+    """Return token ids [tokens] of the first held-out rows, or of training rows without those."""
     parts: list[NDArray[np.int32]] = []
     for sequence in data.eval or data.train:
         parts.append(sequence.input_ids)
@@ -146,13 +142,9 @@ def tokens_to_compare(data: PreparedData) -> torch.Tensor:
 
 
 def evaluate_twins(state: TrainState, model: PreTrainedModel) -> None:
-    """Evaluate in this run's model the twins: the same job, trained before without a feature. Its
-    own weights, already exported, are lost.
-    """
+    """Evaluate the twins (the same job, trained before without a feature) in this run's model."""
     job = state.job
-    for twin in state.transforms.twins():
-        if state.held_out is None:
-            continue
+    for twin in state.transforms.twins() if state.held_out is not None else ():
         folder = Path(twin.output.output_dir) / "model"
         with state.run.phase("twin"):
             if job.transform(Lora).enabled:

@@ -38,13 +38,12 @@ def fetch_on_main(job: JobConfig, run: Run, facts: HardwareFacts) -> None:
         RaytrainAdvError: rank 0's, on all ranks.
     """
     failure: RaytrainAdvError | None = None
-    if run.is_main:
-        try:
+    try:
+        if run.is_main:
             fetch(job, facts, partial(run.say, event="fetch"))
-        except RaytrainAdvError as error:
-            failure = error
-    failure = run.broadcast(failure)
-    if failure is not None:
+    except RaytrainAdvError as error:
+        failure = error
+    if (failure := run.broadcast(failure)) is not None:
         raise failure
 
 

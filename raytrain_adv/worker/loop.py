@@ -1,7 +1,9 @@
-"""The training loop's state, one training step, and what happens between steps."""
+"""The training loop's state, one step, and what happens between steps: logs, saves, evaluation."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
@@ -14,8 +16,16 @@ from torch import nn
 from raytrain_adv.checkpoint.folders import Progress
 from raytrain_adv.checkpoint.save import CheckpointWriter
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.data.batches.loader import Batches, MicroBatch, Prefetcher, StepBatch
+from raytrain_adv.data.batches.loader import (
+    Batches,
+    MicroBatch,
+    Prefetcher,
+    StepBatch,
+    eval_batches,
+)
+from raytrain_adv.dtensor import reshard
 from raytrain_adv.errors import Stopped, Terminated, TrainingError
+from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.function import loss_function
 from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import Arithmetic
@@ -23,16 +33,13 @@ from raytrain_adv.text import first_line
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.checks.gradients import clip
 from raytrain_adv.worker.checks.step import Checks
-from raytrain_adv.worker.evaluate import evaluate
 from raytrain_adv.worker.metrics import Meter
 from raytrain_adv.worker.optim import learning_rate, set_learning_rate
 
 
 @dataclass(eq=False)
 class TrainState:
-    """What one rank trains, and how far it is. `progress` is that of the checkpoint it resumes
-    from.
-    """
+    """What one rank trains, and how far it is; `progress` is that of the resumed checkpoint."""
 
     job: JobConfig
     run: Run
@@ -47,12 +54,13 @@ class TrainState:
     """The first step of this attempt, from 0."""
     num_tokens: int = 0
     """Tokens over all workers up to the last logging step."""
+    # All ranks learn these in the same step.
     stop_wanted: bool = False
-    """Whether the run must end after this step; all ranks learn it in the same step."""
+    """Whether the run must end after this step."""
     must_end: bool = False
-    """Whether a worker's process received SIGTERM; all ranks learn it in the same step."""
+    """Whether a worker's process received SIGTERM."""
     draining: bool = False
-    """Whether a node is being drained and no checkpoint was made since; as above."""
+    """Whether a node is being drained and no checkpoint was made since."""
     evaluated: tuple[int, dict[str, Any]] = (-1, {})
     """The last evaluation: after how many steps, and its result."""
 
@@ -113,11 +121,14 @@ def train_step(state: TrainState, checks: Checks, step: int) -> None:
         dist.all_reduce(total)
     checks.before_clip(step, total)
     norm = clip(state.optimizer, state.job.train.max_grad_norm)
-    if not checks.must_skip(step, total, label_tokens, norm):
-        update(state, step)
+    if not checks.loss.must_skip(step, total, label_tokens, norm):
+        rate = learning_rate(state.job, state.arithmetic, step)
+        set_learning_rate(state.optimizer.param_groups, rate)
+        state.optimizer.step()
+        state.transforms.after_step(state.model)
         state.window[0] += total
         state.window[1] += label_tokens
-        checks.after_step(step, total, norm)
+        checks.loss.note(step, total, norm)
     state.optimizer.zero_grad(set_to_none=True)
     state.meter.end(batch.num_tokens, norm)
     if is_first:
@@ -125,18 +136,12 @@ def train_step(state: TrainState, checks: Checks, step: int) -> None:
 
 
 def exchange(state: TrainState, batch: StepBatch) -> int:
-    """Return the step's label tokens over all workers. Let all ranks know if the run must stop, a
-    process was terminated, or a node is being drained.
-    """
+    """Return the step's label tokens over all workers; exchange the flags that end the run."""
     run, reporter = state.run, state.run.reporter
-    stop = int(run.is_main and reporter.stop_requested())
+    stop = run.is_main and reporter.stop_requested()
     drained = reporter.drained()
-    values = [
-        batch.num_label_tokens,
-        stop,
-        int(reporter.termination_requested()),
-        int(bool(drained)),
-    ]
+    mine = [stop, reporter.termination_requested(), bool(drained)]
+    values = [batch.num_label_tokens, *map(int, mine)]
     tokens, *flags = run.agree_all(values, dist.ReduceOp.SUM)
     state.stop_wanted, state.must_end, draining = (count > 0 for count in flags)
     if draining:
@@ -149,25 +154,14 @@ def exchange(state: TrainState, batch: StepBatch) -> int:
 def forward_backward(
     state: TrainState, step: int, batch: MicroBatch, label_tokens: int
 ) -> torch.Tensor:
-    """Return the micro-batch's summed loss; add its gradients to the parameters'.
-
-    Dropout is seeded by step and micro-batch: a resumed run draws the same, on any number of
-    workers.
-    """
+    """Return the micro-batch's summed loss; add its gradients to the parameters'."""
+    # A resumed run draws the same dropout, on any number of workers.
     torch.manual_seed(hash((state.job.train.seed, step, batch.number)) & 0x7FFFFFFF)
     state.transforms.begin_batch(state.model, step, batch.first, batch.segments)
     loss = state.loss_sum(state.model, batch.inputs, batch.labels)
     # FSDP2 averages gradients over the workers; we need their sum over all label tokens.
     (loss * (state.run.world_size / max(label_tokens, 1))).backward()  # type: ignore[no-untyped-call]
     return loss.detach()
-
-
-def update(state: TrainState, step: int) -> None:
-    """Update the parameters from their gradients."""
-    rate = learning_rate(state.job, state.arithmetic, step)
-    set_learning_rate(state.optimizer.param_groups, rate)
-    state.optimizer.step()
-    state.transforms.after_step(state.model)
 
 
 def log_and_save(state: TrainState, checks: Checks, done: int) -> None:
@@ -187,7 +181,7 @@ def log_and_save(state: TrainState, checks: Checks, done: int) -> None:
     with state.run.heartbeat.paused():
         state.writer.poll()
     if saves or (state.draining and strategy != "no"):
-        checks.require_finite()
+        checks.loss.require_finite()
         with state.meter.paused("checkpoints"):
             save(state, checks, done)
             if state.draining:  # there may be no later step to commit it
@@ -199,7 +193,7 @@ def log_and_save(state: TrainState, checks: Checks, done: int) -> None:
 
 def log(state: TrainState, checks: Checks, done: int) -> None:
     """Write a row of metrics over the steps since the last one."""
-    checks.require_finite()
+    checks.loss.require_finite()
     loss_total, label_tokens = state.window.tolist()
     state.window.zero_()
     lr = learning_rate(state.job, state.arithmetic, done - 1)
@@ -245,7 +239,7 @@ def leave(state: TrainState, checks: Checks, done: int) -> None:
     else:
         state.run.say("saving a checkpoint before the run stops", event="phase")
         if not state.arithmetic.saves_after(done):
-            checks.require_finite()
+            checks.loss.require_finite()
             save(state, checks, done)
         state.writer.close()
         found = f"after step {done}, with a checkpoint"
@@ -259,34 +253,56 @@ def leave(state: TrainState, checks: Checks, done: int) -> None:
 def evaluate_held_out(state: TrainState, rows: Batches, done: int) -> None:
     """Evaluate the held-out rows with every feature on, and write the result."""
     state.transforms.switch(state.model, True)
-    result = held_out_loss(state, rows)
+    result = evaluate(state, rows)
     state.evaluated = (done, result)
     how = state.transforms.evaluated_as()
     state.run.write({"kind": "eval", "step": done, **result, **({"how": how} if how else {})})
 
 
-def held_out_loss(state: TrainState, rows: Batches) -> dict[str, Any]:
-    """Return loss and perplexity on held-out rows with the model as it is."""
+@torch.no_grad()
+def evaluate(state: TrainState, batches: Batches) -> dict[str, Any]:
+    """Return {loss, perplexity, num_label_tokens, seconds} over all rows with the model as it is.
+
+    Ranks without rows left still run the forward pass: FSDP2 gathers on all of them.
+    """
+    model, run = state.model, state.run
+    size = state.job.train.per_device_eval_batch_size
     with state.meter.paused("evaluation"):
-        size = state.job.train.per_device_eval_batch_size
-        return evaluate(state.model, rows, size, state.loss_sum, state.run)
+        start = time.perf_counter()
+        model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=run.device)
+        idle: MicroBatch | None = None
+        for batch in eval_batches(batches, size, run.rank, run.world_size):
+            idle = idle or batches.micro_batch(0, [0])
+            current = (batch or idle).on(run.device)
+            labels = current.labels
+            loss = state.loss_sum(model, current.inputs, labels)
+            if batch is not None:
+                totals[0] += loss.double()
+                totals[1] += (labels != IGNORE).sum()
+        model.train()
+        reshard(model)
+        if run.world_size > 1:
+            dist.all_reduce(totals)
+    loss_total, tokens = totals.tolist()
+    loss = loss_total / max(tokens, 1.0)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "num_label_tokens": int(tokens),
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def evaluate_variants(state: TrainState, done: int, of: str = "") -> None:
-    """Evaluate the variants of the model that transforms compare after `done` steps.
-
-    Args:
-        state: the training.
-        done: optimizer steps.
-        of: whose weights these are, if not this run's.
-    """
+    """Evaluate the variants that transforms compare; `of` names another owner of the weights."""
     if state.held_out is None:
         return
     for transform in state.transforms:
         for name, on in transform.variants(done, state.arithmetic.total_steps, of).items():
             transform.switch(state.model, on)
             known = on and not of and state.evaluated[0] == done
-            result = state.evaluated[1] if known else held_out_loss(state, state.held_out)
+            result = state.evaluated[1] if known else evaluate(state, state.held_out)
             loss, perplexity = result["loss"], result["perplexity"]
             state.run.say(
                 f"{name} after {done} steps: held-out loss {loss:.4f}, perplexity {perplexity:.4g}",

@@ -33,12 +33,12 @@ def open_metrics(job: JobConfig, run: Run, arithmetic: Arithmetic, found: Found 
     """Open metrics.jsonl and the trackers on rank 0, without rows after the step resumed from."""
     if not run.is_main:
         return
-    path = Path(job.output.output_dir) / "metrics.jsonl"
     step = found.progress.step if found is not None else 0
     continues = found is not None or run.restarts > 0
+    path = Path(job.output.output_dir) / "metrics.jsonl"
     file = MetricsFile(path, resume_step=step if continues else None)
     trackers = open_trackers(
-        job, resume_step=step if continues else 0, emit=lambda slug, text: run.say(text, event=slug)
+        job, resume_step=step, emit=lambda slug, text: run.say(text, event=slug)
     )
     run.open_metrics(file, trackers)
     if run.resume and found is None:
@@ -54,14 +54,8 @@ def open_metrics(job: JobConfig, run: Run, arithmetic: Arithmetic, found: Found 
 
 
 class Meter:
-    """Times steps and counts tokens on one rank. Reading the clock waits for the GPU only at
-    logging steps.
-
-    Args:
-        run: this rank's run.
-        model: the model.
-        arithmetic: the run in numbers.
-        attended: mean length, over all tokens, of the sequence that each is in.
+    """Times steps and counts tokens on one rank; waits for the GPU only at logging steps.
+    `attended` is the mean length, over all tokens, of the sequence that each is in.
     """
 
     def __init__(self, run: Run, model: nn.Module, arithmetic: Arithmetic, attended: float) -> None:
@@ -111,9 +105,7 @@ class Meter:
         self.run.heartbeat.step_done()
 
     def first_step_done(self) -> None:
-        """Wait for the first step and report its time, which the steps' time leaves out: with
-        torch_compile it includes compilation.
-        """
+        """Report the first step's time, which the steps' time leaves out: it may compile."""
         self._synchronize()
         now = time.perf_counter()
         seconds = now - self._log_time - self.paused_s
@@ -180,15 +172,13 @@ class Meter:
         return tokens
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Return the share of the GPU's dense bf16 peak that the model's own operations use; None
-        on CPU.
-        """
+        """Return the share of the GPU's dense bf16 peak that the model uses; None on CPU."""
         if self.peak is None:
             return None
         return tokens_per_second * self.flops_per_token / self.peak.value
 
     def peak_memory_gib(self) -> float:
-        """Return the peak of allocated GPU memory so far; on CPU this process's resident memory."""
+        """Return the peak of allocated GPU memory so far; on CPU of resident memory."""
         if self.on_gpu:
             return torch.cuda.max_memory_allocated(self.run.device) / GIB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -15,10 +15,7 @@ from raytrain_adv.run.schedule import Arithmetic
 
 
 def build_optimizer(model: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
-    """Return AdamW over the trainable parameters, without weight decay for biases and norms.
-
-    Source: decoupled weight decay, https://arxiv.org/abs/1711.05101.
-    """
+    """Return AdamW over the trainable parameters, without weight decay for biases and norms."""
     train = job.train
     trainable = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trainable if p.ndim >= 2]
@@ -52,13 +49,11 @@ def set_learning_rate(groups: Iterable[dict[str, object]], value: float) -> None
 
 
 def learning_rate(job: JobConfig, arithmetic: Arithmetic, step: int) -> float:
-    """Return the learning rate of optimizer step `step` (from 0).
-
-    Source: transformers' get_scheduler (optimization.py), shapes and names.
-    """
+    """Return the learning rate of a step (from 0), as transformers' get_scheduler does."""
     train, total, warmup = job.train, arithmetic.total_steps, arithmetic.warmup_steps
     if step < warmup:
-        floor = _warmup_floor(job)
+        # As in transformers, warmup starts above 0 in one schedule.
+        floor = _stable_floor(job) if train.lr_scheduler_type == "warmup_stable_decay" else 0.0
         return train.learning_rate * (floor + (1.0 - floor) * step / warmup)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return train.learning_rate * _factor(job, arithmetic, step, progress)
@@ -74,9 +69,11 @@ def _factor(job: JobConfig, arithmetic: Arithmetic, step: int, progress: float) 
     if kind == "cosine":
         return cosine
     if kind == "cosine_with_min_lr":
-        floor = _floor(job)
+        floor = float(options.get("min_lr_rate", 0.0))
+        if "min_lr" in options:
+            floor = float(options["min_lr"]) / job.train.learning_rate
         return floor + (1.0 - floor) * cosine
-    floor = float(options.get("min_lr_ratio", 0.0))
+    floor = _stable_floor(job)
     num_decay = int(options.get("num_decay_steps", max(1, round(0.1 * arithmetic.total_steps))))
     left = arithmetic.total_steps - step
     if left >= num_decay:
@@ -85,15 +82,5 @@ def _factor(job: JobConfig, arithmetic: Arithmetic, step: int, progress: float) 
     return floor + (1.0 - floor) * decayed
 
 
-def _warmup_floor(job: JobConfig) -> float:
-    """Return the share that warmup starts at: not 0 in one schedule, as in transformers."""
-    if job.train.lr_scheduler_type != "warmup_stable_decay":
-        return 0.0
+def _stable_floor(job: JobConfig) -> float:
     return float(job.train.lr_scheduler_kwargs.get("min_lr_ratio", 0.0))
-
-
-def _floor(job: JobConfig) -> float:
-    options = job.train.lr_scheduler_kwargs
-    if "min_lr" in options:
-        return float(options["min_lr"]) / job.train.learning_rate
-    return float(options.get("min_lr_rate", 0.0))

@@ -17,21 +17,15 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.model.files import check_flash_package, check_folder, check_weights, is_local
 
 TOKENIZER = "tokenizer.json"
-NAMING_TOKENS = (
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+CONFIG = "tokenizer_config.json"
+NAMING_TOKENS = (TOKENIZER, CONFIG, "special_tokens_map.json", "added_tokens.json")
 READ_AT_ONCE = 64 * 2**20
 """Largest .json file (bytes) whose rows are counted here; it is read as a whole."""
 
 
 def check_files(job: JobConfig) -> None:
-    """Refuse a job that the files on this machine make impossible. Files on the Hub are checked
-    when they are fetched, rows when they are tokenized.
-
-    In a sweep a missing file ends only its own trial; this refuses what would end all of them.
+    """Refuse a job, or a sweep whose trials are all so, that the files here make impossible.
+    Files on the Hub are checked when they are fetched, rows when they are tokenized.
 
     Raises:
         JobError: the same as later, when the model or the data is read.
@@ -75,27 +69,24 @@ def _check_template(job: JobConfig) -> None:
 
 
 def _has_chat_template(folder: Path) -> bool:
-    config = folder / "tokenizer_config.json"
+    config = folder / CONFIG
     has_file = any("chat_template" in path.name for path in folder.iterdir())
     return has_file or not config.is_file() or b"chat_template" in config.read_bytes()
 
 
 def _has_token(folder: Path, token: str) -> bool:
-    """Return whether a file of the tokenizer has a token. Files are parsed only if none contains
-    the token as it is usually written.
-    """
-    files = [path for name in NAMING_TOKENS if (path := folder / name).is_file()]
-    if any(token.encode() in path.read_bytes() for path in files):
+    files = [path.read_bytes() for name in NAMING_TOKENS if (path := folder / name).is_file()]
+    if any(token.encode() in file for file in files):  # as it is usually written: no parsing
         return True
     try:
-        return any(_contains(json.loads(path.read_bytes()), token) for path in files)
+        return any(_contains(json.loads(file), token) for file in files)
     except ValueError:  # reported when the tokenizer is loaded
         return True
 
 
 def _contains(value: Any, token: str) -> bool:
     if isinstance(value, dict):
-        return token in value or any(_contains(one, token) for one in value.values())
+        value = [*value, *value.values()]
     if isinstance(value, list):
         return any(_contains(one, token) for one in value)
     return bool(value == token)
@@ -109,10 +100,9 @@ def _check_data(job: JobConfig) -> None:
         for entry in resolve(data.eval_dataset, data, "eval_dataset"):
             _files(entry)
     counts = [_rows_up_to(enough, entry, data.max_samples) for entry in entries]
-    if data.val_size and None not in counts:
-        rows = sum(count for count in counts if count is not None)
-        if rows < enough:
-            num_held_out(rows, data.val_size, "rows")
+    known = [count for count in counts if count is not None]
+    if data.val_size and len(known) == len(counts) and sum(known) < enough:
+        num_held_out(sum(known), data.val_size, "rows")
 
 
 def _enough(val_size: float) -> int:
@@ -125,15 +115,13 @@ def _enough(val_size: float) -> int:
 def _rows_up_to(enough: int, entry: Entry, max_samples: int | None) -> int | None:
     """Return how many rows a dataset has, counted up to `enough`; None if that takes long."""
     files = _files(entry)
-    if not files or any(
-        f.suffix.lower() == ".json" and f.stat().st_size > READ_AT_ONCE for f in files
-    ):
+    whole = [f for f in files if f.suffix.lower() == ".json"]
+    if not files or any(f.stat().st_size > READ_AT_ONCE for f in whole):
         return None
-    if entry.num_samples is not None:
-        rows = entry.num_samples
-    else:
+    rows = entry.num_samples
+    if rows is None:
         rows = sum(1 for _ in islice(read_files(files), enough))
-    return min(rows, rows if max_samples is None else max_samples)
+    return rows if max_samples is None else min(rows, max_samples)
 
 
 def _files(entry: Entry) -> list[Path]:

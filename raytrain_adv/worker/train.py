@@ -1,6 +1,4 @@
-"""One worker's run, in order: hardware, data, model, transforms, sharding, weights, optimizer,
-steps, export.
-"""
+"""One worker's run in order, from the hardware to the export."""
 
 from __future__ import annotations
 
@@ -103,7 +101,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         for step in range(state.first_step, arithmetic.total_steps):
             train_step(state, checks, step)
             log_and_save(state, checks, step + 1)
-    checks.profiles.report_unproven()
+    checks.report_unproven()
 
     samples = sample_answers(state, tokenizer, prepared)
     optimizer.state.clear()  # makes room for a converted model next to the trained one
@@ -121,7 +119,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         "batch": asdict(arithmetic),
         "resumed_from_step": progress.step if progress is not None else None,
         "transforms": plans,
-        "proof": checks.profiles.found,
+        "proof": checks.proof,
         "data": prepared.stats,
         "samples": samples,
         **exported.figures(),

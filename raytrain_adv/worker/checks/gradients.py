@@ -1,8 +1,6 @@
-"""Gradients: the check after the first backward pass, clipping, and the check for NaN."""
+"""Gradients: the check after the first backward pass, and clipping."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -15,27 +13,29 @@ from raytrain_adv.run.run import Run
 
 USABLE, BROKEN, MISSING = 0, 1, 2
 NAMED = 8
-"""Parameters named in the message, of each kind."""
+"""Parameters named in a message, of each kind."""
+
+
+def on_any_rank(run: Run, values: torch.Tensor) -> list[int]:
+    """Return the largest of each value (on the CPU) over all ranks."""
+    if run.world_size > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=run.cpu_group)
+    found: list[int] = values.tolist()
+    return found
 
 
 def require_all_gradients(model: nn.Module, run: Run, remedies: tuple[str, ...] = ()) -> None:
-    """Check after the first backward pass that every trainable parameter has a finite gradient.
-
-    Args:
-        model: the model.
-        run: this rank's run.
-        remedies: what the job's features suggest if gradients are not finite.
+    """Check after the first backward pass that every trainable parameter has a finite gradient;
+    `remedies` are what the job's features suggest if one is not finite.
 
     Raises:
         TrainingError: on all ranks, naming the parameters without one on any rank; something cut
             the graph or overflowed.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    states = torch.tensor([_state(p) for _, p in trained], dtype=torch.int64)
-    if run.world_size > 1:
-        dist.all_reduce(states, op=dist.ReduceOp.MAX, group=run.cpu_group)
+    states = on_any_rank(run, torch.tensor([_state(p) for _, p in trained], dtype=torch.int64))
     missing, broken = (
-        [name for (name, _), state in zip(trained, states.tolist(), strict=True) if state == kind]
+        [name for (name, _), state in zip(trained, states, strict=True) if state == kind]
         for kind in (MISSING, BROKEN)
     )
     if not missing and not broken:
@@ -43,16 +43,14 @@ def require_all_gradients(model: nn.Module, run: Run, remedies: tuple[str, ...] 
     lines = [f"no gradient: {name}" for name in missing[:NAMED]]
     lines += [f"not finite: {name}" for name in broken[:NAMED]]
     counts = f"{len(missing)} without and {len(broken)} with a gradient that is not finite"
+    fix = (
+        "freeze these modules, or switch off what replaced their forward pass; for values that are "
+        "not finite lower learning_rate or use bf16: true"
+    )
     raise TrainingError(
         "After the first backward pass, trainable parameters have no usable gradient",
         "\n".join([*lines, f"({counts}, of {len(trained)}, over all ranks)"]),
-        "\n".join(
-            [
-                *(remedies if broken else ()),
-                "freeze these modules, or switch off what replaced their forward pass; for values "
-                "that are not finite lower learning_rate or use bf16: true",
-            ]
-        ),
+        "\n".join([*(remedies if broken else ()), fix]),
     )
 
 
@@ -65,9 +63,8 @@ def _state(parameter: nn.Parameter) -> int:
 
 
 def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
-    """Scale all gradients, at the latest in the coming step, so that their global norm is at most
-    max_norm (0: do not). Return the norm before, a scalar on the device: reading it waits for the
-    GPU.
+    """Scale all gradients, at the latest in the coming step, to a global norm of at most max_norm
+    (0: do not). Return the norm before, a scalar on the device.
     """
     gradients = [
         p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
@@ -83,47 +80,3 @@ def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
     else:
         torch._foreach_mul_([local_part(g) for g in gradients], factor)
     return norm
-
-
-class FiniteWatch:
-    """Remembers, on the device, the first step whose loss or gradient norm was not finite.
-
-    Args:
-        device: that of training.
-        remedies: returns what the job's features suggest for an optimizer step.
-        keep: writes the batch of an optimizer step to disk; returns where, as a sentence.
-    """
-
-    NEVER = 2**62
-
-    def __init__(
-        self,
-        device: torch.device,
-        remedies: Callable[[int], tuple[str, ...]],
-        keep: Callable[[int], str],
-    ) -> None:
-        self.remedies, self.keep = remedies, keep
-        self.first_bad = torch.full((), self.NEVER, dtype=torch.int64, device=device)
-
-    def add(self, step: int, *values: torch.Tensor) -> None:
-        """Take a step's values without waiting for them."""
-        finite = torch.stack([torch.isfinite(v) for v in values]).all()
-        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
-
-    def check(self) -> None:
-        """Check that all values so far were finite.
-
-        Raises:
-            TrainingError: naming the first step with one that was not.
-        """
-        step = int(self.first_bad.item())
-        if step != self.NEVER:
-            fix = (
-                "lower learning_rate, add warmup_ratio, check the rows of that step, or set "
-                "on_bad_loss: skip; the last checkpoint is intact (resume_from_checkpoint: true)"
-            )
-            raise TrainingError(
-                "The loss or the gradient norm is not finite",
-                f"first at optimizer step {step + 1}; {self.keep(step)}",
-                "\n".join([*self.remedies(step), fix]),
-            )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -30,18 +29,12 @@ IN_A_ROW = 10
 """Bad steps in a row that end the run: it learns nothing any more."""
 MOST_KEPT = 20
 """Most batches kept per run; each may have thousands of tokens."""
+NEVER = 2**62
+LOWER = "inspect the batch; lower learning_rate, add warmup_ratio"
 
 
 class LossGuard:
-    """Judges each step by its loss and gradient norm, which are the same on all ranks.
-
-    Args:
-        job: it has on_bad_loss and bad_loss_factor.
-        run: this rank's run.
-        batches: the training batches; the bad ones are written to disk.
-        remedies: returns what the job's features suggest for an optimizer step.
-        progress: of the checkpoint that the run resumes from.
-    """
+    """Judges each step by its loss and gradient norm, the same on all ranks; keeps bad batches."""
 
     def __init__(
         self,
@@ -62,6 +55,28 @@ class LossGuard:
         """Losses per label token of the last good steps."""
         self.num_skipped = progress.num_skipped if progress is not None else 0
         self.in_a_row = progress.skipped_in_a_row if progress is not None else 0
+        self.first_bad = torch.full((), NEVER, dtype=torch.int64, device=run.device)
+        """On the device, the first step whose loss or gradient norm was not finite."""
+
+    def note(self, step: int, *values: torch.Tensor) -> None:
+        """Note whether a step's loss and gradient norm are finite, without waiting for the GPU."""
+        finite = torch.stack([torch.isfinite(v) for v in values]).all()
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
+
+    def require_finite(self) -> None:
+        """Check that all values noted so far were finite.
+
+        Raises:
+            TrainingError: naming the first step with one that was not.
+        """
+        step = int(self.first_bad.item())
+        if step != NEVER:
+            raise self._stop(
+                "The loss or the gradient norm is not finite",
+                step,
+                f"first at optimizer step {step + 1}; {self.keep(step)}",
+                "lower learning_rate, add warmup_ratio, check the rows of that step",
+            )
 
     def must_skip(
         self, step: int, total: torch.Tensor, label_tokens: int, norm: torch.Tensor
@@ -81,12 +96,14 @@ class LossGuard:
             return False
         kept = self.keep(step)
         if not self.skips:
-            raise self._stop("The loss or the gradient norm is bad", step, f"{wrong}; {kept}")
+            what, found = "The loss or the gradient norm is bad", f"{wrong}; {kept}"
+            raise self._stop(what, step, f"optimizer step {step + 1}: {found}")
         self.num_skipped += 1
         self.in_a_row += 1
         if self.in_a_row == IN_A_ROW:
             what = f"{IN_A_ROW} updates in a row had a bad loss and were skipped"
-            raise self._stop(what, step, f"the last: {wrong}; {kept}")
+            found = f"the last: {wrong}; {kept}"
+            raise self._stop(what, step, f"optimizer step {step + 1}: {found}")
         self.run.fault(f"step {step + 1}: {wrong}; its update was skipped; {kept}", step=step + 1)
         return True
 
@@ -104,13 +121,12 @@ class LossGuard:
             f"{len(self.recent)} before it, {usual:.6g}"
         )
 
-    def _stop(self, what: str, step: int, found: str) -> TrainingError:
+    def _stop(self, what: str, step: int, found: str, lower: str = LOWER) -> TrainingError:
         fix = (
-            "inspect the batch; lower learning_rate, add warmup_ratio, or set on_bad_loss: skip; "
-            "the last checkpoint is intact (resume_from_checkpoint: true)"
+            f"{lower}, or set on_bad_loss: skip; the last checkpoint is intact "
+            "(resume_from_checkpoint: true)"
         )
-        fixes = "\n".join([*self.remedies(step), fix])
-        return TrainingError(what, f"optimizer step {step + 1}: {found}", fixes)
+        return TrainingError(what, found, "\n".join([*self.remedies(step), fix]))
 
     def keep(self, step: int) -> str:
         """Write the sequences of a step, of all workers, on rank 0; return where, as a sentence."""
@@ -131,19 +147,18 @@ class LossGuard:
     def _batch(self, step: int) -> dict[str, Any]:
         tokenizer = load_tokenizer(self.job)
         per_rank = self.batches.arithmetic.global_batch // self.run.world_size
-        sequences = []
-        for place, index in enumerate(self.batches.indices(step)):
-            sequence = self.batches.data[int(index)]
-            ids = sequence.input_ids.tolist()
-            sequences.append(
-                {
-                    "sequence": int(index),
-                    "rank": place // per_rank,
-                    "text": str(tokenizer.decode(ids)),
-                    "input_ids": ids,
-                    "labels": sequence.labels.tolist(),
-                }
-            )
+        indices = [int(index) for index in self.batches.indices(step)]
+        sequences = [
+            {
+                "sequence": index,
+                "rank": place // per_rank,
+                "text": str(tokenizer.decode(sequence.input_ids.tolist())),
+                "input_ids": sequence.input_ids.tolist(),
+                "labels": sequence.labels.tolist(),
+            }
+            for place, index in enumerate(indices)
+            for sequence in [self.batches.data[index]]
+        ]
         return {"step": step + 1, "sequences": sequences}
 
 
@@ -156,34 +171,21 @@ ERRORS = 4.0
 exceed three by noise alone."""
 
 
-@dataclass(eq=False)
-class _Losses:
-    """The losses that one feature is judged by; their number does not grow with the run."""
-
-    before: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    """The last ones without it; if there are none, the first ones with it."""
-    since: list[float] = field(default_factory=list)
-    """The window with it that is being filled."""
-
-
 class LossRise:
-    """Compares the mean loss since a feature began with that before.
-
-    Args:
-        transforms: the job's features; one that is on from the first step is compared with its
-            first losses.
-        say: reports a sentence to the user.
-    """
+    """Compares the mean loss since a feature began with that before, or its first losses."""
 
     def __init__(self, transforms: Iterable[Transform], say: Callable[[str], None]) -> None:
-        self.watched = [(transform, _Losses()) for transform in transforms]
+        # The last losses without a feature (or the first with it), and the window with it.
+        empty: deque[float] = deque(maxlen=WINDOW)
+        self.watched: list[tuple[Transform, deque[float], list[float]]] = [
+            (transform, empty.copy(), []) for transform in transforms
+        ]
         self.say = say
 
     def add(self, done: int, loss: float) -> None:
         """Take the loss logged after `done` steps; report a rise once for each feature."""
         for entry in list(self.watched):
-            transform, losses = entry
-            before, since = losses.before, losses.since
+            transform, before, since = entry
             is_first = transform.is_on(0) and len(before) < WINDOW
             if not transform.is_on(done - 1) or is_first:
                 before.append(loss)

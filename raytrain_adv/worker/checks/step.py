@@ -1,37 +1,38 @@
-"""All checks of a training step."""
+"""All checks of a training step: its weights, gradients, loss, and by a profile its operators."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from raytrain_adv.checkpoint.folders import Progress
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.loader import Batches
+from raytrain_adv.dtensor import local_part, reshard
+from raytrain_adv.errors import TrainingError
 from raytrain_adv.run.run import Run
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.transform import Plan
-from raytrain_adv.worker.checks.gradients import FiniteWatch, require_all_gradients
+from raytrain_adv.transforms.transform import Plan, Transform
+from raytrain_adv.worker.checks.gradients import NAMED, on_any_rank, require_all_gradients
 from raytrain_adv.worker.checks.loss_guard import LossGuard, LossRise
-from raytrain_adv.worker.checks.profile import ProfileCheck
-from raytrain_adv.worker.checks.weights import bits_of, require_kept
+
+MOST_KERNELS = 6
+"""GPU kernels listed in the report, the longest-running ones."""
+CHUNK = 1 << 24
+"""Weights summed at once; on a CPU they are converted first."""
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Checks:
-    """Checks that each step computes what the job enables, and that its loss is sound.
-
-    Args:
-        job: the resolved job.
-        run: this rank's run.
-        model: the model.
-        transforms: the job's transforms.
-        plans: what each transform changed.
-        batches: the training batches.
-        progress: of the checkpoint that the run resumes from.
-    """
+    """Checks that each step (from 0) computes what the job enables, and that its loss is sound."""
 
     def __init__(
         self,
@@ -46,10 +47,13 @@ class Checks:
         self.run = run
         self.model = model
         self.transforms = transforms
+        self.plans = plans
         self.loss = LossGuard(job, run, batches, transforms.remedies, progress)
-        self.finite = FiniteWatch(run.device, transforms.remedies, self.loss.keep)
         self.rise = LossRise(transforms, run.say)
-        self.profiles = ProfileCheck(run, transforms, plans)
+        self.unproven = [t for t in transforms if t.proven_by]
+        """Features that no profiled pass ran yet."""
+        self.proof: dict[str, dict[str, Any]] = {}
+        """Transform -> operator, how often it ran in the pass, and the GPU kernels it launched."""
         self.gradients_seen = False
         """Whether every trainable parameter is known to get a gradient."""
         self.is_first = True
@@ -57,12 +61,7 @@ class Checks:
         """Fingerprint of the weights before the forward pass, in the steps that compare it."""
 
     def before_step(self, step: int, is_first: bool) -> None:
-        """Report which transforms switch on or off in optimizer step `step` (from 0).
-
-        Args:
-            step: the step.
-            is_first: whether it is the first of this attempt.
-        """
+        """Report which transforms switch on or off in a step, perhaps the first of this attempt."""
         switched = self.transforms.switched_at(step)
         for sentence in switched:
             self.run.say(sentence, event="switch")
@@ -71,9 +70,56 @@ class Checks:
         self.weights = bits_of(self.model) if is_first or switched else None
 
     def profile(self, step: int) -> AbstractContextManager[None]:
-        """Profile the forward and backward pass inside, if some transform needs it."""
-        # Not in the first step, or compilation would be in the profile.
-        return nullcontext() if self.is_first else self.profiles.watch(step)
+        """Profile the forward and backward pass inside for features that are on and not yet proven.
+
+        Raises:
+            TrainingError: on all ranks, when an operator ran less often than modules were changed.
+        """
+        # Not in the first step of a feature or an attempt: the profile would contain compilation.
+        due = [t for t in self.unproven if t.is_on(step) and t.is_on(step - 1)]
+        return nullcontext() if self.is_first or not due else self._profiled(due)
+
+    @contextmanager
+    def _profiled(self, due: list[Transform]) -> Iterator[None]:
+        on_gpu = self.run.device.type == "cuda"
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        with profile(activities=activities, acc_events=True) as seen:
+            yield
+            if on_gpu:
+                torch.cuda.synchronize(self.run.device)
+        for transform in due:
+            self._compare(transform, seen)
+            self.unproven.remove(transform)
+
+    def _compare(self, transform: Transform, seen: profile) -> None:
+        events = seen.events()  # type: ignore[no-untyped-call] # torch.profiler has no types here
+        calls = [e for e in events or () if e.name == transform.proven_by]
+        kernels: Counter[str] = Counter()
+        for kernel in (kernel for call in calls for kernel in call.kernels):
+            kernels[kernel.name] += kernel.duration
+        planned = len(self.plans[transform.name].changes)
+        self.proof[transform.name] = {
+            "operator": transform.proven_by,
+            "calls": len(calls),
+            "modules": planned,
+            "gpu_kernels": [name for name, _ in kernels.most_common(MOST_KERNELS)],
+        }
+        if self.run.agree(len(calls), dist.ReduceOp.MIN) < planned:
+            raise TrainingError(
+                f"{transform.name} was applied to the model but never executed",
+                f"{transform.proven_by} ran {len(calls)} times in a training step on rank "
+                f"{self.run.rank}, for {planned} modules",
+                "something else computes these modules: switch off use_kernels, "
+                "use_liger_kernel or flash_attn one by one, or report it with this job",
+            )
+
+    def report_unproven(self) -> None:
+        """Report the features that no step was profiled with, as the run was too short."""
+        for transform in self.unproven:
+            self.run.say(
+                f"{transform.name}: no step followed the first one with it, so none was profiled "
+                f"for {transform.proven_by}; its modules are those that were planned"
+            )
 
     def after_backward(self) -> None:
         """Check that forward and backward passes left the weights unchanged.
@@ -85,11 +131,8 @@ class Checks:
             require_kept(self.model, self.weights, self.run)
 
     def before_clip(self, step: int, total: torch.Tensor) -> None:
-        """Check once that every trainable parameter has a finite gradient.
-
-        Args:
-            step: optimizer step, from 0.
-            total: its summed loss; a bad one that will be skipped proves nothing.
+        """Check once that every trainable parameter has a finite gradient. A bad `total` loss that
+        will be skipped proves nothing.
 
         Raises:
             TrainingError: on all ranks, naming the parameters without.
@@ -98,24 +141,42 @@ class Checks:
             require_all_gradients(self.model, self.run, self.transforms.remedies(step))
             self.gradients_seen = True
 
-    def must_skip(
-        self, step: int, total: torch.Tensor, label_tokens: int, norm: torch.Tensor
-    ) -> bool:
-        """Return whether the step's update must be skipped because its loss is bad.
 
-        Raises:
-            TrainingError: if a bad step ends the run.
-        """
-        return self.loss.must_skip(step, total, label_tokens, norm)
+@torch.no_grad()
+def bits_of(model: nn.Module) -> torch.Tensor:
+    """Return the sum of each parameter's bits on this rank (FSDP2's shards), read as integers:
+    int64, on the CPU, in the order of named_parameters.
+    """
+    reshard(model)
+    sums = [_bits(p).cpu() for p in model.parameters()]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
 
-    def after_step(self, step: int, total: torch.Tensor, norm: torch.Tensor) -> None:
-        """Note whether loss and gradient norm are finite, without waiting for the GPU."""
-        self.finite.add(step, total, norm)
 
-    def require_finite(self) -> None:
-        """Check that all steps so far had a finite loss and gradient norm.
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    local: Any = local_part(tensor).detach()  # mypy would know no __tensor_flatten__ on a Tensor
+    if is_traceable_wrapper_subclass(local):
+        names, _ = local.__tensor_flatten__()
+        return torch.stack([_bits(getattr(local, name)) for name in names]).sum()
+    numbers = local.contiguous().view(-1).view(INTEGERS[local.itemsize])
+    total = torch.zeros((), dtype=torch.int64, device=local.device)
+    for chunk in numbers.split(CHUNK):
+        total += chunk.sum(dtype=torch.int64)
+    return total
 
-        Raises:
-            TrainingError: naming the first that had not.
-        """
-        self.finite.check()
+
+def require_kept(model: nn.Module, before: torch.Tensor, run: Run) -> None:
+    """Compare the weights with `before`, which bits_of returned before the forward pass.
+
+    Raises:
+        TrainingError: on all ranks, naming the parameters that changed on any.
+    """
+    changed = on_any_rank(run, (bits_of(model) != before).to(torch.int64))
+    wrong = [n for (n, _), one in zip(model.named_parameters(), changed, strict=True) if one]
+    if wrong:
+        counts = f"({len(wrong)} of {len(changed)} parameters, over all ranks)"
+        raise TrainingError(
+            "A forward and backward pass changed weights, which the optimizer alone may do",
+            "\n".join([*wrong[:NAMED], counts]),
+            "something overwrites them: set torch_compile: false, or switch off use_kernels "
+            "and use_liger_kernel one by one; then report it with this job",
+        )

@@ -1,7 +1,5 @@
-"""Try flash attention before training: compare its values and gradients with attention's
-definition, in each form that the model's layers use.
-
-A kernel that leaves out the causal mask, or halves a gradient, trains without an error.
+"""Compare flash attention with its definition before training, in each form that layers use: a
+kernel that leaves out the causal mask, or halves a gradient, trains without an error.
 """
 
 from __future__ import annotations
@@ -28,10 +26,9 @@ from raytrain_adv.trial.compare import (
 )
 
 SEGMENTS = ((100, 500), (17, 500, 83))
-"""Tokens of the conversations in each sequence of the trial, more than the blocks that kernels cut
-them into."""
+"""Tokens of the conversations in each sequence of the trial, more than the blocks of kernels."""
 WINDOW = 24
-"""Tokens that one attends to in the trial if layers have a window; shorter than SEGMENTS."""
+"""Tokens that one attends to in the trial if layers have a window."""
 VALUES = "the values"
 GRADIENTS = tuple(f"the gradient of {x}" for x in ("queries", "keys", "values"))
 
@@ -43,15 +40,12 @@ class Form:
     heads: int
     key_heads: int
     features: int
-    """Of each head."""
     scaling: float
     has_window: bool
     softcap: float | None
     """Largest magnitude of a score; None for no bound."""
     value_features: int
-    """Of each head of values."""
     dropout: float
-    """Share of the weights that is dropped in training."""
 
     def __str__(self) -> str:
         window = ", a sliding window" if self.has_window else ""
@@ -65,16 +59,15 @@ class Form:
 
 
 def forms(model: PreTrainedModel) -> tuple[dict[Form, str], list[str]]:
-    """Return the forms of attention in a model, each with a module that has it, and the attention
-    classes whose form is unknown.
-    """
+    """Return a module for each form of attention in a model, and the classes of unknown form."""
     found: dict[Form, str] = {}
     unknown: set[str] = set()
     for fqn, module in model.named_modules():
         own: dict[str, Any] = vars(module)
         features = own.get("qk_head_dim", own.get("head_dim"))
         if features is None or not {"config", "scaling"} <= own.keys():
-            if _is_innermost_attention(module):
+            parts = (p for p in module.modules() if "attention" in type(p).__name__.lower())
+            if [*parts] == [module]:  # the innermost attention
                 unknown.add(type(module).__name__)
             continue
         config = own["config"]
@@ -94,22 +87,11 @@ def forms(model: PreTrainedModel) -> tuple[dict[Form, str], list[str]]:
     return found, sorted(unknown)
 
 
-def _is_innermost_attention(module: nn.Module) -> bool:
-    named = [part for part in module.modules() if "attention" in type(part).__name__.lower()]
-    return named == [module]
-
-
 def try_attention(
     job: JobConfig, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """Compare the model's flash attention with attention's definition; return the result as a
-    sentence, empty for PyTorch's own attention.
-
-    Args:
-        job: the resolved job.
-        model: it may be on the meta device.
-        device: where this worker computes.
-        dtype: of queries, keys and values.
+    """Compare the attention of a model, perhaps on the meta device, with attention's definition;
+    return the result as a sentence, empty for PyTorch's own attention.
 
     Raises:
         JobError: when it computes something else, or has no gradient.
@@ -177,7 +159,11 @@ def _try(job: JobConfig, model: PreTrainedModel, fqn: str, case: _Case) -> dict[
     allowed = allowed_errors(noise, case.dtype)
     if wrong := differences(errors, allowed):
         if not errors[VALUES] <= allowed[VALUES]:
-            wrong += _what_it_leaves_out(case, found[VALUES], allowed[VALUES])
+            for part, text in LEFT_OUT.items():
+                other = case.define(case.inputs(), without=part)[VALUES]
+                if relative_error(found[VALUES], other) <= allowed[VALUES]:
+                    wrong.append(f"its values are those where {text}")
+                    break
         raise JobError(wrong_attention, "\n".join([f"{where}:", *wrong]), fix)
     return errors
 
@@ -192,16 +178,6 @@ LEFT_OUT = {
     "softcap": "scores are not capped",
     "bounds": "packed conversations see each other",
 }
-
-
-def _what_it_leaves_out(case: _Case, value: torch.Tensor | None, allowed: float) -> list[str]:
-    """Return what the kernel seems to leave out, if its values reveal it."""
-    inputs = case.inputs()
-    for name, text in LEFT_OUT.items():
-        other = case.define(inputs, without=name)
-        if relative_error(value, other[VALUES]) <= allowed:
-            return [f"its values are those where {text}"]
-    return []
 
 
 @dataclass(frozen=True)
@@ -236,8 +212,8 @@ class _Case:
         1, or near enough to their cap to feel it; with noise, they are rounded once more.
         """
         form = self.form
-        sizes = [(form.heads, form.features), (form.key_heads, form.features)]
-        sizes.append((form.key_heads, form.value_features))
+        keys, values = (form.key_heads, form.features), (form.key_heads, form.value_features)
+        sizes = [(form.heads, form.features), keys, values]
         inputs = [self._random(2 + n, self._shape(*size)) for n, size in enumerate(sizes)]
         reach = 1.0 if form.softcap is None else form.softcap / 4
         inputs[0] = inputs[0] * (reach / (form.scaling * math.sqrt(form.features)))
@@ -258,9 +234,8 @@ class _Case:
         if self.packed:
             positions = [[p for n in lengths for p in range(n)] for lengths in SEGMENTS]
             starts = bounds(torch.tensor(positions)).to(self.device)
-            longest = len(positions[0])
-            options |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
-            options |= {"max_length_q": longest, "max_length_k": longest}
+            options |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts)
+            options |= dict.fromkeys(("max_length_q", "max_length_k"), len(positions[0]))
         return options
 
     def run(self, compute: Any, module: nn.Module) -> dict[str, torch.Tensor | None]:
@@ -290,9 +265,7 @@ class _Case:
         return {VALUES: value.detach(), **dict(zip(GRADIENTS, gradients, strict=True))}
 
     def define(self, inputs: list[torch.Tensor], without: str = "") -> dict[str, torch.Tensor]:
-        """Return attention's values and gradients by its definition, computed in float32, without
-        one of LEFT_OUT.
-        """
+        """Return values and gradients by definition, in float32, `without` one of LEFT_OUT."""
         form = self.form
         exact = [x.detach().float().requires_grad_() for x in inputs]
         q, k, v = exact

@@ -1,10 +1,10 @@
-"""Try the loss in the head before training: compare it with the loss of plain logits."""
+"""Compare the loss in the head with the loss of plain logits before training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.trial.compare import relative_errors
 
 NUM_TOKENS = 64
-"""Tokens of the trial: enough for products in 8 bits, and a fraction of a step."""
+"""Tokens of the trial, enough for products in 8 bits."""
 LOSS = "loss"
 ALLOWED = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 5e-2)}
 """Dtype -> largest relative error of loss and gradients: some roundings of that dtype."""
@@ -43,9 +43,8 @@ def check_loss(
 ) -> dict[str, Plan]:
     """Compare loss and gradients of the head on a few tokens; return the plans with the result.
 
-    Every rank calls this once weights are loaded. Gradients are cleared afterward. If loss_kernel:
-    auto chose the kernel and it is wrong for this model or device, torch's loss is used instead,
-    and the plan contains why.
+    Every rank calls this once weights are loaded; gradients are cleared. If loss_kernel: auto chose
+    a kernel that is wrong here, torch's loss is used instead, and the plan contains why.
 
     Raises:
         TrainingError: on all ranks, if they differ by more than rounding, or the kernel does not
@@ -55,22 +54,23 @@ def check_loss(
         return dict(plans)
     # transformers leaves this method without types.
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    loss = loss_of(head)
-    assert loss is not None  # takes_labels: both are installed together
-    failure = _try_kernel(loss, run.device, compute_dtype(job))
+    own = loss_of(head)
+    assert own is not None  # takes_labels: both are installed together
+    failure = _try_kernel(own, run.device, compute_dtype(job))
     if run.agree(int(bool(failure)), dist.ReduceOp.MAX):
         refusal = TrainingError(
-            f"The loss of {loss.kernel} does not run here",
+            f"The loss of {own.kernel} does not run here",
             failure or "it fails on another rank; see its error",
             "install what is missing, or set loss_kernel: torch",
         )
         return _fall_back(job, model, head, run, plans, refusal)
     with run.phase("check the loss"), _eager_eval(model):
-        plain = _run(model, head, run, in_head=False)
-        ours = _run(model, head, run, in_head=True)
-    halved = plain.input_dtype in (torch.bfloat16, torch.float16)
+        plain, input_dtype = _run(model, head, run, in_head=False)
+        ours, _ = _run(model, head, run, in_head=True)
+    loss, plain_loss = ours[LOSS].item(), plain[LOSS].item()
+    halved = input_dtype in (torch.bfloat16, torch.float16)
     loss_allowed, gradient_allowed = ALLOWED[torch.bfloat16 if halved else torch.float32]
-    errors = relative_errors(ours.results, plain.results)
+    errors = relative_errors(ours, plain)
     wrong = [
         f"{name}: {error:.2%} apart"
         for name, error in errors.items()
@@ -79,8 +79,8 @@ def check_loss(
     if run.agree(int(bool(wrong)), dist.ReduceOp.MAX):
         found = "\n".join(wrong or ["on another rank; see its error"])
         refusal = TrainingError(
-            f"The loss of {loss.kernel} differs from the model's own",
-            f"{found}\n(loss {ours.loss:.5f} in the head, {plain.loss:.5f} of its logits, on "
+            f"The loss of {own.kernel} differs from the model's own",
+            f"{found}\n(loss {loss:.5f} in the head, {plain_loss:.5f} of its logits, on "
             f"{NUM_TOKENS} tokens, rank {run.rank})",
             "set loss_kernel: torch; a model that changes its logits after the head by an unknown "
             "key needs it",
@@ -88,8 +88,8 @@ def check_loss(
         return _fall_back(job, model, head, run, plans, refusal)
     worst = max(error for name, error in errors.items() if name != LOSS)
     sentence = (
-        f"checked on {NUM_TOKENS} tokens before training: loss {ours.loss / NUM_TOKENS:.5f}, "
-        f"{plain.loss / NUM_TOKENS:.5f} of plain logits; gradients of the head and its input "
+        f"checked on {NUM_TOKENS} tokens before training: loss {loss / NUM_TOKENS:.5f}, "
+        f"{plain_loss / NUM_TOKENS:.5f} of plain logits; gradients of the head and its input "
         f"{worst:.2%} apart, {gradient_allowed:.1%} allowed"
     )
     run.say(sentence)
@@ -98,9 +98,7 @@ def check_loss(
 
 
 def _try_kernel(loss: HeadLoss, device: torch.device, dtype: torch.dtype) -> str:
-    """Return why the chunked loss does not run on this device; empty if it does. Each rank tries it
-    outside the model, where the others would wait for one that fails.
-    """
+    """Return why the chunked loss does not run here, outside the model; empty if it does."""
     if loss.kernel != "chunked":
         return ""
     hidden, weight = (torch.zeros(n, 16, device=device, dtype=dtype) for n in (16, 32))
@@ -142,16 +140,12 @@ def _eager_eval(model: nn.Module) -> Iterator[None]:
     model.zero_grad(set_to_none=True)
 
 
-@dataclass(frozen=True)
-class _Pass:
-    loss: float
-    results: dict[str, torch.Tensor]
-    """The loss, and this rank's part of the gradients of the head's input and parameters."""
-    input_dtype: torch.dtype
-
-
-def _run(model: PreTrainedModel, head: nn.Module, run: Run, in_head: bool) -> _Pass:
-    """Run one forward and backward pass and collect the head's gradients."""
+def _run(
+    model: PreTrainedModel, head: nn.Module, run: Run, in_head: bool
+) -> tuple[dict[str, torch.Tensor], torch.dtype]:
+    """Run one pass; return the loss with this rank's part of the gradients of the head's input and
+    parameters, and the input's dtype.
+    """
     inputs, labels = _tokens(model, run.device)
     seen: list[torch.Tensor] = []
 
@@ -176,7 +170,7 @@ def _run(model: PreTrainedModel, head: nn.Module, run: Run, in_head: bool) -> _P
     }
     if seen[0].grad is not None:
         results["gradient of its input"] = seen[0].grad
-    return _Pass(loss.item(), results, seen[0].dtype)
+    return results, seen[0].dtype
 
 
 def _tokens(

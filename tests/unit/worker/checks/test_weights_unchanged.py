@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.ops.float8.all_gather import GatheredInFloat8, Scale
-from raytrain_adv.worker.checks.weights import bits_of, require_kept
+from raytrain_adv.worker.checks.step import bits_of, require_kept
 from tests.ranks import run_ranks
 from tests.unit.worker.checks.test_gradients import run_on
 
