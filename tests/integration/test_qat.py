@@ -44,7 +44,7 @@ def test_rounding_begins_with_step_n_by_its_numbers(job_file, tmp_path):
     assert losses(tmp_path / "now")[1] != expected[1]
     for name, first in (("delayed", 4), ("now", 1)):
         (said,) = events(tmp_path / name, "switch")
-        assert said["message"] == f"fake quantization is on from step {first}"
+        assert said["message"] == f"QAT is on from step {first}"
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=2e-2)
 
 
