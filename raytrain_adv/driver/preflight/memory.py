@@ -35,10 +35,11 @@ def _check_gpus(job: JobConfig, plan: RunPlan, found: Preflight) -> list[str]:
         if job.ray.force:
             return [f"{text} on {have:.1f} GiB; started because of force: true"]
         advice = [a.sentence() for of_gpu in plan.advice.values() for a in of_gpu]
+        fixes = ["set one of:", *advice] if advice else []
         raise ClusterError(
             "The job will not fit its GPUs",
             f"{text}\n{facts.describe()}; {RESERVE:.0%} of it is left to CUDA and fragmentation",
-            "\n".join([*["set one of:"][: len(advice)], *advice, "or force: true to start anyway"]),
+            "\n".join([*fixes, "or force: true to start anyway"]),
         )
     return [
         f"node {v.node.address}: {gpu.free_bytes / GIB:.1f} GiB are free of "
