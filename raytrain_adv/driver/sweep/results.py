@@ -97,7 +97,8 @@ class Results:
 
     def finish(self) -> None:
         """Compare the trials; write the best one's job."""
-        best, update = self.best, {}
+        best = self.best
+        update: dict[str, Any] = {}
         if best is not None:
             path = Path(self._job.output.output_dir) / BEST_JOB
             write_text(self._best_job(best), path)
