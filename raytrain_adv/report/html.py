@@ -60,11 +60,8 @@ def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = T
         or (report.error and Failure(kind="", what=report.error, exit_code=3)),
         figures=_figures(report, on_cpu),
         drawings=plot.draw(charts.plots(report, rows)) if plots else [],
-        variants=variants.table_rows(report),
-        variant_heads=variants.HEADS,
-        variant_notes=[variants.sentence(report), report.comparison],
+        variants=variants,
         baseline=_baseline(report),
-        data=report.data,
         set_lines=_set_lines,
         more_data=[
             (key.replace("_", " "), value)

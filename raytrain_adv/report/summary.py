@@ -1,8 +1,8 @@
 """The closing lines of a run on the console."""
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill, indent, wrap
 
 from rich.table import Table
 from rich.text import Text
@@ -20,8 +20,8 @@ UNLIMITED = 10_000
 def summary(report: RunReport) -> str:
     """Return what was reached, a sample answer, where the time went and where everything is."""
     parts = [_sample(report.samples[0])] if report.samples else []
-    parts += [_indented(columns(_figures(report))), _variants(report)]
-    parts += [_timeline(report), _indented(columns(_places(report)))]
+    parts += [indent(columns(_figures(report)), "  "), _variants(report)]
+    parts += [_timeline(report), indent(columns(_places(report)), "  ")]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -70,7 +70,7 @@ def _variants(report: RunReport) -> str:
     if not rows:
         return ""
     table = columns([variants.HEADS, *rows], num_left=1)
-    return _indented("\n".join(filter(None, [table, variants.sentence(report)])))
+    return indent("\n".join(filter(None, [table, variants.sentence(report)])), "  ")
 
 
 def _compared(other: Baseline | None) -> str:
@@ -108,14 +108,12 @@ def _from_to(points: Sequence[tuple[int, float | None]]) -> str:
 
 
 def _speed(report: RunReport) -> str:
-    if report.tokens_per_second_per_worker is None:
+    rate, step, mfu = report.tokens_per_second_per_worker, report.step_seconds, report.mfu_bf16
+    if rate is None:
         return ""
-    words = f"{text.rate(report.tokens_per_second_per_worker)} tokens/s per worker"
-    if report.step_seconds is not None:
-        words += f", {text.seconds(report.step_seconds)} per step"
-    if report.mfu_bf16 is not None:
-        words += f", MFU {text.percent(report.mfu_bf16)} of the bf16 peak"
-    return words
+    per_step = "" if step is None else f", {text.seconds(step)} per step"
+    of_peak = "" if mfu is None else f", MFU {text.percent(mfu)} of the bf16 peak"
+    return f"{text.rate(rate)} tokens/s per worker{per_step}{of_peak}"
 
 
 def _memory(report: RunReport) -> str:
@@ -133,7 +131,7 @@ def _timeline(report: RunReport) -> str:
     if not report.timeline:
         return ""
     phases = ", ".join(f"{name} {text.seconds(spent)}" for name, spent in report.timeline.items())
-    return f"where the time went:\n{_indented(textwrap.fill(phases, width=76))}"
+    return f"where the time went:\n{indent(fill(phases, width=76), '  ')}"
 
 
 def _places(report: RunReport) -> list[tuple[str, str]]:
@@ -157,13 +155,9 @@ def _turn(label: str, words: str) -> str:
     wrapped = [
         piece
         for line in words.strip().splitlines()
-        for piece in textwrap.wrap(line, width=66, replace_whitespace=False) or [""]
+        for piece in wrap(line, width=66, replace_whitespace=False) or [""]
     ]
     if len(wrapped) > NUM_SAMPLE_LINES:
         wrapped = [*wrapped[:NUM_SAMPLE_LINES], "[...]"]
     first, *rest = wrapped or ["(empty)"]
     return "\n".join([f"  {label:<10}{first}", *(" " * 12 + line for line in rest)])
-
-
-def _indented(block: str) -> str:
-    return textwrap.indent(block, "  ")

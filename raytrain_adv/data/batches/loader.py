@@ -72,7 +72,7 @@ class StepBatch:
 class Batches:
     """Cuts the global batch of each step into micro-batches and gives each rank its run of them.
 
-    Micro-batch m of a step holds the step's sequences [m * micro_batch, (m + 1) * micro_batch) and
+    Micro-batch m of a step has the step's sequences [m * micro_batch, (m + 1) * micro_batch) and
     belongs to rank m // accumulation_steps: 1 worker x 4 passes, 2 x 2 and 4 x 1 make the same
     micro-batches.
     """

@@ -131,7 +131,7 @@ def _from_alpaca(layout: Layout, values: dict[str, Any]) -> Conversation:
         raise UnusableRow(f"history is a {type(history).__name__}, not a list")
     for turn in history or []:
         if not isinstance(turn, list | tuple) or len(turn) != 2:
-            raise UnusableRow(f"history holds {turn!r:.60}, not a pair of question and answer")
+            raise UnusableRow(f"history contains {turn!r:.60}, not a pair of question and answer")
         messages.append({"role": "user", "content": _text(turn[0], "history")})
         messages.append({"role": "assistant", "content": _text(turn[1], "history")})
     parts = [_text(values.get(columns[c]), columns[c]) for c in ("prompt", "query") if c in columns]
@@ -231,7 +231,7 @@ def _text(value: Any, name: str) -> str:
         return ""
     if isinstance(value, str):
         if not value.isascii() and _SURROGATE.search(value):
-            raise UnusableRow(f"{name} holds half a surrogate pair, which is not a character")
+            raise UnusableRow(f"{name} contains half a surrogate pair, which is not a character")
         return value
     if isinstance(value, list) and all(
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in value

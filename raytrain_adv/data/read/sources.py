@@ -35,7 +35,7 @@ class Source:
 
 
 def open_source(entry: Entry, cache_dir: str | None) -> Source:
-    """Find a dataset's files, or fetch it from the Hub, and hash what it holds.
+    """Find a dataset's files, or fetch it from the Hub, and hash its contents.
 
     Raises:
         JobError: for a missing, empty or unreadable source.
@@ -62,7 +62,7 @@ def data_files(path: Path) -> list[Path]:
         if not files:
             names = ", ".join(p.name for p in inside[:5]) or "an empty folder"
             fix = f"put {', '.join(FILE_TYPES)} files into it"
-            raise JobError(f"The folder {path} holds no dataset", names, fix)
+            raise JobError(f"The folder {path} contains no dataset", names, fix)
     else:
         files = [path]
     for file in files:

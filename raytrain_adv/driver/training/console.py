@@ -102,8 +102,8 @@ class Console:
 
     Args:
         output_dir: folder of the run.
-        total_steps: optimizer steps in all; if not known yet, an event `plan` brings it.
-        stream: where to write; stdout if None. A terminal gets the table, anything else lines.
+        total_steps: optimizer steps; if not known yet, an event `plan` brings them.
+        stream: stdout if None. A terminal gets the table, anything else lines.
         poll_s: seconds between two reads of the file.
     """
 
@@ -153,7 +153,7 @@ class Console:
         """Print what the run does now; the view shows it, and for how long, until the next one."""
         with self._lock:
             self._progress.begin_phase(name)
-            self._print(self._stamped(name), style="dim")
+            self._print(name, style="dim", stamped=True)
 
     def _follow(self) -> None:
         while not self._finished.wait(self._poll_s):
@@ -183,7 +183,7 @@ class Console:
                 self._print(log_line(row, self._progress))
         elif row.get("event") not in SILENT_EVENTS:
             style = "dim" if row.get("event") == "phase" else ""
-            self._print(self._stamped(str(row.get("message"))), style=style)
+            self._print(str(row.get("message")), style=style, stamped=True)
 
     def _draw(self, live: Live, closing: bool) -> None:
         """Draw the view if it has changed, at most once in REDRAW_S until the run ends."""
@@ -198,12 +198,11 @@ class Console:
             self._drawn_at, self._drawn = now, lines
             live.update(view, refresh=True)
 
-    def _stamped(self, message: str) -> str:
-        return f"[{text.clock(time.time() - self._progress.started)}] {message}"
-
-    def _print(self, message: str, style: str = "") -> None:
+    def _print(self, message: str, style: str = "", stamped: bool = False) -> None:
         if self._nobody_reads:
             return
+        if stamped:
+            message = f"[{text.clock(time.time() - self._progress.started)}] {message}"
         shown = printable(hide_environment(message), self._stream.encoding)
         try:
             if self._live is not None:

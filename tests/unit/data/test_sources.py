@@ -115,7 +115,7 @@ def test_missing_file_names_the_nearest(tmp_path, write_rows, make_job):
 
 
 def test_folder_without_data_is_an_error(tmp_path):
-    with pytest.raises(JobError, match="holds no dataset"):
+    with pytest.raises(JobError, match="contains no dataset"):
         read(tmp_path)
 
 
