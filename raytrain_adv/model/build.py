@@ -105,7 +105,7 @@ def head_fqn(model: PreTrainedModel) -> str:
     head: nn.Module | None = untyped.get_output_embeddings()
     for fqn, module in model.named_modules():
         if module is head:
-            return fqn
+            return str(fqn)
     raise TrainingError(
         f"{type(model).__name__} has no output embeddings",
         f"modules: {', '.join(name for name, _ in model.named_children())}",
