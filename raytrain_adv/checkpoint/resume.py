@@ -51,16 +51,16 @@ def to_resume(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
 
 def _agreed(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
     """Return rank 0's choice, on all ranks."""
-    outcome: Found | RaytrainAdvError | None = None
+    outcome: str | RaytrainAdvError | None = None
     if run.is_main:
         try:
-            outcome = _chosen(job, run, arithmetic)
+            chosen = _chosen(job, run, arithmetic)
+            outcome = chosen.path if chosen else None
         except RaytrainAdvError as error:
             outcome = error
-    refused = run.broadcast(outcome if isinstance(outcome, RaytrainAdvError) else None)
-    if refused is not None:
-        raise refused
-    path = run.broadcast(outcome.path if isinstance(outcome, Found) else None)
+    path = run.broadcast(outcome)
+    if isinstance(path, RaytrainAdvError):
+        raise path
     if path is None:
         return None
     named = isinstance(run.resume, str) and path == _absolute(run.resume)
@@ -102,12 +102,11 @@ def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
     if not isinstance(run.resume, str) or again:
         _pass_over_torn(run)
     own = newest(run.storage, run.attempt) if again else None
-    if own is not None or not run.resume:
-        found, free = own, frozenset[str]()
-    elif isinstance(run.resume, str):
+    found, free = own, frozenset[str]()
+    if own is None and isinstance(run.resume, str):
         found, free = _named(run.resume), precision_keys(job)
-    else:
-        found, free = newest(run.storage), frozenset[str]()
+    elif own is None and run.resume:
+        found = newest(run.storage)
     if found is not None:
         refuse_other_job(job, found, arithmetic, free)
         for difference in job.differences(found.keys) if free else ():
@@ -172,13 +171,12 @@ def refuse_other_job(
             "restore these keys to continue, or choose another output_dir (or "
             "overwrite_output_dir: true) to start again",
         )
-    then = (found.progress.global_batch, found.progress.num_sequences)
-    now = (arithmetic.global_batch, arithmetic.num_sequences)
-    if then != now:
+    batch, rows = found.progress.global_batch, found.progress.num_sequences
+    if (batch, rows) != (arithmetic.global_batch, arithmetic.num_sequences):
+        now = f"{arithmetic.global_batch} of {arithmetic.num_sequences}"
         raise JobError(
             "The checkpoint was written with another global batch or other data",
-            f"checkpoint: {then[0]} sequences per step of {then[1]}; this job: {now[0]} of "
-            f"{now[1]}",
+            f"checkpoint: {batch} sequences per step of {rows}; this job: {now}",
             "keep per_device_train_batch_size x gradient_accumulation_steps x workers, and "
             "the data, as they were",
         )

@@ -170,7 +170,7 @@ class CheckpointWriter:
             return
         status = self._status(self.pending[2])
         if self.run.agree(status, dist.ReduceOp.MAX) == FAILED:
-            self._raise_failure(*self.pending)
+            self._raise_failure(*self.pending[1:3])
         if self.run.agree(status, dist.ReduceOp.MIN) == DONE:
             self._commit(*self.pending)
 
@@ -203,9 +203,7 @@ class CheckpointWriter:
             return PENDING
         return FAILED if done.exception() is not None else DONE
 
-    def _raise_failure(
-        self, _: Progress, target: Storage, done: Future[Written], metrics: dict[str, float]
-    ) -> None:
+    def _raise_failure(self, target: Storage, done: Future[Written]) -> None:
         self.pending = None
         if self.run.is_main:
             target.delete()

@@ -87,27 +87,21 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
 
 
 def converted_logits(
-    model: PreTrainedModel,
-    job: JobConfig,
-    input_ids: torch.Tensor,
-    dtype: torch.dtype | None = None,
+    model: PreTrainedModel, job: JobConfig, ids: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Return trained_logits with every feature on: what the converted model computes."""
     Transforms(job).switch(model, True)
-    return trained_logits(model, job, input_ids, dtype)
+    return trained_logits(model, job, ids, dtype)
 
 
 @torch.no_grad()
 def trained_logits(
-    model: PreTrainedModel,
-    job: JobConfig,
-    input_ids: torch.Tensor,
-    dtype: torch.dtype | None = None,
+    model: PreTrainedModel, job: JobConfig, ids: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Return the trained model's logits [batch, tokens, vocabulary] in host memory; a collective.
 
     Neither compiled nor with kernels' forward passes, which round unlike the plain folder.
-    `input_ids` are [batch, tokens], long, on the model's device; `dtype` is the job's if none.
+    `ids` are [batch, tokens], long, on the model's device; `dtype` is the job's if none.
     """
     model.train(False)
     dtype = dtype or compute_dtype(job)
@@ -116,9 +110,9 @@ def trained_logits(
         if any(not isinstance(p, DTensor) and p.dtype != dtype for p in named.values()):
             # Not sharded, so that FSDP2 does not cast them to the dtype they are exported in.
             cast = {name: p.to(dtype) for name, p in named.items()}
-            output = functional_call(model, cast, (), {"input_ids": input_ids, "use_cache": False})
+            output = functional_call(model, cast, (), {"input_ids": ids, "use_cache": False})
         else:
-            output = model(input_ids=input_ids, use_cache=False)
+            output = model(input_ids=ids, use_cache=False)
     model.train()
     logits: torch.Tensor = output.logits
     return logits.cpu()
@@ -181,10 +175,9 @@ def why_not_exact(job: JobConfig, trained_on: torch.device, device: torch.device
     if device != trained_on:
         return f"{trained_on} has no room for it, and another device adds in another order"
     # Kernels are off for the comparison.
+    used = [t for t in Transforms(job) if t.stage not in ("loss", "kernel")]
     exact = {name for t in Transforms(job) for name in t.exact_with}
-    others = [
-        t.name for t in Transforms(job) if t.name not in exact and t.stage not in ("loss", "kernel")
-    ]
+    others = [t.name for t in used if t.name not in exact]
     return f"{', '.join(others)} rounds at other places than the plain model" if others else ""
 
 

@@ -268,7 +268,11 @@ class HubAttention:
             )
         kernel: Any = self.kernel()
         window = None if sliding_window is None else (sliding_window - 1, 0)
-        chosen = {"dropout_p": dropout or None, "window_size": window, "softcap": softcap}
+        chosen: dict[str, Any] = {
+            "dropout_p": dropout or None,
+            "window_size": window,
+            "softcap": softcap,
+        }
         options = {name: value for name, value in chosen.items() if value is not None}
         options |= {"softmax_scale": scaling, "causal": True}
         features = value.shape[-1]  # fewer than the queries' in multi-head latent attention

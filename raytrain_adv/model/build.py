@@ -105,7 +105,7 @@ def head_fqn(model: PreTrainedModel) -> str:
     head: nn.Module | None = untyped.get_output_embeddings()
     for fqn, module in model.named_modules():
         if module is head:
-            return fqn
+            return str(fqn)
     raise TrainingError(
         f"{type(model).__name__} has no output embeddings",
         f"modules: {', '.join(name for name, _ in model.named_children())}",
@@ -155,24 +155,22 @@ def unreadable(job: JobConfig, error: Exception) -> JobError:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__ or cause.__context__
+    found, near = first_line(error), nearest_folders(Path(name).expanduser())
     if isinstance(cause, GatedRepoError):
-        return JobError(
-            f"the model {name} is gated on the Hugging Face Hub",
-            first_line(error),
-            f"request access at https://huggingface.co/{name}, and set HF_TOKEN on driver and "
-            "workers",
+        what = f"the model {name} is gated on the Hugging Face Hub"
+        place = f"https://huggingface.co/{name}"
+        fix = f"request access at {place}, and set HF_TOKEN on driver and workers"
+    elif isinstance(cause, RepositoryNotFoundError):
+        what = (
+            f"there is no model {name}: neither a folder nor a repository on the Hugging Face Hub"
         )
-    if isinstance(cause, RepositoryNotFoundError):
-        return JobError(
-            f"there is no model {name}: neither a folder nor a repository on the Hugging Face Hub",
-            nearest_folders(Path(name).expanduser()),
-            "correct model_name_or_path, or set HF_TOKEN if the repository is private",
-        )
-    return JobError(
-        f"there is no folder {name}, and it could not be read from the Hugging Face Hub",
-        f"{first_line(error)}\n{nearest_folders(Path(name).expanduser())}",
-        "correct model_name_or_path and model_revision, or check that the Hub can be reached",
-    )
+        found = near
+        fix = "correct model_name_or_path, or set HF_TOKEN if the repository is private"
+    else:
+        what = f"there is no folder {name}, and it could not be read from the Hugging Face Hub"
+        found = f"{found}\n{near}"
+        fix = "correct model_name_or_path and model_revision, or check that the Hub can be reached"
+    return JobError(what, found, fix)
 
 
 def refuse_kind(name: str, raw: dict[str, Any]) -> None:

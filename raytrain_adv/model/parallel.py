@@ -112,10 +112,9 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
     mode = checkpointing_mode(job)
     if job.parallel.torch_compile:
         require_compiled()
-    shard_module = None
-    if needs_fsdp(model, job, mesh):
+    shard_module = _sharder(job, mesh) if needs_fsdp(model, job, mesh) else None
+    if shard_module is not None:
         Transforms(job).before_sharding(model)
-        shard_module = _sharder(job, mesh)
     for fqn, layer in decoder_layers(model):
         if mode != "none":
             layer = _checkpointed(layer, mode)

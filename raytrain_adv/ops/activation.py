@@ -75,12 +75,8 @@ def activation(name: str, kind: str, kernel: Unary) -> Any:
 def gated(name: str, kind: str, kernel: Unary, is_fused: bool) -> Any:
     """Return an operator activation(gate) * up: forward by the kernel, backward by the derivative.
 
-    Args:
-        name: of the operator, unique in the process.
-        kind: one of ACTIVATIONS.
-        kernel: returns a new tensor: activation(x), or if fused activation(a) * b of a tensor with
-            a and b side by side, [..., 2 * features].
-        is_fused: which of the two the kernel computes.
+    The kernel returns a new tensor: activation(x), or if `is_fused` activation(a) * b of a tensor
+    with a and b side by side, [..., 2 * features].
     """
     known = ACTIVATIONS[kind]
 

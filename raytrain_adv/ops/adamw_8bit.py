@@ -30,10 +30,8 @@ def quantized(blocks: torch.Tensor, qmap: torch.Tensor) -> tuple[torch.Tensor, t
 
     torchao's scale is a block's largest magnitude, but its signed map reaches from -0.993 to 1: if
     that magnitude is negative, its scale was the magnitude / 0.993, or a neighbor of it in float32.
-
-    Args:
-        blocks: (blocks, values in one), float32.
-        qmap: (256,), what each code stands for, ascending.
+    `blocks` are float32 (blocks, values in one), `qmap` (256,) what each code stands for,
+    ascending.
     """
     from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
 

@@ -85,8 +85,7 @@ class _TensorBoard(Tracker):
     advice = "check that output_dir can be written to"
 
     def open(self, start: Start) -> None:
-        # Steps after the one that is resumed from are computed again: TensorBoard hides their old
-        # values.
+        # Later steps are computed again: TensorBoard hides their old values.
         purge = start.resume_step + 1 if start.resume_step else None
         folder = str(start.folder / "tensorboard")
         self.writer = self.module.SummaryWriter(folder, purge_step=purge)
@@ -205,9 +204,8 @@ def _is_installed(package: str) -> bool:
 class Trackers:
     """The open trackers of rank 0; without any it does nothing.
 
-    A thread sends the rows: a slow or unreachable server neither stalls nor ends training. The
-    first failure of a tracker emits the event `tracker_failed`; later rows are still tried, and
-    closing emits `tracker_lost_rows` with the number of rows lost.
+    A thread sends the rows: a slow or unreachable server neither stalls nor ends training. A
+    tracker's first failure is an event; later rows are still tried, and closing counts lost rows.
     """
 
     def __init__(self, trackers: tuple[Tracker, ...] = (), emit: Emit | None = None) -> None:

@@ -59,7 +59,7 @@ class PackedLinear(nn.Linear):
 
     form: Form
     scale: nn.Parameter
-    """Bytes of the scales; see ops/quantization.py for the shapes."""
+    """Bytes of the scales; see dequantize for the shapes."""
     nested: nn.Parameter | None
     distance: torch.Tensor | None
     """How far this rank's rows are from the originals; none before they were read."""
@@ -101,9 +101,7 @@ class PackedLinear(nn.Linear):
     def take(self, part: torch.Tensor, device: torch.device) -> None:
         """Quantize this rank's rows into its shards; a collective if scales are quantized too.
 
-        Args:
-            part: [rows of `region`, in_features], of any floating dtype and device.
-            device: whose kernels round; shards may be elsewhere.
+        `part` is [rows of `region`, in_features], of any dtype; `device` is where kernels round.
         """
         form, columns = self.form, self.in_features
         part = part.to(device=device, dtype=self.weight.dtype)

@@ -101,11 +101,9 @@ def widest_step(kind: str) -> float:
 
 @torch.no_grad()
 def quantize(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round rows of a weight as bitsandbytes' Linear4bit and Linear8bitLt do.
+    """Round rows of a weight as bitsandbytes' Linear4bit and Linear8bitLt do, but no scales.
 
-    Args:
-        weight: [rows, columns], on the device whose kernels round; BLOCK divides columns in 4 bits.
-        form: how it is to be packed; scales are not quantized here, as that takes all rows.
+    The weight is on the device whose kernels round; in 4 bits BLOCK divides its columns.
 
     Returns:
         The weights' bytes [rows, row_bytes] in uint8, and float32 scales [rows, blocks of a row].
@@ -124,8 +122,7 @@ def quantize_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a whole weight's float32 scales [rows, blocks of a row] by double quantization.
 
     Returns:
-        Their bytes, of the same shape; and float32 [1 + scales of scales]: the first is added to
-            all.
+        Their bytes, and float32 [1 + scales of scales], of which the first is added to all.
     """
     bitsandbytes()
     flat = scale.reshape(-1)
@@ -152,15 +149,7 @@ def dequantize_scales(rounded: torch.Tensor, outer: torch.Tensor) -> torch.Tenso
 def dequantize_rows(
     packed: torch.Tensor, scale: torch.Tensor, kind: str, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the weights [rows, columns] of packed bytes.
-
-    Args:
-        packed: [rows, row_bytes], uint8.
-        scale: [rows, blocks of a row], float32.
-        kind: nf4, fp4 or int8.
-        columns: of the weight.
-        dtype: of what is returned.
-    """
+    """Return weights [rows, columns] of bytes [rows, row_bytes]; scales [rows, blocks of a row]."""
     shape = (packed.shape[0], columns)
     if kind == "int8":
         whole = torch.empty(shape, dtype=dtype, device=packed.device)
@@ -189,8 +178,7 @@ def dequantize(
         nested: [nested_bytes / item size], bytes; none if scales are not quantized.
         kind: nf4, fp4 or int8.
         columns: of the weight that is returned.
-        after: unused. In backward it is the gradient: without it Inductor would find the same call
-            in forward, and keep its result for all layers.
+        after: unused; the gradient in backward, without which Inductor keeps forward's result.
     """
     packed = weight.view(torch.uint8)
     num_blocks = 1 if kind == "int8" else columns // BLOCK
@@ -218,19 +206,19 @@ def _(
 def distance(
     weight: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor, off: torch.Tensor, form: Form
 ) -> torch.Tensor:
-    """Return how far rounded weights are from the originals.
+    """Return how far rounded weights are from the originals, both [rows, columns].
 
     Args:
-        weight: [rows, columns], as it was read, in the dtype that computes.
-        rounded: [rows, columns], unpacked.
+        weight: as it was read, in the dtype that computes.
+        rounded: unpacked.
         scale: [rows, blocks of a row], float32, before it was rounded itself.
         off: [rows, blocks of a row], how much rounding may have changed each scale.
         form: how the weight is packed.
 
     Returns:
-        float64 [3]: the sums of squared differences and of squared weights, and the largest
-            difference
-        as a share of the largest that rounding explains.
+        float64 [3]: sums of squared differences and squared weights, and the largest difference as
+            a
+        share of the largest that rounding explains.
     """
     if weight.numel() == 0:
         return torch.zeros(3, dtype=torch.float64, device=weight.device)

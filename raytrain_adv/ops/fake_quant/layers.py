@@ -167,14 +167,7 @@ class FakeQuantizedLinear(nn.Linear):
     def of(
         cls, linear: nn.Linear, weight_dtype: str, group_size: int | None, activation_dtype: str
     ) -> FakeQuantizedLinear:
-        """Return one that owns a linear's parameters.
-
-        Args:
-            linear: its parameters may be on the meta device.
-            weight_dtype: int8, int4, int3, int2 or float8_e4m3fn.
-            group_size: input features that share a scale; none means all of them.
-            activation_dtype: int8, float8_e4m3fn, or empty for none.
-        """
+        """Return one that owns a linear's parameters; for the dtypes see config_of."""
         with torch.device("meta"):
             new = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         new.weight, new.bias = linear.weight, linear.bias

@@ -25,18 +25,10 @@ def bounds(bits: int) -> tuple[int, int]:
 def fake_quantize_groups(
     weight: torch.Tensor, bits: int, group_size: int, after: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a matrix rounded to symmetric integers, and their scales.
+    """Return a matrix rounded to symmetric integers, and their scales [rows, columns / group_size].
 
-    Source: torchao.quantization.IntxUnpackedToInt8Tensor.from_hp and dequantize, torchao 0.18.
-
-    Args:
-        weight: [rows, columns], float32 or bfloat16.
-        bits: of each integer.
-        group_size: columns that share a scale; divides their number.
-        after: see the module's text.
-
-    Returns:
-        [rows, columns] and [rows, columns / group_size], both of the weight's dtype.
+    Source: torchao.quantization.IntxUnpackedToInt8Tensor.from_hp and dequantize, torchao 0.18. Both
+    are of the weight's dtype, float32 or bfloat16.
     """
     return round_groups(weight, bits, group_size)
 
@@ -172,12 +164,6 @@ def through_groups(
     """Return the gradient straight through fake_quantize_groups: 0 for values that were cut off.
 
     Scaling there and back is what torchao's operations do; it rounds in bfloat16.
-
-    Args:
-        gradient: [rows, columns], of the rounded weight.
-        weight: [rows, columns], before it was rounded.
-        scale: [rows, groups], as fake_quantize_groups returned it.
-        bits: of each integer.
     """
     groups = (*scale.shape, -1)
     passed = through(gradient.view(groups), weight.view(groups), scale.unsqueeze(-1), 0, bits)

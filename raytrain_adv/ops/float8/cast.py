@@ -37,13 +37,7 @@ def cast(tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch
 def cast_both(
     tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the casts of a matrix and of its transpose: [rows, columns] and [columns, rows].
-
-    Args:
-        tensor: [rows, columns], contiguous.
-        scale: float32 scalar on the same device.
-        dtype: a float8 dtype.
-    """
+    """Return a contiguous matrix's cast and its transpose's; scale: float32 on the same device."""
     plain = cast(tensor, scale, dtype)
     return plain, plain.t().contiguous()
 
@@ -104,11 +98,9 @@ def _(
 def transposed(matrix: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Return a float8 matrix's transpose, [columns, rows], contiguous.
 
-    Args:
-        matrix: [rows, columns] in a float8 dtype, contiguous.
-        after: unused; a tensor that exists only in backward keeps this operator there.
-            torch.compile's partitioner would compute a weight's transpose in forward and keep it: a
-            whole copy of the model on every GPU, whatever FSDP2 frees.
+    `after` is unused: a tensor that exists only in backward keeps this operator there.
+    torch.compile would transpose a weight in forward and keep that: a copy of the model on every
+    GPU.
     """
     # As bytes: transposing float8 has been miscompiled (triton 3.7, triton#11111).
     return matrix.view(torch.uint8).t().contiguous().view(matrix.dtype)

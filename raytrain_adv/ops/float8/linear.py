@@ -95,14 +95,7 @@ def product(
 def linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, trains_weight: bool
 ) -> torch.Tensor:
-    """Return input @ weight.t() + bias, [..., out_features], computed in float8.
-
-    Args:
-        input: [..., in_features], float32 or bfloat16.
-        weight: [out_features, in_features], in the input's dtype, or gathered in float8.
-        bias: [out_features].
-        trains_weight: whether the weight's gradient is needed.
-    """
+    """Return input @ weight.t() + bias in float8; the weight may be gathered in float8."""
     rows = input.reshape(-1, input.shape[-1])
     output: torch.Tensor = _Matmul.apply(rows, weight, trains_weight)  # type: ignore[no-untyped-call]
     output = output.view(*input.shape[:-1], weight.shape[0])
@@ -127,12 +120,8 @@ def distance(
 ) -> tuple[float, float]:
     """Return the relative error of a float8 linear's product and gradients, in norm.
 
-    Args:
-        linear: of a class that computes in float8, left as it is. One that rounds its factors too
-            is compared with the one that only rounds.
-        config: torchao's, for the classes that take one.
-        device: where to compute.
-        dtype: of input and weight.
+    `linear` is left as it is; one that rounds its factors too is compared with one that only
+    rounds. `config` is torchao's, for the classes that take one.
     """
     from raytrain_adv.ops.fake_quant.layers import FakeQuantizedLinear
     from raytrain_adv.trial.compare import relative_error
