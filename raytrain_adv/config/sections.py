@@ -323,7 +323,8 @@ class RayConfig(Section):
     """Workers (ranks); auto takes every GPU of the cluster, or two CPU workers if there is none;
     [2, 8] continues with fewer if workers are lost and grows again, with the batch of 8."""
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    """What each worker reserves, as {"GPU": 1, "CPU": 8}; none means one GPU, or else one CPU."""
+    """What each worker reserves, as {"GPU": 1, "CPU": 8}; none means one GPU if the cluster has
+    any, else one CPU."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How workers are placed on nodes."""
     ray_storage_path: Text | None = None
