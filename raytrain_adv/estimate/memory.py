@@ -47,7 +47,7 @@ class Phase:
     @property
     def total(self) -> float:
         """The sum, in GiB."""
-        return sum(getattr(self, part) for part in (*PARTS, "workspace"))
+        return float(sum(getattr(self, part) for part in (*PARTS, "workspace")))
 
 
 @dataclass(frozen=True)

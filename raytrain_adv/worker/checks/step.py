@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch import nn, profiler
+from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from raytrain_adv.checkpoint.folders import Progress
@@ -83,7 +83,7 @@ class Checks:
     def _profiled(self, due: list[Transform]) -> Iterator[None]:
         on_gpu = self.run.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        with profile(activities=activities, acc_events=True) as seen:
+        with profiler.profile(activities=activities, acc_events=True) as seen:
             yield
             if on_gpu:
                 torch.cuda.synchronize(self.run.device)
@@ -91,7 +91,7 @@ class Checks:
             self._compare(transform, seen)
             self.unproven.remove(transform)
 
-    def _compare(self, transform: Transform, seen: profile) -> None:
+    def _compare(self, transform: Transform, seen: profiler.profile) -> None:
         events = seen.events()  # type: ignore[no-untyped-call] # torch.profiler has no types here
         calls = [e for e in events or () if e.name == transform.proven_by]
         kernels: Counter[str] = Counter()
