@@ -66,7 +66,7 @@ class Cell:
 
     @property
     def names(self) -> str:
-        """The titles of its features, as `LoRA and FP8`."""
+        """The titles of its features, joined by "and"."""
         return " and ".join(one.title for one in self.features)
 
     @property

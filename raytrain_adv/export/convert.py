@@ -1,4 +1,4 @@
-"""A new model folder with torchao's quantized tensors, converted one tensor at a time."""
+"""A new model folder with torchao's tensors, converted one tensor at a time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Piece(NamedTuple):
     """A tensor of the new folder, not yet read."""
 
     name: str
-    """The model's own name if it is quantized (torchao finds it by that), else the source's."""
+    """The model's own name if it is converted (torchao finds it by that), else the source's."""
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
     is_listed: bool = True
@@ -69,12 +69,12 @@ def write_converted(
     max_file_bytes: int = MAX_FILE_BYTES,
     require: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Write the model of `source` into the folder `folder`, quantized by the job's QAT keys.
+    """Write the model of `source` into the folder `folder`, converted by the job's QAT keys.
 
     The folder loads with AutoModelForCausalLM.from_pretrained and torchao. Host memory holds one
-    file's tensors and the one that is being quantized.
+    file's tensors and the one that is being converted.
 
-    Weights are rounded to `dtype`, then quantized on `device`. `require` is called with the bytes
+    Weights are rounded to `dtype`, then converted on `device`. `require` is called with the bytes
     that will be written, before they are.
 
     Raises:
@@ -97,7 +97,7 @@ def write_converted(
 
 
 def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
-    """Return torchao's configuration of each tensor that the job's plan quantizes, by name."""
+    """Return torchao's configuration of each tensor that the job's plan converts, by name."""
     qat = job.transform(Qat)
     changes = Transforms(job).plan(plain)[qat.name].changes
     return {
@@ -138,7 +138,7 @@ def _converted(
 
 
 def is_untied(plain: PreTrainedModel, configs: Configs) -> bool:
-    """Whether a tied embedding is quantized and its head is not: the new folder then holds both."""
+    """Whether a tied embedding is converted and its head is not: the new folder then holds both."""
     return is_tied(plain) and any(plain.get_parameter(name) is _head(plain) for name in configs)
 
 
@@ -147,7 +147,7 @@ def describe(
 ) -> tuple[dict[str, str], int]:
     """Return the metadata of each of the folder's files, and the bytes of all tensors.
 
-    Readers need it to join quantized tensors: file by file (vLLM), or merged (transformers, where
+    Readers need it to join converted tensors: file by file (vLLM), or merged (transformers, where
     the last `tensor_names` wins). So each file lists all tensors, plain ones too, but no experts
     that transformers fuses: reading takes time in the square of the names.
     """
@@ -176,7 +176,7 @@ def _flat(name: str, value: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict
 def _value(
     tensor: torch.Tensor, config: AOBaseConfig | None, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return a tensor as it is stored: quantized if it has a config, integers as is."""
+    """Return a tensor as it is stored: converted if it has a config, integers as is."""
     if config is not None:
         return tensor_of(tensor.to(device=device, dtype=dtype), config)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor

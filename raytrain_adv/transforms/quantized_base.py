@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from raytrain_adv.ops.bitsandbytes.quantize import Form
 
 OWN = "raytrain_adv.ops.bitsandbytes.linear.PackedLinear"
-PACKAGE, OFF = "bitsandbytes", "delete quantization_bit"
+PACKAGES, OFF = {"bnb": "bitsandbytes"}, "delete quantization_bit"
 BLOCK = 64
 """Weights of a row that share a scale in 4 bits."""
 PROBED = (2048, 256, 192)
@@ -124,7 +124,8 @@ class QuantizedBase(Transform):
 
     def check(self, facts: HardwareFacts) -> None:
         """Refuse a machine without bitsandbytes."""
-        require_package(facts, "standard quantization", PACKAGE, OFF, f"{PACKAGE}>=0.50")
+        package = PACKAGES[self.quantization_method]
+        require_package(facts, "standard quantization", package, OFF, f"{package}>=0.50")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears whose weights are quantized."""

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -45,7 +45,14 @@ class TokenizedDatasets:
         self.data, self.seed = job.data, job.train.seed
         self.tokenizer, self.entries, self.say = tokenizer, entries, say
         self.sources = [open_source(entry, job.model.cache_dir) for entry in entries]
-        self.recipe = Recipe(**{f.name: getattr(self.data, f.name) for f in fields(Recipe)})
+        data = self.data
+        self.recipe = Recipe(
+            data.template,
+            data.default_system,
+            data.cutoff_len,
+            data.train_on_prompt,
+            data.mask_history,
+        )
 
     def key(self) -> str:
         """Hash everything that decides the tokens; file paths and process counts do not."""

@@ -192,14 +192,14 @@ def test_trust_without_a_kernel_of_the_hub_is_said_to_change_nothing(
     checkpoints, tmp_path, keys, changes_nothing
 ):
     notes = job_for(checkpoints("llama"), tmp_path, kernels_trust=["me"], **keys).notes
-    said = "kernels_trust: ['me'] changes nothing: no kernel of the Hub is asked for"
+    said = "kernels_trust: ['me'] has no effect: no kernel of the Hub is used"
     assert (said in notes) == changes_nothing
 
 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"kernel_name": "kernels-community/activation"}, "turned off"),
+        ({"kernel_name": "kernels-community/activation"}, "its feature is off"),
         ({"use_kernels": True, "kernel_name": {"layers": {"a": "b"}}}, "by repo or by path"),
         ({"use_kernels": True, "kernel_name": {"path": "/k", "version": 1}}, "which has no vers"),
         (
