@@ -60,7 +60,7 @@ def notes(job: JobConfig) -> Iterable[str]:
 
 
 def _paths(job: JobConfig) -> Iterable[Problem]:
-    """Find paths that are too long, files in the place of folders, and unusable run names."""
+    """Find paths that are too long, files where folders are expected, and unusable run names."""
     model, data, output = job.model, job.data, job.output
     folders = {
         "dataset_dir": data.dataset_dir,

@@ -16,7 +16,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from raytrain_adv.checkpoint import folders
-from raytrain_adv.checkpoint.folders import MANIFEST
 from raytrain_adv.checkpoint.load import PlainReader
 from raytrain_adv.config.job import transform_types
 from raytrain_adv.config.rules import switch
@@ -44,9 +43,7 @@ UNFINISHED = re.compile(r"\..*\.(partial|old)|.*\.json\.partial")
 
 
 class SetAside:
-    """Takes files out of a run without deleting them: into a folder of output_dir, or, for those of
-    storage elsewhere, at the root of that storage.
-    """
+    """Moves files out of a run into a folder of output_dir, or at the root of other storage."""
 
     def __init__(self, output: Path) -> None:
         self.output = Storage.at(str(output))
@@ -90,15 +87,15 @@ class Seen:
     def __init__(self, step: int, attempt: str, folder: Storage) -> None:
         self.step, self.attempt, self.folder = step, attempt, folder
         self.name = f"{attempt}/{folder.root.rpartition('/')[2]}"
-        self.manifest = folder.read_json(MANIFEST)
+        self.manifest = folder.read_json(folders.MANIFEST)
         self.damage = self._unsound(self.manifest) if self.manifest else self._unfinished()
 
     def _unfinished(self) -> str:
         if folders.DAMAGED in self.folder.files():
             return "a run found that its files are not what was written"
-        if MANIFEST in self.folder.files():
-            return f"its {MANIFEST} is torn"
-        return f"no {MANIFEST}: it was still being written when the run ended"
+        if folders.MANIFEST in self.folder.files():
+            return f"its {folders.MANIFEST} is torn"
+        return f"no {folders.MANIFEST}: it was still being written when the run ended"
 
     def _unsound(self, manifest: dict[str, Any]) -> str:
         form = manifest.get("format")
@@ -108,7 +105,7 @@ class Seen:
             if folders.find(self.folder) is not None and self.folder.is_local:
                 PlainReader(self.folder.root)
         except (AttributeError, KeyError, TypeError) as error:
-            return f"its {MANIFEST} is not a checkpoint's ({type(error).__name__}: {error})"
+            return f"its {folders.MANIFEST} is not a checkpoint's ({type(error).__name__}: {error})"
         except (StorageError, OSError) as error:
             return error.found if isinstance(error, StorageError) else str(error)
         wrong = folders.wrong_sizes(self.folder, manifest)
@@ -200,7 +197,7 @@ class Examined:
         if run is None and self.whole and (manifest := self.whole[0].manifest):
             num = output_dir.attempts_in(self.storage)
             run = {key: manifest[key] for key in ("fingerprint", "job")} | {"attempts": num}
-            fix = f"written from {self.whole[0].name}/{MANIFEST}, with {plural(num, 'attempt')}"
+            fix = f"written from {self.whole[0].name}'s manifest, with {plural(num, 'attempt')}"
         repair = partial(self._note_failed, run) if run is not None else None
         yield Finding(str(path), what, means, fix, repair)
 
@@ -268,9 +265,8 @@ class Examined:
         # A sweep with keep_models: best deletes the models of its other trials.
         has_models = self.job.get("export_model", True) and self.folder.parent.name != "trials"
         if self.is_done and has_models:
-            kinds = [kind for kind in transform_types() if kind.converts]
-            converts = any(self.job.get(switch(kind())) for kind in kinds)
-            owed |= set(MODELS if converts else MODELS[:1])
+            converters = [switch(kind()) for kind in transform_types() if kind.converts]
+            owed |= set(MODELS if any(map(self.job.get, converters)) else MODELS[:1])
         for name, what in wrong.items():
             if what and (what != MISSING or name in owed):
                 yield self._unmade(name, what)
