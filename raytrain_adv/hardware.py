@@ -9,11 +9,10 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from raytrain_adv import __version__
+from raytrain_adv import __version__, probe_script
 from raytrain_adv.text import GIB
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def detect(device: torch.device | str | None = None) -> HardwareFacts:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    host_memory = host_memory_bytes()
+    host_memory = probe_script.host_memory()["host_memory_bytes"]
     name, capability, memory = f"CPU ({_processor_name()})", None, host_memory
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -113,44 +112,12 @@ def detect(device: torch.device | str | None = None) -> HardwareFacts:
 
 def package_versions() -> dict[str, str | None]:
     """Return the versions of Python, of this package and of PACKAGES; none of those is imported."""
-    own = {"python": platform.python_version(), "raytrain_adv": __version__}
-    return own | {package: _version(package) for package in PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def host_memory_bytes() -> int:
-    """Return the node's memory, or the control group's limit where that is smaller."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
-        path = Path("/sys/fs/cgroup") / limit
-        text = path.read_text().strip() if path.is_file() else ""
-        total = min(total, int(text)) if text.isdigit() else total
-    return total
+    return {**probe_script.versions(PACKAGES), "raytrain_adv": __version__}
 
 
 def free_host_memory() -> int:
-    """Return the free host memory within a cgroup v2's limit (man 5 proc: MemAvailable)."""
-    lines = Path("/proc/meminfo")
-    if not lines.is_file():  # not Linux
-        return 2**62
-    found = {line.split(":")[0]: line.split()[1] for line in lines.read_text().splitlines()}
-    free = int(found["MemAvailable"]) * 1024
-    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.is_file() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()) + _cached(limit.parent))
-    return free
-
-
-def _cached(group: Path) -> int:
-    """Return the bytes of cached files that a control group's use counts and the kernel frees."""
-    lines = (group / "memory.stat").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    """Return the free host memory within a control group's limit (man 5 proc: MemAvailable)."""
+    return probe_script.host_memory()["host_free_bytes"] or 2**62  # unknown: not Linux
 
 
 def _processor_name() -> str:

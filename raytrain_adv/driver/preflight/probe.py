@@ -17,11 +17,12 @@ from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raytrain_adv import probe_script
 from raytrain_adv.driver.cluster.nodes import Node
 from raytrain_adv.hardware import PACKAGES, HardwareFacts, package_versions
 from raytrain_adv.text import GIB
 
-SCRIPT = Path(__file__).with_name("probe_script.py")
+SCRIPT = Path(probe_script.__file__)
 SCRIPT_TIMEOUT_S = 20.0
 """Limit for a GPU driver that hangs."""
 NODE_TIMEOUT_S = 60.0

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from raytrain_adv import probe_script
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.cluster import nodes as cluster
 from raytrain_adv.driver.cluster.nodes import Node, Placement
-from raytrain_adv.driver.preflight import probe_script, versions
+from raytrain_adv.driver.preflight import versions
 from raytrain_adv.driver.preflight.probe import Read, Reading, declared_reading, read_nodes
 from raytrain_adv.errors import ClusterError, RaytrainAdvError
 from raytrain_adv.hardware import HardwareFacts

@@ -1,26 +1,21 @@
-"""CONTRACT.md and SWEEP_CONTRACT.md: the fields of report.json and sweep.json with their sentences.
+"""The pages of report.json and sweep.json: their fields, each with its sentence."""
 
-`python -m raytrain_adv.report.contract` writes both.
-"""
+from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from raytrain_adv.report import parts
-from raytrain_adv.report.record import RunReport, write_text
+from raytrain_adv.report.record import RunReport
 from raytrain_adv.report.sweep_record import SweepReport, TrialReport
 
-PATH = Path(__file__).with_name("CONTRACT.md")
-SWEEP_PATH = Path(__file__).with_name("SWEEP_CONTRACT.md")
 INNER: tuple[type[parts.Record], ...] = (
     parts.PreflightReport, parts.NodeReport, parts.TransformReport, parts.Start, parts.Sample,
     parts.Failure, parts.Variant, parts.Baseline,
 )  # fmt: skip
-RECORDS = (RunReport, *INNER)
 
 
-def contract() -> str:
+def report_contract() -> str:
     """Return the document of report.json."""
     begin = "# report.json\n\nWhat a run leaves in `output_dir/report.json`."
     return _document(begin, RunReport, *INNER)
@@ -38,7 +33,7 @@ def sweep_contract() -> str:
 def _document(begin: str, kind: type[parts.Record], *inner: type[parts.Record]) -> str:
     schema = kind.model_json_schema()
     made = (
-        "Made by `python -m raytrain_adv.report.contract`; the same as a JSON schema: "
+        "Made by `python docs/generate.py`; the same as a JSON schema: "
         f"`{kind.__module__}.{kind.__name__}.model_json_schema()`."
     )
     tables = [_table(one.__name__, schema["$defs"][one.__name__]) for one in inner]
@@ -73,8 +68,3 @@ def _type(detail: dict[str, Any]) -> str:
         values = detail.get("additionalProperties")
         return f"object of {_type(values)}" if isinstance(values, dict) else "object"
     return str(detail["type"])
-
-
-if __name__ == "__main__":
-    write_text(contract(), PATH)
-    write_text(sweep_contract(), SWEEP_PATH)

@@ -13,6 +13,7 @@ import platform
 import re
 import socket
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,9 @@ def mig_slices(lib: Any, handle: Any) -> list[Any] | None:
     return slices
 
 
-def versions(packages: list[str]) -> dict[str, object]:
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
     """Return package -> installed version, or None; imports none of them."""
-    found: dict[str, object] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:
             found[package] = metadata.version(package)
@@ -110,17 +111,29 @@ def versions(packages: list[str]) -> dict[str, object]:
 
 
 def own_package() -> tuple[str | None, str | None]:
-    """Return raytrain_adv's version and a hash of its code: it may be in the job's working_dir
+    """Return raytrain_adv's version and a hash of its files: it may be in the job's working_dir
     without being installed, and different commits may share a version.
     """
     init = origin("raytrain_adv")
     if not init.is_file():
         return None, None
     digest = hashlib.sha256()
-    for path in sorted(init.parent.rglob("*.py")):
-        name = path.relative_to(init.parent).as_posix()
+    for name, path in package_files(init.parent):
         digest.update(name.encode() + b"\0" + path.read_bytes())
     return variable(init, "__version__"), digest.hexdigest()[:12]
+
+
+def package_files(folder: Path) -> list[tuple[str, Path]]:
+    """Return name and path of each file that is installed: code, templates, tables of keys; not
+    what Python, an editor or a desktop leaves there.
+    """
+    files = ((path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        (name.as_posix(), path)
+        for name, path in files
+        if not any(part.startswith((".", "__pycache__")) for part in name.parts)
+        and not name.name.endswith((".pyc", "~", ".orig", ".rej"))
+    )
 
 
 def variable(path: Path, name: str) -> str | None:
