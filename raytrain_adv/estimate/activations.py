@@ -21,12 +21,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from raytrain_adv.estimate.flops import (
-    ROUTED_EXPERT,
-    active_expert_share,
-    experts_per_token,
-    num_experts,
-)
+from raytrain_adv.estimate import flops
 
 AttentionKind = Literal["fused", "masked", "eager"]
 """Fused: no mask but the causal one. Masked: fused with a mask tensor. Eager: all weights exist."""
@@ -170,11 +165,11 @@ def _linears(layer: nn.Module, config: PretrainedConfig) -> Iterator[Linear]:
         if ".lora_" in fqn:
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and num_experts(config):
+            if parameter.ndim == 3 and flops.num_experts(config):
                 yield _stacked_experts(f"{fqn}.{name}", parameter, config)
         if not isinstance(module, nn.Linear | Conv1D):
             continue
-        share = active_expert_share(config) if ROUTED_EXPERT.search(fqn) else 1.0
+        share = flops.active_expert_share(config) if flops.ROUTED_EXPERT.search(fqn) else 1.0
         if isinstance(module, nn.Linear):  # whose weight may be packed
             width_in, width_out = module.in_features, module.out_features
         else:
@@ -187,7 +182,7 @@ def _linears(layer: nn.Module, config: PretrainedConfig) -> Iterator[Linear]:
 
 def _stacked_experts(fqn: str, parameter: nn.Parameter, config: PretrainedConfig) -> Linear:
     """Return experts stacked as [expert, out, in], or transposed, as one linear."""
-    active, hidden = experts_per_token(config), config.hidden_size
+    active, hidden = flops.experts_per_token(config), config.hidden_size
     widths = (hidden, next((n for n in parameter.shape[1:] if n != hidden), hidden))
     width_in, width_out = widths[::-1] if "down" in fqn.rpartition(".")[2] else widths
     return Linear(fqn, active * width_in, active * width_out, parameter.requires_grad)

@@ -9,16 +9,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.estimate import traffic
 from raytrain_adv.estimate.assumptions import Assumptions
-from raytrain_adv.estimate.traffic import (
-    CheckpointCost,
-    Times,
-    Traffic,
-    checkpoint_cost,
-    communication,
-    compute_seconds,
-    traffic,
-)
+from raytrain_adv.estimate.traffic import CheckpointCost, Times, Traffic
 from raytrain_adv.transforms.applied import Transforms
 
 HEAD_ROLES = ("gcs_server", "controller")
@@ -111,13 +104,13 @@ class Work:
     def at(self, world_size: int, a: Assumptions) -> Scale:
         """Compute the job on this number of workers."""
         job, train = self.job, self.job.train
-        moved = traffic(self.model, job, world_size)
+        moved = traffic.traffic(self.model, job, world_size)
         sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps
         compute = interval = None
         if self.gpu:
             tokens = sequences * self.tokens_per_sequence
-            compute = compute_seconds(job, self.flops_per_token, tokens, self.gpu, moved)
-        times = Times(*communication(moved, a), compute)
+            compute = traffic.compute_seconds(job, self.flops_per_token, tokens, self.gpu, moved)
+        times = Times(*traffic.communication(moved, a), compute)
         if compute is not None and self.save_every:
             interval = self.save_every * max(compute, times.communication)
         return Scale(
@@ -126,7 +119,7 @@ class Work:
             moved=moved,
             times=times,
             gpu=self.gpu,
-            checkpoint=checkpoint_cost(self.model, job, world_size, a),
+            checkpoint=traffic.checkpoint_cost(self.model, job, world_size, a),
             saves=job.output.save_strategy != "no",
             save_interval=interval,
             head=Head.of(world_size),

@@ -46,16 +46,6 @@ SETTINGS = 24
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A module that FSDP2 gathers and reduces as a whole: a layer, or the rest of the model."""
-
-    gathered: int
-    """Bytes of its whole parameters as they are sent, padding included."""
-    reduced: int
-    """Bytes of its whole gradients in float32, padding included; 0 if it is frozen."""
-
-
-@dataclass(frozen=True)
 class Traffic:
     """The traffic of FSDP2's collectives in one optimizer step: bytes of whole tensors over all
     ranks of a group, and numbers of collectives.
@@ -91,9 +81,11 @@ class Traffic:
         return self.inside + self.between
 
 
-def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[Unit]:
-    """Return the modules that FSDP2 is applied to, as in model/parallel.py, of a model after its
-    transforms and before sharding; the meta device is enough.
+def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[tuple[int, int]]:
+    """Return the bytes of each module that FSDP2 gathers and reduces as a whole, a layer or the
+    rest of the model (model/parallel.py): of its parameters as they are sent, and of its gradients
+    in float32, 0 if it is frozen; with padding. The model is not sharded; the meta device is
+    enough.
 
     A parameter is split along its first dimension into equal parts for all ranks: rows are padded
     to a multiple of them. It is sent in the compute dtype, packed weights as their bytes, and what
@@ -112,7 +104,7 @@ def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[Unit]:
             size = compute_dtype(job).itemsize if p.is_floating_point() else p.element_size()
             gathered += padded * sizes.get(id(p), size)
             reduced += padded * REDUCE_BYTES if p.requires_grad else 0
-        found.append(Unit(gathered, reduced))
+        found.append((gathered, reduced))
     return found
 
 
@@ -128,12 +120,12 @@ def traffic(model: PreTrainedModel, job: JobConfig, world_size: int) -> Traffic:
     passes = job.train.gradient_accumulation_steps
     times = passes * (2 if job.parallel.fsdp_reshard_after_forward else 1) * (shards > 1)
     found = units(model, job, shards)
-    trained = [unit.reduced for unit in found if unit.reduced]
+    trained = [reduced for _, reduced in found if reduced]
     reduced, reductions = passes * sum(trained), passes * len(trained)
     return Traffic(
         shard_size=shards,
         replicas=replicas,
-        gathered=times * sum(unit.gathered for unit in found),
+        gathered=times * sum(gathered for gathered, _ in found),
         gathers=times * len(found),
         reduced=reduced if shards > 1 else 0,
         reductions=reductions if shards > 1 else 0,

@@ -2,38 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from raytrain_adv.errors import RaytrainAdvError, StorageError
 from raytrain_adv.redaction import hide_environment
-from raytrain_adv.report.parts import (
-    Arguments,
-    Baseline,
-    Failure,
-    JobObject,
-    JsonObject,
-    Number,
-    Point,
-    PreflightReport,
-    Record,
-    Sample,
-    Seconds,
-    Start,
-    TransformReport,
-    Variant,
-)
+from raytrain_adv.report import parts
+from raytrain_adv.report.parts import Arguments, JobObject, JsonObject, Number, Record
 from raytrain_adv.storage.atomic import write_atomic
+from raytrain_adv.storage.storage import storage_errors
 
 FILE_NAME = "report.json"
 OF_CONVERTED = (
-    "quantized_dir",
-    "quantized_gib",
-    "quantized_logit_difference",
-    "quantized_comparison",
-)
+    "quantized_dir", "quantized_gib", "quantized_logit_difference", "quantized_comparison",
+)  # fmt: skip
 """Fields of the model that export converts from the trained one."""
+T = TypeVar("T", bound=Record)
 
 
 class RunReport(Record):
@@ -50,7 +35,7 @@ class RunReport(Record):
     """
     error: str | None = None
     """The error's whole message as the user saw it; null unless status is failed or stopped."""
-    failure: Failure | None = None
+    failure: parts.Failure | None = None
     """The same error in its parts."""
     run_name: str = ""
     """Name of the run."""
@@ -66,7 +51,7 @@ class RunReport(Record):
     """Path of the job file on the driver."""
     overrides: tuple[Arguments, ...] = ()
     """The key=value arguments of the command line."""
-    preflight: PreflightReport | None = None
+    preflight: parts.PreflightReport | None = None
     """The cluster's nodes, which of them were used, and why not the others."""
     world_size: int | None = None
     """Workers (ranks) of the run; of its last start if it was restarted."""
@@ -85,9 +70,9 @@ class RunReport(Record):
     """Optimizer steps that the plan has."""
     epochs: Number = None
     """Passes over the training data that were finished."""
-    train_loss: tuple[Point, ...] = ()
+    train_loss: tuple[parts.Point, ...] = ()
     """Training loss as [step, value]: mean per label token of that step."""
-    eval_loss: tuple[Point, ...] = ()
+    eval_loss: tuple[parts.Point, ...] = ()
     """Loss on the held-out rows as [step, value], mean per label token."""
     tokens_per_second_per_worker: Number = None
     """Median after warm-up, padding not counted."""
@@ -108,11 +93,11 @@ class RunReport(Record):
     """Restarts of the workers after some were lost."""
     skipped_steps: int = 0
     """Optimizer steps whose update was skipped because of a bad loss (on_bad_loss: skip)."""
-    starts: tuple[Start, ...] = ()
+    starts: tuple[parts.Start, ...] = ()
     """Each start of the workers: at which step, how many, and which nodes were lost before."""
     resumed_from_step: int | None = None
     """Step of the checkpoint the run last resumed from; null if it never did."""
-    transforms: dict[str, TransformReport] = Field(default_factory=dict)
+    transforms: dict[str, parts.TransformReport] = Field(default_factory=dict)
     """What each enabled transform changed and skipped, by its name; as planned if the run did not
     finish.
     """
@@ -120,13 +105,13 @@ class RunReport(Record):
     """Rows read, used and unusable (file, line and reason), tokens, sequences, packing."""
     batch: JsonObject = Field(default_factory=dict)
     """Batch arithmetic: sequences per step, tokens per step, steps per epoch."""
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[parts.Sample, ...] = ()
     """Answers of the trained model to held-out prompts."""
-    timeline: dict[str, Seconds] = Field(default_factory=dict)
+    timeline: dict[str, parts.Seconds] = Field(default_factory=dict)
     """Seconds of each phase of the run, in order."""
     model_dir: str | None = None
     """Folder of the trained model; null until it is exported."""
-    variants: tuple[Variant, ...] = ()
+    variants: tuple[parts.Variant, ...] = ()
     """What quantization costs, and what training with it regains, in held-out loss."""
     recovered: Number = None
     """Share of the quantization loss that training recovered: (PTQ - trained) / (PTQ - bf16), of
@@ -148,7 +133,7 @@ class RunReport(Record):
     """
     quantized_comparison: str = ""
     """On how many tokens and where they were compared, and what was allowed."""
-    baseline: Baseline | None = None
+    baseline: parts.Baseline | None = None
     """The run named by compare_with; null if there is none."""
     notes: tuple[str, ...] = ()
     """Anything else a reader should know, one sentence each."""
@@ -176,14 +161,16 @@ class RunReport(Record):
         )
 
 
-def describe_failure(error: BaseException, rank: int | None = None, trace: str = "") -> Failure:
+def describe_failure(
+    error: BaseException, rank: int | None = None, trace: str = ""
+) -> parts.Failure:
     """Return the error in its parts; a foreign error's type and message are its `what`."""
     kind = type(error).__name__
-    parts: dict[str, Any] = {"what": f"{kind}: {error}" if str(error) else kind}
+    words: dict[str, Any] = {"what": f"{kind}: {error}" if str(error) else kind}
     if isinstance(error, RaytrainAdvError):
-        parts = {"what": error.what, "found": error.found, "fix": error.fix}
+        words = {"what": error.what, "found": error.found, "fix": error.fix}
     code = (error if isinstance(error, RaytrainAdvError) else RaytrainAdvError).exit_code
-    return Failure(kind=kind, **parts, exit_code=code, rank=rank, trace=trace)
+    return parts.Failure(kind=kind, **words, exit_code=code, rank=rank, trace=trace)
 
 
 def write(report: RunReport, output_dir: str | Path) -> Path:
@@ -202,24 +189,24 @@ def write_text(text: str, path: Path) -> Path:
     Raises:
         StorageError: when the file cannot be written.
     """
-    try:
+    with storage_errors("The report cannot be written", str(path)):
         write_atomic(path, hide_environment(text))
-    except OSError as error:
-        found = f"{path}: {error.strerror or error}"
-        fix = "free space, or choose an output_dir that can be written to"
-        raise StorageError("The report cannot be written", found, fix) from error
     return path
 
 
 def read(output_dir: str | Path) -> RunReport:
-    """Read report.json.
+    """Read report.json; raises as read_record does."""
+    return read_record(RunReport, Path(output_dir) / FILE_NAME)
+
+
+def read_record(kind: type[T], path: Path) -> T:
+    """Read a report of this kind.
 
     Raises:
         StorageError: when it is missing, or is not a report of this version.
     """
-    path = Path(output_dir) / FILE_NAME
     try:
-        return RunReport.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes())
     except OSError as error:
         found, fix = f"{path}: {error.strerror or error}", "give the output_dir of a run"
         raise StorageError("There is no report to read", found, fix) from error

@@ -3,12 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from raytrain_adv.config.sweep import CONVERTED_LOSS, MetricName, Trial
-from raytrain_adv.errors import StorageError
 from raytrain_adv.report.parts import Arguments, JsonObject, Number, Record
-from raytrain_adv.report.record import RunReport, write_text
+from raytrain_adv.report.record import RunReport, read_record, write_text
 
 FILE_NAME = "sweep.json"
 STOPPED = "StoppedBySweep"
@@ -158,15 +155,5 @@ def write(report: SweepReport, output_dir: str | Path) -> Path:
 
 
 def read(output_dir: str | Path) -> SweepReport:
-    """Read sweep.json.
-
-    Raises:
-        StorageError: when it is missing, or is not one of this version.
-    """
-    path = Path(output_dir) / FILE_NAME
-    try:
-        return SweepReport.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
-        what = "There is no report of a sweep to read"
-        raise StorageError(what, f"{path}: {reason}", "give its output_dir") from error
+    """Read sweep.json; raises as read_record does."""
+    return read_record(SweepReport, Path(output_dir) / FILE_NAME)

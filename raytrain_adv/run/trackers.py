@@ -22,6 +22,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.redaction import redact
 from raytrain_adv.storage.metrics_file import plain_row
+from raytrain_adv.storage.storage import Storage
 from raytrain_adv.text import nearest
 
 FOLDER = "trackers"
@@ -277,21 +278,23 @@ def open_trackers(job: JobConfig, resume_step: int = 0, emit: Emit | None = None
     Raises:
         JobError: when a tracker is unknown, not installed, or cannot be opened.
     """
-    wanted = names(job.output.report_to)
     check(job.output.report_to)
-    if not wanted:
+    if not (wanted := names(job.output.report_to)):
         return Trackers()
     output_dir = Path(job.output.output_dir)
-    folder = output_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     run_name = job.output.run_name or output_dir.resolve().name
-    run_ids = _read_ids(folder) if resume_step else {}
+    storage = Storage.at(str(output_dir / FOLDER))
+    storage.make()
+    # There are none if no tracker was enabled before, or the run was killed while it opened one.
+    run_ids = (storage.read_json(STATE_FILE) if resume_step else None) or {}
     trackers = []
     for name in wanted:
-        start = Start(folder, run_name, redact(job.flat()), resume_step, run_ids.get(name))
+        start = Start(
+            output_dir / FOLDER, run_name, redact(job.flat()), resume_step, run_ids.get(name)
+        )
         trackers.append(_open(name, start))
         run_ids[name] = trackers[-1].run_id
-    (folder / STATE_FILE).write_text(json.dumps(run_ids))
+    storage.write_json(STATE_FILE, run_ids)
     return Trackers(tuple(trackers), emit)
 
 
@@ -312,12 +315,3 @@ def _module(name: str) -> Any:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-
-
-def _read_ids(folder: Path) -> dict[str, str]:
-    try:
-        ids: dict[str, str] = json.loads((folder / STATE_FILE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        # No tracker was enabled before, or the run was killed while it opened one.
-        return {}
-    return ids

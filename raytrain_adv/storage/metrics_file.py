@@ -5,12 +5,13 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from raytrain_adv.errors import StorageError
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.storage.atomic import write_atomic
+from raytrain_adv.storage.storage import storage_errors
 
 FILE_NAME = "metrics.jsonl"
 Scalar = str | int | float | bool | None
@@ -32,12 +33,10 @@ class MetricsFile:
 
     def __init__(self, path: str | Path, resume_step: int | None) -> None:
         self.path = Path(path)
-        try:
+        with self._errors():
             kept, num_dropped = _rows_to_keep(self.path, resume_step)
             replace(self.path, kept)
             self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
         if resume_step is not None and kept:
             message = _resume_message(resume_step, num_dropped)
             self.event("resume", message, step=resume_step, num_dropped=num_dropped)
@@ -51,11 +50,12 @@ class MetricsFile:
         """
         line = json.dumps({"time": round(time.time(), 3)} | plain_row(row), allow_nan=False) + "\n"
         data = (hide_environment(line) if row.get("kind") == "event" else line).encode()
-        try:
+        with self._errors():
             while data:
                 data = data[os.write(self._fd, data) :]
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return storage_errors("The metrics of the run cannot be written", str(self.path))
 
     def event(self, event: str, message: str, **details: Scalar) -> None:
         """Write a row of kind event: a slug, a sentence, and numbers for those who want them."""
@@ -118,11 +118,9 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def _parsed(number: int, line: bytes) -> dict[str, Any]:
-    row = parse_row(line)
-    if row is None:
-        message = f"Line {number} of {FILE_NAME} is not a row and was left out."
-        return {"kind": "event", "event": "unreadable_line", "message": message}
-    return row
+    message = f"Line {number} of {FILE_NAME} is not a row and was left out."
+    unreadable = {"kind": "event", "event": "unreadable_line", "message": message}
+    return parse_row(line) or unreadable
 
 
 def _scalar(key: str, value: object) -> Scalar:
@@ -153,14 +151,6 @@ def _resume_message(step: int, num_dropped: int) -> str:
         return f"Resumed from step {step}."
     rows = "1 later row is" if num_dropped == 1 else f"{num_dropped} later rows are"
     return f"Resumed from step {step}; {rows} computed again."
-
-
-def _unwritable(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        "The metrics of the run cannot be written",
-        f"{path}: {error.strerror or error}",
-        "free space, or choose an output_dir that the workers can write to",
-    )
 
 
 class FollowedFile:

@@ -180,15 +180,13 @@ class Progress(tune.Callback):  # type: ignore[misc] # ray is Any to mypy
         self._num_started = 0
         self._began = time.monotonic()
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_start(self, *, trial: Any, **info: Any) -> None:
         """Print that a trial starts."""
         self._num_started += 1
         self._results.started(_name(trial))
         self._print(trial, f"started ({self._num_started} of {self._num_trials})")
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
-    ) -> None:
+    def on_trial_result(self, *, trial: Any, result: Mapping[str, Any], **info: Any) -> None:
         """Print a trial's step and loss."""
         if "value" in result:
             total = result.get("total_steps")
@@ -197,12 +195,7 @@ class Progress(tune.Callback):  # type: ignore[misc] # ray is Any to mypy
             self._print(trial, f"step {result['step']:,}{of_total}, loss {value}")
 
     def on_trial_complete(
-        self,
-        iteration: int,
-        trials: list[Any],
-        trial: Any,
-        error: BaseException | None = None,
-        **info: Any,
+        self, *, trial: Any, error: BaseException | None = None, **info: Any
     ) -> None:
         """Print how a trial ended; `error` is why its process died, or that its code failed."""
         one = self._results.ended(_name(trial), error)
@@ -212,9 +205,9 @@ class Progress(tune.Callback):  # type: ignore[misc] # ray is Any to mypy
             first = (one.error or "").partition("\n")[0]
             self._print(trial, f"{one.status} after {numbers.plural(one.steps, 'step')}: {first}")
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(self, *, trial: Any, **info: Any) -> None:
         """Print that a trial's process died, or that its code failed."""
-        self.on_trial_complete(iteration, trials, trial, trial.get_error())
+        self.on_trial_complete(trial=trial, error=trial.get_error())
 
     def _print(self, trial: Any, text: str) -> None:
         line = f"[{numbers.clock(time.monotonic() - self._began)}] {_name(trial)}: {text}"

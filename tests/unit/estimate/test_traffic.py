@@ -180,7 +180,7 @@ def test_the_gather_of_the_8b_shape_is_the_one_counted_elsewhere(tmp_path: Path)
 def test_rows_are_padded_to_all_workers(tmp_path: Path) -> None:
     job = job_for(write_checkpoint("llama", tmp_path / "model"), tmp_path)
     model = build(job)
-    few, many = (sum(u.gathered for u in traffic.units(model, job, n)) for n in (2, 512))
+    few, many = (sum(gathered for gathered, _ in traffic.units(model, job, n)) for n in (2, 512))
     assert many > 5 * few
 
 

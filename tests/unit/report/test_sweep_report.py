@@ -139,7 +139,7 @@ def test_sweep_json_is_read_as_it_was_written(tmp_path) -> None:
     sweep_record.write(DELAYS, tmp_path)
     assert sweep_record.read(tmp_path) == DELAYS
     (tmp_path / "sweep.json").write_text("{}")
-    with pytest.raises(StorageError, match="There is no report of a sweep"):
+    with pytest.raises(StorageError, match="not one of this version"):
         sweep_record.read(tmp_path)
 
 
