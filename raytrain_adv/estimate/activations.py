@@ -38,8 +38,7 @@ class Linear:
     fqn: str
     in_width: float
     """Input elements per token; of routed experts, summed over a token's active ones."""
-    out_width: float
-    """Output elements, likewise."""
+    out_width: float  # output elements, likewise
     keeps_input: bool
     """Whether its weight or an adapter on it is trained, so that backward needs the input."""
     adapter_rank: int = 0
@@ -64,10 +63,8 @@ class Linear:
 class Norm:
     """A normalization of a layer."""
 
-    width: float
-    """Elements per token."""
-    in_float32: bool
-    """Whether it computes on a float32 copy, as transformers' RMSNorms do."""
+    width: float  # elements per token
+    in_float32: bool  # whether it computes on a float32 copy, as transformers' RMSNorms do
     trained: bool
 
 
@@ -77,10 +74,8 @@ class Layer:
 
     hidden: int
     heads: int
-    query_width: int
-    """Elements per token of all queries, and of attention's output."""
-    key_width: int
-    """Elements per token of all keys; the same for the values."""
+    query_width: int  # elements per token of all queries, and of attention's output
+    key_width: int  # elements per token of all keys; the same for the values
     linears: tuple[Linear, ...]
     norms: tuple[Norm, ...]
 

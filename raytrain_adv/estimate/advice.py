@@ -28,8 +28,7 @@ class Gpu:
     """A GPU to compare a prediction with."""
 
     name: str
-    memory_gib: float
-    """As PyTorch reports it."""
+    memory_gib: float  # as PyTorch reports it
 
 
 PURE_BF16 = "half the bytes a parameter; updates below 0.2 % of a weight are lost to rounding"
@@ -41,8 +40,7 @@ class Advice:
     """A change to the job, and the memory it then needs."""
 
     keys: Mapping[str, Any]
-    total: float
-    """Predicted peak in GiB with the change."""
+    total: float  # predicted peak in GiB with the change
     why: str
 
     def sentence(self) -> str:

@@ -13,25 +13,18 @@ from raytrain_adv.text import nearest
 class Assumptions:
     """A cluster in numbers; GB are 10^9 bytes. None of them was measured here."""
 
-    gpus_per_node: float = 8
-    """GPUs of a node, as in a DGX or HGX H100."""
+    gpus_per_node: float = 8  # GPUs of a node, as in a DGX or HGX H100
     nvlink_gb_s: float = 360
     """Into one GPU from the others of its node: 450 GB/s a direction by NVIDIA's H100 datasheet,
     80 % of it."""
-    network_gb_s: float = 320
-    """Into one node: eight ports of 400 Gb/s, 80 % of it."""
+    network_gb_s: float = 320  # into one node: eight ports of 400 Gb/s, 80 % of it
     network_hop_us: float = 14
     """From node to node in a ring: NCCL's own tuning table, network, ring, Simple protocol."""
-    nvlink_hop_us: float = 3.4
-    """From GPU to GPU in a ring: the same table, NVLink."""
-    storage_gb_s: float = 10
-    """Out of and into the shared storage, all nodes together."""
-    storage_node_gb_s: float = 3
-    """The same for one node: a port of 25 Gb/s."""
-    host_copy_gb_s: float = 5
-    """From one GPU into pageable host memory."""
-    open_files: float = 65536
-    """Files that a process on the head may have open (ulimit -n)."""
+    nvlink_hop_us: float = 3.4  # from GPU to GPU in a ring: the same table, NVLink
+    storage_gb_s: float = 10  # out of and into the shared storage, all nodes together
+    storage_node_gb_s: float = 3  # the same for one node: a port of 25 Gb/s
+    host_copy_gb_s: float = 5  # from one GPU into pageable host memory
+    open_files: float = 65536  # files that a process on the head may have open (ulimit -n)
 
 
 def assumptions(pairs: Iterable[str]) -> tuple[Assumptions, list[Problem]]:

@@ -18,17 +18,13 @@ HEAD_ROLES = ("gcs_server", "controller")
 """Processes on the head with a connection to every worker; a raylet serves its own node only."""
 # (base, per worker): lines fitted to measurements. Source: on_the_head in
 # jobs/benchmarks/results/start_up.json.
-HEAD_FILES = {"gcs_server": (66.0, 2.0), "controller": (53.0, 1.0)}
-"""Open files by process."""
-HEAD_CPU_S = (2.752, 0.1175)
-"""CPU seconds of both for a run of a few reports."""
+HEAD_FILES = {"gcs_server": (66.0, 2.0), "controller": (53.0, 1.0)}  # open files by process
+HEAD_CPU_S = (2.752, 0.1175)  # CPU seconds of both for a run of a few reports
 HEAD_RSS_MIB = (247.958, 0.6583)
 """Resident MiB of both; the controller of a real run has torch too, some 190 MiB."""
 
-MOST_WORKERS = 16384
-"""Limits are searched up to this number."""
-LONG_LOAD_S = 600.0
-"""Seconds of reading weights and checkpoint that count as a limit."""
+MOST_WORKERS = 16384  # limits are searched up to this number
+LONG_LOAD_S = 600.0  # seconds of reading weights and checkpoint that count as a limit
 ENVELOPE_NODES = 2000
 """Nodes of the largest cluster that Ray's release benchmarks start. Source: ray-project/ray, pull
 request 64446 (placement groups and actors on 2,000 and more nodes)."""
@@ -40,12 +36,9 @@ class Head:
     to every worker; extrapolated from a few CPU workers.
     """
 
-    cpu_s: float
-    """CPU seconds of both to start and end a run."""
-    files: float
-    """Open files and sockets of the process with the most."""
-    memory_gib: float
-    """Resident memory of both."""
+    cpu_s: float  # CPU seconds of both to start and end a run
+    files: float  # open files and sockets of the process with the most
+    memory_gib: float  # resident memory of both
 
     @staticmethod
     def of(world_size: int) -> Head:
@@ -65,13 +58,10 @@ class Scale:
     nodes: int
     moved: Traffic
     times: Times
-    gpu: str
-    """The GPU whose peak is used; empty on CPUs."""
+    gpu: str  # the GPU whose peak is used; empty on CPUs
     checkpoint: CheckpointCost
-    saves: bool
-    """Whether the job saves checkpoints."""
-    save_interval: float | None
-    """Fewest seconds between two checkpoints; None if unknown."""
+    saves: bool  # whether the job saves checkpoints
+    save_interval: float | None  # fewest seconds between two checkpoints; None if unknown
     head: Head
     global_batch: int
     assumed: Assumptions
@@ -81,8 +71,7 @@ class Scale:
 class Limit:
     """A limit that more workers reach."""
 
-    workers: int
-    """The fewest workers that reach it, of powers of two and the planned number."""
+    workers: int  # the fewest workers that reach it, of powers of two and the planned number
     what: str
     fix: str
 
@@ -96,10 +85,8 @@ class Work:
     flops_per_token: float
     tokens_per_sequence: float
     num_sequences: int
-    save_every: int
-    """Steps between two checkpoints; 0 if the interval is not in steps."""
-    gpu: str
-    """Name of the GPU; empty on CPUs."""
+    save_every: int  # steps between two checkpoints; 0 if the interval is not in steps
+    gpu: str  # name of the GPU; empty on CPUs
 
     def at(self, world_size: int, a: Assumptions) -> Scale:
         """Compute the job on this number of workers."""

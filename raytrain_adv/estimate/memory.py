@@ -20,15 +20,12 @@ from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
 from raytrain_adv.text import GIB
 
-REDUCE_BYTES = 4
-"""FSDP2 sums gradients in float32."""
+REDUCE_BYTES = 4  # FSDP2 sums gradients in float32
 GATHERED_AHEAD = 2
 """Layers whose parameters are whole at a time: the computing one and the prefetched one."""
-WORKSPACE_BYTES = 96 * 2**20
-"""cuBLAS and attention workspaces, rotary tables, token ids."""
+WORKSPACE_BYTES = 96 * 2**20  # cuBLAS and attention workspaces, rotary tables, token ids
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "gathered")
-RESERVE = 0.06
-"""Share of a GPU's memory to leave free: CUDA context, NCCL buffers, fragmentation."""
+RESERVE = 0.06  # share of a GPU's memory to leave free: CUDA context, NCCL buffers, fragmentation
 
 
 @dataclass(frozen=True)
@@ -54,28 +51,19 @@ class Phase:
 class MemoryPrediction:
     """Predicted peak memory of one worker, in GiB. Each of PARTS has its own largest size."""
 
-    parameters: float
-    """Shard of one worker; also of gradients and optimizer states."""
+    parameters: float  # shard of one worker; also of gradients and optimizer states
     gradients: float
     optimizer: float
     activations: float
     """Activations kept for backward, and the temporaries of a layer's backward pass."""
-    logits: float
-    """Logits, their gradient, and the loss's own copies."""
-    gathered: float
-    """Whole parameters and gradients of the layers FSDP2 is working on."""
-    total: float
-    """The largest moment: less than the sum of the parts."""
-    peak: str
-    """Name of that moment."""
-    phases: tuple[Phase, ...]
-    """The moments of a step, in order."""
-    host: float
-    """Host memory per worker of offloaded states."""
-    copies: HostCopies
-    """Host memory per worker for checkpoints."""
-    explanations: dict[str, str]
-    """Part -> explanation of its size."""
+    logits: float  # logits, their gradient, and the loss's own copies
+    gathered: float  # whole parameters and gradients of the layers FSDP2 is working on
+    total: float  # the largest moment: less than the sum of the parts
+    peak: str  # name of that moment
+    phases: tuple[Phase, ...]  # the moments of a step, in order
+    host: float  # host memory per worker of offloaded states
+    copies: HostCopies  # host memory per worker for checkpoints
+    explanations: dict[str, str]  # part -> explanation of its size
 
     def fits(self, memory_gib: float) -> bool:
         """Whether a GPU with this memory has room, with RESERVE left free."""
@@ -92,14 +80,10 @@ class HostNeed:
     the node's own processes. All but `workers` are per worker.
     """
 
-    workers: int
-    """Most workers on the node."""
-    offloaded: float
-    """Parameters, gradients and optimizer states under fsdp_cpu_offload."""
-    kept: float
-    """Copies of checkpoints, kept for the run."""
-    new: float
-    """New copies for each checkpoint."""
+    workers: int  # most workers on the node
+    offloaded: float  # parameters, gradients and optimizer states under fsdp_cpu_offload
+    kept: float  # copies of checkpoints, kept for the run
+    new: float  # new copies for each checkpoint
 
     @staticmethod
     def of(memory: MemoryPrediction, workers: int) -> HostNeed:
@@ -214,16 +198,11 @@ def _phases(s: States, a: Passes, job: JobConfig, accumulates: bool) -> tuple[Ph
 class _Gradients:
     """Gradients during a backward pass, in GiB."""
 
-    first: float
-    """When the last layer's backward pass begins."""
-    last: float
-    """During the first layer's backward pass."""
-    head_reducing: float = 0.0
-    """The head's whole gradient: FSDP2 reduces it last."""
-    reducing: float = 0.0
-    """A layer's gradients in the reduction, and the head's."""
-    end_reducing: float = 0.0
-    """The head's and the embedding's gradients in the reduction."""
+    first: float  # when the last layer's backward pass begins
+    last: float  # during the first layer's backward pass
+    head_reducing: float = 0.0  # the head's whole gradient: FSDP2 reduces it last
+    reducing: float = 0.0  # a layer's gradients in the reduction, and the head's
+    end_reducing: float = 0.0  # the head's and the embedding's gradients in the reduction
 
     @staticmethod
     def whole(s: States, earlier: float) -> _Gradients:

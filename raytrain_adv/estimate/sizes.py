@@ -36,14 +36,10 @@ class States:
     head_gradient: float
     """Whole gradient of the head; likewise of the embedding, the same tensor if they are tied."""
     embedding_gradient: float
-    layer_gradient: float
-    """Whole gradient of one layer, in the dtype of backward."""
-    root: float
-    """Whole parameters outside the layers, in the compute dtype; 0 without FSDP2."""
-    layer: float
-    """Whole parameters of one layer, likewise."""
-    optimizer_temporaries: float
-    """Temporaries of the optimizer's step."""
+    layer_gradient: float  # whole gradient of one layer, in the dtype of backward
+    root: float  # whole parameters outside the layers, in the compute dtype; 0 without FSDP2
+    layer: float  # whole parameters of one layer, likewise
+    optimizer_temporaries: float  # temporaries of the optimizer's step
     num_layers: int
     shard_size: int
     is_tied: bool
@@ -91,22 +87,15 @@ class States:
 class Passes:
     """Memory of forward and backward for a micro-batch, in GiB."""
 
-    kept: float
-    """Kept for backward, over all layers."""
-    kept_by_one: float
-    """One layer's part of it."""
-    recomputed: float
-    """Recomputed during one layer's backward pass."""
-    temporaries: float
-    """Activation gradients in one layer's backward pass, and an unpacked weight."""
-    logits: float
-    """Logits, their gradient and the loss's copies, at most."""
-    logits_gradient: float
-    """The gradient into the head's backward pass, or from the head's loss."""
+    kept: float  # kept for backward, over all layers
+    kept_by_one: float  # one layer's part of it
+    recomputed: float  # recomputed during one layer's backward pass
+    temporaries: float  # activation gradients in one layer's backward pass, and an unpacked weight
+    logits: float  # logits, their gradient and the loss's copies, at most
+    logits_gradient: float  # the gradient into the head's backward pass, or from the head's loss
     logits_eval: float
     """Logits and the loss's copies in an evaluation pass; 0 without held-out rows."""
-    layer_eval: float
-    """A layer's input, output and inner activations in an evaluation pass."""
+    layer_eval: float  # a layer's input, output and inner activations in an evaluation pass
 
     @staticmethod
     def of(model: PreTrainedModel, job: JobConfig, seq_len: int, batch: int) -> Passes:
@@ -162,8 +151,7 @@ class Loss:
     vocab: int
     size: int
     compiled: bool
-    capped: bool
-    """Whether the model caps its logits by tanh, which keeps a copy."""
+    capped: bool  # whether the model caps its logits by tanh, which keeps a copy
 
     def training(self, tokens: int) -> float:
         """Return the most bytes of logits, their gradient and float32 copies."""
@@ -196,8 +184,7 @@ class LossInHead:
     loss: HeadLoss
     hidden: int
     size: int
-    trained: int
-    """Trained elements of the head."""
+    trained: int  # trained elements of the head
 
     def training(self, tokens: int) -> float:
         """Return the most bytes of a chunk and its gradients, in the forward pass."""
@@ -282,8 +269,7 @@ def optimizer_bytes(trained: list[nn.Parameter], job: JobConfig, shards: int) ->
 class HostCopies:
     """A worker's copies of checkpoints in host memory, in GiB; see checkpoint/host_memory.py."""
 
-    kept: float
-    """Allocated after the first step and kept; page-locked if the node has room."""
+    kept: float  # allocated after the first step and kept; page-locked if the node has room
     new: float
     """Allocated for each checkpoint until it is written: states that are already in host memory,
     and 8-bit states, which are copied as float32."""

@@ -41,8 +41,7 @@ PART_BYTES = 1555
 with torch 2.13."""
 ENTRY_BYTES = 265
 """Bytes of each part in .metadata. Counted with torch 2.13; longer names take more."""
-SETTINGS = 24
-"""Entries of the optimizer's settings, such as lr, of two groups of parameters."""
+SETTINGS = 24  # entries of the optimizer's settings, such as lr, of two groups of parameters
 
 
 @dataclass(frozen=True)
@@ -51,18 +50,13 @@ class Traffic:
     ranks of a group, and numbers of collectives.
     """
 
-    shard_size: int
-    """Ranks that share a copy of the model."""
-    replicas: int
-    """Copies of the model; more than one is HSDP."""
-    gathered: int
-    """Whole parameters, once for each all-gather."""
+    shard_size: int  # ranks that share a copy of the model
+    replicas: int  # copies of the model; more than one is HSDP
+    gathered: int  # whole parameters, once for each all-gather
     gathers: int
-    reduced: int
-    """Whole gradients, once for each reduce-scatter."""
+    reduced: int  # whole gradients, once for each reduce-scatter
     reductions: int
-    all_reduced: int
-    """One rank's shard of the gradients, once for each all-reduce between copies."""
+    all_reduced: int  # one rank's shard of the gradients, once for each all-reduce between copies
     all_reductions: int
 
     @property
@@ -138,10 +132,8 @@ def traffic(model: PreTrainedModel, job: JobConfig, world_size: int) -> Traffic:
 class Times:
     """A step's times on GPUs, without overlap."""
 
-    bandwidth: float
-    """Bytes over the narrowest link they pass."""
-    latency: float
-    """Hops of all rings, one after another."""
+    bandwidth: float  # bytes over the narrowest link they pass
+    latency: float  # hops of all rings, one after another
     compute: float | None
     """Computation with FSDP2's copies of gathered and reduced bytes; None if no rate is known."""
 
@@ -218,18 +210,13 @@ class CheckpointCost:
 
     total: float
     """Bytes in storage: trained parameters and, unless disabled, the optimizer's states."""
-    per_rank: float
-    """Bytes that each rank copies to host memory; each state is written by one copy."""
+    per_rank: float  # bytes that each rank copies to host memory; each state is written by one copy
     metadata: float
     """Bytes of .metadata, written by rank 0 and read by every rank; part of the total."""
-    staging: float
-    """Seconds that training waits for the copy into host memory."""
-    save: float
-    """Seconds of the background write."""
-    load: float
-    """Seconds to read it into all shards of all copies."""
-    model_load: float
-    """Seconds to read the initial weights; 0 from scratch."""
+    staging: float  # seconds that training waits for the copy into host memory
+    save: float  # seconds of the background write
+    load: float  # seconds to read it into all shards of all copies
+    model_load: float  # seconds to read the initial weights; 0 from scratch
 
 
 def saved_bytes(model: nn.Module, job: JobConfig, world_size: int) -> tuple[float, float]:

@@ -23,8 +23,7 @@ SPIKE = 20.0
 ROUND = (1, 2, 2.5, 5, 10)
 SIZES = {"wide": (960, 260), "half": (470, 190), "third": (330, 190)}
 PHONE = "third"
-LEFT, RIGHT, TOP, BOTTOM = 50, 10, 16, 26
-"""Margins of a drawing around its axes, in pixels."""
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 16, 26  # margins of a drawing around its axes, in pixels
 CURVES: dict[str, dict[str, Any]] = {
     "line": {"linewidth": 1.6},
     "faint": {"linewidth": 0.9, "alpha": 0.32},
@@ -62,8 +61,7 @@ class Series:
 
     name: str
     points: Sequence[Xy]
-    color: Literal[1, 2]
-    """Number of the color in the page's palette."""
+    color: Literal[1, 2]  # number of the color in the page's palette
     style: Literal["line", "faint", "dots", "points"] = "line"
     """dots are joined by a thin line, points are not."""
 
@@ -95,8 +93,7 @@ class Plot:
     marks: tuple[Mark, ...] = ()
     levels: tuple[Level, ...] = ()
     from_zero: bool = False
-    span: Literal["wide", "half", "third"] = "third"
-    """Share of the page's width."""
+    span: Literal["wide", "half", "third"] = "third"  # share of the page's width
     over: str = "step"
     """The horizontal axis. Steps begin at 0; of anything else, positive values that differ much get
     a logarithmic axis."""
@@ -107,12 +104,10 @@ class Drawing:
     """A plot that is drawn, as the template shows it."""
 
     plot: Plot
-    keys: list[tuple[str, str]]
-    """CSS class and label of each line, in the order of the legend."""
+    keys: list[tuple[str, str]]  # CSS class and label of each line, in the order of the legend
     shapes: list[tuple[str, Markup, dict[str, float]]]
     """Where it is shown (any, page, phone), its SVG, and the axes' left and right end in it."""
-    data: str
-    """JSON for the page's script: the points under the pointer."""
+    data: str  # JSON for the page's script: the points under the pointer
 
 
 def draw(plots: Sequence[Plot]) -> list[Drawing]:

@@ -13,8 +13,7 @@ from raytrain_adv.report.parts import Baseline, Sample, Start
 from raytrain_adv.report.record import RunReport
 
 NUM_SAMPLE_LINES = 8
-UNLIMITED = 10_000
-"""Columns of a terminal that cuts no table."""
+UNLIMITED = 10_000  # columns of a terminal that cuts no table
 
 
 def summary(report: RunReport) -> str:

@@ -20,22 +20,17 @@ _BETWEEN = ("torch/_ops.py", "torch/utils/_contextlib.py")
 class Pulse:
     """A worker's progress at one time."""
 
-    step: int
-    """Optimizer steps of this start that it has finished."""
-    stalled_s: float
-    """Seconds since it last finished one; 0 while time does not count."""
-    place: str
-    """The line of code at which its training thread is."""
-    waits: bool
-    """Whether that is a wait for other workers."""
+    step: int  # optimizer steps of this start that it has finished
+    stalled_s: float  # seconds since it last finished one; 0 while time does not count
+    place: str  # the line of code at which its training thread is
+    waits: bool  # whether that is a wait for other workers
 
 
 @dataclass
 class Heartbeat:
     """Counts optimizer steps; time runs from the end of the first, except inside `paused`."""
 
-    thread: int = field(default_factory=threading.get_ident)
-    """The training thread."""
+    thread: int = field(default_factory=threading.get_ident)  # the training thread
     step: int = 0
     _since: float | None = None
     """When the last step ended, on time.monotonic's clock; None while time does not count."""

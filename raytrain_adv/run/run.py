@@ -61,17 +61,13 @@ class Run:
     device: torch.device
     storage: Storage
     """Root of this job's checkpoints: attempts are folders in it, checkpoints folders in those."""
-    attempt: str
-    """Folder name of this attempt."""
+    attempt: str  # folder name of this attempt
     reporter: Reporter
     cpu_group: dist.ProcessGroup | None = None
     """gloo group for agreements between ranks that must not wait for the GPU."""
-    restarts: int = 0
-    """How often this attempt's workers were restarted after a failure."""
-    resume: bool | str = False
-    """True: from the newest complete checkpoint; a path: from that one."""
-    timeline: dict[str, float] = field(default_factory=dict)
-    """Seconds spent per phase, in order."""
+    restarts: int = 0  # how often this attempt's workers were restarted after a failure
+    resume: bool | str = False  # True: from the newest complete checkpoint; a path: from that one
+    timeline: dict[str, float] = field(default_factory=dict)  # seconds spent per phase, in order
     metrics: MetricsFile | None = None
     trackers: Trackers | None = None
     heartbeat: Heartbeat = field(default_factory=Heartbeat)

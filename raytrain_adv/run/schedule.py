@@ -14,28 +14,17 @@ Strategy = Literal["no", "steps", "epoch"]
 class Arithmetic:
     """The run in numbers. Steps are optimizer steps; a finished step's number counts from 1."""
 
-    num_sequences: int
-    """Sequences of one epoch (after packing, without the held-out ones)."""
-    world_size: int
-    """Workers (ranks)."""
-    micro_batch: int
-    """Sequences per worker in one forward and backward pass."""
-    accumulation_steps: int
-    """Forward and backward passes per optimizer step."""
-    global_batch: int
-    """Sequences per optimizer step: micro_batch x accumulation_steps x world_size."""
-    total_steps: int
-    """Optimizer steps of the run."""
-    warmup_steps: int
-    """Steps over which the learning rate rises."""
-    save_strategy: Strategy
-    """When a checkpoint is written."""
-    save_every: int
-    """Steps between two checkpoints where save_strategy is steps, else 0."""
-    eval_strategy: Strategy
-    """When the held-out rows are evaluated."""
-    eval_every: int
-    """Steps between two evaluations where eval_strategy is steps, else 0."""
+    num_sequences: int  # sequences of one epoch (after packing, without the held-out ones)
+    world_size: int  # workers (ranks)
+    micro_batch: int  # sequences per worker in one forward and backward pass
+    accumulation_steps: int  # forward and backward passes per optimizer step
+    global_batch: int  # sequences per optimizer step: micro_batch x accumulation_steps x world_size
+    total_steps: int  # optimizer steps of the run
+    warmup_steps: int  # steps over which the learning rate rises
+    save_strategy: Strategy  # when a checkpoint is written
+    save_every: int  # steps between two checkpoints where save_strategy is steps, else 0
+    eval_strategy: Strategy  # when the held-out rows are evaluated
+    eval_every: int  # steps between two evaluations where eval_strategy is steps, else 0
     filled_sequences: int
     """Sequences of the next epoch that complete the last batch; 0 where max_steps counts."""
 

@@ -25,8 +25,7 @@ from raytrain_adv.storage.metrics_file import plain_row
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.text import nearest
 
-FOLDER = "trackers"
-"""Folder in output_dir for what trackers write."""
+FOLDER = "trackers"  # folder in output_dir for what trackers write
 STATE_FILE = "runs.json"
 CLOSE_TIMEOUT_S = 60.0
 NOT_METRICS = frozenset({"kind", "step", "time", "non_finite"})
@@ -40,12 +39,9 @@ class Start:
 
     folder: Path
     run_name: str
-    config: dict[str, Any]
-    """The job, without its secrets."""
-    resume_step: int
-    """The step that is resumed from; 0 at a new run."""
-    run_id: str | None
-    """The tracker's own id of the run that is continued."""
+    config: dict[str, Any]  # the job, without its secrets
+    resume_step: int  # the step that is resumed from; 0 at a new run
+    run_id: str | None  # the tracker's own id of the run that is continued
 
 
 class Tracker(ABC):
@@ -54,10 +50,8 @@ class Tracker(ABC):
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     """Modules of which any one is needed; the first one installed is used."""
-    advice: ClassVar[str]
-    """What to do when it cannot be opened."""
-    error: ClassVar[str] = ""
-    """Its own exception, by its path in the module."""
+    advice: ClassVar[str]  # what to do when it cannot be opened
+    error: ClassVar[str] = ""  # its own exception, by its path in the module
     run_id: str = ""
 
     def __init__(self, module: Any) -> None:

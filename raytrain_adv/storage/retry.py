@@ -14,8 +14,7 @@ from raytrain_adv.errors import StorageError
 
 T = TypeVar("T")
 
-WAITS_S = (1.0, 5.0, 20.0)
-"""Seconds before each further attempt."""
+WAITS_S = (1.0, 5.0, 20.0)  # seconds before each further attempt
 # Another attempt fails the same way: no space, no permission, a file in the way.
 PERMANENT = frozenset(
     (

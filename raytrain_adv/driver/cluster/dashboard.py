@@ -20,8 +20,7 @@ from raytrain_adv.text import first_line
 
 DEFAULT = "http://127.0.0.1:8265"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-RUNS = "/api/train/v2/runs/v1"
-"""Ray Train's runs (ray 2.60); its web pages have no tab for them."""
+RUNS = "/api/train/v2/runs/v1"  # Ray Train's runs (ray 2.60); its web pages have no tab for them
 
 
 def named(address: str | None) -> str | None:

@@ -15,8 +15,7 @@ from raytrain_adv.config.job import CPU_WORKERS, JobConfig, numbers
 from raytrain_adv.errors import ClusterError, Stopped
 from raytrain_adv.text import plural
 
-ACCELERATOR = "accelerator_type:"
-"""Prefix of the resource that names a node's GPU."""
+ACCELERATOR = "accelerator_type:"  # prefix of the resource that names a node's GPU
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,9 @@ class Node:
     address: str
     resources: Mapping[str, float]
     count: int = 1
-    group: str = ""
-    """The autoscaler's name for this kind of node."""
-    node_id: str = ""
-    """Ray's id; empty for a node that is not started yet."""
-    is_draining: bool = False
-    """Whether Ray is about to remove it from the cluster."""
+    group: str = ""  # the autoscaler's name for this kind of node
+    node_id: str = ""  # Ray's id; empty for a node that is not started yet
+    is_draining: bool = False  # whether Ray is about to remove it from the cluster
 
     @property
     def accelerator(self) -> str:
@@ -49,17 +45,12 @@ class Node:
 class Placement:
     """The resources that a job requests from the cluster, with every auto resolved."""
 
-    num_workers: int
-    """Number of workers; the largest one if it may change."""
-    bundle: dict[str, float]
-    """What each worker reserves."""
+    num_workers: int  # number of workers; the largest one if it may change
+    bundle: dict[str, float]  # what each worker reserves
     use_gpu: bool
-    started_here: bool
-    """Whether this driver started the cluster."""
-    note: str
-    """The request in a sentence, for the console."""
-    avoided: tuple[str, ...] = ()
-    """Ids of the nodes that preflight excluded."""
+    started_here: bool  # whether this driver started the cluster
+    note: str  # the request in a sentence, for the console
+    avoided: tuple[str, ...] = ()  # ids of the nodes that preflight excluded
     avoided_accelerators: tuple[str, ...] = ()
     """Ray's accelerator types that an autoscaler must not start for this job."""
     numbers: tuple[int, ...] = ()

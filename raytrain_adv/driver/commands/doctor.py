@@ -75,8 +75,7 @@ class Finding:
     where: str
     what: str
     means: str
-    fix: str
-    """What --fix does about it; without a `repair`, what the user can do."""
+    fix: str  # what --fix does about it; without a `repair`, what the user can do
     repair: Callable[[SetAside], None] | None = None
     reopens: bool = False  # a rerun then continues a run that has ended
 

@@ -47,8 +47,7 @@ TRAINS = "affects only how a model is trained"
 WAY_OUT = "make room, or name another folder by --output"
 INDENT = " " * 11
 NO_GPU = "float8 products need a GPU, and this command has none"
-KEPT = (Lora, Qat, QuantizedBase)
-"""Transforms whose keys matter when there is nothing to train."""
+KEPT = (Lora, Qat, QuantizedBase)  # transforms whose keys matter when there is nothing to train
 
 
 def run(

@@ -20,8 +20,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.storage.storage import Storage
 
-Entry = Mapping[str, Any]
-"""A run, attempt or worker, as Ray Train's state has it (ray 2.60)."""
+Entry = Mapping[str, Any]  # a run, attempt or worker, as Ray Train's state has it (ray 2.60)
 HEADS = ("run", "status", "workers", "step", "loss", "tokens/s/worker", "restarts", "output_dir")
 
 
@@ -29,18 +28,13 @@ HEADS = ("run", "status", "workers", "step", "loss", "tokens/s/worker", "restart
 class Written:
     """What a run has written into its output_dir so far."""
 
-    status: str
-    """running, done or failed, as its driver last wrote it."""
-    progress: str
-    """Steps done, of how many."""
+    status: str  # running, done or failed, as its driver last wrote it
+    progress: str  # steps done, of how many
     loss: float | None
-    rate: float | None
-    """Tokens per second and worker."""
+    rate: float | None  # tokens per second and worker
     restarts: int | None
-    row_at: float | None
-    """When the last row was written, unix seconds."""
-    message: str
-    """The message of its last event."""
+    row_at: float | None  # when the last row was written, unix seconds
+    message: str  # the message of its last event
 
     @property
     def figures(self) -> tuple[str, str, str]:

@@ -32,8 +32,7 @@ EXCLUDES = (
 )
 """What is not uploaded, unless a file configures it."""
 ENV_VARS = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
-LARGEST_MIB = 500
-"""Ray accepts 512 MiB, packed (ray 2.60)."""
+LARGEST_MIB = 500  # Ray accepts 512 MiB, packed (ray 2.60)
 EXIT_STOPPED = 130
 RETRY_S = 2.0
 MAX_RETRIES = 30
@@ -214,8 +213,7 @@ def follow(client: JobSubmissionClient, name: str) -> int:
 class _Log:
     def __init__(self, client: JobSubmissionClient, name: str) -> None:
         self.client, self.name = client, name
-        self.printed = 0
-        """Characters of the log."""
+        self.printed = 0  # characters of the log
 
     async def tail(self) -> None:
         """Print what is new until the job ends, also if the connection breaks."""

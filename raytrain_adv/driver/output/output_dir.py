@@ -57,11 +57,9 @@ class Replaced:
     """What a new run, or sweep, replaces in output_dir, once its workers can be started."""
 
     folder: Path
-    names: tuple[str, ...]
-    """Files and folders there that are deleted."""
+    names: tuple[str, ...]  # files and folders there that are deleted
     storages: Sequence[Storage]
-    is_there: bool
-    """Whether there is something to lose that has not been deleted yet."""
+    is_there: bool  # whether there is something to lose that has not been deleted yet
 
     def delete(self) -> str:
         """Delete it, except the kernels that the new run has pinned; return a message.
@@ -119,17 +117,12 @@ class Output:
     """Where this run writes."""
 
     folder: Path
-    storage_path: str
-    """Folder or URI below which Ray keeps this job's attempts."""
-    attempt: str
-    """Name of this attempt, in Ray and as a folder."""
+    storage_path: str  # folder or URI below which Ray keeps this job's attempts
+    attempt: str  # name of this attempt, in Ray and as a folder
     resume: bool | str
-    finished: bool
-    """Whether the same job has already run to its end here."""
-    number: int
-    """The number of attempts, including this one."""
-    replaced: Replaced
-    """The previous content of the folder, which this run replaces."""
+    finished: bool  # whether the same job has already run to its end here
+    number: int  # the number of attempts, including this one
+    replaced: Replaced  # the previous content of the folder, which this run replaces
 
     @property
     def storage(self) -> Storage:

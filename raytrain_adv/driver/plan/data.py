@@ -20,27 +20,20 @@ Say = Callable[[str], None]
 
 COUNTED = 20_000
 """Datasets of up to this many rows are tokenized for the plan, into the run's cache."""
-SAMPLE = 2_000
-"""First rows of a larger dataset, from which its size is estimated."""
+SAMPLE = 2_000  # first rows of a larger dataset, from which its size is estimated
 
 
 @dataclass(frozen=True)
 class DataSummary:
     """Sizes of the job's data."""
 
-    num_rows: int
-    """Conversations to train on."""
+    num_rows: int  # conversations to train on
     num_sequences: int
-    num_tokens: int
-    """Tokens in the sequences, without padding."""
-    longest: int
-    """Tokens of the longest training sequence."""
-    num_held_out: int
-    """Sequences for evaluation."""
-    packing_efficiency: float | None
-    """Filled share of the packed sequences; None without packing."""
-    estimated_from: int = 0
-    """Rows of the sample behind the estimate; 0 if the sizes were counted."""
+    num_tokens: int  # tokens in the sequences, without padding
+    longest: int  # tokens of the longest training sequence
+    num_held_out: int  # sequences for evaluation
+    packing_efficiency: float | None  # filled share of the packed sequences; None without packing
+    estimated_from: int = 0  # rows of the sample behind the estimate; 0 if the sizes were counted
 
 
 def summarize(prepared: PreparedData) -> DataSummary:

@@ -43,10 +43,8 @@ class ModelSummary:
     num_parameters: int
     num_trained: int
     dtypes: tuple[str, ...]
-    attention: str
-    """Implementation in transformers' terms: sdpa, eager, flash_attention_2, ..."""
-    flops_per_token: float
-    """Forward and backward, at the padded length."""
+    attention: str  # implementation in transformers' terms: sdpa, eager, flash_attention_2, ...
+    flops_per_token: float  # forward and backward, at the padded length
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ class Size:
 
     workers: int
     accumulation_steps: int
-    memory_gib: float
-    """Predicted peak per GPU."""
+    memory_gib: float  # predicted peak per GPU
 
 
 @dataclass(frozen=True)
@@ -65,32 +62,23 @@ class RunPlan:
 
     job: JobConfig
     world_size: int
-    assumption: str
-    """Where the number of workers comes from; empty if the job sets it."""
+    assumption: str  # where the number of workers comes from; empty if the job sets it
     model: ModelSummary
     data: DataSummary
     arithmetic: Arithmetic
-    seq_len: int
-    """Tokens of the longest padded sequence."""
+    seq_len: int  # tokens of the longest padded sequence
     transforms: Mapping[str, Plan]
     memory: MemoryPrediction
-    host: HostNeed
-    """Host memory of a full node's workers."""
-    host_gib: float | None
-    """Host memory of a node; None if no GPU node is known."""
-    gpus: tuple[Gpu, ...]
-    """GPUs to compare the prediction with."""
-    advice: Mapping[str, tuple[Advice, ...]]
-    """GPU name -> changes worth making."""
+    host: HostNeed  # host memory of a full node's workers
+    host_gib: float | None  # host memory of a node; None if no GPU node is known
+    gpus: tuple[Gpu, ...]  # GPUs to compare the prediction with
+    advice: Mapping[str, tuple[Advice, ...]]  # GPU name -> changes worth making
     sizes: tuple[Size, ...] = ()
     """The run with each allowed number of workers; empty if the number is fixed. The plan itself is
     for the fewest, which need most memory."""
-    scale: Scale | None = None
-    """Traffic and checkpoints of many workers, if requested."""
-    limits: tuple[Limit, ...] = ()
-    """Limits of more workers, in order; with `scale`."""
-    remarks: tuple[str, ...] = ()
-    """Sentences on keys without effect, and on what was not checked."""
+    scale: Scale | None = None  # traffic and checkpoints of many workers, if requested
+    limits: tuple[Limit, ...] = ()  # limits of more workers, in order; with `scale`
+    remarks: tuple[str, ...] = ()  # sentences on keys without effect, and on what was not checked
 
 
 def resolve(

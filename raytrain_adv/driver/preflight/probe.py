@@ -23,8 +23,7 @@ from raytrain_adv.hardware import PACKAGES, HardwareFacts, package_versions
 from raytrain_adv.text import GIB
 
 SCRIPT = Path(probe_script.__file__)
-SCRIPT_TIMEOUT_S = 20.0
-"""Limit for a GPU driver that hangs."""
+SCRIPT_TIMEOUT_S = 20.0  # limit for a GPU driver that hangs
 NODE_TIMEOUT_S = 60.0
 """Time for a node to unpack the job's working_dir, start a process, and answer."""
 
@@ -49,8 +48,7 @@ class GpuReading:
     compute_capability: tuple[int, int]
     total_bytes: int
     free_bytes: int
-    is_mig: bool = False
-    """Whether it is a MIG slice."""
+    is_mig: bool = False  # whether it is a MIG slice
 
 
 @dataclass(frozen=True)
@@ -58,20 +56,16 @@ class Reading:
     """A node as its probe found it or, with `is_declared`, as an autoscaler declares it."""
 
     gpus: tuple[GpuReading, ...] = ()
-    gpu_error: str = ""
-    """NVML's message if it found no GPUs."""
+    gpu_error: str = ""  # NVML's message if it found no GPUs
     driver_version: str | None = None
-    cuda_version: str | None = None
-    """CUDA version that PyTorch was built for."""
+    cuda_version: str | None = None  # CUDA version that PyTorch was built for
     hostname: str = ""
     num_cores: int = 0
     host_memory_bytes: int = 0
-    host_free_bytes: int = 0
-    """Available host memory at the time of the probe; 0 if unknown."""
+    host_free_bytes: int = 0  # available host memory at the time of the probe; 0 if unknown
     versions: Mapping[str, str | None] = field(default_factory=dict)
     """Package -> version; None if it is not installed."""
-    code: str | None = None
-    """Hash of raytrain_adv's code: two commits may share a version."""
+    code: str | None = None  # hash of raytrain_adv's code: two commits may share a version
     is_declared: bool = False
 
     def facts(self, address: str, use_gpu: bool) -> list[HardwareFacts]:

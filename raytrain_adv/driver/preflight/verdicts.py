@@ -20,8 +20,7 @@ from raytrain_adv.errors import ClusterError, RaytrainAdvError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.text import first_line
 
-NEEDED = ("raytrain_adv", "torch", "transformers")
-"""Packages that every worker needs."""
+NEEDED = ("raytrain_adv", "torch", "transformers")  # packages that every worker needs
 NO_ROOM = "has no room for a worker"
 DIFFERS = "Versions differ between the nodes"
 
@@ -42,10 +41,8 @@ class Verdict:
     node: Node
     reading: Reading | None
     """None if the node did not answer, or is not started yet and names no known GPU."""
-    workers: int
-    """Workers that fit on it, used or not."""
-    refusal: str = ""
-    """The violated rule in a line; empty if there is none."""
+    workers: int  # workers that fit on it, used or not
+    refusal: str = ""  # the violated rule in a line; empty if there is none
     found: str = ""
     fix: str = ""
 
@@ -75,10 +72,8 @@ class Preflight:
     """The verdicts on all nodes of a cluster."""
 
     verdicts: tuple[Verdict, ...]
-    use_gpu: bool
-    """Whether workers compute on GPUs."""
-    seconds: float
-    """Time until the nodes answered."""
+    use_gpu: bool  # whether workers compute on GPUs
+    seconds: float  # time until the nodes answered
     warnings: tuple[str, ...] = ()
 
     @property

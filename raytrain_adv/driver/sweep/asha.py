@@ -47,10 +47,8 @@ class Rungs:
         while grace_steps < total_steps:
             self.values[grace_steps] = {}
             grace_steps *= factor
-        self._reached: dict[str, int] = {}
-        """Trial -> the last rung it was compared at."""
-        self._stopped: set[str] = set()
-        """Trials that have to stop; they may still make a few steps."""
+        self._reached: dict[str, int] = {}  # trial -> the last rung it was compared at
+        self._stopped: set[str] = set()  # trials that have to stop; they may still make a few steps
 
     def first_judged(self, name: str) -> int:
         """Return the step before which this trial is not judged."""

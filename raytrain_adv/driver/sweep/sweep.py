@@ -293,12 +293,9 @@ def rungs_of(sweep: Sweep, total_steps: int) -> Rungs:
 class Room:
     """The cluster's room for the trials."""
 
-    at_once: int
-    """Trials that fit at the same time."""
-    found: Preflight
-    """The nodes, as checked for the first trial that can run."""
-    placement: Placement
-    """That trial's placement."""
+    at_once: int  # trials that fit at the same time
+    found: Preflight  # the nodes, as checked for the first trial that can run
+    placement: Placement  # that trial's placement
 
 
 def find_room(trials: Sequence[Trial], started_here: bool, read: Read) -> Room:

@@ -17,8 +17,7 @@ from raytrain_adv.errors import RaytrainAdvError, quieten
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.storage.metrics_file import FILE_NAME, FollowedFile
 
-CONSOLE_FILE = "console.log"
-"""The trial's console output."""
+CONSOLE_FILE = "console.log"  # the trial's console output
 POLL_S = 0.5
 
 

@@ -26,8 +26,7 @@ from raytrain_adv.storage.metrics_file import FILE_NAME, FollowedFile
 # Events for programs: the bar or the next row shows them; the driver has printed those of data.
 SILENT_EVENTS = frozenset({"plan", "data"})
 NUM_SHOWN = 8
-REDRAW_S = 1.0
-"""Shortest time between two redraws: a terminal that is recorded keeps each of them."""
+REDRAW_S = 1.0  # shortest time between two redraws: a terminal that is recorded keeps each of them
 HEADS = ("step", "epoch", "loss", "lr", "grad", "tok/s", "MFU", "mem GiB", "wait")
 BY_IMPORTANCE = ("step", "loss", "tok/s", "lr", "epoch", "grad", "MFU", "mem GiB", "wait")
 """A narrow terminal loses the last ones first."""
@@ -41,8 +40,7 @@ class Progress:
     """The run so far, from the rows of metrics.jsonl. Times are unix seconds."""
 
     total_steps: int | None = None
-    step: int = 0
-    """Last finished optimizer step."""
+    step: int = 0  # last finished optimizer step
     started: float = field(default_factory=time.time)
     phase: str = "starting"
     phase_started: float = field(default_factory=time.time)

@@ -29,8 +29,7 @@ from raytrain_adv.worker.install import fetch
 class Progress:
     """What the report keeps of the preparation, also if it is refused halfway."""
 
-    timeline: dict[str, float] = field(default_factory=dict)
-    """Phase -> seconds."""
+    timeline: dict[str, float] = field(default_factory=dict)  # phase -> seconds
     preflight: PreflightReport | None = None
 
 

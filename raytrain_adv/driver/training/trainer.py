@@ -55,8 +55,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
     - HangWatch runs before the callbacks that handle the errors it sets.
     """
 
-    elastic: BatchPreservingPolicy | None = None
-    """Decides the number of workers, if it may change."""
+    elastic: BatchPreservingPolicy | None = None  # decides the number of workers, if it may change
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         if self.elastic is not None:

@@ -32,8 +32,7 @@ from raytrain_adv.worker.train import train
 STARTS = "starts.json"
 SHARED = "give a folder on a shared file system"
 SHOWN_NODES = 8
-LAST_FRAMES = 3
-"""Innermost frames of a worker's traceback that its error carries to the driver."""
+LAST_FRAMES = 3  # innermost frames of a worker's traceback that its error carries to the driver
 
 
 class RayReporter:

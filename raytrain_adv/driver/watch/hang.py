@@ -21,10 +21,8 @@ if TYPE_CHECKING:
         WorkerGroupPollStatus,
     )
 
-ASK_EVERY_S = 10.0
-"""Most seconds between two requests to a worker."""
-SHOWN = 8
-"""Workers named in the message."""
+ASK_EVERY_S = 10.0  # most seconds between two requests to a worker
+SHOWN = 8  # workers named in the message
 
 # Ray Train calls a worker on its process's main thread; training runs on another one, of which a
 # process has only one.
