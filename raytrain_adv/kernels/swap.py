@@ -157,10 +157,12 @@ def install(
             f"the kernel {name}",
             model.get_submodule(fqns[0]),
             "leave that layer out with layers",
+            device,
+            dtype,
             model.get_submodule(owner),
             attribute,
         )
-        trials.append(try_module(candidate, device, dtype, name, len(fqns)))
+        trials.append(try_module(candidate, name, len(fqns)))
     if device.type == "cuda":
         torch.cuda.empty_cache()
     for source, fqns in groups:
@@ -210,18 +212,13 @@ def swap(
     finally:
         logger.setLevel(level)
     expected = load_layer(source).forward
-    missing = [fqn for fqn, module in modules.items() if own_forward(module) is not expected]
-    if missing:
+    now = {fqn: vars(module).get("forward") for fqn, module in modules.items()}
+    if missing := [f for f, own in now.items() if getattr(own, "__func__", None) is not expected]:
         raise JobError(
             f"the kernel layer {source} was not put in place",
             f"{listed(missing)}: the forward pass is still another one",
             "unset DISABLE_KERNEL_MAPPING if it is set",
         )
-
-
-def own_forward(module: nn.Module) -> Any:
-    """Return the function of a module's own forward pass; None if it has its class's."""
-    return getattr(vars(module).get("forward"), "__func__", None)
 
 
 @contextmanager

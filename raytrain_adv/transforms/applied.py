@@ -15,7 +15,8 @@ from raytrain_adv.config.problems import show
 from raytrain_adv.config.rules import switch
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.text import listed
-from raytrain_adv.transforms.transform import DEFECT, Context, Plan, Transform
+from raytrain_adv.transforms.modules import own_forward
+from raytrain_adv.transforms.transform import DEFECT, Context, Plan, Segments, Transform, Worker
 
 if TYPE_CHECKING:
     import torch
@@ -132,9 +133,10 @@ class Transforms:
                 computes something else than it should.
         """
         found: dict[str, Plan] = {}
+        worker = Worker(self.job, device, dtype)
         for transform in self:
-            before = _own_forwards(model)
-            plan = transform.install(model, plans[transform.name], self.job, device, dtype)
+            before = {fqn: own_forward(module) for fqn, module in model.named_modules()}
+            plan = transform.install(model, plans[transform.name], worker)
             _verify_forwards(model, plan, before)
             found[transform.name] = plan
         return found
@@ -167,9 +169,7 @@ class Transforms:
         for transform in self:
             transform.switch(model, transform.is_on(step))
 
-    def begin_batch(
-        self, model: nn.Module, step: int, first: int, segments: tuple[tuple[int, ...], ...]
-    ) -> None:
+    def begin_batch(self, model: nn.Module, step: int, first: int, segments: Segments) -> None:
         """Prepare for a micro-batch's forward pass."""
         for transform in self:
             transform.begin_batch(model, step, first, segments)
@@ -302,27 +302,22 @@ def _verify(transform: Transform, model: nn.Module, plan: Plan, before: Mapping[
     _refuse_differences(plan, wrong + stray)
 
 
-def _own_forwards(model: nn.Module) -> dict[str, object]:
-    """Return the function of each forward pass that is bound to a module instead of its class's."""
-    found = {fqn: vars(module).get("forward") for fqn, module in model.named_modules()}
-    return {fqn: getattr(f, "__func__", f) for fqn, f in found.items() if f is not None}
-
-
 def _verify_forwards(model: nn.Module, plan: Plan, before: Mapping[str, object]) -> None:
     """Check that the planned forward passes were replaced, and no others."""
-    now = _own_forwards(model)
+    modules = dict(model.named_modules())
+    now = {fqn: own_forward(module) for fqn, module in modules.items()}
     planned = {fqn: c.after for fqn, c in plan.changes.items() if c.part == "forward"}
     wrong = [
         f"{fqn} has the forward pass it had, planned {after}"
         for fqn, after in planned.items()
-        if now.get(fqn) is before.get(fqn) or now[fqn] is type(model.get_submodule(fqn)).forward
+        if now[fqn] is before[fqn] or now[fqn] is type(modules[fqn]).forward
     ]
     stray = [
         f"{fqn} has another forward pass, which was not planned"
-        for fqn in now.keys() | before.keys()
-        if fqn not in planned and now.get(fqn) is not before.get(fqn)
+        for fqn in now
+        if fqn not in planned and now[fqn] is not before.get(fqn)
     ]
-    _refuse_differences(plan, wrong + sorted(stray))
+    _refuse_differences(plan, wrong + stray)
 
 
 def _refuse_differences(plan: Plan, lines: list[str]) -> None:

@@ -12,7 +12,7 @@ from raytrain_adv.errors import ClusterError, TrainingError
 from raytrain_adv.kernels.variants import numbers
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms.modules import LINEAR, expert_notes, plan_linears
-from raytrain_adv.transforms.transform import Context, Plan, Transform, require_package
+from raytrain_adv.transforms.transform import Context, Plan, Transform, Worker, require_package
 
 if TYPE_CHECKING:
     import torch
@@ -65,11 +65,6 @@ class Fp8(Transform):
     recipe, 0 skips none for its size."""
     fp8_allow_cpu: bool = False
     """Allow FP8 on a CPU, where it is exact but slow: to test a job."""
-
-    @property
-    def enabled(self) -> bool:
-        """Whether FP8 is on."""
-        return self.fp8
 
     @property
     def is_tensorwise(self) -> bool:
@@ -169,9 +164,7 @@ class Fp8(Transform):
         for fqn in plan.changes:
             model.set_submodule(fqn, kind.from_float(model.get_submodule(fqn), self._config()))
 
-    def install(
-        self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
-    ) -> Plan:
+    def install(self, model: nn.Module, plan: Plan, worker: Worker) -> Plan:
         """Compare the product and gradients of each kind of linear, in each size, with those
         without FP8; on a GPU also the casts, bit for bit, in every tile size they may take there.
         """
@@ -180,6 +173,7 @@ class Fp8(Transform):
         from raytrain_adv.ops.float8.linear import distance
         from raytrain_adv.trial.compare import precision
 
+        device, dtype = worker.device, worker.dtype
         alike = ("in_features", "out_features", "weight_dtype", "activation_dtype", "group_size")
         kinds: dict[object, Any] = {}
         for linear in map(model.get_submodule, plan.changes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -17,10 +17,9 @@ from raytrain_adv.kernels.source import KernelEntry, Text, Wanted
 from raytrain_adv.kernels.variants import Target, is_build, numbers
 from raytrain_adv.kernels.variants import choose as choose_build
 from raytrain_adv.transforms.modules import class_name
-from raytrain_adv.transforms.transform import Change, Context, Plan, Transform
+from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, Worker
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from raytrain_adv.config.job import JobConfig
@@ -69,11 +68,6 @@ class HubKernels(Transform):
     kernels_trust: list[Text] = []  # noqa: RUF012  # pydantic copies it
     """Publishers on the Hub whose code may run on the workers, besides those the Hub marks as
     trusted."""
-
-    @property
-    def enabled(self) -> bool:
-        """Whether kernels are on."""
-        return self.use_kernels
 
     def serves(self, key: str, job: JobConfig) -> bool:
         """Whether attention's kernel uses a key: the lock file and trust apply to it too."""
@@ -172,9 +166,7 @@ class HubKernels(Transform):
                 raise
             return fetch.find(wanted, replace(place, target=None))
 
-    def install(
-        self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
-    ) -> Plan:
+    def install(self, model: nn.Module, plan: Plan, worker: Worker) -> Plan:
         """Test each kernel on this device and dtype, and put it in its places."""
         from raytrain_adv import hardware
         from raytrain_adv.kernels.select import choose
@@ -182,6 +174,7 @@ class HubKernels(Transform):
 
         if not plan.changes:
             return plan
+        job, device = worker.job, worker.device
         facts = hardware.detect(device)
         builds = [fetch.find(one, self.place(job, facts)) for one in self._wanted_on(job, facts)]
         for build in builds:
@@ -192,8 +185,8 @@ class HubKernels(Transform):
             fix = "run the job again, while nothing else writes into output_dir"
             what = "the kernels changed between the plan and the run"
             raise JobError(what, str(own_lock(job)), fix)
-        trials = install(model, chosen, device, dtype, compiled=job.parallel.torch_compile)
-        details = {**plan.details, "trials": [trial.as_dict() for trial in trials]}
+        trials = install(model, chosen, device, worker.dtype, job.parallel.torch_compile)
+        details = {**plan.details, "trials": [asdict(trial) for trial in trials]}
         return replace(plan, details=details).with_notes(*(trial.sentence for trial in trials))
 
 

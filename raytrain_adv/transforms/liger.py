@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import JobError
-from raytrain_adv.transforms.modules import class_name, nearest
+from raytrain_adv.transforms.modules import class_name, nearest, own_forward
 from raytrain_adv.transforms.transform import (
     Change,
     Context,
     Plan,
     Transform,
+    Worker,
     require_gpu,
     require_package,
 )
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from raytrain_adv.config.job import JobConfig
@@ -177,7 +177,7 @@ class Liger(Transform):
 
     def what_is(self, module: nn.Module) -> str:
         """Return a module's class, and Liger's class or function where one is bound to it."""
-        bound: Any = _bound_forward(module)
+        bound = own_forward(module)
         if _is_ligers(bound):
             return f"{class_name(module)} with Liger's {bound.__qualname__.partition('.')[0]}"
         rotary: Any = getattr(bound, "__globals__", {}).get(ROTARY)
@@ -185,9 +185,7 @@ class Liger(Transform):
             return f"{class_name(module)} with Liger's {rotary.__name__}"
         return class_name(module)
 
-    def install(
-        self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
-    ) -> Plan:
+    def install(self, model: nn.Module, plan: Plan, worker: Worker) -> Plan:
         """Refuse layers that torch.compile would compile wrongly, and compare values and gradients
         of each kind of changed module with those of its class.
         """
@@ -195,7 +193,7 @@ class Liger(Transform):
 
         from raytrain_adv.trial.module import Candidate, Untried, group_alike, try_module
 
-        if job.parallel.torch_compile:
+        if worker.job.parallel.torch_compile:
             require_operators(model, plan)
         sentences = []
         fix = "set it to false in use_liger_kernel"
@@ -203,9 +201,10 @@ class Liger(Transform):
         for layer, fqns in group_alike(model, layers):
             module: Any = model.get_submodule(fqns[0])
             name = layer.partition(" with ")[2] or layer
-            candidate = Candidate(module.forward.__func__, name, module, fix)
+            forward = module.forward.__func__
+            candidate = Candidate(forward, name, module, fix, worker.device, worker.dtype)
             try:
-                sentences.append(try_module(candidate, device, dtype, name, len(fqns)).sentence)
+                sentences.append(try_module(candidate, name, len(fqns)).sentence)
             except Untried as error:
                 sentences.append(f"{error.what}: {error.found}")
         torch.cuda.empty_cache()
@@ -232,7 +231,7 @@ def _bind_stand_ins(model: nn.Module) -> None:
 
     of_forward: dict[FunctionType, FunctionType] = {}
     for module in model.modules():
-        forward: Any = _bound_forward(module)
+        forward = own_forward(module)
         if not _is_ligers(forward):
             continue
         names = {name: STAND_INS[name] for name in forward.__code__.co_names if name in STAND_INS}
@@ -271,7 +270,7 @@ def require_operators(model: nn.Module, plan: Plan) -> None:
     from raytrain_adv.ops.liger_layers import STAND_INS, UNDERSTOOD
 
     for fqn in plan.changes:
-        forward: Any = _bound_forward(model.get_submodule(fqn))
+        forward = own_forward(model.get_submodule(fqn))
         if not _is_ligers(forward):
             continue  # an attention module's own, which rotates by Liger's function
         names = set(forward.__code__.co_names) - {*STAND_INS, *UNDERSTOOD}
@@ -284,11 +283,6 @@ def require_operators(model: nn.Module, plan: Plan) -> None:
                 "set torch_compile: false, or name the layers to take without it, as in "
                 "use_liger_kernel: {rms_norm: true}",
             )
-
-
-def _bound_forward(module: nn.Module) -> FunctionType | None:
-    """Return the function that is bound to a module instead of its class's forward."""
-    return getattr(vars(module).get("forward"), "__func__", None)
 
 
 def _is_ligers(value: object) -> bool:

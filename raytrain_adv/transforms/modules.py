@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.errors import JobError
 
@@ -28,6 +28,12 @@ def class_name(module: nn.Module) -> str:
         kind = next((k for k in kind.__mro__ if not k.__name__.startswith("FSDP")), kind)
     is_torchs = kind.__module__.startswith("torch.nn.modules.")
     return f"{'torch.nn' if is_torchs else kind.__module__}.{kind.__qualname__}"
+
+
+def own_forward(module: nn.Module) -> Any:
+    """Return the function that is bound to a module instead of its class's forward, if any."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__func__", forward)
 
 
 def plan_linears(

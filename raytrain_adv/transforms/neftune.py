@@ -16,13 +16,11 @@ from pydantic import Field
 
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.transforms.modules import class_name, fqn_of, input_embedding
-from raytrain_adv.transforms.transform import Change, Context, Plan, Transform
+from raytrain_adv.transforms.transform import Change, Context, Plan, Segments, Transform, Worker
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from raytrain_adv.config.job import JobConfig
 
 NOISE = "raytrain_adv::neftune_noise"
 """What a profile of a training step calls the noise."""
@@ -48,11 +46,6 @@ class Neftune(Transform):
     neftune_noise_alpha: Annotated[float, Field(ge=0)] | None = None
     """Size of the noise on the embeddings: alpha / sqrt(tokens of the conversation x features); 5
     to 15 are usual, null and 0 add none."""
-
-    @property
-    def enabled(self) -> bool:
-        """Whether there is noise."""
-        return bool(self.neftune_noise_alpha)
 
     def is_changed(self, key: str) -> bool:
         """Whether a key has another value than its default; 0 turns nothing on."""
@@ -88,27 +81,24 @@ class Neftune(Transform):
             noise.seed = seed
         return ()
 
-    def begin_batch(
-        self, model: nn.Module, step: int, first: int, segments: tuple[tuple[int, ...], ...]
-    ) -> None:
+    def begin_batch(self, model: nn.Module, step: int, first: int, segments: Segments) -> None:
         """Pass the batch's place and conversations to the hook, which draws the noise by them."""
         for noise in _noises(model):
             noise.step, noise.first, noise.segments = step, first, segments
 
-    def install(
-        self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
-    ) -> Plan:
+    def install(self, model: nn.Module, plan: Plan, worker: Worker) -> Plan:
         """Measure the noise on the device that trains, on a table of zeros."""
-        embeddings = [model.get_submodule(fqn) for fqn in plan.changes]
-        return plan.with_notes(*(self._measure(one, device, dtype) for one in embeddings))
+        embeddings = map(model.get_submodule, plan.changes)
+        return plan.with_notes(*(self._measure(one, worker) for one in embeddings))
 
-    def _measure(self, embedding: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    def _measure(self, embedding: nn.Module, worker: Worker) -> str:
         import torch
         from torch import nn
 
         alpha = self.neftune_noise_alpha or 0.0
         width = int(embedding.embedding_dim)  # type: ignore[arg-type] # planned as an embedding
-        table = nn.Embedding(PROBED_ROWS, width, device=device, dtype=dtype)
+        device = worker.device
+        table = nn.Embedding(PROBED_ROWS, width, device=device, dtype=worker.dtype)
         nn.init.zeros_(table.weight)
         noise = replace(noise_of(embedding) or Noise(0.0), segments=PROBED)
         table.register_forward_hook(noise)
@@ -129,13 +119,11 @@ class Neftune(Transform):
             "evaluation has noise": bool(silent.any()),
             f"largest value and root mean square to the bound: {shares}": is_off,
         }
-        if any(wrong.values()):
-            found = "\n".join(what for what, is_so in wrong.items() if is_so)
+        if found := "\n".join(what for what, is_so in wrong.items() if is_so):
             fix = f"{OFF}, or report this with the versions installed"
             raise TrainingError("The noise of NEFTune is wrong", found, fix)
-        length = PROBED[0][0]
+        length, (top, rms) = PROBED[0][0], shares[0]
         bound = _bound(alpha, length, width)
-        top, rms = shares[0]
         return (
             f"tested on {device.type}: on {length} tokens at most {top * bound:.4g}, where "
             f"{alpha:g} / sqrt({length} x {width}) is {bound:.4g}; root mean square {rms:.3f} of "
@@ -156,7 +144,7 @@ class Noise:
     seed: int = 0
     step: int = 0
     first: int = 0
-    segments: tuple[tuple[int, ...], ...] = ()
+    segments: Segments = ()
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
@@ -198,9 +186,7 @@ def _bound(alpha: float, length: int, width: int) -> float:
     return alpha / math.sqrt(length * width)
 
 
-def _conversations(
-    segments: tuple[tuple[int, ...], ...],
-) -> Iterator[tuple[int, int, slice, int]]:
+def _conversations(segments: Segments) -> Iterator[tuple[int, int, slice, int]]:
     """Yield each conversation's row, number in it, tokens, and how many these are."""
     for row, lengths in enumerate(segments):
         for number, (end, length) in enumerate(zip(accumulate(lengths), lengths, strict=True)):

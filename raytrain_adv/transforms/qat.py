@@ -95,11 +95,6 @@ class Qat(Transform):
     """Train the same job without fake quantization first, and measure this run by it."""
 
     @property
-    def enabled(self) -> bool:
-        """Whether quantization-aware training is on."""
-        return self.enable_qat
-
-    @property
     def proven_by(self) -> str:  # type: ignore[override] # a class variable where it never varies
         """The operator that rounds weights."""
         return f"raytrain_adv::{'quantize_float8' if self.is_float8 else 'fake_quantize_groups'}"

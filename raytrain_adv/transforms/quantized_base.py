@@ -23,6 +23,7 @@ from raytrain_adv.transforms.transform import (
     Context,
     Plan,
     Transform,
+    Worker,
     require_package,
 )
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
     from raytrain_adv.ops.bitsandbytes.quantize import Form
 
@@ -75,11 +75,6 @@ class QuantizedBase(Transform):
     quantization_exclude: str | list[str] = ""
     """Linears to skip, comma separated or a list: names, ends of names (down_proj), or
     patterns (model.layers.0.*)."""
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the base is quantized."""
-        return self.quantization_bit is not None
 
     @property
     def form(self) -> Form:
@@ -194,12 +189,9 @@ class QuantizedBase(Transform):
             old: Any = model.get_submodule(fqn)
             model.set_submodule(fqn, PackedLinear.of(old, self.form))
 
-    def install(
-        self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
-    ) -> Plan:
-        """Compare a product and its gradient with those of bitsandbytes' own linear, on the
-        worker's device.
-        """
+    def install(self, model: nn.Module, plan: Plan, worker: Worker) -> Plan:
+        """Compare a product and its gradient with those of bitsandbytes' own linear."""
+        device, dtype = worker.device, worker.dtype
         try:
             apart = apart_from_bitsandbytes(self.form, device, dtype)
         except (RuntimeError, AttributeError, ImportError) as error:

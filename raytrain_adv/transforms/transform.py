@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from raytrain_adv.hardware import HardwareFacts
 
 STAGES = ("adapter", "precision", "kernel", "loss")
+Segments = tuple[tuple[int, ...], ...]
+"""Of each sequence of a batch the tokens of the conversations in it; padding follows."""
 DEFECT = (
     "this is a defect of raytrain_adv or of the versions installed: compare them with "
     "constraints.txt"
@@ -69,6 +71,16 @@ class Context:
     """Tokens of one worker's forward pass, if known."""
 
 
+@dataclass(frozen=True)
+class Worker:
+    """Where and how a worker computes the resolved job."""
+
+    job: JobConfig
+    device: torch.device
+    dtype: torch.dtype
+    """That of matrix products and activations."""
+
+
 class Transform(Section):
     """One feature: the fields are its YAML keys, the methods its rules and changes, in the order in
     which a run calls them; each may be left out. It is found by its file in this package, which
@@ -89,6 +101,11 @@ class Transform(Section):
     """How held-out rows are evaluated if training can switch the feature off: always with it on."""
     speed: ClassVar[float] = 1.0
     """Measured speed of a step, relative to the same step without the feature."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the feature is on: its first key is neither false, null nor 0."""
+        return bool(getattr(self, next(iter(type(self).model_fields))))
 
     @classmethod
     def refuse_checkpoint(cls, name: str, config: Mapping[str, Any]) -> None:
@@ -126,18 +143,10 @@ class Transform(Section):
         """Return a module's class, and what else the transform changes and is verified by."""
         return class_name(module)
 
-    def install(
-        self, model: nn.Module, plan: Plan, job: JobConfig, device: torch.device, dtype: torch.dtype
-    ) -> Plan:
+    def install(self, model: nn.Module, plan: Plan, worker: Worker) -> Plan:
         """Replace the planned forward passes, and try what was changed; return the plan with what
-        was found. Called on workers only, between `prepare` and compiling and sharding.
-
-        Args:
-            model: on the meta device.
-            plan: what was planned.
-            job: the resolved job.
-            device: where this worker computes.
-            dtype: that of matrix products and activations.
+        was found. Called on workers only, between `prepare` and compiling and sharding; the model
+        is on the meta device.
 
         Raises:
             JobError: when a replacement is wrong.
@@ -177,16 +186,9 @@ class Transform(Section):
         are evaluated with it on.
         """
 
-    def begin_batch(
-        self, model: nn.Module, step: int, first: int, segments: tuple[tuple[int, ...], ...]
-    ) -> None:
-        """Prepare for a micro-batch's forward pass; called before each.
-
-        Args:
-            model: its hooks get what they need.
-            step: optimizer step (from 0).
-            first: place of the batch's first sequence among all of the step, over all workers.
-            segments: of each sequence the tokens of the conversations in it; padding follows.
+    def begin_batch(self, model: nn.Module, step: int, first: int, segments: Segments) -> None:
+        """Prepare for a micro-batch's forward pass in optimizer step `step` (from 0). `first` is
+        the place of its first sequence among all of the step, over all workers.
         """
 
     def after_step(self, model: nn.Module) -> None:
@@ -220,8 +222,8 @@ class Transform(Section):
 def require_package(
     facts: HardwareFacts, what: str, package: str, off: str, install: str = ""
 ) -> None:
-    """Refuse a node without the package that `what` needs; `off` is how to run without it, and
-    `install` the requirement to install, the package's name if empty.
+    """Refuse a node without the package that `what` needs. `off` is how to run without it,
+    `install` the requirement to install, by default the package's name.
 
     Raises:
         ClusterError: naming the node and the package.

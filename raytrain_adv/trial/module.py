@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +40,8 @@ class Candidate:
     """Where it will be installed; it may be on the meta device, and is not changed."""
     leave_out: str
     """How to train without it, for messages."""
+    device: torch.device
+    dtype: torch.dtype
     owner: nn.Module | None = None
     """The module around it, to find out which gradients a missing one would cut."""
     attribute: str = ""
@@ -76,10 +78,6 @@ class SiteTrial:
             f"explains {self.allowed:.1e}; in {self.num_modules} modules"
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the trial as JSON types."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class _Pass:
@@ -105,26 +103,20 @@ def group_alike(model: nn.Module, layers: Mapping[str, Layer]) -> list[tuple[Lay
     return [(layer, fqns) for (layer, _), fqns in groups.items()]
 
 
-def try_module(
-    candidate: Candidate,
-    device: torch.device,
-    dtype: torch.dtype,
-    layer: str = "",
-    num_modules: int = 1,
-) -> SiteTrial:
+def try_module(candidate: Candidate, layer: str = "", num_modules: int = 1) -> SiteTrial:
     """Compare a forward pass with that of the module's class, on a copy with random weights.
     `layer` and `num_modules` are for the result.
 
     Raises:
         JobError: when it is wrong, bypasses a module, or has no gradient.
     """
-    trials = [_try(candidate, shape, device, dtype) for shape in SHAPES]
+    trials = [_try(candidate, shape) for shape in SHAPES]
     values, gradients, allowed = zip(*trials, strict=True)
     return SiteTrial(
         layer or candidate.name,
         candidate.kind,
-        device.type,
-        precision(dtype),
+        candidate.device.type,
+        precision(candidate.dtype),
         num_modules,
         max(values),
         max(gradients),
@@ -132,9 +124,7 @@ def try_module(
     )
 
 
-def _try(
-    candidate: Candidate, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
-) -> tuple[float, float, float]:
+def _try(candidate: Candidate, shape: tuple[int, int]) -> tuple[float, float, float]:
     """Return the errors of values and gradients, and the largest of a value that is allowed."""
     untried = Untried(
         f"{candidate.name} cannot be tested in {candidate.kind}",
@@ -143,14 +133,15 @@ def _try(
     )
     if not _can_call(candidate.module):
         raise untried
-    own = _copy(candidate.module, device, dtype)
+    device, dtype = candidate.device, candidate.dtype
+    own = _copy(candidate, candidate.module)
     try:
-        expected = _run(type(own).forward, own, shape, device, dtype)
-        noisy = _run(type(own).forward, own, shape, device, dtype, noise=torch.finfo(dtype).eps)
+        expected = _run(candidate, type(own).forward, own, shape)
+        noisy = _run(candidate, type(own).forward, own, shape, noise=torch.finfo(dtype).eps)
     except Exception as error:  # the module needs other arguments
         raise untried from error
     try:
-        found = _run(candidate.forward, own, shape, device, dtype)
+        found = _run(candidate, candidate.forward, own, shape)
     except Exception as error:  # a kernel's code may raise anything
         raise JobError(
             f"{candidate.name} fails as a replacement of {candidate.kind}",
@@ -169,7 +160,7 @@ def _try(
             "its input or its parameters have other values after the forward pass",
             f"{candidate.leave_out}, or correct the kernel",
         )
-    _refuse_cut(candidate, found, expected, device, dtype)
+    _refuse_cut(candidate, found, expected)
     errors = _errors(found, expected)
     allowed = allowed_errors(_errors(noisy, expected), dtype)
     if wrong := differences(errors, allowed):
@@ -197,14 +188,12 @@ def _cut(found: _Pass, expected: _Pass) -> list[str]:
     return [name for name in expected.exact if found.results[name] is None]
 
 
-def _refuse_cut(
-    candidate: Candidate, found: _Pass, expected: _Pass, device: torch.device, dtype: torch.dtype
-) -> None:
+def _refuse_cut(candidate: Candidate, found: _Pass, expected: _Pass) -> None:
     if not (cut := _cut(found, expected)):
         return
     named = [name for name in cut if name]
     if next(candidate.module.parameters(), None) is None:
-        named += _cut_in_owner(candidate, device, dtype)
+        named += _cut_in_owner(candidate)
     lost = filter(None, ["its input" if "" in cut else "", ", ".join(dict.fromkeys(named))])
     raise JobError(
         f"{candidate.name} has no gradient: it computes forward only, and was made for inference",
@@ -214,17 +203,17 @@ def _refuse_cut(
     )
 
 
-def _cut_in_owner(candidate: Candidate, device: torch.device, dtype: torch.dtype) -> list[str]:
+def _cut_in_owner(candidate: Candidate) -> list[str]:
     """Return the modules of the one around that would be left without a gradient."""
     owner = candidate.owner
     if owner is None or not _can_call(owner):
         return []
-    own = _copy(owner, device, dtype)
+    own = _copy(candidate, owner)
     try:
-        expected = _run(type(own).forward, own, SHAPES[0], device, dtype)
+        expected = _run(candidate, type(own).forward, own, SHAPES[0])
         inner = own.get_submodule(candidate.attribute)
         vars(inner)["forward"] = candidate.forward.__get__(inner)
-        found = _run(type(own).forward, own, SHAPES[0], device, dtype)
+        found = _run(candidate, type(own).forward, own, SHAPES[0])
     except (TypeError, ValueError, RuntimeError):  # it needs other arguments: no names then
         return []
     return [name.rpartition(".")[0] for name in _cut(found, expected) if name]
@@ -235,14 +224,14 @@ def _describe(x: torch.Tensor) -> str:
 
 
 def _run(
+    candidate: Candidate,
     forward: Callable[..., Any],
     module: nn.Module,
     shape: tuple[int, int],
-    device: torch.device,
-    dtype: torch.dtype,
     noise: float = 0.0,
 ) -> _Pass:
     """Run forward and backward pass on the same numbers each time, but for relative noise."""
+    device, dtype = candidate.device, candidate.dtype
     called: set[str] = set()
     hooks = [
         child.register_forward_hook(lambda *_, fqn=fqn: called.add(fqn))
@@ -277,11 +266,11 @@ def _run(
     return _Pass(results, called, keeps)
 
 
-def _copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _copy(candidate: Candidate, module: nn.Module) -> nn.Module:
     """Return a copy of a module on the device, with random weights that keep values near 1."""
     own = copy.deepcopy(module)
     vars(own).pop("forward", None)
-    own = own.to_empty(device=device).to(dtype).train()
+    own = own.to_empty(device=candidate.device).to(candidate.dtype).train()
     generator = torch.Generator().manual_seed(1)
     for part in own.modules():
         if isinstance(part, nn.Dropout):
@@ -321,9 +310,8 @@ def _rotation(
     share = options.get("partial_rotary_factor", 1.0) if isinstance(options, dict) else 1.0
     size = int(untyped.head_dim * share)
     angles = torch.outer(torch.arange(shape[1]), 0.5 ** torch.arange(size // 2)).repeat(1, 2)
-    cos, sin = (
-        f(angles).to(device, dtype).expand(shape[0], -1, -1) for f in (torch.cos, torch.sin)
-    )
+    angles = angles.expand(shape[0], -1, -1)
+    cos, sin = (f(angles).to(device, dtype) for f in (torch.cos, torch.sin))
     return {"position_embeddings": (cos, sin), "attention_mask": None}
 
 

@@ -68,8 +68,8 @@ def layer(name, site):
 def test_the_example_computes_and_learns_as_torch_does(dtype, features):
     for name, module in (("RMSNorm", Norm(features)), ("SwiGLUMLP", Mlp(features // 4))):
         kind = layer(name, name)
-        candidate = Candidate(kind.forward, name, module, "leave it out")
-        found = try_module(candidate, torch.device("cuda"), dtype)
+        candidate = Candidate(kind.forward, name, module, "", torch.device("cuda"), dtype)
+        found = try_module(candidate)
         limit = 1e-2 if dtype == torch.bfloat16 else 1e-5
         assert found.value_error < limit and found.gradient_error < limit, (name, found)
 

@@ -15,12 +15,12 @@ from raytrain_adv import hardware
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.kernels import lock as locks
 from raytrain_adv.kernels.select import read_layers
-from raytrain_adv.kernels.swap import own_forward
 from raytrain_adv.report.parts import TransformReport
 from raytrain_adv.run.run import Run, SilentReporter
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.hub_kernels import HubKernels, own_lock
+from raytrain_adv.transforms.modules import own_forward
 from raytrain_adv.transforms.transform import Change, Plan
 from raytrain_adv.worker.install import require_alike
 from tests.kernel_folders import ACTIVATION, layers, refusal, write_kernel
@@ -305,7 +305,7 @@ def test_ranks_that_would_compute_by_other_kernels_stop_together(tmp_path):
 class Forgets(HubKernels):
     """Puts nothing in place."""
 
-    def install(self, model, plan, job, device, dtype):
+    def install(self, model, plan, worker):
         """Do nothing."""
         return plan
 
@@ -313,10 +313,10 @@ class Forgets(HubKernels):
 class DoesMore(HubKernels):
     """Replaces one forward pass that was not planned."""
 
-    def install(self, model, plan, job, device, dtype):
+    def install(self, model, plan, worker):
         """Do too much."""
         model.model.embed_tokens.forward = model.model.embed_tokens.forward
-        return super().install(model, plan, job, device, dtype)
+        return super().install(model, plan, worker)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from raytrain_adv.ops import liger_layers
 from raytrain_adv.transforms import Change, Plan
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.liger import Liger, _globals_kept, require_operators
+from raytrain_adv.transforms.transform import Worker
 from tests.kernel_folders import ACTIVATION, write_kernel
 from tests.tiny_models import KINDS, SIZES, job_for
 
@@ -228,7 +229,7 @@ def probed(forward):
     plan = Plan("liger", {"0": Change("Mlp", f"Mlp with {forward.__name__}")})
     job = SimpleNamespace(parallel=SimpleNamespace(torch_compile=False))
     liger = Liger(use_liger_kernel=True)
-    return liger.install(model, plan, job, torch.device("cpu"), torch.float32).notes
+    return liger.install(model, plan, Worker(job, torch.device("cpu"), torch.float32)).notes
 
 
 def test_the_probe_passes_what_computes_the_same():
