@@ -16,13 +16,14 @@ from raytrain_adv.config.rules import switch
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.text import listed
 from raytrain_adv.transforms.modules import own_forward
-from raytrain_adv.transforms.transform import DEFECT, Context, Plan, Segments, Transform, Worker
+from raytrain_adv.transforms.transform import DEFECT, Context, Plan, Transform, Worker
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from raytrain_adv.hardware import HardwareFacts
+    from raytrain_adv.ops.noise import Segments
 
 
 class Transforms:
@@ -35,10 +36,6 @@ class Transforms:
     def __iter__(self) -> Iterator[Transform]:
         """Iterate over the transforms."""
         return iter(self._enabled)
-
-    def __len__(self) -> int:
-        """Return how many transforms are enabled."""
-        return len(self._enabled)
 
     def check(self, facts: HardwareFacts) -> None:
         """Check that a worker's machine and software can do what the job enables.
@@ -67,18 +64,14 @@ class Transforms:
         """Return the plans of `prepare` without changing the model: transforms are planned on a
         copy, which costs no memory on the meta device.
         """
-        return self.prepare(copy.deepcopy(model), facts, num_tokens) if len(self) else {}
+        return self.prepare(copy.deepcopy(model), facts, num_tokens) if self._enabled else {}
 
     def prepare(
         self, model: nn.Module, facts: HardwareFacts | None = None, num_tokens: int | None = None
     ) -> dict[str, Plan]:
         """Apply each transform to the model in place: plan, prepare, verify. Return the plans by
-        the transforms' names.
-
-        Args:
-            model: the model before any transform.
-            facts: the machine the job runs on; none means this one.
-            num_tokens: tokens of one worker's forward pass, if known; plans advise on them.
+        the transforms' names. `facts` describe the machine the job runs on, by default this one;
+        plans advise on `num_tokens` of one worker's forward pass.
 
         Raises:
             JobError: when plans change nothing, or two transforms want the same module; it names

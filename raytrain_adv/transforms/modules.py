@@ -44,14 +44,9 @@ def plan_linears(
     why_not: Callable[[nn.Linear], str],
 ) -> tuple[dict[str, Change], dict[str, str]]:
     """Return the changes of the linears that a feature changes, and why others are skipped, both by
-    fqn. The head, routers and adapters are skipped.
-
-    Args:
-        model: its linears are chosen from.
-        becomes: class that can be changed -> the class it becomes.
-        key: the job key that excludes linears.
-        value: its value.
-        why_not: returns why a linear of such a class is skipped; empty if it is not.
+    fqn. The head, routers and adapters are skipped, and what the value of a job key excludes.
+    `becomes` has for each class that can be changed the class it becomes; `why_not` returns why a
+    linear of such a class is skipped, or nothing.
 
     Raises:
         JobError: if a pattern matches no linear.

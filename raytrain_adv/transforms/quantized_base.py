@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.text import first_line
+from raytrain_adv.text import GIB, disk, first_line
 from raytrain_adv.transforms.modules import (
     LINEAR,
     expert_notes,
@@ -28,7 +28,6 @@ from raytrain_adv.transforms.transform import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from raytrain_adv.hardware import HardwareFacts
@@ -38,9 +37,6 @@ OWN = "raytrain_adv.ops.bitsandbytes.linear.PackedLinear"
 PACKAGES, OFF = {"bnb": "bitsandbytes"}, "delete quantization_bit"
 BLOCK = 64
 """Weights of a row that share a scale in 4 bits."""
-PROBED = (2048, 256, 192)
-"""Tokens, input and output features of the product that is compared with bitsandbytes' own: enough
-tokens for it to multiply as in training."""
 OTHER_METHODS = ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
 
 
@@ -150,8 +146,8 @@ class QuantizedBase(Transform):
         total = sum(p.numel() for fqn, p in model.named_parameters() if not in_adapter(fqn))
         yield (
             f"{self.scheme}: {count:,} of {total:,} weights ({count / total:.1%}) in "
-            f"{bits / count:.2f} bits each: {readable(bits / 8)} instead of "
-            f"{readable(sum(w.nbytes for w in weights))}"
+            f"{bits / count:.2f} bits each: {disk(bits / 8 / GIB)} instead of "
+            f"{disk(sum(w.nbytes for w in weights) / GIB)}"
         )
         rest = ", ".join(f"{kind} {n:,}" for kind, n in self._left(model, changes).items())
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -191,6 +187,8 @@ class QuantizedBase(Transform):
 
     def install(self, model: nn.Module, plan: Plan, worker: Worker) -> Plan:
         """Compare a product and its gradient with those of bitsandbytes' own linear."""
+        from raytrain_adv.ops.bitsandbytes.compare import apart_from_bitsandbytes
+
         device, dtype = worker.device, worker.dtype
         try:
             apart = apart_from_bitsandbytes(self.form, device, dtype)
@@ -213,6 +211,7 @@ class QuantizedBase(Transform):
 
     def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
         """Compare the quantized weights with the originals they were made from."""
+        from raytrain_adv.ops.bitsandbytes.compare import sum_distances
         from raytrain_adv.ops.bitsandbytes.linear import packed_linears
 
         read = {f: m.distance for f, m in packed_linears(model) if m.distance is not None}
@@ -236,66 +235,3 @@ class QuantizedBase(Transform):
             f"{apart[most]:.2%} ({own_name(most)}); no weight is further off than "
             f"{max(worst):.2f} of what rounding explains",
         )
-
-
-def readable(num_bytes: float) -> str:
-    """Return a size in GiB, or in MiB where that is small."""
-    gib = num_bytes / 2**30
-    return f"{gib:,.2f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.2f} MiB"
-
-
-def sum_distances(distances: list[torch.Tensor]) -> list[list[float]]:
-    """Return per layer, over all ranks, the squared difference from the originals, their squared
-    norm, and the largest difference as a share of what rounding explains; a collective.
-    """
-    import torch
-    import torch.distributed as dist
-
-    table = torch.stack(distances)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        sums, worst = table[:, :2].contiguous(), table[:, 2].contiguous()
-        dist.all_reduce(sums)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        table = torch.cat((sums, worst[:, None]), dim=1)
-    rows: list[list[float]] = table.tolist()
-    return rows
-
-
-def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Return which parts of a small product differ from bitsandbytes' own: values, gradients."""
-    import torch
-    from torch import nn
-
-    from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
-    from raytrain_adv.ops.bitsandbytes.quantize import bitsandbytes
-
-    tokens, columns, rows = PROBED
-    kinds, how = bitsandbytes().nn, dict[str, Any]()
-    with torch.device("meta"):  # without values, which would be drawn from the run's generator
-        plain = nn.Linear(columns, rows, bias=False, dtype=dtype)
-        packed = kinds.Linear4bit(columns, rows, False, dtype, form.nested, form.kind)
-    with torch.device(device):
-        generator = torch.Generator(device).manual_seed(0)
-
-        def drawn(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, dtype=dtype, generator=generator)
-
-        weight, x, pull = 0.02 * drawn(rows, columns), drawn(tokens, columns), drawn(tokens, rows)
-        ours = PackedLinear.of(plain, form).to_empty(device=device)
-        ours.take(weight, device)
-        x.requires_grad_()
-        values = ours(x)
-        (gradient,) = torch.autograd.grad(values, x, pull)
-        if form.is_int8:
-            # From host memory: that is when it quantizes. Source of the rest: MatMul8bitFp.
-            how |= {"requires_grad": False, "has_fp16_weights": False}
-            int8 = kinds.Int8Params(weight.cpu(), **how).to(device)
-            whole = int8.CB.to(dtype).mul_(int8.SCB[:, None].mul(1.0 / 127.0))
-            other, back = x @ whole.t(), pull @ whole
-        else:
-            how |= {"compress_statistics": form.nested, "quant_type": form.kind, "module": packed}
-            packed.weight = type(packed.weight)(weight, False, **how)
-            other = packed.to(device)(x)
-            (back,) = torch.autograd.grad(other, x, pull)
-    pairs = {"values": (values, other), "gradients": (gradient, back)}
-    return [name for name, (one, two) in pairs.items() if not torch.equal(one, two)]

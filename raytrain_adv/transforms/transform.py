@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 
     from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
+    from raytrain_adv.ops.noise import Segments
 
 STAGES = ("adapter", "precision", "kernel", "loss")
-Segments = tuple[tuple[int, ...], ...]
-"""Of each sequence of a batch the tokens of the conversations in it; padding follows."""
 DEFECT = (
     "this is a defect of raytrain_adv or of the versions installed: compare them with "
     "constraints.txt"

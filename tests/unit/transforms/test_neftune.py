@@ -8,8 +8,9 @@ import torch
 from raytrain_adv import hardware
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.build import build
+from raytrain_adv.ops.noise import Noise, noise_of
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.neftune import Neftune, Noise, noise_of
+from raytrain_adv.transforms.neftune import Neftune
 from tests.tiny_models import job_for, write_checkpoint
 
 CPU = hardware.detect("cpu")
