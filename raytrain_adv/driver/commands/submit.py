@@ -6,8 +6,10 @@ import asyncio
 import logging
 import re
 import shlex
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,25 +61,20 @@ def submit(path: str, overrides: list[str], address: str | None, env_file: str |
         logging.getLogger(f"ray.{noisy}").setLevel(logging.WARNING)
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", job.run_name) + time.strftime("-%Y%m%d-%H%M%S")
     print(f"{len(files)} files of {folder} are uploaded, {size_mib:.1f} MiB", flush=True)
-    try:
-        client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "raytrain_adv.launch", path, *overrides]),
-            submission_id=name,
-            runtime_env=env,
-            metadata={
-                "raytrain_adv": __version__,
-                "run": job.run_name,
-                "job_file": path,
-                "model": job.model.model_name_or_path,
-                "output_dir": job.output.output_dir,
-                "features": ", ".join(one.name for one in Transforms(job)) or "none",
-            },
-        )
-    except (RuntimeError, ValueError, ConnectionError) as error:
-        what = "The cluster did not accept the job"
-        raise ClusterError(what, first_line(error), "see its log") from error
-    print(f"submitted as {name}; Ctrl-C stops it, with a checkpoint\n", flush=True)
-    return follow(client, name)
+    request = {
+        "entrypoint": shlex.join(["python", "-m", "raytrain_adv.launch", path, *overrides]),
+        "submission_id": name,
+        "runtime_env": env,
+        "metadata": {
+            "raytrain_adv": __version__,
+            "run": job.run_name,
+            "job_file": path,
+            "model": job.model.model_name_or_path,
+            "output_dir": job.output.output_dir,
+            "features": ", ".join(one.name for one in Transforms(job)) or "none",
+        },
+    }
+    return follow(client, name, request)
 
 
 def runtime_env(file: str | None, folder: Path) -> dict[str, Any]:
@@ -186,20 +183,33 @@ def _size_mib(files: Sequence[Path], folder: Path) -> float:
     return total
 
 
-def follow(client: JobSubmissionClient, name: str) -> int:
-    """Print the job's log as it is written, until it ends; return its exit code."""
+def follow(client: JobSubmissionClient, name: str, request: Mapping[str, Any]) -> int:
+    """Submit the job and print its log as it is written, until it ends; return its exit code.
+
+    Raises:
+        ClusterError: if the cluster does not accept the job, stop it, or show how it ended.
+    """
     log = _Log(client, name)
+    # Ctrl-C counts also where SIGINT is ignored, as in a process that a script starts with &.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
+            with _answers("The cluster did not accept the job", "see its log"):
+                client.submit_job(**request)
+            print(f"submitted as {name}; Ctrl-C stops it, with a checkpoint\n", flush=True)
             asyncio.run(log.tail())
         except KeyboardInterrupt:
             print("\nstopping the job; Ctrl-C again leaves it running", flush=True)
-            client.stop_job(name)
+            with _answers("The job could not be stopped", f"stop it: ray job stop {name}"):
+                client.stop_job(name)
             asyncio.run(log.tail())
     except KeyboardInterrupt:
         print(f"\nleft; its log: ray job logs --follow {name}", flush=True)
         return EXIT_STOPPED
-    info = client.get_job_info(name)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with _answers("It is not known how the job ended", f"see: ray job status {name}"):
+        info = client.get_job_info(name)
     if info.status == JobStatus.SUCCEEDED:
         return EXIT_DONE
     if info.status == JobStatus.STOPPED:
@@ -208,6 +218,15 @@ def follow(client: JobSubmissionClient, name: str) -> int:
     code = info.driver_exit_code
     print(f"\nthe job failed (exit code {code})" if code else f"\nthe job failed\n{info.message}")
     return int(code or EXIT_TRAINING_FAILED)
+
+
+@contextmanager
+def _answers(what: str, fix: str) -> Iterator[None]:
+    """Raise a ClusterError if the dashboard refuses a request or does not answer."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(what, first_line(error), fix) from error
 
 
 class _Log:
