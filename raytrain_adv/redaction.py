@@ -157,10 +157,8 @@ def _redact_nested(value: Any) -> Any:
 
 
 def refuse_submitted(job_config: str | None) -> None:
-    """Check the runtime environment in the JSON that Ray passes to a job's entry point.
-
-    Raises:
-        JobError: naming the variables that contain secrets, never their values.
+    """Check the runtime environment in the JSON that Ray passes to a job's entry point. Raises
+    JobError naming the variables that contain secrets, never their values.
     """
     runtime_env = json.loads(job_config or "{}").get("runtime_env")
     found = list(secrets_in("runtime_env", runtime_env))

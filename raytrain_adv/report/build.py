@@ -134,10 +134,8 @@ def _medians(trained: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def against(report: RunReport, job: JobConfig) -> RunReport:
-    """Return the report compared with the run that compare_with names, if there is one.
-
-    Raises:
-        StorageError: when that folder has no report.
+    """Return the report compared with the run that compare_with names, if there is one. Raises
+    StorageError if that folder has no report.
     """
     folder = job.output.compare_with
     if folder is None:

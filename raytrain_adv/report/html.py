@@ -27,10 +27,7 @@ Figure = tuple[str, object, str, str]
 
 def write_html(report: RunReport, output_dir: str | Path, plots: bool = True) -> Path:
     """Write report.html next to report.json and metrics.jsonl, whose rows are plotted if `plots`
-    (plot_loss); return its path.
-
-    Raises:
-        StorageError: when the file cannot be written.
+    (plot_loss); return its path. Raises StorageError if the file cannot be written.
     """
     folder = Path(output_dir)
     rows = metrics_file.read(folder / metrics_file.FILE_NAME)

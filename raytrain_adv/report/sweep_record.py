@@ -146,11 +146,7 @@ def best(trials: tuple[TrialReport, ...], mode: Literal["min", "max"]) -> TrialR
 
 
 def write(report: SweepReport, output_dir: str | Path) -> Path:
-    """Write sweep.json and return its path.
-
-    Raises:
-        StorageError: when it cannot be written.
-    """
+    """Write sweep.json and return its path. Raises StorageError if it cannot be written."""
     return write_text(report.model_dump_json(indent=2) + "\n", Path(output_dir) / FILE_NAME)
 
 

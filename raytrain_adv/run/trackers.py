@@ -156,10 +156,8 @@ TRACKERS: dict[str, type[Tracker]] = {kind.name: kind for kind in (_TensorBoard,
 
 
 def names(report_to: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the trackers that report_to names.
-
-    Raises:
-        JobError: naming the unknown tracker, and the most similar known one.
+    """Return the trackers that report_to names. Raises JobError naming the unknown tracker, and the
+    most similar known one.
     """
     listed = report_to.split(",") if isinstance(report_to, str) else report_to
     wanted = [name.strip() for name in listed if name.strip()]
@@ -175,10 +173,8 @@ def names(report_to: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check(report_to: str | Sequence[str]) -> None:
-    """Refuse a tracker that is unknown or whose package is not installed; imports none.
-
-    Raises:
-        JobError: naming the tracker and what to install.
+    """Refuse a tracker that is unknown or whose package is not installed; imports none. Raises
+    JobError naming the tracker and what to install.
     """
     for name in names(report_to):
         packages = TRACKERS[name].packages

@@ -28,10 +28,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that replaces `path` when the block ends without an error.
-
-    Raises:
-        OSError: when it cannot be created or renamed.
+    """Yield an empty folder that replaces `path` when the block ends without an error. Raises
+    OSError if it cannot be created or renamed.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -44,10 +42,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, path: Path) -> None:
-    """Rename a complete folder to `path`, replacing the folder there.
-
-    Raises:
-        OSError: when it cannot be renamed.
+    """Rename a complete folder to `path`, replacing the folder there. Raises OSError if it cannot
+    be renamed.
     """
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)

@@ -76,9 +76,7 @@ class MetricsFile:
 
 def plain_row(row: Mapping[str, object]) -> dict[str, Any]:
     """Return the row with plain scalars; NaN and infinity become None, named in `non_finite`.
-
-    Raises:
-        TypeError: when a value is not a scalar.
+    Raises TypeError if a value is not a scalar.
     """
     plain: dict[str, Any] = {}
     non_finite: dict[str, str] = {}

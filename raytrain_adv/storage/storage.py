@@ -41,11 +41,7 @@ class Storage:
 
     @classmethod
     def at(cls, path_or_uri: str) -> Storage:
-        """Open a local path or a URI.
-
-        Raises:
-            StorageError: when no file system serves the URI.
-        """
+        """Open a local path or a URI. Raises StorageError if no file system serves the URI."""
         try:
             if "://" in path_or_uri:
                 filesystem, root = pafs.FileSystem.from_uri(path_or_uri)

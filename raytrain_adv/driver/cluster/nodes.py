@@ -122,10 +122,8 @@ def startable_nodes(scalable: list[Node], alive: list[Node]) -> list[Node]:
 
 
 def resolve_placement(job: JobConfig, started_here: bool) -> Placement:
-    """Resolve ray_num_workers and resources_per_worker for the cluster.
-
-    Raises:
-        ClusterError: at once, if the cluster cannot run the workers; with request and nodes.
+    """Resolve ray_num_workers and resources_per_worker for the cluster. Raises ClusterError at
+    once, if the cluster cannot run the workers; with request and nodes.
     """
     alive = alive_nodes()
     possible = [*alive, *startable_nodes(scalable_nodes(), alive)]
@@ -221,10 +219,7 @@ def wait_for_room(
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     """Wait until the workers' resources are free, and report what is missing: other jobs may use
-    them, or nodes may be starting.
-
-    Raises:
-        Stopped: when `is_stopped` returns true.
+    them, or nodes may be starting. Raises Stopped if `is_stopped` returns true.
     """
     last = 0.0
     while missing := _missing(placement):

@@ -280,10 +280,8 @@ def _export_run(
 
 
 def _checkpoint(job: JobConfig, name: str) -> Found:
-    """Return the complete checkpoint that is meant: by step, by path, or the newest.
-
-    Raises:
-        JobError: when there is none, naming those there are; when it is damaged.
+    """Return the complete checkpoint that is meant: by step, by path, or the newest. Raises
+    JobError if there is none, naming those there are; when it is damaged.
     """
     root = Storage.at(storage_path(job))
     folders = sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True)

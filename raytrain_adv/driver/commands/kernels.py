@@ -64,10 +64,8 @@ def target_of(job: JobConfig, torch: str | None, cuda: str | None) -> Target:
 
 
 def fetch(file: Path) -> None:
-    """Download the locked files next to the lock file; sound files there stay.
-
-    Raises:
-        JobError: if the files cannot be downloaded, or differ from the lock.
+    """Download the locked files next to the lock file; sound files there stay. Raises JobError if
+    the files cannot be downloaded, or differ from the lock.
     """
     found = locks.read(file)
     for locked in found.kernels:
@@ -79,10 +77,8 @@ def fetch(file: Path) -> None:
 
 
 def verify(file: Path) -> None:
-    """Compare the files next to a lock file with it.
-
-    Raises:
-        JobError: naming the files that differ or are missing.
+    """Compare the files next to a lock file with it. Raises JobError naming the files that differ
+    or are missing.
     """
     found = locks.read(file)
     for locked in found.kernels:

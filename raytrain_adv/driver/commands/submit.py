@@ -79,10 +79,7 @@ def submit(path: str, overrides: list[str], address: str | None, env_file: str |
 
 def runtime_env(file: str | None, folder: Path) -> dict[str, Any]:
     """Return the runtime environment of a file, of jobs/runtime_env.yaml, or the default one, with
-    this working directory.
-
-    Raises:
-        JobError: if the file is not a runtime environment.
+    this working directory. Raises JobError if the file is not a runtime environment.
     """
     found = Path(file or folder / DEFAULT_ENV)
     content: Any = {"excludes": list(EXCLUDES), "env_vars": dict(ENV_VARS)}
@@ -99,9 +96,7 @@ def runtime_env(file: str | None, folder: Path) -> dict[str, Any]:
 
 def refuse_secrets(env: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Raise if the runtime environment or the command line, which Ray shows in clear, has a secret.
-
-    Raises:
-        JobError: naming the keys, never the values.
+    Raises JobError naming the keys, never the values.
     """
     found = [f"{place}: {kind.name}" for place, kind in secrets_in("runtime_env", env)]
     for key, _, text in (override.partition("=") for override in overrides):
@@ -127,9 +122,7 @@ def refuse_what_stays_behind(
     job: JobConfig, path: str, folder: Path, files: Sequence[Path]
 ) -> None:
     """Raise if the job needs a file that is not uploaded, or writes where its output is lost.
-
-    Raises:
-        JobError: naming each.
+    Raises JobError naming each.
     """
     if not Path(job.output.output_dir).is_absolute():
         raise JobError(
@@ -185,9 +178,7 @@ def _size_mib(files: Sequence[Path], folder: Path) -> float:
 
 def follow(client: JobSubmissionClient, name: str, request: Mapping[str, Any]) -> int:
     """Submit the job and print its log as it is written, until it ends; return its exit code.
-
-    Raises:
-        ClusterError: if the cluster does not accept the job, stop it, or show how it ended.
+    Raises ClusterError if the cluster does not accept the job, stop it, or show how it ended.
     """
     log = _Log(client, name)
     # Ctrl-C counts also where SIGINT is ignored, as in a process that a script starts with &.

@@ -62,10 +62,8 @@ class Replaced:
     is_there: bool  # whether there is something to lose that has not been deleted yet
 
     def delete(self) -> str:
-        """Delete it, except the kernels that the new run has pinned; return a message.
-
-        Raises:
-            StorageError: if it cannot be deleted.
+        """Delete it, except the kernels that the new run has pinned; return a message. Raises
+        StorageError if it cannot be deleted.
         """
         there = [name for name in self.names if (self.folder / name).exists()]
         elsewhere = [s.root for s in self.storages if s.folders() and not is_inside(s, self.folder)]
@@ -95,10 +93,8 @@ class Replaced:
         return f"{self.folder} is unchanged: {why}"
 
     def refuse_to_delete(self, key: str, value: str | None) -> None:
-        """Refuse a job whose `key` names, by a path or URI, what would be deleted.
-
-        Raises:
-            JobError: if it is, or lies in, what would be deleted.
+        """Refuse a job whose `key` names, by a path or URI, what would be deleted. Raises JobError
+        if it is, or lies in, what would be deleted.
         """
         named = _storage_of(value)
         if named is None:
@@ -130,10 +126,8 @@ class Output:
         return Storage.at(self.storage_path)
 
     def begin(self, job: JobConfig, say: Callable[[str], None]) -> None:
-        """Delete what this run replaces, now that it can start, and write run.json.
-
-        Raises:
-            StorageError: if it cannot be deleted, or written.
+        """Delete what this run replaces, now that it can start, and write run.json. Raises
+        StorageError if it cannot be deleted, or written.
         """
         if self.replaced.is_there:
             say(self.replaced.delete())
@@ -217,10 +211,8 @@ def has_ended(folder: Path) -> bool:
 
 
 def open_output(job: JobConfig) -> Output:
-    """Decide what this launch is: a start, a continuation, or a rerun of a finished run.
-
-    Raises:
-        JobError: if the folder holds a run and no key decides what happens to it.
+    """Decide what this launch is: a start, a continuation, or a rerun of a finished run. Raises
+    JobError if the folder holds a run and no key decides what happens to it.
     """
     folder = Path(job.output.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,10 +230,8 @@ def open_output(job: JobConfig) -> Output:
 
 
 def decided(job: JobConfig) -> Output:
-    """Return what a launch would be, and change nothing.
-
-    Raises:
-        JobError: if the folder holds a run and no key decides what happens to it.
+    """Return what a launch would be, and change nothing. Raises JobError if the folder holds a run
+    and no key decides what happens to it.
     """
     folder = Path(job.output.output_dir)
     storage = Storage.at(storage_path(job))
@@ -286,11 +276,7 @@ def _trained(folder: Path, storage: Storage) -> bool:
 
 
 def refuse_to_delete_what_is_read(job: JobConfig, replaced: Replaced) -> None:
-    """Refuse a job that reads from the run that it replaces.
-
-    Raises:
-        JobError: naming the key.
-    """
+    """Refuse a job that reads from the run that it replaces. Raises JobError naming the key."""
     compared, resume = job.output.compare_with, job.output.resume_from_checkpoint
     report = None if compared is None else str(Path(compared) / reports.FILE_NAME)
     replaced.refuse_to_delete("model_name_or_path", job.model.model_name_or_path)
@@ -302,10 +288,8 @@ def refuse_to_delete_what_is_read(job: JobConfig, replaced: Replaced) -> None:
 
 def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
     """Refuse `storage`, where this run's checkpoints would be, if it has those of another folder's.
-    `has_run`: this folder holds a run, perhaps from before owners were recorded.
-
-    Raises:
-        JobError: naming that output_dir.
+    `has_run`: this folder holds a run, perhaps from before owners were recorded. Raises JobError
+    naming that output_dir.
     """
     if is_inside(storage, folder):
         return

@@ -51,10 +51,8 @@ def summarize(prepared: PreparedData) -> DataSummary:
 
 
 def measure(job: JobConfig, say: Say) -> DataSummary:
-    """Return the sizes of the job's data; large data that is not tokenized yet is estimated.
-
-    Raises:
-        JobError: when the data cannot be found or used, as in a run.
+    """Return the sizes of the job's data; large data that is not tokenized yet is estimated. Raises
+    JobError if the data cannot be found or used, as in a run.
     """
     entries = resolve(job.data.dataset, job.data, "dataset")
     num_rows = [_estimated_rows(entry, job) for entry in entries]

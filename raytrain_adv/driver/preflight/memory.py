@@ -15,10 +15,8 @@ from raytrain_adv.text import GIB, plural
 
 
 def refuse_too_large(job: JobConfig, plan: RunPlan, found: Preflight) -> list[str]:
-    """Refuse a job that does not fit its GPUs or its nodes' host memory; return warnings.
-
-    Raises:
-        ClusterError: with the changes that would make it fit, unless the job sets force: true.
+    """Refuse a job that does not fit its GPUs or its nodes' host memory; return warnings. Raises
+    ClusterError with the changes that would make it fit, unless the job sets force: true.
     """
     if not found.use_gpu:
         return []  # a CPU worker's memory is not predicted as a whole

@@ -146,10 +146,8 @@ def read_nodes(
 
 
 def run_script(source: str, packages: list[str], timeout_s: float) -> str:
-    """Run the probe's script on this node in a separate process; return its output.
-
-    Raises:
-        RuntimeError: when it fails or takes too long.
+    """Run the probe's script on this node in a separate process; return its output. Raises
+    RuntimeError if it fails or takes too long.
     """
     # The script can import what a worker can: Ray adds a working_dir to sys.path only.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -166,10 +164,7 @@ def run_script(source: str, packages: list[str], timeout_s: float) -> str:
 
 
 def parse(printed: str) -> Reading:
-    """Return the reading that the script printed.
-
-    Raises:
-        ValueError: when the output is not a reading.
+    """Return the reading that the script printed. Raises ValueError if the output is not a reading.
     """
     fields: dict[str, Any] = json.loads(printed.strip().rpartition("\n")[2])
     gpus = [

@@ -185,9 +185,7 @@ def _refuse_unusable(placement: Placement, node: Node, reading: Reading) -> None
 
 def place(job: JobConfig, placement: Placement, found: Preflight) -> Placement:
     """Return the placement on the accepted nodes; `auto` becomes the workers that fit on them.
-
-    Raises:
-        ClusterError: if they are too few, with the numbers and each refusal.
+    Raises ClusterError if they are too few, with the numbers and each refusal.
     """
     auto = job.ray.ray_num_workers == "auto" and placement.use_gpu
     nodes = [v.node for v in found.accepted]

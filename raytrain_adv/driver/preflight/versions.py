@@ -49,10 +49,8 @@ def describe_differences(of_nodes: Sequence[tuple[str, Versions]]) -> list[str]:
 
 
 def require(accepted: Versions) -> None:
-    """Raise if this worker's versions differ from those that preflight accepted.
-
-    Raises:
-        ClusterError: with the differences; the node was changed, or joined after the check.
+    """Raise if this worker's versions differ from those that preflight accepted. Raises
+    ClusterError with the differences; the node was changed, or joined after the check.
     """
     if differs := difference(package_versions(), accepted):
         what = "A worker has other versions than the nodes had when they were checked"

@@ -67,9 +67,7 @@ class Results:
 
     def begin(self, at_once: int) -> None:
         """Record that trials start, `at_once` at the same time, and delete what they replace.
-
-        Raises:
-            StorageError: when it cannot be deleted.
+        Raises StorageError if it cannot be deleted.
         """
         if self._replaced.is_there:
             print(self._replaced.delete())

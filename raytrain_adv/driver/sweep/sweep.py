@@ -66,9 +66,7 @@ TUNE_SETTINGS = {
 
 def run(job: JobConfig, read: Read = read_nodes) -> None:
     """Run every trial of the job's sweep, and compare them; `read` returns the nodes' readings.
-
-    Raises:
-        RaytrainAdvError: with what, found and fix; also if no trial succeeded.
+    Raises RaytrainAdvError with what, found and fix; also if no trial succeeded.
     """
     folder = Path(job.output.output_dir)
     with output_dir.held(folder):
@@ -112,10 +110,8 @@ def _sweep(job: JobConfig) -> Sweep:
 
 
 def open_folder(job: JobConfig, folder: Path) -> Replaced:
-    """Begin or continue a sweep's folder; return what is deleted before trials run.
-
-    Raises:
-        JobError: when the folder has content that the job neither continues nor overwrites.
+    """Begin or continue a sweep's folder; return what is deleted before trials run. Raises JobError
+    if the folder has content that the job neither continues nor overwrites.
     """
     resume = job.output.resume_from_checkpoint is True
     trials = _sweep(job).trials
@@ -192,10 +188,8 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
 
 
 def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
-    """Tokenize each of the trials' data sets once; return the steps of the longest trial.
-
-    Raises:
-        JobError: when a trial's keys do not fit its number of steps; no trial has run yet.
+    """Tokenize each of the trials' data sets once; return the steps of the longest trial. Raises
+    JobError if a trial's keys do not fit its number of steps; no trial has run yet.
     """
     say = partial(print, flush=True)
     num_sequences: dict[str, int] = {}
@@ -299,10 +293,8 @@ class Room:
 
 
 def find_room(trials: Sequence[Trial], started_here: bool, read: Read) -> Room:
-    """Check each trial's placement, probing nodes once for trials with the same request.
-
-    Raises:
-        ClusterError: the first trial's error, if the cluster cannot run any of them.
+    """Check each trial's placement, probing nodes once for trials with the same request. Raises
+    ClusterError: the first trial's error, if the cluster cannot run any of them.
     """
     rooms: list[Room] = []
     errors: list[ClusterError] = []

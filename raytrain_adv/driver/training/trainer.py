@@ -72,10 +72,8 @@ class Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
 
 
 def run(job: JobConfig, read: Read = read_nodes) -> None:
-    """Run the job to its end: train, export, report; `read` returns the nodes' readings.
-
-    Raises:
-        RaytrainAdvError: with what, found and fix; its exit_code is the process's.
+    """Run the job to its end: train, export, report; `read` returns the nodes' readings. Raises
+    RaytrainAdvError with what, found and fix; its exit_code is the process's.
     """
     folder = Path(job.output.output_dir)
     twins = list(Transforms(job).twins())
@@ -147,10 +145,8 @@ def _finish(job: JobConfig, place: Output, report: RunReport) -> None:
 def fit(
     job: JobConfig, place: Output, placement: Placement, console: Console, head: HeadWatch
 ) -> dict[str, Any]:
-    """Run the workers to the end; return rank 0's figures.
-
-    Raises:
-        RaytrainAdvError: the workers' own error, or how they ended.
+    """Run the workers to the end; return rank 0's figures. Raises RaytrainAdvError: the workers'
+    own error, or how they ended.
     """
     attempt, resume = place.attempt, place.resume
     deaths_left = job.ray.max_failures if job.ray.max_failures >= 0 else 10**6

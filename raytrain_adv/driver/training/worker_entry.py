@@ -157,10 +157,8 @@ def _count_start(run: Run, nodes: Mapping[str, str]) -> int:
 
 
 def require_shared_storage(run: Run, patience_s: float = 10.0) -> None:
-    """Raise unless this worker can see rank 0's file where checkpoints are stored.
-
-    Raises:
-        JobError: this worker's part of each checkpoint would stay on its own node.
+    """Raise unless this worker can see rank 0's file where checkpoints are stored. Raises JobError:
+    this worker's part of each checkpoint would stay on its own node.
     """
     end = time.monotonic() + patience_s
     while run.storage.folder(run.attempt).read_json(STARTS) is None:
