@@ -134,9 +134,8 @@ class Layer:
         return size * (self.hidden + results + self.query_width) + 4 * self.heads
 
     def backward_temporaries(self, size: int, kind: AttentionKind, seq_len: int) -> float:
-        """Return the bytes per token that a layer's backward pass needs in addition.
-
-        The larger of the MLP's gradients (product, halves, input, output) and attention's.
+        """Return the bytes per token that a layer's backward pass needs in addition: the larger of
+        the MLP's gradients (product, halves, input, output) and attention's.
         """
         mlp = size * (self.mlp_width + self.mlp_inner + 2 * self.hidden)
         attention = size * (2 * self.query_width + 2 * self.key_width + self.hidden)

@@ -26,11 +26,8 @@ WITHOUT_ATTENTION = ("linear_attention", "mamba", "conv", "recurrent")
 
 
 def training_flops_per_token(model: nn.Module, seq_len: float) -> float:
-    """Return the floating-point operations of forward and backward per token.
-
-    Args:
-        model: a transformers causal language model, on any device, sharded or not.
-        seq_len: tokens per sequence; if they differ, the mean over all tokens of their sequence's.
+    """Return the floating-point operations of forward and backward per token, of a model on any
+    device, sharded or not. If sequences differ, `seq_len` is the mean over all tokens.
     """
     config = text_config(model)
     active = active_expert_share(config)

@@ -138,14 +138,8 @@ class HostNeed:
 def predict(
     model: PreTrainedModel, job: JobConfig, world_size: int, seq_len: int, batch: int
 ) -> MemoryPrediction:
-    """Predict the peak memory of each worker.
-
-    Args:
-        model: the model after its transforms, before sharding; the meta device is enough.
-        job: the resolved job.
-        world_size: number of workers.
-        seq_len: tokens of the longest sequence, padding included.
-        batch: sequences per worker in one forward and backward pass.
+    """Predict the peak memory of each worker, of a model after its transforms and before sharding
+    (the meta device is enough), for passes of `batch` sequences of `seq_len` tokens with padding.
     """
     states = States.of(model, job, world_size)
     passes = Passes.of(model, job, seq_len, batch)

@@ -57,13 +57,8 @@ def _updated(report: RunReport, **changed: Any) -> RunReport:
 def finished(
     report: RunReport, figures: dict[str, Any], timeline: dict[str, float], folder: Path
 ) -> RunReport:
-    """Return the report of a run that reached its end.
-
-    Args:
-        report: the one written at the start.
-        figures: what rank 0's train() returned.
-        timeline: the driver's phases in seconds; the last, `training`, is split into the workers'.
-        folder: output_dir, for the losses in metrics.jsonl.
+    """Return the report of a run that reached its end, from the one written at the start, rank 0's
+    figures, the driver's phases in seconds (the last, `training`, is split), and metrics.jsonl.
     """
     same = (
         "world_size device attention attention_trial versions steps total_steps epochs "
@@ -123,9 +118,7 @@ def _with_workers(timeline: dict[str, float], figures: dict[str, Any]) -> dict[s
 
 
 def _medians(trained: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the medians over logged steps. The first includes compilation: it counts only if it is
-    the only one.
-    """
+    """Return the medians over logged steps, without the first, which includes compilation."""
     keys = {name: name for name in ("tokens_per_second_per_worker", "mfu_bf16")}
     keys["step_seconds"] = "step_s"
     rows = trained[1:] or trained
@@ -134,9 +127,7 @@ def _medians(trained: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def against(report: RunReport, job: JobConfig) -> RunReport:
-    """Return the report compared with the run that compare_with names, if there is one. Raises
-    StorageError if that folder has no report.
-    """
+    """Return the report compared with the run of compare_with, if any. Raises StorageError."""
     folder = job.output.compare_with
     if folder is None:
         return report

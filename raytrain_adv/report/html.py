@@ -26,9 +26,7 @@ Figure = tuple[str, object, str, str]
 
 
 def write_html(report: RunReport, output_dir: str | Path, plots: bool = True) -> Path:
-    """Write report.html next to report.json and metrics.jsonl, whose rows are plotted if `plots`
-    (plot_loss); return its path. Raises StorageError if the file cannot be written.
-    """
+    """Write report.html, with plots of the metrics' rows if `plots`. Raises StorageError."""
     folder = Path(output_dir)
     rows = metrics_file.read(folder / metrics_file.FILE_NAME)
     return write_text(render(report, rows, plots), folder / FILE_NAME)

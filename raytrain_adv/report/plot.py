@@ -231,9 +231,7 @@ def _scale(axes: Axes, plot: Plot, series: list[Series], narrow: bool) -> None:
 
 
 def _inline(document: str, label: str) -> Markup:
-    """Return matplotlib's file as an element of the page, in the page's colors: without its header,
-    style sheet and names of groups.
-    """
+    """Return matplotlib's SVG as an element of the page, without header, styles and group names."""
     size = re.search(r'viewBox="[^"]*"', document)
     svg = document[document.index("<g ") : document.rindex("</svg>")]
     for part in (r' id="[a-z]+_\d+"', r' transform="rotate\(-0 [^"]*"', r" font-family: [^;]*;"):

@@ -174,31 +174,25 @@ def describe_failure(
 
 
 def write(report: RunReport, output_dir: str | Path) -> Path:
-    """Write report.json atomically, and return its path. Raises StorageError if the file cannot be
-    written.
-    """
+    """Write report.json atomically, and return its path. Raises StorageError."""
     text = json.dumps(report.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
     return write_text(text + "\n", Path(output_dir) / FILE_NAME)
 
 
 def write_text(text: str, path: Path) -> Path:
-    """Write a file of the report atomically, without secrets of the environment; return its path.
-    Raises StorageError if the file cannot be written.
-    """
+    """Write a file atomically, without secrets of the environment. Raises StorageError."""
     with storage_errors("The report cannot be written", str(path)):
         write_atomic(path, hide_environment(text))
     return path
 
 
 def read(output_dir: str | Path) -> RunReport:
-    """Read report.json; raises as read_record does."""
+    """Read report.json. Raises StorageError."""
     return read_record(RunReport, Path(output_dir) / FILE_NAME)
 
 
 def read_record(kind: type[T], path: Path) -> T:
-    """Read a report of this kind. Raises StorageError if it is missing, or is not a report of this
-    version.
-    """
+    """Read a report. Raises StorageError if it is missing, or is not one of this version."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError as error:

@@ -35,9 +35,7 @@ def columns(rows: Sequence[Sequence[str]], num_left: int = 2) -> str:
 
 
 def story(starts: Sequence[Start]) -> str:
-    """Return how the number of workers changed, as `2 workers, 1 from step 40, 2 from step 80`;
-    empty if it never did.
-    """
+    """Return how the number of workers changed, as `2 workers, 1 from step 40`, if it ever did."""
     later = "".join(
         f", {start.workers} from step {start.step:,}"
         for start, before in zip(starts[1:], starts, strict=False)

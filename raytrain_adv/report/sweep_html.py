@@ -34,9 +34,7 @@ MAX_CELL = 40
 
 
 def write_html(report: SweepReport, output_dir: str | Path) -> Path:
-    """Write sweep.html next to sweep.json, and return its path. Raises StorageError if the file
-    cannot be written.
-    """
+    """Write sweep.html next to sweep.json, and return its path. Raises StorageError."""
     return write_text(render(report), Path(output_dir) / FILE_NAME)
 
 

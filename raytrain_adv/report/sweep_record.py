@@ -151,5 +151,5 @@ def write(report: SweepReport, output_dir: str | Path) -> Path:
 
 
 def read(output_dir: str | Path) -> SweepReport:
-    """Read sweep.json; raises as read_record does."""
+    """Read sweep.json. Raises StorageError."""
     return read_record(SweepReport, Path(output_dir) / FILE_NAME)

@@ -18,9 +18,7 @@ HEADS = ("weights", "step", "held-out loss", "perplexity", "against bf16")
 
 
 def variants(rows: Sequence[Mapping[str, Any]]) -> tuple[Variant, ...]:
-    """Return the evaluated variants from the rows of metrics.jsonl. If a restarted run evaluated a
-    variant twice, the last counts.
-    """
+    """Return the evaluated variants; of one that a restarted run evaluated twice, the last."""
     found: dict[tuple[str, int], Variant] = {}
     for row in rows:
         if row.get("event") == "variant" and row.get("loss") is not None:
@@ -48,10 +46,9 @@ def reference(found: Sequence[Variant]) -> tuple[Variant, Variant] | None:
 
 
 def recovered(found: Sequence[Variant]) -> float | None:
-    """Return the share of the rounding loss that QAT recovered: (PTQ - QAT) / (PTQ - bf16).
-
-    None without QAT, if PTQ loses next to nothing, and if QAT ended below bf16 weights of an
-    earlier step: it has trained since.
+    """Return the share of the rounding loss that QAT recovered: (PTQ - QAT) / (PTQ - bf16). None
+    without QAT, if PTQ loses next to nothing, and if QAT ended below bf16 weights of an earlier
+    step: it has trained since.
     """
     pair, loss = reference(found), next((v.loss for v in found if v.name == QAT), None)
     if pair is None or loss is None or None in (pair[0].loss, pair[1].loss):

@@ -88,8 +88,8 @@ class Arithmetic:
 
 
 def resolve_arithmetic(job: JobConfig, num_sequences: int, world_size: int) -> Arithmetic:
-    """Return the run's arithmetic for `num_sequences` training sequences on `world_size` workers.
-    Raises JobError if there is nothing to train on, or an interval is not a whole number of steps.
+    """Return the arithmetic of `num_sequences` training sequences on `world_size` workers. Raises
+    JobError if there are none, or an interval is not a whole number of steps.
     """
     if num_sequences < 1:
         fix = "check dataset, max_samples and val_size"

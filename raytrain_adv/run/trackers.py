@@ -156,9 +156,7 @@ TRACKERS: dict[str, type[Tracker]] = {kind.name: kind for kind in (_TensorBoard,
 
 
 def names(report_to: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the trackers that report_to names. Raises JobError naming the unknown tracker, and the
-    most similar known one.
-    """
+    """Return the trackers that report_to names. Raises JobError naming an unknown one."""
     listed = report_to.split(",") if isinstance(report_to, str) else report_to
     wanted = [name.strip() for name in listed if name.strip()]
     if wanted == ["none"]:
@@ -173,9 +171,7 @@ def names(report_to: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check(report_to: str | Sequence[str]) -> None:
-    """Refuse a tracker that is unknown or whose package is not installed; imports none. Raises
-    JobError naming the tracker and what to install.
-    """
+    """Raise JobError for a tracker that is unknown or not installed; import none."""
     for name in names(report_to):
         packages = TRACKERS[name].packages
         if not any(map(_is_installed, packages)):
@@ -261,12 +257,8 @@ class Trackers:
 
 
 def open_trackers(job: JobConfig, resume_step: int = 0, emit: Emit | None = None) -> Trackers:
-    """Open the trackers that the job reports to; on rank 0, before training.
-
-    A run resumed at a step continues the tracker's run; `emit` takes events (the log by default).
-
-    Raises:
-        JobError: when a tracker is unknown, not installed, or cannot be opened.
+    """Open the trackers that the job reports to; on rank 0, before training. A run resumed at a
+    step continues the tracker's run; `emit` takes events (the log by default). Raises JobError.
     """
     check(job.output.report_to)
     if not (wanted := names(job.output.report_to)):

@@ -8,12 +8,8 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file in one move: a kill leaves either the old file or the new one.
-
-    Its folder is created; text is encoded as UTF-8, lone surrogates as \\udXXX.
-
-    Raises:
-        OSError: when it cannot be written.
+    """Write a file in one move: a kill leaves either the old file or the new one. Its folder is
+    created; text is encoded as UTF-8, lone surrogates as \\udXXX. Raises OSError.
     """
     if isinstance(data, str):
         data = data.encode("utf-8", errors="backslashreplace")
@@ -28,9 +24,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that replaces `path` when the block ends without an error. Raises
-    OSError if it cannot be created or renamed.
-    """
+    """Yield an empty folder that replaces `path` if the block ends well. Raises OSError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -42,9 +36,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, path: Path) -> None:
-    """Rename a complete folder to `path`, replacing the folder there. Raises OSError if it cannot
-    be renamed.
-    """
+    """Rename a complete folder to `path`, replacing the one there. Raises OSError."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

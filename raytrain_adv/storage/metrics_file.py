@@ -20,15 +20,10 @@ Scalar = str | int | float | bool | None
 class MetricsFile:
     """Rank 0's log of the run: rows of kind train, eval and event.
 
-    `append` hands a row to the operating system: a killed process loses none. It does not fsync,
-    which would stall training on network storage: a machine that loses power may lose the last
-    rows.
-
-    A resume_step continues the existing file, None starts a new one. Rows of later steps and a torn
-    last line are dropped atomically, and an event `resume` is appended (unless the file was empty).
-
-    Raises:
-        StorageError: when the file cannot be written.
+    A killed process loses no row. There is no fsync, which would stall training on network storage:
+    a machine that loses power may lose the last rows. A resume_step continues the existing file,
+    None starts a new one. Rows of later steps and a torn last line are dropped atomically, and an
+    event `resume` is appended (unless the file was empty). Raises StorageError.
     """
 
     def __init__(self, path: str | Path, resume_step: int | None) -> None:
@@ -42,12 +37,7 @@ class MetricsFile:
             self.event("resume", message, step=resume_step, num_dropped=num_dropped)
 
     def append(self, row: Mapping[str, object]) -> None:
-        """Write one row as `plain_row` gives it, with `time` (unix seconds) added if it has none.
-
-        Raises:
-            TypeError: when a value is not a scalar.
-            StorageError: when the line cannot be written.
-        """
+        """Write `plain_row` of a row, with `time` if it lacks it. Raises StorageError."""
         line = json.dumps({"time": round(time.time(), 3)} | plain_row(row), allow_nan=False) + "\n"
         data = (hide_environment(line) if row.get("kind") == "event" else line).encode()
         with self._errors():
@@ -75,9 +65,7 @@ class MetricsFile:
 
 
 def plain_row(row: Mapping[str, object]) -> dict[str, Any]:
-    """Return the row with plain scalars; NaN and infinity become None, named in `non_finite`.
-    Raises TypeError if a value is not a scalar.
-    """
+    """Return plain scalars; NaN and infinity are None, named in `non_finite`. Raises TypeError."""
     plain: dict[str, Any] = {}
     non_finite: dict[str, str] = {}
     for key, value in row.items():
@@ -92,9 +80,8 @@ def plain_row(row: Mapping[str, object]) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of the file, in order; none when it does not exist.
-
-    A torn last line is left out; an event `unreadable_line` replaces any other that is not a row.
+    """Return the rows of the file, in order; none if it does not exist. A torn last line is left
+    out; an event `unreadable_line` replaces any other that is not a row.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -152,9 +139,8 @@ def _resume_message(step: int, num_dropped: int) -> str:
 
 
 class FollowedFile:
-    """The rows of a file that a worker, perhaps on another node, is writing.
-
-    A restarted worker replaces the file by a shorter one: only rows of recomputed steps come again.
+    """The rows of a file that a worker, perhaps on another node, is writing. A restarted worker
+    replaces the file by a shorter one: only rows of recomputed steps come again.
     """
 
     def __init__(self, path: Path) -> None:

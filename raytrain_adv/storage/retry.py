@@ -36,10 +36,9 @@ _NUMBER = re.compile(r"\[errno (\d+)\]", re.IGNORECASE)
 def retry(
     work: Callable[[], T], what: str, say: Callable[[str], None], waits_s: Sequence[float] = WAITS_S
 ) -> T:
-    """Do the work, and repeat it after storage failures that may be temporary.
-
-    All ranks repeat collective work or none: DCP's exception holds every rank's failure. `what` is
-    the failure in words, for the message.
+    """Do the work, and repeat it after storage failures that may be temporary; `what` failed, for
+    the message. All ranks repeat collective work or none: DCP's exception holds every rank's
+    failure.
     """
     for wait_s in waits_s:
         try:

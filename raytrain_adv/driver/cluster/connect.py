@@ -43,11 +43,7 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 def connect(job: JobConfig | None) -> bool:
     """Join the cluster that ray_init_kwargs or RAY_ADDRESS names, or start one; return whether one
-    was started.
-
-    Raises:
-        ClusterError: when the cluster does not answer, or Ray cannot start.
-        JobError: when the runtime environment of a submitted job contains a secret.
+    was started. Raises ClusterError, and JobError if a submitted runtime environment has a secret.
     """
     refuse_submitted(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR))
     options: dict[str, Any] = {
@@ -142,13 +138,8 @@ def _settings(options: Mapping[str, Any], job: JobConfig | None) -> dict[str, st
 
 
 def require_answer(address: str) -> None:
-    """Raise unless something listens at a cluster's address; Ray itself would try for minutes.
-
-    Args:
-        address: host:port or ray://host:port; other forms, such as local and auto, are not checked.
-
-    Raises:
-        ClusterError: within CONNECT_TIMEOUT_S.
+    """Raise ClusterError unless something listens at host:port or ray://host:port; Ray itself would
+    try for minutes. Other forms of an address, such as local and auto, are not checked.
     """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():

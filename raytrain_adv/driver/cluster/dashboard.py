@@ -29,9 +29,7 @@ def named(address: str | None) -> str | None:
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """Return a client of the dashboard at http://host:port; of `named` or this machine for None.
-    Raises ClusterError if it does not answer, or refuses us.
-    """
+    """Return a client of a dashboard: of `named`, or this machine's. Raises ClusterError."""
     url = named(address) or DEFAULT
     try:
         return _client(url)
@@ -70,9 +68,7 @@ def _client(url: str) -> JobSubmissionClient:
 
 
 def train_runs(client: JobSubmissionClient) -> list[dict[str, Any]]:
-    """Return Ray Train's runs, the last started first, with attempts and workers. Raises
-    ClusterError if the dashboard cannot list them.
-    """
+    """Return Ray Train's runs with attempts and workers, the last first. Raises ClusterError."""
     try:
         # Private, for its headers with the cluster's token; there is no public client (ray 2.60).
         answer = client._do_request("GET", RUNS)

@@ -75,8 +75,6 @@ class BatchPreservingPolicy(ElasticScalingPolicy):  # type: ignore[misc] # ray i
 
 
 def largest_fitting(free: Sequence[Node], placement: Placement, strategy: str) -> int:
-    """Return the largest allowed number of workers that fits into the usable nodes' free resources;
-    0 if none does.
-    """
+    """Return the largest allowed number of workers that fits into free resources; else 0."""
     room = nodes.num_fitting(free, placement, strategy)
     return max((number for number in placement.numbers if number <= room), default=0)

@@ -122,9 +122,7 @@ def startable_nodes(scalable: list[Node], alive: list[Node]) -> list[Node]:
 
 
 def resolve_placement(job: JobConfig, started_here: bool) -> Placement:
-    """Resolve ray_num_workers and resources_per_worker for the cluster. Raises ClusterError at
-    once, if the cluster cannot run the workers; with request and nodes.
-    """
+    """Resolve what is auto. Raises ClusterError at once if the cluster cannot run the workers."""
     alive = alive_nodes()
     possible = [*alive, *startable_nodes(scalable_nodes(), alive)]
     num_gpus = sum(n.resources.get("GPU", 0.0) * n.count for n in possible)
@@ -218,9 +216,7 @@ def wait_for_room(
     every_s: float = 30.0,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Wait until the workers' resources are free, and report what is missing: other jobs may use
-    them, or nodes may be starting. Raises Stopped if `is_stopped` returns true.
-    """
+    """Wait until the workers' resources are free. Raises Stopped if `is_stopped` returns true."""
     last = 0.0
     while missing := _missing(placement):
         if is_stopped():

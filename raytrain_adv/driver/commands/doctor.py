@@ -309,10 +309,8 @@ class Examined:
 
 def show(folder: Path, fix: bool) -> bool:
     """Print what is wrong with a run, and repair it if `fix`. Return whether nothing is wrong now.
-
-    Raises:
-        JobError: if there is no run there, or it is active.
-        StorageError: if its files cannot be read or moved.
+    Raises JobError if there is no run there or it is active, StorageError if its files cannot be
+    read.
     """
     _require_run(folder)
     active = JobError(

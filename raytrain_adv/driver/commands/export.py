@@ -53,7 +53,7 @@ KEPT = (Lora, Qat, QuantizedBase)  # transforms whose keys matter when there is 
 def run(
     source: str, checkpoint_name: str, output: str, overrides: Sequence[str], merge: bool = False
 ) -> None:
-    """Write model folders, and print where they are and their sizes on disk.
+    """Write model folders, and print them. Raises JobError, StorageError and TrainingError.
 
     Args:
         source: a run's output_dir, or a model folder.
@@ -61,11 +61,6 @@ def run(
         output: the folder to write; empty stands for one in the run's.
         overrides: QAT keys as key=value.
         merge: write one model, with the adapter of a LoRA run merged into its base.
-
-    Raises:
-        JobError: when there is no such run, checkpoint or model, or a key is none of QAT's.
-        StorageError: when the folder cannot be written.
-        TrainingError: when a quantized model does not compute what its source does.
     """
     folder = Path(source).expanduser()
     given = list(overrides)
@@ -153,9 +148,7 @@ def _text(given: list[str], key: str) -> str:
 
 
 def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
-    """Compare a quantized folder with its source under fake quantization, and describe it; if
-    this machine cannot, return why.
-    """
+    """Compare a quantized folder with its source under fake quantization; else return why not."""
     if _needs_gpu(job):
         return f"not compared: {NO_GPU}"
     sizes = (p.numel() * (p.element_size() + dtype.itemsize) for p in build(job).parameters())
@@ -280,9 +273,7 @@ def _export_run(
 
 
 def _checkpoint(job: JobConfig, name: str) -> Found:
-    """Return the complete checkpoint that is meant: by step, by path, or the newest. Raises
-    JobError if there is none, naming those there are; when it is damaged.
-    """
+    """Return the checkpoint that is meant, by step, path, or the newest. Raises JobError."""
     root = Storage.at(storage_path(job))
     folders = sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True)
     if name and ("/" in name or Path(name).is_dir()):

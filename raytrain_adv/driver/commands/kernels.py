@@ -20,12 +20,8 @@ from raytrain_adv.transforms.hub_kernels import DEFAULT, HubKernels
 
 
 def lock(job: JobConfig, file: Path, torch: str | None, cuda: str | None) -> None:
-    """Pin the job's kernels in a lock file: commit, build and the sha256 of each file.
-
-    `torch` and `cuda` (or `cpu`) are the workers' versions; None for this machine's.
-
-    Raises:
-        JobError: if the job uses no kernels, or one cannot be found.
+    """Pin the job's kernels in a lock file: commit, build and the sha256 of each file. `torch` and
+    `cuda` (or `cpu`) are the workers' versions; None for this machine's. Raises JobError.
     """
     keys = job.transform(HubKernels)
     layers = (keys.wanted or (DEFAULT,)) if keys.enabled else ()
@@ -64,9 +60,7 @@ def target_of(job: JobConfig, torch: str | None, cuda: str | None) -> Target:
 
 
 def fetch(file: Path) -> None:
-    """Download the locked files next to the lock file; sound files there stay. Raises JobError if
-    the files cannot be downloaded, or differ from the lock.
-    """
+    """Download the locked files next to the lock file; sound files stay. Raises JobError."""
     found = locks.read(file)
     for locked in found.kernels:
         is_local = locked.commit is None
@@ -77,9 +71,7 @@ def fetch(file: Path) -> None:
 
 
 def verify(file: Path) -> None:
-    """Compare the files next to a lock file with it. Raises JobError naming the files that differ
-    or are missing.
-    """
+    """Compare the files next to a lock file with it. Raises JobError naming those that differ."""
     found = locks.read(file)
     for locked in found.kernels:
         if locked.folder is None:

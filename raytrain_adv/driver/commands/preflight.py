@@ -19,12 +19,8 @@ from raytrain_adv.transforms.applied import Transforms
 
 
 def show(job: JobConfig | None, read: Read = read_nodes) -> None:
-    """Print what the cluster's nodes are; with a job, whether and where it can run. Nothing is
-    reserved, started or trained.
-
-    Raises:
-        ClusterError: when the cluster cannot be joined, or cannot run the job.
-        JobError: when the job could not run anywhere.
+    """Print what the nodes are; with a job, whether and where it can run. Nothing is reserved,
+    started or trained. Raises ClusterError or JobError if the job cannot run.
     """
     console = Console(highlight=False)
     started_here = connect.connect(job)

@@ -56,12 +56,8 @@ class Run:
 
 
 def show(address: str | None, run: str | None) -> None:
-    """Print the runs that the cluster knows, or one of them: by its name, its attempt's, or its
-    output_dir, which needs no cluster.
-
-    Raises:
-        ClusterError: when the cluster does not answer.
-        JobError: when there is no such run.
+    """Print the cluster's runs, or one: by its name, its attempt's, or its output_dir, which needs
+    no cluster. Raises ClusterError, and JobError if there is no such run.
     """
     folder = _folder(run)
     lines = list(_of_folder(folder)) if folder is not None else []

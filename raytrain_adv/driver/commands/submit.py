@@ -41,13 +41,8 @@ MAX_RETRIES = 30
 
 
 def submit(path: str, overrides: list[str], address: str | None, env_file: str | None) -> int:
-    """Upload the folder, run the job, follow its log, and return its exit code.
-
-    Ctrl-C stops the job, with a checkpoint; a second one leaves it running.
-
-    Raises:
-        JobError: if the job could not run there as written, or shows a secret.
-        ClusterError: if the cluster does not accept it.
+    """Upload the folder, run the job, follow its log, and return its exit code. Ctrl-C stops the
+    job, with a checkpoint; a second one leaves it running. Raises JobError and ClusterError.
     """
     job = load(path, overrides)
     folder = Path.cwd()
@@ -78,9 +73,7 @@ def submit(path: str, overrides: list[str], address: str | None, env_file: str |
 
 
 def runtime_env(file: str | None, folder: Path) -> dict[str, Any]:
-    """Return the runtime environment of a file, of jobs/runtime_env.yaml, or the default one, with
-    this working directory. Raises JobError if the file is not a runtime environment.
-    """
+    """Return the runtime environment of a file, of DEFAULT_ENV or the default. Raises JobError."""
     found = Path(file or folder / DEFAULT_ENV)
     content: Any = {"excludes": list(EXCLUDES), "env_vars": dict(ENV_VARS)}
     try:
@@ -95,9 +88,7 @@ def runtime_env(file: str | None, folder: Path) -> dict[str, Any]:
 
 
 def refuse_secrets(env: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Raise if the runtime environment or the command line, which Ray shows in clear, has a secret.
-    Raises JobError naming the keys, never the values.
-    """
+    """Raise JobError if what Ray shows in clear has a secret, naming the keys, not the values."""
     found = [f"{place}: {kind.name}" for place, kind in secrets_in("runtime_env", env)]
     for key, _, text in (override.partition("=") for override in overrides):
         value = yaml.safe_load(text) if text.lstrip().startswith(("{", "[")) else text
@@ -121,9 +112,7 @@ def uploaded_files(folder: Path, excludes: list[str]) -> list[Path]:
 def refuse_what_stays_behind(
     job: JobConfig, path: str, folder: Path, files: Sequence[Path]
 ) -> None:
-    """Raise if the job needs a file that is not uploaded, or writes where its output is lost.
-    Raises JobError naming each.
-    """
+    """Raise JobError if the job needs a file that is not uploaded, or its output would be lost."""
     if not Path(job.output.output_dir).is_absolute():
         raise JobError(
             "output_dir would lie in Ray's copy of this folder, which Ray deletes",

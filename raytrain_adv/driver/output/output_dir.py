@@ -62,9 +62,7 @@ class Replaced:
     is_there: bool  # whether there is something to lose that has not been deleted yet
 
     def delete(self) -> str:
-        """Delete it, except the kernels that the new run has pinned; return a message. Raises
-        StorageError if it cannot be deleted.
-        """
+        """Delete it, but not kernels that the new run has pinned; say so. Raises StorageError."""
         there = [name for name in self.names if (self.folder / name).exists()]
         elsewhere = [s.root for s in self.storages if s.folders() and not is_inside(s, self.folder)]
         failed = "What overwrite_output_dir replaces cannot be deleted"
@@ -93,9 +91,7 @@ class Replaced:
         return f"{self.folder} is unchanged: {why}"
 
     def refuse_to_delete(self, key: str, value: str | None) -> None:
-        """Refuse a job whose `key` names, by a path or URI, what would be deleted. Raises JobError
-        if it is, or lies in, what would be deleted.
-        """
+        """Raise JobError if a job's `key` names, by a path or URI, what would be deleted."""
         named = _storage_of(value)
         if named is None:
             return
@@ -126,9 +122,7 @@ class Output:
         return Storage.at(self.storage_path)
 
     def begin(self, job: JobConfig, say: Callable[[str], None]) -> None:
-        """Delete what this run replaces, now that it can start, and write run.json. Raises
-        StorageError if it cannot be deleted, or written.
-        """
+        """Delete what this run replaces, and write run.json. Raises StorageError."""
         if self.replaced.is_there:
             say(self.replaced.delete())
             self.own()
@@ -164,11 +158,8 @@ def storage_below(folder: Path, base: str | None, name: str) -> str:
 
 @contextmanager
 def held(folder: Path, active: JobError | None = None) -> Iterator[None]:
-    """Lock the folder for this driver.
-
-    Raises:
-        JobError: if another driver is running in it (`active`, if given), or it would not last.
-        StorageError: if it cannot be written.
+    """Lock the folder for this driver. Raises JobError if another one is running in it (`active`,
+    if given), or if it would not last.
     """
     if RAYS_COPIES in str(folder.absolute()):
         raise JobError(
@@ -211,9 +202,7 @@ def has_ended(folder: Path) -> bool:
 
 
 def open_output(job: JobConfig) -> Output:
-    """Decide what this launch is: a start, a continuation, or a rerun of a finished run. Raises
-    JobError if the folder holds a run and no key decides what happens to it.
-    """
+    """Begin what `decided` returns: a start, a continuation, or a rerun. Raises JobError."""
     folder = Path(job.output.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     put_back(folder)
@@ -230,9 +219,7 @@ def open_output(job: JobConfig) -> Output:
 
 
 def decided(job: JobConfig) -> Output:
-    """Return what a launch would be, and change nothing. Raises JobError if the folder holds a run
-    and no key decides what happens to it.
-    """
+    """Return what a launch would be; change nothing. Raises JobError if no key decides it."""
     folder = Path(job.output.output_dir)
     storage = Storage.at(storage_path(job))
     record = record_of(folder)
@@ -287,9 +274,8 @@ def refuse_to_delete_what_is_read(job: JobConfig, replaced: Replaced) -> None:
 
 
 def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
-    """Refuse `storage`, where this run's checkpoints would be, if it has those of another folder's.
-    `has_run`: this folder holds a run, perhaps from before owners were recorded. Raises JobError
-    naming that output_dir.
+    """Raise JobError if `storage`, for this run's checkpoints, has those of another folder's run.
+    `has_run`: this folder holds a run, perhaps from before owners were recorded.
     """
     if is_inside(storage, folder):
         return

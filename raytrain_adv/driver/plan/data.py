@@ -51,9 +51,7 @@ def summarize(prepared: PreparedData) -> DataSummary:
 
 
 def measure(job: JobConfig, say: Say) -> DataSummary:
-    """Return the sizes of the job's data; large data that is not tokenized yet is estimated. Raises
-    JobError if the data cannot be found or used, as in a run.
-    """
+    """Return the sizes of the data, estimated if it is large and not tokenized. Raises JobError."""
     entries = resolve(job.data.dataset, job.data, "dataset")
     num_rows = [_estimated_rows(entry, job) for entry in entries]
     if sum(num_rows) <= COUNTED or _is_cached(job, entries):

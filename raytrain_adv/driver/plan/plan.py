@@ -90,7 +90,7 @@ def resolve(
     assumption: str = "",
     assumed: Assumptions | None = None,
 ) -> RunPlan:
-    """Make the plan.
+    """Make the plan. Raises JobError if the model, the data or a transform does not fit the job.
 
     Args:
         job: the loaded job.
@@ -99,9 +99,6 @@ def resolve(
         facts: a node the job will run on; without a GPU, memory is compared with example GPUs.
         assumption: where world_size comes from, if the job does not set it.
         assumed: the cluster for which traffic, checkpoints and limits are computed, if any.
-
-    Raises:
-        JobError: when the model, the data or a transform does not fit the job.
     """
     summary = data if isinstance(data, DataSummary) else summarize(data)
     model = build(job)
@@ -171,13 +168,8 @@ def show(
     verbose: bool = False,
     assumed: Assumptions | None = None,
 ) -> None:
-    """Print the plan of a job: for `raytrain-adv plan job.yaml` and `--plan`.
-
-    Traffic, checkpoints and limits are shown if a cluster is assumed or if the workers, by default
-    ray_num_workers, need more than one node.
-
-    Raises:
-        JobError: when the job cannot run as written.
+    """Print the plan of a job. Traffic, checkpoints and limits are shown if a cluster is assumed or
+    if the workers, by default ray_num_workers, need more than one node. Raises JobError.
     """
     console = Console(highlight=False)
     if job.sweep is not None:

@@ -15,9 +15,7 @@ from raytrain_adv.text import GIB, plural
 
 
 def refuse_too_large(job: JobConfig, plan: RunPlan, found: Preflight) -> list[str]:
-    """Refuse a job that does not fit its GPUs or its nodes' host memory; return warnings. Raises
-    ClusterError with the changes that would make it fit, unless the job sets force: true.
-    """
+    """Raise ClusterError if a job does not fit GPUs or hosts, unless force; return warnings."""
     if not found.use_gpu:
         return []  # a CPU worker's memory is not predicted as a whole
     return [*_check_gpus(job, plan, found), *_check_hosts(job, plan, found)]

@@ -93,9 +93,8 @@ class Reading:
 
 
 def declared_reading(accelerator: str, num_gpus: int) -> Reading | None:
-    """Return a node's reading from its declared GPUs; None if their type is missing or unknown.
-
-    Its software is assumed to be the driver's; each worker compares when it starts.
+    """Return a node's reading from its declared GPUs; None if their type is missing or unknown. Its
+    software is assumed to be the driver's; each worker compares when it starts.
     """
     known = [
         GpuReading(f"NVIDIA {accelerator}", capability, size, size)
@@ -115,9 +114,8 @@ Read = Callable[[Sequence[Node]], Mapping[str, Reading | str]]
 def read_nodes(
     nodes: Sequence[Node], timeout_s: float = NODE_TIMEOUT_S
 ) -> dict[str, Reading | str]:
-    """Probe the nodes in parallel; the result for a lost or late node is a sentence.
-
-    A probe reserves neither a CPU nor a GPU, so busy nodes answer too.
+    """Probe the nodes in parallel; the result for a lost or late node is a sentence. A probe
+    reserves neither a CPU nor a GPU, so busy nodes answer too.
     """
     source = SCRIPT.read_text()
     # Pickled by value: the node may have no raytrain_adv to import the function from.
@@ -146,9 +144,7 @@ def read_nodes(
 
 
 def run_script(source: str, packages: list[str], timeout_s: float) -> str:
-    """Run the probe's script on this node in a separate process; return its output. Raises
-    RuntimeError if it fails or takes too long.
-    """
+    """Return what the probe's script prints in its own process here. Raises RuntimeError."""
     # The script can import what a worker can: Ray adds a working_dir to sys.path only.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-P", "-c", source, *packages]
@@ -164,8 +160,7 @@ def run_script(source: str, packages: list[str], timeout_s: float) -> str:
 
 
 def parse(printed: str) -> Reading:
-    """Return the reading that the script printed. Raises ValueError if the output is not a reading.
-    """
+    """Return the reading that the script printed. Raises ValueError for other text."""
     fields: dict[str, Any] = json.loads(printed.strip().rpartition("\n")[2])
     gpus = [
         GpuReading(**{**gpu, "compute_capability": tuple(gpu["compute_capability"])})

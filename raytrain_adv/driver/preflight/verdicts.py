@@ -1,6 +1,4 @@
-"""Check the cluster before anything is scheduled: which nodes can run the job, and which are
-excluded by which rule.
-"""
+"""Check the cluster before anything is scheduled: which nodes can run the job, and why not."""
 
 from __future__ import annotations
 
@@ -124,9 +122,7 @@ def compare_versions(verdicts: Sequence[Verdict], use_gpu: bool, seconds: float 
 def judge(
     placement: Placement, rules: Sequence[Rule], node: Node, answer: Reading | str | None
 ) -> Verdict:
-    """Return the verdict on one node; `answer` is a sentence if it did not answer the probe, None
-    if nothing is known of it.
-    """
+    """Return the verdict on a node; `answer` is why it did not answer, None if nothing is known."""
     workers = node.num_fitting(placement.bundle)
     if isinstance(answer, str):
         fix = "check that the node is up (ray status), or remove it from the cluster"
@@ -184,9 +180,7 @@ def _refuse_unusable(placement: Placement, node: Node, reading: Reading) -> None
 
 
 def place(job: JobConfig, placement: Placement, found: Preflight) -> Placement:
-    """Return the placement on the accepted nodes; `auto` becomes the workers that fit on them.
-    Raises ClusterError if they are too few, with the numbers and each refusal.
-    """
+    """Return the placement on the accepted nodes, `auto` resolved. Raises ClusterError."""
     auto = job.ray.ray_num_workers == "auto" and placement.use_gpu
     nodes = [v.node for v in found.accepted]
     all_gpus = sum(v.workers * v.node.count for v in found.accepted) if auto else 0

@@ -32,10 +32,8 @@ def difference(versions: Versions, others: Versions) -> str:
 
 
 def describe_differences(of_nodes: Sequence[tuple[str, Versions]]) -> list[str]:
-    """Return a sentence for each package, other than the decisive ones, with several versions.
-
-    Args:
-        of_nodes: each node's address and versions.
+    """Return a sentence for each package, but the decisive ones, of which nodes have several
+    versions; `of_nodes` are each node's address and versions.
     """
     sentences = []
     for name in sorted({name for _, versions in of_nodes for name in versions} - {*DECISIVE}):
@@ -49,9 +47,7 @@ def describe_differences(of_nodes: Sequence[tuple[str, Versions]]) -> list[str]:
 
 
 def require(accepted: Versions) -> None:
-    """Raise if this worker's versions differ from those that preflight accepted. Raises
-    ClusterError with the differences; the node was changed, or joined after the check.
-    """
+    """Raise ClusterError if this worker's versions are not those that preflight accepted."""
     if differs := difference(package_versions(), accepted):
         what = "A worker has other versions than the nodes had when they were checked"
         raise ClusterError(what, differs, IMAGE)

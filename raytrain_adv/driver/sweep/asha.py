@@ -55,9 +55,8 @@ class Rungs:
         return self.switches.get(name, 0) + self.grace_steps
 
     def judge(self, name: str, step: int, value: float | None) -> str | None:
-        """Record a trial's loss at a step; return why it has to stop, or None if it continues.
-
-        A loss of None, or a non-finite one, counts as the worst.
+        """Record a trial's loss at a step; return why it has to stop, or None if it continues. A
+        loss of None, or a non-finite one, counts as the worst.
         """
         least = max(self.first_judged(name), self._reached.get(name, 0) + 1)
         rung = max((rung for rung in self.values if least <= rung <= step), default=None)

@@ -66,9 +66,7 @@ class Results:
         return self.report.trial(name).status in ended
 
     def begin(self, at_once: int) -> None:
-        """Record that trials start, `at_once` at the same time, and delete what they replace.
-        Raises StorageError if it cannot be deleted.
-        """
+        """Record that trials start, and delete what they replace. Raises StorageError."""
         if self._replaced.is_there:
             print(self._replaced.delete())
         self._write(max_concurrent_trials=at_once)

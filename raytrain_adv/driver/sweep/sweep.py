@@ -65,9 +65,7 @@ TUNE_SETTINGS = {
 
 
 def run(job: JobConfig, read: Read = read_nodes) -> None:
-    """Run every trial of the job's sweep, and compare them; `read` returns the nodes' readings.
-    Raises RaytrainAdvError with what, found and fix; also if no trial succeeded.
-    """
+    """Run the sweep's trials and compare them. Raises RaytrainAdvError, also if none succeeded."""
     folder = Path(job.output.output_dir)
     with output_dir.held(folder):
         results = Results(job, _sweep(job), open_folder(job, folder))
@@ -110,9 +108,7 @@ def _sweep(job: JobConfig) -> Sweep:
 
 
 def open_folder(job: JobConfig, folder: Path) -> Replaced:
-    """Begin or continue a sweep's folder; return what is deleted before trials run. Raises JobError
-    if the folder has content that the job neither continues nor overwrites.
-    """
+    """Begin or continue a sweep's folder; return what a start replaces. Raises JobError."""
     resume = job.output.resume_from_checkpoint is True
     trials = _sweep(job).trials
     storages = [Storage.at(output_dir.storage_path(trial.job)) for trial in trials]
@@ -188,9 +184,7 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
 
 
 def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
-    """Tokenize each of the trials' data sets once; return the steps of the longest trial. Raises
-    JobError if a trial's keys do not fit its number of steps; no trial has run yet.
-    """
+    """Tokenize each of the trials' data sets once; return the steps of the longest trial."""
     say = partial(print, flush=True)
     num_sequences: dict[str, int] = {}
     steps: dict[str, int] = {}
@@ -293,8 +287,8 @@ class Room:
 
 
 def find_room(trials: Sequence[Trial], started_here: bool, read: Read) -> Room:
-    """Check each trial's placement, probing nodes once for trials with the same request. Raises
-    ClusterError: the first trial's error, if the cluster cannot run any of them.
+    """Check the trials' placements, probing once for equal ones. Raises the first ClusterError if
+    none can run.
     """
     rooms: list[Room] = []
     errors: list[ClusterError] = []
@@ -328,9 +322,7 @@ def _room(job: JobConfig, started_here: bool, read: Read) -> Room:
 
 
 def trials_at_once(nodes: Sequence[Node], placement: Placement, strategy: str) -> int:
-    """Return how many trials fit on these nodes at the same time; a trial's driver reserves
-    nothing. At least 1: what does not fit was refused before.
-    """
+    """Return how many trials fit on these nodes; a trial's driver reserves nothing. At least 1."""
     fits = [node.num_fitting(placement.bundle) for node in nodes for _ in range(node.count)]
     workers = placement.num_workers
     if strategy == "STRICT_PACK":

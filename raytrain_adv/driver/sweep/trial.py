@@ -22,9 +22,7 @@ POLL_S = 0.5
 
 
 def run_trial(config: Mapping[str, str], jobs: Mapping[str, JobConfig], cwd: str, row: str) -> None:
-    """Run a trial to its end.
-
-    `config` has its name as `trial`, `cwd` is the driver's folder for relative paths, and `row` is
+    """Run the trial that `config` names. `cwd` is the driver's folder for relative paths, and `row`
     the kind of the rows of metrics.jsonl whose loss is reported to Tune: eval or train.
     """
     quieten()

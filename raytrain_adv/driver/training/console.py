@@ -96,13 +96,9 @@ class Console:
     """Shows a run in its driver's terminal or log while the `with` block lasts.
 
     A thread follows output_dir/metrics.jsonl, which rank 0 writes on storage that the driver
-    shares. The view never stops the run: its own error is printed once, and training continues.
-
-    Args:
-        output_dir: folder of the run.
-        total_steps: optimizer steps; if not known yet, an event `plan` brings them.
-        stream: stdout if None. A terminal gets the table, anything else lines.
-        poll_s: seconds between two reads of the file.
+    shares. The view never stops the run: its own error is printed once, and training continues. If
+    `stream`, by default stdout, is a terminal, it gets the table, anything else lines. An event
+    `plan` brings `total_steps` if it is not known yet.
     """
 
     def __init__(

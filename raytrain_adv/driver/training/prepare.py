@@ -42,15 +42,8 @@ def prepare_run(
     record_end: Callable[[BaseException], None],
 ) -> tuple[Placement, RunPlan, HeadWatch]:
     """Tokenize the data while Ray starts and the nodes are probed; print the plan and wait for
-    room.
-
-    Args:
-        job: the loaded job.
-        read: returns the nodes' readings.
-        say: prints a line.
-        progress: filled in.
-        watched: until it is left, the head node is watched.
-        record_end: records how the run ended if the head is lost.
+    room. Fills `progress` in; the head is watched until `watched` is left; `record_end` is told if
+    it is lost.
     """
     trackers.check(job.output.report_to)
     if job.output.compare_with is not None:

@@ -72,9 +72,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
 
 
 def run(job: JobConfig, read: Read = read_nodes) -> None:
-    """Run the job to its end: train, export, report; `read` returns the nodes' readings. Raises
-    RaytrainAdvError with what, found and fix; its exit_code is the process's.
-    """
+    """Run the job to its end: train, export, report. Raises RaytrainAdvError with its exit_code."""
     folder = Path(job.output.output_dir)
     twins = list(Transforms(job).twins())
     if twins:
@@ -145,9 +143,7 @@ def _finish(job: JobConfig, place: Output, report: RunReport) -> None:
 def fit(
     job: JobConfig, place: Output, placement: Placement, console: Console, head: HeadWatch
 ) -> dict[str, Any]:
-    """Run the workers to the end; return rank 0's figures. Raises RaytrainAdvError: the workers'
-    own error, or how they ended.
-    """
+    """Run the workers to the end; return rank 0's figures. Raises RaytrainAdvError."""
     attempt, resume = place.attempt, place.resume
     deaths_left = job.ray.max_failures if job.ray.max_failures >= 0 else 10**6
     saves = job.output.save_strategy != "no" and not job.output.save_only_model

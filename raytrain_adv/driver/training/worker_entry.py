@@ -53,10 +53,8 @@ class RayReporter:
         ray.train.report({k: float(v) for k, v in row.items()})
 
     def checkpoint(self, storage: Storage, name: str, metrics: dict[str, float]) -> None:
-        """Register the checkpoint and wait until Ray's controller has it.
-
-        Without the wait a checkpoint is lost to a kill within the controller's polling interval
-        (ray 2.60).
+        """Register the checkpoint and wait until Ray's controller has it: a kill within the
+        controller's polling interval would lose it (ray 2.60).
         """
         ray.train.report(
             {k: float(v) for k, v in metrics.items()},
@@ -122,10 +120,8 @@ def _device(use_gpu: bool) -> torch.device:
 def describe_start(
     nodes: Mapping[str, str], before: Mapping[str, str], alive: Set[str]
 ) -> dict[str, str]:
-    """Return the event of a start: its nodes, the lost nodes, and a sentence.
-
-    `nodes` and `before` are the nodes of this start and the previous one, id -> address; `alive`
-    are the ids of the cluster's nodes.
+    """Return the event of a start: its nodes (id -> address), those of the start `before` that are
+    not `alive` any more, and a sentence.
     """
     lost = [address for node, address in before.items() if node not in alive]
     here = list(nodes.values())
@@ -157,9 +153,7 @@ def _count_start(run: Run, nodes: Mapping[str, str]) -> int:
 
 
 def require_shared_storage(run: Run, patience_s: float = 10.0) -> None:
-    """Raise unless this worker can see rank 0's file where checkpoints are stored. Raises JobError:
-    this worker's part of each checkpoint would stay on its own node.
-    """
+    """Raise JobError unless this worker sees rank 0's file where checkpoints are stored."""
     end = time.monotonic() + patience_s
     while run.storage.folder(run.attempt).read_json(STARTS) is None:
         if time.monotonic() > end:

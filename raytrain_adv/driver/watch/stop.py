@@ -137,9 +137,8 @@ def is_terminated() -> bool:
 
 
 class DrainNotice:
-    """Checks on a worker whether Ray is about to remove a node of the run.
-
-    Ray's get_preemption_info has the same information behind a barrier (ray 2.60).
+    """Checks on a worker whether Ray is about to remove a node of the run. Ray's
+    get_preemption_info has the same behind a barrier (ray 2.60).
     """
 
     def __init__(self) -> None:
