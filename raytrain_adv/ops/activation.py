@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-Unary = Callable[[torch.Tensor], torch.Tensor]
+Unary = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,26 +21,26 @@ class Activation:
     """A function of one number, and its derivative."""
 
     value: Unary
-    backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
     """(gradient of the output, input) -> gradient of the input."""
 
 
-def _quick(x: torch.Tensor) -> torch.Tensor:
+def _quick(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def _quick_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _quick_backward(gradient: Tensor, x: Tensor) -> Tensor:
     exact = x.float()
     share = torch.sigmoid(1.702 * exact)
     return (gradient.float() * share * (1 + 1.702 * exact * (1 - share))).to(x.dtype)
 
 
-def _tanh(x: torch.Tensor) -> torch.Tensor:
+def _tanh(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-def _tanh_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+def _tanh_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    out: Tensor = torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
     return out
 
 
@@ -56,13 +57,13 @@ def activation(name: str, kind: str, kernel: Unary) -> Any:
     """Return an operator of one tensor: forward by the kernel, backward by ACTIVATIONS[kind]."""
     known = ACTIVATIONS[kind]
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def forward(x: Tensor) -> Tensor:
         return kernel(x)
 
-    def setup(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    def setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
 
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return known.backward(gradient, x)
 
@@ -80,15 +81,15 @@ def gated(name: str, kind: str, kernel: Unary, is_fused: bool) -> Any:
     """
     known = ACTIVATIONS[kind]
 
-    def forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
         if is_fused:
             return kernel(torch.cat([gate, up], dim=-1))
         return kernel(gate).mul_(up)
 
-    def setup(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+    def setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return known.backward(gradient * up, gate), gradient * known.value(gate)
 

@@ -6,11 +6,11 @@ have to move take 26.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain_adv.dtensor import local_part
 from raytrain_adv.ops.float8.all_gather import as_plain
@@ -25,7 +25,7 @@ class ClippingAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, fused=True, **options)
-        self.clip_factor: torch.Tensor | None = None
+        self.clip_factor: Tensor | None = None
         """float32 scalar on the device that gradients are multiplied with; none leaves them."""
 
     @torch.no_grad()
@@ -35,23 +35,25 @@ class ClippingAdamW(torch.optim.AdamW):
             raise ValueError("ClippingAdamW takes no closure")
         on_gpu = any(p.is_cuda for group in self.param_groups for p in group["params"])
         if not on_gpu:
-            self._clip_in_place()
+            if self.clip_factor is not None:
+                for _, _, gradient in self._gradients():
+                    local(gradient).mul_(self.clip_factor)
             super().step()
             return None
+        for group, parameter, gradient in self._gradients():
+            self._step_on_gpu(group, parameter, gradient)
+        return None
+
+    def _gradients(self) -> Iterator[tuple[dict[str, Any], nn.Parameter, Tensor]]:
+        """Yield each parameter that has a gradient: its group, itself, and the gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_on_gpu(parameter, group)
-        return None
+                    yield group, parameter, parameter.grad
 
-    def _clip_in_place(self) -> None:
-        if self.clip_factor is not None:
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        local(parameter.grad).mul_(self.clip_factor)
-
-    def _step_on_gpu(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _step_on_gpu(
+        self, group: dict[str, Any], parameter: nn.Parameter, gradient: Tensor
+    ) -> None:
         from raytrain_adv.ops.adamw_kernel import adamw_step
 
         state = self.state[parameter]
@@ -61,23 +63,10 @@ class ClippingAdamW(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         # Loading a state of fused AdamW puts the count on the GPU; reading it there would wait.
         state["step"] = state["step"].cpu() + 1
-        assert parameter.grad is not None
-        beta1, beta2 = group["betas"]
-        adamw_step(
-            local(parameter),
-            local(parameter.grad),
-            local(state["exp_avg"]),
-            local(state["exp_avg_sq"]),
-            self.clip_factor,
-            step=int(state["step"].item()),
-            learning_rate=float(group["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            epsilon=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
+        tensors = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
+        adamw_step(*map(local, tensors), self.clip_factor, int(state["step"].item()), group)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, of the same storage."""
     return local_part(as_plain(tensor.detach()))

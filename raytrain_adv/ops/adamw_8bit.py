@@ -6,17 +6,18 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 BLOCKS_AT_A_TIME = 2**16
 
 
-def values_of(state: Any) -> torch.Tensor:
+def values_of(state: Any) -> Tensor:
     """Return the float32 values of torchao's 8-bit optimizer state."""
-    values: torch.Tensor = state.dequantize()
+    values: Tensor = state.dequantize()
     return values
 
 
-def fill_8bit(state: Any, values: torch.Tensor) -> None:
+def fill_8bit(state: Any, values: Tensor) -> None:
     """Fill torchao's 8-bit state some blocks at a time: codes pass through int64, 8x their size."""
     blocks = values.reshape(-1, state.block_size)
     codes, scales = state.codes.view(-1, state.block_size), state.scale
@@ -25,7 +26,7 @@ def fill_8bit(state: Any, values: torch.Tensor) -> None:
         codes[part], scales[part] = quantized(blocks[part], state.qmap)
 
 
-def quantized(blocks: torch.Tensor, qmap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantized(blocks: Tensor, qmap: Tensor) -> tuple[Tensor, Tensor]:
     """Return 8-bit codes and scales that give back exactly what was dequantized from such.
 
     torchao's scale is a block's largest magnitude, but its signed map reaches from -0.993 to 1: if

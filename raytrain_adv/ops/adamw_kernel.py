@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 2048
 
@@ -45,24 +48,20 @@ def _adamw(  # type: ignore[no-untyped-def] # its arguments are not Python value
 
 
 def adamw_step(
-    parameter: torch.Tensor,
-    gradient: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    factor: torch.Tensor | None,
-    *,
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    factor: Tensor | None,
     step: int,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    weight_decay: float,
+    group: Mapping[str, Any],
 ) -> None:
-    """Do AdamW's step number `step` (from 1) in place, on contiguous tensors of one shape.
+    """Do AdamW's step number `step` (from 1) in place, on contiguous tensors of one shape, with the
+    numbers of an optimizer's parameter group.
 
     Source: https://arxiv.org/abs/1711.05101; torch's fused kernel for the order of operations.
     """
-    numel = parameter.numel()
+    numel, (beta1, beta2) = parameter.numel(), group["betas"]
     if numel == 0:
         return
     _adamw[(triton.cdiv(numel, BLOCK),)](
@@ -72,13 +71,13 @@ def adamw_step(
         exp_avg_sq,
         gradient if factor is None else factor,
         numel,
-        learning_rate,
-        weight_decay,
+        float(group["lr"]),
+        group["weight_decay"],
         beta1,
         beta2,
         1.0 - beta1**step,
         (1.0 - beta2**step) ** 0.5,
-        epsilon,
+        group["eps"],
         CLIPS=factor is not None,
         BLOCK=BLOCK,
         num_warps=8,

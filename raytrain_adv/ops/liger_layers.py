@@ -11,13 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[Tensor, Tensor]
+Triple = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("raytrain_adv::liger_rms_norm", mutates_args=())
 def _rms_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, cast: str, rows: bool
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, rows: bool
 ) -> Pair:
     from liger_kernel.ops.rms_norm import rms_norm_forward
 
@@ -26,9 +28,7 @@ def _rms_norm(
 
 
 @_rms_norm.register_fake
-def _(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, cast: str, rows: bool
-) -> Pair:
+def _(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, rows: bool) -> Pair:
     num_rows = x.numel() // x.shape[-1]
     dtype = x.dtype if cast == "none" else torch.float32
     return x.new_empty(x.shape), x.new_empty(num_rows, dtype=dtype)
@@ -36,10 +36,10 @@ def _(
 
 @torch.library.custom_op("raytrain_adv::liger_rms_norm_backward", mutates_args=())
 def _rms_norm_backward(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    rstd: torch.Tensor,
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
     offset: float,
     cast: str,
     rows: bool,
@@ -66,19 +66,8 @@ def _rms_norm_backward(
 
 
 @_rms_norm_backward.register_fake
-def _(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    rstd: torch.Tensor,
-    offset: float,
-    cast: str,
-    rows: bool,
-    trains_weight: bool,
-) -> Pair:
-    dw = x.new_empty(0)
-    if weight is not None and trains_weight:
-        dw = weight.new_empty(weight.shape)
+def _(gradient: Tensor, x: Tensor, weight: Tensor | None, *rest: Any) -> Pair:
+    dw = x.new_empty(0) if weight is None or not rest[-1] else weight.new_empty(weight.shape)
     return gradient.new_empty(gradient.shape), dw
 
 
@@ -88,7 +77,7 @@ def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
-def _norm_gradients(ctx: Any, gradient: torch.Tensor, _: object) -> tuple[Any, ...]:
+def _norm_gradients(ctx: Any, gradient: Tensor, _: object) -> tuple[Any, ...]:
     x, weight, rstd = ctx.saved_tensors
     trains_weight = weight is not None and ctx.needs_input_grad[1]
     dx, dw = _rms_norm_backward(gradient, x, weight, rstd, *ctx.rest, trains_weight)
@@ -103,32 +92,29 @@ class RMSNormFunction:
 
     @staticmethod
     def apply(
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
+        x: Tensor,
+        weight: Tensor | None,
         eps: float,
         offset: float = 0.0,
         casting_mode: str = "llama",
         in_place: bool = True,
         row_mode: bool | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return x / rms(x) * (offset + weight) over the last dimension, in x's dtype."""
         if not torch.compiler.is_compiling():
             from liger_kernel.ops import LigerRMSNormFunction
 
-            eager: torch.Tensor = LigerRMSNormFunction.apply(
+            eager: Tensor = LigerRMSNormFunction.apply(
                 x, weight, eps, offset, casting_mode, in_place, row_mode
             )
             return eager
-        out: torch.Tensor = _rms_norm(
-            x, weight, float(eps), float(offset), casting_mode, bool(row_mode)
-        )[0]
+        how = (float(eps), float(offset), casting_mode, bool(row_mode))
+        out: Tensor = _rms_norm(x, weight, *how)[0]
         return out
 
 
 @torch.library.custom_op("raytrain_adv::liger_layer_norm", mutates_args=())
-def _layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Triple:
     from liger_kernel.ops.layer_norm import layer_norm_forward
 
     out, _, mean, rstd, *_ = layer_norm_forward(x.contiguous(), weight, bias, eps)
@@ -136,22 +122,15 @@ def _layer_norm(
 
 
 @_layer_norm.register_fake
-def _(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Triple:
     one = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     return x.new_empty(x.shape), one, torch.empty_like(one)
 
 
 @torch.library.custom_op("raytrain_adv::liger_layer_norm_backward", mutates_args=())
 def _layer_norm_backward(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> Triple:
     from liger_kernel.ops.layer_norm import layer_norm_backward
 
     rows = x.contiguous().view(-1, x.shape[-1])
@@ -160,23 +139,17 @@ def _layer_norm_backward(
 
 
 @_layer_norm_backward.register_fake
-def _(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+def _(gradient: Tensor, *kept: Tensor) -> Triple:
+    dx, dw, db = (tensor.new_empty(tensor.shape) for tensor in kept[:3])
+    return dx, dw, db
 
 
-def _keep_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _keep_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:3], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _layer_norm_gradients(ctx: Any, gradient: torch.Tensor, *_: object) -> tuple[Any, ...]:
+def _layer_norm_gradients(ctx: Any, gradient: Tensor, *_: object) -> tuple[Any, ...]:
     gradients = _layer_norm_backward(gradient, *ctx.saved_tensors)
     return *gradients, None
 
@@ -185,41 +158,39 @@ _layer_norm.register_autograd(_layer_norm_gradients, setup_context=_keep_layer_n
 
 
 def layer_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     eps: float,
     impl: object = None,
     mode: object = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Stand in for liger_kernel.functional.layer_norm."""
     if not torch.compiler.is_compiling():
         from liger_kernel.functional import layer_norm as theirs
 
-        eager: torch.Tensor = theirs(x, weight, bias, eps, impl=impl, mode=mode)
+        eager: Tensor = theirs(x, weight, bias, eps, impl=impl, mode=mode)
         return eager
     bias = torch.zeros_like(weight) if bias is None else bias
-    out: torch.Tensor = _layer_norm(x, weight, bias, float(eps))[0]
+    out: Tensor = _layer_norm(x, weight, bias, float(eps))[0]
     return out
 
 
 @torch.library.custom_op("raytrain_adv::liger_silu_mul", mutates_args=())
-def _silu_mul(gate: torch.Tensor, up: torch.Tensor, multiplier: float) -> torch.Tensor:
+def _silu_mul(gate: Tensor, up: Tensor, multiplier: float) -> Tensor:
     from liger_kernel.ops.swiglu import swiglu_forward
 
-    out: torch.Tensor = swiglu_forward(gate.contiguous(), up.contiguous(), multiplier)[2]
+    out: Tensor = swiglu_forward(gate.contiguous(), up.contiguous(), multiplier)[2]
     return out
 
 
 @_silu_mul.register_fake
-def _(gate: torch.Tensor, up: torch.Tensor, multiplier: float) -> torch.Tensor:
+def _(gate: Tensor, up: Tensor, multiplier: float) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
 @torch.library.custom_op("raytrain_adv::liger_silu_mul_backward", mutates_args=())
-def _silu_mul_backward(
-    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, multiplier: float
-) -> Pair:
+def _silu_mul_backward(gradient: Tensor, gate: Tensor, up: Tensor, multiplier: float) -> Pair:
     from liger_kernel.ops.swiglu import swiglu_backward
 
     # Liger writes the gradients over what it is given.
@@ -230,16 +201,16 @@ def _silu_mul_backward(
 
 
 @_silu_mul_backward.register_fake
-def _(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, multiplier: float) -> Pair:
+def _(gradient: Tensor, gate: Tensor, up: Tensor, multiplier: float) -> Pair:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-def _keep_gated(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _keep_gated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     gate, up, ctx.multiplier = inputs
     ctx.save_for_backward(gate, up)
 
 
-def _gated_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+def _gated_gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return *_silu_mul_backward(gradient, *ctx.saved_tensors, ctx.multiplier), None
 
 
@@ -247,18 +218,18 @@ _silu_mul.register_autograd(_gated_gradients, setup_context=_keep_gated)
 
 
 def silu_mul(
-    gate: torch.Tensor, up: torch.Tensor, gate_multiplier: float = 1.0, down_multiplier: float = 1.0
-) -> torch.Tensor:
+    gate: Tensor, up: Tensor, gate_multiplier: float = 1.0, down_multiplier: float = 1.0
+) -> Tensor:
     """Return silu(gate_multiplier * gate) * up * down_multiplier."""
     if not torch.compiler.is_compiling():
         from liger_kernel.ops import LigerSiLUMulFunction
 
-        eager: torch.Tensor = LigerSiLUMulFunction.apply(
+        eager: Tensor = LigerSiLUMulFunction.apply(
             gate, up, float(gate_multiplier), float(down_multiplier)
         )
         return eager
     out = _silu_mul(gate, up, float(gate_multiplier))
-    scaled: torch.Tensor = out if down_multiplier == 1.0 else out * float(down_multiplier)
+    scaled: Tensor = out if down_multiplier == 1.0 else out * float(down_multiplier)
     return scaled
 
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain_adv.dtensor import seed_of
 from raytrain_adv.errors import TrainingError
@@ -39,9 +39,7 @@ class Noise:
     first: int = 0
     segments: Segments = ()
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Return the embeddings [sequences, time, features] with noise, in training."""
         if not module.training:
             return output
@@ -55,7 +53,7 @@ class Noise:
         with torch.profiler.record_function(NOISE):
             return output + self.made_for(output)
 
-    def made_for(self, output: torch.Tensor) -> torch.Tensor:
+    def made_for(self, output: Tensor) -> Tensor:
         """Return the noise for embeddings of this shape, device and dtype."""
         noise = torch.zeros_like(output, requires_grad=False)
         generator = torch.Generator(output.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 from raytrain_adv.ops.bitsandbytes.quantize import Form, bitsandbytes
@@ -16,7 +16,7 @@ PROBED = (2048, 256, 192)
 tokens for it to multiply as in training."""
 
 
-def sum_distances(distances: list[torch.Tensor]) -> list[list[float]]:
+def sum_distances(distances: list[Tensor]) -> list[list[float]]:
     """Return per layer, over all ranks, the squared difference from the originals, their squared
     norm, and the largest difference as a share of what rounding explains; a collective.
     """
@@ -40,7 +40,7 @@ def apart_from_bitsandbytes(form: Form, device: torch.device, dtype: torch.dtype
     with torch.device(device):
         generator = torch.Generator(device).manual_seed(0)
 
-        def drawn(*shape: int) -> torch.Tensor:
+        def drawn(*shape: int) -> Tensor:
             return torch.randn(*shape, dtype=dtype, generator=generator)
 
         weight, x, pull = 0.02 * drawn(rows, columns), drawn(tokens, columns), drawn(tokens, rows)

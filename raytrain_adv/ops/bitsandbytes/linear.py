@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain_adv.dtensor import Region, copy_local, gather, gather_rows, local_part, local_region
 from raytrain_adv.ops.bitsandbytes.quantize import (
@@ -30,20 +30,20 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        nested: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        nested: Tensor | None,
+        bias: Tensor | None,
         kind: str,
         columns: int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         ctx.save_for_backward(weight, scale, nested)
         ctx.form = (kind, columns)
         return F.linear(x, dequantize(weight, scale, nested, kind, columns), bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         weight, scale, nested = ctx.saved_tensors
         grad_x = grad_bias = None
@@ -61,7 +61,7 @@ class PackedLinear(nn.Linear):
     scale: nn.Parameter
     """Bytes of the scales; see dequantize for the shapes."""
     nested: nn.Parameter | None
-    distance: torch.Tensor | None
+    distance: Tensor | None
     """How far this rank's rows are from the originals; none before they were read."""
 
     @classmethod
@@ -85,9 +85,9 @@ class PackedLinear(nn.Linear):
             new.bias.requires_grad_(False)
         return new
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
-        output: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+        output: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
             input, self.weight, self.scale, self.nested, self.bias, self.form.kind, self.in_features
         )
         return output
@@ -98,7 +98,7 @@ class PackedLinear(nn.Linear):
         return local_region(self.weight)[0], slice(0, self.in_features)
 
     @torch.no_grad()
-    def take(self, part: torch.Tensor, device: torch.device) -> None:
+    def take(self, part: Tensor, device: torch.device) -> None:
         """Quantize this rank's rows into its shards; a collective if scales are quantized too.
 
         `part` is [rows of `region`, in_features], of any dtype; `device` is where kernels round.
@@ -126,16 +126,16 @@ class PackedLinear(nn.Linear):
         self.distance = distance(part, values, scale, off, form)
 
     @torch.no_grad()
-    def unpacked(self) -> torch.Tensor:
+    def unpacked(self) -> Tensor:
         """Return the unpacked weight, whole: [out_features, in_features]; a collective."""
         nested = None if self.nested is None else gather(self.nested)
-        whole: torch.Tensor = dequantize(
+        whole: Tensor = dequantize(
             gather(self.weight), gather(self.scale), nested, self.form.kind, self.in_features
         )
         return whole
 
 
-def _nothing(part: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
+def _nothing(part: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Return what no rows are quantized to; bitsandbytes' kernels take at least one."""
     columns = part.shape[1]
     blocks = 1 if form.is_int8 else form.scale_bytes(columns) // (1 if form.nested else 4)
@@ -143,7 +143,7 @@ def _nothing(part: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor
     return packed, part.new_empty((0, blocks), dtype=torch.float32)
 
 
-def _store(target: torch.Tensor, rows: torch.Tensor) -> None:
+def _store(target: Tensor, rows: Tensor) -> None:
     """Write bytes [rows, n] into this rank's shard, whose rows may be longer."""
     padding = target.shape[1] * target.element_size() - rows.shape[1]
     copy_local(target, F.pad(rows, (0, padding)).contiguous().view(target.dtype))

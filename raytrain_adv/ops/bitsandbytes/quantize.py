@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 BLOCK = 64
 """Weights of a row that share a scale in 4 bits; bitsandbytes' default."""
@@ -86,9 +87,9 @@ def bitsandbytes() -> Any:
 
 
 @cache
-def nested_map(device: torch.device) -> torch.Tensor:
+def nested_map(device: torch.device) -> Tensor:
     """Return the 256 values that quantized scales are taken from, float32 on the device."""
-    values: torch.Tensor = bitsandbytes().functional.create_dynamic_map().to(device)
+    values: Tensor = bitsandbytes().functional.create_dynamic_map().to(device)
     return values
 
 
@@ -100,7 +101,7 @@ def widest_step(kind: str) -> float:
 
 
 @torch.no_grad()
-def quantize(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Round rows of a weight as bitsandbytes' Linear4bit and Linear8bitLt do, but no scales.
 
     The weight is on the device whose kernels round; in 4 bits BLOCK divides its columns.
@@ -118,7 +119,7 @@ def quantize(weight: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tens
 
 
 @torch.no_grad()
-def quantize_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
     """Round a whole weight's float32 scales [rows, blocks of a row] by double quantization.
 
     Returns:
@@ -133,10 +134,10 @@ def quantize_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rounded.view(scale.shape), torch.cat((offset.view(1), outer))
 
 
-def dequantize_scales(rounded: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
+def dequantize_scales(rounded: Tensor, outer: Tensor) -> Tensor:
     """Return the float32 scales [rows, blocks of a row] that quantize_scales has rounded."""
     bitsandbytes()
-    flat: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+    flat: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
         rounded.reshape(-1),
         outer[1:].contiguous(),
         nested_map(rounded.device),
@@ -147,15 +148,15 @@ def dequantize_scales(rounded: torch.Tensor, outer: torch.Tensor) -> torch.Tenso
 
 
 def dequantize_rows(
-    packed: torch.Tensor, scale: torch.Tensor, kind: str, columns: int, dtype: torch.dtype
-) -> torch.Tensor:
+    packed: Tensor, scale: Tensor, kind: str, columns: int, dtype: torch.dtype
+) -> Tensor:
     """Return weights [rows, columns] of bytes [rows, row_bytes]; scales [rows, blocks of a row]."""
     shape = (packed.shape[0], columns)
     if kind == "int8":
         whole = torch.empty(shape, dtype=dtype, device=packed.device)
         return torch.mul(packed.view(torch.int8), scale * (1.0 / 127.0), out=whole)
     bitsandbytes()
-    values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+    values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
         packed.reshape(-1, 1), scale.reshape(-1), BLOCK, kind, shape, dtype
     )
     return values
@@ -163,13 +164,13 @@ def dequantize_rows(
 
 @torch.library.custom_op("raytrain_adv::dequantize", mutates_args=())
 def dequantize(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    nested: torch.Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    nested: Tensor | None,
     kind: str,
     columns: int,
-    after: torch.Tensor | None = None,
-) -> torch.Tensor:
+    after: Tensor | None = None,
+) -> Tensor:
     """Return the weight that a quantized linear's parameters stand for, in their own dtype.
 
     Args:
@@ -191,21 +192,12 @@ def dequantize(
 
 
 @dequantize.register_fake
-def _(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    nested: torch.Tensor | None,
-    kind: str,
-    columns: int,
-    after: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _(weight: Tensor, scale: Tensor, nested: object, kind: str, columns: int, *_: object) -> Tensor:
     return weight.new_empty((weight.shape[0], columns))
 
 
 @torch.no_grad()
-def distance(
-    weight: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor, off: torch.Tensor, form: Form
-) -> torch.Tensor:
+def distance(weight: Tensor, rounded: Tensor, scale: Tensor, off: Tensor, form: Form) -> Tensor:
     """Return how far rounded weights are from the originals, both [rows, columns].
 
     Args:
@@ -217,8 +209,7 @@ def distance(
 
     Returns:
         float64 [3]: sums of squared differences and squared weights, and the largest difference as
-            a
-        share of the largest that rounding explains.
+        a share of the largest that rounding explains.
     """
     if weight.numel() == 0:
         return torch.zeros(3, dtype=torch.float64, device=weight.device)

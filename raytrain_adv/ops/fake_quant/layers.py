@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain_adv.ops.fake_quant.rounding import (
     BITS,
@@ -14,8 +14,8 @@ from raytrain_adv.ops.fake_quant.rounding import (
     fake_quantize_groups,
     fake_quantize_tokens,
     quantize_float8,
+    through,
     through_groups,
-    through_tokens,
 )
 
 FLOAT8 = "float8_e4m3fn"
@@ -30,13 +30,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
         weight_dtype: str,
         group_size: int,
         activation_dtype: str,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.kinds = (weight_dtype, group_size, activation_dtype)
         if weight_dtype == activation_dtype == FLOAT8:
@@ -46,7 +46,7 @@ class _Product(torch.autograd.Function):
         return F.linear(rounded_x, rounded, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         weight_dtype, group_size, activation_dtype = ctx.kinds
         gradient = gradients[0]
@@ -58,7 +58,7 @@ class _Product(torch.autograd.Function):
         if needs_x:
             grad_x = (rows @ rounded).view(x.shape)
             if scale is not None and zero_point is not None:
-                grad_x = through_tokens(grad_x, x, scale, zero_point)
+                grad_x = through(grad_x, x, scale, zero_point, 8)
         if needs_weight:
             grad_weight = rows.t() @ rounded_x.reshape(-1, x.shape[-1])
             if weight_scale is not None:
@@ -74,13 +74,8 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        ids: torch.Tensor,
-        weight: torch.Tensor,
-        weight_dtype: str,
-        group_size: int,
-        padding_idx: int,
-    ) -> torch.Tensor:
+        ctx: Any, ids: Tensor, weight: Tensor, weight_dtype: str, group_size: int, padding_idx: int
+    ) -> Tensor:
         ctx.save_for_backward(ids, weight)
         ctx.kinds = (weight_dtype, group_size, padding_idx)
         rows = F.embedding(ids, weight)
@@ -88,10 +83,10 @@ class _Rows(torch.autograd.Function):
         return rounded.view(rows.shape)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ids, weight = ctx.saved_tensors
         weight_dtype, group_size, padding_idx = ctx.kinds
-        grad_weight: torch.Tensor = torch.ops.aten.embedding_dense_backward(
+        grad_weight: Tensor = torch.ops.aten.embedding_dense_backward(
             gradients[0].contiguous(), ids, weight.shape[0], padding_idx, False
         )
         if weight_dtype != FLOAT8:
@@ -104,8 +99,8 @@ class _Rows(torch.autograd.Function):
 
 
 def rounded_weight(
-    weight: torch.Tensor, dtype: str, group_size: int, after: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight: Tensor, dtype: str, group_size: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Return a weight rounded, and its gradient's scales (None for float8: nothing is clipped)."""
     if dtype == FLOAT8:
         return fake_quantize_float8(weight, after), None
@@ -114,8 +109,8 @@ def rounded_weight(
 
 
 def rounded_activation(
-    x: torch.Tensor, dtype: str, after: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    x: Tensor, dtype: str, after: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return activations rounded, and the scales and zero points their gradient passes through."""
     if dtype == FLOAT8:
         return fake_quantize_float8(x, after), None, None
@@ -125,9 +120,7 @@ def rounded_activation(
     return rounded, scale, zero_point
 
 
-def float8_product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def float8_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x @ weight.t() + bias with both factors in float8, one scale per row of each.
 
     Source: torchao 0.18, _float8_addmm_impl without mslk. On a GPU x is bfloat16.
@@ -176,11 +169,11 @@ class FakeQuantizedLinear(nn.Linear):
         new.rounds = True
         return new
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
         if not self.rounds:
             return F.linear(input, self.weight, self.bias)
-        output: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+        output: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
             input, self.weight, self.bias, self.weight_dtype, self.group_size, self.activation_dtype
         )
         return output
@@ -205,12 +198,12 @@ class FakeQuantizedEmbedding(nn.Embedding):
         new.rounds = True
         return new
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the rows of the ids: [...] -> [..., embedding_dim]."""
         if not self.rounds:
             return F.embedding(input, self.weight, self.padding_idx)
         padding = -1 if self.padding_idx is None else self.padding_idx
-        rows: torch.Tensor = _Rows.apply(  # type: ignore[no-untyped-call]
+        rows: Tensor = _Rows.apply(  # type: ignore[no-untyped-call]
             input, self.weight, self.weight_dtype, self.group_size, padding
         )
         return rows

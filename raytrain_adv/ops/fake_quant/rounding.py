@@ -7,6 +7,7 @@ call in forward, and keep its result, for a weight unsharded, until backward.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
 """Integer weights that torchao stores and loads."""
@@ -21,21 +22,32 @@ def bounds(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
-@torch.library.custom_op("raytrain_adv::fake_quantize_groups", mutates_args=(), device_types="cpu")
+def _groups(
+    weight: Tensor, bits: int, group_size: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    return weight.new_empty((rows, columns)), weight.new_empty((rows, columns // group_size))
+
+
+@torch.library.custom_op("raytrain_adv::fake_quantize_groups", mutates_args=())
 def fake_quantize_groups(
-    weight: torch.Tensor, bits: int, group_size: int, after: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    weight: Tensor, bits: int, group_size: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return a matrix rounded to symmetric integers, and their scales [rows, columns / group_size].
 
     Source: torchao.quantization.IntxUnpackedToInt8Tensor.from_hp and dequantize, torchao 0.18. Both
     are of the weight's dtype, float32 or bfloat16.
     """
-    return round_groups(weight, bits, group_size)
+    if not weight.is_cuda:
+        return round_groups(weight, bits, group_size)
+    from raytrain_adv.ops.fake_quant.rounding_kernel import launch
+
+    rounded, scale = _groups(weight, bits, group_size)
+    launch(weight.contiguous(), rounded, scale, None, group_size, bounds(bits))
+    return rounded, scale
 
 
-def round_groups(
-    weight: torch.Tensor, bits: int, group_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def round_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """Do what fake_quantize_groups does by torchao's own operations, on any device."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
@@ -44,43 +56,28 @@ def round_groups(
     return quantized.dequantize(), quantized.scale
 
 
-@fake_quantize_groups.register_fake
-def _(
-    weight: torch.Tensor, bits: int, group_size: int, after: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, columns = weight.shape
-    scale = weight.new_empty((rows, columns // group_size))
-    return weight.new_empty((rows, columns)), scale
+def _tokens(x: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    ranges = (*x.shape[:-1], 1)
+    return x.new_empty(x.shape), x.new_empty(ranges), x.new_empty(ranges, dtype=torch.int8)
 
 
-@fake_quantize_groups.register_kernel("cuda")
-def _(
-    weight: torch.Tensor, bits: int, group_size: int, after: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from raytrain_adv.ops.fake_quant.rounding_kernel import launch
-
-    rows, columns = weight.shape
-    rounded = weight.new_empty((rows, columns))
-    scale = weight.new_empty((rows, columns // group_size))
-    launch(weight.contiguous(), rounded, scale, None, group_size, bounds(bits))
-    return rounded, scale
-
-
-@torch.library.custom_op("raytrain_adv::fake_quantize_tokens", mutates_args=(), device_types="cpu")
-def fake_quantize_tokens(
-    x: torch.Tensor, after: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return activations [..., features] rounded to asymmetric int8, one range per token.
+@torch.library.custom_op("raytrain_adv::fake_quantize_tokens", mutates_args=())
+def fake_quantize_tokens(x: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return activations [..., features] rounded to asymmetric int8, one range per token, with
+    scales [..., 1] of x's dtype and zero points [..., 1] in int8.
 
     Source: torchao 0.18, _apply_int8_act_asym_per_token_quant_dequant.
-
-    Returns:
-        The rounded activations, like x; scales [..., 1] of x's dtype; zero points [..., 1] in int8.
     """
-    return round_tokens(x)
+    if not x.is_cuda:
+        return round_tokens(x)
+    from raytrain_adv.ops.fake_quant.rounding_kernel import launch
+
+    rounded, scale, zero_point = _tokens(x)
+    launch(x.contiguous(), rounded, scale, zero_point, x.shape[-1], (SMALLEST, LARGEST))
+    return rounded, scale, zero_point
 
 
-def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def round_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Do what fake_quantize_tokens does by torchao's own operations, on any device."""
     from torchao.quantization.quant_primitives import (
         MappingType,
@@ -108,32 +105,8 @@ def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return rounded, scale.reshape(ranges), zero_point.reshape(ranges)
 
 
-@fake_quantize_tokens.register_fake
-def _(
-    x: torch.Tensor, after: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    ranges = (*x.shape[:-1], 1)
-    scale, zero_point = x.new_empty(ranges), x.new_empty(ranges, dtype=torch.int8)
-    return x.new_empty(x.shape), scale, zero_point
-
-
-@fake_quantize_tokens.register_kernel("cuda")
-def _(
-    x: torch.Tensor, after: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from raytrain_adv.ops.fake_quant.rounding_kernel import launch
-
-    ranges = (*x.shape[:-1], 1)
-    rounded, scale = x.new_empty(x.shape), x.new_empty(ranges)
-    zero_point = x.new_empty(ranges, dtype=torch.int8)
-    launch(x.contiguous(), rounded, scale, zero_point, x.shape[-1], (SMALLEST, LARGEST))
-    return rounded, scale, zero_point
-
-
 @torch.library.custom_op("raytrain_adv::quantize_float8", mutates_args=())
-def quantize_float8(
-    x: torch.Tensor, after: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_float8(x: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return x in float8_e4m3fn, and one float32 scale per row [..., 1].
 
     Source: torchao.quantization.Float8Tensor.from_hp, torchao 0.18, bounded by EPS.
@@ -145,22 +118,24 @@ def quantize_float8(
     return (x.to(torch.float32) / scale).clamp(min=-largest, max=largest).to(E4M3), scale
 
 
-@quantize_float8.register_fake
-def _(x: torch.Tensor, after: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _float8(x: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=E4M3), scale
 
 
-def fake_quantize_float8(x: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
+fake_quantize_groups.register_fake(_groups)
+fake_quantize_tokens.register_fake(_tokens)
+quantize_float8.register_fake(_float8)
+
+
+def fake_quantize_float8(x: Tensor, after: Tensor | None = None) -> Tensor:
     """Return a tensor rounded to float8_e4m3fn with one scale per row; see quantize_float8."""
     values, scale = quantize_float8(x, after)
-    rounded: torch.Tensor = (values.to(torch.float32) * scale).to(x.dtype)
+    rounded: Tensor = (values.to(torch.float32) * scale).to(x.dtype)
     return rounded
 
 
-def through_groups(
-    gradient: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int
-) -> torch.Tensor:
+def through_groups(gradient: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Return the gradient straight through fake_quantize_groups: 0 for values that were cut off.
 
     Scaling there and back is what torchao's operations do; it rounds in bfloat16.
@@ -170,20 +145,9 @@ def through_groups(
     return passed.view(weight.shape)
 
 
-def through_tokens(
-    gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
-) -> torch.Tensor:
-    """Return the gradient straight through fake_quantize_tokens, of its input and results."""
-    return through(gradient, x, scale, zero_point, 8)
-
-
 def through(
-    gradient: torch.Tensor,
-    value: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | int,
-    bits: int,
-) -> torch.Tensor:
+    gradient: Tensor, value: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int
+) -> Tensor:
     """Return the gradient where a value's integer is in range, zero elsewhere."""
     smallest, largest = bounds(bits)
     inverse = scale.reciprocal()

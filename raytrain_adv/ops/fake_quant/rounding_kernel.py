@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 
 ELEMENTS = 4096
@@ -68,10 +69,10 @@ def _round(  # type: ignore[no-untyped-def]
 
 
 def launch(
-    source: torch.Tensor,
-    rounded: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
+    source: Tensor,
+    rounded: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
     group_size: int,
     ends: tuple[int, int],
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from raytrain_adv.errors import JobError
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
     from torchao.core.config import AOBaseConfig
 
 FLOAT8 = "float8_e4m3fn"
@@ -92,7 +92,7 @@ def config_of(weight_dtype: str, group_size: int | None, activation_dtype: str) 
     return config
 
 
-def tensor_of(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
+def tensor_of(weight: Tensor, config: AOBaseConfig) -> Tensor:
     """Return a weight [rows, columns] as the tensor that torchao's configuration makes of it."""
     import torch
     from torch import nn
@@ -112,7 +112,7 @@ def tensor_of(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
     return linear.weight.data
 
 
-def _float8(weight: torch.Tensor, config: Any) -> torch.Tensor:
+def _float8(weight: Tensor, config: Any) -> Tensor:
     """Return what torchao's two float8 configurations make of a weight.
 
     Not by quantize_: it makes NaN of rows of zeros (pytorch/ao#4713), and requires a GPU where only
@@ -138,7 +138,7 @@ def _float8(weight: torch.Tensor, config: Any) -> torch.Tensor:
                 kernel_preference=config.kernel_preference,
             ),
         }
-    tensor: torch.Tensor = Float8Tensor.from_hp(
+    tensor: Tensor = Float8Tensor.from_hp(
         weight, float8_dtype=config.weight_dtype, hp_value_lb=EPS, **keys
     )
     return tensor

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -45,14 +45,14 @@ class Scale:
     takes the weight, and each new value would compile it again.
     """
 
-    value: torch.Tensor | None = None
+    value: Tensor | None = None
     """float32 scalar on the device that gathers; none until update_scales has been called."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scale:
         return self
 
 
-class GatheredInFloat8(torch.Tensor):
+class GatheredInFloat8(Tensor):
     """A weight, or a rank's shard of one, that FSDP2 casts to e4m3 before it gathers it.
 
     The numbers are those of torchao's WeightWithDynamicFloat8CastTensor, which moves 27 bytes a
@@ -61,9 +61,9 @@ class GatheredInFloat8(torch.Tensor):
     """
 
     @staticmethod
-    def __new__(cls, tensor: torch.Tensor, scale: Scale) -> GatheredInFloat8:
+    def __new__(cls, tensor: Tensor, scale: Scale) -> GatheredInFloat8:
         """Make a tensor that looks like `tensor` and owns nothing."""
-        made: GatheredInFloat8 = torch.Tensor._make_wrapper_subclass(
+        made: GatheredInFloat8 = Tensor._make_wrapper_subclass(
             cls,
             tensor.size(),
             strides=tensor.stride(),
@@ -76,7 +76,7 @@ class GatheredInFloat8(torch.Tensor):
         )
         return made
 
-    def __init__(self, tensor: torch.Tensor, scale: Scale) -> None:
+    def __init__(self, tensor: Tensor, scale: Scale) -> None:
         self.plain = tensor
         self.scale = scale
 
@@ -88,7 +88,7 @@ class GatheredInFloat8(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, torch.Tensor], scale: Scale, outer_size: Any, outer_stride: Any
+        inner: dict[str, Tensor], scale: Scale, outer_size: Any, outer_stride: Any
     ) -> GatheredInFloat8:
         return GatheredInFloat8(inner["plain"], scale)
 
@@ -105,7 +105,7 @@ class GatheredInFloat8(torch.Tensor):
         first = args[0]
         if func not in KEEP_THE_TYPE or not isinstance(first, GatheredInFloat8):
             return out
-        return pytree.tree_map_only(torch.Tensor, lambda t: GatheredInFloat8(t, first.scale), out)
+        return pytree.tree_map_only(Tensor, lambda t: GatheredInFloat8(t, first.scale), out)
 
     def fsdp_pre_all_gather(
         self,
@@ -114,7 +114,7 @@ class GatheredInFloat8(torch.Tensor):
         outer_stride: tuple[int, ...],
         module: nn.Module,
         mp_policy: MixedPrecisionPolicy,
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return the bytes of this rank's rows in e4m3, and the scale; called by FSDP2."""
         scale = self.scale.value
         if scale is None:
@@ -128,12 +128,12 @@ class GatheredInFloat8(torch.Tensor):
 
     def fsdp_post_all_gather(
         self,
-        all_gather_outputs: tuple[torch.Tensor, ...],
-        metadata: tuple[torch.Tensor, ...],
+        all_gather_outputs: tuple[Tensor, ...],
+        metadata: tuple[Tensor, ...],
         param_dtype: torch.dtype,
         *,
-        out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """Make the whole weight of what was gathered, or rescale the old one; FSDP2 calls it."""
         # Here, because what reads and writes checkpoints of any job comes by this module.
         from torchao.float8.float8_training_tensor import Float8TrainingTensor
@@ -182,13 +182,13 @@ def update_scales(model: nn.Module) -> None:
         shard.scale.value = scale
 
 
-def _largest(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _largest(tensors: list[Tensor]) -> Tensor:
     """Return each tensor's largest magnitude, 0 for an empty one: [len(tensors)], float32."""
     filled = [t if t.numel() else t.new_zeros(1) for t in tensors]
     return torch.stack(torch._foreach_norm(filled, ord=math.inf)).to(torch.float32)
 
 
-def as_plain(tensor: torch.Tensor) -> torch.Tensor:
+def as_plain(tensor: Tensor) -> Tensor:
     """Return the same storage without the type above, which only torchao can load."""
     if isinstance(tensor, GatheredInFloat8):
         return tensor.plain

@@ -8,17 +8,18 @@ step on an H200 (torch 2.11).
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 EPS = 1e-12
 """Smallest amax that is divided by; torchao's (float8_utils.EPS)."""
 
 
-def tensorwise_scale(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def tensorwise_scale(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the float32 scalar that maps the largest magnitude onto the dtype's largest value."""
     return scale_of(tensor.abs().max(), dtype)
 
 
-def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def scale_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
     """Return, in float32, what maps each magnitude onto the dtype's largest value.
 
     Source: torchao.float8.float8_utils.amax_to_scale; it divides in float64, eager or compiled.
@@ -27,104 +28,70 @@ def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (torch.finfo(dtype).max / torch.clamp(amax, min=EPS)).to(torch.float32)
 
 
-def cast(tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cast(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return tensor * scale in float8, values out of range brought to its ends."""
     largest = torch.finfo(dtype).max
     return (tensor.to(torch.float32) * scale).clamp(min=-largest, max=largest).to(dtype)
 
 
-@torch.library.custom_op("raytrain_adv::cast_both", mutates_args=(), device_types="cpu")
-def cast_both(
-    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a contiguous matrix's cast and its transpose's; scale: float32 on the same device."""
-    plain = cast(tensor, scale, dtype)
-    return plain, plain.t().contiguous()
-
-
-@cast_both.register_fake
-def _(
-    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, columns = tensor.shape
-    return (
-        tensor.new_empty((rows, columns), dtype=dtype),
-        tensor.new_empty((columns, rows), dtype=dtype),
-    )
-
-
-@cast_both.register_kernel("cuda")
-def _(
-    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from raytrain_adv.ops.float8.cast_kernel import launch
-
-    rows, columns = tensor.shape
-    plain = tensor.new_empty((rows, columns), dtype=dtype)
-    transposed = tensor.new_empty((columns, rows), dtype=dtype)
-    launch(tensor, scale, plain, transposed)
-    return plain, transposed
-
-
-@torch.library.custom_op("raytrain_adv::cast_transposed", mutates_args=(), device_types="cpu")
-def cast_transposed(
-    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, after: torch.Tensor
-) -> torch.Tensor:
-    """Return the cast of a transpose, [columns, rows]; see cast_both and transposed."""
-    return cast(tensor, scale, dtype).t().contiguous()
-
-
-@cast_transposed.register_fake
-def _(
-    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, after: torch.Tensor
-) -> torch.Tensor:
+def _turned(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     rows, columns = tensor.shape
     return tensor.new_empty((columns, rows), dtype=dtype)
 
 
-@cast_transposed.register_kernel("cuda")
-def _(
-    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, after: torch.Tensor
-) -> torch.Tensor:
+def _both(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return tensor.new_empty(tensor.shape, dtype=dtype), _turned(tensor, dtype)
+
+
+@torch.library.custom_op("raytrain_adv::cast_both", mutates_args=())
+def cast_both(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a contiguous matrix's cast and its transpose's; scale: float32 on the same device."""
+    if not tensor.is_cuda:
+        plain = cast(tensor, scale, dtype)
+        return plain, plain.t().contiguous()
     from raytrain_adv.ops.float8.cast_kernel import launch
 
-    rows, columns = tensor.shape
-    transposed = tensor.new_empty((columns, rows), dtype=dtype)
-    launch(tensor, scale, None, transposed)
-    return transposed
+    result = _both(tensor, scale, dtype)
+    launch(tensor, scale, *result)
+    return result
 
 
-@torch.library.custom_op("raytrain_adv::transposed", mutates_args=(), device_types="cpu")
-def transposed(matrix: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op("raytrain_adv::cast_transposed", mutates_args=())
+def cast_transposed(tensor: Tensor, scale: Tensor, dtype: torch.dtype, after: Tensor) -> Tensor:
+    """Return the cast of a transpose, [columns, rows]; see cast_both and transposed."""
+    if not tensor.is_cuda:
+        return cast(tensor, scale, dtype).t().contiguous()
+    from raytrain_adv.ops.float8.cast_kernel import launch
+
+    result = _turned(tensor, dtype)
+    launch(tensor, scale, None, result)
+    return result
+
+
+@torch.library.custom_op("raytrain_adv::transposed", mutates_args=())
+def transposed(matrix: Tensor, after: Tensor) -> Tensor:
     """Return a float8 matrix's transpose, [columns, rows], contiguous.
 
     `after` is unused: a tensor that exists only in backward keeps this operator there.
     torch.compile would transpose a weight in forward and keep that: a copy of the model on every
     GPU.
     """
-    # As bytes: transposing float8 has been miscompiled (triton 3.7, triton#11111).
-    return matrix.view(torch.uint8).t().contiguous().view(matrix.dtype)
-
-
-@transposed.register_fake
-def _(matrix: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    rows, columns = matrix.shape
-    return matrix.new_empty((columns, rows))
-
-
-@transposed.register_kernel("cuda")
-def _(matrix: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    if not matrix.is_cuda:
+        # As bytes: transposing float8 has been miscompiled (triton 3.7, triton#11111).
+        return matrix.view(torch.uint8).t().contiguous().view(matrix.dtype)
     from raytrain_adv.ops.float8.cast_kernel import launch_transpose
 
-    rows, columns = matrix.shape
-    result = matrix.new_empty((columns, rows))
+    result = _turned(matrix, matrix.dtype)
     launch_transpose(matrix, result)
     return result
 
 
-def cast_padded(
-    tensor: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, num_rows: int
-) -> torch.Tensor:
+cast_both.register_fake(_both)
+cast_transposed.register_fake(lambda tensor, scale, dtype, after: _turned(tensor, dtype))
+transposed.register_fake(lambda matrix, after: _turned(matrix, matrix.dtype))
+
+
+def cast_padded(tensor: Tensor, scale: Tensor, dtype: torch.dtype, num_rows: int) -> Tensor:
     """Return the cast of a matrix, with arbitrary rows added up to `num_rows`; see cast."""
     result = tensor.new_empty((num_rows, *tensor.shape[1:]), dtype=dtype)
     own = result[: tensor.shape[0]]

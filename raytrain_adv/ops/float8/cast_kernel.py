@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 TILES = [
     triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps)
@@ -76,9 +77,7 @@ def _cast(  # type: ignore[no-untyped-def] # its arguments are not Python values
     tl.store(transposed + offsets_t, tl.trans(byte), mask=inside_t)
 
 
-def launch(
-    source: torch.Tensor, scale: torch.Tensor, plain: torch.Tensor | None, transposed: torch.Tensor
-) -> None:
+def launch(source: Tensor, scale: Tensor, plain: Tensor | None, transposed: Tensor) -> None:
     """Write the cast of `source` into `plain`, if wanted, and into `transposed`."""
     rows, columns = source.shape
     dtype = transposed.dtype
@@ -118,7 +117,7 @@ def _cast_plain(  # type: ignore[no-untyped-def] # its arguments are not Python 
     tl.store(target + offsets, _to_bytes(value, LARGEST, IS_E5M2), mask=inside)
 
 
-def launch_plain(source: torch.Tensor, scale: torch.Tensor, target: torch.Tensor) -> None:
+def launch_plain(source: Tensor, scale: Tensor, target: Tensor) -> None:
     """Write the cast of `source` into `target`, of the same shape and contiguous."""
     size = source.numel()
     if not size:
@@ -158,7 +157,7 @@ def _transpose(  # type: ignore[no-untyped-def] # its arguments are not Python v
     tl.store(target + offsets_t, tl.trans(byte), mask=inside_t)
 
 
-def launch_transpose(source: torch.Tensor, target: torch.Tensor) -> None:
+def launch_transpose(source: Tensor, target: Tensor) -> None:
     """Write the transpose of a matrix of bytes, [rows, columns], into `target`."""
     rows, columns = source.shape
 

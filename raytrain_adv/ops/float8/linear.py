@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchao.float8.float8_linear import Float8Linear as TorchaoFloat8Linear
 from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
@@ -25,9 +26,7 @@ class _Matmul(torch.autograd.Function):
     """x @ w.t() with float8 factors; backward keeps the input as its transposed cast."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, trains_weight: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, trains_weight: bool) -> Tensor:
         x_scale = tensorwise_scale(x, E4M3)
         weight8, weight_scale = _factor(weight)
         if trains_weight:
@@ -39,9 +38,7 @@ class _Matmul(torch.autograd.Function):
         return product(x8, weight8, x_scale, weight_scale, x.dtype, fast=True)
 
     @staticmethod
-    def backward(
-        ctx: Any, *gradients: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x8_t, x_scale, weight, weight_scale = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         scale = tensorwise_scale(gradient, E5M2)
@@ -56,7 +53,7 @@ class _Matmul(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def _factor(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _factor(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight in float8 and its scale; FSDP2 may have gathered it so."""
     if isinstance(weight, Float8TrainingTensor):
         return weight._data, weight._scale
@@ -64,9 +61,7 @@ def _factor(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return cast(weight, scale, E4M3), scale
 
 
-def _transposed_factor(
-    weight: torch.Tensor, scale: torch.Tensor, after: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _transposed_factor(weight: Tensor, scale: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight's transpose in float8, contiguous, and its scale; computed after `after`."""
     if isinstance(weight, Float8TrainingTensor):
         return transposed(weight._data, after), weight._scale
@@ -74,13 +69,13 @@ def _transposed_factor(
 
 
 def product(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    left_scale: torch.Tensor,
-    right_scale: torch.Tensor,
+    left: Tensor,
+    right: Tensor,
+    left_scale: Tensor,
+    right_scale: Tensor,
     dtype: torch.dtype,
     fast: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """Return left [a, k] @ right.t() [k, b] with both scales taken out again."""
     return torch._scaled_mm(
         left,
@@ -92,12 +87,10 @@ def product(
     )
 
 
-def linear(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, trains_weight: bool
-) -> torch.Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, trains_weight: bool) -> Tensor:
     """Return input @ weight.t() + bias in float8; the weight may be gathered in float8."""
     rows = input.reshape(-1, input.shape[-1])
-    output: torch.Tensor = _Matmul.apply(rows, weight, trains_weight)  # type: ignore[no-untyped-call]
+    output: Tensor = _Matmul.apply(rows, weight, trains_weight)  # type: ignore[no-untyped-call]
     output = output.view(*input.shape[:-1], weight.shape[0])
     return output if bias is None else output + bias.to(output.dtype)
 
@@ -109,7 +102,7 @@ class Float8Linear(TorchaoFloat8Linear):  # type: ignore[misc] # torchao ships n
     tests/gpu); memory is read less often.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
         trains_weight = torch.is_grad_enabled() and self.weight.requires_grad
         return linear(input, self.weight, self.bias, trains_weight)
@@ -128,7 +121,7 @@ def distance(
 
     generator = torch.Generator(device).manual_seed(0)
 
-    def numbers(*shape: int) -> torch.Tensor:
+    def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
     sizes = (linear.in_features, linear.out_features)

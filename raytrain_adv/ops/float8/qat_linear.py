@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain_adv.errors import JobError
 from raytrain_adv.ops.fake_quant.layers import (
@@ -89,14 +89,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
+        x: Tensor,
+        weight: Tensor,
         trains_weight: bool,
         weight_dtype: str,
         group_size: int,
         activation_dtype: str,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
+        bias: Tensor | None,
+    ) -> Tensor:
         rounded_x, ranges, zero_points = rounded_activation(x, activation_dtype)
         rounded, scales = rounded_weight(weight, weight_dtype, group_size)
         x_scale = _scale(rounded_x, ranges, zero_points, 8)
@@ -122,7 +122,7 @@ class _Product(torch.autograd.Function):
         return out if bias is None else out + bias
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x8_t, x_scale, weight = ctx.saved_tensors
         trains_weight, weight_dtype, group_size = ctx.kinds
         gradient = gradients[0].contiguous()
@@ -144,14 +144,12 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None, grad_bias
 
 
-def _scale(
-    rounded: torch.Tensor, scales: torch.Tensor | None, zero_points: torch.Tensor | None, bits: int
-) -> torch.Tensor:
+def _scale(rounded: Tensor, scales: Tensor | None, zero_points: Tensor | None, bits: int) -> Tensor:
     """Return what maps a rounded tensor into float8's range; scales bound integers."""
     if scales is None:
         return tensorwise_scale(rounded, E4M3)
     smallest, largest = bounds(bits)
-    reach: torch.Tensor | int = -smallest
+    reach: Tensor | int = -smallest
     if zero_points is not None:
         zero = zero_points.to(torch.float32)
         reach = torch.maximum(zero - smallest, largest - zero)
@@ -164,14 +162,14 @@ class Float8FakeQuantizedLinear(FakeQuantizedLinear):
     In evaluation it is a FakeQuantizedLinear, which computes what the exported model does.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
         if not self.training:
             return super().forward(input)
         trains_weight = torch.is_grad_enabled() and self.weight.requires_grad
         if not self.rounds:
             return linear(input, self.weight, self.bias, trains_weight)
-        output: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+        output: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
             input.reshape(-1, self.in_features),
             self.weight,
             trains_weight,

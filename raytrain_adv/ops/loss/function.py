@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raytrain_adv.ops.loss import IGNORE
@@ -15,15 +15,15 @@ from raytrain_adv.ops.loss.head import loss_in_head, takes_labels
 CHUNK_TOKENS = 2048
 """Tokens whose logits are held in float32 at once where the loss is not compiled."""
 
-LossFunction = Callable[[nn.Module, Mapping[str, torch.Tensor | int], torch.Tensor], torch.Tensor]
+LossFunction = Callable[[nn.Module, Mapping[str, Tensor | int], Tensor], Tensor]
 
 
-def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the float32 sum over logits [tokens, vocabulary]; labels are next tokens or -100."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
 
 
-def chunked_cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def chunked_cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Return cross_entropy_sum without a float32 copy of all logits; backward recomputes chunks."""
     if logits.shape[0] <= CHUNK_TOKENS:
         return cross_entropy_sum(logits, labels)
@@ -39,9 +39,7 @@ def loss_function(model: nn.Module, compile_it: bool) -> LossFunction:
         return loss_in_head
     inner = torch.compile(cross_entropy_sum) if compile_it else chunked_cross_entropy_sum
 
-    def loss_sum(
-        model: nn.Module, inputs: Mapping[str, torch.Tensor | int], labels: torch.Tensor
-    ) -> torch.Tensor:
+    def loss_sum(model: nn.Module, inputs: Mapping[str, Tensor | int], labels: Tensor) -> Tensor:
         # No name holds the logits: backward frees them as soon as it is past them.
         return inner(model(**inputs, use_cache=False).logits.flatten(0, 1), labels.flatten())
 

@@ -8,7 +8,7 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.linear_cross_entropy import (
@@ -72,16 +72,14 @@ def takes_labels(model: nn.Module) -> bool:
     return getattr(model.__dict__.get("forward"), "__func__", None) is _model_forward
 
 
-def loss_in_head(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor | int], labels: torch.Tensor
-) -> torch.Tensor:
+def loss_in_head(model: nn.Module, inputs: Mapping[str, Tensor | int], labels: Tensor) -> Tensor:
     """Return the summed loss in float32; labels [sequences, time], next tokens or -100."""
-    loss: torch.Tensor = model(**inputs, use_cache=False, labels_of_tokens=labels)
+    loss: Tensor = model(**inputs, use_cache=False, labels_of_tokens=labels)
     return loss
 
 
 def _model_forward(
-    self: Any, *args: Any, labels_of_tokens: torch.Tensor | None = None, **inputs: Any
+    self: Any, *args: Any, labels_of_tokens: Tensor | None = None, **inputs: Any
 ) -> Any:
     if labels_of_tokens is None:
         return _plain(self, *args, **inputs)
@@ -89,7 +87,7 @@ def _model_forward(
     return self.get_output_embeddings()(hidden, labels=labels_of_tokens)
 
 
-def _head_forward(self: Any, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+def _head_forward(self: Any, hidden: Tensor, labels: Tensor | None = None) -> Any:
     if labels is None:
         return _plain(self, hidden)
     loss: HeadLoss = self.loss
@@ -115,25 +113,21 @@ class _Plain:
 
     head: nn.Module
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = _plain(self.head, hidden)
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = _plain(self.head, hidden)
         return logits
 
 
 def cut_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    logit_map: LogitMap,
-) -> torch.Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logit_map: LogitMap
+) -> Tensor:
     """Return linear_cross_entropy by Apple's Triton kernels; no bias, no gradient filter."""
     from cut_cross_entropy import linear_cross_entropy as fused
 
     if bias is not None:
         raise ValueError("cut_cross_entropy has no bias")
     scaled = hidden if logit_map.scale == 1.0 else hidden * logit_map.scale
-    loss: torch.Tensor = fused(
+    loss: Tensor = fused(
         scaled,
         weight,
         labels,
@@ -148,12 +142,8 @@ def cut_cross_entropy(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # wrong with -100 in a graph: Liger#1338
 def liger(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    logit_map: LogitMap,
-) -> torch.Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logit_map: LogitMap
+) -> Tensor:
     """Return linear_cross_entropy by Liger's fused function; its weight gradient is float32."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
@@ -162,7 +152,7 @@ def liger(
     # return_z_loss, accum_dtype.
     options = (None, IGNORE, 0.0, 0.0, "sum", logit_map.softcap, False, torch.float32)
     result = LigerFusedLinearCrossEntropyFunction.apply(scaled, weight, labels, bias, *options)
-    loss: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    loss: Tensor = result[0] if isinstance(result, tuple) else result
     return loss.float()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain_adv.ops.loss import IGNORE
 
@@ -31,7 +31,7 @@ MOST_ROUNDINGS = 16
 In bf16 8 chunks are 2 times as far from the exact gradient as one product, 128 chunks 8 times.
 """
 
-HeadForward = Callable[[torch.Tensor], torch.Tensor]
+HeadForward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LogitMap:
     softcap: float | None = None
     """Largest magnitude of a logit; none leaves them as they are."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Return the logits of a head's output, of its dtype."""
         if self.scale != 1.0:
             x = x * self.scale
@@ -66,12 +66,8 @@ def chunks(num_tokens: int, vocab: int, itemsize: int) -> Iterator[slice]:
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    logit_map: LogitMap,
-) -> torch.Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logit_map: LogitMap
+) -> Tensor:
     """Return the cross-entropy summed over the labels, a float32 scalar, of a plain linear head.
 
     Args:
@@ -82,18 +78,18 @@ def linear_cross_entropy(
         logit_map: what the model does to the product.
     """
     trains = torch.is_grad_enabled()
-    loss: torch.Tensor = _OfLinear.apply(hidden, weight, bias, labels, logit_map, trains)  # type: ignore[no-untyped-call]
+    loss: Tensor = _OfLinear.apply(hidden, weight, bias, labels, logit_map, trains)  # type: ignore[no-untyped-call]
     return loss
 
 
 def called_cross_entropy(
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
+    hidden: Tensor,
+    labels: Tensor,
     forward: HeadForward,
     parameters: list[nn.Parameter],
     vocab: int,
     logit_map: LogitMap,
-) -> torch.Tensor:
+) -> Tensor:
     """Return what linear_cross_entropy does, of any head: its forward is called for each chunk.
 
     Args:
@@ -111,7 +107,7 @@ def called_cross_entropy(
             total += compute(hidden[part], labels[part])
         return total
     trained = [p for p in parameters if p.requires_grad]
-    loss: torch.Tensor = _OfCalled.apply(hidden, labels, compute, vocab, *trained)  # type: ignore[no-untyped-call]
+    loss: Tensor = _OfCalled.apply(hidden, labels, compute, vocab, *trained)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -119,13 +115,13 @@ class _OfLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
         logit_map: LogitMap,
         trains: bool,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         wants = [needed and trains for needed in ctx.needs_input_grad[:3]]
         total = hidden.new_zeros((), dtype=torch.float32)
         parts = list(chunks(hidden.shape[0], weight.shape[0], hidden.element_size()))
@@ -155,7 +151,7 @@ class _OfLinear(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return (*_scaled(ctx, gradients[0]), None, None, None)
 
 
@@ -163,17 +159,17 @@ class _OfCalled(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        labels: torch.Tensor,
+        hidden: Tensor,
+        labels: Tensor,
         compute: _Chunk,
         vocab: int,
         *trained: nn.Parameter,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.zeros_like(hidden)
         parts = list(chunks(hidden.shape[0], vocab, hidden.element_size()))
         in_float32 = len(parts) > MOST_ROUNDINGS
-        sums: list[torch.Tensor | None] = [None] * len(trained)
+        sums: list[Tensor | None] = [None] * len(trained)
         for part in parts:
             with torch.enable_grad():
                 rows = hidden[part].detach().requires_grad_()
@@ -195,14 +191,14 @@ class _OfCalled(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, *of_trained = _scaled(ctx, gradients[0])
         return (of_hidden, None, None, None, *of_trained)
 
 
-def _scaled(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _scaled(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
     """Return the scaled gradients, and drop other references, so that autograd need not copy."""
-    gradients: tuple[torch.Tensor | None, ...] | None = ctx.gradients
+    gradients: tuple[Tensor | None, ...] | None = ctx.gradients
     if gradients is None:
         raise RuntimeError("the chunked loss keeps its gradients for one backward pass only")
     ctx.gradients = None
@@ -213,7 +209,7 @@ def _scaled(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 @torch.no_grad()
-def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
+def scale_(x: Tensor, factor: Tensor) -> None:
     """Multiply in place by a float32 scalar on the device; mul_ would round it to bf16 first."""
     if x.is_cuda:
         from raytrain_adv.ops.loss.linear_cross_entropy_kernel import launch_scale
@@ -226,7 +222,7 @@ def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
 class _Sum:
     """The weight's gradient, added up over chunks."""
 
-    def __init__(self, weight: torch.Tensor, num_chunks: int) -> None:
+    def __init__(self, weight: Tensor, num_chunks: int) -> None:
         self.dtype = weight.dtype
         exact = num_chunks > MOST_ROUNDINGS and weight.dtype.itemsize < 4
         self.total = torch.empty_like(weight, dtype=torch.float32 if exact else weight.dtype)
@@ -234,7 +230,7 @@ class _Sum:
         if num_chunks == 0:
             self.total.zero_()
 
-    def add(self, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
+    def add(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add gradient.t() [vocabulary, tokens] @ hidden [tokens, hidden]."""
         total, left = self.total, gradient.t()
         if total.dtype == hidden.dtype:
@@ -257,7 +253,7 @@ class _Sum:
             total.copy_(product) if self.is_first else total.add_(product)
         self.is_first = False
 
-    def result(self) -> torch.Tensor:
+    def result(self) -> Tensor:
         """Return the sum in the weight's dtype."""
         return self.total.to(self.dtype)
 
@@ -269,8 +265,8 @@ class _Chunk:
         self.forward = forward
         self.logit_map = logit_map
 
-    def __call__(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = _InPlace.apply(self.forward(hidden), labels, self.logit_map)  # type: ignore[no-untyped-call]
+    def __call__(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = _InPlace.apply(self.forward(hidden), labels, self.logit_map)  # type: ignore[no-untyped-call]
         return loss
 
 
@@ -278,9 +274,7 @@ class _InPlace(torch.autograd.Function):
     """Cross-entropy that writes its gradient over what it is given."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, labels: torch.Tensor, logit_map: LogitMap
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, labels: Tensor, logit_map: LogitMap) -> Tensor:
         # The new version tells autograd that what was kept of x for backward is gone.
         gradient = x.detach().contiguous()
         torch.autograd.graph.increment_version(x)
@@ -289,15 +283,13 @@ class _InPlace(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
         scale_(gradient, gradients[0])
         return gradient, None, None
 
 
-def softmax_gradient_(
-    x: torch.Tensor, labels: torch.Tensor, logit_map: LogitMap, write: bool
-) -> torch.Tensor:
+def softmax_gradient_(x: Tensor, labels: Tensor, logit_map: LogitMap, write: bool) -> Tensor:
     """Return each row's cross-entropy, float32 [rows]; with `write`, write its gradient over x.
 
     x is [rows, vocabulary], contiguous; the loss and gradient of labels IGNORE are 0.
@@ -311,8 +303,8 @@ def softmax_gradient_(
 
 @torch.no_grad()
 def reference_softmax_gradient_(
-    x: torch.Tensor, labels: torch.Tensor, logit_map: LogitMap, write: bool
-) -> torch.Tensor:
+    x: Tensor, labels: Tensor, logit_map: LogitMap, write: bool
+) -> Tensor:
     """Do what softmax_gradient_ does by torch's own operations, on a float32 copy."""
     logits = logit_map(x.float())
     log_probabilities = F.log_softmax(logits, dim=-1)

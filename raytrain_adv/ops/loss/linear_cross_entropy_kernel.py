@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 16384
 """Columns a program holds at a time."""
@@ -71,13 +72,8 @@ def _softmax_gradient(  # type: ignore[no-untyped-def] # its arguments are not P
 
 
 def launch(
-    x: torch.Tensor,
-    labels: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    write: bool,
-    ignored: int,
-) -> torch.Tensor:
+    x: Tensor, labels: Tensor, scale: float, softcap: float | None, write: bool, ignored: int
+) -> Tensor:
     """Return each row's loss, float32 [rows]; with `write`, overwrite x by the gradient."""
     rows, vocab = x.shape
     if not x.is_contiguous():
@@ -111,7 +107,7 @@ def _scale(x, factor, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-de
         tl.store(x + index, value.to(x.dtype.element_ty), mask=inside)
 
 
-def launch_scale(x: torch.Tensor, factor: torch.Tensor) -> None:
+def launch_scale(x: Tensor, factor: Tensor) -> None:
     """Multiply x, contiguous, in place by a float32 scalar on its device, in float32."""
     block = 4096
     if x.numel():
