@@ -63,7 +63,7 @@ def test_a_compiled_linear_rounds_as_the_eager_one():
     assert near[0] > near[1] - 1e-3 and min(near) > 0.98
 
 
-def test_a_tables_backward_needs_its_gradient_and_little_beside():
+def test_a_tables_backward_needs_its_gradient_and_little_more():
     """Rounded whole, its scales had cost four times the gradient's bytes at the step's peak."""
     table = torch.nn.Embedding(128256, 1024, device="cuda", dtype=torch.bfloat16)
     ours = FakeQuantizedEmbedding.of(table, "int8", 32)

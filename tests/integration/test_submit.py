@@ -188,7 +188,7 @@ def test_a_submitted_job_is_seen_and_stopped_with_a_checkpoint(cluster, project,
 
 
 @pytest.mark.slow  # a minute beside the others
-def test_a_submitted_job_that_the_cluster_cannot_run_says_so_with_its_exit_code(
+def test_a_submitted_job_that_the_cluster_cannot_run_reports_it_with_its_exit_code(
     cluster, project, tmp_path
 ):
     changed = (f"output_dir={tmp_path / 'out'}", "ray_num_workers=64")

@@ -119,7 +119,7 @@ def test_asha_stops_a_trial_and_its_workers_give_back_their_cpu(launch, sweep_fi
         assert report["failure"]["kind"] == "StoppedBySweep"
 
 
-def test_a_sweep_without_a_success_says_what_ended_each_trial(launch, sweep_file, tmp_path):
+def test_a_sweep_without_a_success_reports_what_ended_each_trial(launch, sweep_file, tmp_path):
     missing = [str(tmp_path / name) for name in ("no-model", "neither")]
     failed = launch(sweep_file({"model_name_or_path": missing}))
     assert failed.returncode == 3, failed.stdout + failed.stderr

@@ -117,7 +117,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert command.help and f"raytrain-adv {name}" in capsys.readouterr().out
 
 
-def test_a_flag_says_how_the_key_is_written(refusal: Any) -> None:
+def test_a_flag_shows_how_the_key_is_written(refusal: Any) -> None:
     assert "write learning_rate=1e-4" in refusal("job.yaml", "--learning-rate", "1e-4")
     assert "write learning_rate=1e-4" in refusal("job.yaml", "--learning_rate=1e-4")
     assert "write bf16=true" in refusal("job.yaml", "--bf16")
@@ -127,7 +127,7 @@ def test_a_secret_in_a_flag_is_not_repeated(refusal: Any) -> None:
     assert "xyzzy" not in refusal("job.yaml", "--hf_hub_token=xyzzy", "--hf_hub_token", "xyzzy")
 
 
-def test_a_key_without_a_value_says_how_it_is_written(refusal: Any) -> None:
+def test_a_key_without_a_value_shows_how_it_is_written(refusal: Any) -> None:
     assert "write bf16=value" in refusal("job.yaml", "bf16")
 
 
@@ -157,7 +157,7 @@ def test_a_misspelled_command_or_option_is_answered_with_the_nearest(
     assert "--address" in capsys.readouterr().err
 
 
-def test_a_job_file_without_a_command_says_launch(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_file_without_a_command_means_launch(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["job.yaml"])
     assert "raytrain-adv launch job.yaml" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ import yaml
 from raytrain_adv.text import as_yaml, ascii_name, first_line, listed, nearest
 
 
-def test_a_long_list_says_how_many_more_there_are():
+def test_a_long_list_shows_how_many_more_there_are():
     assert listed(["a", "b"]) == "a, b"
     assert listed([str(n) for n in range(1007)]) == "0, 1, 2, 3, 4 and 1,002 more"
 

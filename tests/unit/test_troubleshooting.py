@@ -66,7 +66,9 @@ def holds(message: str, what: str, fix: str) -> None:
 
 
 @pytest.mark.parametrize("message", NODES)
-def test_the_driver_says_it_of_a_node_as_probed(make_job: Callable[..., Any], message: str) -> None:
+def test_the_driver_reports_it_of_a_node_as_probed(
+    make_job: Callable[..., Any], message: str
+) -> None:
     reading, keys = NODES[message]
     placement = Placement(1, {"GPU": 1.0}, True, False, "")
     node = Node("10.0.0.7", {"GPU": 2.0, "CPU": 8.0}, node_id="id7")
@@ -91,7 +93,7 @@ def test_qat_without_torchao_is_refused_too(make_job: Callable[..., Any]) -> Non
         ("FP8 requires PyTorch 2.7+", {"torch": "2.6.0+cu124"}),
     ],
 )
-def test_a_worker_says_it_of_itself(
+def test_a_worker_reports_it_of_itself(
     make_job: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     message: str,
@@ -127,7 +129,7 @@ for path in sys.argv[1:]:
 """
 
 
-def test_a_worker_on_which_the_packages_are_not_installed_says_so(
+def test_a_worker_on_which_the_packages_are_not_installed_reports_it(
     job_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A process whose packages are this environment's but for torchao and kernels."""

@@ -66,7 +66,7 @@ def test_all_conflicts_are_found_at_once_with_their_lines_and_ways_out(tmp_path:
     assert len(lines) == 3 and all("line " in line for line in lines)
 
 
-def test_every_transform_says_how_it_is_tried() -> None:
+def test_every_transform_shows_how_it_is_tried() -> None:
     for feature in compatibility.features():
         assert feature.keys, f"{feature.title} has no tried_with"
         if issubclass(feature.kind, Transform):

@@ -122,7 +122,7 @@ def test_an_override_reaches_into_the_section(tmp_path: Path) -> None:
     assert len(values_of(tmp_path, "sweep:\n  seed: [1, 2]\n", "sweep.seed=[1, 2, 3]")) == 3
 
 
-def test_a_delay_is_swept_beside_the_trial_that_never_switches() -> None:
+def test_a_delay_is_swept_next_to_the_trial_that_never_switches() -> None:
     assert axis("fake_quant_after_n_steps", [0, 50], "").values == (0, 50, "never")
     assert axis("fake_quant_after_n_steps", ["never", 0], "").values == ("never", 0)
     assert axis("max_steps", [1, 50], "").values == (1, 50)

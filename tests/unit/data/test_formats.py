@@ -126,7 +126,7 @@ def test_openai_tool_calls_are_kept_with_arguments_as_an_object():
         (["Q", "A"], "the row is a list"),
     ],
 )
-def test_unusable_alpaca_row_says_why(bad, reason):
+def test_unusable_alpaca_row_reports_why(bad, reason):
     good = {"instruction": "Q", "output": "A", "history": []}
     with pytest.raises(UnusableRow, match=reason):
         layout(Entry("set", "files", "file"), [good]).conversation(bad)
@@ -151,7 +151,7 @@ def test_unusable_alpaca_row_says_why(bad, reason):
         ([("human", {"a": 1}), ("gpt", "A")], "is a dict, not text"),
     ],
 )
-def test_unusable_sharegpt_row_says_why(turns, reason):
+def test_unusable_sharegpt_row_reports_why(turns, reason):
     good = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
     if isinstance(turns, list):
         turns = [{"from": f, "value": v} for f, v in turns]

@@ -86,7 +86,7 @@ def test_progress_grows_to_one(tmp_path, write_rows):
         ("a.parquet", "PAR0", "not a readable Parquet file"),
     ],
 )
-def test_broken_file_is_an_error_that_says_where(tmp_path, name, text, message):
+def test_broken_file_is_an_error_that_names_the_place(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(JobError, match=message) as caught:
         read(tmp_path / name)

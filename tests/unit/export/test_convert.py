@@ -245,7 +245,7 @@ def test_a_quantized_model_that_computes_something_else_ends_the_run(
     assert [p.name for p in out.parent.iterdir()] == ["model"]
 
 
-def test_after_lora_the_base_is_quantized_and_the_adapter_beside_it(tmp_path: Path) -> None:
+def test_after_lora_the_base_is_quantized_and_the_adapter_next_to_it(tmp_path: Path) -> None:
     lora = {"finetuning_type": "lora", "lora_rank": 4, "bf16": True, "pure_bf16": False}
     job = qat_job("llama", tmp_path, **INT4, **lora, qat_exclude="up_proj")
     model = trained(job)
@@ -358,7 +358,7 @@ def test_ptq_that_computes_something_else_leaves_no_folder(
     assert not (tmp_path / "ptq").exists()
 
 
-def test_ptq_says_why_it_was_not_compared(
+def test_ptq_reports_why_it_was_not_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = str(write_checkpoint("llama", tmp_path / "m"))
@@ -372,7 +372,7 @@ def test_ptq_says_why_it_was_not_compared(
     assert "GiB of memory, and 0.0 are free" in capsys.readouterr().out
 
 
-def test_the_command_says_what_it_cannot_do(
+def test_the_command_reports_what_it_cannot_do(
     tmp_path: Path, make_job: MakeJob, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(write_checkpoint("llama", tmp_path / "m"))

@@ -49,13 +49,13 @@ def wanted(given):
         ("jobs/kernels/swiglu", "jobs/kernels/swiglu", None, None),
     ],
 )
-def test_a_name_says_source_version_and_revision(given, source, version, revision):
+def test_a_name_has_source_version_and_revision(given, source, version, revision):
     one = wanted(given)
     assert (one.source, one.version, one.revision) == (source, version, revision)
     assert one.is_local == (source in ("/k", "./k@v1", "jobs/kernels/swiglu"))
 
 
-def test_files_are_put_beside_the_lock_file_and_found_there_again(tmp_path):
+def test_files_are_put_next_to_the_lock_file_and_found_there_again(tmp_path):
     kernel, said = write_kernel(tmp_path / "mine"), []
     file = tmp_path / "out" / lock.FILE_NAME
     fetch.fetch([wanted(str(kernel))], Place(CPU, own=file), file, said.append)
@@ -182,7 +182,7 @@ def test_lock_fetch_and_verify_prepare_a_kernel_and_notice_a_change(job, tmp_pat
         (["lock", "JOB", "--cuda", "13.0"], "has no build for"),
     ],
 )
-def test_commands_say_what_is_wrong(job, capsys, arguments, says):
+def test_commands_report_what_is_wrong(job, capsys, arguments, says):
     assert main(["kernels", *(str(job) if a == "JOB" else a for a in arguments)]) == 2
     assert says in capsys.readouterr().err
 

@@ -126,7 +126,7 @@ def test_a_folder_without_a_kernel_is_refused(tmp_path):
     assert "there is no kernel folder" in error.found
 
 
-def test_the_kernel_is_pinned_beside_the_run_and_no_other_file_is_loaded(tmp_path):
+def test_the_kernel_is_pinned_next_to_the_run_and_no_other_file_is_loaded(tmp_path):
     """Driver and workers load the copy in output_dir; a file that was changed there is named."""
     source = write_kernel(tmp_path / "kernel")
     job = job_for(write_checkpoint("llama", tmp_path / "m"), tmp_path, flash_attn=f"hub:{source}")
@@ -209,7 +209,7 @@ def test_a_name_of_the_hub_is_one_in_every_folder(tmp_path, monkeypatch):
     assert not attention.kernel_asked(job).is_local
 
 
-def test_the_hub_offline_says_that_a_folder_is_needed(tmp_path, monkeypatch):
+def test_the_hub_offline_reports_that_a_folder_is_needed(tmp_path, monkeypatch):
     """Only a process with a GPU loads from the Hub; here the loading itself is asked."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = write_checkpoint("llama", tmp_path / "m")

@@ -58,7 +58,7 @@ def test_parameters_have_the_dtype_the_job_asks_for(
         ("gemma2", "auto", "eager"),
     ],
 )
-def test_the_attention_asked_for_is_used(kind: str, asked: str, used: str, tmp_path: Path) -> None:
+def test_the_requested_attention_is_used(kind: str, asked: str, used: str, tmp_path: Path) -> None:
     model = build(job_for(write_checkpoint(kind, tmp_path / "m"), tmp_path, flash_attn=asked))
     assert model.config._attn_implementation == used
 
@@ -171,7 +171,7 @@ def test_code_that_comes_with_a_model_runs_only_when_allowed(tmp_path: Path) -> 
     assert type(model).__name__ == "OwnModel"
 
 
-def test_a_hub_model_that_cannot_be_reached_is_an_error_that_says_so(
+def test_a_hub_model_that_cannot_be_reached_is_an_error_that_reports_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

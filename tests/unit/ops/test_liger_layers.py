@@ -77,7 +77,7 @@ CHECKS = (
 
 
 @pytest.mark.parametrize("weight", ["trained", "frozen", "none"])
-def test_the_norms_operator_is_what_it_says(weight):
+def test_the_norms_operator_computes_what_it_declares(weight):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, 8).transpose(1, 2).requires_grad_()  # as queries are normed
     given = None if weight == "none" else torch.randn(8, requires_grad=weight == "trained")

@@ -45,7 +45,7 @@ def test_fewer_workers_of_an_elastic_job_make_the_same_batch_in_more_passes(make
         resolve_arithmetic(job, 1000, 5)
 
 
-def test_epochs_round_the_last_batch_up_and_say_what_fills_it(make_job: Any) -> None:
+def test_epochs_round_the_last_batch_up_and_report_what_fills_it(make_job: Any) -> None:
     job = make_job(max_steps=-1, num_train_epochs=2.0, per_device_train_batch_size=8)
     result = resolve_arithmetic(job, 101, 1)
     assert result.total_steps == 26

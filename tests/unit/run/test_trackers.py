@@ -97,12 +97,12 @@ def test_unknown_tracker_names_the_nearest():
     assert "did you mean tensorboard?" in caught.value.fix
 
 
-def test_none_beside_a_tracker_is_refused():
+def test_none_next_to_a_tracker_is_refused():
     with pytest.raises(JobError):
         names(["none", "wandb"])
 
 
-def test_missing_package_is_a_job_error_that_says_what_to_install(monkeypatch):
+def test_missing_package_is_a_job_error_that_reports_what_to_install(monkeypatch):
     monkeypatch.setattr(trackers, "_is_installed", lambda package: False)
     with pytest.raises(JobError, match="wandb, whose package is not installed") as caught:
         check("wandb")

@@ -66,7 +66,7 @@ def test_resume_drops_a_torn_last_line(tmp_path):
     assert train_steps(path) == [1, 2, 3]
 
 
-def test_a_new_run_starts_the_log_anew(tmp_path):
+def test_a_new_run_starts_a_new_log(tmp_path):
     write_rows(tmp_path / "m.jsonl", [1, 2])
     write_rows(tmp_path / "m.jsonl", [1])
     assert train_steps(tmp_path / "m.jsonl") == [1]

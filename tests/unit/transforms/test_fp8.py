@@ -76,7 +76,7 @@ def test_hopper_and_newer_are_taken_and_a_cpu_only_on_request():
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_of_each_size_are_tried_out_where_they_train(recipe, dtype, tmp_path):
+def test_products_of_each_size_are_tested_where_they_train(recipe, dtype, tmp_path):
     folder = write_checkpoint("llama", tmp_path / "model", **WIDE)
     job = job_for(folder, tmp_path, **KEYS, fp8_recipe=recipe)
     model = build(job)
@@ -108,7 +108,7 @@ def test_products_that_come_out_wrong_stop_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8"])
-def test_beside_qat_the_linears_that_round_are_tried_out(tmp_path, monkeypatch, weights):
+def test_next_to_qat_the_linears_that_round_are_tested(tmp_path, monkeypatch, weights):
     """The class that trains, and not that of FP8 alone."""
     from raytrain_adv.ops.float8 import qat_linear
 
@@ -128,7 +128,7 @@ def test_beside_qat_the_linears_that_round_are_tried_out(tmp_path, monkeypatch, 
         Transforms(job).install(model, plans, cpu, dtype)
 
 
-def test_a_machine_that_cannot_try_it_out_says_so_in_the_house_form(tmp_path, monkeypatch):
+def test_a_machine_that_cannot_try_it_out_raises_an_error_in_the_usual_form(tmp_path, monkeypatch):
     from raytrain_adv.ops.float8 import linear
 
     folder = write_checkpoint("llama", tmp_path / "model", **WIDE)
@@ -168,7 +168,7 @@ def test_head_and_layers_of_odd_sizes_stay(tmp_path):
     assert len(plan.changes) == 8  # four of attention, in two layers
 
 
-def test_small_layers_stay_unless_asked_for(tmp_path):
+def test_small_layers_stay_unless_enabled(tmp_path):
     _, _, plan = planned(tmp_path, fp8_min_features=48)
     small = {fqn for fqn, reason in plan.skipped.items() if "too small to gain" in reason}
     names = ("k_proj", "v_proj")

@@ -37,7 +37,7 @@ def test_a_layer_not_marked_for_compile_is_refused_under_torch_compile(install, 
     assert "can_torch_compile" in message and "torch_compile is on" in message
 
 
-def test_under_torch_compile_the_plan_says_what_a_kernel_costs(make, mine):
+def test_under_torch_compile_the_plan_reports_what_a_kernel_costs(make, mine):
     job, model = make(str(mine), torch_compile=True)
     notes = " ".join(Transforms(job).plan(model, CPU)["kernels"].notes)
     assert "may be slower than with use_kernels: false" in notes
@@ -156,7 +156,7 @@ def test_what_is_no_file_in_a_build_is_refused_by_its_path(make, tmp_path, kind)
     assert "has an entry that is no file" in message and str(odd) in message
 
 
-def test_alone_it_is_ligers_norm_on_a_gpu_and_says_why_it_is_nothing_elsewhere(make):
+def test_alone_it_is_ligers_norm_on_a_gpu_and_reports_why_it_is_nothing_elsewhere(make):
     job, model = make()
     plan = Transforms(job).plan(model, CPU)["kernels"]
     assert not plan.changes and "needs a GPU" in plan.notes[0]

@@ -144,7 +144,7 @@ def test_a_model_that_liger_does_not_know_is_an_error(tmp_path):
         Transforms(job).plan(model)
 
 
-def test_a_layer_asked_for_that_the_model_lacks_is_an_error(tmp_path):
+def test_a_requested_layer_that_the_model_lacks_is_an_error(tmp_path):
     job, model = model_of("gemma2", tmp_path, use_liger_kernel={"rms_norm": True, "swiglu": True})
     with pytest.raises(JobError, match="swiglu: true changes nothing in this model"):
         Transforms(job).plan(model)
@@ -282,7 +282,7 @@ def test_rope_is_found_by_every_layer_that_torch_compile_breaks_in_two(tmp_path,
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "glm4"])
-def test_rope_is_tried_out_in_an_attention_of_its_own(kind, tmp_path, monkeypatch):
+def test_rope_is_tested_in_an_attention_of_its_own(kind, tmp_path, monkeypatch):
     """Queries and keys are turned by known angles; a rotation the other way is found out. glm4
     turns half of the features.
     """

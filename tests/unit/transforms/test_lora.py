@@ -74,14 +74,16 @@ def test_all_means_every_linear_but_the_head(tmp_path: Path) -> None:
     assert (change.before, change.after) == ("torch.nn.Linear", "peft.tuners.lora.layer.Linear")
 
 
-def test_what_is_named_beside_all_is_not_left_out(tmp_path: Path) -> None:
+def test_what_is_named_next_to_all_is_not_left_out(tmp_path: Path) -> None:
     folder = write_checkpoint("llama", tmp_path / "m")
     job = lora_job(folder, tmp_path, lora_target="all,lm_head")
     plan = Transforms(job).plan(build(job))["lora"]
     assert "lm_head" in plan.changes and len(plan.changes) == 15 and not plan.skipped
 
 
-def test_routers_and_stacked_experts_get_no_adapters_and_the_plan_says_so(tmp_path: Path) -> None:
+def test_routers_and_stacked_experts_get_no_adapters_and_the_plan_reports_it(
+    tmp_path: Path,
+) -> None:
     job = lora_job(write_checkpoint("qwen2_moe", tmp_path / "m"), tmp_path)
     plan = Transforms(job).plan(build(job))["lora"]
     assert plan.skipped["model.layers.0.mlp.shared_expert_gate"] == "it routes tokens to experts"

@@ -110,7 +110,7 @@ def test_a_copy_of_the_model_computes_with_its_own_weights(tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_check_before_training_says_what_it_found(kind, dtype, tmp_path):
+def test_the_check_before_training_reports_what_it_found(kind, dtype, tmp_path):
     job, model, plans = model_of(kind, tmp_path, dtype, loss_kernel="chunked")
     checked = check_loss(job, model, local_run(job, torch.device("cpu")), plans)
     assert "checked on 64 tokens before training" in checked["loss_kernel"].notes[-1]
@@ -132,7 +132,7 @@ def test_what_a_model_does_to_its_logits_by_an_unknown_key_stops_the_run(
     assert "loss: " in error.value.found and "set loss_kernel: torch" in error.value.fix
 
 
-def test_auto_is_chunked_and_says_so(tmp_path):
+def test_auto_is_chunked_and_reports_it(tmp_path):
     _, model, plans = model_of("llama", tmp_path)
     assert loss_of(model.lm_head).kernel == "chunked" and loss_of(model.lm_head).reads_weight
     assert plans["loss_kernel"].notes[0].startswith("loss_kernel: auto is chunked: ")
@@ -286,7 +286,7 @@ def test_torch_is_accepted_by_name_and_owns_nothing(job_file):
     assert list(Transforms(load(job_file(loss_kernel="torch")))) == []
 
 
-def test_the_head_says_what_computes_its_loss(tmp_path):
+def test_the_head_reports_what_computes_its_loss(tmp_path):
     _, model, _ = model_of("llama", tmp_path, loss_kernel="chunked")
     assert loss_of(model.lm_head).name == "chunked"
     assert loss_of(model.model.norm) is None

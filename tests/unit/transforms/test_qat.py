@@ -144,7 +144,7 @@ def test_the_documented_example_is_served(tmp_path):
     assert len(plan().changes) == 15
 
 
-def test_float8_leaves_the_embedding_and_says_why(tmp_path):
+def test_float8_leaves_the_embedding_and_reports_why(tmp_path):
     _, _, plan = planned(tmp_path, qat_weight_dtype="float8_e4m3fn")
     assert "float8 tables" in plan().skipped["model.embed_tokens"]
 
@@ -173,13 +173,13 @@ def test_the_bf16_twin_is_without_fp8_too(tmp_path):
         {"bf16": True, "use_liger_kernel": True},
     ],
 )
-def test_converted_models_are_held_to_trained_ones_bit_for_bit_beside(tmp_path, keys):
+def test_converted_models_are_compared_bit_for_bit_with_trained_ones_next_to(tmp_path, keys):
     """Noise is for training alone, and kernels are off for the comparison."""
     job, _, _ = planned(tmp_path, **keys)
     assert why_not_exact(job, torch.device("cpu"), torch.device("cpu")) == ""
 
 
-def test_a_run_that_exports_nothing_says_what_is_not_compared(tmp_path):
+def test_a_run_that_exports_nothing_reports_what_is_not_compared(tmp_path):
     _, _, plan = planned(tmp_path, export_model=False)
     assert "is written or compared with the trained one" in plan().notes[-1]
     _, _, exporting = planned(tmp_path / "b")
@@ -196,7 +196,7 @@ def test_a_model_of_which_no_linear_would_be_rounded_is_refused(tmp_path):
         plan()
 
 
-def test_on_an_fp8_linear_the_plan_says_what_is_computed_in_fp8(tmp_path):
+def test_on_an_fp8_linear_the_plan_reports_what_is_computed_in_fp8(tmp_path):
     fp8 = {"fp8": True, "bf16": True, "fp8_min_features": 16, "fp8_exclude": "down_proj"}
     job, model, plan = planned(tmp_path, **fp8, qat_weight_dtype="int4")
     plans = Transforms(job).prepare(model, CPU)
@@ -211,7 +211,7 @@ def test_on_an_fp8_linear_the_plan_says_what_is_computed_in_fp8(tmp_path):
     assert any("forward passes are not" in note for note in plan().notes)
 
 
-def test_fp8_beside_int8_on_frozen_weights_would_do_little_and_is_refused(tmp_path):
+def test_fp8_next_to_int8_on_frozen_weights_would_do_little_and_is_refused(tmp_path):
     keys = {"fp8": True, "bf16": True, "fp8_min_features": 16, "finetuning_type": "lora"}
     _, _, plan = planned(tmp_path, **keys)
     with pytest.raises(JobError, match="little to do"):

@@ -150,7 +150,7 @@ def test_routers_and_stacked_experts_stay_and_are_named(tmp_path):
         ("phi3", {**WIDE, "pad_token_id": 0}, {"bf16": False}),  # joint projections
     ],
 )
-def test_weights_are_quantized_as_they_are_read_and_held_to_the_originals(
+def test_weights_are_quantized_as_they_are_read_and_compared_with_the_originals(
     tmp_path, kind, shapes, keys
 ):
     job = job_of(tmp_path, kind, shapes, **keys)
@@ -188,7 +188,7 @@ def test_a_weight_that_was_not_read_or_would_be_trained_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_products_are_held_to_bitsandbytes_before_training(tmp_path, monkeypatch, bits):
+def test_products_are_compared_with_bitsandbytes_before_training(tmp_path, monkeypatch, bits):
     job = job_of(tmp_path, quantization_bit=bits)
     model = build(job)
     plans = Transforms(job).prepare(model, CPU)

@@ -387,5 +387,5 @@ def test_evaluation_without_rows_is_refused(tmp_path: Path) -> None:
     assert not answer(tmp_path, LORA | {"do_eval": False})
 
 
-def test_fp16_beside_bf16_says_which_of_them_to_keep(tmp_path: Path) -> None:
+def test_fp16_next_to_bf16_reports_which_of_them_to_keep(tmp_path: Path) -> None:
     assert "fp16: delete it, and set bf16: true" in answer(tmp_path, LORA | {"fp16": True})

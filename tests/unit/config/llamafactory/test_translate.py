@@ -192,7 +192,7 @@ def test_a_key_without_effect_is_noted(tmp_path: Path) -> None:
     )
 
 
-def test_eight_bit_adam_runs_as_torchaos_and_says_so(tmp_path: Path) -> None:
+def test_eight_bit_adam_runs_as_torchaos_and_reports_it(tmp_path: Path) -> None:
     job = load_keys(tmp_path, LORA, "optim=adamw_bnb_8bit")
     assert job.train.optim == "adamw_torch_8bit"
     assert "optim: adamw_bnb_8bit runs as adamw_torch_8bit" in job.notes
@@ -204,7 +204,7 @@ def test_a_share_in_warmup_steps_is_a_ratio(tmp_path: Path) -> None:
     assert (job.train.warmup_ratio, job.train.warmup_steps) == (0.03, 0)
 
 
-def test_a_share_in_warmup_steps_beside_a_ratio_is_refused(tmp_path: Path) -> None:
+def test_a_share_in_warmup_steps_next_to_a_ratio_is_refused(tmp_path: Path) -> None:
     assert "warmup_steps" in refusal(tmp_path, LORA, "warmup_steps=0.03")
 
 
@@ -213,7 +213,7 @@ def test_an_older_name_is_read_as_the_newer(tmp_path: Path) -> None:
     assert job.output.eval_strategy == "epoch"
 
 
-def test_an_older_name_beside_the_newer_is_refused(tmp_path: Path) -> None:
+def test_an_older_name_next_to_the_newer_is_refused(tmp_path: Path) -> None:
     keys = {**WITH_EVALUATION, "evaluation_strategy": "epoch"}
     assert "older name of eval_strategy" in refusal(tmp_path, keys)
 

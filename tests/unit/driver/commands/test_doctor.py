@@ -299,7 +299,7 @@ def test_what_no_checkpoint_can_bring_back_is_said_and_left(out, capsys):
     assert (out / "model" / "config.json").exists()
 
 
-def test_the_exit_code_says_whether_something_is_wrong(out, tmp_path, capsys):
+def test_the_exit_code_shows_whether_something_is_wrong(out, tmp_path, capsys):
     cut("report.json")(out)
     assert cli.main(["doctor", str(out)]) == EXIT_NOT_MENDED
     assert cli.main(["doctor", str(out), "--fix"]) == EXIT_DONE

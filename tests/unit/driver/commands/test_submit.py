@@ -51,7 +51,7 @@ def test_the_folder_is_uploaded_without_checkpoints_data_and_history(project):
     assert uploaded(project) == ["job.yaml", "model/file.json", "rows.json"]
 
 
-def test_the_shipped_file_says_what_the_default_is():
+def test_the_shipped_file_reports_what_the_default_is():
     shipped = yaml.safe_load((ROOT / submit.DEFAULT_ENV).read_text())
     assert shipped["excludes"] == list(submit.EXCLUDES)
     assert shipped["env_vars"] == submit.ENV_VARS

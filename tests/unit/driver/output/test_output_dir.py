@@ -17,7 +17,7 @@ def start(job: JobConfig) -> Output:
     return output
 
 
-def test_a_second_start_of_the_same_job_is_refused_and_says_how_to_go_on(make_job):
+def test_a_second_start_of_the_same_job_is_refused_and_names_the_next_step(make_job):
     job = make_job()
     start(job)
     with pytest.raises(JobError, match="resume_from_checkpoint: true"):
@@ -255,7 +255,7 @@ def test_two_drivers_cannot_hold_one_folder(tmp_path):
         pass
 
 
-def test_a_finished_job_asked_for_again_is_told_that_nothing_is_left_to_train(make_job):
+def test_a_finished_job_that_is_started_again_reports_that_nothing_is_left_to_train(make_job):
     """It was told to go on from its last checkpoint, which trains nothing."""
     open_output(make_job()).note(make_job(), "done", 1)
     with pytest.raises(JobError, match="has run to its end") as refused:

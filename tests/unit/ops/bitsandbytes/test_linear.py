@@ -92,7 +92,7 @@ def test_weights_are_as_near_as_their_kind_allows_and_a_wrong_one_is_seen(form, 
 
 
 @pytest.mark.parametrize("form", FORMS, ids=names)
-def test_it_takes_the_bits_it_says(form):
+def test_it_takes_the_bits_it_states(form):
     linear = plain_linear(torch.bfloat16)
     layer = quantized(linear, form)
     held = sum(p.numel() * p.element_size() for n, p in layer.named_parameters() if n != "bias")

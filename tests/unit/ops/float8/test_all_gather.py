@@ -125,7 +125,7 @@ def test_a_compiled_layer_keeps_no_weight_and_no_transposed_weight_for_backward(
     assert found[TOKENS, WIDTH] or found[WIDTH, TOKENS], "the inputs in float8 are"
 
 
-def test_code_that_takes_a_weight_is_not_compiled_anew_for_each_scale():
+def test_code_that_takes_a_weight_is_not_compiled_again_for_each_scale():
     """torchao's 8-bit AdamW was, for each weight in each step."""
     weight = GatheredInFloat8(torch.ones(16, 16), Scale(torch.tensor(1.0)))
     graphs = CompileCounter()

@@ -33,7 +33,7 @@ def judged(guard: LossGuard, step: int, loss: float, norm: float = 1.0) -> bool:
     return guard.must_skip(step, total, 4, torch.tensor(norm))
 
 
-def test_nothing_is_read_where_neither_skipping_nor_a_factor_is_asked_for(guard):
+def test_nothing_is_read_where_neither_skipping_nor_a_factor_is_set(guard):
     plain = guard()
     assert not plain.is_active and not judged(plain, 0, float("nan"))
 
@@ -50,7 +50,7 @@ def test_what_is_not_finite_is_skipped_counted_and_kept(guard, tmp_path, loss, n
     assert len(kept["sequences"][0]["input_ids"]) == len(kept["sequences"][0]["labels"])
 
 
-def test_a_loss_above_the_factor_stops_the_run_and_says_where_its_batch_is(guard, tmp_path):
+def test_a_loss_above_the_factor_stops_the_run_and_names_the_file_of_its_batch(guard, tmp_path):
     stopping = guard(bad_loss_factor=3.0)
     for step in range(5):
         assert not judged(stopping, step, 2.0)

@@ -169,7 +169,7 @@ def test_a_forward_only_kernel_without_known_gradient_names_what_it_would_cut(in
 
 
 @pytest.mark.parametrize("kind", ["LlamaDecoderLayer", "LlamaRotaryEmbedding", "LlamaModel"])
-def test_what_cannot_be_tried_out_is_not_used(install, mine, kind):
+def test_what_cannot_be_tested_is_not_used(install, mine, kind):
     message = refusal(install, layers(mine, **{kind: "RMSNorm"}))
     assert f"cannot be tested in {kind}" in message
 
@@ -204,7 +204,7 @@ def test_a_bypass_is_found_on_adapters_too(install, mine):
     assert "does not call" in message and "gate_proj.lora_A.default" in message
 
 
-def test_a_kernel_that_cannot_be_loaded_says_why(install, tmp_path):
+def test_a_kernel_that_cannot_be_loaded_reports_why(install, tmp_path):
     folder = write_kernel(tmp_path / "k", "import there_is_no_such_package\n" + ACTIVATION)
     message = refusal(install, str(folder))
     assert "cannot be loaded" in message and "there_is_no_such_package" in message
@@ -216,7 +216,7 @@ def test_a_kernel_that_ends_the_process_on_import_is_an_error(install, tmp_path)
     assert "cannot be loaded" in message and "SystemExit: 0" in message
 
 
-def test_norms_of_other_sizes_are_tried_out_by_themselves(install, mine):
+def test_norms_of_other_sizes_are_tested_by_themselves(install, mine):
     """Llama's norms are all of one size; Qwen 3 has others inside its attention."""
     _, plan = install(layers(mine, RMSNorm="RMSNorm"), kind="qwen3")
     assert sorted(t["num_modules"] for t in plan.details["trials"]) == [4, 5]
