@@ -174,7 +174,7 @@ class Fp8(Transform):
         from raytrain_adv.trial.compare import precision
 
         device, dtype = worker.device, worker.dtype
-        alike = ("in_features", "out_features", "weight_dtype", "activation_dtype", "group_size")
+        alike = ("in_features", "out_features", "scheme")
         kinds: dict[object, Any] = {}
         for linear in map(model.get_submodule, plan.changes):
             kind = (type(linear), *(vars(linear).get(name) for name in alike))

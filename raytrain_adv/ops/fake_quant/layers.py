@@ -17,8 +17,12 @@ from raytrain_adv.ops.fake_quant.rounding import (
     through,
     through_groups,
 )
+from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8
 
-FLOAT8 = "float8_e4m3fn"
+Scheme = tuple[str, int, str]
+"""What weights are rounded to, features that share a scale, and what activations are rounded to:
+empty leaves them.
+"""
 ROWS_AT_ONCE = 8192
 """Rows of an embedding whose gradient is passed through their rounding together."""
 
@@ -28,17 +32,9 @@ class _Product(torch.autograd.Function):
     """x @ weight.t() + bias, both factors rounded; backward rounds again rather than keep them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        weight_dtype: str,
-        group_size: int,
-        activation_dtype: str,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.kinds = (weight_dtype, group_size, activation_dtype)
+        ctx.scheme = weight_dtype, group_size, activation_dtype = scheme
         if weight_dtype == activation_dtype == FLOAT8:
             return float8_product(x, weight, bias)
         rounded, _ = rounded_weight(weight, weight_dtype, group_size)
@@ -48,7 +44,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        weight_dtype, group_size, activation_dtype = ctx.kinds
+        weight_dtype, group_size, activation_dtype = ctx.scheme
         gradient = gradients[0]
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         rows = gradient.reshape(-1, gradient.shape[-1])
@@ -65,7 +61,7 @@ class _Product(torch.autograd.Function):
                 grad_weight = through_groups(grad_weight, weight, weight_scale, BITS[weight_dtype])
         if needs_bias:
             grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None
 
 
 @torch._dynamo.allow_in_graph
@@ -149,10 +145,7 @@ class FakeQuantizedLinear(nn.Linear):
     straight through.
     """
 
-    weight_dtype: str
-    group_size: int
-    activation_dtype: str
-    """Empty: activations are left as they are."""
+    scheme: Scheme
     rounds: bool
     """Whether it rounds now, or computes as a plain linear."""
 
@@ -163,19 +156,15 @@ class FakeQuantizedLinear(nn.Linear):
         """Return one that owns a linear's parameters; for the dtypes see config_of."""
         with torch.device("meta"):
             new = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        new.weight, new.bias = linear.weight, linear.bias
-        new.weight_dtype, new.activation_dtype = weight_dtype, activation_dtype
-        new.group_size = group_size or linear.in_features
-        new.rounds = True
+        new.weight, new.bias, new.rounds = linear.weight, linear.bias, True
+        new.scheme = (weight_dtype, group_size or linear.in_features, activation_dtype)
         return new
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input @ weight.t() + bias: [..., in_features] -> [..., out_features]."""
         if not self.rounds:
             return F.linear(input, self.weight, self.bias)
-        output: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            input, self.weight, self.bias, self.weight_dtype, self.group_size, self.activation_dtype
-        )
+        output: Tensor = _Product.apply(input, self.weight, self.bias, self.scheme)  # type: ignore[no-untyped-call]
         return output
 
 

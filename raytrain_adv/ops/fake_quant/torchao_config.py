@@ -53,12 +53,8 @@ def refuse_odd_groups(size: int | None, widths: Mapping[str, int]) -> None:
 
 
 def config_of(weight_dtype: str, group_size: int | None, activation_dtype: str) -> AOBaseConfig:
-    """Return torchao's configuration of a layer: trained for, converted to, and exported.
-
-    Args:
-        weight_dtype: int8, int4, int3, int2 or float8_e4m3fn.
-        group_size: input features that share a scale; none means all of them.
-        activation_dtype: int8, float8_e4m3fn, or empty for none.
+    """Return torchao's configuration of a layer: trained for, converted to, and exported. Without
+    a group size all input features share a scale; `activation_dtype` is empty for none.
     """
     import torch
     from torchao.quantization import (
@@ -148,12 +144,8 @@ def describe_model(
     linears: Iterable[str], configs: Mapping[str, AOBaseConfig], default: AOBaseConfig
 ) -> dict[str, Any]:
     """Return what an exported config.json has for transformers: the configuration of each converted
-    tensor, none for the other linears, and the default.
-
-    Args:
-        linears: the model's linears.
-        configs: the configuration of each converted tensor, by its name in the model.
-        default: for linears that are none of these, as those that an engine fuses.
+    tensor, by its name in the model, none for the other `linears`, and the default, for linears
+    that are none of these, as those that an engine fuses.
     """
     from torchao.quantization import FqnToConfig
     from transformers import TorchAoConfig

@@ -129,8 +129,7 @@ def distance(
     plain.weight.data.copy_(numbers(*plain.weight.shape))
     pair: list[Any]
     if isinstance(linear, FakeQuantizedLinear):
-        scheme = (linear.weight_dtype, linear.group_size, linear.activation_dtype)
-        pair = [kind.of(plain, *scheme) for kind in (FakeQuantizedLinear, type(linear))]
+        pair = [kind.of(plain, *linear.scheme) for kind in (FakeQuantizedLinear, type(linear))]
     else:
         pair = [plain, type(linear).from_float(plain, config)]
     x, pull = numbers(PROBED_ROWS, sizes[0]), 1e-4 * numbers(PROBED_ROWS, sizes[1])

@@ -18,6 +18,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.ops.fake_quant.layers import (
     FLOAT8,
     FakeQuantizedLinear,
+    Scheme,
     float8_product,
     rounded_activation,
     rounded_weight,
@@ -91,12 +92,11 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        trains_weight: bool,
-        weight_dtype: str,
-        group_size: int,
-        activation_dtype: str,
         bias: Tensor | None,
+        trains_weight: bool,
+        scheme: Scheme,
     ) -> Tensor:
+        weight_dtype, group_size, activation_dtype = scheme
         rounded_x, ranges, zero_points = rounded_activation(x, activation_dtype)
         rounded, scales = rounded_weight(weight, weight_dtype, group_size)
         x_scale = _scale(rounded_x, ranges, zero_points, 8)
@@ -140,8 +140,8 @@ class _Product(torch.autograd.Function):
             gradient8 = cast(gradient, scale, E5M2)
         # Straight through the rounding of activations: their range holds all of them.
         grad_x = product(gradient8, weight8_t, scale, weight_scale, gradient.dtype, fast=False)
-        grad_bias = gradient.sum(0) if ctx.needs_input_grad[6] else None
-        return grad_x, grad_weight, None, None, None, None, grad_bias
+        grad_bias = gradient.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 def _scale(rounded: Tensor, scales: Tensor | None, zero_points: Tensor | None, bits: int) -> Tensor:
@@ -170,12 +170,6 @@ class Float8FakeQuantizedLinear(FakeQuantizedLinear):
         if not self.rounds:
             return linear(input, self.weight, self.bias, trains_weight)
         output: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            input.reshape(-1, self.in_features),
-            self.weight,
-            trains_weight,
-            self.weight_dtype,
-            self.group_size,
-            self.activation_dtype,
-            self.bias,
+            input.reshape(-1, self.in_features), self.weight, self.bias, trains_weight, self.scheme
         )
         return output.view(*input.shape[:-1], self.out_features)

@@ -90,15 +90,8 @@ def called_cross_entropy(
     vocab: int,
     logit_map: LogitMap,
 ) -> Tensor:
-    """Return what linear_cross_entropy does, of any head: its forward is called for each chunk.
-
-    Args:
-        hidden: [tokens, hidden].
-        labels: [tokens], the token that follows, or IGNORE.
-        forward: makes [tokens, vocabulary] of [tokens, hidden].
-        parameters: what forward computes with and may be trained.
-        vocab: columns of the result.
-        logit_map: what the model does to the result.
+    """Return what linear_cross_entropy does, of any head: its forward, which makes [tokens, vocab]
+    of [tokens, hidden] with the parameters, is called for each chunk.
     """
     compute = _Chunk(forward, logit_map)
     if not torch.is_grad_enabled():
