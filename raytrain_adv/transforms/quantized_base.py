@@ -187,7 +187,7 @@ class QuantizedBase(Transform):
 
     def install(self, model: nn.Module, plan: Plan, worker: Worker) -> Plan:
         """Compare a product and its gradient with those of bitsandbytes' own linear."""
-        from raytrain_adv.ops.bitsandbytes.compare import apart_from_bitsandbytes
+        from raytrain_adv.ops.bitsandbytes.linear import apart_from_bitsandbytes
 
         device, dtype = worker.device, worker.dtype
         try:
@@ -211,8 +211,7 @@ class QuantizedBase(Transform):
 
     def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
         """Compare the quantized weights with the originals they were made from."""
-        from raytrain_adv.ops.bitsandbytes.compare import sum_distances
-        from raytrain_adv.ops.bitsandbytes.linear import packed_linears
+        from raytrain_adv.ops.bitsandbytes.linear import packed_linears, sum_distances
 
         read = {f: m.distance for f, m in packed_linears(model) if m.distance is not None}
         found = dict(zip(read, sum_distances(list(read.values())), strict=True))

@@ -31,8 +31,7 @@ from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import Arithmetic
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.worker.checks.gradients import clip
-from raytrain_adv.worker.checks.step import Checks
+from raytrain_adv.worker.checks.step import Checks, clip
 from raytrain_adv.worker.metrics import Meter
 from raytrain_adv.worker.optim import learning_rate, set_learning_rate
 

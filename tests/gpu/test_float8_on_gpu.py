@@ -22,7 +22,7 @@ from raytrain_adv.ops.float8.cast import (
     transposed,
 )
 from raytrain_adv.ops.float8.linear import Float8Linear, linear
-from raytrain_adv.worker.checks.gradients import clip
+from raytrain_adv.worker.checks.step import clip
 
 pytestmark = [
     pytest.mark.gpu,

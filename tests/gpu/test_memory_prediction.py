@@ -24,7 +24,7 @@ from raytrain_adv.text import GIB
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.quantized_base import QuantizedBase
-from raytrain_adv.worker.checks.gradients import clip
+from raytrain_adv.worker.checks.step import clip
 from raytrain_adv.worker.optim import build_optimizer
 
 pytestmark = [

@@ -14,8 +14,7 @@ from torch import nn
 
 from raytrain_adv.config import load
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.ops.bitsandbytes.compare import apart_from_bitsandbytes
-from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
+from raytrain_adv.ops.bitsandbytes.linear import PackedLinear, apart_from_bitsandbytes
 from raytrain_adv.ops.bitsandbytes.quantize import Form
 from raytrain_adv.run.run import local_run
 from raytrain_adv.worker.train import train

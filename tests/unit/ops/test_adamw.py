@@ -5,7 +5,7 @@ import copy
 import torch
 
 from raytrain_adv.ops.adamw import ClippingAdamW
-from raytrain_adv.worker.checks.gradients import clip
+from raytrain_adv.worker.checks.step import clip
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.run.run import Run, SilentReporter
 from raytrain_adv.storage.storage import Storage
-from raytrain_adv.worker.checks.gradients import require_all_gradients
+from raytrain_adv.worker.checks.step import require_all_gradients
 from tests.ranks import run_ranks
 
 
