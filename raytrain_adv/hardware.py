@@ -37,28 +37,20 @@ PACKAGES = (
 class HardwareFacts:
     """One worker's device and the node it is on, as found; sizes in bytes."""
 
-    device_type: Literal["cpu", "cuda"]
-    """What the worker computes on."""
-    device_name: str
-    """Name of the GPU as the driver gives it, or CPU with the processor's name."""
+    device_type: Literal["cpu", "cuda"]  # what the worker computes on
+    device_name: str  # name of the GPU as the driver gives it, or CPU with the processor's name
     compute_capability: tuple[int, int] | None
     """Major and minor compute capability of the GPU; None on CPU."""
-    device_memory_bytes: int
-    """Memory of the GPU, or on CPU the host memory this process may use."""
-    num_gpus: int
-    """GPUs that this process sees on the node."""
-    driver_version: str | None
-    """NVIDIA driver; None without one."""
+    device_memory_bytes: int  # memory of the GPU, or on CPU the host memory this process may use
+    num_gpus: int  # GPUs that this process sees on the node
+    driver_version: str | None  # NVIDIA driver; None without one
     cuda_version: str | None
     """CUDA version that PyTorch was built for; None for a build without CUDA."""
-    hostname: str
-    """Name of the node."""
-    node_ip: str
-    """Address of the node in its network."""
+    hostname: str  # name of the node
+    node_ip: str  # address of the node in its network
     host_memory_bytes: int
     """Main memory of the node, or the container's limit where that is smaller."""
-    num_cores: int
-    """CPU cores this process may use."""
+    num_cores: int  # CPU cores this process may use
     versions: Mapping[str, str | None] = field(default_factory=dict)
     """Name -> version of Python, of this package and of PACKAGES; None if not installed."""
 
@@ -153,10 +145,8 @@ def _node_ip() -> str:
 class Peak:
     """A GPU's peak rate for dense matrix products."""
 
-    value: float
-    """FLOP/s, without sparsity."""
-    source: str
-    """Where the value is published."""
+    value: float  # FLOP/s, without sparsity
+    source: str  # where the value is published
 
 
 _H100_SHEET = "NVIDIA H100 Tensor Core GPU datasheet"

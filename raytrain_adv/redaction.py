@@ -38,8 +38,7 @@ class Kind:
     name: str
     pattern: re.Pattern[str]
     """Its form in text; if it has a group `secret` or `query`, only that part is hidden."""
-    names: re.Pattern[str]
-    """Keys that are always of this kind, whatever the form of their value."""
+    names: re.Pattern[str]  # keys that are always of this kind, whatever the form of their value
     place: str
 
 

@@ -13,34 +13,24 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 DAMAGED = "damaged.json"
 """New name of a damaged checkpoint's manifest: the checkpoint no longer counts."""
-AGAIN = "r"
-"""Appended to an attempt's name each time the driver restarts it."""
-PIECE = 16 * 2**20
-"""Bytes read at once."""
+AGAIN = "r"  # appended to an attempt's name each time the driver restarts it
+PIECE = 16 * 2**20  # bytes read at once
 
 
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands: everything a continuation needs besides the tensors."""
 
-    step: int
-    """Optimizer steps done."""
-    global_batch: int
-    """Sequences per optimizer step."""
-    num_sequences: int
-    """Sequences of one epoch; a continuation on other data is refused."""
-    num_tokens: int
-    """Tokens seen by all workers."""
-    window_loss: float
-    """Loss summed since the last logging step; exact in JSON."""
-    window_tokens: float
-    """Label tokens since the last logging step."""
-    num_skipped: int = 0
-    """Updates that were left out because their loss was bad."""
+    step: int  # optimizer steps done
+    global_batch: int  # sequences per optimizer step
+    num_sequences: int  # sequences of one epoch; a continuation on other data is refused
+    num_tokens: int  # tokens seen by all workers
+    window_loss: float  # loss summed since the last logging step; exact in JSON
+    window_tokens: float  # label tokens since the last logging step
+    num_skipped: int = 0  # updates that were left out because their loss was bad
     recent: list[float] = field(default_factory=list)
     """Losses that the next step's is compared with, if bad_loss_factor is set."""
-    skipped_in_a_row: int = 0
-    """Updates that were left out since the last one that was not."""
+    skipped_in_a_row: int = 0  # updates that were left out since the last one that was not
 
 
 @dataclass(frozen=True)

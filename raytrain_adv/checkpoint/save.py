@@ -30,13 +30,7 @@ from raytrain_adv.checkpoint.folders import (
     checksums,
 )
 from raytrain_adv.checkpoint.load import read_state
-from raytrain_adv.checkpoint.staging import (
-    HostMemory,
-    plain_like,
-    restore_8bit,
-    stage,
-    tensors_of,
-)
+from raytrain_adv.checkpoint.staging import HostMemory, plain_like, restore_8bit, stage, tensors_of
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import StorageError
 from raytrain_adv.ops.float8.all_gather import as_plain
@@ -94,10 +88,8 @@ def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None
 class Written:
     """What a rank has written of a checkpoint."""
 
-    crc32: dict[str, int]
-    """Name -> checksum of its files."""
-    failures: list[str]
-    """What failed before it was written, in words."""
+    crc32: dict[str, int]  # name -> checksum of its files
+    failures: list[str]  # what failed before it was written, in words
 
 
 class CheckpointWriter:
@@ -118,8 +110,7 @@ class CheckpointWriter:
         """The last step saved: saving it twice would first delete the complete checkpoint."""
         self.memory = HostMemory(run.say)
         self.committed: list[int] = []
-        self.blocked_s = 0.0
-        """Seconds that training stood still for checkpoints."""
+        self.blocked_s = 0.0  # seconds that training stood still for checkpoints
 
     def save(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Start writing the state after `progress.step`, once; wait for an unfinished one first."""
@@ -217,11 +208,7 @@ class CheckpointWriter:
         raise StorageError("The checkpoint cannot be written", found, fix) from error
 
     def _commit(
-        self,
-        progress: Progress,
-        target: Storage,
-        done: Future[Written],
-        metrics: dict[str, float],
+        self, progress: Progress, target: Storage, done: Future[Written], metrics: dict[str, float]
     ) -> None:
         self.pending = None
         parts = self.run.gather(done.result())

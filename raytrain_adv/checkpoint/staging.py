@@ -20,11 +20,9 @@ from raytrain_adv.hardware import free_host_memory
 from raytrain_adv.ops.adamw_8bit import fill_8bit, values_of
 from raytrain_adv.text import GIB, first_line
 
-LARGEST_SHARE = 0.5
-"""Of the memory that is free on the node, for all its workers."""
+LARGEST_SHARE = 0.5  # of the memory that is free on the node, for all its workers
 MOST_THREADS = 8
-SMALLEST = 2**20
-"""Bytes of a tensor for which locking pays."""
+SMALLEST = 2**20  # bytes of a tensor for which locking pays
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -34,10 +32,8 @@ class HostMemory:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
         self.copies: dict[str, torch.Tensor] = {}
-        self.locked: list[torch.Tensor] = []
-        """Bytes, whole pages."""
-        self.refused = False
-        """Whether some could not be taken; reported once."""
+        self.locked: list[torch.Tensor] = []  # bytes, whole pages
+        self.refused = False  # whether some could not be taken; reported once
         self.pool: ThreadPoolExecutor | None = None
         self.coming: dict[str, Future[torch.Tensor]] = {}
 

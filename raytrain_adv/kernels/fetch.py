@@ -21,8 +21,7 @@ from raytrain_adv.text import first_line
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-KIND = "kernel"
-"""The Hub's type of repository for kernels, next to model and dataset."""
+KIND = "kernel"  # the Hub's type of repository for kernels, next to model and dataset
 Answer = TypeVar("Answer")
 
 
@@ -48,10 +47,8 @@ class Build:
 class Place:
     """Where to look for kernels."""
 
-    target: Target | None
-    """What builds must fit; None accepts any, for a plan made elsewhere."""
-    given: Path | None = None
-    """The job's lock file, from which nothing may differ."""
+    target: Target | None  # what builds must fit; None accepts any, for a plan made elsewhere
+    given: Path | None = None  # the job's lock file, from which nothing may differ
     own: Path | None = None
     """The lock file in output_dir, which an earlier start of this run may have left."""
     trust: tuple[str, ...] = ()

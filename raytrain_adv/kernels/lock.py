@@ -15,8 +15,7 @@ from raytrain_adv.kernels.source import Wanted
 from raytrain_adv.storage.atomic import write_atomic
 
 FILE_NAME = "kernels.lock.json"
-FOLDER = "kernels"
-"""Folder of the files, next to the lock file."""
+FOLDER = "kernels"  # folder of the files, next to the lock file
 
 
 def _inside(path: str) -> str:

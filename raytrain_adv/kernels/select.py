@@ -49,8 +49,7 @@ FITS: dict[str, tuple[str, ...]] = {
 }
 """Layer -> its default sites; others fit the site or class whose name they have. Of two for a site
 the first wins: Silu moves 5 tensors through memory, SiluAndMul (gate next to up) 7."""
-FUSED = "AndMul"
-"""How the name of a layer ends that multiplies the activation with a second tensor."""
+FUSED = "AndMul"  # how the name of a layer ends that multiplies the activation with a second tensor
 BRIDGED = {
     **dict.fromkeys(("Silu", "SiluAndMul"), "silu"),
     **dict.fromkeys(("Gelu", "GeluAndMul"), "gelu"),
@@ -80,8 +79,7 @@ class Chosen:
         return self.layer in BRIDGED
 
 
-Places = dict[str, list[str]]
-"""Site -> its modules, in the model's order."""
+Places = dict[str, list[str]]  # site -> its modules, in the model's order
 
 
 @dataclass
@@ -273,8 +271,7 @@ class Layer:
     has_backward: bool
     """False if the source declares it; a layer that declares nothing may still lack it."""
     can_torch_compile: bool
-    has_state: bool
-    """Whether it has its own constructor; such a layer cannot replace another."""
+    has_state: bool  # whether it has its own constructor; such a layer cannot replace another
 
 
 def read_layers(folder: Path) -> dict[str, Layer]:
@@ -297,8 +294,7 @@ def read_layers(folder: Path) -> dict[str, Layer]:
 
 
 DEFAULTS = {"has_backward": True, "can_torch_compile": False}
-Lineage = list[ast.ClassDef]
-"""A class and its bases with source in the build, the nearest first."""
+Lineage = list[ast.ClassDef]  # a class and its bases with source in the build, the nearest first
 
 
 def _declared(name: str, lineage: Lineage) -> Layer | None:

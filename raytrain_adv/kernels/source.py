@@ -46,8 +46,7 @@ class KernelEntry(BaseModel):
 class Wanted:
     """A kernel that the job names."""
 
-    source: str
-    """Name on the Hub, or path of a folder."""
+    source: str  # name on the Hub, or path of a folder
     is_local: bool
     revision: str | None = None
     version: int | None = None

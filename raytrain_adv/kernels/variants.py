@@ -28,10 +28,8 @@ class Target:
     """What a build must fit."""
 
     torch: tuple[int, int]
-    cuda: tuple[int, int] | None
-    """CUDA version that PyTorch was built for; None on a CPU."""
-    machine: str
-    """Processor, as x86_64."""
+    cuda: tuple[int, int] | None  # CUDA version that PyTorch was built for; None on a CPU
+    machine: str  # processor, as x86_64
 
     @classmethod
     def of(cls, facts: HardwareFacts) -> Target:

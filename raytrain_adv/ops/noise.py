@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from raytrain_adv.dtensor import seed_of
 from raytrain_adv.errors import TrainingError
 
-NOISE = "raytrain_adv::neftune_noise"
-"""What a profile of a training step calls it."""
+NOISE = "raytrain_adv::neftune_noise"  # what a profile of a training step calls it
 OFF = "delete neftune_noise_alpha"
 PROBED = ((24,), (8, 12))
 """Tokens of the conversations in the two rows of the trial, 32 places each."""

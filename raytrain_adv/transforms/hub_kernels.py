@@ -38,8 +38,7 @@ OF_DEFAULT = (
     "use_kernels: true without kernel_name: LigerRMSNorm, whose gradient is known to be correct; "
     "nothing else of the Hub's own choice trains"
 )
-OLDEST = (0, 16)
-"""Version of the kernels package that has the modes used here."""
+OLDEST = (0, 16)  # version of the kernels package that has the modes used here
 
 
 class HubKernels(Transform):

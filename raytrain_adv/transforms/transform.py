@@ -51,8 +51,7 @@ class Plan:
     """Why a plan without changes is right; a plan without changes or reason is refused."""
     gives_way_to: frozenset[str] = frozenset()
     """Earlier transforms that keep the modules which both would change."""
-    details: Mapping[str, Any] = field(default_factory=dict)
-    """More for report.json, as JSON types."""
+    details: Mapping[str, Any] = field(default_factory=dict)  # more for report.json, as JSON types
 
     def with_notes(self, *notes: str) -> Plan:
         """Return the plan with these notes after its own."""
@@ -64,10 +63,8 @@ class Context:
     """What a plan depends on besides the model and the transform's own keys."""
 
     job: JobConfig
-    facts: HardwareFacts
-    """A machine the job will run on."""
-    num_tokens: int | None = None
-    """Tokens of one worker's forward pass, if known."""
+    facts: HardwareFacts  # a machine the job will run on
+    num_tokens: int | None = None  # tokens of one worker's forward pass, if known
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,7 @@ class Worker:
 
     job: JobConfig
     device: torch.device
-    dtype: torch.dtype
-    """That of matrix products and activations."""
+    dtype: torch.dtype  # that of matrix products and activations
 
 
 class Transform(Section):

@@ -19,8 +19,7 @@ from raytrain_adv.trial.compare import allowed_errors, differences, precision, r
 SHAPES = ((2, 16), (3, 336))
 """Batch and length of the inputs: few rows, and more than a kernel's block; multiples of 16 for
 products in 8 bits."""
-VALUES = "the values"
-"""The result's name, next to its gradients."""
+VALUES = "the values"  # the result's name, next to its gradients
 Layer = TypeVar("Layer")
 
 
@@ -32,20 +31,16 @@ class Untried(JobError):
 class Candidate:
     """A forward pass that may replace that of a module's class."""
 
-    forward: Callable[..., Any]
-    """An unbound function of the module."""
-    name: str
-    """For messages, as `the kernel mine@5302214:RMSNorm`."""
+    forward: Callable[..., Any]  # an unbound function of the module
+    name: str  # for messages, as `the kernel mine@5302214:RMSNorm`
     module: nn.Module
     """Where it will be installed; it may be on the meta device, and is not changed."""
-    leave_out: str
-    """How to train without it, for messages."""
+    leave_out: str  # how to train without it, for messages
     device: torch.device
     dtype: torch.dtype
     owner: nn.Module | None = None
     """The module around it, to find out which gradients a missing one would cut."""
-    attribute: str = ""
-    """Its name in the owner."""
+    attribute: str = ""  # its name in the owner
 
     @property
     def kind(self) -> str:
@@ -58,16 +53,13 @@ class SiteTrial:
     """The trial of a layer on one kind of module: its relative errors."""
 
     layer: str
-    module: str
-    """The class whose forward pass it replaces."""
+    module: str  # the class whose forward pass it replaces
     device: str
     dtype: str
     num_modules: int
     value_error: float
-    gradient_error: float
-    """The largest over the input's and all parameters' gradients."""
-    allowed: float
-    """Largest error of a value that rounding explains; of a gradient it may be more."""
+    gradient_error: float  # the largest over the input's and all parameters' gradients
+    allowed: float  # largest error of a value that rounding explains; of a gradient it may be more
 
     @property
     def sentence(self) -> str:
@@ -84,8 +76,7 @@ class _Pass:
     results: dict[str, torch.Tensor | None]
     """VALUES and the gradients, by what they are the gradient of."""
     called: set[str]
-    keeps_inputs: bool
-    """Whether input and parameters are unchanged after the forward pass."""
+    keeps_inputs: bool  # whether input and parameters are unchanged after the forward pass
 
     @property
     def exact(self) -> dict[str, torch.Tensor]:

@@ -29,10 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_ANSWER_TOKENS = 96
-BUCKET = 256
-"""Prompt and answer are padded to a multiple of this: one shape, so one compiled graph."""
-NUM_COMPARED = 1024
-"""Most tokens on which the export compares its models."""
+BUCKET = 256  # prompt and answer are padded to a multiple of this: one shape, so one compiled graph
+NUM_COMPARED = 1024  # most tokens on which the export compares its models
 
 
 @dataclass(frozen=True)

@@ -49,17 +49,12 @@ class TrainState:
     batches: Batches
     held_out: Batches | None
     progress: InitVar[Progress | None]
-    first_step: int = 0
-    """The first step of this attempt, from 0."""
-    num_tokens: int = 0
-    """Tokens over all workers up to the last logging step."""
+    first_step: int = 0  # the first step of this attempt, from 0
+    num_tokens: int = 0  # tokens over all workers up to the last logging step
     # All ranks learn these in the same step.
-    stop_wanted: bool = False
-    """Whether the run must end after this step."""
-    must_end: bool = False
-    """Whether a worker's process received SIGTERM."""
-    draining: bool = False
-    """Whether a node is being drained and no checkpoint was made since."""
+    stop_wanted: bool = False  # whether the run must end after this step
+    must_end: bool = False  # whether a worker's process received SIGTERM
+    draining: bool = False  # whether a node is being drained and no checkpoint was made since
     evaluated: tuple[int, dict[str, Any]] = (-1, {})
     """The last evaluation: after how many steps, and its result."""
 

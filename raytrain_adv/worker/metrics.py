@@ -25,8 +25,7 @@ from raytrain_adv.run.trackers import open_trackers
 from raytrain_adv.storage.metrics_file import MetricsFile
 from raytrain_adv.text import GIB
 
-WARM_UP_STEPS = 3
-"""Steps left out of medians: they compile, allocate and tune."""
+WARM_UP_STEPS = 3  # steps left out of medians: they compile, allocate and tune
 
 
 def open_metrics(job: JobConfig, run: Run, arithmetic: Arithmetic, found: Found | None) -> None:
@@ -66,20 +65,16 @@ class Meter:
         name = torch.cuda.get_device_name(run.device) if self.on_gpu else "cpu"
         self.peak = peak_flops(name, "bf16")
         self.step_seconds = array("d")  # 8 bytes a step, where a list takes 32
-        self.rates = array("d")
-        """Tokens per second of this rank, per timed step."""
-        self.waits = array("d")
-        """Seconds per step that this rank waited for data, per logging step."""
+        self.rates = array("d")  # tokens per second of this rank, per timed step
+        self.waits = array("d")  # seconds per step that this rank waited for data, per logging step
         self.last_loss = float("nan")
         self.tokens_since_log = 0
-        self.untimed_tokens = 0
-        """Those of the first step, whose time does not count."""
+        self.untimed_tokens = 0  # those of the first step, whose time does not count
         self.steps_since_log = 0
         self.paused_s = 0.0
         self.waited_at_log = 0.0
         self.norm: torch.Tensor | None = None
-        self.step = 0
-        """The current optimizer step, from 0."""
+        self.step = 0  # the current optimizer step, from 0
         self._started = self._log_time = time.perf_counter()
         self._phases: set[str] = set()
         if self.on_gpu:

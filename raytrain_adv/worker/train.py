@@ -82,12 +82,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     to_batches = partial(
-        Batches,
-        job,
-        arithmetic=arithmetic,
-        rank=run.rank,
-        pad_token_id=pad,
-        flash=is_flash(model),
+        Batches, job, arithmetic=arithmetic, rank=run.rank, pad_token_id=pad, flash=is_flash(model)
     )
     batches = to_batches(prepared.train)
     held_out = to_batches(prepared.eval) if prepared.eval is not None else None

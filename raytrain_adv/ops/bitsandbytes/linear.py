@@ -64,8 +64,7 @@ class PackedLinear(nn.Linear):
     """Computes as bitsandbytes' Linear4bit bit for bit, or with the weights of its Linear8bitLt."""
 
     form: Form
-    scale: nn.Parameter
-    """Bytes of the scales; see dequantize for the shapes."""
+    scale: nn.Parameter  # bytes of the scales; see dequantize for the shapes
     nested: nn.Parameter | None
     distance: Tensor | None
     """How far this rank's rows are from the originals; none before they were read."""

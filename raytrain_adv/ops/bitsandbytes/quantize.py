@@ -16,15 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-BLOCK = 64
-"""Weights of a row that share a scale in 4 bits; bitsandbytes' default."""
+BLOCK = 64  # weights of a row that share a scale in 4 bits; bitsandbytes' default
 NESTED_BLOCK = 256
 """Scales that share one scale when they are quantized too; the only size supported."""
 LARGEST_ITEM = 4
 """Rows of scales are filled up to a multiple of this, to be read as bfloat16 or float32."""
 FP16 = torch.finfo(torch.float16)
-SLACK = 1e-6
-"""What float32 arithmetic on scales may add, relative: kernels multiply by reciprocals."""
+SLACK = 1e-6  # what float32 arithmetic on scales may add, relative: kernels multiply by reciprocals
 
 
 @dataclass(frozen=True)

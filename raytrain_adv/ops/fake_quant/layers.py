@@ -23,8 +23,7 @@ Scheme = tuple[str, int, str]
 """What weights are rounded to, features that share a scale, and what activations are rounded to:
 empty leaves them.
 """
-ROWS_AT_ONCE = 8192
-"""Rows of an embedding whose gradient is passed through their rounding together."""
+ROWS_AT_ONCE = 8192  # rows of an embedding whose gradient is passed through their rounding together
 
 
 @torch._dynamo.allow_in_graph
@@ -146,8 +145,7 @@ class FakeQuantizedLinear(nn.Linear):
     """
 
     scheme: Scheme
-    rounds: bool
-    """Whether it rounds now, or computes as a plain linear."""
+    rounds: bool  # whether it rounds now, or computes as a plain linear
 
     @classmethod
     def of(

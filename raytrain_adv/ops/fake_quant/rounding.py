@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
-"""Integer weights that torchao stores and loads."""
+BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}  # integer weights that torchao stores and loads
 EPS = 1e-12
 """Smallest amax of a scaled row: without it a row of zeros becomes NaN (pytorch/ao#4713)."""
 E4M3 = torch.float8_e4m3fn

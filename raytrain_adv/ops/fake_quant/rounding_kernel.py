@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-ELEMENTS = 4096
-"""Values that one program rounds, where a range is not longer."""
+ELEMENTS = 4096  # values that one program rounds, where a range is not longer
 
 
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EPS = 1e-12
-"""Smallest amax that is divided by; torchao's (float8_utils.EPS)."""
+EPS = 1e-12  # smallest amax that is divided by; torchao's (float8_utils.EPS)
 
 
 def tensorwise_scale(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,8 +27,7 @@ def size_class(length: int) -> int:
     return 1 << max(length - 1, 0).bit_length()
 
 
-BLOCK = 4096
-"""Numbers that a program of the cast without a transpose takes."""
+BLOCK = 4096  # numbers that a program of the cast without a transpose takes
 TRIED = (272, 528)
 """Size of the matrix that tiles are tried on: several tiles on either side, and a part of one."""
 

@@ -36,8 +36,7 @@ from raytrain_adv.ops.float8.linear import linear, product
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 ROUNDING = {"int2": "47 %", "int3": "20 %", "int4": "9.5 %", "int8": "1 %"}
 """What weights in groups of 32 and int8 activations change of a product, as a share of its norm."""
-OWN_ROUNDING = "3.7 %"
-"""What float8 adds to it."""
+OWN_ROUNDING = "3.7 %"  # what float8 adds to it
 
 
 def is_coarse(weight_dtype: str) -> bool:

@@ -1,4 +1,3 @@
 """Cross-entropy without the whole logits."""
 
-IGNORE = -100
-"""Label of a token on which no loss is taken."""
+IGNORE = -100  # label of a token on which no loss is taken

@@ -28,8 +28,7 @@ class HeadLoss:
     logit_map: LogitMap
     reads_weight: bool
     """Whether the weight is multiplied with directly; otherwise the module is called."""
-    vocab: int
-    """Logits of a token."""
+    vocab: int  # logits of a token
 
     @property
     def name(self) -> str:

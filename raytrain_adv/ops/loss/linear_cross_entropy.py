@@ -39,8 +39,7 @@ class LogitMap:
     """From a head's output to logits: softcap * tanh(scale * x / softcap)."""
 
     scale: float = 1.0
-    softcap: float | None = None
-    """Largest magnitude of a logit; none leaves them as they are."""
+    softcap: float | None = None  # largest magnitude of a logit; none leaves them as they are
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the logits of a head's output, of its dtype."""

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 16384
-"""Columns a program holds at a time."""
+BLOCK = 16384  # columns a program holds at a time
 
 
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types

@@ -21,14 +21,10 @@ from raytrain_adv.storage.storage import Storage
 from raytrain_adv.transforms.transform import Transform
 
 FOLDER = "bad_batches"
-BEFORE = 20
-"""Good losses whose median a step's loss is compared with."""
-ENOUGH = 5
-"""Fewest good losses to compare with."""
-IN_A_ROW = 10
-"""Bad steps in a row that end the run: it learns nothing any more."""
-MOST_KEPT = 20
-"""Most batches kept per run; each may have thousands of tokens."""
+BEFORE = 20  # good losses whose median a step's loss is compared with
+ENOUGH = 5  # fewest good losses to compare with
+IN_A_ROW = 10  # bad steps in a row that end the run: it learns nothing any more
+MOST_KEPT = 20  # most batches kept per run; each may have thousands of tokens
 NEVER = 2**62
 LOWER = "inspect the batch; lower learning_rate, add warmup_ratio"
 
@@ -162,10 +158,8 @@ class LossGuard:
         return {"step": step + 1, "sequences": sequences}
 
 
-WINDOW = 10
-"""Logged losses in each of the two means that are compared."""
-RISE = 1.1
-"""Smallest ratio of the two means that is reported."""
+WINDOW = 10  # logged losses in each of the two means that are compared
+RISE = 1.1  # smallest ratio of the two means that is reported
 ERRORS = 4.0
 """Standard errors that their difference must exceed: every window of a long run is a chance to
 exceed three by noise alone."""

@@ -24,14 +24,10 @@ from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.transform import Plan, Transform
 from raytrain_adv.worker.checks.loss_guard import LossGuard, LossRise
 
-MOST_KERNELS = 6
-"""GPU kernels listed in the report, the longest-running ones."""
-CHUNK = 1 << 24
-"""Weights summed at once; on a CPU they are converted first."""
-USABLE, BROKEN, MISSING = 0, 1, 2
-"""What the gradient of a parameter is."""
-NAMED = 8
-"""Parameters named in a message, of each kind."""
+MOST_KERNELS = 6  # GPU kernels listed in the report, the longest-running ones
+CHUNK = 1 << 24  # weights summed at once; on a CPU they are converted first
+USABLE, BROKEN, MISSING = 0, 1, 2  # what the gradient of a parameter is
+NAMED = 8  # parameters named in a message, of each kind
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -58,8 +54,7 @@ class Checks:
         """Features that no profiled pass ran yet."""
         self.proof: dict[str, dict[str, Any]] = {}
         """Transform -> operator, how often it ran in the pass, and the GPU kernels it launched."""
-        self.gradients_seen = False
-        """Whether every trainable parameter is known to get a gradient."""
+        self.gradients_seen = False  # whether every trainable parameter is known to get a gradient
         self.is_first = True
         self.weights: torch.Tensor | None = None
         """Fingerprint of the weights before the forward pass, in the steps that compare it."""

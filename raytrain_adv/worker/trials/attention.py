@@ -27,8 +27,7 @@ from raytrain_adv.trial.compare import (
 
 SEGMENTS = ((100, 500), (17, 500, 83))
 """Tokens of the conversations in each sequence of the trial, more than the blocks of kernels."""
-WINDOW = 24
-"""Tokens that one attends to in the trial if layers have a window."""
+WINDOW = 24  # tokens that one attends to in the trial if layers have a window
 VALUES = "the values"
 GRADIENTS = tuple(f"the gradient of {x}" for x in ("queries", "keys", "values"))
 
@@ -42,8 +41,7 @@ class Form:
     features: int
     scaling: float
     has_window: bool
-    softcap: float | None
-    """Largest magnitude of a score; None for no bound."""
+    softcap: float | None  # largest magnitude of a score; None for no bound
     value_features: int
     dropout: float
 

@@ -31,8 +31,7 @@ from raytrain_adv.transforms.loss_kernel import LossKernel
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.trial.compare import relative_errors
 
-NUM_TOKENS = 64
-"""Tokens of the trial, enough for products in 8 bits."""
+NUM_TOKENS = 64  # tokens of the trial, enough for products in 8 bits
 LOSS = "loss"
 ALLOWED = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 5e-2)}
 """Dtype -> largest relative error of loss and gradients: some roundings of that dtype."""
