@@ -6,6 +6,9 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+from torch.distributed import TCPStore
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import ClusterError
@@ -38,7 +42,6 @@ LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # For a run whose number of workers may change: the nodes were free when the number was chosen.
 ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
 CONNECT_TIMEOUT_S = 5.0
-GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def connect(job: JobConfig | None) -> bool:
@@ -166,12 +169,7 @@ def describe_dashboard() -> str:
 
 
 class NodeNetwork(TorchConfig):  # type: ignore[misc] # ray is Any to mypy
-    """Ray's process group, with gloo on the network of Ray's own node addresses.
-
-    gloo resolves the host's name. Where /etc/hosts maps it to 127.0.0.1 or 127.0.1.1, as on many
-    machines, workers would tell other hosts to connect to loopback (torch 2.13,
-    ProcessGroupGloo.cpp).
-    """
+    """Ray's process group, on the network of Ray's own node addresses: loopback on one host."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -186,11 +184,39 @@ class _Backend(_TorchBackend):  # type: ignore[misc] # ray is Any to mypy
 
 
 def use_node_network() -> None:
-    """Make gloo use the interface that has this node's address, unless the user named one."""
+    """Make gloo and rank 0's store listen on this node's address alone, and NCCL on loopback if
+    that is the address. Interfaces that the user named stay.
+
+    gloo resolves the host's name. Where /etc/hosts maps it to 127.0.0.1 or 127.0.1.1, as on many
+    machines, workers would tell other hosts to connect to loopback (torch 2.13,
+    ProcessGroupGloo.cpp).
+    """
+    address = ray.util.get_node_ip_address()
     known = psutil.net_if_addrs().items()
     addresses = {name: [entry.address for entry in entries] for name, entries in known}
-    if name := find_interface(ray.util.get_node_ip_address(), addresses):
-        os.environ.setdefault(GLOO_INTERFACE, name)
+    if name := find_interface(address, addresses):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        if ip_address(address).is_loopback:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+    # The name torch.distributed.rendezvous is a function of this module.
+    module: Any = import_module("torch.distributed.rendezvous")
+    module._create_c10d_store = bound_store
+
+
+def bound_store(
+    host: str, port: int, rank: int, world_size: int, timeout: timedelta, use_libuv: bool = True
+) -> TCPStore:
+    """Return the store of a process group, which requires no token: its server listens on `host`.
+
+    TCPStore listens on every interface, whatever its host (torch 2.11 to 2.13). Remove when it
+    listens on its host.
+    """
+    options: dict[str, Any] = {"multi_tenant": True, "use_libuv": use_libuv}
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        server = socket.create_server((host, port), family=family, backlog=2048)
+        options["master_listen_fd"] = server.detach()
+    return TCPStore(host, port, world_size, rank == 0, timeout, **options)
 
 
 def find_interface(address: str, addresses: Mapping[str, Sequence[str]]) -> str:

@@ -1,18 +1,21 @@
 """Connecting to Ray, and counting its nodes, without starting Ray."""
 
+import importlib
 import json
 import os
 import socket
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray
+import torch.distributed as dist
 from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from raytrain_adv.driver.cluster import nodes
-from raytrain_adv.driver.cluster.connect import connect, require_answer
+from raytrain_adv.driver.cluster.connect import connect, require_answer, use_node_network
 from raytrain_adv.driver.cluster.nodes import Node, startable_nodes
 from raytrain_adv.errors import ClusterError, JobError, Stopped
 
@@ -122,3 +125,32 @@ def test_waiting_for_room_ends_when_a_stop_is_requested(monkeypatch):
     with pytest.raises(Stopped, match="stopped"):
         nodes.wait_for_room(placement, lines.append, poll_s=0.0, is_stopped=lambda: next(stops))
     assert lines[0].startswith("waiting for 2 GPU")
+
+
+def test_a_process_group_listens_on_the_nodes_address_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch's store would listen on every interface, and asks nobody for a token."""
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")
+    monkeypatch.setattr(rendezvous, "_create_c10d_store", None)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in group.items():
+        monkeypatch.setenv(name, value)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    me = psutil.Process()
+    before = set(me.net_connections("tcp"))
+    use_node_network()
+    dist.init_process_group("gloo", init_method="env://")
+    try:
+        opened = set(me.net_connections("tcp")) - before
+        listening = [one.laddr for one in opened if one.status == psutil.CONN_LISTEN]
+        assert port in [address.port for address in listening]
+        assert {address.ip for address in listening} == {"127.0.0.1"}
+    finally:
+        dist.destroy_process_group()
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
+        os.environ.pop("NCCL_SOCKET_IFNAME", None)
