@@ -63,8 +63,15 @@ class ClippingAdamW(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         # Loading a state of fused AdamW puts the count on the GPU; reading it there would wait.
         state["step"] = state["step"].cpu() + 1
-        tensors = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
-        adamw_step(*map(local, tensors), self.clip_factor, int(state["step"].item()), group)
+        adamw_step(
+            local(parameter),
+            local(gradient),
+            local(state["exp_avg"]),
+            local(state["exp_avg_sq"]),
+            self.clip_factor,
+            int(state["step"].item()),
+            group,
+        )
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined] # it has no __all__
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import ClusterError

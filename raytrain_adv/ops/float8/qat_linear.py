@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from raytrain_adv.errors import JobError
 from raytrain_adv.ops.fake_quant.layers import (
-    FLOAT8,
     FakeQuantizedLinear,
     Scheme,
     float8_product,
@@ -24,6 +23,7 @@ from raytrain_adv.ops.fake_quant.layers import (
     rounded_weight,
 )
 from raytrain_adv.ops.fake_quant.rounding import BITS, bounds, through_groups
+from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8
 from raytrain_adv.ops.float8.cast import (
     cast,
     cast_both,
