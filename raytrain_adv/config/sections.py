@@ -8,6 +8,7 @@ from pydantic import Field
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.config.section import Section
+from raytrain_adv.config.templates import Template
 
 LARGEST = 2**31 - 1
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -17,9 +18,6 @@ Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Names = Text | Annotated[list[Text], Field(min_length=1)]
 Steps = Annotated[float, Field(gt=0, le=LARGEST)]
 Tracker = Literal["none", "tensorboard", "wandb", "mlflow"]
-Template = Literal[
-    "llama3", "chatml", "qwen", "qwen3_nothink", "mistral", "gemma", "phi", "alpaca", "default"
-]
 SCHEDULE_OPTIONS = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
     "warmup_stable_decay": ("num_decay_steps", "min_lr_ratio"),
@@ -68,6 +66,9 @@ class DataConfig(Section):
     """Folder of dataset_info.json and the files it names."""
     template: Template | None = None
     """Chat template; none uses the tokenizer's own."""
+    enable_thinking: bool | None = True
+    """For templates of reasoning models: true trains empty thoughts of answers without any; false
+    leaves thoughts out; null keeps them, and computes no loss on empty ones."""
     default_system: str | None = None
     """System message for conversations that have none."""
     cutoff_len: Count = 2048

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from raytrain_adv.config.llamafactory import keys as tables
 from raytrain_adv.config.llamafactory.keys import LISTED, REFUSED, RENAMED, SAME, VALUE_NAMES
 from raytrain_adv.config.problems import Problem, show
-from raytrain_adv.config.sections import Template
+from raytrain_adv.config.templates import Template
 
 TEMPLATES: tuple[str, ...] = get_args(Template)
 UNSET_WHEN_NULL = {

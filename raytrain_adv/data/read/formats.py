@@ -10,8 +10,8 @@ from raytrain_adv.data.read.entries import INFO_FILE, Entry, Formatting
 from raytrain_adv.errors import JobError
 
 Message = dict[str, Any]
-"""role: system, user, assistant or tool; content: text; tool_calls where an assistant calls
-functions."""
+"""role: system, user, assistant or tool; content: text; of an assistant also tool_calls,
+reasoning_content, and loss_weight where it is 0."""
 
 
 class UnusableRow(Exception):
@@ -69,6 +69,9 @@ _QUESTION_AND_ANSWER = (
 )  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _EXTRA = ("history", "system", "tools")
+_THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+_BEFORE_CALL = re.compile(r"(\s*<think>.*?</think>\s*)", re.DOTALL)
+_CALL_TAGS = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
 def layout(entry: Entry, sample: list[Any]) -> Layout:
@@ -155,7 +158,9 @@ def _from_messages(layout: Layout, values: dict[str, Any]) -> Conversation:
         if not isinstance(turn, dict):
             raise UnusableRow(f"message {number} is a {type(turn).__name__}, not an object")
         messages.append(_message(tags, turn, number))
-    if messages[0]["role"] != "system":
+    if messages[0]["role"] == "system" and not messages[0]["content"]:
+        del messages[0]  # the template's default system message is used
+    if messages and messages[0]["role"] != "system":
         messages = _system(columns, values) + messages
     _check_turns(messages)
     return Conversation(messages, _tools(columns, values))
@@ -163,30 +168,99 @@ def _from_messages(layout: Layout, values: dict[str, Any]) -> Conversation:
 
 def _message(tags: Mapping[str, str], turn: dict[str, Any], number: int) -> Message:
     role, content = turn.get(tags["role_tag"]), turn.get(tags["content_tag"])
+    name = f"message {number}"
     if role == tags["function_tag"]:
-        return {"role": "assistant", "content": "", "tool_calls": _calls(content, number)}
+        return _function_call(_text(content, name) if not _is_call(content) else content, number)
     known = {tags[tag]: name for tag, name in _ROLES.items()}
     if not isinstance(role, str) or role not in known:
         names = ", ".join(known)
-        raise UnusableRow(f"message {number} has the unknown role {role!r}; known: {names}")
-    message: Message = {"role": known[role], "content": _text(content, f"message {number}")}
+        raise UnusableRow(f"{name} has the unknown role {role!r}; known: {names}")
+    message: Message = {"role": known[role], **_parts(content, name)}
     if turn.get("tool_calls"):
         message["tool_calls"] = _calls(turn["tool_calls"], number)
+    if message["role"] == "assistant":
+        thought = next((turn[key] for key in _THOUGHT_KEYS if turn.get(key)), None)
+        if thought is not None:
+            message["reasoning_content"] = _text(thought, name)
+        message |= _weight(turn.get("loss_weight"), name)
     return message
+
+
+def _is_call(content: Any) -> bool:
+    """Whether a call is given as objects, not as text."""
+    calls = content if isinstance(content, list) else [content]
+    return all(isinstance(call, dict) and "type" not in call for call in calls)
+
+
+def _weight(weight: Any, name: str) -> dict[str, Any]:
+    """Return loss_weight if it is 0; answers have it in LLaMA-Factory's newer data."""
+    if weight in (None, 1):
+        return {}
+    if weight != 0:
+        raise UnusableRow(f"{name} has loss_weight {weight!r}; only 0 and 1 are possible")
+    return {"loss_weight": 0}
+
+
+def _parts(content: Any, name: str) -> dict[str, Any]:
+    """Return a message's content, and what parts of other types add to it."""
+    if not isinstance(content, list):
+        return {"content": _text(content, name)}
+    kinds: dict[str, list[Any]] = {"text": [], "reasoning": [], "tool_call": []}
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind not in kinds:
+            raise UnusableRow(f"{name} has a part of type {kind!r}; only text is read")
+        value = part.get("text", part.get("value"))
+        if not isinstance(value, str) and kind != "tool_call":
+            raise UnusableRow(f"{name} has a part without text")
+        kinds[kind].append(value)
+    found: dict[str, Any] = {"content": "".join(_text(text, name) for text in kinds["text"])}
+    if kinds["reasoning"]:
+        found["reasoning_content"] = "".join(_text(text, name) for text in kinds["reasoning"])
+    if kinds["tool_call"]:
+        calls = [_parsed_calls(value) for value in kinds["tool_call"]]
+        number = int(name.split()[-1])
+        found["tool_calls"] = _calls([call for several in calls for call in several], number)
+    return found
+
+
+def _function_call(content: Any, number: int) -> Message:
+    """Return a message that calls functions; thoughts may stand before the JSON."""
+    thought = ""
+    if isinstance(content, str):
+        found = _BEFORE_CALL.match(content)
+        thought, content = (found[1], content[found.end() :]) if found else ("", content)
+        content = (
+            "[" + ",".join(_CALL_TAGS.findall(content)) + "]"
+            if "<tool_call>" in content
+            else content
+        )
+    return {"role": "assistant", "content": thought, "tool_calls": _calls(content, number)}
 
 
 def _calls(content: Any, number: int) -> list[dict[str, Any]]:
     try:
-        calls = _parsed(content)
-        calls = calls if isinstance(calls, list) else [calls]
-        inner = [call.get("function", call) for call in calls]
+        inner = [call.get("function", call) for call in _parsed_calls(content)]
         functions = [
-            {"name": c["name"], "arguments": _parsed(c.get("arguments", {}))} for c in inner
+            {"name": c["name"], "arguments": _arguments(c.get("arguments", c.get("parameters")))}
+            for c in inner
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"message {number} is not a function call with a name and arguments"
         raise UnusableRow(reason) from error
     return [{"type": "function", "function": function} for function in functions]
+
+
+def _parsed_calls(content: Any) -> list[Any]:
+    calls = _parsed(content)
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    arguments = _parsed(value) if value not in (None, "") else {}
+    if not isinstance(arguments, dict):
+        raise TypeError(type(arguments))
+    return arguments
 
 
 def _parsed(value: Any) -> Any:
@@ -223,7 +297,18 @@ def _tools(columns: Mapping[str, str], values: dict[str, Any]) -> list[Any] | No
         parsed = _parsed(tools)
     except ValueError as error:
         raise UnusableRow("tools is not valid JSON") from error
-    return (parsed if isinstance(parsed, list) else [parsed]) or None
+    described = parsed if isinstance(parsed, list) else [parsed]
+    try:
+        return [_tool(_parsed(one)) for one in described] or None
+    except (ValueError, TypeError) as error:
+        raise UnusableRow("tools is not a list of function descriptions") from error
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    """Return a function description in the form that chat templates expect."""
+    if not isinstance(tool, dict) or not ("function" in tool or "name" in tool):
+        raise TypeError(type(tool))
+    return tool if "function" in tool else {"type": "function", "function": tool}
 
 
 def _text(value: Any, name: str) -> str:

@@ -52,6 +52,7 @@ class TokenizedDatasets:
             data.cutoff_len,
             data.train_on_prompt,
             data.mask_history,
+            data.enable_thinking,
         )
 
     def key(self) -> str:

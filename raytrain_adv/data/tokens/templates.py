@@ -1,40 +1,137 @@
-"""Chat templates by name: Jinja files that write what LLaMA-Factory's of the same name write."""
+"""Chat templates by name: what families.yaml and the .jinja files of chat_templates/ compose."""
 
+import json
+import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
+from typing import Any
+
+import yaml
 
 from raytrain_adv.errors import JobError
 from raytrain_adv.text import nearest
 
 FOLDER = "chat_templates"
+_THOUGHT = ("<think>\n", "\n</think>\n\n")
+_DEFAULTS: dict[str, Any] = {
+    "prefix": "",
+    "default_system": "",
+    "system": "{content}",
+    "system_in_question": False,  # Gemma and Mistral have no system role
+    "user": "{content}",
+    "opening": "",  # begins an answer
+    "answer": "{content}{eos}",
+    "calls": "default",  # the file of calls/ that writes tools and calls; null: no form for them
+    "thought": list(_THOUGHT),
+    "reasons": False,  # an answer without thoughts is written with empty ones
+    "results": [
+        "",
+        "",
+        "",
+    ],  # before, between and after the results of calls that were made at once
+    "user_token": "",  # for families whose answers end with the token of the next message
+    "result_token": "",
+    "end_of_turn": None,
+}
 
 
 @dataclass(frozen=True)
 class Template:
-    """A Jinja chat template that writes each message after the ones before it, unchanged.
+    """A Jinja chat template in which the answers are marked.
 
     A question ends with the beginning of its answer, so that no generation prompt is needed.
-
-    Source: the templates of the same names in LLaMA-Factory 0.9.6
-    (src/llamafactory/data/template.py), which follow the model cards of their families.
     """
 
     name: str
-    end_of_turn: str | None
-    """The token that ends an answer, and generation; None: the tokenizer's eos token."""
+    values: dict[str, Any]
+    """As in families.yaml, completed."""
+
+    @property
+    def end_of_turn(self) -> str | None:
+        """The token that ends an answer, and generation; None: the tokenizer's eos token."""
+        end: str | None = self.values["end_of_turn"]
+        return end
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether it has a form for tools, calls of them and their results."""
+        return self.values["calls"] is not None
 
     @cached_property
     def source(self) -> str:
         """The template's Jinja source."""
-        return (resources.files(__package__) / FOLDER / f"{self.name}.jinja").read_text("utf-8")
+        return self.write()
+
+    def write(self, thinks: bool | None = True, drops_thoughts: bool = False) -> str:
+        """Return the Jinja source for a job's enable_thinking.
+
+        `thinks` False removes thoughts; None trains on those that are there. `drops_thoughts`
+        leaves them out of all answers but the last.
+        """
+        opening = self.values["thought"][0].rstrip("\n")
+        plain = opening == "<think>" and not self.values["answer"].startswith("\n")
+        flags = {
+            "thinks_by_default": thinks,
+            "drops_thoughts": drops_thoughts,
+            "reasons": self.values["reasons"],
+            "system_in_question": self.values["system_in_question"],
+            "thought_has_own_form": self.values["reasons"] and not plain,
+        }
+        lines = [f"{{%- set {name} = {str(value).lower()} -%}}" for name, value in flags.items()]
+        lines += [f"{{%- set {name} = {_expression(v)} -%}}" for name, v in self._texts().items()]
+        if self.has_calls:
+            lines.append(_read(f"calls/{self.values['calls']}.jinja"))
+        return "\n".join([*lines, _read("turns.jinja")])
+
+    def _texts(self) -> dict[str, str]:
+        values = self.values
+        last = values.get("last_answer", values["answer"])
+        parts = {
+            "system": values["system"],
+            "user": values["user"],
+            "answer": values["answer"],
+            "call": values.get("call", values["answer"]),
+            "result": values.get("result", values["user"]),
+        }
+        texts = {name: values[name] for name in ("prefix", "default_system", "opening")}
+        for name, text in parts.items():
+            texts[f"{name}_open"], _, texts[f"{name}_close"] = text.partition("{content}")
+        texts["last_close"] = last.partition("{content}")[2]
+        for name in ("answer", "call", "last"):  # nothing is learned of what follows the eos token
+            close, eos, after = texts[f"{name}_close"].partition("{eos}")
+            texts[f"{name}_close"], texts[f"after_{name}"] = close + eos, after
+        texts["thought_open"], texts["thought_close"] = values["thought"]
+        texts["empty_thought"] = values.get("empty_thought", "".join(values["thought"]))
+        names = ("results_open", "results_between", "results_close")
+        texts |= zip(names, values["results"], strict=True)
+        return {**texts, **{name: values[name] for name in ("user_token", "result_token")}}
 
 
-_ENDS_OF_TURN = {
-    "llama3": "<|eot_id|>", "chatml": "<|im_end|>", "qwen": "<|im_end|>", "mistral": None,
-    "gemma": "<end_of_turn>", "phi": "<|end|>", "alpaca": None, "default": None,
-}  # fmt: skip
-TEMPLATES = {name: Template(name, end) for name, end in _ENDS_OF_TURN.items()}
+def _expression(text: str) -> str:
+    """Return the Jinja expression of a text with {bos} and {eos} in it."""
+    parts = [part for part in re.split(r"(\{bos\}|\{eos\})", text) if part]
+    tokens = {"{bos}": "bos_token", "{eos}": "eos_token"}
+    return " ~ ".join(tokens.get(p) or json.dumps(p, ensure_ascii=False) for p in parts) or "''"
+
+
+@cache
+def _read(name: str) -> str:
+    return (resources.files(__package__) / FOLDER / name).read_text("utf-8").rstrip("\n")
+
+
+def _completed(families: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    own = families[name]
+    base = _completed(families, own["like"]) if "like" in own else _DEFAULTS
+    return {**base, **own}
+
+
+def _templates() -> dict[str, Template]:
+    families = yaml.safe_load(_read("families.yaml"))
+    return {name: Template(name, _completed(families, name)) for name in families}
+
+
+TEMPLATES = _templates()
 
 
 def find_template(name: str) -> Template:

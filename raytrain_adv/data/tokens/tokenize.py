@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from raytrain_adv.data.read.formats import Conversation, Layout, UnusableRow
-from raytrain_adv.data.tokens.render import Piece, Renderer, renderer
+from raytrain_adv.data.tokens.page import Piece
+from raytrain_adv.data.tokens.render import Renderer, renderer
 from raytrain_adv.errors import JobError
 
 RawRow = tuple[str, Any]
@@ -27,6 +28,7 @@ class Recipe:
     cutoff_len: int
     train_on_prompt: bool
     mask_history: bool
+    enable_thinking: bool | None = True
 
 
 @dataclass
@@ -53,7 +55,13 @@ class Tokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
-        self.render: Renderer = renderer(tokenizer, recipe.template, recipe.default_system)
+        self.render: Renderer = renderer(
+            tokenizer,
+            recipe.template,
+            recipe.default_system,
+            recipe.enable_thinking,
+            recipe.mask_history,
+        )
         self.encode = _encode_pieces if joins_cleanly(tokenizer) else _encode_whole
         if self.encode is _encode_whole and not tokenizer.is_fast:
             what = "This tokenizer does not report the positions of its tokens in the text"
@@ -70,8 +78,6 @@ class Tokenizer:
                 places.append(where)
             except UnusableRow as reason:
                 unusable.append((where, str(reason)))
-            except JobError as error:
-                raise JobError(error.what, f"{where}\n{error.found}", error.fix) from error
         chunk = self._cut(places, self.encode(self.tokenizer, rendered), unusable)
         chunk.num_read = len(rows)
         return chunk

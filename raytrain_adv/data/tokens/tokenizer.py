@@ -23,7 +23,10 @@ def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
     """
     tokenizer = _load(job)
     if job.data.template is not None:
-        _adopt(tokenizer, find_template(job.data.template))
+        source = find_template(job.data.template).write(
+            job.data.enable_thinking, job.data.mask_history
+        )
+        _adopt(tokenizer, find_template(job.data.template), source)
     elif tokenizer.chat_template is None:
         raise no_template(job.model.model_name_or_path)
     if tokenizer.pad_token_id is None:
@@ -75,7 +78,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _adopt(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+def _adopt(tokenizer: PreTrainedTokenizerBase, template: Template, source: str) -> None:
     """Set the tokenizer's eos token and chat template to the template's.
 
     Raises:
@@ -89,8 +92,8 @@ def _adopt(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
         what = f"Template {template.name} does not fit this model's tokenizer"
         fix = "give the tokenizer an eos_token in tokenizer_config.json"
         raise JobError(what, "the tokenizer has no eos token", fix)
-    if not _writes_the_same(tokenizer, template.source):
-        tokenizer.chat_template = template.source
+    if not _writes_the_same(tokenizer, source):
+        tokenizer.chat_template = source
 
 
 def _writes_the_same(tokenizer: PreTrainedTokenizerBase, source: str) -> bool:

@@ -109,7 +109,7 @@ def test_openai_tool_calls_are_kept_with_arguments_as_an_object():
     ]
     conversation = read({"messages": messages, "tools": '[{"name": "add"}]'})
     assert conversation.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
-    assert conversation.tools == [{"name": "add"}]
+    assert conversation.tools == [{"type": "function", "function": {"name": "add"}}]
 
 
 @pytest.mark.parametrize(

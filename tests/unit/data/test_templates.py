@@ -1,10 +1,13 @@
 """Own templates, and the tokenizers' chat templates."""
 
+from typing import get_args
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from raytrain_adv.config.templates import Template
 from raytrain_adv.data.read.formats import Conversation, UnusableRow
 from raytrain_adv.data.tokens.render import renderer
 from raytrain_adv.data.tokens.templates import TEMPLATES, find_template
@@ -39,8 +42,8 @@ GEMMA_TURN = (
     "<start_of_turn>user\n{lead}Q{n}<end_of_turn>\n<start_of_turn>model\n[A{n}<end_of_turn>\n]"
 )
 PHI_TURN = "<|user|>\nQ{n}<|end|>\n<|assistant|>\n[A{n}<|end|>\n]"
-ALPACA_TURN = "### Instruction:\nQ{n}\n\n### Response:\n[A{n}</s>\n\n]"
-DEFAULT_TURN = "Human: Q{n}</s>\nAssistant:[A{n}</s>\n]"
+ALPACA_TURN = "### Instruction:\nQ{n}\n\n### Response:\n[A{n}</s>]\n\n"
+DEFAULT_TURN = "Human: Q{n}</s>\nAssistant:[A{n}</s>]\n"
 
 
 def turns(form: str, lead: str = "") -> str:
@@ -71,8 +74,8 @@ def pieces_of(tokenizer, name, messages):
     return renderer(tokenizer, name, None)(Conversation(messages))
 
 
-def test_every_template_has_its_expected_text():
-    assert set(EXPECTED) == set(TEMPLATES)
+def test_job_file_knows_every_template():
+    assert set(get_args(Template)) == set(TEMPLATES)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -177,9 +180,9 @@ def test_qwen_writes_function_calls_and_their_results(marked_tokenizer):
     assert "<tool_response>\nR\n</tool_response>" in pieces[2].text and not pieces[2].is_answer
 
 
-@pytest.mark.parametrize("name", ["alpaca", "phi", "default", "chatml"])
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma4"])
 def test_template_without_a_form_for_function_calls_refuses_the_row(name, marked_tokenizer):
-    with pytest.raises(UnusableRow, match=f"{name} has no form for function calls"):
+    with pytest.raises(UnusableRow, match=f"{name} has no form for tools and function calls"):
         pieces_of(marked_tokenizer, name, TOOL_CHAT)
 
 
@@ -237,10 +240,9 @@ def test_answers_are_found_where_only_the_newest_is_written_with_its_thoughts(ti
     assert answers(tokenizer, CHAT) == ["A1<|end|>\n", "<think></think>A2<|end|>\n"]
 
 
-def test_chat_template_that_rewrites_its_beginning_is_refused(tiny_tokenizer):
+def test_answers_are_found_where_more_messages_rewrite_the_beginning(tiny_tokenizer):
     counting = "{{ messages|length }}" + PREFIX_TEMPLATE
-    with pytest.raises(JobError, match="writes answers that cannot be separated"):
-        answers(with_template(tiny_tokenizer, counting), CHAT)
+    assert answers(with_template(tiny_tokenizer, counting), CHAT) == ["A1<|end|>\n", "A2<|end|>\n"]
 
 
 def test_row_that_the_chat_template_refuses_is_unusable_with_its_words(tiny_tokenizer):
