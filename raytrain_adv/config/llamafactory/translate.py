@@ -5,6 +5,7 @@ The tables apply only to keys that no section or transform owns.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, get_args
 
 from raytrain_adv.config.llamafactory import keys as tables
@@ -112,8 +113,10 @@ def _strategy(value: Any) -> Any:
 def _template(value: Any) -> Any:
     if not isinstance(value, str) or value in TEMPLATES:
         return value
-    fix = f"delete it: the tokenizer's own chat template is used; or give {', '.join(TEMPLATES)}"
-    return Problem(f"{show(value)}: this template is not in this version", fix)
+    near = get_close_matches(value, TEMPLATES, 3, 0.5)
+    fix = f"give the name of the model's family{': ' if near else ''}{', '.join(near)}"
+    fix += "; or delete it, if the tokenizer has a chat template of its own"
+    return Problem(f"{show(value)}: there is no such template", fix)
 
 
 def _dataset_dir(value: Any) -> Any:

@@ -144,7 +144,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "train_lora/qwen3vl_lora_sft": (
         LORA | PIXELS | {"template": "qwen3_vl_nothink"},
-        [*PIXELS, "template"],
+        PIXELS,
     ),
     "train_lora/mossvl_lora_sft": (
         LORA | PIXELS | {"video_fps": 1.0, "video_maxlen": 256, "template": "moss_vl"},
@@ -164,7 +164,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[str]]] = {
             "deepspeed": "examples/deepspeed/ds_z3_config.json",
             "template": "qwen3_vl_nothink",
         },
-        [*PIXELS, "deepspeed", "template"],
+        [*PIXELS, "deepspeed"],
     ),
     "train_qlora/llama3_lora_sft_aqlm": (LORA | {"template": "llama3"}, []),
     "train_qlora/qwen3_lora_sft_bnb_npu": (
@@ -268,11 +268,11 @@ EXAMPLES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "ascend/qwen3_full_sft_fsdp2": (
         FULL | {"flash_attn": "fa2", "use_v1_kernels": True, "template": "qwen3"},
-        ["use_v1_kernels", "template"],
+        ["use_v1_kernels"],
     ),
     "ktransformers/deepseek": (
         LORA | KT | {"template": "deepseek3"},
-        ["template", "use_kt", "kt_cpu_activation", "kt_config"],
+        ["use_kt", "kt_cpu_activation", "kt_config"],
     ),
     "megatron/qwen3_moe_full": (
         FULL | MEGATRON | {"lr_scheduler_type": "constant", "warmup_ratio": None},
