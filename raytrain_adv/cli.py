@@ -76,7 +76,6 @@ def _refuse(error: RaytrainAdvError) -> int:
 
 
 def _command_of(arguments: list[str]) -> click.Group:
-    """Return the group of commands; refuse a word that is not one of them."""
     if not arguments or arguments[0] == "help":
         arguments[:] = ["--help"]
     word = arguments[0]

@@ -170,7 +170,6 @@ def refuse_submitted(job_config: str | None) -> None:
 
 
 def _kind(key: str, value: Any) -> Kind | None:
-    """Return the kind of secret of one key with its scalar value."""
     text, name = str(value), key.rpartition(".")[2]
     if found := kind_of(key) or kind_of(text):
         return found

@@ -36,11 +36,9 @@ class Linear:
     """A matrix product of a layer."""
 
     fqn: str
-    in_width: float
-    """Input elements per token; of routed experts, summed over a token's active ones."""
+    in_width: float  # input elements per token; of routed experts, summed over the active ones
     out_width: float  # output elements, likewise
-    keeps_input: bool
-    """Whether its weight or an adapter on it is trained, so that backward needs the input."""
+    keeps_input: bool  # backward needs the input: its weight, or an adapter on it, is trained
     adapter_rank: int = 0
 
     @property

@@ -96,7 +96,6 @@ def advise(case: Case, gpu: Gpu) -> list[Advice]:
 
 
 def _smaller(case: Case, gpu: Gpu, total: float) -> list[Advice]:
-    """Return the single changes that make it fit, or else a combination that does."""
     changed = [Advice(keys, case.total(keys), why) for keys, why in _savings(case)]
     fitting = [a for a in changed if _fits(a.total, gpu)]
     if not fitting:
@@ -105,7 +104,6 @@ def _smaller(case: Case, gpu: Gpu, total: float) -> list[Advice]:
 
 
 def _savings(case: Case) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield changes that save memory, the cheapest first."""
     job, train = case.job, case.job.train
     rows = train.per_device_train_batch_size
     if not job.parallel.torch_compile:
@@ -127,7 +125,6 @@ def _savings(case: Case) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _checkpointing(job: JobConfig, mode: str) -> dict[str, Any]:
-    """Return the keys that set activation checkpointing, using the job's own keys."""
     if mode == "none" and job.parallel.gradient_checkpointing is None:
         return {"disable_gradient_checkpointing": True}
     if job.parallel.disable_gradient_checkpointing:

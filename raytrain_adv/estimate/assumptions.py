@@ -18,8 +18,7 @@ class Assumptions:
     """Into one GPU from the others of its node: 450 GB/s a direction by NVIDIA's H100 datasheet,
     80 % of it."""
     network_gb_s: float = 320  # into one node: eight ports of 400 Gb/s, 80 % of it
-    network_hop_us: float = 14
-    """From node to node in a ring: NCCL's own tuning table, network, ring, Simple protocol."""
+    network_hop_us: float = 14  # between nodes in a ring: NCCL's table, network, ring, Simple
     nvlink_hop_us: float = 3.4  # from GPU to GPU in a ring: the same table, NVLink
     storage_gb_s: float = 10  # out of and into the shared storage, all nodes together
     storage_node_gb_s: float = 3  # the same for one node: a port of 25 Gb/s

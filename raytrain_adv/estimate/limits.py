@@ -14,14 +14,12 @@ from raytrain_adv.estimate.assumptions import Assumptions
 from raytrain_adv.estimate.traffic import CheckpointCost, Times, Traffic
 from raytrain_adv.transforms.applied import Transforms
 
-HEAD_ROLES = ("gcs_server", "controller")
-"""Processes on the head with a connection to every worker; a raylet serves its own node only."""
+# Processes on the head with a connection to every worker; a raylet serves its own node only.
 # (base, per worker): lines fitted to measurements. Source: on_the_head in
 # jobs/benchmarks/results/start_up.json.
 HEAD_FILES = {"gcs_server": (66.0, 2.0), "controller": (53.0, 1.0)}  # open files by process
 HEAD_CPU_S = (2.752, 0.1175)  # CPU seconds of both for a run of a few reports
-HEAD_RSS_MIB = (247.958, 0.6583)
-"""Resident MiB of both; the controller of a real run has torch too, some 190 MiB."""
+HEAD_RSS_MIB = (247.958, 0.6583)  # resident, of both; a real controller has torch too: 190 MiB more
 
 MOST_WORKERS = 16384  # limits are searched up to this number
 LONG_LOAD_S = 600.0  # seconds of reading weights and checkpoint that count as a limit

@@ -21,8 +21,7 @@ from raytrain_adv.ops.loss.function import CHUNK_TOKENS
 from raytrain_adv.text import GIB
 
 REDUCE_BYTES = 4  # FSDP2 sums gradients in float32
-GATHERED_AHEAD = 2
-"""Layers whose parameters are whole at a time: the computing one and the prefetched one."""
+GATHERED_AHEAD = 2  # layers that are whole at a time: the computing and the prefetched one
 WORKSPACE_BYTES = 96 * 2**20  # cuBLAS and attention workspaces, rotary tables, token ids
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "gathered")
 RESERVE = 0.06  # share of a GPU's memory to leave free: CUDA context, NCCL buffers, fragmentation
@@ -54,8 +53,7 @@ class MemoryPrediction:
     parameters: float  # shard of one worker; also of gradients and optimizer states
     gradients: float
     optimizer: float
-    activations: float
-    """Activations kept for backward, and the temporaries of a layer's backward pass."""
+    activations: float  # kept for backward, and temporaries of a layer's backward pass
     logits: float  # logits, their gradient, and the loss's own copies
     gathered: float  # whole parameters and gradients of the layers FSDP2 is working on
     total: float  # the largest moment: less than the sum of the parts

@@ -20,10 +20,8 @@ from raytrain_adv.ops.loss.linear_cross_entropy import MOST_ROUNDINGS, chunk_tok
 from raytrain_adv.text import GIB
 
 BLOCK_OF_8BIT = 256
-STATE_BYTES_IN_8BIT = 1 + 4 / BLOCK_OF_8BIT
-"""torchao's 8-bit optimizer state: a byte per value and a float32 scale per block."""
-SMALLEST_IN_8BIT = 4096
-"""Parameters with fewer elements keep plain states in torchao's 8-bit optimizer."""
+STATE_BYTES_IN_8BIT = 1 + 4 / BLOCK_OF_8BIT  # torchao: a byte a value, a float32 scale a block
+SMALLEST_IN_8BIT = 4096  # parameters with fewer elements keep plain states in torchao's
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,7 @@ class States:
     parameters: float
     gradients: float
     optimizer: float
-    head_gradient: float
-    """Whole gradient of the head; likewise of the embedding, the same tensor if they are tied."""
+    head_gradient: float  # whole; likewise the embedding's, which is the same tensor if tied
     embedding_gradient: float
     layer_gradient: float  # whole gradient of one layer, in the dtype of backward
     root: float  # whole parameters outside the layers, in the compute dtype; 0 without FSDP2
@@ -93,8 +90,7 @@ class Passes:
     temporaries: float  # activation gradients in one layer's backward pass, and an unpacked weight
     logits: float  # logits, their gradient and the loss's copies, at most
     logits_gradient: float  # the gradient into the head's backward pass, or from the head's loss
-    logits_eval: float
-    """Logits and the loss's copies in an evaluation pass; 0 without held-out rows."""
+    logits_eval: float  # logits and the loss's copies in evaluation; 0 without held-out rows
     layer_eval: float  # a layer's input, output and inner activations in an evaluation pass
 
     @staticmethod

@@ -23,14 +23,12 @@ from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
 from raytrain_adv.transforms.applied import Transforms
 
 GB = 1e9
-COLLECTIVE_S = 8.4e-6
-"""Base latency of a collective. Source: NCCL's tuning table, base latency, ring, Simple."""
+COLLECTIVE_S = 8.4e-6  # base latency. Source: NCCL's tuning table, base latency, ring, Simple
 
 MFU = {"none": 0.574, "selective": 0.548, "full": 0.470}
 """gradient_checkpointing -> model FLOPs utilization on one H200, 8B shape, compiled, 8,192 tokens a
 pass. Source: jobs/benchmarks/results/llama3_8b_bf16.json."""
-EAGER_SPEED = 0.856
-"""Source: jobs/benchmarks/results/layer_kernels.json: 743 ms compiled, 868 ms not."""
+EAGER_SPEED = 0.856  # 743 ms compiled, 868 ms not: jobs/benchmarks/results/layer_kernels.json
 
 COPIED_B_S = 1.08e12
 """Bytes gathered and reduced per second of FSDP2's own copies of them: 8 % of the 8B shape's 742 ms
@@ -39,8 +37,7 @@ on one H200, of 64.2 GB. Source: model/parallel.py, needs_fsdp."""
 PART_BYTES = 1555
 """Bytes around each part of a tensor in a checkpoint's data files: torch.save's archive. Counted
 with torch 2.13."""
-ENTRY_BYTES = 265
-"""Bytes of each part in .metadata. Counted with torch 2.13; longer names take more."""
+ENTRY_BYTES = 265  # of each part in .metadata. Counted with torch 2.13; longer names take more
 SETTINGS = 24  # entries of the optimizer's settings, such as lr, of two groups of parameters
 
 
@@ -134,8 +131,7 @@ class Times:
 
     bandwidth: float  # bytes over the narrowest link they pass
     latency: float  # hops of all rings, one after another
-    compute: float | None
-    """Computation with FSDP2's copies of gathered and reduced bytes; None if no rate is known."""
+    compute: float | None  # FSDP2's copies of the bytes included; None if no rate is known
 
     @property
     def communication(self) -> float:
@@ -208,11 +204,9 @@ def compute_seconds(
 class CheckpointCost:
     """A checkpoint in bytes and seconds."""
 
-    total: float
-    """Bytes in storage: trained parameters and, unless disabled, the optimizer's states."""
+    total: float  # bytes in storage: trained parameters and, unless disabled, optimizer states
     per_rank: float  # bytes that each rank copies to host memory; each state is written by one copy
-    metadata: float
-    """Bytes of .metadata, written by rank 0 and read by every rank; part of the total."""
+    metadata: float  # bytes of .metadata in it, written by rank 0 and read by every rank
     staging: float  # seconds that training waits for the copy into host memory
     save: float  # seconds of the background write
     load: float  # seconds to read it into all shards of all copies

@@ -50,7 +50,6 @@ def planned(
 
 
 def _updated(report: RunReport, **changed: Any) -> RunReport:
-    """Return the report with some fields changed and validated."""
     return RunReport(**{**report.model_dump(), **changed})
 
 
@@ -173,7 +172,6 @@ def _ratio(mine: float | None, other: float | None) -> float | None:
 
 
 def _logged(report: RunReport, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the fields that the rows of metrics.jsonl decide."""
     found = variants(rows)
     faults = [str(row["message"]) for row in rows if row.get("event") == "fault"]
     losses = {

@@ -52,7 +52,6 @@ def _loss(train: list[Row], evals: list[Row], marks: tuple[Mark, ...]) -> Plot:
 
 
 def _against(report: RunReport) -> list[Plot]:
-    """Return this run's curves with those of the run named by compare_with."""
     other = report.baseline
     if other is None:
         return []

@@ -21,8 +21,7 @@ MEMORY_PARTS = (
     "parameters", "gradients", "optimizer", "activations", "logits", "gathered", "workspace",
 )  # fmt: skip
 KNOWN_DATA = frozenset({"train", "eval", "rows", "eval_rows"})
-Figure = tuple[str, object, str, str]
-"""Label, value, unit and a remark; without a value it is not shown."""
+Figure = tuple[str, object, str, str]  # label, value, unit, remark; not shown without a value
 
 
 def write_html(report: RunReport, output_dir: str | Path, plots: bool = True) -> Path:
@@ -148,7 +147,6 @@ def _baseline(report: RunReport) -> list[tuple[str, str]]:
 
 
 def _set_lines(numbers: Mapping[str, Any], rows: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the counts of one data set; what is not known is left out."""
     counts = [
         ("rows read", rows.get("read")),
         ("rows used", rows.get("used")),

@@ -62,8 +62,7 @@ class Series:
     name: str
     points: Sequence[Xy]
     color: Literal[1, 2]  # number of the color in the page's palette
-    style: Literal["line", "faint", "dots", "points"] = "line"
-    """dots are joined by a thin line, points are not."""
+    style: Literal["line", "faint", "dots", "points"] = "line"  # dots are joined by a thin line
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,6 @@ def thinned(points: Sequence[Xy], limit: int = MAX_POINTS) -> list[Xy]:
 
 
 def _drawable(plot: Plot) -> list[Series]:
-    """Return the series that have finite points, thinned."""
     found = []
     for one in plot.series:
         points = [(x, y) for x, y in one.points if math.isfinite(x) and math.isfinite(y)]
@@ -205,7 +203,6 @@ def _lines(axes: Axes, plot: Plot) -> None:
 
 
 def _scale(axes: Axes, plot: Plot, series: list[Series], narrow: bool) -> None:
-    """Set both axes' range, ticks and whether they are logarithmic."""
     from matplotlib.ticker import MaxNLocator
 
     low, high, is_log = _x_range(plot, series)

@@ -105,7 +105,6 @@ def _bars(report: SweepReport, key: str) -> list[tuple[str, float, str]]:
 
 
 def _best_of_each(report: SweepReport, trials: Sequence[TrialReport], key: str) -> dict[str, float]:
-    """Return the best metric of each value that these trials have for the key."""
     pick = min if report.mode == "min" else max
     best: dict[str, float] = {}
     for trial in trials:
@@ -119,7 +118,6 @@ def _measured(report: SweepReport) -> list[TrialReport]:
 
 
 def _points(report: SweepReport, key: str) -> list[Xy]:
-    """Return (value of the key, metric) of each trial where the value is a number."""
     numbers = [(_number(trial, key), trial.metric) for trial in _measured(report)]
     return sorted((x, y) for x, y in numbers if x is not None and y is not None)
 

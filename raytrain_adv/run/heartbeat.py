@@ -32,8 +32,7 @@ class Heartbeat:
 
     thread: int = field(default_factory=threading.get_ident)  # the training thread
     step: int = 0
-    _since: float | None = None
-    """When the last step ended, on time.monotonic's clock; None while time does not count."""
+    _since: float | None = None  # time.monotonic of the last step's end; None: time does not count
 
     def step_done(self) -> None:
         """Count a finished step."""

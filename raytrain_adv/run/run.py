@@ -22,8 +22,7 @@ from raytrain_adv.storage.storage import Storage
 
 T = TypeVar("T")
 
-REPORT_EVERY_S = 2.0
-"""Seconds between reports: Ray Train blocks each until it took the last one, 0.5 to 2 s (2.60)."""
+REPORT_EVERY_S = 2.0  # Ray Train blocks each report until it took the last one, 0.5 to 2 s (2.60)
 
 
 class Reporter(Protocol):
@@ -59,8 +58,7 @@ class Run:
     """One attempt at a job, as one rank sees it."""
 
     device: torch.device
-    storage: Storage
-    """Root of this job's checkpoints: attempts are folders in it, checkpoints folders in those."""
+    storage: Storage  # this job's checkpoints: a folder of attempts, which are folders of them
     attempt: str  # folder name of this attempt
     reporter: Reporter
     cpu_group: dist.ProcessGroup | None = None
@@ -70,12 +68,9 @@ class Run:
     timeline: dict[str, float] = field(default_factory=dict)  # seconds spent per phase, in order
     metrics: MetricsFile | None = None
     trackers: Trackers | None = None
-    heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    """Progress of the training thread, which made this."""
-    _early: list[dict[str, Any]] = field(default_factory=list)
-    """Rows from before the file was opened."""
-    reported_at: float = 0.0
-    """When metrics were last handed to the reporter, on the clock of time.monotonic."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)  # of the training thread, which made it
+    _early: list[dict[str, Any]] = field(default_factory=list)  # rows from before the file
+    reported_at: float = 0.0  # time.monotonic of the last metrics handed to the reporter
 
     @property
     def rank(self) -> int:

@@ -25,8 +25,7 @@ class Arithmetic:
     save_every: int  # steps between two checkpoints where save_strategy is steps, else 0
     eval_strategy: Strategy  # when the held-out rows are evaluated
     eval_every: int  # steps between two evaluations where eval_strategy is steps, else 0
-    filled_sequences: int
-    """Sequences of the next epoch that complete the last batch; 0 where max_steps counts."""
+    filled_sequences: int  # of the next epoch, to complete the last batch; 0 if max_steps counts
 
     @property
     def steps_per_epoch(self) -> int:

@@ -29,8 +29,7 @@ FOLDER = "trackers"  # folder in output_dir for what trackers write
 STATE_FILE = "runs.json"
 CLOSE_TIMEOUT_S = 60.0
 NOT_METRICS = frozenset({"kind", "step", "time", "non_finite"})
-Emit = Callable[[str, str], None]
-"""Takes an event's slug and its sentence, as MetricsFile.event does."""
+Emit = Callable[[str, str], None]  # takes an event's slug and sentence, as MetricsFile.event
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,7 @@ class Tracker(ABC):
     """One run in one tracker."""
 
     name: ClassVar[str]
-    packages: ClassVar[tuple[str, ...]]
-    """Modules of which any one is needed; the first one installed is used."""
+    packages: ClassVar[tuple[str, ...]]  # modules of which the first one installed is used
     advice: ClassVar[str]  # what to do when it cannot be opened
     error: ClassVar[str] = ""  # its own exception, by its path in the module
     run_id: str = ""
@@ -73,8 +71,6 @@ class Tracker(ABC):
 
 
 class _TensorBoard(Tracker):
-    """TensorBoard event files in output_dir/trackers/tensorboard."""
-
     name = "tensorboard"
     packages = ("tensorboardX", "torch.utils.tensorboard")
     advice = "check that output_dir can be written to"

@@ -118,7 +118,6 @@ def _scalar(key: str, value: object) -> Scalar:
 
 
 def _rows_to_keep(path: Path, resume_step: int | None) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows that a run resumed at the step keeps, and how many later ones it drops."""
     if resume_step is None:
         return [], 0
     rows = read(path)

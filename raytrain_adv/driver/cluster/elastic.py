@@ -30,8 +30,7 @@ class BatchPreservingPolicy(ElasticScalingPolicy):  # type: ignore[misc] # ray i
         super().__init__(config)
         self._placement = placement
         self._strategy = strategy
-        self._own: Counter[str] = Counter()
-        """Node id -> this run's workers on it: not free, but available to the next start."""
+        self._own: Counter[str] = Counter()  # node id -> this run's workers: free at the next start
 
     def before_controller_execute_resize_decision(self, decision: Any) -> None:
         """Forget the current workers: they have ended when the next ones are counted."""
@@ -57,7 +56,6 @@ class BatchPreservingPolicy(ElasticScalingPolicy):  # type: ignore[misc] # ray i
         return {}
 
     def _count_possible_workers(self, reserved_resources: Mapping[str, Any]) -> int:
-        """Return the largest allowed number of workers that fits; 0 if none does."""
         return largest_fitting(self._free(), self._placement, self._strategy)
 
     def _free(self) -> list[Node]:

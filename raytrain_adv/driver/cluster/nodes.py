@@ -51,10 +51,8 @@ class Placement:
     started_here: bool  # whether this driver started the cluster
     note: str  # the request in a sentence, for the console
     avoided: tuple[str, ...] = ()  # ids of the nodes that preflight excluded
-    avoided_accelerators: tuple[str, ...] = ()
-    """Ray's accelerator types that an autoscaler must not start for this job."""
-    numbers: tuple[int, ...] = ()
-    """The allowed numbers of workers, ascending; empty if the number is fixed."""
+    avoided_accelerators: tuple[str, ...] = ()  # types that an autoscaler must not start for this
+    numbers: tuple[int, ...] = ()  # the allowed numbers of workers, ascending; empty if fixed
     versions: Mapping[str, str | None] = field(default_factory=dict)
     """Package -> version on the nodes that preflight accepted; each worker compares its own."""
 

@@ -33,8 +33,7 @@ ROUNDS = 4  # a repair may cause a finding: a snapshot names the checkpoint that
 ROWS_LOST = "rows_lost"  # the event that records which steps have no row
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 MISSING = "it is missing"
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's state of an attempt (ray 2.60). Ray writes it in place: a kill may truncate it."""
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's state (2.60), which a kill may truncate
 WRAP = textwrap.TextWrapper(100, subsequent_indent=" " * 11, break_on_hyphens=False)
 WRAP.break_long_words = False  # a path stays whole, which rich does not do
 ASIDE = "set-aside"
@@ -363,7 +362,6 @@ def _require_run(folder: Path) -> None:
 
 
 def _taken(root: Storage, name: str, what: str, means: str, fix: str = "set aside") -> Finding:
-    """Return the finding of a file or folder below `root` that the repair sets aside."""
     return Finding(root.path(name), what, means, fix, partial(SetAside.take, root=root, name=name))
 
 

@@ -82,7 +82,6 @@ def run(
 
 
 def _refuse_other_keys(given: list[str]) -> None:
-    """Refuse keys that do not affect how a model is quantized."""
     allowed = {*Qat.model_fields, "trust_remote_code"} - MEANINGLESS
     fix = f"leave it out; there are {', '.join(sorted(allowed))}"
     problems = [
@@ -194,7 +193,6 @@ def _not_mergeable(found: str) -> JobError:
 def _merge_run(
     folder: Path, stored: Mapping[str, Any], checkpoint_name: str, output: str, given: list[str]
 ) -> None:
-    """Write a checkpoint's adapter and its base as one model."""
     if given:
         raise _not_mergeable(f"{', '.join(given)}: a merged model is not quantized")
     job = _job_of(folder, stored, [])
@@ -252,7 +250,6 @@ def _job_of(folder: Path, stored: Mapping[str, Any], given: list[str]) -> JobCon
 def _export_run(
     folder: Path, stored: Mapping[str, Any], checkpoint_name: str, output: str, given: list[str]
 ) -> None:
-    """Write a checkpoint's model, and the quantized one if the run's keys or these ask for it."""
     job = _job_of(folder, stored, given)
     found = _checkpoint(job, checkpoint_name)
     step = found.progress.step
@@ -326,7 +323,6 @@ def _needs_gpu(job: JobConfig) -> bool:
 
 
 def _tokens(model: PreTrainedModel) -> torch.Tensor:
-    """Return token ids to compare the quantized model on, any that the model knows."""
     config: Any = model.config.get_text_config()
     number = min(MOST_TOKENS, getattr(config, "max_position_embeddings", MOST_TOKENS))
     generator = torch.Generator().manual_seed(0)

@@ -123,7 +123,6 @@ def _table(runs: Sequence[Run]) -> str:
 
 
 def _of_folder(folder: Path) -> Iterator[str]:
-    """Yield what a run's own files show."""
     found = written(folder)
     if found is None:
         yield f"{folder}: cannot be read from here"
@@ -141,7 +140,6 @@ def _of_folder(folder: Path) -> Iterator[str]:
 
 
 def _details(run: Run, files: bool) -> Iterator[str]:
-    """Yield all about a run: what it has written, its attempts, workers and logs."""
     yield f"{run.name}: {run.status}, in Ray {run.entry['name']}"
     yield from _detail(run.entry, "  ")
     if run.output_dir is not None and files:

@@ -27,12 +27,9 @@ from raytrain_adv.transforms.hub_kernels import HubKernels
 RUN_FILE = "run.json"
 SWEEP_FILE = "sweep.json"
 LOCK = ".lock"
-ASIDE = f".{locks.FILE_NAME}.replaced"
-"""Name of the old run's lock file while the new one's kernels are pinned."""
-RAYS_COPIES = "/runtime_resources/working_dir_files/"
-"""Where Ray unpacks the working directory of a submitted job (ray 2.60)."""
-OWNER = "owner.json"
-"""In storage outside of output_dir: names the output_dir of the checkpoints there."""
+ASIDE = f".{locks.FILE_NAME}.replaced"  # the old run's lock file while new kernels are pinned
+RAYS_COPIES = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's folder (2.60)
+OWNER = "owner.json"  # in storage outside of output_dir: the output_dir of the checkpoints there
 ENDED = {"failed": "has failed part of the way", "stopped": "was stopped part of the way"}
 Record = Mapping[str, Any]  # of run.json
 MODELS = ("model", *(f"model-{kind.converts}" for kind in transform_types() if kind.converts))

@@ -18,8 +18,7 @@ from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 
 Say = Callable[[str], None]
 
-COUNTED = 20_000
-"""Datasets of up to this many rows are tokenized for the plan, into the run's cache."""
+COUNTED = 20_000  # datasets of at most these rows are tokenized for a plan, into the run's cache
 SAMPLE = 2_000  # first rows of a larger dataset, from which its size is estimated
 
 
@@ -68,7 +67,6 @@ def measure(job: JobConfig, say: Say) -> DataSummary:
 
 
 def _estimated_rows(entry: Entry, job: JobConfig) -> int:
-    """Estimate a dataset's rows from the share of it that its first rows take."""
     if entry.num_samples is not None:
         rows = entry.num_samples
     else:
@@ -85,7 +83,6 @@ def _is_cached(job: JobConfig, entries: list[Entry]) -> bool:
 
 
 def _sample(job: JobConfig, name: str, folder: str) -> DataSummary:
-    """Prepare the first rows of one dataset, in a separate cache."""
     keys = {
         "dataset": [name],
         "eval_dataset": None,
@@ -126,7 +123,6 @@ def _join(parts: list[DataSummary]) -> DataSummary:
 
 
 def _split(job: JobConfig, whole: DataSummary) -> DataSummary:
-    """Subtract the held-out rows from an estimate."""
     size = job.data.val_size
     held = (int(size) if size >= 1 else round(whole.num_rows * size)) / whole.num_rows
     num_held_out = round(whole.num_sequences * held)

@@ -24,8 +24,7 @@ from raytrain_adv.text import GIB
 
 SCRIPT = Path(probe_script.__file__)
 SCRIPT_TIMEOUT_S = 20.0  # limit for a GPU driver that hangs
-NODE_TIMEOUT_S = 60.0
-"""Time for a node to unpack the job's working_dir, start a process, and answer."""
+NODE_TIMEOUT_S = 60.0  # time for a node to unpack the job's working_dir, start a process, answer
 
 # Compute capability -> Ray's accelerator types of it, with their smallest memory in GiB.
 # Source: NVIDIA's datasheets and its list of CUDA GPUs.
@@ -63,8 +62,7 @@ class Reading:
     num_cores: int = 0
     host_memory_bytes: int = 0
     host_free_bytes: int = 0  # available host memory at the time of the probe; 0 if unknown
-    versions: Mapping[str, str | None] = field(default_factory=dict)
-    """Package -> version; None if it is not installed."""
+    versions: Mapping[str, str | None] = field(default_factory=dict)  # None: it is not installed
     code: str | None = None  # hash of raytrain_adv's code: two commits may share a version
     is_declared: bool = False
 
@@ -107,8 +105,7 @@ def declared_reading(accelerator: str, num_gpus: int) -> Reading | None:
     return Reading(gpus=gpus, versions=package_versions(), is_declared=True)
 
 
-Read = Callable[[Sequence[Node]], Mapping[str, Reading | str]]
-"""Nodes -> by node id, its reading, or the reason why there is none."""
+Read = Callable[[Sequence[Node]], Mapping[str, Reading | str]]  # node id -> reading, or why not
 
 
 def read_nodes(

@@ -101,7 +101,6 @@ def _free_gib(gpus: Sequence[GpuReading]) -> float:
 
 
 def _versions(verdicts: Sequence[Verdict]) -> list[str]:
-    """Return a line for each set of decisive versions, with the nodes that have it."""
     nodes: dict[str, list[str]] = {}
     for verdict in verdicts:
         if verdict.probed is not None:

@@ -37,8 +37,7 @@ class Verdict:
     """What was found on a node, and whether the job can run there."""
 
     node: Node
-    reading: Reading | None
-    """None if the node did not answer, or is not started yet and names no known GPU."""
+    reading: Reading | None  # None without an answer, or if not started and of no known GPU
     workers: int  # workers that fit on it, used or not
     refusal: str = ""  # the violated rule in a line; empty if there is none
     found: str = ""
@@ -144,7 +143,6 @@ def judge(
 
 
 def _refuse_unusable(placement: Placement, node: Node, reading: Reading) -> None:
-    """Raise ClusterError if no job with this placement can run on a node."""
     if reading.is_declared:
         return
     if names := " and ".join(name for name in NEEDED if reading.versions.get(name) is None):

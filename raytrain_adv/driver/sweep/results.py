@@ -37,8 +37,7 @@ class Results:
         self._sweep = sweep
         self._replaced = replaced
         self._trials = {t.name: t for t in sweep.trials}
-        self._died: dict[str, str] = {}
-        """Trial -> why its process died, if it wrote no report of its end."""
+        self._died: dict[str, str] = {}  # trial -> why its process died without a report of it
         self._begun: set[str] = set()
         self.report = SweepReport(
             status="running",
@@ -115,7 +114,6 @@ class Results:
         return f"{self.report.metric} {figure(self.report.metric, value)}"
 
     def _read(self, name: str) -> TrialReport:
-        """Return a trial's state from the report in its folder."""
         trial = self._trials[name]
         folder = trial.job.output.output_dir
         is_there = (Path(folder) / record.FILE_NAME).exists() and not self._replaced.is_there
@@ -132,7 +130,6 @@ class Results:
         return one.model_copy(update=update)
 
     def _delete_models(self) -> None:
-        """Delete models and checkpoints of ended trials other than the best."""
         best = self.best
         for one in self.report.trials:
             if one.status in ("done", "stopped") and best is not None and one.name != best.name:
@@ -142,7 +139,6 @@ class Results:
                 self._write(trial=one.model_copy(update={"model_dir": None}))
 
     def _write(self, trial: TrialReport | None = None, **update: object) -> None:
-        """Update the report, with a trial's own, and write it."""
         if trial is not None:
             named = {t.name: t for t in self.report.trials} | {trial.name: trial}
             update["trials"] = tuple(named.values())
@@ -151,7 +147,6 @@ class Results:
         write_html(self.report, self._job.output.output_dir)
 
     def _best_job(self, best: TrialReport) -> str:
-        """Return the best trial's job file: the sweep's keys with the trial's values."""
         first, own = self._job.given(), self._trials[best.name].job.given()
         keys = {k: v for k, v in own.items() if k not in SET_BY_THE_SWEEP}
         keys |= {k: v for k, v in first.items() if k in SET_BY_THE_SWEEP}

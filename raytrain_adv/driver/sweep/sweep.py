@@ -141,7 +141,6 @@ def open_folder(job: JobConfig, folder: Path) -> Replaced:
 
 
 def _refuse_other_jobs(trials: Sequence[Trial]) -> None:
-    """Raise if a trial's folder has a run with other values of keys that are not swept."""
     for trial in trials:
         folder = trial.job.output.output_dir
         record = Storage.at(folder).read_json(output_dir.RUN_FILE)
@@ -306,7 +305,6 @@ def find_room(trials: Sequence[Trial], started_here: bool, read: Read) -> Room:
 
 
 def _request(job: JobConfig) -> str:
-    """Return everything in a job that decides where it can run."""
     ray = {k: v for k, v in job.ray.model_dump().items() if k != "ray_run_name"}
     transforms = [t.model_dump() for t in job.transforms]
     return json.dumps([ray, job.parallel.use_cpu, transforms], default=str, sort_keys=True)

@@ -52,7 +52,6 @@ def run_trial(config: Mapping[str, str], jobs: Mapping[str, JobConfig], cwd: str
 
 
 def _run(job: JobConfig, folder: Path, errors: list[BaseException]) -> None:
-    """Run the job; append the error that ends it to `errors`."""
     with (folder / CONSOLE_FILE).open("a", encoding="utf-8") as log, redirect_stdout(log):
         try:
             trainer.run(job)

@@ -154,7 +154,6 @@ class Console:
             self._update()
 
     def _update(self, closing: bool = False) -> None:
-        """Read new rows and show them."""
         if self._stopped:
             return
         try:
@@ -263,7 +262,6 @@ def _bar(progress: Progress, width: int) -> RenderableType:
 
 
 def _cells(row: Row, progress: Progress) -> dict[str, str]:
-    """Return a row's cells by the head of their column."""
     step, loss = of_total(row["step"], progress.total_steps), text.loss(value(row, "loss"))
     if row["kind"] == "eval":
         return dict.fromkeys(HEADS, "") | {

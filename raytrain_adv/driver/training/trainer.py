@@ -134,7 +134,6 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
 
 
 def _finish(job: JobConfig, place: Output, report: RunReport) -> None:
-    """Write the run's report, and how it ended."""
     record.write(report, place.folder)
     write_html(report, place.folder, plots=job.output.plot_loss)
     place.note(job, report.status, place.number)

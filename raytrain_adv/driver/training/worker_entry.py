@@ -38,8 +38,7 @@ LAST_FRAMES = 3  # innermost frames of a worker's traceback that its error carri
 class RayReporter:
     """Reports metrics and checkpoints to Ray Train, and metrics to Prometheus."""
 
-    exported: RunMetrics | None = None
-    """This rank's Prometheus metrics, once the number of restarts is known."""
+    exported: RunMetrics | None = None  # this rank's, once the number of restarts is known
 
     def __init__(self, folder: Path) -> None:
         self.stop_requested = StopRequest(folder).is_set

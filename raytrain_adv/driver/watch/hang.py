@@ -52,8 +52,7 @@ class HangWatch(WorkerGroupCallback):  # type: ignore[misc] # ray is Any to mypy
         self.ask_every_s = max(min(timeout_s / 4, ASK_EVERY_S), 0.5)
         self._workers: list[Worker] = []
         self._asked_at = 0.0
-        self._open: dict[int, tuple[ObjectRef, float]] = {}
-        """Rank -> its unanswered request, and when it was sent."""
+        self._open: dict[int, tuple[ObjectRef, float]] = {}  # rank -> unanswered request, sent when
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
         """Watch these workers."""
@@ -85,7 +84,6 @@ class HangWatch(WorkerGroupCallback):  # type: ignore[misc] # ray is Any to mypy
                 ray.kill(self._workers[rank].actor)
 
     def _collect_answers(self) -> dict[int, Pulse]:
-        """Return the answers that have arrived since the last call."""
         refs = {ref: rank for rank, (ref, _) in self._open.items()}
         done, _ = ray.wait([*refs], num_returns=len(refs), timeout=0) if refs else ([], [])
         pulses = {}
