@@ -125,5 +125,7 @@ def first_line(error: object) -> str:
 
 def as_yaml(value: Any) -> str:
     """Return a value on one line, as a job file would have it: null, true, [1, 2], a string."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
     return text.strip().removesuffix("...").strip()

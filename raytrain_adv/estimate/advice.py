@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from raytrain_adv.config.job import JobConfig, numbers
 from raytrain_adv.estimate.memory import RESERVE, MemoryPrediction, predict
 from raytrain_adv.model.parallel import checkpointing_mode
+from raytrain_adv.text import as_yaml
 from raytrain_adv.transforms.lora import Lora
 
 MOST_WORKERS = 1024
@@ -45,7 +46,7 @@ class Advice:
 
     def sentence(self) -> str:
         """Return the change as in a job file, and its effect."""
-        changes = ", ".join(f"{key}: {written(value)}" for key, value in self.keys.items())
+        changes = ", ".join(f"{key}: {as_yaml(value)}" for key, value in self.keys.items())
         return f"{changes}  ->  {self.total:.1f} GiB ({self.why})"
 
 
@@ -160,13 +161,3 @@ def _more_workers(case: Case, gpu: Gpu) -> list[Advice]:
 
 def _fits(total: float, gpu: Gpu) -> bool:
     return total <= gpu.memory_gib * (1 - RESERVE)
-
-
-def written(value: Any) -> str:
-    """Return a value as in YAML, on one line."""
-    if isinstance(value, bool) or value is None:
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, list | tuple):
-        items = ", ".join(map(written, value))
-        return f"[{items}]" if all(isinstance(one, int) for one in value) else items
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)

@@ -41,6 +41,7 @@ RAY_SETTINGS = {
 LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # For a run whose number of workers may change: the nodes were free when the number was chosen.
 ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
+FIX = "check RAY_ADDRESS and ray_init_kwargs; remove both to start Ray on this machine"
 CONNECT_TIMEOUT_S = 5.0
 
 
@@ -77,10 +78,7 @@ def connect(job: JobConfig | None) -> bool:
 def _cannot_connect(address: str, error: Exception) -> ClusterError:
     is_local = address == "local"
     what = "Ray cannot be started here" if is_local else "The Ray cluster cannot be joined"
-    fix = (
-        "check RAY_ADDRESS and ray_init_kwargs; remove both to start Ray on this machine; "
-        "if the cluster requires a token, set RAY_AUTH_MODE=token"
-    )
+    fix = f"{FIX}; if the cluster requires a token, set RAY_AUTH_MODE=token"
     if is_local and "timed out" in str(error):
         fix += "; the machine may be overloaded: try again"
     found = f"address: {address}; {type(error).__name__}: {first_line(error)}"
@@ -150,12 +148,8 @@ def require_answer(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
-        fix = (
-            "check RAY_ADDRESS and ray_init_kwargs, and that the head node runs; remove both to "
-            "start Ray on this machine"
-        )
-        found = f"address: {address}; {error}"
-        raise ClusterError("The Ray cluster does not answer", found, fix) from error
+        what, found = "The Ray cluster does not answer", f"address: {address}; {error}"
+        raise ClusterError(what, found, f"check that the head node runs; {FIX}") from error
 
 
 def describe_dashboard() -> str:

@@ -59,11 +59,8 @@ def measure(job: JobConfig, say: Say) -> DataSummary:
     names = job.data.dataset or []
     names = [n.strip() for n in names.split(",")] if isinstance(names, str) else names
     with tempfile.TemporaryDirectory() as folder:
-        parts = [
-            _scale(_sample(job, name, folder), rows)
-            for name, rows in zip(names, num_rows, strict=True)
-        ]
-    return _split(job, _join(parts))
+        samples = [_sample(job, name, folder) for name in names]
+    return _split(job, _join(samples, num_rows))
 
 
 def _estimated_rows(entry: Entry, job: JobConfig) -> int:
@@ -95,11 +92,6 @@ def _sample(job: JobConfig, name: str, folder: str) -> DataSummary:
     return summarize(prepare(small, lambda sentence: None))
 
 
-def _scale(sample: DataSummary, num_rows: int) -> DataSummary:
-    scaled = _times(sample, num_rows / sample.num_rows)
-    return dataclasses.replace(scaled, num_rows=num_rows, estimated_from=sample.num_rows)
-
-
 def _times(data: DataSummary, factor: float) -> DataSummary:
     return dataclasses.replace(
         data,
@@ -109,16 +101,17 @@ def _times(data: DataSummary, factor: float) -> DataSummary:
     )
 
 
-def _join(parts: list[DataSummary]) -> DataSummary:
+def _join(samples: list[DataSummary], num_rows: list[int]) -> DataSummary:
+    parts = [_times(s, rows / s.num_rows) for s, rows in zip(samples, num_rows, strict=True)]
     filled = [p.packing_efficiency for p in parts if p.packing_efficiency is not None]
     return DataSummary(
-        num_rows=sum(p.num_rows for p in parts),
+        num_rows=sum(num_rows),
         num_sequences=sum(p.num_sequences for p in parts),
         num_tokens=sum(p.num_tokens for p in parts),
         longest=max(p.longest for p in parts),
         num_held_out=0,
         packing_efficiency=sum(filled) / len(filled) if filled else None,
-        estimated_from=sum(p.estimated_from for p in parts),
+        estimated_from=sum(s.num_rows for s in samples),
     )
 
 

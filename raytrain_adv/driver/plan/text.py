@@ -13,13 +13,13 @@ from rich.text import Text
 
 from raytrain_adv import tables
 from raytrain_adv.config.sweep import METRICS, NEVER, SWITCH, Sweep, SweepOptions
-from raytrain_adv.estimate.advice import Gpu, written
+from raytrain_adv.estimate.advice import Gpu
 from raytrain_adv.estimate.limits import MOST_WORKERS, Limit, Scale
 from raytrain_adv.estimate.memory import PARTS
 from raytrain_adv.estimate.traffic import GB, Traffic
 from raytrain_adv.report.parts import fold_names
 from raytrain_adv.report.sweep_html import written as swept
-from raytrain_adv.text import plural
+from raytrain_adv.text import as_yaml, plural
 from raytrain_adv.transforms.transform import Plan
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _job_views(plan: RunPlan, verbose: bool) -> Iterator[RenderableType]:
         for key, field in type(section).model_fields.items():
             default: Any = field.get_default(call_default_factory=True)
             is_default = not field.is_required() and values[key] == default
-            (same if is_default else changed)[key] = written(values[key])
+            (same if is_default else changed)[key] = as_yaml(values[key])
     yield tables.pairs(changed.items())
     if verbose:
         yield Text("at their defaults:", style="dim")

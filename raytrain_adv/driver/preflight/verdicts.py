@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from raytrain_adv import probe_script
 from raytrain_adv.config.job import JobConfig
@@ -17,19 +16,13 @@ from raytrain_adv.driver.preflight.probe import Read, Reading, declared_reading,
 from raytrain_adv.errors import ClusterError, RaytrainAdvError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.text import first_line
+from raytrain_adv.transforms.transform import Transform
 
 NEEDED = ("raytrain_adv", "torch", "transformers")  # packages that every worker needs
 NO_ROOM = "has no room for a worker"
 DIFFERS = "Versions differ between the nodes"
 
 own_package = functools.cache(probe_script.own_package)  # reads every file: once, not for each node
-
-
-class Rule(Protocol):
-    """A transform's requirements of a node."""
-
-    def check(self, facts: HardwareFacts) -> None:
-        """Raise if the node does not meet them."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,9 @@ class Preflight:
         return min(found, key=lambda facts: facts.device_memory_bytes, default=None)
 
 
-def check_nodes(placement: Placement, rules: Sequence[Rule], read: Read = read_nodes) -> Preflight:
+def check_nodes(
+    placement: Placement, rules: Sequence[Transform], read: Read = read_nodes
+) -> Preflight:
     """Probe and judge every alive node; judge those not started yet by what they declare."""
     alive, start = cluster.alive_nodes(), time.perf_counter()
     answers = read(alive)
@@ -119,7 +114,7 @@ def compare_versions(verdicts: Sequence[Verdict], use_gpu: bool, seconds: float 
 
 
 def judge(
-    placement: Placement, rules: Sequence[Rule], node: Node, answer: Reading | str | None
+    placement: Placement, rules: Sequence[Transform], node: Node, answer: Reading | str | None
 ) -> Verdict:
     """Return the verdict on a node; `answer` is why it did not answer, None if nothing is known."""
     workers = node.num_fitting(placement.bundle)

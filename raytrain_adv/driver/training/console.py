@@ -50,10 +50,6 @@ class Progress:
     """Time and step of the last train rows of this start of the workers."""
     step_s: float | None = None
 
-    def begin_phase(self, name: str) -> None:
-        """Note the phase that the run is now in."""
-        self.phase, self.phase_started = name, time.time()
-
     def take(self, row: Row) -> Row:
         """Add one row of metrics.jsonl; return it, a train row with its `wait_share`."""
         if row["kind"] == "event":
@@ -89,7 +85,7 @@ class Progress:
                 self.step = row.get("step") or 0
                 self.pace.clear()
             case "phase":
-                self.begin_phase(str(row.get("message")))
+                self.phase, self.phase_started = str(row.get("message")), time.time()
 
 
 class Console:
@@ -97,20 +93,15 @@ class Console:
 
     A thread follows output_dir/metrics.jsonl, which rank 0 writes on storage that the driver
     shares. The view never stops the run: its own error is printed once, and training continues. If
-    `stream`, by default stdout, is a terminal, it gets the table, anything else lines. An event
-    `plan` brings `total_steps` if it is not known yet.
+    `stream`, by default stdout, is a terminal, it gets the table, anything else lines.
     """
 
     def __init__(
-        self,
-        output_dir: str | Path,
-        total_steps: int | None = None,
-        stream: TextIO | None = None,
-        poll_s: float = 0.5,
+        self, output_dir: str | Path, stream: TextIO | None = None, poll_s: float = 0.5
     ) -> None:
         self._stream = stream or sys.stdout
         self._poll_s = poll_s
-        self._progress = Progress(total_steps=total_steps)
+        self._progress = Progress()
         self._file = FollowedFile(Path(output_dir) / FILE_NAME)
         self._lock = threading.RLock()
         self._finished = threading.Event()
@@ -142,12 +133,6 @@ class Console:
         """Print a message, above the table if there is one."""
         with self._lock:
             self._print(message)
-
-    def phase(self, name: str) -> None:
-        """Print what the run does now; the view shows it, and for how long, until the next one."""
-        with self._lock:
-            self._progress.begin_phase(name)
-            self._print(name, style="dim", stamped=True)
 
     def _follow(self) -> None:
         while not self._finished.wait(self._poll_s):

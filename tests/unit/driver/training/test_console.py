@@ -56,7 +56,7 @@ from raytrain_adv.storage.metrics_file import MetricsFile
 folder, ending = sys.argv[1:]
 file = MetricsFile(folder + "/metrics.jsonl", None)
 with Console(folder, poll_s=0.02) as console:
-    console.phase("starting Ray")
+    file.event("phase", "starting Ray")
     file.event("plan", "The run in numbers.", total_steps=200)
     for step in range(10, 210, 10):
         file.append({"kind": "train", "step": step, "loss": 400 / step, "step_s": 0.01})
@@ -113,7 +113,9 @@ def logged(tmp_path, *, total_steps=None, rows=()):
     """Return what a Console writes into a log while the rows come."""
     stream = io.StringIO()
     file = MetricsFile(tmp_path / "metrics.jsonl", None)
-    with Console(tmp_path, total_steps, stream, poll_s=0.01):
+    with Console(tmp_path, stream, poll_s=0.01):
+        if total_steps is not None:
+            file.event("plan", "The run in numbers.", total_steps=total_steps)
         for row in rows:
             file.append(row)
     return stream.getvalue()
@@ -165,7 +167,7 @@ def test_rows_of_before_are_not_shown_again(tmp_path):
     with MetricsFile(tmp_path / "metrics.jsonl", None) as file:
         file.append({**ROW, "step": 1})
     stream = io.StringIO()
-    console = Console(tmp_path, None, stream, poll_s=0.01)
+    console = Console(tmp_path, stream, poll_s=0.01)
     with console, MetricsFile(tmp_path / "metrics.jsonl", 1) as file:
         file.append({**ROW, "step": 2})
     assert re.findall(r"^step (\d+)", stream.getvalue(), re.M) == ["2"]
@@ -174,7 +176,7 @@ def test_rows_of_before_are_not_shown_again(tmp_path):
 def test_steps_that_a_restart_computes_again_are_shown_again(tmp_path):
     stream = io.StringIO()
     path = tmp_path / "metrics.jsonl"
-    with Console(tmp_path, 9, stream, poll_s=0.01):
+    with Console(tmp_path, stream, poll_s=0.01):
         with MetricsFile(path, None) as file:
             for step in (1, 2, 3):
                 file.append({**ROW, "step": step})
@@ -201,7 +203,7 @@ def test_a_half_written_line_waits_for_its_end(tmp_path):
 def test_a_row_of_another_version_does_not_stop_the_run(tmp_path):
     stream = io.StringIO()
     file = MetricsFile(tmp_path / "metrics.jsonl", None)
-    with Console(tmp_path, None, stream, poll_s=0.01) as console:
+    with Console(tmp_path, stream, poll_s=0.01) as console:
         file.append({"kind": "train", "loss": "no step here"})
         time.sleep(0.2)
         console.say("still talking")
@@ -213,7 +215,7 @@ def test_a_closed_pipe_does_not_stop_the_run(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     stream = os.fdopen(writer, "w")
-    with Console(tmp_path, None, stream, poll_s=0.01) as console:
+    with Console(tmp_path, stream, poll_s=0.01) as console:
         console.say("nobody reads this")
         console.say("nor this")
     with pytest.raises(BrokenPipeError):
@@ -221,7 +223,7 @@ def test_a_closed_pipe_does_not_stop_the_run(tmp_path):
 
 
 def test_an_error_of_the_run_passes_through(tmp_path):
-    with pytest.raises(RuntimeError, match="died"), Console(tmp_path, None, io.StringIO()):
+    with pytest.raises(RuntimeError, match="died"), Console(tmp_path, io.StringIO()):
         raise RuntimeError("worker died")
     assert "live view" not in [thread.name for thread in threading.enumerate()]
 
@@ -263,7 +265,7 @@ def test_a_terminal_is_redrawn_at_most_once_a_second(tmp_path, monkeypatch, num_
     monkeypatch.setenv("TERM", "xterm")
     terminal, began = Recorder(), time.monotonic()
     file = MetricsFile(tmp_path / "metrics.jsonl", None)
-    with Console(tmp_path, 600, terminal, poll_s=0.01):
+    with Console(tmp_path, terminal, poll_s=0.01):
         for step in range(num_rows):
             file.append({**ROW, "step": step + 1})
             time.sleep(0.02)
@@ -277,7 +279,7 @@ def test_a_terminal_is_not_redrawn_while_nothing_changes(tmp_path, monkeypatch):
     monkeypatch.setattr("raytrain_adv.driver.training.console.REDRAW_S", 0.0)
     monkeypatch.setattr("raytrain_adv.driver.training.console.time.time", lambda: 1000.0)
     terminal = Recorder()
-    with Console(tmp_path, 600, terminal, poll_s=0.01):
+    with Console(tmp_path, terminal, poll_s=0.01):
         time.sleep(0.3)
         during = terminal.getvalue()
     assert during.count("starting  0:00") == 1
