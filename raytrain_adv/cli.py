@@ -33,7 +33,6 @@ JOB = {**HELP, "ignore_unknown_options": True}
 
 def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> int:
     """Run one command, by default this process's, and return its exit code; print errors as text.
-
     `program` is the name in usage lines; MODULE is the command `launch` alone.
     """
     errors.quieten()

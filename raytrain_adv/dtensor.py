@@ -44,7 +44,6 @@ SHARDED = "shard"
 @torch.no_grad()
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """Return the whole tensor on every rank, on the device that computes; a collective.
-
     DTensor.full_tensor ends in a segmentation fault if ranks share a GPU over gloo (torch 2.11).
     """
     if not isinstance(tensor, DTensor):

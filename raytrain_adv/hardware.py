@@ -19,18 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = (
-    "torch",
-    "torchao",
-    "transformers",
-    "ray",
-    "peft",
-    "bitsandbytes",
-    "datasets",
-    "triton",
-    "kernels",
-    "liger-kernel",
-    "cut-cross-entropy",
-)
+    "torch", "torchao", "transformers", "ray", "peft", "bitsandbytes", "datasets", "triton",
+    "kernels", "liger-kernel", "cut-cross-entropy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -182,9 +173,8 @@ _PEAKS: tuple[tuple[str, float, float | None, str], ...] = (
 
 
 def peak_flops(gpu_name: str, dtype: Literal["bf16", "fp8"]) -> Peak | None:
-    """Return the GPU's published dense peak; None if unknown, as for a CPU or a MIG slice.
-
-    MFU is always the share of the bf16 peak, also of a run in FP8.
+    """Return the GPU's published dense peak; None if unknown, as for a CPU or a MIG slice. MFU is
+    always the share of the bf16 peak, also of a run in FP8.
     """
     if "MIG" in gpu_name:
         return None

@@ -26,11 +26,7 @@ def origin(package: str) -> Path:
 
 
 def nvml() -> Any:
-    """Return NVML's bindings: nvidia-ml-py, or the copy inside Ray without importing Ray.
-
-    Raises:
-        ImportError: when there is neither.
-    """
+    """Return NVML's bindings: nvidia-ml-py, or Ray's copy without importing Ray; or ImportError."""
     if importlib.util.find_spec("pynvml") is not None:
         return importlib.import_module("pynvml")
     path = origin("ray").parent / "_private/thirdparty/pynvml/pynvml.py"
@@ -124,9 +120,7 @@ def own_package() -> tuple[str | None, str | None]:
 
 
 def package_files(folder: Path) -> list[tuple[str, Path]]:
-    """Return name and path of each file that is installed: code, templates, tables of keys; not
-    what Python, an editor or a desktop leaves there.
-    """
+    """Return name and path of each installed file, without what Python and editors leave there."""
     files = ((path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file())
     return sorted(
         (name.as_posix(), path)

@@ -156,9 +156,7 @@ def _redact_nested(value: Any) -> Any:
 
 
 def refuse_submitted(job_config: str | None) -> None:
-    """Check the runtime environment in the JSON that Ray passes to a job's entry point. Raises
-    JobError naming the variables that contain secrets, never their values.
-    """
+    """Raise JobError if the runtime environment of a submitted job, as Ray passes it, has secrets."""
     runtime_env = json.loads(job_config or "{}").get("runtime_env")
     found = list(secrets_in("runtime_env", runtime_env))
     if found:

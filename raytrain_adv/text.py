@@ -105,10 +105,8 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def ascii_name(name: str) -> str:
-    """Return a name in ASCII, for systems that take nothing else; an ASCII name is unchanged.
-
-    Accents are removed, other letters dropped, and a hash keeps different names apart:
-    saves_é becomes saves_e-1f0c2b.
+    """Return a name in ASCII, for systems that take nothing else: without accents and other
+    letters, and with a hash that keeps names apart: saves_é becomes saves_e-1f0c2b.
     """
     if name.isascii():
         return name

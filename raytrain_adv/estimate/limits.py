@@ -30,9 +30,7 @@ request 64446 (placement groups and actors on 2,000 and more nodes)."""
 
 @dataclass(frozen=True)
 class Head:
-    """The load on the head node of gcs_server and Ray Train's controller, which have a connection
-    to every worker; extrapolated from a few CPU workers.
-    """
+    """The head's load by gcs_server and Ray Train's controller, extrapolated from few workers."""
 
     cpu_s: float  # CPU seconds of both to start and end a run
     files: float  # open files and sockets of the process with the most

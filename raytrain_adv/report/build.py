@@ -105,9 +105,7 @@ def failed(
 
 
 def _with_workers(timeline: dict[str, float], figures: dict[str, Any]) -> dict[str, float]:
-    """Return the driver's phases with `training` split: until rank 0's train() began, rank 0's
-    phases, and the time left until Ray Train returned the result.
-    """
+    """Return the phases with `training` split: until train() began, rank 0's phases, the rest."""
     phases = dict(timeline)
     training = phases.pop("training")
     start = max(figures["began_at"] - (time.time() - training), 0.0)

@@ -60,9 +60,7 @@ def recovered(found: Sequence[Variant]) -> float | None:
 
 
 def degradation(variant: Variant, found: Sequence[Variant]) -> float | None:
-    """Return how much a variant's loss is above the reference's in bf16, as a share; None if the
-    reference is of an earlier step: the difference would include the training since.
-    """
+    """Return a variant's loss above the reference's in bf16, as a share; None if that is older."""
     pair = reference(found)
     if pair is None or not pair[0].loss or variant.loss is None or variant.name == pair[0].name:
         return None

@@ -87,9 +87,7 @@ class Arithmetic:
 
 
 def resolve_arithmetic(job: JobConfig, num_sequences: int, world_size: int) -> Arithmetic:
-    """Return the arithmetic of `num_sequences` training sequences on `world_size` workers. Raises
-    JobError if there are none, or an interval is not a whole number of steps.
-    """
+    """Return a run's arithmetic. Raises JobError without sequences or for a wrong interval."""
     if num_sequences < 1:
         fix = "check dataset, max_samples and val_size"
         raise JobError("There is nothing to train on", "0 training sequences", fix)

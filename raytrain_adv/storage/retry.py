@@ -16,20 +16,10 @@ T = TypeVar("T")
 
 WAITS_S = (1.0, 5.0, 20.0)  # seconds before each further attempt
 # Another attempt fails the same way: no space, no permission, a file in the way.
-PERMANENT = frozenset(
-    (
-        errno.EACCES,
-        errno.EDQUOT,
-        errno.EEXIST,
-        errno.EFBIG,
-        errno.EISDIR,
-        errno.ENAMETOOLONG,
-        errno.ENOSPC,
-        errno.ENOTDIR,
-        errno.EPERM,
-        errno.EROFS,
-    )
-)
+PERMANENT = frozenset((
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+))  # fmt: skip
 _NUMBER = re.compile(r"\[errno (\d+)\]", re.IGNORECASE)
 
 

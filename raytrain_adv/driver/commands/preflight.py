@@ -9,11 +9,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.cluster import connect, nodes
 from raytrain_adv.driver.plan.data import measure
 from raytrain_adv.driver.plan.plan import resolve
-from raytrain_adv.driver.preflight import (
-    memory,
-    table,
-    verdicts,
-)
+from raytrain_adv.driver.preflight import memory, table, verdicts
 from raytrain_adv.driver.preflight.probe import Read, read_nodes
 from raytrain_adv.transforms.applied import Transforms
 

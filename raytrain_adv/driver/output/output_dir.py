@@ -37,15 +37,8 @@ MODELS = ("model", *(f"model-{kind.converts}" for kind in transform_types() if k
 OURS = (
     *MODELS,
     *(f".{name}.partial" for name in MODELS),
-    "report.json",
-    "report.html",
-    "metrics.jsonl",
-    "checkpoints",
-    "trackers",
-    locks.FOLDER,
-    "bad_batches",
-    locks.FILE_NAME,
-    RUN_FILE,
+    *("report.json", "report.html", "metrics.jsonl", "checkpoints", "trackers", "bad_batches"),
+    *(locks.FOLDER, locks.FILE_NAME, RUN_FILE),
 )
 
 
@@ -244,9 +237,7 @@ def decided(job: JobConfig) -> Output:
 
 
 def attempts_in(storage: Storage) -> int:
-    """Return how many attempts have left something in storage. Ray Train's controller does not
-    start under a name whose checkpoints differ from those in its snapshot.
-    """
+    """Return how many attempts have left something in storage: Ray does not start twice under a name."""
     numbers = (re.search(r"_(\d+)r*$", name) for name in storage.folders())
     return max((int(number[1]) for number in numbers if number), default=0)
 

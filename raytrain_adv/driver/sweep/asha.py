@@ -17,18 +17,13 @@ if TYPE_CHECKING:
 class Rungs:
     """The steps at which trials are compared, and each trial's loss there; the lowest is best.
 
-    A trial is compared at its first evaluation at or after a rung's step with the trials that
-    reached the rung before it. It continues if it is among the best 1/`factor` of them: the rule of
-    ASHA (Li et al., 2018, arXiv:1810.05934), as in Ray Tune's ASHAScheduler. Ray's counts every
-    trial's steps from 0, and would judge a trial that switches it on late by its loss before
-    that; here a trial skips all rungs before its own switch plus the grace period.
-
-    Args:
-        grace_steps: step of the first rung; each next one is `factor` times as far.
-        factor: one trial in this many continues.
-        total_steps: steps of the longest trial; a rung at its end would save nothing.
-        switches: trial -> step of its switch, if it has one.
-        exempt: reference trials, which are neither judged nor compared with.
+    The first rung is at `grace_steps`, each next one `factor` times as far, below `total_steps`. A
+    trial is compared at its first evaluation at or after a rung's step with the trials that reached
+    the rung before it. It continues if it is among the best 1/`factor` of them: the rule of ASHA
+    (Li et al., 2018, arXiv:1810.05934), as in Ray Tune's ASHAScheduler. Ray's counts every trial's
+    steps from 0, and would judge a trial by its loss before its switch (`switches`); here a trial
+    skips all rungs before that plus the grace period. `exempt` are neither judged nor compared
+    with.
     """
 
     def __init__(
@@ -78,9 +73,7 @@ class Rungs:
 
 
 class DelayAwareAsha(FIFOScheduler):  # type: ignore[misc] # ray is Any to mypy
-    """Tune's scheduler with these rungs. It requests a trial's stop rather than let Tune kill the
-    trial, which then ends its workers itself and writes its report.
-    """
+    """Tune's scheduler with rungs; a stopped trial ends its workers and still writes its report."""
 
     def __init__(self, rungs: Rungs, stop: Callable[[str, int, str], None]) -> None:
         super().__init__()

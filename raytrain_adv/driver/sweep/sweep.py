@@ -286,9 +286,7 @@ class Room:
 
 
 def find_room(trials: Sequence[Trial], started_here: bool, read: Read) -> Room:
-    """Check the trials' placements, probing once for equal ones. Raises the first ClusterError if
-    none can run.
-    """
+    """Check the placements, probing once for equal ones. Raises ClusterError if none can run."""
     rooms: list[Room] = []
     errors: list[ClusterError] = []
     jobs: dict[str, JobConfig] = {}

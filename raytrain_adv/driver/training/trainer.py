@@ -26,14 +26,9 @@ from raytrain_adv.driver.training import failures
 from raytrain_adv.driver.training.console import Console
 from raytrain_adv.driver.training.prepare import Progress, prepare_run
 from raytrain_adv.driver.training.worker_entry import STARTS, ray_worker
+from raytrain_adv.driver.watch import stop
 from raytrain_adv.driver.watch.hang import HangWatch
 from raytrain_adv.driver.watch.nodes import HeadWatch, NodeWatch, usable_nodes
-from raytrain_adv.driver.watch.stop import (
-    CatchSigterm,
-    StopOnRequest,
-    handle_signals,
-    is_stop_requested,
-)
 from raytrain_adv.errors import StorageError, Terminated
 from raytrain_adv.report import record
 from raytrain_adv.report.build import against, failed, finished, planned, started
@@ -121,7 +116,7 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
             record.write(report, place.folder)
             start = time.perf_counter()
             watch = NodeWatch(placement, usable_nodes(placement), console.say)
-            with handle_signals(place.folder, console.say), watch.watching():
+            with stop.handle_signals(place.folder, console.say), watch.watching():
                 result = fit(job, place, placement, console, head)
             progress.timeline["training"] = time.perf_counter() - start
         report = against(finished(report, result, progress.timeline, place.folder), job)
@@ -148,7 +143,7 @@ def fit(
     saves = job.output.save_strategy != "no" and not job.output.save_only_model
 
     def is_stopped() -> bool:
-        return is_stop_requested(place.folder)
+        return stop.is_stop_requested(place.folder)
 
     while True:
         try:
@@ -186,10 +181,10 @@ def _trainer(
     shares_gpu = 0 < placement.bundle.get("GPU", 0.0) < 1
     backend = "cpu:gloo,cuda:nccl" if placement.use_gpu and not shares_gpu else "gloo"
     callbacks = [
-        CatchSigterm(),
+        stop.CatchSigterm(),
         failures.RecordRestartReason(place.storage_path, attempt),
         failures.StopWhenRetryCannotHelp(),
-        StopOnRequest(place.folder),
+        stop.StopOnRequest(place.folder),
     ]
     if job.ray.step_timeout is not None:
         callbacks.append(HangWatch(job.ray.step_timeout))

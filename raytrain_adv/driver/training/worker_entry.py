@@ -133,9 +133,7 @@ def _list_nodes(addresses: list[str]) -> str:
 
 
 def _count_start(run: Run, nodes: Mapping[str, str]) -> int:
-    """Return how often this attempt has started before; Ray restarts all workers without that
-    information. Each death of the controller has added AGAIN to the attempt's name.
-    """
+    """Return this attempt's earlier starts; each death of the controller added AGAIN to its name."""
     folder = run.storage.folder(run.attempt)
     folder.make()
     launch = run.attempt.rstrip(AGAIN)

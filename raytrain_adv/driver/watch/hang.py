@@ -115,9 +115,7 @@ def find_hung(
     pulses: dict[int, Pulse], silent_s: dict[int, float], timeout_s: float
 ) -> dict[int, str]:
     """Return rank -> what it does, of the workers that block the run; empty if it progresses.
-
-    `pulses` are the answers that have just arrived, by rank; `silent_s` has for each rank the
-    seconds since its unanswered request. No step or answer may take longer than `timeout_s`.
+    `pulses` have just arrived; `silent_s` are seconds since each rank's unanswered request.
     """
     stalled = {rank: p for rank, p in sorted(pulses.items()) if p.stalled_s > timeout_s}
     if not stalled and not any(s > timeout_s for s in silent_s.values()):
