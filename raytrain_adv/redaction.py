@@ -156,7 +156,7 @@ def _redact_nested(value: Any) -> Any:
 
 
 def refuse_submitted(job_config: str | None) -> None:
-    """Raise JobError if the runtime environment of a submitted job, as Ray passes it, has secrets."""
+    """Raise JobError if the runtime environment of a job, as Ray passes it, has secrets."""
     runtime_env = json.loads(job_config or "{}").get("runtime_env")
     found = list(secrets_in("runtime_env", runtime_env))
     if found:

@@ -237,7 +237,7 @@ def decided(job: JobConfig) -> Output:
 
 
 def attempts_in(storage: Storage) -> int:
-    """Return how many attempts have left something in storage: Ray does not start twice under a name."""
+    """Return how many attempts left something: Ray does not start twice under one name."""
     numbers = (re.search(r"_(\d+)r*$", name) for name in storage.folders())
     return max((int(number[1]) for number in numbers if number), default=0)
 

@@ -133,7 +133,7 @@ def _list_nodes(addresses: list[str]) -> str:
 
 
 def _count_start(run: Run, nodes: Mapping[str, str]) -> int:
-    """Return this attempt's earlier starts; each death of the controller added AGAIN to its name."""
+    """Return this attempt's earlier starts; each controller's death added AGAIN to its name."""
     folder = run.storage.folder(run.attempt)
     folder.make()
     launch = run.attempt.rstrip(AGAIN)
