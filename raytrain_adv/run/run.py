@@ -30,9 +30,11 @@ class Reporter(Protocol):
 
     def metrics(self, row: dict[str, float]) -> None:
         """Take the metrics of a logging step."""
+        return
 
     def checkpoint(self, storage: Storage, name: str, metrics: dict[str, float]) -> None:
         """Register a complete checkpoint; return when it is committed, safe from a kill."""
+        return
 
     def stop_requested(self) -> bool:
         """Whether to end the run after this step, with a checkpoint; rank 0 calls it each step."""
