@@ -53,7 +53,7 @@ def count(rank: int, port: int, keys: dict[str, object], answer: "mp.SimpleQueue
     from raytrain_adv.config import load
     from raytrain_adv.model import parallel, weights
     from raytrain_adv.model.build import build
-    from raytrain_adv.transforms.applied import prepare_all
+    from raytrain_adv.transforms.applied import Transforms
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -64,7 +64,7 @@ def count(rank: int, port: int, keys: dict[str, object], answer: "mp.SimpleQueue
         path.write_text(yaml.safe_dump({**keys, "model_name_or_path": folder}))
         job = load(path)
         model = build(job)
-        prepare_all(job, model)
+        Transforms(job).prepare(model)
         parallel.shard(model, job, parallel.build_mesh(job, torch.device("cpu")))
         weights.materialize(model, torch.device("cpu"))
         weights.init_from_scratch(model, job, torch.device("cpu"))

@@ -31,7 +31,7 @@ from raytrain_adv.data.prepare import prepare
 from raytrain_adv.ops.loss.function import loss_function
 from raytrain_adv.run.run import Run, local_run
 from raytrain_adv.run.schedule import resolve_arithmetic
-from raytrain_adv.transforms.applied import enabled
+from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.finish import Exported
 from raytrain_adv.worker.train import train
 
@@ -58,13 +58,12 @@ def profiled(model: Any, job: JobConfig, run: Run) -> dict[str, float]:
     batch = batches.micro_batch(0, [run.rank])
     inputs = {name: value.to(run.device) for name, value in batch.inputs.items()}
     labels = batch.labels.to(run.device)
-    loss_sum = loss_function(job.parallel.torch_compile)
+    loss_sum = loss_function(model, job.parallel.torch_compile)
     on_gpu = run.device.type == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=kinds, acc_events=True) as seen:
-        loss_sum(model(**inputs, use_cache=False).logits, labels).backward()
-        for transform in enabled(job):
-            transform.after_step(model)
+        loss_sum(model, inputs, labels).backward()
+        Transforms(job).after_step(model)
         if on_gpu:
             torch.cuda.synchronize(run.device)
     times: dict[str, float] = {}

@@ -28,7 +28,7 @@ from whole_steps import Whole, free, head_of_results, job_of, peak_gib, reset_pe
 from raytrain_adv.config import JobConfig
 from raytrain_adv.estimate.memory import predict
 from raytrain_adv.model.build import build
-from raytrain_adv.transforms.applied import prepare_all
+from raytrain_adv.transforms.applied import Transforms
 
 SHORT = (4096, 32768)
 """Tokens of the steps that come first; the second shows torch.compile that lengths differ, and is
@@ -59,7 +59,7 @@ def at(model: Whole, tokens: int) -> dict[str, Any]:
 def planned(job: JobConfig, lengths: list[int]) -> None:
     """Print what the plan would predict."""
     model = build(job)
-    prepare_all(job, model)
+    Transforms(job).prepare(model)
     for tokens in lengths:
         found = predict(model, job, 1, tokens, 1)
         print(f"{tokens:>8,} tokens: {found.total:6.1f} GiB, at {found.peak}")

@@ -144,12 +144,12 @@ def preflight_once(job: Any, count: int) -> dict[str, Any]:
     from raytrain_adv.driver.cluster import nodes
     from raytrain_adv.driver.preflight import probe, verdicts
     from raytrain_adv.driver.preflight import table as preflight_table
-    from raytrain_adv.transforms.applied import enabled
+    from raytrain_adv.transforms.applied import Transforms
 
     before, begin = taken(), time.perf_counter()
     found = verdicts.check_nodes(
         nodes.resolve_placement(job, False),
-        enabled(job),
+        Transforms(job),
         lambda nodes: probe.read_nodes(nodes, TIMEOUT_S),
     )
     table = preflight_table.render(found)

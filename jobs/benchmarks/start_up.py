@@ -267,7 +267,7 @@ def verdicts(count: int) -> dict[str, float]:
     from raytrain_adv.driver.cluster.nodes import Node, Placement
     from raytrain_adv.driver.preflight import table
     from raytrain_adv.driver.preflight import verdicts as preflight
-    from raytrain_adv.transforms.applied import enabled
+    from raytrain_adv.transforms.applied import Transforms
     from tests.readings import H100, node_with
 
     with tempfile.TemporaryDirectory() as folder:
@@ -279,7 +279,7 @@ def verdicts(count: int) -> dict[str, float]:
     placement = Placement(8 * count, {"GPU": 1.0, "CPU": 1.0}, True, False, "")
     reading = node_with(H100, num_gpus=8)
     start = time.perf_counter()
-    judged = [preflight.judge(placement, enabled(job), node, reading) for node in nodes]
+    judged = [preflight.judge(placement, Transforms(job), node, reading) for node in nodes]
     found = preflight.compare_versions(judged, True)
     table.render(found)
     seconds = time.perf_counter() - start
