@@ -144,8 +144,8 @@ class Layer:
 def read_layer(layer: nn.Module, config: PretrainedConfig) -> Layer:
     """Return a decoder layer's shapes; it may have adapters."""
     linears = tuple(_linears(layer, config))
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", 0)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     query_width = next((int(m.in_width) for m in linears if m.is_output), heads * head_dim)
     key_width = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     norms = tuple(_norms(layer, query_width, key_width))

@@ -50,24 +50,33 @@ def training_flops_per_token(model: nn.Module, seq_len: float) -> float:
 
 def attention_flops_per_token(config: PretrainedConfig, seq_len: float) -> float:
     """Return the operations of the attention products, forward and backward, over all layers."""
-    heads = config.num_attention_heads
+    types = getattr(config, "layer_types", None)
+    each = layer_configs(config)
+    return sum(
+        _attention_flops(layer, seq_len, kind)
+        for layer, kind in zip(each, types or [None] * len(each), strict=False)
+    )
+
+
+def layer_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """Return the config of each layer: attributes of some models differ from layer to layer."""
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * config.num_hidden_layers
+
+
+def _attention_flops(config: PretrainedConfig, seq_len: float, kind: str | None) -> float:
+    heads = getattr(config, "num_attention_heads", 0)
+    if not heads or (kind is not None and kind.startswith(WITHOUT_ATTENTION)):
+        return 0.0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     query_dim, value_dim = head_dim, getattr(config, "v_head_dim", None) or head_dim
     if getattr(config, "qk_nope_head_dim", None):  # multi-head latent attention
         query_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-    per_key = 12.0 * heads * (query_dim + value_dim) / 2
-    window = getattr(config, "sliding_window", None) or seq_len
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        # Mistral's window applies to every layer, unless the config has a switch for it.
-        slides = getattr(config, "use_sliding_window", True)
-        types = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
-    total = 0.0
-    for kind in types:
-        if kind.startswith(WITHOUT_ATTENTION):
-            continue
-        total += per_key * mean_keys(seq_len, window if "sliding" in kind else seq_len)
-    return total
+    # Mistral's window applies to every layer, unless the config has a switch for it.
+    slides = getattr(config, "use_sliding_window", True) if kind is None else "sliding" in kind
+    window = (getattr(config, "sliding_window", None) if slides else None) or seq_len
+    return 12.0 * heads * (query_dim + value_dim) / 2 * mean_keys(seq_len, window)
 
 
 def mean_keys(seq_len: float, window: float) -> float:

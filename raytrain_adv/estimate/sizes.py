@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.estimate.activations import AttentionKind, read_layer
-from raytrain_adv.estimate.flops import text_config
+from raytrain_adv.estimate.flops import layer_configs, text_config
 from raytrain_adv.model.build import decoder_layers
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
 from raytrain_adv.ops.bitsandbytes.linear import packed_linears
@@ -99,7 +99,11 @@ class Passes:
         config, size = text_config(model), compute_dtype(job).itemsize
         mode, compiled = checkpointing_mode(job), job.parallel.torch_compile
         kind = attention_kind(config, job)
-        layers = [read_layer(layer, config) for _, layer in decoder_layers(model)]
+        each = layer_configs(config)
+        layers = [
+            read_layer(layer, each[min(number, len(each) - 1)])
+            for number, (_, layer) in enumerate(decoder_layers(model))
+        ]
         whole = [
             (x.kept_compiled if compiled else x.kept_eager)(size, kind, seq_len) for x in layers
         ]

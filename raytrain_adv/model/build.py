@@ -191,7 +191,10 @@ def refuse_kind(name: str, raw: dict[str, Any]) -> None:
 def refuse_sizes(name: str, config: PretrainedConfig) -> None:
     """Refuse a config whose sizes make no model: transformers builds some of them anyway."""
     text: Any = config.get_text_config()
-    sizes = {key: getattr(text, key, None) for key in SIZES}
+    # Of a model whose layers differ, the sizes of its first one.
+    differs = getattr(text, "is_heterogeneous", False)
+    first: Any = next(iter(text.per_layer_config)) if differs else text
+    sizes = {key: getattr(first, key, None) for key in SIZES}
     wrong = [f"{k}: {v}" for k, v in sizes.items() if isinstance(v, int) and v < 1]
     heads, groups = (sizes[key] for key in ATTENTION_SIZES)
     if not wrong and isinstance(heads, int) and isinstance(groups, int) and heads % groups:

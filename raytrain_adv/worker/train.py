@@ -17,7 +17,6 @@ from raytrain_adv.data.prepare import prepare
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.estimate import memory
 from raytrain_adv.model import parallel, weights
-from raytrain_adv.model.attention import is_flash
 from raytrain_adv.model.build import build
 from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import resolve_arithmetic
@@ -35,6 +34,7 @@ from raytrain_adv.worker.loop import (
 from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.optim import build_optimizer
 from raytrain_adv.worker.trials.loss import check_loss
+from raytrain_adv.worker.trials.packing import check_packing
 
 
 @parallel.refuse_eager
@@ -79,10 +79,11 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
             save.load(found, model, optimizer)
     transforms.after_step(model)
     plans = check_loss(job, model, run, plans)
+    way = check_packing(job, model, run)
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     to_batches = partial(
-        Batches, job, arithmetic=arithmetic, rank=run.rank, pad_token_id=pad, flash=is_flash(model)
+        Batches, job, arithmetic=arithmetic, rank=run.rank, pad_token_id=pad, way=way
     )
     batches = to_batches(prepared.train)
     held_out = to_batches(prepared.eval) if prepared.eval is not None else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Listlike
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,11 @@ MULTIPLE = 16
 """Matrix products in 8 bits need the number of tokens of a forward pass to be divisible by 16."""
 BOUNDS = 64
 """Bounds of packed conversations come in multiples of it."""
+Inputs = dict[str, torch.Tensor | int]
+Way = Literal["positions", "masks", "bounds", "flat"]
+"""How a model is told where packed conversations begin: by position ids that restart; by these and
+masks made of them; by these and the bounds that flash attention takes; or by all that recurrent
+layers take, with the sequences laid end to end."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,29 @@ def bounds(position_ids: torch.Tensor) -> torch.Tensor:
     filled = torch.full((rows,), flat.numel(), dtype=torch.int32)
     filled[: len(starts)] = starts
     return filled
+
+
+def told(tensors: dict[str, torch.Tensor], way: Way) -> Inputs:
+    """Return a model's inputs, with where packed conversations begin in the names of transformers.
+
+    Args:
+        tensors: input_ids and position_ids [sequences, time].
+        way: how the model is told.
+    """
+    if way in ("positions", "masks"):
+        return {**tensors}
+    positions = tensors["position_ids"]
+    # transformers would find the bounds itself in position_ids, but only of a single sequence: in a
+    # batch of several, packed conversations would see each other.
+    starts, longest = bounds(positions), positions.shape[1]
+    found: Inputs = {**tensors, "cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+    found |= {"max_length_q": longest, "max_length_k": longest}
+    if way == "flat":
+        row = {name: tensor.reshape(1, -1) for name, tensor in tensors.items()}
+        number = (row["position_ids"] == 0).cumsum(-1, dtype=torch.int32) - 1
+        exact = starts[: int(number.max()) + 2]  # kernels refuse empty conversations
+        found |= {**row, "seq_idx": number, "cu_seq_lens_q": exact, "cu_seq_lens_k": exact}
+    return found
 
 
 def _restarting(segments: tuple[int, ...], length: int) -> NDArray[np.int64]:

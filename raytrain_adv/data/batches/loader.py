@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.data.batches.collate import bounds, collate, pad_to
+from raytrain_adv.data.batches.collate import Inputs, Way, collate, pad_to, told
 from raytrain_adv.data.batches.order import global_batch
 from raytrain_adv.data.batches.sequences import SequenceSet
 from raytrain_adv.ops.loss import IGNORE
@@ -25,7 +25,7 @@ class MicroBatch:
     """What one forward and backward pass takes.
 
     inputs: input_ids [sequences, time] and, with neat_packing, position_ids of the same shape, for
-    flash attention also the conversations' bounds and a length that none exceeds; labels
+    some models also the conversations' bounds (see Way); labels
     [sequences, time] are shifted already, -100 where no loss is taken.
     """
 
@@ -33,7 +33,7 @@ class MicroBatch:
     """Place among the step's micro-batches over all workers: seeds dropout, so that it does not
     depend on them.
     """
-    inputs: dict[str, torch.Tensor | int]
+    inputs: Inputs
     labels: torch.Tensor
     num_tokens: int
     """Tokens without padding."""
@@ -84,14 +84,14 @@ class Batches:
         arithmetic: Arithmetic,
         rank: int,
         pad_token_id: int,
-        flash: bool = False,
+        way: Way = "positions",
     ) -> None:
         self.data = data
         self.arithmetic = arithmetic
         self.seed = job.train.seed
         self.shuffle = not job.data.disable_shuffling
         self.neat = job.data.neat_packing
-        self.by_bounds = self.neat and flash
+        self.way = way
         self.pad_token_id = pad_token_id
         self.pad_to = pad_to(job)
         self.first = rank * arithmetic.accumulation_steps
@@ -118,21 +118,19 @@ class Batches:
             sequences, pad_token_id=self.pad_token_id, pad_to=self.pad_to, neat=self.neat
         )
         labels = tensors.pop("labels")
-        inputs: dict[str, torch.Tensor | int] = {**tensors}
-        if self.by_bounds:
-            # transformers' names. It would find the bounds itself in position_ids, but only of a
-            # single sequence: in a batch of several, packed conversations would see each other.
-            starts = bounds(tensors["position_ids"])
-            inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
-            longest = tensors["input_ids"].shape[1]
-            inputs |= {"max_length_q": longest, "max_length_k": longest}
+        inputs: Inputs = told(tensors, self.way) if self.neat else {**tensors}
+        segments = tuple(s.segments for s in sequences)
+        if self.way == "flat":
+            length = labels.shape[1]
+            ends = [(*lengths, length - sum(lengths)) for lengths in segments]
+            labels, segments = labels.reshape(1, -1), (tuple(n for end in ends for n in end),)
         return MicroBatch(
             number,
             inputs,
             labels,
             sum(len(s.input_ids) for s in sequences),
             number * self.arithmetic.micro_batch,
-            tuple(s.segments for s in sequences),
+            segments,
         )
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from raytrain_adv.estimate.flops import mean_keys, training_flops_per_token
+from raytrain_adv.estimate.flops import layer_configs, mean_keys, training_flops_per_token
+from tests.families import tiny_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -61,3 +62,13 @@ def test_mean_keys_are_those_of_a_causal_mask() -> None:
     seq_len, window = 400, 64
     counted = sum(min(position + 1, window) for position in range(seq_len)) / seq_len
     assert mean_keys(seq_len, window) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "mamba2", "rwkv"])
+def test_layers_that_differ_or_have_no_attention_have_flops(kind):
+    model = tiny_model(kind)
+    rest = training_flops_per_token(model, 0.0001)
+    attended = training_flops_per_token(model, 16) - rest
+    configs = layer_configs(model.config)
+    sizes = [getattr(c, "num_attention_heads", 0) * getattr(c, "head_dim", 0) for c in configs]
+    assert attended == pytest.approx(0 if kind != "gemma4_text" else 12 * sum(sizes) * 8, rel=1e-3)

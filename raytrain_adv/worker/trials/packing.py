@@ -1,0 +1,198 @@
+"""Try before training whether this model keeps packed conversations apart: one that carries a state
+from token to token, or makes its masks without position ids, mixes them without an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.data.batches.collate import Inputs, Way, told
+from raytrain_adv.errors import TrainingError
+from raytrain_adv.model.attention import is_flash
+from raytrain_adv.model.packing import hand_masks
+from raytrain_adv.model.parallel import compute_dtype
+from raytrain_adv.run.run import Run
+from raytrain_adv.text import first_line
+from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.trial.compare import allowed_errors, differences, relative_error
+
+LENGTHS = (20, 44)
+"""Tokens of the two conversations: together a multiple of 16, apart none of 8."""
+SEEN = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+"""Largest change, as a share, that another conversation's tokens may make: the same operations on
+the same numbers, which only kernels that add in another order each time change."""
+VALUES, GRADIENT = "logits", "gradient"
+FIX = (
+    "set packing: false and neat_packing: false (rows are then padded), or only neat_packing: "
+    "false if conversations may see each other"
+)
+
+
+def check_packing(job: JobConfig, model: PreTrainedModel, run: Run) -> Way:
+    """Return how the model is told where packed conversations begin, tried on it; every rank calls
+    this once weights are loaded, and gradients are cleared.
+
+    Raises:
+        TrainingError: on all ranks, if in no way its conversations are kept apart.
+    """
+    first: Way = "bounds" if is_flash(model) else "positions"
+    if not job.data.neat_packing:
+        return first
+    lines: list[str] = []
+    with run.phase("try packing"), _quiet(job, model):
+        for way in _ways(model, first):
+            wrong = _wrong(job, model, run, way)
+            if not run.agree(int(bool(wrong)), dist.ReduceOp.MAX):
+                run.say(f"packed conversations are kept apart by {MEANS[way]}: tried", event="data")
+                return way
+            lines += [f"by {MEANS[way]}: {'; '.join(wrong) or 'on another rank; see its error'}"]
+    raise TrainingError(
+        f"neat_packing: packed conversations would change each other in {type(model).__name__}",
+        "\n".join([*lines, *_missing(model)]),
+        FIX,
+    )
+
+
+MEANS: dict[Way, str] = {
+    "positions": "position ids",
+    "masks": "masks made for it",
+    "bounds": "the bounds that flash attention takes",
+    "flat": "the bounds that recurrent layers take",
+}
+
+
+def _ways(model: PreTrainedModel, first: Way) -> Iterator[Way]:
+    """Yield what may be tried with this model's forward pass."""
+    accepted = inspect.signature(type(model).forward).parameters
+    if "position_ids" not in accepted:
+        return
+    yield first
+    if first == "positions" and "attention_mask" in accepted:
+        yield "masks"
+    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        yield "flat"
+
+
+def _missing(model: PreTrainedModel) -> Iterator[str]:
+    """Yield what a model lacks: the argument that others have, and packages that would help."""
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        yield "its forward pass takes no position_ids: it cannot be told where conversations begin"
+
+
+@contextmanager
+def _quiet(job: JobConfig, model: PreTrainedModel) -> Iterator[None]:
+    """Turn dropout, compilation and features off inside; drop gradients afterward."""
+    model.eval()
+    Transforms(job).switch(model, False)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):
+        yield
+    model.train()
+    model.zero_grad(set_to_none=True)
+
+
+def _wrong(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) -> list[str]:
+    """Return how the second conversation differs if it is told so; empty if it does not."""
+    handle = hand_masks(model, compute_dtype(job)) if way == "masks" else None
+    try:
+        wrong = _compare(_Rows(model, run.device, way), compute_dtype(job))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # arguments that its layers do not take may raise anything
+        wrong = [f"{type(error).__name__}: {first_line(error)}"]
+    if handle is not None and run.agree(int(bool(wrong)), dist.ReduceOp.MAX):
+        handle.remove()
+    return wrong
+
+
+def _compare(rows: _Rows, dtype: torch.dtype) -> list[str]:
+    first, second, other = rows.tokens()
+    packed, behind = rows.run([first, second], 1)
+    changed, _ = rows.run([other, second], 1)
+    alone, _ = rows.run([second], 0)
+    noisy, _ = rows.run([second], 0, noise=torch.finfo(dtype).eps)
+    seen = {
+        VALUES: relative_error(changed[VALUES], packed[VALUES]),
+        GRADIENT: float(behind.norm() / packed[GRADIENT].norm().clamp(min=1e-30)),
+    }
+    lines = [
+        f"its {name} changes by {share:.2g} with another conversation"
+        for name, share in seen.items()
+        if not share <= SEEN[dtype]
+    ]
+    errors = {name: relative_error(packed[name], alone[name]) for name in alone}
+    noise = {name: relative_error(noisy[name], alone[name]) for name in alone}
+    return lines + [f"{x} from alone" for x in differences(errors, allowed_errors(noise, dtype))]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of conversations through a model, which is told of their bounds in a way."""
+
+    model: PreTrainedModel
+    device: torch.device
+    way: Way
+
+    def tokens(self) -> tuple[torch.Tensor, ...]:
+        """Return two conversations, and another one of the first's length."""
+        words = self.model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+        lengths = (*LENGTHS, LENGTHS[0])
+        return tuple(torch.randint(words, (n,), generator=generator) for n in lengths)
+
+    def _inputs(self, conversations: list[torch.Tensor]) -> Inputs:
+        """Return the conversations as one row of all LENGTHS, padded by one of a single token."""
+        rest = sum(LENGTHS) - sum(map(len, conversations))
+        parts = [*conversations, torch.zeros(rest, dtype=torch.int64)]
+        positions = torch.cat([torch.arange(len(part)) for part in parts])
+        tensors = {"input_ids": torch.cat(parts)[None], "position_ids": positions[None]}
+        inputs = told(tensors, self.way)
+        return {
+            k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()
+        }
+
+    def run(
+        self, conversations: list[torch.Tensor], which: int, noise: float = 0.0
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return a conversation's logits [tokens, words] and the gradient of its embedded tokens,
+        and the gradient that reaches those before it; with noise in what is embedded.
+        """
+        start = sum(map(len, conversations[:which]))
+        own = slice(start, start + len(conversations[which]))
+        embedded: list[torch.Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            if noise:
+                generator = torch.Generator().manual_seed(1)
+                share = 2 * torch.rand(output.shape, generator=generator).to(output.device) - 1
+                output = (output * (1 + noise * share)).to(output.dtype)
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            output.retain_grad()
+            embedded.append(output)
+            return output
+
+        embedding: Any = self.model.get_input_embeddings()  # type: ignore[no-untyped-call]
+        hook = embedding.register_forward_hook(keep)
+        try:
+            logits = self.model(**self._inputs(conversations), use_cache=False).logits[0, own]
+        finally:
+            hook.remove()
+        pull = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+        (logits.float() * pull.to(self.device)).sum().backward()
+        reached = embedded[0].grad
+        if reached is None:
+            raise ValueError("no gradient reaches the input embeddings")
+        gradient = reached.reshape(sum(LENGTHS), -1).float()
+        self.model.zero_grad(set_to_none=True)
+        return {VALUES: logits.detach(), GRADIENT: gradient[own]}, gradient[:start]

@@ -1,0 +1,185 @@
+"""Tiny checkpoints of every causal language model that the installed transformers has.
+
+Sizes follow from the names of a config's keys, so that the families of the next release are made by
+themselves; KEYS has what the names do not tell.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+HIDDEN = 64
+VOCABULARY = 264
+SIZES: tuple[tuple[str, int], ...] = (
+    (r"vocab_size(_per_layer_input)?|n_vocab", VOCABULARY),
+    (r"hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|lru_width|word_embed_proj_dim", 64),
+    (r"hidden_size_per_layer_input", 16),
+    (r"(.*_)?intermediate_size(_mlp)?|ffn_dim|n_inner|ffn_hidden_size|d_ff|dim_ff", 32),
+    (r"mamba_intermediate_size|mamba_d_ssm", 128),
+    (r"num_hidden_layers|n_layers?|num_layers", 2),
+    (r"(\w+_)?(num_attention_heads|n_heads?|num_heads)", 4),
+    (r"(\w+_)?(num_key_value_heads|num_kv_heads)", 2),
+    (r"num_global_key_value_heads", 2),
+    (r"(attention_|kv_channels|swa_|global_|index_)*(head_dim|kv_channels)", 16),
+    (r"n_routed_experts|num_experts|num_local_experts|moe_num_experts|n_experts", 4),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|moe_top_k|num_selected_experts", 2),
+    (r"n_group|topk_group|n_shared_experts", 1),
+    (r"first_k_dense_replace", 1),
+    (r"(\w+_)?lora_rank", 16),
+    (r"qk_rope_head_dim|qk_nope_head_dim", 8),
+    (r"v_head_dim|qk_head_dim|index_n_heads", 16),
+    (r"linear_num_value_heads", 4),
+    (r"linear_num_key_heads", 2),
+    (r"linear_(key|value)_head_dim", 16),
+    (r"mamba_d_state|state_size|ssm_state_size|mamba_state_dim", 16),
+    (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 8),
+    (r"mamba_d_head|mamba_head_dim", 16),
+    (r"mamba_n_groups|n_groups|mamba_ngroups", 1),
+    (r"(mamba_)?chunk_size", 16),
+    (r"mamba_dt_rank|time_step_rank", 8),
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length", 256),
+    (r"(\w+_)?sliding_window(_size)?|attention_window_size|window_size", 16),
+    (r"num_kv_shared_layers", 0),
+    (r"laurel_rank|rotary_dim", 8),
+)
+"""Pattern of a config key -> its value in the tiny model."""
+UNSET = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "qk_rope_head_dim")
+"""Keys that are set though they are None by default."""
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16}
+KEYS: dict[str, dict[str, Any]] = {
+    "axk2": {"index_n_heads": 4, "index_topk": 8, "index_head_dim": 16},
+    "bailing_hybrid": {
+        "num_expert_group": 2,
+        "topk_group": 1,
+        "layer_group_size": 2,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+    },
+    "bamba": {**MAMBA2, "attn_layer_indices": [1]},
+    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"]},
+    "deepseek_v32": {"index_n_heads": 4, "index_topk": 8, "index_head_dim": 16},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "glm_moe_dsa": {"index_n_heads": 4, "index_topk": 8, "index_head_dim": 16},
+    "granitemoehybrid": {
+        **MAMBA2,
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "position_embedding_type": "rope",
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "full_attention"],
+        "num_hidden_layers": 3,
+        "num_dense_layers": 1,
+    },
+    "longcat_flash": {"zero_expert_num": 2, "expert_ffn_hidden_size": 32},
+    "mamba2": {"num_heads": 8},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "ngram_vocab_size_base": 64,
+        "split_ngram_parts": 2,
+        "ple_embed_dim": 16,
+        "hc_lowrank": 8,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 6,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 2,
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 2,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""Model type -> keys whose values its names do not tell."""
+OTHERS = re.compile("vision|audio|image|vq|encoder|patcher|mimi|text_config")
+
+
+def families() -> list[str]:
+    """Return the model types of transformers' own list that are trained on text alone: neither
+    multimodal nor encoder-decoders.
+    """
+    return sorted(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if is_text(kind))
+
+
+def is_text(kind: str) -> bool:
+    """Whether a model type is neither multimodal nor an encoder-decoder."""
+    config = CONFIG_MAPPING[kind]
+    parts = " ".join(config.sub_configs)
+    return not (config.is_encoder_decoder or OTHERS.search(parts))
+
+
+def tiny_config(kind: str) -> PretrainedConfig:
+    """Return the config of a tiny model of a type, with a layer of each kind that it has."""
+    config_class = CONFIG_MAPPING[kind]
+    given = config_class()
+    keys = {}
+    latent = hasattr(given, "qk_rope_head_dim")
+    for name, value in given.to_dict().items():
+        if latent and name == "head_dim":
+            keys[name] = 8
+            continue
+        if latent and name == "num_key_value_heads":
+            keys[name] = 4
+            continue
+        if isinstance(value, bool) or not (isinstance(value, int) or name in UNSET):
+            continue
+        found = next((n for pattern, n in SIZES if re.fullmatch(pattern, name)), None)
+        if found is not None:
+            keys[name] = found
+        elif re.fullmatch(r"(pad|eos|bos|sep|unk)_token_id", name):
+            keys[name] = min(value or 0, 2)
+    layers = [k for k, v in given.to_dict().items() if is_layer_list(k, v)]
+    kinds = [list(dict.fromkeys(map(str, getattr(given, k)))) for k in layers]
+    count = max([2, *(len(k) for k in kinds)])
+    if "num_hidden_layers" in KEYS.get(kind, {}):
+        count = KEYS[kind]["num_hidden_layers"]
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        if name in keys:
+            keys[name] = count
+    for key, distinct in zip(layers, kinds, strict=True):
+        keys[key] = (distinct * count)[:count]
+    return config_class(**{**keys, **KEYS.get(kind, {})})
+
+
+def is_layer_list(key: str, value: Any) -> bool:
+    """Whether a key lists a kind for each layer."""
+    return (
+        isinstance(value, list)
+        and len(value) > 1
+        and bool(re.search("layer|block", key))
+        and all(isinstance(v, str) for v in value)
+    )
+
+
+def tiny_model(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return a tiny model with random weights, none of them at a round value."""
+    torch.manual_seed(0)
+    auto: Any = AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_config(tiny_config(kind), dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
