@@ -11,11 +11,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 Region = tuple[slice, ...]
-WRAPPERS = re.compile(r"(^|(?<=\.))(_checkpoint_wrapped_module|_orig_mod|base_layer)\.")
+WRAPPERS = re.compile(
+    r"(^|(?<=\.))(_checkpoint_wrapped_module|_orig_mod|base_layer(?!\.(base_layer\.)*lora_))\."
+)
 
 
 def plain_name(fqn: str) -> str:
-    """Return a tensor's name in the plain model: without checkpoint, compile and PEFT wrappers."""
+    """Return a tensor's name in the plain model: without checkpoint, compile and PEFT wrappers. An
+    adapter keeps the name that PEFT's files have: several on one module are nested.
+    """
     return WRAPPERS.sub("", fqn)
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
+from raytrain_adv.ops.experts.find import active_expert_share, stacked
 
 ROUTED_EXPERT = re.compile(r"\bexperts\.\d+\.")
 WITHOUT_ATTENTION = ("linear_attention", "mamba", "conv", "recurrent")
@@ -32,6 +33,7 @@ def training_flops_per_token(model: nn.Module, seq_len: float) -> float:
     config = text_config(model)
     active = active_expert_share(config)
     flops = 0.0
+    experts = stacked(model)
     for fqn, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue
@@ -42,7 +44,8 @@ def training_flops_per_token(model: nn.Module, seq_len: float) -> float:
         for name, parameter in module.named_parameters(recurse=False):
             if name.startswith("bias") or parameter.ndim not in (2, 3):
                 continue
-            # Stacked experts: [expert, out, in].
+            if parameter.ndim == 3 and fqn not in experts:  # a convolution's
+                continue
             used = active if parameter.ndim == 3 else share
             flops += parameter.numel() * used * (6 if parameter.requires_grad else 4)
     return flops + attention_flops_per_token(config, seq_len)
@@ -83,26 +86,6 @@ def mean_keys(seq_len: float, window: float) -> float:
     """Return the keys a token attends to on average, under a causal mask with a window."""
     window = min(window, seq_len)
     return window - window**2 / (2 * seq_len)
-
-
-def active_expert_share(config: PretrainedConfig) -> float:
-    """Return the share of routed experts that are active for a token; 1 without a mixture."""
-    experts = num_experts(config)
-    return experts_per_token(config) / experts if experts else 1.0
-
-
-def num_experts(config: PretrainedConfig) -> int:
-    """Return the number of routed experts per layer; its key depends on the architecture."""
-    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    counts = (getattr(config, key, None) for key in keys)
-    return next((count for count in counts if isinstance(count, int) and count > 1), 0)
-
-
-def experts_per_token(config: PretrainedConfig) -> int:
-    """Return the number of active routed experts per token."""
-    keys = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-    counts = (getattr(config, key, None) for key in keys)
-    return next((count for count in counts if isinstance(count, int)), 1)
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:

@@ -16,6 +16,7 @@ from raytrain_adv.config.rules import switch
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.text import listed
 from raytrain_adv.transforms.modules import own_forward
+from raytrain_adv.transforms.coverage import coverage
 from raytrain_adv.transforms.transform import DEFECT, Context, Plan, Transform, Worker
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Transforms:
                 plan = _give_way(transform.plan(model, context), plans)
                 _refuse_empty(transform, plan)
                 self._refuse_conflict(transform, plan, plans)
+                plan = _with_coverage(transform, plan, model)
                 before = _kinds(model, transform)
                 transform.prepare(model, plan)
                 _verify(transform, model, plan, before)
@@ -257,6 +259,17 @@ def _refuse_empty(transform: Transform, plan: Plan) -> None:
         or "no module of the model is of a kind it changes",
         f"turn it off, or change its keys: {', '.join(type(transform).model_fields)}",
     )
+
+
+def _with_coverage(transform: Transform, plan: Plan, model: nn.Module) -> Plan:
+    """Return the plan with the share of the model that it changes; under half is a warning."""
+    if not transform.covers:
+        return plan
+    found = coverage(model, plan.changes)
+    share = found.weights if transform.covers == "weights" else found.flops
+    warning = "warning: under half of the model: " if share < 0.5 else ""
+    details = {**plan.details, "coverage": found.as_dict()}
+    return replace(plan, details=details).with_notes(f"{warning}{transform.feature} covers {found}")
 
 
 def _give_way(plan: Plan, earlier: Mapping[str, Plan]) -> Plan:

@@ -11,7 +11,7 @@ from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import ClusterError, TrainingError
 from raytrain_adv.kernels.variants import numbers
 from raytrain_adv.text import first_line
-from raytrain_adv.transforms.modules import LINEAR, expert_notes, plan_linears
+from raytrain_adv.transforms.modules import LINEAR, plan_linears
 from raytrain_adv.transforms.transform import Context, Plan, Transform, Worker, require_package
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 OWN = "raytrain_adv.ops.float8.linear.Float8Linear"
 TORCHAO = "torchao.float8.float8_linear.Float8Linear"
+IN_BF16 = "experts, whose grouped products stay in bf16"
 MULTIPLE = 16
 """torch._scaled_mm takes only sizes divisible by this on a GPU; on a CPU it takes all."""
 SMALLEST = {"tensorwise": 1024, "rowwise": 2049, "rowwise_with_gw_hp": 2049}
@@ -44,6 +45,7 @@ class Fp8(Transform):
     name: ClassVar[str] = "fp8"
     feature: ClassVar[str] = "FP8"
     stage: ClassVar[str] = "precision"
+    covers: ClassVar[Literal["", "weights", "flops"]] = "flops"
     tried_with: ClassVar[dict[str, Any]] = dict(fp8=True, fp8_allow_cpu=True, fp8_min_features=16)
     stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter"})
     imports: ClassVar[tuple[str, ...]] = ("torchao",)
@@ -111,9 +113,10 @@ class Fp8(Transform):
         """Choose the linears that compute in FP8."""
         becomes = {LINEAR: OWN if self.is_tensorwise else TORCHAO}
         given = self.fp8_exclude
-        changes, skipped = plan_linears(model, becomes, "fp8_exclude", given, self._why_not)
-        notes = self._notes(model, changes.keys(), changes.keys() | skipped.keys(), context)
-        return Plan(self.name, changes, skipped, tuple(notes))
+        changes, skipped = plan_linears(
+            model, becomes, "fp8_exclude", given, self._why_not, lambda experts: IN_BF16
+        )
+        return Plan(self.name, changes, skipped, tuple(self._notes(context)))
 
     def _why_not(self, linear: nn.Linear) -> str:
         sizes = (linear.in_features, linear.out_features)
@@ -125,18 +128,11 @@ class Fp8(Transform):
             return f"{sizes[0]} x {sizes[1]}: too small to gain (fp8_min_features: {smallest})"
         return ""
 
-    def _notes(
-        self, model: nn.Module, changed: Iterable[str], linears: Iterable[str], context: Context
-    ) -> Iterator[str]:
-        def weights(fqns: Iterable[str]) -> int:
-            return sum(model.get_submodule(f).get_parameter("weight").numel() for f in fqns)
-
+    def _notes(self, context: Context) -> Iterator[str]:
         yield (
-            f"{self.fp8_recipe}: {weights(changed) / (weights(linears) or 1):.0%} of the linears' "
-            "products; weights, gradients and optimizer states keep their dtype, so FP8 saves no "
-            "memory for them"
+            f"{self.fp8_recipe}: weights, gradients and optimizer states keep their dtype, so FP8 "
+            "saves no memory for them"
         )
-        yield from expert_notes(model, "they stay in bf16")
         if not context.job.parallel.torch_compile:
             yield (
                 "torch_compile is off: every cast is a separate kernel, and FP8 is slower than "

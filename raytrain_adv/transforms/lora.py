@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from raytrain_adv.config.problems import Problem
+from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sections import LARGEST, Names
 from raytrain_adv.errors import JobError
 from raytrain_adv.transforms.modules import (
-    ROUTERS,
+    ROUTES,
+    UNKNOWN_EXPERTS,
     class_name,
     did_you_mean,
-    expert_notes,
     fqn_of,
     is_tied,
     output_head,
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from raytrain_adv.config.job import JobConfig
 
 ADAPTED = "peft.tuners.lora.layer.Linear"
+ADAPTED_EXPERTS = "raytrain_adv.ops.experts.adapted.AdaptedExperts"
+STACKED_AS = {"gate_proj": "gate_up_proj", "w1": "gate_up_proj", "w2": "down_proj"}
+STACKED_AS |= {"up_proj": "gate_up_proj", "w3": "gate_up_proj"}
+"""Names of an expert's linears -> the stacked matrix they are in, if a model has no such linear."""
 ADAPTER = "default"
 """PEFT's name for the one adapter there is."""
 
@@ -42,6 +46,7 @@ class Lora(Transform):
     feature: ClassVar[str] = "LoRA"
     tried_with: ClassVar[dict[str, Any]] = {"finetuning_type": "lora"}
     stage: ClassVar[str] = "adapter"
+    covers: ClassVar[Literal["", "weights", "flops"]] = "flops"
     # 599 ms for 0.71 of the operations of full training, in pairs of runs: jobs/benchmarks/results.
     speed: ClassVar[float] = 0.885
 
@@ -54,8 +59,8 @@ class Lora(Transform):
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the adapters' input."""
     lora_target: Names = "all"
-    """Names of the linear modules that get adapters, comma separated or a list; all means every one
-    but lm_head."""
+    """Names of the linear modules and stacked experts that get adapters, comma separated or a list;
+    all means every one but lm_head and routers."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     use_dora: bool = False
@@ -85,37 +90,81 @@ class Lora(Transform):
             yield Problem(text, fix, "pure_bf16 and finetuning_type")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Choose the linears that get adapters."""
+        """Choose the linears and stacked experts that get adapters."""
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
+        from raytrain_adv.ops.experts.find import routers, stacked
+
         kinds = nn.Linear | Conv1D  # what PEFT can adapt: PyTorch's linears, and GPT-2's
         linears = {fqn: m for fqn, m in model.named_modules() if isinstance(m, kinds)}
-        self._check_targets(model, linears)
-        reasons = {fqn: self._reason_to_skip(fqn, m, model) for fqn, m in linears.items()}
-        skipped = {fqn: reason for fqn, reason in reasons.items() if reason}
-        adapted = {fqn: m for fqn, m in linears.items() if fqn not in skipped}
-        changes = {fqn: Change(class_name(m), ADAPTED) for fqn, m in adapted.items()}
-        notes = self._notes(model, list(adapted.values()))
-        return Plan(self.name, changes, skipped, tuple(notes))
+        experts = stacked(model)
+        self._check_targets(model, linears, experts)
+        choosing = routers(model)
+        skipped = {f: self._reason_to_skip(f, m, model, choosing) for f, m in linears.items()}
+        skipped |= {f: self._reason_to_skip_experts(f, m) for f, m in experts.items()}
+        skipped = {fqn: reason for fqn, reason in skipped.items() if reason}
+        chosen = {f: m for f, m in (linears | experts).items() if f not in skipped}
+        becomes = dict.fromkeys(linears, ADAPTED) | dict.fromkeys(experts, ADAPTED_EXPERTS)
+        changes = {fqn: Change(class_name(m), becomes[fqn]) for fqn, m in chosen.items()}
+        return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
 
-    def _reason_to_skip(self, fqn: str, module: nn.Module, model: nn.Module) -> str:
+    def _reason_to_skip(
+        self, fqn: str, module: nn.Module, model: nn.Module, choosing: frozenset[str]
+    ) -> str:
         if any(names(target, fqn) for target in self.targets):  # next to all, too
             return ""
         if "all" not in self.targets:
             return "not in lora_target"
         if module is output_head(model):
             return "the language-model head"
-        return "it routes tokens to experts" if short(fqn) in ROUTERS else ""
+        return ROUTES if fqn in choosing else ""
 
-    def _check_targets(self, model: nn.Module, linears: Iterable[str]) -> None:
+    def _reason_to_skip_experts(self, fqn: str, module: nn.Module) -> str:
+        from raytrain_adv.ops.experts.find import layout_of
+
+        if not self._matrices(fqn, module):
+            return "not in lora_target"
+        if self.lora_dropout or self.use_dora:
+            key = "lora_dropout" if self.lora_dropout else "use_dora"
+            return f"PEFT adapts stacked experts without {key} only"
+        return "" if layout_of(module) else UNKNOWN_EXPERTS
+
+    def _matrices(self, fqn: str, module: nn.Module) -> list[str]:
+        """Return the stacked matrices of a module that get adapters."""
+        from raytrain_adv.ops.experts.find import matrices
+
+        targets = [*self.targets, *(STACKED_AS[t] for t in self.targets if t in STACKED_AS)]
+        return [
+            name
+            for name in matrices(module)
+            if any(t == "all" or names(t, fqn) or names(t, f"{fqn}.{name}") for t in targets)
+        ]
+
+    def _check_targets(
+        self, model: nn.Module, linears: Iterable[str], experts: Mapping[str, nn.Module]
+    ) -> None:
+        from raytrain_adv.ops.experts.find import matrices
+
         if not self.targets:
             fix = "set lora_target: all, or name modules"
             raise JobError("lora_target is empty", "no module names", fix)
         named = [target for target in self.targets if target != "all"]
+        in_experts = [f"{fqn}.{name}" for fqn, m in experts.items() for name in matrices(m)]
         for target in named:
-            if not any(names(target, fqn) for fqn in linears):
-                raise _no_target(target, model, sorted({short(fqn) for fqn in linears}))
+            if any(names(target, fqn) for fqn in linears):
+                continue
+            stacked_in = [f for f in in_experts if names(STACKED_AS.get(target, target), f)]
+            if not stacked_in and not any(names(target, fqn) for fqn in experts):
+                known = sorted({short(fqn) for fqn in [*linears, *in_experts]})
+                raise _no_target(target, model, known)
+            if self.lora_dropout or self.use_dora:
+                key = "lora_dropout" if self.lora_dropout else "use_dora"
+                raise JobError(
+                    f"lora_target names {target}, and PEFT adapts stacked experts without {key} only",
+                    f"{key}: {show(getattr(self, key))}",
+                    f"delete {key}, or take {target} out of lora_target",
+                )
         name = fqn_of(model, output_head(model)) or "lm_head"
         if is_tied(model) and any(names(target, name) for target in named):
             raise JobError(
@@ -124,28 +173,38 @@ class Lora(Transform):
                 f"take {name} out of lora_target",
             )
 
-    def _notes(self, model: nn.Module, adapted: list[nn.Module]) -> Iterator[str]:
-        added = sum(map(self._added_parameters, adapted))
+    def _notes(self, model: nn.Module, changes: Mapping[str, Change]) -> Iterator[str]:
+        added = sum(self._added_parameters(fqn, model.get_submodule(fqn)) for fqn in changes)
         total = sum(p.numel() for p in model.parameters())
         share = f"{added / total:.2%}"
         yield f"{added:,} trainable parameters in adapters on {total:,} frozen ones ({share})"
-        yield from expert_notes(model, "they get no adapters")
         if self.use_dora:
             why = "PEFT's DoRA does not trace into one graph"
             yield f"{why}: torch_compile gains less than with LoRA"
 
-    def _added_parameters(self, linear: nn.Module) -> int:
-        rows, columns = linear.get_parameter("weight").shape
-        magnitudes = (columns if is_transposed(linear) else rows) if self.use_dora else 0
+    def _added_parameters(self, fqn: str, module: nn.Module) -> int:
+        if stacks := self._matrices(fqn, module):
+            shapes = [module.get_parameter(name).shape for name in stacks]
+            return sum(self.lora_rank * n * (rows + columns) for n, rows, columns in shapes)
+        rows, columns = module.get_parameter("weight").shape
+        magnitudes = (columns if is_transposed(module) else rows) if self.use_dora else 0
         return self.lora_rank * (rows + columns) + magnitudes
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
-        """Freeze the model and put adapters in float32, without values yet, on the linears."""
+        """Freeze the model and put adapters in float32, without values yet, on the linears and the
+        stacked experts.
+        """
         import torch
-        from peft import inject_adapter_in_model
 
+        from raytrain_adv.ops.experts.adapted import adapt, inject
+
+        modules = [fqn for fqn, change in plan.changes.items() if change.after == ADAPTED]
+        experts = [fqn for fqn in plan.changes if fqn not in modules]
+        stacks = [f"{f}.{name}" for f in experts for name in self._matrices(f, model.get_submodule(f))]
         with torch.device(next(model.parameters()).device):
-            inject_adapter_in_model(self._peft_config(model, plan), model, ADAPTER)
+            inject(model, self._peft_config(model, modules), stacks, ADAPTER)
+        for fqn in experts:
+            adapt(model, fqn)
         for fqn, parameter in list(model.named_parameters()):
             parameter.requires_grad_(is_adapter(fqn))
             if is_adapter(fqn):
@@ -153,23 +212,23 @@ class Lora(Transform):
                 exact = torch.nn.Parameter(torch.empty_like(parameter, dtype=torch.float32))
                 setattr(model.get_submodule(owner), name, exact)
 
-    def _peft_config(self, model: nn.Module, plan: Plan) -> LoraConfig:
-        """Return PEFT's description of the adapters: the planned modules' last segments if those
-        match nothing else, otherwise their whole names.
+    def _peft_config(self, model: nn.Module, adapted: list[str]) -> LoraConfig:
+        """Return PEFT's description of the adapters on modules: their last segments if those match
+        nothing else, otherwise their whole names.
         """
         from peft import LoraConfig
 
         modules = dict(model.named_modules())
-        ends = {short(fqn) for fqn in plan.changes}
+        ends = {short(fqn) for fqn in adapted}
         by_end = {fqn for fqn in modules if short(fqn) in ends}
         return LoraConfig(
             r=self.lora_rank,
             lora_alpha=self.lora_alpha or 2 * self.lora_rank,
             lora_dropout=self.lora_dropout,
-            target_modules=sorted(ends if by_end == plan.changes.keys() else plan.changes),
+            target_modules=sorted(ends if by_end == set(adapted) else adapted),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
-            fan_in_fan_out=any(is_transposed(modules[fqn]) for fqn in plan.changes),
+            fan_in_fan_out=any(is_transposed(modules[fqn]) for fqn in adapted),
             init_lora_weights=False,
             task_type="CAUSAL_LM",
         )
@@ -179,8 +238,9 @@ class Lora(Transform):
         magnitudes the norms. Each A is drawn whole from a generator seeded by its name, so that
         values do not depend on the number of workers.
         """
+        holders = {fqn for fqn, _ in model.named_modules() if short(fqn) == "lora_A"}
         for fqn, module in model.named_modules():
-            if class_name(module) == ADAPTED:
+            if f"{fqn}.lora_A" in holders:
                 self._initialize_one(fqn, module, seed)
         return ()
 
@@ -190,7 +250,7 @@ class Lora(Transform):
         from raytrain_adv.dtensor import copy_local, gather, local_region, plain_name, seed_of
 
         a, b = (module.get_parameter(f"lora_{part}.{ADAPTER}.weight") for part in "AB")
-        own_seed = seed_of(seed, plain_name(f"{fqn}.lora_A"))
+        own_seed = seed_of(seed, plain_name(f"{fqn}.lora_A.weight").removesuffix(".weight"))
         generator = torch.Generator(a.device).manual_seed(own_seed)
         whole = torch.empty(a.shape, dtype=torch.float32, device=a.device)
         # Source: peft's reset_lora_parameters, which follows the paper's code.

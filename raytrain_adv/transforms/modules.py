@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from raytrain_adv.transforms.transform import Change
 
 LINEAR = "torch.nn.Linear"
-ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-"""Names that mixture-of-experts models give to the linears that choose experts."""
+ROUTES = "it routes tokens to experts"
+UNKNOWN_EXPERTS = "experts that are computed in a way of their own"
 
 
 def class_name(module: nn.Module) -> str:
@@ -42,30 +42,34 @@ def plan_linears(
     key: str,
     value: str | list[str],
     why_not: Callable[[nn.Linear], str],
+    why_not_experts: Callable[[nn.Module], str],
+    experts_become: str = "",
 ) -> tuple[dict[str, Change], dict[str, str]]:
-    """Return the changes of the linears that a feature changes, and why others are skipped, both by
-    fqn. The head, routers and adapters are skipped, and what the value of a job key excludes.
-    `becomes` has for each class that can be changed the class it becomes; `why_not` returns why a
-    linear of such a class is skipped, or nothing.
+    """Return the changes of the linears and stacked experts that a feature changes, and why others
+    are skipped, both by fqn. The head, routers and adapters are skipped, and what the value of a
+    job key excludes. `becomes` has for each class that can be changed the class it becomes;
+    `why_not` and `why_not_experts` return why one of these is skipped, or nothing.
 
     Raises:
-        JobError: if a pattern matches no linear.
+        JobError: if a pattern matches no linear or experts.
     """
     from torch import nn
 
+    from raytrain_adv.ops.experts.find import layout_of, routers, stacked
     from raytrain_adv.transforms.transform import Change
 
     linears = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
+    experts = stacked(model)
     excluded = patterns(value)
     for pattern in excluded:
-        if not any(matches(pattern, own_name(fqn)) for fqn in linears):
-            known = sorted({short(own_name(fqn)) for fqn in linears})
+        if not any(matches(pattern, own_name(fqn)) for fqn in [*linears, *experts]):
+            known = sorted({short(own_name(fqn)) for fqn in [*linears, *experts]})
             raise JobError(
                 f"{key} {pattern} matches no linear of the model",
                 f"its linears are {', '.join(known)}",
                 f"did you mean {did_you_mean(pattern, known)}? a pattern may contain *",
             )
-    heads = output_heads(model)
+    heads, choosing = output_heads(model), routers(model)
     changes: dict[str, Change] = {}
     skipped: dict[str, str] = {}
     for fqn, module in linears.items():
@@ -76,21 +80,24 @@ def plan_linears(
             skipped[fqn] = f"in {key}"
         elif kind not in becomes:
             skipped[fqn] = f"a {kind}, not a plain linear"
-        elif short(name) in ROUTERS:
-            skipped[fqn] = "it routes tokens to experts"
+        elif name in choosing or fqn in choosing:
+            skipped[fqn] = ROUTES
         elif in_adapter(fqn):
             skipped[fqn] = "an adapter"
         elif reason := why_not(module):
             skipped[fqn] = reason
         else:
             changes[fqn] = Change(kind, becomes[kind])
+    for fqn, experts_module in experts.items():
+        if any(matches(pattern, own_name(fqn)) for pattern in excluded):
+            skipped[fqn] = f"in {key}"
+        elif layout_of(experts_module) is None:
+            skipped[fqn] = UNKNOWN_EXPERTS
+        elif reason := why_not_experts(experts_module):
+            skipped[fqn] = reason
+        else:
+            changes[fqn] = Change(class_name(experts_module), experts_become)
     return changes, skipped
-
-
-def expert_notes(model: nn.Module, consequence: str) -> Iterator[str]:
-    """Yield a note with this consequence if the model has experts as stacked tensors."""
-    if any(p.ndim == 3 for p in model.parameters()):
-        yield f"experts are stacked tensors, not linears: {consequence}"
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -144,8 +151,10 @@ def patterns(given: str | list[str]) -> list[str]:
 
 
 def own_name(fqn: str) -> str:
-    """Return a linear's name in the plain model: PEFT keeps it inside the adapter's module."""
-    return fqn.removesuffix(".base_layer")
+    """Return a module's name in the plain model: PEFT keeps it inside its adapters' modules."""
+    while fqn.endswith(".base_layer"):
+        fqn = fqn.removesuffix(".base_layer")
+    return fqn
 
 
 def matches(pattern: str, fqn: str) -> bool:

@@ -22,7 +22,6 @@ from raytrain_adv.ops.fake_quant.torchao_config import (
 )
 from raytrain_adv.transforms.modules import (
     class_name,
-    expert_notes,
     fqn_of,
     input_embedding,
     is_tied,
@@ -37,10 +36,12 @@ if TYPE_CHECKING:
 
     from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
+    from raytrain_adv.ops.fake_quant.experts import FakeQuantizedExperts
     from raytrain_adv.ops.fake_quant.layers import FakeQuantized
 
 LINEAR = "raytrain_adv.ops.fake_quant.layers.FakeQuantizedLinear"
 EMBEDDING = "raytrain_adv.ops.fake_quant.layers.FakeQuantizedEmbedding"
+EXPERTS = "raytrain_adv.ops.fake_quant.experts.FakeQuantizedExperts"
 IN_FLOAT8 = "raytrain_adv.ops.float8.linear.Float8Linear"
 LINEAR_IN_FLOAT8 = "raytrain_adv.ops.float8.qat_linear.Float8FakeQuantizedLinear"
 BECOMES = {"torch.nn.Linear": LINEAR, IN_FLOAT8: LINEAR_IN_FLOAT8}
@@ -58,6 +59,7 @@ class Qat(Transform):
         enable_qat=True, qat_weight_dtype="int4", qat_activation_dtype="int8"
     )
     stage: ClassVar[str] = "precision"
+    covers: ClassVar[Literal["", "weights", "flops"]] = "weights"
     imports: ClassVar[tuple[str, ...]] = ("torchao",)
     stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter", "fp8"})
     evaluated_as: ClassVar[str] = "fake-quantized"
@@ -206,11 +208,16 @@ class Qat(Transform):
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears, and the embedding, that compute with rounded values."""
+        from raytrain_adv.ops.experts.find import widths_of
         from raytrain_adv.ops.float8.qat_linear import refuse_frozen
 
         given = self.qat_exclude
-        changes, skipped = plan_linears(model, BECOMES, "qat_exclude", given, self._why_not)
-        linears: dict[str, Any] = {fqn: model.get_submodule(fqn) for fqn in changes}
+        changes, skipped = plan_linears(
+            model, BECOMES, "qat_exclude", given, self._why_not, lambda experts: "", EXPERTS
+        )
+        linears: dict[str, Any] = {
+            fqn: model.get_submodule(fqn) for fqn, c in changes.items() if c.after != EXPERTS
+        }
         if not changes:
             raise JobError(
                 "enable_qat: true would not round any linear of this model",
@@ -218,8 +225,11 @@ class Qat(Transform):
                 or f"{class_name(model)} computes with other modules than torch.nn.Linear",
                 "correct qat_exclude, or set enable_qat: false",
             )
-        refuse_odd_groups(self.group_size, {f: m.in_features for f, m in linears.items()})
-        in_float8 = [linears[f] for f, change in changes.items() if change.before == IN_FLOAT8]
+        widths = {fqn: int(m.in_features) for fqn, m in linears.items()}
+        for fqn in changes.keys() - linears.keys():
+            widths |= {f"{fqn}.{name}": n for name, n in widths_of(model.get_submodule(fqn)).items()}
+        refuse_odd_groups(self.group_size, widths)
+        in_float8 = [m for fqn, m in linears.items() if changes[fqn].before == IN_FLOAT8]
         refuse_frozen(in_float8, self.qat_weight_dtype, self.activation_dtype)
         embedding = input_embedding(model)
         fqn = fqn_of(model, embedding)
@@ -258,7 +268,6 @@ class Qat(Transform):
             yield f"FP8 and QAT together need careful tuning: {how}"
         if EMBEDDING in kinds and is_tied(model):
             yield "the head tied to the embedding is not quantized: the quantized model has both"
-        yield from expert_notes(model, "they are not quantized")
         if not job.output.export_model:
             what = "no quantized model is written or compared with the trained one"
             how = "raytrain-adv export does both from a checkpoint"
@@ -266,6 +275,7 @@ class Qat(Transform):
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Replace each planned layer by one that rounds and owns the same parameters."""
+        from raytrain_adv.ops.fake_quant.experts import FakeQuantizedExperts
         from raytrain_adv.ops.fake_quant.layers import FakeQuantizedEmbedding, FakeQuantizedLinear
         from raytrain_adv.ops.float8.qat_linear import Float8FakeQuantizedLinear
 
@@ -275,6 +285,8 @@ class Qat(Transform):
             old: Any = model.get_submodule(fqn)
             if change.after == EMBEDDING:
                 new: nn.Module = FakeQuantizedEmbedding.of(old, *how)
+            elif change.after == EXPERTS:
+                new = FakeQuantizedExperts.rounding(old, *how, self.activation_dtype)
             else:
                 new = kinds[change.after].of(old, *how, self.activation_dtype)
             model.set_submodule(fqn, new)
@@ -327,10 +339,11 @@ def _with_fp8(job: JobConfig) -> Iterable[Problem]:
         yield Problem(text, f"set fp8_recipe: tensorwise, {off}", "fp8_recipe and enable_qat")
 
 
-def rounding(model: nn.Module) -> Iterator[FakeQuantized]:
+def rounding(model: nn.Module) -> Iterator[FakeQuantized | FakeQuantizedExperts]:
     """Yield the layers that can round."""
+    from raytrain_adv.ops.fake_quant.experts import FakeQuantizedExperts
     from raytrain_adv.ops.fake_quant.layers import FakeQuantizedEmbedding, FakeQuantizedLinear
 
     for module in model.modules():
-        if isinstance(module, FakeQuantizedLinear | FakeQuantizedEmbedding):
+        if isinstance(module, FakeQuantizedLinear | FakeQuantizedEmbedding | FakeQuantizedExperts):
             yield module

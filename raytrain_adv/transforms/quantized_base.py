@@ -11,7 +11,6 @@ from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.text import GIB, disk, first_line
 from raytrain_adv.transforms.modules import (
     LINEAR,
-    expert_notes,
     in_adapter,
     output_heads,
     own_name,
@@ -49,6 +48,7 @@ class QuantizedBase(Transform):
     feature: ClassVar[str] = "Standard Quantization"
     tried_with: ClassVar[dict[str, Any]] = {"quantization_bit": 4, "finetuning_type": "lora"}
     stage: ClassVar[str] = "precision"
+    covers: ClassVar[Literal["", "weights", "flops"]] = "weights"
     imports: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter"})
     proven_by: ClassVar[str] = "raytrain_adv::dequantize"
@@ -123,7 +123,9 @@ class QuantizedBase(Transform):
         from torch import nn
 
         key, given = "quantization_exclude", self.quantization_exclude
-        changes, skipped = plan_linears(model, {LINEAR: OWN}, key, given, self._why_not)
+        changes, skipped = plan_linears(
+            model, {LINEAR: OWN}, key, given, self._why_not, lambda experts: "experts"
+        )
         tables = [f for f, m in model.named_modules() if isinstance(m, nn.Embedding)]
         skipped |= dict.fromkeys(tables, "an embedding: looked up, not multiplied")
         skipped = {fqn: why for fqn, why in skipped.items() if not in_adapter(fqn)}
@@ -153,7 +155,6 @@ class QuantizedBase(Transform):
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         yield f"left in {dtype}: {rest}"
         yield "the base is not trained; it is not in checkpoints or the exported adapter"
-        yield from expert_notes(model, "they are not quantized")
 
     @staticmethod
     def _left(model: nn.Module, changes: dict[str, Change]) -> Counter[str]:

@@ -94,6 +94,9 @@ class Transform(Section):
     aten::_scaled_mm; empty if the modules' classes are proof enough."""
     evaluated_as: ClassVar[str] = ""
     """How held-out rows are evaluated if training can switch the feature off: always with it on."""
+    covers: ClassVar[Literal["", "weights", "flops"]] = ""
+    """Of what a plan should change the larger part: of the weights, or of the FLOPs of the matrices
+    that a token passes; empty for features that do neither."""
     speed: ClassVar[float] = 1.0
     """Measured speed of a step, relative to the same step without the feature."""
 

@@ -38,6 +38,8 @@ class _Product(torch.autograd.Function):
             return float8_product(x, weight, bias)
         rounded, _ = rounded_weight(weight, weight_dtype, group_size)
         rounded_x, _, _ = rounded_activation(x, activation_dtype)
+        if weight_dtype == FLOAT8 and bias is not None:  # torchao rounds the product before it adds
+            return F.linear(rounded_x, rounded) + bias
         return F.linear(rounded_x, rounded, bias)
 
     @staticmethod

@@ -81,14 +81,13 @@ def test_what_is_named_next_to_all_is_not_left_out(tmp_path: Path) -> None:
     assert "lm_head" in plan.changes and len(plan.changes) == 15 and not plan.skipped
 
 
-def test_routers_and_stacked_experts_get_no_adapters_and_the_plan_reports_it(
-    tmp_path: Path,
-) -> None:
+def test_routers_get_no_adapters_and_stacked_experts_do(tmp_path: Path) -> None:
     job = lora_job(write_checkpoint("qwen2_moe", tmp_path / "m"), tmp_path)
     plan = Transforms(job).plan(build(job))["lora"]
     assert plan.skipped["model.layers.0.mlp.shared_expert_gate"] == "it routes tokens to experts"
     assert not any("gate" in fqn.split(".") for fqn in plan.changes)
-    assert any("stacked tensors" in note for note in plan.notes)
+    change = plan.changes["model.layers.0.mlp.experts"]
+    assert change.after == "raytrain_adv.ops.experts.adapted.AdaptedExperts"
 
 
 def test_the_noted_number_of_parameters_is_the_models(tmp_path: Path) -> None:

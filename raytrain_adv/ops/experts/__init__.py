@@ -1,0 +1,1 @@
+"""Stacked experts of mixtures: finding them, and their products."""

@@ -1,0 +1,88 @@
+"""LoRA on stacked experts: PEFT's adapters, multiplied beside the matrices instead of added to them.
+
+PEFT's own forward pass adds each adapter's whole product to the matrices of all experts, by a
+parametrization that torch.compile does not trace and FSDP2 does not shard. Here tokens pass through
+the two factors: the same result, without a second copy of the experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+
+from raytrain_adv.dtensor import plain_name
+from raytrain_adv.ops.experts.find import layout_of
+from raytrain_adv.ops.experts.grouped import Factors, GroupedExperts
+
+
+class AdaptedExperts(ParamWrapper):  # type: ignore[misc] # peft has no types
+    """The outermost of the nested adapters that PEFT puts on a module's parameters."""
+
+    def forward(self, *inputs: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        """Return what the experts compute, each adapter beside its matrix."""
+        factors: dict[str, Factors] = {}
+        layer: Any = self
+        while isinstance(layer, ParamWrapper):
+            factors[layer.parameter_name] = layer.get_delta_factors(layer.active_adapters[0])
+            layer = layer.base_layer
+        output: torch.Tensor = layer(*inputs, **named, **factors)
+        return output
+
+
+def adapt(model: nn.Module, fqn: str) -> None:
+    """Have PEFT's adapters on a module's stacked experts computed beside their matrices."""
+    outer: Any = model.get_submodule(fqn)
+    outer.__class__ = AdaptedExperts
+    inner = outer
+    while isinstance(inner.base_layer, ParamWrapper):
+        inner = inner.base_layer
+    if layout_of(inner.base_layer) is not None:
+        inner.base_layer = GroupedExperts.of(inner.base_layer)
+
+
+def inject(model: nn.Module, config: LoraConfig, stacks: list[str], adapter: str) -> None:
+    """Let PEFT put adapters on modules, by its config, and on stacked matrices, by their fqns.
+
+    PEFT takes the names of linears inside dense and shared experts (gate_proj) for those of stacked
+    experts, which transformers 4 had as linears; such linears are named in `model.peft_config` by
+    their weights instead, which PEFT adapts to the same result. Remove when PEFT 0.21's
+    convert_peft_config_for_transformers leaves alone names that the model has.
+    """
+    from peft import inject_adapter_in_model
+    from peft.utils import transformers_weight_conversion as conversion
+
+    config.target_parameters = sorted(stacks) or None
+    config.target_modules = set(config.target_modules)
+    given = copy.deepcopy(config)
+    taken = [n for n in config.target_modules if _is_taken(n, config, model, conversion)]
+    with patch.object(conversion, "convert_peft_config_for_transformers", lambda *_, **__: None):
+        inject_adapter_in_model(config, model, adapter)
+    given.target_modules -= set(taken)
+    weights = [f"{name}.weight" for name in taken]
+    given.target_parameters = sorted([*weights, *_short(stacks, model)]) or None
+    model.peft_config[adapter] = given
+
+
+def _is_taken(name: str, config: LoraConfig, model: nn.Module, conversion: Any) -> bool:
+    """Whether PEFT would adapt stacked experts for this name of a module."""
+    alone = copy.deepcopy(config)
+    alone.target_modules, alone.target_parameters = {name}, None
+    try:
+        conversion.convert_peft_config_for_transformers(alone, model=model, conversions=None)
+    except ValueError:  # it wants gate_proj and up_proj together
+        return True
+    return alone.target_modules != {name}
+
+
+def _short(stacks: list[str], model: nn.Module) -> list[str]:
+    """Return the last two segments of parameters' names if those match nothing else."""
+    ends = {".".join(name.split(".")[-2:]) for name in stacks}
+    named = {plain_name(fqn) for fqn, _ in model.named_parameters()}
+    matched = {fqn for fqn in named if ".".join(fqn.split(".")[-2:]) in ends}
+    return sorted(ends if matched == set(stacks) else stacks)

@@ -1,0 +1,154 @@
+"""Find a model's experts and routers by what they are: modules whose matrices are stacked by expert,
+and the linears beside them that choose among these.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+ROUTER_PATH = re.compile(r"(^|\.)(\w*_)?(gate|gating|router)(\.|$)")
+"""Modules beside experts that choose among them; `gate_proj` is no such name."""
+SORTED, TOP_K = ["hidden_states"], ["hidden_states", "top_k_index", "top_k_weights"]
+"""What the forward passes of known layouts take."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a module keeps and calls its experts' two matrices."""
+
+    up: str
+    """The parameter of the first matrix: gate_up_proj, or up_proj without a gate."""
+    down: str
+    is_transposed: bool
+    """Whether matrices are [expert, in, out] instead of [expert, out, in]."""
+    has_bias: bool = False
+    dispatch: Literal["top_k", "sorted"] = "top_k"
+    """What forward takes: all tokens and each one's experts, or every expert's tokens in turn, as
+    many for each."""
+
+    def width(self, matrix: torch.Size) -> int:
+        """Return the input features of a stacked matrix of this shape."""
+        return matrix[1] if self.is_transposed else matrix[2]
+
+    @property
+    def matrices(self) -> tuple[str, str]:
+        """The names of both parameters."""
+        return self.up, self.down
+
+
+def stacked(model: nn.Module) -> dict[str, nn.Module]:
+    """Return by fqn the modules that own experts as 3-D parameters, one matrix per expert."""
+    return {fqn: m for fqn, m in model.named_modules() if _num_experts(m)}
+
+
+def matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a module's stacked matrices, one per expert, by name."""
+    own = dict(module.named_parameters(recurse=False))
+    return {name: p for name, p in own.items() if p.ndim == 3}
+
+
+def _num_experts(module: nn.Module) -> int:
+    """Return how many experts a module owns as stacked matrices; 0 if it owns none.
+
+    A convolution's weight has three axes too, and so have recurrent layers' gates per head.
+    """
+    if type(module).__module__.startswith("torch.nn."):
+        return 0
+    held = {p.shape[0] for p in matrices(module).values()}
+    counts = {vars(module).get(key) for key in ("num_experts", "num_routed_experts")} - {None}
+    return next(iter(held)) if len(held) == 1 and held <= counts else 0
+
+
+def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yield the modules that hold experts and what routes to them, with the number of experts."""
+    for fqn, module in model.named_modules():
+        if fqn.endswith("base_layer"):
+            continue
+        count = _num_experts(_unwrapped(module))
+        if isinstance(module, nn.ModuleList) and fqn.rpartition(".")[2] == "experts":
+            count = len(module)
+        if count > 1:
+            parent = fqn.rpartition(".")[0]
+            yield parent, model.get_submodule(parent), count
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "base_layer", None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else module
+
+
+def routers(model: nn.Module) -> frozenset[str]:
+    """Return the fqns of linears that choose experts, or whether the shared one is used."""
+    found: set[str] = set()
+    for parent, block, count in blocks(model):
+        for fqn, module in block.named_modules():
+            chooses = isinstance(module, nn.Linear) and module.out_features in (1, count)
+            if chooses and ROUTER_PATH.search(fqn):
+                found.add(f"{parent}.{fqn}".lstrip("."))
+    return frozenset(found)
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """Return how a module keeps its experts; none if it computes in a way that is not known."""
+    own: Any = module
+    if isinstance(known := vars(module).get("layout"), Layout):
+        return known
+    held = matrices(module)
+    up = next((name for name in ("gate_up_proj", "up_proj") if name in held), "")
+    if held.keys() != {up, "down_proj"}:
+        return None
+    is_gated = up == "gate_up_proj"
+    first, (outer, inner) = tuple(held[up].shape[1:]), held["down_proj"].shape[1:]
+    forms = {False: (inner * (1 + is_gated), outer), True: (inner, outer * (1 + is_gated))}
+    fits = [transposed for transposed, shape in forms.items() if shape == first]
+    is_transposed = getattr(own, "is_transposed", fits[0] if len(fits) == 1 else None)
+    takes = list(inspect.signature(type(module).forward).parameters)[1:]
+    if is_transposed not in fits:
+        return None
+    has_bias = bool(getattr(own, "has_bias", False))
+    if takes == SORTED:
+        return Layout(up, "down_proj", is_transposed, has_bias, "sorted")
+    # What transformers dispatches takes the same three, whatever their names.
+    is_known = takes == TOP_K or (hasattr(own, "has_gate") and len(takes) == len(TOP_K))
+    return Layout(up, "down_proj", is_transposed, has_bias) if is_known else None
+
+
+def widths_of(module: nn.Module) -> dict[str, int]:
+    """Return the input features of each stacked matrix of a module whose layout is known."""
+    layout = layout_of(module)
+    assert layout is not None, type(module)
+    return {name: layout.width(module.get_parameter(name).shape) for name in layout.matrices}
+
+
+def active_experts(model: nn.Module) -> float:
+    """Return the share of routed experts that are active for a token; 1 without a mixture."""
+    config = getattr(model, "config", None)
+    return 1.0 if config is None else active_expert_share(config.get_text_config())
+
+
+def active_expert_share(config: PretrainedConfig) -> float:
+    """Return the share of routed experts that are active for a token; 1 without a mixture."""
+    experts = num_experts(config)
+    return experts_per_token(config) / experts if experts else 1.0
+
+
+def num_experts(config: PretrainedConfig) -> int:
+    """Return the number of routed experts per layer; its key depends on the architecture."""
+    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    counts = (getattr(config, key, None) for key in keys)
+    return next((count for count in counts if isinstance(count, int) and count > 1), 0)
+
+
+def experts_per_token(config: PretrainedConfig) -> int:
+    """Return the number of active routed experts per token."""
+    keys = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    counts = (getattr(config, key, None) for key in keys)
+    return next((count for count in counts if isinstance(count, int)), 1)
