@@ -14,16 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.dtensor import plain_name
 from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles
 from raytrain_adv.model.build import build, head_fqn
 from raytrain_adv.model.conversion import Group
 from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.model.weights import convert_group, match
+from raytrain_adv.ops.experts.find import layout_of, matrices, stacked
 from raytrain_adv.ops.fake_quant.torchao_config import describe_model, tensor_of
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.modules import is_tied
-from raytrain_adv.transforms.qat import EMBEDDING, Qat
+from raytrain_adv.transforms.modules import is_tied, own_name
+from raytrain_adv.transforms.qat import EMBEDDING, EXPERTS, Qat
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
@@ -47,6 +47,8 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 
 Configs = Mapping[str, "AOBaseConfig"]
 """torchao's configuration of each tensor that is converted, by its name in the model."""
+Axes = Mapping[str, int]
+"""Of stacked experts, by their names: the axis of the input features."""
 
 
 class Piece(NamedTuple):
@@ -81,14 +83,14 @@ def write_converted(
         JobError: when the files of `source` are not what the architecture needs.
     """
     plain = build(job)
-    configs = tensor_configs(plain, job)
+    configs, axes = tensor_configs(plain, job), stacked_axes(plain)
     with CheckpointFiles(source) as files:
         pieces = list(_pieces(plain, files, configs))
-        metadata, size = describe(pieces, configs, dtype)
+        metadata, size = describe(pieces, configs, axes, dtype)
         require(size)
         written = TensorFiles(folder, max_file_bytes, metadata)
         for piece in pieces:
-            value = _value(piece.read(), configs.get(piece.name), dtype, device)
+            value = _value(piece.read(), piece.name, configs, axes, dtype, device)
             for name, tensor in _flat(piece.name, value)[0].items():
                 written.add(name, tensor.cpu())
         written.close()
@@ -100,12 +102,23 @@ def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
     """Return torchao's configuration of each tensor that the job's plan converts, by name."""
     qat = job.transform(Qat)
     changes = Transforms(job).plan(plain)[qat.name].changes
-    return {
-        plain_name(f"{fqn}.weight"): (
-            qat.layer_config("" if change.after == EMBEDDING else qat.activation_dtype)
-        )
-        for fqn, change in changes.items()
-    }
+    configs = {}
+    for fqn, change in changes.items():
+        config = qat.layer_config("" if change.after == EMBEDDING else qat.activation_dtype)
+        name = own_name(fqn)
+        stacks = matrices(plain.get_submodule(name)) if change.after == EXPERTS else ["weight"]
+        configs |= dict.fromkeys((f"{name}.{matrix}" for matrix in stacks), config)
+    return configs
+
+
+def stacked_axes(plain: PreTrainedModel) -> Axes:
+    """Return the axis of the input features of each stack of experts, by name."""
+    axes = {}
+    for fqn, module in stacked(plain).items():
+        layout = layout_of(module)
+        axis = 1 if layout is not None and layout.is_transposed else 2
+        axes |= dict.fromkeys((f"{fqn}.{name}" for name in matrices(module)), axis)
+    return axes
 
 
 def _pieces(plain: PreTrainedModel, files: CheckpointFiles, configs: Configs) -> Iterator[Piece]:
@@ -143,7 +156,7 @@ def is_untied(plain: PreTrainedModel, configs: Configs) -> bool:
 
 
 def describe(
-    pieces: list[Piece], configs: Configs, dtype: torch.dtype
+    pieces: list[Piece], configs: Configs, axes: Axes, dtype: torch.dtype
 ) -> tuple[dict[str, str], int]:
     """Return the metadata of each of the folder's files, and the bytes of all tensors.
 
@@ -156,7 +169,7 @@ def describe(
     for piece in pieces:
         empty = torch.empty(piece.shape, dtype=dtype, device="meta")
         tensors, described = _flat(
-            piece.name, _value(empty, configs.get(piece.name), dtype, empty.device)
+            piece.name, _value(empty, piece.name, configs, axes, dtype, empty.device)
         )
         size += sum(t.numel() * t.element_size() for t in tensors.values())
         if piece.is_listed:
@@ -174,11 +187,16 @@ def _flat(name: str, value: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict
 
 
 def _value(
-    tensor: torch.Tensor, config: AOBaseConfig | None, dtype: torch.dtype, device: torch.device
+    tensor: torch.Tensor,
+    name: str,
+    configs: Configs,
+    axes: Axes,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> torch.Tensor:
     """Return a tensor as it is stored: converted if it has a config, integers as is."""
-    if config is not None:
-        return tensor_of(tensor.to(device=device, dtype=dtype), config)
+    if name in configs:
+        return tensor_of(tensor.to(device=device, dtype=dtype), configs[name], axes.get(name, -1))
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 

@@ -42,7 +42,7 @@ def adapt(model: nn.Module, fqn: str) -> None:
     inner = outer
     while isinstance(inner.base_layer, ParamWrapper):
         inner = inner.base_layer
-    if layout_of(inner.base_layer) is not None:
+    if not isinstance(inner.base_layer, GroupedExperts) and layout_of(inner.base_layer) is not None:
         inner.base_layer = GroupedExperts.of(inner.base_layer)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from raytrain_adv.ops.experts.find import matrices, stacked
 from raytrain_adv.ops.experts.grouped import GroupedExperts, grouped, grouped_outer
-from raytrain_adv.ops.fake_quant.layers import rounded_activation, rounded_weight
+from raytrain_adv.ops.fake_quant.layers import FLOAT8, rounded_activation, rounded_weight
 from raytrain_adv.ops.fake_quant.rounding import BITS, through_groups, through_tokens
 
 WEIGHTS_AT_ONCE = 2**27
@@ -109,3 +110,42 @@ class FakeQuantizedExperts(GroupedExperts):
             x, weight, ends, self.weight_dtype, size, self.activation_dtype
         )
         return output
+
+
+class QuantizedExperts(GroupedExperts):
+    """Experts whose matrices are torchao's tensors: they are unpacked for each product, and
+    activations are rounded as in training.
+    """
+
+    def multiply(self, name: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Return x times an unpacked stacked matrix: [rows, in] -> [rows, out]."""
+        held = getattr(self, name)
+        weight = held.dequantize()
+        if self.layout.is_transposed:  # in memory as in training: kernels add in its order
+            weight = weight.mT.contiguous()
+        return grouped(rounded_activation(x, activation_dtype(held))[0], weight.mT, ends)
+
+
+def activation_dtype(held: Any) -> str:
+    """Return what a torchao tensor has activations rounded to; empty for nothing."""
+    if getattr(held, "act_quant_kwargs", None) is not None:
+        return FLOAT8
+    return "int8" if getattr(held, "activation_quantization", None) is not None else ""
+
+
+def compute_quantized(model: nn.Module) -> nn.Module:
+    """Have a model's experts computed from torchao's tensors, which transformers loads and torchao
+    cannot multiply in groups; adapters on them stay. Call it on what from_pretrained returns.
+    """
+    from raytrain_adv.ops.experts.adapted import adapt
+
+    for fqn, module in stacked(model).items():
+        if not all(hasattr(p, "qdata") for p in matrices(module).values()):
+            continue
+        model.set_submodule(fqn, QuantizedExperts.of(module))
+        outer = fqn
+        while outer.endswith(".base_layer"):
+            outer = outer.removesuffix(".base_layer")
+        if outer != fqn:
+            adapt(model, outer)
+    return model

@@ -88,8 +88,10 @@ def config_of(weight_dtype: str, group_size: int | None, activation_dtype: str) 
     return config
 
 
-def tensor_of(weight: Tensor, config: AOBaseConfig) -> Tensor:
-    """Return a weight [rows, columns] as the tensor that torchao's configuration makes of it."""
+def tensor_of(weight: Tensor, config: AOBaseConfig, axis: int = -1) -> Tensor:
+    """Return a weight [rows, columns] as the tensor that torchao's configuration makes of it, or
+    stacked ones, each of which is rounded alike; `axis` has the input features.
+    """
     import torch
     from torch import nn
     from torchao.quantization import (
@@ -100,7 +102,9 @@ def tensor_of(weight: Tensor, config: AOBaseConfig) -> Tensor:
 
     with torch.no_grad():
         if isinstance(config, Float8WeightOnlyConfig | Float8DynamicActivationFloat8WeightConfig):
-            return _float8(weight, config)
+            return _float8(weight, config, axis)
+        if weight.ndim == 3:
+            return _stacked_integers(weight, config, axis)
         rows, columns = weight.shape
         linear = nn.Linear(columns, rows, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -108,7 +112,27 @@ def tensor_of(weight: Tensor, config: AOBaseConfig) -> Tensor:
     return linear.weight.data
 
 
-def _float8(weight: Tensor, config: Any) -> Tensor:
+def _stacked_integers(weight: Tensor, config: Any, axis: int) -> Tensor:
+    """Return the tensor of stacked matrices, which quantize_ takes no integers of."""
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+        IntxUnpackedToInt8Tensor,
+        IntxUnpackedToInt8TensorActivationQuantization as Activation,
+    )
+
+    rounds = isinstance(config, Int8DynamicActivationIntxWeightConfig)
+    granularity = config.weight_granularity if rounds else config.granularity
+    grouped = isinstance(granularity, PerGroup)
+    block = [1, 1, 1]
+    block[axis] = granularity.group_size if grouped else weight.shape[axis]
+    activations = Activation.INT8_ASYM_PER_TOKEN.value if rounds else None
+    tensor: Tensor = IntxUnpackedToInt8Tensor.from_hp(
+        weight, tuple(block), config.weight_dtype, activation_quantization=activations
+    )
+    return tensor
+
+
+def _float8(weight: Tensor, config: Any, axis: int) -> Tensor:
     """Return what torchao's two float8 configurations make of a weight.
 
     Not by quantize_: it makes NaN of rows of zeros (pytorch/ao#4713), and requires a GPU where only
@@ -119,11 +143,11 @@ def _float8(weight: Tensor, config: Any) -> Tensor:
 
     from raytrain_adv.ops.fake_quant.rounding import EPS
 
-    keys: dict[str, Any] = {"granularity": PerRow()}
+    of_rows = PerRow(axis) if weight.ndim == 3 else PerRow()
+    keys: dict[str, Any] = {"granularity": of_rows}
     if isinstance(config, Float8DynamicActivationFloat8WeightConfig):
-        of_activations, of_weights = config.granularity
+        of_activations, _ = config.granularity
         keys |= {
-            "granularity": of_weights,
             "mm_config": config.mm_config,
             "kernel_preference": config.kernel_preference,
             "act_quant_kwargs": QuantizeTensorToFloat8Kwargs(
@@ -153,9 +177,10 @@ def describe_model(
     converted = {name.removesuffix(".weight"): config for name, config in configs.items()}
     every = dict.fromkeys(linears)
     others = {name: config for name, config in converted.items() if name not in every}
+    tables = any(f"{name}.weight" in configs for name in others)
     alone = {name: None for name in every if name not in converted}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=DEPRECATION)
         by_fqn = FqnToConfig({**others, **alone, "_default": default})
-    config: Any = TorchAoConfig(by_fqn, include_input_output_embeddings=bool(others))
+    config: Any = TorchAoConfig(by_fqn, include_input_output_embeddings=tables)
     return {"quantization_config": config.to_dict()}

@@ -20,6 +20,7 @@ from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver.commands import export
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export import model_folder
+from raytrain_adv.export.verify import load_folder
 from raytrain_adv.export.convert import write_converted
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.model.build import build
@@ -49,8 +50,8 @@ CASES: dict[str, Case] = {
     "int4 x int8 per channel": ("qwen3", {**INT4, "qat_group_size": None}),
     "int3": ("gemma2", {"qat_weight_dtype": "int3"}),
     "int2, layers left": ("phi3", {"qat_weight_dtype": "int2", "qat_exclude": "o_proj"}),
-    "experts": ("mixtral", INT4),
-    "a shared expert": ("qwen2_moe", INT4),
+    "experts left": ("mixtral", {**INT4, "qat_exclude": "experts"}),
+    "a shared expert": ("qwen2_moe", {**INT4, "qat_exclude": "experts"}),
     "float8": ("llama-tied", FLOAT8),
     "float8, float32": ("llama", {**FLOAT8, "pure_bf16": False}),
 }
@@ -148,6 +149,32 @@ def test_it_loads_without_this_package_and_computes_the_same_bits(
     assert loaded[case]["dtype"] == (
         "torch.float32" if case.endswith("float32") else "torch.bfloat16"
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("mixtral", INT4),
+        ("qwen3_moe", {"qat_weight_dtype": "int2", "qat_group_size": None}),
+        ("gpt_oss", {"qat_weight_dtype": "int8", "qat_group_size": 8}),
+        ("gpt_oss", FLOAT8),
+        ("llama4_text", {**INT4, "qat_group_size": 8}),
+    ],
+)
+def test_stacked_experts_load_and_compute_the_same_bits(
+    kind: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    job = qat_job(kind, tmp_path, **keys)
+    (tmp_path / "quantized").mkdir()
+    source = Path(job.model.model_name_or_path)
+    write_converted(source, tmp_path / "quantized", job, torch.bfloat16, CPU, 12_000)
+    model = trained(job)
+    again = load_folder(tmp_path / "quantized", False, model.config._attn_implementation).eval()
+    stacks = [p for p in again.parameters() if p.ndim == 3]
+    assert len(stacks) == 4 and all(hasattr(p, "qdata") for p in stacks)
+    ids = TOKENS.unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_a_tied_embedding_is_quantized_and_its_head_is_not(

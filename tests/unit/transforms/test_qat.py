@@ -181,7 +181,8 @@ def test_converted_models_are_compared_bit_for_bit_with_trained_ones_next_to(tmp
 
 def test_a_run_that_exports_nothing_reports_what_is_not_compared(tmp_path):
     _, _, plan = planned(tmp_path, export_model=False)
-    assert "is written or compared with the trained one" in plan().notes[-1]
+    what = "is written or compared with the trained one"
+    assert any(what in note for note in plan().notes)
     _, _, exporting = planned(tmp_path / "b")
     assert not any("export_model is false" in note for note in exporting().notes)
 
