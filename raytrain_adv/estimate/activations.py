@@ -15,13 +15,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from raytrain_adv.estimate import flops
+from raytrain_adv.estimate.flops import ROUTED_EXPERT
+from raytrain_adv.ops.experts.find import active_expert_share, experts_per_token, shapes, stacked
 
 AttentionKind = Literal["fused", "masked", "eager"]
 """Fused: no mask but the causal one. Masked: fused with a mask tensor. Eager: all weights exist."""
@@ -153,15 +154,15 @@ def read_layer(layer: nn.Module, config: PretrainedConfig) -> Layer:
 
 
 def _linears(layer: nn.Module, config: PretrainedConfig) -> Iterator[Linear]:
+    for fqn, module in stacked(layer).items():
+        for name in shapes(module):
+            yield _stacked_experts(layer, fqn, name, config)
     for fqn, module in layer.named_modules():
         if ".lora_" in fqn:
             continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and flops.num_experts(config):
-                yield _stacked_experts(f"{fqn}.{name}", parameter, config)
         if not isinstance(module, nn.Linear | Conv1D):
             continue
-        share = flops.active_expert_share(config) if flops.ROUTED_EXPERT.search(fqn) else 1.0
+        share = active_expert_share(config) if ROUTED_EXPERT.search(fqn) else 1.0
         if isinstance(module, nn.Linear):  # whose weight may be packed
             width_in, width_out = module.in_features, module.out_features
         else:
@@ -172,12 +173,21 @@ def _linears(layer: nn.Module, config: PretrainedConfig) -> Iterator[Linear]:
         yield Linear(name, width_in * share, width_out * share, trained, rank)
 
 
-def _stacked_experts(fqn: str, parameter: nn.Parameter, config: PretrainedConfig) -> Linear:
+def _stacked_experts(layer: nn.Module, fqn: str, name: str, config: PretrainedConfig) -> Linear:
     """Return experts stacked as [expert, out, in], or transposed, as one linear."""
-    active, hidden = flops.experts_per_token(config), config.hidden_size
-    widths = (hidden, next((n for n in parameter.shape[1:] if n != hidden), hidden))
-    width_in, width_out = widths[::-1] if "down" in fqn.rpartition(".")[2] else widths
-    return Linear(fqn, active * width_in, active * width_out, parameter.requires_grad)
+    module = layer.get_submodule(fqn)
+    active, hidden = experts_per_token(config), config.hidden_size
+    count, *matrix = shapes(module)[name]
+    widths = (hidden, next((n for n in matrix if n != hidden), hidden))
+    width_in, width_out = widths[::-1] if "down" in name else widths
+    rank = 0
+    while fqn.endswith(".base_layer"):  # an adapter of each matrix around the last one's
+        fqn = fqn.removesuffix(".base_layer")
+        wrapper: Any = layer.get_submodule(fqn)
+        if wrapper.parameter_name == name:
+            rank += sum(p.shape[0] // count for p in wrapper.lora_A.parameters())
+    trained = module.get_parameter(name).requires_grad or rank > 0
+    return Linear(f"{fqn}.{name}", active * width_in, active * width_out, trained, active * rank)
 
 
 def _adapter_rank(layer: nn.Module, fqn: str) -> int:

@@ -102,7 +102,7 @@ def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
     """Return torchao's configuration of each tensor that the job's plan converts, by name."""
     qat = job.transform(Qat)
     changes = Transforms(job).plan(plain)[qat.name].changes
-    configs = {}
+    configs: dict[str, AOBaseConfig] = {}
     for fqn, change in changes.items():
         config = qat.layer_config("" if change.after == EMBEDDING else qat.activation_dtype)
         name = own_name(fqn)
@@ -113,7 +113,7 @@ def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
 
 def stacked_axes(plain: PreTrainedModel) -> Axes:
     """Return the axis of the input features of each stack of experts, by name."""
-    axes = {}
+    axes: dict[str, int] = {}
     for fqn, module in stacked(plain).items():
         layout = layout_of(module)
         axis = 1 if layout is not None and layout.is_transposed else 2

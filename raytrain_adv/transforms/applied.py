@@ -15,8 +15,8 @@ from raytrain_adv.config.problems import show
 from raytrain_adv.config.rules import switch
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.text import listed
-from raytrain_adv.transforms.modules import own_forward
 from raytrain_adv.transforms.coverage import coverage
+from raytrain_adv.transforms.modules import own_forward
 from raytrain_adv.transforms.transform import DEFECT, Context, Plan, Transform, Worker
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Which share of a model a feature changes: of its weights, and of the FLOPs of a token's matrices."""
+"""Which share of a model a feature changes: of its weights, and of a token's matrix FLOPs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,11 @@ def _parts(model: nn.Module, covered: Container[str]) -> Iterator[tuple[str, int
                 products = int(p.numel() * active)
             elif p.ndim == 2 and is_matrix and fqn not in experts:
                 products = p.numel()
-            yield COVERED if fqn in covered else _kind(module, fqn in experts, heads), size, products
+            yield (
+                COVERED if fqn in covered else _kind(module, fqn in experts, heads),
+                size,
+                products,
+            )
 
 
 def _kind(module: nn.Module, is_experts: bool, heads: tuple[nn.Module, ...]) -> str:

@@ -161,7 +161,7 @@ class Lora(Transform):
             if self.lora_dropout or self.use_dora:
                 key = "lora_dropout" if self.lora_dropout else "use_dora"
                 raise JobError(
-                    f"lora_target names {target}, and PEFT adapts stacked experts without {key} only",
+                    f"lora_target names {target}: PEFT adapts stacked experts without {key} only",
                     f"{key}: {show(getattr(self, key))}",
                     f"delete {key}, or take {target} out of lora_target",
                 )
@@ -200,7 +200,9 @@ class Lora(Transform):
 
         modules = [fqn for fqn, change in plan.changes.items() if change.after == ADAPTED]
         experts = [fqn for fqn in plan.changes if fqn not in modules]
-        stacks = [f"{f}.{name}" for f in experts for name in self._matrices(f, model.get_submodule(f))]
+        stacks = [
+            f"{f}.{name}" for f in experts for name in self._matrices(f, model.get_submodule(f))
+        ]
         with torch.device(next(model.parameters()).device):
             inject(model, self._peft_config(model, modules), stacks, ADAPTER)
         for fqn in experts:

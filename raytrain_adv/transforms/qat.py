@@ -227,18 +227,19 @@ class Qat(Transform):
             )
         widths = {fqn: int(m.in_features) for fqn, m in linears.items()}
         for fqn in changes.keys() - linears.keys():
-            widths |= {f"{fqn}.{name}": n for name, n in widths_of(model.get_submodule(fqn)).items()}
+            stacks = widths_of(model.get_submodule(fqn))
+            widths |= {f"{fqn}.{name}": width for name, width in stacks.items()}
         refuse_odd_groups(self.group_size, widths)
         in_float8 = [m for fqn, m in linears.items() if changes[fqn].before == IN_FLOAT8]
         refuse_frozen(in_float8, self.qat_weight_dtype, self.activation_dtype)
         embedding = input_embedding(model)
-        fqn = fqn_of(model, embedding)
-        if embedding is not None and fqn is not None:
+        table = fqn_of(model, embedding)
+        if embedding is not None and table is not None:
             if reason := self._embedding_reason(embedding):
-                skipped[fqn] = reason
+                skipped[table] = reason
             else:
-                refuse_odd_groups(self.group_size, {fqn: int(embedding.embedding_dim)})
-                changes[fqn] = Change(class_name(embedding), EMBEDDING)
+                refuse_odd_groups(self.group_size, {table: int(embedding.embedding_dim)})
+                changes[table] = Change(class_name(embedding), EMBEDDING)
         return Plan(self.name, changes, skipped, tuple(self._notes(model, changes, context.job)))
 
     def _why_not(self, linear: nn.Linear) -> str:

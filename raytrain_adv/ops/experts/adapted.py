@@ -1,4 +1,4 @@
-"""LoRA on stacked experts: PEFT's adapters, multiplied beside the matrices instead of added to them.
+"""LoRA on stacked experts: PEFT's adapters, multiplied beside the matrices, not added to them.
 
 PEFT's own forward pass adds each adapter's whole product to the matrices of all experts, by a
 parametrization that torch.compile does not trace and FSDP2 does not shard. Here tokens pass through
@@ -11,27 +11,27 @@ import copy
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain_adv.dtensor import plain_name
 from raytrain_adv.ops.experts.find import layout_of
 from raytrain_adv.ops.experts.grouped import Factors, GroupedExperts
 
 
-class AdaptedExperts(ParamWrapper):  # type: ignore[misc] # peft has no types
+class AdaptedExperts(ParamWrapper):
     """The outermost of the nested adapters that PEFT puts on a module's parameters."""
 
-    def forward(self, *inputs: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """Return what the experts compute, each adapter beside its matrix."""
         factors: dict[str, Factors] = {}
         layer: Any = self
         while isinstance(layer, ParamWrapper):
-            factors[layer.parameter_name] = layer.get_delta_factors(layer.active_adapters[0])
+            adapter: Any = layer
+            factors[layer.parameter_name] = adapter.get_delta_factors(layer.active_adapters[0])
             layer = layer.base_layer
-        output: torch.Tensor = layer(*inputs, **named, **factors)
+        output: Tensor = layer(*inputs, **named, **factors)
         return output
 
 
@@ -57,27 +57,28 @@ def inject(model: nn.Module, config: LoraConfig, stacks: list[str], adapter: str
     from peft import inject_adapter_in_model
     from peft.utils import transformers_weight_conversion as conversion
 
+    names = list(config.target_modules or [])
     config.target_parameters = sorted(stacks) or None
-    config.target_modules = set(config.target_modules)
     given = copy.deepcopy(config)
-    taken = [n for n in config.target_modules if _is_taken(n, config, model, conversion)]
+    taken = [name for name in names if _is_taken(name, config, model, conversion)]
     with patch.object(conversion, "convert_peft_config_for_transformers", lambda *_, **__: None):
         inject_adapter_in_model(config, model, adapter)
-    given.target_modules -= set(taken)
+    given.target_modules = [name for name in names if name not in taken]
     weights = [f"{name}.weight" for name in taken]
     given.target_parameters = sorted([*weights, *_short(stacks, model)]) or None
-    model.peft_config[adapter] = given
+    described: Any = model
+    described.peft_config[adapter] = given
 
 
 def _is_taken(name: str, config: LoraConfig, model: nn.Module, conversion: Any) -> bool:
     """Whether PEFT would adapt stacked experts for this name of a module."""
     alone = copy.deepcopy(config)
-    alone.target_modules, alone.target_parameters = {name}, None
+    alone.target_modules, alone.target_parameters = [name], None
     try:
         conversion.convert_peft_config_for_transformers(alone, model=model, conversions=None)
     except ValueError:  # it wants gate_proj and up_proj together
         return True
-    return alone.target_modules != {name}
+    return list(alone.target_modules or []) != [name]
 
 
 def _short(stacks: list[str], model: nn.Module) -> list[str]:

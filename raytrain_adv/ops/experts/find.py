@@ -1,5 +1,5 @@
-"""Find a model's experts and routers by what they are: modules whose matrices are stacked by expert,
-and the linears beside them that choose among these.
+"""Find stacked experts and routers by what they are: modules that own one matrix per expert, and
+the linears beside them that choose among these.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -34,7 +33,7 @@ class Layout:
     """What forward takes: all tokens and each one's experts, or every expert's tokens in turn, as
     many for each."""
 
-    def width(self, matrix: torch.Size) -> int:
+    def width(self, matrix: tuple[int, int, int]) -> int:
         """Return the input features of a stacked matrix of this shape."""
         return matrix[1] if self.is_transposed else matrix[2]
 
@@ -53,6 +52,14 @@ def matrices(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return a module's stacked matrices, one per expert, by name."""
     own = dict(module.named_parameters(recurse=False))
     return {name: p for name, p in own.items() if p.ndim == 3}
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Return the shapes of a module's stacked matrices, packed ones as what they stand for."""
+    known: dict[str, tuple[int, int, int]] | None = vars(module).get("packed_shapes")
+    if known is not None:
+        return known
+    return {name: (p.shape[0], p.shape[1], p.shape[2]) for name, p in matrices(module).items()}
 
 
 def _num_experts(module: nn.Module) -> int:
@@ -125,7 +132,7 @@ def widths_of(module: nn.Module) -> dict[str, int]:
     """Return the input features of each stacked matrix of a module whose layout is known."""
     layout = layout_of(module)
     assert layout is not None, type(module)
-    return {name: layout.width(module.get_parameter(name).shape) for name in layout.matrices}
+    return {name: layout.width(shape) for name, shape in shapes(module).items()}
 
 
 def active_experts(model: nn.Module) -> float:

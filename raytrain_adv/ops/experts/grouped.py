@@ -7,18 +7,18 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain_adv.ops.experts.find import Layout, layout_of
 
-Factors = tuple[torch.Tensor, torch.Tensor, float]
+Factors = tuple[Tensor, Tensor, float]
 """An adapter of one stacked matrix, in the order that it is kept: left [expert, a, rank], right
 [expert, rank, b], and what their product is multiplied with."""
 ALIGNED = 8
 """Elements of bfloat16 rows that grouped products read together: ranks are filled up to them."""
 
 
-def grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Return each expert's rows times its matrix, [rows, in] x [expert, in, out] -> [rows, out].
 
     Rows are sorted by expert; `ends` [expert], int32, is where each one's end. In bfloat16 one
@@ -28,22 +28,22 @@ def grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.
 
     if x.dtype == torch.bfloat16:
         return torch._grouped_mm(x, weight, offs=ends)
-    product: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight, offs=ends)
+    product: Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight, offs=ends)
     return product
 
 
-def grouped_outer(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """Return per expert left.t() @ right of its rows: [rows, a], [rows, b] -> [expert, a, b]."""
     if left.dtype == torch.bfloat16:
         return torch._grouped_mm(left.t(), right, offs=ends)
     shape = (len(ends), left.shape[1], right.shape[1])
     weight = left.new_empty(1).expand(shape)  # of which only the shape is read
     backward = torch.ops.transformers.grouped_mm_fallback_backward
-    product: torch.Tensor = backward(left, weight, ends, right)[1]
+    product: Tensor = backward(left, weight, ends, right)[1]
     return product
 
 
-def adapted(x: torch.Tensor, factors: Factors, ends: torch.Tensor, transposed: bool) -> torch.Tensor:
+def adapted(x: Tensor, factors: Factors, ends: Tensor, transposed: bool) -> Tensor:
     """Return what an adapter adds to a stacked matrix's product with x."""
     left, right, scaling = factors
     first, second = (left, right) if transposed else (right.mT, left.mT)
@@ -63,6 +63,8 @@ class GroupedExperts(nn.Module):
     layout: Layout
     original: type[Any]
     """The class it replaces, which has the gate."""
+    act_fn: Any
+    post_expert_norm: Any
 
     @classmethod
     def of(cls, module: nn.Module) -> Self:
@@ -77,27 +79,25 @@ class GroupedExperts(nn.Module):
         new.original = getattr(module, "original", type(module))
         return new
 
-    def product(
-        self, name: str, x: torch.Tensor, ends: torch.Tensor, factors: Factors | None
-    ) -> torch.Tensor:
+    def product(self, name: str, x: Tensor, ends: Tensor, factors: Factors | None) -> Tensor:
         """Return x times a stacked matrix, and what its adapter adds: [rows, in] -> [rows, out]."""
         output = self.multiply(name, x, ends)
         if factors is None:
             return output
         return output + adapted(x, factors, ends, self.layout.is_transposed)
 
-    def multiply(self, name: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def multiply(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
         """Return x times a stacked matrix: [rows, in] -> [rows, out]."""
         weight = getattr(self, name)
         return grouped(x, weight if self.layout.is_transposed else weight.mT, ends)
 
     def _mlp(
         self,
-        x: torch.Tensor,
-        ends: torch.Tensor,
-        experts: torch.Tensor | None,
+        x: Tensor,
+        ends: Tensor,
+        experts: Tensor | None,
         adapters: dict[str, Factors],
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return the experts' output for rows that are sorted by expert: [rows, hidden]."""
         up, down = self.layout.matrices
         inner = self.product(up, x, ends, adapters.get(up))
@@ -119,11 +119,11 @@ class GroupedExperts(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor | None = None,
-        top_k_weights: torch.Tensor | None = None,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
         **adapters: Factors,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return the weighted sum of each token's experts: [tokens, hidden] -> the same.
 
         Source: transformers 5.23, grouped_mm_experts_forward; without its expert parallelism.

@@ -1,18 +1,17 @@
-"""Stacked experts that compute with the values a quantized model would have: each expert's matrix is
-rounded as a linear's weight.
-"""
+"""Stacked experts that compute with the values a quantized model would have."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain_adv.ops.experts.find import matrices, stacked
 from raytrain_adv.ops.experts.grouped import GroupedExperts, grouped, grouped_outer
-from raytrain_adv.ops.fake_quant.layers import FLOAT8, rounded_activation, rounded_weight
-from raytrain_adv.ops.fake_quant.rounding import BITS, through_groups, through_tokens
+from raytrain_adv.ops.fake_quant.layers import rounded_activation, rounded_weight
+from raytrain_adv.ops.fake_quant.rounding import BITS, through, through_groups
+from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8
 
 WEIGHTS_AT_ONCE = 2**27
 """Weights whose gradient is passed through their rounding together."""
@@ -29,20 +28,20 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        ends: torch.Tensor,
+        x: Tensor,
+        weight: Tensor,
+        ends: Tensor,
         weight_dtype: str,
         group_size: int,
         activation_dtype: str,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
         ctx.kinds = (weight_dtype, group_size, activation_dtype)
         rounded, _ = _rounded(weight, weight_dtype, group_size)
         return grouped(rounded_activation(x, activation_dtype)[0], rounded.mT, ends)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, ends = ctx.saved_tensors
         weight_dtype, group_size, activation_dtype = ctx.kinds
         gradient = gradients[0].contiguous()
@@ -52,7 +51,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grouped(gradient, rounded, ends)
             if scale is not None and zero_point is not None:
-                grad_x = through_tokens(grad_x, x, scale, zero_point)
+                grad_x = through(grad_x, x, scale, zero_point, 8)
         if ctx.needs_input_grad[1]:
             grad_weight = grouped_outer(gradient, rounded_x, ends)
             if weight_scale is not None:
@@ -61,17 +60,15 @@ class _Product(torch.autograd.Function):
 
 
 def _rounded(
-    weight: torch.Tensor, dtype: str, group_size: int, after: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight: Tensor, dtype: str, group_size: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Return stacked matrices rounded row by row, and their scales, [rows of all, groups]."""
     rows = weight.reshape(-1, weight.shape[-1])
     rounded, scale = rounded_weight(rows, dtype, group_size, after)
     return rounded.view(weight.shape), scale
 
 
-def _pass_through(
-    gradient: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int
-) -> None:
+def _pass_through(gradient: Tensor, weight: Tensor, scale: Tensor, bits: int) -> None:
     """Change a gradient to the one straight through the rounding, part by part, in place."""
     width = weight.shape[-1]
     flat = (gradient.view(-1, width), weight.reshape(-1, width), scale)
@@ -99,14 +96,14 @@ class FakeQuantizedExperts(GroupedExperts):
         new.group_size, new.rounds = group_size, True
         return new
 
-    def multiply(self, name: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def multiply(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
         """Return rounded x times a rounded stacked matrix: [rows, in] -> [rows, out]."""
         if not self.rounds:
             return super().multiply(name, x, ends)
         weight = getattr(self, name)
         weight = weight.mT.contiguous() if self.layout.is_transposed else weight
         size = self.group_size or x.shape[-1]
-        output: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+        output: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
             x, weight, ends, self.weight_dtype, size, self.activation_dtype
         )
         return output
@@ -117,7 +114,7 @@ class QuantizedExperts(GroupedExperts):
     activations are rounded as in training.
     """
 
-    def multiply(self, name: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def multiply(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
         """Return x times an unpacked stacked matrix: [rows, in] -> [rows, out]."""
         held = getattr(self, name)
         weight = held.dequantize()

@@ -117,6 +117,8 @@ def _stacked_integers(weight: Tensor, config: Any, axis: int) -> Tensor:
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
     from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
         IntxUnpackedToInt8Tensor,
+    )
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
         IntxUnpackedToInt8TensorActivationQuantization as Activation,
     )
 

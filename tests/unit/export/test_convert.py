@@ -20,9 +20,9 @@ from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver.commands import export
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export import model_folder
-from raytrain_adv.export.verify import load_folder
 from raytrain_adv.export.convert import write_converted
 from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.export.verify import load_folder
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
 from raytrain_adv.transforms.applied import Transforms
