@@ -19,7 +19,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import folder_gib
 from raytrain_adv.model.parallel import compute_dtype
-from raytrain_adv.ops.fake_quant.experts import compute_quantized
+from raytrain_adv.ops.fake_quant.experts import compute_experts
 from raytrain_adv.ops.fake_quant.torchao_config import DEPRECATION
 from raytrain_adv.text import GIB
 from raytrain_adv.transforms.applied import Transforms
@@ -84,7 +84,7 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # transformers 5.17 makes adapters float32, whatever their files hold
             parameter.data = parameter.data.to(model.dtype)
-    return compute_quantized(model)
+    return compute_experts(model)
 
 
 def converted_logits(

@@ -130,7 +130,7 @@ def activation_dtype(held: Any) -> str:
     return "int8" if getattr(held, "activation_quantization", None) is not None else ""
 
 
-def compute_quantized(model: nn.Module) -> nn.Module:
+def compute_experts(model: nn.Module) -> nn.Module:
     """Have a model's experts computed from torchao's tensors, which transformers loads and torchao
     cannot multiply in groups; adapters on them stay. Call it on what from_pretrained returns.
     """
