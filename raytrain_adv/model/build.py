@@ -18,6 +18,7 @@ from raytrain_adv.model.files import (
     model_source,
     nearest_folders,
 )
+from raytrain_adv.ops.stored import formats
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms import discover
 from raytrain_adv.transforms.lora import Lora
@@ -120,13 +121,7 @@ def read_config(job: JobConfig) -> PretrainedConfig:
         JobError: when there is no such model, or it cannot be reached or trained.
     """
     check_folder(job)
-    name, keys = model_source(job), {}
-    if not is_local(job):
-        keys = {"revision": job.model.model_revision, "cache_dir": job.model.cache_dir}
-    try:
-        raw, _ = PretrainedConfig.get_config_dict(name, **keys)
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: no mapping
-        raise unreadable(job, error) from error
+    name, raw = model_source(job), raw_config(job)
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise JobError(
             f"{name}: config.json does not name the kind of model",
@@ -136,12 +131,32 @@ def read_config(job: JobConfig) -> PretrainedConfig:
     refuse_kind(name, raw)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            name, trust_remote_code=job.model.trust_remote_code, **keys
+            name, trust_remote_code=job.model.trust_remote_code, **_place(job)
         )
     except Exception as error:
         raise refusal_of(job, None, error) from error
     refuse_sizes(name, config)
+    formats.forget(config)  # weights are read as their values, and written as such
     return config
+
+
+def raw_config(job: JobConfig) -> dict[str, Any]:
+    """Return what the model's config.json holds.
+
+    Raises:
+        JobError: when it cannot be read.
+    """
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(model_source(job), **_place(job))
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: no mapping
+        raise unreadable(job, error) from error
+    return raw
+
+
+def _place(job: JobConfig) -> dict[str, str | None]:
+    if is_local(job):
+        return {}
+    return {"revision": job.model.model_revision, "cache_dir": job.model.cache_dir}
 
 
 def unreadable(job: JobConfig, error: Exception) -> JobError:

@@ -1,4 +1,7 @@
-"""A model's safetensors files: where they are, what they hold, and reading a region of a tensor."""
+"""A model's safetensors files: where they are, what they hold, and reading a region of a tensor.
+
+Weights that the files hold rounded, in 8 bits or fewer, are read as their values.
+"""
 
 import json
 from contextlib import ExitStack
@@ -14,6 +17,7 @@ from raytrain_adv.dtensor import Region
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.build import unreadable
 from raytrain_adv.model.files import WITH_WEIGHTS, is_local, model_source
+from raytrain_adv.ops.stored import formats
 
 INDEX = "model.safetensors.index.json"
 COPY_AGAIN = "copy or download the model folder again"
@@ -62,9 +66,13 @@ class CheckpointFiles:
         self._open = ExitStack()
         self._handles: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        """Name -> shape of every tensor."""
+        """Name -> shape of every tensor, and of every weight that is stored rounded."""
         for file, names in tensor_files(folder).items():
             self._open_file(file, names)
+        self._held = self.shapes
+        self._stored = formats.find(read_json(folder / "config.json"), self._held, self.read_stored)
+        if self._stored:
+            self.shapes = formats.logical(self._stored, self._held)
 
     def _open_file(self, file: Path, names: list[str]) -> None:
         try:
@@ -84,7 +92,15 @@ class CheckpointFiles:
             self.shapes[name] = tuple(handle.get_slice(name).get_shape())
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
-        """Read a tensor, or the region of it, in the file's dtype, into host memory."""
+        """Read a tensor, or the region of it, into host memory: in the file's dtype, or in float32
+        what a rounded weight stands for.
+        """
+        if name in self._stored:
+            return self._stored[name].read(self.read_stored, self._held, region)
+        return self.read_stored(name, region)
+
+    def read_stored(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """Read a tensor of the files, or the region of it, as it is."""
         handle = self._handles[name]
         # Slices of rank-0 tensors are not supported by safetensors.
         tensor: torch.Tensor = handle.get_slice(name)[region] if region else handle.get_tensor(name)
@@ -98,6 +114,15 @@ class CheckpointFiles:
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a file's JSON object; an empty one if there is no such file."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise JobError(f"{path} cannot be read", str(error), COPY_AGAIN) from error
+    return found
 
 
 def tensor_files(folder: Path) -> dict[Path, list[str]]:

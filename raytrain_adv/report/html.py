@@ -67,7 +67,7 @@ def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = T
         memory_sums=sums,
         timeline=[(phase, spent, text.seconds(spent)) for phase, spent in timeline.items()],
         batch=[(key.replace("_", " "), _plain(value)) for key, value in report.batch.items()],
-        notes=[_attention(report), *report.notes],
+        notes=[_attention(report), *report.model_notes, *report.notes],
         events=[
             (time.strftime("%H:%M:%S", time.localtime(row.get("time", 0))), row.get("message", ""))
             for row in rows

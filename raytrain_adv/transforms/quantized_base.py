@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.errors import JobError, TrainingError
+from raytrain_adv.errors import TrainingError
 from raytrain_adv.text import GIB, disk, first_line
 from raytrain_adv.transforms.modules import (
     LINEAR,
@@ -97,13 +97,10 @@ class QuantizedBase(Transform):
 
     @classmethod
     def refuse_checkpoint(cls, name: str, config: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint whose weights are quantized already."""
-        if found := config.get("quantization_config"):
-            known = isinstance(found, dict)
-            method = found.get("quant_method", "unknown method") if known else found
-            found = f"config.json has quantization_config ({method})"
-            fix = "use the unquantized checkpoint it was made from"
-            raise JobError(f"{name} has quantized weights", found, fix)
+        """Refuse a checkpoint whose quantized weights cannot be read as their values."""
+        from raytrain_adv.ops.stored.formats import refuse_unknown
+
+        refuse_unknown(name, config)
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse keys of 4 bits together with 8."""

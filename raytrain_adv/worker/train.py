@@ -18,6 +18,7 @@ from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.estimate import memory
 from raytrain_adv.model import parallel, weights
 from raytrain_adv.model.build import build
+from raytrain_adv.model.notes import model_notes
 from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import resolve_arithmetic
 from raytrain_adv.transforms.applied import Transforms
@@ -63,6 +64,8 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         fetch_on_main(job, run, facts)
         model = build(job)
         attention = check_attention(job, run, model)
+        for note in (notes := model_notes(job, model)):
+            run.say(note, event="model")
         plans = transforms.prepare(model, facts, longest * arithmetic.micro_batch)
         plans = install(run, transforms, model, plans)
         predicted = memory.predict(model, job, run.world_size, longest, arithmetic.micro_batch)
@@ -109,6 +112,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         "world_size": run.world_size,
         "device": facts.device_name,
         **attention,
+        "model_notes": notes,
         "versions": {name: v for name, v in facts.versions.items() if v is not None},
         "predicted_memory_gib": predicted.total,
         "predicted_memory": predicted.as_dict(),

@@ -25,6 +25,7 @@ from raytrain_adv.estimate.memory import HostNeed, MemoryPrediction, dtypes
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model.attention import attention_name
 from raytrain_adv.model.build import build, decoder_layers
+from raytrain_adv.model.notes import model_notes
 from raytrain_adv.ops.bitsandbytes.linear import num_weights
 from raytrain_adv.run.schedule import Arithmetic, resolve_arithmetic
 from raytrain_adv.text import GIB, plural
@@ -45,6 +46,7 @@ class ModelSummary:
     dtypes: tuple[str, ...]
     attention: str  # implementation in transformers' terms: sdpa, eager, flash_attention_2, ...
     flops_per_token: float  # forward and backward, at the padded length
+    notes: tuple[str, ...] = ()  # how the checkpoint is read and written
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def _model_summary(job: JobConfig, model: PreTrainedModel, flops: float) -> Mode
         dtypes=dtypes(model),
         attention=attention_name(job, model),
         flops_per_token=flops,
+        notes=model_notes(job, model),
     )
 
 

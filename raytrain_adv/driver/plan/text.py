@@ -135,6 +135,7 @@ def _model_rows(plan: RunPlan) -> Rows:
     share = m.num_trained / m.num_parameters
     trained = f"{m.num_trained:,} trained" + ("" if share == 1 else f" ({share:.2%})")
     yield "parameters", f"{m.num_parameters:,} in {' and '.join(m.dtypes)}, {trained}"
+    yield from (("checkpoint", note) for note in m.notes)
     yield "arithmetic", f"{m.flops_per_token / 1e9:,.3g} GFLOP per token, forward and backward"
 
 

@@ -138,7 +138,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_pat
         ),
         ({"architectures": None, "model_type": "vit"}, "is not a causal language model"),
         ({"model_type": "no_such_kind"}, "transformers cannot build this model"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "quantized weights"),
         ({"hidden_size": "wide"}, "transformers cannot build this model"),
         ({"num_attention_heads": 0}, "transformers cannot build this model"),
     ],

@@ -1,0 +1,1 @@
+"""Weights that a checkpoint holds rounded: which there are, and their values."""
