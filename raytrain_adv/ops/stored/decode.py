@@ -36,7 +36,8 @@ def halves(packed: torch.Tensor, low_first: bool) -> torch.Tensor:
 def integers(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Return the unsigned integers in int32 [..., n], the lowest bits first: [..., n * per int]."""
     shifts = torch.arange(0, 32 // bits * bits, bits, dtype=torch.int32)
-    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+    values: torch.Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return values.flatten(-2)
 
 
 def spread(scale: torch.Tensor, rows: int, columns: int, block: tuple[int, int]) -> torch.Tensor:
@@ -132,7 +133,8 @@ def gptq(
     values = integers(packed.t(), bits)
     zero = (integers(zeros, bits) + zero_offset).t()
     groups = groups.long()
-    return (values - zero[:, groups]).float() * scales.t().float()[:, groups]
+    weights: torch.Tensor = (values - zero[:, groups]).float() * scales.t().float()[:, groups]
+    return weights
 
 
 def awq(packed: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -140,7 +142,8 @@ def awq(packed: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torc
     order = torch.tensor(AWQ_ORDER).argsort()
 
     def unpacked(held: torch.Tensor) -> torch.Tensor:
-        return integers(held, 4).unflatten(-1, (-1, 8))[..., order].flatten(-2)
+        values = integers(held, 4)
+        return values.reshape(len(values), -1, 8)[..., order].flatten(-2)
 
     size = packed.shape[0] // scales.shape[0]
     zero, scale = (t.repeat_interleave(size, 0) for t in (unpacked(zeros), scales.float()))

@@ -191,11 +191,12 @@ def _scaled(shapes: Shapes, weight: str, scale: str, block: tuple[int, int] | No
 
 def _blocks(about: Mapping[str, Any], shapes: Shapes, read: Read) -> Found:
     """float8 in blocks with the factors beside the weight (DeepSeek-V3, `*-FP8`)."""
-    block = about.get("weight_block_size")
+    found = about.get("weight_block_size")
+    block = (int(found[0]), int(found[1])) if found else None
     for weight in _stems(shapes, "_scale_inv"):
         scale = f"{weight}_scale_inv"
-        is_grid = block and len(shapes[scale]) > 1
-        yield weight, _scaled(shapes, weight, scale, tuple(block) if is_grid else None)
+        is_grid = len(shapes[scale]) > 1
+        yield weight, _scaled(shapes, weight, scale, block if is_grid else None)
 
 
 def _rows(about: Mapping[str, Any], shapes: Shapes, read: Read) -> Found:
@@ -223,7 +224,8 @@ def _compressed(about: Mapping[str, Any], shapes: Shapes, read: Read) -> Found:
             yield weight, _packed(shapes, weight, read(f"{weight}_shape", None).tolist())
         elif packed in shapes:
             rows, half = shapes[packed]
-            parts, values = {"packed": Part(packed, 0), "scale": Part(scale, 0)}, decode.mxfp4_rows
+            parts = {"packed": Part(packed, 0), "scale": Part(scale, 0)}
+            values: Decode = decode.mxfp4_rows
             if overall in shapes:
                 parts["overall"], values = Part(overall), decode.nvfp4
             yield weight, Stored((rows, 2 * half), parts, values)
@@ -232,7 +234,7 @@ def _compressed(about: Mapping[str, Any], shapes: Shapes, read: Read) -> Found:
 def _block(groups: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the blocks of compressed-tensors' groups if they have any."""
     found = [(group.get("weights") or {}).get("block_structure") for group in groups.values()]
-    return next((tuple(map(int, block)) for block in found if block), None)
+    return next(((int(block[0]), int(block[1])) for block in found if block), None)
 
 
 def _packed(shapes: Shapes, weight: str, shape: list[int]) -> Stored:
