@@ -115,7 +115,8 @@ def packed_integers(
         if zero.dtype == torch.int32:
             zero = integers(zero.t(), bits).t()[:rows] - offset
         values -= zero.float()[:, groups.long()]
-    return values * scale.float()[:, groups.long()]
+    factors: torch.Tensor = scale.float()[:, groups.long()]
+    return values * factors
 
 
 def gptq(
