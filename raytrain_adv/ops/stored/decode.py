@@ -108,7 +108,7 @@ def packed_integers(
     rows = packed.shape[0]
     bits = 32 // -(-columns // packed.shape[1])
     offset = 2 ** (bits - 1)
-    values = (integers(packed, bits)[:, :columns] - offset).float()
+    values: torch.Tensor = (integers(packed, bits)[:, :columns] - offset).float()
     if groups is None or bool((groups < 0).any()):
         groups = torch.arange(columns) // -(-columns // scale.shape[1])
     if zero is not None:
