@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from raytrain_adv.dtensor import rank
@@ -51,12 +50,13 @@ class NewFolder:
             action()
         except RaytrainAdvError as error:
             self.failure = error
-        except (OSError, SafetensorError) as error:
-            self.failure = StorageError(
-                f"{self.path} could not be written",
-                f"{error}\n{free_space(self.path)}",
-                self.way_out,
-            )
+        except Exception as error:
+            # Tokenizers and configs raise anything where a disk is full, and the other ranks wait
+            # for this one: whatever it is, `publish` raises it on all of them.
+            found = f"{type(error).__name__}: {error}\n{free_space(self.path)}"
+            what = f"{self.path} could not be written"
+            self.failure = StorageError(what, found, self.way_out)
+            self.failure.__cause__ = error
 
     def require(self, size: int) -> None:
         """Fail early, on rank 0, when the disk has less than `size` bytes to spare."""

@@ -7,6 +7,7 @@ import os
 import posixpath
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,19 @@ def storage_errors(what: str, where: str) -> Iterator[None]:
             "with resume_from_checkpoint: true"
         )
         raise StorageError(what, f"{where}: {error}", fix) from error
+
+
+CLAIM_S = 1.0  # longest time between the look of another process and its writing
+
+
+def _create(path: Path, text: str) -> bool:
+    """Write a file that is not there; return whether it was not."""
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,23 @@ class Storage:
                     stream.write(data)
                 return
             write_atomic(Path(self.path(name)), data)
+
+    def claim(self, name: str, value: dict[str, Any]) -> dict[str, Any]:
+        """Write a JSON file unless it is there, and return what is there afterward: of several
+        processes at once one wins, and all return its value. Empty if the file is torn.
+
+        Object stores have no exclusive creation in pyarrow (25): the last writer wins.
+        """
+        if self.files().get(name) is None:
+            self.make()
+            if self.is_local:
+                with storage_errors("A file cannot be written", self.path(name)):
+                    if _create(Path(self.path(name)), json.dumps(value, indent=1)):
+                        return value
+            else:
+                self.write_json(name, value)
+        time.sleep(CLAIM_S)  # until the other has written
+        return self.read_json(name) or {}
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Return a JSON object, or None when the file is missing or torn."""

@@ -5,6 +5,7 @@ written next to its final name and renamed, so that it exists whole or not at al
 meta.json reveal a damaged one.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -110,6 +111,9 @@ def _guarding_storage(root: Path) -> Iterator[None]:
         free = shutil.disk_usage(root).free / GIB if root.is_dir() else 0.0
         found = f"{error.strerror or error}: {root} ({free:.1f} GiB free)"
         fix = "free space there, or set tokenized_path to a folder on another disk"
+        if error.errno in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE):
+            found = f"{error.strerror}"
+            fix = "lower preprocessing_num_workers, or raise the limits of memory and processes"
         raise StorageError("Tokenized data could not be written", found, fix) from error
 
 

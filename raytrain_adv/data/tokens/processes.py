@@ -73,7 +73,10 @@ def _start(opening: bytes) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
     child = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
     assert child.stdin is not None  # it is a pipe
-    child.stdin.write(opening)
+    try:
+        child.stdin.write(opening)
+    except BrokenPipeError as error:
+        raise _ended(child) from error
     return child
 
 
@@ -84,17 +87,21 @@ def _ask(child: subprocess.Popen[bytes], task: Any) -> Chunk:
         child.stdin.flush()
         answer = pickle.load(child.stdout)
     except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-        raise TrainingError(
-            "A process that tokenizes ended before its work was done",
-            f"exit code {child.wait()} (negative: killed by that signal; -9 is most often memory)",
-            "lower preprocessing_num_workers",
-        ) from error
+        raise _ended(child) from error
     if isinstance(answer, RaytrainAdvError):
         raise answer
     if not isinstance(answer, Chunk):
         fix = "report this with the dataset's first rows"
         raise TrainingError("A process that tokenizes failed", str(answer), fix)
     return answer
+
+
+def _ended(child: subprocess.Popen[bytes]) -> TrainingError:
+    return TrainingError(
+        "A process that tokenizes ended before its work was done",
+        f"exit code {child.wait()} (negative: killed by that signal; -9 is most often memory)",
+        "lower preprocessing_num_workers",
+    )
 
 
 def main() -> None:

@@ -119,10 +119,16 @@ class Output:
             self.note(job, "running", self.number)
 
     def own(self) -> None:
-        """Record the owner of storage that is outside of output_dir."""
+        """Claim storage that is outside of output_dir for this folder.
+
+        Raises:
+            JobError: if a run of another folder claimed it at the same time.
+        """
+        mine = {"output_dir": str(self.folder.resolve())}
         if not is_inside(self.storage, self.folder):
-            self.storage.make()
-            self.storage.write_json(OWNER, {"output_dir": str(self.folder.resolve())})
+            owner = self.storage.claim(OWNER, mine)
+            if owner != mine:
+                raise _anothers(self.storage, self.folder, owner.get("output_dir"))
 
     def note(self, job: JobConfig, status: str, attempts: int) -> None:
         """Write run.json: the folder's job and the status of its run."""
@@ -272,7 +278,11 @@ def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
     other = owner.get("output_dir") if owner is not None else None
     if other == str(folder.resolve()) or (owner is None and (has_run or not found)):
         return
-    raise JobError(
+    raise _anothers(storage, folder, other)
+
+
+def _anothers(storage: Storage, folder: Path, other: str | None) -> JobError:
+    return JobError(
         "ray_storage_path holds the checkpoints of another run of this name",
         f"{storage.root}: of the run in {other or 'an unknown output_dir'}; "
         f"this one's is {folder.resolve()}",

@@ -28,7 +28,7 @@ from raytrain_adv.driver.sweep.asha import DelayAwareAsha, Rungs
 from raytrain_adv.driver.sweep.results import Progress, Results
 from raytrain_adv.driver.sweep.trial import run_trial
 from raytrain_adv.driver.training.failures import stop_error
-from raytrain_adv.driver.watch.nodes import HeadWatch, head_address
+from raytrain_adv.driver.watch.nodes import HeadWatch, head_address, watching_start
 from raytrain_adv.driver.watch.stop import request_trial_stop
 from raytrain_adv.errors import (
     ClusterError,
@@ -163,9 +163,10 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
         print(f"{num_kept} of them have already ended and are not run again")
     if not todo:
         return
-    started_here = connect.connect(job)
-    print("Ray started on this machine" if started_here else "joined Ray")
-    print(f"dashboard: {connect.describe_dashboard()}")
+    with watching_start(results.fail):
+        started_here = connect.connect(job)
+        print("Ray started on this machine" if started_here else "joined Ray")
+        print(f"dashboard: {connect.describe_dashboard()}")
     with HeadWatch(head_address(), results.fail).watching():
         room = find_room(todo, started_here, read)
         print(table.render(room.found))

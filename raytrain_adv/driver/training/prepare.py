@@ -17,7 +17,7 @@ from raytrain_adv.driver.cluster.nodes import Placement
 from raytrain_adv.driver.plan.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.preflight import memory, table, verdicts
 from raytrain_adv.driver.preflight.probe import Read
-from raytrain_adv.driver.watch.nodes import HeadWatch, head_address
+from raytrain_adv.driver.watch.nodes import HeadWatch, head_address, watching_start
 from raytrain_adv.report import record
 from raytrain_adv.report.parts import PreflightReport
 from raytrain_adv.run import trackers
@@ -54,12 +54,13 @@ def prepare_run(
         progress.timeline[phase] = time.perf_counter() - start - sum(progress.timeline.values())
 
     data = _in_background(lambda: prepare(job, say))
-    started_here = connect.connect(job)
-    address = head_address()
-    say("Ray started on this machine" if started_here else f"joined Ray at {address}")
-    say(f"dashboard: {connect.describe_dashboard()}")
-    watch = HeadWatch(address, record_end)
-    watched.enter_context(watch.watching())
+    with watching_start(record_end):
+        started_here = connect.connect(job)
+        address = head_address()
+        say("Ray started on this machine" if started_here else f"joined Ray at {address}")
+        say(f"dashboard: {connect.describe_dashboard()}")
+        watch = HeadWatch(address, record_end)
+        watched.enter_context(watch.watching())
     placement = nodes.resolve_placement(job, started_here)
     end("Ray")
     found = verdicts.check_nodes(placement, list(Transforms(job)), read)

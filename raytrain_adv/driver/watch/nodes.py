@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
+import psutil
 import ray
 from ray.exceptions import RayError
 
 from raytrain_adv.driver.cluster.nodes import Node, Placement, alive_nodes
-from raytrain_adv.errors import HeadLost
+from raytrain_adv.errors import ClusterError, HeadLost, RaytrainAdvError
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.text import plural
 
@@ -44,7 +45,8 @@ def poll(name: str, check: Callable[[], None], every_s: float) -> Iterator[None]
         thread.join(timeout=JOIN_S)
 
 
-EVERY_S = 2.0
+EVERY_S, START_EVERY_S = 2.0, 0.2
+STARTED = ("gcs_server", "raylet")  # names of Ray's processes, without which it cannot start (2.60)
 LOST_AFTER_S = 45.0
 """Seconds without an answer after which the run ends. If the head returns earlier and its state is
 stored outside it (Ray's GCS fault tolerance), the run continues."""
@@ -56,7 +58,7 @@ class HeadWatch:
     `record` records how the run ended, without calling Ray, and the process ends.
     """
 
-    def __init__(self, address: str, record: Callable[[HeadLost], None]) -> None:
+    def __init__(self, address: str, record: Callable[[BaseException], None]) -> None:
         self._address = address
         self._record = record
         self._is_watching = False
@@ -102,13 +104,53 @@ class HeadWatch:
             f"no answer at {self._address} for {LOST_AFTER_S:g} s; Ray then ends every worker",
             "start the cluster again, and run the job again with resume_from_checkpoint: true",
         )
-        try:
-            self._record(error)
-        finally:
-            print(f"\n{hide_environment(str(error))}", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(error.exit_code)
+        _end_process(error, self._record)
+
+
+def _end_process(error: RaytrainAdvError, record: Callable[[BaseException], None]) -> None:
+    try:
+        record(error)
+    finally:
+        print(f"\n{hide_environment(str(error))}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@contextlib.contextmanager
+def watching_start(record: Callable[[BaseException], None]) -> Iterator[None]:
+    """Watch Ray's own processes while the block starts Ray here: if one ends, `record` records how
+    the launch ended, without calling Ray, and the process ends.
+    """
+    known: dict[str, psutil.Process] = {}
+
+    def check() -> None:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.name() in STARTED:
+                    known.setdefault(child.name(), child)
+        for name, child in known.items():
+            if _has_ended(child):
+                error = ClusterError(
+                    "Ray cannot be started here: one of its processes ended",
+                    f"{name}, process {child.pid}; the kernel may have ended it for memory (dmesg)",
+                    "run the job again; Ray's logs are in session_latest/logs of its folder, "
+                    "/tmp/ray by default",
+                )
+                _end_process(error, record)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with poll("start watch", check, START_EVERY_S):
+        yield
 
 
 def head_address() -> str:
