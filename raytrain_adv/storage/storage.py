@@ -114,14 +114,15 @@ class Storage:
 
         Object stores have no exclusive creation in pyarrow (25): the last writer wins.
         """
-        if self.files().get(name) is None:
-            self.make()
-            if self.is_local:
-                with storage_errors("A file cannot be written", self.path(name)):
-                    if _create(Path(self.path(name)), json.dumps(value, indent=1)):
-                        return value
-            else:
-                self.write_json(name, value)
+        if (found := self.read_json(name)) is not None:
+            return found
+        self.make()
+        if not self.is_local:
+            self.write_json(name, value)
+        else:
+            with storage_errors("A file cannot be written", self.path(name)):
+                if _create(Path(self.path(name)), json.dumps(value, indent=1)):
+                    return value
         time.sleep(CLAIM_S)  # until the other has written
         return self.read_json(name) or {}
 

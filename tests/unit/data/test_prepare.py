@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from raytrain_adv.data.prepare import prepare
-from raytrain_adv.data.tokens import datasets, tokenize
+from raytrain_adv.data.tokens import datasets, processes, tokenize
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
-from raytrain_adv.errors import JobError, StorageError
+from raytrain_adv.errors import JobError, StorageError, TrainingError
 from raytrain_adv.ops.loss import IGNORE
 from tests.unit.data.sample_rows import pairs
 
@@ -476,3 +476,26 @@ def test_error_in_a_tokenizing_process_reaches_the_user(make_job, write_rows, mo
         opened.write("{broken\n")
     with pytest.raises(JobError, match="line 111"):
         prepare(make_job(dataset=file, preprocessing_num_workers=2), print)
+
+
+@pytest.mark.parametrize("killed", ["at its start", "at work"])
+def test_a_killed_tokenizing_process_is_not_called_a_full_disk(
+    make_job, write_rows, monkeypatch, killed
+):
+    monkeypatch.setattr(datasets, "CHUNK", 20)
+    monkeypatch.setattr(datasets, "ENOUGH_FOR_PROCESSES", 100)
+    popen, start = subprocess.Popen, processes._start
+
+    def kill(child):
+        child.kill()
+        child.wait()
+        return child
+
+    if killed == "at its start":
+        monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: kill(popen(*a, **k)))
+    else:
+        monkeypatch.setattr(processes, "_start", lambda opening: kill(start(opening)))
+    job = make_job(dataset=write_rows(pairs(110)), preprocessing_num_workers=2)
+    with pytest.raises(TrainingError, match="process that tokenizes ended") as caught:
+        prepare(job, print)
+    assert "exit code -9" in caught.value.found

@@ -16,6 +16,7 @@ from transformers import (
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import StorageError
+from raytrain_adv.export.folder import NewFolder
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.verify import load_folder
 from raytrain_adv.model import parallel
@@ -210,6 +211,24 @@ def test_a_failed_write_is_told_to_every_rank_and_leaves_the_old_export(tmp_path
         assert "GiB free" in message
     assert [p.name for p in out.parent.iterdir()] == ["model"]
     assert (out / "kept.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), Exception("No space left (os error 28)"), TypeError("x")]
+)
+def test_whatever_a_writer_raises_ends_the_export_and_leaves_no_partial_folder(
+    tmp_path: Path, error: Exception
+) -> None:
+    """Tokenizers raise a plain Exception; other ranks would wait for this one in a broadcast."""
+
+    def fail() -> None:
+        raise error
+
+    new = NewFolder(tmp_path / "model", torch.device("cpu"))
+    new.run(fail)
+    with pytest.raises(StorageError, match=type(error).__name__):
+        new.publish()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_does_not_hold_the_model_does_not_verify(tmp_path: Path) -> None:

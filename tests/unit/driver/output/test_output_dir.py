@@ -1,5 +1,8 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 
 from raytrain_adv.cli import main
@@ -277,3 +280,41 @@ def test_no_command_prints_a_secret(monkeypatch, capsys):
     assert main(["doctor", "/nowhere/hf_abcdefghijklmnop"]) == 2
     said = capsys.readouterr().err
     assert "/nowhere" in said and "hf_abc" not in said
+
+
+def test_of_launches_at_once_into_one_storage_one_wins(make_job, tmp_path):
+    """They would write their checkpoints among each other's."""
+    storage = str(tmp_path / "shared")
+    jobs = [
+        make_job(output_dir=str(tmp_path / f"o{n}"), ray_storage_path=storage, ray_run_name="one")
+        for n in range(8)
+    ]
+    outputs = [decided(job) for job in jobs]  # all of them have found no owner
+    together = threading.Barrier(len(outputs))
+
+    def claim(output):
+        together.wait()
+        try:
+            output.own()
+        except JobError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(outputs)) as pool:
+        refusals = list(pool.map(claim, outputs))
+    assert refusals.count(None) == 1
+    assert all("of another run of this name" in str(e) for e in refusals if e is not None)
+
+
+def test_a_claim_on_an_object_store_has_one_winner_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("raytrain_adv.storage.storage.CLAIM_S", 0.3)
+    store = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    together = threading.Barrier(6)
+
+    def claim(n):
+        together.wait()
+        return Storage(store, "claims").claim("owner.json", {"n": n})["n"]
+
+    assert not Storage(store, "claims").is_local
+    with ThreadPoolExecutor(6) as pool:
+        assert len(set(pool.map(claim, range(6)))) == 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from raytrain_adv.driver.watch import nodes as head_watch
 from raytrain_adv.driver.watch.nodes import HeadWatch
+from raytrain_adv.errors import ClusterError
 
 DRIVER = """
 import pathlib, socket, sys, time
@@ -72,3 +74,23 @@ def test_a_report_that_cannot_be_written_does_not_keep_the_process(ended, capsys
     with contextlib.suppress(OSError):
         HeadWatch("127.0.0.1:1", leave)._end()
     assert ended == [3] and "Ray's head node is gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", head_watch.STARTED)
+def test_a_process_of_ray_that_ends_while_ray_starts_ends_the_launch(
+    name, tmp_path, monkeypatch, capfd
+):
+    """Ray itself would end the driver after a minute, with exit code 1 and no report."""
+    codes, recorded = [], []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(head_watch, "START_EVERY_S", 0.02)
+    program = shutil.copy(shutil.which("sleep"), tmp_path / name)
+    with subprocess.Popen([program, "60"]) as child, head_watch.watching_start(recorded.append):
+        time.sleep(0.3)
+        assert not codes
+        child.kill()
+        deadline = time.monotonic() + 20
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert codes[0] == 4 and isinstance(recorded[0], ClusterError)
+    assert f"{name}, process {child.pid}" in capfd.readouterr().err
