@@ -14,7 +14,7 @@ from raytrain_adv.config.llamafactory import translate
 from raytrain_adv.config.llamafactory.keys import RENAMED, WRITTEN_AS
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
-from raytrain_adv.config.section import Section
+from raytrain_adv.config.section import Section, unknown_user
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.config.sweep import Sweep, SweepOptions, Trial
 from raytrain_adv.config.yaml_source import MAX_DEPTH, Document, Entry, read_file, read_value
@@ -207,7 +207,7 @@ def _wrong_value(kind: type[Section], key: str, value: Any) -> Problem:
     strings = [choice for choice in choices if isinstance(choice, str)]
     if isinstance(value, str) and (meant := nearest(value, strings, 0.5)):
         fix = f"did you mean {meant}? It takes {accepted}"
-    reason = kind.why_not(key, value)
+    reason = kind.why_not(key, value) or unknown_user(value)
     text = f"{show(value, key)} is not accepted" + (f": {reason}" if reason else "")
     return Problem(text, fix, key)
 

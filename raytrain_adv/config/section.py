@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from raytrain_adv.config.problems import Problem
 
 if TYPE_CHECKING:
     from raytrain_adv.config.job import JobConfig
+
+
+def unknown_user(value: Any) -> str:
+    """Return which user in a path's ~user this machine does not have; empty if it has all."""
+    parts = value.split(",") if isinstance(value, str) else ()
+    paths = (os.path.expanduser(part.strip()) for part in parts)
+    unknown = next((path for path in paths if path.startswith("~")), "")
+    return f"this machine has no user {unknown.partition('/')[0][1:]}" if unknown else ""
+
+
+def expand(value: Any) -> Any:
+    """Return a path, a list of them, or a comma-separated one, with ~ and ~user replaced.
+
+    Raises:
+        ValueError: if there is no such user.
+    """
+    if isinstance(value, list):
+        return [expand(one) for one in value]
+    if reason := unknown_user(value):
+        raise ValueError(reason)
+    if "~" not in value:
+        return value
+    return ",".join(os.path.expanduser(part.strip()) for part in value.split(","))
+
+
+Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+PathText = Annotated[Text, AfterValidator(expand)]
+"""A path or a URI."""
+Names = Text | Annotated[list[Text], Field(min_length=1)]
 
 
 class Section(BaseModel):

@@ -4,18 +4,17 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.config.section import Section
+from raytrain_adv.config.section import Names, PathText, Section, Text, expand
 from raytrain_adv.config.templates import Template
 
 LARGEST = 2**31 - 1
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Ends = Annotated[list[Count], Field(min_length=2, max_length=2)]
-Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
-Names = Text | Annotated[list[Text], Field(min_length=1)]
+Files = Annotated[Names, AfterValidator(expand)]
 Steps = Annotated[float, Field(gt=0, le=LARGEST)]
 Tracker = Literal["none", "tensorboard", "wandb", "mlflow"]
 SCHEDULE_OPTIONS = {
@@ -28,11 +27,11 @@ SCHEDULE_OPTIONS = {
 class ModelConfig(Section):
     """The model to train."""
 
-    model_name_or_path: Text
+    model_name_or_path: PathText
     """Folder of a Hugging Face causal language model, or its name on the Hub."""
     model_revision: Text = "main"
     """Branch, tag or commit of a Hub model."""
-    cache_dir: Text | None = None
+    cache_dir: PathText | None = None
     """Folder for files downloaded from the Hub; none means the Hub client's own cache."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
@@ -57,12 +56,12 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The training data, and how rows become tokens."""
 
-    dataset: Names | None = None
+    dataset: Files | None = None
     """Names in dataset_info.json, paths to JSON, JSONL or Parquet files, or Hub names; comma
     separated or a list."""
-    eval_dataset: Names | None = None
+    eval_dataset: Files | None = None
     """Datasets for evaluation, in the same form as dataset; excludes val_size."""
-    dataset_dir: Text = "data"
+    dataset_dir: PathText = "data"
     """Folder of dataset_info.json and the files it names."""
     template: Template | None = None
     """Chat template; none uses the tokenizer's own."""
@@ -89,7 +88,7 @@ class DataConfig(Section):
     """Processes that tokenize; none means one per CPU core, up to 16."""
     overwrite_cache: bool = False
     """Tokenize again even if the cache has this dataset, tokenizer and template."""
-    tokenized_path: Text | None = None
+    tokenized_path: PathText | None = None
     """Folder for tokenized data; none means the user's cache folder."""
     disable_shuffling: bool = False
     """Read rows in file order instead of a seeded random order."""
@@ -260,7 +259,7 @@ class ParallelConfig(Section):
 class OutputConfig(Section):
     """The files of a run: which, where and how often."""
 
-    output_dir: Text
+    output_dir: PathText
     """Folder of the run: model, report, metrics; on storage that all nodes of the job share."""
     overwrite_output_dir: bool = False
     """Start a new run in the folder of an earlier one, which is deleted, with its checkpoints, once
@@ -279,7 +278,7 @@ class OutputConfig(Section):
     """When the held-out rows are evaluated; they are in any case at the end of the run."""
     eval_steps: Steps | None = None
     """Steps between evaluations, or a share of all when below 1; none means logging_steps."""
-    resume_from_checkpoint: bool | Text | None = None
+    resume_from_checkpoint: bool | PathText | None = None
     """true continues from the newest complete checkpoint of this run; a path from that one."""
     report_to: Tracker | list[Tracker] = "none"
     """Trackers in addition to the report: tensorboard, wandb, mlflow; none, or a list."""
@@ -287,7 +286,7 @@ class OutputConfig(Section):
     """Name of the run in trackers; none means the output folder's name."""
     plot_loss: bool = True
     """Draw the plots in report.html."""
-    compare_with: Text | None = None
+    compare_with: PathText | None = None
     """output_dir of a finished run to compare with in the report."""
     export_model: bool = True
     """Write the trained model into output_dir; false leaves it in the checkpoints."""
@@ -328,7 +327,7 @@ class RayConfig(Section):
     any, else one CPU."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How workers are placed on nodes."""
-    ray_storage_path: Text | None = None
+    ray_storage_path: PathText | None = None
     """Folder that all nodes share, or URI (s3://, gs://), for checkpoints; none: output_dir."""
     ray_run_name: Text | None = None
     """Name of the run in Ray and in the storage path; none means the output folder's name."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from raytrain_adv.config.problems import Problem, show
+from raytrain_adv.config.section import PathText
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.kernels import fetch, lock, source
 from raytrain_adv.kernels.fetch import Build, NoBuild, Place
@@ -61,7 +62,7 @@ class HubKernels(Transform):
     ) = None
     """Kernels on the Hub or in folders: a name as kernels-community/activation@v1, a path, an entry
     {repo, revision or version, layers} or {path, layers}, or a list of these."""
-    kernels_lock: Text | None = None
+    kernels_lock: PathText | None = None
     """Lock file made by `raytrain-adv kernels lock`: kernels that are not in it, or differ from it,
     are refused, that of flash_attn too."""
     kernels_trust: list[Text] = []  # noqa: RUF012  # pydantic copies it
@@ -121,7 +122,7 @@ class HubKernels(Transform):
         """Return where the job's kernels are searched."""
         return Place(
             target=Target.of(facts),
-            given=Path(self.kernels_lock).expanduser() if self.kernels_lock is not None else None,
+            given=Path(self.kernels_lock) if self.kernels_lock is not None else None,
             own=own_lock(job),
             trust=tuple(self.kernels_trust),
         )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from raytrain_adv.config.problems import Problem, show
-from raytrain_adv.config.sections import LARGEST, Names
+from raytrain_adv.config.section import Names
+from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import JobError
 from raytrain_adv.transforms.modules import (
     ROUTES,

@@ -58,7 +58,7 @@ def _check(job: JobConfig) -> None:
 
 def _check_template(job: JobConfig) -> None:
     template = None if job.data.template is None else find_template(job.data.template)
-    folder = Path(job.model.model_name_or_path).expanduser()
+    folder = Path(job.model.model_name_or_path)
     if not is_local(job) or not (folder / TOKENIZER).is_file() or job.model.trust_remote_code:
         return
     if template is None:

@@ -99,24 +99,24 @@ def _resolve_one(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -
         return _from_info(name, info[name], dataset_dir)
     if name in BUILTIN_SETS:
         return Entry(name, "builtin", name)
-    for path in (Path(name).expanduser(), dataset_dir / name):
+    for path in (Path(name), dataset_dir / name):
         if path.exists():
             return Entry(name, "files", str(path))
-    looks_like_path = Path(name).suffix in FILE_TYPES or name.startswith((".", "/", "~"))
+    looks_like_path = Path(name).suffix in FILE_TYPES or name.startswith((".", "/"))
     if not looks_like_path and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return Entry(name, "hub", name)
     raise _not_found(name, info, dataset_dir, key)
 
 
 def _not_found(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -> JobError:
-    folder = Path(name).expanduser().parent
+    folder = Path(name).parent
     files = [str(folder / p.name) for p in folder.iterdir()] if folder.is_dir() else []
     inside = sorted(dataset_dir.iterdir()) if dataset_dir.is_dir() else []
     there = [p.name for p in inside if p.suffix in FILE_TYPES and p.name != INFO_FILE]
     near = (
         next((file for file in there if Path(file).stem == name), None)
         or nearest(name, [*info, *BUILTIN_SETS, *there])
-        or nearest(str(Path(name).expanduser()), files)
+        or nearest(name, files)
     )
     path = dataset_dir / INFO_FILE
     known = f"{path} has {len(info)} entries" if path.is_file() else f"there is no {path}"

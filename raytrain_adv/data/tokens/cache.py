@@ -47,7 +47,7 @@ class CacheEntry:
 def cache_root(tokenized_path: str | None) -> Path:
     """Return the folder of cache entries: the job's, or the user's cache folder."""
     if tokenized_path:
-        return Path(tokenized_path).expanduser()
+        return Path(tokenized_path)
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "raytrain_adv" / "tokenized"
 

@@ -337,10 +337,10 @@ def _storage_of(value: str | None) -> Storage | None:
     """Return the place that a key's value names; None if it names none that exists."""
     if value is None:
         return None
-    if "://" not in value and not Path(value).expanduser().exists():
+    if "://" not in value and not Path(value).exists():
         return None
     try:
-        return Storage.at(value if "://" in value else str(Path(value).expanduser()))
+        return Storage.at(value)
     except StorageError:
         return None
 

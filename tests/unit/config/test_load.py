@@ -442,3 +442,36 @@ def test_a_secret_is_never_repeated(folder: Path) -> None:
     assert "hf_abcdef" not in message
     assert "xyzzy" not in message
     assert "HF_TOKEN" in message
+
+
+PATHS = (
+    "model_name_or_path",
+    "cache_dir",
+    "dataset",
+    "eval_dataset",
+    "dataset_dir",
+    "tokenized_path",
+    "output_dir",
+    "resume_from_checkpoint",
+    "compare_with",
+    "ray_storage_path",
+    "kernels_lock",
+)
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_path_may_begin_with_the_home_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "use_kernels: true\n" if key == "kernels_lock" else ""
+    assert job_of(folder, text, f"{key}=~/here").flat()[key] == "/home/me/here"
+    assert "has no user nobody_here" in message_of(folder, text, f"{key}=~nobody_here/x")
+
+
+def test_each_dataset_of_a_list_may_begin_with_the_home_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert job_of(folder, "", "dataset=a, ~/b.json").data.dataset == "a,/home/me/b.json"
+    assert job_of(folder, "", "dataset=[a, ~/b.json]").data.dataset == ["a", "/home/me/b.json"]

@@ -214,7 +214,8 @@ def test_a_failed_write_is_told_to_every_rank_and_leaves_the_old_export(tmp_path
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left"), Exception("No space left (os error 28)"), TypeError("x")]
+    "error",
+    [OSError(28, "No space left"), Exception("os error 28"), TypeError("x")],
 )
 def test_whatever_a_writer_raises_ends_the_export_and_leaves_no_partial_folder(
     tmp_path: Path, error: Exception
