@@ -205,3 +205,89 @@ def test_a_secret_at_the_end_of_a_long_text_is_found():
     long = "a://b:c " * 5000
     for secret in (HF, JWT, f"scheme://user:{BODY}@host", f"x-{JWT}"):
         assert BODY not in hide(long + secret) and JWT not in hide(long + secret)
+
+
+HEX = "0123456789abcdef"
+FORMS = {
+    "GitLab, a runner's": "glrt-" + BODY,
+    "Slack": "xoxb-" + BODY,
+    "Slack, an app's": "xapp-1-" + BODY,
+    "Stripe": "sk_live_" + BODY,
+    "Stripe, restricted": "rk_live_" + BODY,
+    "OpenAI": "sk-proj-" + BODY,
+    "Anthropic": "sk-ant-api03-" + BODY,
+    "PyPI": "pypi-AgEIcHlwaS5vcmc" + 2 * BODY,
+    "npm": "npm_" + BODY + "Zz",
+    "NVIDIA": "nvapi-" + BODY,
+    "Groq": "gsk_" + BODY,
+    "xAI": "xai-" + BODY,
+    "Replicate": "r8_" + BODY,
+    "Google, OAuth": "ya29." + BODY,
+    "SendGrid": "SG." + BODY + BODY,
+    "Vault": "hvs." + BODY,
+    "DigitalOcean": "dop_v1_" + 4 * HEX,
+    "Databricks": "dapi" + 2 * HEX,
+    "Shopify": "shpat_" + BODY,
+    "LangSmith": "lsv2_pt_" + BODY,
+    "Grafana": "glsa_" + BODY,
+    "Docker": "dckr_pat_" + BODY,
+    "Atlassian": "ATATT3" + BODY,
+    "Telegram": "123456789:" + BODY + "Z",
+    "Azure": f"DefaultEndpointsProtocol=https;AccountKey={BODY}{BODY}==;",
+    "a header": f"Authorization: Bearer {BODY}",
+    "a header, basic": f"authorization: Basic {BODY}",
+    "a bearer": f"bearer {BODY}",
+    "a URL with a token": f"https://{BODY}@github.com/org/repo",
+    "a DSN": f"https://{2 * HEX}@o1.ingest.sentry.io/1",
+    "Slack's webhook": f"https://hooks.slack.com/services/T0/B0/{BODY}",
+    "Discord's webhook": f"https://discord.com/api/webhooks/1/{BODY}",
+    "Teams' webhook": f"https://x.webhook.office.com/webhookb2/{BODY}",
+    "Feishu's webhook": f"https://open.feishu.cn/open-apis/bot/v2/hook/{BODY}",
+    "WeCom's webhook": f"https://qyapi.weixin.qq.com/cgi-bin/webhook/send?key={BODY}",
+}
+
+
+@pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
+def test_a_secret_of_a_known_form_is_found_and_hidden_wherever_it_is(text):
+    assert kind_of(text) and kind_of(f"see {text} there")
+    assert BODY not in hide(f"see {text} there") and 2 * HEX not in hide(text)
+    began = time.process_time()
+    hide((text[:-1] * 500)[:20_000])
+    assert time.process_time() - began < 3, "not linear"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("DB_PASS", "SENTRY_DSN", "GH_PAT", "AZURE_CONNECTION_STRING", "SLACK_WEBHOOK_URL"),
+        *("HTTP_AUTH", "PGPASSWORD", "ADMIN_PWD", "SESSION_COOKIE", "api-key", "ACCESS_TOKEN"),
+    ],
+)
+def test_a_variable_of_this_name_holds_a_secret(name):
+    assert is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["PWD", "compat", "bypass", "num_passes", "first_pass_rate", "author", "path", "auth_method"],
+)
+def test_a_variable_of_this_name_holds_none(text):
+    assert not is_secret_name(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://user@host.org/a.git",
+        "abfss://a-container-with-a-long-name@account.dfs.core.windows.net/runs",
+        "sk-learn-is-a-library",
+        "npm_install",
+        "a bearer of bad news",
+        "Basic training of language models",
+        "saves/llama3-8b-fp8-tensorwise",
+        "https://hooks.slack.com/docs",
+        "12:30",
+    ],
+)
+def test_a_text_that_only_resembles_a_secret_has_none(text):
+    assert kind_of(text) is None
