@@ -13,6 +13,25 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """Limits of Linux file systems."""
 
 
+USUAL = {
+    "learning_rate": (1e-8, 0.1, "AdamW moves each weight by about that much in a step"),
+    "adam_epsilon": (0.0, 0.01, "updates are divided by it where it exceeds the gradients"),
+    "weight_decay": (0.0, 1.0, "each step shrinks weights by that times the learning rate"),
+    "max_grad_norm": (0.0, 1e4, "larger gradients are hardly ever seen: nothing is clipped"),
+    "num_train_epochs": (0.0, 1000, "the data are read that many times"),
+    "max_steps": (-1, 10**8, "at ten steps a second that is four months"),
+    "warmup_steps": (0, 10**6, "the learning rate rises that long"),
+    "gradient_accumulation_steps": (1, 10**4, "the weights change once in so many passes"),
+    "per_device_train_batch_size": (1, 4096, "one pass takes that many sequences"),
+    "cutoff_len": (16, 2**20, "memory for activations grows with it"),
+    "lora_rank": (1, 1024, "adapters of full rank have as many numbers as the weights"),
+    "step_timeout": (5.0, 10**6, "a step that takes longer ends all workers"),
+    "save_steps": (0.0, 10**6, "a fault costs the steps since the last checkpoint"),
+    "ddp_timeout": (10, 10**6, "a collective that takes longer ends the run"),
+}
+"""Key -> smallest and largest value that nobody would question, and what others mean."""
+
+
 def contradictions(job: JobConfig) -> Iterable[Problem]:
     """Find keys of different sections that contradict each other; each Problem names them all."""
     for rule in (_paths, _evaluation, _workers, _devices, _resuming, _exclusive, _unmet, _twin):
@@ -55,8 +74,17 @@ def notes(job: JobConfig) -> Iterable[str]:
         yield f"model_revision: {revision} changes nothing: model_name_or_path is a folder"
     for section in job.sections():
         yield from section.without_effect(job)
+        yield from _unusual(section)
     for _, own, key, care in _together(job, careful=True):
         yield f"{own} and {key} need care together: {care}"
+
+
+def _unusual(section: Section) -> Iterable[str]:
+    for key, (least, most, why) in USUAL.items():
+        value = getattr(section, key) if key in type(section).model_fields else None
+        is_number = isinstance(value, int | float) and section.is_changed(key)
+        if is_number and not least <= value <= most:
+            yield f"{key}: {value:g} is unusual (usual: {least:g} to {most:g}): {why}"
 
 
 def _paths(job: JobConfig) -> Iterable[Problem]:
@@ -88,6 +116,10 @@ def _paths(job: JobConfig) -> Iterable[Problem]:
             yield Problem(text, fix, key)
         elif key in folders and isinstance(value, str) and _is_other_than_a_folder(value):
             yield Problem(f"{show(value)} exists but is not a folder", "name a folder", key)
+    whole_of = {Path("/"): "the whole file system", Path.home(): "your home folder"}
+    if shared := whole_of.get(Path("/" + os.path.realpath(output.output_dir).lstrip("/"))):
+        text = f"{show(output.output_dir)} is {shared}, and a run's folder is its own"
+        yield Problem(text, "name a folder in it", "output_dir")
     name = job.ray.ray_run_name
     if name is not None and (name.strip() in ("", ".", "..") or "/" in name or "\\" in name):
         text = f"{show(name)} is not the name of one folder"

@@ -335,7 +335,7 @@ class RayConfig(Section):
     """Arguments of ray.init, as {"address": "auto"}."""
     max_failures: Annotated[int, Field(ge=-1, le=LARGEST)] = 0
     """Times that lost workers are restarted from the last checkpoint; -1 means without limit."""
-    step_timeout: Annotated[float, Field(gt=0.0, le=LARGEST)] | None = None
+    step_timeout: Annotated[float, Field(ge=1.0, le=LARGEST)] | None = None
     """Seconds without an optimizer step after which all workers are terminated, those that hang are
     named, and a failure is counted towards max_failures; none leaves this to ddp_timeout. The time
     starts after the first step of each start, and excludes evaluation, saving and the work after

@@ -475,3 +475,36 @@ def test_each_dataset_of_a_list_may_begin_with_the_home_folder(
     monkeypatch.setenv("HOME", "/home/me")
     assert job_of(folder, "", "dataset=a, ~/b.json").data.dataset == "a,/home/me/b.json"
     assert job_of(folder, "", "dataset=[a, ~/b.json]").data.dataset == ["a", "/home/me/b.json"]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "learning_rate=1e30",
+        "adam_epsilon=1e10",
+        "cutoff_len=2147483647",
+        "max_steps=2000000000",
+        "num_train_epochs=1e9",
+        "weight_decay=50",
+        "step_timeout=2",
+        "gradient_accumulation_steps=100000",
+    ],
+)
+def test_a_value_that_a_person_would_question_is_questioned(folder: Path, keys: str) -> None:
+    (note,) = job_of(folder, "", keys).notes
+    assert note.startswith(keys.partition("=")[0]) and "is unusual" in note
+
+
+def test_usual_values_are_not_questioned(folder: Path) -> None:
+    usual = ("learning_rate=2e-4", "cutoff_len=131072", "weight_decay=0.1", "step_timeout=600")
+    assert job_of(folder, "", *usual, "max_steps=100000", "adam_epsilon=1e-5").notes == ()
+
+
+def test_the_whole_disk_is_no_folder_of_a_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    assert "the whole file system" in message_of(folder, "", "output_dir=/")
+    assert "the whole file system" in message_of(folder, "", "output_dir=//..")
+    assert "your home folder" in message_of(folder, "", "output_dir=~/")
+    assert "step_timeout" in message_of(folder, "", "step_timeout=1e-9")
