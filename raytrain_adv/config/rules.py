@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from raytrain_adv.config.job import JobConfig, num_passes, sharing
 from raytrain_adv.config.problems import Problem, job_error, show
@@ -81,7 +82,7 @@ def notes(job: JobConfig) -> Iterable[str]:
 
 def _unusual(section: Section) -> Iterable[str]:
     for key, (least, most, why) in USUAL.items():
-        value = getattr(section, key) if key in type(section).model_fields else None
+        value: Any = getattr(section, key) if key in type(section).model_fields else None
         is_number = isinstance(value, int | float) and section.is_changed(key)
         if is_number and not least <= value <= most:
             yield f"{key}: {value:g} is unusual (usual: {least:g} to {most:g}): {why}"
