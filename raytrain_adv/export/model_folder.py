@@ -103,6 +103,7 @@ def write_adapter(model: PreTrainedModel, job: JobConfig, new: NewFolder) -> Non
     config.base_model_name_or_path = str(Path(source).resolve()) if local else source
     config.revision = None if local else job.model.model_revision
     config.inference_mode = config.init_lora_weights = True
+    new.require(sum(tensor.nbytes for tensor in tensors.values()))
     new.run(lambda: save_tensors(tensors, new.partial / FILE_NAME))
     new.run(lambda: config.save_pretrained(str(new.partial)))
 
