@@ -31,6 +31,8 @@ class Progress:
     recent: list[float] = field(default_factory=list)
     """Losses that the next step's is compared with, if bad_loss_factor is set."""
     skipped_in_a_row: int = 0  # updates that were left out since the last one that was not
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Step -> loss, and accuracy if it is computed, of the held-out rows."""
 
 
 @dataclass(frozen=True)

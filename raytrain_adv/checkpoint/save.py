@@ -108,6 +108,8 @@ class CheckpointWriter:
         self.pending: tuple[Progress, Storage, Future[Written], dict[str, float]] | None = None
         self.saved_step: int | None = None
         """The last step saved: saving it twice would first delete the complete checkpoint."""
+        self.keep_step: int | None = None
+        """A step whose checkpoint save_total_limit does not count: the best so far."""
         self.memory = HostMemory(run.say)
         self.committed: list[int] = []
         self.blocked_s = 0.0  # seconds that training stood still for checkpoints
@@ -246,8 +248,10 @@ class CheckpointWriter:
         """Delete complete checkpoints beyond save_total_limit, and torn ones that nobody writes."""
         folders = sorted(all_folders(self.run.storage), key=lambda entry: entry[:2], reverse=True)
         limit, num_complete = self.job.output.save_total_limit, 0
-        for _, _, folder in folders:
+        for step, _, folder in folders:
             is_complete = folder.read_json(MANIFEST) is not None
+            if step == self.keep_step and is_complete:
+                continue
             num_complete += is_complete
             if not is_complete or (limit and num_complete > limit):
                 folder.delete()

@@ -14,9 +14,9 @@ from raytrain_adv.config.sections import (
     OutputConfig,
     ParallelConfig,
     RayConfig,
-    TrainConfig,
 )
 from raytrain_adv.config.sweep import Sweep
+from raytrain_adv.config.training import TrainConfig
 
 CPU_WORKERS = 2
 """Workers for ray_num_workers: auto on a cluster without GPUs."""
@@ -26,7 +26,9 @@ SectionType = TypeVar("SectionType", bound=Section)
 # size, accumulation and workers may change if their product does not; the checkpoint checks that.
 FREE_TO_CHANGE = frozenset([
     "output_dir", "overwrite_output_dir", "logging_steps", "save_steps", "save_strategy",
-    "save_total_limit", "eval_strategy", "eval_steps", "resume_from_checkpoint", "report_to",
+    "save_total_limit", "eval_strategy", "eval_steps", "eval_on_start", "eval_on_each_dataset",
+    "compute_accuracy", "load_best_model_at_end", "metric_for_best_model", "early_stopping_steps",
+    "resume_from_checkpoint", "report_to",
     "run_name", "plot_loss", "compare_with", "compare", "export_model", "num_sample_answers",
     "ray_num_workers", "resources_per_worker", "placement_strategy", "ray_storage_path",
     "ray_run_name", "ray_init_kwargs", "max_failures", "step_timeout", "on_bad_loss",

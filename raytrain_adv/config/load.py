@@ -39,6 +39,8 @@ def load(path: str | Path, overrides: Iterable[str] | None = None) -> JobConfig:
     _refuse_secrets(source, document.entries, overrides)
     if document.problems and not document.entries:
         raise job_error(source, document.problems)
+    if other := translate.other_file({key: one.value for key, one in document.entries.items()}):
+        raise job_error(source, [other])
     _override(document, overrides)
     section = document.entries.pop(sweep.KEY, None)
     if section is None or section.value is None:

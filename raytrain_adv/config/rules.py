@@ -9,6 +9,7 @@ from raytrain_adv.config.job import JobConfig, num_passes, sharing
 from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sweep import SWITCH
+from raytrain_adv.config.training import ADAPTIVE
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """Limits of Linux file systems."""
@@ -140,6 +141,22 @@ def _evaluation(job: JobConfig) -> Iterable[Problem]:
         text = f"eval_strategy: {output.eval_strategy} without rows to evaluate"
         fix = "hold rows out with val_size, or name an eval_dataset"
         yield Problem(text, fix, "eval_strategy")
+    follows = {
+        "load_best_model_at_end": output.load_best_model_at_end,
+        "early_stopping_steps": output.early_stopping_steps is not None,
+        "lr_scheduler_type": job.train.lr_scheduler_type in ADAPTIVE,
+    }
+    for key in (key for key, on in follows.items() if on and output.eval_strategy == "no"):
+        text = "it follows the evaluations during the run, and there are none"
+        fix = "set eval_strategy: steps or epoch, and hold rows out"
+        yield Problem(text, fix, f"{key} and eval_strategy")
+    if output.eval_on_each_dataset and job.data.eval_dataset is None:
+        text = "the held-out rows are not of eval_dataset"
+        yield Problem(text, "name eval_dataset, or delete it", "eval_on_each_dataset")
+    for key in ("eval_on_start", "compute_accuracy"):
+        if getattr(output, key) and not job.data.holds_rows_out:
+            fix = "hold rows out with val_size, or name an eval_dataset"
+            yield Problem("there are no rows to evaluate", fix, key)
     if output.eval_steps is not None and "eval_strategy" not in output.model_fields_set:
         rows = (
             "" if job.data.holds_rows_out else ", and hold rows out with val_size or eval_dataset"

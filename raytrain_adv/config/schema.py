@@ -4,11 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from raytrain_adv.config.job import section_types
-from raytrain_adv.config.llamafactory.keys import LISTED, RENAMED, SAME
+from raytrain_adv.config.llamafactory.keys import LISTED, MAPPED, RENAMED, SAME
+from raytrain_adv.config.llamafactory.sharding import SHARDING
+from raytrain_adv.config.problems import show
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.config.sweep import DISTRIBUTIONS, SET_BY_THE_SWEEP, SweepOptions
 
+SPREADS = (
+    "LLaMA-Factory's key: a file or mapping for DeepSpeed or FSDP, which runs as keys of FSDP2: "
+    "what is sharded, offload to host memory, precision; a note tells which."
+)
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -30,6 +36,13 @@ def schema() -> dict[str, Any]:
         if ours in properties:
             sentence = f"LLaMA-Factory's name of {ours}. {properties[ours]['description']}"
             properties[key] = properties[ours] | {"description": sentence, "deprecated": True}
+    for key in SHARDING:
+        properties[key] = {"description": SPREADS, "deprecated": True}
+    for key, (value, runs_as, why) in MAPPED.items():
+        names = " and ".join(f"{name}: {show(one)}" for name, one in runs_as.items())
+        sentence = f"LLaMA-Factory's key; {show(value)} runs as {names}: {why}."
+        mapped = {"description": sentence, "enum": [value, False, None], "deprecated": True}
+        properties.setdefault(key, mapped)
     properties["sweep"] = _sweep_schema(properties)
     return {
         "$schema": DIALECT,

@@ -17,11 +17,6 @@ Ends = Annotated[list[Count], Field(min_length=2, max_length=2)]
 Files = Annotated[Names, AfterValidator(expand)]
 Steps = Annotated[float, Field(gt=0, le=LARGEST)]
 Tracker = Literal["none", "tensorboard", "wandb", "mlflow"]
-SCHEDULE_OPTIONS = {
-    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
-    "warmup_stable_decay": ("num_decay_steps", "min_lr_ratio"),
-}
-"""lr_scheduler_type -> its arguments in lr_scheduler_kwargs."""
 
 
 class ModelConfig(Section):
@@ -120,110 +115,6 @@ class DataConfig(Section):
             yield Problem(text, "set packing: true, or delete it", "neat_packing and packing")
 
 
-class TrainConfig(Section):
-    """The optimization: batch, length, optimizer, schedule, precision."""
-
-    stage: Literal["sft"] = "sft"
-    """Training stage; only supervised fine-tuning is supported."""
-    per_device_train_batch_size: Count = 8
-    """Sequences per worker in one forward and backward pass."""
-    per_device_eval_batch_size: Count = 8
-    """Sequences per worker in one evaluation pass."""
-    gradient_accumulation_steps: Count = 1
-    """Forward and backward passes per optimizer step."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-5
-    """Peak learning rate."""
-    num_train_epochs: Annotated[float, Field(gt=0.0, le=LARGEST)] = 3.0
-    """Passes over the data; max_steps, when given, wins."""
-    max_steps: Annotated[
-        int, Field(ge=-1, le=LARGEST, json_schema_extra={"not": {"const": 0}})
-    ] = -1
-    """Optimizer steps in all; -1 derives them from num_train_epochs."""
-    lr_scheduler_type: Literal[
-        "linear",
-        "cosine",
-        "constant",
-        "constant_with_warmup",
-        "cosine_with_min_lr",
-        "warmup_stable_decay",
-    ] = "linear"
-    """Shape of the learning rate over the run."""
-    lr_scheduler_kwargs: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
-    """Arguments of the schedule: min_lr or min_lr_rate (cosine_with_min_lr); num_decay_steps,
-    min_lr_ratio (warmup_stable_decay)."""
-    warmup_ratio: Share | None = None
-    """Share of the steps over which the learning rate rises from 0; excludes warmup_steps."""
-    warmup_steps: Annotated[int, Field(ge=0, le=LARGEST)] = 0
-    """Steps over which the learning rate rises from 0."""
-    optim: Literal["adamw_torch_fused", "adamw_torch", "adamw_torch_8bit"] = "adamw_torch_fused"
-    """AdamW: PyTorch's fused or plain form, or torchao's with 8-bit states."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Decoupled weight decay; not applied to biases and norms."""
-    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Decay of the gradient's running mean."""
-    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
-    """Decay of the squared gradient's running mean."""
-    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
-    """Added to the denominator of the update."""
-    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
-    """Gradients are scaled so that their global norm is at most this; 0 turns clipping off."""
-    on_bad_loss: Literal["stop", "skip"] = "stop"
-    """After a step whose loss or gradient norm is NaN or infinite, or whose loss exceeds
-    bad_loss_factor: stop ends the run and keeps its checkpoints; skip omits that update,
-    reports and counts it, and ends the run after ten in a row. Checking each step before its update
-    waits for the GPU. The batch is kept in output_dir/bad_batches."""
-    bad_loss_factor: Annotated[float, Field(gt=1.0)] | None = None
-    """A loss above this many times the median of the previous 20 steps is bad too; none means that
-    only NaN and infinity are."""
-    bf16: bool = False
-    """Compute in bfloat16 with parameters and optimizer states in float32."""
-    pure_bf16: bool = False
-    """Keep parameters and optimizer states in bfloat16 too: 8 bytes a parameter instead of 16, and
-    updates below 0.2 % of a weight are lost to rounding."""
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
-    """Seed of the data order, dropout and new weights."""
-
-    @property
-    def computes_in_bf16(self) -> bool:
-        """Whether products are in bfloat16, whatever parameters are kept in."""
-        return self.bf16 or self.pure_bf16
-
-    def contradictions(self) -> Iterable[Problem]:
-        """Find training keys that contradict each other."""
-        if self.warmup_ratio is not None and self.warmup_steps:
-            text = "two lengths of one warm-up"
-            yield Problem(text, "keep one of them", "warmup_ratio and warmup_steps")
-        warmup = "warmup_ratio" if self.warmup_ratio else "warmup_steps"
-        if self.lr_scheduler_type == "constant" and getattr(self, warmup):
-            fix = f"set lr_scheduler_type: constant_with_warmup, or delete {warmup}"
-            yield Problem("constant has no warm-up", fix, f"lr_scheduler_type and {warmup}")
-        if self.max_steps == 0:
-            fix = "give at least 1, or -1 to derive it from num_train_epochs"
-            yield Problem("0 steps train nothing", fix, "max_steps")
-        yield from self._schedule_contradictions()
-
-    def _schedule_contradictions(self) -> Iterable[Problem]:
-        kind, options = self.lr_scheduler_type, self.lr_scheduler_kwargs
-        key, pair = "lr_scheduler_kwargs", "lr_scheduler_kwargs and lr_scheduler_type"
-        taken = SCHEDULE_OPTIONS.get(kind, ())
-        fix = f"{kind} takes {' and '.join(taken)}" if taken else f"delete it: {kind} takes none"
-        for name in options:
-            if name not in taken:
-                yield Problem(f"{kind} has no argument {name}", fix, pair)
-        if kind == "cosine_with_min_lr" and len(options.keys() & set(taken)) != 1:
-            text = "cosine_with_min_lr takes one of min_lr and min_lr_rate"
-            yield Problem(text, "set lr_scheduler_kwargs: {min_lr_rate: 0.1}", pair)
-        if options.get("min_lr", 0.0) > self.learning_rate:
-            text = f"min_lr {options['min_lr']} is above learning_rate {self.learning_rate}"
-            yield Problem(text, "give a min_lr below it", "lr_scheduler_kwargs and learning_rate")
-        for name in ("min_lr_rate", "min_lr_ratio"):
-            if options.get(name, 0.0) > 1:
-                text = f"{name}: {options[name]} is not a share"
-                yield Problem(text, "give a share from 0 to 1", key)
-        if options.get("num_decay_steps", 0.0) % 1:
-            yield Problem("num_decay_steps is not a whole number", "give a number of steps", key)
-
-
 class ParallelConfig(Section):
     """How the model is sharded, compiled and recomputed."""
 
@@ -278,6 +169,19 @@ class OutputConfig(Section):
     """When the held-out rows are evaluated; they are in any case at the end of the run."""
     eval_steps: Steps | None = None
     """Steps between evaluations, or a share of all when below 1; none means logging_steps."""
+    eval_on_start: bool = False
+    """Evaluate the held-out rows before the first step too."""
+    eval_on_each_dataset: bool = False
+    """Report the loss of each dataset of eval_dataset, besides that of all rows together."""
+    compute_accuracy: bool = False
+    """Report the share of label tokens that the model predicts, too."""
+    load_best_model_at_end: bool = False
+    """Export the model of the best evaluation instead of the last step's; each evaluation that is
+    the best so far writes a checkpoint, which save_total_limit does not delete."""
+    metric_for_best_model: Literal["loss", "eval_loss", "accuracy", "eval_accuracy"] = "loss"
+    """What the best evaluation has least of (loss) or most of (accuracy)."""
+    early_stopping_steps: Count | None = None
+    """Evaluations without a better one after which the run ends."""
     resume_from_checkpoint: bool | PathText | None = None
     """true continues from the newest complete checkpoint of this run; a path from that one."""
     report_to: Tracker | list[Tracker] = "none"
@@ -308,6 +212,13 @@ class OutputConfig(Section):
             text = "checkpoints without optimizer states cannot be resumed"
             keys = "resume_from_checkpoint and save_only_model"
             yield Problem(text, "set one of them to false", keys)
+        if self.metric_for_best_model.endswith("accuracy") and not self.compute_accuracy:
+            keys = "metric_for_best_model and compute_accuracy"
+            yield Problem("the accuracy is not computed", "set compute_accuracy: true", keys)
+        if self.load_best_model_at_end and self.save_strategy == "no":
+            text = "the best model is read from its checkpoint, and none is written"
+            keys = "load_best_model_at_end and save_strategy"
+            yield Problem(text, "set save_strategy: steps or epoch", keys)
         trackers = self.report_to if isinstance(self.report_to, list) else []
         if "none" in trackers and len(trackers) > 1:
             text = "none is listed together with trackers"

@@ -1,6 +1,6 @@
 """From the job's data keys to sequences: resolve, read, tokenize or open the cache, split, pack."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sections import DataConfig
 from raytrain_adv.data.batches.order import num_held_out, random_order
 from raytrain_adv.data.batches.sequences import SequenceSet, TokenRows, pack
-from raytrain_adv.data.read.entries import resolve
+from raytrain_adv.data.read.entries import Entry, resolve
 from raytrain_adv.data.tokens import cache
 from raytrain_adv.data.tokens.cache import Say
 from raytrain_adv.data.tokens.datasets import TokenizedDatasets
@@ -39,6 +39,8 @@ class PreparedData:
     eval: SequenceSet | None
     stats: dict[str, Any]
     """JSON: what _stats() returns."""
+    eval_each: dict[str, SequenceSet] = field(default_factory=dict)
+    """The rows of each eval_dataset, if they are evaluated one by one."""
 
     def prompts(self, n: int, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
         """Return `n` prompts spread over the held-out rows, if any, else the training rows."""
@@ -72,10 +74,14 @@ def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> Prepare
     _check_keys(data)
     tokenizer = load_tokenizer(job)
     again = data.overwrite_cache if rebuild is None else rebuild
-    train_part = _tokenized(job, tokenizer, "dataset", again, say)
-    eval_part = None
+    train_part = _tokenized(job, tokenizer, resolve(data.dataset, data, "dataset"), again, say)
+    eval_part, each = None, {}
     if data.eval_dataset is not None:
-        eval_part = _tokenized(job, tokenizer, "eval_dataset", again, say)
+        entries = resolve(data.eval_dataset, data, "eval_dataset")
+        eval_part = _tokenized(job, tokenizer, entries, again, say)
+        for entry in entries if job.output.eval_on_each_dataset else ():
+            rows = _tokenized(job, tokenizer, [entry], again, say).rows
+            each[entry.name] = _sequences(rows, np.arange(len(rows)), data)
     train_rows, eval_rows = _split(len(train_part.rows), data.val_size, job.train.seed)
     train = _sequences(train_part.rows, train_rows, data)
     held_out = None
@@ -86,7 +92,7 @@ def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> Prepare
     stats = _stats(data, train, held_out, train_part, eval_part)
     for sentence in _sentences(stats):
         say(sentence)
-    return PreparedData(train, held_out, stats)
+    return PreparedData(train, held_out, stats, each)
 
 
 def _check_keys(data: DataConfig) -> None:
@@ -104,9 +110,12 @@ def _check_keys(data: DataConfig) -> None:
 
 
 def _tokenized(
-    job: JobConfig, tokenizer: PreTrainedTokenizerBase, key: str, again: bool, say: Say
+    job: JobConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    entries: list[Entry],
+    again: bool,
+    say: Say,
 ) -> cache.CacheEntry:
-    entries = resolve(getattr(job.data, key), job.data, key)
     datasets = TokenizedDatasets(job, tokenizer, entries, say)
     root = cache.cache_root(job.data.tokenized_path)
     return cache.open_or_build(root, datasets.key(), datasets.build, again, say)

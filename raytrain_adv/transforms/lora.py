@@ -66,11 +66,23 @@ class Lora(Transform):
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     use_dora: bool = False
     """Learn each weight's magnitude apart from its direction."""
+    loraplus_lr_ratio: Annotated[float, Field(gt=0.0)] | None = None
+    """LoRA+: the learning rate of the adapters' B matrices, over learning_rate; none means 1."""
 
     @property
     def enabled(self) -> bool:
         """Whether adapters are trained."""
         return self.finetuning_type == "lora"
+
+    def learning_rate_ratios(self, model: nn.Module) -> dict[float, list[nn.Parameter]]:
+        """Return the trainable parameters by their learning rate divided by the schedule's."""
+        found: dict[float, list[nn.Parameter]] = {}
+        for fqn, parameter in model.named_parameters():
+            is_b = self.enabled and "lora_B" in fqn.split(".")
+            ratio = self.loraplus_lr_ratio if is_b and self.loraplus_lr_ratio else 1.0
+            if parameter.requires_grad:
+                found.setdefault(ratio, []).append(parameter)
+        return found
 
     @property
     def targets(self) -> list[str]:
@@ -85,6 +97,9 @@ class Lora(Transform):
             text = f"adapters alone are saved, and random weights would be lost: {given}"
             keys = "train_from_scratch and finetuning_type"
             yield Problem(text, "set finetuning_type: full", keys)
+        if self.loraplus_lr_ratio and job.train.optim == "muon":
+            text = "LoRA+ sets rates of AdamW, and muon has one rate"
+            yield Problem(text, "keep one of them", "loraplus_lr_ratio and optim")
         if job.train.pure_bf16:
             text = f"adapters are always trained in float32: {given}"
             fix = "set bf16: true instead of pure_bf16; the frozen model is then in bfloat16"

@@ -22,7 +22,8 @@ from raytrain_adv.model.adapter import load_adapter
 from raytrain_adv.model.weights import load_pretrained
 from raytrain_adv.run.run import Run
 from raytrain_adv.transforms.lora import Lora
-from raytrain_adv.worker.loop import TrainState, evaluate_variants
+from raytrain_adv.worker.evaluation import evaluate_variants
+from raytrain_adv.worker.loop import TrainState
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

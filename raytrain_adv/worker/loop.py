@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
@@ -21,19 +19,22 @@ from raytrain_adv.data.batches.loader import (
     MicroBatch,
     Prefetcher,
     StepBatch,
-    eval_batches,
 )
-from raytrain_adv.dtensor import reshard
 from raytrain_adv.errors import Stopped, Terminated, TrainingError
-from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.function import loss_function
 from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import Arithmetic
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.checks.step import Checks, clip
+from raytrain_adv.worker.evaluation import (
+    evaluate_held_out,
+    evaluate_variants,
+    is_best,
+    is_enough,
+)
 from raytrain_adv.worker.metrics import Meter
-from raytrain_adv.worker.optim import learning_rate, set_learning_rate
+from raytrain_adv.worker.optim import Schedule, set_learning_rate
 
 
 @dataclass(eq=False)
@@ -48,6 +49,8 @@ class TrainState:
     arithmetic: Arithmetic
     batches: Batches
     held_out: Batches | None
+    held_out_each: dict[str, Batches]
+    """The same rows by dataset, with eval_on_each_dataset."""
     progress: InitVar[Progress | None]
     first_step: int = 0  # the first step of this attempt, from 0
     num_tokens: int = 0  # tokens over all workers up to the last logging step
@@ -60,6 +63,10 @@ class TrainState:
 
     def __post_init__(self, progress: Progress | None) -> None:
         """Start reading batches."""
+        self.evaluations = {} if progress is None else dict(progress.evaluations)
+        """Step -> what its evaluation found."""
+        losses = (found["loss"] for found in self.evaluations.values())
+        self.schedule = Schedule(self.job, self.arithmetic, losses)
         self.loss_sum = loss_function(self.model, self.job.parallel.torch_compile)
         attended = self.batches.data.attention_length(self.batches.neat)
         self.meter = Meter(self.run, self.model, self.arithmetic, attended)
@@ -116,8 +123,7 @@ def train_step(state: TrainState, checks: Checks, step: int) -> None:
     checks.before_clip(step, total)
     norm = clip(state.optimizer, state.job.train.max_grad_norm)
     if not checks.loss.must_skip(step, total, label_tokens, norm):
-        rate = learning_rate(state.job, state.arithmetic, step)
-        set_learning_rate(state.optimizer.param_groups, rate)
+        set_learning_rate(state.optimizer.param_groups, state.schedule.rate(step))
         state.optimizer.step()
         state.transforms.after_step(state.model)
         state.window[0] += total
@@ -158,8 +164,8 @@ def forward_backward(
     return loss.detach()
 
 
-def log_and_save(state: TrainState, checks: Checks, done: int) -> None:
-    """Log, evaluate and save what is due after `done` steps.
+def log_and_save(state: TrainState, checks: Checks, done: int) -> bool:
+    """Log, evaluate and save what is due after `done` steps; return whether the run goes on.
 
     Raises:
         Stopped: on all ranks, if the run must stop before its end.
@@ -167,14 +173,19 @@ def log_and_save(state: TrainState, checks: Checks, done: int) -> None:
     """
     last = done == state.arithmetic.total_steps
     saves, strategy = state.arithmetic.saves_after(done), state.job.output.save_strategy
-    if done % state.job.output.logging_steps == 0 or last:
+    logs = done % state.job.output.logging_steps == 0 or last
+    if logs:
         log(state, checks, done)
     if state.held_out is not None and state.arithmetic.evaluates_after(done):
         evaluate_held_out(state, state.held_out, done)
+        saves = is_best(state, done) or saves
+        last = last or is_enough(state, done)
+        if last and not logs:
+            log(state, checks, done)
     evaluate_variants(state, done)
     with state.run.heartbeat.paused():
         state.writer.poll()
-    if saves or (state.draining and strategy != "no"):
+    if saves or ((state.draining or last) and strategy != "no"):
         checks.loss.require_finite()
         with state.meter.paused("checkpoints"):
             save(state, checks, done)
@@ -183,6 +194,7 @@ def log_and_save(state: TrainState, checks: Checks, done: int) -> None:
     state.draining = False
     if (state.stop_wanted or state.must_end) and not last:
         leave(state, checks, done)
+    return not last
 
 
 def log(state: TrainState, checks: Checks, done: int) -> None:
@@ -190,7 +202,7 @@ def log(state: TrainState, checks: Checks, done: int) -> None:
     checks.loss.require_finite()
     loss_total, label_tokens = state.window.tolist()
     state.window.zero_()
-    lr = learning_rate(state.job, state.arithmetic, done - 1)
+    lr = state.schedule.rate(done - 1)
     row = state.meter.row(done, loss_total, label_tokens, lr, state.prefetcher.waited_s)
     state.num_tokens += state.run.agree(state.meter.take_tokens(), dist.ReduceOp.SUM)
     row["num_tokens"] = state.num_tokens
@@ -216,6 +228,7 @@ def save(state: TrainState, checks: Checks, done: int) -> None:
         num_skipped=checks.loss.num_skipped,
         recent=checks.loss.recent,
         skipped_in_a_row=checks.loss.in_a_row,
+        evaluations=state.evaluations,
     )
     state.writer.save(progress, {"step": float(done), "loss": state.meter.last_loss})
 
@@ -242,71 +255,6 @@ def leave(state: TrainState, checks: Checks, done: int) -> None:
     if not state.stop_wanted:
         raise Terminated("A worker received SIGTERM", found, again)
     raise Stopped("The run was stopped", found, again)
-
-
-def evaluate_held_out(state: TrainState, rows: Batches, done: int) -> None:
-    """Evaluate the held-out rows with every feature on, and write the result."""
-    state.transforms.switch(state.model, True)
-    result = evaluate(state, rows)
-    state.evaluated = (done, result)
-    how = state.transforms.evaluated_as()
-    state.run.write({"kind": "eval", "step": done, **result, **({"how": how} if how else {})})
-
-
-@torch.no_grad()
-def evaluate(state: TrainState, batches: Batches) -> dict[str, Any]:
-    """Return {loss, perplexity, num_label_tokens, seconds} over all rows with the model as it is.
-
-    Ranks without rows left still run the forward pass: FSDP2 gathers on all of them.
-    """
-    model, run = state.model, state.run
-    size = state.job.train.per_device_eval_batch_size
-    with state.meter.paused("evaluation"):
-        start = time.perf_counter()
-        model.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=run.device)
-        idle: MicroBatch | None = None
-        for batch in eval_batches(batches, size, run.rank, run.world_size):
-            idle = idle or batches.micro_batch(0, [0])
-            current = (batch or idle).on(run.device)
-            labels = current.labels
-            loss = state.loss_sum(model, current.inputs, labels)
-            if batch is not None:
-                totals[0] += loss.double()
-                totals[1] += (labels != IGNORE).sum()
-        model.train()
-        reshard(model)
-        if run.world_size > 1:
-            dist.all_reduce(totals)
-    loss_total, tokens = totals.tolist()
-    loss = loss_total / max(tokens, 1.0)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "num_label_tokens": int(tokens),
-        "seconds": time.perf_counter() - start,
-    }
-
-
-def evaluate_variants(state: TrainState, done: int, of: str = "") -> None:
-    """Evaluate the variants that transforms compare; `of` names another owner of the weights."""
-    if state.held_out is None:
-        return
-    for transform in state.transforms:
-        for name, on in transform.variants(done, state.arithmetic.total_steps, of).items():
-            transform.switch(state.model, on)
-            known = on and not of and state.evaluated[0] == done
-            result = state.evaluated[1] if known else evaluate(state, state.held_out)
-            loss, perplexity = result["loss"], result["perplexity"]
-            state.run.say(
-                f"{name} after {done} steps: held-out loss {loss:.4f}, perplexity {perplexity:.4g}",
-                event="variant",
-                transform=transform.name,
-                variant=name,
-                step=done,
-                loss=loss,
-                perplexity=perplexity,
-            )
 
 
 def out_of_memory(state: TrainState, error: torch.OutOfMemoryError) -> TrainingError:

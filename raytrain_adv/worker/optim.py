@@ -1,35 +1,52 @@
-"""AdamW, and the learning rate as a pure function of the step, so that a resume changes nothing."""
+"""The optimizer, and the learning rate: of most schedules a pure function of the step."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.training import ADAPTIVE
 from raytrain_adv.ops.adamw import ClippingAdamW
+from raytrain_adv.ops.muon import MuonWithAdamW
 from raytrain_adv.run.schedule import Arithmetic
+from raytrain_adv.transforms.lora import Lora
+from raytrain_adv.transforms.modules import input_embedding, output_heads
+
+RATIO = "lr_ratio"
+"""Entry of a parameter group: its learning rate, divided by the schedule's."""
 
 
 def build_optimizer(model: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
-    """Return AdamW over the trainable parameters, without weight decay for biases and norms."""
+    """Return the optimizer over the trainable parameters, without weight decay for biases and
+    norms.
+    """
     train = job.train
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if p.ndim >= 2]
-    plain = [p for p in trainable if p.ndim < 2]
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, train.weight_decay), (plain, 0.0))
-        if params
-    ]
     options: dict[str, Any] = {
         "lr": train.learning_rate,
         "betas": (train.adam_beta1, train.adam_beta2),
         "eps": train.adam_epsilon,
     }
+    if train.optim == "muon":
+        tables = [input_embedding(model), *output_heads(model)]
+        excluded = {id(m.weight) for m in tables if m is not None}
+        matrices = [
+            p
+            for p in model.parameters()
+            if p.requires_grad and p.ndim == 2 and id(p) not in excluded
+        ]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+        inner = [{"params": matrices, "weight_decay": train.weight_decay}] if matrices else []
+        return MuonWithAdamW(inner, list(_groups(others, train.weight_decay)), **options)
+    groups = [
+        {**group, RATIO: ratio}
+        for ratio, parameters in job.transform(Lora).learning_rate_ratios(model).items()
+        for group in _groups(parameters, train.weight_decay)
+    ]
     if train.optim == "adamw_torch_8bit":
         from torchao.optim import AdamW8bit
 
@@ -39,48 +56,54 @@ def build_optimizer(model: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
     return kind(groups, **options)
 
 
-def set_learning_rate(groups: Iterable[dict[str, object]], value: float) -> None:
+def _groups(parameters: list[nn.Parameter], weight_decay: float) -> Iterator[dict[str, Any]]:
+    for is_matrix, decay in ((True, weight_decay), (False, 0.0)):
+        if params := [p for p in parameters if (p.ndim >= 2) == is_matrix]:
+            yield {"params": params, "weight_decay": decay}
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], value: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in groups:
+        rate = value * group.get(RATIO, 1.0)
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(value)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = value
+            group["lr"] = rate
 
 
-def learning_rate(job: JobConfig, arithmetic: Arithmetic, step: int) -> float:
-    """Return the learning rate of a step (from 0), as transformers' get_scheduler does."""
-    train, total, warmup = job.train, arithmetic.total_steps, arithmetic.warmup_steps
-    if step < warmup:
-        # As in transformers, warmup starts above 0 in one schedule.
-        floor = _stable_floor(job) if train.lr_scheduler_type == "warmup_stable_decay" else 0.0
-        return train.learning_rate * (floor + (1.0 - floor) * step / warmup)
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return train.learning_rate * _factor(job, arithmetic, step, progress)
+class Schedule:
+    """The learning rate by transformers' schedule, whose optimizer is a stand-in.
 
+    Adaptive schedules follow the losses given to `observe`, which checkpoints keep: the same losses
+    make the same rate again.
+    """
 
-def _factor(job: JobConfig, arithmetic: Arithmetic, step: int, progress: float) -> float:
-    kind, options = job.train.lr_scheduler_type, job.train.lr_scheduler_kwargs
-    if kind in ("constant", "constant_with_warmup"):
-        return 1.0
-    if kind == "linear":
-        return 1.0 - progress
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    if kind == "cosine":
-        return cosine
-    if kind == "cosine_with_min_lr":
-        floor = float(options.get("min_lr_rate", 0.0))
-        if "min_lr" in options:
-            floor = float(options["min_lr"]) / job.train.learning_rate
-        return floor + (1.0 - floor) * cosine
-    floor = _stable_floor(job)
-    num_decay = int(options.get("num_decay_steps", max(1, round(0.1 * arithmetic.total_steps))))
-    left = arithmetic.total_steps - step
-    if left >= num_decay:
-        return 1.0
-    decayed = 0.5 * (1.0 + math.cos(math.pi * (1.0 - left / num_decay)))
-    return floor + (1.0 - floor) * decayed
+    def __init__(
+        self, job: JobConfig, arithmetic: Arithmetic, losses: Iterable[float] = ()
+    ) -> None:
+        from transformers import get_scheduler
 
+        train, total = job.train, arithmetic.total_steps
+        self.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
+        options: dict[str, Any] = dict(train.lr_scheduler_kwargs)
+        warmup, kind = arithmetic.warmup_steps, train.lr_scheduler_type
+        if kind == "warmup_stable_decay" and "num_decay_steps" not in options:
+            options["num_decay_steps"] = max(1, round(0.1 * total))
+        self.peak, self.is_adaptive = train.learning_rate, kind in ADAPTIVE
+        if kind == "greedy":  # its own defaults would end far above a fine-tuning rate
+            options = {"min_lr": 0.0, "max_lr": train.learning_rate, **options}
+        self.scheduler: Any = get_scheduler(kind, self.optimizer, warmup, total, options)
+        for loss in losses:
+            self.observe(loss)
 
-def _stable_floor(job: JobConfig) -> float:
-    return float(job.train.lr_scheduler_kwargs.get("min_lr_ratio", 0.0))
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step (from 0)."""
+        if self.is_adaptive:
+            return float(self.optimizer.param_groups[0]["lr"])
+        return float(self.peak * self.scheduler.lr_lambdas[0](step))
+
+    def observe(self, loss: float) -> None:
+        """Take the held-out loss of an evaluation."""
+        if self.is_adaptive:
+            self.scheduler.step(loss)

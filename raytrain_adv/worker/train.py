@@ -23,15 +23,10 @@ from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import resolve_arithmetic
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.checks.step import Checks
+from raytrain_adv.worker.evaluation import evaluate_held_out, evaluate_variants, restore_best
 from raytrain_adv.worker.finish import ExportFunction, evaluate_twins, export, sample_answers
 from raytrain_adv.worker.install import check_attention, fetch_on_main, install
-from raytrain_adv.worker.loop import (
-    TrainState,
-    evaluate_variants,
-    log_and_save,
-    train_step,
-    training,
-)
+from raytrain_adv.worker.loop import TrainState, log_and_save, train_step, training
 from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.optim import build_optimizer
 from raytrain_adv.worker.trials.loss import check_loss
@@ -90,16 +85,21 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     )
     batches = to_batches(prepared.train)
     held_out = to_batches(prepared.eval) if prepared.eval is not None else None
+    each = {name: to_batches(rows) for name, rows in prepared.eval_each.items()}
     checks = Checks(job, run, model, transforms, plans, batches, progress)
     state = TrainState(
-        job, run, transforms, model, optimizer, arithmetic, batches, held_out, progress
+        job, run, transforms, model, optimizer, arithmetic, batches, held_out, each, progress
     )
     with training(state):
         if state.first_step == 0 and not job.model.train_from_scratch:
             evaluate_variants(state, 0)
+        if state.first_step == 0 and job.output.eval_on_start and held_out is not None:
+            evaluate_held_out(state, held_out, 0)
         for step in range(state.first_step, arithmetic.total_steps):
             train_step(state, checks, step)
-            log_and_save(state, checks, step + 1)
+            if not log_and_save(state, checks, step + 1):
+                break
+    restore_best(state)
     checks.report_unproven()
 
     samples = sample_answers(state, tokenizer, prepared)

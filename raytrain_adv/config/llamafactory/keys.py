@@ -46,6 +46,16 @@ REFUSED_VALUES: dict[tuple[str, str], tuple[str, str]] = {
     for value in entry["values"]
 }
 """(key of this package, value that is refused) -> why, and what to do."""
+MAPPED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    entry["key"]: (entry["value"], entry["runs_as"], entry["why"]) for entry in _TABLES["mapped"]
+}
+"""Key -> the value that is mapped, the keys here that it stands for, and why."""
+FSDP_TUNING = frozenset(_TABLES["fsdp_tuning"])
+"""Keys of FSDP's files that tune what FSDP2 does not have."""
+FILES: dict[str, tuple[str, str]] = {
+    key: (entry["what"], entry["fix"]) for entry in _TABLES["files"] for key in entry["with"]
+}
+"""A key by which a file is not a training job -> what the file is, and what to do."""
 VALUE_NAMES: dict[str, dict[str, str]] = _TABLES["value_names"]
 """Key of this package -> LLaMA-Factory's name of a value -> its name here."""
 WRITTEN_AS: dict[str, str] = _TABLES["written_as"]

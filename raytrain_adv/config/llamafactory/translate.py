@@ -9,7 +9,16 @@ from difflib import get_close_matches
 from typing import Any, get_args
 
 from raytrain_adv.config.llamafactory import keys as tables
-from raytrain_adv.config.llamafactory.keys import LISTED, REFUSED, RENAMED, SAME, VALUE_NAMES
+from raytrain_adv.config.llamafactory.keys import (
+    FILES,
+    LISTED,
+    MAPPED,
+    REFUSED,
+    RENAMED,
+    SAME,
+    VALUE_NAMES,
+)
+from raytrain_adv.config.llamafactory.sharding import SHARDING, map_sharding
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.templates import Template
 
@@ -35,17 +44,28 @@ class Translation:
 
 def known_keys() -> Iterable[str]:
     """Return every key of LLaMA-Factory that keys.yaml lists."""
-    return (*SAME, *LISTED, *REFUSED, *RENAMED)
+    return (*SAME, *LISTED, *REFUSED, *RENAMED, *MAPPED, *SHARDING)
+
+
+def other_file(keys: Mapping[str, Any]) -> Problem | None:
+    """Return what a file is that is no training job; none if it is one, or neither."""
+    for key, (what, fix) in FILES.items():
+        if keys.get(key) and not keys.get("do_train"):
+            return Problem(f"it is {what}", fix)
+    return None
 
 
 def translate(keys: Mapping[str, Any], owned: frozenset[str]) -> Translation:
     """Translate a job's keys and values; `owned` are all keys of sections and transforms."""
     result = Translation()
+    keys = _expand(result, keys)
     for key, value in keys.items():
         ours = RENAMED.get(key, key)
         if ours in owned:
             _add_owned(result, key, ours, value, keys)
         elif value is not None and ours in LISTED:
+            if not value:
+                continue
             result.notes.append(f"{key}: {show(value, key)} changes nothing: {LISTED[ours]}")
         elif ours in SAME:
             _refuse_unless(result, key, value, SAME[ours])
@@ -57,6 +77,30 @@ def translate(keys: Mapping[str, Any], owned: frozenset[str]) -> Translation:
         fix = "hold rows out with val_size, or name an eval_dataset"
         result.problems.append(Problem("true: there are no rows to evaluate", fix, "do_eval"))
     return result
+
+
+def _expand(result: Translation, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace keys that stand for others; a value that the file gives those itself wins."""
+    kept = dict(keys)
+    for key, value in keys.items():
+        ours: dict[str, Any] | Problem | None = None
+        why = "FSDP2 shards the model"
+        if key in MAPPED and _same(value, MAPPED[key][0]):
+            _, ours, why = MAPPED[key]
+        elif key in SHARDING:
+            ours = map_sharding(key, value) if value else None
+        else:
+            continue
+        del kept[key]
+        if isinstance(ours, Problem):
+            result.problems.append(replace(ours, key=key))
+        elif ours is not None:
+            own = {name: one for name, one in ours.items() if not keys.get(name)}
+            kept.update(own)
+            result.names.update(dict.fromkeys(own, key))
+            shown = ", ".join(f"{n}: {show(one)}" for n, one in own.items()) or "nothing more"
+            result.notes.append(f"{key}: {show(value, key)} runs as {shown}: {why}")
+    return kept
 
 
 def _refuse_unless(result: Translation, key: str, value: Any, known: tables.Key) -> None:

@@ -16,8 +16,8 @@ from raytrain_adv.config.sections import (
     OutputConfig,
     ParallelConfig,
     RayConfig,
-    TrainConfig,
 )
+from raytrain_adv.config.training import TrainConfig
 from tests.unit.data.sample_rows import TINY_LLAMA
 
 MARKERS = [

@@ -13,8 +13,8 @@ from raytrain_adv.config.sections import (
     OutputConfig,
     ParallelConfig,
     RayConfig,
-    TrainConfig,
 )
+from raytrain_adv.config.training import TrainConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.run import trackers
 from raytrain_adv.run.trackers import Trackers, check, names, open_trackers

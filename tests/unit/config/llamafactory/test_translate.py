@@ -112,14 +112,12 @@ def test_a_plain_sft_file_of_llamafactory_loads(tmp_path: Path, keys: dict[str, 
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        ({"deepspeed": "examples/deepspeed/ds_z3_config.json"}, ["deepspeed", "FSDP2"]),
         ({"quantization_bit": 4, "quantization_method": "hqq"}, ["quantization_method", "bnb"]),
         ({"quantization_bit": 4, "quantization_device_map": "auto"}, ["quantization_device_map"]),
         ({"use_galore": True, "galore_layerwise": True, "galore_rank": 128}, ["galore_layerwise"]),
         ({"use_badam": True, "badam_mode": "layer", "badam_verbose": 2}, ["use_badam", "verbose"]),
         ({"use_apollo": True, "apollo_rank": 128}, ["use_apollo", "apollo_rank"]),
         ({"use_adam_mini": True}, ["use_adam_mini", "adamw_torch_8bit"]),
-        ({"use_muon": True}, ["use_muon"]),
         ({"use_dft_loss": True}, ["use_dft_loss", "cross-entropy"]),
         ({"use_asft_loss": True, "asft_alpha": 0.05}, ["use_asft_loss", "asft_alpha"]),
         ({"finetuning_type": "oft", "oft_block_size": 64}, ["finetuning_type", "oft_block_size"]),
@@ -132,20 +130,13 @@ def test_a_plain_sft_file_of_llamafactory_loads(tmp_path: Path, keys: dict[str, 
             {"pissa_init": True, "pissa_iter": 8, "pissa_convert": True},
             ["pissa_init", "pissa_conv"],
         ),
-        ({"loraplus_lr_ratio": 16.0}, ["loraplus_lr_ratio"]),
-        ({"fsdp": "full_shard offload"}, ["fsdp", "fsdp_cpu_offload"]),
         ({"image_max_pixels": 262144, "template": "llava"}, ["image_max_", "template"]),
-        ({"use_kt": True, "kt_config": {"kt_num_threads": 96}}, ["use_kt", "kt_config"]),
         ({"stage": "dpo", "pref_beta": 0.2}, ["stage", "pref_beta"]),
-        ({"do_train": False, "do_predict": True}, ["do_train", "do_predict"]),
-        (
-            {"adapter_name_or_path": "saves/a", "predict_with_generate": True},
-            ["adapter", "predict_w"],
-        ),
+        ({"do_train": False, "do_predict": True}, ["generates answers"]),
+        ({"predict_with_generate": True}, ["predict_with_generate"]),
         ({"dataset_dir": "REMOTE:org/data"}, ["dataset_dir", "Hub datasets"]),
         ({"dataset_dir": "ONLINE"}, ["dataset_dir", "Hub datasets"]),
         ({"streaming": True, "buffer_size": 4}, ["streaming", "buffer_size"]),
-        ({"fp16": True}, ["fp16", "bf16: true"]),
         ({"use_unsloth": True, "use_dft_loss": True}, ["use_unsloth", "use_dft_loss"]),
         (
             {"resize_vocab": True, "additional_target": "embed_tokens"},
@@ -162,10 +153,10 @@ def test_what_cannot_be_honored_is_named_in_one_message(
     assert "cannot be run as written" in message
 
 
-def test_ten_keys_that_cannot_be_honored_make_one_message(tmp_path: Path) -> None:
+def test_several_keys_that_cannot_be_honored_make_one_message(tmp_path: Path) -> None:
     extra = {"use_unsloth": True, "deepspeed": "d.json", "streaming": True, "use_badam": True}
-    message = refusal(tmp_path, {**LORA, **extra}, "fp16=true", "use_muon=true", "no_such_thing=1")
-    assert "(7 problems)" in message
+    message = refusal(tmp_path, {**LORA, **extra}, "use_apollo=true", "no_such_thing=1")
+    assert "(6 problems)" in message
 
 
 def test_every_key_of_transformers_training_arguments_has_an_entry() -> None:
@@ -227,12 +218,12 @@ def test_one_is_not_true(tmp_path: Path) -> None:
 
 
 def test_a_transform_takes_its_keys_over_from_the_table() -> None:
-    assert "use_muon" in translate.known_keys()
-    refused = translate.translate({"use_muon": True}, frozenset())
-    taken_over = translate.translate({"use_muon": True}, frozenset({"use_muon"}))
-    assert [problem.key for problem in refused.problems] == ["use_muon"]
+    assert "use_badam" in translate.known_keys()
+    refused = translate.translate({"use_badam": True}, frozenset())
+    taken_over = translate.translate({"use_badam": True}, frozenset({"use_badam"}))
+    assert [problem.key for problem in refused.problems] == ["use_badam"]
     assert taken_over.problems == []
-    assert taken_over.keys == {"use_muon": True}
+    assert taken_over.keys == {"use_badam": True}
 
 
 def test_an_alias_of_a_transforms_key_follows_its_owner() -> None:

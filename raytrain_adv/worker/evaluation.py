@@ -1,0 +1,190 @@
+"""Evaluation of the held-out rows, and what follows from it: the best model, an early stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from raytrain_adv.checkpoint import save
+from raytrain_adv.checkpoint.folders import all_folders, find
+from raytrain_adv.data.batches.loader import Batches, MicroBatch, eval_batches
+from raytrain_adv.dtensor import reshard
+from raytrain_adv.errors import StorageError
+from raytrain_adv.ops.loss import IGNORE
+from raytrain_adv.ops.loss.function import chunked_cross_entropy_sum
+from raytrain_adv.storage.storage import Storage
+
+if TYPE_CHECKING:
+    from raytrain_adv.worker.loop import TrainState
+
+
+def evaluate_held_out(state: TrainState, rows: Batches, done: int) -> None:
+    """Evaluate the held-out rows with every feature on, and write the result."""
+    state.transforms.switch(state.model, True)
+    each = {name: evaluate(state, rows) for name, rows in state.held_out_each.items()}
+    result = _together(each) if each else evaluate(state, rows)
+    state.evaluated = (done, result)
+    kept: dict[str, float] = {k: result[k] for k in ("loss", "accuracy") if k in result}
+    state.evaluations[str(done)] = kept
+    state.schedule.observe(result["loss"])
+    how = state.transforms.evaluated_as()
+    state.run.write({"kind": "eval", "step": done, **result, **({"how": how} if how else {})})
+
+
+def _together(each: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the result over all rows, followed by the loss (and accuracy) of each dataset."""
+    results = list(each.values())
+    tokens = sum(one["num_label_tokens"] for one in results)
+    whole: dict[str, Any] = {
+        name: sum(one[name] * one["num_label_tokens"] for one in results) / max(tokens, 1)
+        for name in ("loss", "accuracy")
+        if name in results[0]
+    }
+    whole |= {"perplexity": _perplexity(whole["loss"]), "num_label_tokens": tokens}
+    whole["seconds"] = sum(one["seconds"] for one in results)
+    for dataset, one in each.items():
+        whole |= {f"{name}/{dataset}": one[name] for name in ("loss", "accuracy") if name in one}
+    return whole
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+@torch.no_grad()
+def evaluate(state: TrainState, batches: Batches) -> dict[str, Any]:
+    """Return {loss, perplexity, num_label_tokens, seconds}, and with compute_accuracy the accuracy,
+    over all rows with the model as it is.
+
+    Ranks without rows left still run the forward pass: FSDP2 gathers on all of them.
+    """
+    model, run = state.model, state.run
+    size = state.job.train.per_device_eval_batch_size
+    with state.meter.paused("evaluation"):
+        start = time.perf_counter()
+        model.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=run.device)
+        idle: MicroBatch | None = None
+        for batch in eval_batches(batches, size, run.rank, run.world_size):
+            idle = idle or batches.micro_batch(0, [0])
+            found = _sums(state, (batch or idle).on(run.device))
+            if batch is not None:
+                totals += found
+        model.train()
+        reshard(model)
+        if run.world_size > 1:
+            dist.all_reduce(totals)
+    loss_total, num_right, tokens = totals.tolist()
+    loss = loss_total / max(tokens, 1.0)
+    accuracy = num_right / max(tokens, 1.0)
+    return {
+        "loss": loss,
+        "perplexity": _perplexity(loss),
+        **({"accuracy": accuracy} if state.job.output.compute_accuracy else {}),
+        "num_label_tokens": int(tokens),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _sums(state: TrainState, batch: MicroBatch) -> torch.Tensor:
+    """Return a batch's loss, rightly predicted labels and labels, each summed [3]."""
+    labels = batch.labels
+    right = torch.zeros((), device=labels.device)
+    if state.job.output.compute_accuracy:
+        logits = state.model(**batch.inputs, use_cache=False).logits
+        right = (logits.argmax(-1) == labels).sum()
+        loss = chunked_cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
+    else:
+        loss = state.loss_sum(state.model, batch.inputs, labels)
+    return torch.stack([loss.double(), right.double(), (labels != IGNORE).sum().double()])
+
+
+def evaluate_variants(state: TrainState, done: int, of: str = "") -> None:
+    """Evaluate the variants that transforms compare; `of` names another owner of the weights."""
+    if state.held_out is None:
+        return
+    for transform in state.transforms:
+        for name, on in transform.variants(done, state.arithmetic.total_steps, of).items():
+            transform.switch(state.model, on)
+            known = on and not of and state.evaluated[0] == done
+            result = state.evaluated[1] if known else evaluate(state, state.held_out)
+            loss, perplexity = result["loss"], result["perplexity"]
+            state.run.say(
+                f"{name} after {done} steps: held-out loss {loss:.4f}, perplexity {perplexity:.4g}",
+                event="variant",
+                transform=transform.name,
+                variant=name,
+                step=done,
+                loss=loss,
+                perplexity=perplexity,
+            )
+
+
+def _best(state: TrainState) -> tuple[int, float]:
+    """Return the first step with the best evaluation, and the metric there."""
+    name = state.job.output.metric_for_best_model.removeprefix("eval_")
+    sign = -1.0 if name == "accuracy" else 1.0
+    found = {int(step): one[name] for step, one in state.evaluations.items()}
+    step = min(found, key=lambda step: sign * found[step])
+    return step, found[step]
+
+
+def is_best(state: TrainState, done: int) -> bool:
+    """Whether the model after `done` steps must be kept, because it is the best so far."""
+    if not state.job.output.load_best_model_at_end:
+        return False
+    state.writer.keep_step = _best(state)[0]
+    return state.writer.keep_step == done
+
+
+def is_enough(state: TrainState, done: int) -> bool:
+    """Whether the run ends early: early_stopping_steps evaluations brought nothing better."""
+    limit = state.job.output.early_stopping_steps
+    best, value = _best(state)
+    since = sum(int(step) > best for step in state.evaluations)
+    if limit is None or since < limit or done == state.arithmetic.total_steps:
+        return False
+    name = state.job.output.metric_for_best_model.removeprefix("eval_")
+    state.run.say(
+        f"stopping early after step {done}: {name} {value:.4f} of step {best} was the best, and "
+        f"{since} evaluations since brought nothing better",
+        event="early_stop",
+        step=done,
+        best_step=best,
+    )
+    return True
+
+
+def restore_best(state: TrainState) -> None:
+    """Load the weights of the best evaluation, if the job wants them and they are not the last.
+
+    Raises:
+        StorageError: when its checkpoint is no longer complete.
+    """
+    if not state.job.output.load_best_model_at_end or not state.evaluations:
+        return
+    best, value = _best(state)
+    last = max(map(int, state.evaluations))
+    run, name = state.run, state.job.output.metric_for_best_model.removeprefix("eval_")
+    sentence = f"the model of step {best} is the best of {len(state.evaluations)} evaluations"
+    run.say(f"{sentence} ({name} {value:.4f})", event="best", step=best, metric=name, value=value)
+    if best == last:
+        return
+    path = ""
+    if run.is_main:
+        folders = [(a, f.root) for step, a, f in all_folders(run.storage) if step == best]
+        path = max(folders, default=("", ""))[1]
+    path = run.broadcast(path)
+    found = find(Storage(run.storage.filesystem, path)) if path else None
+    if found is None:
+        raise StorageError(
+            "The best model's checkpoint is not there",
+            f"step {best}, in {run.storage.root}",
+            "set load_best_model_at_end: false and resume to export the last step's model",
+        )
+    save.load(found, state.model)
+    state.transforms.after_step(state.model)
