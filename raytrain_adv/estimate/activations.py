@@ -22,7 +22,13 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from raytrain_adv.estimate.flops import ROUTED_EXPERT
-from raytrain_adv.ops.experts.find import active_expert_share, experts_per_token, shapes, stacked
+from raytrain_adv.ops.experts.find import (
+    active_expert_share,
+    experts_per_token,
+    matrices,
+    shapes,
+    stacked,
+)
 
 AttentionKind = Literal["fused", "masked", "eager"]
 """Fused: no mask but the causal one. Masked: fused with a mask tensor. Eager: all weights exist."""
@@ -186,7 +192,8 @@ def _stacked_experts(layer: nn.Module, fqn: str, name: str, config: PretrainedCo
         wrapper: Any = layer.get_submodule(fqn)
         if wrapper.parameter_name == name:
             rank += sum(p.shape[0] // count for p in wrapper.lora_A.parameters())
-    trained = module.get_parameter(name).requires_grad or rank > 0
+    own = matrices(module)
+    trained = rank > 0 or (name in own and own[name].requires_grad)
     return Linear(f"{fqn}.{name}", active * width_in, active * width_out, trained, active * rank)
 
 

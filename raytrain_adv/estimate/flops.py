@@ -19,6 +19,7 @@ from typing import cast
 from torch import nn
 from transformers import PretrainedConfig
 
+from raytrain_adv.ops.bitsandbytes.experts import PackedStack
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 from raytrain_adv.ops.experts.find import active_expert_share, stacked
 
@@ -38,8 +39,9 @@ def training_flops_per_token(model: nn.Module, seq_len: float) -> float:
         if isinstance(module, nn.Embedding):
             continue
         share = active if ROUTED_EXPERT.search(fqn) else 1.0
-        if isinstance(module, PackedLinear):  # frozen, and packed
-            flops += module.in_features * module.out_features * share * 4
+        if isinstance(module, PackedLinear | PackedStack):  # frozen, and packed
+            used = active if isinstance(module, PackedStack) else share
+            flops += module.in_features * module.out_features * used * 4
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if name.startswith("bias") or parameter.ndim not in (2, 3):

@@ -28,6 +28,7 @@ from raytrain_adv.model.build import build
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
 from raytrain_adv.model.weights import match, packed_weights, saved_tensors
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
+from raytrain_adv.ops.experts.adapted import merged_stacks
 from raytrain_adv.transforms.lora import ADAPTED
 from raytrain_adv.transforms.modules import class_name
 
@@ -87,11 +88,13 @@ def merged_tensors(model: PreTrainedModel) -> Callable[[str], torch.Tensor]:
         for fqn, module in model.named_modules()
         if class_name(module) == ADAPTED
     }
-    packed = packed_weights(model)
+    packed, stacks = packed_weights(model), merged_stacks(model)
 
     def value(name: str) -> torch.Tensor:
         if name in adapted:
             return _merged(adapted[name])
+        if name in stacks:
+            return stacks[name]()
         return packed[name].unpacked() if name in packed else kept[name].detach()
 
     return value

@@ -28,6 +28,7 @@ from raytrain_adv.errors import JobError, RaytrainAdvError, TrainingError
 from raytrain_adv.model.build import build, decoder_layers
 from raytrain_adv.model.conversion import Group, Route, route
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
+from raytrain_adv.ops.bitsandbytes.experts import PackedStack
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear, packed_linears
 from raytrain_adv.ops.float8.all_gather import as_plain
 
@@ -157,9 +158,12 @@ def load_pretrained(
     return files
 
 
-def packed_weights(model: nn.Module) -> dict[str, PackedLinear]:
+def packed_weights(model: nn.Module) -> dict[str, PackedLinear | PackedStack]:
     """Return the linears whose weights are packed, by their weights' names in the plain model."""
-    return {plain_name(f"{fqn}.weight"): layer for fqn, layer in packed_linears(model)}
+    return {
+        plain_name(fqn if isinstance(layer, PackedStack) else f"{fqn}.weight"): layer
+        for fqn, layer in packed_linears(model)
+    }
 
 
 def match(plain: PreTrainedModel, files: CheckpointFiles) -> Route:
@@ -236,7 +240,7 @@ def broadcast_group(
     files: CheckpointFiles,
     plain: PreTrainedModel,
     targets: dict[str, torch.Tensor],
-    packed: dict[str, PackedLinear],
+    packed: dict[str, PackedLinear | PackedStack],
     device: torch.device,
 ) -> None:
     """Convert one group on rank 0, send it to all ranks, and let each take its region."""
@@ -255,7 +259,7 @@ def broadcast_group(
     if failure is not None:
         raise failure
     for name in group.targets:
-        target = targets[name]
+        target = packed[name].weight if name in packed else targets[name]
         if rank() == 0:
             whole = values.pop(name).to(device=device, dtype=target.dtype).contiguous()
         else:

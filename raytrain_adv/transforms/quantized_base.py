@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from raytrain_adv.ops.bitsandbytes.quantize import Form
 
 OWN = "raytrain_adv.ops.bitsandbytes.linear.PackedLinear"
+EXPERTS = "raytrain_adv.ops.bitsandbytes.experts.PackedExperts"
 PACKAGES, OFF = {"bnb": "bitsandbytes"}, "delete quantization_bit"
 BLOCK = 64
 """Weights of a row that share a scale in 4 bits."""
@@ -121,7 +122,7 @@ class QuantizedBase(Transform):
 
         key, given = "quantization_exclude", self.quantization_exclude
         changes, skipped = plan_linears(
-            model, {LINEAR: OWN}, key, given, self._why_not, lambda experts: "experts"
+            model, {LINEAR: OWN}, key, given, self._why_not, self._why_not_experts, EXPERTS
         )
         tables = [f for f, m in model.named_modules() if isinstance(m, nn.Embedding)]
         skipped |= dict.fromkeys(tables, "an embedding: looked up, not multiplied")
@@ -129,19 +130,40 @@ class QuantizedBase(Transform):
         return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
 
     def _why_not(self, linear: nn.Linear) -> str:
-        if self.quantization_bit == 4 and linear.in_features % BLOCK:
-            return f"{linear.in_features} input features do not divide into blocks of {BLOCK}"
-        size = linear.weight.element_size()  # bytes are stored in the dtype that computes
-        if self.form.row_bytes(linear.in_features) % size:
-            return f"{linear.in_features} input features are no whole number of {size} bytes"
+        # Bytes are stored in the dtype that computes.
+        return self._odd(linear.in_features, linear.weight.element_size())
+
+    def _why_not_experts(self, experts: nn.Module) -> str:
+        from raytrain_adv.ops.experts.find import matrices, widths_of
+
+        size = next(iter(matrices(experts).values())).element_size()
+        reasons = (self._odd(width, size) for width in widths_of(experts).values())
+        return next(filter(None, reasons), "")
+
+    def _odd(self, width: int, size: int) -> str:
+        if self.quantization_bit == 4 and width % BLOCK:
+            return f"{width} input features do not divide into blocks of {BLOCK}"
+        if self.form.row_bytes(width) % size:
+            return f"{width} input features are no whole number of {size} bytes"
         return ""
 
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
-        weights = [model.get_submodule(fqn).get_parameter("weight") for fqn in changes]
+        from torch import nn
+
+        from raytrain_adv.ops.experts.find import widths_of
+
+        weights, bits = list[nn.Parameter](), 0.0
+        for fqn, change in changes.items():
+            module = model.get_submodule(fqn)
+            widths = widths_of(module) if change.after == EXPERTS else {"weight": 0}
+            for name, width in widths.items():
+                held = module.get_parameter(name)
+                rows, columns = (held[0].numel() // width, width) if width else held.shape
+                bits += held.numel() * self.form.bits(rows, columns)
+                weights.append(held)
         if not weights:
             return
         count = sum(w.numel() for w in weights)
-        bits = sum(w.numel() * self.form.bits(*w.shape) for w in weights)
         total = sum(p.numel() for fqn, p in model.named_parameters() if not in_adapter(fqn))
         yield (
             f"{self.scheme}: {count:,} of {total:,} weights ({count / total:.1%}) in "
@@ -162,13 +184,13 @@ class QuantizedBase(Transform):
         for full_name, p in model.named_parameters():
             fqn, _, name = full_name.rpartition(".")
             module = model.get_submodule(fqn)
-            if in_adapter(fqn) or (fqn in changes and name == "weight"):
+            if in_adapter(fqn) or (fqn in changes and (name == "weight" or p.ndim == 3)):
                 continue
             if isinstance(module, nn.Embedding):
                 kind = "embeddings"
             elif module in heads:
                 kind = "the head"
-            elif name == "bias":
+            elif name.endswith("bias"):
                 kind = "biases"
             else:
                 kind = "norms" if p.ndim == 1 else "other weights"
@@ -176,12 +198,16 @@ class QuantizedBase(Transform):
         return left
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
-        """Replace each planned linear by a frozen one whose weight is quantized."""
+        """Replace planned linears and experts by frozen ones whose weights are quantized."""
+        from raytrain_adv.ops.bitsandbytes.experts import PackedExperts
         from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 
         for fqn in plan.changes:
             old: Any = model.get_submodule(fqn)
-            model.set_submodule(fqn, PackedLinear.of(old, self.form))
+            if plan.changes[fqn].after == EXPERTS:
+                model.set_submodule(fqn, PackedExperts.packing(old, self.form))
+            else:
+                model.set_submodule(fqn, PackedLinear.of(old, self.form))
 
     def install(self, model: nn.Module, plan: Plan, worker: Worker) -> Plan:
         """Compare a product and its gradient with those of bitsandbytes' own linear."""
@@ -209,14 +235,24 @@ class QuantizedBase(Transform):
 
     def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
         """Compare the quantized weights with the originals they were made from."""
-        from raytrain_adv.ops.bitsandbytes.linear import packed_linears, sum_distances
+        from raytrain_adv.ops.bitsandbytes.linear import sum_distances
+        from raytrain_adv.ops.experts.find import shapes
 
-        read = {f: m.distance for f, m in packed_linears(model) if m.distance is not None}
+        held: dict[str, Any] = {}
+        for fqn, change in plan.changes.items():
+            module = model.get_submodule(fqn)
+            named = {f"{fqn}.{name}": name for name in shapes(module)}
+            held |= (
+                {f: module.get_submodule(name) for f, name in named.items()}
+                if change.after == EXPERTS
+                else {fqn: module}
+            )
+        read = {fqn: m.distance for fqn, m in held.items() if m.distance is not None}
         found = dict(zip(read, sum_distances(list(read.values())), strict=True))
         far = {fqn: worst for fqn, (_, _, worst) in found.items() if not worst <= 1}
         how = "times as far off as rounding explains"
         trained = [f for f, p in model.named_parameters() if p.requires_grad and not in_adapter(f)]
-        wrong = [f"{fqn} was not read" for fqn in plan.changes if fqn not in read]
+        wrong = [f"{fqn} was not read" for fqn in held if fqn not in read]
         wrong += [f"{fqn}: a weight is {worst:.3g} {how}" for fqn, worst in far.items()]
         wrong += [f"{fqn} would be trained" for fqn in trained]
         if wrong:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raytrain_adv.dtensor import Region, copy_local, gather, gather_rows, local_part, local_region
+from raytrain_adv.ops.bitsandbytes.experts import PackedStack
 from raytrain_adv.ops.bitsandbytes.quantize import (
     NESTED_BLOCK,
     Form,
@@ -154,10 +155,10 @@ def _store(target: Tensor, rows: Tensor) -> None:
     copy_local(target, F.pad(rows, (0, padding)).contiguous().view(target.dtype))
 
 
-def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
-    """Yield the linears of a model that are held quantized, by fqn."""
+def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedStack]]:
+    """Yield the linears and stacks of experts that are held quantized, by fqn."""
     for fqn, module in model.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear | PackedStack):
             yield fqn, module
 
 

@@ -8,9 +8,12 @@ the two factors: the same result, without a second copy of the experts.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
@@ -44,6 +47,32 @@ def adapt(model: nn.Module, fqn: str) -> None:
         inner = inner.base_layer
     if not isinstance(inner.base_layer, GroupedExperts) and layout_of(inner.base_layer) is not None:
         inner.base_layer = GroupedExperts.of(inner.base_layer)
+
+
+def merged_stacks(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """Return for each adapted stack of experts, by its plain name, a function that computes it with
+    its adapter in it: in float32, as PEFT merges.
+    """
+    found: dict[str, Callable[[], Tensor]] = {}
+    for fqn, module in model.named_modules():
+        layer: Any = module if isinstance(module, AdaptedExperts) else None
+        while isinstance(layer, ParamWrapper):
+            found[plain_name(f"{fqn}.{layer.parameter_name}")] = partial(_merged, layer)
+            layer = layer.base_layer
+    return found
+
+
+@torch.no_grad()
+def _merged(layer: Any) -> Tensor:
+    held = layer.get_param()
+    base: Tensor = held if isinstance(held, Tensor) else held.unpacked()
+    adapter = layer.active_adapters[0]
+    down, up = (layer.get_submodule(f"lora_{part}.{adapter}").weight.float() for part in "AB")
+    down = down.reshape(layer.num_experts, -1, down.shape[-1])
+    up = up.reshape(up.shape[0], -1, layer.num_experts).permute(2, 0, 1)
+    change = up @ down * layer.scaling[adapter]
+    whole: Tensor = base.float() + (change if layer._did_swap_in_out_features else change.mT)
+    return whole
 
 
 def inject(model: nn.Module, config: LoraConfig, stacks: list[str], adapter: str) -> None:

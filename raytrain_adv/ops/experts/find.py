@@ -69,6 +69,8 @@ def _num_experts(module: nn.Module) -> int:
     """
     if type(module).__module__.startswith("torch.nn."):
         return 0
+    if "packed_shapes" in vars(module):
+        return next(iter(shapes(module).values()))[0]
     held = {p.shape[0] for p in matrices(module).values()}
     counts = {vars(module).get(key) for key in ("num_experts", "num_routed_experts")} - {None}
     return next(iter(held)) if len(held) == 1 and held <= counts else 0

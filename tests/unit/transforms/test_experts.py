@@ -15,16 +15,20 @@ from raytrain_adv import hardware
 from raytrain_adv.config import JobConfig
 from raytrain_adv.dtensor import gather, plain_name
 from raytrain_adv.errors import JobError
+from raytrain_adv.export.merge import merged_tensors
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.model import parallel
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
+from raytrain_adv.ops.bitsandbytes.experts import PackedStack
+from raytrain_adv.ops.bitsandbytes.linear import PackedLinear, packed_linears
 from raytrain_adv.ops.experts.find import layout_of, routers, stacked
 from raytrain_adv.ops.experts.grouped import GroupedExperts
 from raytrain_adv.ops.fake_quant.experts import FakeQuantizedExperts
 from raytrain_adv.ops.fake_quant.layers import FakeQuantizedLinear
 from raytrain_adv.ops.fake_quant.rounding import fake_quantize_float8
 from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.transforms.modules import short
 from tests.ranks import run_ranks
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -220,3 +224,56 @@ def test_each_expert_rounds_as_a_linear(
         of_weight = found_grads[1][expert]
         torch.testing.assert_close(of_weight.mT if transposed else of_weight, grads[1])
         start = end
+
+
+NF4 = {**LORA, "bf16": True, "quantization_bit": 4}
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"double_quantization": False}, {"quantization_bit": 8}],
+    ids=["nested", "plain", "int8"],
+)
+def test_each_expert_is_held_as_a_linear(kind: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_checkpoint(kind, tmp_path / "m", **WIDE)
+    job = job_for(folder, tmp_path, **{**NF4, **keys})
+    model = prepared(job)
+    held = {f: m for f, m in packed_linears(model) if isinstance(m, PackedStack)}
+    assert len(held) == 4 and not stacked_in_bf16(model)
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for fqn, stack in held.items():
+        original = plain.get_parameter(plain_name(fqn))
+        whole = stack.unpacked()
+        assert whole.shape == original.shape
+        for expert in range(len(original)):
+            own = original[expert].t() if stack.is_transposed else original[expert]
+            with torch.device("meta"):
+                linear = nn.Linear(own.shape[1], own.shape[0], bias=False, dtype=torch.bfloat16)
+            packed = PackedLinear.of(linear, stack.form).to_empty(device=CPU)
+            packed.take(own, CPU)
+            found = whole[expert].t() if stack.is_transposed else whole[expert]
+            assert torch.equal(found, packed.unpacked())
+
+
+def stacked_in_bf16(model: PreTrainedModel) -> list[str]:
+    """Return stacks of experts that are parameters of 16 bits per weight."""
+    return [n for n, p in model.named_parameters() if short(n) in ("gate_up_proj", "down_proj")]
+
+
+def test_packed_experts_train_on_two_ranks_as_on_one_and_are_merged(tmp_path: Path) -> None:
+    folder = write_checkpoint("qwen3_moe", tmp_path / "m", **WIDE)
+    job = job_for(folder, tmp_path, **NF4)
+    (alone,) = trained_on_rank([job])
+    for (found,) in run_ranks(trained_on_rank, 2, tmp_path, [job]):
+        torch.testing.assert_close(found["losses"], alone["losses"], rtol=0.02, atol=0.02)
+    model = prepared(job)
+    train(model)
+    value = merged_tensors(model)
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(value(name))
+        found, wanted = plain(TOKENS).logits, model.eval()(TOKENS).logits.float()
+    assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
