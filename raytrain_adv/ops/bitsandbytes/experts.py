@@ -61,7 +61,9 @@ def _unpack(
     after: Tensor | None = None,
 ) -> Tensor:
     """Return stacked matrices [expert, out, in] of their bytes."""
-    flat: Tensor = dequantize(weight.flatten(0, 1), scale.flatten(0, 1), nested, kind, columns, after)
+    flat: Tensor = dequantize(
+        weight.flatten(0, 1), scale.flatten(0, 1), nested, kind, columns, after
+    )
     return flat.view(*weight.shape[:2], columns)
 
 
