@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> in
     except (KeyboardInterrupt, click.Abort):
         again = "Set resume_from_checkpoint: true to continue from the last checkpoint."
         print(f"\nStopped. {again}", file=sys.stderr)
-        return 130
+        return errors.EXIT_STOPPED
 
 
 def _wrong(text: str, fix: str) -> JobError:
@@ -184,7 +184,8 @@ def launch(arguments: tuple[str, ...], plan: bool, **options: Any) -> None:
     changes a key, as YAML: learning_rate=1e-4 lr_scheduler_kwargs.min_lr=1e-6.
     --workers, --verbose and --assume need --plan.
 
-    Exit codes: 0 done, 2 the job file or what it names, 3 training failed, 4 the cluster refused.
+    Exit codes: 0 done, 2 the job file or what it names, 3 training failed, 4 the cluster refused,
+    130 stopped by Ctrl-C or SIGTERM.
     """
     given = [f"--{name}" for name, value in options.items() if value]
     if given and not plan:

@@ -10,6 +10,7 @@ EXIT_JOB_FILE = 2
 EXIT_TRAINING_FAILED = 3
 EXIT_CLUSTER_REFUSED = 4
 EXIT_NOT_MENDED = 5
+EXIT_STOPPED = 130  # as shells have it for Ctrl-C
 
 
 class RaytrainAdvError(Exception):
@@ -50,6 +51,8 @@ class TrainingError(RaytrainAdvError):
 
 class Stopped(TrainingError):
     """The run was stopped on request, between two steps."""
+
+    exit_code = EXIT_STOPPED
 
 
 class Terminated(TrainingError):

@@ -28,7 +28,7 @@ FREE_TO_CHANGE = frozenset([
     "output_dir", "overwrite_output_dir", "logging_steps", "save_steps", "save_strategy",
     "save_total_limit", "eval_strategy", "eval_steps", "eval_on_start", "eval_on_each_dataset",
     "compute_accuracy", "load_best_model_at_end", "metric_for_best_model", "early_stopping_steps",
-    "resume_from_checkpoint", "report_to",
+    "resume_from_checkpoint", "report_to", "delete_previous_run",
     "run_name", "plot_loss", "compare_with", "compare", "export_model", "num_sample_answers",
     "ray_num_workers", "resources_per_worker", "placement_strategy", "ray_storage_path",
     "ray_run_name", "ray_init_kwargs", "max_failures", "step_timeout", "on_bad_loss",

@@ -229,8 +229,10 @@ def _resuming(job: JobConfig) -> Iterable[Problem]:
     output = job.output
     path = output.resume_from_checkpoint
     emptied = Path(output.output_dir).absolute() if output.overwrite_output_dir else None
-    if isinstance(path, str) and emptied and Path(path).absolute().is_relative_to(emptied):
-        text = "the checkpoint to continue from is in the folder that would be emptied"
+    named = Path(path).absolute() if isinstance(path, str) else None
+    is_kept = named is not None and named.is_relative_to((emptied or named) / "previous")
+    if named and emptied and named.is_relative_to(emptied) and not is_kept:
+        text = "the checkpoint to continue from is of the run that would be replaced"
         fix = "set overwrite_output_dir: false, or choose another output_dir"
         yield Problem(text, fix, "resume_from_checkpoint and overwrite_output_dir")
     if job.ray.max_failures and output.save_only_model and output.save_strategy != "no":

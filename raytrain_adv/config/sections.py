@@ -153,8 +153,11 @@ class OutputConfig(Section):
     output_dir: PathText
     """Folder of the run: model, report, metrics; on storage that all nodes of the job share."""
     overwrite_output_dir: bool = False
-    """Start a new run in the folder of an earlier one, which is deleted, with its checkpoints, once
-    preflight and plan have accepted the new one."""
+    """Start a new run in the folder of an earlier one, which is kept in output_dir/previous. An
+    unfinished run of the same job continues instead, unless resume_from_checkpoint is false."""
+    delete_previous_run: bool = False
+    """With overwrite_output_dir: delete the earlier run, with its checkpoints, instead of keeping
+    it, once preflight and plan have accepted the new one."""
     logging_steps: Count = 10
     """Steps between two lines of metrics."""
     save_steps: Steps = 500
@@ -205,9 +208,12 @@ class OutputConfig(Section):
                 text = f"{value} is neither a share below 1 nor a whole number of steps"
                 yield Problem(text, "give a share below 1, or a whole number of steps", key)
         if self.resume_from_checkpoint is True and self.overwrite_output_dir:
-            text = "one continues the run in output_dir, the other deletes it"
+            text = "one continues the run in output_dir, the other starts a new one"
             keys = "resume_from_checkpoint and overwrite_output_dir"
             yield Problem(text, "set one of them to false", keys)
+        if self.delete_previous_run and not self.overwrite_output_dir:
+            text = "nothing is replaced without overwrite_output_dir"
+            yield Problem(text, "set overwrite_output_dir: true too", "delete_previous_run")
         if self.resume_from_checkpoint is True and self.save_only_model:
             text = "checkpoints without optimizer states cannot be resumed"
             keys = "resume_from_checkpoint and save_only_model"

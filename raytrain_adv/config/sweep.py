@@ -49,7 +49,8 @@ METRICS: Mapping[str, Literal["min", "max"]] = {
 KNOWN_EARLY = ("eval_loss", CONVERTED_LOSS, "train_loss")
 """Metrics that are known, exactly or approximately, while a trial runs."""
 SET_BY_THE_SWEEP = frozenset([
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "ray_run_name",
+    "output_dir", "overwrite_output_dir", "delete_previous_run", "resume_from_checkpoint",
+    "run_name", "ray_run_name",
     "ray_storage_path", "ray_init_kwargs", "overwrite_cache",
 ])  # fmt: skip
 """Keys of the whole sweep, or that it sets for each trial."""
@@ -322,6 +323,7 @@ def as_trial(job: JobConfig, name: str) -> JobConfig:
     keys = {
         "output_dir": str(Path(output.output_dir) / "trials" / name),
         "overwrite_output_dir": False,
+        "delete_previous_run": False,
         "resume_from_checkpoint": not output.save_only_model,
         "run_name": f"{output.run_name}-{name}" if output.run_name is not None else None,
     }

@@ -60,7 +60,9 @@ class Failure(Record):
     fix: str = ""
     """What can be done; may have several lines."""
     exit_code: int
-    """Exit code of the launch command: 2 the job file, 3 training failed, 4 the cluster refused."""
+    """Exit code of the launch command: 2 the job file, 3 training failed, 4 the cluster refused,
+    130 stopped by Ctrl-C or SIGTERM.
+    """
     rank: int | None = None
     """The worker on which it happened; none means the driver."""
     trace: str = ""

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from raytrain_adv.errors import RaytrainAdvError, StorageError
+from raytrain_adv.errors import EXIT_STOPPED, RaytrainAdvError, StorageError
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.report import parts
 from raytrain_adv.report.parts import Arguments, JobObject, JsonObject, Number, Record
@@ -172,6 +172,7 @@ def describe_failure(
     if isinstance(error, RaytrainAdvError):
         words = {"what": error.what, "found": error.found, "fix": error.fix}
     code = (error if isinstance(error, RaytrainAdvError) else RaytrainAdvError).exit_code
+    code = EXIT_STOPPED if isinstance(error, KeyboardInterrupt) else code
     return parts.Failure(kind=kind, **words, exit_code=code, rank=rank, trace=trace)
 
 

@@ -22,6 +22,18 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     os.replace(partial, path)
 
 
+def write_without_space(path: Path, data: bytes) -> bool:
+    """Write a file into the space that it has, on a full disk; return whether that is enough. A
+    kill may tear it. Raises OSError.
+    """
+    if path.stat().st_blocks * 512 < len(data):
+        return False
+    with path.open("r+b") as file:
+        file.write(data)
+        file.truncate()
+    return True
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that replaces `path` if the block ends well. Raises OSError."""

@@ -41,7 +41,7 @@ def open_metrics(job: JobConfig, run: Run, arithmetic: Arithmetic, found: Found 
     )
     run.open_metrics(file, trackers)
     if run.resume and found is None:
-        run.say("There is no complete checkpoint to continue from: the run starts at step 0.")
+        run.fault("There is no complete checkpoint to continue from: the run starts at step 0.")
     run.say(
         "the run in numbers",
         event="plan",

@@ -143,7 +143,7 @@ def test_a_run_over_hosts_goes_on_without_one_that_is_cut_off_and_grows_when_it_
     assert lost.nodes == (hosts.first.address,) and lost.lost == (hosts.second.address,)
     assert SAVE_STEPS <= lost.step <= reached < lost.step + 2 * SAVE_STEPS  # one was being written
     assert back.step % SAVE_STEPS == 0 and set(back.nodes) == set(report.starts[0].nodes)
-    assert "The workers&#x27; starts" in (out / "report.html").read_text()
+    assert "Starts of the workers" in (out / "report.html").read_text()
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["kind"] == "train"]

@@ -60,7 +60,7 @@ def test_a_killed_driver_is_no_loss(launch, job_file, tmp_path):
     assert report["resumed_from_step"] >= 5
     assert sorted(losses(out)) == list(range(1, 61))
     finished = launch(job, "resume_from_checkpoint=true")
-    assert finished.returncode == 0 and "already run to its end" in finished.stdout
+    assert finished.returncode == 0 and "has already finished" in finished.stdout
     other = launch(job, "resume_from_checkpoint=true", "learning_rate=0.5")
     assert other.returncode == 2 and "learning_rate" in other.stderr
 

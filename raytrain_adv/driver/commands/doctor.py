@@ -20,7 +20,8 @@ from raytrain_adv.checkpoint.load import PlainReader
 from raytrain_adv.config.job import transform_types
 from raytrain_adv.config.rules import switch
 from raytrain_adv.driver.output import output_dir
-from raytrain_adv.driver.output.output_dir import MODELS, RUN_FILE, Record
+from raytrain_adv.driver.output.output_dir import MODELS, Record
+from raytrain_adv.driver.output.replaced import RUN_FILE, storage_below
 from raytrain_adv.driver.watch.stop import STOP_FILE
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.model.weight_files import CheckpointFiles
@@ -120,7 +121,7 @@ class Examined:
         self.is_done = self.run is not None and self.run["status"] == "done"
         name = self.job.get("ray_run_name") or Path(self.job.get("output_dir") or folder).name
         base = self.job.get("ray_storage_path")
-        self.storage = Storage.at(output_dir.storage_below(folder, base, name))
+        self.storage = Storage.at(storage_below(folder, base, name))
         self.own = Storage.at(str(folder))
         found = sorted(folders.all_folders(self.storage), key=lambda f: f[:2], reverse=True)
         self.seen = [Seen(*one) for one in found]
@@ -294,7 +295,7 @@ class Examined:
             rerun = f"Once repaired, a{rerun[1:]}"
         if self.is_done and not any(one.reopens for one in self.findings):
             overwrites = self.job.get("overwrite_output_dir")
-            without = "deletes it (overwrite_output_dir: true)" if overwrites else "is refused"
+            without = "keeps it in previous, and starts again" if overwrites else "is refused"
             ended = "The run has ended: it was trained to its last step."
             return f"{ended} {rerun} does nothing; one without {without}."
         if not self.whole:

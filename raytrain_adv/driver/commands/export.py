@@ -20,7 +20,8 @@ from raytrain_adv.config.job import JobConfig, transform_types
 from raytrain_adv.config.load import load_keys
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
-from raytrain_adv.driver.output.output_dir import RUN_FILE, storage_path
+from raytrain_adv.driver.output.output_dir import storage_path
+from raytrain_adv.driver.output.replaced import RUN_FILE
 from raytrain_adv.errors import JobError, StorageError, TrainingError
 from raytrain_adv.export.convert import write_converted
 from raytrain_adv.export.folder import NewFolder, folder_gib

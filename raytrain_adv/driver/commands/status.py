@@ -15,12 +15,15 @@ from rich.text import Text
 
 from raytrain_adv import tables, text
 from raytrain_adv.driver.cluster import dashboard
-from raytrain_adv.driver.output.output_dir import RUN_FILE
+from raytrain_adv.driver.output.output_dir import is_held
+from raytrain_adv.driver.output.replaced import RUN_FILE
 from raytrain_adv.errors import JobError
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.storage.storage import Storage
 
 Entry = Mapping[str, Any]  # a run, attempt or worker, as Ray Train's state has it (ray 2.60)
+DIED = "died"  # of a run that no driver holds, and that did not write how it ended
+ENDED = ("finished", "errored", "aborted")  # Ray Train's states of a run that is over
 HEADS = ("run", "status", "workers", "step", "loss", "tokens/s/worker", "restarts", "output_dir")
 
 
@@ -28,7 +31,7 @@ HEADS = ("run", "status", "workers", "step", "loss", "tokens/s/worker", "restart
 class Written:
     """What a run has written into its output_dir so far."""
 
-    status: str  # running, done or failed, as its driver last wrote it
+    status: str  # running, done, stopped or failed, as its driver wrote it; or DIED
     progress: str  # steps done, of how many
     loss: float | None
     rate: float | None  # tokens per second and worker
@@ -99,8 +102,9 @@ def written(folder: Path | None) -> Written | None:
     plan: Entry = next((row for row in reversed(rows) if row.get("event") == "plan"), {})
     messages = [str(row["message"]) for row in rows if row["kind"] == "event" and "message" in row]
     step, total = last.get("step", plan.get("resumed_from_step") or 0), plan.get("total_steps")
+    status = str(record.get("status", "unknown"))
     return Written(
-        status=str(record.get("status", "unknown")),
+        status=DIED if status == "running" and not is_held(folder) else status,
         progress=f"{step}/{total}" if total else str(step),
         loss=last.get("loss"),
         rate=last.get("tokens_per_second_per_worker"),
@@ -115,8 +119,9 @@ def _table(runs: Sequence[Run]) -> str:
     for run in runs:
         found, place = written(run.output_dir), str(run.output_dir or text.MISSING)
         num_workers = len(run.attempts[-1]["workers"]) if run.attempts else 0
+        state = found.status if found and run.status in ENDED else run.status
         figures = (found.progress, *found.figures) if found else (text.MISSING,) * 4
-        view.add_row(*map(Text, (run.name, run.status, str(num_workers), *figures, place)))
+        view.add_row(*map(Text, (run.name, state, str(num_workers), *figures, place)))
         if found is None:
             note = "\n-: output_dir cannot be read from here; ray job logs prints the run's log"
     return tables.plain(view, width=1000) + note
@@ -129,6 +134,8 @@ def _of_folder(folder: Path) -> Iterator[str]:
         return
     loss, rate, restarts = found.figures
     yield f"{folder}: {found.status}"
+    if found.status == DIED:
+        yield f"  its driver ended without a report; repair it: raytrain-adv doctor {folder} --fix"
     yield f"  step      {found.progress}, loss {loss}, {rate} tokens/s/worker"
     yield f"  restarts  {restarts}"
     if found.row_at is not None:

@@ -21,7 +21,13 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from raytrain_adv import __version__
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver.cluster import dashboard
-from raytrain_adv.errors import EXIT_DONE, EXIT_TRAINING_FAILED, ClusterError, JobError
+from raytrain_adv.errors import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    EXIT_TRAINING_FAILED,
+    ClusterError,
+    JobError,
+)
 from raytrain_adv.redaction import is_secret_name, redact, secrets_in
 from raytrain_adv.text import first_line, listed
 from raytrain_adv.transforms.applied import Transforms
@@ -35,7 +41,6 @@ EXCLUDES = (
 """What is not uploaded, unless a file configures it."""
 ENV_VARS = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
 LARGEST_MIB = 500  # Ray accepts 512 MiB, packed (ray 2.60)
-EXIT_STOPPED = 130
 RETRY_S = 2.0
 MAX_RETRIES = 30
 
@@ -192,7 +197,7 @@ def follow(client: JobSubmissionClient, name: str, request: Mapping[str, Any]) -
         info = client.get_job_info(name)
     if info.status == JobStatus.SUCCEEDED:
         return EXIT_DONE
-    if info.status == JobStatus.STOPPED:
+    if info.status == JobStatus.STOPPED or info.driver_exit_code == EXIT_STOPPED:
         print("\nthe job was stopped", flush=True)
         return EXIT_STOPPED
     code = info.driver_exit_code

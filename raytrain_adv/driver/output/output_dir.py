@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
+from raytrain_adv.checkpoint import folders
 from raytrain_adv.config.job import JobConfig, transform_types
+from raytrain_adv.driver.output.replaced import (
+    ASIDE,
+    OWNER,
+    PREVIOUS,
+    RUN_FILE,
+    Replaced,
+    is_inside,
+    put_back,
+    storage_below,
+)  # fmt: skip
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.kernels import lock as locks
 from raytrain_adv.redaction import redact
 from raytrain_adv.report import record as reports
+from raytrain_adv.storage.atomic import write_without_space
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.storage.storage import Storage, storage_errors
 from raytrain_adv.text import ascii_name
 from raytrain_adv.transforms.hub_kernels import HubKernels
 
-RUN_FILE = "run.json"
 SWEEP_FILE = "sweep.json"
 LOCK = ".lock"
-ASIDE = f".{locks.FILE_NAME}.replaced"  # the old run's lock file while new kernels are pinned
 RAYS_COPIES = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's folder (2.60)
-OWNER = "owner.json"  # in storage outside of output_dir: the output_dir of the checkpoints there
+CONTINUES = (
+    "overwrite_output_dir: the unfinished run of this job in {folder} continues from step {step}; "
+    "resume_from_checkpoint: false keeps it in previous and starts again"
+)
 ENDED = {"failed": "has failed part of the way", "stopped": "was stopped part of the way"}
 Record = Mapping[str, Any]  # of run.json
 MODELS = ("model", *(f"model-{kind.converts}" for kind in transform_types() if kind.converts))
@@ -40,58 +54,6 @@ OURS = (
     *("report.json", "report.html", "metrics.jsonl", "checkpoints", "trackers", "bad_batches"),
     *(locks.FOLDER, locks.FILE_NAME, RUN_FILE),
 )
-
-
-@dataclass
-class Replaced:
-    """What a new run, or sweep, replaces in output_dir, once its workers can be started."""
-
-    folder: Path
-    names: tuple[str, ...]  # files and folders there that are deleted
-    storages: Sequence[Storage]
-    is_there: bool  # whether there is something to lose that has not been deleted yet
-
-    def delete(self) -> str:
-        """Delete it, but not kernels that the new run has pinned; say so. Raises StorageError."""
-        there = [name for name in self.names if (self.folder / name).exists()]
-        elsewhere = [s.root for s in self.storages if s.folders() and not is_inside(s, self.folder)]
-        failed = "What overwrite_output_dir replaces cannot be deleted"
-        with storage_errors(failed, str(self.folder)):
-            self.is_there = False  # a failure from here on leaves part of it deleted
-            for storage in self.storages:
-                storage.delete()
-                if storage.folders():
-                    raise OSError(f"{storage.root} is still there")
-            for name in self.names:
-                if name not in (locks.FILE_NAME, locks.FOLDER):
-                    _remove(self.folder / name)
-            pinned = self.folder / locks.FILE_NAME
-            needed = pinned.read_text() if pinned.is_file() else ""
-            for path in (self.folder / locks.FOLDER).glob("*"):
-                if path.name not in needed:
-                    _remove(path)
-            (self.folder / ASIDE).unlink(missing_ok=True)
-        what = ", ".join(there + elsewhere)
-        return f"overwrite_output_dir: deleted what {self.folder} held: {what}"
-
-    def keep(self) -> str:
-        """Restore it as it was found; return a message."""
-        put_back(self.folder)
-        why = "overwrite_output_dir deletes its content once the new run is accepted"
-        return f"{self.folder} is unchanged: {why}"
-
-    def refuse_to_delete(self, key: str, value: str | None) -> None:
-        """Raise JobError if a job's `key` names, by a path or URI, what would be deleted."""
-        named = _storage_of(value)
-        if named is None:
-            return
-        places = [Storage.at(str(self.folder / name)) for name in self.names]
-        if any(_holds(place, named) for place in (*places, *self.storages)):
-            raise JobError(
-                f"{key} names what overwrite_output_dir would delete",
-                f"{key}: {value}, of the run in output_dir: {self.folder}",
-                "choose another output_dir, or move it elsewhere first",
-            )
 
 
 @dataclass(frozen=True)
@@ -105,6 +67,7 @@ class Output:
     finished: bool  # whether the same job has already run to its end here
     number: int  # the number of attempts, including this one
     replaced: Replaced  # the previous content of the folder, which this run replaces
+    remark: str = ""  # what becomes of an earlier run there, for the plan and the console
 
     @property
     def storage(self) -> Storage:
@@ -112,9 +75,9 @@ class Output:
         return Storage.at(self.storage_path)
 
     def begin(self, job: JobConfig, say: Callable[[str], None]) -> None:
-        """Delete what this run replaces, and write run.json. Raises StorageError."""
+        """Move or delete what this run replaces, and write run.json. Raises StorageError."""
         if self.replaced.is_there:
-            say(self.replaced.delete())
+            say(self.replaced.clear())
             self.own()
             self.note(job, "running", self.number)
 
@@ -134,22 +97,19 @@ class Output:
         """Write run.json: the folder's job and the status of its run."""
         record = {"fingerprint": job.fingerprint(), "status": status, "attempts": attempts}
         record |= {"job": redact(job.flat()), "time": time.time()}
-        Storage.at(str(self.folder)).write_json(RUN_FILE, record)
+        try:
+            Storage.at(str(self.folder)).write_json(RUN_FILE, record)
+        except StorageError:  # the status is a few bytes: it is not running for ever
+            path = self.folder / RUN_FILE
+            with contextlib.suppress(OSError):
+                if write_without_space(path, json.dumps(record, indent=1).encode()):
+                    return
+            raise
 
 
 def storage_path(job: JobConfig) -> str:
     """Return the folder or URI that holds this job's attempts and their checkpoints."""
     return storage_below(Path(job.output.output_dir), job.ray.ray_storage_path, job.run_name)
-
-
-def storage_below(folder: Path, base: str | None, name: str) -> str:
-    """Return where the checkpoints of the run `name` are, with the ray_storage_path `base`."""
-    if base is None:
-        return str(folder.absolute() / "checkpoints")
-    if "://" not in base:
-        return str(Path(base).absolute() / name)
-    uri = urlsplit(base)  # the query holds connection options
-    return urlunsplit(uri._replace(path=f"{uri.path.rstrip('/')}/{name}"))
 
 
 @contextmanager
@@ -167,7 +127,7 @@ def held(folder: Path, active: JobError | None = None) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=0.5)  # is_held may have it for an instant
         except Timeout:
             raise active or JobError(
                 "Another run is writing into output_dir right now",
@@ -178,6 +138,18 @@ def held(folder: Path, active: JobError | None = None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a driver is running in the folder."""
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no lock
+        return False
+    return False
 
 
 def record_of(folder: Path) -> Record | None:
@@ -220,16 +192,23 @@ def decided(job: JobConfig) -> Output:
     storage = Storage.at(storage_path(job))
     record = record_of(folder)
     resume = job.output.resume_from_checkpoint or False
-    replaced = Replaced(folder, OURS, [storage], is_there=False)
+    replaced = Replaced(folder, OURS, [storage], job.ray.ray_storage_path)
+    replaced.deletes = job.output.delete_previous_run
     if (folder / SWEEP_FILE).exists():
         what = "output_dir holds a sweep, not a single run"
         raise JobError(what, str(folder), "choose another output_dir")
     refuse_anothers(storage, folder, has_run=record is not None)
-    if job.output.overwrite_output_dir and resume is not True:
-        refuse_to_delete_what_is_read(job, replaced)
+    remark = ""
+    if record is not None and (step := _step_to_continue(job, record, storage)) is not None:
+        resume, remark = True, CONTINUES.format(folder=folder, step=step)
+    elif job.output.overwrite_output_dir and resume is not True:
+        refuse_to_replace_what_is_read(job, replaced)
         left = any((folder / name).exists() for name in OURS)
-        replaced.is_there = left or _trained(folder, storage)
-        record = None
+        has_ended = left if record is None else record["status"] == "done"
+        replaced.is_there = has_ended or _trained(folder, storage)
+        if replaced.is_there:
+            remark = describe_replacement(replaced, owned=record is not None)
+            record = None
     elif record is None:
         _refuse_foreign_files(folder, resume)
     elif record["status"] == "done" or _trained(folder, storage):
@@ -239,7 +218,32 @@ def decided(job: JobConfig) -> Output:
     if not replaced.is_there:
         before = int(record["attempts"]) if record else attempts_in(storage)
     name = f"{ascii_name(job.run_name)}_{before + 1:03d}"  # Ray's metrics take ASCII only (2.60)
-    return Output(folder, storage_path(job), name, resume, finished, before + 1, replaced)
+    return Output(folder, storage_path(job), name, resume, finished, before + 1, replaced, remark)
+
+
+def _step_to_continue(job: JobConfig, record: Record, storage: Storage) -> int | None:
+    """Return the step from which overwrite_output_dir continues an unfinished run of this job."""
+    output = job.output
+    starts_again = output.resume_from_checkpoint is not None or output.delete_previous_run
+    is_same = record["fingerprint"] == job.fingerprint() and record["status"] != "done"
+    if not output.overwrite_output_dir or starts_again or not is_same:
+        return None
+    found = folders.newest(storage)
+    return found.progress.step if found is not None and found.optimizer else None
+
+
+def describe_replacement(replaced: Replaced, owned: bool) -> str:
+    """Return what becomes of an earlier run. Raises JobError if it may not be deleted."""
+    if not replaced.deletes:
+        kept = replaced.folder / PREVIOUS
+        return f"the earlier run in {replaced.folder} is kept in {kept} (overwrite_output_dir)"
+    if not owned:
+        raise JobError(
+            "delete_previous_run deletes only what a run of this package has written",
+            f"{replaced.folder}: no sound {RUN_FILE} or {SWEEP_FILE} that identifies the run",
+            "set delete_previous_run: false to keep it in output_dir/previous, or delete it",
+        )
+    return f"the earlier run in {replaced.folder} is deleted (delete_previous_run)"
 
 
 def attempts_in(storage: Storage) -> int:
@@ -256,15 +260,15 @@ def _trained(folder: Path, storage: Storage) -> bool:
     return any(storage.folder(attempt).folders() for attempt in storage.folders())
 
 
-def refuse_to_delete_what_is_read(job: JobConfig, replaced: Replaced) -> None:
+def refuse_to_replace_what_is_read(job: JobConfig, replaced: Replaced) -> None:
     """Refuse a job that reads from the run that it replaces. Raises JobError naming the key."""
     compared, resume = job.output.compare_with, job.output.resume_from_checkpoint
     report = None if compared is None else str(Path(compared) / reports.FILE_NAME)
-    replaced.refuse_to_delete("model_name_or_path", job.model.model_name_or_path)
-    replaced.refuse_to_delete("kernels_lock", job.transform(HubKernels).kernels_lock)
-    replaced.refuse_to_delete("compare_with", report)
+    replaced.refuse_to_replace("model_name_or_path", job.model.model_name_or_path)
+    replaced.refuse_to_replace("kernels_lock", job.transform(HubKernels).kernels_lock)
+    replaced.refuse_to_replace("compare_with", report)
     if isinstance(resume, str):
-        replaced.refuse_to_delete("resume_from_checkpoint", resume)
+        replaced.refuse_to_replace("resume_from_checkpoint", resume)
 
 
 def refuse_anothers(storage: Storage, folder: Path, has_run: bool) -> None:
@@ -297,7 +301,7 @@ def _refuse_foreign_files(folder: Path, resume: bool | str) -> None:
         raise JobError(
             "output_dir holds files that this run would overwrite",
             f"{folder}: {', '.join(there)}, and no sound {RUN_FILE} that identifies their run",
-            "choose another output_dir, or set overwrite_output_dir: true to delete them; "
+            f"choose another output_dir, or set overwrite_output_dir: true (kept in {PREVIOUS}); "
             f"raytrain-adv doctor {folder} --fix repairs the folder of a run",
         )
 
@@ -305,8 +309,8 @@ def _refuse_foreign_files(folder: Path, resume: bool | str) -> None:
 def _refuse_unless_resumed(
     job: JobConfig, folder: Path, record: Record, resume: bool | str
 ) -> None:
-    out = "choose another output_dir, or set overwrite_output_dir: true to start again (its "
-    out += "checkpoints are deleted)"
+    out = "choose another output_dir, or set overwrite_output_dir: true to start again (this run "
+    out += f"is kept in {folder / PREVIOUS})"
     if record["fingerprint"] != job.fingerprint():
         raise JobError(
             "output_dir holds the run of a job with other settings",
@@ -320,40 +324,3 @@ def _refuse_unless_resumed(
         state = ENDED.get(record["status"], "has been started and has not ended")
         fix = f"set resume_from_checkpoint: true to continue from its last checkpoint, {out}"
         raise JobError(f"This job {state} in output_dir", str(folder), fix)
-
-
-def put_back(folder: Path) -> None:
-    """Restore the old run's lock file, also after a launch that was killed."""
-    if (folder / ASIDE).exists():
-        (folder / ASIDE).replace(folder / locks.FILE_NAME)
-
-
-def is_inside(storage: Storage, folder: Path) -> bool:
-    """Whether a storage lies in a folder."""
-    return _holds(Storage.at(str(folder)), storage)
-
-
-def _storage_of(value: str | None) -> Storage | None:
-    """Return the place that a key's value names; None if it names none that exists."""
-    if value is None:
-        return None
-    if "://" not in value and not Path(value).exists():
-        return None
-    try:
-        return Storage.at(value)
-    except StorageError:
-        return None
-
-
-def _holds(place: Storage, other: Storage) -> bool:
-    if place.is_local and other.is_local:
-        return Path(other.root).resolve().is_relative_to(Path(place.root).resolve())
-    same = place.filesystem == other.filesystem
-    return same and f"{other.root}/".startswith(f"{place.root.rstrip('/')}/")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -230,8 +230,8 @@ def _output_remarks(job: JobConfig) -> Iterator[str]:
     except (JobError, StorageError) as error:
         yield f"a launch is refused: {error.what} (output_dir: {job.output.output_dir})"
         return
-    if found.replaced.is_there:
-        yield f"a launch deletes the run in {found.folder} (overwrite_output_dir: true)"
+    if found.remark:
+        yield f"in a launch, {found.remark}"
     elif found.finished:
         yield f"a launch does nothing: this job has already finished in {found.folder}"
 

@@ -16,7 +16,7 @@ from raytrain_adv import text as numbers
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import SET_BY_THE_SWEEP, Sweep
 from raytrain_adv.driver.output import output_dir
-from raytrain_adv.driver.output.output_dir import Replaced
+from raytrain_adv.driver.output.replaced import Replaced
 from raytrain_adv.driver.training.console import printable
 from raytrain_adv.driver.training.trainer import release
 from raytrain_adv.redaction import hide_environment
@@ -67,7 +67,7 @@ class Results:
     def begin(self, at_once: int) -> None:
         """Record that trials start, and delete what they replace. Raises StorageError."""
         if self._replaced.is_there:
-            print(self._replaced.delete())
+            print(self._replaced.clear())
         self._write(max_concurrent_trials=at_once)
 
     def started(self, name: str) -> None:

@@ -20,7 +20,7 @@ from raytrain_adv.data.prepare import prepare
 from raytrain_adv.driver.cluster import connect
 from raytrain_adv.driver.cluster.nodes import Node, Placement, resolve_placement
 from raytrain_adv.driver.output import output_dir
-from raytrain_adv.driver.output.output_dir import Replaced
+from raytrain_adv.driver.output.replaced import RUN_FILE, Replaced
 from raytrain_adv.driver.preflight import table, verdicts
 from raytrain_adv.driver.preflight.probe import Read, read_nodes
 from raytrain_adv.driver.preflight.verdicts import Preflight
@@ -48,7 +48,7 @@ from raytrain_adv.transforms.applied import Transforms
 TRIALS = "trials"
 OR_ELSE = (
     "choose another output_dir, or set overwrite_output_dir: true to start again (its trials are "
-    "deleted)"
+    "kept in output_dir/previous)"
 )
 OURS = (TRIALS, output_dir.SWEEP_FILE, "sweep.html", "best_job.yaml")
 DRIVER_SHARE = 0.001
@@ -112,7 +112,8 @@ def open_folder(job: JobConfig, folder: Path) -> Replaced:
     resume = job.output.resume_from_checkpoint is True
     trials = _sweep(job).trials
     storages = [Storage.at(output_dir.storage_path(trial.job)) for trial in trials]
-    replaced = Replaced(folder, OURS, storages, is_there=False)
+    replaced = Replaced(folder, OURS, storages, job.ray.ray_storage_path)
+    replaced.deletes = job.output.delete_previous_run
     run, there = ([n for n in names if (folder / n).exists()] for names in (output_dir.OURS, OURS))
     if run:
         raise JobError(
@@ -124,8 +125,11 @@ def open_folder(job: JobConfig, folder: Path) -> Replaced:
         for trial, storage in zip(trials, storages, strict=True):
             own = Path(trial.job.output.output_dir)
             output_dir.refuse_anothers(storage, own, has_run=output_dir.record_of(own) is not None)
-            output_dir.refuse_to_delete_what_is_read(trial.job, replaced)
+            output_dir.refuse_to_replace_what_is_read(trial.job, replaced)
         replaced.is_there = bool(there) or any(storage.folders() for storage in storages)
+        if replaced.is_there:
+            sweep = Storage.at(str(folder)).read_json(output_dir.SWEEP_FILE)
+            output_dir.describe_replacement(replaced, owned=sweep is not None)
         return replaced
     # If Ray did not start, no trial has written something, and the folder can be used again.
     found = Storage.at(str(folder)).read_json(output_dir.SWEEP_FILE) or {"best_job": ""}
@@ -143,7 +147,7 @@ def open_folder(job: JobConfig, folder: Path) -> Replaced:
 def _refuse_other_jobs(trials: Sequence[Trial]) -> None:
     for trial in trials:
         folder = trial.job.output.output_dir
-        record = Storage.at(folder).read_json(output_dir.RUN_FILE)
+        record = Storage.at(folder).read_json(RUN_FILE)
         if record is not None and record["fingerprint"] != trial.job.fingerprint():
             raise JobError(
                 "output_dir holds a sweep of a job with other settings",

@@ -21,6 +21,7 @@ from raytrain_adv.driver.cluster.elastic import BatchPreservingPolicy
 from raytrain_adv.driver.cluster.nodes import Placement, release_workers, wait_for_room
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.output_dir import Output
+from raytrain_adv.driver.output.replaced import RUN_FILE
 from raytrain_adv.driver.preflight.probe import Read, read_nodes
 from raytrain_adv.driver.training import failures
 from raytrain_adv.driver.training.console import Console
@@ -94,6 +95,8 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
 def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunReport:
     progress = Progress()
     report = started(job, job.run_name)
+    if place.remark and not place.replaced.is_there:
+        report = report.model_copy(update={"notes": (*report.notes, place.remark)})
     for note in report.notes:
         console.say(note)
 
@@ -129,9 +132,11 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
 
 
 def _finish(job: JobConfig, place: Output, report: RunReport) -> None:
-    record.write(report, place.folder)
-    write_html(report, place.folder, plots=job.output.plot_loss)
-    place.note(job, report.status, place.number)
+    try:
+        record.write(report, place.folder)
+        write_html(report, place.folder, plots=job.output.plot_loss)
+    finally:
+        place.note(job, report.status, place.number)
 
 
 def fit(
@@ -199,7 +204,7 @@ def _trainer(
             "use_gpu": placement.use_gpu,
             "versions": placement.versions,
             "folder": os.getcwd(),
-            "marker": str(place.folder.absolute() / output_dir.RUN_FILE),
+            "marker": str(place.folder.absolute() / RUN_FILE),
         },
         torch_config=NodeNetwork(backend=backend, timeout_s=job.parallel.ddp_timeout),
         scaling_config=scaling(job, placement),

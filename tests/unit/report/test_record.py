@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 
-from raytrain_adv.errors import ClusterError, StorageError
+from raytrain_adv.errors import ClusterError, Stopped, StorageError
 from raytrain_adv.report import record
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.parts import Record, Sample, TransformReport, fold_names
@@ -162,3 +162,8 @@ def test_every_field_of_the_contract_has_its_sentence():
         if not (field.description or "").endswith(".")
     ]
     assert lacking == []
+
+
+@pytest.mark.parametrize("error", [Stopped("The run was stopped"), KeyboardInterrupt()])
+def test_a_clean_stop_has_an_exit_code_of_its_own(error):
+    assert describe_failure(error).exit_code == 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,8 @@ import yaml
 
 from raytrain_adv.config import load
 from raytrain_adv.driver.commands import submit
-from raytrain_adv.driver.commands.status import written
+from raytrain_adv.driver.commands.status import Run, _table, show, written
+from raytrain_adv.driver.output.output_dir import held
 from raytrain_adv.driver.watch.stop import StopRequest, handle_signals
 from raytrain_adv.errors import JobError
 from raytrain_adv.storage.metrics_file import MetricsFile
@@ -123,6 +125,38 @@ def test_status_reads_a_run_s_own_files(tmp_path):
         file.event("plan", "the run in numbers", total_steps=9, restarts=1)
         file.append({"kind": "train", "step": 4, "loss": 2.5, "tokens_per_second_per_worker": 7.0})
         file.event("phase", "checkpoints")
-    found = written(tmp_path)
-    assert found is not None and found.progress == "4/9" and found.loss == 2.5
+    with held(tmp_path):
+        found = written(tmp_path)
+    assert (
+        found is not None
+        and found.status == "running"
+        and found.progress == "4/9"
+        and found.loss == 2.5
+    )
     assert found.restarts == 1 and found.message == "checkpoints"
+
+
+@pytest.mark.parametrize(("status", "shown"), [("running", "died"), ("stopped", "stopped")])
+def test_a_run_whose_driver_is_gone_is_not_running_for_ever(tmp_path, capsys, status, shown):
+    with held(tmp_path):
+        (tmp_path / "run.json").write_text(json.dumps({"status": status}))
+    show(None, str(tmp_path))
+    said = capsys.readouterr().out
+    assert f"{tmp_path}: {shown}" in said
+    assert ("doctor" in said) is (shown == "died")
+
+
+@pytest.mark.parametrize(
+    ("ray", "own", "shown"),
+    [
+        ("ERRORED", "stopped", "stopped"),
+        ("ABORTED", "failed", "failed"),
+        ("RUNNING", "x", "running"),
+    ],
+)
+def test_the_table_of_runs_agrees_with_their_reports(tmp_path, ray, own, shown):
+    (tmp_path / "run.json").write_text(json.dumps({"status": own}))
+    config = {"run": "mine", "marker": str(tmp_path / "run.json")}
+    settings = {"train_loop_config": config}
+    entry = {"name": "mine_001", "status": ray, "run_settings": settings, "attempts": []}
+    assert f" {shown} " in _table([Run(entry)])

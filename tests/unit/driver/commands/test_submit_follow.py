@@ -46,7 +46,7 @@ class Cluster:
 
     def get_job_info(self, name: str) -> SimpleNamespace:
         self._call("get_job_info")
-        return SimpleNamespace(status=self.get_job_status(name))
+        return SimpleNamespace(status=self.get_job_status(name), driver_exit_code=None)
 
 
 @pytest.mark.parametrize("request_", [{}, {"while submitting": True}])
@@ -86,3 +86,13 @@ def test_the_signal_handler_is_put_back():
     before = signal.getsignal(signal.SIGINT)
     submit.follow(Cluster(), "job", {})
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_that_was_stopped_on_the_cluster_did_not_fail(capsys):
+    """Its driver ends with a code of its own; Ray calls every code but 0 a failure."""
+    cluster = Cluster()
+    cluster.stopped = True
+    ended = SimpleNamespace(status=JobStatus.FAILED, driver_exit_code=130, message="exit code 130")
+    cluster.get_job_info = lambda name: ended
+    assert submit.follow(cluster, "job", {}) == submit.EXIT_STOPPED
+    assert "failed" not in capsys.readouterr().out

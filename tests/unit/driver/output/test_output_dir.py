@@ -1,13 +1,23 @@
+import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.fs as pafs
 import pytest
 
 from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig
-from raytrain_adv.driver.output.output_dir import Output, decided, held, open_output, storage_below
+from raytrain_adv.driver.output.output_dir import (
+    Output,
+    decided,
+    held,
+    is_held,
+    open_output,
+    record_of,
+)
+from raytrain_adv.driver.output.replaced import storage_below
 from raytrain_adv.driver.training.failures import take_restart_reason, write_restart_reason
 from raytrain_adv.errors import JobError, StorageError
 from raytrain_adv.storage.storage import Storage
@@ -92,8 +102,13 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_overwriting_deletes_the_run_and_nothing_else_when_the_new_one_begins(make_job, old):
-    job = make_job(overwrite_output_dir=True, learning_rate=0.02)
+ROWS = {"metrics.jsonl": b'{"kind": "train", "step": 1, "loss": 2.0}\n'}
+OVERWRITES = {"overwrite_output_dir": True}
+DELETES = {"overwrite_output_dir": True, "delete_previous_run": True}
+
+
+def test_a_run_is_deleted_by_a_key_that_says_so_and_nothing_else_is(make_job, old):
+    job = make_job(**DELETES, learning_rate=0.02)
     output, said = open_output(job), []
     assert output.attempt == "out_001"
     (old / "kernels" / "new-456").mkdir()
@@ -107,11 +122,118 @@ def test_overwriting_deletes_the_run_and_nothing_else_when_the_new_one_begins(ma
         assert name in sentence
 
 
+def below(folder, contents):
+    return {f"{folder}/{name}": data for name, data in contents.items()}
+
+
+def test_an_overwritten_run_is_kept_whole_with_its_kernels(make_job, old):
+    """The same command twice took checkpoints, model and report of the run before."""
+    before, said = contents(old), []
+    del before["my-notes.txt"], before["run.json"]
+    for number, rate in ((1, 0.02), (2, 0.03)):
+        job = make_job(**OVERWRITES, learning_rate=rate)
+        output = open_output(job)
+        assert output.attempt == "out_001"
+        (old / "kernels" / "new-456").mkdir(parents=True, exist_ok=True)
+        (old / "kernels.lock.json").write_text("new-456")  # as the driver pins them for the plan
+        output.begin(job, said.append)
+        kept = contents(old / "previous" / str(number))
+        assert kept.pop("run.json")
+        assert kept == (before if number == 1 else ROWS | {"kernels.lock.json": b"new-456"})
+        (old / "metrics.jsonl").write_bytes(ROWS["metrics.jsonl"])
+    assert below("previous/1", before).items() <= contents(old).items()
+    assert (old / "my-notes.txt").read_text() == "mine"
+    assert f"moved the earlier run in {old} to {old}/previous/1: model" in said[0]
+
+
+def test_kernels_of_both_runs_are_in_both(make_job, old):
+    output = open_output(make_job(**OVERWRITES))
+    (old / "kernels.lock.json").write_text("old-123 new-456")
+    output.begin(make_job(**OVERWRITES), print)
+    assert (old / "kernels/old-123/file").is_file()
+    assert (old / "previous/1/kernels/old-123/file").is_file()
+
+
+def test_a_kept_run_can_be_continued_in_its_place(make_job, tmp_path):
+    for keys in ({}, {"ray_storage_path": str(tmp_path / "store")}):
+        folder = tmp_path / f"out{len(keys)}"
+        job = make_job(**keys, output_dir=str(folder))
+        first = start(job)
+        first.storage.folder(first.attempt, "step_00000003").make()
+        new = make_job(**keys, output_dir=str(folder), **OVERWRITES, learning_rate=0.02)
+        open_output(new).begin(new, print)
+        kept = Storage.at(str(folder / "previous/1")).read_json("run.json")["job"]
+        again = make_job(
+            output_dir=str(folder / "previous/1"),
+            resume_from_checkpoint=True,
+            ray_storage_path=kept["ray_storage_path"],
+            ray_run_name=kept["ray_run_name"],
+        )
+        found = open_output(again)
+        assert found.number == 2 and found.resume is True
+        assert found.storage.folder(first.attempt).folders() == ["step_00000003"]
+        assert open_output(new).number == 2
+
+
+@pytest.fixture
+def unfinished(make_job):
+    """Leave a stopped run with a complete checkpoint of step 3; return its folder."""
+    output = start(make_job())
+    output.note(make_job(), "stopped", 1)
+    return output.folder
+
+
+@pytest.fixture
+def step_3(monkeypatch):
+    found = SimpleNamespace(progress=SimpleNamespace(step=3), optimizer=True)
+    monkeypatch.setattr("raytrain_adv.checkpoint.folders.newest", lambda storage: found)
+    return found
+
+
+def test_an_unfinished_run_of_the_same_job_continues(make_job, unfinished, step_3):
+    output = open_output(make_job(**OVERWRITES))
+    assert output.resume is True and not output.replaced.is_there and output.number == 2
+    assert "continues from step 3" in output.remark
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        ({"resume_from_checkpoint": False}, True),
+        ({"learning_rate": 0.02}, True),
+        ({"delete_previous_run": True}, False),
+    ],
+)
+def test_it_is_started_again_by_a_key_that_says_so(make_job, unfinished, step_3, changed, kept):
+    job = make_job(**OVERWRITES, **changed)
+    output = open_output(job)
+    assert output.resume is False and output.replaced.is_there
+    output.begin(job, print)
+    assert (unfinished / "previous/1/metrics.jsonl").exists() is kept
+
+
+def test_without_optimizer_states_there_is_nothing_to_continue(make_job, unfinished, step_3):
+    step_3.optimizer = False
+    assert open_output(make_job(**OVERWRITES)).resume is False
+
+
+def test_only_what_a_run_owns_is_deleted(make_job, old):
+    (old / "run.json").unlink()
+    before = contents(old)
+    with pytest.raises(JobError, match="deletes only what a run of this package has written"):
+        open_output(make_job(**DELETES))
+    assert contents(old) == before
+    job = make_job(**OVERWRITES)
+    open_output(job).begin(job, print)
+    assert (old / "previous/1/model/file").is_file()
+
+
 @pytest.mark.parametrize("ends", ["is refused", "is killed"])
-def test_a_launch_that_does_not_begin_deletes_nothing(make_job, old, ends):
+@pytest.mark.parametrize("replaces", [OVERWRITES, DELETES])
+def test_a_launch_that_does_not_begin_replaces_nothing(make_job, old, ends, replaces):
     """Refused by preflight or its plan, it had deleted the run before without a word."""
     before = contents(old)
-    output = open_output(make_job(overwrite_output_dir=True, learning_rate=0.02))
+    output = open_output(make_job(**replaces, learning_rate=0.02))
     assert output.replaced.is_there
     (old / "kernels.lock.json").write_text("new-456")
     if ends == "is refused":
@@ -124,7 +246,7 @@ def test_a_launch_that_does_not_begin_deletes_nothing(make_job, old, ends):
 def test_checkpoints_kept_elsewhere_are_deleted_too_and_named(make_job, tmp_path):
     keys = {"ray_storage_path": str(tmp_path / "elsewhere")}
     start(make_job(**keys)).storage.folder("out_001", "step_1").make()
-    job, said = make_job(**keys, overwrite_output_dir=True), []
+    job, said = make_job(**keys, **DELETES), []
     open_output(job).begin(job, said.append)
     assert [path.name for path in (tmp_path / "elsewhere" / "out").iterdir()] == ["owner.json"]
     assert str(tmp_path / "elsewhere" / "out") in said[0]
@@ -205,9 +327,9 @@ def test_an_attempt_has_an_ascii_name_for_ray(make_job, tmp_path, name):
 
 
 def test_a_deletion_that_fails_is_not_called_keeping(make_job, old, monkeypatch):
-    output = open_output(make_job(overwrite_output_dir=True))
+    output = open_output(make_job(**DELETES))
     monkeypatch.setattr("shutil.rmtree", lambda path, **kwargs: None)
-    with pytest.raises(StorageError, match="cannot be deleted"):
+    with pytest.raises(StorageError, match="delete_previous_run could not be followed"):
         output.begin(make_job(), print)
     assert not output.replaced.is_there
 
@@ -318,3 +440,25 @@ def test_a_claim_on_an_object_store_has_one_winner_too(tmp_path, monkeypatch):
     assert not Storage(store, "claims").is_local
     with ThreadPoolExecutor(6) as pool:
         assert len(set(pool.map(claim, range(6)))) == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_does_not_leave_a_run_running_for_ever(make_job, monkeypatch, code):
+    output = open_output(make_job())
+
+    def full(path, data):
+        raise OSError(code, "full")
+
+    monkeypatch.setattr("raytrain_adv.storage.storage.write_atomic", full)
+    output.note(make_job(), "failed", 1)
+    assert record_of(output.folder)["status"] == "failed"
+    (output.folder / "run.json").write_text("")
+    with pytest.raises(StorageError):
+        output.note(make_job(), "failed", 1)
+
+
+def test_a_folder_is_held_while_its_driver_runs(tmp_path):
+    assert not is_held(tmp_path)
+    with held(tmp_path):
+        assert is_held(tmp_path)
+    assert not is_held(tmp_path)

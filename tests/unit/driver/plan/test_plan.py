@@ -227,7 +227,9 @@ def test_a_plan_states_what_a_launch_does_to_a_run_in_output_dir(make_job: Any) 
     assert not of_launch() and not Path(make_job().output.output_dir).exists()
     open_output(make_job(use_cpu=True)).note(make_job(use_cpu=True), "done", 1)
     assert "a launch is refused: This job has run to its end" in of_launch()[0]
-    assert of_launch(overwrite_output_dir=True)[0].startswith("a launch deletes the run in ")
+    assert " is kept in " in of_launch(overwrite_output_dir=True)[0]
+    deletes = {"overwrite_output_dir": True, "delete_previous_run": True}
+    assert " is deleted " in of_launch(**deletes)[0]
     assert of_launch(resume_from_checkpoint=True)[0].startswith("a launch does nothing")
 
 

@@ -304,22 +304,31 @@ def test_a_folder_with_a_sweep_is_refused_unless_the_job_resumes_or_overwrites_i
     assert (folder / "trials" / "learning_rate=0.001").exists()
 
 
-def test_overwriting_deletes_a_sweep_when_trials_begin_and_not_before(
-    swept: Callable[..., JobConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("deletes", [False, True])
+def test_overwriting_keeps_or_deletes_a_sweep_when_trials_begin_and_not_before(
+    deletes: bool,
+    swept: Callable[..., JobConfig],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "out"
     results_of(swept()).ended(leave(swept(), 0, 3.0), None)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert {"sweep.json", "report.json"} <= {path.name for path in before}
-    again = swept(overwrite_output_dir=True)
+    again = swept(overwrite_output_dir=True, delete_previous_run=deletes)
     results = Results(again, again.sweep, sweep.open_folder(again, folder))  # type: ignore[arg-type]
     assert not any(results.has_ended(trial.name) for trial in again.sweep.trials)  # type: ignore[union-attr]
     results.fail(ClusterError("no node has a GPU"))
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert "is unchanged: overwrite_output_dir deletes" in capsys.readouterr().out
+    assert " is unchanged: " in capsys.readouterr().out
     results.begin(1)
-    assert "deleted what" in capsys.readouterr().out
-    assert {path.name for path in folder.iterdir()} == {"sweep.json", "sweep.html"}
+    assert ("deleted what" if deletes else "moved the earlier run") in capsys.readouterr().out
+    left = {"sweep.json", "sweep.html"} | (set() if deletes else {"previous"})
+    assert {path.name for path in folder.iterdir()} == left
+    if not deletes:
+        kept = folder / "previous" / "1"
+        moved = {kept / path.relative_to(folder): data for path, data in before.items()}
+        assert {path: path.read_bytes() for path in moved} == moved
     assert sweep_record.read(folder).status == "running"
 
 
