@@ -132,6 +132,8 @@ class ParallelConfig(Section):
     """Workers that share one copy of the model; none means all, fewer than all is HSDP."""
     fsdp_reshard_after_forward: bool = True
     """Free gathered parameters after each layer's forward; false communicates less, for memory."""
+    fsdp_reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which workers sum gradients; bfloat16 moves half the bytes, and rounds each sum."""
     fsdp_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer states in host memory."""
     ddp_timeout: Count = 1800

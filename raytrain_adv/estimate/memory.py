@@ -15,12 +15,11 @@ from raytrain_adv.checkpoint.staging import LARGEST_SHARE
 from raytrain_adv.config.job import JobConfig, accumulation
 from raytrain_adv.estimate.flops import text_config
 from raytrain_adv.estimate.sizes import HostCopies, Passes, States, head_loss
-from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
+from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype, reduce_dtype
 from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
 from raytrain_adv.text import GIB
 
-REDUCE_BYTES = 4  # FSDP2 sums gradients in float32
 GATHERED_AHEAD = 2  # layers that are whole at a time: the computing and the prefetched one
 WORKSPACE_BYTES = 96 * 2**20  # cuBLAS and attention workspaces, rotary tables, token ids
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "gathered")
@@ -208,8 +207,8 @@ class _Gradients:
 
     @staticmethod
     def sharded(s: States, job: JobConfig, earlier: float) -> _Gradients:
-        """Return those with FSDP2: in the compute dtype, copied to float32, then reduced."""
-        with_copy = 1 + REDUCE_BYTES / compute_dtype(job).itemsize
+        """Return those with FSDP2: in the compute dtype, copied to the reduction's, then reduced."""
+        with_copy = 1 + reduce_dtype(job).itemsize / compute_dtype(job).itemsize
         outside = s.head_gradient + (0.0 if s.is_tied else s.embedding_gradient)
         return _Gradients(
             first=earlier,

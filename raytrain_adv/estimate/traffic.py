@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.estimate.assumptions import Assumptions
-from raytrain_adv.estimate.memory import REDUCE_BYTES
 from raytrain_adv.estimate.sizes import has_8bit_states, num_bytes, num_rows, shard_size
 from raytrain_adv.hardware import peak_flops
 from raytrain_adv.model.build import decoder_layers
-from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
+from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype, reduce_dtype
 from raytrain_adv.transforms.applied import Transforms
 
 GB = 1e9
@@ -75,7 +74,7 @@ class Traffic:
 def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[tuple[int, int]]:
     """Return the bytes of each module that FSDP2 gathers and reduces as a whole, a layer or the
     rest of the model (model/parallel.py): of its parameters as they are sent, and of its gradients
-    in float32, 0 if it is frozen; with padding. The model is not sharded; the meta device is
+    as they are summed, 0 if it is frozen; with padding. The model is not sharded; the meta device is
     enough.
 
     A parameter is split along its first dimension into equal parts for all ranks: rows are padded
@@ -94,7 +93,7 @@ def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[tuple[int
             padded = -(-rows // shards) * shards * row
             size = compute_dtype(job).itemsize if p.is_floating_point() else p.element_size()
             gathered += padded * sizes.get(id(p), size)
-            reduced += padded * REDUCE_BYTES if p.requires_grad else 0
+            reduced += padded * reduce_dtype(job).itemsize if p.requires_grad else 0
         found.append((gathered, reduced))
     return found
 

@@ -63,6 +63,11 @@ def compute_dtype(job: JobConfig) -> torch.dtype:
     return torch.bfloat16 if job.train.computes_in_bf16 else torch.float32
 
 
+def reduce_dtype(job: JobConfig) -> torch.dtype:
+    """Return the dtype in which FSDP2 sends and sums gradients."""
+    return torch.bfloat16 if job.parallel.fsdp_reduce_dtype == "bfloat16" else torch.float32
+
+
 def build_mesh(job: JobConfig, device: torch.device) -> DeviceMesh | None:
     """Return the mesh over all ranks: (shard), or (replicate, shard) for HSDP; none without ranks.
 
@@ -179,7 +184,9 @@ def _sharder(job: JobConfig, mesh: DeviceMesh | None) -> Callable[[nn.Module], F
         # The root too, which FSDP2 by itself would leave whole: head and embedding would stay over
         # the loss, where memory peaks.
         reshard_after_forward=options.fsdp_reshard_after_forward,
-        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype(job), reduce_dtype=torch.float32),
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=compute_dtype(job), reduce_dtype=reduce_dtype(job)
+        ),
         offload_policy=offload,
     )
 

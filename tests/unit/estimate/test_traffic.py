@@ -43,6 +43,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "lora": {"bf16": True, "finetuning_type": "lora", "lora_rank": 6},
     "fp8": {"pure_bf16": True, "fp8": True, "fp8_min_features": 16, "fp8_allow_cpu": True}
     | {"fp8_enable_fsdp_float8_all_gather": True},
+    "half": {"bf16": True, "fsdp_reduce_dtype": "bfloat16"},
     "hsdp": {"bf16": False, "fsdp_shard_size": 2, "ray_num_workers": 4},
 }
 COLLECTIVES = ("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor")
@@ -117,7 +118,7 @@ def jobs_in(folder: Path, names: tuple[str, ...]) -> dict[str, JobConfig]:
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_bytes_are_those_of_real_collectives_and_checkpoints(tmp_path: Path, ranks: int) -> None:
     """On 4 ranks also as pairs with a copy each."""
-    jobs = jobs_in(tmp_path, ("full", "lora", "fp8") if ranks == 2 else (*JOBS,))
+    jobs = jobs_in(tmp_path, ("full", "lora", "fp8", "half") if ranks == 2 else (*JOBS,))
     found = run_ranks(all_steps, ranks, tmp_path, jobs, str(tmp_path))[0]
     for name, job in jobs.items():
         model = build(job)
