@@ -207,7 +207,7 @@ class _Gradients:
 
     @staticmethod
     def sharded(s: States, job: JobConfig, earlier: float) -> _Gradients:
-        """Return those with FSDP2: in the compute dtype, copied to the reduction's, then reduced."""
+        """Return those with FSDP2: in the compute dtype, copied to that of the sum, summed."""
         with_copy = 1 + reduce_dtype(job).itemsize / compute_dtype(job).itemsize
         outside = s.head_gradient + (0.0 if s.is_tied else s.embedding_gradient)
         return _Gradients(

@@ -74,8 +74,8 @@ class Traffic:
 def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[tuple[int, int]]:
     """Return the bytes of each module that FSDP2 gathers and reduces as a whole, a layer or the
     rest of the model (model/parallel.py): of its parameters as they are sent, and of its gradients
-    as they are summed, 0 if it is frozen; with padding. The model is not sharded; the meta device is
-    enough.
+    as they are summed, 0 if it is frozen; with padding. The model is not sharded; the meta device
+    is enough.
 
     A parameter is split along its first dimension into equal parts for all ranks: rows are padded
     to a multiple of them. It is sent in the compute dtype, packed weights as their bytes, and what
