@@ -5,6 +5,8 @@ And library messages that have nothing to do with the job, which are hidden.
 
 import logging
 
+# Control characters but tabs and new lines: a file from elsewhere could send them to a terminal.
+UNPRINTED = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 EXIT_DONE = 0
 EXIT_JOB_FILE = 2
 EXIT_TRAINING_FAILED = 3
@@ -36,7 +38,7 @@ class RaytrainAdvError(Exception):
             for i, line in enumerate(text.splitlines()):
                 prefix = f"{label}:".ljust(7) if i == 0 else " " * 7
                 lines.append(f"  {prefix}{line}")
-        return "\n".join(lines)
+        return "\n".join(lines).translate(UNPRINTED)
 
 
 class JobError(RaytrainAdvError):

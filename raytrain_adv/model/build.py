@@ -26,6 +26,7 @@ from raytrain_adv.transforms.lora import Lora
 CAUSAL_CLASS = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 ATTENTION_SIZES = ("num_attention_heads", "num_key_value_heads")
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", *ATTENTION_SIZES)
+MOST_LAYERS = 4096  # each is built and planned: more take hours and all memory
 OTHER_MODALITIES = re.compile(
     r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector|embed_vision|embed_audio)$"
 )
@@ -211,6 +212,8 @@ def refuse_sizes(name: str, config: PretrainedConfig) -> None:
     first: Any = next(iter(text.per_layer_config)) if differs else text
     sizes = {key: getattr(first, key, None) for key in SIZES}
     wrong = [f"{k}: {v}" for k, v in sizes.items() if isinstance(v, int) and v < 1]
+    if isinstance(layers := sizes["num_hidden_layers"], int) and layers > MOST_LAYERS:
+        wrong.append(f"num_hidden_layers: {layers:,} is more than {MOST_LAYERS:,}")
     heads, groups = (sizes[key] for key in ATTENTION_SIZES)
     if not wrong and isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         wrong = [f"num_attention_heads: {heads} is not a multiple of num_key_value_heads: {groups}"]

@@ -67,6 +67,7 @@ class CheckpointFiles:
         self._handles: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Name -> shape of every tensor, and of every weight that is stored rounded."""
+        self._integers: set[str] = set()  # names of tensors of integers
         for file, names in tensor_files(folder).items():
             self._open_file(file, names)
         self._held = self.shapes
@@ -89,7 +90,14 @@ class CheckpointFiles:
             )
         for name in held:
             self._handles[name] = handle
-            self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+            part = handle.get_slice(name)
+            self.shapes[name] = tuple(part.get_shape())
+            if part.get_dtype().startswith(("I", "U")):
+                self._integers.add(name)
+
+    def holds_integers(self, name: str) -> bool:
+        """Return whether a tensor's values are integers, and do not stand for rounded weights."""
+        return name in self._integers and name not in self._stored
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Read a tensor, or the region of it, into host memory: in the file's dtype, or in float32

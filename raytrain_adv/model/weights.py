@@ -184,9 +184,15 @@ def match(plain: PreTrainedModel, files: CheckpointFiles) -> Route:
         for name, source in found.direct.items()
         if files.shapes[source] != tuple(wanted[name].shape)
     ]
-    if not (missing or unexpected or reshaped):
+    integers = [
+        source
+        for name, source in found.direct.items()
+        if wanted[name].is_floating_point() and files.holds_integers(source)
+    ]
+    if not (missing or unexpected or reshaped or integers):
         return found
     wrong = {"missing": missing, "unexpected": unexpected, "wrongly shaped": reshaped}
+    wrong["stored as integers"] = integers
     lines = [
         f"{len(items)} {kind}: {', '.join(items[:4])}{' ...' if len(items) > 4 else ''}"
         for kind, items in wrong.items()

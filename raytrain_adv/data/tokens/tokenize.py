@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from raytrain_adv.data.read.formats import Conversation, Layout, UnusableRow
+from raytrain_adv.data.tokens.limits import MOST_CHARACTERS, no_panics, template_time
 from raytrain_adv.data.tokens.page import Piece
 from raytrain_adv.data.tokens.render import Renderer, renderer
 from raytrain_adv.errors import JobError
@@ -55,13 +56,15 @@ class Tokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
-        self.render: Renderer = renderer(
-            tokenizer,
-            recipe.template,
-            recipe.default_system,
-            recipe.enable_thinking,
-            recipe.mask_history,
-        )
+        with template_time("of a conversation that tries it"):
+            self.render: Renderer = renderer(
+                tokenizer,
+                recipe.template,
+                recipe.default_system,
+                recipe.enable_thinking,
+                recipe.mask_history,
+            )
+        self.longest = max(MOST_CHARACTERS, 64 * recipe.cutoff_len)
         self.encode = _encode_pieces if joins_cleanly(tokenizer) else _encode_whole
         if self.encode is _encode_whole and not tokenizer.is_fast:
             what = "This tokenizer does not report the positions of its tokens in the text"
@@ -72,13 +75,17 @@ class Tokenizer:
         """Tokenize a chunk."""
         unusable: list[tuple[str, str]] = []
         places, rendered = [], []
-        for where, values in rows:
-            try:
-                rendered.append(self._pieces(layout.conversation(values)))
-                places.append(where)
-            except UnusableRow as reason:
-                unusable.append((where, str(reason)))
-        chunk = self._cut(places, self.encode(self.tokenizer, rendered), unusable)
+        span = f"{rows[0][0]} to {rows[-1][0]}" if rows else "no rows"
+        with template_time(span):
+            for where, values in rows:
+                try:
+                    rendered.append(self._pieces(layout.conversation(values)))
+                    places.append(where)
+                except UnusableRow as reason:
+                    unusable.append((where, str(reason)))
+        with no_panics(span):
+            encoded = self.encode(self.tokenizer, rendered)
+        chunk = self._cut(places, encoded, unusable)
         chunk.num_read = len(rows)
         return chunk
 
@@ -86,6 +93,8 @@ class Tokenizer:
         pieces = self.render(conversation)
         if not any(p.is_answer for p in pieces):
             raise UnusableRow("no answer: the chat template writes none")
+        if (size := sum(len(p.text) for p in pieces)) > self.longest:
+            raise UnusableRow(f"{size:,} characters, more than {self.longest:,}")
         return pieces
 
     def _cut(

@@ -8,6 +8,7 @@ import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.data.tokens.limits import no_panics, template_time
 from raytrain_adv.data.tokens.templates import Template, find_template, no_template, unfit
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.build import read_config
@@ -44,12 +45,15 @@ def _load(job: JobConfig) -> PreTrainedTokenizerBase:
     if folder.is_dir():
         refuse_pipes(name, folder)
     try:
-        loaded = AutoTokenizer.from_pretrained(
-            name,
-            revision=job.model.model_revision,
-            cache_dir=job.model.cache_dir,
-            trust_remote_code=job.model.trust_remote_code,
-        )
+        with no_panics(f"the files of {name}"):
+            loaded = AutoTokenizer.from_pretrained(
+                name,
+                revision=job.model.model_revision,
+                cache_dir=job.model.cache_dir,
+                trust_remote_code=job.model.trust_remote_code,
+            )
+    except JobError:
+        raise
     except Exception as error:  # whatever transformers raises on a malformed config or tokenizer
         read_config(job)  # raises the better error if the model's config is what is wrong
         inside = "no such folder here"
@@ -92,7 +96,9 @@ def _adopt(tokenizer: PreTrainedTokenizerBase, template: Template, source: str) 
         what = f"Template {template.name} does not fit this model's tokenizer"
         fix = "give the tokenizer an eos_token in tokenizer_config.json"
         raise JobError(what, "the tokenizer has no eos token", fix)
-    if not _writes_the_same(tokenizer, source):
+    with template_time("of the tokenizer's own"):
+        is_its_own = _writes_the_same(tokenizer, source)
+    if not is_its_own:
         tokenizer.chat_template = source
 
 

@@ -141,6 +141,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_pat
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "quantized weights"),
         ({"hidden_size": "wide"}, "transformers cannot build this model"),
         ({"num_attention_heads": 0}, "transformers cannot build this model"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers: 10,000,000 is more than 4,096"),
     ],
 )
 def test_configs_that_cannot_be_trained_are_refused(

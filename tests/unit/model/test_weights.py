@@ -204,6 +204,13 @@ def rewrite(folder: Path, change: Any) -> None:
             "1 missing: model.layers.1.mlp.up_proj.weight",
         ),
         (lambda t: t.update(extra=torch.zeros(2)), "1 unexpected: extra"),
+        *(
+            (
+                lambda t, d=dtype: t.update({"model.norm.weight": torch.ones(32).to(d)}),
+                "1 stored as integers: model.norm.weight",
+            )
+            for dtype in (torch.int32, torch.uint8, torch.int64)
+        ),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(31)}),
             "1 wrongly shaped: model.norm.weight is [31], the model has [32]",

@@ -1,0 +1,69 @@
+"""What a file from elsewhere may cost: the time of a chat template, and crashes of a tokenizer."""
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raytrain_adv.errors import JobError
+
+SECONDS = 60.0  # for the conversations of one chunk, which take a second
+MOST_CHARACTERS = 2**22
+"""Of a row, or 64 for each token of cutoff_len if that is more: 5 GB went into a row of 50 MB."""
+
+
+class _Expired(BaseException):
+    """Raised in a thread whose time is over."""
+
+
+@contextmanager
+def template_time(where: str, seconds: float = SECONDS) -> Iterator[None]:
+    """Stop a chat template whose loops take too long.
+
+    Jinja's sandbox bounds one range, and not loops in loops. They are Python's, so that an
+    exception set from another thread ends them.
+
+    Raises:
+        JobError: when the time is over.
+    """
+    me, has_ended = threading.get_ident(), threading.Event()
+
+    def expire() -> None:
+        if not has_ended.is_set():
+            exception = ctypes.py_object(_Expired)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me), exception)
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+        has_ended.set()
+    except _Expired:
+        raise JobError(
+            "The chat template takes too long",
+            f"more than {seconds:g} s: {where}",
+            "set template in the job, or correct chat_template in the tokenizer's folder",
+        ) from None
+    finally:
+        has_ended.set()
+        timer.cancel()
+
+
+@contextmanager
+def no_panics(what: str) -> Iterator[None]:
+    """Turn a crash of a library in Rust, which is no Exception, into an error that names `what`.
+
+    Raises:
+        JobError: when it crashes.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise JobError(
+            f"The tokenizers library crashed on {what}",
+            str(error)[:300],
+            "check tokenizer.json: it may be damaged, or made for another version",
+        ) from None

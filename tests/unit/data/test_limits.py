@@ -1,0 +1,78 @@
+"""What files from elsewhere may cost: endless templates, rows of megabytes, crashes in Rust."""
+
+import time
+from functools import partial
+
+import pytest
+
+from raytrain_adv.data.read.formats import Conversation
+from raytrain_adv.data.tokens import tokenize
+from raytrain_adv.data.tokens.limits import no_panics, template_time
+from raytrain_adv.data.tokens.tokenize import Recipe, Tokenizer
+from raytrain_adv.errors import JobError
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+RECIPE = Recipe(None, None, cutoff_len=128, train_on_prompt=False, mask_history=False)
+
+
+class PanicException(BaseException):  # pyo3's name
+    """What a panic in Rust is in Python."""
+
+
+def with_template(tokenizer, chat_template):
+    copy = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    copy.chat_template = chat_template
+    return copy
+
+
+class Rows:
+    """A layout of rows that are conversations already."""
+
+    def conversation(self, values):
+        return Conversation(values)
+
+
+def chat(text):
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]
+
+
+def test_an_endless_chat_template_is_stopped_and_named(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenize, "template_time", partial(template_time, seconds=0.5))
+    began = time.monotonic()
+    with pytest.raises(JobError, match="chat template takes too long") as caught:
+        Tokenizer(with_template(tiny_tokenizer, ENDLESS + PLAIN), RECIPE)(
+            [("rows.jsonl, line 1", chat("a"))], Rows()
+        )
+    assert time.monotonic() - began < 30 and "0.5 s" in caught.value.found
+
+
+def test_a_template_in_time_is_left_alone():
+    with template_time("rows", 0.1):
+        pass
+    time.sleep(0.3)  # the timer has been canceled
+
+
+def test_a_row_of_megabytes_is_left_out_and_counted(tiny_tokenizer):
+    tokenizer = Tokenizer(with_template(tiny_tokenizer, PLAIN), RECIPE)
+    tokenizer.longest = 1000
+    chunk = tokenizer([("line 1", chat("a" * 2000)), ("line 2", chat("a"))], Rows())
+    assert len(chunk.lengths) == 1 and chunk.num_read == 2
+    ((where, why),) = chunk.unusable
+    assert where == "line 1" and "more than 1,000" in why
+
+
+def test_a_crash_of_the_tokenizers_library_is_an_error_that_names_the_file():
+    with (
+        pytest.raises(JobError, match="crashed on the files of m") as caught,
+        no_panics("the files of m"),
+    ):
+        raise PanicException("index out of bounds")
+    assert "index out of bounds" in caught.value.found
+    with pytest.raises(KeyboardInterrupt), no_panics("x"):
+        raise KeyboardInterrupt
+
+
+def test_control_characters_of_a_files_text_do_not_reach_the_terminal():
+    text = str(JobError("a\x1b[2Jb\x9b\x07", "c\td\ne", "f\r"))
+    assert text == "a?[2Jb??\n  found: c\td\n         e\n  fix:   f"
