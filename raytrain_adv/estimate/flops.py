@@ -81,7 +81,7 @@ def _attention_flops(config: PretrainedConfig, seq_len: float, kind: str | None)
     # Mistral's window applies to every layer, unless the config has a switch for it.
     slides = getattr(config, "use_sliding_window", True) if kind is None else "sliding" in kind
     window = (getattr(config, "sliding_window", None) if slides else None) or seq_len
-    return 12.0 * heads * (query_dim + value_dim) / 2 * mean_keys(seq_len, window)
+    return float(12.0 * heads * (query_dim + value_dim) / 2 * mean_keys(seq_len, window))
 
 
 def mean_keys(seq_len: float, window: float) -> float:

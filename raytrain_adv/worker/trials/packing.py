@@ -92,7 +92,7 @@ def _missing(model: PreTrainedModel) -> Iterator[str]:
 @contextmanager
 def _quiet(job: JobConfig, model: PreTrainedModel) -> Iterator[None]:
     """Turn dropout, compilation and features off inside; drop gradients afterward."""
-    model.eval()
+    model.train(False)
     Transforms(job).switch(model, False)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):
@@ -182,7 +182,8 @@ class _Rows:
             embedded.append(output)
             return output
 
-        embedding: Any = self.model.get_input_embeddings()  # type: ignore[no-untyped-call]
+        untyped: Any = self.model  # transformers has no types here
+        embedding = untyped.get_input_embeddings()
         hook = embedding.register_forward_hook(keep)
         try:
             logits = self.model(**self._inputs(conversations), use_cache=False).logits[0, own]
