@@ -216,8 +216,8 @@ def plan(arguments: tuple[str, ...], **options: Any) -> None:
 ADDRESS = click.option(
     "--address",
     metavar="URL",
-    help="The cluster's dashboard; by default RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or "
-    "http://127.0.0.1:8265.",
+    help="The cluster's dashboard; by default RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this "
+    "machine's.",
 )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import requests
 from ray._private.authentication.authentication_token_setup import (
     AUTH_MODE_ENV_VAR,
@@ -19,13 +21,32 @@ from raytrain_adv.errors import ClusterError
 from raytrain_adv.text import first_line
 
 DEFAULT = "http://127.0.0.1:8265"
+RETRIES = ("port-retries", 50)  # the option for further ports, and its default
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+NEVER = "Train state data is not available"  # where nothing has run yet (ray 2.60)
 RUNS = "/api/train/v2/runs/v1"  # Ray Train's runs (ray 2.60); its web pages have no tab for them
 
 
 def named(address: str | None) -> str | None:
     """Return the given address, or the one that the environment names for Ray's own commands."""
     return address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+
+
+def of_this_machine() -> list[str]:
+    """Return the dashboards of the Rays that run on this machine, those of launches among them."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if not any(part.endswith("ray/dashboard/dashboard.py") for part in line):
+            continue
+        options = dict(part.partition("=")[::2] for part in line)
+        first, tries = (int(options.get(f"--{key}", n)) for key, n in (("port", 8265), RETRIES))
+        with contextlib.suppress(psutil.Error):  # it has just ended, or is another user's
+            for one in process.net_connections("tcp"):
+                if one.status == psutil.CONN_LISTEN and 0 <= one.laddr.port - first <= tries:
+                    host = one.laddr.ip if one.laddr.ip not in ("0.0.0.0", "::") else LOOPBACK[0]
+                    found.append(f"http://{host}:{one.laddr.port}")
+    return sorted(found)
 
 
 def connect(address: str | None) -> JobSubmissionClient:
@@ -72,6 +93,8 @@ def train_runs(client: JobSubmissionClient) -> list[dict[str, Any]]:
     try:
         # Private, for its headers with the cluster's token; there is no public client (ray 2.60).
         answer = client._do_request("GET", RUNS)
+        if answer.status_code == 500 and NEVER in answer.text:
+            return []
         answer.raise_for_status()
     except (requests.RequestException, RuntimeError) as error:
         raise ClusterError(

@@ -17,7 +17,7 @@ from raytrain_adv import tables, text
 from raytrain_adv.driver.cluster import dashboard
 from raytrain_adv.driver.output.output_dir import is_held
 from raytrain_adv.driver.output.replaced import RUN_FILE
-from raytrain_adv.errors import JobError
+from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.storage.storage import Storage
 
@@ -67,21 +67,41 @@ def show(address: str | None, run: str | None) -> None:
     if folder is not None and dashboard.named(address) is None:
         print("\n".join([*lines, "no --address: Ray was not queried"]))
         return
-    runs = [Run(entry) for entry in dashboard.train_runs(dashboard.connect(address))]
+    url = dashboard.named(address)
+    urls = [url] if url else dashboard.of_this_machine()
+    runs = _runs_at(urls)
     if run is None:
-        print(_table(runs) if runs else "the cluster has no runs")
+        where = "the cluster" if url else "this machine"
+        more = "" if url else "; --address URL names a cluster"
+        print(_table(runs) if runs else f"{where} has no runs{more}")
         return
     place = folder.absolute() if folder is not None else Path()
     chosen = [one for one in runs if run in one.names or one.output_dir == place]
     if not chosen and folder is None:
         raise JobError(
-            f"The cluster has no run {run!r}",
+            f"{'The cluster' if url else 'This machine'} has no run {run!r}",
             f"its runs: {', '.join(sorted({one.name for one in runs})) or 'none'}",
-            "name one of them, or an output_dir that can be read from here",
+            "name one of them, an output_dir that can be read from here, or a cluster by --address",
         )
     for one in chosen:
         lines += [*([""] if lines else []), *_details(one, files=folder is None)]
     print("\n".join(lines))
+
+
+def _runs_at(urls: Sequence[str]) -> list[Run]:
+    """Return the runs of all these clusters that answer; at least one must, if there is any."""
+    runs: list[Run] = []
+    errors: list[ClusterError] = []
+    for url in urls:
+        try:
+            runs += map(Run, dashboard.train_runs(dashboard.connect(url)))
+        except ClusterError as error:
+            errors.append(error)
+    if errors and len(errors) == len(urls):
+        raise errors[0]
+    for error in errors:
+        print(f"left out: {error.what} ({error.found})")
+    return runs
 
 
 def _folder(run: str | None) -> Path | None:
