@@ -14,7 +14,7 @@ from raytrain_adv.data.batches.sequences import SequenceSet, TokenRows, pack
 from raytrain_adv.data.read.entries import Entry, resolve
 from raytrain_adv.data.tokens import cache
 from raytrain_adv.data.tokens.cache import Say
-from raytrain_adv.data.tokens.datasets import TokenizedDatasets
+from raytrain_adv.data.tokens.datasets import NUM_SHOWN, TokenizedDatasets
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
 
@@ -186,8 +186,9 @@ def _histogram(lengths: NDArray[np.int64]) -> dict[str, list[int]]:
 
 def _unusable_sentence(rows: dict[str, Any]) -> str:
     """Name the first unusable rows and count all."""
-    shown = "; ".join(f"{e['where']}: {e['reason']}" for e in rows["unusable_examples"])
-    more = rows["unusable"] - len(rows["unusable_examples"])
+    examples = rows["unusable_examples"][:NUM_SHOWN]
+    shown = "; ".join(f"{e['where']}: {e['reason']}" for e in examples)
+    more = rows["unusable"] - len(examples)
     rest = f"; and {more:,} more" if more else ""
     return f"{rows['unusable']:,} of {rows['read']:,} rows cannot be used: {shown}{rest}"
 

@@ -56,7 +56,6 @@ def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = T
         drawings=plot.draw(charts.plots(report, rows)) if plots else [],
         variants=variants,
         baseline=_baseline(report),
-        set_lines=_set_lines,
         more_data=[
             (key.replace("_", " "), value)
             for key, value in report.data.items()
@@ -96,6 +95,8 @@ def page(template: str, **values: Any) -> str:
         "node": _node,
         "start": _start,
         "places": lambda example: (example["where"], example["reason"]),
+        "cut": lambda example: (example["where"], text.count(example["tokens"])),
+        "set_lines": _set_lines,
     }
     return environment.get_template(template).render(version=__version__, now=time.time(), **values)
 

@@ -150,6 +150,7 @@ def _read_json(file: Path) -> Iterator[Row]:
     """Read an array of rows, or rows one after the other, each with its line."""
     text = _decode(file, file.read_bytes(), 1)
     decoder, scanner = json.JSONDecoder(), _Scanner(file, text)
+    one_line, number = "\n" not in text.strip(), 0
     in_array = scanner.skip_to_value() == "["
     if in_array:
         scanner.at += 1
@@ -164,7 +165,9 @@ def _read_json(file: Path) -> Iterator[Row]:
             raise _broken(file, error.lineno, error.msg) from error
         except (ValueError, RecursionError) as error:  # beyond Python's limits
             raise _broken(file, line, str(error)) from error
-        yield Row(f"{file}:{line}", values, scanner.at / len(text))
+        number += 1
+        place = f"{file}:{line}, row {number}" if one_line else f"{file}:{line}"
+        yield Row(place, values, scanner.at / len(text))
         if scanner.ended(in_array):
             return
 

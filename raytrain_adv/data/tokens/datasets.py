@@ -29,10 +29,12 @@ CHUNK = 1000
 """Rows that are tokenized at a time."""
 ENOUGH_FOR_PROCESSES = 20_000
 """Rows below which starting processes takes longer than they save."""
+NUM_SHOWN = 5
+"""Of those, the ones in a message."""
 SAMPLE = 100
 """Rows that a layout is derived from."""
-NUM_EXAMPLES = 5
-"""Unusable rows that are named; the others are counted."""
+NUM_EXAMPLES = 100
+"""Unusable rows, and cut ones, that are named; the others are counted."""
 SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -75,23 +77,26 @@ class TokenizedDatasets:
         Raises:
             JobError: if a dataset is broken, or no row can be used.
         """
-        counts: dict[str, Any] = {"read": 0, "used": 0, "unusable": 0, "truncated": 0}
+        counts: dict[str, Any] = {"read": 0, "used": 0}
         unusable: list[tuple[str, str]] = []
+        cut: list[tuple[str, int]] = []
         names = ", ".join(entry.name for entry in self.entries)
         with RowProgress(names, self.say) as progress:
             for chunk, share in self._chunks():
                 writer.append(chunk)
                 counts["read"] += chunk.num_read
                 counts["used"] += len(chunk.lengths)
-                counts["truncated"] += chunk.num_cut
+                cut += chunk.cut
                 unusable += chunk.unusable
                 progress.update(counts["read"], share)
         counts["unusable"] = len(unusable)
         counts["unusable_reasons"] = reasons(unusable)
         first = unusable[:NUM_EXAMPLES]
+        counts["truncated"] = len(cut)
+        counts["cut_examples"] = [{"where": w, "tokens": n} for w, n in cut[:NUM_EXAMPLES]]
         counts["unusable_examples"] = [{"where": w, "reason": r} for w, r in first]
         if not counts["used"]:
-            examples = "\n".join(f"{where}: {reason}" for where, reason in first)
+            examples = "\n".join(f"{where}: {reason}" for where, reason in first[:NUM_SHOWN])
             raise JobError(
                 f"No row of {names} can be trained on",
                 f"{counts['unusable']} rows read, none usable\n{examples}",
@@ -101,7 +106,7 @@ class TokenizedDatasets:
         return counts
 
     def _chunks(self) -> Iterator[tuple[Chunk, float]]:
-        tasks = self._tasks()
+        tasks = self.tasks()
         num_processes = self.data.preprocessing_num_workers or min(16, _num_cores())
         first = list(islice(tasks, ENOUGH_FOR_PROCESSES // CHUNK)) if num_processes > 1 else []
         if len(first) == ENOUGH_FOR_PROCESSES // CHUNK:
@@ -110,7 +115,12 @@ class TokenizedDatasets:
         else:
             yield from tokenize_here(chain(first, tasks), Tokenizer(self.tokenizer, self.recipe))
 
-    def _tasks(self) -> Iterator[Task]:
+    def tasks(self) -> Iterator[Task]:
+        """Yield the rows, chunk by chunk, each with its layout.
+
+        Raises:
+            JobError: if a dataset is empty, broken, or of no known layout.
+        """
         total = len(self.entries)
         for number, (entry, source) in enumerate(zip(self.entries, self.sources, strict=True)):
             rows = self._rows(entry, source)

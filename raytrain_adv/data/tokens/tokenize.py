@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import chain, takewhile
+from dataclasses import dataclass, field, replace
+from itertools import chain, count, takewhile
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from raytrain_adv.data.read.formats import Conversation, Layout, UnusableRow
 from raytrain_adv.data.tokens.limits import MOST_CHARACTERS, no_panics, template_time
 from raytrain_adv.data.tokens.page import Piece
 from raytrain_adv.data.tokens.render import Renderer, renderer
+from raytrain_adv.data.tokens.shorten import picked
 from raytrain_adv.errors import JobError
 
 RawRow = tuple[str, Any]
@@ -45,10 +46,25 @@ class Chunk:
     answer_starts: NDArray[np.int32]
     """[rows]"""
     num_read: int = 0
-    num_cut: int = 0
-    """Rows that were longer than cutoff_len, among those used."""
+    cut: list[tuple[str, int]] = field(default_factory=list)
+    """Rows, among those used, that were longer than cutoff_len: where, and how many tokens."""
     unusable: list[tuple[str, str]] = field(default_factory=list)
     """Where, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A tokenized row."""
+
+    where: str
+    ids: NDArray[np.int32]
+    """[tokens]"""
+    trained: NDArray[np.bool_]
+    """[tokens]"""
+    answer_start: int
+    """Where the last answer begins."""
+    num_before: int
+    """Its tokens before it was cut."""
 
 
 class Tokenizer:
@@ -73,6 +89,22 @@ class Tokenizer:
 
     def __call__(self, rows: list[RawRow], layout: Layout) -> Chunk:
         """Tokenize a chunk."""
+        kept, unusable = self.rows(rows, layout)
+        cut = [(row.where, row.num_before) for row in kept if row.num_before > len(row.ids)]
+        return Chunk(
+            ids=np.concatenate([row.ids for row in kept] or [np.zeros(0, np.int32)]),
+            trained=np.concatenate([row.trained for row in kept] or [np.zeros(0, np.bool_)]),
+            lengths=np.array([len(row.ids) for row in kept], dtype=np.int64),
+            answer_starts=np.array([row.answer_start for row in kept], dtype=np.int32),
+            num_read=len(rows),
+            cut=cut,
+            unusable=unusable,
+        )
+
+    def rows(
+        self, rows: list[RawRow], layout: Layout
+    ) -> tuple[list[TokenRow], list[tuple[str, str]]]:
+        """Tokenize rows; return those that can be trained on, and where the others are, and why."""
         unusable: list[tuple[str, str]] = []
         places, rendered = [], []
         span = f"{rows[0][0]} to {rows[-1][0]}" if rows else "no rows"
@@ -85,57 +117,63 @@ class Tokenizer:
                     unusable.append((where, str(reason)))
         with no_panics(span):
             encoded = self.encode(self.tokenizer, rendered)
-        chunk = self._cut(places, encoded, unusable)
-        chunk.num_read = len(rows)
-        return chunk
+        kept = []
+        for where, tokens in zip(places, encoded, strict=True):
+            try:
+                kept.append(self._row(where, tokens))
+            except UnusableRow as reason:
+                unusable.append((where, str(reason)))
+        return kept, unusable
 
     def _pieces(self, conversation: Conversation) -> list[Piece]:
-        pieces = self.render(conversation)
+        pieces = _without_loss(conversation, self.render(conversation))
         if not any(p.is_answer for p in pieces):
             raise UnusableRow("no answer: the chat template writes none")
         if (size := sum(len(p.text) for p in pieces)) > self.longest:
             raise UnusableRow(f"{size:,} characters, more than {self.longest:,}")
         return pieces
 
-    def _cut(
-        self, places: list[str], encoded: list["_Encoded"], unusable: list[tuple[str, str]]
-    ) -> Chunk:
-        cutoff = self.recipe.cutoff_len
-        kept, num_cut = [], 0
-        for where, row in zip(places, encoded, strict=True):
-            if row is None:
-                unusable.append((where, _SPANS_BOTH))
-                continue
-            trained = self._mask(row)[:cutoff]
-            if not trained[1:].any():
-                reason = f"the answer begins at token {row.answer_start + 1}, beyond cutoff_len"
-                unusable.append((where, reason))
-                continue
-            num_cut += len(row.ids) > cutoff
-            kept.append((row.ids[:cutoff], trained, min(row.answer_start, cutoff)))
-        return Chunk(
-            ids=np.concatenate([k[0] for k in kept] or [np.zeros(0, np.int32)]),
-            trained=np.concatenate([k[1] for k in kept] or [np.zeros(0, np.bool_)]),
-            lengths=np.array([len(k[0]) for k in kept], dtype=np.int64),
-            answer_starts=np.array([k[2] for k in kept], dtype=np.int32),
-            num_cut=num_cut,
-            unusable=unusable,
-        )
-
-    def _mask(self, row: "_Tokens") -> NDArray[np.bool_]:
+    def _row(self, where: str, tokens: "_Encoded") -> TokenRow:
+        if tokens is None:
+            raise UnusableRow(_SPANS_BOTH)
+        cutoff, num_before = self.recipe.cutoff_len, len(tokens.ids)
+        if num_before > cutoff:
+            stay = picked(tokens.is_answer, cutoff, last_first=self.recipe.mask_history)
+            tokens = _Tokens(tokens.ids[stay], tokens.is_answer[stay])
+        answer_start = _last_run(tokens.is_answer)
+        trained = tokens.is_answer
         if self.recipe.train_on_prompt:
-            return np.ones(len(row.ids), dtype=np.bool_)
-        if self.recipe.mask_history:
-            return row.is_answer & (np.arange(len(row.ids)) >= row.answer_start)
-        return row.is_answer
+            trained = np.ones(len(tokens.ids), dtype=np.bool_)
+        elif self.recipe.mask_history:
+            trained = trained & (np.arange(len(trained)) >= answer_start)
+        if not trained[1:].any():
+            reason = f"within cutoff_len ({cutoff}) there is no room for an answer"
+            raise UnusableRow(f"{reason}: the row has {num_before} tokens")
+        return TokenRow(where, tokens.ids, trained, answer_start, num_before)
+
+
+def _without_loss(conversation: Conversation, pieces: list[Piece]) -> list[Piece]:
+    """Return the pieces; answers with loss_weight 0 are no answers."""
+    answers = [m for m in conversation.messages if m["role"] == "assistant"]
+    silent = {number for number, m in enumerate(answers) if m.get("loss_weight") == 0}
+    if not silent:
+        return pieces
+    if len(answers) != sum(piece.is_answer for piece in pieces):
+        raise UnusableRow("the answer with loss_weight 0 touches another one")
+    numbers = count()
+    return [replace(p, is_answer=p.is_answer and next(numbers) not in silent) for p in pieces]
+
+
+def _last_run(is_answer: NDArray[np.bool_]) -> int:
+    """Return where the last answer begins; the length if there is none."""
+    starts = np.flatnonzero(np.diff(is_answer, prepend=False) & is_answer)
+    return int(starts[-1]) if len(starts) else len(is_answer)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
     ids: NDArray[np.int32]
     is_answer: NDArray[np.bool_]
-    answer_start: int
-    """Where the last answer begins."""
 
 
 _Encoded = _Tokens | None
@@ -169,10 +207,9 @@ def _encode_pieces(
     for pieces in rendered:
         parts = [next(ids) for _ in pieces]
         lengths = [len(part) for part in parts]
-        answers = [i for i, piece in enumerate(pieces) if piece.is_answer]
         tokens = np.fromiter(chain.from_iterable(parts), dtype=np.int32, count=sum(lengths))
         is_answer = np.repeat([piece.is_answer for piece in pieces], lengths)
-        encoded.append(_Tokens(tokens, is_answer, sum(lengths[: answers[-1]])))
+        encoded.append(_Tokens(tokens, is_answer))
     return encoded
 
 
@@ -198,10 +235,8 @@ def _encode_whole(
         if ids[: len(prompt)] != prompt or (spans[:, 1] > borders[piece_of]).any():
             encoded.append(None)
             continue
-        answers = [i for i, piece in enumerate(pieces) if piece.is_answer]
         is_answer = np.array([piece.is_answer for piece in pieces])[piece_of]
-        start = int(np.searchsorted(piece_of, answers[-1]))
-        encoded.append(_Tokens(np.array(ids, dtype=np.int32), is_answer, start))
+        encoded.append(_Tokens(np.array(ids, dtype=np.int32), is_answer))
     return encoded
 
 

@@ -13,6 +13,7 @@ from raytrain_adv import hardware, tables
 from raytrain_adv.config.job import CPU_WORKERS, JobConfig, accumulation, numbers
 from raytrain_adv.data.batches.collate import pad_to
 from raytrain_adv.data.prepare import PreparedData
+from raytrain_adv.data.shown import plain, shown_rows
 from raytrain_adv.driver.output.output_dir import decided
 from raytrain_adv.driver.plan.data import DataSummary, measure, summarize
 from raytrain_adv.driver.plan.text import render, render_brief, sweep_view, view
@@ -192,6 +193,8 @@ def show(
     )
     plan = replace(plan, remarks=remarks(job, world_size, facts))
     tables.show(view(plan, verbose))
+    for row in shown_rows(job, 1):
+        console.print(f"\n{plain(row)}\nMore of them: raytrain-adv data {job.source}", markup=False)
 
 
 def _workers(job: JobConfig, requested: int | None, facts: HardwareFacts) -> tuple[int, str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.prepare import PreparedData, prepare
+from raytrain_adv.data.shown import plain, shown_rows
 from raytrain_adv.driver.cluster import connect, nodes
 from raytrain_adv.driver.cluster.nodes import Placement
 from raytrain_adv.driver.plan.plan import RunPlan, render_brief, resolve
@@ -70,6 +71,8 @@ def prepare_run(
     end("preflight")
     prepared = data.result()
     end("wait for data")
+    for row in shown_rows(job, 1):
+        say(plain(row))
     fetch(job, found.facts or hardware.detect(), say)
     plan = resolve(job, world_size=placement.fewest, data=prepared, facts=found.facts)
     say(placement.note)

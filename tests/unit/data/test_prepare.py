@@ -145,14 +145,30 @@ def test_long_row_is_cut_and_counted(make_job, write_rows):
     assert "1 rows were longer than cutoff_len (32) and were cut" in said
 
 
-def test_row_whose_answer_is_cut_away_is_unusable_with_its_line(make_job, write_rows):
-    file = write_rows([*pairs(2), {"instruction": "long " * 200, "output": "A"}])
-    data, said = ready(make_job(dataset=file, cutoff_len=32))
-    counts = data.stats["rows"]
-    assert (counts["read"], counts["used"], counts["unusable"]) == (3, 2, 1)
-    assert counts["unusable_examples"][0]["where"] == f"{file}:3"
-    assert "beyond cutoff_len" in counts["unusable_examples"][0]["reason"]
-    assert any(f"1 of 3 rows cannot be used: {file}:3: the answer" in line for line in said)
+def test_long_prompt_is_shortened_and_its_answer_kept(make_job, write_rows, tiny_tokenizer):
+    file = write_rows([{"instruction": "long " * 200, "output": "A short answer."}, *pairs(2)])
+    data, _ = ready(make_job(dataset=file, cutoff_len=32))
+    assert data.stats["rows"]["cut_examples"][0]["where"] == f"{file}:1"
+    answer = data.prompts(1, tiny_tokenizer)[0].reference
+    assert answer == "A short answer." and data.train.lengths.max() == 32
+
+
+def test_row_without_room_for_an_answer_is_unusable_with_its_line(make_job, write_rows):
+    file = write_rows([*pairs(2), {"instruction": "long " * 2000, "output": "A " * 20}])
+    data, said = ready(make_job(dataset=file, cutoff_len=16))
+    assert data.stats["rows"]["used"] == 2
+    assert any(f"{file}:3: within cutoff_len (16) there is no room" in line for line in said)
+
+
+def test_loss_weight_zero_takes_an_answer_out_of_the_loss(make_job, write_rows):
+    messages = [
+        {"role": "user", "content": [{"type": "text", "value": "One?"}]},
+        {"role": "assistant", "content": [{"type": "text", "value": "First."}], "loss_weight": 0.0},
+        {"role": "user", "content": [{"type": "text", "value": "Two?"}]},
+        {"role": "assistant", "content": [{"type": "text", "value": "Second."}], "loss_weight": 1},
+    ]
+    job = make_job(dataset=write_rows([{"messages": messages}]))
+    assert trained_text(job, ready(job)[0].train[0]) == "Second.<|end|>"
 
 
 def test_unusable_rows_are_counted_and_the_first_are_named(make_job, write_rows):
