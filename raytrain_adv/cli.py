@@ -216,16 +216,10 @@ def plan(arguments: tuple[str, ...], **options: Any) -> None:
 @app.command(context_settings=JOB)
 @job_options
 @click.option("--rows", type=click.IntRange(1, 1000), default=3, help="Rows to show (default: 3).")
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-              help="Write a page with them, token by token.")  # fmt: skip
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page too.")
 def data(arguments: tuple[str, ...], rows: int, html: Path | None) -> None:
-    """Show rows as the model will see them, and what they are trained on.
-
-    Tokenizes the job's data, into the cache that training uses, and prints rows, lengths, and which
-    rows are cut or left out, and why.
-    """
-    job = _load(arguments)
-    check_files(job)
+    """Show rows as the model will see them, what is trained, and which are cut or left out."""
+    check_files(job := _load(arguments))
     from raytrain_adv.driver.commands.data import show
 
     show(job, rows, html)
