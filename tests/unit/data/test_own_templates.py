@@ -47,7 +47,8 @@ TEMPLATES = {
     "glm4_moe": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
     + ASK + "<|assistant|>\n{% endif %}",
     "deepseek3": "{% for m in messages %}{% if m.role == 'assistant' and m.tool_calls %}"
-    "<|assistant|><|call|>{% for c in m.tool_calls %}{{ c.function.name + ' ' + c.function.arguments }}"
+    "<|assistant|><|call|>{% for c in m.tool_calls %}"
+    "{{ c.function.name + ' ' + c.function.arguments }}"
     "{% endfor %}<|end|>{% elif m.role == 'assistant' %}<|assistant|>"
     "{{ m.content.split('</think>')[-1] }}<|end|>"
     "{% elif m.role == 'tool' %}<|out|>{{ m.content }}{% else %}<|user|>{{ m.content }}{% endif %}"
