@@ -83,6 +83,8 @@ class Layer:
     key_width: int  # elements per token of all keys; the same for the values
     linears: tuple[Linear, ...]
     norms: tuple[Norm, ...]
+    routed: float = 0.0  # elements per token of all active experts' outputs, before they are summed
+    gate_copies: float = 0.0  # elements per token that an unusual gate of experts keeps too
 
     @cached_property
     def linear_inputs(self) -> float:
@@ -124,11 +126,17 @@ class Layer:
         )
         is_gated = self.mlp_inner > 1.5 * self.mlp_width
         mlp = self.mlp_inner + (self.mlp_width if is_gated else 0)
-        return norms + size * (self.linear_inputs + mlp) + self.attention(size, kind, seq_len)
+        experts = self.routed + self.gate_copies
+        return (
+            norms
+            + size * (self.linear_inputs + mlp + experts)
+            + self.attention(size, kind, seq_len)
+        )
 
     def kept_compiled(self, size: int, kind: AttentionKind, seq_len: int) -> float:
         """Return the bytes per token kept by a compiled layer."""
         kept = sum(norm.width for norm in self.norms) + self.linear_inputs + self.mlp_inner
+        kept += self.routed  # which the routers' weights are multiplied with
         return size * kept + self.attention(size, kind, seq_len)
 
     def kept_selective(self, size: int, compiled: bool) -> float:
@@ -155,8 +163,31 @@ def read_layer(layer: nn.Module, config: PretrainedConfig) -> Layer:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     query_width = next((int(m.in_width) for m in linears if m.is_output), heads * head_dim)
     key_width = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    if nope := getattr(config, "qk_nope_head_dim", None):
+        # Multi-head latent attention keeps queries and keys, joined from two parts each, and the
+        # projection that keys and values are cut from.
+        joined, value = nope + config.qk_rope_head_dim, config.v_head_dim
+        key_width = (heads * (2 * joined + nope + value) - query_width) // 2
     norms = tuple(_norms(layer, query_width, key_width))
-    return Layer(config.hidden_size, heads, query_width, key_width, linears, norms)
+    routed, gates = _routed(layer, config)
+    sizes = (config.hidden_size, heads, query_width, key_width)
+    return Layer(*sizes, linears, norms, routed, gates)
+
+
+def _routed(layer: nn.Module, config: PretrainedConfig) -> tuple[float, float]:
+    """Return the elements per token of active experts' outputs, and of what gates of their own keep
+    (gpt-oss: clamped halves, a sigmoid, two products).
+    """
+    outputs = gates = 0.0
+    for module in stacked(layer).values():
+        active, held = experts_per_token(config), shapes(module)
+        outputs += active * config.hidden_size
+        kind = vars(module).get("original", type(module))
+        gate = getattr(kind, "_apply_gate", None)
+        if gate is not None and gate.__module__ == kind.__module__:
+            matrix = held["down_proj"][1:]
+            gates += 4 * active * next((n for n in matrix if n != config.hidden_size), matrix[0])
+    return outputs, gates
 
 
 def _linears(layer: nn.Module, config: PretrainedConfig) -> Iterator[Linear]:

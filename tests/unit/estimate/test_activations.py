@@ -27,6 +27,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "mistral": {},
     "phi3": {"pad_token_id": 0},
     "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 64,
+        "head_dim": 32,
+    },
 }
 
 

@@ -277,3 +277,24 @@ def test_packed_experts_train_on_two_ranks_as_on_one_and_are_merged(tmp_path: Pa
             parameter.copy_(value(name))
         found, wanted = plain(TOKENS).logits, model.eval()(TOKENS).logits.float()
     assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        LORA,
+        {"enable_qat": True, "qat_activation_dtype": "int8", "qat_group_size": 8},
+        NF4,
+    ],
+    ids=["full", "lora", "qat", "qlora"],
+)
+def test_a_layer_with_experts_compiles_into_one_graph(keys: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {**WIDE, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    folder = write_checkpoint("gpt_oss", tmp_path / "m", **sizes)
+    job = job_for(folder, tmp_path, gradient_checkpointing="none", **keys)
+    eager = train(prepared(job))
+    model: Any = prepared(job)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(train(model), eager, rtol=1e-3, atol=1e-4)
