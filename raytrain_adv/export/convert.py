@@ -1,32 +1,36 @@
-"""A new model folder with torchao's tensors, converted one tensor at a time."""
+"""A new model folder in the layout that the job exports, converted one tensor at a time."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles
 from raytrain_adv.model.build import build, head_fqn
 from raytrain_adv.model.conversion import Group
 from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.model.weights import convert_group, match
 from raytrain_adv.ops.experts.find import layout_of, matrices, stacked
+from raytrain_adv.ops.fake_quant import compressed_tensors, gguf_file
+from raytrain_adv.ops.fake_quant.compressed_tensors import Scheme
+from raytrain_adv.ops.fake_quant.targets import GGUF
 from raytrain_adv.ops.fake_quant.torchao_config import describe_model, tensor_of
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.modules import is_tied, own_name
 from raytrain_adv.transforms.qat import EMBEDDING, EXPERTS, Qat
-
-if TYPE_CHECKING:
-    from torchao.core.config import AOBaseConfig
+from raytrain_adv.transforms.transform import DEFECT
 
 COPIED = (
     "generation_config.json",
@@ -45,8 +49,9 @@ COPIED = (
 """What goes with a model's weights into a folder that is made of another."""
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-Configs = Mapping[str, "AOBaseConfig"]
-"""torchao's configuration of each tensor that is converted, by its name in the model."""
+Configs = Mapping[str, Any]
+"""The layout's configuration of each tensor that is converted, by its name in the model: a Scheme
+for compressed-tensors and GGUF, or a configuration of torchao."""
 Axes = Mapping[str, int]
 """Of stacked experts, by their names: the axis of the input features."""
 
@@ -73,19 +78,24 @@ def write_converted(
 ) -> None:
     """Write the model of `source` into the folder `folder`, converted by the job's QAT keys.
 
-    The folder loads with AutoModelForCausalLM.from_pretrained and torchao. Host memory holds one
-    file's tensors and the one that is being converted.
+    The folder loads with AutoModelForCausalLM.from_pretrained and torchao or compressed-tensors.
+    Host memory holds one file's tensors and the one that is being converted.
 
     Weights are rounded to `dtype`, then converted on `device`. `require` is called with the bytes
     that will be written, before they are.
 
     Raises:
         JobError: when the files of `source` are not what the architecture needs.
+        TrainingError: when what was written is not what training rounds weights to.
     """
     plain = build(job)
     configs, axes = tensor_configs(plain, job), stacked_axes(plain)
     with CheckpointFiles(source) as files:
         pieces = list(_pieces(plain, files, configs))
+        if job.transform(Qat).target.layout == GGUF:
+            require(sum(math.prod(piece.shape) * dtype.itemsize for piece in pieces))
+            _write_gguf(source, folder, pieces, configs, dtype)
+            return
         metadata, size = describe(pieces, configs, axes, dtype)
         require(size)
         written = TensorFiles(folder, max_file_bytes, metadata)
@@ -94,15 +104,33 @@ def write_converted(
             for name, tensor in _flat(piece.name, value)[0].items():
                 written.add(name, tensor.cpu())
         written.close()
+        check_stored(folder, pieces, configs, dtype, device)
     _copy_others(source, folder)
     _write_config(source, folder, plain, job, configs, dtype)
 
 
+def _write_gguf(
+    source: Path, folder: Path, pieces: list[Piece], configs: Configs, dtype: torch.dtype
+) -> None:
+    """Write one GGUF file, read it back, and compare its values with training's."""
+
+    def tensors() -> Iterator[gguf_file.Tensor]:
+        for piece in pieces:
+            form = configs[piece.name].weight_form if piece.name in configs else ""
+            yield gguf_file.Tensor(piece.name, piece.read().to(dtype), form)
+
+    gguf_file.write(source, folder, tensors())
+    for wrong in gguf_file.differences(source, folder, tensors()):
+        raise TrainingError(f"{gguf_file.FILE} is not what was trained", wrong, DEFECT)
+    _copy_others(source, folder)
+    shutil.copyfile(source / "config.json", folder / "config.json")
+
+
 def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
-    """Return torchao's configuration of each tensor that the job's plan converts, by name."""
+    """Return the configuration of each tensor that the job's plan converts, by name."""
     qat = job.transform(Qat)
     changes = Transforms(job).plan(plain)[qat.name].changes
-    configs: dict[str, AOBaseConfig] = {}
+    configs: dict[str, Any] = {}
     for fqn, change in changes.items():
         config = qat.layer_config("" if change.after == EMBEDDING else qat.activation_dtype)
         name = own_name(fqn)
@@ -172,14 +200,20 @@ def describe(
             piece.name, _value(empty, piece.name, configs, axes, dtype, empty.device)
         )
         size += sum(t.numel() * t.element_size() for t in tensors.values())
-        if piece.is_listed:
+        if piece.is_listed and piece.name in described:
             metadata[piece.name] = described[piece.name]
     metadata["tensor_names"] = json.dumps(list(metadata))
-    return metadata, size
+    return {} if _is_compressed(configs) else metadata, size
 
 
-def _flat(name: str, value: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _is_compressed(configs: Configs) -> bool:
+    return any(isinstance(config, Scheme) for config in configs.values())
+
+
+def _flat(name: str, value: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return a tensor as the plain ones it consists of, and how to join them."""
+    if isinstance(value, dict):
+        return value, {}
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     flat: tuple[dict[str, torch.Tensor], dict[str, str]] = flatten_tensor_state_dict({name: value})
@@ -193,11 +227,44 @@ def _value(
     axes: Axes,
     dtype: torch.dtype,
     device: torch.device,
-) -> torch.Tensor:
+) -> Any:
     """Return a tensor as it is stored: converted if it has a config, integers as is."""
+    if isinstance(configs.get(name), Scheme):
+        return compressed_tensors.stored(name, tensor.to(device=device, dtype=dtype), configs[name])
     if name in configs:
         return tensor_of(tensor.to(device=device, dtype=dtype), configs[name], axes.get(name, -1))
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def check_stored(
+    folder: Path, pieces: list[Piece], configs: Configs, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Read what was written in compressed-tensors' layout, and compare each value with the one that
+    training rounds the same weight to. torchao's tensors are compared when the folder is loaded.
+
+    Raises:
+        TrainingError: naming the first linear that differs, and a value.
+    """
+    places: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            places |= dict.fromkeys(opened.keys(), file)
+    for piece in pieces:
+        scheme = configs.get(piece.name)
+        if not isinstance(scheme, Scheme):
+            continue
+        found = {}
+        for name in (n for n in places if n.startswith(piece.name)):
+            with safe_open(places[name], framework="pt", device=str(device)) as opened:
+                found[name] = opened.get_tensor(name)
+        weight = piece.read().to(device=device, dtype=dtype)
+        wrong, example = compressed_tensors.difference(piece.name, weight, found, scheme)
+        if wrong:
+            raise TrainingError(
+                f"{piece.name} was not written as it was trained",
+                f"{wrong:,} of {weight.numel():,} values differ: {example}",
+                DEFECT,
+            )
 
 
 def _copy_others(source: Path, folder: Path) -> None:
@@ -221,7 +288,12 @@ def _write_config(
     config["dtype"] = str(dtype).removeprefix("torch.")
     linears = [f for f, m in plain.named_modules() if isinstance(m, nn.Linear)]
     qat = job.transform(Qat)
-    config |= describe_model(linears, configs, qat.layer_config(qat.activation_dtype))
+    default = qat.layer_config(qat.activation_dtype)
+    if isinstance(default, Scheme):
+        stems = [name.removesuffix(".weight") for name in configs]
+        config |= compressed_tensors.describe(linears, stems, default)
+    else:
+        config |= describe_model(linears, configs, default)
     if is_untied(plain, configs):
         for part in (config, *(v for k, v in config.items() if k == "text_config")):
             part["tie_word_embeddings"] = False

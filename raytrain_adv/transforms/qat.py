@@ -8,13 +8,27 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import ClusterError, JobError
-from raytrain_adv.ops.fake_quant.torchao_config import (
+from raytrain_adv.ops.fake_quant.targets import (
     FLOAT8,
+    FOUR_BIT_FLOATS,
+    GGUF,
+    NO_TARGET,
+    ROUNDED_BY,
+    TARGETS,
+    TORCHAO,
+    Target,
+    TargetName,
+    WeightDtype,
+    in_words,
+    refuse_for_layout,
+    served,
+)
+from raytrain_adv.ops.fake_quant.torchao_config import (
     NOT_SERVED,
     SERVED,
     config_of,
@@ -32,7 +46,6 @@ from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, 
 
 if TYPE_CHECKING:
     from torch import nn
-    from torchao.core.config import AOBaseConfig
 
     from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
@@ -76,15 +89,18 @@ class Qat(Transform):
 
     enable_qat: bool = False
     """Train with fake quantization, and export the quantized model next to the trained one."""
-    qat_weight_dtype: Literal["int8", "int4", "int3", "int2", "float8_e4m3fn"] = "int8"
-    """What weights are rounded to."""
+    qat_target: TargetName | None = None
+    """The engine and scheme that the quantized model is for: sets the other qat keys, rounds as
+    that engine does, and exports its format; null exports torchao's tensors."""
+    qat_weight_dtype: WeightDtype = "int8"
+    """What weights are rounded to; nvfp4 and mxfp4 with a qat_target alone."""
     qat_activation_dtype: Literal["none", "int8", "float8_e4m3fn"] | None = None
     """What the inputs of linears are rounded to, with one range per token; none leaves them."""
     qat_group_size: Annotated[int, Field(ge=2, le=LARGEST)] | None = 32
     """Input features of a weight that share a scale; null gives each output channel one, which
     float8 always has."""
-    qat_quantize_embedding: bool = True
-    """Quantize the input embedding too, as the weights; not with float8."""
+    qat_quantize_embedding: bool = False
+    """Quantize the input embedding too, as the weights; not with float8. vLLM cannot load it."""
     qat_exclude: str | list[str] = ""
     """Linears to skip, comma separated or a list: names, ends of names (down_proj), or
     patterns (model.layers.0.*)."""
@@ -96,10 +112,32 @@ class Qat(Transform):
     compare: bool = False
     """Train the same job without fake quantization first, and measure this run by it."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_target(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Add the keys that the target sets and the job does not."""
+        keys = TARGETS.get(str(given.get("qat_target")), NO_TARGET).keys()
+        return {**{key: values[0] for key, values in keys.items()}, **given}
+
     @property
     def proven_by(self) -> str:  # type: ignore[override] # a class variable where it never varies
         """The operator that rounds weights."""
-        return f"raytrain_adv::{'quantize_float8' if self.is_float8 else 'fake_quantize_groups'}"
+        return f"raytrain_adv::{ROUNDED_BY.get(self.weight_form, 'fake_quantize_groups')}"
+
+    @property
+    def target(self) -> Target:
+        """What the quantized model is for."""
+        return TARGETS.get(str(self.qat_target), NO_TARGET)
+
+    @property
+    def weight_form(self) -> str:
+        """How weights are rounded."""
+        return self.target.weight_form or self.qat_weight_dtype
+
+    @property
+    def activation_form(self) -> str:
+        """How activations are rounded; empty for not at all."""
+        return self.target.activation_forms.get(self.activation_dtype, self.activation_dtype)
 
     @property
     def is_float8(self) -> bool:
@@ -136,9 +174,11 @@ class Qat(Transform):
     @property
     def scheme(self) -> str:
         """The configuration in words, as `int4 weights in groups of 32, int8 activations`."""
-        groups = f"in groups of {self.group_size}" if self.group_size else "per channel"
-        activations = f"{self.activation_dtype} activations" if self.activation_dtype else ""
-        return ", ".join(filter(None, (f"{self.qat_weight_dtype} weights {groups}", activations)))
+        return in_words(self.qat_target, *self._form)
+
+    @property
+    def _form(self) -> tuple[str, int | None, str]:
+        return self.qat_weight_dtype, self.group_size, self.activation_dtype
 
     @classmethod
     def why_not(cls, key: str, value: object) -> str:
@@ -152,7 +192,17 @@ class Qat(Transform):
         """Refuse combinations that no torchao tensor stores."""
         if not self.enable_qat:
             return
-        keys = "qat_weight_dtype and qat_activation_dtype"
+        for key, takes in self.target.refused(self.model_dump()):
+            fix = f"delete {key}, or qat_target"
+            yield Problem(f"{self.qat_target} {takes}", fix, f"{key} and qat_target")
+        if self.qat_target:
+            return
+        keys = "qat_weight_dtype"
+        if self.qat_weight_dtype in FOUR_BIT_FLOATS:
+            fix = f"set qat_target: vllm-{self.qat_weight_dtype}a16"
+            yield Problem("torchao stores no such weights", fix, keys)
+            return
+        keys += " and qat_activation_dtype"
         if self.activation_dtype and self.is_float8 != (self.activation_dtype == FLOAT8):
             text = f"no kernel multiplies {self.qat_weight_dtype} with {self.activation_dtype}"
             yield Problem(text, f"served are: {SERVED}", keys)
@@ -169,6 +219,12 @@ class Qat(Transform):
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
         """Refuse what cannot be rounded or computed, and a delay longer than the run."""
         yield from _with_fp8(job)
+        if self.target.layout == GGUF and not job.train.computes_in_bf16:
+            text = "llama.cpp's float16 holds no float32 scales exactly"
+            yield Problem(text, "set bf16: true", "qat_target and bf16")
+        if self.target.layout == GGUF and job.flat()["finetuning_type"] == "lora":
+            fix, keys = "set finetuning_type: full", "qat_target and finetuning_type"
+            yield Problem("a GGUF file holds no adapter", fix, keys)
         if self.activation_dtype == FLOAT8:
             key, none = "qat_activation_dtype", "or set qat_activation_dtype: none"
             if job.parallel.use_cpu:
@@ -199,12 +255,9 @@ class Qat(Transform):
         """Refuse a delay longer than the run."""
         key, first = "fake_quant_after_n_steps", self.first_step
         if first is not None and first >= total_steps:
-            raise JobError(
-                "Fake quantization would never begin",
-                f"{key}: {first}, and the run has {total_steps} steps",
-                f"give at most {total_steps - 1}; half of the steps is a usual choice. "
-                f"{key}: never quantizes after training (PTQ)",
-            )
+            found = f"{key}: {first}, and the run has {total_steps} steps"
+            fix = f"give at most {total_steps - 1}, as half of the steps; never stands for PTQ"
+            raise JobError("Fake quantization would never begin", found, fix)
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears, and the embedding, that compute with rounded values."""
@@ -215,28 +268,29 @@ class Qat(Transform):
         changes, skipped = plan_linears(
             model, BECOMES, "qat_exclude", given, self._why_not, lambda experts: "", EXPERTS
         )
-        linears: dict[str, Any] = {
-            fqn: model.get_submodule(fqn) for fqn, c in changes.items() if c.after != EXPERTS
-        }
+        names = [fqn for fqn, change in changes.items() if change.after != EXPERTS]
+        linears: dict[str, Any] = {fqn: model.get_submodule(fqn) for fqn in names}
         if not changes:
-            raise JobError(
-                "enable_qat: true would not round any linear of this model",
-                ", ".join(sorted({f"{why} ({fqn})" for fqn, why in skipped.items()})[:4])
-                or f"{class_name(model)} computes with other modules than torch.nn.Linear",
-                "correct qat_exclude, or set enable_qat: false",
-            )
+            what = "enable_qat: true would not round any linear of this model"
+            found = ", ".join(sorted({f"{why} ({fqn})" for fqn, why in skipped.items()})[:4])
+            other = f"{class_name(model)} computes with other modules than torch.nn.Linear"
+            raise JobError(what, found or other, "correct qat_exclude, or set enable_qat: false")
         widths = {fqn: int(m.in_features) for fqn, m in linears.items()}
         for fqn in changes.keys() - linears.keys():
             stacks = widths_of(model.get_submodule(fqn))
             widths |= {f"{fqn}.{name}": width for name, width in stacks.items()}
         refuse_odd_groups(self.group_size, widths)
         in_float8 = [m for fqn, m in linears.items() if changes[fqn].before == IN_FLOAT8]
+        experts = sorted(changes.keys() - linears.keys())
+        refuse_for_layout(self.target.layout, model.config, changes, skipped, experts)
         refuse_frozen(in_float8, self.qat_weight_dtype, self.activation_dtype)
         embedding = input_embedding(model)
         table = fqn_of(model, embedding)
         if embedding is not None and table is not None:
-            if reason := self._embedding_reason(embedding):
-                skipped[table] = reason
+            if not self.qat_quantize_embedding:
+                skipped[table] = "qat_quantize_embedding: false"
+            elif class_name(embedding) != "torch.nn.Embedding":
+                skipped[table] = f"a {class_name(embedding)}, not a plain embedding"
             else:
                 refuse_odd_groups(self.group_size, {table: int(embedding.embedding_dim)})
                 changes[table] = Change(class_name(embedding), EMBEDDING)
@@ -247,15 +301,6 @@ class Qat(Transform):
         refused = is_odd and self.activation_dtype == FLOAT8
         return "sizes not divisible by 16, which float8 products need" if refused else ""
 
-    def _embedding_reason(self, embedding: nn.Embedding) -> str:
-        if not self.qat_quantize_embedding:
-            return "qat_quantize_embedding: false"
-        if self.is_float8:
-            return NO_TABLES
-        if class_name(embedding) != "torch.nn.Embedding":
-            return f"a {class_name(embedding)}, not a plain embedding"
-        return ""
-
     def _notes(self, model: nn.Module, changes: dict[str, Change], job: JobConfig) -> Iterator[str]:
         from raytrain_adv.ops.float8.qat_linear import described
 
@@ -263,7 +308,8 @@ class Qat(Transform):
         when = "never in training (PTQ)" if first is None else f"from step {first + 1:,} on"
         yield f"{self.scheme}; {when}"
         yield f"evaluation runs {self.evaluated_as}, at every step"
-        yield "export writes two: model (as trained) and model-quantized (torchao's tensors)"
+        yield f"export writes two: model (as trained) and model-quantized ({self.target.layout})"
+        yield served(self.qat_target, *self._form)
         if LINEAR_IN_FLOAT8 in kinds:
             how = described(self.qat_weight_dtype, self.activation_dtype)
             yield f"FP8 and QAT together need careful tuning: {how}"
@@ -281,7 +327,7 @@ class Qat(Transform):
         from raytrain_adv.ops.float8.qat_linear import Float8FakeQuantizedLinear
 
         kinds = {LINEAR: FakeQuantizedLinear, LINEAR_IN_FLOAT8: Float8FakeQuantizedLinear}
-        how = (self.qat_weight_dtype, self.group_size)
+        how = (self.weight_form, self.group_size)
         for fqn, change in plan.changes.items():
             old: Any = model.get_submodule(fqn)
             if change.after == EMBEDDING:
@@ -289,7 +335,7 @@ class Qat(Transform):
             elif change.after == EXPERTS:
                 new = FakeQuantizedExperts.rounding(old, *how, self.activation_dtype)
             else:
-                new = kinds[change.after].of(old, *how, self.activation_dtype)
+                new = kinds[change.after].of(old, *how, self.activation_form)
             model.set_submodule(fqn, new)
 
     def switch(self, model: nn.Module, on: bool) -> None:
@@ -322,9 +368,13 @@ class Qat(Transform):
         """LoRA; and FP8 if QAT rounds every linear: what QAT skips is evaluated in FP8."""
         return frozenset({self.name, "lora"} | (set() if patterns(self.qat_exclude) else {"fp8"}))
 
-    def layer_config(self, activation_dtype: str) -> AOBaseConfig:
-        """Return torchao's configuration of layers with inputs of this dtype, empty for any."""
-        return config_of(self.qat_weight_dtype, self.group_size, activation_dtype)
+    def layer_config(self, activation_dtype: str) -> Any:
+        """Return the layout's configuration of layers with inputs of this dtype, empty for any."""
+        if self.target.layout == TORCHAO:
+            return config_of(self.qat_weight_dtype, self.group_size, activation_dtype)
+        from raytrain_adv.ops.fake_quant.compressed_tensors import Scheme
+
+        return Scheme(self.weight_form, self.group_size, self.activation_form)
 
 
 def _with_fp8(job: JobConfig) -> Iterable[Problem]:

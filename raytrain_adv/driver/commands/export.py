@@ -31,7 +31,7 @@ from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, compare_converted, c
 from raytrain_adv.model import weights
 from raytrain_adv.model.build import build, read_config
 from raytrain_adv.model.files import nearest_folders
-from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8
+from raytrain_adv.ops.fake_quant.targets import FLOAT8
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.text import GIB, disk, listed
 from raytrain_adv.transforms.applied import Transforms
@@ -169,7 +169,9 @@ def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
     return _difference(found.difference, found.how, "the source's")
 
 
-def _difference(difference: float, how: str, whose: str) -> str:
+def _difference(difference: float | None, how: str, whose: str) -> str:
+    if difference is None:
+        return how
     return f"logits differ by {difference:.3g} from {whose} with fake quantization ({how})"
 
 
@@ -265,9 +267,8 @@ def _export_run(
     print(f"quantized  {figures['quantized_dir']} ({disk(figures['quantized_gib'])})")
     print(INDENT + job.transform(Qat).scheme)
     difference, how = figures["quantized_logit_difference"], figures["quantized_comparison"]
-    compared = difference is not None
-    whose = "the checkpoint's"
-    print(INDENT + (_difference(difference, how, whose) if compared else f"not compared: {NO_GPU}"))
+    not_compared = f"not compared: {NO_GPU}"
+    print(INDENT + (_difference(difference, how, "the checkpoint's") if how else not_compared))
 
 
 def _checkpoint(job: JobConfig, name: str) -> Found:

@@ -11,7 +11,7 @@ from raytrain_adv.ops.experts.find import matrices, stacked
 from raytrain_adv.ops.experts.grouped import GroupedExperts, grouped, grouped_outer
 from raytrain_adv.ops.fake_quant.layers import rounded_activation, rounded_weight
 from raytrain_adv.ops.fake_quant.rounding import BITS, through, through_groups
-from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8
+from raytrain_adv.ops.fake_quant.targets import FLOAT8
 
 WEIGHTS_AT_ONCE = 2**27
 """Weights whose gradient is passed through their rounding together."""

@@ -8,8 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raytrain_adv.ops.fake_quant.engine_rounding import (
+    fake_quantize_float4,
+    fake_quantize_rows,
+    fake_quantize_tokens_in_float32,
+    int8_product,
+)
 from raytrain_adv.ops.fake_quant.rounding import (
     BITS,
+    LEAST_SCALE,
+    LEAST_TOKEN_SCALE,
     fake_quantize_float8,
     fake_quantize_groups,
     fake_quantize_tokens,
@@ -17,7 +25,12 @@ from raytrain_adv.ops.fake_quant.rounding import (
     through,
     through_groups,
 )
-from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8
+from raytrain_adv.ops.fake_quant.targets import (
+    FLOAT8,
+    FLOAT8_IN_FLOAT32,
+    FOUR_BIT_FLOATS,
+    INT8_IN_FLOAT32,
+)
 
 Scheme = tuple[str, int, str]
 """What weights are rounded to, features that share a scale, and what activations are rounded to:
@@ -34,8 +47,10 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.scheme = weight_dtype, group_size, activation_dtype = scheme
-        if weight_dtype == activation_dtype == FLOAT8:
-            return float8_product(x, weight, bias)
+        if weight_dtype == activation_dtype == INT8_IN_FLOAT32:
+            return int8_product(x, weight, bias)
+        if weight_dtype == FLOAT8 and activation_dtype in (FLOAT8, FLOAT8_IN_FLOAT32):
+            return float8_product(x, weight, bias, activation_dtype == FLOAT8_IN_FLOAT32)
         rounded, _ = rounded_weight(weight, weight_dtype, group_size)
         rounded_x, _, _ = rounded_activation(x, activation_dtype)
         if weight_dtype == FLOAT8 and bias is not None:  # torchao rounds the product before it adds
@@ -98,10 +113,16 @@ class _Rows(torch.autograd.Function):
 def rounded_weight(
     weight: Tensor, dtype: str, group_size: int, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return a weight rounded, and its gradient's scales (None for float8: nothing is clipped)."""
+    """Return a weight rounded, and its gradient's scales; None if that passes straight through."""
     if dtype == FLOAT8:
         return fake_quantize_float8(weight, after), None
-    rounded, scale = fake_quantize_groups(weight, BITS[dtype], group_size, after)
+    if dtype == INT8_IN_FLOAT32:
+        return fake_quantize_rows(weight, after), None
+    if dtype in FOUR_BIT_FLOATS:
+        return fake_quantize_float4(weight, dtype, after), None
+    rounded, scale = fake_quantize_groups(
+        weight, BITS[dtype], group_size, after, LEAST_SCALE.get(dtype, 0.0)
+    )
     return rounded, scale
 
 
@@ -111,18 +132,26 @@ def rounded_activation(
     """Return activations rounded, and the scales and zero points their gradient passes through."""
     if dtype == FLOAT8:
         return fake_quantize_float8(x, after), None, None
+    if dtype == FLOAT8_IN_FLOAT32:
+        return fake_quantize_float8(x, after, True, LEAST_TOKEN_SCALE), None, None
+    if dtype == INT8_IN_FLOAT32:
+        return fake_quantize_tokens_in_float32(x, after), None, None
     if dtype == "":
         return x, None, None
     rounded, scale, zero_point = fake_quantize_tokens(x, after)
     return rounded, scale, zero_point
 
 
-def float8_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def float8_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_float32: bool = False
+) -> Tensor:
     """Return x @ weight.t() + bias with both factors in float8, one scale per row of each.
 
-    Source: torchao 0.18, _float8_addmm_impl without mslk. On a GPU x is bfloat16.
+    Source: torchao 0.18, _float8_addmm_impl without mslk. On a GPU x is bfloat16. `in_float32`:
+    activations are rounded as in quantize_float8.
     """
-    values, scale = quantize_float8(x.reshape(-1, x.shape[-1]))
+    rows, least = x.reshape(-1, x.shape[-1]), LEAST_TOKEN_SCALE if in_float32 else 0.0
+    values, scale = quantize_float8(rows, None, in_float32, least)
     of_weight, weight_scale = quantize_float8(weight)
     # _scaled_mm adds no bias to float32.
     added = bias if x.dtype != torch.float32 else None

@@ -6,10 +6,19 @@ call in forward, and keep its result, for a weight unsharded, until backward.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}  # integer weights that torchao stores and loads
+from raytrain_adv.ops.fake_quant.targets import Q4_0, Q8_0
+
+BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, Q4_0: 4, Q8_0: 8}
+"""Bits of integer weights that torchao stores and loads, and of GGUF's."""
+LEAST_SCALE = {Q4_0: 2.0**-17, Q8_0: 2.0**-17}
+"""Smallest scale of GGUF's blocks: bfloat16 scales from it on are exact in float16."""
+LEAST_TOKEN_SCALE = 1 / (448 * 512)
+"""Of a token in float8. Source: vLLM's dynamic_per_token_scaled_fp8_quant."""
 EPS = 1e-12
 """Smallest amax of a scaled row: without it a row of zeros becomes NaN (pytorch/ao#4713)."""
 E4M3 = torch.float8_e4m3fn
@@ -22,7 +31,11 @@ def bounds(bits: int) -> tuple[int, int]:
 
 
 def _groups(
-    weight: Tensor, bits: int, group_size: int, after: Tensor | None = None
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    after: Tensor | None = None,
+    least_scale: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     return weight.new_empty((rows, columns)), weight.new_empty((rows, columns // group_size))
@@ -30,29 +43,49 @@ def _groups(
 
 @torch.library.custom_op("raytrain_adv::fake_quantize_groups", mutates_args=())
 def fake_quantize_groups(
-    weight: Tensor, bits: int, group_size: int, after: Tensor | None = None
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    after: Tensor | None = None,
+    least_scale: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return a matrix rounded to symmetric integers, and their scales [rows, columns / group_size].
 
     Source: torchao.quantization.IntxUnpackedToInt8Tensor.from_hp and dequantize, torchao 0.18. Both
-    are of the weight's dtype, float32 or bfloat16.
+    are of the weight's dtype, float32 or bfloat16. Scales are at least `least_scale`.
     """
     if not weight.is_cuda:
-        return round_groups(weight, bits, group_size)
+        return round_groups(weight, bits, group_size, least_scale)
     from raytrain_adv.ops.fake_quant.rounding_kernel import launch
 
     rounded, scale = _groups(weight, bits, group_size)
-    launch(weight.contiguous(), rounded, scale, None, group_size, bounds(bits))
+    launch(weight.contiguous(), rounded, scale, None, group_size, bounds(bits), least_scale)
     return rounded, scale
 
 
-def round_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+def round_groups(
+    weight: Tensor, bits: int, group_size: int, least_scale: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Do what fake_quantize_groups does by torchao's own operations, on any device."""
+    quantized = integers_of(weight, bits, group_size, least_scale)
+    return quantized.dequantize(), quantized.scale
+
+
+def integers_of(weight: Tensor, bits: int, group_size: int, least_scale: float = 0.0) -> Any:
+    """Return torchao's IntxUnpackedToInt8Tensor of a matrix."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    dtype = getattr(torch, f"int{bits}")
-    quantized = IntxUnpackedToInt8Tensor.from_hp(weight, (1, group_size), dtype)
-    return quantized.dequantize(), quantized.scale
+    how = ((1, group_size), getattr(torch, f"int{bits}"))
+    quantized = IntxUnpackedToInt8Tensor.from_hp(weight, *how)
+    if not least_scale:
+        return quantized
+    return IntxUnpackedToInt8Tensor.from_hp(
+        weight,
+        *how,
+        intx_choose_qparams_algorithm=None,
+        custom_scale=quantized.scale.clamp(min=least_scale),
+        custom_zero_point=quantized.zero_point,
+    )
 
 
 def _tokens(x: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,19 +138,30 @@ def round_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("raytrain_adv::quantize_float8", mutates_args=())
-def quantize_float8(x: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return x in float8_e4m3fn, and one float32 scale per row [..., 1].
+def quantize_float8(
+    x: Tensor,
+    after: Tensor | None = None,
+    in_float32: bool = False,
+    least_scale: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Return x in float8_e4m3fn, and one float32 scale per row [..., 1], at least `least_scale`.
 
-    Source: torchao.quantization.Float8Tensor.from_hp, torchao 0.18, bounded by EPS.
+    Source: torchao.quantization.Float8Tensor.from_hp, torchao 0.18, bounded by EPS: the scale is
+    rounded to x's dtype. `in_float32`: it is not, as in engines.
     """
     amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
+    amax = amax.to(torch.float32) if in_float32 else amax
     largest = torch.finfo(E4M3).max
-    # The quotient is rounded to x's dtype, as torchao's is.
-    scale = (amax / largest).to(torch.float32)
+    scale = (amax / largest).to(torch.float32).clamp(min=least_scale)
     return (x.to(torch.float32) / scale).clamp(min=-largest, max=largest).to(E4M3), scale
 
 
-def _float8(x: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _float8(
+    x: Tensor,
+    after: Tensor | None = None,
+    in_float32: bool = False,
+    least_scale: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=E4M3), scale
 
@@ -127,9 +171,14 @@ fake_quantize_tokens.register_fake(_tokens)
 quantize_float8.register_fake(_float8)
 
 
-def fake_quantize_float8(x: Tensor, after: Tensor | None = None) -> Tensor:
+def fake_quantize_float8(
+    x: Tensor,
+    after: Tensor | None = None,
+    in_float32: bool = False,
+    least_scale: float = 0.0,
+) -> Tensor:
     """Return a tensor rounded to float8_e4m3fn with one scale per row; see quantize_float8."""
-    values, scale = quantize_float8(x, after)
+    values, scale = quantize_float8(x, after, in_float32, least_scale)
     rounded: Tensor = (values.to(torch.float32) * scale).to(x.dtype)
     return rounded
 

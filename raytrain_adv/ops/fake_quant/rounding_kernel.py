@@ -74,6 +74,7 @@ def launch(
     zero_point: Tensor | None,
     group_size: int,
     ends: tuple[int, int],
+    least_scale: float = 0.0,
 ) -> None:
     """Round `source`, contiguous, into `rounded`; write each group's scale and any zero point."""
     num_groups = source.numel() // group_size
@@ -87,7 +88,7 @@ def launch(
         scale if zero_point is None else zero_point,
         num_groups,
         group_size,
-        torch.finfo(source.dtype).smallest_normal,
+        max(torch.finfo(source.dtype).smallest_normal, least_scale),
         1.0 / (ends[1] - ends[0]),
         SMALLEST=ends[0],
         LARGEST=ends[1],

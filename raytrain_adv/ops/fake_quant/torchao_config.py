@@ -7,20 +7,18 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.errors import JobError
+from raytrain_adv.ops.fake_quant.targets import FLOAT8
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torchao.core.config import AOBaseConfig
 
-FLOAT8 = "float8_e4m3fn"
 GROUP_SIZES = (8, 16, 32, 64, 128, 256, 512)
 SERVED = (
     "weights int8, int4, int3 or int2 with activations int8 or none, in groups or per channel; "
     "weights float8_e4m3fn with activations float8_e4m3fn or none, per channel"
 )
 NOT_SERVED = {
-    "nvfp4": "NVFP4 needs Blackwell GPUs, in training as in serving",
-    "mxfp4": "MX formats need Blackwell GPUs, in training as in serving",
     "mxfp8": "MX formats need Blackwell GPUs, in training as in serving",
     "int1": "torchao has no fake quantization below two bits",
     "float8_e5m2": "torchao serves float8 weights as e4m3 only",

@@ -23,7 +23,7 @@ from raytrain_adv.ops.fake_quant.layers import (
     rounded_weight,
 )
 from raytrain_adv.ops.fake_quant.rounding import BITS, bounds, through_groups
-from raytrain_adv.ops.fake_quant.torchao_config import FLOAT8
+from raytrain_adv.ops.fake_quant.targets import FLOAT8
 from raytrain_adv.ops.float8.cast import (
     cast,
     cast_both,

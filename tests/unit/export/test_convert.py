@@ -38,13 +38,13 @@ Case = tuple[str, dict[str, Any]]
 INT4 = {"qat_weight_dtype": "int4", "qat_activation_dtype": "int8"}
 FLOAT8: dict[str, Any] = {"qat_weight_dtype": "float8_e4m3fn", "qat_group_size": None}
 CASES: dict[str, Case] = {
-    "int8 x int8 g32": ("llama", {"qat_activation_dtype": "int8", "qat_group_size": 32}),
-    "int4 x int8": ("llama", INT4),
-    "int4 x int8, tied": ("llama-tied", INT4),
-    "int4 x int8, tied, head and embedding left": (
-        "llama-tied",
-        {**INT4, "qat_quantize_embedding": False},
+    "int8 x int8 g32": (
+        "llama",
+        {"qat_activation_dtype": "int8", "qat_group_size": 32, "qat_quantize_embedding": True},
     ),
+    "int4 x int8": ("llama", INT4),
+    "int4 x int8, tied": ("llama-tied", {**INT4, "qat_quantize_embedding": True}),
+    "int4 x int8, tied, head and embedding left": ("llama-tied", INT4),
     "int8": ("qwen2", {}),
     "int4, float32": ("llama", {"qat_weight_dtype": "int4", "pure_bf16": False}),
     "int4 x int8 per channel": ("qwen3", {**INT4, "qat_group_size": None}),

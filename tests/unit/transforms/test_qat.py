@@ -34,7 +34,7 @@ def refusal(tmp_path, **keys):
 
 
 def test_linears_and_the_embedding_are_planned_and_the_head_stays(tmp_path):
-    _, _, plan = planned(tmp_path)
+    _, _, plan = planned(tmp_path, qat_quantize_embedding=True)
     found = plan()
     assert found.skipped == {"lm_head": "the language-model head"}
     assert found.changes["model.embed_tokens"].after == EMBEDDING
@@ -65,7 +65,7 @@ def test_rounding_begins_exactly_with_step_n(tmp_path, step, delay, on):
 @pytest.mark.parametrize("kind", ["embedding", "linear"])
 def test_each_layer_computes_unrounded_before_step_n_and_rounded_from_it_on(tmp_path, kind):
     """By what it returns: the loss alone would not tell of an embedding that never switches."""
-    job, model, _ = planned(tmp_path, fake_quant_after_n_steps=3)
+    job, model, _ = planned(tmp_path, fake_quant_after_n_steps=3, qat_quantize_embedding=True)
     Transforms(job).prepare(model, CPU)
     model.to_empty(device="cpu").to(torch.float32)
     torch.manual_seed(0)
@@ -106,7 +106,8 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(tmp_pat
 @pytest.mark.parametrize(
     "keys, said",
     [
-        ({"qat_weight_dtype": "nvfp4"}, "Blackwell"),
+        ({"qat_weight_dtype": "nvfp4"}, "qat_target: vllm-nvfp4a16"),
+        ({"qat_weight_dtype": "mxfp8"}, "Blackwell"),
         ({"qat_weight_dtype": "int5"}, "served are"),
         ({"qat_weight_dtype": "int4", "qat_activation_dtype": "float8_e4m3fn"}, "no kernel"),
         ({"qat_weight_dtype": "float8_e4m3fn", "qat_activation_dtype": "int8"}, "no kernel"),
@@ -142,11 +143,6 @@ def test_the_documented_example_is_served(tmp_path):
     _, _, plan = planned(tmp_path, **keys, **delayed)
     assert "from step 101 on" in plan().notes[0]
     assert len(plan().changes) == 15
-
-
-def test_float8_leaves_the_embedding_and_reports_why(tmp_path):
-    _, _, plan = planned(tmp_path, qat_weight_dtype="float8_e4m3fn")
-    assert "float8 tables" in plan().skipped["model.embed_tokens"]
 
 
 def test_an_exclude_that_matches_nothing_is_an_error(tmp_path):
@@ -202,11 +198,7 @@ def test_on_an_fp8_linear_the_plan_reports_what_is_computed_in_fp8(tmp_path):
     job, model, plan = planned(tmp_path, **fp8, qat_weight_dtype="int4")
     plans = Transforms(job).prepare(model, CPU)
     kinds = [change.after for change in plans["qat"].changes.values()]
-    assert (kinds.count(LINEAR_IN_FLOAT8), kinds.count(LINEAR), kinds.count(EMBEDDING)) == (
-        12,
-        2,
-        1,
-    )
+    assert (kinds.count(LINEAR_IN_FLOAT8), kinds.count(LINEAR)) == (12, 2)
     assert any("careful tuning: all three products" in note for note in plans["qat"].notes)
     _, _, plan = planned(tmp_path / "b", **fp8, qat_weight_dtype="int8")
     assert any("forward passes are not" in note for note in plan().notes)
@@ -235,7 +227,8 @@ def test_dora_reads_weights_past_the_linear_and_is_refused(tmp_path):
 
 
 def test_a_tied_embedding_is_rounded_and_the_head_is_not(tmp_path):
-    job, model, plan = planned(tmp_path, shapes={**WIDE, "tie_word_embeddings": True})
+    tied = {**WIDE, "tie_word_embeddings": True}
+    job, model, plan = planned(tmp_path, shapes=tied, qat_quantize_embedding=True)
     assert any("the head tied to the embedding" in note for note in plan().notes)
     Transforms(job).prepare(model, CPU)
     assert model.lm_head.weight is model.model.embed_tokens.weight

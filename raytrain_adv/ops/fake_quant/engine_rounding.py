@@ -1,0 +1,156 @@
+"""Round as engines do: in float32, and to four-bit floats. Gradients pass straight through.
+
+Operations ignore `after`; see rounding.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from raytrain_adv.ops.fake_quant.rounding import EPS
+from raytrain_adv.ops.fake_quant.targets import FOUR_BIT_FLOATS, MXFP4
+
+NVFP4_GLOBAL_SCALE = 512.0
+"""What NVFP4's group scales are multiplied by before they are rounded to float8. The same for every
+linear, so that engines which fuse linears lose nothing: group scales are then exact from 3.1e-5 to
+0.87, which is weights up to 5.2.
+"""
+FLOAT4_LARGEST = 6.0
+E4M3_LARGEST, E4M3_SMALLEST = 448.0, 2.0**-9
+
+
+@torch.library.custom_op("raytrain_adv::quantize_rows", mutates_args=())
+def quantize_rows(
+    weight: torch.Tensor, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a matrix in int8, and one float32 scale per row [rows, 1].
+
+    Scales are rounded to the weight's dtype, in which transformers holds them; vLLM reads float32.
+    Source: compressed-tensors 0.20, calculate_qparams, otherwise in float32.
+    """
+    value = weight.to(torch.float32)
+    scale = value.abs().amax(dim=-1, keepdim=True).clamp(min=EPS) / 127.5
+    scale = scale.to(weight.dtype).to(torch.float32)
+    return torch.round(value / scale).clamp(-128, 127).to(torch.int8), scale
+
+
+@quantize_rows.register_fake
+def _(weight: torch.Tensor, after: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = weight.new_empty((weight.shape[0], 1), dtype=torch.float32)
+    return weight.new_empty(weight.shape, dtype=torch.int8), scale
+
+
+def fake_quantize_rows(weight: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a matrix rounded to int8 with one scale per row; see quantize_rows."""
+    integers, scale = quantize_rows(weight, after)
+    rounded: torch.Tensor = (integers.to(torch.float32) * scale).to(weight.dtype)
+    return rounded
+
+
+@torch.library.custom_op("raytrain_adv::quantize_tokens", mutates_args=())
+def quantize_tokens(
+    x: torch.Tensor, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return activations [..., features] in asymmetric int8, one range per token.
+
+    Source: vLLM 0.32, dynamic_scaled_int8_azp_quant; onednn_scaled_int8_quant gives the same scales
+    and zero points, and 99.95 % of the same integers.
+
+    Returns:
+        Integers in int8; float32 scales [..., 1]; zero points [..., 1] in int32.
+    """
+    value = x.to(torch.float32)
+    low, high = value.amin(dim=-1, keepdim=True), value.amax(dim=-1, keepdim=True)
+    scale = ((high - low) / 255).clamp(min=EPS)
+    zero_point = torch.round(-128 - low / scale)
+    integers = (torch.round(value / scale) + zero_point).clamp(-128, 127)
+    return integers.to(torch.int8), scale, zero_point.to(torch.int32)
+
+
+@quantize_tokens.register_fake
+def _(
+    x: torch.Tensor, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ranges = (*x.shape[:-1], 1)
+    scale = x.new_empty(ranges, dtype=torch.float32)
+    integers = x.new_empty(x.shape, dtype=torch.int8)
+    return integers, scale, x.new_empty(ranges, dtype=torch.int32)
+
+
+def fake_quantize_tokens_in_float32(
+    x: torch.Tensor, after: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return activations rounded to asymmetric int8; see quantize_tokens."""
+    integers, scale, zero_point = quantize_tokens(x, after)
+    centered = (integers.to(torch.int32) - zero_point).to(torch.float32)
+    rounded: torch.Tensor = (centered * scale).to(x.dtype)
+    return rounded
+
+
+def int8_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x @ weight.t() + bias as engines compute it: a sum of int8 products in int32, then
+    both scales in float32.
+    """
+    integers, scale, zero_point = quantize_tokens(x.reshape(-1, x.shape[-1]))
+    of_weight, weight_scale = quantize_rows(weight)
+    sums = _integer_sums(integers, of_weight) - zero_point * of_weight.sum(1, dtype=torch.int32)
+    output = sums.to(torch.float32) * scale * weight_scale.t()
+    if bias is not None:
+        output = output + bias.to(torch.float32)
+    shaped: torch.Tensor = output.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return shaped
+
+
+def _integer_sums(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return left [rows, k] @ right.t() [k, columns] in int32, of int8 matrices."""
+    rows, (columns, k) = left.shape[0], right.shape
+    if left.is_cuda and (columns % 8 or k % 8):  # cuBLAS takes no other sizes
+        return (left.to(torch.float64) @ right.to(torch.float64).t()).to(torch.int32)
+    if left.is_cuda and rows <= 16:
+        left = torch.nn.functional.pad(left, (0, 0, 0, 17 - rows))
+    return torch._int_mm(left, right.t())[:rows]
+
+
+@torch.library.custom_op("raytrain_adv::quantize_float4", mutates_args=())
+def quantize_float4(
+    weight: torch.Tensor, form: str, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a matrix in the values of E2M1, and float32 scales [rows, groups].
+
+    nvfp4: groups of 16, scales in float8_e4m3fn / NVFP4_GLOBAL_SCALE. mxfp4: groups of 32, scales
+    powers of two. Products of values and scales are exact in bfloat16.
+
+    Source: compressed-tensors 0.20, calculate_qparams and generate_mx_scales, in float32.
+    """
+    groups = weight.to(torch.float32).reshape(weight.shape[0], -1, FOUR_BIT_FLOATS[form])
+    amax = groups.abs().amax(dim=-1)
+    if form == MXFP4:
+        # Mantissas from 1.75 on are rounded up to the next power of two.
+        exponent = ((amax.view(torch.int32) + (1 << 21)) >> 23) - 2
+        scale = (exponent.clamp(min=1, max=254) << 23).view(torch.float32)
+    else:
+        wanted = (amax / FLOAT4_LARGEST * NVFP4_GLOBAL_SCALE).clamp(E4M3_SMALLEST, E4M3_LARGEST)
+        scale = wanted.to(torch.float8_e4m3fn).to(torch.float32) / NVFP4_GLOBAL_SCALE
+    value = (groups / scale.unsqueeze(-1)).clamp(-FLOAT4_LARGEST, FLOAT4_LARGEST)
+    step = torch.where(value.abs() < 2, 0.5, torch.where(value.abs() < 4, 1.0, 2.0))
+    rounded = torch.round(value / step) * step
+    return rounded.flatten(-2).to(weight.dtype), scale
+
+
+@quantize_float4.register_fake
+def _(
+    weight: torch.Tensor, form: str, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = weight.shape
+    scale = weight.new_empty((rows, columns // FOUR_BIT_FLOATS[form]), dtype=torch.float32)
+    return weight.new_empty(weight.shape), scale
+
+
+def fake_quantize_float4(
+    weight: torch.Tensor, form: str, after: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return a matrix rounded to four-bit floats; see quantize_float4."""
+    values, scale = quantize_float4(weight, form, after)
+    groups = values.to(torch.float32).view(*scale.shape, -1) * scale.unsqueeze(-1)
+    rounded: torch.Tensor = groups.flatten(-2).to(weight.dtype)
+    return rounded

@@ -1,0 +1,188 @@
+"""A GGUF file of a trained model: blocks of 32 integers with one float16 scale, for llama.cpp."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from raytrain_adv.errors import JobError
+from raytrain_adv.ops.fake_quant.layers import rounded_weight
+from raytrain_adv.ops.fake_quant.rounding import BITS, LEAST_SCALE, integers_of
+from raytrain_adv.ops.fake_quant.targets import ARCHITECTURES, Q8_0
+
+FILE = "model.gguf"
+BLOCK = 32
+PERMUTED = {"llama": {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}}
+"""Architecture -> linears whose rows llama.cpp orders for its rotary embedding, and their heads."""
+Array = Any
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the checkpoint, by its name there."""
+
+    name: str
+    value: torch.Tensor
+    form: str
+    """q8_0 or q4_0; empty for a tensor that is not stored in blocks."""
+
+
+def write(source: Path, folder: Path, tensors: Iterable[Tensor]) -> None:
+    """Write folder/model.gguf; `source` has config.json and the tokenizer.
+
+    Raises:
+        JobError: when the tokenizer is none that llama.cpp's names are known for.
+    """
+    import gguf
+
+    config = json.loads((source / "config.json").read_text())
+    architecture = ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(str(folder / FILE), architecture)
+    _describe(writer, config, source)
+    names = _names(config)
+    for tensor in tensors:
+        name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise JobError(f"llama.cpp has no tensor {tensor.name}", architecture, "report it")
+        value = _ordered(tensor.name, tensor.value, config)
+        if tensor.form:
+            kind = gguf.GGMLQuantizationType[tensor.form.upper()]
+            writer.add_tensor(name, _blocks(value, tensor.form), raw_dtype=kind)
+        elif value.ndim == 1:
+            writer.add_tensor(name, value.float().numpy())
+        else:
+            kind = gguf.GGMLQuantizationType.BF16
+            bits = value.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(name, bits, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _names(config: dict[str, Any]) -> Any:
+    """Return gguf's map from names of tensors in the checkpoint to its own."""
+    import gguf
+
+    wanted = ARCHITECTURES[config["model_type"]]
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted)
+    return gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
+
+
+def _ordered(name: str, value: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
+    """Return a tensor with its rows in llama.cpp's order."""
+    permuted = PERMUTED.get(ARCHITECTURES[config["model_type"]], {})
+    heads = next((config[key] for part, key in permuted.items() if f".{part}." in name), None)
+    if heads is None:
+        return value
+    return value.reshape(heads, 2, -1, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
+
+
+def _blocks(weight: torch.Tensor, form: str) -> Array:
+    """Return a matrix [rows, columns] as rows of bytes: of each block the scale, then integers."""
+    rounded = integers_of(weight, BITS[form], BLOCK, LEAST_SCALE[form])
+    rows = len(weight)
+    scale = rounded.scale.float().cpu().numpy().astype(np.float16)[..., None].view(np.uint8)
+    integers = rounded.qdata.cpu().numpy().reshape(rows, -1, BLOCK)
+    if form == Q8_0:
+        body = integers.view(np.uint8)
+    else:
+        codes = (integers + 8).astype(np.uint8)
+        body = codes[..., : BLOCK // 2] | (codes[..., BLOCK // 2 :] << 4)
+    return np.concatenate([scale, body], -1).reshape(rows, -1)
+
+
+def differences(source: Path, folder: Path, tensors: Iterable[Tensor]) -> Iterator[str]:
+    """Yield the tensors whose values in the file are not those that training rounds to.
+
+    Integers and scales are the same; training rounds their products to the weight's dtype.
+    """
+    import gguf
+
+    config = json.loads((source / "config.json").read_text())
+    names = _names(config)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(str(folder / FILE)).tensors}
+    for tensor in tensors:
+        if not tensor.form:
+            continue
+        name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
+        found = torch.from_numpy(
+            gguf.quants.dequantize(stored[name].data, stored[name].tensor_type).copy()
+        )
+        wanted, _ = rounded_weight(tensor.value, tensor.form, BLOCK, None)
+        wanted = _ordered(tensor.name, wanted, config).cpu()
+        wrong = int((found.view(wanted.shape).to(wanted.dtype) != wanted).sum())
+        if wrong:
+            yield f"{tensor.name}: {wrong:,} of {wanted.numel():,} values differ"
+
+
+def _describe(writer: Any, config: dict[str, Any], source: Path) -> None:
+    """Write the model's sizes and its tokenizer."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rope = config.get("rope_parameters") or {}
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", config.get("rope_theta", 10000.0))))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    file = source / "tokenizer.json"
+    tokenizer = json.loads(file.read_text()) if file.is_file() else {}
+    model = tokenizer.get("model", {})
+    pre = _pre_tokenizer(tokenizer)
+    if model.get("type") != "BPE" or not pre:
+        raise JobError(
+            "llama.cpp's name of this tokenizer is not known",
+            f"{file}: {model.get('type', 'no such file')}",
+            "take another qat_target; written are those of Llama 3, Qwen and SmolLM",
+        )
+    tokens = [f"[PAD{n}]" for n in range(config["vocab_size"])]
+    kinds = [int(_kinds().UNUSED)] * len(tokens)
+    for token, number in model["vocab"].items():
+        tokens[number], kinds[number] = token, int(_kinds().NORMAL)
+    for added in tokenizer["added_tokens"]:
+        tokens[added["id"]], kinds[added["id"]] = added["content"], int(_kinds().CONTROL)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+    for key, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id)):
+        number = config.get(f"{key}_token_id")
+        if number is not None:
+            add(number[0] if isinstance(number, list) else number)
+    writer.add_add_bos_token("SpecialToken" in json.dumps(tokenizer.get("post_processor")))
+    template = source / "chat_template.jinja"
+    if template.is_file():
+        writer.add_chat_template(template.read_text())
+
+
+def _kinds() -> Any:
+    from gguf import TokenType
+
+    return TokenType
+
+
+def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
+    """Return llama.cpp's name of how a tokenizer splits text; empty if unknown."""
+    text = json.dumps(tokenizer.get("pre_tokenizer") or {})
+    if "p{N}{1,3}" in text:
+        return "llama-bpe"
+    if "Split" in text and "p{N}|" in text:
+        return "qwen2"
+    if '"Digits"' in text and '"ByteLevel"' in text:
+        return "smollm"
+    return "gpt-2" if '"ByteLevel", "add_prefix_space"' in text and "Split" not in text else ""

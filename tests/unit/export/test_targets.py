@@ -1,0 +1,183 @@
+"""What qat_target exports is what training rounds to, and compressed-tensors reads it so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from raytrain_adv.config import JobConfig
+from raytrain_adv.errors import JobError, TrainingError
+from raytrain_adv.export.convert import write_converted
+from raytrain_adv.export.verify import compare_converted, converted_logits, read_scheme
+from raytrain_adv.model.build import build
+from raytrain_adv.model.weights import load_pretrained, materialize
+from raytrain_adv.ops.fake_quant import compressed_tensors, gguf_file
+from raytrain_adv.ops.fake_quant.targets import COMPRESSED, TARGETS
+from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.transforms.qat import Qat
+from tests.tiny_models import job_for, write_checkpoint
+
+CPU = torch.device("cpu")
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96}
+TOKENS = torch.arange(24).unsqueeze(0)
+Case = tuple[str, dict[str, Any]]
+CASES: dict[str, Case] = {
+    "w4a16 g32": ("qwen3", {"qat_target": "vllm-w4a16"}),
+    "w4a16 g64, tied": ("llama-tied", {"qat_target": "vllm-w4a16", "qat_group_size": 64}),
+    "w4a16 per channel, part": (
+        "llama",
+        {"qat_target": "vllm-w4a16", "qat_group_size": None, "qat_exclude": "down_proj"},
+    ),
+    "w8a8": ("qwen2", {"qat_target": "vllm-w8a8-int8"}),
+    "float8 weights": ("llama", {"qat_target": "vllm-fp8", "qat_activation_dtype": "none"}),
+    "nvfp4": ("llama", {"qat_target": "vllm-nvfp4a16"}),
+    "mxfp4": ("gemma2", {"qat_target": "vllm-mxfp4a16"}),
+}
+
+
+def target_job(kind: str, place: Path, **keys: Any) -> JobConfig:
+    source = write_checkpoint(kind, place / "source", **WIDE)
+    return job_for(source, place / "job", enable_qat=True, pure_bf16=True, **keys)
+
+
+def write(job: JobConfig, folder: Path) -> Path:
+    folder.mkdir()
+    write_converted(Path(job.model.model_name_or_path), folder, job, torch.bfloat16, CPU, 12_000)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_loads_it_and_computes_what_was_trained(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="it is part of the extra dev")
+    job = target_job(CASES[case][0], tmp_path, **CASES[case][1])
+    model = build(job)
+    Transforms(job).prepare(model)
+    materialize(model, CPU)
+    load_pretrained(model, job, CPU)
+    wanted = converted_logits(model, job, TOKENS, torch.bfloat16)
+    folder = write(job, tmp_path / "out")
+    found = compare_converted(folder, job, TOKENS, wanted, model.config._attn_implementation)
+    assert found.difference is not None
+    assert (found.difference == 0) == (case != "w8a8")
+    assert ("KL" in found.how) == (case == "w8a8")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("fault", ["scale", "zero point", "transposed", "value"])
+def test_a_planted_fault_stops_the_export(
+    case: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = compressed_tensors.stored
+
+    def wrong(name: str, weight: torch.Tensor, scheme: Any) -> dict[str, torch.Tensor]:
+        tensors = stored(name, weight, scheme)
+        if weight.is_meta or "layers.1.self_attn.k_proj" not in name:
+            return tensors
+        values, scale = next(k for k in tensors if "scale" not in k), f"{name}_scale"
+        if fault == "scale":
+            rolled = torch.roll(tensors[scale].view(torch.uint8), 2, 0)
+            tensors[scale] = rolled.view(tensors[scale].dtype)
+        elif fault == "zero point":
+            tensors[values] = (tensors[values].view(torch.uint8) ^ 0x88).view(tensors[values].dtype)
+        elif fault == "transposed":
+            return {**tensors, **stored(name, weight.flip(0), scheme)}
+        else:
+            tensors[values].view(torch.uint8)[3, 1] ^= 1
+        return tensors
+
+    monkeypatch.setattr(compressed_tensors, "stored", wrong)
+    job = target_job(CASES[case][0], tmp_path, **CASES[case][1])
+    with pytest.raises(TrainingError) as error:
+        write(job, tmp_path / "out")
+    assert "layers.1.self_attn.k_proj.weight was not written" in error.value.what
+    assert "in training" in error.value.found
+
+
+def test_four_bits_take_half_a_byte(tmp_path: Path) -> None:
+    folder = write(target_job("llama", tmp_path, qat_target="vllm-w4a16"), tmp_path / "out")
+    tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    stem = "model.layers.0.mlp.up_proj.weight"
+    assert tensors[f"{stem}_packed"].nbytes * 2 == 128 * 64
+    assert tensors[f"{stem}_scale"].shape == (128, 2)
+    assert tensors[f"{stem}_scale"].dtype == torch.bfloat16
+
+
+def test_what_is_left_out_is_named_and_the_tied_head_stays_tied(tmp_path: Path) -> None:
+    job = target_job("llama-tied", tmp_path, qat_target="vllm-w4a16", qat_exclude="down_proj")
+    folder = write(job, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    names = {f"model.layers.{n}.mlp.down_proj" for n in (0, 1)}
+    assert set(config["quantization_config"]["ignore"]) == {*names, "lm_head"}
+
+
+def test_linears_that_engines_fuse_are_rounded_together(tmp_path: Path) -> None:
+    job = target_job("llama", tmp_path, qat_target="vllm-w4a16", qat_exclude="k_proj")
+    with pytest.raises(JobError, match="left out") as error:
+        Transforms(job).plan(build(job))
+    assert "q_proj" in error.value.what
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_sets_its_keys_and_refuses_others(name: str, tmp_path: Path) -> None:
+    def qat(**keys: Any) -> Qat:
+        keys = {"enable_qat": True, "qat_target": name, "bf16": True, **keys}
+        return job_for(tmp_path, tmp_path, **keys).transform(Qat)
+
+    found = qat()
+    for key, values in TARGETS[name].keys().items():
+        assert getattr(found, key) == values[0]
+    for key, value in {"qat_group_size": 8, "qat_weight_dtype": "int2"}.items():
+        with pytest.raises(JobError) as error:
+            qat(**{key: value})
+        assert f"{name} takes {key}: " in str(error.value)
+
+
+@pytest.mark.parametrize("keys", [{}, *({"qat_target": name} for name in TARGETS)])
+def test_the_plan_states_who_multiplies_the_form(keys: dict[str, Any], tmp_path: Path) -> None:
+    job = target_job("llama", tmp_path, **keys)
+    notes = "\n".join(Transforms(job).plan(build(job))["qat"].notes)
+    near = "nearest that is fast: qat_target: llamacpp-q8_0"
+    assert (TARGETS[keys["qat_target"]].engine if keys else near) in notes
+
+
+def test_the_scheme_of_a_folder_is_read_from_it(tmp_path: Path) -> None:
+    for name, target in TARGETS.items():
+        if target.layout == COMPRESSED:
+            job = target_job("llama", tmp_path / name, qat_target=name)
+            scheme = read_scheme(write(job, tmp_path / name / "out"))
+            assert scheme is not None
+            assert bool(scheme["input_activations"]) == (name in ("vllm-w8a8-int8", "vllm-fp8"))
+
+
+@pytest.mark.parametrize("target", ["llamacpp-q8_0", "llamacpp-q4_0"])
+@pytest.mark.parametrize("fault", ["", "scale", "value", "transposed"])
+def test_ggufs_blocks_hold_what_training_rounds_to(
+    target: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf", reason="it is part of the extra dev")
+    job = target_job("llama", tmp_path, qat_target=target)
+    source = Path(job.model.model_name_or_path)
+    words = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+    split = {"type": "ByteLevel", "add_prefix_space": False}
+    text = json.dumps({"model": words, "added_tokens": [], "pre_tokenizer": split})
+    (source / "tokenizer.json").write_text(text)
+    blocks = gguf_file._blocks
+
+    def wrong(weight: torch.Tensor, form: str) -> Any:
+        found = blocks(weight.flip(0) if fault == "transposed" else weight, form)
+        if fault in ("scale", "value"):
+            found[5, 1 if fault == "scale" else 7] ^= 1
+        return found
+
+    monkeypatch.setattr(gguf_file, "_blocks", wrong)
+    if fault:
+        with pytest.raises(TrainingError, match=r"model\.gguf is not what was trained"):
+            write(job, tmp_path / "out")
+    else:
+        assert (write(job, tmp_path / "out") / "model.gguf").is_file()
