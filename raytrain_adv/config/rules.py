@@ -29,7 +29,6 @@ USUAL = {
     "lora_rank": (1, 1024, "adapters of full rank have as many numbers as the weights"),
     "step_timeout": (5.0, 10**6, "a step that takes longer ends all workers"),
     "save_steps": (0.0, 10**6, "a fault costs the steps since the last checkpoint"),
-    "ddp_timeout": (10, 10**6, "a collective that takes longer ends the run"),
 }
 """Key -> smallest and largest value that nobody would question, and what others mean."""
 
