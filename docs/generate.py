@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import arguments
 import click
 import contract
 import floors
@@ -76,7 +77,12 @@ def generated() -> tuple[tuple[Path, str], ...]:
 
 
 def _block(name: str) -> str:
-    made: dict[str, Callable[[], str]] = {**tables.BLOCKS, "plan": plan}
+    made: dict[str, Callable[[], str]] = {
+        **tables.BLOCKS,
+        "plan": plan,
+        "arguments": arguments.arguments,
+        "examples": arguments.examples,
+    }
     return made[name]()
 
 

@@ -69,6 +69,13 @@ class JobConfig:
         folder = os.path.abspath(self.output.output_dir)  # "." has no name
         return self.ray.ray_run_name or os.path.basename(folder)
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows share sequences: in pretraining, too, unless packing is given."""
+        data = self.data
+        pretrains = self.train.stage == "pt" and "packing" not in data.model_fields_set
+        return data.packing or data.neat_packing or pretrains
+
     def sections(self) -> tuple[Section, ...]:
         """Return the six sections, then the transforms."""
         return (*(getattr(self, name) for name in SECTIONS), *self.transforms)

@@ -35,7 +35,17 @@ USUAL = {
 
 def contradictions(job: JobConfig) -> Iterable[Problem]:
     """Find keys of different sections that contradict each other; each Problem names them all."""
-    for rule in (_paths, _evaluation, _workers, _devices, _resuming, _exclusive, _unmet, _twin):
+    for rule in (
+        _paths,
+        _evaluation,
+        _workers,
+        _devices,
+        _resuming,
+        _exclusive,
+        _unmet,
+        _twin,
+        _reference,
+    ):
         yield from rule(job)
     for section in job.sections():
         if section.enabled:
@@ -260,6 +270,12 @@ def _unmet(job: JobConfig) -> Iterable[Problem]:
                 own, default = switch(section), _owner(job, key).default(key)
                 fix = f"set {key}: {default}, or delete {own}"
                 yield Problem(reason, fix, f"{key} and {own}")
+
+
+def _reference(job: JobConfig) -> Iterable[Problem]:
+    if job.train.use_asft_loss and job.model.train_from_scratch:
+        text = "random weights are no model to stay near to"
+        yield Problem(text, "keep one of them", "use_asft_loss and train_from_scratch")
 
 
 def _compares(job: JobConfig) -> bool:

@@ -75,6 +75,14 @@ class DataConfig(Section):
     """Put several conversations into one sequence of cutoff_len tokens."""
     neat_packing: bool = False
     """Packing in which conversations do not attend to each other; implies packing."""
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = (
+        "concat"
+    )
+    """How several datasets are mixed: concat takes all rows of each, interleave_under draws rows
+    until one dataset has no more, interleave_over until each was read once, repeating shorter ones,
+    interleave_once until all were read."""
+    interleave_probs: str | list[Annotated[float, Field(gt=0.0)]] | None = None
+    """Shares by which datasets are drawn, as 0.7,0.3; none takes a row of each in turn."""
     max_samples: Count | None = None
     """Use at most this many rows of each dataset."""
     val_size: Annotated[float, Field(ge=0.0, le=LARGEST)] = 0.0
@@ -87,6 +95,12 @@ class DataConfig(Section):
     """Folder for tokenized data; none means the user's cache folder."""
     disable_shuffling: bool = False
     """Read rows in file order instead of a seeded random order."""
+
+    @property
+    def shares(self) -> list[float] | None:
+        """interleave_probs as numbers."""
+        given = self.interleave_probs
+        return [float(x) for x in given.split(",")] if isinstance(given, str) else given
 
     @property
     def holds_rows_out(self) -> bool:
@@ -104,6 +118,7 @@ class DataConfig(Section):
         if self.eval_dataset is not None and self.val_size > 0:
             text = "rows for evaluation come from one of the two"
             yield Problem(text, "keep one of them", "eval_dataset and val_size")
+        yield from self._mixing()
         if self.val_size > 1 and self.val_size % 1:
             text = f"{self.val_size} is neither a share below 1 nor a whole number of rows"
             yield Problem(text, "give a share below 1, or a whole number of rows", "val_size")
@@ -113,6 +128,23 @@ class DataConfig(Section):
         if self.neat_packing and not self.packing and "packing" in self.model_fields_set:
             text = "neat_packing is a way of packing"
             yield Problem(text, "set packing: true, or delete it", "neat_packing and packing")
+
+    def _mixing(self) -> Iterable[Problem]:
+        key = "interleave_probs"
+        try:
+            shares = self.shares
+        except ValueError:
+            yield Problem(f"{self.interleave_probs!r} is no list of numbers", "write 0.7,0.3", key)
+            return
+        if shares is not None and self.mix_strategy == "concat":
+            fix = "set mix_strategy: interleave_under, or delete it"
+            yield Problem("datasets are not interleaved", fix, f"{key} and mix_strategy")
+        for name in ("dataset", "eval_dataset"):
+            given = getattr(self, name)
+            count = len(given.split(",") if isinstance(given, str) else given or ())
+            if shares is not None and count > 1 and len(shares) != count:
+                text = f"{len(shares)} shares for {count} datasets"
+                yield Problem(text, "give one for each", f"{key} and {name}")
 
 
 class ParallelConfig(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.config.section import Section
+from raytrain_adv.config.section import Names, Section
 from raytrain_adv.config.sections import LARGEST, Count, Share
 
 SCHEDULE_OPTIONS = {
@@ -39,14 +39,37 @@ WORDS = {
 class TrainConfig(Section):
     """The optimization: batch, length, optimizer, schedule, precision."""
 
-    stage: Literal["sft"] = "sft"
-    """Training stage; only supervised fine-tuning is supported."""
+    stage: Literal["sft", "pt"] = "sft"
+    """Training stage: sft is supervised fine-tuning on conversations, pt pretraining on plain text,
+    which is split into sequences of cutoff_len tokens and packed unless packing is false."""
     per_device_train_batch_size: Count = 8
     """Sequences per worker in one forward and backward pass."""
     per_device_eval_batch_size: Count = 8
     """Sequences per worker in one evaluation pass."""
     gradient_accumulation_steps: Count = 1
     """Forward and backward passes per optimizer step."""
+    freeze_trainable_layers: (
+        Annotated[int, Field(json_schema_extra={"not": {"const": 0}})] | None
+    ) = None
+    """Train this many layers only: the last ones, or of a negative number the first; none trains
+    all. finetuning_type: freeze means 2."""
+    freeze_trainable_modules: Names = "all"
+    """Modules of these layers that are trained, as self_attn,mlp."""
+    freeze_extra_modules: Names | None = None
+    """Modules outside of the layers that are trained too, as embed_tokens,lm_head."""
+    use_llama_pro: bool = False
+    """LLaMA Pro: train the last layer of each of freeze_trainable_layers equal groups."""
+    use_dft_loss: bool = False
+    """Weigh each token's loss by the probability that the model gives it (DFT)."""
+    use_eaft_loss: bool = False
+    """Weigh each token's loss by the entropy of the model's 20 likeliest tokens (EAFT)."""
+    eaft_alpha: Annotated[float, Field(ge=0.0)] = 1.0
+    """Exponent of EAFT's weight."""
+    use_asft_loss: bool = False
+    """DFT, and asft_alpha times the divergence from the model before training (ASFT), which is kept
+    as a second, frozen copy."""
+    asft_alpha: Annotated[float, Field(ge=0.0)] = 0.1
+    """Weight of ASFT's divergence."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-5
     """Peak learning rate."""
     num_train_epochs: Annotated[float, Field(gt=0.0, le=LARGEST)] = 3.0
@@ -110,6 +133,11 @@ class TrainConfig(Section):
     """Seed of the data order, dropout and new weights."""
 
     @property
+    def weighs_tokens(self) -> bool:
+        """Whether the training loss is another than the cross-entropy."""
+        return self.use_dft_loss or self.use_eaft_loss or self.use_asft_loss
+
+    @property
     def computes_in_bf16(self) -> bool:
         """Whether products are in bfloat16, whatever parameters are kept in."""
         return self.bf16 or self.pure_bf16
@@ -127,6 +155,21 @@ class TrainConfig(Section):
         if self.max_steps == 0:
             fix = "give at least 1, or -1 to derive it from num_train_epochs"
             yield Problem("0 steps train nothing", fix, "max_steps")
+        losses = [k for k in ("use_dft_loss", "use_eaft_loss", "use_asft_loss") if getattr(self, k)]
+        if len(losses) > 1:
+            yield Problem("a run has one loss", "keep one of them", " and ".join(losses))
+        if self.freeze_trainable_layers == 0:
+            yield Problem("0 layers", "give a number of layers", "freeze_trainable_layers")
+        for key in ("freeze_trainable_modules", "freeze_extra_modules", "use_llama_pro"):
+            if self.freeze_trainable_layers is None and self.is_changed(key):
+                text = "no layers are frozen"
+                fix = "set freeze_trainable_layers too, or delete it"
+                yield Problem(text, fix, f"{key} and freeze_trainable_layers")
+        for key, loss in (("eaft_alpha", "use_eaft_loss"), ("asft_alpha", "use_asft_loss")):
+            if self.is_changed(key) and not getattr(self, loss):
+                yield Problem(
+                    f"{loss} is off", f"set {loss}: true, or delete it", f"{key} and {loss}"
+                )
         yield from self._schedule_contradictions()
 
     def _schedule_contradictions(self) -> Iterable[Problem]:

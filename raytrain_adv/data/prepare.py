@@ -81,15 +81,15 @@ def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> Prepare
         eval_part = _tokenized(job, tokenizer, entries, again, say)
         for entry in entries if job.output.eval_on_each_dataset else ():
             rows = _tokenized(job, tokenizer, [entry], again, say).rows
-            each[entry.name] = _sequences(rows, np.arange(len(rows)), data)
+            each[entry.name] = _sequences(rows, np.arange(len(rows)), job)
     train_rows, eval_rows = _split(len(train_part.rows), data.val_size, job.train.seed)
-    train = _sequences(train_part.rows, train_rows, data)
+    train = _sequences(train_part.rows, train_rows, job)
     held_out = None
     if eval_part is not None:
-        held_out = _sequences(eval_part.rows, np.arange(len(eval_part.rows)), data)
+        held_out = _sequences(eval_part.rows, np.arange(len(eval_part.rows)), job)
     elif len(eval_rows):
-        held_out = _sequences(train_part.rows, eval_rows, data)
-    stats = _stats(data, train, held_out, train_part, eval_part)
+        held_out = _sequences(train_part.rows, eval_rows, job)
+    stats = _stats(job, train, held_out, train_part, eval_part)
     for sentence in _sentences(stats):
         say(sentence)
     return PreparedData(train, held_out, stats, each)
@@ -128,21 +128,21 @@ def _split(n: int, val_size: float, seed: int) -> tuple[NDArray[np.int64], NDArr
     return np.sort(order[num_held:]), np.sort(order[:num_held])
 
 
-def _sequences(rows: TokenRows, chosen: NDArray[np.int64], data: DataConfig) -> SequenceSet:
-    if not (data.packing or data.neat_packing):
+def _sequences(rows: TokenRows, chosen: NDArray[np.int64], job: JobConfig) -> SequenceSet:
+    if not job.packs:
         return SequenceSet(rows, [chosen[i : i + 1] for i in range(len(chosen))])
-    groups = pack(rows.lengths[chosen], data.cutoff_len)
+    groups = pack(rows.lengths[chosen], job.data.cutoff_len)
     return SequenceSet(rows, [chosen[group] for group in groups])
 
 
 def _stats(
-    data: DataConfig,
+    job: JobConfig,
     train: SequenceSet,
     held_out: SequenceSet | None,
     train_part: cache.CacheEntry,
     eval_part: cache.CacheEntry | None,
 ) -> dict[str, Any]:
-    packed = data.packing or data.neat_packing
+    data, packed = job.data, job.packs
     return {
         "rows": train_part.stats,
         "eval_rows": eval_part.stats if eval_part else None,

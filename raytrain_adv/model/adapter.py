@@ -6,6 +6,7 @@ from safetensors import safe_open
 from torch import nn
 
 from raytrain_adv.dtensor import copy_local, local_region, plain_name
+from raytrain_adv.errors import JobError
 from raytrain_adv.transforms.lora import ADAPTER, is_adapter
 
 FILE_NAME = "adapter_model.safetensors"
@@ -21,8 +22,18 @@ def peft_name(fqn: str) -> str:
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Read a folder's adapters into this rank's shards of a model that has the same ones."""
+    """Read a folder's adapters into this rank's shards of a model that has the same ones.
+
+    Raises:
+        JobError: if it has others.
+    """
     with safe_open(folder / FILE_NAME, framework="pt") as file:
+        held = set(file.keys())
+        ours = {peft_name(fqn) for fqn, _ in model.named_parameters() if is_adapter(fqn)}
+        if odd := sorted(ours ^ held):
+            found = f"{len(odd)} tensors are in one of the two only, as {odd[0]}"
+            fix = "give the folder of an adapter of this model and lora_target"
+            raise JobError(f"{folder} has other adapters than the model", found, fix)
         for fqn, parameter in model.named_parameters():
             if is_adapter(fqn):
                 part = file.get_slice(peft_name(fqn))[local_region(parameter)]

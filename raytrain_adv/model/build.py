@@ -18,6 +18,7 @@ from raytrain_adv.model.files import (
     model_source,
     nearest_folders,
 )
+from raytrain_adv.model.freeze import freeze
 from raytrain_adv.ops.stored import formats
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms import discover
@@ -61,6 +62,7 @@ def build(job: JobConfig) -> PreTrainedModel:
     model.config.use_cache = False
     refuse_other_modalities(job, model)
     refuse_unsupported(job, model)
+    freeze(model, job.train)
     model.train()
     return model
 

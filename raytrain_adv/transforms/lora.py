@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from raytrain_adv.config.problems import Problem, show
-from raytrain_adv.config.section import Names
+from raytrain_adv.config.section import Names, PathText
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import JobError
 from raytrain_adv.transforms.modules import (
@@ -69,6 +71,9 @@ class Lora(Transform):
     loraplus_lr_ratio: Annotated[float, Field(gt=0.0)] | None = None
     """LoRA+: the learning rate of the adapters' B matrices, over learning_rate; none means 1."""
 
+    adapter_name_or_path: PathText | None = None
+    """Folder of an adapter in PEFT's format to go on from, of the same rank and modules."""
+
     @property
     def enabled(self) -> bool:
         """Whether adapters are trained."""
@@ -97,6 +102,10 @@ class Lora(Transform):
             text = f"adapters alone are saved, and random weights would be lost: {given}"
             keys = "train_from_scratch and finetuning_type"
             yield Problem(text, "set finetuning_type: full", keys)
+        if job.train.freeze_trainable_layers is not None:
+            text = "adapters are trained, and the whole model is frozen"
+            keys = "freeze_trainable_layers and finetuning_type"
+            yield Problem(text, "set finetuning_type: full, or delete it", keys)
         if self.loraplus_lr_ratio and job.train.optim == "muon":
             text = "LoRA+ sets rates of AdamW, and muon has one rate"
             yield Problem(text, "keep one of them", "loraplus_lr_ratio and optim")
@@ -104,6 +113,35 @@ class Lora(Transform):
             text = f"adapters are always trained in float32: {given}"
             fix = "set bf16: true instead of pure_bf16; the frozen model is then in bfloat16"
             yield Problem(text, fix, "pure_bf16 and finetuning_type")
+
+    def _check_adapter(self, adapted: set[str]) -> None:
+        """Refuse an adapter to go on from that is another than the job's, on the planned linears.
+
+        Raises:
+            JobError: naming what differs.
+        """
+        path = Path(self.adapter_name_or_path or "") / "adapter_config.json"
+        try:
+            config = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            fix = "name a folder with adapter_config.json and adapter_model.safetensors"
+            what = f"adapter_name_or_path: {self.adapter_name_or_path} is no adapter of PEFT's"
+            raise JobError(what, str(error), fix) from error
+        ours = {
+            "r": ("lora_rank", self.lora_rank),
+            "lora_alpha": ("lora_alpha", self.lora_alpha or 2 * self.lora_rank),
+            "use_rslora": ("use_rslora", self.use_rslora),
+            "use_dora": ("use_dora", self.use_dora),
+        }
+        theirs = {name: config.get(name, False) for name in ours}
+        wrong = {key: theirs[n] for n, (key, value) in ours.items() if theirs[n] != value}
+        targets = patterns(config.get("target_modules") or [])
+        if {fqn for fqn in adapted if any(names(target, fqn) for target in targets)} != adapted:
+            wrong["lora_target"] = ",".join(sorted(targets))
+        if wrong:
+            fix = "set " + ", ".join(f"{key}: {value}" for key, value in wrong.items())
+            found = f"{path}: {', '.join(f'{key} is {value}' for key, value in wrong.items())}"
+            raise JobError("The adapter to go on from is another than the job's", found, fix)
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears and stacked experts that get adapters."""
@@ -121,6 +159,8 @@ class Lora(Transform):
         skipped |= {f: self._reason_to_skip_experts(f, m) for f, m in experts.items()}
         skipped = {fqn: reason for fqn, reason in skipped.items() if reason}
         chosen = {f: m for f, m in (linears | experts).items() if f not in skipped}
+        if self.adapter_name_or_path is not None:
+            self._check_adapter(chosen.keys() & linears.keys())
         becomes = dict.fromkeys(linears, ADAPTED) | dict.fromkeys(experts, ADAPTED_EXPERTS)
         changes = {fqn: Change(class_name(m), becomes[fqn]) for fqn, m in chosen.items()}
         return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))

@@ -88,6 +88,11 @@ class LossKernel(Transform):
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
         """Refuse a kernel that the job's precision or device does not have."""
         key = "cut_cross_entropy" if self.cut_cross_entropy else "loss_kernel"
+        if job.train.weighs_tokens and not self.is_auto:
+            names = ("use_dft_loss", "use_eaft_loss", "use_asft_loss")
+            loss = next(name for name in names if getattr(job.train, name))
+            text = f"{loss} weighs tokens by their logits, which {self.kernel} never has"
+            yield Problem(text, "set loss_kernel: auto", f"{key} and {loss}")
         if self.kernel == "cut_cross_entropy" and not job.train.computes_in_bf16:
             text = "cut_cross_entropy computes in bf16 only"
             yield Problem(text, "set bf16: true, or loss_kernel: chunked", f"{key} and bf16")
@@ -109,6 +114,9 @@ class LossKernel(Transform):
         """Return how the head will compute the loss; auto leaves it to torch where a named kernel
         would be refused.
         """
+        if context.job.train.weighs_tokens:
+            why = "loss_kernel: auto is torch: the loss weighs tokens by their logits"
+            return Plan(self.name, notes=(why,), empty_because=why)
         try:
             fqn, head = self._head_of(model)
         except JobError as refusal:

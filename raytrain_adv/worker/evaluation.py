@@ -99,7 +99,7 @@ def _sums(state: TrainState, batch: MicroBatch) -> torch.Tensor:
         right = (logits.argmax(-1) == labels).sum()
         loss = chunked_cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
     else:
-        loss = state.loss_sum(state.model, batch.inputs, labels)
+        loss = state.eval_loss_sum(state.model, batch.inputs, labels)
     return torch.stack([loss.double(), right.double(), (labels != IGNORE).sum().double()])
 
 

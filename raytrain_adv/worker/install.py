@@ -13,8 +13,11 @@ from transformers import PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import RaytrainAdvError, TrainingError
 from raytrain_adv.hardware import HardwareFacts
-from raytrain_adv.model import attention
+from raytrain_adv.model import attention, parallel, weights
+from raytrain_adv.model.build import build
 from raytrain_adv.model.parallel import compute_dtype
+from raytrain_adv.ops.loss.function import LossFunction, loss_function
+from raytrain_adv.ops.loss.weighted import asft_loss, dft_sum, eaft_sum
 from raytrain_adv.run.run import Run
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.transform import Plan
@@ -72,6 +75,23 @@ def check_attention(job: JobConfig, run: Run, model: PreTrainedModel) -> dict[st
     if result:
         run.say(f"attention {name}: {result}", event="attention")
     return {"attention": name, "attention_trial": result or None}
+
+
+def training_loss(job: JobConfig, run: Run, model: PreTrainedModel) -> LossFunction | None:
+    """Return the loss of a job that weighs tokens, if it does; ASFT's loads a reference model."""
+    train, compiled = job.train, job.parallel.torch_compile
+    if train.use_dft_loss:
+        return loss_function(model, compiled, dft_sum)
+    if train.use_eaft_loss:
+        return loss_function(model, compiled, eaft_sum(train.eaft_alpha))
+    if not train.use_asft_loss:
+        return None
+    with run.phase("reference model"):
+        reference = build(job).requires_grad_(False)
+        parallel.shard(reference, job, parallel.build_mesh(job, run.device))
+        weights.materialize(reference, run.device, parallel.parameter_device(job))
+        weights.load_pretrained(reference, job, run.device)
+    return asft_loss(reference.eval(), train.asft_alpha)
 
 
 def require_alike(run: Run, plans: Mapping[str, Plan]) -> None:

@@ -21,7 +21,7 @@ from raytrain_adv.data.batches.loader import (
     StepBatch,
 )
 from raytrain_adv.errors import Stopped, Terminated, TrainingError
-from raytrain_adv.ops.loss.function import loss_function
+from raytrain_adv.ops.loss.function import LossFunction, loss_function
 from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import Arithmetic
 from raytrain_adv.text import first_line
@@ -51,6 +51,8 @@ class TrainState:
     held_out: Batches | None
     held_out_each: dict[str, Batches]
     """The same rows by dataset, with eval_on_each_dataset."""
+    training_loss: LossFunction | None
+    """The loss of a job that weighs tokens; none means the cross-entropy, as in evaluations."""
     progress: InitVar[Progress | None]
     first_step: int = 0  # the first step of this attempt, from 0
     num_tokens: int = 0  # tokens over all workers up to the last logging step
@@ -67,7 +69,9 @@ class TrainState:
         """Step -> what its evaluation found."""
         losses = (found["loss"] for found in self.evaluations.values())
         self.schedule = Schedule(self.job, self.arithmetic, losses)
-        self.loss_sum = loss_function(self.model, self.job.parallel.torch_compile)
+        compiled = self.job.parallel.torch_compile
+        self.loss_sum = self.training_loss or loss_function(self.model, compiled)
+        self.eval_loss_sum = loss_function(self.model, compiled)
         attended = self.batches.data.attention_length(self.batches.neat)
         self.meter = Meter(self.run, self.model, self.arithmetic, attended)
         self.window = torch.zeros(2, dtype=torch.float64, device=self.run.device)

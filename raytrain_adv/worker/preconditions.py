@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from raytrain_adv import hub
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.order import num_held_out
 from raytrain_adv.data.read.entries import Entry, resolve
@@ -49,6 +50,10 @@ def check_files(job: JobConfig) -> None:
 
 def _check(job: JobConfig) -> None:
     check_folder(job)
+    if not is_local(job):
+        hub.require_model(
+            job.model.model_name_or_path, job.model.model_revision, job.model.cache_dir
+        )
     if not job.model.train_from_scratch:
         check_weights(job)
     check_flash_package(job.model.flash_attn)
@@ -62,7 +67,7 @@ def _check_template(job: JobConfig) -> None:
     if not is_local(job) or not (folder / TOKENIZER).is_file() or job.model.trust_remote_code:
         return
     if template is None:
-        if not _has_chat_template(folder):
+        if job.train.stage == "sft" and not _has_chat_template(folder):
             raise no_template(job.model.model_name_or_path)
     elif template.end_of_turn and not _has_token(folder, template.end_of_turn):
         raise unfit(template)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from raytrain_adv import hardware
@@ -17,15 +18,17 @@ from raytrain_adv.data.prepare import prepare
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.estimate import memory
 from raytrain_adv.model import parallel, weights
+from raytrain_adv.model.adapter import load_adapter
 from raytrain_adv.model.build import build
 from raytrain_adv.model.notes import model_notes
 from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import resolve_arithmetic
 from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.worker.checks.step import Checks
 from raytrain_adv.worker.evaluation import evaluate_held_out, evaluate_variants, restore_best
 from raytrain_adv.worker.finish import ExportFunction, evaluate_twins, export, sample_answers
-from raytrain_adv.worker.install import check_attention, fetch_on_main, install
+from raytrain_adv.worker.install import check_attention, fetch_on_main, install, training_loss
 from raytrain_adv.worker.loop import TrainState, log_and_save, train_step, training
 from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.optim import build_optimizer
@@ -71,6 +74,8 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         else:
             weights.load_pretrained(model, job, run.device)
         plans = transforms.initialize(model, plans, job.train.seed)
+        if folder := job.transform(Lora).adapter_name_or_path:
+            load_adapter(model, Path(folder))
         optimizer = build_optimizer(model, job)
     if found is not None:
         with run.phase("resume"):
@@ -86,9 +91,10 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     batches = to_batches(prepared.train)
     held_out = to_batches(prepared.eval) if prepared.eval is not None else None
     each = {name: to_batches(rows) for name, rows in prepared.eval_each.items()}
+    loss = training_loss(job, run, model)
     checks = Checks(job, run, model, transforms, plans, batches, progress)
     state = TrainState(
-        job, run, transforms, model, optimizer, arithmetic, batches, held_out, each, progress
+        job, run, transforms, model, optimizer, arithmetic, batches, held_out, each, loss, progress
     )
     with training(state):
         if state.first_step == 0 and not job.model.train_from_scratch:

@@ -95,7 +95,7 @@ def _expand(result: Translation, keys: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(ours, Problem):
             result.problems.append(replace(ours, key=key))
         elif ours is not None:
-            own = {name: one for name, one in ours.items() if not keys.get(name)}
+            own = {name: one for name, one in ours.items() if name == key or not keys.get(name)}
             kept.update(own)
             result.names.update(dict.fromkeys(own, key))
             shown = ", ".join(f"{n}: {show(one)}" for n, one in own.items()) or "nothing more"
@@ -164,9 +164,6 @@ def _template(value: Any) -> Any:
 
 
 def _dataset_dir(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith("REMOTE:"):
-        fix = "delete it and name the Hub datasets in dataset, or give a folder"
-        return Problem(f"{show(value)}: a dataset_info.json on the Hub is not read", fix)
     if isinstance(value, dict):
         fix = "write it to dataset_info.json in a folder"
         return Problem("a mapping: dataset_info is read from a file", fix)

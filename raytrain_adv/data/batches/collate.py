@@ -40,7 +40,7 @@ def pad_to(job: JobConfig) -> PadTo:
     of 16; with torch_compile to an eighth, a quarter, a half or all of it, for few compiled graphs.
     """
     cutoff = job.data.cutoff_len
-    if job.data.packing or job.data.neat_packing:
+    if job.packs:
         return PadTo((_round_up(cutoff),))
     if job.parallel.torch_compile:
         return PadTo(tuple(sorted({_round_up(-(-cutoff // part)) for part in (8, 4, 2, 1)})))

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from raytrain_adv import hub
 from raytrain_adv.config.sections import DataConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.text import nearest
 
+REMOTE = "REMOTE:"
+"""Beginning of a dataset_dir that is a dataset on the Hub."""
 INFO_FILE = "dataset_info.json"
-FILE_TYPES = (".json", ".jsonl", ".parquet")
+FILE_TYPES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt")
 BUILTIN_SETS = ("python_stdlib_docs",)
 
 Formatting = Literal["alpaca", "sharegpt", "openai"]
@@ -65,11 +68,26 @@ def resolve(names: str | list[str] | None, data: DataConfig, key: str) -> list[E
         fix = f"name a dataset of {INFO_FILE}, a file or a Hub dataset"
         raise JobError(f"The job names no {key}", f"{key}: {names!r}", fix)
     folder = data.dataset_dir
-    if folder == "ONLINE" or folder.startswith("REMOTE:"):
+    if folder.startswith(REMOTE):
+        folder = str(_fetch(folder.removeprefix(REMOTE)))
+    if folder == "ONLINE":
         fix = "write Hub datasets as owner/name under dataset, and make dataset_dir a folder"
         raise JobError("dataset_dir must be a folder", f"dataset_dir: {folder}", fix)
     info = _read_info(Path(folder))
     return [_resolve_one(name, info, Path(folder), key) for name in wanted]
+
+
+def _fetch(name: str) -> Path:
+    """Return the folder of a Hub dataset that has dataset_info.json and the files it names."""
+    from huggingface_hub import snapshot_download
+
+    reason = hub.why_unreachable()
+    try:
+        return Path(snapshot_download(name, repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        fix = f"make dataset_dir a folder with {INFO_FILE}, or the Hub reachable"
+        what = f"dataset_dir {REMOTE}{name} could not be fetched from the Hugging Face Hub"
+        raise JobError(what, reason or f"{type(error).__name__}: {error}"[:500], fix) from error
 
 
 def _read_info(dataset_dir: Path) -> dict[str, Any]:

@@ -48,6 +48,16 @@ class Layout:
         convert = _from_alpaca if self.formatting == "alpaca" else _from_messages
         return convert(self, values)
 
+    def text(self, values: Any) -> str:
+        """Return a row's text to pretrain on."""
+        if not isinstance(values, dict):
+            raise UnusableRow(f"the row is a {type(values).__name__}, not an object")
+        column = self.columns["prompt"]
+        text = _text(values.get(column), column)
+        if not text.strip():
+            raise UnusableRow(f"no text: {column} is empty or missing")
+        return text
+
 
 _TAGS: dict[Formatting, dict[str, str]] = {"alpaca": {}}
 _TAGS["openai"] = {
@@ -68,6 +78,8 @@ _QUESTION_AND_ANSWER = (
     ("prompt", "response"), ("question", "answer"),
 )  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_TEXTS = ("text", "content", "instruction", "prompt")
+"""Columns with text to pretrain on."""
 _EXTRA = ("history", "system", "tools")
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 _BEFORE_CALL = re.compile(r"(\s*<think>.*?</think>\s*)", re.DOTALL)
@@ -97,6 +109,24 @@ def layout(entry: Entry, sample: list[Any]) -> Layout:
             f"correct formatting and columns in its entry of {INFO_FILE}",
         )
     return replace(chosen, tags={**chosen.tags, **entry.tags})
+
+
+def text_layout(entry: Entry, sample: list[Any]) -> Layout:
+    """Return where an entry's rows have the text to pretrain on.
+
+    Raises:
+        JobError: if they have none.
+    """
+    found = {column for values in sample if isinstance(values, dict) for column in values}
+    named = (entry.columns or {}).get("prompt")
+    column = named or next((one for one in _TEXTS if one in found), None)
+    if column not in found:
+        raise JobError(
+            f"Dataset {entry.name} has no text to pretrain on",
+            f"columns found: {', '.join(sorted(found)) or 'none'}",
+            f'name its column in {INFO_FILE}: "columns": {{"prompt": "..."}}',
+        )
+    return Layout("alpaca", {"prompt": str(column)}, {})
 
 
 def _guess(entry: Entry, found: set[str], example: dict[str, Any]) -> Layout:

@@ -1,5 +1,6 @@
 """Reading rows from files and the Hub, each with the place a message can name."""
 
+import csv
 import hashlib
 import json
 import re
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytrain_adv import hub
 from raytrain_adv.data.read.entries import FILE_TYPES, INFO_FILE, Entry
 from raytrain_adv.errors import JobError
 from raytrain_adv.text import nearest
@@ -109,7 +111,14 @@ def read_files(files: list[Path]) -> Iterator[Row]:
     Raises:
         JobError: at the first row that is broken.
     """
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    readers = {
+        ".json": _read_json,
+        ".jsonl": _read_jsonl,
+        ".parquet": _read_parquet,
+        ".arrow": _read_arrow,
+        ".csv": _read_csv,
+        ".txt": _read_txt,
+    }
     total, before = sum(file.stat().st_size for file in files), 0
     for file in files:
         size = file.stat().st_size
@@ -232,8 +241,54 @@ def _read_parquet(file: Path) -> Iterator[Row]:
         raise JobError(what, str(error), "write it again") from error
 
 
+def _read_arrow(file: Path) -> Iterator[Row]:
+    """Read what datasets writes: a stream of record batches, or a file of them."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(file)) as opened:
+            try:
+                table = pyarrow.ipc.open_stream(opened).read_all()
+            except pyarrow.ArrowInvalid:
+                table = pyarrow.ipc.open_file(opened).read_all()
+            if not table.num_rows:
+                raise _empty(file, "a table without rows")
+            for number in range(table.num_rows):
+                values = table.slice(number, 1).to_pylist()[0]
+                yield Row(f"{file} row {number + 1}", values, (number + 1) / table.num_rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        what = f"{file} is not a readable Arrow file"
+        raise JobError(what, str(error), "write it again") from error
+
+
+def _read_csv(file: Path) -> Iterator[Row]:
+    """Read rows of text under the names of the first line."""
+    lines = _decode(file, file.read_bytes(), 1).splitlines(keepends=True)
+    reader = csv.DictReader(lines)
+    try:
+        for values in reader:
+            if None in values or None in values.values():
+                found = f"line {reader.line_num}: other columns than the {len(values)} of line 1"
+                raise JobError(f"{file} is not a table", found, "correct that line")
+            yield Row(f"{file}:{reader.line_num}", values, reader.line_num / len(lines))
+    except csv.Error as error:
+        found = f"line {reader.line_num}: {error}"
+        raise JobError(f"{file} is not valid CSV", found, "correct that line") from error
+
+
+def _read_txt(file: Path) -> Iterator[Row]:
+    """Read a row of each line that has text."""
+    size, consumed = file.stat().st_size, 0
+    with file.open("rb") as opened:
+        for number, line in enumerate(opened, 1):
+            consumed += len(line)
+            if text := _decode(file, line, number).rstrip("\r\n"):
+                yield Row(f"{file}:{number}", {"text": text}, consumed / size)
+
+
 def _open_hub(entry: Entry, cache_dir: str | None) -> Source:
-    import datasets  # takes seconds to import
+    reason = hub.why_unreachable()
+    import datasets  # takes seconds to import, and reads HF_HUB_OFFLINE as it is
 
     try:
         where = {"name": entry.subset, "data_dir": entry.folder, "split": entry.split}
@@ -242,7 +297,7 @@ def _open_hub(entry: Entry, cache_dir: str | None) -> Source:
     except (OSError, ValueError, RuntimeError) as error:
         what = f"The dataset {entry.target} could not be loaded from the Hugging Face Hub"
         fix = "check its name, subset, split, the network and HF_TOKEN; or give a local file"
-        raise JobError(what, f"{type(error).__name__}: {error}"[:500], fix) from error
+        raise JobError(what, reason or f"{type(error).__name__}: {error}"[:500], fix) from error
     total = len(loaded)
 
     def rows() -> Iterator[Row]:

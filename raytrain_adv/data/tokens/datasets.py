@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -16,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.order import random_order
 from raytrain_adv.data.read.entries import Entry
-from raytrain_adv.data.read.formats import layout
+from raytrain_adv.data.read.formats import layout, text_layout
 from raytrain_adv.data.read.sources import Row, Source, open_source
 from raytrain_adv.data.tokens import cache
 from raytrain_adv.data.tokens.cache import Say
+from raytrain_adv.data.tokens.mix import interleave
 from raytrain_adv.data.tokens.processes import Task, tokenize_here, tokenize_in_processes
 from raytrain_adv.data.tokens.tokenize import Chunk, Recipe, Tokenizer, reasons
 from raytrain_adv.data.tokens.tokenizer import tokenizer_fingerprint
@@ -55,7 +57,9 @@ class TokenizedDatasets:
             data.train_on_prompt,
             data.mask_history,
             data.enable_thinking,
+            job.train.stage == "pt",
         )
+        self.layout = text_layout if self.recipe.pretrains else layout
 
     def key(self) -> str:
         """Hash everything that decides the tokens; file paths and process counts do not."""
@@ -67,7 +71,10 @@ class TokenizedDatasets:
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "recipe": asdict(self.recipe),
             "max_samples": self.data.max_samples,
-            "seed": self.seed if any(entry.num_samples for entry in self.entries) else None,
+            "mix": self._mix(),
+            "seed": self.seed
+            if self._mix() or any(entry.num_samples for entry in self.entries)
+            else None,
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -115,12 +122,40 @@ class TokenizedDatasets:
         else:
             yield from tokenize_here(chain(first, tasks), Tokenizer(self.tokenizer, self.recipe))
 
+    def _mix(self) -> list[Any] | None:
+        """Return how datasets are interleaved; none if they follow each other."""
+        if self.data.mix_strategy == "concat" or len(self.entries) == 1:
+            return None
+        return [self.data.mix_strategy, self.data.shares]
+
+    def _interleaved(self) -> Iterator[Task]:
+        pairs = list(zip(self.entries, self.sources, strict=True))
+        samples = [list(islice(self._rows(*pair), SAMPLE)) for pair in pairs]
+        found = [
+            self.layout(entry, [row.values for row in sample])
+            for entry, sample in zip(self.entries, samples, strict=True)
+        ]
+        streams = [partial(self._rows, *pair) for pair in pairs]
+        mixed = interleave(streams, self.data.mix_strategy, self.data.shares, self.seed)
+        waiting: list[list[Row]] = [[] for _ in pairs]
+        for number, row in mixed:
+            waiting[number].append(row)
+            if len(waiting[number]) == CHUNK:
+                part, waiting[number] = waiting[number], []
+                yield [(r.where, r.values) for r in part], found[number], row.progress
+        for number, part in enumerate(waiting):
+            if part:
+                yield [(r.where, r.values) for r in part], found[number], 1.0
+
     def tasks(self) -> Iterator[Task]:
         """Yield the rows, chunk by chunk, each with its layout.
 
         Raises:
             JobError: if a dataset is empty, broken, or of no known layout.
         """
+        if self._mix():
+            yield from self._interleaved()
+            return
         total = len(self.entries)
         for number, (entry, source) in enumerate(zip(self.entries, self.sources, strict=True)):
             rows = self._rows(entry, source)
@@ -128,7 +163,7 @@ class TokenizedDatasets:
             if not sample:
                 fix = "give a dataset with rows"
                 raise JobError(f"Dataset {entry.name} is empty", "no rows", fix)
-            found = layout(entry, [row.values for row in sample])
+            found = self.layout(entry, [row.values for row in sample])
             rows = chain(sample, rows)
             while part := list(islice(rows, CHUNK)):
                 share = (number + part[-1].progress) / total

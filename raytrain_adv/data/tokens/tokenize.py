@@ -31,6 +31,8 @@ class Recipe:
     train_on_prompt: bool
     mask_history: bool
     enable_thinking: bool | None = True
+    pretrains: bool = False
+    """Whether rows are plain text, of which every token is trained."""
 
 
 @dataclass
@@ -72,6 +74,10 @@ class Tokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
+        self.longest = max(MOST_CHARACTERS, 64 * recipe.cutoff_len)
+        if recipe.pretrains:
+            self.encode = _encode_pieces
+            return
         with template_time("of a conversation that tries it"):
             self.render: Renderer = renderer(
                 tokenizer,
@@ -80,7 +86,6 @@ class Tokenizer:
                 recipe.enable_thinking,
                 recipe.mask_history,
             )
-        self.longest = max(MOST_CHARACTERS, 64 * recipe.cutoff_len)
         self.encode = _encode_pieces if joins_cleanly(tokenizer) else _encode_whole
         if self.encode is _encode_whole and not tokenizer.is_fast:
             what = "This tokenizer does not report the positions of its tokens in the text"
@@ -111,7 +116,7 @@ class Tokenizer:
         with template_time(span):
             for where, values in rows:
                 try:
-                    rendered.append(self._pieces(layout.conversation(values)))
+                    rendered.append(self._pieces(layout, values))
                     places.append(where)
                 except UnusableRow as reason:
                     unusable.append((where, str(reason)))
@@ -120,18 +125,32 @@ class Tokenizer:
         kept = []
         for where, tokens in zip(places, encoded, strict=True):
             try:
-                kept.append(self._row(where, tokens))
+                kept += (
+                    self._split(where, tokens)
+                    if self.recipe.pretrains
+                    else [self._row(where, tokens)]
+                )
             except UnusableRow as reason:
                 unusable.append((where, str(reason)))
         return kept, unusable
 
-    def _pieces(self, conversation: Conversation) -> list[Piece]:
+    def _pieces(self, layout: Layout, values: Any) -> list[Piece]:
+        if self.recipe.pretrains:
+            end = str(self.tokenizer.eos_token or "")
+            return [Piece(layout.text(values), True), Piece(end, True)]
+        conversation = layout.conversation(values)
         pieces = _without_loss(conversation, self.render(conversation))
         if not any(p.is_answer for p in pieces):
             raise UnusableRow("no answer: the chat template writes none")
         if (size := sum(len(p.text) for p in pieces)) > self.longest:
             raise UnusableRow(f"{size:,} characters, more than {self.longest:,}")
         return pieces
+
+    def _split(self, where: str, tokens: "_Encoded") -> list[TokenRow]:
+        """Return a text in rows of cutoff_len tokens."""
+        ids, cutoff = (tokens.ids if tokens else np.zeros(0, np.int32)), self.recipe.cutoff_len
+        parts = [ids[i : i + cutoff] for i in range(0, len(ids), cutoff)]
+        return [TokenRow(where, p, np.ones(len(p), np.bool_), len(p) // 2, len(p)) for p in parts]
 
     def _row(self, where: str, tokens: "_Encoded") -> TokenRow:
         if tokens is None:

@@ -28,7 +28,7 @@ def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
             job.data.enable_thinking, job.data.mask_history
         )
         _adopt(tokenizer, find_template(job.data.template), source)
-    elif tokenizer.chat_template is None:
+    elif tokenizer.chat_template is None and job.train.stage == "sft":
         raise no_template(job.model.model_name_or_path)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,8 @@ from raytrain_adv.ops.loss.head import loss_in_head, takes_labels
 CHUNK_TOKENS = 2048
 """Tokens whose logits are held in float32 at once where the loss is not compiled."""
 
+ChunkLoss = Callable[..., Tensor]
+"""(logits [tokens, vocabulary], labels [tokens]) -> summed loss."""
 LossFunction = Callable[[nn.Module, Mapping[str, Tensor | int], Tensor], Tensor]
 
 
@@ -23,21 +27,35 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
 
 
-def chunked_cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return cross_entropy_sum without a float32 copy of all logits; backward recomputes chunks."""
-    if logits.shape[0] <= CHUNK_TOKENS:
-        return cross_entropy_sum(logits, labels)
-    total = logits.new_zeros((), dtype=torch.float32)
-    for part, target in zip(logits.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True):  # type: ignore[no-untyped-call]
-        total = total + checkpoint(cross_entropy_sum, part, target, use_reentrant=False)
+def in_chunks(loss: ChunkLoss, *of_tokens: Tensor) -> Tensor:
+    """Return a loss without a float32 copy of all logits; backward recomputes chunks.
+
+    `of_tokens` are what the loss takes, each [tokens, ...].
+    """
+    if of_tokens[0].shape[0] <= CHUNK_TOKENS:
+        return loss(*of_tokens)
+    total = of_tokens[0].new_zeros((), dtype=torch.float32)
+    splits: list[Any] = [one.split(CHUNK_TOKENS) for one in of_tokens]  # type: ignore[no-untyped-call]
+    for parts in zip(*splits, strict=True):
+        total = total + checkpoint(loss, *parts, use_reentrant=False)
     return total
 
 
-def loss_function(model: nn.Module, compile_it: bool) -> LossFunction:
-    """Return (model, inputs, labels [sequences, time]) -> summed loss, by the head if it can."""
-    if takes_labels(model):
+def chunked_cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return cross_entropy_sum without a float32 copy of all logits."""
+    return in_chunks(cross_entropy_sum, logits, labels)
+
+
+def loss_function(
+    model: nn.Module, compile_it: bool, weighted: ChunkLoss | None = None
+) -> LossFunction:
+    """Return (model, inputs, labels [sequences, time]) -> summed loss, by the head if it can, and
+    with `weighted` by that of chunks of logits.
+    """
+    if weighted is None and takes_labels(model):
         return loss_in_head
-    inner = torch.compile(cross_entropy_sum) if compile_it else chunked_cross_entropy_sum
+    plain = weighted or cross_entropy_sum
+    inner = torch.compile(plain) if compile_it else partial(in_chunks, plain)
 
     def loss_sum(model: nn.Module, inputs: Mapping[str, Tensor | int], labels: Tensor) -> Tensor:
         # No name holds the logits: backward frees them as soon as it is past them.

@@ -1,0 +1,71 @@
+"""Without a Hub: one question, then an answer from the cache or a message."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ASK = """
+import json, time
+from raytrain_adv.config.job import SECTIONS
+from raytrain_adv.errors import JobError
+from raytrain_adv import hub
+from raytrain_adv.data.read.entries import Entry
+from raytrain_adv.data.read.sources import open_source
+found, start = [], time.monotonic()
+for ask in (
+    lambda: hub.require_model("org/model", "main", None),
+    lambda: open_source(Entry("org/rows", "hub", "org/rows"), None),
+):
+    try:
+        ask()
+    except JobError as error:
+        found.append(str(error))
+print(json.dumps([time.monotonic() - start, found]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9 cannot be reached"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_without_a_hub_the_message_comes_at_once(
+    tmp_path: Path, environment: dict[str, str], reason: str
+) -> None:
+    """Retries of the Hub's client alone take 23 s for each file."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    answer = subprocess.run(
+        [sys.executable, "-c", ASK],
+        env={**inherited, **environment, "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    seconds, (model, rows) = json.loads(answer.stdout.splitlines()[-1])
+    assert reason in model and "org/model" in model and "HF_ENDPOINT" in model
+    assert reason in rows and "org/rows" in rows
+    # Most of it is the import of datasets, on a machine that may be busy.
+    assert seconds < 20 and "Retry" not in answer.stderr
+
+
+def test_a_cached_model_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from raytrain_adv import hub
+
+    folder = tmp_path / "models--org--model"
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "snapshots" / "abc" / "config.json").write_text("{}")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    hub.why_unreachable.cache_clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert hub.why_unreachable()
+    hub.require_model("org/model", "main", str(tmp_path))
+    hub.why_unreachable.cache_clear()
