@@ -1,6 +1,8 @@
 """From the job's data keys to sequences: resolve, read, tokenize or open the cache, split, pack."""
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,6 +106,11 @@ def _check_keys(data: DataConfig) -> None:
         if both:
             what = f"{first} and {second} exclude each other"
             raise JobError(what, "both are set", f"remove {first} or {second}")
+    if saved := [p.name for p in Path(data.tokenized_path or os.devnull).glob("*/state.json")][:1]:
+        what = "tokenized_path has a dataset that another program tokenized and saved"
+        found = f"{data.tokenized_path}: {saved[0]} and *.arrow in its folders"
+        fix = "set tokenized_path to another folder, in which dataset is tokenized for this job"
+        raise JobError(what, found, fix)
     if data.val_size >= 1 and data.val_size != int(data.val_size):
         what = "val_size must be a number of rows, or a share below 1"
         raise JobError(what, f"{data.val_size}", "use a whole number")

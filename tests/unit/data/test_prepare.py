@@ -1,7 +1,9 @@
 """From a job to sequences: masks, cuts, splits, the cache, and many processes at once."""
 
+import html
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 
 from raytrain_adv.data.prepare import prepare
+from raytrain_adv.data.shown import shown_rows
 from raytrain_adv.data.tokens import datasets, processes, tokenize
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
+from raytrain_adv.driver.commands.data import show
 from raytrain_adv.errors import JobError, StorageError, TrainingError
 from raytrain_adv.ops.loss import IGNORE
 from tests.unit.data.sample_rows import pairs
@@ -438,6 +442,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sections import *
 from raytrain_adv.data.tokens import datasets as dataset_rows
 from raytrain_adv.data.prepare import prepare
+from raytrain_adv.data.shown import shown_rows
 original = dataset_rows.TokenizedDatasets.build
 def build(self, writer):
     with open({str(log)!r}, "a") as opened:
@@ -515,3 +520,28 @@ def test_a_killed_tokenizing_process_is_not_called_a_full_disk(
     with pytest.raises(TrainingError, match="process that tokenizes ended") as caught:
         prepare(job, print)
     assert "exit code -9" in caught.value.found
+
+
+def test_a_dataset_that_llama_factory_saved_is_not_trained_over(make_job, write_rows, tmp_path):
+    (tmp_path / "saved" / "train").mkdir(parents=True)
+    (tmp_path / "saved" / "train" / "state.json").write_text("{}")
+    job = make_job(dataset=write_rows(pairs(2)), tokenized_path=str(tmp_path / "saved"))
+    with pytest.raises(JobError, match="another program tokenized"):
+        prepare(job, print)
+
+
+def test_data_command_shows_rows_and_what_is_trained(make_job, write_rows, tmp_path, capsys):
+    job = make_job(dataset=write_rows([CHAT, {"conversations": []}]))
+    show(job, 2, tmp_path / "rows.html")
+    printed = capsys.readouterr().out
+    assert "1 of 2 rows are left out" in printed and "First.<|end|>" in printed
+    page = (tmp_path / "rows.html").read_text()
+    trained = re.findall(r'<span class="trained[^>]*>([^<]*)</span>', page)
+    assert html.unescape("".join(trained)) == "coloredFirst.<|end|>Second.<|end|>"
+    row = shown_rows(job, 1)[0]
+    assert "".join(token.text for token in row.tokens) == trained_on(job)
+
+
+def trained_on(job):
+    tokenizer = load_tokenizer(job)
+    return tokenizer.decode(ready(job)[0].train.rows.tokens(0))

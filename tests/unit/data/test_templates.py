@@ -1,5 +1,7 @@
 """Own templates, and the tokenizers' chat templates."""
 
+import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -13,6 +15,7 @@ from raytrain_adv.data.tokens.render import renderer
 from raytrain_adv.data.tokens.templates import TEMPLATES, find_template
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
+from tests.unit.data.template_cases import CASES, NAMES, marked_text
 
 # Text, and what a templating language might take for its own.
 TEXTS = (
@@ -262,3 +265,32 @@ def test_tools_are_not_dropped_by_a_chat_template_that_does_not_know_them(tiny_t
     tokenizer = with_template(tiny_tokenizer, PREFIX_TEMPLATE)
     with pytest.raises(UnusableRow, match="no form for tools"):
         renderer(tokenizer, None, None)(Conversation(CHAT, tools=[{"name": "add"}]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fourteen_conversations_are_written_as_expected(name):
+    expected = json.loads((Path(__file__).parent / "expected_rows.json").read_text("utf-8"))
+    assert {case: marked_text(name, case) for case in CASES} == expected[name]
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ({"thinks": False}, "<think>\n\n</think>\n\n⟦A1<|im_end|>\n⟧"),
+        ({"thinks": True}, "⟦<think>\nT1\n</think>\n\nA1<|im_end|>\n⟧"),
+        ({"drops_thoughts": True}, "⟦A1<|im_end|>\n⟧"),
+    ],
+)
+def test_enable_thinking_decides_what_becomes_of_thoughts(how, text):
+    assert "assistant\n" + text in marked_text("qwen3", "thoughts", **how)
+
+
+def test_empty_thoughts_are_outside_the_loss_unless_thinking_is_enabled():
+    empty = "<think>\n\n</think>\n\n"
+    assert f"{empty}⟦A1" in marked_text("qwen3", "one turn", thinks=None)
+    assert f"⟦{empty}A1" in marked_text("qwen3", "one turn", thinks=True)
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_every_template_marks_each_answer_once(name):
+    assert marked_text(name, "turns").count("⟦") == 2
