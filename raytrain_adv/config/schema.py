@@ -42,7 +42,9 @@ def schema() -> dict[str, Any]:
         names = " and ".join(f"{name}: {show(one)}" for name, one in runs_as.items())
         sentence = f"LLaMA-Factory's key; {show(value)} runs as {names}: {why}."
         mapped = {"description": sentence, "enum": [value, False, None], "deprecated": True}
-        properties.setdefault(key, mapped)
+        known = properties.setdefault(key, mapped)
+        if value not in known.get("enum", [value]):
+            properties[key] = known | {"enum": [*known["enum"], value]}
     properties["sweep"] = _sweep_schema(properties)
     return {
         "$schema": DIALECT,
