@@ -180,7 +180,7 @@ def test_a_submitted_job_is_seen_and_stopped_with_a_checkpoint(cluster, project,
     assert json.loads((out / "report.json").read_text())["status"] == "stopped"
 
     listed = cluster.call("status", cwd=tmp_path).stdout
-    assert re.search(rf"out +errored .*{last}/{STEPS}", listed), listed
+    assert re.search(rf"out +stopped .*{last}/{STEPS}", listed), listed
     short = ("max_steps=2", "fake_quant_after_n_steps=1", "ray_num_workers=1")
     done = cluster.call(*command[:2], f"output_dir={tmp_path / 'short'}", *short, cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
