@@ -51,6 +51,8 @@ class ShownRow:
 
 def shown_rows(job: JobConfig, number: int) -> list[ShownRow]:
     """Return the first rows of the job's datasets that can be trained on."""
+    if job.train.stage != "sft":  # text without roles, all of it trained
+        return []
     tokenizer = load_tokenizer(job)
     small = replace(job, data=job.data.model_copy(update={"max_samples": _most(job, number)}))
     entries = resolve(job.data.dataset, job.data, "dataset")
