@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles
-from raytrain_adv.model.build import build, head_fqn
+from raytrain_adv.model.build import build, head_fqn, keeps_float32
 from raytrain_adv.model.conversion import Group
 from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.model.weights import convert_group, match
@@ -90,17 +90,23 @@ def write_converted(
     """
     plain = build(job)
     configs, axes = tensor_configs(plain, job), stacked_axes(plain)
+    keeps = keeps_float32(plain)
+
+    def stored(name: str) -> torch.dtype:
+        return torch.float32 if keeps(name) and name not in configs else dtype
+
     with CheckpointFiles(source) as files:
         pieces = list(_pieces(plain, files, configs))
         if job.transform(Qat).target.layout == GGUF:
             require(sum(math.prod(piece.shape) * dtype.itemsize for piece in pieces))
             _write_gguf(source, folder, pieces, configs, dtype)
             return
-        metadata, size = describe(pieces, configs, axes, dtype)
+        metadata, size = describe(pieces, configs, axes, stored)
         require(size)
         written = TensorFiles(folder, max_file_bytes, metadata)
         for piece in pieces:
-            value = _value(piece.read(), piece.name, configs, axes, dtype, device)
+            exact = stored(piece.name)
+            value = _value(piece.read(), piece.name, configs, axes, exact, device)
             for name, tensor in _flat(piece.name, value)[0].items():
                 written.add(name, tensor.cpu())
         written.close()
@@ -184,9 +190,10 @@ def is_untied(plain: PreTrainedModel, configs: Configs) -> bool:
 
 
 def describe(
-    pieces: list[Piece], configs: Configs, axes: Axes, dtype: torch.dtype
+    pieces: list[Piece], configs: Configs, axes: Axes, stored: Callable[[str], torch.dtype]
 ) -> tuple[dict[str, str], int]:
-    """Return the metadata of each of the folder's files, and the bytes of all tensors.
+    """Return the metadata of each of the folder's files, and the bytes of all tensors. `stored`
+    returns the dtype of a tensor by its name.
 
     Readers need it to join converted tensors: file by file (vLLM), or merged (transformers, where
     the last `tensor_names` wins). So each file lists all tensors, plain ones too, but no experts
@@ -195,6 +202,7 @@ def describe(
     metadata: dict[str, str] = {}
     size = 0
     for piece in pieces:
+        dtype = stored(piece.name)
         empty = torch.empty(piece.shape, dtype=dtype, device="meta")
         tensors, described = _flat(
             piece.name, _value(empty, piece.name, configs, axes, dtype, empty.device)

@@ -33,7 +33,7 @@ from raytrain_adv.export.verify import (
     converted_logits,
 )
 from raytrain_adv.model.adapter import FILE_NAME, peft_name
-from raytrain_adv.model.build import build, read_config
+from raytrain_adv.model.build import build, keeps_float32, read_config
 from raytrain_adv.model.conversion import save_groups
 from raytrain_adv.model.files import is_local, model_source
 from raytrain_adv.model.weight_files import model_folder
@@ -176,15 +176,18 @@ def write_model(
 ) -> None:
     """Gather the weights group by group; write them and the configs on rank 0."""
     plain, dtype = build(job), export_dtype(job)
-    wanted = saved_tensors(plain)
-    new.require(sum(t.numel() * stored_dtype(t, dtype).itemsize for t in wanted.values()))
+    wanted, keeps = saved_tensors(plain), keeps_float32(plain)
+    stored = {
+        name: stored_dtype(t, torch.float32 if keeps(name) else dtype) for name, t in wanted.items()
+    }
+    new.require(sum(t.numel() * stored[name].itemsize for name, t in wanted.items()))
     files = TensorFiles(new.partial, max_file_bytes)
     for group in save_groups(plain, wanted):
         whole: dict[str, torch.Tensor] = {}
         for name, _ in group.sources:
             tensor = whole_tensor(name)
             if new.writes and new.failure is None:
-                whole[name] = tensor.to(stored_dtype(tensor, dtype)).cpu()
+                whole[name] = tensor.to(stored[name]).cpu()
             del tensor
 
         def add(held: Mapping[str, torch.Tensor] = whole, group: Any = group) -> None:

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.dtensor import plain_name
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import folder_gib
+from raytrain_adv.model.build import keeps_float32
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.ops.fake_quant.compressed_tensors import read_scheme
 from raytrain_adv.ops.fake_quant.experts import compute_experts
@@ -116,7 +118,10 @@ def trained_logits(
     with torch.compiler.set_stance("force_eager"), plain_forwards(model, job):
         if any(not isinstance(p, DTensor) and p.dtype != dtype for p in named.values()):
             # Not sharded, so that FSDP2 does not cast them to the dtype they are exported in.
-            cast = {name: p.to(dtype) for name, p in named.items()}
+            keeps = keeps_float32(model)
+            cast = {
+                name: p if keeps(plain_name(name)) else p.to(dtype) for name, p in named.items()
+            }
             output = functional_call(model, cast, (), {"input_ids": ids, "use_cache": False})
         else:
             output = model(input_ids=ids, use_cache=False)

@@ -1,6 +1,7 @@
 """The model as an empty shape: built on the meta device from its config, without any weights."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def build(job: JobConfig) -> PreTrainedModel:
     """Build the job's model on the meta device: parameters have shapes and dtypes, but no memory.
 
     Parameters are float32, or bfloat16 with pure_bf16 and for a LoRA run's frozen base in bf16.
-    Tied weights are tied; the key-value cache is off; rotary tables keep their dtype.
+    Tied weights are tied; the key-value cache is off; rotary tables keep float32.
 
     Raises:
         JobError: when the model cannot be read, is no causal language model, or has no weights.
@@ -52,7 +53,7 @@ def build(job: JobConfig) -> PreTrainedModel:
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(
                 config,
-                dtype=parameter_dtype(job),
+                dtype=torch.bfloat16 if job.train.computes_in_bf16 else torch.float32,
                 attn_implementation=implementation,
                 trust_remote_code=job.model.trust_remote_code,
             )
@@ -60,11 +61,37 @@ def build(job: JobConfig) -> PreTrainedModel:
         # A wrong config can raise anything in the code that reads it.
         raise refusal_of(job, config, error) from error
     model.config.use_cache = False
+    set_dtypes(model, parameter_dtype(job))
     refuse_other_modalities(job, model)
     refuse_unsupported(job, model)
     freeze(model, job.train)
     model.train()
     return model
+
+
+def keeps_float32(model: nn.Module) -> Callable[[str], bool]:
+    """Return whether a tensor of this name is float32 in transformers, whatever the model's dtype
+    (`_keep_in_fp32_modules_strict`; the list without `strict` is for float16 alone).
+    """
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    pattern = re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in sorted(kept)))
+    return lambda name: bool(kept) and pattern.search(name) is not None
+
+
+def set_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make parameters of this dtype, and tensors float32 that transformers keeps so when it loads a
+    checkpoint. Other buffers stay as they are in a model of the dtype that computes.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    keeps = keeps_float32(model)
+    for fqn, module in model.named_modules():
+        for name, tensor in [
+            *module.named_parameters(fqn, False),
+            *module.named_buffers(fqn, False),
+        ]:
+            if keeps(name) and tensor.is_floating_point():
+                tensor.data = tensor.data.float()
 
 
 def parameter_dtype(job: JobConfig) -> torch.dtype:

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import SHARDED
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.model.build import decoder_layers
+from raytrain_adv.model.build import decoder_layers, keeps_float32
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms.applied import Transforms
 
@@ -46,6 +46,7 @@ KEPT_OPERATORS = (
     torch.ops.aten._scaled_mm.default,
     torch.ops.aten._grouped_mm.default,
 )
+FORWARDLESS = (nn.ModuleList, nn.ModuleDict)
 MOST_GRAPHS = 64
 """Times that a kind of layer may be compiled."""
 
@@ -104,7 +105,8 @@ def needs_fsdp(model: nn.Module, job: JobConfig, mesh: DeviceMesh | None) -> boo
     """
     if mesh is None:
         return False
-    cast = any(p.dtype != compute_dtype(job) for p in model.parameters())
+    keeps = keeps_float32(model)
+    cast = any(p.dtype != compute_dtype(job) for n, p in model.named_parameters() if not keeps(n))
     return mesh.size() > 1 or cast or job.parallel.fsdp_cpu_offload
 
 
@@ -120,6 +122,7 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
     shard_module = _sharder(job, mesh) if needs_fsdp(model, job, mesh) else None
     if shard_module is not None:
         Transforms(job).before_sharding(model)
+        shard_module = _keeping_float32(model, job, shard_module)
     for fqn, layer in decoder_layers(model):
         if mode != "none":
             layer = _checkpointed(layer, mode)
@@ -173,7 +176,7 @@ def _keep_expensive(context: Any, operator: Any, *args: Any, **kwargs: Any) -> C
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _sharder(job: JobConfig, mesh: DeviceMesh | None) -> Callable[[nn.Module], FSDPModule]:
+def _sharder(job: JobConfig, mesh: DeviceMesh | None) -> Callable[..., FSDPModule]:
     options = job.parallel
     offload = OffloadPolicy()
     if options.fsdp_cpu_offload:
@@ -184,11 +187,44 @@ def _sharder(job: JobConfig, mesh: DeviceMesh | None) -> Callable[[nn.Module], F
         # The root too, which FSDP2 by itself would leave whole: head and embedding would stay over
         # the loss, where memory peaks.
         reshard_after_forward=options.fsdp_reshard_after_forward,
+        # Layers take some inputs in float32: rotary tables, residual streams.
         mp_policy=MixedPrecisionPolicy(
-            param_dtype=compute_dtype(job), reduce_dtype=reduce_dtype(job)
+            param_dtype=compute_dtype(job),
+            reduce_dtype=reduce_dtype(job),
+            cast_forward_inputs=False,
         ),
         offload_policy=offload,
     )
+
+
+def _keeping_float32(
+    model: PreTrainedModel, job: JobConfig, shard_module: Callable[..., FSDPModule]
+) -> Callable[..., FSDPModule]:
+    """Shard modules apart, computing in float32, whose parameters transformers keeps in float32;
+    return what shards the rest. Frozen ones beside others stay whole on each worker.
+
+    Raises:
+        JobError: with pure_bf16, for trained ones beside others: FSDP2 gathers one dtype.
+    """
+    keeps = keeps_float32(model)
+    if compute_dtype(job) is torch.float32:
+        return shard_module
+    policy = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
+    kept = {name: p for name, p in model.named_parameters() if keeps(name)}
+    for fqn, module in list(model.named_modules()):
+        names = [f"{fqn}.{name}" for name, _ in module.named_parameters()]
+        if names and kept.keys() >= set(names) and not isinstance(module, FORWARDLESS):
+            shard_module(module, mp_policy=policy)
+            for name in names:
+                del kept[name]
+    frozen = {p for p in kept.values() if not p.requires_grad}
+    if job.train.pure_bf16 and (mixed := [n for n, p in kept.items() if p.requires_grad]):
+        raise JobError(
+            f"pure_bf16: {type(model).__name__} keeps parameters in float32 beside others",
+            ", ".join(mixed[:4]),
+            "set bf16: true instead of pure_bf16",
+        )
+    return partial(shard_module, ignored_params=frozen)
 
 
 def _is_flash_attention(operator: str) -> bool:

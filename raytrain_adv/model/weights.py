@@ -74,7 +74,7 @@ def materialize(
 @torch.no_grad()
 def compute_buffers(model: PreTrainedModel) -> None:
     """Compute non-persistent buffers (rotary tables) as transformers does: by `_init_weights`."""
-    untouched = []
+    untouched: list[tuple[str, nn.Module, str]] = []
     with guard_torch_init_functions():
         for fqn, module, owner in owned_modules(model):
             names = [
@@ -86,20 +86,30 @@ def compute_buffers(model: PreTrainedModel) -> None:
                 continue
             for name in names:
                 poison(module.get_buffer(name))
-            # transformers' initializers leave alone what carries this mark.
-            marked = list(module.parameters())
-            for parameter in marked:
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-            initialize(owner, module)
-            for parameter in marked:
-                del parameter._is_hf_initialized  # type: ignore[attr-defined]
-            untouched += [f"{fqn}.{name}" for name in names if is_poisoned(module.get_buffer(name))]
+            initialize_buffers(owner, module)
+            untouched += [(fqn, module, n) for n in names if is_poisoned(module.get_buffer(n))]
+        if untouched:  # what is around them may compute them
+            for _, module, owner in owned_modules(model):
+                if any(m is not module and m in set(module.modules()) for _, m, _ in untouched):
+                    initialize_buffers(owner, module)
+    untouched = [one for one in untouched if is_poisoned(one[1].get_buffer(one[2]))]
     if untouched:
         raise TrainingError(
             f"{type(model).__name__} does not compute all buffers that checkpoints lack",
-            ", ".join(untouched[:4]),
+            ", ".join(f"{fqn}.{name}" for fqn, _, name in untouched[:4]),
             "its _init_weights must set them, as transformers 5 requires of every model",
         )
+
+
+def initialize_buffers(owner: PreTrainedModel, module: nn.Module) -> None:
+    """Let a model compute the buffers of a module, and leave its parameters alone."""
+    # transformers' initializers leave alone what carries this mark.
+    kept = [t for t in module.parameters() if not hasattr(t, "_is_hf_initialized")]
+    for tensor in kept:
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    initialize(owner, module)
+    for tensor in kept:
+        del tensor._is_hf_initialized  # type: ignore[attr-defined]
 
 
 def poison(buffer: torch.Tensor) -> None:

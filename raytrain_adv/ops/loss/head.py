@@ -17,6 +17,7 @@ from raytrain_adv.ops.loss.linear_cross_entropy import (
     linear_cross_entropy,
 )
 
+FLOATS = (torch.float32, torch.bfloat16)
 Kernel = Literal["chunked", "cut_cross_entropy", "liger"]
 
 
@@ -91,6 +92,9 @@ def _head_forward(self: Any, hidden: Tensor, labels: Tensor | None = None) -> An
         return _plain(self, hidden)
     loss: HeadLoss = self.loss
     rows, flat = hidden.flatten(0, -2), labels.flatten()
+    weight = getattr(self, "weight", None)  # Mamba's hidden states are float32 in a bfloat16 model
+    if isinstance(weight, torch.Tensor) and rows.dtype != weight.dtype in FLOATS:
+        rows = rows.to(weight.dtype)
     if not loss.reads_weight:
         parameters = list(self.parameters())
         return called_cross_entropy(

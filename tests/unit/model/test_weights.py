@@ -36,9 +36,12 @@ def whole_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return state | {plain_name(name): b.clone() for name, b in model.named_buffers()}
 
 
-def reference_state(folder: Path) -> dict[str, torch.Tensor]:
+def reference_state(
+    folder: Path, computes_in: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+    same = AutoModelForCausalLM.from_pretrained(folder, dtype=computes_in)
+    return dict(model.named_parameters()) | dict(same.named_buffers())
 
 
 def differing(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
@@ -63,10 +66,10 @@ def differences_on_ranks(jobs: dict[str, JobConfig]) -> dict[str, Any]:
     for name, job in jobs.items():
         model, files = loaded(job)
         assert files is not None
-        state = whole_state(model)
+        state, folder = whole_state(model), Path(job.model.model_name_or_path)
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
         found[name] = {
-            "differ": differing(state, reference_state(Path(job.model.model_name_or_path))),
+            "differ": differing(state, reference_state(folder, torch.bfloat16)),
             "tied": tied == bool(model.config.tie_word_embeddings),
             "sharded": all(type(p).__name__ == "DTensor" for p in model.parameters()),
             "largest": files.largest_read,
