@@ -209,6 +209,8 @@ def _besides(model: nn.Module, head: nn.Module) -> str:
     body: Any = getattr(model, "base_model", model)  # transformers' own name
     if body is model or any(module is head for module in body.modules()):
         return "does not name the module that is its body"
+    if getattr(text_config(model), "output_router_logits", False):
+        return "adds the loss of its routers (output_router_logits in its config)"
     known = {id(p) for part in (body, head) for p in part.parameters()}
     others = [name for name, p in model.named_parameters() if id(p) not in known]
     return f"computes with {others[0]} after its body" if others else ""

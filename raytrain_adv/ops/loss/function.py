@@ -58,7 +58,19 @@ def loss_function(
     inner = torch.compile(plain) if compile_it else partial(in_chunks, plain)
 
     def loss_sum(model: nn.Module, inputs: Mapping[str, Tensor | int], labels: Tensor) -> Tensor:
-        # No name holds the logits: backward frees them as soon as it is past them.
-        return inner(model(**inputs, use_cache=False).logits.flatten(0, 1), labels.flatten())
+        output = model(**inputs, use_cache=False)
+        total = inner(output.logits.flatten(0, 1), labels.flatten())
+        return total + router_loss(model, output, labels)
 
     return loss_sum
+
+
+def router_loss(model: Any, output: Any, labels: Tensor) -> Tensor | float:
+    """Return the routers' auxiliary loss for each label token if the config asks for it, as the
+    model's own loss has it: of mixtures with `output_router_logits`.
+    """
+    found: Tensor | None = getattr(output, "aux_loss", None)
+    if found is None:
+        return 0.0
+    weight = float(model.config.get_text_config().router_aux_loss_coef)
+    return weight * found.float() * (labels != IGNORE).sum()
