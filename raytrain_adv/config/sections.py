@@ -63,6 +63,9 @@ class DataConfig(Section):
     enable_thinking: bool | None = True
     """For templates of reasoning models: true trains empty thoughts of answers without any; false
     leaves thoughts out; null keeps them, and computes no loss on empty ones."""
+    split_special_tokens: bool = False
+    """Read control tokens in the text of messages, as <|im_end|> in a user's, as the letters that
+    they are; false reads them as control tokens, and counts the rows."""
     default_system: str | None = None
     """System message for conversations that have none."""
     cutoff_len: Count = 2048

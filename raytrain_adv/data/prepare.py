@@ -156,6 +156,7 @@ def _stats(
         "train": _describe(train, data.cutoff_len, packed),
         "eval": _describe(held_out, data.cutoff_len, packed) if held_out else None,
         "cutoff_len": data.cutoff_len,
+        "split_special_tokens": data.split_special_tokens,
         "cache_path": str(train_part.path),
         "eval_cache_path": str(eval_part.path) if eval_part else None,
     }
@@ -214,6 +215,12 @@ def _sentences(stats: dict[str, Any]) -> list[str]:
             f"sequences, {numbers['tokens']:,} tokens, loss on {numbers['label_tokens']:,}{packed}"
         )
     for rows in (stats["rows"], stats["eval_rows"]):
+        if rows and rows["with_control_tokens"]:
+            how = "read as the letters they are"
+            if not stats["split_special_tokens"]:
+                how = "read as such; split_special_tokens: true reads them as letters"
+            number = rows["with_control_tokens"]
+            lines.append(f"{number:,} rows have control tokens in their messages, {how}")
         if rows and rows["unusable"]:
             lines.append(_unusable_sentence(rows))
         if rows and rows["truncated"]:

@@ -58,6 +58,7 @@ class TokenizedDatasets:
             data.mask_history,
             data.enable_thinking,
             job.train.stage == "pt",
+            data.split_special_tokens,
         )
         self.layout = text_layout if self.recipe.pretrains else layout
 
@@ -84,7 +85,7 @@ class TokenizedDatasets:
         Raises:
             JobError: if a dataset is broken, or no row can be used.
         """
-        counts: dict[str, Any] = {"read": 0, "used": 0}
+        counts: dict[str, Any] = {"read": 0, "used": 0, "with_control_tokens": 0}
         unusable: list[tuple[str, str]] = []
         cut: list[tuple[str, int]] = []
         names = ", ".join(entry.name for entry in self.entries)
@@ -94,6 +95,7 @@ class TokenizedDatasets:
                 counts["read"] += chunk.num_read
                 counts["used"] += len(chunk.lengths)
                 cut += chunk.cut
+                counts["with_control_tokens"] += chunk.num_control
                 unusable += chunk.unusable
                 progress.update(counts["read"], share)
         counts["unusable"] = len(unusable)

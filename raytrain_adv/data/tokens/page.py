@@ -17,6 +17,8 @@ class Piece:
 
     text: str
     is_answer: bool
+    is_plain: bool = False
+    """Whether it has the letters of a control token, and is none."""
 
 
 Span = tuple[int, int]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from raytrain_adv.data.read.formats import Conversation, Layout, UnusableRow
+from raytrain_adv.data.tokens.control import ControlTokens
 from raytrain_adv.data.tokens.limits import MOST_CHARACTERS, no_panics, template_time
 from raytrain_adv.data.tokens.page import Piece
 from raytrain_adv.data.tokens.render import Renderer, renderer
@@ -33,6 +34,7 @@ class Recipe:
     enable_thinking: bool | None = True
     pretrains: bool = False
     """Whether rows are plain text, of which every token is trained."""
+    split_special_tokens: bool = False
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Chunk:
     num_read: int = 0
     cut: list[tuple[str, int]] = field(default_factory=list)
     """Rows, among those used, that were longer than cutoff_len: where, and how many tokens."""
+    num_control: int = 0
+    """Rows with control tokens in their messages, among those read."""
     unusable: list[tuple[str, str]] = field(default_factory=list)
     """Where, and why."""
 
@@ -86,14 +90,19 @@ class Tokenizer:
                 recipe.enable_thinking,
                 recipe.mask_history,
             )
+        self.control, self.num_control = ControlTokens(tokenizer), 0
         self.encode = _encode_pieces if joins_cleanly(tokenizer) else _encode_whole
         if self.encode is _encode_whole and not tokenizer.is_fast:
             what = "This tokenizer does not report the positions of its tokens in the text"
             fix = "use a model folder with a tokenizer.json"
             raise JobError(what, type(tokenizer).__name__, fix)
+        if recipe.split_special_tokens and self.encode is _encode_whole:
+            what = "split_special_tokens needs a tokenizer whose texts join without a space"
+            raise JobError(what, type(tokenizer).__name__, "set split_special_tokens: false")
 
     def __call__(self, rows: list[RawRow], layout: Layout) -> Chunk:
         """Tokenize a chunk."""
+        self.num_control = 0
         kept, unusable = self.rows(rows, layout)
         cut = [(row.where, row.num_before) for row in kept if row.num_before > len(row.ids)]
         return Chunk(
@@ -103,6 +112,7 @@ class Tokenizer:
             answer_starts=np.array([row.answer_start for row in kept], dtype=np.int32),
             num_read=len(rows),
             cut=cut,
+            num_control=self.num_control,
             unusable=unusable,
         )
 
@@ -139,7 +149,12 @@ class Tokenizer:
             end = str(self.tokenizer.eos_token or "")
             return [Piece(layout.text(values), True), Piece(end, True)]
         conversation = layout.conversation(values)
-        pieces = _without_loss(conversation, self.render(conversation))
+        has_control = self.control.in_text(conversation)
+        self.num_control += has_control
+        is_split = has_control and self.recipe.split_special_tokens
+        shown = self.control.mark(conversation) if is_split else conversation
+        pieces = _without_loss(conversation, self.render(shown))
+        pieces = self.control.unmark(pieces) if is_split else pieces
         if not any(p.is_answer for p in pieces):
             raise UnusableRow("no answer: the chat template writes none")
         if (size := sum(len(p.text) for p in pieces)) > self.longest:
@@ -210,18 +225,25 @@ def joins_cleanly(tokenizer: PreTrainedTokenizerBase) -> bool:
     return True
 
 
-def _batch_encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], offsets: bool) -> Any:
+def _batch_encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], offsets: bool, **options: bool
+) -> Any:
     """Tokenize texts, in parallel threads of the tokenizer's own."""
-    unused = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=offsets, **unused)
+    options |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=offsets, **options)
 
 
 def _encode_pieces(
     tokenizer: PreTrainedTokenizerBase, rendered: list[list[Piece]]
 ) -> list[_Encoded]:
     """Tokenize prompts and answers separately, as in generation."""
-    texts = [piece.text for pieces in rendered for piece in pieces]
-    ids = iter(_batch_encode(tokenizer, texts, offsets=False)["input_ids"] if texts else [])
+    every = [piece for pieces in rendered for piece in pieces]
+    found = {}
+    for plain in {piece.is_plain for piece in every}:
+        texts = [piece.text for piece in every if piece.is_plain == plain]
+        options = {"split_special_tokens": True} if plain else {}
+        found[plain] = iter(_batch_encode(tokenizer, texts, False, **options)["input_ids"])
+    ids = (next(found[piece.is_plain]) for piece in every)
     encoded: list[_Encoded] = []
     for pieces in rendered:
         parts = [next(ids) for _ in pieces]

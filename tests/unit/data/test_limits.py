@@ -1,6 +1,7 @@
 """What files from elsewhere may cost: endless templates, rows of megabytes, crashes in Rust."""
 
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -76,3 +77,33 @@ def test_a_crash_of_the_tokenizers_library_is_an_error_that_names_the_file():
 def test_control_characters_of_a_files_text_do_not_reach_the_terminal():
     text = str(JobError("a\x1b[2Jb\x9b\x07", "c\td\ne", "f\r"))
     assert text == "a?[2Jb??\n  found: c\td\n         e\n  fix:   f"
+
+
+def tokens_of(tokenizer, text, answer="Yes.", **keys):
+    recipe = replace(RECIPE, **keys)
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    chunk = Tokenizer(with_template(tokenizer, PLAIN), recipe)([("line 1", messages)], Rows())
+    return chunk, tokenizer.decode(chunk.ids)
+
+
+@pytest.mark.parametrize("place", ["text", "answer"])
+def test_control_tokens_in_messages_are_counted_and_letters_if_the_job_wants_them(
+    tiny_tokenizer, place
+):
+    control = tiny_tokenizer.convert_tokens_to_ids("<|user|>")
+    given = {"text": "Hi", "answer": "Yes."} | {place: "a<|user|> b<|assistant|>"}
+    as_tokens, _ = tokens_of(tiny_tokenizer, **given)
+    assert as_tokens.num_control == 1 and control in as_tokens.ids
+    as_letters, text = tokens_of(tiny_tokenizer, **given, split_special_tokens=True)
+    assert as_letters.num_control == 1
+    assert not {control, tiny_tokenizer.convert_tokens_to_ids("<|assistant|>")} & {*as_letters.ids}
+    assert f"user: {given['text']}\nassistant: {given['answer']}" in text
+    plain, _ = tokens_of(tiny_tokenizer, "Hi", split_special_tokens=True)
+    assert plain.num_control == 0
+
+
+def test_an_answer_with_control_tokens_is_trained_whole_where_history_is_masked(tiny_tokenizer):
+    keys = {"split_special_tokens": True, "mask_history": True}
+    chunk, _ = tokens_of(tiny_tokenizer, "Hi", "a<|user|>b", **keys)
+    trained = tiny_tokenizer.decode(chunk.ids[chunk.trained])
+    assert "a<|user|>b" in trained and "Hi" not in trained
