@@ -99,8 +99,8 @@ def _runs_at(urls: Sequence[str]) -> list[Run]:
             errors.append(error)
     if errors and len(errors) == len(urls):
         raise errors[0]
-    for error in errors:
-        print(f"left out: {error.what} ({error.found})")
+    for silent in errors:
+        print(f"left out: {silent.what} ({silent.found})")
     return runs
 
 
