@@ -91,7 +91,7 @@ def training_loss(job: JobConfig, run: Run, model: PreTrainedModel) -> LossFunct
         parallel.shard(reference, job, parallel.build_mesh(job, run.device))
         weights.materialize(reference, run.device, parallel.parameter_device(job))
         weights.load_pretrained(reference, job, run.device)
-    return asft_loss(reference.eval(), train.asft_alpha)
+    return asft_loss(reference.train(False), train.asft_alpha)
 
 
 def require_alike(run: Run, plans: Mapping[str, Plan]) -> None:
