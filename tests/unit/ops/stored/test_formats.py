@@ -26,7 +26,7 @@ def cases() -> dict[str, str]:
         return dict(file.metadata())
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", sorted(cases()))
 def test_values_are_those_of_compressed_tensors(case: str) -> None:
     held = {
         name.replace(f"{case}.", "x_proj."): tensor
