@@ -355,6 +355,17 @@ def export(source: tuple[str, ...], checkpoint: str, output: str, merge: bool) -
     run(folders[0], checkpoint, output, overrides, merge)
 
 
+@app.command("verify", context_settings=HELP)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--engine", type=click.Choice(["transformers", "vllm", "llamacpp"]), required=True)
+@click.option("--python", default="", metavar="FILE", help="Python that has the engine.")
+def verify_folder(folder: Path, engine: str, python: str) -> None:
+    """Ask an engine for a quantized folder's answers; compare them with training's."""
+    from raytrain_adv.driver.commands.verify import run
+
+    run(folder, engine, python)
+
+
 @app.command("explain", context_settings=HELP)
 @click.argument("feature", nargs=-1)
 @click.option("--check", type=click.Path(path_type=Path), metavar="PAGE", help="Check that the "

@@ -20,6 +20,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import plain_name
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import folder_gib
+from raytrain_adv.export.reference import write_reference
 from raytrain_adv.model.build import keeps_float32
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.ops.fake_quant.compressed_tensors import read_scheme
@@ -161,6 +162,8 @@ def compare_converted(
     trained_on = input_ids.device
     device = roomy_device(trained_on, folder)
     scheme = read_scheme(folder)
+    if scheme is not None or (folder / "model.gguf").is_file():
+        write_reference(folder, input_ids[:1], reference[:1])
     if (folder / "model.gguf").is_file():
         how = "stored integers and scales are training's; not loaded: transformers cannot"
         return Comparison(None, how)

@@ -1,0 +1,66 @@
+"""`raytrain-adv verify`: ask an engine for a quantized folder's log-probabilities, and compare them
+with those of the model in training.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from raytrain_adv.errors import JobError, TrainingError
+from raytrain_adv.export import engines
+from raytrain_adv.export.reference import REFERENCE, Agreement, agreement, read_reference
+from raytrain_adv.export.verify import MOST_KL
+
+TAIL = 1500
+"""Characters of an engine's output in an error."""
+
+
+def run(folder: Path, engine: str, python: str) -> None:
+    """Print how an engine's log-probabilities agree with training's.
+
+    Args:
+        folder: a quantized model that export wrote.
+        engine: transformers, vllm or llamacpp.
+        python: an interpreter that can import it; empty for this one.
+
+    Raises:
+        JobError: when the folder has no reference, or the engine does not run.
+        TrainingError: when the engine computes another model.
+    """
+    if not (folder / REFERENCE).is_file():
+        fix = "export it again: float8 activations are compared on a GPU alone"
+        raise JobError(f"{folder} was not compared with training", f"no {REFERENCE}", fix)
+    found = agreement(read_reference(folder), ask(folder, engine, python))
+    print(f"{engine:<10} {folder}")
+    print(f"           {describe(found)}")
+    if not found.kl <= MOST_KL:
+        fix = "do not serve this folder by this engine; report it with the engine's version"
+        raise TrainingError(
+            f"{engine} computes another model than was trained", describe(found), fix
+        )
+
+
+def describe(found: Agreement) -> str:
+    """Return the figures in words."""
+    return (
+        f"{found.num_tokens} positions: the same most likely token in {found.top1:.1%}, mean "
+        f"difference of log-probabilities {found.difference:.3g}, KL {found.kl:.2g} nats (at most "
+        f"{MOST_KL})"
+    )
+
+
+def ask(folder: Path, engine: str, python: str) -> list[dict[int, float]]:
+    """Return an engine's log-probabilities by token id, for each position but the first."""
+    script = Path(engines.__file__).parent / f"ask_{engine}.py"
+    ran = subprocess.run(
+        [python or sys.executable, str(script), str(folder)], capture_output=True, text=True
+    )
+    lines = [line for line in ran.stdout.splitlines() if line.startswith("FOUND ")]
+    if not lines:
+        fix = f"name an interpreter that has it: --python /path/to/{engine}/bin/python"
+        raise JobError(f"{engine} did not answer", (ran.stderr or ran.stdout)[-TAIL:], fix)
+    answers: list[dict[str, float]] = json.loads(lines[-1].removeprefix("FOUND "))
+    return [{int(token): value for token, value in at.items()} for at in answers]
