@@ -18,6 +18,7 @@ from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.schema import schema
 from raytrain_adv.config.sections import LARGEST
+from raytrain_adv.driver.commands.verify import verify_folder
 from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError, StorageError
 from raytrain_adv.estimate.assumptions import Assumptions, assumptions
 from raytrain_adv.redaction import hide_environment, is_secret_name
@@ -355,17 +356,6 @@ def export(source: tuple[str, ...], checkpoint: str, output: str, merge: bool) -
     run(folders[0], checkpoint, output, overrides, merge)
 
 
-@app.command("verify", context_settings=HELP)
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--engine", type=click.Choice(["transformers", "vllm", "llamacpp"]), required=True)
-@click.option("--python", default="", metavar="FILE", help="Python that has the engine.")
-def verify_folder(folder: Path, engine: str, python: str) -> None:
-    """Ask an engine for a quantized folder's answers; compare them with training's."""
-    from raytrain_adv.driver.commands.verify import run
-
-    run(folder, engine, python)
-
-
 @app.command("explain", context_settings=HELP)
 @click.argument("feature", nargs=-1)
 @click.option("--check", type=click.Path(path_type=Path), metavar="PAGE", help="Check that the "
@@ -405,6 +395,8 @@ def schema_command(output: Path | None) -> None:
         fix = "name a file in a folder that can be written to"
         raise StorageError("The schema cannot be written", str(error), fix) from None
 
+
+app.add_command(verify_folder)
 
 if __name__ == "__main__":
     sys.exit(main())

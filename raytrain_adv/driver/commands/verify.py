@@ -8,11 +8,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
 
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.export import engines
-from raytrain_adv.export.reference import REFERENCE, Agreement, agreement, read_reference
-from raytrain_adv.export.verify import MOST_KL
+
+if TYPE_CHECKING:
+    from raytrain_adv.export.reference import Agreement
 
 TAIL = 1500
 """Characters of an engine's output in an error."""
@@ -30,6 +33,9 @@ def run(folder: Path, engine: str, python: str) -> None:
         JobError: when the folder has no reference, or the engine does not run.
         TrainingError: when the engine computes another model.
     """
+    from raytrain_adv.export.reference import REFERENCE, agreement, read_reference
+    from raytrain_adv.export.verify import MOST_KL
+
     if not (folder / REFERENCE).is_file():
         fix = "export it again: float8 activations are compared on a GPU alone"
         raise JobError(f"{folder} was not compared with training", f"no {REFERENCE}", fix)
@@ -45,6 +51,8 @@ def run(folder: Path, engine: str, python: str) -> None:
 
 def describe(found: Agreement) -> str:
     """Return the figures in words."""
+    from raytrain_adv.export.verify import MOST_KL
+
     return (
         f"{found.num_tokens} positions: the same most likely token in {found.top1:.1%}, mean "
         f"difference of log-probabilities {found.difference:.3g}, KL {found.kl:.2g} nats (at most "
@@ -54,6 +62,8 @@ def describe(found: Agreement) -> str:
 
 def ask(folder: Path, engine: str, python: str) -> list[dict[int, float]]:
     """Return an engine's log-probabilities by token id, for each position but the first."""
+    from raytrain_adv.export import engines
+
     script = Path(engines.__file__).parent / f"ask_{engine}.py"
     ran = subprocess.run(
         [python or sys.executable, str(script), str(folder)], capture_output=True, text=True
@@ -64,3 +74,12 @@ def ask(folder: Path, engine: str, python: str) -> list[dict[int, float]]:
         raise JobError(f"{engine} did not answer", (ran.stderr or ran.stdout)[-TAIL:], fix)
     answers: list[dict[str, float]] = json.loads(lines[-1].removeprefix("FOUND "))
     return [{int(token): value for token, value in at.items()} for at in answers]
+
+
+@click.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--engine", type=click.Choice(["transformers", "vllm", "llamacpp"]), required=True)
+@click.option("--python", default="", metavar="FILE", help="Python that has the engine.")
+def verify_folder(folder: Path, engine: str, python: str) -> None:
+    """Ask an engine for a quantized folder's answers; compare them with training's."""
+    run(folder, engine, python)
