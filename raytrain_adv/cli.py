@@ -28,8 +28,7 @@ from raytrain_adv.worker.preconditions import check_files
 Command = Callable[..., Any]
 MODULE = "python -m raytrain_adv.launch"
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-JOB = {**HELP, "ignore_unknown_options": True}
-"""`--learning-rate 1e-4` reaches job_arguments, which prints how the key is written."""
+JOB = {**HELP, "ignore_unknown_options": True}  # job_arguments says how --learning-rate is written
 
 
 def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> int:
@@ -43,8 +42,7 @@ def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> in
         code = command.main(arguments, program, standalone_mode=False)
         return code if isinstance(code, int) else EXIT_DONE
     except click.UsageError as error:
-        where = error.ctx.command_path if error.ctx else program
-        fix = f"{where} --help lists what it takes"
+        fix = f"{error.ctx.command_path if error.ctx else program} --help lists what it takes"
         return _refuse(_wrong(error.format_message(), fix))
     except RaytrainAdvError as error:
         return _refuse(error)
