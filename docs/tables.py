@@ -75,7 +75,7 @@ def fp8_8b() -> str:
         rows.append((title, mode, f"{rate:,.0f}", peak, "1" if name == base else f"{ratio:.2f}"))
     other = data["beside_the_hf_trainer"]
     hf, here = other["hf_trainer_bf16"], other["fp8"]["tokens_per_second"]
-    title = f"HF Trainer, bf16, `torch_compile` (another run, in which FP8 made {here:,.0f})"
+    title = f"HF Trainer, bf16, `torch_compile` (separate run; FP8 reached {here:,.0f} in it)"
     rate = f"{hf['tokens_per_second']:,.0f}"
     rows.append((title, "none", rate, f"{hf['peak_memory_gib']:.1f}", ""))
     return table(("", "activation checkpointing", "tokens/s", "peak GiB", "relative to bf16"), rows)

@@ -29,8 +29,8 @@ class Coverage:
         """Return the shares in words, with what is left."""
         text = f"{self.weights:.1%} of the weights, {self.flops:.1%} of the active matrix FLOPs"
         named = {k: both for k, both in self.left.items() if max(both) >= SMALL}
-        rest = ", ".join(f"{kind} {w:.1%} and {f:.1%}" for kind, (w, f) in named.items())
-        return f"{text}; left as they are: {rest}" if rest else text
+        rest = ", ".join(f"{kind} ({w:.1%}, {f:.1%})" for kind, (w, f) in named.items())
+        return f"{text}; not covered: {rest}" if rest else text
 
     def as_dict(self) -> dict[str, Any]:
         """Return the shares for report.json."""
