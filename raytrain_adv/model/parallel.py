@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -165,14 +165,21 @@ def refuse_eager(train: Callable[P, T]) -> Callable[P, T]:
 def _checkpointed(layer: nn.Module, mode: str) -> nn.Module:
     options: dict[str, Any] = {"checkpoint_impl": CheckpointImpl.NO_REENTRANT}
     if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
+        kept = set(KEPT_OPERATORS)
+        if any(vars(module).get("has_bias", False) for module in layer.modules()):
+            # transformers adds the experts' bias to the product in place.
+            kept.remove(torch.ops.aten._grouped_mm.default)
+        policy = partial(_keep_expensive, kept)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     wrapped = checkpoint_wrapper(layer, **options)
     assert isinstance(wrapped, nn.Module)
     return wrapped
 
 
-def _keep_expensive(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = operator in KEPT_OPERATORS or _is_flash_attention(str(operator))
+def _keep_expensive(
+    kept: Collection[Any], context: Any, operator: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    keep = operator in kept or _is_flash_attention(str(operator))
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 

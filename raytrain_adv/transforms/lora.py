@@ -15,6 +15,7 @@ from raytrain_adv.config.section import Names, PathText
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import JobError
 from raytrain_adv.transforms.modules import (
+    READ,
     ROUTES,
     UNKNOWN_EXPERTS,
     class_name,
@@ -24,6 +25,7 @@ from raytrain_adv.transforms.modules import (
     output_head,
     patterns,
     short,
+    weights_read,
 )
 from raytrain_adv.transforms.transform import Change, Context, Plan, Transform
 
@@ -63,7 +65,7 @@ class Lora(Transform):
     """Dropout on the adapters' input."""
     lora_target: Names = "all"
     """Names of the linear modules and stacked experts that get adapters, comma separated or a list;
-    all means every one but lm_head and routers."""
+    all means every one but lm_head, routers and those whose weights are read without a call."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     use_dora: bool = False
@@ -168,13 +170,14 @@ class Lora(Transform):
     def _reason_to_skip(
         self, fqn: str, module: nn.Module, model: nn.Module, choosing: frozenset[str]
     ) -> str:
-        if any(names(target, fqn) for target in self.targets):  # next to all, too
-            return ""
-        if "all" not in self.targets:
-            return "not in lora_target"
-        if module is output_head(model):
-            return "the language-model head"
-        return ROUTES if fqn in choosing else ""
+        if not any(names(target, fqn) for target in self.targets):  # next to all, too
+            if "all" not in self.targets:
+                return "not in lora_target"
+            if module is output_head(model):
+                return "the language-model head"
+            if fqn in choosing:
+                return ROUTES
+        return _reason_against(fqn, model)
 
     def _reason_to_skip_experts(self, fqn: str, module: nn.Module) -> str:
         from raytrain_adv.ops.experts.find import layout_of
@@ -208,7 +211,11 @@ class Lora(Transform):
         named = [target for target in self.targets if target != "all"]
         in_experts = [f"{fqn}.{name}" for fqn, m in experts.items() for name in matrices(m)]
         for target in named:
-            if any(names(target, fqn) for fqn in linears):
+            if named_here := [fqn for fqn in linears if names(target, fqn)]:
+                if all(reasons := [_reason_against(fqn, model) for fqn in named_here]):
+                    what = f"lora_target names {target}, which cannot be adapted"
+                    found = f"{named_here[0]}: {reasons[0]}"
+                    raise JobError(what, found, f"take {target} out of lora_target")
                 continue
             stacked_in = [f for f in in_experts if names(STACKED_AS.get(target, target), f)]
             if not stacked_in and not any(names(target, fqn) for fqn in experts):
@@ -334,6 +341,22 @@ def is_transposed(module: nn.Module) -> bool:
 def is_adapter(fqn: str) -> bool:
     """Whether a parameter's name is one that LoRA added."""
     return any(part in fqn.split(".") for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
+
+
+def _reason_against(fqn: str, model: nn.Module) -> str:
+    """Return why PEFT refuses an adapter on a linear, or why it would not be used, if so."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    owner, _, name = fqn.rpartition(".")
+    if name in weights_read(type(model.get_submodule(owner))):
+        return READ
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name)
+    except ValueError:
+        untyped: Any = model
+        return f"PEFT refuses {name} in models of type {untyped.config.model_type}"
+    return ""
 
 
 def _no_target(target: str, model: nn.Module, known: list[str]) -> JobError:

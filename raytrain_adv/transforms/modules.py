@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.errors import JobError
@@ -15,7 +18,9 @@ if TYPE_CHECKING:
     from raytrain_adv.transforms.transform import Change
 
 LINEAR = "torch.nn.Linear"
+READ = "the forward pass reads its weight without calling it: an adapter would not be used"
 ROUTES = "it routes tokens to experts"
+WEIGHT_READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:data|device|dtype|ndim|shape|size)\b)")
 UNKNOWN_EXPERTS = "experts that are computed in a way of their own"
 
 
@@ -28,6 +33,23 @@ def class_name(module: nn.Module) -> str:
         kind = next((k for k in kind.__mro__ if not k.__name__.startswith("FSDP")), kind)
     is_torchs = kind.__module__.startswith("torch.nn.modules.")
     return f"{'torch.nn' if is_torchs else kind.__module__}.{kind.__qualname__}"
+
+
+@cache
+def weights_read(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the attributes of a class whose weights its methods compute with, as kernels of Mamba
+    do with `out_proj` on a GPU, other than to initialize them; empty if there is no source.
+    """
+    found: set[str] = set()
+    for part in kind.__mro__:
+        for name, method in vars(part).items():
+            if inspect.isfunction(method) and "init" not in name:
+                try:
+                    source = inspect.getsource(method)
+                except OSError:
+                    continue
+                found.update(WEIGHT_READ.findall(source))
+    return frozenset(found)
 
 
 def own_forward(module: nn.Module) -> Any:

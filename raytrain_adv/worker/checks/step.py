@@ -209,8 +209,9 @@ def require_all_gradients(model: nn.Module, run: Run, remedies: tuple[str, ...] 
     lines += [f"not finite: {name}" for name in broken[:NAMED]]
     counts = f"{len(missing)} without and {len(broken)} with a gradient that is not finite"
     fix = (
-        "freeze these modules, or switch off what replaced their forward pass; for values that are "
-        "not finite lower learning_rate or use bf16: true"
+        "freeze these modules (adapters: take them out of lora_target), or switch off what "
+        "replaced their forward pass; for values that are not finite lower learning_rate or use "
+        "bf16: true"
     )
     raise TrainingError(
         "After the first backward pass, trainable parameters have no usable gradient",

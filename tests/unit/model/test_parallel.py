@@ -5,6 +5,7 @@ import torch
 
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.model import parallel
+from tests.families import tiny_model
 
 
 def test_a_layer_that_would_be_left_eager_is_an_error(monkeypatch):
@@ -32,3 +33,20 @@ def test_a_layer_that_would_be_left_eager_is_an_error(monkeypatch):
 )
 def test_selective_checkpointing_keeps_a_packages_attention(name, kept):
     assert parallel._is_flash_attention(name) is kept
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "mixtral"])
+def test_selective_checkpointing_of_experts_changes_no_gradient(kind):
+    model = tiny_model(kind)
+    model.set_experts_implementation("grouped_mm")
+    tokens = torch.arange(32).reshape(2, 16)
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=tokens, use_cache=False).logits.square().mean().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    for fqn, layer in parallel.decoder_layers(model):
+        model.set_submodule(fqn, parallel._checkpointed(layer, "selective"))
+    assert all(map(torch.equal, gradients(), expected))

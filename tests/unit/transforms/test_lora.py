@@ -20,6 +20,7 @@ from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
+from tests.families import tiny_model
 from tests.ranks import run_ranks
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -72,6 +73,39 @@ def test_all_means_every_linear_but_the_head(tmp_path: Path) -> None:
     assert plan.skipped == {"lm_head": "the language-model head"}
     change = plan.changes["model.layers.0.self_attn.q_proj"]
     assert (change.before, change.after) == ("torch.nn.Linear", "peft.tuners.lora.layer.Linear")
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [
+        ("falcon_h1", {"out_proj"}),
+        ("mamba2", {"out_proj"}),
+        ("mamba", {"out_proj", "dt_proj", "x_proj"}),
+        ("nemotron_h", {"out_proj"}),
+        ("jamba", {"dt_proj"}),
+        ("gemma3n_text", {"correction_coefs"}),
+    ],
+)
+def test_each_default_adapter_gets_a_gradient_and_the_rest_is_named(
+    kind: str, left_out: set[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "m"
+    tiny_model(kind).save_pretrained(folder)
+    job = lora_job(folder, tmp_path, bf16=False)
+    model = build(job)
+    transforms = Transforms(job)
+    plan = transforms.plan(model)["lora"]
+    reasons = {
+        f.rpartition(".")[2]: r for f, r in plan.skipped.items() if "reads" in r or "PEFT" in r
+    }
+    assert reasons.keys() == left_out
+    for name in left_out:
+        with pytest.raises(JobError, match=f"lora_target names {name}"):
+            named = lora_job(folder, tmp_path, bf16=False, lora_target=f"all,{name}")
+            Transforms(named).plan(model)
+    model = adapted(job).train()
+    model(input_ids=TOKENS % 32, use_cache=False).logits.square().mean().backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def test_what_is_named_next_to_all_is_not_left_out(tmp_path: Path) -> None:
