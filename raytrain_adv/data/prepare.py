@@ -19,6 +19,7 @@ from raytrain_adv.data.tokens.cache import Say
 from raytrain_adv.data.tokens.datasets import NUM_SHOWN, TokenizedDatasets
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
+from raytrain_adv.model.build import read_config
 
 _SPLIT = 0x73706C6974
 """Sets the held-out rows' random numbers apart from those of the epochs."""
@@ -91,6 +92,9 @@ def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> Prepare
         held_out = _sequences(eval_part.rows, np.arange(len(eval_part.rows)), job)
     elif len(eval_rows):
         held_out = _sequences(train_part.rows, eval_rows, job)
+    for part in (train_part, eval_part):
+        if part is not None:
+            _check_ids(job, tokenizer, part.rows)
     stats = _stats(job, train, held_out, train_part, eval_part)
     for sentence in _sentences(stats):
         say(sentence)
@@ -114,6 +118,20 @@ def _check_keys(data: DataConfig) -> None:
     if data.val_size >= 1 and data.val_size != int(data.val_size):
         what = "val_size must be a number of rows, or a share below 1"
         raise JobError(what, f"{data.val_size}", "use a whole number")
+
+
+def _check_ids(job: JobConfig, tokenizer: PreTrainedTokenizerBase, rows: TokenRows) -> None:
+    """Refuse data with token ids for which the model's embedding has no row."""
+    config = read_config(job)
+    known = int(config.get_text_config().vocab_size)
+    used = max(int(rows.ids.max()), int(tokenizer.pad_token_id or 0))
+    if used >= known:
+        raise JobError(
+            "the data has tokens that the model has no embedding for",
+            f"{tokenizer.convert_ids_to_tokens(used)!r} is token {used}, and the embedding has "
+            f"{known} rows (vocab_size)",
+            "take the tokenizer that belongs to the model, or add rows to the model once",
+        )
 
 
 def _tokenized(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles
-from raytrain_adv.model.build import build, head_fqn, keeps_float32
+from raytrain_adv.model.build import build, build_whole, head_fqn, keeps_float32
 from raytrain_adv.model.conversion import Group
 from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.model.weights import convert_group, match
@@ -34,6 +34,7 @@ from raytrain_adv.transforms.transform import DEFECT
 
 COPIED = (
     "generation_config.json",
+    "*processor_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -88,8 +89,8 @@ def write_converted(
         JobError: when the files of `source` are not what the architecture needs.
         TrainingError: when what was written is not what training rounds weights to.
     """
-    plain = build(job)
-    configs, axes = tensor_configs(plain, job), stacked_axes(plain)
+    plain, built = build_whole(job), build(job)
+    configs, axes = tensor_configs(built, job), stacked_axes(built)
     keeps = keeps_float32(plain)
 
     def stored(name: str) -> torch.dtype:

@@ -24,7 +24,7 @@ from raytrain_adv.export.verify import (
     load_folder,
     trained_logits,
 )
-from raytrain_adv.model.build import build
+from raytrain_adv.model.build import build_whole
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
 from raytrain_adv.model.weights import match, packed_weights, saved_tensors
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
@@ -148,7 +148,7 @@ def _exchange(model: PreTrainedModel, job: JobConfig, merged: nn.Module) -> bool
     """Replace packed weights by the original ones; return whether all keep their names."""
     packed = packed_weights(model)
     with CheckpointFiles(model_folder(job)) as files:
-        direct = match(build(job), files).direct
+        direct = match(build_whole(job), files).direct
         if not packed.keys() <= direct.keys():
             return False
         for name, layer in packed.items():

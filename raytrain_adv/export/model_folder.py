@@ -3,6 +3,7 @@
 import copy
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,12 @@ from raytrain_adv.export.verify import (
     converted_logits,
 )
 from raytrain_adv.model.adapter import FILE_NAME, peft_name
-from raytrain_adv.model.build import build, keeps_float32, read_config
+from raytrain_adv.model.build import build, build_whole, keeps_float32, read_config
 from raytrain_adv.model.conversion import save_groups
 from raytrain_adv.model.files import is_local, model_source
-from raytrain_adv.model.weight_files import model_folder
-from raytrain_adv.model.weights import saved_tensors
+from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
+from raytrain_adv.model.weights import match, saved_tensors
+from raytrain_adv.ops.absent import is_absent
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import ADAPTER, Lora, is_adapter
 from raytrain_adv.worker.finish import Exported
@@ -174,29 +176,53 @@ def export_dtype(job: JobConfig) -> torch.dtype:
 def write_model(
     whole_tensor: Callable[[str], torch.Tensor], job: JobConfig, new: NewFolder, max_file_bytes: int
 ) -> None:
-    """Gather the weights group by group; write them and the configs on rank 0."""
-    plain, dtype = build(job), export_dtype(job)
+    """Gather the weights group by group; write them and the configs on rank 0, under the names that
+    the checkpoint has for them, with its parts that were not built as they are.
+    """
+    plain, trained, dtype = build_whole(job), build(job), export_dtype(job)
     wanted, keeps = saved_tensors(plain), keeps_float32(plain)
     stored = {
         name: stored_dtype(t, torch.float32 if keeps(name) else dtype) for name, t in wanted.items()
     }
     new.require(sum(t.numel() * stored[name].itemsize for name, t in wanted.items()))
     files = TensorFiles(new.partial, max_file_bytes)
-    for group in save_groups(plain, wanted):
-        whole: dict[str, torch.Tensor] = {}
-        for name, _ in group.sources:
-            tensor = whole_tensor(name)
-            if new.writes and new.failure is None:
-                whole[name] = tensor.to(stored[name]).cpu()
-            del tensor
+    with ExitStack() as opened:
+        source, names = None, dict[str, str]()
+        if (folder := source_folder(job)) is not None and not job.model.train_from_scratch:
+            source = opened.enter_context(CheckpointFiles(folder))
+            names = match(plain, source).direct
+        for group in save_groups(plain, saved_tensors(trained)):
+            whole: dict[str, torch.Tensor] = {}
+            for name, _ in group.sources:
+                tensor = whole_tensor(name)
+                if new.writes and new.failure is None:
+                    whole[name] = tensor.to(stored[name]).cpu()
+                del tensor
 
-        def add(held: Mapping[str, torch.Tensor] = whole, group: Any = group) -> None:
-            for name, value in group.convert(held.__getitem__, plain).items():
-                files.add(name, value)
+            def add(held: Mapping[str, torch.Tensor] = whole, group: Any = group) -> None:
+                first = names.get(group.sources[0][0]) if group.converter is None else None
+                for name, value in group.convert(held.__getitem__, plain).items():
+                    files.add(first or name, value)
 
-        new.run(add)
-    new.run(files.close)
+            new.run(add)
+        if source is not None:
+            new.run(lambda: copy_unbuilt(source, files, job, trained))
+        new.run(files.close)
     new.run(lambda: write_configs(plain, job, dtype, new.partial))
+
+
+def copy_unbuilt(
+    source: CheckpointFiles, files: TensorFiles, job: JobConfig, trained: PreTrainedModel
+) -> None:
+    """Copy the tensors of parts that were not built, under their names and in their dtype."""
+    found = match(build_whole(job), source)
+    for target, name in found.direct.items():
+        if is_absent(target, trained):
+            files.add(name, source.read(name))
+    for group in found.groups:
+        if is_absent(group.first_target, trained):
+            for name, _ in group.sources:
+                files.add(name, source.read(name))
 
 
 def stored_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -219,9 +245,10 @@ def write_configs(plain: PreTrainedModel, job: JobConfig, dtype: torch.dtype, fo
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
     else:
         GenerationConfig.from_model_config(config).save_pretrained(str(folder))
-    if source is not None and job.model.trust_remote_code:
-        for code in source.glob("*.py"):
-            shutil.copyfile(code, folder / code.name)
+    patterns = ("*processor_config.json", *(("*.py",) if job.model.trust_remote_code else ()))
+    for pattern in patterns if source is not None else ():
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
 
 
 def source_folder(job: JobConfig) -> Path | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from raytrain_adv.config.job import JobConfig
@@ -23,6 +23,7 @@ from raytrain_adv.export.folder import folder_gib
 from raytrain_adv.export.reference import write_reference
 from raytrain_adv.model.build import keeps_float32
 from raytrain_adv.model.parallel import compute_dtype
+from raytrain_adv.model.towers import model_class
 from raytrain_adv.ops.fake_quant.compressed_tensors import read_scheme
 from raytrain_adv.ops.fake_quant.experts import compute_experts
 from raytrain_adv.ops.fake_quant.torchao_config import DEPRECATION
@@ -65,7 +66,7 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
     Raises:
         TrainingError: when weights are missing from the folder, or left over.
     """
-    auto: Any = AutoModelForCausalLM
+    auto: Any = model_class(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
     bars: Any = transformers_logging
     had_bar = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()

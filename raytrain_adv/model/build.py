@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError, TrainingError
@@ -20,6 +20,7 @@ from raytrain_adv.model.files import (
     nearest_folders,
 )
 from raytrain_adv.model.freeze import freeze
+from raytrain_adv.model.towers import is_multimodal, model_class, take_out_towers, towers
 from raytrain_adv.ops.stored import formats
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms import discover
@@ -29,40 +30,49 @@ CAUSAL_CLASS = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 ATTENTION_SIZES = ("num_attention_heads", "num_key_value_heads")
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", *ATTENTION_SIZES)
 MOST_LAYERS = 4096  # each is built and planned: more take hours and all memory
-OTHER_MODALITIES = re.compile(
-    r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector|embed_vision|embed_audio)$"
-)
 
 
 def build(job: JobConfig) -> PreTrainedModel:
     """Build the job's model on the meta device: parameters have shapes and dtypes, but no memory.
 
     Parameters are float32, or bfloat16 with pure_bf16 and for a LoRA run's frozen base in bf16.
-    Tied weights are tied; the key-value cache is off; rotary tables keep float32.
+    Tied weights are tied; the key-value cache is off; rotary tables keep float32. A multimodal
+    model is of the checkpoint's own class, without the parts that text does not use.
 
     Raises:
         JobError: when the model cannot be read, is no causal language model, or has no weights.
     """
+    model = build_whole(job)
+    if is_multimodal(model):
+        refuse_random_towers(job, model)
+        take_out_towers(model, decoder_layers(model)[0][1])
+    return model
+
+
+def build_whole(job: JobConfig) -> PreTrainedModel:
+    """Build the model with all of its checkpoint's parts; see build."""
     config = read_config(job)
     if not job.model.train_from_scratch:
         check_weights(job)
     config.use_cache = False
-    auto: Any = AutoModelForCausalLM
     implementation = attention(job, config)
+    kind = model_class(config)
+    make, keys = getattr(kind, "_from_config", None), dict[str, Any]()
+    if make is None:  # an Auto class
+        make, keys = kind.from_config, {"trust_remote_code": job.model.trust_remote_code}
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(
+            model: PreTrainedModel = make(
                 config,
                 dtype=torch.bfloat16 if job.train.computes_in_bf16 else torch.float32,
                 attn_implementation=implementation,
-                trust_remote_code=job.model.trust_remote_code,
+                **keys,
             )
     except Exception as error:
         # A wrong config can raise anything in the code that reads it.
         raise refusal_of(job, config, error) from error
     model.config.use_cache = False
     set_dtypes(model, parameter_dtype(job))
-    refuse_other_modalities(job, model)
     refuse_unsupported(job, model)
     freeze(model, job.train)
     model.train()
@@ -251,14 +261,13 @@ def refuse_sizes(name: str, config: PretrainedConfig) -> None:
         raise JobError(what, ", ".join(wrong), "correct config.json")
 
 
-def refuse_other_modalities(job: JobConfig, model: PreTrainedModel) -> None:
-    """Refuse a model with image or audio parts: they would get no gradients from text."""
-    parts = [fqn for fqn, _ in model.named_modules() if OTHER_MODALITIES.search(fqn)]
-    if parts:
+def refuse_random_towers(job: JobConfig, model: PreTrainedModel) -> None:
+    """Refuse random weights for a multimodal model: parts that text does not use stay random."""
+    if job.model.train_from_scratch:
         raise JobError(
-            f"{job.model.model_name_or_path} is multimodal, and only text models can be trained",
-            f"{type(model).__name__} has {', '.join(parts[:3])}",
-            "use the text-only checkpoint of this family",
+            f"{job.model.model_name_or_path} is multimodal: text alone cannot train all of it",
+            f"train_from_scratch: true, and {type(model).__name__} has {towers(model)[0]}",
+            "set train_from_scratch: false, or give a config of its text model",
         )
 
 

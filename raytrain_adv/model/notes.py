@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.model.build import raw_config
+from raytrain_adv.model.towers import tower_notes
 from raytrain_adv.ops.stored import formats
 
 
@@ -17,3 +18,4 @@ def model_notes(job: JobConfig, model: PreTrainedModel) -> tuple[str, ...]:
 def _notes(job: JobConfig, model: PreTrainedModel) -> Iterator[str]:
     if not job.model.train_from_scratch:
         yield from formats.describe(raw_config(job))
+    yield from tower_notes(model)

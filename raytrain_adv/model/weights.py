@@ -25,9 +25,10 @@ from raytrain_adv.dtensor import (
     world_size,
 )
 from raytrain_adv.errors import JobError, RaytrainAdvError, TrainingError
-from raytrain_adv.model.build import build, decoder_layers
+from raytrain_adv.model.build import build, build_whole, decoder_layers
 from raytrain_adv.model.conversion import Group, Route, route
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
+from raytrain_adv.ops.absent import is_absent
 from raytrain_adv.ops.bitsandbytes.experts import PackedStack
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear, packed_linears
 from raytrain_adv.ops.float8.all_gather import as_plain
@@ -154,16 +155,20 @@ def load_pretrained(
     Raises:
         JobError: when tensors are missing, unexpected, or of another shape, listing them.
     """
-    plain = build(job)
+    plain = build_whole(job)
     targets, packed = saved_tensors(model), packed_weights(model)
     with CheckpointFiles(model_folder(job)) as files:
         found = match(plain, files)
         for name, source in found.direct.items():
+            if is_absent(name, model):
+                continue
             if name in packed:
                 packed[name].take(files.read(source, packed[name].region), device)
             else:
                 copy_local(targets[name], files.read(source, local_region(targets[name])))
         for group in found.groups:
+            if is_absent(group.first_target, model):
+                continue
             broadcast_group(group, files, plain, targets, packed, device)
     return files
 

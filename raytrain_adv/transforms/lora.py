@@ -283,9 +283,12 @@ class Lora(Transform):
         """
         from peft import LoraConfig
 
+        from raytrain_adv.ops.absent import absent_modules
+
         modules = dict(model.named_modules())
         ends = {short(fqn) for fqn in adapted}
-        by_end = {fqn for fqn in modules if short(fqn) in ends}
+        absent = (f"{fqn}.{n}" for fqn, part in absent_modules(model) for n in part.inner)
+        by_end = {fqn for fqn in (*modules, *absent) if short(fqn) in ends}
         return LoraConfig(
             r=self.lora_rank,
             lora_alpha=self.lora_alpha or 2 * self.lora_rank,
