@@ -51,7 +51,7 @@ def other_file(keys: Mapping[str, Any]) -> Problem | None:
     """Return what a file is that is no training job; none if it is one, or neither."""
     for key, (what, fix) in FILES.items():
         if keys.get(key) and not keys.get("do_train"):
-            return Problem(f"it is {what}", fix)
+            return Problem(f"it is {what}", fix, key)
     return None
 
 
