@@ -10,5 +10,5 @@ def note_done(job: JobConfig) -> None:
     """Write run.json, as of a run that has come to its end."""
     folder = Path(job.output.output_dir)
     folder.mkdir(exist_ok=True)
-    replaced = Replaced(folder, (), [], is_there=False)
+    replaced = Replaced(folder, (), [], None)
     Output(folder, storage_path(job), "local", False, False, 1, replaced).note(job, "done", 1)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import yaml
-from raytrain_adv.worker.checks.gradients import clip
 from transformers import PreTrainedModel
 
 from raytrain_adv import hardware
@@ -26,6 +25,7 @@ from raytrain_adv.model.build import build
 from raytrain_adv.ops.loss.function import loss_function
 from raytrain_adv.run.run import local_run
 from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.worker.checks.step import clip
 from raytrain_adv.worker.install import fetch_on_main, install
 from raytrain_adv.worker.optim import build_optimizer
 

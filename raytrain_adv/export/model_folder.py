@@ -246,8 +246,8 @@ def write_configs(plain: PreTrainedModel, job: JobConfig, dtype: torch.dtype, fo
     else:
         GenerationConfig.from_model_config(config).save_pretrained(str(folder))
     patterns = ("*processor_config.json", *(("*.py",) if job.model.trust_remote_code else ()))
-    for pattern in patterns if source is not None else ():
-        for file in source.glob(pattern):
+    for pattern in patterns:
+        for file in source.glob(pattern) if source is not None else ():
             shutil.copyfile(file, folder / file.name)
 
 

@@ -354,10 +354,11 @@ def _reason_against(fqn: str, model: nn.Module) -> str:
     owner, _, name = fqn.rpartition(".")
     if name in weights_read(type(model.get_submodule(owner))):
         return READ
+    config: Any = LoraConfig()
+    untyped: Any = model
     try:
-        _check_lora_target_modules_mamba(LoraConfig(), model, name)
+        _check_lora_target_modules_mamba(config, untyped, name)
     except ValueError:
-        untyped: Any = model
         return f"PEFT refuses {name} in models of type {untyped.config.model_type}"
     return ""
 

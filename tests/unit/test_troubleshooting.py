@@ -183,7 +183,12 @@ def told(folder: Path) -> list[str]:
 def test_a_loss_that_rises_after_the_switch_points_to_the_delay(
     make_job: Callable[..., Any], tmp_path: Path
 ) -> None:
-    keys = {**QAT, "qat_group_size": None, "fake_quant_after_n_steps": 6}
+    keys = {
+        **QAT,
+        "qat_group_size": None,
+        "qat_quantize_embedding": True,
+        "fake_quant_after_n_steps": 6,
+    }
     rises = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 400, "learning_rate": 5.0}
     job = make_job(**keys, **rises, max_steps=18, export_model=False)
     train(job, local_run(job), export_model)

@@ -61,6 +61,7 @@ def data_files(path: Path) -> list[Path]:
     if path.is_dir():
         inside = [p for p in sorted(path.iterdir()) if p.is_file() and p.name != INFO_FILE]
         files = [p for p in inside if p.suffix.lower() in FILE_TYPES]
+        files = [p for p in files if p.suffix.lower() != ".txt"] or files  # notes about the others
         if not files:
             names = ", ".join(p.name for p in inside[:5]) or "an empty folder"
             fix = f"put {', '.join(FILE_TYPES)} files into it"
@@ -274,6 +275,8 @@ def _read_csv(file: Path) -> Iterator[Row]:
     except csv.Error as error:
         found = f"line {reader.line_num}: {error}"
         raise JobError(f"{file} is not valid CSV", found, "correct that line") from error
+    if len(lines) < 2:
+        raise _empty(file, "a line of names without rows")
 
 
 def _read_txt(file: Path) -> Iterator[Row]:

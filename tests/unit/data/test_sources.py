@@ -82,7 +82,7 @@ def test_progress_grows_to_one(tmp_path, write_rows):
         ("a.json", "[]", "an array without rows"),
         ("a.json", "", "0 bytes"),
         ("a.json", "  \n", "the file ends"),
-        ("a.csv", "a,b\n", "of a type that is not read"),
+        ("a.csv", "a,b\n", "a line of names without rows"),
         ("a.parquet", "PAR0", "not a readable Parquet file"),
     ],
 )
@@ -201,6 +201,7 @@ def test_hub_dataset_that_cannot_be_reached_is_a_job_error(monkeypatch):
     def load_dataset(*args, **kwargs):
         raise ConnectionError("no route")
 
+    monkeypatch.setattr(sources.hub, "why_unreachable", lambda: "")
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(
         JobError, match=r"could not be loaded from the Hugging Face Hub(.|\n)*no route"
