@@ -89,7 +89,7 @@ def _command_of(arguments: list[str]) -> click.Group:
 @click.group(context_settings=HELP)
 @click.version_option(__version__, prog_name="raytrain-adv", message="%(prog)s %(version)s")
 def app() -> None:
-    """Fine-tune Hugging Face language models on Ray, in FP8, with QAT, with Hub kernels."""
+    """Fine-tune Hugging Face language models on Ray, from one YAML file."""
 
 
 def job_options(command: Command) -> Command:

@@ -11,7 +11,7 @@ import torch
 
 REFERENCE = "trained_logprobs.npz"
 """Token ids [tokens], and after each the ids and log-probabilities [tokens, MOST] that training
-computes with fake quantization."""
+computes, with its rounding."""
 MOST = 64
 
 Reference = dict[str, Any]

@@ -1,4 +1,4 @@
-"""`raytrain-adv verify`: ask an engine for a quantized folder's log-probabilities, and compare them
+"""`raytrain-adv verify`: ask an engine for an exported folder's log-probabilities, and compare them
 with those of the model in training.
 """
 
@@ -25,7 +25,7 @@ def run(folder: Path, engine: str, python: str) -> None:
     """Print how an engine's log-probabilities agree with training's.
 
     Args:
-        folder: a quantized model that export wrote.
+        folder: a model that export wrote for an engine.
         engine: transformers, vllm or llamacpp.
         python: an interpreter that can import it; empty for this one.
 
@@ -81,5 +81,5 @@ def ask(folder: Path, engine: str, python: str) -> list[dict[int, float]]:
 @click.option("--engine", type=click.Choice(["transformers", "vllm", "llamacpp"]), required=True)
 @click.option("--python", default="", metavar="FILE", help="Python that has the engine.")
 def verify_folder(folder: Path, engine: str, python: str) -> None:
-    """Ask an engine for a quantized folder's answers; compare them with training's."""
+    """Ask an engine for an exported folder's answers; compare them with training's."""
     run(folder, engine, python)

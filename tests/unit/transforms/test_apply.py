@@ -96,7 +96,7 @@ def test_the_report_is_json_with_counts_classes_and_reasons(
     assert entry["changed_by_class"] == {f"torch.nn.Linear -> {__name__}.Swapped": 2}
     assert entry["skipped_reasons"] == {"the head": 1}
     assert entry["skipped_modules"] == {"the head": ["lm_head"]}
-    assert entry["notes"] == ["A note."]
+    assert entry["notes"][0] == "A note."
 
 
 class ForgetsOne(SwapBase):

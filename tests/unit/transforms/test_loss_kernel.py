@@ -1,7 +1,7 @@
 """The loss in the head is the model's own; what would pass by an adapter or a cap is refused."""
 
 import copy
-from unittest.mock import ANY
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +21,9 @@ from raytrain_adv.transforms.loss_kernel import LossKernel
 from raytrain_adv.trial.compare import relative_error
 from raytrain_adv.worker.trials.loss import check_loss
 from tests.tiny_models import KINDS, SIZES, job_for
+
+PLAIN = Mock(**{"job.train.weighs_tokens": False})
+"""Of a job whose loss weighs no tokens."""
 
 MODELS = {
     "llama": {},
@@ -180,10 +183,10 @@ def test_a_model_that_does_more_than_body_and_head_keeps_its_own_forward(kind, f
     with torch.device("meta"):
         config = AutoConfig.for_model(kind, **SIZES, **(sizes if kind == "llama4_text" else {}))
         model = AutoModelForCausalLM.from_config(config)
-    plan = LossKernel().plan(model, ANY)
+    plan = LossKernel().plan(model, PLAIN)
     assert not plan.changes and found in plan.empty_because and plan.notes == (plan.empty_because,)
     with pytest.raises(JobError, match="for models that are a body and a head") as error:
-        LossKernel(loss_kernel="chunked").plan(model, ANY)
+        LossKernel(loss_kernel="chunked").plan(model, PLAIN)
     assert found in error.value.found
 
 
@@ -300,6 +303,6 @@ def test_a_forward_pass_of_the_models_own_is_not_passed_by(tmp_path):
 
     model.__class__ = Own
     with pytest.raises(JobError, match="for models of transformers"):
-        LossKernel(loss_kernel="chunked").plan(model, ANY)
-    plan = LossKernel().plan(model, ANY)
+        LossKernel(loss_kernel="chunked").plan(model, PLAIN)
+    plan = LossKernel().plan(model, PLAIN)
     assert not plan.changes and "has its own forward pass" in plan.empty_because

@@ -20,6 +20,7 @@ from raytrain_adv.errors import JobError
 
 FACTS = yaml.safe_load(Path(__file__).with_name("examples.yaml").read_text())
 FILES: dict[str, dict[str, Any]] = FACTS["files"]
+VALIDATOR = jsonschema.Draft202012Validator(schema())
 LORA: dict[str, Any] = {
     **FACTS["common"],
     "model_name_or_path": "org/model",
@@ -73,7 +74,7 @@ def test_an_example_loads_or_names_each_key_that_cannot_be_honored(
     assert named == refused | unknown
     assert all(key in fix for key in refused)
     if not named and not name.startswith("megatron"):  # accepted at their defaults, not offered
-        jsonschema.validate(keys, schema(), jsonschema.Draft202012Validator)
+        VALIDATOR.validate(keys)
 
 
 def test_no_remedy_names_a_key_that_is_refused_itself(tmp_path: Path) -> None:
