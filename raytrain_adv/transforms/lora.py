@@ -352,10 +352,10 @@ def _reason_against(fqn: str, model: nn.Module) -> str:
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
     owner, _, name = fqn.rpartition(".")
-    if name in weights_read(type(model.get_submodule(owner))):
-        return READ
     config: Any = LoraConfig()
     untyped: Any = model
+    if name in weights_read(type(untyped.get_submodule(owner))):
+        return READ
     try:
         _check_lora_target_modules_mamba(config, untyped, name)
     except ValueError:
