@@ -354,7 +354,8 @@ def _reason_against(fqn: str, model: nn.Module) -> str:
     owner, _, name = fqn.rpartition(".")
     config: Any = LoraConfig()
     untyped: Any = model
-    if name in weights_read(type(untyped.get_submodule(owner))):
+    kind: Any = type(model.get_submodule(owner))
+    if name in weights_read(kind):
         return READ
     try:
         _check_lora_target_modules_mamba(config, untyped, name)
