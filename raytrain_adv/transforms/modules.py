@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LINEAR = "torch.nn.Linear"
 READ = "the forward pass reads its weight without calling it: an adapter would not be used"
 ROUTES = "it routes tokens to experts"
-WEIGHT_READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:data|device|dtype|ndim|shape|size)\b)")
+WEIGHT_READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\[|\.(?:data|device|dtype|ndim|shape|size)\b)")
 UNKNOWN_EXPERTS = "experts that are computed in a way of their own"
 
 
