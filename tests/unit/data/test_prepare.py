@@ -440,6 +440,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sections import *
+from raytrain_adv.config.training import TrainConfig
 from raytrain_adv.data.tokens import datasets as dataset_rows
 from raytrain_adv.data.prepare import prepare
 from raytrain_adv.data.shown import shown_rows
