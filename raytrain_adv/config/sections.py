@@ -244,10 +244,6 @@ class OutputConfig(Section):
             if value is not None and value > 1 and value % 1:
                 text = f"{value} is neither a share below 1 nor a whole number of steps"
                 yield Problem(text, "give a share below 1, or a whole number of steps", key)
-        if self.resume_from_checkpoint is True and self.overwrite_output_dir:
-            text = "one continues the run in output_dir, the other starts a new one"
-            keys = "resume_from_checkpoint and overwrite_output_dir"
-            yield Problem(text, "set one of them to false", keys)
         if self.delete_previous_run and not self.overwrite_output_dir:
             text = "nothing is replaced without overwrite_output_dir"
             yield Problem(text, "set overwrite_output_dir: true too", "delete_previous_run")

@@ -195,10 +195,6 @@ def test_the_word_true_in_quotes_is_not_a_checkpoint_path(folder: Path) -> None:
         ("use_cpu: true\nresources_per_worker: {GPU: 1}\n", "use_cpu and resources_per_worker"),
         ("use_cpu: true\nflash_attn: fa2\n", "use_cpu and flash_attn"),
         (
-            "resume_from_checkpoint: true\noverwrite_output_dir: true\n",
-            "resume_from_checkpoint and overwrite_output_dir",
-        ),
-        (
             "resume_from_checkpoint: saves/run/checkpoints/1\noverwrite_output_dir: true\n",
             "resume_from_checkpoint and overwrite_output_dir",
         ),

@@ -196,6 +196,12 @@ def test_an_unfinished_run_of_the_same_job_continues(make_job, unfinished, step_
     assert "continues from step 3" in output.remark
 
 
+def test_what_errors_advise_continues_it_too(make_job, unfinished, step_3):
+    """Run again with resume_from_checkpoint: true, also where the job overwrites."""
+    output = open_output(make_job(**OVERWRITES, resume_from_checkpoint=True))
+    assert output.resume is True and not output.replaced.is_there and output.number == 2
+
+
 @pytest.mark.parametrize(
     ("changed", "kept"),
     [
