@@ -68,6 +68,7 @@ def test_the_run_stops_early_and_exports_the_best_model(job_file, tmp_path):
     assert all(torch.equal(exported[name], same[name]) for name in exported)
 
 
+@pytest.mark.slow
 def test_each_dataset_the_start_and_the_accuracy_are_evaluated(job_file, tmp_path):
     out = tmp_path / "out"
     names = [write_rows(tmp_path / f"{n}.json", n).name for n in (3, 5)]

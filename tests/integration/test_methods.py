@@ -59,6 +59,7 @@ def test_frozen_layers_do_not_change_and_the_others_do(job_file, tmp_path, base)
         assert found == {n for n in before if n.startswith(tuple(prefixes))}, name
 
 
+@pytest.mark.slow
 def test_losses_that_weigh_tokens_train_otherwise_and_are_evaluated_alike(job_file, tmp_path, base):
     kinds = {
         "plain": {},

@@ -21,7 +21,7 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", ["gemma3", pytest.param("qwen3_5", marks=pytest.mark.slow)])
 def test_ranks_train_the_text_part_and_export_the_whole(kind, job_file, tmp_path):
     folder = write_multimodal(kind, tmp_path / "checkpoint")
     base = {

@@ -262,6 +262,7 @@ def stacked_in_bf16(model: PreTrainedModel) -> list[str]:
     return [n for n, p in model.named_parameters() if short(n) in ("gate_up_proj", "down_proj")]
 
 
+@pytest.mark.slow
 def test_packed_experts_train_on_two_ranks_as_on_one_and_are_merged(tmp_path: Path) -> None:
     folder = write_checkpoint("qwen3_moe", tmp_path / "m", **WIDE)
     job = job_for(folder, tmp_path, **NF4)
