@@ -34,7 +34,7 @@ def checkpoint(out: Path, step: int) -> Path:
     return out / "checkpoints" / "local" / f"step_{step:08d}"
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gathering_in_fp8_with_precomputed_scales_changes_no_bit(job_file, tmp_path, workers):
     """With bf16 parameters the cast before the gather is the cast after it."""
 

@@ -80,6 +80,7 @@ def attempts(path: str) -> list[str]:
     return ended
 
 
+@pytest.mark.slow
 def test_a_run_that_was_restarted_twenty_times_is_consistent_with_no_step_twice(
     job_file, tmp_path, capsys
 ):
