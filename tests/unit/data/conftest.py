@@ -37,6 +37,10 @@ MARKERS = [
 MakeJob = Callable[..., JobConfig]
 
 
+CONFIG = '{"model_type": "llama", "vocab_size": 100000}'
+"""Of a model that has a row for every token of any tokenizer here."""
+
+
 @pytest.fixture
 def make_job(tmp_path: Path) -> MakeJob:
     """A function from keys to a job with the shipped tokenizer and a cache of its own."""
@@ -95,6 +99,7 @@ def marked_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer.add_tokens(MARKERS, special_tokens=True)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(CONFIG)
     return str(folder)
 
 
@@ -113,4 +118,5 @@ def spacing_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
+    (folder / "config.json").write_text(CONFIG)
     return str(folder)
