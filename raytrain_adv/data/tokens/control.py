@@ -33,7 +33,7 @@ class ControlTokens:
         return any(self._found.search(text) for text in _texts(conversation.messages))
 
     def mark(self, conversation: Conversation) -> Conversation:
-        """Return the conversation with a character in the place of each."""
+        """Return the conversation with each replaced by a character."""
         return replace(conversation, messages=_mapped(conversation.messages, self._mark))
 
     def _mark(self, text: str) -> str:
