@@ -129,14 +129,15 @@ def watching_start(record: Callable[[BaseException], None]) -> Iterator[None]:
     """Watch Ray's own processes while the block starts Ray here: if one ends, `record` records how
     the launch ended, without calling Ray, and the process ends.
     """
-    known: dict[str, psutil.Process] = {}
+    earlier = set(psutil.Process().children())
+    known: dict[psutil.Process, str] = {}
 
     def check() -> None:
-        for child in psutil.Process().children():
+        for child in set(psutil.Process().children()) - earlier:
             with contextlib.suppress(psutil.Error):
                 if child.name() in STARTED:
-                    known.setdefault(child.name(), child)
-        for name, child in known.items():
+                    known.setdefault(child, child.name())
+        for child, name in known.items():
             if _has_ended(child):
                 error = ClusterError(
                     "Ray cannot be started here: one of its processes ended",

@@ -80,17 +80,22 @@ def test_a_report_that_cannot_be_written_does_not_keep_the_process(ended, capsys
 def test_a_process_of_ray_that_ends_while_ray_starts_ends_the_launch(
     name, tmp_path, monkeypatch, capfd
 ):
-    """Ray itself would end the driver after a minute, with exit code 1 and no report."""
+    """Ray itself would end the driver after a minute, with exit code 1 and no report.
+
+    A Ray that this process started earlier, such as in another test, is not the one watched.
+    """
     codes, recorded = [], []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(head_watch, "START_EVERY_S", 0.02)
     program = shutil.copy(shutil.which("sleep"), tmp_path / name)
-    with subprocess.Popen([program, "60"]) as child, head_watch.watching_start(recorded.append):
-        time.sleep(0.3)
-        assert not codes
-        child.kill()
-        deadline = time.monotonic() + 20
-        while not codes and time.monotonic() < deadline:
-            time.sleep(0.02)
+    with subprocess.Popen([program, "60"]) as earlier:
+        with head_watch.watching_start(recorded.append), subprocess.Popen([program, "60"]) as child:
+            time.sleep(0.3)
+            assert not codes
+            child.kill()
+            deadline = time.monotonic() + 20
+            while not codes and time.monotonic() < deadline:
+                time.sleep(0.02)
+        earlier.kill()
     assert codes[0] == 4 and isinstance(recorded[0], ClusterError)
     assert f"{name}, process {child.pid}" in capfd.readouterr().err
