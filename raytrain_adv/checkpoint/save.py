@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from raytrain_adv.storage.retry import cause, retry
 from raytrain_adv.storage.storage import Storage, storage_errors
 
 PENDING, DONE, FAILED = 0, 1, 2
+MENTIONED_WAIT_S = 1.0  # of a whole run
 FREE_SPACE = (
     "free space, or choose another ray_storage_path; then run again with "
     "resume_from_checkpoint: true"
@@ -112,7 +114,9 @@ class CheckpointWriter:
         """A step whose checkpoint save_total_limit does not count: the best so far."""
         self.memory = HostMemory(run.say)
         self.committed: list[int] = []
-        self.blocked_s = 0.0  # seconds that training stood still for checkpoints
+        self.saved_at = 0.0  # time.monotonic at which the pending one was begun
+        self.took_s: list[float] = []  # seconds from the save of each to its commit
+        self.waited_s = 0.0  # seconds that training stood still until one was committed
 
     def save(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Start writing the state after `progress.step`, once; wait for an unfinished one first."""
@@ -128,6 +132,7 @@ class CheckpointWriter:
             retry(target.make, what, self.run.fault)
         self.run.barrier()
         local = target.root if target.is_local else tempfile.mkdtemp(prefix="raytrain_adv_")
+        self.saved_at = time.monotonic()
         state = stage(training_state(self.model, self.optimizer), self.memory)
         done = self.pool.submit(self._write, progress.step, state, local, target)
         self.pending = (progress, target, done, metrics)
@@ -180,13 +185,25 @@ class CheckpointWriter:
         """Wait for the pending checkpoint and commit it."""
         if self.pending is None:
             return
+        began = time.monotonic()
         self.pending[2].exception()  # waits; poll raises on all ranks
         self.run.barrier()
         self.poll()
+        self.waited_s += time.monotonic() - began
 
     def close(self) -> None:
-        """Commit what is pending and stop the thread."""
+        """Commit what is pending, report what the waiting cost, and stop the thread."""
+        waited_s = self.waited_s  # the last one has no steps to hide behind
         self.finish()
+        if self.run.is_main and waited_s >= MENTIONED_WAIT_S:
+            each = sum(self.took_s) / len(self.took_s)
+            self.run.fault(
+                f"training waited {waited_s:.1f} s for checkpoints: one takes {each:.1f} s until "
+                f"it is committed, longer than the steps between two saves. Each is committed "
+                f"before the next is due, so that a failure costs less than two intervals; a "
+                f"larger save_steps waits less",
+                waited_s=waited_s,
+            )
         self.pool.shutdown(wait=True)
         self.memory.release()
 
@@ -224,6 +241,7 @@ class CheckpointWriter:
         self.run.barrier()
         self.run.reporter.checkpoint(target, Path(target.root).name, metrics)
         self.committed.append(progress.step)
+        self.took_s.append(time.monotonic() - self.saved_at)
         if self.run.is_main:
             message = f"checkpoint of step {progress.step} committed"
             self.run.say(message, event="checkpoint", step=progress.step)

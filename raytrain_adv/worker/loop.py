@@ -187,8 +187,12 @@ def log_and_save(state: TrainState, checks: Checks, done: int) -> bool:
         if last and not logs:
             log(state, checks, done)
     evaluate_variants(state, done)
-    with state.run.heartbeat.paused():
-        state.writer.poll()
+    if state.writer.pending is not None and state.arithmetic.saves_after(done + 1):
+        with state.meter.paused("checkpoints"):  # a failure costs less than two intervals
+            state.writer.finish()
+    else:
+        with state.run.heartbeat.paused():
+            state.writer.poll()
     if saves or ((state.draining or last) and strategy != "no"):
         checks.loss.require_finite()
         with state.meter.paused("checkpoints"):

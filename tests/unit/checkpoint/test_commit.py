@@ -1,0 +1,60 @@
+"""When checkpoints are committed, where writing one takes longer than the steps between two."""
+
+import json
+import time
+
+import torch
+import torch.distributed as dist
+
+from raytrain_adv.checkpoint import save
+from raytrain_adv.config import load
+from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.run import run as run_module
+from raytrain_adv.run.run import Run, SilentReporter
+from raytrain_adv.storage.storage import Storage
+from raytrain_adv.worker.train import train
+from tests.ranks import run_ranks
+
+EVERY, STEPS = 5, 24
+
+
+class Watching(SilentReporter):
+    """Notes at each step how many would be lost if the run were killed there."""
+
+    def __init__(self):
+        self.committed, self.lost = 0, []
+
+    def metrics(self, row):
+        self.lost.append(int(row["step"]) - self.committed)
+
+    def checkpoint(self, storage, name, metrics):
+        self.committed = int(name.removeprefix("step_"))
+
+
+def lost_at_each_step(path, seconds):
+    """Train while each write of a checkpoint takes some seconds."""
+    run_module.REPORT_EVERY_S = 0.0
+    write = save.save_state
+
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return write(*args, **kwargs)
+
+    save.save_state = slow
+    job, reporter = load(path), Watching()
+    storage = Storage.at(job.output.output_dir + "/checkpoints")
+    train(job, Run(torch.device("cpu"), storage, "a", reporter, dist.new_group()), export_model)
+    return reporter.lost
+
+
+def test_a_kill_costs_at_most_an_interval_and_a_commit(job_file, tmp_path):
+    """Writing takes longer than five steps: the next save waits, and the run reports its cost."""
+    keys = {"save_strategy": "steps", "save_steps": EVERY, "max_steps": STEPS}
+    path = str(job_file(**keys, export_model=False, use_cpu=True))
+    (lost,) = run_ranks(lost_at_each_step, 1, tmp_path, path, 1.0)
+    assert len(lost) == STEPS and max(lost) == 2 * EVERY - 1
+    rows = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    (note,) = [row["message"] for row in rows if row.get("event") == "fault"]
+    assert "training waited" in note and "a larger save_steps waits less" in note
+    saved = [row["step"] for row in rows if row.get("event") == "checkpoint"]
+    assert saved == [5, 10, 15, 20, STEPS]
