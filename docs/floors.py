@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "cli": "the commands",
     "launch": "python -m entry point",
-    "driver.commands": "export, status, submit, doctor, kernels",
+    "driver.commands": "chat, export, status, submit, doctor, kernels",
     "driver.sweep": "trials under Ray Tune",
     "driver.training": "Ray Train: start, watch, report",
     "driver.preflight": "probe nodes, refuse unusable ones",

@@ -18,6 +18,7 @@ from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.schema import schema
 from raytrain_adv.config.sections import LARGEST
+from raytrain_adv.driver.commands.use.commands import COMMANDS
 from raytrain_adv.driver.commands.verify import verify_folder
 from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError, StorageError
 from raytrain_adv.estimate.assumptions import Assumptions, assumptions
@@ -224,12 +225,8 @@ def data(arguments: tuple[str, ...], rows: int, html: Path | None) -> None:
     show(job, rows, html)
 
 
-ADDRESS = click.option(
-    "--address",
-    metavar="URL",
-    help="The cluster's dashboard; by default RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this "
-    "machine's.",
-)
+ADDRESS = click.option("--address", metavar="URL", help="The cluster's dashboard; by default "
+                       "RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine's.")  # fmt: skip
 
 
 @app.command(context_settings=JOB)
@@ -394,7 +391,8 @@ def schema_command(output: Path | None) -> None:
         raise StorageError("The schema cannot be written", str(error), fix) from None
 
 
-app.add_command(verify_folder)
+for _command in (verify_folder, *COMMANDS):
+    app.add_command(_command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from raytrain_adv.config.job import JobConfig
@@ -66,24 +66,8 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
     Raises:
         TrainingError: when weights are missing from the folder, or left over.
     """
-    auto: Any = model_class(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
-    bars: Any = transformers_logging
-    had_bar = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=DEPRECATION)
-            model, info = auto.from_pretrained(
-                folder,
-                dtype="auto",
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,  # a pickled file could run code
-                attn_implementation=attn_implementation,
-            )
-    finally:
-        if had_bar:
-            bars.enable_progress_bar()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model, info = read_folder(folder, config, trust_remote_code, attn_implementation)
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         raise TrainingError(
@@ -95,6 +79,31 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
         if ".lora_" in name:  # transformers 5.17 makes adapters float32, whatever their files hold
             parameter.data = parameter.data.to(model.dtype)
     return compute_experts(model)
+
+
+def read_folder(
+    folder: Path, config: PretrainedConfig, trust_remote_code: bool, attn_implementation: str | None
+) -> tuple[Any, dict[str, Any]]:
+    """Load a model of any origin into host memory; return it, and what was missing or left over."""
+    auto: Any = model_class(config)
+    bars: Any = transformers_logging
+    had_bar = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=DEPRECATION)
+            found: tuple[Any, dict[str, Any]] = auto.from_pretrained(
+                folder,
+                dtype="auto",
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,  # a pickled file could run code
+                attn_implementation=attn_implementation,
+            )
+    finally:
+        if had_bar:
+            bars.enable_progress_bar()
+    return found
 
 
 def converted_logits(

@@ -27,7 +27,7 @@ def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
         source = find_template(job.data.template).write(
             job.data.enable_thinking, job.data.mask_history
         )
-        _adopt(tokenizer, find_template(job.data.template), source)
+        adopt(tokenizer, find_template(job.data.template), source)
     elif tokenizer.chat_template is None and job.train.stage == "sft":
         raise no_template(job.model.model_name_or_path)
     if tokenizer.pad_token_id is None:
@@ -82,7 +82,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _adopt(tokenizer: PreTrainedTokenizerBase, template: Template, source: str) -> None:
+def adopt(tokenizer: PreTrainedTokenizerBase, template: Template, source: str) -> None:
     """Set the tokenizer's eos token and chat template to the template's.
 
     Raises:

@@ -155,7 +155,7 @@ def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
     needed, free = sum(sizes) / GIB, psutil.virtual_memory().available / GIB
     if needed > free:
         return f"not compared: that takes {needed:.1f} GiB of memory, and {free:.1f} are free"
-    model, _ = _prepared(job)
+    model, _ = prepared_model(job)
     weights.load_pretrained(model, job, CPU)
     tokens = _tokens(model).unsqueeze(0)
     reference = converted_logits(model, job, tokens, dtype)
@@ -198,7 +198,7 @@ def _merge_run(
 ) -> None:
     if given:
         raise _not_mergeable(f"{', '.join(given)}: a merged model is not quantized")
-    job = _job_of(folder, stored, [])
+    job = job_of(folder, stored, [])
     if job.transform(Qat).enabled:
         raise JobError(
             "An adapter trained with QAT cannot be merged",
@@ -234,7 +234,7 @@ def _merge_run(
     print("\n".join(INDENT + line for line in lines))
 
 
-def _job_of(folder: Path, stored: Mapping[str, Any], given: list[str]) -> JobConfig:
+def job_of(folder: Path, stored: Mapping[str, Any], given: list[str]) -> JobConfig:
     """Return a run's job, without what only matters in training."""
     kept = {key for kind in KEPT for key in kind.model_fields}
     others = {key for kind in transform_types() for key in kind.model_fields} - kept
@@ -253,7 +253,7 @@ def _job_of(folder: Path, stored: Mapping[str, Any], given: list[str]) -> JobCon
 def _export_run(
     folder: Path, stored: Mapping[str, Any], checkpoint_name: str, output: str, given: list[str]
 ) -> None:
-    job = _job_of(folder, stored, given)
+    job = job_of(folder, stored, given)
     found = _checkpoint(job, checkpoint_name)
     step = found.progress.step
     out = _new(Path(output) if output else folder / f"exported-step_{step}")
@@ -299,7 +299,7 @@ def _checkpoint(job: JobConfig, name: str) -> Found:
 
 def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
     """Return the checkpoint's model in host memory, with its adapters and fake quantization."""
-    model, plans = _prepared(job)
+    model, plans = prepared_model(job)
     if job.transform(Lora).enabled:
         weights.load_pretrained(model, job, CPU)
     Transforms(job).initialize(model, plans, job.train.seed)
@@ -309,7 +309,7 @@ def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
     return model
 
 
-def _prepared(job: JobConfig) -> tuple[PreTrainedModel, dict[str, Plan]]:
+def prepared_model(job: JobConfig) -> tuple[PreTrainedModel, dict[str, Plan]]:
     """Return the job's model in host memory, prepared but without its weights, and the plans."""
     facts = hardware.detect(CPU)
     if job.transform(QuantizedBase).enabled:

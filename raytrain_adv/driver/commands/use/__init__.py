@@ -1,0 +1,1 @@
+"""Use finished models: chat, generate, evaluate."""
