@@ -19,7 +19,6 @@ from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.schema import schema
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.driver.commands.use.commands import COMMANDS
-from raytrain_adv.driver.commands.verify import verify_folder
 from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError, StorageError
 from raytrain_adv.estimate.assumptions import Assumptions, assumptions
 from raytrain_adv.redaction import hide_environment, is_secret_name
@@ -391,7 +390,7 @@ def schema_command(output: Path | None) -> None:
         raise StorageError("The schema cannot be written", str(error), fix) from None
 
 
-for _command in (verify_folder, *COMMANDS):
+for _command in COMMANDS:
     app.add_command(_command)
 
 if __name__ == "__main__":

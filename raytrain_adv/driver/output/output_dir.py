@@ -51,7 +51,15 @@ MODELS = ("model", *(f"model-{kind.converts}" for kind in transform_types() if k
 OURS = (
     *MODELS,
     *(f".{name}.partial" for name in MODELS),
-    *("report.json", "report.html", "metrics.jsonl", "checkpoints", "trackers", "bad_batches"),
+    *(
+        "report.json",
+        "report.html",
+        "evaluation.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "trackers",
+        "bad_batches",
+    ),
     *(locks.FOLDER, locks.FILE_NAME, RUN_FILE),
 )
 

@@ -31,7 +31,7 @@ class Answer:
     """Whether the model ended it; false where max_new_tokens or the model's positions did."""
 
 
-class _Stop(StoppingCriteria):  # type: ignore[misc]  # transformers leaves its base untyped
+class _Stop(StoppingCriteria):
     """Ends an answer between two tokens, on request."""
 
     def __init__(self, is_stopped: threading.Event) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from raytrain_adv.driver.commands.use import sampling
 from raytrain_adv.driver.commands.use.source import find
+from raytrain_adv.driver.commands.verify import verify_folder
+from raytrain_adv.errors import JobError
 
 if TYPE_CHECKING:
     from raytrain_adv.driver.commands.use.load import Loaded
@@ -36,9 +39,15 @@ def _load(named: str, device: str, template: str, trust_remote_code: bool) -> Lo
     return load(source, device_named(device), template, trust_remote_code)
 
 
+KEYS = click.argument("keys", nargs=-1, metavar="[key=value]...")
+BATCH = click.option("--batch-size", type=click.IntRange(1, 4096), default=8, metavar="N",
+                     help="Prompts that are answered together (default: 8).")  # fmt: skip
+GREEDY = sampling.Sampling(do_sample=False)
+
+
 @click.command("chat")
 @click.argument("folder", metavar="RUN|FOLDER")
-@click.argument("keys", nargs=-1, metavar="[key=value]...")
+@KEYS
 @click.option("--compare", default="", metavar="RUN|FOLDER", help="Show a second model's answers "
               "beside the first one's.")  # fmt: skip
 @click.option("--system", default="", metavar="TEXT", help="System message.")
@@ -61,4 +70,81 @@ def chat_command(
     run(Chat([_load(one, **options) for one in named], drawn, system))
 
 
-COMMANDS = (chat_command,)
+@click.command("generate")
+@click.argument("folder", metavar="RUN|FOLDER")
+@click.argument("prompts", type=click.Path(path_type=Path))
+@KEYS
+@click.option("--output", "-o", type=click.Path(path_type=Path), required=True, metavar="FILE")
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it is there.")
+@BATCH
+@model_options
+def generate_command(
+    folder: str,
+    prompts: Path,
+    keys: tuple[str, ...],
+    output: Path,
+    overwrite: bool,
+    batch_size: int,
+    **options: Any,
+) -> None:
+    """Answer a file of prompts.
+
+    PROMPTS has a prompt a line (.txt), or rows (.json, .jsonl, .parquet, .csv) with prompt,
+    instruction and input, question, or messages. FILE gets a JSON line for each, in their order.
+    Keys are those of chat; here do_sample is false by default.
+    """
+    drawn = sampling.changed(GREEDY, keys)
+    find(folder)
+    from raytrain_adv.driver.commands.use import generate
+    from raytrain_adv.driver.commands.use.prompts import read_prompts
+
+    generate.refuse_existing(output, overwrite)
+    rows = read_prompts(prompts)
+    generate.run(_load(folder, **options), rows, output, drawn, batch_size)
+
+
+@click.command("evaluate")
+@click.argument("folders", nargs=-1, required=True, metavar="RUN|FOLDER... [key=value]...")
+@click.option("--job", default="", metavar="FILE", help="Job file whose held-out rows are "
+              "evaluated; by default the job of the first model's run.")  # fmt: skip
+@click.option("--answers", type=click.Path(path_type=Path), metavar="FILE", help="Rows with "
+              "prompts and right answers, as for generate.")  # fmt: skip
+@click.option(
+    "--score",
+    default="",
+    metavar="MODULE:FUNCTION",
+    help="Scores an answer: "
+    "def function(answer, reference) -> number; by default 1 if they are the same.",
+)
+@click.option(
+    "--tasks",
+    default="",
+    metavar="NAMES",
+    help="Tasks of lm-evaluation-harness, comma separated, or local YAML files of tasks.",
+)
+@click.option("--num-fewshot", type=click.IntRange(0), metavar="N", help="Examples in a task.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Rows of each task.")
+@click.option("--chat-template/--no-chat-template", default=False, help="Ask tasks as a chat.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE", help="By default "
+              "evaluation.json in the first model's run, or here.")  # fmt: skip
+@BATCH
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--trust-remote-code", is_flag=True, help="Run model code of the folders.")
+def evaluate_command(folders: tuple[str, ...], **options: Any) -> None:
+    """Evaluate finished models beside each other.
+
+    RUN stands for all its models, FOLDER for one. Measures the loss on the job's held-out rows
+    (with the masks and template of training), scores of answers, and tasks, each with its standard
+    error and, row by row, its difference from the first model.
+    """
+    keys = [one for one in folders if "=" in one and not Path(one).is_dir()]
+    drawn = sampling.changed(GREEDY, keys)
+    sources = [source for one in folders if one not in keys for source in find(one)]
+    if not sources:
+        raise JobError("no model is named", "", "raytrain-adv evaluate RUN [FOLDER]...")
+    from raytrain_adv.driver.commands.use import evaluate
+
+    evaluate.start(sources, drawn, **options)
+
+
+COMMANDS = (chat_command, generate_command, evaluate_command, verify_folder)

@@ -1,0 +1,94 @@
+"""Finished models beside each other."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from raytrain_adv import cli
+from raytrain_adv.driver.commands.use.measures import exact_match, mean, score_named
+from raytrain_adv.errors import JobError
+
+from tests.unit.driver.commands.use.conftest import last_eval_loss
+
+
+def evaluated(folder):
+    return json.loads((folder / "evaluation.json").read_text())["models"]
+
+
+def test_the_loss_is_that_of_the_run_with_each_form_of_its_weights(runs, capsys):
+    assert cli.main(["evaluate", str(runs["qat"]), "--device", "cpu"]) == 0
+    quantized, trained = evaluated(runs["qat"])
+    wanted = last_eval_loss(runs["qat"])
+    assert quantized["figures"]["held-out loss"]["value"] == pytest.approx(wanted, rel=1e-5)
+    assert quantized["loss_in_its_run"] == wanted and trained["loss_in_its_run"] is None
+    loss = trained["figures"]["held-out loss"]
+    assert loss["value"] != pytest.approx(wanted, rel=1e-6)
+    difference = loss["value"] - quantized["figures"]["held-out loss"]["value"]
+    assert loss["difference"] == pytest.approx(difference, abs=1e-9)
+    assert 0 < loss["difference_error"] < loss["error"]
+    out = capsys.readouterr().out
+    assert "from the first" in out and "qat/model-quantized" in out and f"{wanted:.4f}" in out
+
+
+def test_an_adapter_has_the_loss_of_its_run_and_answers_are_scored(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_score.py").write_text("def half(answer, reference):\n    return 0.5\n")
+    rows = [{"prompt": "One?", "answer": "1"}, {"prompt": "Two?", "answer": "2"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = ["--answers", "rows.json", "--score", "own_score:half", "max_new_tokens=3"]
+    command = ["evaluate", str(runs["lora"]), str(runs["qat"] / "model"), *options]
+    assert cli.main([*command, "-o", "e.json", "--device", "cpu"]) == 0
+    adapter, other = json.loads((tmp_path / "e.json").read_text())["models"]
+    loss = adapter["figures"]["held-out loss"]["value"]
+    assert loss == pytest.approx(last_eval_loss(runs["lora"]), rel=2e-3)
+    assert adapter["figures"]["score"]["value"] == 0.5
+    assert other["figures"]["score"]["difference"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--score", "a:b"], "--score has nothing to score"),
+        (["--answers", "PROMPTS"], "lacks answers to compare with"),
+        (["--answers", "ROWS", "--score", "json:nothing"], "cannot be used"),
+        (["--tasks", "nothing_known"], "lm-evaluation-harness"),
+        (["--job", "no.yaml"], "no.yaml"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(
+    runs, tmp_path, capsys, monkeypatch, options, said
+):
+    monkeypatch.setattr("raytrain_adv.driver.commands.use.evaluate.load", None)
+    (tmp_path / "p.json").write_text(json.dumps([{"prompt": "One?"}]))
+    (tmp_path / "r.json").write_text(json.dumps([{"prompt": "One?", "answer": "1"}]))
+    files = {"PROMPTS": str(tmp_path / "p.json"), "ROWS": str(tmp_path / "r.json")}
+    assert cli.main(["evaluate", str(runs["lora"]), *(files.get(o, o) for o in options)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_of_no_run_needs_something_to_be_evaluated_on(runs, capsys):
+    base = json.loads((runs["lora"] / "run.json").read_text())["job"]["model_name_or_path"]
+    assert cli.main(["evaluate", base]) == 2
+    assert "give --job FILE" in capsys.readouterr().err
+
+
+def test_errors_are_those_of_independent_rows():
+    generator = np.random.default_rng(0)
+    weights = generator.integers(5, 50, 400).astype(float)
+    draws = [mean(weights * generator.normal(2.0, 0.5, 400), weights, None) for _ in range(300)]
+    spread = np.std([one.value for one in draws])
+    assert np.mean([one.error for one in draws]) == pytest.approx(spread, rel=0.15)
+    assert mean(np.array([3.0]), np.array([2.0])).error is None
+    same = mean(weights * 2, weights, weights * 2)
+    assert (same.difference, same.difference_error) == (0.0, 0.0)
+
+
+def test_scores_are_exact_match_or_a_users_function(tmp_path, monkeypatch):
+    assert (exact_match(" 7\n", "7"), exact_match("8", "7")) == (1.0, 0.0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad_score.py").write_text("def f(a, r):\n    return float('nan')\n")
+    with pytest.raises(JobError, match="return a number"):
+        score_named("bad_score:f")("a", "b")
+    assert math.isclose(score_named("operator:eq")("a", "a"), 1.0)
