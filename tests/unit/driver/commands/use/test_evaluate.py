@@ -9,7 +9,6 @@ import pytest
 from raytrain_adv import cli
 from raytrain_adv.driver.commands.use.measures import exact_match, mean, score_named
 from raytrain_adv.errors import JobError
-
 from tests.unit.driver.commands.use.conftest import last_eval_loss
 
 
