@@ -19,7 +19,8 @@ from raytrain_adv.data.tokens.cache import Say
 from raytrain_adv.data.tokens.datasets import NUM_SHOWN, TokenizedDatasets
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
-from raytrain_adv.model.build import read_config
+from raytrain_adv.model.config_file import read_config
+from raytrain_adv.model.vocabulary import num_rows
 
 _SPLIT = 0x73706C6974
 """Sets the held-out rows' random numbers apart from those of the epochs."""
@@ -123,14 +124,14 @@ def _check_keys(data: DataConfig) -> None:
 def _check_ids(job: JobConfig, tokenizer: PreTrainedTokenizerBase, rows: TokenRows) -> None:
     """Refuse data with token ids for which the model's embedding has no row."""
     config = read_config(job)
-    known = int(config.get_text_config().vocab_size)
+    known = num_rows(job, int(config.get_text_config().vocab_size))
     used = max(int(rows.ids.max()), int(tokenizer.pad_token_id or 0))
     if used >= known:
         raise JobError(
             "the data has tokens that the model has no embedding for",
             f"{tokenizer.convert_ids_to_tokens(used)!r} is token {used}, and the embedding has "
             f"{known} rows (vocab_size)",
-            "take the tokenizer that belongs to the model, or add rows to the model once",
+            "take the tokenizer that belongs to the model, or set resize_vocab: true",
         )
 
 

@@ -16,10 +16,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.dtensor import Region
 from raytrain_adv.errors import TrainingError
-from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles
+from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles, save_tensors
+from raytrain_adv.model.adapter import PREFIX
 from raytrain_adv.model.build import build, build_whole, head_fqn, keeps_float32
 from raytrain_adv.model.conversion import Group
+from raytrain_adv.model.vocabulary import new_rows
 from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.model.weights import convert_group, match
 from raytrain_adv.ops.experts.find import layout_of, matrices, stacked
@@ -28,7 +31,7 @@ from raytrain_adv.ops.fake_quant.compressed_tensors import Scheme
 from raytrain_adv.ops.fake_quant.targets import GGUF
 from raytrain_adv.ops.fake_quant.torchao_config import describe_model, tensor_of
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.modules import is_tied, own_name
+from raytrain_adv.transforms.modules import in_adapter, is_tied, own_name
 from raytrain_adv.transforms.qat import EMBEDDING, EXPERTS, Qat
 from raytrain_adv.transforms.transform import DEFECT
 
@@ -53,6 +56,7 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 Configs = Mapping[str, Any]
 """The layout's configuration of each tensor that is converted, by its name in the model: a Scheme
 for compressed-tensors and GGUF, or a configuration of torchao."""
+Read = Callable[..., torch.Tensor]
 Axes = Mapping[str, int]
 """Of stacked experts, by their names: the axis of the input features."""
 
@@ -76,6 +80,7 @@ def write_converted(
     device: torch.device,
     max_file_bytes: int = MAX_FILE_BYTES,
     require: Callable[[int], object] = lambda size: None,
+    adapter: Path | None = None,
 ) -> None:
     """Write the model of `source` into the folder `folder`, converted by the job's QAT keys.
 
@@ -83,7 +88,8 @@ def write_converted(
     Host memory holds one file's tensors and the one that is being converted.
 
     Weights are rounded to `dtype`, then converted on `device`. `require` is called with the bytes
-    that will be written, before they are.
+    that will be written, before they are. Modules that `adapter`, a folder, has in full take the
+    place of the source's.
 
     Raises:
         JobError: when the files of `source` are not what the architecture needs.
@@ -96,8 +102,8 @@ def write_converted(
     def stored(name: str) -> torch.dtype:
         return torch.float32 if keeps(name) and name not in configs else dtype
 
-    with CheckpointFiles(source) as files:
-        pieces = list(_pieces(plain, files, configs))
+    with CheckpointFiles(source, new_rows(job)) as files:
+        pieces = list(_pieces(plain, files, configs, trained_in_full(adapter)))
         if job.transform(Qat).target.layout == GGUF:
             require(sum(math.prod(piece.shape) * dtype.itemsize for piece in pieces))
             _write_gguf(source, folder, pieces, configs, dtype)
@@ -156,9 +162,17 @@ def stacked_axes(plain: PreTrainedModel) -> Axes:
     return axes
 
 
-def _pieces(plain: PreTrainedModel, files: CheckpointFiles, configs: Configs) -> Iterator[Piece]:
-    """Yield the new folder's tensors, in the old one's layout except for what is converted."""
+def _pieces(
+    plain: PreTrainedModel, files: CheckpointFiles, configs: Configs, others: Mapping[str, Read]
+) -> Iterator[Piece]:
+    """Yield the new folder's tensors, in the old one's layout except for what is converted. What
+    `others` read takes the place of the files'.
+    """
     found = match(plain, files)
+    for name, read_other in others.items():
+        if name in found.direct:
+            shape = tuple(plain.get_parameter(name).shape)
+            files.replace(found.direct[name], shape, read_other)
     untied = f"{head_fqn(plain)}.weight" if is_untied(plain, configs) else ""
     for target, source in found.direct.items():
         shape, read = files.shapes[source], partial(files.read, source)
@@ -166,13 +180,32 @@ def _pieces(plain: PreTrainedModel, files: CheckpointFiles, configs: Configs) ->
         if untied and target in configs and plain.get_parameter(target) is _head(plain):
             yield Piece(untied, shape, read)
     for group in found.groups:
-        if configs.keys().isdisjoint(group.targets):
+        if (configs.keys() | others.keys()).isdisjoint(group.targets):
             for name, _ in group.sources:
                 yield Piece(name, files.shapes[name], partial(files.read, name), is_listed=False)
         else:
             for target in group.targets:
                 shape = tuple(plain.get_parameter(target).shape)
-                yield Piece(target, shape, partial(_converted, group, target, files, plain))
+                converted = partial(_converted, group, target, files, plain)
+                yield Piece(target, shape, others.get(target, converted))
+
+
+def trained_in_full(adapter: Path | None) -> dict[str, Read]:
+    """Return what reads each tensor of the modules that an adapter's folder has in full, by name in
+    the plain model.
+    """
+    if adapter is None:
+        return {}
+    file = adapter / ADAPTER_WEIGHTS
+    with safe_open(file, framework="pt") as opened:
+        names = [name for name in opened.keys() if not in_adapter(name)]  # noqa: SIM118 - no mapping
+
+    def read(name: str, region: Region | None = None) -> torch.Tensor:
+        with safe_open(file, framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor if region is None else tensor[region]
+
+    return {name.removeprefix(PREFIX): partial(read, name) for name in names}
 
 
 def _head(plain: PreTrainedModel) -> nn.Parameter:
@@ -303,9 +336,11 @@ def _write_config(
         config |= compressed_tensors.describe(linears, stems, default)
     else:
         config |= describe_model(linears, configs, default)
-    if is_untied(plain, configs):
-        for part in (config, *(v for k, v in config.items() if k == "text_config")):
+    for part in (config, *(v for k, v in config.items() if k == "text_config")):
+        if is_untied(plain, configs):
             part["tie_word_embeddings"] = False
+        if "vocab_size" in part:
+            part["vocab_size"] = plain.config.get_text_config().vocab_size
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -320,8 +355,12 @@ def add_adapter(adapter: Path, folder: Path, final: Path) -> None:
         folder: where the converted base was written.
         final: the name that `folder` will have.
     """
-    shutil.copyfile(adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as opened:
+        # Modules trained in full are the base's already.
+        names = [name for name in opened.keys() if in_adapter(name)]  # noqa: SIM118 - no mapping
+        save_tensors({n: opened.get_tensor(n) for n in names}, folder / ADAPTER_WEIGHTS)
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     config |= {"base_model_name_or_path": str(final.absolute()), "revision": None}
+    config["modules_to_save"] = None
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     _copy_others(adapter, folder)

@@ -25,6 +25,7 @@ from raytrain_adv.export.verify import (
     trained_logits,
 )
 from raytrain_adv.model.build import build_whole
+from raytrain_adv.model.vocabulary import new_rows
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
 from raytrain_adv.model.weights import match, packed_weights, saved_tensors
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
@@ -147,7 +148,7 @@ def _apart(merged: Any, input_ids: torch.Tensor, wanted: torch.Tensor) -> float:
 def _exchange(model: PreTrainedModel, job: JobConfig, merged: nn.Module) -> bool:
     """Replace packed weights by the original ones; return whether all keep their names."""
     packed = packed_weights(model)
-    with CheckpointFiles(model_folder(job)) as files:
+    with CheckpointFiles(model_folder(job), new_rows(job)) as files:
         direct = match(build_whole(job), files).direct
         if not packed.keys() <= direct.keys():
             return False

@@ -33,15 +33,17 @@ from raytrain_adv.export.verify import (
     compared_tokens,
     converted_logits,
 )
-from raytrain_adv.model.adapter import FILE_NAME, peft_name
-from raytrain_adv.model.build import build, build_whole, keeps_float32, read_config
+from raytrain_adv.model.adapter import FILE_NAME, trained
+from raytrain_adv.model.build import build, build_whole, keeps_float32
+from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.conversion import save_groups
 from raytrain_adv.model.files import is_local, model_source
+from raytrain_adv.model.vocabulary import new_rows
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
 from raytrain_adv.model.weights import match, saved_tensors
 from raytrain_adv.ops.absent import is_absent
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.lora import ADAPTER, Lora, is_adapter
+from raytrain_adv.transforms.lora import ADAPTER, Lora
 from raytrain_adv.worker.finish import Exported
 
 
@@ -95,11 +97,10 @@ def write_adapter(model: PreTrainedModel, job: JobConfig, new: NewFolder) -> Non
     """Gather the adapters and write them in PEFT's format on rank 0; a collective."""
     reshard(model)
     tensors: dict[str, torch.Tensor] = {}
-    for fqn, parameter in model.named_parameters():
-        if is_adapter(fqn):
-            whole = gather(parameter)
-            if new.writes:
-                tensors[peft_name(fqn)] = whole.cpu().contiguous()
+    for name, parameter in trained(model).items():
+        whole = gather(parameter)
+        if new.writes:
+            tensors[name] = whole.cpu().contiguous()
     config: Any = copy.copy(model.peft_config[ADAPTER])
     local, source = is_local(job), model_source(job)
     config.base_model_name_or_path = str(Path(source).resolve()) if local else source
@@ -138,7 +139,14 @@ def export_converted(
     def write() -> None:
         dtype = export_dtype(job)
         write_converted(
-            source, new.partial, job, dtype, new.device, max_file_bytes, new.require_now
+            source,
+            new.partial,
+            job,
+            dtype,
+            new.device,
+            max_file_bytes,
+            new.require_now,
+            model_dir if adapted else None,
         )
         if adapted:
             add_adapter(model_dir, new.partial, new.path)
@@ -189,7 +197,7 @@ def write_model(
     with ExitStack() as opened:
         source, names = None, dict[str, str]()
         if (folder := source_folder(job)) is not None and not job.model.train_from_scratch:
-            source = opened.enter_context(CheckpointFiles(folder))
+            source = opened.enter_context(CheckpointFiles(folder, new_rows(job)))
             names = match(plain, source).direct
         for group in save_groups(plain, saved_tensors(trained)):
             whole: dict[str, torch.Tensor] = {}

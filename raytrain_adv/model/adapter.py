@@ -7,7 +7,7 @@ from torch import nn
 
 from raytrain_adv.dtensor import copy_local, local_region, plain_name
 from raytrain_adv.errors import JobError
-from raytrain_adv.transforms.lora import ADAPTER, is_adapter
+from raytrain_adv.transforms.lora import ADAPTER
 
 FILE_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -21,20 +21,26 @@ def peft_name(fqn: str) -> str:
     return PREFIX + plain_name(fqn).replace(f".{ADAPTER}.", ".")
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what an adapter's file holds by its names there: adapters, and modules that are
+    trained in full. A tied one has both of its names: PEFT keeps a copy for each.
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    return {peft_name(fqn): p for fqn, p in named if p.requires_grad}
+
+
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Read a folder's adapters into this rank's shards of a model that has the same ones.
 
     Raises:
         JobError: if it has others.
     """
+    ours = trained(model)
     with safe_open(folder / FILE_NAME, framework="pt") as file:
         held = set(file.keys())
-        ours = {peft_name(fqn) for fqn, _ in model.named_parameters() if is_adapter(fqn)}
-        if odd := sorted(ours ^ held):
+        if odd := sorted(ours.keys() ^ held):
             found = f"{len(odd)} tensors are in one of the two only, as {odd[0]}"
-            fix = "give the folder of an adapter of this model and lora_target"
+            fix = "give the folder of an adapter of this model, lora_target and additional_target"
             raise JobError(f"{folder} has other adapters than the model", found, fix)
-        for fqn, parameter in model.named_parameters():
-            if is_adapter(fqn):
-                part = file.get_slice(peft_name(fqn))[local_region(parameter)]
-                copy_local(parameter, part)
+        for name, parameter in ours.items():
+            copy_local(parameter, file.get_slice(name)[local_region(parameter)])

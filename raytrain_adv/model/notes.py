@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.model.build import raw_config
+from raytrain_adv.model.config_file import raw_config, read_config
 from raytrain_adv.model.towers import tower_notes
+from raytrain_adv.model.vocabulary import describe
 from raytrain_adv.ops.stored import formats
+from raytrain_adv.transforms.vocabulary import Vocabulary
 
 
 def model_notes(job: JobConfig, model: PreTrainedModel) -> tuple[str, ...]:
@@ -19,3 +21,5 @@ def _notes(job: JobConfig, model: PreTrainedModel) -> Iterator[str]:
     if not job.model.train_from_scratch:
         yield from formats.describe(raw_config(job))
     yield from tower_notes(model)
+    if job.transform(Vocabulary).resize_vocab:
+        yield describe(job, model, int(read_config(job).get_text_config().vocab_size))

@@ -4,7 +4,9 @@ Weights that the files hold rounded, in 8 bits or fewer, are read as their value
 """
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from raytrain_adv.config import JobConfig
 from raytrain_adv.dtensor import Region
 from raytrain_adv.errors import JobError
-from raytrain_adv.model.build import unreadable
+from raytrain_adv.model.config_file import unreadable
 from raytrain_adv.model.files import WITH_WEIGHTS, is_local, model_source
+from raytrain_adv.model.vocabulary import NewRows
 from raytrain_adv.ops.stored import formats
 
 INDEX = "model.safetensors.index.json"
@@ -57,8 +60,11 @@ class CheckpointFiles:
         JobError: when files are missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, new_rows: NewRows | None = None) -> None:
         self.folder = folder
+        self.new_rows = new_rows
+        """How rows are filled that the model has and the files lack; none refuses them."""
+        self._instead: dict[str, Callable[[Region | None], torch.Tensor]] = {}
         self.bytes_read = 0
         """Bytes of tensor data this process has read so far."""
         self.largest_read = 0
@@ -103,9 +109,27 @@ class CheckpointFiles:
         """Read a tensor, or the region of it, into host memory: in the file's dtype, or in float32
         what a rounded weight stands for.
         """
+        return self._instead.get(name, partial(self._value, name))(region)
+
+    def _value(self, name: str, region: Region | None) -> torch.Tensor:
         if name in self._stored:
             return self._stored[name].read(self.read_stored, self._held, region)
         return self.read_stored(name, region)
+
+    def replace(
+        self, name: str, shape: tuple[int, ...], read: Callable[[Region | None], torch.Tensor]
+    ) -> None:
+        """Have a tensor read by `read`, which returns a region of it, from now on."""
+        self._instead[name] = read
+        self.shapes = {**self.shapes, name: shape}
+
+    def add_rows(self, name: str, rows: int) -> None:
+        """Read a table with this many rows from now on: those that the files lack are filled."""
+        if self.new_rows is None or name in self._instead:
+            return
+        held, read = self.shapes[name], partial(self._value, name)
+        whole = partial(self.new_rows.read, name, held, rows, read)
+        self.replace(name, (rows, *held[1:]), whole)
 
     def read_stored(self, name: str, region: Region | None = None) -> torch.Tensor:
         """Read a tensor of the files, or the region of it, as it is."""

@@ -27,6 +27,7 @@ from raytrain_adv.dtensor import (
 from raytrain_adv.errors import JobError, RaytrainAdvError, TrainingError
 from raytrain_adv.model.build import build, build_whole, decoder_layers
 from raytrain_adv.model.conversion import Group, Route, route
+from raytrain_adv.model.vocabulary import new_rows, tables
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
 from raytrain_adv.ops.absent import is_absent
 from raytrain_adv.ops.bitsandbytes.experts import PackedStack
@@ -157,7 +158,7 @@ def load_pretrained(
     """
     plain = build_whole(job)
     targets, packed = saved_tensors(model), packed_weights(model)
-    with CheckpointFiles(model_folder(job)) as files:
+    with CheckpointFiles(model_folder(job), new_rows(job)) as files:
         found = match(plain, files)
         for name, source in found.direct.items():
             if is_absent(name, model):
@@ -190,6 +191,11 @@ def match(plain: PreTrainedModel, files: CheckpointFiles) -> Route:
     found = route(plain, files.shapes)
     join_tied(plain, files, found)
     wanted = saved_tensors(plain)
+    if files.new_rows is not None:
+        for name in tables(plain) & found.direct.keys():
+            source, rows = found.direct[name], wanted[name].shape[0]
+            if files.shapes[source][0] < rows:
+                files.add_rows(source, rows)
     converted = {name for group in found.groups for name in group.targets}
     missing = sorted(wanted.keys() - found.direct.keys() - converted)
     ignored = ignored_names(plain)

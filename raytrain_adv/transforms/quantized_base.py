@@ -130,6 +130,8 @@ class QuantizedBase(Transform):
         return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
 
     def _why_not(self, linear: nn.Linear) -> str:
+        if linear.weight.requires_grad:
+            return "trained in full"
         # Bytes are stored in the dtype that computes.
         return self._odd(linear.in_features, linear.weight.element_size())
 
@@ -251,7 +253,7 @@ class QuantizedBase(Transform):
         found = dict(zip(read, sum_distances(list(read.values())), strict=True))
         far = {fqn: worst for fqn, (_, _, worst) in found.items() if not worst <= 1}
         how = "times as far off as rounding explains"
-        trained = [f for f, p in model.named_parameters() if p.requires_grad and not in_adapter(f)]
+        trained = [f for f, m in held.items() if any(p.requires_grad for p in m.parameters(False))]
         wrong = [f"{fqn} was not read" for fqn in held if fqn not in read]
         wrong += [f"{fqn}: a weight is {worst:.3g} {how}" for fqn, worst in far.items()]
         wrong += [f"{fqn} would be trained" for fqn in trained]

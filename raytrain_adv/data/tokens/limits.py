@@ -1,4 +1,4 @@
-"""What a file from elsewhere may cost: the time of a chat template, and crashes of a tokenizer."""
+"""What a file from elsewhere may cost: the time of a chat template."""
 
 import ctypes
 import threading
@@ -48,22 +48,3 @@ def template_time(where: str, seconds: float = SECONDS) -> Iterator[None]:
     finally:
         has_ended.set()
         timer.cancel()
-
-
-@contextmanager
-def no_panics(what: str) -> Iterator[None]:
-    """Turn a crash of a library in Rust, which is no Exception, into an error that names `what`.
-
-    Raises:
-        JobError: when it crashes.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise JobError(
-            f"The tokenizers library crashed on {what}",
-            str(error)[:300],
-            "check tokenizer.json: it may be damaged, or made for another version",
-        ) from None

@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from raytrain_adv.data.read.formats import Conversation, Layout, UnusableRow
 from raytrain_adv.data.tokens.control import ControlTokens
-from raytrain_adv.data.tokens.limits import MOST_CHARACTERS, no_panics, template_time
+from raytrain_adv.data.tokens.limits import MOST_CHARACTERS, template_time
 from raytrain_adv.data.tokens.page import Piece
 from raytrain_adv.data.tokens.render import Renderer, renderer
 from raytrain_adv.data.tokens.shorten import picked
 from raytrain_adv.errors import JobError
+from raytrain_adv.model.vocabulary import no_panics
 
 RawRow = tuple[str, Any]
 """Where a row stands, and its columns."""

@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import jinja2
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.data.tokens.limits import no_panics, template_time
+from raytrain_adv.data.tokens.limits import template_time
 from raytrain_adv.data.tokens.templates import Template, find_template, no_template, unfit
 from raytrain_adv.errors import JobError
-from raytrain_adv.model.build import read_config
-from raytrain_adv.model.files import refuse_pipes
+from raytrain_adv.model.vocabulary import read_tokenizer
 
 
 def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
@@ -22,7 +20,7 @@ def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
         JobError: if it cannot be loaded, does not fit the template, or has no chat template and the
             job names none.
     """
-    tokenizer = _load(job)
+    tokenizer = read_tokenizer(job)
     if job.data.template is not None:
         source = find_template(job.data.template).write(
             job.data.enable_thinking, job.data.mask_history
@@ -37,38 +35,6 @@ def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
             raise JobError("The tokenizer has neither a pad nor an eos token", found, fix)
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _load(job: JobConfig) -> PreTrainedTokenizerBase:
-    name = job.model.model_name_or_path
-    folder = Path(name)
-    if folder.is_dir():
-        refuse_pipes(name, folder)
-    try:
-        with no_panics(f"the files of {name}"):
-            loaded = AutoTokenizer.from_pretrained(
-                name,
-                revision=job.model.model_revision,
-                cache_dir=job.model.cache_dir,
-                trust_remote_code=job.model.trust_remote_code,
-            )
-    except JobError:
-        raise
-    except Exception as error:  # whatever transformers raises on a malformed config or tokenizer
-        read_config(job)  # raises the better error if the model's config is what is wrong
-        inside = "no such folder here"
-        if folder.is_dir():
-            inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
-        raise JobError(
-            f"The tokenizer of {name} could not be loaded",
-            f"{inside}\n{type(error).__name__}: {error}"[:600],
-            "point model_name_or_path to a folder with tokenizer.json, or to a model on the Hub",
-        ) from error
-    if not isinstance(loaded, PreTrainedTokenizerBase):
-        raise JobError(
-            f"{name} has no text tokenizer", type(loaded).__name__, "choose a causal language model"
-        )
-    return loaded
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

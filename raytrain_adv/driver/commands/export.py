@@ -29,7 +29,8 @@ from raytrain_adv.export.merge import export_merged
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, compare_converted, converted_logits
 from raytrain_adv.model import weights
-from raytrain_adv.model.build import build, read_config
+from raytrain_adv.model.build import build
+from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.files import nearest_folders
 from raytrain_adv.ops.fake_quant.targets import FLOAT8
 from raytrain_adv.storage.storage import Storage
@@ -39,6 +40,7 @@ from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.transforms.quantized_base import QuantizedBase
 from raytrain_adv.transforms.transform import Plan
+from raytrain_adv.transforms.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
 FALSE = ("false", "no", "off", "0", "f", "n")
@@ -48,7 +50,12 @@ TRAINS = "affects only how a model is trained"
 WAY_OUT = "make room, or name another folder by --output"
 INDENT = " " * 11
 NO_GPU = "float8 products need a GPU, and this command has none"
-KEPT = (Lora, Qat, QuantizedBase)  # transforms whose keys matter when there is nothing to train
+KEPT = (
+    Lora,
+    Qat,
+    QuantizedBase,
+    Vocabulary,
+)  # transforms whose keys matter when there is nothing to train
 
 
 def run(

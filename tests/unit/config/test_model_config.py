@@ -9,7 +9,7 @@ import pytest
 
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
-from raytrain_adv.model.build import read_config
+from raytrain_adv.model.config_file import read_config
 from tests.tiny_models import job_for
 
 

@@ -8,9 +8,10 @@ import pytest
 
 from raytrain_adv.data.read.formats import Conversation
 from raytrain_adv.data.tokens import tokenize
-from raytrain_adv.data.tokens.limits import no_panics, template_time
+from raytrain_adv.data.tokens.limits import template_time
 from raytrain_adv.data.tokens.tokenize import Recipe, Tokenizer
 from raytrain_adv.errors import JobError
+from raytrain_adv.model.vocabulary import no_panics
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

@@ -131,8 +131,8 @@ def test_a_plain_sft_file_of_llamafactory_loads(tmp_path: Path, keys: dict[str, 
         ({"streaming": True, "buffer_size": 4}, ["streaming", "buffer_size"]),
         ({"use_unsloth": True, "moe_aux_loss_coef": 0.1}, ["use_unsloth", "moe_aux"]),
         (
-            {"resize_vocab": True, "additional_target": "embed_tokens"},
-            ["resize_vocab", "additional"],
+            {"new_special_tokens_config": "t.yaml", "init_special_tokens": "desc_init"},
+            ["new_special_tokens_config", "init_special"],
         ),
     ],
 )
