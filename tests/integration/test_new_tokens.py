@@ -25,7 +25,7 @@ from tests.workers import losses, run_workers
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 TOKENS = {"add_tokens": "<one>,<two>", "new_special_tokens": ["<think>"], "resize_vocab": True}
 ROWS = "".join(
-    '{"instruction": "Count <two>.", "input": "", "output": "<think>%d</think> <one>"}\n' % n
+    f'{{"instruction": "Count <two>.", "input": "", "output": "<think>{n}</think> <one>"}}\n'
     for n in range(16)
 )
 
@@ -68,7 +68,7 @@ def test_peft_loads_the_adapter_on_the_resized_base_to_equal_logits(kind, job, t
     run_workers(2, job(kind, "part", **saved, resume_from_checkpoint=True))
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
     adapter, again = (
-        load_file(tmp_path / f"{name}/model/adapter_model.safetensors") for name in ("whole", "part")
+        load_file(tmp_path / name / "model/adapter_model.safetensors") for name in ("whole", "part")
     )
     assert all(torch.equal(adapter[name], again[name]) for name in adapter)
     held = {name.removeprefix("base_model.model.") for name in adapter if "lora_" not in name}
