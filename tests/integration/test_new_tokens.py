@@ -1,4 +1,4 @@
-"""New tokens: rows that are filled, trained, saved, quantized, and read by PEFT and transformers."""
+"""New tokens: rows that are filled, trained, saved, quantized, and read by PEFT."""
 
 import json
 import math
