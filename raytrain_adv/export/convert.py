@@ -118,7 +118,7 @@ def write_converted(
                 written.add(name, tensor.cpu())
         written.close()
         check_stored(folder, pieces, configs, dtype, device)
-    _copy_others(source, folder)
+    copy_others(source, folder)
     _write_config(source, folder, plain, job, configs, dtype)
 
 
@@ -135,7 +135,7 @@ def _write_gguf(
     gguf_file.write(source, folder, tensors())
     for wrong in gguf_file.differences(source, folder, tensors()):
         raise TrainingError(f"{gguf_file.FILE} is not what was trained", wrong, DEFECT)
-    _copy_others(source, folder)
+    copy_others(source, folder)
     shutil.copyfile(source / "config.json", folder / "config.json")
 
 
@@ -309,7 +309,8 @@ def check_stored(
             )
 
 
-def _copy_others(source: Path, folder: Path) -> None:
+def copy_others(source: Path, folder: Path) -> None:
+    """Copy what goes with a model's weights, such as its tokenizer."""
     for pattern in COPIED:
         for file in source.glob(pattern):
             if file.is_file():
@@ -363,4 +364,4 @@ def add_adapter(adapter: Path, folder: Path, final: Path) -> None:
     config |= {"base_model_name_or_path": str(final.absolute()), "revision": None}
     config["modules_to_save"] = None
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    _copy_others(adapter, folder)
+    copy_others(adapter, folder)

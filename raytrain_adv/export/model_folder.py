@@ -19,7 +19,7 @@ from transformers import (
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.dtensor import gather, reshard
-from raytrain_adv.export.convert import add_adapter, write_converted
+from raytrain_adv.export.convert import add_adapter, copy_others, write_converted
 from raytrain_adv.export.folder import (
     MAX_FILE_BYTES,
     NewFolder,
@@ -42,6 +42,7 @@ from raytrain_adv.model.vocabulary import new_rows
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
 from raytrain_adv.model.weights import match, saved_tensors
 from raytrain_adv.ops.absent import is_absent
+from raytrain_adv.ops.fake_quant.merged import Merging
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import ADAPTER, Lora
 from raytrain_adv.worker.finish import Exported
@@ -122,7 +123,8 @@ def export_converted(
     """Convert the exported model into a folder, and compare them on rank 0; all ranks call it.
 
     A LoRA run's base is converted and its adapter copied: merging would round their sum again and
-    restore the error that training has removed.
+    restore the error that training has removed. If training rounds the sum itself, the merged model
+    is written beside `model_dir`, and converted.
 
     Raises:
         TrainingError: on every rank, when the folder does not compute what was trained.
@@ -130,6 +132,10 @@ def export_converted(
     """
     adapted = job.transform(Lora).enabled
     source = (source_folder(job) if adapted else None) or model_dir
+    merging = Merging(model, gather, export_dtype(job))
+    if merging.bases:
+        source, adapted = model_dir.with_name(f"{model_dir.name}-merged"), False
+        write_merged(model, job, merging, model_dir, NewFolder(source, new.device), max_file_bytes)
     reference = tokens = None
     if input_ids is not None:
         tokens = compared_tokens(model, input_ids).to(new.device)
@@ -159,7 +165,30 @@ def export_converted(
     new.run(write)
     new.run(compare)
     new.publish()
-    return comparisons[0] if comparisons else None
+    if not comparisons or not merging.bases:
+        return comparisons[0] if comparisons else None
+    return replace(comparisons[0], how=f"{comparisons[0].how}; {merging.describe()}")
+
+
+def write_merged(
+    model: PreTrainedModel,
+    job: JobConfig,
+    merging: Merging,
+    adapter: Path,
+    new: NewFolder,
+    max_file_bytes: int,
+) -> None:
+    """Write the model with each adapter in its base, not yet rounded, and the tokenizer of the
+    folder `adapter`; every rank calls this.
+    """
+    trained = saved_tensors(model)
+
+    def value(name: str) -> torch.Tensor:
+        return merging.weight(name) if name in merging.bases else gather(trained[name])
+
+    write_model(value, job, new, max_file_bytes)
+    new.run(lambda: copy_others(adapter, new.partial))
+    new.publish()
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

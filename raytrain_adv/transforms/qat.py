@@ -4,7 +4,7 @@ model will have, so that training makes up for their rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -15,8 +15,6 @@ from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.ops.fake_quant.targets import (
     FLOAT8,
-    FOUR_BIT_FLOATS,
-    GGUF,
     NO_TARGET,
     ROUNDED_BY,
     TARGETS,
@@ -39,9 +37,12 @@ from raytrain_adv.transforms.modules import (
     fqn_of,
     input_embedding,
     is_tied,
+    own_name,
     patterns,
     plan_linears,
+    short,
 )
+from raytrain_adv.transforms.qat_rules import conflicts, contradictions
 from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, require_package
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ LINEAR = "raytrain_adv.ops.fake_quant.layers.FakeQuantizedLinear"
 EMBEDDING = "raytrain_adv.ops.fake_quant.layers.FakeQuantizedEmbedding"
 EXPERTS = "raytrain_adv.ops.fake_quant.experts.FakeQuantizedExperts"
 IN_FLOAT8 = "raytrain_adv.ops.float8.linear.Float8Linear"
+MERGED = "raytrain_adv.ops.fake_quant.merged.FakeQuantizedMergedLinear"
 LINEAR_IN_FLOAT8 = "raytrain_adv.ops.float8.qat_linear.Float8FakeQuantizedLinear"
 BECOMES = {"torch.nn.Linear": LINEAR, IN_FLOAT8: LINEAR_IN_FLOAT8}
 BF16, PTQ, QAT, UNQUANTIZED = "bf16", "PTQ", "QAT", "QAT's weights, not quantized"
@@ -109,6 +111,9 @@ class Qat(Transform):
     )
     """Optimizer steps to train before fake quantization begins; null and 0 begin with it, never
     leaves it out of training: the model is quantized afterward (PTQ)."""
+    qat_lora: Literal["separate", "merge_aware"] = "separate"
+    """With LoRA: round the base alone and export it with its adapter (separate), or round the sum
+    of both, and export one merged quantized model that is what was trained (merge_aware)."""
     compare: bool = False
     """Train the same job without fake quantization first, and measure this run by it."""
 
@@ -155,6 +160,11 @@ class Qat(Transform):
         return None if self.is_float8 else self.qat_group_size
 
     @property
+    def merges(self) -> bool:
+        """Whether an adapter is rounded with its base, as one weight."""
+        return self.enable_qat and self.qat_lora == "merge_aware"
+
+    @property
     def first_step(self) -> int | None:
         """The first optimizer step (from 0) with fake quantization; none if there is none."""
         delay = self.fake_quant_after_n_steps
@@ -190,50 +200,12 @@ class Qat(Transform):
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse combinations that no torchao tensor stores."""
-        if not self.enable_qat:
-            return
-        for key, takes in self.target.refused(self.model_dump()):
-            fix = f"delete {key}, or qat_target"
-            yield Problem(f"{self.qat_target} {takes}", fix, f"{key} and qat_target")
-        if self.qat_target:
-            return
-        keys = "qat_weight_dtype"
-        if self.qat_weight_dtype in FOUR_BIT_FLOATS:
-            fix = f"set qat_target: vllm-{self.qat_weight_dtype}a16"
-            yield Problem("torchao stores no such weights", fix, keys)
-            return
-        keys += " and qat_activation_dtype"
-        if self.activation_dtype and self.is_float8 != (self.activation_dtype == FLOAT8):
-            text = f"no kernel multiplies {self.qat_weight_dtype} with {self.activation_dtype}"
-            yield Problem(text, f"served are: {SERVED}", keys)
-        if not self.is_float8:
-            return
-        given, keys = self.model_fields_set, "qat_weight_dtype and "
-        if "qat_group_size" in given and self.qat_group_size is not None:
-            text = "float8 weights have one scale per channel"
-            yield Problem(text, "delete qat_group_size, or set it to null", keys + "qat_group_size")
-        if "qat_quantize_embedding" in given and self.qat_quantize_embedding:
-            fix = "set qat_quantize_embedding: false, or take integer weights"
-            yield Problem(NO_TABLES, fix, keys + "qat_quantize_embedding")
+        if self.enable_qat:
+            yield from contradictions(self)
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
         """Refuse what cannot be rounded or computed, and a delay longer than the run."""
-        yield from _with_fp8(job)
-        if self.target.layout == GGUF and not job.train.computes_in_bf16:
-            text = "llama.cpp's float16 holds no float32 scales exactly"
-            yield Problem(text, "set bf16: true", "qat_target and bf16")
-        if self.target.layout == GGUF and job.flat()["finetuning_type"] == "lora":
-            fix, keys = "set finetuning_type: full", "qat_target and finetuning_type"
-            yield Problem("a GGUF file holds no adapter", fix, keys)
-        if self.activation_dtype == FLOAT8:
-            key, none = "qat_activation_dtype", "or set qat_activation_dtype: none"
-            if job.parallel.use_cpu:
-                text = "float8 products need a GPU of compute capability 8.9 or newer"
-                yield Problem(text, f"set use_cpu: false, {none}", f"{key} and use_cpu")
-            if not job.train.computes_in_bf16:
-                text = "products of float8 rows come out in bfloat16 alone"
-                default = "" if "bf16" in job.train.model_fields_set else ", whose default is false"
-                yield Problem(text + default, f"set bf16: true, {none}", f"{key} and bf16")
+        yield from conflicts(self, job)
         if job.train.max_steps > 0:
             try:
                 self.check_length(job.train.max_steps)
@@ -268,6 +240,8 @@ class Qat(Transform):
         changes, skipped = plan_linears(
             model, BECOMES, "qat_exclude", given, self._why_not, lambda experts: "", EXPERTS
         )
+        if self.merges:
+            self._merge(changes, skipped, model)
         names = [fqn for fqn, change in changes.items() if change.after != EXPERTS]
         linears: dict[str, Any] = {fqn: model.get_submodule(fqn) for fqn in names}
         if not changes:
@@ -296,6 +270,25 @@ class Qat(Transform):
                 changes[table] = Change(class_name(embedding), EMBEDDING)
         return Plan(self.name, changes, skipped, tuple(self._notes(model, changes, context.job)))
 
+    def _merge(
+        self, changes: dict[str, Change], skipped: Mapping[str, str], model: nn.Module
+    ) -> None:
+        """Plan one rounded weight for each base with its adapter.
+
+        Raises:
+            JobError: naming an adapter that would stay beside its base.
+        """
+        bases = [fqn for fqn, _ in model.named_modules() if short(fqn) == "base_layer"]
+        for fqn in bases:
+            if fqn not in changes or changes[fqn].after == EXPERTS:
+                name = own_name(fqn)
+                raise JobError(
+                    f"qat_lora: merge_aware cannot merge the adapter of {name}",
+                    skipped.get(fqn, "stacked experts with adapters are not merged"),
+                    f"leave {short(name)} out of lora_target, or set qat_lora: separate",
+                )
+            changes[fqn] = Change(changes[fqn].before, MERGED)
+
     def _why_not(self, linear: nn.Linear) -> str:
         is_odd = linear.in_features % 16 or linear.out_features % 16
         refused = is_odd and self.activation_dtype == FLOAT8
@@ -308,7 +301,11 @@ class Qat(Transform):
         when = "never in training (PTQ)" if first is None else f"from step {first + 1:,} on"
         yield f"{self.scheme}; {when}"
         yield f"evaluation runs {self.evaluated_as}, at every step"
-        yield f"export writes two: model (as trained) and model-quantized ({self.target.layout})"
+        kept = "model (as trained)"
+        if self.merges:
+            yield "each adapter is added to its base before both are rounded, as one weight"
+            kept = "model (the adapter), model-merged (one model, not rounded)"
+        yield f"export writes {kept} and model-quantized ({self.target.layout})"
         yield served(self.qat_target, *self._form)
         if LINEAR_IN_FLOAT8 in kinds:
             how = described(self.qat_weight_dtype, self.activation_dtype)
@@ -324,9 +321,15 @@ class Qat(Transform):
         """Replace each planned layer by one that rounds and owns the same parameters."""
         from raytrain_adv.ops.fake_quant.experts import FakeQuantizedExperts
         from raytrain_adv.ops.fake_quant.layers import FakeQuantizedEmbedding, FakeQuantizedLinear
+        from raytrain_adv.ops.fake_quant.merged import FakeQuantizedMergedLinear
         from raytrain_adv.ops.float8.qat_linear import Float8FakeQuantizedLinear
+        from raytrain_adv.transforms.lora import ADAPTER
 
-        kinds = {LINEAR: FakeQuantizedLinear, LINEAR_IN_FLOAT8: Float8FakeQuantizedLinear}
+        kinds = {
+            LINEAR: FakeQuantizedLinear,
+            LINEAR_IN_FLOAT8: Float8FakeQuantizedLinear,
+            MERGED: FakeQuantizedMergedLinear,
+        }
         how = (self.weight_form, self.group_size)
         for fqn, change in plan.changes.items():
             old: Any = model.get_submodule(fqn)
@@ -337,6 +340,8 @@ class Qat(Transform):
             else:
                 new = kinds[change.after].of(old, *how, self.activation_form)
             model.set_submodule(fqn, new)
+            if isinstance(new, FakeQuantizedMergedLinear):
+                new.join(model.get_submodule(fqn.rpartition(".")[0]), ADAPTER)
 
     def switch(self, model: nn.Module, on: bool) -> None:
         """Make every layer that can round do so, or compute as a plain one."""
@@ -375,19 +380,6 @@ class Qat(Transform):
         from raytrain_adv.ops.fake_quant.compressed_tensors import Scheme
 
         return Scheme(self.weight_form, self.group_size, self.activation_form)
-
-
-def _with_fp8(job: JobConfig) -> Iterable[Problem]:
-    fp8 = {k: v for t in job.transforms if t.enabled for k, v in t.model_dump().items()}
-    if not fp8.get("fp8"):
-        return
-    key, off = "fp8_enable_fsdp_float8_all_gather", "or enable_qat: false"
-    if fp8[key]:
-        text = "QAT would round weights that were gathered in float8, and export others"
-        yield Problem(text, f"set {key}: false, {off}", f"{key} and enable_qat")
-    if fp8["fp8_recipe"] != "tensorwise":
-        text = f"rounded weights are multiplied in FP8 with one scale, not {fp8['fp8_recipe']}"
-        yield Problem(text, f"set fp8_recipe: tensorwise, {off}", "fp8_recipe and enable_qat")
 
 
 def rounding(model: nn.Module) -> Iterator[FakeQuantized | FakeQuantizedExperts]:

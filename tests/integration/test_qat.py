@@ -144,9 +144,16 @@ def test_adapters_train_on_a_rounded_base(job_file, tmp_path):
     def job(name, **keys):
         return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **lora, **keys)
 
-    run_workers(2, job("plain", bf16=True), job("qat", **DELAYED))
+    merged = {**DELAYED, "qat_activation_dtype": "none", "qat_lora": "merge_aware"}
+    *_, written = run_workers(
+        2, job("plain", bf16=True), job("qat", **DELAYED), job("merged", **merged)
+    )
     plain, found = losses(tmp_path / "plain"), losses(tmp_path / "qat")
     assert [step for step in plain if plain[step] == found[step]] == [1, 2, 3]
+    assert written["quantized_logit_difference"] == 0
+    assert not (tmp_path / "merged" / "model-quantized" / "adapter_config.json").exists()
+    one = tmp_path / "merged" / "model-merged"
+    assert (one / "tokenizer_config.json").exists() and (one / "model.safetensors").exists()
 
 
 def test_the_same_checkpoint_goes_on_in_bf16_and_in_qat(job_file, tmp_path):

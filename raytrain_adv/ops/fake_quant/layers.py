@@ -46,38 +46,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.scheme = weight_dtype, group_size, activation_dtype = scheme
-        if weight_dtype == activation_dtype == INT8_IN_FLOAT32:
-            return int8_product(x, weight, bias)
-        if weight_dtype == FLOAT8 and activation_dtype in (FLOAT8, FLOAT8_IN_FLOAT32):
-            return float8_product(x, weight, bias, activation_dtype == FLOAT8_IN_FLOAT32)
-        rounded, _ = rounded_weight(weight, weight_dtype, group_size)
-        rounded_x, _, _ = rounded_activation(x, activation_dtype)
-        if weight_dtype == FLOAT8 and bias is not None:  # torchao rounds the product before it adds
-            return F.linear(rounded_x, rounded) + bias
-        return F.linear(rounded_x, rounded, bias)
+        ctx.scheme = scheme
+        return rounded_product(x, weight, bias, scheme)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        weight_dtype, group_size, activation_dtype = ctx.scheme
-        gradient = gradients[0]
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        grad_x = grad_weight = grad_bias = None
-        rounded, weight_scale = rounded_weight(weight, weight_dtype, group_size, gradient)
-        rounded_x, scale, zero_point = rounded_activation(x, activation_dtype, gradient)
-        if needs_x:
-            grad_x = (rows @ rounded).view(x.shape)
-            if scale is not None and zero_point is not None:
-                grad_x = through(grad_x, x, scale, zero_point, 8)
-        if needs_weight:
-            grad_weight = rows.t() @ rounded_x.reshape(-1, x.shape[-1])
-            if weight_scale is not None:
-                grad_weight = through_groups(grad_weight, weight, weight_scale, BITS[weight_dtype])
-        if needs_bias:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None
+        needed = ctx.needs_input_grad[:3]
+        return *rounded_gradients(x, weight, ctx.scheme, gradients[0], needed), None
 
 
 @torch._dynamo.allow_in_graph
@@ -108,6 +84,47 @@ class _Rows(torch.autograd.Function):
                 _, scale = fake_quantize_groups(of, BITS[weight_dtype], group_size, rows)
                 rows.copy_(through_groups(rows, of, scale, BITS[weight_dtype]))
         return None, grad_weight, None, None, None
+
+
+def rounded_product(x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme) -> Tensor:
+    """Return x @ weight.t() + bias with both factors rounded: [..., in] -> [..., out]."""
+    weight_dtype, group_size, activation_dtype = scheme
+    if weight_dtype == activation_dtype == INT8_IN_FLOAT32:
+        return int8_product(x, weight, bias)
+    if weight_dtype == FLOAT8 and activation_dtype in (FLOAT8, FLOAT8_IN_FLOAT32):
+        return float8_product(x, weight, bias, activation_dtype == FLOAT8_IN_FLOAT32)
+    rounded, _ = rounded_weight(weight, weight_dtype, group_size)
+    rounded_x, _, _ = rounded_activation(x, activation_dtype)
+    if weight_dtype == FLOAT8 and bias is not None:  # torchao rounds the product before it adds
+        return F.linear(rounded_x, rounded) + bias
+    return F.linear(rounded_x, rounded, bias)
+
+
+def rounded_gradients(
+    x: Tensor,
+    weight: Tensor,
+    scheme: Scheme,
+    gradient: Tensor,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return rounded_product's gradients of x, weight and bias; None where none is needed."""
+    weight_dtype, group_size, activation_dtype = scheme
+    needs_x, needs_weight, needs_bias = needed
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    grad_x = grad_weight = grad_bias = None
+    rounded, weight_scale = rounded_weight(weight, weight_dtype, group_size, gradient)
+    rounded_x, scale, zero_point = rounded_activation(x, activation_dtype, gradient)
+    if needs_x:
+        grad_x = (rows @ rounded).view(x.shape)
+        if scale is not None and zero_point is not None:
+            grad_x = through(grad_x, x, scale, zero_point, 8)
+    if needs_weight:
+        grad_weight = rows.t() @ rounded_x.reshape(-1, x.shape[-1])
+        if weight_scale is not None:
+            grad_weight = through_groups(grad_weight, weight, weight_scale, BITS[weight_dtype])
+    if needs_bias:
+        grad_bias = rows.sum(0)
+    return grad_x, grad_weight, grad_bias
 
 
 def rounded_weight(

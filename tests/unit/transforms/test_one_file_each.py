@@ -10,8 +10,8 @@ MOST = {"fp8": 4, "qat": 4, "quantiz": 4}
 """Of quantiz: the command `export`, the keys of the two records, and the metric of sweeps."""
 OWN = {
     "fp8": ("transforms/fp8.py", "ops/"),
-    "qat": ("transforms/qat.py", "ops/"),
-    "quantiz": ("transforms/qat.py", "transforms/quantized_base.py", "ops/"),
+    "qat": ("transforms/qat", "ops/"),
+    "quantiz": ("transforms/qat", "transforms/quantized_base.py", "ops/"),
 }
 
 
