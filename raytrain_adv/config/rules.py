@@ -276,6 +276,19 @@ def _reference(job: JobConfig) -> Iterable[Problem]:
     if job.train.use_asft_loss and job.model.train_from_scratch:
         text = "random weights are no model to stay near to"
         yield Problem(text, "keep one of them", "use_asft_loss and train_from_scratch")
+    teacher = job.train.distill_model_name_or_path
+    if teacher is not None and not (Path(teacher) / "config.json").is_file():
+        text, fix = f"{teacher} holds no config.json", "name the folder of a whole model"
+        yield Problem(text, fix, "distill_model_name_or_path")
+    if not job.train.use_distill_loss or teacher is not None:
+        return
+    fix = "name a teacher by distill_model_name_or_path"
+    if job.model.train_from_scratch:
+        text = "random weights teach nothing"
+        yield Problem(text, fix, "use_distill_loss and train_from_scratch")
+    elif not any(t.enabled and getattr(t, "converts", "") for t in job.transforms):
+        text = "the teacher is the model before training, and nothing sets this one apart from it"
+        yield Problem(text, f"{fix}, or set enable_qat: true", "use_distill_loss")
 
 
 def _compares(job: JobConfig) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.config.section import Names, Section
+from raytrain_adv.config.section import Names, PathText, Section
 from raytrain_adv.config.sections import LARGEST, Count, Share
 
 SCHEDULE_OPTIONS = {
@@ -34,6 +34,16 @@ WORDS = {
     "threshold_mode": ("rel", "abs"),
 }
 """Arguments that are words."""
+
+
+KEYS_OF_LOSSES = {
+    "eaft_alpha": "use_eaft_loss",
+    "asft_alpha": "use_asft_loss",
+    "distill_alpha": "use_distill_loss",
+    "distill_model_name_or_path": "use_distill_loss",
+}
+OTHER_LOSSES = tuple(dict.fromkeys(["use_dft_loss", *KEYS_OF_LOSSES.values()]))
+"""Keys of losses other than the plain cross-entropy; a run has one of them."""
 
 
 class TrainConfig(Section):
@@ -70,6 +80,14 @@ class TrainConfig(Section):
     as a second, frozen copy."""
     asft_alpha: Annotated[float, Field(ge=0.0)] = 0.1
     """Weight of ASFT's divergence."""
+    use_distill_loss: bool = False
+    """Train on the divergence from a teacher's tokens (distillation): with QAT the teacher is the
+    model before training, not rounded; it is kept as a second, frozen copy."""
+    distill_alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the divergence in the loss; the rest is the labels' cross-entropy."""
+    distill_model_name_or_path: PathText | None = None
+    """Folder of the teacher, with the same tokens, such as the model of a finished bf16 run; none
+    means the model before training."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-5
     """Peak learning rate."""
     num_train_epochs: Annotated[float, Field(gt=0.0, le=LARGEST)] = 3.0
@@ -135,7 +153,12 @@ class TrainConfig(Section):
     @property
     def weighs_tokens(self) -> bool:
         """Whether the training loss is another than the cross-entropy."""
-        return self.use_dft_loss or self.use_eaft_loss or self.use_asft_loss
+        return any(getattr(self, key) for key in OTHER_LOSSES)
+
+    @property
+    def compares_with_reference(self) -> bool:
+        """Whether the training loss needs a second, frozen model."""
+        return self.use_asft_loss or self.use_distill_loss
 
     @property
     def computes_in_bf16(self) -> bool:
@@ -155,7 +178,7 @@ class TrainConfig(Section):
         if self.max_steps == 0:
             fix = "give at least 1, or -1 to derive it from num_train_epochs"
             yield Problem("0 steps train nothing", fix, "max_steps")
-        losses = [k for k in ("use_dft_loss", "use_eaft_loss", "use_asft_loss") if getattr(self, k)]
+        losses = [key for key in OTHER_LOSSES if getattr(self, key)]
         if len(losses) > 1:
             yield Problem("a run has one loss", "keep one of them", " and ".join(losses))
         if self.freeze_trainable_layers == 0:
@@ -165,7 +188,7 @@ class TrainConfig(Section):
                 text = "no layers are frozen"
                 fix = "set freeze_trainable_layers too, or delete it"
                 yield Problem(text, fix, f"{key} and freeze_trainable_layers")
-        for key, loss in (("eaft_alpha", "use_eaft_loss"), ("asft_alpha", "use_asft_loss")):
+        for key, loss in KEYS_OF_LOSSES.items():
             if self.is_changed(key) and not getattr(self, loss):
                 yield Problem(
                     f"{loss} is off", f"set {loss}: true, or delete it", f"{key} and {loss}"

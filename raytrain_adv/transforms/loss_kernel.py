@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
+from raytrain_adv.config.training import OTHER_LOSSES
 from raytrain_adv.errors import JobError
 from raytrain_adv.transforms.modules import LINEAR, class_name, fqn_of, output_head
 from raytrain_adv.transforms.transform import (
@@ -89,9 +90,8 @@ class LossKernel(Transform):
         """Refuse a kernel that the job's precision or device does not have."""
         key = "cut_cross_entropy" if self.cut_cross_entropy else "loss_kernel"
         if job.train.weighs_tokens and not self.is_auto:
-            names = ("use_dft_loss", "use_eaft_loss", "use_asft_loss")
-            loss = next(name for name in names if getattr(job.train, name))
-            text = f"{loss} weighs tokens by their logits, which {self.kernel} never has"
+            loss = next(name for name in OTHER_LOSSES if getattr(job.train, name))
+            text = f"{loss} needs each token's logits, which {self.kernel} never has"
             yield Problem(text, "set loss_kernel: auto", f"{key} and {loss}")
         if self.kernel == "cut_cross_entropy" and not job.train.computes_in_bf16:
             text = "cut_cross_entropy computes in bf16 only"

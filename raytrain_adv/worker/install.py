@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.errors import RaytrainAdvError, TrainingError
+from raytrain_adv.errors import JobError, RaytrainAdvError, TrainingError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model import attention, parallel, weights
 from raytrain_adv.model.build import build
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.ops.loss.function import LossFunction, loss_function
-from raytrain_adv.ops.loss.weighted import asft_loss, dft_sum, eaft_sum
+from raytrain_adv.ops.loss.weighted import asft_loss, dft_sum, distill_loss, eaft_sum
 from raytrain_adv.run.run import Run
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.transform import Plan
@@ -78,20 +80,40 @@ def check_attention(job: JobConfig, run: Run, model: PreTrainedModel) -> dict[st
 
 
 def training_loss(job: JobConfig, run: Run, model: PreTrainedModel) -> LossFunction | None:
-    """Return the loss of a job that weighs tokens, if it does; ASFT's loads a reference model."""
+    """Return the loss of a job that takes another than the plain one; a reference is loaded."""
     train, compiled = job.train, job.parallel.torch_compile
     if train.use_dft_loss:
         return loss_function(model, compiled, dft_sum)
     if train.use_eaft_loss:
         return loss_function(model, compiled, eaft_sum(train.eaft_alpha))
-    if not train.use_asft_loss:
+    if not train.compares_with_reference:
         return None
     with run.phase("reference model"):
-        reference = build(job).requires_grad_(False)
-        parallel.shard(reference, job, parallel.build_mesh(job, run.device))
-        weights.materialize(reference, run.device, parallel.parameter_device(job))
-        weights.load_pretrained(reference, job, run.device)
-    return asft_loss(reference.train(False), train.asft_alpha)
+        reference = load_reference(job, run.device)
+    if train.use_asft_loss:
+        return asft_loss(reference, train.asft_alpha)
+    ours, theirs = (m.config.get_text_config().vocab_size for m in (model, reference))
+    if ours != theirs:
+        raise JobError(
+            "The teacher has other tokens than the model",
+            f"{theirs} of {train.distill_model_name_or_path}, {ours} of the model",
+            "name a teacher of the same family by distill_model_name_or_path",
+        )
+    return distill_loss(reference, train.distill_alpha)
+
+
+def load_reference(job: JobConfig, device: torch.device) -> PreTrainedModel:
+    """Return the frozen model that the loss compares with: a teacher, or the model before training,
+    without the job's features.
+    """
+    if (teacher := job.train.distill_model_name_or_path) is not None:
+        named = {"model_name_or_path": teacher, "train_from_scratch": False}
+        job = dataclasses.replace(job, model=job.model.model_copy(update=named))
+    reference = build(job).requires_grad_(False)
+    parallel.shard(reference, job, parallel.build_mesh(job, device))
+    weights.materialize(reference, device, parallel.parameter_device(job))
+    weights.load_pretrained(reference, job, device)
+    return reference.eval()
 
 
 def require_alike(run: Run, plans: Mapping[str, Plan]) -> None:

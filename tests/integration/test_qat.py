@@ -145,11 +145,17 @@ def test_adapters_train_on_a_rounded_base(job_file, tmp_path):
         return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **lora, **keys)
 
     merged = {**DELAYED, "qat_activation_dtype": "none", "qat_lora": "merge_aware"}
+    distilled = {**QAT, "qat_weight_dtype": "int2", "use_distill_loss": True}
     *_, written = run_workers(
-        2, job("plain", bf16=True), job("qat", **DELAYED), job("merged", **merged)
+        2,
+        job("plain", bf16=True),
+        job("qat", **DELAYED),
+        job("distilled", **distilled),
+        job("merged", **merged),
     )
     plain, found = losses(tmp_path / "plain"), losses(tmp_path / "qat")
     assert [step for step in plain if plain[step] == found[step]] == [1, 2, 3]
+    assert 0 < losses(tmp_path / "distilled")[1] < 0.5 * plain[1]  # nats from the teacher
     assert written["quantized_logit_difference"] == 0
     assert not (tmp_path / "merged" / "model-quantized" / "adapter_config.json").exists()
     one = tmp_path / "merged" / "model-merged"

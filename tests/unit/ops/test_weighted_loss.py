@@ -1,12 +1,13 @@
 """Losses that weigh tokens, by LLaMA-Factory's formulas."""
 
 import math
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS, in_chunks
-from raytrain_adv.ops.loss.weighted import dft_sum, eaft_sum
+from raytrain_adv.ops.loss.weighted import dft_sum, distill_loss, divergence_sum, eaft_sum
 
 
 def case(tokens):
@@ -46,3 +47,29 @@ def test_chunks_change_neither_loss_nor_gradient():
     assert torch.allclose(whole, parts)
     (a,), (b,) = (torch.autograd.grad(loss, logits) for loss in (whole, parts))
     assert torch.allclose(a, b)
+
+
+class Answers(torch.nn.Module):
+    """A model that answers with given logits [sequences, time, vocabulary]."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, **_):
+        return SimpleNamespace(logits=self.logits)
+
+
+def test_distillation_is_the_divergence_from_the_teacher_and_its_share_is_mixed_in():
+    logits, labels = case(20)
+    teacher, student = Answers(torch.randn(1, 20, 30)), Answers(logits.detach().view(1, 20, 30))
+    valid = labels != -100
+    p, q = (m.logits[0, valid].softmax(-1) for m in (teacher, student))
+    wanted = (p * (p / q).log()).sum()
+    assert torch.allclose(distill_loss(teacher, 1.0)(student, {}, labels[None]), wanted)
+    mixed = distill_loss(teacher, 0.25)(student, {}, labels[None])
+    own = F.cross_entropy(logits, labels, reduction="sum")
+    assert torch.allclose(mixed, 0.25 * wanted + 0.75 * own)
+    mixed.backward()
+    assert teacher.logits.grad is None and student.logits.grad[0, valid].abs().min() > 0
+    assert divergence_sum(logits, logits, labels).item() == 0
