@@ -323,7 +323,6 @@ class Qat(Transform):
         from raytrain_adv.ops.fake_quant.layers import FakeQuantizedEmbedding, FakeQuantizedLinear
         from raytrain_adv.ops.fake_quant.merged import FakeQuantizedMergedLinear
         from raytrain_adv.ops.float8.qat_linear import Float8FakeQuantizedLinear
-        from raytrain_adv.transforms.lora import ADAPTER
 
         kinds = {
             LINEAR: FakeQuantizedLinear,
@@ -341,7 +340,7 @@ class Qat(Transform):
                 new = kinds[change.after].of(old, *how, self.activation_form)
             model.set_submodule(fqn, new)
             if isinstance(new, FakeQuantizedMergedLinear):
-                new.join(model.get_submodule(fqn.rpartition(".")[0]), ADAPTER)
+                new.join(model.get_submodule(fqn.rpartition(".")[0]))
 
     def switch(self, model: nn.Module, on: bool) -> None:
         """Make every layer that can round do so, or compute as a plain one."""

@@ -75,8 +75,9 @@ class FakeQuantizedMergedLinear(FakeQuantizedLinear):
     adapter: tuple[nn.Module, nn.Module, float]
     """LoRA's A and B, which belong to PEFT's layer, and their scale."""
 
-    def join(self, layer: Any, name: str) -> None:
-        """Take over the product of the adapter `name` of PEFT's layer, whose base this is."""
+    def join(self, layer: Any) -> None:
+        """Take over the product of the one adapter of PEFT's layer, whose base this is."""
+        (name,) = layer.active_adapters
         self.adapter = (layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name]))
         layer.merged_adapters = [name]  # PEFT then calls the base alone
 

@@ -23,7 +23,7 @@ def adapted(scheme: tuple[str, int | None, str], dtype: torch.dtype) -> Any:
         part["default"].to(dtype)
     layer.base_layer.weight.requires_grad_(False)
     layer.base_layer = FakeQuantizedMergedLinear.of(layer.base_layer, *scheme)
-    layer.base_layer.join(layer, "default")
+    layer.base_layer.join(layer)
     return model
 
 
