@@ -157,6 +157,7 @@ def commands() -> str:
         "| exit code | meaning |\n| --- | --- |\n| 0 | done |\n"
         "| 2 | the job file, or what it names, is wrong |\n| 3 | training failed |\n"
         "| 4 | the cluster refused |\n| 5 | `doctor` found something wrong |\n"
+        "| 6 | the run is done, and its upload failed (`push_to_hub`) |\n"
         "| 130 | stopped by Ctrl-C or SIGTERM, with a checkpoint if training had begun |"
     )
     top = click.Context(app, info_name="raytrain-adv")

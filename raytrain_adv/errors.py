@@ -12,6 +12,7 @@ EXIT_JOB_FILE = 2
 EXIT_TRAINING_FAILED = 3
 EXIT_CLUSTER_REFUSED = 4
 EXIT_NOT_MENDED = 5
+EXIT_NOT_UPLOADED = 6
 EXIT_STOPPED = 130  # as shells have it for Ctrl-C
 
 
@@ -73,6 +74,12 @@ class HeadLost(TrainingError):
 
 class StorageError(RaytrainAdvError):
     """Writing or reading a checkpoint, model or report failed."""
+
+
+class UploadError(RaytrainAdvError):
+    """The run is done, and its model could not be uploaded."""
+
+    exit_code = EXIT_NOT_UPLOADED
 
 
 class ClusterError(RaytrainAdvError):

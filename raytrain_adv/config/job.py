@@ -4,9 +4,10 @@ import hashlib
 import importlib
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from raytrain_adv.config.hub import HubConfig
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sections import (
     DataConfig,
@@ -33,7 +34,8 @@ FREE_TO_CHANGE = frozenset([
     "ray_num_workers", "resources_per_worker", "placement_strategy", "ray_storage_path",
     "ray_run_name", "ray_init_kwargs", "max_failures", "step_timeout", "on_bad_loss",
     "bad_loss_factor", "force", "preprocessing_num_workers", "overwrite_cache",
-    "tokenized_path", "cache_dir", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "tokenized_path", "cache_dir", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "hub_strategy", "hub_revision", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "fsdp_shard_size", "fsdp_reshard_after_forward",
     "fsdp_cpu_offload", "ddp_timeout", "gradient_checkpointing",
     "disable_gradient_checkpointing", "dataset_dir",
@@ -50,6 +52,7 @@ class JobConfig:
     parallel: ParallelConfig
     output: OutputConfig
     ray: RayConfig
+    hub: HubConfig = field(default_factory=HubConfig)
     transforms: tuple[Section, ...] = ()
     """Every transform, enabled or not, in the order of application."""
     source: str = ""
@@ -77,7 +80,7 @@ class JobConfig:
         return data.packing or data.neat_packing or pretrains
 
     def sections(self) -> tuple[Section, ...]:
-        """Return the six sections, then the transforms."""
+        """Return the sections, then the transforms."""
         return (*(getattr(self, name) for name in SECTIONS), *self.transforms)
 
     def given(self) -> dict[str, Any]:

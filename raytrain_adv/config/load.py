@@ -105,6 +105,10 @@ def _check_sweep(source: str, document: Document, section: Entry) -> Checked:
     )
     whole = Sweep(options, tuple(a.key for a in parts.axes), metric, trials)
     notes = [*(a.note for a in parts.axes if a.note), *(note for job in jobs for note in job.notes)]
+    if jobs[0].hub.push_to_hub:
+        notes.append(
+            "push_to_hub: models of trials are not uploaded; the best job, run by itself, is"
+        )
     job = replace(jobs[0], sweep=whole, notes=tuple(dict.fromkeys(notes)))
     return job, list(dict.fromkeys(problems))
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
+from raytrain_adv.config.hub import HubConfig
 from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.section import Section
 from raytrain_adv.text import nearest
@@ -330,6 +331,7 @@ def as_trial(job: JobConfig, name: str) -> JobConfig:
     return dataclasses.replace(
         job,
         notes=(),
+        hub=HubConfig(),
         output=output.model_copy(update=keys),
         ray=job.ray.model_copy(update={"ray_run_name": f"{job.run_name}-{name}"}),
         data=job.data.model_copy(update={"overwrite_cache": False}),

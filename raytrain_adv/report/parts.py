@@ -174,6 +174,19 @@ class PreflightReport(Record):
     """Time until every node answered."""
 
 
+class Upload(Record):
+    """A folder that push_to_hub uploads."""
+
+    folder: str
+    """The exported folder."""
+    repository: str
+    """Its repository on the Hub, as owner/name."""
+    url: str = ""
+    """Address of the commit; empty if the upload failed."""
+    error: str = ""
+    """Why the upload failed, after it was repeated; empty if it did not."""
+
+
 class Baseline(Record):
     """The run named by compare_with, and this run compared with it."""
 

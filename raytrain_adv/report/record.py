@@ -135,6 +135,9 @@ class RunReport(Record):
     """
     quantized_comparison: str = ""
     """On how many tokens and where they were compared, and what was allowed."""
+    uploads: tuple[parts.Upload, ...] = ()
+    """What push_to_hub uploaded, or why it did not; empty without it, and until the run has ended.
+    """
     baseline: parts.Baseline | None = None
     """The run named by compare_with; null if there is none."""
     notes: tuple[str, ...] = ()
@@ -151,6 +154,11 @@ class RunReport(Record):
     def converted(self) -> tuple[str, str | None, float | None]:
         """Label, folder and size of the model that export converted; nulls without one."""
         return "quantized", self.quantized_dir, self.quantized_gib
+
+    @property
+    def converted_loss(self) -> float | None:
+        """Held-out loss of the model that export converted; none without one."""
+        return self.quantized_eval_loss
 
     @property
     def comparison(self) -> str:

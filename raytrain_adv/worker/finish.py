@@ -42,6 +42,11 @@ class Exported:
     model_gib: float | None = None
     converted: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def folders(self) -> list[str]:
+        """The folders of converted models."""
+        return [str(value) for name, value in self.converted.items() if name.endswith("_dir")]
+
     def figures(self) -> dict[str, Any]:
         """Return all of it by the names of the report."""
         return {"model_dir": self.model_dir, "model_gib": self.model_gib, **self.converted}

@@ -33,6 +33,9 @@ from raytrain_adv.model.build import build
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.files import nearest_folders
 from raytrain_adv.ops.fake_quant.targets import FLOAT8
+from raytrain_adv.report import record
+from raytrain_adv.report.card import write_card
+from raytrain_adv.report.record import RunReport
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.text import GIB, disk, listed
 from raytrain_adv.transforms.applied import Transforms
@@ -142,6 +145,7 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
     compared: list[str] = []
     new.run(lambda: compared.append(_compared(job, new.partial, dtype)))
     new.publish()
+    write_card(target, job, note="Converted without training for it (PTQ).")
     before = sum(f.stat().st_size for f in source.glob("*.safetensors")) / GIB
     sizes = f"{disk(folder_gib(target))}; the weights of {source}: {disk(before)}"
     print(f"quantized  {target} ({sizes})")
@@ -219,6 +223,8 @@ def _merge_run(
     out = _new(Path(output) if output else folder / f"merged-step_{found.progress.step}") / "model"
     model = _loaded(job, found)
     merged = export_merged(model, job, out, load_tokenizer(job), _tokens(model), WAY_OUT)
+    report = _report_of(folder, found)
+    write_card(out, job, report, "The adapter is merged into its base.")
     lines = []
     base = job.transform(QuantizedBase)
     if base.enabled:
@@ -267,6 +273,11 @@ def _export_run(
     model = _loaded(job, found)
     tokens = None if _needs_gpu(job) else _tokens(model)
     written = export_model(model, job, out / "model", load_tokenizer(job), tokens)
+    report = _report_of(folder, found)
+    if report is not None:
+        report = report.model_copy(update={"model_dir": written.model_dir, **written.converted})
+    for path in (out / "model", *(Path(d) for d in written.folders)):
+        write_card(path, job, report, f"Exported from the checkpoint of step {step:,}.")
     print(f"model      {written.model_dir} ({disk(written.model_gib or 0.0)}; step {step:,})")
     if not written.converted:
         return
@@ -276,6 +287,15 @@ def _export_run(
     difference, how = figures["quantized_logit_difference"], figures["quantized_comparison"]
     not_compared = f"not compared: {NO_GPU}"
     print(INDENT + (_difference(difference, how, "the checkpoint's") if how else not_compared))
+
+
+def _report_of(folder: Path, found: Found) -> RunReport | None:
+    """Return the run's report if its figures are of this checkpoint: of a run that ended there."""
+    try:
+        report = record.read(folder)
+    except StorageError:
+        return None
+    return report if report.status == "done" and report.steps == found.progress.step else None
 
 
 def _checkpoint(job: JobConfig, name: str) -> Found:

@@ -14,6 +14,7 @@ from raytrain_adv.config.job import CPU_WORKERS, JobConfig, accumulation, number
 from raytrain_adv.data.batches.collate import pad_to
 from raytrain_adv.data.prepare import PreparedData
 from raytrain_adv.data.shown import plain, shown_rows
+from raytrain_adv.driver.output import upload
 from raytrain_adv.driver.output.output_dir import decided
 from raytrain_adv.driver.plan.data import DataSummary, measure, summarize
 from raytrain_adv.driver.plan.text import render, render_brief, sweep_view, view
@@ -216,6 +217,7 @@ def remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> tuple[str,
     return (
         *job.notes,
         *_output_remarks(job),
+        *upload.remarks(job),
         *_machine_remarks(job, world_size, facts),
         f"no cluster was checked for this job: {preflight} does that",
     )

@@ -15,6 +15,7 @@ from raytrain_adv.data.prepare import PreparedData, prepare
 from raytrain_adv.data.shown import plain, shown_rows
 from raytrain_adv.driver.cluster import connect, nodes
 from raytrain_adv.driver.cluster.nodes import Placement
+from raytrain_adv.driver.output import upload
 from raytrain_adv.driver.plan.plan import RunPlan, render_brief, resolve
 from raytrain_adv.driver.preflight import memory, table, verdicts
 from raytrain_adv.driver.preflight.probe import Read
@@ -47,6 +48,7 @@ def prepare_run(
     it is lost.
     """
     trackers.check(job.output.report_to)
+    upload.check(job)
     if job.output.compare_with is not None:
         record.read(job.output.compare_with)  # if it is missing, fail now and not at the end
     start = time.perf_counter()

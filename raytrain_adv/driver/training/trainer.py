@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.cluster.connect import NodeNetwork
 from raytrain_adv.driver.cluster.elastic import BatchPreservingPolicy
 from raytrain_adv.driver.cluster.nodes import Placement, release_workers, wait_for_room
-from raytrain_adv.driver.output import output_dir
+from raytrain_adv.driver.output import output_dir, upload
 from raytrain_adv.driver.output.output_dir import Output
 from raytrain_adv.driver.output.replaced import RUN_FILE
 from raytrain_adv.driver.preflight.probe import Read, read_nodes
@@ -33,6 +34,7 @@ from raytrain_adv.driver.watch.nodes import HeadWatch, NodeWatch, usable_nodes
 from raytrain_adv.errors import StorageError, Terminated
 from raytrain_adv.report import record
 from raytrain_adv.report.build import against, failed, finished, planned, started
+from raytrain_adv.report.card import write_cards
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import RunReport
 from raytrain_adv.report.summary import summary
@@ -85,11 +87,14 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
         place = output_dir.open_output(job)
         if place.finished:
             print("This job has already finished here; nothing was done.\n")
-            print(summary(record.read(place.folder)))
+            report = publish(job, place.folder, record.read(place.folder), print)
+            print(summary(report))
+            upload.refuse_incomplete(report)
             return
         with Console(place.folder) as console:
             report = _run_in(job, place, console, read)
         print(summary(report))
+        upload.refuse_incomplete(report)
 
 
 def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunReport:
@@ -128,7 +133,24 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunR
         fail(shown)
         raise shown from error.__cause__
     _finish(job, place, report)
-    return report
+    return publish(job, place.folder, report, console.say)
+
+
+def publish(
+    job: JobConfig, folder: Path, report: RunReport, say: Callable[[str], None]
+) -> RunReport:
+    """Write the finished run's model cards, and upload its models if the job says so; return the
+    report, written again if anything was uploaded. What fails is told: the run stays done.
+    """
+    try:
+        write_cards(report, job)
+        if (told := upload.upload(job, report, say)) is not report:
+            record.write(told, folder)
+            write_html(told, folder, plots=job.output.plot_loss)
+        return told
+    except StorageError as error:
+        say(str(error))
+        return report
 
 
 def _finish(job: JobConfig, place: Output, report: RunReport) -> None:

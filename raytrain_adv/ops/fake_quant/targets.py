@@ -239,3 +239,11 @@ def refuse_for_layout(
                 f"{reason}; engines multiply {', '.join(others)} as one linear",
                 "leave out all of them by qat_exclude, or none",
             )
+
+
+def stored_as(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return how a model folder's config.json says that it is rounded, as (compressed-tensors,
+    pack-quantized) or (torchao, ""); two empty texts if it is not.
+    """
+    stored = config.get("quantization_config") or {}
+    return str(stored.get("quant_method") or ""), str(stored.get("format") or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,11 @@ def model_options(command: Command) -> Command:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def quieten_bars() -> None:
+    """Hide the bars of libraries that load a model; before they are imported."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _load(named: str, device: str, template: str, trust_remote_code: bool) -> Loaded:
@@ -65,6 +71,7 @@ def chat_command(
     named = [folder, *([compare] if compare else [])]
     for one in named:
         find(one)  # a wrong name is refused before the first model is loaded
+    quieten_bars()
     from raytrain_adv.driver.commands.use.chat import Chat, run
 
     run(Chat([_load(one, **options) for one in named], drawn, system))
@@ -95,6 +102,7 @@ def generate_command(
     """
     drawn = sampling.changed(GREEDY, keys)
     find(folder)
+    quieten_bars()
     from raytrain_adv.driver.commands.use import generate
     from raytrain_adv.driver.commands.use.prompts import read_prompts
 
@@ -142,6 +150,7 @@ def evaluate_command(folders: tuple[str, ...], **options: Any) -> None:
     sources = [source for one in folders if one not in keys for source in find(one)]
     if not sources:
         raise JobError("no model is named", "", "raytrain-adv evaluate RUN [FOLDER]...")
+    quieten_bars()
     from raytrain_adv.driver.commands.use import evaluate
 
     evaluate.start(sources, drawn, **options)

@@ -12,6 +12,7 @@ from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.replaced import RUN_FILE
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.files import nearest_folders
+from raytrain_adv.ops.fake_quant.targets import stored_as
 from raytrain_adv.text import listed
 
 Kind = Literal["model", "adapter", "gguf"]
@@ -45,9 +46,7 @@ class Source:
         if self.kind == "adapter":
             return f"an adapter on {self.base}"
         config = json.loads((self.folder / "config.json").read_text())
-        stored = config.get("quantization_config", {})
-        known = [stored.get(key) for key in ("quant_method", "format")]
-        form = " ".join(str(one) for one in known if one)
+        form = " ".join(filter(None, stored_as(config)))
         form = form or str(config.get("dtype") or config.get("torch_dtype") or "float32")
         return form + (" and an adapter" if (self.folder / "adapter_config.json").is_file() else "")
 
