@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv quickstart test test-unit test-all test-gpu check format docs
+.PHONY: help venv quickstart test test-unit test-all test-gpu test-fuzz test-chaos test-soak check format docs
 
 help:
 	@echo 'make quickstart   train a small model on this machine, end to end'
@@ -13,6 +13,9 @@ help:
 	@echo 'make test-unit    run the unit tests: minutes, no Ray'
 	@echo 'make test-all     run the slow tests too: killed processes, hosts cut off, long compilations'
 	@echo 'make test-gpu     run the tests that need a GPU'
+	@echo 'make test-fuzz    read thousands of mutated files (ONLY=data: one kind)'
+	@echo 'make test-chaos   kill processes of N=10 random runs (SEED=1) and compare them bit for bit'
+	@echo 'make test-soak    run for MINUTES=10 with restarts; memory, files, threads, ports stay flat'
 	@echo 'make check        lint, formatting, types, the direction of imports, generated documentation'
 	@echo 'make format       format the code as make check wants it'
 	@echo 'make docs         build the documentation in build/docs'
@@ -42,6 +45,18 @@ test-unit: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu
+
+test-fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz $(ONLY)
+
+N ?= 10
+SEED ?= 1
+test-chaos: $(INSTALLED)
+	$(BIN)/python -m tests.chaos --runs $(N) --seed $(SEED)
+
+MINUTES ?= 10
+test-soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

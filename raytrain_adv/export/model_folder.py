@@ -40,6 +40,7 @@ from raytrain_adv.model.conversion import save_groups
 from raytrain_adv.model.files import is_local, model_source
 from raytrain_adv.model.vocabulary import new_rows
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
+from raytrain_adv.model.vocabulary import no_panics
 from raytrain_adv.model.weights import match, saved_tensors
 from raytrain_adv.ops.absent import is_absent
 from raytrain_adv.ops.fake_quant.merged import Merging
@@ -192,8 +193,11 @@ def write_merged(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files, with its chat template."""
-    tokenizer.save_pretrained(str(folder))
+    """Write a tokenizer's files, with its chat template. Raises JobError where Rust panics, which
+    would leave the other ranks waiting.
+    """
+    with no_panics(f"writing the tokenizer to {folder}"):
+        tokenizer.save_pretrained(str(folder))
 
 
 def collective_device(model: PreTrainedModel) -> torch.device:

@@ -149,11 +149,19 @@ class CheckpointFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object; an empty one if there is no such file."""
+    """Return a file's JSON object; an empty one if there is no such file.
+
+    Raises:
+        JobError: when it cannot be read, is no JSON, or holds something else than an object.
+    """
+    if not path.is_file():
+        return {}
     try:
-        found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise JobError(f"{path} cannot be read", str(error), COPY_AGAIN) from error
+    if not isinstance(found, dict):
+        raise JobError(f"{path} cannot be read", f"it holds no object: {found!r:.80}", COPY_AGAIN)
     return found
 
 
@@ -172,16 +180,15 @@ def tensor_files(folder: Path) -> dict[Path, list[str]]:
             f"neither model.safetensors nor {INDEX}",
             WITH_WEIGHTS,
         )
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise JobError(
-            f"{index} cannot be read",
-            f"{type(error).__name__}: {error}",
-            "copy the model folder again",
-        ) from error
+    weight_map = read_json(index).get("weight_map")
+    given = weight_map if isinstance(weight_map, dict) else {"weight_map": weight_map}
+    # A file elsewhere is no part of the model: an index may come from anybody.
+    odd = [f for f in given.values() if not isinstance(f, str) or Path(f).name != f or "\0" in f]
+    if odd:
+        found = f"weight_map is to name files of the folder, and has {odd[0]!r:.80}"
+        raise JobError(f"{index} cannot be read", found, COPY_AGAIN)
     files: dict[Path, list[str]] = {}
-    for name, file in weight_map.items():
+    for name, file in given.items():
         files.setdefault(folder / file, []).append(name)
     absent = [file.name for file in files if not file.is_file()]
     if absent:

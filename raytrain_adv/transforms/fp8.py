@@ -157,6 +157,7 @@ class Fp8(Transform):
             # Make Inductor round to bf16 where eager code does: without it row-wise scales and the
             # values they are computed from differ. Remove when pytorch#150859 is closed.
             torch._inductor.config.emulate_precision_casts = True
+            _avoid_nan(torch.__version__)
         for fqn in plan.changes:
             model.set_submodule(fqn, kind.from_float(model.get_submodule(fqn), self._config()))
 
@@ -235,6 +236,27 @@ class Fp8(Transform):
             from raytrain_adv.ops.float8.all_gather import update_scales
 
             update_scales(model)
+
+
+def _avoid_nan(torch_version: str) -> None:
+    """Keep compiled FP8 backward passes from writing NaN, as torchao does for models that it
+    converts itself: Inductor's minimum and maximum of torch 2.14 make Triton store wrong bytes.
+    Remove when triton-lang/triton#11111 is closed and the oldest torch has that Triton.
+
+    Raises:
+        TrainingError: when Inductor is not as torchao expects it.
+    """
+    if numbers(torch_version) < (2, 14):
+        return
+    from torchao.float8 import _inductor_patch
+
+    _inductor_patch._patch_inductor_min_max_codegen()
+    if not _inductor_patch._PATCHED:
+        raise TrainingError(
+            "FP8 by rows may give NaN when compiled (triton-lang/triton#11111)",
+            f"torch {torch_version}: torchao's workaround does not apply to it",
+            "set fp8_recipe: tensorwise, torch_compile: false, or install torch<2.14",
+        )
 
 
 def _refuse_wrong(found: list[str], dtype: torch.dtype) -> None:

@@ -12,8 +12,10 @@ from inspect import signature
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from packaging.version import Version
+
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.errors import JobError
+from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.transforms.modules import class_name, nearest, own_forward
 from raytrain_adv.transforms.transform import (
     Change,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from raytrain_adv.hardware import HardwareFacts
 
 PACKAGE, OFF = "liger-kernel", "set use_liger_kernel: false"
+REQUIREMENT = f"{PACKAGE}>=0.8.5"
 LAYERS = ("rms_norm", "layer_norm", "swiglu", "geglu")
 """Layers that true turns on where the model has them."""
 ROPE = "rope"
@@ -105,7 +108,15 @@ class Liger(Transform):
 
     def check(self, facts: HardwareFacts) -> None:
         """Refuse nodes without a GPU or without the package."""
-        require_package(facts, "use_liger_kernel", PACKAGE, OFF)
+        require_package(facts, "use_liger_kernel", PACKAGE, OFF, REQUIREMENT)
+        version = facts.versions[PACKAGE] or ""
+        if Version(version) < Version(REQUIREMENT.partition(">=")[2]):
+            raise ClusterError(
+                f"use_liger_kernel needs {REQUIREMENT}: gradients of earlier ones are wrong or "
+                "less precise (Liger-Kernel#1298, #1329)",
+                f"node {facts.node_ip}, {PACKAGE} {version}",
+                f"pip install '{REQUIREMENT}' on that node, or {OFF}",
+            )
         require_gpu(facts, "Liger's layers are written in Triton and run on GPUs only", OFF)
 
     def plan(self, model: nn.Module, context: Context) -> Plan:

@@ -5,7 +5,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from raytrain_adv.errors import JobError
+from raytrain_adv.errors import JobError, RaytrainAdvError
+from raytrain_adv.model.vocabulary import no_panics
 
 SECONDS = 60.0  # for the conversations of one chunk, which take a second
 MOST_CHARACTERS = 2**22
@@ -48,3 +49,24 @@ def template_time(where: str, seconds: float = SECONDS) -> Iterator[None]:
     finally:
         has_ended.set()
         timer.cancel()
+
+
+@contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Turn whatever a tokenizer raises on `what`, also a crash in Rust, into an error. Settings of
+    its files are read only now: a model_max_length that is text compares to no number.
+
+    Raises:
+        JobError: when it raises anything but an error of ours.
+    """
+    try:
+        with no_panics(what):
+            yield
+    except (RaytrainAdvError, MemoryError):
+        raise
+    except Exception as error:
+        raise JobError(
+            f"The tokenizer fails on {what}",
+            f"{type(error).__name__}: {error}"[:600],
+            "correct tokenizer_config.json and tokenizer.json, or copy the model's again",
+        ) from error

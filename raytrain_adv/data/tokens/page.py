@@ -24,8 +24,13 @@ class Piece:
 Span = tuple[int, int]
 """Where an answer starts and ends in the text."""
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_CANNOT_WRITE = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
-"""What a chat template raises on a conversation that its author did not think of."""
+_CANNOT_WRITE = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, NameError),
+    *(ArithmeticError, RecursionError, MemoryError),
+)
+"""What a chat template raises on a conversation that its author did not think of, or wherever it
+would take all memory. OverflowError, an ArithmeticError, is also the sandbox's refusal.
+"""
 
 
 class Page:
@@ -67,7 +72,8 @@ class Page:
                 **self.given,
             )
         except _CANNOT_WRITE as error:
-            raise UnusableRow(f"the chat template refuses it: {error}") from error
+            why = str(error) or type(error).__name__
+            raise UnusableRow(f"the chat template refuses it: {why}") from error
         texts, spans = rendered
         return texts[0], spans[0] if marked else []
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from raytrain_adv.data.read.formats import Conversation, Layout, UnusableRow
 from raytrain_adv.data.tokens.control import ControlTokens
-from raytrain_adv.data.tokens.limits import MOST_CHARACTERS, template_time
+from raytrain_adv.data.tokens.limits import MOST_CHARACTERS, template_time, tokenizer_errors
 from raytrain_adv.data.tokens.page import Piece
 from raytrain_adv.data.tokens.render import Renderer, renderer
 from raytrain_adv.data.tokens.shorten import picked
@@ -92,7 +92,8 @@ class Tokenizer:
                 recipe.mask_history,
             )
         self.control, self.num_control = ControlTokens(tokenizer), 0
-        self.encode = _encode_pieces if joins_cleanly(tokenizer) else _encode_whole
+        with tokenizer_errors("short texts that try it"):
+            self.encode = _encode_pieces if joins_cleanly(tokenizer) else _encode_whole
         if self.encode is _encode_whole and not tokenizer.is_fast:
             what = "This tokenizer does not report the positions of its tokens in the text"
             fix = "use a model folder with a tokenizer.json"
@@ -131,7 +132,7 @@ class Tokenizer:
                     places.append(where)
                 except UnusableRow as reason:
                     unusable.append((where, str(reason)))
-        with no_panics(span):
+        with tokenizer_errors(span):
             encoded = self.encode(self.tokenizer, rendered)
         kept = []
         for where, tokens in zip(places, encoded, strict=True):

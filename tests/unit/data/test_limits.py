@@ -8,7 +8,7 @@ import pytest
 
 from raytrain_adv.data.read.formats import Conversation
 from raytrain_adv.data.tokens import tokenize
-from raytrain_adv.data.tokens.limits import template_time
+from raytrain_adv.data.tokens.limits import template_time, tokenizer_errors
 from raytrain_adv.data.tokens.tokenize import Recipe, Tokenizer
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.vocabulary import no_panics
@@ -73,6 +73,44 @@ def test_a_crash_of_the_tokenizers_library_is_an_error_that_names_the_file():
     assert "index out of bounds" in caught.value.found
     with pytest.raises(KeyboardInterrupt), no_panics("x"):
         raise KeyboardInterrupt
+
+
+def test_whatever_a_tokenizer_raises_is_an_error_that_names_it(tiny_tokenizer):
+    """A model_max_length that is a text came as TypeError, out of the first conversation."""
+    tokenizer = with_template(tiny_tokenizer, PLAIN)
+    tokenizer.model_max_length = "1024"
+    with pytest.raises(JobError, match="The tokenizer fails on") as caught:
+        Tokenizer(tokenizer, RECIPE)([("line 1", chat("a"))], Rows())
+    assert "TypeError" in caught.value.found
+    with pytest.raises(JobError, match="crashed"), tokenizer_errors("x"):
+        raise PanicException
+    with pytest.raises(JobError, match="its own"), tokenizer_errors("x"):
+        raise JobError("its own")
+    with pytest.raises(MemoryError), tokenizer_errors("x"):
+        raise MemoryError
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ range(10 ** 6) | list }}",
+        "{{ 1 // 0 }}",
+        "{{ 'a' * 10 ** 15 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ missing.name }}",
+    ],
+    ids=["range", "division", "memory", "recursion", "missing"],
+)
+def test_a_template_that_fails_leaves_the_row_out_with_the_reason(tiny_tokenizer, source):
+    """OverflowError, the sandbox's own refusal, left the whole program."""
+    tokenizer = with_template(tiny_tokenizer, PLAIN + "{% if messages|length > 1 %}" + source)
+    tokenizer.chat_template += "{% endif %}"
+    try:
+        chunk = Tokenizer(tokenizer, RECIPE)([("line 1", chat("a"))], Rows())
+    except JobError as error:
+        assert "template" in str(error)
+    else:
+        assert [place for place, _ in chunk.unusable] == ["line 1"]
 
 
 def test_control_characters_of_a_files_text_do_not_reach_the_terminal():

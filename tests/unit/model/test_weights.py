@@ -13,7 +13,7 @@ from raytrain_adv.dtensor import gather, plain_name
 from raytrain_adv.errors import JobError
 from raytrain_adv.model import parallel
 from raytrain_adv.model.build import build
-from raytrain_adv.model.weight_files import CheckpointFiles
+from raytrain_adv.model.weight_files import INDEX, CheckpointFiles, tensor_files
 from raytrain_adv.model.weights import init_from_scratch, load_pretrained, materialize
 from tests.ranks import run_ranks
 from tests.tiny_models import KINDS, job_for, write_checkpoint
@@ -290,3 +290,21 @@ def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(JobError, match="cannot be read"):
         loaded(job_for(folder, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 20_000,
+        "[]",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": {}}}',
+        '{"weight_map": {"a": "../other/model.safetensors"}}',
+        '{"weight_map": {"a": "/etc/passwd"}}',
+        '{"weight_map": {"a": "a\\u0000b"}}',
+    ],
+)
+def test_an_index_that_is_none_or_names_files_elsewhere_is_refused(text, tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(JobError, match="cannot be read"):
+        tensor_files(tmp_path)

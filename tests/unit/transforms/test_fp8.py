@@ -13,7 +13,8 @@ from raytrain_adv.data.batches.sequences import Sequence
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.model.build import build
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.fp8 import OWN, TORCHAO, Fp8
+from raytrain_adv.transforms.fp8 import OWN, TORCHAO, Fp8, _avoid_nan
+from raytrain_adv.transforms.transform import Change, Plan
 from tests.tiny_models import job_for, write_checkpoint
 
 CPU = hardware.detect("cpu")
@@ -286,3 +287,42 @@ def test_fp8_and_qat_compile_with_kernels_and_liger(make_job):
     }
     both = {"use_kernels": True, "use_liger_kernel": True, "torch_compile": True}
     assert make_job(**keys, **both).parallel.torch_compile
+
+
+@pytest.fixture
+def inductor(monkeypatch):
+    """Give Inductor's code of minimum and maximum back after the test."""
+    from torch._inductor.codegen.triton import TritonOverrides
+    from torchao.float8 import _inductor_patch
+
+    for name in ("minimum", "maximum"):
+        monkeypatch.setattr(TritonOverrides, name, staticmethod(lambda a, b: "PropagateNan"))
+    monkeypatch.setattr(_inductor_patch, "_PATCHED", False)
+    return TritonOverrides
+
+
+@pytest.mark.parametrize(("version", "is_avoided"), [("2.13.0+cu130", False), ("2.14.0", True)])
+def test_compiled_rowwise_fp8_avoids_the_minimum_that_writes_nan(inductor, version, is_avoided):
+    """triton-lang/triton#11111: from_float alone, as here, leaves torchao's workaround out."""
+    _avoid_nan(version)
+    code = inductor.minimum("a", "b") + inductor.maximum("a", "b")
+    assert ("tl.where" in code) is is_avoided
+
+
+def test_a_torch_that_the_workaround_does_not_fit_is_refused(inductor, monkeypatch):
+    from torchao.float8 import _inductor_patch
+
+    monkeypatch.setattr(_inductor_patch, "_patch_inductor_min_max_codegen", lambda: None)
+    with pytest.raises(TrainingError, match="11111") as refused:
+        _avoid_nan("2.15.0")
+    assert "fp8_recipe: tensorwise" in refused.value.fix
+
+
+def test_rowwise_recipes_and_they_alone_need_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr("raytrain_adv.transforms.fp8._avoid_nan", seen.append)
+    for recipe in ("tensorwise", "rowwise"):
+        model = nn.Sequential(nn.Linear(16, 16))
+        plan = Plan("fp8", {"0": Change("a", "b")})
+        Fp8(fp8=True, fp8_recipe=recipe).prepare(model, plan)
+        assert len(seen) == (recipe == "rowwise")

@@ -178,6 +178,14 @@ def test_a_node_without_a_gpu_or_without_the_package_is_refused():
     liger.check(HardwareFacts(**{**there, "device_type": "cuda"}))
 
 
+@pytest.mark.parametrize("version", ["0.8.0", "0.8.4", "0.8.5.dev1"])
+def test_a_liger_whose_gradients_are_wrong_is_refused(version):
+    there = {**NODE.as_dict(), "versions": {"liger-kernel": version}, "device_type": "cuda"}
+    with pytest.raises(ClusterError, match=r"needs liger-kernel>=0\.8\.5") as refused:
+        Liger(use_liger_kernel=True).check(HardwareFacts(**there))
+    assert version in refused.value.found
+
+
 @pytest.mark.parametrize("given", [{}, {"rms_norm": False}, {"rmsnorm": True}])
 def test_a_mapping_that_turns_nothing_on_is_one_problem(job_file, given):
     with pytest.raises(JobError, match=r"\(1 problem\)"):

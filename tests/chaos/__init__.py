@@ -1,0 +1,1 @@
+"""Random kills of the processes of random small jobs, each run compared with one left alone."""

@@ -1,0 +1,55 @@
+"""Kill at random, print a row for each kill, and write the table.
+
+python -m tests.chaos --runs 50 --seed 1 --out jobs/benchmarks/results/chaos.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tests.chaos import cases, run
+
+
+def main() -> int:
+    """Return 0 if every run is bit for bit what it would have been without its kill."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos")
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of runs to repeat")
+    parser.add_argument("--out", type=Path, help="file for the results")
+    given = parser.parse_args()
+    found: list[dict[str, Any]] = []
+    folder = Path(tempfile.mkdtemp(prefix="chaos"))
+    command = f"make test-chaos N={given.runs} SEED={given.seed}"
+    for case in cases.cases(given.seed, given.runs):
+        if given.only and case.number not in given.only:
+            continue
+        whole = folder / "whole" / case.job
+        if not whole.exists():
+            run.undisturbed(case.job, whole)
+        outcome = run.do(case, folder / f"run-{case.number}", whole / "saves_é" / "测试")
+        found.append(outcome.row())
+        print(json.dumps(found[-1]), flush=True)
+        if given.out:
+            results = {"command": command, "cores": os.cpu_count(), "runs": found}
+            given.out.write_text(json.dumps(results, indent=1) + "\n")
+    hurt = [row for row in found if row["problems"]]
+    killed = Counter(row["killed"] for row in found if row["is_killed"])
+    print(f"{len(found)} runs, {len(hurt)} with problems; killed: {dict(killed)}")
+    if hurt:
+        print(f"their folders: {folder}")
+    else:
+        shutil.rmtree(folder)
+    return 1 if hurt else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

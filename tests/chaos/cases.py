@@ -1,0 +1,82 @@
+"""Which job is hurt, what is killed in it, and when: drawn from a seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+STEPS, EVERY = 60, 10
+COMMON: dict[str, Any] = {
+    "use_cpu": True,
+    "ray_num_workers": 2,
+    "max_steps": STEPS,
+    "save_strategy": "steps",
+    "save_steps": EVERY,
+    "save_total_limit": 2,
+    "max_failures": 3,
+    "val_size": 8,
+    "preprocessing_num_workers": 2,
+    "ray_init_kwargs": {"num_cpus": 2, "include_dashboard": False},
+}
+LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all"}
+QAT = {"enable_qat": True, "qat_weight_dtype": "int4", "fake_quant_after_n_steps": 25}
+JOBS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "QAT after 25 steps": QAT,
+    "LoRA": LORA,
+    "elastic": {"ray_num_workers": [1, 2], "per_device_train_batch_size": 2},
+    "sweep": {"ray_num_workers": 1, "sweep": {"seed": [1, 2], "metric": "eval_loss"}},
+    "20,100 rows": {},  # enough for processes that tokenize
+}
+ROWS = {"20,100 rows": 20_100}
+WHILE_TRAINING = ("worker 1", "rank 0", "controller", "raylet", "gcs_server", "driver")
+MOMENTS = {
+    "step": WHILE_TRAINING,
+    "writing a checkpoint": WHILE_TRAINING,
+    "starting": ("raylet", "gcs_server", "driver"),
+    "tokenizing": ("tokenizer", "driver"),
+    "exporting": ("rank 0", "driver", "raylet"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kill. `step` counts only if `moment` is "step", `delay_s` only without a step."""
+
+    number: int
+    job: str
+    moment: str
+    target: str
+    step: int
+    delay_s: float
+
+    @property
+    def when(self) -> str:
+        """The moment in words."""
+        return f"step {self.step}" if self.moment == "step" else self.moment
+
+
+def cases(seed: int, count: int) -> Iterator[Case]:
+    """Yield the cases of a seed: every moment with every target in a random order, again and again,
+    each in a random job. Those of a smaller count are the first of a larger one.
+    """
+    number, draw = 0, random.Random(seed)
+    while True:
+        pairs = [(moment, target) for moment, targets in MOMENTS.items() for target in targets]
+        draw.shuffle(pairs)
+        for moment, target in pairs:
+            jobs = [job for job in JOBS if _fits(job, moment, target)]
+            step, delay_s = draw.randrange(2, STEPS), draw.uniform(0.0, 2.0)
+            number += 1
+            if number > count:
+                return
+            yield Case(number, draw.choice(jobs), moment, target, step, round(delay_s, 3))
+
+
+def _fits(job: str, moment: str, target: str) -> bool:
+    if job in ROWS or moment == "tokenizing":
+        return job in ROWS and moment == "tokenizing"
+    # A sweep's trials have one worker each, and rows of their own.
+    return job != "sweep" or (moment in ("step", "starting") and target != "worker 1")
