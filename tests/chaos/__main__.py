@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -25,17 +26,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of runs to repeat")
     parser.add_argument("--out", type=Path, help="file for the results")
+    parser.add_argument("--whole", type=Path, help="folder to keep undisturbed runs in")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no process
     found: list[dict[str, Any]] = []
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
     command = f"make test-chaos N={given.runs} SEED={given.seed}"
     for case in cases.cases(given.seed, given.runs):
         if given.only and case.number not in given.only:
             continue
-        whole = folder / "whole" / case.job
-        if not whole.exists():
-            run.undisturbed(case.job, whole)
-        outcome = run.do(case, folder / f"run-{case.number}", whole / "saves_é" / "测试")
+        whole = run.undisturbed(case.job, (given.whole or folder / "whole") / case.job)
+        outcome = run.do(case, folder / f"run-{case.number}", whole)
         found.append(outcome.row())
         print(json.dumps(found[-1]), flush=True)
         if given.out:
