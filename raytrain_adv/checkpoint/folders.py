@@ -5,7 +5,9 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from raytrain_adv.storage.storage import Storage, storage_errors
 
@@ -51,20 +53,35 @@ class Found:
         return self.storage.root
 
 
+class _Manifest(BaseModel):
+    """What commits a checkpoint, written last."""
+
+    format: Literal[1]
+    progress: Progress
+    fingerprint: str
+    job: dict[str, Any]
+    optimizer: bool
+    files: dict[str, int]
+    crc32: dict[str, int] = {}
+
+
+def read_manifest(folder: Storage) -> dict[str, Any] | None:
+    """Return a checkpoint's manifest; None if there is none, it is torn, or of another form."""
+    manifest = folder.read_json(MANIFEST)
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError:
+        return None
+    return manifest
+
+
 def find(folder: Storage) -> Found | None:
     """Return the checkpoint in this folder if it has a manifest and every file in its size."""
-    manifest = folder.read_json(MANIFEST)
-    if manifest is None or manifest.get("format") != FORMAT:
+    manifest = read_manifest(folder)
+    if manifest is None or wrong_sizes(folder, manifest):
         return None
-    if wrong_sizes(folder, manifest):
-        return None
-    return Found(
-        folder,
-        Progress(**manifest["progress"]),
-        manifest["fingerprint"],
-        manifest["job"],
-        manifest["optimizer"],
-    )
+    known = _Manifest.model_validate(manifest)
+    return Found(folder, known.progress, known.fingerprint, known.job, known.optimizer)
 
 
 def newest(root: Storage, attempt: str | None = None) -> Found | None:
@@ -115,7 +132,7 @@ def wrong_bytes(folder: Storage, rank: int, world_size: int) -> str:
     Raises:
         StorageError: when a file cannot be read.
     """
-    manifest = folder.read_json(MANIFEST) or {}
+    manifest = read_manifest(folder) or {}
     wrong = []
     for name, written in sorted(manifest.get("crc32", {}).items())[rank::world_size]:
         with (

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from raytrain_adv.checkpoint.folders import (
     AGAIN,
-    FORMAT,
     MANIFEST,
     Found,
     all_folders,
     find,
     newest,
+    read_manifest,
     set_aside,
     wrong_bytes,
     wrong_sizes,
@@ -117,8 +117,8 @@ def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
 def _pass_over_torn(run: Run) -> None:
     """Report checkpoints newer than the newest complete one that lost files after the commit."""
     for _, _, folder in sorted(all_folders(run.storage), key=lambda entry: entry[:2], reverse=True):
-        manifest = folder.read_json(MANIFEST)
-        if manifest is None or manifest.get("format") != FORMAT:
+        manifest = read_manifest(folder)
+        if manifest is None:
             continue
         damage = wrong_sizes(folder, manifest)
         if not damage:
@@ -129,8 +129,8 @@ def _pass_over_torn(run: Run) -> None:
 def _named(path: str) -> Found:
     folder = Storage.at(path)
     found = find(folder)
-    manifest = folder.read_json(MANIFEST) if found is None else None
-    if manifest is not None and manifest.get("format") == FORMAT:
+    manifest = read_manifest(folder) if found is None else None
+    if manifest is not None:
         raise _is_damaged(path, wrong_sizes(folder, manifest))
     if found is None:
         raise JobError(

@@ -29,6 +29,7 @@ from raytrain_adv.checkpoint.folders import (
     Progress,
     all_folders,
     checksums,
+    read_manifest,
 )
 from raytrain_adv.checkpoint.load import read_state
 from raytrain_adv.checkpoint.staging import HostMemory, plain_like, restore_8bit, stage, tensors_of
@@ -267,7 +268,7 @@ class CheckpointWriter:
         folders = sorted(all_folders(self.run.storage), key=lambda entry: entry[:2], reverse=True)
         limit, num_complete = self.job.output.save_total_limit, 0
         for step, _, folder in folders:
-            is_complete = folder.read_json(MANIFEST) is not None
+            is_complete = read_manifest(folder) is not None
             if step == self.keep_step and is_complete:
                 continue
             num_complete += is_complete

@@ -131,7 +131,7 @@ class Storage:
         try:
             with self.filesystem.open_input_stream(self.path(name)) as stream:
                 value = json.loads(stream.read())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
         return value if isinstance(value, dict) else None
 

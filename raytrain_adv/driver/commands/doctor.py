@@ -100,11 +100,11 @@ class Seen:
         form = manifest.get("format")
         if form != folders.FORMAT:
             return f"it is of format {form}; this version reads {folders.FORMAT}"
+        if folders.read_manifest(self.folder) is None:
+            return f"its {folders.MANIFEST} is not a checkpoint's"
         try:
             if folders.find(self.folder) is not None and self.folder.is_local:
                 PlainReader(self.folder.root)
-        except (AttributeError, KeyError, TypeError) as error:
-            return f"its {folders.MANIFEST} is not a checkpoint's ({type(error).__name__}: {error})"
         except (StorageError, OSError) as error:
             return error.found if isinstance(error, StorageError) else str(error)
         wrong = folders.wrong_sizes(self.folder, manifest)

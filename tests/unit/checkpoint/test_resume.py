@@ -58,6 +58,20 @@ def test_a_torn_manifest_is_not_taken(tmp_path):
     assert find(folder) is None
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optimizer", None), ("progress", []), ("files", ["x"]), ("format", {}), ("fingerprint", 1)],
+)
+def test_a_manifest_of_another_form_is_not_taken(tmp_path, key, value):
+    """KeyError and TypeError came out of a manifest in which one value was another."""
+    folder = write_checkpoint(tmp_path, "a_001", 10)
+    manifest = folder.read_json(MANIFEST)
+    folder.write_json(MANIFEST, {**manifest, key: value})
+    assert find(folder) is None
+    (tmp_path / "a_001" / "step_00000010" / MANIFEST).write_text("[" * 20_000)
+    assert newest(Storage.at(str(tmp_path))) is None
+
+
 def test_no_checkpoint_is_found_in_an_empty_or_missing_folder(tmp_path):
     assert newest(Storage.at(str(tmp_path / "nowhere"))) is None
 
