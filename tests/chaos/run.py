@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -250,7 +251,7 @@ def do(case: Case, folder: Path, whole: Path) -> Outcome:
     job = job_files(folder, case.job, out)
     for number in range(MOST_LAUNCHES):
         with launched(job, log, *([RESUME] if number else [])) as launch:
-            if number == 0:
+            if not outcome.is_killed:  # the first, or a Ray that did not start
                 hurt(case, out, launch.process, outcome)
             if not waited(launch.process, outcome):
                 break
@@ -293,12 +294,17 @@ def differences(case: Case, out: Path, whole: Path, outcome: Outcome) -> list[st
 
 
 def model_files(run: Path) -> dict[str, str]:
-    """Return file -> hash of the weights that a run exported."""
-    files = sorted(run.glob("model*/*.safetensors"))
-    return {
-        f"{file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-    }
+    """Return file -> hash of the weights that a run exported; safetensors writes the metadata of a
+    file in a random order.
+    """
+    found = {}
+    for file in sorted(run.glob("model*/*.safetensors")):
+        content = file.read_bytes()
+        end = 8 + struct.unpack("<Q", content[:8])[0]
+        header = json.dumps(json.loads(content[8:end]), sort_keys=True)
+        digest = hashlib.sha256(header.encode() + content[end:])
+        found[f"{file.parent.name}/{file.name}"] = digest.hexdigest()
+    return found
 
 
 def undisturbed(kind: str, folder: Path) -> Path:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from importlib import import_module
+from inspect import signature
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ import ray
 from ray._private import ray_constants, services
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._raylet import (
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    RUNTIME_ENV_AGENT_PORT_NAME,
+    persist_port,
+)
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from torch.distributed import TCPStore  # type: ignore[attr-defined] # it has no __all__
@@ -41,6 +49,13 @@ RAY_SETTINGS = {
 LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # For a run whose number of workers may change: the nodes were free when the number was chosen.
 ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
+# Arguments of start_raylet -> what Ray calls the port in the name of its file.
+AGENT_PORTS = {
+    "metrics_agent_port": METRICS_AGENT_PORT_NAME,
+    "metrics_export_port": METRICS_EXPORT_PORT_NAME,
+    "dashboard_agent_listen_port": DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    "runtime_env_agent_port": RUNTIME_ENV_AGENT_PORT_NAME,
+}
 FIX = "check RAY_ADDRESS and ray_init_kwargs; remove both to start Ray on this machine"
 CONNECT_TIMEOUT_S = 5.0
 
@@ -65,7 +80,11 @@ def connect(job: JobConfig | None) -> bool:
     token = Path.home() / ".ray" / "auth_token"
     had_token = token.exists()
     try:
-        with _on_loopback(address == "local"), _in_own_process_group():
+        with (
+            _on_loopback(address == "local"),
+            _agents_at_ports(address == "local"),
+            _in_own_process_group(),
+        ):
             ray.init(**options)
     except Exception as error:  # Ray raises plain Exceptions too, as when a node is slow (2.60)
         raise _cannot_connect(str(address), error) from error
@@ -103,6 +122,36 @@ def _on_loopback(is_local: bool) -> Iterator[None]:
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
         del os.environ[switch]
+
+
+@contextmanager
+def _agents_at_ports(is_local: bool) -> Iterator[None]:
+    """Give the agents of a Ray that starts their ports, which they would choose and write to files.
+
+    A raylet waits 15 s for these files and then aborts; on a machine that is busy the agents take
+    longer to import what they need. No setting raises that (ray 2.60, node_manager.cc:
+    WaitForDashboardAgentPorts). Remove when agent_register_timeout_ms counts there.
+    """
+    if not is_local:
+        return (yield)
+    start = services.start_raylet
+
+    def start_with_ports(*args: Any, **options: Any) -> Any:
+        given = signature(start).bind(*args, **options)
+        place = given.arguments["session_dir"], given.arguments["node_id"]
+        with ExitStack() as taken:
+            for option, name in AGENT_PORTS.items():
+                if not options.get(option):
+                    free = taken.enter_context(socket.create_server(("127.0.0.1", 0)))
+                    options[option] = free.getsockname()[1]
+                persist_port(*place, name, options[option])
+        return start(*args, **options)
+
+    services.start_raylet = start_with_ports
+    try:
+        yield
+    finally:
+        services.start_raylet = start
 
 
 @contextmanager

@@ -13,9 +13,15 @@ import ray
 import torch.distributed as dist
 from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._raylet import wait_for_persisted_port
 
 from raytrain_adv.driver.cluster import nodes
-from raytrain_adv.driver.cluster.connect import connect, require_answer, use_node_network
+from raytrain_adv.driver.cluster.connect import (
+    AGENT_PORTS,
+    connect,
+    require_answer,
+    use_node_network,
+)
 from raytrain_adv.driver.cluster.nodes import Node, startable_nodes
 from raytrain_adv.errors import ClusterError, JobError, Stopped
 
@@ -68,6 +74,26 @@ def test_a_ray_that_is_started_here_listens_on_loopback(ray_init, make_job):
     assert ray_init["address"] == "local" and ray_init["node"] == "127.0.0.1"
     assert "dashboard_host" not in ray_init  # Ray's default is loopback, too
     assert ray_constants.ENABLE_RAY_CLUSTER  # as it was: a driver that joins a cluster needs it
+
+
+def test_a_raylet_waits_for_no_agents_ports(ray_init, make_job, monkeypatch, tmp_path):
+    """It aborts after 15 s, which its agents need for their imports on a busy machine."""
+    started = []
+
+    def start_raylet(redis_address, gcs_address, node_id, session_dir, **ports):
+        started.append(ports)
+
+    def init(**options):
+        services.start_raylet("", "", "n1", session_dir=str(tmp_path), metrics_export_port=None)
+
+    monkeypatch.setattr(services, "start_raylet", start_raylet)
+    monkeypatch.setattr(ray, "init", init)
+    assert connect(make_job())
+    assert services.start_raylet is start_raylet  # as before
+    (ports,) = started
+    assert len(set(ports.values())) == 4 and all(ports.values())
+    for option, name in AGENT_PORTS.items():
+        assert wait_for_persisted_port(str(tmp_path), "n1", name, 1) == ports[option]
 
 
 def test_a_ray_that_others_can_reach_needs_a_switch(ray_init, make_job, monkeypatch):

@@ -1,0 +1,163 @@
+"""A run of accelerated steps with restarts, evaluations and saves: what a process holds stays flat.
+
+python -m tests.soak --minutes 10 --out jobs/benchmarks/results/soak.json
+
+One process is all attempts of a run, which are stopped and killed in turns. After each it is
+measured: resident memory, open files, threads, sockets, and the folder of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+from raytrain_adv.config import load
+from raytrain_adv.driver.output.output_dir import open_output
+from raytrain_adv.errors import Stopped
+from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.run import run as run_module
+from raytrain_adv.run.run import Run, SilentReporter
+from raytrain_adv.worker.train import train
+from tests.conftest import tiny_keys
+
+STEPS_EACH = 150
+MOST_GROWTH_MIB = 24.0
+"""Of resident memory between the first and the last third of the measurements: allocators keep some
+pages, and metrics of a step take 100 bytes."""
+KEYS: dict[str, Any] = {
+    "use_cpu": True,
+    "max_steps": 10_000_000,
+    "num_train_epochs": 1,
+    "save_strategy": "steps",
+    "save_steps": 15,
+    "save_total_limit": 2,
+    "val_size": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 25,
+    "logging_steps": 5,
+    "export_model": False,
+}
+
+
+class Killed(RuntimeError):
+    """Stands for a SIGKILL after a step's row was written."""
+
+
+class Ending(SilentReporter):
+    """Ends an attempt after STEPS_EACH steps: in the middle of things, or with a checkpoint."""
+
+    def __init__(self, kills: bool) -> None:
+        self.kills, self.steps, self.last = kills, 0, 0
+
+    def metrics(self, row: dict[str, float]) -> None:
+        """Kill it here."""
+        self.last = int(row["step"])
+        if self.kills and self.steps >= STEPS_EACH:
+            raise Killed
+
+    def stop_requested(self) -> bool:
+        """Be asked in each step."""
+        self.steps += 1
+        return not self.kills and self.steps >= STEPS_EACH
+
+
+def measured(out: Path) -> dict[str, float]:
+    """Return what this process holds."""
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("checkpoint"):
+            thread.join(20)  # a killed process would leave none
+    me = psutil.Process()
+    checkpoints = [file for file in (out / "checkpoints").rglob("*") if file.is_file()]
+    return {
+        "resident_mib": round(me.memory_info().rss / 2**20, 1),
+        "files": me.num_fds(),
+        "threads": me.num_threads(),
+        "sockets": len(me.net_connections()),
+        "checkpoint_files": len(checkpoints),
+    }
+
+
+def soak(folder: Path, minutes: float) -> list[dict[str, float]]:
+    """Run attempts until the time is over; return a measurement after each."""
+    run_module.REPORT_EVERY_S = 0.0
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump({**tiny_keys(folder), **KEYS}))
+    job = load(path)
+    output = open_output(job)
+    found: list[dict[str, float]] = []
+    began = time.monotonic()
+    while time.monotonic() < began + 60 * minutes:
+        reporter = Ending(kills=len(found) % 2 == 0)
+        storage, attempt = output.storage, output.attempt
+        run = Run(torch.device("cpu"), storage, attempt, reporter, restarts=len(found))
+        try:
+            train(job, run, export_model)
+        except (Killed, Stopped):
+            pass
+        finally:
+            run.close()
+        del run
+        step = {"step": reporter.last, "minutes": round((time.monotonic() - began) / 60, 2)}
+        found.append({**step, **measured(output.folder)})
+        print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def growth(found: list[dict[str, float]]) -> dict[str, float]:
+    """Return by how much each figure's median grew from the first third, warm-up left out, to the
+    last.
+    """
+    warm = found[len(found) // 6 :]
+    third = max(len(warm) // 3, 1)
+    names = [name for name in found[0] if name not in ("step", "minutes")]
+    medians = [{n: statistics.median(r[n] for r in rows) for n in names}
+               for rows in (warm[:third], warm[-third:])]  # fmt: skip
+    return {name: round(medians[1][name] - medians[0][name], 2) for name in names}
+
+
+def grown(by: dict[str, float]) -> list[str]:
+    """Return the names of what has grown."""
+    limits = {"resident_mib": MOST_GROWTH_MIB}
+    return [name for name, value in by.items() if value > limits.get(name, 0.5)]
+
+
+def main() -> int:
+    """Return 0 if everything stayed flat."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="soak") as folder:
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+        found = soak(Path(folder), given.minutes)
+    by = growth(found)
+    result = {
+        "command": f"make test-soak MINUTES={given.minutes:g}",
+        "cores": os.cpu_count(),
+        "steps": found[-1]["step"],
+        "attempts": len(found),
+        "growth": by,
+        "measured": found,
+    }
+    if given.out:
+        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{found[-1]['step']:,} steps, {len(found)} attempts; growth {by}")
+    return 1 if grown(by) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
