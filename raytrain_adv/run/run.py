@@ -94,9 +94,11 @@ class Run:
             self.write(self._early.pop(0))
 
     def close(self) -> None:
-        """Flush and close the trackers; call it however the run ends."""
+        """Flush and close the trackers, and close the file; call it however the run ends."""
         if self.trackers is not None:
             self.trackers.close()
+        if self.metrics is not None:
+            self.metrics.close()
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl and hand its numbers to the trackers, on rank 0."""

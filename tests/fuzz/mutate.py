@@ -54,7 +54,7 @@ BYTES = [
     b"\x1b[2J",
     b"9" * 400,
 ]
-DEEPEST = 3000
+DEEPEST = 300
 
 
 def nasty(draw: Random) -> Any:
