@@ -38,9 +38,8 @@ from raytrain_adv.model.build import build, build_whole, keeps_float32
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.conversion import save_groups
 from raytrain_adv.model.files import is_local, model_source
-from raytrain_adv.model.vocabulary import new_rows
+from raytrain_adv.model.vocabulary import new_rows, no_panics
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
-from raytrain_adv.model.vocabulary import no_panics
 from raytrain_adv.model.weights import match, saved_tensors
 from raytrain_adv.ops.absent import is_absent
 from raytrain_adv.ops.fake_quant.merged import Merging

@@ -17,7 +17,6 @@ from raytrain_adv.data.tokens.page import Piece
 from raytrain_adv.data.tokens.render import Renderer, renderer
 from raytrain_adv.data.tokens.shorten import picked
 from raytrain_adv.errors import JobError
-from raytrain_adv.model.vocabulary import no_panics
 
 RawRow = tuple[str, Any]
 """Where a row stands, and its columns."""
