@@ -18,6 +18,7 @@ from raytrain_adv.config.sections import (
     RayConfig,
 )
 from raytrain_adv.config.training import TrainConfig
+from raytrain_adv.transforms.vocabulary import Vocabulary
 from tests.unit.data.sample_rows import TINY_LLAMA
 
 MARKERS = [
@@ -63,7 +64,7 @@ def make_job(tmp_path: Path) -> MakeJob:
             name: s(**{k: v for k, v in keys.items() if k in s.model_fields})
             for name, s in sections.items()
         }
-        return JobConfig(**built)
+        return JobConfig(**built, transforms=(Vocabulary(),))
 
     return make
 
