@@ -1,22 +1,26 @@
-"""Make jobs/models/tiny-llama: a byte-level BPE tokenizer of the quickstart's dataset, and the
-config of a small Llama.
+"""Make a small Llama's folder: a byte-level BPE tokenizer of a built-in dataset, and a config.
 
-Run from the repository's root: python jobs/models/make_tokenizer.py
-The result depends a little on the Python whose documentation it is made from; the shipped one was
+Run from the repository's root:
+    python jobs/models/make_tokenizer.py orders-llama     # the quickstart's: orders as JSON
+    python jobs/models/make_tokenizer.py tiny-llama       # questions about the standard library
+The second depends a little on the Python whose documentation it is made from; the shipped one was
 made with 3.11.
 """
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from raytrain_adv.data.read import stdlib_docs
+from raytrain_adv.data.read import orders, stdlib_docs
+from raytrain_adv.data.read.sources import Row
 
-FOLDER = Path(__file__).parent / "tiny-llama"
-VOCAB_SIZE = 4096
+NUM_READ = 20_000  # rows that a tokenizer is made from
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -29,26 +33,44 @@ CHAT_TEMPLATE = (
 )
 
 
-def texts() -> Iterator[str]:
+@dataclass(frozen=True)
+class Model:
+    """A folder to make."""
+
+    rows: Callable[[], Iterator[Row]]
+    vocab_size: int
+    splits_digits: bool
+    repetition_penalty: float
+
+
+MODELS = {
+    "orders-llama": Model(orders.rows, 640, splits_digits=True, repetition_penalty=1.0),
+    "tiny-llama": Model(stdlib_docs.rows, 4096, splits_digits=False, repetition_penalty=1.2),
+}
+
+
+def texts(model: Model) -> Iterator[str]:
     """Yield the questions and answers the tokenizer is made for."""
-    for row in stdlib_docs.rows():
+    for row in islice(model.rows(), NUM_READ):
         yield row.values["instruction"]
         yield row.values["output"]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     """Train the tokenizer."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = [pre_tokenizers.Digits(individual_digits=True)] if model.splits_digits else []
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, whole]) if split else whole
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=model.vocab_size,
         special_tokens=SPECIAL,
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.train_from_iterator(texts(model), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
@@ -63,17 +85,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def main() -> None:
     """Write the model folder."""
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(FOLDER, save_jinja_files=False)
-    settings = json.loads((FOLDER / "tokenizer_config.json").read_text())
+    if sys.argv[1:] not in [[name] for name in MODELS]:
+        sys.exit(f"usage: python {sys.argv[0]} {' | '.join(MODELS)}")
+    folder, model = Path(__file__).parent / sys.argv[1], MODELS[sys.argv[1]]
+    tokenizer = make_tokenizer(model)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["tokenizer_class"] = (
         "PreTrainedTokenizerFast"  # every release of transformers knows this name
     )
     del settings["backend"]
-    (FOLDER / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=704,
         num_hidden_layers=4,
@@ -84,12 +109,12 @@ def main() -> None:
         architectures=["LlamaForCausalLM"],
         **ids,
     )
-    config.save_pretrained(FOLDER)
+    config.save_pretrained(folder)
     GenerationConfig(
-        do_sample=False, max_new_tokens=96, repetition_penalty=1.2, **ids
-    ).save_pretrained(FOLDER)
-    size = sum(file.stat().st_size for file in FOLDER.iterdir())
-    print(json.dumps({"folder": str(FOLDER), "bytes": size, "vocab": len(tokenizer)}))
+        do_sample=False, max_new_tokens=96, repetition_penalty=model.repetition_penalty, **ids
+    ).save_pretrained(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(json.dumps({"folder": str(folder), "bytes": size, "vocab": len(tokenizer)}))
 
 
 if __name__ == "__main__":

@@ -236,6 +236,8 @@ class Variant(Record):
     """Mean loss per label token."""
     perplexity: Number = None
     """Its exponential."""
+    exact_answers: Number = None
+    """Share of the held-out answers that greedy decoding gives exactly, with compute_accuracy."""
 
 
 def fold_names(fqns: Iterable[str]) -> tuple[str, ...]:

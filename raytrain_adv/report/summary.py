@@ -66,7 +66,7 @@ def _variants(report: RunReport) -> str:
     rows = variants.table_rows(report)
     if not rows:
         return ""
-    table = columns([variants.HEADS, *rows], num_left=1)
+    table = columns([variants.heads(report), *rows], num_left=1)
     return indent("\n".join(filter(None, [table, variants.sentence(report)])), "  ")
 
 

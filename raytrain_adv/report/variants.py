@@ -15,6 +15,7 @@ TWIN = "twin"
 NEGLIGIBLE = 1e-4
 """Share of the loss in bf16. If PTQ loses less, no recovered share is stated: it would be noise."""
 HEADS = ("weights", "step", "held-out loss", "perplexity", "against bf16")
+EXACT_HEAD = "exact answers"
 
 
 def variants(rows: Sequence[Mapping[str, Any]]) -> tuple[Variant, ...]:
@@ -24,7 +25,8 @@ def variants(rows: Sequence[Mapping[str, Any]]) -> tuple[Variant, ...]:
         if row.get("event") == "variant" and row.get("loss") is not None:
             key = (row["variant"], row["step"])
             found.pop(key, None)
-            figures = {name: row[name] for name in ("step", "loss", "perplexity")}
+            names = ("step", "loss", "perplexity", "exact_answers")
+            figures = {name: row.get(name) for name in names}
             found[key] = Variant(name=row["variant"], **figures)
     return tuple(found.values())
 
@@ -69,14 +71,21 @@ def degradation(variant: Variant, found: Sequence[Variant]) -> float | None:
     return variant.loss / pair[0].loss - 1.0
 
 
-def table_rows(report: RunReport) -> list[tuple[str, str, str, str, str]]:
-    """Return a line per variant, in the order of HEADS."""
+def heads(report: RunReport) -> tuple[str, ...]:
+    """Return the heads of the table; exact answers only where they were counted."""
+    counted = any(v.exact_answers is not None for v in report.variants)
+    return (*HEADS, EXACT_HEAD) if counted else HEADS
+
+
+def table_rows(report: RunReport) -> list[tuple[str, ...]]:
+    """Return a line per variant, in the order of heads()."""
     rows = []
     for v in report.variants:
         share = degradation(v, report.variants)
         against = "-" if share is None else f"{share:+.2%}".replace("-0.00%", "+0.00%")
         figures = (text.loss(v.loss), text.compact(v.perplexity), against)
-        rows.append((v.name, f"{v.step:,}", *figures))
+        exact = ("-" if v.exact_answers is None else f"{v.exact_answers:.1%}",)
+        rows.append((v.name, f"{v.step:,}", *figures, *exact)[: len(heads(report))])
     return rows
 
 

@@ -21,6 +21,9 @@ from raytrain_adv.storage.storage import Storage
 if TYPE_CHECKING:
     from raytrain_adv.worker.loop import TrainState
 
+EXACT = "exact_answers"
+FIGURES = ("loss", "accuracy", EXACT)
+
 
 def evaluate_held_out(state: TrainState, rows: Batches, done: int) -> None:
     """Evaluate the held-out rows with every feature on, and write the result."""
@@ -36,7 +39,7 @@ def evaluate_held_out(state: TrainState, rows: Batches, done: int) -> None:
 
 
 def _together(each: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the result over all rows, followed by the loss (and accuracy) of each dataset."""
+    """Return the result over all rows, followed by the figures of each dataset."""
     results = list(each.values())
     tokens = sum(one["num_label_tokens"] for one in results)
     whole: dict[str, Any] = {
@@ -44,10 +47,14 @@ def _together(each: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for name in ("loss", "accuracy")
         if name in results[0]
     }
+    if EXACT in results[0]:
+        answers = sum(one["num_answers"] for one in results)
+        right = sum(one[EXACT] * one["num_answers"] for one in results)
+        whole |= {EXACT: right / max(answers, 1), "num_answers": answers}
     whole |= {"perplexity": _perplexity(whole["loss"]), "num_label_tokens": tokens}
     whole["seconds"] = sum(one["seconds"] for one in results)
     for dataset, one in each.items():
-        whole |= {f"{name}/{dataset}": one[name] for name in ("loss", "accuracy") if name in one}
+        whole |= {f"{name}/{dataset}": one[name] for name in FIGURES if name in one}
     return whole
 
 
@@ -57,8 +64,8 @@ def _perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def evaluate(state: TrainState, batches: Batches) -> dict[str, Any]:
-    """Return {loss, perplexity, num_label_tokens, seconds}, and with compute_accuracy the accuracy,
-    over all rows with the model as it is.
+    """Return {loss, perplexity, num_label_tokens, seconds}, and with compute_accuracy {accuracy,
+    exact_answers, num_answers}, over all rows with the model as it is.
 
     Ranks without rows left still run the forward pass: FSDP2 gathers on all of them.
     """
@@ -67,7 +74,7 @@ def evaluate(state: TrainState, batches: Batches) -> dict[str, Any]:
     with state.meter.paused("evaluation"):
         start = time.perf_counter()
         model.eval()
-        totals = torch.zeros(3, dtype=torch.float64, device=run.device)
+        totals = torch.zeros(5, dtype=torch.float64, device=run.device)
         idle: MicroBatch | None = None
         for batch in eval_batches(batches, size, run.rank, run.world_size):
             idle = idle or batches.micro_batch(0, [0])
@@ -78,29 +85,53 @@ def evaluate(state: TrainState, batches: Batches) -> dict[str, Any]:
         reshard(model)
         if run.world_size > 1:
             dist.all_reduce(totals)
-    loss_total, num_right, tokens = totals.tolist()
+    loss_total, tokens, num_right, num_exact, answers = totals.tolist()
     loss = loss_total / max(tokens, 1.0)
-    accuracy = num_right / max(tokens, 1.0)
+    shares = {"accuracy": num_right / max(tokens, 1.0), EXACT: num_exact / max(answers, 1.0)}
     return {
         "loss": loss,
         "perplexity": _perplexity(loss),
-        **({"accuracy": accuracy} if state.job.output.compute_accuracy else {}),
+        **({**shares, "num_answers": int(answers)} if state.job.output.compute_accuracy else {}),
         "num_label_tokens": int(tokens),
         "seconds": time.perf_counter() - start,
     }
 
 
 def _sums(state: TrainState, batch: MicroBatch) -> torch.Tensor:
-    """Return a batch's loss, rightly predicted labels and labels, each summed [3]."""
+    """Return a batch's sums [5]: loss, labels, and with compute_accuracy rightly predicted labels,
+    exact answers and answers.
+    """
     labels = batch.labels
-    right = torch.zeros((), device=labels.device)
+    right = exact = answers = torch.zeros((), device=labels.device)
     if state.job.output.compute_accuracy:
         logits = state.model(**batch.inputs, use_cache=False).logits
-        right = (logits.argmax(-1) == labels).sum()
+        is_right = logits.argmax(-1) == labels
+        right = is_right.sum()
+        exact, answers = exact_answers(is_right, labels)
         loss = chunked_cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
     else:
         loss = state.eval_loss_sum(state.model, batch.inputs, labels)
-    return torch.stack([loss.double(), right.double(), (labels != IGNORE).sum().double()])
+    count = (labels != IGNORE).sum()
+    return torch.stack([one.double() for one in (loss, count, right, exact, answers)])
+
+
+def exact_answers(
+    is_right: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how many answers (labels [batch, tokens] that follow each other) are right to their
+    last token, and how many there are.
+
+    These are the answers that greedy decoding would give word for word: as long as it has chosen the
+    reference's tokens, it sees what the model sees here.
+    """
+    counted = labels != IGNORE
+    starts = counted.clone()
+    starts[:, 1:] &= ~counted[:, :-1]
+    numbers = starts.flatten().cumsum(0)
+    wrong = torch.zeros(int(numbers.numel()) + 1, dtype=torch.bool, device=labels.device)
+    wrong[numbers[(counted & ~is_right).flatten()]] = True
+    answers = starts.sum()
+    return answers - wrong.sum(), answers
 
 
 def evaluate_variants(state: TrainState, done: int, of: str = "") -> None:
@@ -113,14 +144,18 @@ def evaluate_variants(state: TrainState, done: int, of: str = "") -> None:
             known = on and not of and state.evaluated[0] == done
             result = state.evaluated[1] if known else evaluate(state, state.held_out)
             loss, perplexity = result["loss"], result["perplexity"]
+            exact = {EXACT: result[EXACT]} if EXACT in result else {}
+            right = f", {result[EXACT]:.1%} of the answers exact" if exact else ""
             state.run.say(
-                f"{name} after {done} steps: held-out loss {loss:.4f}, perplexity {perplexity:.4g}",
+                f"{name} after {done} steps: held-out loss {loss:.4f}, perplexity "
+                f"{perplexity:.4g}{right}",
                 event="variant",
                 transform=transform.name,
                 variant=name,
                 step=done,
                 loss=loss,
                 perplexity=perplexity,
+                **exact,
             )
 
 

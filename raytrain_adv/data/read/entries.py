@@ -16,7 +16,7 @@ REMOTE = "REMOTE:"
 """Beginning of a dataset_dir that is a dataset on the Hub."""
 INFO_FILE = "dataset_info.json"
 FILE_TYPES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt")
-BUILTIN_SETS = ("python_stdlib_docs",)
+BUILTIN_SETS = ("python_stdlib_docs", "orders")
 
 Formatting = Literal["alpaca", "sharegpt", "openai"]
 Kind = Literal["files", "hub", "builtin"]

@@ -43,9 +43,10 @@ def open_source(entry: Entry, cache_dir: str | None) -> Source:
         JobError: for a missing, empty or unreadable source.
     """
     if entry.kind == "builtin":
-        from raytrain_adv.data.read import stdlib_docs  # few jobs need it
+        from raytrain_adv.data.read import orders, stdlib_docs  # few jobs need them
 
-        return Source(stdlib_docs.fingerprint(), stdlib_docs.rows)
+        made = {"orders": orders, "python_stdlib_docs": stdlib_docs}[entry.target]
+        return Source(made.fingerprint(), made.rows)
     if entry.kind == "hub":
         return _open_hub(entry, cache_dir)
     files = data_files(Path(entry.target))

@@ -278,7 +278,9 @@ def log_line(row: Row, progress: Progress) -> str:
         perplexity = text.compact(value(row, "perplexity"))
         tokens = text.count(row.get("num_label_tokens"))
         figures = f"eval {cells['step']}  loss {cells['loss']}  perplexity {perplexity}"
-        parts = (figures, f"{tokens} label tokens", cells["grad"], cells["tok/s"])
+        exact = value(row, "exact_answers")
+        right = "" if exact is None else f"{exact:.1%} of {row.get('num_answers')} answers exact"
+        parts = (figures, right, f"{tokens} label tokens", cells["grad"], cells["tok/s"])
         return "  ".join(filter(None, parts))
     form = (
         "step {step}  epoch {epoch}  loss {loss}  lr {lr}  grad {grad:>5}  {tok/s:>7} tok/s/worker"
