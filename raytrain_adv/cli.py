@@ -262,16 +262,21 @@ def status(address: str | None, run: str | None) -> None:
 
 
 @app.command(context_settings=HELP)
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option("--fix", is_flag=True, help="Repair what can be repaired. Nothing is deleted: "
               "what is removed is in RUN/set-aside afterward.")  # fmt: skip
-def doctor(run: Path, fix: bool) -> int:
+def doctor(run: Path | None, fix: bool) -> int:
     """Check the files of a run, and repair them.
 
     Prints what is wrong in RUN, an output_dir, and what a rerun does. RUN must not be running.
     Exit codes: 0 nothing is wrong or all is repaired, 5 something is wrong, 2 there is no such run
     or it is running.
     """
+    if run is None:
+        from raytrain_adv.driver.commands.status import runs_here
+
+        here = ", ".join(map(str, runs_here())) or "none in this folder"
+        raise _wrong(f"no run is named; the last ones: {here}", "raytrain-adv doctor OUTPUT_DIR")
     from raytrain_adv.driver.commands.doctor import show
 
     return EXIT_DONE if show(run, fix) else errors.EXIT_NOT_MENDED

@@ -88,14 +88,22 @@ class ClusterError(RaytrainAdvError):
     exit_code = EXIT_CLUSTER_REFUSED
 
 
-NOISE = {
+NOISE: dict[str, str | tuple[str, ...]] = {
     # torchao 0.18 tries its compiled kernels for each CUDA version and Python, and warns about
     # those for other machines. Remove when torchao logs this at level debug.
     "torchao": "Failed to load ",
     # torchao 0.18 registers two enums as pytree constants, which torch 2.13 does by itself.
     "torch.utils._pytree": "<enum '",
+    # ray 2.60 prints 20 lines of dashboard.log where its dashboard does not start, mostly because
+    # another process of Ray has ended, whose own words our error quotes.
+    "ray._private.services": (
+        "Failed to start the dashboard ",
+        "Error should be written to 'dashboard.log'",
+        "Couldn't read dashboard.log",
+        "\nThe last 20 lines of ",
+    ),
 }
-"""Logger -> the beginning of the hidden message; its other messages are shown."""
+"""Logger -> the beginnings of hidden messages; its other messages are shown."""
 
 
 class _Without(logging.Filter):

@@ -11,8 +11,9 @@ TIMEOUT_S = 5.0
 SWITCH = "HF_HUB_OFFLINE"
 
 
-def require_model(name: str, revision: str, cache_dir: str | None) -> None:
-    """Refuse a model of the Hub that is neither cached on this machine nor can be fetched.
+def require_model(name: str, revision: str, cache_dir: str | None, near: str = "") -> None:
+    """Refuse a model of the Hub that is neither cached on this machine nor can be fetched; `near`
+    says which folders a path of this name could have meant.
 
     Raises:
         JobError: naming why the Hub cannot be reached.
@@ -23,8 +24,9 @@ def require_model(name: str, revision: str, cache_dir: str | None) -> None:
     if (reason := why_unreachable()) and not isinstance(known, str):
         raise JobError(
             f"There is no folder {name}, and the model of that name cannot be fetched",
-            f"{reason}; it is not in the Hub's cache on this machine either",
-            "give a local folder, or make the Hub reachable; HF_ENDPOINT names a mirror",
+            "\n".join(filter(None, [f"{reason}; the Hub's cache here lacks it too", near])),
+            "if it is a folder, correct model_name_or_path; else make the Hub reachable "
+            "(HF_ENDPOINT names a mirror)",
         )
 
 

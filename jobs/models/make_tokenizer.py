@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from raytrain_adv.data.read import orders, stdlib_docs
 from raytrain_adv.data.read.sources import Row
 
-NUM_READ = 20_000  # rows that a tokenizer is made from
+NUM_READ = 10_000  # rows that a tokenizer is made from
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}"

@@ -214,8 +214,8 @@ class OutputConfig(Section):
     eval_on_each_dataset: bool = False
     """Report the loss of each dataset of eval_dataset, besides that of all rows together."""
     compute_accuracy: bool = False
-    """Report the share of label tokens that the model predicts, and of answers that it gives exactly
-    (by greedy decoding), too."""
+    """Report the share of label tokens that the model predicts, and the share of answers that
+    greedy decoding gives exactly, too."""
     load_best_model_at_end: bool = False
     """Export the model of the best evaluation instead of the last step's; each evaluation that is
     the best so far writes a checkpoint, which save_total_limit does not delete."""

@@ -62,7 +62,12 @@ def looks_like_hub_name(name: str) -> bool:
 
 
 def nearest_folders(path: Path) -> str:
-    """Name the folders next to a missing one, the most similar first."""
+    """Name the folders next to a missing one, the most similar first, and where the model could be
+    meant, as in models/gemma for a missing gemma.
+    """
+    elsewhere = sorted(str(p.parent) for p in Path().glob(f"*/{path.name}/config.json"))
+    if elsewhere:
+        return f"there is {', '.join(elsewhere[:3])}"
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent

@@ -121,8 +121,8 @@ def exact_answers(
     """Return how many answers (labels [batch, tokens] that follow each other) are right to their
     last token, and how many there are.
 
-    These are the answers that greedy decoding would give word for word: as long as it has chosen the
-    reference's tokens, it sees what the model sees here.
+    Greedy decoding would give exactly these word for word: as long as it has chosen the reference's
+    tokens, it sees what the model sees here.
     """
     counted = labels != IGNORE
     starts = counted.clone()

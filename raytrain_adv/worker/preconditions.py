@@ -15,7 +15,13 @@ from raytrain_adv.data.read.entries import Entry, resolve
 from raytrain_adv.data.read.sources import data_files, read_files
 from raytrain_adv.data.tokens.templates import find_template, no_template, unfit
 from raytrain_adv.errors import JobError
-from raytrain_adv.model.files import check_flash_package, check_folder, check_weights, is_local
+from raytrain_adv.model.files import (
+    check_flash_package,
+    check_folder,
+    check_weights,
+    is_local,
+    nearest_folders,
+)
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -51,9 +57,9 @@ def check_files(job: JobConfig) -> None:
 def _check(job: JobConfig) -> None:
     check_folder(job)
     if not is_local(job):
-        hub.require_model(
-            job.model.model_name_or_path, job.model.model_revision, job.model.cache_dir
-        )
+        name = job.model.model_name_or_path
+        near = nearest_folders(Path(name).expanduser())
+        hub.require_model(name, job.model.model_revision, job.model.cache_dir, near)
     if not job.model.train_from_scratch:
         check_weights(job)
     check_flash_package(job.model.flash_attn)

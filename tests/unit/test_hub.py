@@ -19,7 +19,7 @@ from raytrain_adv.data.read.entries import Entry
 from raytrain_adv.data.read.sources import open_source
 found, start = [], time.monotonic()
 for ask in (
-    lambda: hub.require_model("org/model", "main", None),
+    lambda: hub.require_model("org/model", "main", None, "here are org/moddel"),
     lambda: open_source(Entry("org/rows", "hub", "org/rows"), None),
 ):
     try:
@@ -51,6 +51,7 @@ def test_without_a_hub_the_message_comes_at_once(
     )
     seconds, (model, rows) = json.loads(answer.stdout.splitlines()[-1])
     assert reason in model and "org/model" in model and "HF_ENDPOINT" in model
+    assert "here are org/moddel" in model
     assert reason in rows and "org/rows" in rows
     # Most of it is the import of datasets, on a machine that may be busy.
     assert seconds < 20 and "Retry" not in answer.stderr

@@ -1,7 +1,7 @@
 """The quickstart's dataset: orders as a customer writes them, and the same orders as JSON.
 
-Made by drawing, so that a model of a few million parameters learns the task from scratch in minutes,
-and that hardly any held-out order was trained on: there are more than ten billion of them.
+Made by drawing: a model of a few million parameters learns the task from scratch in minutes, and
+hardly any held-out order was trained on, as there are more than ten billion of them.
 """
 
 import hashlib
@@ -12,28 +12,34 @@ from pathlib import Path
 
 from raytrain_adv.data.read.sources import Row
 
-NUM_ROWS = 24_000
+NUM_ROWS = 10_000
 SEED = 0
 
-_FIRST = (
-    "Anna Ben Carla David Emma Felix Grace Hugo Iris Jonas Karin Liam Mara Nils Olga Paul Rosa "
-    "Simon Tara Victor"
-).split()
-_LAST = (
-    "Berg Costa Dahl Evans Fischer Garcia Haas Ito Jansen Keller Lopez Meyer Novak Olsen Patel "
-    "Rossi Silva Tanaka Vogel Weber"
-).split()
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_FIRST = _words(
+    "Anna Ben Carla David Emma Felix Grace Hugo Iris Jonas Karin Liam Mara Nils Olga Paul "
+    "Rosa Simon Tara Victor"
+)
+_LAST = _words(
+    "Berg Costa Dahl Evans Fischer Garcia Haas Ito Jansen Keller Lopez Meyer Novak Olsen "
+    "Patel Rossi Silva Tanaka Vogel Weber"
+)
+_COLORS = _words("red green blue black white yellow brown gray orange purple")
+_CITIES = _words("Oslo Berlin Madrid Paris Rome Vienna Dublin Prague Lisbon Athens Zurich Warsaw")
+_MONTHS = _words(
+    "January February March April May June July August September October November December"
+)
+_NUMBERS = _words("one two three four five six seven eight nine ten eleven twelve")
+
 _ITEMS = {
     "shirt": "shirts", "chair": "chairs", "lamp": "lamps", "bag": "bags", "box": "boxes",
     "knife": "knives", "shelf": "shelves", "brush": "brushes", "cup": "cups", "table": "tables",
     "pen": "pens", "watch": "watches",
 }  # fmt: skip
-_COLORS = "red green blue black white yellow brown gray orange purple".split()
-_CITIES = "Oslo Berlin Madrid Paris Rome Vienna Dublin Prague Lisbon Athens Zurich Warsaw".split()
-_MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
-_NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split()
 _FORMS = (
     "{customer} orders {many} {color} {items}, to {city}, by {date}.",
     "Please send {many} {color} {items} to {customer} in {city} before {date}.",

@@ -205,7 +205,8 @@ def describe_dashboard() -> str:
     """Return the address of the cluster's dashboard, and whether it requires a token."""
     url = ray._private.worker.get_dashboard_url()  # ray.init returns it only if it started Ray
     if not url:
-        return "none (Ray was started without one)"
+        logs = ray._private.worker._global_node.get_logs_dir_path()
+        return f"none (Ray was started without one, or it did not start: {logs}/dashboard.log)"
     # Ray 2.60 enables this when it starts with RAY_AUTH_MODE unset.
     token = " (asks for the token that `ray get-auth-token` prints)"
     return f"http://{url}{token if is_token_auth_enabled() else ''}"

@@ -24,8 +24,11 @@ def show(job: JobConfig, number: int, html: Path | None) -> None:
     JobError if the data cannot be trained on, StorageError if the page cannot be written.
     """
     console = Console(highlight=False, soft_wrap=True)
+    marks = "green, the rest is dim" if console.color_system else "between >> and <<"
     prepared = prepare(job, lambda sentence: console.print(sentence, style="dim", markup=False))
     rows = shown_rows(job, number)
+    if rows:
+        console.print(f"\nText that is trained (has a loss) is {marks}.", markup=False)
     for row in rows:
         console.print()
         _print_row(console, row)
@@ -51,6 +54,10 @@ def _print_row(console: Console, row: ShownRow) -> None:
         numbers += f", cut from {row.num_before:,}"
     console.print(Text.assemble((row.where, "bold"), f"  {numbers}"))
     console.print(Text(" -> ".join(row.roles), style="dim"))
+    if not console.color_system:  # a pipe, a file, NO_COLOR
+        marked = "".join(f">>{run}<<" if trained else run for trained, run in row.runs())
+        console.print(marked, markup=False)
+        return
     shown = Text()
     for token in row.tokens:
         style = "green" if token.is_trained else "dim"

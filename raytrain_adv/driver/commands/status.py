@@ -5,6 +5,7 @@ Combines Ray's dashboard with what a run has written into its output_dir.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,16 @@ from typing import Any
 from rich.text import Text
 
 from raytrain_adv import tables, text
+from raytrain_adv.checkpoint import folders
 from raytrain_adv.driver.cluster import dashboard
 from raytrain_adv.driver.output.output_dir import is_held
-from raytrain_adv.driver.output.replaced import RUN_FILE
-from raytrain_adv.errors import ClusterError, JobError
+from raytrain_adv.driver.output.replaced import RUN_FILE, storage_below
+from raytrain_adv.errors import ClusterError, JobError, StorageError
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.storage.storage import Storage
 
 Entry = Mapping[str, Any]  # a run, attempt or worker, as Ray Train's state has it (ray 2.60)
+NUM_HERE = 5  # runs of this folder that are listed when none is running
 DIED = "died"  # of a run that no driver holds, and that did not write how it ended
 ENDED = ("finished", "errored", "aborted")  # Ray Train's states of a run that is over
 HEADS = ("run", "status", "workers", "step", "loss", "tokens/s/worker", "restarts", "output_dir")
@@ -38,6 +41,7 @@ class Written:
     restarts: int | None
     row_at: float | None  # when the last row was written, unix seconds
     message: str  # the message of its last event
+    committed: int | None = None  # the step of its newest complete checkpoint
 
     @property
     def figures(self) -> tuple[str, str, str]:
@@ -73,7 +77,7 @@ def show(address: str | None, run: str | None) -> None:
     if run is None:
         where = "the cluster" if url else "this machine"
         more = "" if url else "; --address URL names a cluster"
-        print(_table(runs) if runs else f"{where} has no runs{more}")
+        print(_table(runs) if runs else "\n".join([f"{where} runs nothing now{more}", *_ended()]))
         return
     place = folder.absolute() if folder is not None else Path()
     chosen = [one for one in runs if run in one.names or one.output_dir == place]
@@ -131,7 +135,40 @@ def written(folder: Path | None) -> Written | None:
         restarts=plan.get("restarts"),
         row_at=rows[-1].get("time") if rows else None,
         message=messages[-1] if messages else "",
+        committed=_committed(folder, record),
     )
+
+
+def _committed(folder: Path, record: Entry) -> int | None:
+    """Return the step of a run's newest complete checkpoint; None if it has none, or it is not
+    readable from here.
+    """
+    job = record.get("job") or {}
+    name = job.get("ray_run_name") or folder.absolute().name
+    place = storage_below(folder, job.get("ray_storage_path"), name)
+    with contextlib.suppress(StorageError, OSError):
+        found = folders.newest(Storage.at(place))
+        return found.progress.step if found is not None else None
+    return None
+
+
+def runs_here(most: int = NUM_HERE) -> list[Path]:
+    """Return the output_dirs of the last runs in this folder and two below it, the newest first."""
+    found = [path for depth in range(4) for path in Path().glob("*/" * depth + RUN_FILE)]
+    newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent for path in newest[:most]]
+
+
+def _ended() -> Iterator[str]:
+    """Yield what the last runs in this folder were, and how to see one."""
+    here = runs_here()
+    for folder in here:
+        found = written(folder)
+        if found is not None and found.row_at is not None:
+            step, ago = f"step {found.progress}, loss {found.figures[0]}", _ago(found.row_at)
+            yield f"  {folder}: {found.status}, {step}, {ago}"
+    name = here[0] if here else "OUTPUT_DIR"
+    yield f"a run that has ended: raytrain-adv status {name}"
 
 
 def _table(runs: Sequence[Run]) -> str:
@@ -157,6 +194,8 @@ def _of_folder(folder: Path) -> Iterator[str]:
     if found.status == DIED:
         yield f"  its driver ended without a report; repair it: raytrain-adv doctor {folder} --fix"
     yield f"  step      {found.progress}, loss {loss}, {rate} tokens/s/worker"
+    if found.committed is not None:
+        yield f"  saved     step {found.committed}, the newest complete checkpoint"
     yield f"  restarts  {restarts}"
     if found.row_at is not None:
         message = f": {found.message}" if found.message else ""

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import psutil
 import ray
@@ -46,6 +49,12 @@ def poll(name: str, check: Callable[[], None], every_s: float) -> Iterator[None]
 
 
 EVERY_S, START_EVERY_S = 2.0, 0.2
+FATAL = re.compile(
+    r"\b[EFC] \d|[Ff]atal|Check failed|[Ee]rror|terminate called|[Cc]annot|[Ff]ailed"
+)
+"""What the line has by which a process of Ray explains its end (2.60)."""
+_BOILERPLATE = re.compile(r"An unexpected system state.*?fix it\. ")
+MOST_READ, MOST_QUOTED = 200, 400  # lines of a log, and characters of one
 STARTED = ("gcs_server", "raylet")  # names of Ray's processes, without which it cannot start (2.60)
 LOST_AFTER_S = 45.0
 """Seconds without an answer after which the run ends. If the head returns earlier and its state is
@@ -131,27 +140,61 @@ def watching_start(record: Callable[[BaseException], None]) -> Iterator[None]:
     """
     earlier = set(psutil.Process().children())
     known: dict[psutil.Process, str] = {}
+    logs = ""
 
     def check() -> None:
+        nonlocal logs
         for child in set(psutil.Process().children()) - earlier:
             with contextlib.suppress(psutil.Error):
-                if child.name() in STARTED:
-                    known.setdefault(child, child.name())
+                if child.name() in STARTED and child not in known:
+                    known[child] = child.name()
+                    logs = _log_folder(child.cmdline()) or logs
         for child, name in known.items():
             if _has_ended(child):
-                error = ClusterError(
-                    "Ray cannot be started here: one of its processes ended",
-                    f"{name}, process {child.pid}; the kernel may have ended it for memory (dmesg)",
-                    "run the job again; Ray's logs are in session_latest/logs of its folder, "
-                    "/tmp/ray by default",
-                )
-                _end_process(error, record)
+                _end_process(_ended_at_start(name, child.pid, logs), record)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     with poll("start watch", check, START_EVERY_S):
         yield
+
+
+def _log_folder(command: Sequence[str]) -> str:
+    """Return the folder of Ray's logs from the command line of one of its processes (2.60)."""
+    for part, after in zip(command, [*command[1:], ""], strict=True):
+        key, _, value = part.lstrip("-").partition("=")
+        key = key.replace("-", "_")
+        if key == "log_dir":
+            return value or after
+        if key == "session_dir":
+            return f"{value or after}/logs"
+    return ""
+
+
+def _ended_at_start(name: str, pid: int, logs: str) -> ClusterError:
+    """Return why one of Ray's processes ended while Ray started, in its own last words."""
+    folder = logs or "session_latest/logs of Ray's folder, /tmp/ray by default"
+    cause = last_words(Path(logs), name) if logs else ""
+    found = f"{name}, process {pid}, {cause or 'without a word in its log'}"
+    overloaded = "the machine may be overloaded: try again" if "imed out" in cause else ""
+    fix = f"{overloaded or 'correct what it names'}; Ray's logs are in {folder}"
+    if not cause:
+        fix = f"the kernel may have ended it for memory (dmesg); Ray's logs are in {folder}"
+    return ClusterError("Ray cannot be started here: one of its processes ended", found, fix)
+
+
+def last_words(logs: Path, name: str) -> str:
+    """Return the last message of a Ray process about its end, from its logs; empty without one."""
+    for kind in ("err", "out"):
+        with contextlib.suppress(OSError):
+            with (logs / f"{name}.{kind}").open(encoding="utf-8", errors="replace") as file:
+                lines = [line.strip() for line in deque(file, MOST_READ)]
+            found = [line for line in lines if FATAL.search(line)]
+            if found:
+                words = found[-1].partition(") ")[2] or found[-1]
+                return f"wrote into {name}.{kind}: {_BOILERPLATE.sub('', words)[:MOST_QUOTED]}"
+    return ""
 
 
 def head_address() -> str:

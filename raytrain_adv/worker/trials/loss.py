@@ -87,8 +87,8 @@ def check_loss(
         return _fall_back(job, model, head, run, plans, refusal)
     worst = max(error for name, error in errors.items() if name != LOSS)
     sentence = (
-        f"checked on {NUM_TOKENS} tokens before training: loss {loss / NUM_TOKENS:.5f}, "
-        f"{plain_loss / NUM_TOKENS:.5f} of plain logits; gradients of the head and its input "
+        f"checked before training on {NUM_TOKENS} random tokens, whose loss is high: "
+        f"{loss / NUM_TOKENS:.5f}, torch's is {plain_loss / NUM_TOKENS:.5f}; gradients "
         f"{worst:.2%} apart, {gradient_allowed:.1%} allowed"
     )
     run.say(sentence)

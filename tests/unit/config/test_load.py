@@ -119,7 +119,7 @@ def test_missing_keys_are_named_with_their_meaning(folder: Path) -> None:
     ("key", "nearest"),
     [
         ("learning-rate", "learning_rate"),
-        ("per_device_batch_size", "per_device_eval_batch_size"),
+        ("per_device_batch_size", "per_device_train_batch_size"),
         ("Cutoff_Len", "cutoff_len"),
         ("lora_r", "lora_rank"),
         ("eval_step", "eval_steps"),

@@ -59,7 +59,7 @@ def test_status_shows_this_users_token_to_this_machines_ray(url: str, tmp_path: 
     assert "The cluster requires its token" in status(url, tmp_path).stderr
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
-    assert status(url, tmp_path).stdout.strip() == "the cluster has no runs"
+    assert status(url, tmp_path).stdout.startswith("the cluster runs nothing now")
     asked_not_to = status(url, tmp_path, RAY_AUTH_MODE="disabled")
     assert "The cluster requires its token" in asked_not_to.stderr
 
@@ -123,7 +123,7 @@ def test_status_without_an_address_finds_the_launches_of_this_machine(
     assert "mine_001" in said and "left out: The dashboard cannot list" in said
     monkeypatch.setattr(dashboard, "of_this_machine", lambda: [])
     show(None, None)
-    assert capsys.readouterr().out.startswith("this machine has no runs; --address URL")
+    assert capsys.readouterr().out.startswith("this machine runs nothing now; --address URL")
 
 
 def test_a_cluster_on_which_nothing_has_run_is_no_error(
@@ -131,6 +131,6 @@ def test_a_cluster_on_which_nothing_has_run_is_no_error(
 ) -> None:
     never = "Train state data is not available. Please make sure Ray Train is running"
     show(started(never, 500), None)
-    assert capsys.readouterr().out == "the cluster has no runs\n"
+    assert capsys.readouterr().out.startswith("the cluster runs nothing now\n")
     with pytest.raises(ClusterError, match="cannot list"):
         show(started("Train is not installed.", 500), None)

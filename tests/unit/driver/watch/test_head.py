@@ -99,3 +99,18 @@ def test_a_process_of_ray_that_ends_while_ray_starts_ends_the_launch(
         earlier.kill()
     assert codes[0] == 4 and isinstance(recorded[0], ClusterError)
     assert f"{name}, process {child.pid}" in capfd.readouterr().err
+
+
+def test_the_last_words_of_a_process_of_ray_are_quoted(tmp_path):
+    (tmp_path / "raylet.out").write_text(
+        "[2026-11-29 02:43:11,001 I 12 12] (raylet) main.cc:1: starting\n"
+        "[2026-11-29 02:43:12,001 C 12 12] (raylet) store.cc:7: No space left on device\n"
+        "[2026-11-29 02:43:12,002 I 12 12] (raylet) main.cc:9: bye\n"
+    )
+    (tmp_path / "raylet.err").write_text("")
+    assert head_watch._log_folder(["/x/raylet", f"--log_dir={tmp_path}"]) == str(tmp_path)
+    assert head_watch._log_folder(["x", "--session-dir", "/s"]) == "/s/logs"
+    error = head_watch._ended_at_start("raylet", 12, str(tmp_path))
+    assert "raylet.out" in error.found and "store.cc:7: No space left on device" in error.found
+    assert str(tmp_path) in error.fix and "memory" not in error.fix
+    assert "memory" in head_watch._ended_at_start("gcs_server", 13, str(tmp_path)).fix

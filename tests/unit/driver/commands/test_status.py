@@ -1,0 +1,50 @@
+import json
+from pathlib import Path
+
+from raytrain_adv import cli
+from raytrain_adv.driver.commands.status import _ended, runs_here, written
+from raytrain_adv.storage.metrics_file import MetricsFile
+
+
+def make_run(folder: Path, status="done", step=4):
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"status": status, "job": {}}))
+    with MetricsFile(folder / "metrics.jsonl", resume_step=None) as file:
+        file.append({"kind": "train", "step": step, "loss": 2.5})
+
+
+def make_checkpoint(folder: Path, step: int) -> None:
+    folder.mkdir(parents=True)
+    counts = {"global_batch": 1, "num_sequences": 1, "num_tokens": 1, "window_loss": 0.0}
+    progress = {"step": step, "window_tokens": 0.0, **counts}
+    known = {"fingerprint": "", "job": {}, "optimizer": True, "files": {}}
+    manifest = {"format": 1, "progress": progress, **known}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_status_names_the_committed_step_besides_the_logged_one(tmp_path, capsys):
+    make_run(tmp_path / "run", "stopped", step=30)
+    make_checkpoint(tmp_path / "run" / "checkpoints" / "run_001" / "step_00000035", 35)
+    assert written(tmp_path / "run").committed == 35
+    assert cli.main(["status", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "step      30" in said and "saved     step 35, the newest complete checkpoint" in said
+
+
+def test_where_nothing_runs_the_last_runs_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert list(_ended()) == ["a run that has ended: raytrain-adv status OUTPUT_DIR"]
+    make_run(tmp_path / "saves" / "mine")
+    lines = list(_ended())
+    assert lines[0].startswith("  saves/mine: done, step 4, loss 2.5000, ")
+    assert lines[1] == "a run that has ended: raytrain-adv status saves/mine"
+
+
+def test_doctor_without_a_run_names_the_last_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "saves" / "mine")
+    assert runs_here() == [Path("saves/mine")]
+    assert cli.main(["doctor"]) == 2
+    said = capsys.readouterr().err
+    assert "no run is named; the last ones: saves/mine" in said
+    assert "raytrain-adv doctor OUTPUT_DIR" in said
