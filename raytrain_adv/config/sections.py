@@ -88,6 +88,9 @@ class DataConfig(Section):
     """Shares by which datasets are drawn, as 0.7,0.3; none takes a row of each in turn."""
     max_samples: Count | None = None
     """Use at most this many rows of each dataset."""
+    max_unusable_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Largest share of a dataset's rows that may be left out because they cannot be trained on;
+    more stop the job, as its columns or template are probably wrong."""
     val_size: Annotated[float, Field(ge=0.0, le=LARGEST)] = 0.0
     """Rows held out for evaluation: a number of rows, or a share when below 1."""
     preprocessing_num_workers: Count | None = None

@@ -1,5 +1,6 @@
 """From the job's data keys to sequences: resolve, read, tokenize or open the cache, split, pack."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,8 @@ def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> Prepare
     stats = _stats(job, train, held_out, train_part, eval_part)
     for sentence in _sentences(stats):
         say(sentence)
+    for key, name in (("rows", "dataset"), ("eval_rows", "eval_dataset")):
+        _refuse_mostly_unusable(stats[key], name, data.max_unusable_share)
     return PreparedData(train, held_out, stats, each)
 
 
@@ -119,6 +122,21 @@ def _check_keys(data: DataConfig) -> None:
     if data.val_size >= 1 and data.val_size != int(data.val_size):
         what = "val_size must be a number of rows, or a share below 1"
         raise JobError(what, f"{data.val_size}", "use a whole number")
+
+
+def _refuse_mostly_unusable(rows: dict[str, Any] | None, key: str, most: float) -> None:
+    share = rows["unusable"] / rows["read"] if rows and rows["read"] else 0.0
+    if rows is None or share <= most:
+        return
+    reasons = sorted(rows["unusable_reasons"].items(), key=lambda one: -one[1])
+    lines = [f"{number:,} x {reason}" for reason, number in reasons[:NUM_SHOWN]]
+    lines += [f"{one['where']}: {one['reason']}" for one in rows["unusable_examples"][:NUM_SHOWN]]
+    raise JobError(
+        f"{share:.0%} of the rows of {key} cannot be trained on",
+        "\n".join([f"{rows['unusable']:,} of {rows['read']:,} rows are left out", *lines]),
+        "correct the rows, formatting and columns in dataset_info.json, template or cutoff_len; "
+        f"max_unusable_share: {min(math.ceil(share * 100) / 100, 1.0)} trains on the others",
+    )
 
 
 def _check_ids(job: JobConfig, tokenizer: PreTrainedTokenizerBase, rows: TokenRows) -> None:
@@ -240,6 +258,7 @@ def _sentences(stats: dict[str, Any]) -> list[str]:
                 how = "read as such; split_special_tokens: true reads them as letters"
             number = rows["with_control_tokens"]
             lines.append(f"{number:,} rows have control tokens in their messages, {how}")
+        lines += rows.get("guessed", ()) if rows else ()
         if rows and rows["unusable"]:
             lines.append(_unusable_sentence(rows))
         if rows and rows["truncated"]:

@@ -172,6 +172,7 @@ def _ratio(mine: float | None, other: float | None) -> float | None:
 def _logged(report: RunReport, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = variants(rows)
     faults = [str(row["message"]) for row in rows if row.get("event") == "fault"]
+    dead = [str(row["message"]) for row in rows if row.get("event") == "dead_run"]
     losses = {
         f"{kind}_loss": [(row["step"], row["loss"]) for row in rows if row.get("kind") == kind]
         for kind in ("train", "eval")
@@ -179,6 +180,7 @@ def _logged(report: RunReport, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
     return {
         **losses,
         "notes": (*report.notes, *faults),
+        "warnings": tuple(dict.fromkeys(dead)),
         "starts": starts(rows),
         "variants": found,
         "recovered": recovered(found),

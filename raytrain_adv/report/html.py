@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
@@ -125,7 +126,7 @@ def _figures(report: RunReport, on_cpu: bool) -> list[Figure]:
     rate, mfu, peak = report.tokens_per_second_per_worker, report.mfu_bf16, report.peak_memory_gib
     return [
         ("Eval loss", _last(report.eval_loss), as_what, _first(report.eval_loss)),
-        ("Train loss", _last(report.train_loss), "", _first(report.train_loss)),
+        ("Train loss", _smooth_last(report.train_loss), "", _first(report.train_loss)),
         ("Speed", rate and text.rate(rate), "", speed),
         ("MFU", mfu and text.percent(mfu), "", "of the dense bf16 peak"),
         ("Peak memory", peak and text.gib(peak), "GiB", memory),
@@ -206,6 +207,15 @@ def _last(points: Sequence[tuple[int, float | None]]) -> str:
         return ""
     value = points[-1][1]
     return "not finite" if value is None else text.loss(value)
+
+
+def _smooth_last(points: Sequence[tuple[int, float | None]]) -> str:
+    """Return the mean of the last tenth of the points: one step's loss is mostly noise."""
+    finite = [value for _, value in points if value is not None]
+    window = max(len(finite) // 10, 1)
+    if not points or points[-1][1] is None or window < 2:
+        return _last(points)
+    return text.loss(fmean(finite[-window:]))
 
 
 def _first(points: Sequence[tuple[int, float | None]]) -> str:

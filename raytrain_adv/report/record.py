@@ -91,6 +91,9 @@ class RunReport(Record):
     host memory per worker: what is offloaded, and the copies of checkpoints."""
     mfu_bf16: Number = None
     """Median share of the device's dense bf16 peak, as 0.42; null if the peak is not known."""
+    warnings: tuple[str, ...] = ()
+    """Why the run may have learned nothing: zero gradients, a loss of guessing, a loss that rose or
+    never fell; one sentence each."""
     restarts: int = 0
     """Restarts of the workers after some were lost."""
     skipped_steps: int = 0

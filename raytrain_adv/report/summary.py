@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from textwrap import fill, indent, wrap
 
 from rich.table import Table
@@ -13,13 +14,15 @@ from raytrain_adv.report.parts import Baseline, Sample, Start
 from raytrain_adv.report.record import RunReport
 
 NUM_SAMPLE_LINES = 8
+NUM_SAMPLES = 3
 UNLIMITED = 10_000  # columns of a terminal that cuts no table
 
 
 def summary(report: RunReport) -> str:
     """Return what was reached, a sample answer, where the time went and where everything is."""
-    parts = [_sample(report.samples[0])] if report.samples else []
+    parts = [_samples(report.samples)]
     parts += [indent(columns(_figures(report)), "  "), _variants(report)]
+    parts += [fill(f"warning: {one}", width=100) for one in report.warnings]
     parts += [_timeline(report), indent(columns(_places(report)), "  ")]
     return "\n\n".join(part for part in parts if part)
 
@@ -48,7 +51,7 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
     eval_loss = [_from_to(report.eval_loss), variants.evaluated_as(report)]
     figures = [
         ("steps", _steps(report)),
-        ("train loss", _from_to(report.train_loss)),
+        ("train loss", _train_loss(report.train_loss)),
         ("eval loss", ", ".join(filter(None, eval_loss)) if report.eval_loss else ""),
         ("speed", _speed(report)),
         ("peak memory", _memory(report)),
@@ -104,6 +107,16 @@ def _from_to(points: Sequence[tuple[int, float | None]]) -> str:
     return " -> ".join(f"{text.loss(value)} (step {step:,})" for step, value in ends)
 
 
+def _train_loss(points: Sequence[tuple[int, float | None]]) -> str:
+    """Return the first and last value, and the mean of the last rows, which noise moves less."""
+    words = _from_to(points)
+    finite = [value for _, value in points if value is not None]
+    window = max(len(finite) // 10, 1)
+    if window < 2:
+        return words
+    return f"{words}, {text.loss(fmean(finite[-window:]))} over the last {window} rows"
+
+
 def _speed(report: RunReport) -> str:
     rate, step, mfu = report.tokens_per_second_per_worker, report.step_seconds, report.mfu_bf16
     if rate is None:
@@ -141,20 +154,27 @@ def _places(report: RunReport) -> list[tuple[str, str]]:
     return [*places, *((label, str(output_dir / name)) for label, name in files.items())]
 
 
-def _sample(sample: Sample) -> str:
+def _samples(samples: Sequence[Sample]) -> str:
+    """Return the first answers, fewer lines of each if there are several."""
+    shown = samples[:NUM_SAMPLES]
+    most = NUM_SAMPLE_LINES // max(len(shown), 1)
+    return "\n\n".join(_sample(one, max(most, 2)) for one in shown)
+
+
+def _sample(sample: Sample, most: int = NUM_SAMPLE_LINES) -> str:
     turns = [("prompt", sample.prompt), ("answer", sample.answer), ("reference", sample.reference)]
-    lines = [_turn(label, words) for label, words in turns if words is not None]
+    lines = [_turn(label, words, most) for label, words in turns if words is not None]
     return "\n".join(["sample answer:", *lines])
 
 
-def _turn(label: str, words: str) -> str:
+def _turn(label: str, words: str, most: int) -> str:
     """Return words wrapped next to their label; long ones are cut."""
     wrapped = [
         piece
         for line in words.strip().splitlines()
         for piece in wrap(line, width=66, replace_whitespace=False) or [""]
     ]
-    if len(wrapped) > NUM_SAMPLE_LINES:
-        wrapped = [*wrapped[:NUM_SAMPLE_LINES], "[...]"]
+    if len(wrapped) > most:
+        wrapped = [*wrapped[:most], "[...]"]
     first, *rest = wrapped or ["(empty)"]
     return "\n".join([f"  {label:<10}{first}", *(" " * 12 + line for line in rest)])

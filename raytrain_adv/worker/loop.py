@@ -219,6 +219,7 @@ def log(state: TrainState, checks: Checks, done: int) -> None:
     state.run.write(row)
     if label_tokens:
         checks.rise.add(done, row["loss"])
+        checks.learning.add(done, row)
     state.run.report(row, is_last=done == state.arithmetic.total_steps)
 
 

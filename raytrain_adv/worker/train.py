@@ -107,6 +107,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
                 break
     restore_best(state)
     checks.report_unproven()
+    checks.learning.finish(state.evaluations)
 
     samples = sample_answers(state, tokenizer, prepared)
     optimizer.state.clear()  # makes room for a converted model next to the trained one

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.order import random_order
 from raytrain_adv.data.read.entries import Entry
-from raytrain_adv.data.read.formats import layout, text_layout
+from raytrain_adv.data.read.formats import Layout, layout, text_layout
 from raytrain_adv.data.read.sources import Row, Source, open_source
 from raytrain_adv.data.tokens import cache
 from raytrain_adv.data.tokens.cache import Say
@@ -60,7 +60,8 @@ class TokenizedDatasets:
             job.train.stage == "pt",
             data.split_special_tokens,
         )
-        self.layout = text_layout if self.recipe.pretrains else layout
+        self.guessed: dict[str, str] = {}
+        """Dataset -> which columns are read, where its entry does not say so."""
 
     def key(self) -> str:
         """Hash everything that decides the tokens; file paths and process counts do not."""
@@ -98,6 +99,7 @@ class TokenizedDatasets:
                 counts["with_control_tokens"] += chunk.num_control
                 unusable += chunk.unusable
                 progress.update(counts["read"], share)
+        counts["guessed"] = list(self.guessed.values())
         counts["unusable"] = len(unusable)
         counts["unusable_reasons"] = reasons(unusable)
         first = unusable[:NUM_EXAMPLES]
@@ -170,6 +172,20 @@ class TokenizedDatasets:
             while part := list(islice(rows, CHUNK)):
                 share = (number + part[-1].progress) / total
                 yield [(r.where, r.values) for r in part], found, share
+
+    def layout(self, entry: Entry, sample: list[Any]) -> Layout:
+        """Return where an entry's rows have what is read; note what was derived from its rows."""
+        chosen = text_layout(entry, sample) if self.recipe.pretrains else layout(entry, sample)
+        if entry.kind != "builtin" and (entry.columns is None or entry.formatting is None):
+            there = {column for row in sample if isinstance(row, dict) for column in row}
+            read = {meaning: c for meaning, c in chosen.columns.items() if c in there}
+            named = ", ".join(c if m == c else f"{c} (as {m})" for m, c in read.items())
+            others = ", ".join(sorted(there - set(read.values())))
+            self.guessed[entry.name] = (
+                f"{entry.name}: read as {chosen.formatting}, columns {named or 'none'}"
+                + (f"; not read: {others}" if others else "")
+            )
+        return chosen
 
     def _rows(self, entry: Entry, source: Source) -> Iterator[Row]:
         rows = source.rows()

@@ -22,6 +22,7 @@ from raytrain_adv.ops.adamw import ClippingAdamW
 from raytrain_adv.run.run import Run
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.transform import Plan, Transform
+from raytrain_adv.worker.checks.learning import LearningCheck
 from raytrain_adv.worker.checks.loss_guard import LossGuard, LossRise
 
 MOST_KERNELS = 6  # GPU kernels listed in the report, the longest-running ones
@@ -50,6 +51,7 @@ class Checks:
         self.plans = plans
         self.loss = LossGuard(job, run, batches, transforms.remedies, progress)
         self.rise = LossRise(transforms, run.say)
+        self.learning = LearningCheck(vocabulary_of(model), run.say)
         self.unproven = [t for t in transforms if t.proven_by]
         """Features that no profiled pass ran yet."""
         self.proof: dict[str, dict[str, Any]] = {}
@@ -139,6 +141,11 @@ class Checks:
         if not self.gradients_seen and not (self.loss.skips and not torch.isfinite(total)):
             require_all_gradients(self.model, self.run, self.transforms.remedies(step))
             self.gradients_seen = True
+
+
+def vocabulary_of(model: Any) -> int:
+    """Return the number of tokens that a model chooses from."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 @torch.no_grad()
