@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,13 +12,13 @@ from typing import Any
 import click
 
 from raytrain_adv import __version__, errors
-from raytrain_adv.config import JobConfig, compatibility, load
+from raytrain_adv.config import JobConfig, load
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
-from raytrain_adv.config.schema import schema
 from raytrain_adv.config.sections import LARGEST
+from raytrain_adv.driver.commands.reference import REFERENCE
 from raytrain_adv.driver.commands.use.commands import COMMANDS
-from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError, StorageError
+from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError
 from raytrain_adv.estimate.assumptions import Assumptions, assumptions
 from raytrain_adv.redaction import hide_environment, is_secret_name
 from raytrain_adv.text import nearest
@@ -355,47 +354,7 @@ def export(source: tuple[str, ...], checkpoint: str, output: str, merge: bool) -
     run(folders[0], checkpoint, output, overrides, merge)
 
 
-@app.command("explain", context_settings=HELP)
-@click.argument("feature", nargs=-1)
-@click.option("--check", type=click.Path(path_type=Path), metavar="PAGE", help="Check that the "
-              "compatibility matrix in a Markdown page is up to date.")  # fmt: skip
-@click.option("--write", type=click.Path(path_type=Path), metavar="PAGE", help="Update it.")
-def explain_command(feature: tuple[str, ...], check: Path | None, write: Path | None) -> None:
-    """Explain a feature, or print the compatibility matrix."""
-    page = check or write
-    if page is None:
-        print(compatibility.explain(" ".join(feature)) if feature else compatibility.table())
-        return
-    try:
-        old = page.read_text()
-        new = compatibility.update_table(old)
-        if write is not None:
-            write.write_text(new)
-            return
-    except (OSError, ValueError) as error:
-        raise StorageError("The page cannot be read or written", str(error), "name one") from None
-    if new != old:
-        found = "the features' rules have changed"
-        fix = f"raytrain-adv explain --write {page}"
-        raise JobError(f"The compatibility matrix in {page} is stale", found, fix)
-
-
-@app.command("schema", context_settings=HELP)
-@click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE")
-def schema_command(output: Path | None) -> None:
-    """Print the JSON schema of the job file."""
-    text = json.dumps(schema(), indent=2) + "\n"
-    if output is None:
-        print(text, end="")
-        return
-    try:
-        output.write_text(text)
-    except (OSError, ValueError) as error:
-        fix = "name a file in a folder that can be written to"
-        raise StorageError("The schema cannot be written", str(error), fix) from None
-
-
-for _command in COMMANDS:
+for _command in (*COMMANDS, *REFERENCE):
     app.add_command(_command)
 
 if __name__ == "__main__":

@@ -200,6 +200,11 @@ def _known() -> dict[str, Feature]:
     return keys | {feature.slug: feature for feature in every}
 
 
+def names() -> tuple[str, ...]:
+    """Return the names of the features, as `explain` takes them."""
+    return tuple(feature.slug for feature in features())
+
+
 def _together(chosen: Sequence[Feature]) -> Iterator[str]:
     for pair in combinations(chosen, 2):
         cell = next(cell for cell in cells() if set(cell.features) == set(pair))
