@@ -265,6 +265,37 @@ def qat_8b_checkpointing() -> str:
     return table(TIMED, _timed(runs, cases, "full"))
 
 
+def chaos() -> str:
+    """What was killed, when, and what it cost."""
+    data = read("chaos")
+    rows = [
+        (
+            f"{run['killed']}, at {run['at']}",
+            run["job"],
+            run["lost"],
+            len(run["exit_codes"]),
+            "; ".join(run["problems"]) or "none",
+        )
+        for run in data["runs"]
+    ]
+    header = ("killed", "job", "steps lost", "launches", "differences")
+    return table(header, rows) + f"\n\n`{data['command']}`, {data['note']}"
+
+
+def soak() -> str:
+    """What a process holds in the first and the last third of a soak."""
+    data = read("soak")
+    units = {"resident_mib": "resident memory, MiB", "checkpoint_files": "files of checkpoints"}
+    first, last = data["measured"][0], data["measured"][-1]
+    rows = [
+        (units.get(name, name), first[name], last[name], f"{change:+g}")
+        for name, change in data["growth"].items()
+    ]
+    text = table(("", "after the first attempt", "at the end", "change of the median"), rows)
+    attempts = f"{data['attempts']} attempts, {data['steps']:,} steps"
+    return f"{text}\n\n`{data['command']}`: {attempts}"
+
+
 def all_results() -> str:
     """Every file of results with its card, date and commands."""
     parts = []
@@ -294,6 +325,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
         qat_delay,
         qat_8b,
         qat_8b_checkpointing,
+        chaos,
+        soak,
         all_results,
     )
 }

@@ -72,6 +72,18 @@ def test_paths_in_prose_exist(page: Path) -> None:
         assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 
+def test_tests_that_pages_name_exist() -> None:
+    """A claim of the threat model is one because its test would fail if it were not so."""
+    named = {
+        found
+        for page in (ROOT / "docs").glob("*.md")
+        for found in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text())
+    }
+    assert len(named) > 15
+    for file, name in sorted(named):
+        assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_words_are_plain(page: Path) -> None:
     if page.name not in GENERATED:
