@@ -171,7 +171,7 @@ class Work:
         return "; ".join(
             [
                 *([fewer] if s.moved.shard_size > per_node else []),
-                *filter(None, (t.gathers_less for t in Transforms(self.job))),
+                *filter(None, (g.less_with for g in Transforms(self.job).gathering(self.model))),
                 "more tokens a pass: per_device_train_batch_size",
             ]
         )

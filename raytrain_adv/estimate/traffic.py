@@ -81,7 +81,8 @@ def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[tuple[int
     to a multiple of them. It is sent in the compute dtype, packed weights as their bytes, and what
     transforms gather in another dtype in that one.
     """
-    sizes = {id(p): size for p, size in Transforms(job).gathered(model).items()}
+    changed = Transforms(job).gathering(model)
+    sizes = {id(p): size for g in changed for p, size in g.sizes.items()}
     layers = [list(layer.parameters()) for _, layer in decoder_layers(model)]
     inside = {id(p) for layer in layers for p in layer}
     outside = [p for p in model.parameters() if id(p) not in inside]

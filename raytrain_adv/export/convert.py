@@ -139,6 +139,17 @@ def _write_gguf(
     shutil.copyfile(source / "config.json", folder / "config.json")
 
 
+def why_not_exact(job: JobConfig, trained_on: torch.device, device: torch.device) -> str:
+    """Return why logits need not agree bit for bit; empty if they must."""
+    if device != trained_on:
+        return f"{trained_on} has no room for it, and another device adds in another order"
+    # Kernels are off for the comparison.
+    used = [t for t in Transforms(job) if t.stage not in ("loss", "kernel")]
+    exact = job.transform(Qat).exact_with
+    others = [t.name for t in used if t.name not in exact]
+    return f"{', '.join(others)} rounds at other places than the plain model" if others else ""
+
+
 def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
     """Return the configuration of each tensor that the job's plan converts, by name."""
     qat = job.transform(Qat)
@@ -156,8 +167,7 @@ def stacked_axes(plain: PreTrainedModel) -> Axes:
     """Return the axis of the input features of each stack of experts, by name."""
     axes: dict[str, int] = {}
     for fqn, module in stacked(plain).items():
-        layout = layout_of(module)
-        axis = 1 if layout is not None and layout.is_transposed else 2
+        axis = 1 if (layout := layout_of(module)) and layout.is_transposed else 2
         axes |= dict.fromkeys((f"{fqn}.{name}" for name in matrices(module)), axis)
     return axes
 

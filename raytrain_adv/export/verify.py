@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import plain_name
 from raytrain_adv.errors import TrainingError
+from raytrain_adv.export.convert import why_not_exact
 from raytrain_adv.export.folder import folder_gib
 from raytrain_adv.export.reference import write_reference
 from raytrain_adv.model.build import keeps_float32
@@ -212,17 +213,6 @@ def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
     """Return KL(wanted, found) in nats per token, of float32 logits [..., vocabulary]."""
     log_p, log_q = wanted.log_softmax(-1), found.log_softmax(-1)
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-
-
-def why_not_exact(job: JobConfig, trained_on: torch.device, device: torch.device) -> str:
-    """Return why logits need not agree bit for bit; empty if they must."""
-    if device != trained_on:
-        return f"{trained_on} has no room for it, and another device adds in another order"
-    # Kernels are off for the comparison.
-    used = [t for t in Transforms(job) if t.stage not in ("loss", "kernel")]
-    exact = {name for t in Transforms(job) for name in t.exact_with}
-    others = [t.name for t in used if t.name not in exact]
-    return f"{', '.join(others)} rounds at other places than the plain model" if others else ""
 
 
 def roomy_device(device: torch.device, folder: Path) -> torch.device:

@@ -11,7 +11,6 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.model.files import check_folder, is_local, model_source, nearest_folders
 from raytrain_adv.ops.stored import formats
 from raytrain_adv.text import first_line
-from raytrain_adv.transforms import discover
 
 CAUSAL_CLASS = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 ATTENTION_SIZES = ("num_attention_heads", "num_key_value_heads")
@@ -38,7 +37,7 @@ def read_config(job: JobConfig) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, trust_remote_code=job.model.trust_remote_code, **_place(job)
         )
-    except Exception as error:
+    except Exception as error:  # a config, or the code that comes with it, may raise anything
         raise refusal_of(job, None, error) from error
     refuse_sizes(name, config)
     formats.forget(config)  # weights are read as their values, and written as such
@@ -95,8 +94,7 @@ def unreadable(job: JobConfig, error: Exception) -> JobError:
 
 def refuse_kind(name: str, raw: dict[str, Any]) -> None:
     """Refuse checkpoints with rounded weights, encoder-decoders, and what is no causal model."""
-    for kind in discover():
-        kind.refuse_checkpoint(name, raw)
+    formats.refuse_unknown(name, raw)
     named = raw.get("architectures")
     classes = [str(name) for name in named] if isinstance(named, list) else []
     is_causal = any(CAUSAL_CLASS.search(c) for c in classes)

@@ -22,7 +22,6 @@ def discover() -> tuple[type[Transform], ...]:
             for kind in vars(module).values()
             if isinstance(kind, type)
             and issubclass(kind, Transform)
-            and kind is not Transform
-            and kind.__module__ == module.__name__
+            and kind.__module__ == module.__name__ != Transform.__module__
         ]
     return tuple(sorted(found, key=lambda t: (STAGES.index(t.stage), t.name)))

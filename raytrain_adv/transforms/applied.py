@@ -17,7 +17,15 @@ from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.text import listed
 from raytrain_adv.transforms.coverage import coverage
 from raytrain_adv.transforms.modules import own_forward
-from raytrain_adv.transforms.transform import DEFECT, Context, Plan, Transform, Worker
+from raytrain_adv.transforms.transform import (
+    DEFECT,
+    Context,
+    Gathering,
+    Plan,
+    Switchable,
+    Transform,
+    Worker,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +41,7 @@ class Transforms:
     def __init__(self, job: JobConfig) -> None:
         self.job = job
         self._enabled = tuple(t for t in job.transforms if isinstance(t, Transform) and t.enabled)
+        self.switchable = tuple(t for t in self._enabled if isinstance(t, Switchable))
 
     def __iter__(self) -> Iterator[Transform]:
         """Iterate over the transforms."""
@@ -141,9 +150,9 @@ class Transforms:
         for transform in self:
             transform.before_sharding(model)
 
-    def gathered(self, model: nn.Module) -> dict[nn.Parameter, int]:
-        """Return the parameters that FSDP2 gathers in another dtype, with the bytes per number."""
-        return dict(pair for transform in self for pair in transform.gathered(model))
+    def gathering(self, model: nn.Module) -> Iterator[Gathering]:
+        """Yield how each transform changes what FSDP2 gathers."""
+        return (transform.gathering(model) for transform in self)
 
     def initialize(self, model: nn.Module, plans: Mapping[str, Plan], seed: int) -> dict[str, Plan]:
         """Initialize the parameters that transforms added, and check the weights they changed, on
@@ -161,7 +170,7 @@ class Transforms:
 
     def begin_step(self, model: nn.Module, step: int) -> None:
         """Bring the model into its state for optimizer step `step` (from 0)."""
-        for transform in self:
+        for transform in self.switchable:
             transform.switch(model, transform.is_on(step))
 
     def begin_batch(self, model: nn.Module, step: int, first: int, segments: Segments) -> None:
@@ -176,39 +185,43 @@ class Transforms:
 
     def switch(self, model: nn.Module, on: bool) -> None:
         """Turn every transform that can be switched on or off."""
-        for transform in self:
+        for transform in self.switchable:
             transform.switch(model, on)
 
     def switched_at(self, step: int) -> list[str]:
         """Return a sentence for each transform that turns on or off with this step (from 0)."""
         return [
             f"{t.feature or t.name} is {'on' if t.is_on(step) else 'off'} from step {step + 1:,}"
-            for t in self
+            for t in self.switchable
             if t.is_on(step) != t.is_on(step - 1)
         ]
 
     def remedies(self, step: int) -> tuple[str, ...]:
         """Return what the transforms suggest if the loss went wrong in step `step` (from 0)."""
-        return tuple(filter(None, (t.remedy(step) for t in self)))
+        return tuple(filter(None, (t.remedy(step) for t in self.switchable)))
 
     def evaluated_as(self) -> str:
         """Return how held-out rows are evaluated; empty if just as the model is trained."""
-        return ", ".join(t.evaluated_as for t in self if t.evaluated_as)
+        return ", ".join(t.evaluated_as for t in self.switchable)
 
     def twins(self) -> Iterator[JobConfig]:
         """Yield the jobs without a feature that are trained before this one, to measure it by. A
         twin that is complete is not trained again; one that was interrupted resumes.
         """
         output = self.job.output
-        for folder, twin in filter(None, (t.twin(self.job) for t in self)):
+        for suffix, out in filter(None, (t.twin() for t in self.switchable)):
             keys = {
-                "output_dir": folder,
+                "output_dir": f"{output.output_dir.rstrip('/')}-{suffix}",
                 "resume_from_checkpoint": None if output.overwrite_output_dir else True,
                 "compare_with": None,
                 "export_model": True,  # what this run will be measured by
                 "num_sample_answers": 0,
             }
-            yield replace(twin, output=output.model_copy(update=keys))
+            transforms = tuple(
+                type(t)() if isinstance(t, Transform) and t.name in out else t
+                for t in self.job.transforms
+            )
+            yield replace(self.job, transforms=transforms, output=output.model_copy(update=keys))
 
 
 def _require_import(transform: Transform, package: str, facts: HardwareFacts) -> None:

@@ -12,7 +12,14 @@ from raytrain_adv.errors import ClusterError, TrainingError
 from raytrain_adv.kernels.variants import numbers
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms.modules import LINEAR, plan_linears
-from raytrain_adv.transforms.transform import Context, Plan, Transform, Worker, require_package
+from raytrain_adv.transforms.transform import (
+    Context,
+    Gathering,
+    Plan,
+    Transform,
+    Worker,
+    require_package,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -212,23 +219,19 @@ class Fp8(Transform):
         for linear in self._gathered_linears(model):
             gather_in_float8(linear)
 
-    def gathered(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-        """Yield the weights that are gathered in float8: one byte a number."""
-        for linear in self._gathered_linears(model):
-            yield linear.get_parameter("weight"), 1
+    def gathering(self, model: nn.Module) -> Gathering:
+        """Return the weights gathered in float8, one byte a number, or the key that does it."""
+        can = self.is_tensorwise and not self.fp8_enable_fsdp_float8_all_gather
+        return Gathering(
+            {linear.get_parameter("weight"): 1 for linear in self._gathered_linears(model)},
+            "fp8_enable_fsdp_float8_all_gather: true" if can else "",
+        )
 
     def _gathered_linears(self, model: nn.Module) -> Iterator[nn.Linear]:
         from torchao.float8.float8_linear import Float8Linear
 
         if self.fp8_enable_fsdp_float8_all_gather:
             yield from (m for m in model.modules() if isinstance(m, Float8Linear))
-
-    @property
-    def gathers_less(self) -> str:
-        """Gathering in FP8, where it is possible and off."""
-        if not self.is_tensorwise or self.fp8_enable_fsdp_float8_all_gather:
-            return ""
-        return "fp8_enable_fsdp_float8_all_gather: true"
 
     def after_step(self, model: nn.Module) -> None:
         """Compute the scales of all sharded weights with one all-reduce instead of one each."""

@@ -82,44 +82,47 @@ def plan_linears(
 
     linears = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.Linear)}
     experts = stacked(model)
-    excluded = patterns(value)
-    for pattern in excluded:
-        if not any(matches(pattern, own_name(fqn)) for fqn in [*linears, *experts]):
-            known = sorted({short(own_name(fqn)) for fqn in [*linears, *experts]})
+    excluded = _excluded(key, value, [*linears, *experts])
+    heads, choosing = output_heads(model), routers(model)
+
+    def reason_against(fqn: str, linear: nn.Linear) -> str:
+        if linear in heads:
+            return "the language-model head"
+        if fqn in excluded:
+            return f"in {key}"
+        if (kind := class_name(linear)) not in becomes:
+            return f"a {kind}, not a plain linear"
+        if {fqn, own_name(fqn)} & choosing:
+            return ROUTES
+        return "an adapter" if in_adapter(fqn) else why_not(linear)
+
+    def reason_against_experts(fqn: str, module: nn.Module) -> str:
+        if fqn in excluded:
+            return f"in {key}"
+        return UNKNOWN_EXPERTS if layout_of(module) is None else why_not_experts(module)
+
+    reasons = {f: reason_against(f, m) for f, m in linears.items()}
+    reasons |= {f: reason_against_experts(f, m) for f, m in experts.items()}
+    skipped = {fqn: reason for fqn, reason in reasons.items() if reason}
+    kinds = {f: class_name(m) for f, m in (linears | experts).items() if f not in skipped}
+    after = {f: experts_become if f in experts else becomes[kind] for f, kind in kinds.items()}
+    return {f: Change(kind, after[f]) for f, kind in kinds.items()}, skipped
+
+
+def _excluded(key: str, value: str | list[str], fqns: list[str]) -> frozenset[str]:
+    """Return the modules that the value of a job key excludes; refuse a pattern without any."""
+    found: set[str] = set()
+    for pattern in patterns(value):
+        matched = {fqn for fqn in fqns if matches(pattern, own_name(fqn))}
+        if not matched:
+            known = sorted({short(own_name(fqn)) for fqn in fqns})
             raise JobError(
                 f"{key} {pattern} matches no linear of the model",
                 f"its linears are {', '.join(known)}",
                 f"did you mean {did_you_mean(pattern, known)}? a pattern may contain *",
             )
-    heads, choosing = output_heads(model), routers(model)
-    changes: dict[str, Change] = {}
-    skipped: dict[str, str] = {}
-    for fqn, module in linears.items():
-        kind, name = class_name(module), own_name(fqn)
-        if module in heads:
-            skipped[fqn] = "the language-model head"
-        elif any(matches(pattern, name) for pattern in excluded):
-            skipped[fqn] = f"in {key}"
-        elif kind not in becomes:
-            skipped[fqn] = f"a {kind}, not a plain linear"
-        elif name in choosing or fqn in choosing:
-            skipped[fqn] = ROUTES
-        elif in_adapter(fqn):
-            skipped[fqn] = "an adapter"
-        elif reason := why_not(module):
-            skipped[fqn] = reason
-        else:
-            changes[fqn] = Change(kind, becomes[kind])
-    for fqn, experts_module in experts.items():
-        if any(matches(pattern, own_name(fqn)) for pattern in excluded):
-            skipped[fqn] = f"in {key}"
-        elif layout_of(experts_module) is None:
-            skipped[fqn] = UNKNOWN_EXPERTS
-        elif reason := why_not_experts(experts_module):
-            skipped[fqn] = reason
-        else:
-            changes[fqn] = Change(class_name(experts_module), experts_become)
-    return changes, skipped
+        found |= matched
+    return frozenset(found)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

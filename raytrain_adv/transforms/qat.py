@@ -5,7 +5,6 @@ model will have, so that training makes up for their rounding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -43,7 +42,13 @@ from raytrain_adv.transforms.modules import (
     short,
 )
 from raytrain_adv.transforms.qat_rules import conflicts, contradictions
-from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, require_package
+from raytrain_adv.transforms.transform import (
+    Change,
+    Context,
+    Plan,
+    Switchable,
+    require_package,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,7 +70,7 @@ BF16, PTQ, QAT, UNQUANTIZED = "bf16", "PTQ", "QAT", "QAT's weights, not quantize
 NO_TABLES = "torchao looks up no rows of float8 tables"
 
 
-class Qat(Transform):
+class Qat(Switchable):
     """Train with fake quantization; parameters and optimizer states stay as they are."""
 
     name: ClassVar[str] = "qat"
@@ -357,15 +362,10 @@ class Qat(Transform):
         at_switch = step == (total_steps if self.first_step is None else self.first_step)
         return {BF16: False, PTQ: True} if at_switch else {}
 
-    def twin(self, job: JobConfig) -> tuple[str, JobConfig] | None:
+    def twin(self) -> tuple[str, frozenset[str]] | None:
         """Return the run that `compare` requests: without fake quantization and FP8."""
-        if not self.compare or self.first_step is None:
-            return None
-        others = tuple(
-            type(t)() if isinstance(t, Transform) and t.name in (self.name, "fp8") else t
-            for t in job.transforms
-        )
-        return f"{job.output.output_dir.rstrip('/')}-bf16", replace(job, transforms=others)
+        is_compared = self.compare and self.first_step is not None
+        return ("bf16", frozenset({self.name, "fp8"})) if is_compared else None
 
     @property
     def exact_with(self) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
@@ -95,13 +95,6 @@ class QuantizedBase(Transform):
         if key == "quantization_method" and value in OTHER_METHODS:
             return f"{value} is not in this version; bitsandbytes (bnb) quantizes as it loads"
         return "bitsandbytes has 4 and 8 bits" if key == "quantization_bit" else ""
-
-    @classmethod
-    def refuse_checkpoint(cls, name: str, config: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint whose quantized weights cannot be read as their values."""
-        from raytrain_adv.ops.stored.formats import refuse_unknown
-
-        refuse_unknown(name, config)
 
     def contradictions(self) -> Iterable[Problem]:
         """Refuse keys of 4 bits together with 8."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -76,10 +76,20 @@ class Worker:
     dtype: torch.dtype  # that of matrix products and activations
 
 
+@dataclass(frozen=True)
+class Gathering:
+    """How a feature changes what FSDP2 gathers."""
+
+    sizes: Mapping[nn.Parameter, int] = field(default_factory=dict)
+    """Parameters gathered in another dtype than they compute in -> bytes of one number."""
+    less_with: str = ""
+    """The key and value with which fewer bytes would be gathered; empty if there is none."""
+
+
 class Transform(Section):
     """One feature: the fields are its YAML keys, the methods its rules and changes, in the order in
     which a run calls them; each may be left out. It is found by its file in this package, which
-    must be importable without torch.
+    must be importable without torch. One that can be off in a step derives from Switchable.
     """
 
     name: ClassVar[str]
@@ -92,8 +102,6 @@ class Transform(Section):
     proven_by: ClassVar[str] = ""
     """Operator that must run in a training step at least once per changed module, as
     aten::_scaled_mm; empty if the modules' classes are proof enough."""
-    evaluated_as: ClassVar[str] = ""
-    """How held-out rows are evaluated if training can switch the feature off: always with it on."""
     covers: ClassVar[Literal["", "weights", "flops"]] = ""
     """Of what a plan should change the larger part: of the weights, or of the FLOPs of the matrices
     that a token passes; empty for features that do neither."""
@@ -104,14 +112,6 @@ class Transform(Section):
     def enabled(self) -> bool:
         """Whether the feature is on: its first key is neither false, null nor 0."""
         return bool(getattr(self, next(iter(type(self).model_fields))))
-
-    @classmethod
-    def refuse_checkpoint(cls, name: str, config: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint that cannot be trained from, whether or not the feature is on.
-
-        Raises:
-            JobError: naming what its config.json has.
-        """
 
     def check(self, facts: HardwareFacts) -> None:
         """Refuse a machine or software that cannot do what the keys enable.
@@ -155,16 +155,9 @@ class Transform(Section):
     def before_sharding(self, model: nn.Module) -> None:
         """Change how FSDP2 will shard and gather; called only if the model will be sharded."""
 
-    def gathered(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-        """Yield parameters that FSDP2 gathers in another dtype than it computes in, because of
-        `before_sharding`, each with the bytes of one number.
-        """
-        yield from ()
-
-    @property
-    def gathers_less(self) -> str:
-        """The key and value with which FSDP2 would gather fewer bytes; empty if there is none."""
-        return ""
+    def gathering(self, model: nn.Module) -> Gathering:
+        """Return how `before_sharding` changes what FSDP2 gathers, to predict the traffic."""
+        return Gathering()
 
     def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
         """Initialize the parameters that `prepare` added, and compare changed weights with those
@@ -179,11 +172,6 @@ class Transform(Section):
         """Whether the feature is on in optimizer step `step` (from 0)."""
         return True
 
-    def switch(self, model: nn.Module, on: bool) -> None:
-        """Turn the feature on or off, if possible: before each step as is_on returns; held-out rows
-        are evaluated with it on.
-        """
-
     def begin_batch(self, model: nn.Module, step: int, first: int, segments: Segments) -> None:
         """Prepare for a micro-batch's forward pass in optimizer step `step` (from 0). `first` is
         the place of its first sequence among all of the step, over all workers.
@@ -191,6 +179,19 @@ class Transform(Section):
 
     def after_step(self, model: nn.Module) -> None:
         """Follow up on new parameter values: after each optimizer step and after each load."""
+
+
+class Switchable(Transform):
+    """A feature that a model with it can compute without: for the steps of training before it
+    begins, and to measure what it changes. Held-out rows are evaluated with it on.
+    """
+
+    evaluated_as: ClassVar[str]
+    """How held-out rows are evaluated."""
+
+    def switch(self, model: nn.Module, on: bool) -> None:
+        """Turn the feature on or off: before each step as `is_on` returns."""
+        raise NotImplementedError
 
     def remedy(self, step: int) -> str:
         """Return which keys to change if the loss rises or is not finite in this optimizer step
@@ -205,14 +206,9 @@ class Transform(Section):
         """
         return {}
 
-    @property
-    def exact_with(self) -> frozenset[str]:
-        """Transforms with which a converted model computes the same bits as the trained one."""
-        return frozenset()
-
-    def twin(self, job: JobConfig) -> tuple[str, JobConfig] | None:
-        """Return an output_dir and the job without the feature to train in it first, to measure the
-        feature by; None unless the keys request it.
+    def twin(self) -> tuple[str, frozenset[str]] | None:
+        """Return the run to train first, to measure the feature by: what is added to output_dir's
+        name for it, and the names of the transforms it leaves out; None unless the keys request it.
         """
         return None
 

@@ -38,6 +38,16 @@ def evaluate_held_out(state: TrainState, rows: Batches, done: int) -> None:
     state.run.write({"kind": "eval", "step": done, **result, **({"how": how} if how else {})})
 
 
+def evaluate_at_start(state: TrainState) -> None:
+    """Evaluate the model before its first step: its variants, and the held-out rows on request."""
+    if state.first_step != 0:
+        return
+    if not state.job.model.train_from_scratch:
+        evaluate_variants(state, 0)
+    if state.job.output.eval_on_start and state.held_out is not None:
+        evaluate_held_out(state, state.held_out, 0)
+
+
 def _together(each: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the result over all rows, followed by the figures of each dataset."""
     results = list(each.values())
@@ -138,7 +148,7 @@ def evaluate_variants(state: TrainState, done: int, of: str = "") -> None:
     """Evaluate the variants that transforms compare; `of` names another owner of the weights."""
     if state.held_out is None:
         return
-    for transform in state.transforms:
+    for transform in state.transforms.switchable:
         for name, on in transform.variants(done, state.arithmetic.total_steps, of).items():
             transform.switch(state.model, on)
             known = on and not of and state.evaluated[0] == done

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from raytrain_adv import hardware
 from raytrain_adv.checkpoint import save
+from raytrain_adv.checkpoint.folders import Found, Progress
 from raytrain_adv.checkpoint.resume import to_resume
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.data.batches.collate import pad_to
+from raytrain_adv.data.batches.collate import Way, pad_to
 from raytrain_adv.data.batches.loader import Batches
-from raytrain_adv.data.prepare import prepare
+from raytrain_adv.data.prepare import PreparedData, prepare
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.estimate import memory
+from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model import parallel, weights
 from raytrain_adv.model.adapter import load_adapter
 from raytrain_adv.model.build import build
 from raytrain_adv.model.notes import model_notes
 from raytrain_adv.run.run import Run
-from raytrain_adv.run.schedule import resolve_arithmetic
+from raytrain_adv.run.schedule import Arithmetic, resolve_arithmetic
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
+from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.checks.step import Checks
-from raytrain_adv.worker.evaluation import evaluate_held_out, evaluate_variants, restore_best
+from raytrain_adv.worker.evaluation import evaluate_at_start, restore_best
 from raytrain_adv.worker.finish import ExportFunction, evaluate_twins, export, sample_answers
 from raytrain_adv.worker.install import check_attention, fetch_on_main, install, training_loss
 from raytrain_adv.worker.loop import TrainState, log_and_save, train_step, training
@@ -47,7 +54,6 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     facts = hardware.detect(run.device)
     transforms = Transforms(job)
     transforms.check(facts)
-
     with run.phase("open data"):
         prepared = prepare(job, partial(run.say, event="data"), rebuild=False)
         tokenizer = load_tokenizer(job)
@@ -55,52 +61,29 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     transforms.check_length(arithmetic.total_steps)
     longest = pad_to(job).length(int(prepared.train.lengths.max()))
     found = to_resume(job, run, arithmetic)
-    progress = found.progress if found is not None else None
     open_metrics(job, run, arithmetic, found)
 
     with run.phase("model"):
         fetch_on_main(job, run, facts)
         model = build(job)
         attention = check_attention(job, run, model)
-        for note in (notes := model_notes(job, model)):
-            run.say(note, event="model")
+        notes = say_notes(job, run, model)
         plans = transforms.prepare(model, facts, longest * arithmetic.micro_batch)
         plans = install(run, transforms, model, plans)
         predicted = memory.predict(model, job, run.world_size, longest, arithmetic.micro_batch)
         parallel.shard(model, job, parallel.build_mesh(job, run.device))
-        weights.materialize(model, run.device, parallel.parameter_device(job))
-        if job.model.train_from_scratch:
-            weights.init_from_scratch(model, job, run.device)
-        else:
-            weights.load_pretrained(model, job, run.device)
-        plans = transforms.initialize(model, plans, job.train.seed)
-        if folder := job.transform(Lora).adapter_name_or_path:
-            load_adapter(model, Path(folder))
+        plans = load_weights(run, transforms, model, plans)
         optimizer = build_optimizer(model, job)
-    if found is not None:
-        with run.phase("resume"):
-            save.load(found, model, optimizer)
-    transforms.after_step(model)
+    progress = resume(run, found, transforms, model, optimizer)
     plans = check_loss(job, model, run, plans)
     way = check_packing(job, model, run)
-
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    to_batches = partial(
-        Batches, job, arithmetic=arithmetic, rank=run.rank, pad_token_id=pad, way=way
-    )
-    batches = to_batches(prepared.train)
-    held_out = to_batches(prepared.eval) if prepared.eval is not None else None
-    each = {name: to_batches(rows) for name, rows in prepared.eval_each.items()}
+    batches = batches_of(job, run, prepared, tokenizer, arithmetic, way)
     loss = training_loss(job, run, model)
-    checks = Checks(job, run, model, transforms, plans, batches, progress)
-    state = TrainState(
-        job, run, transforms, model, optimizer, arithmetic, batches, held_out, each, loss, progress
-    )
+    state = TrainState(job, run, transforms, model, optimizer, arithmetic, *batches, loss, progress)
+    checks = Checks(job, run, model, transforms, plans, state.batches, progress)
+
     with training(state):
-        if state.first_step == 0 and not job.model.train_from_scratch:
-            evaluate_variants(state, 0)
-        if state.first_step == 0 and job.output.eval_on_start and held_out is not None:
-            evaluate_held_out(state, held_out, 0)
+        evaluate_at_start(state)
         for step in range(state.first_step, arithmetic.total_steps):
             train_step(state, checks, step)
             if not log_and_save(state, checks, step + 1):
@@ -108,28 +91,95 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     restore_best(state)
     checks.report_unproven()
     checks.learning.finish(state.evaluations)
-
     samples = sample_answers(state, tokenizer, prepared)
     optimizer.state.clear()  # makes room for a converted model next to the trained one
     exported = export(job, run, model, tokenizer, prepared, write_model)
     evaluate_twins(state, model)
     return {
+        **figures(state, checks, facts, predicted),
+        **attention,
+        **exported.figures(),
+        "model_notes": notes,
+        "data": prepared.stats,
+        "samples": samples,
+        "resumed_from_step": progress.step if progress is not None else None,
+        "began_at": began_at,
+    }
+
+
+def say_notes(job: JobConfig, run: Run, model: PreTrainedModel) -> tuple[str, ...]:
+    """Print what a user should know about how the checkpoint is read; return it."""
+    notes = model_notes(job, model)
+    for note in notes:
+        run.say(note, event="model")
+    return notes
+
+
+def load_weights(
+    run: Run, transforms: Transforms, model: PreTrainedModel, plans: Mapping[str, Plan]
+) -> dict[str, Plan]:
+    """Give the sharded model memory and values: the checkpoint's or random ones, those of what
+    transforms added, and of an adapter to go on from. Return the plans with what was found.
+    """
+    job = transforms.job
+    weights.materialize(model, run.device, parallel.parameter_device(job))
+    if job.model.train_from_scratch:
+        weights.init_from_scratch(model, job, run.device)
+    else:
+        weights.load_pretrained(model, job, run.device)
+    plans = transforms.initialize(model, plans, job.train.seed)
+    if folder := job.transform(Lora).adapter_name_or_path:
+        load_adapter(model, Path(folder))
+    return plans
+
+
+def resume(
+    run: Run,
+    found: Found | None,
+    transforms: Transforms,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+) -> Progress | None:
+    """Load the checkpoint to go on from, if there is one, and return how far it is."""
+    if found is not None:
+        with run.phase("resume"):
+            save.load(found, model, optimizer)
+    transforms.after_step(model)
+    return found.progress if found is not None else None
+
+
+def batches_of(
+    job: JobConfig,
+    run: Run,
+    prepared: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    arithmetic: Arithmetic,
+    way: Way,
+) -> tuple[Batches, Batches | None, dict[str, Batches]]:
+    """Return this rank's batches of the training rows, the held-out rows, and those by dataset."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    to_batches = partial(
+        Batches, job, arithmetic=arithmetic, rank=run.rank, pad_token_id=pad, way=way
+    )
+    held_out = to_batches(prepared.eval) if prepared.eval is not None else None
+    each = {name: to_batches(rows) for name, rows in prepared.eval_each.items()}
+    return to_batches(prepared.train), held_out, each
+
+
+def figures(
+    state: TrainState, checks: Checks, facts: HardwareFacts, predicted: memory.MemoryPrediction
+) -> dict[str, Any]:
+    """Return what the report needs of the steps, their checks, the machine and its memory."""
+    return {
         **state.meter.figures(),
         "skipped_steps": checks.loss.num_skipped,
-        "world_size": run.world_size,
+        "world_size": state.run.world_size,
         "device": facts.device_name,
-        **attention,
-        "model_notes": notes,
         "versions": {name: v for name, v in facts.versions.items() if v is not None},
         "predicted_memory_gib": predicted.total,
         "predicted_memory": predicted.as_dict(),
-        "batch": asdict(arithmetic),
-        "resumed_from_step": progress.step if progress is not None else None,
-        "transforms": plans,
+        "batch": asdict(state.arithmetic),
+        "transforms": checks.plans,
         "proof": checks.proof,
-        "data": prepared.stats,
-        "samples": samples,
-        **exported.figures(),
-        "began_at": began_at,
-        "timeline": run.timeline,
+        "timeline": state.run.timeline,
     }

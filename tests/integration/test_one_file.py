@@ -35,11 +35,6 @@ class Doubled(Transform):
     use_badam: bool = False
     """Double MLPs: a key that is LLaMA-Factory's, and is refused without this file."""
 
-    @property
-    def Transforms(self) -> bool:
-        """Whether it is asked for."""
-        return self.use_badam
-
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the MLPs."""
         found = {f: m for f, m in model.named_modules() if f.endswith(".mlp")}

@@ -94,7 +94,7 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     reporter.exported = RunMetrics(job, config["run"], run.rank, run.restarts)
     try:
         return {**train(job, run, export_model), "restarts": run.restarts}
-    except Exception as error:
+    except Exception as error:  # raised again, whatever it is
         # Ray Train brings the error to the driver without its traceback (ray 2.60, poll.py).
         error.add_note("".join(traceback.format_tb(error.__traceback__)[-LAST_FRAMES:]))
         raise

@@ -5,20 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrain_adv.dtensor import Region, copy_local, gather, local_region
+from raytrain_adv.dtensor import Region, gather, local_region
 from raytrain_adv.ops.bitsandbytes.quantize import (
-    NESTED_BLOCK,
     Form,
+    allocate,
     dequantize,
     dequantize_rows,
-    dequantize_scales,
     distance,
-    nested_map,
     quantize,
-    quantize_scales,
+    round_scales,
+    store,
 )
 from raytrain_adv.ops.experts.find import shapes
 from raytrain_adv.ops.experts.grouped import GroupedExperts, grouped
@@ -86,16 +84,7 @@ class PackedStack(nn.Module):
         count, first, second = stack.shape
         new.form, new.distance, new.is_transposed = form, None, is_transposed
         new.shape = (count, first, second)
-        rows, columns = new.matrix
-
-        def held(*shape: int) -> nn.Parameter:
-            *outer, num_bytes = shape
-            empty = stack.new_empty((*outer, num_bytes // stack.element_size()))
-            return nn.Parameter(empty, requires_grad=False)
-
-        new.weight = held(count, rows, form.row_bytes(columns))
-        new.scale = held(count, rows, form.padded_scale_bytes(columns))
-        new.nested = held(count, form.nested_bytes(rows, columns)) if form.nested else None
+        new.weight, new.scale, new.nested = allocate(stack, form, *new.matrix, count)
         return new
 
     @property
@@ -135,11 +124,7 @@ class PackedStack(nn.Module):
             packed, scale = quantize(matrix, self.form)
             used, off, stored = scale, torch.zeros_like(scale), scale.contiguous()
             if self.nested is not None:
-                stored, outer = quantize_scales(scale)
-                used = dequantize_scales(stored, outer)
-                step = float(nested_map(device).diff().max()) / 2
-                per_scale = outer[1:].repeat_interleave(NESTED_BLOCK)[: scale.numel()]
-                off = per_scale.view_as(scale) * step
+                stored, outer, used, off = round_scales(scale)
                 held["nested"].append(outer.view(torch.uint8))
             held["weight"].append(packed)
             held["scale"].append(stored.view(torch.uint8))
@@ -149,7 +134,7 @@ class PackedStack(nn.Module):
         self.distance = found
         for name, values_of in held.items():
             if values_of:
-                _store(self.get_parameter(name), torch.stack(values_of))
+                store(self.get_parameter(name), torch.stack(values_of))
 
     @torch.no_grad()
     def unpacked(self) -> Tensor:
@@ -158,12 +143,6 @@ class PackedStack(nn.Module):
         parts = (gather(self.weight), gather(self.scale), nested)
         whole = _unpack(*parts, self.form.kind, self.in_features)
         return whole.mT if self.is_transposed else whole
-
-
-def _store(target: Tensor, values: Tensor) -> None:
-    """Write bytes [..., n] into this rank's shard, whose rows may be longer."""
-    padding = target.shape[-1] * target.element_size() - values.shape[-1]
-    copy_local(target, F.pad(values, (0, padding)).contiguous().view(target.dtype))
 
 
 class PackedExperts(GroupedExperts):

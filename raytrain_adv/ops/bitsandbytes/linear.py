@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from raytrain_adv.dtensor import Region, copy_local, gather, gather_rows, local_part, local_region
 from raytrain_adv.ops.bitsandbytes.experts import PackedStack
 from raytrain_adv.ops.bitsandbytes.quantize import (
-    NESTED_BLOCK,
     Form,
+    allocate,
     bitsandbytes,
     dequantize,
     dequantize_rows,
-    dequantize_scales,
     distance,
-    nested_map,
     quantize,
-    quantize_scales,
+    round_scales,
+    store,
 )
 
 PROBED = (2048, 256, 192)
@@ -74,18 +73,10 @@ class PackedLinear(nn.Linear):
     def of(cls, linear: nn.Linear, form: Form) -> PackedLinear:
         """Return one for a linear of the dtype that computes, without values."""
         rows, columns = linear.out_features, linear.in_features
-        like, size = linear.weight, linear.weight.element_size()
         with torch.device("meta"):
             new = cls(columns, rows, bias=linear.bias is not None)
-
-        def held(*shape: int) -> nn.Parameter:
-            *outer, num_bytes = shape
-            return nn.Parameter(like.new_empty((*outer, num_bytes // size)), requires_grad=False)
-
         new.form, new.distance = form, None
-        new.weight = held(rows, form.row_bytes(columns))
-        new.scale = held(rows, form.padded_scale_bytes(columns))
-        new.nested = held(form.nested_bytes(rows, columns)) if form.nested else None
+        new.weight, new.scale, new.nested = allocate(linear.weight, form, rows, columns)
         new.bias = linear.bias
         if new.bias is not None:
             new.bias.requires_grad_(False)
@@ -113,18 +104,14 @@ class PackedLinear(nn.Linear):
         part = part.to(device=device, dtype=self.weight.dtype)
         packed, scale = quantize(part, form) if len(part) else _nothing(part, form)
         used, off = scale, torch.zeros_like(scale)
-        _store(self.weight, packed)
+        store(self.weight, packed)
         if self.nested is None:
-            _store(self.scale, scale.contiguous().view(torch.uint8))
+            store(self.scale, scale.contiguous().view(torch.uint8))
         else:
             rows = self.region[0]
-            whole = gather_rows(scale, self.weight)
-            rounded, outer = quantize_scales(whole)
-            used = dequantize_scales(rounded, outer)[rows]
-            step = float(nested_map(device).diff().max()) / 2
-            per_scale = outer[1:].repeat_interleave(NESTED_BLOCK)[: whole.numel()]
-            off = (per_scale.view_as(whole) * step)[rows]
-            _store(self.scale, rounded[rows])
+            whole = round_scales(gather_rows(scale, self.weight))
+            rounded, outer, used, off = (whole[0][rows], whole[1], whole[2][rows], whole[3][rows])
+            store(self.scale, rounded)
             nested = outer.view(self.nested.dtype)
             copy_local(self.nested, nested[local_region(self.nested)])
         held = local_part(self.weight).to(device).view(torch.uint8)
@@ -147,12 +134,6 @@ def _nothing(part: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     blocks = 1 if form.is_int8 else form.scale_bytes(columns) // (1 if form.nested else 4)
     packed = part.new_empty((0, form.row_bytes(columns)), dtype=torch.uint8)
     return packed, part.new_empty((0, blocks), dtype=torch.float32)
-
-
-def _store(target: Tensor, rows: Tensor) -> None:
-    """Write bytes [rows, n] into this rank's shard, whose rows may be longer."""
-    padding = target.shape[1] * target.element_size() - rows.shape[1]
-    copy_local(target, F.pad(rows, (0, padding)).contiguous().view(target.dtype))
 
 
 def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedStack]]:

@@ -14,7 +14,10 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raytrain_adv.dtensor import copy_local
 
 BLOCK = 64  # weights of a row that share a scale in 4 bits; bitsandbytes' default
 NESTED_BLOCK = 256
@@ -61,6 +64,31 @@ class Form:
         """Return the bits per weight of a matrix, scales counted."""
         per_row = self.row_bytes(columns) + self.padded_scale_bytes(columns)
         return 8 * (rows * per_row + self.nested_bytes(rows, columns)) / (rows * columns)
+
+
+def allocate(
+    like: Tensor, form: Form, rows: int, columns: int, *experts: int
+) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]:
+    """Return frozen parameters without values for the weights and scales of a matrix or of as many
+    `experts`, both [*experts, rows, bytes], and for the scales of scales, [*experts, bytes].
+    """
+
+    def held(*shape: int) -> nn.Parameter:
+        *outer, num_bytes = shape
+        empty = like.new_empty((*outer, num_bytes // like.element_size()))
+        return nn.Parameter(empty, requires_grad=False)
+
+    return (
+        held(*experts, rows, form.row_bytes(columns)),
+        held(*experts, rows, form.padded_scale_bytes(columns)),
+        held(*experts, form.nested_bytes(rows, columns)) if form.nested else None,
+    )
+
+
+def store(target: Tensor, values: Tensor) -> None:
+    """Write bytes [..., n] into this rank's shard, whose rows may be longer."""
+    padding = target.shape[-1] * target.element_size() - values.shape[-1]
+    copy_local(target, F.pad(values, (0, padding)).contiguous().view(target.dtype))
 
 
 @cache
@@ -143,6 +171,14 @@ def dequantize_scales(rounded: Tensor, outer: Tensor) -> Tensor:
         torch.float32,
     )
     return (flat + outer[0]).view(rounded.shape)
+
+
+def round_scales(scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what quantize_scales does, the scales that result, and how much each may differ."""
+    rounded, outer = quantize_scales(scale)
+    step = float(nested_map(scale.device).diff().max()) / 2
+    per_scale = outer[1:].repeat_interleave(NESTED_BLOCK)[: scale.numel()]
+    return rounded, outer, dequantize_scales(rounded, outer), per_scale.view_as(scale) * step
 
 
 def dequantize_each(rounded: Tensor, outer: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PretrainedConfig
 
+from raytrain_adv.errors import JobError
+
 ROUTER_PATH = re.compile(r"(^|\.)(\w*_)?(gate|gating|router)(\.|$)")
 """Modules beside experts that choose among them; `gate_proj` is no such name."""
 SORTED, TOP_K = ["hidden_states"], ["hidden_states", "top_k_index", "top_k_weights"]
@@ -130,10 +132,25 @@ def layout_of(module: nn.Module) -> Layout | None:
     return Layout(up, "down_proj", is_transposed, has_bias) if is_known else None
 
 
+def known_layout(module: nn.Module) -> Layout:
+    """Return how a module keeps its experts.
+
+    Raises:
+        JobError: when it computes in a way that is not known.
+    """
+    if (layout := layout_of(module)) is not None:
+        return layout
+    raise JobError(
+        "Experts of this model are computed in a way that raytrain_adv does not know",
+        f"{type(module).__module__}.{type(module).__qualname__}, with "
+        + ", ".join(f"{name} {[*p.shape]}" for name, p in matrices(module).items()),
+        "install the version of transformers in constraints.txt, or leave the experts as they are",
+    )
+
+
 def widths_of(module: nn.Module) -> dict[str, int]:
     """Return the input features of each stacked matrix of a module whose layout is known."""
-    layout = layout_of(module)
-    assert layout is not None, type(module)
+    layout = known_layout(module)
     return {name: layout.width(shape) for name, shape in shapes(module).items()}
 
 

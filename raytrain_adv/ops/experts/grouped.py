@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrain_adv.ops.experts.find import Layout, layout_of
+from raytrain_adv.ops.experts.find import Layout, known_layout
 
 Factors = tuple[Tensor, Tensor, float]
 """An adapter of one stacked matrix, in the order that it is kept: left [expert, a, rank], right
@@ -69,8 +69,7 @@ class GroupedExperts(nn.Module):
     @classmethod
     def of(cls, module: nn.Module) -> Self:
         """Return one that owns a module's parameters, whose layout is known."""
-        layout = layout_of(module)
-        assert layout is not None, type(module)
+        layout = known_layout(module)
         new = cls.__new__(cls)
         new.__dict__ = copy.copy(module.__dict__)
         for part in ("_parameters", "_modules", "_buffers"):

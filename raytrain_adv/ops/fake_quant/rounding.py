@@ -30,13 +30,7 @@ def bounds(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
-def _groups(
-    weight: Tensor,
-    bits: int,
-    group_size: int,
-    after: Tensor | None = None,
-    least_scale: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def _groups(weight: Tensor, bits: int, group_size: int, *_: object) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     return weight.new_empty((rows, columns)), weight.new_empty((rows, columns // group_size))
 
@@ -88,7 +82,7 @@ def integers_of(weight: Tensor, bits: int, group_size: int, least_scale: float =
     )
 
 
-def _tokens(x: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _tokens(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     ranges = (*x.shape[:-1], 1)
     return x.new_empty(x.shape), x.new_empty(ranges), x.new_empty(ranges, dtype=torch.int8)
 
@@ -156,12 +150,7 @@ def quantize_float8(
     return (x.to(torch.float32) / scale).clamp(min=-largest, max=largest).to(E4M3), scale
 
 
-def _float8(
-    x: Tensor,
-    after: Tensor | None = None,
-    in_float32: bool = False,
-    least_scale: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def _float8(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=E4M3), scale
 

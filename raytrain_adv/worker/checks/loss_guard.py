@@ -18,7 +18,7 @@ from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import StorageError, TrainingError
 from raytrain_adv.run.run import Run
 from raytrain_adv.storage.storage import Storage
-from raytrain_adv.transforms.transform import Transform
+from raytrain_adv.transforms.transform import Switchable
 
 FOLDER = "bad_batches"
 BEFORE = 20  # good losses whose median a step's loss is compared with
@@ -168,10 +168,10 @@ exceed three by noise alone."""
 class LossRise:
     """Compares the mean loss since a feature began with that before, or its first losses."""
 
-    def __init__(self, transforms: Iterable[Transform], say: Callable[[str], None]) -> None:
+    def __init__(self, transforms: Iterable[Switchable], say: Callable[[str], None]) -> None:
         # The last losses without a feature (or the first with it), and the window with it.
         empty: deque[float] = deque(maxlen=WINDOW)
-        self.watched: list[tuple[Transform, deque[float], list[float]]] = [
+        self.watched: list[tuple[Switchable, deque[float], list[float]]] = [
             (transform, empty.copy(), []) for transform in transforms
         ]
         self.say = say

@@ -50,7 +50,7 @@ class Checks:
         self.transforms = transforms
         self.plans = plans
         self.loss = LossGuard(job, run, batches, transforms.remedies, progress)
-        self.rise = LossRise(transforms, run.say)
+        self.rise = LossRise(transforms.switchable, run.say)
         self.learning = LearningCheck(vocabulary_of(model), run.say)
         self.unproven = [t for t in transforms if t.proven_by]
         """Features that no profiled pass ran yet."""

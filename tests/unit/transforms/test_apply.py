@@ -40,11 +40,6 @@ class SwapBase(Lora):
     planned: ClassVar[list[str]] = NAMES
     really: ClassVar[list[str]] = NAMES
 
-    @property
-    def Transforms(self) -> bool:
-        """Always."""
-        return True
-
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Plan what the class says."""
         change = Change("torch.nn.Linear", f"{__name__}.Swapped")
