@@ -1,4 +1,4 @@
-"""A feature is one file, with its ops: few other files name it."""
+"""A feature is one file, with its rules and ops: few other files name it."""
 
 import re
 from pathlib import Path
@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3] / "raytrain_adv"
-MOST = {"fp8": 4, "qat": 4, "quantiz": 4}
-"""Of quantiz: the command `export`, the keys of the two records, and the metric of sweeps."""
+MOST = {"fp8": 4, "qat": 6, "quantiz": 4}
+"""Of quantiz: the command `export`, the keys of the two records, and the metric of sweeps; of qat,
+two are the keys of distillation, which names what its student trains for."""
 OWN = {
-    "fp8": ("transforms/fp8.py", "ops/"),
+    "fp8": ("transforms/fp8.py", "transforms/qat_rules.py", "ops/"),
     "qat": ("transforms/qat", "ops/"),
     "quantiz": ("transforms/qat", "transforms/quantized_base.py", "ops/"),
 }
