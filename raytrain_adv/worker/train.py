@@ -45,10 +45,8 @@ from raytrain_adv.worker.trials.packing import check_packing
 
 @parallel.refuse_eager
 def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, Any]:
-    """Train on this rank and return what the report needs. Every rank of the run calls this.
-
-    Raises:
-        RaytrainAdvError: with what, found and fix, for everything that a user can correct.
+    """Train on this rank and return what the report needs; every rank of the run calls this. Raises
+    RaytrainAdvError for everything that a user can correct.
     """
     began_at = time.time()
     facts = hardware.detect(run.device)
