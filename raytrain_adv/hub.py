@@ -13,10 +13,8 @@ SWITCH = "HF_HUB_OFFLINE"
 
 def require_model(name: str, revision: str, cache_dir: str | None, near: str = "") -> None:
     """Refuse a model of the Hub that is neither cached on this machine nor can be fetched; `near`
-    says which folders a path of this name could have meant.
-
-    Raises:
-        JobError: naming why the Hub cannot be reached.
+    says which folders a path of this name could have meant. Raises JobError naming why the Hub
+    cannot be reached.
     """
     from huggingface_hub import try_to_load_from_cache
 

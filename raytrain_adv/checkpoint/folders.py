@@ -128,9 +128,7 @@ def wrong_sizes(folder: Storage, manifest: dict[str, Any]) -> str:
 
 def wrong_bytes(folder: Storage, rank: int, world_size: int) -> str:
     """Return what is wrong with this rank's share of the files (empty without kept checksums).
-
-    Raises:
-        StorageError: when a file cannot be read.
+    Raises StorageError when a file cannot be read.
     """
     manifest = read_manifest(folder) or {}
     wrong = []

@@ -52,9 +52,7 @@ _OF_GARBAGE = (AttributeError, EOFError, ImportError, IndexError, TypeError, Val
 
 def read_state(state: dict[str, Any], folder: str, shown: str) -> None:
     """Read a checkpoint's part of a nested state into that state; `shown` names it in errors.
-
-    Raises:
-        StorageError: when a file cannot be read, or would run code.
+    Raises StorageError when a file cannot be read, or would run code.
     """
     try:
         load_state(state, storage_reader=PlainReader(folder), planner=PlainPlanner())

@@ -25,11 +25,9 @@ from raytrain_adv.transforms.transform import Transform
 def to_resume(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
     """Return the checkpoint to resume from, the same on all ranks; None to start at step 0.
 
-    A damaged one is reported and skipped for the one before, unless the job names it.
-
-    Raises:
-        JobError: when the named checkpoint is not complete, or belongs to another job.
-        StorageError: when one cannot be read.
+    A damaged one is reported and skipped for the one before, unless the job names it. Raises
+    JobError when the named checkpoint is not complete, or belongs to another job; StorageError when
+    one cannot be read.
     """
     if not run.resume and not run.restarts:
         return None
@@ -152,9 +150,7 @@ def refuse_other_job(
     job: JobConfig, found: Found, arithmetic: Arithmetic, free: frozenset[str]
 ) -> None:
     """Refuse a checkpoint of other keys (but for those in `free`), other data, or another batch.
-
-    Raises:
-        JobError: naming each key that differs, with both values.
+    Raises JobError naming each key that differs, with both values.
     """
     if not found.optimizer:
         raise JobError(

@@ -68,10 +68,8 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) ->
 
 
 def load(found: Found, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Read a checkpoint into the shards, whatever number of workers wrote it.
-
-    Raises:
-        StorageError: when a file cannot be read, or is more than data.
+    """Read a checkpoint into the shards, whatever number of workers wrote it. Raises StorageError
+    when a file cannot be read, or is more than data.
     """
     state = training_state(model, optimizer)
     read = plain_like(state)

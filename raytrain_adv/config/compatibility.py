@@ -167,10 +167,8 @@ def update_table(text: str) -> str:
 def explain(name: str) -> str:
     """Describe a feature, its keys and its compatibility; of several, the verdict on each pair.
 
-    `name` has one or several of the matrix's names, in any case, or of the features' keys.
-
-    Raises:
-        JobError: if there is no such feature, naming the nearest.
+    `name` has one or several of the matrix's names, in any case, or of the features' keys. Raises
+    JobError if there is no such feature, naming the nearest.
     """
     parts = [part for part in re.split(r"[\s,+]+", name.strip()) if part]
     if len(parts) > 1 and _slug(name) not in _known():

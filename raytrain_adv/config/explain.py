@@ -18,10 +18,8 @@ WIDTH = 100
 
 
 def explain(name: str) -> str:
-    """Describe a key of the job file, a feature with its keys, or several features together.
-
-    Raises:
-        JobError: if there is no such key or feature, naming the nearest.
+    """Describe a key of the job file, a feature with its keys, or several features together. Raises
+    JobError if there is no such key or feature, naming the nearest.
     """
     word = name.strip().replace("-", "_")
     properties = schema()["properties"]

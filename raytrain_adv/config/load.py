@@ -28,11 +28,9 @@ _STAND_IN = "?"
 
 
 def load(path: str | Path, overrides: Iterable[str] | None = None) -> JobConfig:
-    """Return the job of a YAML file, with `key=value` overrides applied.
-
-    Raises:
-        JobError: listing every problem of the file and the overrides, with line numbers; if they
-            contain secrets, listing only those, because other problems could repeat them.
+    """Return the job of a YAML file, with `key=value` overrides applied. Raises JobError listing
+    every problem of the file and the overrides, with line numbers; if they contain secrets, listing
+    only those, because other problems could repeat them.
     """
     overrides, source = list(overrides or ()), str(path)
     document = read_file(Path(path))
@@ -53,10 +51,8 @@ def load_keys(
 ) -> JobConfig:
     """Return the job of keys as JobConfig.flat returns them, with `key=value` overrides applied.
 
-    Keys at their defaults count as not given; `source` is the keys' origin, for messages.
-
-    Raises:
-        JobError: listing every problem.
+    Keys at their defaults count as not given; `source` is the keys' origin, for messages. Raises
+    JobError listing every problem.
     """
     defaults = {key: kind.default(key) for kind in section_types() for key in kind.model_fields}
     given = {k: v for k, v in keys.items() if k not in defaults or v != defaults[k]}

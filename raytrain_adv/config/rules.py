@@ -175,10 +175,8 @@ def _evaluation(job: JobConfig) -> Iterable[Problem]:
 
 
 def check_workers(job: JobConfig, num_workers: int | None) -> None:
-    """Check a number of workers from the command line against the job.
-
-    Raises:
-        JobError: naming the key that it conflicts with.
+    """Check a number of workers from the command line against the job. Raises JobError naming the
+    key that it conflicts with.
     """
     if num_workers is not None and (problem := _misfit(job, num_workers, "--workers")):
         raise job_error("The command line", [problem])

@@ -23,10 +23,8 @@ def unknown_user(value: Any) -> str:
 
 
 def expand(value: Any) -> Any:
-    """Return a path, a list of them, or a comma-separated one, with ~ and ~user replaced.
-
-    Raises:
-        ValueError: if there is no such user.
+    """Return a path, a list of them, or a comma-separated one, with ~ and ~user replaced. Raises
+    ValueError if there is no such user.
     """
     if isinstance(value, list):
         return [expand(one) for one in value]

@@ -203,10 +203,8 @@ def _read_text(text: str) -> Document:
 
 
 def read_value(text: str) -> Any:
-    """Return one YAML value, as written after `key=` on the command line.
-
-    Raises:
-        ValueError: if the text is not one YAML value.
+    """Return one YAML value, as written after `key=` on the command line. Raises ValueError if the
+    text is not one YAML value.
     """
     try:
         loader = _Loader(text)

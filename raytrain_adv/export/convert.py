@@ -89,11 +89,8 @@ def write_converted(
 
     Weights are rounded to `dtype`, then converted on `device`. `require` is called with the bytes
     that will be written, before they are. Modules that `adapter`, a folder, has in full take the
-    place of the source's.
-
-    Raises:
-        JobError: when the files of `source` are not what the architecture needs.
-        TrainingError: when what was written is not what training rounds weights to.
+    place of the source's. Raises JobError when the files of `source` are not what the architecture
+    needs; TrainingError when what was written is not what training rounds weights to.
     """
     plain, built = build_whole(job), build(job)
     configs, axes = tensor_configs(built, job), stacked_axes(built)
@@ -293,9 +290,7 @@ def check_stored(
 ) -> None:
     """Read what was written in compressed-tensors' layout, and compare each value with the one that
     training rounds the same weight to. torchao's tensors are compared when the folder is loaded.
-
-    Raises:
-        TrainingError: naming the first linear that differs, and a value.
+    Raises TrainingError naming the first linear that differs, and a value.
     """
     places: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):

@@ -74,9 +74,7 @@ class NewFolder:
 
     def publish(self) -> None:
         """Give the folder its name, on rank 0, and let every rank know whether all went well.
-
-        Raises:
-            StorageError: on every rank, when writing failed; nothing is left under the name.
+        Raises StorageError on every rank, when writing failed; nothing is left under the name.
         """
         self.run(lambda: replace_folder(self.partial, self.path))
         if self.failure is not None:

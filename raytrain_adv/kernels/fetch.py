@@ -56,9 +56,7 @@ class Place:
 
 def find(wanted: Wanted, place: Place) -> Build:
     """Return a kernel's build: the one this run had before, the job's locked one, or a new one.
-
-    Raises:
-        JobError: when it is missing, does not fit, or differs from the lock.
+    Raises JobError when it is missing, does not fit, or differs from the lock.
     """
     if place.own is not None and place.own.is_file():
         locked = locks.read(place.own).of(wanted)
@@ -93,11 +91,8 @@ def fetch(
     use: Use = "layers",
 ) -> None:
     """Find the kernels of one use and copy their files next to a lock file, which keeps those of
-    another use.
-
-    Raises:
-        JobError: when one cannot be found, or differs from the lock.
-        StorageError: when the files cannot be written.
+    another use. Raises JobError when one cannot be found, or differs from the lock; StorageError
+    when the files cannot be written.
     """
     before = locks.read(file).kernels if file.is_file() else ()
     kernels = [one for one in before if one.use != use]
@@ -115,10 +110,8 @@ def fetch(
 
 
 def bring(wanted: Wanted, locked: Locked, file: Path) -> None:
-    """Copy one locked kernel's files next to its lock file, and record their folder in it.
-
-    Raises:
-        JobError: when the files are not available, or differ from the lock.
+    """Copy one locked kernel's files next to its lock file, and record their folder in it. Raises
+    JobError when the files are not available, or differ from the lock.
     """
     source = _fetched_folder(file, locked)
     if source is None or locks.differences(locked, source):
@@ -172,11 +165,7 @@ def _require_locked(build: Build, given: Path, own: Path) -> None:
 
 
 def require_in(wanted: Wanted, file: Path) -> Locked:
-    """Return a kernel's entry in a lock file.
-
-    Raises:
-        JobError: when it has none.
-    """
+    """Return a kernel's entry in a lock file. Raises JobError when it has none."""
     lock = locks.read(file)
     locked = lock.of(wanted)
     if locked is None:

@@ -98,11 +98,7 @@ def differences(locked: Locked, folder: Path) -> list[str]:
 
 
 def require_same(locked: Locked, folder: Path, lock_file: Path) -> None:
-    """Refuse a build whose files differ from the lock.
-
-    Raises:
-        JobError: naming the files.
-    """
+    """Refuse a build whose files differ from the lock. Raises JobError naming the files."""
     if lines := differences(locked, folder):
         raise JobError(
             f"the files of {locked.source} are not those in {lock_file}",
@@ -113,11 +109,7 @@ def require_same(locked: Locked, folder: Path, lock_file: Path) -> None:
 
 
 def read(file: Path) -> Lock:
-    """Read a lock file.
-
-    Raises:
-        JobError: when it is missing or not a lock file.
-    """
+    """Read a lock file. Raises JobError when it is missing or not a lock file."""
     try:
         return Lock.model_validate_json(file.read_bytes())
     except OSError as error:
@@ -138,11 +130,7 @@ def read(file: Path) -> Lock:
 
 
 def write(kernels: Iterable[Locked], file: Path) -> None:
-    """Write a lock file atomically.
-
-    Raises:
-        StorageError: when it cannot be written.
-    """
+    """Write a lock file atomically. Raises StorageError when it cannot be written."""
     try:
         write_atomic(file, Lock(kernels=tuple(kernels)).model_dump_json(indent=1) + "\n")
     except OSError as error:

@@ -95,10 +95,8 @@ class Choice:
 
 def choose(model: nn.Module, builds: Sequence[Build], compiled: bool) -> Choice:
     """Choose the layers for a model, perhaps on the meta device, from kernels in the job's order.
-
-    Raises:
-        JobError: when a named layer is missing or cannot be used, a kernel replaces nothing, or
-            two kernels claim the same module.
+    Raises JobError when a named layer is missing or cannot be used, a kernel replaces nothing, or
+    two kernels claim the same module.
     """
     choice = Choice()
     places = all_sites(model)
@@ -275,10 +273,8 @@ class Layer:
 
 
 def read_layers(folder: Path) -> dict[str, Layer]:
-    """Return the layers of a build (with layers.py or layers/) by name.
-
-    Raises:
-        JobError: when there are none, or the source cannot be read.
+    """Return the layers of a build (with layers.py or layers/) by name. Raises JobError when there
+    are none, or the source cannot be read.
     """
     roots = [folder, *(p for p in sorted(folder.iterdir()) if (p / "__init__.py").is_file())]
     for root in roots:

@@ -44,11 +44,7 @@ class LayerSource:
 
 
 def load_module(folder: Path) -> ModuleType:
-    """Import a build by its path, without the network.
-
-    Raises:
-        JobError: when it cannot be imported.
-    """
+    """Import a build by its path, without the network. Raises JobError if that fails."""
     from kernels import get_local_kernel
 
     _forget_others(folder, python_name(folder))
@@ -65,10 +61,8 @@ def load_module(folder: Path) -> ModuleType:
 
 @cache
 def load_layer(source: LayerSource) -> type[nn.Module]:
-    """Return a layer of a build.
-
-    Raises:
-        JobError: when the build cannot be imported, or has no such layer.
+    """Return a layer of a build. Raises JobError when the build cannot be imported, or has no such
+    layer.
     """
     module = load_module(source.folder)
     layers = getattr(module, "layers", None)
@@ -139,9 +133,8 @@ def install(
     model: nn.Module, choice: Choice, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> list[SiteTrial]:
     """Test each layer in a trial on each kind of module it is for, then swap the forward passes.
-
-    Raises:
-        JobError: when a layer is wrong, has no gradient, bypasses a module or is not put in place.
+    Raises JobError when a layer is wrong, has no gradient, bypasses a module or is not put in
+    place.
     """
     sources = {
         fqn: LayerSource(chosen.build.folder.absolute(), chosen.layer, chosen.site)
@@ -184,10 +177,8 @@ class _Chosen(nn.Module):
 def swap(
     modules: Mapping[str, nn.Module], source: LayerSource, device: torch.device, compiled: bool
 ) -> None:
-    """Replace the forward pass of each module (by fqn) by the layer's.
-
-    Raises:
-        JobError: when the kernels package refuses the layer, or does not put it in place.
+    """Replace the forward pass of each module (by fqn) by the layer's. Raises JobError when the
+    kernels package refuses the layer, or does not put it in place.
     """
     from kernels import Mode, kernelize, use_kernel_mapping
 

@@ -82,11 +82,9 @@ def _rank(name: str, target: Target) -> tuple[int, ...] | None:
 
 
 def python_name(folder: Path) -> str:
-    """Check a build and return the name under which the kernels package imports it.
-
-    Raises:
-        JobError: when it has links, its metadata is unreadable, it needs other kernels, or its name
-            is that of an installed package.
+    """Check a build and return the name under which the kernels package imports it. Raises JobError
+    when it has links, its metadata is unreadable, it needs other kernels, or its name is that of an
+    installed package.
     """
     for path in folder.rglob("*"):
         if not path.is_file() and (path.is_symlink() or not path.is_dir()):

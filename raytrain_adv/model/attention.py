@@ -42,9 +42,7 @@ HUB_ATTENTION = "hub_attention"
 
 def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
     """Return transformers' name of the attention to use; none leaves the choice to transformers.
-
-    Raises:
-        JobError: when the requested attention is not available, or would compute something else.
+    Raises JobError when the requested attention is not available, or would compute something else.
     """
     asked = job.model.flash_attn
     check_flash_package(asked)
@@ -102,10 +100,8 @@ def kernel_asked(job: JobConfig) -> Wanted | None:
 
 
 def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
-    """Put the kernel's files into output_dir, pinned by kernels.lock.json there.
-
-    Raises:
-        JobError: when it cannot be fetched, or differs from kernels_lock.
+    """Put the kernel's files into output_dir, pinned by kernels.lock.json there. Raises JobError
+    when it cannot be fetched, or differs from kernels_lock.
     """
     wanted, file = kernel_asked(job), own_lock(job)
     if wanted is not None or file.is_file():
@@ -115,10 +111,8 @@ def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> N
 
 
 def refuse_unsupported(job: JobConfig, model: PreTrainedModel) -> None:
-    """Refuse a kernel of hub:<repo> for an architecture that has no flash attention.
-
-    Raises:
-        JobError: naming the architecture.
+    """Refuse a kernel of hub:<repo> for an architecture that has no flash attention. Raises
+    JobError naming the architecture.
     """
     if not job.model.flash_attn.startswith(HUB):
         return
@@ -194,11 +188,8 @@ class HubAttention:
         self._loaded: ModuleType | None = None
 
     def kernel(self) -> ModuleType:
-        """Return the kernel, loaded once.
-
-        Raises:
-            JobError: when it cannot be fetched, is not the locked one, or is not flash attention.
-            NoBuild: when it is for other machines than this one.
+        """Return the kernel, loaded once. Raises JobError when it cannot be fetched, is not the
+        locked one, or is not flash attention; NoBuild when it is for other machines than this one.
         """
         if self._loaded is None:
             self._loaded = self._load()

@@ -20,9 +20,7 @@ MOST_LAYERS = 4096  # each is built and planned: more take hours and all memory
 
 def read_config(job: JobConfig) -> PretrainedConfig:
     """Read the model's config.json, from its folder or the Hub, and refuse what cannot be trained.
-
-    Raises:
-        JobError: when there is no such model, or it cannot be reached or trained.
+    Raises JobError when there is no such model, or it cannot be reached or trained.
     """
     check_folder(job)
     name, raw = model_source(job), raw_config(job)
@@ -45,11 +43,7 @@ def read_config(job: JobConfig) -> PretrainedConfig:
 
 
 def raw_config(job: JobConfig) -> dict[str, Any]:
-    """Return what the model's config.json holds.
-
-    Raises:
-        JobError: when it cannot be read.
-    """
+    """Return what the model's config.json holds. Raises JobError when it cannot be read."""
     try:
         raw, _ = PretrainedConfig.get_config_dict(model_source(job), **_place(job))
     except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: no mapping

@@ -70,10 +70,8 @@ def towers(model: PreTrainedModel) -> list[str]:
 
 def take_out_towers(model: PreTrainedModel, first_layer: nn.Module) -> None:
     """Replace the parts that text does not use by stand-ins without weights, and freeze what it
-    uses of them; `first_layer` is the text part's. The model is on the meta device.
-
-    Raises:
-        JobError: when the model takes no text alone, or its parts cannot be told apart.
+    uses of them; `first_layer` is the text part's. The model is on the meta device. Raises JobError
+    when the model takes no text alone, or its parts cannot be told apart.
     """
     _refuse_other_inputs(model)
     parts = {fqn: model.get_submodule(fqn) for fqn in towers(model)}

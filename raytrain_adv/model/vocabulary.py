@@ -26,11 +26,7 @@ CHUNK = 8192  # rows that are read at once to add them up
 
 
 def read_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer, and add the job's tokens.
-
-    Raises:
-        JobError: if it cannot be loaded.
-    """
+    """Load the model's tokenizer, and add the job's tokens. Raises JobError if it does not load."""
     name, vocabulary = job.model.model_name_or_path, job.transform(Vocabulary)
     with _readable(job):
         loaded = _load(*_place(job))
@@ -81,9 +77,7 @@ def _readable(job: JobConfig) -> Iterator[None]:
 @contextmanager
 def no_panics(what: str) -> Iterator[None]:
     """Turn a crash of a library in Rust, which is no Exception, into an error that names `what`.
-
-    Raises:
-        JobError: when it crashes.
+    Raises JobError when it crashes.
     """
     try:
         yield
@@ -107,10 +101,8 @@ class Size:
 
 
 def tokenizer_size(job: JobConfig) -> Size:
-    """Return the size of the tokenizer with the job's tokens.
-
-    Raises:
-        JobError: if it cannot be loaded.
+    """Return the size of the tokenizer with the job's tokens. Raises JobError if it cannot be
+    loaded.
     """
     vocabulary = job.transform(Vocabulary)
     with _readable(job):
@@ -138,9 +130,7 @@ def num_rows(job: JobConfig, rows: int) -> int:
 
 def resize(model: PreTrainedModel, job: JobConfig) -> None:
     """Give a model on the meta device, and its config, a row for each token, as transformers does.
-
-    Raises:
-        JobError: if transformers cannot resize this architecture.
+    Raises JobError if transformers cannot resize this architecture.
     """
     untyped: Any = model
     rows = int(untyped.get_input_embeddings().weight.shape[0])

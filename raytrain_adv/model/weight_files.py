@@ -27,10 +27,8 @@ COPY_AGAIN = "copy or download the model folder again"
 
 
 def model_folder(job: JobConfig) -> Path:
-    """Return the folder of the model's files; a Hub model is downloaded once per node.
-
-    Raises:
-        JobError: when the Hub has no such model, refuses it, or cannot be reached.
+    """Return the folder of the model's files; a Hub model is downloaded once per node. Raises
+    JobError when the Hub has no such model, refuses it, or cannot be reached.
     """
     if is_local(job):
         return Path(model_source(job))
@@ -54,10 +52,8 @@ def model_folder(job: JobConfig) -> Path:
 
 
 class CheckpointFiles:
-    """The tensors of a model folder by name, opened but not read. Use as a context manager.
-
-    Raises:
-        JobError: when files are missing or damaged.
+    """The tensors of a model folder by name, opened but not read. Use as a context manager. Raises
+    JobError when files are missing or damaged.
     """
 
     def __init__(self, folder: Path, new_rows: NewRows | None = None) -> None:
@@ -149,10 +145,8 @@ class CheckpointFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object; an empty one if there is no such file.
-
-    Raises:
-        JobError: when it cannot be read, is no JSON, or holds something else than an object.
+    """Return a file's JSON object; an empty one if there is no such file. Raises JobError when it
+    cannot be read, is no JSON, or holds something else than an object.
     """
     if not path.is_file():
         return {}
@@ -166,10 +160,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def tensor_files(folder: Path) -> dict[Path, list[str]]:
-    """Return each safetensors file, with the names that an index lists for it.
-
-    Raises:
-        JobError: when the folder has no weights, or the index names files that are not there.
+    """Return each safetensors file, with the names that an index lists for it. Raises JobError when
+    the folder has no weights, or the index names files that are not there.
     """
     index = folder / INDEX
     if not index.is_file():

@@ -59,10 +59,8 @@ def materialize(
 ) -> None:
     """Allocate a meta-device model, tie what is tied, and compute buffers that checkpoints lack.
 
-    Buffers go to `device`, parameters to `parameter_device` if given, as with CPU offload.
-
-    Raises:
-        TrainingError: when the architecture does not define how to compute one of its buffers.
+    Buffers go to `device`, parameters to `parameter_device` if given, as with CPU offload. Raises
+    TrainingError when the architecture does not define how to compute one of its buffers.
     """
     model.to_empty(device=parameter_device or device)
     for module in model.modules():
@@ -151,10 +149,8 @@ def load_pretrained(
 
     Each rank reads its own region of tensors that keep their layout. Those that transformers fuses
     or splits are converted by rank 0, one group (at most a layer) at a time, and broadcast. Packed
-    linears take their rows one by one. Parameters that a transform added are left alone.
-
-    Raises:
-        JobError: when tensors are missing, unexpected, or of another shape, listing them.
+    linears take their rows one by one. Parameters that a transform added are left alone. Raises
+    JobError when tensors are missing, unexpected, or of another shape, listing them.
     """
     plain = build_whole(job)
     targets, packed = saved_tensors(model), packed_weights(model)
@@ -183,10 +179,8 @@ def packed_weights(model: nn.Module) -> dict[str, PackedLinear | PackedStack]:
 
 
 def match(plain: PreTrainedModel, files: CheckpointFiles) -> Route:
-    """Find for every tensor of the plain model where in the checkpoint it comes from.
-
-    Raises:
-        JobError: listing tensors that are missing, unexpected, or of another shape.
+    """Find for every tensor of the plain model where in the checkpoint it comes from. Raises
+    JobError listing tensors that are missing, unexpected, or of another shape.
     """
     found = route(plain, files.shapes)
     join_tied(plain, files, found)
@@ -233,10 +227,8 @@ def _unfit(
 
 
 def join_tied(plain: PreTrainedModel, files: CheckpointFiles, found: Route) -> None:
-    """Keep one source for each set of tied tensors, whichever name the checkpoint uses.
-
-    Raises:
-        JobError: when the checkpoint has two different tensors that the config ties.
+    """Keep one source for each set of tied tensors, whichever name the checkpoint uses. Raises
+    JobError when the checkpoint has two different tensors that the config ties.
     """
     first: dict[int, str] = {}
     for name, parameter in plain.named_parameters(remove_duplicate=False):
@@ -302,10 +294,8 @@ def broadcast_group(
 def convert_group(
     group: Group, files: CheckpointFiles, plain: PreTrainedModel
 ) -> dict[str, torch.Tensor]:
-    """Return a group's tensors for the model, whole, in host memory.
-
-    Raises:
-        JobError: when the conversion fails or gives other tensors than the model has.
+    """Return a group's tensors for the model, whole, in host memory. Raises JobError when the
+    conversion fails or gives other tensors than the model has.
     """
     held = ", ".join(name for name, _ in group.sources[:3])
     wanted = {name: tuple(plain.get_parameter(name).shape) for name in group.targets}

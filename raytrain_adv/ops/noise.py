@@ -90,9 +90,7 @@ def noises(model: nn.Module) -> Iterator[Noise]:
 
 def measure(embedding: nn.Module, alpha: float, device: torch.device, dtype: torch.dtype) -> str:
     """Check an embedding's noise, of size alpha, on a table of zeros; return the result in words.
-
-    Raises:
-        TrainingError: when it is wrong.
+    Raises TrainingError when it is wrong.
     """
     width = int(embedding.embedding_dim)  # type: ignore[arg-type] # planned as an embedding
     table = nn.Embedding(PROBED_ROWS, width, device=device, dtype=dtype)

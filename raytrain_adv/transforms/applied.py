@@ -48,10 +48,8 @@ class Transforms:
         return iter(self._enabled)
 
     def check(self, facts: HardwareFacts) -> None:
-        """Check that a worker's machine and software can do what the job enables.
-
-        Raises:
-            ClusterError: naming the rule that refused, or the package that cannot be imported.
+        """Check that a worker's machine and software can do what the job enables. Raises
+        ClusterError naming the rule that refused, or the package that cannot be imported.
         """
         for transform in self:
             transform.check(facts)
@@ -81,12 +79,9 @@ class Transforms:
     ) -> dict[str, Plan]:
         """Apply each transform to the model in place: plan, prepare, verify. Return the plans by
         the transforms' names. `facts` describe the machine the job runs on, by default this one;
-        plans advise on `num_tokens` of one worker's forward pass.
-
-        Raises:
-            JobError: when plans change nothing, or two transforms want the same module; it names
-                all that is wrong.
-            TrainingError: when a transform did not do what it had planned.
+        plans advise on `num_tokens` of one worker's forward pass. Raises JobError when plans change
+        nothing, or two transforms want the same module; it names all that is wrong; TrainingError
+        when a transform did not do what it had planned.
         """
         context = Context(self.job, facts or hardware.detect(), num_tokens)
         plans: dict[str, Plan] = {}
@@ -129,12 +124,9 @@ class Transforms:
         self, model: nn.Module, plans: Mapping[str, Plan], device: torch.device, dtype: torch.dtype
     ) -> dict[str, Plan]:
         """Finish the changes on a worker: replace planned forward passes, and try what was changed
-        on the device that trains. Return the plans with what was found.
-
-        Raises:
-            JobError: when a replacement is wrong.
-            TrainingError: when a transform did not do what it had planned, or a changed module
-                computes something else than it should.
+        on the device that trains. Return the plans with what was found. Raises JobError when a
+        replacement is wrong; TrainingError when a transform did not do what it had planned, or a
+        changed module computes something else than it should.
         """
         found: dict[str, Plan] = {}
         worker = Worker(self.job, device, dtype)

@@ -244,10 +244,8 @@ class Fp8(Transform):
 def _avoid_nan(torch_version: str) -> None:
     """Keep compiled FP8 backward passes from writing NaN, as torchao does for models that it
     converts itself: Inductor's minimum and maximum of torch 2.14 make Triton store wrong bytes.
-    Remove when triton-lang/triton#11111 is closed and the oldest torch has that Triton.
-
-    Raises:
-        TrainingError: when Inductor is not as torchao expects it.
+    Remove when triton-lang/triton#11111 is closed and the oldest torch has that Triton. Raises
+    TrainingError when Inductor is not as torchao expects it.
     """
     if numbers(torch_version) < (2, 14):
         return

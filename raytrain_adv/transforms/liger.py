@@ -272,11 +272,8 @@ def _bind_rotary(model: nn.Module) -> None:
 
 
 def require_operators(model: nn.Module, plan: Plan) -> None:
-    """Refuse layers that torch.compile would compile wrongly.
-
-    Raises:
-        JobError: for a layer of Liger's that calls a kernel without an operator in
-            ops/liger_layers.py.
+    """Refuse layers that torch.compile would compile wrongly. Raises JobError for a layer of
+    Liger's that calls a kernel without an operator in ops/liger_layers.py.
     """
     from raytrain_adv.ops.liger_layers import STAND_INS, UNDERSTOOD
 

@@ -278,10 +278,8 @@ class Qat(Switchable):
     def _merge(
         self, changes: dict[str, Change], skipped: Mapping[str, str], model: nn.Module
     ) -> None:
-        """Plan one rounded weight for each base with its adapter.
-
-        Raises:
-            JobError: naming an adapter that would stay beside its base.
+        """Plan one rounded weight for each base with its adapter. Raises JobError naming an adapter
+        that would stay beside its base.
         """
         bases = [fqn for fqn, _ in model.named_modules() if short(fqn) == "base_layer"]
         for fqn in bases:

@@ -114,10 +114,8 @@ class Transform(Section):
         return bool(getattr(self, next(iter(type(self).model_fields))))
 
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse a machine or software that cannot do what the keys enable.
-
-        Raises:
-            ClusterError: naming the rule that refused, what was found, and what to do.
+        """Refuse a machine or software that cannot do what the keys enable. Raises ClusterError
+        naming the rule that refused, what was found, and what to do.
         """
 
     def fetch(self, job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
@@ -127,10 +125,8 @@ class Transform(Section):
         """
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Return what would change, and change nothing. The model may be on the meta device.
-
-        Raises:
-            JobError: when the keys name modules that the model does not have.
+        """Return what would change, and change nothing. The model may be on the meta device. Raises
+        JobError when the keys name modules that the model does not have.
         """
         return Plan(self.name)
 
@@ -144,11 +140,8 @@ class Transform(Section):
     def install(self, model: nn.Module, plan: Plan, worker: Worker) -> Plan:
         """Replace the planned forward passes, and try what was changed; return the plan with what
         was found. Called on workers only, between `prepare` and compiling and sharding; the model
-        is on the meta device.
-
-        Raises:
-            JobError: when a replacement is wrong.
-            TrainingError: when a changed module computes something else than it should.
+        is on the meta device. Raises JobError when a replacement is wrong; TrainingError when a
+        changed module computes something else than it should.
         """
         return plan
 
@@ -162,9 +155,7 @@ class Transform(Section):
     def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
         """Initialize the parameters that `prepare` added, and compare changed weights with those
         that were read; return notes. Called on all ranks once weights are loaded and sharded.
-
-        Raises:
-            TrainingError: on all ranks, when weights differ from those that were read.
+        Raises TrainingError on all ranks, when weights differ from those that were read.
         """
         return ()
 
@@ -217,10 +208,8 @@ def require_package(
     facts: HardwareFacts, what: str, package: str, off: str, install: str = ""
 ) -> None:
     """Refuse a node without the package that `what` needs. `off` is how to run without it,
-    `install` the requirement to install, by default the package's name.
-
-    Raises:
-        ClusterError: naming the node and the package.
+    `install` the requirement to install, by default the package's name. Raises ClusterError naming
+    the node and the package.
     """
     if facts.versions.get(package) is None:
         raise ClusterError(
@@ -231,10 +220,8 @@ def require_package(
 
 
 def require_gpu(facts: HardwareFacts, what: str, off: str) -> None:
-    """Refuse a node without a GPU; `what` is the rule, and `off` how to run without one.
-
-    Raises:
-        ClusterError: describing the node.
+    """Refuse a node without a GPU; `what` is the rule, and `off` how to run without one. Raises
+    ClusterError describing the node.
     """
     if facts.device_type != "cuda":
         raise ClusterError(what, facts.describe(), f"run on GPU workers, or {off}")

@@ -87,10 +87,8 @@ class Vocabulary(Transform):
             yield Problem(text, fix, "additional_target and finetuning_type")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Choose the modules that are trained in full next to adapters.
-
-        Raises:
-            JobError: if there are no such modules, or new rows would not be trained.
+        """Choose the modules that are trained in full next to adapters. Raises JobError if there
+        are no such modules, or new rows would not be trained.
         """
         if context.job.flat()["finetuning_type"] != "lora":
             self._require_trained(

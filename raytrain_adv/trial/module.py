@@ -96,10 +96,8 @@ def group_alike(model: nn.Module, layers: Mapping[str, Layer]) -> list[tuple[Lay
 
 def try_module(candidate: Candidate, layer: str = "", num_modules: int = 1) -> SiteTrial:
     """Compare a forward pass with that of the module's class, on a copy with random weights.
-    `layer` and `num_modules` are for the result.
-
-    Raises:
-        JobError: when it is wrong, bypasses a module, or has no gradient.
+    `layer` and `num_modules` are for the result. Raises JobError when it is wrong, bypasses a
+    module, or has no gradient.
     """
     trials = [_try(candidate, shape) for shape in SHAPES]
     values, gradients, allowed = zip(*trials, strict=True)

@@ -206,9 +206,7 @@ def is_enough(state: TrainState, done: int) -> bool:
 
 def restore_best(state: TrainState) -> None:
     """Load the weights of the best evaluation, if the job wants them and they are not the last.
-
-    Raises:
-        StorageError: when its checkpoint is no longer complete.
+    Raises StorageError when its checkpoint is no longer complete.
     """
     if not state.job.output.load_best_model_at_end or not state.evaluations:
         return

@@ -27,20 +27,16 @@ from raytrain_adv.worker.trials.attention import try_attention
 
 
 def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
-    """Copy what transforms and attention need on the workers into output_dir.
-
-    Raises:
-        JobError: when it is not available.
+    """Copy what transforms and attention need on the workers into output_dir. Raises JobError when
+    it is not available.
     """
     Transforms(job).fetch(facts, say)
     attention.fetch(job, facts, say)
 
 
 def fetch_on_main(job: JobConfig, run: Run, facts: HardwareFacts) -> None:
-    """Fetch on rank 0; if there is a driver, it has already done so.
-
-    Raises:
-        RaytrainAdvError: rank 0's, on all ranks.
+    """Fetch on rank 0; if there is a driver, it has already done so. Raises RaytrainAdvError: rank
+    0's, on all ranks.
     """
     failure: RaytrainAdvError | None = None
     try:
@@ -55,11 +51,9 @@ def fetch_on_main(job: JobConfig, run: Run, facts: HardwareFacts) -> None:
 def install(
     run: Run, transforms: Transforms, model: PreTrainedModel, plans: Mapping[str, Plan]
 ) -> dict[str, Plan]:
-    """Replace the planned forward passes; return the plans with the results of their trials.
-
-    Raises:
-        JobError: when a replacement turns out to be wrong.
-        TrainingError: when ranks would compute with different replacements.
+    """Replace the planned forward passes; return the plans with the results of their trials. Raises
+    JobError when a replacement turns out to be wrong; TrainingError when ranks would compute with
+    different replacements.
     """
     found = transforms.install(model, plans, run.device, compute_dtype(transforms.job))
     require_alike(run, found)
@@ -67,10 +61,8 @@ def install(
 
 
 def check_attention(job: JobConfig, run: Run, model: PreTrainedModel) -> dict[str, str | None]:
-    """Test the model's attention in a trial; return its name and the result for the report.
-
-    Raises:
-        JobError: when it does not compute the model's attention.
+    """Test the model's attention in a trial; return its name and the result for the report. Raises
+    JobError when it does not compute the model's attention.
     """
     name = attention.attention_name(job, model)
     result = try_attention(job, model, run.device, compute_dtype(job))
@@ -117,10 +109,8 @@ def load_reference(job: JobConfig, device: torch.device) -> PreTrainedModel:
 
 
 def require_alike(run: Run, plans: Mapping[str, Plan]) -> None:
-    """Compare which modules were changed, and to what, between all ranks.
-
-    Raises:
-        TrainingError: on all ranks, when one differs.
+    """Compare which modules were changed, and to what, between all ranks. Raises TrainingError on
+    all ranks, when one differs.
     """
     mine = {
         name: {fqn: change.after for fqn, change in plan.changes.items()}

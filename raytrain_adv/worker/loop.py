@@ -86,10 +86,8 @@ class TrainState:
 
 @contextmanager
 def training(state: TrainState) -> Iterator[None]:
-    """Time the steps inside, and wait for the last checkpoint at their end.
-
-    Raises:
-        TrainingError: when the GPU runs out of memory, naming the step.
+    """Time the steps inside, and wait for the last checkpoint at their end. Raises TrainingError
+    when the GPU runs out of memory, naming the step.
     """
     state.model.train()
     state.run.say("training", event="phase")
@@ -169,11 +167,9 @@ def forward_backward(
 
 
 def log_and_save(state: TrainState, checks: Checks, done: int) -> bool:
-    """Log, evaluate and save what is due after `done` steps; return whether the run goes on.
-
-    Raises:
-        Stopped: on all ranks, if the run must stop before its end.
-        Terminated: on all ranks, if a process must end before the run does.
+    """Log, evaluate and save what is due after `done` steps; return whether the run goes on. Raises
+    Stopped on all ranks, if the run must stop before its end; Terminated on all ranks, if a process
+    must end before the run does.
     """
     last = done == state.arithmetic.total_steps
     saves, strategy = state.arithmetic.saves_after(done), state.job.output.save_strategy
@@ -243,11 +239,8 @@ def save(state: TrainState, checks: Checks, done: int) -> None:
 
 
 def leave(state: TrainState, checks: Checks, done: int) -> None:
-    """End the run early, with a checkpoint after `done` steps.
-
-    Raises:
-        Stopped: on all ranks, once the checkpoint is complete.
-        Terminated: if it was a worker's process that must end, not the run.
+    """End the run early, with a checkpoint after `done` steps. Raises Stopped on all ranks, once
+    the checkpoint is complete; Terminated if it was a worker's process that must end, not the run.
     """
     state.run.heartbeat.stop()
     if state.job.output.save_strategy == "no":

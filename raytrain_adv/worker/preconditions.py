@@ -31,11 +31,9 @@ READ_AT_ONCE = 64 * 2**20
 
 
 def check_files(job: JobConfig) -> None:
-    """Refuse a job, or a sweep whose trials are all so, that the files here make impossible.
-    Files on the Hub are checked when they are fetched, rows when they are tokenized.
-
-    Raises:
-        JobError: the same as later, when the model or the data is read.
+    """Refuse a job, or a sweep whose trials are all so, that the files here make impossible. Files
+    on the Hub are checked when they are fetched, rows when they are tokenized. Raises JobError: the
+    same as later, when the model or the data is read.
     """
     if job.sweep is None:
         _check(job)

@@ -20,10 +20,8 @@ def random_order(n: int, *entropy: int) -> NDArray[np.int64]:
 
 
 def num_held_out(n: int, val_size: float, rows: str) -> int:
-    """Return how many of `n` rows the job's val_size holds out; `rows` names them in errors.
-
-    Raises:
-        JobError: when none would be, or none left to train on.
+    """Return how many of `n` rows the job's val_size holds out; `rows` names them in errors. Raises
+    JobError when none would be, or none left to train on.
     """
     num_held = int(val_size) if val_size >= 1 else round(n * val_size)
     if val_size and not 0 < num_held < n:

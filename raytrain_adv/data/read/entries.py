@@ -56,11 +56,8 @@ class Entry:
 
 
 def resolve(names: str | list[str] | None, data: DataConfig, key: str) -> list[Entry]:
-    """Find every dataset that `names` (the job's value of `key`) lists.
-
-    Raises:
-        JobError: for a name that is nowhere to be found, or an entry with a key that cannot be
-            honored.
+    """Find every dataset that `names` (the job's value of `key`) lists. Raises JobError for a name
+    that is nowhere to be found, or an entry with a key that cannot be honored.
     """
     listed = names.split(",") if isinstance(names, str) else list(names or [])
     wanted = [name.strip() for name in listed if name.strip()]

@@ -38,10 +38,8 @@ class Layout:
     """role_tag, content_tag -> key of a message; user_tag, ... -> value of role_tag"""
 
     def conversation(self, values: Any) -> Conversation:
-        """Convert one row.
-
-        Raises:
-            UnusableRow: if it has no answer, or is not laid out as the others are.
+        """Convert one row. Raises UnusableRow if it has no answer, or is not laid out as the others
+        are.
         """
         if not isinstance(values, dict):
             raise UnusableRow(f"the row is a {type(values).__name__}, not an object")
@@ -87,10 +85,8 @@ _CALL_TAGS = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
 def layout(entry: Entry, sample: list[Any]) -> Layout:
-    """Return an entry's layout; what the entry omits is derived from a sample of its rows.
-
-    Raises:
-        JobError: if the rows fit no known layout, or lack a column that is to be read.
+    """Return an entry's layout; what the entry omits is derived from a sample of its rows. Raises
+    JobError if the rows fit no known layout, or lack a column that is to be read.
     """
     rows: list[dict[str, Any]] = [values for values in sample if isinstance(values, dict)]
     found = {column for values in rows for column in values}
@@ -112,11 +108,7 @@ def layout(entry: Entry, sample: list[Any]) -> Layout:
 
 
 def text_layout(entry: Entry, sample: list[Any]) -> Layout:
-    """Return where an entry's rows have the text to pretrain on.
-
-    Raises:
-        JobError: if they have none.
-    """
+    """Return where an entry's rows have the text to pretrain on. Raises JobError if nowhere."""
     found = {column for values in sample if isinstance(values, dict) for column in values}
     named = (entry.columns or {}).get("prompt")
     column = named or next((one for one in _TEXTS if one in found), None)

@@ -37,10 +37,8 @@ class Source:
 
 
 def open_source(entry: Entry, cache_dir: str | None) -> Source:
-    """Find a dataset's files, or fetch it from the Hub, and hash its contents.
-
-    Raises:
-        JobError: for a missing, empty or unreadable source.
+    """Find a dataset's files, or fetch it from the Hub, and hash its contents. Raises JobError for
+    a missing, empty or unreadable source.
     """
     if entry.kind == "builtin":
         from raytrain_adv.data.read import orders, stdlib_docs  # few jobs need them
@@ -55,9 +53,7 @@ def open_source(entry: Entry, cache_dir: str | None) -> Source:
 
 def data_files(path: Path) -> list[Path]:
     """List the data files at a path: itself, or the files of known types in a folder, sorted.
-
-    Raises:
-        JobError: if there are none, or one is empty.
+    Raises JobError if there are none, or one is empty.
     """
     if path.is_dir():
         inside = [p for p in sorted(path.iterdir()) if p.is_file() and p.name != INFO_FILE]
@@ -108,10 +104,8 @@ def _hash_files(files: list[Path]) -> str:
 
 
 def read_files(files: list[Path]) -> Iterator[Row]:
-    """Yield the rows of data files, one after the other.
-
-    Raises:
-        JobError: at the first row that is broken.
+    """Yield the rows of data files, one after the other. Raises JobError at the first row that is
+    broken.
     """
     readers = {
         ".json": _read_json,

@@ -57,11 +57,9 @@ def open_or_build(
 ) -> CacheEntry:
     """Open the entry `key`; build it first if it is missing, damaged, or `rebuild` is set.
 
-    `key` is a hash of everything that decides the contents; `build` writes the rows and returns
-    its counts; `say` prints a sentence.
-
-    Raises:
-        StorageError: if it cannot be written, or the folder cannot be locked.
+    `key` is a hash of everything that decides the contents; `build` writes the rows and returns its
+    counts; `say` prints a sentence. Raises StorageError if it cannot be written, or the folder
+    cannot be locked.
     """
     path = root / key
     if not rebuild and (found := _open(path)):

@@ -81,10 +81,8 @@ class TokenizedDatasets:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
     def build(self, writer: cache.CacheWriter) -> dict[str, Any]:
-        """Tokenize every row into `writer`; return the counts.
-
-        Raises:
-            JobError: if a dataset is broken, or no row can be used.
+        """Tokenize every row into `writer`; return the counts. Raises JobError if a dataset is
+        broken, or no row can be used.
         """
         counts: dict[str, Any] = {"read": 0, "used": 0, "with_control_tokens": 0}
         unusable: list[tuple[str, str]] = []
@@ -152,10 +150,8 @@ class TokenizedDatasets:
                 yield [(r.where, r.values) for r in part], found[number], 1.0
 
     def tasks(self) -> Iterator[Task]:
-        """Yield the rows, chunk by chunk, each with its layout.
-
-        Raises:
-            JobError: if a dataset is empty, broken, or of no known layout.
+        """Yield the rows, chunk by chunk, each with its layout. Raises JobError if a dataset is
+        empty, broken, or of no known layout.
         """
         if self._mix():
             yield from self._interleaved()

@@ -22,10 +22,7 @@ def template_time(where: str, seconds: float = SECONDS) -> Iterator[None]:
     """Stop a chat template whose loops take too long.
 
     Jinja's sandbox bounds one range, and not loops in loops. They are Python's, so that an
-    exception set from another thread ends them.
-
-    Raises:
-        JobError: when the time is over.
+    exception set from another thread ends them. Raises JobError when the time is over.
     """
     me, has_ended = threading.get_ident(), threading.Event()
 
@@ -54,10 +51,8 @@ def template_time(where: str, seconds: float = SECONDS) -> Iterator[None]:
 @contextmanager
 def tokenizer_errors(what: str) -> Iterator[None]:
     """Turn whatever a tokenizer raises on `what`, also a crash in Rust, into an error. Settings of
-    its files are read only now: a model_max_length that is text compares to no number.
-
-    Raises:
-        JobError: when it raises anything but an error of ours.
+    its files are read only now: a model_max_length that is text compares to no number. Raises
+    JobError when it raises anything but an error of ours.
     """
     try:
         with no_panics(what):

@@ -43,10 +43,8 @@ class OwnTemplate:
         self.is_marked = GENERATION.search(source) is not None
 
     def __call__(self, conversation: Conversation) -> list[Piece]:
-        """Return the pieces of a conversation.
-
-        Raises:
-            UnusableRow: if the template cannot write all of it, or answers cannot be separated.
+        """Return the pieces of a conversation. Raises UnusableRow if the template cannot write all
+        of it, or answers cannot be separated.
         """
         messages = with_system(conversation.messages, self.default_system)
         messages = self._as_it_wants(messages, conversation.tools)

@@ -57,10 +57,8 @@ class Page:
         return self._render(messages, asks=False, marked=True)
 
     def _render(self, messages: list[Message], asks: bool, marked: bool) -> tuple[str, list[Span]]:
-        """Return the text and the answers.
-
-        Raises:
-            UnusableRow: if the template refuses the messages, or fails on them.
+        """Return the text and the answers. Raises UnusableRow if the template refuses the messages,
+        or fails on them.
         """
         try:
             rendered: Any = render_jinja_template(

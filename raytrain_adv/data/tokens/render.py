@@ -54,11 +54,7 @@ def _refuse_calls(conversation: Conversation, name: str) -> None:
 
 
 def _own(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the tokenizer's chat template.
-
-    Raises:
-        JobError: if it has none.
-    """
+    """Return the tokenizer's chat template. Raises JobError if it has none."""
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several templates by name, as some model folders have them
         template = template.get("default")

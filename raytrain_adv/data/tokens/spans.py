@@ -56,11 +56,7 @@ class Difference:
         self.place = cache(lambda turn: self._place(self.messages, turn, self.text, False))
 
     def answers(self) -> list[Span]:
-        """Return the answers.
-
-        Raises:
-            UnusableRow: if one cannot be separated from its prompt.
-        """
+        """Return the answers. Raises UnusableRow if one cannot be separated from its prompt."""
         spans: list[Span] = []
         for turn in _answers(self.messages):
             start, end = self._start(turn), self._end(turn)

@@ -15,10 +15,8 @@ from raytrain_adv.model.vocabulary import read_tokenizer
 
 def load_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; give it the job's template, and a pad token where it has none.
-
-    Raises:
-        JobError: if it cannot be loaded, does not fit the template, or has no chat template and the
-            job names none.
+    Raises JobError if it cannot be loaded, does not fit the template, or has no chat template and
+    the job names none.
     """
     tokenizer = read_tokenizer(job)
     if job.data.template is not None:
@@ -49,10 +47,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def adopt(tokenizer: PreTrainedTokenizerBase, template: Template, source: str) -> None:
-    """Set the tokenizer's eos token and chat template to the template's.
-
-    Raises:
-        JobError: if the tokenizer lacks a token the template needs.
+    """Set the tokenizer's eos token and chat template to the template's. Raises JobError if the
+    tokenizer lacks a token the template needs.
     """
     if template.end_of_turn is not None:
         if tokenizer.convert_tokens_to_ids(template.end_of_turn) in (None, tokenizer.unk_token_id):

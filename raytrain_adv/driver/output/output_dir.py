@@ -90,10 +90,8 @@ class Output:
             self.note(job, "running", self.number)
 
     def own(self) -> None:
-        """Claim storage that is outside of output_dir for this folder.
-
-        Raises:
-            JobError: if a run of another folder claimed it at the same time.
+        """Claim storage that is outside of output_dir for this folder. Raises JobError if a run of
+        another folder claimed it at the same time.
         """
         mine = {"output_dir": str(self.folder.resolve())}
         if not is_inside(self.storage, self.folder):

@@ -50,10 +50,8 @@ def remarks(job: JobConfig) -> Iterator[str]:
 
 
 def check(job: JobConfig, waits_s: Sequence[float] = WAITS_S) -> None:
-    """Ask the Hub whose token it is, before anything is trained.
-
-    Raises:
-        JobError: if there is no token, or the Hub does not take it.
+    """Ask the Hub whose token it is, before anything is trained. Raises JobError if there is no
+    token, or the Hub does not take it.
     """
     if not job.hub.push_to_hub:
         return

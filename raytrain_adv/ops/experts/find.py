@@ -133,10 +133,8 @@ def layout_of(module: nn.Module) -> Layout | None:
 
 
 def known_layout(module: nn.Module) -> Layout:
-    """Return how a module keeps its experts.
-
-    Raises:
-        JobError: when it computes in a way that is not known.
+    """Return how a module keeps its experts. Raises JobError when it computes in a way that is not
+    known.
     """
     if (layout := layout_of(module)) is not None:
         return layout

@@ -34,10 +34,8 @@ class Tensor:
 
 
 def write(source: Path, folder: Path, tensors: Iterable[Tensor]) -> None:
-    """Write folder/model.gguf; `source` has config.json and the tokenizer.
-
-    Raises:
-        JobError: when the tokenizer is none that llama.cpp's names are known for.
+    """Write folder/model.gguf; `source` has config.json and the tokenizer. Raises JobError when the
+    tokenizer is none that llama.cpp's names are known for.
     """
     import gguf
 

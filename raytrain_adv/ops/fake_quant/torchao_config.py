@@ -32,10 +32,8 @@ into one linear find that linear's configuration by; without it they would need 
 
 
 def refuse_odd_groups(size: int | None, widths: Mapping[str, int]) -> None:
-    """Refuse a group size that does not divide each layer's input features (`widths`).
-
-    Raises:
-        JobError: naming a layer, and the sizes that fit all of them.
+    """Refuse a group size that does not divide each layer's input features (`widths`). Raises
+    JobError naming a layer, and the sizes that fit all of them.
     """
     odd = {fqn: width for fqn, width in widths.items() if size and width % size}
     if not odd:

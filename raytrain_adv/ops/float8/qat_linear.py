@@ -67,10 +67,8 @@ def described(weight_dtype: str, activation_dtype: str) -> str:
 
 
 def refuse_frozen(linears: Iterable[nn.Linear], weight_dtype: str, activation_dtype: str) -> None:
-    """Refuse linears of which one product of three would be in float8, or none.
-
-    Raises:
-        JobError: when their weights are frozen, and their forward pass stays out of float8.
+    """Refuse linears of which one product of three would be in float8, or none. Raises JobError
+    when their weights are frozen, and their forward pass stays out of float8.
     """
     frozen = sum(not linear.weight.requires_grad for linear in linears)
     if frozen and not is_forward_in_float8(weight_dtype, activation_dtype):

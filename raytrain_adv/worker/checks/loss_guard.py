@@ -60,10 +60,8 @@ class LossGuard:
         self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
 
     def require_finite(self) -> None:
-        """Check that all values noted so far were finite.
-
-        Raises:
-            TrainingError: naming the first step with one that was not.
+        """Check that all values noted so far were finite. Raises TrainingError naming the first
+        step with one that was not.
         """
         step = int(self.first_bad.item())
         if step != NEVER:
@@ -78,9 +76,7 @@ class LossGuard:
         self, step: int, total: torch.Tensor, label_tokens: int, norm: torch.Tensor
     ) -> bool:
         """Return whether to skip the update of optimizer step `step` (from 0), on all ranks alike.
-
-        Raises:
-            TrainingError: if a bad step ends the run, or too many came in a row.
+        Raises TrainingError if a bad step ends the run, or too many came in a row.
         """
         if not self.is_active:
             return False

@@ -72,9 +72,8 @@ class Checks:
 
     def profile(self, step: int) -> AbstractContextManager[None]:
         """Profile the forward and backward pass inside for features that are on and not yet proven.
-
-        Raises:
-            TrainingError: on all ranks, when an operator ran less often than modules were changed.
+        Raises TrainingError on all ranks, when an operator ran less often than modules were
+        changed.
         """
         # Not in the first step of a feature or an attempt: the profile would contain compilation.
         due = [t for t in self.unproven if t.is_on(step) and t.is_on(step - 1)]
@@ -123,20 +122,16 @@ class Checks:
             )
 
     def after_backward(self) -> None:
-        """Check that forward and backward passes left the weights unchanged.
-
-        Raises:
-            TrainingError: on all ranks, naming the parameters that changed.
+        """Check that forward and backward passes left the weights unchanged. Raises TrainingError
+        on all ranks, naming the parameters that changed.
         """
         if self.weights is not None:
             require_kept(self.model, self.weights, self.run)
 
     def before_clip(self, step: int, total: torch.Tensor) -> None:
         """Check once that every trainable parameter has a finite gradient. A bad `total` loss that
-        will be skipped proves nothing.
-
-        Raises:
-            TrainingError: on all ranks, naming the parameters without.
+        will be skipped proves nothing. Raises TrainingError on all ranks, naming the parameters
+        without.
         """
         if not self.gradients_seen and not (self.loss.skips and not torch.isfinite(total)):
             require_all_gradients(self.model, self.run, self.transforms.remedies(step))
@@ -171,10 +166,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def require_kept(model: nn.Module, before: torch.Tensor, run: Run) -> None:
-    """Compare the weights with `before`, which bits_of returned before the forward pass.
-
-    Raises:
-        TrainingError: on all ranks, naming the parameters that changed on any.
+    """Compare the weights with `before`, which bits_of returned before the forward pass. Raises
+    TrainingError on all ranks, naming the parameters that changed on any.
     """
     changed = on_any_rank(run, (bits_of(model) != before).to(torch.int64))
     wrong = [n for (n, _), one in zip(model.named_parameters(), changed, strict=True) if one]
@@ -198,11 +191,8 @@ def on_any_rank(run: Run, values: torch.Tensor) -> list[int]:
 
 def require_all_gradients(model: nn.Module, run: Run, remedies: tuple[str, ...] = ()) -> None:
     """Check after the first backward pass that every trainable parameter has a finite gradient;
-    `remedies` are what the job's features suggest if one is not finite.
-
-    Raises:
-        TrainingError: on all ranks, naming the parameters without one on any rank; something cut
-            the graph or overflowed.
+    `remedies` are what the job's features suggest if one is not finite. Raises TrainingError on all
+    ranks, naming the parameters without one on any rank; something cut the graph or overflowed.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     states = on_any_rank(run, torch.tensor([_state(p) for _, p in trained], dtype=torch.int64))

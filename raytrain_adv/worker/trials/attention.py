@@ -89,10 +89,8 @@ def try_attention(
     job: JobConfig, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
 ) -> str:
     """Compare the attention of a model, perhaps on the meta device, with attention's definition;
-    return the result as a sentence, empty for PyTorch's own attention.
-
-    Raises:
-        JobError: when it computes something else, or has no gradient.
+    return the result as a sentence, empty for PyTorch's own attention. Raises JobError when it
+    computes something else, or has no gradient.
     """
     if not is_flash(model):
         return ""
@@ -237,10 +235,8 @@ class _Case:
         return options
 
     def run(self, compute: Any, module: nn.Module) -> dict[str, torch.Tensor | None]:
-        """Return a kernel's values and gradients.
-
-        Raises:
-            _Wrong: when it overwrites its input, returns another dtype, or drops nothing.
+        """Return a kernel's values and gradients. Raises _Wrong when it overwrites its input,
+        returns another dtype, or drops nothing.
         """
         inputs, options, dropout = self.inputs(), self.options(), self.form.dropout
         before = [x.detach().clone() for x in inputs]

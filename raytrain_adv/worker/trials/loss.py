@@ -43,11 +43,9 @@ def check_loss(
     """Compare loss and gradients of the head on a few tokens; return the plans with the result.
 
     Every rank calls this once weights are loaded; gradients are cleared. If loss_kernel: auto chose
-    a kernel that is wrong here, torch's loss is used instead, and the plan contains why.
-
-    Raises:
-        TrainingError: on all ranks, if they differ by more than rounding, or the kernel does not
-            run on one of them.
+    a kernel that is wrong here, torch's loss is used instead, and the plan contains why. Raises
+    TrainingError on all ranks, if they differ by more than rounding, or the kernel does not run on
+    one of them.
     """
     if not takes_labels(model):
         return dict(plans)

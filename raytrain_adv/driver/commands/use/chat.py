@@ -42,9 +42,7 @@ class Chat:
 
     def answers(self, question: str, is_stopped: threading.Event) -> Iterator[tuple[int, str]]:
         """Yield the answers' text as it comes, each piece with its model's number, and keep them.
-
-        Raises:
-            RaytrainAdvError: the first model's that could not answer; nothing is kept then.
+        Raises RaytrainAdvError: the first model's that could not answer; nothing is kept then.
         """
         asked = [[*h, {"role": "user", "content": question}] for h in self.histories]
         ids = [
@@ -101,10 +99,8 @@ class Chat:
 
 
 def run(chat: Chat) -> None:
-    """Read questions from standard input, and print answers, until its end or /exit.
-
-    Raises:
-        RaytrainAdvError: where no terminal is there to try again on.
+    """Read questions from standard input, and print answers, until its end or /exit. Raises
+    RaytrainAdvError: where no terminal is there to try again on.
     """
     console = Console(highlight=False, soft_wrap=True)
     notes = console if sys.stdin.isatty() else Console(highlight=False, soft_wrap=True, stderr=True)

@@ -99,10 +99,8 @@ def start(
 
 
 def held_out_of(job: JobConfig, is_needed: bool) -> SequenceSet | None:
-    """Return the job's held-out rows, tokenized as for training.
-
-    Raises:
-        JobError: if there are none, and nothing else is measured; or its data cannot be read.
+    """Return the job's held-out rows, tokenized as for training. Raises JobError if there are none,
+    and nothing else is measured; or its data cannot be read.
     """
     if not job.data.holds_rows_out:
         if not is_needed:

@@ -20,10 +20,8 @@ class Harness:
     """Tasks by name or as local YAML files, checked before a model is loaded."""
 
     def __init__(self, tasks: str, num_fewshot: int | None, limit: int | None, chats: bool) -> None:
-        """Find the tasks.
-
-        Raises:
-            JobError: if the harness is not installed, or does not know one of them.
+        """Find the tasks. Raises JobError if the harness is not installed, or does not know one of
+        them.
         """
         if importlib.util.find_spec(PACKAGE) is None:
             fix = "pip install 'raytrain-adv[eval]'"
@@ -46,10 +44,8 @@ class Harness:
         self.num_fewshot, self.limit, self.chats = num_fewshot, limit, chats
 
     def run(self, loaded: Loaded, size: int) -> dict[str, tuple[float, float | None]]:
-        """Return value and standard error of each metric, by `task metric`.
-
-        Raises:
-            JobError: if a task's data cannot be had, or it fails.
+        """Return value and standard error of each metric, by `task metric`. Raises JobError if a
+        task's data cannot be had, or it fails.
         """
         import lm_eval
         from lm_eval.models.huggingface import HFLM

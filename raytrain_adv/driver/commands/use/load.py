@@ -65,10 +65,8 @@ def device_named(name: str) -> torch.device:
 
 def load(source: Source, device: torch.device, template: str, runs_code: bool) -> Loaded:
     """Load a model. `template` replaces its chat template by one of the names of the job key.
-
-    Raises:
-        JobError: if its files cannot be read here, with what to do.
-        TrainingError: if they are not a whole model.
+    Raises JobError if its files cannot be read here, with what to do; TrainingError if they are not
+    a whole model.
     """
     job = job_of(source.run, source.keys, []) if source.run is not None and source.keys else None
     runs_code |= job is not None and job.model.trust_remote_code

@@ -122,10 +122,8 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def score_named(name: str) -> Score:
-    """Return the function that `module:function` names, from here or what is installed.
-
-    Raises:
-        JobError: if there is none.
+    """Return the function that `module:function` names, from here or what is installed. Raises
+    JobError if there is none.
     """
     module, colon, function = name.partition(":")
     fix = "write --score module:function, of def function(answer, reference) -> number"

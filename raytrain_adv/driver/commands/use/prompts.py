@@ -30,10 +30,8 @@ class PromptRow:
 
 
 def read_prompts(path: Path) -> list[PromptRow]:
-    """Return every prompt of a file.
-
-    Raises:
-        JobError: if the file, or one of its rows, cannot be understood; it names the row.
+    """Return every prompt of a file. Raises JobError if the file, or one of its rows, cannot be
+    understood; it names the row.
     """
     rows, layouts = [], dict[tuple[str, ...], Layout]()
     for row in read_files(data_files(path)):
