@@ -139,8 +139,7 @@ class RunReport(Record):
     quantized_comparison: str = ""
     """On how many tokens and where they were compared, and what was allowed."""
     uploads: tuple[parts.Upload, ...] = ()
-    """What push_to_hub uploaded, or why it did not; empty without it, and until the run has ended.
-    """
+    """What push_to_hub uploaded, or why it did not; empty without it, and until the run ended."""
     baseline: parts.Baseline | None = None
     """The run named by compare_with; null if there is none."""
     notes: tuple[str, ...] = ()

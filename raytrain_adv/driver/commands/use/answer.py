@@ -34,11 +34,11 @@ class Answer:
 class _Stop(StoppingCriteria):
     """Ends an answer between two tokens, on request."""
 
-    def __init__(self, is_stopped: threading.Event) -> None:
+    def __init__(self, *is_stopped: threading.Event) -> None:
         self.is_stopped = is_stopped
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        stops = self.is_stopped.is_set()
+        stops = any(event.is_set() for event in self.is_stopped)
         return torch.full((input_ids.shape[0],), stops, device=input_ids.device, dtype=torch.bool)
 
 
@@ -114,6 +114,7 @@ def stream(
     untyped: Any = TextIteratorStreamer
     streamer = untyped(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failed: list[Exception] = []
+    is_left = threading.Event()  # by the reader; another model's answer may go on
 
     def work() -> None:
         try:
@@ -121,7 +122,7 @@ def stream(
                 input_ids=torch.tensor([ids], device=loaded.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=loaded.device),
                 streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([_Stop(is_stopped)]),
+                stopping_criteria=StoppingCriteriaList([_Stop(is_stopped, is_left)]),
                 **arguments,
             )
         except Exception as error:  # raised in the thread that reads the stream
@@ -134,7 +135,7 @@ def stream(
     try:
         yield from streamer
     finally:
-        is_stopped.set()
+        is_left.set()
         thread.join()
     if failed:
         raise _not_computed(loaded, failed[0])

@@ -100,7 +100,19 @@ def test_lines_of_a_pipe_are_answered_by_both_models(runs, capsys, monkeypatch):
         "[lora/model",
         "[qat/model",
     ] * 2
-    assert "an adapter on" in err and "system message: Count." in err
+    assert "an adapter on model-source" in err and "system message: Count." in err
+
+
+def test_an_answer_goes_on_when_the_other_models_has_ended(runs):
+    models = [opened(runs["lora"]), opened(runs["qat"])]
+    models[0].model.generation_config.eos_token_id = list(range(models[0].model.vocab_size))
+    chat = Chat(models, Sampling(do_sample=False, max_new_tokens=24))
+    chat.clear()
+    list(chat.answers("Count to 3.", threading.Event()))
+    ids = prompt_ids(models[1], chat.histories[1][:1], True)
+    whole = batch(models[1], [ids], chat.sampling)[0]
+    assert chat.histories[0][1]["content"] == "" and whole.num_tokens > 4
+    assert chat.histories[1][1]["content"] == whole.text
 
 
 def test_wrong_sampling_keys_are_refused_together(capsys, runs):
