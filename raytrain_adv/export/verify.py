@@ -173,8 +173,7 @@ def compare_converted(
     trained_on = input_ids.device
     device = roomy_device(trained_on, folder)
     scheme = read_scheme(folder)
-    if scheme is not None or (folder / "model.gguf").is_file():
-        write_reference(folder, input_ids[:1], reference[:1])
+    write_reference(folder, input_ids[:1], reference[:1])
     if (folder / "model.gguf").is_file():
         how = "stored integers and scales are training's; not loaded: transformers cannot"
         return Comparison(None, how)

@@ -17,6 +17,7 @@ from raytrain_adv.errors import JobError, TrainingError
 if TYPE_CHECKING:
     from raytrain_adv.export.reference import Agreement
 
+ENGINES = ("transformers", "vllm", "llamacpp", "executorch")
 TAIL = 1500
 """Characters of an engine's output in an error."""
 
@@ -26,7 +27,7 @@ def run(folder: Path, engine: str, python: str) -> None:
 
     Args:
         folder: a model that export wrote for an engine.
-        engine: transformers, vllm or llamacpp.
+        engine: one of ENGINES.
         python: an interpreter that can import it; empty for this one.
 
     Raises:
@@ -78,7 +79,7 @@ def ask(folder: Path, engine: str, python: str) -> list[dict[int, float]]:
 
 @click.command("verify")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--engine", type=click.Choice(["transformers", "vllm", "llamacpp"]), required=True)
+@click.option("--engine", type=click.Choice(ENGINES), required=True)
 @click.option("--python", default="", metavar="FILE", help="Python that has the engine.")
 def verify_folder(folder: Path, engine: str, python: str) -> None:
     """Ask an engine for an exported folder's answers; compare them with training's."""
