@@ -16,6 +16,7 @@ from raytrain_adv.config import JobConfig, load
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.sections import LARGEST
+from raytrain_adv.driver.commands.formats import export_command
 from raytrain_adv.driver.commands.reference import REFERENCE
 from raytrain_adv.driver.commands.use.commands import COMMANDS
 from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError
@@ -329,32 +330,7 @@ def verify(file: Path) -> None:
     kernels.verify(file)
 
 
-@app.command(context_settings=HELP)
-@click.argument("source", nargs=-1, required=True, metavar="RUN|MODEL [key=value]...")
-@click.option("--checkpoint", default="", metavar="step_N", help="Of a run, instead of its newest "
-              "checkpoint; a name or a path.")  # fmt: skip
-@click.option("--output", default="", metavar="DIR", help="For a run: gets model and, with QAT, "
-              "the converted model (default: RUN). For a model: the converted folder.")  # fmt: skip
-@click.option("--merge", is_flag=True, help="After LoRA: one model, the adapter merged into its "
-              "base; a base of 4 or 8 bits is then written in bf16.")  # fmt: skip
-def export(source: tuple[str, ...], checkpoint: str, output: str, merge: bool) -> None:
-    """Export a run's model, or convert any model as after QAT.
-
-    RUN is a run's output_dir; QAT keys given here replace those of its job. MODEL is a Hugging Face
-    folder; it needs --output DIR and enable_qat=true. `raytrain-adv explain QAT` lists the keys.
-    """
-    overrides = [one for one in source if "=" in one and not Path(one).is_dir()]
-    folders = [one for one in source if one not in overrides]
-    if len(folders) != 1:
-        named = f"{len(folders)} folders are named: {', '.join(folders)}"
-        fix = "name one: a run's output_dir or a model folder"
-        raise _wrong(named if folders else "no folder", fix)
-    from raytrain_adv.driver.commands.export import run
-
-    run(folders[0], checkpoint, output, overrides, merge)
-
-
-for _command in (*COMMANDS, *REFERENCE):
+for _command in (*COMMANDS, *REFERENCE, export_command):
     app.add_command(_command)
 
 if __name__ == "__main__":

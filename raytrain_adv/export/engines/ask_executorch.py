@@ -53,9 +53,7 @@ def lowered(folder: str, ids: Any) -> bytes:
     unwrap_tensor_subclass(model)
     with torch.no_grad():
         exported = torch.export.export(model, (ids,), strict=False)
-    int8 = XnnpackPartitioner(
-        config_precisions=ConfigPrecisionType.DYNAMIC_QUANT, per_op_mode=True
-    )
+    int8 = XnnpackPartitioner(config_precisions=ConfigPrecisionType.DYNAMIC_QUANT, per_op_mode=True)
     edge = to_edge_transform_and_lower(
         exported,
         partitioner=[int8, XnnpackPartitioner()],

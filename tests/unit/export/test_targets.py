@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.export.convert import write_converted
@@ -181,3 +182,18 @@ def test_ggufs_blocks_hold_what_training_rounds_to(
             write(job, tmp_path / "out")
     else:
         assert (write(job, tmp_path / "out") / "model.gguf").is_file()
+
+
+def test_one_command_writes_several_formats(tmp_path: Path, capsys: Any) -> None:
+    source = str(write_checkpoint("llama", tmp_path / "source", **WIDE))
+    out = tmp_path / "out"
+    to = ["export", source, "--output", str(out), "--format"]
+    assert main([*to, "vllm-w4a16,llama"]) == 2 and "there is no format llama" in (
+        capsys.readouterr().err
+    )
+    assert main([*to, "vllm-w4a16, executorch-8da4w"]) == 0
+    assert read_scheme(out / "vllm-w4a16") is not None
+    config = json.loads((out / "executorch-8da4w" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "torchao"
+    assert main([*to, "vllm-nvfp4a16,vllm-w4a16"]) == 2
+    assert not (out / "vllm-nvfp4a16").exists()
