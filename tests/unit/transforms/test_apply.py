@@ -20,6 +20,7 @@ from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.modules import class_name
 from raytrain_adv.transforms.transform import Context
+from raytrain_adv.transforms.vocabulary import Vocabulary
 from tests.tiny_models import job_for, write_checkpoint
 
 NAMES = ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]
@@ -61,7 +62,7 @@ def model_and_job(tmp_path: Path) -> tuple[PreTrainedModel, JobConfig]:
 
 
 def with_transforms(job: JobConfig, *transforms: Transform) -> JobConfig:
-    others = tuple(t for t in job.transforms if type(t) is Lora)
+    others = tuple(t for t in job.transforms if type(t) in (Lora, Vocabulary))
     return replace(job, transforms=(*others, *transforms))
 
 

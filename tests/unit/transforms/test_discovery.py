@@ -56,3 +56,18 @@ def test_a_transform_defined_outside_the_package_is_not_one_of_its() -> None:
 
     assert Stranger not in discover()
     assert Lora in discover()
+
+
+def test_a_feature_has_few_hooks_to_know() -> None:
+    hooks = [
+        name for name, value in vars(Transform).items() if callable(value) or is_property(value)
+    ]
+    own = {name for name in hooks if not name.startswith("_") and name != "model_post_init"}
+    assert own == {
+        *("enabled", "check", "fetch", "plan", "prepare", "what_is", "install", "before_sharding"),
+        *("gathering", "initialize", "is_on", "begin_batch", "after_step"),
+    }
+
+
+def is_property(value: object) -> bool:
+    return isinstance(value, property)
