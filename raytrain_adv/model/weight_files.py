@@ -173,7 +173,7 @@ def tensor_files(folder: Path) -> dict[Path, list[str]]:
             WITH_WEIGHTS,
         )
     weight_map = read_json(index).get("weight_map")
-    given = weight_map if isinstance(weight_map, dict) else {"weight_map": weight_map}
+    given: dict[str, Any] = weight_map if isinstance(weight_map, dict) else {"": weight_map}
     # A file elsewhere is no part of the model: an index may come from anybody.
     odd = [f for f in given.values() if not isinstance(f, str) or Path(f).name != f or "\0" in f]
     if odd:

@@ -101,11 +101,13 @@ def load_reference(job: JobConfig, device: torch.device) -> PreTrainedModel:
     if (teacher := job.train.distill_model_name_or_path) is not None:
         named = {"model_name_or_path": teacher, "train_from_scratch": False}
         job = dataclasses.replace(job, model=job.model.model_copy(update=named))
-    reference = build(job).requires_grad_(False)
+    reference = build(job)
+    reference.requires_grad_(False)
     parallel.shard(reference, job, parallel.build_mesh(job, device))
     weights.materialize(reference, device, parallel.parameter_device(job))
     weights.load_pretrained(reference, job, device)
-    return reference.eval()
+    reference.train(False)
+    return reference
 
 
 def require_alike(run: Run, plans: Mapping[str, Plan]) -> None:

@@ -219,5 +219,5 @@ def _may_be_temporary(error: BaseException) -> bool:
     """Whether another attempt may succeed: no answer, or one that asks for patience."""
     response = getattr(error, "response", None)
     if response is not None:
-        return response.status_code == 429 or response.status_code >= 500
+        return bool(response.status_code == 429 or response.status_code >= 500)
     return not isinstance(error, JobError | ValueError)

@@ -78,11 +78,11 @@ def _completed(values: Any) -> tuple[dict[str, Any], bool]:
     question = next((one for one in QUESTIONS if values.get(one)), None)
     if question is None:
         raise UnusableRow(f"no {', '.join(QUESTIONS)} or messages in {', '.join(values) or 'it'}")
-    answer = next((one for one in ANSWERS if values.get(one)), None)
+    known = next((one for one in ANSWERS if values.get(one)), None)
     kept = {key: value for key, value in values.items() if key not in ANSWERS}
-    stands = str(values[answer]) if answer is not None else _NO_ANSWER
+    stands = str(values[known]) if known is not None else _NO_ANSWER
     kept["instruction"] = kept.pop(question)
-    return {**kept, "output": stands}, answer is not None
+    return {**kept, "output": stands}, known is not None
 
 
 def _wrong(where: str, found: str) -> JobError:
