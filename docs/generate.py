@@ -23,6 +23,7 @@ from typing import Any
 import arguments
 import click
 import contract
+import families
 import floors
 import tables
 
@@ -82,6 +83,7 @@ def _block(name: str) -> str:
         "plan": plan,
         "arguments": arguments.arguments,
         "examples": arguments.examples,
+        "families": families.page,
     }
     return made[name]()
 

@@ -13,7 +13,7 @@ from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.attention import attention, refuse_unsupported
 from raytrain_adv.model.config_file import read_config, refusal_of
 from raytrain_adv.model.files import check_weights
-from raytrain_adv.model.freeze import freeze
+from raytrain_adv.model.freeze import freeze, freeze_unreached
 from raytrain_adv.model.towers import is_multimodal, model_class, take_out_towers, towers
 from raytrain_adv.model.vocabulary import resize
 from raytrain_adv.transforms.lora import Lora
@@ -33,6 +33,7 @@ def build(job: JobConfig) -> PreTrainedModel:
     if is_multimodal(model):
         refuse_random_towers(job, model)
         take_out_towers(model, decoder_layers(model)[0][1])
+    freeze_unreached(model)
     return model
 
 

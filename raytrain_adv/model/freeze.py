@@ -1,4 +1,6 @@
-"""Train some layers only: LLaMA-Factory's finetuning_type: freeze."""
+"""Which parameters are not trained: LLaMA-Factory's finetuning_type: freeze, and those that no
+gradient reaches.
+"""
 
 import re
 
@@ -8,6 +10,9 @@ from raytrain_adv.config.training import TrainConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.transforms.modules import did_you_mean, patterns
 
+UNREACHED = re.compile(r"\.(indexer|pooler|encoder_attn|encoder_attn_layer_norm)\.")
+"""Choices of sparse attention, which have no gradient; what encoders have for sentences; attention
+to an encoder that is not there. (tests/unit/model/test_freeze.py tries all families.)"""
 _LAYER = re.compile(r"\.(\d+)\.([^.]+)")
 
 
@@ -58,3 +63,12 @@ def _layers(total: int, count: int, spread: bool) -> set[int]:
     if spread:
         return set(range(total // count - 1, total, total // count))
     return set(range(max(0, total - count), total) if count > 0 else range(min(-count, total)))
+
+
+def freeze_unreached(model: PreTrainedModel) -> None:
+    """Freeze the parameters that no gradient reaches when a decoder is trained on text. Others
+    without a gradient are named by an error after the first backward pass.
+    """
+    for name, parameter in model.named_parameters():
+        if UNREACHED.search(name):
+            parameter.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -29,7 +30,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import SHARDED
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.build import decoder_layers, keeps_float32
-from raytrain_adv.text import first_line
+from raytrain_adv.text import first_line, listed
 from raytrain_adv.transforms.applied import Transforms
 
 P = ParamSpec("P")
@@ -120,9 +121,12 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
     if job.parallel.torch_compile:
         require_compiled()
     shard_module = _sharder(job, mesh) if needs_fsdp(model, job, mesh) else None
+    frozen = set[nn.Parameter]()
+    if mode != "none" or shard_module is not None:
+        _refuse_shared(model)
     if shard_module is not None:
         Transforms(job).before_sharding(model)
-        shard_module = _keeping_float32(model, job, shard_module)
+        frozen = _shard_float32(model, job, shard_module)
     for fqn, layer in decoder_layers(model):
         if mode != "none":
             layer = _checkpointed(layer, mode)
@@ -130,9 +134,9 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
         if job.parallel.torch_compile:
             layer.compile(fullgraph=False)
         if shard_module is not None:
-            shard_module(layer)
+            shard_module(layer, ignored_params=frozen)
     if shard_module is not None:
-        shard_module(model)
+        shard_module(model, ignored_params=frozen)
 
 
 def require_compiled() -> None:
@@ -204,18 +208,35 @@ def _sharder(job: JobConfig, mesh: DeviceMesh | None) -> Callable[..., FSDPModul
     )
 
 
-def _keeping_float32(
+def _refuse_shared(model: PreTrainedModel) -> None:
+    """Refuse layers that have parameters in common: FSDP2 gathers each layer's for itself.
+
+    Raises:
+        JobError: naming the parameters.
+    """
+    layers = decoder_layers(model)
+    counts = Counter(p for _, layer in layers for p in layer.parameters())
+    names = [name for name, p in model.named_parameters() if counts[p] > 1]
+    if names:
+        raise JobError(
+            f"{type(model).__name__} has layers that share weights",
+            f"{listed(names, 3)}: neither sharded, cast to bf16 nor recomputed",
+            "train it on one worker with bf16: false and disable_gradient_checkpointing: true",
+        )
+
+
+def _shard_float32(
     model: PreTrainedModel, job: JobConfig, shard_module: Callable[..., FSDPModule]
-) -> Callable[..., FSDPModule]:
+) -> set[nn.Parameter]:
     """Shard modules apart, computing in float32, whose parameters transformers keeps in float32;
-    return what shards the rest. Frozen ones beside others stay whole on each worker.
+    return frozen ones beside others, which stay whole on each worker.
 
     Raises:
         JobError: with pure_bf16, for trained ones beside others: FSDP2 gathers one dtype.
     """
     keeps = keeps_float32(model)
     if compute_dtype(job) is torch.float32:
-        return shard_module
+        return set()
     policy = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
     kept = {name: p for name, p in model.named_parameters() if keeps(name)}
     for fqn, module in list(model.named_modules()):
@@ -231,7 +252,7 @@ def _keeping_float32(
             ", ".join(mixed[:4]),
             "set bf16: true instead of pure_bf16",
         )
-    return partial(shard_module, ignored_params=frozen)
+    return frozen
 
 
 def _is_flash_attention(operator: str) -> bool:

@@ -18,14 +18,15 @@ from raytrain_adv.transforms.modules import (
     READ,
     ROUTES,
     UNKNOWN_EXPERTS,
+    UNREACHED,
     class_name,
     did_you_mean,
     fqn_of,
+    is_read,
     is_tied,
     output_head,
     patterns,
     short,
-    weights_read,
 )
 from raytrain_adv.transforms.transform import Change, Context, Plan, Transform
 
@@ -351,12 +352,13 @@ def _reason_against(fqn: str, model: nn.Module) -> str:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
-    owner, _, name = fqn.rpartition(".")
+    name = short(fqn)
     config: Any = LoraConfig()
     untyped: Any = model
-    kind: Any = type(model.get_submodule(owner))
-    if name in weights_read(kind):
-        return READ
+    if is_read(model, fqn):
+        return f"{READ}: an adapter would not be used"
+    if not model.get_submodule(fqn).get_parameter("weight").requires_grad:
+        return UNREACHED
     try:
         _check_lora_target_modules_mamba(config, untyped, name)
     except ValueError:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from raytrain_adv.transforms.transform import Change
 
 LINEAR = "torch.nn.Linear"
-READ = "the forward pass reads its weight without calling it: an adapter would not be used"
+READ = "the forward pass reads its weight without calling it"
+UNREACHED = "no gradient reaches it on text"
 ROUTES = "it routes tokens to experts"
 WEIGHT_READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\[|\.(?:data|device|dtype|ndim|shape|size)\b)")
 UNKNOWN_EXPERTS = "experts that are computed in a way of their own"
@@ -50,6 +51,14 @@ def weights_read(kind: type[nn.Module]) -> frozenset[str]:
                     continue
                 found.update(WEIGHT_READ.findall(source))
     return frozenset(found)
+
+
+def is_read(model: nn.Module, name: str) -> bool:
+    """Whether the parent of a linear, by its name in the plain model, computes with its weight
+    without calling it.
+    """
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return short(name) in weights_read(type(parent))
 
 
 def own_forward(module: nn.Module) -> Any:
@@ -94,7 +103,9 @@ def plan_linears(
             return f"a {kind}, not a plain linear"
         if {fqn, own_name(fqn)} & choosing:
             return ROUTES
-        return "an adapter" if in_adapter(fqn) else why_not(linear)
+        if in_adapter(fqn):
+            return "an adapter"
+        return READ if is_read(model, own_name(fqn)) else why_not(linear)
 
     def reason_against_experts(fqn: str, module: nn.Module) -> str:
         if fqn in excluded:

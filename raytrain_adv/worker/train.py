@@ -39,6 +39,7 @@ from raytrain_adv.worker.install import check_attention, fetch_on_main, install,
 from raytrain_adv.worker.loop import TrainState, log_and_save, train_step, training
 from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.optim import build_optimizer
+from raytrain_adv.worker.trials.causal import check_causal
 from raytrain_adv.worker.trials.loss import check_loss
 from raytrain_adv.worker.trials.packing import check_packing
 
@@ -73,6 +74,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         plans = load_weights(run, transforms, model, plans)
         optimizer = build_optimizer(model, job)
     progress = resume(run, found, transforms, model, optimizer)
+    check_causal(job, model, run)
     plans = check_loss(job, model, run, plans)
     way = check_packing(job, model, run)
     batches = batches_of(job, run, prepared, tokenizer, arithmetic, way)

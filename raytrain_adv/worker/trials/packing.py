@@ -49,7 +49,7 @@ def check_packing(job: JobConfig, model: PreTrainedModel, run: Run) -> Way:
     if not job.data.neat_packing:
         return first
     lines: list[str] = []
-    with run.phase("try packing"), _quiet(job, model):
+    with run.phase("try packing"), quiet(job, model):
         for way in _ways(model, first):
             wrong = _wrong(job, model, run, way)
             if not run.agree(int(bool(wrong)), dist.ReduceOp.MAX):
@@ -90,7 +90,7 @@ def _missing(model: PreTrainedModel) -> Iterator[str]:
 
 
 @contextmanager
-def _quiet(job: JobConfig, model: PreTrainedModel) -> Iterator[None]:
+def quiet(job: JobConfig, model: PreTrainedModel) -> Iterator[None]:
     """Turn dropout, compilation and features off inside; drop gradients afterward."""
     model.train(False)
     Transforms(job).switch(model, False)

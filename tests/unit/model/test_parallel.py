@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from raytrain_adv.errors import TrainingError
+from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model import parallel
 from tests.families import tiny_model
+from tests.tiny_models import job_for
 
 
 def test_a_layer_that_would_be_left_eager_is_an_error(monkeypatch):
@@ -50,3 +51,11 @@ def test_selective_checkpointing_of_experts_changes_no_gradient(kind):
     for fqn, layer in parallel.decoder_layers(model):
         model.set_submodule(fqn, parallel._checkpointed(layer, "selective"))
     assert all(map(torch.equal, gradients(), expected))
+
+
+def test_layers_that_share_weights_are_refused_by_name(tmp_path):
+    job = job_for("none", tmp_path, use_cpu=True)
+    with pytest.raises(JobError, match="share weights") as refused:
+        parallel.shard(tiny_model("zamba"), job, None)
+    assert "shared_transf" in refused.value.found
+    parallel.shard(tiny_model("llama"), job, None)

@@ -1,0 +1,50 @@
+"""The table of model families against features, made from docs/families.json."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+FILE = Path(__file__).with_name("families.json")
+
+
+def page() -> str:
+    """Return the counts, the table, and the reason of each cell that is not right."""
+    stored = json.loads(FILE.read_text())
+    held: dict[str, dict[str, str]] = stored["families"]
+    features = list(dict.fromkeys(feature for row in held.values() for feature in row))
+    words = Counter(_word(row.get(f, "")) for row in held.values() for f in features)
+    tried = sum(words.values()) - words[UNTRIED]
+    counts = ", ".join(f"{words[word]:,} {word}" for word in WORDS if words[word])
+    lines = [
+        f"transformers {stored['transformers']}: {len(held)} families, {tried:,} of "
+        f"{len(held) * len(features):,} cells were tried: {counts}.",
+        "",
+        f"| family | {' | '.join(features)} |",
+        f"| --- |{' --- |' * len(features)}",
+    ]
+    lines += [
+        f"| {kind} | {' | '.join(_word(row.get(f, '')) for f in features)} |"
+        for kind, row in held.items()
+        if row
+    ]
+    untried = [kind for kind, row in held.items() if not row]
+    if untried:
+        lines += ["", f"Not tried yet: {', '.join(untried)}."]
+    reasons = [
+        f"- {kind}, {feature}: `{text.replace('`', '')}`"
+        for kind, row in held.items()
+        for feature, text in row.items()
+        if text != "right"
+    ]
+    return "\n".join([*lines, "", *(reasons or ["Every tried cell is right."])])
+
+
+UNTRIED = "-"
+WORDS = ("right", "refused", "wrong", "traceback")
+
+
+def _word(text: str) -> str:
+    word = text.partition(":")[0]
+    return word if word in WORDS else UNTRIED

@@ -1,0 +1,51 @@
+"""Try before training whether a model sees later tokens, as an encoder does."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.dtensor import reshard
+from raytrain_adv.errors import TrainingError
+from raytrain_adv.model.parallel import compute_dtype
+from raytrain_adv.run.run import Run
+from raytrain_adv.worker.trials.packing import quiet
+
+LENGTH = 16
+SEEN = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+"""Largest change of earlier logits, as a share of the last ones' change."""
+
+
+@torch.no_grad()
+def check_causal(job: JobConfig, model: PreTrainedModel, run: Run) -> None:
+    """Refuse a model that sees the tokens it is trained to predict; all ranks call this once
+    weights are loaded.
+
+    Raises:
+        TrainingError: on all ranks, if the last token changes the logits of those before it.
+    """
+    words = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randint(words, (LENGTH,), generator=generator)
+    other = row.clone()
+    other[-1] = (row[-1] + words // 2) % words
+    with quiet(job, model):
+        ids = torch.stack([row, other]).to(run.device)
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+    reshard(model)
+    change = (logits[0] - logits[1]).abs().amax(-1)
+    share = float(change[:-1].max() / change[-1].clamp(min=1e-30))
+    sees = int(share > SEEN[compute_dtype(job)])  # not where a number is not finite
+    if not run.agree(sees, dist.ReduceOp.MAX):
+        return
+    declares = "is_decoder" in model.config.to_dict()
+    raise TrainingError(
+        f"{type(model).__name__} sees the tokens that it would be trained to predict",
+        f"another last token changes the logits before it, by {share:.2g} of its own change"
+        + ("; config.json has is_decoder: false" if declares else ""),
+        "set is_decoder: true in its config.json, which makes its attention causal"
+        if declares
+        else "train a causal language model: one whose attention is masked to earlier tokens",
+    )

@@ -1,0 +1,314 @@
+"""Every feature on a tiny checkpoint of every causal language model of transformers.
+
+    python -m tests.family_runs [--kinds llama,mamba2] [--features full,LoRA] [--again] [--out FILE]
+
+Results are added to docs/families.json, family by family; docs/generate.py makes the page of them.
+Each cell is `right`, or why it is not: `refused` by an error of this package that names the reason,
+`wrong` if numbers differ from those of transformers or PEFT, `traceback` for any other exception.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.functional import cross_entropy, pad
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from raytrain_adv.config import load
+from raytrain_adv.data.prepare import prepare
+from raytrain_adv.errors import RaytrainAdvError
+from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.ops.loss import IGNORE
+from raytrain_adv.run.run import local_run
+from raytrain_adv.text import first_line
+from raytrain_adv.worker.train import train
+from tests.families import families, tiny_model
+
+RESULTS = Path(__file__).parent.parent / "docs" / "families.json"
+SECONDS = 600.0  # for all of a family
+QAT = {"enable_qat": True, "qat_activation_dtype": "none"}
+KEYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "export": {},
+    "bf16": {"bf16": True},
+    "LoRA": {"finetuning_type": "lora"},
+    "QLoRA": {"finetuning_type": "lora", "quantization_bit": 4},
+    "FP8": {"fp8": True, "fp8_allow_cpu": True, "fp8_min_features": 16},
+    "QAT int8": {**QAT, "qat_weight_dtype": "int8", "qat_group_size": None},
+    "QAT int4": {**QAT, "qat_weight_dtype": "int4", "qat_group_size": None},
+    "packing": {"neat_packing": True, "per_device_train_batch_size": 1},
+    "chunked loss": {"loss_kernel": "chunked"},
+    "checkpointing": {"disable_gradient_checkpointing": False, "gradient_checkpointing": "full"},
+    "selective": {"disable_gradient_checkpointing": False, "gradient_checkpointing": "selective"},
+    "resume": {"save_strategy": "steps", "save_steps": 1},
+}
+"""Feature -> the keys that turn it on."""
+EXACT, ROUNDED, COARSE = 2e-4, 0.02, 0.1
+"""Allowed differences of losses, relative: in another order, in bf16, in 4 or 8 bits."""
+
+
+class Differs(Exception):
+    """A number is not that of plain transformers or PEFT."""
+
+
+def compare(what: str, found: float, wanted: float, most: float) -> None:
+    """Refuse a number that is further from the wanted one than `most`, relative."""
+    if not abs(found - wanted) <= most * max(abs(wanted), 1e-6):
+        raise Differs(f"{what} {found:.6g}, wanted {wanted:.6g}")
+
+
+@dataclass
+class Family:
+    """The tiny checkpoint of a family, and what plain transformers computes with it."""
+
+    kind: str
+    folder: Path
+    loss: float = 0.0
+    norm: float = 0.0
+    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the checkpoint is."""
+        return self.folder / "checkpoint"
+
+    def write(self) -> None:
+        """Write checkpoint, tokenizer and rows, and compute loss and gradient norm."""
+        model = tiny_model(self.kind)
+        for name, value in model.config.to_dict().items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(model.config, name, 0.0)  # two runs drop different numbers
+        model.save_pretrained(self.checkpoint)
+        write_tokenizer(self.checkpoint)
+        rows = [
+            {"instruction": f"Add {n}.", "input": "", "output": f"{n} {n + n}" * (n % 3 + 1)}
+            for n in range(4)
+        ]
+        (self.folder / "rows.json").write_text(json.dumps(rows))
+        self.batch = read_batch(self.job("plain"))
+        plain = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32).train()
+        loss = loss_of(plain, self.batch)
+        loss.backward()
+        norms = [p.grad for p in plain.parameters() if p.grad is not None]
+        self.loss, self.norm = loss.item(), float(torch.nn.utils.get_total_norm(norms))
+
+    def job(self, name: str, **keys: Any) -> Path:
+        """Write a job, and return its path."""
+        values = {
+            "model_name_or_path": str(self.checkpoint),
+            "finetuning_type": "full",
+            "dataset": str(self.folder / "rows.json"),
+            "eval_dataset": str(self.folder / "rows.json"),
+            "template": "default",
+            "cutoff_len": 192,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_gradient_checkpointing": True,
+            "loss_kernel": "torch",
+            "num_sample_answers": 0,
+            "preprocessing_num_workers": 1,
+            "use_cpu": True,
+            "tokenized_path": str(self.folder / "tokenized"),
+            "output_dir": str(self.folder / name.replace(" ", "_")),
+            **keys,
+        }
+        path = self.folder / f"{name.replace(' ', '_')}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    def run(self, feature: str, **keys: Any) -> Run:
+        """Train with a feature, once; return what was found."""
+        path = self.job("full" if feature == "export" else feature, **KEYS[feature], **keys)
+        out = Path(yaml.safe_load(path.read_text())["output_dir"])
+        if not (out / "model").is_dir() or keys:
+            job = load(path)
+            run = local_run(job)
+            train(job, run, export_model)
+            run.close()
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        steps = [(r["loss"], r["grad_norm"]) for r in rows if r["kind"] == "train"]
+        last = [r["loss"] for r in rows if r["kind"] == "eval"][-1]
+        return Run(out / "model", steps, last)
+
+
+@dataclass
+class Run:
+    """What a run logged and left."""
+
+    model: Path
+    steps: list[tuple[float, float]]
+    """Loss and gradient norm of each step."""
+    held_out: float
+    """Loss of the trained model on the rows."""
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of bytes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(folder)
+
+
+def read_batch(job: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ids, mask and shifted labels of all rows, [rows, tokens] each."""
+    rows = list(prepare(load(job), lambda sentence: None).train)
+    longest = max(len(row.input_ids) for row in rows)
+
+    def together(name: str, filler: int) -> torch.Tensor:
+        held = [torch.from_numpy(getattr(row, name)).long() for row in rows]
+        return torch.stack([pad(one, (0, longest - len(one)), value=filler) for one in held])
+
+    ids, labels = together("input_ids", 0), together("labels", IGNORE)
+    lengths = torch.tensor([len(row.input_ids) for row in rows])
+    return ids, (torch.arange(longest) < lengths[:, None]).long(), labels
+
+
+def loss_of(model: Any, batch: Any) -> torch.Tensor:
+    """Return the mean loss of the labels."""
+    ids, mask, labels = batch
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+
+
+def reloaded(family: Family, run: Run, adapted: bool) -> float:
+    """Return the loss of what a run exported, loaded as its user does."""
+    auto: Any = AutoModelForCausalLM
+    path = family.checkpoint if adapted else run.model
+    model, info = auto.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    if wrong := {kind: sorted(map(str, names))[:3] for kind, names in info.items() if names}:
+        raise Differs(f"loading: {wrong}")
+    if adapted:
+        model = PeftModel.from_pretrained(model, run.model)
+    with torch.no_grad():
+        return float(loss_of(model.eval(), family.batch))
+
+
+def check(family: Family, feature: str) -> None:
+    """Run a feature and compare its numbers.
+
+    Raises:
+        Differs: if they are not those of plain transformers or PEFT.
+    """
+    if feature == "resume":
+        check_resumed(family)
+        return
+    run = family.run(feature)
+    first, norm = run.steps[0]
+    allowed = {"bf16": ROUNDED, "QLoRA": COARSE, "FP8": COARSE, "QAT int8": COARSE, "QAT int4": 1.0}
+    compare("loss", first, family.loss, allowed.get(feature, EXACT))
+    if feature in ("full", "packing", "chunked loss", "checkpointing", "selective"):
+        compare("gradient norm", norm, family.norm, 10 * EXACT)
+    if feature in ("export", "LoRA"):
+        loss = reloaded(family, run, feature == "LoRA")
+        compare("loss of the exported model", loss, run.held_out, EXACT)
+    if feature == "QLoRA":
+        compare("loss in PEFT", reloaded(family, run, adapted=True), run.held_out, COARSE)
+
+
+def check_resumed(family: Family) -> None:
+    """Compare a run's last step with the same step after a resume."""
+    whole = family.run("resume")
+    last = family.folder / "resume/checkpoints/local/step_00000002/manifest.json"
+    last.unlink()
+    again = family.run("resume", resume_from_checkpoint=True)
+    if again.steps != whole.steps:
+        raise Differs(f"losses and norms {again.steps}, wanted {whole.steps}")
+
+
+def result(action: Callable[[], None]) -> str:
+    """Return `right`, or what came instead."""
+    try:
+        action()
+    except Differs as error:
+        return f"wrong: {error}"
+    except RaytrainAdvError as error:
+        return f"refused: {error.what}; {first_line(str(error.found))}"[:300]
+    except Exception as error:  # whatever a family's own code raises is the result
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        return f"traceback: {type(error).__name__}: {first_line(str(error))} ({where})"[:300]
+    return "right"
+
+
+def try_family(kind: str, features: tuple[str, ...], folder: Path) -> dict[str, str]:
+    """Return the result of each feature on a family, in this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    family = Family(kind, folder)
+    if (made := result(family.write)) != "right":
+        return dict.fromkeys(features, f"not tried: {made}")
+    return {feature: result(partial(check, family, feature)) for feature in features}
+
+
+def _apart(kind: str, features: tuple[str, ...], answer: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": port}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.set_num_threads(1)
+    answer.write_text(json.dumps(try_family(kind, features, answer.parent / "files")))
+
+
+def apart(kind: str, features: tuple[str, ...] = tuple(KEYS)) -> dict[str, str]:
+    """Return the result of each feature on a family, from a process of its own."""
+    with tempfile.TemporaryDirectory(prefix=f"family_{kind}_") as folder:
+        answer = Path(folder) / "answer.json"
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=_apart, args=(kind, features, answer))
+        process.start()
+        process.join(SECONDS)
+        process.kill()
+        process.join()
+        if answer.is_file():
+            found: dict[str, str] = json.loads(answer.read_text())
+            return found
+    return dict.fromkeys(features, f"traceback: the process ended, exit code {process.exitcode}")
+
+
+def main() -> None:
+    """Try families, and add the results to the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", default=",".join(families()))
+    parser.add_argument("--features", default=",".join(KEYS))
+    parser.add_argument("--again", action="store_true", help="also what the file has already")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    stored = json.loads(given.out.read_text()) if given.out.is_file() else {"families": {}}
+    held = {kind: {} for kind in families()} | stored["families"]
+    for kind in given.kinds.split(","):
+        wanted = tuple(given.features.split(","))
+        due = tuple(f for f in wanted if given.again or f not in held.get(kind, {}))
+        if not due:
+            continue
+        found = apart(kind, due)
+        held[kind] = {**held.get(kind, {}), **found}
+        stored = {"transformers": transformers.__version__, "families": dict(sorted(held.items()))}
+        given.out.write_text(json.dumps(stored, indent=1) + "\n")
+        odd = {feature: text for feature, text in found.items() if text != "right"}
+        print(f"{kind}: {len(found) - len(odd)} of {len(found)} right {odd or ''}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

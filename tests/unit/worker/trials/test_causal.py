@@ -1,0 +1,22 @@
+"""A model that sees the tokens it would be trained to predict is refused."""
+
+import pytest
+
+from raytrain_adv.errors import TrainingError
+from raytrain_adv.run.run import local_run
+from raytrain_adv.worker.trials.causal import check_causal
+from tests.families import tiny_model
+from tests.tiny_models import job_for
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "gpt_neox"])
+def test_a_causal_model_passes(kind, tmp_path):
+    job = job_for("none", tmp_path, use_cpu=True)
+    check_causal(job, tiny_model(kind), local_run(job))
+
+
+def test_an_encoder_is_refused_with_the_key_that_makes_it_causal(tmp_path):
+    job = job_for("none", tmp_path, use_cpu=True)
+    with pytest.raises(TrainingError, match="sees the tokens") as refused:
+        check_causal(job, tiny_model("bert"), local_run(job))
+    assert "is_decoder: true" in refused.value.fix
