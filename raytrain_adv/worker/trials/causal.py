@@ -11,6 +11,7 @@ from raytrain_adv.dtensor import reshard
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.run.run import Run
+from raytrain_adv.transforms.modules import class_name, short
 from raytrain_adv.worker.trials.packing import quiet
 
 LENGTH = 16
@@ -42,7 +43,7 @@ def check_causal(job: JobConfig, model: PreTrainedModel, run: Run) -> None:
         return
     declares = "is_decoder" in model.config.to_dict()
     raise TrainingError(
-        f"{type(model).__name__} sees the tokens that it would be trained to predict",
+        f"{short(class_name(model))} sees the tokens that it would be trained to predict",
         f"another last token changes the logits before it, by {share:.2g} of its own change"
         + ("; config.json has is_decoder: false" if declares else ""),
         "set is_decoder: true in its config.json, which makes its attention causal"
