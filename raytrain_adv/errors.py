@@ -39,7 +39,9 @@ class RaytrainAdvError(Exception):
             for i, line in enumerate(text.splitlines()):
                 prefix = f"{label}:".ljust(7) if i == 0 else " " * 7
                 lines.append(f"  {prefix}{line}")
-        return "\n".join(lines).translate(UNPRINTED)
+        text = "\n".join(lines).translate(UNPRINTED)
+        # Half a surrogate pair, which JSON may hold, can be written to no terminal or file.
+        return text.encode("utf-8", "replace").decode()
 
 
 class JobError(RaytrainAdvError):

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import json
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -113,6 +114,16 @@ def ascii_name(name: str) -> str:
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:6]
     return f"{plain.strip() or 'run'}-{digest}"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text from elsewhere holds. Raises ValueError for whatever is wrong with
+    it: json.loads raises RecursionError where it is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def first_line(error: object) -> str:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from raytrain_adv.errors import JobError
 from raytrain_adv.hardware import HardwareFacts
+from raytrain_adv.text import parse_json
 
 VERSIONED = re.compile(
     r"(?P<framework>torch-stable-abi|torch)(?P<major>\d)(?P<minor>\d+)(-cxx11)?"
@@ -115,7 +115,7 @@ def python_name(folder: Path) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        metadata = json.loads(file.read_text())
+        metadata = parse_json(file.read_text())
         depends = list(metadata.get("kernel-depends", []))
         return {"kernel-depends": depends, "id": metadata["id"] + ""}
     except KeyError as error:

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from raytrain_adv.dtensor import copy_local, local_region, plain_name
 from raytrain_adv.errors import JobError
+from raytrain_adv.text import first_line
 from raytrain_adv.transforms.lora import ADAPTER
 
 FILE_NAME = "adapter_model.safetensors"
@@ -33,14 +34,26 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """Read a folder's adapters into this rank's shards of a model that has the same ones.
 
     Raises:
-        JobError: if it has others.
+        JobError: if it has others, or its file cannot be read.
     """
+    try:
+        _load_adapter(model, folder)
+    except (OSError, SafetensorError) as error:
+        fix = "copy the adapter's folder again"
+        raise JobError(f"{folder / FILE_NAME} cannot be read", first_line(error), fix) from error
+
+
+def _load_adapter(model: nn.Module, folder: Path) -> None:
     ours = trained(model)
+    fix = "give the folder of an adapter of this model, lora_target and additional_target"
     with safe_open(folder / FILE_NAME, framework="pt") as file:
         held = set(file.keys())
         if odd := sorted(ours.keys() ^ held):
             found = f"{len(odd)} tensors are in one of the two only, as {odd[0]}"
-            fix = "give the folder of an adapter of this model, lora_target and additional_target"
             raise JobError(f"{folder} has other adapters than the model", found, fix)
         for name, parameter in ours.items():
-            copy_local(parameter, file.get_slice(name)[local_region(parameter)])
+            part = file.get_slice(name)
+            if (shape := tuple(part.get_shape())) != tuple(parameter.shape):  # would be broadcast
+                found = f"{name} is {list(shape)}, and {list(parameter.shape)} in the model"
+                raise JobError(f"{folder} has other adapters than the model", found, fix)
+            copy_local(parameter, part[local_region(parameter)])

@@ -3,7 +3,6 @@
 Weights that the files hold rounded, in 8 bits or fewer, are read as their values.
 """
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -21,8 +20,10 @@ from raytrain_adv.model.config_file import unreadable
 from raytrain_adv.model.files import WITH_WEIGHTS, is_local, model_source
 from raytrain_adv.model.vocabulary import NewRows
 from raytrain_adv.ops.stored import formats
+from raytrain_adv.text import parse_json
 
 INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 255  # bytes, of a file on Linux
 COPY_AGAIN = "copy or download the model folder again"
 
 
@@ -73,7 +74,13 @@ class CheckpointFiles:
         for file, names in tensor_files(folder).items():
             self._open_file(file, names)
         self._held = self.shapes
-        self._stored = formats.find(read_json(folder / "config.json"), self._held, self.read_stored)
+        config = read_json(folder / "config.json")
+        try:
+            self._stored = formats.find(config, self._held, self.read_stored)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            found = f"{type(error).__name__}: {error}"
+            what = f"{folder}: the weights are not stored as config.json states"
+            raise JobError(what, found, COPY_AGAIN) from error
         if self._stored:
             self.shapes = formats.logical(self._stored, self._held)
 
@@ -151,12 +158,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        found = parse_json(path.read_text())
+    except (OSError, ValueError) as error:
         raise JobError(f"{path} cannot be read", str(error), COPY_AGAIN) from error
     if not isinstance(found, dict):
         raise JobError(f"{path} cannot be read", f"it holds no object: {found!r:.80}", COPY_AGAIN)
     return found
+
+
+def _is_name(file: Any) -> bool:
+    """Whether this is the name of a file in a folder: text, without a path, of a length there is."""
+    if not isinstance(file, str) or Path(file).name != file or "\0" in file:
+        return False
+    return len(file.encode("utf-8", "replace")) <= LONGEST_NAME
 
 
 def tensor_files(folder: Path) -> dict[Path, list[str]]:
@@ -175,7 +189,7 @@ def tensor_files(folder: Path) -> dict[Path, list[str]]:
     weight_map = read_json(index).get("weight_map")
     given: dict[str, Any] = weight_map if isinstance(weight_map, dict) else {"": weight_map}
     # A file elsewhere is no part of the model: an index may come from anybody.
-    odd = [f for f in given.values() if not isinstance(f, str) or Path(f).name != f or "\0" in f]
+    odd = [f for f in given.values() if not _is_name(f)]
     if odd:
         found = f"weight_map is to name files of the folder, and has {odd[0]!r:.80}"
         raise JobError(f"{index} cannot be read", found, COPY_AGAIN)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.section import Names, PathText
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import JobError
+from raytrain_adv.text import parse_json
 from raytrain_adv.transforms.modules import (
     READ,
     ROUTES,
@@ -125,8 +125,8 @@ class Lora(Transform):
         """
         path = Path(self.adapter_name_or_path or "") / "adapter_config.json"
         try:
-            config = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            config = dict(parse_json(path.read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             fix = "name a folder with adapter_config.json and adapter_model.safetensors"
             what = f"adapter_name_or_path: {self.adapter_name_or_path} is no adapter of PEFT's"
             raise JobError(what, str(error), fix) from error

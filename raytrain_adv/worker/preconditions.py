@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from raytrain_adv.model.files import (
     is_local,
     nearest_folders,
 )
+from raytrain_adv.text import parse_json
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -88,7 +88,7 @@ def _has_token(folder: Path, token: str) -> bool:
     if any(token.encode() in file for file in files):  # as it is usually written: no parsing
         return True
     try:
-        return any(_contains(json.loads(file), token) for file in files)
+        return any(_contains(parse_json(file), token) for file in files)
     except ValueError:  # reported when the tokenizer is loaded
         return True
 

@@ -318,7 +318,7 @@ class Adapters:
 
         self.model = tiny_model(folder)
         base = AutoModelForCausalLM.from_pretrained(self.model)
-        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
         get_peft_model(base, config).save_pretrained(folder / "adapter")
         self.source = folder / "adapter"
 
@@ -346,7 +346,7 @@ def adapted(model: Any) -> Any:
     """Return the model with an adapter to load."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     return inject_adapter_in_model(config, model)
 
 

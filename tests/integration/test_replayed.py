@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytrain_adv.config import load
 from raytrain_adv.dtensor import local_part
+from raytrain_adv.errors import JobError
 from raytrain_adv.export.folder import NewFolder
 from raytrain_adv.export.model_folder import write_adapter
 from raytrain_adv.model import parallel, weights
@@ -186,3 +188,23 @@ def test_a_loss_in_chunks_gathers_the_head_no_more_often(job_file, keys, tmp_pat
     few, many = (run_ranks(gathers, 2, tmp_path, path, size) for size in (256, 16))
     assert few[0][0] == many[0][0] > 0
     assert few[0][1] == pytest.approx(many[0][1], rel=1e-5)
+
+
+def test_an_adapter_of_other_sizes_or_a_damaged_one_is_an_error(job_file, keys, tmp_path):
+    """One row would have been copied to all of them."""
+    with_weights(keys["model_name_or_path"])
+    lora = {"finetuning_type": "lora", "lora_rank": 8, "train_from_scratch": False, "use_cpu": True}
+    job, folder = load(job_file(**lora)), tmp_path / "adapter"
+    model = sharded(job)
+    new = NewFolder(folder, CPU)
+    write_adapter(model, job, new)
+    new.publish()
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name][:1].contiguous()}, file)
+    with pytest.raises(JobError, match="other adapters"):
+        load_adapter(model, folder)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(JobError, match="cannot be read"):
+        load_adapter(model, folder)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from raytrain_adv import hub
 from raytrain_adv.config.sections import DataConfig
 from raytrain_adv.errors import JobError
-from raytrain_adv.text import nearest
+from raytrain_adv.text import nearest, parse_json
 
 REMOTE = "REMOTE:"
 """Beginning of a dataset_dir that is a dataset on the Hub."""
@@ -99,9 +99,10 @@ def _read_info(dataset_dir: Path) -> dict[str, Any]:
         fix = "make it a readable UTF-8 file"
         raise JobError(f"{path} cannot be read", str(error), fix) from error
     try:
-        info = json.loads(text)
-    except json.JSONDecodeError as error:
-        found = f"line {error.lineno}: {error.msg}"
+        info = parse_json(text)
+    except ValueError as error:
+        is_json = isinstance(error, json.JSONDecodeError)
+        found = f"line {error.lineno}: {error.msg}" if is_json else str(error)
         raise JobError(f"{path} is not valid JSON", found, "correct it") from error
     if not isinstance(info, dict):
         what = f"{path} must map dataset names to entries"

@@ -1,6 +1,5 @@
 """From a row's columns to a conversation: the alpaca, sharegpt and openai layouts."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,6 +7,7 @@ from typing import Any
 
 from raytrain_adv.data.read.entries import INFO_FILE, Entry, Formatting
 from raytrain_adv.errors import JobError
+from raytrain_adv.text import parse_json
 
 Message = dict[str, Any]
 """role: system, user, assistant or tool; content: text; of an assistant also tool_calls,
@@ -286,7 +286,7 @@ def _arguments(value: Any) -> dict[str, Any]:
 
 
 def _parsed(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+    return parse_json(value) if isinstance(value, str) else value
 
 
 def _check_turns(messages: list[Message]) -> None:

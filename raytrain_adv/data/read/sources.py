@@ -247,6 +247,7 @@ def _read_arrow(file: Path) -> Iterator[Row]:
                 table = pyarrow.ipc.open_stream(opened).read_all()
             except pyarrow.ArrowInvalid:
                 table = pyarrow.ipc.open_file(opened).read_all()
+            table.validate(full=True)  # reading offsets beyond the data would end the process
             if not table.num_rows:
                 raise _empty(file, "a table without rows")
             for number in range(table.num_rows):

@@ -116,6 +116,7 @@ def test_a_template_that_fails_leaves_the_row_out_with_the_reason(tiny_tokenizer
 def test_control_characters_of_a_files_text_do_not_reach_the_terminal():
     text = str(JobError("a\x1b[2Jb\x9b\x07", "c\td\ne", "f\r"))
     assert text == "a?[2Jb??\n  found: c\td\n         e\n  fix:   f"
+    assert str(JobError("half of \ud800")).encode() == b"half of ?"
 
 
 def tokens_of(tokenizer, text, answer="Yes.", **keys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import sys
 
 import pyarrow
@@ -117,6 +118,27 @@ def test_missing_file_names_the_nearest(tmp_path, write_rows, make_job):
 def test_folder_without_data_is_an_error(tmp_path):
     with pytest.raises(JobError, match="contains no dataset"):
         read(tmp_path)
+
+
+def test_a_damaged_arrow_file_is_an_error_and_does_not_end_the_process(tmp_path):
+    """Offsets beyond the data: reading them was a segmentation fault."""
+    table = pyarrow.table({"text": ["a", "bb", "ccc"]})
+    file = tmp_path / "rows.arrow"
+    with pyarrow.ipc.new_stream(str(file), table.schema) as stream:
+        stream.write_table(table)
+    data = file.read_bytes()
+    offsets = struct.pack("<4i", 0, 1, 3, 6)
+    assert data.count(offsets) == 1
+    file.write_bytes(data.replace(offsets, struct.pack("<4i", 0, 1, 2**30, 6)))
+    with pytest.raises(JobError, match="not a readable Arrow file"):
+        list(sources.read_files([file]))
+
+
+@pytest.mark.parametrize("text", ["[" * 20_000, '{"a": ' + "9" * 5000 + "}"])
+def test_a_dataset_info_beyond_what_json_reads_is_an_error(tmp_path, make_job, text):
+    (tmp_path / "dataset_info.json").write_text(text)
+    with pytest.raises(JobError, match="is not valid JSON"):
+        resolve("a", make_job(dataset="a", dataset_dir=str(tmp_path)).data, "dataset")
 
 
 def test_unknown_name_names_the_nearest_entry(tmp_path, make_job):

@@ -301,6 +301,7 @@ def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
         '{"weight_map": {"a": {}}}',
         '{"weight_map": {"a": "../other/model.safetensors"}}',
         '{"weight_map": {"a": "/etc/passwd"}}',
+        '{"weight_map": {"a": "' + "a" * 300 + '"}}',
         '{"weight_map": {"a": "a\\u0000b"}}',
     ],
 )
