@@ -167,7 +167,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _is_name(file: Any) -> bool:
-    """Whether this is the name of a file in a folder: text, without a path, of a length there is."""
+    """Whether this can be the name of a file in a folder: text, no path, not too long."""
     if not isinstance(file, str) or Path(file).name != file or "\0" in file:
         return False
     return len(file.encode("utf-8", "replace")) <= LONGEST_NAME
