@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -167,11 +168,13 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
         print(f"{num_kept} of them have already ended and are not run again")
     if not todo:
         return
-    with watching_start(results.fail):
+    with ExitStack() as watched:
+        has_started = watched.enter_context(watching_start(results.fail))
         started_here = connect.connect(job)
         print("Ray started on this machine" if started_here else "joined Ray")
         print(f"dashboard: {connect.describe_dashboard()}")
-    with HeadWatch(head_address(), results.fail).watching():
+        has_started.set()
+        watched.enter_context(HeadWatch(head_address(), results.fail).watching())
         room = find_room(todo, started_here, read)
         print(table.render(room.found))
         total_steps = _prepare_data(todo, room)

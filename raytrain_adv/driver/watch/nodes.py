@@ -134,10 +134,12 @@ def _has_ended(process: psutil.Process) -> bool:
 
 
 @contextlib.contextmanager
-def watching_start(record: Callable[[BaseException], None]) -> Iterator[None]:
-    """Watch Ray's own processes while the block starts Ray here: if one ends, `record` records how
-    the launch ended, without calling Ray, and the process ends.
+def watching_start(record: Callable[[BaseException], None]) -> Iterator[threading.Event]:
+    """Watch Ray's own processes while the block starts Ray here, and runs on it once the yielded
+    event is set: if one ends, `record` records how the launch ended, without calling Ray, and the
+    process ends. Ray would end it with exit code 1 and no word (2.60).
     """
+    has_started = threading.Event()
     earlier = set(psutil.Process().children())
     known: dict[psutil.Process, str] = {}
     logs = ""
@@ -151,13 +153,14 @@ def watching_start(record: Callable[[BaseException], None]) -> Iterator[None]:
                     logs = _log_folder(child.cmdline()) or logs
         for child, name in known.items():
             if _has_ended(child):
-                _end_process(_ended_at_start(name, child.pid, logs), record)
+                ended = _ended_later if has_started.is_set() else _ended_at_start
+                _end_process(ended(name, child.pid, logs), record)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield has_started
         return
     with poll("start watch", check, START_EVERY_S):
-        yield
+        yield has_started
 
 
 def _log_folder(command: Sequence[str]) -> str:
@@ -182,6 +185,16 @@ def _ended_at_start(name: str, pid: int, logs: str) -> ClusterError:
     if not cause:
         fix = f"the kernel may have ended it for memory (dmesg); Ray's logs are in {folder}"
     return ClusterError("Ray cannot be started here: one of its processes ended", found, fix)
+
+
+def _ended_later(name: str, pid: int, logs: str) -> HeadLost:
+    """Return that one of Ray's processes ended during a run, in its own last words."""
+    cause = last_words(Path(logs), name) if logs else ""
+    return HeadLost(
+        "Ray on this machine is gone: one of its processes ended",
+        f"{name}, process {pid}, {cause or 'without a word: it was killed, perhaps for memory'}",
+        "run the job again with resume_from_checkpoint: true",
+    )
 
 
 def last_words(logs: Path, name: str) -> str:

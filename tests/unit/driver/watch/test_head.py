@@ -101,6 +101,24 @@ def test_a_process_of_ray_that_ends_while_ray_starts_ends_the_launch(
     assert f"{name}, process {child.pid}" in capfd.readouterr().err
 
 
+def test_a_process_of_ray_that_ends_later_is_told_as_such(tmp_path, monkeypatch, capfd):
+    """A raylet that was killed during a run left exit code 1 and no word: the chaos suite found it."""
+    codes, recorded = [], []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(head_watch, "START_EVERY_S", 0.02)
+    program = shutil.copy(shutil.which("sleep"), tmp_path / "raylet")
+    watching = head_watch.watching_start(recorded.append)
+    with watching as started, subprocess.Popen([program, "60"]) as child:
+        time.sleep(0.3)
+        started.set()
+        child.kill()
+        deadline = time.monotonic() + 20
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert codes[0] == 3 and "Ray on this machine is gone" in str(recorded[0])
+    assert "resume_from_checkpoint: true" in capfd.readouterr().err
+
+
 def test_the_last_words_of_a_process_of_ray_are_quoted(tmp_path):
     (tmp_path / "raylet.out").write_text(
         "[2026-11-29 02:43:11,001 I 12 12] (raylet) main.cc:1: starting\n"
