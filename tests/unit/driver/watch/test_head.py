@@ -102,7 +102,7 @@ def test_a_process_of_ray_that_ends_while_ray_starts_ends_the_launch(
 
 
 def test_a_process_of_ray_that_ends_later_is_told_as_such(tmp_path, monkeypatch, capfd):
-    """A raylet that was killed during a run left exit code 1 and no word: the chaos suite found it."""
+    """A raylet killed during a run left exit code 1 and no word: the chaos suite found it."""
     codes, recorded = [], []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(head_watch, "START_EVERY_S", 0.02)
