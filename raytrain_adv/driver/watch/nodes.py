@@ -146,7 +146,10 @@ def watching_start(record: Callable[[BaseException], None]) -> Iterator[threadin
 
     def check() -> None:
         nonlocal logs
-        for child in set(psutil.Process().children()) - earlier:
+        children = set[psutil.Process]()
+        with contextlib.suppress(psutil.Error):  # one ends while it is looked at
+            children = set(psutil.Process().children())
+        for child in children - earlier:
             with contextlib.suppress(psutil.Error):
                 if child.name() in STARTED and child not in known:
                     known[child] = child.name()
@@ -165,7 +168,7 @@ def watching_start(record: Callable[[BaseException], None]) -> Iterator[threadin
 
 def _log_folder(command: Sequence[str]) -> str:
     """Return the folder of Ray's logs from the command line of one of its processes (2.60)."""
-    for part, after in zip(command, [*command[1:], ""], strict=True):
+    for part, after in zip(command, [*command[1:], ""], strict=False):  # a zombie has no command
         key, _, value = part.lstrip("-").partition("=")
         key = key.replace("-", "_")
         if key == "log_dir":
