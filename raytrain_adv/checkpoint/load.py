@@ -116,13 +116,16 @@ def _metadata(path: pathlib.Path) -> Metadata:
     with path.open("rb") as file:
         try:
             found = _Unpickler(file).load()
-        except (pickle.UnpicklingError, *_OF_GARBAGE) as error:
+        except (pickle.UnpicklingError, MemoryError, *_OF_GARBAGE) as error:
             raise _damaged(path, f"{type(error).__name__}: {first_line(error)}") from error
     if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
         raise _damaged(path, "it is not DCP metadata")
     for info in found.storage_data.values():
-        if pathlib.PurePath(info.relative_path).name != info.relative_path:
-            raise _refused(path, f"the file {info.relative_path}, which is in another folder")
+        file_name = getattr(info, "relative_path", None)  # unpickled: it may lack any attribute
+        if not isinstance(file_name, str):
+            raise _damaged(path, "it names no file for a tensor")
+        if pathlib.PurePath(file_name).name != file_name:
+            raise _refused(path, f"the file {file_name}, which is in another folder")
     return found
 
 

@@ -115,6 +115,17 @@ def test_a_shard_elsewhere_is_not_read(folder):
     assert "../other/__0_0.distcp, which is in another folder" in refusal(folder)
 
 
+def test_metadata_without_the_name_of_a_file_is_damaged(folder):
+    """An object that is unpickled may lack any attribute: AttributeError came out of it."""
+    found = FileSystemReader(folder).read_metadata()
+    del next(iter(found.storage_data.values())).__dict__["relative_path"]
+    (folder / ".metadata").write_bytes(pickle.dumps(found))
+    assert "it names no file for a tensor" in refusal(folder)
+    # 2**62 bytes that are not there: pickle takes the memory first.
+    (folder / ".metadata").write_bytes(b"\x80\x04\x8e" + (2**62).to_bytes(8, "little"))
+    assert "cannot be read" in refusal(folder)
+
+
 def test_damaged_files_are_storage_errors(folder):
     shard = next(folder.glob("*.distcp"))
     whole = shard.read_bytes()
