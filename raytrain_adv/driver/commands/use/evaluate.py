@@ -207,9 +207,9 @@ def _show(models: list[dict[str, Any]]) -> None:
         if any(figure.difference is not None for figure in figures):
             cells = (_with_error(f.difference, f.difference_error, "+") for f in figures)
             table.add_row("  from the first", *cells)
-    if any(model["loss_in_its_run"] is not None for model in models):
-        own = (model["loss_in_its_run"] for model in models)
-        table.add_row("  in its run", *("" if one is None else f"{one:.4f}" for one in own))
+        own = [model["loss_in_its_run"] for model in models]
+        if name == LOSS and any(one is not None for one in own):
+            table.add_row("  in its run", *("" if one is None else f"{one:.4f}" for one in own))
     tables.show(table)
     tables.show(Text("± is one standard error over rows; differences are taken row by row"))
 
