@@ -26,9 +26,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	  "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo 'Installing the tested set into $(VENV): a few minutes the first time'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[advanced,dev]'
-	@touch $@
+	@echo 'Installing the tested set into $(VENV): about 3 GB, a few minutes the first time'
+	@$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -c constraints.txt \
+	  -e '.[advanced,dev]' 2>&1 | $(BIN)/python -u jobs/show_install.py
+	@$(BIN)/python -c 'import raytrain_adv, ray, torch' && touch $@
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m raytrain_adv.launch jobs/quickstart.yaml

@@ -18,6 +18,7 @@ from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.driver.commands.formats import export_command
 from raytrain_adv.driver.commands.reference import REFERENCE
+from raytrain_adv.driver.commands.report import report_command
 from raytrain_adv.driver.commands.use.commands import COMMANDS
 from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError
 from raytrain_adv.estimate.assumptions import Assumptions, assumptions
@@ -330,7 +331,7 @@ def verify(file: Path) -> None:
     kernels.verify(file)
 
 
-for _command in (*COMMANDS, *REFERENCE, export_command):
+for _command in (*COMMANDS, *REFERENCE, export_command, report_command):
     app.add_command(_command)
 
 if __name__ == "__main__":

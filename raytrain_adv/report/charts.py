@@ -27,6 +27,10 @@ def plots(report: RunReport, rows: Sequence[Row]) -> list[Plot]:
     norm_marks = (*marks, *_not_finite(train, "grad_norm"))
     speed = ("Speed", "tokens/s per worker", "tokens_per_second_per_worker", "tokens/s")
     memory = ("Peak memory", "GiB, rank 0", "peak_memory_gib", "peak so far")
+    node = (
+        Series("CPU", _points(train, "cpu_percent"), 1),
+        Series("host memory", _points(train, "host_memory_percent"), 2),
+    )
     times = (Series("step", _points(train, "step_s"), 1), Series("data wait", _waits(train), 2))
     return [
         _loss(train, evals, marks),
@@ -36,6 +40,7 @@ def plots(report: RunReport, rows: Sequence[Row]) -> list[Plot]:
         single(*speed, from_zero=True),
         Plot("Time per step", "s", times, marks, from_zero=True),
         single(*memory, levels=_predicted(report), from_zero=True),
+        Plot("The node of rank 0", "% in use", node, marks, from_zero=True),
     ]
 
 

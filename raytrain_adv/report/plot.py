@@ -31,7 +31,13 @@ CURVES: dict[str, dict[str, Any]] = {
     "points": {"linewidth": 0, "marker": "o", "markersize": 6},
 }
 # Matplotlib writes colors as hex; each of these becomes a variable of the page, light or dark.
-INKS = {"grid": "#010101", "dim": "#020202", "c1": "#030303", "c2": "#040404", "bad": "#050505"}
+NUM_COLORS = 8
+INKS = {
+    "grid": "#010101",
+    "dim": "#020202",
+    "bad": "#050505",
+    **{f"c{number}": f"#0{number}0a0b" for number in range(1, NUM_COLORS + 1)},
+}
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
@@ -61,7 +67,7 @@ class Series:
 
     name: str
     points: Sequence[Xy]
-    color: Literal[1, 2]  # number of the color in the page's palette
+    color: int  # number of the color in the page's palette, from 1
     style: Literal["line", "faint", "dots", "points"] = "line"  # dots are joined by a thin line
 
 
@@ -211,6 +217,7 @@ def _scale(axes: Axes, plot: Plot, series: list[Series], narrow: bool) -> None:
     has_spike = values[0] > 0 and values[-1] > SPIKE * values[len(values) // 2]
     has_spike = has_spike and not plot.from_zero
     axes.set(xscale="log" if is_log else "linear", yscale="log" if has_spike else "linear")
+    places = sorted({x for s in series for x, _ in s.points})
     x_ticks = (axes.xaxis, is_log, plot.over == "step", 4 if narrow else 8)
     for axis, log, whole, num_ticks in (x_ticks, (axes.yaxis, has_spike, False, 4)):
         if log:
@@ -219,6 +226,8 @@ def _scale(axes: Axes, plot: Plot, series: list[Series], narrow: bool) -> None:
             axis.set_major_locator(MaxNLocator(num_ticks, steps=ROUND, integer=whole))
         if log or whole:
             axis.set_major_formatter("{x:,.7g}")
+    if plot.over != "step" and len(places) <= (4 if narrow else 8):
+        axes.set_xticks(places, [f"{x:,.7g}" for x in places])  # the values that were tried
     for line in axes.get_ygridlines():
         line.set_clip_on(False)
     axes.set_xlim(low, high)

@@ -6,11 +6,13 @@ from typing import Any
 
 from raytrain_adv import text
 from raytrain_adv.config.sweep import CONVERTED_LOSS, NEVER, SWITCH
+from raytrain_adv.report.compared import curves
 from raytrain_adv.report.html import Figure, page
 from raytrain_adv.report.plot import Level, Plot, Series, Xy, draw
 from raytrain_adv.report.record import write_text
 from raytrain_adv.report.summary import columns
 from raytrain_adv.report.sweep_record import SweepReport, TrialReport
+from raytrain_adv.storage import metrics_file
 
 FILE_NAME = "sweep.html"
 HEADS = {
@@ -53,6 +55,7 @@ def render(report: SweepReport) -> str:
             report.job_file,
         ],
         metric=HEADS[report.metric].capitalize(),
+        curves=draw(_curves(report)),
         figures=_figures(report),
         drawings=draw([_plot(report, key, keys[key]) for key in keys if has_axis[key]]),
         bars={key: bars for key in keys if not has_axis[key] and (bars := _bars(report, key))},
@@ -60,6 +63,16 @@ def render(report: SweepReport) -> str:
         rows=list(zip(rows, report.trials, strict=True)),
         best=None if report.best is None else report.trial(report.best),
     )
+
+
+def _curves(report: SweepReport) -> list[Plot]:
+    """Return the losses of every trial that has begun, from its own folder."""
+    rows = [
+        (trial.name, metrics_file.read(Path(trial.output_dir) / metrics_file.FILE_NAME))
+        for trial in report.trials
+        if trial.status != "waiting"
+    ]
+    return [plot for plot in curves(rows) if "loss" in plot.title] if rows else []
 
 
 def _figures(report: SweepReport) -> list[Figure]:

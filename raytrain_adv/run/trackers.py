@@ -23,7 +23,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.redaction import redact
 from raytrain_adv.storage.metrics_file import plain_row
 from raytrain_adv.storage.storage import Storage
-from raytrain_adv.text import nearest
+from raytrain_adv.text import ascii_name, nearest
 
 FOLDER = "trackers"  # folder in output_dir for what trackers write
 STATE_FILE = "runs.json"
@@ -78,7 +78,8 @@ class _TensorBoard(Tracker):
     def open(self, start: Start) -> None:
         # Later steps are computed again: TensorBoard hides their old values.
         purge = start.resume_step + 1 if start.resume_step else None
-        folder = str(start.folder / "tensorboard")
+        # TensorBoard names a run by its folder: of several output_dirs below one --logdir, too.
+        folder = str(start.folder / "tensorboard" / ascii_name(start.run_name).replace("/", "_"))
         self.writer = self.module.SummaryWriter(folder, purge_step=purge)
         if not start.resume_step:
             self.writer.add_text("job", f"```\n{json.dumps(start.config, indent=1)}\n```", 0)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -155,6 +156,9 @@ class Meter:
             "peak_memory_gib": self.peak_memory_gib(),
             "data_wait_s": waited_s - self.waited_at_log,
             "num_label_tokens": int(label_tokens),
+            # Of the whole node, since the last row: what else runs there slows training too.
+            "cpu_percent": psutil.cpu_percent(),
+            "host_memory_percent": psutil.virtual_memory().percent,
         }
         self.waits.append(row["data_wait_s"] / max(self.steps_since_log, 1))
         self._log_time, self.paused_s = now, 0.0

@@ -179,11 +179,8 @@ class Progress(tune.Callback):  # type: ignore[misc] # ray is Any to mypy
 
     def on_trial_result(self, *, trial: Any, result: Mapping[str, Any], **info: Any) -> None:
         """Print a trial's step and loss."""
-        if "value" in result:
-            total = result.get("total_steps")
-            of_total = f" of {total:,}" if total else ""
-            value = numbers.loss(result["value"])
-            self._print(trial, f"step {result['step']:,}{of_total}, loss {value}")
+        if line := describe_result(result):
+            self._print(trial, line)
 
     def on_trial_complete(
         self, *, trial: Any, error: BaseException | None = None, **info: Any
@@ -203,6 +200,20 @@ class Progress(tune.Callback):  # type: ignore[misc] # ray is Any to mypy
     def _print(self, trial: Any, text: str) -> None:
         line = f"[{numbers.clock(time.monotonic() - self._began)}] {_name(trial)}: {text}"
         print(printable(line, sys.stdout.encoding), flush=True)
+
+
+def describe_result(result: Mapping[str, Any]) -> str:
+    """Return what a trial reported as a line; empty for its end, which has a line of its own."""
+    if "step" not in result:
+        return ""
+    total, phase = result.get("total_steps"), result.get("phase", "training")
+    of_total = f" of {total:,}" if total else ""
+    loss = result["value"] if "value" in result else result.get("loss")
+    parts = [f"step {result['step']:,}{of_total}"]
+    parts += [f"loss {numbers.loss(loss)}"] if "value" in result or loss is not None else []
+    parts += [f"{numbers.clock(result['eta'])} left"] if result.get("eta") else []
+    parts += [phase] if phase != "training" else []
+    return ", ".join(parts)
 
 
 def _name(trial: Any) -> str:

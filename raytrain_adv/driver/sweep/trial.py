@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from ray import tune
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.training import trainer
+from raytrain_adv.driver.training.console import Progress
 from raytrain_adv.driver.watch.stop import clear_trial_stop
 from raytrain_adv.errors import RaytrainAdvError, quieten
 from raytrain_adv.redaction import hide_environment
@@ -19,6 +22,8 @@ from raytrain_adv.storage.metrics_file import FILE_NAME, FollowedFile
 
 CONSOLE_FILE = "console.log"  # the trial's console output
 POLL_S = 0.5
+TELL_S = 15.0
+"""Longest time between two lines about a trial."""
 
 
 def run_trial(config: Mapping[str, str], jobs: Mapping[str, JobConfig], cwd: str, row: str) -> None:
@@ -35,20 +40,36 @@ def run_trial(config: Mapping[str, str], jobs: Mapping[str, JobConfig], cwd: str
     thread = threading.Thread(target=_run, args=(job, folder, errors), name="trial", daemon=True)
     thread.start()
     rows = FollowedFile(folder / FILE_NAME)
-    total_steps = None
+    progress, told_at = Progress(), time.monotonic()
     has_ended = False
     while not has_ended:
         thread.join(POLL_S)
         has_ended = not thread.is_alive()  # before the last rows are read
         for found in rows.new_rows():
-            total_steps = found.get("total_steps", total_steps)
+            progress.take(found)
             if found["kind"] == row:
                 loss = {"step": found["step"], "value": found.get("loss")}
-                tune.report({**loss, "total_steps": total_steps})
+                tune.report({**loss, "total_steps": progress.total_steps, "eta": progress.eta_s()})
+                told_at = time.monotonic()
+        if not has_ended and time.monotonic() - told_at >= TELL_S:
+            tune.report(where_it_is(progress))
+            told_at = time.monotonic()
     for error in errors:
         if not isinstance(error, RaytrainAdvError):
             raise error
     tune.report({"ended": True, "error": str(errors[0]) if errors else None})
+
+
+def where_it_is(progress: Progress) -> dict[str, Any]:
+    """Return what a line about a trial says between its evaluations."""
+    last = next((one for one in reversed(progress.shown) if one["kind"] == "train"), {})
+    return {
+        "step": progress.step,
+        "total_steps": progress.total_steps,
+        "loss": last.get("loss"),
+        "eta": progress.eta_s(),
+        "phase": progress.phase,
+    }
 
 
 def _run(job: JobConfig, folder: Path, errors: list[BaseException]) -> None:

@@ -1,10 +1,13 @@
 // Shows the values under the pointer. Without this script the page lacks nothing else but a button.
 for (const area of document.querySelectorAll(".area")) {
-  const plot = JSON.parse(area.parentElement.dataset.plot), [low, high] = plot.x;
+  area.plot = JSON.parse(area.parentElement.dataset.plot);
   const left = Number(area.dataset.left), width = Number(area.dataset.right) - left;
   const hair = area.appendChild(document.createElement("div")); hair.className = "hair";
   const tip = area.appendChild(document.createElement("div")); tip.className = "tip";
-  const place = x => plot.log ? Math.log(x / low) / Math.log(high / low) : (x - low) / (high - low);
+  const place = x => {
+    const {x: [low, high], log} = area.plot;
+    return log ? Math.log(x / low) / Math.log(high / low) : (x - low) / (high - low);
+  };
   const nearest = (points, at) =>
     points.reduce((a, b) => Math.abs(place(b[0]) - at) < Math.abs(place(a[0]) - at) ? b : a);
   const shown = x => x && Math.abs(x) < 1e-3 ? x.toExponential(2)
@@ -12,11 +15,13 @@ for (const area of document.querySelectorAll(".area")) {
   const show = event => {
     const box = area.getBoundingClientRect();
     const share = ((event.clientX - box.left) / box.width - left) / width;
-    const x = nearest(plot.series.map(s => nearest(s[2], share)), share)[0];
+    const plot = area.plot;
+    const x = nearest(plot.series.filter(s => s[2].length).map(s => nearest(s[2], share)), share)[0];
     const at = left + width * place(x);
     hair.style.cssText = `display:block;left:${100 * at}%`;
     tip.textContent = plot.over + " " + (plot.over === "step" ? x.toLocaleString("en") : shown(x));
     for (const [name, color, points] of plot.series) {
+      if (!points.length) continue;
       const point = nearest(points, place(x));
       if (point[0] !== x) continue;
       const line = tip.appendChild(document.createElement("div"));
@@ -29,6 +34,74 @@ for (const area of document.querySelectorAll(".area")) {
   const hide = () => { hair.style.display = tip.style.display = "none"; };
   area.addEventListener("pointermove", show); area.addEventListener("pointerdown", show);
   area.addEventListener("pointerleave", hide);
+}
+// Zoom (drag over a plot; a double click shows all) and smoothing draw a plot again from its points.
+for (const figure of document.querySelectorAll("figure[data-plot]")) {
+  const plot = JSON.parse(figure.dataset.plot), areas = [...figure.querySelectorAll(".area")];
+  if (plot.over !== "step" || !areas.length) continue;
+  const tools = figure.appendChild(document.createElement("div")); tools.className = "tools";
+  const label = tools.appendChild(document.createElement("label"));
+  label.textContent = "smoothing ";
+  const slider = label.appendChild(document.createElement("input"));
+  Object.assign(slider, {type: "range", min: 0, max: 0.98, step: 0.02, value: 0});
+  tools.appendChild(document.createElement("span")).textContent = "drag over the plot to zoom, double click shows all";
+  const whole = plot.x.slice(), raw = plot.series.map(s => s[2]);
+  const smooth = points => {
+    const keep = Number(slider.value); let sum = 0, weight = 0;
+    return points.map(([x, y]) => {
+      sum = keep * sum + y; weight = keep * weight + 1; return [x, sum / weight];
+    });
+  };
+  const redraw = () => {
+    const [low, high] = plot.x;
+    plot.series.forEach((s, i) => {
+      s[2] = smooth(raw[i]).filter(p => p[0] >= low && p[0] <= high);
+    });
+    for (const area of areas) {
+      const old = area.querySelector("svg:not(.own)"), box = old.viewBox.baseVal;
+      area.querySelector(".own")?.remove();
+      const same = !Number(slider.value) && low === whole[0] && high === whole[1];
+      old.style.display = same ? "" : "none";
+      if (same) continue;
+      const left = box.width * Number(area.dataset.left), right = box.width * Number(area.dataset.right);
+      const ys = plot.series.flatMap(s => s[2].map(p => p[1]));
+      if (!ys.length) continue;
+      let bottom = Math.min(...ys), top = Math.max(...ys); if (bottom === top) { bottom -= 1; top += 1; }
+      const X = x => left + (right - left) * (x - low) / (high - low);
+      const Y = y => 16 + (box.height - 42) * (top - y) / (top - bottom);
+      let body = "";
+      for (let i = 0; i < 5; i++) {
+        const y = bottom + (top - bottom) * i / 4, x = low + (high - low) * i / 4;
+        body += `<line x1="${left}" x2="${right}" y1="${Y(y)}" y2="${Y(y)}" stroke="var(--grid)"/>`
+          + `<text x="${left - 8}" y="${Y(y) + 4}" text-anchor="end">${Number(y.toPrecision(4))}</text>`
+          + `<text x="${X(x)}" y="${box.height - 6}" text-anchor="middle">${Math.round(x)}</text>`;
+      }
+      for (const [, color, points] of plot.series)
+        body += `<polyline fill="none" stroke="var(--c${color})" stroke-width="1.6" points="${
+          points.map(p => X(p[0]).toFixed(1) + "," + Y(p[1]).toFixed(1)).join(" ")}"/>`;
+      old.insertAdjacentHTML("afterend", `<${"svg"} class="own" viewBox="0 0 ${box.width} ${box.height}"`
+        + ` font-size="11" fill="var(--dim)">${body}</svg>`);
+    }
+    for (const area of areas) area.plot = plot;
+  };
+  slider.addEventListener("input", redraw);
+  for (const area of areas) {
+    let from = null;
+    const at = event => {
+      const box = area.getBoundingClientRect(), left = Number(area.dataset.left);
+      const share = ((event.clientX - box.left) / box.width - left) / (Number(area.dataset.right) - left);
+      return plot.x[0] + Math.min(Math.max(share, 0), 1) * (plot.x[1] - plot.x[0]);
+    };
+    area.addEventListener("pointerdown", event => { from = at(event); });
+    area.addEventListener("pointerup", event => {
+      const to = at(event);
+      if (from !== null && Math.abs(to - from) > (plot.x[1] - plot.x[0]) / 50) {
+        plot.x = [Math.min(from, to), Math.max(from, to)]; redraw();
+      }
+      from = null;
+    });
+    area.addEventListener("dblclick", () => { plot.x = whole.slice(); redraw(); });
+  }
 }
 for (const button of document.querySelectorAll(".copied button")) {
   button.addEventListener("click", () => {

@@ -154,6 +154,13 @@ CLUSTER = fields(
     ),
     headServiceAnnotations=mapping(TEXT),
     suspend=SWITCH,
+    gcsFaultToleranceOptions=fields(
+        "redisAddress",
+        redisAddress=TEXT,
+        redisUsername=fields(value=TEXT, valueFrom=fields(secretKeyRef=KEY_OF)),
+        redisPassword=fields(value=TEXT, valueFrom=fields(secretKeyRef=KEY_OF)),
+        externalStorageNamespace=TEXT,
+    ),
     headGroupSpec=fields(
         "template",
         template=POD,
@@ -240,11 +247,75 @@ MONITOR = fields(
         at_least=1,
     ),
 )
+SELECTOR = fields(
+    matchLabels=LABELS,
+    matchExpressions=many(
+        fields(
+            "key",
+            "operator",
+            key=TEXT,
+            operator=one_of("In", "NotIn", "Exists", "DoesNotExist"),
+            values=many(TEXT),
+        )
+    ),
+)
+PEERS = many(fields(podSelector=SELECTOR, namespaceSelector=SELECTOR), at_least=1)
+POLICY = fields(
+    "podSelector",
+    podSelector=SELECTOR,
+    policyTypes=many(one_of("Ingress", "Egress")),
+    ingress=many(
+        {
+            "type": "object",
+            "properties": {
+                "from": PEERS,
+                "ports": many(fields("port", protocol=one_of("TCP", "UDP"), port=PORT)),
+            },
+            "additionalProperties": False,
+        }
+    ),
+)
+SERVICE = fields(
+    "ports",
+    selector=LABELS,
+    type=one_of("ClusterIP"),
+    ports=many(fields("port", name=TEXT, port=PORT, targetPort=PORT)),
+)
+DEPLOYMENT = fields("selector", "template", replicas=WHOLE, selector=SELECTOR, template=POD)
+FLAVOR = fields(nodeLabels=LABELS)
+QUOTA = fields(
+    "resourceGroups",
+    namespaceSelector=SELECTOR,
+    queueingStrategy=one_of("BestEffortFIFO", "StrictFIFO"),
+    resourceGroups=many(
+        fields(
+            "coveredResources",
+            "flavors",
+            coveredResources=many(TEXT),
+            flavors=many(
+                fields(
+                    "name",
+                    "resources",
+                    name=TEXT,
+                    resources=many(
+                        fields("name", "nominalQuota", name=TEXT, nominalQuota=QUANTITY)
+                    ),
+                )
+            ),
+        )
+    ),
+)
 KINDS: dict[tuple[str, str], Schema] = {
     ("ray.io/v1", "RayCluster"): CLUSTER,
     ("ray.io/v1", "RayJob"): JOB,
     ("v1", "PersistentVolumeClaim"): CLAIM,
     ("monitoring.coreos.com/v1", "PodMonitor"): MONITOR,
+    ("networking.k8s.io/v1", "NetworkPolicy"): POLICY,
+    ("v1", "Service"): SERVICE,
+    ("apps/v1", "Deployment"): DEPLOYMENT,
+    ("kueue.x-k8s.io/v1beta1", "ResourceFlavor"): FLAVOR,
+    ("kueue.x-k8s.io/v1beta1", "ClusterQueue"): QUOTA,
+    ("kueue.x-k8s.io/v1beta1", "LocalQueue"): fields("clusterQueue", clusterQueue=TEXT),
 }
 
 

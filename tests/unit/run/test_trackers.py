@@ -114,7 +114,9 @@ def test_tensorboard_gets_the_numbers_of_each_row(tmp_path):
     opened.log(ROW, 3)
     opened.log({"kind": "eval", "step": 3, "loss": 2.0, "perplexity": 7.4}, 3)
     opened.close()
-    assert scalars(tmp_path / "trackers" / "tensorboard") == [
+    (folder,) = (tmp_path / "trackers" / "tensorboard").iterdir()
+    assert folder.name == tmp_path.name  # TensorBoard's name of the run
+    assert scalars(folder) == [
         (3, "train/loss", 2.5),
         (3, "eval/loss", 2.0),
         (3, "eval/perplexity", pytest.approx(7.4)),

@@ -378,3 +378,20 @@ def test_the_plan_shows_every_trial(swept: Callable[..., JobConfig]) -> None:
     shown = plain(view(job.sweep))
     assert "3 trials, the lowest eval_loss is the best" in shown
     assert [line.strip() for line in shown.splitlines()[2:5]] == ["0.001", "0.01", "0.1"]
+
+
+def test_a_trial_s_line_has_step_loss_and_time_left_without_evaluations():
+    from raytrain_adv.driver.sweep.results import describe_result
+    from raytrain_adv.driver.sweep.trial import where_it_is
+    from raytrain_adv.driver.training.console import Progress
+
+    progress = Progress()
+    progress.take({"kind": "event", "event": "phase", "message": "model"})
+    assert describe_result(where_it_is(progress)) == "step 0, model"
+    progress.take({"kind": "event", "event": "plan", "total_steps": 200})
+    progress.take({"kind": "event", "event": "phase", "message": "training"})
+    for step, at in ((10, 100.0), (20, 110.0)):
+        progress.take({"kind": "train", "step": step, "loss": 2.5, "time": at, "step_s": 1.0})
+    assert describe_result(where_it_is(progress)) == "step 20 of 200, loss 2.5000, 3:00 left"
+    assert describe_result({"step": 20, "value": None, "total_steps": 200}).endswith("loss -")
+    assert describe_result({"ended": True}) == ""
