@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from raytrain_adv.config import compatibility
@@ -22,7 +23,7 @@ def explain(name: str) -> str:
     JobError if there is no such key or feature, naming the nearest.
     """
     word = name.strip().replace("-", "_")
-    properties = schema()["properties"]
+    properties = _properties()
     key = WRITTEN_AS.get(word.lower(), word if word in properties else word.lower())
     own = "\n".join(_key(key, properties[key])) if key in properties else ""
     try:
@@ -35,6 +36,12 @@ def explain(name: str) -> str:
         problem = Problem(f"there is no key or feature {show(name)}", fix)
         raise job_error("The command line", [problem]) from None
     return f"{own}\n\n{of_feature}" if own else of_feature
+
+
+@cache
+def _properties() -> dict[str, Any]:
+    properties: dict[str, Any] = schema()["properties"]
+    return properties
 
 
 def _key(key: str, field: dict[str, Any]) -> Iterator[str]:

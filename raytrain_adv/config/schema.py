@@ -108,6 +108,8 @@ def describe(field: Mapping[str, Any]) -> str:
         return f"one of {', '.join(names)}"
     if "const" in field:
         return str(field["const"])
+    if isinstance(field.get("type"), list):
+        return ", or ".join(_KINDS[kind] for kind in field["type"])
     words = _KINDS[field.get("type", "any")] + _range(field)
     if "minItems" in field and field["minItems"] == field.get("maxItems"):
         words += f" of {field['minItems']}"
