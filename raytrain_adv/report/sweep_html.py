@@ -1,5 +1,6 @@
 """The trials of a sweep compared: sweep.html, one file that opens from disk, and a text table."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,11 @@ def render(report: SweepReport) -> str:
 
 def _curves(report: SweepReport) -> list[Plot]:
     """Return the losses of every trial that has begun, from its own folder."""
-    rows = [
-        (trial.name, metrics_file.read(Path(trial.output_dir) / metrics_file.FILE_NAME))
-        for trial in report.trials
-        if trial.status != "waiting"
-    ]
+    rows = []
+    for trial in (t for t in report.trials if t.status != "waiting"):
+        with contextlib.suppress(OSError, ValueError):  # no path of this machine, or not readable
+            path = Path(trial.output_dir) / metrics_file.FILE_NAME
+            rows.append((trial.name, metrics_file.read(path)))
     return [plot for plot in curves(rows) if "loss" in plot.title] if rows else []
 
 

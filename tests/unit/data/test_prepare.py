@@ -177,15 +177,32 @@ def test_loss_weight_zero_takes_an_answer_out_of_the_loss(make_job, write_rows):
 
 def test_unusable_rows_are_counted_and_the_first_are_named(make_job, write_rows):
     file = write_rows([{"instruction": "Q", "output": ""}] * 9 + pairs(1))
-    data, said = ready(make_job(dataset=file))
+    data, said = ready(make_job(max_unusable_share=1.0, dataset=file))
     line = next(s for s in said if "cannot be used" in s)
     assert f"9 of 10 rows cannot be used: {file}:1: no answer" in line and "and 4 more" in line
     assert data.stats["rows"]["unusable_reasons"] == {"no answer: output is empty or missing": 9}
 
 
 def test_unusable_rows_are_named_again_when_the_cache_is_opened(make_job, write_rows):
-    job = make_job(dataset=write_rows([{"instruction": "Q", "output": ""}, *pairs(1)]))
+    job = make_job(
+        max_unusable_share=1.0, dataset=write_rows([{"instruction": "Q", "output": ""}, *pairs(1)])
+    )
     assert ready(job)[1] == ready(job)[1]
+
+
+def test_mostly_unusable_rows_stop_the_job_unless_allowed(make_job, write_rows):
+    """A wrong column or template is the usual cause: 92 % were left out without a word."""
+    rows = [{"instruction": "Say one.", "output": "One."}, *[{"instruction": "x"}] * 9]
+    file = write_rows(rows)
+    with pytest.raises(JobError, match="90% of the rows of dataset cannot be trained on") as caught:
+        prepare(make_job(dataset=file), print)
+    assert "9 x no answer" in caught.value.found
+    assert "max_unusable_share: 0.9" in caught.value.fix
+    said = []
+    prepare(make_job(dataset=file, max_unusable_share=0.9), said.append)
+    assert any(
+        "read as alpaca, columns instruction (as prompt), output (as response)" in s for s in said
+    )
 
 
 def test_dataset_without_a_usable_row_is_an_error(make_job, write_rows):
