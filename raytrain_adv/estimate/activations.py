@@ -29,6 +29,7 @@ from raytrain_adv.ops.experts.find import (
     shapes,
     stacked,
 )
+from raytrain_adv.transforms.modules import in_adapter
 
 AttentionKind = Literal["fused", "masked", "eager"]
 """Fused: no mask but the causal one. Masked: fused with a mask tensor. Eager: all weights exist."""
@@ -195,7 +196,7 @@ def _linears(layer: nn.Module, config: PretrainedConfig) -> Iterator[Linear]:
         for name in shapes(module):
             yield _stacked_experts(layer, fqn, name, config)
     for fqn, module in layer.named_modules():
-        if ".lora_" in fqn:
+        if in_adapter(fqn):
             continue
         if not isinstance(module, nn.Linear | Conv1D):
             continue
@@ -205,7 +206,7 @@ def _linears(layer: nn.Module, config: PretrainedConfig) -> Iterator[Linear]:
         else:
             width_in, width_out = module.weight.shape
         rank = _adapter_rank(layer, fqn)
-        trained = module.weight.requires_grad or rank > 0
+        trained = module.weight.requires_grad or fqn.endswith(".base_layer")
         name = fqn.removesuffix(".base_layer")
         yield Linear(name, width_in * share, width_out * share, trained, rank)
 

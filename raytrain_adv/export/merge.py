@@ -87,7 +87,7 @@ def merged_tensors(model: PreTrainedModel) -> Callable[[str], torch.Tensor]:
     adapted = {
         plain_name(f"{fqn}.base_layer.weight"): module
         for fqn, module in model.named_modules()
-        if class_name(module) == ADAPTED
+        if class_name(module) in ADAPTED.values()
     }
     packed, stacks = packed_weights(model), merged_stacks(model)
 

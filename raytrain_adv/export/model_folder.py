@@ -1,6 +1,7 @@
 """The trained model as a Hugging Face folder, gathered by tensors, in the checkpoint's layout."""
 
 import copy
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -33,7 +34,7 @@ from raytrain_adv.export.verify import (
     compared_tokens,
     converted_logits,
 )
-from raytrain_adv.model.adapter import FILE_NAME, trained
+from raytrain_adv.model.adapter import FILE_NAME, peft_name, trained
 from raytrain_adv.model.build import build, build_whole, keeps_float32
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.conversion import save_groups
@@ -41,6 +42,7 @@ from raytrain_adv.model.files import is_local, model_source
 from raytrain_adv.model.vocabulary import new_rows, no_panics
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
 from raytrain_adv.model.weights import match, saved_tensors
+from raytrain_adv.ops import low_rank
 from raytrain_adv.ops.absent import is_absent
 from raytrain_adv.ops.fake_quant.merged import Merging
 from raytrain_adv.transforms.applied import Transforms
@@ -70,9 +72,10 @@ def export_model(
         TrainingError: on every rank, when the converted model does not compute what was trained.
     """
     device = collective_device(model)
+    base = write_base(model, job, out_dir, device, max_file_bytes)
     new = NewFolder(out_dir, device)
     if job.transform(Lora).enabled:
-        write_adapter(model, job, new)
+        write_adapter(model, job, new, base)
     else:
         trained = saved_tensors(model)
         write_model(lambda name: gather(trained[name]), job, new, max_file_bytes)
@@ -94,19 +97,53 @@ def export_model(
     return replace(written, converted={f"{kind}_{name}": x for name, x in found.items()})
 
 
-def write_adapter(model: PreTrainedModel, job: JobConfig, new: NewFolder) -> None:
-    """Gather the adapters and write them in PEFT's format on rank 0; a collective."""
+def write_base(
+    model: PreTrainedModel, job: JobConfig, out_dir: Path, device: torch.device, max_file_bytes: int
+) -> Path | None:
+    """Write the frozen model that the adapter belongs to, if it is another than the job's: adapters
+    were merged into it, or PiSSA took out what its adapters started with; a collective.
+    """
+    if not job.transform(Lora).changes_base:
+        return None
+    new = NewFolder(out_dir.with_name(f"{out_dir.name}-base"), device)
+    held = saved_tensors(model)
+    write_model(lambda name: gather(held[name]), job, new, max_file_bytes)
+    new.publish()
+    return new.path
+
+
+def write_adapter(
+    model: PreTrainedModel, job: JobConfig, new: NewFolder, base: Path | None = None
+) -> None:
+    """Gather the adapters and write them in PEFT's format on rank 0; a collective. `base` is the
+    folder of the model that they belong to, if it is not the job's.
+    """
     reshard(model)
     tensors: dict[str, torch.Tensor] = {}
+    convert = job.transform(Lora).pissa_init and base is None
+    started = {
+        peft_name(f"{fqn}.lora_{part}.{ADAPTER}.weight"): (layer, part)
+        for fqn, layer in low_rank.started(model)
+        for part in "AB"
+        if convert
+    }
     for name, parameter in trained(model).items():
         whole = gather(parameter)
+        if name in started:
+            layer, part = started[name]
+            whole = low_rank.converted(layer, part, whole)
         if new.writes:
             tensors[name] = whole.cpu().contiguous()
     config: Any = copy.copy(model.peft_config[ADAPTER])
-    local, source = is_local(job), model_source(job)
+    if convert:
+        config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
+        config.r *= 2
+    local, source = base is not None or is_local(job), str(base or model_source(job))
     config.base_model_name_or_path = str(Path(source).resolve()) if local else source
     config.revision = None if local else job.model.model_revision
-    config.inference_mode = config.init_lora_weights = True
+    config.inference_mode = True
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True
     new.require(sum(tensor.nbytes for tensor in tensors.values()))
     new.run(lambda: save_tensors(tensors, new.partial / FILE_NAME))
     new.run(lambda: config.save_pretrained(str(new.partial)))

@@ -30,6 +30,7 @@ from raytrain_adv.ops.fake_quant.experts import compute_experts
 from raytrain_adv.ops.fake_quant.torchao_config import DEPRECATION
 from raytrain_adv.text import GIB
 from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.transforms.modules import in_adapter
 
 MOST_TOKENS = 256
 """Tokens that are compared; logits of 256 tokens and 128,256 words take 131 MB in float32."""
@@ -77,7 +78,7 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
             DEFECT,
         )
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:  # transformers 5.17 makes adapters float32, whatever their files hold
+        if in_adapter(name):  # transformers 5.17 makes adapters float32, whatever their files hold
             parameter.data = parameter.data.to(model.dtype)
     return compute_experts(model)
 

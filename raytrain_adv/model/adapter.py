@@ -1,14 +1,25 @@
-"""Adapters in PEFT's files: their names there, and reading them back into the shards."""
+"""Adapters in PEFT's files: their names there, reading them back into the shards, and merging them
+into the weights.
+"""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
-from raytrain_adv.dtensor import copy_local, local_region, plain_name
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.dtensor import copy_local, gather, local_region, plain_name
 from raytrain_adv.errors import JobError
+from raytrain_adv.model.build import build
+from raytrain_adv.model.weights import saved_tensors
+from raytrain_adv.ops.rotation import compute_indices
 from raytrain_adv.text import first_line
-from raytrain_adv.transforms.lora import ADAPTER
+from raytrain_adv.transforms.lora import ADAPTER, Lora, is_adapter
 
 FILE_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -57,3 +68,62 @@ def _load_adapter(model: nn.Module, folder: Path) -> None:
                 found = f"{name} is {list(shape)}, and {list(parameter.shape)} in the model"
                 raise JobError(f"{folder} has other adapters than the model", found, fix)
             copy_local(parameter, part[local_region(parameter)])
+
+
+def merge_adapters(model: PreTrainedModel, job: JobConfig) -> None:
+    """Merge the adapters that the job names for it into the model's weights, one after another; a
+    collective.
+
+    Raises:
+        JobError: if one is not of this model.
+    """
+    for folder in job.transform(Lora).merged:
+        with safe_open(Path(folder) / FILE_NAME, framework="pt") as file:
+            layers = _layers(build(job), folder)
+            wanted = {name for fqn, layer in layers.items() for name, _ in _parameters(fqn, layer)}
+            if odd := sorted(wanted ^ set(file.keys())):
+                found = f"{len(odd)} tensors are in one of the two only, as {odd[0]}"
+                fix = "merge it into its model with PEFT, and train the merged model"
+                raise JobError(f"{folder} cannot be merged into this model", found, fix)
+            own = saved_tensors(model)
+            for fqn, layer in layers.items():
+                _merge(fqn, layer, own[plain_name(f"{fqn}.weight")], file)
+
+
+def _layers(plain: PreTrainedModel, folder: str) -> dict[str, Any]:
+    """Return PEFT's layers, without values, for an adapter on a model without memory."""
+    from peft import PeftConfig, inject_adapter_in_model
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config: Any = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = False
+    inject_adapter_in_model(config, plain, ADAPTER)
+    compute_indices(plain)
+    layers = {f: m for f, m in plain.named_modules() if isinstance(m, BaseTunerLayer)}
+    for fqn, layer in layers.items():
+        if isinstance(layer, ParamWrapper) or not hasattr(layer.base_layer, "weight"):
+            fix = "`raytrain-adv export RUN --output FOLDER --merge` merges the run that trained it"
+            raise JobError(f"{folder} adapts stacked experts", f"as {fqn}", fix)
+    return layers
+
+
+def _parameters(fqn: str, layer: nn.Module) -> list[tuple[str, str]]:
+    """Return the names of an adapter's parameters in PEFT's file and in the layer."""
+    names = (name for name, _ in layer.named_parameters() if is_adapter(name))
+    return [(peft_name(f"{fqn}.{name}"), name) for name in names]
+
+
+@torch.no_grad()
+def _merge(fqn: str, layer: Any, weight: torch.Tensor, file: Any) -> None:
+    """Write this rank's part of a weight with an adapter merged into it, by PEFT's own rule."""
+    layer.base_layer = layer.base_layer.to_empty(device="cpu")
+    layer.base_layer.weight = nn.Parameter(gather(weight).float().cpu())
+    for stored, name in _parameters(fqn, layer):
+        owner, _, last = name.rpartition(".")
+        value = nn.Parameter(file.get_tensor(stored).float())
+        setattr(layer.get_submodule(owner), last, value)
+    layer.merge()
+    copy_local(weight, layer.base_layer.weight[local_region(weight)])

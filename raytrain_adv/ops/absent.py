@@ -44,3 +44,14 @@ def absent_modules(model: nn.Module) -> Iterator[tuple[str, Absent]]:
 def is_absent(name: str, model: nn.Module) -> bool:
     """Whether a tensor's name lies in a module that is not built."""
     return any(name.startswith(f"{fqn}.") for fqn, _ in absent_modules(model))
+
+
+def shortest_names(model: nn.Module, chosen: list[str]) -> list[str]:
+    """Return the last segments of modules' names if those match nothing else, in absent parts
+    either; otherwise the whole names.
+    """
+    ends = {fqn.rpartition(".")[2] for fqn in chosen}
+    absent = (f"{fqn}.{name}" for fqn, part in absent_modules(model) for name in part.inner)
+    every = (*(fqn for fqn, _ in model.named_modules()), *absent)
+    by_end = {fqn for fqn in every if fqn.rpartition(".")[2] in ends}
+    return sorted(ends if by_end == set(chosen) else chosen)

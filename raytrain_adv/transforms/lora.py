@@ -1,48 +1,47 @@
-"""Low-rank adapters (LoRA, rsLoRA, DoRA) through PEFT; the base model is frozen."""
+"""Adapters through PEFT on a frozen model: LoRA with its variants, and OFT."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from raytrain_adv.config.problems import Problem, show
+from raytrain_adv.config.problems import Problem
 from raytrain_adv.config.section import Names, PathText
 from raytrain_adv.config.sections import LARGEST
-from raytrain_adv.errors import JobError
-from raytrain_adv.text import parse_json
 from raytrain_adv.transforms.modules import (
-    READ,
     ROUTES,
     UNKNOWN_EXPERTS,
-    UNREACHED,
     class_name,
-    did_you_mean,
-    fqn_of,
-    is_read,
-    is_tied,
     output_head,
     patterns,
     short,
 )
+from raytrain_adv.transforms.targets import (
+    STACKED_AS,
+    check_continued,
+    check_merged,
+    check_targets,
+    names,
+    reason_against,
+)
 from raytrain_adv.transforms.transform import Change, Context, Plan, Transform
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
     from torch import nn
 
     from raytrain_adv.config.job import JobConfig
 
-ADAPTED = "peft.tuners.lora.layer.Linear"
+ADAPTED = {kind: f"peft.tuners.{kind}.layer.Linear" for kind in ("lora", "oft")}
+"""finetuning_type -> what a linear becomes."""
 ADAPTED_EXPERTS = "raytrain_adv.ops.experts.adapted.AdaptedExperts"
-STACKED_AS = {"gate_proj": "gate_up_proj", "w1": "gate_up_proj", "w2": "down_proj"}
-STACKED_AS |= {"up_proj": "gate_up_proj", "w3": "gate_up_proj"}
-"""Names of an expert's linears -> the stacked matrix they are in, if a model has no such linear."""
 ADAPTER = "default"
 """PEFT's name for the one adapter there is."""
+
+
+PARTS = frozenset({"lora_A", "lora_B", "lora_magnitude_vector", "oft_R"})
+"""Names of the modules and dictionaries that hold an adapter's parameters."""
 
 
 class Lora(Transform):
@@ -56,8 +55,9 @@ class Lora(Transform):
     # 599 ms for 0.71 of the operations of full training, in pairs of runs: jobs/benchmarks/results.
     speed: ClassVar[float] = 0.885
 
-    finetuning_type: Literal["lora", "full"] = "lora"
-    """lora trains adapters on a frozen model, full trains all of its weights."""
+    finetuning_type: Literal["lora", "oft", "full"] = "lora"
+    """lora trains low-rank adapters on a frozen model, oft rotations of its linears' inputs
+    (orthogonal fine-tuning), full all of its weights."""
     lora_rank: Annotated[int, Field(ge=1, le=LARGEST)] = 8
     """Rank of the adapters."""
     lora_alpha: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
@@ -74,33 +74,115 @@ class Lora(Transform):
     loraplus_lr_ratio: Annotated[float, Field(gt=0.0)] | None = None
     """LoRA+: the learning rate of the adapters' B matrices, over learning_rate; none means 1."""
 
-    adapter_name_or_path: PathText | None = None
-    """Folder of an adapter in PEFT's format to go on from, of the same rank and modules."""
+    pissa_init: bool = False
+    """PiSSA: adapters start as the largest singular vectors of the weights, and the frozen base
+    keeps the rest."""
+    pissa_iter: Annotated[int, Field(ge=-1, le=LARGEST)] = 16
+    """Iterations of PiSSA's fast singular value decomposition; -1 computes the exact one."""
+    pissa_convert: bool = False
+    """Export PiSSA's adapter as one of twice the rank on the model as it was; false exports the
+    trained adapter and the base it belongs to, output_dir/model-base."""
+
+    oft_rank: Annotated[int, Field(ge=0, le=LARGEST)] = 0
+    """OFT: rotated blocks per linear; 0 takes oft_block_size."""
+    oft_block_size: Annotated[int, Field(ge=0, le=LARGEST)] = 32
+    """OFT: inputs that are rotated together; 0 takes oft_rank. Where it does not divide a
+    linear's inputs, PEFT takes the nearest divisor."""
+    oft_target: Names = "all"
+    """OFT: names of the linear modules that are rotated, as in lora_target."""
+    module_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """OFT: share of the blocks that a training step leaves as they are."""
+
+    adapter_name_or_path: PathText | list[PathText] | None = None
+    """Folder of an adapter in PEFT's format to continue, of the same rank and modules. Of several
+    folders, all but the last are first merged into the frozen model."""
+    create_new_adapter: bool = False
+    """Merge every adapter of adapter_name_or_path into the frozen model, and train a new one."""
 
     @property
     def enabled(self) -> bool:
         """Whether adapters are trained."""
-        return self.finetuning_type == "lora"
+        return self.finetuning_type != "full"
+
+    @property
+    def is_oft(self) -> bool:
+        """Whether the adapters are rotations."""
+        return self.finetuning_type == "oft"
+
+    @property
+    def merged(self) -> list[str]:
+        """Folders of the adapters that are merged into the frozen model before training."""
+        return self._folders if self.create_new_adapter else self._folders[:-1]
+
+    @property
+    def continued(self) -> str | None:
+        """Folder of the adapter that training continues."""
+        return None if self.create_new_adapter else next(reversed(self._folders), None)
+
+    @property
+    def _folders(self) -> list[str]:
+        given = self.adapter_name_or_path or []
+        return [one.strip() for one in given.split(",")] if isinstance(given, str) else given
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether an exported adapter belongs to another base than the job's model."""
+        return bool(self.merged) or (self.pissa_init and not self.pissa_convert)
 
     def learning_rate_ratios(self, model: nn.Module) -> dict[float, list[nn.Parameter]]:
         """Return the trainable parameters by their learning rate divided by the schedule's."""
         found: dict[float, list[nn.Parameter]] = {}
         for fqn, parameter in model.named_parameters():
-            is_b = self.enabled and "lora_B" in fqn.split(".")
+            is_b = "lora_B" in fqn.split(".")
             ratio = self.loraplus_lr_ratio if is_b and self.loraplus_lr_ratio else 1.0
             if parameter.requires_grad:
                 found.setdefault(ratio, []).append(parameter)
         return found
 
     @property
+    def _kept_in_files(self) -> dict[str, tuple[str, Any]]:
+        """Entry of PEFT's adapter_config.json -> the key here, and its value."""
+        oft = {"r": self.oft_rank, "oft_block_size": self._block_size}
+        alpha = self.lora_alpha or 2 * self.lora_rank
+        same = {"use_rslora": self.use_rslora, "use_dora": self.use_dora}
+        found = oft if self.is_oft else {"r": self.lora_rank, "lora_alpha": alpha, **same}
+        rank = "oft_rank" if self.is_oft else "lora_rank"
+        return {name: (rank if name == "r" else name, value) for name, value in found.items()}
+
+    @property
+    def _target_key(self) -> str:
+        return "oft_target" if self.is_oft else "lora_target"
+
+    @property
     def targets(self) -> list[str]:
-        """The names in lora_target, as a list."""
-        return patterns(self.lora_target)
+        """The names in lora_target, or oft_target, as a list."""
+        return patterns(self.oft_target if self.is_oft else self.lora_target)
+
+    def contradictions(self) -> Iterable[Problem]:
+        """Refuse keys of the other kind of adapters, and starts that exclude each other."""
+        keys = [*type(self).model_fields]
+        low_rank = [key for key in keys if key.startswith(("lora", "pissa", "use_"))]
+        rotating = [key for key in keys if key.startswith("oft") or key == "module_dropout"]
+        for key in (low_rank if self.is_oft else rotating) if self.enabled else ():
+            if self.is_changed(key):
+                text = f"it is a key of finetuning_type: {'lora' if self.is_oft else 'oft'}"
+                yield Problem(text, f"delete {key}", f"{key} and finetuning_type")
+        size = "oft_block_size" in self.model_fields_set or not self.oft_rank
+        if self.is_oft and bool(self.oft_rank) == bool(self.oft_block_size if size else 0):
+            text = "the one follows from the other and the linear's inputs"
+            yield Problem(text, "set one of them to 0", "oft_rank and oft_block_size")
+        if self.pissa_init and self.adapter_name_or_path is not None:
+            text = "PiSSA's adapter starts from the model's weights, not from another adapter"
+            yield Problem(text, "keep one of them", "pissa_init and adapter_name_or_path")
+        if self.create_new_adapter and self.adapter_name_or_path is None:
+            text = "there is no adapter to merge"
+            fix = "name it in adapter_name_or_path, or delete it"
+            yield Problem(text, fix, "create_new_adapter")
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
         """Refuse adapters on random weights, which would be lost, and in bfloat16."""
         default = "" if "finetuning_type" in self.model_fields_set else ", its default"
-        given = f"finetuning_type is lora{default}"
+        given = f"finetuning_type is {self.finetuning_type}{default}"
         if job.model.train_from_scratch:
             text = f"adapters alone are saved, and random weights would be lost: {given}"
             keys = "train_from_scratch and finetuning_type"
@@ -109,6 +191,12 @@ class Lora(Transform):
             text = "adapters are trained, and the whole model is frozen"
             keys = "freeze_trainable_layers and finetuning_type"
             yield Problem(text, "set finetuning_type: full, or delete it", keys)
+        if self.changes_base or self.pissa_init:
+            for other in (one for one in job.transforms if one.enabled and one.converts):
+                ours = "pissa_init" if self.pissa_init else "adapter_name_or_path"
+                theirs = next(iter(type(other).model_fields))
+                text = f"{other.feature} converts the model of the job, and the base is another"
+                yield Problem(text, "keep one of them", f"{ours} and {theirs}")
         if self.loraplus_lr_ratio and job.train.optim == "muon":
             text = "LoRA+ sets rates of AdamW, and muon has one rate"
             yield Problem(text, "keep one of them", "loraplus_lr_ratio and optim")
@@ -116,35 +204,6 @@ class Lora(Transform):
             text = f"adapters are always trained in float32: {given}"
             fix = "set bf16: true instead of pure_bf16; the frozen model is then in bfloat16"
             yield Problem(text, fix, "pure_bf16 and finetuning_type")
-
-    def _check_adapter(self, adapted: set[str]) -> None:
-        """Refuse an adapter to go on from that is another than the job's, on the planned linears.
-
-        Raises:
-            JobError: naming what differs.
-        """
-        path = Path(self.adapter_name_or_path or "") / "adapter_config.json"
-        try:
-            config = dict(parse_json(path.read_text("utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            fix = "name a folder with adapter_config.json and adapter_model.safetensors"
-            what = f"adapter_name_or_path: {self.adapter_name_or_path} is no adapter of PEFT's"
-            raise JobError(what, str(error), fix) from error
-        ours = {
-            "r": ("lora_rank", self.lora_rank),
-            "lora_alpha": ("lora_alpha", self.lora_alpha or 2 * self.lora_rank),
-            "use_rslora": ("use_rslora", self.use_rslora),
-            "use_dora": ("use_dora", self.use_dora),
-        }
-        theirs = {name: config.get(name, False) for name in ours}
-        wrong = {key: theirs[n] for n, (key, value) in ours.items() if theirs[n] != value}
-        targets = patterns(config.get("target_modules") or [])
-        if {fqn for fqn in adapted if any(names(target, fqn) for target in targets)} != adapted:
-            wrong["lora_target"] = ",".join(sorted(targets))
-        if wrong:
-            fix = "set " + ", ".join(f"{key}: {value}" for key, value in wrong.items())
-            found = f"{path}: {', '.join(f'{key} is {value}' for key, value in wrong.items())}"
-            raise JobError("The adapter to go on from is another than the job's", found, fix)
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears and stacked experts that get adapters."""
@@ -156,39 +215,53 @@ class Lora(Transform):
         kinds = nn.Linear | Conv1D  # what PEFT can adapt: PyTorch's linears, and GPT-2's
         linears = {fqn: m for fqn, m in model.named_modules() if isinstance(m, kinds)}
         experts = stacked(model)
-        self._check_targets(model, linears, experts)
+        against = self._against_experts
+        check_targets(self._target_key, self.targets, model, linears, experts, against)
         choosing = routers(model)
         skipped = {f: self._reason_to_skip(f, m, model, choosing) for f, m in linears.items()}
         skipped |= {f: self._reason_to_skip_experts(f, m) for f, m in experts.items()}
         skipped = {fqn: reason for fqn, reason in skipped.items() if reason}
         chosen = {f: m for f, m in (linears | experts).items() if f not in skipped}
-        if self.adapter_name_or_path is not None:
-            self._check_adapter(chosen.keys() & linears.keys())
-        becomes = dict.fromkeys(linears, ADAPTED) | dict.fromkeys(experts, ADAPTED_EXPERTS)
+        check_merged(self.merged)
+        if self.continued is not None:
+            linear = chosen.keys() & linears.keys()
+            kind, key = self.finetuning_type, self._target_key
+            check_continued(self.continued, kind, self._kept_in_files, linear, key)
+        becomes = dict.fromkeys(linears, ADAPTED[self.finetuning_type])
+        becomes |= dict.fromkeys(experts, ADAPTED_EXPERTS)
         changes = {fqn: Change(class_name(m), becomes[fqn]) for fqn, m in chosen.items()}
         return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
 
     def _reason_to_skip(
         self, fqn: str, module: nn.Module, model: nn.Module, choosing: frozenset[str]
     ) -> str:
+        from torch import nn
+
         if not any(names(target, fqn) for target in self.targets):  # next to all, too
             if "all" not in self.targets:
-                return "not in lora_target"
+                return f"not in {self._target_key}"
             if module is output_head(model):
                 return "the language-model head"
             if fqn in choosing:
                 return ROUTES
-        return _reason_against(fqn, model)
+        if self.is_oft and not isinstance(module, nn.Linear):
+            return "PEFT's OFT has no form for transposed linears"
+        return reason_against(fqn, model)
 
     def _reason_to_skip_experts(self, fqn: str, module: nn.Module) -> str:
         from raytrain_adv.ops.experts.find import layout_of
 
         if not self._matrices(fqn, module):
             return "not in lora_target"
-        if self.lora_dropout or self.use_dora:
-            key = "lora_dropout" if self.lora_dropout else "use_dora"
-            return f"PEFT adapts stacked experts without {key} only"
-        return "" if layout_of(module) else UNKNOWN_EXPERTS
+        return self._against_experts or ("" if layout_of(module) else UNKNOWN_EXPERTS)
+
+    @property
+    def _against_experts(self) -> str:
+        """Why stacked experts get no adapters, if so."""
+        if self.is_oft:
+            return "PEFT's OFT has no form for stacked experts"
+        keys = [key for key in ("lora_dropout", "use_dora", "pissa_init") if self.is_changed(key)]
+        return f"PEFT adapts stacked experts without {keys[0]} only" if keys else ""
 
     def _matrices(self, fqn: str, module: nn.Module) -> list[str]:
         """Return the stacked matrices of a module that get adapters."""
@@ -201,42 +274,6 @@ class Lora(Transform):
             if any(t == "all" or names(t, fqn) or names(t, f"{fqn}.{name}") for t in targets)
         ]
 
-    def _check_targets(
-        self, model: nn.Module, linears: Iterable[str], experts: Mapping[str, nn.Module]
-    ) -> None:
-        from raytrain_adv.ops.experts.find import matrices
-
-        if not self.targets:
-            fix = "set lora_target: all, or name modules"
-            raise JobError("lora_target is empty", "no module names", fix)
-        named = [target for target in self.targets if target != "all"]
-        in_experts = [f"{fqn}.{name}" for fqn, m in experts.items() for name in matrices(m)]
-        for target in named:
-            if named_here := [fqn for fqn in linears if names(target, fqn)]:
-                if all(reasons := [_reason_against(fqn, model) for fqn in named_here]):
-                    what = f"lora_target names {target}, which cannot be adapted"
-                    found = f"{named_here[0]}: {reasons[0]}"
-                    raise JobError(what, found, f"take {target} out of lora_target")
-                continue
-            stacked_in = [f for f in in_experts if names(STACKED_AS.get(target, target), f)]
-            if not stacked_in and not any(names(target, fqn) for fqn in experts):
-                known = sorted({short(fqn) for fqn in [*linears, *in_experts]})
-                raise _no_target(target, model, known)
-            if self.lora_dropout or self.use_dora:
-                key = "lora_dropout" if self.lora_dropout else "use_dora"
-                raise JobError(
-                    f"lora_target names {target}: PEFT adapts stacked experts without {key} only",
-                    f"{key}: {show(getattr(self, key))}",
-                    f"delete {key}, or take {target} out of lora_target",
-                )
-        name = fqn_of(model, output_head(model)) or "lm_head"
-        if is_tied(model) and any(names(target, name) for target in named):
-            raise JobError(
-                f"lora_target names {name}, whose weight is also the input embedding",
-                "tie_word_embeddings is true in the model's config.json",
-                f"take {name} out of lora_target",
-            )
-
     def _notes(self, model: nn.Module, changes: Mapping[str, Change]) -> Iterator[str]:
         added = sum(self._added_parameters(fqn, model.get_submodule(fqn)) for fqn in changes)
         total = sum(p.numel() for p in model.parameters())
@@ -245,12 +282,28 @@ class Lora(Transform):
         if self.use_dora:
             why = "PEFT's DoRA does not trace into one graph"
             yield f"{why}: torch_compile gains less than with LoRA"
+        if self.is_oft:
+            from raytrain_adv.ops.rotation import describe
+
+            widths = (model.get_parameter(f"{fqn}.weight").shape[1] for fqn in changes)
+            yield describe(widths, self.oft_rank, self._block_size)
+        if self.merged:
+            yield f"{', '.join(self.merged)} merged into the frozen model before training"
+        if self.changes_base:
+            yield "the exported adapter belongs to output_dir/model-base, which is exported too"
+        elif self.pissa_init:
+            yield f"exported as an adapter of rank {2 * self.lora_rank} on the model as it was"
 
     def _added_parameters(self, fqn: str, module: nn.Module) -> int:
+        from raytrain_adv.ops.low_rank import is_transposed
+        from raytrain_adv.ops.rotation import num_parameters
+
         if stacks := self._matrices(fqn, module):
             shapes = [module.get_parameter(name).shape for name in stacks]
             return sum(self.lora_rank * n * (rows + columns) for n, rows, columns in shapes)
         rows, columns = module.get_parameter("weight").shape
+        if self.is_oft:
+            return num_parameters(columns, self.oft_rank, self._block_size)
         magnitudes = (columns if is_transposed(module) else rows) if self.use_dora else 0
         return self.lora_rank * (rows + columns) + magnitudes
 
@@ -260,15 +313,22 @@ class Lora(Transform):
         """
         import torch
 
+        from raytrain_adv.ops import low_rank, rotation
         from raytrain_adv.ops.experts.adapted import adapt, inject
 
-        modules = [fqn for fqn, change in plan.changes.items() if change.after == ADAPTED]
+        linear = ADAPTED[self.finetuning_type]
+        modules = [fqn for fqn, change in plan.changes.items() if change.after == linear]
         experts = [fqn for fqn in plan.changes if fqn not in modules]
         stacks = [
             f"{f}.{name}" for f in experts for name in self._matrices(f, model.get_submodule(f))
         ]
         with torch.device(next(model.parameters()).device):
-            inject(model, self._peft_config(model, modules), stacks, ADAPTER)
+            if self.is_oft:
+                rotation.inject(model, self._peft_config(model, modules), ADAPTER)
+            else:
+                inject(model, self._peft_config(model, modules), stacks, ADAPTER)
+            for fqn in modules if self.pissa_init else ():
+                low_rank.keep_start(model.get_submodule(fqn), ADAPTER)
         for fqn in experts:
             adapt(model, fqn)
         for fqn, parameter in list(model.named_parameters()):
@@ -278,106 +338,62 @@ class Lora(Transform):
                 exact = torch.nn.Parameter(torch.empty_like(parameter, dtype=torch.float32))
                 setattr(model.get_submodule(owner), name, exact)
 
-    def _peft_config(self, model: nn.Module, adapted: list[str]) -> LoraConfig:
-        """Return PEFT's description of the adapters on modules: their last segments if those match
-        nothing else, otherwise their whole names.
-        """
+    @property
+    def _block_size(self) -> int:
+        return 0 if self.oft_rank else self.oft_block_size
+
+    def _peft_config(self, model: nn.Module, adapted: list[str]) -> Any:
+        """Return PEFT's description of the adapters on modules."""
         from peft import LoraConfig
 
-        from raytrain_adv.ops.absent import absent_modules
+        from raytrain_adv.ops import rotation
+        from raytrain_adv.ops.absent import shortest_names
+        from raytrain_adv.ops.low_rank import is_transposed
 
-        modules = dict(model.named_modules())
-        ends = {short(fqn) for fqn in adapted}
-        absent = (f"{fqn}.{n}" for fqn, part in absent_modules(model) for n in part.inner)
-        by_end = {fqn for fqn in (*modules, *absent) if short(fqn) in ends}
+        targets = shortest_names(model, adapted)
+        if self.is_oft:
+            return rotation.config(targets, self.oft_rank, self._block_size, self.module_dropout)
         return LoraConfig(
             r=self.lora_rank,
             lora_alpha=self.lora_alpha or 2 * self.lora_rank,
             lora_dropout=self.lora_dropout,
-            target_modules=sorted(ends if by_end == set(adapted) else adapted),
+            target_modules=targets,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
-            fan_in_fan_out=any(is_transposed(modules[fqn]) for fqn in adapted),
+            fan_in_fan_out=any(is_transposed(model.get_submodule(fqn)) for fqn in adapted),
             init_lora_weights=False,
             task_type="CAUSAL_LM",
         )
 
     def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
         """Set the adapters so that they change nothing yet: A uniform (Kaiming), B zero, DoRA's
-        magnitudes the norms. Each A is drawn whole from a generator seeded by its name, so that
-        values do not depend on the number of workers.
+        magnitudes the norms, rotations by nothing. Each A is drawn whole from a generator seeded by
+        its name, so that values do not depend on the number of workers.
         """
+        from raytrain_adv.dtensor import plain_name, seed_of
+        from raytrain_adv.ops import low_rank, rotation
+
+        if self.is_oft:
+            rotation.initialize(model)
         holders = {fqn for fqn, _ in model.named_modules() if short(fqn) == "lora_A"}
         for fqn, module in model.named_modules():
+            own_seed = seed_of(seed, plain_name(f"{fqn}.lora_A.weight").removesuffix(".weight"))
             if f"{fqn}.lora_A" in holders:
-                self._initialize_one(fqn, module, seed)
+                low_rank.start(module, ADAPTER, own_seed, self.use_dora)
+            if self.pissa_init and class_name(module) == ADAPTED["lora"]:
+                low_rank.start_principal(module, ADAPTER, own_seed, self.pissa_iter)
         return ()
 
-    def _initialize_one(self, fqn: str, module: nn.Module, seed: int) -> None:
-        import torch
+    def after_step(self, model: nn.Module) -> None:
+        """Take out of the base, once, what PiSSA's adapters started with: after a checkpoint with
+        these values was read, if there is one.
+        """
+        from raytrain_adv.ops.low_rank import reduce_bases
 
-        from raytrain_adv.dtensor import copy_local, gather, local_region, plain_name, seed_of
-
-        a, b = (module.get_parameter(f"lora_{part}.{ADAPTER}.weight") for part in "AB")
-        own_seed = seed_of(seed, plain_name(f"{fqn}.lora_A.weight").removesuffix(".weight"))
-        generator = torch.Generator(a.device).manual_seed(own_seed)
-        whole = torch.empty(a.shape, dtype=torch.float32, device=a.device)
-        # Source: peft's reset_lora_parameters, which follows the paper's code.
-        torch.nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-        copy_local(a, whole[local_region(a)])
-        copy_local(b, torch.zeros(b.shape, device=b.device)[local_region(b)])
-        if self.use_dora:
-            base = module.get_submodule("base_layer")
-            weight = gather(base.get_parameter("weight"))
-            axis = 0 if is_transposed(base) else 1
-            norms = torch.linalg.vector_norm(weight.float(), dim=axis)
-            magnitude = module.get_parameter(f"lora_magnitude_vector.{ADAPTER}.weight")
-            copy_local(magnitude, norms[local_region(magnitude)])
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear keeps its weight as [in, out], as GPT-2's Conv1D does."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
+        if self.pissa_init:
+            reduce_bases(model, ADAPTER)
 
 
 def is_adapter(fqn: str) -> bool:
-    """Whether a parameter's name is one that LoRA added."""
-    return any(part in fqn.split(".") for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
-
-
-def _reason_against(fqn: str, model: nn.Module) -> str:
-    """Return why PEFT refuses an adapter on a linear, or why it would not be used, if so."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-
-    name = short(fqn)
-    config: Any = LoraConfig()
-    untyped: Any = model
-    if is_read(model, fqn):
-        return f"{READ}: an adapter would not be used"
-    if not model.get_submodule(fqn).get_parameter("weight").requires_grad:
-        return UNREACHED
-    try:
-        _check_lora_target_modules_mamba(config, untyped, name)
-    except ValueError:
-        return f"PEFT refuses {name} in models of type {untyped.config.model_type}"
-    return ""
-
-
-def _no_target(target: str, model: nn.Module, known: list[str]) -> JobError:
-    named = [m for fqn, m in model.named_modules() if names(target, fqn)]
-    if named:
-        what, found = f"lora_target {target} is not a linear module", class_name(named[0])
-        return JobError(what, f"it is a {found}", f"choose among {', '.join(known)}")
-    return JobError(
-        f"lora_target {target} matches no module of {short(class_name(model))}",
-        f"its linear modules are {', '.join(known)}",
-        f"did you mean {did_you_mean(target, known)}?",
-    )
-
-
-def names(target: str, fqn: str) -> bool:
-    """Whether an entry of lora_target names this module: its whole fqn, or the end of it."""
-    return fqn == target or fqn.endswith(f".{target}")
+    """Whether a parameter's name is one of an adapter."""
+    return not PARTS.isdisjoint(fqn.split("."))

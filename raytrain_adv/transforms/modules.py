@@ -176,8 +176,8 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def in_adapter(fqn: str) -> bool:
-    """Whether a module or parameter is (in) one that LoRA added, by its name."""
-    return "lora_" in fqn
+    """Whether a module or parameter is (in) an adapter, by its name."""
+    return "lora_" in fqn or "oft_" in fqn
 
 
 def patterns(given: str | list[str]) -> list[str]:

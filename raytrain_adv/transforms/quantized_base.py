@@ -29,6 +29,7 @@ from raytrain_adv.transforms.transform import (
 if TYPE_CHECKING:
     from torch import nn
 
+    from raytrain_adv.config.job import JobConfig
     from raytrain_adv.hardware import HardwareFacts
     from raytrain_adv.ops.bitsandbytes.quantize import Form
 
@@ -56,6 +57,8 @@ class QuantizedBase(Transform):
     excludes: ClassVar[dict[str, str]] = {
         "fp8": "FP8 and standard quantization are mutually exclusive",
         "use_dora": "DoRA computes with the base weights themselves, which are quantized",
+        "pissa_init": "PiSSA changes the base weights, which are quantized as they are read",
+        "create_new_adapter": "an adapter is merged into weights that are not quantized",
     }
     needs: ClassVar[dict[str, str]] = {
         "finetuning_type": "quantized weights have no gradient: only adapters on them are trained"
@@ -103,6 +106,14 @@ class QuantizedBase(Transform):
                 text = "8 bits are always integers with a scale per row"
                 fix = f"delete {key}, or set quantization_bit: 4"
                 yield Problem(text, fix, f"{key} and quantization_bit")
+
+    def conflicts(self, job: JobConfig) -> Iterable[Problem]:
+        """Refuse to merge adapters into quantized weights."""
+        adapters = job.flat()["adapter_name_or_path"]
+        if len(adapters.split(",") if isinstance(adapters, str) else adapters or ()) > 1:
+            text = "all but the last adapter are merged, into weights that are not quantized"
+            keys = "quantization_bit and adapter_name_or_path"
+            yield Problem(text, "name one adapter, or delete quantization_bit", keys)
 
     def check(self, facts: HardwareFacts) -> None:
         """Refuse a machine without bitsandbytes."""

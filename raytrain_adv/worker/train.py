@@ -24,7 +24,7 @@ from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.estimate import memory
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model import parallel, weights
-from raytrain_adv.model.adapter import load_adapter
+from raytrain_adv.model.adapter import load_adapter, merge_adapters
 from raytrain_adv.model.build import build
 from raytrain_adv.model.notes import model_notes
 from raytrain_adv.run.run import Run
@@ -127,8 +127,9 @@ def load_weights(
         weights.init_from_scratch(model, job, run.device)
     else:
         weights.load_pretrained(model, job, run.device)
+        merge_adapters(model, job)
     plans = transforms.initialize(model, plans, job.train.seed)
-    if folder := job.transform(Lora).adapter_name_or_path:
+    if folder := job.transform(Lora).continued:
         load_adapter(model, Path(folder))
     return plans
 

@@ -29,6 +29,7 @@ from raytrain_adv.export.merge import export_merged
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, compare_converted, converted_logits
 from raytrain_adv.model import weights
+from raytrain_adv.model.adapter import merge_adapters
 from raytrain_adv.model.build import build
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.files import nearest_folders
@@ -329,10 +330,12 @@ def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
     model, plans = prepared_model(job)
     if job.transform(Lora).enabled:
         weights.load_pretrained(model, job, CPU)
+        merge_adapters(model, job)
     Transforms(job).initialize(model, plans, job.train.seed)
     with warnings.catch_warnings():  # PyTorch's, that there is one process: so it is meant
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save.load(found, model)
+    Transforms(job).after_step(model)
     return model
 
 

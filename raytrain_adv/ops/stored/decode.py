@@ -151,6 +151,19 @@ def awq(packed: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torc
     return ((unpacked(packed) - zero).float() * scale).t().contiguous()
 
 
+def aqlm(codes: torch.Tensor, books: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return AQLM's weights [out, in]: sums of a vector of each codebook, times a scale per group.
+
+    `codes` are [groups of rows, groups of columns, codebooks], `books` are [codebooks, vectors,
+    rows, columns]. Source: _dequantize_weight of the aqlm package.
+    """
+    count, size = books.shape[:2]
+    chosen = codes.long() % size  # signed integers of 8 or 16 bits
+    values = sum(books[i].float()[chosen[..., i]] for i in range(count))
+    weights: torch.Tensor = (values * scales.float()).transpose(-3, -2)
+    return weights.reshape(weights.shape[0] * weights.shape[1], -1)
+
+
 def bits4(
     packed: torch.Tensor,
     table: torch.Tensor,

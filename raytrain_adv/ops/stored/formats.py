@@ -309,6 +309,18 @@ def _bits4(shapes: Shapes, weight: str, state: Mapping[str, Any]) -> Stored:
     return Stored(shape, parts, values, whole // math.gcd(whole, per_row))
 
 
+def _aqlm(about: Mapping[str, Any], shapes: Shapes, read: Read) -> Found:
+    for stem in _stems(shapes, ".codes"):
+        groups, across, _ = shapes[f"{stem}.codes"]
+        *_, down, wide = shapes[f"{stem}.codebooks"]
+        parts = {
+            "codes": Part(f"{stem}.codes", 0, Fraction(1, down)),
+            "books": Part(f"{stem}.codebooks"),
+            "scales": Part(f"{stem}.scales", 0, Fraction(1, down)),
+        }
+        yield f"{stem}.weight", Stored((groups * down, across * wide), parts, decode.aqlm, down)
+
+
 METHODS: dict[str, Callable[[Mapping[str, Any], Shapes, Read], Found]] = {
     "fp8": _blocks,
     "fbgemm_fp8": _rows,
@@ -317,4 +329,5 @@ METHODS: dict[str, Callable[[Mapping[str, Any], Shapes, Read], Found]] = {
     "bitsandbytes": _bitsandbytes,
     "gptq": _gptq,
     "awq": _awq,
+    "aqlm": _aqlm,
 }

@@ -160,3 +160,30 @@ def test_a_form_that_would_be_misread_is_refused_by_name(about: dict, named: str
     with pytest.raises(JobError, match="cannot be read") as refused:
         formats.refuse_unknown("model", {"text_config": {"quantization_config": about}})
     assert named in refused.value.found
+
+
+@pytest.mark.parametrize("books", [1, 2])
+def test_aqlm_sums_vectors_of_codebooks(books: int) -> None:
+    torch.manual_seed(0)
+    vectors = torch.randn(books, 256, 2, 8)
+    codes = torch.randint(-128, 128, (4, 3, books), dtype=torch.int8)
+    scales = torch.rand(4, 1, 1, 1)
+    held = {"x.codes": codes, "x.codebooks": vectors, "x.scales": scales}
+    shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+
+    def read(name, region):
+        return held[name][region] if region else held[name]
+
+    (found,) = formats.find(
+        {"quantization_config": {"quant_method": "aqlm"}}, shapes, read
+    ).values()
+    values = found.read(read, shapes, None)
+    for row, column in ((0, 0), (3, 17), (7, 23)):
+        group, across = row // 2, column // 8
+        parts = [
+            vectors[b, int(codes[group, across, b]) % 256, row % 2, column % 8]
+            for b in range(books)
+        ]
+        assert float(values[row, column]) == pytest.approx(float(sum(parts) * scales[group]))
+    part = found.read(read, shapes, (slice(3, 6), slice(0, 24)))
+    assert torch.equal(part, values[3:6])

@@ -1,0 +1,162 @@
+"""What the keys of adapters name: modules, which of them PEFT adapts, and folders of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raytrain_adv.errors import JobError
+from raytrain_adv.text import parse_json
+from raytrain_adv.transforms.modules import (
+    READ,
+    UNREACHED,
+    class_name,
+    did_you_mean,
+    fqn_of,
+    is_read,
+    is_tied,
+    output_head,
+    patterns,
+    short,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CONFIG = "adapter_config.json"
+STACKED_AS = {"gate_proj": "gate_up_proj", "w1": "gate_up_proj", "w2": "down_proj"}
+STACKED_AS |= {"up_proj": "gate_up_proj", "w3": "gate_up_proj"}
+"""Names of an expert's linears -> the stacked matrix they are in, if a model has no such linear."""
+
+
+def check_targets(
+    key: str,
+    targets: list[str],
+    model: nn.Module,
+    linears: Iterable[str],
+    experts: Mapping[str, nn.Module],
+    against_experts: str,
+) -> None:
+    """Refuse names that mean nothing, or what cannot be adapted.
+
+    `key` holds the names; `against_experts` is why stacked experts get no adapter, if so.
+
+    Raises:
+        JobError: naming the module.
+    """
+    from raytrain_adv.ops.experts.find import matrices
+
+    if not targets:
+        raise JobError(f"{key} is empty", "no module names", f"set {key}: all, or name modules")
+    named = [target for target in targets if target != "all"]
+    in_experts = [f"{fqn}.{name}" for fqn, m in experts.items() for name in matrices(m)]
+    for target in named:
+        if named_here := [fqn for fqn in linears if names(target, fqn)]:
+            if all(reasons := [reason_against(fqn, model) for fqn in named_here]):
+                what = f"{key} names {target}, which cannot be adapted"
+                found = f"{named_here[0]}: {reasons[0]}"
+                raise JobError(what, found, f"take {target} out of {key}")
+            continue
+        stacked_in = [f for f in in_experts if names(STACKED_AS.get(target, target), f)]
+        if not stacked_in and not any(names(target, fqn) for fqn in experts):
+            known = sorted({short(fqn) for fqn in [*linears, *in_experts]})
+            raise _no_target(key, target, model, known)
+        if against_experts:
+            raise JobError(
+                f"{key} names {target}, which cannot be adapted",
+                f"it is in stacked experts: {against_experts}",
+                f"take {target} out of {key}, or delete what PEFT cannot do",
+            )
+    name = fqn_of(model, output_head(model)) or "lm_head"
+    if is_tied(model) and any(names(target, name) for target in named):
+        raise JobError(
+            f"{key} names {name}, whose weight is also the input embedding",
+            "tie_word_embeddings is true in the model's config.json",
+            f"take {name} out of {key}",
+        )
+
+
+def reason_against(fqn: str, model: nn.Module) -> str:
+    """Return why PEFT refuses an adapter on a linear, or why it would not be used, if so."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    name = short(fqn)
+    config: Any = LoraConfig()
+    untyped: Any = model
+    if is_read(model, fqn):
+        return f"{READ}: an adapter would not be used"
+    if not model.get_submodule(fqn).get_parameter("weight").requires_grad:
+        return UNREACHED
+    try:
+        _check_lora_target_modules_mamba(config, untyped, name)
+    except ValueError:
+        return f"PEFT refuses {name} in models of type {untyped.config.model_type}"
+    return ""
+
+
+def _no_target(key: str, target: str, model: nn.Module, known: list[str]) -> JobError:
+    named = [m for fqn, m in model.named_modules() if names(target, fqn)]
+    if named:
+        what, found = f"{key} {target} is not a linear module", class_name(named[0])
+        return JobError(what, f"it is a {found}", f"choose among {', '.join(known)}")
+    return JobError(
+        f"{key} {target} matches no module of {short(class_name(model))}",
+        f"its linear modules are {', '.join(known)}",
+        f"did you mean {did_you_mean(target, known)}?",
+    )
+
+
+def names(target: str, fqn: str) -> bool:
+    """Whether an entry of the targets names this module: its whole fqn, or the end of it."""
+    return fqn == target or fqn.endswith(f".{target}")
+
+
+def check_merged(folders: Iterable[str]) -> None:
+    """Refuse folders that are no adapters, or adapters of another base.
+
+    Raises:
+        JobError: naming the folder.
+    """
+    for folder in folders:
+        started = _read_config(folder).get("init_lora_weights")
+        if isinstance(started, str) and started.startswith("pissa"):
+            fix = "export it with pissa_convert: true"
+            raise JobError(f"The adapter {folder} belongs to another base", started, fix)
+
+
+def check_continued(
+    folder: str, kind: str, ours: Mapping[str, tuple[str, Any]], adapted: set[str], target_key: str
+) -> None:
+    """Refuse to continue an adapter that is another than the job's.
+
+    `ours` has for entries of PEFT's file the key here and its value; `adapted` are the fqns of the
+    planned linears.
+
+    Raises:
+        JobError: naming what differs.
+    """
+    config = _read_config(folder)
+    theirs = {name: config.get(name, False) for name in ours}
+    wrong = {key: theirs[n] for n, (key, value) in ours.items() if theirs[n] != value}
+    targets = patterns(config.get("target_modules") or [])
+    if {fqn for fqn in adapted if any(names(target, fqn) for target in targets)} != adapted:
+        wrong[target_key] = ",".join(sorted(targets))
+    if (its_kind := str(config.get("peft_type", "lora")).lower()) != kind:
+        wrong = {"finetuning_type": its_kind}
+    if wrong:
+        fix = "set " + ", ".join(f"{key}: {value}" for key, value in wrong.items())
+        differ = ", ".join(f"{key} is {value}" for key, value in wrong.items())
+        found = f"{Path(folder) / CONFIG}: {differ}"
+        raise JobError("The adapter to continue is another than the job's", found, fix)
+
+
+def _read_config(folder: str) -> dict[str, Any]:
+    try:
+        found = dict(parse_json((Path(folder) / CONFIG).read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        fix = f"name a folder with {CONFIG} and adapter_model.safetensors"
+        what = f"adapter_name_or_path: {folder} is no adapter of PEFT's"
+        raise JobError(what, str(error), fix) from error
+    return found
