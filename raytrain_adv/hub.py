@@ -2,6 +2,7 @@
 
 import os
 from functools import cache
+from pathlib import Path
 from urllib import request
 from urllib.error import HTTPError
 
@@ -9,6 +10,8 @@ from raytrain_adv.errors import JobError
 
 TIMEOUT_S = 5.0
 SWITCH = "HF_HUB_OFFLINE"
+BAD_GATEWAY = (502, 503, 504)
+"""What a proxy answers when it does not reach the Hub."""
 
 
 def require_model(name: str, revision: str, cache_dir: str | None, near: str = "") -> None:
@@ -39,10 +42,44 @@ def why_unreachable() -> str:
         return f"{SWITCH} is set"
     try:
         request.urlopen(request.Request(constants.ENDPOINT, method="HEAD"), timeout=TIMEOUT_S)
-    except HTTPError:
-        return ""  # it answers, and proxies count
+    except HTTPError as error:
+        if error.code not in BAD_GATEWAY:
+            return ""  # it answers
+        return _offline(f"{constants.ENDPOINT} cannot be reached: a proxy answers {error}")
     except OSError as error:
-        os.environ[SWITCH] = "1"
-        constants.HF_HUB_OFFLINE = True
-        return f"{constants.ENDPOINT} cannot be reached: {error}"
+        return _offline(f"{constants.ENDPOINT} cannot be reached: {error}")
     return ""
+
+
+def _offline(reason: str) -> str:
+    """Have the Hub's client read from its cache alone; return the reason."""
+    from huggingface_hub import constants
+
+    os.environ[SWITCH] = "1"
+    constants.HF_HUB_OFFLINE = True
+    return reason
+
+
+def require_dataset(name: str, cache_dir: str | None) -> None:
+    """Refuse a dataset of the Hub that can be neither fetched nor found on this machine, before
+    `datasets` is imported, which takes seconds.
+
+    Raises:
+        JobError: naming why the Hub cannot be reached.
+    """
+    from huggingface_hub import constants
+
+    if not (reason := why_unreachable()):
+        return
+    own = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets"
+    homes = [Path(home) for home in (cache_dir, own, constants.HF_HUB_CACHE) if home]
+    kept = (path.name for home in homes if home.is_dir() for path in home.iterdir())
+    if not any(_plain(folder).removeprefix("datasets") == _plain(name) for folder in kept):
+        what = f"The dataset {name} could not be loaded from the Hugging Face Hub"
+        found = f"{reason}; it is not in the Hub's cache on this machine either"
+        raise JobError(what, found, "give a local file, or make the Hub reachable")
+
+
+def _plain(name: str) -> str:
+    """Return the letters and digits of a name: folders write the others in several ways."""
+    return "".join(c for c in name.lower() if c.isalnum())

@@ -1,9 +1,8 @@
 """From the job's data keys to sequences: resolve, read, tokenize or open the cache, split, pack."""
 
 import math
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from raytrain_adv.data.read.entries import Entry, resolve
 from raytrain_adv.data.tokens import cache
 from raytrain_adv.data.tokens.cache import Say
 from raytrain_adv.data.tokens.datasets import NUM_SHOWN, TokenizedDatasets
+from raytrain_adv.data.tokens.saved import Saved, find_saved
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.config_file import read_config
@@ -79,9 +79,14 @@ def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> Prepare
     _check_keys(data)
     tokenizer = load_tokenizer(job)
     again = data.overwrite_cache if rebuild is None else rebuild
-    train_part = _tokenized(job, tokenizer, resolve(data.dataset, data, "dataset"), again, say)
+    saved = find_saved(data.tokenized_path, data.cutoff_len)
     eval_part, each = None, {}
-    if data.eval_dataset is not None:
+    if saved:
+        train_part, eval_part = _saved(job, saved, say)
+    else:
+        entries = resolve(data.dataset, data, "dataset")
+        train_part = _tokenized(job, tokenizer, entries, again, say)
+    if data.eval_dataset is not None and not saved:
         entries = resolve(data.eval_dataset, data, "eval_dataset")
         eval_part = _tokenized(job, tokenizer, entries, again, say)
         for entry in entries if job.output.eval_on_each_dataset else ():
@@ -114,11 +119,6 @@ def _check_keys(data: DataConfig) -> None:
         if both:
             what = f"{first} and {second} exclude each other"
             raise JobError(what, "both are set", f"remove {first} or {second}")
-    if saved := [p.name for p in Path(data.tokenized_path or os.devnull).glob("*/state.json")][:1]:
-        what = "tokenized_path has a dataset that another program tokenized and saved"
-        found = f"{data.tokenized_path}: {saved[0]} and *.arrow in its folders"
-        fix = "set tokenized_path to another folder, in which dataset is tokenized for this job"
-        raise JobError(what, found, fix)
     if data.val_size >= 1 and data.val_size != int(data.val_size):
         what = "val_size must be a number of rows, or a share below 1"
         raise JobError(what, f"{data.val_size}", "use a whole number")
@@ -151,6 +151,21 @@ def _check_ids(job: JobConfig, tokenizer: PreTrainedTokenizerBase, rows: TokenRo
             f"{known} rows (vocab_size)",
             "take the tokenizer that belongs to the model, or set resize_vocab: true",
         )
+
+
+def _saved(
+    job: JobConfig, saved: Mapping[str, Saved], say: Say
+) -> tuple[cache.CacheEntry, cache.CacheEntry | None]:
+    """Return the rows of a folder that LLaMA-Factory saved, to train on and to evaluate."""
+    if "train" not in saved:
+        what = f"tokenized_path: {job.data.tokenized_path} has no part to train on"
+        fix = "name the folder that holds train and validation, or one dataset"
+        raise JobError(what, f"it has {', '.join(saved)}", fix)
+    say(f"tokenized_path: {job.data.tokenized_path} has tokenized rows; dataset is not read")
+    root = cache.cache_root(None)
+    parts = [saved["train"], *([saved["validation"]] if "validation" in saved else [])]
+    found = [cache.open_or_build(root, part.key(), part.build, False, say) for part in parts]
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def _tokenized(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from raytrain_adv.checkpoint.staging import LARGEST_SHARE
 from raytrain_adv.config.job import JobConfig, accumulation
 from raytrain_adv.estimate.flops import text_config
-from raytrain_adv.estimate.sizes import HostCopies, Passes, States, head_loss
+from raytrain_adv.estimate.sizes import HostCopies, Passes, States, head_loss, reference_bytes
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype, reduce_dtype
 from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
@@ -141,9 +141,20 @@ def predict(
     states = States.of(model, job, world_size)
     passes = Passes.of(model, job, seq_len, batch)
     phases = _phases(states, passes, job, accumulation(job, world_size) > 1)
+    reference = reference_bytes(model, job, states.shard_size) / GIB
+    if reference:
+        known = batch * seq_len * text_config(model).vocab_size * compute_dtype(job).itemsize / GIB
+        phases = tuple(
+            replace(
+                p,
+                parameters=p.parameters + reference,
+                logits=p.logits + (known if p.name == "loss" else 0.0),
+            )
+            for p in phases
+        )
     host = 0.0
     if job.parallel.fsdp_cpu_offload:
-        host = states.parameters + states.gradients + states.optimizer
+        host = reference + states.parameters + states.gradients + states.optimizer
         phases = tuple(replace(p, parameters=0.0, gradients=0.0, optimizer=0.0) for p in phases)
     peak = max(phases, key=lambda phase: phase.total)
     return MemoryPrediction(
@@ -231,6 +242,8 @@ def _explanations(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     over = f", over {states.shard_size} workers" if states.shard_size > 1 else ""
     optimizer = "of 8 bits" if job.train.optim == "adamw_torch_8bit" else "in the parameters' dtype"
+    count = "one state of matrices, two of others," if job.train.optim == "muon" else "two states"
+    again = ", and ASFT's reference" if job.train.use_asft_loss else ""
     kept = {
         "none": "everything backward needs is kept",
         "selective": "results of matrix products and attention are kept",
@@ -246,9 +259,9 @@ def _explanations(
         )
     gathered = "whole layers while FSDP2 computes with them"
     return {
-        "parameters": f"{num_weights(model):,} in {' and '.join(dtypes(model))}{over}",
+        "parameters": f"{num_weights(model):,} in {' and '.join(dtypes(model))}{again}{over}",
         "gradients": f"of {trained:,} trained parameters{over}",
-        "optimizer": f"two states {optimizer}{over}",
+        "optimizer": f"{count} {optimizer}{over}",
         "activations": f"{tokens:,} tokens, {how}; {kept}",
         "logits": logits,
         "gathered": gathered if states.is_sharded else "nothing: one worker, no FSDP2",

@@ -11,13 +11,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.estimate.activations import AttentionKind, read_layer
 from raytrain_adv.estimate.flops import layer_configs, text_config
-from raytrain_adv.model.build import decoder_layers
+from raytrain_adv.model.build import decoder_layers, parameter_dtype
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
-from raytrain_adv.ops.bitsandbytes.linear import packed_linears
+from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
 from raytrain_adv.ops.loss.head import HeadLoss, loss_of
 from raytrain_adv.ops.loss.linear_cross_entropy import MOST_ROUNDINGS, chunk_tokens
 from raytrain_adv.text import GIB
+from raytrain_adv.transforms.modules import in_adapter, inner_matrices
 
 BLOCK_OF_8BIT = 256
 STATE_BYTES_IN_8BIT = 1 + 4 / BLOCK_OF_8BIT  # torchao: a byte a value, a float32 scale a block
@@ -67,7 +68,7 @@ class States:
         return States(
             parameters=num_bytes(model.parameters()) / shards / GIB,
             gradients=num_bytes(trained) / shards / GIB,
-            optimizer=optimizer_bytes(trained, job, shards) / GIB,
+            optimizer=optimizer_bytes(model, job, shards) / GIB,
             optimizer_temporaries=step_bytes(trained, job, shards, sharded) / GIB,
             head_gradient=gradient(head),
             embedding_gradient=gradient(embedding),
@@ -256,13 +257,28 @@ def num_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def optimizer_bytes(trained: list[nn.Parameter], job: JobConfig, shards: int) -> float:
-    """Return the bytes of AdamW's two states per worker."""
+def optimizer_bytes(model: nn.Module, job: JobConfig, shards: int) -> float:
+    """Return the bytes of the optimizer's states per worker."""
+    with_one = _with_one_state(model, job)
     total = 0.0
-    for p in trained:
+    for p in (p for p in model.parameters() if p.requires_grad):
         in_8bit = has_8bit_states(p, job, shards)
-        total += 2 * p.numel() / shards * (STATE_BYTES_IN_8BIT if in_8bit else p.element_size())
+        each = p.numel() / shards * (STATE_BYTES_IN_8BIT if in_8bit else p.element_size())
+        total += each * (1 if p in with_one else 2)
     return total
+
+
+def _with_one_state(model: nn.Module, job: JobConfig) -> set[nn.Parameter]:
+    """Return the parameters of which the optimizer keeps the momentum alone: Muon's."""
+    return set(inner_matrices(model)) if job.train.optim == "muon" else set()
+
+
+def reference_bytes(model: nn.Module, job: JobConfig, shards: int) -> float:
+    """Return the bytes per worker of ASFT's reference: the model as it was read, a second time."""
+    if not job.train.use_asft_loss:
+        return 0.0
+    adapters = sum(p.numel() for fqn, p in model.named_parameters() if in_adapter(fqn))
+    return (num_weights(model) - adapters) * parameter_dtype(job).itemsize / shards
 
 
 @dataclass(frozen=True)
@@ -282,6 +298,7 @@ class HostCopies:
         shards = shard_size(job, world_size)
         with_states = not job.output.save_only_model
         kept = new = 0.0
+        with_one = _with_one_state(model, job)
         for p in (p for p in model.parameters() if p.requires_grad):
             rows, row = num_rows(p)
             local = -(-rows // shards) * row
@@ -289,7 +306,7 @@ class HostCopies:
             if with_states and has_8bit_states(p, job, shards):
                 new += 2 * 4 * local
             elif with_states:
-                kept += 2 * local * p.element_size()
+                kept += (1 if p in with_one else 2) * local * p.element_size()
         if job.parallel.use_cpu or job.parallel.fsdp_cpu_offload:
             kept, new = 0.0, kept + new
         return HostCopies(kept / GIB, new / GIB)
@@ -312,4 +329,10 @@ def step_bytes(trained: list[nn.Parameter], job: JobConfig, shards: int, sharded
         # Of sharded parameters one by one, else of all at once: the denominator of the update.
         each = 2 * largest.numel() * largest.element_size()
         return (each if sharded else num_bytes(trained)) / shards
+    if job.train.optim == "muon":
+        # One matrix at a time, whole: its update, and in bfloat16 two forms of it and two products
+        # of it with itself. Source: torch.optim._muon's _zeropower_via_newtonschulz.
+        matrix = max((p for p in trained if p.ndim == 2), key=lambda p: p.numel(), default=largest)
+        smaller = min(matrix.shape)
+        return matrix.numel() * (matrix.element_size() + 2 * 2) + 2 * 2 * smaller * smaller
     return 0.0

@@ -164,6 +164,14 @@ def _named_by(model: nn.Module, method: str) -> nn.Module | None:
     return found
 
 
+def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Return the trained matrices other than embeddings and the head, which Muon updates."""
+    tables = [input_embedding(model), *output_heads(model)]
+    excluded = {id(m.weight) for m in tables if m is not None}
+    trained = (p for p in model.parameters() if p.requires_grad and p.ndim == 2)
+    return [p for p in trained if id(p) not in excluded]
+
+
 def fqn_of(model: nn.Module, module: nn.Module | None) -> str | None:
     """Return a module's name in the model; none if it is not in it."""
     return next((fqn for fqn, other in model.named_modules() if other is module), None)

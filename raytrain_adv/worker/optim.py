@@ -14,7 +14,7 @@ from raytrain_adv.ops.adamw import ClippingAdamW
 from raytrain_adv.ops.muon import MuonWithAdamW
 from raytrain_adv.run.schedule import Arithmetic
 from raytrain_adv.transforms.lora import Lora
-from raytrain_adv.transforms.modules import input_embedding, output_heads
+from raytrain_adv.transforms.modules import inner_matrices
 
 RATIO = "lr_ratio"
 """Entry of a parameter group: its learning rate, divided by the schedule's."""
@@ -31,13 +31,7 @@ def build_optimizer(model: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
         "eps": train.adam_epsilon,
     }
     if train.optim == "muon":
-        tables = [input_embedding(model), *output_heads(model)]
-        excluded = {id(m.weight) for m in tables if m is not None}
-        matrices = [
-            p
-            for p in model.parameters()
-            if p.requires_grad and p.ndim == 2 and id(p) not in excluded
-        ]
+        matrices = inner_matrices(model)
         chosen = {id(p) for p in matrices}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
         inner = [{"params": matrices, "weight_decay": train.weight_decay}] if matrices else []

@@ -286,6 +286,7 @@ def _read_txt(file: Path) -> Iterator[Row]:
 
 
 def _open_hub(entry: Entry, cache_dir: str | None) -> Source:
+    hub.require_dataset(entry.target, cache_dir)
     reason = hub.why_unreachable()
     import datasets  # takes seconds to import, and reads HF_HUB_OFFLINE as it is
 

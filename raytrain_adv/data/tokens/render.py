@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
-from raytrain_adv.data.read.formats import Conversation, UnusableRow
+from raytrain_adv.data.read.formats import Conversation
 from raytrain_adv.data.tokens.own_template import OwnTemplate
 from raytrain_adv.data.tokens.page import Page, Piece, pieces, with_system
 from raytrain_adv.data.tokens.templates import Template, find_template
@@ -39,18 +39,10 @@ def _named(
 
     def render(conversation: Conversation) -> list[Piece]:
         messages = with_system(conversation.messages, system)
-        if not template.has_calls:
-            _refuse_calls(conversation, template.name)
         text, spans = Page(tokenizer, source, conversation.tools).marked(messages)
         return pieces(text, spans)
 
     return render
-
-
-def _refuse_calls(conversation: Conversation, name: str) -> None:
-    uses_tool = any(m["role"] == "tool" or m.get("tool_calls") for m in conversation.messages)
-    if conversation.tools or uses_tool:
-        raise UnusableRow(f"template {name} has no form for tools and function calls")
 
 
 def _own(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -22,7 +22,7 @@ _DEFAULTS: dict[str, Any] = {
     "user": "{content}",
     "opening": "",  # begins an answer
     "answer": "{content}{eos}",
-    "calls": "default",  # the file of calls/ that writes tools and calls; null: no form for them
+    "calls": "default",  # the file of calls/ that writes tools and calls
     "thought": list(_THOUGHT),
     "reasons": False,  # an answer without thoughts is written with empty ones
     "results": [
@@ -30,10 +30,13 @@ _DEFAULTS: dict[str, Any] = {
         "",
         "",
     ],  # before, between and after the results of calls that were made at once
+    "results_as_json": False,
+    "results_end_a_turn": True,  # Gemma 4 continues the turn in which it made the calls
     "user_token": "",  # for families whose answers end with the token of the next message
     "result_token": "",
     "end_of_turn": None,
 }
+_FLAGS = ("reasons", "system_in_question", "results_as_json", "results_end_a_turn")
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,6 @@ class Template:
         end: str | None = self.values["end_of_turn"]
         return end
 
-    @property
-    def has_calls(self) -> bool:
-        """Whether it has a form for tools, calls of them and their results."""
-        return self.values["calls"] is not None
-
     @cached_property
     def source(self) -> str:
         """The template's Jinja source."""
@@ -74,15 +72,13 @@ class Template:
         flags = {
             "thinks_by_default": thinks,
             "drops_thoughts": drops_thoughts,
-            "reasons": self.values["reasons"],
-            "system_in_question": self.values["system_in_question"],
+            **{name: self.values[name] for name in _FLAGS},
             "thought_has_own_form": self.values["reasons"] and not plain,
         }
         lines = [f"{{%- set {name} = {str(value).lower()} -%}}" for name, value in flags.items()]
         lines += [f"{{%- set {name} = {_expression(v)} -%}}" for name, v in self._texts().items()]
-        if self.has_calls:
-            lines.append(_read(f"calls/{self.values['calls']}.jinja"))
-        return "\n".join([*lines, _read("turns.jinja")])
+        calls = _read(f"calls/{self.values['calls']}.jinja")
+        return "\n".join([*lines, calls, _read("turns.jinja")])
 
     def _texts(self) -> dict[str, str]:
         values = self.values

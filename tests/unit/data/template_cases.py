@@ -66,8 +66,6 @@ def marked_text(name: str, case: str, **how: Any) -> str:
     """Return the text of a conversation, what is trained in brackets; or why there is none."""
     messages, tools = CASES[case]
     template = TEMPLATES[name]
-    if tools and not template.has_calls:
-        return "no form"
     try:
         text, spans = Page(Tokens(), template.write(**how), tools).marked(messages)  # type: ignore[arg-type]
     except UnusableRow as error:

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import datasets as hugging_face
 import numpy as np
 import pytest
 
@@ -540,12 +541,60 @@ def test_a_killed_tokenizing_process_is_not_called_a_full_disk(
     assert "exit code -9" in caught.value.found
 
 
-def test_a_dataset_that_llama_factory_saved_is_not_trained_over(make_job, write_rows, tmp_path):
-    (tmp_path / "saved" / "train").mkdir(parents=True)
-    (tmp_path / "saved" / "train" / "state.json").write_text("{}")
-    job = make_job(dataset=write_rows(pairs(2)), tokenized_path=str(tmp_path / "saved"))
-    with pytest.raises(JobError, match="another program tokenized"):
-        prepare(job, print)
+def save(folder, **parts):
+    """Save tokenized rows as LLaMA-Factory does: one dataset, or several by name."""
+    made = {
+        name: hugging_face.Dataset.from_list(
+            [
+                {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, **more}
+                for ids, labels, *rest in rows
+                for more in ([rest[0]] if rest else [{}])
+            ]
+        )
+        for name, rows in parts.items()
+    }
+    whole = made[""] if "" in made else hugging_face.DatasetDict(made)
+    whole.save_to_disk(folder)
+    return str(folder)
+
+
+TRAINED = ([5, 6, 7, 8], [-100, -100, 7, 8])
+TWO_TURNS = ([5, 6, 7, 8, 9], [-100, 6, -100, -100, 9])
+
+
+def test_rows_that_llama_factory_saved_are_trained_as_they_are(make_job, tmp_path):
+    folder = save(tmp_path / "saved", train=[TRAINED, TWO_TURNS], validation=[TRAINED])
+    printed = []
+    data = prepare(make_job(dataset="none", tokenized_path=folder), printed.append)
+    rows = [(s.input_ids.tolist(), s.labels.tolist()) for s in data.train]
+    # Each label is that of the next token.
+    assert sorted(rows) == sorted((i, [*k[1:], IGNORE]) for i, k in (TRAINED, TWO_TURNS))
+    assert len(data.eval) == 1
+    assert "dataset is not read" in printed[0]
+    assert not list((tmp_path / "saved").glob("*.npy"))
+
+
+def test_one_saved_dataset_is_trained_and_its_rows_can_be_held_out(make_job, tmp_path):
+    folder = save(tmp_path / "saved", **{"": [TRAINED] * 4})
+    data = prepare(make_job(dataset="none", tokenized_path=folder, val_size=1), print)
+    assert len(data.train) == 3 and len(data.eval) == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"validation": [TRAINED]}, "no part to train on"),
+        ({"train": [([5, 6], [-100, 7])]}, "its labels are not its tokens"),
+        ({"train": [([5, 6], [-100, -100])]}, "it has no label"),
+        ({"train": [([5] * 200, [5] * 200)]}, "200 tokens, and cutoff_len is 128"),
+        ({"train": [(*TRAINED, {"position_ids": [0, 1, 0, 1]})]}, "its rows are packed"),
+    ],
+)
+def test_saved_rows_that_cannot_be_trained_are_refused_by_name(make_job, tmp_path, parts, words):
+    folder = save(tmp_path / "saved", **parts)
+    with pytest.raises(JobError) as caught:
+        prepare(make_job(dataset="none", tokenized_path=folder), print)
+    assert words in str(caught.value)
 
 
 def test_data_command_shows_rows_and_what_is_trained(make_job, write_rows, tmp_path, capsys):

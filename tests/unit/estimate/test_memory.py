@@ -221,3 +221,31 @@ def test_a_chunk_stays_as_large_as_it_is_on_longer_sequences(tmp_path: Path) -> 
 def test_a_frozen_head_has_no_gradient_in_the_chunked_loss(tmp_path: Path) -> None:
     found = prediction(tmp_path, LLAMA_8B, loss_kernel="chunked", **LORA)
     assert found.logits == pytest.approx((407 + 64) / 1024, abs=0.01)
+
+
+def test_muon_keeps_one_state_of_matrices_and_two_of_the_rest(tmp_path: Path) -> None:
+    job = job_for(write_checkpoint("llama", tmp_path / "model"), tmp_path, optim="muon")
+    model = build(job)
+    predicted = predict(model, job, 1, 16, 1)
+    weights.materialize(model, torch.device("cpu"))
+    weights.load_pretrained(model, job, torch.device("cpu"))
+    optimizer = build_optimizer(model, job)
+    model(input_ids=torch.arange(16)[None]).logits.sum().backward()
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
+    assert predicted.optimizer * 2**30 == pytest.approx(sum(t.nbytes for t in states))
+    assert predicted.explanations["optimizer"].startswith("one state of matrices")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_asfts_reference_is_a_second_copy_of_the_parameters(tmp_path: Path, workers: int) -> None:
+    folder = write_checkpoint("llama", tmp_path / "model")
+    keys = {"use_asft_loss": True, "asft_alpha": 0.1}
+    job, plain = job_for(folder, tmp_path / "a", **keys), job_for(folder, tmp_path / "b")
+    model = build(job)
+    twice, once = predict(model, job, workers, 16, 1), predict(build(plain), plain, workers, 16, 1)
+    assert twice.parameters == pytest.approx(2 * once.parameters)
+    logits = 16 * 90 * 4 / 2**30
+    first = {p.name: p for p in once.phases}["loss"].logits
+    assert {p.name: p for p in twice.phases}["loss"].logits == pytest.approx(first + logits)
+    assert "ASFT's reference" in twice.explanations["parameters"]
