@@ -2,8 +2,8 @@
 
     python jobs/data/make_tool_calls.py saves/tool_calls.json
 
-The rows are in the form of OpenAI's messages, each with the function that it may call. Values in the
-questions are drawn at random, so that held-out questions have other ones than the trained rows.
+The rows are in the form of OpenAI's messages, each with the function that it may call. The values
+in questions are drawn at random: held-out questions have other ones than the trained rows.
 """
 
 from __future__ import annotations
