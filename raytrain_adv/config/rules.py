@@ -284,9 +284,12 @@ def _reference(job: JobConfig) -> Iterable[Problem]:
     if job.model.train_from_scratch:
         text = "random weights teach nothing"
         yield Problem(text, fix, "use_distill_loss and train_from_scratch")
-    elif not any(t.enabled and getattr(t, "converts", "") for t in job.transforms):
+        return
+    apart = [t for t in job.transforms if t.converts]
+    if not any(t.enabled for t in apart):
         text = "the teacher is the model before training, and nothing sets this one apart from it"
-        yield Problem(text, f"{fix}, or set enable_qat: true", "use_distill_loss")
+        fix += "".join(f", or set {switch(t)}: true" for t in apart)
+        yield Problem(text, fix, "use_distill_loss")
 
 
 def _compares(job: JobConfig) -> bool:

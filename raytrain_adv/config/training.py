@@ -81,8 +81,8 @@ class TrainConfig(Section):
     asft_alpha: Annotated[float, Field(ge=0.0)] = 0.1
     """Weight of ASFT's divergence."""
     use_distill_loss: bool = False
-    """Train on the divergence from a teacher's tokens (distillation): with QAT the teacher is the
-    model before training, not rounded; it is kept as a second, frozen copy."""
+    """Train on the divergence from a teacher's tokens (distillation): by default the teacher is the
+    model before training, without the job's features; it is kept as a second, frozen copy."""
     distill_alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the divergence in the loss; the rest is the labels' cross-entropy."""
     distill_model_name_or_path: PathText | None = None
