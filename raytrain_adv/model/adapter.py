@@ -102,7 +102,9 @@ def _layers(plain: PreTrainedModel, folder: str) -> dict[str, Any]:
         config.init_lora_weights = False
     inject_adapter_in_model(config, plain, ADAPTER)
     compute_indices(plain)
-    layers = {f: m for f, m in plain.named_modules() if isinstance(m, BaseTunerLayer)}
+    layers: dict[str, Any] = {
+        f: m for f, m in plain.named_modules() if isinstance(m, BaseTunerLayer)
+    }
     for fqn, layer in layers.items():
         if isinstance(layer, ParamWrapper) or not hasattr(layer.base_layer, "weight"):
             fix = "`raytrain-adv export RUN --output FOLDER --merge` merges the run that trained it"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raytrain_adv import text
 from raytrain_adv.config.job import FREE_TO_CHANGE
+from raytrain_adv.config.sweep import CONVERTED_LOSS
 from raytrain_adv.report import charts, record
 from raytrain_adv.report.html import page
 from raytrain_adv.report.plot import NUM_COLORS, Plot, Series, draw
@@ -18,7 +19,7 @@ from raytrain_adv.report.record import RunReport
 from raytrain_adv.report.summary import columns
 from raytrain_adv.storage import metrics_file
 
-CURVES = (
+CURVES: tuple[tuple[str, str, str, str, Any], ...] = (
     ("Training loss", "per label token", "train", "loss", "wide"),
     ("Eval loss", "per label token", "eval", "loss", "wide"),
     ("Exact answers", "share", "eval", "exact_answers", "half"),
@@ -30,12 +31,12 @@ CURVES = (
     ("Host memory in use", "% of the node of rank 0", "train", "host_memory_percent", "half"),
 )
 """Title, unit, kind of row, key and width of each plot; those without points are not drawn."""
-RESULTS = {
+RESULTS: dict[str, Callable[[Any], str]] = {
     "status": str,
     "steps": text.count,
     "eval_loss": text.loss,
     "train_loss": text.loss,
-    "quantized_eval_loss": text.loss,
+    CONVERTED_LOSS: text.loss,
     "tokens_per_second_per_worker": text.rate,
     "peak_memory_gib": text.gib,
     "seconds": text.clock,

@@ -57,8 +57,8 @@ def is_read(model: nn.Module, name: str) -> bool:
     """Whether the parent of a linear, by its name in the plain model, computes with its weight
     without calling it.
     """
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return short(name) in weights_read(type(parent))
+    parent: Any = type(model.get_submodule(name.rpartition(".")[0]))
+    return short(name) in weights_read(parent)
 
 
 def own_forward(module: nn.Module) -> Any:

@@ -101,8 +101,9 @@ def _read_info(dataset_dir: Path) -> dict[str, Any]:
     try:
         info = parse_json(text)
     except ValueError as error:
-        is_json = isinstance(error, json.JSONDecodeError)
-        found = f"line {error.lineno}: {error.msg}" if is_json else str(error)
+        found = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            found = f"line {error.lineno}: {error.msg}"
         raise JobError(f"{path} is not valid JSON", found, "correct it") from error
     if not isinstance(info, dict):
         what = f"{path} must map dataset names to entries"

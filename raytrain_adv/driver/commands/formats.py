@@ -54,7 +54,10 @@ def _check(names: list[str], output: str, merge: bool) -> None:
     if names and not output:
         raise _wrong("--format writes one folder for each name", "name where: --output DIR")
     if names and merge:
-        raise _wrong("a merged model is not quantized", "keep one of --merge and --format")
+        raise _wrong(
+            "--format converts a model, and a merged one is as it was trained",
+            "keep one of --merge and --format",
+        )
     if there := [name for name in names if (Path(output) / name).exists()]:
         raise _wrong(f"{Path(output) / there[0]} exists already", "name another --output DIR")
 
