@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raytrain_adv.config import compatibility
@@ -141,7 +142,12 @@ def require_loads(folder: Path) -> None:
     model = folder / "model"
     if (model / "adapter_config.json").is_file():
         base = json.loads((model / "adapter_config.json").read_text())["base_model_name_or_path"]
-        loaded: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), model)
+        plain: Any = AutoModelForCausalLM.from_pretrained(base)
+        weights = load_file(model / "adapter_model.safetensors")
+        rows = [t.shape[0] for name, t in weights.items() if name.endswith("embed_tokens.weight")]
+        if rows:  # new tokens
+            plain.resize_token_embeddings(rows[0])
+        loaded: Any = PeftModel.from_pretrained(plain, model)
     else:
         loaded = AutoModelForCausalLM.from_pretrained(model)
     assert loaded.num_parameters() > 1000

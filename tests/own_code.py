@@ -18,8 +18,9 @@ class OwnModel(LlamaForCausalLM):
     num_passes = 0
 
     def forward(self, *args, **kwargs):
-        self.num_passes += 1
-        here = self.num_passes == {at_pass} and dist.get_rank() == {rank}
+        trains = torch.is_grad_enabled()  # not in trials before training
+        self.num_passes += trains
+        here = trains and self.num_passes == {at_pass} and dist.get_rank() == {rank}
         {before}
         found = super().forward(*args, **kwargs)
         {after}
@@ -37,7 +38,7 @@ def with_own_code(
         before: a statement before the forward pass; `here` is whether it is the chosen one.
         after: one after it; `found` is what it gave.
         rank: on which rank `here` is true.
-        at_pass: in which of a process's forward passes, counted from 1; 0 means in none.
+        at_pass: in which of a process's training passes, counted from 1; 0 means in none.
     """
     code = MODULE.format(before=before or "pass", after=after or "pass", rank=rank, at_pass=at_pass)
     (model / "own.py").write_text(code)

@@ -275,7 +275,7 @@ def _reference(job: JobConfig) -> Iterable[Problem]:
         text = "random weights are no model to stay near to"
         yield Problem(text, "keep one of them", "use_asft_loss and train_from_scratch")
     teacher = job.train.distill_model_name_or_path
-    if teacher is not None and not (Path(teacher) / "config.json").is_file():
+    if teacher is not None and not os.path.isfile(f"{teacher}/config.json"):
         text, fix = f"{teacher} holds no config.json", "name the folder of a whole model"
         yield Problem(text, fix, "distill_model_name_or_path")
     if not job.train.use_distill_loss or teacher is not None:

@@ -37,6 +37,7 @@ class Vocabulary(Transform):
 
     name: ClassVar[str] = "vocabulary"
     stage: ClassVar[str] = "adapter"
+    tried_with: ClassVar[dict[str, Any]] = dict(resize_vocab=True, add_tokens="<one>,<two>")
 
     resize_vocab: bool = False
     """Give the embedding and the head a row for each token of the tokenizer, in multiples of 64;

@@ -94,17 +94,18 @@ def test_a_run_resumed_at_an_epochs_end_and_inside_the_next_skips_and_repeats_no
     """verl#7401 lost an epoch, accelerate#4071 trained epoch 0's order again."""
     epochs = {"max_steps": -1, "num_train_epochs": 3, "max_samples": 16}
     epochs |= {"save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 4}
-    whole, out = tmp_path / "whole", tmp_path / "part"
+    whole = tmp_path / "whole"
     run_workers(1, job_file("whole.yaml", **epochs, output_dir=str(whole)))
     assert list(losses(whole)) == list(range(1, 13))  # 4 steps an epoch
     for every in (4, 3):  # at the end of epoch 1, and one step before it
-        keys = {**epochs, "save_steps": every, "output_dir": str(out), "overwrite_output_dir": True}
+        out = tmp_path / f"part-{every}"
+        keys = {**epochs, "save_steps": every, "output_dir": str(out)}
         run_workers(1, job_file("first.yaml", **keys))
         for step in (8, 9, 12):
             (out / f"checkpoints/local/step_{step:08d}/manifest.json").unlink(missing_ok=True)
         if every == 3:
             (out / "checkpoints/local/step_00000006/manifest.json").unlink()
-        again = {**keys, "overwrite_output_dir": False, "resume_from_checkpoint": True}
+        again = {**keys, "resume_from_checkpoint": True}
         (figures,) = run_workers(1, job_file("again.yaml", **again))
         assert figures["resumed_from_step"] == every and figures["steps"] == 12
         assert losses(out) == losses(whole)

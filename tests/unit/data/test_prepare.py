@@ -469,11 +469,13 @@ def build(self, writer):
     import time; time.sleep(2)
     return original(self, writer)
 dataset_rows.TokenizedDatasets.build = build
+from raytrain_adv.transforms.vocabulary import Vocabulary
 from tests.unit.data.sample_rows import TINY_LLAMA
 job = JobConfig(
     ModelConfig(model_name_or_path=str(TINY_LLAMA)),
     DataConfig(dataset={file!r}, tokenized_path={str(tmp_path / "together")!r}),
-    TrainConfig(), ParallelConfig(), OutputConfig(output_dir="out"), RayConfig())
+    TrainConfig(), ParallelConfig(), OutputConfig(output_dir="out"), RayConfig(),
+    transforms=(Vocabulary(),))
 print("rows", len(prepare(job, print).train))
 """
     children = [run_python(code) for _ in range(2)]

@@ -211,6 +211,7 @@ def test_hub_dataset_is_read_and_named_by_row(monkeypatch, tmp_path):
         assert (path, name, data_dir, split) == ("o/n", "s", None, "train")
         return datasets.Dataset.from_list(ROWS)
 
+    monkeypatch.setattr(sources.hub, "why_unreachable", lambda: "")
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = sources.open_source(Entry("o/n", "hub", "o/n", subset="s"), None)
     assert [row.values for row in source.rows()] == ROWS

@@ -116,7 +116,7 @@ def test_a_copy_of_the_model_computes_with_its_own_weights(tmp_path):
 def test_the_check_before_training_reports_what_it_found(kind, dtype, tmp_path):
     job, model, plans = model_of(kind, tmp_path, dtype, loss_kernel="chunked")
     checked = check_loss(job, model, local_run(job, torch.device("cpu")), plans)
-    assert "checked on 64 tokens before training" in checked["loss_kernel"].notes[-1]
+    assert "checked before training on 64 random tokens" in checked["loss_kernel"].notes[-1]
     assert all(p.grad is None for p in model.parameters()) and model.training
 
 

@@ -304,7 +304,7 @@ def test_the_exit_code_shows_whether_something_is_wrong(out, tmp_path, capsys):
     assert cli.main(["doctor", str(out), "--fix"]) == EXIT_DONE
     assert cli.main(["doctor", str(tmp_path / "nowhere")]) == EXIT_JOB_FILE
     assert cli.main(["doctor"]) == EXIT_JOB_FILE
-    assert "Missing argument 'RUN'" in capsys.readouterr().err
+    assert "no run is named" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_no_run_is_refused_and_a_sweeps_names_its_trials(tmp_path):
