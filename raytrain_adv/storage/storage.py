@@ -112,13 +112,16 @@ class Storage:
         """Write a JSON file unless it is there, and return what is there afterward: of several
         processes at once one wins, and all return its value. Empty if the file is torn.
 
-        Object stores have no exclusive creation in pyarrow (25): the last writer wins.
+        Object stores have no exclusive creation in pyarrow (25): the last writer wins, so that also
+        one that finds a value waits for those that found none a moment earlier.
         """
-        if (found := self.read_json(name)) is not None:
+        found = self.read_json(name)
+        if found is not None and self.is_local:
             return found
         self.make()
         if not self.is_local:
-            self.write_json(name, value)
+            if found is None:
+                self.write_json(name, value)
         else:
             with storage_errors("A file cannot be written", self.path(name)):
                 if _create(Path(self.path(name)), json.dumps(value, indent=1)):

@@ -38,6 +38,7 @@ EXPERTS = "raytrain_adv.ops.bitsandbytes.experts.PackedExperts"
 PACKAGES, OFF = {"bnb": "bitsandbytes"}, "delete quantization_bit"
 BLOCK = 64
 """Weights of a row that share a scale in 4 bits."""
+IN_FULL = "trained in full"
 OTHER_METHODS = ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
 
 
@@ -135,7 +136,7 @@ class QuantizedBase(Transform):
 
     def _why_not(self, linear: nn.Linear) -> str:
         if linear.weight.requires_grad:
-            return "trained in full"
+            return IN_FULL
         # Bytes are stored in the dtype that computes.
         return self._odd(linear.in_features, linear.weight.element_size())
 
@@ -241,6 +242,8 @@ class QuantizedBase(Transform):
 
     def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
         """Compare the quantized weights with the originals they were made from."""
+        from torch import nn
+
         from raytrain_adv.ops.bitsandbytes.linear import sum_distances
         from raytrain_adv.ops.experts.find import shapes
 
@@ -257,7 +260,12 @@ class QuantizedBase(Transform):
         found = dict(zip(read, sum_distances(list(read.values())), strict=True))
         far = {fqn: worst for fqn, (_, _, worst) in found.items() if not worst <= 1}
         how = "times as far off as rounding explains"
-        trained = [f for f, m in held.items() if any(p.requires_grad for p in m.parameters(False))]
+        trained = [
+            f"{fqn}.weight"
+            for fqn, m in model.named_modules()
+            if isinstance(m, nn.Linear) and m.weight.requires_grad and not in_adapter(fqn)
+            if plan.skipped.get(fqn) != IN_FULL
+        ]
         wrong = [f"{fqn} was not read" for fqn in held if fqn not in read]
         wrong += [f"{fqn}: a weight is {worst:.3g} {how}" for fqn, worst in far.items()]
         wrong += [f"{fqn} would be trained" for fqn in trained]

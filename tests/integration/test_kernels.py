@@ -63,8 +63,8 @@ def test_two_ranks_learn_by_kernels_eager_compiled_in_fp8_and_with_adapters(job_
     for name in ("kernels", "recomputed", "compiled"):
         assert of(name) == pytest.approx(of("plain"), rel=1e-5), name
     assert of("recomputed") == of("kernels")
-    # On each rank twice on trial, and once a step; twice where activations are recomputed.
-    assert [calls(n) for n in ("kernels", "recomputed", "compiled")] == [10, 16, 10]
+    # On each rank three times on trial, and once a step; twice where activations are recomputed.
+    assert [calls(n) for n in ("kernels", "recomputed", "compiled")] == [12, 18, 12]
     assert of("fp8-kernels") == pytest.approx(of("fp8"), rel=5e-3)
     assert abs(of("fp8-kernels")[0] - of("kernels")[0]) / of("kernels")[0] > 1e-5  # FP8 is on
     assert of("lora-kernels") == pytest.approx(of("lora"), rel=1e-3)
