@@ -132,6 +132,9 @@ class QuantizedBase(Transform):
         tables = [f for f, m in model.named_modules() if isinstance(m, nn.Embedding)]
         skipped |= dict.fromkeys(tables, "an embedding: looked up, not multiplied")
         skipped = {fqn: why for fqn, why in skipped.items() if not in_adapter(fqn)}
+        for fqn in skipped:
+            if any(p.requires_grad for p in model.get_submodule(fqn).parameters()):
+                skipped[fqn] = IN_FULL
         return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
 
     def _why_not(self, linear: nn.Linear) -> str:
