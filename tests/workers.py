@@ -163,13 +163,26 @@ def run_apart(job: Path) -> tuple[int, str]:
     return code, rank.news()
 
 
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's log that are whole: it may be missing, and it is being written."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def events(folder: Path, event: str) -> list[dict[str, Any]]:
+    """Return the events of a kind."""
+    return [row for row in rows(folder) if row.get("event") == event]
+
+
 def losses(folder: Path) -> dict[int, float]:
     """Return step -> training loss, exactly as logged."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in lines if row["kind"] == "train"}
 
 
 def column(folder: Path, key: str) -> list[Any]:
     """Return one key of every training row."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row[key] for row in rows if row["kind"] == "train"]
+    return [row[key] for row in rows(folder) if row["kind"] == "train"]

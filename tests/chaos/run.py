@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from raytrain_adv.config import load
 from tests.chaos.cases import COMMON, EVERY, JOBS, ROWS, Case
 from tests.conftest import tiny_keys, write_rows
-from tests.workers import run_workers, stop_all
+from tests.processes import command_of, has_open
+from tests.workers import events, rows, run_workers, stop_all
 
 RESUME = "resume_from_checkpoint=true"
 NAMED = {"raylet": "raylet", "gcs_server": "gcs_server", "controller": "TrainController"}
@@ -126,14 +127,6 @@ def family(session: str) -> list[psutil.Process]:
     return found
 
 
-def command_of(process: psutil.Process) -> str:
-    """Return a process's command line; empty if it has just ended."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
 def find_target(launch: int, target: str, log: Path) -> psutil.Process | None:
     """Return the process to kill, if it is there."""
     if target == "driver":
@@ -147,7 +140,7 @@ def find_target(launch: int, target: str, log: Path) -> psutil.Process | None:
     name = {**NAMED, "tokenizer": TOKENIZER}.get(target, WORKER)
     found = [p for p in children if name in command_of(p)]
     if name == WORKER and len(found) > 1:
-        writing = [p for p in found if _writes(p, log)]  # rank 0 writes the log
+        writing = [p for p in found if has_open(p, log)]  # rank 0 writes the log
         others = [p for p in found if p not in writing]
         found = writing if target == "rank 0" else others
     return found[0] if found else None
@@ -158,27 +151,6 @@ def _name(process: psutil.Process) -> str:
         return process.name()
     except psutil.Error:
         return ""
-
-
-def _writes(process: psutil.Process, log: Path) -> bool:
-    try:
-        return str(log) in [file.path for file in process.open_files()]
-    except psutil.Error:
-        return False
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    """Return the whole rows of a run's log, which is being written."""
-    try:
-        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def events(out: Path, event: str) -> list[dict[str, Any]]:
-    """Return the events of a kind."""
-    return [row for row in rows(out) if row.get("event") == event]
 
 
 def losses(out: Path) -> dict[int, float]:

@@ -1,6 +1,5 @@
 """What follows from the held-out loss during a run, on CPU processes without Ray."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import write_rows
-from tests.workers import losses, run_workers
+from tests.workers import events, losses, rows, run_workers
 
 OFTEN = {"val_size": 8, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 6}
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
 
 def rows_of(out: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [row for line in lines if (row := json.loads(line))["kind"] == kind]
-
-
-def events(out: Path, name: str) -> list[dict[str, Any]]:
-    return [row for row in rows_of(out, "event") if row["event"] == name]
+    return [row for row in rows(out) if row["kind"] == kind]
 
 
 @pytest.mark.slow

@@ -32,8 +32,9 @@ from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.run.run import local_run
 from raytrain_adv.worker.train import train
 from tests.own_code import with_own_code
+from tests.processes import command_of, has_open
 from tests.ranks import run_ranks
-from tests.workers import losses, run_workers
+from tests.workers import events, losses, rows, run_workers
 
 
 def with_a_bad_batch(model: Path, at_pass: int) -> None:
@@ -67,8 +68,7 @@ def trained_on_a_failing_disk(jobs: list[str]) -> list[dict[str, Any] | str]:
 
 
 def faults(out: Path) -> list[str]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    told = [row["message"] for row in rows if row.get("event") == "fault"]
+    told = [row["message"] for row in events(out, "fault")]
     return [text for text in told if "training waited" not in text]  # as the disk happens to be
 
 
@@ -119,19 +119,6 @@ def test_a_bad_batch_a_failing_disk_and_damaged_checkpoints(job_file, keys, tmp_
     assert "step_00000006" in damaged[1] and "has 100 bytes" in damaged[1]
 
 
-def rows(out: Path) -> list[dict[str, Any]]:
-    """Return the rows that are whole; the file is being written."""
-    try:
-        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def events(out: Path, event: str) -> list[dict[str, Any]]:
-    return [row for row in rows(out) if row.get("event") == event]
-
-
 def wait_until(condition: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
     end = time.monotonic() + 240
     while not condition():
@@ -151,17 +138,10 @@ def end(driver: subprocess.Popen[str]) -> None:
 
 def process_of(driver: int, name: str, log: Path, rank: int) -> psutil.Process:
     """Return a process of the run: of the workers the one of this rank; rank 0 writes the log."""
-    found = [p for p in psutil.Process(driver).children(recursive=True) if name in _command(p)]
+    found = [p for p in psutil.Process(driver).children(recursive=True) if name in command_of(p)]
     if name == "RayTrainWorker":
-        found.sort(key=lambda p: str(log) not in [file.path for file in p.open_files()])
+        found.sort(key=lambda p: not has_open(p, log))
     return found[rank]
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it has just ended
-        return ""
 
 
 def torn_checkpoints(out: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from raytrain_adv.config import load
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.qat import rounding
 from tests.integration.test_line_without_ray import kill_last_checkpoint
-from tests.workers import losses, run_workers
+from tests.workers import events, losses, run_workers
 
 QAT = {
     "enable_qat": True,
@@ -22,11 +22,6 @@ QAT = {
 }
 DELAYED = {**QAT, "fake_quant_after_n_steps": 3}
 EVALUATED = {"val_size": 8, "eval_strategy": "steps", "eval_steps": 2}
-
-
-def events(folder, kind):
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if row.get("event") == kind]
 
 
 def test_rounding_begins_with_step_n_by_its_numbers(job_file, tmp_path):

@@ -219,34 +219,6 @@ CLAIM = fields(
     volumeMode=one_of("Filesystem"),
     resources=RESOURCES,
 )
-MONITOR = fields(
-    "selector",
-    "podMetricsEndpoints",
-    jobLabel=TEXT,
-    namespaceSelector=fields(any=SWITCH, matchNames=many(TEXT)),
-    selector=fields(
-        matchLabels=LABELS,
-        matchExpressions=many(
-            fields(
-                "key",
-                "operator",
-                key=TEXT,
-                operator=one_of("In", "NotIn", "Exists", "DoesNotExist"),
-                values=many(TEXT),
-            )
-        ),
-    ),
-    podMetricsEndpoints=many(
-        fields(
-            "port",
-            port=TEXT,
-            path=TEXT,
-            interval={"type": "string", "pattern": "^[0-9]+(ms|s|m)$"},
-            relabelings=many(fields(sourceLabels=many(TEXT), targetLabel=TEXT, action=TEXT)),
-        ),
-        at_least=1,
-    ),
-)
 SELECTOR = fields(
     matchLabels=LABELS,
     matchExpressions=many(
@@ -257,6 +229,23 @@ SELECTOR = fields(
             operator=one_of("In", "NotIn", "Exists", "DoesNotExist"),
             values=many(TEXT),
         )
+    ),
+)
+MONITOR = fields(
+    "selector",
+    "podMetricsEndpoints",
+    jobLabel=TEXT,
+    namespaceSelector=fields(any=SWITCH, matchNames=many(TEXT)),
+    selector=SELECTOR,
+    podMetricsEndpoints=many(
+        fields(
+            "port",
+            port=TEXT,
+            path=TEXT,
+            interval={"type": "string", "pattern": "^[0-9]+(ms|s|m)$"},
+            relabelings=many(fields(sourceLabels=many(TEXT), targetLabel=TEXT, action=TEXT)),
+        ),
+        at_least=1,
     ),
 )
 PEERS = many(fields(podSelector=SELECTOR, namespaceSelector=SELECTOR), at_least=1)
