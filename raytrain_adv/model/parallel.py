@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Collection
-from functools import partial, wraps
+from functools import cache, partial, wraps
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -50,6 +54,8 @@ KEPT_OPERATORS = (
 FORWARDLESS = (nn.ModuleList, nn.ModuleDict)
 MOST_GRAPHS = 64
 """Times that a kind of layer may be compiled."""
+EVERY_THIRD = re.compile(r":[^\[\],:]*:\s*3\s*[\],]|slice\([^()]*,\s*3\)")
+"""A slice with step 3 in source text: x[..., 1::3], slice(offset, length, 3)."""
 
 
 def checkpointing_mode(job: JobConfig) -> str:
@@ -120,6 +126,8 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
     mode = checkpointing_mode(job)
     if job.parallel.torch_compile:
         require_compiled()
+        if not job.parallel.use_cpu:
+            refuse_wrong_slices(model, triton_version())
     shard_module = _sharder(job, mesh) if needs_fsdp(model, job, mesh) else None
     frozen = set[nn.Parameter]()
     if mode != "none" or shard_module is not None:
@@ -147,6 +155,43 @@ def require_compiled() -> None:
     """
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def triton_version() -> str | None:
+    """Return the version of Triton on this machine, None if there is none."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+def refuse_wrong_slices(model: PreTrainedModel, triton: str | None) -> None:
+    """Refuse layers whose code assigns to every third element: Triton before 3.8 stores those
+    wrongly when compiled (pytorch/pytorch#193183; torch 2.12 and 2.13). The rotary tables of
+    interleaved M-RoPE do so too, outside of the layers, which are all that is compiled. Remove when
+    the oldest torch has Triton 3.8.
+
+    Raises:
+        TrainingError: naming the first module.
+    """
+    if triton is None or Version(triton) >= Version("3.8"):
+        return
+    for fqn, layer in decoder_layers(model):
+        for name, module in layer.named_modules(prefix=fqn):
+            if EVERY_THIRD.search(_source(type(module))):
+                raise TrainingError(
+                    "torch_compile would give wrong numbers for slices of every third element",
+                    f"{name} ({type(module).__name__}), Triton {triton} (pytorch/pytorch#193183)",
+                    "set torch_compile: false, or install a PyTorch with Triton 3.8 or newer",
+                )
+
+
+@cache
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # made while running, by a library
+        return ""
 
 
 def refuse_eager(train: Callable[P, T]) -> Callable[P, T]:

@@ -27,7 +27,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from raytrain_adv.config import load
-from raytrain_adv.errors import RaytrainAdvError
+from raytrain_adv.errors import EXIT_STOPPED, RaytrainAdvError
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.run.run import local_run
 from raytrain_adv.worker.train import train
@@ -378,7 +378,7 @@ def test_a_drained_node_leaves_a_checkpoint_and_costs_no_retry(job_file, tmp_pat
         wait_until(lambda: len(events(out, "plan")) == 2 and _trains(out), driver)
         driver.send_signal(signal.SIGTERM)
         output = driver.communicate(timeout=240)[0]
-    assert driver.returncode != 0 and "The run was stopped" in output
+    assert driver.returncode == EXIT_STOPPED and "The run was stopped" in output
     assert events(out, "plan")[-1]["resumed_from_step"] == saved
     assert "the node of worker 0 will be taken away in" in faults(out)[0]
     steps = [row["step"] for row in rows(out) if row["kind"] == "train"]

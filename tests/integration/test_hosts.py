@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from raytrain_adv.errors import EXIT_STOPPED
 from raytrain_adv.report import record
 from tests.conftest import ROOT
 from tests.hosts import Host, Network, unavailable
@@ -134,7 +135,7 @@ def test_a_run_over_hosts_goes_on_without_one_that_is_cut_off_and_grows_when_it_
     grown = last_step(out)
     wait(lambda: last_step(out) > grown + MORE_STEPS)
     os.kill(driver.pid, signal.SIGTERM)
-    assert driver.wait(WAIT_S) == 3 and "The run was stopped" in log.read_text()
+    assert driver.wait(WAIT_S) == EXIT_STOPPED and "The run was stopped" in log.read_text()
 
     report = record.read(out)
     assert [start.workers for start in report.starts] == [2, 1, 2]

@@ -1,7 +1,11 @@
 """What torch.compile is held to."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model import parallel
@@ -59,3 +63,47 @@ def test_layers_that_share_weights_are_refused_by_name(tmp_path):
         parallel.shard(tiny_model("zamba"), job, None)
     assert "shared_transf" in refused.value.found
     parallel.shard(tiny_model("llama"), job, None)
+
+
+def test_a_compiled_layer_that_assigns_every_third_element_is_refused_before_triton_3_8():
+    """pytorch#193183: on a GPU 98,229 of 524,288 elements were wrong, without a word."""
+    model = tiny_model("llama")
+    model.model.layers[1].own = EveryThird()
+    with pytest.raises(TrainingError, match="every third element") as refused:
+        parallel.refuse_wrong_slices(model, "3.7.1")
+    assert "model.layers.1.own (EveryThird), Triton 3.7.1" in refused.value.found
+    assert "torch_compile: false" in refused.value.fix
+    parallel.refuse_wrong_slices(model, "3.8.0")
+    parallel.refuse_wrong_slices(model, None)
+
+
+class EveryThird(torch.nn.Module):
+    """What interleaved M-RoPE does."""
+
+    def forward(self, x):
+        y = x[0].clone()
+        y[..., 1:6:3] = x[1, ..., 1:6:3]
+        return y
+
+
+def test_no_layer_of_transformers_assigns_every_third_element():
+    """Rotary tables do, which the model computes outside of its layers; nothing else may."""
+    found = {}
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        text = file.read_text()
+        if parallel.EVERY_THIRD.search(text):
+            parts = [ast.get_source_segment(text, node) for node in ast.parse(text).body]
+            found[file.parent.name] = [p for p in parts if parallel.EVERY_THIRD.search(p)]
+    heads = {kind: [part.splitlines()[0] for part in parts] for kind, parts in found.items()}
+    assert {"qwen3_5", "qwen3_vl", "qwen3_vl_moe"} <= heads.keys()
+    vision = {"sapiens2", "vitpose"}  # poses of people in images: no language models
+    for kind in heads.keys() - vision:
+        (head,) = heads[kind]
+        assert "RotaryEmbedding(nn.Module)" in head, (kind, head)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_families_with_interleaved_rotary_tables_are_compiled_without_them(kind):
+    model = tiny_model(kind)
+    assert any("RotaryEmbedding" in type(module).__name__ for module in model.modules())
+    parallel.refuse_wrong_slices(model, "3.7.1")
