@@ -51,9 +51,13 @@ SIZES: tuple[tuple[str, int], ...] = (
 """Pattern of a config key -> its value in the tiny model."""
 UNSET = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "qk_rope_head_dim")
 """Keys that are set though they are None by default."""
+INDEXERS = 64
+"""Heads that choose which tokens are attended to, as many as the real models have. Each has a ReLU: if
+all of a few are zero, scores are equal, and topk's choice among them differs with the padded length."""
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16}
 KEYS: dict[str, dict[str, Any]] = {
-    "axk2": {"index_n_heads": 4, "index_topk": 8, "index_head_dim": 16},
+    "axk2": {"index_n_heads": INDEXERS, "index_topk": 8, "index_head_dim": 16},
     "bailing_hybrid": {
         "num_expert_group": 2,
         "topk_group": 1,
@@ -62,8 +66,19 @@ KEYS: dict[str, dict[str, Any]] = {
         "linear_num_heads": 4,
     },
     "bamba": {**MAMBA2, "attn_layer_indices": [1]},
-    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"]},
-    "deepseek_v32": {"index_n_heads": 4, "index_topk": 8, "index_head_dim": 16},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": MROPE, "full_attention": None},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v32": {"index_n_heads": INDEXERS, "index_topk": 8, "index_head_dim": 16},
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "index_n_heads": INDEXERS,
+    },
     "dots1": {
         "n_routed_experts": 4,
         "n_shared_experts": 1,
@@ -73,7 +88,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
-    "glm_moe_dsa": {"index_n_heads": 4, "index_topk": 8, "index_head_dim": 16},
+    "glm_moe_dsa": {"index_n_heads": INDEXERS, "index_topk": 8, "index_head_dim": 16},
     "granitemoehybrid": {
         **MAMBA2,
         "layer_types": ["mamba", "attention"],
@@ -151,6 +166,8 @@ def tiny_config(kind: str) -> PretrainedConfig:
             keys[name] = found
         elif re.fullmatch(r"(pad|eos|bos|sep|unk)_token_id", name):
             keys[name] = min(value or 0, 2)
+    if "is_decoder" in given.to_dict():
+        keys["is_decoder"] = True  # encoders would see the tokens that they are to predict
     layers = [k for k, v in given.to_dict().items() if is_layer_list(k, v)]
     kinds = [list(dict.fromkeys(map(str, getattr(given, k)))) for k in layers]
     count = max([2, *(len(k) for k in kinds)])

@@ -21,7 +21,7 @@ from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles, save_tensors
 from raytrain_adv.model.adapter import PREFIX
 from raytrain_adv.model.build import build, build_whole, head_fqn, keeps_float32
-from raytrain_adv.model.conversion import Group
+from raytrain_adv.model.conversion import Group, names_to_store
 from raytrain_adv.model.vocabulary import new_rows
 from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.model.weights import convert_group, match
@@ -94,7 +94,7 @@ def write_converted(
     """
     plain, built = build_whole(job), build(job)
     configs, axes = tensor_configs(built, job), stacked_axes(built)
-    keeps = keeps_float32(plain)
+    keeps, name_to_store = keeps_float32(plain), names_to_store(plain)
 
     def stored(name: str) -> torch.dtype:
         return torch.float32 if keeps(name) and name not in configs else dtype
@@ -112,9 +112,9 @@ def write_converted(
             exact = stored(piece.name)
             value = _value(piece.read(), piece.name, configs, axes, exact, device)
             for name, tensor in _flat(piece.name, value)[0].items():
-                written.add(name, tensor.cpu())
+                written.add(name_to_store(name) if piece.name in configs else name, tensor.cpu())
         written.close()
-        check_stored(folder, pieces, configs, dtype, device)
+        check_stored(folder, pieces, configs, dtype, device, name_to_store)
     copy_others(source, folder)
     _write_config(source, folder, plain, job, configs, dtype)
 
@@ -286,7 +286,12 @@ def _value(
 
 
 def check_stored(
-    folder: Path, pieces: list[Piece], configs: Configs, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    pieces: list[Piece],
+    configs: Configs,
+    dtype: torch.dtype,
+    device: torch.device,
+    name_to_store: Callable[[str], str],
 ) -> None:
     """Read what was written in compressed-tensors' layout, and compare each value with the one that
     training rounds the same weight to. torchao's tensors are compared when the folder is loaded.
@@ -300,10 +305,10 @@ def check_stored(
         scheme = configs.get(piece.name)
         if not isinstance(scheme, Scheme):
             continue
-        found = {}
-        for name in (n for n in places if n.startswith(piece.name)):
+        found, stem = {}, name_to_store(piece.name)
+        for name in (n for n in places if n.startswith(stem)):
             with safe_open(places[name], framework="pt", device=str(device)) as opened:
-                found[name] = opened.get_tensor(name)
+                found[piece.name + name.removeprefix(stem)] = opened.get_tensor(name)
         weight = piece.read().to(device=device, dtype=dtype)
         wrong, example = compressed_tensors.difference(piece.name, weight, found, scheme)
         if wrong:

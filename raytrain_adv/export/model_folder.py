@@ -34,7 +34,7 @@ from raytrain_adv.export.verify import (
     compared_tokens,
     converted_logits,
 )
-from raytrain_adv.model.adapter import FILE_NAME, peft_name, trained
+from raytrain_adv.model.adapter import FILE_NAME, peft_names, trained
 from raytrain_adv.model.build import build, build_whole, keeps_float32
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.conversion import save_groups
@@ -120,7 +120,7 @@ def write_adapter(
     """
     reshard(model)
     tensors: dict[str, torch.Tensor] = {}
-    convert = job.transform(Lora).pissa_init and base is None
+    convert, peft_name = job.transform(Lora).pissa_init and base is None, peft_names(model)
     started = {
         peft_name(f"{fqn}.lora_{part}.{ADAPTER}.weight"): (layer, part)
         for fqn, layer in low_rank.started(model)

@@ -4,6 +4,7 @@ into the weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import copy_local, gather, local_region, plain_name
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.build import build
+from raytrain_adv.model.conversion import names_to_store
 from raytrain_adv.model.weights import saved_tensors
 from raytrain_adv.ops.rotation import compute_indices
 from raytrain_adv.text import first_line
@@ -26,22 +28,29 @@ PREFIX = "base_model.model."
 """Where PEFT's own wrapper keeps the model; its files carry the name."""
 
 
-def peft_name(fqn: str) -> str:
-    """Return an adapter parameter's name in PEFT's files."""
-    # DoRA's magnitudes keep the `.weight` that PEFT drops when it saves: PEFT reads both forms,
-    # while transformers 5.17 to 5.23 does not find the dropped one and uses its own magnitudes.
-    return PREFIX + plain_name(fqn).replace(f".{ADAPTER}.", ".")
+def peft_names(model: PreTrainedModel) -> Callable[[str], str]:
+    """Return what gives an adapter parameter's name in PEFT's files, by its name in the model."""
+    name_to_store = names_to_store(model)
+
+    def peft_name(fqn: str) -> str:
+        # DoRA's magnitudes keep the `.weight` that PEFT drops when it saves: PEFT reads both forms,
+        # while transformers 5.17 to 5.23 does not find the dropped one and uses its own magnitudes.
+        name = plain_name(fqn).replace(f".{ADAPTER}.", ".")
+        return PREFIX + (name_to_store(name) if ".lora_" in name else name)
+
+    return peft_name
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Return what an adapter's file holds by its names there: adapters, and modules that are
     trained in full. A tied one has both of its names: PEFT keeps a copy for each.
     """
     named = model.named_parameters(remove_duplicate=False)
+    peft_name = peft_names(model)
     return {peft_name(fqn): p for fqn, p in named if p.requires_grad}
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
+def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Read a folder's adapters into this rank's shards of a model that has the same ones.
 
     Raises:
@@ -54,7 +63,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         raise JobError(f"{folder / FILE_NAME} cannot be read", first_line(error), fix) from error
 
 
-def _load_adapter(model: nn.Module, folder: Path) -> None:
+def _load_adapter(model: PreTrainedModel, folder: Path) -> None:
     ours = trained(model)
     fix = "give the folder of an adapter of this model, lora_target and additional_target"
     with safe_open(folder / FILE_NAME, framework="pt") as file:
@@ -79,15 +88,21 @@ def merge_adapters(model: PreTrainedModel, job: JobConfig) -> None:
     """
     for folder in job.transform(Lora).merged:
         with safe_open(Path(folder) / FILE_NAME, framework="pt") as file:
-            layers = _layers(build(job), folder)
-            wanted = {name for fqn, layer in layers.items() for name, _ in _parameters(fqn, layer)}
+            plain = build(job)
+            peft_name = peft_names(plain)
+            layers = _layers(plain, folder)
+            held = {
+                fqn: {peft_name(f"{fqn}.{name}"): name for name in _parameters(layer)}
+                for fqn, layer in layers.items()
+            }
+            wanted = {stored for names in held.values() for stored in names}
             if odd := sorted(wanted ^ set(file.keys())):
                 found = f"{len(odd)} tensors are in one of the two only, as {odd[0]}"
                 fix = "merge it into its model with PEFT, and train the merged model"
                 raise JobError(f"{folder} cannot be merged into this model", found, fix)
             own = saved_tensors(model)
             for fqn, layer in layers.items():
-                _merge(fqn, layer, own[plain_name(f"{fqn}.weight")], file)
+                _merge(layer, own[plain_name(f"{fqn}.weight")], file, held[fqn])
 
 
 def _layers(plain: PreTrainedModel, folder: str) -> dict[str, Any]:
@@ -112,18 +127,19 @@ def _layers(plain: PreTrainedModel, folder: str) -> dict[str, Any]:
     return layers
 
 
-def _parameters(fqn: str, layer: nn.Module) -> list[tuple[str, str]]:
-    """Return the names of an adapter's parameters in PEFT's file and in the layer."""
-    names = (name for name, _ in layer.named_parameters() if is_adapter(name))
-    return [(peft_name(f"{fqn}.{name}"), name) for name in names]
+def _parameters(layer: nn.Module) -> list[str]:
+    """Return the names of an adapter's parameters in its layer."""
+    return [name for name, _ in layer.named_parameters() if is_adapter(name)]
 
 
 @torch.no_grad()
-def _merge(fqn: str, layer: Any, weight: torch.Tensor, file: Any) -> None:
-    """Write this rank's part of a weight with an adapter merged into it, by PEFT's own rule."""
+def _merge(layer: Any, weight: torch.Tensor, file: Any, names: Mapping[str, str]) -> None:
+    """Write this rank's part of a weight with an adapter merged into it, by PEFT's own rule. `names`
+    has for each name in the file the parameter's in the layer.
+    """
     layer.base_layer = layer.base_layer.to_empty(device="cpu")
     layer.base_layer.weight = nn.Parameter(gather(weight).float().cpu())
-    for stored, name in _parameters(fqn, layer):
+    for stored, name in names.items():
         owner, _, last = name.rpartition(".")
         value = nn.Parameter(file.get_tensor(stored).float())
         setattr(layer.get_submodule(owner), last, value)

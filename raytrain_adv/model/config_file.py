@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError
@@ -91,7 +92,8 @@ def refuse_kind(name: str, raw: dict[str, Any]) -> None:
     formats.refuse_unknown(name, raw)
     named = raw.get("architectures")
     classes = [str(name) for name in named] if isinstance(named, list) else []
-    is_causal = any(CAUSAL_CLASS.search(c) for c in classes)
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    is_causal = any(CAUSAL_CLASS.search(c) or c in known for c in classes)
     if raw.get("is_encoder_decoder") or (classes and not is_causal and "auto_map" not in raw):
         raise JobError(
             f"{name} is not a causal language model",

@@ -36,6 +36,7 @@ from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.build import decoder_layers, keeps_float32
 from raytrain_adv.text import first_line, listed
 from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.transforms.modules import is_read
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -286,7 +287,9 @@ def _shard_float32(
     kept = {name: p for name, p in model.named_parameters() if keeps(name)}
     for fqn, module in list(model.named_modules()):
         names = [f"{fqn}.{name}" for name, _ in module.named_parameters()]
-        if names and kept.keys() >= set(names) and not isinstance(module, FORWARDLESS):
+        if not names or isinstance(module, FORWARDLESS) or is_read(model, fqn):
+            continue  # what is never called would stay sharded
+        if kept.keys() >= set(names):
             shard_module(module, mp_policy=policy)
             for name in names:
                 del kept[name]

@@ -87,6 +87,8 @@ def reason_against(fqn: str, model: nn.Module) -> str:
     untyped: Any = model
     if is_read(model, fqn):
         return f"{READ}: an adapter would not be used"
+    if has_own_forward(model.get_submodule(fqn)):
+        return f"a {class_name(model.get_submodule(fqn))}, not a plain linear"
     if not model.get_submodule(fqn).get_parameter("weight").requires_grad:
         return UNREACHED
     try:
@@ -94,6 +96,17 @@ def reason_against(fqn: str, model: nn.Module) -> str:
     except ValueError:
         return f"PEFT refuses {name} in models of type {untyped.config.model_type}"
     return ""
+
+
+def has_own_forward(linear: nn.Module) -> bool:
+    """Whether a model's own class of linears computes another product than PyTorch's, as grouped
+    ones do: PEFT takes them for plain ones.
+    """
+    from torch import nn
+
+    kind = type(linear)
+    of_model = kind.__module__.startswith(("transformers.models.", "transformers_modules."))
+    return of_model and kind.forward is not nn.Linear.forward
 
 
 def _no_target(key: str, target: str, model: nn.Module, known: list[str]) -> JobError:

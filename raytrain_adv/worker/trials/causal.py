@@ -16,7 +16,7 @@ from raytrain_adv.worker.trials.packing import quiet
 
 LENGTH = 16
 SEEN = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
-"""Largest change of earlier logits, as a share of the last ones' change."""
+"""Largest change of earlier logits, as a share of the change of those that see it."""
 
 
 @torch.no_grad()
@@ -25,26 +25,27 @@ def check_causal(job: JobConfig, model: PreTrainedModel, run: Run) -> None:
     weights are loaded.
 
     Raises:
-        TrainingError: on all ranks, if the last token changes the logits of those before it.
+        TrainingError: on all ranks, if the second half of a row changes the logits of the first.
     """
     words = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(words, (LENGTH,), generator=generator)
     other = row.clone()
-    other[-1] = (row[-1] + words // 2) % words
+    other[LENGTH // 2 :] = (row[LENGTH // 2 :] + words // 2) % words
     with quiet(job, model):
         ids = torch.stack([row, other]).to(run.device)
         logits = model(input_ids=ids, use_cache=False).logits.float()
     reshard(model)
     change = (logits[0] - logits[1]).abs().amax(-1)
-    share = float(change[:-1].max() / change[-1].clamp(min=1e-30))
+    before, after = change.split(LENGTH // 2)
+    share = float(before.max() / after.max().clamp(min=1e-30))
     sees = int(share > SEEN[compute_dtype(job)])  # not where a number is not finite
     if not run.agree(sees, dist.ReduceOp.MAX):
         return
     declares = "is_decoder" in model.config.to_dict()
     raise TrainingError(
         f"{short(class_name(model))} sees the tokens that it would be trained to predict",
-        f"another last token changes the logits before it, by {share:.2g} of its own change"
+        f"other tokens change the logits before them, by {share:.2g} of their own change"
         + ("; config.json has is_decoder: false" if declares else ""),
         "set is_decoder: true in its config.json, which makes its attention causal"
         if declares
