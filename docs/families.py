@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 FILE = Path(__file__).with_name("families.json")
@@ -16,7 +18,9 @@ def page() -> str:
     features = list(dict.fromkeys(feature for row in held.values() for feature in row))
     words = Counter(_word(row.get(f, "")) for row in held.values() for f in features)
     tried = sum(words.values()) - words[UNTRIED]
-    counts = ", ".join(f"{words[word]:,} {word}" for word in WORDS if words[word])
+    counts = ", ".join(
+        f"{words[word]:,} {word} ({words[word] / max(tried, 1):.1%})" for word in WORDS if words[word]
+    )
     lines = [
         f"transformers {stored['transformers']}: {len(held)} families, {tried:,} of "
         f"{len(held) * len(features):,} cells were tried: {counts}.",
@@ -32,15 +36,25 @@ def page() -> str:
     untried = [kind for kind, row in held.items() if not row]
     if untried:
         lines += ["", f"Not tried yet: {', '.join(untried)}."]
-    reasons = [
-        f"- {kind}, {feature}: `{text.replace('`', '')}`"
-        for kind, row in held.items()
-        for feature, text in row.items()
-        if text != "right"
-    ]
+    reasons = [line for kind, row in held.items() for line in _reasons(kind, row)]
     return "\n".join([*lines, "", *(reasons or ["Every tried cell is right."])])
 
 
+def _reasons(kind: str, row: dict[str, str]) -> Iterator[str]:
+    """Yield a line for each reason of a family, with the features that have it."""
+    found: dict[str, list[str]] = {}
+    texts: dict[str, str] = {}
+    for feature, text in row.items():
+        if text != "right":
+            alike = re.sub(r"[\d.]+|`", "", text)[:REASON]
+            found.setdefault(alike, []).append(feature)
+            texts.setdefault(alike, text.replace("`", ""))
+    for alike, features in found.items():
+        yield f"- {kind}, {', '.join(features)}: `{texts[alike]}`"
+
+
+REASON = 60
+"""Letters in which two reasons of a family differ."""
 UNTRIED = "-"
 WORDS = ("right", "refused", "wrong", "traceback")
 

@@ -7,7 +7,7 @@ themselves; KEYS has what the names do not tell.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -52,8 +52,8 @@ SIZES: tuple[tuple[str, int], ...] = (
 UNSET = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "qk_rope_head_dim")
 """Keys that are set though they are None by default."""
 INDEXERS = 64
-"""Heads that choose which tokens are attended to, as many as the real models have. Each has a ReLU: if
-all of a few are zero, scores are equal, and topk's choice among them differs with the padded length."""
+"""Heads that choose which tokens are attended to, as many as the real models have. Each has a ReLU:
+if all of a few are zero, scores are equal, and topk's choice differs with the padded length."""
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16}
 KEYS: dict[str, dict[str, Any]] = {
@@ -191,11 +191,14 @@ def is_layer_list(key: str, value: Any) -> bool:
     )
 
 
-def tiny_model(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return a tiny model with random weights, none of them at a round value."""
+def tiny_model(kind: str, dtype: torch.dtype = torch.float32, **keys: Any) -> PreTrainedModel:
+    """Return a tiny model with random weights, none of them at a round value; `keys` are of its
+    config.
+    """
     torch.manual_seed(0)
-    auto: Any = AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_config(tiny_config(kind), dtype=dtype)
+    config, auto = tiny_config(kind), cast(Any, AutoModelForCausalLM)
+    config.update(keys)
+    model: PreTrainedModel = auto.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)

@@ -134,8 +134,8 @@ def _parameters(layer: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def _merge(layer: Any, weight: torch.Tensor, file: Any, names: Mapping[str, str]) -> None:
-    """Write this rank's part of a weight with an adapter merged into it, by PEFT's own rule. `names`
-    has for each name in the file the parameter's in the layer.
+    """Write this rank's part of a weight with an adapter merged into it, by PEFT's own rule.
+    `names` has for each name in the file the parameter's in the layer.
     """
     layer.base_layer = layer.base_layer.to_empty(device="cpu")
     layer.base_layer.weight = nn.Parameter(gather(weight).float().cpu())

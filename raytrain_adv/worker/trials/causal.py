@@ -15,7 +15,7 @@ from raytrain_adv.transforms.modules import class_name, short
 from raytrain_adv.worker.trials.packing import quiet
 
 LENGTH = 16
-SEEN = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+SEEN = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 """Largest change of earlier logits, as a share of the change of those that see it."""
 
 

@@ -107,3 +107,11 @@ def test_families_with_interleaved_rotary_tables_are_compiled_without_them(kind)
     model = tiny_model(kind)
     assert any("RotaryEmbedding" in type(module).__name__ for module in model.modules())
     parallel.refuse_wrong_slices(model, "3.7.1")
+
+
+def test_a_float32_module_whose_weight_is_read_is_not_sharded_apart(tmp_path):
+    """It is never called, so that nothing would gather it."""
+    model, apart = tiny_model("bailing_hybrid"), []
+    job = job_for("none", tmp_path, use_cpu=True, bf16=True)
+    parallel._shard_float32(model, job, lambda module, mp_policy: apart.append(module))
+    assert not any(isinstance(module, torch.nn.Conv1d) for module in apart)

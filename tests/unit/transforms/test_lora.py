@@ -108,6 +108,15 @@ def test_each_default_adapter_gets_a_gradient_and_the_rest_is_named(
     assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
+def test_a_linear_whose_class_computes_another_product_gets_no_adapter(tmp_path: Path) -> None:
+    tiny_model("deepseek_v4").save_pretrained(tmp_path / "m")
+    job = lora_job(tmp_path / "m", tmp_path)
+    plan = Transforms(job).plan(build(job))["lora"]
+    kind = "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4GroupedLinear"
+    grouped = {f for f, reason in plan.skipped.items() if reason == f"a {kind}, not a plain linear"}
+    assert grouped and all(fqn.endswith("o_a_proj") for fqn in grouped)
+
+
 def test_what_is_named_next_to_all_is_not_left_out(tmp_path: Path) -> None:
     folder = write_checkpoint("llama", tmp_path / "m")
     job = lora_job(folder, tmp_path, lora_target="all,lm_head")

@@ -1,6 +1,7 @@
 """A model that sees the tokens it would be trained to predict is refused."""
 
 import pytest
+import torch
 
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.run.run import local_run
@@ -18,5 +19,12 @@ def test_a_causal_model_passes(kind, tmp_path):
 def test_an_encoder_is_refused_with_the_key_that_makes_it_causal(tmp_path):
     job = job_for("none", tmp_path, use_cpu=True)
     with pytest.raises(TrainingError, match="sees the tokens") as refused:
-        check_causal(job, tiny_model("bert"), local_run(job))
+        check_causal(job, tiny_model("bert", is_decoder=False), local_run(job))
     assert "is_decoder: true" in refused.value.fix
+
+
+def test_an_encoder_is_refused_in_bfloat16_too(tmp_path):
+    job = job_for("none", tmp_path, use_cpu=True, bf16=True)
+    model = tiny_model("bert-generation", torch.bfloat16, is_decoder=False)
+    with pytest.raises(TrainingError, match="sees the tokens"):
+        check_causal(job, model, local_run(job))
