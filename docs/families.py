@@ -18,9 +18,8 @@ def page() -> str:
     features = list(dict.fromkeys(feature for row in held.values() for feature in row))
     words = Counter(_word(row.get(f, "")) for row in held.values() for f in features)
     tried = sum(words.values()) - words[UNTRIED]
-    counts = ", ".join(
-        f"{words[word]:,} {word} ({words[word] / max(tried, 1):.1%})" for word in WORDS if words[word]
-    )
+    shares = {word: f"{words[word]:,} {word} ({words[word] / max(tried, 1):.1%})" for word in WORDS}
+    counts = ", ".join(text for word, text in shares.items() if words[word])
     lines = [
         f"transformers {stored['transformers']}: {len(held)} families, {tried:,} of "
         f"{len(held) * len(features):,} cells were tried: {counts}.",

@@ -123,32 +123,6 @@ def names_to_store(model: PreTrainedModel) -> Callable[[str], str]:
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     renamings = (entry for entry in mapping if isinstance(entry, WeightRenaming))
     entries = [entry for entry in renamings if not isinstance(entry, PrefixChange)]
-    undone = [
-        entry.reverse_transform() for entry in mapping[::-1] if not isinstance(entry, PrefixChange)
-    ]
-    renamings = tuple(entry for entry in undone if isinstance(entry, WeightRenaming))
-    converters = [entry for entry in undone if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    groups: dict[str, Group] = {}
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = _first_match(name, converters)
-        if pattern is None:
-            target = _renamed(name, renamings)
-            groups[target] = Group(target, sources=[(name, name)])
-        else:
-            new = Group(target, by_pattern[pattern], renamings=renamings)
-            groups.setdefault(target, new).sources.append((name, pattern))
-    yield from groups.values()
-
-
-def names_to_store(model: PreTrainedModel) -> Callable[[str], str]:
-    """Return what gives the name under which transformers and PEFT read a tensor as the model's:
-    the model's own, or the checkpoint's if their mapping would change the model's own once more.
-    """
-    mapping = get_model_conversion_mapping(model, add_legacy=False)
-    entries = [
-        e for e in mapping if isinstance(e, WeightRenaming) and not isinstance(e, PrefixChange)
-    ]
     undone = [cast(WeightRenaming, entry.reverse_transform()) for entry in entries[::-1]]
 
     def name_to_store(name: str) -> str:
