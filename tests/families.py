@@ -103,7 +103,7 @@ KEYS: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1,
     },
     "longcat_flash": {"zero_expert_num": 2, "expert_ffn_hidden_size": 32},
-    "mamba2": {"num_heads": 8},
+    "mamba2": {"num_heads": 16, "head_dim": 8},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,

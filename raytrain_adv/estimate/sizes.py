@@ -15,7 +15,7 @@ from raytrain_adv.model.build import decoder_layers, parameter_dtype
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
 from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
-from raytrain_adv.ops.loss.head import HeadLoss, loss_of
+from raytrain_adv.ops.loss.head import HeadLoss, loss_head, loss_of
 from raytrain_adv.ops.loss.linear_cross_entropy import MOST_ROUNDINGS, chunk_tokens
 from raytrain_adv.text import GIB
 from raytrain_adv.transforms.modules import in_adapter, inner_matrices
@@ -224,7 +224,7 @@ def _head(model: PreTrainedModel) -> nn.Module | None:
 
 def head_loss(model: PreTrainedModel) -> HeadLoss | None:
     """Return how the model's head computes the loss, if it does."""
-    head = _head(model)
+    head = loss_head(model)
     return None if head is None else loss_of(head)
 
 

@@ -112,7 +112,8 @@ def write_converted(
             exact = stored(piece.name)
             value = _value(piece.read(), piece.name, configs, axes, exact, device)
             for name, tensor in _flat(piece.name, value)[0].items():
-                written.add(name_to_store(name) if piece.name in configs else name, tensor.cpu())
+                stored_as = name_to_store(name) if piece.name in configs else name
+                written.add(stored_as or name, tensor.cpu())
         written.close()
         check_stored(folder, pieces, configs, dtype, device, name_to_store)
     copy_others(source, folder)
@@ -305,7 +306,7 @@ def check_stored(
         scheme = configs.get(piece.name)
         if not isinstance(scheme, Scheme):
             continue
-        found, stem = {}, name_to_store(piece.name)
+        found, stem = {}, name_to_store(piece.name) or piece.name
         for name in (n for n in places if n.startswith(stem)):
             with safe_open(places[name], framework="pt", device=str(device)) as opened:
                 found[piece.name + name.removeprefix(stem)] = opened.get_tensor(name)

@@ -29,14 +29,25 @@ PREFIX = "base_model.model."
 
 
 def peft_names(model: PreTrainedModel) -> Callable[[str], str]:
-    """Return what gives an adapter parameter's name in PEFT's files, by its name in the model."""
+    """Return what gives an adapter parameter's name in PEFT's files, by its name in the model.
+
+    That function raises JobError if PEFT would not find the parameter under any name.
+    """
     name_to_store = names_to_store(model)
 
     def peft_name(fqn: str) -> str:
         # DoRA's magnitudes keep the `.weight` that PEFT drops when it saves: PEFT reads both forms,
         # while transformers 5.17 to 5.23 does not find the dropped one and uses its own magnitudes.
         name = plain_name(fqn).replace(f".{ADAPTER}.", ".")
-        return PREFIX + (name_to_store(name) if ".lora_" in name else name)
+        stored = name_to_store(name) if ".lora_" in name else name
+        if not stored:
+            module, _, rest = name.partition(".lora_")
+            raise JobError(
+                f"PEFT would not find the adapter of {module}",
+                f"transformers' mapping for {model.config.model_type} renames {module}.lora_{rest}",
+                "name in lora_target the modules that get adapters, without this one",
+            )
+        return PREFIX + stored
 
     return peft_name
 

@@ -130,8 +130,15 @@ class LossKernel(Transform):
 
     def _head_of(self, model: nn.Module) -> tuple[str, nn.Module]:
         """Return name and module of a head that can compute the loss; refuse others."""
+        from raytrain_adv.ops.loss.head import body_of
+
         head = output_head(model)
-        fqn = fqn_of(model, head)
+        fqn, body = fqn_of(model, head), body_of(model)
+        if fqn is not None and self.kernel == "chunked" and body is not None:
+            # BERT's head is more than a linear, and called whole.
+            outer = model.get_submodule(fqn.partition(".")[0])
+            if all(module is not body for module in outer.modules()):
+                head, fqn = outer, fqn.partition(".")[0]
         # Body, head and loss replace the model's forward pass, which must do nothing else.
         if head is None or fqn is None:
             what = "needs a language-model head"
@@ -139,7 +146,7 @@ class LossKernel(Transform):
         elif not class_name(model).startswith("transformers."):
             what, found = "is for models of transformers", "has its own forward pass"
         else:
-            what, found = "is for models that are a body and a head", _besides(model, head)
+            what, found = "is for models that are a body and a head", _besides(model, body, head)
             if not found:
                 self._check_head(fqn, head)
                 return fqn, head
@@ -204,10 +211,9 @@ def _with_loss(head: nn.Module, kernel: str, is_plain: bool) -> str:
     return f"{class_name(head)} with the loss of {kernel}{how}"
 
 
-def _besides(model: nn.Module, head: nn.Module) -> str:
+def _besides(model: nn.Module, body: nn.Module | None, head: nn.Module) -> str:
     """Return what a model has between its body and its head; empty if nothing."""
-    body: Any = getattr(model, "base_model", model)  # transformers' own name
-    if body is model or any(module is head for module in body.modules()):
+    if body is None or any(module is head for module in body.modules()):
         return "does not name the module that is its body"
     if getattr(text_config(model), "output_router_logits", False):
         return "adds the loss of its routers (output_router_logits in its config)"

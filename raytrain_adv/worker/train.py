@@ -24,7 +24,7 @@ from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.estimate import memory
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model import parallel, weights
-from raytrain_adv.model.adapter import load_adapter, merge_adapters
+from raytrain_adv.model.adapter import load_adapter, merge_adapters, trained
 from raytrain_adv.model.build import build
 from raytrain_adv.model.notes import model_notes
 from raytrain_adv.run.run import Run
@@ -129,6 +129,8 @@ def load_weights(
         weights.load_pretrained(model, job, run.device)
         merge_adapters(model, job)
     plans = transforms.initialize(model, plans, job.train.seed)
+    if job.transform(Lora).enabled:
+        trained(model)  # a name that PEFT would not find is refused now, not after training
     if folder := job.transform(Lora).continued:
         load_adapter(model, Path(folder))
     return plans

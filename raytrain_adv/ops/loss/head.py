@@ -41,9 +41,12 @@ def install(model: nn.Module, head: nn.Module, loss: HeadLoss) -> None:
     """Have the head return the summed loss if it is given labels, and the model pass them on.
 
     Without labels both do what they did. Deep copies of the model are copies of this too. `model`
-    is a causal language model of transformers, changed in place; `head` its output embeddings.
+    is a causal language model of transformers, changed in place; `head` what makes logits of its
+    body's output.
     """
     head.loss = loss  # type: ignore[assignment] # a plain attribute
+    fqn = next(fqn for fqn, module in model.named_modules() if module is head)
+    model.loss_head = fqn  # type: ignore[assignment] # a plain attribute
     for module, forward in ((head, _head_forward), (model, _model_forward)):
         # Another's replacement of this instance's forward stays in use.
         module.plain_forward = module.__dict__.get("forward")  # type: ignore[assignment]
@@ -57,7 +60,23 @@ def remove(model: nn.Module, head: nn.Module) -> None:
         if module.plain_forward is not None:
             module.forward = module.plain_forward  # type: ignore[assignment]
         del module.plain_forward
-    del head.loss
+    del head.loss, model.loss_head
+
+
+def loss_head(model: nn.Module) -> nn.Module | None:
+    """Return the module that computes the loss, if one does."""
+    fqn: str | None = model.__dict__.get("loss_head")
+    return None if fqn is None else model.get_submodule(fqn)
+
+
+def body_of(model: nn.Module) -> nn.Module | None:
+    """Return the module that makes hidden states, if a model of transformers has one."""
+    body: Any = getattr(model, "base_model", model)  # transformers' own name
+    if body is not model:
+        return body  # type: ignore[no-any-return] # transformers has no types here
+    # Llama 4's text model names a body that only its multimodal one has.
+    inner = [m for m in model.children() if hasattr(m, "base_model_prefix")]
+    return inner[0] if len(inner) == 1 else None
 
 
 def loss_of(module: nn.Module) -> HeadLoss | None:
@@ -83,8 +102,9 @@ def _model_forward(
 ) -> Any:
     if labels_of_tokens is None:
         return _plain(self, *args, **inputs)
-    hidden = self.base_model(*args, **inputs)[0]
-    return self.get_output_embeddings()(hidden, labels=labels_of_tokens)
+    body, head = body_of(self), loss_head(self)
+    assert body is not None and head is not None  # install found both
+    return head(body(*args, **inputs)[0], labels=labels_of_tokens)
 
 
 def _head_forward(self: Any, hidden: Tensor, labels: Tensor | None = None) -> Any:

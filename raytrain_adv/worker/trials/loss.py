@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from raytrain_adv.ops.loss.function import cross_entropy_sum
 from raytrain_adv.ops.loss.head import (
     BACKENDS,
     HeadLoss,
+    body_of,
+    loss_head,
     loss_in_head,
     loss_of,
     remove,
@@ -49,10 +52,9 @@ def check_loss(
     """
     if not takes_labels(model):
         return dict(plans)
-    # transformers leaves this method without types.
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    own = loss_of(head)
-    assert own is not None  # takes_labels: both are installed together
+    head = loss_head(model)
+    own = loss_of(head) if head is not None else None
+    assert head is not None and own is not None  # takes_labels: all are installed together
     failure = _try_kernel(own, run.device, compute_dtype(job))
     if run.agree(int(bool(failure)), dist.ReduceOp.MAX):
         refusal = TrainingError(
@@ -140,19 +142,21 @@ def _eager_eval(model: nn.Module) -> Iterator[None]:
 def _run(
     model: PreTrainedModel, head: nn.Module, run: Run, in_head: bool
 ) -> tuple[dict[str, torch.Tensor], torch.dtype]:
-    """Run one pass; return the loss with this rank's part of the gradients of the head's input and
-    parameters, and the input's dtype.
+    """Run one pass; return the loss with this rank's part of the gradients of the body's output and
+    the head's parameters, and the output's dtype.
     """
     inputs, labels = _tokens(model, run.device)
     seen: list[torch.Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if args[0].requires_grad:
-            args[0].retain_grad()
-        seen.append(args[0])
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if output[0].requires_grad:
+            output[0].retain_grad()
+        seen.append(output[0])
 
+    body = body_of(model)
+    assert body is not None  # the head's loss is of its output
     model.zero_grad(set_to_none=True)
-    hook = head.register_forward_pre_hook(keep)
+    hook = body.register_forward_hook(keep)
     if in_head:
         loss = loss_in_head(model, inputs, labels)
     else:
@@ -166,7 +170,7 @@ def _run(
         if p.grad is not None
     }
     if seen[0].grad is not None:
-        results["gradient of its input"] = seen[0].grad
+        results["gradient of the body's output"] = seen[0].grad
     return results, seen[0].dtype
 
 

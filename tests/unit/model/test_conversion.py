@@ -2,6 +2,7 @@
 
 import pytest
 
+from raytrain_adv.errors import JobError
 from raytrain_adv.model.adapter import peft_names
 from raytrain_adv.model.conversion import names_to_store
 from tests.families import tiny_model
@@ -22,3 +23,9 @@ def test_other_names_are_stored_as_the_models(kind):
 
 def test_modules_that_are_trained_in_full_keep_their_names_which_peft_does_not_change():
     assert peft_names(tiny_model("laguna"))(SHARED).endswith(SHARED)
+
+
+def test_an_adapter_that_peft_would_not_find_is_refused():
+    name = "model.layers.1.self_attn.k_sconv.weight_proj.lora_A.default.weight"
+    with pytest.raises(JobError, match="PEFT would not find the adapter"):
+        peft_names(tiny_model("inkling2_text"))(name)

@@ -12,7 +12,7 @@ from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model.build import build
 from raytrain_adv.ops.loss import linear_cross_entropy as ops
-from raytrain_adv.ops.loss.function import loss_function
+from raytrain_adv.ops.loss.function import cross_entropy_sum, loss_function
 from raytrain_adv.ops.loss.head import loss_in_head, loss_of, takes_labels
 from raytrain_adv.run.run import local_run
 from raytrain_adv.transforms import loss_kernel
@@ -20,6 +20,7 @@ from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.loss_kernel import LossKernel
 from raytrain_adv.trial.compare import relative_error
 from raytrain_adv.worker.trials.loss import check_loss
+from tests.families import tiny_model
 from tests.tiny_models import KINDS, SIZES, job_for
 
 PLAIN = Mock(**{"job.train.weighs_tokens": False})
@@ -171,23 +172,38 @@ def test_auto_takes_torchs_loss_where_triton_cannot_compile(tmp_path, monkeypatc
     assert "C compiler" in error.value.found and "loss_kernel: torch" in error.value.fix
 
 
-@pytest.mark.parametrize(
-    ("kind", "found"),
-    [
-        ("bert", "computes with cls.predictions.transform.dense.weight after its body"),
-        ("llama4_text", "does not name the module that is its body"),
-    ],
-)
-def test_a_model_that_does_more_than_body_and_head_keeps_its_own_forward(kind, found, tmp_path):
-    sizes = {"intermediate_size_mlp": 56, "num_local_experts": 2, "head_dim": 8}
-    with torch.device("meta"):
-        config = AutoConfig.for_model(kind, **SIZES, **(sizes if kind == "llama4_text" else {}))
-        model = AutoModelForCausalLM.from_config(config)
+def test_a_model_that_does_more_than_body_and_head_keeps_its_own_forward():
+    found = "computes with lm_head.dense.weight after its body"
+    model = tiny_model("modernbert-decoder")
     plan = LossKernel().plan(model, PLAIN)
     assert not plan.changes and found in plan.empty_because and plan.notes == (plan.empty_because,)
     with pytest.raises(JobError, match="for models that are a body and a head") as error:
         LossKernel(loss_kernel="chunked").plan(model, PLAIN)
     assert found in error.value.found
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama4_text", "minicpm3"])
+def test_heads_of_several_layers_and_bodies_without_a_name_compute_the_models_loss(kind, tmp_path):
+    """BERT's head has a dense layer, Llama 4 names no body, MiniCPM divides before the head."""
+    model, chunked = tiny_model(kind).eval(), LossKernel(loss_kernel="chunked")
+    ids = torch.arange(48).reshape(2, 24)
+    labels = ids.roll(-1, 1)
+    expected = cross_entropy_sum(model(input_ids=ids).logits.flatten(0, 1), labels.flatten())
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    plan = chunked.plan(model, PLAIN)
+    chunked.prepare(model, plan)
+    loss = loss_in_head(model, {"input_ids": ids}, labels)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-4, msg=name
+        )
+    job = job_for("none", tmp_path, use_cpu=True)
+    found = check_loss(job, model, local_run(job), {"loss_kernel": plan})["loss_kernel"]
+    assert found.changes == plan.changes and "checked before training" in found.notes[-1]
 
 
 class Doubled(torch.nn.Linear):
