@@ -16,6 +16,7 @@ from raytrain_adv.config import JobConfig, load
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.sections import LARGEST
+from raytrain_adv.driver.commands.dashboard import dashboard_command
 from raytrain_adv.driver.commands.formats import export_command
 from raytrain_adv.driver.commands.reference import REFERENCE
 from raytrain_adv.driver.commands.report import report_command
@@ -331,7 +332,7 @@ def verify(file: Path) -> None:
     kernels.verify(file)
 
 
-for _command in (*COMMANDS, *REFERENCE, export_command, report_command):
+for _command in (*COMMANDS, *REFERENCE, dashboard_command, export_command, report_command):
     app.add_command(_command)
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from raytrain_adv.data.read import orders, stdlib_docs
@@ -39,14 +39,23 @@ class Model:
 
     rows: Callable[[], Iterator[Row]]
     vocab_size: int
-    splits_digits: bool
+    whole: str | None
+    """A regular expression of what stays in one piece, or None for the pieces of GPT-2."""
+    shape: dict[str, int]
     repetition_penalty: float
 
 
+JSON_AND_WORDS = r'\{"\w+": "?|"?, "\w+": "?|"?\}| ?\w+| ?[^\w\s]+|\s+'
 MODELS = {
-    "orders-llama": Model(orders.rows, 640, splits_digits=True, repetition_penalty=1.0),
-    "tiny-llama": Model(stdlib_docs.rows, 4096, splits_digits=False, repetition_penalty=1.2),
-}
+    "orders-llama": Model(
+        orders.rows, 1024, JSON_AND_WORDS, {"hidden_size": 128, "intermediate_size": 384,
+        "num_hidden_layers": 2}, repetition_penalty=1.0,
+    ),
+    "tiny-llama": Model(
+        stdlib_docs.rows, 4096, None, {"hidden_size": 256, "intermediate_size": 704,
+        "num_hidden_layers": 4}, repetition_penalty=1.2,
+    ),
+}  # fmt: skip
 
 
 def texts(model: Model) -> Iterator[str]:
@@ -59,8 +68,8 @@ def texts(model: Model) -> Iterator[str]:
 def make_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     """Train the tokenizer."""
     tokenizer = Tokenizer(models.BPE())
-    split = [pre_tokenizers.Digits(individual_digits=True)] if model.splits_digits else []
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=model.whole is None)
+    split = [pre_tokenizers.Split(Regex(model.whole), "isolated")] if model.whole else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, whole]) if split else whole
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -99,9 +108,7 @@ def main() -> None:
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
+        **model.shape,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

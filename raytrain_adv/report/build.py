@@ -177,8 +177,10 @@ def _logged(report: RunReport, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
         f"{kind}_loss": [(row["step"], row["loss"]) for row in rows if row.get("kind") == kind]
         for kind in ("train", "eval")
     }
+    evals = [row for row in rows if row.get("kind") == "eval" and "exact_answers" in row]
     return {
         **losses,
+        "exact_answers": [(row["step"], row["exact_answers"]) for row in evals],
         "notes": (*report.notes, *faults),
         "warnings": tuple(dict.fromkeys(dead)),
         "starts": starts(rows),

@@ -30,10 +30,16 @@ def plots(report: RunReport, rows: Sequence[Row]) -> list[Plot]:
     node = (
         Series("CPU", _points(train, "cpu_percent"), 1),
         Series("host memory", _points(train, "host_memory_percent"), 2),
+        Series("GPU of rank 0", _points(train, "gpu_percent"), 3),
     )
+    answers = (Series("held-out answers", _points(evals, "exact_answers"), 2, "dots"),)
+    exact = Plot("Exact answers", "share", answers, marks, span="wide", from_zero=True)
+    watts = ("GPU power", "W, rank 0", "gpu_watts", "power")
+    celsius = ("GPU temperature", "°C, rank 0", "gpu_celsius", "temperature")
     times = (Series("step", _points(train, "step_s"), 1), Series("data wait", _waits(train), 2))
     return [
         _loss(train, evals, marks),
+        exact,
         *_against(report),
         single("Learning rate", "", "learning_rate", "learning rate", span="half"),
         single(*norm, span="half", marks=norm_marks),
@@ -41,6 +47,8 @@ def plots(report: RunReport, rows: Sequence[Row]) -> list[Plot]:
         Plot("Time per step", "s", times, marks, from_zero=True),
         single(*memory, levels=_predicted(report), from_zero=True),
         Plot("The node of rank 0", "% in use", node, marks, from_zero=True),
+        single(*watts, span="half", from_zero=True),
+        single(*celsius, span="half"),
     ]
 
 

@@ -29,6 +29,8 @@ CURVES: tuple[tuple[str, str, str, str, Any], ...] = (
     ("Peak memory", "GiB, rank 0", "train", "peak_memory_gib", "half"),
     ("CPU", "% of the node of rank 0", "train", "cpu_percent", "half"),
     ("Host memory in use", "% of the node of rank 0", "train", "host_memory_percent", "half"),
+    ("GPU", "% of the time, rank 0", "train", "gpu_percent", "half"),
+    ("GPU power", "W, rank 0", "train", "gpu_watts", "half"),
 )
 """Title, unit, kind of row, key and width of each plot; those without points are not drawn."""
 RESULTS: dict[str, Callable[[Any], str]] = {

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from raytrain_adv import __version__, text
 from raytrain_adv.report import charts, plot, variants
-from raytrain_adv.report.parts import Failure, NodeReport, Start
+from raytrain_adv.report.parts import Failure, NodeReport, Point, Start
 from raytrain_adv.report.record import RunReport, write_text
 from raytrain_adv.storage import metrics_file
 
@@ -122,10 +122,11 @@ def _figures(report: RunReport, on_cpu: bool) -> list[Figure]:
         restarts.append(f"resumed from step {report.resumed_from_step:,}")
     of_total = f"of {report.total_steps:,}" if report.total_steps else ""
     epochs = "" if report.epochs is None else f"{report.epochs:.2f} epochs"
-    as_what = variants.evaluated_as(report)
+    loss = (_first(report.eval_loss), variants.evaluated_as(report))
     rate, mfu, peak = report.tokens_per_second_per_worker, report.mfu_bf16, report.peak_memory_gib
     return [
-        ("Eval loss", _last(report.eval_loss), as_what, _first(report.eval_loss)),
+        ("Exact answers", *_shares(report.exact_answers)),
+        ("Eval loss", _last(report.eval_loss), "", ", ".join(filter(None, loss))),
         ("Train loss", _smooth_last(report.train_loss), "", _first(report.train_loss)),
         ("Speed", rate and text.rate(rate), "", speed),
         ("MFU", mfu and text.percent(mfu), "", "of the dense bf16 peak"),
@@ -133,6 +134,15 @@ def _figures(report: RunReport, on_cpu: bool) -> list[Figure]:
         ("Steps", f"{report.steps:,}", of_total, epochs),
         ("Time", report.seconds and text.clock(report.seconds), "", ", ".join(restarts)),
     ]
+
+
+def _shares(points: Sequence[Point]) -> tuple[str, str, str]:
+    """Return the last share in percent, no unit, and the first one with its step."""
+    known = [(step, share) for step, share in points if share is not None]
+    if not known:
+        return "", "", ""
+    (step, first), (_, last) = known[0], known[-1]
+    return f"{last:.1%}", "", f"{first:.1%} at step {step:,}" if len(known) > 1 else ""
 
 
 def _baseline(report: RunReport) -> list[tuple[str, str]]:

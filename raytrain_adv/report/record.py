@@ -76,6 +76,9 @@ class RunReport(Record):
     """Training loss as [step, value]: mean per label token of that step."""
     eval_loss: tuple[parts.Point, ...] = ()
     """Loss on the held-out rows as [step, value], mean per label token."""
+    exact_answers: tuple[parts.Point, ...] = ()
+    """Share of the held-out answers that greedy decoding gives exactly, as [step, value], with
+    compute_accuracy."""
     tokens_per_second_per_worker: Number = None
     """Median after warm-up, padding not counted."""
     step_seconds: Number = None

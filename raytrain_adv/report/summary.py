@@ -53,6 +53,7 @@ def _figures(report: RunReport) -> list[tuple[str, str]]:
         ("steps", _steps(report)),
         ("train loss", _train_loss(report.train_loss)),
         ("eval loss", ", ".join(filter(None, eval_loss)) if report.eval_loss else ""),
+        ("exact", _exact(report.exact_answers)),
         ("speed", _speed(report)),
         ("peak memory", _memory(report)),
         ("compared", _compared(report.baseline)),
@@ -115,6 +116,13 @@ def _train_loss(points: Sequence[tuple[int, float | None]]) -> str:
     if window < 2:
         return words
     return f"{words}, {text.loss(fmean(finite[-window:]))} over the last {window} rows"
+
+
+def _exact(points: Sequence[tuple[int, float | None]]) -> str:
+    """Return the first and last share of held-out answers that are exactly right."""
+    ends = [*points[:1], *points[1:][-1:]]
+    words = " -> ".join(f"{value:.1%} (step {step:,})" for step, value in ends if value is not None)
+    return f"{words} of the held-out answers" if words else ""
 
 
 def _speed(report: RunReport) -> str:

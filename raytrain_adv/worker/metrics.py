@@ -159,6 +159,7 @@ class Meter:
             # Of the whole node, since the last row: what else runs there slows training too.
             "cpu_percent": psutil.cpu_percent(),
             "host_memory_percent": psutil.virtual_memory().percent,
+            **(gpu_state(self.run.device) if self.on_gpu else {}),
         }
         self.waits.append(row["data_wait_s"] / max(self.steps_since_log, 1))
         self._log_time, self.paused_s = now, 0.0
@@ -197,3 +198,24 @@ class Meter:
             "peak_memory_gib": peak,
             "data_wait_seconds": statistics.median(self.waits) if self.waits else None,
         }
+
+
+def gpu_state(device: torch.device) -> dict[str, float]:
+    """Return what the driver measures of a GPU: gpu_percent (time in which a kernel ran, over its
+    last sample of at most 1 s), gpu_celsius, gpu_watts. Without those it does not tell, as of a MIG
+    slice.
+    """
+    try:
+        import pynvml  # torch reads its sensors through it
+    except ModuleNotFoundError:
+        return {}
+    sensors = {
+        "gpu_percent": lambda: torch.cuda.utilization(device),
+        "gpu_celsius": lambda: torch.cuda.temperature(device),
+        "gpu_watts": lambda: torch.cuda.power_draw(device) / 1000,
+    }
+    found = {}
+    for name, read in sensors.items():
+        with contextlib.suppress(pynvml.NVMLError, RuntimeError):
+            found[name] = float(read())
+    return found

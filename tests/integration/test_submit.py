@@ -56,6 +56,13 @@ class Cluster:
             lines = answer.read().decode().splitlines()
         return {re.split(r"[ {]", line)[0]: line for line in lines if not line.startswith("#")}
 
+    def message(self) -> str:
+        """The status message of the first job, as the dashboard shows it."""
+        token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        request = urllib.request.Request(f"{self.dashboard}/api/jobs/", headers=token)
+        with urllib.request.urlopen(request) as answer:
+            return str(json.load(answer)[0]["message"])
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
@@ -166,6 +173,8 @@ def test_a_submitted_job_is_seen_and_stopped_with_a_checkpoint(cluster, project,
     wait_for(lambda: cluster.exported()["ray_raytrain_adv_transform_on"].endswith(" 1.0"))
     figures = cluster.exported()["ray_raytrain_adv_transform_on"]
     assert 'transform="qat"' in figures and 'run="out"' in figures and 'rank="' in figures
+    wait_for(lambda: f"/{STEPS}, loss " in cluster.message(), timeout_s=40)
+    assert cluster.message().endswith(" left")
     seen = cluster.call("status", "out", cwd=tmp_path).stdout
     submitted.send_signal(signal.SIGINT)
     log = submitted.communicate(timeout=120)[0]

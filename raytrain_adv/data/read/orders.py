@@ -1,7 +1,7 @@
 """The quickstart's dataset: orders as a customer writes them, and the same orders as JSON.
 
 Made by drawing: a model of a few million parameters learns the task from scratch in minutes, and
-hardly any held-out order was trained on, as there are more than ten billion of them.
+hardly any held-out order was trained on, as there are more than ten million of them.
 """
 
 import hashlib
@@ -30,9 +30,7 @@ _LAST = _words(
 )
 _COLORS = _words("red green blue black white yellow brown gray orange purple")
 _CITIES = _words("Oslo Berlin Madrid Paris Rome Vienna Dublin Prague Lisbon Athens Zurich Warsaw")
-_MONTHS = _words(
-    "January February March April May June July August September October November December"
-)
+_DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 _NUMBERS = _words("one two three four five six seven eight nine ten eleven twelve")
 
 _ITEMS = {
@@ -41,12 +39,12 @@ _ITEMS = {
     "pen": "pens", "watch": "watches",
 }  # fmt: skip
 _FORMS = (
-    "{customer} orders {many} {color} {items}, to {city}, by {date}.",
-    "Please send {many} {color} {items} to {customer} in {city} before {date}.",
-    "{customer} in {city} needs {many} {items} in {color} on {date}.",
-    "By {date}, {city}: {many} {color} {items} for {customer}.",
-    "Hello, this is {customer}. I would like {many} {items}, {color}, in {city} on {date}.",
-    "Deliver to {city} on {date}: {items}, {color}, {many} of them. {customer}",
+    "{customer} orders {many} {color} {items}, to {city}, by {day}.",
+    "Please send {many} {color} {items} to {customer} in {city} before {day}.",
+    "{customer} in {city} needs {many} {items} in {color} on {day}.",
+    "By {day}, {city}: {many} {color} {items} for {customer}.",
+    "Hello, this is {customer}. I would like {many} {items}, {color}, in {city} on {day}.",
+    "Deliver to {city} on {day}: {items}, {color}, {many} of them. {customer}",
 )
 
 
@@ -67,17 +65,14 @@ def rows() -> Iterator[Row]:
 def _order(draw: random.Random) -> tuple[str, dict[str, str | int]]:
     """Draw an order: its sentence, and what it says."""
     item, count = draw.choice(list(_ITEMS)), draw.randint(2, 60)
-    year, month, day = draw.randint(2024, 2029), draw.randint(1, 12), draw.randint(1, 28)
     order: dict[str, str | int] = {
         "customer": f"{draw.choice(_FIRST)} {draw.choice(_LAST)}",
         "item": item,
         "color": draw.choice(_COLORS),
         "quantity": count,
         "city": draw.choice(_CITIES),
-        "date": f"{year}-{month:02}-{day:02}",
+        "day": draw.choice(_DAYS),
     }
-    name = _MONTHS[month - 1]
-    dates = f"{name} {day}, {year}", f"{day} {name} {year}", f"{day:02}.{month:02}.{year}"
     many = _NUMBERS[count - 1] if count <= len(_NUMBERS) and draw.random() < 0.5 else str(count)
-    words = {"many": many, "items": _ITEMS[item], "date": draw.choice(dates)}
+    words = {"many": many, "items": _ITEMS[item]}
     return draw.choice(_FORMS).format(**{**order, **words}), order

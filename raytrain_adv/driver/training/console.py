@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raytrain_adv import text
+from raytrain_adv.driver.training.job_message import JobMessage
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.storage.metrics_file import FILE_NAME, FollowedFile
 
@@ -76,6 +77,20 @@ class Progress:
         left = self.total_steps - self.step
         return None if per_step is None else max(left * per_step, 0.0)
 
+    def sentence(self) -> str:
+        """Return the run in one line: step, loss and time left, or its phase before the first."""
+        trained = next((row for row in reversed(self.shown) if row["kind"] == "train"), None)
+        if trained is None:
+            return self.phase
+        eta = self.eta_s()
+        words = [
+            f"step {of_total(self.step, self.total_steps).strip()}",
+            f"loss {text.loss(value(trained, 'loss'))}",
+            f"{text.clock(eta)} left" if eta else "",
+            self.phase if self.phase != "training" else "",
+        ]
+        return ", ".join(filter(None, words))
+
     def _take_event(self, row: Row) -> None:
         match row.get("event"):
             case "plan":
@@ -110,6 +125,7 @@ class Console:
         self._live: Live | None = None
         self._drawn_at = -REDRAW_S
         self._drawn: list[str] = []
+        self._job_message = JobMessage(self._print)
         self._thread = threading.Thread(target=self._follow, name="live view", daemon=True)
 
     def __enter__(self) -> "Console":
@@ -147,6 +163,8 @@ class Console:
                     self._show(self._progress.take(row))
                 if self._live is not None:
                     self._draw(self._live, closing)
+            if not closing:
+                self._job_message.tell(self._progress.sentence())
         except Exception as error:
             # Whatever fails here (a closed terminal, a row of another version) must neither end a
             # training run of days nor go unseen.

@@ -1,5 +1,5 @@
 """A run's metrics for Prometheus: every rank exports its own through Ray, on its node's metrics
-port, where Ray prefixes each name with `ray_`. cluster/grafana has the dashboard.
+port, where Ray prefixes each name with `ray_`. driver/commands/board.json is Grafana's board.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""cluster/grafana against the metrics that exist."""
+"""The board of Grafana against the metrics that exist."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from ray.train.v2._internal.metrics.controller import ControllerMetrics
 from ray.train.v2._internal.metrics.worker import WorkerMetrics
 
+from raytrain_adv.driver.commands.dashboard import BOARD
 from raytrain_adv.driver.training.prometheus import EXPORTED
-from tests.conftest import ROOT
 
 
 def test_the_dashboard_asks_only_for_what_is_exported():
     """Ours are those that a run exports (tests/integration/test_submit.py asks one); Ray Train's
     are those of its package."""
-    text = (ROOT / "cluster" / "grafana" / "raytrain_adv.json").read_text()
+    text = BOARD.read_text()
     board: dict[str, Any] = json.loads(text)
     panels = [panel for panel in board["panels"] if panel["type"] != "row"]
     asked = " ".join(target["expr"] for panel in panels for target in panel["targets"])

@@ -72,3 +72,13 @@ def test_console_and_report_show_that_evaluation_runs_fake_quantized() -> None:
     assert "eval, fake-quantized" in render(report, rows)
     plain = report.model_copy(update={"transforms": {}})
     assert "fake-quantized" not in summary(plain)
+
+
+def test_console_and_report_show_the_share_of_exact_answers_before_and_after() -> None:
+    report = report_of(2.0, 2.1, 2.02)
+    assert "exact" not in summary(report)
+    report = report.model_copy(update={"exact_answers": ((0, 0.0), (4, 0.5), (8, 0.985))})
+    assert "0.0% (step 0) -> 98.5% (step 8) of the held-out answers" in summary(report)
+    rows = [{"kind": "eval", "step": s, "loss": 2, "exact_answers": s / 8} for s in (0, 4, 8)]
+    page = render(report, rows)
+    assert "98.5%" in page and "0.0% at step 0" in page and "held-out answers" in page

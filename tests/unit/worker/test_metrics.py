@@ -64,3 +64,16 @@ def test_an_evaluation_before_the_first_step_is_not_in_its_time(meter):
     made.end(100, torch.tensor(1.0))
     made.first_step_done()
     assert run.timeline["first step"] == pytest.approx(2.0)
+
+
+def test_a_gpu_is_measured_by_what_its_driver_tells(monkeypatch):
+    """A MIG slice tells no utilization; the rest is still logged."""
+    pynvml = pytest.importorskip("pynvml")
+
+    def silent(device):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(torch.cuda, "utilization", silent)
+    monkeypatch.setattr(torch.cuda, "temperature", lambda device: 41)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 123_456)
+    assert metrics.gpu_state(torch.device("cuda")) == {"gpu_celsius": 41.0, "gpu_watts": 123.456}
