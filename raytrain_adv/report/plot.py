@@ -153,7 +153,8 @@ def _draw(plot: Plot, series: list[Series]) -> Drawing:
         for s in series
         if s.style != "faint"
     ]
-    data = {"x": [low, high], "over": plot.over, "log": is_log, "series": points}
+    logs = {"log": is_log, "ylog": _has_spike(plot, series)}
+    data = {"x": [low, high], "over": plot.over, **logs, "series": points}
     return Drawing(plot, [*keys, *marks], shapes, json.dumps(data, separators=(",", ":")))
 
 
@@ -167,6 +168,13 @@ def _x_range(plot: Plot, series: list[Series]) -> tuple[float, float, bool]:
         return low * 0.9, high * 1.1, True
     margin = (high - low) * 0.02 or abs(low) * 0.1 or 1.0
     return low - margin, high + margin, False
+
+
+def _has_spike(plot: Plot, series: list[Series]) -> bool:
+    """Return whether a linear axis would press everything but a spike to the ground."""
+    values = sorted([y for s in series for _, y in s.points] + [v.value for v in plot.levels])
+    is_spike = values[0] > 0 and values[-1] > SPIKE * values[len(values) // 2]
+    return is_spike and not plot.from_zero
 
 
 def _svg(
@@ -212,10 +220,7 @@ def _scale(axes: Axes, plot: Plot, series: list[Series], narrow: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
     low, high, is_log = _x_range(plot, series)
-    values = sorted([y for s in series for _, y in s.points] + [v.value for v in plot.levels])
-    # One spike would press everything else to the ground.
-    has_spike = values[0] > 0 and values[-1] > SPIKE * values[len(values) // 2]
-    has_spike = has_spike and not plot.from_zero
+    has_spike = _has_spike(plot, series)
     axes.set(xscale="log" if is_log else "linear", yscale="log" if has_spike else "linear")
     places = sorted({x for s in series for x, _ in s.points})
     x_ticks = (axes.xaxis, is_log, plot.over == "step", 4 if narrow else 8)

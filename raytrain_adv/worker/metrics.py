@@ -78,6 +78,7 @@ class Meter:
         self.step = 0  # the current optimizer step, from 0
         self._started = self._log_time = time.perf_counter()
         self._phases: set[str] = set()
+        psutil.cpu_percent()  # its first answer is 0; each later one is since the one before
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(run.device)
 

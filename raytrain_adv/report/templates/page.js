@@ -35,6 +35,17 @@ for (const area of document.querySelectorAll(".area")) {
   area.addEventListener("pointermove", show); area.addEventListener("pointerdown", show);
   area.addEventListener("pointerleave", hide);
 }
+const nice = (low, high, least) => {
+  const rough = Math.max((high - low) / 4, least), ten = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].map(n => n * ten).find(s => s >= rough * 0.999), found = [];
+  for (let i = Math.ceil(low / step); i * step <= high; i++) found.push(Number((i * step).toPrecision(6)));
+  return found;
+};
+const decades = (low, high) => {
+  const found = [];
+  for (let i = Math.ceil(Math.log10(low)); i <= Math.log10(high); i++) found.push(10 ** i);
+  return found.length > 1 ? found : nice(low, high, 0);
+};
 // Zoom (drag over a plot; a double click shows all) and smoothing draw a plot again from its points.
 for (const figure of document.querySelectorAll("figure[data-plot]")) {
   const plot = JSON.parse(figure.dataset.plot), areas = [...figure.querySelectorAll(".area")];
@@ -66,16 +77,17 @@ for (const figure of document.querySelectorAll("figure[data-plot]")) {
       const left = box.width * Number(area.dataset.left), right = box.width * Number(area.dataset.right);
       const ys = plot.series.flatMap(s => s[2].map(p => p[1]));
       if (!ys.length) continue;
-      let bottom = Math.min(...ys), top = Math.max(...ys); if (bottom === top) { bottom -= 1; top += 1; }
+      let bottom = Math.min(...ys), top = Math.max(...ys);
+      const scale = plot.ylog && bottom > 0 ? Math.log : y => y;
+      if (bottom === top) { top += Math.abs(top) / 2 || 1; bottom -= Math.abs(bottom) / 2 || 1; }
       const X = x => left + (right - left) * (x - low) / (high - low);
-      const Y = y => 16 + (box.height - 42) * (top - y) / (top - bottom);
+      const Y = y => 16 + (box.height - 42) * (scale(top) - scale(y)) / (scale(top) - scale(bottom));
       let body = "";
-      for (let i = 0; i < 5; i++) {
-        const y = bottom + (top - bottom) * i / 4, x = low + (high - low) * i / 4;
+      for (const y of scale === Math.log ? decades(bottom, top) : nice(bottom, top, 0))
         body += `<line x1="${left}" x2="${right}" y1="${Y(y)}" y2="${Y(y)}" stroke="var(--grid)"/>`
-          + `<text x="${left - 8}" y="${Y(y) + 4}" text-anchor="end">${Number(y.toPrecision(4))}</text>`
-          + `<text x="${X(x)}" y="${box.height - 6}" text-anchor="middle">${Math.round(x)}</text>`;
-      }
+          + `<text x="${left - 8}" y="${Y(y) + 4}" text-anchor="end">${Number(y.toPrecision(6))}</text>`;
+      for (const x of nice(low, high, 1))
+        body += `<text x="${X(x)}" y="${box.height - 6}" text-anchor="middle">${x.toLocaleString("en")}</text>`;
       for (const [, color, points] of plot.series)
         body += `<polyline fill="none" stroke="var(--c${color})" stroke-width="1.6" points="${
           points.map(p => X(p[0]).toFixed(1) + "," + Y(p[1]).toFixed(1)).join(" ")}"/>`;

@@ -258,3 +258,11 @@ def test_the_proof_that_a_transform_ran_is_shown():
     page = render(RunReport(status="done", transforms={"fp8": done}), [])
     assert "aten::_scaled_mm ran 672 times in one training step, for 224 modules" in page
     assert "nvjet_qqtst_320x128" in page
+
+
+def test_the_script_knows_which_axis_is_logarithmic():
+    """Zoom and smoothing drew a loss that falls by four decades on a linear axis."""
+    fell = [(step, 10.0 ** (1 - step / 25)) for step in range(1, 101)]
+    flat = [(step, 2.0) for step in range(1, 101)]
+    drawings = draw([Plot("a", "", (Series("a", points, 1),)) for points in (fell, flat)])
+    assert ['"ylog":true' in drawing.data for drawing in drawings] == [True, False]

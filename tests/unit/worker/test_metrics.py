@@ -77,3 +77,19 @@ def test_a_gpu_is_measured_by_what_its_driver_tells(monkeypatch):
     monkeypatch.setattr(torch.cuda, "temperature", lambda device: 41)
     monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 123_456)
     assert metrics.gpu_state(torch.device("cuda")) == {"gpu_celsius": 41.0, "gpu_watts": 123.456}
+
+
+@pytest.fixture
+def questions(monkeypatch):
+    """Return the questions for the node's CPU, each of which ends the time of the one before."""
+    found = []
+    monkeypatch.setattr(metrics.psutil, "cpu_percent", lambda: found.append("asked") or 50.0)
+    return found
+
+
+def test_the_first_row_has_the_nodes_cpu_since_the_start(questions, meter):
+    """psutil answers 0 to the first question, and the report's curve began there."""
+    made, _, _ = meter
+    assert len(questions) == 1
+    made.end(100, torch.tensor(1.0))
+    assert made.row(1, 2.0, 1.0, 1e-3, 0.0)["cpu_percent"] == 50.0
