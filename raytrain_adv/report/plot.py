@@ -187,7 +187,8 @@ def _svg(
     from matplotlib.figure import Figure
 
     left, right, bottom, top = LEFT / width, 1 - RIGHT / width, BOTTOM / height, 1 - TOP / height
-    label = f"{plot.title} over {'optimizer steps' if plot.over == 'step' else plot.over}"
+    over = f" over {'optimizer steps' if plot.over == 'step' else plot.over}"
+    label = plot.title.removesuffix(over) + over
     salt = {"svg.hashsalt": f"{label} {width}"}  # ids differ between drawings, not between runs
     with style.context({**STYLE, **salt}, after_reset=True), io.StringIO() as file:
         figure = Figure(figsize=(width / 72, height / 72))  # matplotlib's SVG has 72 to the inch

@@ -5,6 +5,7 @@ own; the others run in this one.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from raytrain_adv.config import load
+from tests.own_code import with_own_code
 
 LAUNCH = [sys.executable, "-m", "raytrain_adv.launch"]
 LINE = {"use_cpu": True, "val_size": 8}
@@ -97,16 +99,24 @@ def test_a_killed_sweep_goes_on_and_one_trial_that_fails_does_not_end_it(
     assert found["max_concurrent_trials"] == 2
     assert trials[best]["metric"] == min(t["metric"] for t in trials.values() if t["metric"])
     assert load(out / "best_job.yaml").train.max_steps == trials[best]["values"]["max_steps"]
-    assert (out / "sweep.html").read_text().count("<svg") == 2  # page and phone
+    page = (out / "sweep.html").read_text()
+    shown = [f"{what} over" for what in ("Eval loss", "Training loss", "Eval loss")]
+    labels = re.findall(r'<svg [^>]*aria-label="([^"]*)"', page)
+    assert [label.partition(" over")[0] + " over" for label in labels[::2]] == shown
+    assert labels[::2] == labels[1::2]  # page and phone
     console = (out / "trials" / long / "console.log").read_text()
-    assert "step  20/200" in console
+    assert f"step {trials[long]['resumed_from_step'] + 10:3d}/200" in console
 
 
 @pytest.mark.slow  # two minutes; tests/unit/driver/sweep/test_sweep.py has what it decides by
-def test_asha_stops_a_trial_and_its_workers_give_back_their_cpu(launch, sweep_file, tmp_path):
-    """A worker takes both CPUs: the third trial can only run where the second's is gone."""
+def test_asha_stops_a_trial_and_its_workers_give_back_their_cpu(launch, sweep_file, keys, tmp_path):
+    """A worker takes both CPUs: the third trial can only run where the second's is gone. A step
+    takes a tenth of a second, so that a stop, which takes seconds, comes before the end."""
+    slow = 'trains and __import__("time").sleep(0.1)'
+    with_own_code(Path(keys["model_name_or_path"]), before=slow)
     section = {"learning_rate": [1e-2, 1e-9, 2e-9], "scheduler": "asha", "grace_steps": 4}
     changed = {"max_steps": 150, "eval_strategy": "steps", "eval_steps": 4, "logging_steps": 4}
+    changed["trust_remote_code"] = True
     both = {"ray_num_workers": 1, "resources_per_worker": {"CPU": 2}}
     done = launch(sweep_file(section, **changed, **both))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -90,6 +90,11 @@ def test_rates_that_differ_much_lie_on_a_logarithmic_axis() -> None:
     assert '"log":false' in steps.data and '"x":[0.0,1000]' in steps.data
 
 
+def test_a_plot_over_a_key_names_the_key_once() -> None:
+    page = render(sweep_of(*(trial(3.0 + r, learning_rate=r) for r in (1e-5, 1e-4))))
+    assert page.count('aria-label="Eval loss over learning_rate"') == 2  # page and phone
+
+
 def test_the_page_shows_what_failed_as_text() -> None:
     page = render(sweep_of(trial(3.0, seed=1), trial(None, "failed", seed=2)))
     assert "&lt;b&gt;why&lt;/b&gt;" in page and "seed=2: failed" in page
