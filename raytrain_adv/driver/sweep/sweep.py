@@ -6,14 +6,15 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import ray
 from ray import tune
+from ray.exceptions import OutOfMemoryError
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import NEVER, SWITCH, Sweep, Trial
@@ -28,7 +29,7 @@ from raytrain_adv.driver.preflight.verdicts import Preflight
 from raytrain_adv.driver.sweep.asha import DelayAwareAsha, Rungs
 from raytrain_adv.driver.sweep.results import Progress, Results
 from raytrain_adv.driver.sweep.trial import run_trial
-from raytrain_adv.driver.training.failures import stop_error
+from raytrain_adv.driver.training.failures import memory_found, stop_error
 from raytrain_adv.driver.watch.nodes import HeadWatch, head_address, watching_start
 from raytrain_adv.driver.watch.stop import request_trial_stop
 from raytrain_adv.errors import (
@@ -226,7 +227,7 @@ def _tune(
         {f"node:{ray.util.get_node_ip_address()}": DRIVER_SHARE},
     )
     # Tune's files are not needed: each trial's own folder has its progress.
-    with tempfile.TemporaryDirectory(prefix="raytrain_adv_sweep_") as scratch:
+    with tempfile.TemporaryDirectory(prefix="raytrain_adv_sweep_") as scratch, name_low_memory():
         tune.Tuner(
             trainable,
             param_space={"trial": tune.grid_search(list(jobs))},
@@ -243,6 +244,24 @@ def _tune(
                 verbose=0,
             ),
         ).fit()
+
+
+@contextmanager
+def name_low_memory() -> Iterator[None]:
+    """Turn Tune's error for a trial that Ray's memory monitor has killed into a TrainingError: Tune
+    takes it for a mistake of its own, with pages of text, and ends (ray 2.60).
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, OutOfMemoryError):
+            raise
+        raise TrainingError(
+            "The sweep ended: a node ran low on memory, and Ray killed a trial's process there",
+            memory_found(error.__cause__),
+            "free memory there, or set max_concurrent_trials lower; then run again with "
+            "resume_from_checkpoint: true",
+        ) from error
 
 
 def _scheduler(

@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 
 from raytrain_adv.errors import RaytrainAdvError, Stopped, StorageError, TrainingError
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.storage.storage import Storage
+from raytrain_adv.text import first_line
 
 if TYPE_CHECKING:
     from ray.train.v2._internal.execution.context import TrainRunContext
@@ -27,6 +28,11 @@ COLLATERAL = (
     "Timed out waiting",
     "DistBackendError",
 )
+DIED = (RayActorError, OutOfMemoryError)
+"""A process has gone. Ray's memory monitor kills those of a node that runs low, and its error is no
+RayActorError (ray 2.60)."""
+LOW_MEMORY = "its node ran low on memory, and Ray killed it"
+LARGEST = 3
 LAST_LINES = 12
 REASON_FILE = "failure.json"
 
@@ -84,13 +90,16 @@ def _unwrap(error: BaseException) -> BaseException:
     return _unwrap(inner) if isinstance(inner, BaseException) else error
 
 
-def translate(error: TrainingFailedError | RayActorError) -> RaytrainAdvError:
+def translate(
+    error: TrainingFailedError | RayActorError | OutOfMemoryError,
+) -> RaytrainAdvError:
     """Return the error to show: a worker's own, else the last lines of the first that failed."""
     if isinstance(error, WorkerGroupError):
         return _of_workers(error.worker_failures)
     fix = "run the job again with resume_from_checkpoint: true"
     if not isinstance(error, ControllerError):
-        return TrainingError("Ray Train's controller died", _last_lines(error), fix)
+        why = f": {LOW_MEMORY}" if isinstance(error, OutOfMemoryError) else ""
+        return TrainingError(f"Ray Train's controller died{why}", _last_lines(error), fix)
     root, fix = _unwrap(error.controller_failure), "see the Ray dashboard's logs"
     if isinstance(root, RaytrainAdvError):
         return root
@@ -122,7 +131,7 @@ def _in_a_sentence(failures: Mapping[int, Exception]) -> str:
     root = _unwrap(cause)
     if isinstance(root, RaytrainAdvError):
         return f"{root.what}: {root.found.splitlines()[0]}" if root.found else root.what
-    if isinstance(root, RayActorError):
+    if isinstance(root, DIED):
         return _what(rank, root)
     return f"{_what(rank, root)}: {_last_lines(cause).splitlines()[-1]}"
 
@@ -134,18 +143,28 @@ def _first_cause(failures: Mapping[int, Exception]) -> tuple[int, Exception]:
         rank, error = item
         root = _unwrap(error)
         is_collateral = any(sign in str(error) for sign in COLLATERAL)
-        died = isinstance(root, RayActorError)
+        died = isinstance(root, DIED)
         return not isinstance(root, RaytrainAdvError), is_collateral and not died, rank
 
     return min(failures.items(), key=order)
 
 
 def _what(rank: int, root: BaseException) -> str:
-    return f"Worker {rank} {'died' if isinstance(root, RayActorError) else 'failed'}"
+    why = f": {LOW_MEMORY}" if isinstance(root, OutOfMemoryError) else ""
+    return f"Worker {rank} {'died' if isinstance(root, DIED) else 'failed'}{why}"
+
+
+def memory_found(error: OutOfMemoryError) -> str:
+    """Return how full the node was, and its largest processes."""
+    heading = "Top 10 memory users: PID\tMEM(GB)\tCOMMAND"
+    largest = str(error).partition(heading)[2].strip().splitlines()[:LARGEST]
+    return "\n".join([first_line(error), *(f"{line[:80]} (pid, GB, command)" for line in largest)])
 
 
 def _last_lines(error: BaseException) -> str:
     root = _unwrap(error)
+    if isinstance(root, OutOfMemoryError):
+        return memory_found(root)
     notes = getattr(root, "__notes__", [])  # the innermost frames, added by ray_worker
     text = "\n".join([*notes, f"{type(root).__name__}: {root}"]) if notes else str(error)
     lines = [line for line in text.strip().splitlines() if line.strip()]

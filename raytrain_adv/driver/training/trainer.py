@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -181,13 +180,13 @@ def fit(
             if not isinstance(shown, Terminated) or is_stopped() or not saves:
                 raise shown from error
             why = f"{shown.what}: {shown.found}"  # not a failure: max_failures does not count it
-        except RayActorError as error:
+        except failures.DIED as error:
             # The controller has died: Ray restarts workers, but not their controller.
             head.wait()
             if deaths_left == 0:
                 raise failures.translate(error) from error
             deaths_left -= 1
-            why = "Ray Train's controller died"
+            why = failures.translate(error).what
             release(place.storage.folder(attempt))
         console.say(f"{why}; starting again from the last checkpoint")
         wait_for_room(placement, console.say, is_stopped=is_stopped)
