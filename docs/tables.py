@@ -296,6 +296,22 @@ def soak() -> str:
     return f"{text}\n\n`{data['command']}`: {attempts}"
 
 
+def serve() -> str:
+    """What engines computed of trained models, on a CPU."""
+    data = read("serve_cpu")
+    baseline = {row["engine"]: row for row in data["rows"] if row["target"] == "bf16"}
+    rows = []
+    for row in data["rows"]:
+        same, plain = row["agreement"], baseline.get(row["engine"])
+        ratio = row["tokens_per_cpu_s"] / plain["tokens_per_cpu_s"] if plain else None
+        top1 = f"{same['top1']:.1%} of {same['num_tokens']}"
+        speed = f"{row['tokens_per_cpu_s']:.1f}", "" if ratio is None else f"{ratio:.2f}"
+        size = f"{1024 * row['gib']:.0f}"
+        rows.append((row["target"], row["version"], top1, f"{same['kl']:.2g}", *speed, size))
+    header = ("trained for", "engine", "same token", "KL, nats", "tokens per CPU second")
+    return table((*header, "relative to bf16", "MiB"), rows)
+
+
 def all_results() -> str:
     """Every file of results with its card, date and commands."""
     parts = []
@@ -327,6 +343,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         qat_8b_checkpointing,
         chaos,
         soak,
+        serve,
         all_results,
     )
 }

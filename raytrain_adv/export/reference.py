@@ -8,7 +8,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
+from raytrain_adv.config.job import JobConfig
+from raytrain_adv.model.vocabulary import read_tokenizer
+
+TEXT = """Rivers begin as rain. Water that falls on a mountain runs down its sides in thin streams,
+and where two meet they form a larger one. A river carries stones, then gravel, then sand, and
+when it reaches flat land it slows down and leaves them behind. This is why the ground near a river
+is good for farming, and why so many old cities stand beside one.
+
+Question: A train leaves at 9:40 and takes 85 minutes. When does it arrive?
+Answer: 85 minutes are one hour and 25 minutes. Adding one hour to 9:40 gives 10:40, and 25
+minutes more give 11:05, so the train arrives at 11:05.
+
+def mean(values):
+    total = 0.0
+    for value in values:
+        total += value
+    return total / len(values)
+
+Translate into French: "Good morning, where is the station?"
+"Bonjour, où est la gare ?"
+
+She closed the book, put it back on the shelf, and went to the window. It was still raining. On the
+other side of the street a man with a red umbrella was waiting for somebody who did not come."""
+"""What a model without a dataset is compared on: prose, a calculation, code, another language."""
 REFERENCE = "trained_logprobs.npz"
 """Token ids [tokens], and after each the ids and log-probabilities [tokens, MOST] that training
 computes, with its rounding."""
@@ -36,6 +61,18 @@ def write_reference(folder: Path, input_ids: torch.Tensor, logits: torch.Tensor)
     values, ids = known.topk(min(MOST, known.shape[-1]))
     tokens = input_ids[0].cpu().numpy()
     np.savez(folder / REFERENCE, tokens=tokens, ids=ids.numpy(), logprobs=values.numpy())
+
+
+def sample_tokens(model: PreTrainedModel, job: JobConfig, most: int) -> torch.Tensor:
+    """Return at most `most` token ids of TEXT; random ones [most] if the model has no tokenizer."""
+    config: Any = model.config.get_text_config()
+    most = min(most, getattr(config, "max_position_embeddings", most))
+    if any(Path(job.model.model_name_or_path).glob("tokenizer*")):
+        ids = torch.tensor(read_tokenizer(job)(TEXT).input_ids)
+        if len(ids := ids[ids < int(config.vocab_size)]):
+            return ids[:most]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(int(config.vocab_size), (most,), generator=generator)
 
 
 def read_reference(folder: Path) -> Reference:

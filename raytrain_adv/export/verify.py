@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
+from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -181,8 +182,9 @@ def compare_converted(
     if scheme is not None and importlib.util.find_spec("compressed_tensors") is None:
         how = "stored values are training's; not loaded, as compressed-tensors is not installed"
         return Comparison(None, how)
-    model = load_folder(folder, job.model.trust_remote_code, attn_implementation).to(device).eval()
-    logits = model(input_ids=input_ids.to(device), use_cache=False).logits
+    with no_progress_bars():
+        model = load_folder(folder, job.model.trust_remote_code, attn_implementation).to(device)
+        logits = model.eval()(input_ids=input_ids.to(device), use_cache=False).logits
     found, wanted = logits.float().cpu(), reference.float()
     apart = (found - wanted).abs()
     difference, largest = float(apart.max()), float(wanted.abs().max())
@@ -207,6 +209,23 @@ def compare_converted(
             f"{DEFECT}; the trained model itself is exported, and is not {kind}",
         )
     return Comparison(difference, how)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep libraries' progress bars out of the output for a while: compressed-tensors 0.20 draws
+    four for each model that it loads, and has no switch for them.
+    """
+    shown: Any = tqdm.__init__
+
+    def hidden(bar: Any, *args: Any, **keys: Any) -> None:
+        shown(bar, *args, **{**keys, "disable": True})
+
+    tqdm.__init__ = hidden  # type: ignore[method-assign]  # its modules hold the class itself
+    try:
+        yield
+    finally:
+        tqdm.__init__ = shown  # type: ignore[method-assign]
 
 
 def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from raytrain_adv.config.job import JobConfig, transform_types
 from raytrain_adv.config.load import load_keys
 from raytrain_adv.config.problems import Problem, job_error
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
+from raytrain_adv.driver.commands.verify import TAIL, run_script
 from raytrain_adv.driver.output.output_dir import storage_path
 from raytrain_adv.driver.output.replaced import RUN_FILE
 from raytrain_adv.errors import JobError, StorageError, TrainingError
@@ -27,6 +29,7 @@ from raytrain_adv.export.convert import write_converted
 from raytrain_adv.export.folder import NewFolder, folder_gib
 from raytrain_adv.export.merge import export_merged
 from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.export.reference import sample_tokens
 from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, compare_converted, converted_logits
 from raytrain_adv.model import weights
 from raytrain_adv.model.adapter import merge_adapters
@@ -53,6 +56,7 @@ MEANINGLESS = frozenset({"compare", "fake_quant_after_n_steps"})
 TRAINS = "affects only how a model is trained"
 WAY_OUT = "make room, or name another folder by --output"
 INDENT = " " * 11
+PROGRAM = "model.pte"
 NO_GPU = "float8 products need a GPU, and this command has none"
 KEPT = (
     Lora,
@@ -152,6 +156,7 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
     print(f"quantized  {target} ({sizes})")
     print(f"{INDENT}{job.transform(Qat).scheme}; not trained for it (PTQ)")
     print(f"{INDENT}{compared[0]}")
+    _write_program(target, job)
 
 
 def _text(given: list[str], key: str) -> str:
@@ -169,7 +174,7 @@ def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
         return f"not compared: that takes {needed:.1f} GiB of memory, and {free:.1f} are free"
     model, _ = prepared_model(job)
     weights.load_pretrained(model, job, CPU)
-    tokens = _tokens(model).unsqueeze(0)
+    tokens = sample_tokens(model, job, MOST_TOKENS).unsqueeze(0)
     reference = converted_logits(model, job, tokens, dtype)
     attention = model.config._attn_implementation
     del model
@@ -223,7 +228,8 @@ def _merge_run(
     found = _checkpoint(job, checkpoint_name)
     out = _new(Path(output) if output else folder / f"merged-step_{found.progress.step}") / "model"
     model = _loaded(job, found)
-    merged = export_merged(model, job, out, load_tokenizer(job), _tokens(model), WAY_OUT)
+    tokens = sample_tokens(model, job, MOST_TOKENS)
+    merged = export_merged(model, job, out, load_tokenizer(job), tokens, WAY_OUT)
     report = _report_of(folder, found)
     write_card(out, job, report, "The adapter is merged into its base.")
     lines = []
@@ -272,7 +278,7 @@ def _export_run(
     step = found.progress.step
     out = _new(Path(output) if output else folder / f"exported-step_{step}")
     model = _loaded(job, found)
-    tokens = None if _needs_gpu(job) else _tokens(model)
+    tokens = None if _needs_gpu(job) else sample_tokens(model, job, MOST_TOKENS)
     written = export_model(model, job, out / "model", load_tokenizer(job), tokens)
     report = _report_of(folder, found)
     if report is not None:
@@ -288,6 +294,23 @@ def _export_run(
     difference, how = figures["quantized_logit_difference"], figures["quantized_comparison"]
     not_compared = f"not compared: {NO_GPU}"
     print(INDENT + (_difference(difference, how, "the checkpoint's") if how else not_compared))
+    _write_program(Path(str(figures["quantized_dir"])), job)
+
+
+def _write_program(folder: Path, job: JobConfig) -> None:
+    """Write the program of a folder that is for ExecuTorch, if it is installed here, and print what
+    was done. Raises TrainingError when ExecuTorch does not take the model.
+    """
+    if job.transform(Qat).target.engine != "ExecuTorch":
+        return
+    if find_spec("executorch") is None:
+        print(f"{INDENT}{PROGRAM} is not written, as executorch is not installed here; this does:")
+        print(f"{INDENT}raytrain-adv verify {folder} --engine executorch --python FILE")
+        return
+    ran = run_script("lower_executorch.py", folder, "")
+    if ran.returncode:
+        raise TrainingError(f"ExecuTorch wrote no {PROGRAM}", ran.stderr[-TAIL:], DEFECT)
+    print(f"{INDENT}{PROGRAM} ({disk((folder / PROGRAM).stat().st_size / GIB)})")
 
 
 def _report_of(folder: Path, found: Found) -> RunReport | None:
@@ -352,10 +375,3 @@ def prepared_model(job: JobConfig) -> tuple[PreTrainedModel, dict[str, Plan]]:
 
 def _needs_gpu(job: JobConfig) -> bool:
     return job.transform(Qat).activation_dtype == FLOAT8
-
-
-def _tokens(model: PreTrainedModel) -> torch.Tensor:
-    config: Any = model.config.get_text_config()
-    number = min(MOST_TOKENS, getattr(config, "max_position_embeddings", MOST_TOKENS))
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(int(config.vocab_size), (number,), generator=generator)

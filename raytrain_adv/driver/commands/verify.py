@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,9 +41,11 @@ def run(folder: Path, engine: str, python: str) -> None:
     if not (folder / REFERENCE).is_file():
         fix = "export it again: float8 activations are compared on a GPU alone"
         raise JobError(f"{folder} was not compared with training", f"no {REFERENCE}", fix)
-    found = agreement(read_reference(folder), ask(folder, engine, python))
+    answer = ask(folder, engine, python)
+    found = agreement(read_reference(folder), answer.logprobs)
     print(f"{engine:<10} {folder}")
     print(f"           {describe(found)}")
+    print(f"           {answer.engine} decodes {answer.tokens_per_s:.3g} tokens/s, one sequence")
     if not found.kl <= MOST_KL:
         fix = "do not serve this folder by this engine; report it with the engine's version"
         raise TrainingError(
@@ -61,20 +64,42 @@ def describe(found: Agreement) -> str:
     )
 
 
-def ask(folder: Path, engine: str, python: str) -> list[dict[int, float]]:
-    """Return an engine's log-probabilities by token id, for each position but the first."""
-    from raytrain_adv.export import engines
+@dataclass(frozen=True)
+class Answer:
+    """What an engine answered."""
 
-    script = Path(engines.__file__).parent / f"ask_{engine}.py"
-    ran = subprocess.run(
-        [python or sys.executable, str(script), str(folder)], capture_output=True, text=True
-    )
-    lines = [line for line in ran.stdout.splitlines() if line.startswith("FOUND ")]
-    if not lines:
+    logprobs: list[dict[int, float]]
+    """By token id, for each position but the first."""
+    engine: str
+    """Its package and version."""
+    tokens_per_s: float
+    """Of decoding one sequence, by the clock."""
+    tokens_per_cpu_s: float
+    """The same, by the processor seconds of all threads, which other programs change less."""
+
+
+def ask(folder: Path, engine: str, python: str) -> Answer:
+    """Return what an engine answers about the folder's tokens. Raises JobError if it does not."""
+    ran = run_script(f"ask_{engine}.py", folder, python)
+    marked = [line.partition(" ")[::2] for line in ran.stdout.splitlines()]
+    lines = {mark: json.loads(text) for mark, text in marked if mark in ("FOUND", "SPEED")}
+    if len(lines) < 2:
         fix = f"name an interpreter that has it: --python /path/to/{engine}/bin/python"
         raise JobError(f"{engine} did not answer", (ran.stderr or ran.stdout)[-TAIL:], fix)
-    answers: list[dict[str, float]] = json.loads(lines[-1].removeprefix("FOUND "))
-    return [{int(token): value for token, value in at.items()} for at in answers]
+    found = [{int(token): value for token, value in at.items()} for at in lines["FOUND"]]
+    return Answer(found, **lines["SPEED"])
+
+
+def run_script(name: str, folder: Path, python: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of export/engines on a folder. Raises JobError if `python` does not start."""
+    from raytrain_adv.export import engines
+
+    command = [python or sys.executable, str(Path(engines.__file__).parent / name), str(folder)]
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        fix = "name the file of a Python interpreter: --python /path/to/bin/python"
+        raise JobError(f"{command[0]} does not start", str(error), fix) from error
 
 
 @click.command("verify")

@@ -1,65 +1,38 @@
-"""Print ExecuTorch's log-probabilities of a folder's compared tokens, computed by XNNPACK."""
+"""Print the log-probabilities that a folder's `model.pte` computes, by XNNPACK, of its tokens."""
 
-import json
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import lower_executorch  # type: ignore[import-not-found]  # a script's
+from answers import NUM_DECODED, answer, asked, top  # type: ignore[import-not-found]  # a script's
 
 
 def main(folder: str) -> None:
-    """Print FOUND and, for each position but the first, log-probabilities by token id."""
+    """Answer for each position but the first; write the program first if there is none."""
     import torch
+    from executorch.runtime import Runtime
 
-    known = np.load(f"{folder}/trained_logprobs.npz")
-    ids = torch.from_numpy(known["tokens"]).long().unsqueeze(0)
-    with tempfile.TemporaryDirectory() as place:
-        program = Path(place) / "model.pte"
-        program.write_bytes(lowered(folder, ids))
-        print(f"{program.stat().st_size / 1e6:.1f} MB")
-        from executorch.runtime import Runtime
+    file = Path(folder) / lower_executorch.FILE
+    if not file.is_file():
+        lower_executorch.main(folder)
+    forward = Runtime.get().load_program(str(file)).load_method("forward")
+    tokens, num = asked(folder)
 
-        forward = Runtime.get().load_program(str(program)).load_method("forward")
-        logits = forward.execute([ids.contiguous()])[0][0, :-1].float()
-    values, tokens = logits.log_softmax(-1).topk(known["ids"].shape[1])
-    pairs = zip(tokens.tolist(), values.tolist(), strict=True)
-    print("FOUND " + json.dumps([dict(zip(*pair, strict=True)) for pair in pairs]))
+    def logits(start: int, ids: list[int]) -> torch.Tensor:
+        places = torch.arange(start, start + len(ids))
+        found: torch.Tensor = forward.execute([torch.tensor([ids]), places])[0][0]
+        return found.clone()
 
+    def decode() -> None:
+        token = tokens[0]
+        for place in range(NUM_DECODED):
+            token = int(logits(place, [token])[-1].argmax())
 
-def lowered(folder: str, ids: Any) -> bytes:
-    """Return the program that computes logits of as many tokens as `ids`, [1, tokens], has."""
-    import torch
-    from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-    from torchao.utils import unwrap_tensor_subclass
-    from transformers import AutoModelForCausalLM
-
-    class Logits(torch.nn.Module):
-        def __init__(self, model: Any) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-            return found
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", attn_implementation="sdpa"
-    )
-    model = Logits(loaded.to(torch.float32).requires_grad_(False)).eval()
-    unwrap_tensor_subclass(model)
-    with torch.no_grad():
-        exported = torch.export.export(model, (ids,), strict=False)
-    int8 = XnnpackPartitioner(config_precisions=ConfigPrecisionType.DYNAMIC_QUANT, per_op_mode=True)
-    edge = to_edge_transform_and_lower(
-        exported,
-        partitioner=[int8, XnnpackPartitioner()],
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-    )
-    return bytes(edge.to_executorch().buffer)
+    # Half at once and half token by token, as when a prompt is read and answered.
+    half = len(tokens) // 2
+    parts = [logits(0, tokens[:half])]
+    parts += [logits(place, tokens[place : place + 1]) for place in range(half, len(tokens) - 1)]
+    answer(top(torch.cat(parts), num), "executorch", decode)
 
 
 if __name__ == "__main__":

@@ -2,31 +2,39 @@
 
 import json
 import sys
+from typing import Any
 
-import numpy as np
+from answers import NUM_DECODED, answer, asked  # type: ignore[import-not-found]  # a script's
 
-MOST = 48
+MOST = 64
 """Positions that are asked: each is a request of its own."""
 
 
 def main(folder: str) -> None:
-    """Print FOUND and, for each position but the first, log-probabilities by token id."""
+    """Answer for the first MOST positions but one."""
     import xllamacpp
 
-    known = np.load(f"{folder}/trained_logprobs.npz")
-    tokens, num = known["tokens"].tolist(), int(known["ids"].shape[1])
+    tokens, num = asked(folder)
     keys = xllamacpp.CommonParams()
     keys.model.path = f"{folder}/model.gguf"
     keys.n_ctx, keys.n_parallel = len(tokens) + 64, 1
     engine = xllamacpp.Server(keys)
+
+    def complete(prompt: list[int], **keys: Any) -> list[Any]:
+        asks = {"prompt": prompt, "temperature": 0.0, "cache_prompt": True, **keys}
+        done = engine.handle_completions(asks)
+        done = done if isinstance(done, dict) else json.loads(done)
+        return list((done["choices"][0].get("logprobs") or {}).get("content", []))
+
     found = []
     for end in range(1, min(len(tokens), MOST)):
-        asked = {"prompt": tokens[:end], "n_predict": 1, "temperature": 0.0, "cache_prompt": True}
-        answer = engine.handle_completions({**asked, "n_probs": num, "logprobs": num})
-        answer = answer if isinstance(answer, dict) else json.loads(answer)
-        (at,) = answer["choices"][0]["logprobs"]["content"]
+        (at,) = complete(tokens[:end], n_predict=1, n_probs=num, logprobs=num)
         found.append({one["id"]: one["logprob"] for one in at["top_logprobs"]})
-    print("FOUND " + json.dumps(found))
+    answer(
+        found,
+        "xllamacpp",
+        lambda: complete(tokens[:1], n_predict=NUM_DECODED, ignore_eos=True, cache_prompt=False),
+    )
 
 
 if __name__ == "__main__":

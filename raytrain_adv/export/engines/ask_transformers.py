@@ -1,27 +1,30 @@
 """Print transformers' log-probabilities of a folder's compared tokens."""
 
-import json
 import sys
 
-import numpy as np
+from answers import NUM_DECODED, answer, asked, top  # type: ignore[import-not-found]  # a script's
 
 
 def main(folder: str) -> None:
-    """Print FOUND and, for each position but the first, log-probabilities by token id."""
+    """Answer for each position but the first."""
     from typing import Any
 
     import torch
     from transformers import AutoModelForCausalLM
 
-    known = np.load(f"{folder}/trained_logprobs.npz")
-    tokens = torch.from_numpy(known["tokens"]).long().unsqueeze(0)
+    known, num = asked(folder)
+    tokens = torch.tensor([known])
     engine: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     engine.eval()
     with torch.no_grad():
-        logits = engine(input_ids=tokens, use_cache=False).logits[0, :-1].float()
-    values, ids = logits.log_softmax(-1).topk(known["ids"].shape[1])
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    print("FOUND " + json.dumps([dict(zip(*pair, strict=True)) for pair in pairs]))
+        found = top(engine(input_ids=tokens, use_cache=False).logits[0, :-1], num)
+    keys = {"max_new_tokens": NUM_DECODED, "min_new_tokens": NUM_DECODED, "do_sample": False}
+    mask = torch.ones_like(tokens[:, :1])
+    answer(
+        found,
+        "transformers",
+        lambda: engine.generate(tokens[:, :1], attention_mask=mask, **keys),
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Print vLLM's log-probabilities of a folder's compared tokens."""
 
-import json
 import os
 import sys
 
-import numpy as np
+from answers import NUM_DECODED, answer, asked  # type: ignore[import-not-found]  # a script's
 
 
 def main(folder: str) -> None:
-    """Print FOUND and one mapping from token id to log-probability for each position but the first.
+    """Answer for each position but the first.
 
     Multiprocessing is off: the engine then runs in this process, and ends with it.
     """
@@ -18,20 +17,24 @@ def main(folder: str) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     from vllm import LLM, SamplingParams
 
-    known = np.load(f"{folder}/trained_logprobs.npz")
-    tokens, num = known["tokens"].tolist(), int(known["ids"].shape[1])
+    tokens, num = asked(folder)
     engine = LLM(
         model=folder,
         enforce_eager=True,
-        max_model_len=len(tokens) + 8,
+        max_model_len=len(tokens) + NUM_DECODED,
         max_num_seqs=1,
         max_logprobs=num,
         enable_prefix_caching=False,
     )
-    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=num)
-    answer = engine.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)[0]
-    found = [{i: one.logprob for i, one in at.items()} for at in answer.prompt_logprobs[1:]]
-    print("FOUND " + json.dumps(found))
+
+    def generate(prompt: list[int], **keys: int) -> list[dict[int, float]]:
+        sampling = SamplingParams(temperature=0, ignore_eos=True, **keys)
+        done = engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
+        at = (done.prompt_logprobs or [None])[1:]
+        return [{i: one.logprob for i, one in places.items()} for places in at]
+
+    found = generate(tokens, max_tokens=1, prompt_logprobs=num)
+    answer(found, "vllm", lambda: generate(tokens[:1], max_tokens=NUM_DECODED))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ from transformers import AutoModelForCausalLM
 from raytrain_adv.cli import main
 from raytrain_adv.driver.commands.verify import run
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.export.reference import write_reference
-from tests.tiny_models import write_checkpoint
+from raytrain_adv.export.reference import sample_tokens, write_reference
+from raytrain_adv.model.build import build
+from raytrain_adv.model.vocabulary import read_tokenizer
+from tests.conftest import tiny_keys
+from tests.tiny_models import job_for, write_checkpoint
 
 TOKENS = torch.arange(40).unsqueeze(0)
 
@@ -32,7 +35,9 @@ def folder(tmp_path: Path, scale: float) -> Path:
 def test_the_same_model_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = folder(tmp_path, 1.0)
     assert main(["verify", str(place), "--engine", "transformers", "--python", sys.executable]) == 0
-    assert "39 positions: the same most likely token in 100.0%" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "39 positions: the same most likely token in 100.0%" in printed
+    assert "transformers 5." in printed and "tokens/s" in printed
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
@@ -46,3 +51,14 @@ def test_a_folder_without_answers_and_a_missing_engine_are_named(tmp_path: Path)
     with pytest.raises(JobError) as error:
         run(folder(tmp_path, 1.0), "vllm", "")
     assert "--python" in error.value.fix and "No module named 'vllm'" in error.value.found
+    with pytest.raises(JobError, match="does not start"):
+        run(tmp_path / "m", "vllm", str(tmp_path / "no-python"))
+
+
+def test_a_model_with_a_tokenizer_is_compared_on_text(tmp_path: Path) -> None:
+    keys = tiny_keys(tmp_path)
+    job = job_for(Path(keys["model_name_or_path"]), tmp_path / "job", train_from_scratch=True)
+    tokens = sample_tokens(build(job), job, 20)
+    assert read_tokenizer(job).decode(tokens).startswith("Rivers begin as rain.")
+    bare = job_for(write_checkpoint("llama", tmp_path / "bare"), tmp_path / "other")
+    assert len(sample_tokens(build(bare), bare, 20)) == 20

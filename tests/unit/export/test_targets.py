@@ -192,6 +192,9 @@ def test_one_command_writes_several_formats(tmp_path: Path, capsys: Any) -> None
         capsys.readouterr().err
     )
     assert main([*to, "vllm-w4a16, executorch-8da4w"]) == 0
+    printed = capsys.readouterr()
+    assert "it/s" not in printed.err  # progress bars of compressed-tensors
+    assert "model.pte is not written" in printed.out and "--python FILE" in printed.out
     assert read_scheme(out / "vllm-w4a16") is not None
     config = json.loads((out / "executorch-8da4w" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "torchao"

@@ -1,0 +1,1 @@
+"""Trained models, asked in the engines they are for."""
