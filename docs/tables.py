@@ -307,8 +307,10 @@ def serve() -> str:
         top1 = f"{same['top1']:.1%} of {same['num_tokens']}"
         speed = f"{row['tokens_per_cpu_s']:.1f}", "" if ratio is None else f"{ratio:.2f}"
         size = f"{1024 * row['gib']:.0f}"
-        rows.append((row["target"], row["version"], top1, f"{same['kl']:.2g}", *speed, size))
-    header = ("trained for", "engine", "same token", "KL, nats", "tokens per CPU second")
+        rows.append(
+            (row["target"], row["version"], row["steps"], top1, f"{same['kl']:.2g}", *speed, size)
+        )
+    header = ("trained for", "engine", "steps", "same token", "KL, nats", "tokens per CPU second")
     return table((*header, "relative to bf16", "MiB"), rows)
 
 

@@ -70,6 +70,8 @@ class Row:
     tokens_per_s: float
     tokens_per_cpu_s: float
     gib: float
+    steps: int
+    """Of training, all of them rounded."""
 
     @property
     def is_right(self) -> bool:
@@ -123,9 +125,10 @@ def asked(target: str, options: argparse.Namespace, pythons: dict[str, str]) -> 
         command = [sys.executable, "-m", "tests.engines", "--train", str(job)]
         subprocess.run(command, check=True)
     for engine in engines:
-        yield compare(target, out / "model-quantized", engine, pythons[engine])
+        yield compare(target, out / "model-quantized", engine, pythons[engine], options.steps)
         if engine != "executorch":  # it reads no folder
-            yield compare("bf16", plain(out / "model"), engine, pythons[engine])
+            folder = plain(out / "model")
+            yield compare("bf16", folder, engine, pythons[engine], options.steps)
 
 
 def keys(target: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -174,13 +177,13 @@ def plain(folder: Path) -> Path:
     return folder
 
 
-def compare(target: str, folder: Path, engine: str, python: str) -> Row:
+def compare(target: str, folder: Path, engine: str, python: str, steps: int) -> Row:
     """Ask an engine about a folder."""
     found: Answer = ask(folder, engine, python)
     gib = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in KINDS) / 2**30
     same = agreement(read_reference(folder), found.logprobs)
     speed = (found.tokens_per_s, found.tokens_per_cpu_s)
-    return Row(target, engine, found.engine, same, *speed, gib)
+    return Row(target, engine, found.engine, same, *speed, gib, steps)
 
 
 def describe(row: Row) -> str:

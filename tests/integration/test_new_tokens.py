@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel
@@ -30,10 +31,11 @@ ROWS = "".join(
 )
 
 
-def checkpoint(kind: str, folder: Path) -> Path:
+def checkpoint(kind: str, folder: Path, **shapes: int) -> Path:
     """Write a tiny model whose embedding has just the rows that its tokenizer needs."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    write_checkpoint(kind, folder, vocab_size=len(tokenizer), max_position_embeddings=256)
+    shapes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, **shapes}
+    write_checkpoint(kind, folder, **shapes)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -88,6 +90,27 @@ def test_peft_loads_the_adapter_on_the_resized_base_to_equal_logits(kind, job, t
     assert ours.config.vocab_size == rows
     theirs = PeftModel.from_pretrained(base, tmp_path / "whole/model")
     torch.testing.assert_close(logits(theirs, ids), logits(ours, ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_a_four_bit_base_with_new_rows_is_merged_as_it_was_trained(kind, job, tmp_path):
+    source = checkpoint(kind, tmp_path / kind, hidden_size=64, intermediate_size=128)
+    saved = {"save_strategy": "steps", "save_steps": 2, "finetuning_type": "lora"}
+    run_workers(2, job(kind, "four", **saved, quantization_bit=4, lora_rank=4))
+    record = {"job": load(tmp_path / "four.yaml").flat()}
+    (tmp_path / "four" / RUN_FILE).write_text(json.dumps(record))
+    export(str(tmp_path / "four"), "", str(tmp_path / "merged"), [], merge=True)
+    adapter = load_file(tmp_path / "four/model/adapter_model.safetensors")
+    merged = load_file(tmp_path / "merged/model/model.safetensors")
+    for table in TABLES if kind == "llama" else TABLES[:1]:
+        assert torch.equal(merged[table], adapter[f"base_model.model.{table}"])
+    name = "model.layers.1.mlp.up_proj"
+    plain = load_file(source / "model.safetensors")[f"{name}.weight"].float()
+    packed = bnb.functional.quantize_4bit(plain, compress_statistics=True, quant_type="nf4")
+    a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    expected = bnb.functional.dequantize_4bit(*packed) + 2.0 * b @ a  # alpha is twice the rank
+    torch.testing.assert_close(merged[f"{name}.weight"], expected, rtol=0, atol=1e-6)
+    assert b.any() and not torch.equal(expected, plain)
 
 
 def test_new_rows_are_the_mean_and_noise_and_the_others_are_the_checkpoints(job, tmp_path):
