@@ -37,7 +37,6 @@ def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> in
     """Run one command, by default this process's, and return its exit code; print errors as text.
     `program` is the name in usage lines; MODULE is the command `launch` alone.
     """
-    errors.quieten()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command = launch if program == MODULE else _command_of(arguments)

@@ -99,6 +99,7 @@ NOISE: dict[str, str | tuple[str, ...]] = {
     # bitsandbytes 0.50 asks the Hub for a kernel as it is imported, on CPUs with AVX512_BF16, and
     # proposes `pip install kernels`, also where that is installed, and trust_remote_code.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "kernels.hf_hub": "Skipping publisher trust check for 'kernels-community/quant",  # the same one
     # ray 2.60 prints 20 lines of dashboard.log where its dashboard does not start, mostly because
     # another process of Ray has ended, whose own words our error quotes.
     "ray._private.services": (

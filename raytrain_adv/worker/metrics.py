@@ -7,7 +7,7 @@ import resource
 import statistics
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,7 @@ def gpu_state(device: torch.device) -> dict[str, float]:
         import pynvml  # torch reads its sensors through it
     except ModuleNotFoundError:
         return {}
-    sensors = {
+    sensors: dict[str, Callable[[], float]] = {
         "gpu_percent": lambda: torch.cuda.utilization(device),
         "gpu_celsius": lambda: torch.cuda.temperature(device),
         "gpu_watts": lambda: torch.cuda.power_draw(device) / 1000,

@@ -41,6 +41,7 @@ class Cluster:
     environment: dict[str, str]
     dashboard: str
     metrics: str
+    logs: Path
 
     def call(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -55,6 +56,10 @@ class Cluster:
         with urllib.request.urlopen(self.metrics) as answer:
             lines = answer.read().decode().splitlines()
         return {re.split(r"[ {]", line)[0]: line for line in lines if not line.startswith("#")}
+
+    def workers_logs(self) -> list[str]:
+        """What Ray's dashboard shows as the logs of Ray's workers."""
+        return [path.read_text() for path in self.logs.glob("worker-*")]
 
     def message(self) -> str:
         """The status message of the first job, as the dashboard shows it."""
@@ -87,7 +92,10 @@ def cluster() -> Iterator[Cluster]:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         found = Cluster(
-            environment, f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics"
+            environment,
+            f"http://127.0.0.1:{dashboard}",
+            f"http://127.0.0.1:{metrics}/metrics",
+            Path(folder) / "session_latest" / "logs",
         )
         wait_for(lambda: answers(f"{found.dashboard}/api/version", token) or died(head, folder))
         yield found
@@ -175,6 +183,9 @@ def test_a_submitted_job_is_seen_and_stopped_with_a_checkpoint(cluster, project,
     assert 'transform="qat"' in figures and 'run="out"' in figures and 'rank="' in figures
     wait_for(lambda: f"/{STEPS}, loss " in cluster.message(), timeout_s=40)
     assert cluster.message().endswith(" left")
+    wait_for(lambda: any(f"/{STEPS}  epoch" in text for text in cluster.workers_logs()), 40)
+    hidden = ("Failed to load", "<enum '")
+    assert not any(words in text for text in cluster.workers_logs() for words in hidden)
     seen = cluster.call("status", "out", cwd=tmp_path).stdout
     submitted.send_signal(signal.SIGINT)
     log = submitted.communicate(timeout=120)[0]

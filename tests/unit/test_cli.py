@@ -207,3 +207,19 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["{", "0"]
     assert ran.stderr == ""
+
+
+def test_noise_is_hidden_before_torch_is_imported_in_every_process_of_a_run() -> None:
+    """Ray's workers import the driver's package too: their logs began with torchao's warnings."""
+    code = (
+        "import logging, sys, raytrain_adv.driver\n"
+        "from raytrain_adv.errors import NOISE\n"
+        "assert 'torch' not in sys.modules\n"
+        "for name, start in NOISE.items():\n"
+        "    for text in [start] if isinstance(start, str) else start:\n"
+        "        logging.getLogger(name).warning(text + '...')\n"
+        "    logging.getLogger(name).warning('this matters')\n"
+        "print(len(NOISE))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stderr.splitlines() == ["this matters"] * int(ran.stdout)

@@ -16,7 +16,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.training import trainer
 from raytrain_adv.driver.training.console import Progress
 from raytrain_adv.driver.watch.stop import clear_trial_stop
-from raytrain_adv.errors import RaytrainAdvError, quieten
+from raytrain_adv.errors import RaytrainAdvError
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.storage.metrics_file import FILE_NAME, FollowedFile
 
@@ -30,7 +30,6 @@ def run_trial(config: Mapping[str, str], jobs: Mapping[str, JobConfig], cwd: str
     """Run the trial that `config` names. `cwd` is the driver's folder for relative paths, and `row`
     the kind of the rows of metrics.jsonl whose loss is reported to Tune: eval or train.
     """
-    quieten()
     os.chdir(cwd)
     job = jobs[config["trial"]]
     folder = Path(job.output.output_dir)

@@ -6,6 +6,7 @@ import os
 import time
 import traceback
 from collections.abc import Mapping, Set
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ray.train.torch import get_device
 from raytrain_adv.checkpoint.folders import AGAIN
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.driver.preflight import versions
+from raytrain_adv.driver.training.console import Console
 from raytrain_adv.driver.training.failures import take_restart_reason
 from raytrain_adv.driver.training.prometheus import RunMetrics
 from raytrain_adv.driver.watch import hang
@@ -32,6 +34,7 @@ from raytrain_adv.worker.train import train
 STARTS = "starts.json"
 SHARED = "give a folder on a shared file system"
 SHOWN_NODES = 8
+LOG_POLL_S = 2.0
 LAST_FRAMES = 3  # innermost frames of a worker's traceback that its error carries to the driver
 
 
@@ -92,8 +95,11 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     run.restarts = run.broadcast(_count_start(run, dict(every)) if run.is_main else None)
     require_shared_storage(run)
     reporter.exported = RunMetrics(job, config["run"], run.rank, run.restarts)
+    # Rank 0's log, which Ray's dashboard shows, has the lines of the driver's console.
+    log = Console(job.output.output_dir, poll_s=LOG_POLL_S) if run.is_main else nullcontext()
     try:
-        return {**train(job, run, export_model), "restarts": run.restarts}
+        with log:
+            return {**train(job, run, export_model), "restarts": run.restarts}
     except Exception as error:  # raised again, whatever it is
         # Ray Train brings the error to the driver without its traceback (ray 2.60, poll.py).
         error.add_note("".join(traceback.format_tb(error.__traceback__)[-LAST_FRAMES:]))
