@@ -67,7 +67,7 @@ def submit(path: str, overrides: list[str], address: str | None, env_file: str |
         "runtime_env": env,
         "metadata": {
             "raytrain_adv": __version__,
-            "run": job.run_name,
+            "job_name": job.run_name,  # the column Name of Ray's dashboard
             "job_file": path,
             "model": job.model.model_name_or_path,
             "output_dir": job.output.output_dir,
