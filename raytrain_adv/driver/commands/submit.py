@@ -41,6 +41,10 @@ EXCLUDES = (
 """What is not uploaded, unless a file configures it."""
 ENV_VARS = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
 LARGEST_MIB = 500  # Ray accepts 512 MiB, packed (ray 2.60)
+NOISY = (
+    "dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk",
+    "_private.runtime_env.packaging",
+)  # fmt: skip
 RETRY_S = 2.0
 MAX_RETRIES = 30
 
@@ -57,7 +61,7 @@ def submit(path: str, overrides: list[str], address: str | None, env_file: str |
     refuse_what_stays_behind(job, path, folder, files)
     size_mib = _size_mib(files, folder)
     client = dashboard.connect(address)
-    for noisy in ("dashboard.modules", "_private.runtime_env.packaging"):
+    for noisy in NOISY:  # each has a level of its own, INFO (ray 2.60)
         logging.getLogger(f"ray.{noisy}").setLevel(logging.WARNING)
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", job.run_name) + time.strftime("-%Y%m%d-%H%M%S")
     print(f"{len(files)} files of {folder} are uploaded, {size_mib:.1f} MiB", flush=True)
