@@ -73,7 +73,7 @@ test-engines: $(INSTALLED)
 	  install -m 755 /dev/null $(ENGINES)/llamacpp/ready; }
 	@test -x $(ENGINES)/executorch/ready || { $(PYTHON) -m venv $(ENGINES)/executorch && \
 	  $(ENGINES)/executorch/bin/pip install -q executorch==1.5.1 torch==2.13.0 torchao==0.18.0 \
-	    transformers==5.23.0 && install -m 755 /dev/null $(ENGINES)/executorch/ready; }
+	    transformers==5.24.0 && install -m 755 /dev/null $(ENGINES)/executorch/ready; }
 	$(BIN)/python -m tests.engines --vllm $(ENGINES)/vllm/bin/python $(ARGS) \
 	  --llamacpp $(ENGINES)/llamacpp/bin/python --executorch $(ENGINES)/executorch/bin/python
 
