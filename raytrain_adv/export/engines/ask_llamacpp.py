@@ -1,6 +1,7 @@
 """Print llama.cpp's log-probabilities of a folder's compared tokens."""
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -18,6 +19,8 @@ def main(folder: str) -> None:
     keys = xllamacpp.CommonParams()
     keys.model.path = f"{folder}/model.gguf"
     keys.n_ctx, keys.n_parallel = len(tokens) + 64, 1
+    if threads := int(os.environ.get("OMP_NUM_THREADS", "0")):
+        keys.cpuparams.n_threads = keys.cpuparams_batch.n_threads = threads  # they wait actively
     engine = xllamacpp.Server(keys)
 
     def complete(prompt: list[int], **keys: Any) -> list[Any]:
