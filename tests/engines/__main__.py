@@ -201,7 +201,8 @@ def write(options: argparse.Namespace, rows: list[Row]) -> None:
     if options.out:
         facts = hardware.detect(torch.device("cpu"))
         model = Path(options.model).name or "a tiny Llama"
-        trained = {"model": model, "steps": options.steps, "threads": os.environ.get("OMP_NUM_THREADS", "")}
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        trained = {"model": model, "steps": options.steps, "threads": threads}
         named = torch.cpu.get_capabilities()
         about = {"device": facts.describe(), "cpu": {name: named[name] for name in CPU}}
         arguments = f"--model {model} --data FILE --steps {options.steps}" if options.model else ""
