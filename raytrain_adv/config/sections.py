@@ -166,6 +166,9 @@ class ParallelConfig(Section):
     """LLaMA-Factory's switch: true keeps all activations, as gradient_checkpointing: none does."""
     torch_compile: bool = False
     """Compile each transformer layer and the loss."""
+    cuda_graph: bool | None = None
+    """Record forward and backward passes as CUDA graphs on one worker, which small models need to
+    keep a GPU busy. Unset means passes of up to 60 TFLOP, where it is possible."""
     fsdp_shard_size: Count | None = None
     """Workers that share one copy of the model; none means all, fewer than all is HSDP."""
     fsdp_reshard_after_forward: bool = True

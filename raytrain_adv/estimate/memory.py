@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from raytrain_adv.checkpoint.staging import LARGEST_SHARE
 from raytrain_adv.config.job import JobConfig, accumulation
 from raytrain_adv.estimate.flops import text_config
+from raytrain_adv.estimate.launches import why_no_graph
 from raytrain_adv.estimate.sizes import HostCopies, Passes, States, head_loss, reference_bytes
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype, reduce_dtype
 from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
@@ -140,7 +141,9 @@ def predict(
     """
     states = States.of(model, job, world_size)
     passes = Passes.of(model, job, seq_len, batch)
-    phases = _phases(states, passes, job, accumulation(job, world_size) > 1)
+    graphed = not why_no_graph(model, job, world_size, seq_len * batch)
+    # The gradients of a CUDA graph stay where they are.
+    phases = _phases(states, passes, job, accumulation(job, world_size) > 1 or graphed)
     reference = reference_bytes(model, job, states.shard_size) / GIB
     if reference:
         known = batch * seq_len * text_config(model).vocab_size * compute_dtype(job).itemsize / GIB
@@ -171,29 +174,54 @@ def predict(
 def _phases(s: States, a: Passes, job: JobConfig, accumulates: bool) -> tuple[Phase, ...]:
     """Return the moments of a step; the optimizer's states exist from the second step on."""
     earlier = s.gradients if accumulates else 0.0
-    stays = 0.0 if job.parallel.fsdp_reshard_after_forward else s.root + s.layer * s.num_layers
+    w = _Whole.sharded(s, job) if s.is_sharded else _Whole.copies(s, job)
     one = a.recomputed + a.temporaries
     g = _Gradients.sharded(s, job, earlier) if s.is_sharded else _Gradients.whole(s, earlier)
-    whole = max(stays, s.root + GATHERED_AHEAD * s.layer)
-    root = max(stays, s.root)
-    ending = s.root + g.end_reducing
     moments = [  # name, gradients, activations, logits, gathered
-        ("loss", earlier, a.kept, a.logits, stays),
-        ("backward, head", g.first, a.kept, a.logits_gradient, root + g.head_reducing),
-        ("backward, last layer", g.first, a.kept + one, 0.0, whole + g.reducing),
-        ("backward, first layer", g.last, a.kept_by_one + one, 0.0, whole + g.reducing),
-        ("backward, end", s.gradients, 0.0, 0.0, ending),
+        ("loss", earlier, a.kept, a.logits, w.loss),
+        ("backward, head", g.first, a.kept, a.logits_gradient, w.head + g.head_reducing),
+        ("backward, last layer", g.first, a.kept + one, 0.0, w.last + g.reducing),
+        ("backward, first layer", g.last, a.kept_by_one + one, 0.0, w.first + g.reducing),
+        ("backward, end", s.gradients, 0.0, 0.0, s.root + s.root_copy + g.end_reducing),
         ("optimizer step", s.gradients, s.optimizer_temporaries, 0.0, 0.0),
     ]
     if a.logits_eval:
         moments += [
-            ("evaluation, layers", 0.0, a.layer_eval, 0.0, whole),
-            ("evaluation", 0.0, 0.0, a.logits_eval, root),
+            ("evaluation, layers", 0.0, a.layer_eval, 0.0, w.layer_eval),
+            ("evaluation", 0.0, 0.0, a.logits_eval, w.head_eval),
         ]
     return tuple(
         Phase(name, s.parameters, gradients, s.optimizer, *others)
         for name, gradients, *others in moments
     )
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Whole parameters in the compute dtype, in GiB: gathered by FSDP2, or copies of float32 ones.
+    `last` and `first` are of layers, in their backward passes.
+    """
+
+    loss: float
+    head: float
+    last: float
+    first: float
+    layer_eval: float
+    head_eval: float
+
+    @staticmethod
+    def sharded(s: States, job: JobConfig) -> _Whole:
+        """Return those that FSDP2 gathers."""
+        stays = 0.0 if job.parallel.fsdp_reshard_after_forward else s.root + s.layer * s.num_layers
+        layers, root = max(stays, s.root + GATHERED_AHEAD * s.layer), max(stays, s.root)
+        return _Whole(stays, root, layers, layers, layers, root)
+
+    @staticmethod
+    def copies(s: States, job: JobConfig) -> _Whole:
+        """Return the copies of one worker: backward needs them, but for those that it makes."""
+        kept = s.layer_copy * s.num_layers if checkpointing_mode(job) == "none" else 0.0
+        root, one = s.root_copy, s.layer_copy
+        return _Whole(root + kept, root + kept, root + max(kept, one), root + one, root + one, root)
 
 
 @dataclass(frozen=True)
@@ -257,6 +285,9 @@ def _explanations(
             f"{in_head.kernel}: never of all {tokens:,} tokens; with the gradients of the head and "
             "its input"
         )
+    alone = "nothing: one worker, no FSDP2"
+    if states.layer_copy:
+        alone = "copies of float32 parameters in the compute dtype"
     gathered = "whole layers while FSDP2 computes with them"
     return {
         "parameters": f"{num_weights(model):,} in {' and '.join(dtypes(model))}{again}{over}",
@@ -264,5 +295,5 @@ def _explanations(
         "optimizer": f"{count} {optimizer}{over}",
         "activations": f"{tokens:,} tokens, {how}; {kept}",
         "logits": logits,
-        "gathered": gathered if states.is_sharded else "nothing: one worker, no FSDP2",
+        "gathered": gathered if states.is_sharded else alone,
     }

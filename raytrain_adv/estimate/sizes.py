@@ -37,6 +37,8 @@ class States:
     layer_gradient: float  # whole gradient of one layer, in the dtype of backward
     root: float  # whole parameters outside the layers, in the compute dtype; 0 without FSDP2
     layer: float  # whole parameters of one layer, likewise
+    root_copy: float  # copies in the compute dtype without FSDP2, outside the layers
+    layer_copy: float  # of one layer, likewise
     optimizer_temporaries: float  # temporaries of the optimizer's step
     num_layers: int
     shard_size: int
@@ -52,14 +54,17 @@ class States:
         """Compute the sizes of a model."""
         size, shards = compute_dtype(job).itemsize, shard_size(job, world_size)
         # As in model/parallel.py, where fully_shard is applied.
-        cast = any(p.dtype != compute_dtype(job) for p in model.parameters())
-        sharded = world_size > 1 or cast or job.parallel.fsdp_cpu_offload
+        sharded = world_size > 1 or job.parallel.fsdp_cpu_offload
         layers = [layer for _, layer in decoder_layers(model)]
         largest = max(layers, key=num_elements)
         root = num_elements(model) - sum(map(num_elements, layers))
         trained = [p for p in model.parameters() if p.requires_grad]
         grad_sizes = {p: size if sharded else p.element_size() for p in trained}
         head, embedding = _head(model), model.get_input_embeddings()
+
+        def cast(module: nn.Module) -> int:
+            kept = (p for p in module.parameters() if p.is_floating_point())
+            return sum(p.numel() for p in kept if p.dtype != compute_dtype(job))
 
         def gradient(module: nn.Module | None) -> float:
             parameters = module.parameters() if module is not None else ()
@@ -75,6 +80,8 @@ class States:
             layer_gradient=gradient(largest),
             root=root * size / GIB if sharded else 0.0,
             layer=num_elements(largest) * size / GIB if sharded else 0.0,
+            root_copy=0.0 if sharded else (cast(model) - sum(map(cast, layers))) * size / GIB,
+            layer_copy=0.0 if sharded else cast(largest) * size / GIB,
             num_layers=len(layers),
             shard_size=shards,
             is_tied=head is not None and head.weight is embedding.weight,

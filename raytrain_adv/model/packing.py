@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.masking_utils import create_masks_for_generate
 
 
@@ -25,3 +27,28 @@ def hand_masks(model: PreTrainedModel, dtype: torch.dtype) -> RemovableHandle:
         return args, {**given, "attention_mask": mask}
 
     return model.register_forward_pre_hook(add, with_kwargs=True)
+
+
+@contextmanager
+def known_unpacked(inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Have transformers not look for packed conversations where inputs bring no position ids: it
+    would wait for the GPU in each forward pass, and in a CUDA graph build a mask for none.
+    """
+    if "position_ids" in inputs:
+        yield
+        return
+    own: Any = masking_utils
+    plain = own.find_packed_sequence_indices, own.is_tracing
+    own.find_packed_sequence_indices, own.is_tracing = _nothing_packed, _not_traced
+    try:
+        yield
+    finally:
+        own.find_packed_sequence_indices, own.is_tracing = plain
+
+
+def _nothing_packed(position_ids: torch.Tensor) -> None:
+    return None
+
+
+def _not_traced(tensor: torch.Tensor | None = None) -> bool:
+    return False

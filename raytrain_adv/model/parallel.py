@@ -34,6 +34,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import SHARDED
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.build import decoder_layers, keeps_float32
+from raytrain_adv.model.master_weights import cast_in_forward
 from raytrain_adv.text import first_line, listed
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.modules import is_read
@@ -106,16 +107,12 @@ def parameter_device(job: JobConfig) -> torch.device | None:
 
 
 def needs_fsdp(model: nn.Module, job: JobConfig, mesh: DeviceMesh | None) -> bool:
-    """Whether fully_shard has anything to do: ranks to share with, a cast, or CPU offload.
+    """Whether fully_shard has anything to do: ranks to share with, or CPU offload.
 
     With nothing to do FSDP2 would still copy every parameter and gradient (8 % of a step on an
     H200).
     """
-    if mesh is None:
-        return False
-    keeps = keeps_float32(model)
-    cast = any(p.dtype != compute_dtype(job) for n, p in model.named_parameters() if not keeps(n))
-    return mesh.size() > 1 or cast or job.parallel.fsdp_cpu_offload
+    return mesh is not None and (mesh.size() > 1 or job.parallel.fsdp_cpu_offload)
 
 
 def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> None:
@@ -136,7 +133,10 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
     if shard_module is not None:
         Transforms(job).before_sharding(model)
         frozen = _shard_float32(model, job, shard_module)
+    casts = shard_module is None and mesh is not None
     for fqn, layer in decoder_layers(model):
+        if casts:
+            _cast(model, layer, job)
         if mode != "none":
             layer = _checkpointed(layer, mode)
             model.set_submodule(fqn, layer)
@@ -146,6 +146,17 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
             shard_module(layer, ignored_params=frozen)
     if shard_module is not None:
         shard_module(model, ignored_params=frozen)
+    if casts:
+        _cast(model, model, job)
+
+
+def _cast(model: PreTrainedModel, unit: nn.Module, job: JobConfig) -> None:
+    """Have a layer, or the rest of the model, compute in the compute dtype, as FSDP2 would."""
+    apart = (
+        [] if unit is not model else [p for _, x in decoder_layers(model) for p in x.parameters()]
+    )
+    kept = {p for n, p in model.named_parameters() if keeps_float32(model)(n)} | set(apart)
+    cast_in_forward(unit, compute_dtype(job), kept.__contains__)
 
 
 def require_compiled() -> None:

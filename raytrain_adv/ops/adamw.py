@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from raytrain_adv.dtensor import local_part
 from raytrain_adv.ops.float8.all_gather import as_plain
 
+PLAIN = (Tensor, nn.Parameter)
+
 
 class ClippingAdamW(torch.optim.AdamW):
     """torch.optim.AdamW with the clip factor in the step; a Triton kernel does it on a GPU.
@@ -27,6 +29,7 @@ class ClippingAdamW(torch.optim.AdamW):
         super().__init__(params, fused=True, **options)
         self.clip_factor: Tensor | None = None
         """float32 scalar on the device that gradients are multiplied with; none leaves them."""
+        self.launcher: Any = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -40,40 +43,44 @@ class ClippingAdamW(torch.optim.AdamW):
                     local(gradient).mul_(self.clip_factor)
             super().step()
             return None
-        for group, parameter, gradient in self._gradients():
-            self._step_on_gpu(group, parameter, gradient)
+        self._step_on_gpu()
         return None
 
-    def _gradients(self) -> Iterator[tuple[dict[str, Any], nn.Parameter, Tensor]]:
-        """Yield each parameter that has a gradient: its group, itself, and the gradient."""
-        for group in self.param_groups:
+    def _gradients(self) -> Iterator[tuple[int, nn.Parameter, Tensor]]:
+        """Yield each parameter that has a gradient: its group's number, itself, the gradient."""
+        for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    yield group, parameter, parameter.grad
+                    yield number, parameter, parameter.grad
 
-    def _step_on_gpu(
-        self, group: dict[str, Any], parameter: nn.Parameter, gradient: Tensor
-    ) -> None:
-        from raytrain_adv.ops.adamw_kernel import adamw_step
+    def _step_on_gpu(self) -> None:
+        from raytrain_adv.ops.adamw_kernel import Launcher, Tensors
 
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        # Loading a state of fused AdamW puts the count on the GPU; reading it there would wait.
-        state["step"] = state["step"].cpu() + 1
-        adamw_step(
-            local(parameter),
-            local(gradient),
-            local(state["exp_avg"]),
-            local(state["exp_avg_sq"]),
-            self.clip_factor,
-            int(state["step"].item()),
-            group,
-        )
+        if self.launcher is None:
+            self.launcher = Launcher()
+        found = list(self._gradients())
+        states = [self.state[parameter] for _, parameter, _ in found]
+        for state, (_, parameter, _) in zip(states, found, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        # Loading a state of fused AdamW puts the count on the GPU; reading it there would wait. A
+        # checkpoint that is being written keeps the old counts.
+        steps = torch._foreach_add([state["step"].cpu() for state in states], 1)
+        alike: dict[tuple[int, float], list[Tensors]] = {}
+        for (number, parameter, gradient), state, step in zip(found, states, steps, strict=True):
+            state["step"] = step
+            moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
+            tensors = (local(parameter), local(gradient), *moments)
+            alike.setdefault((number, step.item()), []).append(tensors)
+        for (number, count), members in alike.items():
+            group = self.param_groups[number]
+            self.launcher.step(number, members, self.clip_factor, int(count), group)
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, of the same storage."""
+    if type(tensor) in PLAIN:
+        return tensor
     return local_part(as_plain(tensor.detach()))

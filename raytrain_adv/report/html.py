@@ -67,7 +67,7 @@ def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = T
         memory_sums=sums,
         timeline=[(phase, spent, text.seconds(spent)) for phase, spent in timeline.items()],
         batch=[(key.replace("_", " "), _plain(value)) for key, value in report.batch.items()],
-        notes=[_attention(report), *report.model_notes, *report.notes],
+        notes=[_attention(report), _graph(report), *report.model_notes, *report.notes],
         events=[
             (time.strftime("%H:%M:%S", time.localtime(row.get("time", 0))), row.get("message", ""))
             for row in rows
@@ -205,6 +205,10 @@ def _start(start: Start) -> tuple[str, ...]:
     moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start.time)) if start.time else ""
     places = (", ".join(start.nodes), ", ".join(start.lost))
     return (moment, f"{start.step:,}", f"{start.workers:,}", *places)
+
+
+def _graph(report: RunReport) -> str:
+    return f"CUDA graph: {report.cuda_graph}." if report.cuda_graph else ""
 
 
 def _attention(report: RunReport) -> str:

@@ -62,6 +62,8 @@ class RunReport(Record):
     attention_trial: str | None = None
     """How near flash attention came to the definition before training; null if attention is
     PyTorch's own."""
+    cuda_graph: str | None = None
+    """Whether forward and backward passes were replayed as CUDA graphs, or why not."""
     model_notes: tuple[str, ...] = ()
     """How the checkpoint was read, and what differs from it in the model that was written."""
     versions: dict[str, str] = Field(default_factory=dict)

@@ -180,6 +180,10 @@ class Transforms:
         for transform in self.switchable:
             transform.switch(model, on)
 
+    def on_at(self, step: int) -> tuple[bool, ...]:
+        """Return which transforms that can be switched are on in a step (from 0)."""
+        return tuple(transform.is_on(step) for transform in self.switchable)
+
     def switched_at(self, step: int) -> list[str]:
         """Return a sentence for each transform that turns on or off with this step (from 0)."""
         return [

@@ -21,6 +21,7 @@ from raytrain_adv.data.batches.loader import (
     StepBatch,
 )
 from raytrain_adv.errors import Stopped, Terminated, TrainingError
+from raytrain_adv.estimate.launches import why_no_graph
 from raytrain_adv.ops.loss.function import LossFunction, loss_function
 from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import Arithmetic
@@ -33,6 +34,7 @@ from raytrain_adv.worker.evaluation import (
     is_best,
     is_enough,
 )
+from raytrain_adv.worker.graph import Passes
 from raytrain_adv.worker.metrics import Meter
 from raytrain_adv.worker.optim import Schedule, set_learning_rate
 
@@ -70,10 +72,13 @@ class TrainState:
         losses = (found["loss"] for found in self.evaluations.values())
         self.schedule = Schedule(self.job, self.arithmetic, losses)
         compiled = self.job.parallel.torch_compile
-        self.loss_sum = self.training_loss or loss_function(self.model, compiled)
+        loss_sum = self.training_loss or loss_function(self.model, compiled)
         self.eval_loss_sum = loss_function(self.model, compiled)
         attended = self.batches.data.attention_length(self.batches.neat)
         self.meter = Meter(self.run, self.model, self.arithmetic, attended)
+        self.passes = Passes(self.job, self.run, self.model, loss_sum)
+        tokens, workers = self.batches.pass_tokens, self.run.world_size
+        self.passes.allow(why_no_graph(self.model, self.job, workers, tokens))
         self.window = torch.zeros(2, dtype=torch.float64, device=self.run.device)
         """Loss and label tokens, summed over all workers since the last logging step."""
         if progress is not None:
@@ -100,6 +105,7 @@ def training(state: TrainState) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise out_of_memory(state, error) from error
     finally:
+        state.passes.close()
         state.prefetcher.close()
         state.writer.memory.stop()
     # Samples and the export use every feature.
@@ -116,8 +122,8 @@ def train_step(state: TrainState, checks: Checks, step: int) -> None:
     loss = torch.zeros((), dtype=torch.float32, device=state.run.device)
     checks.before_step(step, is_first)
     for micro_batch in batch.micro_batches:
-        with checks.profile(step):
-            loss += forward_backward(state, step, micro_batch, label_tokens)
+        with checks.profile(step) as profiled:
+            loss += forward_backward(state, step, micro_batch, label_tokens, bool(profiled))
     checks.after_backward()
     total = loss.double()
     if state.run.world_size > 1:
@@ -154,16 +160,16 @@ def exchange(state: TrainState, batch: StepBatch) -> int:
 
 
 def forward_backward(
-    state: TrainState, step: int, batch: MicroBatch, label_tokens: int
+    state: TrainState, step: int, batch: MicroBatch, label_tokens: int, is_profiled: bool
 ) -> torch.Tensor:
     """Return the micro-batch's summed loss; add its gradients to the parameters'."""
     # A resumed run draws the same dropout, on any number of workers.
-    torch.manual_seed(hash((state.job.train.seed, step, batch.number)) & 0x7FFFFFFF)
+    seed = hash((state.job.train.seed, step, batch.number)) & 0x7FFFFFFF
     state.transforms.begin_batch(state.model, step, batch.first, batch.segments)
-    loss = state.loss_sum(state.model, batch.inputs, batch.labels)
     # FSDP2 averages gradients over the workers; we need their sum over all label tokens.
-    (loss * (state.run.world_size / max(label_tokens, 1))).backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+    scale = state.run.world_size / max(label_tokens, 1)
+    features = state.transforms.on_at(step)
+    return state.passes(batch.inputs, batch.labels, scale, seed, features, is_profiled)
 
 
 def log_and_save(state: TrainState, checks: Checks, done: int) -> bool:

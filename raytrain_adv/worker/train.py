@@ -175,6 +175,7 @@ def figures(
     """Return what the report needs of the steps, their checks, the machine and its memory."""
     return {
         **state.meter.figures(),
+        "cuda_graph": state.passes.summary,
         "skipped_steps": checks.loss.num_skipped,
         "world_size": state.run.world_size,
         "device": facts.device_name,

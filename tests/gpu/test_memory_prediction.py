@@ -14,16 +14,15 @@ import torch
 import torch.distributed as dist
 
 from raytrain_adv.config import JobConfig
-from raytrain_adv.config import sections as s
+from raytrain_adv.config.job import SECTIONS
 from raytrain_adv.estimate.memory import predict
 from raytrain_adv.model import parallel
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import materialize
 from raytrain_adv.ops.loss.function import loss_function
 from raytrain_adv.text import GIB
+from raytrain_adv.transforms import discover
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.lora import Lora
-from raytrain_adv.transforms.quantized_base import QuantizedBase
 from raytrain_adv.worker.checks.step import clip
 from raytrain_adv.worker.optim import build_optimizer
 
@@ -113,15 +112,8 @@ def job_with(**keys: Any) -> JobConfig:
     def part(kind: Any) -> Any:
         return kind(**{k: v for k, v in keys.items() if k in kind.model_fields})
 
-    return JobConfig(
-        model=part(s.ModelConfig),
-        data=part(s.DataConfig),
-        train=part(s.TrainConfig),
-        parallel=part(s.ParallelConfig),
-        output=part(s.OutputConfig),
-        ray=part(s.RayConfig),
-        transforms=(part(Lora), part(QuantizedBase)),
-    )
+    sections: dict[str, Any] = {name: part(kind) for name, kind in SECTIONS.items()}
+    return JobConfig(**sections, transforms=tuple(part(kind) for kind in discover()))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -96,6 +96,11 @@ class Batches:
         self.pad_to = pad_to(job)
         self.first = rank * arithmetic.accumulation_steps
 
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of the longest pass, with padding."""
+        return self.pad_to.length(int(self.data.lengths.max())) * self.arithmetic.micro_batch
+
     def indices(self, step: int) -> NDArray[np.int64]:
         """Return the sequences of step `step` (from 0), of all workers: [global batch]."""
         size, count = self.arithmetic.global_batch, len(self.data)

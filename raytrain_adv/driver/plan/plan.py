@@ -22,6 +22,7 @@ from raytrain_adv.errors import ClusterError, JobError, StorageError
 from raytrain_adv.estimate.advice import EXAMPLES, Advice, Case, Gpu, advise
 from raytrain_adv.estimate.assumptions import Assumptions
 from raytrain_adv.estimate.flops import training_flops_per_token
+from raytrain_adv.estimate.launches import refuse_without_graph, why_no_graph
 from raytrain_adv.estimate.limits import Limit, Scale, Work
 from raytrain_adv.estimate.memory import HostNeed, MemoryPrediction, dtypes
 from raytrain_adv.hardware import HardwareFacts
@@ -71,6 +72,7 @@ class RunPlan:
     data: DataSummary
     arithmetic: Arithmetic
     seq_len: int  # tokens of the longest padded sequence
+    no_graph: str  # why passes are not recorded as CUDA graphs; empty if they are
     transforms: Mapping[str, Plan]
     memory: MemoryPrediction
     host: HostNeed  # host memory of a full node's workers
@@ -116,6 +118,8 @@ def resolve(
     if assumed or per_node is None:
         per_node = int((assumed or Assumptions()).gpus_per_node)
     flops = training_flops_per_token(model, seq_len)
+    no_graph = why_no_graph(model, job, world_size, seq_len * arithmetic.micro_batch)
+    refuse_without_graph(job, no_graph)
     memory = case.prediction()
     mean = summary.num_tokens / summary.num_sequences
     name = "" if job.parallel.use_cpu else gpus[0].name
@@ -128,6 +132,7 @@ def resolve(
         data=summary,
         arithmetic=arithmetic,
         seq_len=seq_len,
+        no_graph=no_graph,
         transforms=plans,
         memory=memory,
         host=HostNeed.of(memory, min(world_size, per_node)),

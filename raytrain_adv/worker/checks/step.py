@@ -70,21 +70,21 @@ class Checks:
         # Only where graphs are new; a later step runs the same code.
         self.weights = bits_of(self.model) if is_first or switched else None
 
-    def profile(self, step: int) -> AbstractContextManager[None]:
-        """Profile the forward and backward pass inside for features that are on and not yet proven.
-        Raises TrainingError on all ranks, when an operator ran less often than modules were
-        changed.
+    def profile(self, step: int) -> AbstractContextManager[bool | None]:
+        """Profile the forward and backward pass inside for features that are on and not proven yet;
+        give whether it does. Raises TrainingError on all ranks, when an operator ran less often
+        than modules were changed.
         """
         # Not in the first step of a feature or an attempt: the profile would contain compilation.
         due = [t for t in self.unproven if t.is_on(step) and t.is_on(step - 1)]
         return nullcontext() if self.is_first or not due else self._profiled(due)
 
     @contextmanager
-    def _profiled(self, due: list[Transform]) -> Iterator[None]:
+    def _profiled(self, due: list[Transform]) -> Iterator[bool]:
         on_gpu = self.run.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with profiler.profile(activities=activities, acc_events=True) as seen:
-            yield
+            yield True
             if on_gpu:
                 torch.cuda.synchronize(self.run.device)
         for transform in due:
