@@ -115,7 +115,13 @@ KEYS: dict[str, dict[str, Any]] = {
         "ple_embed_dim": 16,
         "hc_lowrank": 8,
     },
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds": False,  # these allow one length only
+        "attn_layers": ["local", "local"],  # the others hash at random
+    },
+    "xlm": {"causal": True},
+    "xlnet": {"attn_type": "uni"},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 6,
@@ -148,9 +154,13 @@ def is_text(kind: str) -> bool:
 
 def tiny_config(kind: str) -> PretrainedConfig:
     """Return the config of a tiny model of a type, with a layer of each kind that it has."""
-    config_class = CONFIG_MAPPING[kind]
-    given = config_class()
-    keys = {}
+    given = CONFIG_MAPPING[kind]()
+    return type(given)(**tiny_keys(given, kind))
+
+
+def tiny_keys(given: PretrainedConfig, kind: str) -> dict[str, Any]:
+    """Return the keys that make a default config of a text model tiny."""
+    keys: dict[str, Any] = {}
     latent = hasattr(given, "qk_rope_head_dim")
     for name, value in given.to_dict().items():
         if latent and name == "head_dim":
@@ -178,7 +188,7 @@ def tiny_config(kind: str) -> PretrainedConfig:
             keys[name] = count
     for key, distinct in zip(layers, kinds, strict=True):
         keys[key] = (distinct * count)[:count]
-    return config_class(**{**keys, **KEYS.get(kind, {})})
+    return {**keys, **KEYS.get(kind, {})}
 
 
 def is_layer_list(key: str, value: Any) -> bool:
@@ -198,7 +208,11 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float32, **keys: Any) -> Pr
     torch.manual_seed(0)
     config, auto = tiny_config(kind), cast(Any, AutoModelForCausalLM)
     config.update(keys)
-    model: PreTrainedModel = auto.from_config(config, dtype=dtype)
+    return randomize(auto.from_config(config, dtype=dtype))
+
+
+def randomize(model: PreTrainedModel) -> PreTrainedModel:
+    """Move every parameter off the round value it may have."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)

@@ -1,4 +1,5 @@
-"""Every feature on a tiny checkpoint of every causal language model of transformers.
+"""Every feature on a tiny checkpoint of every causal language model of transformers, and on text of
+every multimodal one.
 
     python -m tests.family_runs [--kinds llama,mamba2] [--features full,LoRA] [--again] [--out FILE]
 
@@ -39,6 +40,8 @@ from raytrain_adv.run.run import local_run
 from raytrain_adv.text import first_line
 from raytrain_adv.worker.train import train
 from tests.families import families, tiny_model
+from tests.multimodal_families import has_text as is_multimodal
+from tests.multimodal_families import multimodal_families, tiny_multimodal
 
 RESULTS = Path(__file__).parent.parent / "docs" / "families.json"
 SECONDS = 600.0  # for all of a family
@@ -63,6 +66,11 @@ EXACT, ROUNDED, COARSE = 2e-4, 0.02, 0.1
 """Allowed differences of losses, relative: in another order, in bf16, in 4 or 8 bits."""
 
 
+def all_families() -> list[str]:
+    """Return the model types of text models, then those of multimodal ones."""
+    return [*families(), *multimodal_families()]
+
+
 class Differs(Exception):
     """A number is not that of plain transformers or PEFT."""
 
@@ -82,6 +90,8 @@ class Family:
     loss: float = 0.0
     norm: float = 0.0
     batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    model_class: Any = AutoModelForCausalLM
+    """What a user loads it with."""
 
     @property
     def checkpoint(self) -> Path:
@@ -90,10 +100,15 @@ class Family:
 
     def write(self) -> None:
         """Write checkpoint, tokenizer and rows, and compute loss and gradient norm."""
-        model = tiny_model(self.kind)
-        for name, value in model.config.to_dict().items():
-            if isinstance(value, float) and "drop" in name:
-                setattr(model.config, name, 0.0)  # two runs drop different numbers
+        if is_multimodal(self.kind):
+            model = tiny_multimodal(self.kind)
+            self.model_class = type(model)
+        else:
+            model = tiny_model(self.kind)
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            for name, value in config.to_dict().items():
+                if isinstance(value, float) and "drop" in name:
+                    setattr(config, name, 0.0)  # two runs drop different numbers
         model.save_pretrained(self.checkpoint)
         write_tokenizer(self.checkpoint)
         rows = [
@@ -102,7 +117,7 @@ class Family:
         ]
         (self.folder / "rows.json").write_text(json.dumps(rows))
         self.batch = read_batch(self.job("plain"))
-        plain = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32).train()
+        plain = self.model_class.from_pretrained(self.checkpoint, dtype=torch.float32).train()
         loss = loss_of(plain, self.batch)
         loss.backward()
         norms = [p.grad for p in plain.parameters() if p.grad is not None]
@@ -194,9 +209,8 @@ def loss_of(model: Any, batch: Any) -> torch.Tensor:
 
 def reloaded(family: Family, run: Run, adapted: bool) -> float:
     """Return the loss of what a run exported, loaded as its user does."""
-    auto: Any = AutoModelForCausalLM
-    path = family.checkpoint if adapted else run.model
-    model, info = auto.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    path, load_it = family.checkpoint if adapted else run.model, family.model_class.from_pretrained
+    model, info = load_it(path, dtype=torch.float32, output_loading_info=True)
     if wrong := {kind: sorted(map(str, names))[:3] for kind, names in info.items() if names}:
         raise Differs(f"loading: {wrong}")
     if adapted:
@@ -290,13 +304,14 @@ def apart(kind: str, features: tuple[str, ...] = tuple(KEYS)) -> dict[str, str]:
 def main() -> None:
     """Try families, and add the results to the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kinds", default=",".join(families()))
+    every = all_families()
+    parser.add_argument("--kinds", default=",".join(every))
     parser.add_argument("--features", default=",".join(KEYS))
     parser.add_argument("--again", action="store_true", help="also what the file has already")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     stored = json.loads(given.out.read_text()) if given.out.is_file() else {"families": {}}
-    held = {kind: {} for kind in families()} | stored["families"]
+    held = {kind: {} for kind in every} | stored["families"]
     for kind in given.kinds.split(","):
         wanted = tuple(given.features.split(","))
         due = tuple(f for f in wanted if given.again or f not in held.get(kind, {}))

@@ -5,8 +5,7 @@ import json
 import pytest
 import transformers
 
-from tests.families import families
-from tests.family_runs import RESULTS, apart
+from tests.family_runs import RESULTS, all_families, apart
 
 STORED = json.loads(RESULTS.read_text())
 SAMPLE = {"llama": ("full", "export", "LoRA"), "mixtral": ("full", "QAT int8")}
@@ -19,11 +18,11 @@ def test_a_sample_is_right(kind, features):
 
 def test_the_table_has_the_families_of_the_installed_library():
     assert STORED["transformers"] == transformers.__version__
-    assert set(STORED["families"]) == set(families())
+    assert set(STORED["families"]) == set(all_families())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", families())
+@pytest.mark.parametrize("kind", all_families())
 def test_a_family_is_as_the_table_has_it(kind):
     wanted = STORED["families"][kind]
     found = apart(kind, tuple(wanted)) if wanted else {}

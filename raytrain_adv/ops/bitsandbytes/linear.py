@@ -23,6 +23,7 @@ from raytrain_adv.ops.bitsandbytes.quantize import (
     round_scales,
     store,
 )
+from raytrain_adv.ops.views import unalias
 
 PROBED = (2048, 256, 192)
 """Tokens, input and output features of the product that is compared with bitsandbytes' own: enough
@@ -46,7 +47,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, scale, nested)
         ctx.form = (kind, columns)
-        return F.linear(x, dequantize(weight, scale, nested, kind, columns), bias)
+        return unalias(F.linear(x, dequantize(weight, scale, nested, kind, columns), bias))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -31,6 +31,7 @@ from raytrain_adv.ops.fake_quant.targets import (
     FOUR_BIT_FLOATS,
     INT8_IN_FLOAT32,
 )
+from raytrain_adv.ops.views import unalias
 
 Scheme = tuple[str, int, str]
 """What weights are rounded to, features that share a scale, and what activations are rounded to:
@@ -47,7 +48,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.scheme = scheme
-        return rounded_product(x, weight, bias, scheme)
+        return unalias(rounded_product(x, weight, bias, scheme))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

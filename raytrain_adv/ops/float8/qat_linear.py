@@ -32,6 +32,7 @@ from raytrain_adv.ops.float8.cast import (
     tensorwise_scale,
 )
 from raytrain_adv.ops.float8.linear import linear, product
+from raytrain_adv.ops.views import unalias
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 ROUNDING = {"int2": "47 %", "int3": "20 %", "int4": "9.5 %", "int8": "1 %"}
@@ -105,7 +106,7 @@ class _Product(torch.autograd.Function):
         if not is_coarse(weight_dtype) or scales is None:
             if weight_dtype == activation_dtype == FLOAT8:
                 return float8_product(x, weight, bias)
-            return F.linear(rounded_x, rounded, bias)
+            return unalias(F.linear(rounded_x, rounded, bias))
         x8 = cast(rounded_x, x_scale, E4M3) if x8 is None else x8
         if scales.shape[1] > 1:
             scale = _scale(rounded, scales, None, BITS[weight_dtype])

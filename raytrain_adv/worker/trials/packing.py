@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,8 +119,8 @@ def _compare(rows: _Rows, dtype: torch.dtype) -> list[str]:
     first, second, other = rows.tokens()
     packed, behind = rows.run([first, second], 1)
     changed, _ = rows.run([other, second], 1)
-    alone, _ = rows.run([second], 0)
-    noisy, _ = rows.run([second], 0, noise=torch.finfo(dtype).eps)
+    alone, _ = replace(rows, way=None).run([second], 0)
+    noisy, _ = replace(rows, way=None).run([second], 0, noise=torch.finfo(dtype).eps)
     seen = {
         VALUES: relative_error(changed[VALUES], packed[VALUES]),
         GRADIENT: float(behind.norm() / packed[GRADIENT].norm().clamp(min=1e-30)),
@@ -141,7 +141,8 @@ class _Rows:
 
     model: PreTrainedModel
     device: torch.device
-    way: Way
+    way: Way | None
+    """None tells it nothing, as without packing: a model may count positions otherwise."""
 
     def tokens(self) -> tuple[torch.Tensor, ...]:
         """Return two conversations, and another one of the first's length."""
@@ -156,7 +157,9 @@ class _Rows:
         parts = [*conversations, torch.zeros(rest, dtype=torch.int64)]
         positions = torch.cat([torch.arange(len(part)) for part in parts])
         tensors = {"input_ids": torch.cat(parts)[None], "position_ids": positions[None]}
-        inputs = told(tensors, self.way)
+        inputs: Inputs = {"input_ids": tensors["input_ids"]}
+        if self.way is not None:
+            inputs = told(tensors, self.way)
         return {
             k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()
         }

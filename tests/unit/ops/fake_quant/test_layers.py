@@ -188,3 +188,13 @@ def test_switched_off_it_is_the_plain_layer():
     ours.rounds = False
     for own, other in zip(passed(ours, x, gradient), passed(linear, x, gradient), strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=0)
+
+
+def test_an_output_may_be_changed_in_place():
+    """As RoCBert does: of a biased linear's output PyTorch made a view, which autograd refused."""
+    linear, x, gradient = inputs(torch.float32)
+    ours = FakeQuantizedLinear.of(linear, "int8", None, "none")
+    output = ours(x.requires_grad_())
+    output += 1.0
+    output.backward(gradient)
+    assert x.grad is not None

@@ -48,6 +48,12 @@ def test_a_model_that_mixes_packed_conversations_is_refused_by_name(kind, tmp_pa
     assert "packing: false and neat_packing: false" in refusal.value.fix
 
 
+def test_a_model_that_counts_positions_in_another_way_without_packing_is_refused(tmp_path):
+    """RoBERTa's begin after its padding id: packed, it would train with other positions."""
+    with pytest.raises(TrainingError, match="neat_packing"):
+        tried("roberta", tmp_path)
+
+
 def test_without_neat_packing_nothing_is_tried(tmp_path):
     job = job_for("none", tmp_path, packing=True, use_cpu=True)
     assert check_packing(job, tiny_model("mamba2"), local_run(job)) == "positions"
