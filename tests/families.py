@@ -121,7 +121,6 @@ KEYS: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "local"],  # the others hash at random
     },
     "xlm": {"causal": True},
-    "xlnet": {"attn_type": "uni"},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 6,

@@ -49,12 +49,7 @@ def is_multimodal(model: PreTrainedModel) -> bool:
 
 def towers(model: PreTrainedModel) -> list[str]:
     """Return the fqn of each part beside the text part: encoders of images or sound, projectors."""
-    untyped: Any = model
-    text = (
-        untyped.get_decoder(),
-        untyped.get_input_embeddings(),
-        untyped.get_output_embeddings(),
-    )
+    text = _text_parts(model)
 
     def walk(module: nn.Module, prefix: str) -> Iterator[str]:
         for name, child in module.named_children():
@@ -66,6 +61,17 @@ def towers(model: PreTrainedModel) -> list[str]:
                 yield f"{prefix}{name}"
 
     return list(walk(model, ""))
+
+
+def _text_parts(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """Return the decoder of text, its embeddings and its head."""
+    untyped: Any = model
+    found = (
+        untyped.get_decoder(),
+        untyped.get_input_embeddings(),
+        untyped.get_output_embeddings(),
+    )
+    return tuple(part for part in found if part is not None)
 
 
 def take_out_towers(model: PreTrainedModel, first_layer: nn.Module) -> None:
@@ -81,6 +87,10 @@ def take_out_towers(model: PreTrainedModel, first_layer: nn.Module) -> None:
         model.set_submodule(fqn, Absent.of(fqn, part))
     while used := _used_by_text(model, first_layer):
         model.set_submodule(used, parts.pop(used).requires_grad_(False))
+    text = {id(p) for part in _text_parts(model) for p in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in text:  # of no module: the share of an image's second encoder
+            parameter.requires_grad_(False)
 
 
 def _used_by_text(model: PreTrainedModel, first_layer: nn.Module) -> str:

@@ -42,8 +42,8 @@ SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Keys of model configs by which logits are multiplied: Cohere, Falcon-H1, Muse."""
 DIVISORS = ("logits_scaling",)  # keys by which logits are divided: Granite, MiniCPM
 MULTIPLIED = "hyperclovax"  # beginning of the model types that multiply by those keys
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-"""Keys that bend logits by tanh: Gemma, RecurrentGemma."""
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Keys that bend logits by tanh: Gemma, RecurrentGemma, xLSTM."""
 
 
 class LossKernel(Transform):

@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import reshard
-from raytrain_adv.errors import TrainingError
+from raytrain_adv.errors import RaytrainAdvError, TrainingError
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.run.run import Run
+from raytrain_adv.text import first_line
 from raytrain_adv.transforms.modules import class_name, short
 from raytrain_adv.worker.trials.packing import quiet
 
@@ -34,7 +35,7 @@ def check_causal(job: JobConfig, model: PreTrainedModel, run: Run) -> None:
     other[LENGTH // 2 :] = (row[LENGTH // 2 :] + words // 2) % words
     with quiet(job, model):
         ids = torch.stack([row, other]).to(run.device)
-        logits = model(input_ids=ids, use_cache=False).logits.float()
+        logits = _logits(job, model, ids)
     reshard(model)
     change = (logits[0] - logits[1]).abs().amax(-1)
     before, after = change.split(LENGTH // 2)
@@ -51,3 +52,23 @@ def check_causal(job: JobConfig, model: PreTrainedModel, run: Run) -> None:
         if declares
         else "train a causal language model: one whose attention is masked to earlier tokens",
     )
+
+
+def _logits(job: JobConfig, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Return the model's logits in float32; the first forward pass of a run.
+
+    Raises:
+        TrainingError: if the model's code fails, as xLSTM's does in bfloat16.
+    """
+    try:
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    except (RaytrainAdvError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a model's own code may raise anything
+        dtype = str(compute_dtype(job)).removeprefix("torch.")
+        raise TrainingError(
+            f"The forward pass of {short(class_name(model))} fails in {dtype}",
+            f"{type(error).__name__}: {first_line(error)}",
+            "try it in transformers alone; if only one dtype fails, change bf16",
+        ) from error
+    return logits.float()

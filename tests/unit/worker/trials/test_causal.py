@@ -28,3 +28,10 @@ def test_an_encoder_is_refused_in_bfloat16_too(tmp_path):
     model = tiny_model("bert-generation", torch.bfloat16, is_decoder=False)
     with pytest.raises(TrainingError, match="sees the tokens"):
         check_causal(job, model, local_run(job))
+
+
+def test_a_model_whose_own_code_fails_is_an_error_that_says_so(tmp_path):
+    """xLSTM in bfloat16 multiplies two dtypes, in transformers alone too."""
+    job = job_for("none", tmp_path, use_cpu=True, bf16=True)
+    with pytest.raises(TrainingError, match="forward pass of xLSTMForCausalLM fails in bfloat16"):
+        check_causal(job, tiny_model("xlstm", torch.bfloat16), local_run(job))
