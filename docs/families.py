@@ -16,13 +16,16 @@ def page() -> str:
     stored = json.loads(FILE.read_text())
     held: dict[str, dict[str, str]] = stored["families"]
     features = list(dict.fromkeys(feature for row in held.values() for feature in row))
-    words = Counter(_word(row.get(f, "")) for row in held.values() for f in features)
+    seeing = [kind for kind, row in held.items() if row and all(SEES in t for t in row.values())]
+    counted = [row for kind, row in held.items() if kind not in seeing]
+    words = Counter(_word(row.get(f, "")) for row in counted for f in features)
     tried = sum(words.values()) - words[UNTRIED]
     shares = {word: f"{words[word]:,} {word} ({words[word] / max(tried, 1):.1%})" for word in WORDS}
     counts = ", ".join(text for word, text in shares.items() if words[word])
     lines = [
         f"transformers {stored['transformers']}: {len(held)} families, {tried:,} of "
-        f"{len(held) * len(features):,} cells were tried: {counts}.",
+        f"{len(counted) * len(features):,} cells were tried: {counts}. Counted apart, as they see "
+        f"the tokens that they would be trained to predict: {', '.join(seeing) or 'none'}.",
         "",
         f"| family | {' | '.join(features)} |",
         f"| --- |{' --- |' * len(features)}",
@@ -54,6 +57,7 @@ def _reasons(kind: str, row: dict[str, str]) -> Iterator[str]:
 
 REASON = 60
 """Letters in which two reasons of a family differ."""
+SEES = "sees the tokens that it would be trained to predict"
 UNTRIED = "-"
 WORDS = ("right", "refused", "wrong", "traceback")
 

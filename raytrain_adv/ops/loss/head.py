@@ -137,8 +137,8 @@ class _Plain:
     head: nn.Module
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = _plain(self.head, hidden)
-        return logits
+        logits: Tensor | tuple[Tensor] = _plain(self.head, hidden)
+        return logits[0] if isinstance(logits, tuple) else logits  # XLM's head returns a tuple
 
 
 def cut_cross_entropy(

@@ -182,7 +182,7 @@ def test_a_model_that_does_more_than_body_and_head_keeps_its_own_forward():
     assert found in error.value.found
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "llama4_text", "minicpm3", "trocr"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama4_text", "minicpm3", "trocr", "xlm"])
 def test_heads_of_several_layers_and_bodies_without_a_name_compute_the_models_loss(kind, tmp_path):
     """BERT's head has a dense layer, Llama 4 names no body, MiniCPM divides before the head."""
     model, chunked = tiny_model(kind).eval(), LossKernel(loss_kernel="chunked")
