@@ -221,11 +221,11 @@ def no_progress_bars() -> Iterator[None]:
     def hidden(bar: Any, *args: Any, **keys: Any) -> None:
         shown(bar, *args, **{**keys, "disable": True})
 
-    tqdm.__init__ = hidden  # type: ignore[method-assign]  # its modules hold the class itself
+    tqdm.__init__ = hidden  # its modules hold the class itself
     try:
         yield
     finally:
-        tqdm.__init__ = shown  # type: ignore[method-assign]
+        tqdm.__init__ = shown
 
 
 def divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:

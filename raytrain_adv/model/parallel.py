@@ -190,10 +190,11 @@ def refuse_wrong_slices(model: PreTrainedModel, triton: str | None) -> None:
         return
     for fqn, layer in decoder_layers(model):
         for name, module in layer.named_modules(prefix=fqn):
-            if EVERY_THIRD.search(_source(type(module))):
+            kind: Any = type(module)
+            if EVERY_THIRD.search(_source(kind)):
                 raise TrainingError(
                     "torch_compile would give wrong numbers for slices of every third element",
-                    f"{name} ({type(module).__name__}), Triton {triton} (pytorch/pytorch#193183)",
+                    f"{name} ({kind.__name__}), Triton {triton} (pytorch/pytorch#193183)",
                     "set torch_compile: false, or install a PyTorch with Triton 3.8 or newer",
                 )
 

@@ -46,7 +46,7 @@ def install(model: nn.Module, head: nn.Module, loss: HeadLoss) -> None:
     """
     head.loss = loss  # type: ignore[assignment] # a plain attribute
     fqn = next(fqn for fqn, module in model.named_modules() if module is head)
-    model.loss_head = fqn  # type: ignore[assignment] # a plain attribute
+    model.loss_head = fqn
     for module, forward in ((head, _head_forward), (model, _model_forward)):
         # Another's replacement of this instance's forward stays in use.
         module.plain_forward = module.__dict__.get("forward")  # type: ignore[assignment]

@@ -38,7 +38,7 @@ def check_causal(job: JobConfig, model: PreTrainedModel, run: Run) -> None:
         logits = _logits(job, model, ids)
     reshard(model)
     change = (logits[0] - logits[1]).abs().amax(-1)
-    before, after = change.split(LENGTH // 2)
+    before, after = change[: LENGTH // 2], change[LENGTH // 2 :]
     share = float(before.max() / after.max().clamp(min=1e-30))
     sees = int(share > SEEN[compute_dtype(job)])  # not where a number is not finite
     if not run.agree(sees, dist.ReduceOp.MAX):
