@@ -135,7 +135,8 @@ def _check(source: str, document: Document) -> Checked:
     contradictions = [p for section in job.sections() for p in section.contradictions()]
     contradictions += rules.contradictions(job)
     problems += [p for p in contradictions if not refused & set(p.keys)]
-    named = [replace(p, key=translated.names.get(p.key, p.key)) for p in problems]
+    names = translated.names
+    named = [replace(p, key=" and ".join(names.get(k, k) for k in p.keys)) for p in problems]
     notes = [*translated.notes, *(() if problems else rules.notes(job))]
     return replace(job, notes=tuple(notes)), [p.at(_where(p, document)) for p in named]
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import TrainingError
 from raytrain_adv.estimate.launches import refuse_without_graph
 from raytrain_adv.model.packing import known_unpacked
 from raytrain_adv.model.parallel import compute_dtype
@@ -125,6 +126,13 @@ class Passes:
     def _run(self, inputs: Inputs, labels: Tensor, scale: float | Tensor) -> Tensor:
         with known_unpacked(inputs):
             loss = self.loss_sum(self.model, inputs, labels)
+        if not loss.requires_grad:
+            raise TrainingError(
+                "No gradient reaches any parameter",
+                f"{type(self.model).__name__}'s loss does not depend on one that is trained",
+                "train other parameters (finetuning_type, lora_target, freeze_trainable_layers); "
+                "models that compute backward themselves (Reformer) train in full alone",
+            )
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -207,7 +215,8 @@ class Passes:
         return max(relative_error(loss, plain), largest)
 
     def _capture(self, inputs: Inputs, labels: Tensor, scale: float) -> Recorded:
-        own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        # Other tokens: what a kernel outside of the recording computes of them shows when compared.
+        own = {k: v.roll(1, -1) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         factor = torch.full((), scale, dtype=torch.float32, device=labels.device)
         own_labels = labels.clone()
         if self.pool is None:

@@ -110,6 +110,7 @@ def test_any_override_is_a_job_or_a_message(
 
 @fuzz
 @given(st.sampled_from(KEYS), scalars)
+@example("new_special_tokens", "0")
 def test_one_key_of_any_value_is_in_the_job_or_in_the_message(key: str, value: Any) -> None:
     path = FILES / "one.yaml"
     path.write_text(yaml.dump({**SMALLEST, key: value}), encoding="utf-8", errors="replace")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import masking_utils
 
-from raytrain_adv.errors import JobError
+from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.estimate.launches import why_no_graph
 from raytrain_adv.model.build import build
 from raytrain_adv.model.packing import known_unpacked
@@ -123,6 +123,13 @@ def test_a_pass_is_recorded_once_it_has_come_often_enough(said, tmp_path):
     passes = passes_of(said, tmp_path)
     train(passes, 1, lengths=(3, 4, 5))
     assert not said and set(passes.seen.values()) == {1} and WARM_UP > 1
+
+
+def test_a_loss_that_depends_on_no_trained_parameter_is_an_error(said, tmp_path):
+    passes = passes_of(said, tmp_path)
+    passes.model.requires_grad_(False)
+    with pytest.raises(TrainingError, match="No gradient reaches any parameter"):
+        train(passes, 1)
 
 
 @pytest.mark.parametrize(
