@@ -38,6 +38,7 @@ RESULTS: dict[str, Callable[[Any], str]] = {
     "steps": text.count,
     "eval_loss": text.loss,
     "train_loss": text.loss,
+    "exact_answers": text.percent,
     CONVERTED_LOSS: text.loss,
     "tokens_per_second_per_worker": text.rate,
     "peak_memory_gib": text.gib,

@@ -107,7 +107,9 @@ class Results:
         text = str(error) or type(error).__name__
         if isinstance(error, KeyboardInterrupt):
             text = "The sweep was stopped by Ctrl-C"
-        self._write(status="failed", finished_at=time.time(), error=text)
+        self._begun.clear()  # none runs any more; a later launch continues them
+        trials = tuple(self._read(name) for name in self._trials)
+        self._write(status="failed", finished_at=time.time(), error=text, trials=trials)
 
     def describe(self, value: float | None) -> str:
         """Return a value of the metric with its name."""

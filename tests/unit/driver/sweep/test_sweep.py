@@ -332,6 +332,24 @@ def test_overwriting_keeps_or_deletes_a_sweep_when_trials_begin_and_not_before(
     assert sweep_record.read(folder).status == "running"
 
 
+def test_no_trial_runs_once_its_sweep_has_failed(
+    swept: Callable[..., JobConfig], tmp_path: Path
+) -> None:
+    """A later launch continues it; what has ended stays as it is."""
+    job = swept()
+    results = results_of(job)
+    results.begin(2)
+    ended, running, *_ = (trial.name for trial in job.sweep.trials)  # type: ignore[union-attr]
+    results.started(ended)
+    results.ended(leave(job, 0, 3.0), None)
+    results.started(running)
+    leave(job, 1, None, status="running")
+    results.fail(ClusterError("Ray's head is gone"))
+    found = sweep_record.read(tmp_path / "out")
+    assert found.status == "failed" and found.trial(ended).status == "done"
+    assert found.trial(running).status == "waiting"
+
+
 def test_a_sweep_in_which_no_trial_began_can_be_replaced(
     swept: Callable[..., JobConfig], tmp_path: Path
 ) -> None:
