@@ -69,6 +69,7 @@ class Passes:
         self.buffers: dict[nn.Parameter, Tensor] = {}
         """Gradients that recorded passes add to."""
         self.pool: Any = None
+        self.features: tuple[bool, ...] = ()
         self.num_recorded = 0
 
     def allow(self, off: str) -> None:
@@ -98,6 +99,9 @@ class Passes:
             plain: whether to run as it is, for a profile.
         """
         torch.manual_seed(seed)
+        if features != self.features:  # what is recorded computes without what is on now
+            self.features = features
+            self.recorded.clear()
         kind = (features, _shapes(inputs), labels.shape)
         if self.off or plain or (is_first := self._is_first()) is None:
             return self._run(inputs, labels, scale)
@@ -119,7 +123,6 @@ class Passes:
 
     def close(self) -> None:
         """Give back the memory of recorded passes."""
-        self.off = self.off or "training is over"
         self.recorded.clear()
         self.buffers, self.pool = {}, None
 

@@ -125,6 +125,25 @@ def test_a_pass_is_recorded_once_it_has_come_often_enough(said, tmp_path):
     assert not said and set(passes.seen.values()) == {1} and WARM_UP > 1
 
 
+def test_a_feature_that_begins_makes_recordings_of_their_own(said, tmp_path):
+    passes = passes_of(said, tmp_path)
+    for on in (False, True):
+        ids = torch.zeros((1, 4), dtype=torch.int64)
+        for _ in range(WARM_UP + 2):
+            passes({"input_ids": ids}, ids, 1.0, 0, (on,), False)
+            passes.model.zero_grad(set_to_none=True)
+        assert [kind[0] for kind in passes.recorded] == [(on,)]
+    passes.close()
+    assert passes.summary == "2 kinds of passes recorded and replayed" and not passes.buffers
+
+
+def test_a_run_too_short_for_recordings_reports_that(said, tmp_path):
+    passes = passes_of(said, tmp_path)
+    train(passes, 1)
+    passes.close()
+    assert passes.summary == "passes are not recorded: none came often enough"
+
+
 def test_a_loss_that_depends_on_no_trained_parameter_is_an_error(said, tmp_path):
     passes = passes_of(said, tmp_path)
     passes.model.requires_grad_(False)
