@@ -28,9 +28,9 @@ JOBS: dict[str, dict[str, Any]] = {
     "LoRA": LORA,
     "elastic": {"ray_num_workers": [1, 2], "per_device_train_batch_size": 2},
     "sweep": {"ray_num_workers": 1, "sweep": {"seed": [1, 2], "metric": "eval_loss"}},
-    "20,100 rows": {},  # enough for processes that tokenize
+    "20100 rows": {},  # enough for processes that tokenize
 }
-ROWS = {"20,100 rows": 20_100}
+ROWS = {"20100 rows": 20_100}
 WHILE_TRAINING = ("worker 1", "rank 0", "controller", "raylet", "gcs_server", "driver")
 MOMENTS = {
     "step": WHILE_TRAINING,

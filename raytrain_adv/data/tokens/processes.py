@@ -13,13 +13,13 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import IO, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from raytrain_adv.data.read.formats import Layout
 from raytrain_adv.data.tokens.tokenize import Chunk, RawRow, Recipe, Tokenizer
-from raytrain_adv.errors import RaytrainAdvError, TrainingError
+from raytrain_adv.errors import RaytrainAdvError, TrainingError, quieten
 
 Task = tuple[list[RawRow], Layout, float]
 """Rows, their layout, and the share of the datasets read with them."""
@@ -69,7 +69,10 @@ def _start(opening: bytes) -> subprocess.Popen[bytes]:
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, "-c", f"from {__name__} import main; main()"]
+    program = (
+        f"from {quieten.__module__} import quieten; quieten()\nfrom {__name__} import main; main()"
+    )
+    command = [sys.executable, "-c", program]
     pipe = subprocess.PIPE
     child = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
     assert child.stdin is not None  # it is a pipe
@@ -108,15 +111,24 @@ def main() -> None:
     """Answer requests on standard input until they end: one of the processes."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # prints must not mix with the answers
-    tokenizer = Tokenizer(*pickle.load(requests))
-    while True:
+    if (opening := _next(requests)) is None:
+        return
+    tokenizer = Tokenizer(*opening)
+    while (request := _next(requests)) is not None:
         try:
-            rows, layout = pickle.load(requests)
-        except EOFError:
-            return
-        try:
-            answer: Any = tokenizer(rows, layout)
+            answer: Any = tokenizer(*request)
         except RaytrainAdvError as error:
             answer = error
-        pickle.dump(answer, answers)
-        answers.flush()
+        try:
+            pickle.dump(answer, answers)
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(0)  # nobody reads: Python would try again, and print a traceback
+
+
+def _next(requests: IO[bytes]) -> Any:
+    """Return a request; none once the process that asks has ended, perhaps while it wrote one."""
+    try:
+        return pickle.load(requests)
+    except (EOFError, pickle.UnpicklingError):
+        return None

@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -541,6 +542,19 @@ def test_a_killed_tokenizing_process_is_not_called_a_full_disk(
     with pytest.raises(TrainingError, match="process that tokenizes ended") as caught:
         prepare(job, print)
     assert "exit code -9" in caught.value.found
+
+
+@pytest.mark.parametrize("written", ["nothing", "half of what it is told first"])
+def test_a_tokenizing_process_ends_in_silence_once_its_driver_was_killed(monkeypatch, written):
+    """Its traceback would be the last thing on the console of a run that was killed."""
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: popen(*a, **{**k, "stderr": subprocess.PIPE})
+    )
+    opening = pickle.dumps(["a tokenizer"] * 1000)
+    child = processes._start(opening[: 0 if written == "nothing" else len(opening) // 2])
+    _, errors = child.communicate()
+    assert child.returncode == 0 and errors.decode() == ""
 
 
 def save(folder, **parts):
