@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -56,6 +57,11 @@ FATAL = re.compile(
 _BOILERPLATE = re.compile(r"An unexpected system state.*?fix it\. ")
 MOST_READ, MOST_QUOTED = 200, 400  # lines of a log, and characters of one
 STARTED = ("gcs_server", "raylet")  # names of Ray's processes, without which it cannot start (2.60)
+ENDED_BY_RAY = ClusterError(
+    "Ray cannot be started here: this process was ended while it started",
+    "a process of Ray ended before it, which ends this one too, or it was killed itself",
+    "run the job again; Ray's logs are in session_latest/logs of Ray's folder, /tmp/ray by default",
+)
 LOST_AFTER_S = 45.0
 """Seconds without an answer after which the run ends. If the head returns earlier and its state is
 stored outside it (Ray's GCS fault tolerance), the run continues."""
@@ -140,12 +146,15 @@ def watching_start(record: Callable[[BaseException], None]) -> Iterator[threadin
     process ends. Ray would end it with exit code 1 and no word (2.60).
     """
     has_started = threading.Event()
+    epitaph = Epitaph(ENDED_BY_RAY)
     earlier = set(psutil.Process().children())
     known: dict[psutil.Process, str] = {}
     logs = ""
 
     def check() -> None:
         nonlocal logs
+        if has_started.is_set():
+            epitaph.drop()
         children = set[psutil.Process]()
         with contextlib.suppress(psutil.Error):  # one ends while it is looked at
             children = set(psutil.Process().children())
@@ -156,14 +165,36 @@ def watching_start(record: Callable[[BaseException], None]) -> Iterator[threadin
                     logs = _log_folder(child.cmdline()) or logs
         for child, name in known.items():
             if _has_ended(child):
+                epitaph.drop()
                 ended = _ended_later if has_started.is_set() else _ended_at_start
                 _end_process(ended(name, child.pid, logs), record)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield has_started
-        return
-    with poll("start watch", check, START_EVERY_S):
-        yield has_started
+    try:
+        if threading.current_thread() is not threading.main_thread():
+            yield has_started
+            return
+        with poll("start watch", check, START_EVERY_S):
+            yield has_started
+    finally:
+        epitaph.drop()
+
+
+class Epitaph:
+    """Has a shell print an error if this process ends before `drop`: by itself it may be unable to.
+    Ray's core worker ends it from C++, sooner than any watch looks, if the raylet does not answer.
+    """
+
+    def __init__(self, error: RaytrainAdvError) -> None:
+        script = 'read -r word || printf "\\n%s\\n" "$0" >&2'
+        command = ["/bin/sh", "-c", script, str(error)]
+        self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        self._lock = threading.Lock()
+
+    def drop(self) -> None:
+        """Print nothing any more."""
+        with self._lock, contextlib.suppress(OSError):  # somebody killed the shell
+            if self._shell.returncode is None:
+                self._shell.communicate(b"dropped\n")
 
 
 def _log_folder(command: Sequence[str]) -> str:

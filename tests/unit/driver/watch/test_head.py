@@ -132,3 +132,25 @@ def test_the_last_words_of_a_process_of_ray_are_quoted(tmp_path):
     assert "raylet.out" in error.found and "store.cc:7: No space left on device" in error.found
     assert str(tmp_path) in error.fix and "memory" not in error.fix
     assert "memory" in head_watch._ended_at_start("gcs_server", 13, str(tmp_path)).fix
+
+
+START = """
+import contextlib, os, sys
+from raytrain_adv.driver.watch.nodes import watching_start
+with contextlib.suppress(ValueError), watching_start(print) as has_started:
+    if sys.argv[1] == "raises":
+        raise ValueError
+    if sys.argv[1] == "runs":
+        has_started.set()
+        import time; time.sleep(1)
+    os._exit(1)  # as Ray's core worker does
+"""
+
+
+@pytest.mark.parametrize(("how", "is_told"), [("ends", True), ("raises", False), ("runs", False)])
+def test_a_process_that_ray_ends_from_cpp_while_it_starts_leaves_a_word(how, is_told):
+    done = subprocess.run(
+        [sys.executable, "-c", START, how], capture_output=True, text=True, timeout=50
+    )
+    assert ("this process was ended while it started" in done.stderr) is is_told
+    assert ("fix:" in done.stderr) is is_told
