@@ -195,8 +195,8 @@ class Passes:
         self._detach()
 
         def compare(parameter: nn.Parameter) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
+            gradient: Any = parameter.grad
+            parameter.grad = None
             size = torch.linalg.vector_norm(gradient, dtype=torch.float32)
             apart = torch.linalg.vector_norm(
                 self.buffers[parameter] - gradient, dtype=torch.float32

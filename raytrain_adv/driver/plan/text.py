@@ -161,7 +161,7 @@ def _batch_rows(plan: RunPlan) -> Rows:
         f"about {mean * a.global_batch:,.0f} tokens",
     )
     if not plan.no_graph:
-        yield "CUDA graph", "passes of the same length are recorded, then replayed"
+        yield "CUDA graph", "on a GPU, passes of the same length are recorded, then replayed"
     device = "worker" if plan.job.parallel.use_cpu else "GPU"
     for size in plan.sizes[1:]:
         most = f"at most {size.memory_gib:.1f} GiB per {device}"

@@ -146,6 +146,9 @@ def watching_start(record: Callable[[BaseException], None]) -> Iterator[threadin
     process ends. Ray would end it with exit code 1 and no word (2.60).
     """
     has_started = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield has_started
+        return
     epitaph = Epitaph(ENDED_BY_RAY)
     earlier = set(psutil.Process().children())
     known: dict[psutil.Process, str] = {}
@@ -170,9 +173,6 @@ def watching_start(record: Callable[[BaseException], None]) -> Iterator[threadin
                 _end_process(ended(name, child.pid, logs), record)
 
     try:
-        if threading.current_thread() is not threading.main_thread():
-            yield has_started
-            return
         with poll("start watch", check, START_EVERY_S):
             yield has_started
     finally:

@@ -1,4 +1,4 @@
-"""Write a folder's `model.pte`: the program that ExecuTorch's runner decodes with.
+"""Write a folder's `model.pte`: a program that decodes, of the form that ExecuTorch's runners load.
 
 It has one method, `forward(input_ids [1, tokens], cache_position [tokens])`, which returns logits
 [1, tokens, vocabulary]. Keys and values of LENGTH tokens are part of the program's state.
