@@ -49,22 +49,30 @@ def _contents(value: Any) -> Mapping[str, Any]:
     return value
 
 
+def _inner(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the entries below a name; none if there is nothing."""
+    value = config.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise Refused(f"{name}: {show(value)} is no mapping", f"write entries below {name}")
+    return value
+
+
 def _deepspeed(config: Mapping[str, Any]) -> Pairs:
-    zero = config.get("zero_optimization") or {}
+    zero = _inner(config, "zero_optimization")
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or not 0 <= stage < len(ZERO):
         raise Refused(f"ZeRO stage {show(stage)}", "give a stage from 0 to 3")
     yield from STRATEGIES[ZERO[stage]].items()
-    devices = {(zero.get(f"offload_{part}") or {}).get("device") for part in ("optimizer", "param")}
+    devices = [_inner(zero, f"offload_{part}").get("device") for part in ("optimizer", "param")]
     if "nvme" in devices:
         fix = "set device: cpu; model and optimizer are then in host memory"
         raise Refused("offload to NVMe is not in this version", fix)
     if "cpu" in devices:
         yield "fsdp_cpu_offload", True
     for name in ("bf16", "fp16"):
-        if (config.get(name) or {}).get("enabled") is True:
+        if _inner(config, name).get("enabled") is True:
             yield "bf16", True
-    parallel = (config.get("tensor_parallel") or {}).get("autotp_size", 1)
+    parallel = _inner(config, "tensor_parallel").get("autotp_size", 1)
     if parallel != 1:
         fix = "delete tensor_parallel: FSDP2 shards over ray_num_workers"
         raise Refused(f"autotp_size: {show(parallel)}: tensor parallelism is not here", fix)
@@ -107,13 +115,13 @@ def _fsdp_config(config: Mapping[str, Any]) -> Pairs:
             kind = show(config["distributed_type"])
             raise Refused(f"distributed_type: {kind}", "give a file of distributed_type: FSDP")
         if config.get("mixed_precision", "no") != "no":
-            yield {"fp8": "fp8"}.get(config["mixed_precision"], "bf16"), True
+            yield ("fp8" if config["mixed_precision"] == "fp8" else "bf16"), True
         if config.get("num_processes"):
             yield "ray_num_workers", config["num_processes"]
-        config = config.get("fsdp_config") or {}
+        config = _inner(config, "fsdp_config")
     numbers = dict(enumerate((*STRATEGIES, "hybrid_shard", "hybrid_shard_zero2"), 1))
     for name, value in config.items():
-        key = name.removeprefix("fsdp_")
+        key = str(name).removeprefix("fsdp_")
         if key == "offload_params" and value:
             yield "fsdp_cpu_offload", True
         elif key == "activation_checkpointing" and value:
@@ -121,6 +129,7 @@ def _fsdp_config(config: Mapping[str, Any]) -> Pairs:
         elif key == "reshard_after_forward" and isinstance(value, bool):
             yield "fsdp_reshard_after_forward", value
         elif key in ("sharding_strategy", "reshard_after_forward"):
-            yield from _strategy(str(numbers.get(value, value)).lower())
+            kind = numbers.get(value, value) if isinstance(value, int) else value
+            yield from _strategy(str(kind).lower())
         elif value and key not in FSDP_TUNING:
             raise Refused(f"it has {show(name)}, which is not known", "delete that entry")

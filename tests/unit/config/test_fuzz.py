@@ -251,6 +251,53 @@ def test_no_job_file_brings_a_traceback_out_of_a_command(job: dict[str, Any], pl
     assert "Traceback" not in errors
 
 
+SHARDING = st.sampled_from(
+    [
+        "zero_optimization",
+        "stage",
+        "offload_optimizer",
+        "offload_param",
+        "device",
+        "bf16",
+        "fp16",
+        "enabled",
+        "optimizer",
+        "tensor_parallel",
+        "autotp_size",
+        "gradient_clipping",
+        "distributed_type",
+        "mixed_precision",
+        "num_processes",
+        "fsdp_config",
+        "fsdp_sharding_strategy",
+        "fsdp_offload_params",
+        "reshard_after_forward",
+    ]
+)
+
+
+@fuzz
+@given(
+    st.sampled_from(["deepspeed", "fsdp", "fsdp_config"]),
+    st.recursive(
+        scalars | st.sampled_from(["FSDP", "cpu", 1.0, 3]),
+        lambda inner: (
+            st.dictionaries(SHARDING | st.integers(), inner, max_size=4)
+            | st.lists(inner, max_size=2)
+        ),
+        max_leaves=8,
+    ),
+)
+@example("fsdp_config", {0: None})
+@example("deepspeed", {"zero_optimization": {"stage": 1.0}})
+@example("deepspeed", {"zero_optimization": 3})
+def test_a_mapping_of_deepspeed_or_accelerate_is_keys_or_a_message(key: str, value: Any) -> None:
+    path = FILES / "sharding.yaml"
+    path.write_text(yaml.dump({**SMALLEST, key: value}), encoding="utf-8", errors="replace")
+    with contextlib.suppress(JobError):
+        load(path)
+
+
 @pytest.mark.parametrize(
     "content",
     [
