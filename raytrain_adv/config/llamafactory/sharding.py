@@ -129,7 +129,7 @@ def _fsdp_config(config: Mapping[str, Any]) -> Pairs:
         elif key == "reshard_after_forward" and isinstance(value, bool):
             yield "fsdp_reshard_after_forward", value
         elif key in ("sharding_strategy", "reshard_after_forward"):
-            kind = numbers.get(value, value) if isinstance(value, int) else value
+            kind = (isinstance(value, int) and numbers.get(value)) or value
             yield from _strategy(str(kind).lower())
         elif value and key not in FSDP_TUNING:
             raise Refused(f"it has {show(name)}, which is not known", "delete that entry")
