@@ -53,6 +53,7 @@ VARIANTS: dict[str, tuple[set[str], dict[str, Any]]] = {
     "fp8, peers": ({"units", "gather", "reduce"}, FP8),
     "fp8, peers, whole": ({"units", "gather", "reduce", "whole"}, FP8),
     "fp8 all-gather, peers": ({"units", "gather", "reduce"}, GATHERED),
+    "fp8, peers, ahead": ({"units", "gather", "reduce", "ahead"}, FP8),
 }
 """What differs from the package's sharding, and the job's keys. units: embedding and head are
 gathered on their own; gather, reduce: by copies; whole: layers stay gathered until backward."""
@@ -88,6 +89,7 @@ class Ring:
         self.turn[num_bytes] = (turn + 1) % self.length
         if turn == len(buffers):
             made = symm_mem.empty(num_bytes, dtype=torch.uint8, device=device)
+            torch.cuda.synchronize()  # its flags are zeroed on the default stream
             buffers.append((made, symm_mem.rendezvous(made, self.group.group_name)))
         return buffers[turn]
 
@@ -173,7 +175,7 @@ def sharded(changes: set[str], model: PreTrainedModel, job: JobConfig, mesh: Dev
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     units: list[nn.Module] = [*layers, *(ends if "units" in changes else ())]
     group = mesh.get_group("shard")
-    gathers, reductions = Ring(group, 2), Ring(group, 1)
+    gathers, reductions = Ring(group, 3 if "ahead" in changes else 2), Ring(group, 1)
     for unit in map(shard, units):
         if "gather" in changes:
             unit.set_custom_all_gather(PeerAllGather(gathers))
@@ -187,6 +189,54 @@ def sharded(changes: set[str], model: PreTrainedModel, job: JobConfig, mesh: Dev
         embedding.set_unshard_in_backward(False)  # its gradient needs no weight
         head.set_reshard_after_forward(False)  # backward begins with it
     shard(model)
+    if "ahead" in changes:
+        for i, layer in enumerate(layers):
+            layer.set_modules_to_forward_prefetch(layers[i + 1 : i + 3])
+            layer.set_modules_to_backward_prefetch(layers[max(0, i - 2) : i][::-1])
+
+
+def gaps(step: Callable[[], float]) -> dict[str, Any]:
+    """Return what the compute stream of rank 0 waits for in two steps, in milliseconds per step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as taken:
+        step(), step()
+        torch.cuda.synchronize()
+    path = f"/tmp/trace{os.environ.get('RANK', '0')}.json"
+    taken.export_chrome_trace(path)
+    events = json.loads(Path(path).read_text())["traceEvents"]
+    kinds = {"kernel", "gpu_memcpy", "gpu_memset"}
+    on_gpu = [e for e in events if e.get("cat") in kinds]
+    launched = {
+        e["args"]["correlation"]: e["ts"]
+        for e in events
+        if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
+    }
+    streams: dict[Any, list[Any]] = {}
+    for e in on_gpu:
+        streams.setdefault(e["args"]["stream"], []).append(e)
+    busy = {k: sum(e["dur"] for e in v) / 2e3 for k, v in streams.items()}
+    main = sorted(streams[max(busy, key=busy.__getitem__)], key=lambda e: e["ts"])
+    found: dict[str, list[float]] = {}
+    for before, after in zip(main, main[1:], strict=False):
+        gap = after["ts"] - before["ts"] - before["dur"]
+        if gap > 20:
+            late = after["ts"] - launched.get(after["args"].get("correlation"), 0) < 60
+            key = f"{before['name'][:34]} | {after['name'][:34]} | {'cpu' if late else 'event'}"
+            total = found.setdefault(key, [0.0, 0.0])
+            total[0] += gap / 2e3
+            total[1] += 0.5
+    names: dict[str, float] = {}
+    for k, v in streams.items():
+        for e in v:
+            key = f"{k} {e['name'][:60]}"
+            names[key] = names.get(key, 0) + e["dur"] / 2e3
+    top = sorted(names.items(), key=lambda x: -x[1])[:25]
+    return {
+        "streams": {str(k): round(v, 1) for k, v in busy.items()},
+        "gaps": sorted(((k, *map(lambda n: round(n, 2), v)) for k, v in found.items()), key=lambda x: -x[1])[:14],
+        "top": [(k, round(v, 2)) for k, v in top],
+    }
 
 
 def measured(name: str, steps: int, tokens: int) -> dict[str, Any]:
@@ -208,7 +258,9 @@ def measured(name: str, steps: int, tokens: int) -> dict[str, Any]:
     start = time.perf_counter()
     losses += [step() for _ in range(steps)]
     seconds = (time.perf_counter() - start) / steps
+    waits = gaps(step) if TRACE else {}
     return {
+        "waits": waits,
         "seconds": seconds,
         "tokens_per_second_per_gpu": tokens / seconds,
         "peak_gib": whole_steps.peak_gib(),
@@ -217,6 +269,7 @@ def measured(name: str, steps: int, tokens: int) -> dict[str, Any]:
 
 
 ORIGINAL = parallel.shard
+TRACE = "TRACE" in os.environ
 
 
 def main() -> None:
@@ -240,6 +293,8 @@ def main() -> None:
         if rank == 0:
             speed = f"{1e3 * found['seconds']:8.1f} ms {found['tokens_per_second_per_gpu']:8.0f}"
             print(f"{name:<24}{speed} tokens/s {found['peak_gib']:6.1f} GiB", flush=True)
+            for k, v in found["waits"].items():
+                print(k, *(v if isinstance(v, list) else [v]), sep="\n   ")
             if chosen.out is not None:
                 chosen.out.write_text(json.dumps(results, indent=1) + "\n")
     if dist.is_initialized():

@@ -1,6 +1,6 @@
 """Steps of small models on one GPU, by the whole training loop: launches, not arithmetic, cost.
 
-    python jobs/benchmarks/small_models.py [--only NAME ...] [--tokens 2048] [--out FILE]
+    python jobs/benchmarks/small_models.py [--only NAME ...] [--tokens 2048] [--kernels] [--out F]
 
 Each variant is a run of worker.train in a process of its own, on rows of Python's documentation,
 with random weights. The floor is the arithmetic at the GPU's dense bf16 peak.
@@ -15,10 +15,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +32,7 @@ SHAPES = {
     "135m": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SMOL},
     "0.6b": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **QWEN},
 }
+LORA = {"finetuning_type": "lora", "lora_rank": 16, "lora_target": "all"}
 QAT = {"enable_qat": True, "qat_weight_dtype": "int4"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "135m pure_bf16": ("135m", {"pure_bf16": True}),
@@ -37,12 +40,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "135m bf16": ("135m", {"bf16": True}),
     "135m bf16, no graph": ("135m", {"bf16": True, "cuda_graph": False}),
     "135m bf16, QAT": ("135m", {"bf16": True, **QAT}),
+    "135m bf16, LoRA": ("135m", {"bf16": True, **LORA}),
+    "135m bf16, LoRA, QAT": ("135m", {"bf16": True, **LORA, **QAT}),
     "0.6b pure_bf16": ("0.6b", {"pure_bf16": True}),
     "0.6b bf16": ("0.6b", {"bf16": True}),
+    "0.6b bf16, QAT": ("0.6b", {"bf16": True, **QAT}),
+    "0.6b bf16, LoRA": ("0.6b", {"bf16": True, **LORA}),
 }
 
 
-def run(shape: str, keys: dict[str, Any], tokens: int, steps: int) -> dict[str, Any]:
+def run(shape: str, keys: dict[str, Any], tokens: int, steps: int, kernels: bool) -> dict[str, Any]:
     """Return what a run of these keys reports."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -50,9 +57,12 @@ def run(shape: str, keys: dict[str, Any], tokens: int, steps: int) -> dict[str, 
             (folder / file.name).write_bytes(file.read_bytes())
         config = {"tie_word_embeddings": True, "max_position_embeddings": 131072, **SHAPES[shape]}
         (folder / "config.json").write_text(json.dumps(config))
+        if keys.get("finetuning_type") == "lora":
+            kind = transformers.AutoConfig.from_pretrained(folder)
+            transformers.AutoModelForCausalLM.from_config(kind).save_pretrained(folder)
         job = {
             "model_name_or_path": str(folder),
-            "train_from_scratch": True,
+            "train_from_scratch": keys.get("finetuning_type") != "lora",
             "stage": "sft",
             "finetuning_type": "full",
             "dataset": "python_stdlib_docs",
@@ -72,6 +82,7 @@ def run(shape: str, keys: dict[str, Any], tokens: int, steps: int) -> dict[str, 
         }
         (folder / "job.yaml").write_text(yaml.safe_dump(job))
         command = [sys.executable, __file__, "--job", str(folder / "job.yaml")]
+        command += ["--kernels"] if kernels else []
         environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 1000)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -81,7 +92,36 @@ def run(shape: str, keys: dict[str, Any], tokens: int, steps: int) -> dict[str, 
         return found
 
 
-def train_here(path: str) -> None:
+def kernels_of(profile: Any, steps: int) -> list[tuple[str, int, float]]:
+    """Return the kernels of a profile: name, launches and milliseconds per step."""
+    found = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    found.sort(key=lambda event: -event.self_device_time_total)
+    return [(e.key[:90], e.count // steps, e.self_device_time_total / steps / 1e3) for e in found]
+
+
+@contextlib.contextmanager
+def profiled(first: int, steps: int, found: list[Any]) -> Iterator[None]:
+    """Profile the passes from number `first` on, into `found`; one pass is one step here."""
+    from raytrain_adv.worker.graph import Passes
+
+    plain, count = Passes.__call__, 0
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+    def call(self: Any, *given: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in (first, first + steps):
+            torch.cuda.synchronize()
+            (profile.start if count == first else profile.stop)()
+        return plain(self, *given)
+
+    Passes.__call__ = call  # type: ignore[method-assign]
+    yield
+    Passes.__call__ = plain  # type: ignore[method-assign]
+    found.extend(kernels_of(profile, steps))
+
+
+def train_here(path: str, kernels: bool) -> None:
     """Train a job in this process; print its figures as JSON."""
     from raytrain_adv.config import load
     from raytrain_adv.run.run import local_run
@@ -91,7 +131,9 @@ def train_here(path: str) -> None:
         raise SystemExit
 
     job = load(Path(path))
-    with contextlib.suppress(SystemExit):
+    found: list[Any] = []
+    watched = profiled(15, 5, found) if kernels else contextlib.nullcontext()
+    with watched, contextlib.suppress(SystemExit):
         train(job, local_run(job), nothing)
     rows = map(json.loads, (Path(job.output.output_dir) / "metrics.jsonl").read_text().splitlines())
     kept = list(rows)
@@ -105,6 +147,7 @@ def train_here(path: str) -> None:
                 "norms": [row["grad_norm"] for row in logged],
                 "peak_gib": logged[-1]["peak_memory_gib"],
                 "mfu": logged[-1]["mfu_bf16"],
+                "kernels": found,
                 "said": [row["message"] for row in kept if row.get("event") == "cuda_graph"],
             }
         )
@@ -120,18 +163,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--kernels", action="store_true", help="list the kernels of a step")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     chosen = parser.parse_args()
     if chosen.job:
-        train_here(chosen.job)
+        train_here(chosen.job, chosen.kernels)
         return
     figures: dict[str, Any] = {}
     for tokens in chosen.tokens:
         for name in chosen.only:
-            found = figures[f"{name}, {tokens} tokens"] = run(*VARIANTS[name], tokens, chosen.steps)
+            found = figures[f"{name}, {tokens} tokens"] = run(
+                *VARIANTS[name], tokens, chosen.steps, chosen.kernels
+            )
             print(f"{name:28} {tokens:6}", json.dumps(found), flush=True)
-    if chosen.out is not None:
-        chosen.out.write_text(json.dumps({"command": " ".join(sys.argv), "figures": figures}))
+            if chosen.out is not None:
+                whole = {"command": " ".join(sys.argv), "figures": figures}
+                chosen.out.write_text(json.dumps(whole))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 2048
-ALIGNED = 16  # bytes; the kernel then reads and writes as many at once
+ALIGNED = 16  # bytes of addresses, and elements: the kernel then reads and writes 16 bytes at once
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 """A parameter, its gradient and both moments, contiguous and of one shape."""
@@ -50,7 +50,7 @@ def _adamw(  # type: ignore[no-untyped-def] # its arguments are not Python value
     exp_avg_sq = _pointer(row + 3, MOMENT, ALIGN)
     block = tl.program_id(0).to(tl.int64) - tl.load(row + 5)
     index = block * BLOCK + tl.arange(0, BLOCK)
-    inside = index < tl.load(row + 4)
+    inside = index < tl.multiple_of(tl.load(row + 4), ALIGN)
     g = tl.load(gradient + index, mask=inside).to(tl.float32)
     if CLIPS:
         g *= tl.load(factor)
@@ -148,7 +148,7 @@ class Launcher:
         alike: dict[tuple[Any, ...], list[Tensors]] = {}
         for found in tensors:
             if found[0].numel():
-                aligned = not any(t.data_ptr() % ALIGNED for t in found)
+                aligned = not any(n % ALIGNED for t in found for n in (t.data_ptr(), t.numel()))
                 kind = (found[0].device, *(t.dtype for t in found), aligned)
                 alike.setdefault(kind, []).append(found)
         return [_Launch.of(members, kind[-1]) for kind, members in alike.items()]
