@@ -156,7 +156,8 @@ def compare(text: str, variants: dict[str, dict[str, Any]], base: dict[str, Any]
     base_s = next(iter(figures.values()))["seconds"]
     for name, result in figures.items():
         speed = f"{1e3 * result['seconds']:8.1f} ms  {base_s / result['seconds']:6.3f} x"
-        print(f"{name:<28} {speed}  {result['peak_gib']:6.2f} GiB")
+        tokens = f"{result['tokens_per_second']:9,.0f} tokens/s"
+        print(f"{name:<28} {speed}  {tokens}  {result['peak_gib']:6.2f} GiB")
 
 
 def measured(do: Callable[[], object], steps: int, warm_up: int) -> dict[str, float]:

@@ -126,7 +126,7 @@ class Passes:
         unit = batch * seq_len / GIB
         backward = max(x.backward_temporaries(size, kind, seq_len) for x in layers)
         # Packed linears are unpacked one at a time.
-        packed = [m.in_features * m.out_features for _, m in packed_linears(model)]
+        unpacked = [m.temporary_bytes for _, m in packed_linears(model)]
         evaluates = bool(job.data.val_size or job.data.eval_dataset)
         eval_tokens = job.train.per_device_eval_batch_size * seq_len if evaluates else 0
         forward = max(size * (3 * x.hidden + x.mlp_inner + x.mlp_width) for x in layers)
@@ -135,7 +135,7 @@ class Passes:
             kept=(sum(kept) + final) * unit,
             kept_by_one=max(kept) * unit,
             recomputed=recomputed * unit,
-            temporaries=backward * unit + max(packed, default=0) * size / GIB,
+            temporaries=backward * unit + max(unpacked, default=0) / GIB,
             logits=loss.training(batch * seq_len) / GIB,
             logits_gradient=loss.gradient(batch * seq_len) / GIB,
             logits_eval=loss.evaluation(eval_tokens) / GIB,

@@ -317,14 +317,15 @@ def init_from_scratch(model: PreTrainedModel, job: JobConfig, device: torch.devi
     a time, on `device`.
     """
     plain = build(job)
-    targets = saved_tensors(model)
+    targets, packed = saved_tensors(model), packed_weights(model)
     layers = {fqn for fqn, _ in decoder_layers(plain)}
     on_gpu = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=on_gpu), torch.no_grad(), guard_torch_init_functions():
         for fqn, part, owner in list(owned_modules(plain)):
             if any(fqn.startswith(f"{layer}.") for layer in layers):
                 continue  # a layer is initialized as a whole
-            initialize_unit(fqn, part, owner, fqn in layers, job.train.seed, device, targets)
+            seed = job.train.seed
+            initialize_unit(fqn, part, owner, fqn in layers, seed, device, targets, packed)
 
 
 def initialize_unit(
@@ -335,6 +336,7 @@ def initialize_unit(
     seed: int,
     device: torch.device,
     targets: dict[str, torch.Tensor],
+    packed: dict[str, PackedLinear | PackedStack],
 ) -> None:
     """Initialize one unit's whole tensors, copy this rank's regions, and drop them again."""
     names = {name: f"{fqn}.{name}".lstrip(".") for name in part.state_dict()}
@@ -350,7 +352,10 @@ def initialize_unit(
         initialize(member_owner, member)
     values = part.state_dict()
     for name, full in held.items():
-        copy_local(targets[full], values[name][local_region(targets[full])])
+        if full in packed:
+            packed[full].take(values[name][packed[full].region], device)
+        else:
+            copy_local(targets[full], values[name][local_region(targets[full])])
     part.to_empty(device="meta", recurse=is_layer)
 
 

@@ -18,6 +18,7 @@ from raytrain_adv.transforms.transform import (
     Plan,
     Transform,
     Worker,
+    require_hopper,
     require_package,
 )
 
@@ -107,14 +108,7 @@ class Fp8(Transform):
             fix = "install torch>=2.11 on that node, or set fp8: false"
             raise ClusterError("FP8 requires PyTorch 2.7+", found, fix)
         require_package(facts, "FP8", "torchao", "set fp8: false", "torchao>=0.18,<0.19")
-        if facts.device_type == "cpu" and self.fp8_allow_cpu:
-            return
-        if facts.compute_capability is None or facts.compute_capability < (9, 0):
-            what = "FP8 requires Hopper architecture (compute capability 9.0 or newer)"
-            fix = "run on H100/H200 workers, or set fp8: false"
-            if facts.device_type == "cpu":
-                fix += "; fp8_allow_cpu: true allows it on a CPU, exact but slow"
-            raise ClusterError(what, facts.describe(), fix)
+        require_hopper(facts, ("fp8_allow_cpu", self.fp8_allow_cpu), "set fp8: false")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears that compute in FP8."""

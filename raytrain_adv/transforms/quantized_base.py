@@ -1,4 +1,6 @@
-"""Standard quantization: the frozen base in 4 or 8 bits by bitsandbytes, under adapters (QLoRA)."""
+"""Standard quantization: the frozen base under adapters in 4 or 8 bits, by bitsandbytes (QLoRA) or
+in float8.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ from raytrain_adv.transforms.transform import (
     Plan,
     Transform,
     Worker,
+    require_hopper,
     require_package,
 )
 
@@ -34,10 +37,15 @@ if TYPE_CHECKING:
     from raytrain_adv.ops.bitsandbytes.quantize import Form
 
 OWN = "raytrain_adv.ops.bitsandbytes.linear.PackedLinear"
+FLOAT8 = "raytrain_adv.ops.float8.stored_linear.StoredFloat8Linear"
 EXPERTS = "raytrain_adv.ops.bitsandbytes.experts.PackedExperts"
 PACKAGES, OFF = {"bnb": "bitsandbytes"}, "delete quantization_bit"
 BLOCK = 64
 """Weights of a row that share a scale in 4 bits."""
+MULTIPLE = 16
+"""torch._scaled_mm takes only sizes divisible by this on a GPU."""
+OFF_BY = 0.1
+"""Largest relative error of a product in float8 and its gradient: 3.7 % in e4m3, 6 % in e5m2."""
 IN_FULL = "trained in full"
 OTHER_METHODS = ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
 
@@ -52,9 +60,7 @@ class QuantizedBase(Transform):
     tried_with: ClassVar[dict[str, Any]] = {"quantization_bit": 4, "finetuning_type": "lora"}
     stage: ClassVar[str] = "precision"
     covers: ClassVar[Literal["", "weights", "flops"]] = "weights"
-    imports: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter"})
-    proven_by: ClassVar[str] = "raytrain_adv::dequantize"
     excludes: ClassVar[dict[str, str]] = {
         "fp8": "FP8 and standard quantization are mutually exclusive",
         "use_dora": "DoRA computes with the base weights themselves, which are quantized",
@@ -68,26 +74,58 @@ class QuantizedBase(Transform):
     quantization_bit: Literal[4, 8] | None = None
     """Bits of the frozen model's weights: 4 (QLoRA) or 8; null does not quantize."""
     quantization_method: Literal["bnb"] = "bnb"
-    """Whose kernels quantize: bitsandbytes'."""
-    quantization_type: Literal["nf4", "fp4"] = "nf4"
-    """The 16 values of 4 bits: nf4, spaced for normally distributed weights, or fp4."""
+    """Whose kernels quantize: bitsandbytes'; float8 needs none."""
+    quantization_type: Literal["nf4", "fp4", "fp8"] = "nf4"
+    """The 16 values of 4 bits: nf4, spaced for normally distributed weights, or fp4. With
+    quantization_bit: 8, fp8 holds weights as float8_e4m3fn instead of integers, and multiplies
+    them in FP8."""
     double_quantization: bool = True
     """Quantize the scales of 4-bit weights too: 4.13 bits per weight instead of 4.5."""
+    quantization_products: Literal["fp8", "dequantized"] = "fp8"
+    """How quantization_type: fp8 multiplies in training: fp8 on H100, H200 or newer, with inputs
+    rounded too; dequantized on any device, in the dtype that computes, with inputs as they are."""
+    quantization_allow_cpu: bool = False
+    """Allow FP8 products of quantization_type: fp8 on a CPU, exact but slow: to test a job."""
     quantization_exclude: str | list[str] = ""
     """Linears to skip, comma separated or a list: names, ends of names (down_proj), or
     patterns (model.layers.0.*)."""
+
+    @property
+    def imports(self) -> tuple[str, ...]:  # type: ignore[override] # a class variable elsewhere
+        """Packages that workers import: none for float8."""
+        return () if self.is_float8 else ("bitsandbytes",)
+
+    @property
+    def proven_by(self) -> str:  # type: ignore[override] # a class variable where it never varies
+        """Operator that must run in a training step."""
+        return "aten::_scaled_mm" if self.multiplies_in_fp8 else "raytrain_adv::dequantize"
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether weights are held in float8."""
+        return self.quantization_bit == 8 and self.quantization_type == "fp8"
+
+    @property
+    def multiplies_in_fp8(self) -> bool:
+        """Whether products are computed in FP8."""
+        return self.is_float8 and self.quantization_products == "fp8"
 
     @property
     def form(self) -> Form:
         """How weights are stored."""
         from raytrain_adv.ops.bitsandbytes.quantize import Form
 
-        is_int8 = self.quantization_bit == 8
-        return Form("int8") if is_int8 else Form(self.quantization_type, self.double_quantization)
+        if self.is_float8:
+            return Form("fp8")
+        if self.quantization_bit == 8 or self.quantization_type == "fp8":
+            return Form("int8")
+        return Form(self.quantization_type, self.double_quantization)
 
     @property
     def scheme(self) -> str:
         """The form in words."""
+        if self.is_float8:
+            return "float8_e4m3fn with a scale per matrix"
         if self.quantization_bit == 8:
             return "int8 with a scale per row"
         scales = ", scales quantized too" if self.double_quantization else ""
@@ -96,20 +134,39 @@ class QuantizedBase(Transform):
     @classmethod
     def why_not(cls, key: str, value: object) -> str:
         """Return why a method or a width that exists elsewhere is not available."""
+        if key == "quantization_method" and value == "fp8":
+            return "float8 is quantization_bit: 8 with quantization_type: fp8"
         if key == "quantization_method" and value in OTHER_METHODS:
             return f"{value} is not in this version; bitsandbytes (bnb) quantizes as it loads"
         return "bitsandbytes has 4 and 8 bits" if key == "quantization_bit" else ""
 
     def contradictions(self) -> Iterable[Problem]:
-        """Refuse keys of 4 bits together with 8."""
+        """Refuse keys of one width or form together with another."""
+        eight = self.quantization_bit == 8
         for key in ("quantization_type", "double_quantization"):
-            if self.quantization_bit == 8 and self.is_changed(key):
-                text = "8 bits are always integers with a scale per row"
+            if eight and self.is_changed(key) and getattr(self, key) != "fp8":
+                text = "8 bits are always integers with a scale per row, unless they are fp8"
                 fix = f"delete {key}, or set quantization_bit: 4"
                 yield Problem(text, fix, f"{key} and quantization_bit")
+        if self.quantization_bit == 4 and self.quantization_type == "fp8":
+            text = "fp8 has 8 bits"
+            fix = "set quantization_bit: 8, or quantization_type: nf4"
+            yield Problem(text, fix, "quantization_type and quantization_bit")
+        for key in ("quantization_products", "quantization_allow_cpu"):
+            if self.enabled and not self.is_float8 and self.is_changed(key):
+                text = "only weights in float8 are multiplied in it"
+                fix = f"delete {key}, or set quantization_bit: 8 and quantization_type: fp8"
+                yield Problem(text, fix, f"{key} and quantization_type")
 
     def conflicts(self, job: JobConfig) -> Iterable[Problem]:
-        """Refuse to merge adapters into quantized weights."""
+        """Refuse to merge adapters into quantized weights, and FP8 products on a CPU."""
+        if self.multiplies_in_fp8 and job.parallel.use_cpu and not self.quantization_allow_cpu:
+            text = "FP8 requires Hopper architecture: H100, H200 or newer GPUs"
+            fix = (
+                "set quantization_products: dequantized, or quantization_allow_cpu: true, which "
+                "is exact but slow"
+            )
+            yield Problem(text, fix, "quantization_type and use_cpu")
         adapters = job.flat()["adapter_name_or_path"]
         if len(adapters.split(",") if isinstance(adapters, str) else adapters or ()) > 1:
             text = "all but the last adapter are merged, into weights that are not quantized"
@@ -117,17 +174,26 @@ class QuantizedBase(Transform):
             yield Problem(text, "name one adapter, or delete quantization_bit", keys)
 
     def check(self, facts: HardwareFacts) -> None:
-        """Refuse a machine without bitsandbytes."""
-        package = PACKAGES[self.quantization_method]
-        require_package(facts, "standard quantization", package, OFF, f"{package}>=0.50")
+        """Refuse a machine without bitsandbytes, or without FP8 for float8."""
+        self.check_package(facts)
+        if self.multiplies_in_fp8:
+            cpu = ("quantization_allow_cpu", self.quantization_allow_cpu)
+            require_hopper(facts, cpu, "set quantization_products: dequantized")
+
+    def check_package(self, facts: HardwareFacts) -> None:
+        """Refuse a machine that cannot unpack the weights. Raises ClusterError."""
+        if not self.is_float8:
+            package = PACKAGES[self.quantization_method]
+            require_package(facts, "standard quantization", package, OFF, f"{package}>=0.50")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears whose weights are quantized."""
         from torch import nn
 
         key, given = "quantization_exclude", self.quantization_exclude
+        own = FLOAT8 if self.multiplies_in_fp8 else OWN
         changes, skipped = plan_linears(
-            model, {LINEAR: OWN}, key, given, self._why_not, self._why_not_experts, EXPERTS
+            model, {LINEAR: own}, key, given, self._why_not, self._why_not_experts, EXPERTS
         )
         tables = [f for f, m in model.named_modules() if isinstance(m, nn.Embedding)]
         skipped |= dict.fromkeys(tables, "an embedding: looked up, not multiplied")
@@ -140,6 +206,9 @@ class QuantizedBase(Transform):
     def _why_not(self, linear: nn.Linear) -> str:
         if linear.weight.requires_grad:
             return IN_FULL
+        sizes = (linear.in_features, linear.out_features)
+        if self.multiplies_in_fp8 and any(size % MULTIPLE for size in sizes):
+            return f"{sizes[0]} x {sizes[1]}: not divisible by {MULTIPLE}"
         # Bytes are stored in the dtype that computes.
         return self._odd(linear.in_features, linear.weight.element_size())
 
@@ -183,6 +252,13 @@ class QuantizedBase(Transform):
         rest = ", ".join(f"{kind} {n:,}" for kind, n in self._left(model, changes).items())
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         yield f"left in {dtype}: {rest}"
+        if self.is_float8:
+            yield (
+                "products in training are in FP8, with inputs and gradients rounded too; those of "
+                "experts and in evaluation are not: they multiply by the weights' values"
+                if self.multiplies_in_fp8
+                else "products are in the dtype that computes, by the weights' values"
+            )
         yield "the base is not trained; it is not in checkpoints or the exported adapter"
 
     @staticmethod
@@ -211,16 +287,22 @@ class QuantizedBase(Transform):
         """Replace planned linears and experts by frozen ones whose weights are quantized."""
         from raytrain_adv.ops.bitsandbytes.experts import PackedExperts
         from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
+        from raytrain_adv.ops.float8.stored_linear import StoredFloat8Linear
 
+        kind = StoredFloat8Linear if self.multiplies_in_fp8 else PackedLinear
         for fqn in plan.changes:
             old: Any = model.get_submodule(fqn)
             if plan.changes[fqn].after == EXPERTS:
                 model.set_submodule(fqn, PackedExperts.packing(old, self.form))
             else:
-                model.set_submodule(fqn, PackedLinear.of(old, self.form))
+                model.set_submodule(fqn, kind.of(old, self.form))
 
     def install(self, model: nn.Module, plan: Plan, worker: Worker) -> Plan:
-        """Compare a product and its gradient with those of bitsandbytes' own linear."""
+        """Compare a product and its gradient with those of bitsandbytes' own linear; in float8 with
+        those of weights that are not rounded, for each size.
+        """
+        if self.is_float8:
+            return plan.with_notes(*self._tried(model, plan, worker))
         from raytrain_adv.ops.bitsandbytes.linear import apart_from_bitsandbytes
 
         device, dtype = worker.device, worker.dtype
@@ -242,6 +324,32 @@ class QuantizedBase(Transform):
             )
         note = f"values and gradients equal bitsandbytes' {own} bit for bit on {device.type}"
         return plan.with_notes(note)
+
+    def _tried(self, model: nn.Module, plan: Plan, worker: Worker) -> Iterator[str]:
+        """Yield how far products in FP8 are off. Raises TrainingError when rounding explains less,
+        or when the casts of this machine are wrong.
+        """
+        from raytrain_adv.ops.float8.stored_linear import tried
+
+        if not self.multiplies_in_fp8:
+            return
+        linears = [model.get_submodule(f) for f, c in plan.changes.items() if c.after == FLOAT8]
+        sizes = {(linear.out_features, linear.in_features) for linear in linears}
+        try:
+            wrong, (values, gradients) = tried(sorted(sizes), worker.device, worker.dtype, OFF_BY)
+        except (RuntimeError, ImportError, OSError) as error:
+            wrong, (values, gradients) = [f"{type(error).__name__}: {first_line(error)}"], (0, 0)
+        if wrong:
+            raise TrainingError(
+                "FP8 products give wrong results on this machine",
+                "\n".join(wrong),
+                "compare the versions of torch, triton and the GPU's driver with constraints.txt, "
+                "or set quantization_products: dequantized",
+            )
+        yield (
+            f"tested on {worker.device.type}, {len(sizes)} sizes: products off by {values:.1e}, "
+            f"gradients by {gradients:.1e}, which is FP8's rounding"
+        )
 
     def initialize(self, model: nn.Module, plan: Plan, seed: int) -> tuple[str, ...]:
         """Compare the quantized weights with the originals they were made from."""

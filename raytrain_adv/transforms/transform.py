@@ -225,3 +225,18 @@ def require_gpu(facts: HardwareFacts, what: str, off: str) -> None:
     """
     if facts.device_type != "cuda":
         raise ClusterError(what, facts.describe(), f"run on GPU workers, or {off}")
+
+
+def require_hopper(facts: HardwareFacts, cpu: tuple[str, bool], off: str) -> None:
+    """Refuse a node without FP8 products; `cpu` is the key that allows a CPU, and whether it does,
+    `off` is how to run without FP8. Raises ClusterError describing the node.
+    """
+    key, allows = cpu
+    if facts.device_type == "cpu" and allows:
+        return
+    if facts.compute_capability is None or facts.compute_capability < (9, 0):
+        fix = f"run on H100/H200 workers, or {off}"
+        if facts.device_type == "cpu":
+            fix += f"; {key}: true allows it on a CPU, exact but slow"
+        what = "FP8 requires Hopper architecture (compute capability 9.0 or newer)"
+        raise ClusterError(what, facts.describe(), fix)

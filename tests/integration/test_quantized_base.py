@@ -90,6 +90,55 @@ def test_qlora_is_lora_on_the_dequantized_base_and_resumes_and_merges(
     merges(quantized, whole, tmp_path, capsys)
 
 
+def test_a_base_in_float8_trains_as_fp8_does_and_resumes_and_merges(
+    base, job_file, tmp_path, capsys
+):
+    """Losses, on two ranks, are those of FP8 training with the same frozen weights in bf16."""
+    lora = {
+        "model_name_or_path": str(base),
+        "train_from_scratch": False,
+        "finetuning_type": "lora",
+        "per_device_train_batch_size": 8,
+    }
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    stored = {"quantization_bit": 8, "quantization_type": "fp8", "quantization_allow_cpu": True}
+    by_values = {**stored, "quantization_products": "dequantized"}
+    del by_values["quantization_allow_cpu"]
+
+    def job(name, out=None, **keys):
+        return job_file(f"{name}.yaml", output_dir=str(tmp_path / (out or name)), **lora, **keys)
+
+    fp8 = job("fp8", fp8=True, fp8_allow_cpu=True, fp8_min_features=0)
+    held = job("held", **stored, **saved)
+    run_workers(2, held, fp8, job("values", max_steps=2, **by_values))
+    found = losses(tmp_path / "held")
+    assert found == losses(tmp_path / "fp8")
+    assert found[6] < found[1]
+    assert losses(tmp_path / "values")[1] != found[1]
+
+    kill_last_checkpoint(tmp_path / "held")
+    again = job("again", "held", **stored, **saved, resume_from_checkpoint=True)
+    (resumed,) = run_workers(2, again)
+    assert resumed["resumed_from_step"] == 3
+    assert losses(tmp_path / "held") == found
+
+    note_done(load(held))
+    out = tmp_path / "merged"
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "held"), "--merge", "--output", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "float8_e4m3fn with a scale per matrix" in said
+    assert "merged into the weights as they were before, they would differ by" in said
+    merged = load_file(out / "model" / "model.safetensors")
+    adapter = load_file(tmp_path / "held" / "model" / "adapter_model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    weight = load_file(base / "model.safetensors")[f"{name}.weight"]
+    multiplier = (448 / weight.abs().max().double()).float()
+    rounded = (weight * multiplier).to(torch.float8_e4m3fn).float() * multiplier.reciprocal()
+    torch.testing.assert_close(merged[f"{name}.weight"], rounded + 2.0 * b @ a, rtol=0, atol=1e-6)
+
+
 def merges(job_path, whole, tmp_path, capsys):
     """The merged model is the dequantized base with the adapter, and the command says so."""
     job, out = load(job_path), tmp_path / "merged"

@@ -366,7 +366,7 @@ def prepared_model(job: JobConfig) -> tuple[PreTrainedModel, dict[str, Plan]]:
     """Return the job's model in host memory, prepared but without its weights, and the plans."""
     facts = hardware.detect(CPU)
     if job.transform(QuantizedBase).enabled:
-        job.transform(QuantizedBase).check(facts)
+        job.transform(QuantizedBase).check_package(facts)
     model = build(job)
     plans = Transforms(job).prepare(model, facts)
     weights.materialize(model, CPU)

@@ -104,6 +104,11 @@ class PackedStack(nn.Module):
         return self.shape[0] * self.matrix[0]
 
     @property
+    def temporary_bytes(self) -> int:
+        """Bytes of the stack that a product unpacks."""
+        return self.in_features * self.out_features * self.weight.element_size()
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that computes, which PEFT asks for."""
         return self.weight.dtype

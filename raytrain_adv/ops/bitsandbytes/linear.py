@@ -22,6 +22,7 @@ from raytrain_adv.ops.bitsandbytes.quantize import (
     quantize,
     round_scales,
     store,
+    to_float8,
 )
 from raytrain_adv.ops.views import unalias
 
@@ -91,19 +92,25 @@ class PackedLinear(nn.Linear):
         return output
 
     @property
+    def temporary_bytes(self) -> int:
+        """Bytes of the weight's other form that a product makes, in training."""
+        return self.in_features * self.out_features * self.weight.element_size()
+
+    @property
     def region(self) -> Region:
         """Which part of the original weight this rank holds."""
         return local_region(self.weight)[0], slice(0, self.in_features)
 
     @torch.no_grad()
     def take(self, part: Tensor, device: torch.device) -> None:
-        """Quantize this rank's rows into its shards; a collective if scales are quantized too.
+        """Quantize this rank's rows into its shards; a collective in float8, or if scales are
+        quantized too.
 
         `part` is [rows of `region`, in_features], of any dtype; `device` is where kernels round.
         """
         form, columns = self.form, self.in_features
         part = part.to(device=device, dtype=self.weight.dtype)
-        packed, scale = quantize(part, form) if len(part) else _nothing(part, form)
+        packed, scale = self._rounded(part)
         used, off = scale, torch.zeros_like(scale)
         store(self.weight, packed)
         if self.nested is None:
@@ -119,6 +126,12 @@ class PackedLinear(nn.Linear):
         values = dequantize_rows(held, used, form.kind, columns, part.dtype)
         self.distance = distance(part, values, scale, off, form)
 
+    def _rounded(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        if self.form.kind == "fp8":
+            # One scale for all rows, on whichever rank the largest weight is.
+            return to_float8(part, gather_rows(part.abs().amax(1), self.weight).max())
+        return quantize(part, self.form) if len(part) else _nothing(part, self.form)
+
     @torch.no_grad()
     def unpacked(self) -> Tensor:
         """Return the unpacked weight, whole: [out_features, in_features]; a collective."""
@@ -132,7 +145,7 @@ class PackedLinear(nn.Linear):
 def _nothing(part: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Return what no rows are quantized to; bitsandbytes' kernels take at least one."""
     columns = part.shape[1]
-    blocks = 1 if form.is_int8 else form.scale_bytes(columns) // (1 if form.nested else 4)
+    blocks = 1 if form.takes_byte else form.scale_bytes(columns) // (1 if form.nested else 4)
     packed = part.new_empty((0, form.row_bytes(columns)), dtype=torch.uint8)
     return packed, part.new_empty((0, blocks), dtype=torch.float32)
 

@@ -1,4 +1,4 @@
-"""Weights in 4 or 8 bits by bitsandbytes' kernels: rounding and unpacking.
+"""Weights in 4 or 8 bits, by bitsandbytes' kernels or as float8: rounding and unpacking.
 
 FSDP2 casts all but the dtype that computes, so parameters of that dtype carry the bytes of packed
 weights and scales. A row and its scales are whole bytes: shards are cut between rows.
@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raytrain_adv.dtensor import copy_local
+from raytrain_adv.ops.float8.cast import cast, scale_of
 
+E4M3 = torch.float8_e4m3fn
+SMALLEST_FLOAT8 = 2**-10  # half of its smallest step
 BLOCK = 64  # weights of a row that share a scale in 4 bits; bitsandbytes' default
 NESTED_BLOCK = 256
 """Scales that share one scale when they are quantized too; the only size supported."""
@@ -32,23 +35,29 @@ SLACK = 1e-6  # what float32 arithmetic on scales may add, relative: kernels mul
 class Form:
     """How a weight is held."""
 
-    kind: Literal["nf4", "fp4", "int8"]
-    """nf4 and fp4: 16 values in blocks of BLOCK; int8: bitsandbytes' LLM.int8, a scale per row."""
+    kind: Literal["nf4", "fp4", "int8", "fp8"]
+    """nf4 and fp4: 16 values in blocks of BLOCK; int8: bitsandbytes' LLM.int8, a scale per row;
+    fp8: float8_e4m3fn with one scale per matrix, which is beside each row."""
     nested: bool = False
     """Whether the scales are quantized too (double quantization); in 4 bits only."""
 
     @property
     def is_int8(self) -> bool:
-        """Whether a weight takes a byte."""
+        """Whether weights are integers of 8 bits."""
         return self.kind == "int8"
+
+    @property
+    def takes_byte(self) -> bool:
+        """Whether a weight takes a byte."""
+        return self.kind in ("int8", "fp8")
 
     def row_bytes(self, columns: int) -> int:
         """Return the bytes of a row's weights."""
-        return columns if self.is_int8 else columns // 2
+        return columns if self.takes_byte else columns // 2
 
     def scale_bytes(self, columns: int) -> int:
         """Return the bytes of a row's scales."""
-        if self.is_int8:
+        if self.takes_byte:
             return 4
         return columns // BLOCK * (1 if self.nested else 4)
 
@@ -128,13 +137,16 @@ def widest_step(kind: str) -> float:
 
 @torch.no_grad()
 def quantize(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """Round rows of a weight as bitsandbytes' Linear4bit and Linear8bitLt do, but no scales.
+    """Round rows of a weight as bitsandbytes' Linear4bit and Linear8bitLt do, but no scales; in
+    float8 the rows are a whole matrix.
 
     The weight is on the device whose kernels round; in 4 bits BLOCK divides its columns.
 
     Returns:
         The weights' bytes [rows, row_bytes] in uint8, and float32 scales [rows, blocks of a row].
     """
+    if form.kind == "fp8":
+        return to_float8(weight, weight.abs().max())
     bnb, rows = bitsandbytes(), weight.shape[0]
     weight = weight.contiguous()
     if form.is_int8:
@@ -142,6 +154,17 @@ def quantize(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         return packed.view(torch.uint8), scale.view(rows, 1)
     packed, scale = torch.ops.bitsandbytes.quantize_4bit(weight, BLOCK, form.kind, torch.uint8)
     return packed.view(rows, -1), scale.view(rows, -1)
+
+
+@torch.no_grad()
+def to_float8(weight: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows of a matrix to float8, as Float8Linear does in each step; see quantize.
+
+    `amax` is the largest magnitude of the whole matrix, a scalar.
+    """
+    multiplier = scale_of(amax, E4M3)
+    packed = cast(weight, multiplier, E4M3).view(torch.uint8)
+    return packed, multiplier.reciprocal().repeat(len(weight), 1)
 
 
 @torch.no_grad()
@@ -197,6 +220,8 @@ def dequantize_rows(
     if kind == "int8":
         whole = torch.empty(shape, dtype=dtype, device=packed.device)
         return torch.mul(packed.view(torch.int8), scale * (1.0 / 127.0), out=whole)
+    if kind == "fp8":
+        return (packed.view(E4M3).to(torch.float32) * scale).to(dtype)
     bitsandbytes()
     values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
         packed.reshape(-1, 1), scale.reshape(-1), BLOCK, kind, shape, dtype
@@ -219,12 +244,12 @@ def dequantize(
         weight: [rows, row_bytes / item size], bytes.
         scale: [rows, padded_scale_bytes / item size], bytes.
         nested: [nested_bytes / item size], bytes; none if scales are not quantized.
-        kind: nf4, fp4 or int8.
+        kind: as in Form.
         columns: of the weight that is returned.
         after: unused; the gradient in backward, without which Inductor keeps forward's result.
     """
     packed = weight.view(torch.uint8)
-    num_blocks = 1 if kind == "int8" else columns // BLOCK
+    num_blocks = 1 if kind in ("int8", "fp8") else columns // BLOCK
     if nested is None:
         scales = scale.view(torch.float32)[:, :num_blocks]
     else:
@@ -261,12 +286,17 @@ def distance(weight: Tensor, rounded: Tensor, scale: Tensor, off: Tensor, form: 
         return torch.zeros(3, dtype=torch.float64, device=weight.device)
     original = weight.float()
     difference = rounded.float() - original
+    sums = [difference.double().square().sum(), original.double().square().sum()]
+    if form.kind == "fp8":
+        # Half a step of three bits, and below the normal range half the smallest step.
+        last = torch.finfo(weight.dtype).eps + SLACK
+        allowed = original.abs() * (2**-4 + last) + scale * SMALLEST_FLOAT8
+        worst = (difference.abs() / allowed).max().nan_to_num(nan=float("inf"))
+        return torch.stack([*sums, worst.double()])
     blocks = difference.abs().view(*scale.shape, -1)
     # In int8 the weights pass through float16, as bitsandbytes has it.
     step, cast = (0.5 / 127, FP16.eps) if form.is_int8 else (widest_step(form.kind), 0.0)
     last = (torch.finfo(weight.dtype).eps + cast) / 2 + SLACK
     allowed = step * scale + off + last * (scale + off) + FP16.smallest_normal * FP16.eps
     worst = (blocks.amax(-1) / allowed).max().nan_to_num(nan=float("inf"))
-    return torch.stack(
-        [difference.double().square().sum(), original.double().square().sum(), worst.double()]
-    )
+    return torch.stack([*sums, worst.double()])

@@ -227,14 +227,15 @@ def test_each_expert_rounds_as_a_linear(
 
 
 NF4 = {**LORA, "bf16": True, "quantization_bit": 4}
+FLOAT8 = {"quantization_bit": 8, "quantization_type": "fp8", "quantization_allow_cpu": True}
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"double_quantization": False}, {"quantization_bit": 8}],
-    ids=["nested", "plain", "int8"],
+    [{}, {"double_quantization": False}, {"quantization_bit": 8}, FLOAT8],
+    ids=["nested", "plain", "int8", "float8"],
 )
 def test_each_expert_is_held_as_a_linear(kind: str, keys: dict[str, Any], tmp_path: Path) -> None:
     folder = write_checkpoint(kind, tmp_path / "m", **WIDE)
@@ -287,8 +288,9 @@ def test_packed_experts_train_on_two_ranks_as_on_one_and_are_merged(tmp_path: Pa
         LORA,
         {"enable_qat": True, "qat_activation_dtype": "int8", "qat_group_size": 8},
         NF4,
+        {**NF4, **FLOAT8},
     ],
-    ids=["full", "lora", "qat", "qlora"],
+    ids=["full", "lora", "qat", "qlora", "float8"],
 )
 def test_a_layer_with_experts_compiles_into_one_graph(keys: dict[str, Any], tmp_path: Path) -> None:
     sizes = {**WIDE, "num_hidden_layers": 1, "layer_types": ["full_attention"]}

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[3] / "raytrain_adv"
 MOST = {"fp8": 4, "qat": 4, "quantiz": 4}
 """Of quantiz: the command `export`, the keys of the two records, and the metric of sweeps."""
 OWN = {
-    "fp8": ("transforms/fp8.py", "transforms/qat_rules.py", "ops/"),
+    "fp8": ("transforms/fp8.py", "transforms/quantized_base.py", "transforms/qat_rules.py", "ops/"),
     "qat": ("transforms/qat", "ops/"),
     "quantiz": ("transforms/qat", "transforms/quantized_base.py", "ops/"),
 }

@@ -12,6 +12,7 @@ from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear, num_weights, packed_linears
+from raytrain_adv.ops.float8.stored_linear import StoredFloat8Linear
 from raytrain_adv.text import GIB
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.quantized_base import QuantizedBase
@@ -20,6 +21,8 @@ from tests.tiny_models import job_for, write_checkpoint
 CPU = hardware.detect("cpu")
 DEVICE = torch.device("cpu")
 KEYS = {"finetuning_type": "lora", "lora_rank": 4, "quantization_bit": 4, "bf16": True}
+FLOAT8 = {"quantization_bit": 8, "quantization_type": "fp8"}
+ON_CPU = {**FLOAT8, "quantization_allow_cpu": True}
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96}
 
 
@@ -60,6 +63,16 @@ def loaded(job):
             {"quantization_bit": 8, "quantization_type": "fp4"},
             "quantization_type and quantization_bit: 8 bits are always integers",
         ),
+        ({"quantization_type": "fp8"}, "quantization_type and quantization_bit: fp8 has 8 bits"),
+        (
+            {**FLOAT8, "use_cpu": True},
+            "quantization_type and use_cpu: FP8 requires Hopper architecture",
+        ),
+        (
+            {"quantization_products": "dequantized"},
+            "quantization_products and quantization_type: only weights in float8",
+        ),
+        ({"quantization_method": "fp8"}, "float8 is quantization_bit: 8 with quantization_type"),
         ({"quantization_bit": 3}, "bitsandbytes has 4 and 8 bits"),
         ({"quantization_method": "gptq"}, "gptq is not in this version"),
         (
@@ -88,6 +101,38 @@ def test_a_node_without_bitsandbytes_is_named():
     with pytest.raises(ClusterError, match="bitsandbytes not available") as refusal:
         QuantizedBase(quantization_bit=4).check(facts)
     assert "10.0.3.7" in refusal.value.found and "pip install" in refusal.value.fix
+
+
+def test_float8_needs_hopper_or_products_by_values_and_no_bitsandbytes():
+    a100 = replace(
+        CPU,
+        device_type="cuda",
+        compute_capability=(8, 0),
+        versions={**CPU.versions, "bitsandbytes": None},
+        node_ip="10.0.3.7",
+    )
+    with pytest.raises(ClusterError, match="requires Hopper architecture") as refusal:
+        QuantizedBase(**FLOAT8).check(a100)
+    assert "set quantization_products: dequantized" in refusal.value.fix
+    QuantizedBase(**FLOAT8, quantization_products="dequantized").check(a100)
+    QuantizedBase(**FLOAT8).check(replace(a100, compute_capability=(9, 0)))
+    with pytest.raises(ClusterError, match="requires Hopper") as refusal:
+        QuantizedBase(**FLOAT8).check(CPU)
+    assert "quantization_allow_cpu: true allows it" in refusal.value.fix
+    QuantizedBase(**ON_CPU).check(CPU)
+
+
+def test_float8_leaves_linears_whose_products_a_gpu_refuses(tmp_path):
+    shapes = {**WIDE, "intermediate_size": 120}
+    plan = planned(tmp_path, shapes=shapes, **ON_CPU)
+    assert (
+        plan.skipped["model.layers.1.mlp.down_proj.base_layer"] == "120 x 64: not divisible by 16"
+    )
+    assert any("products in training are in FP8" in note for note in plan.notes)
+    keys = {**FLOAT8, "quantization_products": "dequantized"}
+    plan = planned(tmp_path, shapes=shapes, **keys)
+    assert len(plan.changes) == 14
+    assert any("by the weights' values" in note for note in plan.notes)
 
 
 def test_dora_is_refused(tmp_path):
@@ -148,6 +193,7 @@ def test_routers_and_stacked_experts_stay_and_are_named(tmp_path):
         ("llama-tied", WIDE, {"quantization_type": "fp4", "double_quantization": False}),
         ("qwen2", WIDE, {"quantization_bit": 8}),  # with biases
         ("phi3", {**WIDE, "pad_token_id": 0}, {"bf16": False}),  # joint projections
+        ("qwen2", WIDE, ON_CPU),
     ],
 )
 def test_weights_are_quantized_as_they_are_read_and_compared_with_the_originals(
@@ -200,6 +246,36 @@ def test_products_are_compared_with_bitsandbytes_before_training(tmp_path, monke
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: forward(self, x) * 1.001)
     with pytest.raises(TrainingError, match="and bitsandbytes' own compute different results"):
         Transforms(job).install(model, plans, DEVICE, torch.float32)
+
+
+def test_float8_products_are_compared_with_unrounded_ones_before_training(tmp_path, monkeypatch):
+    job = job_of(tmp_path, **ON_CPU)
+    model = build(job)
+    plans = Transforms(job).prepare(model, CPU)
+    install = Transforms(job).install
+    (note,) = install(model, plans, DEVICE, torch.bfloat16)["quantized_base"].notes[-1:]
+    assert "tested on cpu, 4 sizes: products off by" in note
+    forward = StoredFloat8Linear.forward
+    monkeypatch.setattr(StoredFloat8Linear, "forward", lambda self, x: forward(self, x) * 1.2)
+    with pytest.raises(TrainingError, match="FP8 products give wrong results on this machine"):
+        install(model, plans, DEVICE, torch.bfloat16)
+
+
+def test_memory_knows_weights_in_float8(tmp_path):
+    shapes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 96}
+    found = {}
+    for name, keys in {"fp8": ON_CPU, "bf16": {"quantization_bit": None}}.items():
+        job = job_of(tmp_path, shapes=shapes, **keys)
+        model = build(job)
+        Transforms(job).prepare(model, CPU)
+        found[name] = (model, memory.predict(model, job, world_size=2, seq_len=64, batch=1))
+    ours, theirs = found["fp8"][1], found["bf16"][1]
+    linears = sum(m.in_features * m.out_features for _, m in packed_linears(found["fp8"][0]))
+    saved = (theirs.parameters - ours.parameters) * 2 * GIB
+    assert saved == pytest.approx(linears, rel=0.02)  # a byte of two, but for the scales
+    one = 256 * 512 / GIB  # the transposed weight of one linear
+    assert ours.phases[2].activations == pytest.approx(theirs.phases[2].activations + one)
+    assert ours.explanations["parameters"].endswith("fp8 and bfloat16 and float32, over 2 workers")
 
 
 def test_memory_flops_and_parameters_know_the_smaller_weights(tmp_path):

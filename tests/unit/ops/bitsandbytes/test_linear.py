@@ -22,6 +22,7 @@ FORMS = [
     Form("fp4", nested=True),
     Form("int8"),
 ]
+FLOAT8 = Form("fp8")
 
 
 def names(form):
@@ -71,7 +72,8 @@ def test_values_and_gradients_are_bitsandbytes_own_bit_for_bit(form, dtype):
 
 
 @pytest.mark.parametrize(
-    ("form", "near"), [(Form("nf4", True), 0.11), (Form("fp4", True), 0.14), (Form("int8"), 0.012)]
+    ("form", "near"),
+    [(Form("nf4", True), 0.11), (Form("fp4", True), 0.14), (Form("int8"), 0.012), (FLOAT8, 0.03)],
 )
 def test_weights_are_as_near_as_their_kind_allows_and_a_wrong_one_is_seen(form, near):
     torch.manual_seed(0)
@@ -91,14 +93,16 @@ def test_weights_are_as_near_as_their_kind_allows_and_a_wrong_one_is_seen(form, 
     assert layer.distance[2] > 1.0
 
 
-@pytest.mark.parametrize("form", FORMS, ids=names)
+@pytest.mark.parametrize("form", [*FORMS, FLOAT8], ids=names)
 def test_it_takes_the_bits_it_states(form):
     linear = plain_linear(torch.bfloat16)
     layer = quantized(linear, form)
     held = sum(p.numel() * p.element_size() for n, p in layer.named_parameters() if n != "bias")
     assert held * 8 / (ROWS * COLUMNS) == form.bits(ROWS, COLUMNS)
     assert form.bits(4096, 14336) == pytest.approx(
-        {"nf4": 4.5, "fp4": 4.5, "int8": 8.0}[form.kind] - (0.373 if form.nested else 0), abs=5e-3
+        {"nf4": 4.5, "fp4": 4.5, "int8": 8.0, "fp8": 8.0}[form.kind]
+        - (0.373 if form.nested else 0),
+        abs=5e-3,
     )
     assert not any(p.requires_grad for p in layer.parameters())
     assert num_weights(layer) == num_weights(linear)
@@ -130,6 +134,7 @@ def sharded(form, dtype):
         (Form("nf4", True), torch.bfloat16),
         (Form("fp4"), torch.float32),
         (Form("int8"), torch.bfloat16),
+        (FLOAT8, torch.bfloat16),
     ],
 )
 def test_shards_hold_the_bytes_that_one_rank_would(tmp_path, form, dtype):
