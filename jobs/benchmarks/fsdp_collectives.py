@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def gaps(step: Callable[[], float]) -> dict[str, Any]:
     busy = {k: sum(e["dur"] for e in v) / 2e3 for k, v in streams.items()}
     main = sorted(streams[max(busy, key=busy.__getitem__)], key=lambda e: e["ts"])
     found: dict[str, list[float]] = {}
-    for before, after in zip(main, main[1:], strict=False):
+    for before, after in pairwise(main):
         gap = after["ts"] - before["ts"] - before["dur"]
         if gap > 20:
             late = after["ts"] - launched.get(after["args"].get("correlation"), 0) < 60
@@ -232,9 +233,10 @@ def gaps(step: Callable[[], float]) -> dict[str, Any]:
             key = f"{k} {e['name'][:60]}"
             names[key] = names.get(key, 0) + e["dur"] / 2e3
     top = sorted(names.items(), key=lambda x: -x[1])[:25]
+    gaps = [(k, round(ms, 2), round(count, 2)) for k, (ms, count) in found.items()]
     return {
         "streams": {str(k): round(v, 1) for k, v in busy.items()},
-        "gaps": sorted(((k, *map(lambda n: round(n, 2), v)) for k, v in found.items()), key=lambda x: -x[1])[:14],
+        "gaps": sorted(gaps, key=lambda x: -x[1])[:14],
         "top": [(k, round(v, 2)) for k, v in top],
     }
 
