@@ -1,0 +1,389 @@
+"""What QAT gains over quantizing afterward, by target: bf16, round-to-nearest, GPTQ, QAT, QAT with
+distillation, and the delay of fake quantization.
+
+    python jobs/benchmarks/qat_quality.py MODEL ALPACA.json --out FILE [--budget-s 420] [--quick]
+
+Each training is a run of worker.train; rows are evaluated by worker.evaluation. The model learns
+instructions (held-out loss) and function calls (share of held-out calls that are exact) at once.
+GPTQ is llm-compressor's, calibrated on training rows of the same run. FILE is written after each
+row, and another call with the same FILE and --work computes what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+import traceback
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+TARGETS: dict[str, dict[str, Any]] = {
+    "vllm-w4a16, groups of 64": {"qat_target": "vllm-w4a16", "qat_group_size": 64},
+    "vllm-w4a16, per channel": {"qat_target": "vllm-w4a16", "qat_group_size": None},
+    "llamacpp-q4_0": {"qat_target": "llamacpp-q4_0"},
+    "executorch-8da4w, groups of 32": {"qat_target": "executorch-8da4w", "qat_group_size": 32},
+    "vllm-w8a8-int8": {"qat_target": "vllm-w8a8-int8"},
+}
+DELAYED = "vllm-w4a16, groups of 64"
+DELAYS = (0.25, 0.5, 0.75, 0.9)
+"""Shares of the steps after which fake quantization begins."""
+BF16, RTN, GPTQ, QAT, DISTILLED = "bf16", "round-to-nearest", "GPTQ", "QAT", "QAT, distilled"
+PACKAGES = ("torch", "transformers", "torchao", "triton", "llmcompressor", "compressed-tensors")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the table."""
+
+    method: str
+    target: str
+    seed: int
+    delay: int = 0
+
+    @property
+    def name(self) -> str:
+        """A folder's name."""
+        parts = (self.method, self.target, f"{self.seed}", f"{self.delay}" if self.delay else "")
+        return "-".join(filter(None, parts)).replace(", ", "_").replace(" ", "_")
+
+    @property
+    def twin(self) -> Task:
+        """The run in bf16 that it is compared with."""
+        return Task(BF16, "", self.seed)
+
+    @property
+    def needs_twin(self) -> bool:
+        """Whether it starts from that run's model, or learns from it."""
+        return self.method in (RTN, GPTQ, DISTILLED)
+
+
+def tasks(seeds: int, steps: int) -> list[Task]:
+    """Return all rows, those of the first seed first."""
+    found = []
+    for seed in range(seeds):
+        found.append(Task(BF16, "", seed))
+        found += [Task(m, t, seed) for t in TARGETS for m in (QAT, RTN, GPTQ, DISTILLED)]
+        found += [Task(QAT, DELAYED, seed, round(share * steps)) for share in DELAYS]
+    return found
+
+
+def main() -> None:
+    """Compute the rows, several at a time, until the budget ends."""
+    options = parse()
+    began = time.monotonic()
+    options.work.mkdir(parents=True, exist_ok=True)
+    write_data(options)
+    known: list[dict[str, Any]] = []
+    if options.out.is_file():
+        known = [row for row in json.loads(options.out.read_text())["rows"] if "error" not in row]
+    done = {row["name"] for row in known}
+    waiting = [task for task in tasks(options.seeds, options.steps) if task.name not in done]
+    twins = {task.name for task in waiting if task.method == BF16}
+    pool = ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"))
+    running: dict[Future[dict[str, Any]], Task] = {}
+    while (waiting or running) and time.monotonic() - began < options.budget_s:
+        for task in list(waiting):
+            is_ready = not task.needs_twin or task.twin.name not in twins
+            if len(running) < options.workers and is_ready:
+                running[pool.submit(row_of, task, options)] = task
+                waiting.remove(task)
+        left = options.budget_s - (time.monotonic() - began)
+        ended, _ = wait(running, max(0.1, left), FIRST_COMPLETED)
+        for future in ended:
+            task = running.pop(future)
+            row = {"name": task.name, **asdict(task), **future.result()}
+            if "error" not in row:
+                twins.discard(task.name)
+            known.append(row)
+            write(options, known, time.monotonic() - began)
+            shown = {k: v for k, v in row.items() if k not in ("name", "method", "target")}
+            print(f"{time.monotonic() - began:5.0f} s  {task.name:48}", shown, flush=True)
+    left_out = [task.name for task in (*running.values(), *waiting)]
+    print("complete" if not left_out else f"out of time; {len(left_out)} rows are missing")
+    for process in multiprocessing.active_children():
+        process.terminate()
+    sys.stdout.flush()
+    os._exit(0)  # what still runs has no rows to give
+
+
+def parse() -> argparse.Namespace:
+    """Return the arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="folder of the model")
+    parser.add_argument("data", type=Path, help="rows of instruction, input and output (JSON)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the rows")
+    parser.add_argument("--work", type=Path, default=Path("saves/qat_quality"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
+    parser.add_argument("--workers", type=int, default=8, help="rows computed at a time")
+    parser.add_argument("--budget-s", type=float, default=1e6)
+    parser.add_argument("--quick", action="store_true", help="a trial on a CPU: few tokens")
+    options = parser.parse_args()
+    if options.quick:
+        options.steps, options.seeds, options.workers = 4, 1, 1
+    options.work = options.work.absolute()
+    options.rows, options.cutoff = (2, 96) if options.quick else (16, 256)
+    options.held_out, options.calibration = (8, 8) if options.quick else (200, 256)
+    return options
+
+
+def write_data(options: argparse.Namespace) -> None:
+    """Write training and held-out rows of both datasets; no held-out question is trained on."""
+    from jobs.data import make_tool_calls
+
+    instructions = json.loads(options.data.read_text())
+    random.Random(0).shuffle(instructions)
+    draw, calls = random.Random(0), {}
+    while len(calls) < 800 + options.held_out:
+        row = make_tool_calls.row(draw)
+        calls.setdefault(row["messages"][0]["content"], row)
+    for name, rows in (("instructions", instructions), ("calls", list(calls.values()))):
+        parts = {"held": rows[: options.held_out], "train": rows[options.held_out :]}
+        for part, chosen in parts.items():
+            file = options.work / f"{name}_{part}.json"
+            text = json.dumps(chosen)
+            if not file.is_file() or file.read_text() != text:
+                file.write_text(text)
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]], seconds: float) -> None:
+    """Write the rows so far."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    about = {
+        "date": str(date.today()),
+        "command": f"python jobs/benchmarks/qat_quality.py {options.model.name} "
+        f"{options.data.name} --out FILE --steps {options.steps} --rate {options.rate:g}",
+        "device": device,
+        "versions": {name: _version(name) for name in PACKAGES},
+        "steps": options.steps,
+        "learning_rate": options.rate,
+        "batch": [options.rows, options.cutoff],
+        "seconds": round(seconds, 1),
+    }
+    partial = options.out.with_suffix(".partial")
+    partial.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    partial.replace(options.out)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def row_of(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """Return a row's figures, or what failed; runs in a process of the pool."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.workers))
+    start = time.perf_counter()
+    log = options.work / f"{task.name}.log"
+    try:
+        with log.open("w") as file, contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(file))
+            stack.enter_context(contextlib.redirect_stderr(file))
+            found = trained(task, options) if task.method in (BF16, QAT, DISTILLED) else None
+            found = found or quantized(task, options)
+    except Exception as error:  # the other rows are still computed
+        last = traceback.format_exc()[-1500:]
+        found = {"error": f"{type(error).__name__}: {error}"[:500], "trace": last}
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {**found, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def keys_of(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the job's keys."""
+    work = options.work
+    keys: dict[str, Any] = {
+        "model_name_or_path": str(options.model.absolute()),
+        "stage": "sft",
+        "finetuning_type": "full",
+        "bf16": True,
+        "template": "smollm2",
+        "dataset": [str(work / f"{name}_train.json") for name in ("instructions", "calls")],
+        "eval_dataset": [str(work / f"{name}_held.json") for name in ("instructions", "calls")],
+        "eval_on_each_dataset": True,
+        "compute_accuracy": True,
+        "cutoff_len": options.cutoff,
+        "per_device_train_batch_size": options.rows,
+        "per_device_eval_batch_size": options.rows,
+        "max_steps": options.steps,
+        "learning_rate": options.rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.05,
+        "disable_gradient_checkpointing": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "num_sample_answers": 0,
+        "seed": task.seed,
+        "export_model": task.method == BF16,
+        "output_dir": str(work / task.name),
+        "tokenized_path": str(work / "tokens"),
+    }
+    if task.target:
+        keys |= {"enable_qat": True, **TARGETS[task.target]}
+        keys |= {"fake_quant_after_n_steps": task.delay or None}
+    if task.method == DISTILLED:
+        teacher = str(work / task.twin.name / "model")
+        keys |= {"use_distill_loss": True, "distill_model_name_or_path": teacher}
+    return keys
+
+
+def load_job(task: Task, options: argparse.Namespace) -> Any:
+    """Return the job, from a file as users give it."""
+    from raytrain_adv.config import load
+
+    path = options.work / f"{task.name}.yaml"
+    path.write_text(yaml.safe_dump(keys_of(task, options)))
+    return load(str(path))
+
+
+def trained(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """Train in this process, and return what the held-out rows give at the end."""
+    from raytrain_adv.export.model_folder import export_model
+    from raytrain_adv.run.run import local_run
+    from raytrain_adv.worker.train import train
+
+    job = load_job(task, options)
+    run = local_run(job)
+    try:
+        train(job, run, export_model)
+    finally:
+        run.close()
+    lines = (Path(job.output.output_dir) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    steps = [row for row in rows if row["kind"] == "train"]
+    found = figures(next(row for row in reversed(rows) if row["kind"] == "eval"))
+    return {**found, "train_loss": steps[-1]["loss"], "step_ms": 1e3 * steps[-1]["step_s"]}
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the table's figures of an evaluation's."""
+
+    def of(figure: str, dataset: str) -> float:
+        keys = [k for k in result if k.startswith(f"{figure}/") and f"{dataset}_held" in k]
+        return float(result[keys[0]])
+
+    found = {"loss": of("loss", "instructions"), "calls_loss": of("loss", "calls")}
+    return {**found, "exact_calls": of("exact_answers", "calls")}
+
+
+def quantized(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """Round the twin's weights, by the package or by GPTQ, and evaluate them."""
+    from raytrain_adv.data.prepare import prepare
+    from raytrain_adv.transforms.applied import Transforms
+
+    job = load_job(task, options)
+    device = torch.device("cpu" if job.parallel.use_cpu else "cuda")
+    folder = options.work / task.twin.name / "model"
+    prepared = prepare(job, print, rebuild=False)
+    model = load_model(folder, device)
+    if task.method == GPTQ:
+        calibrate(model, job, prepared, options.calibration)
+        weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        model = load_model(folder, device)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        round_inputs_alone(model, Transforms(job))
+    else:
+        Transforms(job).prepare(model, None, options.rows * options.cutoff)
+    return evaluate(model, job, prepared, device)
+
+
+def load_model(folder: Path, device: torch.device) -> Any:
+    """Return a bf16 model."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return loaded.to(device).eval()
+
+
+def calibrate(model: Any, job: Any, prepared: Any, count: int) -> None:
+    """Round the weights in place by llm-compressor's GPTQ, on `count` training rows."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    from raytrain_adv.transforms.qat import Qat
+
+    qat = job.transform(Qat)
+    is_int8 = qat.qat_weight_dtype == "int8"
+    grouped = {"strategy": "group", "group_size": qat.group_size}
+    how = grouped if qat.group_size and not is_int8 else {"strategy": "channel"}
+    weights = {"num_bits": 8 if is_int8 else 4, "type": "int", "symmetric": True, **how}
+    scheme = {"targets": ["Linear"], "weights": weights}
+    order = random.Random(job.train.seed).sample(range(len(prepared.train)), count)
+    chosen = [prepared.train[i].input_ids for i in order]
+    rows = [{"input_ids": torch.from_numpy(ids.astype("int64"))[None]} for ids in chosen]
+    recipe = GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"])
+    loader: Any = torch.utils.data.DataLoader(rows, batch_size=None)
+    where = {"sequential_offload_device": str(model.device)}
+    oneshot(model, recipe=recipe, dataset=loader, num_calibration_samples=len(rows), **where)
+
+
+class RoundedInputs(torch.nn.Linear):
+    """A linear of weights that are rounded already, with inputs that the target rounds."""
+
+    form: str
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input @ weight.t() + bias."""
+        from raytrain_adv.ops.fake_quant.layers import rounded_activation
+
+        return torch.nn.functional.linear(
+            rounded_activation(input, self.form)[0], self.weight, self.bias
+        )
+
+
+def round_inputs_alone(model: Any, transforms: Any) -> None:
+    """Make each linear that the target quantizes round its input, if it does."""
+    from raytrain_adv.transforms.qat import Qat
+
+    transform = next(t for t in transforms if isinstance(t, Qat))
+    for fqn, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and fqn != "lm_head" and transform.activation_form:
+            module.__class__, module.form = RoundedInputs, transform.activation_form
+
+
+def evaluate(model: Any, job: Any, prepared: Any, device: torch.device) -> dict[str, Any]:
+    """Return what the held-out rows give, by the evaluation of training."""
+    from raytrain_adv.data.tokens.tokenizer import load_tokenizer
+    from raytrain_adv.run.run import local_run
+    from raytrain_adv.run.schedule import resolve_arithmetic
+    from raytrain_adv.worker import evaluation
+    from raytrain_adv.worker.train import batches_of
+
+    run = local_run(job, device)
+    arithmetic = resolve_arithmetic(job, len(prepared.train), 1)
+    parts = batches_of(job, run, prepared, load_tokenizer(job), arithmetic, "positions")
+    meter = SimpleNamespace(paused=lambda what: contextlib.nullcontext())
+    state: Any = SimpleNamespace(model=model, run=run, job=job, meter=meter, eval_loss_sum=None)
+    result = {}
+    for name, rows in parts[2].items():
+        found = evaluation.evaluate(state, rows)
+        result |= {f"{figure}/{name}": value for figure, value in found.items()}
+    return figures(result)
+
+
+if __name__ == "__main__":
+    main()
