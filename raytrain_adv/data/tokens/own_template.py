@@ -4,7 +4,7 @@ import json
 import re
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +22,25 @@ _TOOL = {
 }
 _ASK: Message = {"role": "user", "content": "a question"}
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+
+
+class CallForm(NamedTuple):
+    """How a template wants function calls."""
+
+    as_text: bool = False
+    """Arguments as JSON text."""
+    no_content: bool = False
+    """A call's message has no content, rather than an empty one."""
+    named_ids: bool = False
+    """Ids have the name of the function."""
+
+
+CALL_FORMS = tuple(
+    CallForm(as_text, no_content, named_ids)
+    for named_ids in (False, True)
+    for no_content in (False, True)
+    for as_text in (False, True)
+)
 
 
 class OwnTemplate:
@@ -51,14 +70,16 @@ class OwnTemplate:
         page = self._page(conversation.tools)
         text, spans = page.marked(messages) if self.is_marked else self._find(page, messages)
         self._refuse_lost_thought(messages, text)
+        self._refuse_lost_system(messages)
         if self.is_marked:
             spans = _with_endings(text, spans)
         if self._answers_end_bare:
-            text, spans = self._with_ends_of_turn(text, spans)
+            text, spans = self._with_ends_of_turn(page, messages, text, spans)
         return pieces(text, spans)
 
     def _page(self, tools: list[Any] | None = None) -> Page:
-        return Page(self.tokenizer, self.source, tools, self.thinks)
+        page = Page(self.tokenizer, self.source, tools, self.thinks)
+        return page.with_parts() if self._takes_parts else page
 
     def _find(self, page: Page, messages: list[Message]) -> tuple[str, list[Span]]:
         text = page.write(messages)
@@ -74,23 +95,23 @@ class OwnTemplate:
         if tools and not self._writes_tools:
             raise UnusableRow("the tokenizer's chat template has no form for tools")
         made: list[Message] = []
-        names: list[str] = []
+        calls: list[dict[str, Any]] = []
+        num_calls = 0
         for message in messages:
-            if calls := message.get("tool_calls"):
-                message = self._with_calls(message, len(made))
-                names = [call["function"]["name"] for call in calls]
+            if message.get("tool_calls"):
+                message = self._with_calls(message, num_calls)
+                calls = message["tool_calls"]
+                num_calls += len(calls)
             elif message["role"] == "tool":
                 number = sum(1 for _ in takewhile(lambda m: m["role"] == "tool", reversed(made)))
-                name = names[number] if number < len(names) else "tool"
-                at = len(made) - number - 1
-                message = {**message, "name": name, "tool_call_id": _call_id(at, number)}
+                message = _answering(message, calls, number)
                 if not self._writes_results:
                     what = "the results of function calls"
                     raise UnusableRow(f"the tokenizer's chat template has no form for {what}")
             made.append(self._with_thought(message) if message["role"] == "assistant" else message)
         return made
 
-    def _with_calls(self, message: Message, at: int) -> Message:
+    def _with_calls(self, message: Message, num_before: int) -> Message:
         calls = message["tool_calls"]
         if self._call_form is None or (len(calls) > 1 and not self._writes_several):
             what = "function calls" if self._call_form is None else "several calls at once"
@@ -100,7 +121,7 @@ class OwnTemplate:
             has_text = False
         if has_text and not self._writes_text_beside_calls:
             raise UnusableRow("the tokenizer's chat template drops text beside function calls")
-        return _dressed(message, *self._call_form, at)
+        return _dressed(message, self._call_form, num_before)
 
     def _with_thought(self, message: Message) -> Message:
         """Return an answer with its thoughts where this template looks for them."""
@@ -128,55 +149,89 @@ class OwnTemplate:
             why = "the tokenizer's chat template removes the thoughts of the last answer"
             raise UnusableRow(f"{why}; template has forms that keep them, as deepseekr1")
 
+    def _refuse_lost_system(self, messages: list[Message]) -> None:
+        """Refuse a system message that the template drops: Mistral's write it only where the last
+        message is a question.
+        """
+        first = messages[0]
+        has_system = first["role"] == "system" and (first["content"] or "").strip()
+        if has_system and not self._writes_system:
+            why = "the tokenizer's chat template drops the system message of an answered question"
+            raise UnusableRow(f"{why}; the template of the model's family, set by name, keeps it")
+
     def _written(self, messages: list[Message], tools: list[Any] | None = None) -> str:
         try:
             return self._page(tools).write(messages)
         except UnusableRow:
             return ""
 
-    def _probe(self, form: tuple[bool, bool], calls: int = 1, text: str = "") -> str:
+    def _probe(
+        self, form: CallForm, calls: int = 1, text: str = "", has_results: bool = True
+    ) -> str:
         """Render a conversation with function calls and their results."""
         names = ["first_name", "second_name"][:calls]
         called = [
             {"type": "function", "function": {"name": name, "arguments": {"a_key": "a_value"}}}
             for name in names
         ]
-        asking = _dressed({"role": "assistant", "content": text, "tool_calls": called}, *form, 1)
+        asking = _dressed({"role": "assistant", "content": text, "tool_calls": called}, form, 0)
         results = [
-            {"role": "tool", "content": f"result {n}", "name": name, "tool_call_id": _call_id(1, n)}
-            for n, name in enumerate(names)
+            _answering({"role": "tool", "content": f"result {n}"}, asking["tool_calls"], n)
+            for n in range(calls)
         ]
-        answer = {"role": "assistant", "content": "an answer"}
-        return self._written(
-            [_ASK, asking, *results, answer], [_TOOL] if self._writes_tools else None
-        )
+        after = [*results, _says("an answer")] if has_results else []
+        return self._written([_ASK, asking, *after], [_TOOL] if self._writes_tools else None)
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template writes text only as a list of parts, as those of image models do.
+
+        They iterate over the letters of a plain text, and write none.
+        """
+        page = Page(self.tokenizer, self.source, None, self.thinks)
+        found = []
+        for tried in (page, page.with_parts()):
+            try:
+                text = tried.write([_ASK, _says("an answer")])
+            except UnusableRow:
+                text = ""
+            found.append("a question" in text and "an answer" in text)
+        return found == [False, True]
+
+    @cached_property
+    def _writes_system(self) -> bool:
+        system: Message = {"role": "system", "content": "a system text"}
+        return "a system text" in self._written([system, _ASK, _says("an answer")])
 
     @cached_property
     def _writes_tools(self) -> bool:
         return "first_name" in self._written([_ASK, _says("an answer")], [_TOOL])
 
     @cached_property
-    def _call_form(self) -> tuple[bool, bool] | None:
-        """Whether arguments are JSON text, and whether a call's content is none; None: no form."""
-        for form in ((False, False), (True, False), (False, True), (True, True)):
-            text = self._probe(form)
-            described = 1 if self._writes_tools else 0
+    def _call_form(self) -> CallForm | None:
+        """The form in which the template writes a call's name and arguments; None: there is none.
+
+        A conversation that ends with the call shows it: a result may repeat the name.
+        """
+        described = 1 if self._writes_tools else 0
+        for form in CALL_FORMS:
+            text = self._probe(form, has_results=False) or self._probe(form)
             if text.count("first_name") > described and "a_value" in text and "\\" not in text:
                 return form
         return None
 
     @cached_property
     def _writes_several(self) -> bool:
-        text = self._probe(self._call_form or (False, False), calls=2)
+        text = self._probe(self._call_form or CALL_FORMS[0], calls=2)
         return "second_name" in text and "result 1" in text
 
     @cached_property
     def _writes_text_beside_calls(self) -> bool:
-        return "some text" in self._probe(self._call_form or (False, False), text="some text")
+        return "some text" in self._probe(self._call_form or CALL_FORMS[0], text="some text")
 
     @cached_property
     def _writes_results(self) -> bool:
-        return "result 0" in self._probe(self._call_form or (False, False))
+        return "result 0" in self._probe(self._call_form or CALL_FORMS[0])
 
     @cached_property
     def _reads_reasoning(self) -> bool:
@@ -201,38 +256,62 @@ class OwnTemplate:
         tail = text.rpartition("an answer")[2] if "an answer" in text else ""
         return bool(text) and self._special.search(tail) is None
 
-    def _with_ends_of_turn(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
-        """End each answer with the token that begins the next message, the last with eos."""
+    def _with_ends_of_turn(
+        self, page: Page, messages: list[Message], text: str, spans: list[Span]
+    ) -> tuple[str, list[Span]]:
+        """End each answer with the token that begins the next message, the last with eos, or with
+        the token that begins the results of its calls.
+        """
         ended: list[Span] = []
         for start, end in spans[:-1]:
             after = self._special.match(text, end)
             ended.append((start, after.end() if after else end))
+        eos = str(self.tokenizer.eos_token or "")
         for start, end in spans[-1:]:
-            text = text[:end] + str(self.tokenizer.eos_token or "")
+            text = text[:end] + (self._result_token(page, messages, text[:end]) or eos)
             ended.append((start, len(text)))
         return text, ended
+
+    def _result_token(self, page: Page, messages: list[Message], text: str) -> str:
+        """Return the token after calls at the end of a conversation; empty without calls."""
+        if not messages[-1].get("tool_calls"):
+            return ""
+        result = _answering({"role": "tool", "content": ""}, messages[-1]["tool_calls"], 0)
+        try:
+            longer = page.write([*messages, result])
+        except UnusableRow:
+            return ""
+        token = self._special.match(longer, len(text)) if longer.startswith(text) else None
+        return token[0] if token else ""
 
 
 def _says(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def _call_id(message: int, number: int) -> str:
-    """Return an id of nine digits, which is what Mistral's chat templates insist on."""
-    return f"{message:05d}{number:04d}"
+def _dressed(message: Message, form: CallForm, num_before: int) -> Message:
+    """Return a message with calls in the form that a template wants, with ids.
 
-
-def _dressed(message: Message, as_text: bool, no_content: bool, at: int) -> Message:
-    """Return a message with calls in the form that a template wants, with ids."""
+    `num_before` calls stand in earlier messages.
+    """
     calls = []
-    for number, call in enumerate(message["tool_calls"]):
+    for number, call in enumerate(message["tool_calls"], num_before):
         function = call["function"]
-        if as_text:
+        # Mistral's chat templates insist on ids of nine digits, Kimi K2's write only the id.
+        name = f"functions.{function['name']}:{number}" if form.named_ids else f"{number:09d}"
+        if form.as_text:
             text = json.dumps(function["arguments"], ensure_ascii=False)
             function = {**function, "arguments": text}
-        calls.append({**call, "id": _call_id(at, number), "function": function})
-    content = message["content"] or (None if no_content else "")
+        calls.append({**call, "id": name, "function": function})
+    content = message["content"] or (None if form.no_content else "")
     return {**message, "content": content, "tool_calls": calls}
+
+
+def _answering(result: Message, calls: list[dict[str, Any]], number: int) -> Message:
+    """Return the result with the name and id of the call that it answers."""
+    call = calls[number] if number < len(calls) else {"id": f"{number:09d}", "function": {}}
+    name = call["function"].get("name", "tool")
+    return {**result, "name": name, "tool_call_id": call["id"]}
 
 
 def _with_endings(text: str, spans: list[Span]) -> list[Span]:

@@ -1,6 +1,7 @@
 """A conversation written with a chat template, and the answers in it."""
 
 import re
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,16 @@ class Page:
         thinks: bool | None = None,
     ) -> None:
         self.chat_template, self.tools = chat_template, tools
+        self.has_parts = False
         self.given: dict[str, Any] = dict(tokenizer.special_tokens_map)
         if thinks is not None:
             self.given["enable_thinking"] = thinks
+
+    def with_parts(self) -> "Page":
+        """Return a page that gives texts to the template as lists of one part."""
+        page = copy(self)
+        page.has_parts = True
+        return page
 
     def write(self, messages: list[Message], asks: bool = False) -> str:
         """Return the text; with the beginning of an answer at its end if `asks`."""
@@ -60,6 +68,8 @@ class Page:
         """Return the text and the answers. Raises UnusableRow if the template refuses the messages,
         or fails on them.
         """
+        if self.has_parts:
+            messages = [_in_parts(message) for message in messages]
         try:
             rendered: Any = render_jinja_template(
                 conversations=[messages],
@@ -74,6 +84,13 @@ class Page:
             raise UnusableRow(f"the chat template refuses it: {why}") from error
         texts, spans = rendered
         return texts[0], spans[0] if marked else []
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}
 
 
 def with_system(messages: list[Message], default_system: str | None) -> list[Message]:

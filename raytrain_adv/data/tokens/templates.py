@@ -18,6 +18,8 @@ _DEFAULTS: dict[str, Any] = {
     "prefix": "",
     "default_system": "",
     "system": "{content}",
+    "tools": "",  # stands around tools that have their own message, before that of the system
+    "tools_first": False,  # in the system message, before its text
     "system_in_question": False,  # Gemma and Mistral have no system role
     "user": "{content}",
     "opening": "",  # begins an answer
@@ -36,7 +38,7 @@ _DEFAULTS: dict[str, Any] = {
     "result_token": "",
     "end_of_turn": None,
 }
-_FLAGS = ("reasons", "system_in_question", "results_as_json", "results_end_a_turn")
+_FLAGS = ("reasons", "tools_first", "system_in_question", "results_as_json", "results_end_a_turn")
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,13 @@ class Template:
         `thinks` False removes thoughts; None trains on those that are there. `drops_thoughts`
         leaves them out of all answers but the last.
         """
-        opening = self.values["thought"][0].rstrip("\n")
-        plain = opening == "<think>" and not self.values["answer"].startswith("\n")
         flags = {
             "thinks_by_default": thinks,
             "drops_thoughts": drops_thoughts,
             **{name: self.values[name] for name in _FLAGS},
-            "thought_has_own_form": self.values["reasons"] and not plain,
+            "thought_has_own_form": self.values["reasons"]
+            and tuple(self.values["thought"]) != _THOUGHT,
+            "tools_apart": bool(self.values["tools"]),
         }
         lines = [f"{{%- set {name} = {str(value).lower()} -%}}" for name, value in flags.items()]
         lines += [f"{{%- set {name} = {_expression(v)} -%}}" for name, v in self._texts().items()]
@@ -84,6 +86,7 @@ class Template:
         values = self.values
         last = values.get("last_answer", values["answer"])
         parts = {
+            "tools": values["tools"],
             "system": values["system"],
             "user": values["user"],
             "answer": values["answer"],

@@ -44,8 +44,19 @@ TEMPLATES = {
     "{{ '<|return|>' if loop.last else '<|end|>' }}{% else %}"
     "<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
     + ASK + "<|start|>assistant{% endif %}",
-    "glm4_moe": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "glm4_moe": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}" + CALLS + "{% endfor %}"
     + ASK + "<|assistant|>\n{% endif %}",
+    "kimi_k2": "{% for m in messages %}<|{{ m.role }}|>{% for c in m.tool_calls or [] %}"
+    "<|call|>{{ c.id }} {{ c.function.arguments | tojson }}{% endfor %}"
+    "{% if m.role == 'tool' %}{{ m.name }}: {% endif %}{{ m.content }}<|end|>{% endfor %}"
+    + ASK + "<|assistant|>{% endif %}",
+    "smolvlm": "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|end|>{% endfor %}"
+    + ASK + "<|assistant|>{% endif %}",
+    "mistral": "{% for m in messages %}{% if m.role == 'user' %}[INST]"
+    "{{ messages[0].content + '\n\n' if loop.last and messages[0].role == 'system' else '' }}"
+    "{{ m.content }}[/INST]{% elif m.role == 'assistant' %}{{ m.content }}"
+    "{{ eos_token }}{% endif %}{% endfor %}",
     "deepseek3": "{% for m in messages %}{% if m.role == 'assistant' and m.tool_calls %}"
     "<|assistant|><|call|>{% for c in m.tool_calls %}"
     "{{ c.function.name + ' ' + c.function.arguments }}"
@@ -56,7 +67,8 @@ TEMPLATES = {
 }  # fmt: skip
 ADDED = (
     "<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|start|>",
-    "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|out|>", "<think>", "</think>",
+    "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|out|>", "<|tool|>",
+    "<think>", "</think>",
 )  # fmt: skip
 
 
@@ -162,6 +174,30 @@ def test_function_calls_are_given_in_the_form_that_a_template_takes(form, make_o
 def test_thoughts_that_a_template_would_remove_make_the_row_unusable(make_own):
     with pytest.raises(UnusableRow, match="removes the thoughts of the last answer"):
         make_own(TEMPLATES["deepseek3"])(Conversation(THOUGHTS))
+
+
+def test_calls_of_a_template_that_writes_only_their_ids_have_the_functions_name(make_own):
+    found = marked(make_own(TEMPLATES["kimi_k2"])(Conversation(TWICE)))
+    assert [f'functions.add:{n} {{"a": {a}}}' in found for n, a in ((0, 1), (1, 1), (2, 2))] == [
+        True, True, True,
+    ]  # fmt: skip
+
+
+def test_a_template_that_writes_only_parts_of_a_content_is_given_parts(make_own):
+    expected = "<|user|>Q1<|end|><|assistant|>[A1<|end|>]<|user|>Q2<|end|><|assistant|>[A2<|end|>]"
+    assert marked(make_own(TEMPLATES["smolvlm"])(Conversation(TURNS))) == expected
+
+
+def test_a_system_message_that_a_template_drops_makes_the_row_unusable(make_own):
+    own = make_own(TEMPLATES["mistral"])
+    assert marked(own(Conversation(TURNS))).startswith("[INST]Q1[/INST][A1")
+    with pytest.raises(UnusableRow, match="drops the system message"):
+        own(Conversation([{"role": "system", "content": "S"}, *TURNS]))
+
+
+def test_calls_at_the_end_of_a_bare_template_end_with_the_token_of_their_results(make_own):
+    found = marked(make_own(TEMPLATES["glm4_moe"])(Conversation([asks("Q1"), calls({"a": 1})])))
+    assert found.endswith(f"{CALL(1)}<|tool|>]")
 
 
 def test_several_calls_are_not_cut_to_one(make_own):

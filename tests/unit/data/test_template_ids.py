@@ -23,10 +23,9 @@ from tests.unit.data.template_tokenizer import tokenizer
 Row = tuple[list[int], list[bool]]
 
 
-@cache
-def expected() -> dict[str, Row]:
+def read_rows(file: str) -> dict[str, Row]:
     """Return ids and what is trained, by template and conversation."""
-    with np.load(Path(__file__).with_name("template_ids.npz")) as held:
+    with np.load(Path(__file__).with_name(file)) as held:
         ends = held["lengths"].cumsum()
         trained = np.unpackbits(held["trained"])[: ends[-1]].astype(bool)
         ids, marks = (np.split(array, ends[:-1]) for array in (held["ids"], trained))
@@ -36,11 +35,17 @@ def expected() -> dict[str, Row]:
         }
 
 
-def ours(name: str, case: str) -> Row | str:
+@cache
+def expected() -> dict[str, Row]:
+    """Return the rows that LLaMA-Factory makes."""
+    return read_rows("template_ids.npz")
+
+
+def ours(name: str, case: str, eos: str = "</s>") -> Row | str:
     """Return the row of a template here, or why it is left out."""
     messages, tools = CASES[case]
     made = tokenizer()
-    made.eos_token = TEMPLATES[name].end_of_turn or made.eos_token
+    made.eos_token = TEMPLATES[name].end_of_turn or eos
     try:
         pieces = renderer(made, name, None)(Conversation(messages, tools))
     except UnusableRow as error:
@@ -95,10 +100,20 @@ DIFFERENT: tuple[tuple[str, str, set[str]], ...] = (
     ("the date here is that of the model's own template", "llama3 llama4 mllama", TOOL_CASES),
     ("without a system message the model's own template has no empty lines", QWEN, NO_SYSTEM),
     ("they leave </tool_call> out; thoughts and tools are as in the model's own", GLM, EVERY),
+    ("its first token is the bos token, as in the model's own", "lfm2 lfm2_vl", EVERY),
+    (
+        "tools are described, and stand, as in the model's own",
+        "qwen3_5 qwen3_5_nothink qwen3_6",
+        TOOL_CASES,
+    ),
+    (
+        "a newline stands before calls, and one before tools, as in the model's own",
+        "minimax2",
+        TOOL_CASES,
+    ),
+    ("thoughts end with a newline, and tools are as in the model's own", "seed_oss", EVERY),
     ("a last call ends by the token that begins its result", "glm4", {"last is a call"}),
-    ("they leave the tags around calls out", "minimax2", CALLS),
-    ("they begin calls by the bos token, and leave > out", "seed_oss", CALLS),
-    ("thoughts are written in the family's form", "hy3 mimo_v2 kimi_vl seed_oss", THOUGHTS),
+    ("thoughts are written in the family's form", "hy3 mimo_v2 kimi_vl", THOUGHTS),
     ("they write thoughts inside the calls", "mistral_small", {"thought before a call"}),
     ("channels, tools and calls are as in the model's own template", "gpt_oss", EVERY),
     ("tools, calls and results are as in the model's own", "gemma4 gemma4n", TOOL_CASES | THOUGHTS),
