@@ -13,7 +13,9 @@ from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.ops.fake_quant.targets import (
+    BLOCK,
     FLOAT8,
+    FLOAT8_BLOCKS,
     NO_TARGET,
     ROUNDED_BY,
     TARGETS,
@@ -293,9 +295,10 @@ class Qat(Switchable):
             changes[fqn] = Change(changes[fqn].before, MERGED)
 
     def _why_not(self, linear: nn.Linear) -> str:
-        is_odd = linear.in_features % 16 or linear.out_features % 16
-        refused = is_odd and self.activation_dtype == FLOAT8
-        return "sizes not divisible by 16, which float8 products need" if refused else ""
+        needs = BLOCK if self.weight_form == FLOAT8_BLOCKS else 16
+        is_odd = linear.in_features % needs or linear.out_features % needs
+        refused = is_odd and (self.activation_dtype == FLOAT8 or needs == BLOCK)
+        return f"sizes not divisible by {needs}, which float8 products need" if refused else ""
 
     def _notes(self, model: nn.Module, changes: dict[str, Change], job: JobConfig) -> Iterator[str]:
         from raytrain_adv.ops.float8.qat_linear import described

@@ -12,13 +12,18 @@ import torch
 
 from raytrain_adv.ops.fake_quant.engine_rounding import (
     NVFP4_GLOBAL_SCALE,
+    of_blocks,
     quantize_float4,
+    quantize_float8_blocks,
     quantize_rows,
 )
 from raytrain_adv.ops.fake_quant.layers import rounded_weight
 from raytrain_adv.ops.fake_quant.rounding import BITS, integers_of, quantize_float8
 from raytrain_adv.ops.fake_quant.targets import (
+    BLOCK,
     FLOAT8,
+    FLOAT8_BLOCKS,
+    FLOAT8_GROUPS,
     FLOAT8_IN_FLOAT32,
     FOUR_BIT_FLOATS,
     INT8_IN_FLOAT32,
@@ -32,6 +37,7 @@ FLOAT4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FORMATS = {
     INT8_IN_FLOAT32: "int-quantized",
     FLOAT8: "float-quantized",
+    FLOAT8_BLOCKS: "float-quantized",
     NVFP4: "nvfp4-pack-quantized",
     MXFP4: "mxfp4-pack-quantized",
 }
@@ -63,6 +69,9 @@ def stored(name: str, weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.T
         return {name: integers, f"{stem}weight_scale": scale}
     if form == FLOAT8:
         values, scale = quantize_float8(weight)
+        return {name: values, f"{stem}weight_scale": scale}
+    if form == FLOAT8_BLOCKS:
+        values, scale = quantize_float8_blocks(weight)
         return {name: values, f"{stem}weight_scale": scale}
     if form in FOUR_BIT_FLOATS:
         return _stored_float4(stem, weight, form)
@@ -108,6 +117,8 @@ def read_back(name: str, tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -
     """Return the values [rows, columns] of a stored weight, as an engine multiplies them."""
     form, stem = scheme.weight_form, name.removesuffix("weight")
     scale = tensors[f"{stem}weight_scale"]
+    if form == FLOAT8_BLOCKS:
+        return of_blocks(tensors[name], scale).to(dtype)
     if name in tensors:
         return (tensors[name].to(torch.float32) * scale.to(torch.float32)).to(dtype)
     packed = tensors[f"{stem}weight_packed"]
@@ -188,6 +199,9 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
     keys: dict[str, Any] = {"type": "int", "num_bits": BITS.get(form, 8), "strategy": "channel"}
     if form == FLOAT8:
         keys |= {"type": "float"}
+    elif form == FLOAT8_BLOCKS:
+        block = [BLOCK, BLOCK]
+        keys |= {"type": "float", "strategy": "block", "block_structure": block}
     elif form in FOUR_BIT_FLOATS:
         keys |= {"type": "float", "num_bits": 4, "group_size": FOUR_BIT_FLOATS[form]}
         keys |= (
@@ -203,6 +217,8 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 def _activations(form: str) -> dict[str, Any] | None:
     if not form:
         return None
-    is_float = form == FLOAT8_IN_FLOAT32
+    is_float = form in (FLOAT8_IN_FLOAT32, FLOAT8_GROUPS)
     kind = {"type": "float" if is_float else "int", "symmetric": is_float, "num_bits": 8}
+    if form == FLOAT8_GROUPS:
+        return {**kind, "strategy": "group", "group_size": BLOCK, "dynamic": True}
     return {**kind, "strategy": "token", "dynamic": True}

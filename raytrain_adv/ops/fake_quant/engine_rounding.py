@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from raytrain_adv.ops.fake_quant.rounding import EPS
-from raytrain_adv.ops.fake_quant.targets import FOUR_BIT_FLOATS, MXFP4
+from raytrain_adv.ops.fake_quant.rounding import E4M3, EPS
+from raytrain_adv.ops.fake_quant.targets import BLOCK, FOUR_BIT_FLOATS, MXFP4
 
 NVFP4_GLOBAL_SCALE = 512.0
 """What NVFP4's group scales are multiplied by before they are rounded to float8. The same for every
@@ -109,6 +109,42 @@ def _integer_sums(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if left.is_cuda and rows <= 16:
         left = torch.nn.functional.pad(left, (0, 0, 0, 17 - rows))
     return torch._int_mm(left, right.t())[:rows]
+
+
+@torch.library.custom_op("raytrain_adv::quantize_float8_blocks", mutates_args=())
+def quantize_float8_blocks(
+    weight: torch.Tensor, after: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a matrix in float8_e4m3fn, and one float32 scale per block of 128 rows and columns.
+
+    Scales are rounded to the weight's dtype. Rows and columns are multiples of 128.
+    Source: compressed-tensors 0.20, FP8_BLOCK, otherwise in float32.
+    """
+    blocks = weight.to(torch.float32).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    scale = blocks.abs().amax(dim=(1, 3)).clamp(min=EPS) / E4M3_LARGEST
+    scale = scale.to(weight.dtype).to(torch.float32)
+    values = (blocks / scale[:, None, :, None]).clamp(-E4M3_LARGEST, E4M3_LARGEST)
+    return values.to(E4M3).view(weight.shape), scale
+
+
+@quantize_float8_blocks.register_fake
+def _(weight: torch.Tensor, after: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (weight.shape[0] // BLOCK, weight.shape[1] // BLOCK)
+    values = weight.new_empty(weight.shape, dtype=E4M3)
+    return values, weight.new_empty(shape, dtype=torch.float32)
+
+
+def of_blocks(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return values [rows, columns] times the scales of their blocks, in float32."""
+    blocks = values.to(torch.float32).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    return (blocks * scale.to(torch.float32)[:, None, :, None]).view(values.shape)
+
+
+def fake_quantize_float8_blocks(
+    weight: torch.Tensor, after: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return a matrix rounded to float8 in blocks; see quantize_float8_blocks."""
+    return of_blocks(*quantize_float8_blocks(weight, after)).to(weight.dtype)
 
 
 @torch.library.custom_op("raytrain_adv::quantize_float4", mutates_args=())

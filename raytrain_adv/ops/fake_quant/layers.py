@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from raytrain_adv.ops.fake_quant.engine_rounding import (
     fake_quantize_float4,
+    fake_quantize_float8_blocks,
     fake_quantize_rows,
     fake_quantize_tokens_in_float32,
     int8_product,
@@ -26,7 +27,10 @@ from raytrain_adv.ops.fake_quant.rounding import (
     through_groups,
 )
 from raytrain_adv.ops.fake_quant.targets import (
+    BLOCK,
     FLOAT8,
+    FLOAT8_BLOCKS,
+    FLOAT8_GROUPS,
     FLOAT8_IN_FLOAT32,
     FOUR_BIT_FLOATS,
     INT8_IN_FLOAT32,
@@ -134,6 +138,8 @@ def rounded_weight(
     """Return a weight rounded, and its gradient's scales; None if that passes straight through."""
     if dtype == FLOAT8:
         return fake_quantize_float8(weight, after), None
+    if dtype == FLOAT8_BLOCKS:
+        return fake_quantize_float8_blocks(weight, after), None
     if dtype == INT8_IN_FLOAT32:
         return fake_quantize_rows(weight, after), None
     if dtype in FOUR_BIT_FLOATS:
@@ -152,6 +158,9 @@ def rounded_activation(
         return fake_quantize_float8(x, after), None, None
     if dtype == FLOAT8_IN_FLOAT32:
         return fake_quantize_float8(x, after, True, LEAST_TOKEN_SCALE), None, None
+    if dtype == FLOAT8_GROUPS:
+        groups = x.unflatten(-1, (-1, BLOCK))
+        return fake_quantize_float8(groups, after, True).flatten(-2), None, None
     if dtype == INT8_IN_FLOAT32:
         return fake_quantize_tokens_in_float32(x, after), None, None
     if dtype == "":

@@ -17,9 +17,13 @@ FOUR_BIT_FLOATS = {NVFP4: 16, MXFP4: 32}
 IN_FLOAT32 = "float32"
 """Suffix of dtypes that are rounded in float32, as engines do, not in the tensor's own dtype."""
 INT8_IN_FLOAT32, FLOAT8_IN_FLOAT32 = f"int8 {IN_FLOAT32}", f"{FLOAT8} {IN_FLOAT32}"
+FLOAT8_BLOCKS, FLOAT8_GROUPS = f"{FLOAT8} blocks", f"{FLOAT8} groups"
+"""One scale per BLOCK x BLOCK weights, and per BLOCK features of a token."""
+BLOCK = 128
 Q8_0, Q4_0 = "q8_0", "q4_0"
 ROUNDED_BY = {
     FLOAT8: "quantize_float8",
+    FLOAT8_BLOCKS: "quantize_float8_blocks",
     INT8_IN_FLOAT32: "quantize_rows",
     **dict.fromkeys(FOUR_BIT_FLOATS, "quantize_float4"),
 }
@@ -73,6 +77,7 @@ TargetName = Literal[
     "vllm-w4a16",
     "vllm-w8a8-int8",
     "vllm-fp8",
+    "vllm-fp8-block",
     "vllm-nvfp4a16",
     "vllm-mxfp4a16",
     "executorch-8da4w",
@@ -106,6 +111,16 @@ TARGETS: dict[str, Target] = {
         activation_forms={FLOAT8: FLOAT8_IN_FLOAT32},
         served="in float8 on compute capability 8.9 and newer; weights alone by Marlin",
         rounds_itself=SUMS,
+    ),
+    "vllm-fp8-block": Target(
+        "vLLM",
+        COMPRESSED,
+        FLOAT8,
+        (FLOAT8, "none"),
+        weight_form=FLOAT8_BLOCKS,
+        activation_forms={FLOAT8: FLOAT8_GROUPS},
+        served="in float8 on compute capability 8.9 and newer; weights alone by Marlin",
+        rounds_itself=f"it adds products of blocks in float32, training rounds factors; {SUMS}",
     ),
     "vllm-nvfp4a16": Target(
         "vLLM",

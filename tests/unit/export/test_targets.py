@@ -25,6 +25,8 @@ from tests.tiny_models import job_for, write_checkpoint
 
 CPU = torch.device("cpu")
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96}
+IN_BLOCKS = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 128, "vocab_size": 96}
+IN_BLOCKS |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 TOKENS = torch.arange(24).unsqueeze(0)
 Case = tuple[str, dict[str, Any]]
 CASES: dict[str, Case] = {
@@ -36,13 +38,19 @@ CASES: dict[str, Case] = {
     ),
     "w8a8": ("qwen2", {"qat_target": "vllm-w8a8-int8"}),
     "float8 weights": ("llama", {"qat_target": "vllm-fp8", "qat_activation_dtype": "none"}),
+    "float8 blocks": (
+        "llama",
+        {"qat_target": "vllm-fp8-block", "qat_activation_dtype": "none"},
+    ),
+    "float8 blocks, inputs too": ("llama", {"qat_target": "vllm-fp8-block"}),
     "nvfp4": ("llama", {"qat_target": "vllm-nvfp4a16"}),
     "mxfp4": ("gemma2", {"qat_target": "vllm-mxfp4a16"}),
 }
 
 
 def target_job(kind: str, place: Path, **keys: Any) -> JobConfig:
-    source = write_checkpoint(kind, place / "source", **WIDE)
+    sizes = IN_BLOCKS if keys.get("qat_target") == "vllm-fp8-block" else WIDE
+    source = write_checkpoint(kind, place / "source", **sizes)
     return job_for(source, place / "job", enable_qat=True, pure_bf16=True, **keys)
 
 
@@ -64,8 +72,9 @@ def test_transformers_loads_it_and_computes_what_was_trained(case: str, tmp_path
     folder = write(job, tmp_path / "out")
     found = compare_converted(folder, job, TOKENS, wanted, model.config._attn_implementation)
     assert found.difference is not None
-    assert (found.difference == 0) == (case != "w8a8")
-    assert ("KL" in found.how) == (case == "w8a8")
+    rounds_inputs = case in ("w8a8", "float8 blocks, inputs too")
+    assert (found.difference == 0) != rounds_inputs
+    assert ("KL" in found.how) == rounds_inputs
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -81,7 +90,7 @@ def test_a_planted_fault_stops_the_export(
             return tensors
         values, scale = next(k for k in tensors if "scale" not in k), f"{name}_scale"
         if fault == "scale":
-            rolled = torch.roll(tensors[scale].view(torch.uint8), 2, 0)
+            rolled = torch.roll(tensors[scale].view(torch.uint8), 1, 0)
             tensors[scale] = rolled.view(tensors[scale].dtype)
         elif fault == "zero point":
             tensors[values] = (tensors[values].view(torch.uint8) ^ 0x88).view(tensors[values].dtype)
@@ -153,7 +162,7 @@ def test_the_scheme_of_a_folder_is_read_from_it(tmp_path: Path) -> None:
             job = target_job("llama", tmp_path / name, qat_target=name)
             scheme = read_scheme(write(job, tmp_path / name / "out"))
             assert scheme is not None
-            assert bool(scheme["input_activations"]) == (name in ("vllm-w8a8-int8", "vllm-fp8"))
+            assert bool(scheme["input_activations"]) == (target.activation_dtypes[0] != "none")
 
 
 @pytest.mark.parametrize("target", ["llamacpp-q8_0", "llamacpp-q4_0"])

@@ -5,15 +5,24 @@ import torch
 import torch.nn.functional as F
 
 from raytrain_adv.ops.fake_quant.engine_rounding import (
+    fake_quantize_float8_blocks,
     fake_quantize_rows,
     fake_quantize_tokens_in_float32,
     int8_product,
     quantize_float4,
+    quantize_float8_blocks,
     quantize_tokens,
 )
 from raytrain_adv.ops.fake_quant.layers import FakeQuantizedLinear
 from raytrain_adv.ops.fake_quant.rounding import LEAST_SCALE, fake_quantize_groups
-from raytrain_adv.ops.fake_quant.targets import INT8_IN_FLOAT32, MXFP4, NVFP4, Q4_0
+from raytrain_adv.ops.fake_quant.targets import (
+    FLOAT8_BLOCKS,
+    FLOAT8_GROUPS,
+    INT8_IN_FLOAT32,
+    MXFP4,
+    NVFP4,
+    Q4_0,
+)
 
 
 def sample(rows=48, columns=96):
@@ -120,3 +129,32 @@ def test_gradients_are_those_of_the_rounded_product(form):
         plain = F.linear(x, linear.weight, linear.bias)
     assert 0 < (output - plain).norm() / plain.norm() < 0.2
     assert (linear.weight.grad - gradient.t() @ x.detach()).norm() < 0.2 * linear.weight.grad.norm()
+
+
+def test_float8_blocks_are_what_compressed_tensors_rounds():
+    pytest.importorskip("compressed_tensors", reason="it is part of the extra dev")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+
+    weight = sample(256, 384)
+    values, scale = quantize_float8_blocks(weight)
+    assert scale.shape == (2, 3)
+    largest = weight.float().view(2, 128, 3, 128).abs().amax((1, 3))
+    assert torch.equal(scale, (largest / 448).bfloat16().float())
+    how = QuantizationArgs(type="float", strategy="block", block_structure=[128, 128])
+    theirs = quantize(weight.float(), scale, torch.zeros_like(scale), how)
+    assert torch.equal(values.float(), theirs.float())
+    linear = FakeQuantizedLinear.of(
+        torch.nn.Linear(384, 256, bias=False), FLOAT8_BLOCKS, None, FLOAT8_GROUPS
+    )
+    linear.weight.data = weight.float()
+    x = sample(4, 384).float().requires_grad_()
+    groups = x.detach().view(4, 3, 128)
+    of_groups = groups.abs().amax(-1, keepdim=True) / 448
+    rounded = (groups / of_groups).to(torch.float8_e4m3fn).float() * of_groups
+    wanted = F.linear(rounded.flatten(1), fake_quantize_float8_blocks(weight.float()))
+    output = linear(x)
+    assert torch.equal(output, wanted)
+    output.sum().backward()
+    assert x.grad is not None and linear.weight.grad is not None
+    assert torch.equal(linear.weight.grad, rounded.flatten(1).sum(0).expand(256, -1))
