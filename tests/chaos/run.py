@@ -99,7 +99,8 @@ def launched(job: Path, log: Path, *overrides: str) -> Iterator[Launch]:
     """Launch the job as a user does, with a Ray of its own; leave none of its processes."""
     session = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # sockets' paths must be short
     cache = {"XDG_CACHE_HOME": str(job.parent / "cache"), "HF_HUB_OFFLINE": "1"}
-    cache["RAY_worker_niceness"] = "0"  # on a machine that others use, workers would starve
+    # On a machine that others use, workers would starve, and be killed for memory of others.
+    cache |= {"RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0"}
     environment = {**os.environ, **cache, "RAY_TMPDIR": session, "CHAOS": session}
     command = [sys.executable, "-m", "raytrain_adv.launch", str(job), *overrides]
     with log.open("ab") as file:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,14 @@ from ray.util.placement_group import (
 )
 
 from raytrain_adv.driver.cluster import connect
-from raytrain_adv.driver.cluster.nodes import Node, alive_nodes, free_resources, resolve_placement
+from raytrain_adv.driver.cluster.nodes import (
+    Node,
+    alive_nodes,
+    free_by_node,
+    free_resources,
+    release_workers,
+    resolve_placement,
+)
 from raytrain_adv.driver.preflight import probe, table, verdicts
 from raytrain_adv.driver.preflight.probe import Read, Reading, read_nodes
 from raytrain_adv.driver.training import trainer
@@ -143,6 +151,34 @@ def test_two_nodes_with_different_torchao_are_refused(simulated, make_job):
     with pytest.raises(ClusterError, match="Versions differ between the nodes") as error:
         verdicts.place(job, placement, found)
     assert "torchao 0.17.0 (0.18.0 elsewhere)" in error.value.found
+
+
+def test_what_a_controller_reserved_is_free_once_it_is_killed_before_its_workers_began(simulated):
+    """Ray keeps a dead actor's placement groups until the whole job ends: the run waited forever."""
+
+    class Controller:
+        def reserve(self) -> list[int]:
+            assert placement_group([{"GPU": 1}]).wait(30)
+            return [os.getpid()]
+
+    def num_free() -> float:
+        return sum(node.get("GPU", 0) for node in free_by_node().values())
+
+    def release_until(expected: float) -> None:
+        end = time.monotonic() + 30
+        while num_free() != expected:
+            assert time.monotonic() < end, num_free()
+            release_workers()
+            time.sleep(0.2)
+
+    remote = ray.remote(num_cpus=0)(Controller)
+    dead, alive = remote.remote(), remote.remote()
+    before = num_free()
+    (killed,), _ = ray.get([dead.reserve.remote(), alive.reserve.remote()])
+    os.kill(killed, signal.SIGKILL)
+    release_until(before - 1)  # the living one's stays
+    ray.kill(alive)
+    release_until(before)
 
 
 def test_the_real_probe_reads_every_node_though_all_of_it_is_reserved(simulated):

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 
 import ray
 from ray._raylet import PlacementGroupID
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raytrain_adv.config.job import CPU_WORKERS, JobConfig, numbers
 from raytrain_adv.errors import ClusterError, Stopped
+from raytrain_adv.estimate.launches import refuse_without_graph
 from raytrain_adv.text import plural
 
 ACCELERATOR = "accelerator_type:"  # prefix of the resource that names a node's GPU
@@ -120,7 +122,9 @@ def startable_nodes(scalable: list[Node], alive: list[Node]) -> list[Node]:
 
 
 def resolve_placement(job: JobConfig, started_here: bool) -> Placement:
-    """Resolve what is auto. Raises ClusterError at once if the cluster cannot run the workers."""
+    """Resolve what is auto. Raises ClusterError at once if the cluster cannot run the workers, and
+    JobError if the job requires what is for GPUs and they compute on the CPU.
+    """
     alive = alive_nodes()
     possible = [*alive, *startable_nodes(scalable_nodes(), alive)]
     num_gpus = sum(n.resources.get("GPU", 0.0) * n.count for n in possible)
@@ -128,6 +132,7 @@ def resolve_placement(job: JobConfig, started_here: bool) -> Placement:
     if not bundle:
         bundle = {"GPU": 1.0} if num_gpus >= 1 and not job.parallel.use_cpu else {"CPU": 1.0}
     use_gpu = bundle.get("GPU", 0.0) > 0
+    refuse_without_graph(job, "" if use_gpu else "no worker has a GPU")
     workers = job.ray.ray_num_workers
     if workers == "auto":
         workers = int(num_gpus / bundle["GPU"]) if use_gpu else CPU_WORKERS
@@ -224,16 +229,22 @@ def wait_for_room(
             last = time.monotonic()
             why = "in use by other jobs, or on nodes that are not started yet (Ctrl-C gives up)"
             say(f"waiting for {missing}: {why}")
+        release_workers()  # Ray may have known of a death only now
         if scalable_nodes():
             return  # only a request for the workers makes the autoscaler start nodes
         time.sleep(poll_s)
 
 
-def release_workers(group: str) -> None:
-    """Remove the placement group, named by its id in hex, of a controller that has died.
+def release_workers() -> None:
+    """Remove the placement groups of controllers of this Ray job that have died.
 
     Ray Train does so itself only if it finds its dashboard, which fails when more than one Ray
-    runs on the machine (ray 2.60, placement_group_cleaner.py); the next controller would then wait
-    forever.
+    runs on the machine, and Ray when the whole job ends (ray 2.60, placement_group_cleaner.py); the
+    next controller would then wait forever. Its public table has no creators.
     """
-    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+    own = ray.get_runtime_context().get_job_id()
+    for row in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(row)
+        is_removed = group.state == PlacementGroupTableData.REMOVED
+        if group.creator_actor_dead and not is_removed and group.creator_job_id.hex() == own:
+            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))

@@ -252,6 +252,8 @@ def _machine_remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> I
             "this machine has no GPU, and the plan is for GPUs: a Ray started here would train on "
             "the CPU; use_cpu: true plans for that"
         )
+        if job.parallel.cuda_graph:
+            yield "cuda_graph: true: a Ray without GPUs refuses this job"
     elif not job.parallel.use_cpu and facts.num_gpus < world_size:
         yield f"this machine has {plural(facts.num_gpus, 'GPU')} for {world_size:,} workers"
     for transform in Transforms(job):

@@ -15,10 +15,10 @@ from ray import tune
 from raytrain_adv import text as numbers
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import SET_BY_THE_SWEEP, Sweep
+from raytrain_adv.driver.cluster.nodes import release_workers
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.replaced import Replaced
 from raytrain_adv.driver.training.console import printable
-from raytrain_adv.driver.training.trainer import release
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.report import record, sweep_record
 from raytrain_adv.report.record import write_text
@@ -80,9 +80,7 @@ class Results:
         if error is not None:
             self._died[name] = hide_environment(str(error)).strip().splitlines()[-1]
             # Its driver has died and cannot release its workers' resources.
-            storage = Storage.at(output_dir.storage_path(self._trials[name].job))
-            for attempt in storage.folders():
-                release(storage.folder(attempt))
+            release_workers()
         one = self._read(name)
         self._write(trial=one)
         if self._sweep.options.keep_models == "best":

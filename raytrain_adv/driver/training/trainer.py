@@ -26,7 +26,7 @@ from raytrain_adv.driver.preflight.probe import Read, read_nodes
 from raytrain_adv.driver.training import failures
 from raytrain_adv.driver.training.console import Console
 from raytrain_adv.driver.training.prepare import Progress, prepare_run
-from raytrain_adv.driver.training.worker_entry import STARTS, ray_worker
+from raytrain_adv.driver.training.worker_entry import ray_worker
 from raytrain_adv.driver.watch import stop
 from raytrain_adv.driver.watch.hang import HangWatch
 from raytrain_adv.driver.watch.nodes import HeadWatch, NodeWatch, usable_nodes
@@ -37,7 +37,6 @@ from raytrain_adv.report.card import write_cards
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.record import RunReport
 from raytrain_adv.report.summary import summary
-from raytrain_adv.storage.storage import Storage
 from raytrain_adv.text import ascii_name
 from raytrain_adv.transforms.applied import Transforms
 
@@ -187,18 +186,11 @@ def fit(
                 raise failures.translate(error) from error
             deaths_left -= 1
             why = failures.translate(error).what
-            release(place.storage.folder(attempt))
+            release_workers()
         console.say(f"{why}; starting again from the last checkpoint")
         wait_for_room(placement, console.say, is_stopped=is_stopped)
         attempt, resume = f"{attempt}{AGAIN}", resume or True
         failures.write_restart_reason(place.storage.folder(attempt), why)
-
-
-def release(attempt: Storage) -> None:
-    """Release the resources of an attempt's workers, if they started."""
-    start = attempt.read_json(STARTS)
-    if start is not None and start["placement_group"] is not None:
-        release_workers(start["placement_group"])
 
 
 def _trainer(

@@ -148,10 +148,7 @@ def _count_start(run: Run, nodes: Mapping[str, str]) -> int:
     alive = {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
     last = found[run.attempt]
     run.say(event="workers", **describe_start(nodes, last.get("nodes", {}), alive))
-    group = ray.util.get_current_placement_group()
-    placement_group = group.id.hex() if group is not None else None
-    starts = {"starts": last["starts"] + 1, "placement_group": placement_group}
-    folder.write_json(STARTS, {**starts, "nodes": dict(nodes)})
+    folder.write_json(STARTS, {"starts": last["starts"] + 1, "nodes": dict(nodes)})
     return sum(int(one["starts"]) for one in found.values())
 
 

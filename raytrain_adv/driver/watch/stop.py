@@ -23,6 +23,7 @@ from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 
 from raytrain_adv.errors import Stopped
+from raytrain_adv.storage import metrics_file
 from raytrain_adv.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
@@ -41,15 +42,30 @@ class StoppedBySweep(Stopped):
 
 
 class StopOnRequest(UserCallback):  # type: ignore[misc] # ray is Any to mypy
-    """Ends the run with all workers, from Ray Train's controller, if its folder has stop.json."""
+    """Ends the run with all workers, from Ray Train's controller, if its folder has stop.json; one
+    that has done its last step has nothing left to save, and becomes a model.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder.absolute() / SWEEP_STOP_FILE
+        self._folder = folder.absolute()
 
     def after_report(self, run_context: TrainRunContext, metrics: Any, checkpoint: Any) -> None:
         """Raise in the controller if the sweep has stopped this trial."""
-        if self._file.exists():
-            raise StoppedBySweep(*json.loads(self._file.read_text()))
+        file = self._folder / SWEEP_STOP_FILE
+        if file.exists() and not _has_trained(self._folder):
+            raise StoppedBySweep(*json.loads(file.read_text()))
+
+
+def _has_trained(folder: Path) -> bool:
+    total, step = None, 0
+    for row in metrics_file.read(folder / metrics_file.FILE_NAME):
+        if row["kind"] == "train":
+            step = row["step"]
+        elif row.get("event") == "plan":
+            total, step = row.get("total_steps", total), row.get("resumed_from_step") or 0
+        elif row.get("event") == "early_stop":
+            total = row["step"]
+    return step == total
 
 
 def request_trial_stop(folder: Path, what: str, found: str, fix: str) -> None:

@@ -195,12 +195,13 @@ def test_show_plans_for_the_requested_workers(
 def test_the_plan_has_remarks_on_what_its_figures_do_not_show(
     make_job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = {"bf16": True, "pure_bf16": True}
+    keys = {"bf16": True, "pure_bf16": True, "cuda_graph": True}
     show(make_job(resume_from_checkpoint=str(tmp_path / "gone"), **keys))
     printed = words(capsys.readouterr().out)
     assert "bf16: true changes nothing: pure_bf16: true wins" in printed
     assert f"there is no folder {tmp_path / 'gone'}" in printed.replace("- ", "-")
     assert "this machine has no GPU, and the plan is for GPUs" in printed
+    assert "cuda_graph: true: a Ray without GPUs refuses this job" in printed
     assert "no cluster was checked for this job: raytrain-adv preflight" in printed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -209,6 +210,26 @@ def test_a_run_ends_at_its_next_report_after_a_stop_request(tmp_path: Path) -> N
         callback.after_report(None, [{}], None)
     clear_trial_stop(tmp_path)
     callback.after_report(None, [{}], None)
+
+
+@pytest.mark.parametrize(
+    ("last", "is_stopped"),
+    [
+        ({"kind": "train", "step": 19}, True),
+        ({"kind": "train", "step": 20}, False),
+        ({"kind": "event", "event": "early_stop", "step": 10}, False),
+    ],
+)
+def test_a_trial_that_has_done_its_steps_is_not_stopped(
+    tmp_path: Path, last: dict[str, Any], is_stopped: bool
+) -> None:
+    plan = {"kind": "event", "event": "plan", "total_steps": 20}
+    rows = [plan, {"kind": "train", "step": 10}, last]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    request_trial_stop(tmp_path, "stopped", "it fell behind", "wait")
+    expected = pytest.raises(StoppedBySweep) if is_stopped else contextlib.nullcontext()
+    with expected:
+        StopOnRequest(tmp_path).after_report(None, [{}], None)
 
 
 def test_a_stopped_trial_has_the_failure_kind_of_its_report() -> None:
