@@ -50,9 +50,8 @@ class NewFolder:
             action()
         except RaytrainAdvError as error:
             self.failure = error
-        except Exception as error:
-            # Tokenizers and configs raise anything where a disk is full, and the other ranks wait
-            # for this one: whatever it is, `publish` raises it on all of them.
+        except Exception as error:  # noqa: BLE001 # tokenizers and configs raise anything where a
+            # disk is full, and the other ranks wait for this one: `publish` raises it on all.
             found = f"{type(error).__name__}: {error}\n{free_space(self.path)}"
             what = f"{self.path} could not be written"
             self.failure = StorageError(what, found, self.way_out)

@@ -56,8 +56,7 @@ def build_whole(job: JobConfig) -> PreTrainedModel:
                 attn_implementation=implementation,
                 **keys,
             )
-    except Exception as error:
-        # A wrong config can raise anything in the code that reads it.
+    except Exception as error:  # a wrong config raises anything in the code that reads it
         raise refusal_of(job, config, error) from error
     model.config.use_cache = False
     resize(model, job)

@@ -233,8 +233,7 @@ def _checkpointed(layer: nn.Module, mode: str) -> nn.Module:
             kept.remove(torch.ops.aten._grouped_mm.default)
         policy = partial(_keep_expensive, kept)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    wrapped = checkpoint_wrapper(layer, **options)
-    assert isinstance(wrapped, nn.Module)
+    wrapped: nn.Module = checkpoint_wrapper(layer, **options)
     return wrapped
 
 

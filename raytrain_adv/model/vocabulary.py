@@ -81,7 +81,7 @@ def no_panics(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # a PanicException is no Exception, and cannot be imported
         if type(error).__name__ != "PanicException":
             raise
         raise JobError(

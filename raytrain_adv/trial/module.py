@@ -127,10 +127,14 @@ def _try(candidate: Candidate, shape: tuple[int, int]) -> tuple[float, float, fl
     try:
         expected = _run(candidate, type(own).forward, own, shape)
         noisy = _run(candidate, type(own).forward, own, shape, noise=torch.finfo(dtype).eps)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # the module needs other arguments
         raise untried from error
     try:
         found = _run(candidate, candidate.forward, own, shape)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a kernel's code may raise anything
         raise JobError(
             f"{candidate.name} fails as a replacement of {candidate.kind}",

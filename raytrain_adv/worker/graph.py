@@ -252,7 +252,7 @@ def _undone_by_failure(device: torch.device) -> Iterator[None]:
     numbers = generator.clone_state()
     try:
         yield
-    except BaseException:
+    except BaseException:  # raised again
         torch.cuda.set_stream(stream)
         generator.graphsafe_set_state(numbers)
         raise

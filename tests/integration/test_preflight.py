@@ -153,8 +153,8 @@ def test_two_nodes_with_different_torchao_are_refused(simulated, make_job):
     assert "torchao 0.17.0 (0.18.0 elsewhere)" in error.value.found
 
 
-def test_what_a_controller_reserved_is_free_once_it_is_killed_before_its_workers_began(simulated):
-    """Ray keeps a dead actor's placement groups until the whole job ends: the run waited forever."""
+def test_what_a_controller_reserved_is_free_once_it_died_before_its_workers_began(simulated):
+    """Ray keeps a dead actor's placement groups until the job ends: the run waited forever."""
 
     class Controller:
         def reserve(self) -> list[int]:

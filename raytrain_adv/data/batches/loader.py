@@ -159,7 +159,7 @@ class Prefetcher:
             for step in steps:
                 if not self._put(batches.step(step)):
                     return
-        except BaseException as error:  # handed to the training loop, which raises it
+        except BaseException as error:  # noqa: BLE001 # handed to the training loop, which raises it
             self._put(error)
 
     def _put(self, item: StepBatch | BaseException) -> bool:

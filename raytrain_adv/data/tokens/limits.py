@@ -59,7 +59,7 @@ def tokenizer_errors(what: str) -> Iterator[None]:
             yield
     except (RaytrainAdvError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # files of others, read by code for each kind of tokenizer
         raise JobError(
             f"The tokenizer fails on {what}",
             f"{type(error).__name__}: {error}"[:600],

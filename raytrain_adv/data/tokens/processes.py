@@ -75,20 +75,19 @@ def _start(opening: bytes) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", program]
     pipe = subprocess.PIPE
     child = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
-    assert child.stdin is not None  # it is a pipe
     try:
-        child.stdin.write(opening)
+        _pipes(child)[0].write(opening)
     except BrokenPipeError as error:
         raise _ended(child) from error
     return child
 
 
 def _ask(child: subprocess.Popen[bytes], task: Any) -> Chunk:
-    assert child.stdin is not None and child.stdout is not None  # they are pipes
+    tasks, answers = _pipes(child)
     try:
-        pickle.dump(task, child.stdin)
-        child.stdin.flush()
-        answer = pickle.load(child.stdout)
+        pickle.dump(task, tasks)
+        tasks.flush()
+        answer = pickle.load(answers)
     except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
         raise _ended(child) from error
     if isinstance(answer, RaytrainAdvError):
@@ -97,6 +96,12 @@ def _ask(child: subprocess.Popen[bytes], task: Any) -> Chunk:
         fix = "report this with the dataset's first rows"
         raise TrainingError("A process that tokenizes failed", str(answer), fix)
     return answer
+
+
+def _pipes(child: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    if child.stdin is None or child.stdout is None:
+        raise TypeError("a process that tokenizes was started without pipes")
+    return child.stdin, child.stdout
 
 
 def _ended(child: subprocess.Popen[bytes]) -> TrainingError:

@@ -121,13 +121,13 @@ def _uploaded(job: JobConfig, folder: Path, say: Say, waits_s: Sequence[float]) 
             return Upload(
                 folder=str(folder), repository=repository, url=_push(api, job, folder, repository)
             )
-        except Exception as error:  # whatever it is, the run's files stay, and the report says it
+        except Exception as error:  # noqa: BLE001 # the files stay, and the report has it
             reason = hide_environment(_reason(error))
             if wait_s is None or not _may_be_temporary(error):
                 return Upload(folder=str(folder), repository=repository, error=reason)
             say(f"{folder} was not uploaded ({reason}); trying again in {wait_s:g} s")
             time.sleep(wait_s)
-    raise AssertionError  # the last attempt returns
+    raise AssertionError("the last attempt returns")
 
 
 def _push(api: Any, job: JobConfig, folder: Path, repository: str) -> str:

@@ -76,7 +76,7 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
             results.finish()
             if results.best is None:
                 raise no_success(results.report)
-        except BaseException as error:  # also Ctrl-C, and the SystemExit that Ray raises on SIGTERM
+        except BaseException as error:  # noqa: BLE001 # also Ctrl-C, Ray's SystemExit on SIGTERM
             shown = stop_error(error) if isinstance(error, SystemExit) else error
             try:
                 results.fail(shown)

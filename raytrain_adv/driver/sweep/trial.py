@@ -75,6 +75,6 @@ def _run(job: JobConfig, folder: Path, errors: list[BaseException]) -> None:
     with (folder / CONSOLE_FILE).open("a", encoding="utf-8") as log, redirect_stdout(log):
         try:
             trainer.run(job)
-        except BaseException as error:  # raised or reported by the trial's own thread
+        except BaseException as error:  # noqa: BLE001 # raised or reported by the trial's own thread
             errors.append(error)
             print(f"\n{hide_environment(str(error))}")

@@ -165,9 +165,8 @@ class Console:
                     self._draw(self._live, closing)
             if not closing:
                 self._job_message.tell(self._progress.sentence())
-        except Exception as error:
-            # Whatever fails here (a closed terminal, a row of another version) must neither end a
-            # training run of days nor go unseen.
+        except Exception as error:  # noqa: BLE001 # a closed terminal, a row of another version:
+            # it must neither end a training run of days nor go unseen.
             self._finished.set()
             self._stopped = True
             reason = f"{type(error).__name__}: {error}"

@@ -95,7 +95,7 @@ def _in_background(work: Callable[[], PreparedData]) -> Future[PreparedData]:
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # raised again by result()
+        except BaseException as error:  # noqa: BLE001 # raised again by result()
             future.set_exception(error)
 
     threading.Thread(target=run, name="data", daemon=True).start()

@@ -132,7 +132,7 @@ class GatheredInFloat8(Tensor):
         metadata: tuple[Tensor, ...],
         param_dtype: torch.dtype,
         *,
-        out: Tensor | None = None,
+        out: Any = None,  # what an earlier call has made
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """Make the whole weight of what was gathered, or rescale the old one; FSDP2 calls it."""
         # Here, because what reads and writes checkpoints of any job comes by this module.
@@ -142,7 +142,6 @@ class GatheredInFloat8(Tensor):
         if out is None:
             values = data.view(torch.float8_e4m3fn)
             return Float8TrainingTensor(values, scale, param_dtype, None), (data,)
-        assert isinstance(out, Float8TrainingTensor)
         out._scale = scale
         return None
 
@@ -192,10 +191,11 @@ def as_plain(tensor: Tensor) -> Tensor:
     """Return the same storage without the type above, which only torchao can load."""
     if isinstance(tensor, GatheredInFloat8):
         return tensor.plain
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else None
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local = tensor._local_tensor
     if not isinstance(local, GatheredInFloat8):
         return tensor
-    assert isinstance(tensor, DTensor)
     return DTensor.from_local(
         local.plain,
         tensor.device_mesh,

@@ -103,7 +103,8 @@ def _model_forward(
     if labels_of_tokens is None:
         return _plain(self, *args, **inputs)
     body, head = body_of(self), loss_head(self)
-    assert body is not None and head is not None  # install found both
+    if body is None or head is None:
+        raise TypeError("labels_of_tokens without a head that computes the loss")
     return head(body(*args, **inputs)[0], labels=labels_of_tokens)
 
 

@@ -125,7 +125,7 @@ def stream(
                 stopping_criteria=StoppingCriteriaList([_Stop(is_stopped, is_left)]),
                 **arguments,
             )
-        except Exception as error:  # raised in the thread that reads the stream
+        except Exception as error:  # noqa: BLE001 # raised in the thread that reads the stream
             failed.append(error)
             streamer.end()
 
