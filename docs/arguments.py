@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import yaml
-from transformers import Seq2SeqTrainingArguments
 
 from raytrain_adv.config.job import section_types
 from raytrain_adv.config.llamafactory.keys import LISTED, MAPPED, REFUSED, RENAMED, SAME
@@ -41,6 +40,9 @@ def arguments() -> str:
 
 def names() -> list[str]:
     """Return every argument of a LLaMA-Factory training file."""
+    # Imported by now: raytrain_adv.driver, which drops what libraries print while they load.
+    from transformers import Seq2SeqTrainingArguments
+
     listed = yaml.safe_load(NAMES.read_text())
     inherited = {one.name for one in fields(Seq2SeqTrainingArguments) if one.init}
     every = {name for group in listed.values() for name in group} | inherited
