@@ -15,7 +15,7 @@ help:
 	@echo 'make test-gpu     run the tests that need a GPU'
 	@echo 'make test-fuzz    read thousands of mutated files (ONLY=data: one kind)'
 	@echo 'make test-chaos   kill processes of N=10 random runs (SEED=1) and compare them bit for bit'
-	@echo 'make test-soak    run for MINUTES=10 with restarts; memory, files, threads, ports stay flat'
+	@echo 'make test-soak    do HOURS=24 of a run in fast steps: memory, files, threads, ports stay flat'
 	@echo 'make test-engines ask vLLM, llama.cpp and ExecuTorch; installs each in build/engines (ARGS=)'
 	@echo 'make check        lint, formatting, types, the direction of imports, generated documentation'
 	@echo 'make format       format the code as make check wants it'
@@ -56,9 +56,9 @@ SEED ?= 1
 test-chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos --runs $(N) --seed $(SEED)
 
-MINUTES ?= 10
+HOURS ?= 24
 test-soak: $(INSTALLED)
-	$(BIN)/python -m tests.soak --minutes $(MINUTES)
+	$(BIN)/python -m tests.soak --hours $(HOURS)
 
 ENGINES := build/engines
 ARGS ?=

@@ -1,15 +1,18 @@
-"""A run of accelerated steps with restarts, evaluations and saves: what a process holds stays flat.
+"""A day of a run in accelerated steps, with restarts, evaluations and saves: what a process holds
+stays flat.
 
-python -m tests.soak --minutes 10 --out jobs/benchmarks/results/soak.json
+python -m tests.soak --hours 24 --out jobs/benchmarks/results/soak.json
 
-One process is all attempts of a run, which are stopped and killed in turns. After each it is
-measured: resident memory, open files, threads, sockets, and the folder of the run.
+A step stands for STEP_S of a large model's. A simulated hour is an attempt, at whose end the run is
+stopped or killed in turns; one process does them all, so that nothing is freed by its end. It is
+measured after each: resident memory, open files, threads, sockets, the checkpoints' files.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -26,6 +29,7 @@ import yaml
 
 from raytrain_adv.config import load
 from raytrain_adv.driver.output.output_dir import open_output
+from raytrain_adv.driver.training.console import Console
 from raytrain_adv.errors import Stopped
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.run import run as run_module
@@ -33,21 +37,22 @@ from raytrain_adv.run.run import Run, SilentReporter
 from raytrain_adv.worker.train import train
 from tests.conftest import tiny_keys
 
-STEPS_EACH = 150
+STEP_S = 20
+STEPS_EACH = 3600 // STEP_S
 MOST_GROWTH_MIB = 24.0
-"""Of resident memory between the first and the last third of the measurements: allocators keep some
-pages, and metrics of a step take 100 bytes."""
+"""Of resident memory in all hours, by the slope: allocators keep some pages, and metrics of a step
+take 100 bytes."""
 KEYS: dict[str, Any] = {
     "use_cpu": True,
     "max_steps": 10_000_000,
     "num_train_epochs": 1,
     "save_strategy": "steps",
-    "save_steps": 15,
+    "save_steps": 25,  # 20 times as often as by default
     "save_total_limit": 2,
     "val_size": 8,
     "eval_strategy": "steps",
     "eval_steps": 25,
-    "logging_steps": 5,
+    "logging_steps": 10,
     "export_model": False,
 }
 
@@ -91,8 +96,8 @@ def measured(out: Path) -> dict[str, float]:
     }
 
 
-def soak(folder: Path, minutes: float) -> list[dict[str, float]]:
-    """Run attempts until the time is over; return a measurement after each."""
+def soak(folder: Path, hours: int) -> list[dict[str, float]]:
+    """Run an attempt for each simulated hour; return a measurement after each."""
     run_module.REPORT_EVERY_S = 0.0
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump({**tiny_keys(folder), **KEYS}))
@@ -100,33 +105,37 @@ def soak(folder: Path, minutes: float) -> list[dict[str, float]]:
     output = open_output(job)
     found: list[dict[str, float]] = []
     began = time.monotonic()
-    while time.monotonic() < began + 60 * minutes:
-        reporter = Ending(kills=len(found) % 2 == 0)
-        storage, attempt = output.storage, output.attempt
-        run = Run(torch.device("cpu"), storage, attempt, reporter, restarts=len(found))
-        try:
-            train(job, run, export_model)
-        except (Killed, Stopped):
-            pass
-        finally:
-            run.close()
-        del run
-        step = {"step": reporter.last, "minutes": round((time.monotonic() - began) / 60, 2)}
-        found.append({**step, **measured(output.folder)})
-        print(json.dumps(found[-1]), flush=True)
+    with Path(os.devnull).open("w") as nowhere:
+        for hour in range(1, hours + 1):
+            reporter = Ending(kills=hour % 2 == 1)
+            run = Run(torch.device("cpu"), output.storage, output.attempt, reporter, restarts=hour)
+            try:
+                with Console(output.folder, stream=nowhere, poll_s=0.1):
+                    train(job, run, export_model)
+            except (Killed, Stopped):
+                pass
+            finally:
+                run.close()
+            del run
+            minutes = round((time.monotonic() - began) / 60, 2)
+            at = {"hour": hour, "step": reporter.last, "minutes": minutes}
+            found.append({**at, **measured(output.folder)})
+            print(json.dumps(found[-1]), flush=True)
     return found
 
 
 def growth(found: list[dict[str, float]]) -> dict[str, float]:
-    """Return by how much each figure's median grew from the first third, warm-up left out, to the
-    last.
+    """Return by how much each figure grows in all hours at the median slope between two of its
+    measurements, those of the first sixth left out (Theil and Sen).
     """
     warm = found[len(found) // 6 :]
-    third = max(len(warm) // 3, 1)
-    names = [name for name in found[0] if name not in ("step", "minutes")]
-    medians = [{n: statistics.median(r[n] for r in rows) for n in names}
-               for rows in (warm[:third], warm[-third:])]  # fmt: skip
-    return {name: round(medians[1][name] - medians[0][name], 2) for name in names}
+    pairs = list(itertools.combinations(warm, 2))
+    names = [name for name in found[0] if name not in ("hour", "step", "minutes")]
+    slopes = {
+        name: statistics.median((b[name] - a[name]) / (b["hour"] - a["hour"]) for a, b in pairs)
+        for name in names
+    }
+    return {name: round(slope * found[-1]["hour"], 2) for name, slope in slopes.items()}
 
 
 def grown(by: dict[str, float]) -> list[str]:
@@ -138,24 +147,25 @@ def grown(by: dict[str, float]) -> list[str]:
 def main() -> int:
     """Return 0 if everything stayed flat."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak")
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--hours", type=int, default=24)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
-        found = soak(Path(folder), given.minutes)
+        found = soak(Path(folder), given.hours)
     by = growth(found)
     result = {
-        "command": f"make test-soak MINUTES={given.minutes:g}",
+        "command": f"make test-soak HOURS={given.hours}",
         "cores": os.cpu_count(),
         "steps": found[-1]["step"],
-        "attempts": len(found),
+        "hours": given.hours,
+        "minutes": found[-1]["minutes"],
         "growth": by,
         "measured": found,
     }
     if given.out:
         given.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{found[-1]['step']:,} steps, {len(found)} attempts; growth {by}")
+    print(f"{found[-1]['step']:,} steps in {given.hours} simulated hours; growth {by}")
     return 1 if grown(by) else 0
 
 
