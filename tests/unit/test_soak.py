@@ -7,7 +7,7 @@ from tests.soak import grown, growth
 
 def _measured(files: list[float]) -> list[dict[str, float]]:
     return [
-        {"hour": hour, "step": 180 * hour, "minutes": hour, "resident_mib": 500.0, "files": files}
+        {"hour": hour, "step": 720 * hour, "minutes": hour, "resident_mib": 500.0, "files": files}
         for hour, files in enumerate(files, 1)
     ]
 
