@@ -283,7 +283,7 @@ def chaos() -> str:
 
 
 def soak() -> str:
-    """What a process holds in the first and the last third of a soak."""
+    """What a process holds after the first and the last simulated hour of a soak."""
     data = read("soak")
     units = {"resident_mib": "resident memory, MiB", "checkpoint_files": "files of checkpoints"}
     first, last = data["measured"][0], data["measured"][-1]
@@ -291,9 +291,9 @@ def soak() -> str:
         (units.get(name, name), first[name], last[name], f"{change:+g}")
         for name, change in data["growth"].items()
     ]
-    text = table(("", "after the first attempt", "at the end", "change of the median"), rows)
-    attempts = f"{data['attempts']} attempts, {data['steps']:,} steps"
-    return f"{text}\n\n`{data['command']}`: {attempts}"
+    heads = ("", "after the first hour", "at the end", f"slope, in {data['hours']} hours")
+    done = f"{data['steps']:,} steps in {data['minutes']:.0f} minutes"
+    return f"{table(heads, rows)}\n\n`{data['command']}`: {done}"
 
 
 def serve() -> str:

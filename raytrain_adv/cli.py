@@ -24,7 +24,7 @@ from raytrain_adv.driver.commands.use.commands import COMMANDS
 from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError
 from raytrain_adv.estimate.assumptions import Assumptions, assumptions
 from raytrain_adv.redaction import hide_environment, is_secret_name
-from raytrain_adv.text import nearest
+from raytrain_adv.text import clean, nearest
 from raytrain_adv.worker.preconditions import check_files
 
 Command = Callable[..., Any]
@@ -69,8 +69,8 @@ def _wrong(text: str, fix: str) -> JobError:
 def _refuse(error: RaytrainAdvError) -> int:
     """Print an error in whatever encoding stderr has, and return its exit code."""
     encoding = sys.stderr.encoding or "utf-8"
-    shown = hide_environment(str(error)).encode(encoding, "backslashreplace").decode(encoding)
-    print(f"\n{shown}", file=sys.stderr)
+    shown = clean(hide_environment(str(error)))
+    print(f"\n{shown.encode(encoding, 'backslashreplace').decode(encoding)}", file=sys.stderr)
     return error.exit_code
 
 

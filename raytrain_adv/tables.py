@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.padding import Padding
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from raytrain_adv.text import clean
+
 WIDTH = 100
+
+
+class _Clean:
+    """A view without the control characters that texts of other people's files may have."""
+
+    def __init__(self, view: RenderableType) -> None:
+        self.view = view
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for part in console.render(self.view, options):
+            yield part if part.control else Segment(clean(part.text), part.style)
 
 
 def plain(view: RenderableType, width: int = WIDTH) -> str:
     """Return what rich would draw as plain text, without color and trailing spaces."""
     file = io.StringIO()
-    Console(file=file, width=width, color_system=None, highlight=False).print(view)
+    Console(file=file, width=width, color_system=None, highlight=False).print(_Clean(view))
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
@@ -25,7 +39,7 @@ def show(view: RenderableType) -> None:
     """Print a view: in color on a terminal, else as plain text."""
     console = Console(highlight=False)
     if console.is_terminal:
-        console.print(view, width=min(console.width, WIDTH))
+        console.print(_Clean(view), width=min(console.width, WIDTH))
     else:
         console.file.write(plain(view) + "\n")
 

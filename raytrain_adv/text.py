@@ -12,6 +12,19 @@ import yaml
 
 GIB = 2**30
 MISSING = "-"
+KEPT = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
+
+
+def clean(text: str) -> str:
+    """Return the text without what changes how a terminal shows the rest: control characters and
+    those that turn the direction of writing. Line breaks, and the spaces and joiners of all
+    scripts, stay.
+    """
+    return "".join(c if _is_harmless(c) else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _is_harmless(c: str) -> bool:
+    return c.isprintable() or c in KEPT or unicodedata.category(c) in ("Zs", "Cs")
 
 
 def clock(seconds: float | None) -> str:

@@ -11,6 +11,7 @@ measured after each: resident memory, open files, threads, sockets, the checkpoi
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import itertools
 import json
@@ -156,6 +157,7 @@ def main() -> int:
     by = growth(found)
     result = {
         "command": f"make test-soak HOURS={given.hours}",
+        "date": datetime.date.today().isoformat(),
         "cores": os.cpu_count(),
         "steps": found[-1]["step"],
         "hours": given.hours,

@@ -27,6 +27,8 @@ USUAL = {
     "per_device_train_batch_size": (1, 4096, "one pass takes that many sequences"),
     "cutoff_len": (16, 2**20, "memory for activations grows with it"),
     "lora_rank": (1, 1024, "adapters of full rank have as many numbers as the weights"),
+    "neftune_noise_alpha": (0.0, 100.0, "noise of that size is added to the embeddings"),
+    "preprocessing_num_workers": (1, 512, "each is a process with a tokenizer of its own"),
     "step_timeout": (5.0, 10**6, "a step that takes longer ends all workers"),
     "save_steps": (0.0, 10**6, "a fault costs the steps since the last checkpoint"),
 }

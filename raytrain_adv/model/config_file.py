@@ -16,6 +16,10 @@ from raytrain_adv.text import first_line
 CAUSAL_CLASS = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 ATTENTION_SIZES = ("num_attention_heads", "num_key_value_heads")
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", *ATTENTION_SIZES)
+NUMBERS = (
+    *("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "sliding_window"),
+    *("max_position_embeddings", "attn_logit_softcapping", "final_logit_softcapping"),
+)
 MOST_LAYERS = 4096  # each is built and planned: more take hours and all memory
 
 
@@ -105,11 +109,17 @@ def refuse_kind(name: str, raw: dict[str, Any]) -> None:
 def refuse_sizes(name: str, config: PretrainedConfig) -> None:
     """Refuse a config whose sizes make no model: transformers builds some of them anyway."""
     text: Any = config.get_text_config()
+    if not isinstance(text, PretrainedConfig):
+        what, found = f"{name}: config.json describes no model", f"the config of its text: {text}"
+        raise JobError(what, found[:200], "correct config.json")
     # Of a model whose layers differ, the sizes of its first one.
     differs = getattr(text, "is_heterogeneous", False)
     first: Any = next(iter(text.per_layer_config)) if differs else text
     sizes = {key: getattr(first, key, None) for key in SIZES}
     wrong = [f"{k}: {v}" for k, v in sizes.items() if isinstance(v, int) and v < 1]
+    for key in NUMBERS:
+        if isinstance(value := getattr(first, key, None), str | dict):
+            wrong.append(f"{key}: {value!r:.40} is no number")
     if isinstance(layers := sizes["num_hidden_layers"], int) and layers > MOST_LAYERS:
         wrong.append(f"num_hidden_layers: {layers:,} is more than {MOST_LAYERS:,}")
     heads, groups = (sizes[key] for key in ATTENTION_SIZES)

@@ -6,6 +6,7 @@ python -m tests.chaos --runs 50 --seed 1 --out jobs/benchmarks/results/chaos.jso
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import shutil
@@ -40,7 +41,8 @@ def main() -> int:
         found.append(outcome.row())
         print(json.dumps(found[-1]), flush=True)
         if given.out:
-            results = {"command": command, "cores": os.cpu_count(), "runs": found}
+            made = {"command": command, "date": datetime.date.today().isoformat()}
+            results = {**made, "cores": os.cpu_count(), "runs": found}
             given.out.write_text(json.dumps(results, indent=1) + "\n")
     hurt = [row for row in found if row["problems"]]
     killed = Counter(row["killed"] for row in found if row["is_killed"])

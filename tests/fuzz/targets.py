@@ -204,6 +204,18 @@ def mutate_tensors(draw: Random, data: bytes) -> bytes:
     return struct.pack("<Q", len(new)) + new + rest
 
 
+# fmt: off
+CONFIG_KEYS = (
+    "text_config", "vision_config", "quantization_config", "rope_parameters", "rope_scaling",
+    "auto_map", "layer_types", "dtype", "architectures", "tokenizer_class", "id2label",
+    "attn_implementation", "head_dim", "sliding_window", "num_experts", "num_local_experts",
+    "is_decoder", "attention_dropout", "tie_word_embeddings", "per_layer_config", "eos_token_id",
+    "pad_token_id", "is_encoder_decoder",
+)
+# fmt: on
+"""Keys that transformers reads of any config, also of one that lacks them."""
+
+
 class Checkpoints(Folder):
     """Model folders: config.json, the index, headers and bytes of weights."""
 
@@ -227,6 +239,13 @@ class Checkpoints(Folder):
         """Return a file's mutated content."""
         if file.suffix == ".safetensors":
             return mutate_tensors(draw, file.read_bytes())
+        if file.name == "config.json" and draw.random() < 0.5:
+            config = json.loads(file.read_bytes())
+            inner = mutate_json(draw, config)
+            if isinstance(inner, dict):
+                inner[draw.choice(CONFIG_KEYS)] = nasty(draw)
+            value = draw.choice([nasty(draw), inner, {draw.choice(CONFIG_KEYS): inner}])
+            return dumped({**config, draw.choice(CONFIG_KEYS): value})
         return super().mutated(draw, file)
 
     def __call__(self, draw: Random, folder: Path) -> None:

@@ -24,3 +24,9 @@ def test_a_section_has_its_title_and_indented_pairs():
 def test_what_is_shown_in_a_pipe_is_plain(capsys: pytest.CaptureFixture[str]):
     show(Text("fits", style="green"))
     assert capsys.readouterr().out == "fits\n"
+
+
+def test_texts_of_others_do_not_move_the_cursor_or_turn_the_direction_of_writing():
+    shown = plain(pairs([("name\x1b[2J", "\u202etxt.\x1b[31m é 测试 \u3000")]))
+    assert "\x1b" not in shown and "\u202e" not in shown
+    assert "é 测试" in shown

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from raytrain_adv.text import as_yaml, ascii_name, first_line, listed, nearest
+from raytrain_adv.text import as_yaml, ascii_name, clean, first_line, listed, nearest
 
 
 def test_a_long_list_shows_how_many_more_there_are():
@@ -51,3 +51,9 @@ def test_a_name_in_any_script_has_an_ascii_form(name):
 def test_ascii_names_are_unchanged_and_others_stay_apart():
     assert ascii_name("run_1") == "run_1"
     assert len({ascii_name(name) for name in (*NAMES, "saves_e")}) == len(NAMES) + 1
+
+
+def test_what_changes_a_terminal_is_taken_out_and_scripts_stay_whole():
+    kept = "測試\u3000क्\u200cष 👩\u200d💻 é\u00a0\n\t\udcff"
+    assert clean(kept) == kept
+    assert clean("a\x1b[2J\u202e\u2066\x07\r") == "a\ufffd[2J\ufffd\ufffd\ufffd\ufffd"

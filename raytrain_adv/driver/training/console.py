@@ -211,9 +211,8 @@ class Console:
 
 def printable(message: str, encoding: str | None) -> str:
     """Return the message without control characters, in characters that the encoding has."""
-    encoding, unknown = encoding or "utf-8", "\N{REPLACEMENT CHARACTER}"
-    clean = "".join(c if c.isprintable() or c in "\n\t" else unknown for c in message)
-    return clean.encode(encoding, errors="backslashreplace").decode(encoding)
+    encoding = encoding or "utf-8"
+    return text.clean(message).encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def _start_live(stream: TextIO) -> Live:

@@ -484,6 +484,8 @@ def test_each_dataset_of_a_list_may_begin_with_the_home_folder(
         "weight_decay=50",
         "step_timeout=2",
         "gradient_accumulation_steps=100000",
+        "preprocessing_num_workers=1000000000",
+        "neftune_noise_alpha=1e300",
     ],
 )
 def test_a_value_that_a_person_would_question_is_questioned(folder: Path, keys: str) -> None:

@@ -141,6 +141,8 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_pat
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "quantized weights"),
         ({"hidden_size": "wide"}, "transformers cannot build this model"),
         ({"num_attention_heads": 0}, "transformers cannot build this model"),
+        ({"text_config": {"a": {}}}, "the config of its text: {'a': {}}"),
+        ({"sliding_window": {"a": 1}}, "sliding_window: {'a': 1} is no number"),
         ({"num_hidden_layers": 10**7}, "num_hidden_layers: 10,000,000 is more than 4,096"),
     ],
 )
