@@ -114,6 +114,15 @@ class CheckpointFiles:
         """
         return self._instead.get(name, partial(self._value, name))(region)
 
+    def read_float8(
+        self, name: str, rows: slice, across: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Read rows of a weight that is stored in float8 with blocks of `across` columns, and their
+        scales [rows, blocks]; none if it is stored otherwise.
+        """
+        stored = None if name in self._instead else self._stored.get(name)
+        return stored and stored.read_float8(self.read_stored, self._held, rows, across)
+
     def _value(self, name: str, region: Region | None) -> torch.Tensor:
         if name in self._stored:
             return self._stored[name].read(self.read_stored, self._held, region)

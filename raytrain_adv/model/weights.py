@@ -160,7 +160,7 @@ def load_pretrained(
             if is_absent(name, model):
                 continue
             if name in packed:
-                packed[name].take(files.read(source, packed[name].region), device)
+                read_packed(packed[name], files, source, device)
             else:
                 copy_local(targets[name], files.read(source, local_region(targets[name])))
         for group in found.groups:
@@ -168,6 +168,18 @@ def load_pretrained(
                 continue
             broadcast_group(group, files, plain, targets, packed, device)
     return files
+
+
+def read_packed(
+    layer: PackedLinear | PackedStack, files: CheckpointFiles, source: str, device: torch.device
+) -> None:
+    """Read this rank's part of a packed weight; what is stored in its form is kept as it is."""
+    if isinstance(layer, PackedLinear) and layer.form.block:
+        held = files.read_float8(source, layer.region[0], layer.form.block)
+        if held is not None:
+            layer.keep(*held, device)
+            return
+    layer.take(files.read(source, layer.region), device)
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedLinear | PackedStack]:

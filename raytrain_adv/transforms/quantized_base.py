@@ -75,10 +75,11 @@ class QuantizedBase(Transform):
     """Bits of the frozen model's weights: 4 (QLoRA) or 8; null does not quantize."""
     quantization_method: Literal["bnb"] = "bnb"
     """Whose kernels quantize: bitsandbytes'; float8 needs none."""
-    quantization_type: Literal["nf4", "fp4", "fp8"] = "nf4"
+    quantization_type: Literal["nf4", "fp4", "fp8", "fp8_blocks"] = "nf4"
     """The 16 values of 4 bits: nf4, spaced for normally distributed weights, or fp4. With
     quantization_bit: 8, fp8 holds weights as float8_e4m3fn instead of integers, and multiplies
-    them in FP8."""
+    them in FP8; fp8_blocks holds them with a scale per 128 x 128, as DeepSeek's and `*-FP8`
+    checkpoints do, whose bytes are kept, and multiplies by their values."""
     double_quantization: bool = True
     """Quantize the scales of 4-bit weights too: 4.13 bits per weight instead of 4.5."""
     quantization_products: Literal["fp8", "dequantized"] = "fp8"
@@ -103,29 +104,29 @@ class QuantizedBase(Transform):
     @property
     def is_float8(self) -> bool:
         """Whether weights are held in float8."""
-        return self.quantization_bit == 8 and self.quantization_type == "fp8"
+        return self.quantization_bit == 8 and self.quantization_type in ("fp8", "fp8_blocks")
 
     @property
     def multiplies_in_fp8(self) -> bool:
         """Whether products are computed in FP8."""
-        return self.is_float8 and self.quantization_products == "fp8"
+        fp8 = self.is_float8 and self.quantization_type == "fp8"
+        return fp8 and self.quantization_products == "fp8"
 
     @property
     def form(self) -> Form:
         """How weights are stored."""
         from raytrain_adv.ops.bitsandbytes.quantize import Form
 
-        if self.is_float8:
-            return Form("fp8")
-        if self.quantization_bit == 8 or self.quantization_type == "fp8":
+        if self.quantization_bit == 8 and not self.is_float8:
             return Form("int8")
-        return Form(self.quantization_type, self.double_quantization)
+        return Form(self.quantization_type, self.double_quantization and not self.is_float8)
 
     @property
     def scheme(self) -> str:
         """The form in words."""
         if self.is_float8:
-            return "float8_e4m3fn with a scale per matrix"
+            per = "128 x 128 weights" if self.quantization_type == "fp8_blocks" else "matrix"
+            return f"float8_e4m3fn with a scale per {per}"
         if self.quantization_bit == 8:
             return "int8 with a scale per row"
         scales = ", scales quantized too" if self.double_quantization else ""
@@ -144,17 +145,17 @@ class QuantizedBase(Transform):
         """Refuse keys of one width or form together with another."""
         eight = self.quantization_bit == 8
         for key in ("quantization_type", "double_quantization"):
-            if eight and self.is_changed(key) and getattr(self, key) != "fp8":
+            if eight and self.is_changed(key) and getattr(self, key) not in ("fp8", "fp8_blocks"):
                 text = "8 bits are always integers with a scale per row, unless they are fp8"
                 fix = f"delete {key}, or set quantization_bit: 4"
                 yield Problem(text, fix, f"{key} and quantization_bit")
-        if self.quantization_bit == 4 and self.quantization_type == "fp8":
-            text = "fp8 has 8 bits"
+        if self.quantization_bit == 4 and self.quantization_type in ("fp8", "fp8_blocks"):
+            text = f"{self.quantization_type} has 8 bits"
             fix = "set quantization_bit: 8, or quantization_type: nf4"
             yield Problem(text, fix, "quantization_type and quantization_bit")
         for key in ("quantization_products", "quantization_allow_cpu"):
-            if self.enabled and not self.is_float8 and self.is_changed(key):
-                text = "only weights in float8 are multiplied in it"
+            if self.enabled and self.quantization_type != "fp8" and self.is_changed(key):
+                text = "only weights in fp8 are multiplied in it"
                 fix = f"delete {key}, or set quantization_bit: 8 and quantization_type: fp8"
                 yield Problem(text, fix, f"{key} and quantization_type")
 

@@ -19,8 +19,11 @@ from raytrain_adv.ops.bitsandbytes.quantize import (
     dequantize,
     dequantize_rows,
     distance,
+    largest_of,
     quantize,
     round_scales,
+    row_amax,
+    spread_blocks,
     store,
     to_float8,
 )
@@ -126,10 +129,22 @@ class PackedLinear(nn.Linear):
         values = dequantize_rows(held, used, form.kind, columns, part.dtype)
         self.distance = distance(part, values, scale, off, form)
 
+    @torch.no_grad()
+    def keep(self, weight: Tensor, scale: Tensor, device: torch.device) -> None:
+        """Take this rank's rows as a checkpoint holds them: float8_e4m3fn [rows, in_features] and
+        their float32 scales [rows, scales].
+        """
+        values = weight.to(device).float() * spread_blocks(scale.to(device), self.in_features)
+        store(self.weight, weight.contiguous().view(torch.uint8))
+        store(self.scale, scale.contiguous().view(torch.uint8))
+        size = values.double().square().sum()
+        self.distance = torch.stack([torch.zeros_like(size), size, torch.zeros_like(size)])
+
     def _rounded(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        if self.form.kind == "fp8":
-            # One scale for all rows, on whichever rank the largest weight is.
-            return to_float8(part, gather_rows(part.abs().amax(1), self.weight).max())
+        if self.form.is_float8:
+            # A scale is for rows of several ranks.
+            rows = gather_rows(row_amax(part, self.form), self.weight)
+            return to_float8(part, largest_of(rows, self.region[0], self.form))
         return quantize(part, self.form) if len(part) else _nothing(part, self.form)
 
     @torch.no_grad()
@@ -145,9 +160,8 @@ class PackedLinear(nn.Linear):
 def _nothing(part: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Return what no rows are quantized to; bitsandbytes' kernels take at least one."""
     columns = part.shape[1]
-    blocks = 1 if form.takes_byte else form.scale_bytes(columns) // (1 if form.nested else 4)
     packed = part.new_empty((0, form.row_bytes(columns)), dtype=torch.uint8)
-    return packed, part.new_empty((0, blocks), dtype=torch.float32)
+    return packed, part.new_empty((0, form.num_scales(columns)), dtype=torch.float32)
 
 
 def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedStack]]:

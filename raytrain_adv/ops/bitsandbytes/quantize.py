@@ -21,6 +21,8 @@ from raytrain_adv.dtensor import copy_local
 from raytrain_adv.ops.float8.cast import cast, scale_of
 
 E4M3 = torch.float8_e4m3fn
+FLOAT8_BLOCK = 128
+"""Rows and columns that share a scale in blocks, as in DeepSeek-V3's checkpoints."""
 SMALLEST_FLOAT8 = 2**-10  # half of its smallest step
 BLOCK = 64  # weights of a row that share a scale in 4 bits; bitsandbytes' default
 NESTED_BLOCK = 256
@@ -35,9 +37,10 @@ SLACK = 1e-6  # what float32 arithmetic on scales may add, relative: kernels mul
 class Form:
     """How a weight is held."""
 
-    kind: Literal["nf4", "fp4", "int8", "fp8"]
+    kind: Literal["nf4", "fp4", "int8", "fp8", "fp8_blocks"]
     """nf4 and fp4: 16 values in blocks of BLOCK; int8: bitsandbytes' LLM.int8, a scale per row;
-    fp8: float8_e4m3fn with one scale per matrix, which is beside each row."""
+    fp8: float8_e4m3fn with one scale per matrix, which is beside each row; fp8_blocks: with one per
+    FLOAT8_BLOCK rows and columns, beside each row of the block."""
     nested: bool = False
     """Whether the scales are quantized too (double quantization); in 4 bits only."""
 
@@ -49,7 +52,23 @@ class Form:
     @property
     def takes_byte(self) -> bool:
         """Whether a weight takes a byte."""
-        return self.kind in ("int8", "fp8")
+        return self.kind == "int8" or self.is_float8
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether weights are float8_e4m3fn."""
+        return self.kind in ("fp8", "fp8_blocks")
+
+    @property
+    def block(self) -> int:
+        """Return the rows and columns of float8 that share a scale in blocks; 0 without blocks."""
+        return FLOAT8_BLOCK if self.kind == "fp8_blocks" else 0
+
+    def num_scales(self, columns: int) -> int:
+        """Return the scales of a row."""
+        if self.takes_byte:
+            return -(-columns // FLOAT8_BLOCK) if self.block else 1
+        return columns // BLOCK
 
     def row_bytes(self, columns: int) -> int:
         """Return the bytes of a row's weights."""
@@ -57,9 +76,7 @@ class Form:
 
     def scale_bytes(self, columns: int) -> int:
         """Return the bytes of a row's scales."""
-        if self.takes_byte:
-            return 4
-        return columns // BLOCK * (1 if self.nested else 4)
+        return self.num_scales(columns) * (1 if self.nested else 4)
 
     def padded_scale_bytes(self, columns: int) -> int:
         """Return the bytes they are held in."""
@@ -145,9 +162,10 @@ def quantize(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     Returns:
         The weights' bytes [rows, row_bytes] in uint8, and float32 scales [rows, blocks of a row].
     """
-    if form.kind == "fp8":
-        return to_float8(weight, weight.abs().max())
-    bnb, rows = bitsandbytes(), weight.shape[0]
+    rows = weight.shape[0]
+    if form.is_float8:
+        return to_float8(weight, largest_of(row_amax(weight, form), slice(0, rows), form))
+    bnb = bitsandbytes()
     weight = weight.contiguous()
     if form.is_int8:
         packed, scale, _ = bnb.functional.int8_vectorwise_quant(weight.half())
@@ -157,14 +175,43 @@ def quantize(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def row_amax(weight: Tensor, form: Form) -> Tensor:
+    """Return the largest magnitudes of each row [rows, columns] per scale: [rows, scales]."""
+    count = form.num_scales(weight.shape[1])
+    if count == 1:
+        return weight.abs().amax(1, keepdim=True)
+    padding = count * FLOAT8_BLOCK - weight.shape[1]
+    return F.pad(weight.abs(), (0, padding)).view(len(weight), count, FLOAT8_BLOCK).amax(2)
+
+
+@torch.no_grad()
+def largest_of(rows: Tensor, wanted: slice, form: Form) -> Tensor:
+    """Return the largest magnitude for each scale of the wanted rows, [rows, scales], from those of
+    all rows of the matrix; see row_amax.
+    """
+    if form.kind == "fp8":
+        return rows.max().repeat(wanted.stop - wanted.start, 1)
+    padding = -len(rows) % FLOAT8_BLOCK
+    blocks = F.pad(rows, (0, 0, 0, padding)).view(-1, FLOAT8_BLOCK, rows.shape[1]).amax(1)
+    return blocks.repeat_interleave(FLOAT8_BLOCK, 0)[wanted]
+
+
+@torch.no_grad()
 def to_float8(weight: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
     """Round rows of a matrix to float8, as Float8Linear does in each step; see quantize.
 
-    `amax` is the largest magnitude of the whole matrix, a scalar.
+    `amax` is the largest magnitude that each scale is for, [rows, scales].
     """
     multiplier = scale_of(amax, E4M3)
-    packed = cast(weight, multiplier, E4M3).view(torch.uint8)
-    return packed, multiplier.reciprocal().repeat(len(weight), 1)
+    packed = cast(weight, spread_blocks(multiplier, weight.shape[1]), E4M3).view(torch.uint8)
+    return packed, multiplier.reciprocal()
+
+
+def spread_blocks(scale: Tensor, columns: int) -> Tensor:
+    """Return float8's scales [rows, scales] for each column, or one for all."""
+    if scale.shape[1] == 1:
+        return scale
+    return scale.repeat_interleave(FLOAT8_BLOCK, 1)[:, :columns]
 
 
 @torch.no_grad()
@@ -220,8 +267,8 @@ def dequantize_rows(
     if kind == "int8":
         whole = torch.empty(shape, dtype=dtype, device=packed.device)
         return torch.mul(packed.view(torch.int8), scale * (1.0 / 127.0), out=whole)
-    if kind == "fp8":
-        return (packed.view(E4M3).to(torch.float32) * scale).to(dtype)
+    if kind.startswith("fp8"):
+        return (packed.view(E4M3).to(torch.float32) * spread_blocks(scale, columns)).to(dtype)
     bitsandbytes()
     values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
         packed.reshape(-1, 1), scale.reshape(-1), BLOCK, kind, shape, dtype
@@ -249,7 +296,7 @@ def dequantize(
         after: unused; the gradient in backward, without which Inductor keeps forward's result.
     """
     packed = weight.view(torch.uint8)
-    num_blocks = 1 if kind in ("int8", "fp8") else columns // BLOCK
+    num_blocks = Form(kind, nested is not None).num_scales(columns)
     if nested is None:
         scales = scale.view(torch.float32)[:, :num_blocks]
     else:
@@ -287,9 +334,10 @@ def distance(weight: Tensor, rounded: Tensor, scale: Tensor, off: Tensor, form: 
     original = weight.float()
     difference = rounded.float() - original
     sums = [difference.double().square().sum(), original.double().square().sum()]
-    if form.kind == "fp8":
+    if form.is_float8:
         # Half a step of three bits, and below the normal range half the smallest step.
         last = torch.finfo(weight.dtype).eps + SLACK
+        scale = spread_blocks(scale, original.shape[1])
         allowed = original.abs() * (2**-4 + last) + scale * SMALLEST_FLOAT8
         worst = (difference.abs() / allowed).max().nan_to_num(nan=float("inf"))
         return torch.stack([*sums, worst.double()])

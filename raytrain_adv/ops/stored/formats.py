@@ -82,6 +82,23 @@ class Stored:
         rows = self.decode(**held).reshape(-1, *self.shape[1:])[: last - first]
         return rows[(slice(wanted.start - first, wanted.stop - first), *region[1:])]
 
+    def read_float8(
+        self, read: Read, shapes: Shapes, rows: slice, across: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return rows as they are stored, float8_e4m3fn, and their scales [rows, blocks], if blocks
+        of `across` columns have one; none for any other form.
+        """
+        keys = self.decode.keywords if isinstance(self.decode, partial) else {}
+        block = keys.get("block", (0, 0))
+        if self.parts.keys() != {"weight", "scale"} or block[1] != across:
+            return None
+        weight, scale = self.parts["weight"], self.parts["scale"]
+        held = read(weight.name, weight.where(rows.start, rows.stop, shapes[weight.name]))
+        if held.dtype != torch.float8_e4m3fn or len(shapes[scale.name]) != 2:
+            return None
+        grid = decode.exponents(read(scale.name, None))
+        return held, grid[torch.arange(rows.start, rows.stop) // block[0]]
+
 
 def method_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return what a model's config.json has about rounded weights, or its text part's has."""
@@ -127,7 +144,8 @@ def describe(config: Mapping[str, Any]) -> Iterator[str]:
         kind = " ".join(str(about[k]) for k in ("quant_method", "format") if about.get(k))
         yield (
             f"the checkpoint holds quantized weights ({kind}): they are read as their values, and "
-            "a model that is exported is not quantized"
+            "a model that is exported is not quantized; under LoRA, quantization_bit: 8 with "
+            "quantization_type: fp8_blocks keeps weights in FP8 blocks as they are"
         )
 
 

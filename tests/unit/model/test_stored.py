@@ -13,13 +13,20 @@ from transformers import (
     Mxfp4Config,
 )
 
+from raytrain_adv import hardware
 from raytrain_adv.config import JobConfig
 from raytrain_adv.dtensor import gather
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.model import parallel
 from raytrain_adv.model.build import build
 from raytrain_adv.model.notes import model_notes
-from raytrain_adv.model.weights import load_pretrained, materialize, saved_tensors
+from raytrain_adv.model.weights import (
+    load_pretrained,
+    materialize,
+    packed_weights,
+    saved_tensors,
+)
+from raytrain_adv.transforms.applied import Transforms
 from tests import stored_models
 from tests.ranks import run_ranks
 from tests.tiny_models import job_for, write_checkpoint
@@ -94,6 +101,36 @@ def test_ranks_read_rounded_weights_as_transformers_does_and_export_them_plain(
         assert "quantization_config" not in json.loads((out / "config.json").read_text())
         again = AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
         assert all(torch.equal(again[name], theirs[name]) for name in theirs), kind
+
+
+BLOCKS = {"hidden_size": 256, "intermediate_size": 384}
+
+
+def kept_on_ranks(job: JobConfig) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    model = build(job)
+    plans = Transforms(job).prepare(model, hardware.detect(CPU))
+    parallel.shard(model, job, parallel.build_mesh(job, CPU))
+    materialize(model, CPU)
+    load_pretrained(model, job, CPU)
+    notes = Transforms(job).initialize(model, plans, 0)["quantized_base"].notes
+    return {name: layer.unpacked() for name, layer in packed_weights(model).items()}, notes
+
+
+def test_weights_in_blocks_of_float8_are_kept_as_they_are_stored(tmp_path: Path) -> None:
+    """On any number of ranks. Rounding them again, with scales of their own, would change them."""
+    folder = write_checkpoint("llama", tmp_path / "model", **BLOCKS)
+    about = {**ABOUT, "weight_block_size": [128, 128]}
+    stored_models.rewrite(folder, about, stored_models.float8(128))
+    how = FineGrainedFP8Config(dequantize=True, weight_block_size=(128, 128))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=how, dtype=torch.bfloat16
+    ).state_dict()
+    keys = {"finetuning_type": "lora", "quantization_bit": 8, "quantization_type": "fp8_blocks"}
+    job = job_for(folder, tmp_path / "job", bf16=True, **keys)
+    for held, notes in [kept_on_ranks(job), *run_ranks(kept_on_ranks, 3, tmp_path, job)]:
+        assert len(held) == 14
+        assert all(torch.equal(held[name], theirs[name]) for name in held)
+        assert any("quantized weights are 0.00% from the originals" in note for note in notes)
 
 
 def test_the_plan_tells_that_weights_are_read_as_their_values(tmp_path: Path) -> None:

@@ -228,14 +228,15 @@ def test_each_expert_rounds_as_a_linear(
 
 NF4 = {**LORA, "bf16": True, "quantization_bit": 4}
 FLOAT8 = {"quantization_bit": 8, "quantization_type": "fp8", "quantization_allow_cpu": True}
+BLOCKS = {"quantization_bit": 8, "quantization_type": "fp8_blocks"}
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"double_quantization": False}, {"quantization_bit": 8}, FLOAT8],
-    ids=["nested", "plain", "int8", "float8"],
+    [{}, {"double_quantization": False}, {"quantization_bit": 8}, FLOAT8, BLOCKS],
+    ids=["nested", "plain", "int8", "float8", "blocks"],
 )
 def test_each_expert_is_held_as_a_linear(kind: str, keys: dict[str, Any], tmp_path: Path) -> None:
     folder = write_checkpoint(kind, tmp_path / "m", **WIDE)

@@ -70,7 +70,7 @@ def loaded(job):
         ),
         (
             {"quantization_products": "dequantized"},
-            "quantization_products and quantization_type: only weights in float8",
+            "quantization_products and quantization_type: only weights in fp8",
         ),
         ({"quantization_method": "fp8"}, "float8 is quantization_bit: 8 with quantization_type"),
         ({"quantization_bit": 3}, "bitsandbytes has 4 and 8 bits"),

@@ -22,7 +22,7 @@ FORMS = [
     Form("fp4", nested=True),
     Form("int8"),
 ]
-FLOAT8 = Form("fp8")
+FLOAT8 = [Form("fp8"), Form("fp8_blocks")]
 
 
 def names(form):
@@ -73,7 +73,12 @@ def test_values_and_gradients_are_bitsandbytes_own_bit_for_bit(form, dtype):
 
 @pytest.mark.parametrize(
     ("form", "near"),
-    [(Form("nf4", True), 0.11), (Form("fp4", True), 0.14), (Form("int8"), 0.012), (FLOAT8, 0.03)],
+    [
+        (Form("nf4", True), 0.11),
+        (Form("fp4", True), 0.14),
+        (Form("int8"), 0.012),
+        *[(f, 0.03) for f in FLOAT8],
+    ],
 )
 def test_weights_are_as_near_as_their_kind_allows_and_a_wrong_one_is_seen(form, near):
     torch.manual_seed(0)
@@ -93,14 +98,14 @@ def test_weights_are_as_near_as_their_kind_allows_and_a_wrong_one_is_seen(form, 
     assert layer.distance[2] > 1.0
 
 
-@pytest.mark.parametrize("form", [*FORMS, FLOAT8], ids=names)
+@pytest.mark.parametrize("form", [*FORMS, *FLOAT8], ids=names)
 def test_it_takes_the_bits_it_states(form):
     linear = plain_linear(torch.bfloat16)
     layer = quantized(linear, form)
     held = sum(p.numel() * p.element_size() for n, p in layer.named_parameters() if n != "bias")
     assert held * 8 / (ROWS * COLUMNS) == form.bits(ROWS, COLUMNS)
     assert form.bits(4096, 14336) == pytest.approx(
-        {"nf4": 4.5, "fp4": 4.5, "int8": 8.0, "fp8": 8.0}[form.kind]
+        {"int8": 8.0, "fp8": 8.0, "fp8_blocks": 8.25}.get(form.kind, 4.5)
         - (0.373 if form.nested else 0),
         abs=5e-3,
     )
@@ -134,7 +139,7 @@ def sharded(form, dtype):
         (Form("nf4", True), torch.bfloat16),
         (Form("fp4"), torch.float32),
         (Form("int8"), torch.bfloat16),
-        (FLOAT8, torch.bfloat16),
+        *[(form, torch.bfloat16) for form in FLOAT8],
     ],
 )
 def test_shards_hold_the_bytes_that_one_rank_would(tmp_path, form, dtype):
@@ -177,3 +182,21 @@ def test_no_whole_weight_is_kept_for_backward(backend):
     assert x.grad is not None and float(x.grad.float().norm()) > 0
     assert ((COLUMNS, COLUMNS // 4), torch.bfloat16) in shapes, "the bytes are among what is kept"
     assert not {shape for shape, _ in shapes} & {(COLUMNS, COLUMNS), (ROWS, COLUMNS)}
+
+
+def test_blocks_hold_what_checkpoints_with_a_scale_per_block_do():
+    """A scale there is the block's largest magnitude over 448; blocks at the edges are smaller."""
+    torch.manual_seed(0)
+    weight = 0.02 * torch.randn(200, 328)
+    form = Form("fp8_blocks")
+    layer = PackedLinear.of(nn.Linear(328, 200, bias=False, dtype=torch.float32), form)
+    layer.take(weight, CPU)
+    expected = torch.empty_like(weight)
+    for down in (slice(0, 128), slice(128, 200)):
+        for across in (slice(0, 128), slice(128, 256), slice(256, 328)):
+            block = weight[down, across]
+            multiplier = (448 / block.abs().max().double()).float()
+            values = (block * multiplier).to(torch.float8_e4m3fn).float()
+            expected[down, across] = values * multiplier.reciprocal()
+    assert torch.equal(layer.unpacked(), expected)
+    assert 0.5 < layer.distance[2] <= 1.0
