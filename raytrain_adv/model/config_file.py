@@ -9,7 +9,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError
-from raytrain_adv.model.files import check_folder, is_local, model_source, nearest_folders
+from raytrain_adv.model.files import (
+    check_folder,
+    is_local,
+    model_source,
+    nearest_folders,
+    require_reachable,
+)
 from raytrain_adv.ops.stored import formats
 from raytrain_adv.text import first_line
 
@@ -49,6 +55,7 @@ def read_config(job: JobConfig) -> PretrainedConfig:
 
 def raw_config(job: JobConfig) -> dict[str, Any]:
     """Return what the model's config.json holds. Raises JobError when it cannot be read."""
+    require_reachable(job)
     try:
         raw, _ = PretrainedConfig.get_config_dict(model_source(job), **_place(job))
     except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: no mapping

@@ -5,6 +5,7 @@ import re
 from difflib import get_close_matches
 from pathlib import Path
 
+from raytrain_adv import hub
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
 
@@ -47,6 +48,16 @@ def check_folder(job: JobConfig) -> None:
         raise JobError(
             f"there is no model folder {name}", nearest_folders(path), "correct model_name_or_path"
         )
+
+
+def require_reachable(job: JobConfig) -> None:
+    """Refuse a model of the Hub that is neither cached nor can be fetched, before its files are
+    asked for: the Hub's client tries each for 23 s.
+    """
+    if not is_local(job):
+        name, near = job.model.model_name_or_path, Path(job.model.model_name_or_path).expanduser()
+        revision, cache_dir = job.model.model_revision, job.model.cache_dir
+        hub.require_model(name, revision, cache_dir, nearest_folders(near))
 
 
 def refuse_pipes(name: str, folder: Path) -> None:

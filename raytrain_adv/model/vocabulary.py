@@ -17,7 +17,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import Region, seed_of
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.config_file import read_config
-from raytrain_adv.model.files import refuse_pipes
+from raytrain_adv.model.files import refuse_pipes, require_reachable
 from raytrain_adv.text import listed, plural
 from raytrain_adv.transforms.vocabulary import Vocabulary
 
@@ -28,6 +28,7 @@ CHUNK = 8192  # rows that are read at once to add them up
 def read_tokenizer(job: JobConfig) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, and add the job's tokens. Raises JobError if it does not load."""
     name, vocabulary = job.model.model_name_or_path, job.transform(Vocabulary)
+    require_reachable(job)
     with _readable(job):
         loaded = _load(*_place(job))
     if not isinstance(loaded, PreTrainedTokenizerBase):

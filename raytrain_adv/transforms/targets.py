@@ -169,7 +169,8 @@ def _read_config(folder: str) -> dict[str, Any]:
     try:
         found = dict(parse_json((Path(folder) / CONFIG).read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        fix = f"name a folder with {CONFIG} and adapter_model.safetensors"
+        fix = f"name a folder with {CONFIG} and adapter_model.safetensors; one of the Hub's is "
+        fix += "fetched by: hf download OWNER/NAME --local-dir FOLDER"
         what = f"adapter_name_or_path: {folder} is no adapter of PEFT's"
         raise JobError(what, str(error), fix) from error
     return found

@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from raytrain_adv import hub
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.order import num_held_out
 from raytrain_adv.data.read.entries import Entry, resolve
@@ -19,7 +18,7 @@ from raytrain_adv.model.files import (
     check_folder,
     check_weights,
     is_local,
-    nearest_folders,
+    require_reachable,
 )
 from raytrain_adv.text import parse_json
 
@@ -54,10 +53,7 @@ def check_files(job: JobConfig) -> None:
 
 def _check(job: JobConfig) -> None:
     check_folder(job)
-    if not is_local(job):
-        name = job.model.model_name_or_path
-        near = nearest_folders(Path(name).expanduser())
-        hub.require_model(name, job.model.model_revision, job.model.cache_dir, near)
+    require_reachable(job)
     if not job.model.train_from_scratch:
         check_weights(job)
     check_flash_package(job.model.flash_attn)

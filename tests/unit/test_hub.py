@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.data.sample_rows import TINY_LLAMA
+
 ASK = """
 import json, time
 from raytrain_adv.config.job import SECTIONS
@@ -99,3 +101,38 @@ def test_a_proxy_without_a_way_out_is_no_hub(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("urllib.request.urlopen", answer)
     assert "a proxy answers HTTP Error 502" in hub.why_unreachable()
     hub.why_unreachable.cache_clear()
+
+
+JOBS = {
+    "a model": ({"model_name_or_path": "org/model"}, "There is no folder org/model"),
+    "a dataset": ({"dataset": "org/rows"}, "The dataset org/rows could not be loaded"),
+    "an evaluation set": ({"eval_dataset": "org/rows"}, "The dataset org/rows could not be loaded"),
+    "a folder of data": ({"dataset_dir": "REMOTE:org/all"}, "REMOTE:org/all could not be fetched"),
+}
+
+
+@pytest.mark.parametrize(
+    ("job", "command"), [*((job, "plan") for job in JOBS), ("a model", "data")]
+)
+def test_a_command_that_needs_the_hub_ends_with_one_message_and_no_retries(
+    tmp_path: Path, job: str, command: str
+) -> None:
+    """A plan took 87 s: the Hub's client tried each file of a tokenizer for 23 s."""
+    keys, message = JOBS[job]
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    here = {"model_name_or_path": str(TINY_LLAMA), "dataset": str(tmp_path / "rows.jsonl")}
+    written = {**here, "template": "alpaca", "output_dir": str(tmp_path / "run"), **keys}
+    (tmp_path / "job.yaml").write_text(json.dumps(written))
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    before = os.times().children_user
+    answer = subprocess.run(
+        [sys.executable, "-m", "raytrain_adv.cli", command, str(tmp_path / "job.yaml")],
+        env={**inherited, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.count(message) == 1 and "http://127.0.0.1:9 cannot" in answer.stderr
+    assert "Retry" not in answer.stderr and "Traceback" not in answer.stderr
+    assert os.times().children_user - before < 10
