@@ -28,6 +28,7 @@ from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.checks.step import clip
 from raytrain_adv.worker.install import fetch_on_main, install
 from raytrain_adv.worker.optim import build_optimizer
+from raytrain_adv.worker.trials.collectives import uses_copies
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ROOT / "jobs/models/llama3-8b-shape"
@@ -82,7 +83,8 @@ class Whole:
         fetch_on_main(job, run, facts)
         model = build(_from_scratch(job))
         plans = install(run, transforms, model, transforms.prepare(model, facts))
-        parallel.shard(model, job, parallel.build_mesh(job, DEVICE))
+        mesh = parallel.build_mesh(job, DEVICE)
+        parallel.shard(model, job, mesh, uses_copies(job, run, mesh))
         weights.materialize(model, DEVICE)
         weights.init_from_scratch(model, _from_scratch(job), DEVICE)
         transforms.initialize(model, plans, job.train.seed)

@@ -175,6 +175,11 @@ class ParallelConfig(Section):
     """Free gathered parameters after each layer's forward; false communicates less, for memory."""
     fsdp_reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which workers sum gradients; bfloat16 moves half the bytes, and rounds each sum."""
+    fsdp_collectives: Literal["auto", "nccl", "copies"] = "auto"
+    """What moves shards and gradients. nccl: its kernels, which take multiprocessors from the
+    layers. copies: copy engines, between the GPUs of one host; sums are in float32, exchanged in
+    bf16. auto: copies where all workers of an fsdp_shard_size share a host whose GPUs read each
+    other's memory, else nccl."""
     fsdp_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer states in host memory."""
     ddp_timeout: Count = 1800

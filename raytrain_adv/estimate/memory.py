@@ -22,6 +22,8 @@ from raytrain_adv.ops.loss.function import CHUNK_TOKENS
 from raytrain_adv.text import GIB
 
 GATHERED_AHEAD = 2  # layers that are whole at a time: the computing and the prefetched one
+COPY_BUFFERS = 3  # of the largest unit, where copies replace NCCL: two gathered, one reduced
+GPUS_OF_A_HOST = 8  # at most, for the prediction
 WORKSPACE_BYTES = 96 * 2**20  # cuBLAS and attention workspaces, rotary tables, token ids
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "gathered")
 RESERVE = 0.06  # share of a GPU's memory to leave free: CUDA context, NCCL buffers, fragmentation
@@ -190,10 +192,21 @@ def _phases(s: States, a: Passes, job: JobConfig, accumulates: bool) -> tuple[Ph
             ("evaluation, layers", 0.0, a.layer_eval, 0.0, w.layer_eval),
             ("evaluation", 0.0, 0.0, a.logits_eval, w.head_eval),
         ]
+    copied = s.is_sharded and moves_by_copies(job, s.shard_size)
+    buffers = COPY_BUFFERS * s.largest_unit if copied else 0.0
     return tuple(
-        Phase(name, s.parameters, gradients, s.optimizer, *others)
-        for name, gradients, *others in moments
+        Phase(name, s.parameters, gradients, s.optimizer, *others, whole + buffers)
+        for name, gradients, *others, whole in moments
     )
+
+
+def moves_by_copies(job: JobConfig, shard_size: int) -> bool:
+    """Whether FSDP2's collectives are taken to be copies: the workers of a copy of the model may
+    share a host.
+    """
+    wanted = job.parallel.fsdp_collectives
+    elsewhere = job.parallel.use_cpu or job.parallel.fsdp_cpu_offload or wanted == "nccl"
+    return not elsewhere and (wanted == "copies" or 1 < shard_size <= GPUS_OF_A_HOST)
 
 
 @dataclass(frozen=True)
@@ -213,8 +226,9 @@ class _Whole:
     def sharded(s: States, job: JobConfig) -> _Whole:
         """Return those that FSDP2 gathers."""
         stays = 0.0 if job.parallel.fsdp_reshard_after_forward else s.root + s.layer * s.num_layers
-        layers, root = max(stays, s.root + GATHERED_AHEAD * s.layer), max(stays, s.root)
-        return _Whole(stays, root, layers, layers, layers, root)
+        layers = max(stays, s.root + GATHERED_AHEAD * s.layer)
+        head = max(stays, s.root) + s.head
+        return _Whole(stays + s.head, head, layers, layers, layers, head)
 
     @staticmethod
     def copies(s: States, job: JobConfig) -> _Whole:
@@ -248,13 +262,14 @@ class _Gradients:
     def sharded(s: States, job: JobConfig, earlier: float) -> _Gradients:
         """Return those with FSDP2: in the compute dtype, copied to that of the sum, summed."""
         with_copy = 1 + reduce_dtype(job).itemsize / compute_dtype(job).itemsize
-        outside = s.head_gradient + (0.0 if s.is_tied else s.embedding_gradient)
+        head = 0.0 if s.head else s.head_gradient  # reduced after the layers, with the rest
+        embedding = 0.0 if s.is_tied else s.embedding_gradient
         return _Gradients(
             first=earlier,
             last=s.gradients,
-            head_reducing=s.head_gradient,
-            reducing=s.layer_gradient * with_copy + s.head_gradient,
-            end_reducing=outside * with_copy,
+            head_reducing=s.head_gradient * (with_copy if s.head else 1),
+            reducing=s.layer_gradient * with_copy + head,
+            end_reducing=(head + embedding) * with_copy,
         )
 
 
@@ -289,6 +304,9 @@ def _explanations(
     if states.layer_copy:
         alone = "copies of float32 parameters in the compute dtype"
     gathered = "whole layers while FSDP2 computes with them"
+    if states.is_sharded and moves_by_copies(job, states.shard_size):
+        buffers = COPY_BUFFERS * states.largest_unit
+        gathered += f", and {buffers:.1f} GiB of buffers that the host's other GPUs read"
     return {
         "parameters": f"{num_weights(model):,} in {' and '.join(dtypes(model))}{again}{over}",
         "gradients": f"of {trained:,} trained parameters{over}",

@@ -12,7 +12,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.estimate.activations import AttentionKind, read_layer
 from raytrain_adv.estimate.flops import layer_configs, text_config
 from raytrain_adv.model.build import decoder_layers, parameter_dtype
-from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
+from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype, ends
 from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
 from raytrain_adv.ops.loss.head import HeadLoss, loss_head, loss_of
@@ -35,8 +35,10 @@ class States:
     head_gradient: float  # whole; likewise the embedding's, which is the same tensor if tied
     embedding_gradient: float
     layer_gradient: float  # whole gradient of one layer, in the dtype of backward
-    root: float  # whole parameters outside the layers, in the compute dtype; 0 without FSDP2
+    root: float  # whole parameters outside all other units, in the compute dtype; 0 without FSDP2
     layer: float  # whole parameters of one layer, likewise
+    head: float  # of the head if it is a unit of its own
+    largest_unit: float  # of the largest unit
     root_copy: float  # copies in the compute dtype without FSDP2, outside the layers
     layer_copy: float  # of one layer, likewise
     optimizer_temporaries: float  # temporaries of the optimizer's step
@@ -57,7 +59,8 @@ class States:
         sharded = world_size > 1 or job.parallel.fsdp_cpu_offload
         layers = [layer for _, layer in decoder_layers(model)]
         largest = max(layers, key=num_elements)
-        root = num_elements(model) - sum(map(num_elements, layers))
+        alone = ends(model, job) if sharded else ()
+        root = num_elements(model) - sum(map(num_elements, (*layers, *alone)))
         trained = [p for p in model.parameters() if p.requires_grad]
         grad_sizes = {p: size if sharded else p.element_size() for p in trained}
         head, embedding = _head(model), model.get_input_embeddings()
@@ -80,6 +83,8 @@ class States:
             layer_gradient=gradient(largest),
             root=root * size / GIB if sharded else 0.0,
             layer=num_elements(largest) * size / GIB if sharded else 0.0,
+            head=num_elements(alone[1]) * size / GIB if alone else 0.0,
+            largest_unit=max(map(num_elements, (largest, *alone))) * size / GIB,
             root_copy=0.0 if sharded else (cast(model) - sum(map(cast, layers))) * size / GIB,
             layer_copy=0.0 if sharded else cast(largest) * size / GIB,
             num_layers=len(layers),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from raytrain_adv.estimate.assumptions import Assumptions
 from raytrain_adv.estimate.sizes import has_8bit_states, num_bytes, num_rows, shard_size
 from raytrain_adv.hardware import peak_flops
 from raytrain_adv.model.build import decoder_layers
-from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype, reduce_dtype
+from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype, ends, reduce_dtype
 from raytrain_adv.transforms.applied import Transforms
 
 GB = 1e9
@@ -71,11 +72,17 @@ class Traffic:
         return self.inside + self.between
 
 
-def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[tuple[int, int]]:
-    """Return the bytes of each module that FSDP2 gathers and reduces as a whole, a layer or the
-    rest of the model (model/parallel.py): of its parameters as they are sent, and of its gradients
-    as they are summed, 0 if it is frozen; with padding. The model is not sharded; the meta device
-    is enough.
+class Unit(NamedTuple):
+    """What FSDP2 gathers and reduces as a whole, in bytes, with padding."""
+
+    gathered: int  # of its parameters as they are sent
+    reduced: int  # of its gradients as they are summed, 0 if it is frozen
+    times: int  # gathers in a forward and a backward pass
+
+
+def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[Unit]:
+    """Return the units: layers, embedding and head, and the rest of the model (model/parallel.py).
+    The model is not sharded; the meta device is enough.
 
     A parameter is split along its first dimension into equal parts for all ranks: rows are padded
     to a multiple of them. It is sent in the compute dtype, packed weights as their bytes, and what
@@ -84,10 +91,13 @@ def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[tuple[int
     changed = Transforms(job).gathering(model)
     sizes = {id(p): size for g in changed for p, size in g.sizes.items()}
     layers = [list(layer.parameters()) for _, layer in decoder_layers(model)]
-    inside = {id(p) for layer in layers for p in layer}
-    outside = [p for p in model.parameters() if id(p) not in inside]
+    alone = [list(end.parameters()) for end in ends(model, job)]
+    inside = {id(p) for unit in (*layers, *alone) for p in unit}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    again = 2 if job.parallel.fsdp_reshard_after_forward else 1
+    times = [*(again for _ in layers), *(1 for _ in alone), again]
     found = []
-    for parameters in (*layers, outside):
+    for parameters, count in zip((*layers, *alone, rest), times, strict=True):
         gathered = reduced = 0
         for p in parameters:
             rows, row = num_rows(p)
@@ -95,29 +105,30 @@ def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[tuple[int
             size = compute_dtype(job).itemsize if p.is_floating_point() else p.element_size()
             gathered += padded * sizes.get(id(p), size)
             reduced += padded * reduce_dtype(job).itemsize if p.requires_grad else 0
-        found.append((gathered, reduced))
+        if gathered:
+            found.append(Unit(gathered, reduced, count))
     return found
 
 
 def traffic(model: PreTrainedModel, job: JobConfig, world_size: int) -> Traffic:
     """Return a step's traffic, without a few scalars: the loss, the norm.
 
-    Each pass of gradient accumulation gathers every unit in forward and again in backward, or once
+    Each pass of gradient accumulation gathers every layer in forward and again in backward, or once
     with fsdp_reshard_after_forward: false, and reduces each trained unit; copies of the model then
     sum their shards.
     """
     shards = shard_size(job, world_size)
     replicas = world_size // shards
     passes = job.train.gradient_accumulation_steps
-    times = passes * (2 if job.parallel.fsdp_reshard_after_forward else 1) * (shards > 1)
     found = units(model, job, shards)
-    trained = [reduced for _, reduced in found if reduced]
+    gathers = passes * (shards > 1)
+    trained = [unit.reduced for unit in found if unit.reduced]
     reduced, reductions = passes * sum(trained), passes * len(trained)
     return Traffic(
         shard_size=shards,
         replicas=replicas,
-        gathered=times * sum(gathered for gathered, _ in found),
-        gathers=times * len(found),
+        gathered=gathers * sum(unit.times * unit.gathered for unit in found),
+        gathers=gathers * sum(unit.times for unit in found),
         reduced=reduced if shards > 1 else 0,
         reductions=reductions if shards > 1 else 0,
         all_reduced=reduced // shards if replicas > 1 else 0,

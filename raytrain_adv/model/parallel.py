@@ -115,8 +115,14 @@ def needs_fsdp(model: nn.Module, job: JobConfig, mesh: DeviceMesh | None) -> boo
     return mesh is not None and (mesh.size() > 1 or job.parallel.fsdp_cpu_offload)
 
 
-def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> None:
-    """Apply activation checkpointing, compilation and FSDP2 in place, layer by layer.
+def shard(
+    model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None, copies: bool = False
+) -> None:
+    """Apply activation checkpointing, compilation and FSDP2 in place: a unit of each layer, of the
+    embedding and of the head, which are gathered only where they compute, and of the rest.
+
+    Args:
+        copies: whether bytes are moved by copies between the GPUs of this host (peer_copies).
 
     The checkpoint wrapper goes inside fully_shard: before PyTorch 2.13 the recomputation skips
     FSDP2's mixed-precision cast of the inputs when its hooks are inside the checkpoint.
@@ -126,7 +132,10 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
         require_compiled()
         if not job.parallel.use_cpu:
             refuse_wrong_slices(model, triton_version())
-    shard_module = _sharder(job, mesh) if needs_fsdp(model, job, mesh) else None
+    shard_module = None
+    if needs_fsdp(model, job, mesh):
+        copied = _copying(job, mesh) if copies else None
+        shard_module = _sharder(job, mesh, _sum_dtype(model, job, mesh, copies), copied)
     frozen = set[nn.Parameter]()
     if mode != "none" or shard_module is not None:
         _refuse_shared(model)
@@ -145,9 +154,29 @@ def shard(model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None) -> No
         if shard_module is not None:
             shard_module(layer, ignored_params=frozen)
     if shard_module is not None:
+        for end in ends(model, job):
+            shard_module(end, ignored_params=frozen)
+            if isinstance(end, nn.Embedding):
+                end.set_unshard_in_backward(False)  # its gradient needs no weight
+            else:
+                end.set_reshard_after_forward(False)  # backward begins with it
         shard_module(model, ignored_params=frozen)
     if casts:
         _cast(model, model, job)
+
+
+def ends(model: PreTrainedModel, job: JobConfig) -> tuple[nn.Module, ...]:
+    """Return the embedding and the head if each can be a unit of FSDP2: plain, not tied, and called
+    wherever their weights are computed with. With CPU offload they stay in the rest's unit.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    plain = type(embedding) is nn.Embedding and type(head) is nn.Linear
+    if not plain or head.weight is embedding.weight or job.parallel.fsdp_cpu_offload:
+        return ()
+    names = {module: name for name, module in model.named_modules()}
+    if any(is_read(model, names[end]) for end in (embedding, head)):
+        return ()
+    return embedding, head
 
 
 def _cast(model: PreTrainedModel, unit: nn.Module, job: JobConfig) -> None:
@@ -244,25 +273,63 @@ def _keep_expensive(
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _sharder(job: JobConfig, mesh: DeviceMesh | None) -> Callable[..., FSDPModule]:
+def _sum_dtype(
+    model: PreTrainedModel, job: JobConfig, mesh: DeviceMesh | None, copies: bool
+) -> torch.dtype:
+    """Return the dtype of FSDP2's sums. Copies sum in float32 themselves: where gradients are kept
+    in bf16, and no all-reduce follows, they round once, and need no pass over memory for it.
+    """
+    kept = {p.dtype for p in model.parameters() if p.requires_grad}
+    once = copies and mesh is not None and mesh.ndim == 1 and kept == {torch.bfloat16}
+    return torch.bfloat16 if once else reduce_dtype(job)
+
+
+def _copying(job: JobConfig, mesh: DeviceMesh | None) -> Callable[[FSDPModule], None]:
+    """Return what has a unit moved by copies."""
+    from raytrain_adv.ops.peer_copies import PeerAllGather, PeerReduceScatter, pools
+
+    assert mesh is not None
+    gathers, reductions = pools(mesh.get_group(SHARDED))
+
+    def copied(unit: FSDPModule) -> None:
+        unit.set_custom_all_gather(PeerAllGather(gathers))
+        unit.set_custom_reduce_scatter(PeerReduceScatter(reductions, compute_dtype(job)))
+
+    return copied
+
+
+def _sharder(
+    job: JobConfig,
+    mesh: DeviceMesh | None,
+    sum_dtype: torch.dtype,
+    copied: Callable[[FSDPModule], None] | None,
+) -> Callable[..., FSDPModule]:
     options = job.parallel
     offload = OffloadPolicy()
     if options.fsdp_cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=mesh is not None and mesh.device_type == "cuda")
-    return partial(
+    apply = partial(
         fully_shard,
         mesh=mesh,
-        # The root too, which FSDP2 by itself would leave whole: head and embedding would stay over
-        # the loss, where memory peaks.
+        # The rest too, which FSDP2 by itself would leave whole: a tied head would stay over the
+        # loss, where memory peaks.
         reshard_after_forward=options.fsdp_reshard_after_forward,
         # Layers take some inputs in float32: rotary tables, residual streams.
         mp_policy=MixedPrecisionPolicy(
             param_dtype=compute_dtype(job),
-            reduce_dtype=reduce_dtype(job),
+            reduce_dtype=sum_dtype,
             cast_forward_inputs=False,
         ),
         offload_policy=offload,
     )
+
+    def shard_module(module: nn.Module, **others: Any) -> FSDPModule:
+        unit = apply(module, **others)
+        if copied is not None and "mp_policy" not in others:
+            copied(unit)
+        return unit
+
+    return shard_module
 
 
 def _refuse_shared(model: PreTrainedModel) -> None:

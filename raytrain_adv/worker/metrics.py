@@ -179,9 +179,13 @@ class Meter:
         return tokens_per_second * self.flops_per_token / self.peak.value
 
     def peak_memory_gib(self) -> float:
-        """Return the peak of allocated GPU memory so far; on CPU of resident memory."""
+        """Return the peak of allocated GPU memory so far, with buffers that peers read; on CPU of
+        resident memory.
+        """
         if self.on_gpu:
-            return torch.cuda.max_memory_allocated(self.run.device) / GIB
+            from raytrain_adv.ops.peer_copies import held_gib
+
+            return torch.cuda.max_memory_allocated(self.run.device) / GIB + held_gib()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def figures(self) -> dict[str, Any]:

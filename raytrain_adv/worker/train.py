@@ -40,6 +40,7 @@ from raytrain_adv.worker.loop import TrainState, log_and_save, train_step, train
 from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.optim import build_optimizer
 from raytrain_adv.worker.trials.causal import check_causal
+from raytrain_adv.worker.trials.collectives import uses_copies
 from raytrain_adv.worker.trials.loss import check_loss
 from raytrain_adv.worker.trials.packing import check_packing
 
@@ -70,7 +71,8 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         plans = transforms.prepare(model, facts, longest * arithmetic.micro_batch)
         plans = install(run, transforms, model, plans)
         predicted = memory.predict(model, job, run.world_size, longest, arithmetic.micro_batch)
-        parallel.shard(model, job, parallel.build_mesh(job, run.device))
+        mesh = parallel.build_mesh(job, run.device)
+        parallel.shard(model, job, mesh, uses_copies(job, run, mesh))
         plans = load_weights(run, transforms, model, plans)
         optimizer = build_optimizer(model, job)
     progress = resume(run, found, transforms, model, optimizer)
