@@ -134,7 +134,7 @@ def shard(
             refuse_wrong_slices(model, triton_version())
     shard_module = None
     if needs_fsdp(model, job, mesh):
-        copied = _copying(job, mesh) if copies else None
+        copied = _copying(job, mesh) if copies and mesh is not None else None
         shard_module = _sharder(job, mesh, _sum_dtype(model, job, mesh, copies), copied)
     frozen = set[nn.Parameter]()
     if mode != "none" or shard_module is not None:
@@ -284,11 +284,10 @@ def _sum_dtype(
     return torch.bfloat16 if once else reduce_dtype(job)
 
 
-def _copying(job: JobConfig, mesh: DeviceMesh | None) -> Callable[[FSDPModule], None]:
+def _copying(job: JobConfig, mesh: DeviceMesh) -> Callable[[FSDPModule], None]:
     """Return what has a unit moved by copies."""
     from raytrain_adv.ops.peer_copies import PeerAllGather, PeerReduceScatter, pools
 
-    assert mesh is not None
     gathers, reductions = pools(mesh.get_group(SHARDED))
 
     def copied(unit: FSDPModule) -> None:
