@@ -161,6 +161,7 @@ def _from_info(name: str, raw: Any, dataset_dir: Path) -> Entry:
         found = f"{where}: {num_samples!r}"
         raise JobError("num_samples must be a number of rows", found, "use an integer from 1")
     kind, target = _source(where, raw, dataset_dir)
+    _refuse_parts(where, raw, kind)
     if kind == "builtin":
         return Entry(name, kind, target, num_samples=num_samples)
     return Entry(
@@ -197,6 +198,16 @@ def _refuse_other_stages(where: str, raw: dict[str, Any], columns: dict[str, str
             f"{where}: {', '.join(refused)} cannot be honored",
             "name a dataset with text answers, from file_name or hf_hub_url",
         )
+
+
+def _refuse_parts(where: str, raw: dict[str, Any], kind: Kind) -> None:
+    """Refuse parts of a Hub dataset in an entry of another kind; a file is its train split."""
+    parts = [key for key in ("subset", "folder") if raw.get(key)]
+    parts += ["split"] if raw.get("split", "train") != "train" else []
+    if parts and kind != "hub":
+        found = f"{where}: {', '.join(f'{key} {raw[key]!r}' for key in parts)}"
+        fix = "delete it, and name the file of those rows"
+        raise JobError("Files have no subsets, splits and folders", found, fix)
 
 
 def _source(where: str, raw: dict[str, Any], dataset_dir: Path) -> tuple[Kind, str]:

@@ -191,6 +191,11 @@ def test_an_older_name_is_read_as_the_newer(tmp_path: Path) -> None:
     assert job.output.eval_strategy == "epoch"
 
 
+def test_arguments_that_transformers_has_no_longer_are_not_typing_errors(tmp_path: Path) -> None:
+    assert "transformers 5 has it no longer" in refusal(tmp_path, LORA, "logging_dir=logs")
+    assert load_keys(tmp_path, LORA, "half_precision_backend=auto")
+
+
 def test_an_older_name_next_to_the_newer_is_refused(tmp_path: Path) -> None:
     keys = {**WITH_EVALUATION, "evaluation_strategy": "epoch"}
     assert "older name of eval_strategy" in refusal(tmp_path, keys)
