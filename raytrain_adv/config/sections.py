@@ -171,8 +171,10 @@ class ParallelConfig(Section):
     keep a GPU busy. Unset means passes of up to 60 TFLOP, where it is possible."""
     fsdp_shard_size: Count | None = None
     """Workers that share one copy of the model; none means all, fewer than all is HSDP."""
-    fsdp_reshard_after_forward: bool = True
-    """Free gathered parameters after each layer's forward; false communicates less, for memory."""
+    fsdp_reshard_after_forward: bool | None = None
+    """Free each layer's gathered parameters after its forward, and gather them again in backward.
+    false keeps them: less to move, more memory. Unset keeps them where the predicted peak then
+    leaves 15 % of the GPU's memory free."""
     fsdp_reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which workers sum gradients; bfloat16 moves half the bytes, and rounds each sum."""
     fsdp_collectives: Literal["auto", "nccl", "copies"] = "auto"

@@ -26,6 +26,7 @@ COPY_BUFFERS = 3  # of the largest unit, where copies replace NCCL: two gathered
 GPUS_OF_A_HOST = 8  # at most, for the prediction
 WORKSPACE_BYTES = 96 * 2**20  # cuBLAS and attention workspaces, rotary tables, token ids
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "gathered")
+ROOM = 0.15  # share of a GPU's memory that stays free where layers are kept without a key
 RESERVE = 0.06  # share of a GPU's memory to leave free: CUDA context, NCCL buffers, fragmentation
 
 
@@ -173,6 +174,26 @@ def predict(
     )
 
 
+def settled(
+    model: PreTrainedModel,
+    job: JobConfig,
+    world_size: int,
+    seq_len: int,
+    batch: int,
+    memory_gib: float | None,
+) -> JobConfig:
+    """Return the job with fsdp_reshard_after_forward decided by the memory of a GPU: layers stay
+    gathered between forward and backward where ROOM of it is left. Arguments as of `predict`.
+    """
+    set_already = job.parallel.fsdp_reshard_after_forward is not None
+    if set_already or memory_gib is None or world_size == 1 or job.parallel.use_cpu:
+        return job
+    kept = {"fsdp_reshard_after_forward": False}
+    keeping = replace(job, parallel=job.parallel.model_copy(update=kept))
+    need = predict(model, keeping, world_size, seq_len, batch).total
+    return keeping if need <= memory_gib * (1 - ROOM) else job
+
+
 def _phases(s: States, a: Passes, job: JobConfig, accumulates: bool) -> tuple[Phase, ...]:
     """Return the moments of a step; the optimizer's states exist from the second step on."""
     earlier = s.gradients if accumulates else 0.0
@@ -225,7 +246,8 @@ class _Whole:
     @staticmethod
     def sharded(s: States, job: JobConfig) -> _Whole:
         """Return those that FSDP2 gathers."""
-        stays = 0.0 if job.parallel.fsdp_reshard_after_forward else s.root + s.layer * s.num_layers
+        kept = job.parallel.fsdp_reshard_after_forward is False
+        stays = s.root + s.layer * s.num_layers if kept else 0.0
         layers = max(stays, s.root + GATHERED_AHEAD * s.layer)
         head = max(stays, s.root) + s.head
         return _Whole(stays + s.head, head, layers, layers, layers, head)
@@ -303,7 +325,8 @@ def _explanations(
     alone = "nothing: one worker, no FSDP2"
     if states.layer_copy:
         alone = "copies of float32 parameters in the compute dtype"
-    gathered = "whole layers while FSDP2 computes with them"
+    kept = job.parallel.fsdp_reshard_after_forward is False
+    gathered = f"whole layers {'from forward to backward' if kept else 'where FSDP2 computes'}"
     if states.is_sharded and moves_by_copies(job, states.shard_size):
         buffers = COPY_BUFFERS * states.largest_unit
         gathered += f", and {buffers:.1f} GiB of buffers that the host's other GPUs read"

@@ -94,7 +94,7 @@ def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[Unit]:
     alone = [list(end.parameters()) for end in ends(model, job)]
     inside = {id(p) for unit in (*layers, *alone) for p in unit}
     rest = [p for p in model.parameters() if id(p) not in inside]
-    again = 2 if job.parallel.fsdp_reshard_after_forward else 1
+    again = 1 if job.parallel.fsdp_reshard_after_forward is False else 2
     times = [*(again for _ in layers), *(1 for _ in alone), again]
     found = []
     for parameters, count in zip((*layers, *alone, rest), times, strict=True):

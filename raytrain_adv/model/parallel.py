@@ -312,7 +312,7 @@ def _sharder(
         mesh=mesh,
         # The rest too, which FSDP2 by itself would leave whole: a tied head would stay over the
         # loss, where memory peaks.
-        reshard_after_forward=options.fsdp_reshard_after_forward,
+        reshard_after_forward=options.fsdp_reshard_after_forward is not False,
         # Layers take some inputs in float32: rotary tables, residual streams.
         mp_policy=MixedPrecisionPolicy(
             param_dtype=compute_dtype(job),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raytrain_adv import hardware
@@ -70,7 +71,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         notes = say_notes(job, run, model)
         plans = transforms.prepare(model, facts, longest * arithmetic.micro_batch)
         plans = install(run, transforms, model, plans)
-        predicted = memory.predict(model, job, run.world_size, longest, arithmetic.micro_batch)
+        job, predicted = sized(job, run, model, facts, longest, arithmetic.micro_batch)
         mesh = parallel.build_mesh(job, run.device)
         parallel.shard(model, job, mesh, uses_copies(job, run, mesh))
         plans = load_weights(run, transforms, model, plans)
@@ -107,6 +108,26 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         "resumed_from_step": progress.step if progress is not None else None,
         "began_at": began_at,
     }
+
+
+def sized(
+    job: JobConfig,
+    run: Run,
+    model: PreTrainedModel,
+    facts: HardwareFacts,
+    longest: int,
+    micro_batch: int,
+) -> tuple[JobConfig, memory.MemoryPrediction]:
+    """Return the job with what the GPUs' memory decides, and its predicted memory."""
+    passes = (run.world_size, longest, micro_batch)
+    gib = run.agree(int(facts.device_memory_gib), dist.ReduceOp.MIN)
+    on_gpu = facts.device_type == "cuda"
+    decided = memory.settled(model, job, *passes, gib if on_gpu else None)
+    predicted = memory.predict(model, decided, *passes)
+    if decided is not job:
+        text = "layers stay gathered from forward to backward (fsdp_reshard_after_forward: false)"
+        run.say(f"{text}: predicted peak {predicted.total:.1f} of {gib} GiB", event="memory")
+    return decided, predicted
 
 
 def say_notes(job: JobConfig, run: Run, model: PreTrainedModel) -> tuple[str, ...]:

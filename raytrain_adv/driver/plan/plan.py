@@ -24,7 +24,7 @@ from raytrain_adv.estimate.assumptions import Assumptions
 from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.estimate.launches import refuse_without_graph, why_no_graph
 from raytrain_adv.estimate.limits import Limit, Scale, Work
-from raytrain_adv.estimate.memory import HostNeed, MemoryPrediction, dtypes
+from raytrain_adv.estimate.memory import HostNeed, MemoryPrediction, dtypes, settled
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model.attention import attention_name
 from raytrain_adv.model.build import build, decoder_layers
@@ -113,8 +113,11 @@ def resolve(
     plans = transforms.prepare(model, facts, job.train.per_device_train_batch_size * seq_len)
     arithmetic = resolve_arithmetic(job, summary.num_sequences, world_size)
     transforms.check_length(arithmetic.total_steps)
-    case = Case(job, model, world_size, seq_len)
     gpus, per_node, host_gib = _node(facts)
+    known = gpus[0].memory_gib if gpus is not EXAMPLES else None
+    batch = job.train.per_device_train_batch_size
+    decided = settled(model, job, world_size, seq_len, batch, known)
+    case = Case(decided, model, world_size, seq_len)
     if assumed or per_node is None:
         per_node = int((assumed or Assumptions()).gpus_per_node)
     flops = training_flops_per_token(model, seq_len)
@@ -123,7 +126,7 @@ def resolve(
     memory = case.prediction()
     mean = summary.num_tokens / summary.num_sequences
     name = "" if job.parallel.use_cpu else gpus[0].name
-    work = Work(model, job, flops, mean, summary.num_sequences, arithmetic.save_every, name)
+    work = Work(model, decided, flops, mean, summary.num_sequences, arithmetic.save_every, name)
     return RunPlan(
         job=job,
         world_size=world_size,

@@ -10,7 +10,7 @@ import torch
 from raytrain_adv.checkpoint.save import training_state
 from raytrain_adv.checkpoint.staging import HostMemory, stage, tensors_of
 from raytrain_adv.config import JobConfig
-from raytrain_adv.estimate.memory import MemoryPrediction, predict
+from raytrain_adv.estimate.memory import ROOM, MemoryPrediction, predict, settled
 from raytrain_adv.estimate.sizes import HostCopies
 from raytrain_adv.model import weights
 from raytrain_adv.model.build import build
@@ -275,3 +275,38 @@ def test_asfts_reference_is_a_second_copy_of_the_parameters(tmp_path: Path, work
     first = {p.name: p for p in once.phases}["loss"].logits
     assert {p.name: p for p in twice.phases}["loss"].logits == pytest.approx(first + logits)
     assert "ASFT's reference" in twice.explanations["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("gib", "keys", "keeps"),
+    [
+        (140, {}, True),
+        (85, {}, False),
+        (None, {}, False),
+        (140, {"fsdp_reshard_after_forward": True}, False),
+        (10, {"fsdp_reshard_after_forward": False}, True),
+        (140, {"use_cpu": True, "torch_compile": False}, False),
+    ],
+)
+def test_layers_stay_gathered_where_a_gpu_has_room(
+    tmp_path: Path, gib: float | None, keys: dict[str, Any], keeps: bool
+) -> None:
+    none = {"gradient_checkpointing": "none", "ray_num_workers": 2}
+    job = job_on(tmp_path, LLAMA_8B, **{**PURE, **none, **keys})
+    model = build(job)
+    decided = settled(model, job, 2, 8192, 1, gib)
+    assert (decided.parallel.fsdp_reshard_after_forward is False) == keeps
+    found = predict(model, decided, 2, 8192, 1)
+    assert ("to backward" in found.explanations["gathered"]) == keeps
+    if gib is not None and not keys:
+        assert found.total <= gib * (1 - ROOM)
+
+
+def test_copies_need_buffers_of_the_largest_unit(tmp_path: Path) -> None:
+    """As measured on two H200s (jobs/benchmarks/results/fsdp_collectives.json)."""
+    none = {"gradient_checkpointing": "none", "loss_kernel": "chunked"}
+    found = prediction(tmp_path, LLAMA_8B, world_size=2, **none, **PURE)
+    nccl = prediction(tmp_path, LLAMA_8B, world_size=2, fsdp_collectives="nccl", **none, **PURE)
+    assert found.gathered - nccl.gathered == pytest.approx(3 * 128256 * 4096 * 2 / 2**30, rel=0.01)
+    assert found.total == pytest.approx(62.2, rel=0.05)
+    assert nccl.total == pytest.approx(61.6, rel=0.05)
