@@ -16,8 +16,11 @@ def page() -> str:
     stored = json.loads(FILE.read_text())
     held: dict[str, dict[str, str]] = stored["families"]
     features = list(dict.fromkeys(feature for row in held.values() for feature in row))
-    seeing = [kind for kind, row in held.items() if row and all(SEES in t for t in row.values())]
-    counted = [row for kind, row in held.items() if kind not in seeing]
+    seeing, refusing = (
+        [kind for kind, row in held.items() if row and all(text in t for t in row.values())]
+        for text in (SEES, "apart: ")
+    )
+    counted = [row for kind, row in held.items() if kind not in (*seeing, *refusing)]
     words = Counter(_word(row.get(f, "")) for row in counted for f in features)
     tried = sum(words.values()) - words[UNTRIED]
     shares = {word: f"{words[word]:,} {word} ({words[word] / max(tried, 1):.1%})" for word in WORDS}
@@ -25,7 +28,9 @@ def page() -> str:
     lines = [
         f"transformers {stored['transformers']}: {len(held)} families, {tried:,} of "
         f"{len(counted) * len(features):,} cells were tried: {counts}. Counted apart, as they see "
-        f"the tokens that they would be trained to predict: {', '.join(seeing) or 'none'}.",
+        f"the tokens that they would be trained to predict: {', '.join(seeing) or 'none'}; and as "
+        "their own forward pass in transformers takes no text without images or sound: "
+        f"{', '.join(refusing) or 'none'}.",
         "",
         f"| family | {' | '.join(features)} |",
         f"| --- |{' --- |' * len(features)}",

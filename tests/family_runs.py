@@ -5,7 +5,8 @@ every multimodal one.
 
 Results are added to docs/families.json, family by family; docs/generate.py makes the page of them.
 Each cell is `right`, or why it is not: `refused` by an error of this package that names the reason,
-`wrong` if numbers differ from those of transformers or PEFT, `traceback` for any other exception.
+`wrong` if numbers differ from those of transformers or PEFT, `traceback` for any other exception,
+`apart` if the model's own forward pass takes no text alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import socket
 import tempfile
 import traceback
@@ -21,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -33,8 +35,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from raytrain_adv.config import load
 from raytrain_adv.data.prepare import prepare
+from raytrain_adv.driver.commands.export import prepared_model
 from raytrain_adv.errors import RaytrainAdvError
 from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.model.weights import load_pretrained, packed_weights
 from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.run.run import local_run
 from raytrain_adv.text import first_line
@@ -62,6 +66,8 @@ KEYS: dict[str, dict[str, Any]] = {
     "resume": {"save_strategy": "steps", "save_steps": 1},
 }
 """Feature -> the keys that turn it on."""
+MORE = re.compile(r"pixel_values|input_features")
+"""Inputs of a forward pass that come of images and sounds."""
 EXACT, ROUNDED, COARSE = 2e-4, 0.02, 0.1
 """Allowed differences of losses, relative: in another order, in bf16, in 4 or 8 bits."""
 
@@ -69,6 +75,10 @@ EXACT, ROUNDED, COARSE = 2e-4, 0.02, 0.1
 def all_families() -> list[str]:
     """Return the model types of text models, then those of multimodal ones."""
     return [*families(), *multimodal_families()]
+
+
+class Apart(Exception):
+    """A model cannot be trained on text alone: its own forward pass in transformers refuses it."""
 
 
 class Differs(Exception):
@@ -85,6 +95,7 @@ def compare(what: str, found: float, wanted: float, most: float) -> None:
 class Family:
     """The tiny checkpoint of a family, and what plain transformers computes with it."""
 
+    keys: ClassVar[dict[str, dict[str, Any]]] = KEYS
     kind: str
     folder: Path
     loss: float = 0.0
@@ -118,7 +129,12 @@ class Family:
         (self.folder / "rows.json").write_text(json.dumps(rows))
         self.batch = read_batch(self.job("plain"))
         plain = self.model_class.from_pretrained(self.checkpoint, dtype=torch.float32).train()
-        loss = loss_of(plain, self.batch)
+        try:
+            loss = loss_of(plain, self.batch)
+        except (TypeError, ValueError) as error:
+            if MORE.search(str(error)):
+                raise Apart(first_line(str(error))) from error
+            raise
         loss.backward()
         norms = [p.grad for p in plain.parameters() if p.grad is not None]
         self.loss, self.norm = loss.item(), float(torch.nn.utils.get_total_norm(norms))
@@ -152,7 +168,7 @@ class Family:
 
     def run(self, feature: str, **keys: Any) -> Run:
         """Train with a feature, once; return what was found."""
-        path = self.job("full" if feature == "export" else feature, **KEYS[feature], **keys)
+        path = self.job("full" if feature == "export" else feature, **self.keys[feature], **keys)
         out = Path(yaml.safe_load(path.read_text())["output_dir"])
         if not (out / "model").is_dir() or keys:
             job = load(path)
@@ -207,12 +223,25 @@ def loss_of(model: Any, batch: Any) -> torch.Tensor:
     return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
 
 
-def reloaded(family: Family, run: Run, adapted: bool) -> float:
-    """Return the loss of what a run exported, loaded as its user does."""
+def dequantize(model: Any, job: Path) -> None:
+    """Give a plain model the values that a job's quantized base stands for."""
+    ours, _ = prepared_model(load(job))
+    load_pretrained(ours, load(job), torch.device("cpu"))
+    with torch.no_grad():
+        for name, layer in packed_weights(ours).items():
+            model.get_parameter(name).copy_(layer.unpacked())
+
+
+def reloaded(family: Family, run: Run, adapted: bool, quantized: str = "") -> float:
+    """Return the loss of what a run exported, loaded as its user does; an adapter of a feature that
+    quantizes the base on the base's values.
+    """
     path, load_it = family.checkpoint if adapted else run.model, family.model_class.from_pretrained
     model, info = load_it(path, dtype=torch.float32, output_loading_info=True)
     if wrong := {kind: sorted(map(str, names))[:3] for kind, names in info.items() if names}:
         raise Differs(f"loading: {wrong}")
+    if quantized:
+        dequantize(model, family.job(quantized, **family.keys[quantized]))
     if adapted:
         model = PeftModel.from_pretrained(model, run.model)
     with torch.no_grad():
@@ -230,7 +259,14 @@ def check(family: Family, feature: str) -> None:
         return
     run = family.run(feature)
     first, norm = run.steps[0]
-    allowed = {"bf16": ROUNDED, "QLoRA": COARSE, "FP8": COARSE, "QAT int8": COARSE, "QAT int4": 1.0}
+    allowed = {
+        "bf16": ROUNDED,
+        "QLoRA": COARSE,
+        "FP8 base": ROUNDED,
+        "FP8": COARSE,
+        "QAT int8": COARSE,
+        "QAT int4": 1.0,
+    }
     compare("loss", first, family.loss, allowed.get(feature, EXACT))
     if feature in ("full", "packing", "chunked loss", "checkpointing", "selective"):
         compare("gradient norm", norm, family.norm, 10 * EXACT)
@@ -238,7 +274,7 @@ def check(family: Family, feature: str) -> None:
         loss = reloaded(family, run, feature == "LoRA")
         compare("loss of the exported model", loss, run.held_out, EXACT)
     if feature == "QLoRA":
-        compare("loss in PEFT", reloaded(family, run, adapted=True), run.held_out, COARSE)
+        compare("loss in PEFT", reloaded(family, run, True, feature), run.held_out, EXACT)
 
 
 def check_resumed(family: Family) -> None:
@@ -255,6 +291,8 @@ def result(action: Callable[[], None]) -> str:
     """Return `right`, or what came instead."""
     try:
         action()
+    except Apart as error:
+        return f"apart: {error}"[:300]
     except Differs as error:
         return f"wrong: {error}"
     except RaytrainAdvError as error:
@@ -270,7 +308,10 @@ def try_family(kind: str, features: tuple[str, ...], folder: Path) -> dict[str, 
     """Return the result of each feature on a family, in this process."""
     folder.mkdir(parents=True, exist_ok=True)
     family = Family(kind, folder)
-    if (made := result(family.write)) != "right":
+    made = result(family.write)
+    if made.startswith("apart"):
+        return dict.fromkeys(features, made)
+    if made != "right":
         return dict.fromkeys(features, f"not tried: {made}")
     return {feature: result(partial(check, family, feature)) for feature in features}
 

@@ -8,7 +8,10 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from tests.families import HIDDEN, SIZES, randomize, tiny_keys
 
@@ -25,9 +28,33 @@ TOWER: tuple[tuple[str, int], ...] = (
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SECTIONS: dict[str, list[int]] = {
     kind: [4, 2, 2]
-    for kind in ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm46v", "glm4v", "glm_ocr", "glmga")
-} | {"glm4v_moe": [2, 1, 1]}
+    for kind in (
+        "cosmos3_edge",
+        "qwen2_5_omni_thinker",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "paddleocr_vl",
+        "glm46v",
+        "glm4v",
+        "glm_ocr",
+        "glmga",
+    )
+} | {"glm4v_moe": [2, 1, 1], "hunyuan_vl": [2, 2, 2, 2]}
 """Model type -> sections of its rotary tables, which follow from the size of a head."""
+PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dots3_note": {"text_config": {"per_layer_config": None}},
+    "emu3": {"": {"vocabulary_map": {"<|extra_200|>": 250, "<image>": 251}}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": HIDDEN // 4}},
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
+    "granite4_vision": {"": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "muse_spark": {"vision_config": {"num_hidden_layers": 4}},
+    "nemo_speechlm": {"": {"blank_token_id": 0}},
+    "qwen2_5_omni_thinker": {"": {"vision_start_token_id": 249}},
+    "qwen3_omni_moe_thinker": {"": {"vision_start_token_id": 249}},
+    "step3p7": {"text_config": {"sliding_window": 16}},
+}
+"""Model type -> part, empty for the whole -> keys whose values their names do not tell."""
 CHOSEN = {"deepstack_visual_indexes": [0], "fullatt_block_indexes": [1]}
 MARK = re.compile(r"\w*(image|video|audio|vision|boi|eoi|boa|eoa)\w*_(id|index)")
 
@@ -38,7 +65,11 @@ def multimodal_families() -> list[str]:
 
 
 def has_text(kind: str) -> bool:
-    """Whether a model type has a decoder of text, and other parts."""
+    """Whether a model type has a decoder of text, and other parts, and is no classifier of images
+    (ShieldGemma 2: its head is made of two rows of the decoder's).
+    """
+    if kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return False
     if kind not in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or kind not in CONFIG_MAPPING:
         return False
     config = CONFIG_MAPPING[kind]
@@ -69,12 +100,13 @@ def tiny_multimodal(kind: str) -> PreTrainedModel:
             sizes = tiny_keys(part, part.model_type) if text else tower_keys(part)
             if text and kind in SECTIONS:
                 sizes["rope_parameters"] = {**ROPE, "mrope_section": SECTIONS[kind]}
-            keys[name] = type(part)(**sizes)
+            keys[name] = type(part)(**{**sizes, **PARTS.get(kind, {}).get(name, {})})
     marks = 250  # ids that no letter has
     for name, value in given.to_dict().items():
         if isinstance(value, int) and MARK.fullmatch(name):
             keys[name], marks = marks, marks + 1
         elif name in ("projection_dim", "hidden_size"):
             keys[name] = HIDDEN
+    keys |= PARTS.get(kind, {}).get("", {})
     auto = cast(Any, AutoModelForMultimodalLM)
     return randomize(auto.from_config(type(given)(**keys), dtype=torch.float32))

@@ -3,7 +3,8 @@
     python -m tests.real_checkpoints ROWS.json FOLDER [FOLDER ...]
 
 ROWS.json are Alpaca's rows, a FOLDER is a checkpoint with its tokenizer. For each feature a
-line has the held-out loss in training, and the exported folder's in transformers or PEFT.
+line has the held-out loss in training, and the exported folder's in transformers or PEFT. Adapters
+of a quantized base are loaded on its values.
 """
 
 from __future__ import annotations
@@ -13,18 +14,26 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
-from tests.family_runs import Family, read_batch, reloaded
+from tests.family_runs import KEYS, Family, read_batch, reloaded
 
-FEATURES = ("full", "LoRA", "QAT int8")
+FEATURES = ("full", "LoRA", "QLoRA", "FP8 base", "QAT int8", "QAT int4")
+FP8_BASE = {
+    "finetuning_type": "lora",
+    "quantization_bit": 8,
+    "quantization_type": "fp8",
+    "quantization_products": "dequantized",
+}
 SHORT = {"cutoff_len": 96, "per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-4}
 
 
 class Real(Family):
     """A real checkpoint in its folder, instead of a tiny one."""
 
+    keys: ClassVar[dict[str, dict[str, Any]]] = {**KEYS, "FP8 base": FP8_BASE}
     source: Path
 
     @property
@@ -45,7 +54,9 @@ def try_checkpoint(source: Path, rows: Path, folder: Path) -> None:
         line = (
             f"{source.name}, {feature}: loss {first:.4f} to {last:.4f}, held out {run.held_out:.5f}"
         )
-        loss = reloaded(family, run, adapted=feature == "LoRA")
+        keys = family.keys[feature]
+        quantized = feature if "quantization_bit" in keys else ""
+        loss = reloaded(family, run, "finetuning_type" in keys, quantized)
         print(f"{line}, reloaded {loss:.5f}", flush=True)
 
 

@@ -278,7 +278,7 @@ class Lora(Transform):
         added = sum(self._added_parameters(fqn, model.get_submodule(fqn)) for fqn in changes)
         total = sum(p.numel() for p in model.parameters())
         share = f"{added / total:.2%}"
-        yield f"{added:,} trainable parameters in adapters on {total:,} frozen ones ({share})"
+        yield f"{added:,} trainable parameters in adapters on a model of {total:,} ({share})"
         if self.use_dora:
             why = "PEFT's DoRA does not trace into one graph"
             yield f"{why}: torch_compile gains less than with LoRA"

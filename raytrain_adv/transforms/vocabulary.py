@@ -105,8 +105,12 @@ class Vocabulary(Transform):
         if is_tied(model) and output_head(model) in chosen.values():
             head: Any = output_head(model)
             count -= head.weight.numel()
-        notes = (f"{count:,} weights are trained in full and saved with the adapters",)
-        return Plan(self.name, changes, notes=notes)
+        held = {f: p.numel() for f, p in model.named_parameters() if not in_adapter(f)}
+        note = (
+            f"{count:,} weights are trained in full and saved with the adapters; the other "
+            f"{sum(held.values()) - count:,} of the model are frozen"
+        )
+        return Plan(self.name, changes, notes=(note,))
 
     def _chosen(self, model: nn.Module, named: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """Return the modules of additional_target, or the tables, by name."""
