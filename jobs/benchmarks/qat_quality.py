@@ -95,7 +95,8 @@ def main() -> None:
     done = {row["name"] for row in known}
     waiting = [task for task in tasks(options.seeds, options.steps) if task.name not in done]
     twins = {task.name for task in waiting if task.method == BF16}
-    pool = ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(options.workers, spawn, take_gpu, (spawn.Value("i", 0),))
     running: dict[Future[dict[str, Any]], Task] = {}
     while (waiting or running) and time.monotonic() - began < options.budget_s:
         for task in list(waiting):
@@ -189,6 +190,14 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def take_gpu(turn: Any) -> None:
+    """Have this process compute on the next of the machine's GPUs."""
+    with turn.get_lock():
+        number, turn.value = turn.value, turn.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def row_of(task: Task, options: argparse.Namespace) -> dict[str, Any]:
