@@ -23,7 +23,7 @@ from raytrain_adv.driver.commands.report import report_command
 from raytrain_adv.driver.commands.use.commands import COMMANDS
 from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError
 from raytrain_adv.estimate.assumptions import Assumptions, assumptions
-from raytrain_adv.redaction import hide_environment, is_secret_name
+from raytrain_adv.redaction import hide, hide_environment, is_secret_name
 from raytrain_adv.text import clean, nearest
 from raytrain_adv.worker.preconditions import check_files
 
@@ -67,9 +67,11 @@ def _wrong(text: str, fix: str) -> JobError:
 
 
 def _refuse(error: RaytrainAdvError) -> int:
-    """Print an error in whatever encoding stderr has, and return its exit code."""
+    """Print an error in whatever encoding stderr has, and return its exit code. It may quote files
+    of others: what is a secret by its form is left out, as are control characters.
+    """
     encoding = sys.stderr.encoding or "utf-8"
-    shown = clean(hide_environment(str(error)))
+    shown = clean(hide(hide_environment(str(error))))
     print(f"\n{shown.encode(encoding, 'backslashreplace').decode(encoding)}", file=sys.stderr)
     return error.exit_code
 

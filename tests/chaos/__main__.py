@@ -25,6 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rare", action="store_true", help="at moments that come once in a run")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of runs to repeat")
     parser.add_argument("--out", type=Path, help="file for the results")
     parser.add_argument("--whole", type=Path, help="folder to keep undisturbed runs in")
@@ -32,8 +33,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no process
     found: list[dict[str, Any]] = []
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
-    command = f"make test-chaos N={given.runs} SEED={given.seed}"
-    for case in cases.cases(given.seed, given.runs):
+    command = f"python -m tests.chaos --runs {given.runs} --seed {given.seed}"
+    command += " --rare" * given.rare
+    for case in cases.cases(given.seed, given.runs, given.rare):
         if given.only and case.number not in given.only:
             continue
         whole = run.undisturbed(case.job, (given.whole or folder / "whole") / case.job)

@@ -30,6 +30,11 @@ JOBS: dict[str, dict[str, Any]] = {
     "sweep": {"ray_num_workers": 1, "sweep": {"seed": [1, 2], "metric": "eval_loss"}},
     "20100 rows": {},  # enough for processes that tokenize
 }
+FP8 = {"fp8": True, "bf16": True, "fp8_allow_cpu": True, "fp8_min_features": 0}
+RARE_JOBS: dict[str, dict[str, Any]] = {
+    **JOBS,
+    "FP8 all-gather": {**FP8, "fp8_enable_fsdp_float8_all_gather": True},
+}
 ROWS = {"20100 rows": 20_100}
 WHILE_TRAINING = ("worker 1", "rank 0", "controller", "raylet", "gcs_server", "driver")
 MOMENTS = {
@@ -39,6 +44,16 @@ MOMENTS = {
     "tokenizing": ("tokenizer", "driver"),
     "exporting": ("rank 0", "driver", "raylet"),
 }
+RARE = {
+    "workers starting": ("controller", "raylet", "gcs_server", "driver"),
+    "loading the model": ("worker 1", "rank 0", "controller"),
+    "resuming": ("worker 1", "rank 0", "controller", "driver"),
+    "exporting": ("worker 1", "controller", "gcs_server"),
+    "model written": ("controller", "driver", "raylet"),
+    "between trials": ("driver", "raylet", "gcs_server"),
+}
+"""Moments that come once in a run, and last for less than a second. What resumes was killed before,
+at a step."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +73,17 @@ class Case:
         return f"step {self.step}" if self.moment == "step" else self.moment
 
 
-def cases(seed: int, count: int) -> Iterator[Case]:
-    """Yield the cases of a seed: every moment with every target in a random order, again and again,
-    each in a random job. Those of a smaller count are the first of a larger one.
+def cases(seed: int, count: int, is_rare: bool = False) -> Iterator[Case]:
+    """Yield the cases of a seed: every moment, or rare one, with every target in a random order,
+    again and again, each in a random job. Those of a smaller count are the first of a larger one.
     """
+    moments, known = (RARE, RARE_JOBS) if is_rare else (MOMENTS, JOBS)
     number, draw = 0, random.Random(seed)
     while True:
-        pairs = [(moment, target) for moment, targets in MOMENTS.items() for target in targets]
+        pairs = [(moment, target) for moment, targets in moments.items() for target in targets]
         draw.shuffle(pairs)
         for moment, target in pairs:
-            jobs = [job for job in JOBS if _fits(job, moment, target)]
+            jobs = [job for job in known if _fits(job, moment, target)]
             step, delay_s = draw.randrange(2, STEPS), draw.uniform(0.0, 2.0)
             number += 1
             if number > count:
@@ -78,5 +94,7 @@ def cases(seed: int, count: int) -> Iterator[Case]:
 def _fits(job: str, moment: str, target: str) -> bool:
     if job in ROWS or moment == "tokenizing":
         return job in ROWS and moment == "tokenizing"
+    if moment == "between trials":
+        return job == "sweep"
     # A sweep's trials have one worker each, and rows of their own.
     return job != "sweep" or (moment in ("step", "starting") and target != "worker 1")

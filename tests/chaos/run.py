@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytrain_adv.config import load
-from tests.chaos.cases import COMMON, EVERY, JOBS, ROWS, Case
+from raytrain_adv.storage.storage import Storage
+from tests.chaos.cases import COMMON, EVERY, RARE_JOBS, ROWS, Case
 from tests.conftest import tiny_keys, write_rows
 from tests.processes import command_of, has_open
 from tests.workers import events, rows, run_workers, stop_all
@@ -33,7 +34,8 @@ from tests.workers import events, rows, run_workers, stop_all
 RESUME = "resume_from_checkpoint=true"
 NAMED = {"raylet": "raylet", "gcs_server": "gcs_server", "controller": "TrainController"}
 WORKER, TOKENIZER = "RayTrainWorker", "processes import main"
-HANG_S, ORPHANED_S = 900.0, 60.0
+HANG_S = 900.0
+ORPHANED_S = 90.0  # Ray's agents give a GCS that is gone 60 s, and end 61 to 63 s after a kill
 MOST_LAUNCHES = 4
 
 
@@ -66,12 +68,12 @@ def job_files(folder: Path, kind: str, out: Path) -> Path:
     Path(keys["model_name_or_path"]).rename(model)
     given: dict[str, Any] = {"model_name_or_path": str(model), "output_dir": str(out)}
     given["dataset"] = str(write_rows(folder / "строки.json", ROWS.get(kind, 64)))
-    if JOBS[kind].get("finetuning_type") == "lora":
+    if RARE_JOBS[kind].get("finetuning_type") == "lora":
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
         given["train_from_scratch"] = False
     path = folder / "задание.yaml"
-    changed = JOBS[kind]
+    changed = RARE_JOBS[kind]
     owned = changed.get("sweep", {})
     all_keys = {**keys, **COMMON, **given, **changed}
     kept = {key: value for key, value in all_keys.items() if key not in owned}
@@ -187,24 +189,38 @@ def has_come(case: Case, out: Path, launch: int) -> bool:
         return find_target(launch, "gcs_server", out) is not None
     if case.moment == "tokenizing":
         return find_target(launch, "tokenizer", out) is not None
-    return any(row["message"] == "export" for row in events(out, "phase"))
+    if case.moment == "workers starting":
+        return find_target(launch, "controller", out) is not None
+    if case.moment == "model written":
+        return (out / "model").exists()
+    if case.moment == "between trials":
+        trials = (Storage.at(str(out)).read_json("sweep.json") or {}).get("trials", ())
+        return any(trial["status"] == "done" for trial in trials)
+    if case.moment == "resuming":
+        return bool(events(out, "resume"))
+    phase = {"exporting": "export", "loading the model": "model"}[case.moment]
+    return any(row["message"] == phase for row in events(out, "phase"))
 
 
-def hurt(case: Case, out: Path, launch: subprocess.Popen[bytes], outcome: Outcome) -> None:
-    """Wait for the moment and kill; nothing is done if the run ends before."""
-    end = time.monotonic() + HANG_S
+def hurt(case: Case, out: Path, launch: subprocess.Popen[bytes], outcome: Outcome) -> bool:
+    """Wait for the moment and kill; return whether it was done before the run ended."""
+    end, log = time.monotonic() + HANG_S, out / "metrics.jsonl"
+    process: psutil.Process | None = None
     while launch.poll() is None and time.monotonic() < end:
+        if process is None and case.moment == "exporting" and reached(out) > 1:
+            process = find_target(launch.pid, case.target, log)  # an export is soon over
         if has_come(case, out, launch.pid):
-            if case.moment == "starting":
+            if case.moment in ("starting", "workers starting"):
                 time.sleep(case.delay_s)
-            outcome.reached = reached(out)
-            process = find_target(launch.pid, case.target, out / "metrics.jsonl")
+            outcome.reached = max(outcome.reached, reached(out))
+            process = process or find_target(launch.pid, case.target, log)
             if process is not None:
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(signal.SIGKILL)
-                    outcome.is_killed = True
-                return
+                    return True
+                return False
         time.sleep(0.02)
+    return False
 
 
 def waited(launch: subprocess.Popen[bytes], outcome: Outcome) -> bool:
@@ -222,16 +238,20 @@ def do(case: Case, folder: Path, whole: Path) -> Outcome:
     outcome, began = Outcome(case), time.monotonic()
     out, log = folder / "saves_é" / "测试", folder / "output.txt"
     job = job_files(folder, case.job, out)
+    kills = [case]
+    if case.moment == "resuming":
+        kills.insert(0, replace(case, moment="step", target="driver"))
     for number in range(MOST_LAUNCHES):
         with launched(job, log, *([RESUME] if number else [])) as launch:
-            if not outcome.is_killed:  # the first, or a Ray that did not start
-                hurt(case, out, launch.process, outcome)
+            if kills and hurt(kills[0], out, launch.process, outcome):
+                kills.pop(0)  # one that was not done is tried again: a Ray may not start
             if not waited(launch.process, outcome):
                 break
             if left := launch.left_running():
                 outcome.problems.append(f"left running: {left}")
         if outcome.exit_codes[-1] == 0:
             break
+    outcome.is_killed = not kills
     outcome.seconds = time.monotonic() - began
     outcome.problems += differences(case, out, whole, outcome)
     said = log.read_text(errors="replace")
