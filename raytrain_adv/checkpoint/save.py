@@ -39,7 +39,7 @@ from raytrain_adv.ops.float8.all_gather import as_plain
 from raytrain_adv.redaction import redact
 from raytrain_adv.run.run import Run
 from raytrain_adv.storage.retry import cause, retry
-from raytrain_adv.storage.storage import Storage, storage_errors
+from raytrain_adv.storage.storage import Storage, free_space, storage_errors
 
 PENDING, DONE, FAILED = 0, 1, 2
 MENTIONED_WAIT_S = 1.0  # of a whole run
@@ -214,6 +214,9 @@ class CheckpointWriter:
 
     def _raise_failure(self, target: Storage, done: Future[Written]) -> None:
         self.pending = None
+        free = (
+            f"; {free_space(Path(target.root))}" if target.is_local else ""
+        )  # before it is deleted
         if self.run.is_main:
             target.delete()
         error = done.exception() if done.done() else None
@@ -221,7 +224,7 @@ class CheckpointWriter:
             raise error
         found, fix = "another worker failed to write its part", "see its error"
         if error is not None:
-            found = f"{target.root}: {cause(error)}"
+            found = f"{target.root}: {cause(error)}{free}"
             fix = FREE_SPACE
         raise StorageError("The checkpoint cannot be written", found, fix) from error
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from raytrain_adv.dtensor import rank
 from raytrain_adv.errors import RaytrainAdvError, StorageError
 from raytrain_adv.storage.atomic import replace_folder
+from raytrain_adv.storage.storage import free_space
 from raytrain_adv.text import GIB
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -84,12 +85,6 @@ class NewFolder:
             self.failure = box[0]
         if self.failure is not None:
             raise self.failure
-
-
-def free_space(path: Path) -> str:
-    """Return the free space of a path's disk, in words."""
-    parent = next(p for p in (path, *path.parents) if p.exists())
-    return f"{shutil.disk_usage(parent).free / GIB:.1f} GiB free on the disk of {parent}"
 
 
 def folder_gib(path: Path) -> float:

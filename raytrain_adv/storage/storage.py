@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 
 from raytrain_adv.errors import StorageError
 from raytrain_adv.storage.atomic import write_atomic
+from raytrain_adv.text import GIB
 
 
 @contextmanager
@@ -31,6 +32,12 @@ def storage_errors(what: str, where: str) -> Iterator[None]:
             "with resume_from_checkpoint: true"
         )
         raise StorageError(what, f"{where}: {error}", fix) from error
+
+
+def free_space(path: Path) -> str:
+    """Return the free space of a path's disk, in words."""
+    parent = next(p for p in (path, *path.parents) if p.exists())
+    return f"{shutil.disk_usage(parent).free / GIB:.1f} GiB free on the disk of {parent}"
 
 
 CLAIM_S = 1.0  # longest time between the look of another process and its writing

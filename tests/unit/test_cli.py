@@ -223,3 +223,16 @@ def test_noise_is_hidden_before_torch_is_imported_in_every_process_of_a_run() ->
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stderr.splitlines() == ["this matters"] * int(ran.stdout)
+
+
+def test_what_an_error_quotes_of_another_file_has_no_secret_and_moves_no_cursor(
+    job_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz01234567"
+    info = {"own": {"file_name": "rows.json", "columns": {f"{secret}\x1b[2J": "a"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    path = job_file(dataset="own", dataset_dir=str(tmp_path))
+    assert cli.main(["plan", str(path)]) == 2
+    printed = capsys.readouterr().err
+    assert "Unknown name under columns" in printed
+    assert secret not in printed and "\x1b" not in printed

@@ -3,14 +3,16 @@
 import json
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from raytrain_adv.checkpoint import save
 from raytrain_adv.config import load
+from raytrain_adv.errors import StorageError
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.run import run as run_module
-from raytrain_adv.run.run import Run, SilentReporter
+from raytrain_adv.run.run import Run, SilentReporter, local_run
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.worker.train import train
 from tests.ranks import run_ranks
@@ -58,3 +60,18 @@ def test_a_kill_costs_at_most_an_interval_and_a_commit(job_file, tmp_path):
     assert "training waited" in note and "a larger save_steps waits less" in note
     saved = [row["step"] for row in rows if row.get("event") == "checkpoint"]
     assert saved == [5, 10, 15, 20, STEPS]
+
+
+def test_a_checkpoint_that_is_not_written_names_the_disks_free_space(job_file, monkeypatch):
+    """Where a disk is full, PyTorch's zip writer raises this, and no OSError."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(save, "save_state", fail)
+    job = load(str(job_file(save_strategy="steps", save_steps=2, use_cpu=True)))
+    run = local_run(job)
+    with pytest.raises(StorageError, match="The checkpoint cannot be written") as caught:
+        train(job, run, export_model)
+    run.close()
+    assert "unexpected pos" in caught.value.found and "GiB free on the disk" in caught.value.found
