@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -266,20 +267,27 @@ def qat_8b_checkpointing() -> str:
 
 
 def chaos() -> str:
-    """What was killed, when, and what it cost."""
+    """What was killed, when, how often, and what it cost."""
     data = read("chaos")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in data["runs"]:
+        moment = "a step" if run["at"].startswith("step ") else run["at"]
+        groups.setdefault((run["killed"], moment), []).append(run)
     rows = [
         (
-            f"{run['killed']}, at {run['at']}",
-            run["job"],
-            run["lost"],
-            len(run["exit_codes"]),
-            "; ".join(run["problems"]) or "none",
+            killed,
+            moment,
+            len(runs),
+            max(run["lost"] for run in runs),
+            max(len(run["exit_codes"]) for run in runs),
+            "; ".join(problem for run in runs for problem in run["problems"]) or "none",
         )
-        for run in data["runs"]
+        for (killed, moment), runs in sorted(groups.items())
     ]
-    header = ("killed", "job", "steps lost", "launches", "differences")
-    return table(header, rows) + f"\n\n`{data['command']}`, {data['note']}"
+    header = ("killed", "at", "runs", "most steps lost", "most launches", "differences")
+    jobs = ", ".join(f"{n} {job}" for job, n in Counter(r["job"] for r in data["runs"]).items())
+    commands = " and ".join(f"`{one}`" for one in data["commands"])
+    return f"{table(header, rows)}\n\n{commands}: jobs {jobs}. {data['note']}"
 
 
 def soak() -> str:

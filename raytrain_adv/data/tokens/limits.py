@@ -12,6 +12,9 @@ SECONDS = 60.0  # for the conversations of one chunk, which take a second
 MOST_CHARACTERS = 2**22
 """Of a row, or 64 for each token of cutoff_len if that is more: 5 GB went into a row of 50 MB."""
 
+MOST_MESSAGES = 10_000
+"""Of a row, or one for each token of cutoff_len if that is more: a template writes them in 1 s."""
+
 
 class _Expired(BaseException):
     """Raised in a thread whose time is over."""

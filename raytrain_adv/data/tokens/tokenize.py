@@ -12,7 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from raytrain_adv.data.read.formats import Conversation, Layout, UnusableRow
 from raytrain_adv.data.tokens.control import ControlTokens
-from raytrain_adv.data.tokens.limits import MOST_CHARACTERS, template_time, tokenizer_errors
+from raytrain_adv.data.tokens.limits import (
+    MOST_CHARACTERS,
+    MOST_MESSAGES,
+    template_time,
+    tokenizer_errors,
+)
 from raytrain_adv.data.tokens.page import Piece
 from raytrain_adv.data.tokens.render import Renderer, renderer
 from raytrain_adv.data.tokens.shorten import picked
@@ -150,6 +155,9 @@ class Tokenizer:
             end = str(self.tokenizer.eos_token or "")
             return [Piece(layout.text(values), True), Piece(end, True)]
         conversation = layout.conversation(values)
+        most = max(MOST_MESSAGES, self.recipe.cutoff_len)
+        if (count := len(conversation.messages)) > most:
+            raise UnusableRow(f"{count:,} messages, more than {most:,}")
         has_control = self.control.in_text(conversation)
         self.num_control += has_control
         is_split = has_control and self.recipe.split_special_tokens

@@ -64,6 +64,14 @@ def test_a_row_of_megabytes_is_left_out_and_counted(tiny_tokenizer):
     assert where == "line 1" and "more than 1,000" in why
 
 
+def test_a_row_of_endless_turns_is_left_out_before_it_is_rendered(tiny_tokenizer):
+    """200,000 messages took the chat template's minute, which ended the job."""
+    turns = chat("a") * 5001
+    tokenizer = Tokenizer(with_template(tiny_tokenizer, PLAIN), RECIPE)
+    chunk = tokenizer([("line 1", turns), ("line 2", chat("a"))], Rows())
+    assert chunk.unusable == [("line 1", "10,002 messages, more than 10,000")]
+
+
 def test_a_crash_of_the_tokenizers_library_is_an_error_that_names_the_file():
     with (
         pytest.raises(JobError, match="crashed on the files of m") as caught,
