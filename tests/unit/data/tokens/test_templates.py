@@ -15,8 +15,8 @@ from raytrain_adv.data.tokens.render import renderer
 from raytrain_adv.data.tokens.templates import TEMPLATES, find_template
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
-from tests.unit.data.template_cases import CASES, NAMES, marked_text
-from tests.unit.data.test_template_ids import why_different
+from tests.unit.data.tokens.template_cases import CASES, NAMES, marked_text
+from tests.unit.data.tokens.test_template_ids import why_different
 
 # Text, and what a templating language might take for its own.
 TEXTS = (

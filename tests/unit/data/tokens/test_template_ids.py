@@ -17,8 +17,8 @@ from raytrain_adv.data.read.formats import Conversation, UnusableRow
 from raytrain_adv.data.tokens.render import renderer
 from raytrain_adv.data.tokens.templates import TEMPLATES
 from raytrain_adv.data.tokens.tokenize import _encode_pieces
-from tests.unit.data.template_cases import CASES
-from tests.unit.data.template_tokenizer import tokenizer
+from tests.unit.data.tokens.template_cases import CASES
+from tests.unit.data.tokens.template_tokenizer import tokenizer
 
 Row = tuple[list[int], list[bool]]
 

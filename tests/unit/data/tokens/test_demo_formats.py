@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raytrain_adv.data.prepare import prepare
-from tests.unit.data.template_tokenizer import tokenizer
+from tests.unit.data.tokens.template_tokenizer import tokenizer
 
 TOOL = {
     "name": "find_train",

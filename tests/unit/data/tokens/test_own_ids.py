@@ -12,8 +12,8 @@ import re
 
 import pytest
 
-from tests.unit.data.template_cases import CASES
-from tests.unit.data.test_template_ids import (
+from tests.unit.data.tokens.template_cases import CASES
+from tests.unit.data.tokens.test_template_ids import (
     EVERY,
     TOOL_CASES,
     in_words,
