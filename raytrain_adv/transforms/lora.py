@@ -49,6 +49,7 @@ class Lora(Transform):
 
     name: ClassVar[str] = "lora"
     feature: ClassVar[str] = "LoRA"
+    titles: ClassVar[dict[str, str]] = {"oft": "OFT"}
     tried_with: ClassVar[dict[str, Any]] = {"finetuning_type": "lora"}
     stage: ClassVar[str] = "adapter"
     covers: ClassVar[Literal["", "weights", "flops"]] = "flops"

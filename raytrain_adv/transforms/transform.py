@@ -107,6 +107,14 @@ class Transform(Section):
     that a token passes; empty for features that do neither."""
     speed: ClassVar[float] = 1.0
     """Measured speed of a step, relative to the same step without the feature."""
+    titles: ClassVar[Mapping[str, str]] = {}
+    """Value of the first key -> what a text calls the feature then."""
+
+    @property
+    def title(self) -> str:
+        """What a text calls the feature, with these keys."""
+        value = getattr(self, next(iter(type(self).model_fields)), "")
+        return self.titles.get(str(value), self.feature or self.name)
 
     @property
     def enabled(self) -> bool:

@@ -188,7 +188,7 @@ class LossRise:
                 self.watched.remove(entry)
                 self.say(
                     f"the loss has risen from {fmean(before):.4f} to {fmean(since):.4f} with "
-                    f"{type(transform).feature}: {remedy}, or lower learning_rate"
+                    f"{transform.title}: {remedy}, or lower learning_rate"
                 )
             since.clear()
 

@@ -272,6 +272,22 @@ def test_a_quantized_model_that_computes_something_else_ends_the_run(
     assert [p.name for p in out.parent.iterdir()] == ["model"]
 
 
+def test_rotations_of_oft_are_trained_on_the_rounded_base_and_exported_next_to_it(
+    tmp_path: Path,
+) -> None:
+    oft = {"finetuning_type": "oft", "oft_block_size": 8, "bf16": True, "pure_bf16": False}
+    job = qat_job("llama", tmp_path, **INT4, **oft)
+    model = trained(job)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "oft_R" in name:
+                parameter.normal_(std=0.1)
+    exported = export_model(model, job, tmp_path / "model", input_ids=TOKENS)
+    assert exported.figures()["quantized_logit_difference"] == 0.0
+    kept = json.loads((tmp_path / "model" / "adapter_config.json").read_text("utf-8"))
+    assert (kept["peft_type"], kept["oft_block_size"]) == ("OFT", 8)
+
+
 def test_after_lora_the_base_is_quantized_and_the_adapter_next_to_it(tmp_path: Path) -> None:
     lora = {"finetuning_type": "lora", "lora_rank": 4, "bf16": True, "pure_bf16": False}
     job = qat_job("llama", tmp_path, **INT4, **lora, qat_exclude="up_proj")

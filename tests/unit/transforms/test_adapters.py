@@ -124,6 +124,7 @@ def test_oft_counts_and_rotates_as_peft_does(llama, tmp_path):
     count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert plan.notes[0].startswith(f"{count:,} trainable parameters")
     assert "blocks that OFT rotates: 2 of 28 for 56 inputs" in plan.notes
+    assert "OFT covers 15.7% of the weights" in plan.notes[-1]
     assert count == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
