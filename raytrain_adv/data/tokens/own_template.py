@@ -320,4 +320,6 @@ def _with_endings(text: str, spans: list[Span]) -> list[Span]:
     It is what the template puts after the last answer, if it also stands after an earlier one.
     """
     ending = text[spans[-1][1] :] if spans else ""
-    return [(s, e + len(ending)) if text.startswith(ending, e) else (s, e) for s, e in spans]
+    after = [start for start, _ in spans[1:]] + [len(text)]
+    ends = [e + len(ending) if text.startswith(ending, e) else e for _, e in spans]
+    return [(s, min(e, most)) for (s, _), e, most in zip(spans, ends, after, strict=True)]

@@ -200,6 +200,18 @@ def test_calls_at_the_end_of_a_bare_template_end_with_the_token_of_their_results
     assert found.endswith(f"{CALL(1)}<|tool|>]")
 
 
+def test_marks_that_touch_share_no_end(make_own):
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% generation %}{% endgeneration %}<|end|>{% else %}<|user|>"
+        "{{ m.content }}<|assistant|>{% endif %}{% endfor %}"
+    )
+    found = marked(make_own(source)(Conversation(TURNS)))
+    assert found.replace("][", "") == (
+        "<|user|>Q1<|assistant|>[A1<|end|>]<|user|>Q2<|assistant|>[A2<|end|>]"
+    )
+
+
 def test_several_calls_are_not_cut_to_one(make_own):
     source = TEMPLATES["qwen3"].replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
     with pytest.raises(UnusableRow, match="several calls at once"):
