@@ -24,6 +24,7 @@ from raytrain_adv.export.verify import (
     load_folder,
     trained_logits,
 )
+from raytrain_adv.model.attention import attention_of_parts
 from raytrain_adv.model.build import build_whole
 from raytrain_adv.model.vocabulary import new_rows
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
@@ -123,7 +124,7 @@ def _compare(
     model: PreTrainedModel, job: JobConfig, folder: Path, input_ids: torch.Tensor
 ) -> Merged:
     wanted = trained_logits(model, job, input_ids).float()
-    attention = model.config._attn_implementation
+    attention = attention_of_parts(model)
     merged = load_folder(folder, job.model.trust_remote_code, attention).eval()
     difference, largest = _apart(merged, input_ids, wanted), float(wanted.abs().max())
     if not difference <= TOLERANCE * largest:

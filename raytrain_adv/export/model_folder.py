@@ -35,6 +35,7 @@ from raytrain_adv.export.verify import (
     converted_logits,
 )
 from raytrain_adv.model.adapter import FILE_NAME, peft_names, trained
+from raytrain_adv.model.attention import attention_of_parts
 from raytrain_adv.model.build import build, build_whole, keeps_float32
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.conversion import save_groups
@@ -196,7 +197,7 @@ def export_converted(
 
     def compare() -> None:
         if tokens is not None and reference is not None:
-            attention = model.config._attn_implementation
+            attention = attention_of_parts(model)
             comparisons.append(compare_converted(new.partial, job, tokens, reference, attention))
 
     new.run(write)

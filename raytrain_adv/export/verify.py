@@ -47,6 +47,12 @@ DEFECT = (
 )
 
 
+ALIGNED = 64
+"""Bytes to whose multiples PyTorch aligns the memory of tensors on a CPU."""
+Attention = str | dict[str, str] | None
+"""What computes attention, of all parts or by part: see attention_of_parts; none is the default."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How far a converted folder's logits are from those of the model that was trained for it."""
@@ -63,14 +69,15 @@ def compared_tokens(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Te
     return input_ids[: min(limit, MOST_TOKENS)].long().unsqueeze(0)
 
 
-def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str | None) -> Any:
+def load_folder(folder: Path, trust_remote_code: bool, attention: Attention) -> Any:
     """Load an exported folder into host memory as a user would; adapters in their files' dtype.
+    `attention` is that of a model's parts; see attention_of_parts.
 
     Raises:
         TrainingError: when weights are missing from the folder, or left over.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model, info = read_folder(folder, config, trust_remote_code, attn_implementation)
+    model, info = read_folder(folder, config, trust_remote_code, attention)
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         raise TrainingError(
@@ -81,11 +88,17 @@ def load_folder(folder: Path, trust_remote_code: bool, attn_implementation: str 
     for name, parameter in model.named_parameters():
         if in_adapter(name):  # transformers 5.17 makes adapters float32, whatever their files hold
             parameter.data = parameter.data.to(model.dtype)
+        if type(parameter.data) is torch.Tensor and parameter.data_ptr() % ALIGNED:
+            # As PyTorch allocates: sums of a CPU's products depend on where in a file they lie.
+            parameter.data = parameter.data.clone()
     return compute_experts(model)
 
 
 def read_folder(
-    folder: Path, config: PretrainedConfig, trust_remote_code: bool, attn_implementation: str | None
+    folder: Path,
+    config: PretrainedConfig,
+    trust_remote_code: bool,
+    attention: Attention,
 ) -> tuple[Any, dict[str, Any]]:
     """Load a model of any origin into host memory; return it, and what was missing or left over."""
     auto: Any = model_class(config)
@@ -101,7 +114,7 @@ def read_folder(
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,  # a pickled file could run code
-                attn_implementation=attn_implementation,
+                attn_implementation=attention,
             )
     finally:
         if had_bar:
@@ -163,7 +176,7 @@ def compare_converted(
     job: JobConfig,
     input_ids: torch.Tensor,
     reference: torch.Tensor,
-    attn_implementation: str | None,
+    attention: Attention,
 ) -> Comparison:
     """Compare a converted folder's logits with the reference, those of converted_logits.
 
@@ -183,7 +196,7 @@ def compare_converted(
         how = "stored values are training's; not loaded, as compressed-tensors is not installed"
         return Comparison(None, how)
     with no_progress_bars():
-        model = load_folder(folder, job.model.trust_remote_code, attn_implementation).to(device)
+        model = load_folder(folder, job.model.trust_remote_code, attention).to(device)
         logits = model.eval()(input_ids=input_ids.to(device), use_cache=False).logits
     found, wanted = logits.float().cpu(), reference.float()
     apart = (found - wanted).abs()

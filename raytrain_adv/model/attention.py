@@ -62,13 +62,23 @@ def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
 
 def is_flash(model: PreTrainedModel) -> bool:
     """Whether the model's attention takes packed conversations by their bounds, without a mask."""
-    name = str(model.config._attn_implementation)
+    name = str(model.config.get_text_config()._attn_implementation)
     return name == HUB_ATTENTION or name.startswith("flash_attention_")
+
+
+def attention_of_parts(model: PreTrainedModel) -> dict[str, str]:
+    """Return what computes attention by the name of the part's config, empty for the whole model:
+    text may use another than a tower does. transformers takes it as `attn_implementation`.
+    """
+    config = model.config
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    held = {"": config, **{n: c for n, c in parts.items() if isinstance(c, PretrainedConfig)}}
+    return {name: str(c._attn_implementation) for name, c in held.items() if c._attn_implementation}
 
 
 def attention_name(job: JobConfig, model: PreTrainedModel) -> str:
     """Return what computes attention: transformers' name, or the kernel with its pinned version."""
-    name = str(model.config._attn_implementation)
+    name = str(model.config.get_text_config()._attn_implementation)
     wanted = kernel_asked(job)
     if name != HUB_ATTENTION or wanted is None:
         return name

@@ -33,6 +33,7 @@ from raytrain_adv.export.reference import sample_tokens
 from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, compare_converted, converted_logits
 from raytrain_adv.model import weights
 from raytrain_adv.model.adapter import merge_adapters
+from raytrain_adv.model.attention import attention_of_parts
 from raytrain_adv.model.build import build
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.files import nearest_folders
@@ -176,7 +177,7 @@ def _compared(job: JobConfig, folder: Path, dtype: torch.dtype) -> str:
     weights.load_pretrained(model, job, CPU)
     tokens = sample_tokens(model, job, MOST_TOKENS).unsqueeze(0)
     reference = converted_logits(model, job, tokens, dtype)
-    attention = model.config._attn_implementation
+    attention = attention_of_parts(model)
     del model
     try:
         found = compare_converted(folder, job, tokens, reference, attention)

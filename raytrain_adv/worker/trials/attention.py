@@ -125,7 +125,7 @@ def _try(job: JobConfig, model: PreTrainedModel, fqn: str, case: _Case) -> dict[
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     known: Any = ALL_ATTENTION_FUNCTIONS
-    compute = known[model.config._attn_implementation]
+    compute = known[model.config.get_text_config()._attn_implementation]
     module = model.get_submodule(fqn)
     kind, name = type(module).__name__, f"flash_attn: {job.model.flash_attn}"
     where = f"on {case.device.type} in {precision(case.dtype)}, {fqn} ({case})"

@@ -13,10 +13,11 @@ from raytrain_adv.driver.commands import kernels
 from raytrain_adv.errors import JobError
 from raytrain_adv.kernels import lock as locks
 from raytrain_adv.model import attention
-from raytrain_adv.model.attention import HUB_ATTENTION, is_flash
+from raytrain_adv.model.attention import HUB_ATTENTION, attention_of_parts, is_flash
 from raytrain_adv.model.build import build
 from raytrain_adv.transforms.hub_kernels import own_lock
 from raytrain_adv.worker.install import fetch
+from tests.multimodal_families import tiny_multimodal
 from tests.tiny_models import job_for, write_checkpoint
 from tests.workers import losses, run_workers
 
@@ -252,3 +253,9 @@ def test_auto_takes_the_best_that_is_there(tmp_path, monkeypatch, capability, in
 def test_what_names_no_kernel_is_refused_with_the_job(job_file, asked):
     with pytest.raises(JobError, match="flash_attn"):
         load(job_file(flash_attn=asked))
+
+
+def test_parts_that_attend_otherwise_are_told_apart():
+    """A tower without sdpa made an exported model be compared in eager, whose sums differ."""
+    found = attention_of_parts(tiny_multimodal("got_ocr2"))
+    assert found == {"": "eager", "text_config": "sdpa", "vision_config": "eager"}
