@@ -23,6 +23,7 @@ from raytrain_adv.data.tokens import cache
 from raytrain_adv.data.tokens.cache import Say
 from raytrain_adv.data.tokens.mix import interleave
 from raytrain_adv.data.tokens.processes import Task, tokenize_here, tokenize_in_processes
+from raytrain_adv.data.tokens.templates import find_template
 from raytrain_adv.data.tokens.tokenize import Chunk, Recipe, Tokenizer, reasons
 from raytrain_adv.data.tokens.tokenizer import tokenizer_fingerprint
 from raytrain_adv.errors import JobError
@@ -63,6 +64,13 @@ class TokenizedDatasets:
         self.guessed: dict[str, str] = {}
         """Dataset -> which columns are read, where its entry does not say so."""
 
+    def _template_source(self) -> str:
+        """Return the source of the template that the job names: a later version may differ."""
+        recipe = self.recipe
+        if recipe.template is None:
+            return ""
+        return find_template(recipe.template).write(recipe.enable_thinking, recipe.mask_history)
+
     def key(self) -> str:
         """Hash everything that decides the tokens; file paths and process counts do not."""
         entries = [asdict(replace(one, name="", target="", kind="files")) for one in self.entries]
@@ -72,6 +80,7 @@ class TokenizedDatasets:
             "entries": entries,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "recipe": asdict(self.recipe),
+            "template": self._template_source(),
             "max_samples": self.data.max_samples,
             "mix": self._mix(),
             "seed": self.seed

@@ -17,6 +17,7 @@ import pytest
 from raytrain_adv.data.prepare import prepare
 from raytrain_adv.data.shown import shown_rows
 from raytrain_adv.data.tokens import datasets, processes, tokenize
+from raytrain_adv.data.tokens.templates import TEMPLATES
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.driver.commands.data import show
 from raytrain_adv.errors import JobError, StorageError, TrainingError
@@ -357,6 +358,17 @@ def test_cache_depends_on_the_keys_that_change_tokens(make_job, write_rows, monk
     file = write_rows(pairs(30))
     ready(make_job(dataset=file))
     ready(make_job(dataset=file, **keys))
+    assert len(calls) == 2
+
+
+def test_a_template_that_another_version_writes_otherwise_is_tokenized_again(
+    make_job, write_rows, monkeypatch
+):
+    calls = count_builds(monkeypatch)
+    job = make_job(dataset=write_rows(pairs(30)), template="alpaca")
+    ready(job)
+    monkeypatch.setitem(TEMPLATES["alpaca"].values, "opening", "### Answer:\n")
+    ready(job)
     assert len(calls) == 2
 
 
