@@ -1,7 +1,6 @@
 """The files of a local model, checked without loading them, and without torch."""
 
 import importlib.util
-import re
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -52,8 +51,9 @@ def check_folder(job: JobConfig) -> None:
 
 def require_reachable(job: JobConfig) -> None:
     """Refuse a model of the Hub that is neither cached nor can be fetched, before its files are
-    asked for: the Hub's client tries each for 23 s.
+    asked for: the Hub's client tries each for 23 s. Refuse a name that is none, too.
     """
+    check_folder(job)
     if not is_local(job):
         name, near = job.model.model_name_or_path, Path(job.model.model_name_or_path).expanduser()
         revision, cache_dir = job.model.model_revision, job.model.cache_dir
@@ -68,8 +68,15 @@ def refuse_pipes(name: str, folder: Path) -> None:
 
 
 def looks_like_hub_name(name: str) -> bool:
-    """Whether a name could be on the Hub: `owner/model` or `model`."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
+    """Whether a name could be on the Hub: `owner/model` or `model`, by the rules of its client."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def nearest_folders(path: Path) -> str:

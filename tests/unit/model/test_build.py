@@ -10,6 +10,8 @@ from transformers import AutoConfig
 
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.build import build, decoder_layers, head_fqn
+from raytrain_adv.model.config_file import read_config
+from raytrain_adv.model.vocabulary import read_tokenizer
 from tests.own_code import with_own_code
 from tests.tiny_models import KINDS, job_for, write_checkpoint
 
@@ -179,7 +181,8 @@ def test_a_hub_model_that_cannot_be_reached_is_an_error_that_reports_it(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     text = message("nobody/no-such-model", tmp_path, cache_dir=str(tmp_path / "cache"))
-    assert "could not be read from the Hugging Face Hub" in text
+    assert "There is no folder nobody/no-such-model" in text and "cannot be fetched" in text
+    assert "make the Hub reachable" in text
 
 
 def test_a_multimodal_model_is_refused(tmp_path: Path) -> None:
@@ -195,3 +198,13 @@ def test_a_multimodal_model_is_refused(tmp_path: Path) -> None:
     config = AutoConfig.for_model("gemma3", text_config=text_part.to_dict(), vision_config=vision)
     config.save_pretrained(tmp_path / "m")
     assert "multimodal" in message(tmp_path / "m", tmp_path, train_from_scratch=True)
+
+
+@pytest.mark.parametrize("name", ["a/b/c/d", "../..//x", "ü/x", "a--b/x", "x" * 97, "x/y.git"])
+def test_a_name_that_is_none_of_the_hub_is_a_missing_folder_in_plan_and_run(
+    name: str, make_job: Any
+) -> None:
+    job = make_job(model_name_or_path=name)
+    for read in (read_tokenizer, read_config):
+        with pytest.raises(JobError, match="there is no model folder"):
+            read(job)
