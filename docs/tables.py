@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-SEVERAL = {"fp8_two_gpus": "two H100s of one host"}
+SEVERAL = {
+    "fp8_two_gpus": "two H100s of one host",
+    "fsdp_collectives": "two H200s of one host",
+}
 """Files of results whose runs took more than one card."""
 RESULTS = Path(__file__).parent.parent / "jobs" / "benchmarks" / "results"
 
@@ -103,21 +106,24 @@ def fp8_recipes() -> str:
     return steps("fp8_recipes", {"bf16": "bf16", **{f"fp8 {r}": f"`{r}`" for r in recipes}}, "bf16")
 
 
-def fp8_two_gpus() -> str:
-    """Two H100s over NCCL."""
-    runs = read("fp8_two_gpus")["runs"]
+def fsdp_collectives() -> str:
+    """Two H200s of one host: what FSDP2 costs, by NCCL, by copies, and with layers kept."""
+    found = read("fsdp_collectives")
     titles = {
-        "bf16": "bf16",
-        "fp8": "FP8 tensorwise",
-        "fp8_all_gather": "FP8 tensorwise, weights gathered in FP8",
+        "bf16, nccl": "bf16, NCCL",
+        "bf16": "bf16, copies",
+        "fp8, nccl": "FP8 tensorwise, NCCL",
+        "fp8": "FP8 tensorwise, copies",
+        "fp8 all-gather": "FP8 tensorwise, copies, weights gathered in FP8",
+        "fp8, whole": "FP8 tensorwise, copies, layers kept",
     }
-    base = runs["bf16"]["tokens_per_second_per_worker"]
     rows = []
     for name, title in titles.items():
-        rate, peak = runs[name]["tokens_per_second_per_worker"], runs[name]["peak_memory_gib"]
-        ratio = "1" if name == "bf16" else f"{rate / base:.2f}"
-        rows.append((title, f"{rate:,.0f}", f"{peak:.1f}", ratio))
-    return table(("", "tokens/s per GPU", "peak GiB", "relative to bf16"), rows)
+        one = found["one_gpu"][name[:4].strip(" ,")]["tokens_per_second_per_gpu"]
+        run = found["two_gpus"][name]
+        rate = run["tokens_per_second_per_gpu"]
+        rows.append((title, f"{rate:,}", f"{run['peak_gib']:.1f}", f"{rate / one:.1%}"))
+    return table(("", "tokens/s per GPU", "peak GiB", "of one GPU"), rows)
 
 
 def fp8_pairs() -> str:
@@ -340,7 +346,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     for make in (
         fp8_8b,
         fp8_recipes,
-        fp8_two_gpus,
+        fsdp_collectives,
         fp8_pairs,
         qlora,
         layer_kernels,

@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ import transformers
 
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model import parallel
+from raytrain_adv.model.build import build
+from raytrain_adv.transforms.applied import Transforms
 from tests.families import tiny_model
-from tests.tiny_models import job_for
+from tests.tiny_models import job_for, write_checkpoint
 
 
 def test_a_layer_that_would_be_left_eager_is_an_error(monkeypatch):
@@ -115,3 +118,22 @@ def test_a_float32_module_whose_weight_is_read_is_not_sharded_apart(tmp_path):
     job = job_for("none", tmp_path, use_cpu=True, bf16=True)
     parallel._shard_float32(model, job, lambda module, mp_policy: apart.append(module))
     assert not any(isinstance(module, torch.nn.Conv1d) for module in apart)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "apart"),
+    [
+        ("llama", {}, True),
+        ("llama-tied", {}, False),
+        ("llama", {"fsdp_cpu_offload": True}, False),
+        ("llama", {"enable_qat": True, "qat_quantize_embedding": True, "qat_group_size": 8}, False),
+    ],
+)
+def test_embedding_and_head_are_units_where_they_are_plain(
+    kind: str, keys: dict[str, Any], apart: bool, tmp_path: Path
+) -> None:
+    job = job_for(write_checkpoint(kind, tmp_path / "model"), tmp_path, **keys)
+    model = build(job)
+    Transforms(job).prepare(model)
+    found = parallel.ends(model, job)
+    assert found == ((model.get_input_embeddings(), model.get_output_embeddings()) if apart else ())
