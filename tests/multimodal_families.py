@@ -41,7 +41,15 @@ SECTIONS: dict[str, list[int]] = {
     )
 } | {"glm4v_moe": [2, 1, 1], "hunyuan_vl": [2, 2, 2, 2]}
 """Model type -> sections of its rotary tables, which follow from the size of a head."""
+HEADS = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4}
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"]},
+        "vision_config": {
+            "sam_config": {**HEADS, "mlp_dim": 32, "global_attn_indexes": [1]},
+            "encoder_config": {**HEADS, "num_key_value_heads": 2, "intermediate_size": 32},
+        },
+    },
     "dots3_note": {"text_config": {"per_layer_config": None}},
     "emu3": {"": {"vocabulary_map": {"<|extra_200|>": 250, "<image>": 251}}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": HIDDEN // 4}},

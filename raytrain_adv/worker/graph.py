@@ -136,7 +136,18 @@ class Passes:
                 "train other parameters (finetuning_type, lora_target, freeze_trainable_layers); "
                 "models that compute backward themselves (Reformer) train in full alone",
             )
-        (loss * scale).backward()  # type: ignore[no-untyped-call]
+        try:
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            if "same dtype" not in str(error):
+                raise
+            raise TrainingError(
+                f"The backward pass of {type(self.model).__name__} fails in "
+                + str(compute_dtype(self.job)).removeprefix("torch."),
+                first_line(error),
+                "set bf16: false; models that compute backward themselves (Reformer) read float32 "
+                "parameters there",
+            ) from error
         return loss.detach()
 
     def _is_first(self) -> bool | None:

@@ -151,6 +151,26 @@ def test_a_loss_that_depends_on_no_trained_parameter_is_an_error(said, tmp_path)
         train(passes, 1)
 
 
+class BackwardOfItsOwn(torch.autograd.Function):
+    """As Reformer's: multiplies the gradient by a parameter that forward had cast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0].reshape(1, -1).bfloat16() @ torch.ones(gradients[0].numel(), 1)
+
+
+def test_a_backward_pass_that_mixes_dtypes_is_an_error(said, tmp_path):
+    passes = passes_of(said, tmp_path)
+    computed = passes.loss_sum
+    passes.loss_sum = lambda *given: BackwardOfItsOwn.apply(computed(*given))
+    with pytest.raises(TrainingError, match="The backward pass of Model fails in float32"):
+        train(passes, 1)
+
+
 @pytest.mark.parametrize(
     ("keys", "workers", "reason"),
     [
