@@ -5,7 +5,14 @@ import pytest
 from raytrain_adv.data.prepare import prepare
 from raytrain_adv.data.read.formats import Conversation
 from tests.unit.data.test_formats import read
-from tests.unit.data.test_own_templates import TEMPLATES, asks, make_own, marked, result, says
+from tests.unit.data.tokens.test_own_templates import (
+    TEMPLATES,
+    asks,
+    make_own,
+    marked,
+    result,
+    says,
+)
 
 __all__ = ["make_own"]  # the fixture
 TURN_END = (
