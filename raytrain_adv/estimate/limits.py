@@ -63,6 +63,10 @@ class Scale:
     assumed: Assumptions
 
 
+BANDWIDTHS = (25, 50, 100)
+"""GB/s into one GPU for which a gain is computed."""
+
+
 @dataclass(frozen=True)
 class Limit:
     """A limit that more workers reach."""
@@ -108,6 +112,29 @@ class Work:
             head=Head.of(world_size),
             global_batch=sequences * world_size,
             assumed=a,
+        )
+
+    def gain_of_gathering(self, world_size: int) -> str:
+        """Return what it gains that transforms change what is gathered, by the bandwidth into a
+        GPU; nothing if none does, or the GPU is not known.
+        """
+        changed = traffic.traffic(self.model, self.job, world_size)
+        plain = traffic.traffic(self.model, self.job, world_size, plain=True)
+        if not self.gpu or plain.gathered == changed.gathered:
+            return ""
+        sequences = self.job.train.per_device_train_batch_size
+        tokens = sequences * self.job.train.gradient_accumulation_steps * self.tokens_per_sequence
+        compute = traffic.compute_seconds(self.job, self.flops_per_token, tokens, self.gpu, plain)
+
+        def step(moved: Traffic, gb_s: int) -> float:
+            return max(compute, moved.received / (gb_s * traffic.GB))
+
+        gains = (f"{step(plain, b) / step(changed, b) - 1:.0%} at {b}" for b in BANDWIDTHS)
+        return (
+            f"{changed.gathered / traffic.GB:.1f} GB are gathered a step instead of "
+            f"{plain.gathered / traffic.GB:.1f}: worth it where fewer than "
+            f"{plain.received / compute / traffic.GB:.0f} GB/s reach a GPU ({', '.join(gains)} "
+            "GB/s); NVLink brings more, and steps there are not shorter"
         )
 
     def limits(self, planned: int, a: Assumptions) -> list[Limit]:

@@ -80,15 +80,15 @@ class Unit(NamedTuple):
     times: int  # gathers in a forward and a backward pass
 
 
-def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[Unit]:
+def units(model: PreTrainedModel, job: JobConfig, shards: int, plain: bool = False) -> list[Unit]:
     """Return the units: layers, embedding and head, and the rest of the model (model/parallel.py).
-    The model is not sharded; the meta device is enough.
+    The model is not sharded; the meta device is enough. `plain` leaves out what transforms change.
 
     A parameter is split along its first dimension into equal parts for all ranks: rows are padded
     to a multiple of them. It is sent in the compute dtype, packed weights as their bytes, and what
     transforms gather in another dtype in that one.
     """
-    changed = Transforms(job).gathering(model)
+    changed = () if plain else Transforms(job).gathering(model)
     sizes = {id(p): size for g in changed for p, size in g.sizes.items()}
     layers = [list(layer.parameters()) for _, layer in decoder_layers(model)]
     alone = [list(end.parameters()) for end in ends(model, job)]
@@ -110,7 +110,9 @@ def units(model: PreTrainedModel, job: JobConfig, shards: int) -> list[Unit]:
     return found
 
 
-def traffic(model: PreTrainedModel, job: JobConfig, world_size: int) -> Traffic:
+def traffic(
+    model: PreTrainedModel, job: JobConfig, world_size: int, plain: bool = False
+) -> Traffic:
     """Return a step's traffic, without a few scalars: the loss, the norm.
 
     Each pass of gradient accumulation gathers every layer in forward and again in backward, or once
@@ -120,7 +122,7 @@ def traffic(model: PreTrainedModel, job: JobConfig, world_size: int) -> Traffic:
     shards = shard_size(job, world_size)
     replicas = world_size // shards
     passes = job.train.gradient_accumulation_steps
-    found = units(model, job, shards)
+    found = units(model, job, shards, plain)
     gathers = passes * (shards > 1)
     trained = [unit.reduced for unit in found if unit.reduced]
     reduced, reductions = passes * sum(trained), passes * len(trained)

@@ -127,6 +127,9 @@ def resolve(
     mean = summary.num_tokens / summary.num_sequences
     name = "" if job.parallel.use_cpu else gpus[0].name
     work = Work(model, decided, flops, mean, summary.num_sequences, arithmetic.save_every, name)
+    if world_size > 1 and (gain := work.gain_of_gathering(world_size)):
+        changed = [t.name for t in transforms if t.gathering(model).sizes]
+        plans = {**plans, **{name: plans[name].with_notes(gain) for name in changed}}
     return RunPlan(
         job=job,
         world_size=world_size,

@@ -166,6 +166,22 @@ def test_a_step_measured_on_two_gpus_lies_between_the_bounds(tmp_path: Path) -> 
         assert max(t.compute, t.communication) <= measured <= t.compute + t.communication, name
 
 
+def test_gathering_in_fp8_is_worth_it_below_a_bandwidth(tmp_path: Path) -> None:
+    """On two H200s it was not, over NVLink (jobs/benchmarks/results/fsdp_collectives.json)."""
+    fp8 = {"fp8": True, "fp8_enable_fsdp_float8_all_gather": True}
+    eight = work(tmp_path, **fp8)
+    assert eight.gain_of_gathering(2) == "", "as long as no transform has prepared the model"
+    Transforms(eight.job).prepare(eight.model)
+    text = eight.gain_of_gathering(8)
+    assert text.startswith("16.1 GB are gathered a step instead of 30.0") and "NVLink" in text
+    gains = [int(gain) for gain in re.findall(r"(\d+)% at", text)]
+    assert gains[0] > 10 and gains[-1] == 0
+    needed = re.search(r"fewer than (\d+) GB/s", text)
+    assert needed is not None and 50 < int(needed[1]) < 150
+    runs = results("fsdp_collectives")["two_gpus"]
+    assert runs["fp8 all-gather"]["ms"] > runs["fp8"]["ms"]
+
+
 def test_the_gather_of_the_8b_shape_is_the_one_counted_elsewhere(tmp_path: Path) -> None:
     eight = work(tmp_path)
     moved = traffic.traffic(eight.model, eight.job, 8)
