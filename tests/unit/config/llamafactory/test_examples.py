@@ -125,14 +125,14 @@ SHARDED = ("fsdp_shard_size", "fsdp_reshard_after_forward", "fsdp_cpu_offload")
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("deepspeed", {"zero_optimization": {"stage": 0}}, (1, True, False)),
+        ("deepspeed", {"zero_optimization": {"stage": 0}}, (1, None, False)),
         ("deepspeed", {"zero_optimization": {"stage": 2}}, (None, False, False)),
         ("deepspeed", {"zero_optimization": {"stage": 3, **OFFLOAD}}, (None, True, True)),
         ("fsdp", "full_shard auto_wrap", (None, True, False)),
         ("fsdp", ["shard_grad_op", "offload"], (None, False, True)),
-        ("fsdp_config", {"fsdp_offload_params": True, "fsdp_version": 2}, (None, True, True)),
+        ("fsdp_config", {"fsdp_offload_params": True, "fsdp_version": 2}, (None, None, True)),
         ("fsdp_config", {"reshard_after_forward": False}, (None, False, False)),
-        ("fsdp_config", {"fsdp_sharding_strategy": 3}, (1, True, False)),
+        ("fsdp_config", {"fsdp_sharding_strategy": 3}, (1, None, False)),
     ],
 )
 @pytest.mark.parametrize("in_a_file", [True, False])
