@@ -200,7 +200,8 @@ def _phases(s: States, a: Passes, job: JobConfig, accumulates: bool) -> tuple[Ph
     w = _Whole.sharded(s, job) if s.is_sharded else _Whole.copies(s, job)
     one = a.recomputed + a.temporaries
     g = _Gradients.sharded(s, job, earlier) if s.is_sharded else _Gradients.whole(s, earlier)
-    moments = [  # name, gradients, activations, logits, gathered
+    moments: list[tuple[str, float, float, float, float]] = [
+        # name, gradients, activations, logits, gathered
         ("loss", earlier, a.kept, a.logits, w.loss),
         ("backward, head", g.first, a.kept, a.logits_gradient, w.head + g.head_reducing),
         ("backward, last layer", g.first, a.kept + one, 0.0, w.last + g.reducing),
@@ -216,8 +217,8 @@ def _phases(s: States, a: Passes, job: JobConfig, accumulates: bool) -> tuple[Ph
     copied = s.is_sharded and moves_by_copies(job, s.shard_size)
     buffers = COPY_BUFFERS * s.largest_unit if copied else 0.0
     return tuple(
-        Phase(name, s.parameters, gradients, s.optimizer, *others, whole + buffers)
-        for name, gradients, *others, whole in moments
+        Phase(name, s.parameters, gradients, s.optimizer, activations, logits, whole + buffers)
+        for name, gradients, activations, logits, whole in moments
     )
 
 
@@ -325,8 +326,8 @@ def _explanations(
     alone = "nothing: one worker, no FSDP2"
     if states.layer_copy:
         alone = "copies of float32 parameters in the compute dtype"
-    kept = job.parallel.fsdp_reshard_after_forward is False
-    gathered = f"whole layers {'from forward to backward' if kept else 'where FSDP2 computes'}"
+    stay = job.parallel.fsdp_reshard_after_forward is False
+    gathered = f"whole layers {'from forward to backward' if stay else 'where FSDP2 computes'}"
     if states.is_sharded and moves_by_copies(job, states.shard_size):
         buffers = COPY_BUFFERS * states.largest_unit
         gathered += f", and {buffers:.1f} GiB of buffers that the host's other GPUs read"

@@ -70,7 +70,7 @@ def refuse_pipes(name: str, folder: Path) -> None:
 def looks_like_hub_name(name: str) -> bool:
     """Whether a name could be on the Hub: `owner/model` or `model`, by the rules of its client."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(name)

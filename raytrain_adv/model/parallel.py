@@ -154,12 +154,10 @@ def shard(
         if shard_module is not None:
             shard_module(layer, ignored_params=frozen)
     if shard_module is not None:
-        for end in ends(model, job):
-            shard_module(end, ignored_params=frozen)
-            if isinstance(end, nn.Embedding):
-                end.set_unshard_in_backward(False)  # its gradient needs no weight
-            else:
-                end.set_reshard_after_forward(False)  # backward begins with it
+        if alone := ends(model, job):
+            embedding, head = (shard_module(end, ignored_params=frozen) for end in alone)
+            embedding.set_unshard_in_backward(False)  # its gradient needs no weight
+            head.set_reshard_after_forward(False)  # backward begins with it
         shard_module(model, ignored_params=frozen)
     if casts:
         _cast(model, model, job)
@@ -169,7 +167,8 @@ def ends(model: PreTrainedModel, job: JobConfig) -> tuple[nn.Module, ...]:
     """Return the embedding and the head if each can be a unit of FSDP2: plain, not tied, and called
     wherever their weights are computed with. With CPU offload they stay in the rest's unit.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    both: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call] # transformers' own
+    embedding, head = both
     plain = type(embedding) is nn.Embedding and type(head) is nn.Linear
     if not plain or head.weight is embedding.weight or job.parallel.fsdp_cpu_offload:
         return ()

@@ -121,7 +121,9 @@ class CheckpointFiles:
         scales [rows, blocks]; none if it is stored otherwise.
         """
         stored = None if name in self._instead else self._stored.get(name)
-        return stored and stored.read_float8(self.read_stored, self._held, rows, across)
+        if stored is None:
+            return None
+        return stored.read_float8(self.read_stored, self._held, rows, across)
 
     def _value(self, name: str, region: Region | None) -> torch.Tensor:
         if name in self._stored:

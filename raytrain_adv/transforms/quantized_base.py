@@ -334,7 +334,9 @@ class QuantizedBase(Transform):
 
         if not self.multiplies_in_fp8:
             return
-        linears = [model.get_submodule(f) for f, c in plan.changes.items() if c.after == FLOAT8]
+        linears: list[Any] = [
+            model.get_submodule(f) for f, c in plan.changes.items() if c.after == FLOAT8
+        ]
         sizes = {(linear.out_features, linear.in_features) for linear in linears}
         try:
             wrong, (values, gradients) = tried(sorted(sizes), worker.device, worker.dtype, OFF_BY)

@@ -309,7 +309,9 @@ def _dressed(message: Message, form: CallForm, num_before: int) -> Message:
 
 def _answering(result: Message, calls: list[dict[str, Any]], number: int) -> Message:
     """Return the result with the name and id of the call that it answers."""
-    call = calls[number] if number < len(calls) else {"id": f"{number:09d}", "function": {}}
+    call: dict[str, Any] = (
+        calls[number] if number < len(calls) else {"id": f"{number:09d}", "function": {}}
+    )
     name = call["function"].get("name", "tool")
     return {**result, "name": name, "tool_call_id": call["id"]}
 

@@ -296,7 +296,8 @@ def dequantize(
         after: unused; the gradient in backward, without which Inductor keeps forward's result.
     """
     packed = weight.view(torch.uint8)
-    num_blocks = Form(kind, nested is not None).num_scales(columns)
+    held: Any = kind  # a custom operator takes no Literal
+    num_blocks = Form(held, nested is not None).num_scales(columns)
     if nested is None:
         scales = scale.view(torch.float32)[:, :num_blocks]
     else:

@@ -120,7 +120,7 @@ def quantize_float8_blocks(
     Scales are rounded to the weight's dtype. Rows and columns are multiples of 128.
     Source: compressed-tensors 0.20, FP8_BLOCK, otherwise in float32.
     """
-    blocks = weight.to(torch.float32).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    blocks = _in_blocks(weight)
     scale = blocks.abs().amax(dim=(1, 3)).clamp(min=EPS) / E4M3_LARGEST
     scale = scale.to(weight.dtype).to(torch.float32)
     values = (blocks / scale[:, None, :, None]).clamp(-E4M3_LARGEST, E4M3_LARGEST)
@@ -134,9 +134,15 @@ def _(weight: torch.Tensor, after: torch.Tensor | None = None) -> tuple[torch.Te
     return values, weight.new_empty(shape, dtype=torch.float32)
 
 
+def _in_blocks(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix as float32 [row blocks, BLOCK, column blocks, BLOCK]."""
+    rows, columns = matrix.shape
+    return matrix.to(torch.float32).reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+
+
 def of_blocks(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return values [rows, columns] times the scales of their blocks, in float32."""
-    blocks = values.to(torch.float32).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    blocks = _in_blocks(values)
     return (blocks * scale.to(torch.float32)[:, None, :, None]).view(values.shape)
 
 

@@ -159,7 +159,7 @@ def rounded_activation(
     if dtype == FLOAT8_IN_FLOAT32:
         return fake_quantize_float8(x, after, True, LEAST_TOKEN_SCALE), None, None
     if dtype == FLOAT8_GROUPS:
-        groups = x.unflatten(-1, (-1, BLOCK))
+        groups = x.reshape(*x.shape[:-1], -1, BLOCK)
         return fake_quantize_float8(groups, after, True).flatten(-2), None, None
     if dtype == INT8_IN_FLOAT32:
         return fake_quantize_tokens_in_float32(x, after), None, None
