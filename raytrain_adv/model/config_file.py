@@ -26,6 +26,8 @@ NUMBERS = (
     *("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "sliding_window"),
     *("max_position_embeddings", "attn_logit_softcapping", "final_logit_softcapping"),
 )
+POSITIVE = ("max_position_embeddings", "rms_norm_eps", "layer_norm_eps")
+SHARE = re.compile(r"dropout|pdrop|drop_prob")
 MOST_LAYERS = 4096  # each is built and planned: more take hours and all memory
 
 
@@ -127,6 +129,12 @@ def refuse_sizes(name: str, config: PretrainedConfig) -> None:
     for key in NUMBERS:
         if isinstance(value := getattr(first, key, None), str | dict):
             wrong.append(f"{key}: {value!r:.40} is no number")
+    for key, value in first.to_dict().items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and key in POSITIVE and not value > 0:
+            wrong.append(f"{key}: {value} is not positive")
+        elif is_number and SHARE.search(key) and not 0 <= value <= 1:
+            wrong.append(f"{key}: {value} is no share, 0 to 1")
     if isinstance(layers := sizes["num_hidden_layers"], int) and layers > MOST_LAYERS:
         wrong.append(f"num_hidden_layers: {layers:,} is more than {MOST_LAYERS:,}")
     heads, groups = (sizes[key] for key in ATTENTION_SIZES)
