@@ -28,7 +28,7 @@ from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.checks.step import clip
 from raytrain_adv.worker.install import fetch_on_main, install
 from raytrain_adv.worker.optim import build_optimizer
-from raytrain_adv.worker.trials.collectives import uses_copies
+from raytrain_adv.worker.trials.collectives import choose
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ROOT / "jobs/models/llama3-8b-shape"
@@ -84,7 +84,7 @@ class Whole:
         model = build(_from_scratch(job))
         plans = install(run, transforms, model, transforms.prepare(model, facts))
         mesh = parallel.build_mesh(job, DEVICE)
-        parallel.shard(model, job, mesh, uses_copies(job, run, mesh))
+        parallel.shard(model, job, mesh, choose(job, run, mesh)[0])
         weights.materialize(model, DEVICE)
         weights.init_from_scratch(model, _from_scratch(job), DEVICE)
         transforms.initialize(model, plans, job.train.seed)

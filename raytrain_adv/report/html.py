@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -67,7 +67,7 @@ def render(report: RunReport, rows: Sequence[Mapping[str, Any]], plots: bool = T
         memory_sums=sums,
         timeline=[(phase, spent, text.seconds(spent)) for phase, spent in timeline.items()],
         batch=[(key.replace("_", " "), _plain(value)) for key, value in report.batch.items()],
-        notes=[_attention(report), _graph(report), *report.model_notes, *report.notes],
+        notes=[*_chosen(report), *report.model_notes, *report.notes],
         events=[
             (time.strftime("%H:%M:%S", time.localtime(row.get("time", 0))), row.get("message", ""))
             for row in rows
@@ -207,13 +207,15 @@ def _start(start: Start) -> tuple[str, ...]:
     return (moment, f"{start.step:,}", f"{start.workers:,}", *places)
 
 
-def _graph(report: RunReport) -> str:
-    return f"CUDA graph: {report.cuda_graph}." if report.cuda_graph else ""
-
-
-def _attention(report: RunReport) -> str:
-    parts = [part for part in (report.attention, report.attention_trial) if part]
-    return f"Attention: {'; '.join(parts)}." if report.attention else ""
+def _chosen(report: RunReport) -> Iterator[str]:
+    """Yield a sentence on each part of the machinery that was chosen for this run."""
+    if report.attention:
+        parts = [part for part in (report.attention, report.attention_trial) if part]
+        yield f"Attention: {'; '.join(parts)}."
+    if report.collectives:
+        yield f"Collectives: {report.collectives}."
+    if report.cuda_graph:
+        yield f"CUDA graph: {report.cuda_graph}."
 
 
 def _last(points: Sequence[tuple[int, float | None]]) -> str:

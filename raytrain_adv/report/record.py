@@ -62,6 +62,8 @@ class RunReport(Record):
     attention_trial: str | None = None
     """How near flash attention came to the definition before training; null if attention is
     PyTorch's own."""
+    collectives: str | None = None
+    """What moves FSDP2's shards and gradients, and why; null on one worker or a CPU."""
     cuda_graph: str | None = None
     """Whether forward and backward passes were replayed as CUDA graphs, or why not."""
     model_notes: tuple[str, ...] = ()

@@ -41,7 +41,7 @@ from raytrain_adv.worker.loop import TrainState, log_and_save, train_step, train
 from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.optim import build_optimizer
 from raytrain_adv.worker.trials.causal import check_causal
-from raytrain_adv.worker.trials.collectives import uses_copies
+from raytrain_adv.worker.trials.collectives import choose
 from raytrain_adv.worker.trials.loss import check_loss
 from raytrain_adv.worker.trials.packing import check_packing
 
@@ -67,13 +67,12 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     with run.phase("model"):
         fetch_on_main(job, run, facts)
         model = build(job)
-        attention = check_attention(job, run, model)
+        chosen = check_attention(job, run, model)
         notes = say_notes(job, run, model)
         plans = transforms.prepare(model, facts, longest * arithmetic.micro_batch)
         plans = install(run, transforms, model, plans)
         job, predicted = sized(job, run, model, facts, longest, arithmetic.micro_batch)
-        mesh = parallel.build_mesh(job, run.device)
-        parallel.shard(model, job, mesh, uses_copies(job, run, mesh))
+        chosen |= sharded(job, run, model)
         plans = load_weights(run, transforms, model, plans)
         optimizer = build_optimizer(model, job)
     progress = resume(run, found, transforms, model, optimizer)
@@ -100,7 +99,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     evaluate_twins(state, model)
     return {
         **figures(state, checks, facts, predicted),
-        **attention,
+        **chosen,
         **exported.figures(),
         "model_notes": notes,
         "data": prepared.stats,
@@ -128,6 +127,14 @@ def sized(
         text = "layers stay gathered from forward to backward (fsdp_reshard_after_forward: false)"
         run.say(f"{text}: predicted peak {predicted.total:.1f} of {gib} GiB", event="memory")
     return decided, predicted
+
+
+def sharded(job: JobConfig, run: Run, model: PreTrainedModel) -> dict[str, str | None]:
+    """Shard the model over the workers; return what moves its bytes, for the report."""
+    mesh = parallel.build_mesh(job, run.device)
+    copies, found = choose(job, run, mesh)
+    parallel.shard(model, job, mesh, copies)
+    return {"collectives": found}
 
 
 def say_notes(job: JobConfig, run: Run, model: PreTrainedModel) -> tuple[str, ...]:

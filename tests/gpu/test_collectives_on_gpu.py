@@ -18,7 +18,7 @@ from raytrain_adv.ops.peer_copies import held_gib
 from raytrain_adv.run.run import local_run
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.optim import build_optimizer
-from raytrain_adv.worker.trials.collectives import uses_copies
+from raytrain_adv.worker.trials.collectives import choose
 from tests.ranks import run_ranks
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -48,7 +48,7 @@ def steps_of(job: JobConfig) -> tuple[list[float], dict[str, Any], bool]:
     model = build(job)
     transforms = Transforms(job)
     plans = transforms.prepare(model)
-    copies = uses_copies(job, run, mesh)
+    copies, _ = choose(job, run, mesh)
     parallel.shard(model, job, mesh, copies)
     weights.materialize(model, run.device)
     weights.load_pretrained(model, job, run.device)

@@ -16,27 +16,29 @@ from raytrain_adv.run.run import Run
 from raytrain_adv.text import first_line
 
 
-def uses_copies(job: JobConfig, run: Run, mesh: DeviceMesh | None) -> bool:
-    """Whether bytes move by copies between GPUs, as fsdp_collectives has it; all ranks call this.
-    Print which is used, and why.
+def choose(job: JobConfig, run: Run, mesh: DeviceMesh | None) -> tuple[bool, str | None]:
+    """Return whether bytes move by copies between GPUs, as fsdp_collectives has it, and what moves
+    them, printed too: none on one worker or a CPU. All ranks call this.
 
     Raises:
         TrainingError: for copies where they are not possible, or give other numbers than NCCL.
     """
     wanted = job.parallel.fsdp_collectives
-    if mesh is None or mesh.size() == 1 or run.device.type != "cuda" or wanted == "nccl":
-        reason = "one worker" if mesh is None or mesh.size() == 1 else "a CPU"
+    if mesh is None or mesh.size() == 1 or run.device.type != "cuda":
         if wanted == "copies":
-            raise _refusal(reason)
-        return False
+            raise _refusal("one worker" if mesh is None or mesh.size() == 1 else "a CPU")
+        return False, None
+    if wanted == "nccl":
+        return False, "NCCL (fsdp_collectives: nccl)"
     group = mesh.get_group(SHARDED)
     reason = _agreed(run, _why_not(job, run, group)) or _agreed(run, _failure(run, group))
     if reason and wanted == "copies":
         raise _refusal(reason)
     ranks = dist.get_world_size(group)
     found = f"copies between {ranks} GPUs of a host, NCCL's numbers to the bit"
-    run.say(f"collectives: {f'NCCL ({reason})' if reason else found}", event="collectives")
-    return not reason
+    found = f"NCCL ({reason})" if reason else found
+    run.say(f"collectives: {found}", event="collectives")
+    return not reason, found
 
 
 def _why_not(job: JobConfig, run: Run, group: dist.ProcessGroup) -> str:

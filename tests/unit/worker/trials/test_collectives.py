@@ -55,7 +55,9 @@ def asked(
     monkeypatch.setattr(collectives.dist, "get_world_size", lambda g: g.ranks)
     job = job_for(write_checkpoint("llama", folder / "model"), folder, **keys)
     mesh: Any = Mesh(ranks)
-    return collectives.uses_copies(job, run, mesh), said
+    used, found = collectives.choose(job, run, mesh)
+    assert [f"collectives: {found}"] == said or not said
+    return used, said
 
 
 ONE_HOST = [("a", 0), ("a", 1)]
