@@ -25,6 +25,7 @@ from raytrain_adv.transforms.transform import (
     Switchable,
     Transform,
     Worker,
+    title_of,
 )
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ class Transforms:
     def switched_at(self, step: int) -> list[str]:
         """Return a sentence for each transform that turns on or off with this step (from 0)."""
         return [
-            f"{t.title} is {'on' if t.is_on(step) else 'off'} from step {step + 1:,}"
+            f"{title_of(t)} is {'on' if t.is_on(step) else 'off'} from step {step + 1:,}"
             for t in self.switchable
             if t.is_on(step) != t.is_on(step - 1)
         ]
@@ -227,7 +228,7 @@ def _require_import(transform: Transform, package: str, facts: HardwareFacts) ->
         version = facts.versions.get(package.replace("_", "-")) or "of unknown version"
         key = switch(transform)
         raise ClusterError(
-            f"{transform.title} needs {package}: {package} not available",
+            f"{title_of(transform)} needs {package}: {package} not available",
             f"node {facts.node_ip}, {package} {version} cannot be imported: {error}",
             f"reinstall it on that node, with the versions of constraints.txt, or set "
             f"{key}: {show(transform.default(key))}",
@@ -278,7 +279,9 @@ def _with_coverage(transform: Transform, plan: Plan, model: nn.Module) -> Plan:
     share = found.weights if transform.covers == "weights" else found.flops
     warning = "warning: under half of the model: " if share < 0.5 else ""
     details = {**plan.details, "coverage": found.as_dict()}
-    return replace(plan, details=details).with_notes(f"{warning}{transform.title} covers {found}")
+    return replace(plan, details=details).with_notes(
+        f"{warning}{title_of(transform)} covers {found}"
+    )
 
 
 def _give_way(plan: Plan, earlier: Mapping[str, Plan]) -> Plan:

@@ -111,12 +111,6 @@ class Transform(Section):
     """Value of the first key -> what a text calls the feature then."""
 
     @property
-    def title(self) -> str:
-        """What a text calls the feature, with these keys."""
-        value = getattr(self, next(iter(type(self).model_fields)), "")
-        return self.titles.get(str(value), self.feature or self.name)
-
-    @property
     def enabled(self) -> bool:
         """Whether the feature is on: its first key is neither false, null nor 0."""
         return bool(getattr(self, next(iter(type(self).model_fields))))
@@ -225,6 +219,12 @@ def require_package(
             f"node {facts.node_ip}, {package} is not installed",
             f"pip install '{install or package}' on that node, or {off}",
         )
+
+
+def title_of(transform: Transform) -> str:
+    """Return what a text calls a feature, with these keys."""
+    value = getattr(transform, next(iter(type(transform).model_fields)), "")
+    return transform.titles.get(str(value), transform.feature or transform.name)
 
 
 def require_gpu(facts: HardwareFacts, what: str, off: str) -> None:

@@ -18,7 +18,7 @@ from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import StorageError, TrainingError
 from raytrain_adv.run.run import Run
 from raytrain_adv.storage.storage import Storage
-from raytrain_adv.transforms.transform import Switchable
+from raytrain_adv.transforms.transform import Switchable, title_of
 
 FOLDER = "bad_batches"
 BEFORE = 20  # good losses whose median a step's loss is compared with
@@ -188,7 +188,7 @@ class LossRise:
                 self.watched.remove(entry)
                 self.say(
                     f"the loss has risen from {fmean(before):.4f} to {fmean(since):.4f} with "
-                    f"{transform.title}: {remedy}, or lower learning_rate"
+                    f"{title_of(transform)}: {remedy}, or lower learning_rate"
                 )
             since.clear()
 
