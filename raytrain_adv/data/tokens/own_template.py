@@ -11,6 +11,15 @@ from transformers import PreTrainedTokenizerBase
 from raytrain_adv.data.read.formats import Conversation, Message, UnusableRow
 from raytrain_adv.data.tokens.page import GENERATION, Page, Piece, Span, pieces, with_system
 from raytrain_adv.data.tokens.spans import Difference, split_by_prefixes
+from raytrain_adv.data.tokens.thoughts import (
+    THOUGHT_FORMS,
+    ThoughtForm,
+    beside,
+    in_text,
+    split_thought,
+    with_none,
+    writes_thought,
+)
 
 _TOOL = {
     "type": "function",
@@ -20,8 +29,8 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"a_key": {"type": "string"}}},
     },
 }
+_TRIED = "a thought"
 _ASK: Message = {"role": "user", "content": "a question"}
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
 class CallForm(NamedTuple):
@@ -69,7 +78,7 @@ class OwnTemplate:
         messages = self._as_it_wants(messages, conversation.tools)
         page = self._page(conversation.tools)
         text, spans = page.marked(messages) if self.is_marked else self._find(page, messages)
-        self._refuse_lost_thought(messages, text)
+        self._refuse_lost_thought(conversation.messages[-1], text)
         self._refuse_lost_system(messages)
         if self.is_marked:
             spans = _with_endings(text, spans)
@@ -116,38 +125,30 @@ class OwnTemplate:
         if self._call_form is None or (len(calls) > 1 and not self._writes_several):
             what = "function calls" if self._call_form is None else "several calls at once"
             raise UnusableRow(f"the tokenizer's chat template has no form for {what}")
-        has_text = message["content"] or (message.get("reasoning_content") and True)
-        if self._reads_reasoning and _THOUGHT.fullmatch(message["content"] or "\n"):
-            has_text = False
-        if has_text and not self._writes_text_beside_calls:
+        thought, content = split_thought(message)
+        is_lost = thought and self.thinks is not False and self._called_thought_form is None
+        if is_lost or (content.strip() and not self._writes_text_beside_calls):
             raise UnusableRow("the tokenizer's chat template drops text beside function calls")
         return _dressed(message, self._call_form, num_before)
 
     def _with_thought(self, message: Message) -> Message:
-        """Return an answer with its thoughts where this template looks for them."""
-        thought, content = message.get("reasoning_content"), message.get("content") or ""
-        if self._reads_reasoning:
-            found = None if thought else _THOUGHT.match(content)
-            if found:
-                rest = content[found.end() :]
-                return {**message, "reasoning_content": found[1].strip("\n"), "content": rest}
-            return message
+        """Return an answer with its thoughts where this template looks for them; where it looks for
+        none it drops them.
+        """
+        thought, content = split_thought(message)
+        form = self._called_thought_form if message.get("tool_calls") else self._thought_form
+        if self.thinks is False or (not thought and form is not in_text):
+            return with_none(message)
         if not thought:
             return message
-        content = f"<think>\n{thought}\n</think>\n\n{content}"
-        return {
-            **{k: v for k, v in message.items() if k != "reasoning_content"},
-            "content": content,
-        }
+        return (form or beside)(message, thought, content)
 
-    def _refuse_lost_thought(self, messages: list[Message], text: str) -> None:
+    def _refuse_lost_thought(self, last: Message, text: str) -> None:
         """Refuse a row whose last answer's thoughts the template removes."""
-        last = messages[-1]
-        found = _THOUGHT.match(last.get("content") or "")
-        thought = last.get("reasoning_content") or (found[1] if found else "")
-        if thought.strip() and thought.strip() not in text and self.thinks is not False:
+        thought = split_thought(last)[0].strip()
+        if thought and thought not in text and self.thinks is not False:
             why = "the tokenizer's chat template removes the thoughts of the last answer"
-            raise UnusableRow(f"{why}; template has forms that keep them, as deepseekr1")
+            raise UnusableRow(f"{why}; the template of the model's family, set by name, keeps them")
 
     def _refuse_lost_system(self, messages: list[Message]) -> None:
         """Refuse a system message that the template drops: Mistral's write it only where the last
@@ -166,7 +167,12 @@ class OwnTemplate:
             return ""
 
     def _probe(
-        self, form: CallForm, calls: int = 1, text: str = "", has_results: bool = True
+        self,
+        form: CallForm,
+        calls: int = 1,
+        text: str = "",
+        has_results: bool = True,
+        thinking: ThoughtForm | None = None,
     ) -> str:
         """Render a conversation with function calls and their results."""
         names = ["first_name", "second_name"][:calls]
@@ -175,6 +181,8 @@ class OwnTemplate:
             for name in names
         ]
         asking = _dressed({"role": "assistant", "content": text, "tool_calls": called}, form, 0)
+        if thinking is not None:
+            asking = thinking({**asking, "reasoning_content": _TRIED}, _TRIED, "")
         results = [
             _answering({"role": "tool", "content": f"result {n}"}, asking["tool_calls"], n)
             for n in range(calls)
@@ -234,9 +242,30 @@ class OwnTemplate:
         return "result 0" in self._probe(self._call_form or CALL_FORMS[0])
 
     @cached_property
-    def _reads_reasoning(self) -> bool:
-        answer = {**_says("an answer"), "reasoning_content": "a thought"}
-        return "a thought" in self._written([_ASK, answer])
+    def _thought_form(self) -> ThoughtForm | None:
+        """The form in which the template writes the thoughts of an answer; None: there is none.
+
+        Tags in the text are none where thoughts before calls have other marks: Gemma 4's.
+        """
+        called = self._probe(self._call_form or CALL_FORMS[0], thinking=beside)
+        has_own_marks = _TRIED in called and "<think>" not in called
+        answer = {**_says("an answer"), "reasoning_content": _TRIED}
+        for form in THOUGHT_FORMS:
+            text = self._written([_ASK, form(answer, _TRIED, "an answer")]).rpartition("a question")
+            is_other = has_own_marks and form not in (THOUGHT_FORMS[:2])
+            if not is_other and "an answer" in text[2] and writes_thought(form, text[2], _TRIED):
+                return form
+        return None
+
+    @cached_property
+    def _called_thought_form(self) -> ThoughtForm | None:
+        """The form in which the template writes the thoughts before calls; None: there is none."""
+        for form in THOUGHT_FORMS:
+            text = self._probe(self._call_form or CALL_FORMS[0], thinking=form)
+            text = text.rpartition("a question")[2].partition("result 0")[0]
+            if writes_thought(form, text, _TRIED):
+                return form
+        return None
 
     # Where a turn ends.
 
