@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from raytrain_adv.data.read.entries import INFO_FILE, Entry, Formatting
@@ -11,7 +13,8 @@ from raytrain_adv.text import parse_json
 
 Message = dict[str, Any]
 """role: system, user, assistant or tool; content: text; of an assistant also tool_calls,
-reasoning_content, and loss_weight where it is 0."""
+reasoning_content, and loss_weight where it is 0; of a tool, if the row tells by ids, call: the number
+of the call that it answers, from 0, and its name."""
 
 
 class UnusableRow(Exception):
@@ -180,6 +183,7 @@ def _from_messages(layout: Layout, values: dict[str, Any]) -> Conversation:
         if not isinstance(turn, dict):
             raise UnusableRow(f"message {number} is a {type(turn).__name__}, not an object")
         messages.append(_message(tags, turn, number))
+    messages = _with_results_in_order(messages, turns)
     if messages[0]["role"] == "system" and not messages[0]["content"]:
         del messages[0]  # the template's default system message is used
     if messages and messages[0]["role"] != "system":
@@ -206,6 +210,27 @@ def _message(tags: Mapping[str, str], turn: dict[str, Any], number: int) -> Mess
             message["reasoning_content"] = _text(thought, name)
         message |= _weight(turn.get("loss_weight"), name)
     return message
+
+
+def _with_results_in_order(messages: list[Message], turns: list[dict[str, Any]]) -> list[Message]:
+    """Return the messages, the results of several calls in the order of the calls, if they have the
+    ids of those: most chat templates write results without.
+    """
+    found: list[Message] = []
+    calls: list[dict[str, Any]] = []
+    ids: list[Any] = []
+    for message, turn in zip(messages, turns, strict=True):
+        answers = turn.get("tool_call_id")
+        if message["role"] != "tool":
+            calls = message.get("tool_calls") or []
+            ids = [call.get("id") for call in _parsed_calls(turn.get("tool_calls") or [])]
+        elif answers is not None and ids.count(answers) == 1:
+            number = ids.index(answers)
+            message = {**message, "call": number, "name": calls[number]["function"]["name"]}
+        found.append(message)
+    by_number = itemgetter("call")
+    runs = groupby(found, key=lambda message: "call" in message)
+    return [m for known, run in runs for m in (sorted(run, key=by_number) if known else run)]
 
 
 def _is_call(content: Any) -> bool:

@@ -338,11 +338,13 @@ def _dressed(message: Message, form: CallForm, num_before: int) -> Message:
 
 def _answering(result: Message, calls: list[dict[str, Any]], number: int) -> Message:
     """Return the result with the name and id of the call that it answers."""
+    number = result.get("call", number)
     call: dict[str, Any] = (
         calls[number] if number < len(calls) else {"id": f"{number:09d}", "function": {}}
     )
     name = call["function"].get("name", "tool")
-    return {**result, "name": name, "tool_call_id": call["id"]}
+    kept = {key: value for key, value in result.items() if key != "call"}
+    return {**kept, "name": name, "tool_call_id": call["id"]}
 
 
 def _with_endings(text: str, spans: list[Span]) -> list[Span]:

@@ -112,6 +112,33 @@ def test_openai_tool_calls_are_kept_with_arguments_as_an_object():
     assert conversation.tools == [{"type": "function", "function": {"name": "add"}}]
 
 
+def results(ids, called=("a", "b")):
+    """Return the results of two calls, as read from rows whose results have `ids`."""
+    calls = [{"id": one, "function": {"name": f"f_{one}", "arguments": {}}} for one in called]
+    messages = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        *({"role": "tool", "tool_call_id": one, "content": f"of {one}"} for one in ids),
+        {"role": "assistant", "content": "A"},
+    ]
+    return read({"messages": messages}).messages[2:-1]
+
+
+@pytest.mark.parametrize("ids", [("a", "b"), ("b", "a")])
+def test_results_are_in_the_order_of_the_calls_that_they_answer(ids):
+    assert [one["content"] for one in results(ids)] == ["of a", "of b"]
+
+
+def test_a_result_has_the_name_and_number_of_its_call():
+    assert [(one["name"], one["call"]) for one in results(["b"])] == [("f_b", 1)]
+
+
+@pytest.mark.parametrize(("ids", "called"), [(("x", "y"), ("a", "b")), (("a", "a"), ("a", "a"))])
+def test_results_with_ids_of_no_call_stay_as_they_are(ids, called):
+    assert [one["content"] for one in results(ids, called)] == [f"of {one}" for one in ids]
+    assert not any("call" in one for one in results(ids, called))
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [

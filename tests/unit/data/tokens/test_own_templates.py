@@ -240,3 +240,9 @@ def test_a_thought_before_a_call_is_kept(make_own):
 def test_calls_of_an_earlier_question_are_found(make_own):
     found = marked(make_own(TEMPLATES["nemotron3"])(Conversation(TWICE)))
     assert found.count("[") == found.count("]") == 4
+
+
+def test_a_result_has_the_id_of_the_call_that_it_answers(make_own):
+    source = TEMPLATES["kimi_k2"].replace("{{ m.name }}", "{{ m.tool_call_id }}")
+    row = [*RESULTS[:2], {**RESULTS[2], "call": 1}, RESULTS[4]]
+    assert "<|tool|>functions.add:1: R1<|end|>" in marked(make_own(source)(Conversation(row)))
