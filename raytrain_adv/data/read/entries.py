@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from raytrain_adv import hub
 from raytrain_adv.config.sections import DataConfig
+from raytrain_adv.data.read import v1
 from raytrain_adv.errors import JobError
 from raytrain_adv.text import nearest, parse_json
 
@@ -127,7 +128,8 @@ def _resolve_one(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -
 
 def _not_found(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -> JobError:
     folder = Path(name).parent
-    files = [str(folder / p.name) for p in folder.iterdir()] if folder.is_dir() else []
+    beside = folder.iterdir() if folder.is_dir() else ()
+    files = [str(folder / p.name) for p in beside if p.is_dir() or p.suffix in FILE_TYPES]
     inside = sorted(dataset_dir.iterdir()) if dataset_dir.is_dir() else []
     there = [p.name for p in inside if p.suffix in FILE_TYPES and p.name != INFO_FILE]
     near = (
@@ -148,6 +150,8 @@ def _from_info(name: str, raw: Any, dataset_dir: Path) -> Entry:
     if not isinstance(raw, dict):
         fix = 'write {"file_name": "..."}'
         raise JobError("A dataset entry must be an object", f"{where}: {raw!r}", fix)
+    if v1.is_entry(raw):
+        raise v1.unread(where, {name: raw}, INFO_FILE)
     _refuse_unknown("Unknown key in a dataset entry", where, raw, _KEYS)
     columns = _strings(where, raw, "columns", (*_COLUMNS, *_OTHER_STAGES))
     tags = _strings(where, raw, "tags", _TAGS)

@@ -13,8 +13,9 @@ from raytrain_adv.text import parse_json
 
 Message = dict[str, Any]
 """role: system, user, assistant or tool; content: text; of an assistant also tool_calls,
-reasoning_content, and loss_weight where it is 0; of a tool, if the row tells by ids, call: the number
-of the call that it answers, from 0, and its name."""
+reasoning_content, and loss_weight where it is 0; of a tool, if the row has ids, call and name: the
+number of the call that it answers, from 0, and the function's name.
+"""
 
 
 class UnusableRow(Exception):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_adv import hub
+from raytrain_adv.data.read import v1
 from raytrain_adv.data.read.entries import FILE_TYPES, INFO_FILE, Entry
 from raytrain_adv.errors import JobError
 from raytrain_adv.text import nearest
@@ -78,6 +79,8 @@ def _check_file(file: Path) -> None:
         fix = f"did you mean {file.parent / near}?" if near else other
         found = f"{len(siblings)} files in {file.parent}"
         raise JobError(f"The dataset file {file} does not exist", found, fix)
+    if entries := v1.entries_in(file):
+        raise v1.unread(str(file), entries, INFO_FILE)
     if file.suffix.lower() not in FILE_TYPES:
         what = f"The dataset file {file} is of a type that is not read"
         fix = f"convert it to one of {', '.join(FILE_TYPES)}"

@@ -233,3 +233,44 @@ def test_hub_dataset_that_cannot_be_reached_is_a_job_error(monkeypatch):
         JobError, match=r"could not be loaded from the Hugging Face Hub(.|\n)*no route"
     ):
         sources.open_source(Entry("o/n", "hub", "o/n"), None)
+
+
+V1 = """
+chat: {path: rows.jsonl, source: local}
+other: {path: o/n, converter: alpaca, size: 5}
+"""
+NO_V1 = ("a: 1", "a: {path: p, also: 1}", "- a", "", "a: {path: [", "a: [1]")
+
+
+def test_a_dataset_file_of_v1_names_the_entries_to_write(tmp_path):
+    (tmp_path / "v1.yaml").write_text(V1)
+    with pytest.raises(JobError, match="v1 are not read") as error:
+        read(tmp_path / "v1.yaml")
+    assert '"chat": {"file_name": "rows.jsonl", "formatting": "openai"}' in str(error.value)
+    other = '"other": {"hf_hub_url": "o/n", "formatting": "alpaca", "num_samples": 5}'
+    assert other in str(error.value)
+    assert "dataset: chat,other" in str(error.value)
+
+
+def test_an_entry_of_v1_names_the_entry_to_write(tmp_path, make_job):
+    info = {"x": {"path": "rows.json", "source": "local", "converter": "sharegpt"}}
+    with pytest.raises(JobError, match="v1 are not read") as error:
+        entries(make_job, tmp_path, info, ["x"])
+    assert '{"file_name": "rows.json", "formatting": "sharegpt"}' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 1", "a: {path: p, also: 1}", "- a", "", "a: {path: [", "a: [1]"]
+)
+def test_another_yaml_file_is_of_a_type_that_is_not_read(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(JobError, match="of a type that is not read"):
+        read(tmp_path / "a.yaml")
+
+
+def test_only_files_that_are_read_are_meant(tmp_path, make_job, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.yaml").write_text("a: 1")
+    with pytest.raises(JobError) as error:
+        entries(make_job, tmp_path, {}, ["row"])
+    assert "rows.yaml" not in str(error.value)
