@@ -76,12 +76,19 @@ def _refuse(error: RaytrainAdvError) -> int:
     return error.exit_code
 
 
+_LLAMAFACTORY = {
+    "train": "launch", "eval": "evaluate", "api": "chat", "webchat": "chat", "webui": "dashboard",
+    "env": "doctor", "sft": "launch",
+}  # fmt: skip
+"""Commands of llamafactory-cli, and of its v1 -> those here."""
+
+
 def _command_of(arguments: list[str]) -> click.Group:
     if not arguments or arguments[0] == "help":
         arguments[:] = ["--help"]
     word = arguments[0]
     if not word.startswith("-") and word not in app.commands:
-        near = nearest(word, app.commands)
+        near = _LLAMAFACTORY.get(word) or nearest(word, app.commands)
         fix = f"did you mean {near}?" if near else f"write one of {', '.join(app.commands)} first"
         if word.endswith((".yaml", ".yml")):
             fix = f"write raytrain-adv launch {word}"

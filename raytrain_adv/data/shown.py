@@ -51,8 +51,6 @@ class ShownRow:
 
 def shown_rows(job: JobConfig, number: int) -> list[ShownRow]:
     """Return the first rows of the job's datasets that can be trained on."""
-    if job.train.stage != "sft":  # text without roles, all of it trained
-        return []
     tokenizer = load_tokenizer(job)
     small = replace(job, data=job.data.model_copy(update={"max_samples": _most(job, number)}))
     entries = resolve(job.data.dataset, job.data, "dataset")
@@ -62,8 +60,11 @@ def shown_rows(job: JobConfig, number: int) -> list[ShownRow]:
     for rows, layout, _ in datasets.tasks():
         values = dict(rows)
         for row in tokenize.rows(rows, layout)[0]:
-            messages = layout.conversation(values[row.where]).messages
-            found.append(_shown(row, tuple(_role(m) for m in messages), tokenizer))
+            roles: tuple[str, ...] = ("text",)
+            if not datasets.recipe.pretrains:
+                messages = layout.conversation(values[row.where]).messages
+                roles = tuple(_role(message) for message in messages)
+            found.append(_shown(row, roles, tokenizer))
             if len(found) == number:
                 return found
     return found
@@ -85,11 +86,13 @@ def _role(message: dict[str, object]) -> str:
 def _shown(row: TokenRow, roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> ShownRow:
     special = set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    trained = row.trained.copy()
+    trained[:1] = False  # nothing predicts the first token
     tokens = tuple(
-        ShownToken(text, ids, bool(row.trained[at]), special.issuperset(ids))
-        for at, ids, text in _texts(row.ids, row.trained, tokenizer)
+        ShownToken(text, ids, bool(trained[at]), special.issuperset(ids))
+        for at, ids, text in _texts(row.ids, trained, tokenizer)
     )
-    return ShownRow(row.where, roles, tokens, len(row.ids), int(row.trained.sum()), row.num_before)
+    return ShownRow(row.where, roles, tokens, len(row.ids), int(trained.sum()), row.num_before)
 
 
 def _texts(

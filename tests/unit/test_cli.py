@@ -157,6 +157,14 @@ def test_a_misspelled_command_or_option_is_answered_with_the_nearest(
     assert "--address" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("word", "meant"), [("train", "launch"), ("eval", "evaluate")])
+def test_a_command_of_llamafactory_is_answered_with_the_one_here(
+    word: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([word, "job.yaml"]) == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
 def test_a_job_file_without_a_command_means_launch(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["job.yaml"])
     assert "raytrain-adv launch job.yaml" in capsys.readouterr().err

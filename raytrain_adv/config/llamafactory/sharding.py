@@ -113,7 +113,10 @@ def _fsdp_config(config: Mapping[str, Any]) -> Pairs:
     if "distributed_type" in config:
         if config["distributed_type"] != "FSDP":
             kind = show(config["distributed_type"])
-            raise Refused(f"distributed_type: {kind}", "give a file of distributed_type: FSDP")
+            fix = "delete it: ray_num_workers processes train, and FSDP2 shards over them"
+            if config["distributed_type"] == "DEEPSPEED":
+                fix = "name the JSON file of DeepSpeed instead: deepspeed: FILE"
+            raise Refused(f"distributed_type: {kind}", fix)
         if config.get("mixed_precision", "no") != "no":
             yield ("fp8" if config["mixed_precision"] == "fp8" else "bf16"), True
         if config.get("num_processes"):

@@ -128,7 +128,7 @@ class OwnTemplate:
         thought, content = split_thought(message)
         is_lost = thought and self.thinks is not False and self._called_thought_form is None
         if is_lost or (content.strip() and not self._writes_text_beside_calls):
-            raise UnusableRow("the tokenizer's chat template drops text beside function calls")
+            raise UnusableRow("the tokenizer's chat template writes no text before function calls")
         return _dressed(message, self._call_form, num_before)
 
     def _with_thought(self, message: Message) -> Message:
@@ -235,7 +235,8 @@ class OwnTemplate:
 
     @cached_property
     def _writes_text_beside_calls(self) -> bool:
-        return "some text" in self._probe(self._call_form or CALL_FORMS[0], text="some text")
+        text = self._probe(self._call_form or CALL_FORMS[0], text="some text")
+        return "some text" in text.partition("result 0")[0]  # Gemma 4 writes it after the results
 
     @cached_property
     def _writes_results(self) -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 from raytrain_adv.data.prepare import prepare
 from raytrain_adv.data.read.sources import read_files
+from raytrain_adv.data.shown import shown_rows
 from raytrain_adv.data.tokens.mix import interleave
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
@@ -118,3 +119,16 @@ def test_a_job_mixes_its_datasets(make_job, tmp_path):
     job = make_job(dataset=names, mix_strategy="interleave_under")
     data = prepare(job, lambda text, **facts: None)
     assert data.stats["rows"]["used"] == 8
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_of_text_are_shown_and_all_but_the_first_token_is_trained(make_job, tmp_path, packing):
+    path = tmp_path / "a.txt"
+    path.write_text("one two three\nfour five six\n")
+    rows = shown_rows(make_job(dataset=str(path), stage="pt", packing=packing), 5)
+    assert [(row.where, row.roles) for row in rows] == [
+        (f"{path}:1", ("text",)),
+        (f"{path}:2", ("text",)),
+    ]
+    assert [one.num_trained for one in rows] == [one.num_tokens - 1 for one in rows]
+    assert not rows[0].tokens[0].is_trained

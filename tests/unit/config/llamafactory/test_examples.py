@@ -180,7 +180,8 @@ def test_a_file_of_accelerate_gives_workers_precision_and_fsdp2(tmp_path: Path) 
         ("fsdp", "hybrid_shard", "fsdp_shard_size"),
         ("fsdp", "fast", "no sharding strategy"),
         ("fsdp_config", {"unheard": 1}, "unheard"),
-        ("fsdp_config", {"distributed_type": "DEEPSPEED"}, "DEEPSPEED"),
+        ("fsdp_config", {"distributed_type": "DEEPSPEED"}, "deepspeed: FILE"),
+        ("fsdp_config", {"distributed_type": "MULTI_GPU"}, "ray_num_workers"),
     ],
 )
 def test_what_fsdp2_cannot_do_is_refused_under_the_files_key(

@@ -221,7 +221,20 @@ def test_several_calls_are_not_cut_to_one(make_own):
 def test_text_beside_a_call_is_not_dropped(make_own):
     source = TEMPLATES["qwen3"].replace("{{ text }}", "{{ '' if m.tool_calls else text }}")
     talking = [RESULTS[0], {**RESULTS[1], "content": "Let me see."}, *RESULTS[2:]]
-    with pytest.raises(UnusableRow, match="drops text beside function calls"):
+    with pytest.raises(UnusableRow, match="writes no text before function calls"):
+        make_own(source)(Conversation(talking))
+
+
+def test_text_before_a_call_is_not_written_after_its_result(make_own):
+    source = (
+        "{% for m in messages %}{% if m.role != 'tool' %}<|{{ m.role }}|>" + CALLS
+        + "{% if m.tool_calls %}{% for r in messages if r.role == 'tool' %}<|tool|>{{ r.content }}"
+        "{% endfor %}{% endif %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+        + ASK + "<|assistant|>{% endif %}"
+    )  # fmt: skip
+    talking = [RESULTS[0], {**RESULTS[1], "content": "Let me see."}, *RESULTS[2:]]
+    assert "A1" in marked(make_own(source)(Conversation(RESULTS)))
+    with pytest.raises(UnusableRow, match="writes no text before function calls"):
         make_own(source)(Conversation(talking))
 
 
