@@ -83,6 +83,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _TEXTS = ("text", "content", "instruction", "prompt")
 """Columns with text to pretrain on."""
 _EXTRA = ("history", "system", "tools")
+_WEIGHT_KEYS = ("loss_weight", "weight")
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 _BEFORE_CALL = re.compile(r"(\s*<think>.*?</think>\s*)", re.DOTALL)
 _CALL_TAGS = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
@@ -203,13 +204,14 @@ def _message(tags: Mapping[str, str], turn: dict[str, Any], number: int) -> Mess
         names = ", ".join(known)
         raise UnusableRow(f"{name} has the unknown role {role!r}; known: {names}")
     message: Message = {"role": known[role], **_parts(content, name)}
-    if turn.get("tool_calls"):
-        message["tool_calls"] = _calls(turn["tool_calls"], number)
+    if called := turn.get("tool_calls") or turn.get("function_call"):  # OpenAI's older key
+        message["tool_calls"] = _calls(called, number)
     if message["role"] == "assistant":
         thought = next((turn[key] for key in _THOUGHT_KEYS if turn.get(key)), None)
         if thought is not None:
             message["reasoning_content"] = _text(thought, name)
-        message |= _weight(turn.get("loss_weight"), name)
+        for key in _WEIGHT_KEYS:
+            message |= _weight(turn.get(key), f"{name} has {key}")
     return message
 
 
@@ -241,11 +243,13 @@ def _is_call(content: Any) -> bool:
 
 
 def _weight(weight: Any, name: str) -> dict[str, Any]:
-    """Return loss_weight if it is 0; answers have it in LLaMA-Factory's newer data."""
+    """Return loss_weight if it is 0; answers have it in LLaMA-Factory's newer data, and OpenAI's as
+    weight.
+    """
     if weight in (None, 1):
         return {}
     if weight != 0:
-        raise UnusableRow(f"{name} has loss_weight {weight!r}; only 0 and 1 are possible")
+        raise UnusableRow(f"{name} {weight!r}; only 0 and 1 are possible")
     return {"loss_weight": 0}
 
 

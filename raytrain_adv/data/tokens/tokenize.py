@@ -201,6 +201,8 @@ def _without_loss(conversation: Conversation, pieces: list[Piece]) -> list[Piece
     silent = {number for number, m in enumerate(answers) if m.get("loss_weight") == 0}
     if not silent:
         return pieces
+    if len(silent) == len(answers):
+        raise UnusableRow("no answer is trained: the loss_weight of each is 0")
     if len(answers) != sum(piece.is_answer for piece in pieces):
         raise UnusableRow("the answer with loss_weight 0 touches another one")
     numbers = count()

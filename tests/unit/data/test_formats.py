@@ -112,6 +112,25 @@ def test_openai_tool_calls_are_kept_with_arguments_as_an_object():
     assert conversation.tools == [{"type": "function", "function": {"name": "add"}}]
 
 
+@pytest.mark.parametrize("key", ["loss_weight", "weight"])
+def test_answers_with_a_weight_of_zero_are_not_trained(key):
+    turns = [("user", "Q"), ("assistant", "A"), ("user", "Q"), ("assistant", "B")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    messages[1][key], messages[3][key] = 0, 1
+    weights = [one.get("loss_weight") for one in read({"messages": messages}).messages]
+    assert weights == [None, 0, None, None]
+    with pytest.raises(UnusableRow, match=f"message 2 has {key} 0.5"):
+        messages[1][key] = 0.5
+        read({"messages": messages})
+
+
+def test_a_call_under_openais_older_key_is_kept():
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    answer = {"role": "assistant", "content": "Let me see.", "function_call": call}
+    found = read({"messages": [{"role": "user", "content": "Q"}, answer]}).messages[1]
+    assert found["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+
+
 def results(ids, called=("a", "b")):
     """Return the results of two calls, as read from rows whose results have `ids`."""
     calls = [{"id": one, "function": {"name": f"f_{one}", "arguments": {}}} for one in called]

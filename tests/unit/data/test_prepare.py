@@ -167,6 +167,16 @@ def test_row_without_room_for_an_answer_is_unusable_with_its_line(make_job, writ
     assert any(f"{file}:3: within cutoff_len (16) there is no room" in line for line in said)
 
 
+def test_a_row_whose_answers_all_weigh_zero_is_left_out_with_that_reason(make_job, write_rows):
+    messages = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "First.", "loss_weight": 0},
+    ]
+    job = make_job(dataset=write_rows([{"messages": messages}], "a.json"))
+    with pytest.raises(JobError, match="the loss_weight of each is 0"):
+        prepare(job, lambda text, **facts: None)
+
+
 def test_loss_weight_zero_takes_an_answer_out_of_the_loss(make_job, write_rows):
     messages = [
         {"role": "user", "content": [{"type": "text", "value": "One?"}]},
