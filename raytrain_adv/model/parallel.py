@@ -287,7 +287,7 @@ def _copying(job: JobConfig, mesh: DeviceMesh) -> Callable[[FSDPModule], None]:
     """Return what has a unit moved by copies."""
     from raytrain_adv.ops.peer_copies import PeerAllGather, PeerReduceScatter, pools
 
-    gathers, reductions = pools(mesh.get_group(SHARDED))
+    gathers, reductions = pools(mesh.get_group(SHARDED), job.parallel.ddp_timeout)
 
     def copied(unit: FSDPModule) -> None:
         unit.set_custom_all_gather(PeerAllGather(gathers))

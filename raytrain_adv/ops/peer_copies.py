@@ -58,11 +58,13 @@ def _sum_of_ranks(  # type: ignore[no-untyped-def] # its arguments are not Pytho
 class Pool:
     """Buffers of one size that the peers can read. All ranks take them in the same order.
 
-    They lie outside of torch's allocator: torch.cuda.max_memory_allocated does not count them.
+    They lie outside of torch's allocator: torch.cuda.max_memory_allocated does not count them. A
+    peer that does not come to a barrier within `timeout_s` ends this process with a CUDA error.
     """
 
-    def __init__(self, group: dist.ProcessGroup, length: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, length: int, timeout_s: int) -> None:
         self.group, self.length, self.num_bytes, self.turn = group, length, 0, 0
+        self.timeout_ms = 1000 * timeout_s
         self.buffers: list[tuple[Tensor, Any]] = []
         _pools.add(self)
 
@@ -84,9 +86,9 @@ class Pool:
         return found
 
 
-def pools(group: dist.ProcessGroup) -> tuple[Pool, Pool]:
+def pools(group: dist.ProcessGroup, timeout_s: int) -> tuple[Pool, Pool]:
     """Return buffers for gathering and for reducing, as many as FSDP2 uses at a time."""
-    return Pool(group, GATHERED_BUFFERS), Pool(group, 1)
+    return Pool(group, GATHERED_BUFFERS, timeout_s), Pool(group, 1, timeout_s)
 
 
 def held_gib() -> float:
@@ -115,11 +117,11 @@ class PeerAllGather(AllGather):
     ) -> None:
         """Fill the peers' parts of the buffer, on the current stream."""
         handle, count = self.handles[output_tensor.data_ptr()], input_tensor.numel()
-        handle.barrier()
+        handle.barrier(timeout_ms=self.pool.timeout_ms)
         for peer in _peers(handle):
             theirs = handle.get_buffer(peer, (count,), output_tensor.dtype, peer * count)
             output_tensor[peer * count : (peer + 1) * count].copy_(theirs)
-        handle.barrier()
+        handle.barrier(timeout_ms=self.pool.timeout_ms)
 
 
 class PeerReduceScatter(ReduceScatter):
@@ -154,11 +156,11 @@ class PeerReduceScatter(ReduceScatter):
         handle, self.handle = self.handle, None
         rank, world, count = handle.rank, handle.world_size, output_tensor.numel()
         received = input_tensor.new_empty(world - 1, count)
-        handle.barrier()
+        handle.barrier(timeout_ms=self.pool.timeout_ms)
         for peer in _peers(handle):
             theirs = handle.get_buffer(peer, (count,), self.sent, rank * count)
             received[peer - (peer > rank)].copy_(theirs)
-        handle.barrier()
+        handle.barrier(timeout_ms=self.pool.timeout_ms)
         _sum_of_ranks[(triton.cdiv(count, BLOCK),)](
             input_tensor[rank * count : (rank + 1) * count],
             received,
@@ -178,7 +180,7 @@ def _peers(handle: Any) -> list[int]:
 
 
 @torch.no_grad()
-def check(group: dist.ProcessGroup, device: torch.device) -> None:
+def check(group: dist.ProcessGroup, device: torch.device, timeout_s: int) -> None:
     """Compare both collectives with NCCL's, to the bit, on random numbers.
 
     Raises:
@@ -188,7 +190,7 @@ def check(group: dist.ProcessGroup, device: torch.device) -> None:
     numbers = torch.Generator(device).manual_seed(rank)
     count = 100_003
     mine = torch.randn(world * count, generator=numbers, device=device).bfloat16()
-    gathers, reductions = pools(group)
+    gathers, reductions = pools(group, timeout_s)
     gathering = PeerAllGather(gathers)
     whole = gathering.allocate((world * count,), dtype=mine.dtype, device=device)
     own = whole[rank * count : (rank + 1) * count]

@@ -31,7 +31,7 @@ def choose(job: JobConfig, run: Run, mesh: DeviceMesh | None) -> tuple[bool, str
     if wanted == "nccl":
         return False, "NCCL (fsdp_collectives: nccl)"
     group = mesh.get_group(SHARDED)
-    reason = _agreed(run, _why_not(job, run, group)) or _agreed(run, _failure(run, group))
+    reason = _agreed(run, _why_not(job, run, group)) or _agreed(run, _failure(job, run, group))
     if reason and wanted == "copies":
         raise _refusal(reason)
     ranks = dist.get_world_size(group)
@@ -65,11 +65,11 @@ def _host() -> str:
     return socket.gethostname()
 
 
-def _failure(run: Run, group: dist.ProcessGroup) -> str:
+def _failure(job: JobConfig, run: Run, group: dist.ProcessGroup) -> str:
     from raytrain_adv.ops.peer_copies import check
 
     try:
-        check(group, run.device)
+        check(group, run.device, job.parallel.ddp_timeout)
     except (RuntimeError, ValueError) as error:
         return first_line(error)
     return ""
