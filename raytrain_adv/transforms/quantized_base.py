@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.errors import TrainingError
+from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.text import GIB, disk, first_line
 from raytrain_adv.transforms.modules import (
     LINEAR,
@@ -188,7 +188,7 @@ class QuantizedBase(Transform):
             require_package(facts, "standard quantization", package, OFF, f"{package}>=0.50")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Choose the linears whose weights are quantized."""
+        """Choose the linears to quantize. Raises JobError if fp8 finds experts alone."""
         from torch import nn
 
         key, given = "quantization_exclude", self.quantization_exclude
@@ -202,6 +202,10 @@ class QuantizedBase(Transform):
         for fqn in skipped:
             if any(p.requires_grad for p in model.get_submodule(fqn).parameters()):
                 skipped[fqn] = IN_FULL
+        if self.multiplies_in_fp8 and changes and own not in {c.after for c in changes.values()}:
+            what = "quantization_type: fp8 has no linear to multiply in FP8"
+            fix = "set quantization_products: dequantized, or shorten quantization_exclude"
+            raise JobError(what, f"{len(changes)} modules, all of them experts", fix)
         return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
 
     def _why_not(self, linear: nn.Linear) -> str:
@@ -273,15 +277,13 @@ class QuantizedBase(Transform):
             module = model.get_submodule(fqn)
             if in_adapter(fqn) or (fqn in changes and (name == "weight" or p.ndim == 3)):
                 continue
-            if isinstance(module, nn.Embedding):
-                kind = "embeddings"
-            elif module in heads:
-                kind = "the head"
-            elif name.endswith("bias"):
-                kind = "biases"
-            else:
-                kind = "norms" if p.ndim == 1 else "other weights"
-            left[kind] += p.numel()
+            kinds = {
+                "embeddings": isinstance(module, nn.Embedding),
+                "the head": module in heads,
+                "biases": name.endswith("bias"),
+                "norms": p.ndim == 1,
+            }
+            left[next((k for k, it_is in kinds.items() if it_is), "other weights")] += p.numel()
         return left
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:

@@ -186,6 +186,15 @@ def test_routers_and_stacked_experts_stay_and_are_named(tmp_path):
     assert any(fqn.endswith("experts.base_layer.base_layer") for fqn in plan.skipped)
 
 
+def test_an_fp8_base_of_experts_alone_is_refused(tmp_path):
+    """They multiply by the weights' values: the proof by _scaled_mm would stop the first steps."""
+    dequantized = {"quantization_products": "dequantized"}
+    keys = {**FLOAT8, "quantization_allow_cpu": True, "quantization_exclude": "*_proj"}
+    with pytest.raises(JobError, match="no linear to multiply in FP8"):
+        planned(tmp_path, "mixtral", {**WIDE, "num_local_experts": 4}, **keys)
+    assert planned(tmp_path, "mixtral", {**WIDE, "num_local_experts": 4}, **keys, **dequantized)
+
+
 @pytest.mark.parametrize(
     ("kind", "shapes", "keys"),
     [
