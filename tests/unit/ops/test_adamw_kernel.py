@@ -20,8 +20,8 @@ POINTERS = {"table": "*i64", "owners": "*i32", "factor": "*fp32"}
 @pytest.mark.parametrize("dtype", [tl.bfloat16, tl.float32])
 @pytest.mark.parametrize("align", [adamw_kernel.ALIGNED, 1])
 def test_aligned_tensors_move_16_bytes_at_a_time(dtype: object, align: int) -> None:
-    """A count that is not known to be a multiple of 16 once made every access one element: AdamW's
-    step of an 8B model took 28 ms longer.
+    """A count that is not known to be a multiple of 16 once made every access one element: half of
+    an 8B model took 30.7 ms instead of 13.3 on an H200.
     """
     kernel = adamw_kernel._adamw
     constants = {"PARAMETER": dtype, "GRADIENT": dtype, "MOMENT": dtype, "ALIGN": align}
