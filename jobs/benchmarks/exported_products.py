@@ -25,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from raytrain_adv.ops.fake_quant.compressed_tensors import Scheme, read_back, stored
+from raytrain_adv.ops.fake_quant.engine_rounding import tokens_in_int8
 from raytrain_adv.ops.fake_quant.layers import rounded_product
 from raytrain_adv.ops.fake_quant.rounding import E4M3, EPS, LEAST_TOKEN_SCALE
 from raytrain_adv.ops.fake_quant.targets import FLOAT8, FLOAT8_IN_FLOAT32, INT8_IN_FLOAT32
@@ -115,15 +116,7 @@ def product(weight: Tensor, scheme: Scheme | None) -> Product:
     return int4(held, weight, scheme)
 
 
-@torch.compile(dynamic=False)
-def int8_inputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Round inputs by the formula of quantize_tokens, which as an operator is no single kernel."""
-    value = x.to(torch.float32)
-    low, high = value.amin(dim=-1, keepdim=True), value.amax(dim=-1, keepdim=True)
-    scale = ((high - low) / 255).clamp(min=EPS)
-    zero_point = torch.round(-128 - low / scale)
-    integers = (torch.round(value / scale) + zero_point).clamp(-128, 127)
-    return integers.to(torch.int8), scale, zero_point.to(torch.int32)
+int8_inputs = torch.compile(tokens_in_int8, dynamic=False)
 
 
 @torch.compile(dynamic=False)

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -60,10 +61,9 @@ def waits(step: Callable[[], float], steps: int = 2) -> dict[str, Any]:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    path = Path(f"/tmp/trace{os.environ.get('RANK', '0')}.json")
-    taken.export_chrome_trace(str(path))
-    events = json.loads(path.read_text())["traceEvents"]
-    path.unlink()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        taken.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
     launched = {
         e["args"]["correlation"]: e["ts"]
         for e in events

@@ -386,9 +386,7 @@ class Lora(Transform):
         return ()
 
     def after_step(self, model: nn.Module) -> None:
-        """Take out of the base, once, what PiSSA's adapters started with: after a checkpoint with
-        these values was read, if there is one.
-        """
+        """Take out of the base, once, what PiSSA's adapters started with, or resumed with."""
         from raytrain_adv.ops.low_rank import reduce_bases
 
         if self.pissa_init:

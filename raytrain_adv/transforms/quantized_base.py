@@ -1,6 +1,4 @@
-"""Standard quantization: the frozen base under adapters in 4 or 8 bits, by bitsandbytes (QLoRA) or
-in float8.
-"""
+"""Standard quantization: the frozen base under adapters, in bitsandbytes' forms or in float8."""
 
 from __future__ import annotations
 

@@ -127,9 +127,6 @@ def resolve(
     mean = summary.num_tokens / summary.num_sequences
     name = "" if job.parallel.use_cpu else gpus[0].name
     work = Work(model, decided, flops, mean, summary.num_sequences, arithmetic.save_every, name)
-    if world_size > 1 and (gain := work.gain_of_gathering(world_size)):
-        changed = [t.name for t in transforms if t.gathering(model).sizes]
-        plans = {**plans, **{name: plans[name].with_notes(gain) for name in changed}}
     return RunPlan(
         job=job,
         world_size=world_size,
@@ -139,7 +136,7 @@ def resolve(
         arithmetic=arithmetic,
         seq_len=seq_len,
         no_graph=no_graph,
-        transforms=plans,
+        transforms=_with_gain(transforms, plans, work, world_size),
         memory=memory,
         host=HostNeed.of(memory, min(world_size, per_node)),
         host_gib=host_gib,
@@ -149,6 +146,15 @@ def resolve(
         scale=work.at(world_size, assumed) if assumed else None,
         limits=tuple(work.limits(world_size, assumed)) if assumed else (),
     )
+
+
+def _with_gain(
+    transforms: Transforms, plans: Mapping[str, Plan], work: Work, world_size: int
+) -> Mapping[str, Plan]:
+    """Return the plans with what it gains that a transform changes what is gathered."""
+    gain = work.gain_of_gathering(world_size) if world_size > 1 else ""
+    changed = [t.name for t in transforms if gain and t.gathering(work.model).sizes]
+    return {**plans, **{name: plans[name].with_notes(gain) for name in changed}}
 
 
 def _size(case: Case, workers: int) -> Size:

@@ -47,6 +47,16 @@ def fake_quantize_rows(weight: torch.Tensor, after: torch.Tensor | None = None) 
     return rounded
 
 
+def tokens_in_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what quantize_tokens does, in operators that torch.compile can fuse."""
+    value = x.to(torch.float32)
+    low, high = value.amin(dim=-1, keepdim=True), value.amax(dim=-1, keepdim=True)
+    scale = ((high - low) / 255).clamp(min=EPS)
+    zero_point = torch.round(-128 - low / scale)
+    integers = (torch.round(value / scale) + zero_point).clamp(-128, 127)
+    return integers.to(torch.int8), scale, zero_point.to(torch.int32)
+
+
 @torch.library.custom_op("raytrain_adv::quantize_tokens", mutates_args=())
 def quantize_tokens(
     x: torch.Tensor, after: torch.Tensor | None = None
@@ -59,12 +69,7 @@ def quantize_tokens(
     Returns:
         Integers in int8; float32 scales [..., 1]; zero points [..., 1] in int32.
     """
-    value = x.to(torch.float32)
-    low, high = value.amin(dim=-1, keepdim=True), value.amax(dim=-1, keepdim=True)
-    scale = ((high - low) / 255).clamp(min=EPS)
-    zero_point = torch.round(-128 - low / scale)
-    integers = (torch.round(value / scale) + zero_point).clamp(-128, 127)
-    return integers.to(torch.int8), scale, zero_point.to(torch.int32)
+    return tokens_in_int8(x)
 
 
 @quantize_tokens.register_fake

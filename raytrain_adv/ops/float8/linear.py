@@ -77,11 +77,23 @@ def product(
     fast: bool,
 ) -> Tensor:
     """Return left [a, k] @ right.t() [k, b] with both scales taken out again."""
+    return multiply(left, right, left_scale.reciprocal(), right_scale.reciprocal(), dtype, fast)
+
+
+def multiply(
+    left: Tensor,
+    right: Tensor,
+    left_multiplier: Tensor,
+    right_multiplier: Tensor,
+    dtype: torch.dtype,
+    fast: bool,
+) -> Tensor:
+    """Return left [a, k] @ right.t() [k, b] times both multipliers, float32 scalars."""
     return torch._scaled_mm(
         left,
         right.t(),
-        scale_a=left_scale.reciprocal(),
-        scale_b=right_scale.reciprocal(),
+        scale_a=left_multiplier,
+        scale_b=right_multiplier,
         out_dtype=dtype,
         use_fast_accum=fast,
     )

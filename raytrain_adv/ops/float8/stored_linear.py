@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 from raytrain_adv.ops.bitsandbytes.quantize import E4M3, Form
 from raytrain_adv.ops.float8.cast import cast, tensorwise_scale, transposed
+from raytrain_adv.ops.float8.linear import multiply
 
 E5M2 = torch.float8_e5m2
 PROBED_ROWS = 256
@@ -28,7 +29,8 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(weight, scale)
         x_scale = tensorwise_scale(x, E4M3)
         x8 = cast(x, x_scale, E4M3)
-        return _multiply(x8, weight.view(E4M3), x_scale, scale, x.dtype, fast=True)
+        multipliers = x_scale.reciprocal(), _multiplier(scale)
+        return multiply(x8, weight.view(E4M3), *multipliers, x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -37,27 +39,13 @@ class _Product(torch.autograd.Function):
         gradient_scale = tensorwise_scale(gradient, E5M2)
         gradient8 = cast(gradient, gradient_scale, E5M2)
         weight_t = transposed(weight.view(E4M3), gradient_scale)
-        dtype = gradient.dtype
-        return _multiply(gradient8, weight_t, gradient_scale, scale, dtype, fast=False), None, None
+        multipliers = gradient_scale.reciprocal(), _multiplier(scale)
+        return multiply(gradient8, weight_t, *multipliers, gradient.dtype, fast=False), None, None
 
 
-def _multiply(
-    left: Tensor,
-    right: Tensor,
-    left_multiplier: Tensor,
-    scale: Tensor,
-    dtype: torch.dtype,
-    fast: bool,
-) -> Tensor:
-    """Return left [a, k] @ right.t() [k, b]; `scale` has a weight's scale in each row's bytes."""
-    return torch._scaled_mm(
-        left,
-        right.t(),
-        scale_a=left_multiplier.reciprocal(),
-        scale_b=scale.view(torch.float32)[0, 0],
-        out_dtype=dtype,
-        use_fast_accum=fast,
-    )
+def _multiplier(scale: Tensor) -> Tensor:
+    """Return a weight's scale, which lies in each row's bytes, as a float32 scalar."""
+    return scale.view(torch.float32)[0, 0]
 
 
 class StoredFloat8Linear(PackedLinear):
