@@ -195,6 +195,10 @@ class ParallelConfig(Section):
         if self.disable_gradient_checkpointing and recomputes:
             keys = "disable_gradient_checkpointing and gradient_checkpointing"
             yield Problem("one turns recomputation off, the other on", "keep one of them", keys)
+        for key in ("use_cpu", "fsdp_cpu_offload"):
+            if self.fsdp_collectives == "copies" and getattr(self, key):
+                text, fix = "copies are between GPUs", "set fsdp_collectives: auto"
+                yield Problem(text, fix, f"fsdp_collectives and {key}")
 
 
 class OutputConfig(Section):

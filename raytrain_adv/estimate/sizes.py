@@ -84,7 +84,7 @@ class States:
             root=root * size / GIB if sharded else 0.0,
             layer=num_elements(largest) * size / GIB if sharded else 0.0,
             head=num_elements(alone[1]) * size / GIB if alone else 0.0,
-            largest_unit=max(map(num_elements, (largest, *alone))) * size / GIB,
+            largest_unit=max(root, *map(num_elements, (largest, *alone))) * size / GIB,
             root_copy=0.0 if sharded else (cast(model) - sum(map(cast, layers))) * size / GIB,
             layer_copy=0.0 if sharded else cast(largest) * size / GIB,
             num_layers=len(layers),

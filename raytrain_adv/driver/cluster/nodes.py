@@ -13,7 +13,7 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raytrain_adv.config.job import CPU_WORKERS, JobConfig, numbers
-from raytrain_adv.errors import ClusterError, Stopped
+from raytrain_adv.errors import ClusterError, JobError, Stopped
 from raytrain_adv.estimate.launches import refuse_without_graph
 from raytrain_adv.text import plural
 
@@ -121,6 +121,13 @@ def startable_nodes(scalable: list[Node], alive: list[Node]) -> list[Node]:
     ]
 
 
+def _refuse_without_gpu(job: JobConfig, reason: str) -> None:
+    refuse_without_graph(job, reason)
+    if job.parallel.fsdp_collectives == "copies":
+        fix = "set fsdp_collectives: auto"
+        raise JobError("fsdp_collectives: copies, but there is nothing to copy", reason, fix)
+
+
 def resolve_placement(job: JobConfig, started_here: bool) -> Placement:
     """Resolve what is auto. Raises ClusterError at once if the cluster cannot run the workers, and
     JobError if the job requires what is for GPUs and they compute on the CPU.
@@ -132,7 +139,8 @@ def resolve_placement(job: JobConfig, started_here: bool) -> Placement:
     if not bundle:
         bundle = {"GPU": 1.0} if num_gpus >= 1 and not job.parallel.use_cpu else {"CPU": 1.0}
     use_gpu = bundle.get("GPU", 0.0) > 0
-    refuse_without_graph(job, "" if use_gpu else "no worker has a GPU")
+    if not use_gpu:
+        _refuse_without_gpu(job, "no worker has a GPU")
     workers = job.ray.ray_num_workers
     if workers == "auto":
         workers = int(num_gpus / bundle["GPU"]) if use_gpu else CPU_WORKERS

@@ -264,8 +264,10 @@ def _machine_remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> I
             "this machine has no GPU, and the plan is for GPUs: a Ray started here would train on "
             "the CPU; use_cpu: true plans for that"
         )
-        if job.parallel.cuda_graph:
-            yield "cuda_graph: true: a Ray without GPUs refuses this job"
+        needs = {"cuda_graph: true": job.parallel.cuda_graph}
+        needs["fsdp_collectives: copies"] = job.parallel.fsdp_collectives == "copies"
+        for key in (key for key, is_set in needs.items() if is_set):
+            yield f"{key}: a Ray without GPUs refuses this job"
     elif not job.parallel.use_cpu and facts.num_gpus < world_size:
         yield f"this machine has {plural(facts.num_gpus, 'GPU')} for {world_size:,} workers"
     for transform in Transforms(job):

@@ -15,6 +15,8 @@ from raytrain_adv.errors import TrainingError
 from raytrain_adv.run.run import Run
 from raytrain_adv.text import first_line
 
+KEY = "fsdp_collectives: nccl"
+
 
 def choose(job: JobConfig, run: Run, mesh: DeviceMesh | None) -> tuple[bool, str | None]:
     """Return whether bytes move by copies between GPUs, as fsdp_collectives has it, and what moves
@@ -24,17 +26,17 @@ def choose(job: JobConfig, run: Run, mesh: DeviceMesh | None) -> tuple[bool, str
         TrainingError: for copies where they are not possible, or give other numbers than NCCL.
     """
     wanted = job.parallel.fsdp_collectives
+    if run.device.type != "cuda" and wanted == "copies":
+        raise _refusal("workers compute on the CPU")
     if mesh is None or mesh.size() == 1 or run.device.type != "cuda":
-        if wanted == "copies":
-            raise _refusal("one worker" if mesh is None or mesh.size() == 1 else "a CPU")
         return False, None
-    if wanted == "nccl":
-        return False, "NCCL (fsdp_collectives: nccl)"
     group = mesh.get_group(SHARDED)
+    ranks = dist.get_world_size(group)
+    if wanted == "nccl" or ranks == 1:
+        return False, f"NCCL ({'each worker has the whole model' if ranks == 1 else KEY})"
     reason = _agreed(run, _why_not(job, run, group)) or _agreed(run, _failure(job, run, group))
     if reason and wanted == "copies":
         raise _refusal(reason)
-    ranks = dist.get_world_size(group)
     found = f"copies between {ranks} GPUs of a host, NCCL's numbers to the bit"
     found = f"NCCL ({reason})" if reason else found
     run.say(f"collectives: {found}", event="collectives")

@@ -302,6 +302,12 @@ def test_layers_stay_gathered_where_a_gpu_has_room(
         assert found.total <= gib * (1 - ROOM)
 
 
+def test_a_tied_embedding_may_be_the_largest_unit(tmp_path: Path) -> None:
+    found = prediction(tmp_path, LLAMA_1B, world_size=2, **PURE)
+    nccl = prediction(tmp_path, LLAMA_1B, world_size=2, fsdp_collectives="nccl", **PURE)
+    assert found.gathered - nccl.gathered == pytest.approx(3 * 128256 * 2048 * 2 / 2**30, rel=0.01)
+
+
 def test_copies_need_buffers_of_the_largest_unit(tmp_path: Path) -> None:
     """As measured on two H200s (jobs/benchmarks/results/fsdp_collectives.json)."""
     none = {"gradient_checkpointing": "none", "loss_kernel": "chunked"}

@@ -15,13 +15,19 @@ from raytrain_adv.errors import JobError
     ("has", "changed"),
     [({"CPU": 8.0}, {}), ({"CPU": 8.0, "GPU": 8.0}, {"resources_per_worker": {"CPU": 2}})],
 )
-def test_cuda_graph_true_is_refused_before_workers_start_without_a_gpu(
-    make_job: Any, monkeypatch: pytest.MonkeyPatch, has: dict[str, float], changed: dict[str, Any]
+@pytest.mark.parametrize(("key", "value"), [("cuda_graph", True), ("fsdp_collectives", "copies")])
+def test_what_is_for_gpus_is_refused_before_workers_start_without_one(
+    make_job: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    has: dict[str, float],
+    changed: dict[str, Any],
+    key: str,
+    value: object,
 ) -> None:
     monkeypatch.setattr(nodes, "alive_nodes", lambda: [Node("10.0.0.1", has)])
     monkeypatch.setattr(nodes, "scalable_nodes", list)
     job = make_job(ray_num_workers=1, **changed)
     assert not resolve_placement(job, False).use_gpu
-    with pytest.raises(JobError, match="cuda_graph: true") as caught:
-        resolve_placement(make_job(ray_num_workers=1, cuda_graph=True, **changed), False)
+    with pytest.raises(JobError, match=f"{key}: ") as caught:
+        resolve_placement(make_job(ray_num_workers=1, **{key: value}, **changed), False)
     assert caught.value.found == "no worker has a GPU"

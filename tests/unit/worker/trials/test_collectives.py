@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain_adv.errors import TrainingError
+from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.ops import peer_copies
 from raytrain_adv.worker.trials import collectives
 from tests.tiny_models import job_for, write_checkpoint
@@ -67,7 +67,6 @@ NOT: dict[str, tuple[dict[str, Any], str]] = {
     "no access": ({"can_read": False}, "cannot read each other's memory"),
     "fails": ({"failure": RuntimeError("pidfd_getfd: not permitted\nmore")}, "not permitted"),
     "differs": ({"failure": ValueError("an all-gather gave other numbers")}, "other numbers"),
-    "offload": ({"fsdp_cpu_offload": True}, "fsdp_cpu_offload: true"),
 }
 
 
@@ -100,11 +99,21 @@ def test_nothing_is_tried_where_there_is_no_choice(
     assert asked(tmp_path, monkeypatch, ONE_HOST, **given) == (False, [])
 
 
-@pytest.mark.parametrize(
-    ("given", "reason"), [({"ranks": 1}, "one worker"), ({"device": CPU}, "a CPU")]
-)
-def test_copies_alone_or_on_a_cpu_are_refused(
-    given: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(TrainingError, match=reason):
-        asked(tmp_path, monkeypatch, ONE_HOST, fsdp_collectives="copies", **given)
+def test_offloaded_states_travel_by_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used, said = asked(tmp_path, monkeypatch, ONE_HOST, fsdp_cpu_offload=True)
+    assert not used and said == ["collectives: NCCL (fsdp_cpu_offload: true)"]
+
+
+def test_one_worker_has_nothing_to_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an error: an elastic run may come down to one."""
+    given = {"ranks": 1, "fsdp_collectives": "copies"}
+    assert asked(tmp_path, monkeypatch, ONE_HOST, **given) == (False, [])
+
+
+def test_copies_on_a_cpu_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrainingError, match="on the CPU"):
+        asked(tmp_path, monkeypatch, ONE_HOST, device=CPU, fsdp_collectives="copies")
+    for key in ("use_cpu", "fsdp_cpu_offload"):
+        with pytest.raises(JobError, match=f"fsdp_collectives and {key}: copies are between GPUs"):
+            given = {"fsdp_collectives": "copies", key: True}
+            asked(tmp_path, monkeypatch, ONE_HOST, **given)
