@@ -29,8 +29,8 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(weight, scale)
         x_scale = tensorwise_scale(x, E4M3)
         x8 = cast(x, x_scale, E4M3)
-        multipliers = x_scale.reciprocal(), _multiplier(scale)
-        return multiply(x8, weight.view(E4M3), *multipliers, x.dtype, fast=True)
+        result: Tensor = _times(x8, weight, x_scale.reciprocal(), scale, x.dtype, backward=False)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -38,14 +38,37 @@ class _Product(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         gradient_scale = tensorwise_scale(gradient, E5M2)
         gradient8 = cast(gradient, gradient_scale, E5M2)
-        weight_t = transposed(weight.view(E4M3), gradient_scale)
-        multipliers = gradient_scale.reciprocal(), _multiplier(scale)
-        return multiply(gradient8, weight_t, *multipliers, gradient.dtype, fast=False), None, None
+        multiplier, dtype = gradient_scale.reciprocal(), gradient.dtype
+        return _times(gradient8, weight, multiplier, scale, dtype, backward=True), None, None
 
 
-def _multiplier(scale: Tensor) -> Tensor:
-    """Return a weight's scale, which lies in each row's bytes, as a float32 scalar."""
-    return scale.view(torch.float32)[0, 0]
+@torch.library.custom_op("raytrain_adv::times_stored", mutates_args=())
+def _times(
+    left: Tensor,
+    weight: Tensor,
+    left_multiplier: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    backward: bool,
+) -> Tensor:
+    """Return left @ weight.t(), or left @ weight in backward; `weight` and `scale` are held as
+    bytes, the scale of the whole weight in each row.
+
+    An operator of its own: to view bytes as float8 torch.compile copies them, into a layout that
+    float8 products do not take (torch 2.11).
+    """
+    weight8 = weight.view(E4M3)
+    factor = transposed(weight8, left) if backward else weight8
+    multiplier = scale.view(torch.float32)[0, 0]
+    return multiply(left, factor, left_multiplier, multiplier, dtype, fast=not backward)
+
+
+@_times.register_fake
+def _(
+    left: Tensor, weight: Tensor, _multiplier: Tensor, _scale: Tensor, dtype: Any, backward: bool
+) -> Tensor:
+    columns = weight.shape[1] * weight.element_size()
+    return left.new_empty(left.shape[0], columns if backward else weight.shape[0], dtype=dtype)
 
 
 class StoredFloat8Linear(PackedLinear):

@@ -43,7 +43,7 @@ def results(layer):
     return value.detach(), *torch.autograd.grad(value, x, pull)
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
+@pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition", "inductor"])
 def test_values_and_gradients_are_those_of_a_frozen_float8_linear_bit_for_bit(backend):
     linear = plain_linear()
     layer = stored(linear)
