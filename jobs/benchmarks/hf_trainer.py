@@ -16,9 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -60,6 +62,16 @@ class Clock(TrainerCallback):
         self.ends.append(time.time())
 
 
+def with_lora(model: PreTrainedModel) -> PeftModel:
+    """Return a model with PEFT's adapters on all linears and on the experts' stacked matrices."""
+    stacks = [name for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
+    ends = sorted({".".join(name.split(".")[-2:]) for name in stacks}) or None
+    model.enable_input_require_grads()
+    return get_peft_model(
+        model, LoraConfig(r=16, target_modules="all-linear", target_parameters=ends)
+    )
+
+
 def main() -> None:
     """Train some steps and print what they took."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -69,6 +81,8 @@ def main() -> None:
     parser.add_argument("--liger", action="store_true", help="use_liger_kernel")
     parser.add_argument("--checkpointing", action="store_true", help="gradient_checkpointing")
     parser.add_argument("--eager", action="store_true", help="no torch_compile")
+    parser.add_argument("--lora", action="store_true", help="PEFT, on linears and stacked experts")
+    parser.add_argument("--attention", default="sdpa", help="attn_implementation")
     parser.add_argument("--steps", type=int, default=8, help="steps measured")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before those")
     parser.add_argument("--warm-up-tokens", type=int, help="their tokens, if they differ")
@@ -78,9 +92,11 @@ def main() -> None:
     config.max_position_embeddings = max(config.max_position_embeddings, chosen.tokens)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if on_gpu else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=chosen.attention)
     torch.set_default_dtype(torch.float32)
     model.config.use_cache = False
+    if chosen.lora:
+        model = with_lora(model)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

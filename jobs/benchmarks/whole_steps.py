@@ -36,15 +36,16 @@ GIB = 2**30
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def job_of(changed: dict[str, int], **keys: Any) -> JobConfig:
-    """Return a job on the 8B shape, random weights and all states in bf16.
+def job_of(changed: dict[str, int], shape: Path = SHAPE, **keys: Any) -> JobConfig:
+    """Return a job on a shape, random weights and all states in bf16.
 
     Args:
         changed: keys of the shape's config that are to be others, to try a script out.
+        shape: the folder of a config.json; the 8B shape.
         keys: of the job.
     """
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
-    config = json.loads((SHAPE / "config.json").read_text())
+    config = json.loads((shape / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changed}))
     full = keys.get("finetuning_type", "full") == "full"
     values = {

@@ -352,7 +352,8 @@ def initialize_unit(
 ) -> None:
     """Initialize one unit's whole tensors, copy this rank's regions, and drop them again."""
     names = {name: f"{fqn}.{name}".lstrip(".") for name in part.state_dict()}
-    held = {n: full for n, full in names.items() if full in targets and (is_layer or "." not in n)}
+    known = targets.keys() | packed.keys()
+    held = {n: full for n, full in names.items() if full in known and (is_layer or "." not in n)}
     if not held:
         return
     part.to_empty(device=device, recurse=is_layer)

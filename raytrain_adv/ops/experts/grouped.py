@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -43,14 +44,26 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return product
 
 
+@torch.library.custom_op("raytrain_adv::in_rows", mutates_args=())
+def in_rows(x: Tensor) -> Tensor:
+    """Return a contiguous copy, in compiled graphs too: there `contiguous()` leaves the layout to
+    Inductor (2.13), which keeps that of the source, and grouped products refuse it.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+in_rows.register_fake(partial(torch.empty_like, memory_format=torch.contiguous_format))
+in_rows.register_autograd(lambda _, gradient: gradient)
+
+
 def adapted(x: Tensor, factors: Factors, ends: Tensor, transposed: bool) -> Tensor:
     """Return what an adapter adds to a stacked matrix's product with x."""
     left, right, scaling = factors
     first, second = (left, right) if transposed else (right.mT, left.mT)
     missing = -first.shape[2] % ALIGNED
     first, second = F.pad(first, (0, missing)), F.pad(second, (0, 0, 0, missing))
-    inner = grouped(x, first.to(x.dtype).contiguous(), ends)
-    return grouped(inner, second.to(x.dtype).contiguous(), ends) * scaling
+    inner = grouped(x, in_rows(first.to(x.dtype)), ends)
+    return grouped(inner, in_rows(second.to(x.dtype)), ends) * scaling
 
 
 class GroupedExperts(nn.Module):

@@ -23,7 +23,7 @@ from raytrain_adv.model.weights import load_pretrained, materialize
 from raytrain_adv.ops.bitsandbytes.experts import PackedStack
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear, packed_linears
 from raytrain_adv.ops.experts.find import layout_of, routers, stacked
-from raytrain_adv.ops.experts.grouped import GroupedExperts
+from raytrain_adv.ops.experts.grouped import GroupedExperts, adapted
 from raytrain_adv.ops.fake_quant.experts import FakeQuantizedExperts
 from raytrain_adv.ops.fake_quant.layers import FakeQuantizedLinear
 from raytrain_adv.ops.fake_quant.rounding import fake_quantize_float8
@@ -302,3 +302,20 @@ def test_a_layer_with_experts_compiles_into_one_graph(keys: dict[str, Any], tmp_
     for layer in model.model.layers:
         layer.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(train(model), eager, rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_of_experts_are_multiplied_in_inductors_graphs_too() -> None:
+    torch.manual_seed(0)
+    x, ends = torch.randn(64, 32, dtype=torch.bfloat16), torch.tensor([16, 64], dtype=torch.int32)
+    down, up = torch.randn(2 * 8, 32), torch.randn(48, 8 * 2)  # experts innermost, as in PEFT
+
+    def product(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        factors = up.reshape(48, 8, 2).permute(2, 0, 1), down.reshape(2, 8, 32), 2.0
+        return adapted(x, factors, ends, transposed=False)
+
+    outputs = []
+    for function in (product, torch.compile(product, fullgraph=True)):
+        inputs = [one.clone().requires_grad_() for one in (x, down, up)]
+        output = function(*inputs)
+        outputs.append([output, *torch.autograd.grad(output.float().square().sum(), inputs)])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0.02, atol=0.1)
