@@ -1,13 +1,14 @@
 """What QAT gains over quantizing afterward, by target: bf16, round-to-nearest, GPTQ, QAT, QAT with
 distillation, and the delay of fake quantization.
 
-    python jobs/benchmarks/qat_quality.py MODEL ALPACA.json --out FILE [--budget-s 420] [--quick]
+    python jobs/benchmarks/qat_quality.py MODEL ALPACA.json --out FILE [--limit-s 420] [--quick]
 
 Each training is a run of worker.train; rows are evaluated by worker.evaluation. The model learns
 instructions (held-out loss) and function calls (share of held-out calls that are exact) at once.
 GPTQ is llm-compressor's, calibrated on training rows of the same run. FILE is written after each
-row, and another call with the same FILE and --work computes what is missing. Steps of rows that are
-computed are printed every 15 seconds.
+row, and another call with the same FILE and --work computes what is missing. What is computed is
+printed every 15 seconds, and each row has where its seconds went; the stack of a row that has taken
+a minute is in its log in --work.
 
 Not yet run on a GPU to its end: on two H200s, 14 rows at a time, none was finished after 200 s.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -77,59 +79,74 @@ class Task:
 
 
 def tasks(seeds: int, steps: int) -> list[Task]:
-    """Return all rows, those of the first seed first."""
+    """Return all rows, those of the first seed first, and those of the delays last."""
     found = []
     for seed in range(seeds):
         found.append(Task(BF16, "", seed))
-        found += [Task(m, t, seed) for t in TARGETS for m in (QAT, RTN, GPTQ, DISTILLED)]
-        found += [Task(QAT, DELAYED, seed, round(share * steps)) for share in DELAYS]
-    return found
+        found += [Task(m, t, seed) for t in TARGETS for m in (GPTQ, DISTILLED, QAT, RTN)]
+    delays = [round(share * steps) for share in DELAYS]
+    return found + [Task(QAT, DELAYED, s, delay) for s in range(seeds) for delay in delays]
 
 
 def main() -> None:
-    """Compute the rows, several at a time, until the budget ends."""
+    """Compute the rows, several at a time, until the limit."""
     options = parse()
     began = time.monotonic()
     options.work.mkdir(parents=True, exist_ok=True)
     write_data(options)
-    known: list[dict[str, Any]] = []
-    if options.out.is_file():
-        known = [row for row in json.loads(options.out.read_text())["rows"] if "error" not in row]
-    done = {row["name"] for row in known}
-    waiting = [task for task in tasks(options.seeds, options.steps) if task.name not in done]
-    twins = {task.name for task in waiting if task.method == BF16}
+    rows = rows_so_far(options)
+    waiting = [task for task in tasks(options.seeds, options.steps) if task.name not in rows]
     if waiting:
         prepare_data(waiting[0], options)
-        print(f"{time.monotonic() - began:5.0f} s  data prepared", flush=True)
+        tell(began, "data prepared")
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(options.workers, spawn, take_gpu, (spawn.Value("i", 0),))
+    pool = ProcessPoolExecutor(options.processes, spawn, take_gpu, (spawn.Value("i", 0),))
     running: dict[Future[dict[str, Any]], Task] = {}
-    while (waiting or running) and time.monotonic() - began < options.budget_s:
-        for task in list(waiting):
-            is_ready = not task.needs_twin or task.twin.name not in twins
-            if len(running) < options.workers and is_ready:
+    while left := max(0.0, options.limit_s - (time.monotonic() - began)):
+        for task in [t for t in waiting if not t.needs_twin or t.twin.name in rows]:
+            if len(running) < options.processes:
                 running[pool.submit(row_of, task, options)] = task
                 waiting.remove(task)
-        left = options.budget_s - (time.monotonic() - began)
-        ended, _ = wait(running, max(0.1, min(left, 15.0)), FIRST_COMPLETED)
+        if not running:
+            break
+        ended, _ = wait(running, min(left, 15.0), FIRST_COMPLETED)
         if not ended:
-            shown = ", ".join(progress(task, options) for task in running.values())
-            print(f"{time.monotonic() - began:5.0f} s  {shown}", flush=True)
+            tell(began, ", ".join(progress(task, options) for task in running.values()))
         for future in ended:
             task = running.pop(future)
             row = {"name": task.name, **asdict(task), **future.result()}
             if "error" not in row:
-                twins.discard(task.name)
-            known.append(row)
-            write(options, known, time.monotonic() - began)
+                rows[task.name] = row
+                write(options, [*rows.values()])
             shown = {k: v for k, v in row.items() if k not in ("name", "method", "target")}
-            print(f"{time.monotonic() - began:5.0f} s  {task.name:48}", shown, flush=True)
-    left_out = [task.name for task in (*running.values(), *waiting)]
-    print("complete" if not left_out else f"out of time; {len(left_out)} rows are missing")
+            tell(began, f"{task.name:48} {shown}")
+    missing = [task.name for task in tasks(options.seeds, options.steps) if task.name not in rows]
+    print(f"{len(missing)} rows are missing: {', '.join(missing)}" if missing else "complete")
     for process in multiprocessing.active_children():
         process.terminate()
     sys.stdout.flush()
-    os._exit(0)  # what still runs has no rows to give
+    os._exit(1 if missing else 0)  # what still runs has no rows to give
+
+
+def tell(began: float, text: str) -> None:
+    """Print a line with the seconds since the start."""
+    print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
+
+
+def rows_so_far(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the rows of another call by name, without bf16's whose model is needed and gone."""
+    if not options.out.is_file():
+        return {}
+    known = json.loads(options.out.read_text())
+    changed = [name for name, value in settings(options).items() if known[name] != value]
+    if changed:
+        sys.exit(f"{options.out} has rows of other {', '.join(changed)}: give another --out")
+    rows = {row["name"]: row for row in known["rows"]}
+    for task in tasks(options.seeds, options.steps):
+        model = options.work / task.twin.name / "model"
+        if task.needs_twin and task.name not in rows and not model.is_dir():
+            rows.pop(task.twin.name, None)
+    return rows
 
 
 def parse() -> argparse.Namespace:
@@ -144,16 +161,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
-    parser.add_argument("--workers", type=int, default=2, help="rows computed at a time")
-    parser.add_argument("--budget-s", type=float, default=1e6)
+    parser.add_argument("--workers", type=int, default=4, help="rows at a time on each GPU")
+    parser.add_argument("--calibration", type=int, default=128, help="rows that GPTQ reads")
+    parser.add_argument("--limit-s", type=float, default=1e6, help="seconds after which to end")
     parser.add_argument("--quick", action="store_true", help="a trial on a CPU: few tokens")
     options = parser.parse_args()
     if options.quick:
         options.steps, options.seeds, options.workers = 4, 1, 1
+        options.calibration = 8
     options.work = options.work.absolute()
-    options.rows, options.cutoff = (2, 96) if options.quick else (16, 256)
-    options.held_out, options.calibration = (8, 8) if options.quick else (200, 256)
+    options.rows, options.cutoff, options.held_out = (2, 96, 8) if options.quick else (16, 256, 200)
+    options.processes = options.workers * max(1, torch.cuda.device_count())
     return options
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what rows of one file share."""
+    return {
+        "model": options.model.name,
+        "steps": options.steps,
+        "learning_rate": options.rate,
+        "batch": [options.rows, options.cutoff],
+        "calibration_rows": options.calibration,
+    }
 
 
 def write_data(options: argparse.Namespace) -> None:
@@ -175,19 +205,16 @@ def write_data(options: argparse.Namespace) -> None:
                 file.write_text(text)
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]], seconds: float) -> None:
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the rows so far."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     about = {
         "date": str(date.today()),
         "command": f"python jobs/benchmarks/qat_quality.py {options.model.name} "
-        f"{options.data.name} --out FILE --steps {options.steps} --rate {options.rate:g}",
+        f"{options.data.name} --out FILE --steps {options.steps} --seeds {options.seeds}",
         "device": device,
         "versions": {name: _version(name) for name in PACKAGES},
-        "steps": options.steps,
-        "learning_rate": options.rate,
-        "batch": [options.rows, options.cutoff],
-        "seconds": round(seconds, 1),
+        **settings(options),
     }
     partial = options.out.with_suffix(".partial")
     partial.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
@@ -211,13 +238,15 @@ def take_gpu(turn: Any) -> None:
 
 def row_of(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     """Return a row's figures, or what failed; runs in a process of the pool."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.workers))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // options.processes))
     start = time.perf_counter()
     log = options.work / f"{task.name}.log"
     try:
         with log.open("w") as file, contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(file))
             stack.enter_context(contextlib.redirect_stderr(file))
+            faulthandler.dump_traceback_later(60, repeat=True, file=file)
+            stack.callback(faulthandler.cancel_dump_traceback_later)
             found = trained(task, options) if task.method in (BF16, QAT, DISTILLED) else None
             found = found or quantized(task, options)
     except Exception as error:  # the other rows are still computed
@@ -305,14 +334,16 @@ def trained(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     job = load_job(task, options)
     run = local_run(job)
     try:
-        train(job, run, export_model)
+        result = train(job, run, export_model)
     finally:
         run.close()
     lines = (Path(job.output.output_dir) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     steps = [row for row in rows if row["kind"] == "train"]
     found = figures(next(row for row in reversed(rows) if row["kind"] == "eval"))
-    return {**found, "train_loss": steps[-1]["loss"], "step_ms": 1e3 * steps[-1]["step_s"]}
+    phases = {name: round(seconds, 1) for name, seconds in result["timeline"].items()}
+    spent = {"step_ms": 1e3 * steps[-1]["step_s"], "phases_s": phases}
+    return {**found, "train_loss": steps[-1]["loss"], **spent}
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:

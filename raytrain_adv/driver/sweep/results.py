@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from raytrain_adv.driver.cluster.nodes import release_workers
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.replaced import Replaced
 from raytrain_adv.driver.training.console import printable
+from raytrain_adv.driver.training.job_message import JobMessage
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.report import record, sweep_record
 from raytrain_adv.report.record import write_text
@@ -163,23 +166,29 @@ class Results:
 
 
 class Progress(tune.Callback):  # type: ignore[misc] # ray is Any to mypy
-    """Prints each start, evaluation and end of a trial, and keeps the results up to date."""
+    """Prints each start, evaluation and end of a trial, and keeps the results and the message of a
+    submitted job up to date.
+    """
 
     def __init__(self, results: Results, num_trials: int) -> None:
         self._results = results
         self._num_trials = num_trials
         self._num_started = 0
         self._began = time.monotonic()
+        self._running: dict[str, str] = {}  # trial -> where it is
+        self._job_message = JobMessage(partial(print, flush=True))
 
     def on_trial_start(self, *, trial: Any, **info: Any) -> None:
         """Print that a trial starts."""
         self._num_started += 1
         self._results.started(_name(trial))
+        self._running[_name(trial)] = "started"
         self._print(trial, f"started ({self._num_started} of {self._num_trials})")
 
     def on_trial_result(self, *, trial: Any, result: Mapping[str, Any], **info: Any) -> None:
         """Print a trial's step and loss."""
         if line := describe_result(result):
+            self._running[_name(trial)] = line
             self._print(trial, line)
 
     def on_trial_complete(
@@ -187,6 +196,7 @@ class Progress(tune.Callback):  # type: ignore[misc] # ray is Any to mypy
     ) -> None:
         """Print how a trial ended; `error` is why its process died, or that its code failed."""
         one = self._results.ended(_name(trial), error)
+        self._running.pop(_name(trial), None)
         if one.status == "done":
             self._print(trial, f"done, {self._results.describe(one.metric)}")
         else:
@@ -200,6 +210,18 @@ class Progress(tune.Callback):  # type: ignore[misc] # ray is Any to mypy
     def _print(self, trial: Any, text: str) -> None:
         line = f"[{numbers.clock(time.monotonic() - self._began)}] {_name(trial)}: {text}"
         print(printable(line, sys.stdout.encoding), flush=True)
+        self._job_message.tell(sentence(self._results.report, self._running))
+
+
+def sentence(report: SweepReport, running: Mapping[str, str]) -> str:
+    """Return where a sweep is: how many trials have ended, the best, and those that run."""
+    count = Counter(trial.status for trial in report.trials)
+    ended = len(report.trials) - count["running"] - count["waiting"]
+    parts = [f"{ended} of {numbers.plural(len(report.trials), 'trial')} ended"]
+    parts += [f"{count[s]} {s}" for s in ("failed", "stopped") if count[s]]
+    if (best := sweep_record.best(report.trials, report.mode)) is not None:
+        parts.append(f"best {report.metric} {figure(report.metric, best.metric)} ({best.name})")
+    return "; ".join([", ".join(parts), *(f"{name}: {where}" for name, where in running.items())])
 
 
 def describe_result(result: Mapping[str, Any]) -> str:

@@ -19,8 +19,9 @@ from raytrain_adv.driver.output.output_dir import Replaced
 from raytrain_adv.driver.plan.text import sweep_view as view
 from raytrain_adv.driver.sweep import sweep
 from raytrain_adv.driver.sweep.asha import DelayAwareAsha, Rungs
-from raytrain_adv.driver.sweep.results import Results
+from raytrain_adv.driver.sweep.results import Progress, Results
 from raytrain_adv.driver.sweep.sweep import trials_at_once
+from raytrain_adv.driver.training.job_message import JobMessage
 from raytrain_adv.driver.watch.stop import (
     StopOnRequest,
     StoppedBySweep,
@@ -434,3 +435,29 @@ def test_a_trial_s_line_has_step_loss_and_time_left_without_evaluations():
     assert describe_result(where_it_is(progress)) == "step 20 of 200, loss 2.5000, 3:00 left"
     assert describe_result({"step": 20, "value": None, "total_steps": 200}).endswith("loss -")
     assert describe_result({"ended": True}) == ""
+
+
+def test_a_submitted_sweep_has_counts_the_best_and_the_running_trials_as_its_message(
+    swept: Callable[..., JobConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(JobMessage, "tell", lambda self, message: told.append(message))
+    job = swept()
+    found = results_of(job)
+    progress = Progress(found, 3)
+    first, second, third = (
+        SimpleNamespace(config={"trial": t.name}, get_error=lambda: RuntimeError("it died"))
+        for t in job.sweep.trials  # type: ignore[union-attr]
+    )
+    progress.on_trial_start(trial=first)
+    progress.on_trial_result(trial=first, result={"step": 5, "total_steps": 9, "loss": 2.5})
+    name = first.config["trial"]
+    assert told[-1] == f"0 of 3 trials ended; {name}: step 5 of 9, loss 2.5000"
+    leave(job, 0, 1.5)
+    progress.on_trial_complete(trial=first)
+    progress.on_trial_start(trial=second)
+    best = f"best eval_loss 1.5000 ({name})"
+    assert told[-1] == f"1 of 3 trials ended, {best}; {second.config['trial']}: started"
+    progress.on_trial_error(trial=second)
+    progress.on_trial_start(trial=third)
+    assert told[-1].startswith(f"2 of 3 trials ended, 1 failed, {best}; {third.config['trial']}")
