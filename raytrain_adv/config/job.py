@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ FREE_TO_CHANGE = frozenset([
     "tokenized_path", "cache_dir", "push_to_hub", "hub_model_id", "hub_private_repo",
     "hub_strategy", "hub_revision", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "fsdp_shard_size", "fsdp_reshard_after_forward",
+    "sequence_parallel_size",
     "fsdp_cpu_offload", "ddp_timeout", "gradient_checkpointing",
     "disable_gradient_checkpointing", "dataset_dir",
 ])  # fmt: skip
@@ -134,20 +136,25 @@ def section_types() -> tuple[type[Section], ...]:
 
 
 def num_passes(job: JobConfig, workers: int) -> int:
-    """Return all workers' passes in an optimizer step; the most of an elastic job decide."""
+    """Return the passes of an optimizer step, those of workers that share a sequence counted once;
+    the most of an elastic job decide.
+    """
     most = workers if job.ray.ends is None else job.ray.ends[1]
-    return job.train.gradient_accumulation_steps * most
+    return job.train.gradient_accumulation_steps * most // job.parallel.sequence_parallel_size
 
 
 def accumulation(job: JobConfig, workers: int) -> int:
     """Return the passes of each worker in a step, rounded down if they cannot be shared equally."""
-    return num_passes(job, workers) // workers
+    return num_passes(job, workers) * job.parallel.sequence_parallel_size // workers
 
 
 def sharing(job: JobConfig, most: int) -> tuple[int, ...]:
-    """Return the numbers of workers up to `most` that share a step's passes and fill shards."""
-    group = job.parallel.fsdp_shard_size or 1
-    return tuple(n for n in range(1, most + 1) if num_passes(job, n) % n == 0 and n % group == 0)
+    """Return the numbers of workers up to `most` that share a step's passes, fill shards, and split
+    sequences.
+    """
+    split = job.parallel.sequence_parallel_size
+    group = math.lcm(job.parallel.fsdp_shard_size or 1, split)
+    return tuple(n for n in range(group, most + 1, group) if num_passes(job, n) % (n // split) == 0)
 
 
 def numbers(job: JobConfig) -> tuple[int, ...]:

@@ -208,10 +208,14 @@ def _elastic(job: JobConfig) -> Iterable[Problem]:
 
 
 def _misfit(job: JobConfig, workers: int, key: str) -> Problem | None:
-    shard = job.parallel.fsdp_shard_size
+    shard, split = job.parallel.fsdp_shard_size, job.parallel.sequence_parallel_size
+    if workers % split:
+        text = f"{workers:,} cannot be divided into groups of {split} workers that share sequences"
+        fix = f"set {key} to a multiple of {split}"
+        return Problem(text, fix, f"sequence_parallel_size and {key}")
     passes = num_passes(job, workers)
-    if passes % workers:
-        good = ", ".join(map(str, sharing(job, passes)))
+    if passes % (workers // split):
+        good = ", ".join(map(str, sharing(job, passes * split)))
         with_most = passes // job.train.gradient_accumulation_steps
         text = f"{workers} workers cannot share the {passes} passes equally that a step has with "
         fix = f"numbers that work: {good}; or change gradient_accumulation_steps"

@@ -153,6 +153,15 @@ class DataConfig(Section):
                 yield Problem(text, "give one for each", f"{key} and {name}")
 
 
+WHOLE_SEQUENCES = {
+    "compute_accuracy": "an exact answer may lie on several workers",
+    "neftune_noise_alpha": "noise is drawn for whole conversations",
+    "use_asft_loss": "the model before training would see a part of each sequence",
+    "use_distill_loss": "the teacher would see a part of each sequence",
+}
+"""Keys that need all tokens of a sequence on each worker -> why."""
+
+
 class ParallelConfig(Section):
     """How the model is sharded, compiled and recomputed."""
 
@@ -169,6 +178,10 @@ class ParallelConfig(Section):
     cuda_graph: bool | None = None
     """Record forward and backward passes as CUDA graphs on one worker, which small models need to
     keep a GPU busy. Unset means passes of up to 60 TFLOP, where it is possible."""
+    sequence_parallel_size: Count = 1
+    """Workers that share each sequence: every one computes a part of its tokens, and attends to the
+    whole with a part of the heads. It divides ray_num_workers and the attention heads; a step has
+    that much fewer sequences."""
     fsdp_shard_size: Count | None = None
     """Workers that share one copy of the model; none means all, fewer than all is HSDP."""
     fsdp_reshard_after_forward: bool | None = None
@@ -199,6 +212,16 @@ class ParallelConfig(Section):
             if self.fsdp_collectives == "copies" and getattr(self, key):
                 text, fix = "copies are between GPUs", "set fsdp_collectives: auto"
                 yield Problem(text, fix, f"fsdp_collectives and {key}")
+
+    def conflicts(self, job: Any) -> Iterable[Problem]:
+        """Find what needs a whole sequence on a worker."""
+        if self.sequence_parallel_size == 1:
+            return
+        for section in job.sections():
+            for key in WHOLE_SEQUENCES.keys() & type(section).model_fields.keys():
+                if section.is_changed(key):
+                    both = f"sequence_parallel_size and {key}"
+                    yield Problem(WHOLE_SEQUENCES[key], "keep one of them", both)
 
 
 class OutputConfig(Section):

@@ -95,8 +95,7 @@ class Work:
         sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps
         compute = interval = None
         if self.gpu:
-            tokens = sequences * self.tokens_per_sequence
-            compute = traffic.compute_seconds(job, self.flops_per_token, tokens, self.gpu, moved)
+            compute = self._compute_seconds(moved)
         times = Times(*traffic.communication(moved, a), compute)
         if compute is not None and self.save_every:
             interval = self.save_every * max(compute, times.communication)
@@ -110,9 +109,16 @@ class Work:
             saves=job.output.save_strategy != "no",
             save_interval=interval,
             head=Head.of(world_size),
-            global_batch=sequences * world_size,
+            global_batch=sequences * world_size // job.parallel.sequence_parallel_size,
             assumed=a,
         )
+
+    def _compute_seconds(self, moved: Traffic) -> float:
+        """Return a GPU's computation in a step in seconds."""
+        job = self.job
+        sequences = job.train.per_device_train_batch_size * job.train.gradient_accumulation_steps
+        tokens = sequences * self.tokens_per_sequence / job.parallel.sequence_parallel_size
+        return traffic.compute_seconds(job, self.flops_per_token, tokens, self.gpu, moved)
 
     def gain_of_gathering(self, world_size: int) -> str:
         """Return what it gains that transforms change what is gathered, by the bandwidth into a
@@ -122,9 +128,7 @@ class Work:
         plain = traffic.traffic(self.model, self.job, world_size, plain=True)
         if not self.gpu or plain.gathered == changed.gathered:
             return ""
-        sequences = self.job.train.per_device_train_batch_size
-        tokens = sequences * self.job.train.gradient_accumulation_steps * self.tokens_per_sequence
-        compute = traffic.compute_seconds(self.job, self.flops_per_token, tokens, self.gpu, plain)
+        compute = self._compute_seconds(plain)
 
         def step(moved: Traffic, gb_s: int) -> float:
             return max(compute, moved.received / (gb_s * traffic.GB))
@@ -142,7 +146,9 @@ class Work:
         counts = sorted({planned, *(2**n for n in range(1, MOST_WORKERS.bit_length()))})
         found: dict[str, Limit] = {}
         for count in counts:
-            if count % min(self.job.parallel.fsdp_shard_size or 1, count) == 0:
+            options = self.job.parallel
+            shards = min(options.fsdp_shard_size or 1, count)
+            if count % math.lcm(shards, options.sequence_parallel_size) == 0:
                 for is_met, what, fix, name in self._checks(self.at(count, a)):
                     if is_met:
                         found.setdefault(name, Limit(count, what, fix))

@@ -144,12 +144,13 @@ def predict(
     """
     states = States.of(model, job, world_size)
     passes = Passes.of(model, job, seq_len, batch)
-    graphed = not why_no_graph(model, job, world_size, seq_len * batch)
+    tokens = batch * seq_len // job.parallel.sequence_parallel_size
+    graphed = not why_no_graph(model, job, world_size, tokens)
     # The gradients of a CUDA graph stay where they are.
     phases = _phases(states, passes, job, accumulation(job, world_size) > 1 or graphed)
     reference = reference_bytes(model, job, states.shard_size) / GIB
     if reference:
-        known = batch * seq_len * text_config(model).vocab_size * compute_dtype(job).itemsize / GIB
+        known = tokens * text_config(model).vocab_size * compute_dtype(job).itemsize / GIB
         phases = tuple(
             replace(
                 p,
@@ -170,7 +171,7 @@ def predict(
         phases=phases,
         host=host,
         copies=HostCopies.of(model, job, world_size),
-        explanations=_explanations(model, job, states, batch * seq_len),
+        explanations=_explanations(model, job, states, tokens),
     )
 
 

@@ -108,7 +108,9 @@ class Passes:
 
     @staticmethod
     def of(model: PreTrainedModel, job: JobConfig, seq_len: int, batch: int) -> Passes:
-        """Compute the sizes from the layers' shapes."""
+        """Compute the sizes from the layers' shapes. Each of the workers that share sequences has
+        a part of the tokens, and of all tokens' scores those of a part of the heads.
+        """
         config, size = text_config(model), compute_dtype(job).itemsize
         mode, compiled = checkpointing_mode(job), job.parallel.torch_compile
         kind = attention_kind(config, job)
@@ -128,12 +130,13 @@ class Passes:
             kept, recomputed = [float(size * x.hidden) for x in layers], max(whole)
         # The final norm runs uncompiled: float32 copy, normalized form, the head's input.
         final = (4 + 2 * size) * config.hidden_size
-        unit = batch * seq_len / GIB
+        on_worker = seq_len // job.parallel.sequence_parallel_size
+        unit = batch * on_worker / GIB
         backward = max(x.backward_temporaries(size, kind, seq_len) for x in layers)
         # Packed linears are unpacked one at a time.
         unpacked = [m.temporary_bytes for _, m in packed_linears(model)]
         evaluates = bool(job.data.val_size or job.data.eval_dataset)
-        eval_tokens = job.train.per_device_eval_batch_size * seq_len if evaluates else 0
+        eval_tokens = job.train.per_device_eval_batch_size * on_worker if evaluates else 0
         forward = max(size * (3 * x.hidden + x.mlp_inner + x.mlp_width) for x in layers)
         loss = _loss(model, size, compiled)
         return Passes(
@@ -141,8 +144,8 @@ class Passes:
             kept_by_one=max(kept) * unit,
             recomputed=recomputed * unit,
             temporaries=backward * unit + max(unpacked, default=0) / GIB,
-            logits=loss.training(batch * seq_len) / GIB,
-            logits_gradient=loss.gradient(batch * seq_len) / GIB,
+            logits=loss.training(batch * on_worker) / GIB,
+            logits_gradient=loss.gradient(batch * on_worker) / GIB,
             logits_eval=loss.evaluation(eval_tokens) / GIB,
             layer_eval=forward * eval_tokens / GIB,
         )

@@ -36,6 +36,8 @@ LOWEST_CAPABILITY = {"fa3": (9, 0), "fa2": (8, 0)}
 HUB = "hub:"
 AUTO = "set flash_attn: auto"
 NEEDED = ("flash_attn_func", "flash_attn_varlen_func")
+SPLIT = "_of_split_sequences"
+"""What transformers' name of an attention ends in that attends over several workers."""
 HUB_ATTENTION = "hub_attention"
 """Our name of a hub:<repo> kernel: for one with flash in it transformers would load its own."""
 
@@ -62,7 +64,7 @@ def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
 
 def is_flash(model: PreTrainedModel) -> bool:
     """Whether the model's attention takes packed conversations by their bounds, without a mask."""
-    name = str(model.config.get_text_config()._attn_implementation)
+    name = str(model.config.get_text_config()._attn_implementation).removesuffix(SPLIT)
     return name == HUB_ATTENTION or name.startswith("flash_attention_")
 
 
@@ -73,7 +75,8 @@ def attention_of_parts(model: PreTrainedModel) -> dict[str, str]:
     config = model.config
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     held = {"": config, **{n: c for n, c in parts.items() if isinstance(c, PretrainedConfig)}}
-    return {name: str(c._attn_implementation) for name, c in held.items() if c._attn_implementation}
+    used = {name: c._attn_implementation for name, c in held.items() if c._attn_implementation}
+    return {name: str(one).removesuffix(SPLIT) for name, one in used.items()}
 
 
 def attention_name(job: JobConfig, model: PreTrainedModel) -> str:

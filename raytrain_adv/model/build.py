@@ -14,6 +14,7 @@ from raytrain_adv.model.attention import attention, refuse_unsupported
 from raytrain_adv.model.config_file import read_config, refusal_of
 from raytrain_adv.model.files import check_weights
 from raytrain_adv.model.freeze import freeze, freeze_unreached
+from raytrain_adv.model.sequence_parallel import refuse_unsplittable
 from raytrain_adv.model.towers import is_multimodal, model_class, take_out_towers, towers
 from raytrain_adv.model.vocabulary import resize
 from raytrain_adv.transforms.lora import Lora
@@ -62,6 +63,7 @@ def build_whole(job: JobConfig) -> PreTrainedModel:
     resize(model, job)
     set_dtypes(model, parameter_dtype(job))
     refuse_unsupported(job, model)
+    refuse_unsplittable(job, model)
     freeze(model, job.train)
     model.train()
     return model

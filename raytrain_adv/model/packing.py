@@ -12,6 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, masking_utils
 from transformers.masking_utils import create_masks_for_generate
 
+from raytrain_adv.model.sequence_parallel import WHOLE
+
 
 def hand_masks(model: PreTrainedModel, dtype: torch.dtype) -> RemovableHandle:
     """Have a model get its masks from outside if it is given position ids and no mask: one for each
@@ -20,7 +22,7 @@ def hand_masks(model: PreTrainedModel, dtype: torch.dtype) -> RemovableHandle:
 
     def add(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         positions = given.get("position_ids")
-        if positions is None or given.get("attention_mask") is not None:
+        if positions is None or given.get("attention_mask") is not None or WHOLE in given:
             return None
         shape = torch.empty((*positions.shape, 0), dtype=dtype, device=positions.device)
         mask = create_masks_for_generate(model.config, shape, None, None, positions)

@@ -60,9 +60,9 @@ def finished(
     figures, the driver's phases in seconds (the last, `training`, is split), and metrics.jsonl.
     """
     same = (
-        "world_size device attention attention_trial collectives cuda_graph model_notes versions "
-        "steps total_steps epochs step_seconds tokens_per_second_per_worker peak_memory_gib "
-        "data_wait_seconds predicted_memory_gib predicted_memory mfu_bf16 restarts "
+        "world_size device attention attention_trial collectives sequence_parallel cuda_graph "
+        "model_notes versions steps total_steps epochs step_seconds tokens_per_second_per_worker "
+        "peak_memory_gib data_wait_seconds predicted_memory_gib predicted_memory mfu_bf16 restarts "
         "skipped_steps resumed_from_step data batch model_dir model_gib"
     )
     proofs = figures["proof"]

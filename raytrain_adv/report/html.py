@@ -214,6 +214,8 @@ def _chosen(report: RunReport) -> Iterator[str]:
         yield f"Attention: {'; '.join(parts)}."
     if report.collectives:
         yield f"Collectives: {report.collectives}."
+    if report.sequence_parallel:
+        yield f"Sequences: {report.sequence_parallel}."
     if report.cuda_graph:
         yield f"CUDA graph: {report.cuda_graph}."
 

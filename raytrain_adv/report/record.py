@@ -64,6 +64,8 @@ class RunReport(Record):
     PyTorch's own."""
     collectives: str | None = None
     """What moves FSDP2's shards and gradients, and why; null on one worker or a CPU."""
+    sequence_parallel: str | None = None
+    """Which workers shared each sequence; null if each had its own."""
     cuda_graph: str | None = None
     """Whether forward and backward passes were replayed as CUDA graphs, or why not."""
     model_notes: tuple[str, ...] = ()

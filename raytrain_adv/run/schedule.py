@@ -18,7 +18,7 @@ class Arithmetic:
     world_size: int  # workers (ranks)
     micro_batch: int  # sequences per worker in one forward and backward pass
     accumulation_steps: int  # forward and backward passes per optimizer step
-    global_batch: int  # sequences per optimizer step: micro_batch x accumulation_steps x world_size
+    global_batch: int  # sequences per optimizer step, over all workers
     total_steps: int  # optimizer steps of the run
     warmup_steps: int  # steps over which the learning rate rises
     save_strategy: Strategy  # when a checkpoint is written
@@ -93,12 +93,13 @@ def resolve_arithmetic(job: JobConfig, num_sequences: int, world_size: int) -> A
         raise JobError("There is nothing to train on", "0 training sequences", fix)
     train, output = job.train, job.output
     eval_steps = output.logging_steps if output.eval_steps is None else output.eval_steps
-    passes = num_passes(job, world_size)
-    if passes % world_size:
+    passes, split = num_passes(job, world_size), job.parallel.sequence_parallel_size
+    if world_size % split or passes % (world_size // split):
+        each = f", {split} for each sequence" if split > 1 else ""
         raise JobError(
             "The workers cannot share the passes of a step equally",
-            f"{passes} passes in a step, {world_size} workers",
-            f"numbers that work: {', '.join(map(str, sharing(job, passes)))}",
+            f"{passes} passes in a step, {world_size} workers{each}",
+            f"numbers that work: {', '.join(map(str, sharing(job, max(passes, 1) * split)))}",
         )
     global_batch = train.per_device_train_batch_size * passes
     total_steps, filled = _length(job, num_sequences, global_batch)
@@ -106,7 +107,7 @@ def resolve_arithmetic(job: JobConfig, num_sequences: int, world_size: int) -> A
         num_sequences=num_sequences,
         world_size=world_size,
         micro_batch=train.per_device_train_batch_size,
-        accumulation_steps=passes // world_size,
+        accumulation_steps=passes * split // world_size,
         global_batch=global_batch,
         total_steps=total_steps,
         warmup_steps=_warmup(job, total_steps),

@@ -86,7 +86,8 @@ def evaluate(state: TrainState, batches: Batches) -> dict[str, Any]:
         model.eval()
         totals = torch.zeros(5, dtype=torch.float64, device=run.device)
         idle: MicroBatch | None = None
-        for batch in eval_batches(batches, size, run.rank, run.world_size):
+        split = batches.split
+        for batch in eval_batches(batches, size, run.rank // split, run.world_size // split):
             idle = idle or batches.micro_batch(0, [0])
             found = _sums(state, (batch or idle).on(run.device))
             if batch is not None:

@@ -164,7 +164,8 @@ def forward_backward(
 ) -> torch.Tensor:
     """Return the micro-batch's summed loss; add its gradients to the parameters'."""
     # A resumed run draws the same dropout, on any number of workers.
-    seed = hash((state.job.train.seed, step, batch.number)) & 0x7FFFFFFF
+    own = (state.batches.part,) if state.batches.part else ()  # of the tokens of the same sequences
+    seed = hash((state.job.train.seed, step, batch.number, *own)) & 0x7FFFFFFF
     state.transforms.begin_batch(state.model, step, batch.first, batch.segments)
     # FSDP2 averages gradients over the workers; we need their sum over all label tokens.
     scale = state.run.world_size / max(label_tokens, 1)

@@ -44,6 +44,7 @@ from raytrain_adv.worker.trials.causal import check_causal
 from raytrain_adv.worker.trials.collectives import choose
 from raytrain_adv.worker.trials.loss import check_loss
 from raytrain_adv.worker.trials.packing import check_packing
+from raytrain_adv.worker.trials.sequence_parallel import split_sequences
 
 
 @parallel.refuse_eager
@@ -61,6 +62,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     arithmetic = resolve_arithmetic(job, len(prepared.train), run.world_size)
     transforms.check_length(arithmetic.total_steps)
     longest = pad_to(job).length(int(prepared.train.lengths.max()))
+    on_worker = longest // job.parallel.sequence_parallel_size
     found = to_resume(job, run, arithmetic)
     open_metrics(job, run, arithmetic, found)
 
@@ -69,7 +71,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         model = build(job)
         chosen = check_attention(job, run, model)
         notes = say_notes(job, run, model)
-        plans = transforms.prepare(model, facts, longest * arithmetic.micro_batch)
+        plans = transforms.prepare(model, facts, on_worker * arithmetic.micro_batch)
         plans = install(run, transforms, model, plans)
         job, predicted = sized(job, run, model, facts, longest, arithmetic.micro_batch)
         chosen |= sharded(job, run, model)
@@ -79,6 +81,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     check_causal(job, model, run)
     plans = check_loss(job, model, run, plans)
     way = check_packing(job, model, run)
+    chosen |= {"sequence_parallel": split_sequences(job, model, run, way)}
     batches = batches_of(job, run, prepared, tokenizer, arithmetic, way)
     loss = training_loss(job, run, model)
     state = TrainState(job, run, transforms, model, optimizer, arithmetic, *batches, loss, progress)

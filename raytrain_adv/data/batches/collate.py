@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Listlike
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.sequences import Sequence
+from raytrain_adv.model.sequence_parallel import WHOLE
 from raytrain_adv.ops.loss import IGNORE
 
 MULTIPLE = 16
@@ -28,23 +29,27 @@ class PadTo:
     """The lengths to which a batch may be padded."""
 
     lengths: tuple[int, ...] = ()
-    """Allowed lengths, ascending; empty allows every multiple of 16."""
+    """Allowed lengths, ascending; empty allows every multiple."""
+    multiple: int = MULTIPLE
+    """What all lengths are multiples of."""
 
     def length(self, longest: int) -> int:
         """Return the padded length of a batch whose longest sequence has `longest` tokens."""
-        return next((n for n in self.lengths if longest <= n), _round_up(longest))
+        return next((n for n in self.lengths if longest <= n), _round_up(longest, self.multiple))
 
 
 def pad_to(job: JobConfig) -> PadTo:
     """Choose the lengths: cutoff_len for packed sequences. Others are padded to the next multiple
     of 16; with torch_compile to an eighth, a quarter, a half or all of it, for few compiled graphs.
+    Workers that share sequences get 16 each.
     """
-    cutoff = job.data.cutoff_len
+    cutoff, multiple = job.data.cutoff_len, MULTIPLE * job.parallel.sequence_parallel_size
     if job.packs:
-        return PadTo((_round_up(cutoff),))
+        return PadTo((_round_up(cutoff, multiple),), multiple)
     if job.parallel.torch_compile:
-        return PadTo(tuple(sorted({_round_up(-(-cutoff // part)) for part in (8, 4, 2, 1)})))
-    return PadTo()
+        lengths = {_round_up(-(-cutoff // part), multiple) for part in (8, 4, 2, 1)}
+        return PadTo(tuple(sorted(lengths)), multiple)
+    return PadTo((), multiple)
 
 
 def collate(
@@ -120,10 +125,23 @@ def told(tensors: dict[str, torch.Tensor], way: Way) -> Inputs:
     return found
 
 
+def part_of(inputs: Inputs, tokens: slice) -> Inputs:
+    """Return a model's inputs with some of the tokens of each sequence, for attention that is split
+    over the workers which have the others.
+    """
+    ids: Any = inputs["input_ids"]
+    positions: Any = inputs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(*ids.shape)
+    whole = positions.contiguous()
+    part = {"input_ids": ids[:, tokens], "position_ids": positions[:, tokens]}
+    return {**inputs, **{name: x.contiguous() for name, x in part.items()}, WHOLE: whole}
+
+
 def _restarting(segments: tuple[int, ...], length: int) -> NDArray[np.int64]:
     padding = length - sum(segments)
     return np.concatenate([np.arange(n, dtype=np.int64) for n in (*segments, padding)])
 
 
-def _round_up(length: int) -> int:
-    return -(-length // MULTIPLE) * MULTIPLE
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

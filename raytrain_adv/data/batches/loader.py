@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.data.batches.collate import Inputs, Way, collate, pad_to, told
+from raytrain_adv.data.batches.collate import Inputs, Way, collate, pad_to, part_of, told
 from raytrain_adv.data.batches.order import global_batch
 from raytrain_adv.data.batches.sequences import SequenceSet
 from raytrain_adv.ops.loss import IGNORE
@@ -74,7 +74,8 @@ class Batches:
 
     Micro-batch m of a step has the step's sequences [m * micro_batch, (m + 1) * micro_batch) and
     belongs to rank m // accumulation_steps: 1 worker x 4 passes, 2 x 2 and 4 x 1 make the same
-    micro-batches.
+    micro-batches. With sequence_parallel_size that many successive ranks have the same ones, of
+    which each gets its part of the tokens, in order, and its part of the counts.
     """
 
     def __init__(
@@ -94,12 +95,15 @@ class Batches:
         self.way = way
         self.pad_token_id = pad_token_id
         self.pad_to = pad_to(job)
-        self.first = rank * arithmetic.accumulation_steps
+        self.split = job.parallel.sequence_parallel_size
+        self.part = rank % self.split
+        self.first = rank // self.split * arithmetic.accumulation_steps
 
     @property
     def pass_tokens(self) -> int:
-        """Tokens of the longest pass, with padding."""
-        return self.pad_to.length(int(self.data.lengths.max())) * self.arithmetic.micro_batch
+        """Tokens of the longest pass on a worker, with padding."""
+        longest = self.pad_to.length(int(self.data.lengths.max()))
+        return longest // self.split * self.arithmetic.micro_batch
 
     def indices(self, step: int) -> NDArray[np.int64]:
         """Return the sequences of step `step` (from 0), of all workers: [global batch]."""
@@ -129,11 +133,17 @@ class Batches:
             length = labels.shape[1]
             ends = [(*lengths, length - sum(lengths)) for lengths in segments]
             labels, segments = labels.reshape(1, -1), (tuple(n for end in ends for n in end),)
+        num_tokens = [len(s.input_ids) for s in sequences]
+        if self.split > 1:
+            size = labels.shape[1] // self.split
+            own = slice(self.part * size, (self.part + 1) * size)
+            inputs, labels = part_of(inputs, own), labels[:, own].contiguous()
+            num_tokens = [len(range(n)[own]) for n in num_tokens]
         return MicroBatch(
             number,
             inputs,
             labels,
-            sum(len(s.input_ids) for s in sequences),
+            sum(num_tokens),
             number * self.arithmetic.micro_batch,
             segments,
         )

@@ -110,7 +110,9 @@ def resolve(
     model = build(job)
     seq_len = pad_to(job).length(summary.longest)
     transforms = Transforms(job)
-    plans = transforms.prepare(model, facts, job.train.per_device_train_batch_size * seq_len)
+    on_worker = seq_len // job.parallel.sequence_parallel_size
+    tokens = job.train.per_device_train_batch_size * on_worker
+    plans = transforms.prepare(model, facts, tokens)
     arithmetic = resolve_arithmetic(job, summary.num_sequences, world_size)
     transforms.check_length(arithmetic.total_steps)
     gpus, per_node, host_gib = _node(facts)
@@ -121,7 +123,7 @@ def resolve(
     if assumed or per_node is None:
         per_node = int((assumed or Assumptions()).gpus_per_node)
     flops = training_flops_per_token(model, seq_len)
-    no_graph = why_no_graph(model, job, world_size, seq_len * arithmetic.micro_batch)
+    no_graph = why_no_graph(model, job, world_size, tokens)
     refuse_without_graph(job, no_graph)
     memory = case.prediction()
     mean = summary.num_tokens / summary.num_sequences

@@ -143,6 +143,8 @@ def _batch_rows(plan: RunPlan) -> Rows:
     a, d = plan.arithmetic, plan.data
     about = "about " if d.estimated_from else ""
     mean = d.num_tokens / d.num_sequences
+    split = plan.job.parallel.sequence_parallel_size
+    workers = plural(a.world_size // split, "worker" if split == 1 else "group")
     filled = "" if d.packing_efficiency is None else f", packed {d.packing_efficiency:.0%} full"
     yield (
         "data",
@@ -156,10 +158,12 @@ def _batch_rows(plan: RunPlan) -> Rows:
         yield "held out", f"{about}{plural(d.num_held_out, 'sequence')} for evaluation"
     yield (
         "step",
-        f"{a.micro_batch} per worker x {_passes(a.accumulation_steps)} "
-        f"x {plural(a.world_size, 'worker')} = {plural(a.global_batch, 'sequence')}, "
+        f"{a.micro_batch} per {'worker' if split == 1 else f'{split} workers'} "
+        f"x {_passes(a.accumulation_steps)} x {workers} = {plural(a.global_batch, 'sequence')}, "
         f"about {mean * a.global_batch:,.0f} tokens",
     )
+    if split > 1:
+        yield "", f"each worker has {plan.seq_len // split:,} tokens of a sequence at most"
     if not plan.no_graph:
         yield "CUDA graph", "on a GPU, passes of the same length are recorded, then replayed"
     device = "worker" if plan.job.parallel.use_cpu else "GPU"

@@ -138,12 +138,13 @@ class LossGuard:
 
     def _batch(self, step: int) -> dict[str, Any]:
         tokenizer = load_tokenizer(self.job)
-        per_rank = self.batches.arithmetic.global_batch // self.run.world_size
+        split = self.batches.split
+        per_rank = self.batches.arithmetic.global_batch * split // self.run.world_size
         indices = [int(index) for index in self.batches.indices(step)]
         sequences = [
             {
                 "sequence": index,
-                "rank": place // per_rank,
+                "rank": place // per_rank * split,
                 "text": str(tokenizer.decode(sequence.input_ids.tolist())),
                 "input_ids": sequence.input_ids.tolist(),
                 "labels": sequence.labels.tolist(),

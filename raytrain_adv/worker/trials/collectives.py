@@ -49,7 +49,7 @@ def _why_not(job: JobConfig, run: Run, group: dist.ProcessGroup) -> str:
 
     if job.parallel.fsdp_cpu_offload:
         return "fsdp_cpu_offload: true"
-    places = run.gather((_host(), run.device.index))
+    places = run.gather((host(), run.device.index))
     others = [places[rank] for rank in dist.get_process_group_ranks(group)]
     if len({host for host, _ in others}) > 1:
         return "workers of several hosts share a copy of the model"
@@ -60,7 +60,7 @@ def _why_not(job: JobConfig, run: Run, group: dist.ProcessGroup) -> str:
     return ""
 
 
-def _host() -> str:
+def host() -> str:
     """Return what differs between hosts, and between containers that may have one name."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text() + socket.gethostname()

@@ -172,31 +172,48 @@ class _Rows:
         """
         start = sum(map(len, conversations[:which]))
         own = slice(start, start + len(conversations[which]))
-        embedded: list[torch.Tensor] = []
+        inputs = self._inputs(conversations)
+        logits, gradient = logits_and_gradient(self.model, inputs, own, noise)
+        return {VALUES: logits, GRADIENT: gradient[own]}, gradient[:start]
 
-        def keep(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            if noise:
-                generator = torch.Generator().manual_seed(1)
-                share = 2 * torch.rand(output.shape, generator=generator).to(output.device) - 1
-                output = (output * (1 + noise * share)).to(output.dtype)
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-            output.retain_grad()
-            embedded.append(output)
-            return output
 
-        untyped: Any = self.model  # transformers has no types here
-        embedding = untyped.get_input_embeddings()
-        hook = embedding.register_forward_hook(keep)
-        try:
-            logits = self.model(**self._inputs(conversations), use_cache=False).logits[0, own]
-        finally:
-            hook.remove()
-        pull = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
-        (logits.float() * pull.to(self.device)).sum().backward()
-        reached = embedded[0].grad
-        if reached is None:
-            raise ValueError("no gradient reaches the input embeddings")
-        gradient = reached.reshape(sum(LENGTHS), -1).float()
-        self.model.zero_grad(set_to_none=True)
-        return {VALUES: logits.detach(), GRADIENT: gradient[own]}, gradient[:start]
+def logits_and_gradient(
+    model: PreTrainedModel,
+    inputs: Inputs,
+    own: slice,
+    noise: float = 0.0,
+    part: int = 0,
+    parts: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits [tokens, words] of a row's `own` tokens, and the gradient [all tokens,
+    features] of what is embedded when they are pulled at random, as a part of several; with noise
+    in what is embedded.
+    """
+    embedded: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if noise:
+            generator = torch.Generator().manual_seed(1)
+            share = 2 * torch.rand(output.shape, generator=generator).to(output.device) - 1
+            output = (output * (1 + noise * share)).to(output.dtype)
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        output.retain_grad()
+        embedded.append(output)
+        return output
+
+    untyped: Any = model  # transformers has no types here
+    hook = untyped.get_input_embeddings().register_forward_hook(keep)
+    try:
+        logits = model(**inputs, use_cache=False).logits[0, own]
+    finally:
+        hook.remove()
+    shape = (parts * logits.shape[0], logits.shape[1])
+    pull = torch.randn(shape, generator=torch.Generator().manual_seed(2)).chunk(parts)[part]
+    (logits.float() * pull.to(logits.device)).sum().backward()
+    reached = embedded[0].grad
+    if reached is None:
+        raise ValueError("no gradient reaches the input embeddings")
+    gradient = reached.flatten(0, -2).float()
+    model.zero_grad(set_to_none=True)
+    return logits.detach(), gradient

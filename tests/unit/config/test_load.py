@@ -204,6 +204,17 @@ def test_the_word_true_in_quotes_is_not_a_checkpoint_path(folder: Path) -> None:
         ),
         ("fsdp_shard_size: 3\nray_num_workers: 4\n", "fsdp_shard_size and ray_num_workers"),
         ("fsdp_shard_size: 8\nray_num_workers: 4\n", "fsdp_shard_size and ray_num_workers"),
+        (
+            "sequence_parallel_size: 3\nray_num_workers: 4\n",
+            "sequence_parallel_size and ray_num_workers",
+        ),
+        *(
+            (
+                f"sequence_parallel_size: 2\nray_num_workers: 2\n{line}\n",
+                "sequence_parallel_size and",
+            )
+            for line in ("neftune_noise_alpha: 5", "compute_accuracy: true\nval_size: 1")
+        ),
         ("ray_num_workers: [8, 2]\nmax_failures: 1\n", "write [2, 8]"),
         ("ray_num_workers: [2, 8]\n", "ray_num_workers and max_failures"),
         (

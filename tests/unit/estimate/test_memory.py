@@ -123,6 +123,14 @@ def test_shards_divide_by_the_shard_size_and_not_by_the_workers(tmp_path: Path) 
     assert hybrid.optimizer == pytest.approx(alone.optimizer / 4)
 
 
+def test_workers_that_share_sequences_have_a_part_of_the_activations(tmp_path: Path) -> None:
+    keys = {"world_size": 4, "ray_num_workers": 4, "gradient_checkpointing": "full", **MASTER}
+    own = prediction(tmp_path, LLAMA_1B, seq_len=8192, **keys)
+    shared = prediction(tmp_path, LLAMA_1B, seq_len=32768, sequence_parallel_size=4, **keys)
+    assert shared.activations == pytest.approx(own.activations)
+    assert shared.logits == pytest.approx(own.logits)
+
+
 def test_offloaded_states_are_in_host_memory(tmp_path: Path) -> None:
     found = prediction(tmp_path, LLAMA_1B, fsdp_cpu_offload=True, **MASTER)
     assert found.parameters == found.gradients == found.optimizer == 0.0

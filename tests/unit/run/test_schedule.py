@@ -31,6 +31,15 @@ def test_the_batch_is_rows_times_passes_times_workers(make_job: Any) -> None:
     assert resolve_arithmetic(job, 1000, 5).global_batch == 60
 
 
+def test_workers_that_share_sequences_count_once(make_job: Any) -> None:
+    keys = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    job = make_job(**keys, ray_num_workers=6, sequence_parallel_size=2)
+    found = resolve_arithmetic(job, 1000, 6)
+    assert found.global_batch == 3 * 4 * 3 and found.accumulation_steps == 4
+    with pytest.raises(JobError, match="5 workers, 2 for each sequence"):
+        resolve_arithmetic(job, 1000, 5)
+
+
 def test_fewer_workers_of_an_elastic_job_make_the_same_batch_in_more_passes(make_job: Any) -> None:
     job = make_job(
         ray_num_workers=[2, 8],

@@ -46,6 +46,7 @@ def requests(*numbers: int) -> Placement:
 def test_the_numbers_of_workers_are_those_that_keep_the_batch(make_job):
     assert numbers(make_job(**ELASTIC)) == (2, 3, 4, 6, 8)
     assert numbers(make_job(**ELASTIC, fsdp_shard_size=2)) == (2, 4, 6, 8)
+    assert numbers(make_job(**ELASTIC, sequence_parallel_size=2)) == (2, 4, 6, 8)
     assert numbers(make_job(ray_num_workers=8)) == ()
 
 

@@ -55,6 +55,16 @@ def test_the_plan_shows_keys_batch_transforms_and_memory(tmp_path: Path) -> None
     assert "model.layers.[0-1].self_attn.q_proj" in text
     assert "lm_head skipped: the language-model head" in text
     assert re.search(r"peak \d+\.\d GiB, at: ", text)
+    per_device = {"per_device_train_batch_size": 8}
+    text = words(
+        render(
+            lora_plan(
+                tmp_path / "shared", **per_device, sequence_parallel_size=2, ray_num_workers=2
+            )
+        )
+    )
+    assert "8 per 2 workers x 1 pass x 1 group = 8 sequences" in text
+    assert re.search(r"each worker has \d+ tokens of a sequence at most", text)
 
 
 def test_keys_at_their_defaults_are_shown_with_verbose(tmp_path: Path) -> None:
