@@ -66,8 +66,8 @@ KEYS: dict[str, dict[str, Any]] = {
     "resume": {"save_strategy": "steps", "save_steps": 1},
 }
 """Feature -> the keys that turn it on."""
-MORE = re.compile(r"pixel_values|input_features")
-"""Inputs of a forward pass that come of images and sounds."""
+MORE = re.compile(r"pixel_values|input_features|mm_token_type_ids")
+"""Inputs of a forward pass that tell of images and sounds."""
 EXACT, ROUNDED, COARSE = 2e-4, 0.02, 0.1
 """Allowed differences of losses, relative: in another order, in bf16, in 4 or 8 bits."""
 

@@ -39,7 +39,7 @@ SECTIONS: dict[str, list[int]] = {
         "glm_ocr",
         "glmga",
     )
-} | {"glm4v_moe": [2, 1, 1], "hunyuan_vl": [2, 2, 2, 2]}
+} | {"ernie4_5_vl_moe": [3, 3, 2], "glm4v_moe": [2, 1, 1], "hunyuan_vl": [2, 2, 2, 2]}
 """Model type -> sections of its rotary tables, which follow from the size of a head."""
 HEADS = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4}
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -50,14 +50,20 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
             "encoder_config": {**HEADS, "num_key_value_heads": 2, "intermediate_size": 32},
         },
     },
-    "dots3_note": {"text_config": {"per_layer_config": None}},
+    "diffusion_gemma": {
+        "text_config": {"num_experts": 4, "moe_intermediate_size": 32, "top_k_experts": 2}
+    },
+    "dots3_note": {"text_config": {"per_layer_config": None, "head_dim": 16}},
     "emu3": {"": {"vocabulary_map": {"<|extra_200|>": 250, "<image>": 251}}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": HIDDEN // 4}},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
     "granite4_vision": {"": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
-    "muse_spark": {"vision_config": {"num_hidden_layers": 4}},
-    "nemo_speechlm": {"": {"blank_token_id": 0}},
+    "muse_spark": {
+        "vision_config": {"num_hidden_layers": 4},
+        "audio_config": {"num_hidden_layers": 4, "out_hidden_size": HIDDEN},
+    },
+    "nemo_speechlm": {"word_timestamp_config": {"blank_token_id": 0}},
     "qwen2_5_omni_thinker": {"": {"vision_start_token_id": 249}},
     "qwen3_omni_moe_thinker": {"": {"vision_start_token_id": 249}},
     "step3p7": {"text_config": {"sliding_window": 16}},

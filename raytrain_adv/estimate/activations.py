@@ -48,6 +48,7 @@ class Linear:
     out_width: float  # output elements, likewise
     keeps_input: bool  # backward needs the input: its weight, or an adapter on it, is trained
     adapter_rank: int = 0
+    keeps_bytes: bool = False  # of the input it keeps a float8 copy of its own
 
     @property
     def is_attention(self) -> bool:
@@ -87,13 +88,21 @@ class Layer:
     routed: float = 0.0  # elements per token of all active experts' outputs, before they are summed
     gate_copies: float = 0.0  # elements per token that an unusual gate of experts keeps too
 
-    @cached_property
-    def linear_inputs(self) -> float:
-        """Elements per token of the linears' inputs; an input of several linears counts once."""
+    def linear_inputs(self, size: int, compiled: bool) -> float:
+        """Return the bytes per token of the linears' inputs; an input of several linears counts
+        once, and so does its float8 copy in a compiled layer.
+        """
         # The input of attention's output projection is counted as attention's output.
-        kept = [m for m in self.linears if m.keeps_input and not m.is_output]
-        shared = {(m.fqn.rpartition(".")[0], m.in_width): m.in_width for m in kept}
-        return sum(shared.values()) + sum(m.adapter_rank for m in self.linears)
+        kept = [m for m in self.linears if m.keeps_input and (m.keeps_bytes or not m.is_output)]
+        shared = {
+            (
+                m.fqn if m.keeps_bytes and not compiled else m.fqn.rpartition(".")[0],
+                m.in_width,
+                m.keeps_bytes,
+            ): m.in_width * (1 if m.keeps_bytes else size)
+            for m in kept
+        }
+        return sum(shared.values()) + size * sum(m.adapter_rank for m in self.linears)
 
     @cached_property
     def mlp_inner(self) -> float:
@@ -130,15 +139,17 @@ class Layer:
         experts = self.routed + self.gate_copies
         return (
             norms
-            + size * (self.linear_inputs + mlp + experts)
+            + self.linear_inputs(size, compiled=False)
+            + size * (mlp + experts)
             + self.attention(size, kind, seq_len)
         )
 
     def kept_compiled(self, size: int, kind: AttentionKind, seq_len: int) -> float:
         """Return the bytes per token kept by a compiled layer."""
-        kept = sum(norm.width for norm in self.norms) + self.linear_inputs + self.mlp_inner
+        kept = sum(norm.width for norm in self.norms) + self.mlp_inner
         kept += self.routed  # which the routers' weights are multiplied with
-        return size * kept + self.attention(size, kind, seq_len)
+        inputs = self.linear_inputs(size, compiled=True)
+        return size * kept + inputs + self.attention(size, kind, seq_len)
 
     def kept_selective(self, size: int, compiled: bool) -> float:
         """Return the bytes per token kept by selective checkpointing."""
@@ -208,7 +219,8 @@ def _linears(layer: nn.Module, config: PretrainedConfig) -> Iterator[Linear]:
         rank = _adapter_rank(layer, fqn)
         trained = module.weight.requires_grad or fqn.endswith(".base_layer")
         name = fqn.removesuffix(".base_layer")
-        yield Linear(name, width_in * share, width_out * share, trained, rank)
+        in_bytes = module.weight.requires_grad and getattr(module, "keeps_bytes", False)
+        yield Linear(name, width_in * share, width_out * share, trained, rank, in_bytes)
 
 
 def _stacked_experts(layer: nn.Module, fqn: str, name: str, config: PretrainedConfig) -> Linear:

@@ -239,7 +239,8 @@ def describe(
 
     Readers need it to join converted tensors: file by file (vLLM), or merged (transformers, where
     the last `tensor_names` wins). So each file lists all tensors, plain ones too, but no experts
-    that transformers fuses: reading takes time in the square of the names.
+    that transformers fuses: reading takes time in the square of the names. torchao 0.18 reads no
+    name without a dot, as Llava-Next's image_newline.
     """
     metadata: dict[str, str] = {}
     size = 0
@@ -250,7 +251,7 @@ def describe(
             piece.name, _value(empty, piece.name, configs, axes, dtype, empty.device)
         )
         size += sum(t.numel() * t.element_size() for t in tensors.values())
-        if piece.is_listed and piece.name in described:
+        if piece.is_listed and piece.name in described and "." in piece.name:
             metadata[piece.name] = described[piece.name]
     metadata["tensor_names"] = json.dumps(list(metadata))
     return {} if _is_compressed(configs) else metadata, size

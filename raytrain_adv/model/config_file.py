@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError
@@ -105,8 +108,10 @@ def refuse_kind(name: str, raw: dict[str, Any]) -> None:
     formats.refuse_unknown(name, raw)
     named = raw.get("architectures")
     classes = [str(name) for name in named] if isinstance(named, list) else []
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    is_causal = any(CAUSAL_CLASS.search(c) or c in known for c in classes)
+    lists = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    is_causal = any(
+        CAUSAL_CLASS.search(c) or any(c in known.values() for known in lists) for c in classes
+    )
     if raw.get("is_encoder_decoder") or (classes and not is_causal and "auto_map" not in raw):
         raise JobError(
             f"{name} is not a causal language model",

@@ -17,8 +17,9 @@ from raytrain_adv.model.sequence_parallel import WHOLE
 
 def hand_masks(model: PreTrainedModel, dtype: torch.dtype) -> RemovableHandle:
     """Have a model get its masks from outside if it is given position ids and no mask: one for each
-    kind of its layers. `dtype` is that of activations.
+    kind of its layers, and positions from where it counts. `dtype` is that of activations.
     """
+    first = first_position(model)
 
     def add(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         positions = given.get("position_ids")
@@ -26,9 +27,16 @@ def hand_masks(model: PreTrainedModel, dtype: torch.dtype) -> RemovableHandle:
             return None
         shape = torch.empty((*positions.shape, 0), dtype=dtype, device=positions.device)
         mask = create_masks_for_generate(model.config, shape, None, None, positions)
-        return args, {**given, "attention_mask": mask}
+        return args, {**given, "attention_mask": mask, "position_ids": positions + first}
 
     return model.register_forward_pre_hook(add, with_kwargs=True)
+
+
+def first_position(model: nn.Module) -> int:
+    """Return the first position of a text: RoBERTa's table of positions begins with padding's."""
+    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+    padding = (getattr(table, "padding_idx", None) for table in tables)
+    return next((index + 1 for index in padding if index is not None), 0)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -228,6 +229,16 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config()
 
 
+def _names(model: nn.Module, key: str) -> bool:
+    """Whether a model's code has a key of its config: that of Cohere's image models scales no
+    logits, unlike their text models.
+    """
+    try:
+        return any(key in inspect.getsource(kind) for kind in type(model).__mro__[:2])
+    except (OSError, TypeError):
+        return True
+
+
 def read_logit_map(model: nn.Module) -> LogitMap:
     """Return what the model does to its head's output, by the names that configs have for it.
 
@@ -240,7 +251,7 @@ def read_logit_map(model: nn.Module) -> LogitMap:
     number = {key: float(v) for key, v in given.items() if v and isinstance(v, int | float)}
     scale, softcap = 1.0, None
     for key in SCALES:
-        scale *= number.get(key, 1.0)
+        scale *= number.get(key, 1.0) if _names(model, key) else 1.0
     multiplies = str(config.model_type).startswith(MULTIPLIED)
     for key in DIVISORS:
         divisor = number.get(key, 1.0)

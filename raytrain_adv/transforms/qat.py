@@ -295,6 +295,8 @@ class Qat(Switchable):
             changes[fqn] = Change(changes[fqn].before, MERGED)
 
     def _why_not(self, linear: nn.Linear) -> str:
+        if "own_class" in vars(linear):
+            return "transformers multiplies with its weight, which is then no plain tensor"
         needs = BLOCK if self.weight_form == FLOAT8_BLOCKS else 16
         is_odd = linear.in_features % needs or linear.out_features % needs
         refused = is_odd and (self.activation_dtype == FLOAT8 or needs == BLOCK)

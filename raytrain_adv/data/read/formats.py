@@ -210,8 +210,13 @@ def _message(tags: Mapping[str, str], turn: dict[str, Any], number: int) -> Mess
         thought = next((turn[key] for key in _THOUGHT_KEYS if turn.get(key)), None)
         if thought is not None:
             message["reasoning_content"] = _text(thought, name)
-        for key in _WEIGHT_KEYS:
-            message |= _weight(turn.get(key), f"{name} has {key}")
+    for key in _WEIGHT_KEYS:
+        weight = _weight(turn.get(key), f"{name} has {key}")
+        if message["role"] == "assistant":
+            message |= weight
+        elif turn.get(key) and not weight:
+            text = f"{name} is no answer and has {key} 1: answers alone are trained"
+            raise UnusableRow(f"{text}; make it 0 (train_on_prompt: true trains all messages)")
     return message
 
 

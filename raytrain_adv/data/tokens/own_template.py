@@ -148,7 +148,8 @@ class OwnTemplate:
         thought = split_thought(last)[0].strip()
         if thought and thought not in text and self.thinks is not False:
             why = "the tokenizer's chat template removes the thoughts of the last answer"
-            raise UnusableRow(f"{why}; the template of the model's family, set by name, keeps them")
+            keeps = "a template of the model's family, if there is one to set by name, keeps them"
+            raise UnusableRow(f"{why}; {keeps}; enable_thinking: false trains without")
 
     def _refuse_lost_system(self, messages: list[Message]) -> None:
         """Refuse a system message that the template drops: Mistral's write it only where the last

@@ -74,12 +74,13 @@ MEANS: dict[Way, str] = {
 def _ways(model: PreTrainedModel, first: Way) -> Iterator[Way]:
     """Yield what may be tried with this model's forward pass."""
     accepted = inspect.signature(type(model).forward).parameters
-    if "position_ids" not in accepted:
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    if "position_ids" not in accepted and not passes_on:
         return
     yield first
     if first == "positions" and "attention_mask" in accepted:
         yield "masks"
-    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+    if passes_on:
         yield "flat"
 
 
@@ -145,11 +146,15 @@ class _Rows:
     """None tells it nothing, as without packing: a model may count positions otherwise."""
 
     def tokens(self) -> tuple[torch.Tensor, ...]:
-        """Return two conversations, and another one of the first's length."""
-        words = self.model.config.get_text_config().vocab_size
+        """Return two conversations, and another one of the first's length, without padding."""
+        config = self.model.config.get_text_config()
         generator = torch.Generator().manual_seed(0)
-        lengths = (*LENGTHS, LENGTHS[0])
-        return tuple(torch.randint(words, (n,), generator=generator) for n in lengths)
+        lengths, words = (*LENGTHS, LENGTHS[0]), config.vocab_size
+        drawn = [torch.randint(words, (n,), generator=generator) for n in lengths]
+        pad = getattr(config, "pad_token_id", None)
+        if pad is None:
+            return tuple(drawn)
+        return tuple(torch.where(one == pad, (one + 1) % words, one) for one in drawn)
 
     def _inputs(self, conversations: list[torch.Tensor]) -> Inputs:
         """Return the conversations as one row of all LENGTHS, padded by one of a single token."""

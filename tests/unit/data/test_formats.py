@@ -124,6 +124,15 @@ def test_answers_with_a_weight_of_zero_are_not_trained(key):
         read({"messages": messages})
 
 
+@pytest.mark.parametrize("key", ["loss_weight", "weight"])
+def test_a_weight_that_would_train_a_question_is_not_ignored(key):
+    answer = {"role": "assistant", "content": "A"}
+    question = {"role": "user", "content": "Q", key: 0}
+    assert len(read({"messages": [question, answer]}).messages) == 2
+    with pytest.raises(UnusableRow, match=f"message 1 is no answer and has {key} 1"):
+        read({"messages": [{**question, key: 1.0}, answer]})
+
+
 def test_a_call_under_openais_older_key_is_kept():
     call = {"name": "add", "arguments": '{"a": 1}'}
     answer = {"role": "assistant", "content": "Let me see.", "function_call": call}

@@ -51,6 +51,11 @@ PURE = {"pure_bf16": True, "torch_compile": True}
 MASTER = {"bf16": True, "torch_compile": True}
 LORA = {**MASTER, "finetuning_type": "lora", "lora_rank": 16, "train_from_scratch": False}
 
+FP8 = {"fp8": True, "fp8_allow_cpu": True}
+INT4 = {"enable_qat": True, "qat_weight_dtype": "int4", "qat_group_size": 32}
+INT4 |= {"qat_activation_dtype": "int8", "qat_quantize_embedding": False}
+CHUNKED = {"loss_kernel": "chunked"}
+
 
 def job_on(folder: Path, config: dict[str, Any], **keys: Any) -> JobConfig:
     model = folder / "model"
@@ -83,6 +88,9 @@ def prediction(
         (20.86, LLAMA_1B, {"bf16": True, "gradient_checkpointing": "full"}),
         (53.62, LLAMA_8B, {**LORA, "gradient_checkpointing": "none"}),
         (49.10, LLAMA_8B, {**PURE, "optim": "adamw_torch_8bit"}),
+        (78.64, LLAMA_8B, {**PURE, **FP8, "gradient_checkpointing": "none"}),
+        (76.20, LLAMA_8B, {**PURE, **FP8, **INT4, **CHUNKED, "gradient_checkpointing": "none"}),
+        (52.82, LLAMA_8B, {**LORA, **FP8, **CHUNKED, "gradient_checkpointing": "none"}),
     ],
 )
 def test_prediction_is_within_five_percent_of_the_peak_on_an_h200(

@@ -20,7 +20,7 @@ from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver.commands import export
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export import model_folder
-from raytrain_adv.export.convert import write_converted
+from raytrain_adv.export.convert import Piece, describe, write_converted
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.verify import load_folder
 from raytrain_adv.model.build import build
@@ -197,6 +197,12 @@ def test_each_of_several_files_carries_the_whole_description(
     assert all(one == described[0] for one in described)
     names = json.loads(described[0]["tensor_names"])
     assert "model.layers.1.mlp.down_proj.weight" in names and "lm_head.weight" in names
+
+
+def test_names_that_torchao_cannot_read_are_not_described() -> None:
+    pieces = [Piece(name, (2,), torch.Tensor) for name in ("image_newline", "model.bias")]
+    described, size = describe(pieces, {}, {}, lambda _: torch.float32)
+    assert json.loads(described["tensor_names"]) == ["model.bias"] and size == 16
 
 
 def test_the_config_names_what_was_left_alone(loaded: dict[str, dict[str, Any]]) -> None:

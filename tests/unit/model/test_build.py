@@ -12,6 +12,8 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.model.build import build, decoder_layers, head_fqn
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.vocabulary import read_tokenizer
+from raytrain_adv.transforms.applied import Transforms
+from tests.families import tiny_model
 from tests.own_code import with_own_code
 from tests.tiny_models import KINDS, job_for, write_checkpoint
 
@@ -210,3 +212,19 @@ def test_a_name_that_is_none_of_the_hub_is_a_missing_folder_in_plan_and_run(
     for read in (read_tokenizer, read_config):
         with pytest.raises(JobError, match="there is no model folder"):
             read(job)
+
+
+def test_falcons_linears_are_plain_ones_that_qat_leaves_alone(tmp_path: Path) -> None:
+    """Its class differs from PyTorch's by the order of operations; torchao's weights do not load
+    there, as it transposes them.
+    """
+    tiny_model("falcon").save_pretrained(tmp_path / "m")
+    job = job_for(tmp_path / "m", tmp_path, fp8=True, fp8_allow_cpu=True, fp8_min_features=16)
+    model = build(job)
+    name = "transformer.h.0.mlp.dense_h_to_4h"
+    assert type(model.get_submodule(name)) is torch.nn.Linear
+    assert name in Transforms(job).prepare(model)["fp8"].changes
+    rounded = job_for(tmp_path / "m", tmp_path, enable_qat=True)
+    with pytest.raises(JobError, match="would not round any linear") as refusal:
+        Transforms(rounded).prepare(build(rounded))
+    assert "transformers multiplies with its weight" in refusal.value.found

@@ -17,10 +17,11 @@ from raytrain_adv.ops.loss.head import loss_in_head, loss_of, takes_labels
 from raytrain_adv.run.run import local_run
 from raytrain_adv.transforms import loss_kernel
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.loss_kernel import LossKernel
+from raytrain_adv.transforms.loss_kernel import LossKernel, read_logit_map
 from raytrain_adv.trial.compare import relative_error
 from raytrain_adv.worker.trials.loss import check_loss
 from tests.families import tiny_model
+from tests.multimodal_families import tiny_multimodal
 from tests.tiny_models import KINDS, SIZES, job_for
 
 PLAIN = Mock(**{"job.train.weighs_tokens": False})
@@ -322,3 +323,8 @@ def test_a_forward_pass_of_the_models_own_is_not_passed_by(tmp_path):
         LossKernel(loss_kernel="chunked").plan(model, PLAIN)
     plan = LossKernel().plan(model, PLAIN)
     assert not plan.changes and "has its own forward pass" in plan.empty_because
+
+
+def test_logits_are_scaled_only_if_the_models_own_code_does_it():
+    assert read_logit_map(tiny_model("cohere2")).scale == 0.0625
+    assert read_logit_map(tiny_multimodal("aya_vision")).scale == 1.0
