@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp8": FP8,
     "qat int4": INT4,
+    "qat int8": INT8,
     "fp8, qat int4": {**FP8, **INT4},
     "fp8, qat int4 per channel": {**FP8, **PER_CHANNEL},
     "fp8, qat int8": {**FP8, **INT8},
