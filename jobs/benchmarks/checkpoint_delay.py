@@ -1,12 +1,16 @@
 """What an asynchronous checkpoint costs the steps: 8B shape, one GPU, the optimizer's states too.
 
     python jobs/benchmarks/checkpoint_delay.py [--shape FOLDER] [--folder FOLDER] [--out FILE]
+    python jobs/benchmarks/checkpoint_delay.py --commit 4      what a commit of 4 GiB takes here
 
-Trains without Ray. At step 11 the state is copied to host memory that is new, and at step 12 as for
-a checkpoint, to memory that was taken before and locked; both are timed and thrown away. Step 13
-is followed by a checkpoint, of which training waits for the copy. Then steps go on until it is
-written, or for 60 of them. `delay_s` is what the checkpoint has cost until then: the wait, and by
-how much steps were longer than those before it. FOLDER must have room for one checkpoint (45 GiB
+--commit trains nothing: it saves so many GiB, from a GPU if there is one, and in turn writes and
+syncs as many bytes with as many threads, which is what the disk permits.
+
+Otherwise trains without Ray. At step 11 the state is copied to host memory that is new, and at step
+12 as for a checkpoint, to memory that was taken before and locked; both are timed and thrown away.
+Step 13 is followed by a checkpoint, of which training waits for the copy. Then steps go on until it
+is written, or for 60 of them. `delay_s` is what the checkpoint has cost until then: the wait, and
+by how much steps were longer than those before it. FOLDER must have room for one checkpoint (45 GiB
 for the 8B shape).
 """
 
@@ -19,14 +23,17 @@ import shutil
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
-from whole_steps import ROOT, SHAPE, head_of_results
+from whole_steps import DEVICE, ROOT, SHAPE, head_of_results, job_of
 
+from raytrain_adv.checkpoint.folders import Progress
 from raytrain_adv.checkpoint.save import CheckpointWriter, training_state
-from raytrain_adv.checkpoint.staging import HostMemory, stage
+from raytrain_adv.checkpoint.staging import HostMemory, num_threads, stage
 from raytrain_adv.config import load
 from raytrain_adv.run.run import local_run
 from raytrain_adv.worker import train as line
@@ -119,17 +126,64 @@ def prepare(writer: CheckpointWriter) -> None:
     writer.memory.prepare(tensors_of(training_state(writer.model, writer.optimizer)))
 
 
+def commits(gib: float, folder: Path, rounds: int = 3) -> dict[str, Any]:
+    """Return the seconds of commits of a model of that size, and of its bytes written plainly."""
+    parts = max(1, round(gib * 16))
+    weights = [torch.randn(2**24, device=DEVICE) for _ in range(parts)]  # 64 MiB each
+    plain = [weight.cpu().numpy() for weight in weights]
+    model = torch.nn.ParameterList(weights)
+    job = job_of({}, output_dir=str(folder), save_only_model=True, save_total_limit=1)
+    writer = CheckpointWriter(job, local_run(job, DEVICE), model, torch.optim.SGD(model))
+    writer.poll()  # takes the memory for copies, as after the first step
+    threads = num_threads()
+
+    def write(number: int) -> None:
+        with (folder / f"plain_{number}").open("wb", buffering=0) as file:
+            for part in plain[number::threads]:
+                file.write(part)
+            os.fsync(file.fileno())
+
+    seconds: dict[str, list[float]] = {"training_waits_s": [], "disk_s": []}
+    for step in range(rounds):
+        start = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(write, range(threads)))
+        seconds["disk_s"].append(time.perf_counter() - start)
+        for file in folder.glob("plain_*"):
+            file.unlink()
+        start = time.perf_counter()
+        writer.save(Progress(step + 1, 1, 1, 0, 0.0, 0.0), {})
+        seconds["training_waits_s"].append(time.perf_counter() - start)
+        writer.finish()
+    seconds["committed_s"] = writer.took_s
+    writer.close()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratio = medians["committed_s"] / medians["disk_s"]
+    return {"gib": parts / 16, "threads": threads, **medians, "of_the_disk": ratio, "all": seconds}
+
+
 def main() -> None:
-    """Run the one training."""
+    """Run the one training, or the commits."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", type=Path, default=SHAPE)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--commit", type=float, metavar="GIB")
     parser.add_argument("--out", type=Path)
     parser.add_argument("keys", nargs="*", help="of the job, as key=value")
     chosen = parser.parse_args()
-    folder = chosen.folder or Path(tempfile.mkdtemp(prefix="checkpoint-delay-"))
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-delay-", dir=chosen.folder))
+    if chosen.commit:
+        results = head_of_results(
+            f"python jobs/benchmarks/checkpoint_delay.py --commit {chosen.commit:g}"
+        )
+        results |= commits(chosen.commit, folder)
+        print(json.dumps(results, indent=1))
+        if chosen.out is not None:
+            chosen.out.write_text(json.dumps(results, indent=1) + "\n")
+        shutil.rmtree(folder)
+        return
     keys = yaml.safe_load((ROOT / "jobs/benchmarks/llama3_8b_bf16.yaml").read_text())
     keys |= {
         "model_name_or_path": str(chosen.shape.absolute()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -104,17 +103,6 @@ def all_folders(root: Storage) -> list[tuple[int, str, Storage]]:
     ]
 
 
-def checksums(folder: Path, rank: int) -> dict[str, int]:
-    """Return name -> CRC-32 of the files that a rank has written into a checkpoint's folder."""
-    own = sorted(folder.glob(f"__{rank}_*.distcp"))
-    own += [folder / ".metadata"] if rank == 0 else []
-    found = {}
-    for path in own:
-        with path.open("rb") as file:
-            found[path.name] = _checksum(file)
-    return found
-
-
 def wrong_sizes(folder: Storage, manifest: dict[str, Any]) -> str:
     """Return what the folder lacks of its manifest's files, in words; empty if nothing."""
     sizes: dict[str, int] = folder.files()
@@ -137,7 +125,10 @@ def wrong_bytes(folder: Storage, rank: int, world_size: int) -> str:
             storage_errors("The checkpoint cannot be read", folder.path(name)),
             folder.filesystem.open_input_stream(folder.path(name)) as stream,
         ):
-            if _checksum(stream) != written:
+            crc = 0
+            while piece := stream.read(PIECE):
+                crc = zlib.crc32(piece, crc)
+            if crc != written:
                 wrong.append(f"{name} does not have the bytes that were written (CRC-32)")
     return "\n".join(wrong)
 
@@ -146,11 +137,3 @@ def set_aside(folder: Storage) -> None:
     """Stop counting a damaged checkpoint as one; the next commit deletes it."""
     with storage_errors("A damaged checkpoint cannot be set aside", folder.root):
         folder.filesystem.move(folder.path(MANIFEST), folder.path(DAMAGED))
-
-
-def _checksum(file: Any) -> int:
-    """Return the checksum of an open file, of Python or of pyarrow."""
-    crc = 0
-    while piece := file.read(PIECE):
-        crc = zlib.crc32(piece, crc)
-    return crc

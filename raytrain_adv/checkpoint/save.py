@@ -28,11 +28,11 @@ from raytrain_adv.checkpoint.folders import (
     Found,
     Progress,
     all_folders,
-    checksums,
     read_manifest,
 )
 from raytrain_adv.checkpoint.load import read_state
 from raytrain_adv.checkpoint.staging import HostMemory, plain_like, restore_8bit, stage, tensors_of
+from raytrain_adv.checkpoint.write import Writer
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import StorageError
 from raytrain_adv.ops.float8.all_gather import as_plain
@@ -144,15 +144,15 @@ class CheckpointWriter:
             failures.append(message)
             self.run.fault(message)  # of rank 0; the others' follow with the commit
 
-        def write() -> None:
+        def write() -> dict[str, int]:
             with storage_errors("The checkpoint cannot be written", target.root):
-                alone = self.run.world_size == 1
-                save_state(state, checkpoint_id=local, process_group=self.group, no_dist=alone)
+                writer, alone = Writer(local, state), self.run.world_size == 1
+                save_state(state, storage_writer=writer, process_group=self.group, no_dist=alone)
+                return writer.crc32
 
         what = f"the checkpoint of step {step} could not be written"
         try:
-            retry(write, what, report)
-            written = checksums(Path(local), self.run.rank)
+            written = retry(write, what, report)
             if not target.is_local:
                 retry(lambda: target.upload(local), what, report)
         finally:

@@ -47,7 +47,6 @@ class HostMemory:
         wanted = {path: tensor for path, tensor in tensors if tensor.device.type == "cuda"}
         workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         size = sum(local_part(t).numel() * t.element_size() for t in wanted.values())
-        threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // workers))
         # The current GPU is a thread's own: without it each would open another on the first GPU.
         devices = {tensor.device for tensor in wanted.values()}
 
@@ -55,7 +54,7 @@ class HostMemory:
             for device in devices:
                 torch.cuda.set_device(device)
 
-        self.pool = ThreadPoolExecutor(threads, "host_memory", begin)
+        self.pool = ThreadPoolExecutor(num_threads(), "host_memory", begin)
         free = free_host_memory()
         if size * workers > LARGEST_SHARE * free:
             self.say(
@@ -80,7 +79,9 @@ class HostMemory:
             self.locked.append(whole)
         else:
             self._report_once(f"CUDA error {status}; ulimit -l may be too low")
-        copy = whole[: local.nbytes].view(local.dtype).view(local.shape)
+        # Of its own extent: DCP would copy a part of something larger once more.
+        flat = torch.frombuffer(whole.numpy(), dtype=local.dtype, count=local.numel())
+        copy = flat.view(local.shape)
         if not isinstance(tensor, DTensor):
             return copy
         # DTensor.from_local would move it to the device of the mesh.
@@ -120,6 +121,12 @@ class HostMemory:
         self.locked.clear()
         self.copies.clear()
         self.coming.clear()
+
+
+def num_threads() -> int:
+    """Return the threads that this worker may use for checkpoints, of its node's cores."""
+    workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(MOST_THREADS, (os.cpu_count() or 1) // workers))
 
 
 def _empty_on_host(tensor: torch.Tensor) -> torch.Tensor:
