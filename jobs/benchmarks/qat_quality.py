@@ -86,7 +86,7 @@ def tasks(options: argparse.Namespace) -> list[Task]:
     for seed in range(options.seeds):
         found.append(Task(BF16, "", seed))
         found += [Task(method, target, seed) for target in targets for method in methods]
-    delays = [round(share * options.steps) for share in DELAYS]
+    delays = dict.fromkeys(int(share * options.steps) for share in DELAYS)
     return found + [Task(QAT, DELAYED, s, delay) for s in range(options.seeds) for delay in delays]
 
 
