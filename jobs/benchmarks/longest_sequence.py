@@ -4,6 +4,10 @@
     ... --lengths 131072,163840 --optim adamw_torch_8bit
     ... --eager --liger            what the HF Trainer computes below
     ... --plan                     what the plan predicts for each length; no GPU
+    ... --long                     tiled_mlp, activation_offloading and kept attention
+    ... --long --lengths 524288 --offload 27 --documents 4096 \\
+        --attention hub:jobs/kernels/torch_flash    packed documents: attention costs little
+    ... --long --lengths 524288 --layers 2 --offload 1     full attention, of two layers
 
 Lengths are tried in their order until memory runs out. Two short steps come first: they make the
 optimizer's states, and graphs that take any length. Each length trains two steps: `seconds` are
@@ -35,10 +39,10 @@ SHORT = (4096, 32768)
 what it chooses its kernels for."""
 
 
-def at(model: Whole, tokens: int) -> dict[str, Any]:
+def at(model: Whole, tokens: int, document: int | None) -> dict[str, Any]:
     """Train two steps at this length; where memory runs out, say so."""
     predicted = model.predicted_gib(tokens)
-    step = model.stepper(tokens)
+    step = model.stepper(tokens, document)
     graphs = counters["stats"]["unique_graphs"]
     reset_peak()
     try:
@@ -62,7 +66,8 @@ def planned(job: JobConfig, lengths: list[int]) -> None:
     Transforms(job).prepare(model)
     for tokens in lengths:
         found = predict(model, job, 1, tokens, 1)
-        print(f"{tokens:>8,} tokens: {found.total:6.1f} GiB, at {found.peak}")
+        host = f", and {found.host_activations:.1f} GiB of host memory"
+        print(f"{tokens:>8,} tokens: {found.total:6.1f} GiB, at {found.peak}{host}")
 
 
 def main() -> None:
@@ -76,6 +81,12 @@ def main() -> None:
     parser.add_argument("--liger", action="store_true", help="use_liger_kernel")
     parser.add_argument("--loss-kernel", default="chunked")
     parser.add_argument("--optim", default="adamw_torch_fused")
+    parser.add_argument("--long", action="store_true", help="what long sequences need")
+    parser.add_argument("--offload", type=int, help="first layers whose activations move")
+    parser.add_argument("--mode", help="gradient_checkpointing: full, or attention with --long")
+    parser.add_argument("--documents", type=int, help="tokens of each document of a packed row")
+    parser.add_argument("--attention", default="auto", help="flash_attn")
+    parser.add_argument("--layers", type=int, help="of the model, if not all")
     parser.add_argument("--shape", default="{}", help="config keys to change, as JSON, for a trial")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     chosen = parser.parse_args()
@@ -87,9 +98,16 @@ def main() -> None:
         "optim": chosen.optim,
         "use_liger_kernel": chosen.liger,
     }
+    keys |= {"flash_attn": chosen.attention, "neat_packing": chosen.documents is not None}
+    if chosen.long:
+        moved = True if chosen.offload is None else chosen.offload
+        keys |= {"tiled_mlp": True, "activation_offloading": moved}
+        keys["gradient_checkpointing"] = chosen.mode or "attention"
     if chosen.eager or chosen.plan:
         keys["torch_compile"] = not chosen.eager
     shape = {"max_position_embeddings": max(lengths), **json.loads(chosen.shape)}
+    if chosen.layers:
+        shape["num_hidden_layers"] = chosen.layers
     job = job_of(shape, **keys)
     if chosen.plan:
         planned(job, lengths)
@@ -97,11 +115,11 @@ def main() -> None:
     torch._logging.set_logs(recompiles=True)
     model = Whole.of(job)
     for tokens in SHORT:
-        model.stepper(tokens)()
+        model.stepper(tokens, chosen.documents)()
     figures: dict[str, dict[str, Any]] = {}
     for tokens in lengths:
         free()
-        figures[str(tokens)] = at(model, tokens)
+        figures[str(tokens)] = at(model, tokens, chosen.documents)
         print(tokens, json.dumps(figures[str(tokens)]), flush=True)
         if "out_of_memory" in figures[str(tokens)]:
             break

@@ -96,13 +96,17 @@ class Whole:
         """Return the peak that the plan would predict."""
         return predict(self.model, self.job, 1, tokens, 1).total
 
-    def stepper(self, tokens: int) -> Callable[[], float]:
-        """Return what does one step on a sequence of that length and gives its loss per token."""
+    def stepper(self, tokens: int, document: int | None = None) -> Callable[[], float]:
+        """Return what does one step on a sequence of that length and gives its loss per token; with
+        documents of so many tokens packed in it, if they are given.
+        """
         loss_sum = loss_function(self.model, self.job.parallel.torch_compile)
         vocab, transforms = self.model.config.vocab_size, Transforms(self.job)
         torch.manual_seed(0)
         ids = torch.randint(0, vocab, (1, tokens + 1), device=DEVICE)
         inputs, labels = {"input_ids": ids[:, :-1].contiguous()}, ids[:, 1:].contiguous()
+        if document is not None:
+            inputs |= packed(tokens, document)
 
         def step() -> float:
             loss = loss_sum(self.model, inputs, labels)
@@ -114,6 +118,16 @@ class Whole:
             return loss.item() / tokens
 
         return step
+
+
+def packed(tokens: int, document: int) -> dict[str, Any]:
+    """Return what a model gets besides token ids, of documents of equal length in one row."""
+    starts = torch.arange(0, tokens + 1, document, dtype=torch.int32, device=DEVICE)
+    return {
+        "position_ids": torch.arange(tokens, device=DEVICE)[None] % document,
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts),
+        **dict.fromkeys(("max_length_q", "max_length_k"), document),
+    }
 
 
 def _from_scratch(job: JobConfig) -> JobConfig:

@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 from raytrain_adv.dtensor import local_part
 from raytrain_adv.hardware import free_host_memory
 from raytrain_adv.ops.adamw_8bit import fill_8bit, values_of
+from raytrain_adv.ops.pages import locked_pages
 from raytrain_adv.text import GIB, first_line
 
 LARGEST_SHARE = 0.5  # of the memory that is free on the node, for all its workers
 MOST_THREADS = 8
 SMALLEST = 2**20  # bytes of a tensor for which locking pays
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class HostMemory:
@@ -69,12 +69,7 @@ class HostMemory:
         local = local_part(tensor)
         if local.nbytes < SMALLEST:
             return _empty_on_host(tensor)
-        pages = torch.empty(local.nbytes + 2 * PAGE, dtype=torch.uint8)
-        start = -pages.data_ptr() % PAGE  # no page of it is another's, which may be locked too
-        whole = pages[start : start + -(-local.nbytes // PAGE) * PAGE]
-        whole.zero_()  # allocates the pages now, not while the GPU waits
-        cuda: Any = torch.cuda
-        status = int(cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0))
+        whole, status = locked_pages(local.nbytes)
         if status == 0:
             self.locked.append(whole)
         else:

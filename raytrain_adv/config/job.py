@@ -39,7 +39,7 @@ FREE_TO_CHANGE = frozenset([
     "hub_strategy", "hub_revision", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "fsdp_shard_size", "fsdp_reshard_after_forward",
     "sequence_parallel_size",
-    "fsdp_cpu_offload", "ddp_timeout", "gradient_checkpointing",
+    "fsdp_cpu_offload", "ddp_timeout", "gradient_checkpointing", "activation_offloading",
     "disable_gradient_checkpointing", "dataset_dir",
 ])  # fmt: skip
 

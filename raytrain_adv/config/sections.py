@@ -168,11 +168,15 @@ class ParallelConfig(Section):
     feature: ClassVar[str] = "FSDP"
     tried_with: ClassVar[dict[str, Any]] = {"ray_num_workers": 2}
 
-    gradient_checkpointing: bool | Literal["none", "full", "selective"] | None = None
-    """Recompute activations in backward: full (also true), selective (attention and matmuls are
-    kept), none (also false). Unset means full."""
+    gradient_checkpointing: bool | Literal["none", "full", "attention", "selective"] | None = None
+    """Recompute activations in backward: full (also true), attention (its result is kept, which
+    long sequences take longest to compute again), selective (attention and matmuls are kept), none
+    (also false). Unset means full."""
     disable_gradient_checkpointing: bool = False
     """LLaMA-Factory's switch: true keeps all activations, as gradient_checkpointing: none does."""
+    activation_offloading: bool | Count = False
+    """Have what full or attention checkpointing keeps in page-locked host memory between forward
+    and backward: a number that of so many first layers, true that of all but the last."""
     torch_compile: bool = False
     """Compile each transformer layer and the loss."""
     cuda_graph: bool | None = None
@@ -204,10 +208,18 @@ class ParallelConfig(Section):
 
     def contradictions(self) -> Iterable[Problem]:
         """Find keys of the parallel layout that contradict each other."""
-        recomputes = self.gradient_checkpointing in (True, "full", "selective")
+        recomputes = self.gradient_checkpointing not in (None, False, "none")
         if self.disable_gradient_checkpointing and recomputes:
             keys = "disable_gradient_checkpointing and gradient_checkpointing"
             yield Problem("one turns recomputation off, the other on", "keep one of them", keys)
+        kept = "none" if self.disable_gradient_checkpointing else self.gradient_checkpointing
+        keys = "activation_offloading and gradient_checkpointing"
+        if self.activation_offloading and kept in (False, "none", "selective"):
+            text = "layers' inputs and attention's results are moved, and more than those is kept"
+            yield Problem(text, "set gradient_checkpointing: full or attention", keys)
+        elif self.activation_offloading and kept == "attention" and not self.torch_compile:
+            text = "only compiled layers let go of attention's results"
+            yield Problem(text, "set torch_compile: true, or gradient_checkpointing: full", keys)
         for key in ("use_cpu", "fsdp_cpu_offload"):
             if self.fsdp_collectives == "copies" and getattr(self, key):
                 text, fix = "copies are between GPUs", "set fsdp_collectives: auto"

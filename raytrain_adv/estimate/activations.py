@@ -6,14 +6,15 @@
 - compiled: Inductor's partitioner keeps the inputs of matrix products, attention's inputs and the
   halves of the MLP, and recomputes element-wise results. Of a norm it keeps the input unchanged.
 - selective checkpointing: the results of matrix products and attention, and the layer's input;
-  full checkpointing: the layer's input only.
+  attention checkpointing: the layer's input, attention's output and log-sum-exp; full
+  checkpointing: the layer's input only.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -113,6 +114,18 @@ class Layer:
     def mlp_width(self) -> float:
         """Input elements per token of the MLP's last matrix."""
         return sum(m.in_width for m in self.linears if m.is_down)
+
+    def on_tiles(self, mlp: str, share: float) -> Layer:
+        """Return the layer with a share of the tokens at a time between the MLP's matrices."""
+        linears = [
+            replace(m, in_width=m.in_width * share)
+            if m.is_down
+            else replace(m, out_width=m.out_width * share)
+            for m in self.linears
+            if m.fqn.startswith(f"{mlp}.")
+        ]
+        others = [m for m in self.linears if not m.fqn.startswith(f"{mlp}.")]
+        return replace(self, linears=(*others, *linears))
 
     def attention(self, size: int, kind: AttentionKind, seq_len: int) -> float:
         """Return the bytes per token that attention keeps: inputs, output and weights."""

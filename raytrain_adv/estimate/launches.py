@@ -8,6 +8,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.transforms.tiled_mlp import TiledMlp
 from raytrain_adv.transforms.transform import Transform
 
 MOST_TFLOP = 60.0
@@ -26,6 +27,8 @@ def why_no_graph(model: nn.Module, job: JobConfig, world_size: int, tokens: int)
         "use_cpu: true": job.parallel.use_cpu,
         f"{world_size} workers exchange weights and gradients within a pass": world_size > 1,
         "fsdp_cpu_offload: true": job.parallel.fsdp_cpu_offload,
+        "activation_offloading copies within a pass": bool(job.parallel.activation_offloading),
+        "tiled_mlp computes tile by tile": job.transform(TiledMlp).enabled,
         f"{', '.join(own)} prepares each batch on the host": bool(own),
         f"a pass has {tflop:,.0f} TFLOP, and launches cost little": (
             wanted is None and tflop > MOST_TFLOP

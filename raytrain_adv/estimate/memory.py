@@ -16,10 +16,12 @@ from raytrain_adv.config.job import JobConfig, accumulation
 from raytrain_adv.estimate.flops import text_config
 from raytrain_adv.estimate.launches import why_no_graph
 from raytrain_adv.estimate.sizes import HostCopies, Passes, States, head_loss, reference_bytes
+from raytrain_adv.model.offload import num_offloaded
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype, reduce_dtype
 from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
 from raytrain_adv.text import GIB
+from raytrain_adv.transforms.tiled_mlp import TiledMlp
 
 GATHERED_AHEAD = 2  # layers that are whole at a time: the computing and the prefetched one
 COPY_BUFFERS = 3  # of the largest unit, where copies replace NCCL: two gathered, one reduced
@@ -63,6 +65,7 @@ class MemoryPrediction:
     peak: str  # name of that moment
     phases: tuple[Phase, ...]  # the moments of a step, in order
     host: float  # host memory per worker of offloaded states
+    host_activations: float  # host memory per worker of activations
     copies: HostCopies  # host memory per worker for checkpoints
     explanations: dict[str, str]  # part -> explanation of its size
 
@@ -83,18 +86,20 @@ class HostNeed:
 
     workers: int  # most workers on the node
     offloaded: float  # parameters, gradients and optimizer states under fsdp_cpu_offload
+    activations: float  # what activation_offloading moves, page-locked
     kept: float  # copies of checkpoints, kept for the run
     new: float  # new copies for each checkpoint
 
     @staticmethod
     def of(memory: MemoryPrediction, workers: int) -> HostNeed:
         """Return the need of this many workers on a node."""
-        return HostNeed(workers, memory.host, memory.copies.kept, memory.copies.new)
+        offloaded = (memory.host, memory.host_activations)
+        return HostNeed(workers, *offloaded, memory.copies.kept, memory.copies.new)
 
     @property
     def per_worker(self) -> float:
         """The need of one worker."""
-        return self.offloaded + self.kept + self.new
+        return self.offloaded + self.activations + self.kept + self.new
 
     @property
     def per_node(self) -> float:
@@ -110,6 +115,7 @@ class HostNeed:
         """Return the need in a sentence."""
         named = {
             "offloaded": self.offloaded,
+            "activations": self.activations,
             "copies of checkpoints, kept for the run": self.kept,
             "new copies for each checkpoint": self.new,
         }
@@ -170,6 +176,7 @@ def predict(
         peak=peak.name,
         phases=phases,
         host=host,
+        host_activations=passes.on_host,
         copies=HostCopies.of(model, job, world_size),
         explanations=_explanations(model, job, states, tokens),
     )
@@ -314,8 +321,13 @@ def _explanations(
     kept = {
         "none": "everything backward needs is kept",
         "selective": "results of matrix products and attention are kept",
+        "attention": "each layer's input and attention's result are kept",
         "full": "each layer's input is kept",
     }[checkpointing_mode(job)]
+    if moved := num_offloaded(job, states.num_layers):
+        kept += f", of the first {moved} layers in host memory"
+    if job.transform(TiledMlp).enabled:
+        kept += f"; MLPs compute {job.transform(TiledMlp).tokens:,} tokens at a time"
     how = "compiled layers" if job.parallel.torch_compile else "eager layers"
     copies = "" if job.parallel.torch_compile else f", float32 {CHUNK_TOKENS} tokens at a time"
     logits = f"{tokens:,} x {text_config(model).vocab_size:,}, and their gradient{copies}"

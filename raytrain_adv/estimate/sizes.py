@@ -9,9 +9,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.estimate.activations import AttentionKind, read_layer
+from raytrain_adv.estimate.activations import AttentionKind, Layer, read_layer
 from raytrain_adv.estimate.flops import layer_configs, text_config
 from raytrain_adv.model.build import decoder_layers, parameter_dtype
+from raytrain_adv.model.offload import num_offloaded
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype, ends
 from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
@@ -19,6 +20,7 @@ from raytrain_adv.ops.loss.head import HeadLoss, loss_head, loss_of
 from raytrain_adv.ops.loss.linear_cross_entropy import MOST_ROUNDINGS, chunk_tokens
 from raytrain_adv.text import GIB
 from raytrain_adv.transforms.modules import in_adapter, inner_matrices
+from raytrain_adv.transforms.tiled_mlp import TiledMlp, mlps
 
 BLOCK_OF_8BIT = 256
 STATE_BYTES_IN_8BIT = 1 + 4 / BLOCK_OF_8BIT  # torchao: a byte a value, a float32 scale a block
@@ -105,6 +107,7 @@ class Passes:
     logits_gradient: float  # the gradient into the head's backward pass, or from the head's loss
     logits_eval: float  # logits and the loss's copies in evaluation; 0 without held-out rows
     layer_eval: float  # a layer's input, output and inner activations in an evaluation pass
+    on_host: float  # kept for backward in host memory
 
     @staticmethod
     def of(model: PreTrainedModel, job: JobConfig, seq_len: int, batch: int) -> Passes:
@@ -115,9 +118,11 @@ class Passes:
         mode, compiled = checkpointing_mode(job), job.parallel.torch_compile
         kind = attention_kind(config, job)
         each = layer_configs(config)
+        on_worker = seq_len // job.parallel.sequence_parallel_size
+        tiles = _Tiles.of(model, job, batch * on_worker)
         layers = [
-            read_layer(layer, each[min(number, len(each) - 1)])
-            for number, (_, layer) in enumerate(decoder_layers(model))
+            tiles.of_layer(fqn, read_layer(layer, each[min(number, len(each) - 1)]))
+            for number, (fqn, layer) in enumerate(decoder_layers(model))
         ]
         whole = [
             (x.kept_compiled if compiled else x.kept_eager)(size, kind, seq_len) for x in layers
@@ -126,11 +131,14 @@ class Passes:
         if mode == "selective":
             kept = [x.kept_selective(size, compiled) for x in layers]
             recomputed = max(max(w - k, 0.0) for w, k in zip(whole, kept, strict=True))
-        elif mode == "full":
-            kept, recomputed = [float(size * x.hidden) for x in layers], max(whole)
+        elif mode != "none":
+            results = [x.query_width if mode == "attention" else 0 for x in layers]
+            kept = [float(size * (x.hidden + n)) for x, n in zip(layers, results, strict=True)]
+            recomputed = max(w - size * n for w, n in zip(whole, results, strict=True))
         # The final norm runs uncompiled: float32 copy, normalized form, the head's input.
-        final = (4 + 2 * size) * config.hidden_size
-        on_worker = seq_len // job.parallel.sequence_parallel_size
+        final: float = (4 + 2 * size) * config.hidden_size
+        if mode == "attention":
+            final += sum(4 * x.heads for x in layers)  # which stay on the GPU
         unit = batch * on_worker / GIB
         backward = max(x.backward_temporaries(size, kind, seq_len) for x in layers)
         # Packed linears are unpacked one at a time.
@@ -139,16 +147,48 @@ class Passes:
         eval_tokens = job.train.per_device_eval_batch_size * on_worker if evaluates else 0
         forward = max(size * (3 * x.hidden + x.mlp_inner + x.mlp_width) for x in layers)
         loss = _loss(model, size, compiled)
+        moved = num_offloaded(job, len(layers))
+        returning = max(kept[:moved], default=0.0)
         return Passes(
-            kept=(sum(kept) + final) * unit,
+            kept=(sum(kept[moved:]) + final) * unit,
             kept_by_one=max(kept) * unit,
             recomputed=recomputed * unit,
-            temporaries=backward * unit + max(unpacked, default=0) / GIB,
+            temporaries=(backward + returning) * unit
+            + (max(unpacked, default=0) + tiles.gradients) / GIB,
             logits=loss.training(batch * on_worker) / GIB,
             logits_gradient=loss.gradient(batch * on_worker) / GIB,
             logits_eval=loss.evaluation(eval_tokens) / GIB,
             layer_eval=forward * eval_tokens / GIB,
+            on_host=sum(kept[:moved]) * unit,
         )
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """MLPs that compute on tiles of a pass."""
+
+    mlps: frozenset[str]
+    share: float  # of the pass's tokens in a tile
+    gradients: float  # bytes of one's weight gradients: a tile's, and their sum in float32
+
+    @staticmethod
+    def of(model: PreTrainedModel, job: JobConfig, tokens: int) -> _Tiles:
+        tiled = job.transform(TiledMlp)
+        if not tiled.enabled or tokens <= tiled.tokens:
+            return _Tiles(frozenset(), 1.0, 0.0)
+        found = {fqn: model.get_submodule(fqn) for fqn, why in mlps(model) if not why}
+        size = compute_dtype(job).itemsize + 4
+        trained = [
+            sum(size * p.numel() for p in m.parameters() if p.requires_grad) for m in found.values()
+        ]
+        return _Tiles(frozenset(found), tiled.tokens / tokens, max(trained, default=0))
+
+    def of_layer(self, fqn: str, layer: Layer) -> Layer:
+        """Return what a layer's activations are."""
+        for mlp in self.mlps:
+            if mlp.startswith(f"{fqn}."):
+                layer = layer.on_tiles(mlp.removeprefix(f"{fqn}."), self.share)
+        return layer
 
 
 def _loss(model: PreTrainedModel, size: int, compiled: bool) -> Loss | LossInHead:

@@ -25,9 +25,10 @@ from raytrain_adv.transforms.applied import Transforms
 GB = 1e9
 COLLECTIVE_S = 8.4e-6  # base latency. Source: NCCL's tuning table, base latency, ring, Simple
 
-MFU = {"none": 0.574, "selective": 0.548, "full": 0.470}
+MFU = {"none": 0.574, "selective": 0.548, "attention": 0.470, "full": 0.470}
 """gradient_checkpointing -> model FLOPs utilization on one H200, 8B shape, compiled, 8,192 tokens a
-pass. Source: jobs/benchmarks/results/llama3_8b_bf16.json."""
+pass; attention's, which was not measured, as full's. Source: llama3_8b_bf16.json of
+jobs/benchmarks/results."""
 EAGER_SPEED = 0.856  # 743 ms compiled, 868 ms not: jobs/benchmarks/results/layer_kernels.json
 
 COPIED_B_S = 1.08e12

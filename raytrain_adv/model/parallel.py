@@ -35,24 +35,27 @@ from raytrain_adv.dtensor import SHARDED
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.build import decoder_layers, keeps_float32
 from raytrain_adv.model.master_weights import cast_in_forward
+from raytrain_adv.model.offload import Offload, num_offloaded
 from raytrain_adv.text import first_line, listed
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.modules import is_read
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# Kept by selective checkpointing: what costs most to compute again. The rest of a layer is
-# element-wise.
-KEPT_OPERATORS = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
+ATTENTION = frozenset([
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+])  # fmt: skip
+# Kept by selective checkpointing: what costs most to compute again. The rest of a layer is
+# element-wise.
+KEPT_OPERATORS = ATTENTION | {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_mm.default,
     torch.ops.aten._grouped_mm.default,
-)
+}
 FORWARDLESS = (nn.ModuleList, nn.ModuleDict)
 MOST_GRAPHS = 64
 """Times that a kind of layer may be compiled."""
@@ -61,11 +64,11 @@ EVERY_THIRD = re.compile(r":[^\[\],:]*:\s*3\s*[\],]|slice\([^()]*,\s*3\)")
 
 
 def checkpointing_mode(job: JobConfig) -> str:
-    """Return none, full or selective. Unset means full, as in LLaMA-Factory."""
+    """Return none, full, attention or selective. Unset means full, as in LLaMA-Factory."""
     mode = job.parallel.gradient_checkpointing
     if job.parallel.disable_gradient_checkpointing or mode is False or mode == "none":
         return "none"
-    return "selective" if mode == "selective" else "full"
+    return mode if isinstance(mode, str) else "full"
 
 
 def compute_dtype(job: JobConfig) -> torch.dtype:
@@ -142,7 +145,7 @@ def shard(
     if shard_module is not None:
         Transforms(job).before_sharding(model)
         frozen = _shard_float32(model, job, shard_module)
-    casts = shard_module is None and mesh is not None
+    casts, layers = shard_module is None and mesh is not None, list[nn.Module]()
     for fqn, layer in decoder_layers(model):
         if casts:
             _cast(model, layer, job)
@@ -153,6 +156,9 @@ def shard(
             layer.compile(fullgraph=False)
         if shard_module is not None:
             shard_module(layer, ignored_params=frozen)
+        layers.append(layer)
+    if job.parallel.activation_offloading:
+        Offload(layers, num_offloaded(job, len(layers)))
     if shard_module is not None:
         if alone := ends(model, job):
             embedding, head = (shard_module(end, ignored_params=frozen) for end in alone)
@@ -254,11 +260,11 @@ def refuse_eager(train: Callable[P, T]) -> Callable[P, T]:
 
 def _checkpointed(layer: nn.Module, mode: str) -> nn.Module:
     options: dict[str, Any] = {"checkpoint_impl": CheckpointImpl.NO_REENTRANT}
-    if mode == "selective":
-        kept = set(KEPT_OPERATORS)
+    if mode != "full":
+        kept = set(KEPT_OPERATORS if mode == "selective" else ATTENTION)
         if any(vars(module).get("has_bias", False) for module in layer.modules()):
             # transformers adds the experts' bias to the product in place.
-            kept.remove(torch.ops.aten._grouped_mm.default)
+            kept.discard(torch.ops.aten._grouped_mm.default)
         policy = partial(_keep_expensive, kept)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     wrapped: nn.Module = checkpoint_wrapper(layer, **options)

@@ -95,6 +95,10 @@ class Fp8(Transform):
         if self.fp8_enable_fsdp_float8_all_gather and job.flat().get("use_dora"):
             text = "DoRA adds to the base weights, which arrive in float8"
             yield Problem(text, f"set use_dora: false, or {key}: false", f"{key} and use_dora")
+        if job.flat().get("tiled_mlp") and self.fp8_recipe != "rowwise_with_gw_hp":
+            text = "scales of several tokens would be those of a tile"
+            fix = "set fp8_recipe: rowwise_with_gw_hp, or tiled_mlp: false"
+            yield Problem(text, fix, "fp8_recipe and tiled_mlp")
         if job.parallel.use_cpu and not self.fp8_allow_cpu:
             text = "FP8 requires Hopper architecture: H100, H200 or newer GPUs"
             fix = "set use_cpu: false, or fp8_allow_cpu: true, which is exact but slow"

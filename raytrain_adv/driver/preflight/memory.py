@@ -108,6 +108,9 @@ def _fixes(job: JobConfig, need: HostNeed) -> Iterator[str]:
     yield "set one of:"
     if need.kept + need.new and not job.output.save_only_model:
         yield "save_only_model: true, which leaves the optimizer's states out of checkpoints"
+    if need.activations:
+        each = "each layer less needs that much less host memory, and more of the GPU's"
+        yield f"activation_offloading: a smaller number of layers; {each}"
     if job.parallel.fsdp_cpu_offload:
         yield "fsdp_cpu_offload: false"
     yield "ray_num_workers: more, on more nodes, so that each worker's shard is smaller"

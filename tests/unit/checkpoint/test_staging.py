@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 from torchao.optim.subclass_8bit import OptimState8bit
 
 from raytrain_adv.checkpoint.staging import (
-    PAGE,
     HostMemory,
     plain_like,
     restore_8bit,
@@ -18,6 +17,7 @@ from raytrain_adv.checkpoint.staging import (
     tensors_of,
 )
 from raytrain_adv.hardware import free_host_memory
+from raytrain_adv.ops.pages import PAGE
 from tests.ranks import run_ranks
 
 
