@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -31,9 +31,6 @@ class Layout:
     is_transposed: bool
     """Whether matrices are [expert, in, out] instead of [expert, out, in]."""
     has_bias: bool = False
-    dispatch: Literal["top_k", "sorted"] = "top_k"
-    """What forward takes: all tokens and each one's experts, or every expert's tokens in turn, as
-    many for each."""
 
     def width(self, matrix: tuple[int, int, int]) -> int:
         """Return the input features of a stacked matrix of this shape."""
@@ -125,10 +122,8 @@ def layout_of(module: nn.Module) -> Layout | None:
     if is_transposed not in fits:
         return None
     has_bias = bool(getattr(own, "has_bias", False))
-    if takes == SORTED:
-        return Layout(up, "down_proj", is_transposed, has_bias, "sorted")
     # What transformers dispatches takes the same three, whatever their names.
-    is_known = takes == TOP_K or (hasattr(own, "has_gate") and len(takes) == len(TOP_K))
+    is_known = takes in (SORTED, TOP_K) or (hasattr(own, "has_gate") and len(takes) == len(TOP_K))
     return Layout(up, "down_proj", is_transposed, has_bias) if is_known else None
 
 
