@@ -19,7 +19,6 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.model.build import build
 from raytrain_adv.model.conversion import names_to_store
 from raytrain_adv.model.weights import saved_tensors
-from raytrain_adv.ops.rotation import compute_indices
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms.lora import ADAPTER, Lora, is_adapter
 
@@ -121,6 +120,8 @@ def _layers(plain: PreTrainedModel, folder: str) -> dict[str, Any]:
     from peft import PeftConfig, inject_adapter_in_model
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from raytrain_adv.ops.rotation import compute_indices
 
     config: Any = PeftConfig.from_pretrained(folder)
     config.inference_mode = False

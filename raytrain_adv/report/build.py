@@ -61,9 +61,10 @@ def finished(
     """
     same = (
         "world_size device attention attention_trial collectives sequence_parallel cuda_graph "
-        "model_notes versions steps total_steps epochs step_seconds tokens_per_second_per_worker "
-        "peak_memory_gib data_wait_seconds predicted_memory_gib predicted_memory mfu_bf16 restarts "
-        "skipped_steps resumed_from_step data batch model_dir model_gib"
+        "compiled model_notes versions steps total_steps epochs step_seconds "
+        "tokens_per_second_per_worker peak_memory_gib data_wait_seconds predicted_memory_gib "
+        "predicted_memory mfu_bf16 restarts skipped_steps resumed_from_step data batch model_dir "
+        "model_gib"
     )
     proofs = figures["proof"]
     plans = figures["transforms"].items()

@@ -218,6 +218,8 @@ def _chosen(report: RunReport) -> Iterator[str]:
         yield f"Sequences: {report.sequence_parallel}."
     if report.cuda_graph:
         yield f"CUDA graph: {report.cuda_graph}."
+    if report.compiled:
+        yield f"Compiled: {report.compiled}."
 
 
 def _last(points: Sequence[tuple[int, float | None]]) -> str:

@@ -68,6 +68,9 @@ class RunReport(Record):
     """Which workers shared each sequence; null if each had its own."""
     cuda_graph: str | None = None
     """Whether forward and backward passes were replayed as CUDA graphs, or why not."""
+    compiled: str | None = None
+    """How many graphs of torch.compile earlier runs had compiled, and how long it took; null if
+    nothing was compiled."""
     model_notes: tuple[str, ...] = ()
     """How the checkpoint was read, and what differs from it in the model that was written."""
     versions: dict[str, str] = Field(default_factory=dict)

@@ -28,6 +28,7 @@ from raytrain_adv.run.schedule import Arithmetic
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.checks.step import Checks, clip
+from raytrain_adv.worker.compile_cache import found_compiled
 from raytrain_adv.worker.evaluation import (
     evaluate_held_out,
     evaluate_variants,
@@ -141,6 +142,8 @@ def train_step(state: TrainState, checks: Checks, step: int) -> None:
     state.meter.end(batch.num_tokens, norm)
     if is_first:
         state.meter.first_step_done()
+        if found := found_compiled(state.job, state.run):
+            state.run.say(f"compiled: {found}", event="compiled")
 
 
 def exchange(state: TrainState, batch: StepBatch) -> int:

@@ -34,6 +34,7 @@ from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.checks.step import Checks
+from raytrain_adv.worker.compile_cache import found_compiled, keep_compiled
 from raytrain_adv.worker.evaluation import evaluate_at_start, restore_best
 from raytrain_adv.worker.finish import ExportFunction, evaluate_twins, export, sample_answers
 from raytrain_adv.worker.install import check_attention, fetch_on_main, install, training_loss
@@ -54,6 +55,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     """
     began_at = time.time()
     facts = hardware.detect(run.device)
+    keep_compiled(job, run)
     transforms = Transforms(job)
     transforms.check(facts)
     with run.phase("open data"):
@@ -209,6 +211,7 @@ def figures(
     return {
         **state.meter.figures(),
         "cuda_graph": state.passes.summary,
+        "compiled": found_compiled(state.job, state.run),
         "skipped_steps": checks.loss.num_skipped,
         "world_size": state.run.world_size,
         "device": facts.device_name,

@@ -7,7 +7,6 @@ meta.json reveal a damaged one.
 
 import errno
 import json
-import os
 import shutil
 import time
 import zlib
@@ -25,6 +24,7 @@ from raytrain_adv.data.batches.sequences import TokenRows
 from raytrain_adv.data.tokens.tokenize import Chunk
 from raytrain_adv.errors import StorageError
 from raytrain_adv.storage.atomic import atomic_folder
+from raytrain_adv.storage.storage import user_cache
 from raytrain_adv.text import GIB
 
 VERSION = 5
@@ -46,10 +46,7 @@ class CacheEntry:
 
 def cache_root(tokenized_path: str | None) -> Path:
     """Return the folder of cache entries: the job's, or the user's cache folder."""
-    if tokenized_path:
-        return Path(tokenized_path)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "raytrain_adv" / "tokenized"
+    return Path(tokenized_path) if tokenized_path else user_cache("tokenized")
 
 
 def open_or_build(
