@@ -10,9 +10,10 @@ from raytrain_adv.config.training import TrainConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.transforms.modules import did_you_mean, patterns
 
-UNREACHED = re.compile(r"\.(indexer|pooler|encoder_attn|encoder_attn_layer_norm)\.")
+UNREACHED = re.compile(r"\.(indexer|pooler|encoder_attn|encoder_attn_layer_norm|vision_moe)\.")
 """Choices of sparse attention, which have no gradient; what encoders have for sentences; attention
-to an encoder that is not there. (tests/unit/model/test_freeze.py tries all families.)"""
+to an encoder that is not there; experts of images. (tests/unit/model/test_freeze.py tries all
+families.)"""
 _LAYER = re.compile(r"\.(\d+)\.([^.]+)")
 
 

@@ -12,7 +12,6 @@ from raytrain_adv.config.section import Names, PathText
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.transforms.modules import (
     ROUTES,
-    UNKNOWN_EXPERTS,
     class_name,
     output_head,
     patterns,
@@ -25,6 +24,7 @@ from raytrain_adv.transforms.targets import (
     check_targets,
     names,
     reason_against,
+    reason_against_experts,
 )
 from raytrain_adv.transforms.transform import Change, Context, Plan, Transform
 
@@ -250,11 +250,9 @@ class Lora(Transform):
         return reason_against(fqn, model)
 
     def _reason_to_skip_experts(self, fqn: str, module: nn.Module) -> str:
-        from raytrain_adv.ops.experts.find import layout_of
-
         if not self._matrices(fqn, module):
             return "not in lora_target"
-        return self._against_experts or ("" if layout_of(module) else UNKNOWN_EXPERTS)
+        return self._against_experts or reason_against_experts(module)
 
     @property
     def _against_experts(self) -> str:

@@ -10,6 +10,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.text import parse_json
 from raytrain_adv.transforms.modules import (
     READ,
+    UNKNOWN_EXPERTS,
     UNREACHED,
     class_name,
     did_you_mean,
@@ -96,6 +97,15 @@ def reason_against(fqn: str, model: nn.Module) -> str:
     except ValueError:
         return f"PEFT refuses {name} in models of type {untyped.config.model_type}"
     return ""
+
+
+def reason_against_experts(module: nn.Module) -> str:
+    """Return why an adapter on stacked experts cannot be computed, or would get no gradient."""
+    from raytrain_adv.ops.experts.find import layout_of, matrices
+
+    if not all(matrix.requires_grad for matrix in matrices(module).values()):
+        return UNREACHED
+    return "" if layout_of(module) else UNKNOWN_EXPERTS
 
 
 def has_own_forward(linear: nn.Module) -> bool:
