@@ -21,7 +21,7 @@ from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles, save_tensors
 from raytrain_adv.model.adapter import PREFIX
 from raytrain_adv.model.build import build, build_whole, head_fqn, keeps_float32
-from raytrain_adv.model.conversion import Group, names_to_store
+from raytrain_adv.model.conversion import Group
 from raytrain_adv.model.vocabulary import new_rows
 from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.model.weights import convert_group, match
@@ -31,7 +31,7 @@ from raytrain_adv.ops.fake_quant.compressed_tensors import Scheme
 from raytrain_adv.ops.fake_quant.targets import GGUF
 from raytrain_adv.ops.fake_quant.torchao_config import describe_model, tensor_of
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.modules import in_adapter, is_tied, own_name
+from raytrain_adv.transforms.modules import in_adapter, is_tied, names_to_store, own_name
 from raytrain_adv.transforms.qat import EMBEDDING, EXPERTS, Qat
 from raytrain_adv.transforms.transform import DEFECT
 

@@ -17,10 +17,10 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import copy_local, gather, local_region, plain_name
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.build import build
-from raytrain_adv.model.conversion import names_to_store
 from raytrain_adv.model.weights import saved_tensors
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms.lora import ADAPTER, Lora, is_adapter
+from raytrain_adv.transforms.modules import names_to_store
 
 FILE_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."

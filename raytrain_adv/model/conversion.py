@@ -116,23 +116,6 @@ def save_groups(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Group]
     yield from groups.values()
 
 
-def names_to_store(model: PreTrainedModel) -> Callable[[str], str]:
-    """Return what gives the name under which transformers and PEFT read a tensor as the model's:
-    the model's own, or the checkpoint's if their mapping would change the model's own once more;
-    empty if they read none as it.
-    """
-    mapping = get_model_conversion_mapping(model, add_legacy=False)
-    renamings = (entry for entry in mapping if isinstance(entry, WeightRenaming))
-    entries = [entry for entry in renamings if not isinstance(entry, PrefixChange)]
-    undone = [cast(WeightRenaming, entry.reverse_transform()) for entry in entries[::-1]]
-
-    def name_to_store(name: str) -> str:
-        stored = name if _renamed(name, entries) == name else _renamed(name, undone)
-        return stored if _renamed(stored, entries) == name else ""
-
-    return name_to_store
-
-
 def _first_match(name: str, converters: Iterable[WeightConverter]) -> tuple[str, str | None]:
     for converter in converters:
         target, pattern = converter.rename_source_key(name)

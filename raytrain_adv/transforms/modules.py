@@ -14,12 +14,14 @@ from raytrain_adv.errors import JobError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from raytrain_adv.transforms.transform import Change
 
 LINEAR = "torch.nn.Linear"
 READ = "the forward pass reads its weight without calling it"
 UNREACHED = "no gradient reaches it on text"
+RENAMED = "neither PEFT nor transformers would find what it has beside its weight"
 ROUTES = "it routes tokens to experts"
 WEIGHT_READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\[|\.(?:data|device|dtype|ndim|shape|size)\b)")
 UNKNOWN_EXPERTS = "experts that are computed in a way of their own"
@@ -59,6 +61,43 @@ def is_read(model: nn.Module, name: str) -> bool:
     """
     parent: Any = type(model.get_submodule(name.rpartition(".")[0]))
     return short(name) in weights_read(parent)
+
+
+def names_to_store(model: PreTrainedModel) -> Callable[[str], str]:
+    """Return what gives the name under which transformers and PEFT read a tensor as the model's:
+    the model's own, or the checkpoint's if their mapping would change the model's own once more;
+    empty if they read none as it.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightRenaming
+
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = (entry for entry in mapping if isinstance(entry, WeightRenaming))
+    entries: list[Any] = [entry for entry in renamings if not isinstance(entry, PrefixChange)]
+    undone = [entry.reverse_transform() for entry in entries[::-1]]
+
+    def renamed(name: str, by: list[Any]) -> str:
+        for renaming in by:
+            name, _ = renaming.rename_source_key(name)
+        return name
+
+    def name_to_store(name: str) -> str:
+        stored = name if renamed(name, entries) == name else renamed(name, undone)
+        return stored if renamed(stored, entries) == name else ""
+
+    return name_to_store
+
+
+def lost_parts(model: nn.Module, fqns: Iterable[str], part: str) -> dict[str, str]:
+    """Return, by its fqn, why a linear cannot have this part beside its weight, for those whose
+    part transformers would not find when it loads a file.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    name_to_store = names_to_store(model)
+    return {fqn: RENAMED for fqn in fqns if not name_to_store(f"{own_name(fqn)}.{part}")}
 
 
 def own_forward(module: nn.Module) -> Any:

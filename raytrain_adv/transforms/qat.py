@@ -38,6 +38,7 @@ from raytrain_adv.transforms.modules import (
     fqn_of,
     input_embedding,
     is_tied,
+    lost_parts,
     own_name,
     patterns,
     plan_linears,
@@ -247,6 +248,9 @@ class Qat(Switchable):
         changes, skipped = plan_linears(
             model, BECOMES, "qat_exclude", given, self._why_not, lambda experts: "", EXPERTS
         )
+        for fqn, why in lost_parts(model, changes, "_weight_qdata").items():
+            skipped[fqn] = why
+            del changes[fqn]
         if self.merges:
             self._merge(changes, skipped, model)
         names = [fqn for fqn, change in changes.items() if change.after != EXPERTS]

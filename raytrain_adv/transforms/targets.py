@@ -17,6 +17,7 @@ from raytrain_adv.transforms.modules import (
     fqn_of,
     is_read,
     is_tied,
+    lost_parts,
     output_head,
     patterns,
     short,
@@ -96,7 +97,7 @@ def reason_against(fqn: str, model: nn.Module) -> str:
         _check_lora_target_modules_mamba(config, untyped, name)
     except ValueError:
         return f"PEFT refuses {name} in models of type {untyped.config.model_type}"
-    return ""
+    return lost_parts(model, [fqn], "lora_A.weight").get(fqn, "")
 
 
 def reason_against_experts(module: nn.Module) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.adapter import peft_names
-from raytrain_adv.model.conversion import names_to_store
+from raytrain_adv.transforms.modules import names_to_store
 from tests.families import tiny_model
 
 SHARED = "model.layers.1.mlp.shared_experts.gate_proj.weight"

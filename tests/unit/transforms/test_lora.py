@@ -84,6 +84,7 @@ def test_all_means_every_linear_but_the_head(tmp_path: Path) -> None:
         ("nemotron_h", {"out_proj"}),
         ("jamba", {"dt_proj"}),
         ("gemma3n_text", {"correction_coefs"}),
+        ("inkling2_text", {"weight_proj"}),
     ],
 )
 def test_each_default_adapter_gets_a_gradient_and_the_rest_is_named(
