@@ -10,7 +10,7 @@ import torch
 from raytrain_adv.checkpoint.save import training_state
 from raytrain_adv.checkpoint.staging import HostMemory, stage, tensors_of
 from raytrain_adv.config import JobConfig
-from raytrain_adv.estimate.memory import ROOM, MemoryPrediction, predict, settled
+from raytrain_adv.estimate.memory import ROOM, HostNeed, MemoryPrediction, predict, settled
 from raytrain_adv.estimate.sizes import HostCopies
 from raytrain_adv.model import weights
 from raytrain_adv.model.build import build
@@ -332,3 +332,37 @@ def test_copies_need_buffers_of_the_largest_unit(tmp_path: Path) -> None:
     assert found.gathered - nccl.gathered == pytest.approx(3 * 128256 * 4096 * 2 / 2**30, rel=0.01)
     assert found.total == pytest.approx(62.2, rel=0.05)
     assert nccl.total == pytest.approx(61.6, rel=0.05)
+
+
+LONG = {**PURE, "gradient_checkpointing": "full", "loss_kernel": "chunked"}
+
+
+def test_tiles_take_an_mlps_inner_activations_out_of_the_peak(tmp_path: Path) -> None:
+    whole = prediction(tmp_path, LLAMA_8B, seq_len=131_072, **LONG)
+    tiled = prediction(tmp_path, LLAMA_8B, seq_len=131_072, tiled_mlp=True, **LONG)
+    # Gate, up, their product and its gradients of all tokens, less those of a tile.
+    assert 10 < whole.total - tiled.total < 25
+    assert "16,384 tokens at a time" in tiled.explanations["activations"]
+    short = prediction(tmp_path, LLAMA_8B, seq_len=8192, tiled_mlp=True, **LONG)
+    same = prediction(tmp_path, LLAMA_8B, seq_len=8192, **LONG)
+    assert short.total == same.total
+
+
+def test_what_is_moved_is_on_the_host_and_not_on_the_gpu(tmp_path: Path) -> None:
+    keys = {**LONG, "tiled_mlp": True}
+    here = prediction(tmp_path, LLAMA_8B, seq_len=131_072, **keys)
+    moved = prediction(tmp_path, LLAMA_8B, seq_len=131_072, activation_offloading=24, **keys)
+    assert moved.host_activations == 24  # GiB: 131,072 tokens x 4096 x 2 bytes of each layer
+    loss = [next(p for p in m.phases if p.name == "loss").activations for m in (here, moved)]
+    assert loss[0] - loss[1] == pytest.approx(24)
+    need = HostNeed.of(moved, 1)
+    assert need.per_worker == pytest.approx(24 + moved.copies.kept + moved.copies.new)
+    assert "24.0 activations" in need.sentence()
+    results = prediction(
+        tmp_path,
+        LLAMA_8B,
+        seq_len=131_072,
+        activation_offloading=24,
+        **{**keys, "gradient_checkpointing": "attention"},
+    )
+    assert results.host_activations == 48
