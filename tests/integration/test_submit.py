@@ -62,11 +62,13 @@ class Cluster:
         return [path.read_text() for path in self.logs.glob("worker-*")]
 
     def message(self) -> str:
-        """The status message of the first job, as the dashboard shows it."""
+        """The status message of the job that runs, as the dashboard shows it."""
         token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
         request = urllib.request.Request(f"{self.dashboard}/api/jobs/", headers=token)
         with urllib.request.urlopen(request) as answer:
-            return str(json.load(answer)[0]["message"])
+            return next(
+                (str(j["message"]) for j in json.load(answer) if j["status"] == "RUNNING"), ""
+            )
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +216,21 @@ def test_a_submitted_job_that_the_cluster_cannot_run_reports_it_with_its_exit_co
     changed = (f"output_dir={tmp_path / 'out'}", "ray_num_workers=64")
     refused = cluster.call("submit", "job.yaml", *changed, cwd=project)
     assert refused.returncode == 4 and "64 workers" in refused.stdout, refused.stdout
+
+
+@pytest.mark.slow  # a minute beside the others
+def test_a_submitted_sweep_tells_how_many_trials_have_ended_and_where_one_is(
+    cluster, project, tmp_path
+):
+    job = yaml.safe_load((project / "job.yaml").read_text()) | {"ray_num_workers": 1}
+    job |= {"max_steps": 300, "val_size": 4, "sweep": {"seed": [1, 2], "max_concurrent_trials": 1}}
+    (project / "sweep.yaml").write_text(yaml.safe_dump(job))
+    command = ["submit", "sweep.yaml", f"output_dir={tmp_path / 'out'}", "--address"]
+    submitted = subprocess.Popen(
+        [*RAYTRAIN_ADV, *command, cluster.dashboard], cwd=project, env=cluster.environment
+    )
+    told = r"0 of 2 trials ended; .+: step \d+ of 300, loss [\d.]+, "
+    wait_for(lambda: submitted.poll() is not None or re.match(told, cluster.message()), 400)
+    assert submitted.poll() is None
+    submitted.send_signal(signal.SIGINT)
+    submitted.communicate(timeout=120)
