@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def load_model(folder: Path, device: torch.device) -> Any:
+    """Return a bf16 model."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return loaded.to(device).eval()
+
+
+def calibrated(folder: Path, device: torch.device, job: Any, prepared: Any, count: int) -> Any:
+    """Return a bf16 model of the weights that GPTQ rounds on `count` training rows."""
+    from raytrain_adv.transforms.applied import Transforms
+
+    rounded, model = load_model(folder, device), load_model(folder, device)
+    calibrate(rounded, job, prepared, count)
+    own = dict(rounded.named_parameters())
+    with torch.no_grad():  # the calibrated model itself rounds again whenever it is called
+        for name, parameter in model.named_parameters():
+            parameter.copy_(own[name])
+    round_inputs_alone(model, Transforms(job))
+    return model
 
 
 def calibrate(model: Any, job: Any, prepared: Any, count: int) -> None:

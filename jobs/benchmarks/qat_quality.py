@@ -78,14 +78,16 @@ class Task:
         return self.method in (RTN, GPTQ, DISTILLED)
 
 
-def tasks(seeds: int, steps: int) -> list[Task]:
+def tasks(options: argparse.Namespace) -> list[Task]:
     """Return all rows, those of the first seed first, and those of the delays last."""
     found = []
-    for seed in range(seeds):
+    targets = [DELAYED] if options.delays_alone else [*TARGETS]
+    methods = (QAT, RTN) if options.delays_alone else (GPTQ, DISTILLED, QAT, RTN)
+    for seed in range(options.seeds):
         found.append(Task(BF16, "", seed))
-        found += [Task(m, t, seed) for t in TARGETS for m in (GPTQ, DISTILLED, QAT, RTN)]
-    delays = [round(share * steps) for share in DELAYS]
-    return found + [Task(QAT, DELAYED, s, delay) for s in range(seeds) for delay in delays]
+        found += [Task(method, target, seed) for target in targets for method in methods]
+    delays = dict.fromkeys(int(share * options.steps) for share in DELAYS)
+    return found + [Task(QAT, DELAYED, s, delay) for s in range(options.seeds) for delay in delays]
 
 
 def main() -> None:
@@ -95,7 +97,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     write_data(options)
     rows = rows_so_far(options)
-    waiting = [task for task in tasks(options.seeds, options.steps) if task.name not in rows]
+    waiting = [task for task in tasks(options) if task.name not in rows]
     if waiting:
         prepare_data(waiting[0], options)
         tell(began, "data prepared")
@@ -120,7 +122,7 @@ def main() -> None:
                 write(options, [*rows.values()])
             shown = {k: v for k, v in row.items() if k not in ("name", "method", "target")}
             tell(began, f"{task.name:48} {shown}")
-    missing = [task.name for task in tasks(options.seeds, options.steps) if task.name not in rows]
+    missing = [task.name for task in tasks(options) if task.name not in rows]
     print(f"{len(missing)} rows are missing: {', '.join(missing)}" if missing else "complete")
     for process in multiprocessing.active_children():
         process.terminate()
@@ -142,7 +144,7 @@ def rows_so_far(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if changed:
         sys.exit(f"{options.out} has rows of other {', '.join(changed)}: give another --out")
     rows = {row["name"]: row for row in known["rows"]}
-    for task in tasks(options.seeds, options.steps):
+    for task in tasks(options):
         model = options.work / task.twin.name / "model"
         if task.needs_twin and task.name not in rows and not model.is_dir():
             rows.pop(task.twin.name, None)
@@ -163,6 +165,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
     parser.add_argument("--workers", type=int, default=4, help="rows at a time on each GPU")
     parser.add_argument("--calibration", type=int, default=128, help="rows that GPTQ reads")
+    parser.add_argument("--delays-alone", action="store_true", help="only the delays, QAT and RTN")
     parser.add_argument("--limit-s", type=float, default=1e6, help="seconds after which to end")
     parser.add_argument("--quick", action="store_true", help="a trial on a CPU: few tokens")
     options = parser.parse_args()
@@ -359,7 +362,7 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
 
 def quantized(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     """Round the twin's weights, by the package or by GPTQ, and evaluate them."""
-    from gptq import calibrate, round_inputs_alone
+    from gptq import calibrated, load_model
 
     from raytrain_adv.data.prepare import prepare
     from raytrain_adv.transforms.applied import Transforms
@@ -368,26 +371,12 @@ def quantized(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cpu" if job.parallel.use_cpu else "cuda")
     folder = options.work / task.twin.name / "model"
     prepared = prepare(job, print, rebuild=False)
-    model = load_model(folder, device)
     if task.method == GPTQ:
-        calibrate(model, job, prepared, options.calibration)
-        weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-        model = load_model(folder, device)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
-        round_inputs_alone(model, Transforms(job))
+        model = calibrated(folder, device, job, prepared, options.calibration)
     else:
+        model = load_model(folder, device)
         Transforms(job).prepare(model, None, options.rows * options.cutoff)
     return evaluate(model, job, prepared, device)
-
-
-def load_model(folder: Path, device: torch.device) -> Any:
-    """Return a bf16 model."""
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    return loaded.to(device).eval()
 
 
 def evaluate(model: Any, job: Any, prepared: Any, device: torch.device) -> dict[str, Any]:

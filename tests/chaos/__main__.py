@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rare", action="store_true", help="at moments that come once in a run")
+    parser.add_argument("--gpus", action="store_true", help="FP8 all-gather on two GPUs alone")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of runs to repeat")
     parser.add_argument("--out", type=Path, help="file for the results")
     parser.add_argument("--whole", type=Path, help="folder to keep undisturbed runs in")
@@ -34,8 +35,8 @@ def main() -> int:
     found: list[dict[str, Any]] = []
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
     command = f"python -m tests.chaos --runs {given.runs} --seed {given.seed}"
-    command += " --rare" * given.rare
-    for case in cases.cases(given.seed, given.runs, given.rare):
+    command += " --rare" * given.rare + " --gpus" * given.gpus
+    for case in cases.cases(given.seed, given.runs, given.rare, given.gpus):
         if given.only and case.number not in given.only:
             continue
         whole = run.undisturbed(case.job, (given.whole or folder / "whole") / case.job)

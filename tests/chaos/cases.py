@@ -35,6 +35,16 @@ RARE_JOBS: dict[str, dict[str, Any]] = {
     **JOBS,
     "FP8 all-gather": {**FP8, "fp8_enable_fsdp_float8_all_gather": True},
 }
+GPU_JOBS = {
+    "FP8 all-gather, GPUs": {
+        **RARE_JOBS["FP8 all-gather"],
+        "fp8_allow_cpu": False,
+        "use_cpu": False,
+        "flash_attn": "disabled",  # the backward pass of others adds in any order on a GPU
+        "ray_init_kwargs": {"num_cpus": 4, "num_gpus": 2, "include_dashboard": False},
+    }
+}
+ALL_JOBS = {**RARE_JOBS, **GPU_JOBS}
 ROWS = {"20100 rows": 20_100}
 WHILE_TRAINING = ("worker 1", "rank 0", "controller", "raylet", "gcs_server", "driver")
 MOMENTS = {
@@ -73,17 +83,20 @@ class Case:
         return f"step {self.step}" if self.moment == "step" else self.moment
 
 
-def cases(seed: int, count: int, is_rare: bool = False) -> Iterator[Case]:
+def cases(seed: int, count: int, is_rare: bool = False, on_gpus: bool = False) -> Iterator[Case]:
     """Yield the cases of a seed: every moment, or rare one, with every target in a random order,
     again and again, each in a random job. Those of a smaller count are the first of a larger one.
     """
     moments, known = (RARE, RARE_JOBS) if is_rare else (MOMENTS, JOBS)
+    known = GPU_JOBS if on_gpus else known
     number, draw = 0, random.Random(seed)
     while True:
         pairs = [(moment, target) for moment, targets in moments.items() for target in targets]
         draw.shuffle(pairs)
         for moment, target in pairs:
             jobs = [job for job in known if _fits(job, moment, target)]
+            if not jobs:
+                continue
             step, delay_s = draw.randrange(2, STEPS), draw.uniform(0.0, 2.0)
             number += 1
             if number > count:

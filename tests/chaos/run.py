@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytrain_adv.config import load
 from raytrain_adv.storage.storage import Storage
-from tests.chaos.cases import COMMON, EVERY, RARE_JOBS, ROWS, Case
+from tests.chaos.cases import ALL_JOBS, COMMON, EVERY, ROWS, Case
 from tests.conftest import tiny_keys, write_rows
 from tests.processes import command_of, has_open
 from tests.workers import events, rows, run_workers, stop_all
@@ -68,12 +68,12 @@ def job_files(folder: Path, kind: str, out: Path) -> Path:
     Path(keys["model_name_or_path"]).rename(model)
     given: dict[str, Any] = {"model_name_or_path": str(model), "output_dir": str(out)}
     given["dataset"] = str(write_rows(folder / "строки.json", ROWS.get(kind, 64)))
-    if RARE_JOBS[kind].get("finetuning_type") == "lora":
+    if ALL_JOBS[kind].get("finetuning_type") == "lora":
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
         given["train_from_scratch"] = False
     path = folder / "задание.yaml"
-    changed = RARE_JOBS[kind]
+    changed = ALL_JOBS[kind]
     owned = changed.get("sweep", {})
     all_keys = {**keys, **COMMON, **given, **changed}
     kept = {key: value for key, value in all_keys.items() if key not in owned}
