@@ -18,6 +18,7 @@ import inspect
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ VARLEN = "flash_attention_of_torch"
 
 
 def attend_by_bounds(
+    options: dict[str, Any],
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -50,18 +52,14 @@ def attend_by_bounds(
     max_length_q: int = 0,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute causal attention within documents, in transformers' calling convention."""
+    """Compute causal attention within documents, in transformers' calling convention; `options` are
+    of varlen_attn.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     known: Any = varlen_attn
-    accepted = inspect.signature(known).parameters
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    options: dict[str, Any] = {"is_causal": True}
-    if "window_size" in accepted:
-        options = {"window_size": (-1, 0)}
-    if "enable_gqa" in accepted:
-        options["enable_gqa"] = True
-    else:
+    if "enable_gqa" not in options:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     bounds, longest = cu_seq_lens_q, max_length_q
     if bounds is None:  # in the trial of one document
@@ -73,9 +71,16 @@ def attend_by_bounds(
 
 def use_bounds(model: PreTrainedModel) -> None:
     """Have the model attend by bounds, as with a package of flash attention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    accepted = inspect.signature(varlen_attn).parameters  # differs between releases of PyTorch
+    newer = {"window_size": (-1, 0), "enable_gqa": True}
+    options = {name: value for name, value in newer.items() if name in accepted}
+    if "window_size" not in options:
+        options["is_causal"] = True
     functions: Any = ALL_ATTENTION_FUNCTIONS
     masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
-    functions.register(VARLEN, attend_by_bounds)
+    functions.register(VARLEN, partial(attend_by_bounds, options))
     masks.register(VARLEN, masks["flash_attention_2"])
     model.config._attn_implementation = VARLEN
 
