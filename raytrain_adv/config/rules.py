@@ -233,7 +233,7 @@ def _devices(job: JobConfig) -> Iterable[Problem]:
     if (job.ray.resources_per_worker or {}).get("GPU", 0.0) > 0:
         text = "one requests GPUs, the other excludes them"
         yield Problem(text, "keep one of them", "use_cpu and resources_per_worker")
-    if job.model.flash_attn in ("fa2", "fa3") or job.model.flash_attn.startswith("hub:"):
+    if job.model.flash_attn in ("fa2", "fa3", "fa4") or job.model.flash_attn.startswith("hub:"):
         text = f"flash_attn: {job.model.flash_attn} needs a GPU"
         yield Problem(text, "set flash_attn: auto, or use_cpu: false", "use_cpu and flash_attn")
 

@@ -33,12 +33,12 @@ class ModelConfig(Section):
     train_from_scratch: bool = False
     """Initialize random weights from the model's config instead of loading a checkpoint."""
     flash_attn: (
-        Literal["auto", "disabled", "sdpa", "fa2", "fa3"]
+        Literal["auto", "disabled", "sdpa", "fa2", "fa3", "fa4"]
         | Annotated[str, Field(pattern=r"^hub:([\w.-]+/[\w.-]+(@[\w.-]+)?|[/.~].*)$")]
     ) = "auto"
-    """Attention: sdpa is PyTorch's, disabled the eager form, fa2 and fa3 the flash-attn packages,
-    hub:owner/kernel@version a kernel from the Hub, hub:/path one from a folder; auto takes fa3 or
-    fa2 if installed and suitable for the GPU, else sdpa."""
+    """Attention: sdpa is PyTorch's, disabled the eager form, fa2, fa3 and fa4 the flash-attn
+    packages, hub:owner/kernel@version a kernel from the Hub, hub:/path one from a folder; auto
+    takes an installed package where it is faster than PyTorch's on the GPU, else sdpa."""
 
     @classmethod
     def why_not(cls, key: str, value: object) -> str:

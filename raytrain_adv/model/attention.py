@@ -22,7 +22,7 @@ from raytrain_adv.kernels import lock as locks
 from raytrain_adv.kernels.fetch import NoBuild
 from raytrain_adv.kernels.source import Wanted, of_name
 from raytrain_adv.kernels.swap import load_module
-from raytrain_adv.model.files import FLASH_PACKAGES, check_flash_package
+from raytrain_adv.model.files import check_flash_package, has_package
 from raytrain_adv.transforms.hub_kernels import HubKernels, own_lock
 
 ATTENTION = {
@@ -31,15 +31,19 @@ ATTENTION = {
     "fa2": "flash_attention_2",
     "fa3": "flash_attention_3",
 }
-LOWEST_CAPABILITY = {"fa3": (9, 0), "fa2": (8, 0)}
+LOWEST_CAPABILITY = {"fa4": (9, 0), "fa3": (9, 0), "fa2": (8, 0)}
 """Package of flash attention -> the GPUs it is for; FlashAttention-3 is for Hopper alone."""
+LONG = 8192
+"""Tokens of a sequence from which FlashAttention-4 is faster than PyTorch's attention on Hopper,
+which is cuDNN's there (jobs/benchmarks/attention_kernels.py)."""
 HUB = "hub:"
 AUTO = "set flash_attn: auto"
 NEEDED = ("flash_attn_func", "flash_attn_varlen_func")
 SPLIT = "_of_split_sequences"
 """What transformers' name of an attention ends in that attends over several workers."""
-HUB_ATTENTION = "hub_attention"
-"""Our name of a hub:<repo> kernel: for one with flash in it transformers would load its own."""
+HUB_ATTENTION, FA4_ATTENTION = "hub_attention", "fa4"
+"""Our names of a hub:<repo> kernel and of FlashAttention-4: for one with flash in it transformers
+would load its own."""
 
 
 def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
@@ -55,17 +59,17 @@ def attention(job: JobConfig, config: PretrainedConfig) -> str | None:
         found = "its config caps attention scores (attn_logit_softcapping), which sdpa cannot"
         raise _unsupported(job, found)
     if asked.startswith(HUB):
-        return _register(job)
-    if asked != "auto":
-        return ATTENTION[asked]
-    best = _best_package(job, config)
-    return ATTENTION[best] if best is not None else "eager" if capped else None
+        return _register(HUB_ATTENTION, _hub_attention(job))
+    chosen = _best_package(job, config) if asked == "auto" else asked
+    if chosen == "fa4":
+        return _register(FA4_ATTENTION, FlashAttention(job))
+    return ATTENTION[chosen] if chosen is not None else "eager" if capped else None
 
 
 def is_flash(model: PreTrainedModel) -> bool:
     """Whether the model's attention takes packed conversations by their bounds, without a mask."""
     name = str(model.config.get_text_config()._attn_implementation).removesuffix(SPLIT)
-    return name == HUB_ATTENTION or name.startswith("flash_attention_")
+    return name in (HUB_ATTENTION, FA4_ATTENTION) or name.startswith("flash_attention_")
 
 
 def attention_of_parts(model: PreTrainedModel) -> dict[str, str]:
@@ -127,7 +131,7 @@ def refuse_unsupported(job: JobConfig, model: PreTrainedModel) -> None:
     """Refuse a kernel of hub:<repo> for an architecture that has no flash attention. Raises
     JobError naming the architecture.
     """
-    if not job.model.flash_attn.startswith(HUB):
+    if model.config.get_text_config()._attn_implementation not in (HUB_ATTENTION, FA4_ATTENTION):
         return
     sinks = [name for name, _ in model.named_parameters() if name.endswith(".sinks")]
     if sinks:
@@ -153,24 +157,40 @@ def _best_package(job: JobConfig, config: PretrainedConfig) -> str | None:
     kind: Any = auto._model_mapping.get(type(config), None)
     if kind is None or not getattr(kind, "_supports_flash_attn", False):
         return None
+    if getattr(kind, "_compatible_flash_implementations", None):  # with sinks: no other computes it
+        return None
     for name, lowest in LOWEST_CAPABILITY.items():
         capability = torch.cuda.get_device_capability()
         fits = capability >= lowest and (name != "fa3" or capability[0] == lowest[0])
-        if fits and importlib.util.find_spec(FLASH_PACKAGES[name]) is not None:
+        if fits and has_package(name) and _gains(job, name, is_hopper=capability[0] == 9):
             return name
     return None
 
 
-def _register(job: JobConfig) -> str:
-    """Make a kernel known to transformers under HUB_ATTENTION; return that name.
+def _gains(job: JobConfig, name: str, is_hopper: bool) -> bool:
+    """Whether a flash attention is faster than PyTorch's, which takes no bounds of packed rows."""
+    if not is_hopper or job.data.neat_packing:
+        return True
+    return name == "fa3" or (name == "fa4" and job.data.cutoff_len >= LONG)
 
-    Without a GPU, as on a driver that plans, only a folder's build for that machine is loaded.
-    """
+
+def _register(name: str, function: FlashAttention) -> str:
+    """Make a flash attention known to transformers under this name; return it."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     known: Any = ALL_ATTENTION_FUNCTIONS
     masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
+    known.register(name, function)
+    masks.register(name, masks["flash_attention_2"])
+    return name
+
+
+def _hub_attention(job: JobConfig) -> HubAttention:
+    """Return the kernel of hub:<repo>, which can be had.
+
+    Without a GPU, as on a driver that plans, only a folder's build for that machine is loaded.
+    """
     hub = HubAttention(job)
     if torch.cuda.is_available():
         hub.kernel()
@@ -181,66 +201,25 @@ def _register(job: JobConfig) -> str:
         place = job.transform(HubKernels).place(job, hardware.detect("cpu"))
         if place.given is not None and not (place.own and place.own.is_file()):
             kernel_files.require_in(hub.wanted, place.given)
-    known.register(HUB_ATTENTION, hub)
-    masks.register(HUB_ATTENTION, masks["flash_attention_2"])
-    return HUB_ATTENTION
+    return hub
 
 
-class HubAttention:
-    """Flash attention by a kernel of the Hub or of a folder, in transformers' calling convention.
+class FlashAttention:
+    """Flash attention in transformers' calling convention: FlashAttention-4, unless a subclass has
+    another kernel.
 
-    transformers' own loading knows no folders and no lock files, takes one minor version of
-    `kernels`, and drops the bounds of packed conversations in batches of several sequences.
+    transformers drops the bounds of packed conversations in batches of several sequences, and calls
+    FlashAttention-4 in a way that splits compiled layers.
     """
 
     def __init__(self, job: JobConfig) -> None:
-        wanted = kernel_asked(job)
-        if wanted is None:
-            raise ValueError(f"flash_attn: {job.model.flash_attn} names no kernel")
-        self.job, self.wanted = job, wanted
-        self._loaded: ModuleType | None = None
+        self.job = job
 
     def kernel(self) -> ModuleType:
-        """Return the kernel, loaded once. Raises JobError when it cannot be fetched, is not the
-        locked one, or is not flash attention; NoBuild when it is for other machines than this one.
-        """
-        if self._loaded is None:
-            self._loaded = self._load()
-        return self._loaded
+        """Return what has flash_attn_func and flash_attn_varlen_func."""
+        from raytrain_adv.ops import flash_attention_4
 
-    def _load(self) -> ModuleType:
-        asked = f"flash_attn: {self.job.model.flash_attn}"
-        if importlib.util.find_spec("kernels") is None:
-            raise JobError(
-                f"{asked} needs the package kernels",
-                "it is not installed here",
-                "pip install kernels on the driver and the workers, or set flash_attn: auto",
-            )
-        facts = hardware.detect(None if torch.cuda.is_available() else "cpu")
-        place = self.job.transform(HubKernels).place(self.job, facts)
-        try:
-            build = kernel_files.find(self.wanted, place)
-            if place.own is not None and place.own.is_file():
-                locks.require_same(build.locked, build.folder, place.own)
-            kernel = load_module(build.folder)
-        except NoBuild:
-            raise
-        except JobError as error:
-            raise JobError(
-                f"{asked} cannot be loaded",
-                f"{error.what}\n{error.found}",
-                f"{error.fix};\nor give a folder that holds the kernel: {HUB}/path; or set "
-                "flash_attn: auto",
-            ) from error
-        missing = [name for name in NEEDED if not hasattr(kernel, name)]
-        if missing:
-            raise JobError(
-                f"{asked} is not flash attention",
-                f"it lacks {' and '.join(missing)}: {build.folder}",
-                "name a kernel such as kernels-community/flash-attn2, or set flash_attn: auto;\na "
-                f"resumed run keeps its copy: after a repair delete {own_lock(self.job)}",
-            )
-        return kernel
+        return flash_attention_4
 
     def __call__(
         self,
@@ -292,3 +271,61 @@ class HubAttention:
         whole: torch.Tensor = output[0] if isinstance(output, tuple) else output
         whole = whole.reshape(q.shape[0], q.shape[1], *whole.shape[-2:])
         return whole[..., :features], None
+
+
+class HubAttention(FlashAttention):
+    """Flash attention by a kernel of the Hub or of a folder.
+
+    transformers' own loading knows no folders and no lock files, and takes one minor version of
+    `kernels`.
+    """
+
+    def __init__(self, job: JobConfig) -> None:
+        super().__init__(job)
+        wanted = kernel_asked(job)
+        if wanted is None:
+            raise ValueError(f"flash_attn: {job.model.flash_attn} names no kernel")
+        self.wanted = wanted
+        self._loaded: ModuleType | None = None
+
+    def kernel(self) -> ModuleType:
+        """Return the kernel, loaded once. Raises JobError when it cannot be fetched, is not the
+        locked one, or is not flash attention; NoBuild when it is for other machines than this one.
+        """
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def _load(self) -> ModuleType:
+        asked = f"flash_attn: {self.job.model.flash_attn}"
+        if importlib.util.find_spec("kernels") is None:
+            raise JobError(
+                f"{asked} needs the package kernels",
+                "it is not installed here",
+                "pip install kernels on the driver and the workers, or set flash_attn: auto",
+            )
+        facts = hardware.detect(None if torch.cuda.is_available() else "cpu")
+        place = self.job.transform(HubKernels).place(self.job, facts)
+        try:
+            build = kernel_files.find(self.wanted, place)
+            if place.own is not None and place.own.is_file():
+                locks.require_same(build.locked, build.folder, place.own)
+            kernel = load_module(build.folder)
+        except NoBuild:
+            raise
+        except JobError as error:
+            raise JobError(
+                f"{asked} cannot be loaded",
+                f"{error.what}\n{error.found}",
+                f"{error.fix};\nor give a folder that holds the kernel: {HUB}/path; or set "
+                "flash_attn: auto",
+            ) from error
+        missing = [name for name in NEEDED if not hasattr(kernel, name)]
+        if missing:
+            raise JobError(
+                f"{asked} is not flash attention",
+                f"it lacks {' and '.join(missing)}: {build.folder}",
+                "name a kernel such as kernels-community/flash-attn2, or set flash_attn: auto;\na "
+                f"resumed run keeps its copy: after a repair delete {own_lock(self.job)}",
+            )
+        return kernel

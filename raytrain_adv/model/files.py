@@ -9,7 +9,12 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
 
 # Without the package transformers would silently fetch a kernel from the Hub instead.
-FLASH_PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
+FLASH_PACKAGES = {
+    "fa2": ("flash-attn", "flash_attn.flash_attn_interface"),
+    "fa3": ("flash-attn-3", "flash_attn_interface"),
+    "fa4": ("flash-attn-4", "flash_attn.cute"),
+}
+"""Distribution and module of each flash attention; two of them share a folder."""
 WITH_WEIGHTS = "point model_name_or_path at a folder with weights, or set train_from_scratch: true"
 
 
@@ -121,10 +126,19 @@ def check_weights(job: JobConfig) -> None:
 
 def check_flash_package(asked: str) -> None:
     """Raise a JobError if flash_attn names a flash attention whose package is not here."""
-    package = FLASH_PACKAGES.get(asked)
-    if package is not None and importlib.util.find_spec(package) is None:
+    if asked in FLASH_PACKAGES and not has_package(asked):
         raise JobError(
-            f"flash_attn: {asked} needs the package {package}",
-            "it is not installed here",
+            f"flash_attn: {asked} needs the package {FLASH_PACKAGES[asked][0]}",
+            f"there is no module {FLASH_PACKAGES[asked][1]} here",
             "install it on the driver and the workers, or set flash_attn: auto",
         )
+
+
+def has_package(name: str) -> bool:
+    """Whether the package of a flash attention is installed; it is not imported."""
+    parent, _, module = FLASH_PACKAGES[name][1].partition(".")
+    found = importlib.util.find_spec(parent)
+    if found is None or not module:
+        return found is not None
+    folders = [Path(place) for place in found.submodule_search_locations or ()]
+    return any((each / module).is_dir() or (each / f"{module}.py").is_file() for each in folders)

@@ -229,23 +229,26 @@ def test_an_architecture_without_flash_attention_is_refused(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("capability", "installed", "used"),
+    ("capability", "installed", "keys", "used"),
     [
-        ((9, 0), {"flash_attn", "flash_attn_interface"}, "flash_attention_3"),
-        ((9, 0), {"flash_attn"}, "flash_attention_2"),
-        ((8, 0), {"flash_attn", "flash_attn_interface"}, "flash_attention_2"),
-        ((10, 0), {"flash_attn_interface"}, None),
-        ((7, 5), {"flash_attn"}, None),
+        ((9, 0), {"fa2", "fa3"}, {}, "flash_attention_3"),
+        ((9, 0), {"fa2"}, {}, None),
+        ((9, 0), {"fa2"}, {"neat_packing": True}, "flash_attention_2"),
+        ((9, 0), {"fa2", "fa4"}, {"cutoff_len": 8192}, "fa4"),
+        ((9, 0), {"fa2", "fa4"}, {"cutoff_len": 2048}, None),
+        ((9, 0), {"fa2", "fa4"}, {"cutoff_len": 2048, "neat_packing": True}, "fa4"),
+        ((8, 0), {"fa2", "fa3", "fa4"}, {}, "flash_attention_2"),
+        ((10, 0), {"fa3"}, {}, None),
+        ((7, 5), {"fa2"}, {}, None),
     ],
 )
-def test_auto_takes_the_best_that_is_there(tmp_path, monkeypatch, capability, installed, used):
+def test_auto_takes_what_is_fastest(tmp_path, monkeypatch, capability, installed, keys, used):
     """The GPU and the packages are values here: this machine has neither."""
-    job = job_for(write_checkpoint("llama", tmp_path / "m"), tmp_path, bf16=True)
+    job = job_for(write_checkpoint("llama", tmp_path / "m"), tmp_path, bf16=True, **keys)
     config = build(job).config
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    found = lambda name: object() if name in installed else None  # noqa: E731 # a value
-    monkeypatch.setattr(attention.importlib.util, "find_spec", found)
+    monkeypatch.setattr(attention, "has_package", lambda name: name in installed)
     assert attention.attention(job, config) == used
 
 

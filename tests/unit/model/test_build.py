@@ -79,10 +79,10 @@ def edit_config(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("asked", ["fa2", "fa3"])
+@pytest.mark.parametrize("asked", ["fa2", "fa3", "fa4"])
 def test_a_flash_attention_that_is_not_installed_is_refused(asked: str, tmp_path: Path) -> None:
     text = message(write_checkpoint("llama", tmp_path / "m"), tmp_path, flash_attn=asked)
-    assert f"flash_attn: {asked} needs the package flash_attn" in text
+    assert f"flash_attn: {asked} needs the package flash-attn" in text
 
 
 def test_an_attention_the_architecture_lacks_is_refused(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_sound_files_are_not_in_the_way(make_job: Any) -> None:
         ({"val_size": 64}, "val_size leaves no rows to train on or none to evaluate"),
         ({"val_size": 0.001}, "val_size leaves no rows to train on or none to evaluate"),
         ({"val_size": 20, "max_samples": 20}, "val_size: 20 of 20 rows"),
-        ({"flash_attn": "fa3"}, "flash_attn: fa3 needs the package flash_attn_interface"),
+        ({"flash_attn": "fa3"}, "flash_attn: fa3 needs the package flash-attn-3"),
         ({"dataset": "/nowhere/rows.json"}, "Dataset /nowhere/rows.json was not found"),
     ],
 )
