@@ -11,6 +11,7 @@ from torch import nn
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.training import ADAPTIVE
 from raytrain_adv.ops.adamw import ClippingAdamW
+from raytrain_adv.ops.adamw_8bit import adamw_8bit
 from raytrain_adv.ops.muon import MuonWithAdamW
 from raytrain_adv.run.schedule import Arithmetic
 from raytrain_adv.transforms.lora import Lora
@@ -42,10 +43,7 @@ def build_optimizer(model: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
         for group in _groups(parameters, train.weight_decay)
     ]
     if train.optim == "adamw_torch_8bit":
-        from torchao.optim import AdamW8bit
-
-        optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
-        return optimizer
+        return adamw_8bit(groups, **options)
     kind = ClippingAdamW if train.optim == "adamw_torch_fused" else torch.optim.AdamW
     return kind(groups, **options)
 
