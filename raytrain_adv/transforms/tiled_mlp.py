@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from raytrain_adv.dtensor import plain_name
 from raytrain_adv.transforms.modules import class_name, own_forward
 from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, Worker
 
@@ -100,7 +101,7 @@ def mlps(model: nn.Module) -> Iterator[tuple[str, str]]:
         why = ""
         if experts & set(inside) or choosing & set(inside) or any("experts" in n for n in inside):
             why = "it routes tokens to experts"
-        elif not _takes_one_tensor(module):
+        elif not hasattr(module, "tiles") and not _takes_one_tensor(module):
             why = "it takes more than its input"
         elif any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules()):
             why = "it has dropout, which backward would draw again"
@@ -109,7 +110,7 @@ def mlps(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def is_mlp(fqn: str) -> bool:
     """Whether a module is a layer's MLP, by its name: the last part after the layer's number."""
-    *_, number, name = ("", "", *fqn.split("."))
+    *_, number, name = ("", "", *plain_name(fqn).split("."))
     return number.isdecimal() and name in ("mlp", "feed_forward", "ffn", "ff")
 
 
