@@ -17,6 +17,8 @@ from raytrain_adv.config import compatibility
 from tests.conftest import TINY_LLAMA, write_rows
 from tests.workers import run_workers
 
+TOGETHER = {frozenset({"fp8", "tiled_mlp"}): {"fp8_recipe": "rowwise_with_gw_hp"}}
+"""Features -> keys that they need beside their own."""
 FEATURES = {feature.slug: feature for feature in compatibility.features()}
 UNSHARDED = {"fsdp_shard_size": 1}
 SAVED_AT, STEPS = 2, 3
@@ -37,7 +39,11 @@ class Runs:
     """Feature -> keys in the place of those that it is tried with."""
     shape: dict[str, int] = field(default_factory=dict)
     """Keys of the model's config that differ."""
+    exact: frozenset[str] = frozenset({"tiled_mlp"})
+    """Features that compute the same numbers in another way."""
     done: dict[str, Path] = field(default_factory=dict)
+    changed_modules: dict[Path, dict[str, int]] = field(default_factory=dict)
+    """Folder of a run -> modules that each of its transforms changed."""
 
     def base(self) -> dict[str, Any]:
         """Return the keys of a job without features, on weights that were trained a little."""
@@ -71,17 +77,28 @@ class Runs:
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump({**keys, "output_dir": str(self.folder / name)}))
         (figures,) = run_workers(self.workers, path)
+        self.changed_modules[self.folder / name] = figures["changed"]
         return figures
 
     def keys_of(self, slugs: tuple[str, ...]) -> dict[str, Any]:
         """Return what turns these features on, in a job of its own."""
         chosen = [self.instead.get(slug, FEATURES[slug].keys) for slug in slugs if slug != "fsdp"]
+        chosen += [keys for pair, keys in TOGETHER.items() if pair <= {*slugs}]
         return {key: value for keys in chosen for key, value in keys.items()}
 
     def is_part(self, slug: str, slugs: tuple[str, ...]) -> bool:
         """Whether one of several features is on without being asked for, as the others need it."""
         rest = tuple(one for one in slugs if one != slug)
         return self.keys_of(rest) == self.keys_of(slugs)
+
+    def require_on(self, slug: str, folder: Path, without: Path) -> None:
+        """Require that a feature is on in a run, by the numbers of one without it, or by what it
+        changed where it changes no number.
+        """
+        if slug in self.exact:
+            assert self.changed_modules[folder][slug], f"{slug} is off"
+        else:
+            assert numbers(folder) != numbers(without), f"{slug} is off"
 
     def with_features(self, *slugs: str, **changed: Any) -> Path:
         """Return the folder of a run with these features."""

@@ -105,7 +105,9 @@ def _work(jobs: Connection, log: Path, environment: dict[str, str]) -> None:
             figures = train(job, run, export_model)
             run.close()
             if run.is_main:
-                print("FIGURES " + json.dumps({k: figures.get(k) for k in TOLD}), flush=True)
+                told = {key: figures.get(key) for key in TOLD}
+                told["changed"] = {n: len(p.changes) for n, p in figures["transforms"].items()}
+                print("FIGURES " + json.dumps(told), flush=True)
             if dist.is_initialized():  # gloo's threads would poll until this process ends
                 dist.destroy_process_group()
         print("FINISHED", flush=True)

@@ -90,7 +90,9 @@ class Tiles:
 
 @contextmanager
 def _autograd() -> Iterator[None]:
-    """Record gradients inside of an operator, where PyTorch leaves autograd out."""
+    """Record gradients inside of an operator, where PyTorch leaves autograd out, and with it what
+    takes apart operators such as reshape, which torchao's tensors need.
+    """
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
     for name in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "AutogradNestedTensor"):
         keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
@@ -105,7 +107,7 @@ def tiled(x: Tensor, trained: list[Tensor], frozen: list[Tensor], number: Tensor
     """Return a module's result for x, [tokens, features], tile by tile."""
     tiles = _known[int(number)]
     result = torch.empty_like(x)
-    with torch.no_grad(), tiles.holding(trained, frozen):
+    with _autograd(), torch.no_grad(), tiles.holding(trained, frozen):
         for part in tiles.parts(len(x)):
             result[part] = tiles.compute(x[None, part])[0]
     return result

@@ -78,7 +78,7 @@ def test_it_trains_by_its_numbers_resumes_and_exports(runs, cell):
     for slug in slugs:
         (other,) = (one for one in slugs if one != slug)
         if not runs.is_part(slug, slugs):
-            assert numbers(both) != numbers(runs.with_features(other)), f"{slug} is off"
+            runs.require_on(slug, both, runs.with_features(other))
     assert losses_of(both) == close(losses_of(runs.with_features()))
     require_loads(both)
 
@@ -100,7 +100,7 @@ def test_all_that_goes_together_is_on_at_once(runs, precision):
     for slug in slugs:
         rest = runs.with_features(*(one for one in slugs if one != slug))
         if not runs.is_part(slug, slugs):
-            assert numbers(every) != numbers(rest), f"{slug} is off"
+            runs.require_on(slug, every, rest)
     require_loads(every)
 
 
@@ -138,5 +138,5 @@ def require_compiles(runs, slugs):
     for slug in slugs:
         rest = runs.with_features(*(one for one in slugs if one != slug), torch_compile=True)
         if not runs.is_part(slug, slugs):
-            assert numbers(every) != numbers(rest), f"{slug} is off"
+            runs.require_on(slug, every, rest)
     require_loads(every)
