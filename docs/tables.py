@@ -139,6 +139,18 @@ def fp8_pairs() -> str:
     return steps("fp8_pairs", titles, "bf16")
 
 
+def lora_fp8_base() -> str:
+    """One H200: LoRA on a base in bf16, in FP8 and in nf4."""
+    titles = {
+        "bf16": "bf16",
+        "fp8 linears": "`fp8: true`",
+        "fp8 base": "`quantization_type: fp8`",
+        "fp8 base, dequantized": "the same, `quantization_products: dequantized`",
+        "nf4 base": "`quantization_bit: 4`",
+    }
+    return steps("lora_fp8_base", titles, "bf16")
+
+
 def qlora() -> str:
     """One H100: LoRA on a bf16 base and on an nf4 base."""
     return steps("qlora", {"lora": "bf16 base", "qlora nf4": "nf4 base"}, "lora")
@@ -348,6 +360,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         fp8_recipes,
         fsdp_collectives,
         fp8_pairs,
+        lora_fp8_base,
         qlora,
         layer_kernels,
         layer_kernels_h100,
