@@ -54,6 +54,9 @@ class Fp8(Transform):
     feature: ClassVar[str] = "FP8"
     stage: ClassVar[str] = "precision"
     covers: ClassVar[Literal["", "weights", "flops"]] = "flops"
+    careful: ClassVar[dict[str, str]] = {
+        "tiled_mlp": "fp8_recipe must be rowwise_with_gw_hp: other scales are of several tokens"
+    }
     tried_with: ClassVar[dict[str, Any]] = dict(fp8=True, fp8_allow_cpu=True, fp8_min_features=16)
     stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter"})
     imports: ClassVar[tuple[str, ...]] = ("torchao",)

@@ -34,9 +34,6 @@ class TiledMlp(Transform):
     stage: ClassVar[str] = "kernel"
     stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter", "precision", "liger", "kernels"})
     tried_with: ClassVar[dict[str, Any]] = {"tiled_mlp": 16}
-    careful: ClassVar[dict[str, str]] = {
-        "fp8": "fp8_recipe must be rowwise_with_gw_hp: the others scale by all tokens"
-    }
 
     tiled_mlp: bool | Annotated[int, Field(ge=16, multiple_of=16)] = False
     """Compute each layer's MLP on a part of the tokens at a time, forward and backward, which long

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.sequence_parallel import refuse_unsplittable
@@ -23,7 +24,8 @@ def verdicts(folder: Path, kinds: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for kind in kinds:
         for packs in (False, True):
-            job = job_for("none", folder / f"{kind}{packs}", neat_packing=packs, **SHARE)
+            own = folder / f"{kind}{packs}{dist.get_rank()}"
+            job = job_for("none", own, neat_packing=packs, **SHARE)
             run, model = local_run(job), tiny_model(kind)
             try:
                 refuse_unsplittable(job, model)
