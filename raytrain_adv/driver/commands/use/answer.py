@@ -113,6 +113,14 @@ def stream(
     arguments = _arguments(loaded, sampling, len(ids))
     untyped: Any = TextIteratorStreamer
     streamer = untyped(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    put, stops = streamer.put, arguments["eos_token_id"] or ()
+
+    def without_stops(tokens: Any) -> None:
+        """Leave out what ends an answer, which may be no special token."""
+        if streamer.next_tokens_are_prompt or int(tokens) not in stops:
+            put(tokens)
+
+    streamer.put = without_stops
     failed: list[Exception] = []
     is_left = threading.Event()  # by the reader; another model's answer may go on
 
