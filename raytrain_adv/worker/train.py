@@ -64,17 +64,15 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     arithmetic = resolve_arithmetic(job, len(prepared.train), run.world_size)
     transforms.check_length(arithmetic.total_steps)
     longest = pad_to(job).length(int(prepared.train.lengths.max()))
-    on_worker = longest // job.parallel.sequence_parallel_size
+    tokens = longest // job.parallel.sequence_parallel_size * arithmetic.micro_batch
     found = to_resume(job, run, arithmetic)
     open_metrics(job, run, arithmetic, found)
 
     with run.phase("model"):
         fetch_on_main(job, run, facts)
         model = build(job)
-        chosen = check_attention(job, run, model)
-        notes = say_notes(job, run, model)
-        plans = transforms.prepare(model, facts, on_worker * arithmetic.micro_batch)
-        plans = install(run, transforms, model, plans)
+        chosen = check_attention(job, run, model) | {"model_notes": say_notes(job, run, model)}
+        plans = install(run, transforms, model, transforms.prepare(model, facts, tokens))
         job, predicted = sized(job, run, model, facts, longest, arithmetic.micro_batch)
         chosen |= sharded(job, run, model)
         plans = load_weights(run, transforms, model, plans)
@@ -106,7 +104,6 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         **figures(state, checks, facts, predicted),
         **chosen,
         **exported.figures(),
-        "model_notes": notes,
         "data": prepared.stats,
         "samples": samples,
         "resumed_from_step": progress.step if progress is not None else None,

@@ -110,14 +110,13 @@ def resolve(
     model = build(job)
     seq_len = pad_to(job).length(summary.longest)
     transforms = Transforms(job)
-    on_worker = seq_len // job.parallel.sequence_parallel_size
-    tokens = job.train.per_device_train_batch_size * on_worker
+    batch = job.train.per_device_train_batch_size
+    tokens = batch * (seq_len // job.parallel.sequence_parallel_size)
     plans = transforms.prepare(model, facts, tokens)
     arithmetic = resolve_arithmetic(job, summary.num_sequences, world_size)
     transforms.check_length(arithmetic.total_steps)
     gpus, per_node, host_gib = _node(facts)
     known = gpus[0].memory_gib if gpus is not EXAMPLES else None
-    batch = job.train.per_device_train_batch_size
     decided = settled(model, job, world_size, seq_len, batch, known)
     case = Case(decided, model, world_size, seq_len)
     if assumed or per_node is None:
