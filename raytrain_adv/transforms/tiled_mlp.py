@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from raytrain_adv.dtensor import plain_name
 from raytrain_adv.transforms.modules import class_name, own_forward
 from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, Worker
 
@@ -110,6 +109,8 @@ def mlps(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def is_mlp(fqn: str) -> bool:
     """Whether a module is a layer's MLP, by its name: the last part after the layer's number."""
+    from raytrain_adv.dtensor import plain_name
+
     *_, number, name = ("", "", *plain_name(fqn).split("."))
     return number.isdecimal() and name in ("mlp", "feed_forward", "ffn", "ff")
 

@@ -14,6 +14,7 @@ from raytrain_adv.config import JobConfig, Section, compatibility, load
 from raytrain_adv.config.compatibility import Cell, explain
 from raytrain_adv.errors import JobError
 from raytrain_adv.transforms import Transform
+from tests.matrix_runs import TOGETHER
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -48,7 +49,8 @@ def test_it_is_refused_with_both_keys(cell: Cell, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cell", CAREFUL, ids=lambda cell: cell.slug)
 def test_it_is_told_that_both_need_care(cell: Cell, tmp_path: Path) -> None:
-    (note,) = [note for note in loaded(tmp_path, **together(cell)).notes if cell.reason in note]
+    keys = together(cell) | TOGETHER.get(frozenset(one.slug for one in cell.features), {})
+    (note,) = [note for note in loaded(tmp_path, **keys).notes if cell.reason in note]
     assert all(key in note for key in cell.keys)
 
 
