@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,53 @@ def fp8_8b() -> str:
     return table(("", "activation checkpointing", "tokens/s", "peak GiB", "relative to bf16"), rows)
 
 
-def steps(name: str, titles: dict[str, str], base: str) -> str:
+STEPS: dict[str, dict[str, str]] = {
+    "fp8_recipes": {
+        "bf16": "bf16",
+        "fp8 tensorwise": "`tensorwise`",
+        "fp8 rowwise": "`rowwise`",
+        "fp8 rowwise_with_gw_hp": "`rowwise_with_gw_hp`",
+    },
+    "fp8_pairs": {
+        "bf16": "bf16",
+        "qat int4": "QAT, int4 weights",
+        "fp8, qat int4": "FP8 and QAT, int4 weights",
+        "fp8, qat int8": "FP8 and QAT, int8 weights",
+        "lora": "LoRA, bf16",
+        "fp8, lora": "LoRA, FP8",
+    },
+    "lora_fp8_base": {
+        "bf16": "bf16",
+        "fp8 linears": "`fp8: true`",
+        "fp8 base": "`quantization_type: fp8`",
+        "fp8 base, dequantized": "the same, `quantization_products: dequantized`",
+        "nf4 base": "`quantization_bit: 4`",
+    },
+    "qlora": {"lora": "bf16 base", "qlora nf4": "nf4 base"},
+    "layer_kernels": {
+        "eager": "eager",
+        "eager, liger": "eager, Liger",
+        "compiled": "`torch_compile`",
+    },
+    "layer_kernels_h100": {
+        "eager": "eager",
+        "eager, liger": "eager, Liger",
+        "compiled": "`torch_compile`",
+        "compiled, liger": "`torch_compile`, Liger",
+    },
+    "hub_kernel_layers": {
+        "eager": "eager",
+        "eager, llama_layers": "eager, `jobs/kernels/llama_layers`",
+    },
+}
+"""File of whole steps -> its variants and what they are called; speeds are relative to the first.
+"""
+
+
+def steps(name: str) -> str:
     """Return milliseconds, memory and speed of each variant of a file of whole steps."""
-    figures = read(name)["figures"]
+    figures, titles = read(name)["figures"], STEPS[name]
+    base, title_of_base = next(iter(titles.items()))
     rows = [
         (
             title,
@@ -97,13 +142,7 @@ def steps(name: str, titles: dict[str, str], base: str) -> str:
         )
         for variant, title in titles.items()
     ]
-    return table(("", "ms/step", "peak GiB", f"speed relative to {titles[base]}"), rows)
-
-
-def fp8_recipes() -> str:
-    """One H100: each recipe with full activation checkpointing."""
-    recipes = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
-    return steps("fp8_recipes", {"bf16": "bf16", **{f"fp8 {r}": f"`{r}`" for r in recipes}}, "bf16")
+    return table(("", "ms/step", "peak GiB", f"speed relative to {title_of_base}"), rows)
 
 
 def fsdp_collectives() -> str:
@@ -124,59 +163,6 @@ def fsdp_collectives() -> str:
         rate = run["tokens_per_second_per_gpu"]
         rows.append((title, f"{rate:,}", f"{run['peak_gib']:.1f}", f"{rate / one:.1%}"))
     return table(("", "tokens/s per GPU", "peak GiB", "of one GPU"), rows)
-
-
-def fp8_pairs() -> str:
-    """One H200: FP8 with QAT and with LoRA."""
-    titles = {
-        "bf16": "bf16",
-        "qat int4": "QAT, int4 weights",
-        "fp8, qat int4": "FP8 and QAT, int4 weights",
-        "fp8, qat int8": "FP8 and QAT, int8 weights",
-        "lora": "LoRA, bf16",
-        "fp8, lora": "LoRA, FP8",
-    }
-    return steps("fp8_pairs", titles, "bf16")
-
-
-def lora_fp8_base() -> str:
-    """One H200: LoRA on a base in bf16, in FP8 and in nf4."""
-    titles = {
-        "bf16": "bf16",
-        "fp8 linears": "`fp8: true`",
-        "fp8 base": "`quantization_type: fp8`",
-        "fp8 base, dequantized": "the same, `quantization_products: dequantized`",
-        "nf4 base": "`quantization_bit: 4`",
-    }
-    return steps("lora_fp8_base", titles, "bf16")
-
-
-def qlora() -> str:
-    """One H100: LoRA on a bf16 base and on an nf4 base."""
-    return steps("qlora", {"lora": "bf16 base", "qlora nf4": "nf4 base"}, "lora")
-
-
-def layer_kernels() -> str:
-    """One H200: layers of Liger and torch.compile."""
-    titles = {"eager": "eager", "eager, liger": "eager, Liger", "compiled": "`torch_compile`"}
-    return steps("layer_kernels", titles, "eager")
-
-
-def layer_kernels_h100() -> str:
-    """One H100: Liger's layers under torch.compile, 20 layers."""
-    titles = {
-        "eager": "eager",
-        "eager, liger": "eager, Liger",
-        "compiled": "`torch_compile`",
-        "compiled, liger": "`torch_compile`, Liger",
-    }
-    return steps("layer_kernels_h100", titles, "eager")
-
-
-def hub_kernel_layers() -> str:
-    """One H200: the worked example of a kernel."""
-    titles = {"eager": "eager", "eager, llama_layers": "eager, `jobs/kernels/llama_layers`"}
-    return steps("hub_kernel_layers", titles, "eager")
 
 
 def loss_kernels() -> str:
@@ -353,18 +339,11 @@ def all_results() -> str:
     return "\n\n".join(parts)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
+BLOCKS: dict[str, Callable[[], str]] = {name: partial(steps, name) for name in STEPS} | {
     make.__name__: make
     for make in (
         fp8_8b,
-        fp8_recipes,
         fsdp_collectives,
-        fp8_pairs,
-        lora_fp8_base,
-        qlora,
-        layer_kernels,
-        layer_kernels_h100,
-        hub_kernel_layers,
         loss_kernels,
         qat_quality,
         qat_delay,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, StrictBool
 
 from raytrain_adv.transforms.modules import class_name, own_forward
 from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, Worker
@@ -34,7 +34,7 @@ class TiledMlp(Transform):
     stacks_on: ClassVar[frozenset[str]] = frozenset({"adapter", "precision", "liger", "kernels"})
     tried_with: ClassVar[dict[str, Any]] = {"tiled_mlp": 16}
 
-    tiled_mlp: bool | Annotated[int, Field(ge=16, multiple_of=16)] = False
+    tiled_mlp: StrictBool | Annotated[int, Field(ge=16, multiple_of=16)] = False
     """Compute each layer's MLP on a part of the tokens at a time, forward and backward, which long
     sequences need: true on 16,384 tokens, a number on that many. Backward computes it again."""
 

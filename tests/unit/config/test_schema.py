@@ -140,6 +140,7 @@ def test_a_missing_model_is_refused() -> None:
         ),
         ("bf16", "true or false"),
         ("warmup_ratio", "a number at least 0 and at most 1, or null"),
+        ("tiled_mlp", "true or false, or a whole number at least 16 and a multiple of 16"),
     ],
 )
 def test_what_a_key_accepts_is_said_in_words(key: str, words: str) -> None:

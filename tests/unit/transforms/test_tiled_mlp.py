@@ -157,6 +157,13 @@ def test_an_mlp_without_a_trial_is_refused(tmp_path):
         transforms.install(model, transforms.prepare(model, CPU), DEVICE, torch.float32)
 
 
+@pytest.mark.parametrize("tokens", [1, 0, 8, 17, 16.5])
+def test_a_number_that_is_no_tile_is_refused(tmp_path, tokens):
+    """1 and 0 are numbers here, not true and false."""
+    with pytest.raises(JobError, match="a whole number at least 16 and a multiple of 16"):
+        job_for("none", tmp_path, tiled_mlp=tokens)
+
+
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_scales_of_several_tokens_are_refused(tmp_path, recipe):
     keys = {"fp8": True, "fp8_allow_cpu": True, "tiled_mlp": True}
