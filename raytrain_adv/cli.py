@@ -1,7 +1,5 @@
 """The command line: `raytrain-adv COMMAND`, and `python -m raytrain_adv.launch` for one of them."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Sequence

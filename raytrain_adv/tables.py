@@ -1,7 +1,5 @@
 """Tables and sections by rich: at one width, and without color where the output is no terminal."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Iterator
 from typing import Literal

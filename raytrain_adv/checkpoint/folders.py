@@ -1,7 +1,5 @@
 """Checkpoint folders in storage: find the complete ones, and check their files."""
 
-from __future__ import annotations
-
 import zlib
 from dataclasses import dataclass, field
 from typing import Any, Literal

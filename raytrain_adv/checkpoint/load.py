@@ -1,7 +1,5 @@
 """Reads a checkpoint's files without running what is in them: DCP's own reader unpickles."""
 
-from __future__ import annotations
-
 import io
 import pathlib
 import pickle

@@ -1,7 +1,5 @@
 """Choose the checkpoint that a run resumes from, and refuse those of other jobs."""
 
-from __future__ import annotations
-
 from raytrain_adv.checkpoint.folders import (
     AGAIN,
     MANIFEST,

@@ -1,7 +1,5 @@
 """Checkpoints that are whole or do not count: written in the background, committed by manifest."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import time

@@ -5,8 +5,6 @@ without torchao. The same number of workers restores every code and scale; with 
 blocks begin elsewhere and some values move by a rounding.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

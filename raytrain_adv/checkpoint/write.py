@@ -1,7 +1,5 @@
 """Writes a checkpoint's files in threads, and sums their bytes up on the way to the disk."""
 
-from __future__ import annotations
-
 import io
 import os
 import queue

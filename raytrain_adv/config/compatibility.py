@@ -1,7 +1,5 @@
 """Which features work together, by their own rules: for `explain`, the documentation and tests."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import textwrap

@@ -1,7 +1,5 @@
 """What `raytrain-adv explain` prints: a feature, several together, or one key of the job file."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterator
 from functools import cache

@@ -10,8 +10,6 @@
   checkpointing: the layer's input only.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -115,7 +113,7 @@ class Layer:
         """Input elements per token of the MLP's last matrix."""
         return sum(m.in_width for m in self.linears if m.is_down)
 
-    def on_tiles(self, mlp: str, share: float) -> Layer:
+    def on_tiles(self, mlp: str, share: float) -> "Layer":
         """Return the layer with a share of the tokens at a time between the MLP's matrices."""
         linears = [
             replace(m, in_width=m.in_width * share)

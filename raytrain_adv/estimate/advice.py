@@ -1,7 +1,5 @@
 """Changes that make a job fit its GPUs or use them better, each verified by a new prediction."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -64,7 +62,7 @@ class Case:
         batch = self.job.train.per_device_train_batch_size
         return predict(self.model, self.job, self.world_size, self.seq_len, batch)
 
-    def with_keys(self, keys: Mapping[str, Any]) -> Case:
+    def with_keys(self, keys: Mapping[str, Any]) -> "Case":
         """Return the case with keys of the job changed; they are not validated again."""
         model, job = self.model, self.job
         if keys.get("pure_bf16"):

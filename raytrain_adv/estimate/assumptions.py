@@ -1,7 +1,5 @@
 """What a plan for many workers assumes of their cluster; `--assume NAME=VALUE` changes it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 

@@ -11,8 +11,6 @@ of w < T to w - w^2 / (2 T). Source: PaLM, https://arxiv.org/abs/2204.02311, app
 attention term is twice this one: it ignores the causal mask.
 """
 
-from __future__ import annotations
-
 import re
 from typing import cast
 

@@ -1,7 +1,5 @@
 """Whether a run's passes are recorded as CUDA graphs: where launches cost more than arithmetic."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from raytrain_adv.config.job import JobConfig

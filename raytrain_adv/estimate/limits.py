@@ -1,7 +1,5 @@
 """A job on N workers, computed (see traffic.py): traffic, checkpoints, load on the head, limits."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ class Head:
     memory_gib: float  # resident memory of both
 
     @staticmethod
-    def of(world_size: int) -> Head:
+    def of(world_size: int) -> "Head":
         """Extrapolate: base + workers x per worker."""
         cpu, rss, *files = (
             base + each * world_size

@@ -5,8 +5,6 @@ tests/unit/estimate/test_traffic.py), times follow from the assumptions.
 Units: bytes, seconds; GB are 10^9 bytes. Workers are numbered node by node, as Ray Train does.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """A new model folder in the layout that the job exports, converted one tensor at a time."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

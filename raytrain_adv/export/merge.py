@@ -1,7 +1,5 @@
 """One model of a LoRA run: its adapter merged into the base that it was trained on."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass

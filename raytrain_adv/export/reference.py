@@ -1,7 +1,5 @@
 """What the trained model answers, kept beside an exported one, so that engines can be compared."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

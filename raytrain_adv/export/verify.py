@@ -1,7 +1,5 @@
 """Load exported folders as a user would, and compare them with the trained model."""
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The lock file: the files of a job's kernels, by hash, and their folders."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable

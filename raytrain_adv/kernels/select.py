@@ -2,8 +2,6 @@
 source alone: the driver may lack what its code needs to run.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -147,14 +145,14 @@ def _add(choice: Choice, model: nn.Module, places: Places, build: Build, compile
         )
 
 
-def _fitting(layers: dict[str, Layer], places: dict[str, list[str]]) -> list[tuple[str, str]]:
+def _fitting(layers: "dict[str, Layer]", places: dict[str, list[str]]) -> list[tuple[str, str]]:
     """Return (site, layer) for each layer that fits somewhere; the better one first for each."""
     order = [*(n for n in FITS if n in layers), *(n for n in layers if n not in FITS)]
     pairs = [(s, n) for n in order for s in FITS.get(n, (n,)) if s in places]
     return sorted(pairs, key=lambda pair: pair[0] not in GATED.values())
 
 
-def _refuse_unknown(build: Build, layers: dict[str, Layer], places: dict[str, list[str]]) -> None:
+def _refuse_unknown(build: Build, layers: "dict[str, Layer]", places: dict[str, list[str]]) -> None:
     for site, layer in build.wanted.layers.items():
         if layer not in layers:
             raise JobError(
@@ -174,7 +172,7 @@ def _known(places: dict[str, list[str]]) -> list[str]:
     return sorted(places.keys() & {*GATED.values(), *COMPUTES, "RMSNorm"})
 
 
-def _why_unusable(layer: Layer, compiled: bool) -> str:
+def _why_unusable(layer: "Layer", compiled: bool) -> str:
     if layer.has_state:
         return "it has a constructor, and would need values that the module does not have"
     if layer.name in BRIDGED:

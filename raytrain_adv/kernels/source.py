@@ -1,7 +1,5 @@
 """Read kernel_name: its entries in one form, and what is wrong with them."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Replace forward passes by a kernel's, after a trial, through the kernels package."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import sys

@@ -2,8 +2,6 @@
 (kernels/variants.py), which chooses for its own machine only.
 """
 
-from __future__ import annotations
-
 import platform
 import re
 import sys
@@ -32,7 +30,7 @@ class Target:
     machine: str  # processor, as x86_64
 
     @classmethod
-    def of(cls, facts: HardwareFacts) -> Target:
+    def of(cls, facts: HardwareFacts) -> "Target":
         """Return what a worker on this machine needs."""
         version = facts.cuda_version if facts.device_type == "cuda" else None
         cuda = numbers(version) if version else None

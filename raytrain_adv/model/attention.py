@@ -1,7 +1,5 @@
 """Which attention a job's model computes with: the requested one, or the best available."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 from collections.abc import Callable
@@ -174,7 +172,7 @@ def _gains(job: JobConfig, name: str, is_hopper: bool) -> bool:
     return name == "fa3" or (name == "fa4" and job.data.cutoff_len >= LONG)
 
 
-def _register(name: str, function: FlashAttention) -> str:
+def _register(name: str, function: "FlashAttention") -> str:
     """Make a flash attention known to transformers under this name; return it."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -186,7 +184,7 @@ def _register(name: str, function: FlashAttention) -> str:
     return name
 
 
-def _hub_attention(job: JobConfig) -> HubAttention:
+def _hub_attention(job: JobConfig) -> "HubAttention":
     """Return the kernel of hub:<repo>, which can be had.
 
     Without a GPU, as on a driver that plans, only a folder's build for that machine is loaded.

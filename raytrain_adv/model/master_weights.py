@@ -4,8 +4,6 @@ What FSDP2's MixedPrecisionPolicy does, bit for bit, without its hooks, streams 
 gathered weights: with one worker there is nothing to gather.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

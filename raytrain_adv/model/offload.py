@@ -5,8 +5,6 @@ own copies them out while the next layer computes, and back while the layer abov
 the GPU are those of two layers at most, and of layers that keep theirs.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,7 +38,7 @@ def num_offloaded(job: JobConfig, num_layers: int) -> int:
 class _Held:
     """A tensor that a layer keeps until its backward pass."""
 
-    def __init__(self, x: Tensor, of: _Pass) -> None:
+    def __init__(self, x: Tensor, of: "_Pass") -> None:
         self.x: Tensor | None = x  # on the device
         self.of = of
         self.copy: Tensor = x  # in host memory, if it is moved
@@ -51,7 +49,7 @@ class _Held:
 class _Pass:
     """What one layer keeps of one forward pass."""
 
-    def __init__(self, below: _Pass | None) -> None:
+    def __init__(self, below: "_Pass | None") -> None:
         self.below = below  # that of the layer whose backward pass comes next
         self.held: list[weakref.ref[_Held]] = []
 

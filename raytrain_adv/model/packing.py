@@ -1,7 +1,5 @@
 """Masks that keep packed conversations apart, for models that make theirs without position ids."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Compile each layer, recompute its activations, shard it: in this order, as FSDP2 wants it."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections import Counter

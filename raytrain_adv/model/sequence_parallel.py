@@ -6,8 +6,6 @@ after it heads for tokens, so any attention of transformers computes as it does 
 the whole sequence's masks and bounds. Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math

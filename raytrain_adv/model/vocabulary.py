@@ -1,7 +1,5 @@
 """The checkpoint's tokenizer with the job's new tokens, and tables with a row for each of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A place in a model whose module is not built: its weights stay in the checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -22,7 +20,7 @@ class Absent(nn.Module):
     device = torch.device("cpu")
 
     @classmethod
-    def of(cls, fqn: str, module: nn.Module) -> Absent:
+    def of(cls, fqn: str, module: nn.Module) -> "Absent":
         """Return a stand-in for the module of this name."""
         new = cls()
         own = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}

@@ -3,8 +3,6 @@
 Kernels made for inference write into a given tensor, which autograd does not see.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

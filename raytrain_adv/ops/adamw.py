@@ -4,8 +4,6 @@ torch's fused AdamW and clipping take 61 ms of an 8B model's 634 ms step on an H
 have to move take 26.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -2,8 +2,6 @@
 from float32 values.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The Triton kernel of AdamW: parameters, gradients and both moments in one pass and one launch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +76,7 @@ class _Launch:
     aligned: bool
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensors], aligned: bool) -> _Launch:
+    def of(cls, tensors: Sequence[Tensors], aligned: bool) -> "_Launch":
         """Prepare it; the tables are copied without waiting for the GPU."""
         device, dtypes = tensors[0][0].device, tuple(t.dtype for t in tensors[0][:3])
         sizes = np.array([found[0].numel() for found in tensors])

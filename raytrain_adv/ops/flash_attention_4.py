@@ -4,8 +4,6 @@ The functions have the names and arguments of a flash attention kernel of the Hu
 compiles a kernel for each form of attention when it is first called, in about seven seconds.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

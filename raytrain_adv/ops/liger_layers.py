@@ -6,8 +6,6 @@ norm's epsilon, that fails, and every given tensor counts as written to (torch 2
 looks like a private tensor: on an H100 backward wrote the gradient over the weight.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

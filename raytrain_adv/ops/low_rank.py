@@ -5,8 +5,6 @@ them, and so in checkpoints: the base can be reduced by just that after a restar
 adapter can take it out again.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

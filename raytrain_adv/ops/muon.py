@@ -1,7 +1,5 @@
 """Muon for the matrices inside the layers, AdamW for all other parameters, as one optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Noise on embeddings, scaled by the length of each conversation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

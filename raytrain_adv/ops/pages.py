@@ -1,7 +1,5 @@
 """Host memory in whole pages, locked for copies that a GPU makes by itself."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

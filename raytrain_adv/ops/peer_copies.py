@@ -8,8 +8,6 @@ them, for half the bytes.
 Source: _low_contention_all_gather in torch/distributed/_symmetric_memory.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence
@@ -28,7 +26,7 @@ from raytrain_adv.text import GIB
 
 BLOCK = 4096
 GATHERED_BUFFERS = 2  # FSDP2 gathers one unit ahead of the one that computes
-_pools: WeakSet[Pool] = WeakSet()
+_pools: "WeakSet[Pool]" = WeakSet()
 
 
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types

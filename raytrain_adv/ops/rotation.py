@@ -1,7 +1,5 @@
 """OFT through PEFT: inputs of frozen linears, rotated in blocks."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable
 from typing import Any

@@ -6,8 +6,6 @@ torch.compile all of it is one operator; the module on a tile is compiled apart.
 are summed over tiles in float32.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Callable, Iterator
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 MULTIPLE = 128
 """Tokens of a tile are a multiple of it: the height of a tile of the matrix products."""
 _numbers = itertools.count()
-_known: WeakValueDictionary[int, Tiles] = WeakValueDictionary()
+_known: "WeakValueDictionary[int, Tiles]" = WeakValueDictionary()
 """An operator takes tensors alone: it finds its module by a number."""
 
 
@@ -59,7 +57,7 @@ class Tiles:
         result: Tensor = tiled(x.flatten(0, -2), trained, frozen, self.number)
         return result.view(x.shape)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tiles:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tiles":
         """Return tiles of a copy of the module."""
         own = memo[id(self)] = copy.copy(self)
         names = ("forward", "trained", "frozen")

@@ -1,7 +1,5 @@
 """Fill in the report from the job, the workers' figures and metrics.jsonl."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time

@@ -1,7 +1,5 @@
 """The model card of an exported folder: README.md, in the form that the Hugging Face Hub reads."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Several runs laid over each other: their curves, and where their keys and results differ."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Held-out loss in bf16, and rounded without (PTQ) and with (QAT) training for it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A worker's progress, readable by other threads while its training thread hangs."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import threading

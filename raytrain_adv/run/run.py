@@ -1,7 +1,5 @@
 """What train() gets from its caller: the place among the workers, where to write and report."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

@@ -1,7 +1,5 @@
 """Retry operations on storage that fails for a while."""
 
-from __future__ import annotations
-
 import errno
 import re
 import time

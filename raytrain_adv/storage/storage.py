@@ -1,7 +1,5 @@
 """Files on any storage that Ray takes: a folder, s3://, gs://, and the rest of pyarrow's."""
 
-from __future__ import annotations
-
 import json
 import os
 import posixpath
@@ -67,7 +65,7 @@ class Storage:
     root: str
 
     @classmethod
-    def at(cls, path_or_uri: str) -> Storage:
+    def at(cls, path_or_uri: str) -> "Storage":
         """Open a local path or a URI. Raises StorageError if no file system serves the URI."""
         try:
             if "://" in path_or_uri:
@@ -90,7 +88,7 @@ class Storage:
         """Return the full path of a file or folder below the root."""
         return posixpath.join(self.root, *parts)
 
-    def folder(self, *parts: str) -> Storage:
+    def folder(self, *parts: str) -> "Storage":
         """Return a folder below this one, as its own storage."""
         return Storage(self.filesystem, self.path(*parts))
 

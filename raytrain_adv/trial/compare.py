@@ -1,7 +1,5 @@
 """Measure how far a result is from the exact one, and how far rounding alone takes it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

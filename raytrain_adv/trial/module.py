@@ -1,7 +1,5 @@
 """Compare a replacement forward pass with the module's own: values, gradients, modules it calls."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math

@@ -1,7 +1,5 @@
 """Code that torch.compile made, kept between runs: where it is, and what a run found there."""
 
-from __future__ import annotations
-
 import os
 
 from torch._dynamo.utils import counters, cumulative_time_spent_ns

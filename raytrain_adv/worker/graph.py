@@ -5,8 +5,6 @@ A recorded pass is replayed with new tokens in the same buffers. It is compared 
 it was recorded from before any step uses it.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """Fetch and install what the transforms planned on each worker, and check that all ranks agree."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

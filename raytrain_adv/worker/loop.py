@@ -1,7 +1,5 @@
 """The training loop's state, one step, and what happens between steps: logs, saves, evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass

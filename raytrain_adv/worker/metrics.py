@@ -1,7 +1,5 @@
 """Measure a run: speed, memory, time waiting for data; and open the file for the rows."""
 
-from __future__ import annotations
-
 import contextlib
 import resource
 import statistics

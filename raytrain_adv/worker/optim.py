@@ -1,7 +1,5 @@
 """The optimizer, and the learning rate: of most schedules a pure function of the step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

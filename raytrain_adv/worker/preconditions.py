@@ -1,7 +1,5 @@
 """Fast checks of a job's files before Ray starts, without torch; errors are the later ones."""
 
-from __future__ import annotations
-
 import math
 from itertools import islice
 from pathlib import Path

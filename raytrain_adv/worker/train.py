@@ -1,7 +1,5 @@
 """One worker's run in order, from the hardware to the export."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """The micro-batches of each optimizer step: the same ones whatever the number of workers."""
 
-from __future__ import annotations
-
 import queue
 import threading
 import time
@@ -42,7 +40,7 @@ class MicroBatch:
     segments: tuple[tuple[int, ...], ...]
     """Tokens of the conversations in each sequence; padding follows them."""
 
-    def on(self, device: torch.device) -> MicroBatch:
+    def on(self, device: torch.device) -> "MicroBatch":
         """Return it with its tensors on the device, copied without waiting for the copy."""
         if device.type == "cpu":
             return self

@@ -1,7 +1,5 @@
 """Rows that LLaMA-Factory tokenized and saved: the folder that its tokenized_path names."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

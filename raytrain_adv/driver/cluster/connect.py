@@ -1,7 +1,5 @@
 """Connect to Ray: join a cluster or start Ray on this machine, with the settings a run needs."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence

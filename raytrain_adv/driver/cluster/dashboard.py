@@ -1,7 +1,5 @@
 """A running cluster's dashboard, as a client: its jobs and runs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from typing import Any

@@ -1,7 +1,5 @@
 """The number of workers as nodes come and go: fewer at once, more after the next checkpoint."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The cluster's nodes: what they have, how many workers fit on them, and waiting until they do."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

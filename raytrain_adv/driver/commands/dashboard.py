@@ -1,7 +1,5 @@
 """`raytrain-adv dashboard`: Prometheus and Grafana on this machine, with this package's board."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """`raytrain-adv data job.yaml`: rows as the model will see them, and what they are trained on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`raytrain-adv doctor`: find damage in a run's files, and repair it with --fix; without Ray."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import textwrap

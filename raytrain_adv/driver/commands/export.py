@@ -2,8 +2,6 @@
 folder; one process, in host memory, without Ray.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec

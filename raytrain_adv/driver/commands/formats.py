@@ -1,7 +1,5 @@
 """`raytrain-adv export`: its arguments, and several formats from one source."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

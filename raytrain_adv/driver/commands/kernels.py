@@ -1,7 +1,5 @@
 """`raytrain-adv kernels lock | fetch | verify`: kernels for clusters that do not reach the Hub."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`raytrain-adv preflight [job.yaml]`: the cluster's nodes, and whether a job can run on them."""
 
-from __future__ import annotations
-
 from rich.console import Console
 
 from raytrain_adv import tables

@@ -1,7 +1,5 @@
 """`raytrain-adv explain`, `schema` and `completion`: what the job file and the shell can know."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`raytrain-adv report RUN RUN ...`: runs laid over each other, on the console and as a page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

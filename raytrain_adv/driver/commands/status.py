@@ -3,8 +3,6 @@
 Combines Ray's dashboard with what a run has written into its output_dir.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence

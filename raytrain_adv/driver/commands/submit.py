@@ -1,7 +1,5 @@
 """`raytrain-adv submit`: upload a folder to a running cluster, run its job, and follow the log."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re

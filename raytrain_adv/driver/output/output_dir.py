@@ -1,7 +1,5 @@
 """The output folder of one run: its contents decide if a job starts, resumes, or is refused."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """The earlier run, or sweep, that a new one in output_dir replaces: kept, or deleted."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass

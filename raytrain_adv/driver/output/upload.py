@@ -1,7 +1,5 @@
 """push_to_hub: check the token before training, upload the exported folders after it."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -1,7 +1,5 @@
 """Sizes of the data for a plan: counted if that takes seconds, else estimated from a sample."""
 
-from __future__ import annotations
-
 import dataclasses
 import tempfile
 from collections.abc import Callable

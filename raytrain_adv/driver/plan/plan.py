@@ -1,7 +1,5 @@
 """The plan of a run: its steps, its transforms, its memory. Needs neither a GPU nor weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Compare the memory that a run needs on GPUs and hosts with what preflight found on the nodes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

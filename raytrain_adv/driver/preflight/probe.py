@@ -1,7 +1,5 @@
 """What each node has: probed at once, or as an autoscaler declares a node that is not started."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The result of preflight as a table for terminals and logs, and for report.json."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType

@@ -1,7 +1,5 @@
 """Check the cluster before anything is scheduled: which nodes can run the job, and why not."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Sequence

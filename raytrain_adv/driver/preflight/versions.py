@@ -1,7 +1,5 @@
 """Package versions that all workers must share, and messages where they differ."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from raytrain_adv.errors import ClusterError

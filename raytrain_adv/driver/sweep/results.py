@@ -1,7 +1,5 @@
 """The results of a sweep's trials: compared, printed, and written to sweep.json and sweep.html."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 import time

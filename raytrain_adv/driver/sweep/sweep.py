@@ -1,7 +1,5 @@
 """A sweep on the driver: its folder, the cluster, trials under Ray Tune, the comparison."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -191,7 +189,7 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
         _tune(sweep, todo, at_once, total_steps, results)
 
 
-def _prepare_data(trials: Sequence[Trial], room: Room) -> int:
+def _prepare_data(trials: Sequence[Trial], room: "Room") -> int:
     """Tokenize each of the trials' data sets once; return the steps of the longest trial."""
     say = partial(print, flush=True)
     num_sequences: dict[str, int] = {}

@@ -1,7 +1,5 @@
 """One trial of a sweep, in a process of Ray Tune: a usual run, with its losses reported to Tune."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

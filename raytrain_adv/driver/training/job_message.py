@@ -2,8 +2,6 @@
 and time left. Ray itself leaves it empty until a job has failed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

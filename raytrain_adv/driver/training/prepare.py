@@ -1,7 +1,5 @@
 """Before the workers start: connect to Ray, check its nodes, tokenize the data, make the plan."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

@@ -2,8 +2,6 @@
 port, where Ray prefixes each name with `ray_`. driver/commands/board.json is Grafana's board.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """A run on the driver: output folder, preparation, Ray Train's workers, report."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The function that Ray Train runs on every worker: make a Run of Ray's context, call train()."""
 
-from __future__ import annotations
-
 import os
 import time
 import traceback

@@ -4,8 +4,6 @@ Ray itself ends the driver's process 60 s after the head's loss, with exit code 
 2.60, rpc_client.h), and its calls block signals until then.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Frozen experts whose stacked matrices are held in 4 or 8 bits, each as bitsandbytes' linear."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -78,7 +76,7 @@ class PackedStack(nn.Module):
     """How far this rank's experts are from the originals; none before they were read."""
 
     @classmethod
-    def of(cls, stack: nn.Parameter, form: Form, is_transposed: bool) -> PackedStack:
+    def of(cls, stack: nn.Parameter, form: Form, is_transposed: bool) -> "PackedStack":
         """Return one for a parameter of the dtype that computes, without values."""
         new = cls()
         count, first, second = stack.shape
@@ -156,7 +154,7 @@ class PackedExperts(GroupedExperts):
     packed_shapes: dict[str, tuple[int, int, int]]
 
     @classmethod
-    def packing(cls, module: nn.Module, form: Form) -> PackedExperts:
+    def packing(cls, module: nn.Module, form: Form) -> "PackedExperts":
         """Return one for a module whose layout is known, without values."""
         new = cls.of(module)
         new.packed_shapes = shapes(module)

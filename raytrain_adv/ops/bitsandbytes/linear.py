@@ -1,7 +1,5 @@
 """A frozen linear whose weight is held in 4 or 8 bits, and sharded so by FSDP2."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,7 +73,7 @@ class PackedLinear(nn.Linear):
     """How far this rank's rows are from the originals; none before they were read."""
 
     @classmethod
-    def of(cls, linear: nn.Linear, form: Form) -> PackedLinear:
+    def of(cls, linear: nn.Linear, form: Form) -> "PackedLinear":
         """Return one for a linear of the dtype that computes, without values."""
         rows, columns = linear.out_features, linear.in_features
         with torch.device("meta"):

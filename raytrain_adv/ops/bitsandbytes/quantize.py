@@ -4,8 +4,6 @@ FSDP2 casts all but the dtype that computes, so parameters of that dtype carry t
 weights and scales. A row and its scales are whole bytes: shards are cut between rows.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import sys

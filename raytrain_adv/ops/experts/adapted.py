@@ -5,8 +5,6 @@ parametrization that torch.compile does not trace and FSDP2 does not shard. Here
 the two factors: the same result, without a second copy of the experts.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

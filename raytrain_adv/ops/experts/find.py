@@ -2,8 +2,6 @@
 the linears beside them that choose among these.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Stacked experts computed by grouped products: each expert's tokens times its own matrix."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """Weights in compressed-tensors' layouts, as vLLM, SGLang and transformers read them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

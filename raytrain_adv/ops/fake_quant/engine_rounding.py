@@ -3,8 +3,6 @@
 Operations ignore `after`; see rounding.py.
 """
 
-from __future__ import annotations
-
 import torch
 
 from raytrain_adv.ops.fake_quant.rounding import E4M3, EPS

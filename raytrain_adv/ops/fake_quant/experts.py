@@ -1,7 +1,5 @@
 """Stacked experts that compute with the values a quantized model would have."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -89,7 +87,7 @@ class FakeQuantizedExperts(GroupedExperts):
     @classmethod
     def rounding(
         cls, module: nn.Module, weight_dtype: str, group_size: int | None, activation_dtype: str
-    ) -> FakeQuantizedExperts:
+    ) -> "FakeQuantizedExperts":
         """Return one that owns a module's parameters; see FakeQuantizedLinear.of."""
         new = cls.of(module)
         new.weight_dtype, new.activation_dtype = weight_dtype, activation_dtype

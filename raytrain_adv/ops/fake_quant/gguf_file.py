@@ -1,7 +1,5 @@
 """A GGUF file of a trained model: blocks of 32 integers with one float16 scale, for llama.cpp."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

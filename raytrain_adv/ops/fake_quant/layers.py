@@ -1,7 +1,5 @@
 """Linear and embedding layers that compute with the values a quantized model would have."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -208,7 +206,7 @@ class FakeQuantizedLinear(nn.Linear):
     @classmethod
     def of(
         cls, linear: nn.Linear, weight_dtype: str, group_size: int | None, activation_dtype: str
-    ) -> FakeQuantizedLinear:
+    ) -> "FakeQuantizedLinear":
         """Return one that owns a linear's parameters; for the dtypes see config_of."""
         with torch.device("meta"):
             new = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
@@ -234,7 +232,7 @@ class FakeQuantizedEmbedding(nn.Embedding):
     @classmethod
     def of(
         cls, embedding: nn.Embedding, weight_dtype: str, group_size: int | None
-    ) -> FakeQuantizedEmbedding:
+    ) -> "FakeQuantizedEmbedding":
         """Return one that owns an embedding's parameter; see FakeQuantizedLinear.of."""
         with torch.device("meta"):
             new = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)

@@ -4,8 +4,6 @@ One merged quantized model is then what was trained: rounding a base and an adap
 sum again when they are merged, computes something else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

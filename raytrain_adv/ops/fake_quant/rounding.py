@@ -4,8 +4,6 @@ Operations ignore `after`. In backward it is the gradient: without it Inductor w
 call in forward, and keep its result, for a weight unsharded, until backward.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Every intermediate result is rounded to the tensor's dtype, as by torch's operat
 the integers those of the exported model.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

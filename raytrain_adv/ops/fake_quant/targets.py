@@ -1,7 +1,5 @@
 """What a quantized model is for: an engine's scheme, the QAT keys it takes, and how it rounds."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Weights that FSDP2 gathers in float8: creating them, and converting them to plain tensors."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +46,7 @@ class Scale:
     value: Tensor | None = None
     """float32 scalar on the device that gathers; none until update_scales has been called."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Scale:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Scale":
         return self
 
 
@@ -61,7 +59,7 @@ class GatheredInFloat8(Tensor):
     """
 
     @staticmethod
-    def __new__(cls, tensor: Tensor, scale: Scale) -> GatheredInFloat8:
+    def __new__(cls, tensor: Tensor, scale: "Scale") -> "GatheredInFloat8":
         """Make a tensor that looks like `tensor` and owns nothing."""
         made: GatheredInFloat8 = Tensor._make_wrapper_subclass(
             cls,
@@ -89,7 +87,7 @@ class GatheredInFloat8(Tensor):
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], scale: Scale, outer_size: Any, outer_stride: Any
-    ) -> GatheredInFloat8:
+    ) -> "GatheredInFloat8":
         return GatheredInFloat8(inner["plain"], scale)
 
     @classmethod

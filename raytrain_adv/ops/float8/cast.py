@@ -5,8 +5,6 @@ matrix in both layouts. Cast and transposed copy as two kernels took 63 ms of an
 step on an H200 (torch 2.11).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The Triton kernels of float8_cast: one read of a tile, one write per layout."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """torchao's Float8Linear with scales per tensor, the same numbers by fewer passes over memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ of at most four bits by 9.5 % and more, those of eight by 1 %. So only the first
 are rounded to float8, are multiplied in float8 in forward. Both products of backward always are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -4,8 +4,6 @@ Its numbers in training are those of a frozen Float8Linear with the same weight,
 weight is cast once, as it is read, and not in each pass.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Cross-entropy as a sum over label tokens; the training loop divides by their global count."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any

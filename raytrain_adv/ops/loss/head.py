@@ -1,7 +1,5 @@
 """The loss inside a model's head: FSDP2 has its weight whole there, and logits stay in chunks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MethodType

@@ -5,8 +5,6 @@ computed again. Backward multiplies them by the gradient of the sum, a scalar: 0
 model's head on an H200, less than asking the GPU whether the scalar is 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -153,7 +151,7 @@ class _OfCalled(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         labels: Tensor,
-        compute: _Chunk,
+        compute: "_Chunk",
         vocab: int,
         *trained: nn.Parameter,
     ) -> Tensor:

@@ -1,7 +1,5 @@
 """Triton kernels of linear_cross_entropy: a row's loss, its gradient over its logits."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -4,8 +4,6 @@ weigh tokens, and distillation.
 Source of the first three: LLaMA-Factory's train/trainer_utils.py, whose numbers these are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

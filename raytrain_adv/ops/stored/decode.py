@@ -3,8 +3,6 @@
 Each function takes tensors as they are in the file, or the same rows of all of them.
 """
 
-from __future__ import annotations
-
 import torch
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -4,8 +4,6 @@ Each becomes one weight that can be read by rows, so that a rank reads what it n
 it is stored in.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

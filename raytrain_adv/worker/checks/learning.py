@@ -1,7 +1,5 @@
 """Tell a run that learns nothing: zero gradients, a loss of guessing, or one that did not fall."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from statistics import fmean

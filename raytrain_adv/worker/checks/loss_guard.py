@@ -1,7 +1,5 @@
 """Watch the loss: skip or stop at a step whose loss is bad, and report a rise with a feature on."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence

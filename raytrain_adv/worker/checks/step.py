@@ -1,7 +1,5 @@
 """All checks of a training step: its weights, gradients, loss, and by a profile its operators."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -2,8 +2,6 @@
 kernel that leaves out the causal mask, or halves a gradient, trains without an error.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,7 +118,7 @@ def try_attention(
     )
 
 
-def _try(job: JobConfig, model: PreTrainedModel, fqn: str, case: _Case) -> dict[str, float]:
+def _try(job: JobConfig, model: PreTrainedModel, fqn: str, case: "_Case") -> dict[str, float]:
     """Return the errors of values and gradients in one case."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

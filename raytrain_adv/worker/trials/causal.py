@@ -1,7 +1,5 @@
 """Try before training whether a model sees later tokens, as an encoder does."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel

@@ -1,7 +1,5 @@
 """Choose what moves FSDP2's shards and gradients, and try it before the model uses it."""
 
-from __future__ import annotations
-
 import socket
 from contextlib import suppress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Compare the loss in the head with the loss of plain logits before training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace

@@ -2,8 +2,6 @@
 from token to token, or makes its masks without position ids, mixes them without an error.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,7 +114,7 @@ def _wrong(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) -> list[s
     return wrong
 
 
-def _compare(rows: _Rows, dtype: torch.dtype) -> list[str]:
+def _compare(rows: "_Rows", dtype: torch.dtype) -> list[str]:
     first, second, other = rows.tokens()
     packed, behind = rows.run([first, second], 1)
     changed, _ = rows.run([other, second], 1)

@@ -2,8 +2,6 @@
 whose layers mix tokens outside of its attention does not.
 """
 
-from __future__ import annotations
-
 import torch
 from transformers import PreTrainedModel
 

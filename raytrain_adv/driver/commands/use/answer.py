@@ -1,7 +1,5 @@
 """Answers of a loaded model: streamed one by one, or in batches."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

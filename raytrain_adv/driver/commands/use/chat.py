@@ -1,7 +1,5 @@
 """`raytrain-adv chat`: talk with one finished model, or with two side by side."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading

@@ -1,7 +1,5 @@
 """`raytrain-adv evaluate`: finished models beside each other: loss, scores, tasks."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math

@@ -1,7 +1,5 @@
 """`raytrain-adv generate`: the answers to a file of prompts, as JSON lines."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

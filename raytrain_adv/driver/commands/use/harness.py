@@ -1,7 +1,5 @@
 """EleutherAI's lm-evaluation-harness, an extra, on a loaded model."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Load a finished model and its tokenizer, as its run trained them, onto one device."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

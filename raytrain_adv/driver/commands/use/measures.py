@@ -2,8 +2,6 @@
 two models are compared on the same rows.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 import sys

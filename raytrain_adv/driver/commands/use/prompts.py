@@ -1,7 +1,5 @@
 """Files of prompts: lines of text, or rows as in training data, with or without answers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

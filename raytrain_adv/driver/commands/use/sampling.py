@@ -1,7 +1,5 @@
 """How answers are drawn: LLaMA-Factory's keys of generation, as key=value on the command line."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Any
 

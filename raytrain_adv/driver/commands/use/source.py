@@ -1,7 +1,5 @@
 """What a user names to chat with or to evaluate: a run, or one model folder; without torch."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import cached_property
