@@ -62,10 +62,8 @@ def _offline(reason: str) -> str:
 
 def require_dataset(name: str, cache_dir: str | None) -> None:
     """Refuse a dataset of the Hub that can be neither fetched nor found on this machine, before
-    `datasets` is imported, which takes seconds.
-
-    Raises:
-        JobError: naming why the Hub cannot be reached.
+    `datasets` is imported, which takes seconds. Raises JobError, naming why the Hub cannot be
+    reached.
     """
     from huggingface_hub import constants
 

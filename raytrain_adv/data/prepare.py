@@ -69,11 +69,9 @@ def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> Prepare
     tokenizes, the others wait and open the result. They need no connection to each other.
 
     `rebuild` tokenizes even if it was done before; None means the job's overwrite_cache. Workers
-    whose driver has prepared the data pass False.
-
-    Raises:
-        JobError: if a dataset cannot be found, read or understood, or no row of it can be used.
-        StorageError: if the tokenized data cannot be written.
+    whose driver has prepared the data pass False. Raises JobError if a dataset cannot be found,
+    read or understood, or no row of it can be used, and StorageError if the tokenized data cannot
+    be written.
     """
     data = job.data
     _check_keys(data)

@@ -64,11 +64,9 @@ def export_merged(
     computed in float32 and rounded once.
 
     The model is in host memory, not sharded. `out_dir` is replaced if it exists; `input_ids` are
-    [tokens]; `way_out` is what a user can do when the folder cannot be written.
-
-    Raises:
-        StorageError: when the folder could not be written.
-        TrainingError: when it does not compute what was trained. Nothing is left under its name.
+    [tokens]; `way_out` is what a user can do when the folder cannot be written. Raises StorageError
+    when the folder could not be written, and TrainingError when it does not compute what was
+    trained. Nothing is left under its name.
     """
     new = NewFolder(out_dir, torch.device("cpu"), way_out)
     tokens = compared_tokens(model, input_ids)

@@ -66,11 +66,9 @@ def export_model(
     tensor on its device. A feature that converts the model writes a second folder from these files.
 
     `out_dir` is replaced if it exists. `input_ids` are [tokens], held-out ones, on which rank 0
-    compares the converted model; none skips that.
-
-    Raises:
-        StorageError: on every rank, when writing failed; nothing is left under the folder's name.
-        TrainingError: on every rank, when the converted model does not compute what was trained.
+    compares the converted model; none skips that. Raises on every rank: StorageError when writing
+    failed, TrainingError when the converted model does not compute what was trained. Then nothing
+    is left under the folder's name.
     """
     device = collective_device(model)
     base = write_base(model, job, out_dir, device, max_file_bytes)
@@ -162,11 +160,9 @@ def export_converted(
 
     A LoRA run's base is converted and its adapter copied: merging would round their sum again and
     restore the error that training has removed. If training rounds the sum itself, the merged model
-    is written beside `model_dir`, and converted.
-
-    Raises:
-        TrainingError: on every rank, when the folder does not compute what was trained.
-        StorageError: on every rank, when it could not be written. Nothing is left under its name.
+    is written beside `model_dir`, and converted. Raises on every rank: TrainingError when the
+    folder does not compute what was trained, StorageError when it could not be written. Then
+    nothing is left under its name.
     """
     adapted = job.transform(Lora).enabled
     source = (source_folder(job) if adapted else None) or model_dir

@@ -69,10 +69,8 @@ def compared_tokens(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Te
 
 def load_folder(folder: Path, trust_remote_code: bool, attention: Attention) -> Any:
     """Load an exported folder into host memory as a user would; adapters in their files' dtype.
-    `attention` is that of a model's parts; see attention_of_parts.
-
-    Raises:
-        TrainingError: when weights are missing from the folder, or left over.
+    `attention` is that of a model's parts; see attention_of_parts. Raises TrainingError when
+    weights are missing from the folder, or left over.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     model, info = read_folder(folder, config, trust_remote_code, attention)
@@ -178,10 +176,8 @@ def compare_converted(
 ) -> Comparison:
     """Compare a converted folder's logits with the reference, those of converted_logits.
 
-    `input_ids` are [batch, tokens], long, on the device that trained.
-
-    Raises:
-        TrainingError: when they differ by more than is allowed, naming both.
+    `input_ids` are [batch, tokens], long, on the device that trained. Raises TrainingError when
+    they differ by more than is allowed, naming both.
     """
     trained_on = input_ids.device
     device = roomy_device(trained_on, folder)

@@ -59,10 +59,8 @@ def trained(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Read a folder's adapters into this rank's shards of a model that has the same ones.
-
-    Raises:
-        JobError: if it has others, or its file cannot be read.
+    """Read a folder's adapters into this rank's shards of a model that has the same ones. Raises
+    JobError if it has others, or its file cannot be read.
     """
     try:
         _load_adapter(model, folder)
@@ -89,10 +87,7 @@ def _load_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 def merge_adapters(model: PreTrainedModel, job: JobConfig) -> None:
     """Merge the adapters that the job names for it into the model's weights, one after another; a
-    collective.
-
-    Raises:
-        JobError: if one is not of this model.
+    collective. Raises JobError if one is not of this model.
     """
     for folder in job.transform(Lora).merged:
         with safe_open(Path(folder) / FILE_NAME, framework="pt") as file:

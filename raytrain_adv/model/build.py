@@ -25,10 +25,8 @@ def build(job: JobConfig) -> PreTrainedModel:
 
     Parameters are float32, or bfloat16 with pure_bf16 and for a LoRA run's frozen base in bf16.
     Tied weights are tied; the key-value cache is off; rotary tables keep float32. A multimodal
-    model is of the checkpoint's own class, without the parts that text does not use.
-
-    Raises:
-        JobError: when the model cannot be read, is no causal language model, or has no weights.
+    model is of the checkpoint's own class, without the parts that text does not use. Raises
+    JobError when the model cannot be read, is no causal language model, or has no weights.
     """
     model = build_whole(job)
     if is_multimodal(model):
@@ -105,9 +103,7 @@ def parameter_dtype(job: JobConfig) -> torch.dtype:
 
 def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """Return fqn and module of each transformer layer, in order: units of sharding and compiling.
-
-    Raises:
-        TrainingError: when the model has no list of layers.
+    Raises TrainingError when the model has no list of layers.
     """
     names = set(model._no_split_modules or ())
     stacks = {

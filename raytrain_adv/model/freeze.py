@@ -18,10 +18,8 @@ _LAYER = re.compile(r"\.(\d+)\.([^.]+)")
 
 
 def freeze(model: PreTrainedModel, train: TrainConfig) -> None:
-    """Freeze the parameters outside of the layers and modules that the job names, in place.
-
-    Raises:
-        JobError: if there are no such layers or modules.
+    """Freeze the parameters outside of the layers and modules that the job names, in place. Raises
+    JobError if there are no such layers or modules.
     """
     count = train.freeze_trainable_layers
     if count is None:

@@ -20,10 +20,8 @@ from raytrain_adv.text import GIB
 
 
 def num_offloaded(job: JobConfig, num_layers: int) -> int:
-    """Return of how many of the first layers activations are moved to host memory.
-
-    Raises:
-        JobError: when there are not so many layers.
+    """Return of how many of the first layers activations are moved to host memory. Raises JobError
+    when there are not so many layers.
     """
     wanted = job.parallel.activation_offloading
     if wanted > num_layers:

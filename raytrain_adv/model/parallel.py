@@ -81,9 +81,7 @@ def reduce_dtype(job: JobConfig) -> torch.dtype:
 
 def build_mesh(job: JobConfig, device: torch.device) -> DeviceMesh | None:
     """Return the mesh over all ranks: (shard), or (replicate, shard) for HSDP; none without ranks.
-
-    Raises:
-        JobError: when fsdp_shard_size does not divide the number of workers.
+    Raises JobError when fsdp_shard_size does not divide the number of workers.
     """
     if not dist.is_initialized():
         return None
@@ -213,10 +211,7 @@ def refuse_wrong_slices(model: PreTrainedModel, triton: str | None) -> None:
     """Refuse layers whose code assigns to every third element: Triton before 3.8 stores those
     wrongly when compiled (pytorch/pytorch#193183; torch 2.12 and 2.13). The rotary tables of
     interleaved M-RoPE do so too, outside of the layers, which are all that is compiled. Remove when
-    the oldest torch has Triton 3.8.
-
-    Raises:
-        TrainingError: naming the first module.
+    the oldest torch has Triton 3.8. Raises TrainingError, naming the first module.
     """
     if triton is None or Version(triton) >= Version("3.8"):
         return
@@ -335,10 +330,8 @@ def _sharder(
 
 
 def _refuse_shared(model: PreTrainedModel) -> None:
-    """Refuse layers that have parameters in common: FSDP2 gathers each layer's for itself.
-
-    Raises:
-        JobError: naming the parameters.
+    """Refuse layers that have parameters in common: FSDP2 gathers each layer's for itself. Raises
+    JobError, naming the parameters.
     """
     layers = decoder_layers(model)
     counts = Counter(p for _, layer in layers for p in layer.parameters())
@@ -355,10 +348,8 @@ def _shard_float32(
     model: PreTrainedModel, job: JobConfig, shard_module: Callable[..., FSDPModule]
 ) -> set[nn.Parameter]:
     """Shard modules apart, computing in float32, whose parameters transformers keeps in float32;
-    return frozen ones beside others, which stay whole on each worker.
-
-    Raises:
-        JobError: with pure_bf16, for trained ones beside others: FSDP2 gathers one dtype.
+    return frozen ones beside others, which stay whole on each worker. Raises JobError with
+    pure_bf16, for trained ones beside others: FSDP2 gathers one dtype.
     """
     keeps = keeps_float32(model)
     if compute_dtype(job) is torch.float32:

@@ -34,9 +34,7 @@ DYNAMIC_ROPE = ("dynamic", "longrope")
 
 def refuse_unsplittable(job: JobConfig, model: PreTrainedModel) -> None:
     """Refuse a model of which workers would compute something else with a part of the tokens.
-
-    Raises:
-        JobError: naming what it has.
+    Raises JobError, naming what it has.
     """
     size, config = job.parallel.sequence_parallel_size, model.config.get_text_config()
     if size == 1:
@@ -81,9 +79,7 @@ def build_group(size: int, device: torch.device) -> dist.ProcessGroup:
 
 def split_attention(model: PreTrainedModel, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
     """Have a model attend over the group when its inputs have WHOLE; `dtype` is of activations.
-
-    Raises:
-        JobError: if its module has no attention function that could be called.
+    Raises JobError if its module has no attention function that could be called.
     """
     config = model.config.get_text_config()
     name = str(config._attn_implementation).removesuffix(SPLIT)

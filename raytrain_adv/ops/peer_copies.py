@@ -179,10 +179,8 @@ def _peers(handle: Any) -> list[int]:
 
 @torch.no_grad()
 def check(group: dist.ProcessGroup, device: torch.device, timeout_s: int) -> None:
-    """Compare both collectives with NCCL's, to the bit, on random numbers.
-
-    Raises:
-        ValueError: when they differ; RuntimeError: when peers cannot read each other's memory.
+    """Compare both collectives with NCCL's, to the bit, on random numbers. Raises ValueError when
+    they differ, and RuntimeError when peers cannot read each other's memory.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     numbers = torch.Generator(device).manual_seed(rank)

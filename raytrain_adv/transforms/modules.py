@@ -118,10 +118,8 @@ def plan_linears(
     """Return the changes of the linears and stacked experts that a feature changes, and why others
     are skipped, both by fqn. The head, routers and adapters are skipped, and what the value of a
     job key excludes. `becomes` has for each class that can be changed the class it becomes;
-    `why_not` and `why_not_experts` return why one of these is skipped, or nothing.
-
-    Raises:
-        JobError: if a pattern matches no linear or experts.
+    `why_not` and `why_not_experts` return why one of these is skipped, or nothing. Raises JobError
+    if a pattern matches no linear or experts.
     """
     from torch import nn
 

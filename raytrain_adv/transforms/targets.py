@@ -42,10 +42,8 @@ def check_targets(
 ) -> None:
     """Refuse names that mean nothing, or what cannot be adapted.
 
-    `key` holds the names; `against_experts` is why stacked experts get no adapter, if so.
-
-    Raises:
-        JobError: naming the module.
+    `key` holds the names; `against_experts` is why stacked experts get no adapter, if so. Raises
+    JobError, naming the module.
     """
     from raytrain_adv.ops.experts.find import matrices
 
@@ -138,10 +136,8 @@ def names(target: str, fqn: str) -> bool:
 
 
 def check_merged(folders: Iterable[str]) -> None:
-    """Refuse folders that are no adapters, or adapters of another base.
-
-    Raises:
-        JobError: naming the folder.
+    """Refuse folders that are no adapters, or adapters of another base. Raises JobError, naming the
+    folder.
     """
     for folder in folders:
         started = _read_config(folder).get("init_lora_weights")
@@ -156,10 +152,7 @@ def check_continued(
     """Refuse to continue an adapter that is another than the job's.
 
     `ours` has for entries of PEFT's file the key here and its value; `adapted` are the fqns of the
-    planned linears.
-
-    Raises:
-        JobError: naming what differs.
+    planned linears. Raises JobError, naming what differs.
     """
     config = _read_config(folder)
     theirs = {name: config.get(name, False) for name in ours}

@@ -38,10 +38,8 @@ class Saved:
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
 
     def build(self, writer: cache.CacheWriter) -> dict[str, Any]:
-        """Copy the rows into `writer`; return the counts.
-
-        Raises:
-            JobError: if the folder cannot be read, has other columns, or no row can be used.
+        """Copy the rows into `writer`; return the counts. Raises JobError if the folder cannot be
+        read, has other columns, or no row can be used.
         """
         read = used = 0
         unusable: list[tuple[str, str]] = []

@@ -134,11 +134,7 @@ TEMPLATES = _templates()
 
 
 def find_template(name: str) -> Template:
-    """Return the template of a name.
-
-    Raises:
-        JobError: if there is none.
-    """
+    """Return the template of a name. Raises JobError if there is none."""
     if name not in TEMPLATES:
         near = nearest(name, TEMPLATES)
         fix = f"did you mean {near}?" if near else "leave template out to use the tokenizer's own"

@@ -113,10 +113,8 @@ def forget(config: Any) -> None:
 
 
 def refuse_unknown(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint with rounded weights whose values this package cannot compute.
-
-    Raises:
-        JobError: naming the method.
+    """Refuse a checkpoint with rounded weights whose values this package cannot compute. Raises
+    JobError, naming the method.
     """
     if (about := method_of(config)) is None:
         return

@@ -21,10 +21,8 @@ SEEN = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 @torch.no_grad()
 def check_causal(job: JobConfig, model: PreTrainedModel, run: Run) -> None:
     """Refuse a model that sees the tokens it is trained to predict; all ranks call this once
-    weights are loaded.
-
-    Raises:
-        TrainingError: on all ranks, if the second half of a row changes the logits of the first.
+    weights are loaded. Raises TrainingError on all ranks, if the second half of a row changes the
+    logits of the first.
     """
     words = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -53,10 +51,8 @@ def check_causal(job: JobConfig, model: PreTrainedModel, run: Run) -> None:
 
 
 def _logits(job: JobConfig, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Return the model's logits in float32; the first forward pass of a run.
-
-    Raises:
-        TrainingError: if the model's code fails, as xLSTM's does in bfloat16.
+    """Return the model's logits in float32; the first forward pass of a run. Raises TrainingError
+    if the model's code fails, as xLSTM's does in bfloat16.
     """
     try:
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits

@@ -18,10 +18,8 @@ KEY = "fsdp_collectives: nccl"
 
 def choose(job: JobConfig, run: Run, mesh: DeviceMesh | None) -> tuple[bool, str | None]:
     """Return whether bytes move by copies between GPUs, as fsdp_collectives has it, and what moves
-    them, printed too: none on one worker or a CPU. All ranks call this.
-
-    Raises:
-        TrainingError: for copies where they are not possible, or give other numbers than NCCL.
+    them, printed too: none on one worker or a CPU. All ranks call this. Raises TrainingError for
+    copies where they are not possible, or give other numbers than NCCL.
     """
     wanted = job.parallel.fsdp_collectives
     if run.device.type != "cuda" and wanted == "copies":

@@ -38,10 +38,8 @@ FIX = (
 
 def check_packing(job: JobConfig, model: PreTrainedModel, run: Run) -> Way:
     """Return how the model is told where packed conversations begin, tried on it; every rank calls
-    this once weights are loaded, and gradients are cleared.
-
-    Raises:
-        TrainingError: on all ranks, if in no way its conversations are kept apart.
+    this once weights are loaded, and gradients are cleared. Raises TrainingError on all ranks, if
+    in no way its conversations are kept apart.
     """
     first: Way = "bounds" if is_flash(model) else "positions"
     if not job.data.neat_packing:

@@ -24,10 +24,8 @@ Results = tuple[torch.Tensor, torch.Tensor]
 
 def split_sequences(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) -> str | None:
     """Have the model attend over the workers that share sequences, tried on it; return how, for the
-    report. Every rank calls this once weights are loaded, and gradients are cleared.
-
-    Raises:
-        TrainingError: on all ranks, if logits or gradients are not those of a worker alone.
+    report. Every rank calls this once weights are loaded, and gradients are cleared. Raises
+    TrainingError on all ranks, if logits or gradients are not those of a worker alone.
     """
     size = job.parallel.sequence_parallel_size
     if size == 1:

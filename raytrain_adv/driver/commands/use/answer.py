@@ -44,10 +44,8 @@ def prompt_ids(
     loaded: Loaded, messages: Messages, thinks: bool, tools: Sequence[Any] | None = None
 ) -> list[int]:
     """Return the tokens of a conversation up to where its answer begins, by the chat template of
-    the model's folder; without one, those of the last message's text.
-
-    Raises:
-        JobError: if the template refuses the conversation.
+    the model's folder; without one, those of the last message's text. Raises JobError if the
+    template refuses the conversation.
     """
     tokenizer: Any = loaded.tokenizer
     if not loaded.has_template:
@@ -102,11 +100,8 @@ def _arguments(loaded: Loaded, sampling: Sampling, longest: int) -> dict[str, An
 def stream(
     loaded: Loaded, ids: list[int], sampling: Sampling, is_stopped: threading.Event
 ) -> Iterator[str]:
-    """Yield an answer's text as its tokens come; `is_stopped` ends it early.
-
-    Raises:
-        JobError: if the prompt leaves no room.
-        TrainingError: if the model cannot compute it.
+    """Yield an answer's text as its tokens come; `is_stopped` ends it early. Raises JobError if the
+    prompt leaves no room, and TrainingError if the model cannot compute it.
     """
     arguments = _arguments(loaded, sampling, len(ids))
     untyped: Any = TextIteratorStreamer
@@ -149,11 +144,8 @@ def stream(
 
 @torch.no_grad()
 def batch(loaded: Loaded, prompts: list[list[int]], sampling: Sampling) -> list[Answer]:
-    """Return the answers to several prompts, computed together, padded on the left.
-
-    Raises:
-        JobError: if a prompt leaves no room.
-        TrainingError: if the model cannot compute them.
+    """Return the answers to several prompts, computed together, padded on the left. Raises JobError
+    if a prompt leaves no room, and TrainingError if the model cannot compute them.
     """
     longest = max(map(len, prompts))
     pad = int(loaded.tokenizer.pad_token_id or 0)

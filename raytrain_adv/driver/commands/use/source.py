@@ -56,10 +56,8 @@ class Source:
 
 
 def find(named: str) -> list[Source]:
-    """Return the models of a run, the one to be served first, or the one of a model folder.
-
-    Raises:
-        JobError: if the folder is neither, or its run has written no model.
+    """Return the models of a run, the one to be served first, or the one of a model folder. Raises
+    JobError if the folder is neither, or its run has written no model.
     """
     folder = Path(named).expanduser()
     if not folder.is_dir():
