@@ -68,6 +68,8 @@ KEYS: dict[str, dict[str, Any]] = {
 """Feature -> the keys that turn it on."""
 MORE = re.compile(r"pixel_values|input_features|mm_token_type_ids")
 """Inputs of a forward pass that tell of images and sounds."""
+WANT_KINDS = ("molmo2",)
+"""Model types that are trained with the kind of each token alone."""
 EXACT, ROUNDED, COARSE = 2e-4, 0.02, 0.1
 """Allowed differences of losses, relative: in another order, in bf16, in 4 or 8 bits."""
 
@@ -219,7 +221,10 @@ def read_batch(job: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def loss_of(model: Any, batch: Any) -> torch.Tensor:
     """Return the mean loss of the labels."""
     ids, mask, labels = batch
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if model.training and model.config.model_type in WANT_KINDS:
+        given["mm_token_type_ids"] = torch.zeros_like(ids)
+    logits = model(**given).logits
     return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
 
 

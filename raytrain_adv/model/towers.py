@@ -20,6 +20,8 @@ from raytrain_adv.ops.absent import Absent, AbsentError, absent_modules
 
 OTHERS = (AutoModelForImageTextToText, AutoModelForMultimodalLM)
 FORWARD = {"args", "kwargs", "input_ids"}
+KINDS = "_kinds_of_tokens"
+"""Attribute of a model that gets the kind of each token: the hook that hands it over."""
 
 
 class _Reached(Exception):
@@ -107,12 +109,33 @@ def _used_by_text(model: PreTrainedModel, first_layer: nn.Module) -> str:
     except AbsentError as used:
         return str(used)
     except ValueError as error:  # its own check of what it is given
-        raise _refusal(model, str(error)) from error
+        if not _hand_kinds(model, str(error)):
+            raise _refusal(model, str(error)) from error
+        return _used_by_text(model, first_layer)
     except (RuntimeError, TypeError, AttributeError):
         return ""  # it needs values, which the meta device lacks: training will tell
     finally:
         hook.remove()
     return ""
+
+
+def _hand_kinds(model: PreTrainedModel, wanted: str) -> bool:
+    """Have a model that wants the kind of each token get zeros, the kind of text; return whether it
+    wants that, and has not got it yet.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    name = next((n for n in accepted if n in wanted and n.endswith("token_type_ids")), None)
+    if name is None or KINDS in vars(model):
+        return False
+
+    def add(module: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+        ids = given.get("input_ids")
+        if not module.training or ids is None or name in given:
+            return None
+        return args, {**given, name: torch.zeros_like(ids)}
+
+    setattr(model, KINDS, model.register_forward_pre_hook(add, with_kwargs=True))
+    return True
 
 
 def _refuse_other_inputs(model: PreTrainedModel) -> None:

@@ -18,10 +18,10 @@ MULTIPLE = 16
 BOUNDS = 64
 """Bounds of packed conversations come in multiples of it."""
 Inputs = dict[str, torch.Tensor | int]
-Way = Literal["positions", "masks", "bounds", "flat"]
+Way = Literal["positions", "masks", "bounds", "flat", "apart"]
 """How a model is told where packed conversations begin: by position ids that restart; by these and
 masks made of them; by these and the bounds that flash attention takes; or by all that recurrent
-layers take, with the sequences laid end to end."""
+layers take, with the sequences laid end to end; or, laid so, by calling layers once for each."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,9 @@ def told(tensors: dict[str, torch.Tensor], way: Way) -> Inputs:
     """
     if way in ("positions", "masks"):
         return {**tensors}
+    row = {name: tensor.reshape(1, -1) for name, tensor in tensors.items()}
+    if way == "apart":
+        return {**row}
     positions = tensors["position_ids"]
     # transformers would find the bounds itself in position_ids, but only of a single sequence: in a
     # batch of several, packed conversations would see each other.
@@ -118,7 +121,6 @@ def told(tensors: dict[str, torch.Tensor], way: Way) -> Inputs:
     found: Inputs = {**tensors, "cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
     found |= {"max_length_q": longest, "max_length_k": longest}
     if way == "flat":
-        row = {name: tensor.reshape(1, -1) for name, tensor in tensors.items()}
         number = (row["position_ids"] == 0).cumsum(-1, dtype=torch.int32) - 1
         exact = starts[: int(number.max()) + 2]  # kernels refuse empty conversations
         found |= {**row, "seq_idx": number, "cu_seq_lens_q": exact, "cu_seq_lens_k": exact}

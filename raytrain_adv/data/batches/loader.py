@@ -127,7 +127,7 @@ class Batches:
         labels = tensors.pop("labels")
         inputs: Inputs = told(tensors, self.way) if self.neat else {**tensors}
         segments = tuple(s.segments for s in sequences)
-        if self.way == "flat":
+        if self.way in ("flat", "apart"):
             length = labels.shape[1]
             ends = [(*lengths, length - sum(lengths)) for lengths in segments]
             labels, segments = labels.reshape(1, -1), (tuple(n for end in ends for n in end),)

@@ -11,18 +11,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.collate import Inputs, Way, told
 from raytrain_adv.errors import TrainingError
+from raytrain_adv.model.apart import Apart, Mixing
 from raytrain_adv.model.attention import is_flash
 from raytrain_adv.model.packing import hand_masks
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.run.run import Run
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.trial.compare import allowed_errors, differences, relative_error
+from raytrain_adv.trial.compare import TOLERANCE, allowed_errors, differences, relative_error
 
 LENGTHS = (20, 44)
 """Tokens of the two conversations: together a multiple of 16, apart none of 8."""
@@ -64,20 +66,27 @@ MEANS: dict[Way, str] = {
     "masks": "masks made for it",
     "bounds": "the bounds that flash attention takes",
     "flat": "the bounds that recurrent layers take",
+    "apart": "calling layers once for each; recurrent ones are faster with packages that take bounds "
+    "(flash-linear-attention, mamba_ssm, causal_conv1d)",
 }
 
 
 def _ways(model: PreTrainedModel, first: Way) -> Iterator[Way]:
     """Yield what may be tried with this model's forward pass."""
     accepted = inspect.signature(type(model).forward).parameters
-    passes_on = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    if "position_ids" not in accepted and not passes_on:
-        return
-    yield first
-    if first == "positions" and "attention_mask" in accepted:
-        yield "masks"
-    if passes_on:
+    if _takes_positions(model):
+        yield first
+        if first == "positions" and "attention_mask" in accepted:
+            yield "masks"
+    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         yield "flat"
+    yield "apart"
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    """Whether a model's forward pass takes position_ids, or passes on what it does not know."""
+    accepted = inspect.signature(type(model).forward).parameters
+    return "position_ids" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
 
 
 def _missing(model: PreTrainedModel) -> Iterator[str]:
@@ -100,8 +109,12 @@ def quiet(job: JobConfig, model: PreTrainedModel) -> Iterator[None]:
 
 def _wrong(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) -> list[str]:
     """Return how the second conversation differs if it is told so; empty if it does not."""
-    handle = hand_masks(model, compute_dtype(job)) if way == "masks" else None
+    handle: RemovableHandle | Apart | None = None
     try:
+        if way == "masks":
+            handle = hand_masks(model, compute_dtype(job))
+        if way == "apart":
+            handle = _split(job, model, run)
         wrong = _compare(_Rows(model, run.device, way), compute_dtype(job))
     except torch.OutOfMemoryError:
         raise
@@ -110,6 +123,18 @@ def _wrong(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) -> list[s
     if handle is not None and run.agree(int(bool(wrong)), dist.ReduceOp.MAX):
         handle.remove()
     return wrong
+
+
+def _split(job: JobConfig, model: PreTrainedModel, run: Run) -> Apart:
+    """Have the modules that mix two conversations be called once for each."""
+    apart = Apart(model, _takes_positions(model))
+    spans, dtype = [(0, LENGTHS[0]), (LENGTHS[0], sum(LENGTHS))], compute_dtype(job)
+    rows = _Rows(model, run.device, "apart")
+    with Mixing(model, spans, SEEN[dtype], TOLERANCE[dtype]) as mixing, torch.no_grad():
+        model(**rows.inputs([*rows.tokens()[:2]]), use_cache=False)
+    for module in mixing.chosen():
+        apart.add(module)
+    return apart
 
 
 def _compare(rows: "_Rows", dtype: torch.dtype) -> list[str]:
@@ -152,7 +177,7 @@ class _Rows:
             return tuple(drawn)
         return tuple(torch.where(one == pad, (one + 1) % words, one) for one in drawn)
 
-    def _inputs(self, conversations: list[torch.Tensor]) -> Inputs:
+    def inputs(self, conversations: list[torch.Tensor]) -> Inputs:
         """Return the conversations as one row of all LENGTHS, padded by one of a single token."""
         rest = sum(LENGTHS) - sum(map(len, conversations))
         parts = [*conversations, torch.zeros(rest, dtype=torch.int64)]
@@ -173,7 +198,7 @@ class _Rows:
         """
         start = sum(map(len, conversations[:which]))
         own = slice(start, start + len(conversations[which]))
-        inputs = self._inputs(conversations)
+        inputs = self.inputs(conversations)
         logits, gradient = logits_and_gradient(self.model, inputs, own, noise)
         return {VALUES: logits, GRADIENT: gradient[own]}, gradient[:start]
 

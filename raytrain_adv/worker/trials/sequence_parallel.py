@@ -30,7 +30,7 @@ def split_sequences(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) 
     size = job.parallel.sequence_parallel_size
     if size == 1:
         return None
-    if way == "flat":
+    if way in ("flat", "apart"):
         raise _refusal(model, size, "its recurrent layers go from token to token")
     group = build_group(size, run.device)
     with run.phase("try sequence parallelism"), quiet(job, model):

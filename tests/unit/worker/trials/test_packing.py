@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from raytrain_adv.errors import TrainingError
+from raytrain_adv.model.build import decoder_layers
 from raytrain_adv.model.packing import hand_masks
 from raytrain_adv.run.run import local_run
 from raytrain_adv.worker.trials.packing import check_packing
@@ -17,7 +19,14 @@ APART = {
     "gpt_oss": "masks",
     "roberta": "masks",  # its positions begin after that of padding
 }
-MIXING = ("qwen3_next", "mamba2", "falcon_h1", "lfm2", "granitemoehybrid", "bloom", "rwkv")
+ONCE_EACH = {
+    "lfm2": ["model.layers.0.conv"],
+    "falcon_h1": ["model.layers.0.mamba", "model.layers.1.mamba"],
+    "mamba2": ["backbone.layers.0.mixer", "backbone.layers.1.mixer"],  # takes no position ids
+    "bloom": ["transformer.h.0.self_attention", "transformer.h.1.self_attention"],
+}
+"""Kinds that mix -> the modules that are called once for each conversation."""
+MIXING = ("xlm", "trocr")
 
 
 def tried(kind, tmp_path, **keys):
@@ -40,6 +49,43 @@ def test_a_packed_conversation_has_the_logits_that_it_has_alone(kind, expected, 
         ).logits
         alone = model(input_ids=second).logits
     torch.testing.assert_close(packed[:, 9:], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "modules"), ONCE_EACH.items())
+def test_what_mixes_conversations_is_called_once_for_each(kind, modules, tmp_path):
+    model, way = tried(kind, tmp_path)
+    assert way == "apart"
+    assert [name for name, m in model.named_modules() if "forward" in vars(m)] == modules
+    ids = [torch.arange(9)[None], torch.arange(20, 40)[None], torch.arange(50, 55)[None]]
+    positions = torch.cat([torch.arange(one.shape[1]) for one in ids])[None]
+    packed = model(input_ids=torch.cat(ids, 1), position_ids=positions, use_cache=False).logits
+    packed[:, 9:29].float().square().sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    alone = model(input_ids=ids[1], use_cache=False).logits
+    torch.testing.assert_close(packed[:, 9:29], alone, rtol=1e-4, atol=1e-5)
+    alone.float().square().sum().backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_and_recomputed_layers_call_them_once_for_each(tmp_path):
+    ids, results = torch.arange(48)[None], []
+    positions = torch.cat([torch.arange(n) for n in (9, 20, 19)])[None]
+    for layers_of in (lambda layer: layer, checkpoint_wrapper):
+        model = tiny_model("lfm2")
+        for fqn, layer in decoder_layers(model):
+            model.set_submodule(fqn, layers_of(layer))
+            if layers_of is checkpoint_wrapper:
+                model.get_submodule(fqn).compile(backend="aot_eager")
+        job = job_for("none", tmp_path, neat_packing=True, use_cpu=True)
+        assert check_packing(job, model, local_run(job)) == "apart"
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        logits.square().sum().backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        results.append((logits.detach(), norm))
+    torch.testing.assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize("kind", MIXING)
