@@ -66,8 +66,8 @@ MEANS: dict[Way, str] = {
     "masks": "masks made for it",
     "bounds": "the bounds that flash attention takes",
     "flat": "the bounds that recurrent layers take",
-    "apart": "calling layers once for each; recurrent ones are faster with packages that take bounds "
-    "(flash-linear-attention, mamba_ssm, causal_conv1d)",
+    "apart": "calling layers once for each; recurrent ones are faster with kernels that take "
+    "bounds (flash-linear-attention, mamba_ssm, causal_conv1d)",
 }
 
 
