@@ -127,7 +127,10 @@ def write_files(folder: Path, ray_folder: Path, ports: Ports) -> None:
                 "[paths]", f"data = {folder}/grafana", f"logs = {folder}/grafana",
                 f"provisioning = {provisioning}",
                 "[auth.anonymous]", "enabled = true", "org_role = Viewer",
+                # Nobody logs in: without this there is an administrator with a known password.
+                "[security]", "disable_initial_admin_creation = true",
                 "[analytics]", "reporting_enabled = false", "check_for_updates = false",
+                "check_for_plugin_updates = false",
                 "[dashboards]", f"default_home_dashboard_path = {folder}/boards/raytrain_adv.json",
                 "",
             ]

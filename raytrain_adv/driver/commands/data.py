@@ -21,12 +21,12 @@ def show(job: JobConfig, number: int, html: Path | None) -> None:
     """Print the first rows and the statistics of a job's data; write a page of them. Raises
     JobError if the data cannot be trained on, StorageError if the page cannot be written.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     marks = "green, the rest is dim" if console.color_system else "between >> and <<"
-    prepared = prepare(job, lambda sentence: console.print(sentence, style="dim", markup=False))
+    prepared = prepare(job, lambda sentence: console.print(sentence, style="dim"))
     rows = shown_rows(job, number)
     if rows:
-        console.print(f"\nText that is trained (has a loss) is {marks}.", markup=False)
+        console.print(f"\nText that is trained (has a loss) is {marks}.")
     for row in rows:
         console.print()
         _print_row(console, row)
@@ -36,7 +36,7 @@ def show(job: JobConfig, number: int, html: Path | None) -> None:
             _print_set(console, title, numbers, counts, prepared.stats["cutoff_len"])
     if html is not None:
         write_text(_document(job, rows, prepared.stats), html)
-        console.print(f"\nwrote {html}", markup=False)
+        console.print(f"\nwrote {html}")
 
 
 def _sets(stats: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None, dict[str, Any]]]:
@@ -54,7 +54,7 @@ def _print_row(console: Console, row: ShownRow) -> None:
     console.print(Text(" -> ".join(row.roles), style="dim"))
     if not console.color_system:  # a pipe, a file, NO_COLOR
         marked = "".join(f">>{run}<<" if trained else run for trained, run in row.runs())
-        console.print(marked, markup=False)
+        console.print(marked)
         return
     shown = Text()
     for token in row.tokens:
@@ -85,7 +85,7 @@ def _print_set(
         examples = rows["unusable_examples"][:NUM_NAMED]
         lines += [f"  {one['where']}: {one['reason']}" for one in examples]
     for line in lines:
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}")
 
 
 def _document(job: JobConfig, rows: list[ShownRow], stats: dict[str, Any]) -> str:

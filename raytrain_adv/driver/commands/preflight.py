@@ -16,7 +16,7 @@ def show(job: JobConfig | None, read: Read = read_nodes) -> None:
     """Print what the nodes are; with a job, whether and where it can run. Nothing is reserved,
     started or trained. Raises ClusterError or JobError if the job cannot run.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     started_here = connect.connect(job)
     if started_here:
         console.print("Ray was started on this machine: RAY_ADDRESS names no cluster", style="dim")
@@ -31,5 +31,5 @@ def show(job: JobConfig | None, read: Read = read_nodes) -> None:
         data = measure(job, lambda sentence: console.print(sentence, style="dim"))
     plan = resolve(job, world_size=placement.fewest, data=data, facts=found.facts)
     for warning in memory.refuse_too_large(job, plan, found):
-        console.print(f"warning: {warning}", markup=False)
-    console.print(f"{placement.note}: it can run", markup=False)
+        console.print(f"warning: {warning}")
+    console.print(f"{placement.note}: it can run")

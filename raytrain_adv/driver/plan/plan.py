@@ -192,7 +192,7 @@ def show(
     """Print the plan of a job. Traffic, checkpoints and limits are shown if a cluster is assumed or
     if the workers, by default ray_num_workers, need more than one node. Raises JobError.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     if job.sweep is not None:
         tables.show(sweep_view(job.sweep))
     facts = hardware.detect()
@@ -211,7 +211,7 @@ def show(
     plan = replace(plan, remarks=remarks(job, world_size, facts))
     tables.show(view(plan, verbose))
     for row in shown_rows(job, 1):
-        console.print(f"\n{plain(row)}\nMore of them: raytrain-adv data {job.source}", markup=False)
+        console.print(f"\n{plain(row)}\nMore of them: raytrain-adv data {job.source}")
 
 
 def _workers(job: JobConfig, requested: int | None, facts: HardwareFacts) -> tuple[int, str]:

@@ -46,6 +46,33 @@ def test_the_dashboard_asks_only_for_what_is_exported():
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
+def test_the_board_is_one_in_grafanas_own_schema():
+    """Read and written again by Grafana's package it is the same; keys that it does not know are
+    lost. `definition` is the query once more, which Grafana's editor writes.
+    """
+    schema = pytest.importorskip(
+        "grafana_foundation_sdk.models.dashboard", reason="pip install grafana-foundation-sdk"
+    )
+    plugins = pytest.importorskip("grafana_foundation_sdk.cog.plugins")
+    encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder")
+    plugins.register_default_plugins()
+    board = json.loads(BOARD.read_text())
+    for variable in board["templating"]["list"]:
+        variable.pop("definition", None)
+    again = json.loads(encoder.JSONEncoder().encode(schema.Dashboard.from_json(board)))
+    assert missing(board, again) == []
+
+
+def missing(expected: Any, found: Any, place: str = "") -> list[str]:
+    """Return where `found` lacks what is in `expected`."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        inner = [missing(value, found.get(key), f"{place}/{key}") for key, value in expected.items()]
+        return sum(inner, [])
+    if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        return sum((missing(*pair, f"{place}/*") for pair in zip(expected, found, strict=True)), [])
+    return [] if expected == found else [place]
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="apt install prometheus")
 def test_prometheus_answers_each_query_of_the_board_and_takes_the_configuration(tmp_path):
     """Each metric is there once, with the value 7."""

@@ -1,5 +1,6 @@
 """raytrain-adv dashboard: its files, the Rays it finds, and both servers as stand-ins."""
 
+import configparser
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from raytrain_adv.cli import main
-from raytrain_adv.driver.commands.dashboard import DISCOVERED, Ports, servers, write_targets
+from raytrain_adv.driver.commands.dashboard import DISCOVERED, Ports, servers, write_files, write_targets
 
 SERVER = f"""#!{sys.executable}
 import http.server, re, sys
@@ -52,6 +53,16 @@ def test_without_prometheus_the_error_names_both_ways_to_get_it(tmp_path, monkey
     assert services.keys() == {"prometheus", "grafana"}
     read = yaml.safe_load((folder / "prometheus.yml").read_text())["scrape_configs"][0]
     assert read["file_sd_configs"][0]["files"][0] == f"{folder}/targets.json"
+
+
+def test_grafana_can_be_read_here_by_all_changed_by_nobody_and_asks_no_other_host(tmp_path):
+    write_files(tmp_path, tmp_path, Ports(1, 2))
+    keys = configparser.ConfigParser()
+    keys.read(tmp_path / "grafana.ini")
+    assert keys["server"]["http_addr"] == "127.0.0.1"
+    assert keys["auth.anonymous"]["org_role"] == "Viewer"
+    assert keys["security"].getboolean("disable_initial_admin_creation")
+    assert not any(keys["analytics"].getboolean(key) for key in keys["analytics"])
 
 
 def test_an_unpacked_grafana_is_started_with_its_own_pages(tmp_path, monkeypatch):

@@ -195,6 +195,20 @@ def test_show_prints_the_plan(make_job: Any, capsys: pytest.CaptureFixture[str])
     assert "64 conversations in 64 sequences" in printed
 
 
+def test_a_row_and_a_path_are_printed_as_they_are(
+    make_job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither wrapped, nor read as rich's markup."""
+    answer = "a long answer without a line break, " * 8
+    data = tmp_path / "[draft]" / "rows.jsonl"
+    data.parent.mkdir()
+    data.write_text(json.dumps({"instruction": "One?", "output": answer}) + "\n")
+    show(make_job(dataset=str(data), cutoff_len=1024))
+    printed = capsys.readouterr().out
+    assert answer.strip() in printed
+    assert f"{data}: read as" in printed
+
+
 def test_show_plans_for_the_requested_workers(
     make_job: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
