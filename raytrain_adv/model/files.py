@@ -91,9 +91,9 @@ def nearest_folders(path: Path) -> str:
     elsewhere = sorted(str(p.parent) for p in Path().glob(f"*/{path.name}/config.json"))
     if elsewhere:
         return f"there is {', '.join(elsewhere[:3])}"
+    while not path.parent.is_dir() and path != path.parent:
+        path = path.parent
     parent = path.parent
-    while not parent.is_dir() and parent != parent.parent:
-        parent = parent.parent
     folders = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
     close = get_close_matches(path.name, folders, n=3, cutoff=0.5)
     return f"{parent} has {', '.join(close or folders[:5]) or 'no folders'}"

@@ -75,7 +75,7 @@ def _check_file(file: Path) -> None:
     if not file.exists():
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         near = nearest(file.name, siblings)
-        other = "correct file_name, or put the file there"
+        other = "correct the name, or put the file there"
         fix = f"did you mean {file.parent / near}?" if near else other
         found = f"{len(siblings)} files in {file.parent}"
         raise JobError(f"The dataset file {file} does not exist", found, fix)

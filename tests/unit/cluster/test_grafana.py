@@ -66,11 +66,12 @@ def test_the_board_is_one_in_grafanas_own_schema():
 def missing(expected: Any, found: Any, place: str = "") -> list[str]:
     """Return where `found` lacks what is in `expected`."""
     if isinstance(expected, dict) and isinstance(found, dict):
-        inner = [missing(value, found.get(key), f"{place}/{key}") for key, value in expected.items()]
-        return sum(inner, [])
-    if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        return sum((missing(*pair, f"{place}/*") for pair in zip(expected, found, strict=True)), [])
-    return [] if expected == found else [place]
+        pairs = [(key, value, found.get(key)) for key, value in expected.items()]
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        pairs = [("*", *pair) for pair in zip(expected, found, strict=True)]
+    else:
+        return [] if expected == found else [place]
+    return [at for key, *pair in pairs for at in missing(*pair, f"{place}/{key}")]
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="apt install prometheus")

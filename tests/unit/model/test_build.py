@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.build import build, decoder_layers, head_fqn
 from raytrain_adv.model.config_file import read_config
+from raytrain_adv.model.files import nearest_folders
 from raytrain_adv.model.vocabulary import read_tokenizer
 from raytrain_adv.transforms.applied import Transforms
 from tests.families import tiny_model
@@ -94,6 +95,12 @@ def test_a_misspelt_folder_names_the_nearest(tmp_path: Path) -> None:
     write_checkpoint("llama", tmp_path / "tiny-llama")
     text = message(tmp_path / "tiny-lama", tmp_path)
     assert "there is no model folder" in text and "tiny-llama" in text
+
+
+def test_a_misspelt_folder_further_up_names_its_nearest(tmp_path: Path) -> None:
+    for name in ("llamas", "module"):
+        (tmp_path / name).mkdir()
+    assert nearest_folders(tmp_path / "llama" / "model") == f"{tmp_path} has llamas"
 
 
 def test_a_folder_without_config_is_refused_with_what_it_holds(tmp_path: Path) -> None:

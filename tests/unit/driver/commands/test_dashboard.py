@@ -14,7 +14,13 @@ import pytest
 import yaml
 
 from raytrain_adv.cli import main
-from raytrain_adv.driver.commands.dashboard import DISCOVERED, Ports, servers, write_files, write_targets
+from raytrain_adv.driver.commands.dashboard import (
+    DISCOVERED,
+    Ports,
+    servers,
+    write_files,
+    write_targets,
+)
 
 SERVER = f"""#!{sys.executable}
 import http.server, re, sys
