@@ -254,9 +254,12 @@ def main() -> None:
     absent: Figures = {name: {} for name in VARIANTS}
     table, wrong = compare({**absent, **run.figures}, wanted)
     print(table)
-    if chosen.store:
+    if chosen.store and not device:
+        wrong.append("nothing was measured, and nothing is stored")
+    elif chosen.store:
         ratios = {**kept.get("ratios", {}), device: {**stored, **ratios_of(run.figures)}}
-        head = run.head | {"command": f"python jobs/benchmarks/all.py --{chosen.size} --store"}
+        size = "" if chosen.size == "full" else f"--{chosen.size} "
+        head = run.head | {"command": f"python jobs/benchmarks/all.py {size}--store"}
         file.write_text(
             json.dumps({**head, "ratios": ratios, "figures": run.figures}, indent=1) + "\n"
         )

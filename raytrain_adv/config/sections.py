@@ -209,14 +209,20 @@ class ParallelConfig(Section):
     def contradictions(self) -> Iterable[Problem]:
         """Find keys of the parallel layout that contradict each other."""
         recomputes = self.gradient_checkpointing not in (None, False, "none")
-        if self.disable_gradient_checkpointing and recomputes:
+        off = self.disable_gradient_checkpointing
+        kept = "none" if off else self.gradient_checkpointing
+        keys = f"activation_offloading and {'disable_' if off else ''}gradient_checkpointing"
+        if off and recomputes:
             keys = "disable_gradient_checkpointing and gradient_checkpointing"
             yield Problem("one turns recomputation off, the other on", "keep one of them", keys)
-        kept = "none" if self.disable_gradient_checkpointing else self.gradient_checkpointing
-        keys = "activation_offloading and gradient_checkpointing"
-        if self.activation_offloading and kept in (False, "none", "selective"):
+        elif self.activation_offloading and kept in (False, "none", "selective"):
             text = "layers' inputs and attention's results are moved, and more than those is kept"
-            yield Problem(text, "set gradient_checkpointing: full or attention", keys)
+            fix = (
+                "disable_gradient_checkpointing: false"
+                if off
+                else "gradient_checkpointing: full or attention"
+            )
+            yield Problem(text, f"set {fix}", keys)
         elif self.activation_offloading and kept == "attention" and not self.torch_compile:
             text = "only compiled layers let go of attention's results"
             yield Problem(text, "set torch_compile: true, or gradient_checkpointing: full", keys)

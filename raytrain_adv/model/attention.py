@@ -126,10 +126,17 @@ def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> N
 
 
 def refuse_unsupported(job: JobConfig, model: PreTrainedModel) -> None:
-    """Refuse a kernel of hub:<repo> for an architecture that has no flash attention. Raises
-    JobError naming the architecture.
+    """Refuse a kernel of hub:<repo> for an architecture without flash attention, and to keep the
+    result of an attention that is no operator. Raises JobError naming the architecture.
     """
-    if model.config.get_text_config()._attn_implementation not in (HUB_ATTENTION, FA4_ATTENTION):
+    name = model.config.get_text_config()._attn_implementation
+    if name == "eager" and job.parallel.gradient_checkpointing == "attention":
+        raise JobError(
+            "gradient_checkpointing: attention would keep nothing, as full does",
+            f"attention of {type(model).__name__} is eager here: several products, no operator",
+            "set gradient_checkpointing: full, or flash_attn: sdpa if the model supports it",
+        )
+    if name not in (HUB_ATTENTION, FA4_ATTENTION):
         return
     sinks = [name for name, _ in model.named_parameters() if name.endswith(".sinks")]
     if sinks:

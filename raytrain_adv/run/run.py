@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -129,16 +130,21 @@ class Run:
         yield
         self.timeline[name] = self.timeline.get(name, 0.0) + time.perf_counter() - start
 
-    def agree(self, value: int, op: dist.ReduceOp.RedOpType) -> int:
-        """Return the minimum, maximum or sum of every rank's value, without touching the GPU."""
-        return self.agree_all([value], op)[0]
+    def agree(self, value: int, op: dist.ReduceOp.RedOpType, most_s: float | None = None) -> int:
+        """Return the minimum, maximum or sum of every rank's value, without touching the GPU.
+        Raises RuntimeError if a rank gives none within `most_s`, by default ddp_timeout.
+        """
+        return self.agree_all([value], op, most_s)[0]
 
-    def agree_all(self, values: list[int], op: dist.ReduceOp.RedOpType) -> list[int]:
+    def agree_all(
+        self, values: list[int], op: dist.ReduceOp.RedOpType, most_s: float | None = None
+    ) -> list[int]:
         """Return `agree` of several values at the cost of one."""
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, op=op, group=self.cpu_group)
+        work: Any = dist.all_reduce(tensor, op=op, group=self.cpu_group, async_op=True)
+        work.wait(*([timedelta(seconds=most_s)] if most_s is not None else []))
         return [int(value) for value in tensor.tolist()]
 
     def broadcast(self, value: Any) -> Any:

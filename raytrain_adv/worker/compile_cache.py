@@ -1,6 +1,7 @@
 """Code that torch.compile made, kept between runs: where it is, and what a run found there."""
 
 import os
+import tempfile
 
 from torch._dynamo.utils import counters, cumulative_time_spent_ns
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
@@ -30,6 +31,8 @@ def keep_compiled(job: JobConfig, run: Run) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
+        with tempfile.TemporaryFile(dir=folder):  # a folder that is there may be read-only, or full
+            pass
     except OSError as error:
         run.say(f"compiled code is kept in {own}, which may not outlast this machine: {error}")
         return

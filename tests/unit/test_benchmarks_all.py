@@ -95,8 +95,21 @@ def test_a_gpu_without_stored_ratios_fails(
         script.main()
     monkeypatch.setattr("sys.argv", [*arguments, "--store"])
     script.main()
+    stored = json.loads((tmp_path / "all_quick.json").read_text())
+    assert stored["command"] == "python jobs/benchmarks/all.py --quick --store"
     monkeypatch.setattr("sys.argv", arguments)
     script.main()
     seconds = 0.9
     with pytest.raises(SystemExit, match=r"FP8 fell by 11\.1 %"):
         script.main()
+
+
+def test_nothing_is_stored_where_nothing_was_measured(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script.Run, "measure", lambda self, names: None)
+    file = tmp_path / "all_full.json"
+    monkeypatch.setattr("sys.argv", ["all.py", "--store", "--results", str(file)])
+    with pytest.raises(SystemExit, match="nothing was measured, and nothing is stored"):
+        script.main()
+    assert not file.exists()

@@ -32,6 +32,8 @@ SEEN = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 """Largest change, as a share, that another conversation's tokens may make: the same operations on
 the same numbers, which only kernels that add in another order each time change."""
 VALUES, GRADIENT = "logits", "gradient"
+WAIT_S = 60.0
+"""Wait of a rank that failed for the others, which wait for it in a collective if it did alone."""
 FIX = (
     "set packing: false and neat_packing: false (rows are then padded), or only neat_packing: "
     "false if conversations may see each other"
@@ -50,10 +52,10 @@ def check_packing(job: JobConfig, model: PreTrainedModel, run: Run) -> Way:
     with run.phase("try packing"), quiet(job, model):
         for way in _ways(model, first):
             wrong = _wrong(job, model, run, way)
-            if not run.agree(int(bool(wrong)), dist.ReduceOp.MAX):
+            if not wrong:
                 run.say(f"packed conversations are kept apart by {MEANS[way]}: tried", event="data")
                 return way
-            lines += [f"by {MEANS[way]}: {'; '.join(wrong) or 'on another rank; see its error'}"]
+            lines += [f"by {MEANS[way]}: {'; '.join(wrong)}"]
     raise TrainingError(
         f"neat_packing: packed conversations would change each other in {type(model).__name__}",
         "\n".join([*lines, *_missing(model)]),
@@ -108,8 +110,9 @@ def quiet(job: JobConfig, model: PreTrainedModel) -> Iterator[None]:
 
 
 def _wrong(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) -> list[str]:
-    """Return how the second conversation differs if it is told so; empty if it does not."""
+    """Return how the second conversation differs on a rank if it is told so; empty if on none."""
     handle: RemovableHandle | Apart | None = None
+    most_s = None
     try:
         if way == "masks":
             handle = hand_masks(model, compute_dtype(job))
@@ -119,10 +122,20 @@ def _wrong(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) -> list[s
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 # its layers may raise anything on new arguments
-        wrong = [f"{type(error).__name__}: {first_line(error)}"]
-    if handle is not None and run.agree(int(bool(wrong)), dist.ReduceOp.MAX):
+        wrong, most_s = [f"{type(error).__name__}: {first_line(error)}"], WAIT_S
+    try:
+        any_wrong = run.agree(int(bool(wrong)), dist.ReduceOp.MAX, most_s)
+    except RuntimeError as error:
+        if most_s is None:
+            raise
+        raise TrainingError(
+            f"Packed conversations could not be tried: rank {run.rank} failed alone",
+            f"{'; '.join(wrong)}; no other rank failed within {most_s:g} s",
+            FIX,
+        ) from error
+    if handle is not None and any_wrong:
         handle.remove()
-    return wrong
+    return wrong or ["on another rank; see its error"] * any_wrong
 
 
 def _split(job: JobConfig, model: PreTrainedModel, run: Run) -> Apart:

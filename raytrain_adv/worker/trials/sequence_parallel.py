@@ -3,6 +3,7 @@ whose layers mix tokens outside of its attention does not.
 """
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
@@ -18,6 +19,8 @@ from raytrain_adv.worker.trials.packing import GRADIENT, VALUES, logits_and_grad
 
 TOKENS = 32
 """Tokens of each worker; products in 8 bits take multiples of 16."""
+FAILED = "sequence_parallel_failed"
+"""Key in the ranks' store of the first failure."""
 Results = tuple[torch.Tensor, torch.Tensor]
 """Logits [tokens, words], and the gradient of what is embedded [tokens, features]."""
 
@@ -37,7 +40,6 @@ def split_sequences(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) 
         row = _row(job, model, run, way)
         number = run.rank % size
         part = slice(number * TOKENS, (number + 1) * TOKENS)
-        wrong: list[str] = []
         try:
             alone = _alone(model, row, part)
             noisy = _alone(model, row, part, torch.finfo(compute_dtype(job)).eps)
@@ -48,8 +50,8 @@ def split_sequences(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) 
             wrong = differences(errors, allowed_errors(noise, compute_dtype(job)))
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # noqa: BLE001 # its layers may raise anything on new arguments
-            wrong = [f"{type(error).__name__}: {first_line(error)}"]
+        except Exception as error:  # its layers may raise anything on new arguments
+            raise _refusal(model, size, _first_reason(run, error)) from error
     lines = [f"rank {rank}: {'; '.join(one)}" for rank, one in enumerate(run.gather(wrong)) if one]
     if lines:
         raise _refusal(model, size, "\n".join(lines[:size]))
@@ -58,6 +60,17 @@ def split_sequences(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) 
     found = f"{size} workers {'of several hosts' if far else 'of a host'} share each sequence"
     run.say(f"{found}: logits and gradients are those of a worker alone", event="sequence_parallel")
     return found
+
+
+def _first_reason(run: Run, error: Exception) -> str:
+    """Return why the first rank failed. One that fails alone leaves at once, and others when it is
+    gone: to tell them, it would wait for ranks that wait for it in an exchange.
+    """
+    reason = f"rank {run.rank}: {type(error).__name__}: {first_line(error)}"
+    if run.world_size == 1:
+        return reason
+    first: bytes = dist.distributed_c10d._get_default_store().compare_set(FAILED, "", reason)
+    return first.decode()
 
 
 def _refusal(model: PreTrainedModel, size: int, found: str) -> TrainingError:

@@ -121,6 +121,14 @@ def refused(tmp_path, asked, kind="llama"):
     return error.value
 
 
+def test_the_result_of_eager_attention_is_not_promised_to_be_kept(tmp_path):
+    keys = {"gradient_checkpointing": "attention", "flash_attn": "disabled"}
+    checkpoint = write_checkpoint("llama", tmp_path / "m")
+    with pytest.raises(JobError, match="attention would keep nothing") as error:
+        build(job_for(checkpoint, tmp_path, **keys))
+    assert "gradient_checkpointing: full" in error.value.fix
+
+
 def test_a_folder_without_a_kernel_is_refused(tmp_path):
     error = refused(tmp_path, f"hub:{tmp_path / 'nothing'}")
     assert "cannot be loaded" in error.what and "give a folder" in error.fix

@@ -99,6 +99,15 @@ def test_offloading_without_full_checkpointing_is_refused(tmp_path, mode):
         job_for("none", tmp_path, activation_offloading=True, gradient_checkpointing=mode)
 
 
+def test_offloading_without_checkpointing_is_refused_once_by_the_key_that_turns_it_off(tmp_path):
+    keys = {"activation_offloading": True, "disable_gradient_checkpointing": True}
+    with pytest.raises(JobError, match="set disable_gradient_checkpointing: false"):
+        job_for("none", tmp_path, **keys)
+    with pytest.raises(JobError, match="1 problem") as refused:
+        job_for("none", tmp_path, gradient_checkpointing="full", **keys)
+    assert "disable_gradient_checkpointing and gradient_checkpointing" in refused.value.fix
+
+
 def test_llama_factorys_name_is_understood(tmp_path):
     file = tmp_path / "job.yaml"
     file.write_text(

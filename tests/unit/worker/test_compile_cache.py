@@ -55,6 +55,18 @@ def test_a_folder_that_cannot_be_made_is_said(kept, tmp_path):
     assert VARIABLE not in os.environ and "compiled code is kept in" in said[0]
 
 
+def test_a_folder_that_cannot_be_written_is_said(kept, tmp_path, monkeypatch):
+    """A home that is mounted read-only, or whose quota is used up."""
+
+    def refuse(*_, **where):
+        raise OSError(30, "Read-only file system", str(where["dir"]))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    keep, said = kept
+    keep()
+    assert VARIABLE not in os.environ and "Read-only file system" in said[0]
+
+
 def test_the_second_run_finds_what_the_first_compiled(make_job, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     job = make_job(torch_compile=True, use_cpu=True)

@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.model.build import decoder_layers
 from raytrain_adv.model.packing import hand_masks
 from raytrain_adv.run.run import local_run
+from raytrain_adv.worker.trials import packing
 from raytrain_adv.worker.trials.packing import check_packing
 from tests.families import tiny_model
+from tests.ranks import run_ranks
 from tests.tiny_models import job_for
 
 APART = {
@@ -108,3 +111,22 @@ def test_masks_from_outside_keep_windows():
         plain = model(input_ids=ids, position_ids=ids, use_cache=False).logits
         hand_masks(model, torch.float32)
         assert torch.equal(model(input_ids=ids, position_ids=ids, use_cache=False).logits, plain)
+
+
+def fail_alone(folder):
+    def compare(rows, dtype):
+        if dist.get_rank() == 1:
+            raise ValueError("a bad day")
+        dist.all_reduce(torch.ones(1))  # as FSDP2 gathers
+        return []
+
+    packing._compare, packing.WAIT_S = compare, 1.0
+    tried("llama", folder / str(dist.get_rank()), ray_num_workers=2)
+
+
+def test_a_trial_that_fails_on_one_rank_does_not_wait_for_the_others(tmp_path):
+    with pytest.raises(AssertionError) as failed:
+        run_ranks(fail_alone, 2, tmp_path, tmp_path)
+    _, second = str(failed.value).split("\nrank 1:\n")
+    assert "could not be tried: rank 1 failed alone" in second
+    assert "ValueError: a bad day; no other rank failed within 1 s" in second

@@ -45,6 +45,28 @@ def test_attention_of_every_kind_is_shared_and_what_mixes_tokens_elsewhere_is_re
         assert found[f"{kind} False"].endswith("Error"), kind
 
 
+def fail_alone(folder: Path) -> None:
+    """Fail on rank 1 in the third pass, the first that the workers share."""
+    job = job_for("none", folder / str(dist.get_rank()), **SHARE)
+    model, passes = tiny_model("llama"), iter("12")
+
+    def fail(*_):
+        if dist.get_rank() == 1 and next(passes, None) is None:
+            raise ValueError("a bad day")
+
+    model.model.layers[0].register_forward_pre_hook(fail)
+    split_sequences(job, model, local_run(job), "positions")
+
+
+def test_a_trial_that_fails_on_one_rank_ends_all_with_its_reason(tmp_path):
+    with pytest.raises(AssertionError) as failed:
+        run_ranks(fail_alone, 2, tmp_path, tmp_path)
+    first, second = str(failed.value).split("\nrank 1:\n")
+    reason = "rank 1: ValueError: a bad day"
+    assert reason in first and "sequence_parallel_size: 2 would change" in first
+    assert reason in second
+
+
 @pytest.mark.parametrize(
     ("kind", "keys", "reason", "fix"),
     [
