@@ -231,6 +231,13 @@ def test_a_wide_plot_has_a_second_drawing_for_phones():
     assert [shown for shown, _, _ in drawing((1.0, 2.0), (3.0, 1.0)).shapes] == ["any"]
 
 
+def test_on_paper_nothing_is_cut_and_nothing_is_to_be_dragged():
+    css = render(evil_report(), train_rows(3))
+    printed = css[css.index("@media print") :]
+    assert "pre{max-height:none}" in printed
+    assert ".tools,button{display:none}" in printed
+
+
 def test_the_settings_of_matplotlib_s_user_change_nothing(monkeypatch):
     import matplotlib
 
