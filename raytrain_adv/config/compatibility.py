@@ -1,21 +1,13 @@
 """Which features work together, by their own rules: for `explain`, the documentation and tests."""
 
-import inspect
-import re
-import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations, combinations_with_replacement
-from pathlib import Path
+from itertools import combinations_with_replacement
 from typing import Any, Literal
 
 from raytrain_adv.config.job import SECTIONS, transform_types
-from raytrain_adv.config.llamafactory.keys import WRITTEN_AS
-from raytrain_adv.config.problems import Problem, job_error, show
-from raytrain_adv.config.schema import describe, field_schemas
 from raytrain_adv.config.section import Section
 from raytrain_adv.errors import JobError
-from raytrain_adv.text import nearest
 
 Verdict = Literal["yes", "careful", "no"]
 TRAINED = "tests/integration/test_matrix.py::test_it_trains_by_its_numbers_resumes_and_exports"
@@ -25,7 +17,6 @@ LETTERS = {TRAINED: "c", ON_GPU: "g", REFUSED: "r"}
 """Test -> its letter in the table."""
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 """The documentation's table is between these two lines."""
-WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -38,7 +29,7 @@ class Feature:
     @property
     def slug(self) -> str:
         """Its name in the ids of tests."""
-        return _slug(self.title)
+        return slug_of(self.title)
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -78,10 +69,6 @@ class Cell:
     def test_id(self) -> str:
         """The test that proves it, as a pytest node id."""
         return f"{self.test}[{self.slug}]"
-
-    def reason_lines(self, indent: str) -> list[str]:
-        """Return the keys and the reason for the console, if there is one."""
-        return _wrapped(f"{' and '.join(self.keys)}: {self.reason}", indent) if self.reason else []
 
 
 def features() -> tuple[Feature, ...]:
@@ -162,80 +149,19 @@ def update_table(text: str) -> str:
     return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
 
 
-def explain(name: str) -> str:
-    """Describe a feature, its keys and its compatibility; of several, the verdict on each pair.
-
-    `name` has one or several of the matrix's names, in any case, or of the features' keys. Raises
-    JobError if there is no such feature, naming the nearest.
-    """
-    parts = [part for part in re.split(r"[\s,+]+", name.strip()) if part]
-    if len(parts) > 1 and _slug(name) not in _known():
-        return "\n".join(_together(list(dict.fromkeys(map(_find, parts)))))
-    return "\n".join(_lines(_find(name)))
-
-
-def _find(name: str) -> Feature:
-    known, wanted = _known(), _slug(name)
-    wanted = WRITTEN_AS.get(wanted, wanted)
-    if wanted in known:
-        return known[wanted]
-    near = nearest(wanted, known)
-    every = ", ".join(feature.slug for feature in features())
-    fix = f"did you mean {near}?" if near else f"name one of {every}, or a key of one"
-    raise job_error("The command line", [Problem(f"there is no feature {show(name)}", fix)])
-
-
-def _slug(name: str) -> str:
+def slug_of(name: str) -> str:
+    """Return a name as keys and the ids of tests have it: `hub kernels` as `hub_kernels`."""
     return name.strip().lower().replace(" ", "_").replace("-", "_")
 
 
-def _known() -> dict[str, Feature]:
+def known_features() -> dict[str, Feature]:
     """Return every feature, by each of its keys (the first one's wins) and by its name."""
     every = features()
     keys = {key: feature for feature in reversed(every) for key in feature.kind.model_fields}
     return keys | {feature.slug: feature for feature in every}
 
 
-def names() -> tuple[str, ...]:
-    """Return the names of the features, as `explain` takes them."""
-    return tuple(feature.slug for feature in features())
-
-
-def _together(chosen: Sequence[Feature]) -> Iterator[str]:
-    for pair in combinations(chosen, 2):
-        cell = next(cell for cell in cells() if set(cell.features) == set(pair))
-        yield f"{cell.names}: {cell.verdict}"
-        yield f"  shown by {cell.test_id}"
-        yield from cell.reason_lines("  ")
-    commands = ", ".join(f"raytrain-adv explain {one.slug}" for one in chosen)
-    yield from _wrapped(f"Keys that exclude each other: {commands}", "")
-
-
-def _lines(feature: Feature) -> Iterator[str]:
-    summary = (inspect.getdoc(feature.kind) or "").split("\n\n")[0].replace("\n", " ")
-    yield f"{feature.title}: {summary}"
-    file, root = Path(inspect.getfile(feature.kind)), Path(__file__).parent.parent.parent
-    yield f"  {file.relative_to(root) if file.is_relative_to(root) else file}"
-    yield from ("", "Keys")
-    for key, schema in field_schemas(feature.kind).items():
-        default = f"; {show(schema['default'])} by default" if "default" in schema else ""
-        yield from _wrapped(f"{key}: {describe(schema)}{default}", "  ")
-        yield from _wrapped(str(schema.get("description", "")), "      ")
-    yield from ("", "Together with")
-    found = [cell for cell in cells() if feature in cell.features]
-    width = max(len(one.title) for one in features())
-    for cell in sorted(found, key=lambda cell: len(cell.features)):
-        title = next((one.title for one in cell.features if one != feature), "no other")
-        yield f"  {title.ljust(width)}  {cell.verdict.ljust(7)}  {cell.test_id}"
-        yield from cell.reason_lines("      ")
-    for rule in _rules(feature):
-        yield from _wrapped(rule, "  ")
-    if feature.keys:
-        yield from ("", "Tests turn it on with")
-        yield from (f"  {key}: {show(value)}" for key, value in feature.keys.items())
-
-
-def _rules(feature: Feature) -> Iterator[str]:
+def rules_of(feature: Feature) -> Iterator[str]:
     """Yield the rules between single keys: this feature's, and those of others on its keys."""
     for key, why in exceptions(feature).items():
         yield f"not with {key}: {why}"
@@ -245,9 +171,3 @@ def _rules(feature: Feature) -> Iterator[str]:
                 yield f"{key} not with {other.title}: {why}"
     for setting, why in _needed(feature):
         yield f"not without {setting}: {why}"
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False
-    )
