@@ -10,7 +10,6 @@ import torch
 
 from raytrain_adv.ops.fake_quant.engine_rounding import (
     NVFP4_GLOBAL_SCALE,
-    of_blocks,
     quantize_float4,
     quantize_float8_blocks,
     quantize_rows,
@@ -28,10 +27,10 @@ from raytrain_adv.ops.fake_quant.targets import (
     MXFP4,
     NVFP4,
 )
+from raytrain_adv.ops.stored import decode
 
 PER_WORD = 8
 """Four-bit integers in an int32."""
-FLOAT4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FORMATS = {
     INT8_IN_FLOAT32: "int-quantized",
     FLOAT8: "float-quantized",
@@ -105,7 +104,7 @@ def _pack_int4(integers: torch.Tensor) -> torch.Tensor:
 
 def _pack_float4(values: torch.Tensor) -> torch.Tensor:
     """Return E2M1 values [rows, columns] as uint8, two to a byte, the first in the low bits."""
-    table = torch.tensor(FLOAT4_VALUES, device=values.device, dtype=values.dtype)
+    table = torch.tensor(decode.E2M1, device=values.device, dtype=values.dtype)
     codes = torch.bucketize(values.abs(), table).to(torch.uint8)
     codes = codes | (torch.signbit(values).to(torch.uint8) << 3)
     return codes[:, ::2] | (codes[:, 1::2] << 4)
@@ -115,27 +114,18 @@ def read_back(name: str, tensors: Tensors, scheme: Scheme, dtype: torch.dtype) -
     """Return the values [rows, columns] of a stored weight, as an engine multiplies them."""
     form, stem = scheme.weight_form, name.removesuffix("weight")
     scale = tensors[f"{stem}weight_scale"]
-    if form == FLOAT8_BLOCKS:
-        return of_blocks(tensors[name], scale).to(dtype)
     if name in tensors:
-        return (tensors[name].to(torch.float32) * scale.to(torch.float32)).to(dtype)
+        block = (BLOCK, BLOCK) if form == FLOAT8_BLOCKS else (1, 1)
+        return decode.scaled(tensors[name], scale, block).to(dtype)
     packed = tensors[f"{stem}weight_packed"]
-    if form in FOUR_BIT_FLOATS:
-        codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1).to(torch.int64)
-        table = torch.tensor((*FLOAT4_VALUES, *(-value for value in FLOAT4_VALUES)))
-        values = table.to(packed.device)[codes]
-        if form == MXFP4:
-            scale = (scale.to(torch.int32) << 23).view(torch.float32)
-        else:
-            scale = scale.to(torch.float32) / tensors[f"{stem}weight_global_scale"]
+    if form == MXFP4:
+        found = decode.mxfp4_rows(packed, scale)
+    elif form == NVFP4:
+        found = decode.nvfp4(packed, scale, tensors[f"{stem}weight_global_scale"])
     else:
-        rows, columns = tensors[f"{stem}weight_shape"].tolist()
-        shifts = 4 * torch.arange(PER_WORD, device=packed.device, dtype=torch.int32)
-        values = ((packed.unsqueeze(-1) >> shifts & 15) - 8).reshape(rows, -1)[:, :columns]
-        values = values.to(scale.dtype)
-    groups = values.reshape(*scale.shape, -1) * scale.unsqueeze(-1)
-    found: torch.Tensor = groups.flatten(1).to(dtype)
-    return found
+        columns = int(tensors[f"{stem}weight_shape"][1])
+        found = decode.packed_integers(packed, scale, columns)
+    return found.to(dtype)
 
 
 def difference(

@@ -20,7 +20,7 @@ def exponents(scale: torch.Tensor) -> torch.Tensor:
 
 def floats4(packed: torch.Tensor) -> torch.Tensor:
     """Return the 4-bit floats of bytes [..., n], the lower half of a byte first: [..., 2 n]."""
-    table = torch.tensor([*E2M1, *(-value for value in E2M1)])
+    table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=packed.device)
     return table[halves(packed, low_first=True)]
 
 
@@ -33,7 +33,7 @@ def halves(packed: torch.Tensor, low_first: bool) -> torch.Tensor:
 
 def integers(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Return the unsigned integers in int32 [..., n], the lowest bits first: [..., n * per int]."""
-    shifts = torch.arange(0, 32 // bits * bits, bits, dtype=torch.int32)
+    shifts = torch.arange(0, 32 // bits * bits, bits, dtype=torch.int32, device=packed.device)
     values: torch.Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return values.flatten(-2)
 
@@ -108,7 +108,7 @@ def packed_integers(
     offset = 2 ** (bits - 1)
     values: torch.Tensor = (integers(packed, bits)[:, :columns] - offset).float()
     if groups is None or bool((groups < 0).any()):
-        groups = torch.arange(columns) // -(-columns // scale.shape[1])
+        groups = torch.arange(columns, device=scale.device) // -(-columns // scale.shape[1])
     if zero is not None:
         if zero.dtype == torch.int32:
             zero = integers(zero.t(), bits).t()[:rows] - offset
