@@ -144,42 +144,41 @@ _H100_SHEET = "NVIDIA H100 Tensor Core GPU datasheet"
 _H200_SHEET = "NVIDIA H200 Tensor Core GPU datasheet"
 _ADA_PAPER = "NVIDIA Ada GPU Architecture whitepaper"
 
-# Pattern of the device's name, dense TFLOP/s in bf16 and fp8 with float32 accumulation, source. The
+# Pattern of the device's name, dense TFLOP/s in bf16 with float32 accumulation, source. The
 # first match counts: special forms come first. Rates with 2:4 sparsity only are halved.
-_PEAKS: tuple[tuple[str, float, float | None, str], ...] = (
-    (r"\bH100 PCIe\b", 756.5, 1513.0, f"{_H100_SHEET} (PCIe)"),
-    (r"\bH100 NVL\b", 835.5, 1670.5, f"{_H100_SHEET} (NVL)"),
-    (r"\bH100\b", 989.4, 1978.9, f"{_H100_SHEET} (SXM)"),
-    (r"\bH200 NVL\b", 835.5, 1670.5, f"{_H200_SHEET} (NVL)"),
-    (r"\bGH200\b", 989.4, 1978.9, "NVIDIA GH200 Grace Hopper Superchip datasheet"),
-    (r"\bH200\b", 989.4, 1978.9, f"{_H200_SHEET} (SXM)"),
-    (r"\bH800 PCIe\b", 756.5, 1513.0, "NVIDIA H800 datasheet (PCIe)"),
-    (r"\bH800\b", 989.4, 1978.9, "NVIDIA H800 datasheet (SXM)"),
-    (r"\bH20\b", 148.0, 296.0, "NVIDIA H20 datasheet"),
-    (r"\bGB200\b", 2500.0, 5000.0, "NVIDIA GB200 NVL72 datasheet (per GPU)"),
-    (r"\bB200\b", 2250.0, 4500.0, "NVIDIA HGX B200 datasheet (per GPU)"),
-    (r"\bB100\b", 1750.0, 3500.0, "NVIDIA HGX B100 datasheet (per GPU)"),
-    (r"\bA100\b", 312.0, None, "NVIDIA A100 Tensor Core GPU datasheet"),
-    (r"\bA800\b", 312.0, None, "NVIDIA A800 datasheet"),
-    (r"\bA30\b", 165.0, None, "NVIDIA A30 datasheet"),
-    (r"\bA40\b", 149.7, None, "NVIDIA A40 datasheet"),
-    (r"\bA10\b", 125.0, None, "NVIDIA A10 datasheet"),
-    (r"\bL40S\b", 362.1, 733.0, "NVIDIA L40S datasheet"),
-    (r"\bL40\b", 181.1, 362.1, "NVIDIA L40 datasheet"),
-    (r"\bL4\b", 121.0, 242.5, "NVIDIA L4 datasheet"),
-    (r"\bRTX 4090$", 165.2, 330.3, f"{_ADA_PAPER} (GeForce RTX 4090)"),
-    (r"\bRTX 3090$", 71.0, None, "NVIDIA GA102 whitepaper (GeForce RTX 3090)"),
+_PEAKS: tuple[tuple[str, float, str], ...] = (
+    (r"\bH100 PCIe\b", 756.5, f"{_H100_SHEET} (PCIe)"),
+    (r"\bH100 NVL\b", 835.5, f"{_H100_SHEET} (NVL)"),
+    (r"\bH100\b", 989.4, f"{_H100_SHEET} (SXM)"),
+    (r"\bH200 NVL\b", 835.5, f"{_H200_SHEET} (NVL)"),
+    (r"\bGH200\b", 989.4, "NVIDIA GH200 Grace Hopper Superchip datasheet"),
+    (r"\bH200\b", 989.4, f"{_H200_SHEET} (SXM)"),
+    (r"\bH800 PCIe\b", 756.5, "NVIDIA H800 datasheet (PCIe)"),
+    (r"\bH800\b", 989.4, "NVIDIA H800 datasheet (SXM)"),
+    (r"\bH20\b", 148.0, "NVIDIA H20 datasheet"),
+    (r"\bGB200\b", 2500.0, "NVIDIA GB200 NVL72 datasheet (per GPU)"),
+    (r"\bB200\b", 2250.0, "NVIDIA HGX B200 datasheet (per GPU)"),
+    (r"\bB100\b", 1750.0, "NVIDIA HGX B100 datasheet (per GPU)"),
+    (r"\bA100\b", 312.0, "NVIDIA A100 Tensor Core GPU datasheet"),
+    (r"\bA800\b", 312.0, "NVIDIA A800 datasheet"),
+    (r"\bA30\b", 165.0, "NVIDIA A30 datasheet"),
+    (r"\bA40\b", 149.7, "NVIDIA A40 datasheet"),
+    (r"\bA10\b", 125.0, "NVIDIA A10 datasheet"),
+    (r"\bL40S\b", 362.1, "NVIDIA L40S datasheet"),
+    (r"\bL40\b", 181.1, "NVIDIA L40 datasheet"),
+    (r"\bL4\b", 121.0, "NVIDIA L4 datasheet"),
+    (r"\bRTX 4090$", 165.2, f"{_ADA_PAPER} (GeForce RTX 4090)"),
+    (r"\bRTX 3090$", 71.0, "NVIDIA GA102 whitepaper (GeForce RTX 3090)"),
 )
 
 
-def peak_flops(gpu_name: str, dtype: Literal["bf16", "fp8"]) -> Peak | None:
-    """Return the GPU's published dense peak; None if unknown, as for a CPU or a MIG slice. MFU is
-    always the share of the bf16 peak, also of a run in FP8.
+def peak_flops(gpu_name: str) -> Peak | None:
+    """Return the GPU's published dense peak in bf16; None if unknown, as for a CPU or a MIG slice.
+    MFU is always the share of this peak, also of a run in FP8.
     """
     if "MIG" in gpu_name:
         return None
-    for pattern, bf16, fp8, source in _PEAKS:
+    for pattern, bf16, source in _PEAKS:
         if re.search(pattern, gpu_name):
-            value = bf16 if dtype == "bf16" else fp8
-            return None if value is None else Peak(value * 1e12, source)
+            return Peak(bf16 * 1e12, source)
     return None

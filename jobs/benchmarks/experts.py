@@ -114,7 +114,7 @@ def figures(row: dict[str, Any], tokens: int, flops: float) -> dict[str, Any]:
     if "step_s" not in row:
         return row
     rate = tokens / row["step_s"]
-    peak = peak_flops(torch.cuda.get_device_name(), "bf16") if DEVICE.type == "cuda" else None
+    peak = peak_flops(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
     return {**row, "tokens_s": rate, "mfu_bf16": rate * flops / peak.value if peak else None}
 
 

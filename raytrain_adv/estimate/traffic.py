@@ -206,7 +206,7 @@ def compute_seconds(
     speeds = [transform.speed for transform in Transforms(job)]
     mfu = MFU[checkpointing_mode(job)] * math.prod(speeds)
     mfu *= 1.0 if job.parallel.torch_compile else EAGER_SPEED
-    peak = next(filter(None, (peak_flops(name, "bf16") for name in (gpu, "H100"))))
+    peak = next(filter(None, (peak_flops(name) for name in (gpu, "H100"))))
     copies = (moved.gathered + moved.reduced) / COPIED_B_S
     return tokens * flops_per_token / (peak.value * mfu) + copies
 

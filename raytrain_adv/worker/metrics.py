@@ -62,7 +62,7 @@ class Meter:
         self.on_gpu = run.device.type == "cuda"
         self.flops_per_token = training_flops_per_token(model, attended)
         name = torch.cuda.get_device_name(run.device) if self.on_gpu else "cpu"
-        self.peak = peak_flops(name, "bf16")
+        self.peak = peak_flops(name)
         self.step_seconds = array("d")  # 8 bytes a step, where a list takes 32
         self.rates = array("d")  # tokens per second of this rank, per timed step
         self.waits = array("d")  # seconds per step that this rank waited for data, per logging step

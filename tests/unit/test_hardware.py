@@ -25,7 +25,7 @@ from raytrain_adv import __version__, hardware
     ],
 )
 def test_the_bf16_peak_is_that_of_the_datasheet(name: str, tflops: float) -> None:
-    peak = hardware.peak_flops(name, "bf16")
+    peak = hardware.peak_flops(name)
     assert peak is not None
     assert peak.value == pytest.approx(tflops * 1e12)
     assert "NVIDIA" in peak.source
@@ -41,14 +41,7 @@ def test_the_bf16_peak_is_that_of_the_datasheet(name: str, tflops: float) -> Non
     ],
 )
 def test_there_is_no_peak_for_what_is_not_a_whole_known_gpu(name: str) -> None:
-    assert hardware.peak_flops(name, "bf16") is None
-
-
-def test_a_gpu_without_fp8_has_no_fp8_peak() -> None:
-    assert hardware.peak_flops("NVIDIA A100-SXM4-80GB", "fp8") is None
-    fp8 = hardware.peak_flops("NVIDIA H200", "fp8")
-    assert fp8 is not None
-    assert fp8.value == pytest.approx(1978.9e12)
+    assert hardware.peak_flops(name) is None
 
 
 def test_facts_about_the_cpu_survive_pickling() -> None:
