@@ -40,6 +40,7 @@ from raytrain_adv.model.build import build, build_whole, keeps_float32
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.conversion import save_groups
 from raytrain_adv.model.files import is_local, model_source
+from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.model.vocabulary import new_rows, no_panics
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
 from raytrain_adv.model.weights import match, saved_tensors
@@ -166,7 +167,7 @@ def export_converted(
     """
     adapted = job.transform(Lora).enabled
     source = (source_folder(job) if adapted else None) or model_dir
-    merging = Merging(model, gather, export_dtype(job))
+    merging = Merging(model, gather, compute_dtype(job))
     if merging.bases:
         source, adapted = model_dir.with_name(f"{model_dir.name}-merged"), False
         write_merged(model, job, merging, model_dir, NewFolder(source, new.device), max_file_bytes)
@@ -177,7 +178,7 @@ def export_converted(
     comparisons: list[Comparison] = []
 
     def write() -> None:
-        dtype = export_dtype(job)
+        dtype = compute_dtype(job)
         write_converted(
             source,
             new.partial,
@@ -242,18 +243,13 @@ def collective_device(model: PreTrainedModel) -> torch.device:
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
-def export_dtype(job: JobConfig) -> torch.dtype:
-    """Return the dtype of the exported weights: the one the model was run in."""
-    return torch.bfloat16 if job.train.computes_in_bf16 else torch.float32
-
-
 def write_model(
     whole_tensor: Callable[[str], torch.Tensor], job: JobConfig, new: NewFolder, max_file_bytes: int
 ) -> None:
     """Gather the weights group by group; write them and the configs on rank 0, under the names that
     the checkpoint has for them, with its parts that were not built as they are.
     """
-    plain, trained, dtype = build_whole(job), build(job), export_dtype(job)
+    plain, trained, dtype = build_whole(job), build(job), compute_dtype(job)
     wanted, keeps = saved_tensors(plain), keeps_float32(plain)
     stored = {
         name: stored_dtype(t, torch.float32 if keeps(name) else dtype) for name, t in wanted.items()

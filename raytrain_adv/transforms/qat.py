@@ -70,7 +70,6 @@ LINEAR_IN_FLOAT8 = "raytrain_adv.ops.float8.qat_linear.Float8FakeQuantizedLinear
 BECOMES = {"torch.nn.Linear": LINEAR, IN_FLOAT8: LINEAR_IN_FLOAT8}
 BF16, PTQ, QAT, UNQUANTIZED = "bf16", "PTQ", "QAT", "QAT's weights, not quantized"
 """How weights are evaluated: as they are; quantized without and with training for it."""
-NO_TABLES = "torchao looks up no rows of float8 tables"
 
 
 class Qat(Switchable):
