@@ -53,7 +53,14 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "diffusion_gemma": {
         "text_config": {"num_experts": 4, "moe_intermediate_size": 32, "top_k_experts": 2}
     },
-    "dots3_note": {"text_config": {"per_layer_config": None, "head_dim": 16}},
+    "dots3_note": {
+        "vision_config": {
+            "adapter_in_dim": HIDDEN,
+            "adapter_out_dim": HIDDEN,
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+        "audio_config": {"adapter_input_size": HIDDEN, "adapter_output_size": HIDDEN},
+    },
     "emu3": {"": {"vocabulary_map": {"<|extra_200|>": 250, "<image>": 251}}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": HIDDEN // 4}},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
@@ -63,7 +70,24 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
         "vision_config": {"num_hidden_layers": 4},
         "audio_config": {"num_hidden_layers": 4, "out_hidden_size": HIDDEN},
     },
-    "nemo_speechlm": {"word_timestamp_config": {"blank_token_id": 0}},
+    "nemo_speechlm": {
+        "audio_config": {
+            "asr_config": {**HEADS, "intermediate_size": 32},
+            "diarization_config": {
+                "audio_config": {**HEADS, "intermediate_size": 32},
+                "head_config": {"audio_hidden_size": HIDDEN},
+                "chunk_left_context": 50,
+                "chunk_right_context": 50,
+            },
+        },
+        "word_timestamp_config": {"blank_token_id": 0},
+    },
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {"embed_dim": HIDDEN, "img_size": [14, 14], "depth": 2, "num_heads": 4},
+        }
+    },
     "qwen2_5_omni_thinker": {"": {"vision_start_token_id": 249}},
     "qwen3_omni_moe_thinker": {"": {"vision_start_token_id": 249}},
     "step3p7": {"text_config": {"sliding_window": 16}},

@@ -17,7 +17,12 @@ from raytrain_adv.estimate.flops import text_config
 from raytrain_adv.estimate.launches import why_no_graph
 from raytrain_adv.estimate.sizes import HostCopies, Passes, States, head_loss, reference_bytes
 from raytrain_adv.model.offload import num_offloaded
-from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype, reduce_dtype
+from raytrain_adv.model.parallel import (
+    checkpointing_mode,
+    compute_dtype,
+    recomputes_casts,
+    reduce_dtype,
+)
 from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
 from raytrain_adv.text import GIB
@@ -264,7 +269,7 @@ class _Whole:
     @staticmethod
     def copies(s: States, job: JobConfig) -> _Whole:
         """Return the copies of one worker: backward needs them, but for those that it makes."""
-        kept = s.layer_copy * s.num_layers if checkpointing_mode(job) == "none" else 0.0
+        kept = 0.0 if recomputes_casts(job) else s.layer_copy * s.num_layers
         root, one = s.root_copy, s.layer_copy
         return _Whole(root + kept, root + kept, root + max(kept, one), root + one, root + one, root)
 

@@ -69,6 +69,15 @@ def checkpointing_mode(job: JobConfig) -> str:
     return mode if isinstance(mode, str) else "full"
 
 
+def recomputes_casts(job: JobConfig) -> bool:
+    """Whether one worker makes copies of a layer's weights in the compute dtype again in backward.
+    What makes them is outside of what is compiled, which would run eager with it inside; where a
+    policy chooses what is kept, that is the whole layer: it must see the compiled operators.
+    """
+    mode = checkpointing_mode(job)
+    return mode == "full" or (mode != "none" and not job.parallel.torch_compile)
+
+
 def compute_dtype(job: JobConfig) -> torch.dtype:
     """Return the dtype of matrix products and activations."""
     return torch.bfloat16 if job.train.computes_in_bf16 else torch.float32
@@ -143,16 +152,18 @@ def shard(
         frozen = _shard_float32(model, job, shard_module)
     casts, layers = shard_module is None and mesh is not None, list[nn.Module]()
     for fqn, layer in decoder_layers(model):
-        if casts:
-            _cast(model, layer, job)
+        whole = layer
         if mode != "none":
-            layer = _checkpointed(layer, mode)
-            model.set_submodule(fqn, layer)
+            whole = _checkpointed(layer, mode)
+            model.set_submodule(fqn, whole)
+        unit = layer if casts and recomputes_casts(job) else whole
+        if casts:
+            _cast(model, unit, job)
         if job.parallel.torch_compile:
-            layer.compile(fullgraph=False)
+            unit.compile(fullgraph=False)
         if shard_module is not None:
-            shard_module(layer, ignored_params=frozen)
-        layers.append(layer)
+            shard_module(whole, ignored_params=frozen)
+        layers.append(whole)
     if job.parallel.activation_offloading:
         Offload(layers, num_offloaded(job, len(layers)))
     if shard_module is not None:

@@ -1,10 +1,14 @@
 """One worker computes in bf16 on float32 parameters as FSDP2 does, to the bit."""
 
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
@@ -61,6 +65,29 @@ def test_losses_and_gradients_are_those_of_fsdp2(tmp_path: Path) -> None:
         write_checkpoint(kind, tmp_path / kind)
     (answers,) = run_ranks(_compare, 1, tmp_path, tmp_path)
     assert set(answers.values()) == {"True {torch.float32}"}, answers
+
+
+def _compile(folder: Path) -> dict[str, tuple[int, int, bool]]:
+    """Return graph breaks, graphs and whether numbers are the eager ones, of each mode."""
+    plain: Any = nn.Module.compile
+    nn.Module.compile = partialmethod(plain, backend="aot_eager")  # type: ignore[method-assign]
+    found = {}
+    for mode in ("none", "full", "selective"):
+        keys = {"bf16": True, "gradient_checkpointing": mode, "loss_kernel": "torch"}
+        _, eager = trained(job_for(folder / "llama", folder, **keys))
+        torch._dynamo.reset()
+        counters.clear()
+        _, ours = trained(job_for(folder / "llama", folder, torch_compile=True, **keys))
+        same = all(torch.equal(a[n], b[n]) for a, b in zip(ours, eager, strict=True) for n in a)
+        breaks, graphs = counters["graph_break"].total(), counters["stats"]["unique_graphs"]
+        found[mode] = breaks, graphs, same
+    return found
+
+
+def test_compiled_layers_are_whole_graphs_with_the_same_numbers(tmp_path: Path) -> None:
+    write_checkpoint("llama", tmp_path / "llama")
+    (found,) = run_ranks(_compile, 1, tmp_path, tmp_path)
+    assert found == dict.fromkeys(("none", "full", "selective"), (0, 1, True))
 
 
 def test_parameters_are_back_after_a_pass_that_fails() -> None:
