@@ -41,14 +41,14 @@ def plots(report: RunReport, rows: Sequence[Row]) -> list[Plot]:
         _loss(train, evals, marks),
         exact,
         *_against(report),
-        single("Learning rate", "", "learning_rate", "learning rate", span="half"),
-        single(*norm, span="half", marks=norm_marks),
+        single("Learning rate", "", "learning_rate", "learning rate"),
+        single(*norm, marks=norm_marks),
         single(*speed, from_zero=True),
         Plot("Time per step", "s", times, marks, from_zero=True),
         single(*memory, levels=_predicted(report), from_zero=True),
         Plot("The node of rank 0", "% in use", node, marks, from_zero=True),
-        single(*watts, span="half", from_zero=True),
-        single(*celsius, span="half"),
+        single(*watts, from_zero=True),
+        single(*celsius),
     ]
 
 
@@ -75,7 +75,7 @@ def _against(report: RunReport) -> list[Plot]:
     ):
         title = f"{title}, compared with {other.output_dir}"
         series = (Series("this run", _smoothed(mine), 1), Series("the other", _smoothed(theirs), 2))
-        found.append(Plot(title, "per label token", series, span="half"))
+        found.append(Plot(title, "per label token", series))
     return found
 
 

@@ -42,6 +42,11 @@ RESULTS: dict[str, Callable[[Any], str]] = {
     "peak_memory_gib": text.gib,
     "seconds": text.clock,
 }
+NAMES = {
+    "tokens_per_second_per_worker": "tokens/s per worker",
+    "peak_memory_gib": "peak memory, GiB",
+    "seconds": "time",
+}
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,13 @@ def read_runs(folders: Sequence[Path]) -> list[Compared]:
 
 
 def distinct(folders: Sequence[Path]) -> list[str]:
-    """Return as many last parts of each path as it takes to tell them apart."""
+    """Return as many last parts of each path as it takes to tell them apart; x/previous/1 of a run
+    that was kept.
+    """
+    kept = [2 if folder.name.isdigit() else 0 for folder in folders]
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        lasts = [-depth - more for more in kept]
+        names = ["/".join(folder.parts[last:]) for folder, last in zip(folders, lasts, strict=True)]
         if len(set(names)) == len(names):
             return names
     return [f"{folder} ({number})" for number, folder in enumerate(folders, 1)]
@@ -112,7 +121,7 @@ def results(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
         found = [value[-1][1] if isinstance(value, tuple) and value else value for value in found]
         if any(value not in (None, ()) for value in found):
             shown = (text.MISSING if v in (None, ()) else form(v) for v in found)
-            rows.append((name.replace("_", " "), *shown))
+            rows.append((NAMES.get(name, name.replace("_", " ")), *shown))
     return rows
 
 

@@ -21,8 +21,7 @@ MAX_POINTS = 400
 SPIKE = 20.0
 """Values above this multiple of the median, or steps of a key over this range, need a log axis."""
 ROUND = (1, 2, 2.5, 5, 10)
-SIZES = {"wide": (960, 260), "half": (470, 190), "third": (330, 190)}
-PHONE = "third"
+SIZES = {"wide": (960, 260), "half": (470, 190), "phone": (330, 190)}
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 16, 26  # margins of a drawing around its axes, in pixels
 CURVES: dict[str, dict[str, Any]] = {
     "line": {"linewidth": 1.6},
@@ -98,7 +97,7 @@ class Plot:
     marks: tuple[Mark, ...] = ()
     levels: tuple[Level, ...] = ()
     from_zero: bool = False
-    span: Literal["wide", "half", "third"] = "third"  # share of the page's width
+    span: Literal["wide", "half"] = "half"  # share of the page's width
     over: str = "step"
     """The horizontal axis. Steps begin at 0; of anything else, positive values that differ much get
     a logarithmic axis."""
@@ -142,7 +141,7 @@ def _drawable(plot: Plot) -> list[Series]:
 
 
 def _draw(plot: Plot, series: list[Series]) -> Drawing:
-    sizes = {"any": plot.span} if plot.span == PHONE else {"page": plot.span, "phone": PHONE}
+    sizes = {"page": plot.span, "phone": "phone"}
     keys = [(f"k{s.color} {s.style}", s.name) for s in series] if len(series) > 1 else []
     keys += [("level", level.label) for level in plot.levels]
     marks = dict.fromkeys(("alarm" if m.alarming else "mark", m.label) for m in plot.marks)

@@ -14,7 +14,12 @@ def make_run(folder: Path, rate: float, final: float) -> Path:
     folder.mkdir(parents=True)
     job = {"learning_rate": rate, "cutoff_len": 128, "output_dir": str(folder)}
     report = RunReport(
-        status="done", job=job, steps=50, eval_loss=((50, final),), train_loss=((50, 2.0),)
+        status="done",
+        job=job,
+        steps=50,
+        seconds=83.0,
+        eval_loss=((50, final),),
+        train_loss=((50, 2.0),),
     )
     record.write(report, folder)
     rows = [{"kind": "train", "step": s, "loss": 3 - s / 50 + 0.1 * (s % 2)} for s in range(1, 51)]
@@ -31,6 +36,7 @@ def runs(tmp_path):
 def test_runs_of_one_name_are_told_apart_by_their_folders(runs):
     assert distinct([Path("/a/x"), Path("/b/x")]) == ["a/x", "b/x"]
     assert distinct([Path("/a/x"), Path("/a/y")]) == ["x", "y"]
+    assert distinct([Path("/a/x"), Path("/a/x/previous/1")]) == ["x", "x/previous/1"]
     assert len(set(distinct([Path("/a"), Path("/a")]))) == 2
 
 
@@ -41,6 +47,7 @@ def test_keys_and_results_that_differ_are_listed(runs):
     assert "cutoff_len" not in keys
     assert list(keys) == ["learning_rate", "output_dir"], "keys that change nothing come last"
     assert ("eval loss", "2.5000", "2.7500") in results(read)
+    assert ("time", "1:23", "1:23") in results(read)
 
 
 def test_every_measure_has_a_line_for_each_run(runs):

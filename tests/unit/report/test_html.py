@@ -4,6 +4,8 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import pytest
+
 from raytrain_adv.report.html import render, write_html
 from raytrain_adv.report.parts import (
     Baseline,
@@ -225,10 +227,10 @@ def test_a_plot_has_the_page_s_colors_and_words():
     assert found.keys == [("mark", "$x_1$ resumed")] and "resumed" not in svg
 
 
-def test_a_wide_plot_has_a_second_drawing_for_phones():
-    found = drawing((1.0, 2.0), (3.0, 1.0), span="wide")
+@pytest.mark.parametrize("span", ["wide", "half"])
+def test_a_plot_has_a_second_drawing_for_phones(span):
+    found = drawing((1.0, 2.0), (3.0, 1.0), span=span)
     assert [shown for shown, _, _ in found.shapes] == ["page", "phone"]
-    assert [shown for shown, _, _ in drawing((1.0, 2.0), (3.0, 1.0)).shapes] == ["any"]
 
 
 def test_on_paper_nothing_is_cut_and_nothing_is_to_be_dragged():
