@@ -38,7 +38,8 @@ class Ratio(NamedTuple):
     figure: str = "seconds"
 
 
-STEPS = "bf16", "fp8", "qat int4", "qat int8", "fp8, qat int4", "lora", "fp8, lora", "fp8 base"
+STEPS = "bf16", "fp8", "fp8 head", "qat int4", "qat int8", "fp8, qat int4", "lora", "fp8, lora"
+STEPS = *STEPS, "fp8 base"
 LOSS, SMALL = ("torch", "chunked"), ("135m bf16", "135m bf16, no graph")
 VARIANTS = {name: "whole" for name in STEPS} | {name: "loss" for name in LOSS}
 VARIANTS |= {name: "small" for name in SMALL} | {"HF Trainer": "hf_trainer"}
@@ -46,6 +47,7 @@ VARIANTS |= {name: "small" for name in SMALL} | {"HF Trainer": "hf_trainer"}
 RATIOS = {
     "FP8": Ratio("fp8", "bf16"),
     "FP8, memory": Ratio("fp8", "bf16", "peak_gib"),
+    "FP8 head": Ratio("fp8 head", "fp8"),
     "QAT int4": Ratio("qat int4", "bf16"),
     "QAT int8": Ratio("qat int8", "bf16"),
     "QAT int4, memory": Ratio("qat int4", "bf16", "peak_gib"),

@@ -8,7 +8,7 @@
 and the hidden states; `step` whole training steps, compiled, without activation checkpointing. In
 both torch comes first and again last, so that what the card's clock does is seen. `@1024` and
 `@2048` are the chunked loss with chunks of that many tokens, `@float32` has its weight gradient
-added up in float32.
+added up in float32; `float8` is fp8_lm_head, alone.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from whole_steps import (
     reset_peak,
 )
 
+from raytrain_adv.ops.float8.head_loss import Float8Head
 from raytrain_adv.ops.loss import linear_cross_entropy as ops
 from raytrain_adv.ops.loss.function import cross_entropy_sum
 from raytrain_adv.ops.loss.head import BACKENDS, HeadLoss, install, remove
@@ -70,7 +71,9 @@ def alone(kernel: str, tokens: int, hidden: int, vocab: int, steps: int) -> Resu
     """Measure head and loss by themselves; gradients are held against torch's in float32."""
     torch.manual_seed(0)
     options = {"device": DEVICE, "dtype": torch.bfloat16}
-    weight = (0.02 * torch.randn(vocab, hidden, **options)).requires_grad_()
+    head = Float8Head.from_float(torch.nn.Linear(hidden, vocab, bias=False, **options))
+    head.weight.data.normal_(std=0.02)
+    weight = head.weight
     states = torch.randn(tokens, hidden, **options).requires_grad_()
     labels = torch.randint(0, vocab, (tokens,), device=DEVICE)
     compiled = torch.compile(cross_entropy_sum) if DEVICE.type == "cuda" else cross_entropy_sum
@@ -78,6 +81,8 @@ def alone(kernel: str, tokens: int, hidden: int, vocab: int, steps: int) -> Resu
     def loss_of() -> torch.Tensor:
         if kernel == "torch":
             return compiled(F.linear(states, weight), labels)
+        if kernel == "float8":
+            return head.cross_entropy(states, labels, LogitMap())
         return BACKENDS[kernel](states, weight, None, labels, LogitMap())
 
     def passes() -> None:

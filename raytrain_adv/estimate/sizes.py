@@ -15,6 +15,7 @@ from raytrain_adv.model.build import decoder_layers, parameter_dtype
 from raytrain_adv.model.offload import num_offloaded
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype, ends
 from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
+from raytrain_adv.ops.float8.head_loss import Float8Head, workspace
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
 from raytrain_adv.ops.loss.head import HeadLoss, loss_head, loss_of
 from raytrain_adv.ops.loss.linear_cross_entropy import MOST_ROUNDINGS, chunk_tokens
@@ -197,7 +198,7 @@ def _loss(model: PreTrainedModel, size: int, compiled: bool) -> Loss | LossInHea
         capped = getattr(config, "final_logit_softcapping", None) is not None
         return Loss(config.vocab_size, size, compiled, capped)
     trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
-    return LossInHead(in_head, config.hidden_size, size, trained)
+    return LossInHead(in_head, config.hidden_size, size, trained, isinstance(head, Float8Head))
 
 
 @dataclass(frozen=True)
@@ -241,10 +242,13 @@ class LossInHead:
     hidden: int
     size: int
     trained: int  # trained elements of the head
+    in_float8: bool = False
 
     def training(self, tokens: int) -> float:
         """Return the most bytes of a chunk and its gradients, in the forward pass."""
-        return self.evaluation(tokens) + self.gradient(tokens) + self.of_parameters(tokens)
+        factors = workspace(tokens, self.loss.vocab, self.hidden) if self.in_float8 else 0
+        gradients = self.gradient(tokens) + self.of_parameters(tokens)
+        return self.evaluation(tokens) + gradients + factors
 
     def evaluation(self, tokens: int) -> float:
         """Return the bytes of a chunk's logits, the most in a pass without gradients."""

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.errors import ClusterError, TrainingError
+from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.kernels.variants import numbers
 from raytrain_adv.text import first_line
-from raytrain_adv.transforms.modules import LINEAR, plan_linears
+from raytrain_adv.transforms.modules import LINEAR, class_name, fqn_of, output_head, plan_linears
 from raytrain_adv.transforms.transform import (
+    Change,
     Context,
     Gathering,
     Plan,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from raytrain_adv.hardware import HardwareFacts
 
 OWN = "raytrain_adv.ops.float8.linear.Float8Linear"
+HEAD = "raytrain_adv.ops.float8.head_loss.Float8Head"
 TORCHAO = "torchao.float8.float8_linear.Float8Linear"
 IN_BF16 = "experts, whose grouped products stay in bf16"
 MULTIPLE = 16
@@ -73,6 +75,8 @@ class Fp8(Transform):
     fp8_exclude: str | list[str] = ""
     """Linears to leave in bf16, comma separated or a list: names, ends of names (down_proj), or
     patterns (model.layers.0.*)."""
+    fp8_lm_head: bool = False
+    """Make the gradients of the head in FP8 too; its logits and the loss stay in bf16."""
     fp8_min_features: Annotated[int, Field(ge=0)] | None = None
     """Linears with fewer input or output features stay in bf16; none is the size measured for the
     recipe, 0 skips none for its size."""
@@ -102,6 +106,12 @@ class Fp8(Transform):
             text = "scales of several tokens would be those of a tile"
             fix = "set fp8_recipe: rowwise_with_gw_hp, or tiled_mlp: false"
             yield Problem(text, fix, "fp8_recipe and tiled_mlp")
+        kernel = "cut_cross_entropy" if job.flat().get("cut_cross_entropy") else "loss_kernel"
+        is_chunked = job.flat().get(kernel) in ("auto", "chunked") and not job.train.weighs_tokens
+        if self.fp8_lm_head and not is_chunked:
+            text = "the head's gradients are made in FP8 inside the chunked loss"
+            fix = "set loss_kernel: auto and no loss that weighs tokens, or fp8_lm_head: false"
+            yield Problem(text, fix, f"fp8_lm_head and {kernel}")
         if job.parallel.use_cpu and not self.fp8_allow_cpu:
             text = "FP8 requires Hopper architecture: H100, H200 or newer GPUs"
             fix = "set use_cpu: false, or fp8_allow_cpu: true, which is exact but slow"
@@ -124,12 +134,28 @@ class Fp8(Transform):
         changes, skipped = plan_linears(
             model, becomes, "fp8_exclude", given, self._why_not, lambda experts: IN_BF16
         )
+        if self.fp8_lm_head:
+            fqn, reason = self._find_head(model)
+            if reason:
+                fix = "set fp8_lm_head: false"
+                raise JobError("The head's gradients cannot be in FP8", f"{fqn}: {reason}", fix)
+            changes[fqn] = Change(LINEAR, HEAD)
+            del skipped[fqn]
         return Plan(self.name, changes, skipped, tuple(self._notes(context)))
+
+    @staticmethod
+    def _find_head(model: nn.Module) -> tuple[str, str]:
+        """Return the head's fqn, and why it cannot have its gradients in FP8, if so."""
+        head: Any = output_head(model)
+        fqn = fqn_of(model, head)
+        if fqn is None or class_name(head) != LINEAR:
+            return fqn or "none", "not a plain linear"
+        return fqn, _odd(head.in_features, head.out_features)
 
     def _why_not(self, linear: nn.Linear) -> str:
         sizes = (linear.in_features, linear.out_features)
-        if any(size % MULTIPLE for size in sizes):
-            return f"{sizes[0]} x {sizes[1]}: not divisible by {MULTIPLE}"
+        if odd := _odd(*sizes):
+            return odd
         given = self.fp8_min_features
         smallest = SMALLEST[self.fp8_recipe] if given is None else given
         if min(sizes) < smallest:
@@ -157,6 +183,7 @@ class Fp8(Transform):
         from torchao.float8 import float8_linear
 
         from raytrain_adv.ops.float8 import linear
+        from raytrain_adv.ops.float8.head_loss import Float8Head
 
         kind: Any = (linear if self.is_tensorwise else float8_linear).Float8Linear
         if not self.is_tensorwise:
@@ -166,12 +193,18 @@ class Fp8(Transform):
             # values they are computed from differ. Remove when pytorch#150859 is closed.
             torch._inductor.config.emulate_precision_casts = True
             _avoid_nan(torch.__version__)
-        for fqn in plan.changes:
-            model.set_submodule(fqn, kind.from_float(model.get_submodule(fqn), self._config()))
+        for fqn, change in plan.changes.items():
+            plain: Any = model.get_submodule(fqn)
+            is_head = change.after == HEAD
+            new = (
+                Float8Head.from_float(plain) if is_head else kind.from_float(plain, self._config())
+            )
+            model.set_submodule(fqn, new)
 
     def install(self, model: nn.Module, plan: Plan, worker: Worker) -> Plan:
         """Compare the product and gradients of each kind of linear, in each size, with those
         without FP8; on a GPU also the casts, bit for bit, in every tile size they may take there.
+        The head is tried with the loss, once weights are loaded.
         """
         import torch
 
@@ -181,7 +214,8 @@ class Fp8(Transform):
         device, dtype = worker.device, worker.dtype
         alike = ("in_features", "out_features", "scheme")
         kinds: dict[object, Any] = {}
-        for linear in map(model.get_submodule, plan.changes):
+        for fqn in (fqn for fqn, change in plan.changes.items() if change.after != HEAD):
+            linear = model.get_submodule(fqn)
             kind = (type(linear), *(vars(linear).get(name) for name in alike))
             kinds.setdefault(kind, linear)
         try:
@@ -240,6 +274,13 @@ class Fp8(Transform):
             from raytrain_adv.ops.float8.all_gather import update_scales
 
             update_scales(model)
+
+
+def _odd(in_features: int, out_features: int) -> str:
+    """Return why torch._scaled_mm cannot multiply with a linear of these sizes, if so."""
+    if in_features % MULTIPLE or out_features % MULTIPLE:
+        return f"{in_features} x {out_features}: not divisible by {MULTIPLE}"
+    return ""
 
 
 def _avoid_nan(torch_version: str) -> None:

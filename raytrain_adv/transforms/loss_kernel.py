@@ -123,9 +123,11 @@ class LossKernel(Transform):
         except JobError as refusal:
             if not self.is_auto:
                 raise
+            if key := own_loss(output_head(model)):
+                raise JobError(refusal.what, refusal.found, f"set {key}: false") from None
             why = f"loss_kernel: auto is torch for this model: {refusal.found}"
             return Plan(self.name, notes=(why,), empty_because=why)
-        after = _with_loss(head, self.kernel, self._is_plain(head))
+        after = _with_loss(head, self.kernel, self._reads_weight(head))
         changes = {fqn: Change(class_name(head), after)}
         return Plan(self.name, changes, notes=tuple(self._notes(model)))
 
@@ -172,6 +174,10 @@ class LossKernel(Transform):
     def _is_plain(head: nn.Module) -> bool:
         return class_name(head) == LINEAR and "forward" not in head.__dict__
 
+    def _reads_weight(self, head: nn.Module) -> bool:
+        """Whether the head's weight is multiplied with directly, also by its class's own loss."""
+        return self._is_plain(head) or bool(own_loss(head))
+
     def _notes(self, model: nn.Module) -> Iterator[str]:
         logit_map = read_logit_map(model)
         if self.is_auto:
@@ -194,7 +200,7 @@ class LossKernel(Transform):
             head = model.get_submodule(fqn)
             kernel: Any = self.kernel
             vocabulary = text_config(model).vocab_size
-            loss = HeadLoss(kernel, read_logit_map(model), self._is_plain(head), vocabulary)
+            loss = HeadLoss(kernel, read_logit_map(model), self._reads_weight(head), vocabulary)
             install(model, head, loss)
 
     def what_is(self, module: nn.Module) -> str:
@@ -205,6 +211,11 @@ class LossKernel(Transform):
         if loss is None:
             return class_name(module)
         return _with_loss(module, loss.kernel, loss.reads_weight)
+
+
+def own_loss(head: nn.Module | None) -> str:
+    """Return the job's key by which a head's class has a loss of its own; empty if it has none."""
+    return str(getattr(type(head), "key", "")) if hasattr(type(head), "cross_entropy") else ""
 
 
 def _with_loss(head: nn.Module, kernel: str, is_plain: bool) -> str:

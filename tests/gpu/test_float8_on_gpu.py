@@ -21,7 +21,9 @@ from raytrain_adv.ops.float8.cast import (
     tensorwise_scale,
     transposed,
 )
+from raytrain_adv.ops.float8.head_loss import Float8Head
 from raytrain_adv.ops.float8.linear import Float8Linear, linear
+from raytrain_adv.ops.loss.linear_cross_entropy import LogitMap, linear_cross_entropy
 from raytrain_adv.worker.checks.step import clip
 
 pytestmark = [
@@ -48,6 +50,26 @@ def test_the_cast_kernel_is_the_cast_to_the_bit(dtype, shape):
     again = cast_transposed(tensor, scale, dtype, scale)
     assert torch.equal(again.view(torch.uint8), expected.t())
     assert torch.equal(transposed(plain, scale).view(torch.uint8), expected.t())
+
+
+@pytest.mark.parametrize("tokens", [700, 9000])
+def test_a_heads_loss_is_bf16s_and_its_gradients_are_float8s_rounding_off(tokens):
+    """9,000 tokens are two groups, the second padded."""
+    torch.manual_seed(0)
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    rows = torch.randn(tokens, 256, **options, requires_grad=True)
+    head = Float8Head.from_float(torch.nn.Linear(256, 32_000, bias=False, **options))
+    head.weight.data.normal_(std=0.1)
+    labels = torch.randint(0, 32_000, (tokens,), device="cuda")
+    labels[100:300] = -100
+    ours = head.cross_entropy(rows, labels, LogitMap())
+    exact = linear_cross_entropy(rows, head.weight, None, labels, LogitMap())
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=0)
+    found, expected = (
+        torch.autograd.grad(loss * 0.3711, (rows, head.weight)) for loss in (ours, exact)
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).float().norm() < 0.06 * other.float().norm()
 
 
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])

@@ -45,13 +45,15 @@ def test_gathering_in_fp8_with_precomputed_scales_changes_no_bit(job_file, tmp_p
         workers,
         job("bf16", bf16=True),
         job("fp8", **FP8),
+        job("head", **FP8, fp8_lm_head=True),
         job("local", **{**FP8, **PURE}),
         job("gathered", **{**GATHERED, **PURE}),
         job("master-weights", **GATHERED),
     )
     reference = list(losses(tmp_path / "bf16").values())
     assert losses(tmp_path / "gathered") == losses(tmp_path / "local")
-    for name in ("fp8", "gathered", "master-weights"):
+    assert losses(tmp_path / "head") != losses(tmp_path / "fp8")
+    for name in ("fp8", "head", "gathered", "master-weights"):
         found = list(losses(tmp_path / name).values())
         assert found != reference, f"{name} trained in bf16"
         assert found == pytest.approx(reference, rel=5e-3), name

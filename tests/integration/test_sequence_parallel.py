@@ -68,18 +68,23 @@ def events_of(folder):
     return [row["loss"] for row in rows if row["kind"] == "eval"]
 
 
-def test_groups_that_share_sequences_train_as_workers_that_do_not(job_file, keys, tmp_path):
-    """Two groups of two workers, adapters, compiled layers; two workers again that do not share."""
+GROUPS = {
+    "plain": {"seed": 3},
+    "lora": {"finetuning_type": "lora", "lora_target": "all"},
+    "compiled": {"torch_compile": True, "gradient_checkpointing": "selective"},
+}
+FAST = "plain", "lora"
+COMPILED = pytest.param(["compiled"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("names", [FAST, COMPILED], ids=" ".join)
+def test_groups_that_share_sequences_train_as_workers_that_do_not(job_file, keys, tmp_path, names):
+    """Two groups of two workers, and two workers that do not share; adapters, compiled layers."""
     change_model(keys)
-    cases = {
-        "plain": {"seed": 3},
-        "lora": {"finetuning_type": "lora", "lora_target": "all"},
-        "compiled": {"torch_compile": True, "gradient_checkpointing": "selective"},
-    }
     shared = {"sequence_parallel_size": 2, "ray_num_workers": 4}
     both = {True: [], False: []}
-    for name, case in cases.items():
-        case.setdefault("disable_gradient_checkpointing", "torch_compile" not in case)
+    for name in names:
+        case = {"disable_gradient_checkpointing": name != "compiled", **GROUPS[name]}
         for shares, jobs in both.items():
             out, how = str(tmp_path / f"{name} {shares}"), shared if shares else {}
             if name == "lora":
@@ -88,7 +93,7 @@ def test_groups_that_share_sequences_train_as_workers_that_do_not(job_file, keys
             jobs.append(job_file(file, output_dir=out, **{"ray_num_workers": 2, **case, **how}))
     run_workers(2, *both[False])
     run_workers(4, *both[True])
-    for name in cases:
+    for name in names:
         one, other = (losses(tmp_path / f"{name} {shares}") for shares in (False, True))
         assert list(other.values()) == pytest.approx(list(one.values()), rel=1e-4), name
         assert len(one) == len(set(one.values())) == 6, name

@@ -193,8 +193,10 @@ def require_answer(address: str) -> None:
     if not colon or not port.isdigit():
         return
     try:
+        if int(port) >= 2**16:  # glibc takes the rest of a division by it
+            raise OSError(f"{port} is no port: at most {2**16 - 1}")
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         what, found = "The Ray cluster does not answer", f"address: {address}; {error}"
         raise ClusterError(what, found, f"check that the head node runs; {FIX}") from error
 

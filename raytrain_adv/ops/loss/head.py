@@ -119,6 +119,9 @@ def _head_forward(self: Any, hidden: Tensor, labels: Tensor | None = None) -> An
         return called_cross_entropy(
             rows, flat, _Plain(self), parameters, loss.vocab, loss.logit_map
         )
+    if own := getattr(type(self), "cross_entropy", None):
+        result: Tensor = own(self, rows, flat, loss.logit_map)
+        return result
     return BACKENDS[loss.kernel](rows, self.weight, self.bias, flat, loss.logit_map)
 
 

@@ -118,7 +118,7 @@ class _OfLinear(torch.autograd.Function):
         longest = max((part.stop - part.start for part in parts), default=0)
         buffer = hidden.new_empty((longest, weight.shape[0]))
         grad_hidden = torch.empty_like(hidden) if wants[0] else None
-        grad_weight = _Sum(weight, len(parts)) if wants[1] else None
+        grad_weight = WeightGradient(weight, len(parts)) if wants[1] else None
         grad_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if wants[2] else None
         for part in parts:
             rows = buffer[: part.stop - part.start]
@@ -142,7 +142,7 @@ class _OfLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_scaled(ctx, gradients[0]), None, None, None)
+        return (*scaled(ctx, gradients[0]), None, None, None)
 
 
 class _OfCalled(torch.autograd.Function):
@@ -182,11 +182,11 @@ class _OfCalled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        of_hidden, *of_trained = _scaled(ctx, gradients[0])
+        of_hidden, *of_trained = scaled(ctx, gradients[0])
         return (of_hidden, None, None, None, *of_trained)
 
 
-def _scaled(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+def scaled(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
     """Return the scaled gradients, and drop other references, so that autograd need not copy."""
     gradients: tuple[Tensor | None, ...] | None = ctx.gradients
     if gradients is None:
@@ -209,43 +209,42 @@ def scale_(x: Tensor, factor: Tensor) -> None:
         x.copy_(x.float() * factor)
 
 
-class _Sum:
-    """The weight's gradient, added up over chunks."""
+class WeightGradient:
+    """The weight's gradient, added up over products; in float32 if there are many."""
 
-    def __init__(self, weight: Tensor, num_chunks: int) -> None:
-        self.dtype = weight.dtype
-        exact = num_chunks > MOST_ROUNDINGS and weight.dtype.itemsize < 4
-        self.total = torch.empty_like(weight, dtype=torch.float32 if exact else weight.dtype)
-        self.is_first = True
-        if num_chunks == 0:
-            self.total.zero_()
+    def __init__(self, weight: Tensor, num_products: int) -> None:
+        self.weight = weight
+        is_exact = num_products > MOST_ROUNDINGS and weight.dtype.itemsize < 4
+        self.dtype = torch.float32 if is_exact else weight.dtype
+        self.total: Tensor | None = None
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add gradient.t() [vocabulary, tokens] @ hidden [tokens, hidden]."""
-        total, left = self.total, gradient.t()
-        if total.dtype == hidden.dtype:
-            if self.is_first:
-                torch.mm(left, hidden, out=total)
-            else:
-                total.addmm_(left, hidden)
-        elif total.is_cuda:
+        left, total = gradient.t(), self.total
+        if self.dtype == hidden.dtype and total is not None:
+            total.addmm_(left, hidden)
+        elif self.dtype != hidden.dtype and hidden.is_cuda:
             # A product of bf16 that is added to float32: torch 2.8 and newer, on GPUs.
+            self.total = torch.empty_like(self.weight, dtype=self.dtype) if total is None else total
             torch.addmm(
-                total,
+                self.total,
                 left,
                 hidden,
-                beta=0 if self.is_first else 1,
-                out_dtype=total.dtype,
-                out=total,
+                beta=int(total is not None),
+                out_dtype=self.dtype,
+                out=self.total,
             )
         else:
-            product = torch.mm(left, hidden)
-            total.copy_(product) if self.is_first else total.add_(product)
-        self.is_first = False
+            self.add_product(torch.mm(left, hidden))
+
+    def add_product(self, product: Tensor) -> None:
+        """Add a product [vocabulary, hidden], which is not used again."""
+        self.total = product.to(self.dtype) if self.total is None else self.total.add_(product)
 
     def result(self) -> Tensor:
         """Return the sum in the weight's dtype."""
-        return self.total.to(self.dtype)
+        total = torch.zeros_like(self.weight) if self.total is None else self.total
+        return total.to(self.weight.dtype)
 
 
 class _Chunk:

@@ -28,7 +28,7 @@ from raytrain_adv.ops.loss.head import (
 )
 from raytrain_adv.run.run import Run
 from raytrain_adv.text import first_line
-from raytrain_adv.transforms.loss_kernel import LossKernel
+from raytrain_adv.transforms.loss_kernel import LossKernel, own_loss
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.trial.compare import relative_errors
 
@@ -71,6 +71,7 @@ def check_loss(
     loss, plain_loss = ours[LOSS].item(), plain[LOSS].item()
     halved = input_dtype in (torch.bfloat16, torch.float16)
     loss_allowed, gradient_allowed = ALLOWED[torch.bfloat16 if halved else torch.float32]
+    gradient_allowed = getattr(type(head), "gradients_off", gradient_allowed)
     # A model may call a part of its body past it (TrOCR): its output is then seen in one pass only.
     errors = relative_errors(*({k: one[k] for k in ours if k in plain} for one in (ours, plain)))
     wrong = [
@@ -120,9 +121,13 @@ def _fall_back(
     plans: Mapping[str, Plan],
     refusal: TrainingError,
 ) -> dict[str, Plan]:
-    """Use torch's loss instead of auto's choice; raise the refusal if the job names the kernel."""
+    """Use torch's loss instead of auto's choice; raise the refusal if the job names the kernel, or
+    has a head with a loss of its own.
+    """
     if not job.transform(LossKernel).is_auto:
         raise refusal
+    if key := own_loss(head):
+        raise TrainingError(refusal.what, refusal.found, f"set {key}: false")
     remove(model, head)
     sentence = (
         f"loss_kernel: auto is torch after all: {refusal.what}: {refusal.found.splitlines()[0]}"

@@ -33,8 +33,10 @@ def trained(moved: int | None, compiled: bool = False, passes: int = 2, mode: st
     return [p.grad for p in model.parameters()], offload
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("moved", [0, 1, 2])
+COMPILED = [(2, True), *(pytest.param(n, True, marks=pytest.mark.slow) for n in (0, 1))]
+
+
+@pytest.mark.parametrize(("moved", "compiled"), [(0, False), (1, False), (2, False), *COMPILED])
 def test_gradients_are_those_of_checkpointing_alone_bit_by_bit(moved, compiled):
     expected, _ = trained(None, compiled)
     found, offload = trained(moved, compiled)

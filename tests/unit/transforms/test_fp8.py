@@ -12,8 +12,10 @@ from raytrain_adv.data.batches.collate import collate, pad_to
 from raytrain_adv.data.batches.sequences import Sequence
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.model.build import build
+from raytrain_adv.transforms import loss_kernel
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.fp8 import OWN, TORCHAO, Fp8, _avoid_nan
+from raytrain_adv.transforms.fp8 import HEAD, OWN, TORCHAO, Fp8, _avoid_nan
+from raytrain_adv.transforms.modules import class_name
 from raytrain_adv.transforms.transform import Change, Plan
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -159,6 +161,43 @@ def test_fp8_all_gather_is_refused_by_name_with_another_recipe(tmp_path):
         job_for(tmp_path, tmp_path, **keys)
     message = str(refusal.value)
     assert "fp8_enable_fsdp_float8_all_gather" in message and "rowwise" in message
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_a_head_with_gradients_in_fp8_computes_the_loss(tmp_path, tied, recipe):
+    shapes = {**WIDE, "tie_word_embeddings": tied}
+    keys = {"fp8_lm_head": True, "fp8_recipe": recipe, "fp8_min_features": 512}
+    job, model, plan = planned(tmp_path, shapes=shapes, **keys)
+    plans = Transforms(job).prepare(model, CPU)
+    assert list(plan.changes) == ["lm_head"] and class_name(model.lm_head) == HEAD
+    assert plans["loss_kernel"].changes["lm_head"].after == f"{HEAD} with the loss of chunked"
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"loss_kernel": "torch"}, "fp8_lm_head and loss_kernel"),
+        ({"cut_cross_entropy": True, "bf16": True}, "fp8_lm_head and cut_cross_entropy"),
+        ({"use_dft_loss": True}, "fp8_lm_head and loss_kernel"),
+    ],
+)
+def test_a_head_without_the_chunked_loss_is_refused(tmp_path, other, named):
+    with pytest.raises(JobError, match=named):
+        job_for(tmp_path, tmp_path, **{**KEYS, "fp8_lm_head": True, **other})
+
+
+def test_a_head_that_cannot_is_an_error_and_no_bf16_head(tmp_path):
+    with pytest.raises(JobError, match="lm_head: 64 x 97: not divisible by 16"):
+        planned(tmp_path, shapes={**WIDE, "vocab_size": 97}, fp8_lm_head=True)
+
+
+def test_a_head_whose_model_allows_no_chunked_loss_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_kernel, "_besides", lambda *parts: "adds a loss of its own")
+    with pytest.raises(JobError, match="adds a loss of its own") as refusal:
+        planned(tmp_path, fp8_lm_head=True)
+    assert "set fp8_lm_head: false" in refusal.value.fix
 
 
 def test_head_and_layers_of_odd_sizes_stay(tmp_path):

@@ -46,6 +46,9 @@ def test_a_cluster_that_does_not_answer_is_refused_at_once():
         for one in (address, f"ray://{address}", "127.0.0.1:99999"):
             with pytest.raises(ClusterError, match="does not answer"):
                 require_answer(one)
+        bound.listen()  # a port is not what remains of a larger number
+        with pytest.raises(ClusterError, match="is no port: at most 65535"):
+            require_answer(f"127.0.0.1:{bound.getsockname()[1] + 2**16}")
     assert time.monotonic() - start < 5
     require_answer("local")
     require_answer("auto")
