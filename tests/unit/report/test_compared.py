@@ -17,7 +17,8 @@ def make_run(folder: Path, rate: float, final: float) -> Path:
         status="done",
         job=job,
         steps=50,
-        seconds=83.0,
+        started_at=1000.0,
+        finished_at=1083.0,
         eval_loss=((50, final),),
         train_loss=((50, 2.0),),
     )
