@@ -52,7 +52,7 @@ def why_unreachable() -> str:
 
 
 def _offline(reason: str) -> str:
-    """Have the Hub's client read from its cache alone; return the reason."""
+    """Make the Hub's client read from its cache alone; return the reason."""
     from huggingface_hub import constants
 
     os.environ[SWITCH] = "1"

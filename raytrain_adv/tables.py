@@ -1,4 +1,4 @@
-"""Tables and sections by rich: at one width, and without color where the output is no terminal."""
+"""Tables and sections by rich: at one width, and without color where there is no terminal."""
 
 import io
 from collections.abc import Iterable, Iterator

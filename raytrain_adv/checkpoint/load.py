@@ -131,7 +131,7 @@ def _refused(path: pathlib.Path, wanted: str) -> StorageError:
     return StorageError(
         "The checkpoint contains more than data and was not read: it could run code",
         f"{path}: {wanted}",
-        "raytrain_adv did not write it, or somebody changed it: find out who can write there, "
+        "raytrain_adv did not write it, or someone changed it: find out who can write there, "
         "and resume from a checkpoint whose origin you know",
     )
 

@@ -147,7 +147,7 @@ def precision_keys(job: JobConfig) -> frozenset[str]:
 def refuse_other_job(
     job: JobConfig, found: Found, arithmetic: Arithmetic, free: frozenset[str]
 ) -> None:
-    """Refuse a checkpoint of other keys (but for those in `free`), other data, or another batch.
+    """Refuse a checkpoint of other keys (except those in `free`), other data, or another batch.
     Raises JobError naming each key that differs, with both values.
     """
     if not found.optimizer:

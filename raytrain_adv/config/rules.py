@@ -278,7 +278,7 @@ def _unmet(job: JobConfig) -> Iterable[Problem]:
 
 def _reference(job: JobConfig) -> Iterable[Problem]:
     if job.train.use_asft_loss and job.model.train_from_scratch:
-        text = "random weights are no model to stay near to"
+        text = "random weights are not a model to stay near to"
         yield Problem(text, "keep one of them", "use_asft_loss and train_from_scratch")
     teacher = job.train.distill_model_name_or_path
     if teacher is not None and not os.path.isfile(f"{teacher}/config.json"):

@@ -53,7 +53,7 @@ class Section(BaseModel):
     )
 
     feature: ClassVar[str] = ""
-    """The feature's title in the compatibility matrix; empty if these keys are no feature."""
+    """The feature's title in the compatibility matrix; empty if these keys are not a feature."""
     tried_with: ClassVar[dict[str, Any]] = {}
     """Keys and values with which tests enable the feature in a small model."""
     needs_gpu: ClassVar[bool] = False

@@ -140,7 +140,8 @@ class DataConfig(Section):
         try:
             shares = self.shares
         except ValueError:
-            yield Problem(f"{self.interleave_probs!r} is no list of numbers", "write 0.7,0.3", key)
+            text = f"{self.interleave_probs!r} is not a list of numbers"
+            yield Problem(text, "write 0.7,0.3", key)
             return
         if shares is not None and self.mix_strategy == "concat":
             fix = "set mix_strategy: interleave_under, or delete it"
@@ -224,7 +225,7 @@ class ParallelConfig(Section):
             )
             yield Problem(text, f"set {fix}", keys)
         elif self.activation_offloading and kept == "attention" and not self.torch_compile:
-            text = "only compiled layers let go of attention's results"
+            text = "only compiled layers release attention's results"
             yield Problem(text, "set torch_compile: true, or gradient_checkpointing: full", keys)
         for key in ("use_cpu", "fsdp_cpu_offload"):
             if self.fsdp_collectives == "copies" and getattr(self, key):

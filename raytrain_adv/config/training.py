@@ -152,7 +152,7 @@ class TrainConfig(Section):
 
     @property
     def weighs_tokens(self) -> bool:
-        """Whether the training loss is another than the cross-entropy."""
+        """Whether the training loss is not the cross-entropy."""
         return any(getattr(self, key) for key in OTHER_LOSSES)
 
     @property

@@ -268,7 +268,7 @@ class _Whole:
 
     @staticmethod
     def copies(s: States, job: JobConfig) -> _Whole:
-        """Return the copies of one worker: backward needs them, but for those that it makes."""
+        """Return the copies of one worker: backward needs them, except those that it makes."""
         kept = 0.0 if recomputes_casts(job) else s.layer_copy * s.num_layers
         root, one = s.root_copy, s.layer_copy
         return _Whole(root + kept, root + kept, root + max(kept, one), root + one, root + one, root)

@@ -100,7 +100,7 @@ def export_model(
 def write_base(
     model: PreTrainedModel, job: JobConfig, out_dir: Path, device: torch.device, max_file_bytes: int
 ) -> Path | None:
-    """Write the frozen model that the adapter belongs to, if it is another than the job's: adapters
+    """Write the frozen model that the adapter belongs to, if it is not the job's: adapters
     were merged into it, or PiSSA took out what its adapters started with; a collective.
     """
     if not job.transform(Lora).changes_base:

@@ -292,7 +292,7 @@ Lineage = list[ast.ClassDef]  # a class and its bases with source in the build, 
 
 
 def _declared(name: str, lineage: Lineage) -> Layer | None:
-    """Return the layer that a class declares; None if it is no layer."""
+    """Return the layer that a class declares; None if it is not a layer."""
     items = [item for node in lineage for item in node.body]
     methods = {item.name for item in items if isinstance(item, ast.FunctionDef)}
     if "forward" not in methods or name.startswith("_"):

@@ -147,5 +147,5 @@ def path_problems(path: str, key: str) -> Iterable[Problem]:
     try:
         Path(path).expanduser().exists()
     except (OSError, RuntimeError, ValueError) as error:
-        text = f"{show(path)} is no path: {first_line(error)[:80]}"
+        text = f"{show(path)} is not a path: {first_line(error)[:80]}"
         yield Problem(text, "give the path of a folder", key)

@@ -87,7 +87,7 @@ def python_name(folder: Path) -> str:
     for path in folder.rglob("*"):
         if not path.is_file() and (path.is_symlink() or not path.is_dir()):
             raise JobError(
-                f"the kernel in {folder} has an entry that is no file",
+                f"the kernel in {folder} has an entry that is not a file",
                 f"{path} is a link to {path.readlink()}" if path.is_symlink() else str(path),
                 "remove it: a build is files and folders, and is copied to the workers",
             )

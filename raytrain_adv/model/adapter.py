@@ -26,7 +26,7 @@ PREFIX = "base_model.model."
 
 
 def peft_names(model: PreTrainedModel) -> Callable[[str], str]:
-    """Return what gives an adapter parameter's name in PEFT's files, by its name in the model.
+    """Return a function: an adapter parameter's name in the model -> its name in PEFT's files.
 
     That function raises JobError if PEFT would not find the parameter under any name.
     """

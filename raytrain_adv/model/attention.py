@@ -72,7 +72,7 @@ def is_flash(model: PreTrainedModel) -> bool:
 
 def attention_of_parts(model: PreTrainedModel) -> dict[str, str]:
     """Return what computes attention by the name of the part's config, empty for the whole model:
-    text may use another than a tower does. transformers takes it as `attn_implementation`.
+    text may use a different one than a tower does. transformers takes it as `attn_implementation`.
     """
     config = model.config
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
@@ -127,7 +127,7 @@ def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> N
 
 def refuse_unsupported(job: JobConfig, model: PreTrainedModel) -> None:
     """Refuse a kernel of hub:<repo> for an architecture without flash attention, and to keep the
-    result of an attention that is no operator. Raises JobError naming the architecture.
+    result of an attention that is not an operator. Raises JobError naming the architecture.
     """
     name = model.config.get_text_config()._attn_implementation
     if name == "eager" and job.parallel.gradient_checkpointing == "attention":

@@ -26,7 +26,7 @@ def build(job: JobConfig) -> PreTrainedModel:
     Parameters are float32, or bfloat16 with pure_bf16 and for a LoRA run's frozen base in bf16.
     Tied weights are tied; the key-value cache is off; rotary tables keep float32. A multimodal
     model is of the checkpoint's own class, without the parts that text does not use. Raises
-    JobError when the model cannot be read, is no causal language model, or has no weights.
+    JobError when the model cannot be read, is not a causal language model, or has no weights.
     """
     model = build_whole(job)
     if is_multimodal(model):

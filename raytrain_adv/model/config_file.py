@@ -104,7 +104,7 @@ def unreadable(job: JobConfig, error: Exception) -> JobError:
 
 
 def refuse_kind(name: str, raw: dict[str, Any]) -> None:
-    """Refuse checkpoints with rounded weights, encoder-decoders, and what is no causal model."""
+    """Refuse checkpoints with rounded weights, encoder-decoders, and what is not a causal model."""
     formats.refuse_unknown(name, raw)
     named = raw.get("architectures")
     classes = [str(name) for name in named] if isinstance(named, list) else []
@@ -133,13 +133,13 @@ def refuse_sizes(name: str, config: PretrainedConfig) -> None:
     wrong = [f"{k}: {v}" for k, v in sizes.items() if isinstance(v, int) and v < 1]
     for key in NUMBERS:
         if isinstance(value := getattr(first, key, None), str | dict):
-            wrong.append(f"{key}: {value!r:.40} is no number")
+            wrong.append(f"{key}: {value!r:.40} is not a number")
     for key, value in first.to_dict().items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and key in POSITIVE and not value > 0:
             wrong.append(f"{key}: {value} is not positive")
         elif is_number and SHARE.search(key) and not 0 <= value <= 1:
-            wrong.append(f"{key}: {value} is no share, 0 to 1")
+            wrong.append(f"{key}: {value} is not a share, 0 to 1")
     if isinstance(layers := sizes["num_hidden_layers"], int) and layers > MOST_LAYERS:
         wrong.append(f"num_hidden_layers: {layers:,} is more than {MOST_LAYERS:,}")
     heads, groups = (sizes[key] for key in ATTENTION_SIZES)

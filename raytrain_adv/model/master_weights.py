@@ -71,8 +71,8 @@ class _Unit:
 def cast_in_forward(
     unit: nn.Module, dtype: torch.dtype, leave_out: Callable[[nn.Parameter], bool]
 ) -> None:
-    """Have a module compute with copies of its floating-point parameters in `dtype`, made in each
-    forward pass; but for those to leave out, such as those of a layer with hooks of its own.
+    """Make a module compute with copies of its floating-point parameters in `dtype`, made in each
+    forward pass; except those to leave out, such as those of a layer with hooks of its own.
     """
     places: dict[nn.Parameter, list[Place]] = {}
     for owner in unit.modules():

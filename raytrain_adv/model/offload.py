@@ -91,7 +91,7 @@ class Offload:
         setattr(layer, name, held)
 
     def _settle(self, number: int) -> None:
-        """Let go of the first that were on their way, once they have left."""
+        """Release the first that were on their way, once they have left."""
         for x, left in self.leaving[:number]:
             torch.cuda.current_stream(x.device).wait_event(left)
         del self.leaving[:number]

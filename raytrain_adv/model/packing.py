@@ -14,7 +14,7 @@ from raytrain_adv.model.sequence_parallel import WHOLE
 
 
 def hand_masks(model: PreTrainedModel, dtype: torch.dtype) -> RemovableHandle:
-    """Have a model get its masks from outside if it is given position ids and no mask: one for each
+    """Give a model its masks from outside if it is given position ids and no mask: one for each
     kind of its layers, and positions from where it counts. `dtype` is that of activations.
     """
     first = first_position(model)

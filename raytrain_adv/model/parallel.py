@@ -192,7 +192,7 @@ def ends(model: PreTrainedModel, job: JobConfig) -> tuple[nn.Module, ...]:
 
 
 def _cast(model: PreTrainedModel, unit: nn.Module, job: JobConfig) -> None:
-    """Have a layer, or the rest of the model, compute in the compute dtype, as FSDP2 would."""
+    """Make a layer, or the rest of the model, compute in the compute dtype, as FSDP2 would."""
     apart = (
         [] if unit is not model else [p for _, x in decoder_layers(model) for p in x.parameters()]
     )

@@ -78,7 +78,7 @@ def build_group(size: int, device: torch.device) -> dist.ProcessGroup:
 
 
 def split_attention(model: PreTrainedModel, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
-    """Have a model attend over the group when its inputs have WHOLE; `dtype` is of activations.
+    """Make a model attend over the group when its inputs have WHOLE; `dtype` is of activations.
     Raises JobError if its module has no attention function that could be called.
     """
     config = model.config.get_text_config()

@@ -120,7 +120,7 @@ def _used_by_text(model: PreTrainedModel, first_layer: nn.Module) -> str:
 
 
 def _hand_kinds(model: PreTrainedModel, wanted: str) -> bool:
-    """Have a model that wants the kind of each token get zeros, the kind of text; return whether it
+    """Give a model that wants the kind of each token zeros, the kind of text; return whether it
     wants that, and has not got it yet.
     """
     accepted = inspect.signature(model.forward).parameters

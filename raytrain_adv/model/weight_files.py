@@ -133,7 +133,7 @@ class CheckpointFiles:
     def replace(
         self, name: str, shape: tuple[int, ...], read: Callable[[Region | None], torch.Tensor]
     ) -> None:
-        """Have a tensor read by `read`, which returns a region of it, from now on."""
+        """Read a tensor by `read`, which returns a region of it, from now on."""
         self._instead[name] = read
         self.shapes = {**self.shapes, name: shape}
 
@@ -199,7 +199,7 @@ def tensor_files(folder: Path) -> dict[Path, list[str]]:
         )
     weight_map = read_json(index).get("weight_map")
     given: dict[str, Any] = weight_map if isinstance(weight_map, dict) else {"": weight_map}
-    # A file elsewhere is no part of the model: an index may come from anybody.
+    # A file elsewhere is not part of the model: an index may come from anyone.
     odd = [f for f in given.values() if not _is_name(f)]
     if odd:
         found = f"weight_map is to name files of the folder, and has {odd[0]!r:.80}"

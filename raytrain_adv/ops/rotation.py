@@ -48,7 +48,7 @@ def inject(model: nn.Module, config: OFTConfig, adapter: str) -> None:
 
 
 def compute_indices(model: nn.Module) -> None:
-    """Have the rotations of a model without memory compute their indices."""
+    """Make the rotations of a model without memory compute their indices."""
     for module in model.modules():
         if isinstance(module, OFTRotationModule):
             del module._buffers["rows"], module._buffers["cols"]

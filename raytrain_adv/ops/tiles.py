@@ -74,7 +74,7 @@ class Tiles:
 
     @contextmanager
     def holding(self, trained: list[Tensor], frozen: list[Tensor]) -> Iterator[None]:
-        """Have the module compute with these weights."""
+        """Make the module compute with these weights."""
         places = [*self.trained, *self.frozen]
         before = [owner._parameters[name] for owner, name in places]
         try:

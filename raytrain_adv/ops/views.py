@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def unalias(product: Tensor) -> Tensor:
-    """Return a tensor that is no view, of the same memory.
+    """Return a tensor that is not a view, of the same memory.
 
     With a bias PyTorch's linear of [..., in] returns a view of its product. Out of an autograd
     function autograd refuses to have such a view changed in place, as RoCBert does.

@@ -64,9 +64,9 @@ def is_read(model: nn.Module, name: str) -> bool:
 
 
 def names_to_store(model: PreTrainedModel) -> Callable[[str], str]:
-    """Return what gives the name under which transformers and PEFT read a tensor as the model's:
-    the model's own, or the checkpoint's if their mapping would change the model's own once more;
-    empty if they read none as it.
+    """Return the function that gives the name under which transformers and PEFT read a tensor as
+    the model's: the model's own, or the checkpoint's if their mapping would change the model's own
+    once more; empty if they read none as it.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange, WeightRenaming

@@ -226,7 +226,7 @@ class QuantizedBase(Transform):
         if self.quantization_bit == 4 and width % BLOCK:
             return f"{width} input features do not divide into blocks of {BLOCK}"
         if self.form.row_bytes(width) % size:
-            return f"{width} input features are no whole number of {size} bytes"
+            return f"{width} input features are not a whole number of {size} bytes"
         return ""
 
     def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:

@@ -136,8 +136,8 @@ def names(target: str, fqn: str) -> bool:
 
 
 def check_merged(folders: Iterable[str]) -> None:
-    """Refuse folders that are no adapters, or adapters of another base. Raises JobError, naming the
-    folder.
+    """Refuse folders that are not adapters, or adapters of another base. Raises JobError, naming
+    the folder.
     """
     for folder in folders:
         started = _read_config(folder).get("init_lora_weights")
@@ -149,7 +149,7 @@ def check_merged(folders: Iterable[str]) -> None:
 def check_continued(
     folder: str, kind: str, ours: Mapping[str, tuple[str, Any]], adapted: set[str], target_key: str
 ) -> None:
-    """Refuse to continue an adapter that is another than the job's.
+    """Refuse to continue an adapter that differs from the job's.
 
     `ours` has for entries of PEFT's file the key here and its value; `adapted` are the fqns of the
     planned linears. Raises JobError, naming what differs.
@@ -166,7 +166,7 @@ def check_continued(
         fix = "set " + ", ".join(f"{key}: {value}" for key, value in wrong.items())
         differ = ", ".join(f"{key} is {value}" for key, value in wrong.items())
         found = f"{Path(folder) / CONFIG}: {differ}"
-        raise JobError("The adapter to continue is another than the job's", found, fix)
+        raise JobError("The adapter to continue differs from the job's", found, fix)
 
 
 def _read_config(folder: str) -> dict[str, Any]:
@@ -175,6 +175,6 @@ def _read_config(folder: str) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         fix = f"name a folder with {CONFIG} and adapter_model.safetensors; one of the Hub's is "
         fix += "fetched by: hf download OWNER/NAME --local-dir FOLDER"
-        what = f"adapter_name_or_path: {folder} is no adapter of PEFT's"
+        what = f"adapter_name_or_path: {folder} is not an adapter of PEFT's"
         raise JobError(what, str(error), fix) from error
     return found

@@ -221,7 +221,7 @@ def _run(
     shape: tuple[int, int],
     noise: float = 0.0,
 ) -> _Pass:
-    """Run forward and backward pass on the same numbers each time, but for relative noise."""
+    """Run forward and backward pass on the same numbers each time, except for relative noise."""
     device, dtype = candidate.device, candidate.dtype
     called: set[str] = set()
     hooks = [

@@ -70,7 +70,7 @@ def check_attention(job: JobConfig, run: Run, model: PreTrainedModel) -> dict[st
 
 
 def training_loss(job: JobConfig, run: Run, model: PreTrainedModel) -> LossFunction | None:
-    """Return the loss of a job that takes another than the plain one; a reference is loaded."""
+    """Return the loss of a job whose loss is not the plain one; a reference is loaded."""
     train, compiled = job.train, job.parallel.torch_compile
     if train.use_dft_loss:
         return loss_function(model, compiled, dft_sum)

@@ -175,9 +175,9 @@ def forward_backward(
 
 
 def log_and_save(state: TrainState, checks: Checks, done: int) -> bool:
-    """Log, evaluate and save what is due after `done` steps; return whether the run goes on. Raises
-    Stopped on all ranks, if the run must stop before its end; Terminated on all ranks, if a process
-    must end before the run does.
+    """Log, evaluate and save what is due after `done` steps; return whether the run continues.
+    Raises Stopped on all ranks, if the run must stop before its end; Terminated on all ranks, if a
+    process must end before the run does.
     """
     last = done == state.arithmetic.total_steps
     saves, strategy = state.arithmetic.saves_after(done), state.job.output.save_strategy

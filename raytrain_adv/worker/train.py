@@ -149,7 +149,7 @@ def load_weights(
     run: Run, transforms: Transforms, model: PreTrainedModel, plans: Mapping[str, Plan]
 ) -> dict[str, Plan]:
     """Give the sharded model memory and values: the checkpoint's or random ones, those of what
-    transforms added, and of an adapter to go on from. Return the plans with what was found.
+    transforms added, and of an adapter to continue. Return the plans with what was found.
     """
     job = transforms.job
     weights.materialize(model, run.device, parallel.parameter_device(job))
@@ -173,7 +173,7 @@ def resume(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
 ) -> Progress | None:
-    """Load the checkpoint to go on from, if there is one, and return how far it is."""
+    """Load the checkpoint to continue from, if there is one, and return how far it is."""
     if found is not None:
         with run.phase("resume"):
             save.load(found, model, optimizer)

@@ -53,7 +53,7 @@ def _inner(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return the entries below a name; none if there is nothing."""
     value = config.get(name) or {}
     if not isinstance(value, Mapping):
-        raise Refused(f"{name}: {show(value)} is no mapping", f"write entries below {name}")
+        raise Refused(f"{name}: {show(value)} is not a mapping", f"write entries below {name}")
     return value
 
 
@@ -104,7 +104,7 @@ def _strategy(name: str) -> Pairs:
         raise Refused(f"{name}: the size of a group is not in it", fix)
     if name not in STRATEGIES:
         fix = f"give one of {', '.join(STRATEGIES)}, with or without offload"
-        raise Refused(f"{show(name)} is no sharding strategy", fix)
+        raise Refused(f"{show(name)} is not a sharding strategy", fix)
     yield from STRATEGIES[name].items()
 
 

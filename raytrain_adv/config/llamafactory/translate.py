@@ -48,7 +48,7 @@ def known_keys() -> Iterable[str]:
 
 
 def other_file(keys: Mapping[str, Any]) -> Problem | None:
-    """Return what a file is that is no training job; none if it is one, or neither."""
+    """Return what a file is that is not a training job; none if it is one, or neither."""
     for key, (what, fix) in FILES.items():
         if keys.get(key) and not keys.get("do_train"):
             return Problem(f"it is {what}", fix, key)

@@ -215,7 +215,7 @@ def _message(tags: Mapping[str, str], turn: dict[str, Any], number: int) -> Mess
         if message["role"] == "assistant":
             message |= weight
         elif turn.get(key) and not weight:
-            text = f"{name} is no answer and has {key} 1: answers alone are trained"
+            text = f"{name} is not an answer and has {key} 1: answers alone are trained"
             raise UnusableRow(f"{text}; make it 0 (train_on_prompt: true trains all messages)")
     return message
 

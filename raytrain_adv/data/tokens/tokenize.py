@@ -196,7 +196,7 @@ class Tokenizer:
 
 
 def _without_loss(conversation: Conversation, pieces: list[Piece]) -> list[Piece]:
-    """Return the pieces; answers with loss_weight 0 are no answers."""
+    """Return the pieces; answers with loss_weight 0 are not answers."""
     answers = [m for m in conversation.messages if m["role"] == "assistant"]
     silent = {number for number, m in enumerate(answers) if m.get("loss_weight") == 0}
     if not silent:

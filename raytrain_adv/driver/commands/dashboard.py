@@ -61,16 +61,13 @@ def dashboard_command(
     if write_only:
         return
     if "prometheus" not in commands:
+        grafana = commands.get("grafana", ["not in PATH either"])[0]
         raise ClusterError(
             "Prometheus is not installed here",
-            f"no prometheus in PATH; {_grafana_found(commands)}",
+            f"no prometheus in PATH; Grafana: {grafana}",
             f"apt install prometheus, or: docker compose -f {folder}/compose.yaml up",
         )
     run(folder, ray_folder, commands, ports)
-
-
-def _grafana_found(commands: Mapping[str, list[str]]) -> str:
-    return f"Grafana: {commands['grafana'][0]}" if "grafana" in commands else "Grafana: none either"
 
 
 def servers(folder: Path, ports: Ports) -> dict[str, list[str]]:

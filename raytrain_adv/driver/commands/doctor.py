@@ -173,7 +173,7 @@ class Examined:
             if UNFINISHED.fullmatch(name):
                 yield _taken(self.own, name, *LEFTOVER)
             elif name == STOP_FILE:
-                what = "somebody asked the run to stop, and it ended before it did so"
+                what = "someone asked the run to stop, and it ended before it did so"
                 yield _taken(self.own, name, what, "none: a rerun removes it when it starts")
 
     def _note_failed(self, run: Record, aside: SetAside) -> None:

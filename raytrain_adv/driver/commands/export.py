@@ -113,7 +113,7 @@ def _neither(source: str, folder: Path) -> JobError:
     runs = [path for path in folder.absolute().parents if (path / RUN_FILE).is_file()]
     if runs:
         found = f"it lies in the run {runs[0]}"
-        fix = f"raytrain-adv export {runs[0]}, with --checkpoint for another than its newest"
+        fix = f"raytrain-adv export {runs[0]}, with --checkpoint for one that is not its newest"
     elif not folder.is_dir():
         found = nearest_folders(folder)
     else:

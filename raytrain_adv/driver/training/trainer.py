@@ -136,7 +136,7 @@ def publish(
     job: JobConfig, folder: Path, report: RunReport, say: Callable[[str], None]
 ) -> RunReport:
     """Write the finished run's model cards, and upload its models if the job says so; return the
-    report, written again if anything was uploaded. What fails is told: the run stays done.
+    report, written again if anything was uploaded. What fails is reported: the run stays done.
     """
     try:
         write_cards(report, job)

@@ -141,7 +141,7 @@ def _has_ended(process: psutil.Process) -> bool:
 def watching_start(record: Callable[[BaseException], None]) -> Iterator[threading.Event]:
     """Watch Ray's own processes while the block starts Ray here, and runs on it once the yielded
     event is set: if one ends, `record` records how the launch ended, without calling Ray, and the
-    process ends. Ray would end it with exit code 1 and no word (2.60).
+    process ends. Ray would end it with exit code 1 and no message (2.60).
     """
     has_started = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -190,7 +190,7 @@ class Epitaph:
 
     def drop(self) -> None:
         """Print nothing any more."""
-        with self._lock, contextlib.suppress(OSError):  # somebody killed the shell
+        with self._lock, contextlib.suppress(OSError):  # someone killed the shell
             if self._shell.returncode is None:
                 self._shell.communicate(b"dropped\n")
 
@@ -208,7 +208,7 @@ def _log_folder(command: Sequence[str]) -> str:
 
 
 def _ended_at_start(name: str, pid: int, logs: str) -> ClusterError:
-    """Return why one of Ray's processes ended while Ray started, in its own last words."""
+    """Return why one of Ray's processes ended while Ray started, with its last message."""
     folder = logs or "session_latest/logs of Ray's folder, /tmp/ray by default"
     cause = last_words(Path(logs), name) if logs else ""
     found = f"{name}, process {pid}, {cause or 'without a word in its log'}"
@@ -220,7 +220,7 @@ def _ended_at_start(name: str, pid: int, logs: str) -> ClusterError:
 
 
 def _ended_later(name: str, pid: int, logs: str) -> HeadLost:
-    """Return that one of Ray's processes ended during a run, in its own last words."""
+    """Return that one of Ray's processes ended during a run, with its last message."""
     cause = last_words(Path(logs), name) if logs else ""
     return HeadLost(
         "Ray on this machine is gone: one of its processes ended",

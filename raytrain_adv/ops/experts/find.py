@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from raytrain_adv.errors import JobError
 
 ROUTER_PATH = re.compile(r"(^|\.)(\w*_)?(gate|gating|router)(\.|$)")
-"""Modules beside experts that choose among them; `gate_proj` is no such name."""
+"""Modules beside experts that choose among them; `gate_proj` is not such a name."""
 SORTED, TOP_K = ["hidden_states"], ["hidden_states", "top_k_index", "top_k_weights"]
 """What the forward passes of known layouts take."""
 

@@ -129,7 +129,7 @@ def activation_dtype(held: Any) -> str:
 
 
 def compute_experts(model: nn.Module) -> nn.Module:
-    """Have a model's experts computed from torchao's tensors, which transformers loads and torchao
+    """Compute a model's experts from torchao's tensors, which transformers loads and torchao
     cannot multiply in groups; adapters on them stay. Call it on what from_pretrained returns.
     """
     from raytrain_adv.ops.experts.adapted import adapt

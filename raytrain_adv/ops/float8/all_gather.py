@@ -145,7 +145,7 @@ class GatheredInFloat8(Tensor):
 
 
 def gather_in_float8(linear: nn.Linear) -> None:
-    """Have FSDP2 cast this linear's weight before it is gathered; call it before fully_shard.
+    """Make FSDP2 cast this linear's weight before it is gathered; call it before fully_shard.
 
     Source: torchao.float8.float8_linear.Float8Linear.from_float, which does it at conversion.
     """

@@ -79,8 +79,8 @@ def launch(source: Tensor, scale: Tensor, plain: Tensor | None, transposed: Tens
     rows, columns = source.shape
     dtype = transposed.dtype
     if source.element_size() != 2:
-        # Bytes that come of float32 are transposed wrongly inside a kernel, with every tile (triton
-        # 3.6 on an H100: tests/gpu). A separate kernel transposes them correctly.
+        # Bytes that come from float32 are transposed wrongly inside a kernel, with every tile
+        # (triton 3.6 on an H100: tests/gpu). A separate kernel transposes them correctly.
         whole = transposed.new_empty(source.shape) if plain is None else plain
         launch_plain(source, scale, whole)
         launch_transpose(whole, transposed)
@@ -201,7 +201,7 @@ def wrong_tiles(source_dtype: torch.dtype, device: torch.device) -> list[str]:
 
 @contextlib.contextmanager
 def _only(tile: Any) -> Iterator[None]:
-    """Have the tuners take one tile."""
+    """Make the tuners take one tile."""
     tuners = (_cast, _transpose)
     kept = [(tuner.configs, tuner.cache) for tuner in tuners]
     try:

@@ -36,7 +36,7 @@ class HeadLoss:
 
 
 def install(model: nn.Module, head: nn.Module, loss: HeadLoss) -> None:
-    """Have the head return the summed loss if it is given labels, and the model pass them on.
+    """Make the head return the summed loss if it is given labels, and the model pass them on.
 
     Without labels both do what they did. Deep copies of the model are copies of this too. `model`
     is a causal language model of transformers, changed in place; `head` what makes logits of its

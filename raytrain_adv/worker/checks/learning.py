@@ -9,14 +9,14 @@ from raytrain_adv.worker.checks.loss_guard import has_risen
 
 EVENT = "dead_run"
 NEAR = 0.03  # share of ln(vocabulary) within which a loss is one of guessing
-IN_A_ROW = 5  # logged losses of guessing, or zero norms, in a row that are told
+IN_A_ROW = 5  # logged losses of guessing, or zero norms, in a row that are reported
 FEWEST = 12  # logged losses that a verdict on the whole run needs
 FELL = 0.01  # share by which a held-out loss must have fallen to prove that the run learned
 TOO_HIGH = "lower learning_rate, add warmup_ratio"
 
 
 class LearningCheck:
-    """Judges the logged losses; each kind of dead run is told once, as an event and in the report.
+    """Judges the logged losses; each kind of dead run is shown once, as an event and in the report.
 
     `vocabulary` is the number of tokens that the model chooses from.
     """

@@ -139,7 +139,7 @@ def _wrong(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) -> list[s
 
 
 def _split(job: JobConfig, model: PreTrainedModel, run: Run) -> Apart:
-    """Have the modules that mix two conversations be called once for each."""
+    """Call the modules that mix two conversations once for each."""
     apart = Apart(model, _takes_positions(model))
     spans, dtype = [(0, LENGTHS[0]), (LENGTHS[0], sum(LENGTHS))], compute_dtype(job)
     rows = _Rows(model, run.device, "apart")

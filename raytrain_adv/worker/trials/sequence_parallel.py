@@ -26,7 +26,7 @@ Results = tuple[torch.Tensor, torch.Tensor]
 
 
 def split_sequences(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) -> str | None:
-    """Have the model attend over the workers that share sequences, tried on it; return how, for the
+    """Make the model attend over the workers that share sequences, tried on it; return how, for the
     report. Every rank calls this once weights are loaded, and gradients are cleared. Raises
     TrainingError on all ranks, if logits or gradients are not those of a worker alone.
     """

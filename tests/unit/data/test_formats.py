@@ -129,7 +129,7 @@ def test_a_weight_that_would_train_a_question_is_not_ignored(key):
     answer = {"role": "assistant", "content": "A"}
     question = {"role": "user", "content": "Q", key: 0}
     assert len(read({"messages": [question, answer]}).messages) == 2
-    with pytest.raises(UnusableRow, match=f"message 1 is no answer and has {key} 1"):
+    with pytest.raises(UnusableRow, match=f"message 1 is not an answer and has {key} 1"):
         read({"messages": [{**question, key: 1.0}, answer]})
 
 

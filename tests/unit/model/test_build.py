@@ -153,9 +153,9 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_pat
         ({"hidden_size": "wide"}, "transformers cannot build this model"),
         ({"num_attention_heads": 0}, "transformers cannot build this model"),
         ({"text_config": {"a": {}}}, "the config of its text: {'a': {}}"),
-        ({"sliding_window": {"a": 1}}, "sliding_window: {'a': 1} is no number"),
+        ({"sliding_window": {"a": 1}}, "sliding_window: {'a': 1} is not a number"),
         ({"max_position_embeddings": -1}, "max_position_embeddings: -1 is not positive"),
-        ({"attention_dropout": 7.0}, "attention_dropout: 7.0 is no share, 0 to 1"),
+        ({"attention_dropout": 7.0}, "attention_dropout: 7.0 is not a share, 0 to 1"),
         ({"num_hidden_layers": 10**7}, "num_hidden_layers: 10,000,000 is more than 4,096"),
     ],
 )

@@ -90,7 +90,7 @@ def test_more_layers_than_the_model_has_are_refused(tmp_path):
 
 def test_attentions_results_of_layers_that_are_not_compiled_are_refused(tmp_path):
     keys = {"activation_offloading": True, "gradient_checkpointing": "attention"}
-    with pytest.raises(JobError, match="only compiled layers let go of attention's results"):
+    with pytest.raises(JobError, match="only compiled layers release attention's results"):
         job_for("none", tmp_path, **keys)
     assert job_for("none", tmp_path, torch_compile=True, **keys)
 

@@ -157,7 +157,7 @@ def test_what_is_no_file_in_a_build_is_refused_by_its_path(make, tmp_path, kind)
         "pipe": lambda: os.mkfifo(odd),
     }[kind]()
     message = refusal(plan_with(make), str(folder))
-    assert "has an entry that is no file" in message and str(odd) in message
+    assert "has an entry that is not a file" in message and str(odd) in message
 
 
 def test_alone_it_is_ligers_norm_on_a_gpu_and_reports_why_it_is_nothing_elsewhere(make):
@@ -217,8 +217,8 @@ def test_trust_without_a_kernel_of_the_hub_is_said_to_change_nothing(
             "version: input should be a valid integer",
         ),
         ({"use_kernels": True, "kernel_name": []}, "kernel_name: [] is not accepted"),
-        ({"use_kernels": True, "kernel_name": "/" + 300 * "k"}, "is no path"),
-        ({"use_kernels": True, "kernel_name": "~nobody-here/k"}, "is no path"),
+        ({"use_kernels": True, "kernel_name": "/" + 300 * "k"}, "is not a path"),
+        ({"use_kernels": True, "kernel_name": "~nobody-here/k"}, "is not a path"),
         ({"use_kernels": True, "kernels_lock": "/" + 300 * "k"}, "kernels_lock"),
     ],
 )

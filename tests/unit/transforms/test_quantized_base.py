@@ -145,7 +145,7 @@ def test_a_width_whose_bytes_do_not_fill_an_item_stays_and_is_named(tmp_path):
     shapes = {**WIDE, "intermediate_size": 127}
     plan = planned(tmp_path, shapes=shapes, quantization_bit=8, lora_target="q_proj")
     odd = plan.skipped["model.layers.1.mlp.down_proj"]
-    assert odd == "127 input features are no whole number of 2 bytes"
+    assert odd == "127 input features are not a whole number of 2 bytes"
 
 
 def test_head_embedding_norms_and_odd_sizes_stay_and_are_named(tmp_path):

@@ -115,7 +115,7 @@ def stream(
 
     streamer.put = without_stops
     failed: list[Exception] = []
-    is_left = threading.Event()  # by the reader; another model's answer may go on
+    is_left = threading.Event()  # by the reader; another model's answer may continue
 
     def work() -> None:
         try:

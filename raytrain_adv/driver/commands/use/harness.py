@@ -75,7 +75,7 @@ def _name(file: Path) -> str:
     try:
         name = yaml.load(file.read_text(), Loader).get("task")
     except (yaml.YAMLError, AttributeError, OSError) as error:
-        raise JobError(f"{file} is no task file", first_line(error), "correct it") from error
+        raise JobError(f"{file} is not a task file", first_line(error), "correct it") from error
     if not isinstance(name, str):
         raise JobError(f"{file} names no task", "there is no key task in it", "add task: NAME")
     return name

@@ -115,7 +115,7 @@ def same_tokens(loaded: Loaded, first: Loaded) -> None:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """Return 1 if the answer is the reference, but for white space at its ends, else 0."""
+    """Return 1 if the answer is the reference, except for white space at its ends, else 0."""
     return float(answer.strip() == reference.strip())
 
 
@@ -137,7 +137,7 @@ def score_named(name: str) -> Score:
     finally:
         sys.path.remove(str(Path.cwd()))
     if not callable(found):
-        raise JobError(f"--score {name} is no function", type(found).__name__, fix)
+        raise JobError(f"--score {name} is not a function", type(found).__name__, fix)
     return scored(found, name)
 
 

@@ -63,7 +63,7 @@ def _completed(values: Any) -> tuple[dict[str, Any], bool]:
     if isinstance(values, str):
         values = {"instruction": values}
     if not isinstance(values, dict):
-        raise UnusableRow(f"a {type(values).__name__} is no prompt")
+        raise UnusableRow(f"a {type(values).__name__} is not a prompt")
     for column, (role, content, user) in TURNS.items():
         turns = values.get(column)
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
@@ -88,4 +88,4 @@ def _wrong(where: str, found: str) -> JobError:
         "write a text a line (.txt), or rows (.json, .jsonl) with prompt, instruction and input, "
         "question, or messages of role and content"
     )
-    return JobError(f"{where} is no prompt", found, fix)
+    return JobError(f"{where} is not a prompt", found, fix)

@@ -66,7 +66,7 @@ def changed(now: Sampling, given: Sequence[str]) -> Sampling:
             fix = (
                 f"did you mean {near}?" if near else f"there are {', '.join(Sampling.model_fields)}"
             )
-            problems.append(Problem(f"{show(item)} is no key of sampling", fix))
+            problems.append(Problem(f"{show(item)} is not a key of sampling", fix))
         else:
             values[key] = value
     try:

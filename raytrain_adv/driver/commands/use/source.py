@@ -28,7 +28,7 @@ class Source:
     folder: Path
     kind: Kind
     run: Path | None
-    """The output_dir of its run; none if it is no run's, or was moved."""
+    """The output_dir of its run; none if it is not a run's, or was moved."""
 
     @cached_property
     def keys(self) -> dict[str, Any]:

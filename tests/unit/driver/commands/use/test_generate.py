@@ -43,7 +43,7 @@ def test_prompts_are_read_in_every_layout_with_or_without_answers(tmp_path):
 
 
 def test_a_row_that_is_no_prompt_is_named(tmp_path):
-    with pytest.raises(JobError, match=r"p\.jsonl:2 is no prompt"):
+    with pytest.raises(JobError, match=r"p\.jsonl:2 is not a prompt"):
         read_prompts(written(tmp_path / "p.jsonl", ["One?", {"text": "x"}]))
 
 
