@@ -6,7 +6,7 @@ The tables apply only to keys that no section or transform owns.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 
 from raytrain_adv.config.llamafactory import keys as tables
 from raytrain_adv.config.llamafactory.keys import (
@@ -20,9 +20,8 @@ from raytrain_adv.config.llamafactory.keys import (
 )
 from raytrain_adv.config.llamafactory.sharding import SHARDING, map_sharding
 from raytrain_adv.config.problems import Problem, show
-from raytrain_adv.config.templates import Template
+from raytrain_adv.config.templates import TEMPLATES
 
-TEMPLATES: tuple[str, ...] = get_args(Template)
 UNSET_WHEN_NULL = {
     "packing", "report_to", "lr_scheduler_kwargs", "lora_alpha", "optim_args", "max_samples"
 }  # fmt: skip

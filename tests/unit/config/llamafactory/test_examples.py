@@ -178,7 +178,7 @@ def test_a_file_of_accelerate_gives_workers_precision_and_fsdp2(tmp_path: Path) 
         ("deepspeed", {"optimizer": {"type": "AdamW"}}, "its own optimizer"),
         ("deepspeed", "missing.json", "cannot be read"),
         ("fsdp", "hybrid_shard", "fsdp_shard_size"),
-        ("fsdp", "fast", "no sharding strategy"),
+        ("fsdp", "fast", "not a sharding strategy"),
         ("fsdp_config", {"unheard": 1}, "unheard"),
         ("fsdp_config", {"distributed_type": "DEEPSPEED"}, "deepspeed: FILE"),
         ("fsdp_config", {"distributed_type": "MULTI_GPU"}, "ray_num_workers"),
