@@ -29,8 +29,8 @@ def page() -> str:
         f"transformers {stored['transformers']}: {len(held)} families, {tried:,} of "
         f"{len(counted) * len(features):,} cells were tried: {counts}. Counted apart, as they see "
         f"the tokens that they would be trained to predict: {', '.join(seeing) or 'none'}; and as "
-        "their own forward pass in transformers takes no text without images or sound: "
-        f"{', '.join(refusing) or 'none'}.",
+        "their own forward pass in transformers takes no text without images or sound, or gives "
+        f"logits of other tokens: {', '.join(refusing) or 'none'}.",
         "",
         f"| family | {' | '.join(features)} |",
         f"| --- |{' --- |' * len(features)}",

@@ -225,6 +225,8 @@ def loss_of(model: Any, batch: Any) -> torch.Tensor:
     if model.training and model.config.model_type in WANT_KINDS:
         given["mm_token_type_ids"] = torch.zeros_like(ids)
     logits = model(**given).logits
+    if logits.shape[:2] != ids.shape:
+        raise Apart("its logits are of other tokens than those given: it is no next-token model")
     return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
 
 

@@ -64,12 +64,19 @@ def in_parts(plain: Any, args: Any, given: Any, spans: Sequence[Span]) -> Any:
     masks get theirs, without padding.
     """
     length = spans[-1][1]
-    multiple = 1 if any(_is_mask(one, length) for one in (*args, *given.values())) else MULTIPLE
+    multiple = 1 if _has_mask((*args, given), length) else MULTIPLE
     parts = []
     for start, end in spans:
         cut = partial(_cut, start=start, end=end, length=length, multiple=multiple)
         parts.append(_shortened(plain(*map(cut, args), **_each(cut, given)), end - start, multiple))
     return _joined(parts, [end - start for start, end in spans])
+
+
+def _has_mask(value: Any, length: int) -> bool:
+    if isinstance(value, tuple | list | dict):
+        inner = value.values() if isinstance(value, dict) else value
+        return any(_has_mask(one, length) for one in inner)
+    return _is_mask(value, length)
 
 
 def _is_mask(value: Any, length: int) -> bool:

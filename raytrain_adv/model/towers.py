@@ -139,9 +139,12 @@ def _hand_kinds(model: PreTrainedModel, wanted: str) -> bool:
 
 
 def _refuse_other_inputs(model: PreTrainedModel) -> None:
+    accepted = inspect.signature(model.forward).parameters
+    if "decoder_input_ids" in accepted:
+        raise _refusal(model, "its logits are of decoder_input_ids, not of what follows input_ids")
     needed = [
         name
-        for name, parameter in inspect.signature(model.forward).parameters.items()
+        for name, parameter in accepted.items()
         if parameter.default is parameter.empty and name not in FORWARD
     ]
     if needed:

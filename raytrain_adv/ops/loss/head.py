@@ -73,8 +73,12 @@ def body_of(model: nn.Module) -> nn.Module | None:
     if body is not model:
         return body  # type: ignore[no-any-return] # transformers has no types here
     # Llama 4's text model names a body that only its multimodal one has.
-    inner = [m for m in model.children() if hasattr(m, "base_model_prefix")]
-    return inner[0] if len(inner) == 1 else None
+    inner: list[Any] = [m for m in model.children() if hasattr(m, "base_model_prefix")]
+    if len(inner) != 1:
+        return None
+    # That of the multimodal one has the head inside.
+    one = inner[0]
+    return body_of(one) if one.get_output_embeddings() is not None else one
 
 
 def loss_of(module: nn.Module) -> HeadLoss | None:

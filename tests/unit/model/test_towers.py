@@ -14,6 +14,7 @@ from raytrain_adv.model.build import build
 from raytrain_adv.model.notes import model_notes
 from raytrain_adv.model.weights import load_pretrained, materialize
 from raytrain_adv.ops.absent import absent_modules
+from tests.multimodal_families import tiny_multimodal
 from tests.multimodal_models import FAMILIES, write_multimodal
 from tests.tiny_models import job_for
 
@@ -57,3 +58,21 @@ def test_a_missing_tensor_of_a_tower_stops_the_run(tmp_path: Path) -> None:
     materialize(model, CPU)
     with pytest.raises(JobError, match="1 missing"):
         load_pretrained(model, job, CPU)
+
+
+def test_a_model_of_text_that_it_denoises_is_refused(tmp_path: Path) -> None:
+    tiny_multimodal("diffusion_gemma").save_pretrained(tmp_path / "model")
+    with pytest.raises(JobError, match="cannot be trained on text alone") as refusal:
+        build(job_for(tmp_path / "model", tmp_path / "job"))
+    assert "decoder_input_ids" in refusal.value.found
+
+
+def test_a_model_that_wants_the_kind_of_each_token_is_told_that_it_is_text(tmp_path: Path) -> None:
+    tiny_multimodal("molmo2").save_pretrained(tmp_path / "model")
+    job = job_for(tmp_path / "model", tmp_path / "job")
+    model = build(job)
+    materialize(model, CPU)
+    load_pretrained(model, job, CPU)
+    with torch.no_grad():
+        alone, trained = (model.train(m)(input_ids=TOKENS).logits for m in (False, True))
+    assert torch.equal(alone, trained)
