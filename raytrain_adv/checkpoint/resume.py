@@ -100,7 +100,7 @@ def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
     own = newest(run.storage, run.attempt) if again else None
     found, free = own, frozenset[str]()
     if own is None and isinstance(run.resume, str):
-        found, free = _named(run.resume), precision_keys(job)
+        found, free = named(run.resume), precision_keys(job)
     elif own is None and run.resume:
         found = newest(run.storage)
     if found is not None:
@@ -122,7 +122,8 @@ def _pass_over_torn(run: Run) -> None:
         _pass_over(run, folder, damage)
 
 
-def _named(path: str) -> Found:
+def named(path: str) -> Found:
+    """Return the checkpoint at a path. Raises JobError if it is not complete, or damaged."""
     folder = Storage.at(path)
     found = find(folder)
     manifest = read_manifest(folder) if found is None else None

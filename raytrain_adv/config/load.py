@@ -41,9 +41,28 @@ def load(path: str | Path, overrides: Iterable[str] | None = None) -> JobConfig:
         raise job_error(source, [other])
     _override(document, overrides)
     section = document.entries.pop(sweep.KEY, None)
-    if section is None or section.value is None:
-        return _valid(source, document, *_check(source, document))
-    return _valid(source, document, *_check_sweep(source, document, section))
+    if section is not None and section.value is not None:
+        return _valid(source, document, *_check_sweep(source, document, section))
+    job, found = _check(source, document)
+    if left_out := _left_out(document, job):
+        job, found = _check(source, document)
+        job = replace(job, notes=(*job.notes, *left_out))
+    return _valid(source, document, job, found)
+
+
+def _left_out(document: Document, job: JobConfig) -> list[str]:
+    """Take out the file's keys of features that the command line turns off; return a note of each.
+    In a file alone they are refused: there they can be deleted.
+    """
+    entries, notes = document.entries, []
+    for transform, switches, key in list(rules.unused(job)):
+        switches = [next(iter(type(transform).model_fields)), *switches]
+        by = [one for one in switches if one in entries and entries[one].where == COMMAND_LINE]
+        if by and key in entries and entries[key].where != COMMAND_LINE:
+            off = f"{by[0]}={show(entries[by[0]].value, by[0])}"
+            where = entries.pop(key).where
+            notes.append(f"{where}: {key} is left out: {off} turns its feature off")
+    return sorted(notes)
 
 
 def load_keys(

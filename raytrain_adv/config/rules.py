@@ -1,7 +1,7 @@
 """Rules between keys of different sections: contradictions, and keys without effect."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -334,19 +334,23 @@ def switch(section: Section) -> str:
 
 def _turned_off(job: JobConfig) -> Iterable[Problem]:
     """Find keys of disabled transforms."""
+    for transform, switches, key in unused(job):
+        reason = f"with {' and '.join(switches)} as it is set" if switches else "by its own keys"
+        text = f"it has no effect: its feature is off {reason}"
+        on = next(iter(type(transform).model_fields))
+        yield Problem(text, f"delete it, or turn the feature on ({on})", key)
+
+
+def unused(job: JobConfig) -> Iterator[tuple[Section, list[str], str]]:
+    """Yield each disabled transform, the keys that disable it, and a key without effect."""
     for transform in job.transforms:
         if transform.enabled:
             continue
-        switches = " and ".join(
-            key for key in transform.model_fields_set if _is_switch(transform, key)
-        )
+        switches = [key for key in transform.model_fields_set if _is_switch(transform, key)]
         for key in transform.model_fields_set:
-            unused = not _is_switch(transform, key) and not transform.serves(key, job)
-            if transform.is_changed(key) and unused:
-                reason = f"with {switches} as it is set" if switches else "by its own keys"
-                text = f"it has no effect: its feature is off {reason}"
-                on = next(iter(type(transform).model_fields))
-                yield Problem(text, f"delete it, or turn the feature on ({on})", key)
+            used = key in switches or transform.serves(key, job)
+            if transform.is_changed(key) and not used:
+                yield transform, switches, key
 
 
 def _is_switch(transform: Section, key: str) -> bool:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from raytrain_adv import hardware
+from raytrain_adv.checkpoint.resume import named
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.prepare import PreparedData, prepare
 from raytrain_adv.data.shown import plain, shown_rows
@@ -49,6 +50,8 @@ def prepare_run(
     upload.check(job)
     if job.output.compare_with is not None:
         record.read(job.output.compare_with)  # if it is missing, fail now and not at the end
+    if isinstance(job.output.resume_from_checkpoint, str):
+        named(job.output.resume_from_checkpoint)  # the same
     start = time.perf_counter()
 
     def end(phase: str) -> None:

@@ -113,7 +113,7 @@ class LossGuard:
 
     def _stop(self, what: str, step: int, found: str, lower: str = LOWER) -> TrainingError:
         fix = (
-            f"{lower}, or set on_bad_loss: skip; the last checkpoint is intact "
+            f"{lower}, or set on_bad_loss: skip; checkpoints before it are intact "
             "(resume_from_checkpoint: true)"
         )
         return TrainingError(what, found, "\n".join([*self.remedies(step), fix]))

@@ -299,6 +299,21 @@ def test_adapter_keys_without_adapters_are_refused(folder: Path) -> None:
     assert "finetuning_type" in message
 
 
+def test_the_command_line_turns_a_feature_off_without_its_keys_in_the_file(folder: Path) -> None:
+    text = "lora_rank: 4\nenable_qat: true\nqat_group_size: 16\n"
+    job = job_of(folder, text, "finetuning_type=full", "enable_qat=false")
+    assert job.notes == (
+        "line 4: lora_rank is left out: finetuning_type='full' turns its feature off",
+        "line 6: qat_group_size is left out: enable_qat=false turns its feature off",
+    )
+    assert not {"lora_rank", "qat_group_size"} & job.flat(exclude_unset=True).keys()
+
+
+def test_a_key_on_the_command_line_of_a_feature_that_is_off_is_refused(folder: Path) -> None:
+    text, overrides = "enable_qat: true\n", ("enable_qat=false", "qat_group_size=16")
+    assert "command line: qat_group_size: it has no effect" in message_of(folder, text, *overrides)
+
+
 def test_adapter_keys_at_their_defaults_are_harmless_without_adapters(folder: Path) -> None:
     text = "finetuning_type: full\nlora_rank: 8\nuse_dora: false\nlora_target: all\n"
     assert not job_of(folder, text).transform(Lora).enabled
