@@ -148,8 +148,7 @@ class QuantizedBase(Transform):
                 fix = f"delete {key}, or set quantization_bit: 4"
                 yield Problem(text, fix, f"{key} and quantization_bit")
         if self.quantization_bit == 4 and self.quantization_type in ("fp8", "fp8_blocks"):
-            text = f"{self.quantization_type} has 8 bits"
-            fix = "set quantization_bit: 8, or quantization_type: nf4"
+            text, fix = "fp8 has 8 bits", "set quantization_bit: 8, or quantization_type: nf4"
             yield Problem(text, fix, "quantization_type and quantization_bit")
         for key in ("quantization_products", "quantization_allow_cpu"):
             if self.enabled and self.quantization_type != "fp8" and self.is_changed(key):
@@ -161,11 +160,12 @@ class QuantizedBase(Transform):
         """Refuse to merge adapters into quantized weights, and FP8 products on a CPU."""
         if self.multiplies_in_fp8 and job.parallel.use_cpu and not self.quantization_allow_cpu:
             text = "FP8 requires Hopper architecture: H100, H200 or newer GPUs"
-            fix = (
-                "set quantization_products: dequantized, or quantization_allow_cpu: true, which "
-                "is exact but slow"
-            )
+            fix = "set quantization_products: dequantized, or quantization_allow_cpu: true (slow)"
             yield Problem(text, fix, "quantization_type and use_cpu")
+        if self.multiplies_in_fp8 and job.flat().get("tiled_mlp"):
+            text = "scales of several tokens would be those of a tile"
+            fix = "set quantization_products: dequantized, or tiled_mlp: false"
+            yield Problem(text, fix, "quantization_type and tiled_mlp")
         adapters = job.flat()["adapter_name_or_path"]
         if len(adapters.split(",") if isinstance(adapters, str) else adapters or ()) > 1:
             text = "all but the last adapter are merged, into weights that are not quantized"

@@ -91,19 +91,19 @@ def mlps(model: nn.Module) -> Iterator[tuple[str, str]]:
 
     from raytrain_adv.ops.experts.find import routers, stacked
 
-    names = [name for name, _ in model.named_modules()]
+    modules = dict(model.named_modules())
     experts, choosing = set(stacked(model)), routers(model)
-    for fqn, module in model.named_modules():
+    for fqn, module in modules.items():
         if not is_mlp(fqn):
             continue
-        inside = [name for name in names if name.startswith(f"{fqn}.")]
+        inside = [name for name in modules if name.startswith(f"{fqn}.")]
         why = ""
         if experts & set(inside) or choosing & set(inside) or any("experts" in n for n in inside):
             why = "it routes tokens to experts"
         elif not hasattr(module, "tiles") and not _takes_one_tensor(module):
             why = "it takes more than its input"
-        elif any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules()):
-            why = "it has dropout, which backward would draw again"
+        elif drops := [n for n in inside if isinstance(m := modules[n], nn.Dropout) and m.p > 0]:
+            why = f"it has dropout ({drops[0]}), which backward would draw again"
         yield fqn, why
 
 

@@ -146,7 +146,8 @@ def test_dropout_is_refused_with_a_reason(tmp_path):
     job = job_for(write_checkpoint("gpt2", tmp_path / "model"), tmp_path, tiled_mlp=16)
     with pytest.raises(JobError) as refused:
         Transforms(job).prepare(build(job), CPU)
-    assert "it has dropout, which backward would draw again" in refused.value.found
+    reason = "it has dropout (transformer.h.0.mlp.dropout), which backward would draw again"
+    assert reason in refused.value.found
 
 
 def test_an_mlp_without_a_trial_is_refused(tmp_path):
@@ -169,6 +170,13 @@ def test_scales_of_several_tokens_are_refused(tmp_path, recipe):
     keys = {"fp8": True, "fp8_allow_cpu": True, "tiled_mlp": True}
     with pytest.raises(JobError, match="scales of several tokens would be those of a tile"):
         job_for("none", tmp_path, fp8_recipe=recipe, **keys)
+
+
+def test_scales_of_several_tokens_are_refused_on_a_stored_base_too(tmp_path):
+    keys = {"finetuning_type": "lora", "quantization_bit": 8, "quantization_type": "fp8"}
+    with pytest.raises(JobError, match="scales of several tokens would be those of a tile"):
+        job_for("none", tmp_path, tiled_mlp=True, **keys)
+    job_for("none", tmp_path, tiled_mlp=True, quantization_products="dequantized", **keys)
 
 
 def test_products_in_8_bits_with_exact_weight_gradients_are_tiled(tmp_path):
