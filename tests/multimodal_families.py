@@ -80,7 +80,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
                 "chunk_right_context": 50,
             },
         },
-        "word_timestamp_config": {"blank_token_id": 0},
+        "word_timestamp_config": {"blank_token_id": 0, "num_key_value_heads": 4},
     },
     "perception_lm": {
         "vision_config": {

@@ -41,7 +41,8 @@ PACKAGES = {"cut_cross_entropy": "cut-cross-entropy", "liger": "liger-kernel"}
 """Kernel -> the package it comes from."""
 SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Keys of model configs by which logits are multiplied: Cohere, Falcon-H1, Muse."""
-DIVISORS = ("logits_scaling",)  # keys by which logits are divided: Granite, MiniCPM
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+"""Keys by which logits are divided: Granite and MiniCPM, Inkling."""
 MULTIPLIED = "hyperclovax"  # beginning of the model types that multiply by those keys
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Keys that bend logits by tanh: Gemma, RecurrentGemma, xLSTM."""

@@ -1,13 +1,17 @@
 """Packed conversations are kept apart in the way that a model takes, or the job is refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from raytrain_adv.errors import TrainingError
-from raytrain_adv.model.build import decoder_layers
+from raytrain_adv.model import parallel
+from raytrain_adv.model.build import build, decoder_layers
 from raytrain_adv.model.packing import hand_masks
+from raytrain_adv.model.weights import load_pretrained, materialize
 from raytrain_adv.run.run import local_run
 from raytrain_adv.worker.trials import packing
 from raytrain_adv.worker.trials.packing import check_packing
@@ -89,6 +93,26 @@ def test_compiled_and_recomputed_layers_call_them_once_for_each(tmp_path):
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         results.append((logits.detach(), norm))
     torch.testing.assert_close(results[0], results[1])
+
+
+def packed_logits(folder: Path) -> torch.Tensor:
+    """Return a sharded model's logits of three packed conversations, called once for each."""
+    job = job_for(folder, folder.parent / f"job{dist.get_rank()}", neat_packing=True, use_cpu=True)
+    model, cpu = build(job), torch.device("cpu")
+    parallel.shard(model, job, parallel.build_mesh(job, cpu))
+    materialize(model, cpu)
+    load_pretrained(model, job, cpu)
+    assert check_packing(job, model, local_run(job)) == "apart"
+    positions = torch.cat([torch.arange(n) for n in (9, 20, 19)])[None]
+    ids = torch.arange(48)[None]
+    return model(input_ids=ids, position_ids=positions, use_cache=False).logits.detach()
+
+
+def test_ranks_with_shards_call_them_once_for_each_too(tmp_path):
+    tiny_model("lfm2").save_pretrained(tmp_path / "model")
+    (alone,) = run_ranks(packed_logits, 1, tmp_path, tmp_path / "model")
+    for found in run_ranks(packed_logits, 2, tmp_path, tmp_path / "model"):
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", MIXING)
