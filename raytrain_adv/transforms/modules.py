@@ -198,6 +198,9 @@ def _named_by(model: nn.Module, method: str) -> nn.Module | None:
     found: nn.Module | None = None
     if isinstance(model, PreTrainedModel):
         found = getattr(model, method)()
+        if found is None:  # Nemotron-H Omni: that of a causal model inside, which it does not name
+            inner = (_named_by(child, method) for child in model.children())
+            found = next((one for one in inner if one is not None), None)
     return found
 
 

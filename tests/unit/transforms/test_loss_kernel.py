@@ -13,11 +13,12 @@ from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model.build import build
 from raytrain_adv.ops.loss import linear_cross_entropy as ops
 from raytrain_adv.ops.loss.function import cross_entropy_sum, loss_function
-from raytrain_adv.ops.loss.head import loss_in_head, loss_of, takes_labels
+from raytrain_adv.ops.loss.head import body_of, loss_in_head, loss_of, takes_labels
 from raytrain_adv.run.run import local_run
 from raytrain_adv.transforms import loss_kernel
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.loss_kernel import LossKernel, read_logit_map
+from raytrain_adv.transforms.modules import output_head
 from raytrain_adv.trial.compare import relative_error
 from raytrain_adv.worker.trials.loss import check_loss
 from tests.families import tiny_model
@@ -328,3 +329,10 @@ def test_a_forward_pass_of_the_models_own_is_not_passed_by(tmp_path):
 def test_logits_are_scaled_only_if_the_models_own_code_does_it():
     assert read_logit_map(tiny_model("cohere2")).scale == 0.0625
     assert read_logit_map(tiny_multimodal("aya_vision")).scale == 1.0
+
+
+def test_the_head_of_a_causal_model_inside_makes_the_logits():
+    model = tiny_multimodal("nemotron_h_omni")
+    assert model.get_output_embeddings() is None  # it does not name it
+    assert output_head(model) is model.language_model.lm_head
+    assert body_of(model) is model.language_model.model
