@@ -148,7 +148,7 @@ def preflight_once(job: Any, count: int) -> dict[str, Any]:
 
     before, begin = taken(), time.perf_counter()
     found = verdicts.check_nodes(
-        nodes.resolve_placement(job, False),
+        nodes.resolve_placement(job),
         Transforms(job),
         lambda nodes: probe.read_nodes(nodes, TIMEOUT_S),
     )

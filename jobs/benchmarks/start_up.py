@@ -276,7 +276,7 @@ def verdicts(count: int) -> dict[str, float]:
     nodes = [
         Node(f"10.0.{n // 250}.{n % 250}", resources, node_id=f"{n:056x}") for n in range(count)
     ]
-    placement = Placement(8 * count, {"GPU": 1.0, "CPU": 1.0}, True, False, "")
+    placement = Placement(8 * count, {"GPU": 1.0, "CPU": 1.0}, True, "")
     reading = node_with(H100, num_gpus=8)
     start = time.perf_counter()
     judged = [preflight.judge(placement, Transforms(job), node, reading) for node in nodes]

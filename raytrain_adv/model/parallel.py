@@ -114,7 +114,7 @@ def parameter_device(job: JobConfig) -> torch.device | None:
     return torch.device("cpu") if job.parallel.fsdp_cpu_offload else None
 
 
-def needs_fsdp(model: nn.Module, job: JobConfig, mesh: DeviceMesh | None) -> bool:
+def needs_fsdp(job: JobConfig, mesh: DeviceMesh | None) -> bool:
     """Whether fully_shard has anything to do: ranks to share with, or CPU offload.
 
     With nothing to do FSDP2 would still copy every parameter and gradient (8 % of a step on an
@@ -141,7 +141,7 @@ def shard(
         if not job.parallel.use_cpu:
             refuse_wrong_slices(model, triton_version())
     shard_module = None
-    if needs_fsdp(model, job, mesh):
+    if needs_fsdp(job, mesh):
         copied = _copying(job, mesh) if copies and mesh is not None else None
         shard_module = _sharder(job, mesh, _sum_dtype(model, job, mesh, copies), copied)
     frozen = set[nn.Parameter]()

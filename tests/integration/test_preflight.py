@@ -96,8 +96,8 @@ def test_an_fp8_job_is_placed_on_the_h100_node_only(simulated, make_job):
         return ",".join(nodes)
 
     job = make_job(ray_num_workers=2, fp8=True, bf16=True)
-    found = verdicts.check_nodes(resolve_placement(job, False), Transforms(job), by_kind())
-    placement = verdicts.place(job, resolve_placement(job, False), found)
+    found = verdicts.check_nodes(resolve_placement(job), Transforms(job), by_kind())
+    placement = verdicts.place(job, resolve_placement(job), found)
     assert placement.label_selector == {"ray.io/node-id": f"!in({id_of('A100')})"}
     result = TorchTrainer(
         where,
@@ -126,7 +126,7 @@ def test_too_many_workers_are_refused_at_once_and_nothing_is_reserved(simulated,
     job = make_job(ray_num_workers=4, fp8=True, bf16=True)
     before = len(placement_group_table())
     start = time.monotonic()
-    placement = resolve_placement(job, False)
+    placement = resolve_placement(job)
     found = verdicts.check_nodes(placement, Transforms(job), by_kind())
     with pytest.raises(ClusterError, match="FP8 requires Hopper") as error:
         verdicts.place(job, placement, found)
@@ -137,7 +137,7 @@ def test_too_many_workers_are_refused_at_once_and_nothing_is_reserved(simulated,
 
 def test_a_node_without_torch_is_left_out(simulated, make_job):
     job = make_job(ray_num_workers=2)
-    placement = resolve_placement(job, False)
+    placement = resolve_placement(job)
     read = by_kind(H100=without("torch", READINGS["H100"]))
     found = verdicts.check_nodes(placement, [], read)
     assert verdicts.place(job, placement, found).avoided == (id_of("H100"),)
@@ -146,7 +146,7 @@ def test_a_node_without_torch_is_left_out(simulated, make_job):
 
 def test_two_nodes_with_different_torchao_are_refused(simulated, make_job):
     job = make_job(ray_num_workers=6)
-    placement = resolve_placement(job, False)
+    placement = resolve_placement(job)
     found = verdicts.check_nodes(placement, [], by_kind(H100=node_with(H100, torchao="0.17.0")))
     with pytest.raises(ClusterError, match="Versions differ between the nodes") as error:
         verdicts.place(job, placement, found)
@@ -197,7 +197,7 @@ def test_the_real_probe_reads_every_node_though_all_of_it_is_reserved(simulated)
 
 def test_a_wait_counts_only_the_nodes_that_may_be_used(simulated, make_job):
     job = make_job(ray_num_workers=2)
-    anywhere = resolve_placement(job, False)
+    anywhere = resolve_placement(job)
     on_h100 = dataclasses.replace(anywhere, avoided=(id_of("A100"),))
     nowhere = dataclasses.replace(anywhere, avoided=(id_of("A100"), id_of("H100")))
     assert free_resources(on_h100).get("GPU", 0.0) <= 2
@@ -211,7 +211,7 @@ def test_a_node_that_dies_during_the_probe_is_left_out_and_the_others_are_used(s
     doomed = add(simulated, "H200", 2)
     lost = id_of("H200")
     job = make_job(ray_num_workers=2, fp8=True, bf16=True)
-    placement = resolve_placement(job, False)
+    placement = resolve_placement(job)
 
     def read(nodes: Sequence[Node]) -> Mapping[str, Reading | str]:
         simulated.remove_node(doomed, allow_graceful=False)

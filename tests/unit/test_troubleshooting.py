@@ -70,7 +70,7 @@ def test_the_driver_reports_it_of_a_node_as_probed(
     make_job: Callable[..., Any], message: str
 ) -> None:
     reading, keys = NODES[message]
-    placement = Placement(1, {"GPU": 1.0}, True, False, "")
+    placement = Placement(1, {"GPU": 1.0}, True, "")
     node = Node("10.0.0.7", {"GPU": 2.0, "CPU": 8.0}, node_id="id7")
     verdict = verdicts.judge(placement, Transforms(make_job(**keys)), node, reading)
     holds(message, verdict.refusal, verdict.fix)

@@ -48,7 +48,6 @@ class Placement:
     num_workers: int  # number of workers; the largest one if it may change
     bundle: dict[str, float]  # what each worker reserves
     use_gpu: bool
-    started_here: bool  # whether this driver started the cluster
     note: str  # the request in a sentence, for the console
     avoided: tuple[str, ...] = ()  # ids of the nodes that preflight excluded
     avoided_accelerators: tuple[str, ...] = ()  # types that an autoscaler must not start for this
@@ -126,7 +125,7 @@ def _refuse_without_gpu(job: JobConfig, reason: str) -> None:
         raise JobError("fsdp_collectives: copies, but there is nothing to copy", reason, fix)
 
 
-def resolve_placement(job: JobConfig, started_here: bool) -> Placement:
+def resolve_placement(job: JobConfig) -> Placement:
     """Resolve what is auto. Raises ClusterError at once if the cluster cannot run the workers, and
     JobError if the job requires what is for GPUs and they compute on the CPU.
     """
@@ -144,15 +143,15 @@ def resolve_placement(job: JobConfig, started_here: bool) -> Placement:
         workers = int(num_gpus / bundle["GPU"]) if use_gpu else CPU_WORKERS
     most = max(workers if isinstance(workers, int) else max(workers), 1)
     note = describe_request(job, most, bundle)
-    placement = Placement(most, bundle, use_gpu, started_here, note, numbers=numbers(job))
+    placement = Placement(most, bundle, use_gpu, note, numbers=numbers(job))
     _refuse_misfit(job, placement, possible)
     return placement
 
 
-def one_worker(started_here: bool) -> Placement:
+def one_worker() -> Placement:
     """Return the placement of the smallest job: one GPU, or one CPU if no node has a GPU."""
     use_gpu = any(node.resources.get("GPU", 0.0) >= 1 for node in alive_nodes())
-    return Placement(1, {"GPU": 1.0} if use_gpu else {"CPU": 1.0}, use_gpu, started_here, "")
+    return Placement(1, {"GPU": 1.0} if use_gpu else {"CPU": 1.0}, use_gpu, "")
 
 
 def describe_request(job: JobConfig, workers: int, bundle: Mapping[str, float]) -> str:

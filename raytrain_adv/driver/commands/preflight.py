@@ -17,13 +17,12 @@ def show(job: JobConfig | None, read: Read = read_nodes) -> None:
     started or trained. Raises ClusterError or JobError if the job cannot run.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    started_here = connect.connect(job)
-    if started_here:
+    if connect.connect(job):
         console.print("Ray was started on this machine: RAY_ADDRESS names no cluster", style="dim")
     if job is None:
-        tables.show(table.view(verdicts.check_nodes(nodes.one_worker(started_here), (), read)))
+        tables.show(table.view(verdicts.check_nodes(nodes.one_worker(), (), read)))
         return
-    placement = nodes.resolve_placement(job, started_here)
+    placement = nodes.resolve_placement(job)
     found = verdicts.check_nodes(placement, list(Transforms(job)), read)
     tables.show(table.view(found))
     placement = verdicts.place(job, placement, found)

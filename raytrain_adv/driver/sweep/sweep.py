@@ -169,12 +169,11 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
         return
     with ExitStack() as watched:
         has_started = watched.enter_context(watching_start(results.fail))
-        started_here = connect.connect(job)
-        print("Ray started on this machine" if started_here else "joined Ray")
+        print("Ray started on this machine" if connect.connect(job) else "joined Ray")
         print(f"dashboard: {connect.describe_dashboard()}")
         has_started.set()
         watched.enter_context(HeadWatch(head_address(), results.fail).watching())
-        room = find_room(todo, started_here, read)
+        room = find_room(todo, read)
         print(table.render(room.found))
         total_steps = _prepare_data(todo, room)
         at_once = min(room.at_once, len(todo))
@@ -310,7 +309,7 @@ class Room:
     placement: Placement  # that trial's placement
 
 
-def find_room(trials: Sequence[Trial], started_here: bool, read: Read) -> Room:
+def find_room(trials: Sequence[Trial], read: Read) -> Room:
     """Check the placements, probing once for equal ones. Raises ClusterError if none can run."""
     rooms: list[Room] = []
     errors: list[ClusterError] = []
@@ -319,7 +318,7 @@ def find_room(trials: Sequence[Trial], started_here: bool, read: Read) -> Room:
         jobs.setdefault(_request(trial.job), trial.job)
     for job in jobs.values():
         try:
-            rooms.append(_room(job, started_here, read))
+            rooms.append(_room(job, read))
         except ClusterError as error:
             errors.append(error)
     if not rooms:
@@ -333,8 +332,8 @@ def _request(job: JobConfig) -> str:
     return json.dumps([ray, job.parallel.use_cpu, transforms], default=str, sort_keys=True)
 
 
-def _room(job: JobConfig, started_here: bool, read: Read) -> Room:
-    placement = resolve_placement(job, started_here)
+def _room(job: JobConfig, read: Read) -> Room:
+    placement = resolve_placement(job)
     found = verdicts.check_nodes(placement, list(Transforms(job)), read)
     placement = verdicts.place(job, placement, found)
     nodes = [verdict.node for verdict in found.accepted]

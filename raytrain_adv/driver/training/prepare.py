@@ -66,7 +66,7 @@ def prepare_run(
     watch = HeadWatch(address, record_end)
     watched.enter_context(watch.watching())
     has_started.set()
-    placement = nodes.resolve_placement(job, started_here)
+    placement = nodes.resolve_placement(job)
     end("Ray")
     found = verdicts.check_nodes(placement, list(Transforms(job)), read)
     progress.preflight = table.report(found)

@@ -40,7 +40,7 @@ def on_gpus(*counts: int) -> list[Node]:
 
 
 def requests(*numbers: int) -> Placement:
-    return Placement(numbers[-1], {"GPU": 1.0}, True, False, "", numbers=numbers)
+    return Placement(numbers[-1], {"GPU": 1.0}, True, "", numbers=numbers)
 
 
 def test_the_numbers_of_workers_are_those_that_keep_the_batch(make_job):

@@ -27,7 +27,7 @@ def test_what_is_for_gpus_is_refused_before_workers_start_without_one(
     monkeypatch.setattr(nodes, "alive_nodes", lambda: [Node("10.0.0.1", has)])
     monkeypatch.setattr(nodes, "scalable_nodes", list)
     job = make_job(ray_num_workers=1, **changed)
-    assert not resolve_placement(job, False).use_gpu
+    assert not resolve_placement(job).use_gpu
     with pytest.raises(JobError, match=f"{key}: ") as caught:
-        resolve_placement(make_job(ray_num_workers=1, **{key: value}, **changed), False)
+        resolve_placement(make_job(ray_num_workers=1, **{key: value}, **changed))
     assert caught.value.found == "no worker has a GPU"

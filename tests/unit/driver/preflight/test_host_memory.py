@@ -26,7 +26,7 @@ from tests.readings import H100, node_with
 
 
 def found_on(*readings: Reading, workers: int = 2) -> Preflight:
-    placement = Placement(workers * len(readings), {"GPU": 1.0}, True, False, "")
+    placement = Placement(workers * len(readings), {"GPU": 1.0}, True, "")
     verdicts = [
         preflight.judge(
             placement, [], Node(f"10.0.0.{n}", {"GPU": float(workers)}, node_id=f"{n}"), reading

@@ -33,7 +33,7 @@ Answer = Reading | str | None
 
 def requests(num_workers: int = 2, gpus: float = 1.0) -> Placement:
     bundle = {"GPU": gpus} if gpus else {"CPU": 1.0}
-    return Placement(num_workers, bundle, gpus > 0, False, "")
+    return Placement(num_workers, bundle, gpus > 0, "")
 
 
 def a_node(name: str, answer: Answer, gpus: float | None = None) -> Node:

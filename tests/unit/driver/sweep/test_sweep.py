@@ -78,7 +78,7 @@ def leave(job: JobConfig, index: int, loss: float | None, **changed: Any) -> str
 
 
 def placement(workers: int, **bundle: float) -> Placement:
-    return Placement(workers, bundle, "GPU" in bundle, False, "")
+    return Placement(workers, bundle, "GPU" in bundle, "")
 
 
 @pytest.mark.parametrize(
