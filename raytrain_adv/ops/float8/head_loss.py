@@ -12,8 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrain_adv.ops.float8.cast import cast_both, cast_padded, cast_transposed, scale_of
-from raytrain_adv.ops.float8.linear import E4M3, E5M2, product
+from raytrain_adv.ops.float8.cast import (
+    E4M3,
+    E5M2,
+    cast_both,
+    cast_padded,
+    cast_transposed,
+    product,
+    scale_of,
+)
 from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.linear_cross_entropy import (
     LogitMap,

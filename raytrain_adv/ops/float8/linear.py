@@ -8,14 +8,16 @@ from torchao.float8.float8_linear import Float8Linear as TorchaoFloat8Linear
 from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
 from raytrain_adv.ops.float8.cast import (
+    E4M3,
+    E5M2,
     cast,
     cast_both,
     cast_transposed,
+    product,
     tensorwise_scale,
     transposed,
 )
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 PROBED_ROWS = 256
 
 
@@ -64,37 +66,6 @@ def _transposed_factor(weight: Tensor, scale: Tensor, after: Tensor) -> tuple[Te
     if isinstance(weight, Float8TrainingTensor):
         return transposed(weight._data, after), weight._scale
     return cast_transposed(weight, scale, E4M3, after), scale
-
-
-def product(
-    left: Tensor,
-    right: Tensor,
-    left_scale: Tensor,
-    right_scale: Tensor,
-    dtype: torch.dtype,
-    fast: bool,
-) -> Tensor:
-    """Return left [a, k] @ right.t() [k, b] with both scales taken out again."""
-    return multiply(left, right, left_scale.reciprocal(), right_scale.reciprocal(), dtype, fast)
-
-
-def multiply(
-    left: Tensor,
-    right: Tensor,
-    left_multiplier: Tensor,
-    right_multiplier: Tensor,
-    dtype: torch.dtype,
-    fast: bool,
-) -> Tensor:
-    """Return left [a, k] @ right.t() [k, b] times both multipliers, float32 scalars."""
-    return torch._scaled_mm(
-        left,
-        right.t(),
-        scale_a=left_multiplier,
-        scale_b=right_multiplier,
-        out_dtype=dtype,
-        use_fast_accum=fast,
-    )
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, trains_weight: bool) -> Tensor:

@@ -23,16 +23,18 @@ from raytrain_adv.ops.fake_quant.layers import (
 from raytrain_adv.ops.fake_quant.rounding import BITS, bounds, through_groups
 from raytrain_adv.ops.fake_quant.targets import FLOAT8
 from raytrain_adv.ops.float8.cast import (
+    E4M3,
+    E5M2,
     cast,
     cast_both,
     cast_transposed,
+    product,
     scale_of,
     tensorwise_scale,
 )
-from raytrain_adv.ops.float8.linear import linear, product
+from raytrain_adv.ops.float8.linear import linear
 from raytrain_adv.ops.views import unalias
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 ROUNDING = {"int2": "47 %", "int3": "20 %", "int4": "9.5 %", "int8": "1 %"}
 """What weights in groups of 32 and int8 activations change of a product, as a share of its norm."""
 OWN_ROUNDING = "3.7 %"  # what float8 adds to it

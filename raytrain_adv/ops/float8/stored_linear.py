@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 from raytrain_adv.ops.bitsandbytes.quantize import E4M3, Form
-from raytrain_adv.ops.float8.cast import cast, tensorwise_scale, transposed
-from raytrain_adv.ops.float8.linear import multiply
+from raytrain_adv.ops.float8.cast import E5M2, cast, multiply, tensorwise_scale, transposed
 
-E5M2 = torch.float8_e5m2
 PROBED_ROWS = 256
 
 
