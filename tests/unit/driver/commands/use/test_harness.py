@@ -1,7 +1,11 @@
-"""Tasks of lm-evaluation-harness, as far as they need no harness; docs/use.md names what does."""
+"""Tasks of lm-evaluation-harness; a whole one if the harness is installed."""
+
+import json
 
 import pytest
+import yaml
 
+from raytrain_adv.cli import main
 from raytrain_adv.driver.commands.use.harness import _figures, _name
 from raytrain_adv.errors import JobError
 
@@ -27,3 +31,29 @@ def test_each_metric_has_its_standard_error_or_none():
     }
     wanted = {"arc acc": (0.5, 0.1), "arc exact_match (strict)": (0.2, None)}
     assert _figures(found) == wanted
+
+
+def test_a_local_task_is_run_on_both_models_of_a_run_without_a_network(
+    runs, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("lm_eval", reason="pip install 'raytrain-adv[eval]'")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    row = {"question": "one", "choices": ["two", "three"], "answer": 0}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    task = {
+        "task": "counting",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    output = tmp_path / "figures.json"
+    tasks = ["--tasks", str(tmp_path / "task.yaml"), "-o", str(output), "--device", "cpu"]
+    assert main(["evaluate", str(runs["qat"]), *tasks]) == 0
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if "counting acc" in one]
+    assert line.count("±") == 2
