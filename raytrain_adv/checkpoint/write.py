@@ -57,7 +57,10 @@ class _Files(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         with _Summed(path, mode) as stream:
-            yield stream
+            try:
+                yield stream
+            except RuntimeError as error:  # of torch's zip writer, which loses the disk's
+                raise stream.failure or error from None
         self.crc32[Path(path).name] = stream.crc32
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
@@ -70,8 +73,16 @@ class _Summed(io.FileIO):
 
     crc32 = 0
     waiting = 0  # bytes that the disk was not told to write
+    failure: OSError | None = None
 
     def write(self, data: Any) -> int:
+        try:
+            return self._write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def _write(self, data: Any) -> int:
         whole = memoryview(data).cast("B")
         for start in range(0, len(whole), PIECE):
             piece = whole[start : start + PIECE]

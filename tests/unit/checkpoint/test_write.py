@@ -1,5 +1,6 @@
 """A checkpoint's files, written in threads."""
 
+import resource
 import zlib
 
 import pytest
@@ -54,3 +55,15 @@ def test_a_small_checkpoint_is_one_file(tmp_path):
     state = {"model": {f"layer{n}": torch.ones(9) for n in range(9)}}
     save(state, storage_writer=Writer(str(tmp_path), state), no_dist=True)
     assert [path.name for path in tmp_path.glob("*.distcp")] == ["__0_0.distcp"]
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_file_is_called_so(tmp_path):
+    """torch's zip writer raises an error of its own at the end, about positions in the file."""
+    state = {"model": {"layer": torch.ones(9999)}}
+    most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # what a full disk does, without one
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises((OSError, CheckpointException), match="File too large"):
+            save(state, storage_writer=Writer(str(tmp_path), state), no_dist=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
