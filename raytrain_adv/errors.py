@@ -27,6 +27,9 @@ class RaytrainAdvError(Exception):
     retry_can_help = False
     """Whether Ray should restart the workers from the last checkpoint after this error."""
 
+    rank: int | None = None
+    """The worker on which it happened, if on one."""
+
     def __init__(self, what: str, found: str = "", fix: str = "") -> None:
         super().__init__(what, found, fix)
         self.what = what

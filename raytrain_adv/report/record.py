@@ -1,8 +1,9 @@
 """report.json: a run's job, what it did and what it reached; a contract that scripts read."""
 
 import json
+import traceback
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -14,6 +15,7 @@ from raytrain_adv.storage.atomic import write_atomic
 from raytrain_adv.storage.storage import storage_errors
 
 FILE_NAME = "report.json"
+TRACED_LINES = 30
 OF_CONVERTED = (
     "quantized_dir", "quantized_gib", "quantized_logit_difference", "quantized_comparison",
 )  # fmt: skip
@@ -185,17 +187,19 @@ class RunReport(Record):
         )
 
 
-def describe_failure(
-    error: BaseException, rank: int | None = None, trace: str = ""
-) -> parts.Failure:
+def describe_failure(error: BaseException) -> parts.Failure:
     """Return the error in its parts; a foreign error's type and message are its `what`."""
     kind = type(error).__name__
-    words: dict[str, Any] = {"what": f"{kind}: {error}" if str(error) else kind}
     if isinstance(error, RaytrainAdvError):
         words = {"what": error.what, "found": error.found, "fix": error.fix}
+    else:
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        what = f"{kind}: {error}" if str(error) else kind
+        words = {"what": what, "trace": "\n".join(lines[-TRACED_LINES:])}
     code = (error if isinstance(error, RaytrainAdvError) else RaytrainAdvError).exit_code
     code = EXIT_STOPPED if isinstance(error, KeyboardInterrupt) else code
-    return parts.Failure(kind=kind, **words, exit_code=code, rank=rank, trace=trace)
+    rank = getattr(error, "rank", None)
+    return parts.Failure(kind=kind, **words, exit_code=code, rank=rank)
 
 
 def write(report: RunReport, output_dir: str | Path) -> Path:

@@ -119,11 +119,14 @@ def _of_workers(failures: Mapping[int, Exception]) -> RaytrainAdvError:
     rank, cause = _first_cause(failures)
     root = _unwrap(cause)
     if isinstance(root, RaytrainAdvError):
+        root.rank = rank
         return root
     others = [r for r in failures if r != rank]
     found = _last_lines(cause) + (f"\nworkers {others} failed with it" if others else "")
     fix = "run again with resume_from_checkpoint: true; max_failures: N restarts by itself"
-    return TrainingError(_what(rank, root), found, fix)
+    shown = TrainingError(_what(rank, root), found, fix)
+    shown.rank = rank
+    return shown
 
 
 def _in_a_sentence(failures: Mapping[int, Exception]) -> str:

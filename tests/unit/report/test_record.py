@@ -117,13 +117,20 @@ def test_an_output_dir_that_cannot_be_written_is_a_storage_error(tmp_path):
 
 def test_an_error_of_this_package_keeps_its_parts_and_exit_code():
     error = pickle.loads(pickle.dumps(ClusterError("No GPUs", "2 nodes", "add one")))
-    failure = describe_failure(error, rank=1)
+    error.rank = 1
+    failure = describe_failure(error)
     assert (failure.what, failure.found, failure.fix) == ("No GPUs", "2 nodes", "add one")
     assert (failure.exit_code, failure.kind, failure.rank) == (4, "ClusterError", 1)
+    assert not failure.trace
 
 
-def test_a_foreign_error_is_named_by_its_type():
-    assert describe_failure(KeyError("loss")).what == "KeyError: 'loss'"
+def test_a_foreign_error_is_named_by_its_type_and_has_its_traceback():
+    try:
+        raise KeyError("loss")
+    except KeyError as error:
+        failure = describe_failure(error)
+    assert failure.what == "KeyError: 'loss'" and failure.rank is None
+    assert 'raise KeyError("loss")' in failure.trace
 
 
 def test_a_plan_is_counted_by_class_and_reason():

@@ -7,6 +7,7 @@ from ray.train import WorkerGroupError
 from raytrain_adv.driver.sweep.sweep import name_low_memory
 from raytrain_adv.driver.training import failures
 from raytrain_adv.errors import TrainingError
+from raytrain_adv.report.record import describe_failure
 
 KILLED = OutOfMemoryError(
     "2 worker(s) were killed due to the node running low on memory. Memory on the node "
@@ -34,6 +35,13 @@ def test_a_worker_that_the_memory_monitor_killed_is_named_before_those_that_lost
     told = failures.translate(WorkerGroupError("", {0: lost, 1: KILLED}))
     assert told.what.startswith("Worker 1 died: its node ran low on memory")
     assert "22.47GB used" in told.found and "workers [0] failed with it" in told.found
+    assert told.rank == 1
+
+
+def test_an_error_of_a_worker_keeps_its_rank_for_the_report():
+    own = TrainingError("The loss is NaN", "step 3", "lower learning_rate")
+    told = failures.translate(WorkerGroupError("", {0: RuntimeError("peer"), 2: own}))
+    assert told is own and describe_failure(told).rank == 2
 
 
 def test_a_sweep_whose_trial_the_memory_monitor_killed_ends_with_what_to_do():
