@@ -72,14 +72,15 @@ class Offload:
             if not torch.is_grad_enabled():
                 return call(*args, **kwargs)
             before = len(self.leaving)
-            x = args[0] if args else kwargs["hidden_states"]
+            x: Tensor = args[0] if args else kwargs["hidden_states"]
             own = _Pass(self.last())
             self.last = weakref.ref(own)
             given = {t.data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
             given.remove(x.data_ptr())
+            shape = x.shape
 
-            def pack(tensor: Tensor) -> Tensor | _Held:
-                if tensor.data_ptr() in given or not _is_of_tokens(tensor, x):
+            def pack(tensor: Tensor) -> Tensor | _Held:  # kept until backward, with what it names
+                if tensor.data_ptr() in given or not _is_of_tokens(tensor, shape):
                     return tensor
                 return self._hold(tensor.detach(), own, moves)
 
@@ -184,11 +185,11 @@ class Offload:
         return x
 
 
-def _is_of_tokens(tensor: Tensor, x: Tensor) -> bool:
-    """Whether a tensor is a layer's input x, [batch, time, features], or about as large: neither a
-    weight nor a few numbers of each token.
+def _is_of_tokens(tensor: Tensor, shape: torch.Size) -> bool:
+    """Whether a tensor is a layer's input of this shape, [batch, time, features], or about as
+    large: neither a weight nor a few numbers of each token.
     """
     spans = zip(tensor.shape, tensor.stride(), strict=True)
     is_dense = 1 + sum((size - 1) * stride for size, stride in spans) == tensor.numel()
-    is_large = tensor.is_floating_point() and 2 * tensor.numel() >= x.numel()
-    return is_large and is_dense and len(x) == len(tensor) and x.shape[1] in tensor.shape[1:]
+    is_large = tensor.is_floating_point() and 2 * tensor.numel() >= shape.numel()
+    return is_large and is_dense and shape[0] == len(tensor) and shape[1] in tensor.shape[1:]

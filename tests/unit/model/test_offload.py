@@ -1,5 +1,7 @@
 """Inputs of layers in host memory change no number, and are where they are planned to be."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -76,6 +78,23 @@ def test_an_input_is_not_on_the_device_between_forward_and_backward():
     (first, moved), (_, stays) = seen
     assert moved.x is None and torch.equal(moved.copy, first)
     assert stays.x is stays.copy and stays.of.below is moved.of
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_else_holds_an_input_that_was_moved(compiled):
+    """The hook that packs it did, for as long as the graph: all inputs stayed on the GPU."""
+    torch._dynamo.reset()
+    model = tiny_model("llama")
+    layers = [parallel._checkpointed(layer, "full") for _, layer in decoder_layers(model)]
+    for layer in layers if compiled else []:
+        layer.compile()
+    Offload(layers, len(layers))
+    x, inputs = torch.randn(2, 16, model.config.hidden_size), []
+    rotary = model.model.rotary_emb(x, torch.arange(16)[None])
+    for layer in layers:
+        inputs.append(weakref.ref(x))
+        x = layer(x, position_embeddings=rotary)
+    assert x.requires_grad and [one() for one in inputs] == [None, None]
 
 
 def test_more_layers_than_the_model_has_are_refused(tmp_path):
