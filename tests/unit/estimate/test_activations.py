@@ -27,6 +27,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "mistral": {},
     "phi3": {"pad_token_id": 0},
     "mixtral": {"num_local_experts": 4},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    },
     "qwen3_moe": {
         "num_experts": 8,
         "num_experts_per_tok": 4,

@@ -13,7 +13,7 @@ from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model.build import build
 from raytrain_adv.ops.loss import linear_cross_entropy as ops
 from raytrain_adv.ops.loss.function import cross_entropy_sum, loss_function
-from raytrain_adv.ops.loss.head import body_of, loss_in_head, loss_of, takes_labels
+from raytrain_adv.ops.loss.head import loss_in_head, loss_of, takes_labels
 from raytrain_adv.run.run import local_run
 from raytrain_adv.transforms import loss_kernel
 from raytrain_adv.transforms.applied import Transforms
@@ -335,4 +335,3 @@ def test_the_head_of_a_causal_model_inside_makes_the_logits():
     model = tiny_multimodal("nemotron_h_omni")
     assert model.get_output_embeddings() is None  # it does not name it
     assert output_head(model) is model.language_model.lm_head
-    assert body_of(model) is model.language_model.model
