@@ -167,9 +167,20 @@ def _best_package(job: JobConfig, config: PretrainedConfig) -> str | None:
     for name, lowest in LOWEST_CAPABILITY.items():
         capability = torch.cuda.get_device_capability()
         fits = capability >= lowest and (name != "fa3" or capability[0] == lowest[0])
+        fits = fits and (name != "fa4" or (capability[0] <= 10 and _fits_fa4(config)))
         if fits and has_package(name) and _gains(job, name, is_hopper=capability[0] == 9):
             return name
     return None
+
+
+def _fits_fa4(config: PretrainedConfig) -> bool:
+    """Whether FlashAttention-4 has a model's attention: no dropout, heads of at most 128 features.
+
+    Source: flash_attn.cute.interface of flash-attn-4 4.0.0b36, which refuses others on some GPUs.
+    """
+    text = config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return size <= 128 and not getattr(text, "attention_dropout", 0.0)
 
 
 def _gains(job: JobConfig, name: str, is_hopper: bool) -> bool:

@@ -21,9 +21,12 @@ from raytrain_adv.text import GIB
 
 def num_offloaded(job: JobConfig, num_layers: int) -> int:
     """Return of how many of the first layers activations are moved to host memory. Raises JobError
-    when there are not so many layers.
+    when there are not so many layers, or none would be moved.
     """
     wanted = job.parallel.activation_offloading
+    if wanted is True and num_layers == 1:
+        found, fix = "the model has one layer", "set activation_offloading: 1, or false"
+        raise JobError("activation_offloading: true leaves the last layer's here", found, fix)
     if wanted > num_layers:
         raise JobError(
             "activation_offloading is more than the model's layers",

@@ -260,6 +260,26 @@ def test_auto_takes_what_is_fastest(tmp_path, monkeypatch, capability, installed
     assert attention.attention(job, config) == used
 
 
+@pytest.mark.parametrize(
+    ("capability", "shape"),
+    [
+        ((12, 0), {}),
+        ((9, 0), {"head_dim": 256}),
+        ((9, 0), {"attention_dropout": 0.1}),
+    ],
+)
+def test_auto_leaves_flash_attention_4_where_it_would_be_refused(
+    tmp_path, monkeypatch, capability, shape
+):
+    model = write_checkpoint("llama", tmp_path / "m", **shape)
+    job = job_for(model, tmp_path, bf16=True, neat_packing=True)
+    config = build(job).config
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(attention, "has_package", lambda name: name == "fa4")
+    assert attention.attention(job, config) is None
+
+
 @pytest.mark.parametrize("asked", ["hub:", "hub:flash", "hub:a/b@", "kernels-community/x"])
 def test_what_names_no_kernel_is_refused_with_the_job(job_file, asked):
     with pytest.raises(JobError, match="flash_attn"):

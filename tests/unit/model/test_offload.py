@@ -105,6 +105,9 @@ def test_more_layers_than_the_model_has_are_refused(tmp_path):
     assert num_offloaded(job, 3) == 3
     job = job_for("none", tmp_path, activation_offloading=True)
     assert num_offloaded(job, 3) == 2
+    with pytest.raises(JobError, match="leaves the last layer's") as refused:
+        num_offloaded(job, 1)
+    assert "activation_offloading: 1" in refused.value.fix
 
 
 def test_attentions_results_of_layers_that_are_not_compiled_are_refused(tmp_path):
