@@ -213,9 +213,11 @@ def test_a_multimodal_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a/b/c/d", "../..//x", "ü/x", "a--b/x", "x" * 97, "x/y.git"])
 def test_a_name_that_is_none_of_the_hub_is_a_missing_folder_in_plan_and_run(
-    name: str, make_job: Any
+    name: str, make_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job(model_name_or_path=name)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")  # what lies above is known
     for read in (read_tokenizer, read_config):
         with pytest.raises(JobError, match="there is no model folder"):
             read(job)

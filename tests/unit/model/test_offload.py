@@ -35,7 +35,7 @@ def trained(moved: int | None, compiled: bool = False, passes: int = 2, mode: st
     return [p.grad for p in model.parameters()], offload
 
 
-COMPILED = [(2, True), *(pytest.param(n, True, marks=pytest.mark.slow) for n in (0, 1))]
+COMPILED = [pytest.param(n, True, marks=pytest.mark.slow) for n in (0, 1, 2)]
 
 
 @pytest.mark.parametrize(("moved", "compiled"), [(0, False), (1, False), (2, False), *COMPILED])
