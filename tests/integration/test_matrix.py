@@ -91,7 +91,7 @@ def going_together(precision):
     return tuple(slug for slug in ON_CPU if fits(slug))
 
 
-@pytest.mark.parametrize("precision", ["fp8", "qat"])
+@pytest.mark.parametrize("precision", ["fp8", pytest.param("qat", marks=pytest.mark.slow)])
 def test_all_that_goes_together_is_on_at_once(runs, precision):
     slugs = going_together(precision)
     before, after = runs.resumed(*slugs)

@@ -45,7 +45,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize("key_heads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_workers_that_share_sequences_train_as_one(job_file, keys, tmp_path, key_heads):
     change_model(keys, num_key_value_heads=key_heads)
     ones, twos = [], []

@@ -46,6 +46,7 @@ def test_gradients_are_those_of_checkpointing_alone_bit_by_bit(moved, compiled):
     assert offload.num_pages == moved == len(offload.free)  # of both passes, given back
 
 
+@pytest.mark.slow
 def test_attentions_results_move_too_where_they_are_kept():
     expected, _ = trained(None, True, mode="attention")
     whole, _ = trained(None, True)
