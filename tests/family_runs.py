@@ -294,6 +294,10 @@ def check_resumed(family: Family) -> None:
         raise Differs(f"losses and norms {again.steps}, wanted {whole.steps}")
 
 
+FOLDER = re.compile(r"/\S*/files/")
+"""Where a family's runs are, which differs from run to run."""
+
+
 def result(action: Callable[[], None]) -> str:
     """Return `right`, or what came instead."""
     try:
@@ -303,7 +307,8 @@ def result(action: Callable[[], None]) -> str:
     except Differs as error:
         return f"wrong: {error}"
     except RaytrainAdvError as error:
-        return f"refused: {error.what}; {first_line(str(error.found))}"[:300]
+        text = f"refused: {error.what}; {first_line(str(error.found))}"
+        return FOLDER.sub("", text)[:300]
     except Exception as error:  # whatever a family's own code raises is the result
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
