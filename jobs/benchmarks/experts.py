@@ -14,7 +14,6 @@ recomputation.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -178,7 +177,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29535"}
-    dist.init_process_group(backend, rank=0, world_size=1)
+    dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     main()
     dist.destroy_process_group()

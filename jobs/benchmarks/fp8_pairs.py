@@ -7,7 +7,6 @@ Adapters train as they do under Ray: FSDP2 over the one GPU keeps them in float3
 bf16.
 """
 
-import os
 from typing import Any
 
 import torch.distributed as dist
@@ -44,7 +43,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 if __name__ == "__main__":
     backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
-    dist.init_process_group(backend, rank=0, world_size=1)
+    dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     compare(__doc__ or "", VARIANTS, {})
     dist.destroy_process_group()

@@ -10,7 +10,6 @@ Adapters train as they do under Ray on one GPU: in float32, computing in bf16.
 
 import argparse
 import json
-import os
 import sys
 
 import torch.distributed as dist
@@ -36,8 +35,7 @@ def main() -> None:
         rest += ["--shape", json.dumps({"num_hidden_layers": chosen.layers})]
     sys.argv = [sys.argv[0], *rest]
     backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29534"}
-    dist.init_process_group(backend, rank=0, world_size=1)
+    dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     compare(__doc__ or "", VARIANTS, {})
     dist.destroy_process_group()
 
