@@ -15,7 +15,8 @@ from raytrain_adv.checkpoint.staging import LARGEST_SHARE
 from raytrain_adv.config.job import JobConfig, accumulation
 from raytrain_adv.estimate.flops import text_config
 from raytrain_adv.estimate.launches import why_no_graph
-from raytrain_adv.estimate.sizes import HostCopies, Passes, States, head_loss, reference_bytes
+from raytrain_adv.estimate.passes import Passes, head_loss
+from raytrain_adv.estimate.sizes import HostCopies, States, reference_bytes
 from raytrain_adv.model.offload import num_offloaded
 from raytrain_adv.model.parallel import (
     checkpointing_mode,
@@ -212,13 +213,14 @@ def _phases(s: States, a: Passes, job: JobConfig, accumulates: bool) -> tuple[Ph
     earlier = s.gradients if accumulates else 0.0
     w = _Whole.sharded(s, job) if s.is_sharded else _Whole.copies(s, job)
     one = a.recomputed + a.temporaries
+    last, first = a.kept + one + a.returning_first, a.kept_by_one + one + a.returning
     g = _Gradients.sharded(s, job, earlier) if s.is_sharded else _Gradients.whole(s, earlier)
     moments: list[tuple[str, float, float, float, float]] = [
         # name, gradients, activations, logits, gathered
-        ("loss", earlier, a.kept, a.logits, w.loss),
-        ("backward, head", g.first, a.kept, a.logits_gradient, w.head + g.head_reducing),
-        ("backward, last layer", g.first, a.kept + one, 0.0, w.last + g.reducing),
-        ("backward, first layer", g.last, a.kept_by_one + one, 0.0, w.first + g.reducing),
+        ("loss", earlier, a.kept + a.final, a.logits, w.loss),
+        ("backward, head", g.first, a.kept + a.final, a.logits_gradient, w.head + g.head_reducing),
+        ("backward, last layer", g.first, last, 0.0, w.last + g.reducing),
+        ("backward, first layer", g.last, first, 0.0, w.first + g.reducing),
         ("backward, end", s.gradients, 0.0, 0.0, s.root + s.root_copy + g.end_reducing),
         ("optimizer step", s.gradients, s.optimizer_temporaries, 0.0, 0.0),
     ]

@@ -348,6 +348,34 @@ def test_tiles_take_an_mlps_inner_activations_out_of_the_peak(tmp_path: Path) ->
     assert short.total == same.total
 
 
+@pytest.mark.parametrize(
+    ("measured", "tokens", "keys"),
+    [
+        (105.5, 131_072, {}),
+        (
+            75.6,
+            131_072,
+            {
+                "gradient_checkpointing": "attention",
+                "tiled_mlp": True,
+                "activation_offloading": True,
+            },
+        ),
+        (
+            114.4,
+            524_288,
+            {"tiled_mlp": True, "activation_offloading": 27, "optim": "adamw_torch_8bit"},
+        ),
+    ],
+)
+def test_the_peak_of_long_sequences_is_predicted_within_five_percent(
+    tmp_path: Path, measured: float, tokens: int, keys: dict[str, Any]
+) -> None:
+    """Measured on an H200: jobs/benchmarks/longest_sequence.py."""
+    found = prediction(tmp_path, LLAMA_8B, seq_len=tokens, **{**LONG, **keys})
+    assert found.total == pytest.approx(measured, rel=0.05)
+
+
 def test_what_is_moved_is_on_the_host_and_not_on_the_gpu(tmp_path: Path) -> None:
     keys = {**LONG, "tiled_mlp": True}
     here = prediction(tmp_path, LLAMA_8B, seq_len=131_072, **keys)
