@@ -256,7 +256,7 @@ def submit(arguments: tuple[str, ...], address: str | None, runtime_env: str | N
     return submit(path, overrides, address, runtime_env)
 
 
-@app.command(context_settings=HELP)
+@app.command()
 @ADDRESS
 @click.argument("run", required=False)
 def status(address: str | None, run: str | None) -> None:
@@ -269,7 +269,7 @@ def status(address: str | None, run: str | None) -> None:
     show(address, run)
 
 
-@app.command(context_settings=HELP)
+@app.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option("--fix", is_flag=True, help="Repair what can be repaired. Nothing is deleted: "
               "what is removed is in RUN/set-aside afterward.")  # fmt: skip
@@ -302,7 +302,7 @@ def preflight(arguments: tuple[str, ...]) -> None:
     show(job)
 
 
-@app.group(context_settings=HELP, no_args_is_help=False)
+@app.group(no_args_is_help=False)
 def kernels() -> None:
     """Pin a job's kernels, for a cluster without internet."""
 
@@ -320,7 +320,7 @@ def lock(arguments: tuple[str, ...], output: Path, torch: str | None, cuda: str 
     kernels.lock(job, output, torch, cuda)
 
 
-@kernels.command(context_settings=HELP)
+@kernels.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def fetch(file: Path) -> None:
     """Download the files of a lock file."""
@@ -329,7 +329,7 @@ def fetch(file: Path) -> None:
     kernels.fetch(file)
 
 
-@kernels.command(context_settings=HELP)
+@kernels.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def verify(file: Path) -> None:
     """Compare the files of a lock file with it."""

@@ -8,9 +8,9 @@ import re
 import socket
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from raytrain_adv import __version__, probe_script
 from raytrain_adv.text import GIB
@@ -58,10 +58,6 @@ class HardwareFacts:
             major, minor = self.compute_capability
             what = f"{self.num_gpus} x {self.device_name}, compute capability {major}.{minor}"
         return f"node {self.node_ip}, {what}, {self.device_memory_gib:.0f} GiB"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the facts as JSON types."""
-        return asdict(self)
 
 
 def detect(device: torch.device | str | None = None) -> HardwareFacts:

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.sections import DataConfig
 from raytrain_adv.data.batches.order import num_held_out, random_order
 from raytrain_adv.data.batches.sequences import SequenceSet, TokenRows, pack
 from raytrain_adv.data.read.entries import Entry, resolve
@@ -74,7 +73,6 @@ def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> Prepare
     be written.
     """
     data = job.data
-    _check_keys(data)
     tokenizer = load_tokenizer(job)
     again = data.overwrite_cache if rebuild is None else rebuild
     saved = find_saved(data.tokenized_path, data.cutoff_len)
@@ -106,20 +104,6 @@ def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> Prepare
     for key, name in (("rows", "dataset"), ("eval_rows", "eval_dataset")):
         _refuse_mostly_unusable(stats[key], name, data.max_unusable_share)
     return PreparedData(train, held_out, stats, each)
-
-
-def _check_keys(data: DataConfig) -> None:
-    """Refuse keys that contradict each other, for callers that did not load the job from a file."""
-    for first, second, both in (
-        ("val_size", "eval_dataset", data.val_size > 0 and data.eval_dataset is not None),
-        ("train_on_prompt", "mask_history", data.train_on_prompt and data.mask_history),
-    ):
-        if both:
-            what = f"{first} and {second} exclude each other"
-            raise JobError(what, "both are set", f"remove {first} or {second}")
-    if data.val_size >= 1 and data.val_size != int(data.val_size):
-        what = "val_size must be a number of rows, or a share below 1"
-        raise JobError(what, f"{data.val_size}", "use a whole number")
 
 
 def _refuse_mostly_unusable(rows: dict[str, Any] | None, key: str, most: float) -> None:

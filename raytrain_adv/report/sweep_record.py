@@ -5,7 +5,7 @@ from typing import Literal
 
 from raytrain_adv.config.sweep import CONVERTED_LOSS, MetricName, Trial
 from raytrain_adv.report.parts import Arguments, JsonObject, Number, Record
-from raytrain_adv.report.record import RunReport, read_record, write_text
+from raytrain_adv.report.record import RunReport, write_text
 
 FILE_NAME = "sweep.json"
 STOPPED = "StoppedBySweep"
@@ -148,8 +148,3 @@ def best(trials: tuple[TrialReport, ...], mode: Literal["min", "max"]) -> TrialR
 def write(report: SweepReport, output_dir: str | Path) -> Path:
     """Write sweep.json and return its path. Raises StorageError if it cannot be written."""
     return write_text(report.model_dump_json(indent=2) + "\n", Path(output_dir) / FILE_NAME)
-
-
-def read(output_dir: str | Path) -> SweepReport:
-    """Read sweep.json. Raises StorageError."""
-    return read_record(SweepReport, Path(output_dir) / FILE_NAME)

@@ -21,24 +21,6 @@ PERMANENT = frozenset((
 _NUMBER = re.compile(r"\[errno (\d+)\]", re.IGNORECASE)
 
 
-def retry(
-    work: Callable[[], T], what: str, say: Callable[[str], None], waits_s: Sequence[float] = WAITS_S
-) -> T:
-    """Do the work, and repeat it after storage failures that may be temporary; `what` failed, for
-    the message. All ranks repeat collective work or none: DCP's exception holds every rank's
-    failure.
-    """
-    for wait_s in waits_s:
-        try:
-            return work()
-        except (OSError, StorageError, CheckpointException) as error:
-            if not may_be_temporary(error):
-                raise
-            say(f"{what} ({cause(error)}); trying again in {wait_s:g} s")
-            time.sleep(wait_s)
-    return work()
-
-
 def may_be_temporary(error: BaseException) -> bool:
     """Whether another attempt may succeed."""
     if isinstance(error, StorageError):
@@ -58,3 +40,26 @@ def cause(error: BaseException) -> str:
     """Return the innermost reason: DCP and torch's file writer wrap the operating system's."""
     lines = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()
     return next((line.strip() for line in lines if _NUMBER.search(line)), lines[-1])
+
+
+def retry(
+    work: Callable[[], T],
+    what: str,
+    say: Callable[[str], None],
+    waits_s: Sequence[float] = WAITS_S,
+    is_temporary: Callable[[Exception], bool] = may_be_temporary,
+    reason: Callable[[Exception], str] = cause,
+) -> T:
+    """Do the work, and repeat it after failures that may be temporary, by default those of storage;
+    `what` failed, for the message. All ranks repeat collective work or none: DCP's exception holds
+    every rank's failure.
+    """
+    for wait_s in waits_s:
+        try:
+            return work()
+        except Exception as error:  # raised again unless another attempt may succeed
+            if not is_temporary(error):
+                raise
+            say(f"{what} ({reason(error)}); trying again in {wait_s:g} s")
+            time.sleep(wait_s)
+    return work()

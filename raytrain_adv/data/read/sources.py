@@ -127,18 +127,22 @@ def read_files(files: list[Path]) -> Iterator[Row]:
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
-    size, consumed = file.stat().st_size, 0
-    with file.open("rb") as opened:
-        for number, line in enumerate(opened, 1):
-            consumed += len(line)
-            text = _decode(file, line, number).strip()
-            if not text:
-                continue
+    for number, line, share in _lines(file):
+        if text := line.strip():
             try:
                 values = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise _broken(file, number, str(error)) from error
-            yield Row(f"{file}:{number}", values, consumed / size)
+            yield Row(f"{file}:{number}", values, share)
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str, float]]:
+    """Yield each line's number, the line, and the share of the file read with it."""
+    size, consumed = file.stat().st_size, 0
+    with file.open("rb") as opened:
+        for number, line in enumerate(opened, 1):
+            consumed += len(line)
+            yield number, _decode(file, line, number), consumed / size
 
 
 def _decode(file: Path, data: bytes, line: int) -> str:
@@ -280,12 +284,9 @@ def _read_csv(file: Path) -> Iterator[Row]:
 
 def _read_txt(file: Path) -> Iterator[Row]:
     """Read a row of each line that has text."""
-    size, consumed = file.stat().st_size, 0
-    with file.open("rb") as opened:
-        for number, line in enumerate(opened, 1):
-            consumed += len(line)
-            if text := _decode(file, line, number).rstrip("\r\n"):
-                yield Row(f"{file}:{number}", {"text": text}, consumed / size)
+    for number, line, share in _lines(file):
+        if text := line.rstrip("\r\n"):
+            yield Row(f"{file}:{number}", {"text": text}, share)
 
 
 def _open_hub(entry: Entry, cache_dir: str | None) -> Source:

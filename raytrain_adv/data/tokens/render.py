@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from raytrain_adv.data.read.formats import Conversation
 from raytrain_adv.data.tokens.own_template import OwnTemplate
 from raytrain_adv.data.tokens.page import Page, Piece, pieces, with_system
-from raytrain_adv.data.tokens.templates import Template, find_template
+from raytrain_adv.data.tokens.templates import find_template
 from raytrain_adv.errors import JobError
 
 Renderer = Callable[[Conversation], list[Piece]]
@@ -25,20 +25,12 @@ def renderer(
     `default_system` is the system message of conversations without one; None: the template's.
     `thinks` and `drops_thoughts` are those of `Template.write`.
     """
-    if template is not None:
-        found = find_template(template)
-        source = found.write(thinks, drops_thoughts)
-        return _named(tokenizer, found, source, default_system)
-    return OwnTemplate(tokenizer, _own(tokenizer), default_system, thinks)
-
-
-def _named(
-    tokenizer: PreTrainedTokenizerBase, template: Template, source: str, system: str | None
-) -> Renderer:
-    """Return the function that renders conversations with one of TEMPLATES."""
+    if template is None:
+        return OwnTemplate(tokenizer, _own(tokenizer), default_system, thinks)
+    source = find_template(template).write(thinks, drops_thoughts)
 
     def render(conversation: Conversation) -> list[Piece]:
-        messages = with_system(conversation.messages, system)
+        messages = with_system(conversation.messages, default_system)
         text, spans = Page(tokenizer, source, conversation.tools).marked(messages)
         return pieces(text, spans)
 

@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -57,11 +57,6 @@ class Template:
         """The token that ends an answer, and generation; None: the tokenizer's eos token."""
         end: str | None = self.values["end_of_turn"]
         return end
-
-    @cached_property
-    def source(self) -> str:
-        """The template's Jinja source."""
-        return self.write()
 
     def write(self, thinks: bool | None = True, drops_thoughts: bool = False) -> str:
         """Return the Jinja source for a job's enable_thinking.

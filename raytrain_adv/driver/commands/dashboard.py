@@ -17,7 +17,6 @@ import click
 from raytrain_adv.errors import ClusterError
 from raytrain_adv.storage.atomic import write_atomic
 
-HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 BOARD = Path(__file__).with_name("board.json")
 DISCOVERED = "prom_metrics_service_discovery.json"
 FRESH_S = 60.0
@@ -36,7 +35,7 @@ class Ports:
     grafana: int
 
 
-@click.command("dashboard", context_settings=HELP)
+@click.command("dashboard")
 @click.option("--folder", type=click.Path(path_type=Path), metavar="DIR",
               default=Path("~/.cache/raytrain_adv/dashboard"), show_default=True,
               help="Where configuration and recorded metrics are kept.")  # fmt: skip

@@ -12,13 +12,12 @@ from raytrain_adv.config.explain import explain
 from raytrain_adv.config.schema import schema
 from raytrain_adv.errors import JobError, StorageError
 
-HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 VARIABLE = "_RAYTRAIN_ADV_COMPLETE"
 """The environment variable by which a shell asks click for completions."""
 SHELLS = {"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "~/.config/fish/config.fish"}
 
 
-@click.command("explain", context_settings=HELP)
+@click.command("explain")
 @click.argument("name", nargs=-1, metavar="[KEY|FEATURE]...")
 @click.option("--check", type=click.Path(path_type=Path), metavar="PAGE", help="Check that the "
               "compatibility matrix in a Markdown page is up to date.")  # fmt: skip
@@ -43,7 +42,7 @@ def explain_command(name: tuple[str, ...], check: Path | None, write: Path | Non
         raise JobError(f"The compatibility matrix in {page} is stale", found, fix)
 
 
-@click.command("schema", context_settings=HELP)
+@click.command("schema")
 @click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE")
 def schema_command(output: Path | None) -> None:
     """Print the JSON schema of the job file."""
@@ -58,7 +57,7 @@ def schema_command(output: Path | None) -> None:
         raise StorageError("The schema cannot be written", str(error), fix) from None
 
 
-@click.command(context_settings=HELP)
+@click.command()
 @click.argument("shell", required=False, type=click.Choice(list(SHELLS)))
 @click.pass_context
 def completion(context: click.Context, shell: str | None) -> None:

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import click
 
-HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
-
-@click.command("report", context_settings=HELP)
+@click.command("report")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option("--html", type=click.Path(path_type=Path), default=Path("compared.html"),
               metavar="FILE", help="The page (default: compared.html).")  # fmt: skip

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from raytrain_adv.redaction import hide_environment
 from raytrain_adv.report import card
 from raytrain_adv.report.parts import Upload
 from raytrain_adv.report.record import RunReport
+from raytrain_adv.storage.retry import retry
 from raytrain_adv.text import first_line
 
 TOKEN = "HF_TOKEN"
@@ -53,20 +53,14 @@ def check(job: JobConfig, waits_s: Sequence[float] = WAITS_S) -> None:
     """
     if not job.hub.push_to_hub:
         return
-    for wait_s in (*waits_s, None):
-        try:
-            _owner(_api())
-            return
-        except JobError:
-            raise
-        except Exception as error:  # of the network, or the Hub's answer
-            if wait_s is None or not _may_be_temporary(error):
-                found = hide_environment(_reason(error))
-                fix = f"set {TOKEN} to a token that may write, make {_endpoint()} reachable, or "
-                fix += "set push_to_hub: false"
-                what = "the Hugging Face Hub does not take the token"
-                raise JobError(what, found, fix) from error
-            time.sleep(wait_s)
+    what = "the Hugging Face Hub does not take the token"
+    try:
+        retry(lambda: _owner(_api()), what, lambda _: None, waits_s, _may_be_temporary)
+    except JobError:
+        raise
+    except Exception as error:  # of the network, or the Hub's answer
+        fix = f"set {TOKEN} to a token that may write, make {_endpoint()} reachable, or "
+        raise JobError(what, _reason(error), f"{fix}set push_to_hub: false") from error
 
 
 def upload(
@@ -112,20 +106,19 @@ def refuse_incomplete(report: RunReport) -> None:
 
 def _uploaded(job: JobConfig, folder: Path, say: Say, waits_s: Sequence[float]) -> Upload:
     repository = job.hub.hub_model_id or job.run_name
-    for wait_s in (*waits_s, None):
-        try:
-            api = _api()
-            repository = destinations(job, _owner(api))[folder.name]
-            return Upload(
-                folder=str(folder), repository=repository, url=_push(api, job, folder, repository)
-            )
-        except Exception as error:  # noqa: BLE001 # the files stay, and the report has it
-            reason = hide_environment(_reason(error))
-            if wait_s is None or not _may_be_temporary(error):
-                return Upload(folder=str(folder), repository=repository, error=reason)
-            say(f"{folder} was not uploaded ({reason}); trying again in {wait_s:g} s")
-            time.sleep(wait_s)
-    raise AssertionError("the last attempt returns")
+
+    def push() -> str:
+        nonlocal repository
+        api = _api()
+        repository = destinations(job, _owner(api))[folder.name]
+        return _push(api, job, folder, repository)
+
+    what, url, reason = f"{folder} was not uploaded", "", ""
+    try:
+        url = retry(push, what, say, waits_s, _may_be_temporary, _reason)
+    except Exception as error:  # noqa: BLE001 # the files stay, and the report has it
+        reason = _reason(error)
+    return Upload(folder=str(folder), repository=repository, url=url, error=reason)
 
 
 def _push(api: Any, job: JobConfig, folder: Path, repository: str) -> str:
@@ -210,7 +203,7 @@ def _owner(api: Any) -> str:
 
 def _reason(error: BaseException) -> str:
     kind = "" if isinstance(error, JobError) else f"{type(error).__name__}: "
-    return f"{kind}{first_line(error)}"
+    return hide_environment(f"{kind}{first_line(error)}")
 
 
 def _may_be_temporary(error: BaseException) -> bool:

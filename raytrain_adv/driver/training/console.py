@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from rich.text import Text
 
 from raytrain_adv import text
 from raytrain_adv.driver.training.job_message import JobMessage
+from raytrain_adv.driver.watch.nodes import poll
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.storage.metrics_file import FILE_NAME, FollowedFile
 
@@ -115,30 +117,28 @@ class Console:
         self, output_dir: str | Path, stream: TextIO | None = None, poll_s: float = 0.5
     ) -> None:
         self._stream = stream or sys.stdout
-        self._poll_s = poll_s
         self._progress = Progress()
         self._file = FollowedFile(Path(output_dir) / FILE_NAME)
         self._lock = threading.RLock()
-        self._finished = threading.Event()
         self._stopped = False
         self._nobody_reads = False
         self._live: Live | None = None
         self._drawn_at = -REDRAW_S
         self._drawn: list[str] = []
         self._job_message = JobMessage(self._print)
-        self._thread = threading.Thread(target=self._follow, name="live view", daemon=True)
+        self._follow = poll("live view", self._update, poll_s)
+        self._following = ExitStack()
 
     def __enter__(self) -> "Console":
         self._file.new_rows()  # rows of an earlier start were shown then
         if self._stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown"):
             self._live = _start_live(self._stream)
-        self._thread.start()
+        self._following.enter_context(self._follow)
         return self
 
     def __exit__(self, *error: object) -> None:
         try:
-            self._finished.set()
-            self._thread.join(timeout=5.0)
+            self._following.close()
             self._update(closing=True)
         finally:
             if self._live is not None:
@@ -149,10 +149,6 @@ class Console:
         """Print a message, above the table if there is one."""
         with self._lock:
             self._print(message)
-
-    def _follow(self) -> None:
-        while not self._finished.wait(self._poll_s):
-            self._update()
 
     def _update(self, closing: bool = False) -> None:
         if self._stopped:
@@ -167,7 +163,6 @@ class Console:
                 self._job_message.tell(self._progress.sentence())
         except Exception as error:  # noqa: BLE001 # a closed terminal, a row of another version:
             # it must neither end a training run of days nor go unseen.
-            self._finished.set()
             self._stopped = True
             reason = f"{type(error).__name__}: {error}"
             self._print(f"The live view stopped ({reason}); the run continues, see {FILE_NAME}.")

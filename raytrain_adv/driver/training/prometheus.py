@@ -2,12 +2,13 @@
 port, where Ray prefixes each name with `ray_`. driver/commands/board.json is Grafana's board.
 """
 
-import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 from ray.util.metrics import Gauge
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.driver.watch.nodes import poll
 from raytrain_adv.transforms.applied import Transforms
 
 PREFIX = "raytrain_adv_"
@@ -51,10 +52,9 @@ class RunMetrics:
         }
         self._values: dict[tuple[str, str], float] = {(RESTARTS, ""): restarts}
         """Name and transform -> value; replaced as a whole, because two threads read it."""
-        self._ended = threading.Event()
         self._export()
-        self._thread = threading.Thread(target=self._repeat, name="metrics", daemon=True)
-        self._thread.start()
+        self._repeating = ExitStack()
+        self._repeating.enter_context(poll("metrics", self._export, REPEAT_S))
 
     def take(self, row: Mapping[str, float]) -> None:
         """Export a logging step's row; metrics that it lacks keep their last value."""
@@ -71,14 +71,9 @@ class RunMetrics:
 
     def close(self) -> None:
         """Stop exporting."""
-        self._ended.set()
-        self._thread.join()
+        self._repeating.close()
 
     def _export(self) -> None:
         for (name, transform), value in self._values.items():
             tags = {**self._tags, "transform": transform} if transform else self._tags
             self._gauges[name].set(value, tags)
-
-    def _repeat(self) -> None:
-        while not self._ended.wait(REPEAT_S):
-            self._export()

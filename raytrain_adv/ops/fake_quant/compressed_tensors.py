@@ -39,6 +39,12 @@ FORMATS = {
     MXFP4: "mxfp4-pack-quantized",
 }
 """Form of weights -> compressed-tensors' name; integers in groups are pack-quantized."""
+IN_BYTES = {
+    INT8_IN_FLOAT32: quantize_rows,
+    FLOAT8: quantize_float8,
+    FLOAT8_BLOCKS: quantize_float8_blocks,
+}
+"""Form of weights that take a byte -> what rounds them, and returns values and scales."""
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -61,14 +67,8 @@ class Scheme:
 def stored(name: str, weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
     """Return the tensors in which the weight `name` [rows, columns] is stored."""
     form, stem = scheme.weight_form, name.removesuffix("weight")
-    if form == INT8_IN_FLOAT32:
-        integers, scale = quantize_rows(weight)
-        return {name: integers, f"{stem}weight_scale": scale}
-    if form == FLOAT8:
-        values, scale = quantize_float8(weight)
-        return {name: values, f"{stem}weight_scale": scale}
-    if form == FLOAT8_BLOCKS:
-        values, scale = quantize_float8_blocks(weight)
+    if form in IN_BYTES:
+        values, scale = IN_BYTES[form](weight)
         return {name: values, f"{stem}weight_scale": scale}
     if form in FOUR_BIT_FLOATS:
         return _stored_float4(stem, weight, form)

@@ -120,6 +120,8 @@ def differences(source: Path, folder: Path, tensors: Iterable[Tensor]) -> Iterat
 
 def _describe(writer: Any, config: dict[str, Any], source: Path) -> None:
     """Write the model's sizes and its tokenizer."""
+    from gguf import TokenType
+
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     rope = config.get("rope_parameters") or {}
@@ -146,11 +148,11 @@ def _describe(writer: Any, config: dict[str, Any], source: Path) -> None:
             "take another qat_target; written are those of Llama 3, Qwen and SmolLM",
         )
     tokens = [f"[PAD{n}]" for n in range(config["vocab_size"])]
-    kinds = [int(_kinds().UNUSED)] * len(tokens)
+    kinds = [int(TokenType.UNUSED)] * len(tokens)
     for token, number in model["vocab"].items():
-        tokens[number], kinds[number] = token, int(_kinds().NORMAL)
+        tokens[number], kinds[number] = token, int(TokenType.NORMAL)
     for added in tokenizer["added_tokens"]:
-        tokens[added["id"]], kinds[added["id"]] = added["content"], int(_kinds().CONTROL)
+        tokens[added["id"]], kinds[added["id"]] = added["content"], int(TokenType.CONTROL)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
@@ -164,12 +166,6 @@ def _describe(writer: Any, config: dict[str, Any], source: Path) -> None:
     template = source / "chat_template.jinja"
     if template.is_file():
         writer.add_chat_template(template.read_text())
-
-
-def _kinds() -> Any:
-    from gguf import TokenType
-
-    return TokenType
 
 
 def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:

@@ -266,16 +266,6 @@ def test_val_size_that_leaves_nothing_is_refused(make_job, write_rows, val_size)
         prepare(make_job(dataset=write_rows(pairs(20)), val_size=val_size), print)
 
 
-def test_keys_that_exclude_each_other_are_refused(make_job, write_rows):
-    file = write_rows(pairs(3))
-    with pytest.raises(JobError, match="val_size and eval_dataset exclude"):
-        prepare(make_job(dataset=file, eval_dataset=file, val_size=1), print)
-    with pytest.raises(JobError, match="train_on_prompt and mask_history exclude"):
-        prepare(make_job(dataset=file, train_on_prompt=True, mask_history=True), print)
-    with pytest.raises(JobError, match="whole number"):
-        prepare(make_job(dataset=file, val_size=1.5), print)
-
-
 def test_eval_dataset_is_the_held_out_set(make_job, write_rows):
     job = make_job(dataset=write_rows(pairs(4)), eval_dataset=write_rows([CHAT], "e.jsonl"))
     data, _ = ready(job)

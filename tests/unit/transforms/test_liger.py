@@ -3,6 +3,7 @@
 import sys
 import types
 from collections import Counter
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -172,7 +173,7 @@ def test_a_node_without_a_gpu_or_without_the_package_is_refused():
     liger = Liger(use_liger_kernel=True)
     with pytest.raises(ClusterError, match="needs liger-kernel"):
         liger.check(NODE)
-    there = {**NODE.as_dict(), "versions": {"liger-kernel": "0.8.5"}}
+    there = {**asdict(NODE), "versions": {"liger-kernel": "0.8.5"}}
     with pytest.raises(ClusterError, match="run on GPUs only"):
         liger.check(HardwareFacts(**there))
     liger.check(HardwareFacts(**{**there, "device_type": "cuda"}))
@@ -180,7 +181,7 @@ def test_a_node_without_a_gpu_or_without_the_package_is_refused():
 
 @pytest.mark.parametrize("version", ["0.8.0", "0.8.4", "0.8.5.dev1"])
 def test_a_liger_whose_gradients_are_wrong_is_refused(version):
-    there = {**NODE.as_dict(), "versions": {"liger-kernel": version}, "device_type": "cuda"}
+    there = {**asdict(NODE), "versions": {"liger-kernel": version}, "device_type": "cuda"}
     with pytest.raises(ClusterError, match=r"needs liger-kernel>=0\.8\.5") as refused:
         Liger(use_liger_kernel=True).check(HardwareFacts(**there))
     assert version in refused.value.found

@@ -1,6 +1,7 @@
 """The loss in the head is the model's own; what would pass by an adapter or a cap is refused."""
 
 import copy
+from dataclasses import asdict
 from unittest.mock import Mock
 
 import pytest
@@ -281,11 +282,11 @@ def test_kernels_in_triton_are_refused_without_a_gpu_and_without_their_package(k
     transform = LossKernel(loss_kernel=kernel)
     with pytest.raises(ClusterError, match=f"needs {package}"):
         transform.check(CPU)
-    there = HardwareFacts(**{**CPU.as_dict(), "versions": {package: "1.0"}})
+    there = HardwareFacts(**{**asdict(CPU), "versions": {package: "1.0"}})
     with pytest.raises(ClusterError, match="runs on GPUs only") as error:
         transform.check(there)
     assert "10.0.0.1" in error.value.found and "loss_kernel: chunked" in error.value.fix
-    on_gpu = {**there.as_dict(), "device_type": "cuda", "compute_capability": (9, 0)}
+    on_gpu = {**asdict(there), "device_type": "cuda", "compute_capability": (9, 0)}
     transform.check(HardwareFacts(**on_gpu))
 
 

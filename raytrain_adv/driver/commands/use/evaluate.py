@@ -21,7 +21,7 @@ from raytrain_adv.data.prepare import prepare
 from raytrain_adv.driver.commands.export import job_of
 from raytrain_adv.driver.commands.use.generate import answer_all
 from raytrain_adv.driver.commands.use.harness import Harness
-from raytrain_adv.driver.commands.use.load import Loaded, device_named, load
+from raytrain_adv.driver.commands.use.load import Loaded, device_named, load, short
 from raytrain_adv.driver.commands.use.measures import (
     Figure,
     Rows,
@@ -196,7 +196,7 @@ def _own_loss(source: Source, job: JobConfig | None) -> float | None:
 
 def _show(models: list[dict[str, Any]]) -> None:
     """Print a table: a column for each model, a line for each measure."""
-    names = [_short(Path(model["folder"])) for model in models]
+    names = [short(Path(model["folder"])) for model in models]
     table = tables.columns("", *names, right=names)
     table.add_row(Text("stored as"), *(Text(model["form"]) for model in models))
     for name in models[0]["figures"]:
@@ -210,10 +210,6 @@ def _show(models: list[dict[str, Any]]) -> None:
             table.add_row("  in its run", *("" if one is None else f"{one:.4f}" for one in own))
     tables.show(table)
     tables.show(Text("± is one standard error over rows; differences are taken row by row"))
-
-
-def _short(folder: Path) -> str:
-    return "/".join(folder.parts[-2:])
 
 
 def _with_error(value: float | None, error: float | None, sign: str = "") -> str:

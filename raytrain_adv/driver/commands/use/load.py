@@ -38,7 +38,7 @@ class Loaded:
     @property
     def name(self) -> str:
         """The folder, short enough for a heading."""
-        return "/".join(self.source.folder.parts[-2:])
+        return short(self.source.folder)
 
     @property
     def has_template(self) -> bool:
@@ -50,6 +50,11 @@ class Loaded:
         size = disk(folder_gib(self.source.folder))
         how = "" if self.has_template else "; no chat template: text is continued as it is"
         return f"{self.source.folder} ({self.source.form}, {size}, on {self.device}{how})"
+
+
+def short(folder: Path) -> str:
+    """Return the end of a folder's path, for a heading."""
+    return "/".join(folder.parts[-2:])
 
 
 def device_named(name: str) -> torch.device:

@@ -32,6 +32,7 @@ from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.report import record, sweep_record
 from raytrain_adv.report.parts import Failure
 from raytrain_adv.report.record import RunReport
+from raytrain_adv.report.sweep_record import SweepReport
 from raytrain_adv.tables import plain
 
 SWEEP = {"learning_rate": [1e-3, 1e-2, 1e-1]}
@@ -58,6 +59,10 @@ def job_file(tmp_path: Path, keys: dict[str, Any]) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def read_sweep(folder: Path) -> SweepReport:
+    return SweepReport.model_validate_json((folder / sweep_record.FILE_NAME).read_bytes())
 
 
 def results_of(job: JobConfig) -> Results:
@@ -262,7 +267,7 @@ def test_how_trials_end_is_in_the_table(swept: Callable[..., JobConfig], tmp_pat
     results.started(dead)
     results.ended(dead, RuntimeError("The actor died\nout of memory"))
     results.finish()
-    found = sweep_record.read(tmp_path / "out")
+    found = read_sweep(tmp_path / "out")
     assert [t.status for t in found.trials] == ["done", "stopped", "failed"]
     assert [t.metric for t in found.trials] == [3.0, None, None]
     assert found.trials[2].error == "out of memory"
@@ -351,7 +356,7 @@ def test_overwriting_keeps_or_deletes_a_sweep_when_trials_begin_and_not_before(
         kept = folder / "previous" / "1"
         moved = {kept / path.relative_to(folder): data for path, data in before.items()}
         assert {path: path.read_bytes() for path in moved} == moved
-    assert sweep_record.read(folder).status == "running"
+    assert read_sweep(folder).status == "running"
 
 
 def test_no_trial_runs_once_its_sweep_has_failed(
@@ -367,7 +372,7 @@ def test_no_trial_runs_once_its_sweep_has_failed(
     results.started(running)
     leave(job, 1, None, status="running")
     results.fail(ClusterError("Ray's head is gone"))
-    found = sweep_record.read(tmp_path / "out")
+    found = read_sweep(tmp_path / "out")
     assert found.status == "failed" and found.trial(ended).status == "done"
     assert found.trial(running).status == "waiting"
 
