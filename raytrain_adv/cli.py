@@ -17,7 +17,6 @@ from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.driver.commands.dashboard import dashboard_command
 from raytrain_adv.driver.commands.formats import export_command
 from raytrain_adv.driver.commands.reference import REFERENCE
-from raytrain_adv.driver.commands.report import report_command
 from raytrain_adv.driver.commands.use.commands import COMMANDS
 from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError
 from raytrain_adv.estimate.assumptions import Assumptions, assumptions
@@ -338,7 +337,32 @@ def verify(file: Path) -> None:
     kernels.verify(file)
 
 
-for _command in (*COMMANDS, *REFERENCE, dashboard_command, export_command, report_command):
+@app.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path), default=Path("compared.html"),
+              metavar="FILE", help="The page (default: compared.html).")  # fmt: skip
+def report(runs: tuple[Path, ...], html: Path) -> None:
+    """Compare runs: their curves, and the keys and results in which they differ.
+
+    RUN is a run's output_dir; of one alone its report.html is written again, with what it has
+    reached so far. The page opens from disk and loads nothing.
+    """
+    from raytrain_adv.report import compared, record
+    from raytrain_adv.report.html import write_html
+    from raytrain_adv.report.summary import summary
+
+    if len(runs) == 1:
+        found = record.read(runs[0])
+        print(summary(found))
+        print(f"\nwrote {write_html(found, runs[0])}")
+        return
+    read = compared.read_runs(runs)
+    print(compared.render_text(read))
+    record.write_text(compared.render(read), html)
+    print(f"\nwrote {html}")
+
+
+for _command in (*COMMANDS, *REFERENCE, dashboard_command, export_command):
     app.add_command(_command)
 
 if __name__ == "__main__":

@@ -87,7 +87,9 @@ class Arithmetic:
 
 
 def resolve_arithmetic(job: JobConfig, num_sequences: int, world_size: int) -> Arithmetic:
-    """Return a run's arithmetic. Raises JobError without sequences or for a wrong interval."""
+    """Return a run's arithmetic. Raises JobError without sequences, or if the workers cannot share
+    a step's passes.
+    """
     if num_sequences < 1:
         fix = "check dataset, max_samples and val_size"
         raise JobError("There is nothing to train on", "0 training sequences", fix)
@@ -112,9 +114,9 @@ def resolve_arithmetic(job: JobConfig, num_sequences: int, world_size: int) -> A
         total_steps=total_steps,
         warmup_steps=_warmup(job, total_steps),
         save_strategy=output.save_strategy,
-        save_every=_interval("save_steps", output.save_strategy, output.save_steps, total_steps),
+        save_every=_interval(output.save_strategy, output.save_steps, total_steps),
         eval_strategy=output.eval_strategy,
-        eval_every=_interval("eval_steps", output.eval_strategy, eval_steps, total_steps),
+        eval_every=_interval(output.eval_strategy, eval_steps, total_steps),
         filled_sequences=filled,
     )
 
@@ -139,12 +141,7 @@ def _share_of(count: int, share: float) -> int:
     return math.ceil(round(count * share, 6))
 
 
-def _interval(key: str, strategy: Strategy, value: float, total_steps: int) -> int:
+def _interval(strategy: Strategy, value: float, total_steps: int) -> int:
     if strategy != "steps":
         return 0
-    if value < 1:
-        return max(_share_of(total_steps, value), 1)
-    if value != int(value):
-        fix = "give a whole number of steps, or a share of all steps below 1"
-        raise JobError(f"{key} is not a whole number of steps", f"{key}: {value}", fix)
-    return int(value)
+    return max(_share_of(total_steps, value), 1) if value < 1 else int(value)

@@ -16,8 +16,14 @@ from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model import attention, parallel, weights
 from raytrain_adv.model.build import build
 from raytrain_adv.model.parallel import compute_dtype
-from raytrain_adv.ops.loss.function import LossFunction, loss_function
-from raytrain_adv.ops.loss.weighted import asft_loss, dft_sum, distill_loss, eaft_sum
+from raytrain_adv.ops.loss.function import (
+    LossFunction,
+    asft_loss,
+    dft_sum,
+    distill_loss,
+    eaft_sum,
+    loss_function,
+)
 from raytrain_adv.run.run import Run
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.transform import Plan

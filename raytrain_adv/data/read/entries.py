@@ -62,9 +62,6 @@ def resolve(names: str | list[str] | None, data: DataConfig, key: str) -> list[E
     """
     listed = names.split(",") if isinstance(names, str) else list(names or [])
     wanted = [name.strip() for name in listed if name.strip()]
-    if not wanted:
-        fix = f"name a dataset of {INFO_FILE}, a file or a Hub dataset"
-        raise JobError(f"The job names no {key}", f"{key}: {names!r}", fix)
     folder = data.dataset_dir
     if folder.startswith(REMOTE):
         folder = str(_fetch(folder.removeprefix(REMOTE)))

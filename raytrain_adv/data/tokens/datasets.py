@@ -5,12 +5,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +22,6 @@ from raytrain_adv.data.read.formats import Layout, layout, text_layout
 from raytrain_adv.data.read.sources import Row, Source, open_source
 from raytrain_adv.data.tokens import cache
 from raytrain_adv.data.tokens.cache import Say
-from raytrain_adv.data.tokens.mix import interleave
 from raytrain_adv.data.tokens.processes import Task, tokenize_here, tokenize_in_processes
 from raytrain_adv.data.tokens.templates import find_template
 from raytrain_adv.data.tokens.tokenize import Chunk, Recipe, Tokenizer, reasons
@@ -238,3 +238,39 @@ class RowProgress:
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
             self.say(f"Tokenizing {self.name}: {num_rows:,} rows, {share:.0%}")
+
+
+T = TypeVar("T")
+
+
+def interleave(
+    datasets: Sequence[Callable[[], Iterator[T]]],
+    strategy: str,
+    shares: Sequence[float] | None,
+    seed: int,
+) -> Iterator[tuple[int, T]]:
+    """Yield the dataset's number and the next row of one drawn by `shares`, or of each in turn.
+
+    interleave_under ends when one dataset has no more rows, interleave_over when each has been read
+    once (shorter ones begin again), interleave_once when all rows were read, none of them twice.
+    """
+    random = np.random.default_rng(seed)
+    rows = [dataset() for dataset in datasets]
+    left, turn = set(range(len(rows))), 0
+    while left:
+        known = sorted(left) if strategy == "interleave_once" else list(range(len(rows)))
+        if shares is None:
+            chosen, turn = known[turn % len(known)], turn + 1
+        else:
+            weights = np.array([shares[i] for i in known])
+            chosen = int(random.choice(known, p=weights / weights.sum()))
+        row = next(rows[chosen], None)
+        if row is not None:
+            yield chosen, row
+            continue
+        left.discard(chosen)
+        if strategy == "interleave_under":
+            return
+        if strategy == "interleave_over" and left:
+            rows[chosen] = datasets[chosen]()
+            yield chosen, next(rows[chosen])

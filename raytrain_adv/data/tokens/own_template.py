@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from raytrain_adv.data.read.formats import Conversation, Message, UnusableRow
-from raytrain_adv.data.tokens.page import GENERATION, Page, Piece, Span, pieces, with_system
+from raytrain_adv.data.tokens.page import GENERATION, Page, Piece, Span, in_pieces, with_system
 from raytrain_adv.data.tokens.spans import Difference, split_by_prefixes
 from raytrain_adv.data.tokens.thoughts import (
     THOUGHT_FORMS,
@@ -84,7 +84,7 @@ class OwnTemplate:
             spans = _with_endings(text, spans)
         if self._answers_end_bare:
             text, spans = self._with_ends_of_turn(page, messages, text, spans)
-        return pieces(text, spans)
+        return in_pieces(text, spans)
 
     def _page(self, tools: list[Any] | None = None) -> Page:
         page = Page(self.tokenizer, self.source, tools, self.thinks)

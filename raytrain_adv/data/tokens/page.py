@@ -100,7 +100,7 @@ def with_system(messages: list[Message], default_system: str | None) -> list[Mes
     return [{"role": "system", "content": default_system}, *messages]
 
 
-def pieces(text: str, spans: list[Span]) -> list[Piece]:
+def in_pieces(text: str, spans: list[Span]) -> list[Piece]:
     """Split a text into answers and what is between them; answers that touch become one."""
     found: list[Piece] = []
     at = 0

@@ -1,7 +1,7 @@
 """From a chunk of rows to token ids with a loss mask."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain, count, takewhile
 from typing import Any
@@ -18,9 +18,9 @@ from raytrain_adv.data.tokens.limits import (
     template_time,
     tokenizer_errors,
 )
-from raytrain_adv.data.tokens.page import Piece
-from raytrain_adv.data.tokens.render import Renderer, renderer
-from raytrain_adv.data.tokens.shorten import picked
+from raytrain_adv.data.tokens.own_template import OwnTemplate
+from raytrain_adv.data.tokens.page import Page, Piece, in_pieces, with_system
+from raytrain_adv.data.tokens.templates import find_template
 from raytrain_adv.errors import JobError
 
 RawRow = tuple[str, Any]
@@ -76,6 +76,44 @@ class TokenRow:
     """Where the last answer begins."""
     num_before: int
     """Its tokens before it was cut."""
+
+
+Renderer = Callable[[Conversation], list[Piece]]
+
+
+def renderer(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    default_system: str | None,
+    thinks: bool | None = True,
+    drops_thoughts: bool = False,
+) -> Renderer:
+    """Return the function that renders conversations with a template; None: the tokenizer's own.
+
+    `default_system` is the system message of conversations without one; None: the template's.
+    `thinks` and `drops_thoughts` are those of `Template.write`.
+    """
+    if template is None:
+        return OwnTemplate(tokenizer, _own(tokenizer), default_system, thinks)
+    source = find_template(template).write(thinks, drops_thoughts)
+
+    def render(conversation: Conversation) -> list[Piece]:
+        messages = with_system(conversation.messages, default_system)
+        text, spans = Page(tokenizer, source, conversation.tools).marked(messages)
+        return in_pieces(text, spans)
+
+    return render
+
+
+def _own(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the tokenizer's chat template. Raises JobError if it has none."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several templates by name, as some model folders have them
+        template = template.get("default")
+    if not isinstance(template, str):
+        what = "The tokenizer has no default chat template"
+        raise JobError(what, str(template)[:80], "set template in the job")
+    return template
 
 
 class Tokenizer:
@@ -300,3 +338,47 @@ def _first_prompt(pieces: Iterable[Piece]) -> str:
 def reasons(unusable: list[tuple[str, str]]) -> dict[str, int]:
     """Count unusable rows by reason, numbers in the reasons left out."""
     return dict(Counter("".join("#" if c.isdigit() else c for c in why) for _, why in unusable))
+
+
+def picked(is_answer: NDArray[np.bool_], cutoff: int, last_first: bool) -> NDArray[np.int64]:
+    """Return the indices of the tokens that stay.
+
+    Turn by turn, prompt and answer are shortened at their ends, in proportion if both are long, so
+    that a long prompt does not cost the answer; turns for which there is no room are left out.
+    `last_first` begins with the last turn, for losses on it alone.
+
+    Source: infer_seqlen and SupervisedDatasetProcessor in LLaMA-Factory 0.9.6
+    (src/llamafactory/data/processor).
+    """
+    left, kept = cutoff, []
+    turns = _turns(is_answer)
+    for start, answer, end in reversed(turns) if last_first else turns:
+        if left <= 0:
+            break
+        prompt_len, answer_len = _shares(answer - start, end - answer, left)
+        kept.append(np.arange(start, start + prompt_len))
+        kept.append(np.arange(answer, answer + answer_len))
+        left -= prompt_len + answer_len
+    return np.sort(np.concatenate(kept))
+
+
+def _turns(is_answer: NDArray[np.bool_]) -> list[tuple[int, int, int]]:
+    """Return where each prompt starts, and its answer starts and ends."""
+    borders = [0, *(np.flatnonzero(np.diff(is_answer)) + 1).tolist(), len(is_answer)]
+    if is_answer[0]:
+        borders.insert(0, 0)
+    if len(borders) % 2 == 0:  # something follows the last answer
+        borders.append(len(is_answer))
+    return list(zip(borders[::2], borders[1::2], borders[2::2], strict=False))
+
+
+def _shares(prompt: int, answer: int, room: int) -> tuple[int, int]:
+    """Return how much of a prompt and of its answer fits."""
+    if answer * 2 < room:
+        most = room
+    elif prompt * 2 < room:
+        most = room - prompt
+    else:
+        most = int(room * (answer / (prompt + answer)))
+    answer = min(most, answer)
+    return min(room - answer, prompt), answer

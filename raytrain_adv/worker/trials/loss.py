@@ -1,7 +1,6 @@
 """Compare the loss in the head with the loss of plain logits before training."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +30,7 @@ from raytrain_adv.text import first_line
 from raytrain_adv.transforms.loss_kernel import LossKernel, own_loss
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.trial.compare import relative_errors
+from raytrain_adv.worker.trials.packing import eager_eval
 
 NUM_TOKENS = 64  # tokens of the trial, enough for products in 8 bits
 LOSS = "loss"
@@ -61,7 +61,7 @@ def check_loss(
         )
         return _fall_back(job, model, head, run, plans, refusal)
     try:
-        with run.phase("check the loss"), _eager_eval(model):
+        with run.phase("check the loss"), eager_eval(model):
             plain, input_dtype = _run(model, head, run, in_head=False)
             ours, _ = _run(model, head, run, in_head=True)
     except AssertionError as error:  # Reformer's backward pass has another form for evaluation
@@ -135,16 +135,6 @@ def _fall_back(
     run.say(sentence)
     skipped = dict.fromkeys(plans["loss_kernel"].changes, "the loss is torch's after all")
     return {**plans, "loss_kernel": Plan("loss_kernel", skipped=skipped, notes=(sentence,))}
-
-
-@contextmanager
-def _eager_eval(model: nn.Module) -> Iterator[None]:
-    """Turn dropout and compilation off inside; drop gradients afterward."""
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):
-        yield
-    model.train()
-    model.zero_grad(set_to_none=True)
 
 
 def _run(

@@ -98,15 +98,22 @@ def _missing(model: PreTrainedModel) -> Iterator[str]:
 
 
 @contextmanager
-def quiet(job: JobConfig, model: PreTrainedModel) -> Iterator[None]:
-    """Turn dropout, compilation and features off inside; drop gradients afterward."""
-    model.train(False)
-    Transforms(job).switch(model, False)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):
+def eager_eval(model: nn.Module) -> Iterator[None]:
+    """Turn dropout and compilation off inside; drop gradients afterward."""
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
         yield
     model.train()
     model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def quiet(job: JobConfig, model: PreTrainedModel) -> Iterator[None]:
+    """Turn dropout, compilation and features off inside; drop gradients afterward."""
+    Transforms(job).switch(model, False)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with eager_eval(model), torch.random.fork_rng(devices):
+        yield
 
 
 def _wrong(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from raytrain_adv.data.prepare import prepare
 from raytrain_adv.data.read.sources import read_files
 from raytrain_adv.data.shown import shown_rows
-from raytrain_adv.data.tokens.mix import interleave
+from raytrain_adv.data.tokens.datasets import interleave
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
 

@@ -201,12 +201,6 @@ def test_broken_dataset_info_is_an_error_that_names_the_line(tmp_path, make_job)
         resolve(data.dataset, data, "dataset")
 
 
-def test_no_dataset_is_an_error(make_job):
-    data = make_job().data
-    with pytest.raises(JobError, match="names no dataset"):
-        resolve(data.dataset, data, "dataset")
-
-
 def test_hub_dataset_is_read_and_named_by_row(monkeypatch, tmp_path):
     import datasets
 

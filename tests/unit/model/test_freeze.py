@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raytrain_adv.model.freeze import UNREACHED, freeze_unreached
+from raytrain_adv.model.build import UNREACHED, freeze_unreached
 from tests.families import families, tiny_model
 
 

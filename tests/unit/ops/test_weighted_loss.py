@@ -6,8 +6,14 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from raytrain_adv.ops.loss.function import CHUNK_TOKENS, in_chunks
-from raytrain_adv.ops.loss.weighted import dft_sum, distill_loss, divergence_sum, eaft_sum
+from raytrain_adv.ops.loss.function import (
+    CHUNK_TOKENS,
+    dft_sum,
+    distill_loss,
+    divergence_sum,
+    eaft_sum,
+    in_chunks,
+)
 
 
 def case(tokens):

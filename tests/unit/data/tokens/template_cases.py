@@ -3,7 +3,7 @@
 from typing import Any
 
 from raytrain_adv.data.read.formats import UnusableRow
-from raytrain_adv.data.tokens.page import Page, pieces
+from raytrain_adv.data.tokens.page import Page, in_pieces
 from raytrain_adv.data.tokens.templates import TEMPLATES
 
 NAMES = (
@@ -70,7 +70,7 @@ def marked_text(name: str, case: str, **how: Any) -> str:
         text, spans = Page(Tokens(), template.write(**how), tools).marked(messages)  # type: ignore[arg-type]
     except UnusableRow as error:
         return str(error)
-    marked = "".join(f"⟦{p.text}⟧" if p.is_answer else p.text for p in pieces(text, spans))
+    marked = "".join(f"⟦{p.text}⟧" if p.is_answer else p.text for p in in_pieces(text, spans))
     return marked if case == "tools" or not tools else _without_description(marked, name)
 
 

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from raytrain_adv.data.read.formats import Conversation, UnusableRow
-from raytrain_adv.data.tokens.render import renderer
 from raytrain_adv.data.tokens.templates import TEMPLATES
-from raytrain_adv.data.tokens.tokenize import _encode_pieces
+from raytrain_adv.data.tokens.tokenize import _encode_pieces, renderer
 from tests.unit.data.tokens.template_cases import CASES
 from tests.unit.data.tokens.template_tokenizer import tokenizer
 

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from raytrain_adv.config.templates import Template
 from raytrain_adv.data.read.formats import Conversation, UnusableRow
-from raytrain_adv.data.tokens.render import renderer
 from raytrain_adv.data.tokens.templates import TEMPLATES, find_template
+from raytrain_adv.data.tokens.tokenize import renderer
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
 from tests.unit.data.tokens.template_cases import CASES, NAMES, marked_text
