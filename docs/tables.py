@@ -90,9 +90,10 @@ STEPS: dict[str, dict[str, str]] = {
     "fp8_recipes": {
         "bf16": "bf16",
         "fp8 tensorwise": "`tensorwise`",
-        "fp8 rowwise": "`rowwise`",
+        "fp8 rowwise": "`rowwise` with torchao's casts",
         "fp8 rowwise_with_gw_hp": "`rowwise_with_gw_hp`",
     },
+    "fp8_rowwise": {"bf16": "bf16", "fp8": "`tensorwise`", "fp8 rowwise": "`rowwise`"},
     "fp8_pairs": {
         "bf16": "bf16",
         "qat int4": "QAT, int4 weights",

@@ -28,6 +28,7 @@ FULL = {"disable_gradient_checkpointing": False, "gradient_checkpointing": "full
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp8": FP8,
+    "fp8 rowwise": {**FP8, "fp8_recipe": "rowwise"},
     "fp8 head": {**FP8, "fp8_lm_head": True},
     "qat int4": INT4,
     "qat int8": INT8,

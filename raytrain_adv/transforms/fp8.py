@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -33,16 +34,21 @@ if TYPE_CHECKING:
 
 OWN = "raytrain_adv.ops.float8.linear.Float8Linear"
 HEAD = "raytrain_adv.ops.float8.head_loss.Float8Head"
-TORCHAO = "torchao.float8.float8_linear.Float8Linear"
+BECOMES = {
+    "tensorwise": OWN,
+    "rowwise": "raytrain_adv.ops.float8.row_linear.RowwiseLinear",
+    "rowwise_with_gw_hp": "torchao.float8.float8_linear.Float8Linear",
+}
+"""Recipe -> class of its linears."""
 IN_BF16 = "experts, whose grouped products stay in bf16"
 MULTIPLE = 16
 """torch._scaled_mm takes only sizes divisible by this on a GPU; on a CPU it takes all."""
-SMALLEST = {"tensorwise": 1024, "rowwise": 2049, "rowwise_with_gw_hp": 2049}
+SMALLEST = {"tensorwise": 1024, "rowwise": 1024, "rowwise_with_gw_hp": 2049}
 """Features on either side below which a linear does not gain.
 
-Source for rowwise: torchao's measurements on an H100 (docs/static/fp8-rowwise-perf.png): N of 2048
-or less never wins. Tensorwise: k_proj and v_proj of the 8B shape (N = 1024) made less than 1 % of
-difference in one trial of 8 layers on an H100."""
+Source for torchao's casts: its measurements on an H100 (docs/static/fp8-rowwise-perf.png): N of
+2048 or less never wins. Tensorwise: k_proj and v_proj of the 8B shape (N = 1024) made less than 1 %
+of difference in one trial of 8 layers on an H100. Rowwise: its products take as long."""
 ENOUGH_TOKENS = 8192
 OFF_BY = 0.1
 """Largest relative error of a product and its gradients that FP8's rounding explains: 3.7 % for a
@@ -129,7 +135,7 @@ class Fp8(Transform):
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears that compute in FP8."""
-        becomes = {LINEAR: OWN if self.is_tensorwise else TORCHAO}
+        becomes = {LINEAR: BECOMES[self.fp8_recipe]}
         given = self.fp8_exclude
         changes, skipped = plan_linears(
             model, becomes, "fp8_exclude", given, self._why_not, lambda experts: IN_BF16
@@ -180,13 +186,10 @@ class Fp8(Transform):
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Replace each planned linear by a Float8Linear that owns the same parameters."""
-        from torchao.float8 import float8_linear
-
-        from raytrain_adv.ops.float8 import linear
         from raytrain_adv.ops.float8.head_loss import Float8Head
 
-        kind: Any = (linear if self.is_tensorwise else float8_linear).Float8Linear
-        if not self.is_tensorwise:
+        kind: Any = pkgutil.resolve_name(BECOMES[self.fp8_recipe])
+        if self.fp8_recipe == "rowwise_with_gw_hp":
             import torch._inductor.config
 
             # Make Inductor round to bf16 where eager code does: without it row-wise scales and the
@@ -224,6 +227,10 @@ class Fp8(Transform):
 
                 for source in {dtype, torch.float32}:  # and master weights, before they are sent
                     _refuse_wrong(wrong_tiles(source, device), source)
+            if device.type == "cuda" and self.fp8_recipe == "rowwise":
+                from raytrain_adv.ops.float8.row_kernel import wrong_casts
+
+                _refuse_wrong(wrong_casts(dtype, device), dtype)
             errors = [distance(linear, self._config(), device, dtype) for linear in kinds.values()]
         except torch.OutOfMemoryError:
             raise

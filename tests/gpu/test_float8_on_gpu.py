@@ -23,6 +23,9 @@ from raytrain_adv.ops.float8.cast import (
 )
 from raytrain_adv.ops.float8.head_loss import Float8Head
 from raytrain_adv.ops.float8.linear import Float8Linear, linear
+from raytrain_adv.ops.float8.row_cast import cast_on_gpu, define
+from raytrain_adv.ops.float8.row_kernel import wrong_casts
+from raytrain_adv.ops.float8.row_linear import RowwiseLinear
 from raytrain_adv.ops.loss.linear_cross_entropy import LogitMap, linear_cross_entropy
 from raytrain_adv.worker.checks.step import clip
 
@@ -33,7 +36,6 @@ pytestmark = [
         reason="needs a GPU with FP8 (compute capability 9.0)",
     ),
 ]
-CONFIG = Float8LinearConfig.from_recipe_name("tensorwise")
 ROOT = Path(__file__).parents[2]
 
 
@@ -93,6 +95,19 @@ def test_a_tile_that_is_compiled_wrongly_is_found(monkeypatch):
     assert len(wrong) == 2 * len(kernels.TILES) and "float8_e4m3fn" in wrong[0]
 
 
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(8192, 4096), (1008, 1040), (17, 33)])
+def test_casts_by_row_are_the_defined_ones_to_the_bit(source, shape):
+    assert wrong_casts(source, torch.device("cuda")) == []
+    sizes = torch.exp(4 * torch.randn(shape[0], 1, device="cuda"))
+    tensor = (torch.randn(shape, device="cuda") * sizes).to(source)
+    tensor[0], tensor[-1] = 0, tensor[-1] * 1e-11
+    for wanted in ((True, True), (True, False), (False, True)):
+        found, expected = cast_on_gpu(tensor, *wanted), define(tensor, *wanted)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [32, 64, 128])
 def test_gradients_of_small_batches_are_finite_and_near_the_exact_ones(tokens, dtype):
@@ -129,12 +144,15 @@ def passed(linear, x, gradient):
     return [output.detach(), x.grad, linear.weight.grad]
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 @pytest.mark.parametrize("tokens", [16, 48, 4096])
-def test_the_linear_is_torchaos_to_the_bit(tokens):
+def test_the_linear_is_torchaos_to_the_bit(recipe, tokens):
     torch.manual_seed(0)
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    kind = Float8Linear if recipe == "tensorwise" else RowwiseLinear
     plain = torch.nn.Linear(512, 1024, bias=False, dtype=torch.bfloat16, device="cuda")
-    torchao = TorchaoFloat8Linear.from_float(copy.deepcopy(plain), CONFIG)
-    ours = Float8Linear.from_float(copy.deepcopy(plain), CONFIG)
+    torchao = TorchaoFloat8Linear.from_float(copy.deepcopy(plain), config)
+    ours = kind.from_float(copy.deepcopy(plain), config)
     x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
     gradient = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16) * 1e-3
     for own, theirs in zip(passed(ours, x, gradient), passed(torchao, x, gradient), strict=True):

@@ -15,7 +15,7 @@ TILES = [
 ]
 
 
-def _quick(call: Any, quantiles: Any) -> Any:
+def quick(call: Any, quantiles: Any) -> Any:
     """Time a tile size, for milliseconds: by itself Triton takes an eighth of a second for each."""
     return triton.testing.do_bench(call, warmup=2, rep=10, quantiles=quantiles)
 
@@ -31,7 +31,8 @@ TRIED = (272, 528)
 
 
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
-def _to_bytes(value, LARGEST: tl.constexpr, IS_E5M2: tl.constexpr):  # type: ignore[no-untyped-def] # its arguments are not Python values
+def to_bytes(value, LARGEST: tl.constexpr, IS_E5M2: tl.constexpr):  # type: ignore[no-untyped-def] # its arguments are not Python values
+    """Return the bytes of a value in float8, within its range."""
     # A NaN must come out as one, as in torch: minimum and maximum would give a bound.
     value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     # As bytes from here on: transposing float8 has been miscompiled (triton 3.7, triton#11111).
@@ -43,7 +44,7 @@ def _to_bytes(value, LARGEST: tl.constexpr, IS_E5M2: tl.constexpr):  # type: ign
 
 
 @triton.autotune(  # type: ignore[untyped-decorator]
-    configs=TILES, key=["rows_class", "columns_class", "WRITE_PLAIN"], do_bench=_quick
+    configs=TILES, key=["rows_class", "columns_class", "WRITE_PLAIN"], do_bench=quick
 )
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
 def _cast(  # type: ignore[no-untyped-def] # its arguments are not Python values
@@ -66,7 +67,7 @@ def _cast(  # type: ignore[no-untyped-def] # its arguments are not Python values
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     offsets = row[:, None].to(tl.int64) * columns + column[None, :]
     value = tl.load(source + offsets, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
-    byte = _to_bytes(value, LARGEST, IS_E5M2)
+    byte = to_bytes(value, LARGEST, IS_E5M2)
     if WRITE_PLAIN:
         tl.store(plain + offsets, byte, mask=inside)
     offsets_t = column[:, None].to(tl.int64) * rows + row[None, :]
@@ -111,7 +112,7 @@ def _cast_plain(  # type: ignore[no-untyped-def] # its arguments are not Python 
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < size
     value = tl.load(source + offsets, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
-    tl.store(target + offsets, _to_bytes(value, LARGEST, IS_E5M2), mask=inside)
+    tl.store(target + offsets, to_bytes(value, LARGEST, IS_E5M2), mask=inside)
 
 
 def launch_plain(source: Tensor, scale: Tensor, target: Tensor) -> None:
@@ -132,7 +133,7 @@ def launch_plain(source: Tensor, scale: Tensor, target: Tensor) -> None:
 
 
 @triton.autotune(  # type: ignore[untyped-decorator]
-    configs=TILES, key=["rows_class", "columns_class"], do_bench=_quick
+    configs=TILES, key=["rows_class", "columns_class"], do_bench=quick
 )
 @triton.jit  # type: ignore[untyped-decorator] # triton ships no types
 def _transpose(  # type: ignore[no-untyped-def] # its arguments are not Python values
@@ -185,7 +186,7 @@ def wrong_tiles(source_dtype: torch.dtype, device: torch.device) -> list[str]:
         value = (source.float() * scale).clamp(min=-largest, max=largest)
         expected = value.to(dtype).view(torch.uint8)
         for tile in TILES:
-            with _only(tile):
+            with only(tile, _cast, _transpose):
                 plain = source.new_empty(TRIED, dtype=dtype)
                 found = [source.new_empty(TRIED[::-1], dtype=dtype) for _ in range(3)]
                 launch(source, scale, plain, found[0])
@@ -200,9 +201,8 @@ def wrong_tiles(source_dtype: torch.dtype, device: torch.device) -> list[str]:
 
 
 @contextlib.contextmanager
-def _only(tile: Any) -> Iterator[None]:
+def only(tile: Any, *tuners: Any) -> Iterator[None]:
     """Make the tuners take one tile."""
-    tuners = (_cast, _transpose)
     kept = [(tuner.configs, tuner.cache) for tuner in tuners]
     try:
         for tuner in tuners:

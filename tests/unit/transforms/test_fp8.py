@@ -14,7 +14,7 @@ from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.model.build import build
 from raytrain_adv.transforms import loss_kernel
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.fp8 import HEAD, OWN, TORCHAO, Fp8, _avoid_nan
+from raytrain_adv.transforms.fp8 import BECOMES, HEAD, Fp8, _avoid_nan
 from raytrain_adv.transforms.modules import class_name
 from raytrain_adv.transforms.transform import Change, Plan
 from tests.tiny_models import job_for, write_checkpoint
@@ -262,11 +262,10 @@ def test_what_is_planned_is_what_the_model_becomes(tmp_path, recipe):
     job, model, plan = planned(tmp_path, fp8_recipe=recipe)
     plans = Transforms(job).prepare(model, CPU)
     assert plans["fp8"].changes.keys() == plan.changes.keys()
-    kind = OWN if recipe == "tensorwise" else TORCHAO
     found = {
         fqn
         for fqn, m in model.named_modules()
-        if f"{type(m).__module__}.{type(m).__qualname__}" == kind
+        if f"{type(m).__module__}.{type(m).__qualname__}" == BECOMES[recipe]
     }
     assert found == plan.changes.keys()
 
@@ -357,11 +356,11 @@ def test_a_torch_that_the_workaround_does_not_fit_is_refused(inductor, monkeypat
     assert "fp8_recipe: tensorwise" in refused.value.fix
 
 
-def test_rowwise_recipes_and_they_alone_need_it(monkeypatch):
+def test_the_recipe_with_torchaos_casts_alone_needs_it(monkeypatch):
     seen = []
     monkeypatch.setattr("raytrain_adv.transforms.fp8._avoid_nan", seen.append)
-    for recipe in ("tensorwise", "rowwise"):
+    for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp"):
         model = nn.Sequential(nn.Linear(16, 16))
         plan = Plan("fp8", {"0": Change("a", "b")})
         Fp8(fp8=True, fp8_recipe=recipe).prepare(model, plan)
-        assert len(seen) == (recipe == "rowwise")
+        assert len(seen) == (recipe == "rowwise_with_gw_hp")
