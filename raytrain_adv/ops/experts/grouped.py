@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401 # registers the operator
 from torch import Tensor, nn
 
 from raytrain_adv.ops.experts.find import Layout, known_layout
@@ -23,8 +24,6 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Rows are sorted by expert; `ends` [expert], int32, is where each one's end. In bfloat16 one
     kernel, otherwise transformers' operator, a loop, which torch.compile takes as it is.
     """
-    import transformers.integrations.moe  # noqa: F401 # registers the operator
-
     if x.dtype == torch.bfloat16:
         return torch._grouped_mm(x, weight, offs=ends)
     product: Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight, offs=ends)
