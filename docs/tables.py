@@ -12,6 +12,7 @@ from typing import Any
 SEVERAL = {
     "fp8_two_gpus": "two H100s of one host",
     "fsdp_collectives": "two H200s of one host",
+    "llama3_8b_two_gpus": "two H200s of one host",
 }
 """Files of results whose runs took more than one card."""
 RESULTS = Path(__file__).parent.parent / "jobs" / "benchmarks" / "results"
@@ -327,6 +328,60 @@ def serve() -> str:
     return table((*header, "relative to bf16", "MiB"), rows)
 
 
+def experts() -> str:
+    """One H200: full training, LoRA and QAT of mixtures of experts, and the HF Trainer."""
+    rows = []
+    for name, model in (("experts_qwen3", "Qwen3-30B-A3B"), ("experts_gpt_oss", "gpt-oss-20b")):
+        found = read(name)["rows"]
+        for title, run, base in (
+            ("full", "full", "HF Trainer, full"),
+            ("LoRA", "lora", "HF Trainer, PEFT's lora"),
+            ("QLoRA, nf4", "qlora", "HF Trainer, PEFT's lora"),
+            ("QAT, int4 weights", "qat int4", "HF Trainer, full"),
+        ):
+            row, other = found[run], found[base]
+            figures = f"{row['tokens_s']:,.0f}", f"{row['mfu_bf16']:.1%}", f"{row['peak_gib']:.1f}"
+            theirs = f"{other['tokens_s']:,.0f}", f"{other['peak_gib']:.1f}"
+            ratio = f"{row['tokens_s'] / other['tokens_s']:.2f}"
+            rows.append((f"{model}, {title}", *figures, *theirs, ratio))
+    header = ("", "tokens/s", "MFU", "peak GiB", "HF Trainer, tokens/s", "its peak GiB", "ratio")
+    return table(header, rows)
+
+
+def exported_products() -> str:
+    """One H200: the linears of an 8B layer multiplied from exported bytes."""
+    times: dict[tuple[str, int], float] = {}
+    sizes: dict[str, int] = Counter()
+    errors: dict[str, float] = {}
+    for row in read("exported_products")["rows"]:
+        form, tokens = row["form"], row["tokens"]
+        times[form, tokens] = times.get((form, tokens), 0.0) + row["us"]
+        errors[form] = max(errors.get(form, 0.0), row["error"])
+        if tokens == 16:
+            sizes[form] += row["bytes"]
+    rows = [
+        (
+            form,
+            f"{sizes[form] / 2**20:.0f}",
+            *(f"{times['bf16', n] / times[form, n]:.2f}" for n in (16, 4096)),
+            f"{errors[form]:.1g}",
+        )
+        for form in sizes
+    ]
+    return table(("", "MiB", "speed at 16 tokens", "at 4,096", "relative error"), rows)
+
+
+def all_quick() -> str:
+    """The ratios of all.py --quick, by GPU."""
+    ratios = read("all_quick")["ratios"]
+    names = list(dict.fromkeys(name for found in ratios.values() for name in found))
+    rows = [
+        (name, *(f"{found[name]:.2f}" if name in found else "" for found in ratios.values()))
+        for name in names
+    ]
+    return table(("", *ratios), rows)
+
+
 def all_results() -> str:
     """Every file of results with its card, date and commands."""
     parts = []
@@ -353,6 +408,9 @@ BLOCKS: dict[str, Callable[[], str]] = {name: partial(steps, name) for name in S
         chaos,
         soak,
         serve,
+        experts,
+        exported_products,
+        all_quick,
         all_results,
     )
 }

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate
@@ -105,6 +104,31 @@ def split_attention(model: PreTrainedModel, group: dist.ProcessGroup, dtype: tor
     model.register_forward_pre_hook(take_whole, with_kwargs=True)
 
 
+@torch.library.custom_op("raytrain_adv::exchange", mutates_args=())
+def exchange(x: Tensor, group: str) -> Tensor:
+    """Send x[r] to rank r of the group of that name; return what each sent, [ranks, ...].
+
+    On the current stream. Functional collectives have a stream of their own, and what they send
+    and receive stays allocated until the GPU is there, many layers after the CPU.
+    """
+    c10d: Any = dist.distributed_c10d
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x, group=c10d._resolve_process_group(group))
+    return received
+
+
+def _keep_group(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.group = inputs[1]
+
+
+def _exchange_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return exchange(gradient.contiguous(), ctx.group), None
+
+
+exchange.register_fake(lambda x, group: torch.empty_like(x))
+exchange.register_autograd(_exchange_gradient, setup_context=_keep_group)
+
+
 class SplitAttention:
     """Attention in transformers' calling convention, over the workers that share a sequence."""
 
@@ -171,12 +195,8 @@ class SplitAttention:
         return self._exchange(x.movedim(1, 0)).movedim(0, 2).flatten(2, 3)
 
     def _exchange(self, x: Tensor) -> Tensor:
-        """Send x[r] to rank r; return what each sent, [ranks, ...]."""
-        ones = [1] * self.size
-        received = all_to_all_single_autograd(x.contiguous(), ones, ones, self.group)
-        # Kernels take no tensor that is on its way.
-        waited: Tensor = torch.ops._c10d_functional.wait_tensor(received)
-        return waited
+        received: Tensor = exchange(x.contiguous(), self.group.group_name)
+        return received
 
 
 class _Part:
