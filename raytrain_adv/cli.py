@@ -11,14 +11,14 @@ import click
 
 from raytrain_adv import __version__, errors
 from raytrain_adv.config import JobConfig, load
-from raytrain_adv.config.problems import Problem, job_error
+from raytrain_adv.config.problems import ON_COMMAND_LINE, Problem, command_error, job_error
 from raytrain_adv.config.rules import check_workers
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.driver.commands.dashboard import dashboard_command
 from raytrain_adv.driver.commands.formats import export_command
 from raytrain_adv.driver.commands.reference import REFERENCE
 from raytrain_adv.driver.commands.use.commands import COMMANDS
-from raytrain_adv.errors import EXIT_DONE, JobError, RaytrainAdvError
+from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError
 from raytrain_adv.estimate.assumptions import Assumptions, assumptions
 from raytrain_adv.redaction import hide, hide_environment, is_secret_name
 from raytrain_adv.text import clean, nearest
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> in
         return code if isinstance(code, int) else EXIT_DONE
     except click.UsageError as error:
         fix = f"{error.ctx.command_path if error.ctx else program} --help lists what it takes"
-        return _refuse(_wrong(error.format_message(), fix))
+        return _refuse(command_error(error.format_message(), fix))
     except RaytrainAdvError as error:
         return _refuse(error)
     except ModuleNotFoundError as error:
@@ -57,10 +57,6 @@ def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> in
         again = "Set resume_from_checkpoint: true to continue from the last checkpoint."
         print(f"\nStopped. {again}", file=sys.stderr)
         return errors.EXIT_STOPPED
-
-
-def _wrong(text: str, fix: str) -> JobError:
-    return job_error("The command line", [Problem(text, fix)])
 
 
 def _refuse(error: RaytrainAdvError) -> int:
@@ -89,7 +85,7 @@ def _command_of(arguments: list[str]) -> click.Group:
         fix = f"did you mean {near}?" if near else f"write one of {', '.join(app.commands)} first"
         if word.endswith((".yaml", ".yml")):
             fix = f"write raytrain-adv launch {word}"
-        raise _wrong(f"{word!r} is not a command", fix)
+        raise command_error(f"{word!r} is not a command", fix)
     return app
 
 
@@ -141,7 +137,7 @@ def job_arguments(arguments: Sequence[str], program: str) -> tuple[str, list[str
         usage = f"usage: {program} job.yaml [key=value]..."
         problems.insert(0, Problem("no job file is named", usage))
     if problems:
-        raise job_error("The command line", problems)
+        raise job_error(ON_COMMAND_LINE, problems)
     return paths[0], overrides
 
 
@@ -172,7 +168,7 @@ def _load(arguments: Sequence[str]) -> JobConfig:
 def _show_plan(job: JobConfig, workers: int | None, verbose: bool, assume: Sequence[str]) -> None:
     assumed, problems = assumptions(assume) if assume else (None, [])
     if problems:
-        raise job_error("The command line", problems)
+        raise job_error(ON_COMMAND_LINE, problems)
     check_workers(job, workers)
     from raytrain_adv.driver.plan.plan import show
 
@@ -195,7 +191,7 @@ def launch(arguments: tuple[str, ...], plan: bool, **options: Any) -> None:
     """
     given = [f"--{name}" for name, value in options.items() if value]
     if given and not plan:
-        raise _wrong(f"{', '.join(given)}: only a plan takes it", "write --plan too")
+        raise command_error(f"{', '.join(given)}: only a plan takes it", "write --plan too")
     job = _load(arguments)
     if plan:
         return _show_plan(job, **options)
@@ -248,7 +244,7 @@ def submit(arguments: tuple[str, ...], address: str | None, runtime_env: str | N
     storage of the cluster.
     """
     if "--plan" in arguments:
-        raise _wrong("a plan is made on this machine", "write raytrain-adv plan job.yaml")
+        raise command_error("a plan is made on this machine", "write raytrain-adv plan job.yaml")
     path, overrides = job_arguments(arguments, "raytrain-adv submit")
     from raytrain_adv.driver.commands.submit import submit
 
@@ -283,7 +279,9 @@ def doctor(run: Path | None, fix: bool) -> int:
         from raytrain_adv.driver.commands.status import runs_here
 
         here = ", ".join(map(str, runs_here())) or "none in this folder"
-        raise _wrong(f"no run is named; the last ones: {here}", "raytrain-adv doctor OUTPUT_DIR")
+        raise command_error(
+            f"no run is named; the last ones: {here}", "raytrain-adv doctor OUTPUT_DIR"
+        )
     from raytrain_adv.driver.commands.doctor import show
 
     return EXIT_DONE if show(run, fix) else errors.EXIT_NOT_MENDED

@@ -102,6 +102,17 @@ def seed_of(seed: int, fqn: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{fqn}".encode()).digest()[:7])
 
 
+def raise_alike(failure: Exception | None, device: torch.device) -> None:
+    """Raise rank 0's failure on every rank, if it has one; a collective: without it the other ranks
+    would wait for what never comes.
+    """
+    box = [failure]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0, device=device)
+    if box[0] is not None:
+        raise box[0]
+
+
 def rank() -> int:
     """Return this process's rank, 0 outside of a process group."""
     return dist.get_rank() if dist.is_initialized() else 0

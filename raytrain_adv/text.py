@@ -107,6 +107,11 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def of_error(error: BaseException) -> str:
+    """Return an error's kind and the first line of its text, as ValueError: no such key."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def listed(names: Sequence[str], most: int = 5) -> str:
     """Return the names, comma-separated: the first `most`, and how many more there are."""
     more = len(names) - most

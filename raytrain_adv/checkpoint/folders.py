@@ -83,7 +83,7 @@ def find(folder: Storage) -> Found | None:
 
 def newest(root: Storage, attempt: str | None = None) -> Found | None:
     """Return the newest complete checkpoint, of one attempt and its restarts or of all."""
-    for _, name, folder in sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True):
+    for _, name, folder in all_folders(root):
         is_of_it = attempt is None or name.rstrip(AGAIN) == attempt.rstrip(AGAIN)
         found = find(folder) if is_of_it else None
         if found is not None:
@@ -92,13 +92,14 @@ def newest(root: Storage, attempt: str | None = None) -> Found | None:
 
 
 def all_folders(root: Storage) -> list[tuple[int, str, Storage]]:
-    """Return (step, attempt, folder) of every checkpoint folder, complete or not."""
-    return [
+    """Return (step, attempt, folder) of every checkpoint folder, complete or not, newest first."""
+    found = [
         (int(name.removeprefix("step_")), attempt, root.folder(attempt, name))
         for attempt in root.folders()
         for name in root.folder(attempt).folders()
         if name.startswith("step_") and name.removeprefix("step_").isdigit()
     ]
+    return sorted(found, key=lambda entry: entry[:2], reverse=True)
 
 
 def wrong_sizes(folder: Storage, manifest: dict[str, Any]) -> str:

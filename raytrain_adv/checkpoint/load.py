@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.futures import Future
 
 from raytrain_adv.errors import RaytrainAdvError, StorageError
-from raytrain_adv.text import first_line
+from raytrain_adv.text import first_line, of_error
 
 METADATA = ".metadata"
 _CLASSES: tuple[Any, ...] = (
@@ -59,7 +59,7 @@ def read_state(state: dict[str, Any], folder: str, shown: str) -> None:
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, RaytrainAdvError):
             raise cause from None
-        found = f"{shown}: {type(cause).__name__}: {first_line(cause)}"
+        found = f"{shown}: {of_error(cause)}"
         fix = "resume from the one before: resume_from_checkpoint: .../step_N"
         raise StorageError("The checkpoint cannot be read", found, fix) from error
 
@@ -115,7 +115,7 @@ def _metadata(path: pathlib.Path) -> Metadata:
         try:
             found = _Unpickler(file).load()
         except (pickle.UnpicklingError, MemoryError, *_OF_GARBAGE) as error:
-            raise _damaged(path, f"{type(error).__name__}: {first_line(error)}") from error
+            raise _damaged(path, of_error(error)) from error
     if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
         raise _damaged(path, "it is not DCP metadata")
     for info in found.storage_data.values():

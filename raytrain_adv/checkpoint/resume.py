@@ -13,7 +13,7 @@ from raytrain_adv.checkpoint.folders import (
     wrong_sizes,
 )
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.errors import JobError, RaytrainAdvError
+from raytrain_adv.errors import JobError
 from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import Arithmetic
 from raytrain_adv.storage.storage import Storage
@@ -47,16 +47,12 @@ def to_resume(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
 
 def _agreed(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
     """Return rank 0's choice, on all ranks."""
-    outcome: str | RaytrainAdvError | None = None
-    if run.is_main:
-        try:
-            chosen = _chosen(job, run, arithmetic)
-            outcome = chosen.path if chosen else None
-        except RaytrainAdvError as error:
-            outcome = error
-    path = run.broadcast(outcome)
-    if isinstance(path, RaytrainAdvError):
-        raise path
+
+    def choose() -> str | None:
+        chosen = _chosen(job, run, arithmetic)
+        return chosen.path if chosen else None
+
+    path = run.on_main(choose)
     if path is None:
         return None
     named = isinstance(run.resume, str) and path == _absolute(run.resume)
@@ -112,7 +108,7 @@ def _chosen(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:
 
 def _pass_over_torn(run: Run) -> None:
     """Report checkpoints newer than the newest complete one that lost files after the commit."""
-    for _, _, folder in sorted(all_folders(run.storage), key=lambda entry: entry[:2], reverse=True):
+    for _, _, folder in all_folders(run.storage):
         manifest = read_manifest(folder)
         if manifest is None:
             continue

@@ -264,9 +264,8 @@ class CheckpointWriter:
 
     def _prune(self) -> None:
         """Delete complete checkpoints beyond save_total_limit, and torn ones that nobody writes."""
-        folders = sorted(all_folders(self.run.storage), key=lambda entry: entry[:2], reverse=True)
         limit, num_complete = self.job.output.save_total_limit, 0
-        for step, _, folder in folders:
+        for step, _, folder in all_folders(self.run.storage):
             is_complete = read_manifest(folder) is not None
             if step == self.keep_step and is_complete:
                 continue

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from raytrain_adv.dtensor import local_part
 from raytrain_adv.hardware import free_host_memory
 from raytrain_adv.ops.adamw_8bit import fill_8bit, values_of
-from raytrain_adv.ops.pages import locked_pages
+from raytrain_adv.ops.pages import locked_pages, unlock
 from raytrain_adv.text import GIB, first_line
 
 LARGEST_SHARE = 0.5  # of the memory that is free on the node, for all its workers
@@ -108,9 +108,8 @@ class HostMemory:
     def release(self) -> None:
         """Give the memory back."""
         self.stop()
-        cuda: Any = torch.cuda
         for pages in self.locked:
-            cuda.cudart().cudaHostUnregister(pages.data_ptr())
+            unlock(pages)
         self.locked.clear()
         self.copies.clear()
         self.coming.clear()

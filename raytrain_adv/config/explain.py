@@ -20,7 +20,7 @@ from raytrain_adv.config.compatibility import (
 )
 from raytrain_adv.config.job import section_types
 from raytrain_adv.config.llamafactory.keys import RENAMED, WRITTEN_AS
-from raytrain_adv.config.problems import Problem, job_error, show
+from raytrain_adv.config.problems import command_error, show
 from raytrain_adv.config.schema import describe, field_schemas, schema
 from raytrain_adv.errors import JobError
 from raytrain_adv.text import nearest
@@ -51,7 +51,7 @@ def explain(name: str) -> str:
 def _unknown(kind: str, name: str, known: Iterable[str]) -> JobError:
     near = nearest(slug_of(name), known)
     fix = f"did you mean {near}?" if near else "`raytrain-adv schema` lists the keys"
-    return job_error("The command line", [Problem(f"there is no {kind} {show(name)}", fix)])
+    return command_error(f"there is no {kind} {show(name)}", fix)
 
 
 @cache

@@ -12,7 +12,7 @@ from raytrain_adv.config import rules, sweep
 from raytrain_adv.config.job import SECTIONS, JobConfig, SectionType, section_types, transform_types
 from raytrain_adv.config.llamafactory import translate
 from raytrain_adv.config.llamafactory.keys import RENAMED, WRITTEN_AS
-from raytrain_adv.config.problems import Problem, job_error, show
+from raytrain_adv.config.problems import ON_COMMAND_LINE, Problem, job_error, show
 from raytrain_adv.config.schema import describe, field_schemas
 from raytrain_adv.config.section import Section, unknown_user
 from raytrain_adv.config.sections import LARGEST
@@ -181,6 +181,23 @@ def _section(
         stand_ins = {k: _STAND_IN for k in wrong if kind.model_fields[k].is_required()}
         whole = kind.model_validate(right | stand_ins)
     return whole, [problem for key, problem in wrong.items() if key not in refused]
+
+
+def with_keys(section: SectionType, given: Iterable[str]) -> SectionType:
+    """Return a section with key=value arguments applied. Raises JobError naming each wrong one."""
+    kind, problems, values = type(section), list[Problem](), dict[str, Any]()
+    for item in given:
+        key, equals, text = item.partition("=")
+        if equals and key in kind.model_fields:
+            values[key] = _value_or_text(text)
+        else:
+            near, known = nearest(key, kind.model_fields), ", ".join(kind.model_fields)
+            fix = f"did you mean {near}?" if near else f"there are {known}"
+            problems.append(Problem(f"{show(item)} is not one of the keys", fix))
+    whole, wrong = _section(kind, {**section.model_dump(), **values}, set())
+    if problems := problems + wrong:
+        raise job_error(ON_COMMAND_LINE, problems)
+    return whole
 
 
 def _as_written(kind: type[Section], key: str, value: Any) -> Any:

@@ -12,6 +12,7 @@ from raytrain_adv.text import plural
 MAX_SHOWN = 60
 """Further problems are counted, not listed."""
 MAX_PATH = 300
+ON_COMMAND_LINE = "The command line"
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -78,3 +79,8 @@ def job_error(source: str, problems: Iterable[Problem]) -> JobError:
     fixes = "\n".join(printable(hide(fix)) for fix in named)
     name, number = printable(hide(source)[:MAX_PATH]), plural(len(every), "problem")
     return JobError(f"{name} cannot be run as written ({number})", "\n".join(found), fixes)
+
+
+def command_error(text: str, fix: str, key: str = "") -> JobError:
+    """Return the error of a command line with one problem."""
+    return job_error(ON_COMMAND_LINE, [Problem(text, fix, key)])

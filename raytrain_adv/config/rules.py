@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_adv.config.job import JobConfig, num_passes, sharing
-from raytrain_adv.config.problems import Problem, job_error, show
+from raytrain_adv.config.problems import ON_COMMAND_LINE, Problem, job_error, show
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sweep import SWITCH
 from raytrain_adv.config.training import ADAPTIVE
@@ -181,7 +181,7 @@ def check_workers(job: JobConfig, num_workers: int | None) -> None:
     key that it conflicts with.
     """
     if num_workers is not None and (problem := _misfit(job, num_workers, "--workers")):
-        raise job_error("The command line", [problem])
+        raise job_error(ON_COMMAND_LINE, [problem])
 
 
 def _workers(job: JobConfig) -> Iterable[Problem]:

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import Region
 from raytrain_adv.errors import TrainingError
-from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles, save_tensors
+from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles, save_tensors, write_json
 from raytrain_adv.model.adapter import PREFIX
 from raytrain_adv.model.build import build, build_whole, head_fqn, keeps_float32
 from raytrain_adv.model.conversion import Group
@@ -319,9 +319,9 @@ def check_stored(
             )
 
 
-def copy_others(source: Path, folder: Path) -> None:
+def copy_others(source: Path, folder: Path, patterns: Iterable[str] = COPIED) -> None:
     """Copy what goes with a model's weights, such as its tokenizer."""
-    for pattern in COPIED:
+    for pattern in patterns:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
@@ -352,7 +352,7 @@ def _write_config(
             part["tie_word_embeddings"] = False
         if "vocab_size" in part:
             part["vocab_size"] = plain.config.get_text_config().vocab_size
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(config, folder / "config.json")
 
 
 def add_adapter(adapter: Path, folder: Path, final: Path) -> None:
@@ -373,5 +373,5 @@ def add_adapter(adapter: Path, folder: Path, final: Path) -> None:
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     config |= {"base_model_name_or_path": str(final.absolute()), "revision": None}
     config["modules_to_save"] = None
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(config, folder / ADAPTER_CONFIG)
     copy_others(adapter, folder)

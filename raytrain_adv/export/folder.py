@@ -5,12 +5,12 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
-from raytrain_adv.dtensor import rank
+from raytrain_adv.dtensor import raise_alike, rank
 from raytrain_adv.errors import RaytrainAdvError, StorageError
 from raytrain_adv.storage.atomic import replace_folder
 from raytrain_adv.storage.storage import free_space
@@ -79,17 +79,17 @@ class NewFolder:
         self.run(lambda: replace_folder(self.partial, self.path))
         if self.failure is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
-        if dist.is_initialized():
-            box = [self.failure]
-            dist.broadcast_object_list(box, src=0, device=self.device)
-            self.failure = box[0]
-        if self.failure is not None:
-            raise self.failure
+        raise_alike(self.failure, self.device)
 
 
 def folder_gib(path: Path) -> float:
     """Return the size on disk of a folder's files, in GiB."""
     return sum(file.stat().st_size for file in path.iterdir() if file.is_file()) / GIB
+
+
+def write_json(value: Mapping[str, Any], path: Path) -> None:
+    """Write a file as transformers writes its configs."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def save_tensors(
@@ -149,5 +149,5 @@ class TensorFiles:
             os.rename(self._shard(number), self.folder / file)
             weight_map.update(dict.fromkeys(names, file))
         sizes = {"total_parameters": self.total_parameters, "total_size": self.total_bytes}
-        index = json.dumps({"metadata": sizes, "weight_map": weight_map}, indent=2, sort_keys=True)
-        (self.folder / "model.safetensors.index.json").write_text(index + "\n")
+        index = {"metadata": sizes, "weight_map": weight_map}
+        write_json(index, self.folder / "model.safetensors.index.json")

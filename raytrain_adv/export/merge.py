@@ -16,7 +16,6 @@ from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import MAX_FILE_BYTES, NewFolder, folder_gib
 from raytrain_adv.export.model_folder import save_tokenizer, write_model
 from raytrain_adv.export.verify import (
-    DEFECT,
     TOLERANCE,
     compared_tokens,
     load_folder,
@@ -31,6 +30,7 @@ from raytrain_adv.ops.bitsandbytes.linear import PackedLinear
 from raytrain_adv.ops.experts.adapted import merged_stacks
 from raytrain_adv.transforms.lora import ADAPTED
 from raytrain_adv.transforms.modules import class_name
+from raytrain_adv.transforms.transform import DEFECT
 
 
 @dataclass(frozen=True)

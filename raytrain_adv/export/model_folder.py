@@ -315,10 +315,9 @@ def write_configs(plain: PreTrainedModel, job: JobConfig, dtype: torch.dtype, fo
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
     else:
         GenerationConfig.from_model_config(config).save_pretrained(str(folder))
-    patterns = ("*processor_config.json", *(("*.py",) if job.model.trust_remote_code else ()))
-    for pattern in patterns:
-        for file in source.glob(pattern) if source is not None else ():
-            shutil.copyfile(file, folder / file.name)
+    if source is not None:
+        code = ["*.py"] if job.model.trust_remote_code else []
+        copy_others(source, folder, ["*processor_config.json", *code])
 
 
 def source_folder(job: JobConfig) -> Path | None:

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import plain_name
@@ -30,6 +29,7 @@ from raytrain_adv.ops.fake_quant.torchao_config import DEPRECATION
 from raytrain_adv.text import GIB
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.modules import in_adapter
+from raytrain_adv.transforms.transform import DEFECT
 
 MOST_TOKENS = 256
 """Tokens that are compared; logits of 256 tokens and 128,256 words take 131 MB in float32."""
@@ -39,12 +39,6 @@ MOST_KL = 0.2
 """Allowed divergence, in nats per token, from a model that rounds activations otherwise: in int8
 SmolLM2-135M has 0.04 to 0.07, as much as int8 itself changes it. Weights are compared before.
 """
-DEFECT = (
-    "this is a defect of raytrain_adv or of the versions installed: compare them with "
-    "constraints.txt"
-)
-
-
 ALIGNED = 64
 """Bytes to whose multiples PyTorch aligns the memory of tensors on a CPU."""
 Attention = str | dict[str, str] | None
@@ -98,23 +92,16 @@ def read_folder(
 ) -> tuple[Any, dict[str, Any]]:
     """Load a model of any origin into host memory; return it, and what was missing or left over."""
     auto: Any = model_class(config)
-    bars: Any = transformers_logging
-    had_bar = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=DEPRECATION)
-            found: tuple[Any, dict[str, Any]] = auto.from_pretrained(
-                folder,
-                dtype="auto",
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,  # a pickled file could run code
-                attn_implementation=attention,
-            )
-    finally:
-        if had_bar:
-            bars.enable_progress_bar()
+    with warnings.catch_warnings(), no_progress_bars():
+        warnings.filterwarnings("ignore", message=DEPRECATION)
+        found: tuple[Any, dict[str, Any]] = auto.from_pretrained(
+            folder,
+            dtype="auto",
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,  # a pickled file could run code
+            attn_implementation=attention,
+        )
     return found
 
 
@@ -189,8 +176,8 @@ def compare_converted(
     if scheme is not None and importlib.util.find_spec("compressed_tensors") is None:
         how = "stored values are training's; not loaded, as compressed-tensors is not installed"
         return Comparison(None, how)
+    model = load_folder(folder, job.model.trust_remote_code, attention).to(device)
     with no_progress_bars():
-        model = load_folder(folder, job.model.trust_remote_code, attention).to(device)
         logits = model.eval()(input_ids=input_ids.to(device), use_cache=False).logits
     found, wanted = logits.float().cpu(), reference.float()
     apart = (found - wanted).abs()

@@ -18,7 +18,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.kernels.select import BRIDGED, FUSED, GATED, Choice
 from raytrain_adv.kernels.variants import python_name
 from raytrain_adv.ops import activation as ops
-from raytrain_adv.text import first_line, listed
+from raytrain_adv.text import listed, of_error
 from raytrain_adv.trial.module import Candidate, SiteTrial, group_alike, try_module
 
 REGISTERED = ("kernel_layer_name", "kernel_condition")
@@ -51,7 +51,7 @@ def load_module(folder: Path) -> ModuleType:
     except (Exception, SystemExit) as error:  # a kernel's code may raise anything
         raise JobError(
             f"the kernel in {folder} cannot be loaded",
-            f"{type(error).__name__}: {first_line(error)}",
+            of_error(error),
             "use a build for this machine, or correct the kernel",
         ) from error
     return module

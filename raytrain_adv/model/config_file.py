@@ -13,7 +13,6 @@ from transformers.models.auto.modeling_auto import (
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.files import (
-    check_folder,
     is_local,
     model_source,
     nearest_folders,
@@ -38,8 +37,7 @@ def read_config(job: JobConfig) -> PretrainedConfig:
     """Read the model's config.json, from its folder or the Hub, and refuse what cannot be trained.
     Raises JobError when there is no such model, or it cannot be reached or trained.
     """
-    check_folder(job)
-    name, raw = model_source(job), raw_config(job)
+    raw, name = raw_config(job), model_source(job)
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise JobError(
             f"{name}: config.json does not name the kind of model",

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.ops.pages import locked_pages
+from raytrain_adv.ops.pages import locked_pages, unlock
 from raytrain_adv.text import GIB
 
 
@@ -146,8 +146,7 @@ class Offload:
         self.num_pages -= 1
         if self.stream is not None:
             self.stream.synchronize()
-            cuda: Any = torch.cuda
-            cuda.cudart().cudaHostUnregister(pages.data_ptr())
+            unlock(pages)
 
     def _refused(self, nbytes: int, found: str) -> TrainingError:
         return TrainingError(

@@ -19,6 +19,7 @@ from raytrain_adv.dtensor import (
     copy_local,
     local_region,
     plain_name,
+    raise_alike,
     rank,
     reshard,
     seed_of,
@@ -282,13 +283,7 @@ def broadcast_group(
             values = convert_group(group, files, plain)
         except RaytrainAdvError as error:
             failure = error
-    if world_size() > 1:
-        # Without this the other ranks would wait for a tensor that never comes.
-        box = [failure]
-        dist.broadcast_object_list(box, src=0, device=device)
-        failure = box[0]
-    if failure is not None:
-        raise failure
+    raise_alike(failure, device)
     for name in group.targets:
         target = packed[name].weight if name in packed else targets[name]
         if rank() == 0:

@@ -18,3 +18,9 @@ def locked_pages(nbytes: int) -> tuple[torch.Tensor, int]:
     whole.zero_()  # allocates the pages now, not while the GPU waits
     cuda: Any = torch.cuda
     return whole, int(cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.nbytes, 0))
+
+
+def unlock(pages: torch.Tensor) -> None:
+    """Have pages be ordinary memory again."""
+    cuda: Any = torch.cuda
+    cuda.cudart().cudaHostUnregister(pages.data_ptr())

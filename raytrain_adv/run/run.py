@@ -3,17 +3,18 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from raytrain_adv import dtensor
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import RaytrainAdvError
 from raytrain_adv.run.heartbeat import Heartbeat
 from raytrain_adv.run.trackers import Trackers
 from raytrain_adv.storage.metrics_file import MetricsFile
@@ -154,6 +155,18 @@ class Run:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Return on every rank what rank 0 has found. Raises rank 0's RaytrainAdvError on all."""
+        found: T | RaytrainAdvError | None = None
+        try:
+            found = work() if self.is_main else None
+        except RaytrainAdvError as error:
+            found = error
+        found = self.broadcast(found)
+        if isinstance(found, RaytrainAdvError):
+            raise found
+        return cast(T, found)
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in the order of ranks, on every rank."""

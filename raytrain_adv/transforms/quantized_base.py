@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.text import GIB, disk, first_line
+from raytrain_adv.text import GIB, disk, of_error
 from raytrain_adv.transforms.modules import (
     LINEAR,
     in_adapter,
@@ -312,7 +312,7 @@ class QuantizedBase(Transform):
         except (RuntimeError, AttributeError, ImportError) as error:
             raise TrainingError(
                 "bitsandbytes does not run on this device",
-                f"{device}, {dtype}: {type(error).__name__}: {first_line(error)}",
+                f"{device}, {dtype}: {of_error(error)}",
                 "install a bitsandbytes that has this CUDA version (python -m bitsandbytes prints "
                 f"what it finds), or {OFF}",
             ) from error
@@ -341,7 +341,7 @@ class QuantizedBase(Transform):
         try:
             wrong, (values, gradients) = tried(sorted(sizes), worker.device, worker.dtype, OFF_BY)
         except (RuntimeError, ImportError, OSError) as error:
-            wrong, (values, gradients) = [f"{type(error).__name__}: {first_line(error)}"], (0, 0)
+            wrong, (values, gradients) = [of_error(error)], (0, 0)
         if wrong:
             raise TrainingError(
                 "FP8 products give wrong results on this machine",

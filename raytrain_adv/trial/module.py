@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from raytrain_adv.errors import JobError
-from raytrain_adv.text import first_line
+from raytrain_adv.text import of_error
 from raytrain_adv.trial.compare import allowed_errors, differences, precision, relative_errors
 
 SHAPES = ((2, 16), (3, 336))
@@ -136,7 +136,7 @@ def _try(candidate: Candidate, shape: tuple[int, int]) -> tuple[float, float, fl
     except Exception as error:  # a kernel's code may raise anything
         raise JobError(
             f"{candidate.name} fails as a replacement of {candidate.kind}",
-            f"{type(error).__name__}: {first_line(error)}",
+            of_error(error),
             f"{candidate.leave_out}, or correct the kernel",
         ) from error
     if bypassed := sorted(expected.called - found.called):

@@ -218,11 +218,8 @@ def restore_best(state: TrainState) -> None:
     run.say(f"{sentence} ({name} {value:.4f})", event="best", step=best, metric=name, value=value)
     if best == last:
         return
-    path = ""
-    if run.is_main:
-        folders = [(a, f.root) for step, a, f in all_folders(run.storage) if step == best]
-        path = max(folders, default=("", ""))[1]
-    path = run.broadcast(path)
+    folders = all_folders(run.storage) if run.is_main else ()
+    path = run.broadcast(next((f.root for step, _, f in folders if step == best), ""))
     found = find(Storage(run.storage.filesystem, path)) if path else None
     if found is None:
         raise StorageError(

@@ -24,7 +24,7 @@ from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.ops.loss.function import LossFunction
 from raytrain_adv.run.run import Run
 from raytrain_adv.text import first_line, plural
-from raytrain_adv.trial.compare import TOLERANCE, relative_error
+from raytrain_adv.trial.compare import TOLERANCE, precision, relative_error
 
 WARM_UP = 2
 """Passes of a kind that run as they are: they compile, tune and allocate."""
@@ -141,7 +141,7 @@ class Passes:
                 raise
             raise TrainingError(
                 f"The backward pass of {type(self.model).__name__} fails in "
-                + str(compute_dtype(self.job)).removeprefix("torch."),
+                + precision(compute_dtype(self.job)),
                 first_line(error),
                 "set bf16: false; models that compute backward themselves (Reformer) read float32 "
                 "parameters there",

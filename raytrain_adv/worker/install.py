@@ -4,14 +4,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.errors import JobError, RaytrainAdvError, TrainingError
+from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model import attention, parallel, weights
 from raytrain_adv.model.build import build
@@ -36,20 +35,6 @@ def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> N
     """
     Transforms(job).fetch(facts, say)
     attention.fetch(job, facts, say)
-
-
-def fetch_on_main(job: JobConfig, run: Run, facts: HardwareFacts) -> None:
-    """Fetch on rank 0; if there is a driver, it has already done so. Raises RaytrainAdvError: rank
-    0's, on all ranks.
-    """
-    failure: RaytrainAdvError | None = None
-    try:
-        if run.is_main:
-            fetch(job, facts, partial(run.say, event="fetch"))
-    except RaytrainAdvError as error:
-        failure = error
-    if (failure := run.broadcast(failure)) is not None:
-        raise failure
 
 
 def install(

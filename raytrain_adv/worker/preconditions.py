@@ -13,7 +13,6 @@ from raytrain_adv.data.tokens.templates import find_template, no_template, unfit
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.files import (
     check_flash_package,
-    check_folder,
     check_weights,
     is_local,
     require_reachable,
@@ -50,7 +49,6 @@ def check_files(job: JobConfig) -> None:
 
 
 def _check(job: JobConfig) -> None:
-    check_folder(job)
     require_reachable(job)
     if not job.model.train_from_scratch:
         check_weights(job)

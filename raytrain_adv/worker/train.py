@@ -35,7 +35,7 @@ from raytrain_adv.worker.checks.step import Checks
 from raytrain_adv.worker.compile_cache import found_compiled, keep_compiled
 from raytrain_adv.worker.evaluation import evaluate_at_start, restore_best
 from raytrain_adv.worker.finish import ExportFunction, evaluate_twins, export, sample_answers
-from raytrain_adv.worker.install import check_attention, fetch_on_main, install, training_loss
+from raytrain_adv.worker.install import check_attention, fetch, install, training_loss
 from raytrain_adv.worker.loop import TrainState, log_and_save, train_step, training
 from raytrain_adv.worker.metrics import open_metrics
 from raytrain_adv.worker.optim import build_optimizer
@@ -67,7 +67,8 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     open_metrics(job, run, arithmetic, found)
 
     with run.phase("model"):
-        fetch_on_main(job, run, facts)
+        # If there is a driver, it has already done so.
+        run.on_main(lambda: fetch(job, facts, partial(run.say, event="fetch")))
         model = build(job)
         chosen = check_attention(job, run, model) | {"model_notes": say_notes(job, run, model)}
         plans = install(run, transforms, model, transforms.prepare(model, facts, tokens))

@@ -30,7 +30,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined] # it has no
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import ClusterError
 from raytrain_adv.redaction import refuse_submitted
-from raytrain_adv.text import first_line
+from raytrain_adv.text import of_error
 
 # Each is set only if the user has not set it (ray 2.60).
 RAY_SETTINGS = {
@@ -98,7 +98,7 @@ def _cannot_connect(address: str, error: Exception) -> ClusterError:
     fix = f"{FIX}; if the cluster requires a token, set RAY_AUTH_MODE=token"
     if is_local and "timed out" in str(error):
         fix += "; the machine may be overloaded: try again"
-    found = f"address: {address}; {type(error).__name__}: {first_line(error)}"
+    found = f"address: {address}; {of_error(error)}"
     return ClusterError(what, found, fix)
 
 

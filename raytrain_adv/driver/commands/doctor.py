@@ -121,8 +121,7 @@ class Examined:
         base = self.job.get("ray_storage_path")
         self.storage = Storage.at(storage_below(folder, base, name))
         self.own = Storage.at(str(folder))
-        found = sorted(folders.all_folders(self.storage), key=lambda f: f[:2], reverse=True)
-        self.seen = [Seen(*one) for one in found]
+        self.seen = [Seen(*one) for one in folders.all_folders(self.storage)]
         self.whole = [one for one in self.seen if not one.damage]
         self.resumable = bool(self.whole and (self.whole[0].manifest or {})["optimizer"])
         self.limit: int | None = self.job.get("save_total_limit")

@@ -17,7 +17,7 @@ from raytrain_adv.checkpoint import save
 from raytrain_adv.checkpoint.folders import Found, all_folders, find, wrong_bytes
 from raytrain_adv.config.job import JobConfig, transform_types
 from raytrain_adv.config.load import load_keys
-from raytrain_adv.config.problems import Problem, job_error
+from raytrain_adv.config.problems import ON_COMMAND_LINE, Problem, job_error
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.driver.commands.verify import TAIL, run_script
 from raytrain_adv.driver.output.output_dir import storage_path
@@ -28,7 +28,7 @@ from raytrain_adv.export.folder import NewFolder, folder_gib
 from raytrain_adv.export.merge import export_merged
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.reference import sample_tokens
-from raytrain_adv.export.verify import DEFECT, MOST_TOKENS, compare_converted, converted_logits
+from raytrain_adv.export.verify import MOST_TOKENS, compare_converted, converted_logits
 from raytrain_adv.model import weights
 from raytrain_adv.model.adapter import merge_adapters
 from raytrain_adv.model.attention import attention_of_parts
@@ -45,7 +45,7 @@ from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.transforms.quantized_base import QuantizedBase
-from raytrain_adv.transforms.transform import Plan
+from raytrain_adv.transforms.transform import DEFECT, Plan
 from raytrain_adv.transforms.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def _refuse_other_keys(given: list[str]) -> None:
         if key not in allowed
     ]
     if problems:
-        raise job_error("The command line", problems)
+        raise job_error(ON_COMMAND_LINE, problems)
 
 
 def _neither(source: str, folder: Path) -> JobError:
@@ -324,7 +324,7 @@ def _report_of(folder: Path, found: Found) -> RunReport | None:
 def _checkpoint(job: JobConfig, name: str) -> Found:
     """Return the checkpoint that is meant, by step, path, or the newest. Raises JobError."""
     root = Storage.at(storage_path(job))
-    folders = sorted(all_folders(root), key=lambda entry: entry[:2], reverse=True)
+    folders = all_folders(root)
     if name and ("/" in name or Path(name).is_dir()):
         found = find(Storage.at(name))
     else:

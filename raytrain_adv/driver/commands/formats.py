@@ -4,8 +4,7 @@ from pathlib import Path
 
 import click
 
-from raytrain_adv.config.problems import Problem, job_error
-from raytrain_adv.errors import JobError
+from raytrain_adv.config.problems import command_error
 from raytrain_adv.ops.fake_quant.targets import TARGETS
 
 
@@ -33,7 +32,7 @@ def export_command(
     if len(folders) != 1:
         named = f"{len(folders)} folders are named: {', '.join(folders)}"
         fix = "name one: a run's output_dir or a model folder"
-        raise _wrong(named if folders else "no folder", fix)
+        raise command_error(named if folders else "no folder", fix)
     names = [name.strip() for name in formats.split(",") if name.strip()]
     _check(names, output, merge)
     from raytrain_adv.driver.commands.export import run
@@ -48,17 +47,17 @@ def export_command(
 def _check(names: list[str], output: str, merge: bool) -> None:
     """Refuse formats that do not exist, or that have no place, before the first is written."""
     if unknown := [name for name in names if name not in TARGETS]:
-        raise _wrong(f"there is no format {unknown[0]}", f"choose among {', '.join(TARGETS)}")
+        raise command_error(
+            f"there is no format {unknown[0]}", f"choose among {', '.join(TARGETS)}"
+        )
     if names and not output:
-        raise _wrong("--format writes one folder for each name", "name where: --output DIR")
+        raise command_error("--format writes one folder for each name", "name where: --output DIR")
     if names and merge:
-        raise _wrong(
+        raise command_error(
             "--format converts a model, and a merged one is as it was trained",
             "keep one of --merge and --format",
         )
     if there := [name for name in names if (Path(output) / name).exists()]:
-        raise _wrong(f"{Path(output) / there[0]} exists already", "name another --output DIR")
-
-
-def _wrong(text: str, fix: str) -> JobError:
-    return job_error("The command line", [Problem(text, fix)])
+        raise command_error(
+            f"{Path(output) / there[0]} exists already", "name another --output DIR"
+        )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from raytrain_adv import hardware
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.problems import Problem, job_error
+from raytrain_adv.config.problems import command_error
 from raytrain_adv.errors import JobError
 from raytrain_adv.kernels import fetch as kernel_files
 from raytrain_adv.kernels import lock as locks
@@ -48,8 +48,8 @@ def target_of(job: JobConfig, torch: str | None, cuda: str | None) -> Target:
     target = Target.of(hardware.detect("cpu" if job.parallel.use_cpu else None))
     for flag, version in (("--torch", torch), ("--cuda", cuda)):
         if version not in (None, "cpu") and numbers(version) == (0, 0):
-            problem = Problem(f"{version!r} is not a version", "write two numbers, as 2.11", flag)
-            raise job_error("The command line", [problem])
+            text = f"{version!r} is not a version"
+            raise command_error(text, "write two numbers, as 2.11", flag)
     if torch is not None:
         target = replace(target, torch=numbers(torch))
     if cuda is not None:

@@ -14,7 +14,7 @@ from raytrain_adv.config import JobConfig
 from raytrain_adv.data.batches.collate import bounds
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.attention import HUB, is_flash
-from raytrain_adv.text import first_line, plural
+from raytrain_adv.text import of_error, plural
 from raytrain_adv.trial.compare import (
     allowed_errors,
     differences,
@@ -138,7 +138,7 @@ def _try(job: JobConfig, model: PreTrainedModel, fqn: str, case: "_Case") -> dic
     except Exception as error:  # a kernel's code may raise anything
         raise JobError(
             f"{name} fails when {kind} calls it",
-            f"{where}: {type(error).__name__}: {first_line(error)}",
+            f"{where}: {of_error(error)}",
             fix,
         ) from error
     if missing := [part for part, x in found.items() if x is None]:

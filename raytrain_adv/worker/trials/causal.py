@@ -9,8 +9,9 @@ from raytrain_adv.dtensor import reshard
 from raytrain_adv.errors import RaytrainAdvError, TrainingError
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.run.run import Run
-from raytrain_adv.text import first_line
+from raytrain_adv.text import of_error
 from raytrain_adv.transforms.modules import class_name, short
+from raytrain_adv.trial.compare import precision
 from raytrain_adv.worker.trials.packing import quiet
 
 LENGTH = 16
@@ -59,10 +60,10 @@ def _logits(job: JobConfig, model: PreTrainedModel, ids: torch.Tensor) -> torch.
     except (RaytrainAdvError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model's own code may raise anything
-        dtype = str(compute_dtype(job)).removeprefix("torch.")
+        dtype = precision(compute_dtype(job))
         raise TrainingError(
             f"The forward pass of {short(class_name(model))} fails in {dtype}",
-            f"{type(error).__name__}: {first_line(error)}",
+            of_error(error),
             "try it in transformers alone; if only one dtype fails, change bf16",
         ) from error
     return logits.float()

@@ -26,7 +26,7 @@ from raytrain_adv.ops.loss.head import (
     takes_labels,
 )
 from raytrain_adv.run.run import Run
-from raytrain_adv.text import first_line
+from raytrain_adv.text import first_line, of_error
 from raytrain_adv.transforms.loss_kernel import LossKernel, own_loss
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.trial.compare import relative_errors
@@ -109,7 +109,7 @@ def _try_kernel(loss: HeadLoss, device: torch.device, dtype: torch.dtype) -> str
     try:
         BACKENDS[loss.kernel](hidden.requires_grad_(), weight, None, labels, loss.logit_map)
     except (RuntimeError, ImportError, OSError) as error:  # as Triton without a compiler
-        return f"{type(error).__name__}: {first_line(error)}"
+        return of_error(error)
     return ""
 
 

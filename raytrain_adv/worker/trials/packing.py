@@ -22,7 +22,7 @@ from raytrain_adv.model.attention import is_flash
 from raytrain_adv.model.packing import hand_masks
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.run.run import Run
-from raytrain_adv.text import first_line
+from raytrain_adv.text import of_error
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.trial.compare import TOLERANCE, allowed_errors, differences, relative_error
 
@@ -129,7 +129,7 @@ def _wrong(job: JobConfig, model: PreTrainedModel, run: Run, way: Way) -> list[s
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 # its layers may raise anything on new arguments
-        wrong, most_s = [f"{type(error).__name__}: {first_line(error)}"], WAIT_S
+        wrong, most_s = [of_error(error)], WAIT_S
     try:
         any_wrong = run.agree(int(bool(wrong)), dist.ReduceOp.MAX, most_s)
     except RuntimeError as error:

@@ -12,7 +12,7 @@ from raytrain_adv.errors import TrainingError
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.model.sequence_parallel import build_group, split_attention
 from raytrain_adv.run.run import Run
-from raytrain_adv.text import first_line
+from raytrain_adv.text import of_error
 from raytrain_adv.trial.compare import allowed_errors, differences, relative_error
 from raytrain_adv.worker.trials.collectives import host
 from raytrain_adv.worker.trials.packing import GRADIENT, VALUES, logits_and_gradient, quiet
@@ -66,7 +66,7 @@ def _first_reason(run: Run, error: Exception) -> str:
     """Return why the first rank failed. One that fails alone leaves at once, and others when it is
     gone: to tell them, it would wait for ranks that wait for it in an exchange.
     """
-    reason = f"rank {run.rank}: {type(error).__name__}: {first_line(error)}"
+    reason = f"rank {run.rank}: {of_error(error)}"
     if run.world_size == 1:
         return reason
     first: bytes = dist.distributed_c10d._get_default_store().compare_set(FAILED, "", reason)

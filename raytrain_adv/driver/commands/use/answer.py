@@ -12,7 +12,7 @@ from raytrain_adv.data.tokens.limits import template_time
 from raytrain_adv.driver.commands.use.load import Loaded
 from raytrain_adv.driver.commands.use.sampling import Sampling
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.text import first_line
+from raytrain_adv.text import first_line, of_error
 
 Messages = list[dict[str, Any]]
 
@@ -198,6 +198,6 @@ def in_batches(
 
 
 def _not_computed(loaded: Loaded, error: Exception) -> TrainingError:
-    found = f"{type(error).__name__}: {first_line(error)}"
+    found = of_error(error)
     fix = "try --device cpu, or less with max_new_tokens; another folder of the run may load too"
     return TrainingError(f"{loaded.source.folder} gave no answer", found, fix)

@@ -13,9 +13,10 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from raytrain_adv.config.load import with_keys
 from raytrain_adv.driver.commands.use.answer import Messages, prompt_ids, stream
 from raytrain_adv.driver.commands.use.load import Loaded
-from raytrain_adv.driver.commands.use.sampling import Sampling, changed
+from raytrain_adv.driver.commands.use.sampling import Sampling
 from raytrain_adv.errors import RaytrainAdvError
 
 COMMANDS = (
@@ -91,7 +92,7 @@ class Chat:
             what = "the system message is set" if self.system else "there is no system message"
             return f"{what}; the conversation begins again"
         if word == "/set":
-            self.sampling = changed(self.sampling, rest.split())
+            self.sampling = with_keys(self.sampling, rest.split())
             return self.sampling.words()
         return f"there is no command {word}: {COMMANDS}"
 

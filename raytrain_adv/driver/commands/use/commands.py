@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from raytrain_adv.driver.commands.use import sampling
+from raytrain_adv.config.load import with_keys
+from raytrain_adv.driver.commands.use.sampling import Sampling
 from raytrain_adv.driver.commands.use.source import find
 from raytrain_adv.driver.commands.verify import verify_folder
 from raytrain_adv.errors import JobError
@@ -48,7 +49,7 @@ def _load(named: str, device: str, template: str, trust_remote_code: bool) -> Lo
 KEYS = click.argument("keys", nargs=-1, metavar="[key=value]...")
 BATCH = click.option("--batch-size", type=click.IntRange(1, 4096), default=8, metavar="N",
                      help="Prompts that are answered together (default: 8).")  # fmt: skip
-GREEDY = sampling.Sampling(do_sample=False)
+GREEDY = Sampling(do_sample=False)
 
 
 @click.command("chat")
@@ -67,7 +68,7 @@ def chat_command(
     folder or adapter. Keys: temperature, top_p, top_k, repetition_penalty, max_new_tokens,
     do_sample, enable_thinking, seed. Without a terminal each line of standard input is a question.
     """
-    drawn = sampling.changed(sampling.Sampling(), keys)
+    drawn = with_keys(Sampling(), keys)
     named = [folder, *([compare] if compare else [])]
     for one in named:
         find(one)  # a wrong name is refused before the first model is loaded
@@ -100,7 +101,7 @@ def generate_command(
     instruction and input, question, or messages. FILE gets a JSON line for each, in their order.
     Keys are those of chat; here do_sample is false by default.
     """
-    drawn = sampling.changed(GREEDY, keys)
+    drawn = with_keys(GREEDY, keys)
     find(folder)
     quieten_bars()
     from raytrain_adv.driver.commands.use import generate
@@ -146,7 +147,7 @@ def evaluate_command(folders: tuple[str, ...], **options: Any) -> None:
     error and, row by row, its difference from the first model.
     """
     keys = [one for one in folders if "=" in one and not Path(one).is_dir()]
-    drawn = sampling.changed(GREEDY, keys)
+    drawn = with_keys(GREEDY, keys)
     sources = [source for one in folders if one not in keys for source in find(one)]
     if not sources:
         raise JobError("no model is named", "", "raytrain-adv evaluate RUN [FOLDER]...")

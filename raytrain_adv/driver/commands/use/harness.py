@@ -9,7 +9,7 @@ import yaml
 
 from raytrain_adv.driver.commands.use.load import Loaded
 from raytrain_adv.errors import JobError
-from raytrain_adv.text import first_line
+from raytrain_adv.text import first_line, of_error
 
 PACKAGE = "lm_eval"
 
@@ -63,7 +63,7 @@ class Harness:
         except Exception as error:  # tasks run code and fetch data, and raise what they like
             what = f"lm-evaluation-harness failed on {', '.join(self.names)}"
             fix = "tasks fetch their data from the Hub; offline name a YAML file with local data"
-            raise JobError(what, f"{type(error).__name__}: {first_line(error)}", fix) from error
+            raise JobError(what, of_error(error), fix) from error
         return _figures(found["results"])
 
 

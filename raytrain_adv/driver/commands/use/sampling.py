@@ -1,15 +1,11 @@
 """How answers are drawn: LLaMA-Factory's keys of generation, as key=value on the command line."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from raytrain_adv.config.problems import Problem, job_error, show
 from raytrain_adv.config.section import Section
 from raytrain_adv.config.sections import LARGEST, Count
-from raytrain_adv.config.yaml_source import read_value
-from raytrain_adv.text import nearest
 
 
 class Sampling(Section):
@@ -49,34 +45,3 @@ class Sampling(Section):
             "repetition_penalty": self.repetition_penalty,
             "max_new_tokens": self.max_new_tokens,
         }
-
-
-def changed(now: Sampling, given: Sequence[str]) -> Sampling:
-    """Return `now` with key=value arguments applied. Raises JobError naming each wrong one."""
-    values, problems = dict[str, Any](), list[Problem]()
-    for item in given:
-        key, equals, text = item.partition("=")
-        try:
-            value = read_value(text) if equals else None
-        except ValueError as error:
-            problems.append(Problem(str(error), "write key=value", key))
-            continue
-        if not equals or key not in Sampling.model_fields:
-            near = nearest(key, list(Sampling.model_fields))
-            fix = (
-                f"did you mean {near}?" if near else f"there are {', '.join(Sampling.model_fields)}"
-            )
-            problems.append(Problem(f"{show(item)} is not a key of sampling", fix))
-        else:
-            values[key] = value
-    try:
-        whole = Sampling.model_validate({**now.model_dump(), **values})
-    except ValidationError as error:
-        for detail in error.errors(include_url=False, include_context=False, include_input=False):
-            key = str(detail["loc"][0])
-            meaning = " ".join((Sampling.model_fields[key].description or "").split())
-            text = f"{show(values.get(key))} is not accepted: {detail['msg']}"
-            problems.append(Problem(text, f"{key}: {meaning}", key))
-    if problems:
-        raise job_error("The command line", problems)
-    return whole

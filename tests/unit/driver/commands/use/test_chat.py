@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from raytrain_adv import cli
-from raytrain_adv.config.load import load_keys
+from raytrain_adv.config.load import load_keys, with_keys
 from raytrain_adv.data.prepare import prepare
 from raytrain_adv.driver.commands.use.answer import batch, prompt_ids, stream
 from raytrain_adv.driver.commands.use.chat import Chat
 from raytrain_adv.driver.commands.use.load import load
-from raytrain_adv.driver.commands.use.sampling import Sampling, changed
+from raytrain_adv.driver.commands.use.sampling import Sampling
 from raytrain_adv.driver.commands.use.source import find
 from raytrain_adv.errors import JobError
 
@@ -119,7 +119,7 @@ def test_wrong_sampling_keys_are_refused_together(capsys, runs):
     assert cli.main(["chat", str(runs["lora"]), "temprature=1", "top_p=2"]) == 2
     err = capsys.readouterr().err
     assert "did you mean temperature?" in err and "top_p" in err
-    assert changed(Sampling(), ["top_k=5"]).top_k == 5
+    assert with_keys(Sampling(), ["top_k=5"]).top_k == 5
 
 
 def test_a_prompt_longer_than_the_model_is_refused(runs):
