@@ -52,7 +52,8 @@ class ShownRow:
 def shown_rows(job: JobConfig, number: int) -> list[ShownRow]:
     """Return the first rows of the job's datasets that can be trained on."""
     tokenizer = load_tokenizer(job)
-    small = replace(job, data=job.data.model_copy(update={"max_samples": _most(job, number)}))
+    most = min(job.data.max_samples or LARGEST_SAMPLE, max(LARGEST_SAMPLE, number))
+    small = replace(job, data=job.data.model_copy(update={"max_samples": most}))
     entries = resolve(job.data.dataset, job.data, "dataset")
     datasets = TokenizedDatasets(small, tokenizer, entries, lambda sentence: None)
     tokenize = Tokenizer(tokenizer, datasets.recipe)
@@ -68,10 +69,6 @@ def shown_rows(job: JobConfig, number: int) -> list[ShownRow]:
             if len(found) == number:
                 return found
     return found
-
-
-def _most(job: JobConfig, number: int) -> int:
-    return min(job.data.max_samples or LARGEST_SAMPLE, max(LARGEST_SAMPLE, number))
 
 
 def _role(message: dict[str, object]) -> str:

@@ -252,11 +252,8 @@ def describe(
         if piece.is_listed and piece.name in described and "." in piece.name:
             metadata[piece.name] = described[piece.name]
     metadata["tensor_names"] = json.dumps(list(metadata))
-    return {} if _is_compressed(configs) else metadata, size
-
-
-def _is_compressed(configs: Configs) -> bool:
-    return any(isinstance(config, Scheme) for config in configs.values())
+    is_compressed = any(isinstance(config, Scheme) for config in configs.values())
+    return {} if is_compressed else metadata, size
 
 
 def _flat(name: str, value: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

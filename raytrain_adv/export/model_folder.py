@@ -252,7 +252,8 @@ def write_model(
     plain, trained, dtype = build_whole(job), build(job), compute_dtype(job)
     wanted, keeps = saved_tensors(plain), keeps_float32(plain)
     stored = {
-        name: stored_dtype(t, torch.float32 if keeps(name) else dtype) for name, t in wanted.items()
+        name: (torch.float32 if keeps(name) else dtype) if t.is_floating_point() else t.dtype
+        for name, t in wanted.items()
     }
     new.require(sum(t.numel() * stored[name].itemsize for name, t in wanted.items()))
     files = TensorFiles(new.partial, max_file_bytes)
@@ -293,11 +294,6 @@ def copy_unbuilt(
         if is_absent(group.first_target, trained):
             for name, _ in group.sources:
                 files.add(name, source.read(name))
-
-
-def stored_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype a tensor is stored in: integers and booleans keep theirs."""
-    return dtype if tensor.is_floating_point() else tensor.dtype
 
 
 def write_configs(plain: PreTrainedModel, job: JobConfig, dtype: torch.dtype, folder: Path) -> None:

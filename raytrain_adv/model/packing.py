@@ -47,16 +47,9 @@ def known_unpacked(inputs: Mapping[str, Any]) -> Iterator[None]:
         return
     own: Any = masking_utils
     plain = own.find_packed_sequence_indices, own.is_tracing
-    own.find_packed_sequence_indices, own.is_tracing = _nothing_packed, _not_traced
+    own.find_packed_sequence_indices = lambda position_ids: None
+    own.is_tracing = lambda tensor=None: False
     try:
         yield
     finally:
         own.find_packed_sequence_indices, own.is_tracing = plain
-
-
-def _nothing_packed(position_ids: torch.Tensor) -> None:
-    return None
-
-
-def _not_traced(tensor: torch.Tensor | None = None) -> bool:
-    return False

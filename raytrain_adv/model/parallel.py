@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection
 from functools import cache, partial, wraps
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -34,6 +33,7 @@ from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.build import decoder_layers, keeps_float32
 from raytrain_adv.model.master_weights import cast_in_forward
 from raytrain_adv.model.offload import Offload, num_offloaded
+from raytrain_adv.probe_script import versions
 from raytrain_adv.text import first_line, listed
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.modules import is_read
@@ -139,7 +139,7 @@ def shard(
     if job.parallel.torch_compile:
         require_compiled()
         if not job.parallel.use_cpu:
-            refuse_wrong_slices(model, triton_version())
+            refuse_wrong_slices(model, versions(["triton"])["triton"])
     shard_module = None
     if needs_fsdp(job, mesh):
         copied = _copying(job, mesh) if copies and mesh is not None else None
@@ -208,14 +208,6 @@ def require_compiled() -> None:
     """
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-
-
-def triton_version() -> str | None:
-    """Return the version of Triton on this machine, None if there is none."""
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return None
 
 
 def refuse_wrong_slices(model: PreTrainedModel, triton: str | None) -> None:

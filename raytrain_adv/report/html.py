@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
@@ -15,6 +14,7 @@ from raytrain_adv import __version__, text
 from raytrain_adv.report import charts, plot, variants
 from raytrain_adv.report.parts import Failure, NodeReport, Point, Start
 from raytrain_adv.report.record import RunReport, write_text
+from raytrain_adv.report.summary import mean_of_last
 from raytrain_adv.storage import metrics_file
 
 FILE_NAME = "report.html"
@@ -104,10 +104,7 @@ def page(template: str, **values: Any) -> str:
 
 def _printable(value: object) -> object:
     """Return a value for the page, without the control characters that HTML does not allow."""
-    if isinstance(value, Markup):
-        return value
-    clean = (c if c >= " " or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
-    return "".join(clean)
+    return value if isinstance(value, Markup) else text.clean(str(value))
 
 
 def _figures(report: RunReport, on_cpu: bool) -> list[Figure]:
@@ -231,11 +228,8 @@ def _last(points: Sequence[tuple[int, float | None]]) -> str:
 
 def _smooth_last(points: Sequence[tuple[int, float | None]]) -> str:
     """Return the mean of the last tenth of the points: one step's loss is mostly noise."""
-    finite = [value for _, value in points if value is not None]
-    window = max(len(finite) // 10, 1)
-    if not points or points[-1][1] is None or window < 2:
-        return _last(points)
-    return text.loss(fmean(finite[-window:]))
+    mean, window = mean_of_last(points)
+    return text.loss(mean) if window and points[-1][1] is not None else _last(points)
 
 
 def _first(points: Sequence[tuple[int, float | None]]) -> str:

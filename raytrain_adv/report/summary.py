@@ -110,12 +110,15 @@ def _from_to(points: Sequence[tuple[int, float | None]]) -> str:
 
 def _train_loss(points: Sequence[tuple[int, float | None]]) -> str:
     """Return the first and last value, and the mean of the last rows, which noise moves less."""
-    words = _from_to(points)
+    (mean, window), words = mean_of_last(points), _from_to(points)
+    return f"{words}, {text.loss(mean)} over the last {window} rows" if window else words
+
+
+def mean_of_last(points: Sequence[tuple[int, float | None]]) -> tuple[float, int]:
+    """Return the mean of the last tenth of the values and their number; 0 of fewer than 20."""
     finite = [value for _, value in points if value is not None]
-    window = max(len(finite) // 10, 1)
-    if window < 2:
-        return words
-    return f"{words}, {text.loss(fmean(finite[-window:]))} over the last {window} rows"
+    window = len(finite) // 10
+    return (fmean(finite[-window:]), window) if window > 1 else (0.0, 0)
 
 
 def _exact(points: Sequence[tuple[int, float | None]]) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from raytrain_adv.transforms.transform import Change
 
 LINEAR = "torch.nn.Linear"
+IN_FULL = "trained in full"
 READ = "the forward pass reads its weight without calling it"
 UNREACHED = "no gradient reaches it on text"
 RENAMED = "neither PEFT nor transformers would find what it has beside its weight"

@@ -10,6 +10,7 @@ from raytrain_adv.config.problems import Problem
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.text import GIB, disk, of_error
 from raytrain_adv.transforms.modules import (
+    IN_FULL,
     LINEAR,
     in_adapter,
     output_heads,
@@ -44,7 +45,6 @@ MULTIPLE = 16
 """torch._scaled_mm takes only sizes divisible by this on a GPU."""
 OFF_BY = 0.1
 """Largest relative error of a product in float8 and its gradient: 3.7 % in e4m3, 6 % in e5m2."""
-IN_FULL = "trained in full"
 OTHER_METHODS = ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
 
 

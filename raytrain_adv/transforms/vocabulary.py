@@ -10,6 +10,7 @@ from raytrain_adv.config.section import Names
 from raytrain_adv.errors import JobError
 from raytrain_adv.text import listed
 from raytrain_adv.transforms.modules import (
+    IN_FULL,
     class_name,
     did_you_mean,
     fqn_of,
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from raytrain_adv.config.job import JobConfig
-
-IN_FULL = "trained in full"
 
 
 class Vocabulary(Transform):

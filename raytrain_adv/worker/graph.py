@@ -100,7 +100,8 @@ class Passes:
         if features != self.features:  # what is recorded computes without what is on now
             self.features = features
             self.recorded.clear()
-        kind = (features, _shapes(inputs), labels.shape)
+        shapes = tuple((k, v.shape if isinstance(v, Tensor) else v) for k, v in inputs.items())
+        kind = (features, shapes, labels.shape)
         if self.off or plain or (is_first := self._is_first()) is None:
             return self._run(inputs, labels, scale)
         if (found := self.recorded.get(kind)) is None:
@@ -265,10 +266,6 @@ def _undone_by_failure(device: torch.device) -> Iterator[None]:
         torch.cuda.set_stream(stream)
         generator.graphsafe_set_state(numbers)
         raise
-
-
-def _shapes(inputs: Inputs) -> Hashable:
-    return tuple((k, v.shape if isinstance(v, Tensor) else v) for k, v in inputs.items())
 
 
 def _cause(error: BaseException) -> str:

@@ -89,8 +89,8 @@ class Difference:
         if end == after and tail:
             # The last answer ends with another token than earlier ones: GPT-OSS has <|return|>.
             following = self._tokens(self.text[after : self.place(turn + 1)[0]])
-            special = self.tokenizer.all_special_tokens
-            if following and following[0] in {*special, *self._added()}:
+            added = map(str, self.tokenizer.added_tokens_decoder.values())
+            if following and following[0] in {*self.tokenizer.all_special_tokens, *added}:
                 return after + len(following[0])
             raise _inseparable(turn)
         return end
@@ -112,9 +112,6 @@ class Difference:
         """Split a text at the borders of its tokens."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return [text[start:end] for start, end in encoded["offset_mapping"] if end > start]
-
-    def _added(self) -> set[str]:
-        return {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
 
 
 def _changed(message: Message) -> Iterable[Message]:

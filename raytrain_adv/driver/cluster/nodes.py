@@ -118,13 +118,6 @@ def startable_nodes(scalable: list[Node], alive: list[Node]) -> list[Node]:
     ]
 
 
-def _refuse_without_gpu(job: JobConfig, reason: str) -> None:
-    refuse_without_graph(job, reason)
-    if job.parallel.fsdp_collectives == "copies":
-        fix = "set fsdp_collectives: auto"
-        raise JobError("fsdp_collectives: copies, but there is nothing to copy", reason, fix)
-
-
 def resolve_placement(job: JobConfig) -> Placement:
     """Resolve what is auto. Raises ClusterError at once if the cluster cannot run the workers, and
     JobError if the job requires what is for GPUs and they compute on the CPU.
@@ -137,7 +130,11 @@ def resolve_placement(job: JobConfig) -> Placement:
         bundle = {"GPU": 1.0} if num_gpus >= 1 and not job.parallel.use_cpu else {"CPU": 1.0}
     use_gpu = bundle.get("GPU", 0.0) > 0
     if not use_gpu:
-        _refuse_without_gpu(job, "no worker has a GPU")
+        reason = "no worker has a GPU"
+        refuse_without_graph(job, reason)
+        if job.parallel.fsdp_collectives == "copies":
+            fix = "set fsdp_collectives: auto"
+            raise JobError("fsdp_collectives: copies, but there is nothing to copy", reason, fix)
     workers = job.ray.ray_num_workers
     if workers == "auto":
         workers = int(num_gpus / bundle["GPU"]) if use_gpu else CPU_WORKERS

@@ -166,7 +166,7 @@ def fit(
     saves = job.output.save_strategy != "no" and not job.output.save_only_model
 
     def is_stopped() -> bool:
-        return stop.is_stop_requested(place.folder)
+        return (place.folder / stop.STOP_FILE).exists()
 
     while True:
         try:

@@ -97,11 +97,6 @@ class StopRequest:
         return self._is_set
 
 
-def is_stop_requested(folder: Path) -> bool:
-    """Whether the driver has received a signal to stop."""
-    return (folder / STOP_FILE).exists()
-
-
 @contextlib.contextmanager
 def handle_signals(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """While the workers train, request a stop on the first SIGINT or SIGTERM, and end the driver on

@@ -72,13 +72,10 @@ class Form:
         """Return the bytes of a row's weights."""
         return columns if self.takes_byte else columns // 2
 
-    def scale_bytes(self, columns: int) -> int:
-        """Return the bytes of a row's scales."""
-        return self.num_scales(columns) * (1 if self.nested else 4)
-
     def padded_scale_bytes(self, columns: int) -> int:
-        """Return the bytes they are held in."""
-        return -(-self.scale_bytes(columns) // LARGEST_ITEM) * LARGEST_ITEM
+        """Return the bytes that a row's scales are held in."""
+        needed = self.num_scales(columns) * (1 if self.nested else 4)
+        return -(-needed // LARGEST_ITEM) * LARGEST_ITEM
 
     def nested_bytes(self, rows: int, columns: int) -> int:
         """Return the bytes of the scales' own scales and of what is added to them; 0 without."""

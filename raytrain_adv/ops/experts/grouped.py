@@ -137,7 +137,7 @@ class GroupedExperts(nn.Module):
 
         Source: transformers 5.23, grouped_mm_experts_forward; without its expert parallelism.
         """
-        count = matrix_count(self)
+        count = int(getattr(self, self.layout.down).shape[0])
         if top_k_index is None or top_k_weights is None:  # every expert's tokens in turn
             each = hidden_states.shape[0] // count
             ends = torch.arange(1, count + 1, device=hidden_states.device) * each
@@ -154,8 +154,3 @@ class GroupedExperts(nn.Module):
         # A sum over an axis adds in one order, as index_add_ on a GPU does not.
         summed = output[back].view(num_tokens, top_k, -1).sum(dim=1)
         return summed.to(hidden_states.dtype)
-
-
-def matrix_count(module: GroupedExperts) -> int:
-    """Return the number of experts."""
-    return int(getattr(module, module.layout.down).shape[0])

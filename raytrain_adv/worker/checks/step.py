@@ -16,6 +16,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.loader import Batches
 from raytrain_adv.dtensor import global_norm, local_part, reshard
 from raytrain_adv.errors import TrainingError
+from raytrain_adv.estimate.flops import text_config
 from raytrain_adv.ops.adamw import ClippingAdamW
 from raytrain_adv.run.run import Run
 from raytrain_adv.transforms.applied import Transforms
@@ -49,7 +50,7 @@ class Checks:
         self.plans = plans
         self.loss = LossGuard(job, run, batches, transforms.remedies, progress)
         self.rise = LossRise(transforms.switchable, run.say)
-        self.learning = LearningCheck(vocabulary_of(model), run.say)
+        self.learning = LearningCheck(int(text_config(model).vocab_size), run.say)
         self.unproven = [t for t in transforms if t.proven_by]
         """Features that no profiled pass ran yet."""
         self.proof: dict[str, dict[str, Any]] = {}
@@ -134,11 +135,6 @@ class Checks:
         if not self.gradients_seen and not (self.loss.skips and not torch.isfinite(total)):
             require_all_gradients(self.model, self.run, self.transforms.remedies(step))
             self.gradients_seen = True
-
-
-def vocabulary_of(model: Any) -> int:
-    """Return the number of tokens that a model chooses from."""
-    return int(model.config.get_text_config().vocab_size)
 
 
 @torch.no_grad()
