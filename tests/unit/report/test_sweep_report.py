@@ -10,7 +10,7 @@ from raytrain_adv.config.sweep import METRICS, MetricName
 from raytrain_adv.errors import StorageError
 from raytrain_adv.report import sweep_record
 from raytrain_adv.report.plot import Plot, Series, draw
-from raytrain_adv.report.record import RunReport
+from raytrain_adv.report.record import RunReport, read_record
 from raytrain_adv.report.sweep_html import render, render_text, written
 from raytrain_adv.report.sweep_record import SweepReport, TrialReport, best, metrics
 from tests.unit.report.test_html import EVIL, Elements
@@ -142,10 +142,11 @@ def test_swept_values_are_written_as_in_the_job_file() -> None:
 
 def test_sweep_json_is_read_as_it_was_written(tmp_path) -> None:
     sweep_record.write(DELAYS, tmp_path)
-    assert sweep_record.read(tmp_path) == DELAYS
-    (tmp_path / "sweep.json").write_text("{}")
+    path = tmp_path / "sweep.json"
+    assert read_record(SweepReport, path) == DELAYS
+    path.write_text("{}")
     with pytest.raises(StorageError, match="not one of this version"):
-        sweep_record.read(tmp_path)
+        read_record(SweepReport, path)
 
 
 def test_every_field_of_the_sweeps_contract_has_its_sentence() -> None:

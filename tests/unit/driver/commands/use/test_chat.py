@@ -116,9 +116,9 @@ def test_an_answer_goes_on_when_the_other_models_has_ended(runs):
 
 
 def test_wrong_sampling_keys_are_refused_together(capsys, runs):
-    assert cli.main(["chat", str(runs["lora"]), "temprature=1", "top_p=2"]) == 2
+    assert cli.main(["chat", str(runs["lora"]), "temprature=1", "top_p=2", "top_k=true"]) == 2
     err = capsys.readouterr().err
-    assert "did you mean temperature?" in err and "top_p" in err
+    assert "did you mean temperature?" in err and "top_p" in err and "top_k" in err
     assert with_keys(Sampling(), ["top_k=5"]).top_k == 5
 
 
