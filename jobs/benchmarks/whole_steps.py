@@ -26,7 +26,7 @@ from raytrain_adv.ops.loss.function import loss_function
 from raytrain_adv.run.run import local_run
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.checks.step import clip
-from raytrain_adv.worker.install import fetch_on_main, install
+from raytrain_adv.worker.install import fetch, install
 from raytrain_adv.worker.optim import build_optimizer
 from raytrain_adv.worker.trials.collectives import choose
 
@@ -81,7 +81,7 @@ class Whole:
         transforms = Transforms(job)
         transforms.check(facts)
         run = local_run(job, DEVICE)
-        fetch_on_main(job, run, facts)
+        fetch(job, facts, print)
         model = build(_from_scratch(job))
         plans = install(run, transforms, model, transforms.prepare(model, facts))
         mesh = parallel.build_mesh(job, DEVICE)
