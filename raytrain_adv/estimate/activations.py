@@ -1,33 +1,20 @@
-"""The memory that a decoder layer keeps for its backward pass, computed from its modules.
-
-- eager: autograd keeps what each operation needs. An RMSNorm computes in float32 and keeps that
-  copy and its normalized form; attention its inputs, output and log-sum-exp; a gated MLP the gate,
-  its activation, the other half and their product.
-- compiled: Inductor's partitioner keeps the inputs of matrix products, attention's inputs and the
-  halves of the MLP, and recomputes element-wise results. Of a norm it keeps the input unchanged.
-- selective checkpointing: the results of matrix products and attention, and the layer's input;
-  attention checkpointing: the layer's input, attention's output and log-sum-exp; full
-  checkpointing: the layer's input only.
+"""The widths of a decoder layer's modules, and what its backward pass needs besides what it keeps;
+counted.py has what it keeps.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from raytrain_adv.estimate.counted import Kept
 from raytrain_adv.estimate.flops import ROUTED_EXPERT
-from raytrain_adv.ops.experts.find import (
-    active_expert_share,
-    experts_per_token,
-    matrices,
-    shapes,
-    stacked,
-)
+from raytrain_adv.ops.experts.find import active_expert_share, experts_per_token, shapes, stacked
 from raytrain_adv.transforms.modules import in_adapter
 
 AttentionKind = Literal["fused", "masked", "eager"]
@@ -45,9 +32,6 @@ class Linear:
     fqn: str
     in_width: float  # input elements per token; of routed experts, summed over the active ones
     out_width: float  # output elements, likewise
-    keeps_input: bool  # backward needs the input: its weight, or an adapter on it, is trained
-    adapter_rank: int = 0
-    keeps_bytes: bool = False  # of the input it keeps a float8 copy of its own
 
     @property
     def is_attention(self) -> bool:
@@ -66,15 +50,6 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Norm:
-    """A normalization of a layer."""
-
-    width: float  # elements per token
-    in_float32: bool  # whether it computes on a float32 copy, as transformers' RMSNorms do
-    trained: bool
-
-
-@dataclass(frozen=True)
 class Layer:
     """The shapes of a decoder layer that determine its activations."""
 
@@ -83,25 +58,6 @@ class Layer:
     query_width: int  # elements per token of all queries, and of attention's output
     key_width: int  # elements per token of all keys; the same for the values
     linears: tuple[Linear, ...]
-    norms: tuple[Norm, ...]
-    routed: float = 0.0  # elements per token of all active experts' outputs, before they are summed
-    gate_copies: float = 0.0  # elements per token that an unusual gate of experts keeps too
-
-    def linear_inputs(self, size: int, compiled: bool) -> float:
-        """Return the bytes per token of the linears' inputs; an input of several linears counts
-        once, and so does its float8 copy in a compiled layer.
-        """
-        # The input of attention's output projection is counted as attention's output.
-        kept = [m for m in self.linears if m.keeps_input and (m.keeps_bytes or not m.is_output)]
-        shared = {
-            (
-                m.fqn if m.keeps_bytes and not compiled else m.fqn.rpartition(".")[0],
-                m.in_width,
-                m.keeps_bytes,
-            ): m.in_width * (1 if m.keeps_bytes else size)
-            for m in kept
-        }
-        return sum(shared.values()) + size * sum(m.adapter_rank for m in self.linears)
 
     @cached_property
     def mlp_inner(self) -> float:
@@ -125,49 +81,21 @@ class Layer:
         others = [m for m in self.linears if not m.fqn.startswith(f"{mlp}.")]
         return replace(self, linears=(*others, *linears))
 
-    def attention(self, size: int, kind: AttentionKind, seq_len: int) -> float:
-        """Return the bytes per token that attention keeps: inputs, output and weights."""
-        if kind == "fused":
-            # Values cut from a joint projection keep all of it alive.
-            is_joint = sum(m.is_attention and not m.is_output for m in self.linears) == 1
-            copies = 3 if is_joint else 2
-            return size * copies * (self.query_width + self.key_width) + 4 * self.heads
-        # Keys and values are repeated for every head.
-        inputs_and_output = size * 4 * self.query_width
-        if kind == "masked":
-            return inputs_and_output + 4 * self.heads + size * seq_len
-        # The softmax is float32, then cast.
-        return inputs_and_output + self.heads * seq_len * (4 + size if size < 4 else 4)
-
-    def kept_eager(self, size: int, kind: AttentionKind, seq_len: int) -> float:
-        """Return the bytes per token that autograd keeps for each operation."""
-        norms = sum(
-            norm.width * (4 + size * norm.trained if norm.in_float32 else size)
-            for norm in self.norms
-        )
+    def between(self, compiled: bool) -> float:
+        """Return the elements per token that are kept of what is between the MLP's matrices."""
         is_gated = self.mlp_inner > 1.5 * self.mlp_width
-        mlp = self.mlp_inner + (self.mlp_width if is_gated else 0)
-        experts = self.routed + self.gate_copies
-        return (
-            norms
-            + self.linear_inputs(size, compiled=False)
-            + size * (mlp + experts)
-            + self.attention(size, kind, seq_len)
-        )
+        return self.mlp_inner + self.mlp_width * (1 if compiled or not is_gated else 2)
 
-    def kept_compiled(self, size: int, kind: AttentionKind, seq_len: int) -> float:
-        """Return the bytes per token kept by a compiled layer."""
-        kept = sum(norm.width for norm in self.norms) + self.mlp_inner
-        kept += self.routed  # which the routers' weights are multiplied with
-        inputs = self.linear_inputs(size, compiled=True)
-        return size * kept + inputs + self.attention(size, kind, seq_len)
-
-    def kept_selective(self, size: int, compiled: bool) -> float:
-        """Return the bytes per token kept by selective checkpointing."""
-        results = sum(m.out_width * (2 if m.adapter_rank else 1) for m in self.linears)
-        if compiled:
-            results -= self.hidden  # the MLP's result, which backward does not need
-        return size * (self.hidden + results + self.query_width) + 4 * self.heads
+    def guess(self, size: int) -> Kept:
+        """Return what a layer keeps whose code cannot be counted: inputs and results of products,
+        and attention.
+        """
+        results = size * sum(m.out_width for m in self.linears)
+        inputs = size * sum(m.in_width for m in self.linears)
+        attention = size * self.query_width
+        products = results + attention + 4 * self.heads
+        every = products + inputs + size * (2 * self.hidden + 2 * self.query_width)
+        return Kept(every, every, products, products, attention, 4 * self.heads)
 
     def backward_temporaries(self, size: int, kind: AttentionKind, seq_len: int) -> float:
         """Return the bytes per token that a layer's backward pass needs in addition: the larger of
@@ -191,32 +119,13 @@ def read_layer(layer: nn.Module, config: PretrainedConfig) -> Layer:
         # projection that keys and values are cut from.
         joined, value = nope + config.qk_rope_head_dim, config.v_head_dim
         key_width = (heads * (2 * joined + nope + value) - query_width) // 2
-    norms = tuple(_norms(layer, query_width, key_width))
-    routed, gates = _routed(layer, config)
-    sizes = (config.hidden_size, heads, query_width, key_width)
-    return Layer(*sizes, linears, norms, routed, gates)
-
-
-def _routed(layer: nn.Module, config: PretrainedConfig) -> tuple[float, float]:
-    """Return the elements per token of active experts' outputs, and of what gates of their own keep
-    (gpt-oss: clamped halves, a sigmoid, two products).
-    """
-    outputs = gates = 0.0
-    for module in stacked(layer).values():
-        active, held = experts_per_token(config), shapes(module)
-        outputs += active * config.hidden_size
-        kind = vars(module).get("original", type(module))
-        gate = getattr(kind, "_apply_gate", None)
-        if gate is not None and gate.__module__ == kind.__module__:
-            matrix = held["down_proj"][1:]
-            gates += 4 * active * next((n for n in matrix if n != config.hidden_size), matrix[0])
-    return outputs, gates
+    return Layer(config.hidden_size, heads, query_width, key_width, linears)
 
 
 def _linears(layer: nn.Module, config: PretrainedConfig) -> Iterator[Linear]:
     for fqn, module in stacked(layer).items():
         for name in shapes(module):
-            yield _stacked_experts(layer, fqn, name, config)
+            yield _stacked_experts(module, fqn, name, config)
     for fqn, module in layer.named_modules():
         if in_adapter(fqn):
             continue
@@ -227,46 +136,14 @@ def _linears(layer: nn.Module, config: PretrainedConfig) -> Iterator[Linear]:
             width_in, width_out = module.in_features, module.out_features
         else:
             width_in, width_out = module.weight.shape
-        rank = _adapter_rank(layer, fqn)
-        trained = module.weight.requires_grad or fqn.endswith(".base_layer")
-        name = fqn.removesuffix(".base_layer")
-        in_bytes = module.weight.requires_grad and getattr(module, "keeps_bytes", False)
-        yield Linear(name, width_in * share, width_out * share, trained, rank, in_bytes)
+        yield Linear(fqn.removesuffix(".base_layer"), width_in * share, width_out * share)
 
 
-def _stacked_experts(layer: nn.Module, fqn: str, name: str, config: PretrainedConfig) -> Linear:
+def _stacked_experts(module: nn.Module, fqn: str, name: str, config: PretrainedConfig) -> Linear:
     """Return experts stacked as [expert, out, in], or transposed, as one linear."""
-    module = layer.get_submodule(fqn)
     active, hidden = experts_per_token(config), config.hidden_size
-    count, *matrix = shapes(module)[name]
+    matrix = shapes(module)[name][1:]
     widths = (hidden, next((n for n in matrix if n != hidden), hidden))
     width_in, width_out = widths[::-1] if "down" in name else widths
-    rank = 0
-    while fqn.endswith(".base_layer"):  # an adapter of each matrix around the last one's
-        fqn = fqn.removesuffix(".base_layer")
-        wrapper: Any = layer.get_submodule(fqn)
-        if wrapper.parameter_name == name:
-            rank += sum(p.shape[0] // count for p in wrapper.lora_A.parameters())
-    own = matrices(module)
-    trained = rank > 0 or (name in own and own[name].requires_grad)
-    return Linear(f"{fqn}.{name}", active * width_in, active * width_out, trained, active * rank)
-
-
-def _adapter_rank(layer: nn.Module, fqn: str) -> int:
-    if not fqn.endswith(".base_layer"):
-        return 0
-    adapted = layer.get_submodule(fqn.removesuffix(".base_layer"))
-    return sum(p.shape[0] for name, p in adapted.named_parameters() if name.startswith("lora_A."))
-
-
-def _norms(layer: nn.Module, query_width: int, key_width: int) -> Iterator[Norm]:
-    for fqn, module in layer.named_modules():
-        if "norm" not in type(module).__name__.lower() or next(module.children(), None):
-            continue
-        weight = next(iter(module.parameters(recurse=False)), None)
-        if weight is None:
-            continue
-        name, width = fqn.rpartition(".")[2], weight.numel()
-        if name.startswith(("q_", "k_", "query_", "key_")):  # inside attention
-            width = query_width if name.startswith("q") else key_width
-        yield Norm(width, not isinstance(module, nn.LayerNorm), weight.requires_grad)
+    name = f"{fqn.replace('.base_layer', '')}.{name}"
+    return Linear(name, active * width_in, active * width_out)

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.estimate.activations import AttentionKind, Layer, read_layer
+from raytrain_adv.estimate.counted import Kept, kept_by_layers
 from raytrain_adv.estimate.flops import layer_configs, text_config
 from raytrain_adv.estimate.sizes import head_of
 from raytrain_adv.model.build import decoder_layers
@@ -45,30 +46,24 @@ class Passes:
         a part of the tokens, and of all tokens' scores those of a part of the heads.
         """
         config, size = text_config(model), compute_dtype(job).itemsize
-        mode, compiled = checkpointing_mode(job), job.parallel.torch_compile
         kind = attention_kind(config, job)
         each = layer_configs(config)
         on_worker = seq_len // job.parallel.sequence_parallel_size
         tiles = _Tiles.of(model, job, batch * on_worker)
-        layers = [
-            tiles.of_layer(fqn, read_layer(layer, each[min(number, len(each) - 1)]))
-            for number, (fqn, layer) in enumerate(decoder_layers(model))
-        ]
+        named = decoder_layers(model)
         whole = [
-            (x.kept_compiled if compiled else x.kept_eager)(size, kind, seq_len) for x in layers
+            read_layer(layer, each[min(number, len(each) - 1)])
+            for number, (_, layer) in enumerate(named)
         ]
-        kept, on_gpu, recomputed = whole, 0.0, 0.0
-        if mode == "selective":
-            kept = [x.kept_selective(size, compiled) for x in layers]
-            recomputed = max(max(w - k, 0.0) for w, k in zip(whole, kept, strict=True))
-        elif mode != "none":
-            results = [x.query_width if mode == "attention" else 0 for x in layers]
-            kept = [float(size * (x.hidden + n)) for x, n in zip(layers, results, strict=True)]
-            # Of its input a compiled layer makes nothing again, an eager one a float32 copy.
-            known = kept if compiled else [float(size * n) for n in results]
-            recomputed = max(w - k for w, k in zip(whole, known, strict=True))
-        if mode == "attention":
-            on_gpu = sum(4 * x.heads for x in layers)
+        layers = [tiles.of_layer(fqn, x) for (fqn, _), x in zip(named, whole, strict=True)]
+        keeps = kept_by_layers(model, compute_dtype(job), kind == "masked", seq_len)
+        ways = [
+            _Keeping.of(job, of_whole, x, on_tiles, size)
+            for of_whole, x, on_tiles in zip(
+                keeps or [x.guess(size) for x in whole], whole, layers, strict=True
+            )
+        ]
+        kept = [x.kept for x in ways]
         # The final norm runs uncompiled: float32 copy, normalized form, the head's input.
         final: float = (4 + 2 * size) * config.hidden_size
         unit = batch * on_worker / GIB
@@ -78,14 +73,14 @@ class Passes:
         evaluates = bool(job.data.val_size or job.data.eval_dataset)
         eval_tokens = job.train.per_device_eval_batch_size * on_worker if evaluates else 0
         forward = max(size * (3 * x.hidden + x.mlp_inner + x.mlp_width) for x in layers)
-        loss = _loss(model, size, compiled)
+        loss = _loss(model, size, job.parallel.torch_compile)
         moved = num_offloaded(job, len(layers))
         returning = max(kept[:moved], default=0.0) * unit
         return Passes(
-            kept=(sum(kept[moved:]) + on_gpu) * unit,
+            kept=(sum(kept[moved:]) + sum(x.stays for x in ways)) * unit,
             kept_by_one=max(kept) * unit,
             final=final * unit,
-            recomputed=recomputed * unit,
+            recomputed=max(x.recomputed for x in ways) * unit,
             temporaries=backward * unit + (max(unpacked, default=0) + tiles.gradients) / GIB,
             returning=returning,
             returning_first=returning if moved >= len(layers) - 1 else 0.0,
@@ -95,6 +90,32 @@ class Passes:
             layer_eval=forward * eval_tokens / GIB,
             on_host=sum(kept[:moved]) * unit,
         )
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    """Bytes per token that a layer keeps with the job's checkpointing."""
+
+    kept: float  # from forward to backward
+    recomputed: float  # besides, in its own backward pass
+    stays: float = 0.0  # kept too, and never moved to host memory
+
+    @staticmethod
+    def of(job: JobConfig, whole: Kept, layer: Layer, on_tiles: Layer, size: int) -> _Keeping:
+        """Return it of a layer that keeps `whole` without checkpointing and without tiles."""
+        compiled, mode = job.parallel.torch_compile, checkpointing_mode(job)
+        every = whole.compiled if compiled else whole.eager
+        every -= size * (layer.between(compiled) - on_tiles.between(compiled))
+        if mode == "none":
+            return _Keeping(every, 0.0)
+        x = size * layer.hidden
+        if mode == "selective":
+            kept = x + (whole.needed_products if compiled else whole.products)
+            kept -= size * (layer.mlp_inner - on_tiles.mlp_inner)
+            return _Keeping(kept, max(every - kept, 0.0))
+        results, sums = (whole.attention, whole.sums) if mode == "attention" else (0.0, 0.0)
+        # Of its input a compiled layer makes nothing again, an eager one a float32 copy.
+        return _Keeping(x + results, every - results - (x if compiled else 0.0), sums)
 
 
 @dataclass(frozen=True)
