@@ -190,6 +190,42 @@ def tiny_keys(given: PretrainedConfig, kind: str) -> dict[str, Any]:
     return {**keys, **KEYS.get(kind, {})}
 
 
+WIDTHS = re.compile(
+    r"hidden_size|d_model|n_embd|(.*_)?intermediate_size(_mlp)?|ffn_(dim|hidden_size)"
+    r"|(\w+_)?lora_rank|mamba_d_ssm"
+)
+HEADS = re.compile(r"(\w+_)?(num_)?\w*(attention|key_value|value|key|kv|n|num)_heads?")
+HEAD_WIDTHS = re.compile(r"(\w+_)?head_dim|kv_channels|mamba_d_(head|state)")
+ACTIVE = re.compile(r"num_experts_per_tok(en)?|moe_(topk|k|top_k)|top_k_experts|n_shared_experts")
+EXPERTS = re.compile(r"n_routed_experts|num_experts|num_local_experts|moe_num_experts|n_experts")
+LONG = re.compile(r"(\w+_)?sliding_window(_size)?|max_position_embeddings")
+UNCUT = ("dots3_note_text", "granitemoehybrid", "qwen4_exp_text")
+"""Model types whose configs refuse such values."""
+
+
+def cut_config(kind: str) -> PretrainedConfig:
+    """Return the config of a small model of a type, with about the proportions of its default."""
+    given = CONFIG_MAPPING[kind]()
+    keys = tiny_keys(given, kind)
+    numbers = {k: v for k, v in given.to_dict().items() if type(v) is int}
+    for name, value in numbers.items() if kind not in UNCUT else ():
+        if name in KEYS.get(kind, {}):
+            continue
+        if WIDTHS.fullmatch(name):
+            keys[name] = max(value // 256 * 16, 16)
+        elif HEAD_WIDTHS.fullmatch(name):
+            keys[name] = max(value // 32 * 8, 8)
+        elif HEADS.fullmatch(name):
+            keys[name] = max(value // 4, 1)
+        elif ACTIVE.fullmatch(name):
+            keys[name] = value
+        elif EXPERTS.fullmatch(name):
+            keys[name] = min(value, 16)
+        elif LONG.fullmatch(name):
+            keys[name] = 4096
+    return type(given)(**keys)
+
+
 def is_layer_list(key: str, value: Any) -> bool:
     """Whether a key lists a kind for each layer."""
     return (

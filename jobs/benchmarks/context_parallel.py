@@ -30,7 +30,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raytrain_adv.data.batches.collate import Inputs, Way, part_of, told
-from raytrain_adv.estimate.memory import predict
 from raytrain_adv.ops.loss.function import loss_function
 from raytrain_adv.ops.peer_copies import held_gib
 from raytrain_adv.run.run import local_run
@@ -121,7 +120,7 @@ def at(whole: whole_steps.Whole, tokens: int, document: int | None) -> dict[str,
         return losses[-1][0]
 
     losses: list[tuple[float, float]] = []
-    predicted = predict(whole.model, whole.job, world, tokens, 1).total
+    predicted = whole.predicted_gib(tokens, world)
     whole_steps.reset_peak()
     try:
         first, seconds = whole_steps.timed(step), whole_steps.timed(step)

@@ -92,9 +92,11 @@ class Whole:
         transforms.after_step(model)
         return cls(job, model, build_optimizer(model, job))
 
-    def predicted_gib(self, tokens: int) -> float:
+    def predicted_gib(self, tokens: int, workers: int = 1) -> float:
         """Return the peak that the plan would predict."""
-        return predict(self.model, self.job, 1, tokens, 1).total
+        planned = build(_from_scratch(self.job))
+        Transforms(self.job).prepare(planned)
+        return predict(planned, self.job, workers, tokens, 1).total
 
     def stepper(self, tokens: int, document: int | None = None) -> Callable[[], float]:
         """Return what does one step on a sequence of that length and gives its loss per token; with

@@ -81,7 +81,11 @@ def kept_by_layers(
 
 
 def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a copy that computes in a dtype, and with PyTorch's attention if it is fused."""
     twin = copy.deepcopy(model)
+    for config in (twin.config, twin.config.get_text_config()):
+        if config._attn_implementation != "eager":  # fused ones keep the same
+            config._attn_implementation = "sdpa"
     keeps = keeps_float32(twin)
     for fqn, parameter in twin.named_parameters():
         if parameter.is_floating_point() and parameter.itemsize > 1 and not keeps(fqn):
@@ -169,6 +173,7 @@ class _Trace(TorchDispatchMode):
         self.products: set[int] = set()
         self.attention: set[int] = set()
         self.sums: set[int] = set()
+        self.weights: set[int] = set()  # softmax results
         self.saved: set[int] = set()
         self.made: dict[Any, int] = {}
         self.first: dict[int, int] = {}  # result -> the first one of the same operator and inputs
@@ -211,6 +216,8 @@ class _Trace(TorchDispatchMode):
             self.sources[key] = keys
             if func in KEPT_OPERATORS:
                 self.products.add(key)
+            if func is torch.ops.aten._softmax.default:
+                self.weights.add(key)
             if is_costly:
                 self.costly.add(key)
             else:  # a compiled layer computes the same once
@@ -218,6 +225,7 @@ class _Trace(TorchDispatchMode):
         return results
 
     def hold(self, tensor: Tensor) -> None:
+        """Note a storage."""
         self.alive.append(tensor)
         self.sizes.setdefault(_key(tensor), tensor.untyped_storage().nbytes())
 
@@ -238,6 +246,8 @@ class _Trace(TorchDispatchMode):
     def _compiled(self) -> set[int]:
         """Return what a compiled layer keeps."""
         forced = {self.first.get(key, key) for key in self.saved} & self.costly
+        # Softmax is computed again for its own backward pass, from its input.
+        forced |= {k for key in forced & self.weights for k in self.sources[key] if k in self.sizes}
         cost: dict[int, float] = {}
         parts: dict[int, list[int]] = {}
         for key, size in self.sizes.items():
@@ -247,7 +257,7 @@ class _Trace(TorchDispatchMode):
                 if again <= SLACK * size:
                     parts[key] = self.sources[key]
             cost[key] = 0 if key in forced else min(size, again)
-        return {key for key in self._made_of(parts, forced) if key in forced or key not in parts}
+        return forced | {key for key in self._made_of(parts, forced) if key not in parts}
 
     def _made_of(self, parts: dict[int, list[int]], stop: set[int] | None = None) -> set[int]:
         """Return what is saved, and what its storages are made of."""
@@ -283,8 +293,12 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, trace: _Trace, query: Tensor, key: Tensor, value: Tensor, *masks: Tensor
     ) -> Tensor:
-        *batch, heads, time, _ = query.shape
-        result = query.new_empty(*batch, time, heads, value.shape[-1]).transpose(-2, -3)
+        shape = [*query.shape[:-1], value.shape[-1]]
+        if query.stride(-2) > query.stride(-3):  # the result's layout is that of the query
+            shape[-3:-1] = shape[-2], shape[-3]
+            result = query.new_empty(shape).transpose(-2, -3)
+        else:
+            result = query.new_empty(shape)
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         trace.attend([query, key, value], result, sums)
         biases = [query.new_empty(mask.shape) for mask in masks]
@@ -307,4 +321,6 @@ class _WithoutValues(TorchDispatchMode):
             mask: Tensor = args[0]
             found = mask.numel() // (1 if mask.ndim == 1 else self.experts)
             return mask.new_empty((found, mask.ndim), dtype=torch.long)
+        if func is torch.ops.aten._grouped_mm.default and args[1].ndim == 3:  # bfloat16 alone
+            return args[0].new_empty((*args[0].shape[:-1], args[1].shape[-1]))
         return func(*args, **(kwargs or {}))

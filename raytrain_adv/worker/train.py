@@ -71,8 +71,9 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
         run.on_main(lambda: fetch(job, facts, partial(run.say, event="fetch")))
         model = build(job)
         chosen = check_attention(job, run, model) | {"model_notes": say_notes(job, run, model)}
-        plans = install(run, transforms, model, transforms.prepare(model, facts, tokens))
+        plans = transforms.prepare(model, facts, tokens)
         job, predicted = sized(job, run, model, facts, longest, arithmetic.micro_batch)
+        plans = install(run, transforms, model, plans)
         chosen |= sharded(job, run, model)
         plans = load_weights(run, transforms, model, plans)
         optimizer = build_optimizer(model, job)

@@ -160,12 +160,14 @@ def active_expert_share(config: PretrainedConfig) -> float:
 def num_experts(config: PretrainedConfig) -> int:
     """Return the number of routed experts per layer; its key depends on the architecture."""
     keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    counts = (getattr(config, key, None) for key in keys)
+    held = getattr(config, "ffn_config", config)  # DBRX's
+    counts = (getattr(held, key, None) for key in keys)
     return next((count for count in counts if isinstance(count, int) and count > 1), 0)
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
     """Return the number of active routed experts per token."""
     keys = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-    counts = (getattr(config, key, None) for key in keys)
+    held = getattr(config, "ffn_config", config)
+    counts = (getattr(held, key, None) for key in (*keys, "moe_top_k"))
     return next((count for count in counts if isinstance(count, int)), 1)

@@ -1,0 +1,161 @@
+"""What layers keep, counted on the meta device, compared with what is kept on a CPU."""
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from raytrain_adv.estimate.activations import read_layer
+from raytrain_adv.estimate.counted import kept_by_layers
+from raytrain_adv.model.build import decoder_layers
+from raytrain_adv.ops.experts.find import num_experts
+from tests.families import cut_config, families, tiny_config
+
+TIME = 256
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "use_cache": False,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"head_dim": 32},
+    "phi3": {"pad_token_id": 0},
+    "gemma3_text": {"head_dim": 32},
+    "gpt_neox": {},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 64},
+}
+IN_FLOAT32 = ("inkling2_text",)  # does not run in bfloat16 on a CPU
+UNCOUNTED = ("jetmoe", "qwen4_exp_text")
+"""Of the first, code reads how many tokens each expert has: what it keeps is guessed. Of the second
+a tiny model chooses more tokens than there are, and keeps less than it would."""
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention that keeps what fused kernels on GPUs do: a CPU has none for all widths."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace one function."""
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        names = ("query", "key", "value", "attn_mask")
+        given = dict(zip(names, args, strict=False)) | (kwargs or {})
+        return _Attention.apply(*(given[n] for n in names if given.get(n) is not None))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *masks: Tensor) -> Tensor:
+        layout = query[..., :1].expand(*query.shape[:-1], value.shape[-1])
+        result = torch.zeros_like(layout if value.shape != query.shape else query)
+        sums = torch.zeros(query.shape[:-1])
+        biases = [torch.zeros_like(mask, dtype=query.dtype) for mask in masks]
+        ctx.save_for_backward(query, key, value, result, sums, *biases)
+        return result
+
+
+def model_of(config: PretrainedConfig, dtype: torch.dtype, **keys: Any) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **keys)
+    return model.train()
+
+
+def kept_by_autograd(model: PreTrainedModel, attention: Any) -> int:
+    """Return the bytes that the layers keep of a pass."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if inside and address not in own:
+            kept[address] = tensor
+        return tensor
+
+    inside: list[Any] = []
+    for _, layer in decoder_layers(model):
+        layer.register_forward_pre_hook(lambda module, args: inside.append(module))
+        layer.register_forward_hook(lambda module, args, result: inside.clear())
+    tokens = torch.randint(3, 200, (1, TIME))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), attention:
+        model(input_ids=tokens, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def counted(config: PretrainedConfig, dtype: torch.dtype, **keys: Any) -> float:
+    with torch.device("meta"):
+        model = model_of(config, dtype, **keys)
+    layers = kept_by_layers(model, dtype, False, TIME)
+    assert layers is not None
+    return sum(layer.eager for layer in layers) * TIME
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_count_is_within_three_percent_of_autograd(
+    kind: str, dtype: torch.dtype, attention: str
+) -> None:
+    config = AutoConfig.for_model(kind, **SIZES, **KINDS[kind])
+    found = counted(config, dtype, attn_implementation=attention)
+    model = model_of(config, dtype, attn_implementation=attention)
+    assert found == pytest.approx(kept_by_autograd(model, contextlib.nullcontext()), rel=0.03)
+
+
+def off(kind: str) -> float:
+    """Return by what share the count of a family is off."""
+    dtype = torch.float32 if kind in IN_FLOAT32 else torch.bfloat16
+    config = cut_config(kind)
+    kept = kept_by_autograd(model_of(config, dtype), FusedAttention())
+    return counted(config, dtype) / kept - 1
+
+
+SAMPLE = ("deepseek_v3", "dbrx", "glm4_moe", "gpt_oss", "llama4_text", "mixtral", "qwen3_next")
+
+
+@pytest.mark.parametrize("kind", SAMPLE)
+def test_the_count_of_a_mixture_is_within_ten_percent_of_autograd(kind: str) -> None:
+    assert abs(off(kind)) < 0.1
+
+
+@pytest.mark.slow
+def test_the_count_of_every_mixture_of_transformers_is_within_ten_percent() -> None:
+    mixtures = [kind for kind in families() if num_experts(tiny_config(kind).get_text_config())]
+    assert len(mixtures) > 40
+    found = {kind: off(kind) for kind in mixtures if kind not in UNCOUNTED}
+    assert {kind: share for kind, share in found.items() if abs(share) >= 0.1} == {}
+
+
+def test_what_code_that_reads_values_keeps_is_guessed_within_a_quarter() -> None:
+    config = cut_config("jetmoe")
+    with torch.device("meta"):
+        model = model_of(config, torch.bfloat16)
+    assert kept_by_layers(model, torch.bfloat16, False, TIME) is None
+    guesses = [read_layer(layer, config).guess(2).eager for _, layer in decoder_layers(model)]
+    kept = kept_by_autograd(model_of(config, torch.bfloat16), FusedAttention())
+    assert sum(guesses) * TIME == pytest.approx(kept, rel=0.25)
+
+
+def test_a_compiled_layer_keeps_less_than_an_eager_one_and_more_than_its_products() -> None:
+    with torch.device("meta"):
+        model = model_of(cut_config("llama"), torch.bfloat16)
+    layers = kept_by_layers(model, torch.bfloat16, False, TIME)
+    assert layers is not None
+    assert layers[0].needed_products < layers[0].compiled < layers[0].eager
+
+
+def test_counting_leaves_the_model_as_it_is() -> None:
+    with torch.device("meta"):
+        model = model_of(cut_config("llama"), torch.float32, attn_implementation="eager")
+    before = [vars(module).copy() for module in model.modules()]
+    kept_by_layers(model, torch.bfloat16, False, TIME)
+    assert [vars(module) for module in model.modules()] == before
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
