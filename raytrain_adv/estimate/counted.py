@@ -139,7 +139,7 @@ class _Pass:
         return count
 
     def _mark(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Note what a linear is given: quantized ones multiply something made of it."""
+        """Note what a linear is given: some multiply something made of it."""
         if self.trace is not None:
             self.trace.costly.update(_key(t) for t in args if isinstance(t, Tensor))
 
