@@ -97,13 +97,17 @@ class Layer:
         every = products + inputs + size * (2 * self.hidden + 2 * self.query_width)
         return Kept(every, every, products, products, attention, 4 * self.heads)
 
-    def backward_temporaries(self, size: int, kind: AttentionKind, seq_len: int) -> float:
+    def backward_temporaries(
+        self, size: int, kind: AttentionKind, seq_len: int, compiled: bool
+    ) -> float:
         """Return the bytes per token that a layer's backward pass needs in addition: the larger of
-        the MLP's gradients (product, halves, input, output) and attention's.
+        the MLP's gradients (product, halves, input, output) and attention's. Eager attention has
+        scores in float32, unless what casts them is compiled.
         """
         mlp = size * (self.mlp_width + self.mlp_inner + 2 * self.hidden)
         attention = size * (2 * self.query_width + 2 * self.key_width + self.hidden)
-        attention += self.heads * seq_len * (8 + size) if kind == "eager" else 4 * self.query_width
+        scores = self.heads * seq_len * (3 * size if compiled else 8 + size)
+        attention += scores if kind == "eager" else 4 * self.query_width
         return max(mlp, attention) + 8 * self.hidden
 
 

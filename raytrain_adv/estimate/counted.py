@@ -8,6 +8,7 @@ each operator of each kind of layer, with its shapes, and no values.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -31,8 +32,9 @@ SLACK = 1.1
 """How much larger than a result what it is made of may be and is still kept instead: parts of it
 often are kept anyway."""
 ATTENTION = ("query", "key", "value", "attn_mask")
-LENGTHS = (256, 512)
-"""Tokens of the passes. What a token keeps is linear in their number: eager attention's weights."""
+LENGTHS = (256, 512, 768)
+"""Tokens of the passes. What a layer keeps has a part for each token, a square of their number
+(eager attention's weights) and one for any number of them (adapters of experts, cast)."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,15 @@ def kept_by_layers(
             known[dtype, is_masked] = []  # raised by any model's code on tensors without values
     if not (lengths := known[dtype, is_masked]):
         return None
-    at = (seq_len - LENGTHS[0]) / (LENGTHS[1] - LENGTHS[0])
-    return [short * (1 - at) + long * at for short, long in zip(*lengths, strict=True)]
+    shares = [  # Lagrange's
+        math.prod((seq_len - other) / (one - other) for other in LENGTHS if other != one)
+        for one in LENGTHS
+    ]
+    shares = [share * one / seq_len for share, one in zip(shares, LENGTHS, strict=True)]
+    first, second, third = (
+        [kept * share for kept in layers] for layers, share in zip(lengths, shares, strict=True)
+    )
+    return [a + b + c for a, b, c in zip(first, second, third, strict=True)]
 
 
 def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -67,13 +67,14 @@ class Passes:
         # The final norm runs uncompiled: float32 copy, normalized form, the head's input.
         final: float = (4 + 2 * size) * config.hidden_size
         unit = batch * on_worker / GIB
-        backward = max(x.backward_temporaries(size, kind, seq_len) for x in layers)
+        compiled = job.parallel.torch_compile
+        backward = max(x.backward_temporaries(size, kind, seq_len, compiled) for x in layers)
         # Packed linears are unpacked one at a time.
         unpacked = [m.temporary_bytes for _, m in packed_linears(model)]
         evaluates = bool(job.data.val_size or job.data.eval_dataset)
         eval_tokens = job.train.per_device_eval_batch_size * on_worker if evaluates else 0
         forward = max(size * (3 * x.hidden + x.mlp_inner + x.mlp_width) for x in layers)
-        loss = _loss(model, size, job.parallel.torch_compile)
+        loss = _loss(model, size, compiled)
         moved = num_offloaded(job, len(layers))
         returning = max(kept[:moved], default=0.0) * unit
         return Passes(

@@ -134,6 +134,26 @@ def test_the_count_of_every_mixture_of_transformers_is_within_ten_percent() -> N
     assert {kind: share for kind, share in found.items() if abs(share) >= 0.1} == {}
 
 
+def test_a_count_of_few_tokens_gives_that_of_many() -> None:
+    """Of eager attention's weights, too, and of what has one size for any number of tokens."""
+    config = AutoConfig.for_model("llama", **SIZES)
+    with torch.device("meta"):
+        model = model_of(config, torch.bfloat16, attn_implementation="eager")
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(keep_of_one_size)
+    (few, *_), (many, *_) = (
+        kept_by_layers(model, torch.bfloat16, False, tokens) or [] for tokens in (768, 16384)
+    )
+    weights = 4 * (16384 - 768) * (4 + 2)  # of each head and pair, in float32 and bfloat16
+    constant = 4 * 2**20 * (1 / 768 - 1 / 16384)
+    assert many.eager - few.eager == pytest.approx(weights - constant, rel=1e-3)
+
+
+def keep_of_one_size(module: Any, args: Any, result: Tensor) -> Tensor:
+    constant = torch.ones(1024, 1024, device=result.device, requires_grad=True).exp()
+    return result * constant.sum().to(result.dtype)
+
+
 def test_what_code_that_reads_values_keeps_is_guessed_within_a_quarter() -> None:
     config = cut_config("jetmoe")
     with torch.device("meta"):

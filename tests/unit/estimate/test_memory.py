@@ -18,6 +18,7 @@ from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.optim import build_optimizer
 from tests.tiny_models import job_for, write_checkpoint
 
+RESULTS = Path(__file__).parents[3] / "jobs/benchmarks/results"
 LLAMA_8B = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -97,6 +98,27 @@ def test_prediction_is_within_five_percent_of_the_peak_on_an_h200(
     tmp_path: Path, measured: float, config: dict[str, Any], keys: dict[str, Any]
 ) -> None:
     assert prediction(tmp_path, config, **keys).total == pytest.approx(measured, rel=0.05)
+
+
+EXPERTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("experts_qwen3", "full", PURE),
+    ("experts_qwen3", "qat int4", {**PURE, **INT4, "qat_activation_dtype": "none"}),
+    ("experts_qwen3", "lora_whole_graph", LORA),
+    ("experts_gpt_oss", "full", PURE),
+    ("experts_gpt_oss", "lora", LORA),
+]
+
+
+@pytest.mark.parametrize(("file", "row", "keys"), EXPERTS)
+def test_prediction_of_a_mixture_is_within_five_percent(
+    tmp_path: Path, file: str, row: str, keys: dict[str, Any]
+) -> None:
+    """Measured on an H200 by jobs/benchmarks/experts.py, which records no CUDA graphs."""
+    found = json.loads((RESULTS / f"{file}.json").read_text())
+    mode = "full" if file == "experts_gpt_oss" else "none"
+    keys = {**keys, **CHUNKED, "cuda_graph": False, "gradient_checkpointing": mode}
+    predicted = prediction(tmp_path, found["shape"], seq_len=found["tokens"], **keys).total
+    assert predicted == pytest.approx(found["rows"][row]["peak_gib"], rel=0.05)
 
 
 @pytest.mark.parametrize(
