@@ -6,7 +6,7 @@
     ... --plan                     what the plan predicts for each length; no GPU
     ... --long                     tiled_mlp, activation_offloading and kept attention
     ... --long --lengths 524288 --offload 27 --documents 4096 \\
-        --attention hub:$PWD/jobs/kernels/torch_flash    packed documents: attention costs little
+        --attention hub:./jobs/kernels/torch_flash    packed documents: attention costs little
     ... --long --lengths 524288 --layers 2 --offload 1     full attention, of two layers
 
 Lengths are tried in their order until memory runs out. Two short steps come first: they make the

@@ -44,7 +44,10 @@ class ModelConfig(Section):
     def why_not(cls, key: str, value: object) -> str:
         """Explain how to name an attention kernel."""
         if key == "flash_attn" and str(value).startswith("hub:"):
-            return "hub: is followed by owner/kernel, owner/kernel@version, or the path of a folder"
+            return (
+                "hub: is followed by owner/kernel, owner/kernel@version, or the path of a folder "
+                "that begins with /, ./ or ~"
+            )
         return ""
 
 
