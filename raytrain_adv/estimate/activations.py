@@ -95,7 +95,7 @@ class Layer:
         attention = size * self.query_width
         products = results + attention + 4 * self.heads
         every = products + inputs + size * (2 * self.hidden + 2 * self.query_width)
-        return Kept(every, every, products, products, attention, 4 * self.heads)
+        return Kept(every, every, products, products, attention, 4 * self.heads, 0.0)
 
     def backward_temporaries(
         self, size: int, kind: AttentionKind, seq_len: int, compiled: bool

@@ -47,6 +47,7 @@ class Kept:
     needed_products: float  # those of them that a compiled layer's backward pass needs
     attention: float  # results of fused attention
     sums: float  # log-sum-exp of fused attention
+    largest: float  # the largest tensor of the layer's output width: routed experts' results
 
     def __add__(self, other: "Kept") -> "Kept":
         """Add another's bytes."""
@@ -184,6 +185,7 @@ class _Trace(TorchDispatchMode):
         self.sums: set[int] = set()
         self.weights: set[int] = set()  # softmax results
         self.saved: set[int] = set()
+        self.largest = 0
         self.made: dict[Any, int] = {}
         self.first: dict[int, int] = {}  # result -> the first one of the same operator and inputs
         self.hold(x)
@@ -237,6 +239,8 @@ class _Trace(TorchDispatchMode):
         """Note a storage."""
         self.alive.append(tensor)
         self.sizes.setdefault(_key(tensor), tensor.untyped_storage().nbytes())
+        if tensor.shape[-1:] == self.alive[0].shape[-1:]:
+            self.largest = max(self.largest, tensor.nbytes)
 
     def _same(self, tensor: Tensor) -> int:
         key = _key(tensor)
@@ -249,8 +253,15 @@ class _Trace(TorchDispatchMode):
             return sum(self.sizes[key] for key in keys)
 
         needed = self._made_of({key: self.sources.get(key, []) for key in self.sizes})
-        every = self.saved, self._compiled(), self.products, needed & self.products
-        return Kept(*map(size, (*every, self.attention, self.sums)))
+        return Kept(
+            eager=size(self.saved),
+            compiled=size(self._compiled()),
+            products=size(self.products),
+            needed_products=size(needed & self.products),
+            attention=size(self.attention),
+            sums=size(self.sums),
+            largest=self.largest,
+        )
 
     def _compiled(self) -> set[int]:
         """Return what a compiled layer keeps."""

@@ -22,6 +22,10 @@ from raytrain_adv.ops.loss.linear_cross_entropy import MOST_ROUNDINGS, chunk_tok
 from raytrain_adv.text import GIB
 from raytrain_adv.transforms.tiled_mlp import TiledMlp, mlps
 
+COPIES, COPIES_COMPILED = 3, 2
+"""Gradients as large as routed experts' results that exist at a time in a layer's backward pass:
+results are weighted, summed, and put in another order. Counted on a CPU."""
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -69,6 +73,9 @@ class Passes:
         unit = batch * on_worker / GIB
         compiled = job.parallel.torch_compile
         backward = max(x.backward_temporaries(size, kind, seq_len, compiled) for x in layers)
+        if kind != "eager" and keeps and not tiles.mlps:
+            copies = COPIES_COMPILED if compiled else COPIES
+            backward = max(backward, copies * max(x.largest for x in keeps))
         # Packed linears are unpacked one at a time.
         unpacked = [m.temporary_bytes for _, m in packed_linears(model)]
         evaluates = bool(job.data.val_size or job.data.eval_dataset)

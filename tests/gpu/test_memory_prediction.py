@@ -1,4 +1,7 @@
-"""The prediction against a GPU; run as a script, this prints a table of variants."""
+"""The prediction against a GPU; run as a script, this prints a table of variants.
+
+python -m tests.gpu.test_memory_prediction [what the variants' names begin with]
+"""
 
 import gc
 import json
@@ -53,6 +56,51 @@ LLAMA_1B = {
     "num_hidden_layers": 16,
     "tie_word_embeddings": True,
 }
+HEADS = {"num_attention_heads": 32, "num_hidden_layers": 4, "max_position_embeddings": 131072}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        **HEADS,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "vocab_size": 151936,
+    },
+    "deepseek_v3": {
+        **HEADS,
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_key_value_heads": 32,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 1408,
+        "first_k_dense_replace": 1,
+        "vocab_size": 129280,
+    },
+    "qwen3_next": {
+        **HEADS,
+        "architectures": ["Qwen3NextForCausalLM"],
+        "num_attention_heads": 16,
+        "num_experts": 128,
+        "vocab_size": 151936,
+    },
+    "mixtral": {
+        **HEADS,
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+    },
+}
+"""Widths of real mixtures, with fewer layers and experts."""
 PURE: dict[str, Any] = {"pure_bf16": True, "torch_compile": True}
 MASTER: dict[str, Any] = {"bf16": True, "torch_compile": True}
 LORA: dict[str, Any] = {
@@ -102,6 +150,12 @@ VARIANTS: tuple[Variant, ...] = (
         {**PURE, **FULL, "optim": "adamw_torch_8bit"},
         8192,
     ),
+)
+MIXTURE_VARIANTS: tuple[Variant, ...] = tuple(
+    (f"{kind}, {how}, {mode['gradient_checkpointing']}", {"model_type": kind, **config}, keys, 8192)
+    for kind, config in MIXTURES.items()
+    for mode in (NONE, FULL)
+    for how, keys in (("compiled", {**PURE, **mode}), ("eager", {**PURE, **EAGER, **mode}))
 )
 
 
@@ -192,7 +246,9 @@ def test_prediction_is_within_ten_percent_of_the_peak(
 def main() -> None:
     """Write predicted and measured memory of every variant."""
     start_process_group()
-    for name, config, keys, seq_len in VARIANTS:
+    for name, config, keys, seq_len in (*VARIANTS, *MIXTURE_VARIANTS):
+        if len(sys.argv) > 1 and not name.startswith(sys.argv[1]):
+            continue
         try:
             predicted, measured, at = measure(config, keys, seq_len)
         except (RuntimeError, ValueError, TypeError) as error:

@@ -1,6 +1,9 @@
 """What layers keep, counted on the meta device, compared with what is kept on a CPU."""
 
 import contextlib
+import json
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,13 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from raytrain_adv.estimate.activations import read_layer
 from raytrain_adv.estimate.counted import kept_by_layers
+from raytrain_adv.estimate.passes import Passes
 from raytrain_adv.model.build import decoder_layers
+from raytrain_adv.model.parallel import shard
 from raytrain_adv.ops.experts.find import num_experts
 from tests.families import cut_config, families, tiny_config
+from tests.tiny_models import job_for
 
 TIME = 256
 SIZES: dict[str, Any] = {
@@ -179,3 +186,24 @@ def test_counting_leaves_the_model_as_it_is() -> None:
     kept_by_layers(model, torch.bfloat16, False, TIME)
     assert [vars(module) for module in model.modules()] == before
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["glm4_moe", "minimax_m2", "qwen3_moe"])
+def test_the_peak_of_a_checkpointed_mixtures_pass_is_within_ten_percent(
+    kind: str, tmp_path: Path
+) -> None:
+    """Of all that two eager layers allocate on a CPU: the last one's backward pass has the most."""
+    keys = {"pure_bf16": True, "torch_compile": False, "gradient_checkpointing": "full"}
+    job, config = job_for(tmp_path, tmp_path, **keys), cut_config(kind)
+    with torch.device("meta"):
+        passes = Passes.of(model_of(config, torch.bfloat16), job, 2048, 1)
+    model = model_of(config, torch.bfloat16)
+    shard(model, job, None)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        model.get_decoder()(torch.randint(3, 200, (1, 2048))).last_hidden_state.sum().backward()
+    found.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    measured = max(accumulate(change for _, change in changes))
+    predicted = (passes.kept + passes.recomputed + passes.temporaries) * 2**30
+    assert predicted == pytest.approx(measured, rel=0.1)
