@@ -9,6 +9,7 @@ each operator of each kind of layer, with its shapes, and no values.
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -120,18 +121,24 @@ class _Pass:
     def kept(self, tokens: int) -> list[Kept]:
         """Return what each layer keeps of a token."""
         found: dict[Any, tuple[Kept, Any]] = {}
-        for layer, forward, kind in zip(self.layers, self.forwards, self.kinds, strict=True):
-            layer.forward = self._counting(forward, kind, found)
+        calls = Counter[int]()
+        for number, layer in enumerate(self.layers):
+            layer.forward = self._counting(number, found, calls)
         ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
         given: dict[str, Any] = {"input_ids": ids}
         if self.is_masked:
             given["attention_mask"] = ids.new_ones((1, 1, tokens, tokens), dtype=torch.bool)
         with _WithoutValues(num_experts(self.model.config.get_text_config())), torch.enable_grad():
             self.model(**given, use_cache=False)
-        return [found[kind][0] * (1 / tokens) for kind in self.kinds]
+        return [found[kind][0] * (calls[n] / tokens) for n, kind in enumerate(self.kinds)]
 
-    def _counting(self, forward: Callable[..., Any], kind: Any, found: Any) -> Callable[..., Any]:
+    def _counting(self, number: int, found: Any, calls: Counter[int]) -> Callable[..., Any]:
+        forward, kind = self.forwards[number], self.kinds[number]
+
         def count(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():  # of several calls of a layer, some keep nothing
+                return forward(*args, **kwargs)
+            calls[number] += 1
             if kind not in found:
                 x: Tensor = args[0] if args else kwargs["hidden_states"]
                 own = x.detach().requires_grad_()  # as after a layer with trained weights

@@ -117,6 +117,10 @@ def test_the_count_is_within_three_percent_of_autograd(
     assert found == pytest.approx(kept_by_autograd(model, contextlib.nullcontext()), rel=0.03)
 
 
+def test_a_layer_that_is_called_again_keeps_again_unless_no_gradient_is_wanted() -> None:
+    assert abs(off("hrm_text")) < 0.1
+
+
 def off(kind: str) -> float:
     """Return by what share the count of a family is off."""
     dtype = torch.float32 if kind in IN_FLOAT32 else torch.bfloat16
