@@ -30,6 +30,7 @@ def started(job: JobConfig, run_name: str) -> RunReport:
         started_at=time.time(),
         job=job.flat(),
         job_file=job.source,
+        overrides=tuple(a for a in sys.argv[1:] if "=" in a and not a.startswith("-")),
         notes=(*job.notes, trusted) if job.model.trust_remote_code else job.notes,
     )
 

@@ -4,8 +4,9 @@ import pickle
 import numpy as np
 import pytest
 
+from raytrain_adv.config import load
 from raytrain_adv.errors import ClusterError, Stopped, StorageError
-from raytrain_adv.report import record
+from raytrain_adv.report import build, record
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.parts import Record, Sample, TransformReport, fold_names
 from raytrain_adv.report.record import RunReport, describe_failure
@@ -78,6 +79,12 @@ def test_secrets_of_the_job_are_not_written(tmp_path):
         overrides=('ray_init_kwargs={"_redis_password": "s3cret"}',),
     )
     assert "s3cret" not in record.write(report, tmp_path).read_text()
+
+
+def test_the_key_value_arguments_of_the_command_are_recorded(job_file, monkeypatch):
+    argv = ["launch.py", "job.yaml", "max_steps=2", "--plan", "seed=1", "--dir=x"]
+    monkeypatch.setattr("sys.argv", argv)
+    assert build.started(load(job_file()), "run").overrides == ("max_steps=2", "seed=1")
 
 
 def test_an_error_that_repeats_a_secret_of_the_environment_is_written_without_it(
