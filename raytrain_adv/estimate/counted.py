@@ -76,8 +76,8 @@ def kept_by_layers(
         try:
             counting = _Pass(_in_dtype(model, dtype), is_masked)
             known[dtype, is_masked] = [counting.kept(tokens) for tokens in LENGTHS]
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
-            known[dtype, is_masked] = []  # raised by any model's code on tensors without values
+        except Exception:  # noqa: BLE001 # of any model's code, on tensors without values
+            known[dtype, is_masked] = []
     if not (lengths := known[dtype, is_masked]):
         return None
     shares = [  # Lagrange's
@@ -92,8 +92,13 @@ def kept_by_layers(
 
 
 def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a copy that computes in a dtype, and with PyTorch's attention if it is fused."""
+    """Return a copy that computes in a dtype, with PyTorch's attention if it is fused, and without
+    the hooks of features: they are for the run's batches.
+    """
     twin = copy.deepcopy(model)
+    for module in twin.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     for config in (twin.config, twin.config.get_text_config()):
         if config._attn_implementation != "eager":  # fused ones keep the same
             config._attn_implementation = "sdpa"

@@ -47,8 +47,8 @@ def retry(
     what: str,
     say: Callable[[str], None],
     waits_s: Sequence[float] = WAITS_S,
-    is_temporary: Callable[[Exception], bool] = may_be_temporary,
-    reason: Callable[[Exception], str] = cause,
+    is_temporary: Callable[[BaseException], bool] = may_be_temporary,
+    reason: Callable[[BaseException], str] = cause,
 ) -> T:
     """Do the work, and repeat it after failures that may be temporary, by default those of storage;
     `what` failed, for the message. All ranks repeat collective work or none: DCP's exception holds
@@ -57,7 +57,8 @@ def retry(
     for wait_s in waits_s:
         try:
             return work()
-        except Exception as error:  # raised again unless another attempt may succeed
+        # Raised again unless another attempt may succeed; DCP's exception is no Exception.
+        except (Exception, CheckpointException) as error:
             if not is_temporary(error):
                 raise
             say(f"{what} ({reason(error)}); trying again in {wait_s:g} s")

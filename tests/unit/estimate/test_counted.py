@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from raytrain_adv.errors import TrainingError
 from raytrain_adv.estimate.activations import read_layer
 from raytrain_adv.estimate.counted import kept_by_layers
 from raytrain_adv.estimate.passes import Passes
@@ -151,7 +152,7 @@ def test_a_count_of_few_tokens_gives_that_of_many() -> None:
     with torch.device("meta"):
         model = model_of(config, torch.bfloat16, attn_implementation="eager")
     for layer in model.model.layers:
-        layer.mlp.register_forward_hook(keep_of_one_size)
+        layer.mlp = KeepsOfOneSize(layer.mlp)
     (few, *_), (many, *_) = (
         kept_by_layers(model, torch.bfloat16, False, tokens) or [] for tokens in (768, 16384)
     )
@@ -160,9 +161,17 @@ def test_a_count_of_few_tokens_gives_that_of_many() -> None:
     assert many.eager - few.eager == pytest.approx(weights - constant, rel=1e-3)
 
 
-def keep_of_one_size(module: Any, args: Any, result: Tensor) -> Tensor:
-    constant = torch.ones(1024, 1024, device=result.device, requires_grad=True).exp()
-    return result * constant.sum().to(result.dtype)
+class KeepsOfOneSize(torch.nn.Module):
+    """An MLP that keeps 4 MiB besides, for any number of tokens."""
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        constant = torch.ones(1024, 1024, device=x.device, requires_grad=True).exp()
+        result: Tensor = self.mlp(x) * constant.sum().to(x.dtype)
+        return result
 
 
 def test_what_code_that_reads_values_keeps_is_guessed_within_a_quarter() -> None:
@@ -181,6 +190,23 @@ def test_a_compiled_layer_keeps_less_than_an_eager_one_and_more_than_its_product
     layers = kept_by_layers(model, torch.bfloat16, False, TIME)
     assert layers is not None
     assert layers[0].needed_products < layers[0].compiled < layers[0].eager
+
+
+def test_hooks_of_features_are_not_called() -> None:
+    """NEFTune's refuses batches that are not the run's."""
+
+    def refuse(*_: Any) -> None:
+        raise TrainingError("another batch", "", "")
+
+    with torch.device("meta"):
+        model = model_of(cut_config("llama"), torch.bfloat16)
+    expected = kept_by_layers(model, torch.bfloat16, False, TIME)
+    with torch.device("meta"):
+        model = model_of(cut_config("llama"), torch.bfloat16)
+    model.get_input_embeddings().register_forward_hook(refuse)
+    model.register_forward_pre_hook(refuse)
+    assert expected is not None
+    assert kept_by_layers(model, torch.bfloat16, False, TIME) == expected
 
 
 def test_counting_leaves_the_model_as_it_is() -> None:

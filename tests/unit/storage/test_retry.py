@@ -64,6 +64,8 @@ def test_all_ranks_failures_decide_whether_all_try_again():
     assert may_be_temporary(failures(away(), away()))
     assert not may_be_temporary(failures(away(), OSError(errno.ENOSPC, "full")))
     assert not may_be_temporary(failures(ValueError("no tensor")))
+    # It is no Exception.
+    assert retry(Flaky(failures(away())), "saving", lambda _: None, waits_s=(0,)) == "done"
 
 
 def test_an_object_store_s_error_without_a_number_may_pass():
