@@ -1,7 +1,10 @@
-"""What a process of a run is, while it may end at any moment."""
+"""What a process of a run is, while it may end at any moment, and programs in their own process."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -21,3 +24,16 @@ def has_open(process: psutil.Process, file: Path) -> bool:
         return str(file) in [opened.path for opened in process.open_files()]
     except psutil.Error:
         return False
+
+
+def interpreted(program: str, *arguments: str) -> str:
+    """Return what a program prints whose Triton kernels are interpreted on the CPU."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

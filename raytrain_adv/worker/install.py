@@ -30,8 +30,8 @@ from raytrain_adv.worker.trials.attention import try_attention
 
 
 def fetch(job: JobConfig, facts: HardwareFacts, say: Callable[[str], None]) -> None:
-    """Copy what transforms and attention need on the workers into output_dir. Raises JobError when
-    it is not available.
+    """Copy what transforms and attention need on the workers into output_dir; if there is a driver,
+    it has already done so. Raises JobError when it is not available.
     """
     Transforms(job).fetch(facts, say)
     attention.fetch(job, facts, say)

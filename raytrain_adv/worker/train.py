@@ -67,7 +67,6 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     open_metrics(job, run, arithmetic, found)
 
     with run.phase("model"):
-        # If there is a driver, it has already done so.
         run.on_main(lambda: fetch(job, facts, partial(run.say, event="fetch")))
         model = build(job)
         chosen = check_attention(job, run, model) | {"model_notes": say_notes(job, run, model)}
@@ -94,8 +93,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
             if not log_and_save(state, checks, step + 1):
                 break
     restore_best(state)
-    checks.report_unproven()
-    checks.learning.finish(state.evaluations)
+    checks.finish(state.evaluations)
     samples = sample_answers(state, tokenizer, prepared)
     optimizer.state.clear()  # makes room for a converted model next to the trained one
     exported = export(job, run, model, tokenizer, prepared, write_model)

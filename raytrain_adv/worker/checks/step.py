@@ -112,13 +112,16 @@ class Checks:
                 "use_liger_kernel or flash_attn one by one, or report it with this job",
             )
 
-    def report_unproven(self) -> None:
-        """Report the features that no step was profiled with, as the run was too short."""
+    def finish(self, evaluations: Mapping[str, Mapping[str, float]]) -> None:
+        """Report the features that no step was profiled with, as the run was too short, and whether
+        the model has learned; `evaluations` maps steps to what the held-out rows showed.
+        """
         for transform in self.unproven:
             self.run.say(
                 f"{transform.name}: no step followed the first one with it, so none was profiled "
                 f"for {transform.proven_by}; its modules are those that were planned"
             )
+        self.learning.finish(evaluations)
 
     def after_backward(self) -> None:
         """Check that forward and backward passes left the weights unchanged. Raises TrainingError

@@ -22,6 +22,7 @@ from raytrain_adv.model.build import decoder_layers
 from raytrain_adv.model.parallel import shard
 from raytrain_adv.ops.experts.find import num_experts
 from tests.families import cut_config, families, tiny_config
+from tests.saved import Saved
 from tests.tiny_models import job_for
 
 TIME = 256
@@ -79,23 +80,14 @@ def model_of(config: PretrainedConfig, dtype: torch.dtype, **keys: Any) -> PreTr
 
 def kept_by_autograd(model: PreTrainedModel, attention: Any) -> int:
     """Return the bytes that the layers keep of a pass."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if inside and address not in own:
-            kept[address] = tensor
-        return tensor
-
-    inside: list[Any] = []
+    saved = Saved(model)
     for _, layer in decoder_layers(model):
-        layer.register_forward_pre_hook(lambda module, args: inside.append(module))
-        layer.register_forward_hook(lambda module, args, result: inside.clear())
+        layer.register_forward_pre_hook(lambda module, args: saved.inside.append(module))
+        layer.register_forward_hook(lambda module, args, result: saved.inside.clear())
     tokens = torch.randint(3, 200, (1, TIME))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), attention:
+    with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor), attention:
         model(input_ids=tokens, use_cache=False)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return saved.num_bytes
 
 
 def counted(config: PretrainedConfig, dtype: torch.dtype, **keys: Any) -> float:

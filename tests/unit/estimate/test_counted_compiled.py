@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from raytrain_adv.estimate.counted import kept_by_layers
 from raytrain_adv.model.build import decoder_layers
 from tests.families import cut_config
+from tests.saved import Saved
 
 TIME = 256
 
@@ -75,33 +76,23 @@ def test_the_count_of_a_compiled_layer_is_within_ten_percent_of_the_partitioners
     monkeypatch.setattr(functional, "scaled_dot_product_attention", fused)
     torch._dynamo.reset()
     model = AutoModelForCausalLM.from_config(cut_config(kind), dtype=torch.bfloat16).train()
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if inside and address not in own:
-            kept[address] = tensor
-        return tensor
-
-    inside: list[Any] = []
+    saved = Saved(model)
     for _, layer in decoder_layers(model):
         layer.compile(backend="aot_eager_decomp_partition")
         compiled: Any = layer._compiled_call_impl
 
         def call(*args: Any, compiled: Any = compiled, **kwargs: Any) -> Any:
-            inside.append(args[0])
+            saved.inside.append(args[0])
             result = compiled(*args, **kwargs)
-            inside.clear()
+            saved.inside.clear()
             return result
 
         layer._compiled_call_impl = call
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
         model(input_ids=torch.randint(3, 200, (1, TIME)), use_cache=False)
-    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     monkeypatch.undo()
     with torch.device("meta"):
         planned = AutoModelForCausalLM.from_config(cut_config(kind), dtype=torch.bfloat16).train()
     layers = kept_by_layers(planned, torch.bfloat16, False, TIME)
     assert layers is not None
-    assert sum(x.compiled for x in layers) * TIME == pytest.approx(measured, rel=0.1)
+    assert sum(x.compiled for x in layers) * TIME == pytest.approx(saved.num_bytes, rel=0.1)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.processes import interpreted
 
 EXAMPLE = Path(__file__).parents[3] / "jobs" / "kernels" / "llama_layers" / "torch-cuda"
 PROGRAM = """
@@ -51,11 +50,5 @@ same("rms_norm", (out, of_x, of_weight.sum(0)), expected)
 
 
 def test_the_triton_kernels_compute_and_derive_as_torch_does() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(EXAMPLE)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.split() == ["SAME", "swiglu", "SAME", "rms_norm"], done.stderr
+    found = interpreted(PROGRAM, str(EXAMPLE))
+    assert found.split() == ["SAME", "swiglu", "SAME", "rms_norm"]

@@ -2,12 +2,10 @@
 tuned.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+
+from tests.processes import interpreted
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 
@@ -41,15 +39,8 @@ print("TUNED", len(tuned))
 
 def test_casts_are_exact_and_lengths_that_are_alike_are_tuned_for_once():
     """Each number of tokens used to be, which took seconds a batch without packing."""
-    ran = subprocess.run(
-        [sys.executable, "-c", CHECK],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert ran.returncode == 0, ran.stderr
     # The cast, and the transpose of either side: two classes of lengths, four tile sizes.
-    assert "TUNED 24" in ran.stdout
+    assert "TUNED 24" in interpreted(CHECK)
 
 
 def test_classes_of_lengths_are_powers_of_two():

@@ -1,9 +1,5 @@
 """Casts by row: torchao's to the bit, and their kernels in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torchao.float8.config import ScalingGranularity
@@ -11,6 +7,7 @@ from torchao.float8.float8_utils import tensor_to_scale
 
 from raytrain_adv.ops.float8.cast import E4M3, cast
 from raytrain_adv.ops.float8.row_cast import allocate, cast_rows
+from tests.processes import interpreted
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -71,10 +68,4 @@ for shape in ((129, 72), (200, 72), (17, 2050)):
 
 def test_the_kernels_cast_as_defined_at_sizes_no_tile_divides():
     pytest.importorskip("triton", reason="Triton is for Linux alone")
-    ran = subprocess.run(
-        [sys.executable, "-c", CHECK],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert ran.returncode == 0, ran.stderr
+    interpreted(CHECK)

@@ -1,9 +1,5 @@
 """The chunked loss and its gradients are torch's, and the logits of all tokens never exist."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +11,7 @@ from raytrain_adv.ops.loss.linear_cross_entropy import (
     called_cross_entropy,
     linear_cross_entropy,
 )
+from tests.processes import interpreted
 
 TOKENS, HIDDEN, VOCAB = 150, 24, 61
 MAPS = [LogitMap(), LogitMap(scale=0.25), LogitMap(scale=2.0, softcap=3.0)]
@@ -183,5 +180,4 @@ assert torch.equal(x, kept * torch.tensor(0.3))
 def test_the_triton_kernels_do_what_the_reference_does():
     """Interpreted on the CPU; tests/gpu has them compiled."""
     pytest.importorskip("triton", reason="PyTorch's CPU builds come without triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, check=True, timeout=120)
+    interpreted(INTERPRETED)
