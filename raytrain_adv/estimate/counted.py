@@ -92,13 +92,15 @@ def kept_by_layers(
 
 
 def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a copy that computes in a dtype, with PyTorch's attention if it is fused, and without
-    the hooks of features: they are for the run's batches.
+    """Return a copy that computes in a dtype by its classes' forward passes, with PyTorch's
+    attention if it is fused: hooks of features are for the run's batches, and kernels write to
+    addresses, which are 0 on the meta device: a GPU can do nothing more after that.
     """
     twin = copy.deepcopy(model)
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
+        vars(module).pop("forward", None)
     for config in (twin.config, twin.config.get_text_config()):
         if config._attn_implementation != "eager":  # fused ones keep the same
             config._attn_implementation = "sdpa"
@@ -129,10 +131,13 @@ class _Pass:
         calls = Counter[int]()
         for number, layer in enumerate(self.layers):
             layer.forward = self._counting(number, found, calls)
-        ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            _without_address(tensor)
+        ids = _without_address(torch.zeros((1, tokens), dtype=torch.long, device="meta"))
         given: dict[str, Any] = {"input_ids": ids}
         if self.is_masked:
-            given["attention_mask"] = ids.new_ones((1, 1, tokens, tokens), dtype=torch.bool)
+            mask = ids.new_ones((1, 1, tokens, tokens), dtype=torch.bool)
+            given["attention_mask"] = _without_address(mask)
         with _WithoutValues(num_experts(self.model.config.get_text_config())), torch.enable_grad():
             self.model(**given, use_cache=False)
         return [found[kind][0] * (calls[n] / tokens) for n, kind in enumerate(self.kinds)]
@@ -164,6 +169,12 @@ class _Pass:
         """Note what a linear is given: some multiply something made of it."""
         if self.trace is not None:
             self.trace.costly.update(_key(t) for t in args if isinstance(t, Tensor))
+
+
+def _without_address(tensor: Tensor) -> Tensor:
+    """Have a tensor raise where code asks for its address, as Triton's launchers do."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+    return tensor
 
 
 def _key(tensor: Tensor) -> int:
@@ -347,6 +358,13 @@ class _WithoutValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, or answer."""
+        results = self._results(func, args, kwargs or {})
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor) and result.is_meta:
+                _without_address(result)
+        return results
+
+    def _results(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1
         if func is torch.ops.aten.nonzero.default:
@@ -355,4 +373,4 @@ class _WithoutValues(TorchDispatchMode):
             return mask.new_empty((found, mask.ndim), dtype=torch.long)
         if func is torch.ops.aten._grouped_mm.default and args[1].ndim == 3:  # bfloat16 alone
             return args[0].new_empty((*args[0].shape[:-1], args[1].shape[-1]))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)

@@ -4,6 +4,7 @@ import contextlib
 import json
 from itertools import accumulate
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -199,6 +200,42 @@ def test_hooks_of_features_are_not_called() -> None:
     model.register_forward_pre_hook(refuse)
     assert expected is not None
     assert kept_by_layers(model, torch.bfloat16, False, TIME) == expected
+
+
+def test_kernels_in_place_of_forward_passes_are_not_called() -> None:
+    """They would write to addresses that the meta device does not have."""
+    config = cut_config("llama")
+    with torch.device("meta"):
+        model = model_of(config, torch.bfloat16)
+        other = model_of(config, torch.bfloat16)
+
+    def refuse(self: Any, x: Tensor) -> Tensor:
+        raise AssertionError("the kernel was called")
+
+    for module in model.modules():
+        if type(module).__name__ in ("LlamaMLP", "LlamaRMSNorm"):
+            module.forward = MethodType(refuse, module)
+    found, due = (kept_by_layers(m, torch.bfloat16, False, TIME) for m in (model, other))
+    assert found is not None
+    assert found == due
+
+
+@pytest.mark.parametrize("of", ["x", "weight"])
+def test_what_code_that_asks_for_an_address_keeps_is_guessed(
+    of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class of transformers that calls Triton would write to address 0 of a GPU."""
+    asked: list[int] = []
+    with torch.device("meta"):
+        model = model_of(cut_config("llama"), torch.bfloat16)
+
+    def norm(self: Any, x: Tensor) -> Tensor:
+        asked.append((2 * x if of == "x" else self.weight).data_ptr())
+        return x
+
+    monkeypatch.setattr(type(model.model.norm), "forward", norm)
+    assert kept_by_layers(model, torch.bfloat16, False, TIME) is None
+    assert not asked
 
 
 def test_counting_leaves_the_model_as_it_is() -> None:
