@@ -208,6 +208,7 @@ class _Trace(TorchDispatchMode):
         self.sums: set[int] = set()
         self.weights: set[int] = set()  # softmax results
         self.saved: set[int] = set()
+        self.of_tokens = {_key(x)}  # made of the input: no unpacked weights
         self.largest = 0
         self.made: dict[Any, int] = {}
         self.first: dict[int, int] = {}  # result -> the first one of the same operator and inputs
@@ -228,6 +229,7 @@ class _Trace(TorchDispatchMode):
         self.sums.add(_key(sums))
         for made in (result, sums):
             self.hold(made)
+            self.of_tokens.add(_key(made))
             self.sources[_key(made)] = [_key(t) for t in inputs]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -238,12 +240,15 @@ class _Trace(TorchDispatchMode):
         keys = [key for t in inputs if (key := self._same(t)) not in self.shared]
         places = tuple((self._same(t), t.storage_offset(), t.shape, t.stride()) for t in inputs)
         plain = tuple(str(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
+        is_of_tokens = not self.of_tokens.isdisjoint(map(_key, inputs))
         is_costly = any(part in func.overloadpacket.__name__ for part in COSTLY)
         if is_costly:
             self.costly.update(keys)
         for number, result in enumerate(tree_leaves(results)):
             if not isinstance(result, Tensor):
                 continue
+            if is_of_tokens:
+                self._of_tokens(result)
             if (key := _key(result)) in self.shared or key in self.sizes:
                 continue
             self.hold(result)
@@ -262,6 +267,9 @@ class _Trace(TorchDispatchMode):
         """Note a storage."""
         self.alive.append(tensor)
         self.sizes.setdefault(_key(tensor), tensor.untyped_storage().nbytes())
+
+    def _of_tokens(self, tensor: Tensor) -> None:
+        self.of_tokens.add(_key(tensor))
         if tensor.shape[-1:] == self.alive[0].shape[-1:]:
             self.largest = max(self.largest, tensor.nbytes)
 

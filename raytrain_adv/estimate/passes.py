@@ -76,8 +76,9 @@ class Passes:
         if kind != "eager" and keeps and not tiles.mlps:
             copies = COPIES_COMPILED if compiled else COPIES
             backward = max(backward, copies * max(x.largest for x in keeps))
-        # Packed linears are unpacked one at a time.
-        unpacked = [m.temporary_bytes for _, m in packed_linears(model)]
+        # Packed linears are unpacked one at a time, where a layer's other gradients are few.
+        unpacked = [m.temporary_bytes / (batch * on_worker) for _, m in packed_linears(model)]
+        backward = max(backward, *unpacked, 0.0)
         evaluates = bool(job.data.val_size or job.data.eval_dataset)
         eval_tokens = job.train.per_device_eval_batch_size * on_worker if evaluates else 0
         forward = max(size * (3 * x.hidden + x.mlp_inner + x.mlp_width) for x in layers)
@@ -89,7 +90,7 @@ class Passes:
             kept_by_one=max(kept) * unit,
             final=final * unit,
             recomputed=max(x.recomputed for x in ways) * unit,
-            temporaries=backward * unit + (max(unpacked, default=0) + tiles.gradients) / GIB,
+            temporaries=backward * unit + tiles.gradients / GIB,
             returning=returning,
             returning_first=returning if moved >= len(layers) - 1 else 0.0,
             logits=loss.training(batch * on_worker) / GIB,

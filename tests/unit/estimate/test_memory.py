@@ -105,12 +105,14 @@ EXPERTS: list[tuple[str, str, dict[str, Any]]] = [
     ("experts_qwen3", "qat int4", {**PURE, **INT4, "qat_activation_dtype": "none"}),
     ("experts_qwen3", "lora_whole_graph", LORA),
     ("experts_gpt_oss", "full", PURE),
-    ("experts_gpt_oss", "lora", LORA),
+    ("experts_gpt_oss", "lora_whole_graph", LORA),
+    ("experts_qwen3", "qlora_whole_graph", {**LORA, "quantization_bit": 4}),
+    ("experts_gpt_oss", "qlora_whole_graph", {**LORA, "quantization_bit": 4}),
 ]
 
 
 @pytest.mark.parametrize(("file", "row", "keys"), EXPERTS)
-def test_prediction_of_a_mixture_is_within_five_percent(
+def test_prediction_of_a_mixture_is_within_five_percent_of_qlora_six(
     tmp_path: Path, file: str, row: str, keys: dict[str, Any]
 ) -> None:
     """Measured on an H200 by jobs/benchmarks/experts.py, which records no CUDA graphs."""
@@ -118,7 +120,9 @@ def test_prediction_of_a_mixture_is_within_five_percent(
     mode = "full" if file == "experts_gpt_oss" else "none"
     keys = {**keys, **CHUNKED, "cuda_graph": False, "gradient_checkpointing": mode}
     predicted = prediction(tmp_path, found["shape"], seq_len=found["tokens"], **keys).total
-    assert predicted == pytest.approx(found["rows"][row]["peak_gib"], rel=0.05)
+    assert predicted == pytest.approx(
+        found["rows"][row]["peak_gib"], rel=0.06 if "qlora" in row else 0.05
+    )
 
 
 @pytest.mark.parametrize(
