@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ import torch
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
+from raytrain_adv.ops.fake_quant.engine_rounding import (
+    quantize_float4,
+    quantize_float8_blocks,
+    quantize_rows,
+    quantize_tokens,
+)
+from raytrain_adv.ops.fake_quant.rounding import fake_quantize_groups, quantize_float8
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.finish import Exported
 from tests.tiny_models import job_for, write_checkpoint
@@ -61,3 +69,35 @@ def test_it_computes_the_same_bits(tmp_path: Path, keys: dict[str, Any]) -> None
         written = exported(tmp_path / kind, kind, **keys)
         assert "on cuda" in written.figures()["quantized_comparison"]
         assert written.figures()["quantized_logit_difference"] == 0.0
+
+
+ROUNDED: dict[str, Callable[[torch.Tensor], Any]] = {
+    "int8 rows": quantize_rows,
+    "int8 tokens": quantize_tokens,
+    "float8 rows": quantize_float8,
+    "float8 rows, scales in float32": lambda x: quantize_float8(x, in_float32=True),
+    "float8 blocks": quantize_float8_blocks,
+    "nvfp4": lambda x: quantize_float4(x, "nvfp4"),
+    "mxfp4": lambda x: quantize_float4(x, "mxfp4"),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_rounds_what_a_gpu_trained_to_the_same_bits(name: str, dtype: torch.dtype) -> None:
+    """What was trained on a GPU may be exported where there is none."""
+    weight = 0.02 * torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0))
+    weight = weight.to(dtype)
+    here, there = ROUNDED[name](weight), ROUNDED[name](weight.to(GPU))
+    for own, other in zip(here, there, strict=True):
+        assert torch.equal(own, other.cpu())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_rounds_groups_as_a_gpu_does(bits: int, dtype: torch.dtype) -> None:
+    weight = 0.02 * torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0))
+    weight = weight.to(dtype)
+    own, other = (fake_quantize_groups(w, bits, 32) for w in (weight, weight.to(GPU)))
+    for one, two in zip(own, other, strict=True):
+        assert torch.equal(one, two.cpu())

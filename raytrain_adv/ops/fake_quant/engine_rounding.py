@@ -5,7 +5,7 @@ Operations ignore `after`; see rounding.py.
 
 import torch
 
-from raytrain_adv.ops.fake_quant.rounding import E4M3, EPS
+from raytrain_adv.ops.fake_quant.rounding import E4M3, EPS, divided
 from raytrain_adv.ops.fake_quant.targets import BLOCK, FOUR_BIT_FLOATS, MXFP4
 
 NVFP4_GLOBAL_SCALE = 512.0
@@ -27,7 +27,7 @@ def quantize_rows(
     Source: compressed-tensors 0.20, calculate_qparams, otherwise in float32.
     """
     value = weight.to(torch.float32)
-    scale = value.abs().amax(dim=-1, keepdim=True).clamp(min=EPS) / 127.5
+    scale = divided(value.abs().amax(dim=-1, keepdim=True).clamp(min=EPS), 127.5)
     scale = scale.to(weight.dtype).to(torch.float32)
     return torch.round(value / scale).clamp(-128, 127).to(torch.int8), scale
 
@@ -49,7 +49,7 @@ def tokens_in_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     """Return what quantize_tokens does, in operators that torch.compile can fuse."""
     value = x.to(torch.float32)
     low, high = value.amin(dim=-1, keepdim=True), value.amax(dim=-1, keepdim=True)
-    scale = ((high - low) / 255).clamp(min=EPS)
+    scale = divided(high - low, 255).clamp(min=EPS)
     zero_point = torch.round(-128 - low / scale)
     integers = (torch.round(value / scale) + zero_point).clamp(-128, 127)
     return integers.to(torch.int8), scale, zero_point.to(torch.int32)
@@ -124,7 +124,7 @@ def quantize_float8_blocks(
     Source: compressed-tensors 0.20, FP8_BLOCK, otherwise in float32.
     """
     blocks = _in_blocks(weight)
-    scale = blocks.abs().amax(dim=(1, 3)).clamp(min=EPS) / E4M3_LARGEST
+    scale = divided(blocks.abs().amax(dim=(1, 3)).clamp(min=EPS), E4M3_LARGEST)
     scale = scale.to(weight.dtype).to(torch.float32)
     values = (blocks / scale[:, None, :, None]).clamp(-E4M3_LARGEST, E4M3_LARGEST)
     return values.to(E4M3).view(weight.shape), scale
@@ -174,8 +174,9 @@ def quantize_float4(
         exponent = ((amax.view(torch.int32) + (1 << 21)) >> 23) - 2
         scale = (exponent.clamp(min=1, max=254) << 23).view(torch.float32)
     else:
-        wanted = (amax / FLOAT4_LARGEST * NVFP4_GLOBAL_SCALE).clamp(E4M3_SMALLEST, E4M3_LARGEST)
-        scale = wanted.to(torch.float8_e4m3fn).to(torch.float32) / NVFP4_GLOBAL_SCALE
+        wanted = divided(amax, FLOAT4_LARGEST) * NVFP4_GLOBAL_SCALE
+        wanted = wanted.clamp(E4M3_SMALLEST, E4M3_LARGEST)
+        scale = divided(wanted.to(E4M3).to(torch.float32), NVFP4_GLOBAL_SCALE)
     value = (groups / scale.unsqueeze(-1)).clamp(-FLOAT4_LARGEST, FLOAT4_LARGEST)
     step = torch.where(value.abs() < 2, 0.5, torch.where(value.abs() < 4, 1.0, 2.0))
     rounded = torch.round(value / step) * step

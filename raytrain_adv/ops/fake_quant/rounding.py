@@ -28,6 +28,13 @@ def bounds(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
+def divided(x: Tensor, by: float) -> Tensor:
+    """Return x / by with the same bits on every device: CUDA multiplies by the reciprocal of a
+    Python number (torch 2.11, div_true_kernel_cuda), and exports may be made on a CPU.
+    """
+    return x / torch.full((), by, dtype=x.dtype, device=x.device)
+
+
 def _groups(weight: Tensor, bits: int, group_size: int, *_: object) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     return weight.new_empty((rows, columns)), weight.new_empty((rows, columns // group_size))
@@ -144,7 +151,7 @@ def quantize_float8(
     amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
     amax = amax.to(torch.float32) if in_float32 else amax
     largest = torch.finfo(E4M3).max
-    scale = (amax / largest).to(torch.float32).clamp(min=least_scale)
+    scale = divided(amax, largest).to(torch.float32).clamp(min=least_scale)
     return (x.to(torch.float32) / scale).clamp(min=-largest, max=largest).to(E4M3), scale
 
 
