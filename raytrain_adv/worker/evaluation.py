@@ -16,6 +16,7 @@ from raytrain_adv.dtensor import reshard
 from raytrain_adv.errors import StorageError
 from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.function import chunked_cross_entropy_sum
+from raytrain_adv.ops.loss.routers import router_loss
 from raytrain_adv.storage.storage import Storage
 
 if TYPE_CHECKING:
@@ -115,11 +116,13 @@ def _sums(state: TrainState, batch: MicroBatch) -> torch.Tensor:
     labels = batch.labels
     right = exact = answers = torch.zeros((), device=labels.device)
     if state.job.output.compute_accuracy:
-        logits = state.model(**batch.inputs, use_cache=False).logits
+        output = state.model(**batch.inputs, use_cache=False)
+        logits = output.logits
         is_right = logits.argmax(-1) == labels
         right = is_right.sum()
         exact, answers = exact_answers(is_right, labels)
         loss = chunked_cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
+        loss = loss + router_loss(state.model, output, labels)
     else:
         loss = state.eval_loss_sum(state.model, batch.inputs, labels)
     count = (labels != IGNORE).sum()

@@ -26,6 +26,7 @@ from raytrain_adv.model import parallel, weights
 from raytrain_adv.model.adapter import load_adapter, merge_adapters, trained
 from raytrain_adv.model.build import build
 from raytrain_adv.model.notes import model_notes
+from raytrain_adv.ops.loss.routers import leave_padding_out
 from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import Arithmetic, resolve_arithmetic
 from raytrain_adv.transforms.applied import Transforms
@@ -81,7 +82,7 @@ def train(job: JobConfig, run: Run, write_model: ExportFunction) -> dict[str, An
     plans = check_loss(job, model, run, plans)
     way = check_packing(job, model, run)
     chosen |= {"sequence_parallel": split_sequences(job, model, run, way)}
-    batches = batches_of(job, run, prepared, tokenizer, arithmetic, way)
+    batches = batches_of(job, run, model, prepared, tokenizer, arithmetic, way)
     loss = training_loss(job, run, model)
     state = TrainState(job, run, transforms, model, optimizer, arithmetic, *batches, loss, progress)
     checks = Checks(job, run, model, transforms, plans, state.batches, progress)
@@ -184,6 +185,7 @@ def resume(
 def batches_of(
     job: JobConfig,
     run: Run,
+    model: PreTrainedModel,
     prepared: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
     arithmetic: Arithmetic,
@@ -192,7 +194,13 @@ def batches_of(
     """Return this rank's batches of the training rows, the held-out rows, and those by dataset."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     to_batches = partial(
-        Batches, job, arithmetic=arithmetic, rank=run.rank, pad_token_id=pad, way=way
+        Batches,
+        job,
+        arithmetic=arithmetic,
+        rank=run.rank,
+        pad_token_id=pad,
+        way=way,
+        tells_padding=leave_padding_out(model),
     )
     held_out = to_batches(prepared.eval) if prepared.eval is not None else None
     each = {name: to_batches(rows) for name, rows in prepared.eval_each.items()}

@@ -86,6 +86,12 @@ def collate(
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
+def tokens_not_padding(sequences: Listlike[Sequence], length: int) -> torch.Tensor:
+    """Return 1 at each token of sequences padded to a length, 0 at padding: int64 [B, T]."""
+    counts = torch.tensor([len(sequence.input_ids) for sequence in sequences])
+    return (torch.arange(length) < counts[:, None]).long()
+
+
 def bounds(position_ids: torch.Tensor) -> torch.Tensor:
     """Return where conversations begin in packed sequences laid end to end, and their end, as flash
     attention takes it: int32 [conversations + 1], ascending. Empty conversations at the end fill it

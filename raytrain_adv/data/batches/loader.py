@@ -11,10 +11,19 @@ import torch
 from numpy.typing import NDArray
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.data.batches.collate import Inputs, Way, collate, pad_to, part_of, told
+from raytrain_adv.data.batches.collate import (
+    Inputs,
+    Way,
+    collate,
+    pad_to,
+    part_of,
+    tokens_not_padding,
+    told,
+)
 from raytrain_adv.data.batches.order import global_batch
 from raytrain_adv.data.batches.sequences import SequenceSet
 from raytrain_adv.ops.loss import IGNORE
+from raytrain_adv.ops.loss.routers import TOKENS
 from raytrain_adv.run.schedule import Arithmetic
 
 
@@ -23,7 +32,8 @@ class MicroBatch:
     """What one forward and backward pass takes.
 
     inputs: input_ids [sequences, time] and, with neat_packing, position_ids of the same shape, for
-    some models also the conversations' bounds (see Way); labels
+    some models also the conversations' bounds (see Way) or which tokens are padding (see TOKENS);
+    labels
     [sequences, time] are shifted already, -100 where no loss is taken.
     """
 
@@ -84,6 +94,7 @@ class Batches:
         rank: int,
         pad_token_id: int,
         way: Way = "positions",
+        tells_padding: bool = False,
     ) -> None:
         self.data = data
         self.arithmetic = arithmetic
@@ -91,6 +102,7 @@ class Batches:
         self.shuffle = not job.data.disable_shuffling
         self.neat = job.data.neat_packing
         self.way = way
+        self.tells_padding = tells_padding
         self.pad_token_id = pad_token_id
         self.pad_to = pad_to(job)
         self.split = job.parallel.sequence_parallel_size
@@ -125,6 +137,8 @@ class Batches:
             sequences, pad_token_id=self.pad_token_id, pad_to=self.pad_to, neat=self.neat
         )
         labels = tensors.pop("labels")
+        if self.tells_padding:
+            tensors[TOKENS] = tokens_not_padding(sequences, labels.shape[1])
         inputs: Inputs = told(tensors, self.way) if self.neat else {**tensors}
         segments = tuple(s.segments for s in sequences)
         if self.way in ("flat", "apart"):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.head import loss_in_head, takes_labels
+from raytrain_adv.ops.loss.routers import TOKENS, router_loss
 
 CHUNK_TOKENS = 2048
 """Tokens whose logits are held in float32 at once where the loss is not compiled."""
@@ -65,17 +66,6 @@ def loss_function(
         return total + router_loss(model, output, labels)
 
     return loss_sum
-
-
-def router_loss(model: Any, output: Any, labels: Tensor) -> Tensor | float:
-    """Return the routers' auxiliary loss for each label token if the config asks for it, as the
-    model's own loss has it: of mixtures with `output_router_logits`.
-    """
-    found: Tensor | None = getattr(output, "aux_loss", None)
-    if found is None:
-        return 0.0
-    weight = float(model.config.get_text_config().router_aux_loss_coef)
-    return weight * found.float() * (labels != IGNORE).sum()
 
 
 TOP_TOKENS = 20
@@ -137,8 +127,9 @@ def _beside(reference: nn.Module, of_chunk: ChunkLoss) -> LossFunction:
     def loss_sum(
         model: nn.Module, inputs: Mapping[str, torch.Tensor | int], labels: torch.Tensor
     ) -> torch.Tensor:
+        plain = {name: value for name, value in inputs.items() if name != TOKENS}
         with torch.no_grad():
-            known = reference(**inputs, use_cache=False).logits.flatten(0, 1)
+            known = reference(**plain, use_cache=False).logits.flatten(0, 1)
         output = model(**inputs, use_cache=False)
         total = in_chunks(of_chunk, output.logits.flatten(0, 1), known, labels.flatten())
         return total + router_loss(model, output, labels)

@@ -1,16 +1,22 @@
+import json
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from raytrain_adv import hardware
 from raytrain_adv.errors import JobError
 from raytrain_adv.ops.loss.function import loss_function
+from raytrain_adv.ops.loss.routers import TOKENS, leave_padding_out
 from raytrain_adv.transforms.loss_kernel import LossKernel
 from raytrain_adv.transforms.transform import Context
 from tests.families import tiny_model
+from tests.family_runs import Family, loss_of, read_batch, write_tokenizer
 from tests.tiny_models import job_for
+from tests.workers import losses, run_workers
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "olmoe"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "olmoe", "jetmoe", "dbrx"])
 def test_the_routers_loss_is_in_the_loss_if_the_config_asks_for_it(kind, tmp_path):
     model = tiny_model(kind)
     ids = torch.arange(24).reshape(2, 12)
@@ -31,3 +37,40 @@ def test_a_loss_in_the_head_would_leave_the_routers_out(tmp_path):
     assert not auto.changes and "routers" in auto.notes[0]
     with pytest.raises(JobError, match="routers"):
         LossKernel(loss_kernel="chunked").plan(model, context)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "granitemoe", "deepseek_v4", "jetmoe"])
+def test_padding_is_left_out_of_the_routers_loss(kind):
+    model = tiny_model(kind)
+    model.config.output_router_logits = True
+    ids = torch.arange(24).reshape(2, 12)
+    mask = (torch.arange(12) < torch.tensor([[12], [5]])).long()
+    labels = torch.where(mask == 1, ids, -100)
+    theirs = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    assert leave_padding_out(model)
+    shifted = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], 1)
+    told = {"input_ids": ids, TOKENS: mask}
+    ours = loss_function(model, False)(model, told, shifted) / (shifted != -100).sum()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+def test_a_model_without_a_loss_of_routers_is_told_of_no_padding():
+    assert not leave_padding_out(tiny_model("mixtral"))
+
+
+@pytest.mark.parametrize("keys", [{}, {"neat_packing": True, "per_device_train_batch_size": 1}])
+def test_the_first_step_has_transformers_loss_with_that_of_the_routers(keys, tmp_path):
+    family = Family("mixtral", tmp_path)
+    model = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    model.save_pretrained(family.checkpoint)
+    write_tokenizer(family.checkpoint)
+    rows = [{"instruction": "Add.", "input": "", "output": "9" * n} for n in (1, 20, 40)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    batch = read_batch(family.job("plain"))
+    ids, mask, labels = batch
+    plain = AutoModelForCausalLM.from_pretrained(family.checkpoint, dtype=torch.float32)
+    given = torch.cat([torch.full((len(ids), 1), -100), labels[:, :-1]], 1)
+    wanted = plain(input_ids=ids, attention_mask=mask, labels=given, use_cache=False).loss.item()
+    assert wanted > loss_of(plain, batch).item() + 0.5
+    run_workers(1, family.job("full", **{"per_device_train_batch_size": 3, **keys}))
+    assert losses(tmp_path / "full")[1] == pytest.approx(wanted, rel=1e-6)
