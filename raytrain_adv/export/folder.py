@@ -95,8 +95,15 @@ def write_json(value: Mapping[str, Any], path: Path) -> None:
 def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with the usual permissions; safetensors makes it owner-only."""
-    save_file(tensors, path, metadata={**(metadata or {}), "format": "pt"})
+    """Write a safetensors file with the usual permissions; safetensors makes it owner-only. What
+    has two names (tied tables) is written under both, which safetensors refuses of one memory.
+    """
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(tensor.untyped_storage().data_ptr(), name)
+    own = {*first.values()}
+    apart = {name: tensor if name in own else tensor.clone() for name, tensor in tensors.items()}
+    save_file(apart, path, metadata={**(metadata or {}), "format": "pt"})
     ordinary = path.with_name(f".{path.name}.mode")
     ordinary.touch()
     path.chmod(ordinary.stat().st_mode & 0o777)

@@ -92,6 +92,14 @@ def test_peft_loads_the_adapter_on_the_resized_base_to_equal_logits(kind, job, t
     torch.testing.assert_close(logits(theirs, ids), logits(ours, ids), rtol=1e-5, atol=1e-5)
 
 
+def test_one_worker_without_a_gpu_saves_tied_tables_under_both_names(job, tmp_path):
+    """It holds them once: safetensors refused them after the last step."""
+    run_workers(1, job("llama-tied", "one", finetuning_type="lora"))
+    adapter = load_file(tmp_path / "one/model/adapter_model.safetensors")
+    embedding, head = (adapter[f"base_model.model.{table}"] for table in TABLES)
+    assert torch.equal(embedding, head)
+
+
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])
 def test_a_four_bit_base_with_new_rows_is_merged_as_it_was_trained(kind, job, tmp_path):
     source = checkpoint(kind, tmp_path / kind, hidden_size=64, intermediate_size=128)
