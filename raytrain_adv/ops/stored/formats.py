@@ -7,7 +7,7 @@ it is stored in.
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -185,12 +185,20 @@ def _stems(shapes: Shapes, ending: str) -> Iterator[str]:
     return (name.removesuffix(ending) for name in shapes if name.endswith(ending))
 
 
-def _scaled(shapes: Shapes, weight: str, scale: str, block: tuple[int, int] | None) -> Stored:
-    """Return a weight of numbers with factors per tensor, row, group of a row, or block."""
+def _per_block(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, int]:
+    """Return how many blocks of this size a weight of this shape has, downward and across."""
+    return -(-shape[-2] // block[-2]), -(-shape[-1] // block[-1])
+
+
+def _scaled(shapes: Shapes, weight: str, scale: str, blocks: Iterable[tuple[int, int]]) -> Stored:
+    """Return a weight of numbers with factors per tensor, row, group of a row, or block: one of
+    `blocks` if it makes that many factors.
+    """
     shape = shapes[weight]
     grid = (*shapes[scale], 1, 1)[: max(2, len(shapes[scale]))]
-    sizes = zip(shape[-2:], grid[-2:], strict=True)
-    down, across = block or tuple(-(-n // count) for n, count in sizes)
+    counts = grid[-2:]
+    fitting = (one for one in blocks if _per_block(shape, one) == counts)
+    down, across = next(fitting, _per_block(shape, counts))
     by_rows = len(shape) == 2
     spread = grid[0] != 1  # else one factor, or one row of them, is for all rows
     down = down if spread or not by_rows else 2**31
@@ -206,18 +214,16 @@ def _scaled(shapes: Shapes, weight: str, scale: str, block: tuple[int, int] | No
 def _blocks(about: Mapping[str, Any], shapes: Shapes, read: Read) -> Found:
     """float8 in blocks with the factors beside the weight (DeepSeek-V3, `*-FP8`)."""
     found = about.get("weight_block_size")
-    block = (int(found[0]), int(found[1])) if found else None
+    blocks = [(int(found[0]), int(found[1]))] if found else []
     for weight in _stems(shapes, "_scale_inv"):
-        scale = f"{weight}_scale_inv"
-        is_grid = len(shapes[scale]) > 1
-        yield weight, _scaled(shapes, weight, scale, block if is_grid else None)
+        yield weight, _scaled(shapes, weight, f"{weight}_scale_inv", blocks)
 
 
 def _rows(about: Mapping[str, Any], shapes: Shapes, read: Read) -> Found:
     """float8 with a factor per row (fbgemm)."""
     for weight in _stems(shapes, "_scale"):
         if weight in shapes:
-            yield weight, _scaled(shapes, weight, f"{weight}_scale", None)
+            yield weight, _scaled(shapes, weight, f"{weight}_scale", ())
 
 
 def _mxfp4(about: Mapping[str, Any], shapes: Shapes, read: Read) -> Found:
@@ -230,10 +236,11 @@ def _mxfp4(about: Mapping[str, Any], shapes: Shapes, read: Read) -> Found:
 
 def _compressed(about: Mapping[str, Any], shapes: Shapes, read: Read) -> Found:
     """compressed-tensors: integers, float8 or 4-bit floats, as the tensors beside them tell."""
+    blocks = list(_group_blocks(about.get("config_groups", {})))
     for weight in _stems(shapes, "_scale"):
         scale, packed, overall = (f"{weight}_{s}" for s in ("scale", "packed", "global_scale"))
         if weight in shapes:
-            yield weight, _scaled(shapes, weight, scale, _block(about.get("config_groups", {})))
+            yield weight, _scaled(shapes, weight, scale, blocks)
         elif f"{weight}_shape" in shapes:
             yield weight, _packed(shapes, weight, read(f"{weight}_shape", None).tolist())
         elif packed in shapes:
@@ -245,10 +252,12 @@ def _compressed(about: Mapping[str, Any], shapes: Shapes, read: Read) -> Found:
             yield weight, Stored((rows, 2 * half), parts, values)
 
 
-def _block(groups: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the blocks of compressed-tensors' groups if they have any."""
-    found = [(group.get("weights") or {}).get("block_structure") for group in groups.values()]
-    return next(((int(block[0]), int(block[1])) for block in found if block), None)
+def _group_blocks(groups: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Yield the blocks of compressed-tensors' groups that have any."""
+    found = ((group.get("weights") or {}).get("block_structure") for group in groups.values())
+    for block in filter(None, found):
+        down, across = block.split("x") if isinstance(block, str) else block
+        yield int(down), int(across)
 
 
 def _packed(shapes: Shapes, weight: str, shape: list[int]) -> Stored:

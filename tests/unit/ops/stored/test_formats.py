@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -63,6 +63,28 @@ def values_of(folder: Path) -> dict[str, torch.Tensor]:
                 rows = (slice(first, last), *(slice(0, n) for n in shape[1:]))
                 assert torch.equal(files.read(name, rows), found[name][first:last]), (name, rows)
     return found
+
+
+def test_a_group_in_blocks_leaves_the_scales_of_other_groups_alone(tmp_path: Path) -> None:
+    """Rows' scales were spread over blocks of rows if another group of the checkpoint has such."""
+    weights = {f"{name}_proj.weight": torch.randn(40, 56) for name in ("blocks", "wide", "rows")}
+    grids = {"blocks": (24, 16), "wide": (8, 56), "rows": (1, 56)}
+    held, wanted = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for (name, weight), (down, across) in zip(weights.items(), grids.values(), strict=True):
+        held[name] = weight.to(torch.float8_e4m3fn)
+        scale = torch.rand(-(-40 // down), -(-56 // across)) + 0.5
+        held[f"{name}_scale"] = scale
+        whole = scale.repeat_interleave(down, 0).repeat_interleave(across, 1)[:40, :56]
+        wanted[name] = held[name].float() * whole
+    save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
+    in_blocks, wide = ({"strategy": "block", "block_structure": b} for b in ([24, 16], "8x56"))
+    groups = {"a": {"weights": in_blocks}, "b": {"weights": {"strategy": "channel"}}}
+    groups["c"] = {"weights": wide}
+    about = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    config = {"quantization_config": {**about, "config_groups": groups}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name, values in values_of(tmp_path).items():
+        assert torch.equal(values, wanted[name]), name
 
 
 @pytest.mark.parametrize("block", [8, None])
