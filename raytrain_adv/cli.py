@@ -21,6 +21,7 @@ from raytrain_adv.driver.commands.use.commands import COMMANDS
 from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError
 from raytrain_adv.estimate.assumptions import Assumptions, assumptions
 from raytrain_adv.redaction import hide, hide_environment, is_secret_name
+from raytrain_adv.storage.user_cache import keep_bytecode
 from raytrain_adv.text import clean, nearest
 from raytrain_adv.worker.preconditions import check_files
 
@@ -193,6 +194,8 @@ def launch(arguments: tuple[str, ...], plan: bool, **options: Any) -> None:
     if given and not plan:
         raise command_error(f"{', '.join(given)}: only a plan takes it", "write --plan too")
     job = _load(arguments)
+    if kept := keep_bytecode():
+        click.echo(kept)
     if plan:
         return _show_plan(job, **options)
     from raytrain_adv.driver.output import output_dir

@@ -32,12 +32,6 @@ def storage_errors(what: str, where: str) -> Iterator[None]:
         raise StorageError(what, f"{where}: {error}", fix) from error
 
 
-def user_cache(name: str) -> Path:
-    """Return a folder of this package in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "raytrain_adv" / name
-
-
 def free_space(path: Path) -> str:
     """Return the free space of a path's disk, in words."""
     parent = next(p for p in (path, *path.parents) if p.exists())

@@ -1,15 +1,13 @@
 """Code that torch.compile made, kept between runs: where it is, and what a run found there."""
 
 import os
-import tempfile
 
 from torch._dynamo.utils import counters, cumulative_time_spent_ns
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.errors import JobError
 from raytrain_adv.run.run import Run
-from raytrain_adv.storage.storage import user_cache
+from raytrain_adv.storage.user_cache import folder_of_code
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 COMPILING = ("entire_frame_compile", "entire_backward_compile")
@@ -27,22 +25,11 @@ def keep_compiled(job: JobConfig, run: Run) -> None:
         return
     if run.device.type == "cpu":
         return
-    folder = user_cache("compiled")
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        with tempfile.TemporaryFile(dir=folder):  # a folder that is there may be read-only, or full
-            pass
+        folder = folder_of_code("compiled", "Compiled code", VARIABLE)
     except OSError as error:
         run.say(f"compiled code is kept in {own}, which may not outlast this machine: {error}")
         return
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise JobError(
-            "Compiled code would be read from a folder that others can write",
-            f"{folder}: owner {found.st_uid}, mode {found.st_mode & 0o777:o}; this user is "
-            f"{os.getuid()}",
-            f"chmod 700 {folder}, or name another folder in {VARIABLE}",
-        )
     os.environ[VARIABLE] = str(folder)
 
 

@@ -24,7 +24,7 @@ from raytrain_adv.data.batches.sequences import TokenRows
 from raytrain_adv.data.tokens.tokenize import Chunk
 from raytrain_adv.errors import StorageError
 from raytrain_adv.storage.atomic import atomic_folder
-from raytrain_adv.storage.storage import user_cache
+from raytrain_adv.storage.user_cache import user_cache
 from raytrain_adv.text import GIB
 
 VERSION = 5
