@@ -15,6 +15,7 @@ from raytrain_adv.model.build import decoder_layers
 from raytrain_adv.model.offload import num_offloaded
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
 from raytrain_adv.ops.bitsandbytes.linear import packed_linears
+from raytrain_adv.ops.float8.experts import Float8Experts
 from raytrain_adv.ops.float8.head_loss import Float8Head, workspace
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
 from raytrain_adv.ops.loss.head import HeadLoss, loss_head, loss_of
@@ -79,6 +80,8 @@ class Passes:
         # Packed linears are unpacked one at a time, where a layer's other gradients are few.
         unpacked = [m.temporary_bytes / (batch * on_worker) for _, m in packed_linears(model)]
         backward = max(backward, *unpacked, 0.0)
+        cast = (m.temporary_bytes for m in model.modules() if isinstance(m, Float8Experts))
+        backward += max(cast, default=0) / (batch * on_worker)
         evaluates = bool(job.data.val_size or job.data.eval_dataset)
         eval_tokens = job.train.per_device_eval_batch_size * on_worker if evaluates else 0
         forward = max(size * (3 * x.hidden + x.mlp_inner + x.mlp_width) for x in layers)

@@ -33,6 +33,7 @@ from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.model.build import decoder_layers, keeps_float32
 from raytrain_adv.model.master_weights import cast_in_forward
 from raytrain_adv.model.offload import Offload, num_offloaded
+from raytrain_adv.ops.float8 import grouped  # noqa: F401 # registers the operator
 from raytrain_adv.probe_script import versions
 from raytrain_adv.text import first_line, listed
 from raytrain_adv.transforms.applied import Transforms
@@ -53,6 +54,7 @@ KEPT_OPERATORS = ATTENTION | {
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_mm.default,
     torch.ops.aten._grouped_mm.default,
+    torch.ops.raytrain_adv.grouped_in_float8.default,
 }
 FORWARDLESS = (nn.ModuleList, nn.ModuleDict)
 MOST_GRAPHS = 64

@@ -91,15 +91,17 @@ class TransformReport(Record):
     relative error in the trial.
     """
     proof: JsonObject = {}
-    """A profile of one training step: the operator, how often it ran, its GPU kernels; empty if the
-    modules' classes are proof enough.
+    """A profile of one training step: the operator, how often it ran, its GPU kernels, and the same
+    of others; empty if the modules' classes are proof enough.
     """
 
     @property
     def proof_sentence(self) -> str:
         """The proof in words; empty if there is none."""
         sentence = "{operator} ran {calls} times in one training step, for {modules} modules"
-        return sentence.format(**self.proof) if self.proof else ""
+        others: Any = self.proof.get("others", [])
+        proofs = [self.proof, *others] if self.proof else []
+        return "; ".join(sentence.format(**proof) for proof in proofs)
 
     @classmethod
     def of(cls, plan: Plan, proof: Mapping[str, Any] | None = None) -> "TransformReport":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -22,6 +23,7 @@ from raytrain_adv.transforms.transform import (
     Worker,
     require_hopper,
     require_package,
+    title_of,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ BECOMES = {
     "rowwise_with_gw_hp": "torchao.float8.float8_linear.Float8Linear",
 }
 """Recipe -> class of its linears."""
-IN_BF16 = "experts, whose grouped products stay in bf16"
+EXPERTS = "raytrain_adv.ops.float8.experts.Float8Experts"
+GROUPED = "aten::_scaled_grouped_mm"
 MULTIPLE = 16
 """torch._scaled_mm takes only sizes divisible by this on a GPU; on a CPU it takes all."""
 SMALLEST = {"tensorwise": 1024, "rowwise": 1024, "rowwise_with_gw_hp": 2049}
@@ -83,6 +86,9 @@ class Fp8(Transform):
     patterns (model.layers.0.*)."""
     fp8_lm_head: bool = False
     """Make the gradients of the head in FP8 too; its logits and the loss stay in bf16."""
+    fp8_experts: Literal["auto"] | bool = "auto"
+    """Multiply stacked experts in FP8, with scales per row: auto where it was measured to be faster
+    than bf16, which takes few and wide experts; true always; false never."""
     fp8_min_features: Annotated[int, Field(ge=0)] | None = None
     """Linears with fewer input or output features stay in bf16; none is the size measured for the
     recipe, 0 skips none for its size."""
@@ -135,10 +141,14 @@ class Fp8(Transform):
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears that compute in FP8."""
+        from raytrain_adv.ops.experts.find import stacked
+
         becomes = {LINEAR: BECOMES[self.fp8_recipe]}
         given = self.fp8_exclude
+        rows = _rows_per_expert(model, context)
+        against = partial(self._why_not_experts, context=context, rows=rows)
         changes, skipped = plan_linears(
-            model, becomes, "fp8_exclude", given, self._why_not, lambda experts: IN_BF16
+            model, becomes, "fp8_exclude", given, self._why_not, against, EXPERTS
         )
         if self.fp8_lm_head:
             fqn, reason = self._find_head(model)
@@ -147,7 +157,13 @@ class Fp8(Transform):
                 raise JobError("The head's gradients cannot be in FP8", f"{fqn}: {reason}", fix)
             changes[fqn] = Change(LINEAR, HEAD)
             del skipped[fqn]
-        return Plan(self.name, changes, skipped, tuple(self._notes(context)))
+        notes = self._notes(context)
+        if self.fp8_experts is True and EXPERTS not in {c.after for c in changes.values()}:
+            found = ", ".join(sorted({skipped[fqn] for fqn in stacked(model) if fqn in skipped}))
+            what, found = "fp8_experts: true changes nothing", found or "no stacked experts"
+            raise JobError(what, found, "set fp8_experts: auto")
+        in_fp8 = [model.get_submodule(f) for f, c in changes.items() if c.after == EXPERTS]
+        return Plan(self.name, changes, skipped, (*notes, *_notes_on_experts(in_fp8, rows)))
 
     @staticmethod
     def _find_head(model: nn.Module) -> tuple[str, str]:
@@ -168,6 +184,25 @@ class Fp8(Transform):
             return f"{sizes[0]} x {sizes[1]}: too small to gain (fp8_min_features: {smallest})"
         return ""
 
+    def _why_not_experts(self, experts: nn.Module, context: Context, rows: float) -> str:
+        """Return why stacked experts stay in bf16. Raises JobError if fp8_experts: true cannot be
+        met.
+        """
+        from raytrain_adv.ops.float8.experts import why_not, why_slower
+
+        if self.fp8_experts is False:
+            return "experts, whose grouped products stay in bf16 (fp8_experts: false)"
+        others = (t for t in context.job.transforms if isinstance(t, Transform) and t.enabled)
+        rounding = next((t for t in others if t.converts), None)
+        reason = why_not(experts)
+        if rounding is not None:
+            reason = f"experts, whose rounded values {title_of(rounding)} multiplies in bf16"
+        if self.fp8_experts is True:
+            if reason:
+                raise JobError("Experts cannot be in FP8", reason, "set fp8_experts: auto")
+            return ""
+        return reason or why_slower(experts, rows)
+
     def _notes(self, context: Context) -> Iterator[str]:
         yield (
             f"{self.fp8_recipe}: weights, gradients and optimizer states keep their dtype, so FP8 "
@@ -186,6 +221,7 @@ class Fp8(Transform):
 
     def prepare(self, model: nn.Module, plan: Plan) -> None:
         """Replace each planned linear by a Float8Linear that owns the same parameters."""
+        from raytrain_adv.ops.float8.experts import Float8Experts
         from raytrain_adv.ops.float8.head_loss import Float8Head
 
         kind: Any = pkgutil.resolve_name(BECOMES[self.fp8_recipe])
@@ -198,10 +234,12 @@ class Fp8(Transform):
             _avoid_nan(torch.__version__)
         for fqn, change in plan.changes.items():
             plain: Any = model.get_submodule(fqn)
-            is_head = change.after == HEAD
-            new = (
-                Float8Head.from_float(plain) if is_head else kind.from_float(plain, self._config())
-            )
+            if change.after == EXPERTS:
+                new: nn.Module = Float8Experts.of(plain)
+            elif change.after == HEAD:
+                new = Float8Head.from_float(plain)
+            else:
+                new = kind.from_float(plain, self._config())
             model.set_submodule(fqn, new)
 
     def install(self, model: nn.Module, plan: Plan, worker: Worker) -> Plan:
@@ -211,43 +249,38 @@ class Fp8(Transform):
         """
         import torch
 
-        from raytrain_adv.ops.float8.linear import distance
+        from raytrain_adv.ops.float8 import trial
         from raytrain_adv.trial.compare import precision
 
         device, dtype = worker.device, worker.dtype
-        alike = ("in_features", "out_features", "scheme")
-        kinds: dict[object, Any] = {}
-        for fqn in (fqn for fqn, change in plan.changes.items() if change.after != HEAD):
-            linear = model.get_submodule(fqn)
-            kind = (type(linear), *(vars(linear).get(name) for name in alike))
-            kinds.setdefault(kind, linear)
+        modules = [model.get_submodule(f) for f, c in plan.changes.items() if c.after != HEAD]
         try:
-            if device.type == "cuda" and self.is_tensorwise:
-                from raytrain_adv.ops.float8.cast_kernel import wrong_tiles
-
-                for source in {dtype, torch.float32}:  # and master weights, before they are sent
-                    _refuse_wrong(wrong_tiles(source, device), source)
-            if device.type == "cuda" and self.fp8_recipe == "rowwise":
-                from raytrain_adv.ops.float8.row_kernel import wrong_casts
-
-                _refuse_wrong(wrong_casts(dtype, device), dtype)
-            errors = [distance(linear, self._config(), device, dtype) for linear in kinds.values()]
+            _refuse_wrong(trial.wrong_casts(self.fp8_recipe, modules, device, dtype))
+            errors = trial.errors(modules, self._config(), device, dtype)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ImportError, OSError) as error:
-            _refuse_wrong([f"{type(error).__name__}: {first_line(error)}"], dtype)
-        wrong = [
-            f"{m.in_features} x {m.out_features}: values off by {v:.2g}, gradients by {g:.2g}"
-            for m, (v, g) in zip(kinds.values(), errors, strict=True)
+            _refuse_wrong({f"{type(error).__name__}: {first_line(error)}": dtype})
+        wrong = {
+            f"{name}: values off by {v:.2g}, gradients by {g:.2g}": dtype
+            for name, v, g in errors
             if not max(v, g) < OFF_BY
-        ]
-        _refuse_wrong(wrong, dtype)
-        values, gradients = (max(column) for column in zip(*errors, strict=True))
+        }
+        _refuse_wrong(wrong)
+        if not errors:  # the head alone
+            return plan
+        _, values, gradients = (max(column) for column in zip(*errors, strict=True))
         torch.cuda.empty_cache()
         return plan.with_notes(
-            f"tested on {device.type} in {precision(dtype)}, {len(kinds)} sizes: products off by "
+            f"tested on {device.type} in {precision(dtype)}, {len(errors)} sizes: products off by "
             f"{values:.1e}, gradients by {gradients:.1e}, which is FP8's rounding"
         )
+
+    def operators(self, plan: Plan) -> Mapping[str, int]:
+        """Return the products of linears and of experts."""
+        grouped = sum(change.after == EXPERTS for change in plan.changes.values())
+        needed = {self.proven_by: len(plan.changes) - grouped, GROUPED: grouped}
+        return {name: count for name, count in needed.items() if count}
 
     def _config(self) -> Float8LinearConfig:
         from torchao.float8 import Float8LinearConfig
@@ -309,11 +342,31 @@ def _avoid_nan(torch_version: str) -> None:
         )
 
 
-def _refuse_wrong(found: list[str], dtype: torch.dtype) -> None:
+def _refuse_wrong(found: Mapping[str, torch.dtype]) -> None:
+    """Stop the run for what is wrong, with the dtype of its inputs."""
     if found:
+        dtypes = ", ".join(sorted({str(dtype) for dtype in found.values()}))
         raise TrainingError(
-            f"FP8 gives wrong results on this machine for {dtype} inputs",
+            f"FP8 gives wrong results on this machine for {dtypes} inputs",
             "\n".join(found),
             "compare the versions of torch, triton, torchao and the GPU's driver with "
             "constraints.txt, or set fp8: false",
         )
+
+
+def _rows_per_expert(model: Any, context: Context) -> float:
+    """Return how many tokens of a forward pass reach an expert if all get as many; of
+    ENOUGH_TOKENS if it is not known how long one is.
+    """
+    from raytrain_adv.ops.experts.find import active_experts
+
+    return (context.num_tokens or ENOUGH_TOKENS) * active_experts(model)
+
+
+def _notes_on_experts(experts: list[nn.Module], rows: float) -> Iterator[str]:
+    if experts:
+        from raytrain_adv.ops.float8.experts import GAINS, in_words, speed_of
+
+        yield f"experts have a scale per row: {in_words(experts[0], rows)}"
+        if speed_of(experts[0], rows) < GAINS:
+            yield "fp8_experts: true makes experts slower than bf16; auto leaves them in bf16"

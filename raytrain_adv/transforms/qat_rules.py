@@ -93,3 +93,6 @@ def _with_fp8(job: JobConfig) -> Iterable[Problem]:
     if fp8["fp8_recipe"] != "tensorwise":
         text = f"rounded weights are multiplied in FP8 with one scale, not {fp8['fp8_recipe']}"
         yield Problem(text, f"set fp8_recipe: tensorwise, {off}", "fp8_recipe and enable_qat")
+    if fp8["fp8_experts"] is True:
+        text = "experts' rounded values are multiplied in bf16"
+        yield Problem(text, f"set fp8_experts: auto, {off}", "fp8_experts and enable_qat")

@@ -100,6 +100,11 @@ class GroupedExperts(nn.Module):
         weight = getattr(self, name)
         return grouped(x, weight if self.layout.is_transposed else weight.mT, ends)
 
+    def bias_of(self, name: str) -> Tensor:
+        """Return the biases of a stacked matrix: [expert, out]."""
+        bias: Tensor = getattr(self, f"{name}_bias")
+        return bias
+
     def _mlp(
         self,
         x: Tensor,
@@ -111,7 +116,7 @@ class GroupedExperts(nn.Module):
         up, down = self.layout.matrices
         inner = self.product(up, x, ends, adapters.get(up))
         if self.layout.has_bias:
-            inner = inner + getattr(self, f"{up}_bias")[experts]
+            inner = inner + self.bias_of(up)[experts]
         if up == "up_proj":
             inner = self.act_fn(inner)
         elif hasattr(self.original, "_apply_gate"):
@@ -121,7 +126,7 @@ class GroupedExperts(nn.Module):
             inner = self.act_fn(gate) * other
         output = self.product(down, inner, ends, adapters.get(down))
         if self.layout.has_bias:
-            output = output + getattr(self, f"{down}_bias")[experts]
+            output = output + self.bias_of(down)[experts]
         if getattr(self, "has_post_expert_norm", False):
             output = self.post_expert_norm(output)
         return output

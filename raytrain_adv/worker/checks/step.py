@@ -92,25 +92,29 @@ class Checks:
 
     def _compare(self, transform: Transform, seen: profiler.profile) -> None:
         events = seen.events()  # type: ignore[no-untyped-call] # torch.profiler has no types here
-        calls = [e for e in events or () if e.name == transform.proven_by]
-        kernels: Counter[str] = Counter()
-        for kernel in (kernel for call in calls for kernel in call.kernels):
-            kernels[kernel.name] += kernel.duration
-        planned = len(self.plans[transform.name].changes)
-        self.proof[transform.name] = {
-            "operator": transform.proven_by,
-            "calls": len(calls),
-            "modules": planned,
-            "gpu_kernels": [name for name, _ in kernels.most_common(MOST_KERNELS)],
-        }
-        if self.run.agree(len(calls), dist.ReduceOp.MIN) < planned:
-            raise TrainingError(
-                f"{transform.name} was applied to the model but never executed",
-                f"{transform.proven_by} ran {len(calls)} times in a training step on rank "
-                f"{self.run.rank}, for {planned} modules",
-                "something else computes these modules: switch off use_kernels, "
-                "use_liger_kernel or flash_attn one by one, or report it with this job",
+        proofs = []
+        for operator, planned in transform.operators(self.plans[transform.name]).items():
+            calls = [e for e in events or () if e.name == operator]
+            kernels: Counter[str] = Counter()
+            for kernel in (kernel for call in calls for kernel in call.kernels):
+                kernels[kernel.name] += kernel.duration
+            proofs.append(
+                {
+                    "operator": operator,
+                    "calls": len(calls),
+                    "modules": planned,
+                    "gpu_kernels": [name for name, _ in kernels.most_common(MOST_KERNELS)],
+                }
             )
+            if self.run.agree(len(calls), dist.ReduceOp.MIN) < planned:
+                raise TrainingError(
+                    f"{transform.name} was applied to the model but never executed",
+                    f"{operator} ran {len(calls)} times in a training step on rank "
+                    f"{self.run.rank}, for {planned} modules",
+                    "something else computes these modules: switch off use_kernels, "
+                    "use_liger_kernel or flash_attn one by one, or report it with this job",
+                )
+        self.proof[transform.name] = {**proofs[0], **({"others": proofs[1:]} if proofs[1:] else {})}
 
     def finish(self, evaluations: Mapping[str, Mapping[str, float]]) -> None:
         """Report the features that no step was profiled with, as the run was too short, and whether

@@ -150,6 +150,9 @@ def test_two_ranks_train_experts_as_one(tmp_path: Path) -> None:
         for kind, each in (("mixtral", [LORA, qat]), ("qwen3_moe", [{**LORA, **qat}]))
         for n, keys in enumerate(each)
     ]
+    fp8 = {"fp8": True, "fp8_allow_cpu": True, "fp8_experts": True, "finetuning_type": "full"}
+    wide = write_checkpoint("mixtral", tmp_path / "wide", intermediate_size=48)
+    jobs.append(job_for(wide, tmp_path / "fp8", **fp8, fp8_min_features=512))
     alone = trained_on_rank(jobs)
     assert all(any("experts" in name for name in one) for one in alone)
     for found in run_ranks(trained_on_rank, 2, tmp_path, jobs):

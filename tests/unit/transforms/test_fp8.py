@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from raytrain_adv import hardware
 from raytrain_adv.data.batches.collate import collate, pad_to
@@ -14,7 +15,7 @@ from raytrain_adv.errors import ClusterError, JobError, TrainingError
 from raytrain_adv.model.build import build
 from raytrain_adv.transforms import loss_kernel
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.fp8 import BECOMES, HEAD, Fp8, _avoid_nan
+from raytrain_adv.transforms.fp8 import BECOMES, EXPERTS, HEAD, Fp8, _avoid_nan
 from raytrain_adv.transforms.modules import class_name
 from raytrain_adv.transforms.transform import Change, Plan
 from tests.tiny_models import job_for, write_checkpoint
@@ -238,7 +239,105 @@ def test_routers_and_adapters_stay(tmp_path):
     routers = [fqn for fqn in plan.skipped if fqn.endswith(("gate", "shared_expert_gate"))]
     assert routers and all("gate_proj" not in fqn for fqn in routers)
     assert any(fqn.endswith("shared_expert.gate_proj") for fqn in plan.changes)
-    assert "stay in bf16" in plan.skipped["model.layers.0.mlp.experts"]
+    slower = plan.skipped["model.layers.0.mlp.experts"]
+    assert slower.startswith("stay in bf16: products of 16 experts of ") and "on an H200" in slower
+
+
+MIXTRAL = {"num_local_experts": 8, "hidden_size": 4096, "intermediate_size": 14336}
+FEW = {"num_local_experts": 4, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 96}
+STACKS = [f"model.layers.{n}.mlp.experts" for n in (0, 1)]
+
+
+def mixture(tmp_path, kind, shapes, num_tokens=8192, **keys):
+    """Return the plan of a mixture of which only the config is there."""
+    folder = tmp_path / "config"
+    config = AutoConfig.for_model(kind, num_hidden_layers=2, **shapes)
+    config.save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    job = job_for(folder, tmp_path, **{**KEYS, **keys})
+    return Transforms(job).plan(build(job), CPU, num_tokens)["fp8"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes", "num_tokens", "told"),
+    [
+        ("mixtral", MIXTRAL, 8192, "8 experts of 28672 x 4096 and 4096 x 14336, about 2,048 rows"),
+        ("mixtral", MIXTRAL, 2048, "about 512 rows each, are 0.64 x as fast in FP8 as in bf16"),
+        ("qwen3_moe", {}, 8192, "about 512 rows each, are 0.48 x as fast in FP8 as in bf16"),
+        ("gpt_oss", {}, 8192, "about 256 rows each, are 0.38 x as fast in FP8 as in bf16"),
+        ("gpt_oss", {"num_local_experts": 32}, 8192, "about 1,024 rows each, are 0.82 x as fast"),
+    ],
+)
+def test_experts_are_in_fp8_where_it_was_measured_to_gain(tmp_path, kind, shapes, num_tokens, told):
+    plan = mixture(tmp_path, kind, shapes, num_tokens)
+    gains = shapes is MIXTRAL and num_tokens == 8192
+    texts = plan.notes if gains else [plan.skipped[fqn] for fqn in STACKS]
+    assert any(told in text for text in texts), texts
+    assert [f for f, c in plan.changes.items() if c.after == EXPERTS] == (STACKS if gains else [])
+    assert any("experts (" in note for note in plan.notes) is not gains
+    assert not any(fqn.endswith(("gate", "router")) for fqn in plan.changes)
+
+
+def test_experts_are_in_fp8_if_the_key_forces_it_and_the_plan_names_the_cost(tmp_path):
+    plan = mixture(tmp_path, "mixtral", FEW, fp8_experts=True)
+    assert plan.changes.keys() >= set(STACKS)
+    assert any(note.startswith("fp8_experts: true makes experts slower") for note in plan.notes)
+    off = mixture(tmp_path, "mixtral", MIXTRAL, fp8_experts=False)
+    assert all("fp8_experts: false" in off.skipped[fqn] for fqn in STACKS)
+    excluded = mixture(tmp_path, "mixtral", MIXTRAL, fp8_exclude="model.layers.0.mlp.experts")
+    assert excluded.skipped[STACKS[0]] == "in fp8_exclude" and STACKS[1] in excluded.changes
+
+
+@pytest.mark.parametrize(
+    ("shapes", "keys", "why"),
+    [
+        ({**FEW, "intermediate_size": 100}, {}, "not divisible by 16"),
+        (FEW, {"finetuning_type": "lora"}, "with adapters"),
+        (FEW, {"fp8_exclude": "experts"}, "in fp8_exclude"),
+    ],
+)
+def test_experts_that_cannot_be_in_fp8_are_refused_if_it_is_forced(tmp_path, shapes, keys, why):
+    plan = mixture(tmp_path, "mixtral", shapes, **keys)
+    assert all(any(why in t for f, t in plan.skipped.items() if fqn in f) for fqn in STACKS)
+    with pytest.raises(JobError, match=why) as refusal:
+        mixture(tmp_path, "mixtral", shapes, **keys, fp8_experts=True)
+    assert "set fp8_experts: auto" in refusal.value.fix
+
+
+def test_a_model_without_experts_refuses_the_key_that_forces_them(tmp_path):
+    with pytest.raises(JobError, match="no stacked experts"):
+        planned(tmp_path, fp8_experts=True)
+
+
+def test_frozen_experts_and_those_that_qat_rounds_stay_in_bf16(tmp_path):
+    lora = {"finetuning_type": "lora", "lora_target": "q_proj"}
+    frozen = mixture(tmp_path, "mixtral", MIXTRAL, **lora)
+    assert all(frozen.skipped[fqn].startswith("frozen experts") for fqn in STACKS)
+    qat = {"enable_qat": True, "qat_group_size": 16}
+    rounded = mixture(tmp_path, "mixtral", MIXTRAL, **qat)
+    assert all("rounded values QAT" in rounded.skipped[fqn] for fqn in STACKS)
+    with pytest.raises(JobError, match="fp8_experts and enable_qat"):
+        mixture(tmp_path, "mixtral", FEW, **qat, fp8_experts=True)
+    with pytest.raises(JobError, match="fp8_experts"):
+        job_for(tmp_path, tmp_path, **KEYS, fp8_experts="always")
+
+
+def test_experts_are_tried_before_training_and_proven_by_their_own_operator(tmp_path, monkeypatch):
+    from raytrain_adv.ops.float8 import grouped
+
+    job, model, plan = planned(tmp_path, "mixtral", FEW, fp8_experts=True)
+    transforms = Transforms(job)
+    plans = transforms.prepare(model, CPU)
+    (fp8,) = (t for t in transforms if t.name == "fp8")
+    needed = {"aten::_scaled_mm": len(plan.changes) - 2, "aten::_scaled_grouped_mm": 2}
+    assert fp8.operators(plan) == needed
+    cpu, dtype = torch.device("cpu"), torch.bfloat16
+    assert "tested on cpu" in transforms.install(model, plans, cpu, dtype)["fp8"].notes[-1]
+    right = grouped._by_row
+    monkeypatch.setattr(grouped, "_by_row", lambda x: (right(x)[0], right(x)[1].roll(1, 0)))
+    with pytest.raises(TrainingError, match="FP8 gives wrong results") as refusal:
+        transforms.install(model, plans, cpu, dtype)
+    assert refusal.value.found.startswith("experts of 192 x 64: values off by")
 
 
 @pytest.mark.parametrize("excluded", ["down_proj", "model.layers.0.mlp.down_proj"])
