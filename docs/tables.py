@@ -348,6 +348,18 @@ def experts() -> str:
     return table(header, rows)
 
 
+def grouped_products() -> str:
+    """One H200: products of one layer's experts in bf16 and in FP8, forward and backward."""
+    rows = []
+    for row in read("grouped_products")["rows"]:
+        case = f"{row['model']}, {row['matrix']}, {row['routing']} routing"
+        ways = ("bf16", "FP8", "FP8 without casts")
+        gains = (f"{row['bf16'] / row[way]:.2f}" for way in ways[1:])
+        rows.append((case, *(f"{row[way]:.2f}" for way in ways), *gains))
+    times = ("bf16, ms", "FP8, ms", "FP8 without casts, ms")
+    return table(("", *times, "speed of FP8", "without casts"), rows)
+
+
 def exported_products() -> str:
     """One H200: the linears of an 8B layer multiplied from exported bytes."""
     times: dict[tuple[str, int], float] = {}
@@ -409,6 +421,7 @@ BLOCKS: dict[str, Callable[[], str]] = {name: partial(steps, name) for name in S
         soak,
         serve,
         experts,
+        grouped_products,
         exported_products,
         all_quick,
         all_results,

@@ -27,7 +27,14 @@ from raytrain_adv.run.run import local_run
 from raytrain_adv.worker.train import train
 from tests.ranks import server
 
-TOLD = ("steps", "resumed_from_step", "model_dir", "quantized_dir", "quantized_logit_difference")
+TOLD = (
+    "proof",
+    "steps",
+    "resumed_from_step",
+    "model_dir",
+    "quantized_dir",
+    "quantized_logit_difference",
+)
 TIMEOUT_S = 500.0
 
 

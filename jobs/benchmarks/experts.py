@@ -2,6 +2,8 @@
 
     python jobs/benchmarks/experts.py qwen3-30b-a3b --out jobs/benchmarks/results/experts_qwen3.json
     python jobs/benchmarks/experts.py gpt-oss-20b --out jobs/benchmarks/results/experts_gpt_oss.json
+    python jobs/benchmarks/experts.py mixtral-8x7b --only full fp8 "fp8, experts in bf16" \\
+        --out jobs/benchmarks/results/experts_mixtral.json
     ... --only full qlora          some of them
     ... --layers 4 --tokens 4096   smaller
 
@@ -45,10 +47,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_local_experts": 32,
         **ATTENTION,
     },
+    "mixtral-8x7b": {
+        "model_type": "mixtral",
+        "num_hidden_layers": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
 }
-"""Name -> keys of the config that differ from its class's; the published models have 48 and 24
+"""Name -> keys of the config that differ from its class's; the published models have 48, 24 and 32
 layers."""
-TOKENS = {"qwen3-30b-a3b": 8192, "gpt-oss-20b": 4096}
+TOKENS = {"qwen3-30b-a3b": 8192, "gpt-oss-20b": 4096, "mixtral-8x7b": 8192}
 RECOMPUTED = {"disable_gradient_checkpointing": False, "gradient_checkpointing": "full"}
 LORA = {"finetuning_type": "lora", "lora_rank": 16}
 QAT = {
@@ -60,6 +67,8 @@ QAT = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
+    "fp8": {"fp8": True},
+    "fp8, experts in bf16": {"fp8": True, "fp8_experts": False},
     "qat int4": QAT,
     "lora": LORA,
     "qlora": {**LORA, "quantization_bit": 4},

@@ -1,6 +1,6 @@
 """Products of experts in FP8 and in bf16: forward and backward with casts, one GPU.
 
-    python jobs/benchmarks/grouped_products.py [--out grouped_products.json] [--tokens 8192]
+    python jobs/benchmarks/grouped_products.py --out jobs/benchmarks/results/grouped_products.json
 
 `torch._grouped_mm` in bfloat16 is compared with `torch._scaled_grouped_mm` in float8, one scale per
 row, for both matrices of one layer's experts: gate and up [experts, 2 x inner, hidden], down
@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +197,8 @@ def main() -> None:
                     if isinstance(row[way], str):
                         print(f"    {way}: {row[way]}", flush=True)
     device = torch.cuda.get_device_name()
-    result = {"device": device, "torch": torch.__version__, "tokens": given.tokens, "rows": rows}
+    result = {"date": str(date.today()), "command": " ".join(["python", *sys.argv])}
+    result |= {"device": device, "torch": torch.__version__, "tokens": given.tokens, "rows": rows}
     given.out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"{device}, torch {torch.__version__}: written to {given.out}")
 

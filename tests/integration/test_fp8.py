@@ -162,3 +162,36 @@ def test_what_stays_gathered_after_a_forward_pass_is_exported_from_its_shards(jo
     for name, file in (("base", "model"), ("lora", "adapter_model")):
         one, two = (tmp_path / f"{run}/model/{file}.safetensors" for run in (name, f"{name}-stays"))
         assert one.read_bytes() == two.read_bytes()
+
+
+def test_experts_train_in_fp8_on_two_workers_with_a_profile_that_shows_it(job_file, keys, tmp_path):
+    """Sharded, with every activation kept, none, or products alone."""
+    config = Path(keys["model_name_or_path"]) / "config.json"
+    mixture = {"num_local_experts": 4, "architectures": ["MixtralForCausalLM"]}
+    changed = {**json.loads(config.read_text()), "model_type": "mixtral", **mixture}
+    config.write_text(json.dumps(changed))
+    every = {**FP8, "fp8_experts": True}
+    variants = {
+        "bf16": {"bf16": True},
+        "fp8": every,
+        "recomputed": {**every, "disable_gradient_checkpointing": False},
+        "selective": {
+            **every,
+            "disable_gradient_checkpointing": False,
+            "gradient_checkpointing": "selective",
+        },
+    }
+    jobs = [job_file(f"{n}.yaml", output_dir=str(tmp_path / n), **v) for n, v in variants.items()]
+    figures = dict(zip(variants, run_workers(2, *jobs), strict=True))
+    reference = list(losses(tmp_path / "bf16").values())
+    found = {name: list(losses(tmp_path / name).values()) for name in variants}
+    assert found["recomputed"] == found["fp8"] != reference
+    for name in variants:
+        assert found[name] == pytest.approx(reference, rel=2e-2), name
+        if name != "bf16":
+            proof = figures[name]["proof"]["fp8"]
+            assert (proof["operator"], proof["modules"]) == ("aten::_scaled_mm", 8)
+            (grouped,) = proof["others"]
+            assert grouped["operator"] == "aten::_scaled_grouped_mm" and grouped["modules"] == 2
+            # Of each layer's two matrices: forward, and two gradients.
+            assert grouped["calls"] == (16 if name == "recomputed" else 12)
