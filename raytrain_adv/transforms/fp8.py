@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -162,7 +163,10 @@ class Fp8(Transform):
             found = ", ".join(sorted({skipped[fqn] for fqn in stacked(model) if fqn in skipped}))
             what, found = "fp8_experts: true changes nothing", found or "no stacked experts"
             raise JobError(what, found, "set fp8_experts: auto")
-        in_fp8 = [model.get_submodule(f) for f, c in changes.items() if c.after == EXPERTS]
+        in_fp8 = []
+        for fqn in (f for f, c in changes.items() if c.after == EXPERTS):
+            in_fp8.append(model.get_submodule(fqn))
+            changes[fqn] = replace(changes[fqn], proven_by=GROUPED)
         return Plan(self.name, changes, skipped, (*notes, *_notes_on_experts(in_fp8, rows)))
 
     @staticmethod
@@ -275,12 +279,6 @@ class Fp8(Transform):
             f"tested on {device.type} in {precision(dtype)}, {len(errors)} sizes: products off by "
             f"{values:.1e}, gradients by {gradients:.1e}, which is FP8's rounding"
         )
-
-    def operators(self, plan: Plan) -> Mapping[str, int]:
-        """Return the products of linears and of experts."""
-        grouped = sum(change.after == EXPERTS for change in plan.changes.values())
-        needed = {self.proven_by: len(plan.changes) - grouped, GROUPED: grouped}
-        return {name: count for name, count in needed.items() if count}
 
     def _config(self) -> Float8LinearConfig:
         from torchao.float8 import Float8LinearConfig

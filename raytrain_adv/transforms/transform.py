@@ -35,6 +35,8 @@ class Change:
     after: str
     part: Literal["class", "forward"] = "class"
     """Changed: the module's class, in `prepare`, or its forward pass alone, in `install`."""
+    proven_by: str = ""
+    """Operator that must run for it, if not the transform's."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,6 @@ class Transform(Section):
         changed module computes something else than it should.
         """
         return plan
-
-    def operators(self, plan: Plan) -> Mapping[str, int]:
-        """Return the operators that prove it in a profiled step, and how often each must run."""
-        return {self.proven_by: len(plan.changes)}
 
     def before_sharding(self, model: nn.Module) -> None:
         """Change how FSDP2 will shard and gather; called only if the model will be sharded."""
