@@ -347,8 +347,8 @@ def _write_config(
     for part in (config, *(v for k, v in config.items() if k == "text_config")):
         if is_untied(plain, configs):
             part["tie_word_embeddings"] = False
-        if "vocab_size" in part:
-            part["vocab_size"] = plain.config.get_text_config().vocab_size
+        text = plain.config.get_text_config()
+        part |= {key: getattr(text, key) for key in part if key.startswith("vocab_size")}
     write_json(config, folder / "config.json")
 
 

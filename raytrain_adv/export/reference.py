@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.model.packing import first_position
 from raytrain_adv.model.vocabulary import read_tokenizer
 
 TEXT = """Rivers begin as rain. Water that falls on a mountain runs down its sides in thin streams,
@@ -64,7 +65,7 @@ def write_reference(folder: Path, input_ids: torch.Tensor, logits: torch.Tensor)
 def sample_tokens(model: PreTrainedModel, job: JobConfig, most: int) -> torch.Tensor:
     """Return at most `most` token ids of TEXT; random ones [most] if the model has no tokenizer."""
     config: Any = model.config.get_text_config()
-    most = min(most, getattr(config, "max_position_embeddings", most))
+    most = min(most, getattr(config, "max_position_embeddings", most) - first_position(model))
     if any(Path(job.model.model_name_or_path).glob("tokenizer*")):
         ids = torch.tensor(read_tokenizer(job)(TEXT).input_ids)
         if len(ids := ids[ids < int(config.vocab_size)]):

@@ -21,6 +21,7 @@ from raytrain_adv.export.convert import why_not_exact
 from raytrain_adv.export.folder import folder_gib
 from raytrain_adv.export.reference import write_reference
 from raytrain_adv.model.build import keeps_float32
+from raytrain_adv.model.packing import first_position
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.model.towers import model_class
 from raytrain_adv.ops.fake_quant.compressed_tensors import read_scheme
@@ -58,6 +59,7 @@ class Comparison:
 def compared_tokens(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """Return the first [1, tokens] of `input_ids` [tokens] that fit the model and MOST_TOKENS."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", MOST_TOKENS)
+    limit -= first_position(model)
     return input_ids[: min(limit, MOST_TOKENS)].long().unsqueeze(0)
 
 

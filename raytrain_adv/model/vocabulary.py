@@ -17,6 +17,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.files import refuse_pipes, require_reachable
 from raytrain_adv.text import listed, plural
+from raytrain_adv.transforms.modules import token_tables
 from raytrain_adv.transforms.vocabulary import Vocabulary
 
 MULTIPLE = 64  # rows of resized tables, as in LLaMA-Factory
@@ -136,6 +137,11 @@ def resize(model: PreTrainedModel, job: JobConfig) -> None:
     wanted = num_rows(job, rows)
     if wanted == rows:
         return
+    fix = "delete resize_vocab, add_tokens and add_special_tokens"
+    for name, held in untyped.named_buffers():
+        if held.shape[:1] == (rows,):  # DeepSeek-V4's experts of each token
+            found = f"{name} has a row for each of {rows} tokens, and none for new ones"
+            raise JobError(f"{type(model).__name__} cannot get new tokens", found, fix)
     try:
         model.resize_token_embeddings(wanted, mean_resizing=False)
         made = int(untyped.get_output_embeddings().weight.shape[0])
@@ -149,15 +155,13 @@ def resize(model: PreTrainedModel, job: JobConfig) -> None:
         raise JobError(
             f"transformers does not resize {type(model).__name__}",
             f"resize_vocab: true for {wanted} rows; {found}",
-            "delete resize_vocab, add_tokens and add_special_tokens",
+            fix,
         ) from cause
 
 
 def tables(plain: PreTrainedModel) -> set[str]:
-    """Return the names of the parameters of the input embedding and the head."""
-    untyped: Any = plain
-    modules = [untyped.get_input_embeddings(), untyped.get_output_embeddings()]
-    held = {id(p) for m in modules if m is not None for p in m.parameters(recurse=False)}
+    """Return the names of the parameters that have a row for each token."""
+    held = {id(p) for m in token_tables(plain) for p in m.parameters(recurse=False)}
     return {name for name, p in plain.named_parameters() if id(p) in held}
 
 

@@ -6,6 +6,7 @@ import fnmatch
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -193,6 +194,18 @@ def input_embedding(model: nn.Module) -> nn.Embedding | None:
     return found if isinstance(found, nn.Embedding) else None
 
 
+def token_tables(model: nn.Module) -> list[nn.Module]:
+    """Return the modules with a row for each token: the embedding, the head, and the table for the
+    layers that Gemma 3n and 4 have, which transformers resizes with them.
+    """
+    untyped: Any = model
+    found = [input_embedding(model), output_head(model)]
+    if hasattr(model, "get_per_layer_input_embeddings"):
+        with suppress(AttributeError):  # a size that has none
+            found.append(untyped.get_per_layer_input_embeddings())
+    return [table for table in found if table is not None]
+
+
 def _named_by(model: nn.Module, method: str) -> nn.Module | None:
     from transformers import PreTrainedModel
 
@@ -207,8 +220,10 @@ def _named_by(model: nn.Module, method: str) -> nn.Module | None:
 
 def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
     """Return the trained matrices other than embeddings and the head, which Muon updates."""
-    tables = [input_embedding(model), *output_heads(model)]
-    excluded = {id(m.weight) for m in tables if m is not None}
+    from torch import nn
+
+    tables = [*output_heads(model), *(m for m in model.modules() if isinstance(m, nn.Embedding))]
+    excluded = {id(m.weight) for m in tables}
     trained = (p for p in model.parameters() if p.requires_grad and p.ndim == 2)
     return [p for p in trained if id(p) not in excluded]
 

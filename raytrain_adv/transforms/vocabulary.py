@@ -22,6 +22,7 @@ from raytrain_adv.transforms.modules import (
     own_name,
     patterns,
     short,
+    token_tables,
 )
 from raytrain_adv.transforms.transform import Change, Context, Plan, Transform
 
@@ -124,6 +125,8 @@ class Vocabulary(Transform):
                     f"its modules are {', '.join(known)}",
                     f"did you mean {did_you_mean(target, known)}?",
                 )
+        if not targets:
+            tables = token_tables(model)
         if not targets or (is_tied(model) and any(t in chosen.values() for t in tables)):
             chosen |= {str(fqn_of(model, table)): table for table in tables}
         return chosen
@@ -132,10 +135,11 @@ class Vocabulary(Transform):
         """Refuse new rows that would be neither trained nor saved."""
         if not self.resize_vocab:
             return
-        tables = [t for t in (input_embedding(model), output_head(model)) if t is not None]
-        fqns = [str(fqn_of(model, table)) for table in tables]
+        fqns = [str(fqn_of(model, table)) for table in token_tables(model)]
         left = [fqn for fqn in fqns if f"{fqn}.weight" not in trained]
-        if left and not (is_tied(model) and len(left) < len(fqns)):
+        if is_tied(model) and not {*fqns[:2]} <= {*left}:  # one of them stands for both
+            left = [fqn for fqn in left if fqn not in fqns[:2]]
+        if left:
             key = "additional_target" if self.additional_target else "freeze_extra_modules"
             raise JobError(
                 "resize_vocab adds rows that would not be trained",
@@ -148,12 +152,11 @@ class Vocabulary(Transform):
         """Make the parameters of the planned modules float32 and trainable."""
         from torch import nn
 
-        exact: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay one
-        for fqn in plan.changes:
-            for owner in model.get_submodule(fqn).modules():
-                for name, held in list(owner.named_parameters(recurse=False)):
-                    if held not in exact:
-                        exact[held] = nn.Parameter(held.detach().float())
+        chosen = [p for fqn in plan.changes for p in model.get_submodule(fqn).parameters()]
+        exact = {held: nn.Parameter(held.detach().float()) for held in chosen}
+        for owner in model.modules():  # tied ones stay one: a head's bias has two owners in BERT
+            for name, held in list(owner.named_parameters(recurse=False)):
+                if held in exact:
                     setattr(owner, name, exact[held])
         if plan.changes:
             described: Any = model

@@ -19,6 +19,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.hardware import detect
 from raytrain_adv.model.build import build
 from raytrain_adv.transforms.applied import Transforms
+from tests.families import tiny_config, tiny_model
 from tests.multimodal_models import TOKENIZER
 from tests.tiny_models import write_checkpoint
 from tests.workers import losses, run_workers
@@ -98,6 +99,41 @@ def test_one_worker_without_a_gpu_saves_tied_tables_under_both_names(job, tmp_pa
     adapter = load_file(tmp_path / "one/model/adapter_model.safetensors")
     embedding, head = (adapter[f"base_model.model.{table}"] for table in TABLES)
     assert torch.equal(embedding, head)
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "bert"])
+def test_every_table_and_bias_with_a_row_for_each_token_is_trained_and_saved(kind, job, tmp_path):
+    """Gemma 4 has a table for its layers; BERT's head has a bias of two names."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    sizes = dict.fromkeys(["vocab_size", "vocab_size_per_layer_input"], len(tokenizer))
+    tiny_model(
+        kind, **{k: n for k, n in sizes.items() if hasattr(tiny_config(kind), k)}
+    ).save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    rounded = {"enable_qat": True, "qat_quantize_embedding": True, "qat_group_size": None}
+    jobs = [job(kind, "plain", finetuning_type="lora", save_strategy="steps", save_steps=4)]
+    if kind == "gemma4_text":
+        jobs += [job(kind, "rounded", finetuning_type="lora", **rounded)]
+    differences = [found["quantized_logit_difference"] for found in run_workers(1, *jobs)]
+    assert differences == [None, 0.0][: len(jobs)]
+    record = {"job": load(jobs[0]).flat()}
+    (tmp_path / "plain" / RUN_FILE).write_text(json.dumps(record))
+    export(str(tmp_path / "plain"), "", str(tmp_path / "merged"), [], merge=True)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged/model", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
+    base.resize_token_embeddings(ours.config.vocab_size, mean_resizing=False)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "plain/model")
+    ids = torch.arange(len(tokenizer) - 9, len(tokenizer) + 3)[None]
+    torch.testing.assert_close(logits(theirs, ids), logits(ours, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_another_row_for_each_token_is_refused(job, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tiny_model("deepseek_v4", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "deepseek_v4")
+    tokenizer.save_pretrained(tmp_path / "deepseek_v4")
+    with pytest.raises(JobError, match="cannot get new tokens") as refused:
+        build(load(job("deepseek_v4", "one")))
+    assert "tid2eid" in refused.value.found
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])

@@ -11,9 +11,11 @@ from raytrain_adv.cli import main
 from raytrain_adv.driver.commands.verify import run
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.export.reference import sample_tokens, write_reference
+from raytrain_adv.export.verify import compared_tokens
 from raytrain_adv.model.build import build
 from raytrain_adv.model.vocabulary import read_tokenizer
 from tests.conftest import tiny_keys
+from tests.families import tiny_model
 from tests.tiny_models import job_for, write_checkpoint
 
 TOKENS = torch.arange(40).unsqueeze(0)
@@ -62,3 +64,10 @@ def test_a_model_with_a_tokenizer_is_compared_on_text(tmp_path: Path) -> None:
     assert read_tokenizer(job).decode(tokens).startswith("Rivers begin as rain.")
     bare = job_for(write_checkpoint("llama", tmp_path / "bare"), tmp_path / "other")
     assert len(sample_tokens(build(bare), bare, 20)) == 20
+
+
+def test_compared_text_fits_positions_that_begin_behind_padding():
+    model = tiny_model("roberta")
+    tokens = compared_tokens(model, torch.arange(256))
+    assert tokens.shape == (1, 256 - 1 - model.config.pad_token_id)
+    model(input_ids=tokens)
