@@ -101,7 +101,7 @@ def job_file() -> str:
     ]
     for kind in section_types():
         name = kind.__name__.removesuffix("Config")
-        title = name if name != kind.__name__ else kind.feature
+        title = name if name != kind.__name__ else kind.feature or name
         parts.append(f"## {title}\n\n{_sentence(kind)}\n\n{_keys(field_schemas(kind))}")
     parts.append(
         "## Sweep\n\nKeys of the `sweep:` section, next to the keys that are swept "

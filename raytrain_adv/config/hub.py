@@ -23,7 +23,7 @@ class HubConfig(Section):
     """Upload the exported folders, each to a repository of its own, at the end of the run. The
     token is HF_TOKEN of the driver's environment; a failed upload is repeated, then reported."""
     hub_model_id: Annotated[str, Field(pattern=rf"^({NAME}/)?{NAME}$")] | None = None
-    """Repository of output_dir/model, as owner/name; none means the run's name, and without owner
+    """Repository of output_dir/model, as owner/name; null means the run's name, and without owner
     it is the token's. A converted model is uploaded to the same name with its folder's suffix."""
     hub_private_repo: bool = True
     """Create private repositories, and refuse a public one that is there; false makes new ones
@@ -31,7 +31,7 @@ class HubConfig(Section):
     hub_strategy: Literal["end"] = "end"
     """When to upload: at the end of the run."""
     hub_revision: Text | None = None
-    """Branch to upload to, created if it is not there; none means main."""
+    """Branch to upload to, created if it is not there; null means main."""
 
     @classmethod
     def why_not(cls, key: str, value: object) -> str:

@@ -27,7 +27,7 @@ class ModelConfig(Section):
     model_revision: Text = "main"
     """Branch, tag or commit of a Hub model."""
     cache_dir: PathText | None = None
-    """Folder for files downloaded from the Hub; none means the Hub client's own cache."""
+    """Folder for files downloaded from the Hub; null means the Hub client's own cache."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
     train_from_scratch: bool = False
@@ -62,7 +62,7 @@ class DataConfig(Section):
     dataset_dir: PathText = "data"
     """Folder of dataset_info.json and the files it names."""
     template: Template | None = None
-    """Chat template; none uses the tokenizer's own."""
+    """Chat template; null uses the tokenizer's own."""
     enable_thinking: bool | None = True
     """For templates of reasoning models: true trains empty thoughts of answers without any; false
     leaves thoughts out; null keeps them, and computes no loss on empty ones."""
@@ -88,7 +88,7 @@ class DataConfig(Section):
     until one dataset has no more, interleave_over until each was read once, repeating shorter ones,
     interleave_once until all were read."""
     interleave_probs: str | list[Annotated[float, Field(gt=0.0)]] | None = None
-    """Shares by which datasets are drawn, as 0.7,0.3; none takes a row of each in turn."""
+    """Shares by which datasets are drawn, as 0.7,0.3; null takes a row of each in turn."""
     max_samples: Count | None = None
     """Use at most this many rows of each dataset."""
     max_unusable_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
@@ -97,11 +97,11 @@ class DataConfig(Section):
     val_size: Annotated[float, Field(ge=0.0, le=LARGEST)] = 0.0
     """Rows held out for evaluation: a number of rows, or a share when below 1."""
     preprocessing_num_workers: Count | None = None
-    """Processes that tokenize; none means one per CPU core, up to 16."""
+    """Processes that tokenize; null means one per CPU core, up to 16."""
     overwrite_cache: bool = False
     """Tokenize again even if the cache has this dataset, tokenizer and template."""
     tokenized_path: PathText | None = None
-    """Folder for tokenized data; none means the user's cache folder."""
+    """Folder for tokenized data; null means the user's cache folder."""
     disable_shuffling: bool = False
     """Read rows in file order instead of a seeded random order."""
 
@@ -191,7 +191,7 @@ class ParallelConfig(Section):
     whole with a part of the heads. It divides ray_num_workers and the attention heads; a step has
     that much fewer sequences."""
     fsdp_shard_size: Count | None = None
-    """Workers that share one copy of the model; none means all, fewer than all is HSDP."""
+    """Workers that share one copy of the model; null means all, fewer than all is HSDP."""
     fsdp_reshard_after_forward: bool | None = None
     """Free each layer's gathered parameters after its forward, and gather them again in backward.
     false keeps them: less to move, more memory. Unset keeps them where the predicted peak then
@@ -270,7 +270,7 @@ class OutputConfig(Section):
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """When the held-out rows are evaluated; they are in any case at the end of the run."""
     eval_steps: Steps | None = None
-    """Steps between evaluations, or a share of all when below 1; none means logging_steps."""
+    """Steps between evaluations, or a share of all when below 1; null means logging_steps."""
     eval_on_start: bool = False
     """Evaluate the held-out rows before the first step too."""
     eval_on_each_dataset: bool = False
@@ -290,7 +290,7 @@ class OutputConfig(Section):
     report_to: Tracker | list[Tracker] = "none"
     """Trackers in addition to the report: tensorboard, wandb, mlflow; none, or a list."""
     run_name: Text | None = None
-    """Name of the run in trackers; none means the output folder's name."""
+    """Name of the run in trackers; null means the output folder's name."""
     plot_loss: bool = True
     """Draw the plots in report.html."""
     compare_with: PathText | None = None
@@ -336,21 +336,21 @@ class RayConfig(Section):
     """Workers (ranks); auto takes every GPU of the cluster, or two CPU workers if there is none;
     [2, 8] continues with fewer if workers are lost and grows again, with the batch of 8."""
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    """What each worker reserves, as {"GPU": 1, "CPU": 8}; none means one GPU if the cluster has
+    """What each worker reserves, as {"GPU": 1, "CPU": 8}; null means one GPU if the cluster has
     any, else one CPU."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How workers are placed on nodes."""
     ray_storage_path: PathText | None = None
-    """Folder that all nodes share, or URI (s3://, gs://), for checkpoints; none: output_dir."""
+    """Folder that all nodes share, or URI (s3://, gs://), for checkpoints; null: output_dir."""
     ray_run_name: Text | None = None
-    """Name of the run in Ray and in the storage path; none means the output folder's name."""
+    """Name of the run in Ray and in the storage path; null means the output folder's name."""
     ray_init_kwargs: dict[str, Any] | None = None
     """Arguments of ray.init, as {"address": "auto"}."""
     max_failures: Annotated[int, Field(ge=-1, le=LARGEST)] = 0
     """Times that lost workers are restarted from the last checkpoint; -1 means without limit."""
     step_timeout: Annotated[float, Field(ge=1.0, le=LARGEST)] | None = None
     """Seconds without an optimizer step after which all workers are terminated, those that hang are
-    named, and a failure is counted towards max_failures; none leaves this to ddp_timeout. The time
+    named, and a failure is counted toward max_failures; null leaves this to ddp_timeout. The time
     starts after the first step of each start, and excludes evaluation, saving and the work after
     the last step, in which only a worker whose process does not respond is terminated."""
     force: bool = False

@@ -71,7 +71,7 @@ class SweepOptions(Section):
     """How a sweep runs; its other keys are keys of the job, with lists of values."""
 
     metric: MetricName | None = None
-    """The metric that ranks finished trials; none means quantized_eval_loss if every trial
+    """The metric that ranks finished trials; null means quantized_eval_loss if every trial
     exports a converted model, else eval_loss."""
     scheduler: Literal["none", "asha"] = "none"
     """asha stops trials early that perform worse than the others; none runs each to its end."""
@@ -81,7 +81,7 @@ class SweepOptions(Section):
     """Trials at the same time, at most as many as fit the cluster; auto means that many."""
     grace_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """asha first judges a trial after this many steps, counted from the trial's
-    fake_quant_after_n_steps; none means a tenth of all steps."""
+    fake_quant_after_n_steps; null means a tenth of all steps."""
     reduction_factor: Annotated[int, Field(ge=2, le=100)] = 3
     """asha compares trials at grace_steps, and at each multiple by this factor; about one in this
     many continues."""

@@ -61,7 +61,7 @@ class TrainConfig(Section):
     freeze_trainable_layers: (
         Annotated[int, Field(json_schema_extra={"not": {"const": 0}})] | None
     ) = None
-    """Train this many layers only: the last ones, or of a negative number the first; none trains
+    """Train this many layers only: the last ones, or of a negative number the first; null trains
     all. finetuning_type: freeze means 2."""
     freeze_trainable_modules: Names = "all"
     """Modules of these layers that are trained, as self_attn,mlp."""
@@ -86,7 +86,7 @@ class TrainConfig(Section):
     distill_alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the divergence in the loss; the rest is the labels' cross-entropy."""
     distill_model_name_or_path: PathText | None = None
-    """Folder of the teacher, with the same tokens, such as the model of a finished bf16 run; none
+    """Folder of the teacher, with the same tokens, such as the model of a finished bf16 run; null
     means the model before training."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-5
     """Peak learning rate."""
@@ -140,7 +140,7 @@ class TrainConfig(Section):
     reports and counts it, and ends the run after ten in a row. Checking each step before its update
     waits for the GPU. The batch is kept in output_dir/bad_batches."""
     bad_loss_factor: Annotated[float, Field(gt=1.0)] | None = None
-    """A loss above this many times the median of the previous 20 steps is bad too; none means that
+    """A loss above this many times the median of the previous 20 steps is bad too; null means that
     only NaN and infinity are."""
     bf16: bool = False
     """Compute in bfloat16 with parameters and optimizer states in float32."""

@@ -1,4 +1,4 @@
-"""FP8 training: the three products of each linear in float8 through torchao, with bf16 weights."""
+"""FP8 training: the three products of each linear in float8, with bf16 weights."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ class Fp8(Transform):
     """Multiply stacked experts in FP8, with scales per row: auto where it was measured to be faster
     than bf16, which takes few and wide experts; true always; false never."""
     fp8_min_features: Annotated[int, Field(ge=0)] | None = None
-    """Linears with fewer input or output features stay in bf16; none is the size measured for the
-    recipe, 0 skips none for its size."""
+    """Linears with fewer input or output features stay in bf16; null takes the size measured for
+    the recipe, 0 skips no linear for its size."""
     fp8_allow_cpu: bool = False
     """Allow FP8 on a CPU, where it is exact but slow: to test a job."""
 

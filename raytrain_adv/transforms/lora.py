@@ -62,7 +62,7 @@ class Lora(Transform):
     lora_rank: Annotated[int, Field(ge=1, le=LARGEST)] = 8
     """Rank of the adapters."""
     lora_alpha: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
-    """Scale of the adapters' output, divided by the rank; none means twice the rank."""
+    """Scale of the adapters' output, divided by the rank; null means twice the rank."""
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the adapters' input."""
     lora_target: Names = "all"
@@ -73,7 +73,7 @@ class Lora(Transform):
     use_dora: bool = False
     """Learn each weight's magnitude apart from its direction."""
     loraplus_lr_ratio: Annotated[float, Field(gt=0.0)] | None = None
-    """LoRA+: the learning rate of the adapters' B matrices, over learning_rate; none means 1."""
+    """LoRA+: the learning rate of the adapters' B matrices, over learning_rate; null means 1."""
 
     pissa_init: bool = False
     """PiSSA: adapters start as the largest singular vectors of the weights, and the frozen base

@@ -48,7 +48,7 @@ class Vocabulary(Transform):
     """The same of special tokens, which decoding can leave out."""
     additional_target: Names | None = None
     """Modules that are trained in full next to adapters and saved with them (PEFT's
-    modules_to_save), comma separated or a list: names, or ends of names; none means the embedding
+    modules_to_save), comma separated or a list: names, or ends of names; null means the embedding
     and the head with resize_vocab."""
 
     @property
