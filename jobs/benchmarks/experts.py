@@ -65,10 +65,11 @@ QAT = {
     "qat_group_size": 32,
     "qat_quantize_embedding": False,
 }
+FP8 = {"fp8": True, "fp8_allow_cpu": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
-    "fp8": {"fp8": True},
-    "fp8, experts in bf16": {"fp8": True, "fp8_experts": False},
+    "fp8": FP8,
+    "fp8, experts in bf16": {**FP8, "fp8_experts": False},
     "qat int4": QAT,
     "lora": LORA,
     "qlora": {**LORA, "quantization_bit": 4},

@@ -54,7 +54,7 @@ KEPT_OPERATORS = ATTENTION | {
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_mm.default,
     torch.ops.aten._grouped_mm.default,
-    torch.ops.raytrain_adv.grouped_in_float8.default,
+    torch.ops.raytrain_adv.float8_grouped_mm.default,
 }
 FORWARDLESS = (nn.ModuleList, nn.ModuleDict)
 MOST_GRAPHS = 64

@@ -20,7 +20,7 @@ Cast = tuple[Tensor, Tensor]
 SCALED = "aten::_scaled_grouped_mm"
 
 
-@torch.library.custom_op("raytrain_adv::grouped_in_float8", mutates_args=())
+@torch.library.custom_op("raytrain_adv::float8_grouped_mm", mutates_args=())
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Return each group's rows times its matrix, [rows, k] x [group, k, n] -> [rows, n]; `ends`
     [group], int32, is where each one's rows end, the last one's at the last row.
@@ -29,7 +29,7 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return _multiply(left, right, left_scale.flatten(), right_scale.flatten(1), ends, x.dtype)
 
 
-@torch.library.custom_op("raytrain_adv::grouped_outer_in_float8", mutates_args=())
+@torch.library.custom_op("raytrain_adv::float8_grouped_outer_mm", mutates_args=())
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """Return per group left.t() @ right of its rows: [rows, a], [rows, b] -> [group, a, b]."""
     left8, left_scale, right8, right_scale = _by_group(left.contiguous(), right.contiguous(), ends)

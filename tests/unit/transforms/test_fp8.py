@@ -12,6 +12,7 @@ from raytrain_adv import hardware
 from raytrain_adv.data.batches.collate import collate, pad_to
 from raytrain_adv.data.batches.sequences import Sequence
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
+from raytrain_adv.estimate.counted import kept_by_layers
 from raytrain_adv.model.build import build
 from raytrain_adv.transforms import loss_kernel
 from raytrain_adv.transforms.applied import Transforms
@@ -462,3 +463,14 @@ def test_the_recipe_with_torchaos_casts_alone_needs_it(monkeypatch):
         plan = Plan("fp8", {"0": Change("a", "b")})
         Fp8(fp8=True, fp8_recipe=recipe).prepare(model, plan)
         assert len(seen) == (recipe == "rowwise_with_gw_hp")
+
+
+def test_compiled_layers_are_counted_to_keep_the_results_of_experts_in_fp8(tmp_path):
+    """An operator that the count did not know as costly seemed to be computed again."""
+    kept = []
+    for experts in (True, False):
+        job, model, _ = planned(tmp_path / str(experts), "mixtral", FEW, fp8_experts=experts)
+        Transforms(job).prepare(model, CPU)
+        kept += kept_by_layers(model, torch.bfloat16, False, 4096)[:1]
+    assert kept[0].compiled == pytest.approx(kept[1].compiled, rel=0.15)
+    assert kept[0].products == pytest.approx(kept[1].products, rel=0.05)
