@@ -247,7 +247,7 @@ class Lora(Transform):
                 return ROUTES
         if self.is_oft and not isinstance(module, nn.Linear):
             return "PEFT's OFT has no form for transposed linears"
-        return reason_against(fqn, model)
+        return reason_against(fqn, model, self.use_dora)
 
     def _reason_to_skip_experts(self, fqn: str, module: nn.Module) -> str:
         if not self._matrices(fqn, module):

@@ -77,10 +77,12 @@ def check_targets(
         )
 
 
-def reason_against(fqn: str, model: nn.Module) -> str:
+def reason_against(fqn: str, model: nn.Module, use_dora: bool = False) -> str:
     """Return why PEFT refuses an adapter on a linear, or why it would not be used, if so."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    from raytrain_adv.ops.experts.adapted import taken_for_experts
 
     name = short(fqn)
     config: Any = LoraConfig()
@@ -95,6 +97,8 @@ def reason_against(fqn: str, model: nn.Module) -> str:
         _check_lora_target_modules_mamba(config, untyped, name)
     except ValueError:
         return f"PEFT refuses {name} in models of type {untyped.config.model_type}"
+    if use_dora and taken_for_experts(fqn, model):
+        return "PEFT takes it for stacked experts, which it adapts without use_dora only"
     return lost_parts(model, [fqn], "lora_A.weight").get(fqn, "")
 
 
@@ -158,6 +162,8 @@ def check_continued(
     theirs = {name: config.get(name, False) for name in ours}
     wrong = {key: theirs[n] for n, (key, value) in ours.items() if theirs[n] != value}
     targets = patterns(config.get("target_modules") or [])
+    weights = patterns(config.get("target_parameters") or [])  # linears that PEFT names so
+    targets += [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
     if {fqn for fqn in adapted if any(names(target, fqn) for target in targets)} != adapted:
         wrong[target_key] = ",".join(sorted(targets))
     if (its_kind := str(config.get("peft_type", "lora")).lower()) != kind:

@@ -87,20 +87,23 @@ def inject(model: nn.Module, config: LoraConfig, stacks: list[str], adapter: str
     names = list(config.target_modules or [])
     config.target_parameters = sorted(stacks) or None
     given = copy.deepcopy(config)
-    taken = [name for name in names if _is_taken(name, config, model, conversion)]
+    taken = [name for name in names if taken_for_experts(name, model)]
     with patch.object(conversion, "convert_peft_config_for_transformers", lambda *_, **__: None):
         inject_adapter_in_model(config, model, adapter)
     given.target_modules = [name for name in names if name not in taken]
     weights = [f"{name}.weight" for name in taken]
     given.target_parameters = sorted([*weights, *_short(stacks, model)]) or None
+    if given.target_parameters:
+        given.lora_dropout = 0.0  # PEFT refuses another one beside names of weights
     described: Any = model
     described.peft_config[adapter] = given
 
 
-def _is_taken(name: str, config: LoraConfig, model: nn.Module, conversion: Any) -> bool:
-    """Whether PEFT would adapt stacked experts for this name of a module."""
-    alone = copy.deepcopy(config)
-    alone.target_modules, alone.target_parameters = [name], None
+def taken_for_experts(name: str, model: nn.Module) -> bool:
+    """Whether PEFT would adapt stacked experts for this name of a linear."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    alone: Any = LoraConfig(target_modules=[name])
     try:
         conversion.convert_peft_config_for_transformers(alone, model=model, conversions=None)
     except ValueError:  # it wants gate_proj and up_proj together

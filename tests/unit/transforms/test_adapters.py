@@ -16,11 +16,12 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.export.merge import merged_tensors
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.model import parallel
-from raytrain_adv.model.adapter import merge_adapters
+from raytrain_adv.model.adapter import load_adapter, merge_adapters
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize, saved_tensors
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
+from tests.families import tiny_model
 from tests.ranks import run_ranks
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -186,6 +187,22 @@ def test_all_but_the_last_of_several_adapters_are_merged(llama, tmp_path):
     export_model(model, job, tmp_path / "model")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model-base", dtype=torch.float32)
     torch.testing.assert_close(logits(again), logits(theirs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [{"lora_dropout": 0.1}, {"use_dora": True}, {}])
+def test_linears_that_peft_takes_for_stacked_experts_reload_and_are_continued(keys, tmp_path):
+    """PEFT names them by their weights, beside which it allows neither dropout nor DoRA."""
+    tiny_model("deepseek_v3").save_pretrained(tmp_path / "base")
+    job = job_of(tmp_path / "base", tmp_path, **keys)
+    model = prepared(job)
+    move(model)
+    export_model(model, job, tmp_path / "model")
+    peft = reloaded(tmp_path / "model")
+    torch.testing.assert_close(logits(peft), logits(model), rtol=0, atol=1e-5)
+    adapter = str(tmp_path / "model")
+    again = prepared(job_of(tmp_path / "base", tmp_path, adapter_name_or_path=adapter, **keys))
+    load_adapter(again, tmp_path / "model")
+    torch.testing.assert_close(logits(again), logits(peft), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
