@@ -64,7 +64,7 @@ class Failure(Record):
     130 stopped by Ctrl-C or SIGTERM.
     """
     rank: int | None = None
-    """The worker on which it happened; none means the driver."""
+    """The worker on which it happened; null means the driver."""
     trace: str = ""
     """Last lines of the traceback, unless the error is one of this package's."""
 
