@@ -18,6 +18,7 @@ from raytrain_adv.export.model_folder import save_tokenizer, write_model
 from raytrain_adv.export.verify import (
     TOLERANCE,
     compared_tokens,
+    judged,
     load_folder,
     trained_logits,
 )
@@ -122,8 +123,9 @@ def _compare(
     wanted = trained_logits(model, job, input_ids).float()
     attention = attention_of_parts(model)
     merged = load_folder(folder, job.model.trust_remote_code, attention).eval()
-    difference, largest = _apart(merged, input_ids, wanted), float(wanted.abs().max())
-    if not difference <= TOLERANCE * largest:
+    apart, largest = _apart(merged, input_ids, wanted), float(wanted.abs().max())
+    difference = float(apart.max())
+    if not judged(apart, model) <= TOLERANCE * largest:
         raise TrainingError(
             "the merged model does not compute what was trained",
             f"logits differ by {difference:.4g} from those of base and adapter, of which the "
@@ -132,13 +134,13 @@ def _compare(
         )
     other = None
     if packed_weights(model) and _exchange(model, job, merged):
-        other = _apart(merged, input_ids, wanted)
+        other = float(_apart(merged, input_ids, wanted).max())
     return Merged(folder_gib(folder), difference, largest, input_ids.numel(), other)
 
 
-def _apart(merged: Any, input_ids: torch.Tensor, wanted: torch.Tensor) -> float:
-    logits = merged(input_ids=input_ids, use_cache=False).logits
-    return float((logits.float() - wanted).abs().max())
+def _apart(merged: Any, input_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = merged(input_ids=input_ids, use_cache=False).logits
+    return (logits.float() - wanted).abs()
 
 
 @torch.no_grad()
