@@ -87,9 +87,9 @@ class Fp8(Transform):
     patterns (model.layers.0.*)."""
     fp8_lm_head: bool = False
     """Make the gradients of the head in FP8 too; its logits and the loss stay in bf16."""
-    fp8_experts: Literal["auto"] | bool = "auto"
-    """Multiply stacked experts in FP8, with scales per row: auto where it was measured to be faster
-    than bf16, which takes few and wide experts; true always; false never."""
+    fp8_experts: Literal["auto"] | bool = False
+    """Multiply stacked experts in FP8, with scales per row: auto where their products were measured
+    to be faster than in bf16, which takes few and wide experts; true always; false never."""
     fp8_min_features: Annotated[int, Field(ge=0)] | None = None
     """Linears with fewer input or output features stay in bf16; null takes the size measured for
     the recipe, 0 skips no linear for its size."""
@@ -192,10 +192,10 @@ class Fp8(Transform):
         """Return why stacked experts stay in bf16. Raises JobError if fp8_experts: true cannot be
         met.
         """
-        from raytrain_adv.ops.float8.experts import why_not, why_slower
+        from raytrain_adv.ops.float8.experts import in_words, why_not, why_slower
 
         if self.fp8_experts is False:
-            return "experts, whose grouped products stay in bf16 (fp8_experts: false)"
+            return f"experts, which stay in bf16 (fp8_experts: false): {in_words(experts, rows)}"
         others = (t for t in context.job.transforms if isinstance(t, Transform) and t.enabled)
         rounding = next((t for t in others if t.converts), None)
         reason = why_not(experts)
