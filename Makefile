@@ -12,7 +12,7 @@ help:
 	@echo 'make test         run the unit and integration tests'
 	@echo 'make test-unit    run the unit tests: minutes, no Ray'
 	@echo 'make test-all     run the slow tests too: killed processes, hosts cut off, long compilations'
-	@echo 'make test-gpu     run the tests that need a GPU'
+	@echo 'make test-gpu     run the tests that need a GPU, in GPU_JOBS=12 processes'
 	@echo 'make test-fuzz    read thousands of mutated files (ONLY=data: one kind)'
 	@echo 'make test-chaos   kill processes of N=10 random runs (SEED=1) and compare them bit for bit'
 	@echo 'make test-soak    do HOURS=24 of a run in fast steps: memory, files, threads, ports stay flat'
@@ -45,8 +45,9 @@ test-all: test
 test-unit: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' tests/unit
 
+GPU_JOBS ?= 12
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest tests/gpu
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(GPU_JOBS) --dist loadgroup tests/gpu
 
 test-fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz $(ONLY)

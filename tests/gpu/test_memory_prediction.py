@@ -31,6 +31,7 @@ from raytrain_adv.worker.optim import build_optimizer
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.xdist_group("large"),  # models that fill a GPU are tried one after another
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs one GPU"),
 ]
 

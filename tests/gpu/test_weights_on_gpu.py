@@ -20,6 +20,11 @@ from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.transform import Plan
 from tests.tiny_models import job_for, write_checkpoint
 
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.xdist_group("large"),  # models that fill a GPU are tried one after another
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 GPU = torch.device("cuda", 0)
 GIB = 2**30
 LLAMA_8B = {
