@@ -14,6 +14,7 @@ from raytrain_adv.estimate.sizes import head_of
 from raytrain_adv.model.build import decoder_layers
 from raytrain_adv.model.offload import num_offloaded
 from raytrain_adv.model.parallel import checkpointing_mode, compute_dtype
+from raytrain_adv.ops.bitsandbytes.experts import PackedStack
 from raytrain_adv.ops.bitsandbytes.linear import packed_linears
 from raytrain_adv.ops.float8.experts import Float8Experts
 from raytrain_adv.ops.float8.head_loss import Float8Head, workspace
@@ -77,9 +78,11 @@ class Passes:
         if kind != "eager" and keeps and not tiles.mlps:
             copies = COPIES_COMPILED if compiled else COPIES
             backward = max(backward, copies * max(x.largest for x in keeps))
-        # Packed linears are unpacked one at a time, where a layer's other gradients are few.
-        unpacked = [m.temporary_bytes / (batch * on_worker) for _, m in packed_linears(model)]
-        backward = max(backward, *unpacked, 0.0)
+        # Packed ones are unpacked one at a time, stacks where a layer's other gradients are few.
+        packed = [(m.temporary_bytes / (batch * on_worker), m) for _, m in packed_linears(model)]
+        stacks = [unpacked for unpacked, m in packed if isinstance(m, PackedStack)]
+        linears = [unpacked for unpacked, m in packed if not isinstance(m, PackedStack)]
+        backward = max(backward + max(linears, default=0.0), *stacks, 0.0)
         cast = (m.temporary_bytes for m in model.modules() if isinstance(m, Float8Experts))
         backward += max(cast, default=0) / (batch * on_worker)
         evaluates = bool(job.data.val_size or job.data.eval_dataset)
