@@ -188,7 +188,7 @@ def launch(arguments: tuple[str, ...], plan: bool, **options: Any) -> None:
     --workers, --verbose and --assume need --plan.
 
     Exit codes: 0 done, 2 the job file or what it names, 3 training failed, 4 the cluster refused,
-    130 stopped by Ctrl-C or SIGTERM.
+    6 done but not uploaded, 130 stopped by Ctrl-C or SIGTERM.
     """
     given = [f"--{name}" for name, value in options.items() if value]
     if given and not plan:
@@ -291,7 +291,7 @@ def doctor(run: Path | None, fix: bool) -> int:
 
 
 @app.command(context_settings=JOB)
-@job_options
+@click.argument("arguments", nargs=-1, metavar="[job.yaml [key=value]...]", type=click.UNPROCESSED)
 def preflight(arguments: tuple[str, ...]) -> None:
     """Check the cluster's nodes, for a job or for any."""
     job = _load(arguments) if arguments else None

@@ -112,7 +112,7 @@ class TrainConfig(Section):
     ] = "linear"
     """Shape of the learning rate over the run, as transformers computes it; the last two follow the
     held-out loss at each evaluation."""
-    lr_scheduler_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    lr_scheduler_kwargs: dict[str, bool | int | float | str] = Field(default={})
     """Arguments of the schedule, as {min_lr_rate: 0.1} of cosine_with_min_lr or {num_decay_steps:
     100, min_lr_ratio: 0.1} of warmup_stable_decay."""
     warmup_ratio: Share | None = None

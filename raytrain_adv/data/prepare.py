@@ -21,6 +21,7 @@ from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.vocabulary import num_rows
+from raytrain_adv.text import plural
 
 _SPLIT = 0x73706C6974
 """Sets the held-out rows' random numbers apart from those of the epochs."""
@@ -245,8 +246,9 @@ def _sentences(stats: dict[str, Any]) -> list[str]:
         share = numbers.get("packing_efficiency")
         packed = "" if share is None else f", packed {share:.0%} full"
         lines.append(
-            f"Data for {name}: {numbers['rows']:,} conversations in {numbers['sequences']:,} "
-            f"sequences, {numbers['tokens']:,} tokens, loss on {numbers['label_tokens']:,}{packed}"
+            f"Data for {name}: {plural(numbers['rows'], 'conversation')} in "
+            f"{plural(numbers['sequences'], 'sequence')}, {numbers['tokens']:,} tokens, "
+            f"loss on {numbers['label_tokens']:,}{packed}"
         )
     for rows in (stats["rows"], stats["eval_rows"]):
         if rows and rows["with_control_tokens"]:
@@ -254,11 +256,11 @@ def _sentences(stats: dict[str, Any]) -> list[str]:
             if not stats["split_special_tokens"]:
                 how = "read as such; split_special_tokens: true reads them as letters"
             number = rows["with_control_tokens"]
-            lines.append(f"{number:,} rows have control tokens in their messages, {how}")
+            lines.append(f"{plural(number, 'row')} with control tokens in messages, {how}")
         lines += rows.get("guessed", ()) if rows else ()
         if rows and rows["unusable"]:
             lines.append(_unusable_sentence(rows))
         if rows and rows["truncated"]:
-            limit = f"cutoff_len ({stats['cutoff_len']})"
-            lines.append(f"{rows['truncated']:,} rows were longer than {limit} and were cut")
+            number = plural(rows["truncated"], "row")
+            lines.append(f"{number} cut at cutoff_len ({stats['cutoff_len']})")
     return lines

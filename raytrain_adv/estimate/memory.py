@@ -26,14 +26,14 @@ from raytrain_adv.model.parallel import (
 )
 from raytrain_adv.ops.bitsandbytes.linear import num_weights, packed_linears
 from raytrain_adv.ops.loss.function import CHUNK_TOKENS
-from raytrain_adv.text import GIB
+from raytrain_adv.text import GIB, listed
 from raytrain_adv.transforms.tiled_mlp import TiledMlp
 
 GATHERED_AHEAD = 2  # layers that are whole at a time: the computing and the prefetched one
 COPY_BUFFERS = 3  # of the largest unit, where copies replace NCCL: two gathered, one reduced
 GPUS_OF_A_HOST = 8  # at most, for the prediction
-WORKSPACE_BYTES = 96 * 2**20  # cuBLAS and attention workspaces, rotary tables, token ids
-PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "gathered")
+WORKSPACE_BYTES = 96 * 2**20
+PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "gathered", "workspace")
 ROOM = 0.15  # share of a GPU's memory that stays free where layers are kept without a key
 RESERVE = 0.06  # share of a GPU's memory to leave free: CUDA context, NCCL buffers, fragmentation
 
@@ -54,7 +54,7 @@ class Phase:
     @property
     def total(self) -> float:
         """The sum, in GiB."""
-        return float(sum(getattr(self, part) for part in (*PARTS, "workspace")))
+        return float(sum(getattr(self, part) for part in PARTS))
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class MemoryPrediction:
     activations: float  # kept for backward, and temporaries of a layer's backward pass
     logits: float  # logits, their gradient, and the loss's own copies
     gathered: float  # whole parameters and gradients of the layers FSDP2 is working on
+    workspace: float  # cuBLAS and attention workspaces, rotary tables, token ids
     total: float  # the largest moment: less than the sum of the parts
     peak: str  # name of that moment
     phases: tuple[Phase, ...]  # the moments of a step, in order
@@ -352,10 +353,11 @@ def _explanations(
         buffers = COPY_BUFFERS * states.largest_unit
         gathered += f", and {buffers:.1f} GiB of buffers that the host's other GPUs read"
     return {
-        "parameters": f"{num_weights(model):,} in {' and '.join(dtypes(model))}{again}{over}",
+        "parameters": f"{num_weights(model):,} in {listed(dtypes(model))}{again}{over}",
         "gradients": f"of {trained:,} trained parameters{over}",
         "optimizer": f"{count} {optimizer}{over}",
         "activations": f"{tokens:,} tokens, {how}; {kept}",
         "logits": logits,
         "gathered": gathered if states.is_sharded else alone,
+        "workspace": "of cuBLAS and attention, rotary tables, token ids",
     }

@@ -46,6 +46,8 @@ class Merged:
     """The trained model's largest logit."""
     num_tokens: int
     """Tokens that were compared."""
+    same_choice: float
+    """Share of them after which the likeliest token is the same."""
     plain_difference: float | None
     """The difference with the weights from before packing; none if the base is not packed."""
 
@@ -123,7 +125,8 @@ def _compare(
     wanted = trained_logits(model, job, input_ids).float()
     attention = attention_of_parts(model)
     merged = load_folder(folder, job.model.trust_remote_code, attention).eval()
-    apart, largest = _apart(merged, input_ids, wanted), float(wanted.abs().max())
+    found = _logits(merged, input_ids)
+    apart, largest = (found - wanted).abs(), float(wanted.abs().max())
     difference = float(apart.max())
     if not judged(apart, model) <= TOLERANCE * largest:
         raise TrainingError(
@@ -134,13 +137,14 @@ def _compare(
         )
     other = None
     if packed_weights(model) and _exchange(model, job, merged):
-        other = float(_apart(merged, input_ids, wanted).max())
-    return Merged(folder_gib(folder), difference, largest, input_ids.numel(), other)
+        other = float((_logits(merged, input_ids) - wanted).abs().max())
+    same = float((found.argmax(-1) == wanted.argmax(-1)).float().mean())
+    return Merged(folder_gib(folder), difference, largest, input_ids.numel(), same, other)
 
 
-def _apart(merged: Any, input_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def _logits(merged: Any, input_ids: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = merged(input_ids=input_ids, use_cache=False).logits
-    return (logits.float() - wanted).abs()
+    return logits.float()
 
 
 @torch.no_grad()

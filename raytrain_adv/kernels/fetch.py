@@ -16,7 +16,7 @@ from raytrain_adv.kernels.lock import Locked, Use
 from raytrain_adv.kernels.source import Wanted
 from raytrain_adv.kernels.variants import Target
 from raytrain_adv.storage.atomic import atomic_folder
-from raytrain_adv.text import first_line
+from raytrain_adv.text import first_line, plural
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -103,7 +103,8 @@ def fetch(
         relative = _copy(build, file)
         kernels.append(build.locked.model_copy(update={"folder": relative, "use": use}))
         if kernels[-1] not in before:
-            say(f"kernel {build.name}: {len(build.locked.files)} files of {build.locked.variant}")
+            files = plural(len(build.locked.files), "file")
+            say(f"kernel {build.name}: {files} of {build.locked.variant}")
     kernels.sort(key=lambda one: one.use, reverse=True)
     if tuple(kernels) != before:
         locks.write(kernels, file)

@@ -138,7 +138,8 @@ def _shown(value: Any) -> str:
 
 def _tags(folder: Path, job: JobConfig) -> list[str]:
     tags = ["raytrain-adv", "fine-tuned" if job.train.stage == "sft" else "pretrained"]
-    tags += [one.name for one in job.transforms if one.enabled and one.feature]  # type: ignore[attr-defined]  # transforms are named
+    features: list[Any] = [one for one in job.transforms if one.enabled and one.feature]
+    tags += [one.name for one in features if one.stage != "loss"]  # which is on by default
     form = _config(folder)
     tags += [one for one in stored_as(form) if one]
     tags += ["gguf"] if (folder / "model.gguf").is_file() else []
@@ -176,21 +177,19 @@ def _loading(folder: Path, job: JobConfig, base: str) -> str:
     packages += [method] if method else []
     packages += ["peft"] if (folder / "adapter_config.json").is_file() else []
     code = ", trust_remote_code=True" if job.model.trust_remote_code else ""
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    model = f'model = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto"{code})\n'
+    if _is_adapter(folder):
+        imports = f"from peft import PeftModel\n{imports}"
+        model = (
+            f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto"{code})\n'
+            f'model = PeftModel.from_pretrained(base, "{here}")\n'
+        )
     text = (
         f"`{here}` is this folder, or its name on the Hub. `pip install {' '.join(packages)}`\n\n"
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"```python\n{imports}"
         f'tokenizer = AutoTokenizer.from_pretrained("{here}"{code})\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto"{code})\n'
-    )
-    if _is_adapter(folder):
-        text = text.replace(
-            f'model = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto"{code})\n',
-            "from peft import PeftModel\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto"{code})\n'
-            f'model = PeftModel.from_pretrained(base, "{here}")\n',
-        )
-    text += (
+        f"{model}"
         'messages = [{"role": "user", "content": "Hello"}]\n'
         "inputs = tokenizer.apply_chat_template(\n"
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
@@ -238,11 +237,13 @@ def _license(job: JobConfig) -> str | None:
 
 
 def _keys(job: JobConfig) -> dict[str, Any]:
-    """Return the keys that were given, without those of machines, paths as names."""
-    kept = {
-        key: value for key, value in redact(job.given()).items() if not key.startswith(OF_MACHINES)
+    """Return keys that differ from their defaults, without those of machines, paths as names."""
+    changed = {key for one in job.sections() for key in one.model_fields_set if one.is_changed(key)}
+    return {
+        key: _without_folders(value)
+        for key, value in redact(job.given()).items()
+        if key in changed and not key.startswith(OF_MACHINES)
     }
-    return {key: _without_folders(value) for key, value in kept.items()}
 
 
 def _without_folders(value: Any) -> Any:

@@ -23,7 +23,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.redaction import redact
 from raytrain_adv.storage.metrics_file import plain_row
 from raytrain_adv.storage.storage import Storage
-from raytrain_adv.text import ascii_name
+from raytrain_adv.text import ascii_name, plural
 
 FOLDER = "trackers"  # folder in output_dir for what trackers write
 STATE_FILE = "runs.json"
@@ -217,7 +217,9 @@ class Trackers:
             self._events.put(("tracker_lost_rows", message))
         for name, num_lost in self._lost.items():
             if num_lost:
-                message = f"{name} lacks {num_lost} rows of this run; metrics.jsonl has them."
+                message = (
+                    f"{name} lacks {plural(num_lost, 'row')} of this run; metrics.jsonl has them."
+                )
                 self._events.put(("tracker_lost_rows", message))
         self._emit_events()
         self._trackers = ()

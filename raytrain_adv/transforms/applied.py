@@ -14,7 +14,7 @@ from raytrain_adv.config import JobConfig
 from raytrain_adv.config.problems import show
 from raytrain_adv.config.rules import switch
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
-from raytrain_adv.text import listed
+from raytrain_adv.text import listed, plural
 from raytrain_adv.transforms.coverage import coverage
 from raytrain_adv.transforms.modules import own_forward
 from raytrain_adv.transforms.transform import (
@@ -265,7 +265,9 @@ def _refuse_empty(transform: Transform, plan: Plan) -> None:
     reasons = Counter(plan.skipped.values())
     raise JobError(
         f"{transform.name} is enabled but would not change any module",
-        "\n".join(f"{count} modules: {reason}" for reason, count in reasons.most_common(4))
+        "\n".join(
+            f"{plural(count, 'module')}: {reason}" for reason, count in reasons.most_common(4)
+        )
         or "no module of the model is of a kind it changes",
         f"turn it off, or change its keys: {', '.join(type(transform).model_fields)}",
     )

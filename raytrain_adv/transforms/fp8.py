@@ -133,10 +133,10 @@ class Fp8(Transform):
     def check(self, facts: HardwareFacts) -> None:
         """Refuse machines and software without FP8."""
         torch_version = facts.versions.get("torch")
-        if torch_version is None or numbers(torch_version) < (2, 7):
+        if torch_version is None or numbers(torch_version) < (2, 11):
             found = f"node {facts.node_ip}, torch {torch_version or 'is not installed'}"
             fix = "install torch>=2.11 on that node, or set fp8: false"
-            raise ClusterError("FP8 requires PyTorch 2.7+", found, fix)
+            raise ClusterError("FP8 requires PyTorch 2.11+", found, fix)
         require_package(facts, "FP8", "torchao", "set fp8: false", "torchao>=0.18,<0.19")
         require_hopper(facts, ("fp8_allow_cpu", self.fp8_allow_cpu), "set fp8: false")
 

@@ -17,6 +17,7 @@ from raytrain_adv.kernels.fetch import Build, NoBuild, Place
 from raytrain_adv.kernels.source import KernelEntry, Text, Wanted
 from raytrain_adv.kernels.variants import Target, is_build, numbers
 from raytrain_adv.kernels.variants import choose as choose_build
+from raytrain_adv.text import plural
 from raytrain_adv.transforms.modules import class_name
 from raytrain_adv.transforms.transform import Change, Context, Plan, Transform, Worker
 
@@ -209,7 +210,7 @@ def no_default(job: JobConfig, facts: HardwareFacts) -> str:
 def _origin(build: Build) -> str:
     locked = build.locked
     pinned = f"commit {locked.commit}" if locked.commit else f"sha256 {locked.digest[:12]}"
-    of = f"build {locked.variant}, {len(locked.files)} files"
+    of = f"build {locked.variant}, {plural(len(locked.files), 'file')}"
     return f"{build.wanted.asked}: {pinned}, {of}; {locked.trust}"
 
 

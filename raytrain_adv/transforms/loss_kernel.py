@@ -221,7 +221,7 @@ def own_loss(head: nn.Module | None) -> str:
 
 def _with_loss(head: nn.Module, kernel: str, is_plain: bool) -> str:
     how = "" if is_plain else ", called chunk by chunk"
-    return f"{class_name(head)} with the loss of {kernel}{how}"
+    return f"{class_name(head)} with the {kernel} loss{how}"
 
 
 def _besides(model: nn.Module, body: nn.Module | None, head: nn.Module) -> str:

@@ -18,6 +18,7 @@ from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.function import chunked_cross_entropy_sum
 from raytrain_adv.ops.loss.routers import router_loss
 from raytrain_adv.storage.storage import Storage
+from raytrain_adv.text import plural
 
 if TYPE_CHECKING:
     from raytrain_adv.worker.loop import TrainState
@@ -217,7 +218,9 @@ def restore_best(state: TrainState) -> None:
     best, value = _best(state)
     last = max(map(int, state.evaluations))
     run, name = state.run, state.job.output.metric_for_best_model.removeprefix("eval_")
-    sentence = f"the model of step {best} is the best of {len(state.evaluations)} evaluations"
+    sentence = (
+        f"the model of step {best} is the best of {plural(len(state.evaluations), 'evaluation')}"
+    )
     run.say(f"{sentence} ({name} {value:.4f})", event="best", step=best, metric=name, value=value)
     if best == last:
         return

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,8 @@ def sized(
     gib = run.agree(int(facts.device_memory_gib), dist.ReduceOp.MIN)
     on_gpu = facts.device_type == "cuda"
     decided = memory.settled(model, job, *passes, gib if on_gpu else None)
-    predicted = memory.predict(model, decided, *passes)
+    on_cpu = decided.parallel.model_copy(update={"use_cpu": not on_gpu})
+    predicted = memory.predict(model, replace(decided, parallel=on_cpu), *passes)
     if decided is not job:
         text = "layers stay gathered from forward to backward (fsdp_reshard_after_forward: false)"
         run.say(f"{text}: predicted peak {predicted.total:.1f} of {gib} GiB", event="memory")

@@ -129,6 +129,7 @@ def test_a_base_in_float8_trains_as_fp8_does_and_resumes_and_merges(
     said = capsys.readouterr().out
     assert "float8_e4m3fn with a scale per matrix" in said
     assert "merged into the weights as they were before, they would differ by" in said
+    assert "the likeliest token is the same at 100.0 % of them" in said
     merged = load_file(out / "model" / "model.safetensors")
     adapter = load_file(tmp_path / "held" / "model" / "adapter_model.safetensors")
     name = "model.layers.1.mlp.up_proj"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from raytrain_adv import cli, launch
+from raytrain_adv import cli, errors, launch
 from raytrain_adv.cli import job_arguments
 from raytrain_adv.driver.plan import plan
 
@@ -109,6 +110,23 @@ def test_the_help_of_each_command_lists_what_it_takes(capsys: pytest.CaptureFixt
         text = capsys.readouterr().out
         assert ("--plan " in text) == (command == "launch")
         assert "--workers N" in text and "--verbose" in text and "job.yaml [key=value]" in text
+
+
+def test_the_help_of_launch_names_every_exit_code_of_a_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cli.main(["launch", "--help"])
+    listed = capsys.readouterr().out.partition("Exit codes:")[2]
+    every = {code for name, code in vars(errors).items() if name.startswith("EXIT_")}
+    for code in every - {errors.EXIT_NOT_MENDED}:  # doctor's
+        assert re.search(rf"\b{code}\s", listed), code
+
+
+def test_the_usage_of_preflight_shows_that_the_job_file_is_optional(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cli.main(["preflight", "--help"])
+    assert "[job.yaml [key=value]...]" in capsys.readouterr().out
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:

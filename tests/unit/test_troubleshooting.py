@@ -44,7 +44,7 @@ ROWS = dict(
 )
 """Message -> what helps, as docs/troubleshooting.md has them."""
 NODES: dict[str, tuple[Reading, dict[str, Any]]] = {
-    "FP8 requires PyTorch 2.7+": (node_with(H100, torch="2.6.0"), FP8),
+    "FP8 requires PyTorch 2.11+": (node_with(H100, torch="2.6.0"), FP8),
     "FP8 requires Hopper architecture": (node_with(A100), FP8),
     "torchao not available": (without("torchao", node_with(H100)), FP8),
     "kernels package not available": (without("kernels", node_with(H100)), KERNELS),
@@ -90,7 +90,7 @@ def test_qat_without_torchao_is_refused_too(make_job: Callable[..., Any]) -> Non
     [
         ("FP8 requires Hopper architecture", {}),
         ("FP8 requires Hopper architecture", {"compute_capability": (8, 9)}),
-        ("FP8 requires PyTorch 2.7+", {"torch": "2.6.0+cu124"}),
+        ("FP8 requires PyTorch 2.11+", {"torch": "2.6.0+cu124"}),
     ],
 )
 def test_a_worker_reports_it_of_itself(

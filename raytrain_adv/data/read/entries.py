@@ -11,7 +11,7 @@ from raytrain_adv import hub
 from raytrain_adv.config.sections import DataConfig
 from raytrain_adv.data.read import v1
 from raytrain_adv.errors import JobError
-from raytrain_adv.text import nearest, parse_json
+from raytrain_adv.text import nearest, parse_json, plural
 
 REMOTE = "REMOTE:"
 """Beginning of a dataset_dir that is a dataset on the Hub."""
@@ -135,7 +135,9 @@ def _not_found(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -> 
         or nearest(name, files)
     )
     path = dataset_dir / INFO_FILE
-    known = f"{path} has {len(info)} entries" if path.is_file() else f"there is no {path}"
+    known = (
+        f"{path} names {plural(len(info), 'dataset')}" if path.is_file() else f"there is no {path}"
+    )
     other = "correct the name; a Hub dataset is written owner/name"
     fix = f"did you mean {near}?" if near else other
     found = f"{key}: {name}; no such file, and {known}"

@@ -13,7 +13,7 @@ from raytrain_adv import hub
 from raytrain_adv.data.read import v1
 from raytrain_adv.data.read.entries import FILE_TYPES, INFO_FILE, Entry
 from raytrain_adv.errors import JobError
-from raytrain_adv.text import nearest
+from raytrain_adv.text import nearest, plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def _check_file(file: Path) -> None:
         near = nearest(file.name, siblings)
         other = "correct the name, or put the file there"
         fix = f"did you mean {file.parent / near}?" if near else other
-        found = f"{len(siblings)} files in {file.parent}"
+        found = f"{plural(len(siblings), 'file')} in {file.parent}"
         raise JobError(f"The dataset file {file} does not exist", found, fix)
     if entries := v1.entries_in(file):
         raise v1.unread(str(file), entries, INFO_FILE)

@@ -27,6 +27,7 @@ from raytrain_adv.data.tokens.templates import find_template
 from raytrain_adv.data.tokens.tokenize import Chunk, Recipe, Tokenizer, reasons
 from raytrain_adv.data.tokens.tokenizer import tokenizer_fingerprint
 from raytrain_adv.errors import JobError
+from raytrain_adv.text import plural
 
 CHUNK = 1000
 """Rows that are tokenized at a time."""
@@ -233,11 +234,11 @@ class RowProgress:
     def update(self, num_rows: int, share: float) -> None:
         """Show that `num_rows` rows, `share` of the dataset (0 to 1), are done."""
         if self.bar is not None:
-            text = f"Tokenizing {self.name} ({num_rows:,} rows)"
+            text = f"Tokenizing {self.name} ({plural(num_rows, 'row')})"
             self.bar.update(self.bar.task_ids[0], completed=share, description=text)
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            self.say(f"Tokenizing {self.name}: {num_rows:,} rows, {share:.0%}")
+            self.say(f"Tokenizing {self.name}: {plural(num_rows, 'row')}, {share:.0%}")
 
 
 T = TypeVar("T")

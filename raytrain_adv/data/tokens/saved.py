@@ -14,6 +14,7 @@ from raytrain_adv.data.tokens import cache
 from raytrain_adv.data.tokens.tokenize import Chunk, reasons
 from raytrain_adv.errors import JobError
 from raytrain_adv.ops.loss import IGNORE
+from raytrain_adv.text import plural
 
 STATE, PARTS = "state.json", "dataset_dict.json"
 """Files of a saved dataset, and of several in one folder, by `datasets`."""
@@ -66,7 +67,7 @@ class Saved:
     def _why_not(self, ids: NDArray[Any], labels: NDArray[Any]) -> str:
         trained = labels != IGNORE
         if len(ids) > self.cutoff_len:
-            return f"it has {len(ids)} tokens, and cutoff_len is {self.cutoff_len}"
+            return f"it has {plural(len(ids), 'token')}, and cutoff_len is {self.cutoff_len}"
         if len(labels) != len(ids) or (labels[trained] != ids[trained]).any():
             return "its labels are not its tokens"
         return "" if trained.any() else "it has no label"

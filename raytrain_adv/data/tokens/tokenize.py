@@ -22,6 +22,7 @@ from raytrain_adv.data.tokens.own_template import OwnTemplate
 from raytrain_adv.data.tokens.page import Page, Piece, in_pieces, with_system
 from raytrain_adv.data.tokens.templates import find_template
 from raytrain_adv.errors import JobError
+from raytrain_adv.text import plural
 
 RawRow = tuple[str, Any]
 """Where a row stands, and its columns."""
@@ -229,7 +230,7 @@ class Tokenizer:
             trained = trained & (np.arange(len(trained)) >= answer_start)
         if not trained[1:].any():
             reason = f"within cutoff_len ({cutoff}) there is no room for an answer"
-            raise UnusableRow(f"{reason}: the row has {num_before} tokens")
+            raise UnusableRow(f"{reason}: the row has {plural(num_before, 'token')}")
         return TokenRow(where, tokens.ids, trained, answer_start, num_before)
 
 

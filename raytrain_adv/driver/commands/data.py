@@ -70,14 +70,13 @@ def _print_set(
     lengths = ", ".join(f"{name} {value:,.0f}" for name, value in numbers["lengths"].items())
     trained = numbers["label_tokens"] / numbers["tokens"]
     lines = [
-        f"{numbers['rows']:,} conversations in {text.plural(numbers['sequences'], 'sequence')}",
+        f"{text.plural(numbers['rows'], 'conversation')} in "
+        f"{text.plural(numbers['sequences'], 'sequence')}",
         f"{numbers['tokens']:,} tokens, loss on {numbers['label_tokens']:,} ({trained:.0%})",
         f"tokens per conversation: {lengths}",
     ]
     if rows.get("truncated"):
-        lines.append(
-            f"{rows['truncated']:,} rows are longer than cutoff_len ({cutoff}), and are cut"
-        )
+        lines.append(f"{text.plural(rows['truncated'], 'row')} cut at cutoff_len ({cutoff})")
         lines += [f"  {c['where']}: {c['tokens']:,}" for c in rows["cut_examples"][:NUM_NAMED]]
     if rows.get("unusable"):
         lines.append(f"{rows['unusable']:,} of {rows['read']:,} rows are left out")

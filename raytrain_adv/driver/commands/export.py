@@ -40,7 +40,7 @@ from raytrain_adv.report import record
 from raytrain_adv.report.card import write_card
 from raytrain_adv.report.record import RunReport
 from raytrain_adv.storage.storage import Storage
-from raytrain_adv.text import GIB, disk, listed
+from raytrain_adv.text import GIB, disk, listed, percent
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.qat import Qat
@@ -245,7 +245,8 @@ def _merge_run(
     lines.append(
         f"logits differ by {most} from those of base and adapter, whose largest is {largest}"
     )
-    lines.append(f"({merged.num_tokens} tokens; sums are rounded to the written dtype)")
+    lines.append(f"({merged.num_tokens} tokens; sums are rounded to the written dtype);")
+    lines.append(f"the likeliest token is the same at {percent(merged.same_choice)} of them")
     if merged.plain_difference is not None:
         difference = f"they would differ by {merged.plain_difference:.3g}"
         lines.append(f"merged into the weights as they were before, {difference}")

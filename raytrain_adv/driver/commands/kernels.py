@@ -14,6 +14,7 @@ from raytrain_adv.kernels.lock import Locked, Use
 from raytrain_adv.kernels.source import Wanted
 from raytrain_adv.kernels.variants import Target, numbers
 from raytrain_adv.model.attention import kernel_asked
+from raytrain_adv.text import plural
 from raytrain_adv.transforms.hub_kernels import DEFAULT, HubKernels
 
 
@@ -65,7 +66,7 @@ def fetch(file: Path) -> None:
         wanted = Wanted(locked.source, is_local=is_local, revision=locked.commit)
         kernel_files.bring(wanted, locked, file)
         print(_line(locked))
-    print(f"{len(found.kernels)} kernels next to {file}")
+    print(f"{plural(len(found.kernels), 'kernel')} next to {file}")
 
 
 def verify(file: Path) -> None:
@@ -78,9 +79,9 @@ def verify(file: Path) -> None:
             raise JobError(what, "they were locked and never fetched", fix)
         locks.require_same(locked, file.parent / locked.folder, file)
         print(_line(locked))
-    print(f"{len(found.kernels)} kernels are as locked in {file}")
+    print(f"as locked in {file}: {plural(len(found.kernels), 'kernel')}")
 
 
 def _line(locked: Locked) -> str:
     at = locked.commit or f"sha256 {locked.digest[:12]}"
-    return f"{locked.asked}  {at}  {locked.variant}  {len(locked.files)} files"
+    return f"{locked.asked}  {at}  {locked.variant}  {plural(len(locked.files), 'file')}"

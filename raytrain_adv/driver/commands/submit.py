@@ -27,7 +27,7 @@ from raytrain_adv.errors import (
     JobError,
 )
 from raytrain_adv.redaction import is_secret_name, redact, secrets_in
-from raytrain_adv.text import first_line, listed
+from raytrain_adv.text import first_line, listed, plural
 from raytrain_adv.transforms.applied import Transforms
 
 DEFAULT_ENV = "jobs/runtime_env.yaml"
@@ -62,7 +62,7 @@ def submit(path: str, overrides: list[str], address: str | None, env_file: str |
     for noisy in NOISY:  # each has a level of its own, INFO (ray 2.60)
         logging.getLogger(f"ray.{noisy}").setLevel(logging.WARNING)
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", job.run_name) + time.strftime("-%Y%m%d-%H%M%S")
-    print(f"{len(files)} files of {folder} are uploaded, {size_mib:.1f} MiB", flush=True)
+    print(f"uploads {plural(len(files), 'file')} of {folder}, {size_mib:.1f} MiB", flush=True)
     request = {
         "entrypoint": shlex.join(["python", "-m", "raytrain_adv.launch", path, *overrides]),
         "submission_id": name,

@@ -257,14 +257,13 @@ def _memory_views(plan: RunPlan) -> Iterator[RenderableType]:
 
 
 def _phase_table(plan: RunPlan) -> Table:
-    parts = (*PARTS, "workspace")
-    table = tables.columns("at", *parts, "total", right=(*parts, "total"))
+    table = tables.columns("at", *PARTS, "total", right=(*PARTS, "total"))
     table.padding = (0, 1, 0, 0)
     for column in table.columns:
         column.no_wrap = True
     for phase in plan.memory.phases:
         is_peak = phase.name == plan.memory.peak
-        sizes = [getattr(phase, part) for part in parts]
+        sizes = [getattr(phase, part) for part in PARTS]
         cells = ["-" if gib < 0.005 else f"{gib:.2f}" for gib in sizes]
         total = f"{phase.total:.2f}" + (" <" if is_peak else "  ")
         table.add_row(phase.name, *cells, total, style="bold" if is_peak else "")
@@ -273,7 +272,7 @@ def _phase_table(plan: RunPlan) -> Table:
 
 def _memory_sentence(plan: RunPlan) -> str:
     at = next(p for p in plan.memory.phases if p.name == plan.memory.peak)
-    largest = max((*PARTS, "workspace"), key=lambda part: getattr(at, part))
+    largest = max(PARTS, key=lambda part: getattr(at, part))
     return f"peak {plan.memory.total:.1f} GiB, at: {at.name}; most of it {largest}"
 
 

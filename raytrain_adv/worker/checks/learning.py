@@ -12,18 +12,19 @@ NEAR = 0.03  # share of ln(vocabulary) within which a loss is one of guessing
 IN_A_ROW = 5  # logged losses of guessing, or zero norms, in a row that are reported
 FEWEST = 12  # logged losses that a verdict on the whole run needs
 FELL = 0.01  # share by which a held-out loss must have fallen to prove that the run learned
-TOO_HIGH = "lower learning_rate, add warmup_ratio"
 
 
 class LearningCheck:
     """Judges the logged losses; each kind of dead run is shown once, as an event and in the report.
 
-    `vocabulary` is the number of tokens that the model chooses from.
+    `vocabulary` is the number of tokens that the model chooses from, `smaller` the advice for
+    updates that are too large.
     """
 
-    def __init__(self, vocabulary: int, say: Callable[..., None]) -> None:
+    def __init__(self, vocabulary: int, say: Callable[..., None], smaller: str) -> None:
         self.guessing = math.log(max(vocabulary, 2))
         self.say = say
+        self.smaller = smaller
         self.losses: list[float] = []
         self.num_guesses = self.num_zeros = 0
         self.has_learned = False  # whether a logged loss was well below that of guessing
@@ -51,7 +52,7 @@ class LearningCheck:
                 "guessing",
                 f"step {done}: the loss is {loss:.4f}{before}; ln(vocabulary) = "
                 f"{self.guessing:.4f} is that of guessing among all tokens. The model has learned "
-                f"nothing{' that is left' if before else ' yet'}: {TOO_HIGH}",
+                f"nothing{' that is left' if before else ' yet'}: {self.smaller}",
             )
         self.has_learned = self.has_learned or not is_guess
 
@@ -68,7 +69,7 @@ class LearningCheck:
         )
         words += f"last {part}"
         if has_risen(first, last) or fmean(last) > 2 * fmean(first):
-            self._tell("risen", f"the training loss has risen: {words}; {TOO_HIGH}")
+            self._tell("risen", f"the training loss has risen: {words}; {self.smaller}")
         elif fmean(last) >= fmean(first):
             fix = "raise learning_rate, train longer, or check what the loss is computed on"
             self._tell("flat", f"the training loss has not fallen: {words}; {fix}")

@@ -11,6 +11,7 @@ import torch
 
 from raytrain_adv.checkpoint.folders import Progress
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.training import TrainConfig
 from raytrain_adv.data.batches.loader import Batches
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.errors import StorageError, TrainingError
@@ -24,7 +25,12 @@ ENOUGH = 5  # fewest good losses to compare with
 IN_A_ROW = 10  # bad steps in a row that end the run: it learns nothing any more
 MOST_KEPT = 20  # most batches kept per run; each may have thousands of tokens
 NEVER = 2**62
-LOWER = "inspect the batch; lower learning_rate, add warmup_ratio"
+
+
+def smaller_updates(train: TrainConfig) -> str:
+    """Return which keys make updates smaller, without those that the job has."""
+    has_warmup = train.warmup_ratio or train.warmup_steps
+    return "lower learning_rate" + ("" if has_warmup else ", add warmup_ratio")
 
 
 class LossGuard:
@@ -67,7 +73,7 @@ class LossGuard:
                 "The loss or the gradient norm is not finite",
                 step,
                 f"first at optimizer step {step + 1}; {self.keep(step)}",
-                "lower learning_rate, add warmup_ratio, check the rows of that step",
+                f"{smaller_updates(self.job.train)}, check the rows of that step",
             )
 
     def must_skip(
@@ -111,11 +117,10 @@ class LossGuard:
             f"{len(self.recent)} before it, {usual:.6g}"
         )
 
-    def _stop(self, what: str, step: int, found: str, lower: str = LOWER) -> TrainingError:
-        fix = (
-            f"{lower}, or set on_bad_loss: skip; checkpoints before it are intact "
-            "(resume_from_checkpoint: true)"
-        )
+    def _stop(self, what: str, step: int, found: str, lower: str = "") -> TrainingError:
+        lower = lower or f"inspect the batch; {smaller_updates(self.job.train)}"
+        skip = "" if self.skips else ", or set on_bad_loss: skip"
+        fix = f"{lower}{skip}; checkpoints before it are intact (resume_from_checkpoint: true)"
         return TrainingError(what, found, "\n".join([*self.remedies(step), fix]))
 
     def keep(self, step: int) -> str:

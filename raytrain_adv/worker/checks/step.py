@@ -22,7 +22,7 @@ from raytrain_adv.run.run import Run
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.transform import Plan, Transform
 from raytrain_adv.worker.checks.learning import LearningCheck
-from raytrain_adv.worker.checks.loss_guard import LossGuard, LossRise
+from raytrain_adv.worker.checks.loss_guard import LossGuard, LossRise, smaller_updates
 
 MOST_KERNELS = 6  # GPU kernels listed in the report, the longest-running ones
 CHUNK = 1 << 24  # weights summed at once; on a CPU they are converted first
@@ -50,7 +50,8 @@ class Checks:
         self.plans = plans
         self.loss = LossGuard(job, run, batches, transforms.remedies, progress)
         self.rise = LossRise(transforms.switchable, run.say)
-        self.learning = LearningCheck(int(text_config(model).vocab_size), run.say)
+        vocabulary, smaller = int(text_config(model).vocab_size), smaller_updates(job.train)
+        self.learning = LearningCheck(vocabulary, run.say, smaller)
         self.unproven = [t for t in transforms if t.proven_by]
         """Features that no profiled pass ran yet."""
         self.proof: dict[str, dict[str, Any]] = {}

@@ -55,7 +55,7 @@ def check_loss(
     failure = _try_kernel(own, run.device, compute_dtype(job))
     if run.agree(int(bool(failure)), dist.ReduceOp.MAX):
         refusal = TrainingError(
-            f"The loss of {own.kernel} does not run here",
+            f"The {own.kernel} loss does not run here",
             failure or "it fails on another rank; see its error",
             "install what is missing, or set loss_kernel: torch",
         )
@@ -65,7 +65,7 @@ def check_loss(
             plain, input_dtype = _run(model, head, run, in_head=False)
             ours, _ = _run(model, head, run, in_head=True)
     except AssertionError as error:  # Reformer's backward pass has another form for evaluation
-        what = f"The loss of {own.kernel} cannot be tried"
+        what = f"The {own.kernel} loss cannot be tried"
         refusal = TrainingError(what, first_line(error), "set loss_kernel: torch")
         return _fall_back(job, model, head, run, plans, refusal)
     loss, plain_loss = ours[LOSS].item(), plain[LOSS].item()
@@ -82,7 +82,7 @@ def check_loss(
     if run.agree(int(bool(wrong)), dist.ReduceOp.MAX):
         found = "\n".join(wrong or ["on another rank; see its error"])
         refusal = TrainingError(
-            f"The loss of {own.kernel} differs from the model's own",
+            f"The {own.kernel} loss differs from the model's own",
             f"{found}\n(loss {loss:.5f} in the head, {plain_loss:.5f} of its logits, on "
             f"{NUM_TOKENS} tokens, rank {run.rank})",
             "set loss_kernel: torch; a model that changes its logits after the head by an unknown "

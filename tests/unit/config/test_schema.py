@@ -84,6 +84,7 @@ def test_defaults_are_in_the_schema_and_fit_it() -> None:
     for kind in section_types():
         for key in kind.model_fields:
             if not kind.model_fields[key].is_required():
+                assert "default" in properties[key], key
                 assert is_valid({key: kind.default(key)}), key
 
 

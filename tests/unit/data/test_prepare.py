@@ -149,7 +149,7 @@ def test_long_row_is_cut_and_counted(make_job, write_rows):
     rows = [{"instruction": "Q", "output": "word " * 100_000}, *pairs(2)]
     data, said = ready(make_job(dataset=write_rows(rows), cutoff_len=32))
     assert data.train.lengths.max() == 32 and data.stats["rows"]["truncated"] == 1
-    assert "1 rows were longer than cutoff_len (32) and were cut" in said
+    assert "1 row cut at cutoff_len (32)" in said
 
 
 def test_long_prompt_is_shortened_and_its_answer_kept(make_job, write_rows, tiny_tokenizer):

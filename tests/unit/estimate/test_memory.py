@@ -10,10 +10,18 @@ import torch
 from raytrain_adv.checkpoint.save import training_state
 from raytrain_adv.checkpoint.staging import HostMemory, stage, tensors_of
 from raytrain_adv.config import JobConfig
-from raytrain_adv.estimate.memory import ROOM, HostNeed, MemoryPrediction, predict, settled
+from raytrain_adv.estimate.memory import (
+    PARTS,
+    ROOM,
+    HostNeed,
+    MemoryPrediction,
+    predict,
+    settled,
+)
 from raytrain_adv.estimate.sizes import HostCopies
 from raytrain_adv.model import weights
 from raytrain_adv.model.build import build
+from raytrain_adv.report.html import MEMORY_PARTS
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.worker.optim import build_optimizer
 from tests.tiny_models import job_for, write_checkpoint
@@ -219,6 +227,12 @@ def test_each_copy_of_the_model_has_its_own_copies_for_checkpoints(tmp_path: Pat
     for keys in ({}, {"fsdp_shard_size": 4}):
         found = prediction(tmp_path, LLAMA_1B, world_size=8, ray_num_workers=8, **keys, **MASTER)
         assert found.copies.kept == pytest.approx(alone.kept / (4 if keys else 8), rel=0.01)
+
+
+def test_every_part_that_can_be_the_largest_is_explained(tmp_path: Path) -> None:
+    found = prediction(tmp_path, LLAMA_1B, **PURE)
+    assert set(found.explanations) == set(PARTS) == set(MEMORY_PARTS)
+    assert all(getattr(found, part) >= getattr(p, part) for p in found.phases for part in PARTS)
 
 
 def test_one_worker_in_its_own_dtype_gathers_nothing(tmp_path: Path) -> None:

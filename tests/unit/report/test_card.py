@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard
 
 from raytrain_adv.report.card import write_card, write_cards
@@ -45,9 +46,20 @@ def test_an_adapters_card_names_its_base_keys_and_figures_and_no_folder_of_this_
     assert {"lora", "raytrain-adv"} <= set(card.data.tags)
     found = {one.metric_type: one.metric_value for one in card.data.eval_results}
     assert found == {"loss": 1.0, "perplexity": 2.718282}
+    assert "loss_kernel" not in card.data.tags
+    code = card.text.partition("```python\n")[2].partition("```")[0]
+    assert code.rindex("import ") < code.index("tokenizer =")
     assert "PeftModel.from_pretrained(base" in card.text and "--enable-lora" in card.text
     assert "lora" in card.text and "2 x CPU" in card.text
     assert str(tmp_path) not in str(card)
+
+
+def test_a_card_lists_only_keys_that_differ_from_their_defaults(make_job, tmp_path):
+    at_default = {"stage": "sft", "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all"}
+    job = make_job(**LORA | at_default, resume_from_checkpoint=None, lora_alpha=4)
+    write_card(folder := folder_with(tmp_path / "model", adapter_config={}), job)
+    keys = yaml.safe_load(carded(folder).text.partition("```yaml\n")[2].partition("```")[0])
+    assert keys["lora_alpha"] == 4 and not {*at_default, "resume_from_checkpoint"} & keys.keys()
 
 
 def test_a_local_base_is_named_but_not_linked_and_lends_its_license(make_job, tmp_path):

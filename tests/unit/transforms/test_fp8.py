@@ -173,7 +173,7 @@ def test_a_head_with_gradients_in_fp8_computes_the_loss(tmp_path, tied, recipe):
     job, model, plan = planned(tmp_path, shapes=shapes, **keys)
     plans = Transforms(job).prepare(model, CPU)
     assert list(plan.changes) == ["lm_head"] and class_name(model.lm_head) == HEAD
-    assert plans["loss_kernel"].changes["lm_head"].after == f"{HEAD} with the loss of chunked"
+    assert plans["loss_kernel"].changes["lm_head"].after == f"{HEAD} with the chunked loss"
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
 
 

@@ -132,9 +132,7 @@ def test_what_a_model_does_to_its_logits_by_an_unknown_key_stops_the_run(
 ):
     monkeypatch.setattr(loss_kernel, keys, ())
     job, model, plans = model_of(kind, tmp_path, loss_kernel="chunked")
-    with pytest.raises(
-        TrainingError, match="loss of chunked differs from the model's own"
-    ) as error:
+    with pytest.raises(TrainingError, match="chunked loss differs from the model's own") as error:
         check_loss(job, model, local_run(job, torch.device("cpu")), plans)
     assert "loss: " in error.value.found and "set loss_kernel: torch" in error.value.fix
 
@@ -153,8 +151,7 @@ def test_auto_takes_torchs_loss_where_its_own_choice_does_not_fit(tmp_path, monk
     assert not takes_labels(model) and "forward" not in vars(model.lm_head)
     assert not checked.changes and list(checked.skipped) == ["lm_head"]
     assert (
-        "auto is torch after all: The loss of chunked differs from the model's own"
-        in checked.notes[0]
+        "auto is torch after all: The chunked loss differs from the model's own" in checked.notes[0]
     )
 
 
@@ -170,7 +167,7 @@ def test_auto_takes_torchs_loss_where_triton_cannot_compile(tmp_path, monkeypatc
     assert not takes_labels(model) and not checked.changes
     assert "does not run here: RuntimeError: Failed to find C compiler." in checked.notes[0]
     job, model, plans = model_of("llama", tmp_path, loss_kernel="chunked")
-    with pytest.raises(TrainingError, match="loss of chunked does not run here") as error:
+    with pytest.raises(TrainingError, match="chunked loss does not run here") as error:
         check_loss(job, model, local_run(job, torch.device("cpu")), plans)
     assert "C compiler" in error.value.found and "loss_kernel: torch" in error.value.fix
 

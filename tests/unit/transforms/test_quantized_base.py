@@ -284,7 +284,7 @@ def test_memory_knows_weights_in_float8(tmp_path):
     assert saved == pytest.approx(linears, rel=0.02)  # a byte of two, but for the scales
     one = 256 * 512 / GIB  # the transposed weight of one linear
     assert ours.phases[2].activations == pytest.approx(theirs.phases[2].activations + one)
-    assert ours.explanations["parameters"].endswith("fp8 and bfloat16 and float32, over 2 workers")
+    assert ours.explanations["parameters"].endswith("fp8, bfloat16, float32, over 2 workers")
 
 
 def test_memory_flops_and_parameters_know_the_smaller_weights(tmp_path):
@@ -308,4 +308,4 @@ def test_memory_flops_and_parameters_know_the_smaller_weights(tmp_path):
     assert ours.gathered < theirs.gathered
     one = 256 * 512 * 2 / GIB
     assert ours.phases[2].activations == pytest.approx(theirs.phases[2].activations + one)
-    assert ours.explanations["parameters"].endswith("nf4 and bfloat16 and float32, over 2 workers")
+    assert ours.explanations["parameters"].endswith("nf4, bfloat16, float32, over 2 workers")

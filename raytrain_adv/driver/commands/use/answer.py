@@ -12,7 +12,7 @@ from raytrain_adv.data.tokens.limits import template_time
 from raytrain_adv.driver.commands.use.load import Loaded
 from raytrain_adv.driver.commands.use.sampling import Sampling
 from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.text import first_line, of_error
+from raytrain_adv.text import first_line, of_error, plural
 
 Messages = list[dict[str, Any]]
 
@@ -161,7 +161,7 @@ def batch(loaded: Loaded, prompts: list[list[int]], sampling: Sampling) -> list[
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             "the GPU has no room for a batch of answers",
-            f"{len(prompts)} prompts of up to {longest:,} tokens: {first_line(error)}",
+            f"{plural(len(prompts), 'prompt')} of up to {longest:,} tokens: {first_line(error)}",
             "give a smaller --batch-size, or max_new_tokens",
         ) from error
     answers = []

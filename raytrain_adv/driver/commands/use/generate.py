@@ -47,7 +47,8 @@ def run(loaded: Loaded, rows: list[PromptRow], output: Path, sampling: Sampling,
     speed = f"{tokens:,} tokens, {rate(tokens / seconds)} a second"
     print(f"wrote {plural(len(answers), 'answer')} to {output} ({speed})")
     if cut:
-        print(f"{cut:,} of them were ended by max_new_tokens ({sampling.max_new_tokens:,})")
+        limit = f"max_new_tokens ({sampling.max_new_tokens:,})"
+        print(f"{plural(cut, 'answer')} ended by {limit}")
 
 
 def answer_all(

@@ -11,7 +11,7 @@ from raytrain_adv.driver.output.replaced import RUN_FILE
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.files import nearest_folders
 from raytrain_adv.ops.fake_quant.targets import stored_as
-from raytrain_adv.text import listed
+from raytrain_adv.text import listed, plural
 
 Kind = Literal["model", "adapter", "gguf"]
 HELD: dict[str, Kind] = {
@@ -68,7 +68,7 @@ def find(named: str) -> list[Source]:
     if (folder / output_dir.SWEEP_FILE).is_file():
         trials = sorted(p.name for p in folder.iterdir() if (p / RUN_FILE).is_file())
         fix = f"name a trial's folder: {listed([str(folder / name) for name in trials], 4)}"
-        raise JobError(f"{named} is a sweep", f"it has {len(trials)} runs", fix)
+        raise JobError(f"{named} is a sweep", f"it has {plural(len(trials), 'run')}", fix)
     if not (folder / RUN_FILE).is_file():
         held = listed(sorted(p.name for p in folder.iterdir()), 8) or "nothing"
         fix = f"name a folder with {RUN_FILE} (a run), or with config.json and safetensors"

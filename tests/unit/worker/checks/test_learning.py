@@ -7,11 +7,12 @@ from raytrain_adv.worker.checks.learning import LearningCheck
 
 VOCABULARY = 4096
 GUESS = math.log(VOCABULARY)
+LOWER = "lower learning_rate"
 
 
 def told(losses, evaluations=None, norm=1.0):
     said = []
-    check = LearningCheck(VOCABULARY, lambda sentence, event: said.append(sentence))
+    check = LearningCheck(VOCABULARY, lambda sentence, event: said.append(sentence), LOWER)
     for step, loss in enumerate(losses, 1):
         check.add(step, {"loss": loss, "grad_norm": norm})
     check.finish(evaluations or {})

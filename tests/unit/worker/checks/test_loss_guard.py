@@ -50,6 +50,18 @@ def test_what_is_not_finite_is_skipped_counted_and_kept(guard, tmp_path, loss, n
     assert len(kept["sequences"][0]["input_ids"]) == len(kept["sequences"][0]["labels"])
 
 
+@pytest.mark.parametrize("warmup", [{}, {"warmup_ratio": 0.1}, {"warmup_steps": 1}])
+def test_a_stop_advises_no_key_that_the_job_has(guard, warmup):
+    with pytest.raises(TrainingError) as error:
+        judged(guard(bad_loss_factor=3.0, **warmup), 0, float("nan"))
+    assert ("warmup_ratio" in error.value.fix) == (not warmup)
+    skipping = guard(on_bad_loss="skip", **warmup)
+    with pytest.raises(TrainingError, match="in a row") as error:
+        for step in range(10):
+            judged(skipping, step, float("nan"))
+    assert "on_bad_loss" not in error.value.fix
+
+
 def test_a_loss_above_the_factor_stops_the_run_and_names_the_file_of_its_batch(guard, tmp_path):
     stopping = guard(bad_loss_factor=3.0)
     for step in range(5):
