@@ -160,7 +160,7 @@ def test_a_plan_that_changes_nothing_is_refused_with_the_reasons(
     model, job = model_and_job
     with pytest.raises(JobError, match="idle is enabled but would not change any module") as caught:
         Transforms(with_transforms(job, Idle())).plan(model)
-    assert "1 modules: the head" in str(caught.value)
+    assert "1 module: the head" in str(caught.value)
 
 
 @pytest.mark.parametrize("later", [Second(), Above()])
@@ -179,7 +179,7 @@ def test_all_that_is_wrong_is_named_at_once(
     with pytest.raises(JobError, match="2 features cannot be enabled") as caught:
         Transforms(with_transforms(job, SwapBase(), Idle(), Second())).plan(model)
     assert (
-        "idle is enabled but would not change any module: 1 modules: the head" in caught.value.found
+        "idle is enabled but would not change any module: 1 module: the head" in caught.value.found
     )
     assert "second and swap would both change the same modules" in caught.value.found
     assert "turn one of the two off" in caught.value.fix
