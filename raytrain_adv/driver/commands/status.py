@@ -151,8 +151,10 @@ def _committed(folder: Path, record: Entry) -> int | None:
 
 
 def runs_here(most: int = NUM_HERE) -> list[Path]:
-    """Return the output_dirs of the last runs in this folder and two below it, the newest first."""
-    found = [path for depth in range(4) for path in Path().glob("*/" * depth + RUN_FILE)]
+    """Return the output_dirs of the last runs here, the newest first; LLaMA-Factory's lie four
+    folders deep (saves/model/lora/sft).
+    """
+    found = [path for depth in range(5) for path in Path().glob("*/" * depth + RUN_FILE)]
     newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
     return [path.parent for path in newest[:most]]
 

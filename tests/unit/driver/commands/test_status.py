@@ -42,9 +42,9 @@ def test_where_nothing_runs_the_last_runs_are_named(tmp_path, monkeypatch):
 
 def test_doctor_without_a_run_names_the_last_ones(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    make_run(tmp_path / "saves" / "mine")
-    assert runs_here() == [Path("saves/mine")]
+    make_run(tmp_path / "saves" / "model" / "lora" / "sft")  # where LLaMA-Factory's jobs put it
+    assert runs_here() == [Path("saves/model/lora/sft")]
     assert cli.main(["doctor"]) == 2
     said = capsys.readouterr().err
-    assert "no run is named; the last ones: saves/mine" in said
+    assert "no run is named; the last ones: saves/model/lora/sft" in said
     assert "raytrain-adv doctor OUTPUT_DIR" in said
