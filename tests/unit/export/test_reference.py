@@ -11,7 +11,7 @@ from raytrain_adv.cli import main
 from raytrain_adv.driver.commands.verify import run
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.export.reference import sample_tokens, write_reference
-from raytrain_adv.export.verify import compared_tokens, judged
+from raytrain_adv.export.verify import compared_tokens
 from raytrain_adv.model.build import build
 from raytrain_adv.model.vocabulary import read_tokenizer
 from tests.conftest import tiny_keys
@@ -71,16 +71,3 @@ def test_compared_text_fits_positions_that_begin_behind_padding():
     tokens = compared_tokens(model, torch.arange(256))
     assert tokens.shape == (1, 256 - 1 - model.config.pad_token_id)
     model(input_ids=tokens)
-
-
-def test_a_few_tokens_of_a_mixture_may_pass_through_other_experts():
-    """Merging in bf16 was refused: of 256 tokens one differed by 40 % of the largest logit."""
-    mixture, dense = tiny_model("mixtral"), tiny_model("llama")
-    apart = torch.full((1, 100, 8), 0.01)
-    apart[0, :9, 3] = 0.7
-    assert judged(apart, mixture) == pytest.approx(0.01)
-    assert judged(apart, dense) == pytest.approx(0.7)
-    apart[0, :20, 3] = 0.7
-    assert judged(apart, mixture) == pytest.approx(0.7)
-    apart[0, 50, 0] = float("nan")
-    assert not judged(apart, mixture) <= 1.0
