@@ -32,6 +32,11 @@ class Feature:
         return slug_of(self.title)
 
     @property
+    def names(self) -> Iterator[str]:
+        """Every name that people read: a title, a transform's in plans and reports, and others."""
+        yield from filter(None, (*self.kind.also_called, self.kind.name, self.title))
+
+    @property
     def keys(self) -> dict[str, Any]:
         """The keys and values by which tests turn it on."""
         return dict(self.kind.tried_with)
@@ -155,10 +160,10 @@ def slug_of(name: str) -> str:
 
 
 def known_features() -> dict[str, Feature]:
-    """Return every feature, by each of its keys (the first one's wins) and by its name."""
+    """Return every feature, by each of its keys (the first one's wins), by each of its names."""
     every = features()
     keys = {key: feature for feature in reversed(every) for key in feature.kind.model_fields}
-    return keys | {feature.slug: feature for feature in every}
+    return keys | {slug_of(name): one for one in every for name in one.names}
 
 
 def rules_of(feature: Feature) -> Iterator[str]:

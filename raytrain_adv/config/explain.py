@@ -34,7 +34,8 @@ def explain(name: str) -> str:
     """
     known, properties = known_features(), _properties()
     parts = [name] if slug_of(name) in known else [*filter(None, re.split(r"[\s,+]+", name))]
-    named = {WRITTEN_AS.get(slug_of(part), slug_of(part)): part for part in parts}
+    slugs = {slug_of(part): part for part in parts}
+    named = {s if s in known else WRITTEN_AS.get(s, s): part for s, part in slugs.items()}
     if len(parts) > 1:
         if missing := [part for key, part in named.items() if key not in known]:
             raise _unknown("feature", missing[0], [feature.slug for feature in features()])

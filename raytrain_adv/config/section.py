@@ -54,6 +54,10 @@ class Section(BaseModel):
 
     feature: ClassVar[str] = ""
     """The feature's title in the compatibility matrix; empty if these keys are not a feature."""
+    name: ClassVar[str] = ""
+    """A transform's name in plans and reports."""
+    also_called: ClassVar[tuple[str, ...]] = ()
+    """Other names by which `explain` knows the feature."""
     tried_with: ClassVar[dict[str, Any]] = {}
     """Keys and values with which tests enable the feature in a small model."""
     needs_gpu: ClassVar[bool] = False

@@ -48,6 +48,7 @@ class HubKernels(Transform):
 
     name: ClassVar[str] = "kernels"
     feature: ClassVar[str] = "HF Kernels"
+    also_called: ClassVar[tuple[str, ...]] = ("hub kernels",)
     tried_with: ClassVar[dict[str, Any]] = dict(
         use_kernels=True, kernel_name="jobs/kernels/llama_layers"
     )

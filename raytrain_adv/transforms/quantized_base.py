@@ -1,4 +1,4 @@
-"""Standard quantization: the frozen base under adapters, in bitsandbytes' forms or in float8."""
+"""QLoRA: the frozen base under adapters, in bitsandbytes' forms or in float8."""
 
 from __future__ import annotations
 
@@ -53,8 +53,9 @@ class QuantizedBase(Transform):
     they are loaded.
     """
 
-    name: ClassVar[str] = "quantized_base"
-    feature: ClassVar[str] = "Standard Quantization"
+    name: ClassVar[str] = "qlora"
+    feature: ClassVar[str] = "QLoRA"
+    also_called: ClassVar[tuple[str, ...]] = ("standard quantization", "quantized base")
     tried_with: ClassVar[dict[str, Any]] = {"quantization_bit": 4, "finetuning_type": "lora"}
     stage: ClassVar[str] = "precision"
     covers: ClassVar[Literal["", "weights", "flops"]] = "weights"
@@ -107,8 +108,7 @@ class QuantizedBase(Transform):
     @property
     def multiplies_in_fp8(self) -> bool:
         """Whether products are computed in FP8."""
-        fp8 = self.is_float8 and self.quantization_type == "fp8"
-        return fp8 and self.quantization_products == "fp8"
+        return self.is_float8 and self.quantization_type == self.quantization_products == "fp8"
 
     @property
     def form(self) -> Form:
@@ -183,7 +183,7 @@ class QuantizedBase(Transform):
         """Refuse a machine that cannot unpack the weights. Raises ClusterError."""
         if not self.is_float8:
             package = PACKAGES[self.quantization_method]
-            require_package(facts, "standard quantization", package, OFF, f"{package}>=0.50")
+            require_package(facts, "QLoRA", package, OFF, f"{package}>=0.50")
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Choose the linears to quantize. Raises JobError if fp8 finds experts alone."""

@@ -155,9 +155,9 @@ def test_qlora_is_lora_on_the_dequantized_base(
         figures = train(job, local_run(job), export_model)
         found[name] = losses(tmp_path / name)
         if keys:
-            proof = figures["proof"]["quantized_base"]
+            proof = figures["proof"]["qlora"]
             assert proof["calls"] >= proof["modules"] == 14
-            notes = figures["transforms"]["quantized_base"].notes
+            notes = figures["transforms"]["qlora"].notes
             assert any("bit for bit on cuda" in note for note in notes)
             assert any("what rounding explains" in note for note in notes)
     assert found["qlora"][6] < found["qlora"][1]

@@ -8,7 +8,7 @@ from tests.matrix_runs import FEATURES, UNSHARDED, Runs, losses_of, numbers, req
 
 CELLS = [cell for cell in compatibility.cells() if cell.test == compatibility.TRAINED]
 ON_CPU = [slug for slug, feature in FEATURES.items() if not feature.kind.needs_gpu]
-ROUNDING = frozenset({"fp8", "qat", "standard_quantization"})
+ROUNDING = frozenset({"fp8", "qat", "qlora"})
 EXACT = '''
 import torch
 from torch import nn

@@ -14,7 +14,7 @@ from raytrain_adv.config import JobConfig, Section, compatibility, load
 from raytrain_adv.config.compatibility import Cell
 from raytrain_adv.config.explain import explain
 from raytrain_adv.errors import JobError
-from raytrain_adv.transforms import Transform
+from raytrain_adv.transforms import Transform, discover
 from tests.matrix_runs import TOGETHER
 
 ROOT = Path(__file__).parents[3]
@@ -135,6 +135,15 @@ def test_several_features_are_explained_by_their_cells() -> None:
     assert explain("quantization_bit").endswith(words), "one name of two words"
     with pytest.raises(JobError, match="there is no feature 'foo'"):
         explain("fp8 foo")
+
+
+def test_a_feature_is_explained_by_every_name_that_it_has_in_a_plan_a_report_or_a_page() -> None:
+    for one in discover():
+        own = explain(one.feature or one.__name__)
+        assert explain(one.name).endswith(own), "the plan's and the report's"
+        assert explain(one.__module__.rpartition(".")[2]).endswith(own), "the file's, as in README"
+    for name in ("QLoRA", "quantized base", "quantized_base", "Standard Quantization"):
+        assert explain(name).startswith("QLoRA: Keep the frozen model in 4 or 8 bits"), name
 
 
 def test_a_feature_that_is_not_there_is_answered_with_the_nearest() -> None:

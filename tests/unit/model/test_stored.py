@@ -112,7 +112,7 @@ def kept_on_ranks(job: JobConfig) -> tuple[dict[str, torch.Tensor], tuple[str, .
     parallel.shard(model, job, parallel.build_mesh(job, CPU))
     materialize(model, CPU)
     load_pretrained(model, job, CPU)
-    notes = Transforms(job).initialize(model, plans, 0)["quantized_base"].notes
+    notes = Transforms(job).initialize(model, plans, 0)["qlora"].notes
     return {name: layer.unpacked() for name, layer in packed_weights(model).items()}, notes
 
 

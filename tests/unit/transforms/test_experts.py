@@ -92,14 +92,14 @@ def test_a_model_without_experts_is_not_told_about_them(kind: str, tmp_path: Pat
         ("qwen2_moe", "model.layers.0.mlp.shared_expert_gate"),
     ],
 )
-@pytest.mark.parametrize("feature", ["lora", "qat", "quantized_base"])
+@pytest.mark.parametrize("feature", ["lora", "qat", "qlora"])
 def test_routers_are_left_whatever_their_last_name(
     kind: str, router: str, feature: str, tmp_path: Path
 ) -> None:
     keys = {
         "lora": LORA,
         "qat": {"enable_qat": True, "qat_group_size": None},
-        "quantized_base": {**LORA, "lora_target": "o_proj", "quantization_bit": 8},
+        "qlora": {**LORA, "lora_target": "o_proj", "quantization_bit": 8},
     }[feature]
     job = job_for(write_checkpoint(kind, tmp_path / "m"), tmp_path, **keys)
     plan = Transforms(job).plan(build(job))[feature]

@@ -33,7 +33,7 @@ def job_of(tmp_path, kind="llama", shapes=WIDE, **keys):
 
 def planned(tmp_path, *args, **keys):
     job = job_of(tmp_path, *args, **keys)
-    return Transforms(job).plan(build(job), CPU)["quantized_base"]
+    return Transforms(job).plan(build(job), CPU)["qlora"]
 
 
 def loaded(job):
@@ -210,14 +210,14 @@ def test_weights_are_quantized_as_they_are_read_and_compared_with_the_originals(
 ):
     job = job_of(tmp_path, kind, shapes, **keys)
     model, plans = loaded(job)
-    notes = Transforms(job).initialize(model, plans, 0)["quantized_base"].notes
+    notes = Transforms(job).initialize(model, plans, 0)["qlora"].notes
     assert any("from the originals" in note and "what rounding explains" in note for note in notes)
     plain = job_for(tmp_path / "model", tmp_path / "plain", finetuning_type="full", pure_bf16=True)
     reference = build(plain)
     materialize(reference, DEVICE)
     load_pretrained(reference, plain, DEVICE)
     layers = dict(packed_linears(model))
-    assert layers.keys() == plans["quantized_base"].changes.keys()
+    assert layers.keys() == plans["qlora"].changes.keys()
     for fqn, layer in layers.items():
         original = reference.get_parameter(f"{fqn.removesuffix('.base_layer')}.weight").float()
         apart = (layer.unpacked().float() - original).norm() / original.norm()
@@ -247,9 +247,7 @@ def test_products_are_compared_with_bitsandbytes_before_training(tmp_path, monke
     job = job_of(tmp_path, quantization_bit=bits)
     model = build(job)
     plans = Transforms(job).prepare(model, CPU)
-    (note,) = (
-        Transforms(job).install(model, plans, DEVICE, torch.float32)["quantized_base"].notes[-1:]
-    )
+    (note,) = Transforms(job).install(model, plans, DEVICE, torch.float32)["qlora"].notes[-1:]
     assert "bit for bit on cpu" in note
     forward = PackedLinear.forward
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: forward(self, x) * 1.001)
@@ -262,7 +260,7 @@ def test_float8_products_are_compared_with_unrounded_ones_before_training(tmp_pa
     model = build(job)
     plans = Transforms(job).prepare(model, CPU)
     install = Transforms(job).install
-    (note,) = install(model, plans, DEVICE, torch.bfloat16)["quantized_base"].notes[-1:]
+    (note,) = install(model, plans, DEVICE, torch.bfloat16)["qlora"].notes[-1:]
     assert "tested on cpu, 4 sizes: products off by" in note
     forward = StoredFloat8Linear.forward
     monkeypatch.setattr(StoredFloat8Linear, "forward", lambda self, x: forward(self, x) * 1.2)
