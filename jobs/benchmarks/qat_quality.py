@@ -40,10 +40,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 TARGETS: dict[str, dict[str, Any]] = {
     "vllm-w4a16, groups of 64": {"qat_target": "vllm-w4a16", "qat_group_size": 64},
+    "vllm-w8a8-int8": {"qat_target": "vllm-w8a8-int8"},
     "vllm-w4a16, per channel": {"qat_target": "vllm-w4a16", "qat_group_size": None},
     "llamacpp-q4_0": {"qat_target": "llamacpp-q4_0"},
     "executorch-8da4w, groups of 32": {"qat_target": "executorch-8da4w", "qat_group_size": 32},
-    "vllm-w8a8-int8": {"qat_target": "vllm-w8a8-int8"},
 }
 DELAYED = "vllm-w4a16, groups of 64"
 DELAYS = (0.25, 0.5, 0.75, 0.9)
@@ -79,15 +79,14 @@ class Task:
 
 
 def tasks(options: argparse.Namespace) -> list[Task]:
-    """Return all rows, those of the first seed first, and those of the delays last."""
-    found = []
+    """Return all rows, target by target, and those of the delays last."""
+    seeds = range(options.seeds)
     targets = [DELAYED] if options.delays_alone else [*TARGETS]
     methods = (QAT, RTN) if options.delays_alone else (GPTQ, DISTILLED, QAT, RTN)
-    for seed in range(options.seeds):
-        found.append(Task(BF16, "", seed))
-        found += [Task(method, target, seed) for target in targets for method in methods]
+    found = [Task(BF16, "", seed) for seed in seeds]
+    found += [Task(m, target, seed) for target in targets for seed in seeds for m in methods]
     delays = dict.fromkeys(int(share * options.steps) for share in DELAYS)
-    return found + [Task(QAT, DELAYED, s, delay) for s in range(options.seeds) for delay in delays]
+    return found + [Task(QAT, DELAYED, seed, delay) for seed in seeds for delay in delays]
 
 
 def main() -> None:

@@ -93,10 +93,11 @@ class Whole:
         return cls(job, model, build_optimizer(model, job))
 
     def predicted_gib(self, tokens: int, workers: int = 1) -> float:
-        """Return the peak that the plan would predict."""
+        """Return the peak that the plan would predict; no CUDA graph records the steps here."""
         planned = build(_from_scratch(self.job))
         Transforms(self.job).prepare(planned)
-        return predict(planned, self.job, workers, tokens, 1).total
+        parallel = self.job.parallel.model_copy(update={"cuda_graph": False})
+        return predict(planned, replace(self.job, parallel=parallel), workers, tokens, 1).total
 
     def stepper(self, tokens: int, document: int | None = None) -> Callable[[], float]:
         """Return what does one step on a sequence of that length and gives its loss per token; with
