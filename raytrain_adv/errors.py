@@ -4,6 +4,8 @@ And library messages that have nothing to do with the job, which are hidden.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Control characters but tabs and new lines: a file from elsewhere could send them to a terminal.
 UNPRINTED = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
@@ -126,3 +128,20 @@ def quieten() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(one, _Without) for one in logger.filters):
             logger.addFilter(_Without())
+
+
+@contextmanager
+def no_panics(what: str) -> Iterator[None]:
+    """Turn a crash of a library in Rust, which is no Exception, into an error that names `what`.
+    Raises JobError when it crashes.
+    """
+    try:
+        yield
+    except BaseException as error:  # a PanicException is no Exception, and cannot be imported
+        if type(error).__name__ != "PanicException":
+            raise
+        raise JobError(
+            f"The tokenizers library crashed on {what}",
+            str(error)[:300],
+            "check tokenizer.json: it may be damaged, or made for another version",
+        ) from None

@@ -1,6 +1,7 @@
 """The JSON schema of the job file, from the fields that load it: for editors and messages."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from raytrain_adv.config.job import section_types
@@ -92,6 +93,7 @@ def _values_schema(field: Mapping[str, Any]) -> dict[str, Any]:
     return {"description": field.get("description", ""), "anyOf": [some, *forms]}
 
 
+@cache
 def field_schemas(kind: type[Section]) -> dict[str, Any]:
     """Return the schema of each key of a section, with all references resolved."""
     whole = kind.model_json_schema()

@@ -20,6 +20,7 @@ from transformers import (
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.dtensor import gather, reshard
+from raytrain_adv.errors import no_panics
 from raytrain_adv.export.convert import add_adapter, copy_others, write_converted
 from raytrain_adv.export.folder import (
     MAX_FILE_BYTES,
@@ -41,7 +42,7 @@ from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.conversion import save_groups
 from raytrain_adv.model.files import is_local, model_source
 from raytrain_adv.model.parallel import compute_dtype
-from raytrain_adv.model.vocabulary import new_rows, no_panics
+from raytrain_adv.model.vocabulary import new_rows
 from raytrain_adv.model.weight_files import CheckpointFiles, model_folder
 from raytrain_adv.model.weights import match, saved_tensors
 from raytrain_adv.ops import low_rank

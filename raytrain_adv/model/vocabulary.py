@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import Region, seed_of
-from raytrain_adv.errors import JobError
+from raytrain_adv.errors import JobError, no_panics
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.files import refuse_pipes, require_reachable
 from raytrain_adv.text import listed, plural
@@ -72,23 +72,6 @@ def _readable(job: JobConfig) -> Iterator[None]:
             f"{inside}\n{type(error).__name__}: {error}"[:600],
             "point model_name_or_path to a folder with tokenizer.json, or to a model on the Hub",
         ) from error
-
-
-@contextmanager
-def no_panics(what: str) -> Iterator[None]:
-    """Turn a crash of a library in Rust, which is no Exception, into an error that names `what`.
-    Raises JobError when it crashes.
-    """
-    try:
-        yield
-    except BaseException as error:  # a PanicException is no Exception, and cannot be imported
-        if type(error).__name__ != "PanicException":
-            raise
-        raise JobError(
-            f"The tokenizers library crashed on {what}",
-            str(error)[:300],
-            "check tokenizer.json: it may be damaged, or made for another version",
-        ) from None
 
 
 @dataclass(frozen=True)

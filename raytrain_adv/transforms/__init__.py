@@ -2,12 +2,14 @@
 
 import importlib
 import pkgutil
+from functools import cache
 
 from raytrain_adv.transforms.transform import STAGES, Change, Plan, Transform
 
 __all__ = ["STAGES", "Change", "Plan", "Transform", "discover"]
 
 
+@cache
 def discover() -> tuple[type[Transform], ...]:
     """Return every transform class that a module of this package defines, in the order of
     application (stage, then name).

@@ -263,7 +263,8 @@ def read_logit_map(model: nn.Module) -> LogitMap:
     number = {key: float(v) for key, v in given.items() if v and isinstance(v, int | float)}
     scale, softcap = 1.0, None
     for key in SCALES:
-        scale *= number.get(key, 1.0) if _names(model, key) else 1.0
+        if key in number and _names(model, key):  # its code is searched only then: that is slow
+            scale *= number[key]
     multiplies = str(config.model_type).startswith(MULTIPLIED)
     for key in DIVISORS:
         divisor = number.get(key, 1.0)

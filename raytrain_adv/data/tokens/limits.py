@@ -5,8 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from raytrain_adv.errors import JobError, RaytrainAdvError
-from raytrain_adv.model.vocabulary import no_panics
+from raytrain_adv.errors import JobError, RaytrainAdvError, no_panics
 
 SECONDS = 60.0  # for the conversations of one chunk, which take a second
 MOST_CHARACTERS = 2**22

@@ -10,8 +10,7 @@ from raytrain_adv.data.read.formats import Conversation
 from raytrain_adv.data.tokens import tokenize
 from raytrain_adv.data.tokens.limits import template_time, tokenizer_errors
 from raytrain_adv.data.tokens.tokenize import Recipe, Tokenizer
-from raytrain_adv.errors import JobError
-from raytrain_adv.model.vocabulary import no_panics
+from raytrain_adv.errors import JobError, no_panics
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import datasets as hugging_face
@@ -22,6 +23,7 @@ from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.driver.commands.data import show
 from raytrain_adv.errors import JobError, StorageError, TrainingError
 from raytrain_adv.ops.loss import IGNORE
+from tests.ranks import run_ranks
 from tests.unit.data.sample_rows import pairs
 
 CHAT = {
@@ -463,37 +465,23 @@ def test_cache_folder_that_cannot_be_made_is_a_storage_error(make_job, write_row
         prepare(job, print)
 
 
+def num_rows(job, log):
+    """Prepare a job's data slowly; return how many rows it has."""
+    original = datasets.TokenizedDatasets.build
+
+    def build(self, writer):
+        with log.open("a") as opened:
+            opened.write("built\n")
+        time.sleep(2)
+        return original(self, writer)
+
+    datasets.TokenizedDatasets.build = build
+    return len(prepare(job, print).train)
+
+
 def test_processes_that_start_together_tokenize_once(make_job, write_rows, tmp_path):
-    file, log = write_rows(pairs(3000)), tmp_path / "log"
-    code = f"""
-import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-from raytrain_adv.config.job import JobConfig
-from raytrain_adv.config.sections import *
-from raytrain_adv.config.training import TrainConfig
-from raytrain_adv.data.tokens import datasets as dataset_rows
-from raytrain_adv.data.prepare import prepare
-from raytrain_adv.data.shown import shown_rows
-original = dataset_rows.TokenizedDatasets.build
-def build(self, writer):
-    with open({str(log)!r}, "a") as opened:
-        opened.write("built\\n")
-    import time; time.sleep(2)
-    return original(self, writer)
-dataset_rows.TokenizedDatasets.build = build
-from raytrain_adv.transforms.vocabulary import Vocabulary
-from tests.unit.data.sample_rows import TINY_LLAMA
-job = JobConfig(
-    ModelConfig(model_name_or_path=str(TINY_LLAMA)),
-    DataConfig(dataset={file!r}, tokenized_path={str(tmp_path / "together")!r}),
-    TrainConfig(), ParallelConfig(), OutputConfig(output_dir="out"), RayConfig(),
-    transforms=(Vocabulary(),))
-print("rows", len(prepare(job, print).train))
-"""
-    children = [run_python(code) for _ in range(2)]
-    outputs = [child.communicate(timeout=120)[0] for child in children]
-    assert all("rows 3000" in output for output in outputs), outputs
+    job, log = make_job(dataset=write_rows(pairs(3000))), tmp_path / "log"
+    assert run_ranks(num_rows, 2, tmp_path, job, log) == [3000, 3000]
     assert log.read_text() == "built\n"
 
 
@@ -510,9 +498,20 @@ def test_threads_that_start_together_tokenize_once(make_job, write_rows, monkeyp
     assert sizes == [300] * 3 and len(calls) == 1
 
 
-def test_tokenizing_in_processes_gives_the_same_bytes(make_job, write_rows, monkeypatch, tmp_path):
+def test_tokenizing_in_processes_gives_the_same_bytes_without_torch(
+    make_job, write_rows, monkeypatch, tmp_path
+):
+    """Importing PyTorch takes each of them longer than most datasets."""
     monkeypatch.setattr(datasets, "CHUNK", 20)
     monkeypatch.setattr(datasets, "ENOUGH_FOR_PROCESSES", 100)
+    ask, loaded = processes._ask, []
+
+    def noted(child, task):
+        answer = ask(child, task)
+        loaded.append(Path(f"/proc/{child.pid}/maps").read_text())
+        return answer
+
+    monkeypatch.setattr(processes, "_ask", noted)
     file = write_rows([*pairs(110), {"instruction": "Q", "output": ""}])
     stores = []
     for workers in (1, 2):
@@ -521,6 +520,7 @@ def test_tokenizing_in_processes_gives_the_same_bytes(make_job, write_rows, monk
         folder = Path(ready(job)[0].stats["cache_path"])
         stores.append({p.name: p.read_bytes() for p in folder.iterdir()})
     assert stores[0] == stores[1]
+    assert loaded and all("tokenizers" in one and "libtorch" not in one for one in loaded)
 
 
 def test_error_in_a_tokenizing_process_reaches_the_user(make_job, write_rows, monkeypatch):

@@ -37,7 +37,9 @@ def borrower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Put a module that imports another transform beside the package's own."""
     (tmp_path / "borrower.py").write_text(MODULE)
     monkeypatch.setattr(transforms, "__path__", [*transforms.__path__, str(tmp_path)])
+    discover.cache_clear()
     yield
+    discover.cache_clear()
     sys.modules.pop("raytrain_adv.transforms.borrower", None)
     vars(transforms).pop("borrower", None)
 
