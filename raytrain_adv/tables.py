@@ -1,18 +1,63 @@
 """Tables and sections by rich: at one width, and without color where there is no terminal."""
 
 import io
+import re
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
+import rich.text
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.containers import Lines
 from rich.padding import Padding
 from rich.segment import Segment
 from rich.table import Table
-from rich.text import Text
 
 from raytrain_adv.text import clean
 
 WIDTH = 100
+PARTS = tuple(re.compile(rf"[^{mark}]*[{mark}]+|[^{mark}]+") for mark in ("./,", "_-"))
+"""Parts of a name or path, each with what separates it from the next; of such a part too."""
+
+
+class Text(rich.text.Text):
+    """A text whose names and paths, where they are longer than a line, continue after a dot, slash
+    or comma, or, where that is not enough, after an underscore or hyphen.
+    """
+
+    def wrap(self, console: Console, width: int, **how: Any) -> Lines:
+        """Return its lines, each of at most `width` cells."""
+        breaks: list[int] = []
+        for word in re.finditer(r"\S+", self.plain):
+            start = word.start()
+            for first, end in _parts(self.plain, *word.span(), width, *PARTS):
+                if end - start > width and first > start:
+                    breaks.append(start := first)
+        whole = rich.text.Text("\n").join(self.divide(breaks))
+        return whole.wrap(console, width, **how)
+
+
+def _parts(
+    text: str, start: int, end: int, width: int, *kinds: re.Pattern[str]
+) -> Iterator[tuple[int, int]]:
+    if not kinds or end - start <= width:
+        yield start, end
+        return
+    for part in kinds[0].finditer(text, start, end):
+        yield from _parts(text, *part.span(), width, *kinds[1:])
+
+
+class Fitting:
+    """A view, or another one where the first is wider than a line."""
+
+    def __init__(self, wide: RenderableType, narrow: RenderableType) -> None:
+        self.wide, self.narrow = wide, narrow
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        unlimited = options.update(max_width=10 * WIDTH)
+        fits = console.measure(self.wide, options=unlimited).maximum <= options.max_width
+        yield self.wide if fits else self.narrow
 
 
 class _Clean:
@@ -47,7 +92,7 @@ def columns(*names: str, right: Iterable[str] = (), no_wrap: Iterable[str] = ())
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in names:
         side: Literal["right", "left"] = "right" if name in right else "left"
-        table.add_column(name, justify=side, no_wrap=name in no_wrap, overflow="fold")
+        table.add_column(Text(name), justify=side, no_wrap=name in no_wrap, overflow="fold")
     return table
 
 

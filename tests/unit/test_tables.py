@@ -2,9 +2,8 @@
 
 import pytest
 from rich.console import Group
-from rich.text import Text
 
-from raytrain_adv.tables import WIDTH, columns, pairs, plain, section, show
+from raytrain_adv.tables import WIDTH, Fitting, Text, columns, pairs, plain, section, show
 
 
 def test_plain_text_has_one_width_and_no_color():
@@ -30,3 +29,19 @@ def test_texts_of_others_do_not_move_the_cursor_or_turn_the_direction_of_writing
     shown = plain(pairs([("name\x1b[2J", "\u202etxt.\x1b[31m é 测试 \u3000")]))
     assert "\x1b" not in shown and "\u202e" not in shown
     assert "é 测试" in shown
+
+
+def test_a_long_name_continues_after_a_dot_or_slash_and_only_without_them_after_an_underscore():
+    name = "model.layers.[0-31].self_attn.q_proj"
+    assert plain(Text(name), 32).splitlines() == ["model.layers.[0-31].self_attn.", "q_proj"]
+    path = plain(Text("saves/llama3-8b/lora/sft"), 16).splitlines()
+    assert path == ["saves/llama3-8b/", "lora/sft"]
+    key = plain(Text("set disable_gradient_checkpointing: false"), 24).splitlines()
+    assert key == ["set disable_gradient_", "checkpointing: false"]
+    assert plain(Text("0123456789" * 2), 12).splitlines() == ["0123456789" + "01", "23456789"]
+
+
+def test_a_view_that_is_wider_than_a_line_is_replaced():
+    view = Fitting(Text("a wide table", no_wrap=True), Text("narrow"))
+    assert plain(view, 12) == "a wide table"
+    assert plain(view, 11) == "narrow"

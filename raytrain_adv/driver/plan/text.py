@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from raytrain_adv import tables
 from raytrain_adv.config.sweep import METRICS, NEVER, SWITCH, Sweep, SweepOptions
@@ -19,6 +18,7 @@ from raytrain_adv.estimate.memory import PARTS
 from raytrain_adv.estimate.traffic import GB, Traffic
 from raytrain_adv.report.parts import fold_names
 from raytrain_adv.report.sweep_html import written as swept
+from raytrain_adv.tables import Fitting, Text
 from raytrain_adv.text import as_yaml, plural
 from raytrain_adv.transforms.transform import Plan
 
@@ -242,7 +242,7 @@ def _group(labels: Mapping[str, str]) -> Iterator[tuple[list[str], str]]:
 
 
 def _memory_views(plan: RunPlan) -> Iterator[RenderableType]:
-    yield _phase_table(plan)
+    yield Fitting(_phase_table(plan), tables.pairs(_phase_rows(plan)))
     shown = [p for p in PARTS if getattr(plan.memory, p) >= 0.005]
     explanations = ((p, plan.memory.explanations[p]) for p in shown)
     yield tables.indented(tables.pairs(explanations), by=0, above=1)
@@ -268,6 +268,15 @@ def _phase_table(plan: RunPlan) -> Table:
         total = f"{phase.total:.2f}" + (" <" if is_peak else "  ")
         table.add_row(phase.name, *cells, total, style="bold" if is_peak else "")
     return table
+
+
+def _phase_rows(plan: RunPlan) -> Rows:
+    """Yield the same for a narrow terminal: each phase's total and its parts."""
+    for phase in plan.memory.phases:
+        sizes = [(getattr(phase, part), part) for part in PARTS]
+        parts = " + ".join(f"{gib:.2f} {part}" for gib, part in sizes if gib >= 0.005)
+        peak = ", the peak" if phase.name == plan.memory.peak else ""
+        yield phase.name, f"{phase.total:.2f}{peak}: {parts}"
 
 
 def _memory_sentence(plan: RunPlan) -> str:

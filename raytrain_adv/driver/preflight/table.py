@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from raytrain_adv import tables
 from raytrain_adv.driver.preflight.probe import GpuReading
 from raytrain_adv.driver.preflight.verdicts import Preflight, Verdict
 from raytrain_adv.driver.preflight.versions import DECISIVE, SHOWN_NODES
 from raytrain_adv.report.parts import NodeReport, PreflightReport
+from raytrain_adv.tables import Text
 from raytrain_adv.text import GIB, listed, plural
 
 

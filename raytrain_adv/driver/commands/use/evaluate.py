@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.text import Text
 
 from raytrain_adv import tables
 from raytrain_adv.config.job import JobConfig
@@ -40,6 +39,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.storage.atomic import write_atomic
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.storage.storage import storage_errors
+from raytrain_adv.tables import Text
 
 EVALUATION = "evaluation.json"
 LOSS, PERPLEXITY, SCORE = "held-out loss", "held-out perplexity", "score"

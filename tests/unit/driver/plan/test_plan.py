@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from raytrain_adv import hardware
+from raytrain_adv import hardware, tables
 from raytrain_adv.data.prepare import prepare
 from raytrain_adv.driver.output.output_dir import open_output
 from raytrain_adv.driver.plan import data
 from raytrain_adv.driver.plan.data import DataSummary, measure, summarize
 from raytrain_adv.driver.plan.plan import RunPlan, remarks, render, render_brief, resolve, show
+from raytrain_adv.driver.plan.text import view
 from raytrain_adv.errors import JobError
 from raytrain_adv.estimate.advice import Case, Gpu, advise
 from raytrain_adv.model.build import build
@@ -75,6 +76,18 @@ def test_keys_at_their_defaults_are_shown_with_verbose(tmp_path: Path) -> None:
 
 def test_no_line_is_wider_than_the_terminal(tmp_path: Path) -> None:
     assert max(map(len, render(lora_plan(tmp_path), verbose=True).splitlines())) <= 100
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_narrow_terminal_cuts_no_figure_of_memory_and_no_name_in_a_word(
+    tmp_path: Path, columns: int
+) -> None:
+    plan = lora_plan(tmp_path)
+    text = tables.plain(view(plan), columns)
+    for phase in plan.memory.phases:
+        assert f"{phase.total:.2f}" in text and phase.name in text
+    pieces = {piece for fqn in plan.transforms["lora"].changes for piece in fqn.split(".")}
+    assert pieces - set(re.split(r"[\s.,]+", text)) <= {"0", "1"}, "which are folded to [0-1]"
 
 
 def test_plain_text_has_no_color_codes(tmp_path: Path) -> None:
