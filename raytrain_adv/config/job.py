@@ -19,6 +19,7 @@ from raytrain_adv.config.sections import (
 )
 from raytrain_adv.config.sweep import Sweep
 from raytrain_adv.config.training import TrainConfig
+from raytrain_adv.errors import JobError
 
 CPU_WORKERS = 2
 """Workers for ray_num_workers: auto on a cluster without GPUs."""
@@ -161,3 +162,13 @@ def numbers(job: JobConfig) -> tuple[int, ...]:
     """Return the numbers of workers that an elastic run may have, ascending; else nothing."""
     fewest, most = job.ray.ends or (1, 0)
     return tuple(n for n in sharing(job, most) if n >= fewest)
+
+
+def refuse_without_graph(job: JobConfig, reason: str) -> None:
+    """Raise JobError if the job requires a graph and there is a reason against one."""
+    if reason and job.parallel.cuda_graph:
+        raise JobError(
+            "cuda_graph: true, but passes cannot be recorded",
+            reason,
+            "delete cuda_graph, which records passes where it can",
+        )

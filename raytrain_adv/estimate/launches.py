@@ -3,7 +3,6 @@
 from torch import nn
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.errors import JobError
 from raytrain_adv.estimate.flops import training_flops_per_token
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.tiled_mlp import TiledMlp
@@ -33,16 +32,6 @@ def why_no_graph(model: nn.Module, job: JobConfig, world_size: int, tokens: int)
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
-
-
-def refuse_without_graph(job: JobConfig, reason: str) -> None:
-    """Raise JobError if the job requires a graph and there is a reason against one."""
-    if reason and job.parallel.cuda_graph:
-        raise JobError(
-            "cuda_graph: true, but passes cannot be recorded",
-            reason,
-            "delete cuda_graph, which records passes where it can",
-        )
 
 
 def _prepares_batches(transform: Transform) -> bool:

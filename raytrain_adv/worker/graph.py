@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.job import JobConfig, refuse_without_graph
 from raytrain_adv.errors import TrainingError
-from raytrain_adv.estimate.launches import refuse_without_graph
 from raytrain_adv.model.packing import known_unpacked
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.ops.loss.function import LossFunction

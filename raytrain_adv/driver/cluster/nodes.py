@@ -10,9 +10,8 @@ from ray._raylet import PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from raytrain_adv.config.job import CPU_WORKERS, JobConfig, numbers
+from raytrain_adv.config.job import CPU_WORKERS, JobConfig, numbers, refuse_without_graph
 from raytrain_adv.errors import ClusterError, JobError, Stopped
-from raytrain_adv.estimate.launches import refuse_without_graph
 from raytrain_adv.text import plural
 
 ACCELERATOR = "accelerator_type:"  # prefix of the resource that names a node's GPU

@@ -8,7 +8,13 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from raytrain_adv import hardware, tables
-from raytrain_adv.config.job import CPU_WORKERS, JobConfig, accumulation, numbers
+from raytrain_adv.config.job import (
+    CPU_WORKERS,
+    JobConfig,
+    accumulation,
+    numbers,
+    refuse_without_graph,
+)
 from raytrain_adv.data.batches.collate import pad_to
 from raytrain_adv.data.prepare import PreparedData
 from raytrain_adv.data.shown import plain, shown_rows
@@ -20,7 +26,7 @@ from raytrain_adv.errors import ClusterError, JobError, StorageError
 from raytrain_adv.estimate.advice import EXAMPLES, Advice, Case, Gpu, advise
 from raytrain_adv.estimate.assumptions import Assumptions
 from raytrain_adv.estimate.flops import training_flops_per_token
-from raytrain_adv.estimate.launches import refuse_without_graph, why_no_graph
+from raytrain_adv.estimate.launches import why_no_graph
 from raytrain_adv.estimate.limits import Limit, Scale, Work
 from raytrain_adv.estimate.memory import HostNeed, MemoryPrediction, dtypes, settled
 from raytrain_adv.hardware import HardwareFacts
