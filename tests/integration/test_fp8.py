@@ -142,12 +142,17 @@ def test_fp8_compiled_checkpointed_and_under_lora(job_file, tmp_path):
     assert list(losses(tmp_path / "c").values()) == pytest.approx(expected, rel=5e-3)
 
 
-def test_what_stays_gathered_after_a_forward_pass_is_exported_from_its_shards(job_file, tmp_path):
+def test_what_stays_gathered_after_a_forward_pass_is_exported_from_its_shards(
+    job_file, keys, tmp_path
+):
     """Evaluation and sample answers leave whole weights there, in float8 or rounded to bf16."""
+    config = Path(keys["model_name_or_path"]) / "config.json"
+    short = {"max_position_embeddings": 24}  # a dozen passes make an answer
+    config.write_text(json.dumps({**json.loads(config.read_text()), **short}))
     stays = {"fsdp_reshard_after_forward": False, "num_sample_answers": 1, "val_size": 8}
 
     def job(name, **changed):
-        return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), **changed)
+        return job_file(f"{name}.yaml", output_dir=str(tmp_path / name), cutoff_len=24, **changed)
 
     plain, kept = job("base", **GATHERED, val_size=8), job("base-stays", **GATHERED, **stays)
     figures, _ = run_workers(2, plain, kept)
