@@ -15,6 +15,7 @@ from raytrain_adv.dtensor import plain_name
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import MAX_FILE_BYTES, NewFolder, folder_gib
 from raytrain_adv.export.model_folder import save_tokenizer, write_model
+from raytrain_adv.export.routing import compute_routed
 from raytrain_adv.export.verify import (
     TOLERANCE,
     compared_tokens,
@@ -40,13 +41,15 @@ class Merged:
     gib: float
     """Size on disk."""
     difference: float
-    """The largest difference of a logit from the trained model's."""
+    """The largest difference of a logit from the trained model's, with the same routing."""
     largest: float
     """The trained model's largest logit."""
     num_tokens: int
     """Tokens that were compared."""
     same_choice: float
     """Share of them after which the likeliest token is the same."""
+    num_rerouted: int
+    """Those that rounding sends through other experts; the difference is with the same ones."""
     plain_difference: float | None
     """The difference with the weights from before packing; none if the base is not packed."""
 
@@ -121,28 +124,27 @@ def _merged(layer: Any) -> torch.Tensor:
 def _compare(
     model: PreTrainedModel, job: JobConfig, folder: Path, input_ids: torch.Tensor
 ) -> Merged:
-    wanted = trained_logits(model, job, input_ids).float()
+    trained = trained_logits(model, job, input_ids)
+    wanted = trained.logits.float()
     attention = attention_of_parts(model)
     merged = load_folder(folder, job.model.trust_remote_code, attention).eval()
-    found = _logits(merged, input_ids)
-    difference, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
-    if not difference <= TOLERANCE * largest:
+    found = compute_routed(merged, input_ids, trained, TOLERANCE)
+    difference, largest = float((found.held - wanted).abs().max()), float(wanted.abs().max())
+    if found.fault or not difference <= TOLERANCE * largest:
         raise TrainingError(
             "the merged model does not compute what was trained",
-            f"logits differ by {difference:.4g} from those of base and adapter, of which the "
+            found.fault
+            or f"logits differ by {difference:.4g} from those of base and adapter, of which the "
             f"largest is {largest:.4g} ({input_ids.numel()} tokens)",
             f"{DEFECT}; the adapter itself can be exported without --merge",
         )
     other = None
     if packed_weights(model) and _exchange(model, job, merged):
-        other = float((_logits(merged, input_ids) - wanted).abs().max())
-    same = float((found.argmax(-1) == wanted.argmax(-1)).float().mean())
-    return Merged(folder_gib(folder), difference, largest, input_ids.numel(), same, other)
-
-
-def _logits(merged: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = merged(input_ids=input_ids, use_cache=False).logits
-    return logits.float()
+        plain = compute_routed(merged, input_ids, trained, TOLERANCE)
+        other = float((plain.held - wanted).abs().max())
+    same = float((found.logits.argmax(-1) == wanted.argmax(-1)).float().mean())
+    num = input_ids.numel()
+    return Merged(folder_gib(folder), difference, largest, num, same, found.num_rerouted, other)
 
 
 @torch.no_grad()

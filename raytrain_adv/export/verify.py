@@ -20,6 +20,7 @@ from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.convert import why_not_exact
 from raytrain_adv.export.folder import folder_gib
 from raytrain_adv.export.reference import write_reference
+from raytrain_adv.export.routing import Routing, Trained, compute_routed
 from raytrain_adv.model.build import keeps_float32
 from raytrain_adv.model.packing import first_position
 from raytrain_adv.model.parallel import compute_dtype
@@ -109,7 +110,7 @@ def read_folder(
 
 def converted_logits(
     model: PreTrainedModel, job: JobConfig, ids: torch.Tensor, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+) -> Trained:
     """Return trained_logits with every feature on: what the converted model computes."""
     Transforms(job).switch(model, True)
     return trained_logits(model, job, ids, dtype)
@@ -118,8 +119,8 @@ def converted_logits(
 @torch.no_grad()
 def trained_logits(
     model: PreTrainedModel, job: JobConfig, ids: torch.Tensor, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """Return the trained model's logits [batch, tokens, vocabulary] in host memory; a collective.
+) -> Trained:
+    """Return the trained model's logits, and how it routed tokens to experts; a collective.
 
     Neither compiled nor with kernels' forward passes, which round unlike the plain folder.
     `ids` are [batch, tokens], long, on the model's device; `dtype` is the job's if none.
@@ -127,7 +128,8 @@ def trained_logits(
     model.train(False)
     dtype = dtype or compute_dtype(job)
     named = dict(model.named_parameters())
-    with torch.compiler.set_stance("force_eager"), plain_forwards(model, job):
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, plain_forwards(model, job), Routing(model) as routing:
         if any(not isinstance(p, DTensor) and p.dtype != dtype for p in named.values()):
             # Not sharded, so that FSDP2 does not cast them to the dtype they are exported in.
             keeps = keeps_float32(model)
@@ -138,8 +140,7 @@ def trained_logits(
         else:
             output = model(input_ids=ids, use_cache=False)
     model.train()
-    logits: torch.Tensor = output.logits
-    return logits.cpu()
+    return Trained(output.logits.cpu(), routing)
 
 
 @contextmanager
@@ -160,10 +161,10 @@ def compare_converted(
     folder: Path,
     job: JobConfig,
     input_ids: torch.Tensor,
-    reference: torch.Tensor,
+    trained: Trained,
     attention: Attention,
 ) -> Comparison:
-    """Compare a converted folder's logits with the reference, those of converted_logits.
+    """Compare a converted folder's logits with those of converted_logits.
 
     `input_ids` are [batch, tokens], long, on the device that trained. Raises TrainingError when
     they differ by more than is allowed, naming both.
@@ -171,7 +172,7 @@ def compare_converted(
     trained_on = input_ids.device
     device = roomy_device(trained_on, folder)
     scheme = read_scheme(folder)
-    write_reference(folder, input_ids[:1], reference[:1])
+    write_reference(folder, input_ids[:1], trained.logits[:1])
     if (folder / "model.gguf").is_file():
         how = "stored integers and scales are training's; not loaded: transformers cannot"
         return Comparison(None, how)
@@ -180,28 +181,32 @@ def compare_converted(
         return Comparison(None, how)
     model = load_folder(folder, job.model.trust_remote_code, attention).to(device)
     with no_progress_bars():
-        logits = model.eval()(input_ids=input_ids.to(device), use_cache=False).logits
-    found, wanted = logits.float().cpu(), reference.float()
+        routed = compute_routed(model.eval(), input_ids.to(device), trained, TOLERANCE, False)
+    reason = why_not_exact(job, trained_on, device)
+    found, wanted = routed.held if reason else routed.logits, trained.logits.float()
     apart = (found - wanted).abs()
     difference, largest = float(apart.max()), float(wanted.abs().max())
-    reason = why_not_exact(job, trained_on, device)
     allowed = TOLERANCE * largest if reason else 0.0
     how = f"{input_ids.numel()} tokens on {device}, " + (
         f"at most {allowed:.3g}: {reason}" if reason else "bit for bit"
     )
+    if reason and routed.num_rerouted:
+        how += f"; as routed in training, from which rounding moves {routed.num_rerouted} tokens"
     is_equal = difference <= allowed  # not where it is not a number
     if scheme is not None and scheme["input_activations"]:
         apart_nats = divergence(wanted, found)
         is_equal = apart_nats <= MOST_KL
         how = f"{input_ids.numel()} tokens on {device}; KL {apart_nats:.2g}, at most {MOST_KL}: "
         how += "transformers rounds activations in its own order; stored values are training's"
-    if not is_equal:
+    if routed.fault or not is_equal:
         kind = Transforms(job).converts
         place = int(apart.nan_to_num(nan=float("inf")).argmax())
+        values = (f"{logits.flatten()[place]:.6g}" for logits in (wanted, found))
         raise TrainingError(
             f"the {kind} model does not compute what was trained",
-            f"logits differ by {difference:.4g} ({how}): {wanted.flatten()[place]:.6g} in training "
-            f"with every feature on, {found.flatten()[place]:.6g} from the {kind} files",
+            routed.fault
+            or f"logits differ by {difference:.4g} ({how}): {next(values)} in training with every "
+            f"feature on, {next(values)} from the {kind} files",
             f"{DEFECT}; the trained model itself is exported, and is not {kind}",
         )
     return Comparison(difference, how)

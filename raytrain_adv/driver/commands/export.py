@@ -246,6 +246,9 @@ def _merge_run(
         f"logits differ by {most} from those of base and adapter, whose largest is {largest}"
     )
     lines.append(f"({merged.num_tokens} tokens; sums are rounded to the written dtype);")
+    if merged.num_rerouted:
+        lines.append(f"with the experts that training chose: rounding sends {merged.num_rerouted}")
+        lines.append("of the tokens through others;")
     lines.append(f"the likeliest token is the same at {percent(merged.same_choice)} of them")
     if merged.plain_difference is not None:
         difference = f"they would differ by {merged.plain_difference:.3g}"

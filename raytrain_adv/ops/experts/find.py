@@ -75,15 +75,21 @@ def _num_experts(module: nn.Module) -> int:
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """Yield the modules that hold experts and what routes to them, with the number of experts."""
+    counts = expert_modules(model)
     for fqn, module in model.named_modules():
-        if fqn.endswith("base_layer"):
-            continue
-        count = _num_experts(_unwrapped(module))
-        if isinstance(module, nn.ModuleList) and fqn.rpartition(".")[2] == "experts":
-            count = len(module)
+        is_list = isinstance(module, nn.ModuleList) and fqn.rpartition(".")[2] == "experts"
+        count = len(module) if is_list else counts.get(fqn, 0)
         if count > 1:
             parent = fqn.rpartition(".")[0]
             yield parent, model.get_submodule(parent), count
+
+
+def expert_modules(model: nn.Module) -> dict[str, int]:
+    """Return by fqn how many experts the modules have that own them as stacked matrices, or wrap
+    such modules in adapters.
+    """
+    named = ((fqn, _num_experts(_unwrapped(module))) for fqn, module in model.named_modules())
+    return {fqn: count for fqn, count in named if count and not fqn.endswith("base_layer")}
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
