@@ -221,6 +221,7 @@ class Lora(Transform):
         choosing = routers(model)
         skipped = {f: self._reason_to_skip(f, m, model, choosing) for f, m in linears.items()}
         skipped |= {f: self._reason_to_skip_experts(f, m) for f, m in experts.items()}
+        skipped |= dict.fromkeys(choosing - linears.keys(), ROUTES)
         skipped = {fqn: reason for fqn, reason in skipped.items() if reason}
         chosen = {f: m for f, m in (linears | experts).items() if f not in skipped}
         check_merged(self.merged)

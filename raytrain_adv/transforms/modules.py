@@ -153,6 +153,7 @@ def plan_linears(
 
     reasons = {f: reason_against(f, m) for f, m in linears.items()}
     reasons |= {f: reason_against_experts(f, m) for f, m in experts.items()}
+    reasons |= dict.fromkeys(choosing - linears.keys(), ROUTES)
     skipped = {fqn: reason for fqn, reason in reasons.items() if reason}
     kinds = {f: class_name(m) for f, m in (linears | experts).items() if f not in skipped}
     after = {f: experts_become if f in experts else becomes[kind] for f, kind in kinds.items()}

@@ -12,6 +12,7 @@ from raytrain_adv.text import GIB, disk, of_error
 from raytrain_adv.transforms.modules import (
     IN_FULL,
     LINEAR,
+    ROUTES,
     in_adapter,
     output_heads,
     own_name,
@@ -19,7 +20,6 @@ from raytrain_adv.transforms.modules import (
 )
 from raytrain_adv.transforms.transform import (
     DEFECT,
-    Change,
     Context,
     Plan,
     Transform,
@@ -204,7 +204,8 @@ class QuantizedBase(Transform):
             what = "quantization_type: fp8 has no linear to multiply in FP8"
             fix = "set quantization_products: dequantized, or shorten quantization_exclude"
             raise JobError(what, f"{len(changes)} modules, all of them experts", fix)
-        return Plan(self.name, changes, skipped, tuple(self._notes(model, changes)))
+        plan = Plan(self.name, changes, skipped)
+        return plan.with_notes(*self._notes(model, plan))
 
     def _why_not(self, linear: nn.Linear) -> str:
         if linear.weight.requires_grad:
@@ -229,13 +230,13 @@ class QuantizedBase(Transform):
             return f"{width} input features are not a whole number of {size} bytes"
         return ""
 
-    def _notes(self, model: nn.Module, changes: dict[str, Change]) -> Iterator[str]:
+    def _notes(self, model: nn.Module, plan: Plan) -> Iterator[str]:
         from torch import nn
 
         from raytrain_adv.ops.experts.find import widths_of
 
         weights, bits = list[nn.Parameter](), 0.0
-        for fqn, change in changes.items():
+        for fqn, change in plan.changes.items():
             module = model.get_submodule(fqn)
             widths = widths_of(module) if change.after == EXPERTS else {"weight": 0}
             for name, width in widths.items():
@@ -252,7 +253,7 @@ class QuantizedBase(Transform):
             f"{bits / count:.2f} bits each: {disk(bits / 8 / GIB)} instead of "
             f"{disk(sum(w.nbytes for w in weights) / GIB)}"
         )
-        rest = ", ".join(f"{kind} {n:,}" for kind, n in self._left(model, changes).items())
+        rest = ", ".join(f"{kind} {n:,}" for kind, n in self._left(model, plan).items())
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         yield f"left in {dtype}: {rest}"
         if self.is_float8:
@@ -265,7 +266,7 @@ class QuantizedBase(Transform):
         yield "the base is not trained; it is not in checkpoints or the exported adapter"
 
     @staticmethod
-    def _left(model: nn.Module, changes: dict[str, Change]) -> Counter[str]:
+    def _left(model: nn.Module, plan: Plan) -> Counter[str]:
         """Return the number of weights of each kind that is not quantized."""
         from torch import nn
 
@@ -273,11 +274,12 @@ class QuantizedBase(Transform):
         for full_name, p in model.named_parameters():
             fqn, _, name = full_name.rpartition(".")
             module = model.get_submodule(fqn)
-            if in_adapter(fqn) or (fqn in changes and (name == "weight" or p.ndim == 3)):
+            if in_adapter(fqn) or (fqn in plan.changes and (name == "weight" or p.ndim == 3)):
                 continue
             kinds = {
                 "embeddings": isinstance(module, nn.Embedding),
                 "the head": module in heads,
+                "routers": plan.skipped.get(fqn) == ROUTES,
                 "biases": name.endswith("bias"),
                 "norms": p.ndim == 1,
             }
@@ -364,12 +366,8 @@ class QuantizedBase(Transform):
         held: dict[str, Any] = {}
         for fqn, change in plan.changes.items():
             module = model.get_submodule(fqn)
-            named = {f"{fqn}.{name}": name for name in shapes(module)}
-            held |= (
-                {f: module.get_submodule(name) for f, name in named.items()}
-                if change.after == EXPERTS
-                else {fqn: module}
-            )
+            names = shapes(module) if change.after == EXPERTS else ()
+            held |= {f"{fqn}.{n}": module.get_submodule(n) for n in names} or {fqn: module}
         read = {fqn: m.distance for fqn, m in held.items() if m.distance is not None}
         found = dict(zip(read, sum_distances(list(read.values())), strict=True))
         far = {fqn: worst for fqn, (_, _, worst) in found.items() if not worst <= 1}

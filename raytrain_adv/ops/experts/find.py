@@ -98,12 +98,15 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def routers(model: nn.Module) -> frozenset[str]:
-    """Return the fqns of linears that choose experts, or whether the shared one is used."""
+    """Return the fqns of what chooses experts, or whether the shared one is used: linears, and
+    modules of their own class that hold a weight as theirs.
+    """
     found: set[str] = set()
     for parent, block, count in blocks(model):
         for fqn, module in block.named_modules():
-            chooses = isinstance(module, nn.Linear) and module.out_features in (1, count)
-            if chooses and ROUTER_PATH.search(fqn):
+            weight = module._parameters.get("weight")
+            rows = len(weight) if weight is not None and weight.ndim == 2 else 0
+            if getattr(module, "out_features", rows) in (1, count) and ROUTER_PATH.search(fqn):
                 found.add(f"{parent}.{fqn}".lstrip("."))
     return frozenset(found)
 

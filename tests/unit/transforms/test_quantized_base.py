@@ -184,6 +184,9 @@ def test_routers_and_stacked_experts_stay_and_are_named(tmp_path):
     assert any(fqn.endswith("shared_expert.gate_proj.base_layer") for fqn in plan.changes)
     assert not any(fqn.endswith(("mlp.gate", "shared_expert_gate")) for fqn in plan.changes)
     assert any(fqn.endswith("experts.base_layer.base_layer") for fqn in plan.skipped)
+    assert plan.skipped["model.layers.0.mlp.gate"] == "it routes tokens to experts"
+    (left,) = (note for note in plan.notes if note.startswith("left in bfloat16"))
+    assert "routers 640" in left  # two layers' rows of 64, of four experts and the shared one
 
 
 def test_an_fp8_base_of_experts_alone_is_refused(tmp_path):
