@@ -81,10 +81,10 @@ def prepare(job: JobConfig, say: Say, *, rebuild: bool | None = None) -> Prepare
     if saved:
         train_part, eval_part = _saved(job, saved, say)
     else:
-        entries = resolve(data.dataset, data, "dataset")
+        entries = resolve(data.dataset, data, "dataset", job.source)
         train_part = _tokenized(job, tokenizer, entries, again, say)
     if data.eval_dataset is not None and not saved:
-        entries = resolve(data.eval_dataset, data, "eval_dataset")
+        entries = resolve(data.eval_dataset, data, "eval_dataset", job.source)
         eval_part = _tokenized(job, tokenizer, entries, again, say)
         for entry in entries if job.output.eval_on_each_dataset else ():
             rows = _tokenized(job, tokenizer, [entry], again, say).rows

@@ -54,7 +54,7 @@ def shown_rows(job: JobConfig, number: int) -> list[ShownRow]:
     tokenizer = load_tokenizer(job)
     most = min(job.data.max_samples or LARGEST_SAMPLE, max(LARGEST_SAMPLE, number))
     small = replace(job, data=job.data.model_copy(update={"max_samples": most}))
-    entries = resolve(job.data.dataset, job.data, "dataset")
+    entries = resolve(job.data.dataset, job.data, "dataset", job.source)
     datasets = TokenizedDatasets(small, tokenizer, entries, lambda sentence: None)
     tokenize = Tokenizer(tokenizer, datasets.recipe)
     found: list[ShownRow] = []

@@ -56,9 +56,12 @@ class Entry:
     """Draw this many rows at random, repeating them where there are fewer."""
 
 
-def resolve(names: str | list[str] | None, data: DataConfig, key: str) -> list[Entry]:
-    """Find every dataset that `names` (the job's value of `key`) lists. Raises JobError for a name
-    that is nowhere to be found, or an entry with a key that cannot be honored.
+def resolve(
+    names: str | list[str] | None, data: DataConfig, key: str, source: str = ""
+) -> list[Entry]:
+    """Find every dataset that `names` (the value of `key` in the job's file, `source`) lists.
+    Raises JobError for a name that is nowhere to be found, or an entry with a key that cannot be
+    honored.
     """
     listed = names.split(",") if isinstance(names, str) else list(names or [])
     wanted = [name.strip() for name in listed if name.strip()]
@@ -69,7 +72,7 @@ def resolve(names: str | list[str] | None, data: DataConfig, key: str) -> list[E
         fix = "write Hub datasets as owner/name under dataset, and make dataset_dir a folder"
         raise JobError("dataset_dir must be a folder", f"dataset_dir: {folder}", fix)
     info = _read_info(Path(folder))
-    return [_resolve_one(name, info, Path(folder), key) for name in wanted]
+    return [_resolve_one(name, info, Path(folder), key, source) for name in wanted]
 
 
 def _fetch(name: str) -> Path:
@@ -109,7 +112,9 @@ def _read_info(dataset_dir: Path) -> dict[str, Any]:
     return info
 
 
-def _resolve_one(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -> Entry:
+def _resolve_one(
+    name: str, info: dict[str, Any], dataset_dir: Path, key: str, source: str
+) -> Entry:
     if name in info:
         return _from_info(name, info[name], dataset_dir)
     if name in BUILTIN_SETS:
@@ -120,10 +125,28 @@ def _resolve_one(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -
     looks_like_path = Path(name).suffix in FILE_TYPES or name.startswith((".", "/"))
     if not looks_like_path and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return Entry(name, "hub", name)
-    raise _not_found(name, info, dataset_dir, key)
+    made_by = _command(source, (Path(name), dataset_dir / name))
+    raise _not_found(name, info, dataset_dir, key, made_by)
 
 
-def _not_found(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -> JobError:
+def _command(source: str, paths: Iterable[Path]) -> str:
+    """Return the command in a comment of the job's file that writes one of these paths, or a folder
+    above it; empty if there is none.
+    """
+    try:
+        comments = re.findall(r"^#\s*(python .*)", Path(source).read_text("utf-8"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):  # keys that come from no file
+        return ""
+    for command in comments:
+        written = [Path(word) for word in command.split()[2:]]
+        if any(path.is_relative_to(one) for path in paths for one in written if one.parts):
+            return str(command)
+    return ""
+
+
+def _not_found(
+    name: str, info: dict[str, Any], dataset_dir: Path, key: str, made_by: str
+) -> JobError:
     folder = Path(name).parent
     beside = folder.iterdir() if folder.is_dir() else ()
     files = [str(folder / p.name) for p in beside if p.is_dir() or p.suffix in FILE_TYPES]
@@ -140,6 +163,8 @@ def _not_found(name: str, info: dict[str, Any], dataset_dir: Path, key: str) -> 
     )
     other = "correct the name; a Hub dataset is written owner/name"
     fix = f"did you mean {near}?" if near else other
+    if made_by:
+        fix = f"make it, as a comment of the job's file has it: {made_by}"
     found = f"{key}: {name}; no such file, and {known}"
     return JobError(f"Dataset {name} was not found", found, fix)
 

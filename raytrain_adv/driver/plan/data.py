@@ -49,7 +49,7 @@ def summarize(prepared: PreparedData) -> DataSummary:
 
 def measure(job: JobConfig, say: Say) -> DataSummary:
     """Return the sizes of the data, estimated if it is large and not tokenized. Raises JobError."""
-    entries = resolve(job.data.dataset, job.data, "dataset")
+    entries = resolve(job.data.dataset, job.data, "dataset", job.source)
     num_rows = [_estimated_rows(entry, job) for entry in entries]
     if sum(num_rows) <= COUNTED or _is_cached(job, entries):
         return summarize(prepare(job, say))

@@ -141,6 +141,27 @@ def test_a_dataset_info_beyond_what_json_reads_is_an_error(tmp_path, make_job, t
         resolve("a", make_job(dataset="a", dataset_dir=str(tmp_path)).data, "dataset")
 
 
+def test_rows_that_a_script_makes_are_missed_with_the_command_in_the_jobs_comment(
+    tmp_path, make_job
+):
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        "# Rows are made by a script:\n#   python make.py made/rows.json\n"
+        "#   python make.py --out made/folder\n#   python -m raytrain_adv.launch job.yaml\n"
+    )
+    data = make_job(dataset="x").data
+    with pytest.raises(JobError) as caught:
+        resolve("made/rows.json", data, "dataset", str(job))
+    assert caught.value.fix.endswith(
+        "comment of the job's file has it: python make.py made/rows.json"
+    )
+    data = make_job(dataset="x", dataset_dir="made/folder").data
+    with pytest.raises(JobError, match="--out made/folder"):
+        resolve("rows", data, "dataset", str(job))
+    with pytest.raises(JobError, match="correct the name"):
+        resolve("other/rows.json", make_job(dataset="x").data, "dataset", str(job))
+
+
 def test_unknown_name_names_the_nearest_entry(tmp_path, make_job):
     with pytest.raises(JobError, match="did you mean alpaca_en"):
         entries(make_job, tmp_path, {"alpaca_en": {"file_name": "a.json"}}, "alpaca_em")
