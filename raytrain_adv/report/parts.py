@@ -132,6 +132,13 @@ class Sample(Record):
     """The trained model's answer."""
     reference: str | None = None
     """The dataset's answer."""
+    cut: str = ""
+    """What cut the answer before it ended by itself; empty if nothing did."""
+
+    @property
+    def shown(self) -> str:
+        """The answer, marked if it was cut."""
+        return f"{self.answer.strip()} [cut: {self.cut}]".lstrip() if self.cut else self.answer
 
 
 class NodeReport(Record):

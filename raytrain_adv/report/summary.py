@@ -173,7 +173,7 @@ def _samples(samples: Sequence[Sample]) -> str:
 
 
 def _sample(sample: Sample, most: int = NUM_SAMPLE_LINES) -> str:
-    turns = [("prompt", sample.prompt), ("answer", sample.answer), ("reference", sample.reference)]
+    turns = [("prompt", sample.prompt), ("answer", sample.shown), ("reference", sample.reference)]
     lines = [_turn(label, words, most) for label, words in turns if words is not None]
     return "\n".join(["sample answer:", *lines])
 

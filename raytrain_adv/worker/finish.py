@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from raytrain_adv.estimate.flops import text_config
 from raytrain_adv.model.adapter import load_adapter
 from raytrain_adv.model.weights import load_pretrained
 from raytrain_adv.run.run import Run
+from raytrain_adv.text import plural
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.worker.evaluation import evaluate_variants
 from raytrain_adv.worker.loop import TrainState
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_ANSWER_TOKENS = 96
+MAX_ANSWERS_S = 120  # of all answers: on a CPU they took longer than a short training
 BUCKET = 256  # prompt and answer are padded to a multiple of this: one shape, so one compiled graph
+LATE = -1  # instead of a token: the answers have taken too long
 NUM_COMPARED = 1024  # most tokens on which the export compares its models
 
 
@@ -61,17 +65,21 @@ ExportFunction = Callable[
 def sample_answers(
     state: TrainState, tokenizer: PreTrainedTokenizerBase, data: PreparedData
 ) -> list[dict[str, str]]:
-    """Return the model's answers to held-out prompts: {prompt, answer, reference}."""
+    """Return the model's answers to held-out prompts: {prompt, answer, reference, cut}."""
     count = state.job.output.num_sample_answers
     if count == 0:
         return []
     stop = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     samples = []
+    deadline = time.monotonic() + MAX_ANSWERS_S
     with state.run.phase("sample answers"):
         for ids, text, reference in data.prompts(count, tokenizer):
-            answer = greedy_answer(state.model, list(ids), stop, state.run.device)
-            decoded = tokenizer.decode(answer, skip_special_tokens=True)
-            samples.append({"prompt": text, "answer": str(decoded), "reference": reference})
+            answer, cut = greedy_answer(
+                state.model, list(ids), stop, state.run.device, deadline=deadline
+            )
+            decoded = str(tokenizer.decode(answer, skip_special_tokens=True))
+            sample = {"prompt": text, "answer": decoded, "reference": reference, "cut": cut}
+            samples.append(sample)
     return samples
 
 
@@ -82,9 +90,11 @@ def greedy_answer(
     stop: set[int],
     device: torch.device,
     max_new_tokens: int = MAX_ANSWER_TOKENS,
-) -> list[int]:
-    """Return the greedy continuation of `prompt` (token ids), without the stop token; empty if the
-    prompt fills all positions of the model. Every rank must call this with the same prompt.
+    deadline: float = math.inf,
+) -> tuple[list[int], str]:
+    """Return the greedy continuation of `prompt` (token ids), without the stop token, and what cut
+    it: the number of tokens, the model's positions, or the `deadline` (time.monotonic()) of rank 0;
+    empty if it ended by itself. Every rank must call this with the same prompt.
 
     There is no cache of keys and values; causal attention makes the padding on the right harmless.
     """
@@ -92,27 +102,30 @@ def greedy_answer(
     if positions is not None:
         max_new_tokens = min(max_new_tokens, positions - len(prompt))
     if max_new_tokens < 1 or not prompt:
-        return []
+        return [], f"the prompt fills the model's {positions} positions" if prompt else ""
     model.eval()
     length = math.ceil((len(prompt) + max_new_tokens) / BUCKET) * BUCKET
     length = min(length, positions or length)
     tokens = torch.full((1, length), prompt[-1], dtype=torch.long, device=device)
     tokens[0, : len(prompt)] = torch.tensor(prompt, device=device)
-    end = len(prompt)
+    end, cut = len(prompt), f"after {plural(max_new_tokens, 'token')}"
     for position in range(len(prompt), len(prompt) + max_new_tokens):
         logits = model(input_ids=tokens, use_cache=False).logits
         choice = logits[0, position - 1].argmax()
+        if time.monotonic() > deadline:
+            choice.fill_(LATE)
         if dist.is_initialized():  # GPUs may round differently, and all must continue alike
             dist.broadcast(choice, src=0)
         chosen = int(choice)
-        if chosen in stop:
+        if chosen in stop or chosen == LATE:
+            cut = f"answers may take {MAX_ANSWERS_S} s in all" if chosen == LATE else ""
             break
         tokens[0, position] = chosen
         end = position + 1
     model.train()
     reshard(model)
     answer: list[int] = tokens[0, len(prompt) : end].tolist()
-    return answer
+    return answer, cut
 
 
 def export(
