@@ -54,8 +54,10 @@ def seconds(value: float | None) -> str:
 
 
 def loss(value: float | None) -> str:
-    """Return a loss with four places."""
-    return MISSING if value is None else f"{value:.4f}"
+    """Return a loss with four places; below 0.1 with three digits, as small ones have none else."""
+    if value is None:
+        return MISSING
+    return f"{value:#.3g}" if 0 < abs(value) < 0.1 else f"{value:.4f}"
 
 
 def compact(value: float | None) -> str:

@@ -12,6 +12,8 @@ from raytrain_adv.transforms.qat import BF16, PTQ, QAT, Qat
 TWIN = "twin"
 NEGLIGIBLE = 1e-4
 """Share of the loss in bf16. If PTQ loses less, no recovered share is stated: it would be noise."""
+TIMES = 9.0
+"""Share from which a loss is stated as a multiple of the one in bf16, not in percent more."""
 HEADS = ("weights", "step", "held-out loss", "perplexity", "against bf16")
 EXACT_HEAD = "exact answers"
 
@@ -81,6 +83,8 @@ def table_rows(report: RunReport) -> list[tuple[str, ...]]:
     for v in report.variants:
         share = degradation(v, report.variants)
         against = "-" if share is None else f"{share:+.2%}".replace("-0.00%", "+0.00%")
+        if share is not None and share >= TIMES:
+            against = f"{share + 1:,.0f} times"
         figures = (text.loss(v.loss), text.compact(v.perplexity), against)
         exact = ("-" if v.exact_answers is None else f"{v.exact_answers:.1%}",)
         rows.append((v.name, f"{v.step:,}", *figures, *exact)[: len(heads(report))])
@@ -99,18 +103,21 @@ def sentence(report: RunReport) -> str:
             "or another folder has the run that made them; compare: true trains a bf16 twin"
         )
     bf16, ptq = pair
-    before, gap = bf16.loss or math.nan, (ptq.loss or math.nan) - (bf16.loss or math.nan)
+    before, after = (math.nan if v.loss is None else v.loss for v in (bf16, ptq))
+    gap = after - before
+    lost = text.loss(gap)
     has_twin = bf16.name != BF16
     of = "its bf16 twin" if has_twin else f"the weights after {bf16.step:,} steps"
     if gap <= NEGLIGIBLE * before:
-        return f"PTQ of {of} loses next to nothing ({gap / before:+.4%}): nothing to recover"
+        share = f"{gap / before:+.4%}" if before else "both losses are 0"
+        return f"PTQ of {of} loses next to nothing ({share}): nothing to recover"
     since = "" if has_twin else "; compare: true compares with a bf16 twin that is trained as long"
     if report.recovered is None:
         return (
-            f"PTQ of {of} loses {gap:.4f}; QAT ended below their bf16 loss by what it has trained "
+            f"PTQ of {of} loses {lost}; QAT ended below their bf16 loss by what it has trained "
             f"since, which does not measure rounding{since}"
         )
-    return f"QAT recovered {report.recovered:.0%} of the {gap:.4f} that PTQ of {of} loses{since}"
+    return f"QAT recovered {report.recovered:.0%} of the {lost} that PTQ of {of} loses{since}"
 
 
 def evaluated_as(report: RunReport) -> str:

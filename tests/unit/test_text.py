@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from raytrain_adv import text
 from raytrain_adv.text import as_yaml, ascii_name, clean, first_line, listed, nearest
 
 
@@ -57,3 +58,10 @@ def test_what_changes_a_terminal_is_taken_out_and_scripts_stay_whole():
     kept = "測試\u3000क्\u200cष 👩\u200d💻 é\u00a0\n\t\udcff"
     assert clean(kept) == kept
     assert clean("a\x1b[2J\u202e\u2066\x07\r") == "a\ufffd[2J\ufffd\ufffd\ufffd\ufffd"
+
+
+def test_small_losses_are_told_apart():
+    """A model that answers all is at 0.0006: its rounded one's 0.0012 was printed as 0.001."""
+    assert [text.loss(value) for value in (0.000612, 0.00123, 0.05, 2.34567, 0.0)] == [
+        "0.000612", "0.00123", "0.0500", "2.3457", "0.0000",
+    ]  # fmt: skip

@@ -42,6 +42,13 @@ def test_no_share_is_stated_of_next_to_nothing() -> None:
     assert "next to nothing" in variants.sentence(report)
 
 
+def test_losses_of_a_task_that_is_solved_say_something() -> None:
+    report = report_of(0.0006, 2.5, 0.0009, twin=True)
+    assert [row[2] for row in variants.table_rows(report)] == ["0.000600", "2.5000", "0.000900"]
+    assert [row[4] for row in variants.table_rows(report)] == ["-", "4,167 times", "+50.00%"]
+    assert "(both losses are 0)" in variants.sentence(report_of(0.0, 0.0, 0.0, twin=True))
+
+
 def test_what_training_gained_since_the_switch_is_not_reported_as_recovered() -> None:
     report = report_of(7.0, 7.1, 6.0)
     assert report.recovered is None
