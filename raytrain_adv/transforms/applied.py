@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,9 +13,9 @@ from raytrain_adv.config import JobConfig
 from raytrain_adv.config.problems import show
 from raytrain_adv.config.rules import switch
 from raytrain_adv.errors import ClusterError, JobError, TrainingError
-from raytrain_adv.text import listed, plural
+from raytrain_adv.text import listed
 from raytrain_adv.transforms.coverage import coverage
-from raytrain_adv.transforms.modules import own_forward
+from raytrain_adv.transforms.modules import nothing_changed, own_forward
 from raytrain_adv.transforms.transform import (
     DEFECT,
     Context,
@@ -90,7 +89,7 @@ class Transforms:
         for transform in self:
             try:
                 plan = _give_way(transform.plan(model, context), plans)
-                _refuse_empty(transform, plan)
+                _refuse_empty(transform, plan, model)
                 self._refuse_conflict(transform, plan, plans)
                 plan = _with_coverage(transform, plan, model)
                 before = _kinds(model, transform)
@@ -258,19 +257,14 @@ def _kinds(model: nn.Module, transform: Transform) -> dict[str, str]:
     return {fqn: transform.what_is(module) for fqn, module in model.named_modules()}
 
 
-def _refuse_empty(transform: Transform, plan: Plan) -> None:
+def _refuse_empty(transform: Transform, plan: Plan, model: nn.Module) -> None:
     """Refuse a plan that changes nothing: the job would train without a feature it enables."""
-    if plan.changes or plan.empty_because:
-        return
-    reasons = Counter(plan.skipped.values())
-    raise JobError(
-        f"{transform.name} is enabled but would not change any module",
-        "\n".join(
-            f"{plural(count, 'module')}: {reason}" for reason, count in reasons.most_common(4)
+    if not plan.changes and not plan.empty_because:
+        what = f"{transform.name} is enabled but would not change any module"
+        keys = f"change its keys: {', '.join(type(transform).model_fields)}"
+        raise nothing_changed(
+            what, model if transform.covers else None, plan.skipped, keys, "turn it off"
         )
-        or "no module of the model is of a kind it changes",
-        f"turn it off, or change its keys: {', '.join(type(transform).model_fields)}",
-    )
 
 
 def _with_coverage(transform: Transform, plan: Plan, model: nn.Module) -> Plan:

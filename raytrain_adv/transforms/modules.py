@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
@@ -12,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.errors import JobError
+from raytrain_adv.text import plural
 
 if TYPE_CHECKING:
     from torch import nn
@@ -158,6 +160,28 @@ def plan_linears(
     kinds = {f: class_name(m) for f, m in (linears | experts).items() if f not in skipped}
     after = {f: experts_become if f in experts else becomes[kind] for f, kind in kinds.items()}
     return {f: Change(kind, after[f]) for f, kind in kinds.items()}, skipped
+
+
+def nothing_changed(
+    what: str, model: nn.Module | None, skipped: Mapping[str, str], fix: str, off: str
+) -> JobError:
+    """Return the refusal of a feature that no module would be changed by: the linears are of
+    another kind (None: it is no feature of linears), or each module was skipped; adapters are named
+    only if there is nothing else.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    modules = () if model is None else model.modules()
+    if others := sum(isinstance(module, Conv1D) for module in modules):
+        found = (
+            f"{plural(others, 'linear')} are transformers' Conv1D, as GPT-2's; that is no Linear"
+        )
+        return JobError(what, found, f"take a model of torch.nn.Linear, as Llama's, or {off}")
+    own = {fqn: why for fqn, why in skipped.items() if not in_adapter(fqn)} or skipped
+    reasons = Counter(own.values()).most_common(4)
+    found = "\n".join(f"{plural(count, 'module')}: {reason}" for reason, count in reasons)
+    none = "no module of the model is of a kind it changes"
+    return JobError(what, found or none, f"{fix}, or {off}")
 
 
 def _excluded(key: str, value: str | list[str], fqns: list[str]) -> frozenset[str]:

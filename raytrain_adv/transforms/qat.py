@@ -39,6 +39,7 @@ from raytrain_adv.transforms.modules import (
     input_embedding,
     is_tied,
     lost_parts,
+    nothing_changed,
     own_name,
     patterns,
     plan_linears,
@@ -256,9 +257,9 @@ class Qat(Switchable):
         linears: dict[str, Any] = {fqn: model.get_submodule(fqn) for fqn in names}
         if not changes:
             what = "enable_qat: true would not round any linear of this model"
-            found = ", ".join(sorted({f"{why} ({fqn})" for fqn, why in skipped.items()})[:4])
-            other = f"{class_name(model)} computes with other modules than torch.nn.Linear"
-            raise JobError(what, found or other, "correct qat_exclude, or set enable_qat: false")
+            raise nothing_changed(
+                what, model, skipped, "correct qat_exclude", "set enable_qat: false"
+            )
         widths = {fqn: int(m.in_features) for fqn, m in linears.items()}
         for fqn in changes.keys() - linears.keys():
             stacks = widths_of(model.get_submodule(fqn))

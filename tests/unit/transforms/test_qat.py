@@ -185,9 +185,13 @@ def test_a_run_that_exports_nothing_reports_what_is_not_compared(tmp_path):
 
 def test_a_model_of_which_no_linear_would_be_rounded_is_refused(tmp_path):
     """GPT-2's are of a class of their own; its embedding alone is not what was asked for."""
-    _, _, plan = planned(tmp_path, kind="gpt2", shapes={})
-    with pytest.raises(JobError, match="would not round any linear"):
-        plan()
+    for folder, lora in ((tmp_path, {}), (tmp_path / "lora", {"finetuning_type": "lora"})):
+        _, _, plan = planned(folder, kind="gpt2", shapes={}, **lora)
+        with pytest.raises(JobError, match="would not round any linear") as refusal:
+            plan()
+        assert "8 linears are transformers' Conv1D" in refusal.value.found
+        assert "adapter" not in refusal.value.found
+        assert refusal.value.fix.startswith("take a model of torch.nn.Linear")
     _, _, plan = planned(tmp_path / "b", qat_exclude="*proj")
     with pytest.raises(JobError, match="in qat_exclude"):
         plan()
