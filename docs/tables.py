@@ -364,6 +364,24 @@ def grouped_products() -> str:
     return table(("", *times, "speed of FP8", "without casts"), rows)
 
 
+def float8_experts() -> str:
+    """One H200: training steps of Mixtral's layers, experts in bf16 and in FP8."""
+    found = read("experts_mixtral")["rows"]
+    named = {
+        "bf16": "full",
+        "FP8, experts in bf16": "fp8, experts in bf16",
+        "FP8, experts too": "fp8",
+    }
+    rows = []
+    for title, name in named.items():
+        row = found[name]
+        speed = f"{1e3 * row['step_s']:.1f}", f"{row['tokens_s']:,.0f}", f"{row['mfu_bf16']:.1%}"
+        gained = f"{found['full']['step_s'] / row['step_s']:.2f}"
+        rows.append((title, *speed, f"{row['peak_gib']:.1f}", f"{row['predicted_gib']:.1f}", gained))
+    header = ("", "step, ms", "tokens/s", "MFU", "peak GiB", "predicted", "relative to bf16")
+    return table(header, rows)
+
+
 def exported_products() -> str:
     """One H200: the linears of an 8B layer multiplied from exported bytes."""
     times: dict[tuple[str, int], float] = {}
@@ -426,6 +444,7 @@ BLOCKS: dict[str, Callable[[], str]] = {name: partial(steps, name) for name in S
         serve,
         experts,
         grouped_products,
+        float8_experts,
         exported_products,
         all_quick,
         all_results,

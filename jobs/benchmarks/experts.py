@@ -68,8 +68,8 @@ QAT = {
 FP8 = {"fp8": True, "fp8_allow_cpu": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
-    "fp8": {**FP8, "fp8_experts": "auto"},
-    "fp8, experts in bf16": FP8,
+    "fp8": FP8,
+    "fp8, experts in bf16": {**FP8, "fp8_experts": False},
     "qat int4": QAT,
     "lora": LORA,
     "qlora": {**LORA, "quantization_bit": 4},

@@ -87,7 +87,7 @@ class Fp8(Transform):
     patterns (model.layers.0.*)."""
     fp8_lm_head: bool = False
     """Make the gradients of the head in FP8 too; its logits and the loss stay in bf16."""
-    fp8_experts: Literal["auto"] | bool = False
+    fp8_experts: Literal["auto"] | bool = "auto"
     """Multiply stacked experts in FP8, with scales per row: auto where their products were measured
     to be faster than in bf16, which takes few and wide experts; true always; false never."""
     fp8_min_features: Annotated[int, Field(ge=0)] | None = None
