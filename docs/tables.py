@@ -377,7 +377,8 @@ def float8_experts() -> str:
         row = found[name]
         speed = f"{1e3 * row['step_s']:.1f}", f"{row['tokens_s']:,.0f}", f"{row['mfu_bf16']:.1%}"
         gained = f"{found['full']['step_s'] / row['step_s']:.2f}"
-        rows.append((title, *speed, f"{row['peak_gib']:.1f}", f"{row['predicted_gib']:.1f}", gained))
+        memory = f"{row['peak_gib']:.1f}", f"{row['predicted_gib']:.1f}"
+        rows.append((title, *speed, *memory, gained))
     header = ("", "step, ms", "tokens/s", "MFU", "peak GiB", "predicted", "relative to bf16")
     return table(header, rows)
 

@@ -10,8 +10,8 @@ row, and another call with the same FILE and --work computes what is missing. Wh
 printed every 15 seconds, and each row has where its seconds went; the stack of a row that has taken
 a minute is in its log in --work.
 
-Not yet run on a GPU to its end. Ten rows at a time on one H200, uncompiled, ended for lack of memory
-(18 GiB each) or of time: processes take a GPU in turn, and a step of four took 0.54 s.
+Not yet run on a GPU to its end. Ten rows at a time on one H200, uncompiled, ended for lack of
+memory (18 GiB each) or of time: processes take a GPU in turn, and a step of four took 0.54 s.
 """
 
 from __future__ import annotations
