@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,26 @@ def write_rows(path: Path, count: int = 64) -> Path:
     return path
 
 
+def _has_ray() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def left_as_found() -> Iterator[None]:
+    """Undo what a test changed in the environment, as connecting to Ray does for its processes, and
+    fail one that leaves a Ray which it did not find.
+    """
+    before, had_ray = dict(os.environ), _has_ray()
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+    assert _has_ray() == had_ray, "the test started a Ray, or stopped one that others use"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(left_as_found: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tokenized data of one test away from another's and from the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 

@@ -243,6 +243,8 @@ def release_workers() -> None:
     runs on the machine, and Ray when the whole job ends (ray 2.60, placement_group_cleaner.py); the
     next controller would then wait forever. Its public table has no creators.
     """
+    if not ray.is_initialized():
+        return  # asking for the job would start a Ray
     own = ray.get_runtime_context().get_job_id()
     for row in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(row)
