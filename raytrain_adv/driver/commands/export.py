@@ -40,7 +40,7 @@ from raytrain_adv.report import record
 from raytrain_adv.report.card import write_card
 from raytrain_adv.report.record import RunReport
 from raytrain_adv.storage.storage import Storage
-from raytrain_adv.text import GIB, disk, listed, percent
+from raytrain_adv.text import GIB, disk, listed, percent, plural
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.qat import Qat
@@ -247,8 +247,8 @@ def _merge_run(
     )
     lines.append(f"({merged.num_tokens} tokens; sums are rounded to the written dtype);")
     if merged.num_rerouted:
-        lines.append(f"with the experts that training chose: rounding sends {merged.num_rerouted}")
-        lines.append("of the tokens through others;")
+        moved = plural(merged.num_rerouted, "token")
+        lines.append(f"routed as in training: rounding sends {moved} through other experts;")
     lines.append(f"the likeliest token is the same at {percent(merged.same_choice)} of them")
     if merged.plain_difference is not None:
         difference = f"they would differ by {merged.plain_difference:.3g}"

@@ -13,6 +13,7 @@ from raytrain_adv import hardware
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.merge import Merged, export_merged
+from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.routing import Routing
 from raytrain_adv.export.verify import load_folder
 from raytrain_adv.model.build import build
@@ -35,14 +36,20 @@ class NoTokenizer:
         """Write nothing."""
 
 
-def adapted(kind: str, folder: Path) -> Adapted:
+def adapted(kind: str, folder: Path, **changed: Any) -> Adapted:
     """Return a tiny mixture in bf16 whose adapters change what it computes."""
     torch.manual_seed(0)
     auto: Any = AutoModelForCausalLM
     randomize(auto.from_config(tiny_config(kind), dtype=torch.bfloat16)).save_pretrained(
         folder / "m"
     )
-    keys = {"finetuning_type": "lora", "lora_rank": 4, "bf16": True, "use_cpu": True}
+    keys: dict[str, Any] = {
+        "finetuning_type": "lora",
+        "lora_rank": 4,
+        "bf16": True,
+        "use_cpu": True,
+    }
+    keys |= changed
     job = job_for(folder / "m", folder, **keys)
     model = build(job)
     plans = Transforms(job).prepare(model, hardware.detect(CPU))
@@ -57,10 +64,12 @@ def adapted(kind: str, folder: Path) -> Adapted:
     return model, job
 
 
+IDS = torch.randint(264, (256,), generator=torch.Generator().manual_seed(1))
+TOKENIZER: Any = NoTokenizer()
+
+
 def merged(one: Adapted, out: Path) -> Merged:
-    ids = torch.randint(264, (256,), generator=torch.Generator().manual_seed(1))
-    tokenizer: Any = NoTokenizer()
-    return export_merged(*one, out, tokenizer, ids, "make room")
+    return export_merged(*one, out, TOKENIZER, IDS, "make room")
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
@@ -150,6 +159,31 @@ def test_experts_without_their_adapter_are_refused(
     monkeypatch.setattr("raytrain_adv.export.merge.merged_stacks", lambda _: {})
     with pytest.raises(TrainingError, match=r"experts is .* off, given the same"):
         merged(mixture, tmp_path / "out")
+
+
+@pytest.mark.parametrize("bits_must_agree", [True, False])
+def test_a_quantized_mixture_whose_bits_need_not_agree_is_compared_as_it_was_routed(
+    bits_must_agree: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FP8, and another device than training's, round at other places than the plain folder."""
+
+    def rounded(*given: Any) -> Any:
+        model = load_folder(*given)
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                torch.manual_seed(0)
+                parameter.data *= 1 + 0.01 * torch.randn_like(parameter)
+        return model
+
+    one = adapted("mixtral", tmp_path, enable_qat=True, qat_weight_dtype="int4", qat_group_size=8)
+    monkeypatch.setattr("raytrain_adv.export.verify.load_folder", rounded)
+    if bits_must_agree:
+        with pytest.raises(TrainingError, match="bit for bit"):
+            export_model(*one, tmp_path / "out", TOKENIZER, IDS)
+        return
+    monkeypatch.setattr("raytrain_adv.export.verify.why_not_exact", lambda *_: "FP8 rounds")
+    found = export_model(*one, tmp_path / "out", TOKENIZER, IDS).converted
+    assert "as routed in training, from which rounding moves" in found["quantized_comparison"]
 
 
 def test_recording_a_pass_changes_nothing_and_leaves_nothing(mixture: Adapted) -> None:
