@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from raytrain_adv.report.plot import Level, Mark, Plot, Series, Xy
 from raytrain_adv.report.record import RunReport
@@ -70,17 +70,23 @@ def _against(report: RunReport) -> list[Plot]:
         return []
     found = []
     for title, mine, theirs in (
-        ("Training loss", report.train_loss, other.train_loss),
-        ("Eval loss", report.eval_loss, other.eval_loss),
+        ("Training loss", _drawn(report.train_loss), _drawn(other.train_loss)),
+        ("Eval loss", _finite(report.eval_loss), _finite(other.eval_loss)),
     ):
+        style: Literal["line", "dots"] = "dots" if title == "Eval loss" else "line"
+        series = (Series("this run", mine, 1, style), Series("the other", theirs, 2, style))
         title = f"{title}, compared with {other.output_dir}"
-        series = (Series("this run", _smoothed(mine), 1), Series("the other", _smoothed(theirs), 2))
         found.append(Plot(title, "per label token", series))
     return found
 
 
-def _smoothed(points: Sequence[tuple[int, float | None]]) -> list[Xy]:
-    return smoothed([(step, value) for step, value in points if value is not None])
+def _finite(points: Sequence[tuple[int, float | None]]) -> list[Xy]:
+    return [(step, value) for step, value in points if value is not None]
+
+
+def _drawn(points: Sequence[tuple[int, float | None]]) -> list[Xy]:
+    known = _finite(points)
+    return smoothed(known) if len(known) >= MIN_POINTS_TO_SMOOTH else known
 
 
 def _waits(train: list[Row]) -> list[Xy]:

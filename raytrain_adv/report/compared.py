@@ -92,7 +92,7 @@ def curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[Plot
                 for r in rows
                 if r["kind"] == kind and r.get(key) is not None
             ]
-            if key == "loss" and len(points) >= charts.MIN_POINTS_TO_SMOOTH:
+            if (kind, key) == ("train", "loss") and len(points) >= charts.MIN_POINTS_TO_SMOOTH:
                 lines.append(Series(f"{name}, each row", points, color, "faint"))
                 points = charts.smoothed(points)
             lines.append(Series(name, points, color, "dots" if kind == "eval" else "line"))

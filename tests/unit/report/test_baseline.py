@@ -4,6 +4,7 @@ import pytest
 
 from raytrain_adv.errors import StorageError
 from raytrain_adv.report.build import against
+from raytrain_adv.report.charts import plots as plots_of
 from raytrain_adv.report.html import render
 from raytrain_adv.report.record import RunReport, write
 from raytrain_adv.report.summary import summary
@@ -56,3 +57,13 @@ def test_keys_that_differ_are_named_and_both_curves_shown(make_job, tmp_path):
 def test_a_folder_without_a_run_is_an_error(make_job, tmp_path):
     with pytest.raises(StorageError, match="no report to read"):
         against(FASTER, make_job(compare_with=str(tmp_path / "nothing")))
+
+
+def test_evaluations_and_short_runs_are_drawn_as_measured_beside_another_run(make_job, tmp_path):
+    """They were smoothed: a mean of three evaluations is none of the three."""
+    folder = other(tmp_path / "other", eval_loss=((2, 5.0), (4, 1.0), (6, 3.0)))
+    report = against(FASTER, make_job(compare_with=folder))
+    plots = {plot.title.partition(",")[0]: plot.series for plot in plots_of(report, [])}
+    assert plots["Training loss"][0].points == [(1, 8.0), (2, 4.0)]
+    assert plots["Eval loss"][1].points == [(2, 5.0), (4, 1.0), (6, 3.0)]
+    assert {series.style for series in plots["Eval loss"]} == {"dots"}
