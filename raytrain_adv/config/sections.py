@@ -298,8 +298,8 @@ class OutputConfig(Section):
     export_model: bool = True
     """Write the trained model into output_dir; false leaves it in the checkpoints."""
     num_sample_answers: Annotated[int, Field(ge=0, le=1000)] = 1
-    """Prompts that the trained model answers at the end, on the console and in the report; held-out
-    ones if there are any."""
+    """Prompts that the trained model answers at the end, in 120 s at most, on the console and in
+    the report; held-out ones if there are any."""
 
     def contradictions(self) -> Iterable[Problem]:
         """Find output keys that contradict each other."""
