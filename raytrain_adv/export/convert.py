@@ -179,12 +179,16 @@ def _pieces(
         if name in found.direct:
             shape = tuple(plain.get_parameter(name).shape)
             files.replace(found.direct[name], shape, read_other)
-    untied = f"{head_fqn(plain)}.weight" if is_untied(plain, configs) else ""
+    named, tied = dict(plain.named_parameters()), dict[int, str]()
+    if is_untied(plain, configs):  # the weight, and the bias that BERT-like models tie with it
+        head = head_fqn(plain)
+        parts = plain.get_submodule(head).named_parameters()
+        tied = {id(p): f"{head}.{name}" for name, p in parts}
     for target, source in found.direct.items():
         shape, read = files.shapes[source], partial(files.read, source)
         yield Piece(target if target in configs else source, shape, read)
-        if untied and target in configs and plain.get_parameter(target) is _head(plain):
-            yield Piece(untied, shape, read)
+        if (own := tied.get(id(named.get(target)), target)) != target:
+            yield Piece(own, shape, read)
     for group in found.groups:
         if (configs.keys() | others.keys()).isdisjoint(group.targets):
             for name, _ in group.sources:

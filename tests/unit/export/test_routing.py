@@ -197,3 +197,13 @@ def test_recording_a_pass_changes_nothing_and_leaves_nothing(mixture: Adapted) -
     assert known.routers and known.experts and again.form() == known.form()
     assert torch.equal(plain, recorded) and torch.equal(plain, held)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_heads_bias_is_kept_where_the_table_that_it_is_tied_with_is_quantized(
+    tmp_path: Path,
+) -> None:
+    """BERT's was zero in the quantized folder: config.json unties it from the one in the files."""
+    keys = {"enable_qat": True, "qat_weight_dtype": "int4", "qat_group_size": 8}
+    one = adapted("bert", tmp_path, **keys, qat_quantize_embedding=True)
+    found = export_model(*one, tmp_path / "out", TOKENIZER, IDS[:100])
+    assert found.converted["quantized_logit_difference"] == 0
