@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -190,6 +191,7 @@ def launch(arguments: tuple[str, ...], plan: bool, **options: Any) -> None:
     Exit codes: 0 done, 2 the job file or what it names, 3 training failed, 4 the cluster refused,
     6 done but not uploaded, 130 stopped by Ctrl-C or SIGTERM.
     """
+    began = time.time()
     given = [f"--{name}" for name, value in options.items() if value]
     if given and not plan:
         raise command_error(f"{', '.join(given)}: only a plan takes it", "write --plan too")
@@ -207,7 +209,7 @@ def launch(arguments: tuple[str, ...], plan: bool, **options: Any) -> None:
         from raytrain_adv.driver.sweep.sweep import run
     else:
         from raytrain_adv.driver.training.trainer import run
-    run(job)
+    run(job, began=began)
 
 
 @app.command(context_settings=JOB)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytrain_adv import launch
@@ -101,6 +102,7 @@ def test_a_job_becomes_a_model_and_a_report_and_secrets_stay_where_they_are(
         del environment["RAY_AUTH_MODE"]  # as a user starts it: Ray then asks for a token
         command = [sys.executable, "-m", "raytrain_adv.launch", str(job)]
         driver = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        created = psutil.Process(driver.pid).create_time()
         end = time.monotonic() + 300
         while driver.poll() is None and time.monotonic() < end:
             sockets |= listening(psutil.Process(driver.pid))
@@ -121,6 +123,10 @@ def test_a_job_becomes_a_model_and_a_report_and_secrets_stay_where_they_are(
     assert {name for name, _ in sockets} >= {"gcs_server", "raylet"}
     assert {(name, ip) for name, ip in sockets if ip not in ("127.0.0.1", "::1")} == set()
     report = require_complete(tmp_path / "out", said)
+    # The command begins before it imports PyTorch and Ray, and all its time has a name.
+    assert -0.1 < report["started_at"] - created < report["timeline"]["imports"]
+    seconds = report["finished_at"] - report["started_at"]
+    assert sum(report["timeline"].values()) == pytest.approx(seconds, rel=0.05)
     assert any("trust_remote_code" in note for note in report["notes"])
     assert "trust_remote_code: true ran" in said
     assert launch.main([str(job), "learning_rate=0.5"]) == 2

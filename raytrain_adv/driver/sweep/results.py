@@ -33,7 +33,7 @@ BEST_JOB = "best_job.yaml"
 class Results:
     """The sweep's report, updated from the reports in the trials' folders."""
 
-    def __init__(self, job: JobConfig, sweep: Sweep, replaced: Replaced) -> None:
+    def __init__(self, job: JobConfig, sweep: Sweep, replaced: Replaced, began: float) -> None:
         self._job = job
         self._sweep = sweep
         self._replaced = replaced
@@ -46,7 +46,7 @@ class Results:
             command=" ".join(sys.argv),
             job_file=job.source,
             output_dir=job.output.output_dir,
-            started_at=time.time(),
+            started_at=began,
             keys=sweep.keys,
             metric=sweep.metric,
             mode=sweep.mode,

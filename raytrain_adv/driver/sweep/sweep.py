@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -64,11 +65,13 @@ TUNE_SETTINGS = {
 }
 
 
-def run(job: JobConfig, read: Read = read_nodes) -> None:
-    """Run the sweep's trials and compare them. Raises RaytrainAdvError, also if none succeeded."""
+def run(job: JobConfig, read: Read = read_nodes, began: float | None = None) -> None:
+    """Run the sweep's trials and compare them. Raises RaytrainAdvError, also if none succeeded.
+    `began` is when the command did, in unix seconds; now if none.
+    """
     folder = Path(job.output.output_dir)
     with output_dir.held(folder):
-        results = Results(job, _sweep(job), open_folder(job, folder))
+        results = Results(job, _sweep(job), open_folder(job, folder), began or time.time())
         try:
             _run_trials(job, results, read)
             results.finish()

@@ -110,14 +110,19 @@ class Console:
 
     A thread follows output_dir/metrics.jsonl, which rank 0 writes on storage that the driver
     shares. The view never stops the run: its own error is printed once, and training continues. If
-    `stream`, by default stdout, is a terminal, it gets the table, anything else lines.
+    `stream`, by default stdout, is a terminal, it gets the table, anything else lines. Time passes
+    since `began`, in unix seconds; since now if none.
     """
 
     def __init__(
-        self, output_dir: str | Path, stream: TextIO | None = None, poll_s: float = 0.5
+        self,
+        output_dir: str | Path,
+        stream: TextIO | None = None,
+        poll_s: float = 0.5,
+        began: float | None = None,
     ) -> None:
         self._stream = stream or sys.stdout
-        self._progress = Progress()
+        self._progress = Progress(started=began or time.time())
         self._file = FollowedFile(Path(output_dir) / FILE_NAME)
         self._lock = threading.RLock()
         self._stopped = False

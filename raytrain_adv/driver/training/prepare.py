@@ -52,7 +52,7 @@ def prepare_run(
         record.read(job.output.compare_with)  # if it is missing, fail now and not at the end
     if isinstance(job.output.resume_from_checkpoint, str):
         named(job.output.resume_from_checkpoint)  # the same
-    start = time.perf_counter()
+    start = time.perf_counter() - sum(progress.timeline.values())
 
     def end(phase: str) -> None:
         progress.timeline[phase] = time.perf_counter() - start - sum(progress.timeline.values())

@@ -65,8 +65,11 @@ class Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
         """Register none."""
 
 
-def run(job: JobConfig, read: Read = read_nodes) -> None:
-    """Run the job to its end: train, export, report. Raises RaytrainAdvError with its exit_code."""
+def run(job: JobConfig, read: Read = read_nodes, began: float | None = None) -> None:
+    """Run the job to its end: train, export, report. Raises RaytrainAdvError with its exit_code.
+    `began` is when the command did, in unix seconds; now if none.
+    """
+    began = began or time.time()
     folder = Path(job.output.output_dir)
     twins = list(Transforms(job).twins())
     if twins:
@@ -74,8 +77,9 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
             output_dir.decided(job)  # refused now, not hours later
     for twin in twins:
         print(f"First, the run without the feature to compare with: {twin.output.output_dir}\n")
-        run(twin, read)
+        run(twin, read, began)
         print()
+        began = time.time()
     if twins and job.output.compare_with is None:
         compared = {"compare_with": twins[0].output.output_dir}
         job = replace(job, output=job.output.model_copy(update=compared))
@@ -87,15 +91,15 @@ def run(job: JobConfig, read: Read = read_nodes) -> None:
             print(summary(report))
             upload.refuse_incomplete(report)
             return
-        with Console(place.folder) as console:
-            report = _run_in(job, place, console, read)
+        with Console(place.folder, began=began) as console:
+            report = _run_in(job, place, console, read, began)
         print(summary(report))
         upload.refuse_incomplete(report)
 
 
-def _run_in(job: JobConfig, place: Output, console: Console, read: Read) -> RunReport:
-    progress = Progress()
-    report = started(job, job.run_name)
+def _run_in(job: JobConfig, place: Output, console: Console, read: Read, began: float) -> RunReport:
+    progress = Progress({"imports": time.time() - began})
+    report = started(job, job.run_name, began)
     if place.remark and not place.replaced.is_there:
         report = report.model_copy(update={"notes": (*report.notes, place.remark)})
     for note in report.notes:

@@ -67,7 +67,8 @@ def read_sweep(folder: Path) -> SweepReport:
 
 def results_of(job: JobConfig) -> Results:
     assert job.sweep is not None
-    return Results(job, job.sweep, Replaced(Path(job.output.output_dir), sweep.OURS, [], False))
+    replaced = Replaced(Path(job.output.output_dir), sweep.OURS, [], False)
+    return Results(job, job.sweep, replaced, 0.0)
 
 
 def leave(job: JobConfig, index: int, loss: float | None, **changed: Any) -> str:
@@ -343,7 +344,8 @@ def test_overwriting_keeps_or_deletes_a_sweep_when_trials_begin_and_not_before(
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert {"sweep.json", "report.json"} <= {path.name for path in before}
     again = swept(overwrite_output_dir=True, delete_previous_run=deletes)
-    results = Results(again, again.sweep, sweep.open_folder(again, folder))  # type: ignore[arg-type]
+    replaced = sweep.open_folder(again, folder)
+    results = Results(again, again.sweep, replaced, 0.0)  # type: ignore[arg-type]
     assert not any(results.has_ended(trial.name) for trial in again.sweep.trials)  # type: ignore[union-attr]
     results.fail(ClusterError("no node has a GPU"))
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
