@@ -19,15 +19,15 @@ from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.transforms.transform import Plan
 
 
-def started(job: JobConfig, run_name: str, began: float) -> RunReport:
-    """Return the report of a run that began then, in unix seconds: its job."""
+def started(job: JobConfig, run_name: str, began: float | None = None) -> RunReport:
+    """Return the report of a run that began then, in unix seconds, or begins now: its job."""
     name = job.model.model_name_or_path
     trusted = f"trust_remote_code: true ran whatever model code comes with {name}."
     return RunReport(
         status="running",
         run_name=run_name,
         command=" ".join(sys.argv),
-        started_at=began,
+        started_at=began or time.time(),
         job=job.flat(),
         job_file=job.source,
         overrides=tuple(a for a in sys.argv[1:] if "=" in a and not a.startswith("-")),

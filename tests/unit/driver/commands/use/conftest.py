@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,6 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     keys = tiny_keys(root) | {"train_from_scratch": False, "val_size": 9, "max_steps": 2}
     keys |= {"default_system": "Count.", "per_device_eval_batch_size": 4}
     base = Path(keys["model_name_or_path"])
+    torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)).save_pretrained(base)
     files = []
     for name, more in RUNS.items():
