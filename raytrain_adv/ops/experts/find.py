@@ -15,6 +15,7 @@ from raytrain_adv.errors import JobError
 
 ROUTER_PATH = re.compile(r"(^|\.)(\w*_)?(gate|gating|router)(\.|$)")
 """Modules beside experts that choose among them; `gate_proj` is not such a name."""
+ROUTER, COUNTS = {"gate", "gating", "router"}, ("num_experts", "num_routed_experts")
 SORTED, TOP_K = ["hidden_states"], ["hidden_states", "top_k_index", "top_k_weights"]
 """What the forward passes of known layouts take."""
 
@@ -69,7 +70,7 @@ def _num_experts(module: nn.Module) -> int:
     if "packed_shapes" in vars(module):
         return next(iter(shapes(module).values()))[0]
     held = {p.shape[0] for p in matrices(module).values()}
-    counts = {vars(module).get(key) for key in ("num_experts", "num_routed_experts")} - {None}
+    counts = {vars(module).get(key) for key in COUNTS} - {None}
     return next(iter(held)) if len(held) == 1 and held <= counts else 0
 
 
@@ -77,10 +78,12 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """Yield the modules that hold experts and what routes to them, with the number of experts."""
     counts = expert_modules(model)
     for fqn, module in model.named_modules():
-        is_list = isinstance(module, nn.ModuleList) and fqn.rpartition(".")[2] == "experts"
-        count = len(module) if is_list else counts.get(fqn, 0)
+        parent, _, name = fqn.rpartition(".")
+        count = counts.get(fqn, 0)
+        if name == "experts" and not count:  # one by one, or as DBRX's and LongCat's are kept
+            held = [vars(module).get(key) or 0 for key in COUNTS]
+            count = len(module) if isinstance(module, nn.ModuleList) else max(held)
         if count > 1:
-            parent = fqn.rpartition(".")[0]
             yield parent, model.get_submodule(parent), count
 
 
@@ -99,14 +102,17 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 def routers(model: nn.Module) -> frozenset[str]:
     """Return the fqns of what chooses experts, or whether the shared one is used: linears, and
-    modules of their own class that hold a weight as theirs.
+    modules of their own class that hold a weight as theirs. A router may be several linears (Zaya),
+    and have more outputs than experts (LongCat).
     """
     found: set[str] = set()
     for parent, block, count in blocks(model):
         for fqn, module in block.named_modules():
             weight = module._parameters.get("weight")
             rows = len(weight) if weight is not None and weight.ndim == 2 else 0
-            if getattr(module, "out_features", rows) in (1, count) and ROUTER_PATH.search(fqn):
+            is_inside = rows > 0 and fqn.partition(".")[0] in ROUTER
+            is_one = getattr(module, "out_features", rows) in (1, count) and ROUTER_PATH.search(fqn)
+            if is_inside or is_one:
                 found.add(f"{parent}.{fqn}".lstrip("."))
     return frozenset(found)
 

@@ -29,6 +29,7 @@ from raytrain_adv.ops.fake_quant.layers import FakeQuantizedLinear
 from raytrain_adv.ops.fake_quant.rounding import fake_quantize_float8
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.modules import short
+from tests.families import tiny_config
 from tests.ranks import run_ranks
 from tests.tiny_models import job_for, write_checkpoint
 
@@ -105,6 +106,29 @@ def test_routers_are_left_whatever_their_last_name(
     plan = Transforms(job).plan(build(job))[feature]
     assert router not in plan.changes
     assert "routes tokens" in plan.skipped[router] or "not a plain linear" in plan.skipped[router]
+
+
+@pytest.mark.parametrize(
+    ("kind", "router"),
+    [
+        ("dbrx", "transformer.blocks.0.ffn.router.layer"),
+        ("inkling_text", "model.layers.0.mlp.gate"),
+        ("longcat_flash", "model.layers.0.mlp.router.classifier"),
+        ("zaya", "model.layers.0.mlp.gate.router_mlp.fc1"),
+    ],
+)
+def test_routers_of_several_linears_or_with_more_outputs_than_experts_are_left(
+    kind: str, router: str, tmp_path: Path
+) -> None:
+    tiny_config(kind).save_pretrained(tmp_path / "m")
+    (tmp_path / "m/model.safetensors").touch()  # no weight is read for a plan
+    small = {"fp8_min_features": 0, "fp8_allow_cpu": True}
+    qat = {"enable_qat": True, "qat_group_size": None}
+    for name, keys in {"lora": LORA, "fp8": {"fp8": True, **small}, "qat": qat}.items():
+        job = job_for(tmp_path / "m", tmp_path, **keys)
+        plan = Transforms(job).plan(build(job))[name]
+        assert router not in plan.changes
+        assert plan.skipped[router] == "it routes tokens to experts", name
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
