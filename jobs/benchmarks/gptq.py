@@ -5,23 +5,24 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 
-def load_model(folder: Path, device: torch.device) -> Any:
-    """Return a bf16 model."""
+def load_model(folder: Path) -> Any:
+    """Return a bf16 model in host memory."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    return loaded.to(device).eval()
+    return loaded.eval()
 
 
-def calibrated(folder: Path, device: torch.device, job: Any, prepared: Any, count: int) -> Any:
+def calibrated(folder: Path, job: Any, prepared: Any, count: int) -> Any:
     """Return a bf16 model of the weights that GPTQ rounds on `count` training rows."""
     from raytrain_adv.transforms.applied import Transforms
 
-    rounded, model = load_model(folder, device), load_model(folder, device)
+    rounded, model = load_model(folder), load_model(folder)
     calibrate(rounded, job, prepared, count)
     own = dict(rounded.named_parameters())
     with torch.no_grad():  # the calibrated model itself rounds again whenever it is called
@@ -35,6 +36,7 @@ def calibrate(model: Any, job: Any, prepared: Any, count: int) -> None:
     """Round the weights in place by llm-compressor's GPTQ, on `count` training rows."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.pipelines.sequential import pipeline
 
     from raytrain_adv.transforms.qat import Qat
 
@@ -49,8 +51,9 @@ def calibrate(model: Any, job: Any, prepared: Any, count: int) -> None:
     rows = [{"input_ids": torch.from_numpy(ids.astype("int64"))[None]} for ids in chosen]
     recipe = GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"])
     loader: Any = torch.utils.data.DataLoader(rows, batch_size=None)
-    where = {"sequential_offload_device": str(model.device)}
-    oneshot(model, recipe=recipe, dataset=loader, num_calibration_samples=len(rows), **where)
+    # Its rounding takes a step in Python for every column: a GPU would wait for the CPU.
+    with mock.patch.object(pipeline, "get_main_device", return_value=model.device):
+        oneshot(model, recipe=recipe, dataset=loader, num_calibration_samples=len(rows))
 
 
 class RoundedInputs(torch.nn.Linear):

@@ -10,8 +10,8 @@ row, and another call with the same FILE and --work computes what is missing. Wh
 printed every 15 seconds, and each row has where its seconds went; the stack of a row that has taken
 a minute is in its log in --work.
 
-Not yet run on a GPU to its end. Ten rows at a time on one H200, uncompiled, ended for lack of
-memory (18 GiB each) or of time: processes take a GPU in turn, and a step of four took 0.54 s.
+Trainings take a GPU in turn, so that more than --workers at a time gain nothing. GPTQ rounds a
+column at a time, in Python: it runs on CPU cores beside them, and its result is evaluated on a GPU.
 """
 
 from __future__ import annotations
@@ -102,12 +102,17 @@ def main() -> None:
         prepare_data(waiting[0], options)
         tell(began, "data prepared")
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(options.processes, spawn, take_gpu, (spawn.Value("i", 0),))
+    pools = {
+        calibrates: ProcessPoolExecutor(count, spawn, take_gpu, (spawn.Value("i", 0),))
+        for calibrates, count in options.processes.items()
+    }
     running: dict[Future[dict[str, Any]], Task] = {}
     while left := max(0.0, options.limit_s - (time.monotonic() - began)):
         for task in [t for t in waiting if not t.needs_twin or t.twin.name in rows]:
-            if len(running) < options.processes:
-                running[pool.submit(row_of, task, options)] = task
+            calibrates = task.method == GPTQ
+            beside = sum((other.method == GPTQ) == calibrates for other in running.values())
+            if beside < options.processes[calibrates]:
+                running[pools[calibrates].submit(row_of, task, options)] = task
                 waiting.remove(task)
         if not running:
             break
@@ -174,7 +179,9 @@ def parse() -> argparse.Namespace:
         options.calibration = 8
     options.work = options.work.absolute()
     options.rows, options.cutoff, options.held_out = (2, 96, 8) if options.quick else (16, 256, 200)
-    options.processes = options.workers * max(1, torch.cuda.device_count())
+    options.cores = len(os.sched_getaffinity(0))
+    trainers = options.workers * max(1, torch.cuda.device_count())
+    options.processes = {False: trainers, True: max(1, options.cores // 4)}  # trains, calibrates
     return options
 
 
@@ -241,7 +248,7 @@ def take_gpu(turn: Any) -> None:
 
 def row_of(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     """Return a row's figures, or what failed; runs in a process of the pool."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // options.processes))
+    torch.set_num_threads(max(1, options.cores // sum(options.processes.values())))
     start = time.perf_counter()
     log = options.work / f"{task.name}.log"
     try:
@@ -373,9 +380,9 @@ def quantized(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     folder = options.work / task.twin.name / "model"
     prepared = prepare(job, print, rebuild=False)
     if task.method == GPTQ:
-        model = calibrated(folder, device, job, prepared, options.calibration)
+        model = calibrated(folder, job, prepared, options.calibration).to(device)
     else:
-        model = load_model(folder, device)
+        model = load_model(folder).to(device)
         Transforms(job).prepare(model, None, options.rows * options.cutoff)
     return evaluate(model, job, prepared, device)
 
