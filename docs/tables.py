@@ -13,6 +13,7 @@ SEVERAL = {
     "fp8_two_gpus": "two H100s of one host",
     "fsdp_collectives": "two H200s of one host",
     "llama3_8b_two_gpus": "two H200s of one host",
+    "qat_targets": "two H200s of one host",
 }
 """Files of results whose runs took more than one card."""
 RESULTS = Path(__file__).parent.parent / "jobs" / "benchmarks" / "results"
@@ -252,6 +253,38 @@ def _timed(runs: dict[str, Any], cases: Iterable[tuple[str, str, str]], mode: st
 TIMED = ("", "activation checkpointing", "s/step", "peak GiB", "time to bf16", "memory to bf16")
 
 
+def _of_seeds(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    losses, exact = ([row[name] for row in rows] for name in ("loss", "exact_calls"))
+    mean = sum(losses) / len(losses)
+    apart = max(abs(loss - mean) for loss in losses)
+    return f"{mean:.3f} ± {apart:.3f}", f"{100 * sum(exact) / len(exact):.0f}%"
+
+
+def qat_targets() -> str:
+    """Held-out loss and exact calls by target and method: three seeds' mean, the farthest of it."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in read("qat_targets")["rows"]:
+        if not row["delay"]:
+            found.setdefault((row["target"], row["method"]), []).append(row)
+    cells = {key: ", ".join(_of_seeds(rows)) for key, rows in found.items()}
+    targets = [target for target in dict.fromkeys(target for target, _ in found) if target]
+    methods = ("round-to-nearest", "GPTQ", "QAT", "QAT, distilled")
+    return table(
+        ("target", "bf16", *methods),
+        [(t, cells["", "bf16"], *(cells[t, method] for method in methods)) for t in targets],
+    )
+
+
+def qat_target_delays() -> str:
+    """The same for the step at which fake quantization begins."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in read("qat_targets")["rows"]:
+        if (row["target"], row["method"]) == ("vllm-w4a16, groups of 64", "QAT"):
+            found.setdefault(row["delay"], []).append(row)
+    rows = [(step, *_of_seeds(found[step])) for step in sorted(found)]
+    return table(("`fake_quant_after_n_steps`, of 300", "loss", "exact calls"), rows)
+
+
 def qat_8b() -> str:
     """One H200: time and memory of QAT."""
     runs = read("llama3_8b_qat")["runs"]
@@ -438,6 +471,8 @@ BLOCKS: dict[str, Callable[[], str]] = {name: partial(steps, name) for name in S
         loss_kernels,
         qat_quality,
         qat_delay,
+        qat_targets,
+        qat_target_delays,
         qat_8b,
         qat_8b_checkpointing,
         chaos,

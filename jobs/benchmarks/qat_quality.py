@@ -8,7 +8,7 @@ instructions (held-out loss) and function calls (share of held-out calls that ar
 GPTQ is llm-compressor's, calibrated on training rows of the same run. FILE is written after each
 row, and another call with the same FILE and --work computes what is missing. What is computed is
 printed every 15 seconds, and each row has where its seconds went; the stack of a row that has taken
-a minute is in its log in --work.
+five minutes is in its log in --work.
 
 Trainings take a GPU in turn, so that more than --workers at a time gain nothing. GPTQ rounds a
 column at a time, in Python: it runs on CPU cores beside them, and its result is evaluated on a GPU.
@@ -27,6 +27,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -121,6 +122,10 @@ def main() -> None:
             tell(began, ", ".join(progress(task, options) for task in running.values()))
         for future in ended:
             task = running.pop(future)
+            if isinstance(future.exception(), BrokenProcessPool):
+                sys.exit(
+                    f"a process ended by itself (see {task.name}.log): the same command goes on"
+                )
             row = {"name": task.name, **asdict(task), **future.result()}
             if "error" not in row:
                 rows[task.name] = row
@@ -255,7 +260,7 @@ def row_of(task: Task, options: argparse.Namespace) -> dict[str, Any]:
         with log.open("w") as file, contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(file))
             stack.enter_context(contextlib.redirect_stderr(file))
-            faulthandler.dump_traceback_later(60, repeat=True, file=file)
+            faulthandler.dump_traceback_later(300, file=file)
             stack.callback(faulthandler.cancel_dump_traceback_later)
             found = trained(task, options) if task.method in (BF16, QAT, DISTILLED) else None
             found = found or quantized(task, options)
@@ -397,7 +402,8 @@ def evaluate(model: Any, job: Any, prepared: Any, device: torch.device) -> dict[
 
     run = local_run(job, device)
     arithmetic = resolve_arithmetic(job, len(prepared.train), 1)
-    parts = batches_of(job, run, prepared, load_tokenizer(job), arithmetic, "positions")
+    tokenizer = load_tokenizer(job)
+    parts = batches_of(job, run, model, prepared, tokenizer, arithmetic, "positions")
     meter = SimpleNamespace(paused=lambda what: contextlib.nullcontext())
     state: Any = SimpleNamespace(model=model, run=run, job=job, meter=meter, eval_loss_sum=None)
     result = {}
