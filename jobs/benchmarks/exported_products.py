@@ -1,13 +1,13 @@
 """Products of exported weights by the GPU kernels that PyTorch has, at the linears of an 8B model.
 
     python jobs/benchmarks/exported_products.py [--tokens 1 16 256 4096] [--out FILE]
+        [--vllm FOLDER]
 
 Each weight is stored as export stores it, and multiplied from these bytes: W8A8 by cuBLAS's int8
 product, FP8 by torch._scaled_mm (CUTLASS), W4A16 by tinygemm. Activations are rounded within the
 measured time, compiled. The error is that to the product that training computes. Calls are
-recorded as a CUDA graph over copies of the weight that exceed the L2 cache.
-
-Not yet run on a GPU: the formulas were compared with training's on a CPU.
+recorded as a CUDA graph over copies of the weight that exceed the L2 cache. With --vllm, the folder
+of an unpacked wheel of vLLM for the installed PyTorch, its kernels multiply the same bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm_products
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -49,15 +50,20 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256, 4096])
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--vllm", type=Path, help="folder of an unpacked wheel of vLLM")
     options = parser.parse_args()
+    engine: dict[str, Any] = {}
+    if options.vllm is not None:
+        vllm_products.load(options.vllm)
+        engine = vllm_products.forms((32, 128))
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # one kernel for each shape
     rows: list[dict[str, Any]] = []
     for name, (outputs, inputs) in LINEARS.items():
         weight = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) / inputs**0.5
-        for form in ("bf16", *SCHEMES):
+        for form in ("bf16", *SCHEMES, *engine):
             for tokens in options.tokens:
-                found = measure(form, weight, tokens)
+                found = measure(form, weight, tokens, *engine.get(form, ()))
                 row = {"linear": name, "form": form, "tokens": tokens, **found}
                 rows.append(row)
                 print(json.dumps(row), flush=True)
@@ -78,14 +84,25 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measure(form: str, weight: Tensor, tokens: int) -> dict[str, Any]:
-    """Return time, stored bytes and error of a weight's product, or why there is none."""
+def measure(
+    form: str,
+    weight: Tensor,
+    tokens: int,
+    exported: str = "",
+    multiplied: Callable[[dict[str, Tensor]], Product] | None = None,
+) -> dict[str, Any]:
+    """Return time, stored bytes and error of a weight's product, or why there is none. `multiplied`
+    is an engine's own product of what is exported as the form `exported`.
+    """
     x = torch.randn(tokens, weight.shape[1], device="cuda", dtype=torch.bfloat16)
-    scheme = SCHEMES.get(form)
+    scheme = SCHEMES.get(exported or form)
     size = sum(t.nbytes for t in tensors(weight, scheme).values())
     copies = max(2, round(CACHE_BYTES / size))
     try:
-        products = [product(weight.clone(), scheme) for _ in range(copies)]
+        if multiplied is None:
+            products = [product(weight.clone(), scheme) for _ in range(copies)]
+        else:
+            products = [multiplied(tensors(weight, scheme)) for _ in range(copies)]
         found = products[0](x)
         microseconds = time(products, x)
     except RuntimeError as error:
@@ -203,18 +220,18 @@ def time(products: list[Product], x: Tensor, repeats: int = 20) -> float:
 def layer(rows: list[dict[str, Any]], tokens: list[int]) -> list[str]:
     """Return a line for each form and number of tokens: the four linears together."""
     lines = []
-    for form in ("bf16", *SCHEMES):
+    for form in dict.fromkeys(row["form"] for row in rows):
         for count in tokens:
             of = [row for row in rows if (row["form"], row["tokens"]) == (form, count)]
             plain = [row for row in rows if (row["form"], row["tokens"]) == ("bf16", count)]
             if any("us" not in row for row in of):
-                lines.append(f"{form:22} {count:6} tokens: no kernel for all linears")
+                lines.append(f"{form:40} {count:6} tokens: no kernel for all linears")
                 continue
             us, base = (sum(row["us"] for row in each) for each in (of, plain))
             mib = sum(row["bytes"] for row in of) / 2**20
             off = max(row["error"] for row in of)
             lines.append(
-                f"{form:22} {count:6} tokens: {us:9.1f} us, {base / us:5.2f} x bf16's speed, "
+                f"{form:40} {count:6} tokens: {us:9.1f} us, {base / us:5.2f} x bf16's speed, "
                 f"{mib:6.0f} MiB, error {off:.1e}"
             )
     return lines

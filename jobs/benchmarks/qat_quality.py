@@ -359,6 +359,7 @@ def trained(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     found = figures(next(row for row in reversed(rows) if row["kind"] == "eval"))
     phases = {name: round(seconds, 1) for name, seconds in result["timeline"].items()}
     spent = {"step_ms": 1e3 * steps[-1]["step_s"], "phases_s": phases}
+    spent["cuda_graph"] = result["cuda_graph"]
     return {**found, "train_loss": steps[-1]["loss"], **spent}
 
 
