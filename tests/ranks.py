@@ -1,7 +1,7 @@
 """Run a function on several CPU ranks that talk over gloo, from within a test.
 
-Their processes are forked from a server that has the packages imported: starting them costs no
-seconds.
+Their processes are forked from a server that has imported tests/preloaded.py: starting them costs
+no seconds.
 """
 
 from __future__ import annotations
@@ -19,13 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOAD = [
-    "torch",
-    "transformers",
-    "raytrain_adv.export.model_folder",
-    "raytrain_adv.worker.train",
-]
-
 
 def server() -> ForkServerContext:
     """Return the context whose processes are forked from the server.
@@ -34,7 +27,7 @@ def server() -> ForkServerContext:
     be used in a process forked from one that has.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload([] if torch.cuda.is_available() else PRELOAD)
+    context.set_forkserver_preload([] if torch.cuda.is_available() else ["tests.preloaded"])
     return context
 
 
