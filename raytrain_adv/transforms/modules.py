@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.errors import JobError
@@ -42,21 +43,32 @@ def class_name(module: nn.Module) -> str:
     return f"{'torch.nn' if is_torchs else kind.__module__}.{kind.__qualname__}"
 
 
-@cache
 def weights_read(kind: type[nn.Module]) -> frozenset[str]:
     """Return the attributes of a class whose weights its methods compute with, as kernels of Mamba
     do with `out_proj` on a GPU, other than to initialize them; empty if there is no source.
     """
+    return frozenset[str]().union(*(_read_by(part) for part in kind.__mro__))
+
+
+@cache
+def _read_by(part: type) -> frozenset[str]:
+    """Return what methods that a class has itself, not from its bases, compute with."""
     found: set[str] = set()
-    for part in kind.__mro__:
-        for name, method in vars(part).items():
-            if inspect.isfunction(method) and "init" not in name:
-                try:
-                    source = inspect.getsource(method)
-                except OSError:
-                    continue
-                found.update(WEIGHT_READ.findall(source))
+    for name, method in vars(part).items():
+        if not inspect.isfunction(method) or "init" in name:
+            continue
+        # Finding a source takes milliseconds, and a model's classes have hundreds of methods.
+        if "weight" not in _names_in(inspect.unwrap(method).__code__):
+            continue
+        with suppress(OSError):
+            found.update(WEIGHT_READ.findall(inspect.getsource(method)))
     return frozenset(found)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Return the names of attributes and globals in a function and in those within it."""
+    inner = (_names_in(const) for const in code.co_consts if isinstance(const, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def is_read(model: nn.Module, name: str) -> bool:
