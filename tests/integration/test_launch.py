@@ -91,7 +91,8 @@ def test_what_the_job_gets_wrong_is_said_in_the_house_form(launch, job_file, bro
 
 def test_an_error_on_a_worker_reaches_the_user_as_itself(launch, job_file, tmp_path):
     """A checkpoint that cannot be written: its folder's place is taken by a file."""
-    keys = {**LINE, "save_strategy": "steps", "save_steps": 2, "max_failures": 3}
+    keys = {**LINE, "ray_num_workers": 1, "save_strategy": "steps", "save_steps": 2}
+    keys["max_failures"] = 3
     blocked = tmp_path / "storage"
     job = job_file(**keys, ray_storage_path=str(blocked), ray_run_name="run")
     attempt = blocked / "run" / "run_001"
