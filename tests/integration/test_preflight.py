@@ -19,14 +19,14 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import (
     placement_group,
     placement_group_table,
     remove_placement_group,
 )
 
-from raytrain_adv.driver.cluster import connect
+from raytrain_adv import cli
 from raytrain_adv.driver.cluster.nodes import (
     Node,
     alive_nodes,
@@ -41,6 +41,7 @@ from raytrain_adv.driver.training import trainer
 from raytrain_adv.errors import ClusterError
 from raytrain_adv.hardware import package_versions
 from raytrain_adv.transforms.applied import Transforms
+from tests.integration.conftest import SETTINGS
 from tests.readings import A100, H100, node_with, without
 
 READINGS = {"H100": node_with(H100), "A100": node_with(A100), "": node_with()}
@@ -58,7 +59,7 @@ def simulated() -> Iterator[Cluster]:
         )
         add(nodes, "H100", 2)
         add(nodes, "A100", 4)
-        for name, value in connect.RAY_SETTINGS.items():
+        for name, value in SETTINGS.items():
             patch.setenv(name, os.environ.get(name, value))
         ray.init(address=nodes.address, logging_level="ERROR", log_to_driver=False)
         yield nodes
@@ -86,26 +87,20 @@ def id_of(kind: str) -> str:
     return next(node.node_id for node in alive_nodes() if node.accelerator == kind)
 
 
-def test_an_fp8_job_is_placed_on_the_h100_node_only(simulated, make_job):
-    def where(config: dict[str, object]) -> str:
-        """Return the nodes that the workers are on, which need not import this file for it."""
-        import torch.distributed as dist
-
-        nodes: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
-        return ",".join(nodes)
+def test_an_fp8_job_is_placed_on_the_h100_node_only(simulated, make_job, tmp_path):
+    def where(config: dict[str, Path]) -> None:
+        """Note the worker's node; for this a worker need not import this file, or torch."""
+        rank = ray.train.get_context().get_world_rank()
+        (config["folder"] / f"rank_{rank}").write_text(ray.get_runtime_context().get_node_id())
 
     job = make_job(ray_num_workers=2, fp8=True, bf16=True)
     found = verdicts.check_nodes(resolve_placement(job), Transforms(job), by_kind())
     placement = verdicts.place(job, resolve_placement(job), found)
     assert placement.label_selector == {"ray.io/node-id": f"!in({id_of('A100')})"}
-    result = TorchTrainer(
-        where,
-        train_loop_config={},
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=trainer.scaling(job, placement),
-    ).fit()
-    assert set(result.return_value.split(",")) == {id_of("H100")}
+    config, scaling = {"folder": tmp_path}, trainer.scaling(job, placement)
+    DataParallelTrainer(where, train_loop_config=config, scaling_config=scaling).fit()
+    noted = [file.read_text() for file in tmp_path.glob("rank_*")]
+    assert noted == [id_of("H100")] * 2
 
 
 def test_a_worker_that_differs_from_what_was_accepted_ends_the_run_without_retries(
@@ -238,13 +233,11 @@ def test_a_probe_that_takes_too_long_is_no_hang(simulated, monkeypatch, tmp_path
 
 
 def test_the_command_shows_the_nodes_and_with_a_job_refuses_gpus_that_are_not_there(
-    simulated, job_file
+    simulated, job_file, capsys
 ):
-    alone = preflight_command(simulated)
+    assert cli.main(["preflight"]) == 0
+    assert f"torch {package_versions()['torch']}" in capsys.readouterr().out
     with_job = preflight_command(simulated, str(job_file(ray_num_workers=2)))
-    shown, errors = alone.communicate(timeout=120)
-    assert alone.returncode == 0, shown + errors
-    assert f"torch {package_versions()['torch']}" in shown
     shown, errors = with_job.communicate(timeout=120)
     assert with_job.returncode == 4, shown + errors
     assert "A node declares GPUs, and none is found on it" in errors
