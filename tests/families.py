@@ -120,7 +120,9 @@ KEYS: dict[str, dict[str, Any]] = {
         "axial_pos_embds": False,  # these allow one length only
         "attn_layers": ["local", "local"],  # the others hash at random
     },
-    "xlm": {"causal": True},
+    "trocr": {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 32},
+    "xlm": {"causal": True, "emb_dim": 64},
+    "xlnet": {"d_inner": 32},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 6,

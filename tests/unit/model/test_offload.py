@@ -81,14 +81,16 @@ def test_an_input_is_not_on_the_device_between_forward_and_backward():
     assert stays.x is stays.copy and stays.of.below is moved.of
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_nothing_else_holds_an_input_that_was_moved(compiled):
+@pytest.mark.parametrize(
+    "backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_nothing_else_holds_an_input_that_was_moved(backend):
     """The hook that packs it did, for as long as the graph: all inputs stayed on the GPU."""
     torch._dynamo.reset()
     model = tiny_model("llama")
     layers = [parallel._checkpointed(layer, "full") for _, layer in decoder_layers(model)]
-    for layer in layers if compiled else []:
-        layer.compile()
+    for layer in layers if backend else []:
+        layer.compile(backend=backend)
     Offload(layers, len(layers))
     x, inputs = torch.randn(2, 16, model.config.hidden_size), []
     rotary = model.model.rotary_emb(x, torch.arange(16)[None])

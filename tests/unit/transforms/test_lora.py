@@ -1,6 +1,7 @@
 """Adapters: where they were planned, with the values to start from, in PEFT's own format."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,10 @@ def test_fresh_adapters_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> 
             assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
+def all_trained_on_rank(jobs: list[tuple[JobConfig, Path]]) -> list[dict[str, Any]]:
+    return [trained_on_rank(job, out) for job, out in jobs]
+
+
 def trained_on_rank(job: JobConfig, out: Path) -> dict[str, Any]:
     model = adapted(job)
     losses = train(model)
@@ -242,13 +247,26 @@ def trained_on_rank(job: JobConfig, out: Path) -> dict[str, Any]:
     return {"losses": losses, "logits": logits, "adapters": adapters(model)}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.fixture(scope="module")
+def on_shards(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[Any, ...]]:
+    """Train adapters of each form on the same two ranks; return a form's checkpoint, export, and
+    what the ranks found.
+    """
+    place = tmp_path_factory.mktemp("shards")
+    folder = write_checkpoint("llama", place / "m")
+    jobs = []
+    for number, form in enumerate(FORMS):
+        job = lora_job(folder, place / f"job{number}", gradient_checkpointing="full", **form)
+        jobs.append((job, place / f"out{number}"))
+    first, second = run_ranks(all_trained_on_rank, 2, place, jobs)
+    return lambda number: (folder, jobs[number][1], first[number], second[number])
+
+
+@pytest.mark.parametrize("form", range(len(FORMS)))
 def test_adapters_trained_on_shards_load_into_peft_and_transformers(
-    form: dict[str, bool], tmp_path: Path
+    form: int, on_shards: Callable[[int], tuple[Any, ...]]
 ) -> None:
-    folder, out = write_checkpoint("llama", tmp_path / "m"), tmp_path / "out"
-    job = lora_job(folder, tmp_path, gradient_checkpointing="full", **form)
-    first, second = run_ranks(trained_on_rank, 2, tmp_path, job, out)
+    folder, out, first, second = on_shards(form)
     assert first["losses"] == second["losses"] and first["losses"][-1] < 0.9 * first["losses"][0]
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     by_peft = PeftModel.from_pretrained(base, out).eval()

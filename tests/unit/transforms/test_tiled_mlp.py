@@ -1,6 +1,7 @@
 """An MLP on tiles: the same values, gradients within rounding, and no more kept than its input."""
 
 import copy
+from functools import partialmethod
 
 import pytest
 import torch
@@ -86,7 +87,12 @@ def test_adapters_are_trained_through_tiles(tmp_path):
         torch.testing.assert_close(found[1][name], expected[1][name])
 
 
-def test_a_compiled_layer_is_one_graph_and_computes_an_mlp_again_on_tiles_alone(tmp_path):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_layer_is_one_graph_and_computes_an_mlp_again_on_tiles_alone(
+    backend, tmp_path, monkeypatch
+):
+    compile_layer = partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
     calls = []
     model, _ = on_worker(tmp_path, tiled_mlp=16, torch_compile=True)
     for module in model.modules():

@@ -133,23 +133,34 @@ def sharded(form, dtype):
     return bytes_of(layer), layer.unpacked(), output.detach(), x.grad, rows
 
 
-@pytest.mark.parametrize(
-    ("form", "dtype"),
-    [
-        (Form("nf4", True), torch.bfloat16),
-        (Form("fp4"), torch.float32),
-        (Form("int8"), torch.bfloat16),
-        *[(form, torch.bfloat16) for form in FLOAT8],
-    ],
-)
-def test_shards_hold_the_bytes_that_one_rank_would(tmp_path, form, dtype):
+SHARDED = [
+    (Form("nf4", True), torch.bfloat16),
+    (Form("fp4"), torch.float32),
+    (Form("int8"), torch.bfloat16),
+    *[(form, torch.bfloat16) for form in FLOAT8],
+]
+
+
+def all_sharded():
+    return [sharded(form, dtype) for form, dtype in SHARDED]
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory):
+    """Return for each form what each of the same four ranks found."""
+    return list(zip(*run_ranks(all_sharded, 4, tmp_path_factory.mktemp("ranks")), strict=True))
+
+
+@pytest.mark.parametrize("number", range(len(SHARDED)))
+def test_shards_hold_the_bytes_that_one_rank_would(number, on_ranks):
+    form, dtype = SHARDED[number]
     linear = plain_linear(dtype)
     whole = quantized(linear, form)
     torch.manual_seed(1)
     x = torch.randn(TOKENS, COLUMNS, dtype=dtype, requires_grad=True)
     output = whole(x)
     output.backward(torch.ones_like(output))
-    answers = run_ranks(sharded, 4, tmp_path, form, dtype)
+    answers = on_ranks[number]
     assert [answer[-1] for answer in answers] == [23, 23, 23, 21]
     for held, values, found, gradient, _ in answers:
         for one, other in zip(held, bytes_of(whole), strict=True):

@@ -72,22 +72,27 @@ def sharded_against_whole(shard_size, offload, scales_known):
     return pairs, type(local).__name__, len(local), local.scale.value is not None
 
 
-@pytest.mark.parametrize("scales_known", [True, False])
+def both_against_whole(shard_size, offload):
+    return [sharded_against_whole(shard_size, offload, known) for known in (True, False)]
+
+
 @pytest.mark.parametrize(
     ("ranks", "shard_size", "offload", "rows"),
     [(3, 3, False, [70, 70, 68]), (4, 2, False, [104] * 4), (2, 2, True, [104] * 2)],
     ids=["rows-the-ranks-do-not-divide", "hsdp", "cpu-offload"],
 )
 def test_gathered_in_float8_is_cast_after_gathering_to_the_bit(
-    tmp_path, ranks, shard_size, offload, rows, scales_known
+    tmp_path, ranks, shard_size, offload, rows
 ):
-    answers = run_ranks(sharded_against_whole, ranks, tmp_path, shard_size, offload, scales_known)
-    for (pairs, *shard), num_rows in zip(answers, rows, strict=True):
-        assert shard == ["GatheredInFloat8", num_rows, scales_known]
-        for number, (found, expected) in enumerate(pairs):
-            # Weight gradients are a mean over ranks of the same ones: up to its rounding.
-            rtol = 1e-2 if number % 4 == 2 else 0
-            torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
+    """With scales that are known before the forward pass, and without."""
+    answers = run_ranks(both_against_whole, ranks, tmp_path, shard_size, offload)
+    for answer, num_rows in zip(answers, rows, strict=True):
+        for (pairs, *shard), scales_known in zip(answer, (True, False), strict=True):
+            assert shard == ["GatheredInFloat8", num_rows, scales_known]
+            for number, (found, expected) in enumerate(pairs):
+                # Weight gradients are a mean over ranks of the same ones: up to its rounding.
+                rtol = 1e-2 if number % 4 == 2 else 0
+                torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
 
 
 def kept_for_backward(gathers):

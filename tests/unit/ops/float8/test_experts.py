@@ -125,13 +125,14 @@ def test_rows_that_fill_a_group_add_nothing(tmp_path: Path, monkeypatch: Any) ->
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_compiled_module_is_one_graph_with_the_same_numbers(
-    transposed: bool, tmp_path: Path
+    transposed: bool, backend: str, tmp_path: Path
 ) -> None:
     module = Float8Experts.of(experts_of("gpt_oss" if transposed else "mixtral", tmp_path))
     eager = passed(module, 24)
-    compiled = passed(torch.compile(module, fullgraph=True), 24)
+    compiled = passed(torch.compile(module, fullgraph=True, backend=backend), 24)
     for right, found in zip(eager, compiled, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
 
