@@ -116,7 +116,7 @@ class Runs:
         saved = {"save_strategy": "steps", "save_steps": SAVED_AT}
         keys = {**self.base(), **self.keys_of(slugs), **changed, **saved}
         keys |= {"ray_num_workers": self.workers}
-        self.run(name, keys)
+        self.run(name, {**keys, "export_model": False})  # the resumed run exports
         whole = numbers(self.folder / name)
         (self.folder / name / "checkpoints/local" / f"step_{STEPS:08d}" / "manifest.json").unlink()
         figures = self.run(name, {**keys, "resume_from_checkpoint": True})
