@@ -152,7 +152,7 @@ def shard(
     if shard_module is not None:
         Transforms(job).before_sharding(model)
         frozen = _shard_float32(model, job, shard_module)
-    casts, layers = shard_module is None and mesh is not None, list[nn.Module]()
+    casts, layers = shard_module is None and _casts(model, job), list[nn.Module]()
     for fqn, layer in decoder_layers(model):
         whole = layer
         if mode != "none":
@@ -191,6 +191,15 @@ def ends(model: PreTrainedModel, job: JobConfig) -> tuple[nn.Module, ...]:
     if any(is_read(model, names[end]) for end in (embedding, head)):
         return ()
     return embedding, head
+
+
+def _casts(model: PreTrainedModel, job: JobConfig) -> bool:
+    """Whether there are parameters of another dtype than the one that computes."""
+    kept, dtype = keeps_float32(model), compute_dtype(job)
+    return any(
+        p.is_floating_point() and p.dtype != dtype and not kept(n)
+        for n, p in model.named_parameters()
+    )
 
 
 def _cast(model: PreTrainedModel, unit: nn.Module, job: JobConfig) -> None:

@@ -67,6 +67,21 @@ def test_losses_and_gradients_are_those_of_fsdp2(tmp_path: Path) -> None:
     assert set(answers.values()) == {"True {torch.float32}"}, answers
 
 
+def test_a_process_alone_computes_in_bf16_as_one_of_a_group_does(tmp_path: Path) -> None:
+    write_checkpoint("llama-tied", tmp_path / "llama-tied")
+    for keys in ({"bf16": True}, {"pure_bf16": True}):
+        job = job_for(tmp_path / "llama-tied", tmp_path, **keys)
+        (expected,) = run_ranks(_passes, 1, tmp_path, job)
+        for ours, theirs in zip(trained(job)[1], expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours), keys
+
+
+def _passes(job: JobConfig) -> list[dict[str, torch.Tensor]]:
+    assert dist.is_initialized()
+    return trained(job)[1]
+
+
 def _compile(folder: Path) -> dict[str, tuple[int, int, bool]]:
     """Return graph breaks, graphs and whether numbers are the eager ones, of each mode."""
     plain: Any = nn.Module.compile
