@@ -16,8 +16,6 @@ import yaml
 MODULES = tempfile.TemporaryDirectory(prefix="modules")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Inductor's pool of processes takes longer to start than tests' few kernels to compile.
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault(
     "RAY_AUTH_MODE", "disabled"
 )  # a local ray.init would write a token into the home folder
