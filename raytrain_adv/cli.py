@@ -281,9 +281,9 @@ def doctor(run: Path | None, fix: bool) -> int:
     or it is running.
     """
     if run is None:
-        from raytrain_adv.driver.commands.status import runs_here
+        from raytrain_adv.driver.commands.status import runs_in
 
-        here = ", ".join(map(str, runs_here())) or "none in this folder"
+        here = ", ".join(map(str, runs_in(Path()))) or "none in this folder"
         raise command_error(
             f"no run is named; the last ones: {here}", "raytrain-adv doctor OUTPUT_DIR"
         )

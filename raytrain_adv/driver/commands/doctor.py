@@ -17,6 +17,7 @@ from raytrain_adv.checkpoint import folders
 from raytrain_adv.checkpoint.load import PlainReader
 from raytrain_adv.config.job import transform_types
 from raytrain_adv.config.rules import switch
+from raytrain_adv.driver.commands.status import runs_in
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.output_dir import MODELS, Record
 from raytrain_adv.driver.output.replaced import RUN_FILE, storage_below
@@ -356,7 +357,9 @@ def _require_run(folder: Path) -> None:
     if not any((folder / name).exists() for name in output_dir.OURS):
         names = listed(sorted(path.name for path in folder.iterdir()), 8) or "nothing"
         found = f"{folder} contains {names}, and neither {RUN_FILE} nor another file of a run"
-        raise JobError("There is no run in this folder", found, "name the output_dir of a run")
+        runs = listed(list(map(str, runs_in(folder))), 8)
+        fix = f"name one of the runs in it: {runs}" if runs else "name the output_dir of a run"
+        raise JobError("There is no run in this folder", found, fix)
 
 
 def _taken(root: Storage, name: str, what: str, means: str, fix: str = "set aside") -> Finding:

@@ -79,6 +79,9 @@ def show(address: str | None, run: str | None) -> None:
         return
     place = folder.absolute() if folder is not None else Path()
     chosen = [one for one in runs if run in one.names or one.output_dir == place]
+    if not chosen and folder is None and runs_in(Path(run)):
+        print("\n".join([f"{run} is not the folder of a run; the last ones in it:", *_ended(run)]))
+        return
     if not chosen and folder is None:
         raise JobError(
             f"{'The cluster' if url else 'This machine'} has no run {run!r}",
@@ -150,18 +153,18 @@ def _committed(folder: Path, record: Entry) -> int | None:
     return None
 
 
-def runs_here(most: int = NUM_HERE) -> list[Path]:
-    """Return the output_dirs of the last runs here, the newest first; LLaMA-Factory's lie four
-    folders deep (saves/model/lora/sft).
+def runs_in(folder: Path, most: int = NUM_HERE) -> list[Path]:
+    """Return the output_dirs of the last runs in a folder, the newest first; LLaMA-Factory's lie
+    four folders deep (saves/model/lora/sft).
     """
-    found = [path for depth in range(5) for path in Path().glob("*/" * depth + RUN_FILE)]
+    found = [path for depth in range(5) for path in folder.glob("*/" * depth + RUN_FILE)]
     newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
     return [path.parent for path in newest[:most]]
 
 
-def _ended() -> Iterator[str]:
-    """Yield what the last runs in this folder were, and how to see one."""
-    here = runs_here()
+def _ended(place: str = "") -> Iterator[str]:
+    """Yield what the last runs in a folder were, and how to see one."""
+    here = runs_in(Path(place))
     for folder in here:
         found = written(folder)
         if found is not None and found.row_at is not None:

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 from raytrain_adv import cli
-from raytrain_adv.driver.commands.status import _ended, runs_here, written
+from raytrain_adv.driver.commands.status import _ended, runs_in, written
 from raytrain_adv.storage.metrics_file import MetricsFile
 
 
@@ -43,8 +43,20 @@ def test_where_nothing_runs_the_last_runs_are_named(tmp_path, monkeypatch):
 def test_doctor_without_a_run_names_the_last_ones(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "saves" / "model" / "lora" / "sft")  # where LLaMA-Factory's jobs put it
-    assert runs_here() == [Path("saves/model/lora/sft")]
+    assert runs_in(Path()) == [Path("saves/model/lora/sft")]
     assert cli.main(["doctor"]) == 2
     said = capsys.readouterr().err
     assert "no run is named; the last ones: saves/model/lora/sft" in said
     assert "raytrain-adv doctor OUTPUT_DIR" in said
+
+
+def test_a_folder_of_runs_leads_to_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "saves" / "llama" / "mine")
+    assert cli.main(["status", "saves"]) == 0
+    assert "saves/llama/mine: done, step 4" in capsys.readouterr().out
+    assert cli.main(["doctor", "saves"]) == 2
+    assert "name one of the runs in it: saves/llama/mine" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert cli.main(["status", "elsewhere"]) == 2
