@@ -180,8 +180,13 @@ def kernels_by_call(seen: profiler.profile, on_gpu: bool) -> dict[str, list[list
         for event in seen.events() or ():  # type: ignore[no-untyped-call] # torch.profiler has no types here
             found.setdefault(event.name, []).append(event.kernels)
         return found
-    for record in seen.profiler.kineto_results.events():  # type: ignore[union-attr] # set by the exit
-        found.setdefault(record.name(), []).append([])
+    records = seen.profiler.kineto_results.events()  # type: ignore[union-attr] # set by the exit
+    ends: dict[tuple[str, int], int] = {}
+    for record in sorted(records, key=lambda one: one.start_ns()):
+        call = record.name(), record.start_thread_id()
+        if record.start_ns() >= ends.get(call, 0):  # not within a call of the same name
+            ends[call] = record.end_ns()
+            found.setdefault(record.name(), []).append([])
     return found
 
 
