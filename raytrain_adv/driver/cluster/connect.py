@@ -1,6 +1,8 @@
 """Connect to Ray: join a cluster or start Ray on this machine, with the settings a run needs."""
 
+import atexit
 import os
+import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -89,7 +91,16 @@ def connect(job: JobConfig | None) -> bool:
     finally:
         if not had_token and token.exists():
             token.chmod(0o600)  # Ray has just written it, readable by everybody (ray 2.60)
+    atexit.register(_ignore_signals)
     return bool(address == "local")
+
+
+def _ignore_signals() -> None:
+    """Let Ray's own shutdown at exit, which comes after this, end in peace: all is done, and a
+    signal would show as a traceback in the middle of it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _cannot_connect(address: str, error: Exception) -> ClusterError:

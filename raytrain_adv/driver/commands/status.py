@@ -155,11 +155,12 @@ def _committed(folder: Path, record: Entry) -> int | None:
 
 def runs_in(folder: Path, most: int = NUM_HERE) -> list[Path]:
     """Return the output_dirs of the last runs in a folder, the newest first; LLaMA-Factory's lie
-    four folders deep (saves/model/lora/sft).
+    four folders deep (saves/model/lora/sft). Those that a run's folder keeps are left out.
     """
     found = [path for depth in range(5) for path in folder.glob("*/" * depth + RUN_FILE)]
+    runs = {path.parent for path in found}
     newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path.parent for path in newest[:most]]
+    return [p.parent for p in newest if runs.isdisjoint(p.parent.parents)][:most]
 
 
 def _ended(place: str = "") -> Iterator[str]:

@@ -3,7 +3,10 @@
 import importlib
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -183,3 +186,34 @@ def test_a_process_group_listens_on_the_nodes_address_alone(
         dist.destroy_process_group()
         os.environ.pop("GLOO_SOCKET_IFNAME", None)
         os.environ.pop("NCCL_SOCKET_IFNAME", None)
+
+
+ENDING = """
+import atexit, time
+def shutdown():
+    print("closing", flush=True)
+    time.sleep(2)
+    print("closed", flush=True)
+atexit.register(shutdown)
+import ray, signal, sys
+from raytrain_adv.driver.cluster import connect
+ray.init = lambda **options: signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+connect.connect(None)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_ray_shuts_down_at_exit_ends_nothing(number):
+    """Ray's handler would raise in the middle of it, and the end of a good run be a traceback."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdout.readline() == "closing\n"
+        process.send_signal(number)
+        shown, errors = process.communicate(timeout=60)
+    assert (process.returncode, shown, "Traceback" in errors) == (0, "closed\n", False), errors

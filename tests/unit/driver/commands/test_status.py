@@ -53,8 +53,10 @@ def test_doctor_without_a_run_names_the_last_ones(tmp_path, monkeypatch, capsys)
 def test_a_folder_of_runs_leads_to_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "saves" / "llama" / "mine")
+    make_run(tmp_path / "saves" / "llama" / "mine" / "previous" / "1")
     assert cli.main(["status", "saves"]) == 0
-    assert "saves/llama/mine: done, step 4" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "saves/llama/mine: done, step 4" in shown and "previous" not in shown
     assert cli.main(["doctor", "saves"]) == 2
     assert "name one of the runs in it: saves/llama/mine" in " ".join(
         capsys.readouterr().err.split()
