@@ -281,9 +281,10 @@ def doctor(run: Path | None, fix: bool) -> int:
     or it is running.
     """
     if run is None:
-        from raytrain_adv.driver.commands.status import runs_in
+        from raytrain_adv.driver.output.output_dir import runs_in
+        from raytrain_adv.text import listed
 
-        here = ", ".join(map(str, runs_in(Path()))) or "none in this folder"
+        here = listed(list(map(str, runs_in(Path()))), 5) or "none in this folder"
         raise command_error(
             f"no run is named; the last ones: {here}", "raytrain-adv doctor OUTPUT_DIR"
         )

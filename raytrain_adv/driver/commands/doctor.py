@@ -17,7 +17,6 @@ from raytrain_adv.checkpoint import folders
 from raytrain_adv.checkpoint.load import PlainReader
 from raytrain_adv.config.job import transform_types
 from raytrain_adv.config.rules import switch
-from raytrain_adv.driver.commands.status import runs_in
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.output_dir import MODELS, Record
 from raytrain_adv.driver.output.replaced import RUN_FILE, storage_below
@@ -354,10 +353,10 @@ def _require_run(folder: Path) -> None:
         fix = f"name one: raytrain-adv doctor {folder / 'trials' / (trials or ['NAME'])[0]}"
         what = "This is the folder of a sweep, which has a run in each of its trials"
         raise JobError(what, ", ".join(trials) or "no trials", fix)
-    if not any((folder / name).exists() for name in output_dir.OURS):
+    if not (folder / RUN_FILE).exists() and not output_dir.left_in(folder):
         names = listed(sorted(path.name for path in folder.iterdir()), 8) or "nothing"
         found = f"{folder} contains {names}, and neither {RUN_FILE} nor another file of a run"
-        runs = listed(list(map(str, runs_in(folder))), 8)
+        runs = listed(list(map(str, output_dir.runs_in(folder))), 8)
         fix = f"name one of the runs in it: {runs}" if runs else "name the output_dir of a run"
         raise JobError("There is no run in this folder", found, fix)
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from raytrain_adv import tables, text
 from raytrain_adv.checkpoint import folders
 from raytrain_adv.driver.cluster import dashboard
-from raytrain_adv.driver.output.output_dir import is_held
+from raytrain_adv.driver.output.output_dir import is_held, runs_in
 from raytrain_adv.driver.output.replaced import RUN_FILE, storage_below
 from raytrain_adv.errors import ClusterError, JobError, StorageError
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
@@ -70,7 +70,8 @@ def show(address: str | None, run: str | None) -> None:
         print("\n".join([*lines, "no --address: Ray was not queried"]))
         return
     url = dashboard.named(address)
-    urls = [url] if url else dashboard.of_this_machine()
+    is_above = run is not None and folder is None and bool(runs_in(Path(run)))
+    urls = [url] if url else [] if is_above else dashboard.of_this_machine()
     runs = _runs_at(urls)
     if run is None:
         where = "the cluster" if url else "this machine"
@@ -79,7 +80,7 @@ def show(address: str | None, run: str | None) -> None:
         return
     place = folder.absolute() if folder is not None else Path()
     chosen = [one for one in runs if run in one.names or one.output_dir == place]
-    if not chosen and folder is None and runs_in(Path(run)):
+    if not chosen and is_above:
         print("\n".join([f"{run} is not the folder of a run; the last ones in it:", *_ended(run)]))
         return
     if not chosen and folder is None:
@@ -153,19 +154,9 @@ def _committed(folder: Path, record: Entry) -> int | None:
     return None
 
 
-def runs_in(folder: Path, most: int = NUM_HERE) -> list[Path]:
-    """Return the output_dirs of the last runs in a folder, the newest first; LLaMA-Factory's lie
-    four folders deep (saves/model/lora/sft). Those that a run's folder keeps are left out.
-    """
-    found = [path for depth in range(5) for path in folder.glob("*/" * depth + RUN_FILE)]
-    runs = {path.parent for path in found}
-    newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-    return [p.parent for p in newest if runs.isdisjoint(p.parent.parents)][:most]
-
-
 def _ended(place: str = "") -> Iterator[str]:
     """Yield what the last runs in a folder were, and how to see one."""
-    here = runs_in(Path(place))
+    here = runs_in(Path(place))[:NUM_HERE]
     for folder in here:
         found = written(folder)
         if found is not None and found.row_at is not None:

@@ -32,7 +32,7 @@ from raytrain_adv.report import record as reports
 from raytrain_adv.storage.atomic import write_without_space
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.storage.storage import Storage, storage_errors
-from raytrain_adv.text import ascii_name
+from raytrain_adv.text import ascii_name, listed
 from raytrain_adv.transforms.hub_kernels import HubKernels
 
 SWEEP_FILE = "sweep.json"
@@ -173,6 +173,23 @@ def has_ended(folder: Path) -> bool:
     return any(record is not None and record.get("status") == "done" for record in records)
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """Return the output_dirs in a folder, the newest run first; LLaMA-Factory's lie four folders
+    deep (saves/model/lora/sft). Those that a run's folder keeps are left out.
+    """
+    found = [path for depth in range(5) for path in folder.glob("*/" * depth + RUN_FILE)]
+    runs = {path.parent for path in found}
+    newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent for path in newest if runs.isdisjoint(path.parent.parents)]
+
+
+def left_in(folder: Path) -> list[str]:
+    """Return the names of what a run has left in its folder. One that is, or has, the output_dir of
+    a run (saves/model) is not of a run in the folder above.
+    """
+    return [name for name in OURS if (folder / name).exists() and not runs_in(folder / name)]
+
+
 def open_output(job: JobConfig) -> Output:
     """Begin what `decided` returns: a start, a continuation, or a rerun. Raises JobError."""
     folder = Path(job.output.output_dir)
@@ -201,14 +218,14 @@ def decided(job: JobConfig) -> Output:
     if (folder / SWEEP_FILE).exists():
         what = "output_dir holds a sweep, not a single run"
         raise JobError(what, str(folder), "choose another output_dir")
+    _refuse_mixed_runs(folder)
     refuse_anothers(storage, folder, has_run=record is not None)
     remark = ""
     if record is not None and (step := _step_to_continue(job, record, storage)) is not None:
         resume, remark = True, CONTINUES.format(folder=folder, step=step)
     elif job.output.overwrite_output_dir and resume is not True:
         refuse_to_replace_what_is_read(job, replaced)
-        left = any((folder / name).exists() for name in OURS)
-        has_ended = left if record is None else record["status"] == "done"
+        has_ended = bool(left_in(folder)) if record is None else record["status"] == "done"
         replaced.is_there = has_ended or _trained(folder, storage)
         if replaced.is_there:
             remark = describe_replacement(replaced, owned=record is not None)
@@ -299,8 +316,28 @@ def _anothers(storage: Storage, folder: Path, other: str | None) -> JobError:
     )
 
 
+def _refuse_mixed_runs(folder: Path) -> None:
+    """Raise JobError if this run would write where another run is, or the other way round."""
+    below = [str(run) for name in OURS for run in runs_in(folder / name)]
+    if below:
+        raise JobError(
+            "output_dir has another run where this run would write",
+            f"{folder}: {listed(below, 4)}",
+            f"choose another output_dir, such as {folder / 'NAME'}",
+        )
+    for above in folder.absolute().parents:
+        first, *rest = folder.absolute().relative_to(above).parts
+        is_kept = first == PREVIOUS and not rest
+        if (first in OURS or is_kept) and (above / RUN_FILE).exists():
+            raise JobError(
+                f"output_dir is in {first}, which is of another run",
+                f"{folder}: the run is in {above}",
+                f"choose another output_dir, such as {above.parent / 'NAME'}",
+            )
+
+
 def _refuse_foreign_files(folder: Path, resume: bool | str) -> None:
-    there = [name for name in OURS if (folder / name).exists()]
+    there = left_in(folder)
     if there and not resume:
         raise JobError(
             "output_dir holds files that this run would overwrite",

@@ -117,8 +117,8 @@ def open_folder(job: JobConfig, folder: Path) -> Replaced:
     storages = [Storage.at(output_dir.storage_path(trial.job)) for trial in trials]
     replaced = Replaced(folder, OURS, storages, job.ray.ray_storage_path)
     replaced.deletes = job.output.delete_previous_run
-    run, there = ([n for n in names if (folder / n).exists()] for names in (output_dir.OURS, OURS))
-    if run:
+    there = [name for name in OURS if (folder / name).exists()]
+    if run := output_dir.left_in(folder):
         raise JobError(
             "output_dir holds a single run, not a sweep",
             f"{folder}: {', '.join(run)}",

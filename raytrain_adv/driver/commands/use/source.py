@@ -66,8 +66,8 @@ def find(named: str) -> list[Source]:
     if (kind := _kind(folder)) is not None:
         return [Source(folder, kind, _run_of(folder))]
     if (folder / output_dir.SWEEP_FILE).is_file():
-        trials = sorted(p.name for p in folder.iterdir() if (p / RUN_FILE).is_file())
-        fix = f"name a trial's folder: {listed([str(folder / name) for name in trials], 4)}"
+        trials = sorted(str(path.parent) for path in folder.glob(f"trials/*/{RUN_FILE}"))
+        fix = f"name a trial's folder: {listed(trials, 4)}"
         raise JobError(f"{named} is a sweep", f"it has {plural(len(trials), 'run')}", fix)
     if not (folder / RUN_FILE).is_file():
         held = listed(sorted(p.name for p in folder.iterdir()), 8) or "nothing"

@@ -1,8 +1,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from raytrain_adv import cli
-from raytrain_adv.driver.commands.status import _ended, runs_in, written
+from raytrain_adv.driver.cluster import dashboard
+from raytrain_adv.driver.commands.status import _ended, written
+from raytrain_adv.driver.output.output_dir import runs_in
 from raytrain_adv.storage.metrics_file import MetricsFile
 
 
@@ -61,4 +65,28 @@ def test_a_folder_of_runs_leads_to_them(tmp_path, monkeypatch, capsys):
     assert "name one of the runs in it: saves/llama/mine" in " ".join(
         capsys.readouterr().err.split()
     )
+    monkeypatch.setattr(dashboard, "of_this_machine", list)
     assert cli.main(["status", "elsewhere"]) == 2
+
+
+def test_past_runs_are_listed_while_anothers_ray_runs_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "saves" / "mine")
+    monkeypatch.setattr(dashboard, "of_this_machine", lambda: ["http://127.0.0.1:1"])
+    assert cli.main(["status", "saves"]) == 0
+    assert "saves/mine: done, step 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["model", "model/lora/sft", "model-quantized", "checkpoints"])
+def test_a_run_whose_folder_is_named_as_one_of_a_runs_is_led_to(
+    tmp_path, monkeypatch, capsys, name
+):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "saves" / name)
+    for command in (["doctor", "saves"], ["doctor", "saves", "--fix"]):
+        assert cli.main(command) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"name one of the runs in it: saves/{name}" in said
+    assert cli.main(["status", "saves"]) == 0
+    assert f"saves/{name}: done, step 4" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "saves").iterdir()] == [name.partition("/")[0]]

@@ -368,6 +368,26 @@ def test_a_folder_with_someone_elses_model_is_refused(make_job, tmp_path):
         open_output(make_job())
 
 
+@pytest.mark.parametrize("changed", [{}, {"overwrite_output_dir": True}])
+@pytest.mark.parametrize("name", ["model", "model/lora/sft", "checkpoints"])
+def test_a_run_is_not_moved_by_one_in_the_folder_above(make_job, tmp_path, name, changed):
+    """overwrite_output_dir took a run in saves/model for the model of one in saves."""
+    output = start(make_job(output_dir=str(tmp_path / "saves" / name)))
+    before = contents(output.folder)
+    with pytest.raises(JobError, match="has another run where") as caught:
+        open_output(make_job(output_dir=str(tmp_path / "saves"), **changed))
+    assert str(output.folder) in caught.value.found
+    assert contents(output.folder) == before
+
+
+@pytest.mark.parametrize("name", ["model", "model/mine", "previous", "previous/1/model"])
+def test_a_run_does_not_move_into_a_folder_that_another_run_writes(make_job, old, name):
+    output = open_output(make_job(overwrite_output_dir=True, learning_rate=0.02))
+    output.begin(make_job(), print)
+    with pytest.raises(JobError, match="which is of another run"):
+        open_output(make_job(output_dir=str(old / name), overwrite_output_dir=True))
+
+
 def test_a_run_that_trained_nothing_is_not_in_the_way(make_job):
     """After a mistake that shows before the first step, the mended job starts as it is."""
     open_output(make_job()).note(make_job(), "failed", 1)

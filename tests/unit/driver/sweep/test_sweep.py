@@ -15,7 +15,7 @@ import yaml
 
 from raytrain_adv.config import JobConfig, load
 from raytrain_adv.driver.cluster.nodes import Node, Placement
-from raytrain_adv.driver.output.output_dir import Replaced
+from raytrain_adv.driver.output.replaced import Replaced
 from raytrain_adv.driver.plan.text import sweep_view as view
 from raytrain_adv.driver.sweep import sweep
 from raytrain_adv.driver.sweep.asha import DelayAwareAsha, Rungs
@@ -43,7 +43,10 @@ def swept(make_job: Callable[..., Any]) -> Callable[..., JobConfig]:
     """Load a job that sweeps over the learning rate."""
 
     def make(section: dict[str, Any] | None = None, **changed: Any) -> JobConfig:
-        return make_job(sweep=section or SWEEP, learning_rate=None, **{"val_size": 8, **changed})
+        job: JobConfig = make_job(
+            sweep=section or SWEEP, learning_rate=None, **{"val_size": 8, **changed}
+        )
+        return job
 
     return make
 
@@ -67,7 +70,7 @@ def read_sweep(folder: Path) -> SweepReport:
 
 def results_of(job: JobConfig) -> Results:
     assert job.sweep is not None
-    replaced = Replaced(Path(job.output.output_dir), sweep.OURS, [], False)
+    replaced = Replaced(Path(job.output.output_dir), sweep.OURS, [], None)
     return Results(job, job.sweep, replaced, 0.0)
 
 
@@ -199,7 +202,7 @@ def test_a_delay_beyond_the_last_epoch_is_refused_before_a_trial_is_run(
     swept: Callable[..., JobConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "prepare", lambda job, say: SimpleNamespace(train=range(10)))
-    room = SimpleNamespace(placement=placement(1, CPU=1))
+    room: Any = SimpleNamespace(placement=placement(1, CPU=1))
     keys = {"enable_qat": True, "max_steps": -1, "num_train_epochs": 2.0}
     job = swept({"fake_quant_after_n_steps": [0, 9, 40]}, **keys)
     assert job.sweep is not None
@@ -427,7 +430,7 @@ def test_the_plan_shows_every_trial(swept: Callable[..., JobConfig]) -> None:
     assert [line.strip() for line in shown.splitlines()[2:5]] == ["0.001", "0.01", "0.1"]
 
 
-def test_a_trial_s_line_has_step_loss_and_time_left_without_evaluations():
+def test_a_trial_s_line_has_step_loss_and_time_left_without_evaluations() -> None:
     from raytrain_adv.driver.sweep.results import describe_result
     from raytrain_adv.driver.sweep.trial import where_it_is
     from raytrain_adv.driver.training.console import Progress

@@ -44,6 +44,15 @@ def test_a_folder_without_a_model_is_refused_with_what_to_do(tmp_path, runs):
         find(str(tmp_path))
 
 
+def test_a_sweep_is_refused_with_its_trials_named(tmp_path, runs):
+    (trial := tmp_path / "trials" / "lr_1").mkdir(parents=True)
+    (tmp_path / "sweep.json").write_text("{}")
+    (trial / "run.json").write_bytes((runs["lora"] / "run.json").read_bytes())
+    with pytest.raises(JobError, match="is a sweep") as caught:
+        find(str(tmp_path))
+    assert (caught.value.found, str(trial) in caught.value.fix) == ("it has 1 run", True)
+
+
 def test_a_question_becomes_the_tokens_it_had_in_training(runs):
     keys = json.loads((runs["lora"] / "run.json").read_text())["job"]
     prepared = prepare(load_keys(keys, "run.json"), lambda sentence: None)
