@@ -60,6 +60,10 @@ def notes(job: JobConfig) -> Iterable[str]:
     output, train = job.output, job.train
     if train.pure_bf16 and train.bf16:
         yield "bf16: true changes nothing: pure_bf16: true wins"
+    if train.stage == "pt":
+        for key in ("default_system", "enable_thinking", "train_on_prompt", "mask_history"):
+            if job.data.is_changed(key):
+                yield f"{key}: {show(getattr(job.data, key))} changes nothing: stage is pt"
     if train.max_steps > 0 and "num_train_epochs" in train.model_fields_set:
         epochs, steps = train.num_train_epochs, train.max_steps
         yield f"num_train_epochs: {epochs:g} changes nothing: max_steps: {steps} wins"

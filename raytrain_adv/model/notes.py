@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+import torch
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
@@ -17,6 +18,13 @@ from raytrain_adv.transforms.vocabulary import Vocabulary
 def model_notes(job: JobConfig, model: PreTrainedModel) -> tuple[str, ...]:
     """Return the sentences for the plan and the report."""
     return tuple(_notes(job, model))
+
+
+def cpu_notes(job: JobConfig, device_type: str) -> Iterator[str]:
+    """Yield what makes a run slow on this machine's CPU, if it computes there."""
+    lacks = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if device_type == "cpu" and job.train.computes_in_bf16 and lacks:
+        yield "bf16: this CPU lacks AVX-512 and is much faster in float32 (bf16: false)"
 
 
 def _notes(job: JobConfig, model: PreTrainedModel) -> Iterator[str]:

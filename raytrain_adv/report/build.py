@@ -1,5 +1,6 @@
 """Fill in the report from the job, the workers' figures and metrics.jsonl."""
 
+import shlex
 import statistics
 import sys
 import time
@@ -26,13 +27,20 @@ def started(job: JobConfig, run_name: str, began: float | None = None) -> RunRep
     return RunReport(
         status="running",
         run_name=run_name,
-        command=" ".join(sys.argv),
+        command=command_line(),
         started_at=began or time.time(),
         job=job.flat(),
         job_file=job.source,
         overrides=tuple(a for a in sys.argv[1:] if "=" in a and not a.startswith("-")),
         notes=(*job.notes, trusted) if job.model.trust_remote_code else job.notes,
     )
+
+
+def command_line() -> str:
+    """Return the command that started this process, in the words to start it again."""
+    spec = sys.modules["__main__"].__spec__  # of a module that -m runs
+    words = [Path(sys.argv[0]).name] if spec is None else ["python", "-m", spec.name]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def planned(

@@ -183,17 +183,17 @@ def _memory(report: RunReport, sums: tuple[str, str]) -> list[tuple[str, float, 
 
 def _node(node: NodeReport) -> tuple[str, ...]:
     kinds = [f"{number} x {name}" for name, number in Counter(node.gpus).items()]
-    memory = ""
+    memory = text.MISSING
     if node.free_memory_gib is not None and node.memory_gib is not None:
         memory = f"{node.free_memory_gib:.0f} / {node.memory_gib:.0f}"
     refused = " ".join(filter(None, (node.reason, node.found and f"({node.found})")))
     return (
         node.address,
-        ", ".join(kinds),
-        node.compute_capability or "",
+        ", ".join(kinds) or text.MISSING,
+        node.compute_capability or text.MISSING,
         memory,
-        node.driver_version or "",
-        node.versions.get("torch") or "",
+        node.driver_version or text.MISSING,
+        node.versions.get("torch") or text.MISSING,
         text.plural(node.workers, "worker") if node.used else refused,
     )
 

@@ -25,7 +25,7 @@ from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model import parallel, weights
 from raytrain_adv.model.adapter import load_adapter, merge_adapters, trained
 from raytrain_adv.model.build import build
-from raytrain_adv.model.notes import model_notes
+from raytrain_adv.model.notes import cpu_notes, model_notes
 from raytrain_adv.ops.loss.routers import leave_padding_out
 from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import Arithmetic, resolve_arithmetic
@@ -142,7 +142,7 @@ def sharded(job: JobConfig, run: Run, model: PreTrainedModel) -> dict[str, str |
 def say_notes(job: JobConfig, run: Run, model: PreTrainedModel) -> tuple[str, ...]:
     """Print what a user should know about how the checkpoint is read; return it."""
     notes = model_notes(job, model)
-    for note in notes:
+    for note in (*notes, *cpu_notes(job, run.device.type)):
         run.say(note, event="model")
     return notes
 

@@ -1,7 +1,7 @@
 """From a row's columns to a conversation: the alpaca, sharegpt and openai layouts."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
@@ -89,9 +89,10 @@ _BEFORE_CALL = re.compile(r"(\s*<think>.*?</think>\s*)", re.DOTALL)
 _CALL_TAGS = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
-def layout(entry: Entry, sample: list[Any]) -> Layout:
+def layout(entry: Entry, sample: list[Any], others: Iterable[Any] = ()) -> Layout:
     """Return an entry's layout; what the entry omits is derived from a sample of its rows. Raises
-    JobError if the rows fit no known layout, or lack a column that is to be read.
+    JobError if the rows fit no known layout, or neither they nor the `others` have a column that is
+    to be read: those with tools may come late.
     """
     rows: list[dict[str, Any]] = [values for values in sample if isinstance(values, dict)]
     found = {column for values in rows for column in values}
@@ -102,6 +103,8 @@ def layout(entry: Entry, sample: list[Any]) -> Layout:
         chosen = _guess(entry, found, example)
     meaning = "response" if chosen.formatting == "alpaca" else "messages"
     needed = [chosen.columns.get(meaning) or meaning, *(entry.columns or {}).values()]
+    if not found.issuperset(needed):
+        found |= {column for values in others if isinstance(values, dict) for column in values}
     if missing := [column for column in dict.fromkeys(needed) if column not in found]:
         raise JobError(
             f"Dataset {entry.name} lacks columns that must be read",
@@ -127,12 +130,12 @@ def text_layout(entry: Entry, sample: list[Any]) -> Layout:
 
 
 def _guess(entry: Entry, found: set[str], example: dict[str, Any]) -> Layout:
-    extra: dict[str, str] = {c: c for c in _EXTRA if c in found}
+    extra = dict(zip(_EXTRA, _EXTRA, strict=True))  # only later rows may have them
     alpaca = {"prompt": "instruction", "query": "input", "response": "output", **extra}
     if entry.formatting == "alpaca":
         return Layout("alpaca", alpaca, {})
     messages = next((c for c in ("messages", "conversations", "conversation") if c in found), None)
-    extra.pop("history", None)
+    del extra["history"]
     columns = {"messages": messages or "conversations", **extra}
     if entry.formatting is not None:
         return Layout(entry.formatting, columns, _TAGS[entry.formatting])

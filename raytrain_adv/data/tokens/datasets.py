@@ -144,8 +144,8 @@ class TokenizedDatasets:
         pairs = list(zip(self.entries, self.sources, strict=True))
         samples = [list(islice(self._rows(*pair), SAMPLE)) for pair in pairs]
         found = [
-            self.layout(entry, [row.values for row in sample])
-            for entry, sample in zip(self.entries, samples, strict=True)
+            self.layout(entry, source, [row.values for row in sample])
+            for (entry, source), sample in zip(pairs, samples, strict=True)
         ]
         streams = [partial(self._rows, *pair) for pair in pairs]
         mixed = interleave(streams, self.data.mix_strategy, self.data.shares, self.seed)
@@ -173,15 +173,18 @@ class TokenizedDatasets:
             if not sample:
                 fix = "give a dataset with rows"
                 raise JobError(f"Dataset {entry.name} is empty", "no rows", fix)
-            found = self.layout(entry, [row.values for row in sample])
+            found = self.layout(entry, source, [row.values for row in sample])
             rows = chain(sample, rows)
             while part := list(islice(rows, CHUNK)):
                 share = (number + part[-1].progress) / total
                 yield [(r.where, r.values) for r in part], found, share
 
-    def layout(self, entry: Entry, sample: list[Any]) -> Layout:
+    def layout(self, entry: Entry, source: Source, sample: list[Any]) -> Layout:
         """Return where an entry's rows have what is read; note what was derived from its rows."""
-        chosen = text_layout(entry, sample) if self.recipe.pretrains else layout(entry, sample)
+        if self.recipe.pretrains:
+            chosen = text_layout(entry, sample)
+        else:
+            chosen = layout(entry, sample, (row.values for row in source.rows()))
         if entry.kind != "builtin" and (entry.columns is None or entry.formatting is None):
             there = {column for row in sample if isinstance(row, dict) for column in row}
             read = {meaning: c for meaning, c in chosen.columns.items() if c in there}

@@ -248,7 +248,7 @@ class Examined:
         found = []
         for n, distance in enumerate(apart):
             # logging_steps was larger if rows lie further apart before or after.
-            if distance > max(every, *apart[max(n - 1, 0) : n], *apart[n + 1 : n + 2]):
+            if distance > max([every, *apart[max(n - 1, 0) : n], *apart[n + 1 : n + 2]]):
                 found.append((steps[n] + 1, steps[n + 1] - 1))
         found.append((steps[-1] + 1, reached - reached % every))
         return [(first, last) for first, last in found if first <= last and first not in noted]

@@ -32,7 +32,7 @@ from raytrain_adv.estimate.memory import HostNeed, MemoryPrediction, dtypes, set
 from raytrain_adv.hardware import HardwareFacts
 from raytrain_adv.model.attention import attention_name
 from raytrain_adv.model.build import build, decoder_layers
-from raytrain_adv.model.notes import model_notes
+from raytrain_adv.model.notes import cpu_notes, model_notes
 from raytrain_adv.ops.bitsandbytes.linear import num_weights
 from raytrain_adv.run.schedule import Arithmetic, resolve_arithmetic
 from raytrain_adv.text import GIB, plural
@@ -275,6 +275,8 @@ def _machine_remarks(job: JobConfig, world_size: int, facts: HardwareFacts) -> I
             yield f"{key}: a Ray without GPUs refuses this job"
     elif not job.parallel.use_cpu and facts.num_gpus < world_size:
         yield f"this machine has {plural(facts.num_gpus, 'GPU')} for {world_size:,} workers"
+    if job.parallel.use_cpu:
+        yield from cpu_notes(job, "cpu")
     for transform in Transforms(job):
         try:
             transform.check(facts)

@@ -22,6 +22,7 @@ from raytrain_adv.driver.training.console import printable
 from raytrain_adv.driver.training.job_message import JobMessage
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.report import record, sweep_record
+from raytrain_adv.report.build import command_line
 from raytrain_adv.report.record import write_text
 from raytrain_adv.report.sweep_html import figure, write_html
 from raytrain_adv.report.sweep_record import SweepReport, TrialReport
@@ -43,7 +44,7 @@ class Results:
         self.report = SweepReport(
             status="running",
             name=job.run_name,
-            command=" ".join(sys.argv),
+            command=command_line(),
             job_file=job.source,
             output_dir=job.output.output_dir,
             started_at=began,

@@ -78,7 +78,7 @@ def run(job: JobConfig, read: Read = read_nodes, began: float | None = None) -> 
             if results.best is None:
                 raise no_success(results.report)
         except BaseException as error:  # noqa: BLE001 # also Ctrl-C, Ray's SystemExit on SIGTERM
-            shown = stop_error(error) if isinstance(error, SystemExit) else error
+            shown = stop_error() if isinstance(error, SystemExit) else error
             try:
                 results.fail(shown)
             except StorageError as unwritten:  # reported in addition to what ended the sweep

@@ -106,11 +106,11 @@ def translate(
     return TrainingError("Ray Train's controller failed", _last_lines(root), fix)
 
 
-def stop_error(error: SystemExit) -> Stopped:
+def stop_error() -> Stopped:
     """Return the error to show after a signal, which Ray Train turns into an exit."""
     return Stopped(
         "The run was stopped",
-        f"by Ctrl-C, or by SIGTERM as ray job stop sends it (exit code {error.code})",
+        "by Ctrl-C, or by SIGTERM as ray job stop sends it",
         "run again with resume_from_checkpoint: true to continue from the last checkpoint",
     )
 

@@ -129,7 +129,7 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read, began: 
             progress.timeline["training"] = time.perf_counter() - start
         report = against(finished(report, result, progress.timeline, place.folder), job)
     except BaseException as error:  # noqa: BLE001 # also Ctrl-C, Ray's SystemExit on SIGTERM
-        shown = failures.stop_error(error) if isinstance(error, SystemExit) else error
+        shown = failures.stop_error() if isinstance(error, SystemExit) else error
         fail(shown)
         raise shown from error.__cause__
     _finish(job, place, report)

@@ -143,7 +143,7 @@ TARGETS: dict[str, Target] = {
         ("int8",),
         group_sizes=(32, 64, 128, 256),
         served="by XNNPACK on CPUs, in int8 x int4",
-        rounds_itself=f"it computes in float32, training in bfloat16; {SUMS}",
+        rounds_itself=f"it computes in float32, a bf16 job in bfloat16; {SUMS}",
     ),
     "llamacpp-q8_0": Target(
         "llama.cpp",

@@ -340,6 +340,8 @@ def test_a_key_made_useless_by_another_is_noted(folder: Path) -> None:
         ("save_strategy: no\nsave_total_limit: 2\n", "save_total_limit: 2 changes nothing"),
         ("save_strategy: no\nsave_only_model: true\n", "save_only_model: true changes nothing"),
         ("save_strategy: no\nmax_failures: 2\n", "max_failures restarts at the first step"),
+        ("stage: pt\nmask_history: true\n", "mask_history: true changes nothing: stage is pt"),
+        ("stage: pt\ndefault_system: Hi\n", "default_system: 'Hi' changes nothing"),
         ("eval_strategy: no\neval_steps: 5\n", "eval_steps: 5 changes nothing"),
         ("per_device_eval_batch_size: 1\n", "per_device_eval_batch_size: 1 changes nothing"),
         ("run_name: a\n", "run_name: 'a' changes nothing: report_to is none"),

@@ -232,6 +232,29 @@ def test_datasets_follow_each_other_and_max_samples_holds_for_each(make_job, wri
     assert len(data.train) == 4 and data.stats["rows"]["read"] == 4
 
 
+def test_columns_that_only_late_rows_have_are_read(make_job, write_rows):
+    """The layout is derived from the first 100 rows: system messages of later ones were lost."""
+    file = write_rows([CHAT] * 120 + [{**CHAT, "system": "Be brief."}])
+    train = ready(make_job(dataset=file))[0].train
+    assert len({len(ids) for ids, *_ in flat(train)}) == 2
+
+
+@pytest.mark.parametrize("max_samples", [None, 10])
+def test_a_named_column_that_only_late_rows_have_is_there(
+    make_job, write_rows, tmp_path, max_samples
+):
+    write_rows([CHAT] * 120 + [{**CHAT, "system": "Be brief."}], "chat.jsonl")
+    columns = {"messages": "conversations", "system": "system"}
+    info = {"file_name": "chat.jsonl", "formatting": "sharegpt", "columns": columns}
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"late": info, "never": {**info, "columns": {**columns, "tools": "tool"}}})
+    )
+    keys = {"dataset_dir": str(tmp_path), "max_samples": max_samples}
+    assert len(ready(make_job(dataset="late", **keys))[0].train) == (max_samples or 121)
+    with pytest.raises(JobError, match=r"missing: tool; columns found: conversations, system"):
+        ready(make_job(dataset="never", **keys))
+
+
 def test_num_samples_draws_rows_and_repeats_them_where_there_are_too_few(
     make_job, write_rows, tmp_path
 ):

@@ -121,6 +121,13 @@ def test_neither_a_file_s_name_nor_a_baseline_nor_a_node_becomes_markup():
     assert found.text.count("<img src=x") >= 8 and found.open == []
 
 
+def test_a_node_without_a_gpu_has_no_empty_cells():
+    node = NodeReport(address="10.0.0.1", used=True, workers=2, gpus=())
+    report = RunReport(status="done", preflight=PreflightReport(nodes=(node,), warnings=()))
+    page = render(report, train_rows(3))
+    assert "10.0.0.1" in page and re.search(r"<td[^>]*>\s*</td>", page) is None
+
+
 def test_every_element_is_closed():
     assert Elements(render(evil_report(), train_rows(50))).open == []
 

@@ -1,5 +1,8 @@
 """The starts of a run's workers, from rows as metrics.jsonl has them."""
 
+import subprocess
+import sys
+
 from raytrain_adv.report.build import starts
 from raytrain_adv.report.html import render
 from raytrain_adv.report.record import RunReport
@@ -46,3 +49,14 @@ def test_a_start_that_ended_before_it_knew_its_step_is_no_start():
     rows = rows_of((0, 2, "a b", ""))
     rows.insert(0, {"kind": "event", "event": "workers", "nodes": "c d", "lost": ""})
     assert [one.nodes for one in starts(rows)] == [("a", "b")]
+
+
+def test_the_command_is_in_the_words_that_start_it_again(tmp_path):
+    said = "from raytrain_adv.report.build import command_line; print(command_line())"
+    (tmp_path / "words.py").write_text(said)
+    run = [sys.executable, "-m", "words", "job.yaml", "run_name=two words"]
+    found = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert found == "python -m words job.yaml 'run_name=two words'\n"
+    run[1:3] = [str(tmp_path / "words.py")]
+    found = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert found == "words.py job.yaml 'run_name=two words'\n"

@@ -176,6 +176,11 @@ def test_eight_bit_adam_runs_as_torchaos_and_reports_it(tmp_path: Path) -> None:
     assert "optim: adamw_bnb_8bit runs as adamw_torch_8bit" in job.notes
 
 
+def test_a_key_that_stands_for_one_that_is_given_says_so(tmp_path: Path) -> None:
+    notes = load_keys(tmp_path, LORA, "fp16=true").notes  # LORA has bf16: true
+    assert any(note.startswith("fp16: true runs as bf16: true, as given: ") for note in notes)
+
+
 def test_a_share_in_warmup_steps_is_a_ratio(tmp_path: Path) -> None:
     keys = {key: value for key, value in LORA.items() if key != "warmup_ratio"}
     job = load_keys(tmp_path, keys, "warmup_steps=0.03")

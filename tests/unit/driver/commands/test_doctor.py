@@ -307,6 +307,17 @@ def test_the_exit_code_shows_whether_something_is_wrong(out, tmp_path, capsys):
     assert "no run is named" in capsys.readouterr().err
 
 
+def test_a_run_with_one_row_is_examined(out, capsys):
+    """It was stopped after its first step."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    first = next(n for n, line in enumerate(lines) if '"kind": "train"' in line)
+    path.write_text("".join(lines[: first + 1]))
+    shutil.rmtree(out / "checkpoints")
+    show(out, fix=False)
+    assert "have no row" not in capsys.readouterr().out
+
+
 def test_a_folder_that_holds_no_run_is_refused_and_a_sweeps_names_its_trials(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(JobError, match="neither run"):

@@ -255,6 +255,17 @@ def test_a_plan_for_cpus_or_existing_gpus_has_no_remark_on_gpus(make_job: Any) -
     assert "this machine has 1 GPU for 8 workers" in remarks(make_job(), 8, H200)
 
 
+@pytest.mark.parametrize(("capability", "is_slow"), [("AVX2", True), ("AVX512", False)])
+def test_bf16_on_a_cpu_that_computes_it_slowly_is_noted(
+    make_job: Any, monkeypatch: pytest.MonkeyPatch, capability: str, is_slow: bool
+) -> None:
+    """A run seems to hang: a step of a model of 135M parameters took minutes."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    for keys, expected in (({"bf16": True}, is_slow), ({}, False)):
+        found = remarks(make_job(use_cpu=True, **keys), 2, hardware.detect("cpu"))
+        assert any("AVX-512" in remark for remark in found) == expected
+
+
 def test_a_plan_states_what_a_launch_does_to_a_run_in_output_dir(make_job: Any) -> None:
     """A finished run was deleted by a launch whose plan had not named it."""
 
