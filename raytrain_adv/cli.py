@@ -21,6 +21,7 @@ from raytrain_adv.driver.commands.reference import REFERENCE
 from raytrain_adv.driver.commands.use.commands import COMMANDS
 from raytrain_adv.errors import EXIT_DONE, RaytrainAdvError
 from raytrain_adv.estimate.assumptions import Assumptions, assumptions
+from raytrain_adv.imports import few_collections
 from raytrain_adv.redaction import hide, hide_environment, is_secret_name
 from raytrain_adv.storage.user_cache import keep_bytecode
 from raytrain_adv.text import clean, nearest
@@ -205,10 +206,11 @@ def launch(arguments: tuple[str, ...], plan: bool, **options: Any) -> None:
     resumes = job.output.resume_from_checkpoint is True
     if not (resumes and output_dir.has_ended(Path(job.output.output_dir))):
         check_files(job)  # a finished job prints its summary, with or without its files
-    if job.sweep is not None:
-        from raytrain_adv.driver.sweep.sweep import run
-    else:
-        from raytrain_adv.driver.training.trainer import run
+    with few_collections():
+        if job.sweep is not None:
+            from raytrain_adv.driver.sweep.sweep import run
+        else:
+            from raytrain_adv.driver.training.run import run
     run(job, began=began)
 
 

@@ -145,3 +145,12 @@ def no_panics(what: str) -> Iterator[None]:
             str(error)[:300],
             "check tokenizer.json: it may be damaged, or made for another version",
         ) from None
+
+
+def stop_error() -> Stopped:
+    """Return the error to show after a signal, which Ray Train turns into an exit."""
+    return Stopped(
+        "The run was stopped",
+        "by Ctrl-C, or by SIGTERM as ray job stop sends it",
+        "run again with resume_from_checkpoint: true to continue from the last checkpoint",
+    )

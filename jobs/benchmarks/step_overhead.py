@@ -82,10 +82,10 @@ def run_once(path: str, with_ray: bool) -> None:
 
     job = load(path)
     if with_ray:
-        from raytrain_adv.driver.training import trainer
+        from raytrain_adv.driver.training import run, trainer
 
         trainer.ray_worker = worker
-        trainer.run(job)
+        run.run(job)
         return
     from raytrain_adv.run.run import local_run
     from raytrain_adv.worker.train import train

@@ -1,5 +1,9 @@
 """Choose the checkpoint that a run resumes from, and refuse those of other jobs."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from raytrain_adv.checkpoint.folders import (
     AGAIN,
     MANIFEST,
@@ -14,10 +18,12 @@ from raytrain_adv.checkpoint.folders import (
 )
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
-from raytrain_adv.run.run import Run
-from raytrain_adv.run.schedule import Arithmetic
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.transforms.transform import Transform
+
+if TYPE_CHECKING:
+    from raytrain_adv.run.run import Run
+    from raytrain_adv.run.schedule import Arithmetic
 
 
 def to_resume(job: JobConfig, run: Run, arithmetic: Arithmetic) -> Found | None:

@@ -1,23 +1,27 @@
 """Fill in the report from the job, the workers' figures and metrics.jsonl."""
 
+from __future__ import annotations
+
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.config.sweep import CONVERTED_LOSS
 from raytrain_adv.errors import Stopped
-from raytrain_adv.estimate.memory import MemoryPrediction
 from raytrain_adv.report.parts import Baseline, Point, Sample, Start, TransformReport
 from raytrain_adv.report.record import OF_CONVERTED, RunReport, describe_failure
 from raytrain_adv.report.record import read as read_report
 from raytrain_adv.report.variants import converted_loss, recovered, variants
 from raytrain_adv.storage.metrics_file import FILE_NAME, read
 from raytrain_adv.transforms.transform import Plan
+
+if TYPE_CHECKING:
+    from raytrain_adv.estimate.memory import MemoryPrediction
 
 
 def started(job: JobConfig, run_name: str, began: float | None = None) -> RunReport:

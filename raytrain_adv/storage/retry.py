@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from raytrain_adv.errors import StorageError
 
 T = TypeVar("T")
@@ -26,14 +24,22 @@ def may_be_temporary(error: BaseException) -> bool:
     if isinstance(error, StorageError):
         return error.__cause__ is not None and may_be_temporary(error.__cause__)
     numbers = {int(found) for found in _NUMBER.findall(str(error))}
-    if isinstance(error, CheckpointException):
-        inner = [failure for failure, _ in error.failures.values()]
+    if failures := _failures(error):
+        inner = [failure for failure, _ in failures.values()]
         of_storage = all(isinstance(e, OSError) or _NUMBER.search(str(error)) for e in inner)
         numbers |= {e.errno for e in inner if isinstance(e, OSError) and e.errno is not None}
         return of_storage and not numbers & PERMANENT
     if isinstance(error, OSError) and error.errno is not None:
         numbers.add(error.errno)
     return isinstance(error, OSError) and not numbers & PERMANENT
+
+
+def _failures(error: BaseException) -> dict[int, tuple[BaseException, object]]:
+    """Return the failure of each rank in DCP's CheckpointException, which is no Exception, and
+    whose import would be PyTorch's (torch 2.11 to 2.13).
+    """
+    is_dcp = type(error).__name__ == "CheckpointException"
+    return getattr(error, "failures", {}) if is_dcp else {}
 
 
 def cause(error: BaseException) -> str:
@@ -58,7 +64,7 @@ def retry(
         try:
             return work()
         # Raised again unless another attempt may succeed; DCP's exception is no Exception.
-        except (Exception, CheckpointException) as error:
+        except BaseException as error:
             if not is_temporary(error):
                 raise
             say(f"{what} ({reason(error)}); trying again in {wait_s:g} s")

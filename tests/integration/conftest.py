@@ -50,6 +50,7 @@ def joined(two_cpus: str) -> Iterator[None]:
         for name, value in SETTINGS.items():
             patch.setenv(name, value)
         ray.init(address=two_cpus, logging_level="ERROR", log_to_driver=False)
+        patch.setattr(connect, "started", {ray._private.worker._global_node})
         yield
         ray.shutdown()
 

@@ -37,7 +37,7 @@ from raytrain_adv.driver.cluster.nodes import (
 )
 from raytrain_adv.driver.preflight import probe, table, verdicts
 from raytrain_adv.driver.preflight.probe import Read, Reading, read_nodes
-from raytrain_adv.driver.training import trainer
+from raytrain_adv.driver.training import run, trainer
 from raytrain_adv.errors import ClusterError
 from raytrain_adv.hardware import package_versions
 from raytrain_adv.transforms.applied import Transforms
@@ -110,7 +110,7 @@ def test_a_worker_that_differs_from_what_was_accepted_ends_the_run_without_retri
     job = make_job(ray_num_workers=1, use_cpu=True, max_failures=3)
     other = node_with(torchao="9.9.9")
     with pytest.raises(ClusterError, match="other versions") as error:
-        trainer.run(job, by_kind(**{"H100": other, "A100": other, "": other}))
+        run.run(job, by_kind(**{"H100": other, "A100": other, "": other}))
     assert "(9.9.9 elsewhere)" in error.value.found
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["failure"]["exit_code"] == 4

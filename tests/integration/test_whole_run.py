@@ -74,7 +74,9 @@ def require_complete(out: Path, said: str) -> dict[str, Any]:
 def test_a_job_becomes_a_model_and_a_report_and_secrets_stay_where_they_are(
     job_file, tmp_path, capsys
 ):
-    """Ray listens on the loopback interface alone."""
+    """Ray listens on the loopback interface alone, and starts a process for each of six purposes:
+    two workers, their controller, what they wait at, what the dashboard asks, and preflight.
+    """
     planted = {
         "HF_TOKEN": "hf_" + "Q7wE2rT9yU4iO6pA1sD3fG5hJ8kL0zXcVb",
         "AWS_ACCESS_KEY_ID": "AKIA" + "Q7WE2RT9YU4IO6PA",
@@ -117,6 +119,8 @@ def test_a_job_becomes_a_model_and_a_report_and_secrets_stay_where_they_are(
         assert [n for n, content in text.items() if secret.encode() in content] == [], name
         assert secret not in said and secret not in shown, name
     assert any(name.endswith(".distcp") for name in text)
+    workers = [name for name in map(os.path.basename, kept) if name.startswith("worker-")]
+    assert len({name for name in workers if name.endswith(".out")}) == 6
     assert "train_loop_config" in shown, "the dashboard's API was not reached"
     assert "asks for the token that `ray get-auth-token` prints" in said
     assert (home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600

@@ -6,14 +6,10 @@ import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
-from importlib import import_module
 from inspect import signature
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray._private import ray_constants, services
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
@@ -25,9 +21,6 @@ from ray._raylet import (  # type: ignore[attr-defined] # its stub lacks them
     RUNTIME_ENV_AGENT_PORT_NAME,
     persist_port,
 )
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
-from torch.distributed import TCPStore  # type: ignore[attr-defined] # it has no __all__
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import ClusterError
@@ -41,12 +34,17 @@ RAY_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # ray_worker changes to the driver's folder
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # without it the dashboard does not list the run
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about the coming default
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train's own value for its controller
     # A raylet warns at four times as many processes. A sweep exceeds that on a machine with few
     # cores: its trials' drivers and controllers reserve no CPU and wait most of the time.
     "RAY_worker_maximum_startup_concurrency": str(max(os.cpu_count() or 1, 16)),
 }
-# For a Ray that the driver starts: its one node is never preempted, so nothing needs to watch it.
-LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+# For a Ray that the driver starts.
+LOCAL_SETTINGS = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # its one node is never preempted
+    "RAY_preload_python_modules": "raytrain_adv.driver.cluster.preload",
+}
+MOST_WAITING = 16
 # For a run whose number of workers may change: the nodes were free when the number was chosen.
 ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
 # Arguments of start_raylet -> what Ray calls the port in the name of its file.
@@ -58,6 +56,7 @@ AGENT_PORTS = {
 }
 FIX = "check RAY_ADDRESS and ray_init_kwargs; remove both to start Ray on this machine"
 CONNECT_TIMEOUT_S = 5.0
+started = set[Any]()  # the node of each Ray that this process started
 
 
 def connect(job: JobConfig | None) -> bool:
@@ -75,7 +74,7 @@ def connect(job: JobConfig | None) -> bool:
     for name, value in _settings(options, job).items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
-        return False
+        return is_own()
     require_answer(str(address))
     token = Path.home() / ".ray" / "auth_token"
     had_token = token.exists()
@@ -92,7 +91,15 @@ def connect(job: JobConfig | None) -> bool:
         if not had_token and token.exists():
             token.chmod(0o600)  # Ray has just written it, readable by everybody (ray 2.60)
     atexit.register(_ignore_signals)
+    if address == "local":
+        started.add(ray._private.worker._global_node)
     return bool(address == "local")
+
+
+def is_own() -> bool:
+    """Return whether this process started the Ray that it is connected to."""
+    node = ray._private.worker._global_node
+    return node is not None and node in started
 
 
 def _ignore_signals() -> None:
@@ -170,18 +177,28 @@ def _in_own_process_group() -> Iterator[None]:
     A SIGTERM to the driver's group, as `timeout` and batch systems send it, would end them while
     the driver waits for the last checkpoint; Ray protects them from SIGINT only (ray 2.60,
     services.py). The kernel still ends them with the driver. Remove when Ray does this.
+
+    MOST_WAITING of them wait for work, and have imported what workers do: Ray would start one for
+    each core.
     """
     original = services.ConsolePopen
 
     class Grouped(original):  # type: ignore[misc, valid-type] # ray is Any to mypy
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, process_group=0, **options)
+        def __init__(self, command: Sequence[str], **options: Any) -> None:
+            super().__init__([*map(_fewer, command)], process_group=0, **options)
 
     services.ConsolePopen = Grouped
     try:
         yield
     finally:
         services.ConsolePopen = original
+
+
+def _fewer(argument: str) -> str:
+    name, _, number = argument.partition("=")
+    if name != "--num_prestart_python_workers":
+        return argument
+    return f"{name}={min(int(number), MOST_WAITING)}"
 
 
 def _settings(options: Mapping[str, Any], job: JobConfig | None) -> dict[str, str]:
@@ -221,59 +238,3 @@ def describe_dashboard() -> str:
     # Ray 2.60 enables this when it starts with RAY_AUTH_MODE unset.
     token = " (asks for the token that `ray get-auth-token` prints)"
     return f"http://{url}{token if is_token_auth_enabled() else ''}"
-
-
-class NodeNetwork(TorchConfig):  # type: ignore[misc] # ray is Any to mypy
-    """Ray's process group, on the network of Ray's own node addresses: loopback on one host."""
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        """Return the class that starts the process group."""
-        return _Backend
-
-
-class _Backend(_TorchBackend):  # type: ignore[misc] # ray is Any to mypy
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(use_node_network)
-        super().on_start(worker_group, backend_config)
-
-
-def use_node_network() -> None:
-    """Make gloo and rank 0's store listen on this node's address alone, and NCCL on loopback if
-    that is the address. Interfaces that the user named stay.
-
-    gloo resolves the host's name. Where /etc/hosts maps it to 127.0.0.1 or 127.0.1.1, as on many
-    machines, workers would tell other hosts to connect to loopback (torch 2.13,
-    ProcessGroupGloo.cpp).
-    """
-    address = ray.util.get_node_ip_address()
-    known = psutil.net_if_addrs().items()
-    addresses = {name: [entry.address for entry in entries] for name, entries in known}
-    if name := find_interface(address, addresses):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        if ip_address(address).is_loopback:
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
-    # The name torch.distributed.rendezvous is a function of this module.
-    module: Any = import_module("torch.distributed.rendezvous")
-    module._create_c10d_store = bound_store
-
-
-def bound_store(
-    host: str, port: int, rank: int, world_size: int, timeout: timedelta, use_libuv: bool = True
-) -> TCPStore:
-    """Return the store of a process group, which requires no token: its server listens on `host`.
-
-    TCPStore listens on every interface, whatever its host (torch 2.11 to 2.13). Remove when it
-    listens on its host.
-    """
-    options: dict[str, Any] = {"multi_tenant": True, "use_libuv": use_libuv}
-    if rank == 0:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        server = socket.create_server((host, port), family=family, backlog=2048)
-        options["master_listen_fd"] = server.detach()
-    return TCPStore(host, port, world_size, rank == 0, timeout, **options)
-
-
-def find_interface(address: str, addresses: Mapping[str, Sequence[str]]) -> str:
-    """Return the interface that has an address; empty if none has, as behind NAT."""
-    return next((name for name, known in addresses.items() if address in known), "")

@@ -28,7 +28,7 @@ from raytrain_adv.driver.preflight.verdicts import Preflight
 from raytrain_adv.driver.sweep.asha import DelayAwareAsha, Rungs
 from raytrain_adv.driver.sweep.results import Progress, Results
 from raytrain_adv.driver.sweep.trial import run_trial
-from raytrain_adv.driver.training.failures import memory_found, stop_error
+from raytrain_adv.driver.training.failures import memory_found
 from raytrain_adv.driver.watch.nodes import HeadWatch, head_address, watching_start
 from raytrain_adv.driver.watch.stop import request_trial_stop
 from raytrain_adv.errors import (
@@ -37,6 +37,7 @@ from raytrain_adv.errors import (
     RaytrainAdvError,
     StorageError,
     TrainingError,
+    stop_error,
 )
 from raytrain_adv.report.sweep_html import render_text as render
 from raytrain_adv.report.sweep_record import SweepReport

@@ -11,7 +11,7 @@ from typing import Any
 from ray import tune
 
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver.training import trainer
+from raytrain_adv.driver.training import run
 from raytrain_adv.driver.training.console import Progress
 from raytrain_adv.driver.watch.stop import clear_trial_stop
 from raytrain_adv.errors import RaytrainAdvError
@@ -72,7 +72,7 @@ def where_it_is(progress: Progress) -> dict[str, Any]:
 def _run(job: JobConfig, folder: Path, errors: list[BaseException]) -> None:
     with (folder / CONSOLE_FILE).open("a", encoding="utf-8") as log, redirect_stdout(log):
         try:
-            trainer.run(job)
+            run.run(job)
         except BaseException as error:  # noqa: BLE001 # raised or reported by the trial's own thread
             errors.append(error)
             print(f"\n{hide_environment(str(error))}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 
-from raytrain_adv.errors import RaytrainAdvError, Stopped, StorageError, TrainingError
+from raytrain_adv.errors import RaytrainAdvError, StorageError, TrainingError
 from raytrain_adv.redaction import hide_environment
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.text import first_line
@@ -104,15 +104,6 @@ def translate(
     if isinstance(root, RaytrainAdvError):
         return root
     return TrainingError("Ray Train's controller failed", _last_lines(root), fix)
-
-
-def stop_error() -> Stopped:
-    """Return the error to show after a signal, which Ray Train turns into an exit."""
-    return Stopped(
-        "The run was stopped",
-        "by Ctrl-C, or by SIGTERM as ray job stop sends it",
-        "run again with resume_from_checkpoint: true to continue from the last checkpoint",
-    )
 
 
 def _of_workers(failures: Mapping[int, Exception]) -> RaytrainAdvError:

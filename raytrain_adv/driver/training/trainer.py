@@ -1,170 +1,82 @@
-"""A run on the driver: output folder, preparation, Ray Train's workers, report."""
+"""Ray Train's workers: start them, watch them, start them again."""
 
 import os
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
 from raytrain_adv.checkpoint.folders import AGAIN
 from raytrain_adv.config.job import JobConfig
-from raytrain_adv.driver.cluster.connect import NodeNetwork
+from raytrain_adv.driver.cluster.connect import is_own
 from raytrain_adv.driver.cluster.elastic import BatchPreservingPolicy
+from raytrain_adv.driver.cluster.network import NodeNetwork
 from raytrain_adv.driver.cluster.nodes import Placement, release_workers, wait_for_room
-from raytrain_adv.driver.output import output_dir, upload
+from raytrain_adv.driver.cluster.own import OwnNodePolicy
 from raytrain_adv.driver.output.output_dir import Output
 from raytrain_adv.driver.output.replaced import RUN_FILE
-from raytrain_adv.driver.preflight.probe import Read, read_nodes
 from raytrain_adv.driver.training import failures
 from raytrain_adv.driver.training.console import Console
-from raytrain_adv.driver.training.prepare import Progress, prepare_run
 from raytrain_adv.driver.training.worker_entry import ray_worker
 from raytrain_adv.driver.watch import stop
 from raytrain_adv.driver.watch.hang import HangWatch
 from raytrain_adv.driver.watch.nodes import HeadWatch, NodeWatch, usable_nodes
-from raytrain_adv.errors import StorageError, Terminated
-from raytrain_adv.report import record
-from raytrain_adv.report.build import against, failed, finished, planned, started
-from raytrain_adv.report.card import write_cards
-from raytrain_adv.report.html import write_html
-from raytrain_adv.report.record import RunReport
-from raytrain_adv.report.summary import summary
+from raytrain_adv.errors import Terminated
 from raytrain_adv.text import ascii_name
-from raytrain_adv.transforms.applied import Transforms
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc] # ray is Any to mypy
-    """Ray's trainer with three changes (ray 2.60).
+    """Ray's trainer with four changes (ray 2.60).
 
     - No actor for ray.data's datasets, for which workers would wait 2 s and more without having
       any. Remove when Ray starts it only for datasets.
     - SIGINT stays with the driver: Ray's own handler ends the workers without a checkpoint
       (data_parallel_trainer.py).
     - HangWatch runs before the callbacks that handle the errors it sets.
+    - On a Ray of its own the controller has no environment variables, as OwnNodePolicy says, and
+      no actor waits for its death to remove its placement group, which `_fit` does.
     """
 
-    elastic: BatchPreservingPolicy | None = None  # decides the number of workers, if it may change
+    policy: FixedScalingPolicy | BatchPreservingPolicy  # decides the number of workers
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        if self.elastic is not None:
-            arguments["scaling_policy"] = self.elastic
-        return super()._initialize_and_run_controller(**arguments)
+        arguments["scaling_policy"] = self.policy
+        if not isinstance(self.policy, OwnNodePolicy):
+            return super()._initialize_and_run_controller(**arguments)
+        controller = ray.remote(num_cpus=0)(TrainController).remote(**arguments)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        kept = [one for one in callbacks if not isinstance(one, DatasetsCallback)]
+        is_own = isinstance(self.policy, OwnNodePolicy)
+        left_out = (DatasetsCallback, *([PlacementGroupCleanerCallback] if is_own else []))
+        kept = [one for one in callbacks if not isinstance(one, left_out)]
         return sorted(kept, key=lambda one: not isinstance(one, HangWatch))
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Register none."""
 
 
-def run(job: JobConfig, read: Read = read_nodes, began: float | None = None) -> None:
-    """Run the job to its end: train, export, report. Raises RaytrainAdvError with its exit_code.
-    `began` is when the command did, in unix seconds; now if none.
-    """
-    began = began or time.time()
-    folder = Path(job.output.output_dir)
-    twins = list(Transforms(job).twins())
-    if twins:
-        with output_dir.held(folder):
-            output_dir.decided(job)  # refused now, not hours later
-    for twin in twins:
-        print(f"First, the run without the feature to compare with: {twin.output.output_dir}\n")
-        run(twin, read, began)
-        print()
-        began = time.time()
-    if twins and job.output.compare_with is None:
-        compared = {"compare_with": twins[0].output.output_dir}
-        job = replace(job, output=job.output.model_copy(update=compared))
-    with output_dir.held(folder):
-        place = output_dir.open_output(job)
-        if place.finished:
-            print("This job has already finished here; nothing was done.\n")
-            report = publish(job, place.folder, record.read(place.folder), print)
-            print(summary(report))
-            upload.refuse_incomplete(report)
-            return
-        with Console(place.folder, began=began) as console:
-            report = _run_in(job, place, console, read, began)
-        print(summary(report))
-        upload.refuse_incomplete(report)
-
-
-def _run_in(job: JobConfig, place: Output, console: Console, read: Read, began: float) -> RunReport:
-    progress = Progress({"imports": time.time() - began})
-    report = started(job, job.run_name, began)
-    if place.remark and not place.replaced.is_there:
-        report = report.model_copy(update={"notes": (*report.notes, place.remark)})
-    for note in report.notes:
-        console.say(note)
-
-    def fail(error: BaseException) -> None:
-        if place.replaced.is_there:
-            console.say(f"\n{place.replaced.keep()}")
-            return
-        ended = failed(report, error, progress.timeline, place.folder)
-        try:
-            _finish(job, place, ended.model_copy(update={"preflight": progress.preflight}))
-        except StorageError as unwritten:  # reported in addition to what ended the run
-            console.say(f"\n{unwritten}")
-
-    try:
-        with ExitStack() as watched:
-            placement, plan, head = prepare_run(job, read, console.say, progress, watched, fail)
-            place.begin(job, console.say)
-            report = planned(report, placement.fewest, plan.memory, plan.transforms)
-            report = report.model_copy(update={"preflight": progress.preflight})
-            record.write(report, place.folder)
-            start = time.perf_counter()
-            watch = NodeWatch(placement, usable_nodes(placement), console.say)
-            with stop.handle_signals(place.folder, console.say), watch.watching():
-                result = fit(job, place, placement, console, head)
-            progress.timeline["training"] = time.perf_counter() - start
-        report = against(finished(report, result, progress.timeline, place.folder), job)
-    except BaseException as error:  # noqa: BLE001 # also Ctrl-C, Ray's SystemExit on SIGTERM
-        shown = failures.stop_error() if isinstance(error, SystemExit) else error
-        fail(shown)
-        raise shown from error.__cause__
-    _finish(job, place, report)
-    return publish(job, place.folder, report, console.say)
-
-
-def publish(
-    job: JobConfig, folder: Path, report: RunReport, say: Callable[[str], None]
-) -> RunReport:
-    """Write the finished run's model cards, and upload its models if the job says so; return the
-    report, written again if anything was uploaded. What fails is reported: the run stays done.
-    """
-    try:
-        write_cards(report, job)
-        if (told := upload.upload(job, report, say)) is not report:
-            record.write(told, folder)
-            write_html(told, folder, plots=job.output.plot_loss)
-        return told
-    except StorageError as error:
-        say(str(error))
-        return report
-
-
-def _finish(job: JobConfig, place: Output, report: RunReport) -> None:
-    try:
-        record.write(report, place.folder)
-        write_html(report, place.folder, plots=job.output.plot_loss)
-    finally:
-        place.note(job, report.status, place.number)
-
-
-def fit(
+def train(
     job: JobConfig, place: Output, placement: Placement, console: Console, head: HeadWatch
 ) -> dict[str, Any]:
-    """Run the workers to the end; return rank 0's figures. Raises RaytrainAdvError."""
+    """Run the workers to the end; return rank 0's figures. Nodes are watched meanwhile, and the
+    first signal stops the run at a checkpoint. Raises RaytrainAdvError.
+    """
+    watch = NodeWatch(placement, usable_nodes(placement), console.say)
+    with stop.handle_signals(place.folder, console.say), watch.watching():
+        return _fit(job, place, placement, console, head)
+
+
+def _fit(
+    job: JobConfig, place: Output, placement: Placement, console: Console, head: HeadWatch
+) -> dict[str, Any]:
     attempt, resume = place.attempt, place.resume
     deaths_left = job.ray.max_failures if job.ray.max_failures >= 0 else 10**6
     saves = job.output.save_strategy != "no" and not job.output.save_only_model
@@ -230,9 +142,11 @@ def _trainer(
             callbacks=callbacks,
         ),
     )
+    config, strategy = scaling(job, placement), job.ray.placement_strategy
     if placement.numbers:
-        config, strategy = scaling(job, placement), job.ray.placement_strategy
-        trainer.elastic = BatchPreservingPolicy(config, placement, strategy)
+        trainer.policy = BatchPreservingPolicy(config, placement, strategy)
+    else:
+        trainer.policy = OwnNodePolicy(config) if is_own() else FixedScalingPolicy(config)
     return trainer
 
 

@@ -24,6 +24,7 @@ from raytrain_adv.driver.watch import hang
 from raytrain_adv.driver.watch.stop import DrainNotice, StopRequest, is_terminated
 from raytrain_adv.errors import JobError
 from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.imports import end_imports
 from raytrain_adv.run.run import Run
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.text import listed
@@ -67,6 +68,7 @@ class RayReporter:
 
 def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Train on this Ray Train worker; return rank 0's figures to the driver."""
+    end_imports()
     job: JobConfig = config["job"]
     if os.path.isdir(config["folder"]):
         os.chdir(config["folder"])  # relative paths in the job are relative to the driver's folder

@@ -23,8 +23,8 @@ from raytrain_adv.driver.cluster.connect import (
     AGENT_PORTS,
     connect,
     require_answer,
-    use_node_network,
 )
+from raytrain_adv.driver.cluster.network import use_node_network
 from raytrain_adv.driver.cluster.nodes import Node, startable_nodes
 from raytrain_adv.errors import ClusterError, JobError, Stopped
 

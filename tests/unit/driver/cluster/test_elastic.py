@@ -11,8 +11,8 @@ import torch
 from raytrain_adv.config import load
 from raytrain_adv.config.job import numbers
 from raytrain_adv.driver.cluster import nodes as cluster
-from raytrain_adv.driver.cluster.connect import find_interface
 from raytrain_adv.driver.cluster.elastic import BatchPreservingPolicy, largest_fitting
+from raytrain_adv.driver.cluster.network import find_interface
 from raytrain_adv.driver.cluster.nodes import Node, Placement
 from raytrain_adv.driver.plan.plan import show
 from raytrain_adv.driver.preflight.verdicts import place

@@ -1,0 +1,85 @@
+"""Processes of a Ray that its driver started: what they import, and what they do without."""
+
+import gc
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import torch
+from ray.train.v2._internal.callbacks import state_manager
+from ray.train.v2._internal.execution.worker_group import worker_group
+from ray.train.v2.api.config import ScalingConfig
+
+from raytrain_adv.driver.cluster.connect import MOST_WAITING, _fewer
+from raytrain_adv.driver.cluster.own import OwnNodePolicy, plain_versions
+from raytrain_adv.imports import RARELY, USUALLY, end_imports, few_collections
+
+ASKED = """
+import os, sys, traceback
+import torch.cuda
+os.cpu_count = lambda: int(sys.argv[1])
+for name in ("is_available", "device_count", "get_device_capability", "get_device_properties",
+             "current_device", "is_bf16_supported", "_lazy_init", "init"):
+    assert hasattr(torch.cuda, name)
+    setattr(torch.cuda, name, lambda *given, name=name: sys.exit(f"asked {name}"))
+import gc
+from raytrain_adv.driver.cluster import preload
+loaded = [name for name in preload.MODULES if name != "torch" and name in sys.modules]
+print(len(loaded), *gc.get_threshold())
+"""
+
+
+def test_a_process_that_waits_imports_without_asking_cuda_and_only_where_cores_are_idle():
+    """CUDA would see all devices, not those that the process is given later."""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", ASKED, cores], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for cores in ("2", "16")
+    ]
+    rarely = [str(number) for number in RARELY]
+    assert found == [["0", *rarely], ["4", *rarely]]
+
+
+def test_a_host_of_many_cores_has_few_processes_that_wait():
+    assert _fewer("--num_prestart_python_workers=192") == (
+        f"--num_prestart_python_workers={MOST_WAITING}"
+    )
+    for kept in ("--num_prestart_python_workers=2", "--node_name=192", "raylet"):
+        assert _fewer(kept) == kept
+
+
+def test_workers_get_no_environment_and_nobody_is_asked_for_nodes(monkeypatch):
+    for module, name in [
+        (worker_group, "get_env_vars_to_propagate"),
+        (state_manager, "_get_framework_version"),
+    ]:
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    assert worker_group.get_env_vars_to_propagate()
+    policy = OwnNodePolicy(ScalingConfig(num_workers=3))
+    policy.after_controller_start(SimpleNamespace(run_id="run"))
+    assert worker_group.get_env_vars_to_propagate() == {}
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 3
+    policy._cancel_resource_request()
+
+
+def test_the_dashboard_is_told_versions_without_pytorch():
+    framework = SimpleNamespace(module_names=lambda: ["torch"])
+    assert b"torch_version" in pickle.dumps(torch.__version__)
+    versions = plain_versions(framework)
+    assert versions["torch"] == torch.__version__
+    assert b"torch_version" not in pickle.dumps(versions)
+
+
+def test_garbage_is_looked_for_again_after_imports():
+    try:
+        with few_collections():
+            assert gc.get_threshold() == RARELY
+        assert gc.get_threshold() == USUALLY
+        gc.set_threshold(*RARELY)
+        end_imports()
+        assert gc.get_threshold() == USUALLY and gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()

@@ -1,0 +1,45 @@
+"""What is refused before Ray starts, and what is imported while it does."""
+
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+
+import pytest
+
+from raytrain_adv.driver.cluster import connect
+from raytrain_adv.driver.training.start import HEAVY, Progress, start_ray
+from raytrain_adv.errors import JobError
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_ray_starts(
+    make_job, tmp_path, monkeypatch
+):
+    started = []
+    monkeypatch.setattr(connect, "connect", started.append)
+    job = make_job(resume_from_checkpoint=str(tmp_path / "gone"))
+    with ExitStack() as watched, pytest.raises(JobError, match="does not name a complete"):
+        start_ray(job, started.append, Progress(time.time()), watched, started.append)
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("imported", "absent"), [(["raytrain_adv.driver.training.run"], "torch"), (HEAVY, "ray")]
+)
+def test_what_is_imported_before_ray_starts_is_light_and_the_rest_is_not_of_ray(imported, absent):
+    """Two threads that import parts of one package may see a module half made."""
+    code = f"import sys, {', '.join(imported)}; assert {absent!r} not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_second_has_one_phase():
+    progress = Progress(time.time() - 5.0)
+    progress.end("imports")
+    progress.began -= 2.0
+    progress.end("Ray")
+    progress.began -= 1.0
+    progress.end("imports")
+    assert progress.timeline == {
+        "imports": pytest.approx(6, abs=0.1),
+        "Ray": pytest.approx(2, abs=0.1),
+    }
