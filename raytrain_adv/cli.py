@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> in
         return code if isinstance(code, int) else EXIT_DONE
     except click.UsageError as error:
         fix = f"{error.ctx.command_path if error.ctx else program} --help lists what it takes"
-        return _refuse(command_error(error.format_message(), fix))
+        return _refuse(command_error(" ".join(error.format_message().split()), fix))
     except RaytrainAdvError as error:
         return _refuse(error)
     except ModuleNotFoundError as error:

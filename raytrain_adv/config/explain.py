@@ -19,9 +19,10 @@ from raytrain_adv.config.compatibility import (
     slug_of,
 )
 from raytrain_adv.config.job import section_types
-from raytrain_adv.config.llamafactory.keys import RENAMED, WRITTEN_AS
+from raytrain_adv.config.llamafactory.keys import REFUSED, RENAMED, WRITTEN_AS
 from raytrain_adv.config.problems import command_error, show
 from raytrain_adv.config.schema import describe, field_schemas, schema
+from raytrain_adv.config.sweep import SweepOptions
 from raytrain_adv.errors import JobError
 from raytrain_adv.text import nearest
 
@@ -44,7 +45,9 @@ def explain(name: str) -> str:
     own = "\n".join(_key(key, properties[key])) if key in properties else ""
     of_feature = "\n".join(_feature(known[key])) if key in known else ""
     if not own and not of_feature:
-        every = [*properties, *(feature.slug for feature in features())]
+        own = "\n".join(_of_sweep_or_refused(key))
+    if not own and not of_feature:
+        every = [*properties, *_options(), *REFUSED, *(feature.slug for feature in features())]
         raise _unknown("key or feature", name, every)
     return "\n\n".join(filter(None, (own, of_feature)))
 
@@ -59,6 +62,20 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> JobError:
 def _properties() -> dict[str, Any]:
     properties: dict[str, Any] = schema()["properties"]
     return properties
+
+
+@cache
+def _options() -> dict[str, Any]:
+    return field_schemas(SweepOptions)
+
+
+def _of_sweep_or_refused(key: str) -> Iterator[str]:
+    if key in _options():
+        yield from _described(key, _options()[key], "")
+        yield "  of the sweep: section; docs/sweeps.md describes it"
+    elif key in REFUSED:
+        yield from _wrapped(f"{key}: LLaMA-Factory's key, refused: {REFUSED[key].why}", "", "  ")
+        yield from _wrapped(f"fix: {REFUSED[key].fix}", "  ", "    ")
 
 
 def _key(key: str, field: dict[str, Any]) -> Iterator[str]:

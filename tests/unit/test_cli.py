@@ -183,6 +183,14 @@ def test_a_command_of_llamafactory_is_answered_with_the_one_here(
     assert f"did you mean {meant}?" in capsys.readouterr().err
 
 
+def test_a_missing_option_is_named_with_its_values_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["verify", "folder"]) == 2
+    said = capsys.readouterr().err
+    assert "Missing option '--engine'. Choose from: transformers, vllm, llamacpp" in said
+
+
 def test_a_job_file_without_a_command_means_launch(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["job.yaml"])
     assert "raytrain-adv launch job.yaml" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from raytrain_adv.storage.atomic import atomic_folder
 from raytrain_adv.storage.user_cache import user_cache
 from raytrain_adv.text import GIB
 
-VERSION = 5
+VERSION = 6
 """Part of every key: raise it when the files' form, or the way rows become tokens, changes."""
 
 _ARRAYS = {"ids": "<i4", "trained": "|b1", "offsets": "<i8", "answer_starts": "<i4"}

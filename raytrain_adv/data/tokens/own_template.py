@@ -31,6 +31,7 @@ _TOOL = {
 }
 _TRIED = "a thought"
 _ASK: Message = {"role": "user", "content": "a question"}
+_NO_TOOLS = "the tokenizer's chat template has no form for tools; set template in the job"
 
 
 class CallForm(NamedTuple):
@@ -102,7 +103,7 @@ class OwnTemplate:
     def _as_it_wants(self, messages: list[Message], tools: list[Any] | None) -> list[Message]:
         """Return the messages in the form that this template writes completely."""
         if tools and not self._writes_tools:
-            raise UnusableRow("the tokenizer's chat template has no form for tools")
+            raise UnusableRow(_NO_TOOLS)
         made: list[Message] = []
         calls: list[dict[str, Any]] = []
         num_calls = 0

@@ -20,7 +20,7 @@ from raytrain_adv.config.load import load_keys
 from raytrain_adv.config.problems import ON_COMMAND_LINE, Problem, job_error
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
 from raytrain_adv.driver.commands.verify import TAIL, run_script
-from raytrain_adv.driver.output.output_dir import storage_path
+from raytrain_adv.driver.output.output_dir import runs_in, storage_path
 from raytrain_adv.driver.output.replaced import RUN_FILE
 from raytrain_adv.errors import JobError, StorageError, TrainingError
 from raytrain_adv.export.convert import write_converted
@@ -111,6 +111,7 @@ def _refuse_other_keys(given: list[str]) -> None:
 def _neither(source: str, folder: Path) -> JobError:
     fix = f"name a folder that holds {RUN_FILE}, or one that holds config.json and safetensors"
     runs = [path for path in folder.absolute().parents if (path / RUN_FILE).is_file()]
+    below = runs_in(folder)
     if runs:
         found = f"it lies in the run {runs[0]}"
         fix = f"raytrain-adv export {runs[0]}, with --checkpoint for one that is not its newest"
@@ -118,6 +119,7 @@ def _neither(source: str, folder: Path) -> JobError:
         found = nearest_folders(folder)
     else:
         found = f"it holds {listed(sorted(p.name for p in folder.iterdir()), 8) or 'nothing'}"
+        fix = f"name one of the runs in it: {listed(list(map(str, below)), 4)}" if below else fix
     return JobError(f"{source} is neither a run's output_dir nor a model folder", found, fix)
 
 

@@ -27,17 +27,19 @@ def run(folder: Path, engine: str, python: str) -> None:
     """Print how an engine's log-probabilities agree with training's.
 
     Args:
-        folder: a model that export wrote for an engine.
+        folder: a model that export wrote for an engine, or the run that has it.
         engine: one of ENGINES.
         python: an interpreter that can import it; empty for this one.
 
     Raises:
-        JobError: when the folder has no reference, or the engine does not run.
+        JobError: when there is no model or no reference, or the engine does not run.
         TrainingError: when the engine computes another model.
     """
+    from raytrain_adv.driver.commands.use.source import find
     from raytrain_adv.export.reference import REFERENCE, agreement, read_reference
     from raytrain_adv.export.verify import MOST_KL
 
+    folder = find(str(folder))[0].folder
     if not (folder / REFERENCE).is_file():
         fix = "export it again: float8 activations are compared on a GPU alone"
         raise JobError(f"{folder} was not compared with training", f"no {REFERENCE}", fix)
@@ -103,9 +105,12 @@ def run_script(name: str, folder: Path, python: str) -> subprocess.CompletedProc
 
 
 @click.command("verify")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN|FOLDER")
 @click.option("--engine", type=click.Choice(ENGINES), required=True)
 @click.option("--python", default="", metavar="FILE", help="Python that has the engine.")
 def verify_folder(folder: Path, engine: str, python: str) -> None:
-    """Ask an engine for an exported folder's answers; compare them with training's."""
+    """Ask an engine for an exported folder's answers; compare them with training's.
+
+    RUN stands for its model, the quantized one if it has two.
+    """
     run(folder, engine, python)

@@ -34,6 +34,7 @@ from raytrain_adv.model.attention import attention_name
 from raytrain_adv.model.build import build, decoder_layers
 from raytrain_adv.model.notes import cpu_notes, model_notes
 from raytrain_adv.ops.bitsandbytes.linear import num_weights
+from raytrain_adv.report import record
 from raytrain_adv.run.schedule import Arithmetic, resolve_arithmetic
 from raytrain_adv.text import GIB, plural
 from raytrain_adv.transforms.applied import Transforms
@@ -250,6 +251,11 @@ def _output_remarks(job: JobConfig) -> Iterator[str]:
     path = job.output.resume_from_checkpoint
     if isinstance(path, str) and "://" not in path and not Path(path).is_dir():
         yield f"resume_from_checkpoint: there is no folder {path} on this machine"
+    if (other := job.output.compare_with) is not None:
+        try:
+            record.read(other)
+        except StorageError as error:
+            yield f"a launch is refused: {error.what} (compare_with: {other})"
     if job.sweep is not None or "://" in (job.ray.ray_storage_path or ""):
         return
     try:

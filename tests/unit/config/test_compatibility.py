@@ -146,10 +146,21 @@ def test_a_feature_is_explained_by_every_name_that_it_has_in_a_plan_a_report_or_
         assert explain(name).startswith("QLoRA: Keep the frozen model in 4 or 8 bits"), name
 
 
+def test_options_of_a_sweep_and_refused_keys_are_explained() -> None:
+    """They were no keys, though the job file reference and a refused job name them."""
+    assert explain("keep_models").startswith("keep_models: one of all, best; 'all' by default\n")
+    refused = explain("pref_beta")
+    assert refused.startswith("pref_beta: LLaMA-Factory's key, refused: it belongs to another")
+    assert "fix: delete it; use LLaMA-Factory or TRL for this stage" in refused
+
+
 def test_a_feature_that_is_not_there_is_answered_with_the_nearest() -> None:
     with pytest.raises(JobError, match="there is no feature 'lorra'") as caught:
         explain("lorra fp8")
     assert "did you mean lora?" in caught.value.fix
+    with pytest.raises(JobError, match="there is no key or feature 'pref_loess'") as caught:
+        explain("pref_loess")
+    assert "did you mean pref_loss?" in caught.value.fix
     with pytest.raises(JobError, match="there is no key or feature 'zzz'") as caught:
         explain("zzz")
     assert "raytrain-adv schema" in caught.value.fix

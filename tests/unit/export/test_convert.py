@@ -433,6 +433,7 @@ def test_the_command_reports_what_it_cannot_do(
     cases = {
         "Missing argument 'RUN|MODEL": [],
         "neither a run's output_dir nor a model folder": [str(tmp_path / "none"), *out],
+        "name one of the runs in it": [str(Path(run).parent), *out],
         "it lies in the run": [f"{run}/checkpoints/old", *out],
         "enable_qat: true is missing": [model, *out],
         "--output is missing": [model, "enable_qat=true"],

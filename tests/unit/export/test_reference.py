@@ -42,6 +42,15 @@ def test_the_same_model_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "transformers 5." in printed and "tokens/s" in printed
 
 
+def test_a_run_stands_for_its_model_and_no_folder_is_named_as_such(tmp_path: Path) -> None:
+    """Both were refused as exports that had not been compared."""
+    folder(tmp_path, 1.0).rename(tmp_path / "model")
+    (tmp_path / "run.json").write_text("{}")
+    assert main(["verify", str(tmp_path), "--engine", "transformers"]) == 0
+    with pytest.raises(JobError, match="there is no folder"):
+        run(tmp_path / "models", "transformers", "")
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="computes another model"):
         run(folder(tmp_path, 16.0), "transformers", "")
@@ -49,7 +58,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_answers_and_a_missing_engine_are_named(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="not compared"):
-        run(tmp_path, "vllm", "")
+        run(write_checkpoint("llama", tmp_path / "other"), "vllm", "")
     with pytest.raises(JobError) as error:
         run(folder(tmp_path, 1.0), "vllm", "")
     assert "--python" in error.value.fix and "No module named 'vllm'" in error.value.found

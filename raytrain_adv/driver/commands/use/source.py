@@ -71,7 +71,9 @@ def find(named: str) -> list[Source]:
         raise JobError(f"{named} is a sweep", f"it has {plural(len(trials), 'run')}", fix)
     if not (folder / RUN_FILE).is_file():
         held = listed(sorted(p.name for p in folder.iterdir()), 8) or "nothing"
+        runs = listed(list(map(str, output_dir.runs_in(folder))), 4)
         fix = f"name a folder with {RUN_FILE} (a run), or with config.json and safetensors"
+        fix = f"name one of the runs in it: {runs}" if runs else fix
         raise JobError(f"{named} is neither a run nor a model folder", f"it holds {held}", fix)
     held_there = [(folder / name, _kind(folder / name)) for name in reversed(output_dir.MODELS)]
     found = [Source(path, kind, folder) for path, kind in held_there if kind is not None]

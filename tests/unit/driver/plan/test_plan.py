@@ -273,6 +273,9 @@ def test_a_plan_states_what_a_launch_does_to_a_run_in_output_dir(make_job: Any) 
         every = remarks(make_job(use_cpu=True, **keys), 2, hardware.detect("cpu"))
         return [one for one in every if "a launch" in one]
 
+    assert of_launch(compare_with="saves/none") == [
+        "a launch is refused: There is no report to read (compare_with: saves/none)"
+    ]
     assert not of_launch() and not Path(make_job().output.output_dir).exists()
     open_output(make_job(use_cpu=True)).note(make_job(use_cpu=True), "done", 1)
     assert "a launch is refused: This job has run to its end" in of_launch()[0]

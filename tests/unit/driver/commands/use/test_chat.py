@@ -44,6 +44,14 @@ def test_a_folder_without_a_model_is_refused_with_what_to_do(tmp_path, runs):
         find(str(tmp_path))
 
 
+def test_a_folder_of_runs_is_refused_with_them_named(tmp_path, runs):
+    (run := tmp_path / "saves" / "mine").mkdir(parents=True)
+    (run / "run.json").write_bytes((runs["lora"] / "run.json").read_bytes())
+    with pytest.raises(JobError, match="neither a run") as caught:
+        find(str(tmp_path / "saves"))
+    assert caught.value.fix == f"name one of the runs in it: {run}"
+
+
 def test_a_sweep_is_refused_with_its_trials_named(tmp_path, runs):
     (trial := tmp_path / "trials" / "lr_1").mkdir(parents=True)
     (tmp_path / "sweep.json").write_text("{}")
