@@ -111,6 +111,6 @@ def run_script(name: str, folder: Path, python: str) -> subprocess.CompletedProc
 def verify_folder(folder: Path, engine: str, python: str) -> None:
     """Ask an engine for an exported folder's answers; compare them with training's.
 
-    RUN stands for its model, the quantized one if it has two.
+    RUN stands for its model, of two for the one to be served.
     """
     run(folder, engine, python)
