@@ -29,7 +29,7 @@ from raytrain_adv.ops.fake_quant.compressed_tensors import Scheme, read_back, st
 from raytrain_adv.ops.fake_quant.engine_rounding import tokens_in_int8
 from raytrain_adv.ops.fake_quant.layers import rounded_product
 from raytrain_adv.ops.fake_quant.rounding import E4M3, EPS, LEAST_TOKEN_SCALE
-from raytrain_adv.ops.fake_quant.targets import FLOAT8, FLOAT8_IN_FLOAT32, INT8_IN_FLOAT32
+from raytrain_adv.ops.fake_quant.targets import FLOAT8_IN_FLOAT32, FLOAT8_ROWS, INT8_IN_FLOAT32
 
 LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 """Output and input features of a layer, fused as engines do."""
@@ -37,7 +37,7 @@ CACHE_BYTES = 300e6  # of copies of one weight: five times the L2 cache of an H2
 Product = Callable[[Tensor], Tensor]
 SCHEMES = {
     "W8A8": Scheme(INT8_IN_FLOAT32, None, INT8_IN_FLOAT32),
-    "FP8": Scheme(FLOAT8, None, FLOAT8_IN_FLOAT32),
+    "FP8": Scheme(FLOAT8_ROWS, None, FLOAT8_IN_FLOAT32),
     "W4A16, groups of 32": Scheme("int4", 32, ""),
     "W4A16, groups of 128": Scheme("int4", 128, ""),
 }
@@ -128,7 +128,7 @@ def product(weight: Tensor, scheme: Scheme | None) -> Product:
         return lambda x: x @ weight.t()
     if scheme.weight_form == INT8_IN_FLOAT32:
         return int8(held["weight"], held["weight_scale"])
-    if scheme.weight_form == FLOAT8:
+    if scheme.weight_form == FLOAT8_ROWS:
         return float8(held["weight"], held["weight_scale"])
     return int4(held, weight, scheme)
 

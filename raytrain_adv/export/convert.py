@@ -345,7 +345,7 @@ def _write_config(
     default = qat.layer_config(qat.activation_dtype)
     if isinstance(default, Scheme):
         stems = [name.removesuffix(".weight") for name in configs]
-        config |= compressed_tensors.describe(linears, stems, default)
+        config |= compressed_tensors.describe([*linears, *_of_mixtures(plain)], stems, default)
     else:
         config |= describe_model(linears, configs, default)
     for part in (config, *(v for k, v in config.items() if k == "text_config")):
@@ -354,6 +354,19 @@ def _write_config(
         text = plain.config.get_text_config()
         part |= {key: getattr(text, key) for key in part if key.startswith("vocab_size")}
     write_json(config, folder / "config.json")
+
+
+def _of_mixtures(plain: PreTrainedModel) -> list[str]:
+    """Return patterns of the names of stacked experts and their routers, which are not converted:
+    engines have a linear for each, below the name that the checkpoint has for the mixture.
+    """
+    found: set[str] = set()
+    for fqn in stacked(plain):
+        parent, _, name = fqn.rpartition(".")
+        others = plain.get_submodule(parent).named_children()
+        routers = (n for n, m in others if "weight" in m._parameters)
+        found |= {rf"re:.*\.{name}\..*", *(rf"re:.*\.{n}$" for n in routers)}
+    return sorted(found)
 
 
 def add_adapter(adapter: Path, folder: Path, final: Path) -> None:

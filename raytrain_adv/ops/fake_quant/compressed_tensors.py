@@ -18,10 +18,10 @@ from raytrain_adv.ops.fake_quant.layers import rounded_weight
 from raytrain_adv.ops.fake_quant.rounding import BITS, integers_of, quantize_float8
 from raytrain_adv.ops.fake_quant.targets import (
     BLOCK,
-    FLOAT8,
     FLOAT8_BLOCKS,
     FLOAT8_GROUPS,
     FLOAT8_IN_FLOAT32,
+    FLOAT8_ROWS,
     FOUR_BIT_FLOATS,
     INT8_IN_FLOAT32,
     MXFP4,
@@ -33,7 +33,7 @@ PER_WORD = 8
 """Four-bit integers in an int32."""
 FORMATS = {
     INT8_IN_FLOAT32: "int-quantized",
-    FLOAT8: "float-quantized",
+    FLOAT8_ROWS: "float-quantized",
     FLOAT8_BLOCKS: "float-quantized",
     NVFP4: "nvfp4-pack-quantized",
     MXFP4: "mxfp4-pack-quantized",
@@ -41,7 +41,7 @@ FORMATS = {
 """Form of weights -> compressed-tensors' name; integers in groups are pack-quantized."""
 IN_BYTES = {
     INT8_IN_FLOAT32: quantize_rows,
-    FLOAT8: quantize_float8,
+    FLOAT8_ROWS: quantize_float8,
     FLOAT8_BLOCKS: quantize_float8_blocks,
 }
 """Form of weights that take a byte -> what rounds them, and returns values and scales."""
@@ -185,7 +185,7 @@ def read_scheme(folder: Path) -> dict[str, Any] | None:
 def _weights(scheme: Scheme) -> dict[str, Any]:
     form = scheme.weight_form
     keys: dict[str, Any] = {"type": "int", "num_bits": BITS.get(form, 8), "strategy": "channel"}
-    if form == FLOAT8:
+    if form == FLOAT8_ROWS:
         keys |= {"type": "float"}
     elif form == FLOAT8_BLOCKS:
         block = [BLOCK, BLOCK]

@@ -30,6 +30,7 @@ from raytrain_adv.ops.fake_quant.targets import (
     FLOAT8_BLOCKS,
     FLOAT8_GROUPS,
     FLOAT8_IN_FLOAT32,
+    FLOAT8_ROWS,
     FOUR_BIT_FLOATS,
     INT8_IN_FLOAT32,
 )
@@ -94,7 +95,7 @@ def rounded_product(x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Sche
     weight_dtype, group_size, activation_dtype = scheme
     if weight_dtype == activation_dtype == INT8_IN_FLOAT32:
         return int8_product(x, weight, bias)
-    if weight_dtype == FLOAT8 and activation_dtype in (FLOAT8, FLOAT8_IN_FLOAT32):
+    if weight_dtype in (FLOAT8, FLOAT8_ROWS) and activation_dtype in (FLOAT8, FLOAT8_IN_FLOAT32):
         return float8_product(x, weight, bias, activation_dtype == FLOAT8_IN_FLOAT32)
     rounded, _ = rounded_weight(weight, weight_dtype, group_size)
     rounded_x, _, _ = rounded_activation(x, activation_dtype)
@@ -134,7 +135,7 @@ def rounded_weight(
     weight: Tensor, dtype: str, group_size: int, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Return a weight rounded, and its gradient's scales; None if that passes straight through."""
-    if dtype == FLOAT8:
+    if dtype in (FLOAT8, FLOAT8_ROWS):
         return fake_quantize_float8(weight, after), None
     if dtype == FLOAT8_BLOCKS:
         return fake_quantize_float8_blocks(weight, after), None

@@ -17,10 +17,13 @@ IN_FLOAT32 = "float32"
 INT8_IN_FLOAT32, FLOAT8_IN_FLOAT32 = f"int8 {IN_FLOAT32}", f"{FLOAT8} {IN_FLOAT32}"
 FLOAT8_BLOCKS, FLOAT8_GROUPS = f"{FLOAT8} blocks", f"{FLOAT8} groups"
 """One scale per BLOCK x BLOCK weights, and per BLOCK features of a token."""
+FLOAT8_ROWS = f"{FLOAT8} rows"
+"""FLOAT8 whose bias is added before the product is rounded; torchao adds it after."""
 BLOCK = 128
 Q8_0, Q4_0 = "q8_0", "q4_0"
 ROUNDED_BY = {
     FLOAT8: "quantize_float8",
+    FLOAT8_ROWS: "quantize_float8",
     FLOAT8_BLOCKS: "quantize_float8_blocks",
     INT8_IN_FLOAT32: "quantize_rows",
     **dict.fromkeys(FOUR_BIT_FLOATS, "quantize_float4"),
@@ -106,6 +109,7 @@ TARGETS: dict[str, Target] = {
         COMPRESSED,
         FLOAT8,
         (FLOAT8, "none"),
+        weight_form=FLOAT8_ROWS,
         activation_forms={FLOAT8: FLOAT8_IN_FLOAT32},
         served="in float8 on compute capability 8.9 and newer; weights alone by Marlin",
         rounds_itself=SUMS,

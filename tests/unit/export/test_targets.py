@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ CASES: dict[str, Case] = {
     ),
     "w8a8": ("qwen2", {"qat_target": "vllm-w8a8-int8"}),
     "float8 weights": ("llama", {"qat_target": "vllm-fp8", "qat_activation_dtype": "none"}),
+    "float8 weights, biases": ("qwen2", {"qat_target": "vllm-fp8", "qat_activation_dtype": "none"}),
     "float8 blocks": (
         "llama",
         {"qat_target": "vllm-fp8-block", "qat_activation_dtype": "none"},
@@ -124,6 +126,30 @@ def test_what_is_left_out_is_named_and_the_tied_head_stays_tied(tmp_path: Path) 
     assert config["tie_word_embeddings"]
     names = {f"model.layers.{n}.mlp.down_proj" for n in (0, 1)}
     assert set(config["quantization_config"]["ignore"]) == {*names, "lm_head"}
+
+
+@pytest.mark.parametrize("target", ["vllm-w4a16", "vllm-fp8"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "llama4_text"])
+def test_experts_that_are_left_out_are_named_and_exported(
+    kind: str, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = {"shared_expert_intermediate_size": 32} if kind == "qwen2_moe" else {}
+    source = write_checkpoint(kind, tmp_path / "source", **WIDE, **shared)
+    keys = ["qat_exclude=experts", "qat_activation_dtype=none"]
+    command = ["export", str(source), *keys, "--output", str(tmp_path), "--format", target]
+    assert main(command) == 0
+    is_loaded = kind == "gpt_oss" or (target == "vllm-fp8" and kind != "llama4_text")
+    expected = "bit for bit" if is_loaded else "transformers 5.23 loads no plain experts"
+    assert expected in capsys.readouterr().out
+    config = json.loads((tmp_path / target / "config.json").read_text())
+    ignored = [n.removeprefix("re:") for n in config["quantization_config"]["ignore"]]
+    tensors = load_file(tmp_path / target / "model.safetensors")
+    stems = {n.rpartition(".")[0] for n in tensors if "scale" in n}
+    for name, tensor in tensors.items():
+        stem = name.removesuffix(".weight")
+        if tensor.ndim > 1 and name.rpartition(".")[0] not in stems and "embed" not in name:
+            assert any(re.fullmatch(one, stem) for one in ignored), name
+    assert stems and not any(re.fullmatch(one, stem) for one in ignored for stem in stems)
 
 
 def test_linears_that_engines_fuse_are_rounded_together(tmp_path: Path) -> None:
