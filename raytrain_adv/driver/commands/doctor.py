@@ -18,7 +18,7 @@ from raytrain_adv.checkpoint.load import PlainReader
 from raytrain_adv.config.job import transform_types
 from raytrain_adv.config.rules import switch
 from raytrain_adv.driver.output import output_dir
-from raytrain_adv.driver.output.output_dir import MODELS, Record
+from raytrain_adv.driver.output.output_dir import MODELS, WEIGHTS, Record
 from raytrain_adv.driver.output.replaced import RUN_FILE, storage_below
 from raytrain_adv.driver.watch.stop import STOP_FILE
 from raytrain_adv.errors import JobError, StorageError
@@ -256,7 +256,7 @@ class Examined:
     def _ending(self) -> Iterator[Finding]:
         """Yield what the end of a run writes, and is missing or damaged."""
         wrong = {record.FILE_NAME: _wrong_with_report(self.folder)}
-        wrong |= {name: _wrong_with_model(self.folder / name) for name in MODELS}
+        wrong |= {name: _wrong_with_model(self.folder / name) for name in WEIGHTS}
         owed = {record.FILE_NAME} if self.is_done else set()
         # A sweep with keep_models: best deletes the models of its other trials.
         has_models = self.job.get("export_model", True) and self.folder.parent.name != "trials"

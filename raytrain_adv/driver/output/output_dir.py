@@ -46,9 +46,11 @@ ENDED = {"failed": "has failed part of the way", "stopped": "was stopped part of
 Record = Mapping[str, Any]  # of run.json
 MODELS = ("model", *(f"model-{kind.converts}" for kind in transform_types() if kind.converts))
 """Folders of trained weights in output_dir."""
+WEIGHTS = (*MODELS, "model-base", "model-merged")
+"""And those of what an adapter belongs to, and of its sum with that."""
 OURS = (
-    *MODELS,
-    *(f".{name}.partial" for name in MODELS),
+    *WEIGHTS,
+    *(f".{name}.partial" for name in WEIGHTS),
     *(
         "report.json",
         "report.html",

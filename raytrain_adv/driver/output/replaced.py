@@ -11,6 +11,7 @@ from raytrain_adv.kernels import lock as locks
 from raytrain_adv.storage.storage import Storage, storage_errors
 
 RUN_FILE = "run.json"
+ADAPTER = "adapter_config.json"
 OWNER = "owner.json"  # in storage outside of output_dir: the output_dir of the checkpoints there
 ASIDE = f".{locks.FILE_NAME}.replaced"  # the old run's lock file while new kernels are pinned
 PREVIOUS = "previous"  # folder of kept runs, in output_dir and below ray_storage_path
@@ -90,6 +91,8 @@ class Replaced:
             (self.folder / ASIDE).rename(target / locks.FILE_NAME)
         for path in (target / RUN_FILE, *target.glob(f"trials/*/{RUN_FILE}")):
             self._readdress(path, number, bool(elsewhere))
+        for path in (p for above in ("", "trials/*/") for p in target.glob(f"{above}*/{ADAPTER}")):
+            self._readdress_base(path, target)
         return target
 
     def _kept(self, number: int) -> Storage:
@@ -108,6 +111,17 @@ class Replaced:
             label = f"{PREVIOUS}/{self.folder.absolute().name}-{number}"
             job["ray_storage_path"] = storage_below(self.folder, self.base, label)
         Storage.at(str(path.parent)).write_json(path.name, {**record, "job": job})
+
+    def _readdress_base(self, path: Path, target: Path) -> None:
+        """Write into a kept adapter where the base that it belongs to is now."""
+        own = Storage.at(str(path.parent))
+        config = own.read_json(path.name) or {}
+        base = Path(config.get("base_model_name_or_path") or "")
+        for place in (self.folder.absolute(), self.folder.resolve()):
+            if base.is_relative_to(place) and (kept := target / base.relative_to(place)).exists():
+                config["base_model_name_or_path"] = str(kept.absolute())
+                own.write_json(path.name, config)
+                return
 
     def keep(self) -> str:
         """Restore it as it was found; return a message."""

@@ -135,7 +135,7 @@ class Results:
         best = self.best
         for one in self.report.trials:
             if one.status in ("done", "stopped") and best is not None and one.name != best.name:
-                for model in output_dir.MODELS:
+                for model in output_dir.WEIGHTS:
                     shutil.rmtree(Path(one.output_dir) / model, ignore_errors=True)
                 Storage.at(output_dir.storage_path(self._trials[one.name].job)).delete()
                 self._write(trial=one.model_copy(update={"model_dir": None}))

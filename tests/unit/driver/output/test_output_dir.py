@@ -1,4 +1,5 @@
 import errno
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,6 +145,28 @@ def test_an_overwritten_run_is_kept_whole_with_its_kernels(make_job, old):
     assert below("previous/1", before).items() <= contents(old).items()
     assert (old / "my-notes.txt").read_text() == "mine"
     assert f"moved the earlier run in {old} to {old}/previous/1: model" in said[0]
+
+
+@pytest.mark.parametrize("name", ["model-base", "model-quantized"])
+def test_a_kept_adapter_belongs_to_the_base_that_is_kept_with_it(make_job, old, name):
+    """model-base stayed where the next run replaced it, and adapters were loaded on that one."""
+    (old / name).mkdir(exist_ok=True)
+    (old / name / "config.json").write_text("{}")
+    adapter = {"base_model_name_or_path": str((old / name).resolve()), "r": 8}
+    (old / "model" / "adapter_config.json").write_text(json.dumps(adapter))
+    open_output(make_job(**OVERWRITES)).begin(make_job(), print)
+    kept = old / "previous" / "1"
+    found = json.loads((kept / "model" / "adapter_config.json").read_text())
+    assert found == {"base_model_name_or_path": str(kept / name), "r": 8}
+    assert (kept / name / "config.json").is_file() and not (old / name).exists()
+
+
+def test_the_base_of_an_adapter_elsewhere_is_left_as_it_is(make_job, old, tmp_path):
+    adapter = {"base_model_name_or_path": str(tmp_path / "llama")}
+    (old / "model" / "adapter_config.json").write_text(json.dumps(adapter))
+    open_output(make_job(**OVERWRITES)).begin(make_job(), print)
+    kept = old / "previous" / "1" / "model" / "adapter_config.json"
+    assert json.loads(kept.read_text()) == adapter
 
 
 def test_kernels_of_both_runs_are_in_both(make_job, old):

@@ -286,11 +286,11 @@ def test_keep_models_best_keeps_one_model_and_every_report(
     results = results_of(job)
     for index, loss in enumerate((3.0, 2.0, 2.5)):
         folder = Path(job.sweep.trials[index].job.output.output_dir)
-        for made in ("model", "model-quantized", "checkpoints/run_001"):
+        for made in ("model", "model-base", "model-quantized", "checkpoints/run_001"):
             (folder / made).mkdir(parents=True)
         results.ended(leave(job, index, loss, model_dir=str(folder / "model")), None)
     kept = [path.parent.name for path in (tmp_path / "out").glob("trials/*/model*")]
-    assert kept == ["learning_rate=0.01"] * 2
+    assert kept == ["learning_rate=0.01"] * 3
     assert len(list((tmp_path / "out").glob("trials/*/report.json"))) == 3
     assert [t.model_dir is None for t in results.report.trials] == [True, False, True]
     assert results_of(job).report.trial("learning_rate=0.1").model_dir is None
