@@ -74,8 +74,8 @@ def require_complete(out: Path, said: str) -> dict[str, Any]:
 def test_a_job_becomes_a_model_and_a_report_and_secrets_stay_where_they_are(
     job_file, tmp_path, capsys
 ):
-    """Ray listens on the loopback interface alone, and starts a process for each of six purposes:
-    two workers, their controller, what they wait at, what the dashboard asks, and preflight.
+    """Ray listens on the loopback interface alone, and starts a process for each of five purposes:
+    two workers, their controller, what they wait at, and what the dashboard asks.
     """
     planted = {
         "HF_TOKEN": "hf_" + "Q7wE2rT9yU4iO6pA1sD3fG5hJ8kL0zXcVb",
@@ -120,7 +120,7 @@ def test_a_job_becomes_a_model_and_a_report_and_secrets_stay_where_they_are(
         assert secret not in said and secret not in shown, name
     assert any(name.endswith(".distcp") for name in text)
     workers = [name for name in map(os.path.basename, kept) if name.startswith("worker-")]
-    assert len({name for name in workers if name.endswith(".out")}) == 6
+    assert len({name for name in workers if name.endswith(".out")}) == 5
     assert "train_loop_config" in shown, "the dashboard's API was not reached"
     assert "asks for the token that `ray get-auth-token` prints" in said
     assert (home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrain_adv import probe_script
+from raytrain_adv.driver.cluster.connect import is_own
 from raytrain_adv.driver.cluster.nodes import Node
 from raytrain_adv.hardware import PACKAGES, HardwareFacts, package_versions
 from raytrain_adv.text import GIB
@@ -112,7 +114,9 @@ def read_nodes(
     """Probe the nodes in parallel; the result for a lost or late node is a sentence. A probe
     reserves neither a CPU nor a GPU, so busy nodes answer too.
     """
-    source = SCRIPT.read_text()
+    given = SCRIPT.read_text(), list(PACKAGES), SCRIPT_TIMEOUT_S
+    if is_own():  # a node alone, which is this machine
+        return {node.node_id: _get(lambda: run_script(*given)) for node in nodes}
     # Pickled by value: the node may have no raytrain_adv to import the function from.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
@@ -121,7 +125,7 @@ def read_nodes(
             task.options(
                 name="raytrain_adv probe",
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
-            ).remote(source, list(PACKAGES), SCRIPT_TIMEOUT_S): node.node_id
+            ).remote(*given): node.node_id
             for node in nodes
         }
     finally:
@@ -131,7 +135,7 @@ def read_nodes(
     while pending and time.monotonic() < end:
         ready, pending = ray.wait(pending, timeout=max(0.0, end - time.monotonic()))
         for answer in ready:
-            readings[answers[answer]] = _get(answer)
+            readings[answers[answer]] = _get(partial(ray.get, answer))
     for answer in pending:
         ray.cancel(answer, force=True)
         readings[answers[answer]] = f"no answer within {timeout_s:g} s"
@@ -164,9 +168,9 @@ def parse(printed: str) -> Reading:
     return Reading(gpus=tuple(gpus), **fields)
 
 
-def _get(answer: Any) -> Reading | str:
+def _get(answer: Callable[[], str]) -> Reading | str:
     try:
-        return parse(ray.get(answer))
+        return parse(answer())
     except (RayError, ValueError, RuntimeError) as error:  # a task's own error is both of two types
         last = str(error).strip().rpartition("\n")[2]
         return f"{type(error).__name__}: {last}"
