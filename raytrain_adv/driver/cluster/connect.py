@@ -44,7 +44,8 @@ LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # its one node is never preempted
     "RAY_preload_python_modules": "raytrain_adv.driver.cluster.preload",
 }
-MOST_WAITING = 16
+MOST_WORKERS = 12  # on a node without GPUs, of those for which a process waits
+NUM_OTHERS = 4  # Ray Train's, and one to spare
 # For a run whose number of workers may change: the nodes were free when the number was chosen.
 ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
 # Arguments of start_raylet -> what Ray calls the port in the name of its file.
@@ -178,8 +179,8 @@ def _in_own_process_group() -> Iterator[None]:
     the driver waits for the last checkpoint; Ray protects them from SIGINT only (ray 2.60,
     services.py). The kernel still ends them with the driver. Remove when Ray does this.
 
-    MOST_WAITING of them wait for work, and have imported what workers do: Ray would start one for
-    each core.
+    Ray would start one for each core that waits for work, and imports what workers do (preload.py):
+    one for each GPU is enough.
     """
     original = services.ConsolePopen
 
@@ -198,7 +199,8 @@ def _fewer(argument: str) -> str:
     name, _, number = argument.partition("=")
     if name != "--num_prestart_python_workers":
         return argument
-    return f"{name}={min(int(number), MOST_WAITING)}"
+    gpus = len([*Path("/dev").glob("nvidia[0-9]*")])
+    return f"{name}={min(int(number), (gpus or MOST_WORKERS) + NUM_OTHERS)}"
 
 
 def _settings(options: Mapping[str, Any], job: JobConfig | None) -> dict[str, str]:

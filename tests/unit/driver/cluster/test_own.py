@@ -4,14 +4,16 @@ import gc
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from ray.train.v2._internal.callbacks import state_manager
 from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api.config import ScalingConfig
 
-from raytrain_adv.driver.cluster.connect import MOST_WAITING, _fewer
+from raytrain_adv.driver.cluster.connect import _fewer
 from raytrain_adv.driver.cluster.own import OwnNodePolicy, plain_versions
 from raytrain_adv.imports import RARELY, USUALLY, end_imports, few_collections
 
@@ -42,10 +44,11 @@ def test_a_process_that_waits_imports_without_asking_cuda_and_only_where_cores_a
     assert found == [["0", *rarely], ["4", *rarely]]
 
 
-def test_a_host_of_many_cores_has_few_processes_that_wait():
-    assert _fewer("--num_prestart_python_workers=192") == (
-        f"--num_prestart_python_workers={MOST_WAITING}"
-    )
+@pytest.mark.parametrize(("gpus", "number"), [(0, 16), (1, 5), (8, 12)])
+def test_a_host_of_many_cores_has_few_processes_that_wait(monkeypatch, gpus, number):
+    devices = [Path(f"/dev/nvidia{gpu}") for gpu in range(gpus)]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: devices)
+    assert _fewer("--num_prestart_python_workers=192") == f"--num_prestart_python_workers={number}"
     for kept in ("--num_prestart_python_workers=2", "--node_name=192", "raylet"):
         assert _fewer(kept) == kept
 
