@@ -173,7 +173,8 @@ def _show_plan(job: JobConfig, workers: int | None, verbose: bool, assume: Seque
     if problems:
         raise job_error(ON_COMMAND_LINE, problems)
     check_workers(job, workers)
-    from raytrain_adv.driver.plan.plan import show
+    with few_collections():
+        from raytrain_adv.driver.plan.plan import show
 
     show(job, workers, verbose, assumed)
 
