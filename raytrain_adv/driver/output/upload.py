@@ -14,6 +14,7 @@ from raytrain_adv.report.parts import Upload
 from raytrain_adv.report.record import RunReport
 from raytrain_adv.storage.retry import retry
 from raytrain_adv.text import first_line
+from raytrain_adv.transforms.lora import Lora
 
 TOKEN = "HF_TOKEN"
 KEY = "push_to_hub"
@@ -31,6 +32,7 @@ def destinations(job: JobConfig, owner: str) -> dict[str, str]:
     name = job.hub.hub_model_id or job.run_name
     name = name if "/" in name else f"{owner}/{name}"
     kinds = [transform.converts for transform in job.transforms if transform.enabled]
+    kinds += ["base"] * job.transform(Lora).changes_base  # the adapter is of no use without it
     return {"model": name, **{f"model-{kind}": f"{name}-{kind}" for kind in kinds if kind}}
 
 
@@ -74,6 +76,7 @@ def upload(
     done = {one.folder: one for one in report.uploads if one.url}
     uploads = []
     folders = [Path(one) for one in (report.model_dir, report.converted[1]) if one]
+    folders += [folders[0].with_name("model-base")] * job.transform(Lora).changes_base
     for folder in folders:
         if str(folder) in done:
             uploads.append(done[str(folder)])
@@ -152,15 +155,20 @@ def _push(api: Any, job: JobConfig, folder: Path, repository: str) -> str:
 
 def _adapter(folder: Path, repository: str) -> bytes | None:
     """Return adapter_config.json without paths of this machine: a base in the same folder is the
-    repository's, another local one is named as its folder.
+    repository's, one beside it has its own, another local one is named as its folder.
     """
     if not (folder / ADAPTER).is_file():
         return None
     config = json.loads((folder / ADAPTER).read_text())
     base = Path(config["base_model_name_or_path"])
     if base.is_absolute():
+        is_beside = base == folder.resolve().with_name("model-base")
         config["base_model_name_or_path"] = (
-            repository if (folder / "config.json").is_file() else base.name
+            repository
+            if (folder / "config.json").is_file()
+            else f"{repository}-base"
+            if is_beside
+            else base.name
         )
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 

@@ -22,6 +22,7 @@ from raytrain_adv.model.build import keeps_float32
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.text import disk, first_line
 from raytrain_adv.transforms.applied import Transforms
+from raytrain_adv.transforms.lora import Lora
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _tokenizer(folder: Path, runs_code: bool) -> PreTrainedTokenizerBase:
 def _model(source: Source, job: JobConfig | None, runs_code: bool) -> Any:
     if source.kind == "gguf":
         return _of_gguf(source.folder)
-    if source.kind == "adapter" and job is not None:
+    if source.kind == "adapter" and job is not None and not _belongs_to_another_model(job):
         return _adapted(job, source.folder)
     try:
         if source.run is not None and source.kind == "model":
@@ -113,6 +114,13 @@ def _model(source: Source, job: JobConfig | None, runs_code: bool) -> Any:
             fix = "read the code that is in it, then give --trust-remote-code"
         what = f"{source.folder} cannot be loaded ({source.form})"
         raise JobError(what, first_line(error), fix) from error
+
+
+def _belongs_to_another_model(job: JobConfig) -> bool:
+    """Whether a run's adapter is not for its model as it is adapted in training: its base has other
+    adapters merged into it, or what PiSSA took out, or PiSSA's adapter has become another.
+    """
+    return job.transform(Lora).changes_base or job.transform(Lora).pissa_init
 
 
 def _foreign(source: Source, runs_code: bool) -> Any:

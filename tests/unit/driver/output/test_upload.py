@@ -164,6 +164,24 @@ def test_each_folder_goes_to_a_private_repository_of_its_own(make_job, hub):
     assert again.uploads == report.uploads and not said and len(hub.commits) == 2
 
 
+def test_the_base_that_an_adapter_belongs_to_is_uploaded_and_named(make_job, hub):
+    """The adapter was uploaded alone: nobody could load it."""
+    import base64
+
+    lora = {"finetuning_type": "lora", "pissa_init": True, "train_from_scratch": False}
+    job = make_job(**PUSHES, **lora, hub_model_id="tuned")
+    report = finished(job).model_copy(update={"quantized_dir": None})
+    out = Path(job.output.output_dir)
+    (out / "model-quantized").rename(out / "model-base")
+    base = {"base_model_name_or_path": str((out / "model-base").resolve())}
+    (out / "model" / "adapter_config.json").write_text(json.dumps(base))
+    report, _ = pushed(job, report)
+    assert [one.repository for one in report.uploads] == ["me/tuned", "me/tuned-base"]
+    adapter = json.loads(base64.b64decode(hub.files["me/tuned/adapter_config.json"]["content"]))
+    assert adapter == {"base_model_name_or_path": "me/tuned-base"}
+    assert any("model-base -> " in line for line in upload.remarks(job))
+
+
 def test_a_hub_that_fails_for_a_while_is_asked_again(make_job, hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda s: None)
     job = make_job(**PUSHES)

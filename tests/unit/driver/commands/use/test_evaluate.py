@@ -5,11 +5,14 @@ import math
 
 import numpy as np
 import pytest
+import yaml
 
 from raytrain_adv import cli
+from raytrain_adv.config import load
 from raytrain_adv.driver.commands.use.measures import exact_match, mean, score_named
 from raytrain_adv.errors import JobError
-from tests.unit.driver.commands.use.conftest import last_eval_loss
+from tests.unit.driver.commands.use.conftest import finish, last_eval_loss
+from tests.workers import run_workers
 
 
 def evaluated(folder):
@@ -44,6 +47,33 @@ def test_an_adapter_has_the_loss_of_its_run_and_answers_are_scored(runs, tmp_pat
     assert loss == pytest.approx(last_eval_loss(runs["lora"]), rel=2e-3)
     assert adapter["figures"]["score"]["value"] == 0.5
     assert other["figures"]["score"]["difference"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"pissa_init": True},
+        {"pissa_init": True, "pissa_convert": True},
+        {"adapter_name_or_path": "lora/model", "create_new_adapter": True},
+    ],
+    ids=["pissa", "converted", "merged"],
+)
+def test_an_adapter_on_another_base_than_the_jobs_has_the_loss_of_its_run(runs, tmp_path, more):
+    """PiSSA's was added to a base that still had what it began with, others to one without what
+    was merged into it: chat and evaluate took another model than was trained.
+    """
+    root = runs["lora"].parent
+    keys = yaml.safe_load((root / "lora.yaml").read_text()) | more
+    keys |= {"output_dir": str(tmp_path / "out"), "bf16": False, "learning_rate": 0.01}
+    if "adapter_name_or_path" in more:
+        keys["adapter_name_or_path"] = str(root / more["adapter_name_or_path"])
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(keys))
+    run_workers(1, tmp_path / "job.yaml")
+    finish(load(tmp_path / "job.yaml"))
+    assert cli.main(["evaluate", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    (model,) = evaluated(tmp_path / "out")
+    wanted = last_eval_loss(tmp_path / "out")
+    assert model["figures"]["held-out loss"]["value"] == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(
