@@ -1,5 +1,8 @@
 """What the trained model answers, kept beside an exported one, so that engines can be compared."""
 
+import hashlib
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
+from raytrain_adv.errors import JobError
 from raytrain_adv.model.packing import first_position
 from raytrain_adv.model.vocabulary import read_tokenizer
 
@@ -35,8 +39,9 @@ other side of the street a man with a red umbrella was waiting for somebody who 
 """What a model without a dataset is compared on: prose, a calculation, code, another language."""
 REFERENCE = "trained_logprobs.npz"
 """Token ids [tokens], and after each the ids and log-probabilities [tokens, MOST] that training
-computes, with its rounding."""
+computes, with its rounding; and the sha256 of each file of the model."""
 MOST = 64
+FILES = ("config.json", "*.safetensors", "*.gguf")
 
 Reference = dict[str, Any]
 
@@ -51,7 +56,8 @@ class Agreement:
     difference: float
     """Mean absolute difference over the tokens that both list."""
     kl: float
-    """Mean divergence in nats, over the tokens that both list."""
+    """Mean divergence in nats, over the tokens that either lists; of one that the other does not
+    list, the other has its least likely listed one's."""
 
 
 def write_reference(folder: Path, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
@@ -59,7 +65,24 @@ def write_reference(folder: Path, input_ids: torch.Tensor, logits: torch.Tensor)
     known = logits[0].float().log_softmax(-1)
     values, ids = known.topk(min(MOST, known.shape[-1]))
     tokens = input_ids[0].cpu().numpy()
-    np.savez(folder / REFERENCE, tokens=tokens, ids=ids.numpy(), logprobs=values.numpy())
+    files = [(file.name, _digest(file)) for kind in FILES for file in sorted(folder.glob(kind))]
+    known_ids, known_values = ids.numpy(), values.numpy()
+    to = folder / REFERENCE
+    np.savez(to, tokens=tokens, ids=known_ids, logprobs=known_values, files=np.array(files))
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def changed_files(folder: Path, known: Reference) -> Iterator[str]:
+    """Yield the files that are gone or not as they were when the reference was written."""
+    for name, digest in known.get("files", ()):
+        if not (folder / name).is_file():
+            yield f"{name} is gone"
+        elif _digest(folder / name) != digest:
+            yield f"{name} has changed"
 
 
 def sample_tokens(model: PreTrainedModel, job: JobConfig, most: int) -> torch.Tensor:
@@ -75,9 +98,12 @@ def sample_tokens(model: PreTrainedModel, job: JobConfig, most: int) -> torch.Te
 
 
 def read_reference(folder: Path) -> Reference:
-    """Return the arrays tokens, ids and logprobs."""
-    with np.load(folder / REFERENCE) as stored:
-        return dict(stored)
+    """Return the arrays tokens, ids, logprobs and files. Raises JobError when it is damaged."""
+    try:
+        with np.load(folder / REFERENCE) as stored:
+            return dict(stored)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise JobError(f"{folder / REFERENCE} is damaged", str(error), "copy it again") from error
 
 
 def agreement(known: Reference, found: list[dict[int, float]]) -> Agreement:
@@ -85,14 +111,20 @@ def agreement(known: Reference, found: list[dict[int, float]]) -> Agreement:
     same, apart, divergences = 0, [], []
     for ids, values, answer in zip(known["ids"], known["logprobs"], found, strict=False):
         wanted = dict(zip(ids.tolist(), values.tolist(), strict=True))
-        shared = sorted(wanted.keys() & answer.keys())
         same += max(wanted, key=wanted.__getitem__) == max(answer, key=answer.__getitem__)
-        if not shared:
-            divergences.append(float("inf"))
-            continue
-        p, q = np.array([[one[i] for i in shared] for one in (wanted, answer)])
-        apart.append(float(np.abs(p - q).mean()))
+        apart += [abs(wanted[i] - answer[i]) for i in wanted.keys() & answer.keys()]
+        # An engine may list more, as the next token of the prompt whatever its place.
+        least = [sorted(one.values())[-len(ids) :][0] for one in (wanted, answer)]
+        either = sorted(wanted.keys() | answer.keys())
+        p, q = np.array(
+            [
+                [one.get(i, low) for i in either]
+                for one, low in zip((wanted, answer), least, strict=True)
+            ]
+        )
         p, q = (x - np.log(np.exp(x).sum()) for x in (p, q))
         divergences.append(float((np.exp(p) * (p - q)).sum()))
+    if not divergences:
+        return Agreement(0, 0.0, float("inf"), float("inf"))
     mean = float(np.mean(apart)) if apart else float("inf")
     return Agreement(len(divergences), same / len(divergences), mean, float(np.mean(divergences)))

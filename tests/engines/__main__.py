@@ -29,9 +29,10 @@ from transformers import AutoModelForCausalLM
 from raytrain_adv import hardware
 from raytrain_adv.config import load
 from raytrain_adv.driver.commands.verify import Answer, ask
+from raytrain_adv.errors import JobError
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.reference import Agreement, agreement, read_reference, write_reference
-from raytrain_adv.export.verify import MOST_KL
+from raytrain_adv.export.verify import most_divergence
 from raytrain_adv.ops.fake_quant import gguf_file
 from raytrain_adv.run.run import local_run
 from raytrain_adv.worker.train import train
@@ -72,27 +73,34 @@ class Row:
     gib: float
     steps: int
     """Of training, all of them rounded."""
+    most: float
+    """The divergence that is allowed."""
 
     @property
     def is_right(self) -> bool:
         """Whether it is the trained model."""
-        return self.agreement.kl <= MOST_KL
+        return self.agreement.kl <= self.most
 
 
 def main() -> int:
-    """Return 1 if an engine computed another model than was trained."""
+    """Return 1 if an engine computed another model than was trained, or did not answer."""
     options = parse()
     if options.train:
         return train_here(Path(options.train))
     pythons = {name: getattr(options, name) for name in ("vllm", "llamacpp", "executorch")}
     pythons["transformers"] = sys.executable
-    rows = []
+    rows: list[Row] = []
+    errors: list[JobError] = []
     for target in options.targets.split(","):
         for row in asked(target, options, pythons):
+            if isinstance(row, JobError):
+                errors.append(row)
+                print(f"{target}: {row.what}: {row.found.splitlines()[-1]}", flush=True)
+                continue
             rows.append(row)
             print(describe(row), flush=True)
             write(options, rows)
-    return 0 if rows and all(row.is_right for row in rows) else 1
+    return 0 if rows and not errors and all(row.is_right for row in rows) else 1
 
 
 def parse() -> argparse.Namespace:
@@ -110,7 +118,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def asked(target: str, options: argparse.Namespace, pythons: dict[str, str]) -> Iterator[Row]:
+def asked(
+    target: str, options: argparse.Namespace, pythons: dict[str, str]
+) -> Iterator[Row | JobError]:
     """Train for a target unless that is done, and yield what each of its engines computes."""
     engines = [name for name in TARGETS[target] if pythons[name]]
     if missing := [name for name in TARGETS[target] if not pythons[name]]:
@@ -125,10 +135,13 @@ def asked(target: str, options: argparse.Namespace, pythons: dict[str, str]) -> 
         command = [sys.executable, "-m", "tests.engines", "--train", str(job)]
         subprocess.run(command, check=True)
     for engine in engines:
-        yield compare(target, out / "model-quantized", engine, pythons[engine], options.steps)
-        if engine != "executorch":  # it reads no folder
-            folder = plain(out / "model")
-            yield compare("bf16", folder, engine, pythons[engine], options.steps)
+        try:
+            yield compare(target, out / "model-quantized", engine, pythons[engine], options.steps)
+            if engine != "executorch":  # it reads no folder
+                folder = plain(out / "model")
+                yield compare("bf16", folder, engine, pythons[engine], options.steps)
+        except JobError as error:
+            yield error
 
 
 def keys(target: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -183,7 +196,7 @@ def compare(target: str, folder: Path, engine: str, python: str, steps: int) -> 
     gib = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in KINDS) / 2**30
     same = agreement(read_reference(folder), found.logprobs)
     speed = (found.tokens_per_s, found.tokens_per_cpu_s)
-    return Row(target, engine, found.engine, same, *speed, gib, steps)
+    return Row(target, engine, found.engine, same, *speed, gib, steps, most_divergence(folder))
 
 
 def describe(row: Row) -> str:

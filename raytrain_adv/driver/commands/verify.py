@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from raytrain_adv.errors import JobError, TrainingError
+from raytrain_adv.errors import JobError, StorageError, TrainingError
 
 if TYPE_CHECKING:
     from raytrain_adv.export.reference import Agreement
@@ -33,36 +33,39 @@ def run(folder: Path, engine: str, python: str) -> None:
 
     Raises:
         JobError: when there is no model or no reference, or the engine does not run.
+        StorageError: when the folder's files are not those that export wrote.
         TrainingError: when the engine computes another model.
     """
     from raytrain_adv.driver.commands.use.source import find
-    from raytrain_adv.export.reference import REFERENCE, agreement, read_reference
-    from raytrain_adv.export.verify import MOST_KL
+    from raytrain_adv.export.reference import REFERENCE, agreement, changed_files, read_reference
+    from raytrain_adv.export.verify import most_divergence
 
     folder = find(str(folder))[0].folder
     if not (folder / REFERENCE).is_file():
         fix = "export it again: float8 activations are compared on a GPU alone"
         raise JobError(f"{folder} was not compared with training", f"no {REFERENCE}", fix)
+    known, most = read_reference(folder), most_divergence(folder)
+    if changed := list(changed_files(folder, known)):
+        fix = "copy them again from where export wrote them, or export again"
+        raise StorageError(f"{folder} is not as it was exported", "\n".join(changed), fix)
     answer = ask(folder, engine, python)
-    found = agreement(read_reference(folder), answer.logprobs)
+    found = agreement(known, answer.logprobs)
     print(f"{engine:<10} {folder}")
-    print(f"           {describe(found)}")
+    print(f"           {describe(found, most)}")
     print(f"           {answer.engine} decodes {answer.tokens_per_s:.3g} tokens/s, one sequence")
-    if not found.kl <= MOST_KL:
-        fix = "do not serve this folder by this engine; report it with the engine's version"
-        raise TrainingError(
-            f"{engine} computes another model than was trained", describe(found), fix
-        )
+    if not found.kl <= most:
+        fix = "do not serve this folder by this engine here: docs/serve.md names what it takes "
+        fix += "and on which processors; else report it with the engine's version"
+        what = f"{engine} computes another model than was trained"
+        raise TrainingError(what, describe(found, most), fix)
 
 
-def describe(found: Agreement) -> str:
-    """Return the figures in words."""
-    from raytrain_adv.export.verify import MOST_KL
-
+def describe(found: Agreement, most: float) -> str:
+    """Return the figures in words; `most` is the divergence that is allowed."""
     return (
         f"{found.num_tokens} positions: the same most likely token in {found.top1:.1%}, mean "
         f"difference of log-probabilities {found.difference:.3g}, KL {found.kl:.2g} nats (at most "
-        f"{MOST_KL})"
+        f"{most})"
     )
 
 
@@ -86,8 +89,11 @@ def ask(folder: Path, engine: str, python: str) -> Answer:
     marked = [line.partition(" ")[::2] for line in ran.stdout.splitlines()]
     lines = {mark: json.loads(text) for mark, text in marked if mark in ("FOUND", "SPEED")}
     if len(lines) < 2:
+        said = (ran.stderr or ran.stdout).strip() or f"exit status {ran.returncode}"
         fix = f"name an interpreter that has it: --python /path/to/{engine}/bin/python"
-        raise JobError(f"{engine} did not answer", (ran.stderr or ran.stdout)[-TAIL:], fix)
+        if "ModuleNotFoundError" not in said.rpartition("\n")[2]:
+            fix = "it started: docs/serve.md names the targets and processors that it takes"
+        raise JobError(f"{engine} did not answer", said[-TAIL:], fix)
     found = [{int(token): value for token, value in at.items()} for at in lines["FOUND"]]
     return Answer(found, **lines["SPEED"])
 

@@ -49,9 +49,9 @@ def exported(folder: str, length: int) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
     from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", attn_implementation="sdpa"
-    )
+    # ExecuTorch 1.5 has no grouped product of experts.
+    how = {"attn_implementation": "sdpa", "experts_implementation": "batched_mm"}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **how)
     model = model.to(torch.float32).requires_grad_(False).eval()
     unwrap_tensor_subclass(model)
     config = model.config.get_text_config()

@@ -1,5 +1,6 @@
 """An engine's answers are compared with training's: the same agree, another model's do not."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,9 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from raytrain_adv.cli import main
 from raytrain_adv.driver.commands.verify import run
-from raytrain_adv.errors import JobError, TrainingError
-from raytrain_adv.export.reference import sample_tokens, write_reference
-from raytrain_adv.export.verify import compared_tokens
+from raytrain_adv.errors import JobError, StorageError, TrainingError
+from raytrain_adv.export.reference import (
+    REFERENCE,
+    agreement,
+    read_reference,
+    sample_tokens,
+    write_reference,
+)
+from raytrain_adv.export.verify import compared_tokens, most_divergence
 from raytrain_adv.model.build import build
 from raytrain_adv.model.vocabulary import read_tokenizer
 from tests.conftest import tiny_keys
@@ -64,6 +71,56 @@ def test_a_folder_without_answers_and_a_missing_engine_are_named(tmp_path: Path)
     assert "--python" in error.value.fix and "No module named 'vllm'" in error.value.found
     with pytest.raises(JobError, match="does not start"):
         run(tmp_path / "m", "vllm", str(tmp_path / "no-python"))
+
+
+@pytest.mark.parametrize("damage", ["scale", "cut", "gone"])
+def test_files_that_changed_since_the_export_are_named(damage: str, tmp_path: Path) -> None:
+    file = folder(tmp_path, 1.0) / "model.safetensors"
+    stored = bytearray(file.read_bytes())
+    stored[-7] ^= 1  # one bit, which no divergence shows
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(stored if damage == "scale" else stored[:-9])
+    with pytest.raises(StorageError, match="not as it was exported") as error:
+        run(file.parent, "transformers", "")
+    expected = "model.safetensors is gone" if damage == "gone" else "model.safetensors has changed"
+    assert error.value.found == expected
+    (file.parent / REFERENCE).write_bytes(b"PK")
+    with pytest.raises(JobError, match="is damaged"):
+        run(file.parent, "transformers", "")
+
+
+def test_an_engine_that_fails_is_not_called_missing(tmp_path: Path) -> None:
+    place = folder(tmp_path, 1.0)
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'RuntimeError: no such operator' >&2; exit 1\n")
+    python.chmod(0o755)
+    with pytest.raises(JobError, match="vllm did not answer") as error:
+        run(place, "vllm", str(python))
+    assert "--python" not in error.value.fix and "no such operator" in error.value.found
+
+
+def test_tokens_that_one_side_does_not_list_count(tmp_path: Path) -> None:
+    known = read_reference(folder(tmp_path, 1.0))
+    ids, values = known["ids"].tolist(), known["logprobs"].tolist()
+    right = [dict(zip(*one, strict=True)) for one in zip(ids, values, strict=True)]
+    assert agreement(known, right).kl < 1e-6
+    others = {1000 + n: -9.0 for n in range(63)}
+    one_shared = [{i[-1]: -1.0, **others} for i in ids]
+    assert agreement(known, one_shared).kl > 1.0
+    assert agreement(known, []).kl == float("inf")
+
+
+def test_rounded_activations_alone_may_differ_more(tmp_path: Path) -> None:
+    def most(stored: object) -> float:
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": stored}))
+        return most_divergence(tmp_path)
+
+    for inputs, allowed in ((None, 0.05), ({"num_bits": 8}, 0.2)):
+        groups = {"group_0": {"input_activations": inputs}}
+        assert most({"quant_method": "compressed-tensors", "config_groups": groups}) == allowed
+    assert most(None) == 0.05 and most({"quant_method": "torchao"}) == 0.2
 
 
 def test_a_model_with_a_tokenizer_is_compared_on_text(tmp_path: Path) -> None:
