@@ -296,7 +296,12 @@ def log_line(row: Row, progress: Progress) -> str:
         figures = f"eval {cells['step']}  loss {cells['loss']}  perplexity {perplexity}"
         exact = value(row, "exact_answers")
         right = "" if exact is None else f"{exact:.1%} of {row.get('num_answers')} answers exact"
-        parts = (figures, right, f"{tokens} label tokens", cells["grad"], cells["tok/s"])
+        accuracy = value(row, "accuracy")
+        shares = "" if accuracy is None else f"{accuracy:.1%} of tokens right"
+        apart = [k.removeprefix("loss/") for k in row if k.startswith("loss/")]  # of each dataset
+        losses = ", ".join(f"{name} {text.loss(value(row, f'loss/{name}'))}" for name in apart)
+        figures += f"  ({losses})" if losses else ""
+        parts = (figures, shares, right, f"{tokens} label tokens", cells["grad"], cells["tok/s"])
         return "  ".join(filter(None, parts))
     form = (
         "step {step}  epoch {epoch}  loss {loss}  lr {lr}  grad {grad:>5}  {tok/s:>7} tok/s/worker"

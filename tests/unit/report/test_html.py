@@ -219,6 +219,13 @@ def test_one_point_is_a_dot_and_no_point_is_no_plot():
     assert draw([Plot("Loss", "", (Series("train", [(1.0, math.nan)], 1),))]) == []
 
 
+def test_shares_that_are_all_zero_have_no_axis_below_zero():
+    found = labels(drawing((2.0, 0.0), (4.0, 0.0), from_zero=True).shapes[0][1])
+    assert found and all(label[0].isdigit() for label in found)
+    below = labels(drawing((2.0, -1.0), (4.0, 0.0), from_zero=True).shapes[0][1])
+    assert not all(label[0].isdigit() for label in below)
+
+
 def test_one_spike_gives_a_logarithmic_axis():
     points = [(float(x), 1.0) for x in range(1, 50)] + [(50.0, 1000.0)]
     assert {"1", "10", "100", "1,000"} <= set(labels(drawing(*points).shapes[0][1]))

@@ -136,6 +136,17 @@ def test_an_evaluation_gets_its_line():
     assert log_line(progress.take(EVAL), progress) == expected
 
 
+def test_an_evaluation_has_what_compute_accuracy_and_each_dataset_add():
+    """They were in metrics.jsonl alone, and the keys are to report them."""
+    progress = Progress(total_steps=600)
+    more = {"accuracy": 0.417, "exact_answers": 0.25, "num_answers": 16}
+    each = {"loss/second": 2.0, "accuracy/second": 0.4, "loss/sg": 2.2}
+    assert log_line(progress.take({**EVAL, **more, **each}), progress) == (
+        "eval 120/600  loss 2.1000  perplexity 8.17  (second 2.0000, sg 2.2000)  "
+        "41.7% of tokens right  25.0% of 16 answers exact  9 label tokens  3.2 s"
+    )
+
+
 def test_lines_of_a_log_are_aligned():
     progress = Progress(total_steps=1000)
     rows = [{**ROW, "step": step, "grad_norm": norm} for step, norm in ((1, 0.5), (999, 12.34))]
