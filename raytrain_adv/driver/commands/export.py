@@ -57,12 +57,8 @@ WAY_OUT = "make room, or name another folder by --output"
 INDENT = " " * 11
 PROGRAM = "model.pte"
 NO_GPU = "float8 products need a GPU, and this command has none"
-KEPT = (
-    Lora,
-    Qat,
-    QuantizedBase,
-    Vocabulary,
-)  # transforms whose keys matter when there is nothing to train
+KEPT = (Lora, Qat, QuantizedBase, Vocabulary)
+"""Transforms whose keys matter when there is nothing to train."""
 
 
 def run(
@@ -94,6 +90,20 @@ def run(
             raise _neither(source, folder)
     except StorageError as error:
         raise StorageError(error.what, error.found, WAY_OUT) from error
+
+
+def refuse_unwritable(source: str, output: str, given: list[str]) -> None:
+    """Raise JobError when run would not convert a model by these keys; nothing is written."""
+    _refuse_other_keys(given)
+    folder = Path(source).expanduser()
+    record = Storage.at(str(folder)).read_json(RUN_FILE) if folder.is_dir() else None
+    if record is not None:
+        job = job_of(folder, record["job"], given)
+    elif (folder / "config.json").is_file():
+        job, _ = _folder_job(folder, output, given)
+    else:
+        raise _neither(source, folder)
+    Transforms(job).plan(build(job))
 
 
 def _refuse_other_keys(given: list[str]) -> None:
@@ -130,19 +140,7 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
         raise JobError("a model folder has no checkpoints", f"--checkpoint {checkpoint_name}", fix)
     if not output:
         raise JobError("--output is missing", str(source), "name the new folder: --output DIR")
-    keys: dict[str, Any] = {"model_name_or_path": str(source), "output_dir": output}
-    keys |= {"finetuning_type": "full", "dataset": "none"}
-    code = [item for item in given if item.startswith("trust_remote_code=")]
-    stored = read_config(load_keys(keys, str(source), code)).dtype
-    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    if dtype != torch.bfloat16 and _text(given, "qat_activation_dtype") == FLOAT8:
-        raise JobError(
-            "float8 activations need a model in bfloat16: products of float8 rows come out in it",
-            f"{source} is in {str(dtype).removeprefix('torch.')}",
-            "leave qat_activation_dtype out, or give a bfloat16 copy of the model",
-        )
-    keys["pure_bf16"] = dtype == torch.bfloat16
-    job = load_keys(keys, str(source), given)
+    job, dtype = _folder_job(source, output, given)
     if not job.transform(Qat).enabled:
         raise _nothing_to_quantize(f"{source} is a model folder already")
     target = _new(Path(output))
@@ -158,6 +156,23 @@ def _export_folder(source: Path, checkpoint_name: str, output: str, given: list[
     print(f"{INDENT}{job.transform(Qat).scheme}; not trained for it (PTQ)")
     print(f"{INDENT}{compared[0]}")
     _write_program(target, job)
+
+
+def _folder_job(source: Path, output: str, given: list[str]) -> tuple[JobConfig, torch.dtype]:
+    """Return the job that converts a model folder, and the dtype of the folder's weights."""
+    keys: dict[str, Any] = {"model_name_or_path": str(source), "output_dir": output}
+    keys |= {"finetuning_type": "full", "dataset": "none"}
+    code = [item for item in given if item.startswith("trust_remote_code=")]
+    stored = read_config(load_keys(keys, str(source), code)).dtype
+    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+    if dtype != torch.bfloat16 and _text(given, "qat_activation_dtype") == FLOAT8:
+        raise JobError(
+            "float8 activations need a model in bfloat16: products of float8 rows come out in it",
+            f"{source} is in {str(dtype).removeprefix('torch.')}",
+            "leave qat_activation_dtype out, or give a bfloat16 copy of the model",
+        )
+    keys["pure_bf16"] = dtype == torch.bfloat16
+    return load_keys(keys, str(source), given), dtype
 
 
 def _text(given: list[str], key: str) -> str:

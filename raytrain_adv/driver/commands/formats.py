@@ -35,11 +35,13 @@ def export_command(
         raise command_error(named if folders else "no folder", fix)
     names = [name.strip() for name in formats.split(",") if name.strip()]
     _check(names, output, merge)
-    from raytrain_adv.driver.commands.export import run
+    from raytrain_adv.driver.commands.export import refuse_unwritable, run
 
+    keys = {name: ["enable_qat=true", f"qat_target={name}", *overrides] for name in names}
+    for name in names[1:]:  # before the first is written
+        refuse_unwritable(folders[0], str(Path(output) / name), keys[name])
     for name in names:
-        keys = ["enable_qat=true", f"qat_target={name}"]
-        run(folders[0], checkpoint, str(Path(output) / name), [*keys, *overrides])
+        run(folders[0], checkpoint, str(Path(output) / name), keys[name])
     if not names:
         run(folders[0], checkpoint, output, overrides, merge)
 

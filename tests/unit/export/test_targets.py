@@ -233,5 +233,8 @@ def test_one_command_writes_several_formats(tmp_path: Path, capsys: Any) -> None
     assert read_scheme(out / "vllm-w4a16") is not None
     config = json.loads((out / "executorch-8da4w" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "torchao"
+    assert main([*to, "vllm-nvfp4a16,vllm-fp8-block"]) == 2  # widths of 64 are no blocks of 128
+    assert "would not round any linear" in capsys.readouterr().err
+    assert not (out / "vllm-nvfp4a16").exists()
     assert main([*to, "vllm-nvfp4a16,vllm-w4a16"]) == 2
     assert not (out / "vllm-nvfp4a16").exists()
