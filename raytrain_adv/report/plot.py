@@ -239,10 +239,8 @@ def _scale(axes: Axes, plot: Plot, series: list[Series], narrow: bool) -> None:
     axes.update_datalim([(low, level.value) for level in plot.levels])
     axes.update_datalim([(low, 0.0)] if plot.from_zero else [])
     axes.autoscale_view(scalex=False)
-    if (
-        plot.from_zero and axes.dataLim.ymin >= 0.0
-    ):  # all are 0: they would lie between -0.05 and 0.05
-        axes.set_ylim(bottom=0.0)
+    if plot.from_zero and axes.dataLim.ymin >= 0.0:
+        axes.set_ylim(bottom=0.0)  # values that are all 0 would lie between -0.05 and 0.05
 
 
 def _inline(document: str, label: str) -> Markup:
