@@ -35,7 +35,7 @@ from raytrain_adv.model.attention import attention_of_parts
 from raytrain_adv.model.build import build
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.files import nearest_folders
-from raytrain_adv.ops.fake_quant.targets import FLOAT8
+from raytrain_adv.ops.fake_quant.targets import FLOAT8, NO_TARGET, TARGETS
 from raytrain_adv.report import record
 from raytrain_adv.report.card import write_card
 from raytrain_adv.report.record import RunReport
@@ -165,11 +165,12 @@ def _folder_job(source: Path, output: str, given: list[str]) -> tuple[JobConfig,
     code = [item for item in given if item.startswith("trust_remote_code=")]
     stored = read_config(load_keys(keys, str(source), code)).dtype
     dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    if dtype != torch.bfloat16 and _text(given, "qat_activation_dtype") == FLOAT8:
+    default = TARGETS.get(_text(given, "qat_target"), NO_TARGET).activation_dtypes[0]
+    if dtype != torch.bfloat16 and (_text(given, "qat_activation_dtype") or default) == FLOAT8:
         raise JobError(
             "float8 activations need a model in bfloat16: products of float8 rows come out in it",
             f"{source} is in {str(dtype).removeprefix('torch.')}",
-            "leave qat_activation_dtype out, or give a bfloat16 copy of the model",
+            "set qat_activation_dtype=none, or give a bfloat16 copy of the model",
         )
     keys["pure_bf16"] = dtype == torch.bfloat16
     return load_keys(keys, str(source), given), dtype

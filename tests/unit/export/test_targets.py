@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig
@@ -217,6 +218,18 @@ def test_ggufs_blocks_hold_what_training_rounds_to(
             write(job, tmp_path / "out")
     else:
         assert (write(job, tmp_path / "out") / "model.gguf").is_file()
+
+
+def test_float8_of_a_model_in_float32_is_refused_with_keys_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_checkpoint("llama", tmp_path / "source", **WIDE)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.save_pretrained(source)
+    to = ["export", str(source), "--output", str(tmp_path), "--format", "vllm-fp8"]
+    assert main(to) == 2
+    assert "qat_activation_dtype=none, or give a bfloat16 copy" in capsys.readouterr().err
+    assert main([*to, "qat_activation_dtype=none"]) == 0
 
 
 def test_one_command_writes_several_formats(tmp_path: Path, capsys: Any) -> None:
