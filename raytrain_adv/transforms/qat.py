@@ -267,7 +267,7 @@ class Qat(Switchable):
         refuse_odd_groups(self.group_size, widths)
         in_float8 = [m for fqn, m in linears.items() if changes[fqn].before == IN_FLOAT8]
         experts = sorted(changes.keys() - linears.keys())
-        refuse_for_layout(self.target.layout, model.config, changes, skipped, experts)
+        refuse_for_layout(self.target, model.config, changes, skipped, experts)
         refuse_frozen(in_float8, self.qat_weight_dtype, self.activation_dtype)
         embedding = input_embedding(model)
         table = fqn_of(model, embedding)

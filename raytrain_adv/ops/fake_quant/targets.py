@@ -210,16 +210,16 @@ def in_words(name: str | None, weight_dtype: str, group_size: int | None, activa
 
 
 def refuse_for_layout(
-    layout: str,
+    target: Target,
     config: Any,
     changes: Mapping[str, object],
     skipped: Mapping[str, str],
     stacks: list[str],
 ) -> None:
-    """Refuse what a layout cannot hold, or an engine not multiply.
+    """Refuse what a target's layout cannot hold, or its engine not multiply.
 
     Args:
-        layout: of the exported model.
+        target: what the model is exported for.
         config: the model's.
         changes: names of the linears and experts that are rounded.
         skipped: names of the others -> why.
@@ -228,16 +228,16 @@ def refuse_for_layout(
     Raises:
         JobError: naming the modules.
     """
-    if layout == TORCHAO:
-        return
-    if stacks:
+    if stacks and target.engine:
         raise JobError(
             "qat_target does not write stacked experts",
             f"{stacks[0]} and {len(stacks) - 1} more",
             "leave them out: qat_exclude: experts; or set no qat_target, which exports them as "
             "torchao's tensors",
         )
-    if layout == GGUF:
+    if target.layout == TORCHAO:
+        return
+    if target.layout == GGUF:
         kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         if config.model_type not in ARCHITECTURES or kind != "default":
             raise JobError(

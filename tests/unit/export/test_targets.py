@@ -129,6 +129,13 @@ def test_what_is_left_out_is_named_and_the_tied_head_stays_tied(tmp_path: Path) 
     assert set(config["quantization_config"]["ignore"]) == {*names, "lm_head"}
 
 
+@pytest.mark.parametrize("target", ["vllm-w4a16", "llamacpp-q8_0", "executorch-8da4w"])
+def test_stacked_experts_are_refused_for_targets(target: str, tmp_path: Path) -> None:
+    job = target_job("mixtral", tmp_path, qat_target=target)
+    with pytest.raises(JobError, match="does not write stacked experts"):
+        Transforms(job).plan(build(job))
+
+
 @pytest.mark.parametrize("target", ["vllm-w4a16", "vllm-fp8"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "llama4_text"])
 def test_experts_that_are_left_out_are_named_and_exported(
