@@ -17,7 +17,7 @@ from raytrain_adv.report.parts import Baseline, Point, Sample, Start, TransformR
 from raytrain_adv.report.record import OF_CONVERTED, RunReport, describe_failure
 from raytrain_adv.report.record import read as read_report
 from raytrain_adv.report.variants import converted_loss, recovered, variants
-from raytrain_adv.storage.metrics_file import FILE_NAME, read
+from raytrain_adv.storage.metrics_file import FILE_NAME, best_step, read
 from raytrain_adv.transforms.transform import Plan
 
 if TYPE_CHECKING:
@@ -192,6 +192,7 @@ def _logged(report: RunReport, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
     evals = [row for row in rows if row.get("kind") == "eval" and "exact_answers" in row]
     return {
         **losses,
+        "best_step": best_step(rows),
         "exact_answers": [(row["step"], row["exact_answers"]) for row in evals],
         "notes": (*report.notes, *faults),
         "warnings": tuple(dict.fromkeys(dead)),

@@ -115,8 +115,8 @@ def _figures(folder: Path, job: JobConfig, report: RunReport) -> Iterator[tuple[
     loss = report.converted_loss if is_converted else None
     if report.eval_loss and report.converted[1] is None:
         # Of a run that converts its model, the held-out loss is the converted one's.
-        values = [value for _, value in report.eval_loss if value is not None]
-        loss = min(values) if job.output.load_best_model_at_end else values[-1] if values else None
+        losses = [v for step, v in report.eval_loss if report.best_step in (None, step)]
+        loss = losses[-1] if losses else None
     if loss is not None:
         yield "held-out loss", loss
         yield "held-out perplexity", math.exp(min(loss, 700.0))

@@ -87,6 +87,8 @@ class RunReport(Record):
     """Training loss as [step, value]: mean per label token of that step."""
     eval_loss: tuple[parts.Point, ...] = ()
     """Loss on the held-out rows as [step, value], mean per label token."""
+    best_step: int | None = None
+    """Step of the evaluation whose model was exported, with load_best_model_at_end."""
     exact_answers: tuple[parts.Point, ...] = ()
     """Share of the held-out answers that greedy decoding gives exactly, as [step, value], with
     compute_accuracy."""

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,17 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     return [
         _parsed(number, line) for number, line in enumerate(lines[:-1], start=1) if line.strip()
     ]
+
+
+def best_step(rows: Iterable[Mapping[str, Any]]) -> int | None:
+    """Return the step whose model load_best_model_at_end took at the end of the run; none if it was
+    not so, or the run was continued since.
+    """
+    found: int | None = None
+    for row in rows:
+        if row.get("event") in ("best", "resume"):
+            found = int(row["step"]) if row["event"] == "best" else None
+    return found
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

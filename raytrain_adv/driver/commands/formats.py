@@ -10,8 +10,8 @@ from raytrain_adv.ops.fake_quant.targets import TARGETS
 
 @click.command("export")
 @click.argument("source", nargs=-1, required=True, metavar="RUN|MODEL [key=value]...")
-@click.option("--checkpoint", default="", metavar="step_N", help="Of a run, instead of its newest "
-              "checkpoint; a name or a path.")  # fmt: skip
+@click.option("--checkpoint", default="", metavar="step_N", help="Of a run, instead of its best "
+              "(load_best_model_at_end) or newest checkpoint; a name or a path.")  # fmt: skip
 @click.option("--output", default="", metavar="DIR", help="For a run: gets model and, with QAT, "
               "the converted model (default: RUN). For a model: the converted folder.")  # fmt: skip
 @click.option("--merge", is_flag=True, help="After LoRA: one model, the adapter merged into its "

@@ -37,7 +37,7 @@ from raytrain_adv.driver.commands.use.sampling import Sampling
 from raytrain_adv.driver.commands.use.source import Source, find
 from raytrain_adv.errors import JobError
 from raytrain_adv.storage.atomic import write_atomic
-from raytrain_adv.storage.metrics_file import FILE_NAME, read
+from raytrain_adv.storage.metrics_file import FILE_NAME, best_step, read
 from raytrain_adv.storage.storage import storage_errors
 from raytrain_adv.tables import Text
 
@@ -188,10 +188,10 @@ def _own_loss(source: Source, job: JobConfig | None) -> float | None:
     is_same = own is not None and job is not None and own.flat() == job.flat()
     if not is_same or source.run is None or source.folder != find(str(source.run))[0].folder:
         return None
-    rows = [row for row in read(source.run / FILE_NAME) if row["kind"] == "eval"]
-    if own is not None and own.output.load_best_model_at_end:
-        return min((float(row["loss"]) for row in rows), default=None)
-    return float(rows[-1]["loss"]) if rows else None
+    rows = read(source.run / FILE_NAME)
+    best = best_step(rows)
+    found = [r["loss"] for r in rows if r["kind"] == "eval" and best in (None, r["step"])]
+    return found[-1] if found else None
 
 
 def _show(models: list[dict[str, Any]]) -> None:
