@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from raytrain_adv.config import load
 from raytrain_adv.data.prepare import prepare
-from raytrain_adv.driver.commands.restored import prepared_model
+from raytrain_adv.driver.commands.export import prepared_model
 from raytrain_adv.errors import RaytrainAdvError
 from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.model.weights import load_pretrained, packed_weights

@@ -222,6 +222,18 @@ def read(output_dir: str | Path) -> RunReport:
     return read_record(RunReport, Path(output_dir) / FILE_NAME)
 
 
+def report_of(folder: Path, step: int) -> RunReport | None:
+    """Return a run's report if its figures are of the model of this step: of a run that is done,
+    and exported that one.
+    """
+    try:
+        report = read(folder)
+    except StorageError:
+        return None
+    exported = report.steps if report.best_step is None else report.best_step
+    return report if report.status == "done" and exported == step else None
+
+
 def read_record(kind: type[T], path: Path) -> T:
     """Read a report. Raises StorageError if it is missing, or is not one of this version."""
     try:

@@ -2,6 +2,7 @@
 folder; one process, in host memory, without Ray.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,20 +10,17 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
-from raytrain_adv.checkpoint.folders import Found
+from raytrain_adv import hardware
+from raytrain_adv.checkpoint import save
+from raytrain_adv.checkpoint.folders import Found, all_folders, find, wrong_bytes
 from raytrain_adv.config.job import JobConfig, transform_types
 from raytrain_adv.config.load import load_keys
 from raytrain_adv.config.problems import ON_COMMAND_LINE, Problem, job_error
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
-from raytrain_adv.driver.commands.restored import (
-    CPU,
-    chosen_checkpoint,
-    prepared_model,
-    restored_model,
-)
 from raytrain_adv.driver.commands.verify import TAIL, run_script
-from raytrain_adv.driver.output.output_dir import runs_in
+from raytrain_adv.driver.output.output_dir import runs_in, storage_path
 from raytrain_adv.driver.output.replaced import RUN_FILE
 from raytrain_adv.errors import JobError, StorageError, TrainingError
 from raytrain_adv.export.convert import write_converted
@@ -32,23 +30,25 @@ from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.reference import sample_tokens
 from raytrain_adv.export.verify import MOST_TOKENS, compare_converted, converted_logits
 from raytrain_adv.model import weights
+from raytrain_adv.model.adapter import merge_adapters
 from raytrain_adv.model.attention import attention_of_parts
 from raytrain_adv.model.build import build
 from raytrain_adv.model.config_file import read_config
 from raytrain_adv.model.files import nearest_folders
 from raytrain_adv.ops.fake_quant.targets import FLOAT8, NO_TARGET, TARGETS
-from raytrain_adv.report import record
 from raytrain_adv.report.card import write_card
-from raytrain_adv.report.record import RunReport
+from raytrain_adv.report.record import report_of
+from raytrain_adv.storage.metrics_file import FILE_NAME, best_step, read
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.text import GIB, disk, listed, percent, plural
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
 from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.transforms.quantized_base import QuantizedBase
-from raytrain_adv.transforms.transform import DEFECT
+from raytrain_adv.transforms.transform import DEFECT, Plan
 from raytrain_adv.transforms.vocabulary import Vocabulary
 
+CPU = torch.device("cpu")
 FALSE = ("false", "no", "off", "0", "f", "n")
 MEANINGLESS = frozenset({"compare", "fake_quant_after_n_steps"})
 """QAT keys that only affect training."""
@@ -242,12 +242,12 @@ def _merge_run(
         )
     if not job.transform(Lora).enabled:
         raise _not_mergeable(f"finetuning_type: full in {folder / RUN_FILE}")
-    found = chosen_checkpoint(job, checkpoint_name)
+    found = _checkpoint(job, checkpoint_name)
     out = _new(Path(output) if output else folder / f"merged-step_{found.progress.step}") / "model"
-    model = restored_model(job, found)
+    model = _loaded(job, found)
     tokens = sample_tokens(model, job, MOST_TOKENS)
     merged = export_merged(model, job, out, load_tokenizer(job), tokens, WAY_OUT)
-    report = _report_of(folder, found)
+    report = report_of(folder, found.progress.step)
     write_card(out, job, report, "The adapter is merged into its base.")
     lines = []
     base = job.transform(QuantizedBase)
@@ -295,13 +295,13 @@ def _export_run(
     folder: Path, stored: Mapping[str, Any], checkpoint_name: str, output: str, given: list[str]
 ) -> None:
     job = job_of(folder, stored, given)
-    found = chosen_checkpoint(job, checkpoint_name)
+    found = _checkpoint(job, checkpoint_name)
     step = found.progress.step
     out = _new(Path(output) if output else folder / f"exported-step_{step}")
-    model = restored_model(job, found)
+    model = _loaded(job, found)
     tokens = None if _needs_gpu(job) else sample_tokens(model, job, MOST_TOKENS)
     written = export_model(model, job, out / "model", load_tokenizer(job), tokens)
-    report = _report_of(folder, found)
+    report = report_of(folder, found.progress.step)
     if report is not None:
         report = report.model_copy(update={"model_dir": written.model_dir, **written.converted})
     for path in (out / "model", *(Path(d) for d in written.folders)):
@@ -334,14 +334,59 @@ def _write_program(folder: Path, job: JobConfig) -> None:
     print(f"{INDENT}{PROGRAM} ({disk((folder / PROGRAM).stat().st_size / GIB)})")
 
 
-def _report_of(folder: Path, found: Found) -> RunReport | None:
-    """Return the run's report if its figures are of this checkpoint: of a run that ended there."""
-    try:
-        report = record.read(folder)
-    except StorageError:
-        return None
-    step = report.steps if report.best_step is None else report.best_step
-    return report if report.status == "done" and step == found.progress.step else None
+def _checkpoint(job: JobConfig, name: str) -> Found:
+    """Return the checkpoint that is meant, by step or path; else that of the model that the run
+    exported as its best, or the newest. Raises JobError.
+    """
+    if not name and (best := best_step(read(Path(job.output.output_dir) / FILE_NAME))) is not None:
+        name = f"step_{best}"
+    root = Storage.at(storage_path(job))
+    folders = all_folders(root)
+    if name and ("/" in name or Path(name).is_dir()):
+        found = find(Storage.at(name))
+    else:
+        digits = name.removeprefix("step_")
+        steps = [f for f in folders if not name or (digits.isdigit() and f[0] == int(digits))]
+        found = next((one for *_, f in steps if (one := find(f)) is not None), None)
+    if found is not None:
+        if damage := wrong_bytes(found.storage, rank=0, world_size=1):
+            fix = "name another one with --checkpoint"
+            raise JobError("the checkpoint is damaged", f"{found.path}: {damage}", fix)
+        return found
+    whole = sorted({step for step, _, f in folders if find(f) is not None})
+    if not whole:
+        run = job.output.output_dir
+        export = f"quantize its model: raytrain-adv export {run}/model --output DIR enable_qat=true"
+        fix = export if (Path(run) / "model").is_dir() else "run it to its end"
+        fix += "; or run with save_strategy: steps"
+        raise JobError("the run has no complete checkpoint", f"none in {root.root}", fix)
+    there = f"there are {', '.join(f'step_{step}' for step in whole)}"
+    raise JobError(f"there is no complete checkpoint {name}", there, "name one")
+
+
+def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
+    """Return the checkpoint's model in host memory, with its adapters and fake quantization."""
+    model, plans = prepared_model(job)
+    if job.transform(Lora).enabled:
+        weights.load_pretrained(model, job, CPU)
+        merge_adapters(model, job)
+    Transforms(job).initialize(model, plans, job.train.seed)
+    with warnings.catch_warnings():  # PyTorch's, that there is one process: so it is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save.load(found, model)
+    Transforms(job).after_step(model)
+    return model
+
+
+def prepared_model(job: JobConfig) -> tuple[PreTrainedModel, dict[str, Plan]]:
+    """Return the job's model in host memory, prepared but without its weights, and the plans."""
+    facts = hardware.detect(CPU)
+    if job.transform(QuantizedBase).enabled:
+        job.transform(QuantizedBase).check_package(facts)
+    model = build(job)
+    plans = Transforms(job).prepare(model, facts)
+    weights.materialize(model, CPU)
+    return model, plans
 
 
 def _needs_gpu(job: JobConfig) -> bool:

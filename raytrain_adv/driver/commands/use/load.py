@@ -10,8 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.tokens.templates import find_template
 from raytrain_adv.data.tokens.tokenizer import adopt
-from raytrain_adv.driver.commands.export import job_of
-from raytrain_adv.driver.commands.restored import CPU, prepared_model
+from raytrain_adv.driver.commands.export import CPU, job_of, prepared_model
 from raytrain_adv.driver.commands.use.source import Source
 from raytrain_adv.dtensor import plain_name
 from raytrain_adv.errors import JobError
