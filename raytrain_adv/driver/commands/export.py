@@ -59,6 +59,7 @@ PROGRAM = "model.pte"
 NO_GPU = "float8 products need a GPU, and this command has none"
 KEPT = (Lora, Qat, QuantizedBase, Vocabulary)
 """Transforms whose keys matter when there is nothing to train."""
+OF_ANY = {"enable_qat", "qat_exclude", "qat_lora"}  # keys of QAT for any target
 
 
 def run(
@@ -277,13 +278,12 @@ def _merge_run(
 
 def job_of(folder: Path, stored: Mapping[str, Any], given: list[str]) -> JobConfig:
     """Return a run's job, without what only matters in training."""
-    kept = {key for kind in KEPT for key in kind.model_fields}
-    others = {key for kind in transform_types() for key in kind.model_fields} - kept
+    dropped = {key for k in transform_types() if k not in KEPT for key in k.model_fields}
     is_off = _text(given, "enable_qat") in FALSE
-    dropped = others | set(Qat.model_fields if is_off else ())
+    if is_off or _text(given, "qat_target") not in ("", stored.get("qat_target")):
+        dropped |= Qat.model_fields.keys() - (set() if is_off else OF_ANY)
     keys = {key: value for key, value in stored.items() if key not in dropped}
-    attention = str(keys.get("flash_attn", ""))
-    if attention in ("fa2", "fa3") or attention.startswith("hub:"):
+    if str(keys.get("flash_attn", "")).startswith(("fa2", "fa3", "hub:")):
         keys["flash_attn"] = "auto"  # nothing is trained here, and it may be for GPUs alone
     job = load_keys({**keys, "output_dir": str(folder)}, str(folder / RUN_FILE), given)
     if given and not is_off and not job.transform(Qat).enabled:

@@ -22,7 +22,7 @@ from raytrain_adv.errors import TrainingError
 from raytrain_adv.export import model_folder
 from raytrain_adv.export.convert import Piece, describe, write_converted
 from raytrain_adv.export.model_folder import export_model
-from raytrain_adv.export.verify import load_folder
+from raytrain_adv.export.verify import load_folder, read_scheme
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
 from raytrain_adv.transforms.applied import Transforms
@@ -355,6 +355,10 @@ def test_a_sharded_run_exports_what_it_trained_and_so_does_the_command_from_its_
     assert "there are step_3, step_6" in capsys.readouterr().err
     asked = ["qat_weight_dtype=int4", "qat_group_size=8", "--output", str(tmp_path / "int4")]
     assert main(["export", str(run), *asked]) == 0
+    # The keys of its own form are not for another target.
+    formats = ["--output", str(tmp_path / "formats"), "--format", "vllm-w8a8-int8,vllm-fp8"]
+    assert main(["export", str(run), *formats]) == 0
+    assert read_scheme(tmp_path / "formats" / "vllm-fp8" / "model-quantized") is not None
 
     note(lora)
     assert main(["export", str(tmp_path / "lora"), "--output", str(tmp_path / "lora2")]) == 0
