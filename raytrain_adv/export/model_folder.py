@@ -73,7 +73,7 @@ def export_model(
     is left under the folder's name.
     """
     device = collective_device(model)
-    base = write_base(model, job, out_dir, device, max_file_bytes)
+    base = write_base(model, job, out_dir, tokenizer, device, max_file_bytes)
     new = NewFolder(out_dir, device)
     if job.transform(Lora).enabled:
         write_adapter(model, job, new, base)
@@ -99,7 +99,12 @@ def export_model(
 
 
 def write_base(
-    model: PreTrainedModel, job: JobConfig, out_dir: Path, device: torch.device, max_file_bytes: int
+    model: PreTrainedModel,
+    job: JobConfig,
+    out_dir: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+    max_file_bytes: int,
 ) -> Path | None:
     """Write the frozen model that the adapter belongs to, if it is not the job's: adapters
     were merged into it, or PiSSA took out what its adapters started with; a collective.
@@ -109,6 +114,8 @@ def write_base(
     new = NewFolder(out_dir.with_name(f"{out_dir.name}-base"), device)
     held = saved_tensors(model)
     write_model(lambda name: gather(held[name]), job, new, max_file_bytes)
+    if tokenizer is not None:
+        new.run(lambda: save_tokenizer(tokenizer, new.partial))
     new.publish()
     return new.path
 

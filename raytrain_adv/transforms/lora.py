@@ -19,8 +19,8 @@ from raytrain_adv.transforms.modules import (
 )
 from raytrain_adv.transforms.targets import (
     STACKED_AS,
+    check_bases,
     check_continued,
-    check_merged,
     check_targets,
     names,
     reason_against,
@@ -224,7 +224,7 @@ class Lora(Transform):
         skipped |= dict.fromkeys(choosing - linears.keys(), ROUTES)
         skipped = {fqn: reason for fqn, reason in skipped.items() if reason}
         chosen = {f: m for f, m in (linears | experts).items() if f not in skipped}
-        check_merged(self.merged)
+        check_bases(self._folders, self.merged, context.job.model.model_name_or_path)
         if self.continued is not None:
             linear = chosen.keys() & linears.keys()
             kind, key = self.finetuning_type, self._target_key

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 CONFIG = "adapter_config.json"
+OWN_BASE = "model-base"
+"""Folder of a model that belongs to the adapter beside it, and is not the job's."""
 STACKED_AS = {"gate_proj": "gate_up_proj", "w1": "gate_up_proj", "w2": "down_proj"}
 STACKED_AS |= {"up_proj": "gate_up_proj", "w3": "gate_up_proj"}
 """Names of an expert's linears -> the stacked matrix they are in, if a model has no such linear."""
@@ -139,11 +141,32 @@ def names(target: str, fqn: str) -> bool:
     return fqn == target or fqn.endswith(f".{target}")
 
 
-def check_merged(folders: Iterable[str]) -> None:
-    """Refuse folders that are not adapters, or adapters of another base. Raises JobError, naming
-    the folder.
+def own_base(folder: Path) -> Path | None:
+    """Return the model that an adapter's run wrote for it, also if both were moved since; none if
+    the adapter belongs to a model from elsewhere. Raises JobError if it is not an adapter.
     """
-    for folder in folders:
+    if (folder / "config.json").is_file():
+        return folder
+    named = Path(str(_read_config(str(folder)).get("base_model_name_or_path")))
+    beside = folder.absolute().with_name(named.name)
+    if named.name != OWN_BASE:
+        return None
+    return beside if beside.is_dir() else named
+
+
+def check_bases(folders: list[str], merged: Iterable[str], model: str) -> None:
+    """Refuse folders that are not adapters, or adapters of another base than the job's model:
+    without what was merged into that, or PiSSA took out of it, the sum is a model that nobody
+    trained. Adapters after the first may belong to the sum with it. Raises JobError, naming the
+    folder.
+    """
+    for folder in folders[:1]:
+        base = own_base(Path(folder).expanduser())
+        if base is not None and base.resolve() != Path(model).expanduser().resolve():
+            what = f"The adapter {folder} belongs to another model than the job's"
+            found = f"model_name_or_path is {model}; the adapter was trained on {base}"
+            raise JobError(what, found, f"set model_name_or_path: {base}")
+    for folder in merged:
         started = _read_config(folder).get("init_lora_weights")
         if isinstance(started, str) and started.startswith("pissa"):
             fix = "export it with pissa_convert: true"

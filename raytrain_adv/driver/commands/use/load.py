@@ -127,7 +127,9 @@ def _foreign(source: Source, runs_code: bool) -> Any:
     """Load a folder that no run here wrote, or an adapter without its run."""
     shape = source.base if source.kind == "adapter" else source.folder
     config = AutoConfig.from_pretrained(shape, trust_remote_code=runs_code)
-    model, info = read_folder(source.folder, config, runs_code, None)
+    model, info = read_folder(Path(shape), config, runs_code, None)
+    if source.kind == "adapter":
+        model.load_adapter(source.folder)
     if missing := sorted(map(str, info["missing_keys"])):
         raise JobError(
             f"{source.folder} lacks weights, which would be random",

@@ -12,6 +12,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.model.files import nearest_folders
 from raytrain_adv.ops.fake_quant.targets import stored_as
 from raytrain_adv.text import listed, plural
+from raytrain_adv.transforms.targets import own_base
 
 Kind = Literal["model", "adapter", "gguf"]
 HELD: dict[str, Kind] = {
@@ -51,6 +52,8 @@ class Source:
     @property
     def base(self) -> str:
         """The model that an adapter is for."""
+        if (own := own_base(self.folder)) is not None:
+            return str(own)
         config = json.loads((self.folder / "adapter_config.json").read_text())
         return str(config.get("base_model_name_or_path"))
 

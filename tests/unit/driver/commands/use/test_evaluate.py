@@ -6,11 +6,14 @@ import math
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from raytrain_adv import cli
 from raytrain_adv.config import load
 from raytrain_adv.driver.commands.use.measures import exact_match, mean, score_named
 from raytrain_adv.errors import JobError
+from raytrain_adv.model.build import build
+from raytrain_adv.transforms.applied import Transforms
 from tests.unit.driver.commands.use.conftest import finish, last_eval_loss
 from tests.workers import run_workers
 
@@ -74,6 +77,40 @@ def test_an_adapter_on_another_base_than_the_jobs_has_the_loss_of_its_run(runs, 
     (model,) = evaluated(tmp_path / "out")
     wanted = last_eval_loss(tmp_path / "out")
     assert model["figures"]["held-out loss"]["value"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_adapter_keeps_its_base_when_its_run_moves_and_in_the_next_job(runs, tmp_path):
+    """A moved adapter was loaded on what stood where its base had been, and one that a job
+    continued on the job's model.
+    """
+    root = runs["lora"].parent
+    keys = yaml.safe_load((root / "lora.yaml").read_text())
+    keys |= {"bf16": False, "learning_rate": 0.01, "output_dir": str(tmp_path / "out")}
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(keys | {"pissa_init": True}))
+    run_workers(1, job)
+    finish(load(job))
+    wanted, moved = last_eval_loss(tmp_path / "out"), tmp_path / "moved"
+    (tmp_path / "out").rename(moved)
+    run_workers(1, job)  # its base is where the other one's was
+    zeroed = load_file(tmp_path / "out" / "model-base" / "model.safetensors")
+    zeroed = {name: value * 0 for name, value in zeroed.items()}
+    save_file(zeroed, tmp_path / "out" / "model-base" / "model.safetensors", {"format": "pt"})
+    assert cli.main(["evaluate", str(moved), "--device", "cpu"]) == 0
+    (model,) = evaluated(moved)
+    assert model["figures"]["held-out loss"]["value"] == pytest.approx(wanted, rel=1e-5)
+    continues = {"adapter_name_or_path": str(moved / "model"), "output_dir": str(tmp_path / "on")}
+    continues |= {"eval_on_start": True}
+    job.write_text(yaml.safe_dump(keys | continues))
+    with pytest.raises(JobError, match="belongs to another model than the job's") as refused:
+        Transforms(load(job)).plan(build(load(job)))
+    assert f"set model_name_or_path: {moved / 'model-base'}" in str(refused.value)
+    continues["model_name_or_path"] = str(moved / "model-base")
+    job.write_text(yaml.safe_dump(keys | continues))
+    run_workers(1, job)
+    rows = map(json.loads, (tmp_path / "on" / "metrics.jsonl").read_text().splitlines())
+    first = next(row["loss"] for row in rows if row["kind"] == "eval")
+    assert first == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(
