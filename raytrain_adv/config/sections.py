@@ -279,8 +279,8 @@ class OutputConfig(Section):
     """Report the share of label tokens that the model predicts, and the share of answers that
     greedy decoding gives exactly, too."""
     load_best_model_at_end: bool = False
-    """Export the model of the best evaluation instead of the last step's; each evaluation that is
-    the best so far writes a checkpoint, which save_total_limit does not delete."""
+    """Export the model of the best evaluation, that of eval_on_start left out, instead of the last
+    step's; each that is the best so far writes a checkpoint, which save_total_limit keeps."""
     metric_for_best_model: Literal["loss", "eval_loss", "accuracy", "eval_accuracy"] = "loss"
     """What the best evaluation has least of (loss) or most of (accuracy)."""
     early_stopping_steps: Count | None = None

@@ -16,7 +16,6 @@ from raytrain_adv.dtensor import reshard
 from raytrain_adv.errors import StorageError
 from raytrain_adv.ops.loss import IGNORE
 from raytrain_adv.ops.loss.function import chunked_cross_entropy_sum
-from raytrain_adv.ops.loss.routers import router_loss
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.text import plural
 
@@ -117,13 +116,11 @@ def _sums(state: TrainState, batch: MicroBatch) -> torch.Tensor:
     labels = batch.labels
     right = exact = answers = torch.zeros((), device=labels.device)
     if state.job.output.compute_accuracy:
-        output = state.model(**batch.inputs, use_cache=False)
-        logits = output.logits
+        logits = state.model(**batch.inputs, use_cache=False).logits
         is_right = logits.argmax(-1) == labels
         right = is_right.sum()
         exact, answers = exact_answers(is_right, labels)
         loss = chunked_cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
-        loss = loss + router_loss(state.model, output, labels)
     else:
         loss = state.eval_loss_sum(state.model, batch.inputs, labels)
     count = (labels != IGNORE).sum()
@@ -175,10 +172,12 @@ def evaluate_variants(state: TrainState, done: int, of: str = "") -> None:
 
 
 def _best(state: TrainState) -> tuple[int, float]:
-    """Return the first step with the best evaluation, and the metric there."""
+    """Return the first step with the best evaluation, and the metric there; not the model before
+    the first step, of which there is no checkpoint.
+    """
     name = state.job.output.metric_for_best_model.removeprefix("eval_")
     sign = -1.0 if name == "accuracy" else 1.0
-    found = {int(step): one[name] for step, one in state.evaluations.items()}
+    found = {int(step): one[name] for step, one in state.evaluations.items() if int(step)}
     step = min(found, key=lambda step: sign * found[step])
     return step, found[step]
 

@@ -22,10 +22,11 @@ WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 def router_loss(model: Any, output: Any, labels: Tensor) -> Tensor | float:
     """Return the routers' auxiliary loss for each label token if the config asks for it, as the
-    model's own loss has it. Raises TrainingError if the model does not tell its weight.
+    model's own loss has it; none in evaluation, which measures how well tokens are predicted.
+    Raises TrainingError if the model does not tell its weight.
     """
     found: Tensor | None = getattr(output, "aux_loss", None)
-    if found is None:
+    if found is None or not model.training:
         return 0.0
     config = model.config.get_text_config()
     held = (getattr(owner, name, None) for owner in (model, config) for name in WEIGHTS)

@@ -80,3 +80,17 @@ def test_a_run_that_was_continued_has_no_best_model_yet():
     assert best_step([]) is None and best_step([ended]) == 2
     assert best_step([ended, continued]) is None
     assert best_step([ended, continued, ended | {"step": 4}]) == 4
+
+
+def test_the_best_model_is_one_that_was_trained(job_file):
+    """A run that only made its model worse failed at its end: of that before the first step there
+    is no checkpoint.
+    """
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1, "val_size": 9, "eval_on_start": True}
+    saves = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3, "learning_rate": 3.0}
+    file = job_file(**evaluates, load_best_model_at_end=True, **saves)
+    (figures,) = run_workers(1, file)
+    rows = read(Path(load(file).output.output_dir) / "metrics.jsonl")
+    start, *others = (row["loss"] for row in rows if row["kind"] == "eval")
+    assert start < min(others) and figures["model_dir"] is not None
+    assert others[best_step(rows) - 1] == min(others)

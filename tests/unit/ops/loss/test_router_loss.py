@@ -14,6 +14,7 @@ from tests.families import tiny_model
 from tests.family_runs import Family, loss_of, read_batch, write_tokenizer
 from tests.tiny_models import job_for
 from tests.workers import losses, run_workers
+from tests.workers import rows as logged
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "olmoe", "jetmoe", "dbrx"])
@@ -74,3 +75,19 @@ def test_the_first_step_has_transformers_loss_with_that_of_the_routers(keys, tmp
     assert wanted > loss_of(plain, batch).item() + 0.5
     run_workers(1, family.job("full", **{"per_device_train_batch_size": 3, **keys}))
     assert losses(tmp_path / "full")[1] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("accuracy", [False, True])
+def test_a_held_out_loss_is_that_of_the_tokens_alone(accuracy, tmp_path):
+    """It had the routers' loss in it, in its perplexity too: `evaluate` measured another one."""
+    family = Family("mixtral", tmp_path)
+    model = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    model.save_pretrained(family.checkpoint)
+    write_tokenizer(family.checkpoint)
+    rows = [{"instruction": "Add.", "input": "", "output": "9" * n} for n in (1, 20, 40)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    run_workers(1, family.job("full", eval_on_start=True, compute_accuracy=accuracy))
+    start = next(row for row in logged(tmp_path / "full") if row["kind"] == "eval")
+    plain = AutoModelForCausalLM.from_pretrained(family.checkpoint, dtype=torch.float32)
+    wanted = loss_of(plain, read_batch(family.job("plain"))).item()
+    assert start["loss"] == pytest.approx(wanted, rel=1e-6)
