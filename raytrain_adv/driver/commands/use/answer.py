@@ -41,7 +41,7 @@ class _Stop(StoppingCriteria):
 
 
 def prompt_ids(
-    loaded: Loaded, messages: Messages, thinks: bool, tools: Sequence[Any] | None = None
+    loaded: Loaded, messages: Messages, thinks: bool | None, tools: Sequence[Any] | None = None
 ) -> list[int]:
     """Return the tokens of a conversation up to where its answer begins, by the chat template of
     the model's folder; without one, those of the last message's text. Raises JobError if the
@@ -52,6 +52,7 @@ def prompt_ids(
         return list(tokenizer(messages[-1]["content"])["input_ids"])
     if loaded.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": loaded.system}, *messages]
+    thinks = loaded.thinks if thinks is None else thinks
     try:
         with template_time("of a conversation"):
             text = tokenizer.apply_chat_template(
@@ -59,7 +60,7 @@ def prompt_ids(
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=True,
-                enable_thinking=thinks,
+                **({} if thinks is None else {"enable_thinking": thinks}),
             )
     except JobError:
         raise

@@ -35,6 +35,8 @@ class Loaded:
     device: torch.device
     system: str
     """The system message of conversations without one, as in training; empty for the template's."""
+    thinks: bool | None = None
+    """enable_thinking of its run; none leaves it to the template."""
 
     @property
     def name(self) -> str:
@@ -82,7 +84,8 @@ def load(source: Source, device: torch.device, template: str, runs_code: bool) -
     tokenizer.padding_side = "left"
     model = _model(source, job, runs_code)
     system = str(source.keys.get("default_system") or "")
-    return Loaded(source, model.to(device).eval(), tokenizer, device, system)
+    thinks = source.keys.get("enable_thinking")
+    return Loaded(source, model.to(device).eval(), tokenizer, device, system, thinks)
 
 
 def _tokenizer(folder: Path, runs_code: bool) -> PreTrainedTokenizerBase:

@@ -23,8 +23,9 @@ class Sampling(Section):
     """Above 1, tokens that have appeared become less likely."""
     max_new_tokens: Count = 1024
     """Longest answer, in tokens."""
-    enable_thinking: bool = True
-    """For templates of reasoning models: whether the model may think first."""
+    enable_thinking: bool | None = None
+    """For templates of reasoning models: whether the model may think first; none is as in the run's
+    training, or by default of the template."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
     """Seed of the drawing; none draws differently each time."""
 

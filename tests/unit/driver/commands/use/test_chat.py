@@ -4,6 +4,7 @@ import io
 import json
 import threading
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from raytrain_adv import cli
 from raytrain_adv.config.load import load_keys, with_keys
 from raytrain_adv.data.prepare import prepare
+from raytrain_adv.data.tokens.templates import find_template
 from raytrain_adv.driver.commands.use.answer import batch, prompt_ids, stream
 from raytrain_adv.driver.commands.use.chat import Chat
 from raytrain_adv.driver.commands.use.load import load
@@ -72,6 +74,20 @@ def test_a_question_becomes_the_tokens_it_had_in_training(runs):
         for row in rows
     }
     assert len(trained) == 9 and trained <= asked
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_a_model_is_asked_to_think_as_in_its_training(runs, tmp_path, thinks):
+    """One that was trained with empty thoughts in its prompts was asked to begin with thoughts."""
+    copytree(runs["lora"], tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["job"]["enable_thinking"] = thinks
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    loaded = opened(tmp_path / "run")
+    loaded.tokenizer.chat_template = find_template("qwen3").write(not thinks)
+    asked = [{"role": "user", "content": "One?"}]
+    as_trained, same, other = (prompt_ids(loaded, asked, t) for t in (None, thinks, not thinks))
+    assert as_trained == same != other
 
 
 def test_an_adapter_computes_what_peft_computes(runs):
