@@ -48,10 +48,14 @@ def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> in
     except RaytrainAdvError as error:
         return _refuse(error)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("raytrain_adv"):
+        cause: BaseException | None = error
+        while isinstance(cause, ModuleNotFoundError) and cause.name is None:
+            cause = cause.__cause__  # transformers raises one of its own, without the name
+        name = cause.name if isinstance(cause, ModuleNotFoundError) else None
+        if name is None or name.startswith("raytrain_adv"):
             raise
         fix = "activate the environment (. .venv/bin/activate), or pip install -e ."
-        what = f"{error.name} is not installed for {sys.executable}"
+        what = f"{name} is not installed for {sys.executable}"
         return _refuse(RaytrainAdvError(what, "", fix))
     except BrokenPipeError:  # the reader has seen enough, as in `raytrain-adv schema | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -236,6 +236,24 @@ def test_loading_the_quickstart_is_quick_and_imports_neither_torch_nor_ray() -> 
     assert min(float(words[0]) for words in printed) < 1.0
 
 
+def test_a_package_that_is_missing_is_named_also_where_transformers_hides_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own ModuleNotFoundError has no name; the message was `None is not installed`."""
+    hidden = ModuleNotFoundError("Could not import module 'PreTrainedModel'")
+    hidden.__cause__ = ModuleNotFoundError("No module named 'tqdm'", name="tqdm")
+
+    def fail(*options: Any) -> None:
+        raise hidden
+
+    monkeypatch.setattr(cli, "_load", fail)
+    assert launch.main(["job.yaml"]) == 3
+    assert f"tqdm is not installed for {sys.executable}" in capsys.readouterr().err
+    hidden.__cause__ = RuntimeError("operator torchvision::nms does not exist")
+    with pytest.raises(ModuleNotFoundError, match="Could not import"):
+        launch.main(["job.yaml"])
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"{sys.executable} -m raytrain_adv.cli schema | head -n 1; echo ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)

@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
@@ -44,6 +45,7 @@ LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # its one node is never preempted
     "RAY_preload_python_modules": "raytrain_adv.driver.cluster.preload",
 }
+PRELOADED = ("raytrain_adv", "ray", "torch", "transformers")
 MOST_WORKERS = 12  # on a node without GPUs, of those for which a process waits
 NUM_OTHERS = 4  # Ray Train's, and one to spare
 # For a run whose number of workers may change: the nodes were free when the number was chosen.
@@ -207,12 +209,32 @@ def _settings(options: Mapping[str, Any], job: JobConfig | None) -> dict[str, st
     """Return the environment variables that Ray's processes inherit, of ray.init's arguments."""
     is_local = options["address"] == "local"
     settings = RAY_SETTINGS | (LOCAL_SETTINGS if is_local else {})
+    if is_local and any(_is_shadowed(package) for package in PRELOADED):
+        del settings["RAY_preload_python_modules"]
     if is_local and options.get("include_dashboard") is False:
         del settings["RAY_TRAIN_ENABLE_STATE_TRACKING"]  # only the dashboard reads it
     if job is not None:
         settings["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(job.parallel.ddp_timeout)
         settings |= ELASTIC_SETTINGS if job.ray.ends else {}
     return settings
+
+
+def _is_shadowed(package: str) -> bool:
+    """Return whether the driver has a package of its folder, that of `python -m` or of its script.
+
+    A process that waits has no such folder on its path: Ray adds it with the job, after preload.py
+    has imported the installed package of that name.
+    """
+    folders = {"", os.getcwd(), os.path.dirname(os.path.realpath(sys.argv[0]))}
+    path = sys.path.copy()
+    if (first := next((entry for entry in path if entry in folders), None)) is not None:
+        path.remove(first)
+    specs = [
+        next(filter(None, (finder.find_spec(package, of) for finder in sys.meta_path)), None)
+        for of in (sys.path, path)
+    ]
+    here, there = (spec and spec.origin for spec in specs)
+    return here != there
 
 
 def require_answer(address: str) -> None:

@@ -171,6 +171,7 @@ def parse(printed: str) -> Reading:
 def _get(answer: Callable[[], str]) -> Reading | str:
     try:
         return parse(answer())
-    except (RayError, ValueError, RuntimeError) as error:  # a task's own error is both of two types
+    # A task's own error is of two types; the system may refuse a process that is started here.
+    except (RayError, ValueError, RuntimeError, OSError) as error:
         last = str(error).strip().rpartition("\n")[2]
         return f"{type(error).__name__}: {last}"

@@ -3,9 +3,11 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import TypeVar
 
 from raytrain_adv.checkpoint.resume import named
 from raytrain_adv.config.job import JobConfig
@@ -17,6 +19,7 @@ from raytrain_adv.report import record
 from raytrain_adv.report.parts import PreflightReport
 from raytrain_adv.run import trackers
 
+T = TypeVar("T")
 HEAVY = ("raytrain_adv.worker.train", "raytrain_adv.driver.plan.plan")
 """They import PyTorch and transformers, and nothing of Ray, whose start imports too."""
 
@@ -67,13 +70,24 @@ def start_ray(
 
 @contextmanager
 def _imported_meanwhile() -> Iterator[None]:
-    def load() -> None:
-        with suppress(ImportError):  # raised again by who needs it
-            for name in HEAVY:
-                import_module(name)
-
-    thread = threading.Thread(target=load, name="imports", daemon=True)
+    """Import HEAVY while the block runs, and raise what that raised: PyTorch, half imported, fails
+    in another way the second time.
+    """
     with few_collections():
-        thread.start()
+        imported = in_background(lambda: [import_module(name) for name in HEAVY], "imports")
         yield
-        thread.join()
+        imported.result()
+
+
+def in_background(work: Callable[[], T], name: str) -> Future[T]:
+    """Start the work on a daemon thread, which does not keep the process after a refusal."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 # raised again by result()
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future

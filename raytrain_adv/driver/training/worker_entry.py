@@ -112,6 +112,11 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
 def _device(use_gpu: bool) -> torch.device:
     """Return this worker's device, after making it current and sharing the CPU cores."""
     if not (use_gpu and torch.cuda.is_available()):
+        # Ray writes the number of this worker's CPUs here, after preload.py has imported PyTorch,
+        # which would use each core of the host.
+        number = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        if number.isdigit() and int(number) > 0:
+            torch.set_num_threads(int(number))
         return torch.device("cpu")
     found = get_device()
     device: torch.device = found[0] if isinstance(found, list) else found

@@ -1,6 +1,7 @@
 """Processes of a Ray that its driver started: what they import, and what they do without."""
 
 import gc
+import os
 import pickle
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from ray.train.v2._internal.callbacks import state_manager
 from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api.config import ScalingConfig
 
+import raytrain_adv
 from raytrain_adv.driver.cluster.connect import _fewer
 from raytrain_adv.driver.cluster.own import OwnNodePolicy, plain_versions
 from raytrain_adv.imports import RARELY, USUALLY, end_imports, few_collections
@@ -42,6 +44,35 @@ def test_a_process_that_waits_imports_without_asking_cuda_and_only_where_cores_a
     ]
     rarely = [str(number) for number in RARELY]
     assert found == [["0", *rarely], ["4", *rarely]]
+
+
+LAUNCHED = """
+import sys
+from raytrain_adv.driver.cluster.connect import _settings
+print(*_settings({"address": sys.argv[1]}, None))
+"""
+
+
+@pytest.mark.parametrize(
+    ("shadowed", "address", "preloads"),
+    [(None, "local", True), (None, "10.0.0.1:6379", False), ("raytrain_adv", "local", False),
+     ("transformers", "local", False)],
+)  # fmt: skip
+def test_a_process_that_waits_imports_nothing_of_which_the_driver_has_another(
+    tmp_path, shadowed, address, preloads
+):
+    """A clone that is not installed trained with the installed package."""
+    here = Path(raytrain_adv.__file__).parents[1]
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED)
+    if shadowed == "raytrain_adv":
+        (tmp_path / shadowed).symlink_to(here / shadowed)
+    elif shadowed:
+        (tmp_path / f"{shadowed}.py").touch()
+    environment = {**os.environ, "PYTHONPATH": str(here)}
+    command = [sys.executable, str(script), address]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ("RAY_preload_python_modules" in done.stdout) == preloads
 
 
 @pytest.mark.parametrize(("gpus", "number"), [(0, 16), (1, 5), (8, 12)])

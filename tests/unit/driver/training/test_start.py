@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from raytrain_adv.driver.cluster import connect
+from raytrain_adv.driver.training import start
 from raytrain_adv.driver.training.start import HEAVY, Progress, start_ray
 from raytrain_adv.errors import JobError
 
@@ -30,6 +31,21 @@ def test_what_is_imported_before_ray_starts_is_light_and_the_rest_is_not_of_ray(
     """Two threads that import parts of one package may see a module half made."""
     code = f"import sys, {', '.join(imported)}; assert {absent!r} not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_fails_to_import_meanwhile_is_raised_as_it_failed_the_first_time(
+    make_job, tmp_path, monkeypatch
+):
+    """PyTorch that is imported half fails the second time about docstrings that are there."""
+    code = "import builtins\nbuiltins.tries = getattr(builtins, 'tries', 0) + 1\n"
+    (tmp_path / "half.py").write_text(code + "raise OSError(f'no libcudart.so, try {tries}')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(start, "HEAVY", ("half",))
+    monkeypatch.setattr(start, "head_address", lambda: "127.0.0.1:1")
+    monkeypatch.setattr(connect, "connect", lambda job: True)
+    monkeypatch.setattr(connect, "describe_dashboard", lambda: "none")
+    with ExitStack() as watched, pytest.raises(OSError, match="try 1"):
+        start_ray(make_job(), print, Progress(time.time()), watched, print)
 
 
 def test_every_second_has_one_phase():
