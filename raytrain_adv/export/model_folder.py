@@ -35,7 +35,7 @@ from raytrain_adv.export.verify import (
     compared_tokens,
     converted_logits,
 )
-from raytrain_adv.model.adapter import FILE_NAME, peft_names, trained
+from raytrain_adv.model.adapter import BASE, FILE_NAME, base_fingerprint, peft_names, trained
 from raytrain_adv.model.attention import attention_of_parts
 from raytrain_adv.model.build import build, build_whole, keeps_float32
 from raytrain_adv.model.config_file import read_config
@@ -153,7 +153,7 @@ def write_adapter(
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True
     new.require(sum(tensor.nbytes for tensor in tensors.values()))
-    new.run(lambda: save_tensors(tensors, new.partial / FILE_NAME))
+    new.run(lambda: save_tensors(tensors, new.partial / FILE_NAME, {BASE: base_fingerprint(job)}))
     new.run(lambda: config.save_pretrained(str(new.partial)))
 
 

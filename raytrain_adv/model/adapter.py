@@ -15,6 +15,7 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import copy_local, gather, local_region, plain_name
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.build import build
+from raytrain_adv.model.weight_files import fingerprint, model_folder
 from raytrain_adv.model.weights import saved_tensors
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms.lora import ADAPTER, Lora, is_adapter
@@ -23,6 +24,34 @@ from raytrain_adv.transforms.modules import names_to_store
 FILE_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Where PEFT's own wrapper keeps the model; its files carry the name."""
+
+
+BASE = "base"
+"""Key in the metadata of an adapter's file: the fingerprint of what it was trained on."""
+
+
+def base_fingerprint(job: JobConfig) -> str:
+    """Return the fingerprint of the job's model, and of the adapters that are merged into it."""
+    return fingerprint([model_folder(job), *map(Path, job.transform(Lora).merged)])
+
+
+def require_same_base(folder: Path, job: JobConfig) -> None:
+    """Refuse a run's adapter if the model that it was trained on is another one now. Raises
+    JobError. An adapter that cannot be read, or that was written before there were fingerprints,
+    tells nothing.
+    """
+    try:
+        with safe_open(folder / FILE_NAME, framework="pt") as file:
+            held = (file.metadata() or {}).get(BASE)
+    except (OSError, SafetensorError):
+        return
+    if held is not None and held != base_fingerprint(job):
+        names = ", ".join([job.model.model_name_or_path, *job.transform(Lora).merged])
+        raise JobError(
+            f"{names} has other weights than when the run was trained on it",
+            f"{folder / FILE_NAME} belongs to those from before",
+            "put the model back that was there: look into its previous/ if a run replaced it",
+        )
 
 
 def peft_names(model: PreTrainedModel) -> Callable[[str], str]:

@@ -30,7 +30,7 @@ from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.reference import sample_tokens
 from raytrain_adv.export.verify import MOST_TOKENS, compare_converted, converted_logits
 from raytrain_adv.model import weights
-from raytrain_adv.model.adapter import merge_adapters
+from raytrain_adv.model.adapter import merge_adapters, require_same_base
 from raytrain_adv.model.attention import attention_of_parts
 from raytrain_adv.model.build import build
 from raytrain_adv.model.config_file import read_config
@@ -368,6 +368,7 @@ def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
     """Return the checkpoint's model in host memory, with its adapters and fake quantization."""
     model, plans = prepared_model(job)
     if job.transform(Lora).enabled:
+        require_same_base(Path(job.output.output_dir) / "model", job)
         weights.load_pretrained(model, job, CPU)
         merge_adapters(model, job)
     Transforms(job).initialize(model, plans, job.train.seed)

@@ -17,7 +17,7 @@ from raytrain_adv.errors import JobError
 from raytrain_adv.export.folder import folder_gib
 from raytrain_adv.export.verify import load_folder, read_folder
 from raytrain_adv.model import weights
-from raytrain_adv.model.adapter import load_adapter
+from raytrain_adv.model.adapter import load_adapter, require_same_base
 from raytrain_adv.model.build import keeps_float32
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.text import disk, first_line
@@ -148,6 +148,7 @@ def _adapted(job: JobConfig, folder: Path) -> Any:
     weights.load_pretrained(model, job, CPU)
     Transforms(job).initialize(model, plans, job.train.seed)
     load_adapter(model, folder)
+    require_same_base(folder, job)
     Transforms(job).switch(model, True)
     dtype, keeps = compute_dtype(job), keeps_float32(model)
     for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -77,6 +78,28 @@ def test_an_adapter_on_another_base_than_the_jobs_has_the_loss_of_its_run(runs, 
     (model,) = evaluated(tmp_path / "out")
     wanted = last_eval_loss(tmp_path / "out")
     assert model["figures"]["held-out loss"]["value"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_adapter_is_not_used_on_a_model_that_changed_since(runs, tmp_path, capsys):
+    """A run that trained its base again in the same folder made it another model, without a word:
+    evaluate, chat, generate, and export with and without --merge.
+    """
+    keys = yaml.safe_load((runs["lora"].parent / "lora.yaml").read_text())
+    base = copytree(keys["model_name_or_path"], tmp_path / "base")
+    keys |= {"model_name_or_path": str(base), "output_dir": str(tmp_path / "out")}
+    keys |= {"save_strategy": "steps", "save_steps": 2}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(keys))
+    run_workers(1, tmp_path / "job.yaml")
+    finish(load(tmp_path / "job.yaml"))
+    out = str(tmp_path / "out")
+    commands = [["evaluate", out, "--device", "cpu"], ["export", out], ["export", out, "--merge"]]
+    assert cli.main(commands[0]) == 0
+    trained = {name: value + 0.01 for name, value in load_file(base / "model.safetensors").items()}
+    save_file(trained, base / "model.safetensors", {"format": "pt"})
+    for command in commands:
+        capsys.readouterr()
+        assert cli.main(command) == 2
+        assert f"{base} has other weights than when the run was" in capsys.readouterr().err
 
 
 def test_an_adapter_keeps_its_base_when_its_run_moves_and_in_the_next_job(runs, tmp_path):
