@@ -1,6 +1,7 @@
 """The trained model as a Hugging Face folder, gathered by tensors, in the checkpoint's layout."""
 
 import copy
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -235,11 +236,21 @@ def write_merged(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files, with its chat template. Raises JobError where Rust panics, which
-    would leave the other ranks waiting.
+    """Write a tokenizer's files, with its chat template, and have generation end at its eos token,
+    which the job's template may have set: transformers' generate() does not ask the tokenizer.
+    Raises JobError where Rust panics, which would leave the other ranks waiting.
     """
     with no_panics(f"writing the tokenizer to {folder}"):
         tokenizer.save_pretrained(str(folder))
+    generates, end = folder / "generation_config.json", tokenizer.eos_token_id
+    if end is None or not generates.is_file():
+        return
+    values = json.loads(generates.read_text())
+    stops = values.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if end not in stops:
+        values["eos_token_id"] = [*stops, end] if stops else end
+        generates.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def collective_device(model: PreTrainedModel) -> torch.device:

@@ -50,7 +50,9 @@ def check_folder(job: JobConfig) -> None:
         )
     elif not looks_like_hub_name(name):
         raise JobError(
-            f"there is no model folder {name}", nearest_folders(path), "correct model_name_or_path"
+            f"there is no model folder {name}",
+            nearest_folders(path),
+            f"correct model_name_or_path in {job.source}",
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,7 +18,7 @@ from transformers import (
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import StorageError
 from raytrain_adv.export.folder import NewFolder
-from raytrain_adv.export.model_folder import export_model
+from raytrain_adv.export.model_folder import export_model, save_tokenizer
 from raytrain_adv.export.verify import load_folder
 from raytrain_adv.model import parallel
 from raytrain_adv.model.build import build
@@ -252,3 +253,16 @@ def test_a_folder_is_compared_in_memory_as_pytorch_allocates_it(tmp_path: Path) 
 
     assert elsewhere(AutoModelForCausalLM.from_pretrained(folder)), "where it lies in the file"
     assert not elsewhere(load_folder(folder, False, None))
+
+
+@pytest.mark.parametrize(("held", "wanted"), [(None, 3), (2, [2, 3]), ([2, 3], [2, 3]), (3, 3)])
+def test_generation_ends_at_the_token_that_training_ended_answers_with(held, wanted, tmp_path):
+    """A template's own end was the tokenizer's alone, and transformers' generate() went on."""
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": held, "old": 1}))
+    words = {"<unk>": 0, "a": 1, "</s>": 2, "<|im_end|>": 3}
+    inner = Tokenizer(models.WordLevel(words, "<unk>"))
+    save_tokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>"), tmp_path
+    )
+    found = json.loads((tmp_path / "generation_config.json").read_text())
+    assert found == {"eos_token_id": wanted, "old": 1}

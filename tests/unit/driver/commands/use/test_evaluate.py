@@ -100,6 +100,9 @@ def test_an_adapter_is_not_used_on_a_model_that_changed_since(runs, tmp_path, ca
         capsys.readouterr()
         assert cli.main(command) == 2
         assert f"{base} has other weights than when the run was" in capsys.readouterr().err
+    base.rename(tmp_path / "gone")
+    assert cli.main(commands[0]) == 2
+    assert f"correct model_name_or_path in {out}/run.json" in capsys.readouterr().err
 
 
 def test_an_adapter_keeps_its_base_when_its_run_moves_and_in_the_next_job(runs, tmp_path):
