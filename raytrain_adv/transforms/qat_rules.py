@@ -52,6 +52,9 @@ def conflicts(qat: Qat, job: JobConfig) -> Iterable[Problem]:
     if qat.target.layout == GGUF and not job.train.computes_in_bf16:
         text = "llama.cpp's float16 holds no float32 scales exactly"
         yield Problem(text, "set bf16: true", "qat_target and bf16")
+    if qat.target.weight_form in FOUR_BIT_FLOATS and not job.train.computes_in_bf16:
+        text = "the written weights are read as bfloat16, and not multiplied with float32"
+        yield Problem(text, "set bf16: true", "qat_target and bf16")
     adapts = job.flat()["finetuning_type"] == "lora"
     if qat.target.layout == GGUF and adapts and not qat.merges:
         fix, keys = "set qat_lora: merge_aware", "qat_target and finetuning_type"

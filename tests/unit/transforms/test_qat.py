@@ -123,6 +123,8 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(tmp_pat
         ({"fake_quant_after_n_steps": 9, "max_steps": 9}, "at most 8"),
         ({"compare": True}, "hold rows out"),
         ({**FLOAT8, "bf16": False}, "set bf16: true"),
+        ({"qat_target": "vllm-nvfp4a16", "bf16": False}, "read as bfloat16"),
+        ({"qat_target": "vllm-mxfp4a16", "bf16": False}, "read as bfloat16"),
         ({**FLOAT8, "bf16": True, "use_cpu": True}, "compute capability 8.9"),
     ],
 )
