@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
@@ -188,13 +189,33 @@ def _in_own_process_group() -> Iterator[None]:
 
     class Grouped(original):  # type: ignore[misc, valid-type] # ray is Any to mypy
         def __init__(self, command: Sequence[str], **options: Any) -> None:
-            super().__init__([*map(_fewer, command)], process_group=0, **options)
+            with _interrupt_later():
+                super().__init__([*map(_fewer, command)], process_group=0, **options)
 
     services.ConsolePopen = Grouped
     try:
         yield
     finally:
         services.ConsolePopen = original
+
+
+@contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Let Ctrl-C raise after the block, which starts a process as Ray does, by preexec_fn.
+
+    Python would drop an exception in its hooks around the fork, and logging's would keep its lock:
+    a thread that imports would wait for it forever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return (yield)
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _fewer(argument: str) -> str:

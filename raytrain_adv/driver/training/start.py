@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -71,11 +71,15 @@ def start_ray(
 @contextmanager
 def _imported_meanwhile() -> Iterator[None]:
     """Import HEAVY while the block runs, and raise what that raised: PyTorch, half imported, fails
-    in another way the second time.
+    in another way the second time. An end of the block by an error, as by Ctrl-C, waits for it too:
+    Python may crash if it ends while a thread imports.
     """
     with few_collections():
         imported = in_background(lambda: [import_module(name) for name in HEAVY], "imports")
-        yield
+        try:
+            yield
+        finally:
+            wait([imported])
         imported.result()
 
 

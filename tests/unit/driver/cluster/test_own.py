@@ -117,3 +117,25 @@ def test_garbage_is_looked_for_again_after_imports():
         assert gc.get_threshold() == USUALLY and gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
+
+
+FORKED = """
+import os, signal
+from ray._private import services
+from raytrain_adv.driver.cluster.connect import _in_own_process_group
+before = signal.getsignal(signal.SIGINT)
+os.register_at_fork(after_in_parent=lambda: signal.raise_signal(signal.SIGINT))
+try:
+    with _in_own_process_group():
+        services.ConsolePopen(["true"], preexec_fn=int)
+except KeyboardInterrupt:
+    print("stopped", signal.getsignal(signal.SIGINT) is before)
+"""
+
+
+def test_ctrl_c_while_ray_forks_stops_the_driver():
+    """Python dropped it in a hook, where logging kept its lock; the thread that imports hung."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "stopped True\n", done.stderr

@@ -48,6 +48,21 @@ def test_what_fails_to_import_meanwhile_is_raised_as_it_failed_the_first_time(
         start_ray(make_job(), print, Progress(time.time()), watched, print)
 
 
+def test_a_refusal_waits_for_the_thread_that_imports(make_job, tmp_path, monkeypatch):
+    """Python crashed at times when it ended before."""
+    (tmp_path / "slow.py").write_text("import time; time.sleep(1); is_whole = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(start, "HEAVY", ("slow",))
+
+    def refuse(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(connect, "connect", refuse)
+    with ExitStack() as watched, pytest.raises(KeyboardInterrupt):
+        start_ray(make_job(), print, Progress(time.time()), watched, print)
+    assert sys.modules["slow"].is_whole
+
+
 def test_every_second_has_one_phase():
     progress = Progress(time.time() - 5.0)
     progress.end("imports")
