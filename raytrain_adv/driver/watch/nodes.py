@@ -52,6 +52,7 @@ FATAL = re.compile(
     r"\b[EFC] \d|[Ff]atal|Check failed|[Ee]rror|terminate called|[Cc]annot|[Ff]ailed"
 )
 """What the line has by which a process of Ray explains its end (2.60)."""
+STATE_DUMP = "[state-dump]"  # counts of a raylet, of which some are of what failed
 _BOILERPLATE = re.compile(r"An unexpected system state.*?fix it\. ")
 MOST_READ, MOST_QUOTED = 200, 400  # lines of a log, and characters of one
 STARTED = ("gcs_server", "raylet")  # names of Ray's processes, without which it cannot start (2.60)
@@ -235,7 +236,7 @@ def last_words(logs: Path, name: str) -> str:
         with contextlib.suppress(OSError):
             with (logs / f"{name}.{kind}").open(encoding="utf-8", errors="replace") as file:
                 lines = [line.strip() for line in deque(file, MOST_READ)]
-            found = [line for line in lines if FATAL.search(line)]
+            found = [one for one in lines if FATAL.search(one) and STATE_DUMP not in one]
             if found:
                 words = found[-1].partition(") ")[2] or found[-1]
                 return f"wrote into {name}.{kind}: {_BOILERPLATE.sub('', words)[:MOST_QUOTED]}"

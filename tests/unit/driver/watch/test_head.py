@@ -119,6 +119,12 @@ def test_a_process_of_ray_that_ends_later_is_told_as_such(tmp_path, monkeypatch,
     assert "resume_from_checkpoint: true" in capfd.readouterr().err
 
 
+def test_counts_of_failures_are_not_the_last_words_of_a_raylet(tmp_path):
+    line = "[2026-11-29 02:43:11,001 I 12 12] (raylet) raylet.cc:5: [state-dump] - failed: 0\n"
+    (tmp_path / "raylet.out").write_text(line)
+    assert head_watch.last_words(tmp_path, "raylet") == ""
+
+
 def test_the_last_words_of_a_process_of_ray_are_quoted(tmp_path):
     (tmp_path / "raylet.out").write_text(
         "[2026-11-29 02:43:11,001 I 12 12] (raylet) main.cc:1: starting\n"
