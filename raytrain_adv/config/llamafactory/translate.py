@@ -97,8 +97,10 @@ def _expand(result: Translation, keys: Mapping[str, Any]) -> dict[str, Any]:
             own = {name: one for name, one in ours.items() if name == key or not keys.get(name)}
             kept.update(own)
             result.names.update(dict.fromkeys(own, key))
-            kept_too = ", ".join(f"{n}: {show(keys[n])}, as given" for n in ours) or "nothing more"
-            shown = ", ".join(f"{n}: {show(one)}" for n, one in own.items()) or kept_too
+            given = [f"{n}: {show(keys[n])}, as given" for n in ours if n not in own]
+            shown = ", ".join(
+                [f"{n}: {show(v)}" for n, v in own.items()] or given or ["nothing more"]
+            )
             result.notes.append(f"{key}: {show(value, key)} runs as {shown}: {why}")
     return kept
 

@@ -32,6 +32,8 @@ Adapted = tuple[PreTrainedModel, JobConfig]
 class NoTokenizer:
     """Stands for a tokenizer, of which nothing is compared."""
 
+    eos_token_id = None
+
     def save_pretrained(self, folder: str) -> None:
         """Write nothing."""
 
