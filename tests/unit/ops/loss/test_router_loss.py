@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,14 +60,20 @@ def test_a_model_without_a_loss_of_routers_is_told_of_no_padding():
     assert not leave_padding_out(tiny_model("mixtral"))
 
 
-@pytest.mark.parametrize("keys", [{}, {"neat_packing": True, "per_device_train_batch_size": 1}])
-def test_the_first_step_has_transformers_loss_with_that_of_the_routers(keys, tmp_path):
-    family = Family("mixtral", tmp_path)
+def with_routers_loss(folder: Path) -> Family:
+    """Write a mixture that trains its routers' loss, and rows of three lengths."""
+    family = Family("mixtral", folder)
     model = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
     model.save_pretrained(family.checkpoint)
     write_tokenizer(family.checkpoint)
     rows = [{"instruction": "Add.", "input": "", "output": "9" * n} for n in (1, 20, 40)]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return family
+
+
+@pytest.mark.parametrize("keys", [{}, {"neat_packing": True, "per_device_train_batch_size": 1}])
+def test_the_first_step_has_transformers_loss_with_that_of_the_routers(keys, tmp_path):
+    family = with_routers_loss(tmp_path)
     batch = read_batch(family.job("plain"))
     ids, mask, labels = batch
     plain = AutoModelForCausalLM.from_pretrained(family.checkpoint, dtype=torch.float32)
@@ -80,12 +87,7 @@ def test_the_first_step_has_transformers_loss_with_that_of_the_routers(keys, tmp
 @pytest.mark.parametrize("accuracy", [False, True])
 def test_a_held_out_loss_is_that_of_the_tokens_alone(accuracy, tmp_path):
     """It had the routers' loss in it, in its perplexity too: `evaluate` measured another one."""
-    family = Family("mixtral", tmp_path)
-    model = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
-    model.save_pretrained(family.checkpoint)
-    write_tokenizer(family.checkpoint)
-    rows = [{"instruction": "Add.", "input": "", "output": "9" * n} for n in (1, 20, 40)]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    family = with_routers_loss(tmp_path)
     run_workers(1, family.job("full", eval_on_start=True, compute_accuracy=accuracy))
     start = next(row for row in logged(tmp_path / "full") if row["kind"] == "eval")
     plain = AutoModelForCausalLM.from_pretrained(family.checkpoint, dtype=torch.float32)
