@@ -104,10 +104,26 @@ def save_tensors(
     own = {*first.values()}
     apart = {name: tensor if name in own else tensor.clone() for name, tensor in tensors.items()}
     save_file(apart, path, metadata={**(metadata or {}), "format": "pt"})
+    if metadata:
+        _sort_metadata(path)
     ordinary = path.with_name(f".{path.name}.mode")
     ordinary.touch()
     path.chmod(ordinary.stat().st_mode & 0o777)
     ordinary.unlink()
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata in order: safetensors writes it in a random one, and what
+    is trained alike is to be stored alike, byte for byte.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # one that does not fit is left: the order is no fault to a reader
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 class TensorFiles:

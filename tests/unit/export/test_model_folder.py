@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -17,7 +18,7 @@ from transformers import (
 
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import StorageError
-from raytrain_adv.export.folder import NewFolder
+from raytrain_adv.export.folder import NewFolder, save_tensors
 from raytrain_adv.export.model_folder import export_model, save_tokenizer
 from raytrain_adv.export.verify import load_folder
 from raytrain_adv.model import parallel
@@ -48,6 +49,20 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def same_tensors(a: Path, b: Path) -> bool:
     x, y = tensors_of(a), tensors_of(b)
     return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_a_file_is_written_alike_every_time(tmp_path: Path) -> None:
+    """safetensors alone puts the metadata in a random order."""
+    tensors = {"b": torch.arange(6.0), "a": torch.ones(2, 3, dtype=torch.bfloat16)}
+    metadata = {name: json.dumps({"of": f"ä\n{name}"}) for name in "edcba"}
+    file, written = tmp_path / "model.safetensors", set()
+    for _ in range(5):
+        save_tensors(tensors, file, metadata)
+        written.add(file.read_bytes())
+    assert len(written) == 1
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {**metadata, "format": "pt"}
+        assert all(torch.equal(opened.get_tensor(name), tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("kind", KINDS)
