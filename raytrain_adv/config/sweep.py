@@ -71,8 +71,8 @@ class SweepOptions(Section):
     """How a sweep runs; its other keys are keys of the job, with lists of values."""
 
     metric: MetricName | None = None
-    """The metric that ranks finished trials; null means quantized_eval_loss if every trial
-    exports a converted model, else eval_loss."""
+    """The metric that ranks finished trials, a loss that of the model each exports; null means
+    quantized_eval_loss if every trial exports a converted model, else eval_loss."""
     scheduler: Literal["none", "asha"] = "none"
     """asha stops trials early that perform worse than the others; none runs each to its end."""
     num_samples: Annotated[int, Field(ge=1, le=MAX_TRIALS)] = 8

@@ -79,6 +79,7 @@ def finished(
     )
     proofs = figures["proof"]
     plans = figures["transforms"].items()
+    rows = read(folder / FILE_NAME)
     return _updated(
         report,
         status="done",
@@ -86,7 +87,8 @@ def finished(
         transforms={name: TransformReport.of(plan, proofs.get(name)) for name, plan in plans},
         samples=tuple(Sample(**sample) for sample in figures["samples"]),
         timeline=_with_workers(timeline, figures),
-        **_logged(report, read(folder / FILE_NAME)),
+        **_logged(report, rows),
+        **{CONVERTED_LOSS: converted_loss(rows)},
         **{name: figures[name] for name in same.split()},
         **{name: figures[name] for name in OF_CONVERTED if name in figures},
     )
@@ -199,5 +201,4 @@ def _logged(report: RunReport, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
         "starts": starts(rows),
         "variants": found,
         "recovered": recovered(found),
-        CONVERTED_LOSS: converted_loss(found),
     }

@@ -55,7 +55,7 @@ def render(report: SweepReport) -> str:
             text.plural(len(report.trials), "trial"),
             report.job_file,
         ],
-        metric=HEADS[report.metric].capitalize(),
+        metric=_ranked_by(report).capitalize(),
         curves=draw(_curves(report)),
         figures=_figures(report),
         drawings=draw([_plot(report, key, keys[key]) for key in keys if has_axis[key]]),
@@ -80,7 +80,7 @@ def _figures(report: SweepReport) -> list[Figure]:
     found: list[Figure] = []
     if report.best is not None:
         value = figure(report.metric, report.trial(report.best).metric)
-        found.append((f"Best {HEADS[report.metric]}", value, "", report.best))
+        found.append((f"Best {_ranked_by(report)}", value, "", report.best))
     states = [t.status for t in report.trials]
     others = [s for s in ("stopped", "failed", "running", "waiting") if s in states]
     more = ", ".join(f"{states.count(s)} {s}" for s in others)
@@ -105,7 +105,7 @@ def _plot(report: SweepReport, key: str, points: list[Xy]) -> Plot:
     for value, metric in _best_of_each(report, others, key).items():
         label = "PTQ (never)" if key == SWITCH and value == NEVER else f"{key}: {value}"
         levels.append(Level(metric, f"{label}  {figure(report.metric, metric)}"))
-    title = f"{HEADS[report.metric].capitalize()} over {key}"
+    title = f"{_ranked_by(report).capitalize()} over {key}"
     better = "lower is better" if report.mode == "min" else "higher is better"
     return Plot(title, better, tuple(series), levels=tuple(levels), span="wide", over=key)
 
@@ -150,11 +150,21 @@ def figure(metric: str, value: float | None) -> str:
     return FORMS.get(metric, text.loss)(value)
 
 
+def _has_other_last(report: SweepReport) -> bool:
+    """Whether a trial exports another model than its last, and has a loss of each."""
+    done = [t for t in report.trials if t.metric is not None]
+    return any(getattr(t, report.metric) not in (None, t.metric) for t in done)
+
+
+def _ranked_by(report: SweepReport) -> str:
+    return HEADS[report.metric] + (" as exported" if _has_other_last(report) else "")
+
+
 def cells(report: SweepReport) -> tuple[list[str], list[list[str]]]:
     """Return the heads and a row for each trial: swept keys, state, the metric, other figures."""
     known = [name for name in ALWAYS if any(getattr(t, name) is not None for t in report.trials)]
-    others = [name for name in known if name != report.metric]
-    metrics = [HEADS[name] for name in (report.metric, *others)]
+    others = [name for name in known if name != report.metric or _has_other_last(report)]
+    metrics = [_ranked_by(report), *(HEADS[name] for name in others)]
     heads = [*report.keys, "state", *metrics, "steps", "time"]
     rows = []
     for trial in report.trials:
@@ -184,7 +194,7 @@ def render_text(report: SweepReport) -> str:
             lines += [f"  {line}" for line in trial.error.splitlines()]
     lines.append("")
     if report.best is not None:
-        value = f"{HEADS[report.metric]} {figure(report.metric, report.trial(report.best).metric)}"
+        value = f"{_ranked_by(report)} {figure(report.metric, report.trial(report.best).metric)}"
         lines += [f"  best      {report.best}: {value}", f"  its job   {report.best_job}"]
     folder = report.output_dir
     lines += [f"  report    {folder}/sweep.html", f"  figures   {folder}/sweep.json"]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from raytrain_adv.config.sweep import CONVERTED_LOSS, MetricName, Trial
+from raytrain_adv.config.sweep import CONVERTED_LOSS, KNOWN_EARLY, MetricName, Sweep, Trial
 from raytrain_adv.report.parts import Arguments, JsonObject, Number, Record
 from raytrain_adv.report.record import RunReport, write_text
 
@@ -22,7 +22,7 @@ class TrialReport(Record):
     status: Literal["waiting", "running", "done", "stopped", "failed"]
     """stopped: by the scheduler, before its end; failed: it ended in an error."""
     metric: Number = None
-    """Its value of the sweep's metric; null unless it is done."""
+    """The sweep's metric of the model that it exports; null unless it is done."""
     error: str | None = None
     """Why it was stopped or failed, as a user of a single run would see it."""
     output_dir: str
@@ -100,12 +100,12 @@ class SweepReport(Record):
         return next(t for t in self.trials if t.name == name)
 
 
-def metrics(report: RunReport) -> dict[MetricName, float | None]:
-    """Return a run's value of each metric that trials can be compared by."""
+def metrics(report: RunReport, step: int | None = None) -> dict[MetricName, float | None]:
+    """Return a run's value of each metric that trials can be compared by; losses up to a step."""
     return {
-        "eval_loss": _last(report.eval_loss),
+        "eval_loss": _last(report.eval_loss, step),
         CONVERTED_LOSS: report.quantized_eval_loss,
-        "train_loss": _last(report.train_loss),
+        "train_loss": _last(report.train_loss, step),
         "tokens_per_second_per_worker": report.tokens_per_second_per_worker,
         "step_seconds": report.step_seconds,
         "peak_memory_gib": report.peak_memory_gib,
@@ -113,8 +113,16 @@ def metrics(report: RunReport) -> dict[MetricName, float | None]:
     }
 
 
-def _last(points: tuple[tuple[int, float | None], ...]) -> float | None:
-    return points[-1][1] if points else None
+def _last(points: tuple[tuple[int, float | None], ...], until: int | None) -> float | None:
+    found = [value for step, value in points if until is None or step <= until]
+    return found[-1] if found else None
+
+
+def ranked_by(sweep: Sweep) -> str:
+    """Return what trials are compared by, as a user reads it."""
+    best = any(trial.job.output.load_best_model_at_end for trial in sweep.trials)
+    of = " of the model that each exports (load_best_model_at_end)"
+    return sweep.metric + (of if best and sweep.metric in KNOWN_EARLY else "")
 
 
 def trial_report(trial: Trial, run: RunReport | None, metric: MetricName) -> TrialReport:
@@ -128,7 +136,7 @@ def trial_report(trial: Trial, run: RunReport | None, metric: MetricName) -> Tri
         **own,
         **figures,
         status=ended if run.status in ("stopped", "failed") else run.status,
-        metric=figures[metric] if run.status == "done" else None,
+        metric=metrics(run, run.best_step)[metric] if run.status == "done" else None,
         error=run.error,
         model_dir=run.model_dir if run.model_dir and Path(run.model_dir).is_dir() else None,
         steps=run.steps,

@@ -7,6 +7,7 @@ from typing import Any
 from raytrain_adv import text
 from raytrain_adv.report.parts import Variant
 from raytrain_adv.report.record import RunReport
+from raytrain_adv.storage.metrics_file import best_step
 from raytrain_adv.transforms.qat import BF16, PTQ, QAT, Qat
 
 TWIN = "twin"
@@ -31,11 +32,13 @@ def variants(rows: Sequence[Mapping[str, Any]]) -> tuple[Variant, ...]:
     return tuple(found.values())
 
 
-def converted_loss(found: Sequence[Variant]) -> float | None:
-    """Return the held-out loss of the run's converted model, if there is one."""
-    names = [v.name for v in found]
-    made = QAT if QAT in names else PTQ
-    return next((v.loss for v in reversed(found) if v.name == made), None)
+def converted_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the held-out loss of the model that a finished run converted, if it did: evaluations
+    compute as that model does, at every step.
+    """
+    best = best_step(rows)
+    found = [row["loss"] for row in rows if row.get("how") and best in (None, row["step"])]
+    return found[-1] if found else None
 
 
 def reference(found: Sequence[Variant]) -> tuple[Variant, Variant] | None:

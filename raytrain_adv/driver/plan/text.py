@@ -18,6 +18,7 @@ from raytrain_adv.estimate.memory import PARTS
 from raytrain_adv.estimate.traffic import GB, Traffic
 from raytrain_adv.report.parts import fold_names
 from raytrain_adv.report.sweep_html import written as swept
+from raytrain_adv.report.sweep_record import ranked_by
 from raytrain_adv.tables import Fitting, Text
 from raytrain_adv.text import as_yaml, plural
 from raytrain_adv.transforms.transform import Plan
@@ -72,7 +73,9 @@ def view(plan: RunPlan, verbose: bool = False) -> Group:
 def sweep_view(sweep: Sweep) -> Group:
     """Return a sweep's trials, and how they are compared."""
     better = "lowest" if METRICS[sweep.metric] == "min" else "highest"
-    title = f"Sweep: {plural(len(sweep.trials), 'trial')}, the {better} {sweep.metric} is the best"
+    title = (
+        f"Sweep: {plural(len(sweep.trials), 'trial')}, the {better} {ranked_by(sweep)} is the best"
+    )
     table = Table.grid(padding=(0, 2))
     table.add_row(*sweep.keys)
     for trial in sweep.trials[:TRIALS_SHOWN]:

@@ -23,7 +23,8 @@ class Rungs:
     (Li et al., 2018, arXiv:1810.05934), as in Ray Tune's ASHAScheduler. Ray's counts every trial's
     steps from 0, and would judge a trial by its loss before its switch (`switches`); here a trial
     skips all rungs before that plus the grace period. `exempt` are neither judged nor compared
-    with.
+    with. Of the trials in `keep_best`, which export the model of their lowest loss, that loss
+    counts.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class Rungs:
         total_steps: int,
         switches: Mapping[str, int],
         exempt: frozenset[str] = frozenset(),
+        keep_best: frozenset[str] = frozenset(),
     ) -> None:
         self.grace_steps = grace_steps
         self.factor = factor
         self.switches = switches
         self.exempt = exempt
+        self._lowest: dict[str, float] = dict.fromkeys(keep_best, math.inf)
         self.values: dict[int, dict[str, float]] = {}
         while grace_steps < total_steps:
             self.values[grace_steps] = {}
@@ -53,6 +56,8 @@ class Rungs:
         """Record a trial's loss at a step; return why it has to stop, or None if it continues. A
         loss of None, or a non-finite one, counts as the worst.
         """
+        if name in self._lowest and step and value is not None and math.isfinite(value):
+            value = self._lowest[name] = min(value, self._lowest[name])
         least = max(self.first_judged(name), self._reached.get(name, 0) + 1)
         rung = max((rung for rung in self.values if least <= rung <= step), default=None)
         if rung is None or name in self.exempt or name in self._stopped:

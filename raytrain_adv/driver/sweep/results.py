@@ -41,6 +41,8 @@ class Results:
         self._trials = {t.name: t for t in sweep.trials}
         self._died: dict[str, str] = {}  # trial -> why its process died without a report of it
         self._begun: set[str] = set()
+        by = sweep_record.ranked_by(sweep)
+        compared = [f"Trials are compared by {by}."] if by != sweep.metric else []
         self.report = SweepReport(
             status="running",
             name=job.run_name,
@@ -53,7 +55,7 @@ class Results:
             mode=sweep.mode,
             scheduler=sweep.options.scheduler,
             trials=tuple(self._read(name) for name in self._trials),
-            notes=job.notes,
+            notes=(*job.notes, *compared),
         )
 
     @property

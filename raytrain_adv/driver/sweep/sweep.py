@@ -40,7 +40,7 @@ from raytrain_adv.errors import (
     stop_error,
 )
 from raytrain_adv.report.sweep_html import render_text as render
-from raytrain_adv.report.sweep_record import SweepReport
+from raytrain_adv.report.sweep_record import SweepReport, ranked_by
 from raytrain_adv.run.schedule import resolve_arithmetic
 from raytrain_adv.storage import metrics_file
 from raytrain_adv.storage.storage import Storage
@@ -164,7 +164,7 @@ def _run_trials(job: JobConfig, results: Results, read: Read) -> None:
     sweep = _sweep(job)
     todo = [t for t in sweep.trials if not results.has_ended(t.name)]
     number = plural(len(sweep.trials), "trial")
-    print(f"{number} that differ in {', '.join(sweep.keys)}, compared by {sweep.metric}")
+    print(f"{number} that differ in {', '.join(sweep.keys)}, compared by {ranked_by(sweep)}")
     for note in job.notes:
         print(note)
     if num_kept := len(sweep.trials) - len(todo):
@@ -271,7 +271,7 @@ def _scheduler(
     """Return the scheduler, which compares losses in rows of this kind of metrics.jsonl."""
     if sweep.options.scheduler == "none":
         return None
-    rungs = rungs_of(sweep, total_steps)
+    rungs = rungs_of(sweep, total_steps, kind)
     folders = {t.name: Path(t.job.output.output_dir) for t in sweep.trials}
     for name, folder in folders.items():  # trials of an earlier launch are compared too
         if results.has_ended(name):
@@ -291,16 +291,22 @@ def _scheduler(
     return DelayAwareAsha(rungs, stop)
 
 
-def rungs_of(sweep: Sweep, total_steps: int) -> Rungs:
-    """Return the steps at which asha compares a sweep's trials."""
+def rungs_of(sweep: Sweep, total_steps: int, kind: str) -> Rungs:
+    """Return the steps at which asha compares a sweep's trials, by losses of this kind of rows."""
     grace = sweep.options.grace_steps or math.ceil(total_steps / 10)
     switches = {t.name: t.job.flat().get(SWITCH) for t in sweep.trials}
+    by_loss = {
+        t.name: t.job.output.load_best_model_at_end
+        and t.job.output.metric_for_best_model.endswith("loss")
+        for t in sweep.trials
+    }
     return Rungs(
         grace,
         sweep.options.reduction_factor,
         total_steps,
         {name: step for name, step in switches.items() if isinstance(step, int)},
         frozenset(name for name, step in switches.items() if step == NEVER),
+        frozenset(name for name, is_kept in by_loss.items() if is_kept and kind == "eval"),
     )
 
 

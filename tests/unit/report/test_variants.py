@@ -89,3 +89,20 @@ def test_console_and_report_show_the_share_of_exact_answers_before_and_after() -
     rows = [{"kind": "eval", "step": s, "loss": 2, "exact_answers": s / 8} for s in (0, 4, 8)]
     page = render(report, rows)
     assert "98.5%" in page and "0.0% at step 0" in page and "held-out answers" in page
+
+
+@pytest.mark.parametrize(("best", "loss"), [(4, 1.0), (None, 3.0)])
+def test_the_loss_of_the_converted_model_is_that_of_the_exported_step(
+    best: int | None, loss: float
+) -> None:
+    losses = {2: 2.0, 4: 1.0, 6: 3.0}
+    rows = [
+        {"kind": "eval", "step": step, "loss": value, "how": "fake-quantized"}
+        for step, value in losses.items()
+    ]
+    rows += [] if best is None else [{"kind": "event", "event": "best", "step": best}]
+    assert variants.converted_loss(rows) == loss
+
+
+def test_a_run_that_converts_nothing_has_no_converted_loss() -> None:
+    assert variants.converted_loss([{"kind": "eval", "step": 2, "loss": 2.0}]) is None

@@ -32,6 +32,7 @@ from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.report import record, sweep_record
 from raytrain_adv.report.parts import Failure
 from raytrain_adv.report.record import RunReport
+from raytrain_adv.report.sweep_html import render_text
 from raytrain_adv.report.sweep_record import SweepReport
 from raytrain_adv.tables import plain
 
@@ -195,7 +196,7 @@ def test_the_first_rung_is_a_tenth_of_the_longest_trial(swept: Callable[..., Job
     section = {**SWEEP, "scheduler": "asha"}
     job = swept(section, eval_strategy="steps", eval_steps=2)
     assert job.sweep is not None
-    assert list(sweep.rungs_of(job.sweep, 300).values) == [30, 90, 270]
+    assert list(sweep.rungs_of(job.sweep, 300, "eval").values) == [30, 90, 270]
 
 
 def test_a_delay_beyond_the_last_epoch_is_refused_before_a_trial_is_run(
@@ -258,6 +259,68 @@ def test_the_best_job_is_ready_to_run(swept: Callable[..., JobConfig], tmp_path:
     assert best.output.output_dir == str(tmp_path / "out" / "best")
     assert best.output.overwrite_output_dir is True and best.ray.ray_run_name == "mine"
     assert best.fingerprint() == job.sweep.trials[1].job.fingerprint()  # type: ignore[union-attr]
+
+
+BEST_KEPT = {
+    "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2,
+    "save_strategy": "steps",
+}  # fmt: skip
+
+
+def test_trials_are_compared_by_the_loss_of_the_model_that_each_exports(
+    swept: Callable[..., JobConfig], tmp_path: Path
+) -> None:
+    job = swept(**BEST_KEPT)
+    results = results_of(job)
+    curves = {0: ((2, 3.0), (4, 2.5)), 1: ((2, 1.0), (4, 9.0)), 2: ((2, 2.0), (4, 2.0))}
+    for index, curve in curves.items():
+        best = min(curve, key=lambda point: point[1])[0]
+        results.ended(leave(job, index, None, eval_loss=curve, best_step=best), None)
+    results.finish()
+    found = read_sweep(tmp_path / "out")
+    assert found.best == "learning_rate=0.01"
+    assert [t.metric for t in found.trials] == [2.5, 1.0, 2.0]
+    assert [t.eval_loss for t in found.trials] == [2.5, 9.0, 2.0]
+    by = "eval_loss of the model that each exports (load_best_model_at_end)"
+    assert found.notes[-1] == f"Trials are compared by {by}."
+    assert job.sweep is not None and by in plain(view(job.sweep))
+    shown = render_text(found)
+    assert "eval loss as exported" in shown and "9.0000" in shown
+
+
+def test_a_training_loss_is_that_of_the_exported_step(swept: Callable[..., JobConfig]) -> None:
+    job = swept({**SWEEP, "metric": "train_loss"}, **BEST_KEPT)
+    losses = {"train_loss": ((1, 5.0), (3, 4.0), (5, 1.0)), "eval_loss": ((4, 2.0), (6, 3.0))}
+    results = results_of(job)
+    results.ended(leave(job, 0, None, best_step=4, **losses), None)
+    assert results.report.trials[0].metric == 4.0 and results.report.trials[0].train_loss == 1.0
+
+
+def test_without_a_best_model_trials_are_compared_by_their_last(
+    swept: Callable[..., JobConfig], tmp_path: Path
+) -> None:
+    job = swept()
+    results = results_of(job)
+    results.ended(leave(job, 0, None, eval_loss=((2, 1.0), (6, 3.0))), None)
+    results.finish()
+    found = read_sweep(tmp_path / "out")
+    assert found.trials[0].metric == 3.0 and found.notes == job.notes
+    assert "as exported" not in render_text(found)
+
+
+def test_asha_compares_trials_that_export_their_best_by_that(
+    swept: Callable[..., JobConfig],
+) -> None:
+    job = swept({**SWEEP, "scheduler": "asha", "grace_steps": 4}, **BEST_KEPT)
+    assert job.sweep is not None
+    first, second = (trial.name for trial in job.sweep.trials[:2])
+    for kind, is_stopped in (("eval", False), ("train", True)):
+        rungs = sweep.rungs_of(job.sweep, 100, kind)
+        assert rungs.judge(first, 4, 2.0) is None
+        assert rungs.judge(second, 0, 0.5) is None  # before the first step: never exported
+        assert rungs.judge(second, 2, 1.0) is None
+        assert (rungs.judge(second, 4, 3.0) is not None) == is_stopped
+        assert rungs.values[4][second] == (3.0 if is_stopped else 1.0)
 
 
 def test_how_trials_end_is_in_the_table(swept: Callable[..., JobConfig], tmp_path: Path) -> None:
