@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import socket
@@ -84,7 +83,7 @@ def detect(device: torch.device | str | None = None) -> HardwareFacts:
         hostname=socket.gethostname(),
         node_ip=_node_ip(),
         host_memory_bytes=host_memory,
-        num_cores=len(os.sched_getaffinity(0)),
+        num_cores=probe_script.num_cores(),
         versions=package_versions(),
     )
 

@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
 
 def origin(package: str) -> Path:
     """Return the path of a package's __init__.py; one that does not exist if it is not found."""
@@ -141,7 +143,7 @@ def host_memory() -> dict[str, int]:
     """Return the node's memory and how much of it is available (0 if unknown), or those under a
     control group's limit if that is smaller.
     """
-    group = Path("/sys/fs/cgroup")
+    group = CONTROL_GROUP
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = number(Path("/proc/meminfo"), r"^MemAvailable:\s+(\d+)") * 1024
     old = number(group / "memory/memory.limit_in_bytes", r"(\d+)\s*$")
@@ -151,6 +153,18 @@ def host_memory() -> dict[str, int]:
         used = number(group / "memory.current", r"(\d+)")
         free = min(free, limit - used + number(group / "memory.stat", r"^inactive_file (\d+)"))
     return {"host_memory_bytes": total, "host_free_bytes": free}
+
+
+def num_cores(group: Path = CONTROL_GROUP) -> int:
+    """Return the cores that this process may use: its affinity's, or a control group's quota of
+    their time if that is less.
+    """
+    linux = sys.platform == "linux"
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    new, old = group / "cpu.max", group / "cpu"
+    quota = number(new, r"^(\d+)") or number(old / "cpu.cfs_quota_us", r"^(\d+)")
+    period = number(new, r" (\d+)") or number(old / "cpu.cfs_period_us", r"(\d+)")
+    return min(cores, max(quota // period, 1)) if quota and period else cores
 
 
 def number(path: Path, pattern: str) -> int:
@@ -166,7 +180,7 @@ def reading(packages: list[str]) -> dict[str, object]:
         **gpus_by_nvml(),
         "hostname": socket.gethostname(),
         "cuda_version": variable(origin("torch").with_name("version.py"), "cuda"),
-        "num_cores": len(os.sched_getaffinity(0)),
+        "num_cores": num_cores(),
         **host_memory(),
         "versions": {**versions(packages), "raytrain_adv": own_version},
         "code": code,

@@ -6,7 +6,8 @@ import sys
 PRELOADED = """
 import os
 os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-os.cpu_count = lambda: 16
+from raytrain_adv import probe_script
+probe_script.num_cores = lambda: 16
 from raytrain_adv.driver.cluster import preload
 import torch
 links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]

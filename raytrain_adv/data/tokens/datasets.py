@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from raytrain_adv.data.tokens.templates import find_template
 from raytrain_adv.data.tokens.tokenize import Chunk, Recipe, Tokenizer, reasons
 from raytrain_adv.data.tokens.tokenizer import tokenizer_fingerprint
 from raytrain_adv.errors import JobError
+from raytrain_adv.probe_script import num_cores
 from raytrain_adv.text import plural
 
 CHUNK = 1000
@@ -126,7 +126,7 @@ class TokenizedDatasets:
 
     def _chunks(self) -> Iterator[tuple[Chunk, float]]:
         tasks = self.tasks()
-        num_processes = self.data.preprocessing_num_workers or min(16, _num_cores())
+        num_processes = self.data.preprocessing_num_workers or min(16, num_cores())
         first = list(islice(tasks, ENOUGH_FOR_PROCESSES // CHUNK)) if num_processes > 1 else []
         if len(first) == ENOUGH_FOR_PROCESSES // CHUNK:
             tasks = chain(first, tasks)
@@ -207,11 +207,6 @@ class TokenizedDatasets:
         rounds = range(-(-wanted // len(rows)) if rows else 0)
         order = [i for turn in rounds for i in random_order(len(rows), self.seed, turn).tolist()]
         return (replace(rows[i], progress=n / wanted) for n, i in enumerate(order[:wanted], 1))
-
-
-def _num_cores() -> int:
-    """Count the cores this process may use: in a container fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 class RowProgress:

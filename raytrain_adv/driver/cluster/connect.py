@@ -24,7 +24,7 @@ from ray._raylet import (  # type: ignore[attr-defined] # its stub lacks them
     persist_port,
 )
 
-from raytrain_adv.config.job import JobConfig
+from raytrain_adv.config.job import CPU_WORKERS, JobConfig
 from raytrain_adv.errors import ClusterError
 from raytrain_adv.redaction import refuse_submitted
 from raytrain_adv.text import of_error
@@ -47,8 +47,7 @@ LOCAL_SETTINGS = {
     "RAY_preload_python_modules": "raytrain_adv.driver.cluster.preload",
 }
 PRELOADED = ("raytrain_adv", "ray", "torch", "transformers")
-MOST_WORKERS = 12  # on a node without GPUs, of those for which a process waits
-NUM_OTHERS = 4  # Ray Train's, and one to spare
+NUM_OTHERS = 4  # processes that wait besides those for workers: Ray Train's, and one to spare
 # For a run whose number of workers may change: the nodes were free when the number was chosen.
 ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
 # Arguments of start_raylet -> what Ray calls the port in the name of its file.
@@ -86,7 +85,7 @@ def connect(job: JobConfig | None) -> bool:
         with (
             _on_loopback(address == "local"),
             _agents_at_ports(address == "local"),
-            _in_own_process_group(),
+            _in_own_process_group(_num_waiting(job)),
         ):
             ray.init(**options)
     except Exception as error:  # Ray raises plain Exceptions too, as when a node is slow (2.60)
@@ -175,22 +174,23 @@ def _agents_at_ports(is_local: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _in_own_process_group() -> Iterator[None]:
+def _in_own_process_group(num_waiting: int) -> Iterator[None]:
     """Start Ray's processes in another process group than the driver's.
 
     A SIGTERM to the driver's group, as `timeout` and batch systems send it, would end them while
     the driver waits for the last checkpoint; Ray protects them from SIGINT only (ray 2.60,
     services.py). The kernel still ends them with the driver. Remove when Ray does this.
 
-    Ray would start one for each core that waits for work, and imports what workers do (preload.py):
-    one for each GPU is enough.
+    Ray would start one for each core that waits for work, and imports what workers do (preload.py),
+    which is 0.3 GiB each: `num_waiting` are enough.
     """
     original = services.ConsolePopen
 
     class Grouped(original):  # type: ignore[misc, valid-type] # ray is Any to mypy
         def __init__(self, command: Sequence[str], **options: Any) -> None:
             with _interrupt_later():
-                super().__init__([*map(_fewer, command)], process_group=0, **options)
+                fewer = [_fewer(one, num_waiting) for one in command]
+                super().__init__(fewer, process_group=0, **options)
 
     services.ConsolePopen = Grouped
     try:
@@ -218,12 +218,19 @@ def _interrupt_later() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _fewer(argument: str) -> str:
+def _fewer(argument: str, num_waiting: int) -> str:
     name, _, number = argument.partition("=")
     if name != "--num_prestart_python_workers":
         return argument
-    gpus = len([*Path("/dev").glob("nvidia[0-9]*")])
-    return f"{name}={min(int(number), (gpus or MOST_WORKERS) + NUM_OTHERS)}"
+    return f"{name}={min(int(number), num_waiting)}"
+
+
+def _num_waiting(job: JobConfig | None) -> int:
+    """Return how many processes of a Ray that starts here should wait for work."""
+    workers = job.ray.ray_num_workers if job is not None else 0
+    if workers == "auto":
+        workers = len([*Path("/dev").glob("nvidia[0-9]*")]) or CPU_WORKERS
+    return NUM_OTHERS + (workers if isinstance(workers, int) else max(workers))
 
 
 def _settings(options: Mapping[str, Any], job: JobConfig | None) -> dict[str, str]:

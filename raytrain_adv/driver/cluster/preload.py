@@ -6,10 +6,10 @@ on seeing all of them.
 """
 
 import gc
-import os
 from importlib import import_module
 
 from raytrain_adv.imports import RARELY
+from raytrain_adv.probe_script import num_cores
 
 MODULES = (
     "torch",
@@ -22,6 +22,6 @@ FEWEST_CORES = 8
 """With fewer, processes that need none of this, as Ray Train has two, would be in the way."""
 
 gc.set_threshold(*RARELY)  # the worker ends that, once it has all
-if (os.cpu_count() or 1) >= FEWEST_CORES:
+if num_cores() >= FEWEST_CORES:
     for name in MODULES:
         import_module(name)

@@ -15,14 +15,16 @@ from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api.config import ScalingConfig
 
 import raytrain_adv
-from raytrain_adv.driver.cluster.connect import _fewer
+from raytrain_adv.driver.cluster.connect import _fewer, _num_waiting
 from raytrain_adv.driver.cluster.own import OwnNodePolicy, plain_versions
 from raytrain_adv.imports import RARELY, USUALLY, end_imports, few_collections
+from raytrain_adv.probe_script import num_cores
 
 ASKED = """
 import os, sys, traceback
 import torch.cuda
-os.cpu_count = lambda: int(sys.argv[1])
+from raytrain_adv import probe_script
+probe_script.num_cores = lambda: int(sys.argv[1])
 for name in ("is_available", "device_count", "get_device_capability", "get_device_properties",
              "current_device", "is_bf16_supported", "_lazy_init", "init"):
     assert hasattr(torch.cuda, name)
@@ -75,13 +77,35 @@ def test_a_process_that_waits_imports_nothing_of_which_the_driver_has_another(
     assert ("RAY_preload_python_modules" in done.stdout) == preloads
 
 
-@pytest.mark.parametrize(("gpus", "number"), [(0, 16), (1, 5), (8, 12)])
-def test_a_host_of_many_cores_has_few_processes_that_wait(monkeypatch, gpus, number):
+@pytest.mark.parametrize(
+    ("workers", "gpus", "number"),
+    [(1, 8, 5), ("auto", 0, 6), ("auto", 8, 12), ([2, 4], 8, 8), (None, 8, 4)],
+)
+def test_as_many_processes_wait_as_a_job_uses(monkeypatch, make_job, workers, gpus, number):
+    """Each holds 0.3 GiB to the end of the run, used or not; a host of 16 cores had 16."""
     devices = [Path(f"/dev/nvidia{gpu}") for gpu in range(gpus)]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: devices)
-    assert _fewer("--num_prestart_python_workers=192") == f"--num_prestart_python_workers={number}"
+    keys = {"ray_num_workers": workers, "max_failures": -1, "save_strategy": "steps"}
+    job = make_job(**keys) if workers else None
+    assert _num_waiting(job) == number
+    assert _fewer("--num_prestart_python_workers=192", 5) == "--num_prestart_python_workers=5"
     for kept in ("--num_prestart_python_workers=2", "--node_name=192", "raylet"):
-        assert _fewer(kept) == kept
+        assert _fewer(kept, 5) == kept
+
+
+def test_a_container_with_a_quota_has_its_cores_not_its_hosts(monkeypatch, tmp_path):
+    """On 64 cores of which it had 2, waiting processes imported PyTorch before the first worker."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    assert num_cores(tmp_path) == 64
+    old = tmp_path / "cpu"
+    old.mkdir()
+    for quota, cores in [("-1", 64), ("150000", 1), ("50000", 1), ("400000", 4)]:
+        (old / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (old / "cpu.cfs_period_us").write_text("100000\n")
+        assert num_cores(tmp_path) == cores
+    for quota, cores in [("max", 4), ("200000", 2), ("9900000", 64)]:
+        (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+        assert num_cores(tmp_path) == cores
 
 
 def test_workers_get_no_environment_and_nobody_is_asked_for_nodes(monkeypatch):
@@ -126,7 +150,7 @@ from raytrain_adv.driver.cluster.connect import _in_own_process_group
 before = signal.getsignal(signal.SIGINT)
 os.register_at_fork(after_in_parent=lambda: signal.raise_signal(signal.SIGINT))
 try:
-    with _in_own_process_group():
+    with _in_own_process_group(4):
         services.ConsolePopen(["true"], preexec_fn=int)
 except KeyboardInterrupt:
     print("stopped", signal.getsignal(signal.SIGINT) is before)
