@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+from raytrain_adv.driver.training import console
 from raytrain_adv.driver.training.console import (
     Console,
     Progress,
@@ -109,6 +110,14 @@ def plain(output):
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output).replace("\r", "")
 
 
+def wait_for(stream, text):
+    """Wait until a stream shows a text."""
+    end = time.monotonic() + 60
+    while text not in stream.getvalue():
+        assert time.monotonic() < end, stream.getvalue()
+        time.sleep(0.01)
+
+
 def logged(tmp_path, *, total_steps=None, rows=()):
     """Return what a Console writes into a log while the rows come."""
     stream = io.StringIO()
@@ -191,7 +200,7 @@ def test_steps_that_a_restart_computes_again_are_shown_again(tmp_path):
         with MetricsFile(path, None) as file:
             for step in (1, 2, 3):
                 file.append({**ROW, "step": step})
-        time.sleep(0.2)
+        wait_for(stream, "step 3")
         with MetricsFile(path, 1) as file:
             for step in (2, 3, 4):
                 file.append({**ROW, "step": step, "loss": 1.0})
@@ -216,7 +225,7 @@ def test_a_row_of_another_version_does_not_stop_the_run(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl", None)
     with Console(tmp_path, stream, poll_s=0.01) as console:
         file.append({"kind": "train", "loss": "no step here"})
-        time.sleep(0.2)
+        wait_for(stream, "The live view stopped")
         console.say("still talking")
     assert "The live view stopped (KeyError: 'step'); the run continues" in stream.getvalue()
     assert "still talking" in stream.getvalue()
@@ -281,18 +290,23 @@ def test_a_terminal_is_redrawn_at_most_once_a_second(tmp_path, monkeypatch, num_
             file.append({**ROW, "step": step + 1})
             time.sleep(0.02)
         time.sleep(max(began + 1.5 - time.monotonic(), 0.0))
+        wait_for(terminal, "passed" if num_rows else "starting  ")
         drawn = re.findall(r"passed|starting  ", terminal.getvalue())
-        assert 1 <= len(drawn) <= time.monotonic() - began + 1  # the first at once
+        assert len(drawn) <= time.monotonic() - began + 1  # the first at once
 
 
 def test_a_terminal_is_not_redrawn_while_nothing_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("raytrain_adv.driver.training.console.REDRAW_S", 0.0)
     monkeypatch.setattr("raytrain_adv.driver.training.console.time.time", lambda: 1000.0)
-    terminal = Recorder()
+    looks, view = [], console.live_view
+    monkeypatch.setattr(console, "live_view", lambda *given: looks.append(given) or view(*given))
+    terminal, end = Recorder(), time.monotonic() + 60
     with Console(tmp_path, terminal, poll_s=0.01):
-        time.sleep(0.3)
+        while len(looks) < 5 and time.monotonic() < end:
+            time.sleep(0.01)
         during = terminal.getvalue()
+    assert len(looks) >= 5
     assert during.count("starting  0:00") == 1
 
 

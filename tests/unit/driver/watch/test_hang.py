@@ -2,12 +2,16 @@
 
 import threading
 import time
+from pathlib import Path
 
 import torch.distributed as dist
 
 from raytrain_adv.driver.watch.hang import find_hung
+from raytrain_adv.run import heartbeat
 from raytrain_adv.run.heartbeat import Heartbeat, Pulse
 from tests.ranks import run_ranks
+
+MOST_S = 60.0  # after which a test that waits in vain fails
 
 
 def pulse(stalled_s: float, waits: bool) -> Pulse:
@@ -34,43 +38,53 @@ def test_all_are_named_if_all_wait_for_each_other():
     assert list(find_hung({0: pulse(11.0, True), 1: pulse(12.0, True)}, {}, timeout_s=10)) == [0, 1]
 
 
-def test_time_counts_from_the_first_step_on_and_not_while_paused():
+def test_time_counts_from_the_first_step_on_and_not_while_paused(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
     beat = Heartbeat()
-    time.sleep(0.02)
+    now += 2.0
     assert beat.pulse().stalled_s == 0.0
     with beat.paused():  # an evaluation before the first step
         pass
     assert beat.pulse().stalled_s == 0.0
     beat.step_done()
-    time.sleep(0.02)
-    assert beat.pulse().stalled_s >= 0.02
+    now += 2.0
+    assert beat.pulse().stalled_s == 2.0
     with beat.paused():
-        time.sleep(0.02)
+        now += 3.0
         assert beat.pulse().stalled_s == 0.0
-    assert beat.pulse().stalled_s < 0.02
+    now += 1.0
+    assert beat.pulse().stalled_s == 1.0
     beat.stop()
-    time.sleep(0.02)
+    now += 2.0
     assert beat.pulse().stalled_s == 0.0 and beat.step == 1
 
 
-def one_is_late() -> tuple[bool, str]:
-    """Sleep on rank 1 while rank 0 waits; return this rank's state as another thread sees it."""
-    beat, seen = Heartbeat(), []
+def one_is_late(told: Path) -> tuple[bool, str]:
+    """Sleep on rank 1 until rank 0 waits; return this rank's state as another thread sees it."""
+    beat, seen = Heartbeat(), [Pulse(0, 0.0, "", False)]
+    end, is_late = time.monotonic() + MOST_S, dist.get_rank() == 1
+
+    def is_there() -> bool:
+        return "one_is_late" in seen[-1].place if is_late else seen[-1].waits
 
     def look() -> None:
-        time.sleep(1.0)
-        seen.append(beat.pulse())
+        while not is_there() and time.monotonic() < end:
+            time.sleep(0.1)
+            seen.append(beat.pulse())
+        if not is_late:
+            told.touch()
 
     looking = threading.Thread(target=look)
     looking.start()
-    if dist.get_rank() == 1:
-        time.sleep(3.0)
+    while is_late and (looking.is_alive() or not told.exists()) and time.monotonic() < end:
+        time.sleep(0.05)
     dist.barrier()
     looking.join()
-    return seen[0].waits, seen[0].place
+    return any(one.waits for one in seen), seen[-1].place
 
 
 def test_a_wait_for_others_is_distinguished_from_own_work(tmp_path):
-    (waits, _), (sleeps, place) = run_ranks(one_is_late, 2, tmp_path)
+    (waits, _), (sleeps, place) = run_ranks(one_is_late, 2, tmp_path, tmp_path / "told")
     assert waits and not sleeps
     assert "watch/test_hang.py" in place and "one_is_late" in place

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -60,11 +61,21 @@ def test_a_head_that_is_there_or_never_was_is_left_alone(ended):
         with watch.watching():
             watch.wait()
             time.sleep(0.4)
-    never = HeadWatch(address, pytest.fail)
-    with never.watching():
-        never.wait()
-        time.sleep(0.4)
+    with socket.socket() as bound:  # nothing listens on it, nor can start to
+        bound.bind(("127.0.0.1", 0))
+        never = HeadWatch(f"127.0.0.1:{bound.getsockname()[1]}", pytest.fail)
+        with never.watching():
+            never.wait()
+            time.sleep(0.4)
     assert ended == []
+
+
+@pytest.fixture
+def noticed(monkeypatch):
+    """Is set once the watch knows a process of Ray, and has read where its logs are."""
+    event = threading.Event()
+    monkeypatch.setattr(head_watch, "_log_folder", lambda command: event.set() or "")
+    return event
 
 
 def test_a_report_that_cannot_be_written_does_not_keep_the_process(ended, capsys):
@@ -78,7 +89,7 @@ def test_a_report_that_cannot_be_written_does_not_keep_the_process(ended, capsys
 
 @pytest.mark.parametrize("name", head_watch.STARTED)
 def test_a_process_of_ray_that_ends_while_ray_starts_ends_the_launch(
-    name, tmp_path, monkeypatch, capfd
+    name, tmp_path, monkeypatch, capfd, noticed
 ):
     """Ray itself would end the driver after a minute, with exit code 1 and no report.
 
@@ -90,8 +101,7 @@ def test_a_process_of_ray_that_ends_while_ray_starts_ends_the_launch(
     program = shutil.copy(shutil.which("sleep"), tmp_path / name)
     with subprocess.Popen([program, "60"]) as earlier:
         with head_watch.watching_start(recorded.append), subprocess.Popen([program, "60"]) as child:
-            time.sleep(0.3)
-            assert not codes
+            assert noticed.wait(20) and not codes
             child.kill()
             deadline = time.monotonic() + 20
             while not codes and time.monotonic() < deadline:
@@ -101,7 +111,7 @@ def test_a_process_of_ray_that_ends_while_ray_starts_ends_the_launch(
     assert f"{name}, process {child.pid}" in capfd.readouterr().err
 
 
-def test_a_process_of_ray_that_ends_later_is_told_as_such(tmp_path, monkeypatch, capfd):
+def test_a_process_of_ray_that_ends_later_is_told_as_such(tmp_path, monkeypatch, capfd, noticed):
     """A raylet killed during a run left exit code 1 and no word: the chaos suite found it."""
     codes, recorded = [], []
     monkeypatch.setattr(os, "_exit", codes.append)
@@ -109,7 +119,7 @@ def test_a_process_of_ray_that_ends_later_is_told_as_such(tmp_path, monkeypatch,
     program = shutil.copy(shutil.which("sleep"), tmp_path / "raylet")
     watching = head_watch.watching_start(recorded.append)
     with watching as started, subprocess.Popen([program, "60"]) as child:
-        time.sleep(0.3)
+        assert noticed.wait(20)
         started.set()
         child.kill()
         deadline = time.monotonic() + 20
@@ -148,7 +158,10 @@ with contextlib.suppress(ValueError), watching_start(print) as has_started:
         raise ValueError
     if sys.argv[1] == "runs":
         has_started.set()
-        import time; time.sleep(1)
+        import psutil, time
+        end = time.monotonic() + 40
+        while psutil.Process().children() and time.monotonic() < end:  # the word's shell
+            time.sleep(0.05)
     os._exit(1)  # as Ray's core worker does
 """
 
