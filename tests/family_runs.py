@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import re
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -46,6 +45,7 @@ from raytrain_adv.worker.train import train
 from tests.families import families, tiny_model
 from tests.multimodal_families import has_text as is_multimodal
 from tests.multimodal_families import multimodal_families, tiny_multimodal
+from tests.ports import held_port
 
 RESULTS = Path(__file__).parent.parent / "docs" / "families.json"
 SECONDS = 600.0  # for all of a family
@@ -329,13 +329,11 @@ def try_family(kind: str, features: tuple[str, ...], folder: Path) -> dict[str, 
 
 
 def _apart(kind: str, features: tuple[str, ...], answer: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": port}
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
     torch.set_num_threads(1)
-    answer.write_text(json.dumps(try_family(kind, features, answer.parent / "files")))
+    with held_port() as port:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(port)}
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        answer.write_text(json.dumps(try_family(kind, features, answer.parent / "files")))
 
 
 def apart(kind: str, features: tuple[str, ...] = tuple(KEYS)) -> dict[str, str]:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import shutil
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -21,6 +20,7 @@ from ray.train.v2._internal.metrics.worker import WorkerMetrics
 
 from raytrain_adv.driver.commands.dashboard import BOARD, Ports, write_files
 from raytrain_adv.driver.training.prometheus import EXPORTED
+from tests.ports import held_port
 
 LABELS = (
     'run="a",rank="0",transform="qat",ray_train_run_name="a",ray_train_controller_state="RUNNING"'
@@ -105,8 +105,8 @@ def promtool(*arguments: str) -> None:
 def prometheus(folder: Path) -> Iterator[Callable[[str, int], list[Any]]]:
     """Run Prometheus on the blocks in `folder`/data; give what asks it."""
     (folder / "own.yml").write_text("{}")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    held = contextlib.ExitStack()
+    address = f"127.0.0.1:{held.enter_context(held_port())}"
     command = ["prometheus", f"--config.file={folder}/own.yml", f"--web.listen-address={address}"]
     server = subprocess.Popen(
         [*command, f"--storage.tsdb.path={folder}/data"], stderr=subprocess.DEVNULL
@@ -127,6 +127,7 @@ def prometheus(folder: Path) -> Iterator[Callable[[str, int], list[Any]]]:
     finally:
         server.kill()
         server.wait()
+        held.close()
 
 
 def is_tag(name: str) -> bool:

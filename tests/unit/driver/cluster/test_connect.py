@@ -27,6 +27,7 @@ from raytrain_adv.driver.cluster.connect import (
 from raytrain_adv.driver.cluster.network import use_node_network
 from raytrain_adv.driver.cluster.nodes import Node, startable_nodes
 from raytrain_adv.errors import ClusterError, JobError, Stopped
+from tests.ports import held_port
 
 CPU2 = {"CPU": 2.0}
 
@@ -159,15 +160,19 @@ def test_waiting_for_room_ends_when_a_stop_is_requested(monkeypatch):
     assert lines[0].startswith("waiting for 2 GPU")
 
 
+@pytest.fixture
+def port():
+    with held_port() as held:
+        yield held
+
+
 def test_a_process_group_listens_on_the_nodes_address_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, port: int
 ) -> None:
     """torch's store would listen on every interface, and asks nobody for a token."""
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     rendezvous = importlib.import_module("torch.distributed.rendezvous")
     monkeypatch.setattr(rendezvous, "_create_c10d_store", None)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
     for name, value in group.items():
         monkeypatch.setenv(name, value)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import ray
 from raytrain_adv.driver.cluster import dashboard
 from raytrain_adv.driver.commands.status import show
 from raytrain_adv.errors import ClusterError
+from tests.ports import held_port
 
 TOKEN = "f" * 64
 
@@ -93,11 +94,10 @@ def started(tmp_path: Path) -> Iterator[Any]:
     script.parent.mkdir(parents=True)
     script.write_text(ON_THIS_MACHINE)
     found: list[subprocess.Popen[str]] = []
+    held = ExitStack()
 
     def start(answer: str, code: int) -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1] - 3
+        port = held.enter_context(held_port()) - 3
         options = [f"--port={port}", "--port-retries=9", ray.__version__, answer, str(code)]
         command = [sys.executable, str(script), *options]
         found.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
@@ -108,6 +108,7 @@ def started(tmp_path: Path) -> Iterator[Any]:
     for process in found:
         process.kill()
         process.communicate()
+    held.close()
 
 
 def test_status_without_an_address_finds_the_launches_of_this_machine(

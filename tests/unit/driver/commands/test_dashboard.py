@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from raytrain_adv.driver.commands.dashboard import (
     write_files,
     write_targets,
 )
+from tests.ports import held_port
 
 SERVER = f"""#!{sys.executable}
 import http.server, re, sys
@@ -82,20 +84,25 @@ def test_an_unpacked_grafana_is_started_with_its_own_pages(tmp_path, monkeypatch
     assert command[:4] == [str(program), "server", "--homepath", str(program.parents[1])]
 
 
+@pytest.fixture
+def ports() -> Iterator[dict[str, int]]:
+    """Where the servers are to listen."""
+    with held_port() as first, held_port() as second:
+        yield {"prometheus": first, "grafana": second}
+
+
 @pytest.mark.parametrize("name", ["prometheus", "grafana"])
-def test_a_taken_port_is_an_error_with_the_option(tmp_path, monkeypatch, capsys, name):
+def test_a_taken_port_is_an_error_with_the_option(tmp_path, monkeypatch, capsys, name, ports):
     install(tmp_path, monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        ports = {"prometheus": free_port(), "grafana": free_port()}
-        ports[name] = taken.getsockname()[1]
-        assert main(command(tmp_path, ports)) == 4
+        taken_one = {name: taken.getsockname()[1]}
+        assert main(command(tmp_path, ports | taken_one)) == 4
     assert f"--{name}-port" in capsys.readouterr().err
 
 
-def test_both_servers_run_until_they_are_stopped(tmp_path, monkeypatch):
+def test_both_servers_run_until_they_are_stopped(tmp_path, monkeypatch, ports):
     install(tmp_path, monkeypatch)
     ray_session(tmp_path, "a", "127.0.0.1:1")
-    ports = {"prometheus": free_port(), "grafana": free_port()}
     words = [sys.executable, "-m", "raytrain_adv.cli", *command(tmp_path, ports)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as running:
         lines = iter(running.stdout.readline, "")
@@ -123,8 +130,3 @@ def install(folder: Path, monkeypatch) -> None:
 def command(folder: Path, ports: dict[str, int]) -> list[str]:
     options = [f"--{name}-port={port}" for name, port in ports.items()]
     return ["dashboard", "--folder", str(folder / "d"), "--ray", str(folder), *options]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
