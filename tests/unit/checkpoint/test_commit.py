@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import count
 
 import pytest
 import torch
@@ -34,16 +35,19 @@ class Watching(SilentReporter):
 
 
 def lost_at_each_step(path, seconds):
-    """Train while each write of a checkpoint takes some seconds."""
+    """Train while each write of a checkpoint lasts until the next is due, and some seconds more."""
     run_module.REPORT_EVERY_S = 0.0
-    write = save.save_state
+    write, reporter, due = save.save_state, Watching(), count(2 * EVERY, EVERY)
 
     def slow(*args, **kwargs):
+        before, end = min(next(due), STEPS) - 1, time.monotonic() + 60
+        while len(reporter.lost) < before and time.monotonic() < end:
+            time.sleep(0.01)
         time.sleep(seconds)
         return write(*args, **kwargs)
 
     save.save_state = slow
-    job, reporter = load(path), Watching()
+    job = load(path)
     storage = Storage.at(job.output.output_dir + "/checkpoints")
     train(job, Run(torch.device("cpu"), storage, "a", reporter, dist.new_group()), export_model)
     return reporter.lost
@@ -53,7 +57,7 @@ def test_a_kill_costs_at_most_an_interval_and_a_commit(job_file, tmp_path):
     """Writing takes longer than five steps: the next save waits, and the run reports its cost."""
     keys = {"save_strategy": "steps", "save_steps": EVERY, "max_steps": STEPS}
     path = str(job_file(**keys, export_model=False, use_cpu=True))
-    (lost,) = run_ranks(lost_at_each_step, 1, tmp_path, path, 1.0)
+    (lost,) = run_ranks(lost_at_each_step, 1, tmp_path, path, 0.5)
     assert len(lost) == STEPS and max(lost) == 2 * EVERY - 1
     rows = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     (note,) = [row["message"] for row in rows if row.get("event") == "fault"]
