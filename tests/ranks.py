@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+TIMEOUT_S = 900.0  # for ranks that wait for each other forever: a busy machine takes minutes
+
 
 def server() -> ForkServerContext:
     """Return the context whose processes are forked from the server.
@@ -54,8 +56,8 @@ def _rank(
 
 
 def _answer(receive: Connection) -> tuple[bool, Any]:
-    if not receive.poll(180):
-        return False, "no answer in 180 s"
+    if not receive.poll(TIMEOUT_S):
+        return False, f"no answer in {TIMEOUT_S:g} s"
     try:
         answer: tuple[bool, Any] = pickle.loads(receive.recv_bytes())
     except EOFError:

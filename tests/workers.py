@@ -35,7 +35,7 @@ TOLD = (
     "quantized_dir",
     "quantized_logit_difference",
 )
-TIMEOUT_S = 500.0
+TIMEOUT_S = 1800.0  # for ranks that wait for each other forever, whatever the machine does
 
 
 @dataclass

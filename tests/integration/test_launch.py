@@ -25,7 +25,7 @@ LINE = {"ray_num_workers": 2, "use_cpu": True, "val_size": 8}
 KILLED = {**LINE, "ray_init_kwargs": {"include_dashboard": False}, "save_strategy": "steps"}
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 600) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end:

@@ -238,7 +238,7 @@ def test_the_command_shows_the_nodes_and_with_a_job_refuses_gpus_that_are_not_th
     assert cli.main(["preflight"]) == 0
     assert f"torch {package_versions()['torch']}" in capsys.readouterr().out
     with_job = preflight_command(simulated, str(job_file(ray_num_workers=2)))
-    shown, errors = with_job.communicate(timeout=120)
+    shown, errors = with_job.communicate(timeout=600)
     assert with_job.returncode == 4, shown + errors
     assert "A node declares GPUs, and none is found on it" in errors
     assert "excluded" in shown and "fix:" in errors

@@ -1,5 +1,6 @@
 """What files from elsewhere may cost: endless templates, rows of megabytes, crashes in Rust."""
 
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -48,10 +49,15 @@ def test_an_endless_chat_template_is_stopped_and_named(tiny_tokenizer, monkeypat
     assert time.monotonic() - began < 30 and "0.5 s" in caught.value.found
 
 
-def test_a_template_in_time_is_left_alone():
-    with template_time("rows", 0.1):
-        pass
-    time.sleep(0.3)  # the timer has been canceled
+def test_a_template_in_time_is_left_alone(monkeypatch):
+    timers, timer = [], threading.Timer
+    monkeypatch.setattr(
+        threading, "Timer", lambda *given: timers.append(timer(*given)) or timers[0]
+    )
+    with template_time("rows", 600.0):
+        assert timers[0].is_alive()
+    timers[0].join(300)
+    assert not timers[0].is_alive()
 
 
 def test_a_row_of_megabytes_is_left_out_and_counted(tiny_tokenizer):

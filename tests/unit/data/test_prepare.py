@@ -475,7 +475,7 @@ try:
 except StorageError as error:
     print(error)
 """
-    output = run_python(code).communicate(timeout=120)[0]
+    output = run_python(code).communicate(timeout=600)[0]
     assert "Tokenized data could not be written" in output and "File too large" in output
     assert "set tokenized_path" in output
     assert [p.name for p in tmp_path.iterdir()] in ([], ["key.lock"])

@@ -42,7 +42,13 @@ def test_nodes_that_run_are_not_counted_again_among_those_an_autoscaler_may_star
 
 
 def test_a_cluster_that_does_not_answer_is_refused_at_once():
-    """Ray itself would try for minutes."""
+    """Ray itself would try for minutes; the quickest of three, as the machine may be busy."""
+    assert min(seconds_until_refused() for _ in range(3)) < 5
+    require_answer("local")
+    require_answer("auto")
+
+
+def seconds_until_refused():
     start = time.monotonic()
     with socket.socket() as bound:  # nothing listens on it, nor can start to
         bound.bind(("127.0.0.1", 0))
@@ -53,9 +59,7 @@ def test_a_cluster_that_does_not_answer_is_refused_at_once():
         bound.listen()  # a port is not what remains of a larger number
         with pytest.raises(ClusterError, match="is no port: at most 65535"):
             require_answer(f"127.0.0.1:{bound.getsockname()[1] + 2**16}")
-    assert time.monotonic() - start < 5
-    require_answer("local")
-    require_answer("auto")
+    return time.monotonic() - start
 
 
 @pytest.fixture
@@ -220,5 +224,5 @@ def test_a_signal_while_ray_shuts_down_at_exit_ends_nothing(number):
     ) as process:
         assert process.stdout.readline() == "closing\n"
         process.send_signal(number)
-        shown, errors = process.communicate(timeout=60)
+        shown, errors = process.communicate(timeout=300)
     assert (process.returncode, shown, "Traceback" in errors) == (0, "closed\n", False), errors

@@ -111,7 +111,7 @@ def test_both_servers_run_until_they_are_stopped(tmp_path, monkeypatch, ports):
         for port in ports.values():
             socket.create_connection(("127.0.0.1", port)).close()
         running.send_signal(signal.SIGTERM)
-        assert running.wait(timeout=30) == 0
+        assert running.wait(timeout=300) == 0
     for port in ports.values():
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))

@@ -67,7 +67,7 @@ def test_ctrl_c_stops_the_job_where_a_shell_ignores_it():
         env={**os.environ, "CODE": code},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == submit.EXIT_STOPPED, done.stderr
     assert "the job was stopped" in done.stdout

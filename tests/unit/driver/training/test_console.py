@@ -66,7 +66,7 @@ with Console(folder, poll_s=0.02) as console:
     if ending == "error":
         raise RuntimeError("worker died")
     if ending == "wait":
-        print("READY", flush=True); time.sleep(30)
+        print("READY", flush=True); time.sleep(600)
 print("after the run")
 """
 
@@ -98,7 +98,7 @@ def in_terminal(tmp_path, ending, width=80, sends=None):
             process.send_signal(sends)
             sends = None
     os.close(leader)
-    return process.wait(timeout=20), output.decode()
+    return process.wait(timeout=120), output.decode()
 
 
 def cursor_is_shown(output):

@@ -48,7 +48,7 @@ def ended(monkeypatch):
 def test_a_run_whose_head_is_gone_is_written_down_and_ends_with_its_exit_code(tmp_path):
     told = tmp_path / "told"
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, told], capture_output=True, text=True, timeout=50
+        [sys.executable, "-c", DRIVER, told], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 3, done.stderr
     assert told.read_text() == "Ray's head node is gone"
@@ -101,9 +101,9 @@ def test_a_process_of_ray_that_ends_while_ray_starts_ends_the_launch(
     program = shutil.copy(shutil.which("sleep"), tmp_path / name)
     with subprocess.Popen([program, "60"]) as earlier:
         with head_watch.watching_start(recorded.append), subprocess.Popen([program, "60"]) as child:
-            assert noticed.wait(20) and not codes
+            assert noticed.wait(120) and not codes
             child.kill()
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             while not codes and time.monotonic() < deadline:
                 time.sleep(0.02)
         earlier.kill()
@@ -119,10 +119,10 @@ def test_a_process_of_ray_that_ends_later_is_told_as_such(tmp_path, monkeypatch,
     program = shutil.copy(shutil.which("sleep"), tmp_path / "raylet")
     watching = head_watch.watching_start(recorded.append)
     with watching as started, subprocess.Popen([program, "60"]) as child:
-        assert noticed.wait(20)
+        assert noticed.wait(120)
         started.set()
         child.kill()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not codes and time.monotonic() < deadline:
             time.sleep(0.02)
     assert codes[0] == 3 and "Ray on this machine is gone" in str(recorded[0])
@@ -159,7 +159,7 @@ with contextlib.suppress(ValueError), watching_start(print) as has_started:
     if sys.argv[1] == "runs":
         has_started.set()
         import psutil, time
-        end = time.monotonic() + 40
+        end = time.monotonic() + 120
         while psutil.Process().children() and time.monotonic() < end:  # the word's shell
             time.sleep(0.05)
     os._exit(1)  # as Ray's core worker does
@@ -169,7 +169,7 @@ with contextlib.suppress(ValueError), watching_start(print) as has_started:
 @pytest.mark.parametrize(("how", "is_told"), [("ends", True), ("raises", False), ("runs", False)])
 def test_a_process_that_ray_ends_from_cpp_while_it_starts_leaves_a_word(how, is_told):
     done = subprocess.run(
-        [sys.executable, "-c", START, how], capture_output=True, text=True, timeout=50
+        [sys.executable, "-c", START, how], capture_output=True, text=True, timeout=300
     )
     assert ("this process was ended while it started" in done.stderr) is is_told
     assert ("fix:" in done.stderr) is is_told
