@@ -11,11 +11,12 @@ import raytrain_adv
 from raytrain_adv import probe_script
 
 PACKAGE = Path(raytrain_adv.__file__).parent
+SAVED = shutil.ignore_patterns("__pycache__")  # where other processes write and rename files
 
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    shutil.copytree(PACKAGE, tmp_path / "raytrain_adv", ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copytree(PACKAGE, tmp_path / "raytrain_adv", ignore=SAVED)
     found = tmp_path / "raytrain_adv" / "__init__.py"
     monkeypatch.setattr(probe_script, "origin", lambda package: found)
     return found.parent
