@@ -237,7 +237,10 @@ def _settings(options: Mapping[str, Any], job: JobConfig | None) -> dict[str, st
     """Return the environment variables that Ray's processes inherit, of ray.init's arguments."""
     is_local = options["address"] == "local"
     settings = RAY_SETTINGS | (LOCAL_SETTINGS if is_local else {})
-    if is_local and any(_is_shadowed(package) for package in PRELOADED):
+    # What waits is taken only by a process without environment variables (OwnNodePolicy). Each that
+    # starts later would import all that too, also those of Ray that need none of it.
+    is_taken = job is not None and not (job.sweep or job.ray.ends or options.get("runtime_env"))
+    if is_local and not (is_taken and not any(map(_is_shadowed, PRELOADED))):
         del settings["RAY_preload_python_modules"]
     if is_local and options.get("include_dashboard") is False:
         del settings["RAY_TRAIN_ENABLE_STATE_TRACKING"]  # only the dashboard reads it

@@ -15,6 +15,7 @@ from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api.config import ScalingConfig
 
 import raytrain_adv
+from raytrain_adv.driver.cluster import connect
 from raytrain_adv.driver.cluster.connect import _fewer, _num_waiting
 from raytrain_adv.driver.cluster.own import OwnNodePolicy, plain_versions
 from raytrain_adv.imports import RARELY, USUALLY, end_imports, few_collections
@@ -50,8 +51,9 @@ def test_a_process_that_waits_imports_without_asking_cuda_and_only_where_cores_a
 
 LAUNCHED = """
 import sys
+from raytrain_adv.config import load
 from raytrain_adv.driver.cluster.connect import _settings
-print(*_settings({"address": sys.argv[1]}, None))
+print(*_settings({"address": sys.argv[1]}, load(sys.argv[2])))
 """
 
 
@@ -61,7 +63,7 @@ print(*_settings({"address": sys.argv[1]}, None))
      ("transformers", "local", False)],
 )  # fmt: skip
 def test_a_process_that_waits_imports_nothing_of_which_the_driver_has_another(
-    tmp_path, shadowed, address, preloads
+    tmp_path, job_file, shadowed, address, preloads
 ):
     """A clone that is not installed trained with the installed package."""
     here = Path(raytrain_adv.__file__).parents[1]
@@ -72,9 +74,25 @@ def test_a_process_that_waits_imports_nothing_of_which_the_driver_has_another(
     elif shadowed:
         (tmp_path / f"{shadowed}.py").touch()
     environment = {**os.environ, "PYTHONPATH": str(here)}
-    command = [sys.executable, str(script), address]
+    command = [sys.executable, str(script), address, str(job_file())]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert ("RAY_preload_python_modules" in done.stdout) == preloads
+
+
+def test_processes_that_nobody_takes_import_nothing(monkeypatch, make_job):
+    """Each process of a sweep's and an elastic job's Ray imported PyTorch; few need it."""
+    monkeypatch.setattr(connect, "_is_shadowed", lambda package: False)
+    elastic = make_job(ray_num_workers=[1, 2], max_failures=-1, save_strategy="steps")
+    swept = make_job(sweep={"weight_decay": [0.0, 0.1], "metric": "train_loss"})
+    one, local = make_job(), {"address": "local"}
+    for job, options, preloads in [
+        (one, local, True),
+        (one, {**local, "runtime_env": {"env_vars": {"A": "1"}}}, False),
+        (elastic, local, False),
+        (swept, local, False),
+        (None, local, False),
+    ]:
+        assert ("RAY_preload_python_modules" in connect._settings(options, job)) == preloads
 
 
 @pytest.mark.parametrize(
