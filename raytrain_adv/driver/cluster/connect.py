@@ -58,6 +58,10 @@ AGENT_PORTS = {
     "runtime_env_agent_port": RUNTIME_ENV_AGENT_PORT_NAME,
 }
 FIX = "check RAY_ADDRESS and ray_init_kwargs; remove both to start Ray on this machine"
+FOLDERS = (
+    "Ray needs a folder whose path has at most 39 characters (RAY_TMPDIR, else TMPDIR, else /tmp), "
+    "and ~/.ray for its token: have RAY_TMPDIR and HOME name folders where this user can write"
+)
 CONNECT_TIMEOUT_S = 5.0
 started = set[Any]()  # the node of each Ray that this process started
 
@@ -114,13 +118,16 @@ def _ignore_signals() -> None:
 
 
 def _cannot_connect(address: str, error: Exception) -> ClusterError:
-    is_local = address == "local"
-    what = "Ray cannot be started here" if is_local else "The Ray cluster cannot be joined"
-    fix = f"{FIX}; if the cluster requires a token, set RAY_AUTH_MODE=token"
-    if is_local and "timed out" in str(error):
-        fix += "; the machine may be overloaded: try again"
-    found = f"address: {address}; {of_error(error)}"
-    return ClusterError(what, found, fix)
+    found = of_error(error)
+    if address != "local":
+        fix = f"{FIX}; if the cluster requires a token, set RAY_AUTH_MODE=token"
+        return ClusterError("The Ray cluster cannot be joined", f"address: {address}; {found}", fix)
+    fix = "correct ray_init_kwargs, or the RAY_ variables of the environment"
+    if isinstance(error, OSError):
+        fix = FOLDERS
+    elif "timed out" in str(error):
+        fix = "the machine may be overloaded: try again"
+    return ClusterError("Ray cannot be started here", found, fix)
 
 
 @contextmanager

@@ -142,6 +142,29 @@ def test_the_token_that_ray_writes_is_readable_by_its_user_only(
     assert token.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (OSError("AF_UNIX path length cannot exceed 107 bytes"), "RAY_TMPDIR"),
+        (PermissionError(13, "Permission denied", "/.ray"), "HOME"),
+        (RuntimeError("Unknown keyword argument(s): nosuch"), "correct ray_init_kwargs"),
+        (RuntimeError("the node timed out"), "overloaded"),
+    ],
+)
+def test_a_ray_that_cannot_start_here_names_what_it_needs_and_no_cluster(
+    ray_init, make_job, monkeypatch, error, fix
+):
+    """A long TMPDIR, or a HOME that is read-only, was answered with "check RAY_ADDRESS"."""
+
+    def init(**options):
+        raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError, match="Ray cannot be started here") as raised:
+        connect(make_job())
+    assert fix in raised.value.fix and "RAY_ADDRESS" not in raised.value.fix
+
+
 def test_a_job_submitted_with_a_secret_in_its_runtime_environment_is_refused(
     ray_init, make_job, monkeypatch
 ):
