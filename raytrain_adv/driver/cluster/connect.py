@@ -60,7 +60,8 @@ AGENT_PORTS = {
 FIX = "check RAY_ADDRESS and ray_init_kwargs; remove both to start Ray on this machine"
 FOLDERS = (
     "Ray needs a folder whose path has at most 39 characters (RAY_TMPDIR, else TMPDIR, else /tmp), "
-    "and ~/.ray for its token: have RAY_TMPDIR and HOME name folders where this user can write"
+    "and ~/.ray for its token: have RAY_TMPDIR and HOME name folders with room, where this user "
+    "can write"
 )
 CONNECT_TIMEOUT_S = 5.0
 started = set[Any]()  # the node of each Ray that this process started
@@ -123,7 +124,7 @@ def _cannot_connect(address: str, error: Exception) -> ClusterError:
         fix = f"{FIX}; if the cluster requires a token, set RAY_AUTH_MODE=token"
         return ClusterError("The Ray cluster cannot be joined", f"address: {address}; {found}", fix)
     fix = "correct ray_init_kwargs, or the RAY_ variables of the environment"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or "Failed to write" in found:
         fix = FOLDERS
     elif "timed out" in str(error):
         fix = "the machine may be overloaded: try again"

@@ -147,6 +147,7 @@ def test_the_token_that_ray_writes_is_readable_by_its_user_only(
     [
         (OSError("AF_UNIX path length cannot exceed 107 bytes"), "RAY_TMPDIR"),
         (PermissionError(13, "Permission denied", "/.ray"), "HOME"),
+        (RuntimeError("Failed to write to temp file: /full/ray/s/port.tmp"), "with room"),
         (RuntimeError("Unknown keyword argument(s): nosuch"), "correct ray_init_kwargs"),
         (RuntimeError("the node timed out"), "overloaded"),
     ],
