@@ -78,7 +78,8 @@ def connect(job: JobConfig | None) -> bool:
         **((job.ray.ray_init_kwargs if job is not None else None) or {}),
     }
     # Without an address ray.init would join any cluster that happens to run on this machine.
-    address = options.setdefault("address", os.environ.get("RAY_ADDRESS") or "local")
+    address = options.get("address") or os.environ.get("RAY_ADDRESS") or "local"
+    options["address"] = address
     for name, value in _settings(options, job).items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():

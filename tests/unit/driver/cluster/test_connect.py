@@ -87,6 +87,12 @@ def test_a_ray_that_is_started_here_listens_on_loopback(ray_init, make_job):
     assert ray_constants.ENABLE_RAY_CLUSTER  # as it was: a driver that joins a cluster needs it
 
 
+def test_an_address_of_null_starts_a_ray_here_as_none_does(ray_init, make_job):
+    """It joined any Ray of the machine, or started one that listened on every interface."""
+    assert connect(make_job(ray_init_kwargs={"address": None}))
+    assert ray_init["address"] == "local" and ray_init["node"] == "127.0.0.1"
+
+
 def test_a_raylet_waits_for_no_agents_ports(ray_init, make_job, monkeypatch, tmp_path):
     """It aborts after 15 s, which its agents need for their imports on a busy machine."""
     started = []
