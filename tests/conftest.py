@@ -29,6 +29,22 @@ TINY_LLAMA = ROOT / "jobs" / "models" / "tiny-llama"
 MakeJob = Callable[..., Any]
 
 
+def pytest_configure() -> None:
+    """Have Hypothesis draw the same examples each time, for as long as a busy machine takes."""
+    from hypothesis import HealthCheck, settings
+
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=slow)
+    settings.load_profile("same")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Have a test draw the same numbers each time: PyTorch begins with a seed of the system's."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
+
+
 def write_rows(path: Path, count: int = 64) -> Path:
     """Write an Alpaca file whose answers differ in length."""
     rows = [

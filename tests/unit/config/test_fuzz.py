@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raytrain_adv import cli, launch
@@ -27,7 +27,7 @@ SMALLEST = {"model_name_or_path": "org/model", "output_dir": "saves/run", "datas
 FOLDER = tempfile.TemporaryDirectory()  # removed when the interpreter ends
 FILES = Path(FOLDER.name)
 
-fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+fuzz = settings(max_examples=150)
 scalars = (
     st.none()
     | st.booleans()

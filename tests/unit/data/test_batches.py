@@ -38,7 +38,7 @@ def test_order_without_shuffling_is_file_order():
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=200))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_packing_keeps_every_item_once_and_overfills_nothing(lengths):
     array = np.array(lengths)
     groups = pack(array, 64)

@@ -89,7 +89,7 @@ def test_template_writes_a_conversation_as_llama_factory_does(name, marked_token
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(texts=st.lists(TEXTS, min_size=5, max_size=5))
 def test_any_text_survives_every_template(name, marked_tokenizer, texts):
     messages = [{**m, "content": text} for m, text in zip(CHAT, texts, strict=True)]
