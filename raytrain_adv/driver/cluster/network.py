@@ -48,6 +48,24 @@ def use_node_network() -> None:
     # The name torch.distributed.rendezvous is a function of this module.
     module: Any = import_module("torch.distributed.rendezvous")
     module._create_c10d_store = bound_store
+    module = import_module("ray.train._internal.utils")
+    module.find_free_port = hold_free_port
+
+
+_held: list[socket.socket] = []
+
+
+def hold_free_port(family: socket.AddressFamily = socket.AF_INET) -> int:
+    """Return a port that the system gives to nobody else while this process runs.
+
+    Ray chooses the store's port and lets go of it; seconds later, when all workers know it, another
+    process may have it (2.60). Remove when Ray keeps it. Servers, which reuse addresses, can bind.
+    """
+    held = socket.socket(family)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("", 0))
+    _held.append(held)
+    return int(held.getsockname()[1])
 
 
 def bound_store(

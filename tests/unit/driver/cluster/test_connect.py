@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import wait_for_persisted_port
+from ray.train._internal import utils
 
 from raytrain_adv.driver.cluster import nodes
 from raytrain_adv.driver.cluster.connect import (
@@ -27,7 +28,6 @@ from raytrain_adv.driver.cluster.connect import (
 from raytrain_adv.driver.cluster.network import use_node_network
 from raytrain_adv.driver.cluster.nodes import Node, startable_nodes
 from raytrain_adv.errors import ClusterError, JobError, Stopped
-from tests.ports import held_port
 
 CPU2 = {"CPU": 2.0}
 
@@ -194,27 +194,27 @@ def test_waiting_for_room_ends_when_a_stop_is_requested(monkeypatch):
     assert lines[0].startswith("waiting for 2 GPU")
 
 
-@pytest.fixture
-def port():
-    with held_port() as held:
-        yield held
-
-
 def test_a_process_group_listens_on_the_nodes_address_alone(
-    monkeypatch: pytest.MonkeyPatch, port: int
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """torch's store would listen on every interface, and asks nobody for a token."""
+    """torch's store would listen on every interface, and asks nobody for a token; another process
+    could take the port that Ray has chosen for it.
+    """
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     rendezvous = importlib.import_module("torch.distributed.rendezvous")
     monkeypatch.setattr(rendezvous, "_create_c10d_store", None)
+    monkeypatch.setattr(utils, "find_free_port", None)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    use_node_network()
+    _, port = utils.get_address_and_port()
+    with pytest.raises(OSError, match="in use"), socket.socket() as other:
+        other.bind(("127.0.0.1", port))
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
     for name, value in group.items():
         monkeypatch.setenv(name, value)
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        monkeypatch.delenv(name, raising=False)
     me = psutil.Process()
     before = set(me.net_connections("tcp"))
-    use_node_network()
     dist.init_process_group("gloo", init_method="env://")
     try:
         opened = set(me.net_connections("tcp")) - before
