@@ -86,7 +86,7 @@ def _run_in(job: JobConfig, place: Output, console: Console, read: Read, began: 
             report = report.model_copy(update={"preflight": progress.preflight})
             record.write(report, place.folder)
             result = train(job, place, placement, console, head)
-            progress.end("training")
+        progress.end("training")
         report = against(finished(report, result, progress.timeline, place.folder), job)
     except BaseException as error:  # noqa: BLE001 # also Ctrl-C, Ray's SystemExit on SIGTERM
         shown = stop_error() if isinstance(error, SystemExit) else error
