@@ -478,9 +478,10 @@ def test_of_launches_at_once_into_one_storage_one_wins(make_job, tmp_path):
 
 
 def test_a_claim_on_an_object_store_has_one_winner_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("raytrain_adv.storage.storage.CLAIM_S", 1.0)
     store = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    together = threading.Barrier(6)
+    together, written = (threading.Barrier(6, timeout=300) for _ in range(2))
+    clock = SimpleNamespace(sleep=lambda seconds: written.wait())  # as long as the slowest takes
+    monkeypatch.setattr("raytrain_adv.storage.storage.time", clock)
 
     def claim(n):
         together.wait()
