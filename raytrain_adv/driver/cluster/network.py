@@ -32,7 +32,7 @@ class _Backend(_TorchBackend):  # type: ignore[misc] # ray is Any to mypy
 
 def use_node_network() -> None:
     """Make gloo and rank 0's store listen on this node's address alone, and NCCL on loopback if
-    that is the address. Interfaces that the user named stay.
+    that is the address; have Ray keep the port of the store. Interfaces that the user named stay.
 
     gloo resolves the host's name. Where /etc/hosts maps it to 127.0.0.1 or 127.0.1.1, as on many
     machines, workers would tell other hosts to connect to loopback (torch 2.13,
