@@ -19,7 +19,14 @@ from raytrain_adv.config.compatibility import (
     slug_of,
 )
 from raytrain_adv.config.job import section_types
-from raytrain_adv.config.llamafactory.keys import REFUSED, RENAMED, WRITTEN_AS
+from raytrain_adv.config.llamafactory.keys import (
+    MAPPED,
+    REFUSED,
+    REFUSED_VALUES,
+    RENAMED,
+    VALUE_NAMES,
+    WRITTEN_AS,
+)
 from raytrain_adv.config.problems import command_error, show
 from raytrain_adv.config.schema import describe, field_schemas, schema
 from raytrain_adv.config.sweep import SweepOptions
@@ -36,7 +43,8 @@ def explain(name: str) -> str:
     known, properties = known_features(), _properties()
     parts = [name] if slug_of(name) in known else [*filter(None, re.split(r"[\s,+]+", name))]
     slugs = {slug_of(part): part for part in parts}
-    named = {s if s in known else WRITTEN_AS.get(s, s): part for s, part in slugs.items()}
+    ours = {s: s if s in known or s in REFUSED else WRITTEN_AS.get(s, s) for s in slugs}
+    named = {ours[s]: part for s, part in slugs.items()}
     if len(parts) > 1:
         if missing := [part for key, part in named.items() if key not in known]:
             raise _unknown("feature", missing[0], [feature.slug for feature in features()])
@@ -76,16 +84,36 @@ def _of_sweep_or_refused(key: str) -> Iterator[str]:
     elif key in REFUSED:
         yield from _wrapped(f"{key}: LLaMA-Factory's key, refused: {REFUSED[key].why}", "", "  ")
         yield from _wrapped(f"fix: {REFUSED[key].fix}", "  ", "    ")
+        if key in WRITTEN_AS:
+            yield f"  other trainers' name of {WRITTEN_AS[key]}"
 
 
 def _key(key: str, field: dict[str, Any]) -> Iterator[str]:
     yield from _described(key, field, "")
     owner = next((kind for kind in section_types() if key in kind.model_fields), None)
+    for line in _of_values(key) if owner is not None else ():
+        yield from _wrapped(line, "  ", "    ")
     others = [other for other, ours in (*RENAMED.items(), *WRITTEN_AS.items()) if ours == key]
     if others:
         yield from _wrapped(f"elsewhere called: {', '.join(sorted(set(others)))}", "  ", "    ")
     if owner is not None:
         yield f"  section {owner.__name__}; docs/job_file.md has its other keys"
+
+
+def _of_values(key: str) -> Iterator[str]:
+    """Yield how LLaMA-Factory's values of a key of this package are loaded."""
+    if key in MAPPED:
+        value, runs_as, why = MAPPED[key]
+        names = " and ".join(f"{name}: {show(one)}" for name, one in runs_as.items())
+        yield f"{value} runs as {names}: {why}"
+    for theirs, ours in VALUE_NAMES.get(key, {}).items():
+        yield f"{theirs} runs as {ours}"
+    refused: dict[str, list[str]] = {}
+    for (name, value), (why, fix) in REFUSED_VALUES.items():
+        if name == key:
+            refused.setdefault(why or fix, []).append(value)
+    for why, values in refused.items():
+        yield f"refused: {', '.join(values)}: {why}"
 
 
 def _described(key: str, field: dict[str, Any], indent: str) -> Iterator[str]:
