@@ -43,6 +43,8 @@ class Found:
     fingerprint: str
     keys: dict[str, Any]
     optimizer: bool
+    base: str | None = None
+    """Fingerprint of what the weights were read from that the checkpoint does not hold, if any."""
 
     @property
     def path(self) -> str:
@@ -58,6 +60,7 @@ class _Manifest(BaseModel):
     fingerprint: str
     job: dict[str, Any]
     optimizer: bool
+    base: str | None = None
     files: dict[str, int]
     crc32: dict[str, int] = {}
 
@@ -78,7 +81,8 @@ def find(folder: Storage) -> Found | None:
     if manifest is None or wrong_sizes(folder, manifest):
         return None
     known = _Manifest.model_validate(manifest)
-    return Found(folder, known.progress, known.fingerprint, known.job, known.optimizer)
+    same = (known.progress, known.fingerprint, known.job, known.optimizer, known.base)
+    return Found(folder, *same)
 
 
 def newest(root: Storage, attempt: str | None = None) -> Found | None:

@@ -18,6 +18,7 @@ from raytrain_adv.checkpoint.folders import (
 )
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
+from raytrain_adv.model.adapter import base_fingerprint, changed_base
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.transforms.transform import Transform
 
@@ -122,6 +123,14 @@ def _pass_over_torn(run: Run) -> None:
         if not damage:
             return
         _pass_over(run, folder, damage)
+
+
+def refuse_other_base(job: JobConfig, found: Found) -> None:
+    """Refuse a checkpoint if the frozen weights, which it does not hold, have changed since. Raises
+    JobError.
+    """
+    if found.base is not None and found.base != base_fingerprint(job):
+        raise changed_base(job, "the checkpoint was written", found.path)
 
 
 def named(path: str) -> Found:

@@ -33,6 +33,7 @@ from raytrain_adv.checkpoint.staging import HostMemory, plain_like, restore_8bit
 from raytrain_adv.checkpoint.write import Writer
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import StorageError
+from raytrain_adv.model.adapter import frozen_fingerprint
 from raytrain_adv.ops.float8.all_gather import as_plain
 from raytrain_adv.redaction import redact
 from raytrain_adv.run.run import Run
@@ -100,6 +101,7 @@ class CheckpointWriter:
         self.job = job
         self.run = run
         self.model = model
+        self.base = frozen_fingerprint(job, model) if run.is_main else None
         self.optimizer = None if job.output.save_only_model else optimizer
         self.attempt = run.storage.folder(run.attempt)
         self.group = dist.new_group(backend="gloo") if run.world_size > 1 else None
@@ -256,6 +258,7 @@ class CheckpointWriter:
             "fingerprint": self.job.fingerprint(),
             "job": redact(self.job.flat()),
             "optimizer": self.optimizer is not None,
+            "base": self.base,
             "world_size": self.run.world_size,
             "torch": torch.__version__,
             "files": {name: size for name, size in target.files().items() if name != MANIFEST},

@@ -36,7 +36,7 @@ from raytrain_adv.export.verify import (
     compared_tokens,
     converted_logits,
 )
-from raytrain_adv.model.adapter import BASE, FILE_NAME, base_fingerprint, peft_names, trained
+from raytrain_adv.model.adapter import base_fingerprint, peft_names, trained
 from raytrain_adv.model.attention import attention_of_parts
 from raytrain_adv.model.build import build, build_whole, keeps_float32
 from raytrain_adv.model.config_file import read_config
@@ -51,6 +51,7 @@ from raytrain_adv.ops.absent import is_absent
 from raytrain_adv.ops.fake_quant.merged import Merging
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import ADAPTER, Lora
+from raytrain_adv.transforms.targets import ADAPTER_FILE, BASE, OWN, fingerprint
 from raytrain_adv.worker.finish import Exported
 
 
@@ -154,8 +155,15 @@ def write_adapter(
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True
     new.require(sum(tensor.nbytes for tensor in tensors.values()))
-    new.run(lambda: save_tensors(tensors, new.partial / FILE_NAME, {BASE: base_fingerprint(job)}))
+    new.run(lambda: save_tensors(tensors, new.partial / ADAPTER_FILE, belongs_to(job, base)))
     new.run(lambda: config.save_pretrained(str(new.partial)))
+
+
+def belongs_to(job: JobConfig, base: Path | None) -> dict[str, str]:
+    """Return the fingerprints of the job's model, and of the base that was written for the adapter,
+    as metadata of its file.
+    """
+    return {BASE: base_fingerprint(job), **({OWN: fingerprint([base])} if base else {})}
 
 
 def export_converted(

@@ -15,19 +15,15 @@ from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import copy_local, gather, local_region, plain_name
 from raytrain_adv.errors import JobError
 from raytrain_adv.model.build import build
-from raytrain_adv.model.weight_files import fingerprint, model_folder
+from raytrain_adv.model.weight_files import model_folder
 from raytrain_adv.model.weights import saved_tensors
 from raytrain_adv.text import first_line
 from raytrain_adv.transforms.lora import ADAPTER, Lora, is_adapter
 from raytrain_adv.transforms.modules import names_to_store
+from raytrain_adv.transforms.targets import ADAPTER_FILE, fingerprint, held_bases
 
-FILE_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Where PEFT's own wrapper keeps the model; its files carry the name."""
-
-
-BASE = "base"
-"""Key in the metadata of an adapter's file: the fingerprint of what it was trained on."""
 
 
 def base_fingerprint(job: JobConfig) -> str:
@@ -35,23 +31,33 @@ def base_fingerprint(job: JobConfig) -> str:
     return fingerprint([model_folder(job), *map(Path, job.transform(Lora).merged)])
 
 
+def frozen_fingerprint(job: JobConfig, model: nn.Module) -> str | None:
+    """Return the fingerprint of what the model's frozen weights were read from, which checkpoints
+    do not hold; none if it has none, or they were drawn.
+    """
+    is_whole = all(p.requires_grad for p in model.parameters())
+    return None if is_whole or job.model.train_from_scratch else base_fingerprint(job)
+
+
 def require_same_base(folder: Path, job: JobConfig) -> None:
     """Refuse a run's adapter if the model that it was trained on is another one now. Raises
-    JobError. An adapter that cannot be read, or that was written before there were fingerprints,
-    tells nothing.
+    JobError. An adapter without a fingerprint tells nothing.
     """
-    try:
-        with safe_open(folder / FILE_NAME, framework="pt") as file:
-            held = (file.metadata() or {}).get(BASE)
-    except (OSError, SafetensorError):
-        return
-    if held is not None and held != base_fingerprint(job):
-        names = ", ".join([job.model.model_name_or_path, *job.transform(Lora).merged])
-        raise JobError(
-            f"{names} has other weights than when the run was trained on it",
-            f"{folder / FILE_NAME} belongs to those from before",
-            "put the model back that was there: look into its previous/ if a run replaced it",
-        )
+    held = held_bases(folder)
+    if held and base_fingerprint(job) not in held:
+        raise changed_base(job, "the run was trained on it", folder / ADAPTER_FILE)
+
+
+def changed_base(job: JobConfig, since: str, held_in: Path | str) -> JobError:
+    """Return the error of a job whose model has changed since then, with the file or folder that
+    belongs to the model from before.
+    """
+    names = ", ".join([job.model.model_name_or_path, *job.transform(Lora).merged])
+    return JobError(
+        f"{names} has other weights than when {since}",
+        f"{held_in} belongs to those from before",
+        "put the model back that was there: look into its previous/ if a run replaced it",
+    )
 
 
 def peft_names(model: PreTrainedModel) -> Callable[[str], str]:
@@ -95,13 +101,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
         _load_adapter(model, folder)
     except (OSError, SafetensorError) as error:
         fix = "copy the adapter's folder again"
-        raise JobError(f"{folder / FILE_NAME} cannot be read", first_line(error), fix) from error
+        raise JobError(f"{folder / ADAPTER_FILE} cannot be read", first_line(error), fix) from error
 
 
 def _load_adapter(model: PreTrainedModel, folder: Path) -> None:
     ours = trained(model)
     fix = "give the folder of an adapter of this model, lora_target and additional_target"
-    with safe_open(folder / FILE_NAME, framework="pt") as file:
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
         held = set(file.keys())
         if odd := sorted(ours.keys() ^ held):
             found = f"{len(odd)} tensors are in one of the two only, as {odd[0]}"
@@ -119,7 +125,7 @@ def merge_adapters(model: PreTrainedModel, job: JobConfig) -> None:
     collective. Raises JobError if one is not of this model.
     """
     for folder in job.transform(Lora).merged:
-        with safe_open(Path(folder) / FILE_NAME, framework="pt") as file:
+        with safe_open(Path(folder) / ADAPTER_FILE, framework="pt") as file:
             plain = build(job)
             peft_name = peft_names(plain)
             layers = _layers(plain, folder)

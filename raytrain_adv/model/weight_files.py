@@ -3,8 +3,7 @@
 Weights that the files hold rounded, in 8 bits or fewer, are read as their values.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,6 @@ from raytrain_adv.text import parse_json
 
 INDEX = "model.safetensors.index.json"
 LONGEST_NAME = 255  # bytes, of a file on Linux
-SAMPLES = 256  # of a file's bytes, in its fingerprint
-SAMPLE_BYTES = 1024
 COPY_AGAIN = "copy or download the model folder again"
 
 
@@ -53,21 +50,6 @@ def model_folder(job: JobConfig) -> Path:
     except (OSError, ValueError) as error:
         raise unreadable(job, error) from error
     return Path(folder)
-
-
-def fingerprint(folders: Iterable[Path]) -> str:
-    """Return a digest of the sizes and samples of the weights in folders: another one for models
-    that were trained further, and soon computed of large ones.
-    """
-    digest = hashlib.sha256()
-    for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(size // SAMPLES, SAMPLE_BYTES)):
-                file.seek(start)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 class CheckpointFiles:

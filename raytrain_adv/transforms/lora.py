@@ -113,15 +113,16 @@ class Lora(Transform):
     @property
     def merged(self) -> list[str]:
         """Folders of the adapters that are merged into the frozen model before training."""
-        return self._folders if self.create_new_adapter else self._folders[:-1]
+        return self.folders if self.create_new_adapter else self.folders[:-1]
 
     @property
     def continued(self) -> str | None:
         """Folder of the adapter that training continues."""
-        return None if self.create_new_adapter else next(reversed(self._folders), None)
+        return None if self.create_new_adapter else next(reversed(self.folders), None)
 
     @property
-    def _folders(self) -> list[str]:
+    def folders(self) -> list[str]:
+        """Folders of the adapters that are merged, and of the one that is continued."""
         given = self.adapter_name_or_path or []
         return [one.strip() for one in given.split(",")] if isinstance(given, str) else given
 
@@ -224,7 +225,7 @@ class Lora(Transform):
         skipped |= dict.fromkeys(choosing - linears.keys(), ROUTES)
         skipped = {fqn: reason for fqn, reason in skipped.items() if reason}
         chosen = {f: m for f, m in (linears | experts).items() if f not in skipped}
-        check_bases(self._folders, self.merged, context.job.model.model_name_or_path)
+        check_bases(self.folders, self.merged, context.job.model.model_name_or_path)
         if self.continued is not None:
             linear = chosen.keys() & linears.keys()
             kind, key = self.finetuning_type, self._target_key

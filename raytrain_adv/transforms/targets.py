@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+BASE, OWN = "base", "own_base"
+"""Keys in the metadata of an adapter's file: the fingerprints of what it was trained on, and of the
+OWN_BASE that was written with it.
+"""
+SAMPLES = 256  # of a file's bytes, in its fingerprint
+SAMPLE_BYTES = 1024
 OWN_BASE = "model-base"
 """Folder of a model that belongs to the adapter beside it, and is not the job's."""
 STACKED_AS = {"gate_proj": "gate_up_proj", "w1": "gate_up_proj", "w2": "down_proj"}
@@ -157,8 +165,8 @@ def own_base(folder: Path) -> Path | None:
 def check_bases(folders: list[str], merged: Iterable[str], model: str) -> None:
     """Refuse folders that are not adapters, or adapters of another base than the job's model:
     without what was merged into that, or PiSSA took out of it, the sum is a model that nobody
-    trained. Adapters after the first may belong to the sum with it. Raises JobError, naming the
-    folder.
+    trained; also if its weights changed. Adapters after the first may belong to the sum with it.
+    Raises JobError, naming the folder.
     """
     for folder in folders[:1]:
         base = own_base(Path(folder).expanduser())
@@ -171,6 +179,55 @@ def check_bases(folders: list[str], merged: Iterable[str], model: str) -> None:
         if isinstance(started, str) and started.startswith("pissa"):
             fix = "export it with pissa_convert: true"
             raise JobError(f"The adapter {folder} belongs to another base", started, fix)
+    if Path(model).expanduser().is_dir():  # one of the Hub is compared once it is fetched
+        check_trained_on(folders, Path(model).expanduser())
+
+
+def check_trained_on(folders: Iterable[str], model: Path) -> None:
+    """Refuse adapters that were trained on other weights than the model's folder has, and than its
+    sum with those before them. Raises JobError, naming the adapter.
+    """
+    parts, known = [model], set[str]()
+    for folder in folders:
+        own = Path(folder).expanduser()
+        known.add(fingerprint(parts))
+        if (held := held_bases(own)) and not held & known:
+            raise JobError(
+                f"The adapter {folder} was trained on other weights than {model} has now",
+                f"{own / ADAPTER_FILE} has the fingerprint of its model, and the model another",
+                "set model_name_or_path to the model that it was trained on, or put those weights "
+                "back: look into previous/ of the run that replaced them",
+            )
+        parts.append(own)
+
+
+def held_bases(folder: Path) -> set[str]:
+    """Return the fingerprints in an adapter's file of the models that it belongs to; none if it was
+    written elsewhere, before there were fingerprints, or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+            held = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return set()
+    return {held[key] for key in (BASE, OWN) if key in held}
+
+
+def fingerprint(folders: Iterable[Path]) -> str:
+    """Return a digest of the sizes and samples of the weights in folders: another one for models
+    that were trained further, and soon computed of large ones.
+    """
+    digest = hashlib.sha256()
+    for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(size // SAMPLES, SAMPLE_BYTES)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def check_continued(
@@ -202,7 +259,7 @@ def _read_config(folder: str) -> dict[str, Any]:
     try:
         found = dict(parse_json((Path(folder) / CONFIG).read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        fix = f"name a folder with {CONFIG} and adapter_model.safetensors; one of the Hub's is "
+        fix = f"name a folder with {CONFIG} and {ADAPTER_FILE}; one of the Hub's is "
         fix += "fetched by: hf download OWNER/NAME --local-dir FOLDER"
         what = f"adapter_name_or_path: {folder} is not an adapter of PEFT's"
         raise JobError(what, str(error), fix) from error

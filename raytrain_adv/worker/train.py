@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from raytrain_adv import hardware
 from raytrain_adv.checkpoint import save
 from raytrain_adv.checkpoint.folders import Found, Progress
-from raytrain_adv.checkpoint.resume import to_resume
+from raytrain_adv.checkpoint.resume import refuse_other_base, to_resume
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.data.batches.collate import Way, pad_to
 from raytrain_adv.data.batches.loader import Batches
@@ -26,11 +26,13 @@ from raytrain_adv.model import parallel, weights
 from raytrain_adv.model.adapter import load_adapter, merge_adapters, trained
 from raytrain_adv.model.build import build
 from raytrain_adv.model.notes import cpu_notes, model_notes
+from raytrain_adv.model.weight_files import model_folder
 from raytrain_adv.ops.loss.routers import leave_padding_out
 from raytrain_adv.run.run import Run
 from raytrain_adv.run.schedule import Arithmetic, resolve_arithmetic
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.lora import Lora
+from raytrain_adv.transforms.targets import check_trained_on
 from raytrain_adv.transforms.transform import Plan
 from raytrain_adv.worker.checks.step import Checks
 from raytrain_adv.worker.compile_cache import found_compiled, keep_compiled
@@ -159,6 +161,8 @@ def load_weights(
         weights.init_from_scratch(model, job, run.device)
     else:
         weights.load_pretrained(model, job, run.device)
+        lora = job.transform(Lora)
+        run.on_main(lambda: check_trained_on(lora.folders, model_folder(job)))
         merge_adapters(model, job)
     plans = transforms.initialize(model, plans, job.train.seed)
     if job.transform(Lora).enabled:
@@ -178,6 +182,7 @@ def resume(
     """Load the checkpoint to continue from, if there is one, and return how far it is."""
     if found is not None:
         with run.phase("resume"):
+            run.on_main(lambda: refuse_other_base(transforms.job, found))
             save.load(found, model, optimizer)
     transforms.after_step(model)
     return found.progress if found is not None else None

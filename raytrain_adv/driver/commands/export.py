@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from raytrain_adv import hardware
 from raytrain_adv.checkpoint import save
 from raytrain_adv.checkpoint.folders import Found, all_folders, find, wrong_bytes
+from raytrain_adv.checkpoint.resume import refuse_other_base
 from raytrain_adv.config.job import JobConfig, transform_types
 from raytrain_adv.config.load import load_keys
 from raytrain_adv.config.problems import ON_COMMAND_LINE, Problem, job_error
@@ -369,6 +370,7 @@ def _loaded(job: JobConfig, found: Found) -> PreTrainedModel:
     model, plans = prepared_model(job)
     if job.transform(Lora).enabled:
         require_same_base(Path(job.output.output_dir) / "model", job)
+        refuse_other_base(job, found)
         weights.load_pretrained(model, job, CPU)
         merge_adapters(model, job)
     Transforms(job).initialize(model, plans, job.train.seed)

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from raytrain_adv import hardware
@@ -189,6 +191,51 @@ def test_all_but_the_last_of_several_adapters_are_merged(llama, tmp_path):
     torch.testing.assert_close(logits(again), logits(theirs), rtol=0, atol=1e-5)
 
 
+@pytest.fixture
+def changing(llama, tmp_path):
+    """Return a copy of the model, and what trains its weights further in place."""
+    base = Path(copytree(llama, tmp_path / "base"))
+
+    def change(folder: Path = base) -> None:
+        weights = {name: w + 0.01 for name, w in load_file(folder / "model.safetensors").items()}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return base, change
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["continued", "merged"])
+def test_an_adapter_is_refused_on_weights_that_changed_since(changing, tmp_path, new):
+    """A job continued or merged it on the model that had come in the place of its own."""
+    base, change = changing
+    first = job_of(base, tmp_path / "1")
+    model = prepared(first)
+    move(model)
+    export_model(model, first, tmp_path / "adapter")
+    keys = {"adapter_name_or_path": str(tmp_path / "adapter"), "create_new_adapter": new}
+    second = job_of(base, tmp_path / "2", **keys)
+    export_model(prepared(second), second, tmp_path / "again")  # as long as it is the same
+    moved = base.rename(tmp_path / "moved")
+    prepared(job_of(moved, tmp_path / "2", **keys))
+    change(moved)
+    with pytest.raises(JobError, match="was trained on other weights than") as refused:
+        prepared(job_of(moved, tmp_path / "2", **keys))
+    assert f"The adapter {tmp_path / 'adapter'} " in str(refused.value)
+    assert str(moved) in str(refused.value)
+
+
+def test_an_adapter_on_a_base_of_its_own_is_compared_with_that(changing, tmp_path):
+    base, change = changing
+    first = job_of(base, tmp_path / "1", **PISSA)
+    export_model(prepared(first), first, tmp_path / "model")
+    keys = {"adapter_name_or_path": str(tmp_path / "model"), "lora_rank": 4}
+    second = job_of(tmp_path / "model-base", tmp_path / "2", **keys)
+    change()
+    prepared(second)
+    change(tmp_path / "model-base")
+    with pytest.raises(JobError, match="was trained on other weights than"):
+        prepared(second)
+
+
 @pytest.mark.parametrize("keys", [{"lora_dropout": 0.1}, {"use_dora": True}, {}])
 def test_linears_that_peft_takes_for_stacked_experts_reload_and_are_continued(keys, tmp_path):
     """PEFT names them by their weights, beside which it allows neither dropout nor DoRA."""
@@ -229,5 +276,9 @@ def test_an_adapter_of_another_model_is_not_merged(llama, tmp_path):
     job = job_of(other, tmp_path / "1", lora_rank=4)
     export_model(prepared(job), job, tmp_path / "adapter")
     keys = {"adapter_name_or_path": str(tmp_path / "adapter"), "create_new_adapter": True}
+    with pytest.raises(JobError, match="was trained on other weights than"):
+        prepared(job_of(llama, tmp_path / "2", **keys))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt"})  # as PEFT's: of no known model
     with pytest.raises(JobError, match="cannot be merged into this model"):
         prepared(job_of(llama, tmp_path / "2", **keys))

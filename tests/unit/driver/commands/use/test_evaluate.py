@@ -105,6 +105,32 @@ def test_an_adapter_is_not_used_on_a_model_that_changed_since(runs, tmp_path, ca
     assert f"correct model_name_or_path in {out}/run.json" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_an_adapter_is_not_continued_on_a_model_that_changed(
+    runs, tmp_path, capsys
+):
+    """It holds the adapter alone: the run went on with other frozen weights, and so did export of a
+    run that was stopped before it wrote a model.
+    """
+    keys = yaml.safe_load((runs["lora"].parent / "lora.yaml").read_text())
+    base = copytree(keys["model_name_or_path"], tmp_path / "base")
+    keys |= {"model_name_or_path": str(base), "output_dir": str(tmp_path / "out"), "max_steps": 4}
+    keys |= {"save_strategy": "steps", "save_steps": 2, "export_model": False}
+    keys["compute_accuracy"] = False
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(keys))
+    run_workers(1, job)
+    finish(load(job))
+    (step,) = (tmp_path / "out" / "checkpoints").glob("*/step_00000002")
+    job.write_text(yaml.safe_dump({**keys, "resume_from_checkpoint": str(step)}))
+    run_workers(1, job)
+    trained = {name: value + 0.01 for name, value in load_file(base / "model.safetensors").items()}
+    save_file(trained, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AssertionError, match="has other weights than when the checkpoint was"):
+        run_workers(1, job)
+    assert cli.main(["export", str(tmp_path / "out")]) == 2
+    assert "has other weights than when the checkpoint was" in capsys.readouterr().err
+
+
 def test_an_adapter_keeps_its_base_when_its_run_moves_and_in_the_next_job(runs, tmp_path):
     """A moved adapter was loaded on what stood where its base had been, and one that a job
     continued on the job's model.
