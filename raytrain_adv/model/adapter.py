@@ -3,6 +3,7 @@ into the weights.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,16 @@ def changed_base(job: JobConfig, since: str, held_in: Path | str) -> JobError:
         f"{held_in} belongs to those from before",
         "put the model back that was there: look into its previous/ if a run replaced it",
     )
+
+
+def without_continued(job: JobConfig) -> JobConfig:
+    """Return the job of a finished run without the adapter that it continued, in whose place it has
+    its own; those that were merged into its model stay.
+    """
+    lora = job.transform(Lora)
+    keys = {"adapter_name_or_path": lora.merged or None, "create_new_adapter": bool(lora.merged)}
+    own = lora.model_copy(update=keys)
+    return replace(job, transforms=tuple(own if t is lora else t for t in job.transforms))
 
 
 def peft_names(model: PreTrainedModel) -> Callable[[str], str]:

@@ -31,7 +31,7 @@ from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.export.reference import sample_tokens
 from raytrain_adv.export.verify import MOST_TOKENS, compare_converted, converted_logits
 from raytrain_adv.model import weights
-from raytrain_adv.model.adapter import merge_adapters, require_same_base
+from raytrain_adv.model.adapter import merge_adapters, require_same_base, without_continued
 from raytrain_adv.model.attention import attention_of_parts
 from raytrain_adv.model.build import build
 from raytrain_adv.model.config_file import read_config
@@ -105,7 +105,7 @@ def refuse_unwritable(source: str, output: str, given: list[str]) -> None:
         job, _ = _folder_job(folder, output, given)
     else:
         raise _neither(source, folder)
-    Transforms(job).plan(build(job))
+    Transforms(without_continued(job)).plan(build(job))
 
 
 def _refuse_other_keys(given: list[str]) -> None:
@@ -387,7 +387,7 @@ def prepared_model(job: JobConfig) -> tuple[PreTrainedModel, dict[str, Plan]]:
     if job.transform(QuantizedBase).enabled:
         job.transform(QuantizedBase).check_package(facts)
     model = build(job)
-    plans = Transforms(job).prepare(model, facts)
+    plans = Transforms(without_continued(job)).prepare(model, facts)
     weights.materialize(model, CPU)
     return model, plans
 

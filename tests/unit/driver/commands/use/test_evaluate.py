@@ -2,7 +2,7 @@
 
 import json
 import math
-from shutil import copytree
+from shutil import copytree, rmtree
 
 import numpy as np
 import pytest
@@ -103,6 +103,29 @@ def test_an_adapter_is_not_used_on_a_model_that_changed_since(runs, tmp_path, ca
     base.rename(tmp_path / "gone")
     assert cli.main(commands[0]) == 2
     assert f"correct model_name_or_path in {out}/run.json" in capsys.readouterr().err
+
+
+def test_a_run_does_not_need_the_adapter_that_it_continued(runs, tmp_path):
+    """Its own adapter is whole, and evaluate and export asked for the other one."""
+    root = runs["lora"].parent
+    before = copytree(runs["lora"] / "model", tmp_path / "before")
+    keys = yaml.safe_load((root / "lora.yaml").read_text())
+    keys |= {"adapter_name_or_path": str(before), "output_dir": str(tmp_path / "out")}
+    keys |= {"bf16": False, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(keys))
+    run_workers(1, tmp_path / "job.yaml")
+    finish(load(tmp_path / "job.yaml"))
+    rmtree(before)
+    out = str(tmp_path / "out")
+    assert cli.main(["evaluate", out, "--device", "cpu"]) == 0
+    (model,) = evaluated(tmp_path / "out")
+    wanted = last_eval_loss(tmp_path / "out")
+    assert model["figures"]["held-out loss"]["value"] == pytest.approx(wanted, rel=1e-5)
+    assert cli.main(["export", out]) == 0
+    assert cli.main(["export", out, "--merge"]) == 0
+    (exported,) = (tmp_path / "out").glob("exported-*/model/adapter_model.safetensors")
+    trained = (tmp_path / "out" / "model" / "adapter_model.safetensors").read_bytes()
+    assert exported.read_bytes() == trained
 
 
 def test_a_checkpoint_of_an_adapter_is_not_continued_on_a_model_that_changed(
