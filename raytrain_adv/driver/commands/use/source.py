@@ -43,7 +43,8 @@ class Source:
         if self.kind == "gguf":
             return "GGUF"
         if self.kind == "adapter":
-            return f"an adapter on {Path(self.base).name}"
+            rounded = ", with QAT's rounding" if self.keys.get("enable_qat") else ""
+            return f"an adapter on {Path(self.base).name}{rounded}"
         config = json.loads((self.folder / "config.json").read_text())
         form = " ".join(filter(None, stored_as(config)))
         form = form or str(config.get("dtype") or config.get("torch_dtype") or "float32")

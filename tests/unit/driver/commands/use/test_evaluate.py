@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from shutil import copytree, rmtree
 
 import numpy as np
@@ -103,6 +104,21 @@ def test_an_adapter_is_not_used_on_a_model_that_changed_since(runs, tmp_path, ca
     base.rename(tmp_path / "gone")
     assert cli.main(commands[0]) == 2
     assert f"correct model_name_or_path in {out}/run.json" in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_evaluated_rounded_is_named_so(runs, tmp_path, capsys):
+    """Its `model` has QAT's rounding on, as in training, and was named an adapter on its base."""
+    keys = yaml.safe_load((runs["lora"].parent / "lora.yaml").read_text())
+    keys |= {"enable_qat": True, "qat_activation_dtype": "none", "output_dir": str(tmp_path / "q")}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(keys | {"qat_group_size": 32}))
+    run_workers(1, tmp_path / "job.yaml")
+    finish(load(tmp_path / "job.yaml"))
+    assert cli.main(["evaluate", str(tmp_path / "q"), "--device", "cpu"]) == 0
+    forms = {Path(one["folder"]).name: one["form"] for one in evaluated(tmp_path / "q")}
+    base = Path(keys["model_name_or_path"]).name
+    assert forms["model"] == f"an adapter on {base}, with QAT's rounding"
+    assert "QAT" not in forms["model-quantized"]
+    assert "with QAT's rounding" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_does_not_need_the_adapter_that_it_continued(runs, tmp_path):
