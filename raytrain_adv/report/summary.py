@@ -15,6 +15,8 @@ from raytrain_adv.report.record import RunReport
 
 NUM_SAMPLE_LINES = 8
 NUM_SAMPLES = 3
+BESIDE = {"base": "what the adapter belongs to", "merged": "with the adapter in it, not rounded"}
+"""Folders that a run writes beside some adapters, without `model-` -> what they hold."""
 UNLIMITED = 10_000  # columns of a terminal that cuts no table
 
 
@@ -161,6 +163,9 @@ def _places(report: RunReport) -> list[tuple[str, str]]:
     for label, folder, gib in (("model", report.model_dir, report.model_gib), report.converted):
         if folder:
             places.append((label, folder + ("" if gib is None else f" ({text.disk(gib)})")))
+    if report.model_dir:
+        there = {label: Path(report.model_dir).with_name(f"model-{label}") for label in BESIDE}
+        places += [(label, f"{p} ({BESIDE[label]})") for label, p in there.items() if p.is_dir()]
     files = {"report": "report.html", "figures": "report.json"}
     return [*places, *((label, str(output_dir / name)) for label, name in files.items())]
 

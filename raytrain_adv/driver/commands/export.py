@@ -308,6 +308,8 @@ def _export_run(
     for path in (out / "model", *(Path(d) for d in written.folders)):
         write_card(path, job, report, f"Exported from the checkpoint of step {step:,}.")
     print(f"model      {written.model_dir} ({disk(written.model_gib or 0.0)}; step {step:,})")
+    if job.transform(Lora).changes_base:
+        print(f"base       {out / 'model-base'} (what the adapter belongs to)")
     if not written.converted:
         return
     figures = written.converted

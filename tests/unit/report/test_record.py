@@ -10,6 +10,7 @@ from raytrain_adv.report import build, record
 from raytrain_adv.report.html import write_html
 from raytrain_adv.report.parts import Record, Sample, TransformReport, fold_names
 from raytrain_adv.report.record import RunReport, describe_failure
+from raytrain_adv.report.summary import summary
 from raytrain_adv.transforms import Change, Plan
 
 CONTRACT = [
@@ -37,6 +38,16 @@ CONTRACT = [
 def test_report_has_every_field_of_the_contract_from_the_start(tmp_path):
     path = record.write(RunReport(status="running"), tmp_path)
     assert set(CONTRACT) <= set(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize("name", ["base", "merged"])
+def test_the_summary_lists_the_folder_that_is_written_beside_an_adapter(tmp_path, name):
+    (tmp_path / "model").mkdir()
+    report = RunReport(status="done", model_dir=str(tmp_path / "model"), model_gib=0.5)
+    assert f"model-{name}" not in summary(report)
+    (tmp_path / f"model-{name}").mkdir()
+    (line,) = (one for one in summary(report).splitlines() if f"model-{name}" in one)
+    assert line.split()[:2] == [name, str(tmp_path / f"model-{name}")]
 
 
 def test_what_is_written_is_read_back(tmp_path):
