@@ -63,7 +63,7 @@ class TokenizedDatasets:
             data.split_special_tokens,
         )
         self.guessed: dict[str, str] = {}
-        """Dataset -> which columns are read, where its entry does not say so."""
+        """Dataset -> which columns are read, where its entry does not say so, and of stage pt."""
 
     def _template_source(self) -> str:
         """Return the source of the template that the job names: a later version may differ."""
@@ -185,14 +185,16 @@ class TokenizedDatasets:
             chosen = text_layout(entry, sample)
         else:
             chosen = layout(entry, sample, (row.values for row in source.rows()))
-        if entry.kind != "builtin" and (entry.columns is None or entry.formatting is None):
+        pretrains, is_given = self.recipe.pretrains, None not in (entry.columns, entry.formatting)
+        if entry.kind != "builtin" and (pretrains or not is_given):
             there = {column for row in sample if isinstance(row, dict) for column in row}
             read = {meaning: c for meaning, c in chosen.columns.items() if c in there}
             named = ", ".join(c if m == c else f"{c} (as {m})" for m, c in read.items())
             others = ", ".join(sorted(there - set(read.values())))
-            self.guessed[entry.name] = (
-                f"{entry.name}: read as {chosen.formatting}, columns {named or 'none'}"
-                + (f"; not read: {others}" if others else "")
+            how = f"read as {chosen.formatting}, columns {named or 'none'}"
+            how = f"stage pt trains the text in {', '.join(read.values())}" if pretrains else how
+            self.guessed[entry.name] = f"{entry.name}: {how}" + (
+                f"; not {'trained' if pretrains else 'read'}: {others}" if others else ""
             )
         return chosen
 

@@ -57,7 +57,7 @@ def measure(job: JobConfig, say: Say) -> DataSummary:
     names = job.data.dataset or []
     names = [n.strip() for n in names.split(",")] if isinstance(names, str) else names
     with tempfile.TemporaryDirectory() as folder:
-        samples = [_sample(job, name, folder) for name in names]
+        samples = [_sample(job, name, folder, say) for name in names]
     return _split(job, _join(samples, num_rows))
 
 
@@ -77,7 +77,7 @@ def _is_cached(job: JobConfig, entries: list[Entry]) -> bool:
     return folder.is_dir() and not job.data.overwrite_cache
 
 
-def _sample(job: JobConfig, name: str, folder: str) -> DataSummary:
+def _sample(job: JobConfig, name: str, folder: str, say: Say) -> DataSummary:
     keys = {
         "dataset": [name],
         "eval_dataset": None,
@@ -87,7 +87,10 @@ def _sample(job: JobConfig, name: str, folder: str) -> DataSummary:
         "preprocessing_num_workers": 1,
     }
     small = dataclasses.replace(job, data=job.data.model_copy(update=keys))
-    return summarize(prepare(small, lambda sentence: None))
+    prepared = prepare(small, lambda sentence: None)
+    for sentence in prepared.stats["rows"].get("guessed", ()):
+        say(sentence)
+    return summarize(prepared)
 
 
 def _times(data: DataSummary, factor: float) -> DataSummary:

@@ -13,6 +13,7 @@ from raytrain_adv.data.read.sources import read_files
 from raytrain_adv.data.shown import shown_rows
 from raytrain_adv.data.tokens.datasets import interleave
 from raytrain_adv.data.tokens.tokenizer import load_tokenizer
+from raytrain_adv.driver.plan.data import measure
 from raytrain_adv.errors import JobError
 
 ROWS = [{"instruction": f"say {n}", "output": f"{n}"} for n in range(5)]
@@ -76,6 +77,33 @@ def test_pretraining_trains_on_every_token_and_drops_none(make_job, tmp_path):
 def test_packing_false_leaves_rows_of_pretraining_apart(make_job, tmp_path):
     _, data = prepared(make_job, tmp_path, ["a b", "c d"], packing=False)
     assert data.stats["train"]["sequences"] == 2 and "packing_efficiency" not in data.stats["train"]
+
+
+@pytest.mark.parametrize(
+    "entry", [{}, {"formatting": "alpaca", "columns": {"prompt": "instruction"}}]
+)
+def test_the_columns_that_pretraining_leaves_out_are_named(make_job, tmp_path, entry):
+    """Of Alpaca's rows it trains the instruction alone, and said so only of guessed columns."""
+    row = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+    (tmp_path / "rows.json").write_text(json.dumps([row] * 4))
+    info = {"sums": {"file_name": "rows.json", **entry}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    job, told = make_job(stage="pt", dataset="sums", dataset_dir=str(tmp_path)), list[str]()
+    prepare(job, told.append)
+    sentence = "sums: stage pt trains the text in instruction; not trained: input, output"
+    assert sentence in told
+    again = list[str]()
+    prepare(job, again.append)  # tokenized already
+    assert sentence in again
+
+
+def test_the_columns_of_a_large_dataset_are_named_in_its_plan(make_job, tmp_path, monkeypatch):
+    monkeypatch.setattr("raytrain_adv.driver.plan.data.COUNTED", 2)
+    row = {"instruction": "Add.", "output": "3"}
+    (tmp_path / "rows.json").write_text(json.dumps([row] * 4))
+    told: list[str] = []
+    measure(make_job(stage="pt", dataset=str(tmp_path / "rows.json")), told.append)
+    assert any("trains the text in instruction; not trained: output" in one for one in told)
 
 
 def test_rows_without_text_are_refused(make_job, tmp_path):
