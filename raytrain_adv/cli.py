@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> in
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except (KeyboardInterrupt, click.Abort):
-        again = "Set resume_from_checkpoint: true to continue from the last checkpoint."
-        print(f"\nStopped. {again}", file=sys.stderr)
+        sys.stderr.write(errors.STOPPED)
         return errors.EXIT_STOPPED
 
 

@@ -16,6 +16,8 @@ EXIT_CLUSTER_REFUSED = 4
 EXIT_NOT_MENDED = 5
 EXIT_NOT_UPLOADED = 6
 EXIT_STOPPED = 130  # as shells have it for Ctrl-C
+STOPPED = "\nStopped. Set resume_from_checkpoint: true to continue from the last checkpoint.\n"
+"""What a command prints that Ctrl-C has ended."""
 
 
 class RaytrainAdvError(Exception):

@@ -254,6 +254,25 @@ def test_a_package_that_is_missing_is_named_also_where_transformers_hides_it(
         launch.main(["job.yaml"])
 
 
+@pytest.mark.parametrize("start", ["main(['job.yaml'])", "program()"])
+def test_ctrl_c_while_the_commands_are_imported_prints_one_line(start: str) -> None:
+    """It ended in Python's traceback in the first half second."""
+    code = f"""
+import sys
+class Interrupt:
+    def find_spec(self, name, *rest):
+        if name == "raytrain_adv.config.load":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from raytrain_adv import launch
+sys.exit(launch.{start})
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == errors.EXIT_STOPPED
+    assert ran.stderr.strip().startswith("Stopped. ") and len(ran.stderr.split("\n")) == 3
+    assert ran.stdout == ""
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"{sys.executable} -m raytrain_adv.cli schema | head -n 1; echo ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
