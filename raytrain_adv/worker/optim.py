@@ -1,5 +1,7 @@
 """The optimizer, and the learning rate: of most schedules a pure function of the step."""
 
+import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -94,6 +96,28 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], value: float) -> None:
             group["lr"] = rate
 
 
+def _import_schedules() -> Any:
+    """Return transformers' get_scheduler; without PEFT, if nothing has imported it yet."""
+    # transformers 5.23 imports PEFT, and with it bitsandbytes, as trainer_utils is imported, for a
+    # function of the Trainer's: a second of CPU in each worker. Remove when it no longer does.
+    name, package = "transformers.trainer_utils", importlib.import_module("transformers")
+    if {"peft", name}.isdisjoint(sys.modules):
+        utils: Any = importlib.import_module("transformers.utils")
+        importlib.import_module("transformers.trainer_pt_utils")  # by the schedules, unpatched
+        is_available = utils.is_peft_available
+        try:
+            utils.is_peft_available = lambda: False
+            importlib.import_module("transformers.optimization")
+        finally:
+            utils.is_peft_available = is_available
+            # Who imports it later gets one that knows PEFT.
+            if sys.modules.pop(name, None) is not None:
+                delattr(package, name.rpartition(".")[2])
+    from transformers import get_scheduler
+
+    return get_scheduler
+
+
 class Schedule:
     """The learning rate by transformers' schedule, whose optimizer is a stand-in.
 
@@ -104,8 +128,6 @@ class Schedule:
     def __init__(
         self, job: JobConfig, arithmetic: Arithmetic, losses: Iterable[float] = ()
     ) -> None:
-        from transformers import get_scheduler
-
         train, total = job.train, arithmetic.total_steps
         self.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
         options: dict[str, Any] = dict(train.lr_scheduler_kwargs)
@@ -115,7 +137,7 @@ class Schedule:
         self.peak, self.is_adaptive = train.learning_rate, kind in ADAPTIVE
         if kind == "greedy":  # its own defaults would end far above a fine-tuning rate
             options = {"min_lr": 0.0, "max_lr": train.learning_rate, **options}
-        self.scheduler: Any = get_scheduler(kind, self.optimizer, warmup, total, options)
+        self.scheduler = _import_schedules()(kind, self.optimizer, warmup, total, options)
         for loss in losses:
             self.observe(loss)
 

@@ -1,4 +1,6 @@
 import inspect
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -40,6 +42,24 @@ def test_schedules_are_those_of_transformers(make_job, kind, options):
         assert schedule.rate(step) == pytest.approx(expected, rel=1e-6, abs=1e-12)
         optimizer.step()
         scheduler.step()
+
+
+def test_schedules_import_neither_peft_nor_bitsandbytes(job_file):
+    """They took a second of CPU in each worker; who needs PEFT later has it whole."""
+    code = f"""
+import sys
+from raytrain_adv.config import load
+from raytrain_adv.run.schedule import resolve_arithmetic
+from raytrain_adv.worker.optim import Schedule
+job = load({str(job_file())!r})
+Schedule(job, resolve_arithmetic(job, 100, 1))
+print({{"peft", "bitsandbytes"}} & sys.modules.keys())
+from transformers import Trainer, trainer_utils
+print(trainer_utils.PeftModel.__module__)
+Schedule(job, resolve_arithmetic(job, 100, 1))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["set()", "peft.peft_model"]
 
 
 @pytest.mark.parametrize(
