@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from raytrain_adv.config.job import transform_types
 from raytrain_adv.driver.output import output_dir
 from raytrain_adv.driver.output.replaced import RUN_FILE
 from raytrain_adv.errors import JobError
@@ -13,6 +14,7 @@ from raytrain_adv.model.files import nearest_folders
 from raytrain_adv.ops.fake_quant.targets import stored_as
 from raytrain_adv.text import listed, plural
 from raytrain_adv.transforms.targets import own_base
+from raytrain_adv.transforms.transform import Switchable
 
 Kind = Literal["model", "adapter", "gguf"]
 HELD: dict[str, Kind] = {
@@ -43,8 +45,9 @@ class Source:
         if self.kind == "gguf":
             return "GGUF"
         if self.kind == "adapter":
-            rounded = ", with QAT's rounding" if self.keys.get("enable_qat") else ""
-            return f"an adapter on {Path(self.base).name}{rounded}"
+            kinds = [kind for kind in transform_types() if issubclass(kind, Switchable)]
+            on = [k.evaluated_as for k in kinds if self.keys.get(next(iter(k.model_fields)))]
+            return ", ".join([f"an adapter on {Path(self.base).name}", *on])
         config = json.loads((self.folder / "config.json").read_text())
         form = " ".join(filter(None, stored_as(config)))
         form = form or str(config.get("dtype") or config.get("torch_dtype") or "float32")

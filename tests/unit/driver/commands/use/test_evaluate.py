@@ -116,9 +116,9 @@ def test_an_adapter_that_is_evaluated_rounded_is_named_so(runs, tmp_path, capsys
     assert cli.main(["evaluate", str(tmp_path / "q"), "--device", "cpu"]) == 0
     forms = {Path(one["folder"]).name: one["form"] for one in evaluated(tmp_path / "q")}
     base = Path(keys["model_name_or_path"]).name
-    assert forms["model"] == f"an adapter on {base}, with QAT's rounding"
-    assert "QAT" not in forms["model-quantized"]
-    assert "with QAT's rounding" in " ".join(capsys.readouterr().out.split())
+    assert forms["model"] == f"an adapter on {base}, fake-quantized"
+    assert "fake" not in forms["model-quantized"]
+    assert "fake-quantized" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_does_not_need_the_adapter_that_it_continued(runs, tmp_path):
