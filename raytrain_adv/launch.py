@@ -2,7 +2,10 @@
 `raytrain-adv` starts.
 """
 
+import importlib
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -19,14 +22,23 @@ def program() -> int:
 
 
 def _commands() -> ModuleType:
-    """Import the commands, which takes half a second; Ctrl-C then ends the program as later."""
+    """Import the commands, which takes half a second; Ctrl-C meanwhile ends the program after that:
+    libraries would make an error of it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return importlib.import_module("raytrain_adv.cli")
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
-        from raytrain_adv import cli
+        cli = importlib.import_module("raytrain_adv.cli")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        if came:
+            signal.raise_signal(signal.SIGINT)
     except KeyboardInterrupt:
-        from raytrain_adv.errors import EXIT_STOPPED, STOPPED
-
-        sys.stderr.write(STOPPED)
-        sys.exit(EXIT_STOPPED)
+        sys.stderr.write(cli.errors.STOPPED)
+        sys.exit(cli.errors.EXIT_STOPPED)
     return cli
 
 

@@ -258,11 +258,11 @@ def test_a_package_that_is_missing_is_named_also_where_transformers_hides_it(
 def test_ctrl_c_while_the_commands_are_imported_prints_one_line(start: str) -> None:
     """It ended in Python's traceback in the first half second."""
     code = f"""
-import sys
+import signal, sys
 class Interrupt:
     def find_spec(self, name, *rest):
         if name == "raytrain_adv.config.load":
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Interrupt())
 from raytrain_adv import launch
 sys.exit(launch.{start})
