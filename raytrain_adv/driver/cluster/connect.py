@@ -99,6 +99,7 @@ def connect(job: JobConfig | None) -> bool:
     finally:
         if not had_token and token.exists():
             token.chmod(0o600)  # Ray has just written it, readable by everybody (ray 2.60)
+    _handle_sigterm_in_python()
     atexit.register(_ignore_signals)
     if address == "local":
         started.add(ray._private.worker._global_node)
@@ -109,6 +110,15 @@ def is_own() -> bool:
     """Return whether this process started the Ray that it is connected to."""
     node = ray._private.worker._global_node
     return node is not None and node in started
+
+
+def _handle_sigterm_in_python() -> None:
+    """Give SIGTERM to its handler in Python alone. Ray's core puts one of its own before it, which
+    prints a stack and aborts the process 3 s later (ray 2.60: absl's failure handler, its alarm).
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _ignore_signals() -> None:

@@ -241,6 +241,26 @@ connect.connect(None)
 """
 
 
+TERMINATED = """
+import faulthandler, ray, signal, sys
+from raytrain_adv.driver.cluster import connect
+def init(**options):
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(7))
+    faulthandler.register(signal.SIGTERM, chain=True)
+ray.init = init
+connect.connect(None)
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_sigterm_prints_no_stack_and_starts_no_alarm():
+    """Ray's handler in C++ aborted a sweep that took more than 3 s to end, with exit code -6."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", TERMINATED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_ray_shuts_down_at_exit_ends_nothing(number):
     """Ray's handler would raise in the middle of it, and the end of a good run be a traceback."""
