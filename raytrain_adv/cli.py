@@ -24,6 +24,7 @@ from raytrain_adv.estimate.assumptions import Assumptions, assumptions
 from raytrain_adv.imports import few_collections
 from raytrain_adv.redaction import hide, hide_environment, is_secret_name
 from raytrain_adv.storage.user_cache import keep_bytecode
+from raytrain_adv.streams import open_closed_streams, outlast_the_reader
 from raytrain_adv.text import clean, nearest
 from raytrain_adv.worker.preconditions import check_files
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None, program: str = "raytrain-adv") -> in
     """Run one command, by default this process's, and return its exit code; print errors as text.
     `program` is the name in usage lines; MODULE is the command `launch` alone.
     """
+    open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command = launch if program == MODULE else _command_of(arguments)
@@ -215,6 +217,7 @@ def launch(arguments: tuple[str, ...], plan: bool, **options: Any) -> None:
             from raytrain_adv.driver.sweep.sweep import run
         else:
             from raytrain_adv.driver.training.run import run
+    outlast_the_reader()
     run(job, began=began)
 
 
