@@ -10,27 +10,34 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import Region
 from raytrain_adv.errors import TrainingError
 from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles, save_tensors, write_json
+from raytrain_adv.export.layout import (
+    Axes,
+    Configs,
+    is_untied,
+    one_by_one,
+    stacked_axes,
+    tensor_configs,
+    write_config,
+)
 from raytrain_adv.model.adapter import PREFIX
 from raytrain_adv.model.build import build, build_whole, head_fqn, keeps_float32
-from raytrain_adv.model.conversion import Group
+from raytrain_adv.model.conversion import Group, Route
 from raytrain_adv.model.vocabulary import new_rows
 from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.model.weights import convert_group, match
-from raytrain_adv.ops.experts.find import layout_of, matrices, stacked
 from raytrain_adv.ops.fake_quant import compressed_tensors, gguf_file
 from raytrain_adv.ops.fake_quant.compressed_tensors import Scheme
 from raytrain_adv.ops.fake_quant.targets import GGUF
-from raytrain_adv.ops.fake_quant.torchao_config import describe_model, tensor_of
+from raytrain_adv.ops.fake_quant.torchao_config import tensor_of
 from raytrain_adv.transforms.applied import Transforms
-from raytrain_adv.transforms.modules import in_adapter, is_tied, names_to_store, own_name
-from raytrain_adv.transforms.qat import EMBEDDING, EXPERTS, Qat
+from raytrain_adv.transforms.modules import in_adapter, names_to_store
+from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.transforms.transform import DEFECT
 
 COPIED = (
@@ -51,12 +58,7 @@ COPIED = (
 """What goes with a model's weights into a folder that is made of another."""
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-Configs = Mapping[str, Any]
-"""The layout's configuration of each tensor that is converted, by its name in the model: a Scheme
-for compressed-tensors and GGUF, or a configuration of torchao."""
 Read = Callable[..., torch.Tensor]
-Axes = Mapping[str, int]
-"""Of stacked experts, by their names: the axis of the input features."""
 
 
 class Piece(NamedTuple):
@@ -91,14 +93,18 @@ def write_converted(
     needs; TrainingError when what was written is not what training rounds weights to.
     """
     plain, built = build_whole(job), build(job)
-    configs, axes = tensor_configs(built, job), stacked_axes(built)
+    by_name, axes = tensor_configs(built, job), stacked_axes(built)
     keeps, name_to_store = keeps_float32(plain), names_to_store(plain)
 
     def stored(name: str) -> torch.dtype:
         return torch.float32 if keeps(name) and name not in configs else dtype
 
     with CheckpointFiles(source, new_rows(job)) as files:
-        pieces = list(_pieces(plain, files, configs, trained_in_full(adapter)))
+        found = match(plain, files)
+        configs = one_by_one(by_name, axes, found.groups)
+        pieces = list(_pieces(plain, files, found, configs, trained_in_full(adapter)))
+        if lacking := configs.keys() - {piece.name for piece in pieces}:
+            raise TrainingError(f"{source} is not converted whole", f"no {min(lacking)}", DEFECT)
         if job.transform(Qat).target.layout == GGUF:
             require(sum(math.prod(piece.shape) * dtype.itemsize for piece in pieces))
             _write_gguf(source, folder, pieces, configs, dtype)
@@ -115,7 +121,7 @@ def write_converted(
         written.close()
         check_stored(folder, pieces, configs, dtype, device, name_to_store)
     copy_others(source, folder)
-    _write_config(source, folder, plain, job, configs, dtype)
+    write_config(source, folder, plain, job, by_name, dtype)
 
 
 def _write_gguf(
@@ -146,35 +152,16 @@ def why_not_exact(job: JobConfig, trained_on: torch.device, device: torch.device
     return f"{', '.join(others)} rounds at other places than the plain model" if others else ""
 
 
-def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:
-    """Return the configuration of each tensor that the job's plan converts, by name."""
-    qat = job.transform(Qat)
-    changes = Transforms(job).plan(plain)[qat.name].changes
-    configs: dict[str, Any] = {}
-    for fqn, change in changes.items():
-        config = qat.layer_config("" if change.after == EMBEDDING else qat.activation_dtype)
-        name = own_name(fqn)
-        stacks = matrices(plain.get_submodule(name)) if change.after == EXPERTS else ["weight"]
-        configs |= dict.fromkeys((f"{name}.{matrix}" for matrix in stacks), config)
-    return configs
-
-
-def stacked_axes(plain: PreTrainedModel) -> Axes:
-    """Return the axis of the input features of each stack of experts, by name."""
-    axes: dict[str, int] = {}
-    for fqn, module in stacked(plain).items():
-        axis = 1 if (layout := layout_of(module)) and layout.is_transposed else 2
-        axes |= dict.fromkeys((f"{fqn}.{name}" for name in matrices(module)), axis)
-    return axes
-
-
 def _pieces(
-    plain: PreTrainedModel, files: CheckpointFiles, configs: Configs, others: Mapping[str, Read]
+    plain: PreTrainedModel,
+    files: CheckpointFiles,
+    found: Route,
+    configs: Configs,
+    others: Mapping[str, Read],
 ) -> Iterator[Piece]:
     """Yield the new folder's tensors, in the old one's layout except for what is converted. What
     `others` read takes the place of the files'.
     """
-    found = match(plain, files)
     for name, read_other in others.items():
         if name in found.direct:
             shape = tuple(plain.get_parameter(name).shape)
@@ -218,19 +205,10 @@ def trained_in_full(adapter: Path | None) -> dict[str, Read]:
     return {name.removeprefix(PREFIX): partial(read, name) for name in names}
 
 
-def _head(plain: PreTrainedModel) -> nn.Parameter:
-    return plain.get_parameter(f"{head_fqn(plain)}.weight")
-
-
 def _converted(
     group: Group, target: str, files: CheckpointFiles, plain: PreTrainedModel
 ) -> torch.Tensor:
     return convert_group(group, files, plain)[target]
-
-
-def is_untied(plain: PreTrainedModel, configs: Configs) -> bool:
-    """Whether a tied embedding is converted and its head is not: the new folder then holds both."""
-    return is_tied(plain) and any(plain.get_parameter(name) is _head(plain) for name in configs)
 
 
 def describe(
@@ -326,47 +304,6 @@ def copy_others(source: Path, folder: Path, patterns: Iterable[str] = COPIED) ->
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-
-
-def _write_config(
-    source: Path,
-    folder: Path,
-    plain: PreTrainedModel,
-    job: JobConfig,
-    configs: Configs,
-    dtype: torch.dtype,
-) -> None:
-    """Write the source's config.json with how the model is converted."""
-    config = json.loads((source / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    linears = [f for f, m in plain.named_modules() if isinstance(m, nn.Linear)]
-    qat = job.transform(Qat)
-    default = qat.layer_config(qat.activation_dtype)
-    if isinstance(default, Scheme):
-        stems = [name.removesuffix(".weight") for name in configs]
-        config |= compressed_tensors.describe([*linears, *_of_mixtures(plain)], stems, default)
-    else:
-        config |= describe_model(linears, configs, default)
-    for part in (config, *(v for k, v in config.items() if k == "text_config")):
-        if is_untied(plain, configs):
-            part["tie_word_embeddings"] = False
-        text = plain.config.get_text_config()
-        part |= {key: getattr(text, key) for key in part if key.startswith("vocab_size")}
-    write_json(config, folder / "config.json")
-
-
-def _of_mixtures(plain: PreTrainedModel) -> list[str]:
-    """Return patterns of the names of stacked experts and their routers, which are not converted:
-    engines have a linear for each, below the name that the checkpoint has for the mixture.
-    """
-    found: set[str] = set()
-    for fqn in stacked(plain):
-        parent, _, name = fqn.rpartition(".")
-        others = plain.get_submodule(parent).named_children()
-        routers = (n for n, m in others if "weight" in m._parameters)
-        found |= {rf"re:.*\.{name}\..*", *(rf"re:.*\.{n}$" for n in routers)}
-    return sorted(found)
 
 
 def add_adapter(adapter: Path, folder: Path, final: Path) -> None:

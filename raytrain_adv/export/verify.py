@@ -28,7 +28,7 @@ from raytrain_adv.model.build import keeps_float32
 from raytrain_adv.model.packing import first_position
 from raytrain_adv.model.parallel import compute_dtype
 from raytrain_adv.model.towers import model_class
-from raytrain_adv.ops.fake_quant.compressed_tensors import read_scheme
+from raytrain_adv.ops.fake_quant.compressed_tensors import PACKED, read_scheme
 from raytrain_adv.ops.fake_quant.experts import compute_experts
 from raytrain_adv.ops.fake_quant.targets import stored_as
 from raytrain_adv.ops.fake_quant.torchao_config import DEPRECATION
@@ -52,6 +52,7 @@ ALIGNED = 64
 EXPERT = re.compile(r"\.feed_forward\.experts\.|\.experts\.\d+\.\w+\.weight$")
 """In the names of experts that transformers does not load plain beside compressed linears; those
 that it stacks it loads beside linears in float8."""
+ROUNDED_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight_scale$")
 Attention = str | dict[str, str] | None
 """What computes attention, of all parts or by part: see attention_of_parts; none is the default."""
 
@@ -226,12 +227,18 @@ def _why_not_loaded(scheme: dict[str, Any], folder: Path) -> str:
         return "compressed-tensors is not installed"
     weights = scheme["weights"]
     is_float8 = weights["type"] == "float" and weights["num_bits"] == 8
+    names: set[str] = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
-            found = filter(None, map(EXPERT.search, opened.keys()))
-            # Remove when transformers loads them; of Llama 4 it then expects linears.
-            if any(one[0].startswith(".f") or not is_float8 for one in found):
-                return "transformers 5.23 loads no plain experts beside linears that are rounded"
+            names |= {*opened.keys()}
+    rounded = any(map(ROUNDED_EXPERT.search, names))
+    plain = [name for name in names if EXPERT.search(name) and f"{name}_scale" not in names]
+    # Remove both when transformers loads them; of Llama 4 it then expects linears.
+    if plain and (rounded or not is_float8 or ".feed_forward." in plain[0]):
+        return "transformers 5.23 loads no plain experts beside what is rounded"
+    is_unpacked = weights["strategy"] != "block" if is_float8 else scheme["format"] == PACKED
+    if rounded and not is_unpacked:
+        return f"transformers 5.23 unpacks no experts that are {scheme['format']}"
     return ""
 
 

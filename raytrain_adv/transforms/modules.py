@@ -104,6 +104,22 @@ def names_to_store(model: PreTrainedModel) -> Callable[[str], str]:
     return name_to_store
 
 
+def why_no_linears(model: Any) -> str:
+    """Return why engines take no linear of each of a mixture's experts; empty if its checkpoints
+    have them one by one, as engines read them.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import MergeModulelist
+
+    if any(fqn.endswith(".experts.base_layer") for fqn, _ in model.named_modules()):
+        return "adapters on experts are merged for no engine"
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    operations = (one for entry in mapping for one in getattr(entry, "operations", None) or ())
+    if any(isinstance(one, MergeModulelist) for one in operations):
+        return ""
+    return f"checkpoints of {model.config.model_type} keep all experts in one tensor"
+
+
 def lost_parts(model: nn.Module, fqns: Iterable[str], part: str) -> dict[str, str]:
     """Return, by its fqn, why a linear cannot have this part beside its weight, for those whose
     part transformers would not find when it loads a file.

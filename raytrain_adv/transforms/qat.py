@@ -13,9 +13,7 @@ from raytrain_adv.config.problems import Problem, show
 from raytrain_adv.config.sections import LARGEST
 from raytrain_adv.errors import ClusterError, JobError
 from raytrain_adv.ops.fake_quant.targets import (
-    BLOCK,
     FLOAT8,
-    FLOAT8_BLOCKS,
     NO_TARGET,
     ROUNDED_BY,
     TARGETS,
@@ -44,8 +42,9 @@ from raytrain_adv.transforms.modules import (
     patterns,
     plan_linears,
     short,
+    why_no_linears,
 )
-from raytrain_adv.transforms.qat_rules import conflicts, contradictions
+from raytrain_adv.transforms.qat_rules import conflicts, contradictions, reasons_against
 from raytrain_adv.transforms.transform import (
     Change,
     Context,
@@ -246,7 +245,7 @@ class Qat(Switchable):
 
         given = self.qat_exclude
         changes, skipped = plan_linears(
-            model, BECOMES, "qat_exclude", given, self._why_not, lambda experts: "", EXPERTS
+            model, BECOMES, "qat_exclude", given, *reasons_against(self), EXPERTS
         )
         for fqn, why in lost_parts(model, changes, "_weight_qdata").items():
             skipped[fqn] = why
@@ -267,7 +266,8 @@ class Qat(Switchable):
         refuse_odd_groups(self.group_size, widths)
         in_float8 = [m for fqn, m in linears.items() if changes[fqn].before == IN_FLOAT8]
         experts = sorted(changes.keys() - linears.keys())
-        refuse_for_layout(self.target, model.config, changes, skipped, experts)
+        why_none = self.target.no_experts.get(self.activation_dtype) or why_no_linears(model)
+        refuse_for_layout(self.target, model.config, changes, skipped, experts, why_none)
         refuse_frozen(in_float8, self.qat_weight_dtype, self.activation_dtype)
         embedding = input_embedding(model)
         table = fqn_of(model, embedding)
@@ -298,14 +298,6 @@ class Qat(Switchable):
                 )
             changes[fqn] = Change(changes[fqn].before, MERGED)
 
-    def _why_not(self, linear: nn.Linear) -> str:
-        if "own_class" in vars(linear):
-            return "transformers multiplies with its weight, which is then no plain tensor"
-        needs = BLOCK if self.weight_form == FLOAT8_BLOCKS else 16
-        is_odd = linear.in_features % needs or linear.out_features % needs
-        refused = is_odd and (self.activation_dtype == FLOAT8 or needs == BLOCK)
-        return f"sizes not divisible by {needs}, which float8 products need" if refused else ""
-
     def _notes(self, model: nn.Module, changes: dict[str, Change], job: JobConfig) -> Iterator[str]:
         from raytrain_adv.ops.float8.qat_linear import described
 
@@ -322,6 +314,8 @@ class Qat(Switchable):
         if LINEAR_IN_FLOAT8 in kinds:
             how = described(self.qat_weight_dtype, self.activation_dtype)
             yield f"FP8 and QAT together need careful tuning: {how}"
+        if EXPERTS in kinds and self.target.engine and self.activation_dtype:
+            yield "experts: training multiplies values that are rounded in bfloat16"
         if EMBEDDING in kinds and is_tied(model):
             yield "the head tied to the embedding is not quantized: the quantized model has both"
         if not job.output.export_model:
@@ -342,12 +336,13 @@ class Qat(Switchable):
             MERGED: FakeQuantizedMergedLinear,
         }
         how = (self.weight_form, self.group_size)
+        of_experts = self.target.of_experts.get(self.activation_dtype, self.activation_form)
         for fqn, change in plan.changes.items():
             old: Any = model.get_submodule(fqn)
             if change.after == EMBEDDING:
                 new: nn.Module = FakeQuantizedEmbedding.of(old, *how)
             elif change.after == EXPERTS:
-                new = FakeQuantizedExperts.rounding(old, *how, self.activation_dtype)
+                new = FakeQuantizedExperts.rounding(old, *how, of_experts)
             else:
                 new = kinds[change.after].of(old, *how, self.activation_form)
             model.set_submodule(fqn, new)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from raytrain_adv.config.problems import Problem
-from raytrain_adv.ops.fake_quant.targets import FLOAT8, FOUR_BIT_FLOATS, GGUF
+from raytrain_adv.ops.fake_quant.targets import (
+    BLOCK,
+    FLOAT8,
+    FLOAT8_BLOCKS,
+    FOUR_BIT_FLOATS,
+    GGUF,
+)
 from raytrain_adv.ops.fake_quant.torchao_config import SERVED
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from raytrain_adv.config.job import JobConfig
     from raytrain_adv.transforms.qat import Qat
 
@@ -99,3 +107,30 @@ def _with_fp8(job: JobConfig) -> Iterable[Problem]:
     if fp8["fp8_experts"] is True:
         text = "experts' rounded values are multiplied in bf16"
         yield Problem(text, f"set fp8_experts: auto, {off}", "fp8_experts and enable_qat")
+
+
+def reasons_against(
+    qat: Qat,
+) -> tuple[Callable[[nn.Linear], str], Callable[[nn.Module], str]]:
+    """Return what returns why a linear, and stacked experts, are not rounded; empty if they are."""
+    in_blocks = qat.weight_form == FLOAT8_BLOCKS
+    needs = BLOCK if in_blocks else 16
+    odd = f"sizes not divisible by {needs}, which float8 products need"
+
+    def against_linear(linear: nn.Linear) -> str:
+        if "own_class" in vars(linear):
+            return "transformers multiplies with its weight, which is then no plain tensor"
+        is_odd = linear.in_features % needs or linear.out_features % needs
+        return odd if is_odd and (qat.activation_dtype == FLOAT8 or in_blocks) else ""
+
+    def against_experts(experts: nn.Module) -> str:
+        from raytrain_adv.ops.experts.find import known_layout, widths_of
+
+        widths = widths_of(experts)
+        if in_blocks and any(width % BLOCK for width in widths.values()):
+            return odd
+        if qat.qat_target == "vllm-w4a16" and widths[known_layout(experts).up] % BLOCK:
+            return f"a hidden size not divisible by {BLOCK}, which Marlin's experts need"
+        return ""
+
+    return against_linear, against_experts

@@ -55,6 +55,14 @@ KEYS = {
     "logging_steps": 4,
     "disable_gradient_checkpointing": True,
 }
+SHAPES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+EXPERTS = {"num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 128}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, **EXPERTS},
+    "qwen3_moe": {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, **EXPERTS},
+}
+"""Tiny models by their model_type, and what a config.json has for them beside a Llama's keys."""
 KINDS = (".safetensors", ".gguf", ".pte")
 """Files whose size is a folder's."""
 CPU = ("cpu_name", "avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_int8")
@@ -109,6 +117,7 @@ def parse() -> argparse.Namespace:
     for name in ("vllm", "llamacpp", "executorch"):
         parser.add_argument(f"--{name}", default="", metavar="PYTHON")
     parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--family", choices=FAMILIES, default="llama", help="of the tiny model")
     parser.add_argument("--model", default="", metavar="FOLDER")
     parser.add_argument("--data", default="", metavar="FILE")
     parser.add_argument("--steps", type=int, default=6)
@@ -148,7 +157,7 @@ def keys(target: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Return the job's keys."""
     own = {**KEYS, "qat_target": target, "output_dir": str(out), "max_steps": options.steps}
     if not options.model:
-        return {**tiny(out.with_name(f"{target}-made")), **own}
+        return {**tiny(out.with_name(f"{target}-made"), options.family), **own}
     data = Path(options.data)
     info = {"rows": {"file_name": str(data.absolute())}}
     (out.parent / "dataset_info.json").write_text(json.dumps(info))
@@ -158,13 +167,13 @@ def keys(target: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     return {**real, **own}
 
 
-def tiny(folder: Path) -> dict[str, Any]:
-    """Return keys that train a tiny Llama whose shapes engines take."""
+def tiny(folder: Path, family: str) -> dict[str, Any]:
+    """Return keys that train a tiny model whose shapes engines take."""
     folder.mkdir()
     keys = tiny_keys(folder)
     file = Path(keys["model_name_or_path"]) / "config.json"
-    shapes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
-    file.write_text(json.dumps(json.loads(file.read_text()) | shapes))
+    own = {**SHAPES, "model_type": family, **FAMILIES[family]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
     return keys
 
 
@@ -213,7 +222,7 @@ def write(options: argparse.Namespace, rows: list[Row]) -> None:
     """Write the rows so far as JSON."""
     if options.out:
         facts = hardware.detect(torch.device("cpu"))
-        model = Path(options.model).name or "a tiny Llama"
+        model = Path(options.model).name or f"a tiny {options.family}"
         threads = os.environ.get("OMP_NUM_THREADS", "")
         trained = {"model": model, "steps": options.steps, "threads": threads}
         named = torch.cpu.get_capabilities()

@@ -31,6 +31,7 @@ from raytrain_adv.ops.stored import decode
 
 PER_WORD = 8
 """Four-bit integers in an int32."""
+PACKED = "pack-quantized"
 FORMATS = {
     INT8_IN_FLOAT32: "int-quantized",
     FLOAT8_ROWS: "float-quantized",
@@ -61,7 +62,7 @@ class Scheme:
     @property
     def format(self) -> str:
         """compressed-tensors' name of it."""
-        return FORMATS.get(self.weight_form, "pack-quantized")
+        return FORMATS.get(self.weight_form, PACKED)
 
 
 def stored(name: str, weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:

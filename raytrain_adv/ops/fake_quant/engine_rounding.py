@@ -90,6 +90,25 @@ def fake_quantize_tokens_in_float32(
     return rounded
 
 
+@torch.library.custom_op("raytrain_adv::fake_quantize_inputs_of_experts", mutates_args=())
+def fake_quantize_inputs_of_experts(
+    x: torch.Tensor, after: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return activations [..., features] rounded to symmetric int8, one float32 scale per token.
+
+    Source: vLLM 0.32, per_token_quant_int8, which experts take whatever config.json has.
+    """
+    value = x.to(torch.float32)
+    amax = value.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10)
+    integers = torch.round(value * (torch.full_like(amax, 127.0) / amax))
+    return (integers * divided(amax, 127.0)).to(x.dtype)
+
+
+@fake_quantize_inputs_of_experts.register_fake
+def _(x: torch.Tensor, after: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
 def int8_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x @ weight.t() + bias as engines compute it: a sum of int8 products in int32, then
     both scales in float32.

@@ -1,6 +1,7 @@
 """A GGUF file of a trained model: blocks of 32 integers with one float16 scale, for llama.cpp."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ FILE = "model.gguf"
 BLOCK = 32
 PERMUTED = {"llama": {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}}
 """Architecture -> linears whose rows llama.cpp orders for its rotary embedding, and their heads."""
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+"""In the name of a single expert; llama.cpp has all experts of a layer in one tensor."""
+COUNTS = ("num_local_experts", "num_experts")
 Array = Any
 
 
@@ -42,7 +46,7 @@ def write(source: Path, folder: Path, tensors: Iterable[Tensor]) -> None:
     writer = gguf.GGUFWriter(str(folder / FILE), architecture)
     _describe(writer, config, source)
     names = _names(config)
-    for tensor in tensors:
+    for tensor in _joined(tensors, config):
         name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise JobError(f"llama.cpp has no tensor {tensor.name}", architecture, "report it")
@@ -60,6 +64,28 @@ def write(source: Path, folder: Path, tensors: Iterable[Tensor]) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _joined(tensors: Iterable[Tensor], config: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield tensors with a layer's experts joined: [rows, columns] of each to [expert, rows,
+    columns].
+    """
+    waiting: dict[str, dict[int, torch.Tensor]] = {}
+    for tensor in tensors:
+        if (found := EXPERT.search(tensor.name)) is None:
+            yield tensor
+            continue
+        name = EXPERT.sub(".experts.", tensor.name)
+        parts = waiting.setdefault(name, {})
+        parts[int(found[1])] = tensor.value
+        if len(parts) == _num_experts(config):
+            del waiting[name]
+            yield Tensor(name, torch.stack([parts[n] for n in sorted(parts)]), tensor.form)
+
+
+def _num_experts(config: dict[str, Any]) -> int:
+    """Return the experts of a layer; 0 if the model is no mixture."""
+    return next((int(config[key]) for key in COUNTS if config.get(key)), 0)
 
 
 def _names(config: dict[str, Any]) -> Any:
@@ -81,9 +107,9 @@ def _ordered(name: str, value: torch.Tensor, config: dict[str, Any]) -> torch.Te
 
 
 def _blocks(weight: torch.Tensor, form: str) -> Array:
-    """Return a matrix [rows, columns] as rows of bytes: of each block the scale, then integers."""
-    rounded = integers_of(weight, BITS[form], BLOCK, LEAST_SCALE[form])
-    rows = len(weight)
+    """Return a matrix [..., columns] as rows of bytes: of each block the scale, then integers."""
+    rounded = integers_of(weight.flatten(0, -2), BITS[form], BLOCK, LEAST_SCALE[form])
+    rows = len(rounded.qdata)
     scale = rounded.scale.float().cpu().numpy().astype(np.float16)[..., None].view(np.uint8)
     integers = rounded.qdata.cpu().numpy().reshape(rows, -1, BLOCK)
     if form == Q8_0:
@@ -91,7 +117,7 @@ def _blocks(weight: torch.Tensor, form: str) -> Array:
     else:
         codes = (integers + 8).astype(np.uint8)
         body = codes[..., : BLOCK // 2] | (codes[..., BLOCK // 2 :] << 4)
-    return np.concatenate([scale, body], -1).reshape(rows, -1)
+    return np.concatenate([scale, body], -1).reshape(*weight.shape[:-1], -1)
 
 
 def differences(source: Path, folder: Path, tensors: Iterable[Tensor]) -> Iterator[str]:
@@ -104,15 +130,15 @@ def differences(source: Path, folder: Path, tensors: Iterable[Tensor]) -> Iterat
     config = json.loads((source / "config.json").read_text())
     names = _names(config)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(str(folder / FILE)).tensors}
-    for tensor in tensors:
+    for tensor in _joined(tensors, config):
         if not tensor.form:
             continue
         name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
         found = torch.from_numpy(
             gguf.quants.dequantize(stored[name].data, stored[name].tensor_type).copy()
         )
-        wanted, _ = rounded_weight(tensor.value, tensor.form, BLOCK, None)
-        wanted = _ordered(tensor.name, wanted, config).cpu()
+        wanted, _ = rounded_weight(tensor.value.flatten(0, -2), tensor.form, BLOCK, None)
+        wanted = _ordered(tensor.name, wanted.view(tensor.value.shape), config).cpu()
         wrong = int((found.view(wanted.shape).to(wanted.dtype) != wanted).sum())
         if wrong:
             yield f"{tensor.name}: {wrong:,} of {wanted.numel():,} values differ"
@@ -129,6 +155,11 @@ def _describe(writer: Any, config: dict[str, Any], source: Path) -> None:
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
+    if count := _num_experts(config):
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        width = config.get("moe_intermediate_size", config["intermediate_size"])
+        writer.add_expert_feed_forward_length(width)
     writer.add_head_count(heads)
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(head_dim)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from raytrain_adv.ops.fake_quant.engine_rounding import (
     fake_quantize_float4,
     fake_quantize_float8_blocks,
+    fake_quantize_inputs_of_experts,
     fake_quantize_rows,
     fake_quantize_tokens_in_float32,
     int8_product,
@@ -33,6 +34,7 @@ from raytrain_adv.ops.fake_quant.targets import (
     FLOAT8_ROWS,
     FOUR_BIT_FLOATS,
     INT8_IN_FLOAT32,
+    INT8_OF_EXPERTS,
 )
 from raytrain_adv.ops.views import unalias
 
@@ -162,6 +164,8 @@ def rounded_activation(
         return fake_quantize_float8(groups, after, True).flatten(-2), None, None
     if dtype == INT8_IN_FLOAT32:
         return fake_quantize_tokens_in_float32(x, after), None, None
+    if dtype == INT8_OF_EXPERTS:
+        return fake_quantize_inputs_of_experts(x, after), None, None
     if dtype == "":
         return x, None, None
     rounded, scale, zero_point = fake_quantize_tokens(x, after)

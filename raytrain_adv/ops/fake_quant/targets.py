@@ -14,6 +14,8 @@ FOUR_BIT_FLOATS = {NVFP4: 16, MXFP4: 32}
 """Weights in four-bit floats -> input features that share a scale."""
 IN_FLOAT32 = "float32"
 """Suffix of dtypes that are rounded in float32, as engines do, not in the tensor's own dtype."""
+INT8_OF_EXPERTS = "int8 of experts"
+"""Symmetric activations, where those of linears are not."""
 INT8_IN_FLOAT32, FLOAT8_IN_FLOAT32 = f"int8 {IN_FLOAT32}", f"{FLOAT8} {IN_FLOAT32}"
 FLOAT8_BLOCKS, FLOAT8_GROUPS = f"{FLOAT8} blocks", f"{FLOAT8} groups"
 """One scale per BLOCK x BLOCK weights, and per BLOCK features of a token."""
@@ -32,7 +34,10 @@ ROUNDED_BY = {
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that vLLM and SGLang multiply as one."""
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES |= {"mixtral": "llama", "qwen3_moe": "qwen3moe"}
 """model_type of transformers -> llama.cpp's architecture, of those that are written."""
+TAKEN = {"qwen3_moe": {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}}
+"""What llama.cpp has no key for, and takes as given."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,14 @@ class Target:
     """How weights are rounded, if otherwise than torchao rounds their dtype."""
     activation_forms: Mapping[str, str] = field(default_factory=dict)
     """The same of activations."""
+    of_experts: Mapping[str, str] = field(default_factory=dict)
+    """The same of experts' activations, if otherwise."""
     served: str = ""
     """How the engine multiplies this form, in a sentence without its subject."""
     rounds_itself: str = ""
     """What the engine rounds otherwise than training does; empty for nothing."""
+    no_experts: Mapping[str, str] = field(default_factory=dict)
+    """qat_activation_dtype, empty for none -> why experts are not rounded with it."""
 
     def keys(self) -> dict[str, tuple[Any, ...]]:
         """Return which values each key of QAT can take."""
@@ -72,6 +81,7 @@ class Target:
                 yield key, f"takes {key}: {takes.lower()}"
 
 
+FLOAT8_ALONE = "vLLM 0.32 has no products of experts in float8 with inputs that are not rounded"
 SUMS = "activations are rounded from sums that each engine adds in its own order"
 WeightDtype = Literal["int8", "int4", "int3", "int2", "float8_e4m3fn", "nvfp4", "mxfp4"]
 TargetName = Literal[
@@ -103,6 +113,7 @@ TARGETS: dict[str, Target] = {
         activation_forms={"int8": INT8_IN_FLOAT32},
         served="in int8 by CUTLASS on GPUs, by oneDNN on CPUs",
         rounds_itself=SUMS,
+        of_experts={"int8": INT8_OF_EXPERTS},
     ),
     "vllm-fp8": Target(
         "vLLM",
@@ -111,6 +122,7 @@ TARGETS: dict[str, Target] = {
         (FLOAT8, "none"),
         weight_form=FLOAT8_ROWS,
         activation_forms={FLOAT8: FLOAT8_IN_FLOAT32},
+        no_experts={"": FLOAT8_ALONE},
         served="in float8 on compute capability 8.9 and newer; weights alone by Marlin",
         rounds_itself=SUMS,
     ),
@@ -121,6 +133,7 @@ TARGETS: dict[str, Target] = {
         (FLOAT8, "none"),
         weight_form=FLOAT8_BLOCKS,
         activation_forms={FLOAT8: FLOAT8_GROUPS},
+        no_experts={"": FLOAT8_ALONE},
         served="in float8 on compute capability 8.9 and newer; weights alone by Marlin",
         rounds_itself=f"it adds products of blocks in float32, training rounds factors; {SUMS}",
     ),
@@ -148,6 +161,7 @@ TARGETS: dict[str, Target] = {
         group_sizes=(32, 64, 128, 256),
         served="by XNNPACK on CPUs, in int8 x int4",
         rounds_itself=f"it computes in float32, a bf16 job in bfloat16; {SUMS}",
+        no_experts={"int8": "XNNPACK has no products of integers for a token's own experts"},
     ),
     "llamacpp-q8_0": Target(
         "llama.cpp",
@@ -215,6 +229,7 @@ def refuse_for_layout(
     changes: Mapping[str, object],
     skipped: Mapping[str, str],
     stacks: list[str],
+    why_no_experts: str,
 ) -> None:
     """Refuse what a target's layout cannot hold, or its engine not multiply.
 
@@ -224,26 +239,25 @@ def refuse_for_layout(
         changes: names of the linears and experts that are rounded.
         skipped: names of the others -> why.
         stacks: the experts among `changes`.
+        why_no_experts: why no engine takes them one by one; empty if they are stored so.
 
     Raises:
         JobError: naming the modules.
     """
-    if stacks and target.engine:
+    if stacks and target.engine and why_no_experts:
         raise JobError(
-            "qat_target does not write stacked experts",
-            f"{stacks[0]} and {len(stacks) - 1} more",
+            "qat_target does not round this model's experts",
+            f"{stacks[0]} and {len(stacks) - 1} more: {why_no_experts}",
             "leave them out: qat_exclude: experts; or set no qat_target, which exports them as "
             "torchao's tensors",
         )
     if target.layout == TORCHAO:
         return
     if target.layout == GGUF:
-        kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        if config.model_type not in ARCHITECTURES or kind != "default":
+        for found in _not_of_llamacpp(config):
             raise JobError(
                 "qat_target llamacpp does not write this model",
-                f"{config.model_type} with {kind} rotary embedding; written are "
-                f"{', '.join(ARCHITECTURES)} with the plain one",
+                found,
                 "take another qat_target, or convert output_dir/model by llama.cpp's own converter",
             )
         return
@@ -256,6 +270,17 @@ def refuse_for_layout(
                 f"{reason}; engines multiply {', '.join(others)} as one linear",
                 "leave out all of them by qat_exclude, or none",
             )
+
+
+def _not_of_llamacpp(config: Any) -> Iterator[str]:
+    """Yield what llama.cpp would compute otherwise."""
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if config.model_type not in ARCHITECTURES or kind != "default":
+        known = f"{', '.join(ARCHITECTURES)} with the plain one"
+        yield f"{config.model_type} with {kind} rotary embedding; written are {known}"
+    for key, value in TAKEN.get(config.model_type, {}).items():
+        if (found := getattr(config, key)) != value:
+            yield f"{key} {found}; llama.cpp computes {config.model_type} with {value}"
 
 
 def stored_as(config: Mapping[str, Any]) -> tuple[str, str]:

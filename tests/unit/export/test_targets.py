@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from raytrain_adv.cli import main
@@ -19,14 +19,17 @@ from raytrain_adv.export.convert import write_converted
 from raytrain_adv.export.verify import compare_converted, converted_logits, read_scheme
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
+from raytrain_adv.ops.experts.find import stacked
 from raytrain_adv.ops.fake_quant import compressed_tensors, gguf_file
+from raytrain_adv.ops.fake_quant.compressed_tensors import read_back
+from raytrain_adv.ops.fake_quant.experts import FakeQuantizedExperts, _rounded
 from raytrain_adv.ops.fake_quant.targets import COMPRESSED, TARGETS
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.qat import Qat
-from tests.tiny_models import job_for, write_checkpoint
+from tests.tiny_models import KINDS, job_for, write_checkpoint
 
 CPU = torch.device("cpu")
-WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 96}
+WIDE = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 96}
 IN_BLOCKS = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 128, "vocab_size": 96}
 IN_BLOCKS |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 TOKENS = torch.arange(24).unsqueeze(0)
@@ -53,6 +56,8 @@ CASES: dict[str, Case] = {
 
 def target_job(kind: str, place: Path, **keys: Any) -> JobConfig:
     sizes = IN_BLOCKS if keys.get("qat_target") == "vllm-fp8-block" else WIDE
+    if "moe_intermediate_size" in KINDS[kind]:
+        sizes = {**sizes, "moe_intermediate_size": 128}
     source = write_checkpoint(kind, place / "source", **sizes)
     return job_for(source, place / "job", enable_qat=True, pure_bf16=True, **keys)
 
@@ -115,8 +120,8 @@ def test_four_bits_take_half_a_byte(tmp_path: Path) -> None:
     folder = write(target_job("llama", tmp_path, qat_target="vllm-w4a16"), tmp_path / "out")
     tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     stem = "model.layers.0.mlp.up_proj.weight"
-    assert tensors[f"{stem}_packed"].nbytes * 2 == 128 * 64
-    assert tensors[f"{stem}_scale"].shape == (128, 2)
+    assert tensors[f"{stem}_packed"].nbytes * 2 == 128 * 128
+    assert tensors[f"{stem}_scale"].shape == (128, 4)
     assert tensors[f"{stem}_scale"].dtype == torch.bfloat16
 
 
@@ -129,11 +134,100 @@ def test_what_is_left_out_is_named_and_the_tied_head_stays_tied(tmp_path: Path) 
     assert set(config["quantization_config"]["ignore"]) == {*names, "lm_head"}
 
 
-@pytest.mark.parametrize("target", ["vllm-w4a16", "llamacpp-q8_0", "executorch-8da4w"])
-def test_stacked_experts_are_refused_for_targets(target: str, tmp_path: Path) -> None:
-    job = target_job("mixtral", tmp_path, qat_target=target)
-    with pytest.raises(JobError, match="does not write stacked experts"):
+NONE = {"qat_activation_dtype": "none"}
+MIXTURES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "w4a16": ("mixtral", {"qat_target": "vllm-w4a16"}, "bit for bit"),
+    "w4a16 per channel": (
+        "deepseek_v3",
+        {"qat_target": "vllm-w4a16", "qat_group_size": None},
+        "bit for bit",
+    ),
+    "float8": ("qwen3_moe", {"qat_target": "vllm-fp8"}, "KL"),
+    "float8 blocks": ("mixtral", {"qat_target": "vllm-fp8-block"}, "unpacks no experts"),
+    "w8a8": ("qwen3_moe", {"qat_target": "vllm-w8a8-int8"}, "unpacks no experts"),
+    "nvfp4": ("qwen3_moe", {"qat_target": "vllm-nvfp4a16"}, "unpacks no experts"),
+    "mxfp4": ("mixtral", {"qat_target": "vllm-mxfp4a16"}, "unpacks no experts"),
+    "w4a16, a layer's left out": (
+        "mixtral",
+        {"qat_target": "vllm-w4a16", "qat_exclude": "model.layers.1.mlp.experts"},
+        "loads no plain experts",
+    ),
+}
+"""Name -> family, keys, and how the export was compared with training."""
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_experts_are_written_one_by_one_as_engines_take_them(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="it is part of the extra dev")
+    kind, keys, compared = MIXTURES[case]
+    job = target_job(kind, tmp_path, **keys)
+    model = build(job)
+    Transforms(job).prepare(model)
+    materialize(model, CPU)
+    load_pretrained(model, job, CPU)
+    wanted = converted_logits(model, job, TOKENS, torch.bfloat16)
+    folder = write(job, tmp_path / "out")
+    found = compare_converted(folder, job, TOKENS, wanted, model.config._attn_implementation)
+    assert compared in found.how and (found.difference is None) == ("experts" in compared)
+    tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    ignored = [one.removeprefix("re:") for one in config["ignore"]]
+    scheme = job.transform(Qat).layer_config(job.transform(Qat).activation_dtype)
+    rounded = {fqn: m for fqn, m in model.named_modules() if isinstance(m, FakeQuantizedExperts)}
+    assert rounded and len(rounded) == len(stacked(model)) - ("left out" in case)
+    for fqn, experts in rounded.items():
+        prefix = fqn.replace("mlp", "block_sparse_moe") if kind == "mixtral" else fqn
+        names = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+        gate_up, down = experts.gate_up_proj, experts.down_proj
+        for number in range(len(down)):
+            matrices = (*gate_up[number].chunk(2), down[number])
+            for name, matrix in zip(names, matrices, strict=True):
+                stem = f"{prefix}.{number}.{name}"
+                held = {k: v for k, v in tensors.items() if k.startswith(f"{stem}.")}
+                size = scheme.group_size or matrix.shape[1]
+                trained, _ = _rounded(matrix.detach(), scheme.weight_form, size)
+                stored = read_back(f"{stem}.weight", held, scheme, torch.bfloat16)
+                assert torch.equal(stored, trained.bfloat16()), stem
+                assert not any(re.fullmatch(one, stem) for one in ignored)
+    left_out = [n for n in tensors if re.search(r"\.experts\.\d+\.\w+\.weight$", n)]
+    for name in left_out:
+        if f"{name}_scale" not in tensors:
+            assert any(re.fullmatch(one, name.removesuffix(".weight")) for one in ignored)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "why"),
+    [
+        ("mixtral", {"qat_target": "executorch-8da4w"}, "XNNPACK"),
+        ("mixtral", {"qat_target": "vllm-fp8", **NONE}, "inputs that are not rounded"),
+        ("gpt_oss", {"qat_target": "vllm-w4a16"}, "checkpoints of gpt_oss keep all experts in one"),
+        ("llama4_text", {"qat_target": "vllm-fp8"}, "checkpoints of llama4_text"),
+    ],
+)
+def test_experts_that_an_engine_does_not_take_are_refused(
+    kind: str, keys: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    job = target_job(kind, tmp_path, **keys)
+    with pytest.raises(JobError, match="does not round this model's experts") as error:
         Transforms(job).plan(build(job))
+    assert why in error.value.found
+
+
+def test_experts_of_widths_that_marlin_lacks_are_left_out(tmp_path: Path) -> None:
+    source = write_checkpoint("mixtral", tmp_path / "source", **{**WIDE, "hidden_size": 64})
+    job = job_for(source, tmp_path / "job", enable_qat=True, qat_target="vllm-w4a16")
+    plan = Transforms(job).plan(build(job))["qat"]
+    assert "Marlin" in plan.skipped["model.layers.0.mlp.experts"]
+
+
+def test_experts_that_are_stored_as_one_tensor_are_refused(tmp_path: Path) -> None:
+    """As transformers' own state has them, whose names no engine knows."""
+    job = target_job("mixtral", tmp_path, qat_target="vllm-w4a16")
+    source = Path(job.model.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, source / "model.safetensors")
+    with pytest.raises(JobError, match="one by one"):
+        write(job, tmp_path / "out")
 
 
 @pytest.mark.parametrize("target", ["vllm-w4a16", "vllm-fp8"])
@@ -240,7 +334,7 @@ def test_float8_of_a_model_in_float32_is_refused_with_keys_of_the_command(
 
 
 def test_one_command_writes_several_formats(tmp_path: Path, capsys: Any) -> None:
-    source = str(write_checkpoint("llama", tmp_path / "source", **WIDE))
+    source = str(write_checkpoint("llama", tmp_path / "source", **{**WIDE, "hidden_size": 64}))
     out = tmp_path / "out"
     to = ["export", source, "--output", str(out), "--format"]
     assert main([*to, "vllm-w4a16,llama"]) == 2 and "there is no format llama" in (
