@@ -84,7 +84,8 @@ class FakeQuantizedMergedLinear(FakeQuantizedLinear):
         down, up, scaling = self.adapter
         if not self.rounds:
             plain = F.linear(input, self.weight, self.bias)
-            change: Tensor = up(down(input.to(down.get_parameter("weight").dtype))) * scaling
+            # No nn.Parameter where functional_call gave the module another tensor.
+            change: Tensor = up(down(input.to(down._parameters["weight"].dtype))) * scaling
             return (plain + change).to(plain.dtype)
         output: Tensor = _MergedProduct.apply(  # type: ignore[no-untyped-call]
             input, self.weight, self.bias, *(m.weight for m in (down, up)), scaling, self.scheme

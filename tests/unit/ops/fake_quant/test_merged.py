@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from raytrain_adv.ops.fake_quant.layers import FakeQuantizedLinear
 from raytrain_adv.ops.fake_quant.merged import FakeQuantizedMergedLinear, Merging, merged_weight
@@ -62,6 +63,17 @@ def test_without_rounding_it_is_pefts_own_layer():
     plain.weight, plain.bias = layer.base_layer.weight, layer.base_layer.bias
     layer.base_layer, layer.merged_adapters = plain, []
     torch.testing.assert_close(found, model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_it_computes_with_the_tensors_that_mixed_precision_puts_in(rounds):
+    """Which are no nn.Parameters, as copies of master weights in bfloat16 are not."""
+    model = adapted(("int4", 32, ""), torch.float32)
+    model[0].base_layer.rounds = rounds
+    cast = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    found = functional_call(model, cast, (x,))
+    torch.testing.assert_close(found, model.bfloat16()(x), rtol=0, atol=0)
 
 
 def test_an_adapter_that_rounding_removes_is_named():
