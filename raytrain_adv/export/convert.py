@@ -19,6 +19,7 @@ from raytrain_adv.export.folder import MAX_FILE_BYTES, TensorFiles, save_tensors
 from raytrain_adv.export.layout import (
     Axes,
     Configs,
+    is_gguf,
     is_untied,
     one_by_one,
     stacked_axes,
@@ -33,11 +34,8 @@ from raytrain_adv.model.weight_files import CheckpointFiles
 from raytrain_adv.model.weights import convert_group, match
 from raytrain_adv.ops.fake_quant import compressed_tensors, gguf_file
 from raytrain_adv.ops.fake_quant.compressed_tensors import Scheme
-from raytrain_adv.ops.fake_quant.targets import GGUF
 from raytrain_adv.ops.fake_quant.torchao_config import tensor_of
-from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.modules import in_adapter, names_to_store
-from raytrain_adv.transforms.qat import Qat
 from raytrain_adv.transforms.transform import DEFECT
 
 COPIED = (
@@ -82,7 +80,7 @@ def write_converted(
     require: Callable[[int], object] = lambda size: None,
     adapter: Path | None = None,
 ) -> None:
-    """Write the model of `source` into the folder `folder`, converted by the job's QAT keys.
+    """Write the model of `source` into the folder `folder`, in the layout that the job exports.
 
     The folder loads with AutoModelForCausalLM.from_pretrained and torchao or compressed-tensors.
     Host memory holds one file's tensors and the one that is being converted.
@@ -105,7 +103,7 @@ def write_converted(
         pieces = list(_pieces(plain, files, found, configs, trained_in_full(adapter)))
         if lacking := configs.keys() - {piece.name for piece in pieces}:
             raise TrainingError(f"{source} is not converted whole", f"no {min(lacking)}", DEFECT)
-        if job.transform(Qat).target.layout == GGUF:
+        if is_gguf(job):
             require(sum(math.prod(piece.shape) * dtype.itemsize for piece in pieces))
             _write_gguf(source, folder, pieces, configs, dtype)
             return
@@ -139,17 +137,6 @@ def _write_gguf(
         raise TrainingError(f"{gguf_file.FILE} is not what was trained", wrong, DEFECT)
     copy_others(source, folder)
     shutil.copyfile(source / "config.json", folder / "config.json")
-
-
-def why_not_exact(job: JobConfig, trained_on: torch.device, device: torch.device) -> str:
-    """Return why logits need not agree bit for bit; empty if they must."""
-    if device != trained_on:
-        return f"{trained_on} has no room for it, and another device adds in another order"
-    # Kernels are off for the comparison.
-    used = [t for t in Transforms(job) if t.stage not in ("loss", "kernel")]
-    exact = job.transform(Qat).exact_with
-    others = [t.name for t in used if t.name not in exact]
-    return f"{', '.join(others)} rounds at other places than the plain model" if others else ""
 
 
 def _pieces(

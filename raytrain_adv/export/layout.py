@@ -17,6 +17,7 @@ from raytrain_adv.model.conversion import Group
 from raytrain_adv.ops.experts.find import layout_of, matrices, stacked
 from raytrain_adv.ops.fake_quant import compressed_tensors
 from raytrain_adv.ops.fake_quant.compressed_tensors import Scheme
+from raytrain_adv.ops.fake_quant.targets import GGUF
 from raytrain_adv.ops.fake_quant.torchao_config import describe_model
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.modules import is_tied, own_name
@@ -27,6 +28,22 @@ Configs = Mapping[str, Any]
 for compressed-tensors and GGUF, or a configuration of torchao."""
 Axes = Mapping[str, int]
 """Of stacked experts, by their names: the axis of the input features."""
+
+
+def is_gguf(job: JobConfig) -> bool:
+    """Whether the job exports one GGUF file."""
+    return job.transform(Qat).target.layout == GGUF
+
+
+def why_not_exact(job: JobConfig, trained_on: torch.device, device: torch.device) -> str:
+    """Return why logits need not agree bit for bit; empty if they must."""
+    if device != trained_on:
+        return f"{trained_on} has no room for it, and another device adds in another order"
+    # Kernels are off for the comparison.
+    used = [t for t in Transforms(job) if t.stage not in ("loss", "kernel")]
+    exact = job.transform(Qat).exact_with
+    others = [t.name for t in used if t.name not in exact]
+    return f"{', '.join(others)} rounds at other places than the plain model" if others else ""
 
 
 def tensor_configs(plain: PreTrainedModel, job: JobConfig) -> Configs:

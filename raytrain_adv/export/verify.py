@@ -20,8 +20,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import plain_name
 from raytrain_adv.errors import TrainingError
-from raytrain_adv.export.convert import why_not_exact
 from raytrain_adv.export.folder import folder_gib
+from raytrain_adv.export.layout import why_not_exact
 from raytrain_adv.export.reference import write_reference
 from raytrain_adv.export.routing import Routing, Trained, compute_routed
 from raytrain_adv.model.build import keeps_float32

@@ -70,7 +70,7 @@ class _MergedProduct(torch.autograd.Function):
 class FakeQuantizedMergedLinear(FakeQuantizedLinear):
     """The base of an adapted linear that computes base and adapter, rounded as one weight."""
 
-    adapter: tuple[nn.Module, nn.Module, float]
+    adapter: tuple[nn.Linear, nn.Linear, float]
     """LoRA's A and B, which belong to PEFT's layer, and their scale."""
 
     def join(self, layer: Any) -> None:
@@ -84,8 +84,7 @@ class FakeQuantizedMergedLinear(FakeQuantizedLinear):
         down, up, scaling = self.adapter
         if not self.rounds:
             plain = F.linear(input, self.weight, self.bias)
-            # No nn.Parameter where functional_call gave the module another tensor.
-            change: Tensor = up(down(input.to(down._parameters["weight"].dtype))) * scaling
+            change: Tensor = up(down(input.to(down.weight.dtype))) * scaling
             return (plain + change).to(plain.dtype)
         output: Tensor = _MergedProduct.apply(  # type: ignore[no-untyped-call]
             input, self.weight, self.bias, *(m.weight for m in (down, up)), scaling, self.scheme
@@ -115,7 +114,7 @@ class Merging:
         """Return the merged weight [out, in] of a linear; every rank calls this."""
         base = self.bases[name]
         down, up, scaling = base.adapter
-        parts = (base.weight, down.get_parameter("weight"), up.get_parameter("weight"))
+        parts = (base.weight, down.weight, up.weight)
         weight, *factors = (self._gather(part).to(self._dtype) for part in parts)
         whole = merged_weight(weight, factors[0], factors[1], scaling)
         before, after = (rounded_weight(w, *base.scheme[:2])[0] for w in (weight, whole))

@@ -7,7 +7,7 @@ import torch
 
 from raytrain_adv import hardware
 from raytrain_adv.errors import ClusterError, JobError
-from raytrain_adv.export.convert import why_not_exact
+from raytrain_adv.export.layout import why_not_exact
 from raytrain_adv.model.build import build
 from raytrain_adv.transforms.applied import Transforms
 from raytrain_adv.transforms.fp8 import Fp8
