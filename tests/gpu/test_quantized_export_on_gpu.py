@@ -13,6 +13,7 @@ from raytrain_adv.export.model_folder import export_model
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
 from raytrain_adv.ops.fake_quant.engine_rounding import (
+    fake_quantize_inputs_of_experts,
     quantize_float4,
     quantize_float8_blocks,
     quantize_rows,
@@ -74,6 +75,7 @@ def test_it_computes_the_same_bits(tmp_path: Path, keys: dict[str, Any]) -> None
 ROUNDED: dict[str, Callable[[torch.Tensor], Any]] = {
     "int8 rows": quantize_rows,
     "int8 tokens": quantize_tokens,
+    "int8 tokens of experts": lambda x: (fake_quantize_inputs_of_experts(x),),
     "float8 rows": quantize_float8,
     "float8 rows, scales in float32": lambda x: quantize_float8(x, in_float32=True),
     "float8 blocks": quantize_float8_blocks,

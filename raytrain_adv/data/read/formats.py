@@ -51,14 +51,17 @@ class Layout:
         return convert(self, values)
 
     def text(self, values: Any) -> str:
-        """Return a row's text to pretrain on."""
+        """Return a row's text to pretrain on: prompt and query, as LLaMA-Factory joins them."""
         if not isinstance(values, dict):
             raise UnusableRow(f"the row is a {type(values).__name__}, not an object")
-        column = self.columns["prompt"]
-        text = _text(values.get(column), column)
+        text = self._question(values)
         if not text.strip():
-            raise UnusableRow(f"no text: {column} is empty or missing")
+            raise UnusableRow(f"no text: {self.columns['prompt']} is empty or missing")
         return text
+
+    def _question(self, values: dict[str, Any]) -> str:
+        columns = [self.columns[one] for one in ("prompt", "query") if one in self.columns]
+        return "\n".join(filter(None, (_text(values.get(one), one) for one in columns)))
 
 
 _TAGS: dict[Formatting, dict[str, str]] = {"alpaca": {}}
@@ -82,6 +85,8 @@ _QUESTION_AND_ANSWER = (
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TEXTS = ("text", "content", "instruction", "prompt")
 """Columns with text to pretrain on."""
+_QUERIES = {"instruction": "input"}
+"""Column with text -> the one whose text follows it."""
 _EXTRA = ("history", "system", "tools")
 _WEIGHT_KEYS = ("loss_weight", "weight")
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -126,7 +131,8 @@ def text_layout(entry: Entry, sample: list[Any]) -> Layout:
             f"columns found: {', '.join(sorted(found)) or 'none'}",
             f'name its column in {INFO_FILE}: "columns": {{"prompt": "..."}}',
         )
-    return Layout("alpaca", {"prompt": str(column)}, {})
+    query = (entry.columns or {}).get("query") if named else _QUERIES.get(str(column))
+    return Layout("alpaca", {"prompt": str(column)} | ({"query": query} if query else {}), {})
 
 
 def _guess(entry: Entry, found: set[str], example: dict[str, Any]) -> Layout:
@@ -167,9 +173,7 @@ def _from_alpaca(layout: Layout, values: dict[str, Any]) -> Conversation:
             raise UnusableRow(f"history contains {turn!r:.60}, not a pair of question and answer")
         messages.append({"role": "user", "content": _text(turn[0], "history")})
         messages.append({"role": "assistant", "content": _text(turn[1], "history")})
-    parts = [_text(values.get(columns[c]), columns[c]) for c in ("prompt", "query") if c in columns]
-    question = "\n".join(part for part in parts if part)
-    if not question:
+    if not (question := layout._question(values)):
         raise UnusableRow("the question is empty")
     answer = _text(values.get(columns["response"]), columns["response"])
     if not answer.strip():

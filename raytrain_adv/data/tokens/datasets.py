@@ -76,7 +76,7 @@ class TokenizedDatasets:
         """Hash everything that decides the tokens; file paths and process counts do not."""
         entries = [asdict(replace(one, name="", target="", kind="files")) for one in self.entries]
         decisive = {
-            "version": cache.VERSION,
+            "version": f"{cache.VERSION}, joined" if self.recipe.pretrains else cache.VERSION,
             "contents": [source.fingerprint for source in self.sources],
             "entries": entries,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),

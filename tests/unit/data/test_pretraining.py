@@ -79,19 +79,32 @@ def test_packing_false_leaves_rows_of_pretraining_apart(make_job, tmp_path):
     assert data.stats["train"]["sequences"] == 2 and "packing_efficiency" not in data.stats["train"]
 
 
+COLUMNS = {"prompt": "instruction"}
+NAMED = {"formatting": "alpaca", "columns": COLUMNS}
+
+
 @pytest.mark.parametrize(
-    "entry", [{}, {"formatting": "alpaca", "columns": {"prompt": "instruction"}}]
+    ("entry", "trained", "left_out"),
+    [
+        ({}, "instruction, input", "output"),
+        (NAMED, "instruction", "input, output"),
+        ({**NAMED, "columns": {**COLUMNS, "query": "output"}}, "instruction, output", "input"),
+    ],
 )
-def test_the_columns_that_pretraining_leaves_out_are_named(make_job, tmp_path, entry):
-    """Of Alpaca's rows it trains the instruction alone, and said so only of guessed columns."""
+def test_pretraining_joins_what_llamafactory_joins_and_names_the_rest(
+    make_job, tmp_path, entry, trained, left_out
+):
+    """Source: LLaMA-Factory's AlpacaDatasetConverter and PretrainDatasetProcessor."""
     row = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
     (tmp_path / "rows.json").write_text(json.dumps([row] * 4))
     info = {"sums": {"file_name": "rows.json", **entry}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     job, told = make_job(stage="pt", dataset="sums", dataset_dir=str(tmp_path)), list[str]()
     prepare(job, told.append)
-    sentence = "sums: stage pt trains the text in instruction; not trained: input, output"
+    sentence = f"sums: stage pt trains the text in {trained}; not trained: {left_out}"
     assert sentence in told
+    text = "\n".join(row[column] for column in trained.split(", "))
+    assert text in "".join(token.text for token in shown_rows(job, 1)[0].tokens)
     again = list[str]()
     prepare(job, again.append)  # tokenized already
     assert sentence in again

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from raytrain_adv.ops.fake_quant.engine_rounding import (
     fake_quantize_float8_blocks,
+    fake_quantize_inputs_of_experts,
     fake_quantize_rows,
     fake_quantize_tokens_in_float32,
     int8_product,
@@ -54,6 +55,17 @@ def test_a_token_of_equal_values_keeps_its_size():
     integers, scale, zero = quantize_tokens(x)
     assert torch.equal((integers - zero) * scale, x)
     assert fake_quantize_tokens_in_float32(x).isfinite().all()
+
+
+def test_inputs_of_experts_are_symmetric_integers_with_one_scale_per_token():
+    x = sample()
+    x[3] = 0
+    amax = x.double().abs().amax(1, keepdim=True).clamp(min=1e-10)
+    integers = torch.round(x.double() * (127 / amax))
+    assert integers.abs().max() == 127 and integers.min() < -100
+    found = fake_quantize_inputs_of_experts(x)
+    torch.testing.assert_close(found.double(), integers * amax / 127, rtol=2**-8, atol=0)
+    assert not found[3].any()
 
 
 @pytest.mark.parametrize("form", [NVFP4, MXFP4])
