@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.dtensor import plain_name
-from raytrain_adv.errors import TrainingError
+from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.export.folder import folder_gib
 from raytrain_adv.export.layout import why_not_exact
 from raytrain_adv.export.reference import write_reference
@@ -103,7 +103,13 @@ def read_folder(
     trust_remote_code: bool,
     attention: Attention,
 ) -> tuple[Any, dict[str, Any]]:
-    """Load a model of any origin into host memory; return it, and what was missing or left over."""
+    """Load a model of any origin into host memory; return it, and what was missing or left over.
+    Raises JobError for experts that transformers would read wrong.
+    """
+    scheme = read_scheme(folder)
+    if scheme is not None and (why := _why_experts_are_lost(scheme, folder)):
+        fix = "serve it by the engine that it is for, or name the model that was not rounded"
+        raise JobError(f"transformers cannot load {folder}", why, fix)
     auto: Any = model_class(config)
     with warnings.catch_warnings(), no_progress_bars():
         warnings.filterwarnings("ignore", message=DEPRECATION)
@@ -225,6 +231,13 @@ def _why_not_loaded(scheme: dict[str, Any], folder: Path) -> str:
     """Return why transformers does not load a folder of compressed-tensors; empty if it does."""
     if importlib.util.find_spec("compressed_tensors") is None:
         return "compressed-tensors is not installed"
+    return _why_experts_are_lost(scheme, folder)
+
+
+def _why_experts_are_lost(scheme: dict[str, Any], folder: Path) -> str:
+    """Return why transformers does not read a mixture's experts, or reads others; empty if it reads
+    them.
+    """
     weights = scheme["weights"]
     is_float8 = weights["type"] == "float" and weights["num_bits"] == 8
     names: set[str] = set()

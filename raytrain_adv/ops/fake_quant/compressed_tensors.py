@@ -176,11 +176,12 @@ def describe(linears: Iterable[str], converted: Iterable[str], scheme: Scheme) -
 
 def read_scheme(folder: Path) -> dict[str, Any] | None:
     """Return how compressed-tensors stores a model folder's linears; none if it does not."""
-    config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
-    if config.get("quant_method") != "compressed-tensors":
+    file = folder / "config.json"
+    config = (json.loads(file.read_text()) if file.is_file() else {}).get("quantization_config")
+    if not config or config.get("quant_method") != "compressed-tensors":
         return None
-    group: dict[str, Any] = config["config_groups"]["group_0"]
-    return group
+    group: dict[str, Any] = next(iter(config["config_groups"].values()))
+    return {**group, "format": group.get("format") or config.get("format")}
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:

@@ -16,7 +16,12 @@ from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.export.convert import write_converted
-from raytrain_adv.export.verify import compare_converted, converted_logits, read_scheme
+from raytrain_adv.export.verify import (
+    compare_converted,
+    converted_logits,
+    load_folder,
+    read_scheme,
+)
 from raytrain_adv.model.build import build
 from raytrain_adv.model.weights import load_pretrained, materialize
 from raytrain_adv.ops.experts.find import stacked
@@ -169,6 +174,9 @@ def test_experts_are_written_one_by_one_as_engines_take_them(case: str, tmp_path
     folder = write(job, tmp_path / "out")
     found = compare_converted(folder, job, TOKENS, wanted, model.config._attn_implementation)
     assert compared in found.how and (found.difference is None) == ("experts" in compared)
+    if found.difference is None:  # NVFP4 would load without an error, with other values
+        with pytest.raises(JobError, match="transformers cannot load"):
+            load_folder(folder, False, None)
     tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     ignored = [one.removeprefix("re:") for one in config["ignore"]]
