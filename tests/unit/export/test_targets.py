@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig
+from raytrain_adv.driver.commands.use.load import _of_gguf
 from raytrain_adv.errors import JobError, TrainingError
 from raytrain_adv.export.convert import write_converted
 from raytrain_adv.export.verify import (
@@ -62,7 +63,7 @@ CASES: dict[str, Case] = {
 def target_job(kind: str, place: Path, **keys: Any) -> JobConfig:
     sizes = IN_BLOCKS if keys.get("qat_target") == "vllm-fp8-block" else WIDE
     if "moe_intermediate_size" in KINDS[kind]:
-        sizes = {**sizes, "moe_intermediate_size": 128}
+        sizes = {**sizes, "moe_intermediate_size": 128, "norm_topk_prob": True}
     source = write_checkpoint(kind, place / "source", **sizes)
     return job_for(source, place / "job", enable_qat=True, pure_bf16=True, **keys)
 
@@ -303,22 +304,18 @@ def test_the_scheme_of_a_folder_is_read_from_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["llamacpp-q8_0", "llamacpp-q4_0"])
 @pytest.mark.parametrize("fault", ["", "scale", "value", "transposed"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen3_moe"])
 def test_ggufs_blocks_hold_what_training_rounds_to(
-    target: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, target: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gguf", reason="it is part of the extra dev")
-    job = target_job("llama", tmp_path, qat_target=target)
-    source = Path(job.model.model_name_or_path)
-    words = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
-    split = {"type": "ByteLevel", "add_prefix_space": False}
-    text = json.dumps({"model": words, "added_tokens": [], "pre_tokenizer": split})
-    (source / "tokenizer.json").write_text(text)
+    job = gguf_job(kind, tmp_path, target)
     blocks = gguf_file._blocks
 
     def wrong(weight: torch.Tensor, form: str) -> Any:
         found = blocks(weight.flip(0) if fault == "transposed" else weight, form)
         if fault in ("scale", "value"):
-            found[5, 1 if fault == "scale" else 7] ^= 1
+            found[..., 5, 1 if fault == "scale" else 7] ^= 1
         return found
 
     monkeypatch.setattr(gguf_file, "_blocks", wrong)
@@ -327,6 +324,38 @@ def test_ggufs_blocks_hold_what_training_rounds_to(
             write(job, tmp_path / "out")
     else:
         assert (write(job, tmp_path / "out") / "model.gguf").is_file()
+
+
+def gguf_job(kind: str, place: Path, target: str) -> JobConfig:
+    job = target_job(kind, place, qat_target=target)
+    words = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+    split = {"type": "ByteLevel", "add_prefix_space": False}
+    text = json.dumps({"model": words, "added_tokens": [], "pre_tokenizer": split})
+    (Path(job.model.model_name_or_path) / "tokenizer.json").write_text(text)
+    return job
+
+
+def test_the_commands_read_a_mixtures_gguf_as_it_was_trained(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="it is part of the extra dev")
+    job = gguf_job("qwen3_moe", tmp_path, "llamacpp-q8_0")
+    model = build(job)
+    Transforms(job).prepare(model)
+    materialize(model, CPU)
+    load_pretrained(model, job, CPU)
+    wanted = converted_logits(model, job, TOKENS, torch.float32).logits
+    found = _of_gguf(write(job, tmp_path / "out"))(input_ids=TOKENS).logits
+    torch.testing.assert_close(found, wanted.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("key", ["norm_topk_prob", "mlp_only_layers"])
+def test_a_mixture_that_llamacpp_computes_otherwise_is_refused(key: str, tmp_path: Path) -> None:
+    job = target_job("qwen3_moe", tmp_path, qat_target="llamacpp-q8_0")
+    file = Path(job.model.model_name_or_path) / "config.json"
+    other = {"norm_topk_prob": False, "mlp_only_layers": [0]}[key]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: other}))
+    with pytest.raises(JobError, match="llamacpp does not write this model") as error:
+        Transforms(job).plan(build(job))
+    assert key in error.value.found
 
 
 def test_float8_of_a_model_in_float32_is_refused_with_keys_of_the_command(

@@ -162,7 +162,9 @@ def _of_gguf(folder: Path) -> Any:
 
     auto: Any = AutoModelForCausalLM
     try:
-        return auto.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
-    except (ImportError, ValueError, OSError) as error:
+        # Of a mixture's GGUF transformers 5.23 reads no expert's size.
+        keys = {"config": AutoConfig.from_pretrained(folder), "dtype": torch.float32}
+        return auto.from_pretrained(folder, gguf_file="model.gguf", **keys)
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
         fix = "pip install gguf; or serve it: llama-server -m " + str(folder / "model.gguf")
         raise JobError(f"{folder} cannot be loaded", first_line(error), fix) from error
