@@ -18,7 +18,6 @@ from raytrain_adv.checkpoint.folders import (
 )
 from raytrain_adv.config.job import JobConfig
 from raytrain_adv.errors import JobError
-from raytrain_adv.model.adapter import base_fingerprint, changed_base
 from raytrain_adv.storage.storage import Storage
 from raytrain_adv.transforms.transform import Transform
 
@@ -129,6 +128,8 @@ def refuse_other_base(job: JobConfig, found: Found) -> None:
     """Refuse a checkpoint if the frozen weights, which it does not hold, have changed since. Raises
     JobError.
     """
+    from raytrain_adv.model.adapter import base_fingerprint, changed_base  # imports PyTorch
+
     if found.base is not None and found.base != base_fingerprint(job):
         raise changed_base(job, "the checkpoint was written", found.path)
 

@@ -242,7 +242,8 @@ def test_a_probe_that_takes_too_long_is_no_hang(simulated, monkeypatch, tmp_path
     monkeypatch.setattr(ray, "wait", noted)
     start = time.monotonic()
     readings = read_nodes(alive_nodes()[:1], timeout_s=2)
-    assert time.monotonic() - start < 90 and len(waits) == 1 and waits[0] <= 2
+    # Ray may wake a fraction of a millisecond early, and is asked for the rest.
+    assert time.monotonic() - start < 90 and max(waits) <= 2 and sum(waits[1:]) < 0.5
     assert list(readings.values()) == ["no answer within 2 s"]
 
 
