@@ -131,8 +131,8 @@ def _of_mixtures(plain: PreTrainedModel, configs: Configs) -> list[str]:
         others = plain.get_submodule(parent).named_children()
         found |= {rf"re:.*\.{n}$" for n, m in others if "weight" in m._parameters}
         if configs.keys().isdisjoint(f"{fqn}.{matrix}" for matrix in matrices(module)):
-            layer = parent.split(".")[-2]
-            found.add(rf"re:.*\.{layer}\.[^.]+\.{name}\..*")
+            layer = next((part for part in parent.split(".")[::-1] if part.isdigit()), "[^.]+")
+            found.add(rf"re:.*\.{layer}\.(.*\.)?{name}\..*")
     return sorted(found)
 
 

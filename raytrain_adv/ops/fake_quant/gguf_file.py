@@ -68,7 +68,7 @@ def write(source: Path, folder: Path, tensors: Iterable[Tensor]) -> None:
 
 def _joined(tensors: Iterable[Tensor], config: dict[str, Any]) -> Iterator[Tensor]:
     """Yield tensors with a layer's experts joined: [rows, columns] of each to [expert, rows,
-    columns].
+    columns]. Raises JobError if a layer has not as many as config.json names.
     """
     waiting: dict[str, dict[int, torch.Tensor]] = {}
     for tensor in tensors:
@@ -81,6 +81,10 @@ def _joined(tensors: Iterable[Tensor], config: dict[str, Any]) -> Iterator[Tenso
         if len(parts) == _num_experts(config):
             del waiting[name]
             yield Tensor(name, torch.stack([parts[n] for n in sorted(parts)]), tensor.form)
+    for name, parts in waiting.items():
+        what = "Layers of this model have other numbers of experts than config.json"
+        found_in = f"{name}: {len(parts)}, {_num_experts(config)} in config.json"
+        raise JobError(what, found_in, "correct config.json, or take another qat_target")
 
 
 def _num_experts(config: dict[str, Any]) -> int:

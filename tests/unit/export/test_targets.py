@@ -16,8 +16,10 @@ from raytrain_adv.cli import main
 from raytrain_adv.config import JobConfig
 from raytrain_adv.driver.commands.use.load import _of_gguf
 from raytrain_adv.errors import JobError, TrainingError
+from raytrain_adv.export import layout
 from raytrain_adv.export.convert import write_converted
 from raytrain_adv.export.verify import (
+    Comparison,
     compare_converted,
     converted_logits,
     load_folder,
@@ -68,23 +70,32 @@ def target_job(kind: str, place: Path, **keys: Any) -> JobConfig:
     return job_for(source, place / "job", enable_qat=True, pure_bf16=True, **keys)
 
 
+def prepared(job: JobConfig) -> Any:
+    model = build(job)
+    Transforms(job).prepare(model)
+    materialize(model, CPU)
+    load_pretrained(model, job, CPU)
+    return model
+
+
 def write(job: JobConfig, folder: Path) -> Path:
     folder.mkdir()
     write_converted(Path(job.model.model_name_or_path), folder, job, torch.bfloat16, CPU, 12_000)
     return folder
 
 
+def written_and_compared(job: JobConfig, model: Any, out: Path) -> tuple[Path, Comparison]:
+    wanted = converted_logits(model, job, TOKENS, torch.bfloat16)
+    folder = write(job, out)
+    how = model.config._attn_implementation
+    return folder, compare_converted(folder, job, TOKENS, wanted, how)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_loads_it_and_computes_what_was_trained(case: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="it is part of the extra dev")
     job = target_job(CASES[case][0], tmp_path, **CASES[case][1])
-    model = build(job)
-    Transforms(job).prepare(model)
-    materialize(model, CPU)
-    load_pretrained(model, job, CPU)
-    wanted = converted_logits(model, job, TOKENS, torch.bfloat16)
-    folder = write(job, tmp_path / "out")
-    found = compare_converted(folder, job, TOKENS, wanted, model.config._attn_implementation)
+    _, found = written_and_compared(job, prepared(job), tmp_path / "out")
     assert found.difference is not None
     rounds_inputs = case in ("w8a8", "float8 blocks, inputs too")
     assert (found.difference == 0) != rounds_inputs
@@ -167,13 +178,8 @@ def test_experts_are_written_one_by_one_as_engines_take_them(case: str, tmp_path
     pytest.importorskip("compressed_tensors", reason="it is part of the extra dev")
     kind, keys, compared = MIXTURES[case]
     job = target_job(kind, tmp_path, **keys)
-    model = build(job)
-    Transforms(job).prepare(model)
-    materialize(model, CPU)
-    load_pretrained(model, job, CPU)
-    wanted = converted_logits(model, job, TOKENS, torch.bfloat16)
-    folder = write(job, tmp_path / "out")
-    found = compare_converted(folder, job, TOKENS, wanted, model.config._attn_implementation)
+    model = prepared(job)
+    folder, found = written_and_compared(job, model, tmp_path / "out")
     assert compared in found.how and (found.difference is None) == ("experts" in compared)
     if found.difference is None:  # NVFP4 would load without an error, with other values
         with pytest.raises(JobError, match="transformers cannot load"):
@@ -338,13 +344,38 @@ def gguf_job(kind: str, place: Path, target: str) -> JobConfig:
 def test_the_commands_read_a_mixtures_gguf_as_it_was_trained(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="it is part of the extra dev")
     job = gguf_job("qwen3_moe", tmp_path, "llamacpp-q8_0")
-    model = build(job)
-    Transforms(job).prepare(model)
-    materialize(model, CPU)
-    load_pretrained(model, job, CPU)
+    model = prepared(job)
     wanted = converted_logits(model, job, TOKENS, torch.float32).logits
     found = _of_gguf(write(job, tmp_path / "out"))(input_ids=TOKENS).logits
     torch.testing.assert_close(found, wanted.float(), rtol=0.05, atol=0.05)
+
+
+def test_gguf_with_an_expert_too_few_is_refused() -> None:
+    expert = gguf_file.Tensor("model.layers.0.mlp.experts.0.up_proj.weight", torch.ones(2, 32), "")
+    with pytest.raises(JobError, match="other numbers of experts"):
+        list(gguf_file._joined([expert], {"num_experts": 2}))
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.mlp.experts", "model.layers.1.experts"])
+def test_experts_of_a_layer_that_are_left_out_are_named_without_those_of_others(place: str) -> None:
+    class Experts(torch.nn.Module):
+        num_experts: int
+
+    model = torch.nn.Module()
+    for layer in ("0", "1", "11"):
+        experts = Experts()
+        experts.num_experts, experts.up_proj = 2, torch.nn.Parameter(torch.ones(2, 4, 4))
+        parent, _, name = place.replace(".1.", f".{layer}.").rpartition(".")
+        for end in range(len(parent.split("."))):
+            fqn = ".".join(parent.split(".")[: end + 1])
+            if fqn not in dict(model.named_modules()):
+                model.set_submodule(fqn, torch.nn.Module(), strict=False)
+        model.get_submodule(parent).add_module(name, experts)
+    rounded = dict.fromkeys(f"{fqn}.up_proj" for fqn in stacked(model) if ".1." not in fqn)
+    (ignored,) = layout._of_mixtures(model, rounded)  # type: ignore[arg-type]
+    for fqn in stacked(model):
+        found = re.fullmatch(ignored.removeprefix("re:"), f"{fqn}.1.up_proj")
+        assert bool(found) == (fqn == place)
 
 
 @pytest.mark.parametrize("key", ["norm_topk_prob", "mlp_only_layers"])
