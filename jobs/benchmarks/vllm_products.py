@@ -2,7 +2,7 @@
 
 FOLDER is an unpacked wheel of vLLM for the installed PyTorch: its kernels are loaded alone. Calls
 and layouts are those of vllm/_custom_ops.py and vllm/model_executor/kernels/linear (0.22.1, for
-PyTorch 2.11). Not yet run on a GPU: calls and layouts were compared with stand-ins on a CPU.
+PyTorch 2.11).
 """
 
 from __future__ import annotations
